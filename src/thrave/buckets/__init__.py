@@ -1,0 +1,1 @@
+"""Where bundles go: buckets, their owners, and the upload policy."""

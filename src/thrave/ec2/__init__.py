@@ -1,0 +1,1 @@
+"""The front door: EC2 Query requests in, XML out."""

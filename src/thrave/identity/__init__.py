@@ -1,0 +1,1 @@
+"""Accounts, their access keys and certificates."""

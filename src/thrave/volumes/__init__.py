@@ -1,0 +1,1 @@
+"""A root volume as extents and bytes, whatever format its file has."""
