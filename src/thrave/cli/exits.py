@@ -1,0 +1,34 @@
+"""The exit codes of the `thrave` command: one table, from which the docs' page is made.
+
+A script that calls `thrave` reads these. A code, once given a meaning, keeps it; nothing here decides when a code is
+used, that stands with the errors of each room (`cli/main.py` maps them).
+"""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """What the shell sees; `MEANING` says it in words."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    REFUSED = 4
+    DAMAGED = 10
+    WRONG_KEY = 11
+    MISSING_COMPONENT = 12
+    INTERRUPTED = 130
+
+
+MEANING: dict[Exit, str] = {
+    Exit.OK: "Everything asked for was done.",
+    Exit.FAILED: "It could not be done; the reason is on stderr.",
+    Exit.USAGE: "The command line is wrong.",
+    Exit.NOT_FOUND: "A file, account, instance, bundle task or bucket does not exist.",
+    Exit.REFUSED: "A rule forbids it: wrong state, name taken, limit reached, not yours.",
+    Exit.DAMAGED: "The bundle is damaged or forged: a signature, digest, size or name does not hold.",
+    Exit.WRONG_KEY: "The private key is not the one that the bundle was made for.",
+    Exit.MISSING_COMPONENT: "A program or library that this needs is not installed; stderr names the package.",
+    Exit.INTERRUPTED: "Stopped by Ctrl-C.",
+}

@@ -1,0 +1,56 @@
+"""What a command prints: text for people, or one JSON document for programs.
+
+JSON goes to stdout with EC2's own words in camelCase (`accountId`, `instanceId`); keys are only ever added, so a reader
+must ignore the ones it does not know. Nothing else is written to stdout: progress and errors go to stderr.
+"""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+Json = dict[str, object] | list[object]
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+
+def output_option(command: _Command) -> _Command:
+    """Give a command `--output json|text`; its function receives `output`, handed on to `emit`."""
+    return click.option(
+        "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
+        help="Text for people, or JSON for programs.",
+    )(command)  # fmt: skip
+
+
+def data_option(command: _Command) -> _Command:
+    """Give a command `--data DIR` (or THRAVE_DATA); its function receives `data`, a Path."""
+    return click.option(
+        "--data", type=click.Path(file_okay=False, path_type=Path), envvar="THRAVE_DATA", default="thrave-data",
+        show_default=True, show_envvar=True, help="Where the service keeps its database, keys, instances and buckets.",
+    )(command)  # fmt: skip
+
+
+def emit(output: str, document: Json, text: str) -> None:
+    """Print the answer of a command on stdout.
+
+    Args:
+        output: `json` or `text`, as given by `output_option`.
+        document: The answer as JSON; datetimes are written as ISO 8601, paths as text.
+        text: The same for people, without a final newline.
+    """
+    click.echo(json.dumps(document, indent=2, default=_plain, ensure_ascii=False) if output == "json" else text)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Lay rows of words out in columns, as wide as their widest word."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return str(value)

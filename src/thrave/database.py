@@ -1,0 +1,116 @@
+"""The database: its tables, how it is opened and migrated.
+
+Every table of ours stands here, as SQLAlchemy Core tables, so that a reader sees at once what Thrave remembers. The
+durable engine keeps its own tables beside them and these modules never read those. No secret is stored in the
+clear: columns named `sealed_…` hold what `vault.py` sealed with a key that is not in the database.
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+metadata = sa.MetaData()
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """A point in time, aware, in UTC, to the microsecond (SQLite itself forgets the zone)."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 (SQLAlchemy's signature)
+        """Store as naive UTC."""
+        return value and value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 (SQLAlchemy's signature)
+        """Read as aware UTC."""
+        return value and value.replace(tzinfo=UTC)
+
+
+account = sa.Table(
+    "account", metadata,
+    sa.Column("account_id", sa.String(12), primary_key=True),
+    sa.Column("name", sa.String(128), nullable=False, unique=True),
+    sa.Column("certificate", sa.Text),  # PEM; bundles are encrypted to it
+    sa.Column("create_date", UtcDateTime, nullable=False),
+)  # fmt: skip
+
+access_key = sa.Table(
+    "access_key", metadata,
+    sa.Column("access_key_id", sa.String(32), primary_key=True),
+    sa.Column("account_id", sa.ForeignKey("account.account_id"), nullable=False, index=True),
+    sa.Column("sealed_secret", sa.LargeBinary, nullable=False),
+    sa.Column("status", sa.String(8), nullable=False),  # Active | Inactive, as IAM's
+    sa.Column("create_date", UtcDateTime, nullable=False),
+)  # fmt: skip
+
+bundle_task = sa.Table(
+    "bundle_task", metadata,
+    sa.Column("bundle_id", sa.String(32), primary_key=True),
+    sa.Column("account_id", sa.String(12), nullable=False),  # the caller's
+    sa.Column("owner_id", sa.String(12), nullable=False),  # the bucket owner's, whose key signed the upload policy
+    sa.Column("instance_id", sa.String(32), nullable=False),
+    sa.Column("host", sa.String(253), nullable=False),  # the one that has the disk
+    sa.Column("state", sa.String(24), nullable=False),
+    sa.Column("progress", sa.Integer),  # percent within bundling or storing
+    sa.Column("start_time", UtcDateTime, nullable=False),
+    sa.Column("update_time", UtcDateTime, nullable=False),
+    sa.Column("bucket", sa.String(255), nullable=False),
+    sa.Column("prefix", sa.String(1024), nullable=False),
+    sa.Column("access_key_id", sa.String(32), nullable=False),
+    sa.Column("sealed_grant", sa.LargeBinary),  # upload policy and signature; erased when the task ends
+    sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_message", sa.Text),
+    sa.Index("bundle_task_by_account", "account_id", "start_time"),
+)  # fmt: skip
+
+# One task at a time per instance: the database itself refuses the second, whoever sends it.
+sa.Index(
+    "bundle_task_in_progress", bundle_task.c.instance_id, unique=True,
+    sqlite_where=bundle_task.c.state.not_in(["complete", "failed"]),
+    postgresql_where=bundle_task.c.state.not_in(["complete", "failed"]),
+)  # fmt: skip
+
+bundle_part = sa.Table(
+    "bundle_part", metadata,
+    sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("key", sa.String(1024), primary_key=True),  # written down before it is sent, so clean-up misses none
+    sa.Column("size", sa.BigInteger),  # bytes; null while it is in flight
+    sa.Column("etag", sa.String(64)),
+)  # fmt: skip
+
+
+def open_engine(url: str) -> sa.Engine:
+    """Open the database at a SQLAlchemy URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql+psycopg://…`).
+
+    SQLite is put into WAL mode, so that readers never wait for the writer, with a 30 s patience for the write lock.
+    """
+    engine = sa.create_engine(url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Bring the tables to this release's shape; does nothing when they have it already."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def utc_now() -> datetime:
+    """The current time, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+def _prepare_sqlite(connection: object, _record: object) -> None:
+    cursor = connection.cursor()  # type: ignore[attr-defined]  # the DB-API gives its connections no common type
+    for pragma in ("journal_mode=WAL", "busy_timeout=30000", "foreign_keys=ON", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

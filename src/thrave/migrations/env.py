@@ -1,0 +1,14 @@
+"""Alembic's entry point: runs the migrations over the connection that `database.migrate` hands in."""
+
+from alembic import context
+
+from thrave.database import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    version_table="thrave_version",
+    render_as_batch=True,  # SQLite cannot alter a column in place
+)
+with context.begin_transaction():
+    context.run_migrations()
