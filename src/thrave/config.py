@@ -1,0 +1,109 @@
+"""Every setting, typed, in one place; and where things lie in the data directory.
+
+A setting is taken from the command line, else from the environment (`THRAVE_` and its name in capitals), else from the
+TOML file given with `--config`, else from its default here. The docs' page of settings is generated from this table.
+Nothing else in Thrave reads the environment, and nothing here opens or creates anything.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+
+@dataclass(frozen=True)
+class DataDirectory:
+    """Where the service keeps what. Copy the whole folder to back it up; guard it as you would a private key."""
+
+    root: Path
+
+    @property
+    def database_url(self) -> str:
+        """Accounts, tasks and the durable engine's own tables, in SQLite."""
+        return f"sqlite:///{self.root.absolute() / 'thrave.db'}"
+
+    @property
+    def vault_key(self) -> Path:
+        """The key that seals every secret in the database."""
+        return self.root / "vault.key"
+
+    @property
+    def service(self) -> Path:
+        """The service's own certificate and keys."""
+        return self.root / "service"
+
+    @property
+    def instances(self) -> Path:
+        """Instances described by files, one JSON file each."""
+        return self.root / "instances"
+
+    @property
+    def buckets(self) -> Path:
+        """Bucket directories: `buckets/BUCKET/KEY`."""
+        return self.root / "buckets"
+
+
+class Settings(BaseSettings):
+    """What an operator may set. Times are in seconds unless the name says otherwise."""
+
+    model_config = SettingsConfigDict(env_prefix="THRAVE_", extra="forbid", frozen=True)
+
+    data: Path = Field(Path("thrave-data"), description="Where the service keeps its database, keys and buckets.")
+    host: str = Field("127.0.0.1", description="The address to listen on.")
+    port: int = Field(8773, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
+    region: str = Field("us-east-1", description="The region's name in answers; requests may be signed for any.")
+    host_name: str = Field(
+        "localhost", description="This hypervisor host's name. Tasks belong to it: do not change it while any runs."
+    )
+    tasks_at_once: int = Field(2, ge=1, description="Bundle tasks that this host works on at the same time.")
+    shutdown_grace: float = Field(
+        600.0, gt=0, description="Seconds that a guest has to power off before its task fails."
+    )
+    task_retention_days: float = Field(7.0, gt=0, description="Days that a finished task is still described.")
+    platforms: Literal["windows", "any"] = Field(
+        "windows", description="Whose instances may be bundled: EC2's rule is Windows only."
+    )
+    level: Literal["fast", "small"] = Field(
+        "fast", description="Compression: at the disk's speed, or a few percent smaller at a quarter of it."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for programs.")
+
+    @property
+    def directory(self) -> DataDirectory:
+        """Where things lie in `data`."""
+        return DataDirectory(self.data)
+
+    @property
+    def task_retention(self) -> timedelta:
+        """How long a finished task is still described."""
+        return timedelta(days=self.task_retention_days)
+
+
+def load_settings(file: Path | None, **given: object) -> Settings:
+    """Read the settings.
+
+    Args:
+        file: The TOML file given with `--config`, if any.
+        given: What the command line says; None counts as not said.
+
+    Raises:
+        pydantic.ValidationError: A setting has no such name or cannot have that value.
+    """
+
+    class FromFile(Settings):
+        @classmethod
+        def settings_customise_sources(  # noqa: PLR0913 (pydantic's signature)
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file)
+
+    said = {name: value for name, value in given.items() if value is not None}
+    return FromFile(**said)  # type: ignore[arg-type]  # pydantic checks them
