@@ -1,0 +1,53 @@
+"""`thrave serve`: the whole service in one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from thrave.config import Settings
+
+
+@click.command()
+@click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Where the service keeps everything.")
+@click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, as TOML.")
+def serve(data: Path | None, host: str | None, port: int | None, config: Path | None) -> None:
+    r"""Answer EC2 clients: API, worker and store in one process.
+
+    Prints `listening on URL` once it answers. SIGTERM stops it; a bundle task under way goes on at the next start.
+    Every setting may also be given in the environment (THRAVE_DATA, THRAVE_PORT, …) or in the --config file.
+
+    \b
+    Example:
+      thrave serve --data /var/lib/thrave --port 8773
+      aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
+    """
+    from pydantic import ValidationError
+
+    from thrave.config import load_settings
+
+    try:
+        settings = load_settings(config, data=data, host=host, port=port)
+    except ValidationError as error:
+        raise click.UsageError(str(error)) from None
+    _run(settings)
+
+
+def _run(settings: Settings) -> None:
+    from thrave.endpoint import Endpoint
+    from thrave.logs import configure_logs
+
+    configure_logs(settings.log_format)
+    Endpoint(settings).serve(lambda url: click.echo(f"listening on {url}"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(Exit.OK)

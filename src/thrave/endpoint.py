@@ -1,0 +1,117 @@
+"""The whole service in one process: the EC2 door, the worker and the store, put together from the settings.
+
+This is where the rooms are handed to each other; none of them makes its own neighbours. It holds no rule of its own.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+
+from thrave.buckets.directory import DirectoryBuckets
+from thrave.compute.directory import DirectoryInstances
+from thrave.config import Settings
+from thrave.database import migrate, open_engine
+from thrave.ec2.app import create_app
+from thrave.ec2.door import Door
+from thrave.identity.accounts import Accounts
+from thrave.identity.service import ServiceIdentity
+from thrave.tasks.bundling import Host, bundle
+from thrave.tasks.engine import Engine
+from thrave.tasks.records import Records
+from thrave.tasks.requests import BundleTasks
+from thrave.vault import Vault
+
+GRACEFUL_SHUTDOWN = 3  # seconds that a request under way has to be answered when the service is asked to stop
+
+log = structlog.get_logger()
+
+
+class Endpoint:
+    """The service on the embedded default: SQLite, bucket directories, instances described by files."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open everything in the data directory, making what is not there yet."""
+        self._settings = settings
+        directory = settings.directory
+        directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        database = open_engine(directory.database_url)
+        migrate(database)
+        vault = Vault.open_or_create(directory.vault_key)
+        self._records = Records(database, vault)
+        self._engine = Engine(directory.database_url, settings.host_name, tasks_at_once=settings.tasks_at_once)
+        self._host = Host(
+            records=self._records,
+            accounts=Accounts(database, vault),
+            instances=DirectoryInstances(directory.instances),
+            buckets=DirectoryBuckets(directory.buckets),
+            service=ServiceIdentity.open_or_create(directory.service),
+            shutdown_grace=settings.shutdown_grace,
+            level=settings.level,
+        )
+        self._tasks = BundleTasks(
+            database,
+            self._records,
+            self._engine.enqueue,
+            host=settings.host_name,
+            retention=settings.task_retention,
+        )
+
+    def app(self) -> Starlette:
+        """The EC2 door."""
+        return create_app(
+            Door(
+                accounts=self._host.accounts,
+                instances=self._host.instances,
+                buckets=self._host.buckets,
+                tasks=self._tasks,
+                any_platform=self._settings.platforms == "any",
+            )
+        )
+
+    def serve(self, listening: Callable[[str], None]) -> None:
+        """Work until SIGTERM or SIGINT; call `listening(url)` once requests are answered.
+
+        Stopping is crash-only: requests under way are answered, then the process is to end (`os._exit`) as if it had
+        been killed, and a task under way goes on at the next start. There is one way to come back, and it is tested.
+        """
+        self._engine.launch(partial(bundle, self._host))
+        listener = _listener(self._settings.host, self._settings.port)
+        host, port = listener.getsockname()[:2]
+        config = uvicorn.Config(
+            self.app(),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN,
+        )
+        _Server(config, partial(listening, f"http://{_bracketed(host)}:{port}")).run(sockets=[listener])
+        log.info("stopped", pid=os.getpid())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._listening()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=1024)
+    listener.set_inheritable(False)
+    return listener
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,145 @@
+"""The main job: one bundle task, from a running instance to a bundle in a bucket.
+
+`Bundling.run` is the whole of it, top to bottom. Each line of it is a durable step: after a crash the task goes on with
+the step that was cut off, so each can be repeated without harm. It is the one place where instances, volumes, bundles
+and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypedDict
+
+from thrave.buckets.buckets import Buckets
+from thrave.bundle.sealing import Level, Sealing
+from thrave.bundle.writing import manifest_filename, side_filename, write_manifest, write_side_file
+from thrave.compute.instance import Instance
+from thrave.compute.instances import Instances
+from thrave.identity.accounts import Accounts
+from thrave.identity.service import ServiceIdentity
+from thrave.tasks.engine import step
+from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.power import PowerSwitch
+from thrave.tasks.records import Records
+from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.storing import BundleStore
+from thrave.tasks.task import BundleTask
+from thrave.tasks.watch import Watch
+from thrave.volumes.opening import open_volume
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """What a task works with on the host that has the disk."""
+
+    records: Records
+    accounts: Accounts
+    instances: Instances
+    buckets: Buckets
+    service: ServiceIdentity
+    shutdown_grace: float
+    """Seconds that a guest has to power off."""
+    level: Level
+    """How hard bundles are compressed."""
+
+
+class Documents(TypedDict):
+    """The two files that make parts a bundle. They hold the key only as encrypted to the owner and to the service."""
+
+    manifest: str
+    side_file: str
+
+
+class Bundling:
+    """One bundle task being done."""
+
+    def __init__(self, host: Host, task: BundleTask) -> None:
+        """Take up a task, for the first time or after a crash."""
+        self._host = host
+        self._task = task
+        self._records = host.records
+        self._power = PowerSwitch(host.instances, host.records, task, grace=host.shutdown_grace)
+        self._store = BundleStore(host.buckets, host.records, task)
+
+    def run(self) -> None:
+        """Stop the instance; read, seal and store its root volume; start it again; store the manifest."""
+        try:
+            step("stop the instance", self.stop)
+            documents = step("seal the root volume into the bucket", self.seal)
+            step("start the instance", self._power.restore)
+            step("store the manifest", lambda: self.store(documents))
+            step("complete the task", self.complete)
+        except TaskFailure as failure:
+            self.give_up(failure)
+
+    def give_up(self, failure: TaskFailure) -> None:
+        """Start the instance, take away what was stored, and end the task with the reason."""
+        for name, put_back in (
+            ("start the instance after a failure", self._power.restore),
+            ("remove what was stored", self._store.remove),
+        ):
+            try:
+                step(name, put_back)
+            except TaskFailure as another:
+                failure = failure.also(another)
+        step("fail the task", lambda: self._records.fail(self._task.bundle_id, failure))
+
+    def stop(self) -> None:
+        """Have the guest power off, as a person would."""
+        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
+            self._power.note()
+            self._power.off(watch)
+
+    def seal(self) -> Documents:
+        """Send the root volume, sealed, part by part to the bucket; nothing of it is written anywhere else."""
+        with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
+            self._store.remove()  # what a crash cut off: the key that it was sealed with died with it
+            root = instance.root_volume
+            with open_volume(root.path, root.format) as volume:
+                sealing = Sealing(volume, self._store.name, level=self._host.level)
+                watch.over(sealing)
+                for part in sealing.parts():
+                    self._store.put(part.filename, part.data)
+            return self._documents(instance, sealing)
+
+    def store(self, documents: Documents) -> None:
+        """Check that the bucket has every part; then the side file; the manifest last: its presence means complete."""
+        with self._state(BundleTaskState.STORING) as watch:
+            self._store.check(watch)
+            self._store.put(side_filename(self._store.name), documents["side_file"].encode())
+            self._store.put(manifest_filename(self._store.name), documents["manifest"].encode())
+
+    def complete(self) -> None:
+        """End the task well, unless it was cancelled at the last moment."""
+        if not self._records.complete(self._task.bundle_id):
+            raise Cancelled
+
+    @contextmanager
+    def _state(self, state: BundleTaskState) -> Iterator[Watch]:
+        """Be in a state of the task for as long as the work of it lasts, watched for progress and cancellation."""
+        if not self._records.move(self._task.bundle_id, state):
+            raise Cancelled
+        with Watch(self._records, self._task.bundle_id) as watch:
+            yield watch
+
+    def _documents(self, instance: Instance, sealing: Sealing) -> Documents:
+        """The manifest, signed by the service and readable by the account (if it has a certificate) and the service."""
+        service = self._host.service
+        owner = self._host.accounts.certificate(self._task.account_id)
+        manifest = write_manifest(
+            sealing.sealed,
+            account_id=self._task.account_id,
+            architecture=instance.architecture,
+            user_certificate=owner or service.certificate,
+            service_certificate=service.certificate,
+            signing_key=service.private_key,
+        )
+        side_file = write_side_file(sealing.sealed, manifest, service.side_key)
+        return {"manifest": manifest.decode(), "side_file": side_file.decode()}
+
+
+def bundle(host: Host, bundle_id: str) -> None:
+    """Do the task `bundle_id`, unless it has ended, as one that was cancelled before it began."""
+    task = host.records.get(bundle_id)
+    if task is not None and task.state not in FINISHED:
+        Bundling(host, task).run()

@@ -1,0 +1,103 @@
+"""Why a bundle task can fail: one table of codes, and the exception that carries one.
+
+    TaskFailure             ends the task; becomes its BundleTaskError
+    └── Cancelled           … because its owner asked for it
+
+EC2 writes these codes with their prefix inside the answer (`Client.S3Error`, `Client.Cancelled`, seen in the records of
+RightScale's right_aws), and so do we. `Client.…` is for what the caller can mend, `Server.…` for what the operator can.
+No message ever holds a secret.
+"""
+
+from typing import NamedTuple
+
+import structlog
+
+from thrave.buckets.errors import BucketError
+from thrave.compute.errors import InstanceError, InstanceNotFound
+from thrave.volumes.errors import VolumeError
+
+log = structlog.get_logger()
+
+
+class Cause(NamedTuple):
+    """A row of the table: what happened, and what to do about it."""
+
+    meaning: str
+    remedy: str
+
+
+CAUSES: dict[str, Cause] = {
+    "Client.Cancelled": Cause(
+        "CancelBundleTask was called.",
+        "Nothing. What had been stored was removed, and the instance was started again.",
+    ),
+    "Client.S3Error": Cause(
+        "The bucket refused an object. The message gives S3's code, HTTP status and words, as AWS did.",
+        "Mend the upload policy or the bucket's permissions, and bundle again.",
+    ),
+    "Client.InstanceTerminated": Cause(
+        "The instance was terminated, or its description removed, while it was being bundled.",
+        "Nothing can be done for this task.",
+    ),
+    "Server.InstanceNotStopped": Cause(
+        "The guest did not power off within the grace period. It was left running.",
+        "See why the guest ignores the shutdown request, or raise `shutdown_grace` and bundle again.",
+    ),
+    "Server.InstanceNotStarted": Cause(
+        "The instance could not be started again after its root volume had been read.",
+        "Start it by hand; the message says what the hypervisor answered.",
+    ),
+    "Server.InstanceError": Cause(
+        "The hypervisor refused to do something with the instance.",
+        "The message gives the hypervisor's words; mend that, and bundle again.",
+    ),
+    "Server.VolumeError": Cause(
+        "The root volume could not be read to its end, or is in use.",
+        "Check the volume's file and the host's disks, and bundle again.",
+    ),
+    "Server.InternalError": Cause(
+        "Something that nobody foresaw. The service's log has the details under the bundle task's id.",
+        "Report it.",
+    ),
+}
+
+
+class TaskFailure(Exception):  # noqa: N818 (EC2 speaks of a task's failure)
+    """The task cannot be completed, for a reason of the table above."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """Give the reason: a `code` of `CAUSES`, and a `message` that says what was met."""
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+    def also(self, another: "TaskFailure") -> "TaskFailure":
+        """This failure, with the word that something else went wrong on the way out of it."""
+        return TaskFailure(self.code, f"{self.message} ({another})")
+
+
+class Cancelled(TaskFailure):
+    """The owner asked for the task to be cancelled. AWS's own words."""
+
+    def __init__(self) -> None:
+        super().__init__("Client.Cancelled", "User has requested bundling operation cancellation")
+
+
+# What the rooms' own errors become, the first that fits.
+FORESEEN: tuple[tuple[type[Exception], str], ...] = (
+    (InstanceNotFound, "Client.InstanceTerminated"),
+    (InstanceError, "Server.InstanceError"),
+    (VolumeError, "Server.VolumeError"),
+    (BucketError, "Client.S3Error"),
+)
+
+
+def failure_from(error: Exception) -> TaskFailure:
+    """The reason to give for an error that ended a step; what nobody foresaw is logged in full and told in general."""
+    if isinstance(error, TaskFailure):
+        return error
+    for kind, code in FORESEEN:
+        if isinstance(error, kind):
+            return TaskFailure(code, str(error))
+    log.error("a step failed in a way nobody foresaw", exc_info=error)
+    return TaskFailure("Server.InternalError", "An internal error has occurred.")

@@ -1,0 +1,152 @@
+"""The records of bundle tasks: every read and write of `bundle_task` and `bundle_part`.
+
+A state is only ever changed by `move`, which applies the table in `states.py` in one statement, so that two writers
+(the task's own host, and a caller who cancels) can never both win. Nothing here decides what happens next.
+"""
+
+import json
+from typing import NamedTuple
+
+import sqlalchemy as sa
+
+from thrave.database import bundle_part, bundle_task, utc_now
+from thrave.tasks.failures import TaskFailure
+from thrave.tasks.states import CANCELLABLE, FINISHED, WITH_PROGRESS, BundleTaskState, before
+from thrave.tasks.task import BundleRequest, BundleTask
+from thrave.vault import Vault
+
+_SHOWN = [column for column in bundle_task.c if column.name != "sealed_grant"]
+
+
+class Grant(NamedTuple):
+    """The caller's upload policy and its signature, as received."""
+
+    upload_policy: str
+    upload_policy_signature: str
+
+
+class StoredObject(NamedTuple):
+    """An object of the bundle that is in the bucket, or was on its way there when it was written down."""
+
+    key: str
+    size: int | None
+    """Bytes; None while it is in flight."""
+
+
+class Records:
+    """The bundle tasks in the database."""
+
+    def __init__(self, engine: sa.Engine, vault: Vault) -> None:
+        """Work on `engine`; `vault` keeps the upload policies unreadable to whoever steals the database."""
+        self._engine = engine
+        self._vault = vault
+
+    def add(self, connection: sa.Connection, bundle_id: str, host: str, request: BundleRequest) -> None:
+        """Record a new, pending task. Raises sqlalchemy's IntegrityError if the instance has one in progress."""
+        now = utc_now()
+        grant = json.dumps([request.upload_policy, request.upload_policy_signature]).encode()
+        row = {
+            "bundle_id": bundle_id, "account_id": request.account_id, "owner_id": request.owner_id,
+            "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
+            "start_time": now, "update_time": now, "bucket": request.bucket, "prefix": request.prefix,
+            "access_key_id": request.access_key_id, "sealed_grant": self._vault.seal(grant, context=bundle_id),
+        }  # fmt: skip
+        connection.execute(bundle_task.insert(), row)
+
+    def get(self, bundle_id: str) -> BundleTask | None:
+        """The task, or None if there is none of that id."""
+        return next(iter(self.find(bundle_task.c.bundle_id == bundle_id)), None)
+
+    def find(self, *conditions: sa.ColumnElement[bool]) -> list[BundleTask]:
+        """The tasks for which all conditions hold, the oldest first."""
+        query = sa.select(*_SHOWN).where(*conditions).order_by(bundle_task.c.start_time, bundle_task.c.bundle_id)
+        with self._engine.connect() as connection:
+            return [_task(row) for row in connection.execute(query)]
+
+    def in_progress(self, instance_id: str) -> BundleTask | None:
+        """The unfinished task of an instance, if it has one."""
+        unfinished = bundle_task.c.state.not_in([*FINISHED])
+        return next(iter(self.find(bundle_task.c.instance_id == instance_id, unfinished)), None)
+
+    def move(self, bundle_id: str, state: BundleTaskState) -> bool:
+        """Move a task on to `state` if the table allows it from where it is; say whether it is there now.
+
+        Moving to the state that it has already is allowed and changes nothing: a step may be repeated.
+        """
+        change = {"progress": 0} if state in WITH_PROGRESS else {}
+        return self._move(bundle_id, before(state), state=state, **change) or self._is(bundle_id, state)
+
+    def cancel(self, bundle_id: str) -> bool:
+        """Move a task to `cancelling`; False if it is there already, or has ended."""
+        return self._move(bundle_id, CANCELLABLE, state=BundleTaskState.CANCELLING)
+
+    def complete(self, bundle_id: str) -> bool:
+        """Finish a task as `complete`, erasing what it had to keep secret; say whether it is complete now."""
+        complete = BundleTaskState.COMPLETE
+        change = {"state": complete, "progress": 100, "sealed_grant": None}
+        return self._move(bundle_id, before(complete), **change) or self._is(bundle_id, complete)
+
+    def fail(self, bundle_id: str, failure: TaskFailure, *, only_from: BundleTaskState | None = None) -> bool:
+        """Finish a task as `failed` with the reason, erasing what it had to keep secret; say whether this ended it."""
+        reason = {"error_code": failure.code, "error_message": failure.message, "sealed_grant": None}
+        sources = frozenset({only_from}) if only_from else before(BundleTaskState.FAILED)
+        return self._move(bundle_id, sources, state=BundleTaskState.FAILED, **reason)
+
+    def advance(self, bundle_id: str, state: BundleTaskState, percent: int) -> None:
+        """Raise the progress within `state` to `percent`; never lowers it, nor touches a task in another state."""
+        forward = sa.and_(bundle_task.c.state == state, bundle_task.c.progress < percent)
+        self._update(bundle_id, forward, progress=percent)
+
+    def note_power_state(self, bundle_id: str, *, running: bool) -> None:
+        """Record whether the instance runs, once, before the task touches it."""
+        self._update(bundle_id, bundle_task.c.was_running.is_(None), was_running=running)
+
+    def grant(self, bundle_id: str) -> Grant:
+        """The upload policy and signature of an unfinished task."""
+        query = sa.select(bundle_task.c.sealed_grant).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.connect() as connection:
+            sealed = connection.execute(query).scalar_one()
+        return Grant(*json.loads(self._vault.unseal(sealed, context=bundle_id)))
+
+    def sending(self, bundle_id: str, key: str) -> None:
+        """Write down that an object is about to be sent, so that clean-up finds it even if we die meanwhile."""
+        with self._engine.begin() as connection:
+            connection.execute(bundle_part.delete().where(*_part(bundle_id, key)))
+            connection.execute(bundle_part.insert(), {"bundle_id": bundle_id, "key": key})
+
+    def stored(self, bundle_id: str, key: str, size: int) -> None:
+        """Write down that the bucket has taken an object of `size` bytes."""
+        with self._engine.begin() as connection:
+            connection.execute(bundle_part.update().where(*_part(bundle_id, key)).values(size=size))
+
+    def objects(self, bundle_id: str) -> list[StoredObject]:
+        """Every object that the task has stored or begun to send, in the order of their keys."""
+        query = sa.select(bundle_part.c.key, bundle_part.c.size).where(bundle_part.c.bundle_id == bundle_id)
+        with self._engine.connect() as connection:
+            return [StoredObject(*row) for row in connection.execute(query.order_by(bundle_part.c.key))]
+
+    def forget_objects(self, bundle_id: str) -> None:
+        """Strike the task's objects out, when none of them is in the bucket any more."""
+        with self._engine.begin() as connection:
+            connection.execute(bundle_part.delete().where(bundle_part.c.bundle_id == bundle_id))
+
+    def _is(self, bundle_id: str, state: BundleTaskState) -> bool:
+        task = self.get(bundle_id)
+        return task is not None and task.state is state
+
+    def _move(self, bundle_id: str, sources: frozenset[BundleTaskState], **values: object) -> bool:
+        return self._update(bundle_id, bundle_task.c.state.in_([*sources]), **values)
+
+    def _update(self, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
+        statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition)
+        with self._engine.begin() as connection:
+            return connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1
+
+
+def _part(bundle_id: str, key: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    return bundle_part.c.bundle_id == bundle_id, bundle_part.c.key == key
+
+
+def _task(row: sa.Row[tuple[object, ...]]) -> BundleTask:
+    values = dict(row._mapping)  # noqa: SLF001 (SQLAlchemy's documented name)
+    return BundleTask(**{**values, "state": BundleTaskState(values["state"])})  # type: ignore[arg-type]  # columns and fields have the same names

@@ -1,0 +1,127 @@
+"""What callers may do with bundle tasks: create one, describe them, cancel one.
+
+    BundleTaskError
+    ├── BundlingInProgress          the instance has a task already
+    ├── BundleTaskNotFound          no such task, or somebody else's
+    └── BundleTaskNotCancellable    it has ended, or is being cancelled
+
+Who the caller is and what they may do has been decided before; the task itself runs elsewhere (`bundling.py`), and
+nothing here waits for it.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import sqlalchemy as sa
+
+from thrave.database import bundle_task, utc_now
+from thrave.tasks.failures import Cancelled
+from thrave.tasks.records import Records
+from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.task import BundleRequest, BundleTask
+
+Enqueue = Callable[[sa.Connection, str], None]
+"""Has a task run when the connection's transaction commits: `Engine.enqueue`."""
+
+
+class BundleTaskError(Exception):
+    """A request about a bundle task that cannot be granted."""
+
+
+class BundlingInProgress(BundleTaskError):  # noqa: N818 (EC2's code)
+    """The instance has a bundle task in progress."""
+
+    def __init__(self, bundle_id: str) -> None:
+        super().__init__(f"Instance is already being bundled: {bundle_id}")
+        self.bundle_id = bundle_id
+
+
+class BundleTaskNotFound(BundleTaskError):  # noqa: N818 (EC2's code is InvalidBundleID.NotFound)
+    """No task of the caller's has that id."""
+
+    def __init__(self, bundle_id: str) -> None:
+        super().__init__(f"The bundle task ID '{bundle_id}' does not exist")
+        self.bundle_id = bundle_id
+
+
+class BundleTaskNotCancellable(BundleTaskError):  # noqa: N818 (reads as EC2's codes do)
+    """The task is in a state in which it cannot be cancelled."""
+
+    def __init__(self, state: BundleTaskState) -> None:
+        super().__init__(f"Can't cancel bundle task when the bundle task is {state}")
+        self.state = state
+
+
+class BundleTasks:
+    """The bundle tasks of all accounts, as their callers may see and change them."""
+
+    def __init__(
+        self, engine: sa.Engine, records: Records, enqueue: Enqueue, *, host: str, retention: timedelta
+    ) -> None:
+        """Create tasks for `host`; finished ones are shown for `retention` after their end."""
+        self._engine = engine
+        self._records = records
+        self._enqueue = enqueue
+        self._host = host
+        self._retention = retention
+
+    def create(self, request: BundleRequest) -> BundleTask:
+        """Record a task and have it run, both or neither.
+
+        Raises:
+            BundlingInProgress: The instance has a task already, whoever asked for it.
+        """
+        bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
+        try:
+            with self._engine.begin() as connection:
+                self._records.add(connection, bundle_id, self._host, request)
+                self._enqueue(connection, bundle_id)
+        except sa.exc.IntegrityError as refusal:
+            earlier = self._records.in_progress(request.instance_id)
+            if earlier is None:  # it ended between the two looks
+                return self.create(request)
+            raise BundlingInProgress(earlier.bundle_id) from refusal
+        task = self._records.get(bundle_id)
+        assert task is not None
+        return task
+
+    def in_progress(self, instance_id: str) -> BundleTask | None:
+        """The unfinished task of an instance, if it has one."""
+        return self._records.in_progress(instance_id)
+
+    def describe(self, account_id: str, bundle_ids: Sequence[str] = ()) -> list[BundleTask]:
+        """The account's tasks, or those with the given ids, the oldest first.
+
+        Raises:
+            BundleTaskNotFound: One of the ids is not a task of this account.
+        """
+        recent = sa.or_(
+            bundle_task.c.state.not_in([*FINISHED]), bundle_task.c.update_time > utc_now() - self._retention
+        )
+        conditions = [bundle_task.c.account_id == account_id, recent]
+        if bundle_ids:
+            conditions.append(bundle_task.c.bundle_id.in_(bundle_ids))
+        tasks = self._records.find(*conditions)
+        found = {task.bundle_id for task in tasks}
+        for bundle_id in bundle_ids:
+            if bundle_id not in found:
+                raise BundleTaskNotFound(bundle_id)
+        return tasks
+
+    def cancel(self, account_id: str, bundle_id: str) -> BundleTask:
+        """Have a task end as `failed` with `Client.Cancelled`; give it as it is now.
+
+        A task that nobody has begun ends at once; any other is `cancelling` until its host has put everything back.
+
+        Raises:
+            BundleTaskNotFound: It is not a task of this account.
+            BundleTaskNotCancellable: It has ended, or is being cancelled already.
+        """
+        (task,) = self.describe(account_id, [bundle_id])
+        begun = not self._records.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
+        if begun and not self._records.cancel(bundle_id):
+            (task,) = self.describe(account_id, [bundle_id])
+            raise BundleTaskNotCancellable(task.state)
+        (task,) = self.describe(account_id, [bundle_id])
+        return task

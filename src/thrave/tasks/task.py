@@ -1,0 +1,46 @@
+"""A bundle task as others see it, and the request that makes one. Plain data; nothing here touches the database."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from thrave.tasks.states import BundleTaskState
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleRequest:
+    """What BundleInstance asks for, after every check that can be made at request time has passed."""
+
+    account_id: str
+    """The caller's account."""
+    owner_id: str
+    """The account of `access_key_id`: the owner of the bucket, whose key signed the upload policy."""
+    instance_id: str
+    bucket: str
+    prefix: str
+    access_key_id: str
+    upload_policy: str = field(repr=False)
+    """As received: base64 text."""
+    upload_policy_signature: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleTask:
+    """One bundle task, as DescribeBundleTasks shows it. Times are aware and in UTC."""
+
+    bundle_id: str
+    account_id: str
+    owner_id: str
+    instance_id: str
+    host: str
+    state: BundleTaskState
+    progress: int | None
+    """Percent within `bundling`, and again within `storing`; None before."""
+    start_time: datetime
+    update_time: datetime
+    bucket: str
+    prefix: str
+    access_key_id: str
+    was_running: bool | None
+    """Whether the instance ran before the task touched it; None until that is known."""
+    error_code: str | None
+    error_message: str | None
