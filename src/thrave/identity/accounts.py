@@ -1,0 +1,176 @@
+"""Accounts and their access keys, kept in the database.
+
+An account owns instances, bundle tasks and buckets; its access keys sign its requests and upload policies. The names
+and limits are AWS IAM's (a unique name, at most two access keys). A secret access key is stored sealed by the vault,
+bound to its key's id and account, and comes out only to check a signature: a stolen database gives none away, and a
+sealed secret that somebody moved to another row does not open. Who may do what is not decided here.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from thrave.database import access_key, account, utc_now
+from thrave.identity.certificates import certificate_pem, load_certificate
+from thrave.identity.errors import EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
+from thrave.identity.keys import AccessKey, new_access_key_id, new_account_id, new_secret_access_key
+from thrave.vault import Vault
+
+KEYS_PER_ACCOUNT = 2  # IAM's quota "access keys per user"
+_NAME = re.compile(r"[A-Za-z0-9+=,.@_-]{1,64}")  # as IAM's user names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """An account; `certificate` is PEM, and bundles of the account are also encrypted to it."""
+
+    account_id: str
+    name: str
+    certificate: str | None
+    create_date: datetime
+
+
+class Accounts:
+    """The accounts of this service. Safe to use from several threads and processes."""
+
+    def __init__(self, engine: sa.Engine, vault: Vault) -> None:
+        self._engine = engine
+        self._vault = vault
+
+    def create(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
+        """Create an account and its first access key.
+
+        Args:
+            name: 1 to 64 characters of `A-Za-z0-9+=,.@_-`, used by no other account.
+            certificate: PEM X.509 certificate with an RSA key; its owner's private key will open the bundles.
+
+        Raises:
+            ValidationError: The name may not be given.
+            EntityAlreadyExists: It is taken.
+            MalformedCertificate: The certificate is not one that bundles can be encrypted to.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValidationError("An account's name has 1 to 64 characters of A-Z a-z 0-9 + = , . @ _ -")
+        pem = None if certificate is None else certificate_pem(load_certificate(certificate))
+        new = Account(account_id=new_account_id(), name=name, certificate=pem, create_date=utc_now())
+        with self._engine.begin() as connection:
+            try:
+                connection.execute(sa.insert(account).values(**vars(new)))
+            except sa.exc.IntegrityError:
+                raise EntityAlreadyExists(f"Account with name {name} already exists.") from None
+            return new, self._insert_key(connection, new.account_id)
+
+    def list(self) -> Sequence[Account]:
+        """All accounts, by name."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(account).order_by(account.c.name)).mappings()
+            return [Account(**row) for row in rows]
+
+    def get(self, account_id: str) -> Account:
+        """The account with an id.
+
+        Raises:
+            NoSuchEntity: There is none.
+        """
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(account).where(account.c.account_id == account_id)).mappings().first()
+        if row is None:
+            raise _no_such_account(account_id)
+        return Account(**row)
+
+    def create_key(self, account_id: str) -> AccessKey:
+        """Give an account another access key.
+
+        Raises:
+            NoSuchEntity: There is no such account.
+            LimitExceeded: It has two.
+        """
+        count = sa.select(sa.func.count()).where(access_key.c.account_id == account_id)
+        with self._engine.begin() as connection:
+            _lock(connection, account_id)
+            key = self._insert_key(connection, account_id)
+            if connection.execute(count).scalar_one() > KEYS_PER_ACCOUNT:
+                raise LimitExceeded(
+                    f"Cannot exceed quota for AccessKeysPerAccount: {KEYS_PER_ACCOUNT}; delete one first"
+                )
+            return key
+
+    def delete_key(self, access_key_id: str) -> None:
+        """Take an access key away for good.
+
+        Raises:
+            NoSuchEntity: There is no such key.
+        """
+        with self._engine.begin() as connection:
+            deleted = connection.execute(sa.delete(access_key).where(access_key.c.access_key_id == access_key_id))
+            if deleted.rowcount == 0:
+                raise NoSuchEntity(f"The Access Key with id {access_key_id} cannot be found.")
+
+    def list_keys(self, account_id: str) -> Sequence[AccessKey]:
+        """The access keys of an account, oldest first.
+
+        Raises:
+            SealError: A secret was sealed by another vault.
+        """
+        query = sa.select(access_key).where(access_key.c.account_id == account_id).order_by(access_key.c.create_date)
+        with self._engine.connect() as connection:
+            return [self._opened(row) for row in connection.execute(query).mappings()]
+
+    def find_key(self, access_key_id: str) -> AccessKey | None:
+        """The access key with an id, or None; an inactive one is found too.
+
+        Raises:
+            SealError: Its secret was sealed by another vault.
+        """
+        query = sa.select(access_key).where(access_key.c.access_key_id == access_key_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).mappings().first()
+        return self._opened(row) if row else None
+
+    def _insert_key(self, connection: sa.Connection, account_id: str) -> AccessKey:
+        key = AccessKey(
+            access_key_id=new_access_key_id(),
+            secret_access_key=new_secret_access_key(),
+            account_id=account_id,
+            status="Active",
+            create_date=utc_now(),
+        )
+        sealed = self._vault.seal(key.secret_access_key.encode(), context=_context(key.access_key_id, account_id))
+        connection.execute(
+            sa.insert(access_key).values(
+                access_key_id=key.access_key_id,
+                account_id=account_id,
+                sealed_secret=sealed,
+                status=key.status,
+                create_date=key.create_date,
+            )
+        )
+        return key
+
+    def _opened(self, row: sa.RowMapping) -> AccessKey:
+        context = _context(row["access_key_id"], row["account_id"])
+        return AccessKey(
+            access_key_id=row["access_key_id"],
+            secret_access_key=self._vault.unseal(row["sealed_secret"], context=context).decode("ascii"),
+            account_id=row["account_id"],
+            status=row["status"],
+            create_date=row["create_date"],
+        )
+
+
+def _lock(connection: sa.Connection, account_id: str) -> None:
+    # Two keys that are created at once must not both see room for one. (SQLite has no row locks, but one writer.)
+    query = sa.select(account.c.account_id).where(account.c.account_id == account_id).with_for_update()
+    if connection.execute(query).first() is None:
+        raise _no_such_account(account_id)
+
+
+def _no_such_account(account_id: str) -> NoSuchEntity:
+    return NoSuchEntity(f"The account with id {account_id} cannot be found.")
+
+
+def _context(access_key_id: str, account_id: str) -> str:
+    return f"access key {access_key_id} of account {account_id}"

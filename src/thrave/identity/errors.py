@@ -1,0 +1,61 @@
+"""What can be wrong about accounts, keys and certificates, named as AWS IAM names it.
+
+Each carries IAM's error code in `code`; the message says what to do. None ever holds a secret.
+
+    IdentityError
+    ├── NoSuchEntity            there is no such account or access key
+    ├── EntityAlreadyExists     the account's name is taken
+    ├── LimitExceeded           an account has at most two access keys
+    ├── ValidationError         a name that may not be given
+    ├── MalformedCertificate    not a PEM X.509 certificate with an RSA key
+    ├── MalformedPrivateKey     not an unencrypted PEM RSA private key
+    └── ServiceIdentityError    the service's own key files cannot be used
+"""
+
+from typing import ClassVar
+
+
+class IdentityError(Exception):
+    """Something about an account, an access key or a certificate is wrong."""
+
+    code: ClassVar[str] = "ServiceFailure"
+
+
+class NoSuchEntity(IdentityError):
+    """An account or access key does not exist."""
+
+    code = "NoSuchEntity"
+
+
+class EntityAlreadyExists(IdentityError):
+    """An account of that name exists."""
+
+    code = "EntityAlreadyExists"
+
+
+class LimitExceeded(IdentityError):
+    """An account has as many access keys as it may have."""
+
+    code = "LimitExceeded"
+
+
+class ValidationError(IdentityError):
+    """A value does not have the form that is asked for."""
+
+    code = "ValidationError"
+
+
+class MalformedCertificate(IdentityError):
+    """A certificate cannot be read, or is of a kind that bundles cannot be encrypted to."""
+
+    code = "MalformedCertificate"
+
+
+class MalformedPrivateKey(IdentityError):
+    """A private key cannot be read, or is of a kind that cannot open bundles."""
+
+    code = "InvalidKeyPair"
+
+
+class ServiceIdentityError(IdentityError):
+    """The service's own certificate or keys are missing in part, open to others, or do not belong together."""

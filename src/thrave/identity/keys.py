@@ -1,0 +1,46 @@
+"""Access keys as AWS makes them: an id that may be seen, and a secret that signs.
+
+The id begins with `AKIA` (a long-term key; AWS IAM's documentation, "unique identifiers") and has 16 more characters
+of base32; the secret is 40 characters of base64's alphabet, 240 random bits. Nothing here is stored.
+"""
+
+import secrets
+import string
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+_ID_ALPHABET = string.ascii_uppercase + "234567"
+_SECRET_ALPHABET = string.ascii_letters + string.digits + "+/"
+
+Status = Literal["Active", "Inactive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessKey:
+    """An account's access key; an inactive one must not be let in."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    account_id: str
+    status: Status
+    create_date: datetime
+
+
+def new_access_key_id() -> str:
+    """Draw an access key id: `AKIA` and 16 characters, 80 random bits."""
+    return "AKIA" + _draw(_ID_ALPHABET, 16)
+
+
+def new_secret_access_key() -> str:
+    """Draw a secret access key of 40 characters, 240 random bits."""
+    return _draw(_SECRET_ALPHABET, 40)
+
+
+def new_account_id() -> str:
+    """Draw an account id: 12 digits, the first not 0, so that nothing that takes it for a number cuts it short."""
+    return str(secrets.randbelow(9 * 10**11) + 10**11)
+
+
+def _draw(alphabet: str, length: int) -> str:
+    return "".join(secrets.choice(alphabet) for _ in range(length))

@@ -1,0 +1,164 @@
+"""Accounts, their access keys and the rules of both, on a real database."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import sqlalchemy as sa
+
+from thrave.database import access_key as access_key_table
+from thrave.database import migrate, open_engine
+from thrave.identity.accounts import Accounts
+from thrave.identity.certificates import new_certificate
+from thrave.identity.errors import (
+    EntityAlreadyExists,
+    IdentityError,
+    LimitExceeded,
+    MalformedCertificate,
+    NoSuchEntity,
+    ValidationError,
+)
+from thrave.vault import SealError, Vault
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = open_engine(f"sqlite:///{tmp_path}/thrave.db")
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def vault(tmp_path):
+    return Vault.open_or_create(tmp_path / "vault.key")
+
+
+@pytest.fixture
+def accounts(engine, vault):
+    return Accounts(engine, vault)
+
+
+def test_a_new_account_has_a_12_digit_id_and_a_key_of_the_form_of_awss(accounts):
+    account, key = accounts.create("alice")
+    assert re.fullmatch(r"[1-9][0-9]{11}", account.account_id)
+    assert re.fullmatch(r"AKIA[A-Z2-7]{16}", key.access_key_id)
+    assert re.fullmatch(r"[A-Za-z0-9+/]{40}", key.secret_access_key)
+    assert key.account_id == account.account_id
+    assert key.status == "Active"
+    assert account.certificate is None
+
+
+def test_what_was_created_is_found_again_also_after_a_restart(accounts, engine, vault):
+    account, key = accounts.create("alice", certificate=new_certificate("alice")[0])
+    again = Accounts(engine, vault)
+    assert again.get(account.account_id) == account
+    assert again.list() == [account]
+    assert again.find_key(key.access_key_id) == key
+    assert again.list_keys(account.account_id) == [key]
+
+
+def test_accounts_are_listed_by_name(accounts):
+    for name in ("carol", "alice", "bob"):
+        accounts.create(name)
+    assert [account.name for account in accounts.list()] == ["alice", "bob", "carol"]
+
+
+def test_a_name_is_given_once(accounts):
+    accounts.create("alice")
+    with pytest.raises(EntityAlreadyExists, match="alice"):
+        accounts.create("alice")
+    assert len(accounts.list()) == 1
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a/b", "a\n", "ä", "a\0b", "$(touch x)"])
+def test_a_name_that_iam_would_not_take_is_refused(accounts, name):
+    with pytest.raises(ValidationError):
+        accounts.create(name)
+    assert accounts.list() == []
+
+
+@pytest.mark.parametrize("certificate", ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_an_account_is_not_made_with_a_certificate_that_is_none(accounts, certificate):
+    with pytest.raises(MalformedCertificate):
+        accounts.create("alice", certificate=certificate)
+    assert accounts.list() == []
+
+
+def test_a_private_key_pasted_beside_the_certificate_is_not_kept(accounts, engine):
+    certificate, private_key = new_certificate("alice")
+    account, _ = accounts.create("alice", certificate=private_key + certificate)
+    assert accounts.get(account.account_id).certificate == certificate
+
+
+def test_an_account_has_at_most_two_keys(accounts):
+    account, first = accounts.create("alice")
+    second = accounts.create_key(account.account_id)
+    with pytest.raises(LimitExceeded, match="2"):
+        accounts.create_key(account.account_id)
+    assert accounts.list_keys(account.account_id) == [first, second]
+    accounts.delete_key(first.access_key_id)
+    third = accounts.create_key(account.account_id)
+    assert accounts.list_keys(account.account_id) == [second, third]
+
+
+def test_of_many_keys_created_at_once_two_remain(accounts):
+    account, _ = accounts.create("alice")
+
+    def create(_):
+        try:
+            return accounts.create_key(account.account_id)
+        except LimitExceeded:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len([key for key in pool.map(create, range(8)) if key]) == 1
+    assert len(accounts.list_keys(account.account_id)) == 2
+
+
+def test_a_deleted_key_is_gone(accounts):
+    _, key = accounts.create("alice")
+    accounts.delete_key(key.access_key_id)
+    assert accounts.find_key(key.access_key_id) is None
+    with pytest.raises(NoSuchEntity, match=key.access_key_id):
+        accounts.delete_key(key.access_key_id)
+
+
+@pytest.mark.parametrize("account_id", ["", "123456789012", "' OR 1=1 --"])
+def test_an_account_that_is_not_there_is_said_so(accounts, account_id):
+    with pytest.raises(NoSuchEntity):
+        accounts.get(account_id)
+    with pytest.raises(NoSuchEntity):
+        accounts.create_key(account_id)
+    assert accounts.list_keys(account_id) == []
+
+
+def test_the_database_holds_no_secret_in_the_clear(accounts, engine, tmp_path):
+    _, key = accounts.create("alice")
+    engine.dispose()
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("thrave.db*"))
+    assert key.access_key_id.encode() in stored
+    assert key.secret_access_key.encode() not in stored
+
+
+def test_a_sealed_secret_moved_to_another_row_does_not_open(accounts, engine):
+    _, thiefs = accounts.create("thief")
+    _, victims = accounts.create("victim")
+    by_id = access_key_table.c.access_key_id
+    with engine.begin() as connection:
+        sealed = connection.execute(
+            sa.select(access_key_table.c.sealed_secret).where(by_id == thiefs.access_key_id)
+        ).scalar_one()
+        connection.execute(
+            sa.update(access_key_table).where(by_id == victims.access_key_id).values(sealed_secret=sealed)
+        )
+    with pytest.raises(SealError):
+        accounts.find_key(victims.access_key_id)
+
+
+def test_neither_repr_nor_error_shows_a_secret(accounts):
+    _, key = accounts.create("alice")
+    assert key.secret_access_key not in repr(key)
+    with pytest.raises(IdentityError) as caught:
+        accounts.create("alice")
+    assert key.secret_access_key not in str(caught.value)
