@@ -1,0 +1,112 @@
+"""A volume in one of QEMU's formats, served by qemu-nbd and read through libnbd.
+
+qemu-nbd is the reference implementation of these formats. libnbd starts it by socket activation (sd_listen_fds(3)): the
+socket is connected before the server runs, in a private folder, so nobody else can come in between. The server is
+read-only, is told the format, takes one client, and ends when that client's connection does: with close(), and also
+when this process is killed. No port, daemon or kernel module is used.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from thrave.volumes import inspection, libnbd
+from thrave.volumes.errors import VolumeUnreadableError
+from thrave.volumes.volume import Extent, joined
+
+ALLOCATION = "base:allocation"
+READS_AS_ZEROS = 2  # NBD_STATE_ZERO; NBD_STATE_HOLE (1) alone promises nothing of the content (NBD protocol)
+START_SECONDS = 30.0
+_POLL_MILLISECONDS = 200
+_MOST_READ = 32 << 20  # bytes in one NBD read; servers may refuse more (NBD protocol, "maximum payload size")
+_MOST_STATUS = 2 << 30  # bytes in one question for extents; a length has 32 bits
+
+
+class QemuVolume:
+    """Reads the image at `path` through a qemu-nbd of its own.
+
+    Raises:
+        VolumeError: The image is refused (see `inspection`), a component is missing, or the server does not come up
+            within START_SECONDS.
+    """
+
+    def __init__(self, path: Path, image_format: str) -> None:
+        # Absolute: QEMU takes a name with a colon in front of the first slash for a protocol.
+        self._path = path.absolute()
+        self._binding = libnbd.load()
+        inspection.inspect_chain(self._path, image_format)
+        self._handle: libnbd.Handle | None = self._connect(image_format)
+        self._size = self._handle.get_size()
+
+    @property
+    def size(self) -> int:
+        """Bytes, as the guest sees it."""
+        return self._size
+
+    def extents(self) -> list[Extent]:
+        """What base:allocation does not call zeros; QEMU 7.2 knows no holes of vhdx."""
+        try:
+            return joined(
+                [(offset, length) for offset, length, flags in self._statuses() if not flags & READS_AS_ZEROS]
+            )
+        except self._binding.Error as error:
+            raise VolumeUnreadableError(self._path, f"no extents: {error}") from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` by reads of at most 32 MiB."""
+        for start in range(0, len(buffer), _MOST_READ):
+            chunk = buffer[start : start + _MOST_READ]
+            try:
+                chunk[:] = self._opened().pread(len(chunk), offset + start)
+            except self._binding.Error as error:
+                raise VolumeUnreadableError(self._path, str(error), offset=offset + start) from error
+
+    def close(self) -> None:
+        """Drop the connection; libnbd ends the server and waits for it."""
+        self._handle = None
+
+    def _opened(self) -> libnbd.Handle:
+        if self._handle is None:
+            raise VolumeUnreadableError(self._path, "it is closed")
+        return self._handle
+
+    def _connect(self, image_format: str) -> libnbd.Handle:
+        server = inspection.program("qemu-nbd")
+        handle = self._binding.NBD()
+        handle.add_meta_context(ALLOCATION)
+        options = ["--read-only", "--shared=1", f"--format={image_format}"]
+        try:
+            handle.aio_connect_systemd_socket_activation([server, *options, str(self._path)])
+            _wait_until_ready(handle, self._path)
+        except self._binding.Error as error:
+            raise VolumeUnreadableError(self._path, f"qemu-nbd does not serve it ({error})") from error
+        return handle
+
+    def _statuses(self) -> Iterator[tuple[int, int, int]]:
+        """(offset, length, flags) of the whole volume, in order; a server that does not move on is an error."""
+        offset = 0
+        while offset < self._size:
+            for length, flags in self._status(offset):
+                length_within = min(length, self._size - offset)
+                yield offset, length_within, flags
+                offset += length_within
+
+    def _status(self, offset: int) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+
+        def note(context: str, start: int, entries: list[int], _error: object) -> None:
+            if context == ALLOCATION and start == offset:
+                found.extend(zip(entries[::2], entries[1::2], strict=True))
+
+        self._opened().block_status(min(_MOST_STATUS, self._size - offset), offset, note)
+        if not any(length for length, _ in found):
+            raise VolumeUnreadableError(self._path, "no extents from here on", offset=offset)
+        return found
+
+
+def _wait_until_ready(handle: libnbd.Handle, path: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not handle.aio_is_ready():
+        handle.poll(_POLL_MILLISECONDS)
+        if time.monotonic() > deadline:
+            raise VolumeUnreadableError(path, f"qemu-nbd did not answer within {START_SECONDS:.0f} seconds")

@@ -1,0 +1,95 @@
+"""A raw volume: a regular file or a block device, read directly.
+
+Holes come from the file system (``lseek`` with SEEK_DATA and SEEK_HOLE, lseek(2)); one that does not know holes says
+that everything is data, and a block device is one extent. No program is needed and nothing is cached here.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from thrave.volumes.errors import VolumeUnreadableError
+from thrave.volumes.volume import Extent, joined
+
+
+class RawVolume:
+    """Reads the file at `path`.
+
+    Raises:
+        VolumeUnreadableError: it cannot be opened, or is neither a regular file nor a block device.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = _open(path)
+        self._size = os.lseek(self._fd, 0, os.SEEK_END)
+        self._is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
+
+    @property
+    def size(self) -> int:
+        """Bytes; of a block device what the kernel says."""
+        return self._size
+
+    def extents(self) -> list[Extent]:
+        """The runs that the file system has stored."""
+        if not self._is_file:
+            return joined([(0, self._size)])
+        try:
+            return joined(list(self._runs()))
+        except OSError as error:
+            raise VolumeUnreadableError(self._path, _reason(error)) from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer`; a file that has become shorter meanwhile is an error, not zeros."""
+        done = 0
+        while done < len(buffer):
+            done += self._read_some(offset + done, buffer[done:])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        end = 0
+        while (start := self._next_data(end)) is not None:
+            end = min(os.lseek(self._fd, start, os.SEEK_HOLE), self._size)
+            yield start, end - start
+
+    def _next_data(self, offset: int) -> int | None:
+        try:
+            start = os.lseek(self._fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here to the end
+                return None
+            raise
+        return start if start < self._size else None
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        try:
+            count = os.preadv(self._fd, [buffer], offset)
+        except OSError as error:
+            raise VolumeUnreadableError(self._path, _reason(error), offset=offset) from error
+        if not count:
+            raise VolumeUnreadableError(self._path, "the file ends here, too early", offset=offset)
+        return count
+
+
+def _open(path: Path) -> int:
+    # O_NONBLOCK: opening a FIFO must not wait for a writer. It changes nothing for files and disks.
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise VolumeUnreadableError(path, _reason(error)) from error
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return fd
+    os.close(fd)
+    raise VolumeUnreadableError(path, "neither a regular file nor a block device")
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno or 0)

@@ -1,0 +1,69 @@
+"""The contract of a volume: a machine's disk as extents and bytes, whatever its file looks like.
+
+The docstrings of the Protocol are the contract, and one suite (tests/volumes/test_contract.py) holds every driver to
+it. A volume is only ever read. It does not know whose it is, nor whether the machine is off: who opens a volume has
+made sure that nobody writes to it (compute: ``Instances.hold``).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Extent(NamedTuple):
+    """A run of data. Offset and length in bytes, from the volume's beginning."""
+
+    offset: int
+    length: int
+
+
+class Volume(Protocol):
+    """A disk that can be read while it is open. All drivers may be read from several threads at once."""
+
+    @property
+    def size(self) -> int:
+        """The size of the disk as its guest sees it, in bytes: not of the file that holds it.
+
+        It does not change while the volume is open. A format that counts in cylinders (vpc) may show a little more
+        than was once put in; the rest is a hole.
+        """
+
+    def extents(self) -> Sequence[Extent]:
+        """Where the data lies: ascending, none empty, none overlapping or touching another, all within `size`.
+
+        What lies between them is a hole: it reads as zeros and need not be read. Data may be zeros too: a driver says
+        what its metadata says and never reads the content to find out. May be asked for any number of times.
+
+        Raises:
+            VolumeError: The metadata cannot be read.
+        """
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer with what stands from `offset` (bytes) on; holes are zeros.
+
+        It returns with the buffer full or not at all. Reading beyond `size` is an error.
+
+        Args:
+            offset: Where in the volume to begin, in bytes; any number, not only multiples of a sector.
+            buffer: One-dimensional, of bytes, writable; its length says how much is read.
+
+        Raises:
+            VolumeUnreadableError: With the file and the offset in bytes.
+        """
+
+    def close(self) -> None:
+        """Let go of the file and of every helper process. May be said again; nothing else may be called after it."""
+
+
+def joined(runs: Sequence[tuple[int, int]]) -> list[Extent]:
+    """Turn ascending runs into extents: touching ones become one, empty ones vanish.
+
+    Args:
+        runs: (offset, length) in bytes, ascending and not overlapping.
+    """
+    extents: list[Extent] = []
+    for offset, length in runs:
+        if extents and extents[-1].offset + extents[-1].length == offset:
+            extents[-1] = Extent(extents[-1].offset, extents[-1].length + length)
+        elif length:
+            extents.append(Extent(offset, length))
+    return extents
