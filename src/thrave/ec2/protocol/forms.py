@@ -1,0 +1,216 @@
+"""Requests: a form becomes the input of an operation, checked against the model member by member."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, TypeAlias
+from urllib.parse import parse_qsl
+
+from botocore.model import OperationModel, Shape
+
+from thrave.ec2.protocol.characters import is_xml
+from thrave.ec2.protocol.errors import (
+    InvalidCharacterError,
+    InvalidQueryParameterError,
+    InvalidValueError,
+    MalformedQueryStringError,
+    MissingParameterError,
+    UnknownParameterError,
+)
+from thrave.ec2.protocol.values import Blob, Parameters
+
+Node: TypeAlias = "str | dict[str, Node]"
+"""A form unfolded at its dots: a value, or what stands under each next step of the name."""
+
+# Parameters that belong to the request rather than to the operation: the protocol's own two, then those of signature
+# version 2, then those of a presigned URL.
+ENVELOPE = frozenset(
+    {"Action", "Version"}
+    | {"AWSAccessKeyId", "Signature", "SignatureVersion", "SignatureMethod"}
+    | {"Timestamp", "Expires", "SecurityToken"}
+    | {"X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Date", "X-Amz-Expires"}
+    | {"X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Security-Token"}
+)
+
+# Deeper than any input of EC2's model; a bound, so that a name made of dots costs nothing.
+MAX_DEPTH = 16
+
+_LIST_INDEX = re.compile(r"[1-9][0-9]{0,3}")
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
+
+
+def read_form(encoded: bytes) -> dict[str, str]:
+    """Decode a form (a query string or a body): parameter names to values.
+
+    Raises:
+        MalformedQueryStringError: not UTF-8.
+        InvalidQueryParameterError: a parameter is given more than once.
+        InvalidCharacterError: a character that XML cannot carry.
+    """
+    try:
+        pairs = parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise MalformedQueryStringError("The request is not UTF-8.") from None
+    form: dict[str, str] = {}
+    for name, value in pairs:
+        _add(form, name, value)
+    return form
+
+
+def _add(form: dict[str, str], name: str, value: str) -> None:
+    if not (is_xml(name) and is_xml(value)):
+        raise InvalidCharacterError("The request contains a character that XML does not allow.")
+    if name in form:
+        raise InvalidQueryParameterError(f"The parameter {name} is given more than once.")
+    form[name] = value
+
+
+def parse(operation: OperationModel, form: Mapping[str, str]) -> Parameters:
+    """Turn a form into the input of an operation.
+
+    Lists may be numbered from any number upwards with gaps, or hold their one member un-numbered (`BundleId=bun-…`,
+    as Dasein Cloud sends it). Parameters of the envelope (`ENVELOPE`) are passed over.
+
+    Raises:
+        ProtocolError: the first that fits, in the form's order; missing members last.
+    """
+    return _read_structure(operation.input_shape, _unfold(form), "")
+
+
+def _unfold(form: Mapping[str, str]) -> dict[str, Node]:
+    """Unfold names at their dots: `{"Filter.1.Name": "state"}` to `{"Filter": {"1": {"Name": "state"}}}`."""
+    tree: dict[str, Node] = {}
+    for name, value in form.items():
+        if name not in ENVELOPE:
+            _place(tree, name, value)
+    return tree
+
+
+def _place(tree: dict[str, Node], name: str, value: str) -> None:
+    *path, last = name.split(".", MAX_DEPTH)
+    branch = tree
+    for step in path:
+        below = branch.setdefault(step, {})
+        if isinstance(below, str):
+            raise InvalidQueryParameterError(f"The parameter {name} stands below another that has a value.")
+        branch = below
+    if last in branch:
+        raise InvalidQueryParameterError(f"The parameter {name} has a value, and others stand below it.")
+    branch[last] = value
+
+
+def _read(shape: Shape, node: Node, path: str) -> Any:  # noqa: ANN401  # the type is the shape's
+    if shape.type_name == "structure":
+        return _read_structure(shape, node, path)
+    if shape.type_name == "list":
+        return _read_list(shape, node, path)
+    if isinstance(node, dict):
+        raise UnknownParameterError(f"{path}.{next(iter(node))}")
+    return _SCALARS[shape.type_name](path, node)
+
+
+def _read_structure(shape: Shape, node: Node, path: str) -> dict[str, Any]:
+    if isinstance(node, str):
+        raise InvalidValueError(path, node, "given member by member")
+    members = _members(shape)
+    found = {}
+    for step, below in node.items():
+        if step not in members:
+            raise UnknownParameterError(_join(path, step))
+        name, member = members[step]
+        found[name] = _read(member, below, _join(path, step))
+    _require(shape, found, path)
+    return found
+
+
+def _require(shape: Shape, found: Mapping[str, Any], path: str) -> None:
+    for name in shape.required_members:
+        if name not in found:
+            raise MissingParameterError(_join(path, _wire_name(shape.members[name], name)))
+
+
+def _join(path: str, step: str) -> str:
+    return f"{path}.{step}" if path else step
+
+
+def _read_list(shape: Shape, node: Node, path: str) -> list[Any]:
+    if isinstance(node, str):
+        return [_read(shape.member, node, path)] if node else []
+    for step in node:
+        if not _LIST_INDEX.fullmatch(step):
+            raise UnknownParameterError(f"{path}.{step}")
+    return [_read(shape.member, node[step], f"{path}.{step}") for step in sorted(node, key=int)]
+
+
+@cache
+def _members(shape: Shape) -> dict[str, tuple[str, Shape]]:
+    """Return a structure's members by their names on the wire: (member name, its shape)."""
+    return {_wire_name(member, name): (name, member) for name, member in shape.members.items()}
+
+
+def _wire_name(member: Shape, name: str) -> str:
+    """Return a member's name in a request: queryName, else locationName capitalised, else its own name."""
+    if "queryName" in member.serialization:
+        return str(member.serialization["queryName"])
+    location = str(member.serialization.get("name", name))
+    return location[0].upper() + location[1:]
+
+
+def _read_string(_path: str, text: str) -> str:
+    return text
+
+
+def _read_boolean(path: str, text: str) -> bool:
+    if text.lower() not in {"true", "false"}:
+        raise InvalidValueError(path, text, "true or false")
+    return text.lower() == "true"
+
+
+def _integer_reader(bits: int) -> Callable[[str, str], int]:
+    limit = 1 << (bits - 1)
+
+    def read(path: str, text: str) -> int:
+        if not _INTEGER.fullmatch(text) or not -limit <= int(text) < limit:
+            raise InvalidValueError(path, text, f"an integer of {bits} bits")
+        return int(text)
+
+    return read
+
+
+def _read_float(path: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidValueError(path, text, "a number")
+    return number
+
+
+def _read_timestamp(path: str, text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise InvalidValueError(path, text, "a time, such as 2026-11-23T08:33:40.000Z") from None
+
+
+def _read_blob(path: str, text: str) -> Blob:
+    try:
+        return Blob.from_text(text)
+    except ValueError:
+        raise InvalidValueError(path, text, "base64") from None
+
+
+_SCALARS: Mapping[str, Callable[[str, str], Any]] = {
+    "string": _read_string,
+    "boolean": _read_boolean,
+    "integer": _integer_reader(32),
+    "long": _integer_reader(64),
+    "float": _read_float,
+    "double": _read_float,
+    "timestamp": _read_timestamp,
+    "blob": _read_blob,
+}
