@@ -1,0 +1,183 @@
+"""Every error that the door answers with: one table, from which the documentation's page of errors is made.
+
+Codes and meanings are those of AWS's "Error codes for the Amazon EC2 API"; where AWS's own words or status for a case
+are not known, the row's source says whose choice it is. Statuses: AWS answers most client errors with 400, and those
+few differently that were observed so. SDKs retry 500 and 503 and nothing else, so no row with such a status may be
+used once work has begun.
+"""
+
+from typing import NamedTuple
+
+AWS = "AWS, Error codes for the Amazon EC2 API"
+OBSERVED = "observed from AWS in public issue threads"
+EUCALYPTUS = "Eucalyptus 4.4, VmControl.bundleInstance"
+OURS = "ours: AWS's answer is not known"
+
+
+class ErrorKind(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        status: of the HTTP answer.
+        message: for the caller; a template over the fields that `EC2Error` is given.
+        cause: when it is answered.
+        source: where code and words come from.
+    """
+
+    status: int
+    message: str
+    cause: str
+    source: str
+
+
+ERRORS: dict[str, ErrorKind] = {
+    # Who is calling
+    "AuthFailure": ErrorKind(
+        401,
+        "AWS was not able to validate the provided access credentials",
+        "The key is unknown or inactive, or the signature, its scope's date or the body's digest does not match.",
+        OBSERVED,
+    ),
+    "IncompleteSignature": ErrorKind(
+        400,
+        "{reason}",
+        "The signature is not of the form that its version has, or does not cover what it must.",
+        AWS,
+    ),
+    "RequestExpired": ErrorKind(
+        400,
+        "Request has expired.",
+        "The request's time is more than 15 minutes from ours, or a presigned URL's life is over.",
+        OBSERVED,
+    ),
+    "UnauthorizedOperation": ErrorKind(
+        403, "You are not authorized to perform this operation.", "No policy allows the caller this action.", AWS
+    ),
+    "DryRunOperation": ErrorKind(
+        412,
+        "Request would have succeeded, but DryRun flag is set.",
+        "DryRun=true, the caller is authorised and the parameters are well-formed.",
+        OBSERVED,
+    ),
+    # What is being asked
+    "InvalidAction": ErrorKind(
+        400, "The action {action} is not valid for this web service.", "An Action that is not answered here.", AWS
+    ),
+    "NoSuchVersion": ErrorKind(
+        400,
+        "The requested API version ({version}) does not exist. Use one from {oldest} to {newest}.",
+        "A Version that is not one of EC2's API versions.",
+        AWS,
+    ),
+    "UnsupportedProtocol": ErrorKind(
+        400,
+        "SOAP is not supported. Send a form (application/x-www-form-urlencoded) or a query string.",
+        "A body of another content type than a form's.",
+        AWS,
+    ),
+    "RequestEntityTooLarge": ErrorKind(
+        413, "The request is larger than {limit} bytes.", "The body or the query string is too long.", OURS
+    ),
+    "MalformedQueryString": ErrorKind(400, "{reason}", "The form is not percent-encoded UTF-8.", AWS),
+    "InvalidQueryParameter": ErrorKind(
+        400, "{reason}", "A parameter is given twice, or both as a value and as a structure.", AWS
+    ),
+    "InvalidCharacter": ErrorKind(400, "{reason}", "A value holds a character that XML does not allow.", AWS),
+    "UnknownParameter": ErrorKind(
+        400, "The parameter {name} is not recognized", "The action has no such parameter.", AWS
+    ),
+    "MissingParameter": ErrorKind(
+        400,
+        "The request must contain the parameter {name}",
+        "A required parameter, or every credential, is absent.",
+        OBSERVED,
+    ),
+    "InvalidParameterValue": ErrorKind(
+        400,
+        "Value ({value}) for parameter {name} is invalid.",
+        "A value is not of its parameter's type, or breaks a rule; the message says which.",
+        EUCALYPTUS,
+    ),
+    "FilterLimitExceeded": ErrorKind(
+        400,
+        "The maximum number of filter values specified on a single call is {limit}.",
+        "More filter values than one call may have.",
+        AWS,
+    ),
+    # Instances
+    "InvalidInstanceID.Malformed": ErrorKind(
+        400,
+        'Invalid id: "{instance_id}" (expecting "i-...")',
+        "Not of the form i-xxxxxxxx or i-xxxxxxxxxxxxxxxxx.",
+        AWS,
+    ),
+    "InvalidInstanceID.NotFound": ErrorKind(
+        400,
+        "The instance ID '{instance_id}' does not exist",
+        "There is no such instance, or it belongs to another account.",
+        AWS,
+    ),
+    "InvalidInstanceType": ErrorKind(
+        400,
+        "The instance type is not supported for this request. You can only bundle instance store-backed Windows"
+        " instances.",
+        "BundleInstance of an instance that is not Windows, or whose root device is an EBS volume.",
+        AWS,
+    ),
+    "IncorrectInstanceState": ErrorKind(
+        400,
+        "The instance '{instance_id}' is not in a state from which it can be bundled: it is {state}.",
+        "BundleInstance of an instance that is neither running nor stopped.",
+        f"{AWS}; the words are ours",
+    ),
+    # Bundle tasks
+    "BundlingInProgress": ErrorKind(
+        400,
+        "Instance is already being bundled: {bundle_id}",
+        "The instance has a bundle task that is not finished. A repeated BundleInstance gets this answer.",
+        f"{AWS}; the words are Eucalyptus's",
+    ),
+    "InvalidBundleID.NotFound": ErrorKind(
+        400,
+        "The bundle task ID '{bundle_id}' does not exist",
+        "There is no such bundle task, it is no longer listed, or it belongs to another account.",
+        f"{AWS}; the words are ours",
+    ),
+    "IncorrectState": ErrorKind(
+        400,
+        "The bundle task '{bundle_id}' cannot be cancelled: it is {state}.",
+        "CancelBundleTask of a task that is complete, failed or being cancelled.",
+        f"{AWS}; the choice of code is ours",
+    ),
+    "InaccessibleStorageLocation": ErrorKind(
+        400,
+        "The bucket '{bucket}' belongs to another account than the access key '{access_key_id}'.",
+        "BundleInstance into a bucket whose owner is not the account of AWSAccessKeyId.",
+        f"{AWS}; the choice of code is ours",
+    ),
+    # Ours to mend
+    "InternalError": ErrorKind(
+        500,
+        "An internal error has occurred. Retry your request; if the problem persists, report it with the request ID.",
+        "Something that nobody foresaw; the log has it under the request ID.",
+        AWS,
+    ),
+}  # fmt: skip
+
+
+class EC2Error(Exception):
+    """An answer that is an error: a row of `ERRORS` with its message filled in.
+
+    Attributes:
+        code: EC2's code.
+        message: for the caller; never holds a secret.
+        status: of the HTTP answer.
+    """
+
+    def __init__(self, code: str, message: str | None = None, /, **fields: object) -> None:
+        """Take a code of the table and either the fields of its template or, where it varies, the message itself."""
+        kind = ERRORS[code]
+        self.code = code
+        self.status = kind.status
+        self.message = kind.message.format(**fields) if message is None else message
+        super().__init__(f"{code}: {self.message}")

@@ -1,0 +1,47 @@
+"""A request as it came over the wire, before anything in it is believed."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from thrave.ec2.protocol import read_form
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request, whole.
+
+    Attributes:
+        method: `GET` or `POST`.
+        path: as received, without the query string.
+        query: the query string as received.
+        headers: names in lower case with their values, in the order received.
+        body: at most as long as the door's limit.
+    """
+
+    method: str
+    path: str
+    query: bytes = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    body: bytes = field(repr=False)
+
+    @cached_property
+    def form(self) -> dict[str, str]:
+        """The parameters, of query string and body together.
+
+        Raises:
+            ProtocolError: they cannot be decoded, or one is given twice.
+        """
+        return read_form(b"&".join(filter(None, (self.query, self.body))))
+
+    @cached_property
+    def query_form(self) -> dict[str, str]:
+        """The parameters of the query string alone.
+
+        Raises:
+            ProtocolError: as for `form`.
+        """
+        return read_form(self.query)
+
+    def header(self, name: str) -> str | None:
+        """Return a header's value by its name in lower case: the first, should there be several; None if none."""
+        return next((value for each, value in self.headers if each == name), None)

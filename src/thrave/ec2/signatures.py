@@ -1,0 +1,321 @@
+"""Who is calling: the signature of a request, proved with the secret of the key that it names.
+
+Three ways of signing are understood: signature version 4 in the Authorization header, version 4 in the query string
+(a presigned URL), and version 2 with HmacSHA256 in the parameters (clients of 2013 and before, libcloud, VM::EC2).
+botocore.auth signs the received request again and the two signatures are compared in constant time. Closed here,
+because botocore's signer is a client and does not check what a server must:
+
+- the body must have the digest that a signed X-Amz-Content-SHA256 states (botocore takes the header's word);
+- the request must be of the last 15 minutes, a presigned URL within its life of at most seven days;
+- the host must be signed, and the date of the scope be the request's;
+- an unknown key and a wrong signature cannot be told apart, by answer or by time: a secret is signed with either way.
+
+Any region and service in the scope is accepted: old clients guess them from the host name (boto 2 signs for region `0`,
+service `127` when told to use 127.0.0.1). Nothing here ever repeats an Authorization header, a signature or a secret.
+
+Sources: AWS, "Signature Version 4 signing process" and "Signature Version 2 signing process"; AWS's own words for
+incomplete signatures.
+"""
+
+import hmac
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from hashlib import sha256
+from typing import Protocol
+
+from botocore.auth import SigV2Auth, SigV4Auth
+from botocore.awsrequest import AWSRequest, HTTPHeaders
+from botocore.credentials import Credentials
+
+from thrave.ec2.errors import EC2Error
+from thrave.ec2.messages import Request
+from thrave.identity.keys import AccessKey
+
+ALGORITHM = "AWS4-HMAC-SHA256"
+SKEW = timedelta(minutes=15)
+LONGEST_LIFE = timedelta(days=7)
+
+_AMZ_DATE = re.compile(r"[0-9]{8}T[0-9]{6}Z")
+_AMZ_DATE_FORMAT = "%Y%m%dT%H%M%SZ"
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+# Signed with in place of an unknown key's secret, so that the work is the same.
+_NOBODYS_SECRET = secrets.token_urlsafe(30)
+
+
+class Signature(Protocol):
+    """What a request says about itself, whichever way it is signed."""
+
+    @property
+    def access_key_id(self) -> str:
+        """The key that it claims to be signed with."""
+
+    @property
+    def text(self) -> str:
+        """The signature as received."""
+
+    def check_time(self, now: datetime) -> None:
+        """Raise RequestExpired if the request is too old, or from the future."""
+
+    def expected(self, secret: str) -> tuple[str, ...]:
+        """Return the signatures of which the request may carry one, if the secret is the key's."""
+
+
+def authenticate(request: Request, find_key: Callable[[str], AccessKey | None], now: datetime) -> AccessKey:
+    """Prove a request's signature and return the key that signed it.
+
+    Args:
+        request: as received.
+        find_key: looks an access key up; None if there is none.
+        now: the time, aware.
+
+    Raises:
+        EC2Error: MissingParameter (no credentials at all), IncompleteSignature, InvalidParameterValue (an old way of
+            signing), RequestExpired, AuthFailure.
+    """
+    signature = _read_signature(request)
+    signature.check_time(now)
+    key = find_key(signature.access_key_id)
+    expected = signature.expected(_NOBODYS_SECRET if key is None else key.secret_access_key)
+    proven = _is_one_of(signature.text, expected)
+    if key is None or key.status != "Active" or not proven:
+        raise EC2Error("AuthFailure")
+    return key
+
+
+def _is_one_of(text: str, expected: tuple[str, ...]) -> bool:
+    return any(hmac.compare_digest(text.encode(), each.encode()) for each in expected)
+
+
+def _read_signature(request: Request) -> Signature:
+    _refuse_session_tokens(request)
+    ways = {
+        "header": request.header("authorization") is not None,
+        "presigned": not request.query_form.keys().isdisjoint({"X-Amz-Algorithm", "X-Amz-Signature"}),
+        "parameters": not request.form.keys().isdisjoint({"AWSAccessKeyId", "Signature"}),
+    }
+    match [way for way, used in ways.items() if used]:
+        case ["header"]:
+            return SignatureV4.of_header(request)
+        case ["presigned"]:
+            return SignatureV4.of_query(request)
+        case ["parameters"]:
+            return SignatureV2.of_parameters(request)
+        case []:
+            raise EC2Error("MissingParameter", name="AWSAccessKeyId")
+    raise EC2Error("IncompleteSignature", reason="Only one way of signing may be used in a request.")
+
+
+def _refuse_session_tokens(request: Request) -> None:
+    given = request.header("x-amz-security-token") is not None
+    if given or not request.form.keys().isdisjoint({"X-Amz-Security-Token", "SecurityToken"}):
+        raise EC2Error("IncompleteSignature", reason="This service issues no session tokens: send none.")
+
+
+@dataclass(frozen=True)
+class SignatureV4:
+    """A signature of version 4.
+
+    Attributes:
+        request: what is signed.
+        access_key_id: the key that it claims to be signed with.
+        date: of the scope, YYYYMMDD.
+        region: of the scope; not compared with anything.
+        service: of the scope; not compared with anything.
+        timestamp: the request's own, such as 20261123T082646Z.
+        signed_headers: names in lower case.
+        text: the signature as received, hexadecimal.
+        life: how long a presigned URL is good for; None in a header's signature.
+    """
+
+    request: Request
+    access_key_id: str
+    date: str
+    region: str
+    service: str
+    timestamp: str
+    signed_headers: frozenset[str]
+    text: str = field(repr=False)
+    life: timedelta | None = None
+
+    @classmethod
+    def of_header(cls, request: Request) -> "SignatureV4":
+        """Read the Authorization header, whose parts may be separated by a comma with or without a space."""
+        scheme, _, rest = (request.header("authorization") or "").partition(" ")
+        if scheme != ALGORITHM:
+            raise EC2Error("IncompleteSignature", reason=f"The Authorization header must begin with {ALGORITHM}.")
+        parts = dict(_name_and_value(part) for part in rest.split(","))
+        _require(parts, ("Credential", "SignedHeaders", "Signature"), "Authorization header requires '{}' parameter.")
+        return cls._of(request, {**parts, "Date": _header_time(request)})
+
+    @classmethod
+    def of_query(cls, request: Request) -> "SignatureV4":
+        """Read the X-Amz-… parameters of a presigned URL."""
+        parts = {name.removeprefix("X-Amz-"): value for name, value in request.query_form.items()}
+        names = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
+        _require(parts, names, "A presigned URL requires the parameter X-Amz-{}.")
+        if parts["Algorithm"] != ALGORITHM:
+            raise EC2Error("IncompleteSignature", reason=f"X-Amz-Algorithm must be {ALGORITHM}.")
+        return cls._of(request, parts, _life(parts["Expires"]))
+
+    @classmethod
+    def _of(cls, request: Request, parts: Mapping[str, str], life: timedelta | None = None) -> "SignatureV4":
+        scope = parts["Credential"].rsplit("/", 4)
+        if len(scope) != 5 or scope[4] != "aws4_request":
+            raise EC2Error("IncompleteSignature", reason="Credential must be KEY/DATE/REGION/SERVICE/aws4_request.")
+        signature = cls(
+            request=request,
+            access_key_id=scope[0],
+            date=scope[1],
+            region=scope[2],
+            service=scope[3],
+            timestamp=parts["Date"],
+            # Some clients write a space after the semicolons; the canonical request never has one.
+            signed_headers=frozenset(name.strip().lower() for name in parts["SignedHeaders"].split(";")),
+            text=parts["Signature"],
+            life=life,
+        )
+        signature._check_cover()
+        return signature
+
+    def _check_cover(self) -> None:
+        """Check that the signature covers what it must, whoever made it."""
+        if "host" not in self.signed_headers:
+            raise EC2Error("IncompleteSignature", reason="'Host' must be a 'SignedHeader' in the AWS Authorization.")
+        stated = self.request.header("x-amz-content-sha256") if "x-amz-content-sha256" in self.signed_headers else None
+        body_differs = stated is not None and stated != sha256(self.request.body).hexdigest()
+        if body_differs or self.date != self.timestamp[:8]:
+            raise EC2Error("AuthFailure")
+
+    def check_time(self, now: datetime) -> None:
+        """Raise RequestExpired if the request is too old, or from the future."""
+        signed_at = _amz_date(self.timestamp)
+        if not now - (self.life or SKEW) <= signed_at <= now + SKEW:
+            raise EC2Error("RequestExpired")
+
+    def expected(self, secret: str) -> tuple[str, ...]:
+        """Return the one signature that the request must carry, if the secret is the key's."""
+        again = AWSRequest(self.request.method, f"http://host{self.request.path}", data=self.request.body)
+        again.params = [pair for pair in self.request.query_form.items() if pair[0] != "X-Amz-Signature"]
+        again.context["timestamp"] = self.timestamp
+        for name, value in self.request.headers:
+            if name in self.signed_headers:
+                again.headers.add_header(name, value)
+        signer = _Signer(Credentials(self.access_key_id, secret), self.service, self.region)
+        return (signer.signature(signer.string_to_sign(again, signer.canonical_request(again)), again),)
+
+
+class _Signer(SigV4Auth):  # type: ignore[misc]  # botocore ships no types
+    """botocore's signer, made to sign the headers that the client signed and the body that arrived."""
+
+    def headers_to_sign(self, request: AWSRequest) -> HTTPHeaders:
+        """Every header of the request: the others were left out (botocore's own would leave User-Agent out, too)."""
+        return request.headers
+
+    def payload(self, request: AWSRequest) -> str:
+        """The digest of the body, hexadecimal."""
+        return sha256(request.data).hexdigest()
+
+
+@dataclass(frozen=True)
+class SignatureV2:
+    """A signature of version 2, over the parameters.
+
+    Attributes:
+        request: what is signed.
+        access_key_id: the key that it claims to be signed with.
+        text: the signature as received, base64.
+    """
+
+    request: Request
+    access_key_id: str
+    text: str = field(repr=False)
+
+    @classmethod
+    def of_parameters(cls, request: Request) -> "SignatureV2":
+        """Read AWSAccessKeyId, Signature and the rest from the parameters."""
+        form = request.form
+        for name in ("AWSAccessKeyId", "Signature", "SignatureVersion", "SignatureMethod"):
+            if name not in form:
+                raise EC2Error("MissingParameter", name=name)
+        for name, wanted in (("SignatureVersion", "2"), ("SignatureMethod", "HmacSHA256")):
+            if form[name] != wanted:
+                raise EC2Error("InvalidParameterValue", name=name, value=form[name])
+        return cls(request, form["AWSAccessKeyId"], form["Signature"])
+
+    def check_time(self, now: datetime) -> None:
+        """Raise RequestExpired if the request is too old, or from the future."""
+        form = self.request.form
+        match ("Timestamp" in form, "Expires" in form):
+            case (True, False):
+                good = abs(now - _iso_time("Timestamp", form)) <= SKEW
+            case (False, True):
+                good = now <= _iso_time("Expires", form) <= now + LONGEST_LIFE
+            case _:
+                raise EC2Error("IncompleteSignature", reason="Give either Timestamp or Expires.")
+        if not good:
+            raise EC2Error("RequestExpired")
+
+    def expected(self, secret: str) -> tuple[str, ...]:
+        """Return the two signatures that clients make: with the port in the host's name, and without it."""
+        host = _HOST.fullmatch(self.request.header("host") or "")
+        if host is None:
+            raise EC2Error("IncompleteSignature", reason="The Host header is missing or not a host's name.")
+        signer = SigV2Auth(Credentials(self.access_key_id, secret))
+        urls = [f"http://{name.lower()}{self.request.path}" for name in (host[0], host[1])]
+        requests = [AWSRequest(self.request.method, url) for url in urls]
+        return tuple(signer.calc_signature(request, self.request.form)[1] for request in requests)
+
+
+def _require(given: Mapping[str, str], names: tuple[str, ...], complaint: str) -> None:
+    missing = [complaint.format(name) for name in names if not given.get(name)]
+    if missing:
+        raise EC2Error("IncompleteSignature", reason=" ".join(missing))
+
+
+def _name_and_value(part: str) -> tuple[str, str]:
+    name, _, value = part.strip().partition("=")
+    return name, value
+
+
+def _life(seconds: str) -> timedelta:
+    if not re.fullmatch(r"[0-9]{1,6}", seconds) or not 1 <= int(seconds) <= LONGEST_LIFE.total_seconds():
+        raise EC2Error("IncompleteSignature", reason="X-Amz-Expires must be a number of seconds from 1 to 604800.")
+    return timedelta(seconds=int(seconds))
+
+
+def _header_time(request: Request) -> str:
+    """Return the request's time from X-Amz-Date, else from Date, in the form that is signed."""
+    date = request.header("date")
+    timestamp = request.header("x-amz-date") or date
+    if timestamp is None:
+        reason = "Authorization header requires existence of either a 'X-Amz-Date' or a 'Date' header."
+        raise EC2Error("IncompleteSignature", reason=reason)
+    return timestamp if _AMZ_DATE.fullmatch(timestamp) else _from_http_date(timestamp)
+
+
+def _from_http_date(text: str) -> str:
+    try:
+        return parsedate_to_datetime(text).astimezone(UTC).strftime(_AMZ_DATE_FORMAT)
+    except (ValueError, OverflowError):
+        reason = "The date must be in the form of ISO 8601, such as 20261123T082646Z."
+        raise EC2Error("IncompleteSignature", reason=reason) from None
+
+
+def _amz_date(timestamp: str) -> datetime:
+    try:
+        return datetime.strptime(timestamp, _AMZ_DATE_FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        reason = "The date must be in the form of ISO 8601, such as 20261123T082646Z."
+        raise EC2Error("IncompleteSignature", reason=reason) from None
+
+
+def _iso_time(name: str, form: Mapping[str, str]) -> datetime:
+    try:
+        moment = datetime.fromisoformat(form[name])
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise EC2Error("InvalidParameterValue", name=name, value=form[name]) from None
