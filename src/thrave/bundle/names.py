@@ -1,0 +1,84 @@
+"""The names of a bundle's files: which are safe to write and to read, and how parts are numbered.
+
+A name in a manifest is a stranger's word: it is used only as a bare file name beside the manifest. Nothing here
+touches a disk.
+"""
+
+import re
+
+from thrave.bundle.errors import NamingError
+
+PART_SIZE = 10 * 1024 * 1024
+"""Bytes of each part but the last, as ec2-ami-tools and every other known bundler cuts them."""
+
+MANIFEST_SUFFIX = ".manifest.xml"
+SIDE_FILE_SUFFIX = ".manifest.json"
+
+_LONGEST = 255
+_LONGEST_SUFFIX = len(".part.") + 7
+
+_PREFIX = re.compile(r"""[^\x00-\x20\x7f-\U0010ffff/\\&<>"'.][^\x00-\x1f\x7f-\U0010ffff/\\&<>"']*""")
+
+
+def checked_prefix(prefix: str) -> str:
+    """Return the prefix if a bundle may be written under it.
+
+    It becomes the image's name, the tar member's and the stem of every file name, so it is a bare file name: ASCII
+    without control characters, slashes and the five characters that XML escapes (verifiers that re-serialise the
+    manifest, as ec2-ami-tools does, would not reproduce them), without a leading dot, and short enough to leave
+    room for ``.part.NNNNNNN`` in 255 bytes. The folder of an S3 prefix is the caller's affair.
+
+    Raises:
+        NamingError: it may not be used.
+    """
+    if not _PREFIX.fullmatch(prefix):
+        raise NamingError(
+            f"the prefix {prefix!r} must be a plain ASCII file name:"
+            " no slash, no leading dot or space, none of & < > \" '"
+        )
+    if len(prefix) > _LONGEST - _LONGEST_SUFFIX:
+        raise NamingError(f"the prefix is {len(prefix)} characters long; at most {_LONGEST - _LONGEST_SUFFIX} fit")
+    return prefix
+
+
+def checked_filename(filename: str) -> str:
+    """Return a part's file name as a manifest gives it, if it is bare.
+
+    More is allowed than we write (spaces, other alphabets), but nothing that names another folder.
+
+    Raises:
+        NamingError: it is empty, hidden, too long, not printable, or has a slash in it.
+    """
+    bare = filename.isprintable() and not filename.startswith(".") and not set(filename) & set("/\\")
+    if not filename or not bare or len(filename.encode()) > _LONGEST:
+        raise NamingError(f"{filename[:80]!r} is not a bare file name")
+    return filename
+
+
+def part_width(stream_length: int, part_size: int = PART_SIZE) -> int:
+    """Return how many digits the part numbers of a bundle have.
+
+    Names must sort in their order and the first is stored before the last is known, so the width follows from the
+    most parts that can come of a stream. That ec2-ami-tools pads to the digits of the count (nine parts ``.part.0``,
+    ten ``.part.00``) is kept for that most.
+
+    Args:
+        stream_length: the most bytes of ciphertext that there can be.
+        part_size: bytes of each part but the last.
+    """
+    return len(str(-(-stream_length // part_size)))
+
+
+def part_filename(prefix: str, index: int, width: int) -> str:
+    """Return the file name of a part: ``PREFIX.part.007`` for index 7 and width 3."""
+    return f"{prefix}.part.{index:0{width}}"
+
+
+def manifest_filename(prefix: str) -> str:
+    """Return the file name of the manifest, which every tool derives from the prefix."""
+    return prefix + MANIFEST_SUFFIX
+
+
+def side_filename(prefix: str) -> str:
+    """Return the file name of the side file, which old tools ignore."""
+    return prefix + SIDE_FILE_SUFFIX
