@@ -1,0 +1,128 @@
+"""Opens and verifies bundles, whoever made them.
+
+Everything about a bundle is hostile until verified. ``_plain_image`` joins the stages: a pool reads parts and checks
+their digests, a thread deciphers and inflates them, and the caller's thread hashes the tar stream and takes the image
+out of it. The image gets its name only after the last check.
+"""
+
+import hashlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.x509 import Certificate
+
+from thrave.bundle.crew import Crew
+from thrave.bundle.deciphering import deciphered
+from thrave.bundle.deflate import inflated
+from thrave.bundle.errors import ContentError
+from thrave.bundle.output import image_file
+from thrave.bundle.partsource import PartSource
+from thrave.bundle.report import Check, Opened, Subject, Verified
+from thrave.bundle.secrets import BundleSecrets, unlock
+from thrave.bundle.untar import Run, image_runs
+from thrave.bundle.verifying import PARTS_AHEAD, Believed, Reporter, Trust, believe, verified_parts
+
+_PIECES_AHEAD = 8
+
+
+def open_bundle(
+    manifest: bytes,
+    parts: PartSource,
+    private_key: RSAPrivateKey,
+    output: Path,
+    *,
+    certificate: Certificate | None = None,
+    side_file: bytes | None = None,
+    side_key: Ed25519PublicKey | None = None,
+    reporter: Reporter | None = None,
+) -> Opened:
+    """Write a bundle's image to a file, holes as holes.
+
+    Args:
+        manifest: its XML.
+        parts: where the parts are.
+        private_key: the user's or the service's.
+        output: where the image goes; it appears there only after the last check.
+        certificate: the signer's; a signature that does not hold is fatal then.
+        side_file: the side file where there is one; it is insisted on.
+        side_key: whose side files are wanted; it is an error then if there is none.
+        reporter: told how far it is.
+
+    Raises:
+        DamagedError: something does not hold; nothing is left at the output.
+        PartMissingError: a part cannot be read.
+        WrongKeyError: the key opens neither slot.
+        OutputError: the image cannot be written.
+    """
+    believed = believe(manifest, side_file, Trust(certificate, side_key))
+    secrets = _secrets(believed, private_key)
+    plain = closing(_plain_image(believed, parts, secrets, reporter))
+    with image_file(output, believed.manifest.size) as image, plain as runs:
+        for offset, data in runs:
+            image.write(offset, data)
+    return Opened(believed.manifest, (*believed.checks, *_checks(believed, deciphered=True)), output)
+
+
+def verify_bundle(
+    manifest: bytes,
+    parts: PartSource,
+    private_key: RSAPrivateKey | None = None,
+    *,
+    certificate: Certificate | None = None,
+    side_file: bytes | None = None,
+    side_key: Ed25519PublicKey | None = None,
+    reporter: Reporter | None = None,
+) -> Verified:
+    """Check everything about a bundle that can be checked, and write nothing.
+
+    Without a private key that is the signature, the structure and the parts' digests; with one the image's digest
+    and size, too. Arguments and errors as for ``open_bundle``.
+    """
+    believed = believe(manifest, side_file, Trust(certificate, side_key))
+    if private_key is None:
+        _exhaust_parts(believed, parts, reporter)
+    else:
+        with closing(_plain_image(believed, parts, _secrets(believed, private_key), reporter)) as runs:
+            for _ in runs:
+                pass
+    return Verified(believed.manifest, (*believed.checks, *_checks(believed, deciphered=private_key is not None)))
+
+
+def _exhaust_parts(believed: Believed, parts: PartSource, reporter: Reporter | None) -> None:
+    with Crew(PARTS_AHEAD) as crew:
+        for _ in verified_parts(crew, believed, parts, reporter):
+            pass
+
+
+def _plain_image(
+    believed: Believed, parts: PartSource, secrets: BundleSecrets, reporter: Reporter | None
+) -> Generator[Run]:
+    """Yield the image's data; if it ends without an error the image is the one of the manifest."""
+    tar_sha1 = hashlib.sha1(usedforsecurity=False)
+
+    def hashed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            tar_sha1.update(piece)
+            yield piece
+
+    with Crew(PARTS_AHEAD) as crew:
+        ciphertext = verified_parts(crew, believed, parts, reporter)
+        tar = crew.ahead(inflated(deciphered(ciphertext, secrets)), _PIECES_AHEAD)
+        yield from image_runs(hashed(tar), believed.manifest.size)
+    if tar_sha1.hexdigest() != believed.manifest.digest:
+        raise ContentError("the SHA-1 of the tar stream is not the manifest's")
+
+
+def _secrets(believed: Believed, private_key: RSAPrivateKey) -> BundleSecrets:
+    return unlock((believed.manifest.user_slot, believed.manifest.ec2_slot), private_key)
+
+
+def _checks(believed: Believed, *, deciphered: bool) -> Iterator[Check]:
+    digests = "SHA-1 of each part" if believed.side is None else "SHA-1, SHA-256 and size of each part"
+    yield Check(Subject.PART_DIGESTS, checked=True, detail=digests)
+    reason = "no private key was given"
+    yield Check(Subject.IMAGE_DIGEST, deciphered, "SHA-1 of the tar stream" if deciphered else reason)
+    yield Check(Subject.IMAGE_SIZE, deciphered, f"{believed.manifest.size} bytes" if deciphered else reason)

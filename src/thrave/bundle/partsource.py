@@ -1,0 +1,51 @@
+"""Where the parts of a bundle are read from.
+
+Names arrive here checked to be bare; still, only regular files are opened, and no more is read than a part may have.
+What a part holds is verified elsewhere.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Protocol
+
+from thrave.bundle.errors import PartDamagedError, PartMissingError
+
+MOST_PART_BYTES = 64 * 1024 * 1024
+"""Every known bundler cuts parts of 10 MiB. A part is held in memory until its digest is known to be right."""
+
+
+class PartSource(Protocol):
+    """Gives the parts of one bundle by name, to several threads at once."""
+
+    def read(self, filename: str) -> bytes:
+        """Return a part's bytes.
+
+        Raises:
+            PartMissingError: it is not there or cannot be read.
+            PartDamagedError: it has more than ``MOST_PART_BYTES``.
+        """
+        ...
+
+
+class DirectoryParts:
+    """The parts that lie in a folder, beside their manifest."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self, filename: str) -> bytes:
+        """Return a part's bytes; see ``PartSource``."""
+        try:
+            # A FIFO by that name must not make anybody wait.
+            descriptor = os.open(self._directory / filename, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise PartMissingError(filename, "it is not a regular file")
+                data = file.read(min(status.st_size, MOST_PART_BYTES) + 1)
+        except OSError as error:
+            raise PartMissingError(filename, os.strerror(error.errno or 0)) from error
+        if len(data) > MOST_PART_BYTES:
+            raise PartDamagedError(filename, f"it has more than {MOST_PART_BYTES} bytes")
+        return data

@@ -1,0 +1,119 @@
+"""Makes a ``Manifest`` of a manifest's XML.
+
+As liberal as the programs that write bundles are different (three versions, either quoting, missing or empty slots,
+any white space), as strict as a stranger's file needs: counts, indexes, names, digests and numbers are checked here.
+Whether the signature holds is checked elsewhere.
+"""
+
+import re
+from collections.abc import Mapping
+
+from thrave.bundle.errors import ManifestError, NamingError
+from thrave.bundle.manifest import READABLE_VERSIONS, UNSIGNED, Manifest, ManifestPart
+from thrave.bundle.names import checked_filename
+from thrave.bundle.secrets import KeySlot
+from thrave.bundle.xmlreading import Fields, read_fields
+
+_SHA1 = re.compile(r"[0-9a-fA-F]{40}")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_HEX = re.compile(r"(?:[0-9a-fA-F]{2}){0,2048}")
+
+
+def read_manifest(xml: bytes) -> Manifest:
+    """Return what a manifest says, without believing it.
+
+    Raises:
+        ManifestError: it is no manifest of a known version, or contradicts itself.
+    """
+    fields = read_fields(xml)
+    version = _required(fields.text, "version")
+    if version not in READABLE_VERSIONS:
+        raise ManifestError(f"the manifest is of version {version[:40]!r}; known are {', '.join(READABLE_VERSIONS)}")
+    text = fields.text
+    bundler = (text.get(f"bundler/{key}", "") for key in ("name", "version", "release"))
+    return Manifest(
+        version=version,
+        bundler=" ".join(word for word in bundler if word),
+        architecture=text.get("machine_configuration/architecture") or "i386",
+        block_devices=_block_devices(fields),
+        kernel_id=text.get("machine_configuration/kernel_id"),
+        ramdisk_id=text.get("machine_configuration/ramdisk_id"),
+        product_codes=tuple(fields.lists.get("machine_configuration/product_codes/product_code", ())),
+        name=_name(_required(text, "image/name")),
+        user=text.get("image/user", ""),
+        type=text.get("image/type") or "machine",
+        ancestry=tuple(fields.lists.get("image/ancestry/ancestor_ami_id", ())),
+        digest=_sha1(_required(text, "image/digest"), fields.attributes.get("image/digest@algorithm")),
+        size=_number(_required(text, "image/size")),
+        bundled_size=_number(_required(text, "image/bundled_size")),
+        user_slot=_slot(fields, "user"),
+        ec2_slot=_slot(fields, "ec2"),
+        parts=_parts(fields),
+        signature=_signature(text.get("signature", "")),
+    )
+
+
+def _required(text: Mapping[str, str], path: str) -> str:
+    if path not in text:
+        raise ManifestError(f"the manifest has no <{path}>")
+    return text[path]
+
+
+def _name(text: str) -> str:
+    try:
+        return checked_filename(text)
+    except NamingError as error:
+        raise ManifestError(f"a name in the manifest cannot be used: {error}") from None
+
+
+def _number(text: str) -> int:
+    if not _NUMBER.fullmatch(text):
+        raise ManifestError(f"{text[:40]!r} in the manifest is no size or number")
+    return int(text)
+
+
+def _sha1(text: str, algorithm: str | None = "SHA1") -> str:
+    if algorithm not in ("SHA1", None) or not _SHA1.fullmatch(text):
+        raise ManifestError(f"{text[:80]!r} in the manifest is no SHA-1")
+    return text.lower()
+
+
+def _hex(text: str, what: str) -> bytes:
+    if not _HEX.fullmatch(text):
+        raise ManifestError(f"the {what} in the manifest is not hexadecimal")
+    return bytes.fromhex(text)
+
+
+def _signature(text: str) -> bytes:
+    return b"" if text == UNSIGNED else _hex(text, "signature")
+
+
+def _slot(fields: Fields, owner: str) -> KeySlot:
+    key, iv = (fields.text.get(f"image/{owner}_encrypted_{what}", "") for what in ("key", "iv"))
+    return KeySlot(key=_hex(key, "encrypted key"), iv=_hex(iv, "encrypted IV"))
+
+
+def _block_devices(fields: Fields) -> tuple[tuple[str, str], ...]:
+    rows = fields.rows.get("machine_configuration/block_device_mapping/mapping", [])
+    return tuple((_required(row, "virtual"), _required(row, "device")) for row in rows)
+
+
+def _parts(fields: Fields) -> tuple[ManifestPart, ...]:
+    rows = fields.rows.get("image/parts/part", [])
+    count = _number(fields.attributes.get("image/parts@count", ""))
+    if not rows or count != len(rows):
+        raise ManifestError(f"the manifest lists {len(rows)} parts and says that there are {count}")
+    parts = sorted((_part(row) for row in rows), key=lambda part: part.index)
+    if [part.index for part in parts] != list(range(count)):
+        raise ManifestError("the indexes of the parts do not run from 0 without gap or repetition")
+    if len({part.filename for part in parts}) != count:
+        raise ManifestError("two parts have the same file name")
+    return tuple(parts)
+
+
+def _part(row: Mapping[str, str]) -> ManifestPart:
+    return ManifestPart(
+        index=_number(_required(row, "index")),
+        filename=_name(_required(row, "filename")),
+        sha1=_sha1(_required(row, "digest")),
+    )
