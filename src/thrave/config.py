@@ -95,7 +95,7 @@ def load_settings(file: Path | None, **given: object) -> Settings:
 
     class FromFile(Settings):
         @classmethod
-        def settings_customise_sources(  # noqa: PLR0913 (pydantic's signature)
+        def settings_customise_sources(
             cls,
             settings_cls: type[BaseSettings],
             init_settings: PydanticBaseSettingsSource,

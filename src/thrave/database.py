@@ -80,7 +80,6 @@ bundle_part = sa.Table(
     sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), primary_key=True),
     sa.Column("key", sa.String(1024), primary_key=True),  # written down before it is sent, so clean-up misses none
     sa.Column("size", sa.BigInteger),  # bytes; null while it is in flight
-    sa.Column("etag", sa.String(64)),
 )  # fmt: skip
 
 

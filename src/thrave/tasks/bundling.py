@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from thrave.buckets.buckets import Buckets
-from thrave.bundle.sealing import Level, Sealing
-from thrave.bundle.writing import manifest_filename, side_filename, write_manifest, write_side_file
+from thrave.bundle.deflate import Level
+from thrave.bundle.names import manifest_filename, side_filename
+from thrave.bundle.sealing import Sealing
+from thrave.bundle.sidefile import write_side_file
+from thrave.bundle.writing import write_manifest
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Instances
 from thrave.identity.accounts import Accounts
+from thrave.identity.certificates import load_certificate
 from thrave.identity.service import ServiceIdentity
 from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
@@ -125,16 +129,18 @@ class Bundling:
     def _documents(self, instance: Instance, sealing: Sealing) -> Documents:
         """The manifest, signed by the service and readable by the account (if it has a certificate) and the service."""
         service = self._host.service
-        owner = self._host.accounts.certificate(self._task.account_id)
+        pem = self._host.accounts.get(self._task.account_id).certificate
         manifest = write_manifest(
             sealing.sealed,
             account_id=self._task.account_id,
             architecture=instance.architecture,
-            user_certificate=owner or service.certificate,
+            user_certificate=load_certificate(pem) if pem else None,
             service_certificate=service.certificate,
             signing_key=service.private_key,
         )
-        side_file = write_side_file(sealing.sealed, manifest, service.side_key)
+        side_file = write_side_file(
+            sealing.sealed, manifest, side_key=service.side_key, signing_key=service.private_key
+        )
         return {"manifest": manifest.decode(), "side_file": side_file.decode()}
 
 

@@ -30,8 +30,9 @@ class BundleStore:
         self._records.stored(self._task.bundle_id, key, len(data))
 
     def check(self, watch: Watch) -> None:
-        """Make sure that the bucket has every part that it took. Raises TaskFailure if one is not there, whole."""
-        for item in watch.each(self._records.objects(self._task.bundle_id)):
+        """Make sure that the bucket has every object that it took. Raises TaskFailure if one is not there, whole."""
+        taken = [item for item in self._records.objects(self._task.bundle_id) if item.size is not None]
+        for item in watch.each(taken):
             head = self._buckets.head(self._task.bucket, item.key)
             if head is None or head.size != item.size:
                 raise TaskFailure("Client.S3Error", f"The bucket has lost the part '{item.key}' that it had taken.")

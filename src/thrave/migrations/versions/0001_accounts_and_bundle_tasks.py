@@ -58,7 +58,6 @@ def upgrade() -> None:
     sa.Column('bundle_id', sa.String(length=32), nullable=False),
     sa.Column('key', sa.String(length=1024), nullable=False),
     sa.Column('size', sa.BigInteger(), nullable=True),
-    sa.Column('etag', sa.String(length=64), nullable=True),
     sa.ForeignKeyConstraint(['bundle_id'], ['bundle_task.bundle_id'], ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('bundle_id', 'key')
     )

@@ -1,0 +1,53 @@
+# Everything a newcomer, a developer and CI do. Each target installs what it needs; see CONTRIBUTING.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# Debian packages that some tests start for real. The demo needs none of them.
+TEST_PACKAGES := openssl qemu-utils python3-libnbd ntfs-3g
+
+.PHONY: demo test test-fast check bench docs format clean
+
+demo: $(INSTALLED)
+	$(BIN)/thrave demo
+
+test: $(INSTALLED) packages
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --fail-under=90
+
+test-fast: $(INSTALLED)
+	$(BIN)/pytest -m "not (clients or postgres or s3 or rgw or libvirt or browser or slow)"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/make_docs.py --check
+
+bench: $(INSTALLED) packages
+	$(BIN)/python benchmarks/seal.py
+
+docs: $(INSTALLED)
+	$(BIN)/python scripts/make_docs.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+.PHONY: packages
+packages:
+	@scripts/system-packages $(TEST_PACKAGES)
+
+# A bare Debian has python3 but not the module that makes virtual environments.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || scripts/system-packages python3-venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis thrave-demo

@@ -1,0 +1,94 @@
+"""`thrave demo`: the whole of Thrave at work on real data, in a minute."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave.cli.output import emit, output_option
+from thrave.cli.sizes import Size, words
+
+if TYPE_CHECKING:
+    from thrave.demo.job import Task
+    from thrave.demo.tour import Tour
+
+
+@click.command()
+@click.option("--size", type=Size(), default="256MiB", show_default=True, help="The root disk's size.")
+@click.option(
+    "--data", type=click.Path(file_okay=False, path_type=Path), envvar="THRAVE_DATA", default="thrave-demo",
+    show_default=True, help="Where everything is made; kept afterwards.",
+)  # fmt: skip
+@output_option
+def demo(size: int, data: Path, output: str) -> None:
+    r"""Bundle a Windows-like instance with boto3, then open the bundle and compare.
+
+    Makes an account, an instance with a root disk and an ephemeral one, starts the server on a free port, bundles
+    through an unmodified boto3, verifies and opens the bundle, and says how to do the same by hand.
+
+    \b
+    Example:
+      thrave demo --size 1GiB
+    """
+    from thrave.demo.tour import tour
+
+    story = _Story(quiet=output == "json")
+    result = tour(data, size, story.tell, story.show)
+    emit(output, result.document(), _farewell(result))
+
+
+class _Story:
+    """What the demo says while it goes on, on stderr; stdout is for the result."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._state = ""
+        self._begun = time.monotonic()
+
+    def tell(self, words_: str) -> None:
+        """Begin a line of the story."""
+        if not self._quiet:
+            click.echo(click.style("• ", fg="green") + words_, err=True)
+
+    def show(self, task: Task) -> None:
+        """Show a look at the task: each state on a line of its own, its progress growing in place."""
+        if self._quiet:
+            return
+        state, progress = task["State"], task.get("Progress", "")
+        seconds = time.monotonic() - self._begun
+        line = f"    {seconds:6.1f} s  {state:<21} {progress:>4} {_bar(progress)}"
+        if sys.stderr.isatty():
+            click.echo(("\n" if state != self._state and self._state else "\r") + line, err=True, nl=False)
+            if state in {"complete", "failed"}:
+                click.echo(err=True)
+        elif state != self._state:
+            click.echo(line.rstrip(), err=True)
+        self._state = state
+
+
+def _bar(progress: str) -> str:
+    tenths = int(progress.rstrip("%") or 0) // 4
+    return "█" * tenths + "░" * (25 - tenths) if progress else ""
+
+
+def _farewell(result: Tour) -> str:
+    return "\n".join(
+        [
+            "",
+            f"The bundle opens to the root disk, byte for byte: {words(result.size)}, SHA-256 {result.sha256}",
+            f"In the bucket: {words(result.bundled_size)} in {result.parts} parts, {result.seconds:.1f} s from"
+            " BundleInstance to complete. The instance is running again; its second disk is not in the bundle.",
+            "",
+            "The same by hand, with the AWS CLI:",
+            *(f"    {line}" for line in result.by_hand()),
+            "",
+            "And without Thrave, with openssl, gunzip and tar:",
+            *(f"    {line}" for line in result.without_thrave()),
+            "",
+            f"Everything lies in {result.data}: the bucket in {result.bucket_folder}, the opened image in {result.image}",
+        ]
+    )

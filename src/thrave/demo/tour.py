@@ -1,0 +1,168 @@
+"""The demo from end to end: what is made, done and compared, and what it says to do by hand.
+
+It fails loudly if anything is not as promised: a demo that cannot fail shows nothing.
+"""
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from thrave.bundle.names import manifest_filename, side_filename
+from thrave.bundle.opening import open_bundle
+from thrave.bundle.partsource import DirectoryParts
+from thrave.bundle.report import Opened
+from thrave.compute.instance import InstanceState
+from thrave.config import DataDirectory
+from thrave.demo.job import BUCKET, Customer, Task, bundle_with_boto3, make_customer, make_instance, sha256
+from thrave.identity.certificates import load_certificate, load_private_key
+from thrave.identity.service import CERTIFICATE_FILE
+from thrave.testing import REGION, ThraveServer
+
+PREFIX = "winami"
+
+
+class DemoError(Exception):
+    """The demo met something that is not as Thrave promises it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tour:
+    """What the demo did."""
+
+    data: Path
+    customer: Customer
+    instance_id: str
+    bundle_id: str
+    prefix: str
+    size: int
+    """Bytes of the root disk."""
+    sha256: str
+    bundled_size: int
+    """Bytes of all parts."""
+    parts: int
+    seconds: float
+    """From BundleInstance to complete."""
+    image: Path
+
+    @property
+    def bucket_folder(self) -> Path:
+        """Where the embedded store keeps the bucket."""
+        return DataDirectory(self.data).buckets / BUCKET
+
+    @property
+    def manifest(self) -> Path:
+        """The bundle's manifest."""
+        return self.bucket_folder / f"{self.prefix}.manifest.xml"
+
+    def document(self) -> dict[str, object]:
+        """The result, for programs."""
+        return {
+            "accountId": self.customer.account_id,
+            "accessKeyId": self.customer.key.access_key_id,
+            "instanceId": self.instance_id,
+            "bundleId": self.bundle_id,
+            "bucket": BUCKET,
+            "prefix": self.prefix,
+            "size": self.size,
+            "sha256": self.sha256,
+            "bundledSize": self.bundled_size,
+            "parts": self.parts,
+            "seconds": round(self.seconds, 3),
+            "manifest": self.manifest,
+            "image": self.image,
+            "data": self.data,
+        }
+
+    def by_hand(self) -> list[str]:
+        """The AWS CLI commands that do the same."""
+        key, data = self.customer.key, shlex.quote(str(self.data))
+        aws = f"aws --endpoint-url http://127.0.0.1:8773 --region {REGION} ec2"
+        opened = shlex.quote(str(self.image.with_name("by-hand.raw")))
+        manifest = shlex.quote(str(self.bucket_folder / "by-hand.manifest.xml"))
+        bundle_instance = (
+            f"{aws} bundle-instance --instance-id {self.instance_id} --bucket {BUCKET} --prefix by-hand"
+            " --owner-akid $AWS_ACCESS_KEY_ID --owner-sak $AWS_SECRET_ACCESS_KEY"
+        )
+        return [
+            f"thrave serve --data {data} &",
+            f"export AWS_ACCESS_KEY_ID={key.access_key_id}",
+            f"export AWS_SECRET_ACCESS_KEY={key.secret_access_key}",
+            bundle_instance,
+            f"{aws} wait bundle-task-complete --filters Name=s3-prefix,Values=by-hand",
+            f"{aws} describe-bundle-tasks",
+            f"thrave open {manifest} --key {shlex.quote(str(self.customer.private_key))} -o {opened}",
+        ]
+
+    def without_thrave(self) -> list[str]:
+        """The commands that open the bundle with nothing but what every system has."""
+        manifest, key = shlex.quote(str(self.manifest)), shlex.quote(str(self.customer.private_key))
+        slot = (
+            "{ "
+            f"sed 's/.*<user_encrypted_%s[^>]*>//; s/<.*//' {manifest} | xxd -r -p"
+            f" | openssl pkeyutl -decrypt -inkey {key}; "
+            "}"
+        )
+        parts = shlex.quote(str(self.bucket_folder / self.prefix))
+        return [
+            f"K=$({slot % 'key'}); IV=$({slot % 'iv'})",
+            f"cat {parts}.part.* | openssl enc -d -aes-128-cbc -K $K -iv $IV | gunzip | tar xSf -",
+        ]
+
+
+def tour(data: Path, size: int, tell: Callable[[str], None], show: Callable[[Task], None]) -> Tour:
+    """Do the whole job in `data` on a root disk of `size` bytes.
+
+    Args:
+        data: The data directory; made if need be, and kept.
+        size: Bytes of the root disk.
+        tell: Called with each thing that is begun.
+        show: Called with each look at the bundle task.
+
+    Raises:
+        DemoError: Something is not as Thrave promises.
+    """
+    with ThraveServer.running(data) as server:
+        tell(f"thrave serve answers on {server.url}")
+        customer = make_customer(server)
+        tell("an account with an access key and a certificate of its own")
+        instance = make_instance(server, customer, size)
+        tell("a Windows instance: MBR, NTFS, deleted files; and an ephemeral disk that must stay out")
+        prefix = f"{PREFIX}-{instance.instance_id[-6:]}"
+        tell(f"boto3 asks for {instance.instance_id} to be bundled into {BUCKET}/{prefix}")
+        begun = time.monotonic()
+        task = bundle_with_boto3(server, customer, instance.instance_id, prefix, show)
+        seconds = time.monotonic() - begun
+        if server.instances.state(instance.instance_id) is not InstanceState.RUNNING:
+            raise DemoError("the instance is not running after it was bundled")
+    tell("the bundle is verified, opened, and compared with the root disk")
+    opened = _opened(server.data, customer, prefix)
+    digest = sha256(opened.output)
+    if digest != sha256(instance.root_volume.path):
+        raise DemoError(f"{opened.output} is not the root disk {instance.root_volume.path}")
+    return Tour(
+        data=data,
+        customer=customer,
+        instance_id=instance.instance_id,
+        bundle_id=task["BundleId"],
+        prefix=prefix,
+        size=opened.manifest.size,
+        sha256=digest,
+        bundled_size=opened.manifest.bundled_size,
+        parts=len(opened.manifest.parts),
+        seconds=seconds,
+        image=opened.output,
+    )
+
+
+def _opened(data: DataDirectory, customer: Customer, prefix: str) -> Opened:
+    bucket = data.buckets / BUCKET
+    return open_bundle(
+        (bucket / manifest_filename(prefix)).read_bytes(),
+        DirectoryParts(bucket),
+        load_private_key(customer.private_key.read_bytes()),
+        data.root / f"{prefix}.raw",
+        certificate=load_certificate((data.service / CERTIFICATE_FILE).read_bytes()),
+        side_file=(bucket / side_filename(prefix)).read_bytes(),
+    )

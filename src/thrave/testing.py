@@ -1,0 +1,154 @@
+"""For other people's tests: a real Thrave on a free port of 127.0.0.1, with accounts and instances to call it for.
+
+    with ThraveServer.running(tmp_path) as server:
+        account, key = server.account("alice")
+        instance = server.instance(account.account_id, disk)
+        ec2 = server.client(key)                        # boto3's, unmodified
+        ec2.bundle_instance(InstanceId=instance.instance_id, Storage=server.storage(key, "bucket", "prefix"))
+
+Under pytest the fixture `thrave_server` gives one. It is the product itself in a process of its own, not a mock of it;
+this module has no other way in than its users have: the command, the data directory and the EC2 door.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from thrave.compute.directory import DirectoryInstances
+from thrave.compute.instance import Instance
+from thrave.config import DataDirectory
+from thrave.database import migrate, open_engine
+from thrave.identity.accounts import Account, Accounts
+from thrave.identity.keys import AccessKey
+from thrave.vault import Vault
+
+REGION = "us-east-1"
+START_TIMEOUT = 60  # seconds
+
+
+class ServerError(Exception):
+    """The server did not start; the message has what it said."""
+
+
+@dataclass
+class ThraveServer:
+    """`thrave serve` in a process of its own."""
+
+    data: DataDirectory
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Settings for the server, as `THRAVE_…` variables."""
+    url: str = ""
+    process: subprocess.Popen[str] | None = field(default=None, repr=False)
+
+    @classmethod
+    @contextmanager
+    def running(cls, data: Path, **settings: object) -> Iterator[Self]:
+        """A server on `data`, stopped at the end.
+
+        Args:
+            data: Its data directory.
+            settings: Any of `thrave.config.Settings`, as `shutdown_grace=2`.
+
+        Raises:
+            ServerError: It did not start.
+        """
+        server = cls(DataDirectory(data), {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()})
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers. Raises ServerError if it does not."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "thrave", "serve", "--data", str(self.data.root), "--port", "0"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **self.environment},
+        )
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline().strip()
+        if not said.startswith("listening on "):
+            self.stop()
+            raise ServerError(f"thrave serve ended with status {self.process.returncode}: {said}")
+        self.url = said.removeprefix("listening on ")
+
+    def stop(self, signal_number: int = signal.SIGTERM) -> None:
+        """Stop it, by SIGTERM unless another signal is given, and wait for its end."""
+        if self.process is not None:
+            self.process.send_signal(signal_number)
+            self.process.communicate(timeout=START_TIMEOUT)
+
+    def account(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
+        """Make an account with its first access key; `certificate` is PEM."""
+        self.data.root.mkdir(parents=True, exist_ok=True)
+        database = open_engine(self.data.database_url)
+        try:
+            migrate(database)
+            return Accounts(database, Vault.open_or_create(self.data.vault_key)).create(name, certificate)
+        finally:
+            database.dispose()
+
+    def instance(
+        self,
+        account_id: str,
+        root_volume: Path,
+        *,
+        volumes: Sequence[Path] = (),
+        platform: Literal["windows"] | None = "windows",
+    ) -> Instance:
+        """Describe a running instance with this root disk."""
+        return self.instances.add(
+            account_id=account_id, platform=platform, root_volume=root_volume, volumes=list(volumes)
+        )
+
+    @property
+    def instances(self) -> DirectoryInstances:
+        """The instances that the server knows."""
+        return DirectoryInstances(self.data.instances)
+
+    def client(self, key: AccessKey, **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
+        """An unmodified boto3 client for EC2; `options` as `boto3.client` takes them."""
+        import boto3  # noqa: PLC0415 (only who asks for a client needs it)
+
+        return boto3.client(
+            "ec2",
+            endpoint_url=self.url,
+            region_name=REGION,
+            aws_access_key_id=key.access_key_id,
+            aws_secret_access_key=key.secret_access_key,
+            **options,
+        )
+
+    def storage(self, key: AccessKey, bucket: str, prefix: str, **changes: object) -> dict[str, dict[str, object]]:
+        """The `Storage` of a BundleInstance call, with an upload policy as the AWS CLI makes it."""
+        policy, signature = upload_policy(key.secret_access_key, bucket, prefix)
+        storage = {
+            "AWSAccessKeyId": key.access_key_id,
+            "Bucket": bucket,
+            "Prefix": prefix,
+            "UploadPolicy": policy,
+            "UploadPolicySignature": signature,
+        }
+        return {"S3": {**storage, **changes}}
+
+
+def upload_policy(secret_access_key: str, bucket: str, prefix: str, *, hours: float = 24) -> tuple[bytes, str]:
+    """A grant to store a bundle: the policy's JSON, and its signature over the base64 text of it (as aws-cli signs)."""
+    expiration = datetime.now(UTC) + timedelta(hours=hours)
+    conditions = [{"bucket": bucket}, {"acl": "ec2-bundle-read"}, ["starts-with", "$key", prefix]]
+    policy = json.dumps({"expiration": expiration.strftime("%Y-%m-%dT%H:%M:%SZ"), "conditions": conditions}).encode()
+    signed = hmac.new(secret_access_key.encode(), base64.b64encode(policy), hashlib.sha1)
+    return policy, base64.b64encode(signed.digest()).decode()
