@@ -21,19 +21,19 @@ class IdentityError(Exception):
     code: ClassVar[str] = "ServiceFailure"
 
 
-class NoSuchEntity(IdentityError):
+class NoSuchEntity(IdentityError):  # noqa: N818 (IAM's code)
     """An account or access key does not exist."""
 
     code = "NoSuchEntity"
 
 
-class EntityAlreadyExists(IdentityError):
+class EntityAlreadyExists(IdentityError):  # noqa: N818 (IAM's code)
     """An account of that name exists."""
 
     code = "EntityAlreadyExists"
 
 
-class LimitExceeded(IdentityError):
+class LimitExceeded(IdentityError):  # noqa: N818 (IAM's code)
     """An account has as many access keys as it may have."""
 
     code = "LimitExceeded"
@@ -45,13 +45,13 @@ class ValidationError(IdentityError):
     code = "ValidationError"
 
 
-class MalformedCertificate(IdentityError):
+class MalformedCertificate(IdentityError):  # noqa: N818 (IAM's code)
     """A certificate cannot be read, or is of a kind that bundles cannot be encrypted to."""
 
     code = "MalformedCertificate"
 
 
-class MalformedPrivateKey(IdentityError):
+class MalformedPrivateKey(IdentityError):  # noqa: N818 (beside MalformedCertificate)
     """A private key cannot be read, or is of a kind that cannot open bundles."""
 
     code = "InvalidKeyPair"

@@ -1,0 +1,94 @@
+"""The contract of a place where bundles go, which every driver keeps and one test suite checks.
+
+Bucket, key, object and ETag mean what they mean in Amazon S3. A driver never invents rights: who may write where has
+been decided before it is called, from `owner` and from the upload policy.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from thrave.buckets.policy import UploadPolicy
+
+NOBODY = "nobody"
+"""The owner of a bucket that exists but that no account is known to own: everybody's "somebody else"."""
+
+
+@dataclass(frozen=True)
+class ObjectHead:
+    """What is known of an object without reading it."""
+
+    size: int
+    """Bytes."""
+    etag: str
+    """MD5 of the content, 32 hex digits, without quotes."""
+
+
+class Buckets(Protocol):
+    """Buckets of one store.
+
+    Every call may be made from several threads and processes at once, and may be repeated after a crash or a lost
+    answer: the second time changes nothing. Every failure is a BucketError with S3's code.
+    """
+
+    def owner(self, bucket: str) -> str | None:
+        """The account id of a bucket's owner; None if there is no such bucket; NOBODY if nobody is known to own it.
+
+        A name that no bucket can have is None too.
+        """
+        ...
+
+    def create(self, bucket: str, owner: str) -> None:
+        """Create a bucket for an account; does nothing if the account owns it already.
+
+        Of several that create it at once for different accounts exactly one succeeds.
+
+        Raises:
+            BucketAlreadyExists: It is somebody else's, or nobody's.
+            InvalidBucketName: No bucket can have that name.
+        """
+        ...
+
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> None:
+        """Store an object, in the place of the one that may be there.
+
+        When it returns, the object is on stable storage, whole. When it fails, readers find what was there before,
+        never a part of the new one. `data` is not kept after the return.
+
+        Args:
+            bucket: Must exist.
+            key: Any that S3 takes and the driver can hold; the contract asks for those of bundles.
+            data: The whole content.
+            grant: The upload policy under which it is stored; nothing that it does not allow is ever written. Without
+                it the service's own right is used.
+
+        Raises:
+            NoSuchBucket: There is none.
+            InvalidArgument: The driver cannot hold an object of that key; the message says why.
+            AccessDenied, EntityTooLarge, EntityTooSmall: The grant does not allow it.
+        """
+        ...
+
+    def head(self, bucket: str, key: str) -> ObjectHead | None:
+        """Size and ETag of an object; None if there is no such object or bucket."""
+        ...
+
+    def get(self, bucket: str, key: str) -> bytes:
+        """The content of an object.
+
+        Raises:
+            NoSuchKey, NoSuchBucket: There is none.
+        """
+        ...
+
+    def list(self, bucket: str, prefix: str) -> Iterator[str]:
+        """The keys that begin with a prefix, ascending by their UTF-8 bytes as S3 lists them.
+
+        Raises:
+            NoSuchBucket: There is none.
+        """
+        ...
+
+    def delete(self, bucket: str, keys: Iterable[str]) -> None:
+        """Delete exactly these objects; one that is not there is fine, as is a bucket that is not there."""
+        ...

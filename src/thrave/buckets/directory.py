@@ -1,0 +1,241 @@
+"""Buckets on the local disk: `ROOT/BUCKET/KEY`, a key's slashes being folders.
+
+For one machine without an object store, and for tests. What lies there is plain files that any tool can read; what a
+bucket is besides, stands in two hidden folders that no bucket can be named like: `ROOT/.owners/BUCKET` holds the
+owner's account id, `ROOT/.spool` the objects that are just being written. A folder that somebody put into ROOT without
+an owner file belongs to NOBODY, so that no account gets hold of it by naming it.
+
+It never reaches outside its root: a key that would (`../x`), and a way through a symbolic link, are refused. A disk
+cannot hold every key of S3: none with empty, `.` or `..` segments, none of a segment over 255 bytes, and no two of
+which one is the other's folder (`a` and `a/b`). Such keys are InvalidArgument.
+"""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from io import BufferedReader
+from pathlib import Path
+
+from thrave import files
+from thrave.buckets.buckets import NOBODY, ObjectHead
+from thrave.buckets.errors import (
+    BucketAlreadyExists,
+    InternalError,
+    InvalidArgument,
+    InvalidBucketName,
+    NoSuchBucket,
+    NoSuchKey,
+)
+from thrave.buckets.naming import KEY_BYTES, check_bucket_name
+from thrave.buckets.policy import UploadPolicy
+
+_SEGMENT_BYTES = 255  # what Linux file systems take
+_PUT_ATTEMPTS = 5  # a delete may prune the folder that a put has just made
+_SPOOL_AGE = 86400.0  # seconds; nobody writes one object for a day
+_OWNER = re.compile(r"([0-9]{12})\n")
+
+
+class DirectoryBuckets:
+    """The Buckets of one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._owners = self._root / ".owners"
+        self._spool = self._root / ".spool"
+        with _disk_faults():
+            for folder in (self._owners, self._spool):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._sweep_spool()
+
+    def owner(self, bucket: str) -> str | None:
+        """See Buckets."""
+        try:
+            folder = self._folder(bucket)
+        except InvalidBucketName:
+            return None
+        exists = os.path.lexists(folder)  # before its owner is asked: a bucket gets its owner first
+        try:
+            match = _OWNER.fullmatch((self._owners / bucket).read_text("ascii", errors="replace"))
+        except FileNotFoundError:
+            return NOBODY if exists else None
+        return match[1] if match else NOBODY
+
+    def create(self, bucket: str, owner: str) -> None:
+        """See Buckets."""
+        folder = self._folder(bucket)
+        with _disk_faults():
+            if self.owner(bucket) is None:
+                files.create_once(self._owners / bucket, f"{owner}\n".encode())
+            if self.owner(bucket) != owner:
+                raise BucketAlreadyExists
+            _make_folders(folder)
+
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> None:
+        """See Buckets."""
+        path = self._path(bucket, key)
+        if grant is not None:
+            grant.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=datetime.now(UTC))
+        self._require(bucket)
+        with _disk_faults():
+            try:
+                self._write(path, data)
+            except (FileExistsError, NotADirectoryError, IsADirectoryError):
+                raise InvalidArgument(
+                    f"On a disk the key {key} cannot be stored beside one that is its folder or lies within it"
+                ) from None
+
+    def head(self, bucket: str, key: str) -> ObjectHead | None:
+        """See Buckets. The ETag is computed from the content each time."""
+        try:
+            with _disk_faults(), _open_object(self._path(bucket, key)) as file:
+                etag = hashlib.file_digest(file, "md5").hexdigest()
+                return ObjectHead(size=file.tell(), etag=etag)
+        except NoSuchKey:
+            return None
+
+    def get(self, bucket: str, key: str) -> bytes:
+        """See Buckets."""
+        path = self._path(bucket, key)
+        self._require(bucket)
+        with _disk_faults(), _open_object(path) as file:
+            return file.read()
+
+    def list(self, bucket: str, prefix: str) -> Iterator[str]:
+        """See Buckets. Symbolic links are not objects and not followed."""
+        folder = self._folder(bucket)
+        self._require(bucket)
+        return _walk(folder, prefix)
+
+    def delete(self, bucket: str, keys: Iterable[str]) -> None:
+        """See Buckets. Folders that are empty then are removed."""
+        paths = [self._path(bucket, key) for key in keys]
+        with _disk_faults():
+            for path in paths:
+                _remove_file(path)
+            for folder in sorted({path.parent for path in paths}, reverse=True):
+                self._prune(folder, self._root / bucket)
+
+    def _folder(self, bucket: str) -> Path:
+        check_bucket_name(bucket)
+        return self._root / bucket
+
+    def _path(self, bucket: str, key: str) -> Path:
+        segments = _segments(key)
+        path = self._folder(bucket).joinpath(*segments)
+        for folder in [*path.parents][: len(segments)]:
+            if folder.is_symlink():
+                raise InvalidArgument(f"The key {key} leads through a symbolic link; this bucket does not follow any")
+        return path
+
+    def _require(self, bucket: str) -> None:
+        if self.owner(bucket) is None:
+            raise NoSuchBucket("The specified bucket does not exist")
+
+    def _write(self, path: Path, data: bytes | memoryview) -> None:
+        for attempt in range(_PUT_ATTEMPTS):
+            _make_folders(path.parent)
+            try:
+                files.replace(path, data, spool=self._spool)
+            except FileNotFoundError:
+                if attempt == _PUT_ATTEMPTS - 1:
+                    raise
+            else:
+                break
+
+    def _prune(self, folder: Path, bucket: Path) -> None:
+        while folder != bucket:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or gone already
+                break
+            folder = folder.parent
+        if folder.exists():
+            files.sync_folder(folder)
+
+    def _sweep_spool(self) -> None:
+        for path in self._spool.iterdir():
+            if path.stat().st_mtime < time.time() - _SPOOL_AGE:
+                path.unlink(missing_ok=True)
+
+
+def _segments(key: str) -> list[str]:
+    """A key as path segments; raises InvalidArgument for one that the disk cannot hold, or must not."""
+    segments = key.split("/")
+    try:
+        fits = len(key.encode()) <= KEY_BYTES and all(len(segment.encode()) <= _SEGMENT_BYTES for segment in segments)
+    except UnicodeEncodeError:
+        fits = False
+    if not fits or "\0" in key or not {"", ".", ".."}.isdisjoint(segments):
+        raise InvalidArgument(
+            f"A disk cannot hold a key like {key[:80]!r}: segments of 1 to {_SEGMENT_BYTES} bytes, none of them . or .."
+        )
+    return segments
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those above it, durably."""
+    if not folder.is_dir():
+        _make_folders(folder.parent)
+        folder.mkdir(exist_ok=True)
+        files.sync_folder(folder.parent)
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return  # no object has that key
+
+
+def _walk(bucket: Path, prefix: str) -> Iterator[str]:
+    # UTF-8 sorts as code points do, and a folder among files as its name with a slash.
+    waiting = [""]
+    while waiting:
+        key = waiting.pop()
+        if key and not key.endswith("/"):
+            yield key
+        else:
+            waiting += sorted(_children(bucket, key, prefix), reverse=True)
+
+
+def _children(bucket: Path, folder: str, prefix: str) -> Iterator[str]:
+    try:
+        entries = [entry for entry in os.scandir(bucket / folder) if _is_utf8(entry.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        key = folder + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            key += "/"
+        elif not entry.is_file(follow_symlinks=False):
+            continue
+        if key.startswith(prefix) or (key.endswith("/") and prefix.startswith(key)):
+            yield key
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a file's name is text at all; nothing that was put here has another."""
+    return name.encode(errors="replace") == os.fsencode(name)
+
+
+def _open_object(path: Path) -> BufferedReader:
+    """Open a plain file; whatever else has that name is no object."""
+    if path.is_symlink() or not path.is_file():
+        raise NoSuchKey("The specified key does not exist.")
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise NoSuchKey("The specified key does not exist.") from None
+
+
+@contextmanager
+def _disk_faults() -> Iterator[None]:
+    """Turn the operating system's errors into S3's."""
+    try:
+        yield
+    except OSError as error:
+        raise InternalError(f"The disk of the bucket refused: {error.strerror}") from error

@@ -1,0 +1,136 @@
+"""What a bucket refuses, with S3's own codes, statuses and words.
+
+Every error has S3's `code`, HTTP `status` and `message`; as text it reads `AccessDenied(403)- Invalid according to
+Policy: …`, which is how EC2 put an error of S3 into a bundle task. None holds a key or a signature.
+
+    BucketError
+    ├── NoSuchBucket            404
+    ├── NoSuchKey               404
+    ├── BucketAlreadyExists     409  it is somebody else's
+    ├── InvalidBucketName       400
+    ├── InvalidArgument         400  a key or a form field that cannot be
+    ├── InvalidPolicyDocument   400  the upload policy cannot be read
+    ├── SignatureDoesNotMatch   403  the upload policy was not signed with this key
+    ├── AccessDenied            403  the upload policy does not allow it
+    ├── EntityTooSmall          400  smaller than the upload policy allows
+    ├── EntityTooLarge          400  larger than the upload policy allows
+    └── InternalError           500  the store itself failed (disk full, ...)
+"""
+
+from typing import ClassVar
+
+
+class BucketError(Exception):
+    """An answer of S3 that is not success.
+
+    Attributes:
+        code: S3's error code.
+        status: The HTTP status that S3 answers with.
+        message: S3's message.
+    """
+
+    code: ClassVar[str]
+    status: ClassVar[int] = 400
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code}({self.status})- {self.message}"
+
+
+class NoSuchBucket(BucketError):  # noqa: N818 (S3's code, as are all below)
+    """The bucket does not exist."""
+
+    code = "NoSuchBucket"
+    status = 404
+
+
+class NoSuchKey(BucketError):  # noqa: N818
+    """The bucket holds no object of that key."""
+
+    code = "NoSuchKey"
+    status = 404
+
+
+class BucketAlreadyExists(BucketError):  # noqa: N818
+    """The bucket's name is somebody else's."""
+
+    code = "BucketAlreadyExists"
+    status = 409
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The requested bucket name is not available. The bucket namespace is shared by all users of the system. "
+            "Please select a different name and try again."
+        )
+
+
+class InvalidBucketName(BucketError):  # noqa: N818
+    """The name is not one that a bucket can have."""
+
+    code = "InvalidBucketName"
+
+
+class InvalidArgument(BucketError):  # noqa: N818
+    """A key, prefix or form field cannot be what it is."""
+
+    code = "InvalidArgument"
+
+
+class InvalidPolicyDocument(BucketError):  # noqa: N818
+    """The upload policy is not one."""
+
+    code = "InvalidPolicyDocument"
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(f"Invalid Policy: {fault}")
+
+
+class SignatureDoesNotMatch(BucketError):  # noqa: N818
+    """The upload policy's signature was not made with the secret of that access key."""
+
+    code = "SignatureDoesNotMatch"
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request signature we calculated does not match the signature you provided. "
+            "Check your key and signing method."
+        )
+
+
+class AccessDenied(BucketError):  # noqa: N818
+    """The upload policy does not allow this upload."""
+
+    code = "AccessDenied"
+    status = 403
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(f"Invalid according to Policy: {fault}")
+
+
+class EntityTooSmall(BucketError):  # noqa: N818
+    """The object has fewer bytes than the upload policy allows."""
+
+    code = "EntityTooSmall"
+
+    def __init__(self) -> None:
+        super().__init__("Your proposed upload is smaller than the minimum allowed size")
+
+
+class EntityTooLarge(BucketError):  # noqa: N818
+    """The object has more bytes than the upload policy allows."""
+
+    code = "EntityTooLarge"
+
+    def __init__(self) -> None:
+        super().__init__("Your proposed upload exceeds the maximum allowed size")
+
+
+class InternalError(BucketError):
+    """The store failed through no fault of the caller."""
+
+    code = "InternalError"
+    status = 500
