@@ -8,7 +8,7 @@ from any iterator. Leaving the crew's ``with`` block stops every thread before i
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class StoppedError(Exception):
-    """The crew has been told to stop; seen only inside its threads."""
+    """The crew has been told to stop; seen inside its threads, and by the consumer if somebody else said so."""
 
 
 class Channel(Generic[T]):
@@ -76,13 +76,19 @@ class Crew:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="bundle-worker")
         self._threads: list[threading.Thread] = []
         self._closers: list[Callable[[], None]] = []
+        self._stopped = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for close in self._closers:
+    def stop(self) -> None:
+        """Have every thread of the crew, and whoever waits for one, stop; any thread may call this, at any time."""
+        self._stopped = True
+        for close in tuple(self._closers):
             close()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
         for thread in self._threads:
             thread.join()
@@ -91,6 +97,8 @@ class Crew:
         """Return a channel that is closed when the crew stops."""
         channel: Channel[T] = Channel(capacity)
         self._closers.append(channel.close)
+        if self._stopped:
+            channel.close()
         return channel
 
     def ahead(self, items: Iterable[T], capacity: int) -> Iterator[T]:
@@ -102,14 +110,12 @@ class Crew:
         return _drain(channel)
 
     def map(self, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-        """Yield ``work(item)`` in the items' order, with at most ``ahead`` of them in the pool."""
-        window: deque[Future[R]] = deque()
-        for item in items:
-            window.append(self._pool.submit(work, item))
-            if len(window) >= ahead:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
+        """Yield ``work(item)`` in the items' order; at most ``ahead`` of them are in work or done.
+
+        The items are iterated in a thread of their own, so that the pool never waits for the consumer.
+        """
+        for result in self.ahead((self._pool.submit(work, item) for item in items), ahead):
+            yield result.result()
 
 
 def _feed(items: Iterable[T], channel: Channel[T | _End]) -> None:

@@ -7,7 +7,7 @@ than a few chunks and parts are in memory, whatever the size of the image.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from thrave.bundle.crew import Channel, Crew
@@ -73,6 +73,7 @@ class Sealing:
         self._library = LEVELS[level]
         self._part_size = part_size
         self._workers = workers or os.cpu_count() or 1
+        self._crew = Crew(self._workers)
         self._tar_sha1 = hashlib.sha1(usedforsecurity=False)
         self._done = 0
         self._sealed: Sealed | None = None
@@ -94,7 +95,7 @@ class Sealing:
             raise RuntimeError("the image is not sealed before its last part has been taken")
         return self._sealed
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Generator[Part, None, None]:
         """Yield the parts in order, as fast as they are taken. Can be used once.
 
         Closing the generator stops every thread before it returns. What a stage raises (an error of the image's
@@ -102,17 +103,20 @@ class Sealing:
         """
         records = []
         ahead = _CHUNKS_PER_WORKER * self._workers
-        with Crew(self._workers) as crew:
+        with self._crew as crew:
             free: Channel[memoryview] = crew.channel(ahead)
             for _ in range(ahead):
                 free.put(memoryview(bytearray(CHUNK)))
-            chunks = crew.ahead(self._read_and_hash(free), ahead)
-            packed = crew.map(lambda chunk: self._pack(chunk, free), chunks, ahead)
+            packed = crew.map(lambda chunk: self._pack(chunk, free), self._read_and_hash(free), ahead)
             for part in crew.ahead(self._encipher_and_cut(packed), 1):
                 records.append(part.record)
                 yield part
         digest = self._tar_sha1.hexdigest()
         self._sealed = Sealed(self._member.name, self._member.size, digest, self._secrets, tuple(records))
+
+    def cancel(self) -> None:
+        """Have whoever waits in `parts` get a StoppedError at once, and every thread stop. Any thread may call this."""
+        self._crew.stop()
 
     def _read_and_hash(self, free: Channel[memoryview]) -> Iterator[_Chunk]:
         crc = 0

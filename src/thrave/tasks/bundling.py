@@ -6,12 +6,12 @@ and buckets meet; they do not know each other. It never answers a caller: that i
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
 from thrave.buckets.buckets import Buckets
-from thrave.bundle.deflate import Level
+from thrave.bundle.zlibs import Level
 from thrave.bundle.names import manifest_filename, side_filename
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.sidefile import write_side_file
@@ -102,8 +102,9 @@ class Bundling:
             with open_volume(root.path, root.format) as volume:
                 sealing = Sealing(volume, self._store.name, level=self._host.level)
                 watch.over(sealing)
-                for part in sealing.parts():
-                    self._store.put(part.filename, part.data)
+                with closing(sealing.parts()) as parts:
+                    for part in parts:
+                        self._store.put(part.filename, part.data)
             return self._documents(instance, sealing)
 
     def store(self, documents: Documents) -> None:

@@ -6,6 +6,7 @@ else. It never touches an object that this task did not write, and never a bucke
 
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.naming import split_prefix
+from thrave.buckets.policy import UploadPolicy
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
@@ -21,12 +22,13 @@ class BundleStore:
         self._records = records
         self._task = task
         self._folder, self.name = split_prefix(task.prefix)
+        self._policy = UploadPolicy.trusted(*records.grant(task.bundle_id), task.access_key_id)
 
     def put(self, filename: str, data: bytes | memoryview) -> None:
         """Send one object of the bundle, whole. Raises BucketError if the policy or the bucket refuses it."""
         key = self._folder + filename
         self._records.sending(self._task.bundle_id, key)
-        self._buckets.put(self._task.bucket, key, data)
+        self._buckets.put(self._task.bucket, key, data, grant=self._policy)
         self._records.stored(self._task.bundle_id, key, len(data))
 
     def check(self, watch: Watch) -> None:
