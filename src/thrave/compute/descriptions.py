@@ -1,0 +1,88 @@
+"""An instance's file: JSON that a person can read and edit, in EC2's words.
+
+Reading checks everything: types, ids, unknown names. What is written can always be read again. It never looks at the
+disk; `check_volumes` does, and only when asked.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from thrave.compute.errors import InvalidDescriptionError
+from thrave.compute.instance import Instance
+
+ArgumentVector = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description(Instance):
+    """An instance, and the commands that tie it to its hypervisor.
+
+    Attributes:
+        stop_command: Asks the guest to power off. Without `state_command` its success means that the machine is off.
+        start_command: Starts the machine; its success means that it runs.
+        state_command: Prints the state, in EC2's words or virsh's. Without it the state is the one in the file.
+    """
+
+    stop_command: ArgumentVector | None = None
+    start_command: ArgumentVector | None = None
+    state_command: ArgumentVector | None = None
+
+
+_DESCRIPTION = TypeAdapter(Description)
+
+
+def write(description: Description) -> bytes:
+    """The file of an instance."""
+    return _DESCRIPTION.dump_json(description, by_alias=True, exclude_none=True, indent=2, warnings=False) + b"\n"
+
+
+def read(instance_id: str, document: bytes, source: str) -> Description:
+    """The instance that a file describes.
+
+    Args:
+        instance_id: The id that it must have.
+        document: The file's content.
+        source: What to call it in a message.
+
+    Raises:
+        InvalidDescriptionError: With every fault, each under its name in the file.
+    """
+    try:
+        description = _DESCRIPTION.validate_json(document)
+    except ValidationError as error:
+        faults = [_fault(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
+        raise InvalidDescriptionError(instance_id, source, faults) from None
+    if description.instance_id != instance_id:
+        raise InvalidDescriptionError(instance_id, source, [f"instanceId: is not {instance_id}"])
+    return description
+
+
+def check_volumes(instance: Instance) -> None:
+    """See that each volume of an instance is there, can be read, and is a regular file or a block device.
+
+    Raises:
+        InvalidDescriptionError: One is not.
+    """
+    named = [("rootVolume", instance.root_volume), *(("volumes", volume) for volume in instance.volumes)]
+    faults = [_fault(name, fault) for name, volume in named if (fault := _volume_fault(volume.path))]
+    if faults:
+        raise InvalidDescriptionError(instance.instance_id, "this", faults)
+
+
+def _volume_fault(path: Path) -> str | None:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"{path}: {os.strerror(error.errno or 0)}"
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        return f"{path}: neither a regular file nor a block device"
+    return None if os.access(path, os.R_OK) else f"{path}: cannot be read"
+
+
+def _fault(name: str, message: str) -> str:
+    return f"{name}: {message}" if name else message

@@ -1,0 +1,178 @@
+"""Instances described by files: one JSON file each, and optionally commands that tie it to a hypervisor.
+
+Without commands, stopping and starting change the state in the file: the machine is whatever somebody else says it is.
+Files may be edited, added and removed by hand at any time; each call reads them anew. Files are replaced whole. Locks
+stand in a folder beside them, one to change a file and one that holds the instance off.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from thrave.compute.commands import Command, asked_state
+from thrave.compute.descriptions import Description, check_volumes
+from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed, InstanceError, InstanceHeld
+from thrave.compute.folder import DescriptionFolder
+from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.stopping import PATIENCE, StopCommands
+
+_STATE_SECONDS = 10.0  # for a stateCommand
+_LOOK_AGAIN = 0.2  # seconds
+_GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
+
+log = structlog.get_logger()
+
+
+def new_instance_id() -> str:
+    """An id that EC2 could have given."""
+    return f"i-{secrets.token_hex(9)[:17]}"
+
+
+class DirectoryInstances:
+    """The instances in a folder; see `Instances` for the contract.
+
+    Args:
+        root: The folder. It need not exist; `add` makes it.
+        command_seconds: How long a stopCommand or startCommand may take.
+    """
+
+    def __init__(self, root: Path, *, command_seconds: float = 300.0) -> None:
+        self._folder = DescriptionFolder(root)
+        self._command_seconds = command_seconds
+        self._stops = StopCommands(command_seconds)
+
+    def list(self) -> Sequence[Instance]:
+        """Every instance whose file can be read; the others are logged, and `broken` has them."""
+        readable, broken = self._folder.read_all()
+        for error in broken:
+            log.warning("instance left out", instance_id=error.instance_id, reason=str(error))
+        return [self._shown(description) for description in readable]
+
+    def broken(self) -> Sequence[InstanceError]:
+        """Why some files in the folder are not in `list`."""
+        return self._folder.read_all()[1]
+
+    def get(self, instance_id: str) -> Instance:
+        """One instance, with the state it has now."""
+        return self._look(instance_id)
+
+    def state(self, instance_id: str) -> InstanceState:
+        """What its stateCommand says, else what its file says."""
+        return self._look(instance_id).state
+
+    def add(self, description: Description) -> None:
+        """Write the file of a new instance.
+
+        Raises:
+            InvalidDescriptionError: Something about it is not valid, or a volume cannot be read.
+            InstanceAlreadyExists: The id is taken.
+        """
+        check_volumes(description)
+        self._folder.create(description)
+
+    def remove(self, instance_id: str) -> None:
+        """Forget an instance. The machine and its volumes are left as they are.
+
+        Raises:
+            InstanceHeld: Its root volume is being read.
+        """
+        with self.hold(instance_id):
+            self._folder.remove(instance_id)
+
+    def request_stop(self, instance_id: str) -> None:
+        """Run its stopCommand in the background, or note in its file that it is stopped."""
+        description = self._look(instance_id)
+        _refuse_if_gone(description)
+        if description.state is InstanceState.STOPPED:
+            return
+        if description.stop_command:
+            self._folder.change(instance_id, InstanceState.STOPPING)
+            with self._running_if_it_fails(instance_id):
+                self._stops.ask(description)
+            self._settle(instance_id, PATIENCE)
+        elif description.state_command:
+            raise IncorrectInstanceState(instance_id, f"{instance_id} has no stopCommand: stop it on its hypervisor")
+        else:
+            self._folder.change(instance_id, InstanceState.STOPPED)
+
+    def start(self, instance_id: str) -> None:
+        """Run its startCommand to its end, or note in its file that it runs."""
+        with self.hold(instance_id):
+            self._stops.abandon(instance_id)
+            description = self._look_when_stopped(instance_id)
+            _refuse_if_gone(description)
+            if description.state is not InstanceState.RUNNING:
+                self._run_start(description)
+                self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
+
+    @contextmanager
+    def hold(self, instance_id: str) -> Iterator[None]:
+        """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
+        self._folder.read(instance_id)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._folder.lock(instance_id))
+            except BlockingIOError:
+                raise InstanceHeld(instance_id) from None
+            yield
+
+    def _look(self, instance_id: str) -> Description:
+        """The instance with the state it has now."""
+        self._settle(instance_id)
+        description = self._folder.read(instance_id)
+        if not description.state_command:
+            return description
+        return replace(description, state=asked_state(instance_id, description.state_command, seconds=_STATE_SECONDS))
+
+    def _look_when_stopped(self, instance_id: str) -> Description:
+        """The same, after waiting for a machine that is just going down: it cannot be started before."""
+        deadline = time.monotonic() + self._command_seconds
+        while (description := self._look(instance_id)).state_command:
+            if description.state is not InstanceState.STOPPING or time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_AGAIN)
+        return description
+
+    def _settle(self, instance_id: str, patience: float = 0.0) -> None:
+        """Note what has become of its stopCommand, if one was running."""
+        with self._running_if_it_fails(instance_id):
+            ended = self._stops.has_ended(instance_id, patience)
+        if ended and not self._folder.read(instance_id).state_command:
+            self._folder.change(instance_id, InstanceState.STOPPED)
+
+    @contextmanager
+    def _running_if_it_fails(self, instance_id: str) -> Iterator[None]:
+        """A stopCommand that fails has stopped nothing."""
+        try:
+            yield
+        except InstanceCommandFailed:
+            self._folder.change(instance_id, InstanceState.RUNNING)
+            raise
+
+    def _run_start(self, description: Description) -> None:
+        instance_id = description.instance_id
+        if description.start_command:
+            Command(instance_id, "startCommand", description.start_command, seconds=self._command_seconds).finish()
+        elif description.state_command:
+            raise IncorrectInstanceState(instance_id, f"{instance_id} has no startCommand: start it on its hypervisor")
+
+    def _shown(self, description: Description) -> Description:
+        """The instance with its state now, or the one in its file if its hypervisor does not tell."""
+        try:
+            return self._look(description.instance_id)
+        except InstanceError as error:
+            log.warning("state not known", instance_id=description.instance_id, reason=str(error))
+            return description
+
+
+def _refuse_if_gone(description: Description) -> None:
+    if description.state in _GONE:
+        raise IncorrectInstanceState(
+            description.instance_id, f"{description.instance_id} is {description.state} and cannot be used any more"
+        )

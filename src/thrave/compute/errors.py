@@ -1,0 +1,81 @@
+"""What can go wrong with an instance.
+
+::
+
+    InstanceError
+    ├── InstanceNotFound            there is none with this id
+    ├── InstanceAlreadyExists       the id is taken
+    ├── InstanceHeld                its root volume is being read, or it is being started by somebody else
+    ├── IncorrectInstanceState      not possible in the state it is in
+    ├── InvalidDescriptionError     its file or the arguments do not describe an instance
+    └── InstanceCommandFailed       one of its commands failed, or said nothing that can be understood
+
+Names without "Error" are EC2's own codes or read as they do. No message holds more of a command's output than one line.
+"""
+
+from collections.abc import Sequence
+
+_LINE_LIMIT = 300  # characters of a command's words that go into a message
+
+
+class InstanceError(Exception):
+    """Something about an instance, or about asking its hypervisor.
+
+    Attributes:
+        instance_id: The instance; as it was asked for, so perhaps no id at all.
+    """
+
+    def __init__(self, instance_id: str, message: str) -> None:
+        super().__init__(message)
+        self.instance_id = instance_id
+
+
+class InstanceNotFound(InstanceError):  # noqa: N818 (EC2's code is InvalidInstanceID.NotFound)
+    """No instance has this id."""
+
+    def __init__(self, instance_id: str) -> None:
+        super().__init__(instance_id, f"there is no instance {instance_id!r}")
+
+
+class InstanceAlreadyExists(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+    """The id is taken."""
+
+    def __init__(self, instance_id: str) -> None:
+        super().__init__(instance_id, f"there is already an instance {instance_id}")
+
+
+class InstanceHeld(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+    """Its root volume is being read, or it is just being started: try again later."""
+
+    def __init__(self, instance_id: str) -> None:
+        super().__init__(instance_id, f"{instance_id} is held: its root volume is being read, or it is being started")
+
+
+class IncorrectInstanceState(InstanceError):  # noqa: N818 (EC2's code)
+    """The state it is in does not allow this."""
+
+
+class InvalidDescriptionError(InstanceError):
+    """What is to describe an instance does not.
+
+    Attributes:
+        faults: Each with the name of the field, in the words of the file.
+    """
+
+    def __init__(self, instance_id: str, source: str, faults: Sequence[str]) -> None:
+        super().__init__(instance_id, f"{source} does not describe an instance: {'; '.join(faults)}")
+        self.faults = tuple(faults)
+
+
+class InstanceCommandFailed(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+    """One of the instance's own commands did not do its work.
+
+    Attributes:
+        command: `stopCommand`, `startCommand` or `stateCommand`.
+        status: Its exit status; negative for a signal; None if it could not be run or took too long.
+    """
+
+    def __init__(self, instance_id: str, command: str, reason: str, *, status: int | None = None) -> None:
+        super().__init__(instance_id, f"the {command} of {instance_id} {reason[:_LINE_LIMIT]}")
+        self.command = command
+        self.status = status

@@ -1,0 +1,99 @@
+"""The folder of instance files: read, made, changed whole, removed. What stands in a file is `descriptions.py`."""
+
+import os
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from thrave import files
+from thrave.compute import descriptions
+from thrave.compute.descriptions import Description
+from thrave.compute.errors import (
+    InstanceAlreadyExists,
+    InstanceError,
+    InstanceNotFound,
+    InvalidDescriptionError,
+)
+from thrave.compute.instance import INSTANCE_ID_PATTERN, InstanceState
+from thrave.compute.locks import locked
+
+_INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
+_LOCKS = ".locks"
+
+
+class DescriptionFolder:
+    """One file an instance, named after its id; locks in a folder beside them.
+
+    Args:
+        root: The folder; it need not exist before the first file is made.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def read(self, instance_id: str) -> Description:
+        """What the instance's file says.
+
+        Raises:
+            InstanceNotFound: There is no such file, or this is no id.
+            InvalidDescriptionError: The file cannot be read or is not valid.
+        """
+        if not _INSTANCE_ID.fullmatch(instance_id):
+            raise InstanceNotFound(instance_id)
+        path = self._path(instance_id)
+        try:
+            document = path.read_bytes()
+        except FileNotFoundError:
+            raise InstanceNotFound(instance_id) from None
+        except OSError as error:
+            raise InvalidDescriptionError(instance_id, str(path), [os.strerror(error.errno or 0)]) from error
+        return descriptions.read(instance_id, document, str(path))
+
+    def read_all(self) -> tuple[Sequence[Description], Sequence[InstanceError]]:
+        """Every file, by id: what can be read, and why the others cannot."""
+        readable: list[Description] = []
+        broken: list[InstanceError] = []
+        for path in sorted(self._root.glob("i-*.json")):
+            try:
+                readable.append(self.read(path.stem))
+            except InstanceError as error:
+                broken.append(error)
+        return readable, broken
+
+    def create(self, description: Description) -> None:
+        """Make the file of a new instance, if it can be read again.
+
+        Raises:
+            InvalidDescriptionError: It could not.
+            InstanceAlreadyExists: The id is taken.
+        """
+        document = descriptions.write(description)
+        descriptions.read(description.instance_id, document, "this")
+        self._root.mkdir(parents=True, exist_ok=True)
+        if not files.create_once(self._path(description.instance_id), document):
+            raise InstanceAlreadyExists(description.instance_id)
+
+    def change(self, instance_id: str, state: InstanceState, *, launch_time: datetime | None = None) -> None:
+        """Write the file anew with another state, and a launch time if one is given; all else stays."""
+        with locked(self._lock_path(instance_id, "change"), wait=True):
+            before = self.read(instance_id)
+            after = replace(before, state=state, launch_time=launch_time or before.launch_time)
+            files.replace(self._path(instance_id), descriptions.write(after), spool=self._root)
+
+    def remove(self, instance_id: str) -> None:
+        """Remove the file; it may be gone already."""
+        self._path(instance_id).unlink(missing_ok=True)
+        files.sync_folder(self._root)
+
+    def lock(self, instance_id: str) -> AbstractContextManager[None]:
+        """The instance's lock for as long as somebody needs it unchanged; BlockingIOError if somebody else has it."""
+        return locked(self._lock_path(instance_id, "held"), wait=False)
+
+    def _path(self, instance_id: str) -> Path:
+        return self._root / f"{instance_id}.json"
+
+    def _lock_path(self, instance_id: str, purpose: str) -> Path:
+        return self._root / _LOCKS / f"{instance_id}.{purpose}"

@@ -1,0 +1,69 @@
+"""Stop commands that run in the background, so that a request to stop returns at once.
+
+One a machine at most: a request that is said again while the command of the last one still runs changes nothing. A
+command that ends while nobody looks is seen at the next look. Those of a process that has died are not known any more:
+the instance stays `stopping` until somebody asks it to stop again.
+"""
+
+import threading
+
+from thrave.compute.commands import Command
+from thrave.compute.descriptions import Description
+from thrave.compute.errors import InstanceCommandFailed
+
+PATIENCE = 0.5  # seconds to wait for a quick command, so that its failure is heard where it was asked for
+
+
+class StopCommands:
+    """The stop commands that this process has started.
+
+    Args:
+        seconds: How long one may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._running: dict[str, Command] = {}
+        self._lock = threading.Lock()
+
+    def ask(self, description: Description) -> None:
+        """Start the instance's stopCommand, unless it is running already.
+
+        Raises:
+            InstanceCommandFailed: It cannot be run.
+        """
+        assert description.stop_command is not None
+        instance_id = description.instance_id
+        with self._lock:
+            if instance_id not in self._running:
+                self._running[instance_id] = Command(
+                    instance_id, "stopCommand", description.stop_command, seconds=self._seconds
+                )
+
+    def has_ended(self, instance_id: str, patience: float = 0.0) -> bool:
+        """Whether a stopCommand has ended well since the last look; waits at most `patience` seconds for it.
+
+        Raises:
+            InstanceCommandFailed: It has failed or was killed because it took too long. Raised once.
+        """
+        with self._lock:
+            command = self._running.get(instance_id)
+        if command is None:
+            return False
+        try:
+            return command.is_done(patience) and self._forget(instance_id)
+        except InstanceCommandFailed:
+            self._forget(instance_id)
+            raise
+
+    def abandon(self, instance_id: str) -> None:
+        """Kill the instance's stopCommand if it is still running."""
+        with self._lock:
+            command = self._running.pop(instance_id, None)
+        if command is not None:
+            command.kill()
+
+    def _forget(self, instance_id: str) -> bool:
+        """Whether it was this call that took it out: of two threads that look at once, one reports the end."""
+        with self._lock:
+            return self._running.pop(instance_id, None) is not None
