@@ -19,7 +19,7 @@ GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 """Deflate, no time, no name, made on Unix."""
 
 _LONGEST_STORED = 65535
-_BITE = 128 * 1024
+_BITE = 512 * 1024
 
 
 def deflated(chunk: memoryview, library: Library) -> bytes:
