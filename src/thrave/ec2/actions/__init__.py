@@ -1,1 +1,35 @@
-"""One function for each EC2 action, grouped by what they act on."""
+"""One function for each EC2 action, grouped by what they act on, and the table of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from thrave.ec2.actions.bundle_tasks import bundle_instance, cancel_bundle_task, describe_bundle_tasks
+from thrave.ec2.actions.instances import describe_instances
+from thrave.ec2.door import Caller, Door
+from thrave.ec2.protocol import Parameters, Result
+
+
+@dataclass(frozen=True)
+class Action:
+    """An action that the door answers.
+
+    Attributes:
+        function: does what the caller asks, with an input and to an output by the model; raises EC2Error.
+        also_required: parameters, by their names on the wire, that it needs although the model does not say so.
+    """
+
+    function: Callable[[Door, Caller, Parameters], Result]
+    also_required: tuple[str, ...] = ()
+
+
+# "Required: Yes" in AWS's EC2 API Reference from 2009-04-04 to 2013-02-01; the model of 2016 no longer says it.
+_S3_STORAGE = tuple(
+    f"Storage.S3.{name}" for name in ("AWSAccessKeyId", "Bucket", "Prefix", "UploadPolicy", "UploadPolicySignature")
+)
+
+ACTIONS: Mapping[str, Action] = {
+    "BundleInstance": Action(bundle_instance, also_required=_S3_STORAGE),
+    "CancelBundleTask": Action(cancel_bundle_task),
+    "DescribeBundleTasks": Action(describe_bundle_tasks),
+    "DescribeInstances": Action(describe_instances),
+}

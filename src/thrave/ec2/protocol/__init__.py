@@ -11,13 +11,12 @@ real clients send beyond it, the client is named beside the rule.
 """
 
 from thrave.ec2.protocol.answers import error_document, format_timestamp, serialize
-from thrave.ec2.protocol.errors import MissingParameterError, ProtocolError
+from thrave.ec2.protocol.errors import ProtocolError
 from thrave.ec2.protocol.forms import parse, read_form
 from thrave.ec2.protocol.values import Blob, Parameters, Result
 
 __all__ = [
     "Blob",
-    "MissingParameterError",
     "Parameters",
     "ProtocolError",
     "Result",

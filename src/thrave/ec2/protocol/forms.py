@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, TypeAlias
@@ -67,16 +67,25 @@ def _add(form: dict[str, str], name: str, value: str) -> None:
     form[name] = value
 
 
-def parse(operation: OperationModel, form: Mapping[str, str]) -> Parameters:
+def parse(operation: OperationModel, form: Mapping[str, str], also_required: Sequence[str] = ()) -> Parameters:
     """Turn a form into the input of an operation.
 
     Lists may be numbered from any number upwards with gaps, or hold their one member un-numbered (`BundleId=bun-…`,
     as Dasein Cloud sends it). Parameters of the envelope (`ENVELOPE`) are passed over.
 
+    Args:
+        operation: whose input shape describes the form.
+        form: as `read_form` gives it.
+        also_required: names on the wire that must have a value, besides the members that the model requires.
+
     Raises:
         ProtocolError: the first that fits, in the form's order; missing members last.
     """
-    return _read_structure(operation.input_shape, _unfold(form), "")
+    parameters = _read_structure(operation.input_shape, _unfold(form), "")
+    for name in also_required:
+        if not form.get(name):
+            raise MissingParameterError(name)
+    return parameters
 
 
 def _unfold(form: Mapping[str, str]) -> dict[str, Node]:

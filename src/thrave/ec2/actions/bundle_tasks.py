@@ -1,0 +1,141 @@
+"""Actions on bundle tasks: BundleInstance, DescribeBundleTasks, CancelBundleTask.
+
+BundleInstance makes every check that can be made at request time, in one fixed order, and changes nothing before the
+last has passed. The work itself is done elsewhere (`thrave.tasks`); nothing here waits for it.
+"""
+
+from thrave.compute.instance import Instance, InstanceState
+from thrave.ec2.actions.instances import check_instance_id, own_instance
+from thrave.ec2.actions.storage import Storage, check_upload_policy, claim_bucket
+from thrave.ec2.door import Caller, Door
+from thrave.ec2.errors import EC2Error
+from thrave.ec2.filters import FilterTable, instants, select
+from thrave.ec2.protocol import Parameters, Result
+from thrave.tasks.requests import BundleTaskNotCancellable, BundleTaskNotFound, BundlingInProgress
+from thrave.tasks.states import BundleTaskState
+from thrave.tasks.task import BundleRequest, BundleTask
+
+# A stopped instance is bundled as it is.
+_BUNDLEABLE = frozenset({InstanceState.RUNNING, InstanceState.STOPPED})
+
+FILTERS: FilterTable[BundleTask] = {
+    "bundle-id": lambda task: [task.bundle_id],
+    "error-code": lambda task: [task.error_code],
+    "error-message": lambda task: [task.error_message],
+    "instance-id": lambda task: [task.instance_id],
+    "progress": lambda task: [_progress(task)],
+    "s3-aws-access-key-id": lambda task: [task.access_key_id],  # in AWS's documentation of 2010-08-31
+    "s3-bucket": lambda task: [task.bucket],
+    "s3-prefix": lambda task: [task.prefix],
+    "start-time": lambda task: instants(task.start_time),
+    "state": lambda task: _spellings(task.state),
+    "update-time": lambda task: instants(task.update_time),
+}
+
+
+def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Result:
+    """Have the root volume of an instance bundled into a bucket.
+
+    Raises:
+        EC2Error: by what is wrong, in this order: InvalidInstanceID.Malformed and InvalidParameterValue (syntax),
+            InvalidInstanceID.NotFound, InvalidInstanceType, BundlingInProgress, IncorrectInstanceState,
+            InvalidParameterValue (upload policy), InaccessibleStorageLocation.
+    """
+    check_instance_id(parameters["InstanceId"])
+    storage = Storage.of(parameters["Storage"]["S3"])
+    instance = own_instance(door, caller, parameters["InstanceId"])
+    _check_kind(door, instance)
+    _check_idle(door, instance)
+    _check_state(instance)
+    owner_id = check_upload_policy(door, storage)
+    claim_bucket(door, storage, owner_id)
+    return _create(door, _request(caller, instance, storage, owner_id))
+
+
+def describe_bundle_tasks(door: Door, caller: Caller, parameters: Parameters) -> Result:
+    """Describe the caller's bundle tasks, or those with the given ids, as far as the filters let them through.
+
+    Raises:
+        EC2Error: InvalidBundleID.NotFound, and what filters raise.
+    """
+    try:
+        tasks = door.tasks.describe(caller.account_id, parameters.get("BundleIds", ()))
+    except BundleTaskNotFound as error:
+        raise EC2Error("InvalidBundleID.NotFound", bundle_id=error.bundle_id) from None
+    return {"BundleTasks": [_shown(task) for task in select(tasks, parameters.get("Filters", ()), FILTERS)]}
+
+
+def cancel_bundle_task(door: Door, caller: Caller, parameters: Parameters) -> Result:
+    """Have a bundle task of the caller's cancelled: it ends as `failed` with `Client.Cancelled`.
+
+    Raises:
+        EC2Error: InvalidBundleID.NotFound, IncorrectState.
+    """
+    bundle_id = parameters["BundleId"]
+    try:
+        return {"BundleTask": _shown(door.tasks.cancel(caller.account_id, bundle_id))}
+    except BundleTaskNotFound:
+        raise EC2Error("InvalidBundleID.NotFound", bundle_id=bundle_id) from None
+    except BundleTaskNotCancellable as error:
+        raise EC2Error("IncorrectState", bundle_id=bundle_id, state=error.state) from None
+
+
+def _check_kind(door: Door, instance: Instance) -> None:
+    if instance.root_device_type != "instance-store" or not (instance.platform == "windows" or door.any_platform):
+        raise EC2Error("InvalidInstanceType")
+
+
+def _check_idle(door: Door, instance: Instance) -> None:
+    """Before the state is looked at: a task has its instance stopped, and a repeated call must hear of the task."""
+    task = door.tasks.in_progress(instance.instance_id)
+    if task is not None:
+        raise EC2Error("BundlingInProgress", bundle_id=task.bundle_id)
+
+
+def _check_state(instance: Instance) -> None:
+    if instance.state not in _BUNDLEABLE:
+        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, state=instance.state)
+
+
+def _request(caller: Caller, instance: Instance, storage: Storage, owner_id: str) -> BundleRequest:
+    return BundleRequest(
+        account_id=caller.account_id,
+        owner_id=owner_id,
+        instance_id=instance.instance_id,
+        bucket=storage.bucket,
+        prefix=storage.prefix,
+        access_key_id=storage.access_key_id,
+        upload_policy=storage.upload_policy,
+        upload_policy_signature=storage.upload_policy_signature,
+    )
+
+
+def _create(door: Door, request: BundleRequest) -> Result:
+    try:
+        return {"BundleTask": _shown(door.tasks.create(request))}
+    except BundlingInProgress as error:  # another call was quicker since we looked
+        raise EC2Error("BundlingInProgress", bundle_id=error.bundle_id) from None
+
+
+def _shown(task: BundleTask) -> Result:
+    """Give a task as its owner may see it: of the storage only bucket and prefix, as AWS echoes it."""
+    failed = task.state is BundleTaskState.FAILED
+    return {
+        "InstanceId": task.instance_id,
+        "BundleId": task.bundle_id,
+        "State": task.state,
+        "StartTime": task.start_time,
+        "UpdateTime": task.update_time,
+        "Storage": {"S3": {"Bucket": task.bucket, "Prefix": task.prefix}},
+        "Progress": _progress(task),
+        "BundleTaskError": {"Code": task.error_code, "Message": task.error_message} if failed else None,
+    }
+
+
+def _progress(task: BundleTask) -> str | None:
+    return None if task.progress is None else f"{task.progress}%"
+
+
+def _spellings(state: BundleTaskState) -> tuple[str, ...]:
+    """Give a state as a filter may name it: AWS's documentation prints `canceling`, AWS and its model `cancelling`."""
+    return (state, "canceling") if state is BundleTaskState.CANCELLING else (state,)

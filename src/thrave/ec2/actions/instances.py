@@ -1,0 +1,104 @@
+"""Actions on instances: DescribeInstances, as much of it as finds the instance to bundle.
+
+An instance belongs to one account and nobody else can tell that it exists. Each is shown in a reservation of its own.
+"""
+
+import re
+from collections.abc import Sequence
+
+from thrave.compute.errors import InstanceNotFound
+from thrave.compute.instance import Instance, VolumeFile
+from thrave.ec2.door import Caller, Door
+from thrave.ec2.errors import EC2Error
+from thrave.ec2.filters import FilterTable, instants, select
+from thrave.ec2.protocol import Parameters, Result
+
+_INSTANCE_ID = re.compile(r"i-([0-9a-f]{8}|[0-9a-f]{17})")
+
+FILTERS: FilterTable[Instance] = {
+    "architecture": lambda instance: [instance.architecture],
+    "block-device-mapping.device-name": lambda instance: [volume.device_name for volume in _volumes(instance)],
+    "instance-id": lambda instance: [instance.instance_id],
+    "instance-state-code": lambda instance: [str(instance.state.code)],
+    "instance-state-name": lambda instance: [instance.state],
+    "launch-time": lambda instance: instants(instance.launch_time),
+    "owner-id": lambda instance: [instance.account_id],
+    "platform": lambda instance: [instance.platform],
+    "reservation-id": lambda instance: [_reservation_id(instance)],
+    "root-device-name": lambda instance: [instance.root_device_name],
+    "root-device-type": lambda instance: [instance.root_device_type],
+}
+
+
+def describe_instances(door: Door, caller: Caller, parameters: Parameters) -> Result:
+    """Describe the caller's instances, or those with the given ids, as far as the filters let them through.
+
+    Raises:
+        EC2Error: InvalidInstanceID.Malformed, InvalidInstanceID.NotFound, and what filters raise.
+    """
+    instances = _asked_for(door, caller, parameters.get("InstanceIds", ()))
+    chosen = select(instances, parameters.get("Filters", ()), FILTERS)
+    return {"Reservations": [_reservation(instance) for instance in chosen]}
+
+
+def check_instance_id(instance_id: str) -> None:
+    """Check the syntax of an instance's id.
+
+    Raises:
+        EC2Error: InvalidInstanceID.Malformed.
+    """
+    if not _INSTANCE_ID.fullmatch(instance_id):
+        raise EC2Error("InvalidInstanceID.Malformed", instance_id=instance_id)
+
+
+def own_instance(door: Door, caller: Caller, instance_id: str) -> Instance:
+    """Give an instance of the caller's.
+
+    Raises:
+        EC2Error: InvalidInstanceID.Malformed, or InvalidInstanceID.NotFound, whether it does not exist or belongs
+            to somebody else.
+    """
+    check_instance_id(instance_id)
+    try:
+        instance = door.instances.get(instance_id)
+    except InstanceNotFound:
+        raise EC2Error("InvalidInstanceID.NotFound", instance_id=instance_id) from None
+    if instance.account_id != caller.account_id:
+        raise EC2Error("InvalidInstanceID.NotFound", instance_id=instance_id)
+    return instance
+
+
+def _asked_for(door: Door, caller: Caller, instance_ids: Sequence[str]) -> list[Instance]:
+    if instance_ids:
+        return [own_instance(door, caller, instance_id) for instance_id in dict.fromkeys(instance_ids)]
+    return [instance for instance in door.instances.list() if instance.account_id == caller.account_id]
+
+
+def _reservation(instance: Instance) -> Result:
+    return {
+        "ReservationId": _reservation_id(instance),
+        "OwnerId": instance.account_id,
+        "Groups": [],
+        "Instances": [_instance(instance)],
+    }
+
+
+def _instance(instance: Instance) -> Result:
+    return {
+        "InstanceId": instance.instance_id,
+        "State": {"Code": instance.state.code, "Name": instance.state},
+        "LaunchTime": instance.launch_time,
+        "Platform": instance.platform,
+        "Architecture": instance.architecture,
+        "RootDeviceType": instance.root_device_type,
+        "RootDeviceName": instance.root_device_name,
+        "BlockDeviceMappings": [{"DeviceName": volume.device_name} for volume in _volumes(instance)],
+    }
+
+
+def _volumes(instance: Instance) -> Sequence[VolumeFile]:
+    return (instance.root_volume, *instance.volumes)
+
+
+def _reservation_id(instance: Instance) -> str:
+    return "r-" + instance.instance_id.removeprefix("i-")

@@ -1,0 +1,101 @@
+"""The storage that BundleInstance is given: bucket, prefix, and the upload policy that its owner signed.
+
+The key named `AWSAccessKeyId` belongs to the bucket's owner, who need not be the caller. Its secret proves the upload
+policy, over the base64 text as received. Nothing is written before the policy is proved, and nothing ever to a bucket
+that belongs to somebody else.
+
+Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstance; AWS's own are not known.
+"""
+
+from dataclasses import dataclass, field
+
+from thrave.buckets.errors import BucketAlreadyExists, BucketError, SignatureDoesNotMatch
+from thrave.buckets.naming import check_bucket_name, split_prefix
+from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
+from thrave.ec2.door import Door
+from thrave.ec2.errors import EC2Error
+from thrave.ec2.protocol import Parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """Where a bundle is to go, and by whose leave.
+
+    Attributes:
+        bucket: its name; a new one is created for the owner.
+        prefix: the beginning of every object's key.
+        access_key_id: a key of the bucket's owner.
+        upload_policy: base64 text, exactly as received.
+        upload_policy_signature: base64 text, made with the secret of that key.
+    """
+
+    bucket: str
+    prefix: str
+    access_key_id: str
+    upload_policy: str = field(repr=False)
+    upload_policy_signature: str = field(repr=False)
+
+    @classmethod
+    def of(cls, s3: Parameters) -> "Storage":
+        """Read the members of `Storage.S3`, all of them present.
+
+        Raises:
+            EC2Error: InvalidParameterValue: no bucket or bundle can have such a name, or the policy is too long.
+        """
+        _check_names(s3["Bucket"], s3["Prefix"])
+        if len(s3["UploadPolicy"].text) > POLICY_CHARACTERS:
+            raise EC2Error("InvalidParameterValue", "Value for parameter UploadPolicy is invalid (too long)")
+        return cls(
+            bucket=s3["Bucket"],
+            prefix=s3["Prefix"],
+            access_key_id=s3["AWSAccessKeyId"],
+            upload_policy=s3["UploadPolicy"].text,
+            upload_policy_signature=s3["UploadPolicySignature"],
+        )
+
+
+def _check_names(bucket: str, prefix: str) -> None:
+    for name, value, check in (("Bucket", bucket, check_bucket_name), ("Prefix", prefix, split_prefix)):
+        try:
+            check(value)
+        except BucketError as error:
+            message = f"Value ({value}) for parameter {name} is invalid. {error.message}"
+            raise EC2Error("InvalidParameterValue", message) from None
+
+
+def check_upload_policy(door: Door, storage: Storage) -> str:
+    """Prove that the bucket's owner allows a whole bundle to be uploaded, and give the owner's account id.
+
+    Raises:
+        EC2Error: InvalidParameterValue: the key is unknown, has not signed the policy, or the policy could never be
+            met; then in S3's own words.
+    """
+    key = door.accounts.find_key(storage.access_key_id)
+    if key is None or key.status != "Active":
+        raise EC2Error("InvalidParameterValue", f"Value ({storage.access_key_id}) for AWSAccessKeyId is invalid.")
+    try:
+        policy = UploadPolicy.verify(
+            storage.upload_policy,
+            storage.upload_policy_signature,
+            access_key_id=key.access_key_id,
+            secret=key.secret_access_key,
+        )
+        policy.check_bundle(storage.bucket, storage.prefix, now=door.now())
+    except SignatureDoesNotMatch:
+        raise EC2Error("InvalidParameterValue", "Value for UploadPolicySignature is invalid.") from None
+    except BucketError as error:
+        raise EC2Error("InvalidParameterValue", f"Value for UploadPolicy is invalid. {error.message}") from None
+    return key.account_id
+
+
+def claim_bucket(door: Door, storage: Storage, owner_id: str) -> None:
+    """Make sure that the bucket is there and its owner's, creating it on their behalf if nobody has it.
+
+    Raises:
+        EC2Error: InaccessibleStorageLocation: it belongs to somebody else.
+    """
+    try:
+        door.buckets.create(storage.bucket, owner_id)
+    except BucketAlreadyExists:
+        where = {"bucket": storage.bucket, "access_key_id": storage.access_key_id}
+        raise EC2Error("InaccessibleStorageLocation", **where) from None

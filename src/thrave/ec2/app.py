@@ -1,0 +1,115 @@
+"""The front door itself: an HTTP request comes in, an XML answer goes out.
+
+`answer` is the whole of it, in the order of the checks. Everything unforeseen becomes InternalError under a request id;
+what happened is in the log, and never in the answer. Nothing here knows what any action does.
+"""
+
+import traceback
+import uuid
+
+import structlog
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from thrave.ec2 import model
+from thrave.ec2.actions import ACTIONS
+from thrave.ec2.door import Caller, Door
+from thrave.ec2.errors import EC2Error
+from thrave.ec2.messages import Request
+from thrave.ec2.protocol import ProtocolError, error_document, parse, serialize
+from thrave.ec2.signatures import authenticate
+
+LIMIT = 64 * 1024  # bytes of a body, and of a query string
+FORM = "application/x-www-form-urlencoded"
+
+log = structlog.get_logger()
+
+
+def create_app(door: Door) -> Starlette:
+    """Make the web application that answers EC2's Query API, by GET and POST, at `/`."""
+
+    async def endpoint(http: HttpRequest) -> Response:
+        request_id = str(uuid.uuid4())
+        try:
+            request = await receive(http)
+            content = await run_in_threadpool(answer, door, request, request_id)
+            return _response(200, content, request_id)
+        except EC2Error as error:
+            return _error_response(error, request_id)
+        except Exception:  # noqa: BLE001  # the one place where nothing may pass
+            # The text alone: a renderer of the log that shows local variables would show secrets.
+            log.error("internal error", request_id=request_id, traceback=traceback.format_exc())  # noqa: TRY400
+            return _error_response(EC2Error("InternalError"), request_id)
+
+    return Starlette(routes=[Route("/", endpoint, methods=["GET", "POST"])])
+
+
+def answer(door: Door, request: Request, request_id: str) -> bytes:
+    """Answer one request: every check in its order, then the action.
+
+    Raises:
+        EC2Error: the answer is an error.
+    """
+    try:
+        key = authenticate(request, door.accounts.find_key, door.now())
+        caller = Caller(account_id=key.account_id, access_key_id=key.access_key_id)
+        name, version = _action_and_version(request)
+        action, operation = ACTIONS[name], model.operation(name)
+        parameters = parse(operation, request.form, action.also_required)
+        if not door.may(caller, name):
+            raise EC2Error("UnauthorizedOperation")
+        if parameters.get("DryRun"):
+            raise EC2Error("DryRunOperation")
+        result = action.function(door, caller, parameters)
+    except ProtocolError as error:
+        raise EC2Error(error.code, str(error)) from None
+    return serialize(operation, result, version=version, request_id=request_id)
+
+
+def _action_and_version(request: Request) -> tuple[str, str]:
+    for name in ("Action", "Version"):
+        if name not in request.form:
+            raise EC2Error("MissingParameter", name=name)
+    name, version = request.form["Action"], request.form["Version"]
+    if name not in ACTIONS:
+        raise EC2Error("InvalidAction", action=name)
+    if not model.is_known_version(version):
+        newest = model.newest_version()
+        raise EC2Error("NoSuchVersion", version=version, oldest=model.OLDEST_VERSION, newest=newest)
+    return name, version
+
+
+async def receive(http: HttpRequest) -> Request:
+    """Read a request, never more of it than the limit.
+
+    Raises:
+        EC2Error: UnsupportedProtocol (a body that is not a form), RequestEntityTooLarge.
+    """
+    body = b""
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > LIMIT:
+            raise EC2Error("RequestEntityTooLarge", limit=LIMIT)
+    if len(http.scope["query_string"]) > LIMIT:
+        raise EC2Error("RequestEntityTooLarge", limit=LIMIT)
+    if body and http.headers.get("content-type", FORM).partition(";")[0].strip().lower() != FORM:
+        raise EC2Error("UnsupportedProtocol")
+    return Request(
+        method=http.method,
+        path=http.scope.get("raw_path", b"/").decode("latin-1"),
+        query=http.scope["query_string"],
+        headers=tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in http.scope["headers"]),
+        body=body,
+    )
+
+
+def _error_response(error: EC2Error, request_id: str) -> Response:
+    return _response(error.status, error_document(error.code, error.message, request_id), request_id)
+
+
+def _response(status: int, content: bytes, request_id: str) -> Response:
+    headers = {"x-amzn-requestid": request_id}
+    return Response(content, status, headers, media_type="text/xml;charset=UTF-8")

@@ -1,0 +1,47 @@
+"""What the front door leads to, and who comes through it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from thrave.buckets.buckets import Buckets
+from thrave.compute.instances import Instances
+from thrave.database import utc_now
+from thrave.identity.accounts import Accounts
+from thrave.tasks.requests import BundleTasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who signed a request."""
+
+    account_id: str
+    access_key_id: str
+
+
+def account_may_do_all(_caller: Caller, _action: str) -> bool:
+    """Allow every action: an account's own access key may do all that the account can, as in IAM."""
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Door:
+    """The rooms behind the front door, and the settings that change its answers.
+
+    Attributes:
+        accounts: whose keys sign requests and upload policies.
+        instances: what can be bundled.
+        buckets: where bundles go.
+        tasks: the bundle tasks.
+        any_platform: bundle instances that are not Windows, too. EC2 does not.
+        may: whether a caller may do an action, such as `BundleInstance`.
+        now: the clock.
+    """
+
+    accounts: Accounts
+    instances: Instances
+    buckets: Buckets
+    tasks: BundleTasks
+    any_platform: bool = False
+    may: Callable[[Caller, str], bool] = account_may_do_all
+    now: Callable[[], datetime] = utc_now

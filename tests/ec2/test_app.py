@@ -1,0 +1,193 @@
+"""The door over real HTTP: unmodified boto3, and raw sockets for what no client would send."""
+
+import re
+import socket
+import urllib.request
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+import pytest
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from botocore.exceptions import ClientError
+from structlog.testing import capture_logs
+
+from support.serving import serving
+from support.storage import storage
+from thrave.ec2.app import LIMIT, create_app
+
+DESCRIBE = b"Action=DescribeBundleTasks&Version=2016-11-15"
+FORM = "application/x-www-form-urlencoded"
+
+
+def send(endpoint, request):
+    """Send bytes and give the whole answer: status, headers, body."""
+    place = urlsplit(endpoint)
+    with socket.create_connection((place.hostname, place.port), timeout=20) as connection:
+        connection.sendall(request)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    status, *lines = head.split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(status.split()[1]), headers, body
+
+
+def signed(endpoint, key, *, body=DESCRIBE, content_type=FORM, method="POST", framing=None):
+    """A signed request as bytes; `framing` replaces the Content-Length."""
+    headers = {"Content-Type": content_type} if content_type else {}
+    request = AWSRequest(method, endpoint + "/", data=body, headers=headers)
+    SigV4Auth(Credentials(key.access_key_id, key.secret_access_key), "ec2", "us-east-1").add_auth(request)
+    lines = [f"{method} / HTTP/1.1", f"Host: {urlsplit(endpoint).netloc}", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in request.headers.items()]
+    lines.append(framing or f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def code_of(answer):
+    return re.search("<Code>(.*)</Code>", answer[2])[1]
+
+
+def test_a_request_id_stands_in_the_answer_and_in_a_header(endpoint, house):
+    status, headers, body = send(endpoint, signed(endpoint, house.key))
+    assert status == 200
+    assert f"<requestId>{headers['x-amzn-requestid']}</requestId>" in body
+    assert headers["content-type"] == "text/xml;charset=utf-8"
+    status, headers, body = send(endpoint, signed(endpoint, house.key, body=b"Action=X&Version=2016-11-15"))
+    assert status == 400
+    assert f"<RequestID>{headers['x-amzn-requestid']}</RequestID>" in body
+
+
+@pytest.mark.parametrize("version", ["2008-08-08", "2010-08-31", "2014-10-01", "2016-11-15"])
+def test_the_callers_version_is_the_namespace_of_the_answer(endpoint, house, version):
+    body = b"Action=DescribeBundleTasks&Version=" + version.encode()
+    _, _, answer = send(endpoint, signed(endpoint, house.key, body=body))
+    assert f'<DescribeBundleTasksResponse xmlns="http://ec2.amazonaws.com/doc/{version}/">' in answer
+    assert "<bundleInstanceTasksSet/>" in answer
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "MissingParameter"),
+        (b"Version=2016-11-15", 400, "MissingParameter"),
+        (b"Action=DescribeBundleTasks", 400, "MissingParameter"),
+        (b"Action=DescribeBundleTask&Version=2016-11-15", 400, "InvalidAction"),
+        (b"Action=describebundletasks&Version=2016-11-15", 400, "InvalidAction"),
+        (b"Action=RunInstances&Version=2016-11-15", 400, "InvalidAction"),
+        (b"Action=DescribeBundleTasks&Version=2006-06-26", 400, "NoSuchVersion"),
+        (b"Action=DescribeBundleTasks&Version=3000-01-01", 400, "NoSuchVersion"),
+        (DESCRIBE + b"&Verbose=1", 400, "UnknownParameter"),
+        (DESCRIBE + b"&DryRun=perhaps", 400, "InvalidParameterValue"),
+        (DESCRIBE + b"&BundleId.99999999999999=x", 400, "UnknownParameter"),
+        (DESCRIBE + b"&Version=2016-11-15", 400, "InvalidQueryParameter"),
+        (DESCRIBE + b"&BundleId.1=%FF", 400, "MalformedQueryString"),
+        (DESCRIBE + b"&BundleId.1=%00", 400, "InvalidCharacter"),
+        (DESCRIBE + b"&Filter.1.Name=color&Filter.1.Value.1=x", 400, "InvalidParameterValue"),
+        (DESCRIBE + b"&BundleId.1=bun-12345678", 400, "InvalidBundleID.NotFound"),
+        (DESCRIBE + b"&DryRun=true", 412, "DryRunOperation"),
+        (b"Action=CancelBundleTask&Version=2016-11-15", 400, "MissingParameter"),
+        (b"Action=CancelBundleTask&Version=2016-11-15&BundleId=x", 400, "InvalidBundleID.NotFound"),
+        (DESCRIBE + b"&x=" + b"x" * LIMIT, 413, "RequestEntityTooLarge"),
+    ],
+)
+def test_a_wrong_request_gets_ec2s_code_and_status(endpoint, house, body, status, code):
+    answer = send(endpoint, signed(endpoint, house.key, body=body))
+    assert (answer[0], code_of(answer)) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "code"),
+    [
+        (FORM, None),
+        (f"{FORM}; charset=utf-8", None),
+        (f"{FORM.title()};charset=UTF-8", None),
+        (None, None),
+        ("text/xml; charset=utf-8", "UnsupportedProtocol"),
+        ("multipart/form-data; boundary=x", "UnsupportedProtocol"),
+        ("", "UnsupportedProtocol"),
+    ],
+)
+def test_a_body_is_a_form_with_or_without_charset(endpoint, house, content_type, code):
+    request = signed(endpoint, house.key, content_type=content_type)
+    if content_type == "":
+        request = request.replace(b"Connection", b"Content-Type: \r\nConnection")
+    answer = send(endpoint, request)
+    assert (code_of(answer) if answer[0] != 200 else None) == code
+
+
+def test_a_body_without_a_length_is_read_no_further_than_the_limit(endpoint, house):
+    too_much = b"10001\r\n" + b"x" * (LIMIT + 1) + b"\r\n"  # and no end
+    answer = send(endpoint, signed(endpoint, house.key, body=b"", framing="Transfer-Encoding: chunked") + too_much)
+    assert (answer[0], code_of(answer)) == (413, "RequestEntityTooLarge")
+
+
+def test_a_query_string_has_a_limit_of_its_own_or_the_servers(endpoint):
+    answer = send(endpoint, b"GET /?x=" + b"x" * (LIMIT - 1) + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answer[0] in {400, 413}
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS"])
+def test_other_methods_are_not_allowed(endpoint, method):
+    status, headers, _ = send(endpoint, f"{method} / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert status == 405
+    assert "get" in headers["allow"]
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    ["GET / HTTP/1.1", "GET /?Action=DescribeInstances&Version=2016-11-15 HTTP/1.1", "GET /?%FF HTTP/1.1"],
+)
+def test_a_request_without_credentials_learns_nothing(endpoint, request_line):
+    answer = send(endpoint, f"{request_line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert (answer[0], code_of(answer)) in {(400, "MissingParameter"), (400, "MalformedQueryString")}
+
+
+def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(house):
+    with serving(create_app(replace(house.door, may=lambda caller, action: action != "DescribeBundleTasks"))) as url:
+        for body in (DESCRIBE, DESCRIBE + b"&DryRun=true", DESCRIBE + b"&BundleId.1=bun-12345678"):
+            answer = send(url, signed(url, house.key, body=body))
+            assert (answer[0], code_of(answer)) == (403, "UnauthorizedOperation")
+        allowed = send(url, signed(url, house.key, body=b"Action=DescribeInstances&Version=2016-11-15&DryRun=true"))
+    assert (allowed[0], code_of(allowed)) == (412, "DryRunOperation")
+
+
+def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_caller_nothing(house):
+    def break_down(caller, action):
+        raise ZeroDivisionError(f"the secret of {caller.account_id}")
+
+    with capture_logs() as logs, serving(create_app(replace(house.door, may=break_down))) as url:
+        status, headers, body = send(url, signed(url, house.key))
+    assert status == 500
+    assert "<Code>InternalError</Code>" in body
+    assert "secret" not in body
+    assert "Zero" not in body
+    (entry,) = [entry for entry in logs if entry["log_level"] == "error"]
+    assert entry["request_id"] == headers["x-amzn-requestid"]
+    assert "ZeroDivisionError" in entry["traceback"]
+    assert house.key.secret_access_key not in str(entry)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"access_key_id": "AKIDNOBODY"}, 401, "AuthFailure"),
+        ({"secret_access_key": "x" * 40}, 401, "AuthFailure"),
+    ],
+)
+def test_boto3_with_wrong_credentials_is_told_as_aws_tells_it(house, client_of, change, status, code):
+    with pytest.raises(ClientError) as refusal:
+        client_of(replace(house.key, **change)).describe_instances()
+    error = refusal.value.response
+    assert (error["ResponseMetadata"]["HTTPStatusCode"], error["Error"]["Code"]) == (status, code)
+    assert error["Error"]["Message"] == "AWS was not able to validate the provided access credentials"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_presigned_url_bundles_without_any_header(house, ec2, method):
+    house.add_instance("i-12345678")
+    parameters = {"InstanceId": "i-12345678", "Storage": storage(house.key)}
+    url = ec2.generate_presigned_url("bundle_instance", Params=parameters, HttpMethod=method)
+    with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=20) as answer:
+        assert b"<state>pending</state>" in answer.read()
+    assert [task["InstanceId"] for task in ec2.describe_bundle_tasks()["BundleTasks"]] == ["i-12345678"]

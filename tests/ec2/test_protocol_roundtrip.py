@@ -1,0 +1,109 @@
+"""Every request and response of our actions, against botocore's own serialiser and parser."""
+
+from datetime import UTC, datetime
+from urllib.parse import urlencode
+
+import pytest
+from botocore.parsers import create_parser
+from botocore.serialize import create_serializer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thrave.ec2 import model
+from thrave.ec2.actions import ACTIONS
+from thrave.ec2.protocol import Blob, error_document, parse, read_form, serialize
+
+SERIALIZER = create_serializer("ec2", include_validation=False)
+PARSER = create_parser("ec2")
+
+xml_text = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn"]) | st.sampled_from("\t\n\r&<>'\"%+;=.")
+)
+instants = st.datetimes(datetime(1970, 1, 1), datetime(9999, 12, 31), timezones=st.just(UTC))  # noqa: DTZ001 (given below)
+
+SCALARS = {
+    "string": xml_text,
+    "boolean": st.booleans(),
+    "integer": st.integers(-(2**31), 2**31 - 1),
+    "long": st.integers(-(2**63), 2**63 - 1),
+    "float": st.floats(allow_nan=False, allow_infinity=False),
+    "double": st.floats(allow_nan=False, allow_infinity=False),
+    "timestamp": instants,
+}
+
+
+@st.composite
+def structures(draw, shape, blobs, *, min_list):
+    """Some of a structure's members, all of the required; an empty structure would leave no trace in a form."""
+    names = draw(st.lists(st.sampled_from(sorted(shape.members)), min_size=min_list, max_size=4, unique=True))
+    chosen = {*names, *shape.required_members}
+    return {name: draw(values(shape.members[name], blobs, min_list=min_list)) for name in sorted(chosen)}
+
+
+def values(shape, blobs, *, min_list):
+    if shape.type_name == "structure":
+        return structures(shape, blobs, min_list=min_list)
+    if shape.type_name == "list":
+        return st.lists(values(shape.member, blobs, min_list=min_list), min_size=min_list, max_size=3)
+    return blobs if shape.type_name == "blob" else SCALARS[shape.type_name]
+
+
+def plain(value):
+    """The value with blobs as bytes."""
+    match value:
+        case Blob():
+            return value.data
+        case dict():
+            return {name: plain(each) for name, each in value.items()}
+        case list():
+            return [plain(each) for each in value]
+    return value
+
+
+def to_milliseconds(value):
+    match value:
+        case datetime():
+            return value.replace(microsecond=value.microsecond // 1000 * 1000)
+        case dict():
+            return {name: to_milliseconds(each) for name, each in value.items()}
+        case list():
+            return [to_milliseconds(each) for each in value]
+    return value
+
+
+@pytest.mark.parametrize("name", sorted(ACTIONS))
+def test_every_request_that_botocore_can_send_is_read_as_it_was_meant(name):
+    operation = model.operation(name)
+
+    @settings(max_examples=150, deadline=None)
+    @given(structures(operation.input_shape, st.binary(max_size=40), min_list=1))
+    def check(sent):
+        body = SERIALIZER.serialize_to_request(sent, operation)["body"]
+        assert plain(parse(operation, read_form(urlencode(body).encode()))) == sent
+
+    check()
+
+
+@pytest.mark.parametrize("name", sorted(ACTIONS))
+def test_every_response_of_the_model_is_read_by_botocore_as_it_was_meant(name):
+    operation = model.operation(name)
+    blobs = st.builds(lambda data: Blob("", data), st.binary(max_size=40))
+
+    @settings(max_examples=150, deadline=None)
+    @given(structures(operation.output_shape, blobs, min_list=0))
+    def check(result):
+        document = serialize(operation, result, version="2016-11-15", request_id="an-id")
+        answer = {"status_code": 200, "headers": {}, "body": document}
+        received = PARSER.parse(answer, operation.output_shape)
+        assert received.pop("ResponseMetadata")["RequestId"] == "an-id"
+        assert received == to_milliseconds(plain(result))
+
+    check()
+
+
+@given(xml_text, xml_text)
+def test_every_error_is_read_by_botocore_as_it_was_meant(code, message):
+    answer = {"status_code": 400, "headers": {}, "body": error_document(code, message, "an-id")}
+    received = PARSER.parse(answer, model.operation("DescribeInstances").output_shape)
+    assert (received["Error"].get("Code") or "", received["Error"].get("Message") or "") == (code, message)
+    assert received["ResponseMetadata"]["RequestId"] == "an-id"
