@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from thrave.database import access_key as access_key_table
 from thrave.database import migrate, open_engine
 from thrave.identity.accounts import Accounts
-from thrave.identity.certificates import load_certificate, new_certificate
+from thrave.identity.certificates import new_certificate
 from thrave.identity.errors import (
     EntityAlreadyExists,
     IdentityError,
@@ -89,14 +89,6 @@ def test_a_private_key_pasted_beside_the_certificate_is_not_kept(accounts, engin
     certificate, private_key = new_certificate("alice")
     account, _ = accounts.create("alice", certificate=private_key + certificate)
     assert accounts.get(account.account_id).certificate == certificate
-
-
-def test_an_accounts_certificate_is_given_as_one_or_as_none(accounts):
-    pem = new_certificate("alice")[0]
-    with_one, _ = accounts.create("alice", certificate=pem)
-    without, _ = accounts.create("bob")
-    assert accounts.certificate(with_one.account_id) == load_certificate(pem)
-    assert accounts.certificate(without.account_id) is None
 
 
 def test_an_account_has_at_most_two_keys(accounts):

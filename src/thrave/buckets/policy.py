@@ -40,7 +40,7 @@ _EXPIRATION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}
 class UploadPolicy:
     """A policy that was signed with an access key of the bucket's owner."""
 
-    text: str
+    text: str = field(repr=False)
     """In base64, as it was signed: what a form upload sends as `Policy`."""
     signature: str = field(repr=False)
     access_key_id: str

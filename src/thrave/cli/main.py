@@ -28,6 +28,12 @@ COMMANDS: dict[str, str] = {
 EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.bundle.errors:WrongKeyError", Exit.WRONG_KEY),
     ("thrave.bundle.errors:DamagedError", Exit.DAMAGED),
+    ("thrave.identity.errors:NoSuchEntity", Exit.NOT_FOUND),
+    ("thrave.identity.errors:EntityAlreadyExists", Exit.REFUSED),
+    ("thrave.identity.errors:LimitExceeded", Exit.REFUSED),
+    ("thrave.identity.errors:IdentityError", Exit.FAILED),
+    ("thrave.vault:VaultError", Exit.FAILED),
+    ("thrave.buckets.errors:BucketError", Exit.FAILED),
 )
 
 

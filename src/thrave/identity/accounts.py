@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import sqlalchemy as sa
-from cryptography import x509
 
 from thrave.database import access_key, account, utc_now
 from thrave.identity.certificates import certificate_pem, load_certificate
@@ -81,15 +80,6 @@ class Accounts:
         if row is None:
             raise _no_such_account(account_id)
         return Account(**row)
-
-    def certificate(self, account_id: str) -> x509.Certificate | None:
-        """The certificate that an account's bundles are also encrypted to, if it has one.
-
-        Raises:
-            NoSuchEntity: There is no such account.
-        """
-        pem = self.get(account_id).certificate
-        return None if pem is None else load_certificate(pem)
 
     def create_key(self, account_id: str) -> AccessKey:
         """Give an account another access key.

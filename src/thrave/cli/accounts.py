@@ -1,0 +1,212 @@
+"""`thrave account`: accounts and their access keys, on the machine that has the service's data directory.
+
+A secret access key and a new private key are shown or written once, to who asked; neither can be had again.
+"""
+
+from __future__ import annotations
+
+import base64
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave.cli.output import data_option, emit, output_option, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from thrave.identity.accounts import Account, Accounts
+    from thrave.identity.keys import AccessKey
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group()
+def account() -> None:
+    """Accounts, whose access keys sign requests and upload policies.
+
+    \b
+    Example:
+      thrave account create alice --new-certificate ~/.thrave
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+
+
+@account.command()
+@click.argument("name")
+@click.option("--certificate", type=_FILE, help="X.509 certificate (PEM, RSA) whose owner may open the bundles.")
+@click.option("--new-certificate", type=_FOLDER, metavar="DIR", help="Make one: cert-*.pem and pk-*.pem in DIR.")
+@data_option
+@output_option
+def create(name: str, certificate: Path | None, new_certificate: Path | None, data: Path, output: str) -> None:
+    """Create an account with an access key, shown once.
+
+    With a certificate the account's bundles can be opened with its private key, which the service never keeps. Without
+    one only the service can open them.
+
+    \b
+    Example:
+      thrave account create alice --certificate cert-HKZYKTAIG2ECMXYIBH3HXV4ZBEXAMPLE.pem
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    if certificate and new_certificate:
+        raise click.UsageError("--certificate and --new-certificate exclude each other")
+    with open_accounts(data, make=True) as accounts, _certificate_files(name, certificate, new_certificate) as made:
+        pem = made[0].read_text("utf-8", errors="replace") if made else None
+        new, key = accounts.create(name, pem)
+    document = {"accountId": new.account_id, "name": new.name, **_key_document(key)}
+    if new_certificate:
+        document |= {"certificateFile": str(made[0]), "privateKeyFile": str(made[1])}
+    emit(output, {**document}, _secrets_as_text(document))
+
+
+@account.command("list")
+@data_option
+@output_option
+def list_(data: Path, output: str) -> None:
+    """List the accounts and their access keys, without the secrets.
+
+    \b
+    Example:
+      thrave account list --output json
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_accounts(data) as accounts:
+        listed = [(found, accounts.list_keys(found.account_id)) for found in accounts.list()]
+    rows: list[tuple[str, ...]] = [
+        (
+            found.account_id,
+            found.name,
+            "yes" if found.certificate else "no",
+            " ".join(key.access_key_id for key in keys),
+        )
+        for found, keys in listed
+    ]
+    emit(
+        output,
+        {"accounts": [_account_document(found, keys) for found, keys in listed]},
+        table(("ACCOUNT", "NAME", "CERTIFICATE", "ACCESS KEYS"), rows),
+    )
+
+
+@account.group()
+def key() -> None:
+    """Access keys of an account: two at most, so that one can be replaced while the other works."""
+
+
+@key.command("create")
+@click.argument("account_id", metavar="ACCOUNT")
+@data_option
+@output_option
+def create_key(account_id: str, data: Path, output: str) -> None:
+    """Give the account with the id ACCOUNT another access key, shown once.
+
+    \b
+    Example:
+      thrave account key create 123456789012
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_accounts(data) as accounts:
+        document = {"accountId": account_id, **_key_document(accounts.create_key(account_id))}
+    emit(output, {**document}, _secrets_as_text(document))
+
+
+@key.command("delete")
+@click.argument("access_key_id", metavar="KEY")
+@data_option
+@output_option
+def delete_key(access_key_id: str, data: Path, output: str) -> None:
+    """Delete the access key with the id KEY; requests that it signs are refused from now on.
+
+    \b
+    Example:
+      thrave account key delete AKIAIOSFODNN7EXAMPLE
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_accounts(data) as accounts:
+        accounts.delete_key(access_key_id)
+    emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
+
+
+@contextmanager
+def open_accounts(data: Path, *, make: bool = False) -> Iterator[Accounts]:
+    """The accounts of a data directory, which is made only if the command may begin one."""
+    from thrave.config import DataDirectory
+    from thrave.database import migrate, open_engine
+    from thrave.identity.accounts import Accounts
+    from thrave.vault import Vault
+
+    directory = DataDirectory(data)
+    if make:
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    elif not directory.vault_key.exists():
+        raise click.BadParameter(
+            f"{data} is no data directory; begin one with `thrave account create`", param_hint="--data"
+        )
+    vault = Vault.open_or_create(directory.vault_key)
+    engine = open_engine(directory.database_url)
+    try:
+        migrate(engine)
+        yield Accounts(engine, vault)
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _certificate_files(name: str, given: Path | None, folder: Path | None) -> Iterator[tuple[Path, ...]]:
+    """The files of an account's certificate; new ones are taken away again if the account is not created."""
+    if folder is None:
+        yield (given,) if given else ()
+        return
+    made = _write_new_certificate(name, folder)
+    try:
+        yield made
+    except Exception:
+        for path in made:
+            path.unlink()
+        raise
+
+
+def _write_new_certificate(name: str, folder: Path) -> tuple[Path, Path]:
+    """Write `cert-ID.pem` and `pk-ID.pem`, ID being the base32 of the certificate's SHA-1, in AWS's form."""
+    from cryptography.hazmat.primitives.hashes import SHA1
+
+    from thrave import files
+    from thrave.identity.certificates import load_certificate, new_certificate
+
+    certificate, private_key = new_certificate(name)
+    certificate_id = base64.b32encode(load_certificate(certificate).fingerprint(SHA1())).decode()  # noqa: S303 (a name, no proof)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / f"cert-{certificate_id}.pem", folder / f"pk-{certificate_id}.pem"
+    for path, pem in zip(made, (certificate, private_key), strict=True):
+        files.create_once(path, pem.encode())
+    return made
+
+
+def _key_document(key: AccessKey) -> dict[str, str]:
+    return {"accessKeyId": key.access_key_id, "secretAccessKey": key.secret_access_key}
+
+
+def _account_document(found: Account, keys: Sequence[AccessKey]) -> dict[str, object]:
+    return {
+        "accountId": found.account_id,
+        "name": found.name,
+        "createDate": found.create_date,
+        "certificate": found.certificate,
+        "accessKeys": [
+            {"accessKeyId": key.access_key_id, "status": key.status, "createDate": key.create_date} for key in keys
+        ],
+    }
+
+
+_LABELS = {
+    "accountId": "Account",
+    "name": "Name",
+    "accessKeyId": "Access key",
+    "secretAccessKey": "Secret access key",
+    "certificateFile": "Certificate",
+    "privateKeyFile": "Private key",
+}
+
+
+def _secrets_as_text(document: dict[str, str]) -> str:
+    lines = [f"{label + ':':<20}{document[name]}" for name, label in _LABELS.items() if name in document]
+    return "\n".join([*lines, "", "The secret access key is not shown again."])
