@@ -1,0 +1,141 @@
+"""What we write, judged by the programs that everybody else has: GNU tar, openssl, gunzip, and REXML's spelling."""
+
+import hashlib
+import os
+import subprocess
+from xml.etree import ElementTree
+
+import pytest
+from support.sealed import SECRETS, VECTORS, PatternImage, bundle_of, certificate, seal
+from thrave.bundle.deflate import inflated
+from thrave.bundle.deciphering import deciphered
+from thrave.bundle.image import data_extents
+from thrave.bundle.signatures import signed_bytes, verify
+from thrave.bundle.tar import Member
+from thrave.volumes.opening import open_volume
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+GNU_TAR = ["tar", "-cS", "--owner=root:0", "--group=root:0", "--mode=0644", "--mtime=@0"]
+
+# name: size and the extents of data. Multiples of 4 KiB, the grain of holes in Linux's file systems.
+LAYOUTS = {
+    "dense": (3 * MIB, [(0, 3 * MIB)]),
+    "dense-odd-size": (100_001, [(0, 100_001)]),
+    "a-sector": (512, [(0, 512)]),
+    "all-hole": (5 * MIB, []),
+    "hole-first": (MIB, [(512 * KIB, 512 * KIB)]),
+    "hole-last": (MIB, [(0, 64 * KIB)]),
+    "odd-end-after-hole": (MIB + 1000, [(0, 4 * KIB), (MIB, 1000)]),
+    "three-extents-fill-the-header": (MIB, [(i * 64 * KIB, 4 * KIB) for i in range(3)]),
+    "four-extents-need-a-block": (MIB, [(i * 64 * KIB, 4 * KIB) for i in range(4)]),
+    "twenty-four-fill-the-block": (4 * MIB, [(i * 64 * KIB, 4 * KIB) for i in range(24)]),
+    "twenty-five-need-another": (4 * MIB, [(i * 64 * KIB, 4 * KIB) for i in range(25)]),
+    "hundred": (8 * MIB, [(i * 64 * KIB, 8 * KIB) for i in range(100)]),
+    "beyond-8-gib": (20 * GIB, [(0, 4 * KIB), (9 * GIB, 8 * KIB), (19 * GIB, 4 * KIB)]),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def raw_file(request, tmp_path):
+    size, extents = LAYOUTS[request.param]
+    path = tmp_path / request.param
+    with path.open("wb") as file:
+        file.truncate(size)
+        for offset, length in extents:
+            file.seek(offset)
+            file.write(hashlib.shake_128(str(offset).encode()).digest(length))
+    return path
+
+
+def run(*command, stdin=None, cwd=None):
+    return subprocess.run(command, input=stdin, stdout=subprocess.PIPE, check=True, cwd=cwd).stdout
+
+
+def assert_same_files(*paths):
+    """Compare size, extents and data, and so 20 GiB with holes in no time."""
+    contents = []
+    for path in paths:
+        with open_volume(path, "raw") as volume, path.open("rb") as file:
+            extents = volume.extents()
+            contents.append((volume.size, extents, [os.pread(file.fileno(), e.length, e.offset) for e in extents]))
+    assert contents[0] == contents[1]
+
+
+def tar_stream(parts):
+    return b"".join(inflated(deciphered([bytes(part.data) for part in parts], SECRETS)))
+
+
+def test_the_tar_stream_is_gnu_tars_byte_for_byte(raw_file):
+    with open_volume(raw_file, "raw") as volume:
+        parts, sealed = seal(volume, raw_file.name)
+    expected = run(*GNU_TAR, raw_file.name, cwd=raw_file.parent)
+    assert tar_stream(parts) == expected
+    assert sealed.digest == hashlib.sha1(expected).hexdigest()
+
+
+def test_the_name_of_a_member_may_be_longer_than_tars_field(tmp_path):
+    for length in (99, 100, 101, 200):
+        path = tmp_path / ("n" * length)
+        path.write_bytes(b"x" * 512)
+        with open_volume(path, "raw") as volume:
+            parts, _ = seal(volume, path.name)
+        assert tar_stream(parts) == run(*GNU_TAR, path.name, cwd=tmp_path)
+
+
+def test_a_dense_member_beyond_8_gib_has_gnu_tars_header(tmp_path):
+    size = 8 * GIB + 4 * KIB
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", size)
+    member = Member("large", size, data_extents(PatternImage(size, [(0, size)])))
+    with subprocess.Popen([*GNU_TAR[:1], "-c", *GNU_TAR[2:], "large"], cwd=tmp_path, stdout=subprocess.PIPE) as tar:
+        expected = tar.stdout.read(512)
+        tar.kill()
+    assert b"".join(member.header()) == expected
+
+
+@pytest.mark.parametrize("level", ["fast", "small"])
+def test_openssl_gunzip_and_tar_open_it(raw_file, level, tmp_path):
+    with open_volume(raw_file, "raw") as volume:
+        parts, _ = seal(volume, raw_file.name, level=level, part_size=256 * KIB)
+    decipher = ["openssl", "enc", "-d", "-aes-128-cbc", "-K", SECRETS.key.hex(), "-iv", SECRETS.iv.hex()]
+    target = tmp_path / "opened"
+    target.mkdir()
+    compressed = run(*decipher, stdin=b"".join(part.data for part in parts))
+    run("tar", "-xS", stdin=run("gunzip", stdin=compressed), cwd=target)
+    assert_same_files(raw_file, target / raw_file.name)
+
+
+def rexml(element):
+    """What REXML writes of a parsed document: how ec2-ami-tools 1.5.3 sees a manifest before it verifies it."""
+    attributes = "".join(f" {name}='{value}'" for name, value in element.attrib.items())
+    inside = (element.text or "") + "".join(rexml(child) + (child.tail or "") for child in element)
+    return f"<{element.tag}{attributes}>{inside}</{element.tag}>" if inside else f"<{element.tag}{attributes}/>"
+
+
+def test_the_strictest_verifier_accepts_the_manifest():
+    bundle = bundle_of(PatternImage(MIB, [(0, 4 * KIB)]), part_size=64)
+    document = ElementTree.fromstring(bundle.manifest)
+    rewritten = ("<?xml version='1.0'?>" + rexml(document)).encode()
+    assert rewritten == bundle.manifest
+    verify(rewritten, bytes.fromhex(document.findtext("signature")), certificate("user"))
+
+
+def test_the_signature_is_openssls_over_the_two_elements(tmp_path):
+    bundle = bundle_of(PatternImage(MIB, []))
+    (tmp_path / "signature").write_bytes(bytes.fromhex(ElementTree.fromstring(bundle.manifest).findtext("signature")))
+    start, end = bundle.manifest.index(b"<machine_conf"), bundle.manifest.index(b"<signature>")
+    assert signed_bytes(bundle.manifest) == bundle.manifest[start:end]
+    (tmp_path / "key.pem").write_bytes(run("openssl", "pkey", "-pubout", "-in", str(VECTORS / "keys" / "user-pk.pem")))
+    check = ["openssl", "dgst", "-sha1", "-verify", "key.pem", "-signature", "signature"]
+    assert run(*check, stdin=bundle.manifest[start:end], cwd=tmp_path).strip() == b"Verified OK"
+
+
+def test_the_elements_stand_in_ec2_ami_tools_order():
+    image = ElementTree.fromstring(bundle_of(PatternImage(MIB, [])).manifest)
+    assert [child.tag for child in image] == ["version", "bundler", "machine_configuration", "image", "signature"]
+    assert [child.tag for child in image.find("image")] == [
+        "name", "user", "type", "digest", "size", "bundled_size", "ec2_encrypted_key", "user_encrypted_key",
+        "ec2_encrypted_iv", "user_encrypted_iv", "parts",
+    ]  # fmt: skip

@@ -1,0 +1,94 @@
+"""Bundles that other programs made, each as its maker wrote it, open to the image they were made from."""
+
+import hashlib
+
+import pytest
+from cryptography import x509
+from support.sealed import VECTORS, certificate, private_key
+from thrave.bundle.errors import DamagedError, SignatureError, WrongKeyError
+from thrave.bundle.opening import open_bundle, verify_bundle
+from thrave.bundle.partsource import DirectoryParts
+from thrave.bundle.reading import read_manifest
+from thrave.bundle.report import Subject
+from thrave.bundle.signatures import verify
+
+TINY = ("58bf0107d43bc5b1cc409c14598d4200527d674a", 4194304)
+BUNDLES = {
+    "ec2-ami-tools-1.5.3-dense-2-parts": ("0fc3b64b0304d6e6da8ed6d9b445371c34570f51", 25165824),
+    "ec2-ami-tools-1.5.3-sparse": ("c9a6ef082b2daa44ba5aac84f19197a6f07870de", 67108864),
+    "ec2-ami-tools-1.5.3-all-hole": ("57b587e1bf2d09335bdac6db18902d43dfe76449", 33554432),
+    "euca2ools-3.4.1": TINY,
+    "euca2ools-3.4.1-empty-last-part": TINY,
+    "euca2ools-3.4.1-unsigned": TINY,
+    "go_ami_tools": TINY,
+}
+ONE_READER = {"euca2ools-3.4.1-unsigned": "cloud", "go_ami_tools": "user"}
+UNSIGNED = "euca2ools-3.4.1-unsigned"
+READERS = [(name, reader) for name in BUNDLES for reader in ("user", "cloud") if ONE_READER.get(name, reader) == reader]
+STRANGERS = [(name, "wrong") for name in BUNDLES]
+STRANGERS += [(UNSIGNED, "user"), ("go_ami_tools", "cloud")]
+
+
+def read(name):
+    (manifest,) = (VECTORS / name).glob("*.manifest.xml")
+    return manifest.read_bytes(), DirectoryParts(VECTORS / name)
+
+
+@pytest.mark.parametrize(("name", "reader"), READERS)
+def test_opens_to_its_image_for_each_reader(name, reader, tmp_path):
+    manifest, parts = read(name)
+    opened = open_bundle(manifest, parts, private_key(reader), tmp_path / "image")
+    image = opened.output.read_bytes()
+    assert (hashlib.sha1(image).hexdigest(), len(image)) == BUNDLES[name]
+
+
+@pytest.mark.parametrize(("name", "reader"), STRANGERS)
+def test_a_key_that_it_was_not_made_for_is_called_wrong(name, reader, tmp_path):
+    manifest, parts = read(name)
+    with pytest.raises(WrongKeyError):
+        open_bundle(manifest, parts, private_key(reader), tmp_path / "image")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLES.keys() - {UNSIGNED}))
+def test_its_signature_holds_for_its_signer_alone(name):
+    manifest, _ = read(name)
+    verify(manifest, read_manifest(manifest).signature, certificate("user"))
+    with pytest.raises(SignatureError):
+        verify(manifest, read_manifest(manifest).signature, certificate("cloud"))
+
+
+def test_an_unsigned_bundle_verifies_only_where_no_signer_is_demanded():
+    manifest, parts = read(UNSIGNED)
+    verified = verify_bundle(manifest, parts)
+    assert [check.detail for check in verified.checks if check.subject is Subject.SIGNATURE] == [
+        "the bundle is not signed"
+    ]
+    with pytest.raises(SignatureError, match="not signed"):
+        verify_bundle(manifest, parts, certificate=certificate("user"))
+
+
+def test_holes_come_back_as_holes(tmp_path):
+    manifest, parts = read("ec2-ami-tools-1.5.3-sparse")
+    opened = open_bundle(manifest, parts, private_key("user"), tmp_path / "image")
+    assert opened.output.stat().st_blocks * 512 < 2 * 1024 * 1024
+
+
+class TestARealBundleOf2009:
+    """Made by ec2-ami-tools 1.3-26357; its part 0 is lost, and nobody has the key."""
+
+    folder = VECTORS / "ec2-ami-tools-1.3-26357-real-2009"
+
+    def certificate(self):
+        return x509.load_pem_x509_certificate((self.folder / "user-cert.pem").read_bytes())
+
+    def test_its_signature_and_the_digest_of_its_last_part_hold(self):
+        manifest = (self.folder / "test-file.manifest.xml").read_bytes()
+        verify(manifest, read_manifest(manifest).signature, self.certificate())
+        part = read_manifest(manifest).parts[1]
+        assert hashlib.sha1((self.folder / part.filename).read_bytes()).hexdigest() == part.sha1
+
+    def test_reformatted_its_signature_fails(self):
+        manifest = (self.folder / "reformatted-signature-must-fail.xml").read_bytes()
+        with pytest.raises(DamagedError):
+            verify_bundle(manifest, DirectoryParts(self.folder), certificate=self.certificate())
