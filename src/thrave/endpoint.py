@@ -4,6 +4,7 @@ This is where the rooms are handed to each other; none of them makes its own nei
 """
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -79,6 +80,8 @@ class Endpoint:
         Stopping is crash-only: requests under way are answered, then the process is to end (`os._exit`) as if it had
         been killed, and a task under way goes on at the next start. There is one way to come back, and it is tested.
         """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _heard)  # uvicorn stops for it, then raises it again for whoever had it before
         self._engine.launch(partial(bundle, self._host))
         listener = _listener(self._settings.host, self._settings.port)
         host, port = listener.getsockname()[:2]
@@ -111,6 +114,10 @@ def _listener(host: str, port: int) -> socket.socket:
     listener = socket.create_server((host, port), family=family, backlog=1024)
     listener.set_inheritable(False)
     return listener
+
+
+def _heard(_number: int, _frame: object) -> None:
+    """Take note of a signal that has had its effect already."""
 
 
 def _bracketed(host: str) -> str:

@@ -23,10 +23,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, Self
+from string import ascii_lowercase
+from typing import Any, Self
 
-from thrave.compute.directory import DirectoryInstances
-from thrave.compute.instance import Instance
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute.instance import Instance, VolumeFile
 from thrave.config import DataDirectory
 from thrave.database import migrate, open_engine
 from thrave.identity.accounts import Account, Accounts
@@ -101,18 +103,26 @@ class ThraveServer:
         finally:
             database.dispose()
 
-    def instance(
-        self,
-        account_id: str,
-        root_volume: Path,
-        *,
-        volumes: Sequence[Path] = (),
-        platform: Literal["windows"] | None = "windows",
-    ) -> Instance:
-        """Describe a running instance with this root disk."""
-        return self.instances.add(
-            account_id=account_id, platform=platform, root_volume=root_volume, volumes=list(volumes)
-        )
+    def instance(self, account_id: str, root_volume: Path, *, volumes: Sequence[Path] = (), **details: Any) -> Instance:  # noqa: ANN401 (each field has its own type)
+        """Describe a running Windows instance.
+
+        Args:
+            account_id: Its owner's.
+            root_volume: The raw disk that is bundled.
+            volumes: Other raw disks, which are not.
+            details: Any field of `thrave.compute.descriptions.Description`, as `platform=None`.
+        """
+        given = {
+            "instance_id": new_instance_id(),
+            "account_id": account_id,
+            "platform": "windows",
+            "root_volume": VolumeFile(path=root_volume.absolute()),
+            "volumes": tuple(VolumeFile(path=volume.absolute(), device_name=f"xvd{letter}")
+                             for volume, letter in zip(volumes, ascii_lowercase[1:], strict=False)),
+        }  # fmt: skip
+        description = Description(**{**given, **details})
+        self.instances.add(description)
+        return description
 
     @property
     def instances(self) -> DirectoryInstances:

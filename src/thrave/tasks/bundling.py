@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from thrave.buckets.buckets import Buckets
-from thrave.bundle.zlibs import Level
 from thrave.bundle.names import manifest_filename, side_filename
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
+from thrave.bundle.zlibs import Level
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Instances
 from thrave.identity.accounts import Accounts

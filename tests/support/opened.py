@@ -1,0 +1,25 @@
+"""Bundles in a test's server, opened."""
+
+import hashlib
+from pathlib import Path
+
+from thrave.bundle.names import manifest_filename, side_filename
+from thrave.bundle.opening import open_bundle
+from thrave.bundle.partsource import DirectoryParts
+from thrave.identity.certificates import load_certificate, load_private_key
+from thrave.identity.service import CERTIFICATE_FILE, PRIVATE_KEY_FILE
+from thrave.testing import ThraveServer
+
+
+def opened_sha256(server: ThraveServer, bucket: str, prefix: str, output: Path) -> str:
+    """Open a bundle with the service's key, every check on, and give the image's SHA-256."""
+    folder = server.data.buckets / bucket
+    open_bundle(
+        (folder / manifest_filename(prefix)).read_bytes(),
+        DirectoryParts(folder),
+        load_private_key((server.data.service / PRIVATE_KEY_FILE).read_bytes()),
+        output,
+        certificate=load_certificate((server.data.service / CERTIFICATE_FILE).read_bytes()),
+        side_file=(folder / side_filename(prefix)).read_bytes(),
+    )
+    return hashlib.sha256(output.read_bytes()).hexdigest()

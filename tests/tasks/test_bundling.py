@@ -1,0 +1,207 @@
+"""The main job through the real service: a server process, boto3, files."""
+
+import hashlib
+import signal
+import sys
+import time
+
+import pytest
+from botocore.exceptions import ClientError, WaiterError
+
+from support.disks import make_disk
+from support.opened import opened_sha256
+from thrave.compute.instance import InstanceState
+from thrave.testing import ThraveServer
+
+MIB = 1 << 20
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def alice(thrave_server):
+    return thrave_server.account("alice")
+
+
+def bundled(server, key, instance_id, prefix="winami"):
+    ec2 = server.client(key)
+    task = ec2.bundle_instance(InstanceId=instance_id, Storage=server.storage(key, "alices-bucket", prefix))
+    return ec2, task["BundleTask"]["BundleId"]
+
+
+def wait(ec2, bundle_id, *states, seconds=60):
+    """The states that were seen until one of `states`, and the task then."""
+    seen, given_up = [], time.monotonic() + seconds
+    while time.monotonic() < given_up:
+        (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+        if not seen or seen[-1] != task["State"]:
+            seen.append(task["State"])
+        if task["State"] in states:
+            return seen, task
+        time.sleep(0.02)
+    raise AssertionError(f"never {states}, only {seen}")
+
+
+def bucket_files(server, bucket="alices-bucket"):
+    folder = server.data.buckets / bucket
+    return sorted(path.name for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
+
+
+def test_a_bundle_opens_to_the_root_volume(thrave_server, alice, tmp_path):
+    account, key = alice
+    root = make_disk(tmp_path / "root.raw", 40 * MIB)
+    second = make_disk(tmp_path / "second.raw", MIB, seed=9)
+    instance = thrave_server.instance(account.account_id, root, volumes=[second])
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    ec2.get_waiter("bundle_task_complete").wait(BundleIds=[bundle_id], WaiterConfig={"Delay": 1, "MaxAttempts": 60})
+    assert opened_sha256(thrave_server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
+    (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+    assert (task["State"], task["Progress"], "BundleTaskError" in task) == ("complete", "100%", False)
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
+
+
+def test_a_task_goes_through_ec2s_states_in_their_order(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    seen, _ = wait(ec2, bundle_id, "complete")
+    order = ["pending", "waiting-for-shutdown", "bundling", "storing", "complete"]
+    assert [state for state in order if state in seen] == seen
+    assert "bundling" in seen
+
+
+def test_the_instance_is_off_while_it_is_bundled_and_cannot_be_started(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "bundling")
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED
+    with pytest.raises(Exception, match="held"):
+        thrave_server.instances.start(instance.instance_id)
+    wait(ec2, bundle_id, "complete")
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
+
+
+def test_a_stopped_instance_stays_stopped(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
+    thrave_server.instances.request_stop(instance.instance_id)
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "complete")
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED
+
+
+def test_a_second_request_names_the_task_in_progress(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
+    _, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    with pytest.raises(ClientError, match=bundle_id) as refusal:
+        bundled(thrave_server, key, instance.instance_id)
+    assert refusal.value.response["Error"]["Code"] == "BundlingInProgress"
+
+
+def test_an_instance_can_be_bundled_again_and_again_at_once(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
+    for turn in range(3):
+        ec2, bundle_id = bundled(thrave_server, key, instance.instance_id, prefix=f"turn-{turn}")
+        wait(ec2, bundle_id, "complete")
+    assert len(ec2.describe_bundle_tasks()["BundleTasks"]) == 3
+
+
+@pytest.mark.parametrize("state", ["pending", "bundling"])
+def test_a_cancelled_task_puts_everything_back(thrave_server, alice, tmp_path, state):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, state)
+    asked = time.monotonic()
+    ec2.cancel_bundle_task(BundleId=bundle_id)
+    seen, task = wait(ec2, bundle_id, "failed", seconds=2)
+    assert time.monotonic() - asked < 2
+    assert set(seen) <= {"cancelling", "failed"}
+    assert task["BundleTaskError"] == {
+        "Code": "Client.Cancelled",
+        "Message": "User has requested bundling operation cancellation",
+    }
+    assert bucket_files(thrave_server) == []
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
+
+
+def test_a_task_that_has_ended_cannot_be_cancelled(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "complete")
+    with pytest.raises(ClientError, match="complete") as refusal:
+        ec2.cancel_bundle_task(BundleId=bundle_id)
+    assert refusal.value.response["Error"]["Code"] == "IncorrectState"
+
+
+@pytest.mark.parametrize("state", ["pending", "bundling", "storing"])
+def test_a_task_goes_on_after_a_kill(tmp_path, state):
+    root = make_disk(tmp_path / "root.raw", 300 * MIB)
+    with ThraveServer.running(tmp_path / "thrave") as server:
+        account, key = server.account("alice")
+        instance = server.instance(account.account_id, root)
+        ec2, bundle_id = bundled(server, key, instance.instance_id)
+        wait(ec2, bundle_id, state)
+        server.stop(signal.SIGKILL)
+        server.start()
+        ec2 = server.client(key)
+        _, task = wait(ec2, bundle_id, "complete", "failed")
+        assert task["State"] == "complete", task
+        assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
+        assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
+        assert not [name for name in bucket_files(server) if not name.startswith("winami.")]
+
+
+def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):
+    with ThraveServer.running(tmp_path / "thrave") as server:
+        account, key = server.account("alice")
+        instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", 300 * MIB))
+        ec2, bundle_id = bundled(server, key, instance.instance_id)
+        wait(ec2, bundle_id, "bundling")
+        server.stop()
+        assert server.process.returncode == 0
+        server.start()
+        wait(server.client(key), bundle_id, "complete")
+
+
+def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
+    with ThraveServer.running(tmp_path / "thrave", shutdown_grace=1) as server:
+        account, key = server.account("alice")
+        deaf = (sys.executable, "-c", "")
+        state = (sys.executable, "-c", "print('running')")
+        root = make_disk(tmp_path / "root.raw", MIB)
+        commands = {"stop_command": deaf, "start_command": deaf, "state_command": state}
+        instance = server.instance(account.account_id, root, **commands)
+        ec2, bundle_id = bundled(server, key, instance.instance_id)
+        _, task = wait(ec2, bundle_id, "failed")
+        assert task["BundleTaskError"]["Code"] == "Server.InstanceNotStopped"
+        assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
+        assert bucket_files(server) == []
+
+
+def test_an_instance_removed_meanwhile_fails_the_task_with_a_reason(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    next(thrave_server.data.instances.glob("i-*.json")).unlink()
+    _, task = wait(ec2, bundle_id, "failed", "complete")
+    assert task["State"] == "complete" or task["BundleTaskError"]["Code"] == "Client.InstanceTerminated"
+
+
+def test_a_volume_that_cannot_be_read_fails_the_task_and_the_waiter(thrave_server, alice, tmp_path):
+    account, key = alice
+    root = make_disk(tmp_path / "root.raw", MIB)
+    instance = thrave_server.instance(account.account_id, root)
+    root.unlink()
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    with pytest.raises(WaiterError):
+        ec2.get_waiter("bundle_task_complete").wait(BundleIds=[bundle_id], WaiterConfig={"Delay": 1})
+    (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+    assert task["BundleTaskError"]["Code"] == "Server.VolumeError"
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
