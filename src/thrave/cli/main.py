@@ -28,12 +28,21 @@ COMMANDS: dict[str, str] = {
 EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.bundle.errors:WrongKeyError", Exit.WRONG_KEY),
     ("thrave.bundle.errors:DamagedError", Exit.DAMAGED),
+    ("thrave.bundle.errors:PartMissingError", Exit.NOT_FOUND),
+    ("thrave.bundle.errors:NamingError", Exit.USAGE),
+    ("thrave.bundle.errors:BundleError", Exit.FAILED),
     ("thrave.identity.errors:NoSuchEntity", Exit.NOT_FOUND),
     ("thrave.identity.errors:EntityAlreadyExists", Exit.REFUSED),
     ("thrave.identity.errors:LimitExceeded", Exit.REFUSED),
     ("thrave.identity.errors:IdentityError", Exit.FAILED),
     ("thrave.vault:VaultError", Exit.FAILED),
     ("thrave.buckets.errors:BucketError", Exit.FAILED),
+    ("thrave.compute.errors:InstanceNotFound", Exit.NOT_FOUND),
+    ("thrave.compute.errors:InstanceCommandFailed", Exit.FAILED),
+    ("thrave.compute.errors:InvalidDescriptionError", Exit.FAILED),
+    ("thrave.compute.errors:InstanceError", Exit.REFUSED),
+    ("thrave.volumes.errors:ComponentMissingError", Exit.MISSING_COMPONENT),
+    ("thrave.volumes.errors:VolumeError", Exit.FAILED),
 )
 
 

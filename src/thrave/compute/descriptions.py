@@ -34,6 +34,13 @@ class Description(Instance):
 
 
 _DESCRIPTION = TypeAdapter(Description)
+_INSTANCE = TypeAdapter(Instance)
+
+
+def document(instance: Instance) -> dict[str, object]:
+    """An instance for programs: EC2's words in camelCase, times as ISO 8601; its commands are left out."""
+    plain: dict[str, object] = _INSTANCE.dump_python(instance, mode="json", by_alias=True)
+    return plain
 
 
 def write(description: Description) -> bytes:
@@ -71,7 +78,7 @@ def check_volumes(instance: Instance) -> None:
     named = [("rootVolume", instance.root_volume), *(("volumes", volume) for volume in instance.volumes)]
     faults = [_fault(name, fault) for name, volume in named if (fault := _volume_fault(volume.path))]
     if faults:
-        raise InvalidDescriptionError(instance.instance_id, "this", faults)
+        raise InvalidDescriptionError(instance.instance_id, "what was given", faults)
 
 
 def _volume_fault(path: Path) -> str | None:

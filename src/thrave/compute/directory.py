@@ -5,6 +5,7 @@ Files may be edited, added and removed by hand at any time; each call reads them
 stand in a folder beside them, one to change a file and one that holds the instance off.
 """
 
+import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import structlog
 
 from thrave.compute.commands import Command, asked_state
 from thrave.compute.descriptions import Description, check_volumes
@@ -26,7 +25,7 @@ _STATE_SECONDS = 10.0  # for a stateCommand
 _LOOK_AGAIN = 0.2  # seconds
 _GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
 
-log = structlog.get_logger()
+log = logging.getLogger(__name__)
 
 
 def new_instance_id() -> str:
@@ -51,7 +50,7 @@ class DirectoryInstances:
         """Every instance whose file can be read; the others are logged, and `broken` has them."""
         readable, broken = self._folder.read_all()
         for error in broken:
-            log.warning("instance left out", instance_id=error.instance_id, reason=str(error))
+            log.warning("an instance is left out: %s", error)
         return [self._shown(description) for description in readable]
 
     def broken(self) -> Sequence[InstanceError]:
@@ -167,7 +166,7 @@ class DirectoryInstances:
         try:
             return self._look(description.instance_id)
         except InstanceError as error:
-            log.warning("state not known", instance_id=description.instance_id, reason=str(error))
+            log.warning("the state in the file is shown: %s", error)
             return description
 
 

@@ -71,7 +71,7 @@ class DescriptionFolder:
             InstanceAlreadyExists: The id is taken.
         """
         document = descriptions.write(description)
-        descriptions.read(description.instance_id, document, "this")
+        descriptions.read(description.instance_id, document, "what was given")
         self._root.mkdir(parents=True, exist_ok=True)
         if not files.create_once(self._path(description.instance_id), document):
             raise InstanceAlreadyExists(description.instance_id)

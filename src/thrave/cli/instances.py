@@ -1,0 +1,242 @@
+"""`thrave instance`: the instances that files describe, on the machine that has the service's data directory.
+
+Each is one JSON file in the data directory, which may also be edited by hand. Removing an instance removes that file,
+never a volume.
+"""
+
+from __future__ import annotations
+
+import shlex
+import string
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from thrave.cli.accounts import open_accounts
+from thrave.cli.output import data_option, emit, output_option, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from thrave.compute.directory import DirectoryInstances
+    from thrave.compute.instance import Instance, VolumeFile
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
+_LOOK_AGAIN = 0.2  # seconds
+
+
+class _ArgumentVector(click.ParamType[tuple[str, ...]]):
+    """A command as one would type it; taken apart at once, so that no shell is ever asked."""
+
+    name = "command"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Give the words. Fails the command line if there are none, or a quote is not closed."""
+        try:
+            words = shlex.split(str(value))
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+        return tuple(words) or self.fail("is empty", param, ctx)
+
+
+_COMMAND = _ArgumentVector()
+
+
+@click.group()
+def instance() -> None:
+    r"""Instances: the machines that can be bundled.
+
+    \b
+    Example:
+      thrave instance add --account 123456789012 --platform windows --root-volume /vm/win.raw
+    """
+
+
+@instance.command()
+@click.option("--account", "account_id", required=True, metavar="ID", help="The owner's account id.")
+@click.option("--platform", type=click.Choice(["windows", "linux"]), required=True, help="EC2 bundles Windows only.")
+@click.option("--root-volume", type=_FILE, required=True, metavar="FILE", help="The disk that is bundled.")
+@click.option("--format", "image_format", default="raw", show_default=True, help="Of the root volume: raw, qcow2, …")
+@click.option("--volume", "others", type=_FILE, multiple=True, metavar="FILE", help="Another disk; never bundled.")
+@click.option("--id", "instance_id", metavar="i-…", help="Its id; a new one is made if none is given.")
+@click.option(
+    "--root-device-type",
+    type=click.Choice(["instance-store", "ebs"]),
+    default="instance-store",
+    show_default=True,
+    help="ebs: the root volume is on network storage.",
+)
+@click.option("--state", type=click.Choice(["running", "stopped"]), default="running", show_default=True)
+@click.option("--stop-command", type=_COMMAND, help="Asks the guest to power off.")
+@click.option("--start-command", type=_COMMAND, help="Starts the machine.")
+@click.option("--state-command", type=_COMMAND, help="Prints its state, in EC2's words or virsh's.")
+@data_option
+@output_option
+def add(  # noqa: PLR0917 (click passes options by name; one argument each)
+    account_id: str,
+    platform: str,
+    root_volume: Path,
+    image_format: str,
+    others: tuple[Path, ...],
+    instance_id: str | None,
+    root_device_type: Literal["instance-store", "ebs"],
+    state: str,
+    stop_command: tuple[str, ...] | None,
+    start_command: tuple[str, ...] | None,
+    state_command: tuple[str, ...] | None,
+    data: Path,
+    output: str,
+) -> None:
+    r"""Describe a machine, so that it can be bundled.
+
+    Commands are argument vectors; no shell sees them. Give a --state-command wherever the machine may be stopped or
+    started by others, or takes its time to power off: what it prints (EC2's words, or those of `virsh domstate`) is
+    then the state. Without one, a --stop-command that has succeeded means that the machine is off. Each command finds
+    the instance's id in THRAVE_INSTANCE_ID.
+
+    \b
+    Example:
+      thrave instance add --account 123456789012 --platform windows \
+        --root-volume /var/lib/libvirt/images/win.qcow2 --format qcow2 \
+        --stop-command "virsh shutdown win" --start-command "virsh start win" \
+        --state-command "virsh domstate win"
+    """
+    from thrave.compute.descriptions import Description
+    from thrave.compute.directory import new_instance_id
+    from thrave.compute.instance import InstanceState, VolumeFile
+
+    _check_format(image_format)
+    with open_accounts(data) as accounts:
+        accounts.get(account_id)
+    new = Description(
+        instance_id=instance_id or new_instance_id(),
+        account_id=account_id,
+        platform="windows" if platform == "windows" else None,
+        root_device_type=root_device_type,
+        root_volume=VolumeFile(path=root_volume.absolute(), format=image_format),
+        volumes=_other_volumes(others),
+        state=InstanceState(state),
+        stop_command=stop_command,
+        start_command=start_command,
+        state_command=state_command,
+    )
+    _instances(data).add(new)
+    _show(new, output)
+
+
+@instance.command("list")
+@data_option
+@output_option
+def list_(data: Path, output: str) -> None:
+    r"""List the instances of all accounts; files that cannot be read are named on stderr.
+
+    \b
+    Example:
+      thrave instance list --output json
+    """
+    from thrave.compute.descriptions import document
+
+    listed = _instances(data).list()
+    rows: list[tuple[str, ...]] = [
+        (found.instance_id, found.account_id, found.state, found.platform or "", found.root_device_type,
+         str(found.root_volume.path))
+        for found in listed
+    ]  # fmt: skip
+    header = ("INSTANCE", "ACCOUNT", "STATE", "PLATFORM", "ROOT DEVICE", "ROOT VOLUME")
+    emit(output, {"instances": [document(found) for found in listed]}, table(header, rows))
+
+
+@instance.command()
+@click.argument("instance_id", metavar="INSTANCE")
+@data_option
+@output_option
+def remove(instance_id: str, data: Path, output: str) -> None:
+    r"""Forget the instance with the id INSTANCE. Its machine and volumes are left as they are.
+
+    \b
+    Example:
+      thrave instance remove i-0123456789abcdef0
+    """
+    _instances(data).remove(instance_id)
+    emit(output, {"instanceId": instance_id}, f"removed {instance_id}")
+
+
+@instance.command()
+@click.argument("instance_id", metavar="INSTANCE")
+@data_option
+@output_option
+def start(instance_id: str, data: Path, output: str) -> None:
+    r"""Start the instance with the id INSTANCE. Refused while its root volume is being bundled.
+
+    \b
+    Example:
+      thrave instance start i-0123456789abcdef0
+    """
+    instances = _instances(data)
+    instances.start(instance_id)
+    _show(instances.get(instance_id), output)
+
+
+@instance.command()
+@click.argument("instance_id", metavar="INSTANCE")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds that the guest has to power off.")
+@data_option
+@output_option
+def stop(instance_id: str, timeout: float, data: Path, output: str) -> None:
+    r"""Ask the instance with the id INSTANCE to power off, and wait until it has. Never cuts the power.
+
+    \b
+    Example:
+      thrave instance stop i-0123456789abcdef0
+    """
+    instances = _instances(data)
+    _stop(instances, instance_id, timeout)
+    _show(instances.get(instance_id), output)
+
+
+def _stop(instances: DirectoryInstances, instance_id: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    ask = 0.0
+    while instances.state(instance_id) != "stopped":
+        if time.monotonic() > deadline:
+            raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
+        if time.monotonic() > ask:
+            instances.request_stop(instance_id)
+            ask = time.monotonic() + _ASK_AGAIN
+        time.sleep(_LOOK_AGAIN)
+
+
+def _instances(data: Path) -> DirectoryInstances:
+    from thrave.compute.directory import DirectoryInstances
+    from thrave.config import DataDirectory
+
+    return DirectoryInstances(DataDirectory(data).instances)
+
+
+def _check_format(image_format: str) -> None:
+    from thrave.volumes.opening import FORMATS
+
+    if image_format not in FORMATS:
+        raise click.BadParameter(f"{image_format!r} is none of {', '.join(FORMATS)}", param_hint="--format")
+
+
+def _other_volumes(paths: Sequence[Path]) -> tuple[VolumeFile, ...]:
+    """Disks as xvdb, xvdc, …: the names that EC2 gives Windows."""
+    from thrave.compute.instance import VolumeFile
+
+    letters = string.ascii_lowercase[1:]
+    if len(paths) > len(letters):
+        raise click.BadParameter(f"at most {len(letters)} can be given", param_hint="--volume")
+    return tuple(
+        VolumeFile(path=path.absolute(), device_name=f"xvd{letter}")
+        for path, letter in zip(paths, letters, strict=False)
+    )
+
+
+def _show(shown: Instance, output: str) -> None:
+    from thrave.compute.descriptions import document
+
+    emit(output, document(shown), f"{shown.instance_id} {shown.state}")
