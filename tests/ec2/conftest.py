@@ -61,10 +61,24 @@ def house(tmp_path):
     engine.dispose()
 
 
+class Street:
+    """An ASGI application that leads to whichever house stands there now: one server serves every test."""
+
+    async def __call__(self, scope, receive, send):
+        await self.app(scope, receive, send)
+
+
+@pytest.fixture(scope="session")
+def street():
+    street = Street()
+    with serving(street) as street.url:
+        yield street
+
+
 @pytest.fixture
-def endpoint(house):
-    with serving(create_app(house.door)) as url:
-        yield url
+def endpoint(house, street):
+    street.app = create_app(house.door)
+    return street.url
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from structlog.testing import capture_logs
 
-from support.serving import serving
 from support.storage import storage
 from thrave.ec2.app import LIMIT, create_app
 
@@ -143,21 +142,23 @@ def test_a_request_without_credentials_learns_nothing(endpoint, request_line):
     assert (answer[0], code_of(answer)) in {(400, "MissingParameter"), (400, "MalformedQueryString")}
 
 
-def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(house):
-    with serving(create_app(replace(house.door, may=lambda caller, action: action != "DescribeBundleTasks"))) as url:
-        for body in (DESCRIBE, DESCRIBE + b"&DryRun=true", DESCRIBE + b"&BundleId.1=bun-12345678"):
-            answer = send(url, signed(url, house.key, body=body))
-            assert (answer[0], code_of(answer)) == (403, "UnauthorizedOperation")
-        allowed = send(url, signed(url, house.key, body=b"Action=DescribeInstances&Version=2016-11-15&DryRun=true"))
+def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(house, street):
+    street.app = create_app(replace(house.door, may=lambda caller, action: action != "DescribeBundleTasks"))
+    for body in (DESCRIBE, DESCRIBE + b"&DryRun=true", DESCRIBE + b"&BundleId.1=bun-12345678"):
+        answer = send(street.url, signed(street.url, house.key, body=body))
+        assert (answer[0], code_of(answer)) == (403, "UnauthorizedOperation")
+    dry = b"Action=DescribeInstances&Version=2016-11-15&DryRun=true"
+    allowed = send(street.url, signed(street.url, house.key, body=dry))
     assert (allowed[0], code_of(allowed)) == (412, "DryRunOperation")
 
 
-def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_caller_nothing(house):
+def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_caller_nothing(house, street):
     def break_down(caller, action):
         raise ZeroDivisionError(f"the secret of {caller.account_id}")
 
-    with capture_logs() as logs, serving(create_app(replace(house.door, may=break_down))) as url:
-        status, headers, body = send(url, signed(url, house.key))
+    street.app = create_app(replace(house.door, may=break_down))
+    with capture_logs() as logs:
+        status, headers, body = send(street.url, signed(street.url, house.key))
     assert status == 500
     assert "<Code>InternalError</Code>" in body
     assert "secret" not in body

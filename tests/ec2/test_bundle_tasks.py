@@ -1,0 +1,381 @@
+"""The rules of BundleInstance, DescribeBundleTasks and CancelBundleTask, as unmodified boto3 meets them."""
+
+import base64
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from botocore.exceptions import ClientError
+
+from support.storage import policy, signature, storage
+from thrave.compute.instance import InstanceState
+from thrave.ec2.app import create_app
+from thrave.tasks.failures import TaskFailure
+from thrave.tasks.states import BundleTaskState
+
+INSTANCE = "i-1234567890abcdef0"
+
+
+def refusal(call, **parameters):
+    """The status, code and message that a call is refused with."""
+    with pytest.raises(ClientError) as error:
+        call(**parameters)
+    answer = error.value.response
+    return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"], answer["Error"]["Message"]
+
+
+def bundle(ec2, key, instance_id=INSTANCE, **details):
+    return ec2.bundle_instance(InstanceId=instance_id, Storage=storage(key, **details))["BundleTask"]
+
+
+@pytest.fixture
+def windows(house):
+    return house.add_instance(INSTANCE)
+
+
+@pytest.mark.parametrize("instance_id", ["i-12345678", INSTANCE])
+@pytest.mark.parametrize("state", [InstanceState.RUNNING, InstanceState.STOPPED])
+def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secret(house, ec2, instance_id, state):
+    house.add_instance(instance_id, state=state)
+    task = bundle(ec2, house.key, instance_id)
+    assert re.fullmatch("bun-[0-9a-f]{17}", task["BundleId"])
+    assert abs(datetime.now(UTC) - task["StartTime"]) < timedelta(minutes=1)
+    assert task == {
+        "BundleId": task["BundleId"],
+        "InstanceId": instance_id,
+        "State": "pending",
+        "StartTime": task["StartTime"],
+        "UpdateTime": task["UpdateTime"],
+        "Storage": {"S3": {"Bucket": "my-bucket", "Prefix": "winami"}},
+    }
+    assert ec2.describe_bundle_tasks()["BundleTasks"] == [task]
+
+
+def test_a_new_bucket_is_created_for_its_owner(house, ec2, windows):
+    bundle(ec2, house.key)
+    assert house.door.buckets.owner("my-bucket") == house.key.account_id
+
+
+def test_the_bucket_may_belong_to_another_account_that_signed_the_policy(house, ec2, windows):
+    friend = house.another_key("friend")
+    house.door.buckets.create("my-bucket", friend.account_id)
+    bundle(ec2, friend)
+    assert house.door.buckets.owner("my-bucket") == friend.account_id
+
+
+def test_an_object_that_is_there_already_stays_as_it_is(house, ec2, windows):
+    # ElasticFox writes a probe object of the manifest's name before it calls.
+    house.door.buckets.create("my-bucket", house.key.account_id)
+    house.door.buckets.put("my-bucket", "winami.manifest.xml", b"elasticfox-write-test")
+    bundle(ec2, house.key)
+    assert house.door.buckets.get("my-bucket", "winami.manifest.xml") == b"elasticfox-write-test"
+
+
+def encoded(document):
+    return base64.b64encode(document)
+
+
+@pytest.mark.parametrize(
+    "signed_text",
+    [lambda document: encoded(encoded(document)), encoded],
+    ids=["the outer text, as AWS CLI 1 signs", "the inner text, as a user of boto3 signs"],
+)
+def test_a_policy_that_was_encoded_twice_is_read_whichever_text_was_signed(house, ec2, windows, signed_text):
+    text = signature(signed_text(policy()), house.key.secret_access_key)
+    given = storage(house.key, document=encoded(policy()), UploadPolicySignature=text)
+    document = given["S3"]["UploadPolicy"]
+    given["S3"]["UploadPolicySignature"] = signature(
+        encoded(document) if signed_text is not encoded else document, house.key.secret_access_key
+    )
+    assert ec2.bundle_instance(InstanceId=INSTANCE, Storage=given)["BundleTask"]["State"] == "pending"
+
+
+@pytest.mark.parametrize("name", ["AWSAccessKeyId", "Bucket", "Prefix", "UploadPolicy", "UploadPolicySignature"])
+def test_every_member_of_the_storage_must_be_there(house, ec2, windows, name):
+    expected = (400, "MissingParameter", f"The request must contain the parameter Storage.S3.{name}")
+    for value in (None, b"" if name == "UploadPolicy" else ""):
+        given = storage(house.key, **{name: value})
+        assert refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given) == expected
+        assert refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given, DryRun=True) == expected
+
+
+@pytest.mark.parametrize("given", [{}, {"S3": {}}])
+def test_an_empty_storage_leaves_no_trace_in_a_request(ec2, windows, given):
+    expected = (400, "MissingParameter", "The request must contain the parameter Storage")
+    assert refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given) == expected
+
+
+@pytest.mark.parametrize(
+    "instance_id", ["i-1234567", "i-123456789", "I-12345678", "i-1234567g", "i-12345678\n", "bun-12345678", "", "../x"]
+)
+def test_an_instance_id_that_is_none_is_malformed(house, ec2, instance_id):
+    expected = (400, "InvalidInstanceID.Malformed", f'Invalid id: "{instance_id}" (expecting "i-...")')
+    assert refusal(ec2.bundle_instance, InstanceId=instance_id, Storage=storage(house.key)) == expected
+
+
+@pytest.mark.parametrize("name", ["Bucket", "Prefix"])
+@pytest.mark.parametrize("value", ["ab_Cd!", "..", "../x", "x;touch y", "-rf", ".hidden", "日本", 'a"b'])
+def test_a_bucket_or_prefix_that_cannot_be_is_refused(house, ec2, windows, name, value):
+    given = storage(house.key, **{name: value})
+    status, code, message = refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given)
+    assert (status, code) == (400, "InvalidParameterValue")
+    assert message.startswith(f"Value ({value}) for parameter {name} is invalid. ")
+
+
+@pytest.mark.parametrize(
+    ("facts", "code"),
+    [
+        ({"account_id": "999999999999"}, "InvalidInstanceID.NotFound"),
+        ({"platform": None}, "InvalidInstanceType"),
+        ({"root_device_type": "ebs"}, "InvalidInstanceType"),
+        ({"state": InstanceState.PENDING}, "IncorrectInstanceState"),
+        ({"state": InstanceState.STOPPING}, "IncorrectInstanceState"),
+        ({"state": InstanceState.SHUTTING_DOWN}, "IncorrectInstanceState"),
+        ({"state": InstanceState.TERMINATED}, "IncorrectInstanceState"),
+    ],
+)
+def test_an_instance_that_cannot_be_bundled_is_refused(house, ec2, facts, code):
+    house.add_instance(INSTANCE, **facts)
+    assert refusal(bundle, ec2=ec2, key=house.key)[:2] == (400, code)
+    assert house.door.buckets.owner("my-bucket") is None
+
+
+def test_nobody_can_tell_somebody_elses_instance_from_none(house, client_of, windows):
+    stranger = house.another_key()
+    theirs, none = (
+        refusal(bundle, ec2=client_of(stranger), key=stranger, instance_id=instance_id)
+        for instance_id in (INSTANCE, "i-00000000")
+    )
+    assert theirs[2] == f"The instance ID '{INSTANCE}' does not exist"
+    assert none == (theirs[0], theirs[1], theirs[2].replace(INSTANCE, "i-00000000"))
+
+
+def test_an_operator_may_allow_other_platforms_but_never_network_storage(house, ec2, street):
+    house.add_instance(INSTANCE, platform=None)
+    house.add_instance("i-12345678", platform=None, root_device_type="ebs")
+    street.app = create_app(replace(house.door, any_platform=True))
+    assert bundle(ec2, house.key)["State"] == "pending"
+    assert refusal(bundle, ec2=ec2, key=house.key, instance_id="i-12345678")[1] == "InvalidInstanceType"
+
+
+def test_a_repeated_call_is_told_the_task_even_when_that_has_the_instance_stopped(house, ec2, windows):
+    task = bundle(ec2, house.key)
+    expected = (400, "BundlingInProgress", f"Instance is already being bundled: {task['BundleId']}")
+    assert refusal(bundle, ec2=ec2, key=house.key) == expected
+    house.records.move(task["BundleId"], BundleTaskState.WAITING_FOR_SHUTDOWN)
+    house.instances.request_stop(INSTANCE)
+    assert refusal(bundle, ec2=ec2, key=house.key) == expected
+
+
+def test_fifty_calls_at_once_make_one_task(house, ec2, windows):
+    def call(_):
+        try:
+            return bundle(ec2, house.key)["BundleId"]
+        except ClientError as error:
+            return error.response["Error"]["Message"]
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = set(pool.map(call, range(50)))
+    (task,) = ec2.describe_bundle_tasks()["BundleTasks"]
+    assert answers == {task["BundleId"], f"Instance is already being bundled: {task['BundleId']}"}
+
+
+POLICY_INVALID = "Value for UploadPolicy is invalid. "
+POLICY_FAILED = f"{POLICY_INVALID}Invalid according to Policy: Policy Condition failed: "
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({"AWSAccessKeyId": "AKIDNOBODY"}, "Value (AKIDNOBODY) for AWSAccessKeyId is invalid."),
+        ({"UploadPolicySignature": "c2ln"}, "Value for UploadPolicySignature is invalid."),
+        ({"UploadPolicySignature": "é"}, "Value for UploadPolicySignature is invalid."),
+        ({"UploadPolicy": policy(life=timedelta(hours=25))}, "Value for UploadPolicySignature is invalid."),
+        ({"document": b"x" * 3073}, "Value for parameter UploadPolicy is invalid (too long)"),
+        ({"document": b"[]"}, f"{POLICY_INVALID}Invalid Policy: Invalid JSON."),
+        ({"document": policy(life=timedelta(-1))}, f"{POLICY_INVALID}Invalid according to Policy: Policy expired."),
+        ({"document": policy(bucket="another")}, f'{POLICY_FAILED}["eq", "$bucket", "another"]'),
+        ({"document": policy(prefix="linami")}, f'{POLICY_FAILED}["starts-with", "$key", "linami"]'),
+        (
+            {"document": policy(conditions=[["eq", "$key", "winami.part.0"]])},
+            f'{POLICY_FAILED}["eq", "$key", "winami.part.0"]',
+        ),
+    ],
+)
+def test_a_policy_that_is_not_proved_or_could_never_be_met_is_refused_and_nothing_is_touched(
+    house, ec2, windows, details, message
+):
+    assert refusal(bundle, ec2=ec2, key=house.key, **details) == (400, "InvalidParameterValue", message)
+    assert house.door.buckets.owner("my-bucket") is None
+    assert ec2.describe_bundle_tasks()["BundleTasks"] == []
+
+
+def test_a_bucket_of_somebody_elses_is_refused_and_not_touched(house, ec2, windows):
+    stranger = house.another_key()
+    house.door.buckets.create("my-bucket", stranger.account_id)
+    expected = f"The bucket 'my-bucket' belongs to another account than the access key '{house.key.access_key_id}'."
+    assert refusal(bundle, ec2=ec2, key=house.key) == (400, "InaccessibleStorageLocation", expected)
+    assert list(house.door.buckets.list("my-bucket", "")) == []
+    assert ec2.describe_bundle_tasks()["BundleTasks"] == []
+
+
+def test_an_earlier_check_answers_before_a_later_one(house, ec2, client_of):
+    """Each call is wrong in everything that the calls before it were blamed for, less one thing."""
+    stranger = house.another_key()
+    house.add_instance("i-00000001", account_id=stranger.account_id)
+    house.add_instance("i-00000002", platform=None, state=InstanceState.PENDING)
+    house.add_instance("i-00000003", state=InstanceState.PENDING)
+    house.add_instance("i-00000004")
+    house.door.buckets.create("my-bucket", stranger.account_id)
+    forged = storage(house.key, UploadPolicySignature="c2ln")
+    calls = [
+        (client_of(replace(house.key, secret_access_key="x")), "i-x", {}, True, "AuthFailure"),
+        (ec2, "i-x", {}, True, "MissingParameter"),
+        (ec2, "i-x", forged, True, "DryRunOperation"),
+        (ec2, "i-x", forged, False, "InvalidInstanceID.Malformed"),
+        (ec2, "i-00000001", storage(house.key, Bucket="."), False, "InvalidParameterValue"),
+        (ec2, "i-00000001", forged, False, "InvalidInstanceID.NotFound"),
+        (ec2, "i-00000002", forged, False, "InvalidInstanceType"),
+        (ec2, "i-00000003", forged, False, "IncorrectInstanceState"),
+        (ec2, "i-00000004", forged, False, "InvalidParameterValue"),
+        (ec2, "i-00000004", storage(house.key), False, "InaccessibleStorageLocation"),
+    ]
+    for client, instance_id, given, dry, code in calls:
+        assert refusal(client.bundle_instance, InstanceId=instance_id, Storage=given, DryRun=dry)[1] == code
+
+
+def test_dry_run_of_every_action_does_nothing(house, ec2, windows):
+    calls = [
+        (ec2.bundle_instance, {"InstanceId": INSTANCE, "Storage": storage(house.key)}),
+        (ec2.describe_bundle_tasks, {}),
+        (ec2.cancel_bundle_task, {"BundleId": "bun-12345678"}),
+        (ec2.describe_instances, {}),
+    ]
+    for call, parameters in calls:
+        expected = (412, "DryRunOperation", "Request would have succeeded, but DryRun flag is set.")
+        assert refusal(call, **parameters, DryRun=True) == expected
+    assert ec2.describe_bundle_tasks()["BundleTasks"] == []
+    assert house.door.buckets.owner("my-bucket") is None
+
+
+def test_a_task_is_shown_with_its_progress_and_with_its_error_only_when_it_failed(house, ec2, windows):
+    def shown():
+        (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+        return task["State"], task.get("Progress"), task.get("BundleTaskError")
+
+    bundle_id = bundle(ec2, house.key)["BundleId"]
+    assert shown() == ("pending", None, None)
+    house.records.move(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+    assert shown() == ("waiting-for-shutdown", None, None)
+    house.records.move(bundle_id, BundleTaskState.BUNDLING)
+    house.records.advance(bundle_id, BundleTaskState.BUNDLING, 70)
+    assert shown() == ("bundling", "70%", None)
+    house.records.fail(bundle_id, TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
+    error = {"Code": "Client.S3Error", "Message": "AccessDenied(403)- no"}
+    assert shown() == ("failed", "70%", error)
+
+
+@pytest.fixture
+def three_tasks(house, ec2):
+    """Tasks one (cancelling), two (bundling, 20%) and three (failed), by their names."""
+    tasks = {}
+    for number, name in enumerate(("one", "two", "three")):
+        instance_id = house.add_instance(f"i-0000000{number}")
+        tasks[name] = bundle(ec2, house.key, instance_id, bucket=f"bucket-{name}", prefix=f"prefix-{name}")
+    ids = {name: task["BundleId"] for name, task in tasks.items()}
+    house.records.cancel(ids["one"])
+    for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING):
+        house.records.move(ids["two"], state)
+    house.records.advance(ids["two"], BundleTaskState.BUNDLING, 20)
+    house.records.fail(ids["three"], TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("instance-id", "i-00000001", {"two"}),
+        ("instance-id", "i-*", {"one", "two", "three"}),
+        ("s3-bucket", "bucket-t*", {"two", "three"}),
+        ("s3-prefix", "prefix-???", {"one", "two"}),
+        ("state", "bundling", {"two"}),
+        ("state", "cancelling", {"one"}),
+        ("state", "canceling", {"one"}),
+        ("state", "complete", set()),
+        ("progress", "20%", {"two"}),
+        ("progress", "20", set()),
+        ("error-code", "Client.S3Error", {"three"}),
+        ("error-message", "AccessDenied*", {"three"}),
+        ("s3-aws-access-key-id", "AKIA*", {"one", "two", "three"}),
+        ("s3-aws-access-key-id", "AKIDNOBODY", set()),
+    ],
+)
+def test_bundle_tasks_are_filtered(ec2, three_tasks, name, value, expected):
+    answer = ec2.describe_bundle_tasks(Filters=[{"Name": name, "Values": [value]}])["BundleTasks"]
+    assert {task["Storage"]["S3"]["Bucket"].removeprefix("bucket-") for task in answer} == expected
+
+
+def test_bundle_tasks_are_filtered_by_what_answers_say_of_them(ec2, three_tasks):
+    (two,) = ec2.describe_bundle_tasks(BundleIds=[three_tasks["two"]["BundleId"]])["BundleTasks"]
+    times = {name: two[member].isoformat(timespec="milliseconds")[:23] + "Z" for name, member in (
+        ("start-time", "StartTime"), ("update-time", "UpdateTime")
+    )}  # fmt: skip
+    for name, value in {"bundle-id": two["BundleId"], **times}.items():
+        assert ec2.describe_bundle_tasks(Filters=[{"Name": name, "Values": [value]}])["BundleTasks"] == [two]
+
+
+def test_ids_and_filters_are_both_conditions(ec2, three_tasks):
+    ids = [three_tasks["one"]["BundleId"], three_tasks["two"]["BundleId"]]
+    filters = [{"Name": "s3-bucket", "Values": ["bucket-t*"]}]
+    answer = ec2.describe_bundle_tasks(BundleIds=ids, Filters=filters)["BundleTasks"]
+    assert [task["BundleId"] for task in answer] == [ids[1]]
+
+
+def test_somebody_elses_tasks_do_not_exist(house, ec2, client_of, windows):
+    bundle_id = bundle(ec2, house.key)["BundleId"]
+    stranger = client_of(house.another_key())
+    assert stranger.describe_bundle_tasks()["BundleTasks"] == []
+    expected = (400, "InvalidBundleID.NotFound", f"The bundle task ID '{bundle_id}' does not exist")
+    assert refusal(stranger.describe_bundle_tasks, BundleIds=[bundle_id]) == expected
+    assert refusal(stranger.cancel_bundle_task, BundleId=bundle_id) == expected
+    assert ec2.describe_bundle_tasks()["BundleTasks"][0]["State"] == "pending"
+
+
+def test_a_task_that_has_not_begun_is_cancelled_at_once(house, ec2, windows):
+    task = ec2.cancel_bundle_task(BundleId=bundle(ec2, house.key)["BundleId"])["BundleTask"]
+    error = {"Code": "Client.Cancelled", "Message": "User has requested bundling operation cancellation"}
+    assert (task["State"], task["BundleTaskError"]) == ("failed", error)
+
+
+@pytest.mark.parametrize(
+    "state", [BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING]
+)
+def test_a_task_that_has_begun_is_cancelling_and_cannot_be_cancelled_twice(house, ec2, windows, state):
+    bundle_id = bundle(ec2, house.key)["BundleId"]
+    for each in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
+        house.records.move(bundle_id, each)
+        if each is state:
+            break
+    assert ec2.cancel_bundle_task(BundleId=bundle_id)["BundleTask"]["State"] == "cancelling"
+    expected = (400, "IncorrectState", f"The bundle task '{bundle_id}' cannot be cancelled: it is cancelling.")
+    assert refusal(ec2.cancel_bundle_task, BundleId=bundle_id) == expected
+
+
+def test_a_task_that_has_ended_cannot_be_cancelled(house, ec2, windows):
+    bundle_id = bundle(ec2, house.key)["BundleId"]
+    house.records.fail(bundle_id, TaskFailure("Client.S3Error", "x"))
+    expected = (400, "IncorrectState", f"The bundle task '{bundle_id}' cannot be cancelled: it is failed.")
+    assert refusal(ec2.cancel_bundle_task, BundleId=bundle_id) == expected
+
+
+def test_no_secret_is_in_the_database_in_the_clear(house, ec2, windows, tmp_path):
+    given = storage(house.key)
+    ec2.bundle_instance(InstanceId=INSTANCE, Storage=given)
+    database = b"".join(path.read_bytes() for path in tmp_path.glob("thrave.db*"))
+    assert INSTANCE.encode() in database
+    for secret in (house.key.secret_access_key, given["S3"]["UploadPolicySignature"]):
+        assert secret.encode() not in database
+        assert json.dumps(secret).strip('"').encode() not in database

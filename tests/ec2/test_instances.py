@@ -1,0 +1,94 @@
+from datetime import UTC, datetime
+
+import pytest
+from botocore.exceptions import ClientError
+
+from thrave.compute.instance import InstanceState, VolumeFile
+
+LAUNCHED = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def three_instances(house, tmp_path):
+    data = VolumeFile(path=tmp_path / "disk.raw", device_name="xvdb")
+    house.add_instance("i-0000000a", launch_time=LAUNCHED, volumes=(data,))
+    house.add_instance("i-0000000b", platform=None, architecture="arm64", state=InstanceState.STOPPED)
+    house.add_instance("i-0000000c", root_device_type="ebs", root_device_name="xvda")
+    house.add_instance("i-0000000d", account_id="999999999999")
+
+
+def ids(answer):
+    return [instance["InstanceId"] for reservation in answer["Reservations"] for instance in reservation["Instances"]]
+
+
+def test_an_instance_is_shown_as_ec2_shows_it(house, ec2, three_instances):
+    (reservation,) = ec2.describe_instances(InstanceIds=["i-0000000a"])["Reservations"]
+    assert reservation == {
+        "ReservationId": "r-0000000a",
+        "OwnerId": house.key.account_id,
+        "Groups": [],
+        "Instances": [
+            {
+                "InstanceId": "i-0000000a",
+                "State": {"Code": 16, "Name": "running"},
+                "LaunchTime": LAUNCHED,
+                "Platform": "windows",
+                "Architecture": "x86_64",
+                "RootDeviceType": "instance-store",
+                "RootDeviceName": "/dev/sda1",
+                "BlockDeviceMappings": [{"DeviceName": "/dev/sda1"}, {"DeviceName": "xvdb"}],
+            }
+        ],
+    }
+
+
+def test_only_the_callers_instances_are_shown(ec2, client_of, house, three_instances):
+    assert ids(ec2.describe_instances()) == ["i-0000000a", "i-0000000b", "i-0000000c"]
+    assert client_of(house.another_key()).describe_instances()["Reservations"] == []
+
+
+def test_an_instance_that_is_not_windows_has_no_platform(ec2, three_instances):
+    (reservation,) = ec2.describe_instances(InstanceIds=["i-0000000b"])["Reservations"]
+    assert "Platform" not in reservation["Instances"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("architecture", "arm64", "b"),
+        ("block-device-mapping.device-name", "xvdb", "a"),
+        ("instance-id", "*[ac]", ""),
+        ("instance-id", "*c", "c"),
+        ("instance-state-code", "80", "b"),
+        ("instance-state-name", "running", "ac"),
+        ("launch-time", "2026-11-01T12:00:00.000Z", "a"),
+        ("owner-id", "*", "abc"),
+        ("owner-id", "999999999999", ""),
+        ("platform", "windows", "ac"),
+        ("platform", "*", "ac"),
+        ("reservation-id", "r-0000000b", "b"),
+        ("root-device-name", "xvda", "c"),
+        ("root-device-type", "instance-store", "ab"),
+    ],
+)
+def test_instances_are_filtered(ec2, three_instances, name, value, expected):
+    answer = ec2.describe_instances(Filters=[{"Name": name, "Values": [value]}])
+    assert ids(answer) == [f"i-0000000{letter}" for letter in expected]
+
+
+@pytest.mark.parametrize(
+    ("instance_ids", "code", "message"),
+    [
+        (["i-0000000a", "i-0000000e"], "InvalidInstanceID.NotFound", "The instance ID 'i-0000000e' does not exist"),
+        (["i-0000000d"], "InvalidInstanceID.NotFound", "The instance ID 'i-0000000d' does not exist"),
+        (["i-0000000a", "i-a"], "InvalidInstanceID.Malformed", 'Invalid id: "i-a" (expecting "i-...")'),
+    ],
+)
+def test_an_id_that_is_not_the_callers_is_refused(ec2, three_instances, instance_ids, code, message):
+    with pytest.raises(ClientError) as refusal:
+        ec2.describe_instances(InstanceIds=instance_ids)
+    assert refusal.value.response["Error"] == {"Code": code, "Message": message}
+
+
+def test_an_id_that_is_given_twice_is_shown_once(ec2, three_instances):
+    assert ids(ec2.describe_instances(InstanceIds=["i-0000000a", "i-0000000a"])) == ["i-0000000a"]
