@@ -121,6 +121,15 @@ def test_a_body_without_a_length_is_read_no_further_than_the_limit(endpoint, hou
     assert (answer[0], code_of(answer)) == (413, "RequestEntityTooLarge")
 
 
+def test_a_client_that_hangs_up_in_the_middle_is_not_an_error_of_ours(endpoint, house):
+    place = urlsplit(endpoint)
+    with capture_logs() as logs:
+        with socket.create_connection((place.hostname, place.port), timeout=20) as connection:
+            connection.sendall(signed(endpoint, house.key)[:-10])
+        assert send(endpoint, signed(endpoint, house.key))[0] == 200
+    assert logs == []
+
+
 def test_a_query_string_has_a_limit_of_its_own_or_the_servers(endpoint):
     answer = send(endpoint, b"GET /?x=" + b"x" * (LIMIT - 1) + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert answer[0] in {400, 413}

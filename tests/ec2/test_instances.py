@@ -92,3 +92,48 @@ def test_an_id_that_is_not_the_callers_is_refused(ec2, three_instances, instance
 
 def test_an_id_that_is_given_twice_is_shown_once(ec2, three_instances):
     assert ids(ec2.describe_instances(InstanceIds=["i-0000000a", "i-0000000a"])) == ["i-0000000a"]
+
+
+@pytest.fixture
+def twelve_instances(house):
+    return [house.add_instance(f"i-{number:08x}") for number in range(12)]
+
+
+def test_instances_are_paged(ec2, twelve_instances):
+    pages = ec2.get_paginator("describe_instances").paginate(PaginationConfig={"PageSize": 5})
+    assert [ids(page) for page in pages] == [twelve_instances[:5], twelve_instances[5:10], twelve_instances[10:]]
+
+
+def test_the_last_page_may_be_full_and_has_no_token(ec2, twelve_instances):
+    answer = ec2.describe_instances(MaxResults=12)
+    assert ids(answer) == twelve_instances
+    assert "NextToken" not in answer
+
+
+def test_a_filter_chooses_before_pages_are_cut(ec2, house, twelve_instances):
+    house.add_instance("i-00000003a0000000a", platform=None)
+    answer = ec2.describe_instances(MaxResults=5, Filters=[{"Name": "platform", "Values": ["windows"]}])
+    assert ids(answer) == twelve_instances[:5]
+
+
+def test_an_instance_that_goes_between_two_pages_moves_no_other(ec2, house, twelve_instances):
+    first = ec2.describe_instances(MaxResults=5)
+    house.instances.remove(twelve_instances[4])
+    assert ids(ec2.describe_instances(MaxResults=5, NextToken=first["NextToken"])) == twelve_instances[5:10]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code"),
+    [
+        ({"MaxResults": 4}, "InvalidParameterValue"),
+        ({"MaxResults": 1001}, "InvalidParameterValue"),
+        ({"MaxResults": 5, "InstanceIds": ["i-00000000"]}, "InvalidParameterCombination"),
+        ({"NextToken": "$"}, "InvalidPaginationToken"),
+        ({"NextToken": "\N{LATIN SMALL LETTER E WITH ACUTE}"}, "InvalidPaginationToken"),
+        ({"NextToken": "_w=="}, "InvalidPaginationToken"),
+    ],
+)
+def test_a_page_that_cannot_be_is_refused(ec2, parameters, code):
+    with pytest.raises(ClientError) as refusal:
+        ec2.describe_instances(**parameters)
+    assert refusal.value.response["Error"]["Code"] == code

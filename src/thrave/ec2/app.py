@@ -10,6 +10,7 @@ import uuid
 import structlog
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -39,6 +40,8 @@ def create_app(door: Door) -> Starlette:
             return _response(200, content, request_id)
         except EC2Error as error:
             return _error_response(error, request_id)
+        except ClientDisconnect:
+            return Response(status_code=400)  # to nobody
         except Exception:  # noqa: BLE001  # the one place where nothing may pass
             # The text alone: a renderer of the log that shows local variables would show secrets.
             log.error("internal error", request_id=request_id, traceback=traceback.format_exc())  # noqa: TRY400

@@ -98,6 +98,15 @@ ERRORS: dict[str, ErrorKind] = {
         "A value is not of its parameter's type, or breaks a rule; the message says which.",
         EUCALYPTUS,
     ),
+    "InvalidParameterCombination": ErrorKind(
+        400,
+        "The parameter {one} cannot be used with the parameter {other}",
+        "DescribeInstances with ids and MaxResults.",
+        AWS,
+    ),
+    "InvalidPaginationToken": ErrorKind(
+        400, "The specified pagination token is not valid.", "A NextToken that no answer of ours has given.", AWS
+    ),
     "FilterLimitExceeded": ErrorKind(
         400,
         "The maximum number of filter values specified on a single call is {limit}.",

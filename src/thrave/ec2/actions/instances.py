@@ -11,6 +11,7 @@ from thrave.compute.instance import Instance, VolumeFile
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
+from thrave.ec2.paging import page
 from thrave.ec2.protocol import Parameters, Result
 
 _INSTANCE_ID = re.compile(r"i-([0-9a-f]{8}|[0-9a-f]{17})")
@@ -34,11 +35,15 @@ def describe_instances(door: Door, caller: Caller, parameters: Parameters) -> Re
     """Describe the caller's instances, or those with the given ids, as far as the filters let them through.
 
     Raises:
-        EC2Error: InvalidInstanceID.Malformed, InvalidInstanceID.NotFound, and what filters raise.
+        EC2Error: InvalidInstanceID.Malformed, InvalidInstanceID.NotFound, InvalidParameterCombination (ids with
+            MaxResults), and what filters and pages raise.
     """
-    instances = _asked_for(door, caller, parameters.get("InstanceIds", ()))
-    chosen = select(instances, parameters.get("Filters", ()), FILTERS)
-    return {"Reservations": [_reservation(instance) for instance in chosen]}
+    instance_ids = parameters.get("InstanceIds", ())
+    if instance_ids and "MaxResults" in parameters:
+        raise EC2Error("InvalidParameterCombination", one="instancesSet", other="maxResults")
+    chosen = select(_asked_for(door, caller, instance_ids), parameters.get("Filters", ()), FILTERS)
+    instances, next_token = page(chosen, parameters, lambda instance: instance.instance_id)
+    return {"Reservations": [_reservation(instance) for instance in instances], "NextToken": next_token}
 
 
 def check_instance_id(instance_id: str) -> None:
@@ -70,7 +75,7 @@ def own_instance(door: Door, caller: Caller, instance_id: str) -> Instance:
 
 def _asked_for(door: Door, caller: Caller, instance_ids: Sequence[str]) -> list[Instance]:
     if instance_ids:
-        return [own_instance(door, caller, instance_id) for instance_id in dict.fromkeys(instance_ids)]
+        return [own_instance(door, caller, instance_id) for instance_id in sorted(set(instance_ids))]
     return [instance for instance in door.instances.list() if instance.account_id == caller.account_id]
 
 
