@@ -17,6 +17,8 @@ SIDE_FILE_SUFFIX = ".manifest.json"
 _LONGEST = 255
 _LONGEST_SUFFIX = len(".part.") + 7
 
+_ACCOUNT_ID = re.compile(r"[0-9]{12}")
+_WORD = re.compile(r"[A-Za-z0-9._-]+")
 _PREFIX = re.compile(r"""[^\x00-\x20\x7f-\U0010ffff/\\&<>"'.][^\x00-\x1f\x7f-\U0010ffff/\\&<>"']*""")
 
 
@@ -39,6 +41,28 @@ def checked_prefix(prefix: str) -> str:
     if len(prefix) > _LONGEST - _LONGEST_SUFFIX:
         raise NamingError(f"the prefix is {len(prefix)} characters long; at most {_LONGEST - _LONGEST_SUFFIX} fit")
     return prefix
+
+
+def checked_account_id(account_id: str) -> str:
+    """Return the account id if it is one: 12 digits, without the hyphens that EC2 refuses in a manifest.
+
+    Raises:
+        NamingError: it is none.
+    """
+    if not _ACCOUNT_ID.fullmatch(account_id):
+        raise NamingError(f"the account id {account_id!r} is not 12 digits")
+    return account_id
+
+
+def checked_architecture(architecture: str) -> str:
+    """Return the architecture if it is a plain word, as EC2's ``x86_64``, ``i386`` and ``arm64`` are.
+
+    Raises:
+        NamingError: it is none.
+    """
+    if not _WORD.fullmatch(architecture):
+        raise NamingError(f"the architecture {architecture!r} is not a plain word")
+    return architecture
 
 
 def checked_filename(filename: str) -> str:

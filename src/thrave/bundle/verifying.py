@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509 import Certificate
 
 from thrave.bundle.crew import Crew
-from thrave.bundle.errors import PartDamagedError, SideFileError
+from thrave.bundle.errors import ManifestError, PartDamagedError, SideFileError
 from thrave.bundle.manifest import Manifest, ManifestPart
 from thrave.bundle.partsource import PartSource
 from thrave.bundle.reading import read_manifest
@@ -23,8 +23,8 @@ from thrave.bundle.signatures import verify
 PARTS_AHEAD = 3
 """Parts that are in memory while the next stage is busy with one."""
 
-Reporter = Callable[[int, int], None]
-"""Told, after each part, how many bytes of the bundle are done and how many there are."""
+Reporter = Callable[[int], None]
+"""Told, after each part, how many bytes of the bundle's parts are done."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def verified_parts(crew: Crew, believed: Believed, parts: PartSource, reporter: 
 
     Raises:
         PartMissingError: one cannot be read.
-        PartDamagedError: a digest or a size is wrong, or all sizes together.
+        PartDamagedError: a digest or a size is wrong.
+        ManifestError: their sizes together are not the bundle's.
     """
-    done, total = 0, believed.manifest.bundled_size
+    done = 0
 
     def verified(part: ManifestPart) -> bytes:
         data = parts.read(part.filename)
@@ -94,10 +95,9 @@ def verified_parts(crew: Crew, believed: Believed, parts: PartSource, reporter: 
         yield data
         done += len(data)
         if reporter is not None:
-            reporter(done, total)
-    if done != total:
-        last = believed.manifest.parts[-1].filename
-        raise PartDamagedError(last, f"the parts have {done} bytes together, the manifest says {total}")
+            reporter(done)
+    if done != believed.manifest.bundled_size:
+        raise ManifestError(f"the parts have {done} bytes together, not {believed.manifest.bundled_size}")
 
 
 def _check_signature(xml: bytes, manifest: Manifest, certificate: Certificate | None) -> Check:

@@ -5,23 +5,16 @@ order of elements, ASCII. Its verifier re-serialises what it reads with REXML, s
 would fail there. Values that would need escaping are refused rather than escaped.
 """
 
-import re
 from importlib.metadata import version
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.x509 import Certificate
 
-from thrave.bundle.errors import ManifestError
 from thrave.bundle.manifest import VERSION
+from thrave.bundle.names import checked_account_id, checked_architecture
 from thrave.bundle.sealed import Sealed, SealedPart
 from thrave.bundle.secrets import KeySlot, lock
 from thrave.bundle.signatures import rsa_key, sign
-
-ARCHITECTURES = ("i386", "x86_64", "arm64")
-"""As EC2 names them."""
-
-_PLAIN = re.compile(r"[A-Za-z0-9._+-]+")
-_ACCOUNT_ID = re.compile(r"[0-9]{12}")
 
 
 def write_manifest(
@@ -45,20 +38,16 @@ def write_manifest(
         signing_key: whose certificate the readers will check the signature against.
 
     Raises:
-        ManifestError: the account id or the architecture cannot stand in a manifest.
+        NamingError: the account id or the architecture cannot stand in a manifest.
     """
-    if not _ACCOUNT_ID.fullmatch(account_id):
-        raise ManifestError(f"the account id {account_id!r} is not 12 digits")
-    if not _PLAIN.fullmatch(architecture):
-        raise ManifestError(f"the architecture {architecture!r} is not a plain word")
     ec2 = lock(sealed.secrets, rsa_key(service_certificate))
     user = lock(sealed.secrets, rsa_key(user_certificate or service_certificate))
     unsigned = (
         "<?xml version='1.0'?><manifest>"
         + _element("version", VERSION)
         + f"<bundler><name>thrave</name>{_bundler_version()}</bundler>"
-        + f"<machine_configuration><architecture>{architecture}</architecture></machine_configuration>"
-        + _image(sealed, account_id, ec2, user)
+        + _element("machine_configuration", _element("architecture", checked_architecture(architecture)))
+        + _image(sealed, checked_account_id(account_id), ec2, user)
     ).encode("ascii")
     return unsigned + f"<signature>{sign(unsigned, signing_key).hex()}</signature></manifest>".encode("ascii")
 

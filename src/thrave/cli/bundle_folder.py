@@ -1,0 +1,103 @@
+"""A bundle as files in a folder: written whole or not at all, found again by its manifest.
+
+It decides only where bytes go; what they are is the business of `thrave.bundle`.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave import files
+from thrave.bundle.names import MANIFEST_SUFFIX, manifest_filename, side_filename
+from thrave.cli.exits import Exit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from thrave.bundle.sealing import Sealing
+    from thrave.cli.progress import ProgressBar
+
+
+class BundleExists(click.ClickException):
+    """There is a bundle of that name in the folder."""
+
+    exit_code = Exit.REFUSED
+
+
+class BundleFolder:
+    """The files of one bundle that is being written."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.manifest = folder / manifest_filename(prefix)
+        self.side_file = folder / side_filename(prefix)
+        self._folder = folder
+        self._written: list[Path] = []
+
+    def write_parts(self, sealing: Sealing, bar: ProgressBar) -> None:
+        """Write each part as it comes, and say how far it is."""
+        with closing(sealing.parts()) as parts:
+            for part in parts:
+                self.write(self._folder / part.filename, part.data)
+                bar.update(sealing.progress * sealing.data_size)
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        """Write one file of the bundle; it is on the disk when this returns."""
+        self._written.append(path)
+        files.replace(path, data, spool=self._folder)
+
+    def remove(self) -> None:
+        """Remove everything that was written."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_bundle(folder: Path, prefix: str) -> Iterator[BundleFolder]:
+    """A folder to write a bundle to, from which everything is removed again if the block fails.
+
+    Raises:
+        BundleExists: There is a manifest of that name.
+        click.ClickException: The folder cannot be made or written.
+    """
+    bundle = BundleFolder(folder, prefix)
+    if bundle.manifest.exists():
+        raise BundleExists(f"{bundle.manifest} exists; remove the bundle or choose another prefix")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield bundle
+    except OSError as error:
+        bundle.remove()
+        raise click.ClickException(f"cannot write to {folder}: {error.strerror}") from error
+    except BaseException:
+        bundle.remove()
+        raise
+
+
+def read_documents(manifest: Path) -> tuple[bytes, bytes | None]:
+    """The manifest's bytes, and those of the side file if there is one beside it."""
+    from thrave.bundle import sidefile
+
+    xml = read_manifest_file(manifest)
+    if not manifest.name.endswith(MANIFEST_SUFFIX):
+        return xml, None
+    side_file = manifest.with_name(side_filename(manifest.name.removesuffix(MANIFEST_SUFFIX)))
+    return xml, _read(side_file, sidefile.MOST_BYTES) if side_file.exists() else None
+
+
+def read_manifest_file(manifest: Path) -> bytes:
+    """The manifest's bytes, no more of them than a manifest may have."""
+    from thrave.bundle import xmlreading
+
+    return _read(manifest, xmlreading.MOST_BYTES)
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most + 1)
+    except OSError as error:
+        raise click.ClickException(f"cannot read {path}: {error.strerror}") from error
