@@ -108,6 +108,7 @@ class DirectoryBuckets:
         """See Buckets. Symbolic links are not objects and not followed."""
         folder = self._folder(bucket)
         self._require(bucket)
+        _refuse_links([folder])
         return _walk(folder, prefix)
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
@@ -126,9 +127,7 @@ class DirectoryBuckets:
     def _path(self, bucket: str, key: str) -> Path:
         segments = _segments(key)
         path = self._folder(bucket).joinpath(*segments)
-        for folder in [*path.parents][: len(segments)]:
-            if folder.is_symlink():
-                raise InvalidArgument(f"The key {key} leads through a symbolic link; this bucket does not follow any")
+        _refuse_links([*path.parents][: len(segments)])
         return path
 
     def _require(self, bucket: str) -> None:
@@ -153,7 +152,7 @@ class DirectoryBuckets:
             except OSError:  # not empty, or gone already
                 break
             folder = folder.parent
-        if folder.exists():
+        if folder.is_dir():
             files.sync_folder(folder)
 
     def _sweep_spool(self) -> None:
@@ -174,6 +173,11 @@ def _segments(key: str) -> list[str]:
             f"A disk cannot hold a key like {key[:80]!r}: segments of 1 to {_SEGMENT_BYTES} bytes, none of them . or .."
         )
     return segments
+
+
+def _refuse_links(folders: Iterable[Path]) -> None:
+    if any(folder.is_symlink() for folder in folders):
+        raise InvalidArgument("This leads through a symbolic link, and a bucket on a disk follows none")
 
 
 def _make_folders(folder: Path) -> None:

@@ -1,0 +1,199 @@
+"""What every driver of buckets must do: the contract in `thrave.buckets.buckets`, said in tests."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.policies import ACCESS_KEY_ID, SECRET, bundle_document, document, encoded, signed_v2
+from thrave.buckets.buckets import ObjectHead
+from thrave.buckets.errors import (
+    AccessDenied,
+    BucketAlreadyExists,
+    EntityTooLarge,
+    InvalidBucketName,
+    NoSuchBucket,
+    NoSuchKey,
+)
+from thrave.buckets.policy import UploadPolicy
+
+ALICE, BOB = "111111111111", "222222222222"
+BUCKET = "alice-bundles"
+
+
+@pytest.fixture
+def bucket(buckets):
+    buckets.create(BUCKET, ALICE)
+    return BUCKET
+
+
+def grant(policy):
+    text = encoded(policy)
+    return UploadPolicy.verify(text, signed_v2(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)
+
+
+def test_a_bucket_belongs_to_who_created_it(buckets):
+    assert buckets.owner(BUCKET) is None
+    buckets.create(BUCKET, ALICE)
+    assert buckets.owner(BUCKET) == ALICE
+
+
+def test_creating_ones_own_bucket_again_changes_nothing(buckets, bucket):
+    buckets.put(bucket, "key", b"data")
+    buckets.create(bucket, ALICE)
+    assert buckets.get(bucket, "key") == b"data"
+
+
+def test_somebody_elses_bucket_cannot_be_created(buckets, bucket):
+    with pytest.raises(BucketAlreadyExists):
+        buckets.create(bucket, BOB)
+    assert buckets.owner(bucket) == ALICE
+
+
+def test_of_many_who_create_a_bucket_at_once_one_has_it(buckets):
+    accounts = [str(111111111111 * n) for n in range(1, 9)]
+
+    def create(account):
+        try:
+            buckets.create(BUCKET, account)
+        except BucketAlreadyExists:
+            return None
+        return account
+
+    with ThreadPoolExecutor(8) as pool:
+        created = [account for account in pool.map(create, accounts) if account]
+    assert created == [buckets.owner(BUCKET)]
+
+
+@pytest.mark.parametrize("name", ["", "..", "../etc", "a/b", ".owners", "UPPER", "ab", "a" * 64])
+def test_a_name_that_no_bucket_can_have_is_nobodys_and_cannot_be_created(buckets, name):
+    assert buckets.owner(name) is None
+    with pytest.raises(InvalidBucketName):
+        buckets.create(name, ALICE)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 4096], ids=["empty", "one byte", "1 MiB"])
+def test_what_was_put_is_got_and_its_head_has_size_and_md5(buckets, bucket, data):
+    buckets.put(bucket, "win1.part.0", data)
+    assert buckets.get(bucket, "win1.part.0") == data
+    assert buckets.head(bucket, "win1.part.0") == ObjectHead(len(data), hashlib.md5(data).hexdigest())
+
+
+def test_a_memoryview_is_put_as_its_bytes(buckets, bucket):
+    buckets.put(bucket, "key", memoryview(b"0123456789")[2:5])
+    assert buckets.get(bucket, "key") == b"234"
+
+
+def test_a_second_put_takes_the_place_of_the_first(buckets, bucket):
+    buckets.put(bucket, "key", b"a longer first")
+    buckets.put(bucket, "key", b"second")
+    assert buckets.get(bucket, "key") == b"second"
+    assert [*buckets.list(bucket, "")] == ["key"]
+
+
+def test_a_reader_never_sees_half_an_object(buckets, bucket):
+    contents = [bytes([n]) * 200_000 for n in range(4)]
+    buckets.put(bucket, "key", contents[0])
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(lambda: [buckets.put(bucket, "key", content) for content in contents * 5])
+        while not writing.done():
+            assert buckets.get(bucket, "key") in contents
+        writing.result()
+
+
+KEYS = ["backups/win1.part.0", "win1.manifest.xml", "win1.part.0", "ä.part.0", "with space", "a+b=c&d"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_of_folders_and_other_characters_are_kept_as_they_are(buckets, bucket, key):
+    buckets.put(bucket, key, b"data")
+    assert buckets.get(bucket, key) == b"data"
+    assert [*buckets.list(bucket, "")] == [key]
+
+
+def test_keys_are_listed_by_prefix_in_the_order_of_their_bytes(buckets, bucket):
+    keys = ["a-b", "a.b", "a/b", "a/c/d", "a0", "ab", "b", "ä", "￿", "\U0001f33e"]
+    for key in reversed(keys):
+        buckets.put(bucket, key, b"")
+    assert [*buckets.list(bucket, "")] == sorted(keys, key=str.encode)
+    assert [*buckets.list(bucket, "a/")] == ["a/b", "a/c/d"]
+    assert [*buckets.list(bucket, "a/c")] == ["a/c/d"]
+    assert [*buckets.list(bucket, "a")] == ["a-b", "a.b", "a/b", "a/c/d", "a0", "ab"]
+    assert [*buckets.list(bucket, "none")] == []
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.sets(st.text("ab-0", min_size=1, max_size=3).map("/".join), max_size=8))
+def test_listing_agrees_with_sorting(buckets, bucket, keys):
+    held = {key for key in keys if not any(other.startswith(key + "/") for other in keys)}
+    for key in held:
+        buckets.put(bucket, key, b"")
+    assert [*buckets.list(bucket, "")] == sorted(held)
+    for prefix in {key[:2] for key in keys}:
+        assert [*buckets.list(bucket, prefix)] == sorted(key for key in held if key.startswith(prefix))
+    buckets.delete(bucket, held)
+    assert [*buckets.list(bucket, "")] == []
+
+
+def test_exactly_the_named_keys_are_deleted(buckets, bucket):
+    keys = ["win1.part.0", "win1.part.1", "win1.part.10", "win10.part.0", "backups/win1.part.0"]
+    for key in keys:
+        buckets.put(bucket, key, b"data")
+    buckets.delete(bucket, ["win1.part.1", "backups/win1.part.0", "never.was", "never/was"])
+    assert [*buckets.list(bucket, "")] == ["win1.part.0", "win1.part.10", "win10.part.0"]
+    buckets.delete(bucket, iter(["win1.part.1"]))
+    assert buckets.owner(bucket) == ALICE
+
+
+def test_a_folders_name_is_no_key(buckets, bucket):
+    buckets.put(bucket, "backups/win1", b"data")
+    assert buckets.head(bucket, "backups") is None
+    buckets.delete(bucket, ["backups"])
+    assert buckets.get(bucket, "backups/win1") == b"data"
+
+
+def test_what_is_not_there_is_said_so(buckets, bucket):
+    assert buckets.head(bucket, "none") is None
+    assert buckets.head("no-such-bucket", "none") is None
+    with pytest.raises(NoSuchKey):
+        buckets.get(bucket, "none")
+    buckets.delete("no-such-bucket", ["key"])
+    for call in (
+        lambda: buckets.get("no-such-bucket", "key"),
+        lambda: buckets.put("no-such-bucket", "key", b"data"),
+        lambda: [*buckets.list("no-such-bucket", "")],
+    ):
+        with pytest.raises(NoSuchBucket):
+            call()
+    assert buckets.owner("no-such-bucket") is None
+
+
+def test_a_put_under_a_grant_is_stored(buckets, bucket):
+    policy = grant(bundle_document(bucket, "win1"))
+    for key in ("win1.part.0", "win1.manifest.xml", "win1.manifest.json"):
+        buckets.put(bucket, key, b"data", grant=policy)
+    assert [*buckets.list(bucket, "")] == ["win1.manifest.json", "win1.manifest.xml", "win1.part.0"]
+
+
+SMALL = ["content-length-range", 0, 3]
+EXPIRED = "2020-01-01T00:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("policy", "error"),
+    [
+        (bundle_document(BUCKET, "other"), AccessDenied),
+        (bundle_document("other-bucket", "win1"), AccessDenied),
+        (bundle_document(BUCKET, "win1", expiration=EXPIRED), AccessDenied),
+        (document({"bucket": BUCKET}, {"acl": "ec2-bundle-read"}), AccessDenied),
+        (document({"bucket": BUCKET}, ["starts-with", "$key", "win1"], SMALL), EntityTooLarge),
+    ],
+    ids=["key", "bucket", "expired", "key not named", "length"],
+)
+def test_what_a_grant_forbids_is_not_written(buckets, bucket, policy, error):
+    buckets.put(bucket, "win1.part.0", b"before")
+    with pytest.raises(error):
+        buckets.put(bucket, "win1.part.0", b"after", grant=grant(policy))
+    assert buckets.get(bucket, "win1.part.0") == b"before"

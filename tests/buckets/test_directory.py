@@ -1,0 +1,198 @@
+"""What a bucket on the local disk must do besides the contract: stay within its folder, and be whole on it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from thrave.buckets.buckets import NOBODY
+from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.errors import BucketAlreadyExists, BucketError, InternalError, InvalidArgument, NoSuchKey
+
+ALICE = "111111111111"
+BUCKET = "alice-bundles"
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "buckets"
+
+
+@pytest.fixture
+def buckets(root):
+    buckets = DirectoryBuckets(root)
+    buckets.create(BUCKET, ALICE)
+    return buckets
+
+
+def test_an_object_is_a_plain_file_of_its_key(buckets, root):
+    buckets.put(BUCKET, "backups/win1.part.0", b"data")
+    assert (root / BUCKET / "backups" / "win1.part.0").read_bytes() == b"data"
+
+
+def test_what_another_process_wrote_is_there(buckets, root):
+    buckets.put(BUCKET, "key", b"data")
+    assert DirectoryBuckets(root).get(BUCKET, "key") == b"data"
+    assert DirectoryBuckets(root).owner(BUCKET) == ALICE
+
+
+OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//b", "", "/", "a/", ".", "..", "a/./b", "nul\0", "\ud800", "x" * 256]
+
+
+@pytest.mark.parametrize("key", [*OUTSIDE, "y/" * 512 + "y"], ids=repr)
+def test_a_key_that_a_disk_must_not_or_cannot_hold_is_refused_everywhere(buckets, root, key):
+    (root / "x").write_text("not a bucket's")
+    for call in (
+        lambda: buckets.put(BUCKET, key, b"evil"),
+        lambda: buckets.get(BUCKET, key),
+        lambda: buckets.head(BUCKET, key),
+        lambda: buckets.delete(BUCKET, ["fine", key]),
+    ):
+        with pytest.raises(InvalidArgument):
+            call()
+    assert (root / "x").read_text() == "not a bucket's"
+    assert [*buckets.list(BUCKET, "")] == []
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b", "a/b/c/d"), ("a/b/c", "a/b")])
+def test_a_key_that_is_the_folder_of_another_is_refused_and_the_first_kept(buckets, first, second):
+    buckets.put(BUCKET, first, b"first")
+    with pytest.raises(InvalidArgument, match="cannot be stored beside"):
+        buckets.put(BUCKET, second, b"second")
+    assert [*buckets.list(BUCKET, "")] == [first]
+    assert buckets.head(BUCKET, second) is None
+    buckets.delete(BUCKET, [second])
+    assert buckets.get(BUCKET, first) == b"first"
+
+
+def test_a_way_through_a_symbolic_link_is_refused(buckets, root, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("outside")
+    (root / BUCKET / "link").symlink_to(outside)
+    for call in (
+        lambda: buckets.put(BUCKET, "link/new", b"evil"),
+        lambda: buckets.get(BUCKET, "link/file"),
+        lambda: buckets.head(BUCKET, "link/file"),
+        lambda: buckets.delete(BUCKET, ["link/file"]),
+    ):
+        with pytest.raises(InvalidArgument, match="symbolic link"):
+            call()
+    assert [*buckets.list(BUCKET, "")] == []
+    assert [path.name for path in outside.iterdir()] == ["file"]
+
+
+def test_a_bucket_that_is_a_symbolic_link_is_not_followed(buckets, root, tmp_path):
+    (root / BUCKET).rmdir()
+    (root / BUCKET).symlink_to(tmp_path)
+    for call in (lambda: buckets.put(BUCKET, "evil", b"evil"), lambda: buckets.list(BUCKET, "")):
+        with pytest.raises(InvalidArgument, match="symbolic link"):
+            call()
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_link_in_an_objects_place_is_no_object_and_is_replaced_not_followed(buckets, root, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("outside")
+    (root / BUCKET / "key").symlink_to(outside)
+    assert buckets.head(BUCKET, "key") is None
+    with pytest.raises(NoSuchKey):
+        buckets.get(BUCKET, "key")
+    buckets.put(BUCKET, "key", b"inside")
+    assert (outside.read_text(), buckets.get(BUCKET, "key")) == ("outside", b"inside")
+
+
+def test_what_is_neither_file_nor_folder_is_no_object(buckets, root):
+    os.mkfifo(root / BUCKET / "pipe")
+    assert buckets.head(BUCKET, "pipe") is None
+    assert [*buckets.list(BUCKET, "")] == []
+
+
+def test_file_names_that_are_no_text_are_passed_over(buckets, root):
+    (root / BUCKET / os.fsdecode(b"\xff")).write_text("not ours")
+    buckets.put(BUCKET, "key", b"data")
+    assert [*buckets.list(BUCKET, "")] == ["key"]
+
+
+def test_a_folder_without_an_owner_belongs_to_nobody(buckets, root):
+    (root / "found-here").mkdir()
+    assert buckets.owner("found-here") == NOBODY
+    with pytest.raises(BucketAlreadyExists):
+        buckets.create("found-here", ALICE)
+    assert buckets.owner("found-here") == NOBODY
+
+
+@pytest.mark.parametrize("content", ["", "111", "111111111111", "x" * 12 + "\n", "1" * 13 + "\n", "ä"])
+def test_a_spoilt_owner_file_makes_it_nobodys(buckets, root, content):
+    (root / ".owners" / BUCKET).write_text(content)
+    assert buckets.owner(BUCKET) == NOBODY
+    with pytest.raises(BucketAlreadyExists):
+        buckets.create(BUCKET, ALICE)
+
+
+def test_a_bucket_whose_making_was_cut_off_is_finished_by_its_owner(buckets, root):
+    (root / BUCKET).rmdir()
+    assert buckets.owner(BUCKET) == ALICE
+    buckets.create(BUCKET, ALICE)
+    assert (root / BUCKET).is_dir()
+
+
+def test_folders_go_with_their_last_object_and_the_bucket_stays(buckets, root):
+    for key in ("a/b/one", "a/b/two", "a/three"):
+        buckets.put(BUCKET, key, b"")
+    buckets.delete(BUCKET, ["a/b/one", "a/b/two"])
+    assert [*(root / BUCKET).iterdir()] == [root / BUCKET / "a"]
+    assert [*(root / BUCKET / "a").iterdir()] == [root / BUCKET / "a" / "three"]
+    buckets.delete(BUCKET, ["a/three"])
+    assert [*(root / BUCKET).iterdir()] == []
+    assert buckets.owner(BUCKET) == ALICE
+
+
+def test_a_put_that_fails_leaves_nothing(buckets, root):
+    (root / ".spool").rmdir()
+    with pytest.raises(InternalError):
+        buckets.put(BUCKET, "key", b"data")
+    assert [*(root / BUCKET).iterdir()] == []
+
+
+def test_nothing_is_left_in_the_spool(buckets, root):
+    buckets.put(BUCKET, "key", b"data")
+    with pytest.raises(BucketError):
+        buckets.put(BUCKET, "key/below", b"data")
+    assert [*(root / ".spool").iterdir()] == []
+
+
+def test_old_litter_of_the_spool_is_swept_and_fresh_files_are_left(buckets, root):
+    old, fresh = root / ".spool" / ".new-old", root / ".spool" / ".new-fresh"
+    old.touch()
+    fresh.touch()
+    os.utime(old, (0, 0))
+    DirectoryBuckets(root)
+    assert [*(root / ".spool").iterdir()] == [fresh]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from thrave.buckets.directory import DirectoryBuckets
+buckets = DirectoryBuckets(Path(sys.argv[1]))
+while True:
+    for letter in b"ab":
+        buckets.put(sys.argv[2], "folder/key", bytes([letter]) * 3_000_000)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(buckets, root):
+    for _ in range(5):
+        with subprocess.Popen([sys.executable, "-c", WRITER, root, BUCKET]) as writer:
+            while not buckets.head(BUCKET, "folder/key"):
+                assert writer.poll() is None
+            writer.kill()
+        assert buckets.get(BUCKET, "folder/key") in (b"a" * 3_000_000, b"b" * 3_000_000)
+        buckets.delete(BUCKET, ["folder/key"])
+
+
+def test_objects_are_for_the_owner_alone(buckets, root):
+    buckets.put(BUCKET, "key", b"data")
+    assert (root / BUCKET / "key").stat().st_mode & 0o077 == 0

@@ -1,0 +1,64 @@
+"""Which buckets and prefixes there may be."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thrave.buckets.errors import InvalidArgument, InvalidBucketName
+from thrave.buckets.naming import check_bucket_name, split_prefix
+
+GOOD_BUCKETS = ["abc", "my-bucket", "my.bucket.2026", "0123", "a" * 63, "a-.b", "1.2.3", "xn-a"]
+BAD_BUCKETS = [
+    "", "ab", "a" * 64, "My-Bucket", "my_bucket", "-abc", "abc-", ".abc", "abc.", "a..b", "192.168.5.4", "xn--abc",
+    "sthree-abc", "sthree-configurator", "amzn-s3-demo-abc", "abc-s3alias", "abc--ol-s3", "abc.mrap", "abc--x-s3",
+    "abc--table-s3", "a/b", "a b", "abc\n", "äbc", "a\0c", "\N{ARABIC-INDIC DIGIT ONE}bc", "../abc",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bucket", GOOD_BUCKETS)
+def test_names_that_s3_takes_are_taken(bucket):
+    check_bucket_name(bucket)
+
+
+@pytest.mark.parametrize("bucket", BAD_BUCKETS)
+def test_names_that_s3_refuses_are_refused(bucket):
+    with pytest.raises(InvalidBucketName):
+        check_bucket_name(bucket)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "folder", "name"),
+    [
+        ("win1", "", "win1"),
+        ("backups/win1", "backups/", "win1"),
+        ("a/b/c", "a/b/", "c"),
+        ("_win-1.2", "", "_win-1.2"),
+        ("x" * 100, "", "x" * 100),
+    ],
+)
+def test_a_prefix_is_a_folder_and_a_name(prefix, folder, name):
+    assert split_prefix(prefix) == (folder, name)
+
+
+BAD_PREFIXES = [
+    "", "/", "/win1", "win1/", "a//b", ".hidden", "a/.hidden", "..", "../win1", "a/../b", "-rf", "a/-rf", "win 1",
+    "wiñ", "日本", 'a"b', "a'b", "; touch x ;", "$(touch x)", "a\nb", "win1\n", "a\0b", "a\\b", "${filename}", "a&b",
+    "<a>", "x" * 101, "y/" * 510 + "x", "\N{ARABIC-INDIC DIGIT ONE}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", BAD_PREFIXES)
+def test_a_prefix_that_could_harm_a_reader_is_refused(prefix):
+    with pytest.raises(InvalidArgument):
+        split_prefix(prefix)
+
+
+@given(st.text())
+def test_what_is_taken_is_plain_and_put_together_again_the_same(prefix):
+    try:
+        folder, name = split_prefix(prefix)
+    except InvalidArgument:
+        return
+    assert folder + name == prefix
+    assert prefix.isascii()
+    assert not set(prefix) & set("\\ '\"$;&|<>*?\n\0")
