@@ -1,0 +1,124 @@
+"""Writes the pages of docs/reference that stand in the code as tables; with `--check`, says which are out of date.
+
+A table in the code is the only source of such a page: nobody edits these by hand.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import click
+from pydantic_core import PydanticUndefined
+
+from thrave.cli.exits import MEANING
+from thrave.cli.main import COMMANDS, thrave
+from thrave.config import Settings
+from thrave.ec2.errors import ERRORS
+from thrave.tasks.failures import CAUSES
+from thrave.tasks.states import FOLLOWS
+
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [[*header], ["---"] * len([*header]), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def settings() -> str:
+    """Every setting with its name in the environment, its type, default and meaning."""
+    rows = [
+        (f"`{name}`", f"`THRAVE_{name.upper()}`", "" if field.default is PydanticUndefined else f"`{field.default}`",
+         field.description)
+        for name, field in Settings.model_fields.items()
+    ]  # fmt: skip
+    return (
+        "# Settings\n\nFrom the command line, else the environment, else the TOML file given with `--config`.\n\n"
+        + table(("in the file", "in the environment", "default", "meaning"), rows)
+    )
+
+
+def exit_codes() -> str:
+    """The command's exit codes."""
+    return "# Exit codes of the `thrave` command\n\n" + table(
+        ("code", "name", "meaning"), ((int(code), f"`{code.name}`", meaning) for code, meaning in MEANING.items())
+    )
+
+
+def ec2_errors() -> str:
+    """The errors of the EC2 door."""
+    rows = ((f"`{code}`", kind.status, kind.cause, kind.message, kind.source) for code, kind in ERRORS.items())
+    return "# Errors of the EC2 door\n\n" + table(("code", "HTTP", "when", "message", "source"), rows)
+
+
+def task_errors() -> str:
+    """Why a bundle task fails."""
+    rows = ((f"`{code}`", cause.meaning, cause.remedy) for code, cause in CAUSES.items())
+    return (
+        "# Why a bundle task fails\n\nWhat `DescribeBundleTasks` shows as `BundleTaskError.Code`; its message has the"
+        " particulars.\n\n" + table(("code", "what happened", "what to do"), rows)
+    )
+
+
+def states() -> str:
+    """The states of a bundle task, as a diagram and a table."""
+    edges = "\n".join(f"    {state} --> {after}" for state, follow in FOLLOWS.items() for after in sorted(follow))
+    rows = (
+        (f"`{state}`", ", ".join(f"`{after}`" for after in sorted(follow)) or "nothing") for state, follow in FOLLOWS.items()
+    )
+    return f"# States of a bundle task\n\n```mermaid\nstateDiagram-v2\n    [*] --> pending\n{edges}\n```\n\n" + table(
+        ("state", "what may follow"), rows
+    )
+
+
+def commands() -> str:
+    """The help of every command."""
+    context = click.Context(thrave, info_name="thrave")
+    pages = []
+    for name in COMMANDS:
+        command = thrave.get_command(context, name)
+        assert command is not None
+        pages += list(_help(command, f"thrave {name}"))
+    return "# The `thrave` command\n\n" + "\n".join(pages)
+
+
+def _help(command: click.Command, name: str) -> Iterable[str]:
+    parent = click.Context(thrave, info_name="thrave", max_content_width=100, terminal_width=100)
+    context = click.Context(command, info_name=name.removeprefix("thrave "), parent=parent)
+    yield f"## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+    if isinstance(command, click.Group):
+        for sub in command.list_commands(context):
+            child = command.get_command(context, sub)
+            assert child is not None
+            yield from _help(child, f"{name} {sub}")
+
+
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "settings.md": ("src/thrave/config.py", settings),
+    "exit-codes.md": ("src/thrave/cli/exits.py", exit_codes),
+    "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
+    "task-errors.md": ("src/thrave/tasks/failures.py", task_errors),
+    "task-states.md": ("src/thrave/tasks/states.py", states),
+    "commands.md": ("the commands' own help", commands),
+}
+
+
+def main() -> int:
+    """Write the pages, or compare them."""
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for name, (source, make) in PAGES.items():
+        page, path = MADE.format(source=source) + make().rstrip() + "\n", REFERENCE / name
+        if check and (not path.exists() or path.read_text() != page):
+            stale.append(name)
+        elif not check:
+            path.write_text(page)
+    for name in stale:
+        print(f"docs/reference/{name} is not what the code says; run `make docs`")
+    return len(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

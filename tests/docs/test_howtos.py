@@ -1,0 +1,65 @@
+"""Every how-to, run as it is written: its shell blocks in one script, its files beside it."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.components import require
+from support.disks import make_disk
+
+ROOT = Path(__file__).parents[2]
+HOWTOS = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PORT = "8773"
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
+def test_the_howto_works_as_it_is_written(howto, tmp_path):
+    require("jq", package="jq")
+    require("openssl", package="openssl")
+    port = free_port()
+    text = howto.read_text().replace(PORT, port)
+    make_disk(tmp_path / "disk.raw", 24 << 20)
+    (tmp_path / "vectors").symlink_to(ROOT / "tests" / "data" / "vectors")
+    for name, content in FILE.findall(text):
+        (tmp_path / name).write_text(content)
+    script = "\n".join(["set -euo pipefail", *SHELL.findall(text)])
+    status, said = run(script, tmp_path)
+    assert status == 0, said
+
+
+def run(script: str, folder: Path) -> tuple[int, str]:
+    """Run a script in a session of its own, none of which outlives it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    shell = subprocess.Popen(
+        [shutil.which("bash"), "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "AWS_PAGER": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        shell.wait(timeout=120)
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+    return shell.returncode, shell.communicate()[0]
+
+
+def test_the_index_names_every_howto():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [path.name for path in HOWTOS[1:] if f"howto/{path.name}" not in index] == []
