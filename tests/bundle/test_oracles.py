@@ -3,12 +3,13 @@
 import hashlib
 import os
 import subprocess
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
+
 from support.sealed import SECRETS, VECTORS, PatternImage, bundle_of, certificate, seal
-from thrave.bundle.deflate import inflated
 from thrave.bundle.deciphering import deciphered
+from thrave.bundle.deflate import inflated
 from thrave.bundle.image import data_extents
 from thrave.bundle.signatures import signed_bytes, verify
 from thrave.bundle.tar import Member
@@ -116,7 +117,7 @@ def rexml(element):
 
 def test_the_strictest_verifier_accepts_the_manifest():
     bundle = bundle_of(PatternImage(MIB, [(0, 4 * KIB)]), part_size=64)
-    document = ElementTree.fromstring(bundle.manifest)
+    document = ET.fromstring(bundle.manifest)
     rewritten = ("<?xml version='1.0'?>" + rexml(document)).encode()
     assert rewritten == bundle.manifest
     verify(rewritten, bytes.fromhex(document.findtext("signature")), certificate("user"))
@@ -124,7 +125,7 @@ def test_the_strictest_verifier_accepts_the_manifest():
 
 def test_the_signature_is_openssls_over_the_two_elements(tmp_path):
     bundle = bundle_of(PatternImage(MIB, []))
-    (tmp_path / "signature").write_bytes(bytes.fromhex(ElementTree.fromstring(bundle.manifest).findtext("signature")))
+    (tmp_path / "signature").write_bytes(bytes.fromhex(ET.fromstring(bundle.manifest).findtext("signature")))
     start, end = bundle.manifest.index(b"<machine_conf"), bundle.manifest.index(b"<signature>")
     assert signed_bytes(bundle.manifest) == bundle.manifest[start:end]
     (tmp_path / "key.pem").write_bytes(run("openssl", "pkey", "-pubout", "-in", str(VECTORS / "keys" / "user-pk.pem")))
@@ -133,7 +134,7 @@ def test_the_signature_is_openssls_over_the_two_elements(tmp_path):
 
 
 def test_the_elements_stand_in_ec2_ami_tools_order():
-    image = ElementTree.fromstring(bundle_of(PatternImage(MIB, [])).manifest)
+    image = ET.fromstring(bundle_of(PatternImage(MIB, [])).manifest)
     assert [child.tag for child in image] == ["version", "bundler", "machine_configuration", "image", "signature"]
     assert [child.tag for child in image.find("image")] == [
         "name", "user", "type", "digest", "size", "bundled_size", "ec2_encrypted_key", "user_encrypted_key",

@@ -1,0 +1,213 @@
+"""`thrave bundle`, `open`, `verify` and `show` as a person or a script calls them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from support.sealed import VECTORS
+from thrave.cli.main import main
+
+FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
+KEYS = VECTORS / "keys"
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def thrave(monkeypatch, capsys):
+    """Runs `thrave …`; gives the status, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["thrave", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return end.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def thrave_json(thrave):
+    def run(*words):
+        status, stdout, stderr = thrave(*words, "--output", "json")
+        assert status == 0, stderr
+        return json.loads(stdout)
+
+    return run
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.raw"
+    with path.open("wb") as file:
+        file.truncate(8 * MIB)
+        file.write(b"boot" * 1024)
+        file.seek(5 * MIB)
+        file.write(b"data" * 4096)
+    return path
+
+
+def sealing(image, folder, *more, prefix="winami"):
+    return (
+        "bundle", image, "--prefix", prefix, "--to", folder, "--account", "123456789012",
+        "--user-certificate", KEYS / "user-cert.pem", "--service-certificate", KEYS / "cloud-cert.pem",
+        "--signing-key", KEYS / "user-pk.pem", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def bundle(thrave_json, image, tmp_path):
+    """The JSON of a bundle in `tmp_path / "bundles"`."""
+    return thrave_json(*sealing(image, tmp_path / "bundles"))
+
+
+def checks(document):
+    return {check["subject"]: check["checked"] for check in document["checks"]}
+
+
+def test_a_bundle_opens_with_either_key_to_the_same_bytes(thrave_json, bundle, image, tmp_path):
+    for owner in ("user", "cloud"):
+        opened = thrave_json("open", bundle["manifest"], "--key", KEYS / f"{owner}-pk.pem", "-o", tmp_path / owner)
+        assert opened["image"] == str(tmp_path / owner)
+        assert (tmp_path / owner).read_bytes() == image.read_bytes()
+        assert (tmp_path / owner).stat().st_blocks < 8 * MIB / 512
+
+
+def test_the_answer_to_bundle_names_what_was_written(bundle, tmp_path):
+    assert bundle["manifest"] == str(tmp_path / "bundles" / "winami.manifest.xml")
+    assert bundle["sideFile"] == str(tmp_path / "bundles" / "winami.manifest.json")
+    names = {"winami.manifest.xml", "winami.manifest.json", *(part["filename"] for part in bundle["parts"])}
+    assert {path.name for path in (tmp_path / "bundles").iterdir()} == names
+    assert (bundle["prefix"], bundle["size"]) == ("winami", 8 * MIB)
+    assert bundle["bundledSize"] == sum(part["size"] for part in bundle["parts"])
+
+
+def test_qcow2_and_small_are_understood(thrave_json, image, tmp_path):
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", image, tmp_path / "disk.qcow2"], check=True)
+    options = ("--format", "qcow2", "--level", "small", "--architecture", "i386")
+    made = thrave_json(*sealing(tmp_path / "disk.qcow2", tmp_path / "b", *options))
+    thrave_json("open", made["manifest"], "--key", KEYS / "user-pk.pem", "-o", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()
+    assert thrave_json("show", made["manifest"])["architecture"] == "i386"
+
+
+def test_verify_says_what_it_checked_and_what_it_could_not(thrave, thrave_json, bundle):
+    manifest = bundle["manifest"]
+    without = checks(thrave_json("verify", manifest))
+    assert {subject for subject, checked in without.items() if not checked} == {
+        "signature", "sideKey", "imageDigest", "imageSize",
+    }  # fmt: skip
+    everything = ("verify", manifest, "--certificate", KEYS / "user-cert.pem", "--key", KEYS / "user-pk.pem")
+    assert all(checks(thrave_json(*everything)).values())
+    _, stdout, _ = thrave("verify", manifest)
+    assert "NOT CHECKED  no signer's certificate was given" in stdout
+
+
+def test_the_side_file_is_insisted_on_where_it_is_and_its_absence_said(thrave, thrave_json, bundle, tmp_path):
+    side_file = tmp_path / "bundles" / "winami.manifest.json"
+    side_file.rename(tmp_path / "aside")
+    assert checks(thrave_json("verify", bundle["manifest"]))["sideFile"] is False
+    side_file.write_text("{}")
+    status, stdout, stderr = thrave("verify", bundle["manifest"])
+    assert (status, stdout) == (DAMAGED, "")
+    assert "side file" in stderr
+
+
+def test_a_side_key_of_ones_own_signs_and_is_insisted_on(thrave, thrave_json, image, tmp_path):
+    key = Ed25519PrivateKey.generate()
+    (tmp_path / "side.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tmp_path / "side.pub").write_bytes(public)
+    mine = thrave_json(*sealing(image, tmp_path / "mine", "--side-key", tmp_path / "side.pem"))
+    assert checks(thrave_json("verify", mine["manifest"], "--side-key", tmp_path / "side.pub"))["sideKey"]
+    other = thrave_json(*sealing(image, tmp_path / "other"))
+    status, _, stderr = thrave("verify", other["manifest"], "--side-key", tmp_path / "side.pub")
+    assert (status, "another key" in stderr) == (DAMAGED, True)
+
+
+def test_show_says_what_the_manifest_says(thrave, thrave_json, bundle):
+    shown = thrave_json("show", bundle["manifest"])
+    assert (shown["name"], shown["accountId"], shown["size"]) == ("winami", "123456789012", 8 * MIB)
+    assert [part["sha1"] for part in shown["parts"]] == [part["sha1"] for part in bundle["parts"]]
+    _, stdout, _ = thrave("show", bundle["manifest"])
+    assert "winami.part.0" in stdout
+
+
+def damage_part(folder):
+    part = folder / "winami.part.0"
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+
+
+def remove_part(folder):
+    (folder / "winami.part.0").unlink()
+
+
+def forge_manifest(folder):
+    manifest = folder / "winami.manifest.xml"
+    manifest.write_bytes(manifest.read_bytes().replace(b"123456789012", b"999999999999"))
+    (folder / "winami.manifest.json").unlink()
+
+
+def declare_entities(folder):
+    (folder / "winami.manifest.xml").write_bytes(b"<!DOCTYPE manifest [<!ENTITY a 'a'>]><manifest>&a;</manifest>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "failure"),
+    [
+        (damage_part, ("user", DAMAGED)),
+        (forge_manifest, ("user", DAMAGED)),
+        (declare_entities, ("user", DAMAGED)),
+        (remove_part, ("user", NOT_FOUND)),
+        (lambda _: None, ("wrong", WRONG_KEY)),
+    ],
+)
+def test_open_fails_with_its_code_one_line_and_no_output(thrave, bundle, tmp_path, damage, failure):
+    key, code = failure
+    damage(tmp_path / "bundles")
+    (tmp_path / "out").mkdir()
+    signer = ("--certificate", KEYS / "user-cert.pem")
+    opening = ("open", bundle["manifest"], "--key", KEYS / f"{key}-pk.pem", *signer, "-o", tmp_path / "out" / "image")
+    status, stdout, stderr = thrave(*opening)
+    assert (status, stdout) == (code, "")
+    assert stderr.startswith("thrave: ")
+    assert stderr.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_existing_bundle_is_not_overwritten(thrave, bundle, image, tmp_path):
+    status, _, stderr = thrave(*sealing(image, tmp_path / "bundles"))
+    assert (status, "exists" in stderr) == (REFUSED, True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--account", "1234"),
+        ("--prefix", "../escape"),
+        ("--architecture", "a b"),
+        ("--signing-key", "/etc/hostname"),
+        ("--user-certificate", KEYS / "user-pk.pem"),
+        ("--level", "tiny"),
+    ],
+)
+def test_a_wrong_option_is_said_before_anything_is_written(thrave, image, tmp_path, wrong):
+    status, _, stderr = thrave(*sealing(image, tmp_path / "b", *wrong))
+    assert (status, bool(stderr)) == (USAGE, True)
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_was_written_is_removed_when_sealing_fails(thrave, image, tmp_path, monkeypatch):
+    """The image becomes shorter while it is read, as a file that somebody truncates does."""
+    from thrave.volumes.raw import RawVolume
+
+    monkeypatch.setattr(RawVolume, "size", 9 * MIB)
+    monkeypatch.setattr(RawVolume, "extents", lambda _: [(0, 9 * MIB)])
+    status, _, stderr = thrave(*sealing(image, tmp_path / "b"))
+    assert (status, "too early" in stderr) == (FAILED, True)
+    assert list((tmp_path / "b").iterdir()) == []
