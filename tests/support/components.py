@@ -1,0 +1,32 @@
+"""Programs that a test starts for real, and what it does where one is missing."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+_ELSEWHERE = ("/usr/sbin", "/sbin", "/usr/local/sbin")
+
+
+def require(program: str, *, package: str) -> str:
+    """The path of a program; without it the test is skipped, or fails in CI, with the Debian package to install."""
+    path = shutil.which(program) or shutil.which(program, path=os.pathsep.join(_ELSEWHERE))
+    if path is None:
+        missing(program, package=package)
+    return path
+
+
+def require_file(path: Path, *, package: str) -> Path:
+    """A file of a Debian package; without it as `require`."""
+    if not path.exists():
+        missing(str(path), package=package)
+    return path
+
+
+def missing(component: str, *, package: str) -> None:
+    """Skip the test for want of a component; in CI (`CI=true`) fail it."""
+    reason = f"{component} is not installed: scripts/system-packages {package}"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
