@@ -1,46 +1,24 @@
 """`thrave account …` as a person or a script calls it."""
 
 import json
-import sys
 
 import pytest
 
-from thrave.cli.main import main
 from thrave.identity.certificates import load_certificate, load_private_key, new_certificate
 
 NOT_FOUND, REFUSED, USAGE = 3, 4, 2
 
 
-@pytest.fixture
-def thrave(tmp_path, monkeypatch, capsys):
-    """Runs `thrave account …` on a data directory; gives the status, stdout and stderr."""
-
-    def run(*words, data=tmp_path / "data"):
-        monkeypatch.setenv("THRAVE_DATA", str(data))
-        monkeypatch.setattr(sys, "argv", ["thrave", "account", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return end.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def thrave_json(thrave):
-    def run(*words):
-        status, stdout, stderr = thrave(*words, "--output", "json")
-        assert status == 0, stderr
-        return json.loads(stdout)
-
-    return run
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """The data directory of every command here."""
+    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
 
 
 def test_a_new_account_is_shown_with_its_secret_once(thrave, thrave_json):
-    created = thrave_json("create", "alice")
+    created = thrave_json("account", "create", "alice")
     assert set(created) == {"accountId", "name", "accessKeyId", "secretAccessKey"}
-    status, stdout, _ = thrave("list", "--output", "json")
+    status, stdout, _ = thrave("account", "list", "--output", "json")
     assert status == 0
     assert created["secretAccessKey"] not in stdout
     (listed,) = json.loads(stdout)["accounts"]
@@ -49,32 +27,32 @@ def test_a_new_account_is_shown_with_its_secret_once(thrave, thrave_json):
 
 
 def test_the_text_form_shows_the_same_words(thrave):
-    _, stdout, _ = thrave("create", "alice")
+    _, stdout, _ = thrave("account", "create", "alice")
     assert [line.split(":")[0] for line in stdout.splitlines()[:4]] == [
         "Account", "Name", "Access key", "Secret access key",
     ]  # fmt: skip
-    _, stdout, _ = thrave("list")
+    _, stdout, _ = thrave("account", "list")
     assert stdout.splitlines()[0].split("  ")[0] == "ACCOUNT"
     assert "alice" in stdout
 
 
 def test_a_new_certificate_is_written_beside_its_private_key_and_only_the_certificate_is_kept(thrave_json, tmp_path):
-    created = thrave_json("create", "alice", "--new-certificate", tmp_path / "keys")
+    created = thrave_json("account", "create", "alice", "--new-certificate", tmp_path / "keys")
     certificate, private_key = sorted((tmp_path / "keys").iterdir())
     assert [created["certificateFile"], created["privateKeyFile"]] == [str(certificate), str(private_key)]
     assert (certificate.name[:5], private_key.name[:3]) == ("cert-", "pk-")
     assert private_key.stat().st_mode & 0o777 == 0o600
     key = load_private_key(private_key.read_bytes())
     assert load_certificate(certificate.read_bytes()).public_key() == key.public_key()
-    (listed,) = thrave_json("list")["accounts"]
+    (listed,) = thrave_json("account", "list")["accounts"]
     assert listed["certificate"] == certificate.read_text()
     kept = b"".join(path.read_bytes() for path in (tmp_path / "data").iterdir())
     assert private_key.read_bytes().splitlines()[1] not in kept
 
 
 def test_no_certificate_is_left_behind_by_an_account_that_was_not_created(thrave, tmp_path):
-    thrave("create", "alice")
-    status, _, stderr = thrave("create", "alice", "--new-certificate", tmp_path / "keys")
+    thrave("account", "create", "alice")
+    status, _, stderr = thrave("account", "create", "alice", "--new-certificate", tmp_path / "keys")
     assert (status, "already exists" in stderr) == (REFUSED, True)
     assert [*(tmp_path / "keys").iterdir()] == []
 
@@ -82,26 +60,26 @@ def test_no_certificate_is_left_behind_by_an_account_that_was_not_created(thrave
 def test_ones_own_certificate_is_taken(thrave_json, tmp_path):
     pem = new_certificate("alice")[0]
     (tmp_path / "cert.pem").write_text(pem)
-    thrave_json("create", "alice", "--certificate", tmp_path / "cert.pem")
-    assert thrave_json("list")["accounts"][0]["certificate"] == pem
+    thrave_json("account", "create", "alice", "--certificate", tmp_path / "cert.pem")
+    assert thrave_json("account", "list")["accounts"][0]["certificate"] == pem
 
 
 def test_what_is_no_certificate_is_refused_in_one_line(thrave, tmp_path):
     (tmp_path / "cert.pem").write_bytes(b"\xff\x00 nothing of the kind")
-    status, stdout, stderr = thrave("create", "alice", "--certificate", tmp_path / "cert.pem")
+    status, stdout, stderr = thrave("account", "create", "alice", "--certificate", tmp_path / "cert.pem")
     assert (status, stdout) == (1, "")
     assert stderr.startswith("thrave: The certificate is not an X.509 certificate")
     assert stderr.count("\n") == 1
 
 
 def test_keys_are_created_up_to_two_and_deleted(thrave, thrave_json):
-    created = thrave_json("create", "alice")
-    second = thrave_json("key", "create", created["accountId"])
+    created = thrave_json("account", "create", "alice")
+    second = thrave_json("account", "key", "create", created["accountId"])
     assert second["secretAccessKey"] != created["secretAccessKey"]
-    assert thrave("key", "create", created["accountId"])[0] == REFUSED
-    assert thrave_json("key", "delete", created["accessKeyId"]) == {"accessKeyId": created["accessKeyId"]}
-    assert thrave("key", "delete", created["accessKeyId"])[0] == NOT_FOUND
-    (listed,) = thrave_json("list")["accounts"]
+    assert thrave("account", "key", "create", created["accountId"])[0] == REFUSED
+    assert thrave_json("account", "key", "delete", created["accessKeyId"]) == {"accessKeyId": created["accessKeyId"]}
+    assert thrave("account", "key", "delete", created["accessKeyId"])[0] == NOT_FOUND
+    (listed,) = thrave_json("account", "list")["accounts"]
     assert [key["accessKeyId"] for key in listed["accessKeys"]] == [second["accessKeyId"]]
 
 
@@ -111,24 +89,25 @@ def test_keys_are_created_up_to_two_and_deleted(thrave, thrave_json):
         (["create"], USAGE),
         (["create", "a b"], 1),
         (["create", "alice", "--certificate", "none.pem"], USAGE),
+        (["create", "alice", "--certificate", __file__, "--new-certificate", "keys"], USAGE),
         (["key", "create", "123456789012"], NOT_FOUND),
         (["key", "delete", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
     ],
 )
 def test_what_cannot_be_done_has_a_status_and_no_traceback(thrave, words, status):
-    thrave("create", "bob")
-    got, stdout, stderr = thrave(*words)
+    thrave("account", "create", "bob")
+    got, stdout, stderr = thrave("account", *words)
     assert (got, stdout) == (status, "")
     assert "Traceback" not in stderr
 
 
 def test_a_mistyped_data_directory_is_not_begun_by_looking_into_it(thrave, tmp_path):
-    status, _, stderr = thrave("list", data=tmp_path / "mistyped")
+    status, _, stderr = thrave("account", "list", "--data", tmp_path / "mistyped")
     assert (status, "no data directory" in stderr) == (USAGE, True)
     assert not (tmp_path / "mistyped").exists()
 
 
 @pytest.mark.parametrize("words", [[], ["create"], ["list"], ["key", "create"], ["key", "delete"]])
 def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
-    _, stdout, _ = thrave(*words, "--help")
+    _, stdout, _ = thrave("account", *words, "--help")
     assert any(line.startswith("    thrave account ") for line in stdout.splitlines())

@@ -1,44 +1,16 @@
 """`thrave bundle`, `open`, `verify` and `show` as a person or a script calls them."""
 
-import json
 import subprocess
-import sys
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from support.sealed import VECTORS
-from thrave.cli.main import main
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
 KEYS = VECTORS / "keys"
 MIB = 1024 * 1024
-
-
-@pytest.fixture
-def thrave(monkeypatch, capsys):
-    """Runs `thrave …`; gives the status, stdout and stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["thrave", *map(str, words)])
-        try:
-            main()
-        except SystemExit as end:
-            return end.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def thrave_json(thrave):
-    def run(*words):
-        status, stdout, stderr = thrave(*words, "--output", "json")
-        assert status == 0, stderr
-        return json.loads(stdout)
-
-    return run
 
 
 @pytest.fixture

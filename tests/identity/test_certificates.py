@@ -70,6 +70,15 @@ def test_keys_that_are_not_rsa_are_refused_by_name(key):
         load_private_key(key.private_bytes(PEM, PKCS8, PLAIN))
 
 
+def test_a_key_of_less_than_1024_bits_is_refused():
+    words = "req -x509 -newkey rsa:512 -nodes -subj /CN=short -keyout - -outform PEM"
+    pem = subprocess.run(["openssl", *words.split()], capture_output=True, check=True).stdout
+    with pytest.raises(MalformedPrivateKey, match="512 bits; it must have 1024 to 16384"):
+        load_private_key(pem)
+    with pytest.raises(MalformedCertificate, match="512 bits; it must have 1024 to 16384"):
+        load_certificate(pem)
+
+
 def test_a_private_key_with_a_passphrase_is_refused_with_the_way_out():
     locked = _rsa_key(1024).private_bytes(PEM, PKCS8, serialization.BestAvailableEncryption(b"passphrase"))
     with pytest.raises(MalformedPrivateKey, match="openssl pkey"):

@@ -18,6 +18,7 @@ from thrave.identity.errors import MalformedCertificate, MalformedPrivateKey
 
 _NEW_KEY_BITS = 2048
 _KEY_BITS = range(1024, 16384 + 1)
+_BITS = f"{{}} bits; it must have {_KEY_BITS.start} to {_KEY_BITS.stop - 1}"
 _PEM_CHARACTERS = 16384  # as IAM's UploadSigningCertificate
 _YEARS_VALID = 10
 
@@ -71,9 +72,7 @@ def load_certificate(pem: str | bytes) -> x509.Certificate:
     if not isinstance(key, rsa.RSAPublicKey):
         raise MalformedCertificate("The certificate's key is not RSA; a bundle can be encrypted to RSA keys only")
     if key.key_size not in _KEY_BITS:
-        raise MalformedCertificate(
-            f"The certificate's key has {key.key_size} bits, fewer than {_KEY_BITS.start} or absurd"
-        )
+        raise MalformedCertificate(f"The certificate's key has {_BITS.format(key.key_size)}")
     return certificate
 
 
@@ -94,7 +93,7 @@ def load_private_key(pem: str | bytes) -> rsa.RSAPrivateKey:
     if not isinstance(key, rsa.RSAPrivateKey):
         raise MalformedPrivateKey("The private key is not RSA; bundles are encrypted to RSA keys only")
     if key.key_size not in _KEY_BITS:
-        raise MalformedPrivateKey(f"The private key has {key.key_size} bits, fewer than {_KEY_BITS.start} or absurd")
+        raise MalformedPrivateKey(f"The private key has {_BITS.format(key.key_size)}")
     return key
 
 
