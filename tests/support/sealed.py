@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from cryptography import x509
@@ -24,12 +25,14 @@ SIDE_KEY = Ed25519PrivateKey.from_private_bytes(b"side".ljust(32))
 Span = tuple[int, int]
 
 
+@cache
 def private_key(name: str) -> RSAPrivateKey:
     key = load_pem_private_key((VECTORS / "keys" / f"{name}-pk.pem").read_bytes(), None)
     assert isinstance(key, RSAPrivateKey)
     return key
 
 
+@cache
 def certificate(name: str) -> x509.Certificate:
     return x509.load_pem_x509_certificate((VECTORS / "keys" / f"{name}-cert.pem").read_bytes())
 

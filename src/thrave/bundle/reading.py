@@ -16,6 +16,7 @@ from thrave.bundle.xmlreading import Fields, read_fields
 
 _SHA1 = re.compile(r"[0-9a-fA-F]{40}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_CIPHER = "AES-128-CBC"
 _HEX = re.compile(r"(?:[0-9a-fA-F]{2}){0,2048}")
 
 
@@ -72,7 +73,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _sha1(text: str, algorithm: str | None = "SHA1") -> str:
+def _sha1(text: str, algorithm: str | None) -> str:
     if algorithm not in ("SHA1", None) or not _SHA1.fullmatch(text):
         raise ManifestError(f"{text[:80]!r} in the manifest is no SHA-1")
     return text.lower()
@@ -89,6 +90,9 @@ def _signature(text: str) -> bytes:
 
 
 def _slot(fields: Fields, owner: str) -> KeySlot:
+    cipher = fields.attributes.get(f"image/{owner}_encrypted_key@algorithm", _CIPHER)
+    if cipher != _CIPHER:
+        raise ManifestError(f"the manifest's cipher is {cipher[:40]!r}; known is {_CIPHER}")
     key, iv = (fields.text.get(f"image/{owner}_encrypted_{what}", "") for what in ("key", "iv"))
     return KeySlot(key=_hex(key, "encrypted key"), iv=_hex(iv, "encrypted IV"))
 
@@ -115,5 +119,5 @@ def _part(row: Mapping[str, str]) -> ManifestPart:
     return ManifestPart(
         index=_number(_required(row, "index")),
         filename=_name(_required(row, "filename")),
-        sha1=_sha1(_required(row, "digest")),
+        sha1=_sha1(_required(row, "digest"), row.get("digest@algorithm")),
     )

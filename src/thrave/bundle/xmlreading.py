@@ -36,7 +36,8 @@ class Fields:
         text: of elements that stand once, stripped.
         attributes: of the same, by ``path@name``.
         lists: of elements that may be repeated.
-        rows: of the repeated elements that have elements (and attributes) themselves.
+        rows: of the repeated elements that have elements themselves; their attributes by name, those of the
+            elements in them by ``element@name``.
     """
 
     text: dict[str, str] = field(default_factory=dict)
@@ -101,7 +102,9 @@ class _Reader:
             self._check_edge(path, 0)
         if path in _REPEATED:
             self.fields.rows.setdefault(path, []).append(dict(attributes))
-        elif path not in _REPEATED_LEAVES and self._row() is None:
+        elif (row := self._row()) is not None:
+            row.update({f"{tag}@{name}": value for name, value in attributes.items()})
+        elif path not in _REPEATED_LEAVES:
             self._note_once(path, attributes)
 
     def _note_once(self, path: str, attributes: dict[str, str]) -> None:
