@@ -47,8 +47,8 @@ def header_signed(*, key=KEY, region="us-east-1", service="ec2", body=BODY, url=
     return received(request, body)
 
 
-def presigned(*, key=KEY, expires=3600):
-    request = AWSRequest("GET", f"http://{HOST}/?{BODY.decode()}")
+def presigned(*, key=KEY, expires=3600, extra=""):
+    request = AWSRequest("GET", f"http://{HOST}/?{BODY.decode()}{extra}")
     SigV4QueryAuth(Credentials(key.access_key_id, key.secret_access_key), "ec2", "us-east-1", expires).add_auth(request)
     return received(request)
 
@@ -118,6 +118,7 @@ QUIRKS = {
     "a header that was not signed is added on the way": lambda: with_header(header_signed(), "user-agent", "a proxy's"),
     "Date instead of X-Amz-Date": lambda: header_signed(Date="Mon, 01 Jan 2001 00:00:00 GMT"),
     "presigned URL": presigned,
+    "presigned URL, with parameters of like names": lambda: presigned(extra="&Date=x&Expires=x"),
     "presigned URL, encoded again on the way": lambda: with_query(presigned()),
     "version 2, POST": v2_signed,
     "version 2, GET": lambda: v2_signed(method="GET"),

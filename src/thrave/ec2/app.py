@@ -31,6 +31,7 @@ log = structlog.get_logger()
 
 def create_app(door: Door) -> Starlette:
     """Make the web application that answers EC2's Query API, by GET and POST, at `/`."""
+    model.service_model()  # now, so that no request has to wait for it
 
     async def endpoint(http: HttpRequest) -> Response:
         request_id = str(uuid.uuid4())
@@ -54,7 +55,7 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
     """Answer one request: every check in its order, then the action.
 
     Raises:
-        EC2Error: the answer is an error.
+        EC2Error: The answer is an error.
     """
     try:
         key = authenticate(request, door.accounts.find_key, door.now())
@@ -91,7 +92,7 @@ async def receive(http: HttpRequest) -> Request:
     Raises:
         EC2Error: UnsupportedProtocol (a body that is not a form), RequestEntityTooLarge.
     """
-    body = b""
+    body = bytearray()
     async for chunk in http.stream():
         body += chunk
         if len(body) > LIMIT:
@@ -105,7 +106,7 @@ async def receive(http: HttpRequest) -> Request:
         path=http.scope.get("raw_path", b"/").decode("latin-1"),
         query=http.scope["query_string"],
         headers=tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in http.scope["headers"]),
-        body=body,
+        body=bytes(body),
     )
 
 

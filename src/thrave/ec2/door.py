@@ -29,13 +29,13 @@ class Door:
     """The rooms behind the front door, and the settings that change its answers.
 
     Attributes:
-        accounts: whose keys sign requests and upload policies.
-        instances: what can be bundled.
-        buckets: where bundles go.
-        tasks: the bundle tasks.
-        any_platform: bundle instances that are not Windows, too. EC2 does not.
-        may: whether a caller may do an action, such as `BundleInstance`.
-        now: the clock.
+        accounts: Whose keys sign requests and upload policies.
+        instances: What can be bundled.
+        buckets: Where bundles go.
+        tasks: The bundle tasks.
+        any_platform: Bundle instances that are not Windows, too. EC2 does not.
+        may: Whether a caller may do an action, such as `BundleInstance`.
+        now: The clock.
     """
 
     accounts: Accounts

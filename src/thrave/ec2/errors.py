@@ -18,10 +18,10 @@ class ErrorKind(NamedTuple):
     """A row of the table.
 
     Attributes:
-        status: of the HTTP answer.
-        message: for the caller; a template over the fields that `EC2Error` is given.
-        cause: when it is answered.
-        source: where code and words come from.
+        status: Of the HTTP answer.
+        message: For the caller; a template over the fields that `EC2Error` is given.
+        cause: When it is answered.
+        source: Where code and words come from.
     """
 
     status: int
@@ -179,8 +179,8 @@ class EC2Error(Exception):
 
     Attributes:
         code: EC2's code.
-        message: for the caller; never holds a secret.
-        status: of the HTTP answer.
+        message: For the caller; never holds a secret.
+        status: Of the HTTP answer.
     """
 
     def __init__(self, code: str, message: str | None = None, /, **fields: object) -> None:

@@ -12,10 +12,10 @@ class Request:
 
     Attributes:
         method: `GET` or `POST`.
-        path: as received, without the query string.
-        query: the query string as received.
-        headers: names in lower case with their values, in the order received.
-        body: at most as long as the door's limit.
+        path: As received, without the query string.
+        query: The query string as received.
+        headers: Names in lower case with their values, in the order received.
+        body: At most as long as the door's limit.
     """
 
     method: str
@@ -29,7 +29,7 @@ class Request:
         """The parameters, of query string and body together.
 
         Raises:
-            ProtocolError: they cannot be decoded, or one is given twice.
+            ProtocolError: They cannot be decoded, or one is given twice.
         """
         return read_form(b"&".join(filter(None, (self.query, self.body))))
 
@@ -38,7 +38,7 @@ class Request:
         """The parameters of the query string alone.
 
         Raises:
-            ProtocolError: as for `form`.
+            ProtocolError: As for `form`.
         """
         return read_form(self.query)
 

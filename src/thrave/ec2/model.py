@@ -28,7 +28,7 @@ def operation(name: str) -> OperationModel:
     """Return the model of one operation, such as `BundleInstance`.
 
     Raises:
-        botocore.model.OperationNotFoundError: the model has no operation of that name.
+        botocore.model.OperationNotFoundError: The model has no operation of that name.
     """
     return service_model().operation_model(name)
 

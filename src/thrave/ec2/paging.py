@@ -23,9 +23,9 @@ def page(
     """Cut the page out of the records that a request asks for.
 
     Args:
-        records: in ascending order of their ids.
-        parameters: with `MaxResults` and `NextToken`, or without.
-        id_of: gives a record's id, plain ASCII.
+        records: In ascending order of their ids.
+        parameters: With `MaxResults` and `NextToken`, or without.
+        id_of: Gives a record's id, plain ASCII.
 
     Returns:
         The page, and the token of the next; None if this is the last.

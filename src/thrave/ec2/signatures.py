@@ -68,9 +68,9 @@ def authenticate(request: Request, find_key: Callable[[str], AccessKey | None], 
     """Prove a request's signature and return the key that signed it.
 
     Args:
-        request: as received.
-        find_key: looks an access key up; None if there is none.
-        now: the time, aware.
+        request: As received.
+        find_key: Looks an access key up; None if there is none.
+        now: The time, aware.
 
     Raises:
         EC2Error: MissingParameter (no credentials at all), IncompleteSignature, InvalidParameterValue (an old way of
@@ -120,15 +120,15 @@ class SignatureV4:
     """A signature of version 4.
 
     Attributes:
-        request: what is signed.
-        access_key_id: the key that it claims to be signed with.
-        date: of the scope, YYYYMMDD.
-        region: of the scope; not compared with anything.
-        service: of the scope; not compared with anything.
-        timestamp: the request's own, such as 20261123T082646Z.
-        signed_headers: names in lower case.
-        text: the signature as received, hexadecimal.
-        life: how long a presigned URL is good for; None in a header's signature.
+        request: What is signed.
+        access_key_id: The key that it claims to be signed with.
+        date: Of the scope, YYYYMMDD.
+        region: Of the scope; not compared with anything.
+        service: Of the scope; not compared with anything.
+        timestamp: The request's own, such as 20261123T082646Z.
+        signed_headers: Names in lower case.
+        text: The signature as received, hexadecimal.
+        life: How long a presigned URL is good for; None in a header's signature.
     """
 
     request: Request
@@ -154,7 +154,8 @@ class SignatureV4:
     @classmethod
     def of_query(cls, request: Request) -> "SignatureV4":
         """Read the X-Amz-… parameters of a presigned URL."""
-        parts = {name.removeprefix("X-Amz-"): value for name, value in request.query_form.items()}
+        given = request.query_form.items()
+        parts = {name.removeprefix("X-Amz-"): value for name, value in given if name.startswith("X-Amz-")}
         names = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
         _require(parts, names, "A presigned URL requires the parameter X-Amz-{}.")
         if parts["Algorithm"] != ALGORITHM:
@@ -225,9 +226,9 @@ class SignatureV2:
     """A signature of version 2, over the parameters.
 
     Attributes:
-        request: what is signed.
-        access_key_id: the key that it claims to be signed with.
-        text: the signature as received, base64.
+        request: What is signed.
+        access_key_id: The key that it claims to be signed with.
+        text: The signature as received, base64.
     """
 
     request: Request

@@ -14,8 +14,8 @@ class Action:
     """An action that the door answers.
 
     Attributes:
-        function: does what the caller asks, with an input and to an output by the model; raises EC2Error.
-        also_required: parameters, by their names on the wire, that it needs although the model does not say so.
+        function: Does what the caller asks, with an input and to an output by the model; raises EC2Error.
+        also_required: Parameters, by their names on the wire, that it needs although the model does not say so.
     """
 
     function: Callable[[Door, Caller, Parameters], Result]

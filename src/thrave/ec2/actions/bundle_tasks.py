@@ -37,7 +37,7 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     """Have the root volume of an instance bundled into a bucket.
 
     Raises:
-        EC2Error: by what is wrong, in this order: InvalidInstanceID.Malformed and InvalidParameterValue (syntax),
+        EC2Error: By what is wrong, in this order: InvalidInstanceID.Malformed and InvalidParameterValue (syntax),
             InvalidInstanceID.NotFound, InvalidInstanceType, BundlingInProgress, IncorrectInstanceState,
             InvalidParameterValue (upload policy), InaccessibleStorageLocation.
     """

@@ -22,11 +22,11 @@ class Storage:
     """Where a bundle is to go, and by whose leave.
 
     Attributes:
-        bucket: its name; a new one is created for the owner.
-        prefix: the beginning of every object's key.
-        access_key_id: a key of the bucket's owner.
-        upload_policy: base64 text, exactly as received.
-        upload_policy_signature: base64 text, made with the secret of that key.
+        bucket: Its name; a new one is created for the owner.
+        prefix: The beginning of every object's key.
+        access_key_id: A key of the bucket's owner.
+        upload_policy: Base64 text, exactly as received.
+        upload_policy_signature: Base64 text, made with the secret of that key.
     """
 
     bucket: str

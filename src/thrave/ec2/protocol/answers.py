@@ -19,12 +19,12 @@ def serialize(operation: OperationModel, result: Result, *, version: str, reques
     """Write the answer to an operation.
 
     Args:
-        operation: whose output shape describes the result.
-        result: the output by member names. None leaves a member out. An empty list is written as an empty element,
+        operation: Whose output shape describes the result.
+        result: The output by member names. None leaves a member out. An empty list is written as an empty element,
             because clients look for the element itself: without it boto3's answer has no such key at all.
-        version: the caller's `Version`, echoed in the namespace as AWS does, with its trailing slash; clients that
+        version: The caller's `Version`, echoed in the namespace as AWS does, with its trailing slash; clients that
             use XPath (ElasticFox, ec2-api-tools) match on it.
-        request_id: for the element `requestId`.
+        request_id: For the element `requestId`.
     """
     return (
         f'{_DECLARATION}<{operation.name}Response xmlns="http://ec2.amazonaws.com/doc/{version}/">'

@@ -45,9 +45,9 @@ def read_form(encoded: bytes) -> dict[str, str]:
     """Decode a form (a query string or a body): parameter names to values.
 
     Raises:
-        MalformedQueryStringError: not UTF-8.
-        InvalidQueryParameterError: a parameter is given more than once.
-        InvalidCharacterError: a character that XML cannot carry.
+        MalformedQueryStringError: Not UTF-8.
+        InvalidQueryParameterError: A parameter is given more than once.
+        InvalidCharacterError: A character that XML cannot carry.
     """
     try:
         pairs = parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict")
@@ -74,12 +74,12 @@ def parse(operation: OperationModel, form: Mapping[str, str], also_required: Seq
     as Dasein Cloud sends it). Parameters of the envelope (`ENVELOPE`) are passed over.
 
     Args:
-        operation: whose input shape describes the form.
-        form: as `read_form` gives it.
-        also_required: names on the wire that must have a value, besides the members that the model requires.
+        operation: Whose input shape describes the form.
+        form: As `read_form` gives it.
+        also_required: Names on the wire that must have a value, besides the members that the model requires.
 
     Raises:
-        ProtocolError: the first that fits, in the form's order; missing members last.
+        ProtocolError: The first that fits, in the form's order; missing members last.
     """
     parameters = _read_structure(operation.input_shape, _unfold(form), "")
     for name in also_required:

@@ -17,8 +17,8 @@ class Blob:
     """Bytes that travelled as base64. The text is kept as it came: an upload policy's signature is over the text.
 
     Attributes:
-        text: the base64 exactly as received, line breaks included.
-        data: what it decodes to.
+        text: The base64 exactly as received, line breaks included.
+        data: What it decodes to.
     """
 
     text: str = field(repr=False)
@@ -29,6 +29,6 @@ class Blob:
         """Decode base64, ignoring white space between its characters.
 
         Raises:
-            ValueError: the text is not base64.
+            ValueError: The text is not base64.
         """
         return cls(text, base64.b64decode("".join(text.split()), validate=True))

@@ -1,0 +1,54 @@
+"""Whatever a caller with a good signature sends is answered, or refused in EC2's words; nothing else comes out."""
+
+from contextlib import suppress
+from urllib.parse import urlencode
+
+import pytest
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.storage import storage
+from thrave.ec2.actions import ACTIONS
+from thrave.ec2.app import answer
+from thrave.ec2.errors import EC2Error
+from thrave.ec2.messages import Request
+
+INSTANCE = "i-12345678"
+
+names = st.sampled_from(
+    ["InstanceId", "BundleId", "BundleId.1", "InstanceId.1", "Filter.1.Name", "Filter.1.Value.1", "Filter.2.Value"]
+    + ["MaxResults", "NextToken", "DryRun", "Storage", "Storage.S3"]
+    + [f"Storage.S3.{name}" for name in ("Bucket", "Prefix", "UploadPolicy", "UploadPolicySignature", "AWSAccessKeyId")]
+) | st.text(max_size=10)
+values = st.sampled_from(
+    [INSTANCE, "state", "launch-time", "*", "\\", "5", "aS0w", "W10=", "AKIDNOBODY", "true"]
+) | st.text(max_size=20)
+
+
+def sent_by(key, form):
+    """A request with a form, signed."""
+    body = urlencode(form, errors="surrogatepass").encode()
+    request = AWSRequest("POST", "http://localhost/", data=body)
+    SigV4Auth(Credentials(key.access_key_id, key.secret_access_key), "ec2", "us-east-1").add_auth(request)
+    headers = {"host": "localhost", **{name.lower(): value for name, value in request.headers.items()}}
+    return Request("POST", "/", b"", tuple(headers.items()), body)
+
+
+@pytest.mark.parametrize("action", sorted(ACTIONS))
+def test_nothing_but_answers_and_our_errors_comes_out(house, action):
+    house.add_instance(INSTANCE)
+    s3 = storage(house.key)["S3"] | {"UploadPolicy": "e30="}
+    whole = {"InstanceId": INSTANCE, **{f"Storage.S3.{name}": value for name, value in s3.items()}}
+    base = st.sampled_from([whole, {}]) if action == "BundleInstance" else st.just({})
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(base, st.dictionaries(names, values, max_size=4))
+    def check(base, changes):
+        form = {**base, **changes, "Action": action, "Version": "2016-11-15"}
+        with suppress(EC2Error):
+            assert answer(house.door, sent_by(house.key, form), "an-id").startswith(b"<?xml")
+
+    check()
