@@ -103,6 +103,17 @@ def test_a_reader_never_sees_half_an_object(buckets, bucket):
         writing.result()
 
 
+def test_puts_and_deletes_in_one_folder_at_once_do_not_hinder_each_other(buckets, bucket):
+    def put_and_delete(name):
+        for _ in range(30):
+            buckets.put(bucket, f"folder/below/{name}", b"data")
+            buckets.delete(bucket, [f"folder/below/{name}"])
+
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(put_and_delete, "abcd")]
+    assert [*buckets.list(bucket, "")] == []
+
+
 KEYS = ["backups/win1.part.0", "win1.manifest.xml", "win1.part.0", "ä.part.0", "with space", "a+b=c&d"]
 
 

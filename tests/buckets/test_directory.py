@@ -1,6 +1,7 @@
 """What a bucket on the local disk must do besides the contract: stay within its folder, and be whole on it."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -149,11 +150,32 @@ def test_folders_go_with_their_last_object_and_the_bucket_stays(buckets, root):
     assert buckets.owner(BUCKET) == ALICE
 
 
+def test_a_delete_that_was_cut_off_is_finished_when_it_is_said_again(buckets, root):
+    buckets.put(BUCKET, "a/b/one", b"")
+    (root / BUCKET / "a" / "b" / "one").unlink()
+    (root / BUCKET / "a" / "b").rmdir()
+    buckets.delete(BUCKET, ["a/b/one"])
+    assert [*(root / BUCKET).iterdir()] == []
+
+
 def test_a_put_that_fails_leaves_nothing(buckets, root):
     (root / ".spool").rmdir()
     with pytest.raises(InternalError):
         buckets.put(BUCKET, "key", b"data")
     assert [*(root / BUCKET).iterdir()] == []
+
+
+def test_a_disk_that_takes_no_more_is_an_internal_error_and_the_old_object_stays(buckets, root):
+    buckets.put(BUCKET, "key", b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(InternalError, match="File too large"):
+            buckets.put(BUCKET, "key", bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert buckets.get(BUCKET, "key") == b"before"
+    assert [*(root / ".spool").iterdir()] == []
 
 
 def test_nothing_is_left_in_the_spool(buckets, root):

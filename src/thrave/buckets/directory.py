@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -34,7 +34,7 @@ from thrave.buckets.naming import KEY_BYTES, check_bucket_name
 from thrave.buckets.policy import UploadPolicy
 
 _SEGMENT_BYTES = 255  # what Linux file systems take
-_PUT_ATTEMPTS = 5  # a delete may prune the folder that a put has just made
+_PUT_ATTEMPTS = 10  # a delete may prune the folder that a put has just made
 _SPOOL_AGE = 86400.0  # seconds; nobody writes one object for a day
 _OWNER = re.compile(r"([0-9]{12})\n")
 
@@ -136,8 +136,8 @@ class DirectoryBuckets:
 
     def _write(self, path: Path, data: bytes | memoryview) -> None:
         for attempt in range(_PUT_ATTEMPTS):
-            _make_folders(path.parent)
             try:
+                _make_folders(path.parent)
                 files.replace(path, data, spool=self._spool)
             except FileNotFoundError:
                 if attempt == _PUT_ATTEMPTS - 1:
@@ -148,17 +148,19 @@ class DirectoryBuckets:
     def _prune(self, folder: Path, bucket: Path) -> None:
         while folder != bucket:
             try:
-                folder.rmdir()
-            except OSError:  # not empty, or gone already
+                with suppress(FileNotFoundError):  # gone already, and the crash came before its parent's turn
+                    folder.rmdir()
+            except OSError:  # not empty
                 break
             folder = folder.parent
-        if folder.is_dir():
+        with suppress(FileNotFoundError, NotADirectoryError):
             files.sync_folder(folder)
 
     def _sweep_spool(self) -> None:
         for path in self._spool.iterdir():
-            if path.stat().st_mtime < time.time() - _SPOOL_AGE:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # got its name meanwhile
+                if path.stat().st_mtime < time.time() - _SPOOL_AGE:
+                    path.unlink()
 
 
 def _segments(key: str) -> list[str]:
