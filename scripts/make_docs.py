@@ -64,12 +64,17 @@ def task_errors() -> str:
 
 def states() -> str:
     """The states of a bundle task, as a diagram and a table."""
-    edges = "\n".join(f"    {state} --> {after}" for state, follow in FOLLOWS.items() for after in sorted(follow))
-    rows = (
-        (f"`{state}`", ", ".join(f"`{after}`" for after in sorted(follow)) or "nothing") for state, follow in FOLLOWS.items()
+    names = "\n".join(f'    state "{state}" as {state.name}' for state in FOLLOWS)
+    edges = "\n".join(
+        f"    {state.name} --> {after.name}" for state, follow in FOLLOWS.items() for after in sorted(follow)
     )
-    return f"# States of a bundle task\n\n```mermaid\nstateDiagram-v2\n    [*] --> pending\n{edges}\n```\n\n" + table(
-        ("state", "what may follow"), rows
+    rows = (
+        (f"`{state}`", ", ".join(f"`{after}`" for after in sorted(follow)) or "nothing")
+        for state, follow in FOLLOWS.items()
+    )
+    return (
+        f"# States of a bundle task\n\n```mermaid\nstateDiagram-v2\n{names}\n    [*] --> PENDING\n{edges}\n```\n\n"
+        + table(("state", "what may follow"), rows)
     )
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,20 +45,22 @@ def test_the_howto_works_as_it_is_written(howto, tmp_path):
 def run(script: str, folder: Path) -> tuple[int, str]:
     """Run a script in a session of its own, none of which outlives it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    shell = subprocess.Popen(
-        [shutil.which("bash"), "-c", script],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "AWS_PAGER": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        shell.wait(timeout=120)
-    finally:
-        os.killpg(shell.pid, signal.SIGKILL)
-    return shell.returncode, shell.communicate()[0]
+    with (folder / "said.txt").open("w+") as said:
+        shell = subprocess.Popen(
+            [shutil.which("bash"), "-c", script],
+            cwd=folder,
+            env={**os.environ, "PATH": path, "AWS_PAGER": ""},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = shell.wait(timeout=120)
+        finally:
+            with suppress(ProcessLookupError):  # nothing was left of it
+                os.killpg(shell.pid, signal.SIGKILL)
+        said.seek(0)
+        return status, said.read()
 
 
 def test_the_index_names_every_howto():

@@ -98,16 +98,11 @@ class Tour:
     def without_thrave(self) -> list[str]:
         """The commands that open the bundle with nothing but what every system has."""
         manifest, key = shlex.quote(str(self.manifest)), shlex.quote(str(self.customer.private_key))
-        slot = (
-            "{ "
-            f"sed 's/.*<user_encrypted_%s[^>]*>//; s/<.*//' {manifest} | xxd -r -p"
-            f" | openssl pkeyutl -decrypt -inkey {key}; "
-            "}"
-        )
         parts = shlex.quote(str(self.bucket_folder / self.prefix))
+        slot = f'sed "s/.*<user_encrypted_$1[^>]*>//; s/<.*//; s/../\\\\\\\\x&/g" {manifest}'
         return [
-            f"K=$({slot % 'key'}); IV=$({slot % 'iv'})",
-            f"cat {parts}.part.* | openssl enc -d -aes-128-cbc -K $K -iv $IV | gunzip | tar xSf -",
+            f'slot() {{ printf "$({slot})" | openssl pkeyutl -decrypt -inkey {key}; }}',
+            f"cat {parts}.part.* | openssl enc -d -aes-128-cbc -K $(slot key) -iv $(slot iv) | gunzip | tar -xSf -",
         ]
 
 

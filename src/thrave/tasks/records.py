@@ -149,4 +149,4 @@ def _part(bundle_id: str, key: str) -> tuple[sa.ColumnElement[bool], sa.ColumnEl
 
 def _task(row: sa.Row[tuple[object, ...]]) -> BundleTask:
     values = dict(row._mapping)  # noqa: SLF001 (SQLAlchemy's documented name)
-    return BundleTask(**{**values, "state": BundleTaskState(values["state"])})  # type: ignore[arg-type]  # columns and fields have the same names
+    return BundleTask(**{**values, "state": BundleTaskState(values["state"])})

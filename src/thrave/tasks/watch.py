@@ -1,4 +1,4 @@
-"""A look at a task's record, twice a second, while a long step of it runs.
+"""A look at a task's record, four times a second, while a long step of it runs.
 
 It carries the progress there, and word of a cancellation back. Work that waits asks `pause`, work that goes through a
 list asks `each`, and work that can only be stopped from another thread is handed to `over`.
@@ -13,7 +13,7 @@ from thrave.tasks.failures import Cancelled
 from thrave.tasks.records import Records
 from thrave.tasks.states import BundleTaskState
 
-INTERVAL = 0.5  # seconds between two looks; a cancellation is to take effect within two
+INTERVAL = 0.25  # seconds between two looks; a cancellation is to take effect within two seconds
 
 _Item = TypeVar("_Item")
 
