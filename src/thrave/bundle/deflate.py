@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 from thrave.bundle.errors import ContentError
+from thrave.bundle.pieces import Pieces
 from thrave.bundle.zlibs import FAST, Inflater, Library
 
 CHUNK = 1024 * 1024
@@ -19,7 +20,9 @@ GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 """Deflate, no time, no name, made on Unix."""
 
 _LONGEST_STORED = 65535
+# An inflater copies at each call the input that it has not come to, so it is fed in bites.
 _BITE = 512 * 1024
+_HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
 
 
 def deflated(chunk: memoryview, library: Library) -> bytes:
@@ -41,41 +44,66 @@ def most_gzip(size: int) -> int:
 
 def gzip_trailer(crc: int, size: int) -> bytes:
     """Return what closes the member: an empty last block, the CRC-32 and the size modulo 2**32."""
-    return b"\x03\0" + struct.pack("<II", crc, size & 0xFFFFFFFF)
+    return b"\x03\0" + _checksum(crc, size)
 
 
 def inflated(pieces: Iterable[memoryview], library: Library = FAST) -> Iterator[bytes]:
     """Inflate a gzip stream of any number of members into pieces of at most 1 MiB, some of them empty.
 
+    Headers and trailers are read here rather than by the library: ISA-L misreads a header with several optional fields
+    if it comes in two pieces.
+
     Raises:
         ContentError: it is no gzip, its checksum is wrong, it ends early, or something follows it.
     """
+    stream = Pieces(pieces, "gzip stream")
+    _skip_header(stream)
+    yield from _member(stream, library)
+    while not stream.at_end:
+        _skip_header(stream)
+        yield from _member(stream, library)
+
+
+def _skip_header(stream: Pieces) -> None:
+    """Read a member's header (RFC 1952, 2.3); nothing in it matters here."""
+    magic, flags = stream.exactly(3), stream.exactly(7)[0]
+    if magic != GZIP_HEADER[:3] or flags & 0xE0:
+        raise ContentError("what stands in the parts, or follows in them, is no gzip stream")
+    if flags & _EXTRA:
+        stream.exactly(int.from_bytes(stream.exactly(2), "little"))
+    for text in (_NAME, _COMMENT):
+        while flags & text and stream.exactly(1) != b"\0":
+            pass
+    if flags & _HEADER_CRC:
+        stream.exactly(2)
+
+
+def _member(stream: Pieces, library: Library) -> Iterator[bytes]:
     inflater = library.inflater()
-    for bite in _bites(pieces):
-        rest: bytes | memoryview = bite
-        while rest:
-            if inflater.eof:
-                inflater = library.inflater()
-            yield _inflate(inflater, rest, library)
-            rest = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-    while not inflater.eof and (piece := _inflate(inflater, b"", library)):
-        yield piece  # ISA-L may have taken all input while there was no room for what it makes
-    if not inflater.eof:
-        raise ContentError("the gzip stream ends early")
+    crc, size, ended = 0, 0, False
+    while not ended:
+        bite = stream.some(_BITE)
+        piece, rest, ended = _inflate(inflater, bite, library)
+        stream.put_back(rest)
+        if not (bite or piece or ended):
+            raise ContentError("the gzip stream ends early")
+        crc, size = library.crc32(memoryview(piece), crc), size + len(piece)
+        yield piece
+    if stream.exactly(8) != _checksum(crc, size):
+        raise ContentError("the gzip stream is damaged: its checksum or size is wrong")
 
 
-def _inflate(inflater: Inflater, data: bytes | memoryview, library: Library) -> bytes:
+def _inflate(inflater: Inflater, data: memoryview, library: Library) -> tuple[bytes, bytes, bool]:
+    """Return what comes of the data, what of it was not needed, and whether that was the end."""
     try:
-        return inflater.decompress(data, max_length=CHUNK)
+        piece = inflater.decompress(data, max_length=CHUNK)
     except library.error as error:
         raise ContentError(f"the gzip stream is damaged: {error}") from error
+    return piece, inflater.unused_data if inflater.eof else inflater.unconsumed_tail, inflater.eof
 
 
-def _bites(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Cut pieces small: at each call an inflater copies the input that it has not come to."""
-    for piece in pieces:
-        for start in range(0, len(piece), _BITE):
-            yield piece[start : start + _BITE]
+def _checksum(crc: int, size: int) -> bytes:
+    return struct.pack("<II", crc, size & 0xFFFFFFFF)
 
 
 def _stored(chunk: memoryview) -> bytes:

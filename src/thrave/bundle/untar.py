@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from thrave.bundle.errors import ContentError
 from thrave.bundle.image import MOST_EXTENTS
+from thrave.bundle.pieces import Pieces
 from thrave.bundle.tar import BLOCK, MAP_IN_BLOCK, MAP_IN_HEADER
 
 _MOST_HEADER_DATA = 64 * 1024
@@ -27,31 +28,6 @@ class Run(NamedTuple):
     data: memoryview
 
 
-class _Pieces:
-    """The stream, taken in the sizes that the format wants."""
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = filter(None, pieces)
-        self._left = memoryview(b"")
-
-    def some(self, most: int) -> memoryview:
-        """Return at most so many bytes, empty only at the end of the stream."""
-        if not self._left:
-            self._left = memoryview(next(self._pieces, b""))
-        taken, self._left = self._left[:most], self._left[most:]
-        return taken
-
-    def exactly(self, size: int) -> bytes:
-        """Return just so many bytes."""
-        found = bytearray()
-        while len(found) < size:
-            piece = self.some(size - len(found))
-            if not piece:
-                raise ContentError("the tar stream ends early")
-            found += piece
-        return bytes(found)
-
-
 def image_runs(pieces: Iterable[bytes], size: int) -> Iterator[Run]:
     """Yield the data of the image in ascending order; what is never mentioned is a hole.
 
@@ -64,7 +40,7 @@ def image_runs(pieces: Iterable[bytes], size: int) -> Iterator[Run]:
     Raises:
         ContentError: it is no tar with one regular member of that size, or its map is wrong.
     """
-    stream = _Pieces(pieces)
+    stream = Pieces(pieces, "tar stream")
     header, pax_size = _member_header(stream)
     stored = pax_size if pax_size is not None else _number(header[124:136])
     extents = _extents(stream, header, stored)
@@ -77,7 +53,7 @@ def image_runs(pieces: Iterable[bytes], size: int) -> Iterator[Run]:
     _expect_end(stream, -stored % BLOCK)
 
 
-def _member_header(stream: _Pieces) -> tuple[bytes, int | None]:
+def _member_header(stream: Pieces) -> tuple[bytes, int | None]:
     """Return the header of the first real member, and its size if a PAX record overrides it."""
     pax_size = None
     for _ in range(8):
@@ -138,7 +114,7 @@ def _decimal(value: bytes) -> int:
     return int(value)
 
 
-def _extents(stream: _Pieces, header: bytes, stored: int) -> "array[int] | None":
+def _extents(stream: Pieces, header: bytes, stored: int) -> "array[int] | None":
     """Return offset and length by turns, or None for a plain member."""
     if header[156:157] != b"S":
         return None
@@ -177,7 +153,7 @@ def _spans(flat: "array[int]") -> Iterator[tuple[int, int]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
-def _run(stream: _Pieces, offset: int, length: int) -> Iterator[Run]:
+def _run(stream: Pieces, offset: int, length: int) -> Iterator[Run]:
     end = offset + length
     while offset < end:
         data = stream.some(end - offset)
@@ -187,7 +163,7 @@ def _run(stream: _Pieces, offset: int, length: int) -> Iterator[Run]:
         offset += len(data)
 
 
-def _expect_end(stream: _Pieces, padding: int) -> None:
+def _expect_end(stream: Pieces, padding: int) -> None:
     """Consume the rest, which is zeros: the last block's, the end of the archive, the padding of its record."""
     left = padding + _MOST_PADDING
     while piece := stream.some(left + 1):

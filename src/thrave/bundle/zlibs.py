@@ -14,7 +14,6 @@ Level = Literal["fast", "small"]
 """How hard to compress."""
 
 _RAW = -15
-_GZIP = 31
 
 
 class Deflater(Protocol):
@@ -34,7 +33,7 @@ class Inflater(Protocol):
 
     @property
     def eof(self) -> bool:
-        """Whether the stream has ended, its checksum right."""
+        """Whether the stream has ended."""
         ...
 
     @property
@@ -47,7 +46,7 @@ class Inflater(Protocol):
         """Input that ``max_length`` left over."""
         ...
 
-    def decompress(self, data: bytes | memoryview, /, max_length: int) -> bytes:
+    def decompress(self, data: memoryview, /, max_length: int) -> bytes:
         """Return at most so many bytes."""
         ...
 
@@ -58,7 +57,7 @@ class Library:
 
     Attributes:
         deflater: begins a raw deflate stream.
-        inflater: begins to read a gzip member, checksum and all.
+        inflater: begins to read one.
         crc32: continues a CRC-32.
         error: what the inflater raises about a damaged stream.
     """
@@ -71,7 +70,7 @@ class Library:
 
 STDLIB = Library(
     deflater=lambda: zlib.compressobj(level=6, wbits=_RAW),
-    inflater=lambda: zlib.decompressobj(wbits=_GZIP),
+    inflater=lambda: zlib.decompressobj(wbits=_RAW),
     crc32=zlib.crc32,
     error=zlib.error,
 )
@@ -83,7 +82,7 @@ except ImportError:
 else:
     FAST = Library(
         deflater=lambda: isal_zlib.compressobj(level=2, wbits=_RAW),
-        inflater=lambda: isal_zlib.decompressobj(wbits=_GZIP),
+        inflater=lambda: isal_zlib.decompressobj(wbits=_RAW),
         crc32=isal_zlib.crc32,
         error=isal_zlib.error,  # type: ignore[arg-type]  # its stub calls the class an instance
     )
@@ -95,7 +94,7 @@ except ImportError:
 else:
     SMALL = Library(
         deflater=lambda: zlib_ng.compressobj(level=6, wbits=_RAW),
-        inflater=lambda: zlib_ng.decompressobj(wbits=_GZIP),
+        inflater=lambda: zlib_ng.decompressobj(wbits=_RAW),
         crc32=zlib_ng.crc32,
         error=zlib_ng.error,  # type: ignore[arg-type]  # its stub calls the class an instance
     )

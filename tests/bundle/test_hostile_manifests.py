@@ -1,0 +1,205 @@
+"""A manifest is a stranger's file: nothing in it can reach out of the folder, blow up, or show two faces."""
+
+import os
+import re
+
+import pytest
+
+from support.sealed import MemoryImage, bundle_of, certificate, private_key
+from thrave.bundle import xmlreading
+from thrave.bundle.errors import BundleError, ManifestError, PartMissingError, SignatureError
+from thrave.bundle.opening import open_bundle, verify_bundle
+from thrave.bundle.partsource import DirectoryParts
+from thrave.bundle.reading import read_manifest
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return bundle_of(MemoryImage(b"data" * 128))
+
+
+def replaced(bundle, element, text):
+    """The manifest with another text in the first element of a name."""
+    start, end = re.search(rf"<{element}[^>]*>([^<]*)".encode(), bundle.manifest).span(1)
+    return bundle.manifest[:start] + text.encode() + bundle.manifest[end:]
+
+
+UNUSABLE = [
+    "../x", "/etc/passwd", "a/b", "..", ".", ".hidden", "", "a\\b", "a&#10;b", "\x7f", "x" * 256, "../../tmp/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+@pytest.mark.parametrize("element", ["filename", "image><name"])
+def test_a_name_that_could_leave_the_folder_is_refused(bundle, element, name):
+    with pytest.raises(ManifestError, match="name"):
+        read_manifest(replaced(bundle, element, name))
+
+
+def test_nul_and_other_controls_are_no_xml(bundle):
+    for character in ("\0", "\1", "&#0;", "&#1;"):
+        with pytest.raises(ManifestError):
+            read_manifest(replaced(bundle, "filename", f"a{character}b"))
+
+
+@pytest.mark.parametrize("name", ["; touch x ;", "$(touch x)", "`touch x`", "| touch x", "-rf", "a b'\"c"])
+def test_a_name_is_never_run(bundle, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    name = name.replace('"', "&quot;")
+    with pytest.raises(PartMissingError):
+        open_bundle(replaced(bundle, "filename", name), DirectoryParts(tmp_path), private_key("user"), tmp_path / "i")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_is_no_regular_file_is_not_waited_for(bundle, tmp_path):
+    (part,) = bundle.parts
+    os.mkfifo(tmp_path / part)
+    with pytest.raises(PartMissingError, match="not a regular file"):
+        verify_bundle(bundle.manifest, DirectoryParts(tmp_path))
+
+
+def test_a_part_that_is_too_large_is_not_read_to_its_end(bundle, tmp_path):
+    (part,) = bundle.parts
+    (tmp_path / part).touch()
+    os.truncate(tmp_path / part, 1 << 40)
+    with pytest.raises(BundleError, match="more than"):
+        verify_bundle(bundle.manifest, DirectoryParts(tmp_path))
+
+
+BILLION_LAUGHS = "<!DOCTYPE manifest [<!ENTITY a 'ha'>{}]>".format(
+    "".join(f"<!ENTITY {chr(98 + i)} '{f'&{chr(97 + i)};' * 10}'>" for i in range(20))
+)
+DOCUMENTS = {
+    "entity bomb": BILLION_LAUGHS + "<manifest>&u;</manifest>",
+    "external entity": "<!DOCTYPE m [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><manifest><version>&x;</version></manifest>",
+    "undeclared entity": "<manifest><version>&x;</version></manifest>",
+    "external document type": "<!DOCTYPE manifest SYSTEM 'http://127.0.0.1/x.dtd'><manifest/>",
+    "deep nesting": "<manifest>" + "<a>" * 100_000,
+    "not closed": "<manifest><version>2007-10-10</version>",
+    "two roots": "<manifest/><manifest/>",
+    "another root": "<html/>",
+    "nothing": "",
+    "no XML": "\x1f\x8b\x08",
+    "a version nobody wrote": "<manifest><version>2011-06-17</version></manifest>",
+    "no image": "<manifest><version>2007-10-10</version></manifest>",
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_is_no_manifest_is_refused_at_once(document):
+    with pytest.raises(ManifestError):
+        read_manifest(DOCUMENTS[document].encode())
+
+
+def test_a_manifest_that_is_too_large_is_not_even_parsed(monkeypatch):
+    monkeypatch.setattr(xmlreading, "MOST_BYTES", 1000)
+    with pytest.raises(ManifestError, match="1001 bytes"):
+        read_manifest(b"<" * 1001)
+
+
+@pytest.mark.parametrize("text", ["-1", "1e9", "0x10", "9" * 19, "1.5", "", "½"])
+@pytest.mark.parametrize("element", ["size", "bundled_size"])
+def test_absurd_sizes_are_refused(bundle, element, text):
+    with pytest.raises(ManifestError):
+        read_manifest(replaced(bundle, element, text))
+
+
+@pytest.mark.parametrize("count", ["0", "2", "-1", "999999999999", "9" * 40, "x"])
+def test_a_count_that_is_not_the_number_of_parts_is_refused(bundle, count):
+    with pytest.raises(ManifestError):
+        read_manifest(bundle.manifest.replace(b"count='1'", f"count='{count}'".encode()))
+
+
+def part(index, filename="p", digest="0" * 40):
+    return f"<part index='{index}'><filename>{filename}</filename><digest algorithm='SHA1'>{digest}</digest></part>"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "",
+        part(1),
+        part(0) + part(2, "q"),
+        part(0) + part(0, "q"),
+        part(0) + part(1),
+        part(-1),
+        part(0, digest="0" * 39),
+        part(0, digest="z" * 40),
+        part(0).replace("SHA1", "MD5"),
+        "<part index='0'><filename>p</filename></part>",
+        "<part><filename>p</filename></part>",
+        part(0).replace("</part>", "<filename>q</filename></part>"),
+    ],
+)
+def test_indexes_run_from_zero_and_every_part_is_whole(bundle, parts):
+    listed = re.sub(b"<part .*</part>", parts.encode(), bundle.manifest)
+    with pytest.raises(ManifestError):
+        read_manifest(listed.replace(b"count='1'", f"count='{parts.count('<part')}'".encode()))
+
+
+IMAGE = re.compile(rb"<image>.*</image>")
+
+
+def two_faced(manifest):
+    """Manifests whose first textual <image> is the signed one, while a parser would see another, and the reverse."""
+    signed = IMAGE.search(manifest)[0]
+    evil = signed.replace(b"<image><name>disk</name>", b"<image><name>evil</name>")
+    evil_tag = evil.replace(b"<image>", b"<image a='1'>")
+    return {
+        "comment": manifest.replace(signed, evil).replace(b"<version>", b"<!--" + signed + b"--><version>", 1),
+        "CDATA": manifest.replace(signed, evil).replace(b"thrave<", b"<![CDATA[" + signed + b"]]><"),
+        "instruction": manifest.replace(signed, evil).replace(b"<version>", b"<?x " + signed + b"?><version>", 1),
+        "inside another element": manifest.replace(signed, evil_tag).replace(b"thrave<", signed + b"<"),
+        "twice": manifest.replace(signed, signed + evil),
+        "before": manifest.replace(signed, evil + signed),
+        "attribute": manifest.replace(signed, evil_tag),
+        "wrapped": manifest.replace(signed, b"<image a='1'>" + signed + evil[len(b"<image>") :]),
+    }
+
+
+@pytest.mark.parametrize(
+    "face",
+    ["comment", "CDATA", "instruction", "inside another element", "twice", "before", "attribute", "wrapped"],
+)
+def test_what_is_verified_is_what_is_read(bundle, face):
+    verify_bundle(bundle.manifest, bundle, certificate=certificate("user"))
+    with pytest.raises((ManifestError, SignatureError)):
+        verify_bundle(two_faced(bundle.manifest)[face], bundle, certificate=certificate("user"))
+
+
+def test_a_comment_that_hides_nothing_is_no_harm(bundle):
+    manifest = bundle.manifest.replace(b"<version>", b"<!-- made by hand -->\n <version>", 1)
+    verify_bundle(manifest, bundle, certificate=certificate("user"))
+
+
+OLD = """<manifest><version>{version}</version>
+  <image><name>old</name><user>495219933132</user>
+    <digest algorithm="SHA1">{zeros}</digest><size>1</size><bundled_size>1</bundled_size>
+    <ec2_encrypted_key algorithm="AES-128-CBC">00</ec2_encrypted_key><ec2_encrypted_iv>00</ec2_encrypted_iv>
+    <parts count="1"><part index="0"><filename>old.part.0</filename><digest>{zeros}</digest></part></parts>
+  </image></manifest>"""
+
+
+@pytest.mark.parametrize("version", ["3", "20070829", "2007-08-29", "2007-10-10"])
+def test_every_version_and_any_white_space_is_read(version):
+    manifest = read_manifest(OLD.format(version=version, zeros="0" * 40).encode())
+    assert (manifest.architecture, manifest.type, manifest.is_signed) == ("i386", "machine", False)
+    assert manifest.parts[0].filename == "old.part.0"
+
+
+def test_everything_that_ec2_ami_tools_can_write_is_read(bundle):
+    machine = (
+        b"<machine_configuration><architecture>i386</architecture><block_device_mapping>"
+        b"<mapping><virtual>ami</virtual><device>sda1</device></mapping>"
+        b"<mapping><virtual>swap</virtual><device>sda3</device></mapping></block_device_mapping>"
+        b"<kernel_id>aki-1</kernel_id><ramdisk_id>ari-1</ramdisk_id>"
+        b"<product_codes><product_code>A,B</product_code><product_code>C</product_code></product_codes>"
+        b"</machine_configuration>"
+    )
+    ancestry = b"<ancestry><ancestor_ami_id>ami-1</ancestor_ami_id><ancestor_ami_id>ami-2</ancestor_ami_id></ancestry>"
+    xml = re.sub(b"<machine_conf.*tion>", machine, bundle.manifest).replace(b"</type>", b"</type>" + ancestry)
+    manifest = read_manifest(xml)
+    assert manifest.block_devices == (("ami", "sda1"), ("swap", "sda3"))
+    assert (manifest.kernel_id, manifest.ramdisk_id) == ("aki-1", "ari-1")
+    assert manifest.product_codes == ("A,B", "C")
+    assert manifest.ancestry == ("ami-1", "ami-2")
