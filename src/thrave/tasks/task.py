@@ -19,7 +19,7 @@ class BundleRequest:
     prefix: str
     access_key_id: str
     upload_policy: str = field(repr=False)
-    """As received: base64 text."""
+    """The base64 text that was signed: of a policy that came encoded twice, the layer that the signature is over."""
     upload_policy_signature: str = field(repr=False)
 
 

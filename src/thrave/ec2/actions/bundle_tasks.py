@@ -47,9 +47,19 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     _check_kind(door, instance)
     _check_idle(door, instance)
     _check_state(instance)
-    owner_id = check_upload_policy(door, storage)
+    owner_id, policy = check_upload_policy(door, storage)
     claim_bucket(door, storage, owner_id)
-    return _create(door, _request(caller, instance, storage, owner_id))
+    request = BundleRequest(
+        account_id=caller.account_id,
+        owner_id=owner_id,
+        instance_id=instance.instance_id,
+        bucket=storage.bucket,
+        prefix=storage.prefix,
+        access_key_id=storage.access_key_id,
+        upload_policy=policy.text,
+        upload_policy_signature=policy.signature,
+    )
+    return _create(door, request)
 
 
 def describe_bundle_tasks(door: Door, caller: Caller, parameters: Parameters) -> Result:
@@ -95,19 +105,6 @@ def _check_idle(door: Door, instance: Instance) -> None:
 def _check_state(instance: Instance) -> None:
     if instance.state not in _BUNDLEABLE:
         raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, state=instance.state)
-
-
-def _request(caller: Caller, instance: Instance, storage: Storage, owner_id: str) -> BundleRequest:
-    return BundleRequest(
-        account_id=caller.account_id,
-        owner_id=owner_id,
-        instance_id=instance.instance_id,
-        bucket=storage.bucket,
-        prefix=storage.prefix,
-        access_key_id=storage.access_key_id,
-        upload_policy=storage.upload_policy,
-        upload_policy_signature=storage.upload_policy_signature,
-    )
 
 
 def _create(door: Door, request: BundleRequest) -> Result:

@@ -63,8 +63,8 @@ def _check_names(bucket: str, prefix: str) -> None:
             raise EC2Error("InvalidParameterValue", message) from None
 
 
-def check_upload_policy(door: Door, storage: Storage) -> str:
-    """Prove that the bucket's owner allows a whole bundle to be uploaded, and give the owner's account id.
+def check_upload_policy(door: Door, storage: Storage) -> tuple[str, UploadPolicy]:
+    """Prove that the bucket's owner allows a whole bundle to be uploaded; give the owner's account id, and the policy.
 
     Raises:
         EC2Error: InvalidParameterValue: the key is unknown, has not signed the policy, or the policy could never be
@@ -85,7 +85,7 @@ def check_upload_policy(door: Door, storage: Storage) -> str:
         raise EC2Error("InvalidParameterValue", "Value for UploadPolicySignature is invalid.") from None
     except BucketError as error:
         raise EC2Error("InvalidParameterValue", f"Value for UploadPolicy is invalid. {error.message}") from None
-    return key.account_id
+    return key.account_id, policy
 
 
 def claim_bucket(door: Door, storage: Storage, owner_id: str) -> None:
