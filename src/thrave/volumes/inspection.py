@@ -10,6 +10,7 @@ otherwise serve with zeros in place of the rest.
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -73,14 +74,19 @@ def inspect_chain(path: Path, image_format: str) -> None:
     Raises:
         VolumeError: With the reason, and the image of the chain that it is about.
     """
-    layer: Layer | None = Layer(path, image_format)
-    for _ in range(CHAIN_LIMIT):
+    # The check of one image opens all that are below it, so the whole chain is walked first.
+    for layer in list(_chain(Layer(path, image_format))):
+        _check(layer)
+
+
+def _chain(top: Layer) -> Iterator[Layer]:
+    layer: Layer | None = top
+    for _ in range(CHAIN_LIMIT + 1):
         if layer is None:
             return
-        named = _information(layer)
-        _check(layer)
-        layer = _backing(layer, named)
-    raise VolumeUnreadableError(path, f"it stands on more than {CHAIN_LIMIT} images")
+        yield layer
+        layer = _backing(layer, _information(layer))
+    raise VolumeUnreadableError(top.path, f"it stands on more than {CHAIN_LIMIT} images")
 
 
 def _information(layer: Layer) -> _Information:

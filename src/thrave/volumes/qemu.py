@@ -18,7 +18,8 @@ ALLOCATION = "base:allocation"
 READS_AS_ZEROS = 2  # NBD_STATE_ZERO; NBD_STATE_HOLE (1) alone promises nothing of the content (NBD protocol)
 START_SECONDS = 30.0
 _POLL_MILLISECONDS = 200
-_MOST_READ = 32 << 20  # bytes in one NBD read; servers may refuse more (NBD protocol, "maximum payload size")
+_MOST_READ = 16 << 20  # bytes in one NBD read; servers may refuse more than 32 MiB (NBD protocol, "maximum payload")
+_BLOCK = 4096  # reads begin and end at multiples of this; some formats (vhdx) refuse any that do not
 _MOST_STATUS = 2 << 30  # bytes in one question for extents; a length has 32 bits
 
 
@@ -53,11 +54,11 @@ class QemuVolume:
             raise VolumeUnreadableError(self._path, f"no extents: {error}") from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` by reads of at most 32 MiB."""
+        """Fill `buffer` by reads of at most 16 MiB."""
         for start in range(0, len(buffer), _MOST_READ):
             chunk = buffer[start : start + _MOST_READ]
             try:
-                chunk[:] = self._opened().pread(len(chunk), offset + start)
+                chunk[:] = self._read(offset + start, len(chunk))
             except self._binding.Error as error:
                 raise VolumeUnreadableError(self._path, str(error), offset=offset + start) from error
 
@@ -69,6 +70,12 @@ class QemuVolume:
         if self._handle is None:
             raise VolumeUnreadableError(self._path, "it is closed")
         return self._handle
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        first, end = offset - offset % _BLOCK, offset + length
+        last = min(end + -end % _BLOCK, max(end, self._size))
+        whole = memoryview(self._opened().pread(last - first, first))
+        return whole[offset - first : end - first]
 
     def _connect(self, image_format: str) -> libnbd.Handle:
         server = inspection.program("qemu-nbd")

@@ -23,9 +23,9 @@ class RawVolume:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fd = _open(path)
-        self._size = os.lseek(self._fd, 0, os.SEEK_END)
-        self._is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._fd, mode = _open(path)
+        self._is_file = stat.S_ISREG(mode)
+        self._size = os.fstat(self._fd).st_size if self._is_file else os.lseek(self._fd, 0, os.SEEK_END)
 
     @property
     def size(self) -> int:
@@ -78,7 +78,8 @@ class RawVolume:
         return count
 
 
-def _open(path: Path) -> int:
+def _open(path: Path) -> tuple[int, int]:
+    """The open file and its mode."""
     # O_NONBLOCK: opening a FIFO must not wait for a writer. It changes nothing for files and disks.
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -86,7 +87,7 @@ def _open(path: Path) -> int:
         raise VolumeUnreadableError(path, _reason(error)) from error
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return fd
+        return fd, mode
     os.close(fd)
     raise VolumeUnreadableError(path, "neither a regular file nor a block device")
 

@@ -1,0 +1,35 @@
+"""Disks that every driver is tried on."""
+
+import pytest
+
+from support.components import missing
+from support.disks import make_disk
+from thrave.volumes import libnbd
+from thrave.volumes.errors import ComponentMissingError
+from thrave.volumes.opening import QEMU_FORMATS
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A disk of runs of data and holes, with a hole at its end."""
+    path = make_disk(tmp_path / "disk.raw", 6 << 20)
+    with path.open("r+b") as disk:
+        disk.truncate(8 << 20)
+    return path
+
+
+@pytest.fixture(scope="session")
+def nbd():
+    """What QEMU's formats need besides QEMU."""
+    try:
+        libnbd.load()
+    except ComponentMissingError as error:
+        missing(error.component, package=error.package)
+
+
+@pytest.fixture(params=["raw", *QEMU_FORMATS])
+def image_format(request):
+    """Each format; those of QEMU only where its parts are installed."""
+    if request.param != "raw":
+        request.getfixturevalue("nbd")
+    return request.param

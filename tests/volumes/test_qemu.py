@@ -1,0 +1,224 @@
+"""QEMU's formats: what a broken or hostile image, a missing part or a dead server can do to a reader."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.components import require
+from support.images import converted, qemu_img
+from thrave.volumes import libnbd, qemu
+from thrave.volumes.errors import ComponentMissingError, VolumeError, VolumeInUseError, VolumeUnreadableError
+from thrave.volumes.inspection import CHAIN_LIMIT
+from thrave.volumes.opening import QEMU_FORMATS, open_volume
+
+pytestmark = pytest.mark.usefixtures("nbd")
+
+BACKING_FORMAT = bytes.fromhex("e2792aca")  # the header extension of qcow2 that says the backing file's format
+
+
+@pytest.fixture
+def qcow2(raw):
+    return converted(raw, "qcow2")
+
+
+def refused(image, image_format):
+    """The error with which opening the image fails."""
+    with pytest.raises(VolumeError) as caught, open_volume(image, image_format):
+        pass
+    return str(caught.value)
+
+
+def content(image, image_format):
+    with open_volume(image, image_format) as volume:
+        buffer = bytearray(volume.size)
+        volume.read_into(0, memoryview(buffer))
+    return bytes(buffer)
+
+
+def servers_of(image):
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "qemu-nbd" and str(image) in (process.info["cmdline"] or [])
+    ]
+
+
+def gone(image):
+    """Wait until no server of the image is left."""
+    for _ in range(500):
+        alive = [process for process in servers_of(image) if process.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize(
+    "options", [["-c"], ["-o", "cluster_size=4096"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"]]
+)
+def test_the_kinds_of_qcow2_are_read(raw, options):
+    assert content(converted(raw, "qcow2", *options), "qcow2") == raw.read_bytes()
+
+
+def test_a_chain_of_images_is_one_disk(raw, tmp_path):
+    base, middle = converted(raw, "vmdk"), tmp_path / "middle.qcow2"
+    top = tmp_path / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", base, "-F", "vmdk", middle)
+    qemu_img("create", "-f", "qcow2", "-b", middle, "-F", "qcow2", top)
+    assert content(top, "qcow2") == raw.read_bytes()
+
+
+def test_a_backing_file_is_found_from_the_images_folder(raw, tmp_path, monkeypatch):
+    qemu_img("create", "-f", "qcow2", "-b", raw.name, "-F", "raw", tmp_path / "top.qcow2")
+    monkeypatch.chdir("/")
+    assert content(tmp_path / "top.qcow2", "qcow2") == raw.read_bytes()
+
+
+def test_a_backing_file_whose_format_is_not_written_down_is_refused(raw, tmp_path):
+    top = tmp_path / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", raw, "-F", "raw", top)
+    image = top.read_bytes()
+    assert BACKING_FORMAT in image
+    top.write_bytes(image.replace(BACKING_FORMAT, b"\x01\x02\x03\x04"))
+    assert "does not say which format" in refused(top, "qcow2")
+
+
+@pytest.mark.parametrize("backing", ["nbd://127.0.0.1:9/x", "http://127.0.0.1:9/x", 'json:{"driver":"null-co"}'])
+def test_a_backing_file_must_be_local(qcow2, backing):
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", "raw", qcow2)
+    assert "not a local file" in refused(qcow2, "qcow2")
+
+
+def test_a_chain_that_bites_its_tail_is_refused(qcow2):
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", qcow2)
+    assert f"more than {CHAIN_LIMIT} images" in refused(qcow2, "qcow2")
+
+
+def test_data_in_another_file_is_refused(tmp_path):
+    image = tmp_path / "x.qcow2"
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={tmp_path / 'secret'},data_file_raw=on", image, "1M")
+    assert "keeps its data in another file" in refused(image, "qcow2")
+
+
+def test_a_vmdk_that_names_a_file_elsewhere_is_refused(raw, tmp_path):
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    descriptor = folder / "disk.vmdk"
+    sectors = raw.stat().st_size // 512
+    descriptor.write_text(
+        '# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
+        f'RW {sectors} FLAT "{raw}" 0\n'
+    )
+    assert f"names {raw}, outside its own folder" in refused(descriptor, "vmdk")
+
+
+@pytest.mark.parametrize("image_format", QEMU_FORMATS)
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.9])
+def test_an_image_that_is_cut_short_is_refused(raw, image_format, share):
+    image = converted(raw, image_format)
+    os.truncate(image, int(image.stat().st_size * share))
+    assert str(image) in refused(image, image_format)
+
+
+@pytest.mark.parametrize("image_format", QEMU_FORMATS)
+def test_a_raw_disk_is_no_other_format(raw, image_format):
+    assert str(raw) in refused(raw, image_format)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(offset=st.integers(4, 120), value=st.binary(min_size=1, max_size=8))
+def test_a_qcow2_with_any_header_is_opened_or_refused(qcow2, offset, value):
+    damaged = qcow2.with_name("damaged.qcow2")
+    image = qcow2.read_bytes()
+    damaged.write_bytes(image[:offset] + value + image[offset + len(value) :])
+    with suppress(VolumeError), open_volume(damaged, "qcow2") as volume:
+        assert volume.size >= 0
+        volume.extents()
+
+
+def test_an_image_that_something_writes_to_is_in_use(qcow2, tmp_path):
+    socket = tmp_path / "nbd.sock"
+    program = require("qemu-nbd", package="qemu-utils")
+    with subprocess.Popen([program, "-f", "qcow2", "-k", socket, "-t", qcow2]) as writer:
+        try:
+            while not socket.exists():
+                time.sleep(0.01)
+            with pytest.raises(VolumeInUseError, match="stop the machine"), open_volume(qcow2, "qcow2"):
+                pass
+        finally:
+            writer.terminate()
+
+
+def test_the_server_ends_with_the_volume(qcow2):
+    with open_volume(qcow2, "qcow2"):
+        assert len(servers_of(qcow2)) == 1
+    assert gone(qcow2)
+
+
+def test_the_server_ends_when_the_reader_is_killed(qcow2):
+    code = (
+        "import sys, time; from pathlib import Path; from thrave.volumes.opening import open_volume\n"
+        "with open_volume(Path(sys.argv[1]), 'qcow2'): print('open', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, qcow2], stdout=subprocess.PIPE) as reader:
+        assert reader.stdout.readline() == b"open\n"
+        assert servers_of(qcow2)
+        reader.send_signal(signal.SIGKILL)
+    assert gone(qcow2)
+
+
+def test_a_server_that_dies_is_an_error_with_file_and_offset(qcow2):
+    with open_volume(qcow2, "qcow2") as volume:
+        (server,) = servers_of(qcow2)
+        server.kill()
+        with pytest.raises(VolumeUnreadableError, match=rf"{qcow2} at byte 4096") as caught:
+            volume.read_into(4096, memoryview(bytearray(4096)))
+        assert caught.value.offset == 4096
+        with pytest.raises(VolumeUnreadableError, match="no extents"):
+            volume.extents()
+
+
+def test_a_server_that_says_nothing_is_given_up(qcow2, tmp_path, monkeypatch):
+    silent = tmp_path / "bin" / "qemu-nbd"
+    silent.parent.mkdir()
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{silent.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(qemu, "START_SECONDS", 0.5)
+    assert "did not answer within" in refused(qcow2, "qcow2")
+
+
+def test_nothing_may_be_read_after_closing(qcow2):
+    with open_volume(qcow2, "qcow2") as volume:
+        pass
+    with pytest.raises(VolumeUnreadableError, match="closed"):
+        volume.read_into(0, memoryview(bytearray(1)))
+
+
+def test_a_missing_program_is_named_with_its_package(qcow2, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(ComponentMissingError, match="qemu-img is not installed: apt-get install qemu-utils"),
+        open_volume(qcow2, "qcow2"),
+    ):
+        pass
+
+
+def test_a_missing_binding_is_named_with_its_package(qcow2, tmp_path, monkeypatch):
+    for module in ("nbd", "libnbdmod"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(libnbd, "_DEBIAN_MODULES", str(tmp_path))
+    with pytest.raises(ComponentMissingError, match="apt-get install python3-libnbd"), open_volume(qcow2, "qcow2"):
+        pass
+
+
+def test_debians_modules_stay_out_of_the_way(nbd):
+    assert not any("dist-packages" in path for path in sys.path)
