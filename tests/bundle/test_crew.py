@@ -1,0 +1,74 @@
+"""Threads that work for one stream: in order, within bounds, never left behind."""
+
+import threading
+import time
+
+import pytest
+
+from thrave.bundle.crew import Channel, Crew, StoppedError
+
+
+def crew_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("bundle-")]
+
+
+def test_results_come_in_the_order_of_the_items():
+    def slowest_first(number):
+        time.sleep((10 - number) / 1000)
+        return number * number
+
+    with Crew(4) as crew:
+        assert list(crew.map(slowest_first, range(10), ahead=4)) == [n * n for n in range(10)]
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 8])
+def test_no_more_than_its_bound_is_made_ahead(ahead):
+    made = []
+
+    def numbers():
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with Crew(1) as crew:
+        items = crew.ahead(numbers(), ahead)
+        assert next(items) == 0
+        time.sleep(0.05)
+        assert len(made) <= ahead + 2
+
+
+def test_everything_comes_out_and_then_the_error():
+    def failing():
+        yield from range(3)
+        raise OSError("no more")
+
+    found = []
+    with Crew(2) as crew, pytest.raises(OSError, match="no more"):
+        found.extend(crew.map(str, failing(), ahead=2))
+    assert found == ["0", "1", "2"]
+
+
+def test_leaving_stops_threads_that_wait_at_either_end():
+    with Crew(2) as crew:
+        empty: Channel[int] = crew.channel(1)
+        crew.ahead(iter(empty.get, None), 1)
+        crew.ahead(iter(int, 1), 1)
+        assert len(crew_threads()) == 2
+    assert crew_threads() == []
+
+
+def test_stopping_before_the_start_stops_at_the_start():
+    crew = Crew(1)
+    crew.stop()
+    with crew, pytest.raises(StoppedError):
+        next(crew.ahead(range(10), 1))
+    assert crew_threads() == []
+
+
+def test_a_closed_channel_takes_and_gives_nothing():
+    channel: Channel[int] = Channel(1)
+    channel.put(1)
+    channel.close()
+    for use in (channel.get, lambda: channel.put(2)):
+        with pytest.raises(StoppedError):
+            use()

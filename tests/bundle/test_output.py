@@ -1,0 +1,74 @@
+"""The image file: whole and under its name, or not there at all."""
+
+import pytest
+
+from support.sealed import MemoryImage, bundle_of, private_key
+from thrave.bundle.errors import OutputError, WrongKeyError
+from thrave.bundle.opening import open_bundle
+from thrave.bundle.output import image_file
+
+KIB = 1024
+
+
+def write(path, size, *runs):
+    with image_file(path, size) as image:
+        for offset, data in runs:
+            image.write(offset, memoryview(data))
+
+
+def test_what_is_not_written_is_a_hole_of_the_given_size(tmp_path):
+    write(tmp_path / "image", 10_000_001, (4096, b"data"))
+    content = (tmp_path / "image").read_bytes()
+    assert content == bytes(4096) + b"data" + bytes(10_000_001 - 4100)
+    assert (tmp_path / "image").stat().st_blocks * 512 <= 8 * KIB
+
+
+def test_written_zeros_become_holes_and_nothing_else_does(tmp_path):
+    data = bytes(200 * KIB) + b"\1" + bytes(300 * KIB)
+    write(tmp_path / "image", len(data), (0, data))
+    assert (tmp_path / "image").read_bytes() == data
+    assert (tmp_path / "image").stat().st_blocks * 512 <= 64 * KIB
+
+
+def test_it_is_for_its_owner_alone(tmp_path):
+    write(tmp_path / "image", 1)
+    assert (tmp_path / "image").stat().st_mode & 0o777 == 0o600
+
+
+def test_until_the_end_the_old_file_is_as_it_was(tmp_path):
+    (tmp_path / "image").write_text("old")
+    with image_file(tmp_path / "image", 3) as image:
+        image.write(0, memoryview(b"new"))
+        assert (tmp_path / "image").read_text() == "old"
+    assert (tmp_path / "image").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_on_any_failure_nothing_is_left_and_the_old_file_is_as_it_was(tmp_path, error):
+    (tmp_path / "image").write_text("old")
+    with pytest.raises(error), image_file(tmp_path / "image", 3):
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+    assert (tmp_path / "image").read_text() == "old"
+
+
+@pytest.mark.parametrize("size", [1 << 60, (1 << 63) - 1])
+def test_a_size_that_the_disk_refuses_is_an_error_of_ours(tmp_path, size):
+    with pytest.raises(OutputError, match="cannot write"):
+        write(tmp_path / "image", size)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["no/such/folder/image", "."])
+def test_a_target_that_cannot_be_is_an_error_of_ours(tmp_path, target):
+    with pytest.raises(OutputError):
+        write(tmp_path / target, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_created_for_a_wrong_key(tmp_path):
+    bundle = bundle_of(MemoryImage(b"x" * 512))
+    before = tmp_path.stat().st_mtime_ns
+    with pytest.raises(WrongKeyError):
+        open_bundle(bundle.manifest, bundle, private_key("wrong"), tmp_path / "image")
+    assert tmp_path.stat().st_mtime_ns == before

@@ -1,0 +1,50 @@
+"""Any image, sealed and opened again, is the same image, with its holes where they were."""
+
+import tempfile
+from pathlib import Path
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.sealed import MemoryImage, bundle_of, certificate, private_key
+from thrave.bundle.opening import open_bundle
+
+BLOCK = 4096
+
+
+@st.composite
+def images(draw):
+    """An image of up to 1 MiB: runs of data of three kinds and holes, ending anywhere."""
+    runs = draw(
+        st.lists(st.tuples(st.sampled_from(["hole", "zeros", "text", "noise"]), st.integers(1, 12)), max_size=20)
+    )
+    content, spans = b"", []
+    for number, (kind, blocks) in enumerate(runs):
+        length = blocks * BLOCK
+        if kind != "hole":
+            spans.append((len(content), length))
+        noise = Random(number).randbytes(length)
+        content += {"noise": noise, "text": b"text" * (length // 4)}.get(kind, bytes(length))
+    odd = draw(st.integers(1, BLOCK))
+    spans.append((len(content), odd))
+    return MemoryImage(content + b"\x01" * odd, spans)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    image=images(),
+    part_size=st.sampled_from([16, 160, 4096, 65536, 1 << 20]),
+    level=st.sampled_from(["fast", "small"]),
+    reader=st.sampled_from(["user", "cloud"]),
+)
+def test_what_is_sealed_opens_to_itself(image, part_size, level, reader):
+    bundle = bundle_of(image, part_size=max(part_size, image.size // 400 // 16 * 16), level=level)
+    with tempfile.TemporaryDirectory() as folder:
+        opened = open_bundle(
+            bundle.manifest, bundle, private_key(reader), Path(folder) / "image",
+            certificate=certificate("user"), side_file=bundle.side_file,
+        )  # fmt: skip
+        assert opened.output.read_bytes() == image.data
+        assert all(check.checked for check in opened.checks)
+        assert opened.output.stat().st_blocks * 512 <= sum(length for _, length in image.spans) + 2 * BLOCK

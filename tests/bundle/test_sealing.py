@@ -1,0 +1,268 @@
+"""Sealing: where parts end, how far it is, and that it stops when it is told to, or when anything fails."""
+
+import gc
+import hashlib
+import threading
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from support.sealed import SECRETS, MemoryImage, PatternImage, bundle_of, private_key, seal
+from thrave.bundle.crew import StoppedError
+from thrave.bundle.deflate import CHUNK, most_gzip
+from thrave.bundle.errors import ImageError, NamingError
+from thrave.bundle.image import data_extents
+from thrave.bundle.names import part_width
+from thrave.bundle.opening import open_bundle
+from thrave.bundle.sealing import Sealing
+from thrave.bundle.secrets import BundleSecrets
+
+MIB = 1024 * 1024
+TIB = 1024**4
+NOISE = Random(7).randbytes(4 * MIB)
+
+
+def sizes(parts):
+    return [part.size for part in parts]
+
+
+def ciphertext_size(image):
+    return sum(sizes(seal(image)[0]))
+
+
+@pytest.mark.parametrize("size", [512, 513, 4096, CHUNK - 1536, CHUNK - 1024, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+def test_an_image_of_any_size_opens_to_the_same_bytes(size, tmp_path):
+    bundle = bundle_of(MemoryImage(NOISE[:size]))
+    opened = open_bundle(bundle.manifest, bundle, private_key("user"), tmp_path / "image")
+    assert opened.output.read_bytes() == NOISE[:size]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 10])
+@pytest.mark.parametrize("surplus", [-16, 0, 16])
+def test_no_part_is_ever_empty_and_all_but_the_last_are_full(parts, surplus):
+    """The ciphertext is just short of, exactly, and just beyond a number of parts."""
+    image = MemoryImage(NOISE[:40960])
+    total = ciphertext_size(image)
+    part_size = (total - surplus) // parts // 16 * 16
+    found = sizes(seal(image, part_size=part_size)[0])
+    assert sum(found) == total
+    assert set(found[:-1]) <= {part_size}
+    assert 0 < found[-1] <= part_size
+
+
+def test_ciphertext_that_is_exactly_one_part_is_one_part():
+    image = MemoryImage(NOISE[:40960])
+    total = ciphertext_size(image)
+    assert sizes(seal(image, part_size=total)[0]) == [total]
+
+
+def test_cutting_changes_nothing_of_the_ciphertext():
+    image = MemoryImage(NOISE[:300_000])
+    whole = b"".join(part.data for part in seal(image)[0])
+    for part_size in (16, 4096, 65536, 299_008):
+        assert b"".join(part.data for part in seal(image, part_size=part_size)[0]) == whole
+
+
+def test_the_number_of_threads_changes_nothing():
+    image = MemoryImage(NOISE)
+    streams = {b"".join(part.data for part in seal(image, workers=workers)[0]) for workers in (1, 2, 5)}
+    assert len(streams) == 1
+
+
+def test_the_records_are_those_of_the_parts():
+    parts, sealed = seal(MemoryImage(NOISE[:100_000]), part_size=16384)
+    assert sealed.parts == tuple(part.record for part in parts)
+    assert [part.sha1 for part in parts] == [hashlib.sha1(part.data).hexdigest() for part in parts]
+    assert [part.sha256 for part in parts] == [hashlib.sha256(part.data).hexdigest() for part in parts]
+    assert (sealed.size, sealed.bundled_size) == (100_000, sum(sizes(parts)))
+    assert [part.index for part in parts] == list(range(len(parts)))
+
+
+def test_a_part_keeps_its_bytes_while_later_ones_are_made():
+    sealing = Sealing(MemoryImage(NOISE), "disk", part_size=65536)
+    kept = [(part.data, part.sha1) for part in sealing.parts()]
+    assert all(hashlib.sha1(data).hexdigest() == sha1 for data, sha1 in kept)
+
+
+@pytest.mark.parametrize(("parts", "width"), [(1, 1), (9, 1), (10, 2), (11, 2), (99, 2), (100, 3), (1025, 4)])
+def test_numbers_are_padded_as_ec2_ami_tools_does(parts, width):
+    assert part_width(parts * 10, 10) == width
+
+
+def test_names_sort_in_their_order_however_well_it_compresses():
+    compressible, _ = seal(PatternImage(MIB, [(0, MIB)]), part_size=64)
+    incompressible, _ = seal(MemoryImage(NOISE[:MIB]), part_size=64)
+    names = [part.filename for part in incompressible]
+    assert sorted(names) == names
+    assert [part.filename for part in compressible] == names[: len(compressible)]
+
+
+@pytest.mark.parametrize("level", ["fast", "small"])
+def test_a_stream_never_grows_beyond_what_the_names_have_room_for(level):
+    image = MemoryImage(NOISE)
+    parts, _ = seal(image, level=level)
+    assert sum(sizes(parts)) <= most_gzip(len(NOISE) + 10240) + 16
+    assert sum(sizes(parts)) < len(NOISE) * 1.0002 + 10240
+
+
+def test_an_empty_disk_of_terabytes_is_a_few_hundred_bytes():
+    parts, sealed = seal(PatternImage(2 * TIB, []))
+    assert (len(parts), sealed.size) == (1, 2 * TIB)
+    assert sealed.bundled_size < 1024
+
+
+def test_a_map_of_many_extents_is_merged_across_its_smallest_holes():
+    spans = [(i * 4096, 512) for i in range(40)] + [(100 * MIB, 512)]
+    merged = data_extents(PatternImage(101 * MIB, spans), most=10)
+    assert len(merged) <= 10
+    assert merged[-1][0] == 100 * MIB
+    assert all(any(start <= at < start + length for start, length in merged) for at, _ in spans)
+
+
+def test_extents_are_widened_to_sectors_and_never_beyond_the_image():
+    image = PatternImage(10_000, [(0, 1), (600, 400), (1024, 1), (4000, 200), (9999, 1)])
+    assert data_extents(image) == [(0, 1536), (3584, 1024), (9728, 272)]
+
+
+@pytest.mark.parametrize("image", [PatternImage(0, []), PatternImage(-1, [])])
+def test_an_empty_image_is_refused(image):
+    with pytest.raises(ImageError, match="empty"):
+        Sealing(image, "disk")
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 2048)], [(512, 512), (0, 512)], [(0, 512), (256, 512)], [(-512, 512)], [(0, 0)], [(0, -1)]]
+)
+def test_extents_that_do_not_fit_are_refused(spans):
+    with pytest.raises(ImageError, match="extent"):
+        Sealing(PatternImage(1024, spans), "disk")
+
+
+@pytest.mark.parametrize("part_size", [0, -16, 1, 17, 1000])
+def test_a_part_is_a_whole_number_of_cipher_blocks(part_size):
+    with pytest.raises(ValueError, match="16"):
+        Sealing(PatternImage(1024, []), "disk", part_size=part_size)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "a/b", "../a", ".a", " a", "ä", "a&b", "a<b", "a'b", 'a"b', "a\0b", "a\n", "x" * 300]
+)
+def test_a_prefix_that_a_manifest_cannot_carry_is_refused(prefix):
+    with pytest.raises(NamingError):
+        Sealing(PatternImage(1024, []), prefix)
+
+
+def test_each_sealing_has_a_key_of_its_own_that_is_never_shown():
+    first, second = BundleSecrets.generate(), BundleSecrets.generate()
+    assert first != second
+    parts, sealed = seal(PatternImage(1024, []))
+    shown = repr((SECRETS, sealed, parts))
+    assert SECRETS.key.hex() not in shown
+    assert repr(SECRETS.key) not in shown
+
+
+def test_progress_grows_from_nothing_to_all():
+    sealing = Sealing(MemoryImage(NOISE), "disk", part_size=65536)
+    seen = [sealing.progress]
+    seen += [sealing.progress for _ in sealing.parts()]
+    seen.append(sealing.progress)
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, 1)
+    assert len(set(seen)) > 3
+
+
+def test_the_record_is_not_to_be_had_before_the_end():
+    sealing = Sealing(MemoryImage(NOISE), "disk", part_size=65536)
+    parts = sealing.parts()
+    next(parts)
+    with pytest.raises(RuntimeError, match="not sealed"):
+        _ = sealing.sealed
+    parts.close()
+
+
+def threads():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("bundle-")]
+
+
+def open_files():
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_closing_stops_every_thread_at_once_and_leaks_nothing(taken):
+    files = open_files()
+    for _ in range(20):
+        parts = Sealing(MemoryImage(NOISE), "disk", part_size=65536).parts()
+        for _ in range(taken):
+            next(parts)
+        parts.close()
+        assert threads() == []
+    assert open_files() == files
+
+
+def test_forgetting_the_generator_stops_its_threads():
+    parts = Sealing(MemoryImage(NOISE), "disk", part_size=65536).parts()
+    next(parts)
+    del parts
+    gc.collect()
+    assert threads() == []
+
+
+def test_cancelling_from_another_thread_wakes_whoever_waits_for_a_part():
+    reading, go_on = threading.Event(), threading.Event()
+
+    def wait(_):
+        reading.set()
+        go_on.wait(10)
+
+    sealing = Sealing(MemoryImage(NOISE, on_read=wait), "disk")
+
+    def cancel():
+        reading.wait(10)
+        sealing.cancel()
+        go_on.set()
+
+    other = threading.Thread(target=cancel)
+    other.start()
+    with pytest.raises(StoppedError):
+        next(sealing.parts())
+    other.join()
+    assert threads() == []
+
+
+class DiskError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, MIB, 3 * MIB])
+def test_an_error_of_the_disk_comes_out_where_the_parts_are_taken(at):
+    def fail(offset):
+        if offset >= at:
+            raise DiskError(offset)
+
+    with pytest.raises(DiskError):
+        list(Sealing(MemoryImage(NOISE, on_read=fail), "disk", part_size=65536).parts())
+    assert threads() == []
+
+
+@pytest.mark.parametrize("stage", ["deflated", "PartCutter.add"])
+def test_an_error_of_any_stage_comes_out_where_the_parts_are_taken(stage, monkeypatch):
+    def fail(*_):
+        raise DiskError(stage)
+
+    monkeypatch.setattr(f"thrave.bundle.sealing.{stage}", fail)
+    with pytest.raises(DiskError, match=stage):
+        list(Sealing(MemoryImage(NOISE), "disk").parts())
+    assert threads() == []
+
+
+def test_a_slow_consumer_holds_the_reader_back():
+    """What is read ahead is bounded, so memory does not depend on the size of the image."""
+    read = []
+    parts = Sealing(MemoryImage(bytes(64 * MIB), on_read=read.append), "disk", workers=1, part_size=16).parts()
+    next(parts)
+    time.sleep(0.2)
+    assert len(read) < 20
+    parts.close()
