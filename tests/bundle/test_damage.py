@@ -5,6 +5,7 @@ some: the table of those is here too, so that nobody believes it can.
 """
 
 import dataclasses
+import threading
 from random import Random
 
 import pytest
@@ -22,6 +23,12 @@ def bundle():
     made = bundle_of(MemoryImage(Random(1).randbytes(10_000) + bytes(6384)), part_size=PART)
     assert len(made.parts) == 3
     return made
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("bundle-")] == []
 
 
 def open_with_everything(bundle, output):

@@ -10,8 +10,8 @@ from typing import Protocol
 from thrave.bundle.errors import ImageError
 
 SECTOR = 512
-MOST_EXTENTS = 1 << 22
-"""More than these are merged across their smallest holes: the map is what sealing and opening keep in memory."""
+MOST_EXTENTS = 1 << 20
+"""More than these are merged across their smallest holes: the map is all that sealing keeps in memory of an image."""
 
 Span = tuple[int, int]
 """Offset and length in bytes."""

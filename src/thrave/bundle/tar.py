@@ -7,6 +7,7 @@ This module knows the numbers and the blocks; it never reads an image.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from thrave.bundle.image import Span
 
@@ -35,9 +36,9 @@ class Member:
     @property
     def is_sparse(self) -> bool:
         """Whether the image has holes, and so needs a map."""
-        return list(self.extents) != [(0, self.size)]
+        return len(self.extents) != 1 or tuple(self.extents[0]) != (0, self.size)
 
-    @property
+    @cached_property
     def data_size(self) -> int:
         """Bytes of data in the archive, holes and padding not counted."""
         return sum(length for _, length in self.extents)
