@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, NamedTuple
 
 from thrave.compute.errors import InstanceCommandFailed
 from thrave.compute.instance import InstanceState
@@ -28,6 +29,11 @@ STATE_WORDS: dict[str, InstanceState] = {
     "in shutdown": InstanceState.STOPPING,
     "shut off": InstanceState.STOPPED,
 }
+
+
+class _Printed(NamedTuple):
+    out: str
+    last_error: str
 
 
 class Command:
@@ -48,8 +54,10 @@ class Command:
         self._name = name
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
-        self._out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the command)
+        self._out: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the command has ended)
         self._err: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (as above)
+        self._printed: _Printed | None = None
+        self._lock = threading.Lock()
         environment = {**os.environ, "LC_ALL": "C", "THRAVE_INSTANCE_ID": instance_id}
         try:
             self._process = subprocess.Popen(
@@ -57,6 +65,7 @@ class Command:
                 start_new_session=True,
             )  # fmt: skip
         except OSError as error:
+            self._collect()
             raise self._failure(f"cannot be run: {argv[0]}: {os.strerror(error.errno or 0)}") from error
 
     def finish(self) -> str:
@@ -67,7 +76,7 @@ class Command:
         """
         while not self.is_done(self._seconds):
             pass
-        return _tail(self._out)
+        return self._collect().out
 
     def is_done(self, patience: float = 0.0) -> bool:
         """Whether it has done its work, waiting at most `patience` seconds for it.
@@ -84,7 +93,8 @@ class Command:
             self.kill()
             raise self._failure(f"took more than {self._seconds:.0f} seconds and was killed") from None
         if status:
-            raise self._failure(f"ended with {status}: {_last_line(self._err)}", status=status)
+            raise self._failure(f"ended with {status}: {self._collect().last_error}", status=status)
+        self._collect()
         return True
 
     def kill(self) -> None:
@@ -92,6 +102,15 @@ class Command:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        self._collect()
+
+    def _collect(self) -> _Printed:
+        """What it printed, once it has ended; of several threads that ask, one reads and lets go of the files."""
+        with self._lock:
+            if self._printed is None:
+                with self._out, self._err:
+                    self._printed = _Printed(_tail(self._out), _last_line(self._err))
+            return self._printed
 
     def _failure(self, reason: str, *, status: int | None = None) -> InstanceCommandFailed:
         return InstanceCommandFailed(self._instance_id, self._name, reason, status=status)

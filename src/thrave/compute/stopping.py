@@ -51,10 +51,11 @@ class StopCommands:
         if command is None:
             return False
         try:
-            return command.is_done(patience) and self._forget(instance_id)
+            return command.is_done(patience) and self._forget(instance_id, command)
         except InstanceCommandFailed:
-            self._forget(instance_id)
-            raise
+            if self._forget(instance_id, command):
+                raise
+            return False  # another thread has seen it fail, or has killed it
 
     def abandon(self, instance_id: str) -> None:
         """Kill the instance's stopCommand if it is still running."""
@@ -63,7 +64,10 @@ class StopCommands:
         if command is not None:
             command.kill()
 
-    def _forget(self, instance_id: str) -> bool:
-        """Whether it was this call that took it out: of two threads that look at once, one reports the end."""
+    def _forget(self, instance_id: str, command: Command) -> bool:
+        """Whether it was this call that took it out: of several threads that look at once, one reports the end."""
         with self._lock:
-            return self._running.pop(instance_id, None) is not None
+            mine = self._running.get(instance_id) is command
+            if mine:
+                del self._running[instance_id]
+            return mine

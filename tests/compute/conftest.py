@@ -1,0 +1,76 @@
+"""Inventories of instances; the tests in test_contract.py run on each kind."""
+
+import pytest
+
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute.instance import VolumeFile
+
+
+class Machine:
+    """A machine that commands switch: its state is the content of a file, which they replace."""
+
+    def __init__(self, folder):
+        self.state = folder / "state"
+        for word in ("running", "shut off"):
+            (folder / word).write_text(f"{word}\n\n")
+        self.state.write_text("running\n")
+        self.commands = {
+            "stop_command": ("ln", "-sfT", str(folder / "shut off"), str(self.state)),
+            "start_command": ("ln", "-sfT", str(folder / "running"), str(self.state)),
+            "state_command": ("cat", str(self.state)),
+        }
+
+
+@pytest.fixture
+def disk(tmp_path):
+    path = tmp_path / "root.raw"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+@pytest.fixture
+def machine(tmp_path):
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    return Machine(folder)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "instances"
+
+
+@pytest.fixture
+def instances(root):
+    return DirectoryInstances(root, command_seconds=20.0)
+
+
+@pytest.fixture
+def described(disk):
+    """Describes an instance on `disk`."""
+
+    def describe(**changes):
+        return Description(
+            **{
+                "instance_id": new_instance_id(),
+                "account_id": "123456789012",
+                "platform": "windows",
+                "root_volume": VolumeFile(path=disk),
+                **changes,
+            }
+        )
+
+    return describe
+
+
+@pytest.fixture
+def added(instances, described):
+    """Adds an instance, and gives its id."""
+
+    def add(**changes):
+        description = described(**changes)
+        instances.add(description)
+        return description.instance_id
+
+    return add

@@ -1,0 +1,198 @@
+"""The commands of an instance: what they are given, and what becomes of those that fail."""
+
+import os
+import sys
+import time
+
+import psutil
+import pytest
+
+from thrave.compute.commands import STATE_WORDS
+from thrave.compute.directory import DirectoryInstances
+from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed
+from thrave.compute.instance import InstanceState
+
+
+def python(code, *words):
+    return (sys.executable, "-c", code, *map(str, words))
+
+
+def wait_for(condition):
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_no_shell_sees_a_command(instances, added, tmp_path):
+    words = ["$(touch x)", "; touch x", "`touch x`", "a b", "*", ""]
+    seen = tmp_path / "seen"
+    code = "import sys; open(sys.argv[1], 'w').write(repr(sys.argv[2:]))"
+    instance_id = added(stop_command=python(code, seen, *words))
+    instances.request_stop(instance_id)
+    assert seen.read_text() == repr(words)
+
+
+def test_a_command_finds_the_environment_and_the_instances_id(instances, added, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu:///system")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    seen = tmp_path / "seen"
+    names = ["LIBVIRT_DEFAULT_URI", "THRAVE_INSTANCE_ID", "LC_ALL"]
+    code = f"import os, sys; open(sys.argv[1], 'w').write(' '.join(os.environ[name] for name in {names}))"
+    instance_id = added(stop_command=python(code, seen))
+    instances.request_stop(instance_id)
+    assert seen.read_text() == f"qemu:///system {instance_id} C"
+
+
+@pytest.mark.parametrize("word", [*STATE_WORDS, "Shut Off\n\n", "  running "])
+def test_the_state_is_what_the_state_command_prints(instances, added, word):
+    instance_id = added(state_command=("printf", "%s", word))
+    assert instances.state(instance_id) is STATE_WORDS[word.strip().lower()]
+
+
+@pytest.mark.parametrize("word", ["", "crashed", "no state", "running\nrunning", "x" * 100_000])
+def test_a_state_that_is_none_is_never_guessed(instances, added, word):
+    instance_id = added(state_command=python(f"print({word!r})"))
+    with pytest.raises(InstanceCommandFailed, match=r"stateCommand of .* printed"):
+        instances.state(instance_id)
+
+
+def test_a_paused_machine_is_not_off():
+    assert all(STATE_WORDS[word] is InstanceState.RUNNING for word in ("paused", "pmsuspended", "idle"))
+
+
+def test_a_list_shows_the_state_in_the_file_where_the_hypervisor_does_not_tell(instances, added, caplog):
+    instance_id = added(state_command=("false",))
+    (found,) = instances.list()
+    assert (found.instance_id, found.state) == (instance_id, InstanceState.RUNNING)
+    assert "stateCommand" in caplog.text
+
+
+FAILING = python("import sys; print('noise'); print('first', file=sys.stderr); sys.exit('domain is not running')")
+
+
+def test_a_failure_carries_the_status_and_the_last_words(instances, added):
+    instance_id = added(state="stopped", start_command=FAILING)
+    with pytest.raises(InstanceCommandFailed) as caught:
+        instances.start(instance_id)
+    assert str(caught.value) == f"the startCommand of {instance_id} ended with 1: domain is not running"
+    assert (caught.value.command, caught.value.status) == ("startCommand", 1)
+
+
+def test_a_stop_command_that_fails_leaves_the_instance_running(instances, added):
+    instance_id = added(stop_command=FAILING)
+    with pytest.raises(InstanceCommandFailed, match=r"stopCommand .* ended with 1: domain is not running"):
+        instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_a_slow_stop_command_that_fails_is_heard_at_the_next_look(instances, added):
+    instance_id = added(stop_command=python("import time, sys; time.sleep(1); sys.exit('too late')"))
+    instances.request_stop(instance_id)
+    with pytest.raises(InstanceCommandFailed, match="too late"):
+        wait_for(lambda: instances.state(instance_id) is not InstanceState.STOPPING)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_a_request_to_stop_does_not_wait_for_the_machine(instances, added, tmp_path):
+    gate = tmp_path / "gate"
+    code = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
+    instance_id = added(stop_command=python(code, gate))
+    instances.request_stop(instance_id)
+    instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPING
+    gate.touch()
+    assert wait_for(lambda: instances.state(instance_id) is InstanceState.STOPPED)
+
+
+def test_starting_ends_a_stop_command_that_still_runs(instances, added, tmp_path):
+    pid = tmp_path / "pid"
+    code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    instance_id = added(stop_command=python(code, pid), start_command=("true",))
+    instances.request_stop(instance_id)
+    assert wait_for(lambda: pid.exists() and pid.read_text())
+    instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+def test_an_instance_left_stopping_by_a_process_that_died_can_be_stopped_again(instances, added):
+    instance_id = added(stop_command=("true",), state="stopping")
+    assert instances.state(instance_id) is InstanceState.STOPPING
+    instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+
+
+def test_a_command_that_takes_too_long_is_killed_with_its_children(root, added, tmp_path):
+    pids = tmp_path / "pids"
+    code = (
+        "import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '60']);"
+        "open(sys.argv[1], 'w').write(f'{os.getpid()} {child.pid}'); time.sleep(60)"
+    )
+    instance_id = added(state="stopped", start_command=python(code, pids))
+    with pytest.raises(InstanceCommandFailed, match="took more than 2 seconds and was killed"):
+        DirectoryInstances(root, command_seconds=2.0).start(instance_id)
+    assert wait_for(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
+
+
+def alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_what_a_start_command_leaves_behind_is_not_waited_for(instances, added, tmp_path):
+    pid = tmp_path / "pid"
+    code = (
+        "import subprocess, sys; guest = subprocess.Popen(['sleep', '30']);open(sys.argv[1], 'w').write(str(guest.pid))"
+    )
+    instance_id = added(state="stopped", start_command=python(code, pid))
+    instances.start(instance_id)
+    guest = psutil.Process(int(pid.read_text()))
+    assert guest.is_running()
+    guest.kill()
+
+
+def test_a_command_may_print_without_end(instances, added):
+    noise = "import sys\nfor _ in range(200): print('x' * 10000); print('y' * 10000, file=sys.stderr)\nsys.exit(3)"
+    instance_id = added(state="stopped", start_command=python(noise))
+    with pytest.raises(InstanceCommandFailed, match="ended with 3") as caught:
+        instances.start(instance_id)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("program", ["/nowhere/virsh", "no-such-program", os.devnull])
+def test_a_program_that_cannot_be_run_is_named(instances, added, program):
+    instance_id = added(stop_command=(program, "shutdown"))
+    with pytest.raises(InstanceCommandFailed, match=f"stopCommand of {instance_id} cannot be run: {program}: "):
+        instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+@pytest.mark.parametrize("state", ["terminated", "shutting-down"])
+def test_what_is_terminated_is_neither_stopped_nor_started(instances, added, state):
+    instance_id = added(state=state)
+    for ask in (instances.request_stop, instances.start):
+        with pytest.raises(IncorrectInstanceState, match=f"is {state}"):
+            ask(instance_id)
+
+
+def test_a_state_command_alone_can_neither_stop_nor_start(instances, added):
+    runs, stands = added(state_command=("echo", "running")), added(state_command=("echo", "stopped"))
+    with pytest.raises(IncorrectInstanceState, match="has no stopCommand"):
+        instances.request_stop(runs)
+    with pytest.raises(IncorrectInstanceState, match="has no startCommand"):
+        instances.start(stands)
+    instances.start(runs)
+    instances.request_stop(stands)
+
+
+def test_a_machine_on_its_way_down_is_started_when_it_is_off(instances, added, machine, tmp_path):
+    machine.state.write_text("in shutdown")
+    turns = tmp_path / "turns"
+    code = (
+        "import os, sys; state, turns = sys.argv[1:]; open(turns, 'a').write('x');"
+        "os.path.getsize(turns) == 3 and open(state, 'w').write('shut off'); print(open(state).read())"
+    )
+    instance_id = added(**machine.commands | {"state_command": python(code, machine.state, turns)})
+    instances.start(instance_id)
+    assert machine.state.read_text().strip() == "running"

@@ -1,0 +1,148 @@
+"""What every inventory must do: instances that are only files, and instances that commands tie to a machine."""
+
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import pytest
+
+from thrave.compute.directory import DirectoryInstances
+from thrave.compute.errors import InstanceHeld, InstanceNotFound
+from thrave.compute.instance import InstanceState
+
+NO_IDS = [
+    "",
+    "i-",
+    "i-00000000",
+    "i-0123456789abcdef0",
+    "I-01234567",
+    "i-0123456789ABCDEF0",
+    "../i-00000000",
+    "i-\0",
+    "*",
+]
+
+
+@pytest.fixture(params=["files", "commands"])
+def instance_id(request, added, machine):
+    return added() if request.param == "files" else added(**machine.commands)
+
+
+def test_an_instance_is_what_was_added(instances, instance_id, disk):
+    found = instances.get(instance_id)
+    assert (found.instance_id, found.account_id, found.platform) == (instance_id, "123456789012", "windows")
+    assert (found.root_device_type, found.architecture) == ("instance-store", "x86_64")
+    assert (found.root_volume.path, found.root_volume.format, found.volumes) == (disk, "raw", ())
+    assert found.state is InstanceState.RUNNING
+    assert instances.list() == [found]
+
+
+def test_instances_are_listed_by_id(instances, added, instance_id):
+    ids = [instance_id, *(added() for _ in range(5))]
+    assert [found.instance_id for found in instances.list()] == sorted(ids)
+
+
+def test_stopping_stops_and_starting_starts(instances, instance_id):
+    instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+    assert instances.get(instance_id).state is InstanceState.STOPPED
+    instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_asking_again_changes_nothing(instances, instance_id):
+    instances.start(instance_id)
+    for _ in range(3):
+        instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+    for _ in range(3):
+        instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_the_launch_time_is_that_of_the_last_start(instances, instance_id):
+    first = instances.get(instance_id).launch_time
+    instances.start(instance_id)
+    assert instances.get(instance_id).launch_time == first
+    before = datetime.now(UTC)
+    instances.request_stop(instance_id)
+    instances.start(instance_id)
+    assert before <= instances.get(instance_id).launch_time <= datetime.now(UTC)
+
+
+def test_a_held_instance_is_not_started(instances, instance_id):
+    instances.request_stop(instance_id)
+    with instances.hold(instance_id), pytest.raises(InstanceHeld):
+        instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+    instances.start(instance_id)
+
+
+def test_one_can_hold_an_instance_and_everybody_can_look(instances, instance_id, added):
+    other = added()
+    with instances.hold(instance_id):
+        with pytest.raises(InstanceHeld), instances.hold(instance_id):
+            pass
+        with instances.hold(other):
+            assert instances.state(instance_id) is InstanceState.RUNNING
+            assert len(instances.list()) == 2
+    with instances.hold(instance_id):
+        pass
+
+
+def test_a_hold_ends_with_an_error_too(instances, instance_id):
+    with pytest.raises(ZeroDivisionError), instances.hold(instance_id):
+        raise ZeroDivisionError
+    instances.start(instance_id)
+
+
+def test_a_hold_ends_when_its_process_is_killed(instances, instance_id, root):
+    code = (
+        "import sys, time; from pathlib import Path; from thrave.compute.directory import DirectoryInstances\n"
+        "with DirectoryInstances(Path(sys.argv[1])).hold(sys.argv[2]): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, root, instance_id], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(InstanceHeld):
+            instances.start(instance_id)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with instances.hold(instance_id):
+        pass
+
+
+@pytest.mark.parametrize("nobody", NO_IDS)
+def test_what_is_no_instances_id_is_not_found(instances, instance_id, nobody):
+    for ask in (instances.get, instances.state, instances.request_stop, instances.start, instances.remove):
+        with pytest.raises(InstanceNotFound):
+            ask(nobody)
+    with pytest.raises(InstanceNotFound), instances.hold(nobody):
+        pass
+
+
+def test_another_process_sees_the_same(instances, instance_id, root):
+    instances.request_stop(instance_id)
+    assert DirectoryInstances(root).list() == instances.list()
+
+
+def test_many_threads_do_not_disturb_each_other(instances, instance_id):
+    def switch(number):
+        with suppress(InstanceHeld):
+            (instances.request_stop if number % 2 else instances.start)(instance_id)
+        return instances.get(instance_id).instance_id
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(switch, range(24))) == {instance_id}
+    instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_removing_forgets_the_instance_and_leaves_its_volume(instances, instance_id, disk):
+    with instances.hold(instance_id), pytest.raises(InstanceHeld):
+        instances.remove(instance_id)
+    instances.remove(instance_id)
+    assert instances.list() == []
+    assert disk.exists()
