@@ -1,0 +1,60 @@
+"""Chunks deflated by themselves make one gzip member, with whatever library a machine has."""
+
+import gzip
+import subprocess
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.sealed import MemoryImage, bundle_of, private_key
+from thrave.bundle.deflate import GZIP_HEADER, deflated, gzip_trailer, most_gzip
+from thrave.bundle.opening import open_bundle
+from thrave.bundle.zlibs import FAST, LEVELS, SMALL, STDLIB
+
+LIBRARIES = {"isal": FAST, "zlib-ng": SMALL, "zlib": STDLIB}
+KINDS = {
+    "zeros": bytes,
+    "text": lambda size: (b"the same words again " * (size // 20 + 1))[:size],
+    "noise": lambda size: Random(size).randbytes(size),
+}
+
+
+def member(chunks, library):
+    crc = 0
+    for chunk in chunks:
+        crc = library.crc32(memoryview(chunk), crc)
+    packed = b"".join(deflated(memoryview(chunk), library) for chunk in chunks)
+    return GZIP_HEADER + packed + gzip_trailer(crc, sum(map(len, chunks)))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+@settings(max_examples=30, deadline=None)
+@given(runs=st.lists(st.tuples(st.sampled_from([*KINDS]), st.integers(1, 200_000)), min_size=1, max_size=5))
+def test_chunks_of_any_content_make_one_member_that_never_grows_beyond_its_bound(name, runs):
+    chunks = [KINDS[kind](size) for kind, size in runs]
+    made = member(chunks, LIBRARIES[name])
+    assert gzip.decompress(made) == b"".join(chunks)
+    assert len(made) <= sum(most_gzip(len(chunk)) for chunk in chunks)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_gunzip_finds_nothing_to_remark(name):
+    made = member([kind(100_000) for kind in KINDS.values()], LIBRARIES[name])
+    checked = subprocess.run(["gunzip", "--test"], input=made, capture_output=True, check=True)
+    assert checked.stderr == b""
+
+
+def test_without_a_wheel_the_standard_library_stands_in(monkeypatch, tmp_path):
+    monkeypatch.setitem(LEVELS, "fast", STDLIB)
+    image = MemoryImage(b"".join(kind(2_000_000) for kind in KINDS.values()))
+    bundle = bundle_of(image)
+    opened = open_bundle(bundle.manifest, bundle, private_key("user"), tmp_path / "image")
+    assert opened.output.read_bytes() == image.data
+
+
+def test_small_is_smaller():
+    text = b"".join(Random(i).choice([b"key", b"value", b"other"]) + str(i).encode() for i in range(50_000))
+    sizes = {level: len(deflated(memoryview(text), LEVELS[level])) for level in LEVELS}
+    assert sizes["small"] < sizes["fast"]
