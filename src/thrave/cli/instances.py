@@ -47,12 +47,12 @@ _COMMAND = _ArgumentVector()
 
 @click.group()
 def instance() -> None:
-    r"""Instances: the machines that can be bundled.
+    """Instances: the machines that can be bundled.
 
     \b
     Example:
       thrave instance add --account 123456789012 --platform windows --root-volume /vm/win.raw
-    """
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
 
 
 @instance.command()
@@ -90,7 +90,7 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
     data: Path,
     output: str,
 ) -> None:
-    r"""Describe a machine, so that it can be bundled.
+    """Describe a machine, so that it can be bundled.
 
     Commands are argument vectors; no shell sees them. Give a --state-command wherever the machine may be stopped or
     started by others, or takes its time to power off: what it prints (EC2's words, or those of `virsh domstate`) is
@@ -99,11 +99,11 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
 
     \b
     Example:
-      thrave instance add --account 123456789012 --platform windows \
-        --root-volume /var/lib/libvirt/images/win.qcow2 --format qcow2 \
-        --stop-command "virsh shutdown win" --start-command "virsh start win" \
+      thrave instance add --account 123456789012 --platform windows \\
+        --root-volume /var/lib/libvirt/images/win.qcow2 --format qcow2 \\
+        --stop-command "virsh shutdown win" --start-command "virsh start win" \\
         --state-command "virsh domstate win"
-    """
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
     from thrave.compute.descriptions import Description
     from thrave.compute.directory import new_instance_id
     from thrave.compute.instance import InstanceState, VolumeFile
@@ -131,12 +131,12 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
 @data_option
 @output_option
 def list_(data: Path, output: str) -> None:
-    r"""List the instances of all accounts; files that cannot be read are named on stderr.
+    """List the instances of all accounts; files that cannot be read are named on stderr.
 
     \b
     Example:
       thrave instance list --output json
-    """
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
     from thrave.compute.descriptions import document
 
     listed = _instances(data).list()
@@ -154,12 +154,12 @@ def list_(data: Path, output: str) -> None:
 @data_option
 @output_option
 def remove(instance_id: str, data: Path, output: str) -> None:
-    r"""Forget the instance with the id INSTANCE. Its machine and volumes are left as they are.
+    """Forget the instance with the id INSTANCE. Its machine and volumes are left as they are.
 
     \b
     Example:
       thrave instance remove i-0123456789abcdef0
-    """
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
     _instances(data).remove(instance_id)
     emit(output, {"instanceId": instance_id}, f"removed {instance_id}")
 
@@ -169,12 +169,12 @@ def remove(instance_id: str, data: Path, output: str) -> None:
 @data_option
 @output_option
 def start(instance_id: str, data: Path, output: str) -> None:
-    r"""Start the instance with the id INSTANCE. Refused while its root volume is being bundled.
+    """Start the instance with the id INSTANCE. Refused while its root volume is being bundled.
 
     \b
     Example:
       thrave instance start i-0123456789abcdef0
-    """
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
     instances = _instances(data)
     instances.start(instance_id)
     _show(instances.get(instance_id), output)
@@ -186,12 +186,12 @@ def start(instance_id: str, data: Path, output: str) -> None:
 @data_option
 @output_option
 def stop(instance_id: str, timeout: float, data: Path, output: str) -> None:
-    r"""Ask the instance with the id INSTANCE to power off, and wait until it has. Never cuts the power.
+    """Ask the instance with the id INSTANCE to power off, and wait until it has. Never cuts the power.
 
     \b
     Example:
       thrave instance stop i-0123456789abcdef0
-    """
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
     instances = _instances(data)
     _stop(instances, instance_id, timeout)
     _show(instances.get(instance_id), output)

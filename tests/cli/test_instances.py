@@ -1,0 +1,198 @@
+"""`thrave instance`, as a script would call it."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def account_id(thrave_json, data):
+    return thrave_json("account", "create", "alice", "--data", data)["accountId"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    path = tmp_path / "win.raw"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+@pytest.fixture
+def add(account_id, data, disk):
+    """The words of a command that adds an instance."""
+
+    def words(*more):
+        return [
+            "instance", "add", "--account", account_id, "--platform", "windows", "--root-volume", disk,
+            "--data", data, *more,
+        ]  # fmt: skip
+
+    return words
+
+
+@pytest.fixture
+def instance_id(thrave_json, add):
+    return thrave_json(*add())["instanceId"]
+
+
+def test_an_instance_is_shown_in_ec2s_words(thrave_json, add, account_id, disk):
+    shown = thrave_json(*add("--id", "i-0123456789abcdef0"))
+    assert shown.pop("launchTime").endswith("Z")
+    assert shown == {
+        "instanceId": "i-0123456789abcdef0",
+        "accountId": account_id,
+        "platform": "windows",
+        "architecture": "x86_64",
+        "rootDeviceType": "instance-store",
+        "rootDeviceName": "/dev/sda1",
+        "rootVolume": {"path": str(disk), "format": "raw", "deviceName": "/dev/sda1"},
+        "volumes": [],
+        "state": "running",
+    }
+
+
+def test_a_linux_instance_has_no_platform(thrave_json, account_id, data, disk):
+    words = ("--account", account_id, "--platform", "linux", "--root-volume", disk, "--data", data)
+    assert thrave_json("instance", "add", *words)["platform"] is None
+
+
+def test_every_option_is_kept(thrave_json, add, data, tmp_path):
+    others = [tmp_path / "d.raw", tmp_path / "e.raw"]
+    for other in others:
+        other.touch()
+    shown = thrave_json(
+        *add("--format", "qcow2", "--volume", others[0], "--volume", others[1], "--root-device-type", "ebs"),
+        "--state", "stopped", "--stop-command", "virsh shutdown 'my win'", "--start-command", "virsh start win",
+        "--state-command", "echo stopped",
+    )  # fmt: skip
+    assert (shown["rootVolume"]["format"], shown["rootDeviceType"], shown["state"]) == ("qcow2", "ebs", "stopped")
+    assert [(volume["path"], volume["deviceName"]) for volume in shown["volumes"]] == [
+        (str(others[0]), "xvdb"),
+        (str(others[1]), "xvdc"),
+    ]
+    file = json.loads((data / "instances" / f"{shown['instanceId']}.json").read_text())
+    assert file["stopCommand"] == ["virsh", "shutdown", "my win"]
+    assert file["startCommand"] == ["virsh", "start", "win"]
+    assert file["stateCommand"] == ["echo", "stopped"]
+
+
+def test_a_relative_path_is_taken_from_here(thrave_json, add, disk, monkeypatch):
+    monkeypatch.chdir(disk.parent)
+    words = [disk.name if word == disk else word for word in add()]
+    assert thrave_json(*words)["rootVolume"]["path"] == str(disk)
+
+
+def test_the_data_directory_may_be_given_in_the_environment(thrave_json, add, data, monkeypatch):
+    monkeypatch.setenv("THRAVE_DATA", str(data))
+    words = [word for word in add() if word not in {"--data", data}]
+    instance_id = thrave_json(*words)["instanceId"]
+    assert [found["instanceId"] for found in thrave_json("instance", "list")["instances"]] == [instance_id]
+
+
+def test_instances_are_listed_for_people_and_programs(thrave, thrave_json, instance_id, data):
+    assert [found["instanceId"] for found in thrave_json("instance", "list", "--data", data)["instances"]] == [
+        instance_id
+    ]
+    _, text, _ = thrave("instance", "list", "--data", data)
+    header, row = text.splitlines()
+    assert header.split() == ["INSTANCE", "ACCOUNT", "STATE", "PLATFORM", "ROOT", "DEVICE", "ROOT", "VOLUME"]
+    assert row.split()[0] == instance_id
+
+
+def test_no_instances_are_an_empty_list(thrave_json, data):
+    assert thrave_json("instance", "list", "--data", data) == {"instances": []}
+
+
+def test_a_broken_file_is_named_and_leaves_stdout_in_order(thrave_json, instance_id, data, caplog):
+    (data / "instances" / "i-00000000.json").write_text("{")
+    assert len(thrave_json("instance", "list", "--data", data)["instances"]) == 1
+    assert "i-00000000.json" in caplog.text
+
+
+def test_stopping_starting_and_removing(thrave_json, thrave, instance_id, data, disk):
+    assert thrave_json("instance", "stop", instance_id, "--data", data)["state"] == "stopped"
+    assert thrave_json("instance", "stop", instance_id, "--data", data)["state"] == "stopped"
+    assert thrave_json("instance", "start", instance_id, "--data", data)["state"] == "running"
+    assert thrave("instance", "stop", instance_id, "--data", data)[1] == f"{instance_id} stopped\n"
+    assert thrave_json("instance", "remove", instance_id, "--data", data) == {"instanceId": instance_id}
+    assert thrave_json("instance", "list", "--data", data) == {"instances": []}
+    assert disk.exists()
+
+
+def test_stopping_waits_until_the_machine_is_off(thrave_json, add, data):
+    instance_id = thrave_json(*add("--stop-command", "sleep 1"))["instanceId"]
+    assert thrave_json("instance", "stop", instance_id, "--data", data)["state"] == "stopped"
+
+
+def test_a_machine_that_does_not_stop_is_given_up(thrave, thrave_json, add, data):
+    commands = ("--stop-command", "true", "--state-command", "echo running")
+    instance_id = thrave_json(*add(*commands))["instanceId"]
+    status, _, stderr = thrave("instance", "stop", instance_id, "--timeout", "1", "--data", data)
+    assert status == 1
+    assert f"{instance_id} did not power off within 1 seconds" in stderr
+
+
+def test_a_held_instance_is_not_started(thrave, instance_id, data):
+    from thrave.compute.directory import DirectoryInstances
+
+    with DirectoryInstances(data / "instances").hold(instance_id):
+        status, _, stderr = thrave("instance", "start", instance_id, "--data", data)
+    assert status == 4
+    assert f"{instance_id} is held" in stderr
+
+
+def test_a_command_that_fails_is_told(thrave, thrave_json, add, data):
+    instance_id = thrave_json(*add("--stop-command", "ls /nowhere"))["instanceId"]
+    status, _, stderr = thrave("instance", "stop", instance_id, "--data", data)
+    assert status == 1
+    assert "No such file or directory" in stderr
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "remove"])
+def test_an_unknown_instance_is_not_found(thrave, account_id, data, command):
+    status, stdout, stderr = thrave("instance", command, "i-0123456789abcdef0", "--data", data)
+    assert (status, stdout) == (3, "")
+    assert stderr == "thrave: there is no instance 'i-0123456789abcdef0'\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected", "message"),
+    [
+        (["--account", "000000000000"], 3, "000000000000"),
+        (["--platform", "beos"], 2, "beos"),
+        (["--format", "vdi"], 2, "'vdi' is none of raw, qcow2"),
+        (["--root-volume", "/nowhere/win.raw"], 1, "/nowhere/win.raw: No such file"),
+        (["--volume", "/nowhere/d.raw"], 1, "/nowhere/d.raw: No such file"),
+        (["--volume", "/dev/null"] * 26, 2, "at most 25"),
+        (["--id", "i-1"], 1, "instanceId"),
+        (["--root-device-type", "floppy"], 2, "floppy"),
+        (["--state", "pending"], 2, "pending"),
+        (["--stop-command", "virsh 'shutdown"], 2, "No closing quotation"),
+        (["--start-command", "  "], 2, "is empty"),
+    ],
+)
+def test_what_cannot_be_added_is_told_with_its_exit_code(thrave, add, data, more, expected, message):
+    status, stdout, stderr = thrave(*add(*more))
+    assert (status, stdout) == (expected, "")
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert not [*(data / "instances").glob("*.json")] if (data / "instances").exists() else True
+
+
+def test_an_id_is_taken_once(thrave, add, instance_id):
+    status, _, stderr = thrave(*add("--id", instance_id))
+    assert status == 4
+    assert f"already an instance {instance_id}" in stderr
+
+
+@pytest.mark.parametrize("command", [(), ("add",), ("list",), ("remove",), ("start",), ("stop",)])
+def test_help_shows_an_example(thrave, command):
+    status, stdout, _ = thrave("instance", *command, "--help")
+    assert status == 0
+    assert "Example:\n" in stdout
+    assert f"thrave instance {' '.join(command)}".strip() in stdout
