@@ -153,13 +153,24 @@ def two_faced(manifest):
         "twice": manifest.replace(signed, signed + evil),
         "before": manifest.replace(signed, evil + signed),
         "attribute": manifest.replace(signed, evil_tag),
+        "a comment is all": manifest.replace(signed, b"<!--" + signed + b"-->"),
         "wrapped": manifest.replace(signed, b"<image a='1'>" + signed + evil[len(b"<image>") :]),
     }
 
 
 @pytest.mark.parametrize(
     "face",
-    ["comment", "CDATA", "instruction", "inside another element", "twice", "before", "attribute", "wrapped"],
+    [
+        "comment",
+        "CDATA",
+        "instruction",
+        "inside another element",
+        "twice",
+        "before",
+        "attribute",
+        "wrapped",
+        "a comment is all",
+    ],
 )
 def test_what_is_verified_is_what_is_read(bundle, face):
     verify_bundle(bundle.manifest, bundle, certificate=certificate("user"))

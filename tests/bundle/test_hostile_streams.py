@@ -90,6 +90,18 @@ class TestGzip:
             assert inflate(data, library) == bytes(size)
             assert inflate(data, library, 100) == bytes(size)
 
+    @pytest.mark.parametrize("size", [MIB - 1, MIB, 2 * MIB])
+    def test_the_end_may_come_apart_while_there_is_no_room_for_what_comes_of_it(self, library, size):
+        data = memoryview(gzip.compress(bytes(size)))
+        for cut in range(1, 40):
+            assert b"".join(inflated([data[:-cut], data[-cut:]], library)) == bytes(size)
+
+    def test_a_header_may_have_a_checksum_but_no_flags_of_the_future(self, library):
+        data = gzip.compress(PLAIN)
+        assert inflate(data[:3] + b"\x02" + data[4:10] + b"\0\0" + data[10:], library) == PLAIN
+        with pytest.raises(ContentError, match="no gzip"):
+            inflate(data[:3] + b"\x20" + data[4:], library)
+
     @pytest.mark.parametrize("cut", [1, 5, 9, 500, -1, -8, -9])
     def test_one_that_ends_early_is_refused(self, library, cut):
         with pytest.raises(ContentError):
@@ -241,7 +253,17 @@ class TestTar:
             read_tar(data, 0)
 
     @pytest.mark.parametrize(
-        "records", [b"x", b"99 size=1\n", b"0 size=1\n", b"4 size=1\n", b"-9 size=1\n", b"9 size=z\n", b"1\n" * 50]
+        "records",
+        [
+            b"x",
+            b"99 size=1\n",
+            b"0 size=1\n",
+            b"4 size=1\n",
+            b"-9 size=1\n",
+            b"9 size=z\n",
+            b"1\n" * 50,
+            b"23 GNU.sparse.major=1\n",
+        ],
     )
     def test_damaged_pax_records_are_refused(self, records):
         with pytest.raises(ContentError, match="PAX"):
