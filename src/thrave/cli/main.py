@@ -43,6 +43,7 @@ EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.compute.errors:InstanceError", Exit.REFUSED),
     ("thrave.volumes.errors:ComponentMissingError", Exit.MISSING_COMPONENT),
     ("thrave.volumes.errors:VolumeError", Exit.FAILED),
+    ("thrave.demo.disk:DemoDiskError", Exit.USAGE),
 )
 
 
