@@ -1,5 +1,8 @@
 """The image file: whole and under its name, or not there at all."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from support.sealed import MemoryImage, bundle_of, private_key
@@ -64,6 +67,22 @@ def test_a_target_that_cannot_be_is_an_error_of_ours(tmp_path, target):
     with pytest.raises(OutputError):
         write(tmp_path / target, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_or_fifo_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for target in (tmp_path / "fifo", Path("/dev/null")):
+        with pytest.raises(OutputError, match="not a regular file"):
+            write(target, 1)
+        assert not target.is_file()
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "disks").mkdir()
+    (tmp_path / "link").symlink_to("disks/image")
+    write(tmp_path / "link", 3, (0, b"new"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disks" / "image").read_bytes() == b"new"
 
 
 def test_nothing_is_created_for_a_wrong_key(tmp_path):

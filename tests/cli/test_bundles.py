@@ -110,6 +110,30 @@ def test_show_says_what_the_manifest_says(thrave, thrave_json, bundle):
     assert "winami.part.0" in stdout
 
 
+def test_show_lets_no_manifest_speak_to_the_terminal(thrave, bundle, tmp_path):
+    manifest = tmp_path / "bundles" / "winami.manifest.xml"
+    manifest.write_bytes(manifest.read_bytes().replace(b"<type>machine", "<type>\x9b31m&#10;machine".encode()))
+    _, stdout, _ = thrave("show", manifest)
+    assert r"\u009b31m\u000amachine" in stdout
+
+
+def test_show_counts_the_parts_that_it_does_not_list(thrave, bundle, tmp_path):
+    manifest = tmp_path / "bundles" / "winami.manifest.xml"
+    part = "<part index='{0}'><filename>p{0}</filename><digest algorithm='SHA1'>" + "0" * 40 + "</digest></part>"
+    parts = f"<parts count='23'>{''.join(part.format(i) for i in range(23))}</parts>"
+    manifest.write_text(re.sub("<parts.*</parts>", parts, manifest.read_text()))
+    _, stdout, _ = thrave("show", manifest)
+    assert "and 3 more parts" in stdout
+
+
+def test_a_side_file_that_is_a_pipe_is_not_waited_for(thrave, bundle, tmp_path):
+    side_file = tmp_path / "bundles" / "winami.manifest.json"
+    side_file.unlink()
+    os.mkfifo(side_file)
+    status, _, stderr = thrave("verify", bundle["manifest"])
+    assert (status, "not a regular file" in stderr) == (FAILED, True)
+
+
 def damage_part(folder):
     part = folder / "winami.part.0"
     part.write_bytes(part.read_bytes()[:-1] + b"?")
@@ -166,12 +190,18 @@ def test_an_existing_bundle_is_not_overwritten(thrave, bundle, image, tmp_path):
         ("--signing-key", "/etc/hostname"),
         ("--user-certificate", KEYS / "user-pk.pem"),
         ("--level", "tiny"),
+        ("--side-key", KEYS / "user-pk.pem"),
     ],
 )
 def test_a_wrong_option_is_said_before_anything_is_written(thrave, image, tmp_path, wrong):
     status, _, stderr = thrave(*sealing(image, tmp_path / "b", *wrong))
     assert (status, bool(stderr)) == (USAGE, True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said(thrave, image, tmp_path):
+    status, _, stderr = thrave(*sealing(image, image / "b"))
+    assert (status, "cannot write" in stderr) == (FAILED, True)
 
 
 def test_what_was_written_is_removed_when_sealing_fails(thrave, image, tmp_path, monkeypatch):

@@ -42,13 +42,14 @@ def image_file(path: Path, size: int) -> Iterator[ImageFile]:
     It belongs to its owner alone (mode 0600): an image may hold secrets.
 
     Args:
-        path: where the image goes; a file that is there is replaced at the end.
+        path: where the image goes; a file that is there is replaced at the end, one that a link leads to likewise.
         size: bytes of the image.
 
     Raises:
-        OutputError: it cannot be created, written or renamed.
+        OutputError: it cannot be created, written or renamed, or something else than a file is there.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
+    path = path.resolve()
+    temporary = path.with_name(f".image-{secrets.token_hex(8)}.partial")
     try:
         descriptor = _create(path, temporary, size)
         try:
@@ -65,8 +66,9 @@ def image_file(path: Path, size: int) -> Iterator[ImageFile]:
 
 
 def _create(path: Path, temporary: Path, size: int) -> int:
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        # Renaming would put the image in the place of a device or a FIFO instead of writing to it.
+        raise OutputError(f"cannot write {path}: it is there and is not a regular file")
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         os.truncate(descriptor, size)

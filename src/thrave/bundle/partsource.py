@@ -4,6 +4,7 @@ Names arrive here checked to be bare; still, only regular files are opened, and 
 What a part holds is verified elsewhere.
 """
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -37,15 +38,23 @@ class DirectoryParts:
     def read(self, filename: str) -> bytes:
         """Return a part's bytes; see ``PartSource``."""
         try:
-            # A FIFO by that name must not make anybody wait.
-            descriptor = os.open(self._directory / filename, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode):
-                    raise PartMissingError(filename, "it is not a regular file")
-                data = file.read(min(status.st_size, MOST_PART_BYTES) + 1)
+            data = read_regular_file(self._directory / filename, MOST_PART_BYTES)
         except OSError as error:
-            raise PartMissingError(filename, os.strerror(error.errno or 0)) from error
+            raise PartMissingError(filename, str(error.strerror)) from error
         if len(data) > MOST_PART_BYTES:
             raise PartDamagedError(filename, f"it has more than {MOST_PART_BYTES} bytes")
         return data
+
+
+def read_regular_file(path: Path, most: int) -> bytes:
+    """Return a file's bytes, one more than ``most`` if it has more than that.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a FIFO by that name must not make anybody wait.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read(min(status.st_size, most) + 1)

@@ -79,25 +79,28 @@ def new_bundle(folder: Path, prefix: str) -> Iterator[BundleFolder]:
 
 def read_documents(manifest: Path) -> tuple[bytes, bytes | None]:
     """The manifest's bytes, and those of the side file if there is one beside it."""
-    from thrave.bundle import sidefile
+    from thrave.bundle.partsource import read_regular_file
+    from thrave.bundle.sidefile import MOST_BYTES
 
     xml = read_manifest_file(manifest)
-    if not manifest.name.endswith(MANIFEST_SUFFIX):
-        return xml, None
     side_file = manifest.with_name(side_filename(manifest.name.removesuffix(MANIFEST_SUFFIX)))
-    return xml, _read(side_file, sidefile.MOST_BYTES) if side_file.exists() else None
+    if not manifest.name.endswith(MANIFEST_SUFFIX) or not side_file.exists():
+        return xml, None
+    with _readable(side_file):
+        return xml, read_regular_file(side_file, MOST_BYTES)
 
 
 def read_manifest_file(manifest: Path) -> bytes:
-    """The manifest's bytes, no more of them than a manifest may have."""
-    from thrave.bundle import xmlreading
+    """The manifest's bytes, hardly more of them than a manifest may have. It may be a pipe."""
+    from thrave.bundle.xmlreading import MOST_BYTES
 
-    return _read(manifest, xmlreading.MOST_BYTES)
+    with _readable(manifest), manifest.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
-def _read(path: Path, most: int) -> bytes:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            return file.read(most + 1)
+        yield
     except OSError as error:
         raise click.ClickException(f"cannot read {path}: {error.strerror}") from error

@@ -76,7 +76,11 @@ def manifest_text(manifest: Manifest) -> str:
     """What a manifest says, as a table; its parts by their number only if there are many."""
     said = manifest_document(manifest)
     rows: list[tuple[str, ...]]
-    rows = [(name, str(value)) for name, value in said.items() if value is not None and not isinstance(value, list)]
+    rows = [
+        (name, _printable(str(value)))
+        for name, value in said.items()
+        if value is not None and not isinstance(value, list)
+    ]
     rows += [(f"part {part.index}", f"{part.filename}  SHA-1 {part.sha1}") for part in manifest.parts[:20]]
     if len(manifest.parts) > 20:
         rows.append(("…", f"and {len(manifest.parts) - 20} more parts (--output json lists all)"))
@@ -94,3 +98,8 @@ def verified_text(verified: Verified) -> str:
     answer: Mapping[bool, str] = {True: "holds", False: "NOT CHECKED"}
     rows: list[tuple[str, ...]] = [(check.subject, answer[check.checked], check.detail) for check in verified.checks]
     return table(("CHECK", "RESULT", "DETAIL"), rows)
+
+
+def _printable(text: str) -> str:
+    """A stranger's words, without what could make a terminal do something."""
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
