@@ -1,5 +1,7 @@
 """`thrave bundle`, `open`, `verify` and `show` as a person or a script calls them."""
 
+import os
+import re
 import subprocess
 
 import pytest
