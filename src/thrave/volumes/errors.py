@@ -6,7 +6,12 @@
     ├── VolumeUnreadableError   missing, forbidden, not a disk image, or broken off in the middle
     ├── VolumeInUseError        another program has the image open for writing
     ├── UnknownFormatError      not one of FORMATS
-    └── ComponentMissingError   a Debian package is needed for this format and is not installed
+    ├── ComponentMissingError   a package is needed for what was asked for and is not installed
+    └── SkipRefusedError        what a volume does not use was to be left out, and cannot be told for certain
+        ├── NoFileSystemError             there is no NTFS on it
+        ├── FileSystemUnsupportedError    BitLocker, ReFS, a dynamic disk, …
+        ├── VolumeNotCleanError           dirty, hibernated, or its log was not closed
+        └── FileSystemCorruptError        it contradicts itself
 """
 
 from pathlib import Path
@@ -48,9 +53,40 @@ class UnknownFormatError(VolumeError):
 
 
 class ComponentMissingError(VolumeError):
-    """A program or a binding that this format needs is not installed."""
+    """A program or a library that is needed for what was asked for is not installed."""
 
-    def __init__(self, component: str, package: str, reason: str = "is not installed") -> None:
-        super().__init__(f"{component} {reason}: apt-get install {package}")
+    def __init__(
+        self, component: str, package: str, reason: str = "is not installed", *, installer: str = "apt-get install"
+    ) -> None:
+        super().__init__(f"{component} {reason}: {installer} {package}")
         self.component = component
         self.package = package
+
+
+class SkipRefusedError(VolumeError):
+    """What the volume does not use cannot be told for certain, so nothing is left out and nothing is bundled.
+
+    Attributes:
+        reason: Why, without the name of the file.
+    """
+
+    def __init__(self, reason: str, path: Path | None = None) -> None:
+        about = "" if path is None else f"{path}: "
+        super().__init__(f"{about}cannot leave out what is unused: {reason}")
+        self.reason = reason
+
+
+class NoFileSystemError(SkipRefusedError):
+    """There is no NTFS volume where one was looked for."""
+
+
+class FileSystemUnsupportedError(SkipRefusedError):
+    """It is of a kind whose free space cannot be told."""
+
+
+class VolumeNotCleanError(SkipRefusedError):
+    """Its bitmap may lag behind what was written last."""
+
+
+class FileSystemCorruptError(SkipRefusedError):
+    """It contradicts itself; it is not guessed which side is right."""

@@ -1,0 +1,182 @@
+"""The survey of a guest's file system in a process of its own, which can do nothing but think.
+
+The library that reads NTFS is written in C and reads what a guest wrote. So it runs apart: the process is given no
+file, asks its parent for each piece of the partition through a pipe, and gives up the right to open files and to start
+programs, most of its memory and all but two minutes of the processor, before it looks at the first byte. If it crashes,
+hangs or talks nonsense, that volume is refused and nothing else happens.
+
+Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSAGE`)::
+
+    to the parent    r  offset, length   read this: answered by so many bytes, nothing else
+                     u  offset, length   this need not be kept
+                     x  number, length   refused: which of `_REFUSALS`, and so many bytes of UTF-8 follow
+                     .  0, 0             that was all
+"""
+
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import IO
+
+from thrave.volumes import survey
+from thrave.volumes.errors import (
+    ComponentMissingError,
+    FileSystemCorruptError,
+    FileSystemUnsupportedError,
+    SkipRefusedError,
+    VolumeNotCleanError,
+)
+from thrave.volumes.partitions import Partition
+from thrave.volumes.sleuthkit import load
+from thrave.volumes.volume import Extent, Volume
+
+SECONDS = 600.0
+"""For one volume, by the clock: it may have to wait for its disk."""
+
+CPU_SECONDS = 120
+MEMORY = 512 << 20
+"""Bytes of address space; $Bitmap takes at most 64 MiB of them."""
+
+MOST_READ = 4 << 20
+"""Bytes in one piece."""
+
+_MESSAGE = struct.Struct("<cQQ")
+_READ, _UNUSED, _REFUSED, _END = b"r", b"u", b"x", b"."
+_MOST_WORDS = 1000
+_REFUSALS: tuple[type[SkipRefusedError], ...] = (
+    FileSystemCorruptError,
+    FileSystemUnsupportedError,
+    VolumeNotCleanError,
+)
+
+
+def unused_in(volume: Volume, partition: Partition) -> list[Extent]:
+    """What the NTFS volume in a partition does not use.
+
+    Args:
+        volume: The disk; it is read from this thread only.
+        partition: Where on it.
+
+    Returns:
+        Extents in bytes from the beginning of the disk: ascending, not touching, all within the partition.
+
+    Raises:
+        SkipRefusedError: It cannot be told for certain.
+        ComponentMissingError: The library is not installed.
+        VolumeError: The disk cannot be read.
+    """
+    if find_spec("pytsk3") is None:
+        raise ComponentMissingError("pytsk3", "'thrave[ntfs]'", installer="pip install")
+    with _process(partition.length) as process:
+        return list(_served(process, volume, partition))
+
+
+@contextmanager
+def _process(length: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The surveyor, which does not outlive the block nor SECONDS."""
+    argv = [sys.executable, "-P", "-m", __name__, str(length)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        alarm = threading.Timer(SECONDS, process.kill)
+        alarm.start()
+        try:
+            yield process
+        finally:
+            alarm.cancel()
+            process.kill()
+
+
+def _served(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[Extent]:
+    """Answer the surveyor's questions until it has told everything. It is not trusted."""
+    assert process.stdin
+    assert process.stdout
+    told, end = 0, 0
+    while True:
+        kind, first, second = _MESSAGE.unpack(_exactly(process, _MESSAGE.size))
+        if kind == _READ and second <= MOST_READ and first + second <= partition.length:
+            _answer(process, volume, partition.offset + first, second)
+        elif kind == _UNUSED and end <= first < first + second <= partition.length and told < 2 * survey.MOST_HOLES:
+            told, end = told + 1, first + second
+            yield Extent(partition.offset + first, second)
+        elif kind == _REFUSED and first < len(_REFUSALS) and second <= _MOST_WORDS:
+            raise _REFUSALS[first](_exactly(process, second).decode("utf-8", "replace"))
+        elif kind == _END:
+            return
+        else:
+            raise FileSystemCorruptError("reading it led the reader astray")
+
+
+def _answer(process: subprocess.Popen[bytes], volume: Volume, offset: int, length: int) -> None:
+    assert process.stdin
+    buffer = bytearray(length)
+    volume.read_into(offset, memoryview(buffer))
+    try:
+        process.stdin.write(buffer)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return  # it has ended: the next message is not there, and that is told then
+
+
+def _exactly(process: subprocess.Popen[bytes], length: int) -> bytes:
+    assert process.stdout
+    data = process.stdout.read(length)
+    if len(data) == length:
+        return data
+    status = process.wait()
+    how = signal.strsignal(-status) if status < 0 else f"exit status {status}"
+    raise FileSystemCorruptError(f"reading it took too long, too much memory, or broke the reader ({how})")
+
+
+class _Pipe:
+    """The partition, as the surveyor sees it."""
+
+    def __init__(self, size: int, questions: IO[bytes], answers: IO[bytes]) -> None:
+        self.size = size
+        self._questions = questions
+        self._answers = answers
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Ask for a piece; less at the end of the partition."""
+        length = max(0, min(length, self.size - offset, MOST_READ))
+        self.tell(_READ, offset, length)
+        return self._answers.read(length)
+
+    def tell(self, kind: bytes, first: int, second: int, words: bytes = b"") -> None:
+        self._questions.write(_MESSAGE.pack(kind, first, second) + words)
+        self._questions.flush()
+
+
+def main() -> None:
+    """Survey the volume whose size in bytes is the first argument; questions go to stdout, answers come from stdin."""
+    load()
+    _give_up_rights()
+    pipe = _Pipe(int(sys.argv[1]), sys.stdout.buffer, sys.stdin.buffer)
+    try:
+        for extent in survey.unused(pipe):
+            pipe.tell(_UNUSED, *extent)
+        pipe.tell(_END, 0, 0)
+    except _REFUSALS as refusal:
+        words = refusal.reason.encode()[:_MOST_WORDS]
+        pipe.tell(_REFUSED, _REFUSALS.index(type(refusal)), len(words), words)
+
+
+def _give_up_rights() -> None:
+    """No file, no program, no core dump; little memory, little time. What is open stays open: the two pipes."""
+    for what, most in (
+        (resource.RLIMIT_NOFILE, 0),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_CPU, CPU_SECONDS),
+    ):
+        resource.setrlimit(what, (most, most))
+
+
+if __name__ == "__main__":
+    main()
