@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     level: Literal["fast", "small"] = Field(
         "fast", description="Compression: at the disk's speed, or a few percent smaller at a quarter of it."
     )
+    skip: Literal["nothing", "unused"] = Field(
+        "nothing", description="What is left out of a bundle: nothing, or what the volume's NTFS does not use."
+    )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for programs.")
 
     @property

@@ -53,6 +53,7 @@ class Endpoint:
             service=ServiceIdentity.open_or_create(directory.service),
             shutdown_grace=settings.shutdown_grace,
             level=settings.level,
+            skip=settings.skip,
         )
         self._tasks = BundleTasks(
             database,

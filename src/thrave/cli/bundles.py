@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
     from thrave.bundle.zlibs import Level
+    from thrave.volumes.opening import Skip
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _IMAGE = click.Path(exists=True, path_type=Path)
@@ -56,6 +57,13 @@ _side_key_option = click.option(
 @click.option(
     "--level", type=click.Choice(["fast", "small"]), default="fast", show_default=True, help="Of compression."
 )
+@click.option(
+    "--skip",
+    type=click.Choice(["nothing", "unused"]),
+    default="nothing",
+    show_default=True,
+    help="Leave out what NTFS does not use: free clusters, page and hibernation files.",
+)
 @output_option
 def bundle(
     *,
@@ -70,6 +78,7 @@ def bundle(
     architecture: str,
     image_format: str,
     level: Level,
+    skip: Skip,
     output: str,
 ) -> None:
     """Seal the disk image IMAGE into a bundle, without any server.
@@ -98,7 +107,7 @@ def bundle(
     checked_account_id(account)
     checked_architecture(architecture)
     checked_prefix(prefix)
-    with open_volume(image, image_format) as volume, new_bundle(folder, prefix) as files:
+    with open_volume(image, image_format, skip=skip) as volume, new_bundle(folder, prefix) as files:
         sealing = Sealing(volume, prefix, level=level)
         with progress_bar("sealing", sealing.data_size) as bar:
             files.write_parts(sealing, bar)

@@ -29,7 +29,7 @@ from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
-from thrave.volumes.opening import open_volume
+from thrave.volumes.opening import Skip, open_volume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class Host:
     """Seconds that a guest has to power off."""
     level: Level
     """How hard bundles are compressed."""
+    skip: Skip
+    """What of a root volume's data is left out."""
 
 
 class Documents(TypedDict):
@@ -99,7 +101,7 @@ class Bundling:
         with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
             self._store.remove()  # what a crash cut off: the key that it was sealed with died with it
             root = instance.root_volume
-            with open_volume(root.path, root.format) as volume:
+            with open_volume(root.path, root.format, skip=self._host.skip) as volume:
                 sealing = Sealing(volume, self._store.name, level=self._host.level)
                 watch.over(sealing)
                 with closing(sealing.parts()) as parts:
