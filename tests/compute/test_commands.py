@@ -176,10 +176,42 @@ def test_what_is_terminated_is_neither_stopped_nor_started(instances, added, sta
             ask(instance_id)
 
 
+@pytest.mark.parametrize("with_state_command", [False, True])
+def test_a_machine_that_takes_its_time_is_shutting_down_before_it_is_terminated(
+    instances, added, machine, tmp_path, with_state_command
+):
+    gate = tmp_path / "gate"
+    code = (
+        "import os, subprocess, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+        "subprocess.run(sys.argv[2:], check=True)"
+    )
+    commands = {**machine.commands, "stop_command": python(code, gate, *machine.commands["stop_command"])}
+    if not with_state_command:
+        del commands["state_command"]
+    instance_id = added(**commands)
+    instances.terminate(instance_id)
+    instances.terminate(instance_id)
+    assert instances.state(instance_id) is InstanceState.SHUTTING_DOWN
+    with pytest.raises(IncorrectInstanceState, match="is shutting-down"):
+        instances.start(instance_id)
+    gate.touch()
+    assert wait_for(lambda: instances.state(instance_id) is InstanceState.TERMINATED)
+    machine.state.unlink()
+    assert instances.state(instance_id) is InstanceState.TERMINATED
+
+
+def test_a_stop_command_that_fails_has_terminated_nothing(instances, added):
+    instance_id = added(stop_command=FAILING)
+    with pytest.raises(InstanceCommandFailed, match="domain is not running"):
+        instances.terminate(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
 def test_a_state_command_alone_can_neither_stop_nor_start(instances, added):
     runs, stands = added(state_command=("echo", "running")), added(state_command=("echo", "stopped"))
-    with pytest.raises(IncorrectInstanceState, match="has no stopCommand"):
-        instances.request_stop(runs)
+    for ask in (instances.request_stop, instances.terminate):
+        with pytest.raises(IncorrectInstanceState, match="has no stopCommand"):
+            ask(runs)
     with pytest.raises(IncorrectInstanceState, match="has no startCommand"):
         instances.start(stands)
     instances.start(runs)

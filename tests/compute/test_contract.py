@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from thrave.compute.directory import DirectoryInstances
-from thrave.compute.errors import InstanceHeld, InstanceNotFound
+from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, InstanceNotFound
 from thrave.compute.instance import InstanceState
 
 NO_IDS = [
@@ -73,6 +73,24 @@ def test_the_launch_time_is_that_of_the_last_start(instances, instance_id):
     assert before <= instances.get(instance_id).launch_time <= datetime.now(UTC)
 
 
+def test_what_is_terminated_stays_so(instances, instance_id, disk):
+    for _ in range(2):
+        instances.terminate(instance_id)
+        assert instances.state(instance_id) is InstanceState.TERMINATED
+    for ask in (instances.request_stop, instances.start):
+        with pytest.raises(IncorrectInstanceState, match="is terminated"):
+            ask(instance_id)
+    assert [found.state for found in instances.list()] == [InstanceState.TERMINATED]
+    assert disk.exists()
+
+
+def test_a_stopped_or_held_instance_can_be_terminated(instances, instance_id):
+    instances.request_stop(instance_id)
+    with instances.hold(instance_id):
+        instances.terminate(instance_id)
+        assert instances.state(instance_id) is InstanceState.TERMINATED
+
+
 def test_a_held_instance_is_not_started(instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold(instance_id), pytest.raises(InstanceHeld):
@@ -116,7 +134,14 @@ def test_a_hold_ends_when_its_process_is_killed(instances, instance_id, root):
 
 @pytest.mark.parametrize("nobody", NO_IDS)
 def test_what_is_no_instances_id_is_not_found(instances, instance_id, nobody):
-    for ask in (instances.get, instances.state, instances.request_stop, instances.start, instances.remove):
+    for ask in (
+        instances.get,
+        instances.state,
+        instances.request_stop,
+        instances.start,
+        instances.terminate,
+        instances.remove,
+    ):
         with pytest.raises(InstanceNotFound):
             ask(nobody)
     with pytest.raises(InstanceNotFound), instances.hold(nobody):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import string
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from thrave.compute.instance import Instance, VolumeFile
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
-_LOOK_AGAIN = 0.2  # seconds
 
 
 class _ArgumentVector(click.ParamType[tuple[str, ...]]):
@@ -192,21 +189,12 @@ def stop(instance_id: str, timeout: float, data: Path, output: str) -> None:
     Example:
       thrave instance stop i-0123456789abcdef0
     """  # noqa: D301 (click's own mark for text that keeps its lines)
+    from thrave.compute.power import power_off
+
     instances = _instances(data)
-    _stop(instances, instance_id, timeout)
+    if power_off(instances, instance_id, grace=timeout) != "stopped":
+        raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
     _show(instances.get(instance_id), output)
-
-
-def _stop(instances: DirectoryInstances, instance_id: str, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    ask = 0.0
-    while instances.state(instance_id) != "stopped":
-        if time.monotonic() > deadline:
-            raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
-        if time.monotonic() > ask:
-            instances.request_stop(instance_id)
-            ask = time.monotonic() + _ASK_AGAIN
-        time.sleep(_LOOK_AGAIN)
 
 
 def _instances(data: Path) -> DirectoryInstances:

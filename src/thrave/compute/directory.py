@@ -18,12 +18,11 @@ from thrave.compute.commands import Command, asked_state
 from thrave.compute.descriptions import Description, check_volumes
 from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed, InstanceError, InstanceHeld
 from thrave.compute.folder import DescriptionFolder
-from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.stopping import PATIENCE, StopCommands
 
 _STATE_SECONDS = 10.0  # for a stateCommand
 _LOOK_AGAIN = 0.2  # seconds
-_GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
 
 log = logging.getLogger(__name__)
 
@@ -90,22 +89,27 @@ class DirectoryInstances:
         _refuse_if_gone(description)
         if description.state is InstanceState.STOPPED:
             return
-        if description.stop_command:
-            self._folder.change(instance_id, InstanceState.STOPPING)
-            with self._running_if_it_fails(instance_id):
-                self._stops.ask(description)
-            self._settle(instance_id, PATIENCE)
-        elif description.state_command:
-            raise IncorrectInstanceState(instance_id, f"{instance_id} has no stopCommand: stop it on its hypervisor")
+        if description.stop_command or description.state_command:
+            self._run_stop(description, InstanceState.STOPPING)
         else:
             self._folder.change(instance_id, InstanceState.STOPPED)
+
+    def terminate(self, instance_id: str) -> None:
+        """Run its stopCommand in the background, unless it is off; its file says what is to become of it."""
+        description = self._look(instance_id)
+        if description.state is InstanceState.TERMINATED:
+            return
+        if description.state is InstanceState.STOPPED or not (description.stop_command or description.state_command):
+            self._folder.change(instance_id, InstanceState.TERMINATED)
+        else:
+            self._run_stop(description, InstanceState.SHUTTING_DOWN)
 
     def start(self, instance_id: str) -> None:
         """Run its startCommand to its end, or note in its file that it runs."""
         with self.hold(instance_id):
+            _refuse_if_gone(self._look(instance_id))
             self._stops.abandon(instance_id)
             description = self._look_when_stopped(instance_id)
-            _refuse_if_gone(description)
             if description.state is not InstanceState.RUNNING:
                 self._run_start(description)
                 self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
@@ -125,9 +129,19 @@ class DirectoryInstances:
         """The instance with the state it has now."""
         self._settle(instance_id)
         description = self._folder.read(instance_id)
-        if not description.state_command:
+        if not description.state_command or description.state is InstanceState.TERMINATED:
             return description
-        return replace(description, state=asked_state(instance_id, description.state_command, seconds=_STATE_SECONDS))
+        state = asked_state(instance_id, description.state_command, seconds=_STATE_SECONDS)
+        return replace(description, state=self._on_its_way(description, state))
+
+    def _on_its_way(self, description: Description, state: InstanceState) -> InstanceState:
+        """The state its stateCommand has printed, as it is called on the way to being terminated."""
+        if description.state is not InstanceState.SHUTTING_DOWN:
+            return state
+        if state is not InstanceState.STOPPED:
+            return InstanceState.SHUTTING_DOWN
+        self._folder.change(description.instance_id, InstanceState.TERMINATED)
+        return InstanceState.TERMINATED
 
     def _look_when_stopped(self, instance_id: str) -> Description:
         """The same, after waiting for a machine that is just going down: it cannot be started before."""
@@ -142,8 +156,19 @@ class DirectoryInstances:
         """Note what has become of its stopCommand, if one was running."""
         with self._running_if_it_fails(instance_id):
             ended = self._stops.has_ended(instance_id, patience)
-        if ended and not self._folder.read(instance_id).state_command:
-            self._folder.change(instance_id, InstanceState.STOPPED)
+        description = self._folder.read(instance_id) if ended else None
+        if description and not description.state_command:
+            gone = description.state is InstanceState.SHUTTING_DOWN
+            self._folder.change(instance_id, InstanceState.TERMINATED if gone else InstanceState.STOPPED)
+
+    def _run_stop(self, description: Description, meanwhile: InstanceState) -> None:
+        instance_id = description.instance_id
+        if not description.stop_command:
+            raise IncorrectInstanceState(instance_id, f"{instance_id} has no stopCommand: stop it on its hypervisor")
+        self._folder.change(instance_id, meanwhile)
+        with self._running_if_it_fails(instance_id):
+            self._stops.ask(description)
+        self._settle(instance_id, PATIENCE)
 
     @contextmanager
     def _running_if_it_fails(self, instance_id: str) -> Iterator[None]:
@@ -171,7 +196,7 @@ class DirectoryInstances:
 
 
 def _refuse_if_gone(description: Description) -> None:
-    if description.state in _GONE:
+    if description.state in GONE:
         raise IncorrectInstanceState(
             description.instance_id, f"{description.instance_id} is {description.state} and cannot be used any more"
         )

@@ -45,6 +45,9 @@ _STATE_CODES = {
     InstanceState.STOPPED: 80,
 }
 
+GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
+"""The states from which no instance comes back."""
+
 
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():

@@ -54,6 +54,18 @@ class Instances(Protocol):
             InstanceCommandFailed: The hypervisor refuses.
         """
 
+    def terminate(self, instance_id: str) -> None:
+        """Ask the guest to power off for good, and return at once: it is `shutting-down`, then `terminated`.
+
+        Nothing leads out of `terminated`, and terminating again changes nothing. It never cuts the power, may be said
+        again as `request_stop`, leaves every volume as it is, and does not wait for whoever holds the instance: they
+        find it gone when they look.
+
+        Raises:
+            IncorrectInstanceState: There is no way to stop it.
+            InstanceCommandFailed: The hypervisor refuses; nothing has changed.
+        """
+
     def hold(self, instance_id: str) -> AbstractContextManager[None]:
         """Keep it from being started through us, while its root volume is read.
 

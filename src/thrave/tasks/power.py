@@ -5,21 +5,17 @@ started while its volume is read, and its volume never read unless it is off. It
 not power off by itself within the grace period makes the task fail and stays up.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from thrave.compute.errors import InstanceError, InstanceNotFound
-from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Instances
+from thrave.compute.power import power_off
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
-
-ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
-LOOK_AGAIN = 0.2  # seconds
-GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
 
 
 class PowerSwitch:
@@ -39,41 +35,44 @@ class PowerSwitch:
 
     def off(self, watch: Watch) -> None:
         """Ask the guest to power off, again and again, until it has. Raises TaskFailure if it does not in time."""
-        given_up = time.monotonic() + self._grace
-        ask = 0.0
-        while not self._is_off():
-            if time.monotonic() > given_up:
-                raise TaskFailure(
-                    "Server.InstanceNotStopped", f"The guest did not power off within {self._grace:.0f} seconds."
-                )
-            if time.monotonic() > ask:
-                self._instances.request_stop(self._task.instance_id)
-                ask = time.monotonic() + ASK_AGAIN
-            watch.pause(LOOK_AGAIN)
+        state = power_off(self._instances, self._task.instance_id, grace=self._grace, pause=watch.pause)
+        if not _is_off(state):
+            raise TaskFailure(
+                "Server.InstanceNotStopped", f"The guest did not power off within {self._grace:.0f} seconds."
+            )
 
     @contextmanager
     def held_off(self, watch: Watch) -> Iterator[Instance]:
-        """The instance, off and kept from being started; switched off again if a crash gave it time to be started."""
+        """The instance, off and kept from being started; switched off again if a crash gave it time to be started.
+
+        Raises TaskFailure if it is found running or terminated, before the block or after it: what was read of a volume
+        that somebody else wrote to is worth nothing.
+        """
         self.off(watch)
         with self._instances.hold(self._task.instance_id):
-            if not self._is_off():
-                raise TaskFailure("Server.VolumeError", "The instance was started while its volume was to be read.")
+            self._check_off()
             yield self._instances.get(self._task.instance_id)
+            self._check_off()
 
     def restore(self) -> None:
-        """Start the instance if it ran when the task began. Raises TaskFailure if it does not start."""
+        """Start the instance if it ran when the task began and is not gone. Raises TaskFailure if it does not start."""
         task = self._records.get(self._task.bundle_id)
         if task is None or not task.was_running:
             return
         try:
-            self._instances.start(self._task.instance_id)
+            if self._instances.state(self._task.instance_id) not in GONE:
+                self._instances.start(self._task.instance_id)
         except InstanceNotFound:
-            return  # terminated meanwhile: there is nothing to start
+            return  # its description was removed meanwhile: there is nothing to start
         except InstanceError as error:
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
 
-    def _is_off(self) -> bool:
-        state = self._instances.state(self._task.instance_id)
-        if state in GONE:
-            raise TaskFailure("Client.InstanceTerminated", "The instance was terminated while it was being bundled.")
-        return state is InstanceState.STOPPED
+    def _check_off(self) -> None:
+        if not _is_off(self._instances.state(self._task.instance_id)):
+            raise TaskFailure("Server.VolumeError", "The instance was started while its volume was to be read.")
+
+
+def _is_off(state: InstanceState) -> bool:
+    if state in GONE:
+        raise TaskFailure("Client.InstanceTerminated", "The instance was terminated while it was being bundled.")
+    return state is InstanceState.STOPPED
