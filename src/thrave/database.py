@@ -38,10 +38,30 @@ account = sa.Table(
     sa.Column("create_date", UtcDateTime, nullable=False),
 )  # fmt: skip
 
+iam_user = sa.Table(
+    "iam_user", metadata,
+    sa.Column("user_id", sa.String(32), primary_key=True),
+    sa.Column("account_id", sa.ForeignKey("account.account_id"), nullable=False),
+    sa.Column("user_name", sa.String(64), nullable=False),
+    sa.Column("policy_version", sa.Integer, nullable=False),  # counts every change of the user's policies
+    sa.Column("create_date", UtcDateTime, nullable=False),
+)  # fmt: skip
+
+# One account's user names are told apart without case, as IAM's.
+sa.Index("iam_user_by_name", iam_user.c.account_id, sa.func.lower(iam_user.c.user_name), unique=True)
+
+user_policy = sa.Table(
+    "user_policy", metadata,
+    sa.Column("user_id", sa.ForeignKey("iam_user.user_id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("policy_name", sa.String(128), primary_key=True),
+    sa.Column("document", sa.Text, nullable=False),  # JSON, as it was given
+)  # fmt: skip
+
 access_key = sa.Table(
     "access_key", metadata,
     sa.Column("access_key_id", sa.String(32), primary_key=True),
     sa.Column("account_id", sa.ForeignKey("account.account_id"), nullable=False, index=True),
+    sa.Column("user_id", sa.ForeignKey("iam_user.user_id", ondelete="CASCADE"), index=True),  # null: the account's own
     sa.Column("sealed_secret", sa.LargeBinary, nullable=False),
     sa.Column("status", sa.String(8), nullable=False),  # Active | Inactive, as IAM's
     sa.Column("create_date", UtcDateTime, nullable=False),
@@ -62,6 +82,8 @@ bundle_task = sa.Table(
     sa.Column("prefix", sa.String(1024), nullable=False),
     sa.Column("access_key_id", sa.String(32), nullable=False),
     sa.Column("sealed_grant", sa.LargeBinary),  # upload policy and signature; erased when the task ends
+    sa.Column("sealed_secrets", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
+    sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
     sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
     sa.Column("error_code", sa.String(64)),
     sa.Column("error_message", sa.Text),
@@ -80,6 +102,7 @@ bundle_part = sa.Table(
     sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), primary_key=True),
     sa.Column("key", sa.String(1024), primary_key=True),  # written down before it is sent, so clean-up misses none
     sa.Column("size", sa.BigInteger),  # bytes; null while it is in flight
+    sa.Column("part", sa.JSON(none_as_null=True)),  # what the manifest says of it; null if it is no part
 )  # fmt: skip
 
 

@@ -44,6 +44,13 @@ def wait(ec2, bundle_id, *states, seconds=60):
     raise AssertionError(f"never {states}, only {seen}")
 
 
+def wait_for(condition, seconds=60):
+    given_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < given_up
+        time.sleep(0.005)
+
+
 def bucket_files(server, bucket="alices-bucket"):
     folder = server.data.buckets / bucket
     return sorted(path.name for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
@@ -156,6 +163,38 @@ def test_a_task_goes_on_after_a_kill(tmp_path, state):
         assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
         assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
         assert not [name for name in bucket_files(server) if not name.startswith("winami.")]
+
+
+def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
+    root = make_disk(tmp_path / "root.raw", 400 * MIB)
+    with ThraveServer.running(tmp_path / "thrave") as server:
+        account, key = server.account("alice")
+        _, bundle_id = bundled(server, key, server.instance(account.account_id, root).instance_id)
+        folder = server.data.buckets / "alices-bucket"
+        wait_for(lambda: len(list(folder.glob("winami.part.*"))) > 5)
+        server.stop(signal.SIGKILL)
+        before = {path.name: path.stat().st_ino for path in folder.glob("winami.part.*")}
+        server.start()
+        wait(server.client(key), bundle_id, "complete")
+        after = {path.name: path.stat().st_ino for path in folder.glob("winami.part.*")}
+        sent_again = [name for name in before if before[name] != after[name]]
+        assert len(sent_again) <= 1  # the part in flight
+        assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
+
+
+def test_a_disk_that_changed_while_the_service_was_dead_is_sealed_anew(tmp_path):
+    root = make_disk(tmp_path / "root.raw", 400 * MIB)
+    with ThraveServer.running(tmp_path / "thrave") as server:
+        account, key = server.account("alice")
+        _, bundle_id = bundled(server, key, server.instance(account.account_id, root).instance_id)
+        folder = server.data.buckets / "alices-bucket"
+        wait_for(lambda: len(list(folder.glob("winami.part.*"))) > 3)
+        server.stop(signal.SIGKILL)
+        with root.open("r+b") as disk:
+            disk.write(b"somebody was here")
+        server.start()
+        wait(server.client(key), bundle_id, "complete")
+        assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
 
 
 def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):

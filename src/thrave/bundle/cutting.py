@@ -24,14 +24,20 @@ class PartCutter:
         prefix: stem of the parts' names.
         width: digits of their numbers.
         part_size: bytes of each part but the last, a multiple of 16.
+        first: number of the first part; the IV is then the last block of the one before.
     """
 
-    def __init__(self, secrets: BundleSecrets, prefix: str, width: int, part_size: int) -> None:
+    def __init__(self, secrets: BundleSecrets, prefix: str, width: int, part_size: int, first: int = 0) -> None:
         self._encryptor = Cipher(algorithms.AES(secrets.key), modes.CBC(secrets.iv)).encryptor()
         self._prefix, self._width, self._part_size = prefix, width, part_size
-        self._index = 0
-        self._taken = 0
+        self._index = first
+        self._taken = first * part_size
         self._begin_part()
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the stream that were added, those in the parts before the first one included."""
+        return self._taken
 
     def add(self, data: bytes | memoryview) -> Iterator[Part]:
         """Encipher more of the stream; yield each part that it fills."""

@@ -5,6 +5,7 @@ and where; none of them ever carries a key, an IV or deciphered data. The tree::
 
     BundleError
     ├── ImageError              the volume cannot be bundled
+    ├── ResumeError             a sealing that was cut off cannot go on: begin again, with another key
     ├── NamingError             a prefix or a file name that must not be used
     ├── OutputError             the image cannot be written where it was asked for
     ├── PartMissingError        a part is not where the bundle lies
@@ -24,6 +25,10 @@ class BundleError(Exception):
 
 class ImageError(BundleError):
     """The volume is empty, or its extents contradict its size."""
+
+
+class ResumeError(BundleError):
+    """What is sealed, or how, is not what it was before the sealing was cut off."""
 
 
 class NamingError(BundleError):

@@ -5,6 +5,7 @@ Data only. A part's bytes are ciphertext; the one secret here, the bundle's key,
 
 from dataclasses import dataclass, field
 
+from thrave.bundle.checkpoint import Checkpoint
 from thrave.bundle.secrets import BundleSecrets
 
 
@@ -33,9 +34,11 @@ class Part(SealedPart):
 
     Attributes:
         data: the ciphertext; the consumer's own, nothing reuses its memory.
+        checkpoint: from where to go on once this part is stored; None where an earlier one has to serve.
     """
 
     data: memoryview = field(repr=False)
+    checkpoint: Checkpoint | None = field(default=None, repr=False)
 
     @property
     def record(self) -> SealedPart:
@@ -65,3 +68,11 @@ class Sealed:
     def bundled_size(self) -> int:
         """Bytes of all parts together."""
         return sum(part.size for part in self.parts)
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """What remains of a sealing that was cut off: its last checkpoint, and the parts up to there."""
+
+    checkpoint: Checkpoint
+    parts: tuple[SealedPart, ...]

@@ -1,42 +1,27 @@
 """Seals an image: one pass from its extents to encrypted parts in memory.
 
-``Sealing.parts`` joins the stages: a thread reads the image as a tar stream and hashes it, a pool deflates chunks
-of it, a thread enciphers them in order and cuts and hashes the parts. Nothing is written to a disk, and no more
+``Sealing`` joins the stages: a thread reads the image as a tar stream and hashes it, a pool deflates chunks of it, a
+thread enciphers them in order and cuts and hashes the parts. Nothing is written to a disk, and no more
 than a few chunks and parts are in memory, whatever the size of the image.
 """
 
-import hashlib
 import os
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-from thrave.bundle.crew import Channel, Crew
+from thrave.bundle.checkpoint import Checkpoint
+from thrave.bundle.chunks import Chunk, FirstReading, Reading, SecondReading
+from thrave.bundle.crew import Channel, Crew, StoppedError
 from thrave.bundle.cutting import CIPHER_BLOCK, PartCutter
 from thrave.bundle.deflate import CHUNK, GZIP_HEADER, deflated, gzip_trailer, most_gzip
 from thrave.bundle.image import Image, data_extents
 from thrave.bundle.names import PART_SIZE, checked_prefix, part_width
-from thrave.bundle.sealed import Part, Sealed
+from thrave.bundle.sealed import CutOff, Part, Sealed
 from thrave.bundle.secrets import BundleSecrets
 from thrave.bundle.tar import Member
-from thrave.bundle.tarstream import tar_stream
 from thrave.bundle.zlibs import LEVELS, Level
 
 _CHUNKS_PER_WORKER = 4
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A stretch of the tar stream.
-
-    Attributes:
-        data: as read (in a pooled buffer), then deflated.
-        size: bytes of the tar stream that it stands for.
-        crc: CRC-32 of the stream up to and with this chunk.
-    """
-
-    data: memoryview | bytes = field(repr=False)
-    size: int
-    crc: int
 
 
 class Sealing:
@@ -49,6 +34,7 @@ class Sealing:
         level: how hard to compress.
         part_size: bytes of each part but the last, a multiple of 16.
         workers: deflating threads; one a core unless given.
+        cut_off: goes on where a sealing of the same image was cut off; secrets, level and part size must be the same.
 
     Raises:
         NamingError: the prefix may not be used.
@@ -64,6 +50,7 @@ class Sealing:
         level: Level = "fast",
         part_size: int = PART_SIZE,
         workers: int | None = None,
+        cut_off: CutOff | None = None,
     ) -> None:
         if part_size <= 0 or part_size % CIPHER_BLOCK:
             raise ValueError("the part size must be a multiple of 16")
@@ -74,8 +61,8 @@ class Sealing:
         self._part_size = part_size
         self._workers = workers or os.cpu_count() or 1
         self._crew = Crew(self._workers)
-        self._tar_sha1 = hashlib.sha1(usedforsecurity=False)
-        self._done = 0
+        self._cut_off = cut_off
+        self._done = cut_off.checkpoint.chunk.offset if cut_off else 0
         self._sealed: Sealed | None = None
 
     @property
@@ -96,49 +83,73 @@ class Sealing:
         return self._sealed
 
     def parts(self) -> Generator[Part, None, None]:
-        """Yield the parts in order, as fast as they are taken. Can be used once.
+        """Yield the parts in order, as fast as they are taken; only the new ones, if it was cut off. Can be used once.
 
         Closing the generator stops every thread before it returns. What a stage raises (an error of the image's
         ``read_into``, say) is raised here.
+
+        Raises:
+            ResumeError: it was cut off, and the image or the compressor is another one now.
         """
-        records = []
-        ahead = _CHUNKS_PER_WORKER * self._workers
+        records = list(self._cut_off.parts) if self._cut_off else []
         with self._crew as crew:
-            free: Channel[memoryview] = crew.channel(ahead)
-            for _ in range(ahead):
-                free.put(memoryview(bytearray(CHUNK)))
-            packed = crew.map(lambda chunk: self._pack(chunk, free), self._read_and_hash(free), ahead)
-            for part in crew.ahead(self._encipher_and_cut(packed), 1):
+            reading = self._reading()
+            for part in self._stages(crew, reading):
                 records.append(part.record)
                 yield part
-        digest = self._tar_sha1.hexdigest()
+            digest = reading.digest()
         self._sealed = Sealed(self._member.name, self._member.size, digest, self._secrets, tuple(records))
 
     def cancel(self) -> None:
         """Have whoever waits in `parts` get a StoppedError at once, and every thread stop. Any thread may call this."""
         self._crew.stop()
 
-    def _read_and_hash(self, free: Channel[memoryview]) -> Iterator[_Chunk]:
-        crc = 0
-        for buffer, size in tar_stream(self._image, self._member, free.get):
-            self._tar_sha1.update(buffer[:size])
-            crc = self._library.crc32(buffer[:size], crc)
-            yield _Chunk(buffer, size, crc)
+    def _reading(self) -> Reading:
+        if self._cut_off is None:
+            return FirstReading(self._image, self._member, self._library)
+        return SecondReading(self._image, self._member, self._library, self._cut_off.checkpoint, self._crew)
 
-    def _pack(self, chunk: _Chunk, free: Channel[memoryview]) -> _Chunk:
-        buffer = memoryview(chunk.data)
-        packed = deflated(buffer[: chunk.size], self._library)
-        free.put(buffer)
-        return _Chunk(packed, chunk.size, chunk.crc)
+    def _stages(self, crew: Crew, reading: Reading) -> Iterator[Part]:
+        ahead = _CHUNKS_PER_WORKER * self._workers
+        free: Channel[memoryview] = crew.channel(ahead)
+        for _ in range(ahead):
+            free.put(memoryview(bytearray(CHUNK)))
+        packed = crew.map(lambda chunk: self._pack(chunk, free), reading.chunks(free), ahead)
+        try:
+            yield from crew.ahead(self._encipher_and_cut(packed), 1)
+        except StoppedError:
+            reading.check()
+            raise
 
-    def _encipher_and_cut(self, packed: Iterator[_Chunk]) -> Iterator[Part]:
-        width = part_width(most_gzip(self._member.length) + CIPHER_BLOCK, self._part_size)
-        cutter = PartCutter(self._secrets, self._member.name, width, self._part_size)
-        yield from cutter.add(GZIP_HEADER)
+    def _pack(self, chunk: Chunk, free: Channel[memoryview]) -> Chunk:
+        packed = deflated(chunk.data[: chunk.size], self._library)
+        free.put(chunk.data)
+        return replace(chunk, data=memoryview(packed))
+
+    def _encipher_and_cut(self, packed: Iterator[Chunk]) -> Iterator[Part]:
+        cutter = self._cutter()
+        checkpoint = self._cut_off.checkpoint if self._cut_off else None
+        if checkpoint is None:
+            yield from cutter.add(GZIP_HEADER)
         crc = 0
         for chunk in packed:
-            yield from cutter.add(chunk.data)
-            self._done += chunk.size
-            crc = chunk.crc
+            rest = checkpoint.rest_of(chunk.data) if checkpoint else chunk.data
+            yield from self._cut(chunk, rest, cutter)
+            checkpoint, crc = None, chunk.crc
         yield from cutter.add(gzip_trailer(crc, self._done))
         yield from cutter.finish()
+
+    def _cutter(self) -> PartCutter:
+        width = part_width(most_gzip(self._member.length) + CIPHER_BLOCK, self._part_size)
+        secrets, first = self._secrets, 0
+        if self._cut_off is not None:
+            first = self._cut_off.checkpoint.parts
+            secrets = replace(secrets, iv=bytes.fromhex(self._cut_off.checkpoint.last_block))
+        return PartCutter(secrets, self._member.name, width, self._part_size, first)
+
+    def _cut(self, chunk: Chunk, rest: memoryview, cutter: PartCutter) -> Iterator[Part]:
+        begin = cutter.taken - (len(chunk.data) - len(rest))
+        for part in cutter.add(rest):
+            begun = chunk.data[: (part.index + 1) * self._part_size - begin]
+            yield replace(part, checkpoint=Checkpoint.at(part.index + 1, part.data, chunk.begin, begun))
+        self._done += chunk.size

@@ -13,17 +13,21 @@ _Fill = Callable[[int, memoryview], None]
 """Fills a buffer with a run's bytes from an offset within the run on."""
 
 
-def tar_stream(image: Image, member: Member, free: Callable[[], memoryview]) -> Iterator[tuple[memoryview, int]]:
+def tar_stream(
+    image: Image, member: Member, free: Callable[[], memoryview], start: int = 0
+) -> Iterator[tuple[memoryview, int]]:
     """Yield the archive in buffers, each full but the last, with the bytes that it holds.
 
     Args:
         image: what the member's extents are read from.
         member: its headers and map.
         free: gives the next buffer to fill.
+        start: bytes of the archive to leave out at its beginning.
     """
     buffer, filled = free(), 0
     for fill, length in _runs(image, member):
-        done = 0
+        done = min(start, length)
+        start -= done
         while done < length:
             size = min(len(buffer) - filled, length - done)
             fill(done, buffer[filled : filled + size])

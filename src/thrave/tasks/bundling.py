@@ -6,13 +6,15 @@ and buckets meet; they do not know each other. It never answers a caller: that i
 """
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 from thrave.buckets.buckets import Buckets
+from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.names import manifest_filename, side_filename
-from thrave.bundle.sealing import Sealing
+from thrave.bundle.sealed import Sealed
 from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
 from thrave.bundle.zlibs import Level
@@ -25,6 +27,7 @@ from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.power import PowerSwitch
 from thrave.tasks.records import Records
+from thrave.tasks.sealing import VolumeSealer
 from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.task import BundleTask
@@ -65,7 +68,7 @@ class Bundling:
         self._task = task
         self._records = host.records
         self._power = PowerSwitch(host.instances, host.records, task, grace=host.shutdown_grace)
-        self._store = BundleStore(host.buckets, host.records, task)
+        self._journal = host.records.journal(task.bundle_id)
 
     def run(self) -> None:
         """Stop the instance; read, seal and store its root volume; start it again; store the manifest."""
@@ -82,7 +85,7 @@ class Bundling:
         """Start the instance, take away what was stored, and end the task with the reason."""
         for name, put_back in (
             ("start the instance after a failure", self._power.restore),
-            ("remove what was stored", self._store.remove),
+            ("remove what was stored", self.remove),
         ):
             try:
                 step(name, put_back)
@@ -99,15 +102,10 @@ class Bundling:
     def seal(self) -> Documents:
         """Send the root volume, sealed, part by part to the bucket; nothing of it is written anywhere else."""
         with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
-            self._store.remove()  # what a crash cut off: the key that it was sealed with died with it
             root = instance.root_volume
             with open_volume(root.path, root.format, skip=self._host.skip) as volume:
-                sealing = Sealing(volume, self._store.name, level=self._host.level)
-                watch.over(sealing)
-                with closing(sealing.parts()) as parts:
-                    for part in parts:
-                        self._store.put(part.filename, part.data)
-            return self._documents(instance, sealing)
+                sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
+            return self._documents(instance, sealed)
 
     def store(self, documents: Documents) -> None:
         """Check that the bucket has every part; then the side file; the manifest last: its presence means complete."""
@@ -116,10 +114,19 @@ class Bundling:
             self._store.put(side_filename(self._store.name), documents["side_file"].encode())
             self._store.put(manifest_filename(self._store.name), documents["manifest"].encode())
 
+    def remove(self) -> None:
+        """Take away what the task has stored."""
+        self._store.remove()
+
     def complete(self) -> None:
         """End the task well, unless it was cancelled at the last moment."""
         if not self._records.complete(self._task.bundle_id):
             raise Cancelled
+
+    @cached_property
+    def _store(self) -> BundleStore:
+        policy = UploadPolicy.trusted(*self._records.grant(self._task.bundle_id), self._task.access_key_id)
+        return BundleStore(self._host.buckets, self._journal, self._task, policy)
 
     @contextmanager
     def _state(self, state: BundleTaskState) -> Iterator[Watch]:
@@ -129,21 +136,19 @@ class Bundling:
         with Watch(self._records, self._task.bundle_id) as watch:
             yield watch
 
-    def _documents(self, instance: Instance, sealing: Sealing) -> Documents:
+    def _documents(self, instance: Instance, sealed: Sealed) -> Documents:
         """The manifest, signed by the service and readable by the account (if it has a certificate) and the service."""
         service = self._host.service
         pem = self._host.accounts.get(self._task.account_id).certificate
         manifest = write_manifest(
-            sealing.sealed,
+            sealed,
             account_id=self._task.account_id,
             architecture=instance.architecture,
             user_certificate=load_certificate(pem) if pem else None,
             service_certificate=service.certificate,
             signing_key=service.private_key,
         )
-        side_file = write_side_file(
-            sealing.sealed, manifest, side_key=service.side_key, signing_key=service.private_key
-        )
+        side_file = write_side_file(sealed, manifest, side_key=service.side_key, signing_key=service.private_key)
         return {"manifest": manifest.decode(), "side_file": side_file.decode()}
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import structlog
 
 from thrave.buckets.errors import BucketError
+from thrave.bundle.errors import ImageError
 from thrave.compute.errors import InstanceError, InstanceNotFound
 from thrave.volumes.errors import VolumeError
 
@@ -88,6 +89,7 @@ FORESEEN: tuple[tuple[type[Exception], str], ...] = (
     (InstanceNotFound, "Client.InstanceTerminated"),
     (InstanceError, "Server.InstanceError"),
     (VolumeError, "Server.VolumeError"),
+    (ImageError, "Server.VolumeError"),
     (BucketError, "Client.S3Error"),
 )
 

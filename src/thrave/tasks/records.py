@@ -1,4 +1,4 @@
-"""The records of bundle tasks: every read and write of `bundle_task` and `bundle_part`.
+"""The records of bundle tasks, as they are asked for, change their state and end.
 
 A state is only ever changed by `move`, which applies the table in `states.py` in one statement, so that two writers
 (the task's own host, and a caller who cancels) can never both win. Nothing here decides what happens next.
@@ -9,13 +9,17 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from thrave.database import bundle_part, bundle_task, utc_now
+from thrave.database import bundle_task, utc_now
 from thrave.tasks.failures import TaskFailure
+from thrave.tasks.journal import Journal
 from thrave.tasks.states import CANCELLABLE, FINISHED, WITH_PROGRESS, BundleTaskState, before
 from thrave.tasks.task import BundleRequest, BundleTask
 from thrave.vault import Vault
 
-_SHOWN = [column for column in bundle_task.c if column.name != "sealed_grant"]
+# What a task needs while it is worked on, and nobody is shown; erased at its end.
+_KEPT = ("sealed_grant", "sealed_secrets", "checkpoint")
+_ERASED = dict.fromkeys(_KEPT)
+_SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
 
 
 class Grant(NamedTuple):
@@ -23,14 +27,6 @@ class Grant(NamedTuple):
 
     upload_policy: str
     upload_policy_signature: str
-
-
-class StoredObject(NamedTuple):
-    """An object of the bundle that is in the bucket, or was on its way there when it was written down."""
-
-    key: str
-    size: int | None
-    """Bytes; None while it is in flight."""
 
 
 class Records:
@@ -83,12 +79,12 @@ class Records:
     def complete(self, bundle_id: str) -> bool:
         """Finish a task as `complete`, erasing what it had to keep secret; say whether it is complete now."""
         complete = BundleTaskState.COMPLETE
-        change = {"state": complete, "progress": 100, "sealed_grant": None}
-        return self._move(bundle_id, before(complete), **change) or self._is(bundle_id, complete)
+        done = self._move(bundle_id, before(complete), state=complete, progress=100, **_ERASED)
+        return done or self._is(bundle_id, complete)
 
     def fail(self, bundle_id: str, failure: TaskFailure, *, only_from: BundleTaskState | None = None) -> bool:
         """Finish a task as `failed` with the reason, erasing what it had to keep secret; say whether this ended it."""
-        reason = {"error_code": failure.code, "error_message": failure.message, "sealed_grant": None}
+        reason = {"error_code": failure.code, "error_message": failure.message, **_ERASED}
         sources = frozenset({only_from}) if only_from else before(BundleTaskState.FAILED)
         return self._move(bundle_id, sources, state=BundleTaskState.FAILED, **reason)
 
@@ -108,27 +104,9 @@ class Records:
             sealed = connection.execute(query).scalar_one()
         return Grant(*json.loads(self._vault.unseal(sealed, context=bundle_id)))
 
-    def sending(self, bundle_id: str, key: str) -> None:
-        """Write down that an object is about to be sent, so that clean-up finds it even if we die meanwhile."""
-        with self._engine.begin() as connection:
-            connection.execute(bundle_part.delete().where(*_part(bundle_id, key)))
-            connection.execute(bundle_part.insert(), {"bundle_id": bundle_id, "key": key})
-
-    def stored(self, bundle_id: str, key: str, size: int) -> None:
-        """Write down that the bucket has taken an object of `size` bytes."""
-        with self._engine.begin() as connection:
-            connection.execute(bundle_part.update().where(*_part(bundle_id, key)).values(size=size))
-
-    def objects(self, bundle_id: str) -> list[StoredObject]:
-        """Every object that the task has stored or begun to send, in the order of their keys."""
-        query = sa.select(bundle_part.c.key, bundle_part.c.size).where(bundle_part.c.bundle_id == bundle_id)
-        with self._engine.connect() as connection:
-            return [StoredObject(*row) for row in connection.execute(query.order_by(bundle_part.c.key))]
-
-    def forget_objects(self, bundle_id: str) -> None:
-        """Strike the task's objects out, when none of them is in the bucket any more."""
-        with self._engine.begin() as connection:
-            connection.execute(bundle_part.delete().where(bundle_part.c.bundle_id == bundle_id))
+    def journal(self, bundle_id: str) -> Journal:
+        """The journal of a task: what it has stored, and where its sealing goes on."""
+        return Journal(self._engine, self._vault, bundle_id)
 
     def _is(self, bundle_id: str, state: BundleTaskState) -> bool:
         task = self.get(bundle_id)
@@ -141,10 +119,6 @@ class Records:
         statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition)
         with self._engine.begin() as connection:
             return connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1
-
-
-def _part(bundle_id: str, key: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
-    return bundle_part.c.bundle_id == bundle_id, bundle_part.c.key == key
 
 
 def _task(row: sa.Row[tuple[object, ...]]) -> BundleTask:

@@ -33,6 +33,8 @@ def upgrade() -> None:
     sa.Column('prefix', sa.String(length=1024), nullable=False),
     sa.Column('access_key_id', sa.String(length=32), nullable=False),
     sa.Column('sealed_grant', sa.LargeBinary(), nullable=True),
+    sa.Column('sealed_secrets', sa.LargeBinary(), nullable=True),
+    sa.Column('checkpoint', sa.JSON(), nullable=True),
     sa.Column('was_running', sa.Boolean(), nullable=True),
     sa.Column('error_code', sa.String(length=64), nullable=True),
     sa.Column('error_message', sa.Text(), nullable=True),
@@ -58,6 +60,7 @@ def upgrade() -> None:
     sa.Column('bundle_id', sa.String(length=32), nullable=False),
     sa.Column('key', sa.String(length=1024), nullable=False),
     sa.Column('size', sa.BigInteger(), nullable=True),
+    sa.Column('part', sa.JSON(), nullable=True),
     sa.ForeignKeyConstraint(['bundle_id'], ['bundle_task.bundle_id'], ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('bundle_id', 'key')
     )

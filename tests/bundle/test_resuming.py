@@ -1,0 +1,145 @@
+"""A sealing that was cut off at any part goes on to the same bytes, or refuses to."""
+
+import json
+import random
+import threading
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thrave.bundle.checkpoint import Checkpoint
+from thrave.bundle.deflate import CHUNK
+from thrave.bundle.errors import ResumeError
+from thrave.bundle.sealed import CutOff
+from thrave.bundle.sealing import Sealing
+from thrave.bundle.secrets import BundleSecrets
+
+SECRETS = BundleSecrets(b"k" * 16, b"i" * 16)
+
+
+class MemoryImage:
+    def __init__(self, content, extents=None):
+        self.content, self.size = content, len(content)
+        self._extents = extents or [(0, len(content))]
+
+    def extents(self):
+        return self._extents
+
+    def read_into(self, offset, buffer):
+        buffer[:] = self.content[offset : offset + len(buffer)]
+
+
+def mixed(size, seed=1):
+    source = random.Random(seed)
+    runs = (source.randbytes(40000) if source.random() < 0.5 else b"text " * 8000 for _ in range(size // 40000 + 1))
+    return b"".join(runs)[:size]
+
+
+IMAGE = mixed(5 * CHUNK + 4567)
+
+
+def sealing(content=IMAGE, part_size=64 * 1024, **options):
+    return Sealing(MemoryImage(content), "image", secrets=SECRETS, part_size=part_size, **options)
+
+
+def cut_off_after(parts, count):
+    checkpoint = next(part.checkpoint for part in reversed(parts[:count]) if part.checkpoint)
+    kept = Checkpoint.from_json(json.loads(json.dumps(checkpoint.to_json())))
+    return CutOff(kept, tuple(part.record for part in parts[: kept.parts]))
+
+
+@given(count=st.integers(1, 10_000), part_size=st.sampled_from([4096, 65536, CHUNK, 3 * CHUNK // 16 * 16]))
+@settings(max_examples=25, deadline=None)
+def test_the_rest_is_the_rest_of_an_undisturbed_sealing(count, part_size):
+    undisturbed = sealing(part_size=part_size)
+    parts = list(undisturbed.parts())
+    cut_off = cut_off_after(parts, min(count, len(parts) - 1))
+    resumed = sealing(part_size=part_size, cut_off=cut_off)
+    rest = list(resumed.parts())
+    assert [bytes(part.data) for part in rest] == [bytes(part.data) for part in parts[cut_off.checkpoint.parts :]]
+    assert resumed.sealed == undisturbed.sealed
+
+
+def test_it_can_be_cut_off_again_and_again():
+    undisturbed = sealing()
+    parts = list(undisturbed.parts())
+    done, cut_off = [], None
+    while True:
+        turn = sealing(cut_off=cut_off)
+        stream = turn.parts()
+        taken = [part for part, _ in zip(stream, range(9), strict=False)]
+        stream.close()
+        done += taken
+        if len(done) == len(parts):
+            break
+        cut_off = cut_off_after(done, len(done))
+        done = done[: cut_off.checkpoint.parts]
+    assert [bytes(part.data) for part in done] == [bytes(part.data) for part in parts]
+
+
+def test_a_checkpoint_is_small_and_holds_no_key():
+    for part in sealing().parts():
+        if part.checkpoint:
+            kept = json.dumps(part.checkpoint.to_json())
+            assert len(kept) < 500
+            assert SECRETS.key.hex() not in kept
+
+
+@pytest.mark.parametrize("where", [0, CHUNK // 2, 2 * CHUNK])
+def test_a_disk_that_has_changed_is_refused(where):
+    parts = list(sealing().parts())
+    cut_off = cut_off_after(parts, len(parts) * 3 // 4)
+    assert where < cut_off.checkpoint.chunk.offset
+    changed = bytearray(IMAGE)
+    changed[where] ^= 1
+    with pytest.raises(ResumeError, match="changed"):
+        list(sealing(bytes(changed), cut_off=cut_off).parts())
+
+
+def test_a_change_after_the_first_crash_is_refused_too():
+    """The second time, the SHA-1 reaches only as far as the first; the CRC-32 covers the rest."""
+    parts = list(sealing().parts())
+    second = list(sealing(cut_off=cut_off_after(parts, 8)).parts())
+    checkpoint = [part.checkpoint for part in second if part.checkpoint][-1]
+    assert checkpoint.chunk.proven < checkpoint.chunk.offset
+    changed = bytearray(IMAGE)
+    changed[checkpoint.chunk.proven + CHUNK] ^= 1
+    cut_off = CutOff(checkpoint, tuple(part.record for part in parts[: checkpoint.parts]))
+    with pytest.raises(ResumeError, match="changed"):
+        list(sealing(bytes(changed), cut_off=cut_off).parts())
+
+
+def test_holes_that_have_moved_are_refused():
+    content = bytes(4 * CHUNK)
+    before = Sealing(MemoryImage(content, [(0, 2 * CHUNK)]), "image", secrets=SECRETS, part_size=4096)
+    cut_off = cut_off_after(list(before.parts()), 1)
+    after = Sealing(
+        MemoryImage(content, [(CHUNK, 2 * CHUNK)]), "image", secrets=SECRETS, part_size=4096, cut_off=cut_off
+    )
+    with pytest.raises(ResumeError):
+        list(after.parts())
+
+
+def test_another_level_is_refused_before_anything_is_enciphered():
+    parts = list(sealing().parts())
+    with pytest.raises(ResumeError, match="deflated"):
+        next(sealing(level="small", cut_off=cut_off_after(parts, 8)).parts())
+
+
+def test_a_forged_checkpoint_is_refused():
+    parts = list(sealing().parts())
+    cut_off = cut_off_after(parts, 8)
+    forged = replace(cut_off.checkpoint, skipped="0" * 64)
+    with pytest.raises(ResumeError):
+        list(sealing(cut_off=replace(cut_off, checkpoint=forged)).parts())
+
+
+def test_no_thread_is_left_of_a_sealing_that_could_not_go_on():
+    parts = list(sealing().parts())
+    before = threading.active_count()
+    for _ in range(5):
+        with pytest.raises(ResumeError):
+            list(sealing(b"\1" + IMAGE[1:], cut_off=cut_off_after(parts, len(parts) - 1)).parts())
+    assert threading.active_count() == before
