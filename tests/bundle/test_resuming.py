@@ -112,14 +112,13 @@ def test_a_change_after_the_first_crash_is_refused_too():
 
 
 def test_holes_that_have_moved_are_refused():
-    content = bytes(4 * CHUNK)
-    before = Sealing(MemoryImage(content, [(0, 2 * CHUNK)]), "image", secrets=SECRETS, part_size=4096)
-    cut_off = cut_off_after(list(before.parts()), 1)
-    after = Sealing(
-        MemoryImage(content, [(CHUNK, 2 * CHUNK)]), "image", secrets=SECRETS, part_size=4096, cut_off=cut_off
-    )
+    def with_data_at(offset, **options):
+        image = MemoryImage(IMAGE[: 4 * CHUNK], [(offset, 2 * CHUNK)])
+        return Sealing(image, "image", secrets=SECRETS, part_size=4096, **options)
+
+    parts = list(with_data_at(0).parts())
     with pytest.raises(ResumeError):
-        list(after.parts())
+        list(with_data_at(CHUNK, cut_off=cut_off_after(parts, len(parts) - 2)).parts())
 
 
 def test_another_level_is_refused_before_anything_is_enciphered():
