@@ -110,6 +110,14 @@ def test_a_count_that_is_not_the_number_of_parts_is_refused(bundle, count):
         read_manifest(bundle.manifest.replace(b"count='1'", f"count='{count}'".encode()))
 
 
+def test_the_signature_is_checked_before_anything_that_it_covers_is_looked_at(bundle):
+    manifest = replaced(bundle, "filename", "../../etc/passwd")
+    with pytest.raises(ManifestError):
+        verify_bundle(manifest, bundle)
+    with pytest.raises(SignatureError):
+        verify_bundle(manifest, bundle, certificate=certificate("user"))
+
+
 def part(index, filename="p", digest="0" * 40):
     return f"<part index='{index}'><filename>{filename}</filename><digest algorithm='SHA1'>{digest}</digest></part>"
 

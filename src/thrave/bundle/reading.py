@@ -26,7 +26,11 @@ def read_manifest(xml: bytes) -> Manifest:
     Raises:
         ManifestError: it is no manifest of a known version, or contradicts itself.
     """
-    fields = read_fields(xml)
+    return manifest_of(read_fields(xml))
+
+
+def manifest_of(fields: Fields) -> Manifest:
+    """Return what a manifest's fields say; see ``read_manifest``."""
     version = _required(fields.text, "version")
     if version not in READABLE_VERSIONS:
         raise ManifestError(f"the manifest is of version {version[:40]!r}; known are {', '.join(READABLE_VERSIONS)}")
@@ -50,8 +54,18 @@ def read_manifest(xml: bytes) -> Manifest:
         user_slot=_slot(fields, "user"),
         ec2_slot=_slot(fields, "ec2"),
         parts=_parts(fields),
-        signature=_signature(text.get("signature", "")),
+        signature=signature_of(fields),
     )
+
+
+def signature_of(fields: Fields) -> bytes:
+    """Return the signature alone, empty if there is none: it is checked before anything else is looked at.
+
+    Raises:
+        ManifestError: it is not hexadecimal.
+    """
+    text = fields.text.get("signature", "")
+    return b"" if text == UNSIGNED else _hex(text, "signature")
 
 
 def _required(text: Mapping[str, str], path: str) -> str:
@@ -83,10 +97,6 @@ def _hex(text: str, what: str) -> bytes:
     if not _HEX.fullmatch(text):
         raise ManifestError(f"the {what} in the manifest is not hexadecimal")
     return bytes.fromhex(text)
-
-
-def _signature(text: str) -> bytes:
-    return b"" if text == UNSIGNED else _hex(text, "signature")
 
 
 def _slot(fields: Fields, owner: str) -> KeySlot:

@@ -15,10 +15,11 @@ from thrave.bundle.crew import Crew
 from thrave.bundle.errors import ManifestError, PartDamagedError, SideFileError
 from thrave.bundle.manifest import Manifest, ManifestPart
 from thrave.bundle.partsource import PartSource
-from thrave.bundle.reading import read_manifest
+from thrave.bundle.reading import manifest_of, signature_of
 from thrave.bundle.report import Check, Subject
 from thrave.bundle.sidefile import Digest, SideFile, read_side_file
 from thrave.bundle.signatures import verify
+from thrave.bundle.xmlreading import read_fields
 
 PARTS_AHEAD = 3
 """Parts that are in memory while the next stage is busy with one."""
@@ -63,8 +64,9 @@ def believe(xml: bytes, side_file: bytes | None, trust: Trust) -> Believed:
         SignatureError: it is not signed with the certificate's key.
         SideFileError: the side file is missing though a side key was given, is damaged, or contradicts the manifest.
     """
-    manifest = read_manifest(xml)
-    signature = _check_signature(xml, manifest, trust.certificate)
+    fields = read_fields(xml)
+    signature = _check_signature(xml, signature_of(fields), trust.certificate)
+    manifest = manifest_of(fields)
     parts = f"{len(manifest.parts)} parts, {manifest.bundled_size} bytes, names and indexes in order"
     structure = Check(Subject.STRUCTURE, checked=True, detail=parts)
     if side_file is None:
@@ -100,11 +102,11 @@ def verified_parts(crew: Crew, believed: Believed, parts: PartSource, reporter: 
         raise ManifestError(f"the parts have {done} bytes together, not {believed.manifest.bundled_size}")
 
 
-def _check_signature(xml: bytes, manifest: Manifest, certificate: Certificate | None) -> Check:
+def _check_signature(xml: bytes, signature: bytes, certificate: Certificate | None) -> Check:
     if certificate is not None:
-        verify(xml, manifest.signature, certificate)
+        verify(xml, signature, certificate)
         return Check(Subject.SIGNATURE, checked=True, detail="made with the certificate's key")
-    reason = "no signer's certificate was given" if manifest.is_signed else "the bundle is not signed"
+    reason = "no signer's certificate was given" if signature else "the bundle is not signed"
     return Check(Subject.SIGNATURE, checked=False, detail=reason)
 
 
