@@ -2,7 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
+import sys
+import time
+from random import Random
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from support.sealed import VECTORS
 
-FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
+FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY, INTERRUPTED = 1, 2, 3, 4, 10, 11, 130
 KEYS = VECTORS / "keys"
 MIB = 1024 * 1024
 
@@ -138,7 +142,8 @@ def test_a_side_file_that_is_a_pipe_is_not_waited_for(thrave, bundle, tmp_path):
 
 def damage_part(folder):
     part = folder / "winami.part.0"
-    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    data = part.read_bytes()
+    part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def remove_part(folder):
@@ -214,4 +219,16 @@ def test_what_was_written_is_removed_when_sealing_fails(thrave, image, tmp_path,
     monkeypatch.setattr(RawVolume, "extents", lambda _: [(0, 9 * MIB)])
     status, _, stderr = thrave(*sealing(image, tmp_path / "b"))
     assert (status, "too early" in stderr) == (FAILED, True)
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_interrupting_it_leaves_nothing_behind(tmp_path):
+    (tmp_path / "disk.raw").write_bytes(Random(1).randbytes(64 * MIB))
+    words = [*map(str, sealing(tmp_path / "disk.raw", tmp_path / "b", "--level", "small"))]
+    with subprocess.Popen([sys.executable, "-m", "thrave", *words], stderr=subprocess.DEVNULL) as thrave:
+        while not [*tmp_path.glob("b/*.part.*")]:
+            assert thrave.poll() is None
+            time.sleep(0.01)
+        thrave.send_signal(signal.SIGINT)
+        assert thrave.wait(10) == INTERRUPTED
     assert list((tmp_path / "b").iterdir()) == []
