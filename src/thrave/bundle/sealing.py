@@ -112,10 +112,10 @@ class Sealing:
     def _stages(self, crew: Crew, reading: Reading) -> Iterator[Part]:
         ahead = _CHUNKS_PER_WORKER * self._workers
         free: Channel[memoryview] = crew.channel(ahead)
-        for _ in range(ahead):
-            free.put(memoryview(bytearray(CHUNK)))
-        packed = crew.map(lambda chunk: self._pack(chunk, free), reading.chunks(free), ahead)
         try:
+            for _ in range(ahead):
+                free.put(memoryview(bytearray(CHUNK)))
+            packed = crew.map(lambda chunk: self._pack(chunk, free), reading.chunks(free), ahead)
             yield from crew.ahead(self._encipher_and_cut(packed), 1)
         except StoppedError:
             reading.check()
