@@ -90,11 +90,14 @@ bundle_task = sa.Table(
     sa.Index("bundle_task_by_account", "account_id", "start_time"),
 )  # fmt: skip
 
+# True of a task that has not ended. The states stand in the SQL itself, not in parameters: else no database would use
+# the index below for a query that has this condition.
+task_in_progress = bundle_task.c.state.not_in([sa.literal_column("'complete'"), sa.literal_column("'failed'")])
+
 # One task at a time per instance: the database itself refuses the second, whoever sends it.
 sa.Index(
     "bundle_task_in_progress", bundle_task.c.instance_id, unique=True,
-    sqlite_where=bundle_task.c.state.not_in(["complete", "failed"]),
-    postgresql_where=bundle_task.c.state.not_in(["complete", "failed"]),
+    sqlite_where=task_in_progress, postgresql_where=task_in_progress,
 )  # fmt: skip
 
 bundle_part = sa.Table(
@@ -110,9 +113,11 @@ def open_engine(url: str) -> sa.Engine:
     """Open the database at a SQLAlchemy URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql+psycopg://…`).
 
     SQLite is put into WAL mode, so that readers never wait for the writer, with a 30 s patience for the write lock.
+    Connections to a server are tried before they are used again; a file does not go away.
     """
-    engine = sa.create_engine(url, pool_pre_ping=True)
-    if engine.dialect.name == "sqlite":
+    is_file = sa.make_url(url).get_backend_name() == "sqlite"
+    engine = sa.create_engine(url, pool_pre_ping=not is_file)
+    if is_file:
         sa.event.listen(engine, "connect", _prepare_sqlite)
     return engine
 

@@ -5,21 +5,34 @@ A state is only ever changed by `move`, which applies the table in `states.py` i
 """
 
 import json
+from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from thrave.database import bundle_task, utc_now
+from thrave.database import bundle_task, task_in_progress, utc_now
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.journal import Journal
-from thrave.tasks.states import CANCELLABLE, FINISHED, WITH_PROGRESS, BundleTaskState, before
+from thrave.tasks.states import CANCELLABLE, WITH_PROGRESS, BundleTaskState, before
 from thrave.tasks.task import BundleRequest, BundleTask
 from thrave.vault import Vault
 
 # What a task needs while it is worked on, and nobody is shown; erased at its end.
 _KEPT = ("sealed_grant", "sealed_secrets", "checkpoint")
 _ERASED = dict.fromkeys(_KEPT)
-_SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
+
+# Queries are written once, here: SQLAlchemy takes longer to put one together than SQLite to answer it.
+_TASKS = sa.select(*(column for column in bundle_task.c if column.name not in _KEPT)).order_by(
+    bundle_task.c.start_time, bundle_task.c.bundle_id
+)
+_BY_ID = _TASKS.where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
+_IN_PROGRESS = _TASKS.where(bundle_task.c.instance_id == sa.bindparam("instance_id"), task_in_progress)
+_OF_ACCOUNT = _TASKS.where(
+    bundle_task.c.account_id == sa.bindparam("account_id"),
+    sa.or_(task_in_progress, bundle_task.c.update_time > sa.bindparam("ended_after")),
+)
+_OF_ACCOUNT_BY_ID = _OF_ACCOUNT.where(bundle_task.c.bundle_id.in_(sa.bindparam("bundle_ids", expanding=True)))
 
 
 class Grant(NamedTuple):
@@ -51,18 +64,20 @@ class Records:
 
     def get(self, bundle_id: str) -> BundleTask | None:
         """The task, or None if there is none of that id."""
-        return next(iter(self.find(bundle_task.c.bundle_id == bundle_id)), None)
+        return next(iter(self._read(_BY_ID, bundle_id=bundle_id)), None)
 
     def find(self, *conditions: sa.ColumnElement[bool]) -> list[BundleTask]:
         """The tasks for which all conditions hold, the oldest first."""
-        query = sa.select(*_SHOWN).where(*conditions).order_by(bundle_task.c.start_time, bundle_task.c.bundle_id)
-        with self._engine.connect() as connection:
-            return [_task(row) for row in connection.execute(query)]
+        return self._read(_TASKS.where(*conditions))
 
     def in_progress(self, instance_id: str) -> BundleTask | None:
         """The unfinished task of an instance, if it has one."""
-        unfinished = bundle_task.c.state.not_in([*FINISHED])
-        return next(iter(self.find(bundle_task.c.instance_id == instance_id, unfinished)), None)
+        return next(iter(self._read(_IN_PROGRESS, instance_id=instance_id)), None)
+
+    def of_account(self, account_id: str, *, ended_after: datetime, bundle_ids: Sequence[str] = ()) -> list[BundleTask]:
+        """An account's tasks, or those of them with the given ids, the oldest first; not those that ended before."""
+        query = _OF_ACCOUNT_BY_ID if bundle_ids else _OF_ACCOUNT
+        return self._read(query, account_id=account_id, ended_after=ended_after, bundle_ids=bundle_ids)
 
     def move(self, bundle_id: str, state: BundleTaskState) -> bool:
         """Move a task on to `state` if the table allows it from where it is; say whether it is there now.
@@ -107,6 +122,10 @@ class Records:
     def journal(self, bundle_id: str) -> Journal:
         """The journal of a task: what it has stored, and where its sealing goes on."""
         return Journal(self._engine, self._vault, bundle_id)
+
+    def _read(self, query: sa.Select[tuple[object, ...]], **parameters: object) -> list[BundleTask]:
+        with self._engine.connect() as connection:
+            return [_task(row) for row in connection.execute(query, parameters)]
 
     def _is(self, bundle_id: str, state: BundleTaskState) -> bool:
         task = self.get(bundle_id)

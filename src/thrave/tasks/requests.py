@@ -15,10 +15,10 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
-from thrave.database import bundle_task, utc_now
+from thrave.database import utc_now
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.records import Records
-from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.states import BundleTaskState
 from thrave.tasks.task import BundleRequest, BundleTask
 
 Enqueue = Callable[[sa.Connection, str], None]
@@ -96,13 +96,8 @@ class BundleTasks:
         Raises:
             BundleTaskNotFound: One of the ids is not a task of this account.
         """
-        recent = sa.or_(
-            bundle_task.c.state.not_in([*FINISHED]), bundle_task.c.update_time > utc_now() - self._retention
-        )
-        conditions = [bundle_task.c.account_id == account_id, recent]
-        if bundle_ids:
-            conditions.append(bundle_task.c.bundle_id.in_(bundle_ids))
-        tasks = self._records.find(*conditions)
+        ended_after = utc_now() - self._retention
+        tasks = self._records.of_account(account_id, ended_after=ended_after, bundle_ids=bundle_ids)
         found = {task.bundle_id for task in tasks}
         for bundle_id in bundle_ids:
             if bundle_id not in found:
