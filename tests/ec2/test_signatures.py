@@ -19,6 +19,7 @@ from thrave.ec2.messages import Request
 from thrave.ec2.protocol import ProtocolError
 from thrave.ec2.signatures import authenticate
 from thrave.identity.keys import AccessKey
+from thrave.identity.recent import RecentKeys
 
 FORM = "application/x-www-form-urlencoded; charset=utf-8"
 HOST = "127.0.0.1:8773"
@@ -96,7 +97,7 @@ def with_query(request, **changes):
 def verdict(request, *, later=timedelta()):
     """The code of the refusal, or the account that has signed."""
     try:
-        return authenticate(request, KEYS.get, datetime.now(UTC) + later).account_id
+        return authenticate(request, KEYS.get, RecentKeys(), datetime.now(UTC) + later).account_id
     except EC2Error as error:
         return error.code
 
@@ -257,13 +258,30 @@ def test_an_unknown_key_and_a_wrong_signature_get_the_same_answer_after_the_same
     monkeypatch.setattr(
         SigV4Auth, "signature", lambda self, *args: signed_with.append(self.credentials) or signature(self, *args)
     )
+    recent = RecentKeys()
+    authenticate(header_signed(), KEYS.get, recent, datetime.now(UTC))
     for wrong in (stranger(access_key_id="AKIDNOBODY"), stranger(secret_access_key="x" * 40), INACTIVE):
         request = header_signed(key=wrong)
         signed_with.clear()
         with pytest.raises(EC2Error) as refusal:
-            authenticate(request, KEYS.get, datetime.now(UTC))
+            authenticate(request, KEYS.get, recent, datetime.now(UTC))
         answers.append((refusal.value.status, refusal.value.code, refusal.value.message, len(signed_with)))
-    assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", 1)] * 3
+    assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", 2)] * 3
+
+
+def test_a_key_that_has_just_signed_is_not_looked_up_again():
+    looked_up, recent = [], RecentKeys()
+    for _ in range(3):
+        authenticate(header_signed(), lambda name: looked_up.append(name) or KEYS[name], recent, datetime.now(UTC))
+    assert looked_up == [KEY.access_key_id]
+
+
+def test_only_keys_that_have_signed_are_remembered():
+    recent = RecentKeys()
+    for wrong in (stranger(access_key_id="AKIDNOBODY"), stranger(secret_access_key="x" * 40), INACTIVE):
+        with pytest.raises(EC2Error):
+            authenticate(header_signed(key=wrong), KEYS.get, recent, datetime.now(UTC))
+        assert recent.find(wrong.access_key_id) is None
 
 
 def test_a_date_header_in_http_form_is_the_requests_time():

@@ -58,7 +58,7 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
         EC2Error: The answer is an error.
     """
     try:
-        key = authenticate(request, door.accounts.find_key, door.now())
+        key = authenticate(request, door.accounts.find_key, door.recent_keys, door.now())
         caller = Caller(account_id=key.account_id, access_key_id=key.access_key_id)
         name, version = _action_and_version(request)
         action, operation = ACTIONS[name], model.operation(name)

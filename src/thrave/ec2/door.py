@@ -1,13 +1,14 @@
 """What the front door leads to, and who comes through it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from thrave.buckets.buckets import Buckets
 from thrave.compute.instances import Instances
 from thrave.database import utc_now
 from thrave.identity.accounts import Accounts
+from thrave.identity.recent import RecentKeys
 from thrave.tasks.requests import BundleTasks
 
 
@@ -34,6 +35,7 @@ class Door:
         buckets: Where bundles go.
         tasks: The bundle tasks.
         any_platform: Bundle instances that are not Windows, too. EC2 does not.
+        recent_keys: Keys of `accounts` that have just signed a request.
         may: Whether a caller may do an action, such as `BundleInstance`.
         now: The clock.
     """
@@ -43,5 +45,6 @@ class Door:
     buckets: Buckets
     tasks: BundleTasks
     any_platform: bool = False
+    recent_keys: RecentKeys = field(default_factory=RecentKeys)
     may: Callable[[Caller, str], bool] = account_may_do_all
     now: Callable[[], datetime] = utc_now

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from hashlib import sha256
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from botocore.auth import SigV2Auth, SigV4Auth
 from botocore.awsrequest import AWSRequest, HTTPHeaders
@@ -34,6 +34,7 @@ from botocore.credentials import Credentials
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
 from thrave.identity.keys import AccessKey
+from thrave.identity.recent import RecentKeys
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 SKEW = timedelta(minutes=15)
@@ -64,12 +65,16 @@ class Signature(Protocol):
         """Return the signatures of which the request may carry one, if the secret is the key's."""
 
 
-def authenticate(request: Request, find_key: Callable[[str], AccessKey | None], now: datetime) -> AccessKey:
+def authenticate(
+    request: Request, find_key: Callable[[str], AccessKey | None], recent: RecentKeys, now: datetime
+) -> AccessKey:
     """Prove a request's signature and return the key that signed it.
 
     Args:
         request: As received.
         find_key: Looks an access key up; None if there is none.
+        recent: Keys that need not be looked up again. One that is not there is looked up, and so is one that is there
+            and has not signed: a refusal takes the same work whether there is such a key or not.
         now: The time, aware.
 
     Raises:
@@ -78,12 +83,18 @@ def authenticate(request: Request, find_key: Callable[[str], AccessKey | None], 
     """
     signature = _read_signature(request)
     signature.check_time(now)
-    key = find_key(signature.access_key_id)
+    for look_up in (recent.find, find_key):
+        key = look_up(signature.access_key_id)
+        if _has_made(key, signature):
+            recent.remember(key)
+            return key
+    raise EC2Error("AuthFailure")
+
+
+def _has_made(key: AccessKey | None, signature: Signature) -> TypeGuard[AccessKey]:
     expected = signature.expected(_NOBODYS_SECRET if key is None else key.secret_access_key)
     proven = _is_one_of(signature.text, expected)
-    if key is None or key.status != "Active" or not proven:
-        raise EC2Error("AuthFailure")
-    return key
+    return proven and key is not None and key.status == "Active"
 
 
 def _is_one_of(text: str, expected: tuple[str, ...]) -> bool:

@@ -1,0 +1,73 @@
+"""Keys that are remembered for a moment: for how long, and how many."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from thrave.identity.keys import AccessKey
+from thrave.identity.recent import RecentKeys
+
+KEY = AccessKey(
+    access_key_id="AKIAIOSFODNN7EXAMPLE",
+    secret_access_key="wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    account_id="123456789012",
+    status="Active",
+    create_date=datetime(2026, 1, 1, tzinfo=UTC),
+)
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def recent(clock):
+    return RecentKeys(clock, limit=3)
+
+
+def test_a_key_that_nobody_remembered_is_not_found(recent):
+    assert recent.find(KEY.access_key_id) is None
+
+
+def test_a_key_is_found_for_less_than_a_second_however_often_it_signs(recent, clock):
+    for _ in range(9):
+        recent.remember(KEY)
+        assert recent.find(KEY.access_key_id) is KEY
+        clock.now += 0.1
+    assert recent.find(KEY.access_key_id) is None
+
+
+def test_a_key_that_is_remembered_anew_is_the_one_that_the_database_gives_now(recent, clock):
+    recent.remember(KEY)
+    clock.now += 1
+    changed = replace(KEY, account_id="210987654321")
+    recent.remember(changed)
+    assert recent.find(KEY.access_key_id) is changed
+
+
+def test_the_oldest_of_too_many_keys_is_forgotten(recent):
+    keys = [replace(KEY, access_key_id=f"AKIA{number}") for number in range(4)]
+    for key in keys:
+        recent.remember(key)
+    assert [recent.find(key.access_key_id) for key in keys] == [None, *keys[1:]]
+
+
+def test_a_key_that_is_remembered_anew_is_not_the_oldest_any_more(recent, clock):
+    keys = [replace(KEY, access_key_id=f"AKIA{number}") for number in range(4)]
+    recent.remember(keys[0])
+    clock.now += 1
+    for key in (keys[1], keys[0], keys[2], keys[3]):
+        recent.remember(key)
+    assert recent.find("AKIA0") is keys[0]
+    assert recent.find("AKIA1") is None
