@@ -84,6 +84,7 @@ bundle_task = sa.Table(
     sa.Column("sealed_grant", sa.LargeBinary),  # upload policy and signature; erased when the task ends
     sa.Column("sealed_secrets", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
+    sa.Column("look_after_until", UtcDateTime),  # the guest may still hear a request to power off that is void
     sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
     sa.Column("error_code", sa.String(64)),
     sa.Column("error_message", sa.Text),

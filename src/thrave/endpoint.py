@@ -22,6 +22,7 @@ from thrave.ec2.door import Door
 from thrave.identity.accounts import Accounts
 from thrave.identity.service import ServiceIdentity
 from thrave.tasks.bundling import Host, bundle
+from thrave.tasks.caretaker import Caretaker
 from thrave.tasks.engine import Engine
 from thrave.tasks.records import Records
 from thrave.tasks.requests import BundleTasks
@@ -84,6 +85,7 @@ class Endpoint:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _heard)  # uvicorn stops for it, then raises it again for whoever had it before
         self._engine.launch(partial(bundle, self._host))
+        Caretaker(self._records, self._host.instances, self._settings.host_name).start()
         listener = _listener(self._settings.host, self._settings.port)
         host, port = listener.getsockname()[:2]
         config = uvicorn.Config(

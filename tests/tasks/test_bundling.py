@@ -224,6 +224,29 @@ def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
         assert bucket_files(server) == []
 
 
+def test_a_guest_that_powers_off_after_its_task_was_cancelled_is_started_again(thrave_server, alice, tmp_path):
+    account, key = alice
+    state, off, on = (tmp_path / name for name in ("state", "off", "on"))
+    off.write_text("shut off")
+    on.write_text("running")
+    state.write_text("running")
+    copy = "import shutil, sys, time; time.sleep(float(sys.argv[3])); shutil.copy(sys.argv[1], sys.argv[2])"
+    later = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {copy!r}, *sys.argv[1:]])"
+    commands = {
+        "stop_command": (sys.executable, "-c", later, str(off), str(state), "3"),
+        "start_command": (sys.executable, "-c", copy, str(on), str(state), "0"),
+        "state_command": (sys.executable, "-c", "import sys; print(open(sys.argv[1]).read())", str(state)),
+    }
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB), **commands)
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "waiting-for-shutdown")
+    ec2.cancel_bundle_task(BundleId=bundle_id)
+    wait(ec2, bundle_id, "failed", seconds=10)
+    assert state.read_text() == "running"
+    wait_for(lambda: state.read_text() == "shut off")
+    wait_for(lambda: state.read_text() == "running")
+
+
 def test_an_instance_removed_meanwhile_fails_the_task_with_a_reason(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))

@@ -7,11 +7,13 @@ not power off by itself within the grace period makes the task fail and stays up
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from thrave.compute.errors import InstanceError, InstanceNotFound
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.power import power_off
+from thrave.database import utc_now
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
@@ -29,8 +31,10 @@ class PowerSwitch:
         self._grace = grace
 
     def note(self) -> None:
-        """Record whether the instance runs, before anything is done to it."""
-        running = self._instances.state(self._task.instance_id) is not InstanceState.STOPPED
+        """Record whether the instance runs, or would but for an earlier task, before anything is done to it."""
+        instance_id = self._task.instance_id
+        off = self._instances.state(instance_id) is InstanceState.STOPPED
+        running = not off or self._records.is_looked_after(instance_id)
         self._records.note_power_state(self._task.bundle_id, running=running)
 
     def off(self, watch: Watch) -> None:
@@ -55,17 +59,25 @@ class PowerSwitch:
             self._check_off()
 
     def restore(self) -> None:
-        """Start the instance if it ran when the task began and is not gone. Raises TaskFailure if it does not start."""
+        """Start the instance if it ran when the task began and is not gone. Raises TaskFailure if it does not start.
+
+        One that still runs may yet hear that it was asked to power off: it is looked after (`caretaker.py`).
+        """
         task = self._records.get(self._task.bundle_id)
         if task is None or not task.was_running:
             return
         try:
-            if self._instances.state(self._task.instance_id) not in GONE:
-                self._instances.start(self._task.instance_id)
+            self._restore(self._instances.state(self._task.instance_id))
         except InstanceNotFound:
             return  # its description was removed meanwhile: there is nothing to start
         except InstanceError as error:
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
+
+    def _restore(self, state: InstanceState) -> None:
+        if state is InstanceState.STOPPED:
+            self._instances.start(self._task.instance_id)
+        elif state not in GONE:
+            self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=self._grace))
 
     def _check_off(self) -> None:
         if not _is_off(self._instances.state(self._task.instance_id)):

@@ -112,6 +112,20 @@ class Records:
         """Record whether the instance runs, once, before the task touches it."""
         self._update(bundle_id, bundle_task.c.was_running.is_(None), was_running=running)
 
+    def look_after(self, bundle_id: str, until: datetime | None) -> None:
+        """Have the task's instance looked after until then; or no longer. To others the task does not change."""
+        with self._engine.begin() as connection:
+            mine = bundle_task.c.bundle_id == bundle_id
+            connection.execute(bundle_task.update().where(mine).values(look_after_until=until))
+
+    def is_looked_after(self, instance_id: str) -> bool:
+        """Whether an earlier task has left the instance to be started when it powers off."""
+        return bool(self.find(bundle_task.c.instance_id == instance_id, bundle_task.c.look_after_until.is_not(None)))
+
+    def looked_after(self, host: str) -> list[BundleTask]:
+        """The tasks of a host whose instances are to be looked after."""
+        return self.find(bundle_task.c.host == host, bundle_task.c.look_after_until.is_not(None))
+
     def grant(self, bundle_id: str) -> Grant:
         """The upload policy and signature of an unfinished task."""
         query = sa.select(bundle_task.c.sealed_grant).where(bundle_task.c.bundle_id == bundle_id)

@@ -42,5 +42,7 @@ class BundleTask:
     access_key_id: str
     was_running: bool | None
     """Whether the instance ran before the task touched it; None until that is known."""
+    look_after_until: datetime | None
+    """Until when the guest may still power off for this task though it has ended; None if it will not."""
     error_code: str | None
     error_message: str | None

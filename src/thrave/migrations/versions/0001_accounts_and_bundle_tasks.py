@@ -35,6 +35,7 @@ def upgrade() -> None:
     sa.Column('sealed_grant', sa.LargeBinary(), nullable=True),
     sa.Column('sealed_secrets', sa.LargeBinary(), nullable=True),
     sa.Column('checkpoint', sa.JSON(), nullable=True),
+    sa.Column('look_after_until', sa.DateTime(), nullable=True),
     sa.Column('was_running', sa.Boolean(), nullable=True),
     sa.Column('error_code', sa.String(length=64), nullable=True),
     sa.Column('error_message', sa.Text(), nullable=True),
