@@ -1,8 +1,8 @@
 """Opens and verifies bundles, whoever made them.
 
 Everything about a bundle is hostile until verified. ``_plain_image`` joins the stages: a pool reads parts and checks
-their digests, a thread deciphers and inflates them, and the caller's thread hashes the tar stream and takes the image
-out of it. The image gets its name only after the last check.
+their digests, a thread deciphers and inflates them, another hashes the tar stream, and the caller's thread takes the
+image out of it. The image gets its name only after the last check.
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def _plain_image(
     with Crew(PARTS_AHEAD) as crew:
         ciphertext = verified_parts(crew, believed, parts, reporter)
         tar = crew.ahead(inflated(deciphered(ciphertext, secrets)), _PIECES_AHEAD)
-        yield from image_runs(hashed(tar), believed.manifest.size)
+        yield from image_runs(crew.ahead(hashed(tar), _PIECES_AHEAD), believed.manifest.size)
     if tar_sha1.hexdigest() != believed.manifest.digest:
         raise ContentError("the SHA-1 of the tar stream is not the manifest's")
 
