@@ -7,7 +7,6 @@ import pytest
 import sqlalchemy as sa
 
 from thrave.database import access_key as access_key_table
-from thrave.database import migrate, open_engine
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import new_certificate
 from thrave.identity.errors import (
@@ -18,20 +17,7 @@ from thrave.identity.errors import (
     NoSuchEntity,
     ValidationError,
 )
-from thrave.vault import SealError, Vault
-
-
-@pytest.fixture
-def engine(tmp_path):
-    engine = open_engine(f"sqlite:///{tmp_path}/thrave.db")
-    migrate(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def vault(tmp_path):
-    return Vault.open_or_create(tmp_path / "vault.key")
+from thrave.vault import SealError
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """Accounts and their access keys, kept in the database.
 
-An account owns instances, bundle tasks and buckets; its access keys sign its requests and upload policies. The names
-and limits are AWS IAM's (a unique name, at most two access keys). A secret access key is stored sealed by the vault,
-bound to its key's id and account, and comes out only to check a signature: a stolen database gives none away, and a
-sealed secret that somebody moved to another row does not open. Who may do what is not decided here.
+An account owns instances, bundle tasks and buckets; its access keys, and those of its users (`users.py`), sign requests
+and upload policies. The names and limits are AWS IAM's (a unique name, at most two access keys each). A secret access
+key is stored sealed by the vault, bound to its key's id and owner, and comes out only to check a signature: a stolen
+database gives none away, and a sealed secret that somebody moved to another row, or a user's key that somebody made an
+account's, does not open. Who may do what is not decided here.
 """
 
 import re
@@ -13,13 +14,13 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from thrave.database import access_key, account, utc_now
+from thrave.database import access_key, account, iam_user, utc_now
 from thrave.identity.certificates import certificate_pem, load_certificate
 from thrave.identity.errors import EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
-from thrave.identity.keys import AccessKey, new_access_key_id, new_account_id, new_secret_access_key
+from thrave.identity.keys import AccessKey, User, new_access_key_id, new_account_id, new_secret_access_key
 from thrave.vault import Vault
 
-KEYS_PER_ACCOUNT = 2  # IAM's quota "access keys per user"
+KEYS_PER_OWNER = 2  # IAM's quota "access keys per user"
 _NAME = re.compile(r"[A-Za-z0-9+=,.@_-]{1,64}")  # as IAM's user names
 
 
@@ -81,20 +82,21 @@ class Accounts:
             raise _no_such_account(account_id)
         return Account(**row)
 
-    def create_key(self, account_id: str) -> AccessKey:
-        """Give an account another access key.
+    def create_key(self, account_id: str, user: User | None = None) -> AccessKey:
+        """Give an account, or a user of it, another access key.
 
         Raises:
-            NoSuchEntity: There is no such account.
-            LimitExceeded: It has two.
+            NoSuchEntity: There is no such account, or no longer such a user.
+            LimitExceeded: There are two.
         """
-        count = sa.select(sa.func.count()).where(access_key.c.account_id == account_id)
+        count = sa.select(sa.func.count()).select_from(access_key).where(_owned_by(account_id, user))
         with self._engine.begin() as connection:
             _lock(connection, account_id)
-            key = self._insert_key(connection, account_id)
-            if connection.execute(count).scalar_one() > KEYS_PER_ACCOUNT:
+            key = self._insert_key(connection, account_id, user)
+            if connection.execute(count).scalar_one() > KEYS_PER_OWNER:
                 raise LimitExceeded(
-                    f"Cannot exceed quota for AccessKeysPerAccount: {KEYS_PER_ACCOUNT}; delete one first"
+                    f"Cannot exceed quota for AccessKeysPer{'User' if user else 'Account'}: {KEYS_PER_OWNER};"
+                    " delete one first"
                 )
             return key
 
@@ -109,13 +111,13 @@ class Accounts:
             if deleted.rowcount == 0:
                 raise NoSuchEntity(f"The Access Key with id {access_key_id} cannot be found.")
 
-    def list_keys(self, account_id: str) -> Sequence[AccessKey]:
-        """The access keys of an account, oldest first.
+    def list_keys(self, account_id: str, user: User | None = None) -> Sequence[AccessKey]:
+        """The access keys of an account itself, or of a user of it, oldest first.
 
         Raises:
             SealError: A secret was sealed by another vault.
         """
-        query = sa.select(access_key).where(access_key.c.account_id == account_id).order_by(access_key.c.create_date)
+        query = _KEYS.where(_owned_by(account_id, user)).order_by(access_key.c.create_date)
         with self._engine.connect() as connection:
             return [self._opened(row) for row in connection.execute(query).mappings()]
 
@@ -125,40 +127,67 @@ class Accounts:
         Raises:
             SealError: Its secret was sealed by another vault.
         """
-        query = sa.select(access_key).where(access_key.c.access_key_id == access_key_id)
+        query = _KEYS.where(access_key.c.access_key_id == access_key_id)
         with self._engine.connect() as connection:
             row = connection.execute(query).mappings().first()
         return self._opened(row) if row else None
 
-    def _insert_key(self, connection: sa.Connection, account_id: str) -> AccessKey:
+    def _insert_key(self, connection: sa.Connection, account_id: str, user: User | None = None) -> AccessKey:
         key = AccessKey(
             access_key_id=new_access_key_id(),
             secret_access_key=new_secret_access_key(),
             account_id=account_id,
             status="Active",
             create_date=utc_now(),
+            user=user,
         )
-        sealed = self._vault.seal(key.secret_access_key.encode(), context=_context(key.access_key_id, account_id))
-        connection.execute(
-            sa.insert(access_key).values(
-                access_key_id=key.access_key_id,
-                account_id=account_id,
-                sealed_secret=sealed,
-                status=key.status,
-                create_date=key.create_date,
-            )
-        )
+        user_id = None if user is None else user.user_id
+        context = _context(key.access_key_id, account_id, user_id)
+        row = {
+            "access_key_id": key.access_key_id,
+            "account_id": account_id,
+            "user_id": user_id,
+            "sealed_secret": self._vault.seal(key.secret_access_key.encode(), context=context),
+            "status": key.status,
+            "create_date": key.create_date,
+        }
+        try:
+            connection.execute(sa.insert(access_key).values(**row))
+        except sa.exc.IntegrityError:
+            raise NoSuchEntity("The user who was to have the access key was deleted.") from None
         return key
 
     def _opened(self, row: sa.RowMapping) -> AccessKey:
-        context = _context(row["access_key_id"], row["account_id"])
+        context = _context(row["access_key_id"], row["account_id"], row["user_id"])
         return AccessKey(
             access_key_id=row["access_key_id"],
             secret_access_key=self._vault.unseal(row["sealed_secret"], context=context).decode("ascii"),
             account_id=row["account_id"],
             status=row["status"],
             create_date=row["create_date"],
+            user=None if row["user_id"] is None else _user(row),
         )
+
+
+# An access key, with the user whose it is.
+_KEYS = sa.select(
+    access_key, iam_user.c.user_name, iam_user.c.policy_version, iam_user.c.create_date.label("user_create_date")
+).select_from(access_key.outerjoin(iam_user, access_key.c.user_id == iam_user.c.user_id))
+
+
+def _user(row: sa.RowMapping) -> User:
+    return User(
+        user_id=row["user_id"],
+        account_id=row["account_id"],
+        user_name=row["user_name"],
+        policy_version=row["policy_version"],
+        create_date=row["user_create_date"],
+    )
+
+
+def _owned_by(account_id: str, user: User | None) -> sa.ColumnElement[bool]:
+    by_user = access_key.c.user_id.is_(None) if user is None else access_key.c.user_id == user.user_id
+    return sa.and_(access_key.c.account_id == account_id, by_user)
 
 
 def _lock(connection: sa.Connection, account_id: str) -> None:
@@ -172,5 +201,6 @@ def _no_such_account(account_id: str) -> NoSuchEntity:
     return NoSuchEntity(f"The account with id {account_id} cannot be found.")
 
 
-def _context(access_key_id: str, account_id: str) -> str:
-    return f"access key {access_key_id} of account {account_id}"
+def _context(access_key_id: str, account_id: str, user_id: str | None) -> str:
+    owner = f"account {account_id}" if user_id is None else f"user {user_id} of account {account_id}"
+    return f"access key {access_key_id} of {owner}"

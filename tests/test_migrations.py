@@ -1,0 +1,75 @@
+"""Databases of earlier releases, brought to this one's shape with what is in them."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+
+import thrave.database
+from thrave.database import metadata, migrate, open_engine
+from thrave.identity.accounts import Accounts
+from thrave.identity.users import Users
+from thrave.vault import Vault
+
+MIGRATIONS = Path(thrave.database.__file__).parent / "migrations"
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = open_engine(f"sqlite:///{tmp_path}/thrave.db")
+    yield engine
+    engine.dispose()
+
+
+def migrate_to(engine, revision):
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+def insert(engine, table, **row):
+    names = ", ".join(row)
+    places = ", ".join(f":{name}" for name in row)
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"INSERT INTO {table} ({names}) VALUES ({places})"), row)
+
+
+@pytest.mark.filterwarnings("ignore:.*expression-based index")  # SQLite cannot show it
+def test_the_migrations_end_in_the_tables_of_this_release(engine):
+    migrate(engine)
+    with engine.connect() as connection:
+        options = {"version_table": "thrave_version", "compare_type": True}
+        differences = compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
+    assert differences == []
+
+
+def test_an_account_with_its_keys_from_before_there_were_users_goes_on_working(engine, tmp_path):
+    vault = Vault.open_or_create(tmp_path / "vault.key")
+    migrate_to(engine, "0001")
+    then = datetime(2026, 11, 23, 8, 26, 46, tzinfo=UTC)
+    insert(engine, "account", account_id="123456789012", name="acme", create_date=then.isoformat(" ")[:19])
+    for key_id in ("AKIAIOSFODNN7EXAMPLE", "AKIAI44QH8DHBEXAMPLE"):
+        sealed = vault.seal(b"secret", context=f"access key {key_id} of account 123456789012")
+        row = {"account_id": "123456789012", "sealed_secret": sealed, "status": "Active"}
+        insert(engine, "access_key", access_key_id=key_id, create_date=then.isoformat(" ")[:19], **row)
+    migrate(engine)
+    accounts, users = Accounts(engine, vault), Users(engine)
+    first, second = accounts.list_keys("123456789012")
+    assert {first.access_key_id, second.access_key_id} == {"AKIAIOSFODNN7EXAMPLE", "AKIAI44QH8DHBEXAMPLE"}
+    assert (first.secret_access_key, first.user, first.create_date) == ("secret", None, then)
+    key = accounts.create_key("123456789012", users.create("123456789012", "bob"))
+    assert accounts.find_key(key.access_key_id).user.user_name == "bob"
+
+
+def test_migrating_again_changes_nothing(engine):
+    migrate(engine)
+    migrate(engine)
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT version_num FROM thrave_version")).all() != []
