@@ -1,12 +1,13 @@
-"""What can be wrong about accounts, keys and certificates, named as AWS IAM names it.
+"""What can be wrong about accounts, users, keys and certificates, named as AWS IAM names it.
 
 Each carries IAM's error code in `code`; the message says what to do. None ever holds a secret.
 
     IdentityError
-    ├── NoSuchEntity            there is no such account or access key
-    ├── EntityAlreadyExists     the account's name is taken
-    ├── LimitExceeded           an account has at most two access keys
+    ├── NoSuchEntity            there is no such account, user, policy or access key
+    ├── EntityAlreadyExists     the account's or user's name is taken
+    ├── LimitExceeded           an account or user has at most two access keys, a user at most ten policies
     ├── ValidationError         a name that may not be given
+    ├── MalformedPolicyDocument a policy that is not fully understood
     ├── MalformedCertificate    not a PEM X.509 certificate with an RSA key
     ├── MalformedPrivateKey     not an unencrypted PEM RSA private key
     └── ServiceIdentityError    the service's own key files cannot be used
@@ -22,19 +23,19 @@ class IdentityError(Exception):
 
 
 class NoSuchEntity(IdentityError):  # noqa: N818 (IAM's code)
-    """An account or access key does not exist."""
+    """An account, user, policy or access key does not exist."""
 
     code = "NoSuchEntity"
 
 
 class EntityAlreadyExists(IdentityError):  # noqa: N818 (IAM's code)
-    """An account of that name exists."""
+    """An account or user of that name exists."""
 
     code = "EntityAlreadyExists"
 
 
 class LimitExceeded(IdentityError):  # noqa: N818 (IAM's code)
-    """An account has as many access keys as it may have."""
+    """There are as many access keys or policies as there may be."""
 
     code = "LimitExceeded"
 
@@ -43,6 +44,12 @@ class ValidationError(IdentityError):
     """A value does not have the form that is asked for."""
 
     code = "ValidationError"
+
+
+class MalformedPolicyDocument(IdentityError):  # noqa: N818 (IAM's code)
+    """A policy is not of IAM's language, or says what cannot be evaluated here; the message says why."""
+
+    code = "MalformedPolicyDocument"
 
 
 class MalformedCertificate(IdentityError):  # noqa: N818 (IAM's code)
