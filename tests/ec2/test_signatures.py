@@ -113,6 +113,9 @@ QUIRKS = {
     ),
     "boto 2: region and service guessed from the host": lambda: header_signed(region="0", service="127"),
     "Ruby SDK: Host without port": lambda: header_signed(url="http://127.0.0.1/"),
+    "Net::Amazon::EC2: Host signed without the port": lambda: with_header(
+        header_signed(url="http://127.0.0.1/"), "host", HOST
+    ),
     "JavaScript SDK: the body's digest as a header": lambda: header_signed(
         **{"X-Amz-Content-SHA256": sha256(BODY).hexdigest()}
     ),
@@ -266,7 +269,7 @@ def test_an_unknown_key_and_a_wrong_signature_get_the_same_answer_after_the_same
         with pytest.raises(EC2Error) as refusal:
             authenticate(request, KEYS.get, recent, datetime.now(UTC))
         answers.append((refusal.value.status, refusal.value.code, refusal.value.message, len(signed_with)))
-    assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", 2)] * 3
+    assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", 4)] * 3
 
 
 def test_a_key_that_has_just_signed_is_not_looked_up_again():

@@ -20,7 +20,7 @@ incomplete signatures.
 import hmac
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -43,7 +43,8 @@ LONGEST_LIFE = timedelta(days=7)
 _AMZ_DATE = re.compile(r"[0-9]{8}T[0-9]{6}Z")
 _AMZ_DATE_FORMAT = "%Y%m%dT%H%M%SZ"
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-# Signed with in place of an unknown key's secret, so that the work is the same.
+_PORT = re.compile(r":[0-9]{1,5}$")
+# Signed with in place of the secret of a key that is unknown or inactive, so that the work is the same.
 _NOBODYS_SECRET = secrets.token_urlsafe(30)
 
 
@@ -61,7 +62,7 @@ class Signature(Protocol):
     def check_time(self, now: datetime) -> None:
         """Raise RequestExpired if the request is too old, or from the future."""
 
-    def expected(self, secret: str) -> tuple[str, ...]:
+    def expected(self, secret: str) -> Iterable[str]:
         """Return the signatures of which the request may carry one, if the secret is the key's."""
 
 
@@ -92,12 +93,12 @@ def authenticate(
 
 
 def _has_made(key: AccessKey | None, signature: Signature) -> TypeGuard[AccessKey]:
-    expected = signature.expected(_NOBODYS_SECRET if key is None else key.secret_access_key)
-    proven = _is_one_of(signature.text, expected)
-    return proven and key is not None and key.status == "Active"
+    is_good = key is not None and key.status == "Active"
+    expected = signature.expected(key.secret_access_key if key is not None and is_good else _NOBODYS_SECRET)
+    return _is_one_of(signature.text, expected) and is_good
 
 
-def _is_one_of(text: str, expected: tuple[str, ...]) -> bool:
+def _is_one_of(text: str, expected: Iterable[str]) -> bool:
     return any(hmac.compare_digest(text.encode(), each.encode()) for each in expected)
 
 
@@ -208,16 +209,22 @@ class SignatureV4:
         if not now - (self.life or SKEW) <= signed_at <= now + SKEW:
             raise EC2Error("RequestExpired")
 
-    def expected(self, secret: str) -> tuple[str, ...]:
-        """Return the one signature that the request must carry, if the secret is the key's."""
+    def expected(self, secret: str) -> Iterator[str]:
+        """Yield the signatures that clients make: with the port in the host's name, and (Net::Amazon::EC2) without."""
+        host = self.request.header("host") or ""
+        for signed_host in dict.fromkeys((host, _PORT.sub("", host))):
+            yield self._signature(secret, signed_host)
+
+    def _signature(self, secret: str, host: str) -> str:
         again = AWSRequest(self.request.method, f"http://host{self.request.path}", data=self.request.body)
         again.params = [pair for pair in self.request.query_form.items() if pair[0] != "X-Amz-Signature"]
         again.context["timestamp"] = self.timestamp
         for name, value in self.request.headers:
             if name in self.signed_headers:
-                again.headers.add_header(name, value)
+                again.headers.add_header(name, host if name == "host" else value)
         signer = _Signer(Credentials(self.access_key_id, secret), self.service, self.region)
-        return (signer.signature(signer.string_to_sign(again, signer.canonical_request(again)), again),)
+        signature: str = signer.signature(signer.string_to_sign(again, signer.canonical_request(again)), again)
+        return signature
 
 
 class _Signer(SigV4Auth):  # type: ignore[misc]  # botocore ships no types
