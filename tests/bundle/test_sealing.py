@@ -14,7 +14,7 @@ from thrave.bundle.crew import StoppedError
 from thrave.bundle.deflate import CHUNK, most_gzip
 from thrave.bundle.errors import ImageError, NamingError
 from thrave.bundle.image import data_extents
-from thrave.bundle.names import part_width
+from thrave.bundle.names import checked_prefix, manifest_filename, part_filename, part_width, side_filename
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.secrets import BundleSecrets
@@ -152,6 +152,20 @@ def test_a_part_is_a_whole_number_of_cipher_blocks(part_size):
 def test_a_prefix_that_a_manifest_cannot_carry_is_refused(prefix):
     with pytest.raises(NamingError):
         Sealing(PatternImage(1024, []), prefix)
+
+
+def test_the_longest_prefix_leaves_room_for_every_file_name():
+    longest = max(length for length in range(1, 256) if is_usable("x" * length))
+    assert len(side_filename("x" * longest)) == 255
+    assert len(manifest_filename("x" * longest)) <= 255
+    assert len(part_filename("x" * longest, 9_999_999, 7)) <= 255
+
+
+def is_usable(prefix):
+    try:
+        return bool(checked_prefix(prefix))
+    except NamingError:
+        return False
 
 
 def test_each_sealing_has_a_key_of_its_own_that_is_never_shown():

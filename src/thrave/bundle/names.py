@@ -15,7 +15,7 @@ MANIFEST_SUFFIX = ".manifest.xml"
 SIDE_FILE_SUFFIX = ".manifest.json"
 
 _LONGEST = 255
-_LONGEST_SUFFIX = len(".part.") + 7
+_LONGEST_SUFFIX = max(len(".part.") + 7, len(MANIFEST_SUFFIX), len(SIDE_FILE_SUFFIX))
 
 _ACCOUNT_ID = re.compile(r"[0-9]{12}")
 _WORD = re.compile(r"[A-Za-z0-9._-]+")
@@ -28,7 +28,7 @@ def checked_prefix(prefix: str) -> str:
     It becomes the image's name, the tar member's and the stem of every file name, so it is a bare file name: ASCII
     without control characters, slashes and the five characters that XML escapes (verifiers that re-serialise the
     manifest, as ec2-ami-tools does, would not reproduce them), without a leading dot, and short enough to leave
-    room for ``.part.NNNNNNN`` in 255 bytes. The folder of an S3 prefix is the caller's affair.
+    room for ``.part.NNNNNNN`` and ``.manifest.json`` in 255 bytes. The folder of an S3 prefix is the caller's affair.
 
     Raises:
         NamingError: it may not be used.
