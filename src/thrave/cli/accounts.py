@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from thrave.cli.identity import key_document, key_documents, open_accounts, secrets_as_text
 from thrave.cli.output import data_option, emit, output_option, table
+from thrave.cli.users import user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from thrave.identity.accounts import Account, Accounts
+    from thrave.identity.accounts import Account
     from thrave.identity.keys import AccessKey
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -32,6 +34,9 @@ def account() -> None:
     Example:
       thrave account create alice --new-certificate ~/.thrave
     """  # noqa: D301 (click's own mark for text that keeps its lines)
+
+
+account.add_command(user)
 
 
 @account.command()
@@ -55,10 +60,10 @@ def create(name: str, certificate: Path | None, new_certificate: Path | None, da
     with open_accounts(data, make=True) as accounts, _certificate_files(name, certificate, new_certificate) as made:
         pem = made[0].read_text("utf-8", errors="replace") if made else None
         new, key = accounts.create(name, pem)
-    document = {"accountId": new.account_id, "name": new.name, **_key_document(key)}
+    document = {"accountId": new.account_id, "name": new.name, **key_document(key)}
     if new_certificate:
         document |= {"certificateFile": str(made[0]), "privateKeyFile": str(made[1])}
-    emit(output, {**document}, _secrets_as_text(document))
+    emit(output, {**document}, secrets_as_text(document))
 
 
 @account.command("list")
@@ -106,8 +111,8 @@ def create_key(account_id: str, data: Path, output: str) -> None:
       thrave account key create 123456789012
     """  # noqa: D301 (click's own mark for text that keeps its lines)
     with open_accounts(data) as accounts:
-        document = {"accountId": account_id, **_key_document(accounts.create_key(account_id))}
-    emit(output, {**document}, _secrets_as_text(document))
+        document = {"accountId": account_id, **key_document(accounts.create_key(account_id))}
+    emit(output, {**document}, secrets_as_text(document))
 
 
 @key.command("delete")
@@ -115,7 +120,7 @@ def create_key(account_id: str, data: Path, output: str) -> None:
 @data_option
 @output_option
 def delete_key(access_key_id: str, data: Path, output: str) -> None:
-    """Delete the access key with the id KEY; requests that it signs are refused from now on.
+    """Delete the access key with the id KEY; requests that it signs are refused within a second.
 
     \b
     Example:
@@ -124,30 +129,6 @@ def delete_key(access_key_id: str, data: Path, output: str) -> None:
     with open_accounts(data) as accounts:
         accounts.delete_key(access_key_id)
     emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
-
-
-@contextmanager
-def open_accounts(data: Path, *, make: bool = False) -> Iterator[Accounts]:
-    """The accounts of a data directory, which is made only if the command may begin one."""
-    from thrave.config import DataDirectory
-    from thrave.database import migrate, open_engine
-    from thrave.identity.accounts import Accounts
-    from thrave.vault import Vault
-
-    directory = DataDirectory(data)
-    if make:
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    elif not directory.vault_key.exists():
-        raise click.BadParameter(
-            f"{data} is no data directory; begin one with `thrave account create`", param_hint="--data"
-        )
-    vault = Vault.open_or_create(directory.vault_key)
-    engine = open_engine(directory.database_url)
-    try:
-        migrate(engine)
-        yield Accounts(engine, vault)
-    finally:
-        engine.dispose()
 
 
 @contextmanager
@@ -181,32 +162,11 @@ def _write_new_certificate(name: str, folder: Path) -> tuple[Path, Path]:
     return made
 
 
-def _key_document(key: AccessKey) -> dict[str, str]:
-    return {"accessKeyId": key.access_key_id, "secretAccessKey": key.secret_access_key}
-
-
 def _account_document(found: Account, keys: Sequence[AccessKey]) -> dict[str, object]:
     return {
         "accountId": found.account_id,
         "name": found.name,
         "createDate": found.create_date,
         "certificate": found.certificate,
-        "accessKeys": [
-            {"accessKeyId": key.access_key_id, "status": key.status, "createDate": key.create_date} for key in keys
-        ],
+        "accessKeys": key_documents(keys),
     }
-
-
-_LABELS = {
-    "accountId": "Account",
-    "name": "Name",
-    "accessKeyId": "Access key",
-    "secretAccessKey": "Secret access key",
-    "certificateFile": "Certificate",
-    "privateKeyFile": "Private key",
-}
-
-
-def _secrets_as_text(document: dict[str, str]) -> str:
-    lines = [f"{label + ':':<20}{document[name]}" for name, label in _LABELS.items() if name in document]
-    return "\n".join([*lines, "", "The secret access key is not shown again."])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from thrave.cli.accounts import open_accounts
+from thrave.cli.identity import open_accounts
 from thrave.cli.output import data_option, emit, output_option, table
 
 if TYPE_CHECKING:

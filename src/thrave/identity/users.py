@@ -137,7 +137,7 @@ class Users:
             user_id = _note_change(connection, account_id, user_name)
             deleted = connection.execute(sa.delete(user_policy).where(_policy(user_id, policy_name)))
             if deleted.rowcount == 0:
-                raise NoSuchEntity(f"The user policy with name {policy_name} cannot be found.")
+                raise _no_such_policy(policy_name)
 
     def policies(self, account_id: str, user_name: str) -> Mapping[str, str]:
         """The policies of a user, as they were given, by name.
@@ -148,6 +148,17 @@ class Users:
         user = self.get(account_id, user_name)
         with self._engine.connect() as connection:
             return _documents(connection, user.user_id)
+
+    def policy(self, account_id: str, user_name: str, policy_name: str) -> str:
+        """A policy of a user, as it was given.
+
+        Raises:
+            NoSuchEntity: There is no such user or policy.
+        """
+        try:
+            return self.policies(account_id, user_name)[policy_name]
+        except KeyError:
+            raise _no_such_policy(policy_name) from None
 
     def statements(self, user: User) -> tuple[Statement, ...]:
         """All statements of a user's policies, of the version that the user has or a later one."""
@@ -193,3 +204,7 @@ def _check_name(what: str, name: str, characters: int) -> None:
 
 def _no_such_user(user_name: str) -> NoSuchEntity:
     return NoSuchEntity(f"The user with name {user_name} cannot be found.")
+
+
+def _no_such_policy(policy_name: str) -> NoSuchEntity:
+    return NoSuchEntity(f"The user policy with name {policy_name} cannot be found.")

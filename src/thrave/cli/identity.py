@@ -1,0 +1,74 @@
+"""What the commands on accounts and users share: the data directory's accounts, and how a new key is shown."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from thrave.identity.accounts import Accounts
+    from thrave.identity.keys import AccessKey
+    from thrave.identity.users import Users
+
+_LABELS = {
+    "accountId": "Account",
+    "name": "Name",
+    "userName": "User",
+    "accessKeyId": "Access key",
+    "secretAccessKey": "Secret access key",
+    "certificateFile": "Certificate",
+    "privateKeyFile": "Private key",
+}
+
+
+@contextmanager
+def open_accounts(data: Path, *, make: bool = False) -> Iterator[Accounts]:
+    """The accounts of a data directory, which is made only if the command may begin one."""
+    with open_identity(data, make=make) as (accounts, _):
+        yield accounts
+
+
+@contextmanager
+def open_identity(data: Path, *, make: bool = False) -> Iterator[tuple[Accounts, Users]]:
+    """The accounts and users of a data directory, which is made only if the command may begin one."""
+    from thrave.config import DataDirectory
+    from thrave.database import migrate, open_engine
+    from thrave.identity.accounts import Accounts
+    from thrave.identity.users import Users
+    from thrave.vault import Vault
+
+    directory = DataDirectory(data)
+    if make:
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    elif not directory.vault_key.exists():
+        raise click.BadParameter(
+            f"{data} is no data directory; begin one with `thrave account create`", param_hint="--data"
+        )
+    vault = Vault.open_or_create(directory.vault_key)
+    engine = open_engine(directory.database_url)
+    try:
+        migrate(engine)
+        yield Accounts(engine, vault), Users(engine)
+    finally:
+        engine.dispose()
+
+
+def key_document(key: AccessKey) -> dict[str, str]:
+    """A new access key with its secret, which is not shown again."""
+    return {"accessKeyId": key.access_key_id, "secretAccessKey": key.secret_access_key}
+
+
+def key_documents(keys: Sequence[AccessKey]) -> list[dict[str, object]]:
+    """Access keys without their secrets."""
+    return [{"accessKeyId": key.access_key_id, "status": key.status, "createDate": key.create_date} for key in keys]
+
+
+def secrets_as_text(document: Mapping[str, str]) -> str:
+    """What holds a new secret, for people."""
+    lines = [f"{label + ':':<20}{document[name]}" for name, label in _LABELS.items() if name in document]
+    return "\n".join([*lines, "", "The secret access key is not shown again."])

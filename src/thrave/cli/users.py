@@ -1,0 +1,233 @@
+"""`thrave account user`: users below an account, what each may do, and their access keys.
+
+A user may do nothing until a policy says so. A policy that is not fully understood is refused, with the reason, and the
+one that it was to replace stays.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import IO, TYPE_CHECKING
+
+import click
+
+from thrave.cli.identity import key_document, key_documents, open_identity, secrets_as_text
+from thrave.cli.output import data_option, emit, output_option, table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_account = click.argument("account_id", metavar="ACCOUNT")
+_user = click.argument("user_name", metavar="USER")
+_policy = click.argument("policy_name", metavar="POLICY")
+
+
+@click.group()
+def user() -> None:
+    """Users below an account, who may do what their policies allow. ACCOUNT is an account's id.
+
+    \b
+    Example:
+      thrave account user create 123456789012 bob
+      thrave account user policy put 123456789012 bob look look.json
+      thrave account user key create 123456789012 bob
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+
+
+@user.command()
+@_account
+@_user
+@data_option
+@output_option
+def create(account_id: str, user_name: str, data: Path, output: str) -> None:
+    """Create a user, who may do nothing yet and has no access key.
+
+    \b
+    Example:
+      thrave account user create 123456789012 bob
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (_, users):
+        new = users.create(account_id, user_name)
+    document = {"accountId": account_id, "userName": new.user_name, "userId": new.user_id, "arn": new.arn}
+    emit(output, {**document}, f"created {new.arn}")
+
+
+@user.command("list")
+@_account
+@data_option
+@output_option
+def list_(account_id: str, data: Path, output: str) -> None:
+    """List the users of an account, with the names of their policies and their access keys.
+
+    \b
+    Example:
+      thrave account user list 123456789012 --output json
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (accounts, users):
+        accounts.get(account_id)
+        listed = [
+            (found, [*users.policies(account_id, found.user_name)], accounts.list_keys(account_id, found))
+            for found in users.list(account_id)
+        ]
+    documents: list[dict[str, object]] = [
+        {
+            "userName": found.user_name,
+            "userId": found.user_id,
+            "arn": found.arn,
+            "createDate": found.create_date,
+            "policies": policies,
+            "accessKeys": key_documents(keys),
+        }
+        for found, policies, keys in listed
+    ]
+    rows: list[tuple[str, ...]] = [
+        (found.user_name, " ".join(policies), " ".join(key.access_key_id for key in keys))
+        for found, policies, keys in listed
+    ]
+    emit(output, {"users": documents}, table(("USER", "POLICIES", "ACCESS KEYS"), rows))
+
+
+@user.command()
+@_account
+@_user
+@data_option
+@output_option
+def delete(account_id: str, user_name: str, data: Path, output: str) -> None:
+    """Delete a user with all access keys and policies.
+
+    \b
+    Example:
+      thrave account user delete 123456789012 bob
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (_, users):
+        users.delete(account_id, user_name)
+    emit(output, {"accountId": account_id, "userName": user_name}, f"deleted {user_name}")
+
+
+@user.group()
+def policy() -> None:
+    """Policies of a user, in IAM's JSON language.
+
+    \b
+    Example:
+      thrave account user policy put 123456789012 bob look look.json
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+
+
+@policy.command("put")
+@_account
+@_user
+@_policy
+@click.argument("file", type=click.File("rb"), metavar="FILE")
+@data_option
+@output_option
+def put_policy(*, account_id: str, user_name: str, policy_name: str, file: IO[bytes], data: Path, output: str) -> None:
+    """Give a user the policy in FILE (`-` is stdin) under the name POLICY, in place of one of that name.
+
+    \b
+    Example:
+      thrave account user policy put 123456789012 bob look look.json
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    document = file.read().decode("utf-8-sig", errors="replace")  # editors on Windows begin a file with a mark
+    with open_identity(data) as (_, users):
+        users.put_policy(account_id, user_name, policy_name, document)
+    emit(output, {"userName": user_name, "policyName": policy_name}, f"{user_name} has the policy {policy_name}")
+
+
+@policy.command("delete")
+@_account
+@_user
+@_policy
+@data_option
+@output_option
+def delete_policy(account_id: str, user_name: str, policy_name: str, data: Path, output: str) -> None:
+    """Take a policy of a user away.
+
+    \b
+    Example:
+      thrave account user policy delete 123456789012 bob look
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (_, users):
+        users.delete_policy(account_id, user_name, policy_name)
+    emit(output, {"userName": user_name, "policyName": policy_name}, f"deleted {policy_name}")
+
+
+@policy.command("list")
+@_account
+@_user
+@data_option
+@output_option
+def list_policies(account_id: str, user_name: str, data: Path, output: str) -> None:
+    """List the names of a user's policies.
+
+    \b
+    Example:
+      thrave account user policy list 123456789012 bob
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (_, users):
+        names = [*users.policies(account_id, user_name)]
+    emit(output, {"userName": user_name, "policyNames": names}, "\n".join(names))
+
+
+@policy.command("show")
+@_account
+@_user
+@_policy
+@data_option
+@output_option
+def show_policy(account_id: str, user_name: str, policy_name: str, data: Path, output: str) -> None:
+    """Show a policy of a user, as it was given.
+
+    \b
+    Example:
+      thrave account user policy show 123456789012 bob look
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (_, users):
+        text = users.policy(account_id, user_name, policy_name)
+    document = {"userName": user_name, "policyName": policy_name, "policyDocument": json.loads(text)}
+    emit(output, document, text)
+
+
+@user.group()
+def key() -> None:
+    """Access keys of a user: two at most, so that one can be replaced while the other works.
+
+    \b
+    Example:
+      thrave account user key create 123456789012 bob
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+
+
+@key.command("create")
+@_account
+@_user
+@data_option
+@output_option
+def create_key(account_id: str, user_name: str, data: Path, output: str) -> None:
+    """Give a user another access key, shown once.
+
+    \b
+    Example:
+      thrave account user key create 123456789012 bob
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (accounts, users):
+        found = users.get(account_id, user_name)
+        made = accounts.create_key(account_id, found)
+    document = {"accountId": account_id, "userName": found.user_name, **key_document(made)}
+    emit(output, {**document}, secrets_as_text(document))
+
+
+@key.command("delete")
+@click.argument("access_key_id", metavar="KEY")
+@data_option
+@output_option
+def delete_key(access_key_id: str, data: Path, output: str) -> None:
+    """Delete the access key with the id KEY; requests that it signs are refused within a second.
+
+    \b
+    Example:
+      thrave account user key delete AKIAIOSFODNN7EXAMPLE
+    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    with open_identity(data) as (accounts, _):
+        accounts.delete_key(access_key_id)
+    emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")

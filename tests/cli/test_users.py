@@ -1,0 +1,151 @@
+"""`thrave account user …` as a person or a script calls it."""
+
+import io
+import json
+import sys
+
+import pytest
+
+NOT_FOUND, REFUSED, USAGE, FAILED = 3, 4, 2, 1
+LOOK = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "ec2:Describe*", "Resource": "*"}]}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """The data directory of every command here."""
+    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def acme(thrave_json):
+    """The id of an account."""
+    return thrave_json("account", "create", "acme")["accountId"]
+
+
+@pytest.fixture
+def look(tmp_path):
+    """A file with a policy."""
+    path = tmp_path / "look.json"
+    path.write_text(json.dumps(LOOK, indent=2))
+    return path
+
+
+@pytest.fixture
+def users(thrave_json, acme):
+    """Lists the users of the account."""
+    return lambda: thrave_json("account", "user", "list", acme)["users"]
+
+
+def test_a_user_is_created_listed_and_deleted(thrave_json, acme, users):
+    created = thrave_json("account", "user", "create", acme, "bob")
+    assert created["arn"] == f"arn:aws:iam::{acme}:user/bob"
+    (listed,) = users()
+    assert (listed["userId"], listed["policies"], listed["accessKeys"]) == (created["userId"], [], [])
+    thrave_json("account", "user", "delete", acme, "bob")
+    assert users() == []
+
+
+def test_a_policy_is_put_listed_shown_and_deleted(thrave, thrave_json, acme, users, look):
+    thrave_json("account", "user", "create", acme, "bob")
+    thrave_json("account", "user", "policy", "put", acme, "bob", "look", look)
+    assert users()[0]["policies"] == ["look"]
+    assert thrave_json("account", "user", "policy", "list", acme, "bob")["policyNames"] == ["look"]
+    assert thrave_json("account", "user", "policy", "show", acme, "bob", "look")["policyDocument"] == LOOK
+    assert thrave("account", "user", "policy", "show", acme, "bob", "look")[1] == look.read_text() + "\n"
+    thrave_json("account", "user", "policy", "delete", acme, "bob", "look")
+    assert users()[0]["policies"] == []
+
+
+def test_a_policy_is_taken_from_stdin_and_from_an_editor_on_windows(thrave_json, acme, monkeypatch):
+    thrave_json("account", "user", "create", acme, "bob")
+    document = b"\xef\xbb\xbf" + json.dumps(LOOK).replace(",", ",\r\n").encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(document)))
+    thrave_json("account", "user", "policy", "put", acme, "bob", "look", "-")
+    assert thrave_json("account", "user", "policy", "show", acme, "bob", "look")["policyDocument"] == LOOK
+
+
+def test_a_policy_that_is_not_understood_is_refused_with_the_reason_in_one_line(thrave, thrave_json, acme, users, look):
+    thrave_json("account", "user", "create", acme, "bob")
+    look.write_text(
+        look.read_text().replace('"Resource"', '"Condition": {"Bool": {"aws:ViaAWSService": "true"}}, "Resource"')
+    )
+    status, stdout, stderr = thrave("account", "user", "policy", "put", acme, "bob", "look", look)
+    assert (status, stdout) == (FAILED, "")
+    assert stderr.startswith(
+        'thrave: Statement 1: The condition key "aws:ViaAWSService" is not known here; use ec2:Region,'
+    )
+    assert stderr.count("\n") == 1
+    assert users()[0]["policies"] == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{", b"\x00", "{\U0001f33e".encode(), b'{"Statement": "\\ud800"}'])
+def test_what_is_no_policy_is_refused_in_one_line(thrave, thrave_json, acme, look, content):
+    thrave_json("account", "user", "create", acme, "bob")
+    look.write_bytes(content)
+    status, stdout, stderr = thrave("account", "user", "policy", "put", acme, "bob", "look", look)
+    assert (status, stdout, stderr.count("\n")) == (FAILED, "", 1)
+
+
+def test_a_users_key_is_shown_once_and_is_not_the_accounts(thrave, thrave_json, acme, users):
+    thrave_json("account", "user", "create", acme, "bob")
+    made = thrave_json("account", "user", "key", "create", acme, "bob")
+    assert set(made) == {"accountId", "userName", "accessKeyId", "secretAccessKey"}
+    assert [key["accessKeyId"] for key in users()[0]["accessKeys"]] == [made["accessKeyId"]]
+    (account,) = thrave_json("account", "list")["accounts"]
+    assert made["accessKeyId"] not in [key["accessKeyId"] for key in account["accessKeys"]]
+    for words in (["account", "user", "list", acme], ["account", "list"]):
+        assert made["secretAccessKey"] not in thrave(*words, "--output", "json")[1]
+    thrave_json("account", "user", "key", "create", acme, "bob")
+    assert thrave("account", "user", "key", "create", acme, "bob")[0] == REFUSED
+    thrave_json("account", "user", "key", "delete", made["accessKeyId"])
+    assert len(users()[0]["accessKeys"]) == 1
+
+
+def test_the_text_form_says_the_same(thrave, acme, look):
+    assert thrave("account", "user", "create", acme, "bob")[1] == f"created arn:aws:iam::{acme}:user/bob\n"
+    assert thrave("account", "user", "policy", "put", acme, "bob", "look", look)[1] == "bob has the policy look\n"
+    assert thrave("account", "user", "policy", "list", acme, "bob")[1] == "look\n"
+    _, stdout, _ = thrave("account", "user", "key", "create", acme, "bob")
+    labels = [line.split(":")[0] for line in stdout.splitlines()[:4]]
+    assert labels == ["Account", "User", "Access key", "Secret access key"]
+    _, stdout, _ = thrave("account", "user", "list", acme)
+    assert [line.split()[:2] for line in stdout.splitlines()] == [["USER", "POLICIES"], ["bob", "look"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["create", "ACME", "alice"], REFUSED),
+        (["create", "ACME", "ALICE"], REFUSED),
+        (["create", "ACME", "a b"], FAILED),
+        (["create", "123456789012", "bob"], NOT_FOUND),
+        (["list", "123456789012"], NOT_FOUND),
+        (["delete", "ACME", "bob"], NOT_FOUND),
+        (["policy", "put", "ACME", "bob", "look", "LOOK"], NOT_FOUND),
+        (["policy", "put", "ACME", "alice", "a b", "LOOK"], FAILED),
+        (["policy", "put", "ACME", "alice", "look", "no-such-file"], USAGE),
+        (["policy", "show", "ACME", "alice", "look"], NOT_FOUND),
+        (["policy", "delete", "ACME", "alice", "look"], NOT_FOUND),
+        (["policy", "list", "ACME", "bob"], NOT_FOUND),
+        (["key", "create", "ACME", "bob"], NOT_FOUND),
+        (["key", "delete", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
+    ],
+)
+def test_what_cannot_be_done_has_a_status_and_no_traceback(thrave, acme, look, words, status):
+    thrave("account", "user", "create", acme, "alice")
+    given = {"ACME": acme, "LOOK": look}
+    got, stdout, stderr = thrave("account", "user", *(given.get(word, word) for word in words))
+    assert (got, stdout) == (status, "")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["create"], ["list"], ["delete"], ["policy"], ["policy", "put"], ["policy", "delete"], ["policy", "list"],
+        ["policy", "show"], ["key"], ["key", "create"], ["key", "delete"],
+    ],
+)  # fmt: skip
+def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
+    _, stdout, _ = thrave("account", "user", *words, "--help")
+    assert any(line.startswith("    thrave account user ") for line in stdout.splitlines())
