@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from thrave.buckets.directory import DirectoryBuckets
 from thrave.compute.directory import DirectoryInstances
+from thrave.compute.power import PowerRequests
 from thrave.config import Settings
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
@@ -72,6 +73,8 @@ class Endpoint:
                 instances=self._host.instances,
                 buckets=self._host.buckets,
                 tasks=self._tasks,
+                power=PowerRequests(self._host.instances, grace=self._settings.shutdown_grace),
+                region=self._settings.region,
                 any_platform=self._settings.platforms == "any",
             )
         )

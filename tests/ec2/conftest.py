@@ -12,6 +12,7 @@ from thrave.buckets.directory import DirectoryBuckets
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import VolumeFile
+from thrave.compute.power import PowerRequests
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
@@ -48,16 +49,19 @@ def house(tmp_path):
     vault = Vault.open_or_create(tmp_path / "vault.key")
     records = Records(engine, vault)
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    instances = DirectoryInstances(tmp_path / "instances")
     door = Door(
         accounts=Accounts(engine, vault),
-        instances=DirectoryInstances(tmp_path / "instances"),
+        instances=instances,
+        power=PowerRequests(instances, grace=20.0),
+        region="eu-west-9",
         buckets=DirectoryBuckets(tmp_path / "buckets"),
         tasks=BundleTasks(
             engine, records, lambda connection, bundle_id: None, host="localhost", retention=timedelta(days=7)
         ),
     )
     key = door.accounts.create("owner")[1]
-    yield House(door, records, door.instances, key, VolumeFile(path=tmp_path / "disk.raw"))
+    yield House(door, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
     engine.dispose()
 
 
@@ -86,10 +90,10 @@ def client_of(endpoint):
     """boto3, unmodified, with an access key."""
     clients = []
 
-    def client_of(key):
+    def client_of(key, service="ec2"):
         config = Config(retries={"total_max_attempts": 1})
         secrets = {"aws_access_key_id": key.access_key_id, "aws_secret_access_key": key.secret_access_key}
-        clients.append(boto3.client("ec2", "eu-west-9", endpoint_url=endpoint, config=config, **secrets))
+        clients.append(boto3.client(service, "eu-west-9", endpoint_url=endpoint, config=config, **secrets))
         return clients[-1]
 
     yield client_of

@@ -20,7 +20,17 @@ INSTANCE = "i-12345678"
 
 names = st.sampled_from(
     ["InstanceId", "BundleId", "BundleId.1", "InstanceId.1", "Filter.1.Name", "Filter.1.Value.1", "Filter.2.Value"]
-    + ["MaxResults", "NextToken", "DryRun", "Storage", "Storage.S3"]
+    + [
+        "MaxResults",
+        "NextToken",
+        "DryRun",
+        "Storage",
+        "Storage.S3",
+        "RegionName",
+        "ZoneId.1",
+        "AttributeName.1",
+        "Force",
+    ]
     + [f"Storage.S3.{name}" for name in ("Bucket", "Prefix", "UploadPolicy", "UploadPolicySignature", "AWSAccessKeyId")]
 ) | st.text(max_size=10)
 values = st.sampled_from(
@@ -47,7 +57,7 @@ def test_nothing_but_answers_and_our_errors_comes_out(house, action):
     @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(base, st.dictionaries(names, values, max_size=4))
     def check(base, changes):
-        form = {**base, **changes, "Action": action, "Version": "2016-11-15"}
+        form = {**base, **changes, "Action": action, "Version": ACTIONS[action].service.newest_version}
         with suppress(EC2Error):
             assert answer(house.door, sent_by(house.key, form), "an-id").startswith(b"<?xml")
 

@@ -37,6 +37,7 @@ def test_an_instance_is_shown_as_ec2_shows_it(house, ec2, three_instances):
                 "RootDeviceType": "instance-store",
                 "RootDeviceName": "/dev/sda1",
                 "BlockDeviceMappings": [{"DeviceName": "/dev/sda1"}, {"DeviceName": "xvdb"}],
+                "Placement": {"AvailabilityZone": "eu-west-9a"},
             }
         ],
     }
@@ -69,6 +70,11 @@ def test_an_instance_that_is_not_windows_has_no_platform(ec2, three_instances):
         ("reservation-id", "r-0000000b", "b"),
         ("root-device-name", "xvda", "c"),
         ("root-device-type", "instance-store", "ab"),
+        ("availability-zone", "eu-west-9?", "abc"),
+        ("availability-zone", "eu-west-9b", ""),
+        ("tag:Name", "*", ""),
+        ("tag-key", "*", ""),
+        ("instance-type", "*", ""),
     ],
 )
 def test_instances_are_filtered(ec2, three_instances, name, value, expected):

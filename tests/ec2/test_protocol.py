@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thrave.ec2 import model
+from thrave.ec2.model import EC2, STS
 from thrave.ec2.protocol import Blob, ProtocolError, error_document, parse, read_form, serialize
 
 BUNDLE = "InstanceId=i-12345678&Storage.S3.Bucket=b"
 
 
 def read(form, action="DescribeBundleTasks"):
-    return parse(model.operation(action), read_form(form.encode() if isinstance(form, str) else form))
+    return parse(EC2.operation(action), read_form(form.encode() if isinstance(form, str) else form))
 
 
 def outcome(form, action="DescribeBundleTasks"):
@@ -186,7 +186,7 @@ def test_whatever_resembles_a_request_is_read_or_refused_in_ec2s_words(junk):
 def test_an_answer_is_written_as_aws_writes_it():
     task = {"BundleId": "bun-1", "Progress": None, "BundleTaskError": {"Message": "<&>\r\x00"}}
     document = serialize(
-        model.operation("DescribeBundleTasks"), {"BundleTasks": [task]}, version="2010-08-31", request_id="r"
+        EC2.operation("DescribeBundleTasks"), {"BundleTasks": [task]}, version="2010-08-31", request_id="r"
     )
     assert document.decode() == (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -198,12 +198,40 @@ def test_an_answer_is_written_as_aws_writes_it():
 
 
 def test_an_empty_list_is_an_empty_element_so_that_clients_find_it():
-    document = serialize(model.operation("DescribeBundleTasks"), {"BundleTasks": []}, version="v", request_id="r")
+    document = serialize(EC2.operation("DescribeBundleTasks"), {"BundleTasks": []}, version="v", request_id="r")
     assert b"<bundleInstanceTasksSet/>" in document
 
 
+def test_an_operation_without_an_output_returns_true_as_ec2_does():
+    document = serialize(EC2.operation("RebootInstances"), {}, version="2014-10-01", request_id="r")
+    assert document.decode() == (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        '<RebootInstancesResponse xmlns="http://ec2.amazonaws.com/doc/2014-10-01/"><requestId>r</requestId>'
+        "<return>true</return></RebootInstancesResponse>"
+    )
+
+
+def test_an_answer_of_sts_is_written_as_sts_writes_it():
+    document = serialize(STS.operation("GetCallerIdentity"), {"Account": "1"}, version="2011-06-15", request_id="r")
+    assert document.decode() == (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        '<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
+        "<GetCallerIdentityResult><Account>1</Account></GetCallerIdentityResult>"
+        "<ResponseMetadata><RequestId>r</RequestId></ResponseMetadata></GetCallerIdentityResponse>"
+    )
+
+
+@pytest.mark.parametrize(("status", "fault"), [(400, "Sender"), (403, "Sender"), (500, "Receiver")])
+def test_an_error_of_sts_says_whose_fault_it_is(status, fault):
+    assert error_document(STS.model, "A", "x < y", status=status, request_id="r").decode() == (
+        '<?xml version="1.0" encoding="UTF-8"?>\n<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
+        f"<Error><Type>{fault}</Type><Code>A</Code><Message>x &lt; y</Message></Error>"
+        "<RequestId>r</RequestId></ErrorResponse>"
+    )
+
+
 def test_an_error_is_written_as_aws_writes_it():
-    assert error_document("A.B", "x < y", "r").decode() == (
+    assert error_document(EC2.model, "A.B", "x < y", status=400, request_id="r").decode() == (
         '<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error><Code>A.B</Code><Message>x &lt; y</Message>'
         "</Error></Errors><RequestID>r</RequestID></Response>"
     )
@@ -225,4 +253,9 @@ def test_an_error_is_written_as_aws_writes_it():
     ],
 )
 def test_api_versions_are_known_from_2008_to_the_models_own(version, known):
-    assert model.is_known_version(version) is known
+    assert EC2.is_known_version(version) is known
+
+
+@pytest.mark.parametrize(("version", "known"), [("2011-06-15", True), ("2016-11-15", False), ("2011-06-14", False)])
+def test_sts_has_one_api_version(version, known):
+    assert STS.is_known_version(version) is known

@@ -6,6 +6,7 @@ what happened is in the log, and never in the answer. Nothing here knows what an
 
 import traceback
 import uuid
+from contextlib import suppress
 
 import structlog
 from starlette.applications import Starlette
@@ -15,11 +16,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from thrave.ec2 import model
 from thrave.ec2.actions import ACTIONS
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
+from thrave.ec2.model import EC2, SERVICES, STS, Service
 from thrave.ec2.protocol import ProtocolError, error_document, parse, serialize
 from thrave.ec2.signatures import authenticate
 
@@ -30,25 +31,35 @@ log = structlog.get_logger()
 
 
 def create_app(door: Door) -> Starlette:
-    """Make the web application that answers EC2's Query API, by GET and POST, at `/`."""
-    model.service_model()  # now, so that no request has to wait for it
+    """Make the web application that answers EC2's Query API and as much of STS's, by GET and POST, at `/`."""
+    for each in SERVICES:
+        _ = each.model  # read now, so that no request has to wait for it
 
     async def endpoint(http: HttpRequest) -> Response:
-        request_id = str(uuid.uuid4())
+        request_id, service = str(uuid.uuid4()), EC2
         try:
             request = await receive(http)
+            service = addressed(request)
             content = await run_in_threadpool(answer, door, request, request_id)
             return _response(200, content, request_id)
         except EC2Error as error:
-            return _error_response(error, request_id)
+            return _error_response(service, error, request_id)
         except ClientDisconnect:
             return Response(status_code=400)  # to nobody
         except Exception:  # noqa: BLE001  # the one place where nothing may pass
             # The text alone: a renderer of the log that shows local variables would show secrets.
             log.error("internal error", request_id=request_id, traceback=traceback.format_exc())  # noqa: TRY400
-            return _error_response(EC2Error("InternalError"), request_id)
+            return _error_response(service, EC2Error("InternalError"), request_id)
 
     return Starlette(routes=[Route("/", endpoint, methods=["GET", "POST"])])
+
+
+def addressed(request: Request) -> Service:
+    """Give the service that a request is for: that of its action, or EC2 where that cannot be told."""
+    with suppress(ProtocolError):
+        action = ACTIONS.get(request.form.get("Action", ""))
+        return EC2 if action is None else action.service
+    return EC2
 
 
 def answer(door: Door, request: Request, request_id: str) -> bytes:
@@ -59,11 +70,14 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
     """
     try:
         key = authenticate(request, door.accounts.find_key, door.recent_keys, door.now())
-        caller = Caller(account_id=key.account_id, access_key_id=key.access_key_id)
+        caller = Caller(
+            account_id=key.account_id, access_key_id=key.access_key_id, endpoint=request.header("host") or ""
+        )
         name, version = _action_and_version(request)
-        action, operation = ACTIONS[name], model.operation(name)
+        action = ACTIONS[name]
+        operation = action.service.operation(name)
         parameters = parse(operation, request.form, action.also_required)
-        if not door.may(caller, name):
+        if not (action.for_all or door.may(caller, name)):
             raise EC2Error("UnauthorizedOperation")
         if parameters.get("DryRun"):
             raise EC2Error("DryRunOperation")
@@ -80,9 +94,10 @@ def _action_and_version(request: Request) -> tuple[str, str]:
     name, version = request.form["Action"], request.form["Version"]
     if name not in ACTIONS:
         raise EC2Error("InvalidAction", action=name)
-    if not model.is_known_version(version):
-        newest = model.newest_version()
-        raise EC2Error("NoSuchVersion", version=version, oldest=model.OLDEST_VERSION, newest=newest)
+    service = ACTIONS[name].service
+    if not service.is_known_version(version):
+        oldest, newest = service.oldest_version, service.newest_version
+        raise EC2Error("NoSuchVersion", version=version, oldest=oldest, newest=newest)
     return name, version
 
 
@@ -110,8 +125,11 @@ async def receive(http: HttpRequest) -> Request:
     )
 
 
-def _error_response(error: EC2Error, request_id: str) -> Response:
-    return _response(error.status, error_document(error.code, error.message, request_id), request_id)
+def _error_response(service: Service, error: EC2Error, request_id: str) -> Response:
+    if service is STS and error.code == "AuthFailure":
+        error = EC2Error("InvalidClientTokenId")
+    document = error_document(service.model, error.code, error.message, status=error.status, request_id=request_id)
+    return _response(error.status, document, request_id)
 
 
 def _response(status: int, content: bytes, request_id: str) -> Response:

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from thrave.buckets.buckets import Buckets
 from thrave.compute.instances import Instances
+from thrave.compute.power import PowerRequests
 from thrave.database import utc_now
 from thrave.identity.accounts import Accounts
 from thrave.identity.recent import RecentKeys
@@ -14,10 +15,17 @@ from thrave.tasks.requests import BundleTasks
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who signed a request."""
+    """Who signed a request.
+
+    Attributes:
+        account_id: Whose key it is.
+        access_key_id: The key.
+        endpoint: The host, and the port if one was given, that the request was sent to.
+    """
 
     account_id: str
     access_key_id: str
+    endpoint: str = ""
 
 
 def account_may_do_all(_caller: Caller, _action: str) -> bool:
@@ -34,6 +42,8 @@ class Door:
         instances: What can be bundled.
         buckets: Where bundles go.
         tasks: The bundle tasks.
+        power: Starts and restarts that no caller waits for.
+        region: The one region that there is.
         any_platform: Bundle instances that are not Windows, too. EC2 does not.
         recent_keys: Keys of `accounts` that have just signed a request.
         may: Whether a caller may do an action, such as `BundleInstance`.
@@ -44,7 +54,14 @@ class Door:
     instances: Instances
     buckets: Buckets
     tasks: BundleTasks
+    power: PowerRequests
+    region: str = "us-east-1"
     any_platform: bool = False
     recent_keys: RecentKeys = field(default_factory=RecentKeys)
     may: Callable[[Caller, str], bool] = account_may_do_all
     now: Callable[[], datetime] = utc_now
+
+    @property
+    def zone(self) -> str:
+        """The one availability zone of the region."""
+        return f"{self.region}a"

@@ -38,6 +38,12 @@ ERRORS: dict[str, ErrorKind] = {
         "The key is unknown or inactive, or the signature, its scope's date or the body's digest does not match.",
         OBSERVED,
     ),
+    "InvalidClientTokenId": ErrorKind(
+        403,
+        "The security token included in the request is invalid.",
+        "What is AuthFailure to a caller of EC2, to a caller of STS (GetCallerIdentity).",
+        OBSERVED,
+    ),
     "IncompleteSignature": ErrorKind(
         400,
         "{reason}",
@@ -135,10 +141,17 @@ ERRORS: dict[str, ErrorKind] = {
     ),
     "IncorrectInstanceState": ErrorKind(
         400,
-        "The instance '{instance_id}' is not in a state from which it can be bundled: it is {state}.",
-        "BundleInstance of an instance that is neither running nor stopped.",
+        "The instance '{instance_id}' is not in a state from which it can be {done}: {why}.",
+        "The instance's state does not allow the action, or a bundle task has it; the message names either.",
         f"{AWS}; the words are ours",
     ),
+    "OperationNotPermitted": ErrorKind(
+        400,
+        "{reason}",
+        "There is no way to stop the instance: its description has a stateCommand and no stopCommand.",
+        f"{AWS}; the choice of code is ours",
+    ),
+    "UnsupportedOperation": ErrorKind(400, "{what} is not supported.", "StopInstances with Hibernate=true.", AWS),
     # Bundle tasks
     "BundlingInProgress": ErrorKind(
         400,

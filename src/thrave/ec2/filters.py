@@ -6,6 +6,7 @@ filter that nothing matches gives an empty answer and no error. Source: AWS, "Fi
 Reference.
 
 Which filters a record has is a table of its action's: filter name to a function that gives the record's values for it.
+A name in the table that ends with a colon stands for all that begin with it, as `tag:` does.
 """
 
 import re
@@ -47,7 +48,7 @@ def _check(filters: Filters, table: FilterTable[Record]) -> None:
         for member, wire_name in (("Name", "Name"), ("Values", "Value")):
             if not each.get(member):
                 raise EC2Error("MissingParameter", name=f"Filter.{number}.{wire_name}")
-        if each["Name"] not in table:
+        if _row(each["Name"]) not in table:
             raise EC2Error("InvalidParameterValue", f"The filter '{each['Name']}' is invalid")
     values = [value for each in filters for value in each["Values"]]
     if len(values) > MAX_VALUES:
@@ -56,8 +57,14 @@ def _check(filters: Filters, table: FilterTable[Record]) -> None:
         raise EC2Error("InvalidParameterValue", f"A filter value is longer than {MAX_LENGTH} characters.")
 
 
+def _row(name: str) -> str:
+    """Give the name under which a filter stands in its table."""
+    prefix, colon, _ = name.partition(":")
+    return prefix + colon
+
+
 def _lets_through(each: Mapping[str, Any], record: Record, table: FilterTable[Record]) -> bool:
-    values = [value for value in table[each["Name"]](record) if value is not None]
+    values = [value for value in table[_row(each["Name"])](record) if value is not None]
     return any(matches(pattern, value) for pattern in each["Values"] for value in values)
 
 

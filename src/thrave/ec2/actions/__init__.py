@@ -1,11 +1,15 @@
-"""One function for each EC2 action, grouped by what they act on, and the table of them."""
+"""One function for each action, grouped by what they act on, and the table of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from thrave.ec2.actions.bundle_tasks import bundle_instance, cancel_bundle_task, describe_bundle_tasks
+from thrave.ec2.actions.identity import get_caller_identity
 from thrave.ec2.actions.instances import describe_instances
+from thrave.ec2.actions.power import reboot_instances, start_instances, stop_instances, terminate_instances
+from thrave.ec2.actions.region import describe_account_attributes, describe_availability_zones, describe_regions
 from thrave.ec2.door import Caller, Door
+from thrave.ec2.model import EC2, STS, Service
 from thrave.ec2.protocol import Parameters, Result
 
 
@@ -16,10 +20,14 @@ class Action:
     Attributes:
         function: Does what the caller asks, with an input and to an output by the model; raises EC2Error.
         also_required: Parameters, by their names on the wire, that it needs although the model does not say so.
+        service: Whose action it is. No two services that we answer for have an action of the same name.
+        for_all: Whether everybody may do it whose signature is good, whatever a policy says.
     """
 
     function: Callable[[Door, Caller, Parameters], Result]
     also_required: tuple[str, ...] = ()
+    service: Service = EC2
+    for_all: bool = False
 
 
 # "Required: Yes" in AWS's EC2 API Reference from 2009-04-04 to 2013-02-01; the model of 2016 no longer says it.
@@ -30,6 +38,15 @@ _S3_STORAGE = tuple(
 ACTIONS: Mapping[str, Action] = {
     "BundleInstance": Action(bundle_instance, also_required=_S3_STORAGE),
     "CancelBundleTask": Action(cancel_bundle_task),
+    "DescribeAccountAttributes": Action(describe_account_attributes),
+    "DescribeAvailabilityZones": Action(describe_availability_zones),
     "DescribeBundleTasks": Action(describe_bundle_tasks),
     "DescribeInstances": Action(describe_instances),
+    "DescribeRegions": Action(describe_regions),
+    # "No permissions are required to perform this operation": AWS STS API Reference.
+    "GetCallerIdentity": Action(get_caller_identity, service=STS, for_all=True),
+    "RebootInstances": Action(reboot_instances),
+    "StartInstances": Action(start_instances),
+    "StopInstances": Action(stop_instances),
+    "TerminateInstances": Action(terminate_instances),
 }

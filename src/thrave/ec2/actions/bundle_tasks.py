@@ -104,7 +104,8 @@ def _check_idle(door: Door, instance: Instance) -> None:
 
 def _check_state(instance: Instance) -> None:
     if instance.state not in _BUNDLEABLE:
-        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, state=instance.state)
+        why = f"it is {instance.state}"
+        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, done="bundled", why=why)
 
 
 def _create(door: Door, request: BundleRequest) -> Result:

@@ -1,4 +1,4 @@
-"""Actions on instances: DescribeInstances, as much of it as finds the instance to bundle.
+"""Describing instances: as much of DescribeInstances as finds the instance to bundle.
 
 An instance belongs to one account and nobody else can tell that it exists. Each is shown in a reservation of its own.
 """
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from thrave.compute.errors import InstanceNotFound
-from thrave.compute.instance import Instance, VolumeFile
+from thrave.compute.instance import Instance, InstanceState, VolumeFile
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
@@ -16,7 +16,17 @@ from thrave.ec2.protocol import Parameters, Result
 
 _INSTANCE_ID = re.compile(r"i-([0-9a-f]{8}|[0-9a-f]{17})")
 
+# Filters of EC2's by what no instance here has; they let none through.
+_WITHOUT = (
+    "tag:", "tag-key", "image-id", "instance-type", "instance-lifecycle", "key-name", "kernel-id", "ramdisk-id",
+    "client-token", "dns-name", "private-dns-name", "ip-address", "private-ip-address", "subnet-id", "vpc-id",
+    "group-id", "group-name", "instance.group-id", "instance.group-name", "iam-instance-profile.arn",
+    "placement-group-name", "product-code", "reason", "requester-id", "spot-instance-request-id",
+    "block-device-mapping.volume-id", "block-device-mapping.status",
+)  # fmt: skip
+
 FILTERS: FilterTable[Instance] = {
+    **dict.fromkeys(_WITHOUT, lambda _instance: ()),
     "architecture": lambda instance: [instance.architecture],
     "block-device-mapping.device-name": lambda instance: [volume.device_name for volume in _volumes(instance)],
     "instance-id": lambda instance: [instance.instance_id],
@@ -41,9 +51,18 @@ def describe_instances(door: Door, caller: Caller, parameters: Parameters) -> Re
     instance_ids = parameters.get("InstanceIds", ())
     if instance_ids and "MaxResults" in parameters:
         raise EC2Error("InvalidParameterCombination", one="instancesSet", other="maxResults")
-    chosen = select(_asked_for(door, caller, instance_ids), parameters.get("Filters", ()), FILTERS)
+    chosen = select(
+        _asked_for(door, caller, instance_ids),
+        parameters.get("Filters", ()),
+        {**FILTERS, "availability-zone": lambda _instance: [door.zone]},
+    )
     instances, next_token = page(chosen, parameters, lambda instance: instance.instance_id)
-    return {"Reservations": [_reservation(instance) for instance in instances], "NextToken": next_token}
+    return {"Reservations": [_reservation(door, instance) for instance in instances], "NextToken": next_token}
+
+
+def state_of(state: InstanceState) -> Result:
+    """Give a state as EC2 does, by number and by name."""
+    return {"Code": state.code, "Name": state}
 
 
 def check_instance_id(instance_id: str) -> None:
@@ -79,19 +98,19 @@ def _asked_for(door: Door, caller: Caller, instance_ids: Sequence[str]) -> list[
     return [instance for instance in door.instances.list() if instance.account_id == caller.account_id]
 
 
-def _reservation(instance: Instance) -> Result:
+def _reservation(door: Door, instance: Instance) -> Result:
     return {
         "ReservationId": _reservation_id(instance),
         "OwnerId": instance.account_id,
         "Groups": [],
-        "Instances": [_instance(instance)],
+        "Instances": [{**_instance(instance), "Placement": {"AvailabilityZone": door.zone}}],
     }
 
 
 def _instance(instance: Instance) -> Result:
     return {
         "InstanceId": instance.instance_id,
-        "State": {"Code": instance.state.code, "Name": instance.state},
+        "State": state_of(instance.state),
         "LaunchTime": instance.launch_time,
         "Platform": instance.platform,
         "Architecture": instance.architecture,

@@ -1,0 +1,138 @@
+"""What tools ask before anything else: regions, zones, the account, who they are."""
+
+import re
+import urllib.request
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+import pytest
+from botocore.exceptions import ClientError
+
+from thrave.ec2.actions import ACTIONS
+from thrave.ec2.app import create_app
+
+REGION = {"RegionName": "eu-west-9", "OptInStatus": "opt-in-not-required"}
+
+
+def test_there_is_one_region_and_its_endpoint_is_the_one_that_was_called(ec2, endpoint):
+    assert ec2.describe_regions()["Regions"] == [{**REGION, "Endpoint": urlsplit(endpoint).netloc}]
+
+
+def test_there_is_one_zone_in_it(ec2):
+    assert ec2.describe_availability_zones(AllAvailabilityZones=True)["AvailabilityZones"] == [
+        {
+            **REGION,
+            "State": "available",
+            "Messages": [],
+            "ZoneName": "eu-west-9a",
+            "ZoneId": "eu-west-9-az1",
+            "GroupName": "eu-west-9",
+            "NetworkBorderGroup": "eu-west-9",
+            "ZoneType": "availability-zone",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ask", "parameters", "found"),
+    [
+        ("regions", {"RegionNames": ["eu-west-9"]}, 1),
+        ("regions", {"Filters": [{"Name": "region-name", "Values": ["eu-*"]}]}, 1),
+        ("regions", {"Filters": [{"Name": "region-name", "Values": ["us-*"]}]}, 0),
+        ("regions", {"Filters": [{"Name": "endpoint", "Values": ["127.0.0.1:*"]}]}, 1),
+        ("regions", {"Filters": [{"Name": "opt-in-status", "Values": ["opted-in"]}]}, 0),
+        ("availability_zones", {"ZoneNames": ["eu-west-9a"]}, 1),
+        ("availability_zones", {"ZoneIds": ["eu-west-9-az1"]}, 1),
+        ("availability_zones", {"Filters": [{"Name": "state", "Values": ["available"]}]}, 1),
+        ("availability_zones", {"Filters": [{"Name": "zone-type", "Values": ["local-zone"]}]}, 0),
+        ("availability_zones", {"Filters": [{"Name": "parent-zone-id", "Values": ["*"]}]}, 0),
+    ],
+)
+def test_they_are_chosen_by_name_and_filter(ec2, ask, parameters, found):
+    answer = getattr(ec2, f"describe_{ask}")(**parameters)
+    answer.pop("ResponseMetadata")
+    assert [len(members) for members in answer.values()] == [found]
+
+
+@pytest.mark.parametrize(
+    ("ask", "parameters"),
+    [
+        ("regions", {"RegionNames": ["us-east-1"]}),
+        ("regions", {"Filters": [{"Name": "color", "Values": ["*"]}]}),
+        ("availability_zones", {"ZoneNames": ["eu-west-9a", "eu-west-9b"]}),
+        ("availability_zones", {"ZoneIds": ["use1-az1"]}),
+        ("account_attributes", {"AttributeNames": ["shoe-size"]}),
+    ],
+)
+def test_a_name_that_is_none_is_refused(ec2, ask, parameters):
+    with pytest.raises(ClientError) as refusal:
+        getattr(ec2, f"describe_{ask}")(**parameters)
+    assert refusal.value.response["Error"]["Code"] == "InvalidParameterValue"
+
+
+def attributes(answer):
+    return {
+        attribute["AttributeName"]: [value["AttributeValue"] for value in attribute["AttributeValues"]]
+        for attribute in answer["AccountAttributes"]
+    }
+
+
+def test_an_account_is_on_the_platform_without_vpcs(ec2):
+    platforms = {"supported-platforms": ["EC2"]}
+    assert attributes(ec2.describe_account_attributes()) == platforms | {"default-vpc": ["none"]}
+    assert attributes(ec2.describe_account_attributes(AttributeNames=["supported-platforms"])) == platforms
+
+
+@pytest.mark.parametrize("ask", ["regions", "availability_zones", "account_attributes"])
+def test_a_dry_run_says_that_it_would_succeed(ec2, ask):
+    with pytest.raises(ClientError) as refusal:
+        getattr(ec2, f"describe_{ask}")(DryRun=True)
+    assert refusal.value.response["Error"]["Code"] == "DryRunOperation"
+
+
+@pytest.mark.parametrize("action", sorted(name for name, action in ACTIONS.items() if not action.for_all))
+def test_every_action_of_ec2s_asks_for_permission_first_with_dry_run_and_without(house, street, client_of, action):
+    asked = []
+    client = client_of(house.key)
+    street.app = create_app(replace(house.door, may=lambda caller, name: asked.append(name)))
+    shape = ACTIONS[action].service.operation(action).input_shape
+    required = {name: ["i-12345678"] if name.endswith("s") else "i-12345678" for name in shape.required_members}
+    if action == "BundleInstance":
+        names = ("AWSAccessKeyId", "Bucket", "Prefix", "UploadPolicy", "UploadPolicySignature")
+        required["Storage"] = {"S3": dict.fromkeys(names, "x")}
+    for options in ({}, {"DryRun": True}):
+        with pytest.raises(ClientError) as refusal:
+            getattr(client, "_".join(re.findall("[A-Z][a-z]+", action)).lower())(**required, **options)
+        assert refusal.value.response["Error"]["Code"] == "UnauthorizedOperation"
+    assert asked == [action, action]
+
+
+def test_an_accounts_own_key_is_its_root_users(house, client_of):
+    account_id = house.key.account_id
+    answer = client_of(house.key, "sts").get_caller_identity()
+    assert answer.pop("ResponseMetadata")["RequestId"]
+    assert answer == {"UserId": account_id, "Account": account_id, "Arn": f"arn:aws:iam::{account_id}:root"}
+
+
+def test_everybody_may_ask_who_they_are(house, street, client_of):
+    sts = client_of(house.key, "sts")
+    street.app = create_app(replace(house.door, may=lambda caller, name: False))
+    assert sts.get_caller_identity()["Account"] == house.key.account_id
+
+
+@pytest.mark.parametrize("change", [{"access_key_id": "AKIDNOBODY"}, {"secret_access_key": "x" * 40}])
+def test_wrong_credentials_are_refused_in_stss_words(house, client_of, change):
+    with pytest.raises(ClientError) as refusal:
+        client_of(replace(house.key, **change), "sts").get_caller_identity()
+    assert refusal.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
+    assert refusal.value.response["Error"] == {
+        "Type": "Sender",
+        "Code": "InvalidClientTokenId",
+        "Message": "The security token included in the request is invalid.",
+    }
+
+
+def test_a_presigned_identity_can_be_shown_by_somebody_else(house, client_of):
+    url = client_of(house.key, "sts").generate_presigned_url("get_caller_identity", HttpMethod="GET")
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        assert f"<Account>{house.key.account_id}</Account>".encode() in answer.read()
