@@ -150,5 +150,5 @@ def _reading(what: str) -> Iterator[None]:
     """The library's errors as ours. Its words quote the guest, so they are not repeated."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SystemError) as error:  # the second is what Python says of the binding's slips
         raise FileSystemCorruptError(f"{what} cannot be read") from error

@@ -38,9 +38,9 @@ def unused(source: sleuthkit.Source) -> list[Extent]:
         SkipRefusedError: It cannot be told for certain.
     """
     boot = ntfs.boot_sector(source.read(0, ntfs.BOOT_SIZE), source.size)
-    _check_mirror(boot, source)
     volume = NtfsVolume(source)
     _check_clean(volume)
+    _check_mirror(boot, source)
     bitmap = _bitmap(boot, volume)
     free = _few(free_runs(bitmap, boot.clusters))
     disposable = _claim_all(boot, volume, bitmap)

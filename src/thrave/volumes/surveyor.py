@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import IO
 
@@ -89,12 +89,12 @@ def _process(length: int) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             alarm.cancel()
             process.kill()
+            with suppress(BrokenPipeError):  # what it did not wait to hear
+                _pipes(process)[0].close()
 
 
 def _served(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[Extent]:
     """Answer the surveyor's questions until it has told everything. It is not trusted."""
-    assert process.stdin
-    assert process.stdout
     told, end = 0, 0
     while True:
         kind, first, second = _MESSAGE.unpack(_exactly(process, _MESSAGE.size))
@@ -112,24 +112,28 @@ def _served(process: subprocess.Popen[bytes], volume: Volume, partition: Partiti
 
 
 def _answer(process: subprocess.Popen[bytes], volume: Volume, offset: int, length: int) -> None:
-    assert process.stdin
     buffer = bytearray(length)
     volume.read_into(offset, memoryview(buffer))
-    try:
-        process.stdin.write(buffer)
-        process.stdin.flush()
-    except BrokenPipeError:
-        return  # it has ended: the next message is not there, and that is told then
+    answers, _ = _pipes(process)
+    with suppress(BrokenPipeError):  # it has ended: there will be no next message, and that is told then
+        answers.write(buffer)
+        answers.flush()
 
 
 def _exactly(process: subprocess.Popen[bytes], length: int) -> bytes:
-    assert process.stdout
-    data = process.stdout.read(length)
+    _, questions = _pipes(process)
+    data = questions.read(length)
     if len(data) == length:
         return data
     status = process.wait()
     how = signal.strsignal(-status) if status < 0 else f"exit status {status}"
     raise FileSystemCorruptError(f"reading it took too long, too much memory, or broke the reader ({how})")
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin
+    assert process.stdout
+    return process.stdin, process.stdout
 
 
 class _Pipe:

@@ -1,0 +1,236 @@
+"""`skip = unused` on disks that must not be believed, and on some that look bad and may be."""
+
+import random
+import struct
+import uuid
+import zlib
+from pathlib import Path
+
+import pytest
+
+from support.ntfs import CLUSTER, HIBERNATION, Damage, make_windows_disk, restart_page
+from thrave.volumes.errors import (
+    FileSystemCorruptError,
+    FileSystemUnsupportedError,
+    NoFileSystemError,
+    SkipRefusedError,
+    VolumeNotCleanError,
+)
+from thrave.volumes.skipping import without_unused
+
+DYNAMIC = uuid.UUID("af9b60a0-1431-4f62-bc68-3311714a69ad")
+STORAGE_SPACES = uuid.UUID("e75caf8f-f680-4cee-afa3-b001e56efc2d")
+BASIC = uuid.UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    return make_windows_disk(tmp_path_factory.mktemp("windows") / "disk.raw")
+
+
+@pytest.fixture
+def damage(windows):
+    return Damage.to(windows.path)
+
+
+def unused_of(damage):
+    """How many bytes `skip = unused` leaves out."""
+    return damage.size - sum(length for _, length in without_unused(damage, Path("disk.raw")).extents())
+
+
+def flags(value):
+    return lambda damage: damage.set_flags(value)
+
+
+def log(*pages):
+    return lambda damage: damage.put(damage.content(2), b"".join(pages))
+
+
+def hibernation_head(head):
+    return lambda damage: damage.put(damage.disk.find(HIBERNATION * 2) - CLUSTER, head)
+
+
+def boot(offset, layout, *values):
+    return lambda damage: damage.put(damage.at + offset, struct.pack(layout, *values))
+
+
+def partition_entry(index, kind, first, count):
+    return lambda damage: damage.put(446 + 16 * index, struct.pack("<B3xB3xII", 0, kind, first, count))
+
+
+def gpt(*entries, sector_size=512, first_lba=None, mangle=lambda header, table: None):
+    """Replace the MBR by a GPT with these (type, first byte, bytes)."""
+
+    def write(damage):
+        table = bytearray(128 * 128)
+        for index, (kind, start, length) in enumerate(entries):
+            first, last = start // sector_size, (start + length) // sector_size - 1
+            struct.pack_into("<16s16sQQ", table, 128 * index, kind.bytes_le, uuid.uuid4().bytes_le, first, last)
+        fields = [b"EFI PART", 0x10000, 92, 0, 0, 1, 0, 0, 0, bytes(16), 2, 128, 128, zlib.crc32(table)]
+        fields[3] = zlib.crc32(struct.pack("<8s4I4Q16sQ3I", *fields))
+        header = bytearray(struct.pack("<8s4I4Q16sQ3I", *fields))
+        mangle(header, table)
+        damage.put(446, struct.pack("<B3xB3xII", 0, 0xEE, 1, 0xFFFFFFFF) + bytes(48))
+        damage.put(sector_size, header)
+        damage.put(2 * sector_size, table)
+
+    return write
+
+
+def forget_a_file(damage):
+    """$Bitmap calls a cluster of pagefile.sys free."""
+    at, mask = damage.bits(58961920 // CLUSTER + 9)
+    damage.disk[at] &= ~mask
+
+
+def use_what_another_uses(windows):
+    one, other = (file for file in windows.files if file.path.endswith(("ntoskrnl.exe", "update09.cab")))
+
+    def link(damage):
+        record = damage.record_at_cluster(one.runs[0].offset // CLUSTER)
+        _, place, size = damage.first_run(record)
+        damage.put(place, (other.runs[0].offset // CLUSTER).to_bytes(size, "little"))
+
+    return link
+
+
+def mirror_another_time(damage):
+    damage.put(damage.mirror() + 200, b"X")
+
+
+def tear_a_record(damage):
+    for place in (damage.mirror(), damage.record(0)):
+        damage.put(place + 510, b"\xaa\x55")
+
+
+def mark_as_bad(damage):
+    damage.put(damage.record_at_cluster(58961920 // CLUSTER), b"BAAD")  # pagefile.sys
+
+
+def shrink_the_bitmap(damage):
+    attribute = damage.attribute(damage.record(6), 0x80)
+    damage.put(attribute + 48, struct.pack("<Q", 100))
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "words"),
+    [
+        (flags(0x0001), VolumeNotCleanError, "dirty.*chkdsk"),
+        (flags(0x4000), VolumeNotCleanError, "dirty"),
+        (log(restart_page(clients=0)), VolumeNotCleanError, "log was not closed"),
+        (log(restart_page(clients=0, flags=2), restart_page(clients=0, lsn=6)), VolumeNotCleanError, "not closed"),
+        (log(restart_page(version=(2, 0))), VolumeNotCleanError, "version 2.0: shut Windows down fully"),
+        (log(bytes(4096)), FileSystemCorruptError, "no restart page"),
+        (hibernation_head(b"hibr"), VolumeNotCleanError, "hibernated"),
+        (hibernation_head(b"HIBR"), VolumeNotCleanError, "hibernated"),
+        (hibernation_head(b"RSTR"), VolumeNotCleanError, "hibernated"),
+        (boot(3, "8s", b"-FVE-FS-"), FileSystemUnsupportedError, "BitLocker"),
+        (boot(3, "8s", b"ReFS"), FileSystemUnsupportedError, "ReFS"),
+        (boot(3, "8s", b"MSDOS5.0"), NoFileSystemError, "no NTFS"),
+        (boot(11, "<H", 0), FileSystemCorruptError, "boot sector"),
+        (boot(11, "<H", 513), FileSystemCorruptError, "boot sector"),
+        (boot(13, "<B", 3), FileSystemCorruptError, "boot sector"),
+        (boot(13, "<B", 0x81), FileSystemCorruptError, "boot sector"),
+        (boot(40, "<Q", 1 << 62), FileSystemCorruptError, "boot sector"),
+        (boot(48, "<Q", 1 << 40), FileSystemCorruptError, "boot sector"),
+        (boot(64, "<b", -128), FileSystemCorruptError, "boot sector"),
+        (boot(64, "<b", 0), FileSystemCorruptError, "boot sector"),
+        (mirror_another_time, FileSystemCorruptError, "MFTMirr"),
+        (tear_a_record, FileSystemCorruptError, "it cannot be read"),
+        (mark_as_bad, FileSystemCorruptError, "marked as bad"),
+        (shrink_the_bitmap, FileSystemCorruptError, "Bitmap has 100 bytes"),
+        (forget_a_file, FileSystemCorruptError, "not its own"),
+        (partition_entry(1, 0x42, 0, 0), FileSystemUnsupportedError, "dynamic"),
+        (partition_entry(1, 0x07, 2048, 1), FileSystemCorruptError, "overlaps"),
+        (partition_entry(1, 0x07, 1 << 31, 1), FileSystemCorruptError, "leaves the disk"),
+        (partition_entry(0, 0xEE, 1, 1), FileSystemCorruptError, "there is none"),
+        (partition_entry(0, 0x00, 0, 0), NoFileSystemError, "no NTFS"),
+        (gpt((DYNAMIC, 1 << 20, 63 << 20)), FileSystemUnsupportedError, "dynamic"),
+        (gpt((STORAGE_SPACES, 1 << 20, 63 << 20)), FileSystemUnsupportedError, "Storage Spaces"),
+        (gpt((BASIC, 1 << 20, 64 << 20)), FileSystemCorruptError, "leaves the disk"),
+        (gpt((BASIC, 1 << 20, -512)), FileSystemCorruptError, "leaves the disk"),
+        (gpt((BASIC, 1 << 20, 63 << 20), mangle=lambda header, _: header.__setitem__(30, 1)),
+         FileSystemCorruptError, "header does not have its checksum"),
+        (gpt((BASIC, 1 << 20, 63 << 20), mangle=lambda _, table: table.__setitem__(60, 1)),
+         FileSystemCorruptError, "entries.*checksum"),
+    ],
+)  # fmt: skip
+def test_it_is_refused_with_the_reason(damage, harm, error, words):
+    harm(damage)
+    with pytest.raises(SkipRefusedError, match=words) as refused:
+        unused_of(damage)
+    assert type(refused.value) is error
+    assert "disk.raw: cannot leave out what is unused: " in str(refused.value)
+
+
+def test_two_files_on_the_same_clusters_are_refused(windows, damage):
+    use_what_another_uses(windows)(damage)
+    with pytest.raises(FileSystemCorruptError, match="not its own"):
+        unused_of(damage)
+
+
+@pytest.mark.parametrize("size", [100, 4096], ids="{} bytes".format)
+def test_a_hibernation_file_that_is_cut_short_is_another_disks_sleep(damage, windows, size):
+    """As ntfs-3g judges it; at 4096 bytes there is a whole head, and here it is of zeros."""
+    record = damage.record_at_cluster((damage.disk.find(HIBERNATION * 2) - CLUSTER - damage.at) // CLUSTER)
+    attribute = damage.attribute(record, 0x80)
+    damage.put(attribute + 48, struct.pack("<QQ", size, size))
+    if size == 4096:
+        assert unused_of(damage)
+        return
+    with pytest.raises(VolumeNotCleanError, match="cut short"):
+        unused_of(damage)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: None,
+        flags(0x8000),  # chkdsk changed something and has finished
+        log(restart_page()),
+        log(restart_page(clients=0, flags=2)),  # Windows XP and later leave it open and say that it is clean
+        log(restart_page(clients=0), restart_page(lsn=6)),
+        hibernation_head(b"wake"),
+        hibernation_head(b"\0\0\0\0"),
+        gpt((BASIC, 1 << 20, 63 << 20)),
+        gpt((BASIC, 1 << 20, 63 << 20), sector_size=4096),
+        partition_entry(3, 0x0F, 100, 1 << 31),  # an extended partition is not looked into
+    ],
+)
+def test_it_is_believed(windows, damage, change):
+    change(damage)
+    assert unused_of(damage) == unused_of(Damage.to(windows.path))
+
+
+def test_a_second_ntfs_partition_that_is_not_clean_refuses_the_whole_disk(damage):
+    """The second is the first one again, dirty."""
+    size = len(damage.disk) - damage.at
+    damage.disk = bytearray(damage.disk[:]) + damage.disk[damage.at :]
+    partition_entry(1, 0x07, (damage.at + size) // 512, size // 512)(damage)
+    unused = unused_of(damage)
+    assert unused % 2 == 0
+    flags(1)(Damage(damage.disk, damage.at + size))
+    with pytest.raises(VolumeNotCleanError, match=f"the volume at byte {damage.at + size}, it is marked as dirty"):
+        unused_of(damage)
+
+
+def test_a_bare_volume_needs_no_partitions(damage):
+    bare = Damage(bytearray(damage.disk[damage.at :]), 0)
+    assert unused_of(bare) == unused_of(damage)
+    flags(1)(bare)
+    with pytest.raises(VolumeNotCleanError):
+        unused_of(bare)
+
+
+@pytest.mark.parametrize("size", [512, 1024, 1 << 20])
+def test_a_disk_of_anything_else_is_no_ntfs(size):
+    noise = bytearray(random.Random(size).randbytes(size))
+    noise[510:512] = b"\0\0"
+    with pytest.raises(NoFileSystemError):
+        unused_of(Damage(noise))
+
+
+@pytest.mark.parametrize("size", [0, 1, 511])
+def test_a_disk_smaller_than_a_sector_is_no_ntfs(size):
+    with pytest.raises(NoFileSystemError):
+        unused_of(Damage(bytearray(size)))

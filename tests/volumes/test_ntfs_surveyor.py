@@ -1,0 +1,192 @@
+"""The process that reads a guest's file system: what it cannot do, and what its parent does not believe."""
+
+import random
+import re
+import stat
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from support.ntfs import CLUSTER, RECORD, Damage, make_windows_disk, ntfs_tool
+from thrave.volumes import survey, surveyor
+from thrave.volumes.errors import FileSystemCorruptError, SkipRefusedError, VolumeNotCleanError, VolumeUnreadableError
+from thrave.volumes.partitions import Partition
+
+MESSAGE = struct.Struct("<cQQ")
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    return make_windows_disk(tmp_path_factory.mktemp("windows") / "disk.raw").path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The bytes of a volume of 2 MiB with some files."""
+    folder = tmp_path_factory.mktemp("small")
+    path = folder / "volume.ntfs"
+    path.write_bytes(bytes(2 << 20))
+    ntfs_tool("mkntfs", "-F", "-Q", "-q", "-s", 512, "-p", 0, "-H", 255, "-S", 63, "-c", CLUSTER, path)
+    source = random.Random(7)
+    for name, size in (("a", 30_000), ("b", 90_000), ("pagefile.sys", 50_000), ("c", 300)):
+        (folder / name).write_bytes(source.randbytes(size))
+        ntfs_tool("ntfscp", "-q", path, folder / name, name)
+    return path.read_bytes()
+
+
+class Source:
+    """A volume for the survey, without a process between."""
+
+    def __init__(self, data):
+        self.data = data
+        self.size = len(data)
+
+    def read(self, offset, length):
+        return bytes(self.data[offset : offset + length])
+
+
+def clusters(extents):
+    return {at for offset, length in extents for at in range(offset // CLUSTER, (offset + length) // CLUSTER)}
+
+
+def whole(damage):
+    return Partition(0, damage.size)
+
+
+def corrupted(data, seed):
+    """Some bytes, bits or words are others: in the boot sector, in an MFT record, in $Bitmap, or anywhere."""
+    source = random.Random(seed)
+    damage = Damage(bytearray(data), 0)
+    records = [found.start() for found in re.finditer(b"FILE0", data)]
+    start, length = source.choice(
+        [
+            (0, 90),
+            (source.choice(records), RECORD),
+            (source.choice(records), 50),
+            (damage.content(6), 70),
+            (0, len(data)),
+        ]
+    )
+    for _ in range(source.choice([1, 1, 2, 8, 40])):
+        place = start + source.randrange(length)
+        value = source.choice([b"\0", b"\xff", bytes([source.randrange(256)]), source.randbytes(4)])
+        damage.put(min(place, len(data) - 4), value)
+    return damage
+
+
+def test_no_corruption_makes_the_survey_leave_out_what_was_in_use(small):
+    """Refused, or nothing is left out that would not have been. Whatever else is raised fails the test."""
+    unused = clusters(survey.unused(Source(small)))
+    refused = 0
+    for seed in range(400):
+        try:
+            assert clusters(survey.unused(Source(corrupted(small, seed).disk))) <= unused, seed
+        except SkipRefusedError:
+            refused += 1
+    assert 50 < refused < 400
+
+
+def test_corrupted_volumes_in_a_process_of_their_own_break_nothing(small):
+    """It ends as the survey does here, and in no other way."""
+    for seed in range(1000, 1012):
+        damage = corrupted(small, seed)
+        assert outcome(surveyor.unused_in, damage, whole(damage)) == outcome(survey.unused, Source(damage.disk)), seed
+
+
+def outcome(look, *where):
+    try:
+        return look(*where)
+    except SkipRefusedError as refusal:
+        return type(refusal), refusal.reason
+
+
+def test_a_volume_that_cannot_be_read_is_that_error_and_no_other(windows):
+    damage = Damage.to(windows)
+
+    def fail(offset, buffer):
+        raise VolumeUnreadableError(windows, "the disk is broken", offset=offset)
+
+    damage.read_into = fail
+    with pytest.raises(VolumeUnreadableError, match="the disk is broken"):
+        surveyor.unused_in(damage, Partition(damage.at, damage.size - damage.at))
+
+
+def test_one_that_takes_too_long_is_ended(windows, monkeypatch):
+    monkeypatch.setattr(surveyor, "SECONDS", 0.01)
+    with pytest.raises(FileSystemCorruptError, match=r"too long.*Killed"):
+        surveyor.unused_in(Damage.to(windows), Partition(1 << 20, 63 << 20))
+
+
+def message(kind, first=0, second=0):
+    return MESSAGE.pack(kind, first, second)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"", "exit status 0"),
+        (b"half a message", "exit status 0"),
+        (message(b"?"), "astray"),
+        (message(b"r", 0, 1 << 40), "astray"),
+        (message(b"r", 1 << 63, 512), "astray"),
+        (message(b"r", (1 << 20) - 100, 512), "astray"),
+        (message(b"u", 1 << 20, 1), "astray"),
+        (message(b"u", 0, 0), "astray"),
+        (message(b"u", 4096, 4096) + message(b"u", 0, 4096), "astray"),
+        (message(b"u", 0, 4096) + message(b"u", 2048, 4096), "astray"),
+        (message(b"x", 99, 3) + b"boo", "astray"),
+        (message(b"x", 0, 1 << 40), "astray"),
+        (message(b"x", 0, 5) + b"bo", "exit status 0"),
+        (message(b"x", 0, 3) + b"b\xffo", "b\ufffdo"),
+        (message(b"r", 0, 512), "exit status 0"),
+    ],
+)
+def test_nothing_that_it_says_is_taken_on_trust(said, words, tmp_path, monkeypatch):
+    """A surveyor that the guest has taken over: it says what it likes."""
+    (tmp_path / "said").write_bytes(said)
+    evil = tmp_path / "evil"
+    evil.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'said'}'\n")
+    evil.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(sys, "executable", str(evil))
+    damage = Damage(bytearray(1 << 20), 0)
+    with pytest.raises(FileSystemCorruptError, match=words):
+        surveyor.unused_in(damage, whole(damage))
+
+
+def test_its_extents_are_those_of_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "said").write_bytes(message(b"u", 0, 4096) + message(b"u", 8192, 512) + message(b"."))
+    evil = tmp_path / "evil"
+    evil.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'said'}'\n")
+    evil.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(sys, "executable", str(evil))
+    damage = Damage(bytearray(1 << 20), 0)
+    assert surveyor.unused_in(damage, Partition(65536, 1 << 18)) == [(65536, 4096), (65536 + 8192, 512)]
+
+
+def test_its_refusals_arrive_as_they_were(windows):
+    damage = Damage.to(windows)
+    damage.set_flags(1)
+    with pytest.raises(VolumeNotCleanError, match="have Windows check it"):
+        surveyor.unused_in(damage, Partition(damage.at, damage.size - damage.at))
+
+
+@pytest.mark.parametrize(
+    ("crime", "punishment"),
+    [
+        ("open('/etc/passwd')", "Too many open files"),
+        ("open('loot', 'w')", "Too many open files"),
+        ("__import__('socket').socket()", "Too many open files"),
+        ("bytearray(1 << 30)", "MemoryError"),
+        ("__import__('os').execv('/bin/sh', ['sh', '-c', 'echo free'])", ""),
+    ],
+)
+def test_it_cannot_do_anything_but_think(crime, punishment, tmp_path):
+    program = f"import os, socket\nfrom thrave.volumes.surveyor import _give_up_rights\n_give_up_rights()\n{crime}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60
+    )
+    assert done.returncode != 0
+    assert punishment in done.stderr
+    assert "free" not in done.stdout
