@@ -8,9 +8,9 @@ Nothing else in Thrave reads the environment, and nothing here opens or creates 
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 
@@ -54,6 +54,24 @@ class Settings(BaseSettings):
     data: Path = Field(Path("thrave-data"), description="Where the service keeps its database, keys and buckets.")
     host: str = Field("127.0.0.1", description="The address to listen on.")
     port: int = Field(8773, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
+    tls_certificate: Path | None = Field(
+        None, description="The server's certificate, PEM, with its intermediates. With `tls_key`: speak TLS."
+    )
+    tls_key: Path | None = Field(None, description="The certificate's private key, PEM, not encrypted.")
+    plain_http: Literal["loopback", "anywhere"] = Field(
+        "loopback", description="Where plain HTTP may be spoken: `anywhere` is for a proxy in front that speaks TLS."
+    )
+    connections: int = Field(1000, ge=1, description="Open connections; one more is closed at once.")
+    request_timeout: float = Field(
+        30.0, gt=0, description="Seconds that a client has to send a request, and as many to take its answer."
+    )
+    requests_per_second: float = Field(
+        1000.0, gt=0, description="Requests of one account that are answered for long; more: `RequestLimitExceeded`."
+    )
+    request_burst: int = Field(5000, ge=1, description="Requests of one account that are answered at once.")
+    tasks_per_account: int = Field(
+        20, ge=1, description="Unfinished bundle tasks that an account may have; more: `ResourceLimitExceeded`."
+    )
     region: str = Field("us-east-1", description="The region's name in answers; requests may be signed for any.")
     host_name: str = Field(
         "localhost", description="This hypervisor host's name. Tasks belong to it: do not change it while any runs."
@@ -73,6 +91,12 @@ class Settings(BaseSettings):
         "nothing", description="What is left out of a bundle: nothing, or what the volume's NTFS does not use."
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for programs.")
+
+    @model_validator(mode="after")
+    def _has_both_or_none(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together: give both or none")
+        return self
 
     @property
     def directory(self) -> DataDirectory:

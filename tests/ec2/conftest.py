@@ -16,6 +16,7 @@ from thrave.compute.power import PowerRequests
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
+from thrave.ec2.rate import RateLimit
 from thrave.identity.accounts import Accounts
 from thrave.identity.keys import AccessKey
 from thrave.tasks.records import Records
@@ -56,8 +57,14 @@ def house(tmp_path):
         power=PowerRequests(instances, grace=20.0),
         region="eu-west-9",
         buckets=DirectoryBuckets(tmp_path / "buckets"),
+        rate=RateLimit(1e6, 10**6),
         tasks=BundleTasks(
-            engine, records, lambda connection, bundle_id: None, host="localhost", retention=timedelta(days=7)
+            engine,
+            records,
+            lambda connection, bundle_id: None,
+            host="localhost",
+            retention=timedelta(days=7),
+            per_account=4,
         ),
     )
     key = door.accounts.create("owner")[1]

@@ -177,7 +177,19 @@ ERRORS: dict[str, ErrorKind] = {
         "BundleInstance into a bucket whose owner is not the account of AWSAccessKeyId.",
         f"{AWS}; the choice of code is ours",
     ),
+    "ResourceLimitExceeded": ErrorKind(
+        400,
+        "You have exceeded an Amazon EC2 resource limit. You may have {limit} bundle tasks in progress.",
+        "BundleInstance of an account with as many unfinished bundle tasks as the setting `tasks_per_account` allows.",
+        f"{AWS}; the choice of code is ours",
+    ),
     # Ours to mend
+    "RequestLimitExceeded": ErrorKind(
+        503,
+        "Request limit exceeded.",
+        "More requests of the account than `requests_per_second` and `request_burst` allow. SDKs try again.",
+        AWS,
+    ),
     "InternalError": ErrorKind(
         500,
         "An internal error has occurred. Retry your request; if the problem persists, report it with the request ID.",

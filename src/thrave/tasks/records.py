@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from thrave.database import bundle_task, task_in_progress, utc_now
+from thrave.database import account, bundle_task, task_in_progress, utc_now
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.journal import Journal
 from thrave.tasks.states import CANCELLABLE, WITH_PROGRESS, BundleTaskState, before
@@ -69,6 +69,12 @@ class Records:
     def find(self, *conditions: sa.ColumnElement[bool]) -> list[BundleTask]:
         """The tasks for which all conditions hold, the oldest first."""
         return self._read(_TASKS.where(*conditions))
+
+    def number_in_progress(self, connection: sa.Connection, account_id: str) -> int:
+        """How many unfinished tasks an account has; of several that have just added one, only one is told at a time."""
+        connection.execute(sa.select(account.c.account_id).where(account.c.account_id == account_id).with_for_update())
+        mine = sa.and_(bundle_task.c.account_id == account_id, task_in_progress)
+        return connection.execute(sa.select(sa.func.count()).select_from(bundle_task).where(mine)).scalar_one()
 
     def in_progress(self, instance_id: str) -> BundleTask | None:
         """The unfinished task of an instance, if it has one."""

@@ -3,7 +3,8 @@
     BundleTaskError
     ├── BundlingInProgress          the instance has a task already
     ├── BundleTaskNotFound          no such task, or somebody else's
-    └── BundleTaskNotCancellable    it has ended, or is being cancelled
+    ├── BundleTaskNotCancellable    it has ended, or is being cancelled
+    └── TooManyBundleTasks          the account has as many unfinished tasks as it may
 
 Who the caller is and what they may do has been decided before; the task itself runs elsewhere (`bundling.py`), and
 nothing here waits for it.
@@ -53,29 +54,47 @@ class BundleTaskNotCancellable(BundleTaskError):  # noqa: N818 (reads as EC2's c
         self.state = state
 
 
+class TooManyBundleTasks(BundleTaskError):  # noqa: N818 (reads as EC2's codes do)
+    """The account has as many unfinished tasks as it may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There may be {limit} bundle tasks in progress")
+        self.limit = limit
+
+
 class BundleTasks:
     """The bundle tasks of all accounts, as their callers may see and change them."""
 
     def __init__(
-        self, engine: sa.Engine, records: Records, enqueue: Enqueue, *, host: str, retention: timedelta
+        self,
+        engine: sa.Engine,
+        records: Records,
+        enqueue: Enqueue,
+        *,
+        host: str,
+        retention: timedelta,
+        per_account: int,
     ) -> None:
-        """Create tasks for `host`; finished ones are shown for `retention` after their end."""
+        """Create tasks for `host`, `per_account` at a time; finished ones are shown for `retention` after their end."""
         self._engine = engine
         self._records = records
         self._enqueue = enqueue
         self._host = host
         self._retention = retention
+        self._per_account = per_account
 
     def create(self, request: BundleRequest) -> BundleTask:
         """Record a task and have it run, both or neither.
 
         Raises:
             BundlingInProgress: The instance has a task already, whoever asked for it.
+            TooManyBundleTasks: The account may not have another one.
         """
         bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
         try:
             with self._engine.begin() as connection:
                 self._records.add(connection, bundle_id, self._host, request)
+                self._check_number(connection, request.account_id, self._per_account)
                 self._enqueue(connection, bundle_id)
         except sa.exc.IntegrityError as refusal:
             earlier = self._records.in_progress(request.instance_id)
@@ -85,6 +104,19 @@ class BundleTasks:
         task = self._records.get(bundle_id)
         assert task is not None
         return task
+
+    def check_number(self, account_id: str) -> None:
+        """Look whether the account may have another task, before anything is done for it.
+
+        Raises:
+            TooManyBundleTasks: It may not.
+        """
+        with self._engine.connect() as connection:
+            self._check_number(connection, account_id, self._per_account - 1)
+
+    def _check_number(self, connection: sa.Connection, account_id: str, most: int) -> None:
+        if self._records.number_in_progress(connection, account_id) > most:
+            raise TooManyBundleTasks(self._per_account)
 
     def in_progress(self, instance_id: str) -> BundleTask | None:
         """The unfinished task of an instance, if it has one."""

@@ -1,0 +1,157 @@
+"""How much of one account's haste is answered."""
+
+import threading
+from dataclasses import replace
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from support.storage import storage
+from thrave.ec2.app import create_app
+from thrave.ec2.rate import RateLimit, TooManyRequests
+
+ALICE, BOB = "111111111111", "222222222222"
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def rate(clock):
+    return RateLimit(2.0, 5, clock)
+
+
+def taken(rate, account_id=ALICE):
+    """How many requests are answered at this moment."""
+    for count in range(100):
+        try:
+            rate.take(account_id)
+        except TooManyRequests:
+            return count
+    return 100
+
+
+def test_a_burst_is_answered_and_no_more(rate):
+    assert taken(rate) == 5
+    assert taken(rate) == 0
+
+
+@pytest.mark.parametrize(("seconds", "more"), [(0.4, 0), (0.5, 1), (1.2, 2), (2.5, 5), (1e6, 5)])
+def test_tokens_come_back_with_time_and_never_more_than_a_burst(rate, clock, seconds, more):
+    taken(rate)
+    clock.now += seconds
+    assert taken(rate) == more
+
+
+def test_fractions_of_tokens_add_up(rate, clock):
+    taken(rate)
+    for _ in range(4):
+        clock.now += 0.125
+        count = taken(rate)
+    assert count == 1
+
+
+def test_accounts_do_not_share_a_bucket(rate):
+    assert (taken(rate, ALICE), taken(rate, BOB)) == (5, 5)
+
+
+def test_threads_do_not_take_a_token_twice():
+    rate, count = RateLimit(1e-9, 500), []
+    threads = [
+        threading.Thread(target=lambda: count.append(taken(rate)) or count.append(taken(rate))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(count) == 500
+
+
+def test_a_hasty_account_is_told_so_and_no_other(house, street, client_of):
+    house_of_few = replace(house.door, rate=RateLimit(1e-9, 3))
+    hasty, other = client_of(house.key), client_of(house.another_key())
+    street.app = create_app(house_of_few)
+    for _ in range(3):
+        hasty.describe_instances()
+    with pytest.raises(ClientError) as refusal:
+        hasty.describe_instances()
+    error = refusal.value.response
+    assert error["Error"] == {"Code": "RequestLimitExceeded", "Message": "Request limit exceeded."}
+    assert error["ResponseMetadata"]["HTTPStatusCode"] == 503
+    assert other.describe_instances()["Reservations"] == []
+
+
+def test_boto3_tries_again_by_itself_until_it_is_answered(house, street):
+    street.app = create_app(replace(house.door, rate=RateLimit(2.0, 1)))
+    ec2 = boto3.client(
+        "ec2", "eu-west-9", endpoint_url=street.url, config=Config(retries={"total_max_attempts": 10}),
+        aws_access_key_id=house.key.access_key_id, aws_secret_access_key=house.key.secret_access_key,
+    )  # fmt: skip
+    answers = [ec2.describe_instances()["ResponseMetadata"]["RetryAttempts"] for _ in range(3)]
+    assert answers[0] == 0
+    assert max(answers) > 0
+    ec2.close()
+
+
+@pytest.mark.parametrize("change", [{"access_key_id": "AKIDNOBODY"}, {"secret_access_key": "x" * 40}])
+def test_whoever_has_no_good_signature_takes_no_token_and_leaves_no_trace(house, street, client_of, change):
+    rate = RateLimit(1e-9, 1)
+    strangers = client_of(replace(house.key, **change))
+    street.app = create_app(replace(house.door, rate=rate))
+    for _ in range(3):
+        with pytest.raises(ClientError, match="AuthFailure"):
+            strangers.describe_instances()
+    assert rate._buckets == {}
+    client_of(house.key)
+    street.app = create_app(replace(house.door, rate=rate))
+    assert taken(rate, house.key.account_id) == 1
+
+
+def bundle(ec2, house, number):
+    return ec2.bundle_instance(
+        InstanceId=house.add_instance(f"i-{number:08x}"), Storage=storage(house.key, bucket=f"bucket-{number}")
+    )["BundleTask"]["BundleId"]
+
+
+def test_an_account_has_only_so_many_tasks_at_a_time(house, ec2, client_of):
+    first, *_ = [bundle(ec2, house, number) for number in range(4)]
+    with pytest.raises(ClientError) as refusal:
+        bundle(ec2, house, 5)
+    assert refusal.value.response["Error"] == {
+        "Code": "ResourceLimitExceeded",
+        "Message": "You have exceeded an Amazon EC2 resource limit. You may have 4 bundle tasks in progress.",
+    }
+    assert house.door.buckets.owner("bucket-5") is None
+    ec2.cancel_bundle_task(BundleId=first)
+    bundle(ec2, house, 6)
+
+
+def test_of_many_simultaneous_requests_only_so_many_make_a_task(house, ec2):
+    ids = [house.add_instance(f"i-{number:08x}") for number in range(12)]
+    outcomes = []
+
+    def ask(instance_id):
+        try:
+            ec2.bundle_instance(InstanceId=instance_id, Storage=storage(house.key))
+            outcomes.append("a task")
+        except ClientError as refusal:
+            outcomes.append(refusal.response["Error"]["Code"])
+
+    threads = [threading.Thread(target=ask, args=(instance_id,)) for instance_id in ids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["ResourceLimitExceeded"] * 8 + ["a task"] * 4
+    assert len(ec2.describe_bundle_tasks()["BundleTasks"]) == 4
