@@ -1,0 +1,95 @@
+"""The benchmark: everything in `contests.py`, measured in one run.
+
+    python benchmarks/bench.py            about an hour; a quiet machine, 60 GiB of disk, 16 GiB of memory
+    python benchmarks/bench.py --quick    minutes; small disks, one round; its figures say little
+
+In each round all contenders of a contest run once, in a shuffled order, with their outputs on tmpfs. A result that is
+not the disk ends the benchmark. A run during which others used more than 5 % of the CPU is repeated, and if it never
+gets quieter the quietest counts and is marked.
+"""
+
+import argparse
+import random
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from contenders import Contender
+from contests import BARS, CONTESTS, QUICK, Bench, Contest, Sizes
+from inputs import Kitchen
+from measure import TMPFS, Run
+from report import Result, table, write_json
+from windows import CannotMakeError
+
+_QUIET = 0.05
+_TRIES = 4
+_CACHE = Path.home() / ".cache" / "thrave-bench"
+_RESULTS = Path(__file__).with_name("results")
+
+
+def main() -> None:
+    options = _options()
+    chosen = [contest for contest in CONTESTS if not options.only or contest.name in options.only]
+    with tempfile.TemporaryDirectory(dir=TMPFS, prefix="thrave-bench-") as scratch:
+        bench = Bench(Kitchen(options.inputs), Path(scratch), QUICK if options.quick else Sizes())
+        results = [_hold(contest, bench, options) for contest in chosen]
+    print(table(results, BARS))
+    path = options.results / ("quick.json" if options.quick else "full.json")
+    write_json(path, results, BARS)
+    print(f"\n{path}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small disks, one round, no repeating")
+    parser.add_argument("--only", nargs="+", choices=[contest.name for contest in CONTESTS], help="these contests")
+    parser.add_argument("--rounds", type=int, help="of each contest")
+    parser.add_argument("--inputs", type=Path, default=_CACHE, help=f"where disks are kept ({_CACHE})")
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="where the JSON goes")
+    return parser.parse_args()
+
+
+def _hold(contest: Contest, bench: Bench, options: argparse.Namespace) -> Result:
+    """Hold one contest."""
+    print(f"\n{contest.title}", flush=True)
+    try:
+        contenders = contest.contenders(bench)
+    except CannotMakeError as error:
+        print(f"  not held: {error}", flush=True)
+        return Result(contest.name, contest.title, (), {}, str(error))
+    rounds = options.rounds or (1 if options.quick else contest.rounds)
+    tries = 1 if options.quick else _TRIES
+    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    for number in range(rounds):
+        for contender in _shuffled(contenders, number):
+            runs[contender.name].append(_quiet_run(contender, bench.scratch, tries))
+    return Result(contest.name, contest.title, tuple(contenders), runs)
+
+
+def _shuffled(contenders: Sequence[Contender], seed: int) -> list[Contender]:
+    return random.Random(seed).sample(contenders, len(contenders))
+
+
+def _quiet_run(contender: Contender, scratch: Path, tries: int) -> Run:
+    """Run one contender until the machine was quiet meanwhile, or so often; give the quietest run."""
+    runs: list[Run] = []
+    while len(runs) < tries and not any(run.foreign <= _QUIET for run in runs):
+        runs.append(_checked_run(contender, scratch))
+        print(f"  {contender.name:28} {runs[-1].wall:8.2f} s  others {runs[-1].foreign:4.0%}", flush=True)
+    return min(runs, key=lambda run: run.foreign)
+
+
+def _checked_run(contender: Contender, scratch: Path) -> Run:
+    folder = scratch / "run"
+    folder.mkdir()
+    try:
+        run = contender.run(folder)
+        contender.check(folder)
+        return run
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
