@@ -20,8 +20,10 @@ from thrave.config import Settings
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
+from thrave.ec2.permissions import Permissions
 from thrave.identity.accounts import Accounts
 from thrave.identity.service import ServiceIdentity
+from thrave.identity.users import Users
 from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.caretaker import Caretaker
 from thrave.tasks.engine import Engine
@@ -57,6 +59,7 @@ class Endpoint:
             level=settings.level,
             skip=settings.skip,
         )
+        self._permissions = Permissions(users=Users(database), region=settings.region)
         self._tasks = BundleTasks(
             database,
             self._records,
@@ -76,6 +79,7 @@ class Endpoint:
                 power=PowerRequests(self._host.instances, grace=self._settings.shutdown_grace),
                 region=self._settings.region,
                 any_platform=self._settings.platforms == "any",
+                may=self._permissions.may,
             )
         )
 
@@ -96,6 +100,7 @@ class Endpoint:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # whoever reaches us could write them
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN,
         )
         _Server(config, partial(listening, f"http://{_bracketed(host)}:{port}")).run(sockets=[listener])

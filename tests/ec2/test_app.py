@@ -152,7 +152,7 @@ def test_a_request_without_credentials_learns_nothing(endpoint, request_line):
 
 
 def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(house, street):
-    street.app = create_app(replace(house.door, may=lambda caller, action: action != "DescribeBundleTasks"))
+    street.app = create_app(replace(house.door, may=lambda caller, action, on: action != "ec2:DescribeBundleTasks"))
     for body in (DESCRIBE, DESCRIBE + b"&DryRun=true", DESCRIBE + b"&BundleId.1=bun-12345678"):
         answer = send(street.url, signed(street.url, house.key, body=body))
         assert (answer[0], code_of(answer)) == (403, "UnauthorizedOperation")
@@ -162,7 +162,7 @@ def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(house, street)
 
 
 def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_caller_nothing(house, street):
-    def break_down(caller, action):
+    def break_down(caller, action, resource):
         raise ZeroDivisionError(f"the secret of {caller.account_id}")
 
     street.app = create_app(replace(house.door, may=break_down))

@@ -23,6 +23,8 @@ from thrave.ec2.messages import Request
 from thrave.ec2.model import EC2, SERVICES, STS, Service
 from thrave.ec2.protocol import ProtocolError, error_document, parse, serialize
 from thrave.ec2.signatures import authenticate
+from thrave.identity.decisions import NO_RESOURCE
+from thrave.identity.keys import AccessKey
 
 LIMIT = 64 * 1024  # bytes of a body, and of a query string
 FORM = "application/x-www-form-urlencoded"
@@ -70,14 +72,12 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
     """
     try:
         key = authenticate(request, door.accounts.find_key, door.recent_keys, door.now())
-        caller = Caller(
-            account_id=key.account_id, access_key_id=key.access_key_id, endpoint=request.header("host") or ""
-        )
+        caller = _caller(request, key)
         name, version = _action_and_version(request)
         action = ACTIONS[name]
         operation = action.service.operation(name)
         parameters = parse(operation, request.form, action.also_required)
-        if not (action.for_all or door.may(caller, name)):
+        if not (action.for_all or door.may(caller, f"{action.service.name}:{name}", NO_RESOURCE)):
             raise EC2Error("UnauthorizedOperation")
         if parameters.get("DryRun"):
             raise EC2Error("DryRunOperation")
@@ -85,6 +85,17 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
     except ProtocolError as error:
         raise EC2Error(error.code, str(error)) from None
     return serialize(operation, result, version=version, request_id=request_id)
+
+
+def _caller(request: Request, key: AccessKey) -> Caller:
+    return Caller(
+        account_id=key.account_id,
+        access_key_id=key.access_key_id,
+        user=key.user,
+        endpoint=request.header("host") or "",
+        source_ip=request.source_ip,
+        secure_transport=request.is_secure,
+    )
 
 
 def _action_and_version(request: Request) -> tuple[str, str]:
@@ -122,6 +133,8 @@ async def receive(http: HttpRequest) -> Request:
         query=http.scope["query_string"],
         headers=tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in http.scope["headers"]),
         body=bytes(body),
+        source_ip=http.client and http.client.host,
+        is_secure=http.scope.get("scheme") == "https",
     )
 
 

@@ -9,6 +9,7 @@ from thrave.compute.instances import Instances
 from thrave.compute.power import PowerRequests
 from thrave.database import utc_now
 from thrave.identity.accounts import Accounts
+from thrave.identity.keys import User
 from thrave.identity.recent import RecentKeys
 from thrave.tasks.requests import BundleTasks
 
@@ -20,17 +21,23 @@ class Caller:
     Attributes:
         account_id: Whose key it is.
         access_key_id: The key.
+        user: Whose key it is, if it is not the account's own.
         endpoint: The host, and the port if one was given, that the request was sent to.
+        source_ip: Where the request came from, as the server tells it; None if it cannot.
+        secure_transport: Whether it came over TLS.
     """
 
     account_id: str
     access_key_id: str
+    user: User | None = None
     endpoint: str = ""
+    source_ip: str | None = None
+    secure_transport: bool = False
 
 
-def account_may_do_all(_caller: Caller, _action: str) -> bool:
-    """Allow every action: an account's own access key may do all that the account can, as in IAM."""
-    return True
+def account_may_do_all(caller: Caller, _action: str, _resource: str) -> bool:
+    """Allow every action to an account's own access key, as IAM does, and none to a user's."""
+    return caller.user is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,7 @@ class Door:
         region: The one region that there is.
         any_platform: Bundle instances that are not Windows, too. EC2 does not.
         recent_keys: Keys of `accounts` that have just signed a request.
-        may: Whether a caller may do an action, such as `BundleInstance`.
+        may: Whether a caller may do an action, such as `ec2:BundleInstance`, on a resource (an ARN, or `NO_RESOURCE`).
         now: The clock.
     """
 
@@ -58,7 +65,7 @@ class Door:
     region: str = "us-east-1"
     any_platform: bool = False
     recent_keys: RecentKeys = field(default_factory=RecentKeys)
-    may: Callable[[Caller, str], bool] = account_may_do_all
+    may: Callable[[Caller, str, str], bool] = account_may_do_all
     now: Callable[[], datetime] = utc_now
 
     @property

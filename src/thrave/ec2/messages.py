@@ -16,6 +16,8 @@ class Request:
         query: The query string as received.
         headers: Names in lower case with their values, in the order received.
         body: At most as long as the door's limit.
+        source_ip: The address of the peer; None if it is not known.
+        is_secure: Whether it came over TLS.
     """
 
     method: str
@@ -23,6 +25,8 @@ class Request:
     query: bytes = field(repr=False)
     headers: tuple[tuple[str, str], ...] = field(repr=False)
     body: bytes = field(repr=False)
+    source_ip: str | None = None
+    is_secure: bool = False
 
     @cached_property
     def form(self) -> dict[str, str]:

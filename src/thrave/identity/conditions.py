@@ -218,10 +218,12 @@ KEYS: Mapping[str, Key] = {
     "ec2:Region": Key("String", lambda context: context.region, "The service's region, by its setting `region`."),
     "aws:CurrentTime": Key("Date", lambda context: context.current_time, "When the request is judged."),
     "aws:SecureTransport": Key(
-        "Boolean", lambda context: context.secure_transport, "Whether the request came over TLS."
+        "Boolean", lambda context: context.secure_transport, "Whether the service itself was spoken to over TLS."
     ),
     "aws:SourceIp": Key(
-        "IP address", lambda context: context.source_ip, "Where the request came from; IPv4 in IPv6 counts as IPv4."
+        "IP address",
+        lambda context: context.source_ip,
+        "Who opened the connection (behind a proxy, the proxy); IPv4 in IPv6 is IPv4.",
     ),
 }
 _KEYS_BY_LOWER_NAME = {name.lower(): key for name, key in KEYS.items()}  # IAM's keys know no case

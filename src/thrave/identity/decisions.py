@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from thrave.identity.conditions import Context
 from thrave.identity.policies import Statement
 
+NO_RESOURCE = "*"  # what an action acts on that acts on no single resource
+
 
 def permits(statements: Iterable[Statement], action: str, resource: str, context: Context) -> bool:
     """Decide.
@@ -23,7 +25,7 @@ def permits(statements: Iterable[Statement], action: str, resource: str, context
     Args:
         statements: Of every policy of the user together.
         action: Such as `ec2:BundleInstance`.
-        resource: An ARN, or `*` for an action that acts on no single resource.
+        resource: An ARN, or `NO_RESOURCE`.
         context: What else is known of the request.
     """
     effects = {each.effect for each in statements if each.applies(action, resource, context)}

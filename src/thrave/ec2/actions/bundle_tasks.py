@@ -47,7 +47,7 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     _check_kind(door, instance)
     _check_idle(door, instance)
     _check_state(instance)
-    owner_id, policy = check_upload_policy(door, storage)
+    owner_id, policy = check_upload_policy(door, caller, storage)
     claim_bucket(door, storage, owner_id)
     request = BundleRequest(
         account_id=caller.account_id,

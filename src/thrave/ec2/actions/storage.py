@@ -7,12 +7,12 @@ that belongs to somebody else.
 Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstance; AWS's own are not known.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, SignatureDoesNotMatch
 from thrave.buckets.naming import check_bucket_name, split_prefix
 from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
-from thrave.ec2.door import Door
+from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.protocol import Parameters
 
@@ -63,12 +63,12 @@ def _check_names(bucket: str, prefix: str) -> None:
             raise EC2Error("InvalidParameterValue", message) from None
 
 
-def check_upload_policy(door: Door, storage: Storage) -> tuple[str, UploadPolicy]:
+def check_upload_policy(door: Door, caller: Caller, storage: Storage) -> tuple[str, UploadPolicy]:
     """Prove that the bucket's owner allows a whole bundle to be uploaded; give the owner's account id, and the policy.
 
     Raises:
-        EC2Error: InvalidParameterValue: the key is unknown, has not signed the policy, or the policy could never be
-            met; then in S3's own words.
+        EC2Error: InvalidParameterValue: the key is unknown, has not signed the policy, or is a user's who may not put
+            the bundle's objects; or the policy could never be met, then in S3's own words.
     """
     key = door.accounts.find_key(storage.access_key_id)
     if key is None or key.status != "Active":
@@ -85,7 +85,16 @@ def check_upload_policy(door: Door, storage: Storage) -> tuple[str, UploadPolicy
         raise EC2Error("InvalidParameterValue", "Value for UploadPolicySignature is invalid.") from None
     except BucketError as error:
         raise EC2Error("InvalidParameterValue", f"Value for UploadPolicy is invalid. {error.message}") from None
+    signer = replace(caller, account_id=key.account_id, access_key_id=key.access_key_id, user=key.user)
+    if not all(door.may(signer, "s3:PutObject", arn) for arn in _objects(storage)):
+        raise EC2Error("InvalidParameterValue", "Value for UploadPolicy is invalid. Its signer may not s3:PutObject.")
     return key.account_id, policy
+
+
+def _objects(storage: Storage) -> list[str]:
+    """The ARNs of a bundle's objects, one part for all of them."""
+    endings = (".part.0", ".manifest.xml", ".manifest.json")
+    return [f"arn:aws:s3:::{storage.bucket}/{storage.prefix}{ending}" for ending in endings]
 
 
 def claim_bucket(door: Door, storage: Storage, owner_id: str) -> None:

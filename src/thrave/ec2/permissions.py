@@ -1,0 +1,42 @@
+"""Who may do what at the door: an account's own key everything, a user's what the user's policies permit.
+
+This joins what a request tells about itself to the decision of `thrave.identity.decisions`. It costs the account's own
+key nothing, and holds no rule of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from thrave.database import utc_now
+from thrave.ec2.door import Caller
+from thrave.identity.conditions import Context, source_address
+from thrave.identity.decisions import permits
+from thrave.identity.users import Users
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permissions:
+    """The permissions of accounts and users.
+
+    Attributes:
+        users: Whose policies decide.
+        region: The service's, for the condition key `ec2:Region`; a signature's scope is the client's own choice.
+        now: The clock.
+    """
+
+    users: Users
+    region: str
+    now: Callable[[], datetime] = utc_now
+
+    def may(self, caller: Caller, action: str, resource: str) -> bool:
+        """Say whether a caller may do an action, such as `ec2:BundleInstance`, on a resource; see `Door.may`."""
+        if caller.user is None:
+            return True
+        context = Context(
+            region=self.region,
+            source_ip=source_address(caller.source_ip),
+            secure_transport=caller.secure_transport,
+            current_time=self.now(),
+        )
+        return permits(self.users.statements(caller.user), action, resource, context)
