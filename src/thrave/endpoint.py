@@ -5,12 +5,10 @@ This is where the rooms are handed to each other; none of them makes its own nei
 
 import os
 import signal
-import socket
 from collections.abc import Callable
 from functools import partial
 
 import structlog
-import uvicorn
 from starlette.applications import Starlette
 
 from thrave.buckets.directory import DirectoryBuckets
@@ -20,18 +18,18 @@ from thrave.config import Settings
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
+from thrave.ec2.rate import RateLimit
 from thrave.ec2.permissions import Permissions
 from thrave.identity.accounts import Accounts
 from thrave.identity.service import ServiceIdentity
 from thrave.identity.users import Users
+from thrave.listening import Listener
 from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.caretaker import Caretaker
 from thrave.tasks.engine import Engine
 from thrave.tasks.records import Records
 from thrave.tasks.requests import BundleTasks
 from thrave.vault import Vault
-
-GRACEFUL_SHUTDOWN = 3  # seconds that a request under way has to be answered when the service is asked to stop
 
 log = structlog.get_logger()
 
@@ -66,6 +64,7 @@ class Endpoint:
             self._engine.enqueue,
             host=settings.host_name,
             retention=settings.task_retention,
+            per_account=settings.tasks_per_account,
         )
 
     def app(self) -> Starlette:
@@ -77,6 +76,7 @@ class Endpoint:
                 buckets=self._host.buckets,
                 tasks=self._tasks,
                 power=PowerRequests(self._host.instances, grace=self._settings.shutdown_grace),
+                rate=RateLimit(self._settings.requests_per_second, self._settings.request_burst),
                 region=self._settings.region,
                 any_platform=self._settings.platforms == "any",
                 may=self._permissions.may,
@@ -88,48 +88,18 @@ class Endpoint:
 
         Stopping is crash-only: requests under way are answered, then the process is to end (`os._exit`) as if it had
         been killed, and a task under way goes on at the next start. There is one way to come back, and it is tested.
+
+        Raises:
+            ListeningError: The address or the certificate cannot be used, or it would be plain HTTP to others.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _heard)  # uvicorn stops for it, then raises it again for whoever had it before
+        listener = Listener(self._settings)
         self._engine.launch(partial(bundle, self._host))
         Caretaker(self._records, self._host.instances, self._settings.host_name).start()
-        listener = _listener(self._settings.host, self._settings.port)
-        host, port = listener.getsockname()[:2]
-        config = uvicorn.Config(
-            self.app(),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # whoever reaches us could write them
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN,
-        )
-        _Server(config, partial(listening, f"http://{_bracketed(host)}:{port}")).run(sockets=[listener])
+        listener.serve(self.app(), listening)
         log.info("stopped", pid=os.getpid())
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it answers."""
-
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._listening = listening
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._listening()
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=1024)
-    listener.set_inheritable(False)
-    return listener
 
 
 def _heard(_number: int, _frame: object) -> None:
     """Take note of a signal that has had its effect already."""
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -22,6 +22,7 @@ from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
 from thrave.ec2.model import EC2, SERVICES, STS, Service
 from thrave.ec2.protocol import ProtocolError, error_document, parse, serialize
+from thrave.ec2.rate import TooManyRequests
 from thrave.ec2.signatures import authenticate
 from thrave.identity.decisions import NO_RESOURCE
 from thrave.identity.keys import AccessKey
@@ -72,6 +73,7 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
     """
     try:
         key = authenticate(request, door.accounts.find_key, door.recent_keys, door.now())
+        door.rate.take(key.account_id)
         caller = _caller(request, key)
         name, version = _action_and_version(request)
         action = ACTIONS[name]
@@ -82,6 +84,8 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
         if parameters.get("DryRun"):
             raise EC2Error("DryRunOperation")
         result = action.function(door, caller, parameters)
+    except TooManyRequests:
+        raise EC2Error("RequestLimitExceeded") from None
     except ProtocolError as error:
         raise EC2Error(error.code, str(error)) from None
     return serialize(operation, result, version=version, request_id=request_id)

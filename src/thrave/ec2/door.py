@@ -8,6 +8,7 @@ from thrave.buckets.buckets import Buckets
 from thrave.compute.instances import Instances
 from thrave.compute.power import PowerRequests
 from thrave.database import utc_now
+from thrave.ec2.rate import RateLimit
 from thrave.identity.accounts import Accounts
 from thrave.identity.keys import User
 from thrave.identity.recent import RecentKeys
@@ -50,6 +51,7 @@ class Door:
         buckets: Where bundles go.
         tasks: The bundle tasks.
         power: Starts and restarts that no caller waits for.
+        rate: How many requests of an account are answered.
         region: The one region that there is.
         any_platform: Bundle instances that are not Windows, too. EC2 does not.
         recent_keys: Keys of `accounts` that have just signed a request.
@@ -62,6 +64,7 @@ class Door:
     buckets: Buckets
     tasks: BundleTasks
     power: PowerRequests
+    rate: RateLimit
     region: str = "us-east-1"
     any_platform: bool = False
     recent_keys: RecentKeys = field(default_factory=RecentKeys)

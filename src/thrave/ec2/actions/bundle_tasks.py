@@ -11,7 +11,12 @@ from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
 from thrave.ec2.protocol import Parameters, Result
-from thrave.tasks.requests import BundleTaskNotCancellable, BundleTaskNotFound, BundlingInProgress
+from thrave.tasks.requests import (
+    BundleTaskNotCancellable,
+    BundleTaskNotFound,
+    BundlingInProgress,
+    TooManyBundleTasks,
+)
 from thrave.tasks.states import BundleTaskState
 from thrave.tasks.task import BundleRequest, BundleTask
 
@@ -39,7 +44,7 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     Raises:
         EC2Error: By what is wrong, in this order: InvalidInstanceID.Malformed and InvalidParameterValue (syntax),
             InvalidInstanceID.NotFound, InvalidInstanceType, BundlingInProgress, IncorrectInstanceState,
-            InvalidParameterValue (upload policy), InaccessibleStorageLocation.
+            InvalidParameterValue (upload policy), ResourceLimitExceeded, InaccessibleStorageLocation.
     """
     check_instance_id(parameters["InstanceId"])
     storage = Storage.of(parameters["Storage"]["S3"])
@@ -48,6 +53,7 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     _check_idle(door, instance)
     _check_state(instance)
     owner_id, policy = check_upload_policy(door, caller, storage)
+    _check_number(door, caller)
     claim_bucket(door, storage, owner_id)
     request = BundleRequest(
         account_id=caller.account_id,
@@ -108,11 +114,21 @@ def _check_state(instance: Instance) -> None:
         raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, done="bundled", why=why)
 
 
+def _check_number(door: Door, caller: Caller) -> None:
+    """Before a bucket is made; `create` looks again, at once with every other request."""
+    try:
+        door.tasks.check_number(caller.account_id)
+    except TooManyBundleTasks as error:
+        raise EC2Error("ResourceLimitExceeded", limit=error.limit) from None
+
+
 def _create(door: Door, request: BundleRequest) -> Result:
     try:
         return {"BundleTask": _shown(door.tasks.create(request))}
     except BundlingInProgress as error:  # another call was quicker since we looked
         raise EC2Error("BundlingInProgress", bundle_id=error.bundle_id) from None
+    except TooManyBundleTasks as error:
+        raise EC2Error("ResourceLimitExceeded", limit=error.limit) from None
 
 
 def _shown(task: BundleTask) -> Result:
