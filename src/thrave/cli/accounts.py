@@ -33,7 +33,7 @@ def account() -> None:
     \b
     Example:
       thrave account create alice --new-certificate ~/.thrave
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
 
 
 account.add_command(user)
@@ -54,7 +54,7 @@ def create(name: str, certificate: Path | None, new_certificate: Path | None, da
     \b
     Example:
       thrave account create alice --certificate cert-HKZYKTAIG2ECMXYIBH3HXV4ZBEXAMPLE.pem
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     if certificate and new_certificate:
         raise click.UsageError("--certificate and --new-certificate exclude each other")
     with open_accounts(data, make=True) as accounts, _certificate_files(name, certificate, new_certificate) as made:
@@ -75,7 +75,7 @@ def list_(data: Path, output: str) -> None:
     \b
     Example:
       thrave account list --output json
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_accounts(data) as accounts:
         listed = [(found, accounts.list_keys(found.account_id)) for found in accounts.list()]
     rows: list[tuple[str, ...]] = [
@@ -109,7 +109,7 @@ def create_key(account_id: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave account key create 123456789012
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_accounts(data) as accounts:
         document = {"accountId": account_id, **key_document(accounts.create_key(account_id))}
     emit(output, {**document}, secrets_as_text(document))
@@ -125,7 +125,7 @@ def delete_key(access_key_id: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave account key delete AKIAIOSFODNN7EXAMPLE
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_accounts(data) as accounts:
         accounts.delete_key(access_key_id)
     emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")

@@ -93,7 +93,7 @@ def bundle(
 
     Exit codes: 0 done, 1 the image or the folder failed, 2 wrong command line, 4 the bundle exists already, 12 a
     package for the image's format is not installed.
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from thrave.bundle.names import checked_account_id, checked_architecture, checked_prefix
@@ -153,7 +153,7 @@ def open_(
 
     Exit codes: 0 done, 1 the image cannot be written, 2 wrong command line, 3 a part is missing, 10 damaged or forged,
     11 wrong key.
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     from thrave.bundle.opening import open_bundle
     from thrave.bundle.partsource import DirectoryParts
     from thrave.bundle.reading import read_manifest
@@ -194,7 +194,7 @@ def verify(
       thrave verify bundles/winami.manifest.xml --certificate signer.pem
 
     Exit codes: 0 nothing is wrong, 2 wrong command line, 3 a part is missing, 10 damaged or forged, 11 wrong key.
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     from thrave.bundle.opening import verify_bundle
     from thrave.bundle.partsource import DirectoryParts
     from thrave.bundle.reading import read_manifest
@@ -221,7 +221,7 @@ def show(manifest: Path, output: str) -> None:
       thrave show bundles/winami.manifest.xml --output json
 
     Exit codes: 0 shown, 2 wrong command line, 10 it is no manifest.
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     from thrave.bundle.reading import read_manifest
     from thrave.cli.bundle_folder import read_manifest_file
     from thrave.cli.bundle_words import manifest_document, manifest_text

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @output_option
 def demo(size: int, data: Path, output: str) -> None:
-    r"""Bundle a Windows-like instance with boto3, then open the bundle and compare.
+    """Bundle a Windows-like instance with boto3, then open the bundle and compare.
 
     Makes an account, an instance with a root disk and an ephemeral one, starts the server on a free port, bundles
     through an unmodified boto3, verifies and opens the bundle, and says how to do the same by hand.

@@ -49,7 +49,7 @@ def instance() -> None:
     \b
     Example:
       thrave instance add --account 123456789012 --platform windows --root-volume /vm/win.raw
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
 
 
 @instance.command()
@@ -100,7 +100,7 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
         --root-volume /var/lib/libvirt/images/win.qcow2 --format qcow2 \\
         --stop-command "virsh shutdown win" --start-command "virsh start win" \\
         --state-command "virsh domstate win"
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     from thrave.compute.descriptions import Description
     from thrave.compute.directory import new_instance_id
     from thrave.compute.instance import InstanceState, VolumeFile
@@ -133,7 +133,7 @@ def list_(data: Path, output: str) -> None:
     \b
     Example:
       thrave instance list --output json
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     from thrave.compute.descriptions import document
 
     listed = _instances(data).list()
@@ -156,7 +156,7 @@ def remove(instance_id: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave instance remove i-0123456789abcdef0
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     _instances(data).remove(instance_id)
     emit(output, {"instanceId": instance_id}, f"removed {instance_id}")
 
@@ -171,7 +171,7 @@ def start(instance_id: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave instance start i-0123456789abcdef0
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     instances = _instances(data)
     instances.start(instance_id)
     _show(instances.get(instance_id), output)
@@ -188,7 +188,7 @@ def stop(instance_id: str, timeout: float, data: Path, output: str) -> None:
     \b
     Example:
       thrave instance stop i-0123456789abcdef0
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     from thrave.compute.power import power_off
 
     instances = _instances(data)

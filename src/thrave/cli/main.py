@@ -43,6 +43,8 @@ EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.compute.errors:InstanceError", Exit.REFUSED),
     ("thrave.volumes.errors:ComponentMissingError", Exit.MISSING_COMPONENT),
     ("thrave.volumes.errors:VolumeError", Exit.FAILED),
+    ("thrave.listening:PlainHttpRefused", Exit.REFUSED),
+    ("thrave.listening:ListeningError", Exit.FAILED),
     ("thrave.demo.disk:DemoDiskError", Exit.USAGE),
 )
 
@@ -71,7 +73,7 @@ def thrave() -> None:
     Example:
       thrave demo            see the whole of it work on real data
       thrave serve           answer boto3, the AWS CLI and other EC2 clients
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
 
 
 def main() -> None:

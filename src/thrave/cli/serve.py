@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, as TOML.")
 def serve(data: Path | None, host: str | None, port: int | None, config: Path | None) -> None:
-    r"""Answer EC2 clients: API, worker and store in one process.
+    """Answer EC2 clients: API, worker and store in one process.
 
     Prints `listening on URL` once it answers. SIGTERM stops it; a bundle task under way goes on at the next start.
     Every setting may also be given in the environment (THRAVE_DATA, THRAVE_PORT, …) or in the --config file.

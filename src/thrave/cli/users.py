@@ -31,7 +31,7 @@ def user() -> None:
       thrave account user create 123456789012 bob
       thrave account user policy put 123456789012 bob look look.json
       thrave account user key create 123456789012 bob
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
 
 
 @user.command()
@@ -45,7 +45,7 @@ def create(account_id: str, user_name: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave account user create 123456789012 bob
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (_, users):
         new = users.create(account_id, user_name)
     document = {"accountId": account_id, "userName": new.user_name, "userId": new.user_id, "arn": new.arn}
@@ -62,7 +62,7 @@ def list_(account_id: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave account user list 123456789012 --output json
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (accounts, users):
         accounts.get(account_id)
         listed = [
@@ -98,7 +98,7 @@ def delete(account_id: str, user_name: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave account user delete 123456789012 bob
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (_, users):
         users.delete(account_id, user_name)
     emit(output, {"accountId": account_id, "userName": user_name}, f"deleted {user_name}")
@@ -111,7 +111,7 @@ def policy() -> None:
     \b
     Example:
       thrave account user policy put 123456789012 bob look look.json
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
 
 
 @policy.command("put")
@@ -127,7 +127,7 @@ def put_policy(*, account_id: str, user_name: str, policy_name: str, file: IO[by
     \b
     Example:
       thrave account user policy put 123456789012 bob look look.json
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     document = file.read().decode("utf-8-sig", errors="replace")  # editors on Windows begin a file with a mark
     with open_identity(data) as (_, users):
         users.put_policy(account_id, user_name, policy_name, document)
@@ -146,7 +146,7 @@ def delete_policy(account_id: str, user_name: str, policy_name: str, data: Path,
     \b
     Example:
       thrave account user policy delete 123456789012 bob look
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (_, users):
         users.delete_policy(account_id, user_name, policy_name)
     emit(output, {"userName": user_name, "policyName": policy_name}, f"deleted {policy_name}")
@@ -163,7 +163,7 @@ def list_policies(account_id: str, user_name: str, data: Path, output: str) -> N
     \b
     Example:
       thrave account user policy list 123456789012 bob
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (_, users):
         names = [*users.policies(account_id, user_name)]
     emit(output, {"userName": user_name, "policyNames": names}, "\n".join(names))
@@ -181,7 +181,7 @@ def show_policy(account_id: str, user_name: str, policy_name: str, data: Path, o
     \b
     Example:
       thrave account user policy show 123456789012 bob look
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (_, users):
         text = users.policy(account_id, user_name, policy_name)
     document = {"userName": user_name, "policyName": policy_name, "policyDocument": json.loads(text)}
@@ -195,7 +195,7 @@ def key() -> None:
     \b
     Example:
       thrave account user key create 123456789012 bob
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
 
 
 @key.command("create")
@@ -209,7 +209,7 @@ def create_key(account_id: str, user_name: str, data: Path, output: str) -> None
     \b
     Example:
       thrave account user key create 123456789012 bob
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (accounts, users):
         found = users.get(account_id, user_name)
         made = accounts.create_key(account_id, found)
@@ -227,7 +227,7 @@ def delete_key(access_key_id: str, data: Path, output: str) -> None:
     \b
     Example:
       thrave account user key delete AKIAIOSFODNN7EXAMPLE
-    """  # noqa: D301 (click's own mark for text that keeps its lines)
+    """
     with open_identity(data) as (accounts, _):
         accounts.delete_key(access_key_id)
     emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
