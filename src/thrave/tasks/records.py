@@ -5,7 +5,6 @@ A state is only ever changed by `move`, which applies the table in `states.py` i
 """
 
 import json
-from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -32,7 +31,6 @@ _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
     sa.or_(task_in_progress, bundle_task.c.update_time > sa.bindparam("ended_after")),
 )
-_OF_ACCOUNT_BY_ID = _OF_ACCOUNT.where(bundle_task.c.bundle_id.in_(sa.bindparam("bundle_ids", expanding=True)))
 
 
 class Grant(NamedTuple):
@@ -80,10 +78,9 @@ class Records:
         """The unfinished task of an instance, if it has one."""
         return next(iter(self._read(_IN_PROGRESS, instance_id=instance_id)), None)
 
-    def of_account(self, account_id: str, *, ended_after: datetime, bundle_ids: Sequence[str] = ()) -> list[BundleTask]:
-        """An account's tasks, or those of them with the given ids, the oldest first; not those that ended before."""
-        query = _OF_ACCOUNT_BY_ID if bundle_ids else _OF_ACCOUNT
-        return self._read(query, account_id=account_id, ended_after=ended_after, bundle_ids=bundle_ids)
+    def of_account(self, account_id: str, *, ended_after: datetime) -> list[BundleTask]:
+        """An account's tasks, the oldest first, but not those that ended earlier than that."""
+        return self._read(_OF_ACCOUNT, account_id=account_id, ended_after=ended_after)
 
     def move(self, bundle_id: str, state: BundleTaskState) -> bool:
         """Move a task on to `state` if the table allows it from where it is; say whether it is there now.

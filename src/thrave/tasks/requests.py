@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from thrave.database import utc_now
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.records import Records
-from thrave.tasks.states import BundleTaskState
+from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.task import BundleRequest, BundleTask
 
 Enqueue = Callable[[sa.Connection, str], None]
@@ -128,13 +128,10 @@ class BundleTasks:
         Raises:
             BundleTaskNotFound: One of the ids is not a task of this account.
         """
-        ended_after = utc_now() - self._retention
-        tasks = self._records.of_account(account_id, ended_after=ended_after, bundle_ids=bundle_ids)
-        found = {task.bundle_id for task in tasks}
-        for bundle_id in bundle_ids:
-            if bundle_id not in found:
-                raise BundleTaskNotFound(bundle_id)
-        return tasks
+        if not bundle_ids:
+            return self._records.of_account(account_id, ended_after=utc_now() - self._retention)
+        tasks = [self._task(account_id, bundle_id) for bundle_id in dict.fromkeys(bundle_ids)]
+        return sorted(tasks, key=lambda task: (task.start_time, task.bundle_id))
 
     def cancel(self, account_id: str, bundle_id: str) -> BundleTask:
         """Have a task end as `failed` with `Client.Cancelled`; give it as it is now.
@@ -145,10 +142,20 @@ class BundleTasks:
             BundleTaskNotFound: It is not a task of this account.
             BundleTaskNotCancellable: It has ended, or is being cancelled already.
         """
-        (task,) = self.describe(account_id, [bundle_id])
+        self._task(account_id, bundle_id)
         begun = not self._records.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
-        if begun and not self._records.cancel(bundle_id):
-            (task,) = self.describe(account_id, [bundle_id])
+        cancelled = not begun or self._records.cancel(bundle_id)
+        task = self._task(account_id, bundle_id)
+        if not cancelled:
             raise BundleTaskNotCancellable(task.state)
-        (task,) = self.describe(account_id, [bundle_id])
         return task
+
+    def _task(self, account_id: str, bundle_id: str) -> BundleTask:
+        """The task, looked up by the quickest way there is: it is what every waiter asks, again and again."""
+        task = self._records.get(bundle_id)
+        if task is None or task.account_id != account_id or self._is_forgotten(task):
+            raise BundleTaskNotFound(bundle_id)
+        return task
+
+    def _is_forgotten(self, task: BundleTask) -> bool:
+        return task.state in FINISHED and task.update_time <= utc_now() - self._retention
