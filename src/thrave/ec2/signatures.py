@@ -21,6 +21,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -325,11 +326,10 @@ def _from_http_date(text: str) -> str:
 
 
 def _amz_date(timestamp: str) -> datetime:
-    try:
-        return datetime.strptime(timestamp, _AMZ_DATE_FORMAT).replace(tzinfo=UTC)
-    except ValueError:
-        reason = "The date must be in the form of ISO 8601, such as 20261123T082646Z."
-        raise EC2Error("IncompleteSignature", reason=reason) from None
+    with suppress(ValueError):
+        if _AMZ_DATE.fullmatch(timestamp):
+            return datetime.fromisoformat(timestamp)
+    raise EC2Error("IncompleteSignature", reason="The date must be in the form of ISO 8601, such as 20261123T082646Z.")
 
 
 def _iso_time(name: str, form: Mapping[str, str]) -> datetime:

@@ -5,6 +5,7 @@ model has for its own: EC2's, and the query protocol of the older services, such
 """
 
 import base64
+import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -16,6 +17,7 @@ from botocore.model import OperationModel, ServiceModel, Shape
 from thrave.ec2.protocol.characters import replace_non_xml
 from thrave.ec2.protocol.values import Blob, Result
 
+_PLAIN = re.compile("[ -%'-;=?-~]*")  # printable ASCII but for & < >: nearly every text there is, and ready as it is
 _DECLARATION = '<?xml version="1.0" encoding="UTF-8"?>\n'
 
 
@@ -116,6 +118,8 @@ def _members(shape: Shape) -> dict[str, tuple[str, Shape]]:
 
 def _text(text: str) -> str:
     """Escape text: a carriage return would not survive a parser as it is; what XML cannot carry is replaced."""
+    if _PLAIN.fullmatch(text):
+        return text
     return escape(replace_non_xml(text), {"\r": "&#13;"})
 
 
