@@ -4,19 +4,20 @@
 what happened is in the log, and never in the answer. Nothing here knows what any action does.
 """
 
+import asyncio
 import traceback
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import structlog
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from thrave.ec2.actions import ACTIONS
+from thrave.ec2.actions import ACTIONS, Action
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
@@ -30,6 +31,11 @@ from thrave.identity.keys import AccessKey
 LIMIT = 64 * 1024  # bytes of a body, and of a query string
 FORM = "application/x-www-form-urlencoded"
 
+# Requests that only read records have a thread of their own: they never wait for one that asks a hypervisor, and a
+# second such thread would only take the interpreter's lock from the first (eight answered a fifth less, measured).
+READERS = 1
+WORKERS = 40  # threads for all other requests, which mostly wait
+
 log = structlog.get_logger()
 
 
@@ -37,13 +43,16 @@ def create_app(door: Door) -> Starlette:
     """Make the web application that answers EC2's Query API and as much of STS's, by GET and POST, at `/`."""
     for each in SERVICES:
         _ = each.model  # read now, so that no request has to wait for it
+    readers, workers = ThreadPoolExecutor(READERS, "reader"), ThreadPoolExecutor(WORKERS, "worker")
 
     async def endpoint(http: HttpRequest) -> Response:
         request_id, service = str(uuid.uuid4()), EC2
         try:
             request = await receive(http)
-            service = addressed(request)
-            content = await run_in_threadpool(answer, door, request, request_id)
+            action = named(request)
+            service = action.service if action else EC2
+            threads = readers if action and action.reads_records else workers
+            content = await asyncio.get_running_loop().run_in_executor(threads, answer, door, request, request_id)
             return _response(200, content, request_id)
         except EC2Error as error:
             return _error_response(service, error, request_id)
@@ -57,12 +66,11 @@ def create_app(door: Door) -> Starlette:
     return Starlette(routes=[Route("/", endpoint, methods=["GET", "POST"])])
 
 
-def addressed(request: Request) -> Service:
-    """Give the service that a request is for: that of its action, or EC2 where that cannot be told."""
+def named(request: Request) -> Action | None:
+    """Give the action that a request names, if there is one of that name; whether it may is seen later."""
     with suppress(ProtocolError):
-        action = ACTIONS.get(request.form.get("Action", ""))
-        return EC2 if action is None else action.service
-    return EC2
+        return ACTIONS.get(request.form.get("Action", ""))
+    return None
 
 
 def answer(door: Door, request: Request, request_id: str) -> bytes:

@@ -22,12 +22,14 @@ class Action:
         also_required: Parameters, by their names on the wire, that it needs although the model does not say so.
         service: Whose action it is. No two services that we answer for have an action of the same name.
         for_all: Whether everybody may do it whose signature is good, whatever a policy says.
+        reads_records: Whether it only reads our own records, and so takes a moment.
     """
 
     function: Callable[[Door, Caller, Parameters], Result]
     also_required: tuple[str, ...] = ()
     service: Service = EC2
     for_all: bool = False
+    reads_records: bool = False
 
 
 # "Required: Yes" in AWS's EC2 API Reference from 2009-04-04 to 2013-02-01; the model of 2016 no longer says it.
@@ -40,7 +42,7 @@ ACTIONS: Mapping[str, Action] = {
     "CancelBundleTask": Action(cancel_bundle_task),
     "DescribeAccountAttributes": Action(describe_account_attributes),
     "DescribeAvailabilityZones": Action(describe_availability_zones),
-    "DescribeBundleTasks": Action(describe_bundle_tasks),
+    "DescribeBundleTasks": Action(describe_bundle_tasks, reads_records=True),
     "DescribeInstances": Action(describe_instances),
     "DescribeRegions": Action(describe_regions),
     # "No permissions are required to perform this operation": AWS STS API Reference.
