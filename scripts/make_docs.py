@@ -14,6 +14,8 @@ from thrave.cli.exits import MEANING
 from thrave.cli.main import COMMANDS, thrave
 from thrave.config import Settings
 from thrave.ec2.errors import ERRORS
+from thrave.identity.conditions import KEYS, OPERATORS
+from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
 from thrave.tasks.failures import CAUSES
 from thrave.tasks.states import FOLLOWS
 
@@ -78,6 +80,51 @@ def states() -> str:
     )
 
 
+POLICIES = """\
+# Policies of users
+
+IAM's JSON policy language, as much of it as can be decided here. A policy with anything else in it is refused when it
+is stored, with the reason; none is ever half understood. A user may do what a statement allows and none denies. The
+account itself, whose own access keys are no user's, may do all.
+
+All policies of a user together have at most {characters:,} characters, white space not counted.
+
+## The document
+
+{document}
+## A statement
+
+{statement}
+Actions have EC2's names (`ec2:BundleInstance`). There is one more: `s3:PutObject`, for the user whose key signs an
+upload policy; its resources are the bundle's objects (`arn:aws:s3:::BUCKET/PREFIX*`). `sts:GetCallerIdentity` needs no
+permission. Actions of other services may stand in a policy, and mean nothing.
+
+## Condition keys
+
+{keys}
+## Condition operators
+
+Each but `Null` may end in `IfExists`: it then also holds if the request has no value for the key. Several values of one
+key are joined by OR, all else by AND.
+
+{operators}"""
+
+
+def policies() -> str:
+    """What of IAM's policy language is understood."""
+    header = ("element", "meaning")
+    return POLICIES.format(
+        characters=CHARACTERS,
+        document=table(header, ((f"`{name}`", meaning) for name, meaning in ELEMENTS.items())),
+        statement=table(header, ((f"`{name}`", meaning) for name, meaning in STATEMENT_ELEMENTS.items())),
+        keys=table(("key", "type", "value"), ((f"`{name}`", key.type, key.meaning) for name, key in KEYS.items())),
+        operators=table(
+            ("operator", "type", "the request's value is"),
+            ((f"`{name}`", kind.type, kind.meaning) for name, kind in OPERATORS.items()),
+        ),
+    )
+
+
 def commands() -> str:
     """The help of every command."""
     context = click.Context(thrave, info_name="thrave")
@@ -106,6 +153,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
     "task-errors.md": ("src/thrave/tasks/failures.py", task_errors),
     "task-states.md": ("src/thrave/tasks/states.py", states),
+    "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
     "commands.md": ("the commands' own help", commands),
 }
 
