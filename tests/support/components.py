@@ -25,8 +25,12 @@ def require_file(path: Path, *, package: str) -> Path:
 
 
 def missing(component: str, *, package: str) -> None:
+    """Skip the test for want of a Debian package's component; in CI (`CI=true`) fail it."""
+    unavailable(f"{component} is not installed: scripts/system-packages {package}")
+
+
+def unavailable(reason: str) -> None:
     """Skip the test for want of a component; in CI (`CI=true`) fail it."""
-    reason = f"{component} is not installed: scripts/system-packages {package}"
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

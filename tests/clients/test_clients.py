@@ -1,0 +1,73 @@
+"""Real, unmodified clients of EC2, each doing the whole job with the service: client by action."""
+
+import pytest
+
+from clients.clients import CLIENTS
+from clients.relay import Spoken
+from clients.world import BUCKET
+
+pytestmark = pytest.mark.clients
+
+UNKNOWN_INSTANCE = "i-00000000000000000"
+
+
+def bundles_with_a_policy(world, driver):
+    instance = world.instance()
+    task = driver("bundle", *world.bundling(instance, prefix=instance))
+    assert task["state"] == "pending"
+    known = world.ended(task["id"])
+    assert (known["InstanceId"], known["State"]) == (instance, "complete")
+    assert known["Storage"]["S3"] == {"Bucket": BUCKET, "Prefix": instance}
+    assert world.stored(instance)
+
+
+def describes_with_a_filter(world, driver):
+    others, wanted = world.instance(), world.instance()
+    world.bundle(others, prefix=others)
+    bundle_id = world.bundle(wanted, prefix=wanted)
+    assert [task["id"] for task in driver("describe", wanted)["tasks"]] == [bundle_id]
+
+
+def waits_until_the_bundle_is_there(world, driver):
+    instance = world.instance()
+    bundle_id = world.bundle(instance, prefix=instance)
+    assert driver("wait", bundle_id) == {"id": bundle_id, "state": "complete"}
+
+
+def cancels(world, driver):
+    bundle_id = world.bundle(world.deaf_instance(), prefix="cancelled")
+    task = driver("cancel", bundle_id)
+    assert task["id"] == bundle_id
+    assert task["state"] in {"cancelling", "failed"}
+    assert world.ended(bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
+
+
+def is_told_that_a_dry_run_would_have_succeeded(world, driver):
+    instance = world.instance()
+    assert driver("dry-run", *world.bundling(instance, prefix=instance)) == {"error": "DryRunOperation"}
+    assert world.tasks_of(instance) == []
+
+
+def gives_the_code_of_an_error(world, driver):
+    refused = driver("bundle", *world.bundling(UNKNOWN_INSTANCE, prefix="refused"))
+    assert refused == {"error": "InvalidInstanceID.NotFound"}
+
+
+SCENARIOS = {
+    "bundle": bundles_with_a_policy,
+    "describe": describes_with_a_filter,
+    "wait": waits_until_the_bundle_is_there,
+    "cancel": cancels,
+    "dry-run": is_told_that_a_dry_run_would_have_succeeded,
+    "error": gives_the_code_of_an_error,
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name, indirect=True)
+@pytest.mark.parametrize("action", SCENARIOS)
+def test_a_client_does_an_action(world, driver, relay, client, action):
+    if action in client.cannot:
+        pytest.skip(f"{client.name} {client.cannot[action]}")
+    relay.forget()
+    SCENARIOS[action](world, driver)
+    assert relay.spoken() == Spoken(client.method, client.api_version, client.signature)
