@@ -4,9 +4,7 @@ This joins what a request tells about itself to the decision of `thrave.identity
 key nothing, and holds no rule of its own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 
 from thrave.database import utc_now
 from thrave.ec2.door import Caller
@@ -22,12 +20,10 @@ class Permissions:
     Attributes:
         users: Whose policies decide.
         region: The service's, for the condition key `ec2:Region`; a signature's scope is the client's own choice.
-        now: The clock.
     """
 
     users: Users
     region: str
-    now: Callable[[], datetime] = utc_now
 
     def may(self, caller: Caller, action: str, resource: str) -> bool:
         """Say whether a caller may do an action, such as `ec2:BundleInstance`, on a resource; see `Door.may`."""
@@ -37,6 +33,6 @@ class Permissions:
             region=self.region,
             source_ip=source_address(caller.source_ip),
             secure_transport=caller.secure_transport,
-            current_time=self.now(),
+            current_time=utc_now(),
         )
         return permits(self.users.statements(caller.user), action, resource, context)

@@ -52,14 +52,14 @@ def length(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Patterns:
-    """Some patterns, or all but them."""
+    """Some patterns, as one regular expression, or all but them."""
 
-    patterns: tuple[re.Pattern[str], ...]
+    pattern: re.Pattern[str]
     negated: bool
 
     def cover(self, text: str) -> bool:
         """Say whether a text is meant."""
-        return any(pattern.match(text) for pattern in self.patterns) != self.negated
+        return (self.pattern.match(text) is None) == self.negated
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,11 @@ def _effect(value: object) -> Effect:
 
 def _actions(element: Mapping[str, object]) -> Patterns:
     name, values = _one_of(element, "Action", "NotAction")
-    return Patterns(tuple(map(_action, values)), negated=name == "NotAction")
+    pattern = re.compile("|".join(map(_action, values)), re.IGNORECASE | re.ASCII)
+    return Patterns(pattern, negated=name == "NotAction")
 
 
-def _action(text: str) -> re.Pattern[str]:
+def _action(text: str) -> str:
     service, colon, name = text.partition(":")
     if text == "*":
         return glob("*")
@@ -145,17 +146,17 @@ def _action(text: str) -> re.Pattern[str]:
         raise MalformedPolicyDocument(f"{shown(text)}: Vendor {shown(service)} is not valid")
     if not _NAME.fullmatch(name):
         raise MalformedPolicyDocument(f"{shown(text)} is no action: a name is letters, digits, * and ?")
-    return glob(text, re.IGNORECASE | re.ASCII)
+    return glob(text)
 
 
 def _resources(element: Mapping[str, object]) -> Patterns:
     name, values = _one_of(element, "Resource", "NotResource")
-    patterns = Patterns(tuple(map(_resource, values)), negated=name == "NotResource")
+    pattern = re.compile("|".join(map(_resource, values)))
     if name == "Resource" and "*" not in values and _reaches_ec2(element):
         raise MalformedPolicyDocument(
             'EC2\'s actions here have no resource-level permissions: where Action reaches them, Resource must be "*".'
         )
-    return patterns
+    return Patterns(pattern, negated=name == "NotResource")
 
 
 def _reaches_ec2(element: Mapping[str, object]) -> bool:
@@ -163,7 +164,7 @@ def _reaches_ec2(element: Mapping[str, object]) -> bool:
     return any(action.partition(":")[0].lower() in _WITHOUT_RESOURCES for action in actions)
 
 
-def _resource(text: str) -> re.Pattern[str]:
+def _resource(text: str) -> str:
     if text == "*":
         return glob("*")
     if "${" in text:
@@ -172,7 +173,7 @@ def _resource(text: str) -> re.Pattern[str]:
         raise MalformedPolicyDocument(f'{shown(text)} is neither "*" nor an ARN whose first parts are whole or "*".')
     *parts, resource = text.split(":", 5)
     head = ":".join("[^:]*" if part == "*" else re.escape(part) for part in parts)
-    return re.compile(f"{head}:{glob(resource).pattern}")
+    return f"{head}:{glob(resource)}"
 
 
 def _one_of(element: Mapping[str, object], name: str, negated: str) -> tuple[str, list[str]]:
