@@ -84,7 +84,8 @@ def bundle(
     """Seal the disk image IMAGE into a bundle, without any server.
 
     Nobody may write to the image meanwhile. Its holes stay holes. The manifest is written last: where it is, the bundle
-    is complete. If anything fails, what was written is removed.
+    is complete. If anything fails, what was written is removed. With --skip unused, a disk of which it is not certain
+    what its NTFS uses is refused: Windows must have been shut down fully.
 
     \b
     Example:
@@ -92,7 +93,7 @@ def bundle(
           --user-certificate cert.pem --service-certificate ec2.pem --signing-key pk.pem
 
     Exit codes: 0 done, 1 the image or the folder failed, 2 wrong command line, 4 the bundle exists already, 12 a
-    package for the image's format is not installed.
+    package that this needs is not installed.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

@@ -1,9 +1,9 @@
 """The survey of a guest's file system in a process of its own, which can do nothing but think.
 
 The library that reads NTFS is written in C and reads what a guest wrote. So it runs apart: the process is given no
-file, asks its parent for each piece of the partition through a pipe, and gives up the right to open files and to start
-programs, most of its memory and all but two minutes of the processor, before it looks at the first byte. If it crashes,
-hangs or talks nonsense, that volume is refused and nothing else happens.
+file, asks its parent for each piece of the partition through a pipe, and gives up being root, the right to open files
+and to start programs, most of its memory and all but two minutes of the processor, before it looks at the first byte.
+If it crashes, hangs or talks nonsense, that volume is refused and nothing else happens.
 
 Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSAGE`)::
 
@@ -13,6 +13,7 @@ Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSA
                      .  0, 0             that was all
 """
 
+import os
 import resource
 import signal
 import struct
@@ -49,6 +50,7 @@ MOST_READ = 4 << 20
 _MESSAGE = struct.Struct("<cQQ")
 _READ, _UNUSED, _REFUSED, _END = b"r", b"u", b"x", b"."
 _MOST_WORDS = 1000
+_NOBODY = 65534
 _REFUSALS: tuple[type[SkipRefusedError], ...] = (
     FileSystemCorruptError,
     FileSystemUnsupportedError,
@@ -170,7 +172,12 @@ def main() -> None:
 
 
 def _give_up_rights() -> None:
-    """No file, no program, no core dump; little memory, little time. What is open stays open: the two pipes."""
+    """No file, no process, no core dump; little memory, little time. What is open stays open: the two pipes."""
+    if os.geteuid() == 0:
+        with suppress(PermissionError):  # root of a container that may not become anybody else
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     for what, most in (
         (resource.RLIMIT_NOFILE, 0),
         (resource.RLIMIT_NPROC, 0),
