@@ -234,6 +234,9 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:  # socket.gaierror is one
         raise AddressError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     listener.set_inheritable(False)
+    # Connections inherit it. An answer is sent in two pieces, and the second would else wait 40 ms for the client to
+    # acknowledge the first; asyncio sees to that only on sockets that it has made itself.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
