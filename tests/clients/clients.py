@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 from clients.kits import Debian, DebianGo, Kit, Npm, PyPI
 
-UNREAD = "dies of an answer without `progress`, as EC2 gives of a pending task; what it asked for is done"
+UNREAD = "fails on an answer without `progress`, as EC2 gives of a pending task; what it asked for is done"
 GOCODE = "/usr/share/gocode/src/github.com/aws"
 
 
@@ -22,7 +21,7 @@ class Client:
         signature: How it signs requests.
         method: The HTTP method that it uses.
         signs_policy: Whether it signs the upload policy itself.
-        cannot: Actions that it has no way to ask for, with the reason.
+        cannot: Actions that it has no way to ask for, or whose answer it cannot read, with the reason.
     """
 
     name: str
@@ -31,7 +30,7 @@ class Client:
     signature: Literal["version 4", "version 2"] = "version 4"
     method: Literal["POST", "GET"] = "POST"
     signs_policy: bool = False
-    cannot: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    cannot: Mapping[str, str] = field(default_factory=dict)
 
 
 CLIENTS = (

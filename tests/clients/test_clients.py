@@ -2,7 +2,7 @@
 
 import pytest
 
-from clients.clients import CLIENTS
+from clients.clients import CLIENTS, UNREAD
 from clients.relay import Spoken
 from clients.world import BUCKET
 
@@ -71,3 +71,14 @@ def test_a_client_does_an_action(world, driver, relay, client, action):
     relay.forget()
     SCENARIOS[action](world, driver)
     assert relay.spoken() == Spoken(client.method, client.api_version, client.signature)
+
+
+@pytest.mark.parametrize("client", [client for client in CLIENTS if UNREAD in client.cannot.values()], indirect=True)
+def test_what_a_client_asks_for_is_done_even_if_it_fails_on_the_answer(world, driver):
+    instance = world.deaf_instance()
+    with pytest.raises(AssertionError, match="progress"):
+        driver("bundle", *world.bundling(instance, prefix=instance))
+    (task,) = world.tasks_of(instance)
+    with pytest.raises(AssertionError, match="progress"):
+        driver("cancel", task["BundleId"])
+    assert world.ended(task["BundleId"])["BundleTaskError"]["Code"] == "Client.Cancelled"

@@ -31,7 +31,7 @@ sub bundle {
 sub wait_for {
     my ($id) = @_;
     while (1) {
-        # It dies of a task without progress.
+        # It fails on a task without progress.
         my $tasks = eval { $ec2->describe_bundle_tasks(BundleId => $id) };
         return shown($tasks->[0]) if $tasks and $tasks->[0]->state =~ /^(complete|failed)$/;
         sleep 0.1;
@@ -41,6 +41,7 @@ sub wait_for {
 my %actions = (
     bundle  => \&bundle,
     wait    => \&wait_for,
+    cancel  => sub { shown($ec2->cancel_bundle_task(BundleId => $_[0])) },
     version => sub { { version => $Net::Amazon::EC2::VERSION } },
 );
 
