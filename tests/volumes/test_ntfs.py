@@ -256,6 +256,16 @@ def test_extents_and_reads_agree_with_sets_of_bytes(data, unused, offset, length
     assert all(byte == (0 if offset + at in gone else 1 + (offset + at) % 250) for at, byte in enumerate(buffer))
 
 
+def test_a_hundred_thousand_extents_and_holes_are_no_burden():
+    """Each extent finds its holes without passing all the others."""
+    count = 100_000
+    volume = UsedVolume(
+        Letters([Extent(20 * index, 10) for index in range(count)]),
+        [Extent(20 * index + 5, 5) for index in range(count)],
+    )
+    assert volume.extents() == [Extent(20 * index, 5) for index in range(count)]
+
+
 @given(st.binary(min_size=4, max_size=40), st.data())
 def test_bitmaps_are_read_bit_by_bit(small_pieces, bitmap, data):
     clusters = data.draw(st.integers(1, 8 * len(bitmap)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.ntfs import CLUSTER, HIBERNATION, Damage, make_windows_disk, restart_page
+from thrave.volumes import skipping, survey
 from thrave.volumes.errors import (
     FileSystemCorruptError,
     FileSystemUnsupportedError,
@@ -16,7 +17,9 @@ from thrave.volumes.errors import (
     SkipRefusedError,
     VolumeNotCleanError,
 )
+from thrave.volumes.partitions import read
 from thrave.volumes.skipping import without_unused
+from thrave.volumes.volume import Extent
 
 DYNAMIC = uuid.UUID("af9b60a0-1431-4f62-bc68-3311714a69ad")
 STORAGE_SPACES = uuid.UUID("e75caf8f-f680-4cee-afa3-b001e56efc2d")
@@ -26,6 +29,24 @@ BASIC = uuid.UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory):
     return make_windows_disk(tmp_path_factory.mktemp("windows") / "disk.raw")
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """The survey without a process around it, which test_ntfs_surveyor.py is about."""
+    monkeypatch.setattr(skipping, "unused_in", unused_in_this_process)
+
+
+def unused_in_this_process(volume, place):
+    return [Extent(place.offset + offset, length) for offset, length in survey.unused(Source(volume, place))]
+
+
+class Source:
+    """A partition, for the survey."""
+
+    def __init__(self, volume, place):
+        self.size = place.length
+        self.read = lambda offset, length: read(volume, place.offset + offset, length)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ refused: a bundle from which deleted files are missing only here and there would
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice, takewhile
 from pathlib import Path
 
 from thrave.volumes import ntfs
@@ -110,6 +109,8 @@ def _without(extents: Sequence[Extent], unused: Sequence[Extent]) -> Iterator[tu
 def _overlapping(runs: Sequence[Extent], start: int, end: int) -> Iterator[Extent]:
     """Those of the runs that have something in common with [start, end)."""
     first = bisect_right(runs, start, key=lambda run: run.offset) - 1
-    for run in takewhile(lambda run: run.offset < end, islice(runs, max(first, 0), None)):
-        if run.offset + run.length > start:
-            yield run
+    for index in range(max(first, 0), len(runs)):
+        if runs[index].offset >= end:
+            return
+        if runs[index].offset + runs[index].length > start:
+            yield runs[index]
