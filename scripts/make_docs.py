@@ -97,7 +97,8 @@ All policies of a user together have at most {characters:,} characters, white sp
 {statement}
 Actions have EC2's names (`ec2:BundleInstance`). There is one more: `s3:PutObject`, for the user whose key signs an
 upload policy; its resources are the bundle's objects (`arn:aws:s3:::BUCKET/PREFIX*`). `sts:GetCallerIdentity` needs no
-permission. Actions of other services may stand in a policy and mean nothing, and so does a name that no action has.
+permission. Actions of other services may stand in a policy and mean nothing, and so does a name that no action has, of
+which `thrave account user policy put` warns.
 
 ## Condition keys
 

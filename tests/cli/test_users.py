@@ -64,6 +64,23 @@ def test_a_policy_is_taken_from_stdin_and_from_an_editor_on_windows(thrave_json,
     assert thrave_json("account", "user", "policy", "show", acme, "bob", "look")["policyDocument"] == LOOK
 
 
+def test_a_misspelt_action_is_taken_with_a_warning(thrave, acme, look):
+    thrave("account", "user", "create", acme, "bob")
+    actions = [
+        "ec2:TerminateInstance",
+        "EC2:terminateinstances",
+        "ec2:Bundle?nstance",
+        "ec2:Bundel*",
+        "s3:Anything",
+        "*",
+    ]
+    look.write_text(json.dumps({"Statement": {"Effect": "Deny", "Action": actions, "Resource": "*"}}))
+    status, _, stderr = thrave("account", "user", "policy", "put", acme, "bob", "look", look)
+    assert (status, stderr.count("\n")) == (0, 2)
+    assert 'EC2 has no action "ec2:TerminateInstance"' in stderr
+    assert 'EC2 has no action "ec2:Bundel*"' in stderr
+
+
 def test_a_policy_that_is_not_understood_is_refused_with_the_reason_in_one_line(thrave, thrave_json, acme, users, look):
     thrave_json("account", "user", "create", acme, "bob")
     look.write_text(

@@ -131,7 +131,16 @@ def put_policy(*, account_id: str, user_name: str, policy_name: str, file: IO[by
     document = file.read().decode("utf-8-sig", errors="replace")  # editors on Windows begin a file with a mark
     with open_identity(data) as (_, users):
         users.put_policy(account_id, user_name, policy_name, document)
+    _warn_of_unknown_actions(document)
     emit(output, {"userName": user_name, "policyName": policy_name}, f"{user_name} has the policy {policy_name}")
+
+
+def _warn_of_unknown_actions(document: str) -> None:
+    from thrave.ec2.model import EC2
+    from thrave.identity.policies import unmatched_actions
+
+    for action in unmatched_actions(document, EC2.name, EC2.model.operation_names):
+        click.echo(f'thrave: warning: EC2 has no action "{action}"; that part of the policy means nothing', err=True)
 
 
 @policy.command("delete")

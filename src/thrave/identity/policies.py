@@ -38,11 +38,29 @@ STATEMENT_ELEMENTS: Mapping[str, str] = {
     "Condition": "All of it must hold; see below.",
 }
 
+_ACTION_FLAGS = re.IGNORECASE | re.ASCII
 _SID = re.compile(r"[A-Za-z0-9]*")
 _SERVICE = re.compile(r"[A-Za-z0-9.-]+|\*")
 _NAME = re.compile(r"[A-Za-z0-9*?]+")
 _ARN = re.compile(r"arn:([a-z-]+|\*):([a-z0-9-]+|\*):([a-z0-9-]*|\*):([0-9]*|\*):.+", re.DOTALL)
 _WITHOUT_RESOURCES = frozenset({"ec2", "*"})
+
+
+def unmatched_actions(text: str, service: str, names: Iterable[str]) -> list[str]:
+    """Find what a policy says of a service's actions and no action of it is called.
+
+    IAM takes such a policy, and so do we; but a Deny of `ec2:TerminateInstance` denies nothing, for want of an `s`.
+
+    Args:
+        text: A policy that was understood.
+        service: Such as `ec2`.
+        names: Of all its actions.
+    """
+    full_names = [f"{service}:{name}" for name in names]
+    statements = one_or_more(members(load(text), "The document")["Statement"], "Statement")
+    said = [action for each in statements for action in _one_of(members(each, "A statement"), "Action", "NotAction")[1]]
+    own = [action for action in said if action.lower().startswith(f"{service}:")]
+    return [action for action in own if not any(map(re.compile(_action(action), _ACTION_FLAGS).match, full_names))]
 
 
 def length(text: str) -> int:
@@ -130,7 +148,7 @@ def _effect(value: object) -> Effect:
 
 def _actions(element: Mapping[str, object]) -> Patterns:
     name, values = _one_of(element, "Action", "NotAction")
-    pattern = re.compile("|".join(map(_action, values)), re.IGNORECASE | re.ASCII)
+    pattern = re.compile("|".join(map(_action, values)), _ACTION_FLAGS)
     return Patterns(pattern, negated=name == "NotAction")
 
 
