@@ -18,8 +18,8 @@ from thrave.config import Settings
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
-from thrave.ec2.rate import RateLimit
 from thrave.ec2.permissions import Permissions
+from thrave.ec2.rate import RateLimit
 from thrave.identity.accounts import Accounts
 from thrave.identity.service import ServiceIdentity
 from thrave.identity.users import Users

@@ -165,36 +165,36 @@ class Connection(HttpToolsProtocol):
         """Read on, never more of a head than the limit."""
         self._head += len(data)
         super().data_received(data)
-        if not self._is_clients_turn():
+        if not self._is_between_requests():
             self._head = 0
-            self._stop_expecting()
-        elif self._is_between_requests() and self._head > HEAD_LIMIT:
+        elif self._head > HEAD_LIMIT:
             self.transport.abort()
-        else:
-            self._expect()
+        self._see_whose_turn_it_is()
 
     def on_response_complete(self) -> None:
         """Wait for the client to take the answer, and for its next request."""
         super().on_response_complete()
-        if self._is_clients_turn():
-            self._expect()
+        self._see_whose_turn_it_is()
 
     def pause_writing(self) -> None:
         """Wait for the client to take some of a long answer."""
         super().pause_writing()
-        self._expect()
+        self._see_whose_turn_it_is()
 
     def resume_writing(self) -> None:
         """Go on: it has."""
         super().resume_writing()
-        self._stop_expecting()
+        self._see_whose_turn_it_is()
 
     def _is_between_requests(self) -> bool:
         cycle: RequestResponseCycle | None = self.cycle  # uvicorn's annotation leaves the beginning out
         return cycle is None or cycle.response_complete
 
-    def _is_clients_turn(self) -> bool:
-        return self._is_between_requests() or self.cycle.more_body
+    def _see_whose_turn_it_is(self) -> None:
+        if self._is_between_requests() or self.cycle.more_body or self.flow.write_paused:
+            self._expect()
+        else:
+            self._stop_expecting()
 
     def _expect(self) -> None:
         if self._timer is None:

@@ -129,18 +129,21 @@ class ThraveServer:
         """The instances that the server knows."""
         return DirectoryInstances(self.data.instances)
 
-    def client(self, key: AccessKey, **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
-        """An unmodified boto3 client for EC2; `options` as `boto3.client` takes them."""
+    def client(self, key: AccessKey, service: str = "ec2", **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
+        """An unmodified boto3 client for EC2, or for `sts`; `options` as `boto3.client` takes them.
+
+        A server that was given a certificate (`tls_certificate`) is believed if it shows that one.
+        """
         import boto3  # noqa: PLC0415 (only who asks for a client needs it)
 
-        return boto3.client(
-            "ec2",
-            endpoint_url=self.url,
-            region_name=REGION,
-            aws_access_key_id=key.access_key_id,
-            aws_secret_access_key=key.secret_access_key,
-            **options,
-        )
+        given = {
+            "endpoint_url": self.url,
+            "region_name": REGION,
+            "verify": self.environment.get("THRAVE_TLS_CERTIFICATE"),
+            "aws_access_key_id": key.access_key_id,
+            "aws_secret_access_key": key.secret_access_key,
+        }
+        return boto3.client(service, **{**given, **options})
 
     def storage(self, key: AccessKey, bucket: str, prefix: str, **changes: object) -> dict[str, dict[str, object]]:
         """The `Storage` of a BundleInstance call, with an upload policy as the AWS CLI makes it."""

@@ -1,0 +1,363 @@
+"""What a client may cost the service, and where it listens: raw sockets, TLS, and the real command."""
+
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from botocore.exceptions import SSLError
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from thrave.cli.exits import Exit
+from thrave.config import Settings, load_settings
+from thrave.listening import HEAD_LIMIT, Listener, PlainHttpRefused
+from thrave.testing import ServerError, ThraveServer
+
+PATIENCE = 60  # seconds that a test waits for what must come
+REQUEST = b"GET / HTTP/1.1\r\nHost: thrave\r\n\r\n"
+
+
+def certificate(folder, password=None):
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "tls.pem").write_bytes(made.public_bytes(pem))
+    (folder / "tls-key.pem").write_bytes(key.private_bytes(pem, pkcs8, encryption))
+    return {"tls_certificate": folder / "tls.pem", "tls_key": folder / "tls-key.pem"}
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """A server that waits one second."""
+    with ThraveServer.running(tmp_path_factory.mktemp("impatient"), request_timeout=1) as server:
+        yield server
+
+
+@contextmanager
+def connected(server):
+    place = urlsplit(server.url)
+    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE) as connection:
+        yield connection
+
+
+def received(connection):
+    """Everything until the end of the connection, which must come, be it a clean one or not."""
+    chunks = []
+    try:
+        while chunk := connection.recv(65536):
+            chunks.append(chunk)
+    except ConnectionResetError:
+        pass
+    return b"".join(chunks)
+
+
+def one_answer(connection):
+    """An answer as far as the end of its document; the connection stays."""
+    answer = b""
+    while b"</Response>" not in answer:
+        chunk = connection.recv(65536)
+        assert chunk, answer
+        answer += chunk
+    return answer
+
+
+def wait_for(condition):
+    for _ in range(PATIENCE * 20):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_answered(server):
+    """Whether a request is answered on a connection of its own."""
+    with connected(server) as connection:
+        try:
+            connection.sendall(REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return b"<Code>MissingParameter</Code>" in received(connection)
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"",
+        b"P",
+        b"POST / HTTP/1.1\r\nHost: thra",
+        b"POST / HTTP/1.1\r\nHost: thrave\r\n",
+        b"POST / HTTP/1.1\r\nHost: thrave\r\nContent-Length: 10\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: thrave\r\nContent-Length: 10\r\n\r\nAction",
+        b"POST / HTTP/1.1\r\nHost: thrave\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nActio",
+        REQUEST,
+        REQUEST + b"GET / HTTP/1.1\r\nHo",
+    ],
+)
+def test_a_client_that_stops_in_the_middle_is_not_waited_for(impatient, beginning):
+    with connected(impatient) as connection:
+        connection.sendall(beginning)
+        answer = received(connection)
+    assert answer.count(b"<Code>MissingParameter</Code>") == beginning.count(REQUEST)
+    assert is_answered(impatient)
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"POST / HTTP/1.1\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 60000\r\n\r\n",
+        REQUEST,
+    ],
+)
+def test_a_client_that_keeps_dripping_is_cut_off_all_the_same(impatient, beginning):
+    drops = b"X-A: b\r\n" if beginning.count(b"\r\n\r\n") == 0 else b"GET /"
+    with connected(impatient) as connection:
+        connection.sendall(beginning)
+        try:
+            for number in range(PATIENCE * 20):
+                connection.sendall(drops[number % len(drops) :][:1])
+                time.sleep(0.05)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+    pytest.fail("it was never cut off")
+
+
+def test_a_head_without_end_is_cut_off_at_its_limit(impatient):
+    sent = 0
+    with connected(impatient) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n")
+        try:
+            while sent < 100 * HEAD_LIMIT:
+                sent += connection.send(b"X-A: " + b"x" * 4096 + b"\r\n")
+        except (BrokenPipeError, ConnectionResetError):
+            return
+    pytest.fail(f"{sent} bytes were taken")
+
+
+def test_one_client_too_many_is_not_let_in_and_those_inside_are_served(tmp_path):
+    with ThraveServer.running(tmp_path, connections=6) as server:
+        with ExitStack() as inside:
+            connections = [inside.enter_context(connected(server)) for _ in range(6)]
+            for connection in connections:
+                connection.sendall(REQUEST[:-2])
+            assert not is_answered(server)
+            for connection in connections:
+                connection.sendall(REQUEST[-2:])
+                assert b"MissingParameter" in one_answer(connection)
+        assert wait_for(lambda: is_answered(server))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with ThraveServer.running(tmp_path_factory.mktemp("server"), request_timeout=5) as server:
+        yield server
+
+
+def memory(server):
+    return psutil.Process(server.process.pid).memory_info().rss
+
+
+def test_clients_that_stop_in_the_middle_do_not_keep_others_from_being_served(server):
+    with ExitStack() as crowd:
+        for _ in range(300):
+            crowd.enter_context(connected(server)).sendall(
+                b"POST / HTTP/1.1\r\nHost: thrave\r\nContent-Length: 9\r\n\r\nA"
+            )
+        assert is_answered(server)
+
+
+def test_strangers_keys_leave_nothing_behind(server):
+    form = "/?Action=DescribeInstances&Version=2016-11-15&SignatureVersion=2&SignatureMethod=HmacSHA256&Signature=x"
+    timestamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def ask(first, last):
+        with connected(server) as connection, connection.makefile("rb") as answers:
+            for number in range(first, last):
+                key = f"AKIA{number:016d}"
+                line = f"GET {form}&Timestamp={timestamp}&AWSAccessKeyId={key} HTTP/1.1\r\nHost: thrave\r\n\r\n"
+                connection.sendall(line.encode())
+                assert answers.readline() == b"HTTP/1.1 401 Unauthorized\r\n"
+                length = next(int(line.split(b":")[1]) for line in iter(answers.readline, b"\r\n") if b"length" in line)
+                while answers.readline() != b"\r\n":
+                    pass
+                answers.read(length)
+
+    ask(0, 200)
+    before = memory(server)
+    ask(200, 1700)
+    assert memory(server) - before < 8 << 20
+
+
+def test_whoever_does_not_take_the_answer_is_cut_off(impatient):
+    """Long answers are asked for and never read: first the sockets' buffers fill up, then ours, then it is over."""
+    _, key = impatient.account("alice")
+    url = impatient.client(key).generate_presigned_url(
+        "describe_instances", Params={"InstanceIds": ["i-" + "x" * 50_000]}, HttpMethod="GET"
+    )
+    place = urlsplit(url)
+    request = f"GET /?{place.query} HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode()
+    with connected(impatient) as connection:
+        connection.sendall(request)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+        try:
+            while True:
+                connection.sendall(request)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert is_answered(impatient)
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("secure")
+    with ThraveServer.running(folder / "data", request_timeout=1, **certificate(folder)) as server:
+        yield server
+
+
+def test_over_tls_boto3_is_served_and_checks_the_certificate(secure):
+    assert secure.url.startswith("https://127.0.0.1:")
+    account, key = secure.account("alice")
+    assert secure.client(key).describe_instances()["Reservations"] == []
+    assert secure.client(key, "sts").get_caller_identity()["Account"] == account.account_id
+    with pytest.raises(SSLError):
+        secure.client(key, verify=True).describe_instances()
+
+
+@pytest.mark.parametrize("beginning", [b"", b"POST / HTTP/1.1\r\nHost: thra"])
+def test_over_tls_too_a_client_that_stops_in_the_middle_is_not_waited_for(secure, beginning):
+    context = ssl.create_default_context(cafile=secure.environment["THRAVE_TLS_CERTIFICATE"])
+    with connected(secure) as raw, context.wrap_socket(raw, server_hostname="127.0.0.1") as connection:
+        connection.sendall(beginning)
+        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            raise ConnectionResetError if connection.recv(1) == b"" else AssertionError
+
+
+def test_an_old_tls_is_not_spoken(secure):
+    context = ssl.create_default_context(cafile=secure.environment["THRAVE_TLS_CERTIFICATE"])
+    context.set_ciphers("DEFAULT@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with connected(secure) as raw, pytest.raises((ssl.SSLError, ConnectionResetError)):
+        context.wrap_socket(raw, server_hostname="127.0.0.1")
+
+
+def test_plain_http_to_a_tls_port_learns_nothing(secure):
+    with connected(secure) as connection:
+        connection.sendall(REQUEST)
+        assert b"HTTP" not in received(connection)
+
+
+def serve(folder, **settings):
+    """Run the command until it ends by itself; give its status and stderr."""
+    options = [f"{name} = {str(value)!r}" for name, value in settings.items()]
+    (folder / "thrave.toml").write_text("\n".join(options))
+    command = [sys.executable, "-m", "thrave", "serve", "--port", "0", "--config", folder / "thrave.toml"]
+    command += ["--data", folder / "data"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return run.returncode, run.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_plain_http_that_others_can_reach_is_refused_at_the_start(tmp_path, host):
+    status, said = serve(tmp_path, host=host)
+    assert status == Exit.REFUSED
+    assert "plain HTTP can be read by them: set tls_certificate and tls_key, or plain_http" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("host", "settings"),
+    [
+        ("127.0.0.1", {}),
+        ("localhost", {}),
+        ("127.9.9.9", {}),
+        ("0.0.0.0", {"plain_http": "anywhere"}),
+        ("0.0.0.0", "tls"),
+    ],
+)
+def test_loopback_tls_and_the_operators_word_are_good_enough(tmp_path, host, settings):
+    settings = certificate(tmp_path) if settings == "tls" else settings
+    scheme = "https" if "tls_key" in settings else "http"
+    listener = Listener(Settings(host=host, port=0, **settings))
+    with listener._socket:
+        assert listener.url.startswith(f"{scheme}://")
+
+
+def test_a_refusal_lets_go_of_the_port(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for _ in range(2):
+        with pytest.raises(PlainHttpRefused):
+            Listener(Settings(host="0.0.0.0", port=port))
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda folder: {**certificate(folder), "tls_key": folder / "nothing.pem"}, "No such file"),
+        (lambda folder: {**certificate(folder), "tls_key": folder / "tls.pem"}, "cannot be used for TLS"),
+        (lambda folder: certificate(folder, password=b"secret"), "cannot be used for TLS"),
+        (lambda folder: {**certificate(folder), "host": "192.0.2.1"}, "cannot listen on 192.0.2.1"),
+        (lambda folder: {"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),
+    ],
+)
+def test_what_cannot_be_listened_with_is_said_in_a_line(tmp_path, make, complaint):
+    status, said = serve(tmp_path, **make(tmp_path))
+    assert status == Exit.FAILED
+    assert complaint in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["tls_certificate", "tls_key"])
+def test_a_certificate_without_its_key_is_no_setting(tmp_path, name):
+    with pytest.raises(ValueError, match="belong together"):
+        load_settings(None, **{name: tmp_path / "tls.pem"})
+    assert serve(tmp_path, **{name: tmp_path / "tls.pem"})[0] == Exit.USAGE
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path):
+    with (
+        pytest.raises(ServerError, match=f"status {Exit.REFUSED.value}"),
+        ThraveServer.running(tmp_path, host="0.0.0.0"),
+    ):
+        pass
+
+
+def test_a_request_under_way_is_answered_when_the_service_is_asked_to_stop(tmp_path):
+    with ThraveServer.running(tmp_path) as server:
+        with connected(server) as connection:
+            connection.sendall(REQUEST[:-2])
+            time.sleep(0.2)
+            stop = threading.Thread(target=server.stop, args=(signal.SIGTERM,))
+            connection.sendall(REQUEST[-2:])
+            assert b"MissingParameter" in one_answer(connection)
+            stop.start()
+        stop.join()
+        assert server.process.returncode == 0
