@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.components import missing, require
+from support.components import require
 from support.ntfs import CLUSTER, HIBERNATION, SWAP, Damage, make_windows_disk, ntfs_tool
 from support.sealed import bundle_of, private_key
 from thrave.bundle.opening import open_bundle
@@ -154,10 +154,8 @@ def test_ntfs_3g_reads_the_same_bitmap_and_the_same_runs(windows, ntfs):
 
 
 def test_libfsntfs_reads_the_same_bitmap_and_the_same_runs(windows):
-    try:
-        import pyfsntfs
-    except ImportError:
-        missing("libfsntfs-python", package="(pip install libfsntfs-python)")
+    import pyfsntfs
+
     source = windows.path.with_suffix(".fsntfs")
     source.write_bytes(windows.path.read_bytes()[PARTITION_OFFSET:])
     volume = pyfsntfs.volume()
