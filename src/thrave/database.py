@@ -117,7 +117,8 @@ def open_engine(url: str) -> sa.Engine:
     Connections to a server are tried before they are used again; a file does not go away.
     """
     is_file = sa.make_url(url).get_backend_name() == "sqlite"
-    engine = sa.create_engine(url, pool_pre_ping=not is_file)
+    # An error's text would show what was to be stored, sealed secrets and upload policies among it.
+    engine = sa.create_engine(url, pool_pre_ping=not is_file, hide_parameters=True)
     if is_file:
         sa.event.listen(engine, "connect", _prepare_sqlite)
     return engine
