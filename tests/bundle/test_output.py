@@ -26,13 +26,6 @@ def test_what_is_not_written_is_a_hole_of_the_given_size(tmp_path):
     assert (tmp_path / "image").stat().st_blocks * 512 <= 8 * KIB
 
 
-def test_written_zeros_become_holes_and_nothing_else_does(tmp_path):
-    data = bytes(200 * KIB) + b"\1" + bytes(300 * KIB)
-    write(tmp_path / "image", len(data), (0, data))
-    assert (tmp_path / "image").read_bytes() == data
-    assert (tmp_path / "image").stat().st_blocks * 512 <= 64 * KIB
-
-
 def test_it_is_for_its_owner_alone(tmp_path):
     write(tmp_path / "image", 1)
     assert (tmp_path / "image").stat().st_mode & 0o777 == 0o600

@@ -6,8 +6,9 @@ image out of it. The image gets its name only after the last check.
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -18,14 +19,22 @@ from thrave.bundle.crew import Crew
 from thrave.bundle.deciphering import deciphered
 from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import ContentError
-from thrave.bundle.output import image_file
+from thrave.bundle.holes import without_zeros
+from thrave.bundle.output import ImageMaker, image_file
 from thrave.bundle.partsource import PartSource
 from thrave.bundle.report import Check, Opened, Subject, Verified
 from thrave.bundle.secrets import BundleSecrets, unlock
 from thrave.bundle.untar import Run, image_runs
-from thrave.bundle.verifying import PARTS_AHEAD, Believed, Reporter, Trust, believe, verified_parts
+from thrave.bundle.verifying import PARTS_AHEAD, Believed, Trust, believe, verified_parts
 
 _PIECES_AHEAD = 8
+
+Reporter = Callable[[int], None]
+"""Told, in the caller's thread, how many bytes of the bundle's parts are done; never fewer than before."""
+
+
+def unheard(_done: int) -> None:
+    """A reporter that tells nobody."""
 
 
 def open_bundle(
@@ -37,7 +46,7 @@ def open_bundle(
     certificate: Certificate | None = None,
     side_file: bytes | None = None,
     side_key: Ed25519PublicKey | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = unheard,
 ) -> Opened:
     """Write a bundle's image to a file, holes as holes.
 
@@ -57,13 +66,43 @@ def open_bundle(
         WrongKeyError: the key opens neither slot.
         OutputError: the image cannot be written.
     """
+    opened = open_bundle_into(
+        partial(image_file, output), manifest, parts, private_key,
+        certificate=certificate, side_file=side_file, side_key=side_key, reporter=reporter,
+    )  # fmt: skip
+    return Opened(opened.manifest, opened.checks, output)
+
+
+def open_bundle_into(
+    make_image: ImageMaker,
+    manifest: bytes,
+    parts: PartSource,
+    private_key: RSAPrivateKey,
+    *,
+    certificate: Certificate | None = None,
+    side_file: bytes | None = None,
+    side_key: Ed25519PublicKey | None = None,
+    reporter: Reporter = unheard,
+) -> Verified:
+    """Give a bundle's image to whatever writes it.
+
+    Args:
+        make_image: makes the image, which is begun only after every check that needs no part.
+        manifest: its XML.
+        parts: and the rest, like the errors: as for ``open_bundle``.
+        private_key: as there.
+        certificate: as there.
+        side_file: as there.
+        side_key: as there.
+        reporter: as there.
+    """
     believed = believe(manifest, side_file, Trust(certificate, side_key))
     secrets = _secrets(believed, private_key)
     plain = closing(_plain_image(believed, parts, secrets, reporter))
-    with image_file(output, believed.manifest.size) as image, plain as runs:
-        for offset, data in runs:
+    with make_image(believed.manifest.size) as image, plain as runs:
+        for offset, data in without_zeros(runs):
             image.write(offset, data)
-    return Opened(believed.manifest, (*believed.checks, *_checks(believed, deciphered=True)), output)
+    return Verified(believed.manifest, (*believed.checks, *_checks(believed, deciphered=True)))
 
 
 def verify_bundle(
@@ -74,7 +113,7 @@ def verify_bundle(
     certificate: Certificate | None = None,
     side_file: bytes | None = None,
     side_key: Ed25519PublicKey | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = unheard,
 ) -> Verified:
     """Check everything about a bundle that can be checked, and write nothing.
 
@@ -91,17 +130,24 @@ def verify_bundle(
     return Verified(believed.manifest, (*believed.checks, *_checks(believed, deciphered=private_key is not None)))
 
 
-def _exhaust_parts(believed: Believed, parts: PartSource, reporter: Reporter | None) -> None:
+def _exhaust_parts(believed: Believed, parts: PartSource, reporter: Reporter) -> None:
+    done = 0
     with Crew(PARTS_AHEAD) as crew:
-        for _ in verified_parts(crew, believed, parts, reporter):
-            pass
+        for part in verified_parts(crew, believed, parts):
+            done += len(part)
+            reporter(done)
 
 
-def _plain_image(
-    believed: Believed, parts: PartSource, secrets: BundleSecrets, reporter: Reporter | None
-) -> Generator[Run]:
+def _plain_image(believed: Believed, parts: PartSource, secrets: BundleSecrets, reporter: Reporter) -> Generator[Run]:
     """Yield the image's data; if it ends without an error the image is the one of the manifest."""
     tar_sha1 = hashlib.sha1(usedforsecurity=False)
+    inflated_bytes = 0
+
+    def counted(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        nonlocal inflated_bytes
+        for piece in pieces:
+            yield piece
+            inflated_bytes += len(piece)
 
     def hashed(pieces: Iterable[bytes]) -> Iterator[bytes]:
         for piece in pieces:
@@ -109,11 +155,15 @@ def _plain_image(
             yield piece
 
     with Crew(PARTS_AHEAD) as crew:
-        ciphertext = verified_parts(crew, believed, parts, reporter)
-        tar = crew.ahead(inflated(deciphered(ciphertext, secrets)), _PIECES_AHEAD)
-        yield from image_runs(crew.ahead(hashed(tar), _PIECES_AHEAD), believed.manifest.size)
+        ciphertext = verified_parts(crew, believed, parts)
+        plain = crew.ahead(deciphered(ciphertext, secrets), _PIECES_AHEAD)
+        tar = crew.ahead(inflated(counted(plain)), _PIECES_AHEAD)
+        for run in image_runs(crew.ahead(hashed(tar), _PIECES_AHEAD), believed.manifest.size):
+            yield run
+            reporter(inflated_bytes)
     if tar_sha1.hexdigest() != believed.manifest.digest:
         raise ContentError("the SHA-1 of the tar stream is not the manifest's")
+    reporter(believed.manifest.bundled_size)
 
 
 def _secrets(believed: Believed, private_key: RSAPrivateKey) -> BundleSecrets:

@@ -6,14 +6,28 @@ and takes the target's name, in one step. On any failure it is removed and the t
 
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from thrave.bundle.errors import OutputError
 
-_GRAIN = 64 * 1024
-_ZEROS = bytes(_GRAIN)
+
+class ImageTarget(Protocol):
+    """An image that is being written, wherever it goes."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write at an offset, which ascends from call to call. What is never written reads as zeros.
+
+        Raises:
+            OSError: it cannot be written; so may whatever error the target calls its own.
+        """
+        ...
+
+
+ImageMaker = Callable[[int], AbstractContextManager[ImageTarget]]
+"""Makes an image of so many bytes: whole if the block ends well, after the last check, and otherwise nothing."""
 
 
 class ImageFile:
@@ -23,16 +37,10 @@ class ImageFile:
         self._descriptor = descriptor
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write at an offset; stretches of 64 KiB that are all zeros stay holes."""
-        for start in range(0, len(data), _GRAIN):
-            piece = data[start : start + _GRAIN]
-            if piece[0] or piece.tobytes() != _ZEROS[: len(piece)]:
-                self._write_all(offset + start, piece)
-
-    def _write_all(self, offset: int, piece: memoryview) -> None:
-        while piece:
-            written = os.pwrite(self._descriptor, piece, offset)
-            offset, piece = offset + written, piece[written:]
+        """Write at an offset."""
+        while data:
+            written = os.pwrite(self._descriptor, data, offset)
+            offset, data = offset + written, data[written:]
 
 
 @contextmanager

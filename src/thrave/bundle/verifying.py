@@ -5,7 +5,7 @@ anything deciphered (``opening.py``). Nothing here writes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -23,9 +23,6 @@ from thrave.bundle.xmlreading import read_fields
 
 PARTS_AHEAD = 3
 """Parts that are in memory while the next stage is busy with one."""
-
-Reporter = Callable[[int], None]
-"""Told, after each part, how many bytes of the bundle's parts are done."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def believe(xml: bytes, side_file: bytes | None, trust: Trust) -> Believed:
     return Believed(manifest, side, (signature, structure, listed, _check_side_key(side, trust)))
 
 
-def verified_parts(crew: Crew, believed: Believed, parts: PartSource, reporter: Reporter | None) -> Iterator[bytes]:
+def verified_parts(crew: Crew, believed: Believed, parts: PartSource) -> Iterator[bytes]:
     """Yield the parts in order, none before its digests are known to be right; a few are read ahead.
 
     Raises:
@@ -96,8 +93,6 @@ def verified_parts(crew: Crew, believed: Believed, parts: PartSource, reporter: 
     for data in crew.map(verified, believed.manifest.parts, PARTS_AHEAD):
         yield data
         done += len(data)
-        if reporter is not None:
-            reporter(done)
     if done != believed.manifest.bundled_size:
         raise ManifestError(f"the parts have {done} bytes together, not {believed.manifest.bundled_size}")
 
