@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from botocore.exceptions import ClientError
@@ -155,6 +156,15 @@ def test_what_is_being_bundled_may_be_stopped_and_terminated(house, ec2, what):
     house.add_instance(INSTANCE)
     ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(house.key))
     assert ask(ec2, what, INSTANCE)[ANSWER[what]][0]["PreviousState"] == STATES["running"]
+
+
+def test_an_instance_that_is_stopped_on_purpose_is_not_started_for_the_sake_of_a_task_that_has_ended(house, ec2):
+    house.add_instance(INSTANCE)
+    task = ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(house.key))["BundleTask"]
+    ec2.cancel_bundle_task(BundleId=task["BundleId"])
+    house.records.look_after(task["BundleId"], datetime.now(UTC) + timedelta(hours=1))
+    ask(ec2, "stop", INSTANCE)
+    assert not house.records.is_looked_after(INSTANCE)
 
 
 @pytest.mark.parametrize("what", ["stop", "terminate"])

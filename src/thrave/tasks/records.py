@@ -121,6 +121,12 @@ class Records:
             mine = bundle_task.c.bundle_id == bundle_id
             connection.execute(bundle_task.update().where(mine).values(look_after_until=until))
 
+    def leave_alone(self, instance_id: str) -> None:
+        """Have nobody look after an instance any more, whatever task has had it."""
+        mine = sa.and_(bundle_task.c.instance_id == instance_id, bundle_task.c.look_after_until.is_not(None))
+        with self._engine.begin() as connection:
+            connection.execute(bundle_task.update().where(mine).values(look_after_until=None))
+
     def is_looked_after(self, instance_id: str) -> bool:
         """Whether an earlier task has left the instance to be started when it powers off."""
         return bool(self.find(bundle_task.c.instance_id == instance_id, bundle_task.c.look_after_until.is_not(None)))

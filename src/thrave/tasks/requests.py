@@ -122,6 +122,10 @@ class BundleTasks:
         """The unfinished task of an instance, if it has one."""
         return self._records.in_progress(instance_id)
 
+    def leave_alone(self, instance_id: str) -> None:
+        """Somebody wants the instance off: do not start it because a task that has ended wanted it off, too."""
+        self._records.leave_alone(instance_id)
+
     def describe(self, account_id: str, bundle_ids: Sequence[str] = ()) -> list[BundleTask]:
         """The account's tasks, or those with the given ids, the oldest first.
 

@@ -41,6 +41,11 @@ class Change(NamedTuple):
     while_bundled: bool = False
 
 
+def _stop(door: Door, instance_id: str) -> None:
+    door.tasks.leave_alone(instance_id)
+    door.instances.request_stop(instance_id)
+
+
 _UP = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
 _OFF = frozenset({InstanceState.STOPPED})
 _TERMINATED = frozenset({InstanceState.TERMINATED})
@@ -51,7 +56,7 @@ STOP = Change(
     _UP | {InstanceState.STOPPING},
     InstanceState.STOPPING,
     _OFF,
-    lambda door, instance_id: door.instances.request_stop(instance_id),
+    _stop,
     while_bundled=True,
 )
 # "Requests to reboot terminated instances are ignored": AWS, EC2 API Reference.

@@ -1,0 +1,84 @@
+"""What others do to an instance's power while a bundle task has it, through the real service."""
+
+import sys
+import time
+
+import pytest
+from botocore.exceptions import ClientError
+
+from support.disks import make_disk
+from thrave.compute.instance import InstanceState
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def alice(thrave_server):
+    return thrave_server.account("alice")
+
+
+def wait(ec2, bundle_id, *states):
+    for _ in range(6000):
+        (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+        if task["State"] in states:
+            return task
+        time.sleep(0.02)
+    raise AssertionError(f"never {states}: {task}")
+
+
+def bundle(server, key, instance_id):
+    ec2 = server.client(key)
+    storage = server.storage(key, "alices-bucket", "winami")
+    return ec2, ec2.bundle_instance(InstanceId=instance_id, Storage=storage)["BundleTask"]["BundleId"]
+
+
+def stored(server):
+    return [path.name for path in (server.data.buckets / "alices-bucket").rglob("*") if path.is_file()]
+
+
+def test_an_instance_terminated_while_its_volume_is_read_fails_the_task(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
+    ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "bundling")
+    ec2.terminate_instances(InstanceIds=[instance.instance_id])
+    task = wait(ec2, bundle_id, "failed", "complete")
+    assert task["BundleTaskError"] == {
+        "Code": "Client.InstanceTerminated",
+        "Message": "The instance was terminated while it was being bundled.",
+    }
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.TERMINATED
+    assert stored(thrave_server) == []
+
+
+def test_an_instance_terminated_while_the_guest_powers_off_fails_the_task(thrave_server, alice, tmp_path):
+    account, key = alice
+    gate = tmp_path / "gate"
+    code = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
+    commands = {"stop_command": (sys.executable, "-c", code), "start_command": ("true",)}
+    root = make_disk(tmp_path / "root.raw", MIB)
+    instance = thrave_server.instance(account.account_id, root, **commands)
+    ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "waiting-for-shutdown")
+    (change,) = ec2.terminate_instances(InstanceIds=[instance.instance_id])["TerminatingInstances"]
+    assert change["CurrentState"]["Name"] == "shutting-down"
+    assert wait(ec2, bundle_id, "failed")["BundleTaskError"]["Code"] == "Client.InstanceTerminated"
+    gate.touch()
+    ec2.get_waiter("instance_terminated").wait(InstanceIds=[instance.instance_id], WaiterConfig={"Delay": 1})
+
+
+def test_an_instance_being_bundled_is_neither_started_nor_rebooted_and_may_be_stopped(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
+    ids = [instance.instance_id]
+    ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "bundling")
+    for ask in (ec2.start_instances, ec2.reboot_instances):
+        with pytest.raises(ClientError, match=f"it is being bundled by {bundle_id}") as refusal:
+            ask(InstanceIds=ids)
+        assert refusal.value.response["Error"]["Code"] == "IncorrectInstanceState"
+    ec2.stop_instances(InstanceIds=ids)
+    assert wait(ec2, bundle_id, "failed", "complete")["State"] == "complete"
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
+    ec2.reboot_instances(InstanceIds=ids)
+    ec2.get_waiter("instance_running").wait(InstanceIds=ids, WaiterConfig={"Delay": 1})
