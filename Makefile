@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 # Debian packages that some tests start for real. The demo needs none of them.
-TEST_PACKAGES := openssl qemu-utils python3-libnbd ntfs-3g
+TEST_PACKAGES := openssl jq qemu-utils python3-libnbd ntfs-3g fdisk
+CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
+	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
+BENCH_PACKAGES := openssl pigz isal ntfs-3g wrk
 
-.PHONY: demo test test-fast check bench docs format clean
+.PHONY: demo test test-fast check bench bench-api clients docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/thrave demo
@@ -28,8 +31,19 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_docs.py --check
 
-bench: $(INSTALLED) packages
-	$(BIN)/python benchmarks/seal.py
+bench: $(INSTALLED)
+	@scripts/system-packages $(BENCH_PACKAGES)
+	$(BIN)/python benchmarks/bench.py
+
+bench-api: $(INSTALLED)
+	@scripts/system-packages $(BENCH_PACKAGES)
+	$(BIN)/python benchmarks/api.py
+
+# Runs every client once more and writes down which of them can do what.
+clients: $(INSTALLED) packages
+	mkdir -p .cache
+	THRAVE_CLIENTS_TABLE=.cache/clients.json $(BIN)/pytest tests/clients
+	$(BIN)/python scripts/make_clients_table.py .cache/clients.json
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/make_docs.py
@@ -40,7 +54,7 @@ format: $(INSTALLED)
 
 .PHONY: packages
 packages:
-	@scripts/system-packages $(TEST_PACKAGES)
+	@scripts/system-packages $(TEST_PACKAGES) $(CLIENT_PACKAGES)
 
 # A bare Debian has python3 but not the module that makes virtual environments.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -50,4 +64,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis thrave-demo
+	rm -rf $(VENV) .cache build src/*.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis thrave-demo

@@ -65,7 +65,10 @@ class TemplateReader:
         self.template = Template(
             document["size"],
             _runs(document["metadata"]),
-            tuple(TemplateFile(*row, _runs(runs)) for *row, runs in document["files"]),
+            tuple(
+                TemplateFile(path, kind, size, deleted, _runs(runs))
+                for path, kind, size, deleted, runs in document["files"]
+            ),
         )
 
     def metadata(self) -> Iterator[tuple[Run, bytes]]:

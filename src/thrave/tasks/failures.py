@@ -53,7 +53,7 @@ CAUSES: dict[str, Cause] = {
         "The message gives the hypervisor's words; mend that, and bundle again.",
     ),
     "Server.VolumeError": Cause(
-        "The root volume could not be read to its end, or is in use.",
+        "The root volume could not be read to its end, is in use, or what is unused on it cannot be told.",
         "Check the volume's file and the host's disks, and bundle again.",
     ),
     "Server.InternalError": Cause(
