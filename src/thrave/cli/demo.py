@@ -76,19 +76,19 @@ def _bar(progress: str) -> str:
 
 
 def _farewell(result: Tour) -> str:
-    return "\n".join(
-        [
-            "",
-            f"The bundle opens to the root disk, byte for byte: {words(result.size)}, SHA-256 {result.sha256}",
-            f"In the bucket: {words(result.bundled_size)} in {result.parts} parts, {result.seconds:.1f} s from"
-            " BundleInstance to complete. The instance is running again; its second disk is not in the bundle.",
-            "",
-            "The same by hand, with the AWS CLI:",
-            *(f"    {line}" for line in result.by_hand()),
-            "",
-            "And without Thrave, with openssl, gunzip and tar:",
-            *(f"    {line}" for line in result.without_thrave()),
-            "",
-            f"Everything lies in {result.data}: the bucket in {result.bucket_folder}, the opened image in {result.image}",
-        ]
-    )
+    by_hand = "\n".join(f"    {line}" for line in result.by_hand())
+    without_thrave = "\n".join(f"    {line}" for line in result.without_thrave())
+    return f"""
+The bundle opens to the root disk, byte for byte: {words(result.size)}, SHA-256 {result.sha256}
+In the bucket: {words(result.bundled_size)} in {result.parts} parts.
+From BundleInstance to complete it took {result.seconds:.1f} s.
+The instance is running again; its second disk is not in the bundle.
+
+The same by hand, with the AWS CLI:
+{by_hand}
+
+And without Thrave, with openssl, gunzip and tar:
+{without_thrave}
+
+Everything lies in {result.data}:
+the bucket in {result.bucket_folder}, the opened image in {result.image}"""
