@@ -83,6 +83,9 @@ class Bundling:
 
     def give_up(self, failure: TaskFailure) -> None:
         """Start the instance, take away what was stored, and end the task with the reason."""
+        task = self._records.get(self._task.bundle_id)
+        if task is None or task.state in FINISHED:
+            return  # cancelled in the moment before it was begun: nothing was touched, and its grant is erased
         for name, put_back in (
             ("start the instance after a failure", self._power.restore),
             ("remove what was stored", self.remove),

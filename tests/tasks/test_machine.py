@@ -1,0 +1,210 @@
+"""Whatever callers, crashes and other people do to instances, in any order: only what the model allows is seen.
+
+Hypothesis draws the orders, from a seed that stands in the test's name and can be given as THRAVE_SEED. The server is
+the product itself, killed by SIGKILL and started again on its data; what `tests/support/model.py` says is checked after
+each step and, once every task has ended, against the bucket and the instances. Each order is drawn in full before it is
+known how fast the server is: rules that cannot do anything now do nothing.
+"""
+
+import hashlib
+import os
+import signal
+import time
+from itertools import count
+
+import pytest
+from botocore.exceptions import ClientError
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from support.disks import make_disk
+from support.model import ModelInstance
+from support.opened import opened_sha256
+from thrave.compute.errors import InstanceError
+from thrave.compute.instance import InstanceState
+from thrave.config import DataDirectory
+from thrave.testing import ThraveServer
+
+SEED = int(os.environ.get("THRAVE_SEED", "20080808"))
+BUCKET = "machine"
+MIB = 1 << 20
+EITHER = st.integers(0, 1)  # of the two instances
+
+
+class House:
+    """A server that may be down, and what stays the same from one order to the next."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.server = ThraveServer(DataDirectory(folder / "thrave"))
+        self.account, self.key = self.server.account("alice")
+        self.prefixes = (f"prefix-{number}" for number in count())
+        self._ec2 = None
+
+    def ec2(self):
+        """A client of the server, which is started if it is down."""
+        if self._ec2 is None:
+            self.server.start()
+            self._ec2 = self.server.client(self.key)
+        return self._ec2
+
+    def kill(self):
+        if self._ec2 is not None:
+            self.server.stop(signal.SIGKILL)
+            self._ec2 = None
+
+    def new_instance(self, disk_seed):
+        disk = make_disk(self.folder / f"{disk_seed}.raw", (1 + disk_seed % 4) * MIB, seed=disk_seed)
+        instance = self.server.instance(self.account.account_id, disk)
+        return ModelInstance(instance.instance_id, hashlib.sha256(disk.read_bytes()).hexdigest())
+
+    def objects(self, prefix):
+        folder = self.server.data.buckets / BUCKET
+        return [path for path in folder.glob("*") if path.name.startswith(f"{prefix}.")]
+
+    def runs(self, instance_id):
+        return self.server.instances.state(instance_id) is InstanceState.RUNNING
+
+
+class Machine(RuleBasedStateMachine):
+    """The orders: two instances of one account, and what can happen to them."""
+
+    house: House
+    seeds = count(1)
+
+    def __init__(self):
+        super().__init__()
+        self.instances = [self.house.new_instance(next(self.seeds)) for _ in range(2)]
+        for which in range(2):
+            self.bundle(which)
+
+    @rule(which=EITHER)
+    def bundle(self, which):
+        instance, prefix = self.instances[which], next(self.house.prefixes)
+        ec2 = self.house.ec2()
+        self.describe()
+        self.look_at_power(instance)
+        before, allowed = instance.unfinished, instance.refusals()
+        storage = self.house.server.storage(self.house.key, BUCKET, prefix)
+        answer, refusal = asked(ec2.bundle_instance, InstanceId=instance.instance_id, Storage=storage)
+        if refusal:
+            assert refusal["Code"] in allowed
+            assert refusal["Code"] != "BundlingInProgress" or before.bundle_id in refusal["Message"]
+        else:
+            self.describe()
+            assert instance.is_there
+            assert instance.unfinished is None, "a second task was begun"
+            instance.bundled(answer["BundleTask"]["BundleId"], prefix, disturbed=bool(before and before.disturbed))
+
+    @rule(which=EITHER)
+    def cancel(self, which):
+        if not self.instances[which].tasks:
+            return
+        task = self.instances[which].tasks[-1]
+        _, refusal = asked(self.house.ec2().cancel_bundle_task, BundleId=task.bundle_id)
+        if refusal:
+            self.describe()
+            assert refusal["Code"] == "IncorrectState"
+            assert task.has_ended or task.cancelled
+        else:
+            assert not task.has_ended
+            task.cancelled = True
+
+    @rule(seconds=st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.4]))
+    def let_time_pass(self, seconds):
+        time.sleep(seconds)
+
+    @rule()
+    def crash(self):
+        self.house.kill()
+
+    @rule(which=EITHER)
+    def stop(self, which):
+        self.disturb(which, self.house.server.instances.request_stop, runs=False)
+
+    @rule(which=EITHER)
+    def start(self, which):
+        self.disturb(which, self.house.server.instances.start, runs=True)
+
+    @rule(which=EITHER, sure=st.sampled_from([True, False, False]))
+    def remove(self, which, sure):
+        if sure and self.disturb(which, self.house.server.instances.remove, runs=False):
+            self.instances[which].is_there = False
+
+    def disturb(self, which, what, *, runs):
+        """Somebody else stops, starts or removes an instance, which may be refused only while a task has it."""
+        instance = self.instances[which]
+        instance.disturb()
+        try:
+            what(instance.instance_id)
+        except InstanceError:
+            assert instance.unfinished or not instance.is_there
+            return False
+        instance.runs = runs
+        return True
+
+    @invariant()
+    def describe(self):
+        tasks = {task.bundle_id: task for instance in self.instances for task in instance.tasks}
+        if self.house._ec2 is None or not tasks:
+            return
+        shown = self.house.ec2().describe_bundle_tasks(BundleIds=[*tasks])["BundleTasks"]
+        assert {task["BundleId"] for task in shown} == tasks.keys()
+        for each in shown:
+            tasks[each["BundleId"]].see(each)
+        for instance in self.instances:
+            assert sum(not task.has_ended for task in instance.tasks) <= 1
+
+    def teardown(self):
+        self.house.ec2()
+        given_up = time.monotonic() + 60
+        while any(instance.unfinished for instance in self.instances):
+            assert time.monotonic() < given_up, "a task does not end"
+            time.sleep(0.05)
+            self.describe()
+        for instance in self.instances:
+            self.check_outcome(instance)
+
+    def check_outcome(self, instance):
+        for task in instance.tasks:
+            if task.state == "failed":
+                assert self.house.objects(task.prefix) == []
+            else:
+                image = self.house.folder / "opened.raw"
+                assert opened_sha256(self.house.server, BUCKET, task.prefix, image) == instance.sha256
+        self.look_at_power(instance)
+
+    def look_at_power(self, instance):
+        if instance.is_there and not instance.unfinished:
+            instance.see_power(self.house.runs(instance.instance_id))
+
+
+def asked(call, **parameters):
+    """An answer and no refusal, or no answer and the refusal's code and message."""
+    try:
+        return call(**parameters), None
+    except ClientError as error:
+        return None, error.response["Error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn_from", [SEED])
+def test_only_what_the_model_allows_is_ever_seen(tmp_path, drawn_from, capfd):
+    class Here(Machine):
+        house = House(tmp_path)
+
+    run = settings(
+        max_examples=10,
+        stateful_step_count=14,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],  # the server's pace is not the same again: a failure would not shrink
+        suppress_health_check=list(HealthCheck),
+    )
+    try:
+        run_state_machine_as_test(seed(drawn_from)(Here), settings=run)
+    finally:
+        Here.house.kill()
+    log = capfd.readouterr().err
+    assert "error" not in log, log
