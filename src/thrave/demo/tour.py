@@ -4,6 +4,7 @@ It fails loudly if anything is not as promised: a demo that cannot fail shows no
 """
 
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Tour:
             " --owner-akid $AWS_ACCESS_KEY_ID --owner-sak $AWS_SECRET_ACCESS_KEY"
         )
         return [
+            f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
             f"thrave serve --data {data} &",
             f"export AWS_ACCESS_KEY_ID={key.access_key_id}",
             f"export AWS_SECRET_ACCESS_KEY={key.secret_access_key}",
