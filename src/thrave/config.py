@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     plain_http: Literal["loopback", "anywhere"] = Field(
         "loopback", description="Where plain HTTP may be spoken: `anywhere` is for a proxy in front that speaks TLS."
     )
-    connections: int = Field(1000, ge=1, description="Open connections; one more is closed at once.")
+    connections: int = Field(
+        500, ge=1, description="Open connections; one more is closed at once. Each takes a file of the process's limit."
+    )
     request_timeout: float = Field(
         30.0, gt=0, description="Seconds that a client has to send a request, and as many to take its answer."
     )
