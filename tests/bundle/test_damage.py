@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from support.damage import damages
+from support.damage import TO_A_PART, damages
 from support.sealed import MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle.errors import DamagedError, PartDamagedError, PartMissingError, WrongKeyError
 from thrave.bundle.opening import open_bundle
@@ -40,26 +40,6 @@ def open_with_nothing_but_the_key(bundle, output):
     return open_bundle(bundle.manifest, bundle, private_key("user"), output)
 
 
-def flip(at, bit):
-    def flipped(data):
-        index = at(len(data))
-        return data[:index] + bytes([data[index] ^ bit]) + data[index + 1 :]
-
-    return flipped
-
-
-TO_ONE_PART = {
-    "flip first bit": flip(lambda _: 0, 0x80),
-    "flip middle bit": flip(lambda size: size // 2, 0x08),
-    "flip last bit": flip(lambda size: size - 1, 0x01),
-    "truncate by a byte": lambda data: data[:-1],
-    "truncate by a block": lambda data: data[:-16],
-    "extend by a byte": lambda data: data + b"\0",
-    "extend by a block": lambda data: data + data[-16:],
-    "empty": lambda _: b"",
-}
-
-
 def with_parts(bundle, **changed):
     names = list(bundle.parts)
     replaced = {names[int(index.removeprefix("part"))]: data for index, data in changed.items()}
@@ -68,10 +48,10 @@ def with_parts(bundle, **changed):
 
 @pytest.mark.parametrize("open_damaged", [open_with_everything, open_with_nothing_but_the_key])
 @pytest.mark.parametrize("index", range(3))
-@pytest.mark.parametrize("damage", TO_ONE_PART)
+@pytest.mark.parametrize("damage", TO_A_PART)
 def test_any_change_to_a_part_is_found(bundle, tmp_path, open_damaged, index, damage):
     name = list(bundle.parts)[index]
-    damaged = with_parts(bundle, **{f"part{index}": TO_ONE_PART[damage](bundle.parts[name])})
+    damaged = with_parts(bundle, **{f"part{index}": TO_A_PART[damage](bundle.parts[name])})
     with pytest.raises(PartDamagedError, match=name):
         open_damaged(damaged, tmp_path / "image")
     assert list(tmp_path.iterdir()) == []

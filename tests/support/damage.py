@@ -1,10 +1,32 @@
-"""Everything that can be done to a manifest's text, one small change at a time."""
+"""What can be done to a part, and everything that can be done to a manifest's text, one small change at a time."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 TOKEN = re.compile(r"<(?P<close>/?)(?P<tag>\w+)(?P<attributes>[^>]*)>")
+
+
+def flip(at: Callable[[int], int], bit: int) -> Callable[[bytes], bytes]:
+    """A function that changes a bit of what it is given, in the byte that `at` says for its size."""
+
+    def flipped(data: bytes) -> bytes:
+        index = at(len(data))
+        return data[:index] + bytes([data[index] ^ bit]) + data[index + 1 :]
+
+    return flipped
+
+
+TO_A_PART: dict[str, Callable[[bytes], bytes]] = {
+    "flip first bit": flip(lambda _: 0, 0x80),
+    "flip middle bit": flip(lambda size: size // 2, 0x08),
+    "flip last bit": flip(lambda size: size - 1, 0x01),
+    "truncate by a byte": lambda data: data[:-1],
+    "truncate by a block": lambda data: data[:-16],
+    "extend by a byte": lambda data: data + b"\0",
+    "extend by a block": lambda data: data + data[-16:],
+    "empty": lambda _: b"",
+}
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,32 @@ class ImageFile:
 
 @contextmanager
 def image_file(path: Path, size: int) -> Iterator[ImageFile]:
-    """Give a file to write the image to, which becomes ``path`` if the block ends well.
+    """Give a sparse file to write the image to, which becomes ``path`` if the block ends well; see ``new_file``.
+
+    Args:
+        path: where the image goes.
+        size: bytes of the image.
+
+    Raises:
+        OutputError: it cannot be created, written or renamed, or something else than a file is there.
+    """
+    with new_file(path) as temporary:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.truncate(descriptor, size)
+            yield ImageFile(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give an empty file to fill, which is flushed to the disk and becomes ``path`` if the block ends well.
 
     It belongs to its owner alone (mode 0600): an image may hold secrets.
 
     Args:
-        path: where the image goes; a file that is there is replaced at the end, one that a link leads to likewise.
-        size: bytes of the image.
+        path: where it goes; a file that is there is replaced at the end, one that a link leads to likewise.
 
     Raises:
         OutputError: it cannot be created, written or renamed, or something else than a file is there.
@@ -59,36 +78,28 @@ def image_file(path: Path, size: int) -> Iterator[ImageFile]:
     path = path.resolve()
     temporary = path.with_name(f".image-{secrets.token_hex(8)}.partial")
     try:
-        descriptor = _create(path, temporary, size)
+        _create(path, temporary)
         try:
-            yield ImageFile(descriptor)
-            os.fsync(descriptor)
+            yield temporary
+            _sync(temporary, os.O_RDWR)
             temporary.rename(path)
-            _sync_folder(path.parent)
+            _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         finally:
-            os.close(descriptor)
             with suppress(FileNotFoundError):
                 temporary.unlink()
     except OSError as error:
         raise OutputError(f"cannot write {path}: {os.strerror(error.errno or 0)}") from error
 
 
-def _create(path: Path, temporary: Path, size: int) -> int:
+def _create(path: Path, temporary: Path) -> None:
     if path.exists() and not path.is_file():
         # Renaming would put the image in the place of a device or a FIFO instead of writing to it.
         raise OutputError(f"cannot write {path}: it is there and is not a regular file")
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        os.truncate(descriptor, size)
-    except OSError:
-        os.close(descriptor)
-        temporary.unlink()
-        raise
-    return descriptor
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

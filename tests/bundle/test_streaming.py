@@ -1,0 +1,146 @@
+"""An image that goes to a pipe: whole, or too short and an error; never a byte of a part that was not verified."""
+
+import dataclasses
+import os
+import threading
+import zlib
+from random import Random
+
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from support.damage import TO_A_PART
+from support.sealed import SECRETS, MemoryImage, bundle_of, certificate, private_key
+from thrave.bundle.errors import BundleError, ContentError, OutputError, PartDamagedError, PartMissingError
+from thrave.bundle.opening import open_bundle_into
+from thrave.bundle.streaming import image_stream
+
+PART = 4096
+HEADER = 512  # of a member without holes
+KIB = 1024
+DATA = Random(7).randbytes(20_000) + bytes(480)
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    made = bundle_of(MemoryImage(DATA), part_size=PART)
+    assert len(made.parts) > 4
+    return made
+
+
+class Pipe:
+    """A pipe that is read all the time."""
+
+    def __enter__(self):
+        reading, self.end = os.pipe()
+        self._reader = os.fdopen(reading, "rb")
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        return self
+
+    def _read(self):
+        with self._reader:
+            self.content = self._reader.read()
+
+    def __exit__(self, *_):
+        os.close(self.end)
+        self._thread.join()
+
+    def make_image(self, size):
+        return image_stream(self.end, size)
+
+
+def stream(bundle, **trust):
+    """What came out, and the error."""
+    with Pipe() as pipe:
+        error = None
+        try:
+            open_bundle_into(pipe.make_image, bundle.manifest, bundle, private_key("user"), **trust)
+        except BundleError as caught:
+            error = caught
+    return pipe.content, error
+
+
+def with_everything(bundle):
+    return stream(bundle, certificate=certificate("user"), side_file=bundle.side_file)
+
+
+def verified_bytes(bundle, count):
+    """Bytes of the image that the first parts, but not all of them, hold."""
+    decryptor = Cipher(algorithms.AES(SECRETS.key), modes.CBC(SECRETS.iv)).decryptor()
+    plain = decryptor.update(b"".join(list(bundle.parts.values())[:count]))
+    return max(0, len(zlib.decompressobj(31).decompress(plain)) - HEADER)
+
+
+@pytest.mark.parametrize(
+    ("size", "spans"),
+    [
+        (1 << 20, [(0, 1 << 20)]),
+        (3 << 20, []),
+        (3 << 20, [(1 << 20, 4096)]),
+        (2 << 20, [(0, 4096), (1 << 20, 64 * KIB)]),
+        ((2 << 20) + 100, [(4096, 8192), (2 << 20, 100)]),
+    ],
+    ids=["dense", "all-hole", "holes-around", "hole-last", "odd-end"],
+)
+def test_the_whole_image_comes_with_zeros_for_its_holes(size, spans):
+    content = bytearray(size)
+    for offset, length in spans:
+        content[offset : offset + length] = Random(offset).randbytes(length)
+    assert with_everything(bundle_of(MemoryImage(bytes(content), spans))) == (content, None)
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("damage", [*TO_A_PART, "missing"])
+def test_of_a_damaged_part_and_all_that_follow_no_byte_comes_out(bundle, index, damage):
+    name = list(bundle.parts)[index]
+    parts = dict(bundle.parts)
+    if damage == "missing":
+        del parts[name]
+    else:
+        parts[name] = TO_A_PART[damage](parts[name])
+    content, error = with_everything(dataclasses.replace(bundle, parts=parts))
+    assert isinstance(error, PartMissingError if damage == "missing" else PartDamagedError)
+    assert DATA.startswith(content)
+    assert len(content) <= verified_bytes(bundle, index)
+
+
+def test_what_comes_out_before_is_not_held_back_for_nothing():
+    data = Random(8).randbytes(8 << 20)
+    bundle = bundle_of(MemoryImage(data), part_size=1 << 20)
+    name = list(bundle.parts)[-1]
+    content, error = with_everything(dataclasses.replace(bundle, parts={**bundle.parts, name: b""}))
+    assert isinstance(error, PartDamagedError)
+    assert data.startswith(content)
+    assert len(content) >= 5 << 20
+
+
+@pytest.mark.parametrize("hole_at_the_end", [False, True])
+def test_if_only_the_last_check_fails_the_image_is_short(hole_at_the_end):
+    data = Random(9).randbytes(3 << 20)
+    image = MemoryImage(data + bytes(1 << 20), [(0, 3 << 20)]) if hole_at_the_end else MemoryImage(data)
+    made = bundle_of(image)
+    forged = made.manifest.replace(made.sealed.digest.encode(), b"0" * 40)
+    content, error = stream(dataclasses.replace(made, manifest=forged))
+    assert isinstance(error, ContentError)
+    assert "SHA-1 of the tar" in str(error)
+    assert 0 < len(content) < 3 << 20
+    assert data.startswith(content)
+
+
+def test_nothing_at_all_comes_out_under_a_wrong_signature(bundle):
+    forged = bundle.manifest.replace(b"x86_64", b"x86_65")
+    content, error = stream(dataclasses.replace(bundle, manifest=forged), certificate=certificate("user"))
+    assert (content, type(error).__name__) == (b"", "SignatureError")
+
+
+def test_a_reader_that_goes_away_is_an_error_of_ours(bundle):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        with pytest.raises(OutputError, match="Broken pipe"):
+            open_bundle_into(
+                lambda size: image_stream(writing, size), bundle.manifest, bundle, private_key("user")
+            )  # fmt: skip
+    finally:
+        os.close(writing)
