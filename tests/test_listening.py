@@ -1,5 +1,6 @@
 """What a client may cost the service, and where it listens: raw sockets, TLS, and the real command."""
 
+import json
 import signal
 import socket
 import ssl
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from botocore.exceptions import SSLError
+from botocore.exceptions import ClientError, SSLError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,8 +23,12 @@ from cryptography.x509.oid import NameOID
 
 from thrave.cli.exits import Exit
 from thrave.config import Settings, load_settings
+from thrave.database import open_engine
+from thrave.identity.accounts import Accounts
+from thrave.identity.users import Users
 from thrave.listening import HEAD_LIMIT, Listener, PlainHttpRefused
 from thrave.testing import ServerError, ThraveServer
+from thrave.vault import Vault
 
 PATIENCE = 60  # seconds that a test waits for what must come
 REQUEST = b"GET / HTTP/1.1\r\nHost: thrave\r\n\r\n"
@@ -248,6 +253,28 @@ def test_over_tls_boto3_is_served_and_checks_the_certificate(secure):
     assert secure.client(key, "sts").get_caller_identity()["Account"] == account.account_id
     with pytest.raises(SSLError):
         secure.client(key, verify=True).describe_instances()
+
+
+def key_of_a_user_who_must_use_tls(server):
+    account, _ = server.account("acme")
+    only_over_tls = {"Bool": {"aws:SecureTransport": "true"}}
+    statement = {"Effect": "Allow", "Action": "ec2:*", "Resource": "*", "Condition": only_over_tls}
+    engine = open_engine(server.data.database_url)
+    users = Users(engine)
+    user = users.create(account.account_id, "bob")
+    document = json.dumps({"Version": "2012-10-17", "Statement": statement})
+    users.put_policy(account.account_id, "bob", "only-over-tls", document)
+    key = Accounts(engine, Vault.open_or_create(server.data.vault_key)).create_key(account.account_id, user)
+    engine.dispose()
+    return key
+
+
+def test_a_policy_that_asks_for_tls_is_met_by_it_and_by_nothing_else(secure, server):
+    over_tls = secure.client(key_of_a_user_who_must_use_tls(secure))
+    assert over_tls.describe_instances()["Reservations"] == []
+    in_plain = server.client(key_of_a_user_who_must_use_tls(server))
+    with pytest.raises(ClientError, match="UnauthorizedOperation"):
+        in_plain.describe_instances()
 
 
 @pytest.mark.parametrize("beginning", [b"", b"POST / HTTP/1.1\r\nHost: thra"])

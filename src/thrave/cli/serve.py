@@ -24,12 +24,16 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
     """Answer EC2 clients: API, worker and store in one process.
 
     Prints `listening on URL` once it answers. SIGTERM stops it; a bundle task under way goes on at the next start.
-    Every setting may also be given in the environment (THRAVE_DATA, THRAVE_PORT, …) or in the --config file.
+    Every setting may also be given in the environment (THRAVE_DATA, THRAVE_PORT, …) or in the --config file. On any
+    address but loopback the settings tls_certificate and tls_key are needed.
 
     \b
     Example:
       thrave serve --data /var/lib/thrave --port 8773
       aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
+
+    Exit codes: 0 stopped, 1 the address or certificate cannot be used, 2 a setting is wrong, 4 it would be plain HTTP
+    where others can read it.
     """
     from pydantic import ValidationError
 
