@@ -4,6 +4,7 @@
 
     VolumeError
     ├── VolumeUnreadableError   missing, forbidden, not a disk image, or broken off in the middle
+    ├── VolumeUnwritableError   a new image cannot be made or written
     ├── VolumeInUseError        another program has the image open for writing
     ├── UnknownFormatError      not one of FORMATS
     ├── ComponentMissingError   a package is needed for what was asked for and is not installed
@@ -18,7 +19,7 @@ from pathlib import Path
 
 
 class VolumeError(Exception):
-    """A volume cannot be opened or read. Nothing was written anywhere."""
+    """A volume cannot be opened, read or made."""
 
 
 class VolumeUnreadableError(VolumeError):
@@ -34,6 +35,14 @@ class VolumeUnreadableError(VolumeError):
         super().__init__(f"cannot read {path}{where}: {reason}")
         self.path = path
         self.offset = offset
+
+
+class VolumeUnwritableError(VolumeError):
+    """A new image cannot be made or written; what there is of it is of no use."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot write {path}: {reason}")
+        self.path = path
 
 
 class VolumeInUseError(VolumeError):

@@ -45,6 +45,15 @@ class Handle(Protocol):
     def pread(self, count: int, offset: int) -> bytearray:
         """Read all or nothing."""
 
+    def pwrite(self, buf: memoryview, offset: int) -> None:
+        """Write all or nothing."""
+
+    def flush(self) -> None:
+        """Have the server put what was written on the disk."""
+
+    def shutdown(self) -> None:
+        """Say good-bye to the server."""
+
 
 class Binding(Protocol):
     """The module ``nbd``."""

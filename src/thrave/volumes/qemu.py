@@ -78,14 +78,11 @@ class QemuVolume:
         return whole[offset - first : end - first]
 
     def _connect(self, image_format: str) -> libnbd.Handle:
-        server = inspection.program("qemu-nbd")
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
-        options = ["--read-only", "--shared=1", f"--format={image_format}"]
         try:
-            handle.aio_connect_systemd_socket_activation([server, *options, str(self._path)])
-            _wait_until_ready(handle, self._path)
-        except self._binding.Error as error:
+            start_server(handle, self._path, image_format, "--read-only")
+        except (self._binding.Error, TimeoutError) as error:
             raise VolumeUnreadableError(self._path, f"qemu-nbd does not serve it ({error})") from error
         return handle
 
@@ -111,9 +108,18 @@ class QemuVolume:
         return found
 
 
-def _wait_until_ready(handle: libnbd.Handle, path: Path) -> None:
+def start_server(handle: libnbd.Handle, path: Path, image_format: str, *options: str) -> None:
+    """Connect a new handle to a qemu-nbd of its own, which serves the image at an absolute path.
+
+    Raises:
+        ComponentMissingError: qemu-nbd is not installed.
+        TimeoutError: It did not answer within START_SECONDS.
+        Exception: The binding's Error: it did not start.
+    """
+    argv = [inspection.program("qemu-nbd"), *options, "--shared=1", f"--format={image_format}", str(path)]
+    handle.aio_connect_systemd_socket_activation(argv)
     deadline = time.monotonic() + START_SECONDS
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)
         if time.monotonic() > deadline:
-            raise VolumeUnreadableError(path, f"qemu-nbd did not answer within {START_SECONDS:.0f} seconds")
+            raise TimeoutError(f"qemu-nbd did not answer within {START_SECONDS:.0f} seconds")
