@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from thrave.bundle.sealing import Sealing
-    from thrave.cli.progress import ProgressBar
 
 
 class BundleExists(click.ClickException):
@@ -37,12 +36,11 @@ class BundleFolder:
         self._folder = folder
         self._written: list[Path] = []
 
-    def write_parts(self, sealing: Sealing, bar: ProgressBar) -> None:
-        """Write each part as it comes, and say how far it is."""
+    def write_parts(self, sealing: Sealing) -> None:
+        """Write each part as it comes."""
         with closing(sealing.parts()) as parts:
             for part in parts:
                 self.write(self._folder / part.filename, part.data)
-                bar.update(sealing.progress * sealing.data_size)
 
     def write(self, path: Path, data: bytes | memoryview) -> None:
         """Write one file of the bundle; it is on the disk when this returns."""

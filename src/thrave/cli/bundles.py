@@ -6,17 +6,21 @@ looked for beside their manifest. What was checked and what could not be is part
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from thrave.cli.bundle_image import FORMATS, image_maker
 from thrave.cli.output import emit, output_option
 from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, ED25519_PUBLIC_KEY, PRIVATE_KEY
 from thrave.cli.progress import progress_bar
 from thrave.cli.sizes import words
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
@@ -110,8 +114,8 @@ def bundle(
     checked_prefix(prefix)
     with open_volume(image, image_format, skip=skip) as volume, new_bundle(folder, prefix) as files:
         sealing = Sealing(volume, prefix, level=level)
-        with progress_bar("sealing", sealing.data_size) as bar:
-            files.write_parts(sealing, bar)
+        with progress_bar("sealing", sealing.data_size) as bar, bar.following(lambda: sealing.progress):
+            files.write_parts(sealing)
         manifest = write_manifest(
             sealing.sealed,
             account_id=account,
@@ -132,7 +136,18 @@ def bundle(
 @click.option("--key", type=PRIVATE_KEY, required=True, help="Private key (PEM, RSA) of the account or the service.")
 @_certificate_option
 @_side_key_option
-@click.option("-o", "image", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Image to write.")
+@click.option(
+    "-o", "image", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), help="Image to write; - is stdout."
+)
+@click.option("--stdout", is_flag=True, help="Write the image to stdout, and what was checked to stderr.")
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(FORMATS),
+    default="raw",
+    show_default=True,
+    help="Of the image to write.",
+)
 @output_option
 def open_(
     *,
@@ -140,7 +155,9 @@ def open_(
     key: RSAPrivateKey,
     certificate: Certificate | None,
     side_key: Ed25519PublicKey | None,
-    image: Path,
+    image: Path | None,
+    stdout: bool,
+    image_format: str,
     output: str,
 ) -> None:
     """Open the bundle of MANIFEST, whoever made it, and write its image.
@@ -148,27 +165,52 @@ def open_(
     The image appears (and replaces what was there) only after the last check; if anything fails nothing is left. It is
     readable by its owner alone. Without --certificate nobody knows who made the bundle, and that is said.
 
+    Nothing can be taken back from a pipe: to stdout each byte goes when its part has been verified, and the last ones
+    only after the last check. If that fails, the image ends too early and the exit code says so.
+
     \b
     Example:
       thrave open bundles/winami.manifest.xml --key pk.pem --certificate signer.pem -o disk.raw
+      thrave open bundles/winami.manifest.xml --key pk.pem --format qcow2 -o disk.qcow2
 
     Exit codes: 0 done, 1 the image cannot be written, 2 wrong command line, 3 a part is missing, 10 damaged or forged,
-    11 wrong key.
+    11 wrong key, 12 a package for the image's format is not installed.
     """
-    from thrave.bundle.opening import open_bundle
+    from thrave.bundle.opening import open_bundle_into
     from thrave.bundle.partsource import DirectoryParts
     from thrave.bundle.reading import read_manifest
     from thrave.cli.bundle_folder import read_documents
     from thrave.cli.bundle_words import verified_document, verified_text
 
+    target = _target(image, stdout=stdout)
+    make_image = image_maker(target, image_format)
     xml, side_file = read_documents(manifest)
-    with progress_bar("opening", read_manifest(xml).bundled_size) as bar:
-        opened = open_bundle(
-            xml, DirectoryParts(manifest.parent), key, image,
+    with _warning_of_half_an_image(target), progress_bar("opening", read_manifest(xml).bundled_size) as bar:
+        opened = open_bundle_into(
+            make_image, xml, DirectoryParts(manifest.parent), key,
             certificate=certificate, side_file=side_file, side_key=side_key, reporter=bar.update,
         )  # fmt: skip
-    document = {"image": image, "manifest": manifest, **verified_document(opened)}
-    emit(output, document, f"{verified_text(opened)}\n\n{image}: {words(opened.manifest.size)}")
+    where = target or "stdout"
+    document = {"image": target or "-", "format": image_format, "manifest": manifest, **verified_document(opened)}
+    text = f"{verified_text(opened)}\n\n{where}: {words(opened.manifest.size)}"
+    emit(output, document, text, err=target is None)
+
+
+def _target(image: Path | None, *, stdout: bool) -> Path | None:
+    """Where the image goes, None for stdout."""
+    if (image is None) is not stdout:
+        raise click.UsageError("give either -o IMAGE or --stdout")
+    return None if image is None or str(image) == "-" else image
+
+
+@contextmanager
+def _warning_of_half_an_image(target: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        if target is None:
+            click.echo("thrave: what came out of stdout is not the whole image: do not use it", err=True)
+        raise
 
 
 @click.command()

@@ -32,15 +32,17 @@ def data_option(command: _Command) -> _Command:
     )(command)  # fmt: skip
 
 
-def emit(output: str, document: Json, text: str) -> None:
+def emit(output: str, document: Json, text: str, *, err: bool = False) -> None:
     """Print the answer of a command on stdout.
 
     Args:
         output: `json` or `text`, as given by `output_option`.
         document: The answer as JSON; datetimes are written as ISO 8601, paths as text.
         text: The same for people, without a final newline.
+        err: On stderr instead, because stdout has what the command makes.
     """
-    click.echo(json.dumps(document, indent=2, default=_plain, ensure_ascii=False) if output == "json" else text)
+    answer = json.dumps(document, indent=2, default=_plain, ensure_ascii=False) if output == "json" else text
+    click.echo(answer, err=err)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,0 +1,58 @@
+"""Where `thrave open` puts the image: a raw file, an image in a format of QEMU's, or stdout.
+
+It joins what writes images (`thrave.bundle`, `thrave.volumes`) and knows nothing of bundles.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from thrave.bundle.output import ImageMaker, ImageTarget
+
+FORMATS = ("raw", "qcow2", "vmdk", "vpc")
+"""What can be written, in QEMU's words."""
+
+
+def image_maker(path: Path | None, image_format: str) -> ImageMaker:
+    """What writes the image.
+
+    Args:
+        path: The file; None for stdout.
+        image_format: One of `FORMATS`.
+
+    Raises:
+        click.UsageError: Stdout is a terminal, or is asked for something else than raw.
+    """
+    from thrave.bundle.output import image_file
+    from thrave.bundle.streaming import image_stream
+
+    if path is None:
+        _check_stdout(image_format)
+        return partial(image_stream, sys.stdout.fileno())
+    return partial(image_file, path) if image_format == "raw" else partial(_converted, path, image_format)
+
+
+def _check_stdout(image_format: str) -> None:
+    if image_format != "raw":
+        raise click.UsageError(f"{image_format} cannot be written to a pipe: give a file with -o")
+    if sys.stdout.isatty():
+        raise click.UsageError("an image is not for a terminal: redirect stdout or give a file with -o")
+
+
+@contextmanager
+def _converted(path: Path, image_format: str, size: int) -> Iterator[ImageTarget]:
+    """Write in the format at once, without a raw file in between."""
+    from thrave.bundle.output import new_file
+    from thrave.volumes.writing import new_image
+
+    with new_file(path) as temporary, new_image(temporary, image_format, size) as image:
+        yield image

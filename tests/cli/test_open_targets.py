@@ -1,0 +1,162 @@
+"""`thrave open` into a pipe and into other formats than raw."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from random import Random
+
+import pytest
+
+from support.components import missing
+from support.images import qemu_img
+from support.sealed import VECTORS, MemoryImage, bundle_of
+from thrave.cli.bundle_image import FORMATS
+from thrave.volumes import libnbd
+from thrave.volumes.errors import ComponentMissingError
+from thrave.volumes.writing import WRITABLE_FORMATS
+
+FAILED, USAGE, NOT_FOUND, DAMAGED, WRONG_KEY = 1, 2, 3, 10, 11
+KEYS = VECTORS / "keys"
+MIB = 1024 * 1024
+DATA = Random(3).randbytes(2 * MIB) + bytes(MIB) + Random(4).randbytes(MIB) + bytes(MIB)
+TRUST = ("--certificate", KEYS / "user-cert.pem")
+KEY = ("--key", KEYS / "user-pk.pem")
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Of a bundle of five parts and more."""
+    made = bundle_of(MemoryImage(DATA, [(0, 2 * MIB), (3 * MIB, MIB)]), part_size=MIB // 2)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "disk.manifest.xml").write_bytes(made.manifest)
+    (folder / "disk.manifest.json").write_bytes(made.side_file)
+    for name, data in made.parts.items():
+        (folder / name).write_bytes(data)
+    return folder / "disk.manifest.xml"
+
+
+@pytest.fixture
+def qemu():
+    try:
+        libnbd.load()
+    except ComponentMissingError as error:
+        missing(error.component, package=error.package)
+
+
+def piped(manifest, *options, key="user"):
+    words = map(str, ("open", manifest, "--key", KEYS / f"{key}-pk.pem", *options))
+    done = subprocess.run([sys.executable, "-m", "thrave", *words], capture_output=True, check=False)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@pytest.mark.parametrize("words", [("--stdout",), ("-o", "-")])
+def test_stdout_gets_the_image_and_nothing_else(manifest, words):
+    status, stdout, stderr = piped(manifest, *TRUST, *words)
+    assert (status, stdout == DATA) == (0, True)
+    assert "signature    holds" in stderr
+
+
+def test_what_was_checked_is_json_on_stderr_if_asked_for(manifest):
+    _, _, stderr = piped(manifest, *TRUST, "--stdout", "--output", "json")
+    document = json.loads(stderr)
+    assert (document["image"], document["format"]) == ("-", "raw")
+    assert all(check["checked"] for check in document["checks"])
+
+
+def flip(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def other_digest(manifest):
+    text = manifest.read_text()
+    start = text.index(">", text.index("<digest")) + 1
+    manifest.write_text(text[:start] + "0" * 40 + text[start + 40 :])
+    manifest.with_name("disk.manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "comes_out"),
+    [
+        (lambda manifest: flip(manifest.with_name("disk.part.0")), DAMAGED, False),
+        (lambda manifest: flip(manifest.with_name("disk.part.4")), DAMAGED, True),
+        (lambda manifest: manifest.with_name("disk.part.4").unlink(), NOT_FOUND, True),
+        (other_digest, DAMAGED, True),
+    ],
+    ids=["first part", "late part", "missing part", "digest of the whole"],
+)
+def test_a_failure_is_said_and_the_image_is_short(manifest, damage, status, comes_out):
+    damage(manifest)
+    code, stdout, stderr = piped(manifest, "--stdout")
+    assert (code, bool(stdout)) == (status, comes_out)
+    assert DATA.startswith(stdout)
+    assert len(stdout) < len(DATA)
+    assert "not the whole image" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_nothing_comes_out_for_a_wrong_key(manifest):
+    assert piped(manifest, "--stdout", key="wrong")[:2] == (WRONG_KEY, b"")
+
+
+def test_a_terminal_is_refused(manifest):
+    terminal, end = pty.openpty()
+    words = map(str, ("open", manifest, *KEY, "--stdout"))
+    done = subprocess.run([sys.executable, "-m", "thrave", *words], stdout=end, stderr=subprocess.PIPE, check=False)
+    os.close(end)
+    os.close(terminal)
+    assert (done.returncode, b"not for a terminal" in done.stderr) == (USAGE, True)
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--stdout", "-o", "image"), ("--stdout", "--format", "qcow2"), ("-o", "image", "--format", "vhdx")]
+)
+def test_what_cannot_be_is_said_before_anything_is_written(manifest, thrave, tmp_path, monkeypatch, words):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, stdout, _ = thrave("open", manifest, *KEY, *words)
+    assert (status, stdout) == (USAGE, "")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.usefixtures("qemu")
+@pytest.mark.parametrize("image_format", WRITABLE_FORMATS)
+def test_other_formats_hold_the_same_disk(manifest, thrave_json, tmp_path, image_format):
+    (tmp_path / "out").mkdir()
+    image = tmp_path / "out" / "disk"
+    document = thrave_json("open", manifest, *KEY, "--format", image_format, "-o", image)
+    assert (document["image"], document["format"]) == (str(image), image_format)
+    (tmp_path / "disk.raw").write_bytes(DATA)
+    assert "identical" in qemu_img("compare", "-f", "raw", "-F", image_format, tmp_path / "disk.raw", image)
+    if image_format != "vpc":  # which has no check
+        assert "No errors" in qemu_img("check", "-f", image_format, image)
+    assert image.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in image.parent.iterdir()] == ["disk"]
+
+
+@pytest.mark.usefixtures("qemu")
+def test_holes_stay_unallocated_in_qcow2(manifest, thrave_json, tmp_path):
+    thrave_json("open", manifest, *KEY, "--format", "qcow2", "-o", tmp_path / "disk")
+    mapped = json.loads(qemu_img("map", "--output=json", "-f", "qcow2", tmp_path / "disk"))
+    data = [(run["start"], run["length"]) for run in mapped if run["data"]]
+    assert data == [(0, 2 * MIB), (3 * MIB, MIB)]
+
+
+@pytest.mark.usefixtures("qemu")
+@pytest.mark.parametrize("damage", [lambda m: flip(m.with_name("disk.part.4")), other_digest])
+def test_no_qcow2_is_left_of_a_damaged_bundle_and_the_old_one_stays(manifest, thrave, tmp_path, damage):
+    damage(manifest)
+    (tmp_path / "out").mkdir()
+    image = tmp_path / "out" / "disk"
+    image.write_text("old")
+    status, stdout, stderr = thrave("open", manifest, *KEY, "--format", "qcow2", "-o", image)
+    assert (status, stdout, stderr.count("\n")) == (DAMAGED, "", 1)
+    assert [path.name for path in image.parent.iterdir()] == ["disk"]
+    assert image.read_text() == "old"
+
+
+def test_what_can_be_written_stands_in_one_list():
+    assert ("raw", *WRITABLE_FORMATS) == FORMATS

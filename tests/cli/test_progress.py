@@ -1,0 +1,118 @@
+"""What a progress bar says: true, of the last seconds, never less than before."""
+
+import re
+import threading
+
+import pytest
+
+from thrave.cli import progress
+from thrave.cli.progress import ProgressBar, Rate, progress_bar
+
+MB = 1_000_000
+
+
+class Clock:
+    """Stands in for the time, so that no test waits for it."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def lines(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("points", "rate"),
+    [
+        ([], 0),
+        ([(0, 0)], 0),
+        ([(0, 0), (0, 5)], 0),
+        ([(0, 0), (2, 10)], 5),
+        ([(0, 0), (1, 100), (2, 110), (3, 120), (4, 130), (5, 140), (6, 150), (7, 160)], 10),
+        ([(0, 0), (1, 100), (60, 159)], 1),
+    ],
+    ids=["nothing", "one", "no time", "two", "what is long ago does not count", "a long silence counts"],
+)
+def test_the_rate_is_that_of_the_last_seconds(points, rate):
+    found = Rate(5)
+    for now, done in points:
+        found.note(now, done)
+    assert found.per_second == rate
+
+
+def test_a_log_gets_a_line_for_each_tenth_with_rate_and_time_left(clock, capsys):
+    bar = ProgressBar("opening", 100 * MB)
+    for second in range(1, 11):
+        clock.now += 1
+        bar.update(10 * second * MB)
+    said = lines(capsys)
+    assert said[0] == "opening 10% 10 MB/s, 9 s left"
+    assert said[-1] == "opening 100% 10 MB/s"
+    assert len(said) == 10
+
+
+def test_when_it_becomes_slower_the_line_says_so_soon(clock, capsys):
+    bar = ProgressBar("opening", 1000 * MB)
+    clock.now += 2
+    bar.update(500 * MB)
+    for second in range(1, 101):
+        clock.now += 1
+        bar.update((500 + second) * MB)
+    assert lines(capsys)[-1] == "opening 60% 1 MB/s, 400 s left"
+
+
+def test_what_is_quick_says_nothing(clock, capsys):
+    with progress_bar("opening", 100) as bar:
+        clock.now += 0.9
+        bar.update(100)
+    assert lines(capsys) == []
+
+
+def test_it_never_goes_back_nor_beyond_the_end(clock, capsys):
+    bar = ProgressBar("opening", 100)
+    for done in (50, 20, 60, 500):
+        clock.now += 2
+        bar.update(done)
+    percents = [int(re.search(r"(\d+)%", line)[1]) for line in lines(capsys)]
+    assert percents == [50, 60, 100]
+
+
+def test_it_can_follow_what_somebody_else_does(clock, capsys):
+    asked = threading.Event()
+
+    def half_done():
+        clock.now += 2
+        asked.set()
+        return 0.5
+
+    with progress_bar("sealing", 100) as bar, bar.following(half_done):
+        assert asked.wait(30)
+    assert lines(capsys)[0].startswith("sealing 50%")
+    assert "progress" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_empty_total_is_no_division_by_zero(clock, capsys):
+    bar = ProgressBar("opening", 0)
+    clock.now += 2
+    bar.update(0)
+    assert lines(capsys) == []
+
+
+def test_on_a_terminal_a_bar_is_drawn(clock, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress_bar("opening", 100 * MB) as bar:
+        clock.now += 2
+        bar.update(50 * MB)
+        clock.now += 2
+        bar.update(100 * MB)
+    assert "opening" in capsys.readouterr().err
