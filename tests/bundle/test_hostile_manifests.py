@@ -36,6 +36,12 @@ def test_a_name_that_could_leave_the_folder_is_refused(bundle, element, name):
         read_manifest(replaced(bundle, element, name))
 
 
+@pytest.mark.parametrize("encoding", ["A0SCII", "hex", "utf-7", "utf-32", "gbk", "undefined"])
+def test_an_encoding_that_cannot_be_read_is_refused(bundle, encoding):
+    with pytest.raises(ManifestError, match=r"encoding|well-formed"):
+        read_manifest(f'<?xml version="1.0" encoding="{encoding}"?>'.encode() + bundle.manifest.partition(b"?>")[2])
+
+
 def test_nul_and_other_controls_are_no_xml(bundle):
     for character in ("\0", "\1", "&#0;", "&#1;"):
         with pytest.raises(ManifestError):

@@ -60,6 +60,8 @@ def read_fields(xml: bytes) -> Fields:
         reader.parse()
     except expat.ExpatError as error:
         raise ManifestError(f"the manifest is not well-formed XML: {error}") from None
+    except (LookupError, ValueError) as error:  # from the codec that its XML declaration names
+        raise ManifestError(f"the manifest declares an encoding that cannot be read: {ascii(str(error))}") from None
     return reader.fields
 
 
