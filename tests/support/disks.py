@@ -3,18 +3,22 @@
 import random
 from pathlib import Path
 
+RUN = 65536
+
 
 def make_disk(path: Path, size: int, *, seed: int = 1, holes: bool = True) -> Path:
-    """Write a raw disk of `size` bytes: random, text and, if wanted, holes, in runs of 64 KiB."""
+    """Write a raw disk of `size` bytes: noise, text and, if wanted, holes, in numbered runs of 64 KiB.
+
+    The noise repeats, but further apart than deflate looks back.
+    """
     source = random.Random(seed)
-    text = b"The quick brown fox jumps over the lazy dog. " * 2000
+    noise, text = source.randbytes(RUN), (b"The quick brown fox jumps over the lazy dog. " * 1500)[:RUN]
     with path.open("wb") as disk:
         while disk.tell() < size:
-            run = min(65536, size - disk.tell())
             kind = source.randrange(3)
             if kind == 2 and holes:
-                disk.seek(run, 1)
+                disk.seek(RUN, 1)
             else:
-                disk.write(source.randbytes(run) if kind else text[:run])
+                disk.write(disk.tell().to_bytes(8, "little") + (noise if kind else text)[8:])
         disk.truncate(size)
     return path

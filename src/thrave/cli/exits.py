@@ -26,7 +26,7 @@ MEANING: dict[Exit, str] = {
     Exit.FAILED: "It could not be done; the reason is on stderr.",
     Exit.USAGE: "The command line is wrong.",
     Exit.NOT_FOUND: "A file, account, instance, bundle task or bucket does not exist.",
-    Exit.REFUSED: "A rule forbids it: wrong state, name taken, limit reached, not yours, plain HTTP where others could read it.",
+    Exit.REFUSED: "A rule forbids it: wrong state, name taken, limit reached, not yours, or plain HTTP in the open.",
     Exit.DAMAGED: "The bundle is damaged or forged: a signature, digest, size or name does not hold.",
     Exit.WRONG_KEY: "The private key is not the one that the bundle was made for.",
     Exit.MISSING_COMPONENT: "A program or library that this needs is not installed; stderr names the package.",
