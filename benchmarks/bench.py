@@ -9,20 +9,26 @@ gets quieter the quietest counts and is marked.
 """
 
 import argparse
+import compileall
+import os
 import random
 import shutil
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from contenders import Contender
-from contests import BARS, CONTESTS, QUICK, Bench, Contest, Sizes
+from contests import CONTESTS, QUICK, Bench, Contest, Sizes
 from inputs import Kitchen
+from machine import machine
 from measure import TMPFS, Run
-from report import Result, table, write_json
+from records import Result, Row, load, merged, save
+from report import NOISY, text
 from windows import CannotMakeError
 
-_QUIET = 0.05
+import thrave
+
 _TRIES = 4
 _CACHE = Path.home() / ".cache" / "thrave-bench"
 _RESULTS = Path(__file__).with_name("results")
@@ -30,13 +36,15 @@ _RESULTS = Path(__file__).with_name("results")
 
 def main() -> None:
     options = _options()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    compileall.compile_dir(Path(thrave.__file__).parent, quiet=1)  # as any installation does
     chosen = [contest for contest in CONTESTS if not options.only or contest.name in options.only]
     with tempfile.TemporaryDirectory(dir=TMPFS, prefix="thrave-bench-") as scratch:
         bench = Bench(Kitchen(options.inputs), Path(scratch), QUICK if options.quick else Sizes())
         results = [_hold(contest, bench, options) for contest in chosen]
-    print(table(results, BARS))
+    print(text(results))
     path = options.results / ("quick.json" if options.quick else "full.json")
-    write_json(path, results, BARS)
+    save(path, merged(load(path), results, [contest.name for contest in CONTESTS]), machine())
     print(f"\n{path}")
 
 
@@ -53,18 +61,20 @@ def _options() -> argparse.Namespace:
 def _hold(contest: Contest, bench: Bench, options: argparse.Namespace) -> Result:
     """Hold one contest."""
     print(f"\n{contest.title}", flush=True)
+    when = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         contenders = contest.contenders(bench)
     except CannotMakeError as error:
         print(f"  not held: {error}", flush=True)
-        return Result(contest.name, contest.title, (), {}, str(error))
+        return Result(contest.name, contest.title, when, (), str(error))
     rounds = options.rounds or (1 if options.quick else contest.rounds)
     tries = 1 if options.quick else _TRIES
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
         for contender in _shuffled(contenders, number):
             runs[contender.name].append(_quiet_run(contender, bench.scratch, tries))
-    return Result(contest.name, contest.title, tuple(contenders), runs)
+    rows = [Row(contender.name, contender.data, runs[contender.name]) for contender in contenders]
+    return Result(contest.name, contest.title, when, rows)
 
 
 def _shuffled(contenders: Sequence[Contender], seed: int) -> list[Contender]:
@@ -74,7 +84,7 @@ def _shuffled(contenders: Sequence[Contender], seed: int) -> list[Contender]:
 def _quiet_run(contender: Contender, scratch: Path, tries: int) -> Run:
     """Run one contender until the machine was quiet meanwhile, or so often; give the quietest run."""
     runs: list[Run] = []
-    while len(runs) < tries and not any(run.foreign <= _QUIET for run in runs):
+    while len(runs) < tries and not any(run.foreign <= NOISY for run in runs):
         runs.append(_checked_run(contender, scratch))
         print(f"  {contender.name:28} {runs[-1].wall:8.2f} s  others {runs[-1].foreign:4.0%}", flush=True)
     return min(runs, key=lambda run: run.foreign)

@@ -1,25 +1,24 @@
 """Who is measured: Thrave's own commands, and the programs that do the same without it.
 
 Every bundler does the same work, as ec2-ami-tools 1.5.3 does it: a sparse tar, its SHA-1, gzip, AES-128-CBC, parts of
-10 MiB, the SHA-1 of each (Thrave adds SHA-256, signs, and seals its key). Each result is opened with OpenSSL, gzip and
+10 MiB, the SHA-1 of each (Thrave adds SHA-256, signs, and seals its key). Each result is opened with OpenSSL, igzip and
 GNU tar and compared with the disk before its time counts.
 """
 
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from extents import are_equal
-from measure import CORES, Arguments, Run, Step, Usage, observed, run
+from extents import are_equal, stored_bytes
+from measure import CORES, Arguments, ProgramFailedError, Run, Step, run
 
 from thrave.bundle.reading import read_manifest
 from thrave.bundle.secrets import BundleSecrets, unlock
 from thrave.identity.certificates import load_private_key, new_certificate
-from thrave.testing import ThraveServer
 
 PREFIX = "image"
 PART_SIZE = 10 << 20
@@ -80,17 +79,36 @@ def thrave_bundle(disk: Path, keys: Keys, folder: Path, *options: str) -> list[s
 
 
 def thrave_sealing(
-    name: str, disk: Path, data: int, keys: Keys, *options: str, before: Sequence[str] = (), exact: bool = True
+    name: str,
+    disk: Path,
+    data: int,
+    keys: Keys,
+    *options: str,
+    before: Sequence[str] = (),
+    is_same: Callable[[Path], bool] | None = None,
 ) -> Contender:
-    """`thrave bundle` of a disk; `before` stands before the command, `exact` says whether all bytes come back."""
+    """`thrave bundle` of a disk.
+
+    Args:
+        name: the contender's.
+        disk: what is sealed.
+        data: bytes of data on it.
+        keys: whose bundle it is.
+        options: of the command.
+        before: what stands before the command.
+        is_same: whether the opened image is right; unless given, it has to be the disk.
+    """
 
     def seal(folder: Path) -> Run:
         done = run([Step([[*before, *thrave_bundle(disk, keys, folder, *options)]])])
-        return replace(done, size=_size(_parts(folder)))
+        return replace(done, size=total_size(parts_in(folder)))
 
     def check(folder: Path) -> None:
-        if exact:
-            _compare(_parts(folder), keys.secrets(folder / f"{PREFIX}.manifest.xml"), disk, folder)
+        secrets = keys.secrets(folder / f"{PREFIX}.manifest.xml")
+        if is_same is None:
+            check_bundle(parts_in(folder), secrets, disk, folder)
+        else:
+            _check(_opened(parts_in(folder), secrets, folder), is_same)
 
     return Contender(name, data, seal, check)
 
@@ -106,16 +124,16 @@ def shell_sealing(name: str, disk: Path, data: int, *compressor: str) -> Contend
         yield Step(pipeline, folder / encrypted, [["openssl", "sha1", folder / fifo]])
         parts: Arguments = [folder / encrypted, folder / f"{PREFIX}.part."]
         yield Step([["split", "-b", str(PART_SIZE), "-d", "-a", "4", *parts]])
-        yield Step([["openssl", "sha1", *_parts(folder)]])
+        yield Step([["openssl", "sha1", *parts_in(folder)]])
 
     def seal(folder: Path) -> Run:
         done = run(steps(folder))
         staged = (folder / encrypted).stat().st_size
         (folder / encrypted).unlink()
-        return replace(done, staged=staged, size=_size(_parts(folder)))
+        return replace(done, staged=staged, size=total_size(parts_in(folder)))
 
     def check(folder: Path) -> None:
-        _compare(_parts(folder), _RIVALS_SECRETS, disk, folder)
+        check_bundle(parts_in(folder), _RIVALS_SECRETS, disk, folder)
 
     return Contender(name, data, seal, check)
 
@@ -140,7 +158,7 @@ def thrave_opening(name: str, bundle: Path, disk: Path, data: int, keys: Keys) -
         manifest, trust = bundle / f"{PREFIX}.manifest.xml", ("--certificate", keys.certificate)
         return run([Step([[*_THRAVE, "open", manifest, "--key", keys.private_key, *trust, "-o", folder / disk.name]])])
 
-    return Contender(name, data, open_, lambda folder: _same(folder / disk.name, disk))
+    return Contender(name, data, open_, lambda folder: _check(folder / disk.name, partial(are_equal, disk)))
 
 
 def shell_opening(name: str, bundle: Path, disk: Path, data: int, keys: Keys) -> Contender:
@@ -148,69 +166,44 @@ def shell_opening(name: str, bundle: Path, disk: Path, data: int, keys: Keys) ->
     secrets = keys.secrets(bundle / f"{PREFIX}.manifest.xml")
 
     def open_(folder: Path) -> Run:
-        return run([Step([*_deciphering(_parts(bundle), secrets), ["tar", "-x", "-C", folder]])])
+        return run([Step([*_deciphering(parts_in(bundle), secrets, "gzip"), ["tar", "-x", "-C", folder]])])
 
-    return Contender(name, data, open_, lambda folder: _same(_only_file(folder), disk))
-
-
-def thrave_serving(name: str, disk: Path, data: int) -> Contender:
-    """A task from BundleInstance to `complete`, through a real server and an unmodified boto3 client."""
-
-    def bundle(folder: Path) -> Run:
-        keys = Keys.made_in(folder)
-        with ThraveServer.running(folder / "data") as server:
-            account, key = server.account("bench", keys.certificate.read_text())
-            instance = server.instance(account.account_id, disk)
-            ec2, storage = server.client(key), server.storage(key, "bench", PREFIX)
-            assert server.process is not None
-            with observed() as seen:
-                seen.roots.append(server.process.pid)
-                before = Usage.of(server.process.pid)
-                task = ec2.bundle_instance(InstanceId=instance.instance_id, Storage=storage)["BundleTask"]
-                while task["State"] not in {"complete", "failed"}:
-                    time.sleep(0.05)
-                    (task,) = ec2.describe_bundle_tasks(BundleIds=[task["BundleId"]])["BundleTasks"]
-            used = Usage.of(server.process.pid).since(before)
-        if task["State"] != "complete":
-            raise WrongOutputError(f"the task failed: {task}")
-        size = _size(_parts(_bucket(folder)))
-        return Run(seen.wall, used.cpu, seen.memory, used.written, foreign=seen.foreign(used.cpu), size=size)
-
-    def check(folder: Path) -> None:
-        bucket = _bucket(folder)
-        secrets = Keys(folder / "cert.pem", folder / "pk.pem").secrets(bucket / f"{PREFIX}.manifest.xml")
-        _compare(_parts(bucket), secrets, disk, folder)
-
-    return Contender(name, data, bundle, check)
-
-
-def _bucket(folder: Path) -> Path:
-    return folder / "data" / "buckets" / "bench"
+    return Contender(name, data, open_, lambda folder: _check(_only_file(folder), partial(are_equal, disk)))
 
 
 def _openssl(direction: str, secrets: BundleSecrets) -> Arguments:
     return ["openssl", "enc", direction, "-aes-128-cbc", "-K", secrets.key.hex(), "-iv", secrets.iv.hex()]
 
 
-def _deciphering(parts: Sequence[Path], secrets: BundleSecrets) -> list[Arguments]:
-    return [["cat", *parts], _openssl("-d", secrets), ["gzip", "-d"]]
+def _deciphering(parts: Sequence[Path], secrets: BundleSecrets, inflater: str) -> list[Arguments]:
+    return [["cat", *parts], _openssl("-d", secrets), [inflater, "-d", "-c"]]
 
 
-def _parts(folder: Path) -> list[Path]:
+def parts_in(folder: Path) -> list[Path]:
     # Both Thrave's and split's numbers have one width.
     return sorted(folder.glob(f"{PREFIX}.part.*"))
 
 
-def _size(files: Sequence[Path]) -> int:
+def total_size(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _compare(parts: Sequence[Path], secrets: BundleSecrets, disk: Path, folder: Path) -> None:
-    """Open parts with other programs than Thrave and compare the image with the disk."""
+def check_bundle(parts: Sequence[Path], secrets: BundleSecrets, disk: Path, folder: Path) -> None:
+    """Open a bundle with other programs than Thrave, and compare the image with the disk."""
+    if stored_bytes(disk) < disk.stat().st_size:
+        _check(_opened(parts, secrets, folder), partial(are_equal, disk))
+        return
+    try:  # without a copy of it
+        run([Step([*_deciphering(parts, secrets, "igzip"), ["tar", "-x", "-O"], ["cmp", "-", disk]])])
+    except ProgramFailedError as error:
+        raise WrongOutputError(str(error)) from error
+
+
+def _opened(parts: Sequence[Path], secrets: BundleSecrets, folder: Path) -> Path:
     opened = folder / "opened"
     opened.mkdir()
-    run([Step([*_deciphering(parts, secrets), ["tar", "-x", "-C", opened]])])
-    _same(_only_file(opened), disk)
+    run([Step([*_deciphering(parts, secrets, "igzip"), ["tar", "-x", "-C", opened]])])
+    return _only_file(opened)
 
 
 def _only_file(folder: Path) -> Path:
@@ -218,6 +211,6 @@ def _only_file(folder: Path) -> Path:
     return file
 
 
-def _same(image: Path, disk: Path) -> None:
-    if not are_equal(image, disk):
-        raise WrongOutputError(f"{image} is not {disk}")
+def _check(image: Path, is_same: Callable[[Path], bool]) -> None:
+    if not is_same(image):
+        raise WrongOutputError(f"{image} is not what was sealed")

@@ -5,7 +5,7 @@ Nothing is run here. The bars are those that Thrave set itself before it was mea
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import inputs
@@ -18,13 +18,12 @@ from contenders import (
     thrave_bundle,
     thrave_opening,
     thrave_sealing,
-    thrave_serving,
 )
 from extents import stored_bytes
-from inputs import GIB, MIB, TIB, Kitchen, Recipe
+from inputs import GIB, MIB, SEED, TIB, Kitchen, Recipe
 from measure import Run, Step, run
-
-from thrave.cli.bundles import bundle
+from serving import thrave_killed, thrave_serving
+from windows import has_its_files
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Contest:
 
 
 Medians = Mapping[str, Run]
-"""By the contenders' names; `detail` has none."""
+"""By the contenders' names."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,8 @@ def _sparse(bench: Bench) -> list[Contender]:
 def _windows(bench: Bench) -> list[Contender]:
     disk, data = bench.disk(inputs.windows(bench.sizes.windows_scale))
     everything = thrave_sealing("skip = nothing", disk, data, bench.keys)
-    if not any(parameter.name == "skip" for parameter in bundle.params):
-        return [everything]
-    skipping = thrave_sealing("skip = unused", disk, data, bench.keys, "--skip", "unused", exact=False)
+    is_same = partial(has_its_files, scale=bench.sizes.windows_scale, seed=SEED)
+    skipping = thrave_sealing("skip = unused", disk, data, bench.keys, "--skip", "unused", is_same=is_same)
     return [everything, skipping]
 
 
@@ -169,6 +167,11 @@ def _served(bench: Bench) -> list[Contender]:
     return [thrave_sealing("thrave bundle", disk, data, bench.keys), thrave_serving("thrave serve", disk, data)]
 
 
+def _restart(bench: Bench) -> list[Contender]:
+    disk, data = bench.disk(inputs.mixed(bench.sizes.served))
+    return [thrave_serving("in one go", disk, data), thrave_killed("killed at half", disk, data)]
+
+
 CONTESTS = (
     Contest("shell", "Sealing, beside the pipeline of Amazon's tool with four compressors", _against_shell),
     Contest("limit", "Sealing, beside what the libraries need on their own", _against_limit),
@@ -179,6 +182,7 @@ CONTESTS = (
     Contest("open", "Opening with every check, beside a pipeline with none", _opening),
     Contest("memory", "Sealing little and much data: memory", _memory, rounds=1),
     Contest("serve", "From BundleInstance to complete, beside the command", _served, rounds=3),
+    Contest("restart", "The same with the service killed at half of it, and started again", _restart, rounds=3),
 )
 
 
@@ -197,6 +201,11 @@ def _size(one: str, other: str) -> Callable[[Medians], float]:
 
 def _memory_ratio(of: Medians) -> float:
     return of["30 times as much"].memory / of["little data"].memory
+
+
+def _again(of: Medians) -> float:
+    """CPU seconds that the restart cost, for each GiB that was done before."""
+    return (of["killed at half"].cpu - of["in one go"].cpu) / of["killed at half"].detail["GiB done"]
 
 
 BARS = (
@@ -221,5 +230,10 @@ BARS = (
     Bar("memory", "at most 200 MiB for 30 times the data", lambda of: of["30 times as much"].memory / MIB, most=200),
     Bar("memory", "30 times the data: at most 1.1 times the memory", _memory_ratio, most=1.1),
     Bar("serve", "as a service: at most 1.15 times the time", _wall("thrave serve", "thrave bundle"), most=1.15),
+    Bar("restart", "killed at half: the next part within 1 s",
+        lambda of: of["killed at half"].detail["first new part"], most=1),
+    Bar("restart", "… no part sent twice but the one under way",
+        lambda of: of["killed at half"].detail["sent twice"], most=1),
+    Bar("restart", "… at most 0.8 CPU s for each GiB done before", _again, most=0.8),
 )  # fmt: skip
 """What the table ends with. A bar whose contender is not there was not measured."""

@@ -30,10 +30,11 @@ def stored_bytes(path: Path) -> int:
 
 
 def copy_data(source: Path, target: Path, shift: int) -> None:
-    """Copy the data, and only that, into a file that is there, `shift` bytes further on."""
+    """Copy the data, and only that, into a file that is there, `shift` bytes further on; what falls off is left out."""
     with source.open("rb") as read, target.open("rb+") as write:
         for start, length in _pieces(data_extents(source)):
-            os.pwrite(write.fileno(), os.pread(read.fileno(), length, start), start + shift)
+            if start + shift >= 0:
+                os.pwrite(write.fileno(), os.pread(read.fileno(), length, start), start + shift)
 
 
 def are_equal(one: Path, other: Path) -> bool:

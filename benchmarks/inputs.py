@@ -60,11 +60,12 @@ class Kitchen:
         """
         path = self._folder / f"{recipe.name}-{_digest(recipe)}.raw"
         if not path.exists():
+            print(f"making {path} …", flush=True)
+            for outdated in self._folder.glob(f"{recipe.name}-*"):
+                outdated.unlink()
             if shutil.disk_usage(self._folder).free < recipe.stored + _RESERVE:
                 raise CannotMakeError(f"{path} needs {recipe.stored / GIB:.0f} GiB, which are not free")
-            print(f"making {path} …", flush=True)
             unfinished = path.with_suffix(".unfinished")
-            unfinished.unlink(missing_ok=True)
             recipe.make(unfinished, self)
             unfinished.rename(path)
         return path

@@ -1,0 +1,112 @@
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_benchmark_runs_and_keeps_its_figures(tmp_path):
+    options = ["--quick", "--only", "empty", "--inputs", tmp_path / "inputs", "--results", tmp_path]
+    subprocess.run([sys.executable, BENCHMARKS / "bench.py", *options], check=True, stdout=subprocess.DEVNULL)
+    kept = json.loads((tmp_path / "quick.json").read_text())
+    (contest,) = kept["contests"]
+    (row,) = contest["rows"]
+    (run,) = row["runs"]
+    assert (contest["name"], row["name"]) == ("empty", "thrave")
+    assert run["cpu"] > 0
+    assert run["memory"] > 0
+    assert 0 < run["size"] < 1 << 20
+    assert run["written"] == 0
+    assert {bar["contest"] for bar in kept["bars"]} == {"empty"}
+
+
+@pytest.mark.skipif(shutil.which("igzip") is None, reason="igzip is not installed")
+def test_a_result_that_is_not_the_disk_never_counts(tmp_path):
+    from bench import _checked_run
+    from contenders import WrongOutputError, shell_sealing
+
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"right" * 1000)
+    honest = shell_sealing("honest", disk, 5000, "gzip", "-1")
+    assert _checked_run(honest, tmp_path).size > 0
+    liar = shell_sealing("liar", disk, 5000, "sh", "-c", "sed s/right/wrong/ | gzip -1")
+    with pytest.raises(WrongOutputError):
+        _checked_run(liar, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("program", "d7d70c3484ece40a"),
+        ("random", "093b13e9819a533c"),
+        ("text", "1894ff42e221e0dc"),
+        ("zeros", "3fb3661f659e89fe"),
+    ],
+)
+def test_a_seed_gives_the_same_bytes_on_every_machine(kind, digest):
+    from contents import Contents
+
+    content = b"".join(Contents(1).pieces("file", kind, 1_500_000))
+    assert len(content) == 1_500_000
+    assert hashlib.sha256(content).hexdigest()[:16] == digest
+
+
+def test_disks_with_holes_are_compared_in_full(tmp_path):
+    from extents import are_equal, stored_bytes
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    for disk in (one, other):
+        with disk.open("wb") as file:
+            file.truncate(1 << 40)
+    assert are_equal(one, other)
+    with other.open("rb+") as file:
+        file.seek(1 << 39)
+        file.write(b"x")
+    assert not are_equal(one, other)
+    assert not are_equal(other, one)
+    assert stored_bytes(one) == 0 < stored_bytes(other) < 1 << 20
+
+
+def test_what_is_written_to_a_disk_is_counted_and_tmpfs_is_not(tmp_path):
+    from measure import TMPFS, Step, run
+
+    if subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip() == "tmpfs":
+        pytest.skip("temporary files are on tmpfs here")
+
+    def written(folder):
+        target = folder / "thrave-bench-test"
+        try:
+            return run([Step([["dd", "if=/dev/zero", f"of={target}", "bs=1M", "count=3"]])]).written
+        finally:
+            target.unlink()
+
+    assert written(tmp_path) >= 3 << 20
+    assert written(TMPFS) == 0
+
+
+def test_a_pipeline_says_which_program_failed_and_why():
+    from measure import ProgramFailedError, Step, run
+
+    with pytest.raises(ProgramFailedError, match=r"'tar'.*nowhere"):
+        run([Step([["tar", "-c", "/nowhere"], ["cat"]])])
+
+
+def test_bars_are_met_missed_or_not_measured():
+    from measure import Run
+    from records import Result, Row, judged
+
+    rows = [Row("thrave open", 1, [Run(10, 1)]), Row("openssl | gzip -d | tar", 1, [Run(34, 1)])]
+    slower = [rows[0], Row("openssl | gzip -d | tar", 1, [Run(32, 1), Run(20, 1), Run(99, 1)])]
+    assert [met for _, _, met in judged([Result("open", "", "", rows)])] == [True]
+    assert [met for _, _, met in judged([Result("open", "", "", slower)])] == [False]
+    assert [met for _, _, met in judged([Result("open", "", "", (), "no disk")])] == [None]
