@@ -6,7 +6,7 @@ A state is only ever changed by `move`, which applies the table in `states.py` i
 
 import json
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -22,10 +22,10 @@ _KEPT = ("sealed_grant", "sealed_secrets", "checkpoint")
 _ERASED = dict.fromkeys(_KEPT)
 
 # Queries are written once, here: SQLAlchemy takes longer to put one together than SQLite to answer it.
-_TASKS = sa.select(*(column for column in bundle_task.c if column.name not in _KEPT)).order_by(
-    bundle_task.c.start_time, bundle_task.c.bundle_id
-)
-_BY_ID = _TASKS.where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
+_SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
+_NAMES = [column.name for column in _SHOWN]
+_BY_ID = sa.select(*_SHOWN).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
+_TASKS = sa.select(*_SHOWN).order_by(bundle_task.c.start_time, bundle_task.c.bundle_id)
 _IN_PROGRESS = _TASKS.where(bundle_task.c.instance_id == sa.bindparam("instance_id"), task_in_progress)
 _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
@@ -164,5 +164,5 @@ class Records:
 
 
 def _task(row: sa.Row[tuple[object, ...]]) -> BundleTask:
-    values = dict(row._mapping)  # noqa: SLF001 (SQLAlchemy's documented name)
+    values: dict[str, Any] = dict(zip(_NAMES, row, strict=True))
     return BundleTask(**{**values, "state": BundleTaskState(values["state"])})
