@@ -3,7 +3,7 @@
     python benchmarks/api.py [--seconds 4] [--rounds 3] [--json FILE]
 
 Thrave answers signed DescribeBundleTasks calls, with 1,000 finished tasks in its database: by bundle id, which is what
-every waiter sends, and for all of them. moto_server (PyPI `moto[server]`, in a virtual environment of its own under
+every waiter sends, of one that has ended and of one under way, and for all of them. moto_server (PyPI `moto[server]`, in a virtual environment of its own under
 ~/.cache) answers DescribeTags for nothing, its cheapest call; it checks no signature. Each server has core 0 and the
 load generator (wrk, Debian's) core 1; the rounds take turns, and the median of each row is told. A signed request may
 be sent again for fifteen minutes, so wrk needs no secret. It never needs anything beyond 127.0.0.1 once moto is there.
@@ -99,14 +99,14 @@ def thrave(data: Path) -> Iterator[list[Call]]:
     settings = {"requests_per_second": 1e6, "request_burst": 10**6}  # one account sends them all
     with pinned(SERVER_CORE), ThraveServer.running(data, **settings) as server:
         account, key = server.account("benchmark")
-        bundle_ids = finished_tasks(server, account.account_id, key)
-        one = {"Action": "DescribeBundleTasks", "Version": "2016-11-15", "BundleId.1": bundle_ids[TASKS // 2]}
-        every = {"Action": "DescribeBundleTasks", "Version": "2016-11-15"}
+        *ended, under_way = tasks(server, account.account_id, key)
+        form = {"Action": "DescribeBundleTasks", "Version": "2016-11-15"}
         yield [
             Call(f"thrave: DescribeBundleTasks, {what}", psutil.Process(server.process.pid), server.url, request)
             for what, request in (
-                ("one of 1,000", lambda: signed(server.url, key, one)),
-                ("all 1,000", lambda: signed(server.url, key, every)),
+                ("an ended one", lambda: signed(server.url, key, {**form, "BundleId.1": ended[TASKS // 2]})),
+                ("one under way", lambda: signed(server.url, key, {**form, "BundleId.1": under_way})),
+                (f"all {TASKS + 1:,}", lambda: signed(server.url, key, form)),
             )
         ]
 
@@ -138,15 +138,16 @@ def moto() -> Iterator[Call]:
         server.wait()
 
 
-def finished_tasks(server: ThraveServer, account_id: str, key: AccessKey) -> list[str]:
-    """Put complete tasks into the server's database; return their ids."""
-    bundle_ids = [f"bun-{number:017x}" for number in range(TASKS)]
+def tasks(server: ThraveServer, account_id: str, key: AccessKey) -> list[str]:
+    """Put complete tasks and one that is under way into the server's database; return their ids."""
+    bundle_ids = [f"bun-{number:017x}" for number in range(TASKS + 1)]
     same = {
         "account_id": account_id, "owner_id": account_id, "access_key_id": key.access_key_id, "host": "localhost",
         "state": "complete", "progress": 100, "bucket": "bucket", "prefix": "winami", "was_running": True,
         "start_time": utc_now(), "update_time": utc_now(),
     }  # fmt: skip
     rows = [{**same, "bundle_id": each, "instance_id": each.replace("bun", "i")} for each in bundle_ids]
+    rows[-1] |= {"state": "bundling", "progress": 50}
     database = open_engine(server.data.database_url)
     with database.begin() as connection:
         connection.execute(sa.insert(bundle_task), rows)

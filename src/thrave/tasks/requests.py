@@ -22,6 +22,8 @@ from thrave.tasks.records import Records
 from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.task import BundleRequest, BundleTask
 
+ENDED_KEPT = 4096  # tasks in memory, of some 2 KB each
+
 Enqueue = Callable[[sa.Connection, str], None]
 """Has a task run when the connection's transaction commits: `Engine.enqueue`."""
 
@@ -82,6 +84,7 @@ class BundleTasks:
         self._host = host
         self._retention = retention
         self._per_account = per_account
+        self._ended: dict[str, BundleTask] = {}  # seen by their owners; they never change again, so one look is enough
 
     def create(self, request: BundleRequest) -> BundleTask:
         """Record a task and have it run, both or neither.
@@ -156,10 +159,17 @@ class BundleTasks:
 
     def _task(self, account_id: str, bundle_id: str) -> BundleTask:
         """The task, looked up by the quickest way there is: it is what every waiter asks, again and again."""
-        task = self._records.get(bundle_id)
+        task = self._ended.get(bundle_id) or self._records.get(bundle_id)
         if task is None or task.account_id != account_id or self._is_forgotten(task):
             raise BundleTaskNotFound(bundle_id)
+        if task.state in FINISHED:
+            self._keep(task)
         return task
+
+    def _keep(self, task: BundleTask) -> None:
+        if len(self._ended) >= ENDED_KEPT:
+            self._ended.clear()
+        self._ended[task.bundle_id] = task
 
     def _is_forgotten(self, task: BundleTask) -> bool:
         return task.state in FINISHED and task.update_time <= utc_now() - self._retention

@@ -1,0 +1,91 @@
+"""What callers see of their tasks, where the database alone decides."""
+
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from thrave.database import bundle_task, migrate, open_engine, task_in_progress, utc_now
+from thrave.tasks import requests
+from thrave.tasks.records import Records
+from thrave.tasks.requests import BundleTaskNotFound, BundleTasks
+from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.vault import Vault
+
+OWNER = "111111111111"
+RETENTION = timedelta(days=7)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def tasks(engine, tmp_path):
+    records = Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+    return BundleTasks(engine, records, lambda *_: None, host="localhost", retention=RETENTION, per_account=20)
+
+
+@pytest.fixture
+def selects(engine):
+    """Every query from now on."""
+    seen = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
+    return seen
+
+
+def insert(engine, bundle_id, state, *, ended=timedelta()):
+    row = {
+        "bundle_id": bundle_id, "account_id": OWNER, "owner_id": OWNER, "instance_id": bundle_id, "host": "localhost",
+        "state": state, "start_time": utc_now() - RETENTION * 2, "update_time": utc_now() - ended, "bucket": "bucket",
+        "prefix": "prefix", "access_key_id": "AKIA",
+    }  # fmt: skip
+    with engine.begin() as connection:
+        connection.execute(bundle_task.insert(), row)
+
+
+@pytest.mark.parametrize("state", BundleTaskState)
+def test_a_task_is_read_again_until_it_has_ended(engine, tasks, selects, state):
+    insert(engine, "bun-1", state)
+    tasks.describe(OWNER, ["bun-1"])
+    selects.clear()
+    assert tasks.describe(OWNER, ["bun-1"])[0].state is state
+    assert len(selects) == (0 if state in FINISHED else 1)
+
+
+def test_a_task_that_was_seen_to_end_is_nobody_elses(engine, tasks):
+    insert(engine, "bun-1", "complete")
+    tasks.describe(OWNER, ["bun-1"])
+    with pytest.raises(BundleTaskNotFound):
+        tasks.describe("222222222222", ["bun-1"])
+
+
+def test_a_task_that_was_seen_to_end_is_forgotten_in_its_time(engine, tasks, monkeypatch):
+    insert(engine, "bun-1", "complete", ended=RETENTION - timedelta(hours=1))
+    tasks.describe(OWNER, ["bun-1"])
+    later = utc_now() + timedelta(hours=2)
+    monkeypatch.setattr(requests, "utc_now", lambda: later)
+    with pytest.raises(BundleTaskNotFound):
+        tasks.describe(OWNER, ["bun-1"])
+    assert tasks.describe(OWNER) == []
+
+
+def test_only_so_many_tasks_are_kept_in_memory(engine, tasks, monkeypatch):
+    monkeypatch.setattr(requests, "ENDED_KEPT", 2)
+    ids = [f"bun-{number}" for number in range(5)]
+    for bundle_id in ids:
+        insert(engine, bundle_id, "failed")
+    assert [task.bundle_id for task in tasks.describe(OWNER, ids)] == ids
+    assert len(tasks._ended) <= 2
+
+
+def test_the_databases_word_for_unfinished_is_the_table_of_states(engine):
+    for state in BundleTaskState:
+        insert(engine, f"bun-{state}", state)
+    query = sa.select(bundle_task.c.state).where(task_in_progress)
+    with engine.connect() as connection:
+        assert set(connection.execute(query).scalars()) == {*BundleTaskState} - FINISHED
