@@ -50,7 +50,7 @@ class Caretaker:
         if self._records.in_progress(task.instance_id):
             return False
         state = self._instances.state(task.instance_id)
-        if state is InstanceState.STOPPED:
+        if state is InstanceState.STOPPED and task.was_running:
             log.info("an instance powered off after its task had ended", instance_id=task.instance_id)
             self._instances.start(task.instance_id)
         return state is InstanceState.STOPPED or state in GONE

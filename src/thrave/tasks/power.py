@@ -38,12 +38,17 @@ class PowerSwitch:
         self._records.note_power_state(self._task.bundle_id, running=running)
 
     def off(self, watch: Watch) -> None:
-        """Ask the guest to power off, again and again, until it has. Raises TaskFailure if it does not in time."""
+        """Ask the guest to power off, again and again, until it has. Raises TaskFailure if it does not in time.
+
+        If it is still up when this ends, whatever way, it may yet hear it: it is looked after (`caretaker.py`) then.
+        """
+        self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=2 * self._grace))
         state = power_off(self._instances, self._task.instance_id, grace=self._grace, pause=watch.pause)
         if not _is_off(state):
             raise TaskFailure(
                 "Server.InstanceNotStopped", f"The guest did not power off within {self._grace:.0f} seconds."
             )
+        self._records.leave_alone(self._task.instance_id)
 
     @contextmanager
     def held_off(self, watch: Watch) -> Iterator[Instance]:
@@ -59,25 +64,17 @@ class PowerSwitch:
             self._check_off()
 
     def restore(self) -> None:
-        """Start the instance if it ran when the task began and is not gone. Raises TaskFailure if it does not start.
-
-        One that still runs may yet hear that it was asked to power off: it is looked after (`caretaker.py`).
-        """
+        """Start the instance if it ran when the task began and is off now. Raises TaskFailure if it does not start."""
         task = self._records.get(self._task.bundle_id)
         if task is None or not task.was_running:
             return
         try:
-            self._restore(self._instances.state(self._task.instance_id))
+            if self._instances.state(self._task.instance_id) is InstanceState.STOPPED:
+                self._instances.start(self._task.instance_id)
         except InstanceNotFound:
             return  # its description was removed meanwhile: there is nothing to start
         except InstanceError as error:
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
-
-    def _restore(self, state: InstanceState) -> None:
-        if state is InstanceState.STOPPED:
-            self._instances.start(self._task.instance_id)
-        elif state not in GONE:
-            self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=self._grace))
 
     def _check_off(self) -> None:
         if not _is_off(self._instances.state(self._task.instance_id)):
