@@ -3,10 +3,11 @@
     python benchmarks/api.py [--seconds 4] [--rounds 3] [--json FILE]
 
 Thrave answers signed DescribeBundleTasks calls, with 1,000 finished tasks in its database: by bundle id, which is what
-every waiter sends, of one that has ended and of one under way, and for all of them. moto_server (PyPI `moto[server]`, in a virtual environment of its own under
-~/.cache) answers DescribeTags for nothing, its cheapest call; it checks no signature. Each server has core 0 and the
-load generator (wrk, Debian's) core 1; the rounds take turns, and the median of each row is told. A signed request may
-be sent again for fifteen minutes, so wrk needs no secret. It never needs anything beyond 127.0.0.1 once moto is there.
+every waiter sends, of one that has ended and of one under way, and for all of them. moto_server (PyPI `moto[server]`,
+in a virtual environment of its own under ~/.cache) answers DescribeTags for nothing, its cheapest call; it checks no
+signature. Each server has core 0 and the load generator (wrk, Debian's) core 1; the rounds take turns, and the median
+of each row is told. A signed request may be sent again for fifteen minutes, so wrk needs no secret. It never needs
+anything beyond 127.0.0.1 once moto is there.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def thrave(data: Path) -> Iterator[list[Call]]:
 
 @contextmanager
 def moto() -> Iterator[Call]:
-    """moto's server on the same core, and the call to it."""
+    """The server of moto on the same core, and the call to it."""
     program = MOTO / "bin" / "moto_server"
     if not program.exists():
         subprocess.run([sys.executable, "-m", "venv", MOTO], check=True)
@@ -235,13 +236,10 @@ def wait_for(url: str, seconds: float = 60) -> None:
     """Wait until a server listens."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     given_up = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, int(port))).close()
-            return
-        except ConnectionRefusedError:
+    with socket.socket() as trial:
+        while trial.connect_ex((host, int(port))):
             if time.monotonic() > given_up:
-                raise
+                sys.exit(f"{url} does not answer")
             time.sleep(0.1)
 
 
