@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thrave.cli.exits import Exit
+from thrave.cli.output import emit, output_option
 
 if TYPE_CHECKING:
     from thrave.config import Settings
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 @click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, as TOML.")
-def serve(data: Path | None, host: str | None, port: int | None, config: Path | None) -> None:
+@output_option
+def serve(data: Path | None, host: str | None, port: int | None, config: Path | None, output: str) -> None:
     """Answer EC2 clients: API, worker and store in one process.
 
     Prints `listening on URL` once it answers. SIGTERM stops it; a bundle task under way goes on at the next start.
@@ -43,15 +45,15 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
         settings = load_settings(config, data=data, host=host, port=port)
     except ValidationError as error:
         raise click.UsageError(str(error)) from None
-    _run(settings)
+    _run(settings, output)
 
 
-def _run(settings: Settings) -> None:
+def _run(settings: Settings, output: str) -> None:
     from thrave.endpoint import Endpoint
     from thrave.logs import configure_logs
 
     configure_logs(settings.log_format)
-    Endpoint(settings).serve(lambda url: click.echo(f"listening on {url}"))
+    Endpoint(settings).serve(lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(Exit.OK)
