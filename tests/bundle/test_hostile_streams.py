@@ -1,7 +1,6 @@
 """What the parts hold may be hostile, too, and correctly signed: padding, gzip and tar are read with distrust."""
 
 import gzip
-import io
 import subprocess
 import tarfile
 import tracemalloc
@@ -11,6 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from support.sealed import SECRETS
+from support.tars import read_tar, tar_of, with_field
 from thrave.bundle.deciphering import deciphered
 from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import ContentError
@@ -132,34 +132,6 @@ class TestGzip:
             assert tracemalloc.get_traced_memory()[1] < 8 * MIB
         finally:
             tracemalloc.stop()
-
-
-def read_tar(data, size, bite=MIB):
-    image = bytearray(size)
-    for offset, run in image_runs((data[i : i + bite] for i in range(0, len(data), bite)), size):
-        image[offset : offset + len(run)] = run
-    return bytes(image)
-
-
-def tar_of(data, **attributes):
-    member = tarfile.TarInfo("disk")
-    member.size = len(data)
-    form = attributes.pop("format", tarfile.GNU_FORMAT)
-    for name, value in attributes.items():
-        setattr(member, name, value)
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
-        tar.addfile(member, io.BytesIO(data))
-    return stream.getvalue()
-
-
-def resummed(header):
-    blank = header[:148] + b" " * 8 + header[156:512]
-    return header[:148] + b"%06o\0 " % sum(blank) + header[156:]
-
-
-def with_field(data, start, value):
-    return resummed(data[:start] + value + data[start + len(value) :])
 
 
 def sparse(size, extents, data=b""):

@@ -1,7 +1,7 @@
 """Reads the one member of a bundle's tar stream: where each byte of the image belongs.
 
-A reader of its own, since the stream comes in pieces, may hold terabytes, and is a stranger's: old-GNU sparse and
-plain members with GNU, POSIX or no magic, after long-name or PAX headers if a tool wrote them, with or without
+A reader of its own, since the stream comes in pieces, may hold terabytes, and is a stranger's: plain, old-GNU sparse
+and PAX sparse members with GNU, POSIX or no magic, after long-name or PAX headers if a tool wrote them, with or without
 padding. The member's name, mode and owner are never looked at, nothing is ever extracted by name, and the map of a
 sparse member is checked whole before the first byte of data is handed on.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from thrave.bundle.errors import ContentError
+from thrave.bundle.pax import PaxHeader, read_map, read_pax
 from thrave.bundle.pieces import Pieces
 from thrave.bundle.tar import BLOCK, MAP_IN_BLOCK, MAP_IN_HEADER
 
@@ -43,10 +44,9 @@ def image_runs(pieces: Iterable[bytes], size: int) -> Iterator[Run]:
         ContentError: it is no tar with one regular member of that size, or its map is wrong.
     """
     stream = Pieces(pieces, "tar stream")
-    header, pax_size = _member_header(stream)
-    stored = pax_size if pax_size is not None else _number(header[124:136])
-    extents = _extents(stream, header, stored)
-    real = _number(header[483:495]) if extents is not None else stored
+    header, pax = _member_header(stream)
+    stored = _number(header[124:136]) if pax.stored is None else pax.stored
+    extents, real = _extents(stream, header, pax, stored)
     if real != size:
         raise ContentError(f"the image in the tar stream has {real} bytes, the manifest says {size}")
     spans = iter([(0, size)]) if extents is None else _spans(extents)
@@ -55,15 +55,15 @@ def image_runs(pieces: Iterable[bytes], size: int) -> Iterator[Run]:
     _expect_end(stream, -stored % BLOCK)
 
 
-def _member_header(stream: Pieces) -> tuple[bytes, int | None]:
-    """Return the header of the first real member, and its size if a PAX record overrides it."""
-    pax_size = None
+def _member_header(stream: Pieces) -> tuple[bytes, PaxHeader]:
+    """Return the header of the first real member, and what PAX records say of it."""
+    pax = PaxHeader()
     for _ in range(8):
         header = stream.exactly(BLOCK)
         _check_sum(header)
         kind = header[156:157]
         if kind in _REGULAR or (kind == b"S" and header[257:265] == _GNU_MAGIC):
-            return header, pax_size
+            return header, pax
         if kind not in b"LKxg":
             raise ContentError(f"the tar member is of type {kind!r}, not a regular file")
         length = _number(header[124:136])
@@ -71,7 +71,7 @@ def _member_header(stream: Pieces) -> tuple[bytes, int | None]:
             raise ContentError(f"an extended tar header of {length} bytes")
         extended = stream.exactly(length + -length % BLOCK)[:length]
         if kind == b"x":
-            pax_size = _pax_size(extended)
+            pax = read_pax(extended)
     raise ContentError("the tar stream has too many extended headers")
 
 
@@ -95,31 +95,20 @@ def _number(field: bytes) -> int:
     return value
 
 
-def _pax_size(records: bytes) -> int | None:
-    found = None
-    while records:
-        length, _, _ = records.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length[:6]) <= len(records):
-            raise ContentError("a PAX header of the tar stream is damaged")
-        key, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
-        if key.startswith(b"GNU.sparse."):
-            raise ContentError("a PAX sparse member; no known bundler writes one")
-        if key == b"size":
-            found = _decimal(value)
-        records = records[int(length) :]
-    return found
+def _extents(stream: Pieces, header: bytes, pax: PaxHeader, stored: int) -> tuple["array[int] | None", int]:
+    """Return offset and length by turns, None for a member without holes; and the size of the file."""
+    if header[156:157] == b"S":
+        flat, real = _gnu_map(stream, header), _number(header[483:495])
+        _check_map(flat, stored, real)
+        return flat, real
+    if pax.sparse_size is not None:
+        flat, map_size = read_map(stream, MOST_EXTENTS)
+        _check_map(flat, stored - map_size, pax.sparse_size)
+        return flat, pax.sparse_size
+    return None, stored
 
 
-def _decimal(value: bytes) -> int:
-    if not value.isdigit() or len(value) > 18:
-        raise ContentError("a size in a PAX header is no number")
-    return int(value)
-
-
-def _extents(stream: Pieces, header: bytes, stored: int) -> "array[int] | None":
-    """Return offset and length by turns, or None for a plain member."""
-    if header[156:157] != b"S":
-        return None
+def _gnu_map(stream: Pieces, header: bytes) -> "array[int]":
     flat = array("Q")
     block, entries, more = header[386:], MAP_IN_HEADER, header[482]
     while _append(flat, block, entries) and more:
@@ -127,7 +116,6 @@ def _extents(stream: Pieces, header: bytes, stored: int) -> "array[int] | None":
             raise ContentError(f"the tar member's map has more than {MOST_EXTENTS} extents")
         block, entries = stream.exactly(BLOCK), MAP_IN_BLOCK
         more = block[24 * MAP_IN_BLOCK]
-    _check_map(flat, stored, _number(header[483:495]))
     return flat
 
 
