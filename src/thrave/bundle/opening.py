@@ -1,11 +1,12 @@
 """Opens and verifies bundles, whoever made them.
 
 Everything about a bundle is hostile until verified. ``_plain_image`` joins the stages: a pool reads parts and checks
-their digests, a thread deciphers and inflates them, another hashes the tar stream, and the caller's thread takes the
+their digests, a thread deciphers them, one inflates, one hashes the tar stream, and the caller's thread takes the
 image out of it. The image gets its name only after the last check.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -25,9 +26,11 @@ from thrave.bundle.partsource import PartSource
 from thrave.bundle.report import Check, Opened, Subject, Verified
 from thrave.bundle.secrets import BundleSecrets, unlock
 from thrave.bundle.untar import Run, image_runs
-from thrave.bundle.verifying import PARTS_AHEAD, Believed, Trust, believe, verified_parts
+from thrave.bundle.verifying import Believed, Trust, believe, verified_parts
 
 _PIECES_AHEAD = 8
+_PARTS_AHEAD = 2  # of one thread that inflates; two hash faster than that
+_MOST_HASHING = 6  # parts at once where nothing is inflated; each is in memory
 
 Reporter = Callable[[int], None]
 """Told, in the caller's thread, how many bytes of the bundle's parts are done; never fewer than before."""
@@ -132,8 +135,9 @@ def verify_bundle(
 
 def _exhaust_parts(believed: Believed, parts: PartSource, reporter: Reporter) -> None:
     done = 0
-    with Crew(PARTS_AHEAD) as crew:
-        for part in verified_parts(crew, believed, parts):
+    workers = min(os.cpu_count() or 1, _MOST_HASHING)
+    with Crew(workers) as crew:
+        for part in verified_parts(crew, believed, parts, workers):
             done += len(part)
             reporter(done)
 
@@ -154,8 +158,8 @@ def _plain_image(believed: Believed, parts: PartSource, secrets: BundleSecrets, 
             tar_sha1.update(piece)
             yield piece
 
-    with Crew(PARTS_AHEAD) as crew:
-        ciphertext = verified_parts(crew, believed, parts)
+    with Crew(_PARTS_AHEAD) as crew:
+        ciphertext = verified_parts(crew, believed, parts, _PARTS_AHEAD)
         plain = crew.ahead(deciphered(ciphertext, secrets), _PIECES_AHEAD)
         tar = crew.ahead(inflated(counted(plain)), _PIECES_AHEAD)
         for run in image_runs(crew.ahead(hashed(tar), _PIECES_AHEAD), believed.manifest.size):

@@ -21,9 +21,6 @@ from thrave.bundle.sidefile import Digest, SideFile, read_side_file
 from thrave.bundle.signatures import verify
 from thrave.bundle.xmlreading import read_fields
 
-PARTS_AHEAD = 3
-"""Parts that are in memory while the next stage is busy with one."""
-
 
 @dataclass(frozen=True)
 class Trust:
@@ -75,8 +72,8 @@ def believe(xml: bytes, side_file: bytes | None, trust: Trust) -> Believed:
     return Believed(manifest, side, (signature, structure, listed, _check_side_key(side, trust)))
 
 
-def verified_parts(crew: Crew, believed: Believed, parts: PartSource) -> Iterator[bytes]:
-    """Yield the parts in order, none before its digests are known to be right; a few are read ahead.
+def verified_parts(crew: Crew, believed: Believed, parts: PartSource, ahead: int) -> Iterator[bytes]:
+    """Yield the parts in order, none before its digests are known to be right; so many are read ahead.
 
     Raises:
         PartMissingError: one cannot be read.
@@ -90,7 +87,7 @@ def verified_parts(crew: Crew, believed: Believed, parts: PartSource) -> Iterato
         _check_part(part, data, believed.side)
         return data
 
-    for data in crew.map(verified, believed.manifest.parts, PARTS_AHEAD):
+    for data in crew.map(verified, believed.manifest.parts, ahead):
         yield data
         done += len(data)
     if done != believed.manifest.bundled_size:
