@@ -53,6 +53,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small disks, one round, no repeating")
     parser.add_argument("--only", nargs="+", choices=[contest.name for contest in CONTESTS], help="these contests")
     parser.add_argument("--rounds", type=int, help="of each contest")
+    parser.add_argument("--tries", type=int, default=_TRIES, help=f"at a quiet run ({_TRIES})")
     parser.add_argument("--inputs", type=Path, default=_CACHE, help=f"where disks are kept ({_CACHE})")
     parser.add_argument("--results", type=Path, default=_RESULTS, help="where the JSON goes")
     return parser.parse_args()
@@ -68,7 +69,7 @@ def _hold(contest: Contest, bench: Bench, options: argparse.Namespace) -> Result
         print(f"  not held: {error}", flush=True)
         return Result(contest.name, contest.title, when, (), str(error))
     rounds = options.rounds or (1 if options.quick else contest.rounds)
-    tries = 1 if options.quick else _TRIES
+    tries = 1 if options.quick else options.tries
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
         for contender in _shuffled(contenders, number):

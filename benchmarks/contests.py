@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import inputs
+import psutil
 from contenders import (
     Contender,
     Keys,
@@ -23,7 +24,7 @@ from extents import stored_bytes
 from inputs import GIB, MIB, SEED, TIB, Kitchen, Recipe
 from measure import Run, Step, run
 from serving import thrave_killed, thrave_serving
-from windows import has_its_files
+from windows import CannotMakeError, has_its_files
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,9 @@ def _opening(bench: Bench) -> list[Contender]:
 
 
 def _memory(bench: Bench) -> list[Contender]:
+    room = bench.sizes.memory[1] // 2 + 4 * GIB
+    if psutil.virtual_memory().available < room:
+        raise CannotMakeError(f"the bundle on tmpfs takes {room / GIB:.0f} GiB of memory, which are not free")
     names = zip(("little data", "30 times as much"), bench.sizes.memory, strict=True)
     return [thrave_sealing(name, *bench.disk(inputs.mixed(size)), bench.keys) for name, size in names]
 
