@@ -61,7 +61,7 @@ def read_fields(xml: bytes) -> Fields:
     except expat.ExpatError as error:
         raise ManifestError(f"the manifest is not well-formed XML: {error}") from None
     except (LookupError, ValueError) as error:  # from the codec that its XML declaration names
-        raise ManifestError(f"the manifest declares an encoding that cannot be read: {ascii(str(error))}") from None
+        raise ManifestError(f"the manifest declares an encoding that cannot be read: {str(error)!a}") from None
     return reader.fields
 
 
