@@ -1,6 +1,6 @@
 """What is compared with what, over which disk, and which bar Thrave has to clear: two literal tables.
 
-Nothing is run here. The bars are those that Thrave set itself before it was measured; none is changed to be met.
+Nothing is run here. The bars were set before anything was measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,5 @@
 """What every driver of buckets must do: the contract in `thrave.buckets.buckets`, said in tests."""
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -75,10 +74,10 @@ def test_a_name_that_no_bucket_can_have_is_nobodys_and_cannot_be_created(buckets
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 4096], ids=["empty", "one byte", "1 MiB"])
-def test_what_was_put_is_got_and_its_head_has_size_and_md5(buckets, bucket, data):
+def test_what_was_put_is_got_and_its_head_has_its_size(buckets, bucket, data):
     buckets.put(bucket, "win1.part.0", data)
     assert buckets.get(bucket, "win1.part.0") == data
-    assert buckets.head(bucket, "win1.part.0") == ObjectHead(len(data), hashlib.md5(data).hexdigest())
+    assert buckets.head(bucket, "win1.part.0") == ObjectHead(len(data))
 
 
 def test_a_memoryview_is_put_as_its_bytes(buckets, bucket):

@@ -1,6 +1,6 @@
 """The contract of a place where bundles go, which every driver keeps and one test suite checks.
 
-Bucket, key, object and ETag mean what they mean in Amazon S3. A driver never invents rights: who may write where has
+Bucket, key and object mean what they mean in Amazon S3. A driver never invents rights: who may write where has
 been decided before it is called, from `owner` and from the upload policy.
 """
 
@@ -20,8 +20,6 @@ class ObjectHead:
 
     size: int
     """Bytes."""
-    etag: str
-    """MD5 of the content, 32 hex digits, without quotes."""
 
 
 class Buckets(Protocol):
@@ -70,7 +68,7 @@ class Buckets(Protocol):
         ...
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
-        """Size and ETag of an object; None if there is no such object or bucket."""
+        """What is known of an object; None if there is no such object or bucket."""
         ...
 
     def get(self, bucket: str, key: str) -> bytes:
