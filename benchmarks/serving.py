@@ -20,7 +20,7 @@ from thrave.identity.keys import AccessKey
 from thrave.testing import ThraveServer
 
 _BUCKET = "bench"
-_LOOK_EVERY = 0.05  # seconds between two looks at the task
+_LOOK_EVERY = 0.25  # seconds between two looks at the task: each costs the server some milliseconds
 _LOOK_OFTEN = 0.005  # … at the bucket, for its next part
 _PATIENCE = 600  # seconds
 
