@@ -13,6 +13,8 @@ import compileall
 import os
 import random
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -36,6 +38,7 @@ _RESULTS = Path(__file__).with_name("results")
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or what lies on tmpfs would stay in memory
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     compileall.compile_dir(Path(thrave.__file__).parent, quiet=1)  # as any installation does
     chosen = [contest for contest in CONTESTS if not options.only or contest.name in options.only]
