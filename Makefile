@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 TEST_PACKAGES := openssl jq qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools
 CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
-BENCH_PACKAGES := openssl pigz isal ntfs-3g wrk
+BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk
 
 .PHONY: demo test test-fast check bench bench-api clients docs format clean
 

@@ -1,10 +1,13 @@
 """Inventories of instances; the tests in test_contract.py run on each kind."""
 
+import gc
+
 import pytest
 
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import VolumeFile
+from thrave.compute.stopping import StopCommands
 
 
 class Machine:
@@ -20,6 +23,15 @@ class Machine:
             "start_command": ("ln", "-sfT", str(folder / "running"), str(self.state)),
             "state_command": ("cat", str(self.state)),
         }
+
+
+@pytest.fixture(autouse=True)
+def no_stop_command_outlives_its_test():
+    """A stopCommand goes on in the background; whoever asked for it in a test does not look at it again."""
+    yield
+    for stops in [found for found in gc.get_objects() if isinstance(found, StopCommands)]:
+        for instance_id in [*stops._running]:
+            stops.abandon(instance_id)
 
 
 @pytest.fixture

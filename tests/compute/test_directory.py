@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,9 +12,11 @@ from thrave.compute import descriptions
 from thrave.compute.directory import new_instance_id
 from thrave.compute.errors import (
     InstanceAlreadyExists,
+    InstanceNotFound,
     InvalidDescriptionError,
 )
 from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.compute.locks import locked
 
 ID = "i-0123456789abcdef0"
 
@@ -175,3 +178,15 @@ def test_what_is_no_instance_is_not_added(instances, described, root, changes, m
     with pytest.raises(InvalidDescriptionError, match=message):
         instances.add(described(**changes))
     assert instances.list() == []
+
+
+def test_a_change_that_is_being_written_does_not_bring_a_removed_instance_back(instances, added, root):
+    instance_id = added()
+    with locked(root / ".locks" / f"{instance_id}.change", wait=True):
+        removal = threading.Thread(target=instances.remove, args=(instance_id,))
+        removal.start()
+        removal.join(0.2)
+        assert removal.is_alive()
+    removal.join()
+    with pytest.raises(InstanceNotFound):
+        instances.get(instance_id)

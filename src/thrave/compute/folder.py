@@ -84,9 +84,10 @@ class DescriptionFolder:
             files.replace(self._path(instance_id), descriptions.write(after), spool=self._root)
 
     def remove(self, instance_id: str) -> None:
-        """Remove the file; it may be gone already."""
-        self._path(instance_id).unlink(missing_ok=True)
-        files.sync_folder(self._root)
+        """Remove the file; it may be gone already. A change that is being written does not bring it back."""
+        with locked(self._lock_path(instance_id, "change"), wait=True):
+            self._path(instance_id).unlink(missing_ok=True)
+            files.sync_folder(self._root)
 
     def lock(self, instance_id: str) -> AbstractContextManager[None]:
         """The instance's lock for as long as somebody needs it unchanged; BlockingIOError if somebody else has it."""
