@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thrave import files
 from thrave.compute.instance import Instance
 from thrave.demo.disk import make_demo_disk, make_ephemeral_disk
 from thrave.identity.certificates import new_certificate
 from thrave.identity.keys import AccessKey
+from thrave.tasks.states import FINISHED
 from thrave.testing import ThraveServer
 
 BUCKET = "demo-bundles"
 LOOK_AGAIN = 0.1  # seconds between two looks at the task
-FINISHED = frozenset({"complete", "failed"})
 
 Task = dict[str, Any]
 """A bundle task as boto3 gives it."""
@@ -47,8 +48,7 @@ def make_customer(server: ThraveServer) -> Customer:
     keys.mkdir(mode=0o700, exist_ok=True)
     paths = keys / f"cert-{name}.pem", keys / f"pk-{name}.pem"
     for path, pem in zip(paths, (certificate, private_key), strict=True):
-        path.touch(mode=0o600)
-        path.write_text(pem)
+        files.create_once(path, pem.encode())
     return Customer(account.account_id, key, *paths)
 
 

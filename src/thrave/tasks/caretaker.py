@@ -6,6 +6,7 @@ as the guest might still obey, and starts them. It leaves one alone whose next t
 """
 
 import threading
+import time
 
 import structlog
 
@@ -56,7 +57,8 @@ class Caretaker:
         return state is InstanceState.STOPPED or state in GONE
 
     def _work(self) -> None:
-        while not threading.Event().wait(INTERVAL):
+        while True:
+            time.sleep(INTERVAL)
             try:
                 self.look()
             except Exception:  # it must not end: the database may be back at the next look

@@ -64,10 +64,8 @@ class UnknownFormatError(VolumeError):
 class ComponentMissingError(VolumeError):
     """A program or a library that is needed for what was asked for is not installed."""
 
-    def __init__(
-        self, component: str, package: str, reason: str = "is not installed", *, installer: str = "apt-get install"
-    ) -> None:
-        super().__init__(f"{component} {reason}: {installer} {package}")
+    def __init__(self, component: str, package: str, *, installer: str = "apt-get install") -> None:
+        super().__init__(f"{component} is not installed: {installer} {package}")
         self.component = component
         self.package = package
 
