@@ -84,11 +84,16 @@ bundle_task = sa.Table(
     sa.Column("sealed_grant", sa.LargeBinary),  # upload policy and signature; erased when the task ends
     sa.Column("sealed_secrets", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
+    sa.Column("documents", sa.JSON(none_as_null=True)),  # manifest and side file, once every part is stored
     sa.Column("look_after_until", UtcDateTime),  # the guest may still hear a request to power off that is void
     sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
     sa.Column("error_code", sa.String(64)),
     sa.Column("error_message", sa.Text),
+    sa.Column("notice", sa.Text),  # what its owner should know although the task went on
+    sa.Column("volume_size", sa.BigInteger),  # bytes of the root volume; null until it has been opened
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),  # how often a host took it up
     sa.Index("bundle_task_by_account", "account_id", "start_time"),
+    sa.Index("bundle_task_by_update_time", "update_time"),
 )  # fmt: skip
 
 # True of a task that has not ended. The states stand in the SQL itself, not in parameters: else no database would use
@@ -101,12 +106,72 @@ sa.Index(
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
 )  # fmt: skip
 
+# What a host asks for every second must not cost more with every task that has ended.
+sa.Index(
+    "bundle_task_in_progress_on_host", bundle_task.c.host,
+    sqlite_where=task_in_progress, postgresql_where=task_in_progress,
+)  # fmt: skip
+_looked_after = bundle_task.c.look_after_until.is_not(None)
+sa.Index(
+    "bundle_task_looked_after", bundle_task.c.host, bundle_task.c.instance_id,
+    sqlite_where=_looked_after, postgresql_where=_looked_after,
+)  # fmt: skip
+
+bundle_task_event = sa.Table(
+    "bundle_task_event", metadata,
+    sa.Column("event_id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("time", UtcDateTime, nullable=False),
+    sa.Column("state", sa.String(24), nullable=False),  # the state that the task had then
+    sa.Column("message", sa.Text),  # null: it came into that state; else what happened in it
+)  # fmt: skip
+
 bundle_part = sa.Table(
     "bundle_part", metadata,
     sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), primary_key=True),
     sa.Column("key", sa.String(1024), primary_key=True),  # written down before it is sent, so clean-up misses none
     sa.Column("size", sa.BigInteger),  # bytes; null while it is in flight
+    sa.Column("etag", sa.String(64)),  # MD5 in hex; null where the store's is none
     sa.Column("part", sa.JSON(none_as_null=True)),  # what the manifest says of it; null if it is no part
+)  # fmt: skip
+
+host = sa.Table(
+    "host", metadata,
+    sa.Column("host", sa.String(253), primary_key=True),
+    sa.Column("state", sa.String(8), nullable=False),  # active | draining | drained | fenced
+    sa.Column("lease", sa.String(32), nullable=False),  # which of its agents may write: the last one that started
+    sa.Column("version", sa.String(32), nullable=False),  # Thrave's
+    sa.Column("tasks_at_once", sa.Integer, nullable=False),
+    sa.Column("start_time", UtcDateTime, nullable=False),
+    sa.Column("heartbeat_time", UtcDateTime, nullable=False),
+)  # fmt: skip
+
+# What the agents report of their instances; the API answers from here.
+instance = sa.Table(
+    "instance", metadata,
+    sa.Column("instance_id", sa.String(32), primary_key=True),
+    sa.Column("host", sa.ForeignKey("host.host", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("account_id", sa.String(12), nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("document", sa.JSON, nullable=False),  # the instance, as its host describes it
+    sa.Column("report_time", UtcDateTime, nullable=False),
+)  # fmt: skip
+
+# What the API has been asked to do with an instance's power; its host's agent does it, the oldest first.
+power_request = sa.Table(
+    "power_request", metadata,
+    sa.Column("request_id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("host", sa.ForeignKey("host.host", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("instance_id", sa.String(32), nullable=False),
+    sa.Column("action", sa.String(16), nullable=False),  # stop | start | reboot | terminate
+    sa.Column("request_time", UtcDateTime, nullable=False),
+)  # fmt: skip
+
+# Proves that a process has the same vault key as the others, before it seals or opens anything.
+vault_proof = sa.Table(
+    "vault_proof", metadata,
+    sa.Column("only", sa.Integer, primary_key=True, autoincrement=False),  # 1: there is one row
+    sa.Column("sealed", sa.LargeBinary, nullable=False),
 )  # fmt: skip
 
 

@@ -5,11 +5,10 @@ the step that was cut off, so each can be repeated without harm. It is the one p
 and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
 
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.policy import UploadPolicy
@@ -25,6 +24,7 @@ from thrave.identity.certificates import load_certificate
 from thrave.identity.service import ServiceIdentity
 from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.journal import Documents
 from thrave.tasks.power import PowerSwitch
 from thrave.tasks.records import Records
 from thrave.tasks.sealing import VolumeSealer
@@ -33,6 +33,8 @@ from thrave.tasks.storing import BundleStore
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 from thrave.volumes.opening import Skip, open_volume
+
+_FURTHER_ON = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,6 @@ class Host:
     """What of a root volume's data is left out."""
 
 
-class Documents(TypedDict):
-    """The two files that make parts a bundle. They hold the key only as encrypted to the owner and to the service."""
-
-    manifest: str
-    side_file: str
-
-
 class Bundling:
     """One bundle task being done."""
 
@@ -73,11 +68,11 @@ class Bundling:
     def run(self) -> None:
         """Stop the instance; read, seal and store its root volume; start it again; store the manifest."""
         try:
-            step("stop the instance", self.stop)
-            documents = step("seal the root volume into the bucket", self.seal)
-            step("start the instance", self._power.restore)
-            step("store the manifest", lambda: self.store(documents))
-            step("complete the task", self.complete)
+            self._step("stop the instance", self.stop)
+            self._step("seal the root volume into the bucket", self.seal)
+            self._step("start the instance", self._power.restore)
+            self._step("store the manifest", self.store)
+            self._step("complete the task", self.complete)
         except TaskFailure as failure:
             self.give_up(failure)
 
@@ -91,27 +86,34 @@ class Bundling:
             ("remove what was stored", self.remove),
         ):
             try:
-                step(name, put_back)
+                self._step(name, put_back)
             except TaskFailure as another:
                 failure = failure.also(another)
-        step("fail the task", lambda: self._records.fail(self._task.bundle_id, failure))
+        self._step("fail the task", lambda: self._records.fail(self._task.bundle_id, failure))
 
     def stop(self) -> None:
         """Have the guest power off, as a person would."""
+        if self._records.state(self._task.bundle_id) in _FURTHER_ON:
+            return  # another host has got as far before it was lost
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
             self._power.note()
             self._power.off(watch)
 
-    def seal(self) -> Documents:
+    def seal(self) -> None:
         """Send the root volume, sealed, part by part to the bucket; nothing of it is written anywhere else."""
+        if self._journal.documents() is not None:
+            return
         with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
             root = instance.root_volume
             with open_volume(root.path, root.format, skip=self._host.skip) as volume:
+                self._records.note_volume_size(self._task.bundle_id, volume.size)
                 sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
-            return self._documents(instance, sealed)
+        self._journal.conclude(self._documents(instance, sealed))
 
-    def store(self, documents: Documents) -> None:
+    def store(self) -> None:
         """Check that the bucket has every part; then the side file; the manifest last: its presence means complete."""
+        documents = self._journal.documents()
+        assert documents is not None, "every part is stored"
         with self._state(BundleTaskState.STORING) as watch:
             self._store.check(watch)
             self._store.put(side_filename(self._store.name), documents["side_file"].encode())
@@ -125,6 +127,14 @@ class Bundling:
         """End the task well, unless it was cancelled at the last moment."""
         if not self._records.complete(self._task.bundle_id):
             raise Cancelled
+
+    def _step(self, name: str, work: Callable[[], object]) -> None:
+        """A durable step, if the task is still this host's."""
+        step(name, lambda: self._do(work))
+
+    def _do(self, work: Callable[[], object]) -> None:
+        self._records.check_mine(self._task.bundle_id)
+        work()
 
     @cached_property
     def _store(self) -> BundleStore:
@@ -159,4 +169,5 @@ def bundle(host: Host, bundle_id: str) -> None:
     """Do the task `bundle_id`, unless it has ended, as one that was cancelled before it began."""
     task = host.records.get(bundle_id)
     if task is not None and task.state not in FINISHED:
+        host.records.take_up(bundle_id)
         Bundling(host, task).run()

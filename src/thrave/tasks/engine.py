@@ -21,7 +21,7 @@ from dbos import DBOSPortableJSONSerializer as PortableJSON
 from thrave.tasks.failures import TaskFailure, failure_from
 
 # Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow.
-APPLICATION_VERSION = "bundle-1"
+APPLICATION_VERSION = "bundle-2"
 WORKFLOW = "bundle_instance"
 POLLING_INTERVAL = 0.25  # seconds from record to start at the most; DBOS polls its queues on every database
 

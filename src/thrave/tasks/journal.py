@@ -6,7 +6,7 @@ is kept only as the vault sealed it, and erased with the end of the task (`recor
 """
 
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 import sqlalchemy as sa
 
@@ -14,7 +14,15 @@ from thrave.bundle.checkpoint import Checkpoint
 from thrave.bundle.sealed import CutOff, Part, SealedPart
 from thrave.bundle.secrets import BundleSecrets
 from thrave.database import bundle_part, bundle_task
+from thrave.tasks.fence import Fence
 from thrave.vault import Vault
+
+
+class Documents(TypedDict):
+    """The two files that make parts a bundle. They hold the key only as encrypted to the owner and to the service."""
+
+    manifest: str
+    side_file: str
 
 
 class StoredObject(NamedTuple):
@@ -28,10 +36,11 @@ class StoredObject(NamedTuple):
 class Journal:
     """The journal of one bundle task."""
 
-    def __init__(self, engine: sa.Engine, vault: Vault, bundle_id: str) -> None:
+    def __init__(self, engine: sa.Engine, vault: Vault, bundle_id: str, fence: Fence | None = None) -> None:
         """Keep the journal of the task `bundle_id`; `vault` keeps its key unreadable in the database."""
         self._engine = engine
         self._vault = vault
+        self._fence = fence
         self.bundle_id = bundle_id
         self._context = f"{bundle_id} secrets"
 
@@ -55,8 +64,10 @@ class Journal:
         return BundleSecrets(opened[:16], opened[16:]), CutOff(checkpoint, tuple(parts[: checkpoint.parts]))
 
     def sending(self, key: str) -> None:
-        """Write down that an object is about to be sent."""
+        """Write down that an object is about to be sent; if the task is somebody else's now, the process ends."""
         with self._engine.begin() as connection:
+            if self._fence is not None:
+                self._fence.check(connection, self.bundle_id)
             connection.execute(bundle_part.delete().where(*self._mine(bundle_part.c.key == key)))
             connection.execute(bundle_part.insert(), {"bundle_id": self.bundle_id, "key": key})
 
@@ -71,6 +82,17 @@ class Journal:
             connection.execute(self._object(key).values(size=part.size, part=asdict(part.record)))
             if part.checkpoint is not None:
                 connection.execute(self._task().values(checkpoint=part.checkpoint.to_json()))
+
+    def conclude(self, documents: Documents) -> None:
+        """Write down that every part is stored: only the two files that make them a bundle are wanting."""
+        with self._engine.begin() as connection:
+            connection.execute(self._task().values(documents=documents))
+
+    def documents(self) -> Documents | None:
+        """The two files, if every part is stored."""
+        query = sa.select(bundle_task.c.documents).where(bundle_task.c.bundle_id == self.bundle_id)
+        with self._engine.connect() as connection:
+            return cast("Documents | None", connection.execute(query).scalar_one())
 
     def objects(self) -> list[StoredObject]:
         """Every object that the task has stored or begun to send, in the order of their keys."""

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from thrave.database import account, bundle_task, task_in_progress, utc_now
+from thrave.database import account, bundle_task, bundle_task_event, task_in_progress, utc_now
 from thrave.tasks.failures import TaskFailure
+from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Journal
 from thrave.tasks.states import CANCELLABLE, WITH_PROGRESS, BundleTaskState, before
-from thrave.tasks.task import BundleRequest, BundleTask
+from thrave.tasks.task import BundleRequest, BundleTask, Event
 from thrave.vault import Vault
 
 # What a task needs while it is worked on, and nobody is shown; erased at its end.
-_KEPT = ("sealed_grant", "sealed_secrets", "checkpoint")
+_KEPT = ("sealed_grant", "sealed_secrets", "checkpoint", "documents")
 _ERASED = dict.fromkeys(_KEPT)
 
 # Queries are written once, here: SQLAlchemy takes longer to put one together than SQLite to answer it.
@@ -43,10 +44,20 @@ class Grant(NamedTuple):
 class Records:
     """The bundle tasks in the database."""
 
-    def __init__(self, engine: sa.Engine, vault: Vault) -> None:
-        """Work on `engine`; `vault` keeps the upload policies unreadable to whoever steals the database."""
+    def __init__(self, engine: sa.Engine, vault: Vault, fence: Fence | None = None) -> None:
+        """Work on `engine`; `vault` keeps the upload policies unreadable to whoever steals the database.
+
+        A host's agent gives its `fence`.
+        """
         self._engine = engine
         self._vault = vault
+        self._fence = fence
+
+    def check_mine(self, bundle_id: str) -> None:
+        """See that this agent may still work on the task; if not, the process ends."""
+        if self._fence is not None:
+            with self._engine.begin() as connection:
+                self._fence.check(connection, bundle_id)
 
     def add(self, connection: sa.Connection, bundle_id: str, host: str, request: BundleRequest) -> None:
         """Record a new, pending task. Raises sqlalchemy's IntegrityError if the instance has one in progress."""
@@ -59,10 +70,16 @@ class Records:
             "access_key_id": request.access_key_id, "sealed_grant": self._vault.seal(grant, context=bundle_id),
         }  # fmt: skip
         connection.execute(bundle_task.insert(), row)
+        connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState.PENDING))
 
     def get(self, bundle_id: str) -> BundleTask | None:
         """The task, or None if there is none of that id."""
         return next(iter(self._read(_BY_ID, bundle_id=bundle_id)), None)
+
+    def state(self, bundle_id: str) -> BundleTaskState | None:
+        """The state of a task, or None if there is none of that id."""
+        task = self.get(bundle_id)
+        return None if task is None else task.state
 
     def find(self, *conditions: sa.ColumnElement[bool]) -> list[BundleTask]:
         """The tasks for which all conditions hold, the oldest first."""
@@ -144,23 +161,65 @@ class Records:
 
     def journal(self, bundle_id: str) -> Journal:
         """The journal of a task: what it has stored, and where its sealing goes on."""
-        return Journal(self._engine, self._vault, bundle_id)
+        return Journal(self._engine, self._vault, bundle_id, self._fence)
+
+    def tell(self, bundle_id: str, message: str) -> None:
+        """Write down that something happened to a task, beside its changes of state."""
+        state = sa.select(bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.begin() as connection:
+            now = connection.execute(state).scalar_one()
+            connection.execute(bundle_task_event.insert(), _event(bundle_id, now, message))
+
+    def notice(self, bundle_id: str, notice: str) -> None:
+        """Give a task's owner something to know although the task goes on; it is told among the events, too."""
+        self._update(bundle_id, sa.true(), notice=notice)
+        self.tell(bundle_id, notice)
+
+    def note_volume_size(self, bundle_id: str, size: int) -> None:
+        """Record how many bytes the root volume has."""
+        self._update(bundle_id, sa.true(), volume_size=size)
+
+    def take_up(self, bundle_id: str) -> None:
+        """Count that a host takes up the task, for the first time or after a crash."""
+        self._update(bundle_id, task_in_progress, attempts=bundle_task.c.attempts + 1)
+
+    def history(self, bundle_id: str) -> list[Event]:
+        """What happened to a task, the oldest first."""
+        query = sa.select(bundle_task_event.c.time, bundle_task_event.c.state, bundle_task_event.c.message)
+        mine = query.where(bundle_task_event.c.bundle_id == bundle_id).order_by(bundle_task_event.c.event_id)
+        with self._engine.connect() as connection:
+            rows = connection.execute(mine)
+            return [Event(row.time, BundleTaskState(row.state), row.message) for row in rows]
 
     def _read(self, query: sa.Select[tuple[object, ...]], **parameters: object) -> list[BundleTask]:
         with self._engine.connect() as connection:
             return [_task(row) for row in connection.execute(query, parameters)]
 
     def _is(self, bundle_id: str, state: BundleTaskState) -> bool:
-        task = self.get(bundle_id)
-        return task is not None and task.state is state
+        return self.state(bundle_id) is state
 
-    def _move(self, bundle_id: str, sources: frozenset[BundleTaskState], **values: object) -> bool:
-        return self._update(bundle_id, bundle_task.c.state.in_([*sources]), **values)
+    def _move(
+        self, bundle_id: str, sources: frozenset[BundleTaskState], state: BundleTaskState, **values: object
+    ) -> bool:
+        with self._engine.begin() as connection:
+            from_there = bundle_task.c.state.in_([*sources])
+            moved = _updated(connection, bundle_id, from_there, state=state, **values)
+            if moved:
+                connection.execute(bundle_task_event.insert(), _event(bundle_id, state))
+        return moved
 
     def _update(self, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
-        statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition)
         with self._engine.begin() as connection:
-            return connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1
+            return _updated(connection, bundle_id, condition, **values)
+
+
+def _updated(connection: sa.Connection, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
+    statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition)
+    return connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1
+
+
+def _event(bundle_id: str, state: BundleTaskState, message: str | None = None) -> dict[str, object]:
+    return {"bundle_id": bundle_id, "time": utc_now(), "state": state, "message": message}
 
 
 def _task(row: sa.Row[tuple[object, ...]]) -> BundleTask:

@@ -1,7 +1,11 @@
-"""A bundle task as others see it, and the request that makes one. Plain data; nothing here touches the database."""
+"""A bundle task as others see it, what happened to it, and the request that makes one.
+
+Plain data; nothing here touches the database.
+"""
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 from thrave.tasks.states import BundleTaskState
 
@@ -46,3 +50,20 @@ class BundleTask:
     """Until when the guest may still power off for this task though it has ended; None if it will not."""
     error_code: str | None
     error_message: str | None
+    notice: str | None
+    """What its owner should know although the task went on."""
+    volume_size: int | None
+    """Bytes of the root volume; None until it has been opened."""
+    attempts: int
+    """How often a host took it up: once, and again after each crash."""
+
+
+class Event(NamedTuple):
+    """Something that happened to a task."""
+
+    time: datetime
+    """Aware, in UTC."""
+    state: BundleTaskState
+    """The state that it had then."""
+    message: str | None
+    """What happened in that state; None: it came into it."""
