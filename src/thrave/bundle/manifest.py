@@ -19,6 +19,18 @@ UNSIGNED = "UNSIGNED"
 
 
 @dataclass(frozen=True)
+class Bundler:
+    """The program that made a bundle, as far as it says; any word may be empty. Not signed."""
+
+    name: str = ""
+    version: str = ""
+    release: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(word for word in (self.name, self.version, self.release) if word)
+
+
+@dataclass(frozen=True)
 class ManifestPart:
     """One line of the list of parts.
 
@@ -39,7 +51,7 @@ class Manifest:
 
     Attributes:
         version: one of ``READABLE_VERSIONS``.
-        bundler: name, version and release of the program that made it, as far as given. Not signed.
+        bundler: the program that made it.
         architecture: ``x86_64``, ``i386``, …; ``i386`` in version 3, which does not say.
         block_devices: (virtual, device) as the guest knew them.
         kernel_id: ``aki-…`` where given.
@@ -48,6 +60,7 @@ class Manifest:
         name: the image's name, which is the prefix without its folder.
         user: account id of whoever made it.
         type: ``machine``, ``kernel`` or ``ramdisk``.
+        kernel_name: of a kernel, where given.
         ancestry: ``ami-…`` of the images that it descends from, oldest first.
         digest: lower-case hex SHA-1 of the tar stream.
         size: bytes of the image.
@@ -59,23 +72,24 @@ class Manifest:
     """
 
     version: str
-    bundler: str
+    bundler: Bundler
     architecture: str
-    block_devices: tuple[tuple[str, str], ...]
-    kernel_id: str | None
-    ramdisk_id: str | None
-    product_codes: tuple[str, ...]
+    block_devices: tuple[tuple[str, str], ...] = ()
+    kernel_id: str | None = None
+    ramdisk_id: str | None = None
+    product_codes: tuple[str, ...] = ()
     name: str
     user: str
-    type: str
-    ancestry: tuple[str, ...]
+    type: str = "machine"
+    kernel_name: str | None = None
+    ancestry: tuple[str, ...] = ()
     digest: str
     size: int
     bundled_size: int
     user_slot: KeySlot = field(repr=False)
     ec2_slot: KeySlot = field(repr=False)
     parts: tuple[ManifestPart, ...] = field(repr=False)
-    signature: bytes = field(repr=False)
+    signature: bytes = field(default=b"", repr=False)
 
     @property
     def is_signed(self) -> bool:

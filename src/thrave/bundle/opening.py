@@ -86,6 +86,7 @@ def open_bundle_into(
     side_file: bytes | None = None,
     side_key: Ed25519PublicKey | None = None,
     reporter: Reporter = unheard,
+    ahead: int | None = None,
 ) -> Verified:
     """Give a bundle's image to whatever writes it.
 
@@ -98,10 +99,11 @@ def open_bundle_into(
         side_file: as there.
         side_key: as there.
         reporter: as there.
+        ahead: how many parts are read at once, each in memory; None is as many as suit a disk.
     """
     believed = believe(manifest, side_file, Trust(certificate, side_key))
     secrets = _secrets(believed, private_key)
-    plain = closing(_plain_image(believed, parts, secrets, reporter))
+    plain = closing(_plain_image(believed, parts, secrets, reporter, ahead or _PARTS_AHEAD))
     with make_image(believed.manifest.size) as image, plain as runs:
         for offset, data in without_zeros(runs):
             image.write(offset, data)
@@ -117,32 +119,35 @@ def verify_bundle(
     side_file: bytes | None = None,
     side_key: Ed25519PublicKey | None = None,
     reporter: Reporter = unheard,
+    ahead: int | None = None,
 ) -> Verified:
     """Check everything about a bundle that can be checked, and write nothing.
 
     Without a private key that is the signature, the structure and the parts' digests; with one the image's digest
-    and size, too. Arguments and errors as for ``open_bundle``.
+    and size, too. Arguments and errors as for ``open_bundle_into``.
     """
     believed = believe(manifest, side_file, Trust(certificate, side_key))
     if private_key is None:
-        _exhaust_parts(believed, parts, reporter)
+        _exhaust_parts(believed, parts, reporter, ahead or min(os.cpu_count() or 1, _MOST_HASHING))
     else:
-        with closing(_plain_image(believed, parts, _secrets(believed, private_key), reporter)) as runs:
+        secrets = _secrets(believed, private_key)
+        with closing(_plain_image(believed, parts, secrets, reporter, ahead or _PARTS_AHEAD)) as runs:
             for _ in runs:
                 pass
     return Verified(believed.manifest, (*believed.checks, *_checks(believed, deciphered=private_key is not None)))
 
 
-def _exhaust_parts(believed: Believed, parts: PartSource, reporter: Reporter) -> None:
+def _exhaust_parts(believed: Believed, parts: PartSource, reporter: Reporter, ahead: int) -> None:
     done = 0
-    workers = min(os.cpu_count() or 1, _MOST_HASHING)
-    with Crew(workers) as crew:
-        for part in verified_parts(crew, believed, parts, workers):
+    with Crew(ahead) as crew:
+        for part in verified_parts(crew, believed, parts, ahead):
             done += len(part)
             reporter(done)
 
 
-def _plain_image(believed: Believed, parts: PartSource, secrets: BundleSecrets, reporter: Reporter) -> Generator[Run]:
+def _plain_image(
+    believed: Believed, parts: PartSource, secrets: BundleSecrets, reporter: Reporter, ahead: int
+) -> Generator[Run]:
     """Yield the image's data; if it ends without an error the image is the one of the manifest."""
     tar_sha1 = hashlib.sha1(usedforsecurity=False)
     inflated_bytes = 0
@@ -158,8 +163,8 @@ def _plain_image(believed: Believed, parts: PartSource, secrets: BundleSecrets, 
             tar_sha1.update(piece)
             yield piece
 
-    with Crew(_PARTS_AHEAD) as crew:
-        ciphertext = verified_parts(crew, believed, parts, _PARTS_AHEAD)
+    with Crew(ahead) as crew:
+        ciphertext = verified_parts(crew, believed, parts, ahead)
         plain = crew.ahead(deciphered(ciphertext, secrets), _PIECES_AHEAD)
         tar = crew.ahead(inflated(counted(plain)), _PIECES_AHEAD)
         for run in image_runs(crew.ahead(hashed(tar), _PIECES_AHEAD), believed.manifest.size):

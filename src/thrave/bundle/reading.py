@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from thrave.bundle.errors import ManifestError, NamingError
-from thrave.bundle.manifest import READABLE_VERSIONS, UNSIGNED, Manifest, ManifestPart
+from thrave.bundle.manifest import READABLE_VERSIONS, UNSIGNED, Bundler, Manifest, ManifestPart
 from thrave.bundle.names import checked_filename
 from thrave.bundle.secrets import KeySlot
 from thrave.bundle.xmlreading import Fields, read_fields
@@ -35,10 +35,10 @@ def manifest_of(fields: Fields) -> Manifest:
     if version not in READABLE_VERSIONS:
         raise ManifestError(f"the manifest is of version {version[:40]!r}; known are {', '.join(READABLE_VERSIONS)}")
     text = fields.text
-    bundler = (text.get(f"bundler/{key}", "") for key in ("name", "version", "release"))
+    bundler = Bundler(*(text.get(f"bundler/{key}", "") for key in ("name", "version", "release")))
     return Manifest(
         version=version,
-        bundler=" ".join(word for word in bundler if word),
+        bundler=bundler,
         architecture=text.get("machine_configuration/architecture") or "i386",
         block_devices=_block_devices(fields),
         kernel_id=text.get("machine_configuration/kernel_id"),
@@ -47,6 +47,7 @@ def manifest_of(fields: Fields) -> Manifest:
         name=_name(_required(text, "image/name")),
         user=text.get("image/user", ""),
         type=text.get("image/type") or "machine",
+        kernel_name=text.get("image/kernel_name"),
         ancestry=tuple(fields.lists.get("image/ancestry/ancestor_ami_id", ())),
         digest=_sha1(_required(text, "image/digest"), fields.attributes.get("image/digest@algorithm")),
         size=_number(_required(text, "image/size")),

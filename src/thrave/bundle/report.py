@@ -17,6 +17,7 @@ class Subject(StrEnum):
     STRUCTURE = "structure"
     SIDE_FILE = "sideFile"
     SIDE_KEY = "sideKey"
+    PART_SIZES = "partSizes"
     PART_DIGESTS = "partDigests"
     IMAGE_DIGEST = "imageDigest"
     IMAGE_SIZE = "imageSize"
@@ -43,7 +44,7 @@ class Verified:
 
     Attributes:
         manifest: what it says.
-        checks: one for each subject, in their order.
+        checks: one for each subject that was looked at, in their order.
     """
 
     manifest: Manifest

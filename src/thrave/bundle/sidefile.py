@@ -85,11 +85,19 @@ def write_side_file(
         side_key: signs the digests.
         signing_key: the key that signed the manifest; it vouches for the side key.
     """
+    parts = {part.filename: Digest(part.size, part.sha256) for part in sealed.parts}
+    return sign_digests(parts, manifest_xml, side_key=side_key, signing_key=signing_key)
+
+
+def sign_digests(
+    parts: Mapping[str, Digest], manifest_xml: bytes, *, side_key: Ed25519PrivateKey, signing_key: RSAPrivateKey
+) -> bytes:
+    """Return the side file of a bundle whose parts are given by file name, in order; else see ``write_side_file``."""
     manifest = Digest.of(manifest_xml)
     contents: dict[str, object] = {
         "format": FORMAT,
         "manifest": {"size": manifest.size, "sha256": manifest.sha256},
-        "parts": [{"filename": p.filename, "size": p.size, "sha256": p.sha256} for p in sealed.parts],
+        "parts": [{"filename": name, "size": part.size, "sha256": part.sha256} for name, part in parts.items()],
     }
     public = side_key.public_key().public_bytes_raw()
     document = {

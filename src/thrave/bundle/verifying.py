@@ -84,7 +84,7 @@ def verified_parts(crew: Crew, believed: Believed, parts: PartSource, ahead: int
 
     def verified(part: ManifestPart) -> bytes:
         data = parts.read(part.filename)
-        _check_part(part, data, believed.side)
+        check_part(part, data, believed.side)
         return data
 
     for data in crew.map(verified, believed.manifest.parts, ahead):
@@ -92,6 +92,18 @@ def verified_parts(crew: Crew, believed: Believed, parts: PartSource, ahead: int
         done += len(data)
     if done != believed.manifest.bundled_size:
         raise ManifestError(f"the parts have {done} bytes together, not {believed.manifest.bundled_size}")
+
+
+def check_part(part: ManifestPart, data: bytes, side: SideFile | None) -> None:
+    """Check a part's digests.
+
+    Raises:
+        PartDamagedError: one is not the manifest's, or not the side file's.
+    """
+    if hashlib.sha1(data, usedforsecurity=False).hexdigest() != part.sha1:
+        raise PartDamagedError(part.filename, f"its SHA-1 is not the manifest's ({len(data)} bytes)")
+    if side is not None and side.parts[part.filename] != Digest.of(data):
+        raise PartDamagedError(part.filename, "its SHA-256 or size is not the side file's")
 
 
 def _check_signature(xml: bytes, signature: bytes, certificate: Certificate | None) -> Check:
@@ -127,10 +139,3 @@ def _check_side_key(side: SideFile, trust: Trust) -> Check:
         return Check(Subject.SIDE_KEY, checked=True, detail="the manifest's signer vouches for it")
     reason = "neither a side key nor a signer's certificate was given"
     return Check(Subject.SIDE_KEY, checked=False, detail=reason)
-
-
-def _check_part(part: ManifestPart, data: bytes, side: SideFile | None) -> None:
-    if hashlib.sha1(data, usedforsecurity=False).hexdigest() != part.sha1:
-        raise PartDamagedError(part.filename, f"its SHA-1 is not the manifest's ({len(data)} bytes)")
-    if side is not None and side.parts[part.filename] != Digest.of(data):
-        raise PartDamagedError(part.filename, "its SHA-256 or size is not the side file's")

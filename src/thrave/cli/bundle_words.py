@@ -58,7 +58,7 @@ def manifest_document(manifest: Manifest) -> dict[str, object]:
         "type": manifest.type,
         "architecture": manifest.architecture,
         "version": manifest.version,
-        "bundler": manifest.bundler,
+        "bundler": str(manifest.bundler),
         "size": manifest.size,
         "bundledSize": manifest.bundled_size,
         "digest": manifest.digest,
