@@ -1,0 +1,180 @@
+"""A bundle made out to another service: who can open it then, and what every other program says of its manifest."""
+
+import hashlib
+import re
+import subprocess
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from support.components import require
+from support.sealed import SIDE_KEY, VECTORS, MemoryImage, bundle_of, certificate, private_key
+from thrave.bundle.errors import ManifestError, NamingError, SideFileError, SignatureError, WrongKeyError
+from thrave.bundle.migrating import Readers, Signers, migrate
+from thrave.bundle.opening import open_bundle
+from thrave.bundle.partsource import DirectoryParts
+from thrave.bundle.reading import read_manifest
+from thrave.bundle.signatures import sign, verify
+from thrave.identity.certificates import self_signed
+
+SIGNERS = Signers(private_key("user"), SIDE_KEY)
+OTHER_SERVICE = self_signed("another service", private_key("wrong"))
+TO_THE_CLOUD = Readers(certificate("cloud"))
+IMAGE = bytes(range(256)) * 100
+VARYING = re.compile(rb"(<(?:ec2|user)_encrypted_(?:key|iv)[^>]*>|<signature>)[0-9a-f]+")
+REXML = "require 'rexml/document'; print REXML::Document.new($stdin.read).to_s"
+SIGNED_VECTORS = {
+    "ec2-ami-tools-1.5.3-dense-2-parts": "0fc3b64b0304d6e6da8ed6d9b445371c34570f51",
+    "ec2-ami-tools-1.5.3-sparse": "c9a6ef082b2daa44ba5aac84f19197a6f07870de",
+    "euca2ools-3.4.1": "58bf0107d43bc5b1cc409c14598d4200527d674a",
+    "go_ami_tools": "58bf0107d43bc5b1cc409c14598d4200527d674a",
+}
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return bundle_of(MemoryImage(IMAGE), part_size=256)
+
+
+def unsigned(bundle) -> bytes:
+    """A bundle's manifest without what comes after the image."""
+    return bundle.manifest[: bundle.manifest.index(b"<signature>")]
+
+
+def vector(name):
+    (manifest,) = (VECTORS / name).glob("*.manifest.xml")
+    return manifest.read_bytes()
+
+
+def migrated(xml, side_file=None, key="user", signer="user", readers=TO_THE_CLOUD, signers=SIGNERS):
+    return migrate(
+        xml, side_file, private_key(key), certificate=certificate(signer), readers=readers, signers=signers
+    )  # fmt: skip
+
+
+def test_the_new_service_opens_it_and_the_old_one_does_not(bundle, tmp_path):
+    """The bundle was the user's and the cloud's; now it is the user's and the one's whose key is called wrong."""
+    made = migrated(bundle.manifest, bundle.side_file, key="cloud", readers=Readers(OTHER_SERVICE))
+    trust = {"certificate": certificate("user"), "side_file": made.side_file}
+    for reader in ("user", "wrong"):
+        opened = open_bundle(made.manifest, bundle, private_key(reader), tmp_path / reader, **trust)
+        assert opened.output.read_bytes() == IMAGE
+        assert all(check.checked for check in opened.checks)
+    with pytest.raises(WrongKeyError):
+        open_bundle(made.manifest, bundle, private_key("cloud"), tmp_path / "cloud", **trust)
+
+
+@pytest.mark.parametrize("name", SIGNED_VECTORS)
+def test_a_bundle_of_another_program_opens_with_the_new_key(name, tmp_path):
+    made = migrated(vector(name), readers=Readers(OTHER_SERVICE))
+    parts = DirectoryParts(VECTORS / name)
+    opened = open_bundle(
+        made.manifest, parts, private_key("wrong"), tmp_path / "image", certificate=certificate("user")
+    )
+    assert hashlib.sha1(opened.output.read_bytes()).hexdigest() == SIGNED_VECTORS[name]
+    assert made.side_file is None
+
+
+@pytest.mark.parametrize("name", [name for name in SIGNED_VECTORS if name.startswith("ec2")])
+def test_but_for_slots_and_signature_the_bytes_are_those_of_ec2_ami_tools(name):
+    assert VARYING.sub(rb"\1", migrated(vector(name)).manifest) == VARYING.sub(rb"\1", vector(name))
+
+
+FULL = """<manifest><version>2007-10-10</version><bundler><name>b</name><version>1</version></bundler>
+<machine_configuration><architecture>i386</architecture><block_device_mapping>
+<mapping><virtual>ami</virtual><device>sda1</device></mapping>
+<mapping><virtual>ephemeral0</virtual><device>sdb</device></mapping></block_device_mapping>
+<kernel_id>aki-1</kernel_id><ramdisk_id>ari-1</ramdisk_id><product_codes><product_code>A</product_code>
+<product_code>B</product_code></product_codes></machine_configuration>"""
+
+
+def test_nothing_that_a_manifest_says_is_lost(bundle):
+    image = unsigned(bundle)[bundle.manifest.index(b"<image>") :].decode()
+    extra = "<type>kernel</type><kernel_name>vmlinuz</kernel_name><ancestry><ancestor_ami_id>ami-1</ancestor_ami_id>"
+    xml = (FULL + image.replace("<type>machine</type>", f"{extra}</ancestry>")).encode()
+    xml = signed(xml)
+    before, after = read_manifest(xml), read_manifest(migrated(xml).manifest)
+    changed = {name for name in vars(before) if vars(before)[name] != vars(after)[name]}
+    assert changed == {"ec2_slot", "signature"}
+
+
+def signed(xml: bytes) -> bytes:
+    """A manifest up to its image, as the user signs it."""
+    return xml + f"<signature>{sign(xml, private_key('user')).hex()}</signature></manifest>".encode()
+
+
+def test_a_manifest_of_the_first_version_becomes_one_of_the_last(bundle):
+    image = unsigned(bundle)[bundle.manifest.index(b"<image>") :]
+    xml = b"<manifest><version>3</version>" + image.replace(b"<type>machine</type>", b"")
+    xml = signed(xml)
+    manifest = read_manifest(migrated(xml).manifest)
+    assert (manifest.version, manifest.architecture, manifest.type) == ("2007-10-10", "i386", "machine")
+
+
+def test_rexml_writes_the_new_manifest_as_we_do(bundle):
+    """ec2-ami-tools verifies what REXML makes of a manifest, not the manifest's own bytes."""
+    ruby = require("ruby", package="ruby")
+    manifest = migrated(vector("euca2ools-3.4.1")).manifest
+    spelled = subprocess.run([ruby, "-e", REXML], input=manifest, capture_output=True, check=True).stdout
+    assert spelled == manifest
+
+
+def test_openssl_finds_the_same_key_in_the_new_slot(bundle, tmp_path):
+    openssl = require("openssl", package="openssl")
+    manifest = read_manifest(migrated(bundle.manifest).manifest)
+
+    def decrypted(encrypted: bytes, key: str) -> bytes:
+        command = [openssl, "pkeyutl", "-decrypt", "-inkey", str(VECTORS / "keys" / f"{key}-pk.pem")]
+        return subprocess.run(command, input=encrypted, capture_output=True, check=True).stdout
+
+    for attribute in ("key", "iv"):
+        new = decrypted(getattr(manifest.ec2_slot, attribute), "cloud")
+        assert new == decrypted(getattr(manifest.user_slot, attribute), "user")
+
+
+def test_account_and_user_can_change_hands(bundle, tmp_path):
+    readers = Readers(certificate("cloud"), OTHER_SERVICE, "999999999999")
+    signers = Signers(private_key("wrong"), Ed25519PrivateKey.generate())
+    made = migrated(bundle.manifest, bundle.side_file, readers=readers, signers=signers)
+    assert read_manifest(made.manifest).user == "999999999999"
+    trust = {"certificate": OTHER_SERVICE, "side_file": made.side_file}
+    open_bundle(made.manifest, bundle, private_key("wrong"), tmp_path / "new", **trust)
+    with pytest.raises(WrongKeyError):
+        open_bundle(made.manifest, bundle, private_key("user"), tmp_path / "old", **trust)
+
+
+def test_an_empty_slot_is_made_out_to_the_service(bundle):
+    emptied = re.sub(rb"(<user_encrypted_(key|iv)[^>]*>)[0-9a-f]+", rb"\1", unsigned(bundle))
+    manifest = read_manifest(migrated(signed(emptied), key="cloud").manifest)
+    assert manifest.user_slot == manifest.ec2_slot
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (WrongKeyError, {"key": "wrong"}),
+        (SignatureError, {"signer": "cloud"}),
+        (NamingError, {"readers": Readers(certificate("cloud"), account_id="12-34")}),
+        (SideFileError, {"side_file": b"{}"}),
+    ],
+)
+def test_what_cannot_be_believed_is_not_signed_again(bundle, error, arguments):
+    with pytest.raises(error):
+        migrated(bundle.manifest, **arguments)
+
+
+def test_an_unsigned_bundle_is_not_made_a_signed_one():
+    with pytest.raises(SignatureError, match="not signed"):
+        migrated(vector("euca2ools-3.4.1-unsigned"), key="cloud")
+
+
+@pytest.mark.parametrize("word", ["a&amp;b", "it&apos;s", "a&#10;b"])
+def test_what_no_two_verifiers_write_alike_is_refused(bundle, word):
+    changed = unsigned(bundle).replace(b"<architecture>x86_64", b"<architecture>" + word.encode())
+    with pytest.raises(ManifestError, match="every verifier"):
+        migrated(signed(changed))
+
+
+def test_the_signature_is_over_the_raw_bytes(bundle):
+    manifest = migrated(bundle.manifest).manifest
+    verify(manifest, read_manifest(manifest).signature, certificate("user"))

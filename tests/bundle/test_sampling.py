@@ -1,0 +1,105 @@
+"""A sample of the parts: what is read, what is only measured, and that the report does not call it more than it is."""
+
+import pytest
+
+from support.sealed import MemoryImage, bundle_of, certificate
+from thrave.bundle.errors import ManifestError, PartDamagedError, PartMissingError
+from thrave.bundle.reading import read_manifest
+from thrave.bundle.report import Subject
+from thrave.bundle.sampling import Sample, verify_sample
+
+
+class Counted:
+    """A bundle's parts, which notes the ones that are read."""
+
+    def __init__(self, bundle):
+        self.parts = dict(bundle.parts)
+        self.names_read = []
+
+    def size(self, filename):
+        if filename not in self.parts:
+            raise PartMissingError(filename, "it was dropped")
+        return len(self.parts[filename])
+
+    def read(self, filename):
+        self.names_read.append(filename)
+        return self.parts[filename]
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return bundle_of(MemoryImage(bytes(range(256)) * 4000), part_size=64)
+
+
+@pytest.fixture
+def parts(bundle):
+    return Counted(bundle)
+
+
+def verified(bundle, parts, sample, **options):
+    return verify_sample(bundle.manifest, parts, sample, side_file=bundle.side_file, ahead=3, **options)
+
+
+def test_as_many_parts_are_read_as_were_asked_for(bundle, parts):
+    count = len(bundle.parts)
+    assert count > 40
+    told = []
+    verified(bundle, parts, Sample(10, seed=1), reporter=told.append)
+    assert len(parts.names_read) == -(-count // 10)
+    assert told[-1] == sum(len(parts.parts[name]) for name in parts.names_read)
+
+
+def test_the_same_seed_draws_the_same_sample_and_another_another(bundle):
+    manifest = read_manifest(bundle.manifest)
+    first = Sample(20, seed=1).of(manifest)
+    assert first == Sample(20, seed=1).of(manifest)
+    assert first != Sample(20, seed=2).of(manifest)
+
+
+@pytest.mark.parametrize(("percent", "count"), [(0.0001, 1), (100, None)])
+def test_a_sample_has_a_part_at_least_and_all_at_most(bundle, parts, percent, count):
+    verified(bundle, parts, Sample(percent, seed=1))
+    assert len(parts.names_read) == (count or len(bundle.parts))
+
+
+def test_the_report_says_what_was_not_read(bundle, parts):
+    report = verified(bundle, parts, Sample(5, seed=7), certificate=certificate("user"))
+    said = {check.subject: check for check in report.checks}
+    count, drawn = len(bundle.parts), len(parts.names_read)
+    assert {subject for subject, check in said.items() if not check.checked} == {
+        Subject.PART_DIGESTS, Subject.IMAGE_DIGEST, Subject.IMAGE_SIZE,
+    }  # fmt: skip
+    assert said[Subject.PART_DIGESTS].detail == (
+        f"{drawn} of {count} parts, drawn with seed 7, hold; {count - drawn} have not been read"
+    )
+
+
+def test_a_sample_of_all_is_no_sample(bundle, parts):
+    report = verified(bundle, parts, Sample(100, seed=1))
+    assert {check.subject: check.checked for check in report.checks}[Subject.PART_DIGESTS]
+
+
+def test_a_damaged_part_in_the_sample_is_found(bundle, parts):
+    sample = Sample(5, seed=1)
+    name = sample.of(read_manifest(bundle.manifest))[0].filename
+    parts.parts[name] = parts.parts[name][:-1] + b"x"
+    with pytest.raises(PartDamagedError, match=name):
+        verified(bundle, parts, sample)
+
+
+def test_a_part_that_is_not_there_is_found_in_or_out_of_the_sample(bundle, parts):
+    drawn = {part.filename for part in Sample(5, seed=1).of(read_manifest(bundle.manifest))}
+    parts.parts.pop(next(name for name in bundle.parts if name not in drawn))
+    with pytest.raises(PartMissingError):
+        verified(bundle, parts, Sample(5, seed=1))
+
+
+def test_a_part_of_another_size_is_found_out_of_the_sample(bundle, parts):
+    drawn = {part.filename for part in Sample(5, seed=1).of(read_manifest(bundle.manifest))}
+    short, long = [name for name in bundle.parts if name not in drawn][:2]
+    parts.parts[short] = parts.parts[short][1:]
+    with pytest.raises(ManifestError, match="bytes together"):
+        verified(bundle, parts, Sample(5, seed=1))
+    parts.parts[long] += b"x"
+    with pytest.raises(PartDamagedError, match="size"):
+        verified(bundle, parts, Sample(5, seed=1))
