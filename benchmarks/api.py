@@ -149,7 +149,7 @@ def tasks(server: ThraveServer, account_id: str, key: AccessKey) -> list[str]:
     }  # fmt: skip
     rows = [{**same, "bundle_id": each, "instance_id": each.replace("bun", "i")} for each in bundle_ids]
     rows[-1] |= {"state": "bundling", "progress": 50}
-    database = open_engine(server.data.database_url)
+    database = open_engine(server.data.database)
     with database.begin() as connection:
         connection.execute(sa.insert(bundle_task), rows)
     database.dispose()

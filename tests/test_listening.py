@@ -259,7 +259,7 @@ def key_of_a_user_who_must_use_tls(server):
     account, _ = server.account("acme")
     only_over_tls = {"Bool": {"aws:SecureTransport": "true"}}
     statement = {"Effect": "Allow", "Action": "ec2:*", "Resource": "*", "Condition": only_over_tls}
-    engine = open_engine(server.data.database_url)
+    engine = open_engine(server.data.database)
     users = Users(engine)
     user = users.create(account.account_id, "bob")
     document = json.dumps({"Version": "2012-10-17", "Statement": statement})

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 
@@ -21,8 +21,8 @@ class DataDirectory:
     root: Path
 
     @property
-    def database_url(self) -> str:
-        """Accounts, tasks and the durable engine's own tables, in SQLite."""
+    def database(self) -> str:
+        """The URL of the database of one machine: accounts, tasks and the engine's own tables, in SQLite."""
         return f"sqlite:///{self.root.absolute() / 'thrave.db'}"
 
     @property
@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="THRAVE_", extra="forbid", frozen=True)
 
     data: Path = Field(Path("thrave-data"), description="Where the service keeps its database, keys and buckets.")
+    database_url: SecretStr | None = Field(
+        None, description="A fleet's PostgreSQL, as `postgresql://USER@HOST/NAME`; by default SQLite in `data`."
+    )
     host: str = Field("127.0.0.1", description="The address to listen on.")
     port: int = Field(8773, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     tls_certificate: Path | None = Field(
@@ -78,6 +81,16 @@ class Settings(BaseSettings):
     host_name: str = Field(
         "localhost", description="This hypervisor host's name. Tasks belong to it: do not change it while any runs."
     )
+    instances: Path | None = Field(
+        None, description="Where instances are described; by default a folder in `data`. Hosts may share one."
+    )
+    heartbeat: float = Field(5.0, gt=0, description="Seconds between two signs of life of a host.")
+    host_lost_after: float = Field(
+        60.0, gt=0, description="Seconds without a sign of life after which another host may adopt a host's tasks."
+    )
+    drain_timeout: float = Field(
+        3600.0, gt=0, description="Seconds that a draining host has to finish what it has begun."
+    )
     tasks_at_once: int = Field(2, ge=1, description="Bundle tasks that this host works on at the same time.")
     shutdown_grace: float = Field(
         600.0, gt=0, description="Seconds that a guest has to power off before its task fails."
@@ -99,6 +112,13 @@ class Settings(BaseSettings):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together: give both or none")
         return self
+
+    @property
+    def database(self) -> str:
+        """The database's URL, as SQLAlchemy takes it. May hold a password."""
+        if self.database_url is None:
+            return self.directory.database
+        return self.database_url.get_secret_value()
 
     @property
     def directory(self) -> DataDirectory:

@@ -14,6 +14,8 @@ from alembic.config import Config
 
 metadata = sa.MetaData()
 
+_MIGRATION_LOCK = 0x7468726176650000  # a number that nobody else locks: "thrave"
+
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
     """A point in time, aware, in UTC, to the microsecond (SQLite itself forgets the zone)."""
@@ -176,14 +178,16 @@ vault_proof = sa.Table(
 
 
 def open_engine(url: str) -> sa.Engine:
-    """Open the database at a SQLAlchemy URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql+psycopg://…`).
+    """Open the database at a URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql://thrave@db.example/thrave`).
 
     SQLite is put into WAL mode, so that readers never wait for the writer, with a 30 s patience for the write lock.
     Connections to a server are tried before they are used again; a file does not go away.
     """
-    is_file = sa.make_url(url).get_backend_name() == "sqlite"
+    given = sa.make_url(url)
+    is_file = given.get_backend_name() == "sqlite"
+    driven = given if is_file else given.set(drivername="postgresql+psycopg")
     # An error's text would show what was to be stored, sealed secrets and upload policies among it.
-    engine = sa.create_engine(url, pool_pre_ping=not is_file, hide_parameters=True)
+    engine = sa.create_engine(driven, pool_pre_ping=not is_file, hide_parameters=True)
     if is_file:
         sa.event.listen(engine, "connect", _prepare_sqlite)
     return engine
@@ -194,6 +198,8 @@ def migrate(engine: sa.Engine) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":  # of several processes that start at once one does the work
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

@@ -96,7 +96,7 @@ class ThraveServer:
     def account(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
         """Make an account with its first access key; `certificate` is PEM."""
         self.data.root.mkdir(parents=True, exist_ok=True)
-        database = open_engine(self.data.database_url)
+        database = open_engine(self.data.database)
         try:
             migrate(database)
             return Accounts(database, Vault.open_or_create(self.data.vault_key)).create(name, certificate)

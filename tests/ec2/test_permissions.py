@@ -35,7 +35,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def database(server):
-    engine = open_engine(server.data.database_url)
+    engine = open_engine(server.data.database)
     yield engine
     engine.dispose()
 

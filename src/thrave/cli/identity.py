@@ -50,7 +50,7 @@ def open_identity(data: Path, *, make: bool = False) -> Iterator[tuple[Accounts,
             f"{data} is no data directory; begin one with `thrave account create`", param_hint="--data"
         )
     vault = Vault.open_or_create(directory.vault_key)
-    engine = open_engine(directory.database_url)
+    engine = open_engine(directory.database)
     try:
         migrate(engine)
         yield Accounts(engine, vault), Users(engine)

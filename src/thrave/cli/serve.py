@@ -49,11 +49,11 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
 
 
 def _run(settings: Settings, output: str) -> None:
-    from thrave.endpoint import Endpoint
+    from thrave import endpoint
     from thrave.logs import configure_logs
 
     configure_logs(settings.log_format)
-    Endpoint(settings).serve(lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    endpoint.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(Exit.OK)

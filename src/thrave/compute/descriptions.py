@@ -43,6 +43,11 @@ def document(instance: Instance) -> dict[str, object]:
     return plain
 
 
+def from_document(document: object) -> Instance:
+    """The instance of a `document` that this program has written."""
+    return _INSTANCE.validate_python(document)
+
+
 def write(description: Description) -> bytes:
     """The file of an instance."""
     return _DESCRIPTION.dump_json(description, by_alias=True, exclude_none=True, indent=2, warnings=False) + b"\n"

@@ -45,12 +45,13 @@ class DirectoryInstances:
         self._command_seconds = command_seconds
         self._stops = StopCommands(command_seconds)
 
-    def list(self) -> Sequence[Instance]:
-        """Every instance whose file can be read; the others are logged, and `broken` has them."""
+    def list(self, account_id: str | None = None) -> Sequence[Instance]:
+        """Every instance whose file can be read, or an owner's; the others are logged, and `broken` has them."""
         readable, broken = self._folder.read_all()
         for error in broken:
             log.warning("an instance is left out: %s", error)
-        return [self._shown(description) for description in readable]
+        mine = [one for one in readable if account_id in {None, one.account_id}]
+        return [self._shown(description) for description in mine]
 
     def broken(self) -> Sequence[InstanceError]:
         """Why some files in the folder are not in `list`."""

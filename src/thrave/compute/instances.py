@@ -1,5 +1,7 @@
 """The contract of a hypervisor's inventory: which instances there are, how to stop and start them.
 
+`Inventory` is as much of it as a caller of EC2's sees; `Instances` is what a host itself can do besides.
+
 The docstrings of the Protocol are the contract, and one suite (tests/compute/test_contract.py) holds every driver to
 it. An inventory knows nothing of bundles, and never reads a volume.
 """
@@ -11,27 +13,20 @@ from typing import Protocol
 from thrave.compute.instance import Instance, InstanceState
 
 
-class Instances(Protocol):
-    """All instances of a host. May be used from several threads, and by several processes at once.
+class Inventory(Protocol):
+    """Instances as callers know them. May be used from several threads, and by several processes at once.
 
     Every method that takes an id raises InstanceNotFound if no instance has it, whatever stands in it.
     """
 
-    def list(self) -> Sequence[Instance]:
-        """Every instance of every owner, by id. One that cannot be read is logged and does not hide the others."""
+    def list(self, account_id: str | None = None) -> Sequence[Instance]:
+        """Every instance, or an owner's, by id. One that cannot be read is logged and does not hide the others."""
 
     def get(self, instance_id: str) -> Instance:
         """One instance, with the state it has now.
 
         Raises:
             InstanceError: There is none, or it cannot be read.
-        """
-
-    def state(self, instance_id: str) -> InstanceState:
-        """The state it has now. `stopped` means that the machine is off and nothing writes to its volumes.
-
-        Raises:
-            InstanceCommandFailed: The hypervisor does not tell, or it has refused the last request to stop.
         """
 
     def request_stop(self, instance_id: str) -> None:
@@ -45,15 +40,6 @@ class Instances(Protocol):
             InstanceCommandFailed: The hypervisor refuses.
         """
 
-    def start(self, instance_id: str) -> None:
-        """Start it, and return when the hypervisor has done so. One that runs is left alone.
-
-        Raises:
-            InstanceHeld: Somebody holds it.
-            IncorrectInstanceState: It is terminated, or there is no way to start it.
-            InstanceCommandFailed: The hypervisor refuses.
-        """
-
     def terminate(self, instance_id: str) -> None:
         """Ask the guest to power off for good, and return at once: it is `shutting-down`, then `terminated`.
 
@@ -64,6 +50,26 @@ class Instances(Protocol):
         Raises:
             IncorrectInstanceState: There is no way to stop it.
             InstanceCommandFailed: The hypervisor refuses; nothing has changed.
+        """
+
+
+class Instances(Inventory, Protocol):
+    """All instances of a host."""
+
+    def state(self, instance_id: str) -> InstanceState:
+        """The state it has now. `stopped` means that the machine is off and nothing writes to its volumes.
+
+        Raises:
+            InstanceCommandFailed: The hypervisor does not tell, or it has refused the last request to stop.
+        """
+
+    def start(self, instance_id: str) -> None:
+        """Start it, and return when the hypervisor has done so. One that runs is left alone.
+
+        Raises:
+            InstanceHeld: Somebody holds it.
+            IncorrectInstanceState: It is terminated, or there is no way to start it.
+            InstanceCommandFailed: The hypervisor refuses.
         """
 
     def hold(self, instance_id: str) -> AbstractContextManager[None]:

@@ -1,13 +1,14 @@
 """Switching an instance's power for somebody who does not wait, and for somebody who does.
 
-`power_off` asks the guest until it is off. `PowerRequests` does what takes longer than a caller of EC2's waits, in the
-background. Both work with any inventory, and neither ever cuts the power.
+`power_off` asks the guest until it is off. `PowerControl` is what a caller of EC2's can have done without waiting;
+`PowerRequests` does it in the background. All work with any inventory, and none ever cuts the power.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from thrave.compute.errors import InstanceError, InstanceHeld
 from thrave.compute.instance import GONE, InstanceState
@@ -47,6 +48,16 @@ def power_off(
             ask = time.monotonic() + ASK_AGAIN
         pause(LOOK_AGAIN)
     return state
+
+
+class PowerControl(Protocol):
+    """Starts and restarts instances for somebody who does not wait for it."""
+
+    def start(self, instance_id: str) -> None:
+        """Have the instance started, once nobody holds it any more."""
+
+    def reboot(self, instance_id: str) -> None:
+        """Have the guest power off and the instance started again. A guest that does not hear it runs on."""
 
 
 class PowerRequests:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from thrave.buckets.buckets import Buckets
-from thrave.compute.instances import Instances
-from thrave.compute.power import PowerRequests
+from thrave.compute.instances import Inventory
+from thrave.compute.power import PowerControl
 from thrave.database import utc_now
 from thrave.ec2.rate import RateLimit
 from thrave.identity.accounts import Accounts
@@ -60,10 +60,10 @@ class Door:
     """
 
     accounts: Accounts
-    instances: Instances
+    instances: Inventory
     buckets: Buckets
     tasks: BundleTasks
-    power: PowerRequests
+    power: PowerControl
     rate: RateLimit
     region: str = "us-east-1"
     any_platform: bool = False

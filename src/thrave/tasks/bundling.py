@@ -41,6 +41,7 @@ _FURTHER_ON = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
 class Host:
     """What a task works with on the host that has the disk."""
 
+    name: str
     records: Records
     accounts: Accounts
     instances: Instances
@@ -166,8 +167,8 @@ class Bundling:
 
 
 def bundle(host: Host, bundle_id: str) -> None:
-    """Do the task `bundle_id`, unless it has ended, as one that was cancelled before it began."""
+    """Do the task `bundle_id`, unless it has ended (cancelled before it began) or another host has adopted it."""
     task = host.records.get(bundle_id)
-    if task is not None and task.state not in FINISHED:
+    if task is not None and task.state not in FINISHED and task.host == host.name:
         host.records.take_up(bundle_id)
         Bundling(host, task).run()

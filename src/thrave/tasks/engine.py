@@ -7,25 +7,30 @@ since the default is pickle; the queue of a host named on every enqueue; our rec
 transaction. (No deduplication id: the database's own index on tasks in progress refuses a second task on an instance,
 without DBOS's moment between the end of a task and the end of its workflow.) It never decides what a task does: that
 is `bundling.py`.
+
+What DBOS remembers of a task can be lost without harm: the record alone says how far it is. A task that no workflow
+will run (those of an earlier version, and those that DBOS has given up on) gets another one when its host starts.
 """
 
 import logging
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import TypedDict, TypeVar, cast
 
 import sqlalchemy as sa
-import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 
 from thrave.tasks.failures import TaskFailure, failure_from
 
-# Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow.
+# Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow. Such a task is
+# run anew: every step can be taken up from the record.
 APPLICATION_VERSION = "bundle-2"
 WORKFLOW = "bundle_instance"
 POLLING_INTERVAL = 0.25  # seconds from record to start at the most; DBOS polls its queues on every database
 
-log = structlog.get_logger()
+_FORGET_AT_ONCE = 1000  # workflows
 _Result = TypeVar("_Result")
 
 
@@ -37,19 +42,87 @@ class _Outcome(TypedDict, total=False):
     message: str
 
 
-class Engine:
-    """Runs bundle tasks durably on this host. There is one in a process: DBOS is a singleton."""
+class Queues:
+    """The queue of each host. Any process that has the database can hand a task to a host."""
+
+    def __init__(self, database_url: str) -> None:
+        """Open the queues in the database at `database_url`, making the engine's own tables if they are not there."""
+        _quieten()
+        DBOS.migrate(database_url)
+        self._client = DBOSClient(
+            system_database_url=database_url, serializer=PortableJSON(), application_name="thrave", lazy=True
+        )
+
+    def enqueue(self, connection: sa.Connection, bundle_id: str, host: str) -> None:
+        """Have a host run a task; takes effect when the caller's transaction commits."""
+        self._enqueue(connection, bundle_id, host, workflow_id=bundle_id)
+
+    def enqueue_again(self, connection: sa.Connection, bundle_id: str, host: str) -> None:
+        """Have a host run a task that has been enqueued before, there or elsewhere, and whose workflow is lost."""
+        self._enqueue(connection, bundle_id, host, workflow_id=f"{bundle_id}.{secrets.token_hex(4)}")
+
+    def awaited(self, host: str) -> frozenset[str]:
+        """The tasks that a host will run, or runs, without being told again."""
+        return frozenset(
+            workflow.partition(".")[0] for workflow in self._unfinished(host, app_version=APPLICATION_VERSION)
+        )
+
+    def drop_strangers(self, host: str) -> None:
+        """Have the engine give up a host's workflows of other versions, which it never runs."""
+        if strangers := [*set(self._unfinished(host)) - set(self._unfinished(host, app_version=APPLICATION_VERSION))]:
+            self._client.cancel_workflows(strangers)
+
+    def forget(self, before: datetime) -> int:
+        """Forget workflows that ended before then, a thousand at the most; say how many."""
+        ended = self._client.list_workflows(
+            status=["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
+            completed_before=before.isoformat(),
+            limit=_FORGET_AT_ONCE,
+            load_input=False,
+            load_output=False,
+        )
+        self._client.delete_workflows([workflow.workflow_id for workflow in ended])
+        return len(ended)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._client.destroy()
+
+    def _enqueue(self, connection: sa.Connection, bundle_id: str, host: str, *, workflow_id: str) -> None:
+        self._client.enqueue_in_transaction(
+            connection,
+            {
+                "workflow_name": WORKFLOW,
+                "queue_name": _queue(host),
+                "workflow_id": workflow_id,
+                "app_version": APPLICATION_VERSION,
+            },
+            bundle_id,
+        )
+
+    def _unfinished(self, host: str, *, app_version: str | None = None) -> Iterable[str]:
+        workflows = self._client.list_workflows(
+            status=["PENDING", "ENQUEUED"],
+            queue_name=_queue(host),
+            app_version=app_version,
+            load_input=False,
+            load_output=False,
+        )
+        return [workflow.workflow_id for workflow in workflows]
+
+
+class Worker:
+    """Runs the tasks of one host. There is one in a process: DBOS is a singleton."""
 
     def __init__(self, database_url: str, host: str, *, tasks_at_once: int) -> None:
         """Prepare to run at most `tasks_at_once` tasks of `host`, kept in the database at `database_url`."""
         self._database_url = database_url
         self._host = host
         self._tasks_at_once = tasks_at_once
-        self._client: DBOSClient | None = None
 
     def launch(self, bundle: Callable[[str], None]) -> None:
-        """Begin to run `bundle(bundle_id)` for every task enqueued for this host, first those that a crash cut off."""
-        logging.getLogger("dbos").setLevel(logging.WARNING)
+        """Begin to run `bundle(bundle_id)` for every task in the host's queue, first those that a crash cut off."""
+        _quieten()
         config: DBOSConfig = {
             "name": "thrave",
             "system_database_url": self._database_url,
@@ -59,46 +132,16 @@ class Engine:
             "log_level": "WARNING",
         }
         DBOS(config=config)
-        DBOS.workflow(name=WORKFLOW)(self._refusing_strangers(bundle))
+        DBOS.workflow(name=WORKFLOW)(bundle)
         DBOS.listen_queues([_queue(self._host)])
         DBOS.launch()
         DBOS.register_queue(
             _queue(self._host), worker_concurrency=self._tasks_at_once, polling_interval_sec=POLLING_INTERVAL
         )
-        self._client = DBOSClient(
-            system_database_url=self._database_url, serializer=PortableJSON(), application_name="thrave"
-        )
 
-    def enqueue(self, connection: sa.Connection, bundle_id: str) -> None:
-        """Have this host run a task; takes effect when the caller's transaction commits."""
-        assert self._client is not None, "launch() comes first"
-        self._client.enqueue_in_transaction(
-            connection,
-            {
-                "workflow_name": WORKFLOW,
-                "queue_name": _queue(self._host),
-                "workflow_id": bundle_id,
-                "app_version": APPLICATION_VERSION,
-            },
-            bundle_id,
-            self._host,
-        )
-
-    def stop(self) -> None:
-        """Take no more tasks and let go of the database. A task that is running goes on at the next launch."""
-        if self._client is not None:
-            self._client.destroy()
-        DBOS.destroy()
-
-    def _refusing_strangers(self, bundle: Callable[[str], None]) -> Callable[[str, str], None]:
-        def bundle_instance(bundle_id: str, host: str) -> None:
-            # A workflow that was resumed onto another host's queue must not touch disks that are not there.
-            if host != self._host:
-                log.error("bundle task of another host", bundle_id=bundle_id, host=host)
-                return
-            bundle(bundle_id)
-
-        return bundle_instance
+    def drain(self, seconds: float) -> None:
+        """Take no more tasks, and wait until those under way have ended, `seconds` at the most."""
+        DBOS.destroy(workflow_completion_timeout_sec=int(seconds))
 
 
 def step(name: str, function: Callable[[], _Result]) -> _Result:
@@ -126,3 +169,7 @@ def _outcome(function: Callable[[], object]) -> _Outcome:
 
 def _queue(host: str) -> str:
     return f"host-{host}"
+
+
+def _quieten() -> None:
+    logging.getLogger("dbos").setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ killed: nothing that it holds outlives it, and what it was doing goes on elsewhe
 
 import os
 from dataclasses import dataclass
+from typing import Never
 
 import sqlalchemy as sa
 import structlog
@@ -41,7 +42,7 @@ class Fence:
         """True of this agent's host, for as long as it has the lease."""
         return sa.and_(host.c.host == self.host, host.c.lease == self.lease)
 
-    def end(self) -> None:
+    def end(self) -> Never:
         """End the process: somebody else has the host now."""
         log.error("another agent has this host now", host=self.host)
         os._exit(LOST)

@@ -24,8 +24,8 @@ from thrave.tasks.task import BundleRequest, BundleTask
 
 ENDED_KEPT = 4096  # tasks in memory, of some 2 KB each
 
-Enqueue = Callable[[sa.Connection, str], None]
-"""Has a task run when the connection's transaction commits: `Engine.enqueue`."""
+Enqueue = Callable[[sa.Connection, str, str], None]
+"""Has a host run a task when the connection's transaction commits: `Queues.enqueue`."""
 
 
 class BundleTaskError(Exception):
@@ -73,15 +73,18 @@ class BundleTasks:
         records: Records,
         enqueue: Enqueue,
         *,
-        host: str,
+        host_of: Callable[[str], str],
         retention: timedelta,
         per_account: int,
     ) -> None:
-        """Create tasks for `host`, `per_account` at a time; finished ones are shown for `retention` after their end."""
+        """Let an account have `per_account` unfinished tasks; finished ones are shown for `retention` after their end.
+
+        `host_of` tells which host has an instance.
+        """
         self._engine = engine
         self._records = records
         self._enqueue = enqueue
-        self._host = host
+        self._host_of = host_of
         self._retention = retention
         self._per_account = per_account
         self._ended: dict[str, BundleTask] = {}  # seen by their owners; they never change again, so one look is enough
@@ -94,11 +97,12 @@ class BundleTasks:
             TooManyBundleTasks: The account may not have another one.
         """
         bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
+        host = self._host_of(request.instance_id)
         try:
             with self._engine.begin() as connection:
-                self._records.add(connection, bundle_id, self._host, request)
+                self._records.add(connection, bundle_id, host, request)
                 self._check_number(connection, request.account_id, self._per_account)
-                self._enqueue(connection, bundle_id)
+                self._enqueue(connection, bundle_id, host)
         except sa.exc.IntegrityError as refusal:
             earlier = self._records.in_progress(request.instance_id)
             if earlier is None:  # it ended between the two looks

@@ -92,10 +92,10 @@ def own_instance(door: Door, caller: Caller, instance_id: str) -> Instance:
     return instance
 
 
-def _asked_for(door: Door, caller: Caller, instance_ids: Sequence[str]) -> list[Instance]:
+def _asked_for(door: Door, caller: Caller, instance_ids: Sequence[str]) -> Sequence[Instance]:
     if instance_ids:
         return [own_instance(door, caller, instance_id) for instance_id in sorted(set(instance_ids))]
-    return [instance for instance in door.instances.list() if instance.account_id == caller.account_id]
+    return door.instances.list(caller.account_id)
 
 
 def _reservation(door: Door, instance: Instance) -> Result:

@@ -1,0 +1,123 @@
+"""A host's agent: runs the host's bundle tasks, and gives signs of life. There is one a host, and one in a process.
+
+In a fleet (`thrave agent`) it also reports the host's instances and does what the API was asked to do with their power.
+What it may do hangs on its lease (`tasks/fence.py`): without it the process ends.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from thrave.compute.errors import InstanceError
+from thrave.compute.fleet import InstanceReports, PowerAction, PowerRequest
+from thrave.compute.power import PowerRequests
+from thrave.ground import Ground
+from thrave.tasks.bundling import Host, bundle
+from thrave.tasks.caretaker import Caretaker
+from thrave.tasks.engine import Worker
+from thrave.tasks.fence import Fence
+from thrave.tasks.hosts import HostState
+
+REPORT_INTERVAL = 1.0  # seconds
+
+log = structlog.get_logger()
+
+
+class Agent:
+    """The agent of the host that the settings name."""
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground = ground
+        self._settings = ground.settings
+        self._worker = Worker(
+            self._settings.database, self._settings.host_name, tasks_at_once=self._settings.tasks_at_once
+        )
+        self._over = threading.Event()
+
+    def start(self, *, reports: bool) -> None:
+        """Take the host, and begin to work in threads of its own; `reports` its instances if others show them."""
+        ground, name = self._ground, self._settings.host_name
+        fence = ground.hosts.take(name, tasks_at_once=self._settings.tasks_at_once)
+        if reports:
+            self._begin("reports", REPORT_INTERVAL, self._reporting())
+        records = ground.records(fence)
+        host = Host(
+            name=name,
+            records=records,
+            accounts=ground.accounts,
+            instances=ground.instances,
+            buckets=ground.buckets,
+            service=ground.service,
+            shutdown_grace=self._settings.shutdown_grace,
+            level=self._settings.level,
+            skip=self._settings.skip,
+        )
+        self._worker.launch(partial(bundle, host))
+        Caretaker(records, ground.instances, name).start()
+        self._begin("heartbeat", self._settings.heartbeat, partial(self._heartbeat, fence))
+
+    def wait(self) -> None:
+        """Wait until the host has been drained."""
+        self._over.wait()
+
+    def _heartbeat(self, fence: Fence) -> None:
+        if self._ground.hosts.heartbeat(fence) is HostState.DRAINING:
+            threading.Thread(target=self._drain, args=[fence], name="drain").start()
+            raise _LastTime
+
+    def _drain(self, fence: Fence) -> None:
+        log.info("draining", host=fence.host)
+        self._worker.drain(self._settings.drain_timeout)
+        self._ground.hosts.drained(fence)
+        self._over.set()
+
+    def _reporting(self) -> Callable[[], None]:
+        ground = self._ground
+        reports = InstanceReports(ground.database, ground.instances, self._settings.host_name)
+        power = PowerRequests(ground.instances, grace=self._settings.shutdown_grace)
+
+        def report() -> None:
+            for request in reports.take_requests():
+                _do(request, ground, power)
+            reports.report()
+
+        report()
+        return report
+
+    def _begin(self, name: str, interval: float, work: Callable[[], None]) -> None:
+        threading.Thread(target=_again_and_again, args=[interval, work], name=name, daemon=True).start()
+
+
+class _LastTime(Exception):  # noqa: N818 (no error)
+    """There is nothing more to do, ever."""
+
+
+def _again_and_again(interval: float, work: Callable[[], None]) -> None:
+    while True:
+        try:
+            work()
+        except _LastTime:
+            return
+        except Exception:  # it must not end: the database may be back next time
+            log.exception("an agent's errand failed")
+        time.sleep(interval)
+
+
+def _do(request: PowerRequest, ground: Ground, power: PowerRequests) -> None:
+    records = ground.records()
+    try:
+        match request.action:
+            case PowerAction.STOP:
+                records.leave_alone(request.instance_id)
+                ground.instances.request_stop(request.instance_id)
+            case PowerAction.TERMINATE:
+                ground.instances.terminate(request.instance_id)
+            case PowerAction.START:
+                power.start(request.instance_id)
+            case PowerAction.REBOOT:
+                power.reboot(request.instance_id)
+    except InstanceError as error:
+        log.warning("a hypervisor refuses", what=request.action, instance_id=request.instance_id, error=str(error))

@@ -1,0 +1,104 @@
+"""What every process of the service stands on: the database, the vault, the queues, the buckets and the identity.
+
+Opened from the settings, and made where it is not there yet. Processes on several machines share the database; each has
+a copy of the vault's key and of the service's identity in its own data directory, and is refused if it has others.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+
+import sqlalchemy as sa
+
+from thrave.buckets.buckets import Buckets
+from thrave.buckets.directory import DirectoryBuckets
+from thrave.compute.directory import DirectoryInstances
+from thrave.config import Settings
+from thrave.database import migrate, open_engine, vault_proof
+from thrave.identity.accounts import Accounts
+from thrave.identity.service import ServiceIdentity
+from thrave.tasks.engine import Queues
+from thrave.tasks.fence import Fence
+from thrave.tasks.hosts import Hosts
+from thrave.tasks.records import Records
+from thrave.vault import SealError, Vault, VaultKeyError
+
+_PROOF = b"thrave"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The rooms that a process is put together from; each is opened when it is first asked for."""
+
+    settings: Settings
+    database: sa.Engine
+    vault: Vault
+
+    @cached_property
+    def accounts(self) -> Accounts:
+        """Who may sign requests."""
+        return Accounts(self.database, self.vault)
+
+    @cached_property
+    def queues(self) -> Queues:
+        """Where tasks are handed to hosts."""
+        return Queues(self.settings.database)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """Where bundles go."""
+        return DirectoryBuckets(self.settings.directory.buckets)
+
+    @cached_property
+    def instances(self) -> DirectoryInstances:
+        """The instances that are described on this machine."""
+        return DirectoryInstances(self.settings.instances or self.settings.directory.instances)
+
+    @cached_property
+    def service(self) -> ServiceIdentity:
+        """Who signs manifests."""
+        return ServiceIdentity.open_or_create(self.settings.directory.service)
+
+    @cached_property
+    def hosts(self) -> Hosts:
+        """The fleet."""
+        lost_after = timedelta(seconds=self.settings.host_lost_after)
+        return Hosts(self.database, self.records(), self.queues, lost_after=lost_after)
+
+    def records(self, fence: Fence | None = None) -> Records:
+        """The bundle tasks; an agent gives its fence."""
+        return Records(self.database, self.vault, fence)
+
+
+def open_ground(settings: Settings) -> Ground:
+    """Open the database and the vault in the data directory, making what is not there yet.
+
+    Raises:
+        VaultKeyError: The vault's key cannot be used, or is not the one that the database's secrets were sealed with.
+    """
+    directory = settings.directory
+    directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    database = open_engine(settings.database)
+    migrate(database)
+    vault = Vault.open_or_create(directory.vault_key)
+    _prove(database, vault)
+    return Ground(settings, database, vault)
+
+
+def _prove(database: sa.Engine, vault: Vault) -> None:
+    """See that the vault's key is the database's; the first one to come makes it so."""
+    try:
+        with database.begin() as connection:
+            sealed = connection.execute(sa.select(vault_proof.c.sealed)).scalar()
+            if sealed is None:
+                proof = {"only": 1, "sealed": vault.seal(_PROOF, context="vault proof")}
+                connection.execute(vault_proof.insert(), proof)
+            else:
+                vault.unseal(sealed, context="vault proof")
+    except sa.exc.IntegrityError:  # another process was quicker
+        _prove(database, vault)
+    except SealError:
+        raise VaultKeyError(
+            "the database's secrets were sealed with another vault's key: copy vault.key and service/ "
+            "from the data directory of the process that was started first"
+        ) from None
