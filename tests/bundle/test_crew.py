@@ -72,3 +72,19 @@ def test_a_closed_channel_takes_and_gives_nothing():
     for use in (channel.get, lambda: channel.put(2)):
         with pytest.raises(StoppedError):
             use()
+
+
+def test_a_stage_that_hangs_in_a_read_is_left_behind_and_stops_when_the_read_ends():
+    lets_go = threading.Event()
+
+    def hanging():
+        yield 1
+        lets_go.wait()
+        yield 2
+
+    with Crew(1) as crew:
+        assert next(crew.ahead(hanging(), 1)) == 1
+    (left,) = crew_threads()
+    lets_go.set()
+    left.join(10)
+    assert crew_threads() == []

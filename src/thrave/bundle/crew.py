@@ -2,15 +2,20 @@
 
 The stages of a bundle are iterators; a crew lets one run ahead of the next in a thread of its own, or maps a function
 over one on every core, in order, always within a bound. Whatever a stage raises comes out at its consumer, like
-from any iterator. Leaving the crew's ``with`` block stops every thread before it returns: none outlives its stream.
+from any iterator. Leaving the crew's ``with`` block stops every thread before it returns: none outlives its stream,
+but for one that hangs in a read, which nothing can interrupt. It is left behind, and stops when the read ends.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
+
+PATIENCE = 1.0
+"""Seconds that the threads of a crew have to stop, together."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,8 +95,9 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        until = time.monotonic() + PATIENCE
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
 
     def channel(self, capacity: int) -> Channel[T]:
         """Return a channel that is closed when the crew stops."""
