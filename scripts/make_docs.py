@@ -16,6 +16,7 @@ from thrave.config import Settings
 from thrave.ec2.errors import ERRORS
 from thrave.identity.conditions import KEYS, OPERATORS
 from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
+from thrave.tasks.crash_points import STEPS
 from thrave.tasks.failures import CAUSES
 from thrave.tasks.states import FOLLOWS
 
@@ -61,6 +62,17 @@ def task_errors() -> str:
     return (
         "# Why a bundle task fails\n\nWhat `DescribeBundleTasks` shows as `BundleTaskError.Code`; its message has the"
         " particulars.\n\n" + table(("code", "what happened", "what to do"), rows)
+    )
+
+
+def crash_points() -> str:
+    """The steps of a task that a crash can cut off."""
+    rows = ((f"`{step}`", row.done, row.again) for step, row in STEPS.items())
+    return (
+        "# Steps of a bundle task that a crash can cut off\n\nEach has two crash points: with the setting"
+        ' `crash_at = "part stored, before"` or `"part stored, after"`, and perhaps `", 3"` for the third time, the'
+        " service kills itself there. `scripts/kill-sweep` does that at each of them.\n\n"
+        + table(("step", "what it does", "after a crash in it"), rows)
     )
 
 
@@ -153,6 +165,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "exit-codes.md": ("src/thrave/cli/exits.py", exit_codes),
     "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
     "task-errors.md": ("src/thrave/tasks/failures.py", task_errors),
+    "crash-points.md": ("src/thrave/tasks/crash_points.py", crash_points),
     "task-states.md": ("src/thrave/tasks/states.py", states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
     "commands.md": ("the commands' own help", commands),

@@ -106,6 +106,9 @@ class Settings(BaseSettings):
         "nothing", description="What is left out of a bundle: nothing, or what the volume's NTFS does not use."
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for programs.")
+    crash_at: str | None = Field(
+        None, description="For tests: the process kills itself at this crash point, as `part stored, after`."
+    )
 
     @model_validator(mode="after")
     def _has_both_or_none(self) -> Self:

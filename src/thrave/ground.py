@@ -17,6 +17,7 @@ from thrave.config import Settings
 from thrave.database import migrate, open_engine, vault_proof
 from thrave.identity.accounts import Accounts
 from thrave.identity.service import ServiceIdentity
+from thrave.tasks.crash_points import crash_at
 from thrave.tasks.engine import Queues
 from thrave.tasks.fence import Fence
 from thrave.tasks.hosts import Hosts
@@ -76,6 +77,8 @@ def open_ground(settings: Settings) -> Ground:
     Raises:
         VaultKeyError: The vault's key cannot be used, or is not the one that the database's secrets were sealed with.
     """
+    if settings.crash_at:
+        crash_at(settings.crash_at)
     directory = settings.directory
     directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = open_engine(settings.database)

@@ -22,7 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def power_off(
-    instances: Instances, instance_id: str, *, grace: float, pause: Callable[[float], object] = time.sleep
+    instances: Instances,
+    instance_id: str,
+    *,
+    grace: float,
+    ask: Callable[[str], None] | None = None,
+    pause: Callable[[float], object] = time.sleep,
 ) -> InstanceState:
     """Ask the guest to power off, again and again, until it has or is gone.
 
@@ -30,6 +35,7 @@ def power_off(
         instances: The inventory that has it.
         instance_id: The instance.
         grace: Seconds that the guest has.
+        ask: Asks it; `instances.request_stop` if none is given.
         pause: Waits some seconds between two looks; may raise, to end it all.
 
     Returns:
@@ -38,14 +44,15 @@ def power_off(
     Raises:
         InstanceError: As `Instances.state` and `Instances.request_stop`.
     """
+    ask = ask or instances.request_stop
     given_up = time.monotonic() + grace
-    ask = 0.0
+    asked_again = 0.0
     while (state := instances.state(instance_id)) not in {InstanceState.STOPPED, *GONE}:
         if time.monotonic() > given_up:
             break
-        if time.monotonic() > ask:
-            instances.request_stop(instance_id)
-            ask = time.monotonic() + ASK_AGAIN
+        if time.monotonic() > asked_again:
+            ask(instance_id)
+            asked_again = time.monotonic() + ASK_AGAIN
         pause(LOOK_AGAIN)
     return state
 

@@ -22,6 +22,7 @@ from thrave.compute.instances import Instances
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import load_certificate
 from thrave.identity.service import ServiceIdentity
+from thrave.tasks.crash_points import durable
 from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.journal import Documents
@@ -90,7 +91,7 @@ class Bundling:
                 self._step(name, put_back)
             except TaskFailure as another:
                 failure = failure.also(another)
-        self._step("fail the task", lambda: self._records.fail(self._task.bundle_id, failure))
+        self._step("fail the task", lambda: self.fail(failure))
 
     def stop(self) -> None:
         """Have the guest power off, as a person would."""
@@ -107,9 +108,11 @@ class Bundling:
         with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
             root = instance.root_volume
             with open_volume(root.path, root.format, skip=self._host.skip) as volume:
-                self._records.note_volume_size(self._task.bundle_id, volume.size)
+                with durable("volume opened"):
+                    self._records.note_volume_size(self._task.bundle_id, volume.size)
                 sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
-        self._journal.conclude(self._documents(instance, sealed))
+        with durable("sealing ended"):
+            self._journal.conclude(self._documents(instance, sealed))
 
     def store(self) -> None:
         """Check that the bucket has every part; then the side file; the manifest last: its presence means complete."""
@@ -117,8 +120,10 @@ class Bundling:
         assert documents is not None, "every part is stored"
         with self._state(BundleTaskState.STORING) as watch:
             self._store.check(watch)
-            self._store.put(side_filename(self._store.name), documents["side_file"].encode())
-            self._store.put(manifest_filename(self._store.name), documents["manifest"].encode())
+            with durable("side file stored"):
+                self._store.put(side_filename(self._store.name), documents["side_file"].encode())
+            with durable("manifest stored"):
+                self._store.put(manifest_filename(self._store.name), documents["manifest"].encode())
 
     def remove(self) -> None:
         """Take away what the task has stored."""
@@ -126,8 +131,15 @@ class Bundling:
 
     def complete(self) -> None:
         """End the task well, unless it was cancelled at the last moment."""
-        if not self._records.complete(self._task.bundle_id):
+        with durable("record closed"):
+            completed = self._records.complete(self._task.bundle_id)
+        if not completed:
             raise Cancelled
+
+    def fail(self, failure: TaskFailure) -> None:
+        """End the task with the reason."""
+        with durable("record closed"):
+            self._records.fail(self._task.bundle_id, failure)
 
     def _step(self, name: str, work: Callable[[], object]) -> None:
         """A durable step, if the task is still this host's."""

@@ -14,6 +14,7 @@ from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.power import power_off
 from thrave.database import utc_now
+from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
@@ -35,7 +36,8 @@ class PowerSwitch:
         instance_id = self._task.instance_id
         off = self._instances.state(instance_id) is InstanceState.STOPPED
         running = not off or self._records.is_looked_after(instance_id)
-        self._records.note_power_state(self._task.bundle_id, running=running)
+        with durable("power noted"):
+            self._records.note_power_state(self._task.bundle_id, running=running)
 
     def off(self, watch: Watch) -> None:
         """Ask the guest to power off, again and again, until it has. Raises TaskFailure if it does not in time.
@@ -43,12 +45,13 @@ class PowerSwitch:
         If it is still up when this ends, whatever way, it may yet hear it: it is looked after (`caretaker.py`) then.
         """
         self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=2 * self._grace))
-        state = power_off(self._instances, self._task.instance_id, grace=self._grace, pause=watch.pause)
+        state = power_off(self._instances, self._task.instance_id, grace=self._grace, ask=self._ask, pause=watch.pause)
         if not _is_off(state):
             raise TaskFailure(
                 "Server.InstanceNotStopped", f"The guest did not power off within {self._grace:.0f} seconds."
             )
-        self._records.leave_alone(self._task.instance_id)
+        with durable("shutdown seen"):
+            self._records.leave_alone(self._task.instance_id)
 
     @contextmanager
     def held_off(self, watch: Watch) -> Iterator[Instance]:
@@ -70,11 +73,16 @@ class PowerSwitch:
             return
         try:
             if self._instances.state(self._task.instance_id) is InstanceState.STOPPED:
-                self._instances.start(self._task.instance_id)
+                with durable("instance started"):
+                    self._instances.start(self._task.instance_id)
         except InstanceNotFound:
             return  # its description was removed meanwhile: there is nothing to start
         except InstanceError as error:
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
+
+    def _ask(self, instance_id: str) -> None:
+        with durable("shutdown sent"):
+            self._instances.request_stop(instance_id)
 
     def _check_off(self) -> None:
         if not _is_off(self._instances.state(self._task.instance_id)):

@@ -17,6 +17,7 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 from thrave.database import utc_now
+from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.records import Records
 from thrave.tasks.states import FINISHED, BundleTaskState
@@ -99,7 +100,7 @@ class BundleTasks:
         bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
         host = self._host_of(request.instance_id)
         try:
-            with self._engine.begin() as connection:
+            with durable("record"), self._engine.begin() as connection:
                 self._records.add(connection, bundle_id, host, request)
                 self._check_number(connection, request.account_id, self._per_account)
                 self._enqueue(connection, bundle_id, host)
@@ -154,8 +155,9 @@ class BundleTasks:
             BundleTaskNotCancellable: It has ended, or is being cancelled already.
         """
         self._task(account_id, bundle_id)
-        begun = not self._records.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
-        cancelled = not begun or self._records.cancel(bundle_id)
+        with durable("cancellation"):
+            begun = not self._records.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
+            cancelled = not begun or self._records.cancel(bundle_id)
         task = self._task(account_id, bundle_id)
         if not cancelled:
             raise BundleTaskNotCancellable(task.state)

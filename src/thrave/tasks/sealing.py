@@ -13,6 +13,7 @@ from thrave.bundle.sealed import Sealed
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.secrets import BundleSecrets
 from thrave.bundle.zlibs import Level
+from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.watch import Watch
@@ -52,7 +53,8 @@ class VolumeSealer:
     def _begin(self, volume: Volume, watch: Watch) -> Sealed:
         self._store.remove()  # parts of a sealing that cannot go on are of no use: their key is not used again
         secrets = BundleSecrets.generate()
-        self._journal.begin(secrets)
+        with durable("sealing begun"):
+            self._journal.begin(secrets)
         return self._send(Sealing(volume, self._store.name, secrets=secrets, level=self._level), watch)
 
     def _send(self, sealing: Sealing, watch: Watch) -> Sealed:

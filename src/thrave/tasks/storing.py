@@ -8,6 +8,7 @@ from thrave.buckets.buckets import Buckets
 from thrave.buckets.naming import split_prefix
 from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.sealed import Part
+from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.journal import Journal
 from thrave.tasks.task import BundleTask
@@ -27,11 +28,20 @@ class BundleStore:
 
     def put(self, filename: str, data: bytes) -> None:
         """Send one file of the bundle, whole. Raises BucketError if the policy or the bucket refuses it."""
-        self._journal.stored(self._send(filename, data), len(data))
+        key = self._folder + filename
+        self._journal.sending(key)
+        self._buckets.put(self._bucket, key, data, grant=self._policy)
+        self._journal.stored(key, len(data))
 
     def put_part(self, part: Part) -> None:
         """Send one part; once it is there, sealing never goes back behind it. Raises BucketError as `put`."""
-        self._journal.stored_part(self._send(part.filename, part.data), part)
+        key = self._folder + part.filename
+        with durable("part sealed"):
+            self._journal.sending(key)
+        with durable("part stored"):
+            self._buckets.put(self._bucket, key, part.data, grant=self._policy)
+        with durable("part recorded"):
+            self._journal.stored_part(key, part)
 
     def check(self, watch: Watch) -> None:
         """Make sure that the bucket has every object that it took. Raises TaskFailure if one is not there, whole."""
@@ -43,11 +53,7 @@ class BundleStore:
 
     def remove(self) -> None:
         """Take away every object that this task has sent or begun to send."""
-        self._buckets.delete(self._bucket, [item.key for item in self._journal.objects()])
-        self._journal.forget()
-
-    def _send(self, filename: str, data: bytes | memoryview) -> str:
-        key = self._folder + filename
-        self._journal.sending(key)
-        self._buckets.put(self._bucket, key, data, grant=self._policy)
-        return key
+        with durable("objects removed"):
+            self._buckets.delete(self._bucket, [item.key for item in self._journal.objects()])
+        with durable("removal recorded"):
+            self._journal.forget()
