@@ -14,6 +14,7 @@ from alembic.config import Config
 
 metadata = sa.MetaData()
 
+_STANDSTILL = 20_000  # milliseconds
 _MIGRATION_LOCK = 0x7468726176650000  # a number that nobody else locks: "thrave"
 
 
@@ -181,15 +182,15 @@ def open_engine(url: str) -> sa.Engine:
     """Open the database at a URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql://thrave@db.example/thrave`).
 
     SQLite is put into WAL mode, so that readers never wait for the writer, with a 30 s patience for the write lock.
-    Connections to a server are tried before they are used again; a file does not go away.
+    Connections to a server are tried before they are used again; a file does not go away. A server lets go of what a
+    host has locked that died, or stands still, in the middle of a transaction.
     """
     given = sa.make_url(url)
     is_file = given.get_backend_name() == "sqlite"
     driven = given if is_file else given.set(drivername="postgresql+psycopg")
     # An error's text would show what was to be stored, sealed secrets and upload policies among it.
     engine = sa.create_engine(driven, pool_pre_ping=not is_file, hide_parameters=True)
-    if is_file:
-        sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "connect", _prepare_sqlite if is_file else _prepare_postgresql)
     return engine
 
 
@@ -214,3 +215,8 @@ def _prepare_sqlite(connection: object, _record: object) -> None:
     for pragma in ("journal_mode=WAL", "busy_timeout=30000", "foreign_keys=ON", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _prepare_postgresql(connection: object, _record: object) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = {_STANDSTILL}")  # type: ignore[attr-defined]  # as above
+    connection.commit()  # type: ignore[attr-defined]  # as above

@@ -53,6 +53,7 @@ def serve_api(settings: Settings, listening: Listening) -> None:
         As `serve`.
     """
     ground = open_ground(settings)
+    _ = ground.service  # the first process of a fleet makes it, for the others to be given a copy
     fleet = ReportedInstances(ground.database)
     _listen(settings, _door(ground, fleet, fleet, fleet.host_of), listening, None)
 

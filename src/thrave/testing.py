@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
@@ -46,6 +46,8 @@ class ServerError(Exception):
 @dataclass
 class ThraveServer:
     """`thrave serve` in a process of its own."""
+
+    command: ClassVar[str] = "serve"
 
     data: DataDirectory
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class ThraveServer:
     def start(self) -> None:
         """Start it, and wait until it answers. Raises ServerError if it does not."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "thrave", "serve", "--data", str(self.data.root), "--port", "0"],
+            [sys.executable, "-m", "thrave", self.command, "--data", str(self.data.root), "--port", "0"],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **self.environment},
@@ -84,7 +86,7 @@ class ThraveServer:
         said = self.process.stdout.readline().strip()
         if not said.startswith("listening on "):
             self.stop()
-            raise ServerError(f"thrave serve ended with status {self.process.returncode}: {said}")
+            raise ServerError(f"thrave {self.command} ended with status {self.process.returncode}: {said}")
         self.url = said.removeprefix("listening on ")
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
@@ -96,7 +98,7 @@ class ThraveServer:
     def account(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
         """Make an account with its first access key; `certificate` is PEM."""
         self.data.root.mkdir(parents=True, exist_ok=True)
-        database = open_engine(self.data.database)
+        database = open_engine(self.environment.get("THRAVE_DATABASE_URL", self.data.database))
         try:
             migrate(database)
             return Accounts(database, Vault.open_or_create(self.data.vault_key)).create(name, certificate)
@@ -127,7 +129,7 @@ class ThraveServer:
     @property
     def instances(self) -> DirectoryInstances:
         """The instances that the server knows."""
-        return DirectoryInstances(self.data.instances)
+        return DirectoryInstances(Path(self.environment.get("THRAVE_INSTANCES", self.data.instances)))
 
     def client(self, key: AccessKey, service: str = "ec2", **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
         """An unmodified boto3 client for EC2, or for `sts`; `options` as `boto3.client` takes them.

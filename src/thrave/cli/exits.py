@@ -18,6 +18,7 @@ class Exit(IntEnum):
     DAMAGED = 10
     WRONG_KEY = 11
     MISSING_COMPONENT = 12
+    TAKEN_OVER = 75
     INTERRUPTED = 130
 
 
@@ -30,5 +31,6 @@ MEANING: dict[Exit, str] = {
     Exit.DAMAGED: "The bundle is damaged or forged: a signature, digest, size or name does not hold.",
     Exit.WRONG_KEY: "The private key is not the one that the bundle was made for.",
     Exit.MISSING_COMPONENT: "A program or library that this needs is not installed; stderr names the package.",
+    Exit.TAKEN_OVER: "Another process is this host's agent now, or another host has adopted its tasks.",
     Exit.INTERRUPTED: "Stopped by Ctrl-C.",
 }

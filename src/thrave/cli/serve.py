@@ -1,4 +1,4 @@
-"""`thrave serve`: the whole service in one process."""
+"""`thrave serve`: the whole service in one process; `thrave api` and `thrave agent`: the same for a fleet."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ if TYPE_CHECKING:
     from thrave.config import Settings
 
 
+DATA = click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Where it keeps everything.")
+ADDRESS = click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
+PORT = click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
+CONFIG = click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, as TOML."
+)
+
+
 @click.command()
-@click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Where the service keeps everything.")
-@click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, as TOML.")
+@DATA
+@ADDRESS
+@PORT
+@CONFIG
 @output_option
 def serve(data: Path | None, host: str | None, port: int | None, config: Path | None, output: str) -> None:
     """Answer EC2 clients: API, worker and store in one process.
@@ -35,25 +43,84 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
       aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
 
     Exit codes: 0 stopped, 1 the address or certificate cannot be used, 2 a setting is wrong, 4 it would be plain HTTP
-    where others can read it.
+    where others can read it, 75 another process is this host's agent now.
     """
+    from thrave import endpoint
+
+    settings = _settings(config, data=data, host=host, port=port)
+    endpoint.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    _end()
+
+
+@click.command()
+@DATA
+@ADDRESS
+@PORT
+@CONFIG
+@output_option
+def api(data: Path | None, host: str | None, port: int | None, config: Path | None, output: str) -> None:
+    """Answer EC2 clients for a fleet; any number of these may run.
+
+    The hosts' agents (`thrave agent`) do the tasks. All share one PostgreSQL, the setting database_url. The data
+    directory needs a copy of vault.key and service/ of the process that was started first.
+
+    \b
+    Example:
+      THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave api --data /var/lib/thrave
+
+    Exit codes: as `thrave serve`.
+    """
+    from thrave import endpoint
+
+    settings = _settings(config, data=data, host=host, port=port)
+    endpoint.serve_api(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    _end()
+
+
+@click.command()
+@click.option("--host", "name", help="This hypervisor host's name.  [default: the setting host_name]")
+@DATA
+@CONFIG
+@output_option
+def agent(name: str | None, data: Path | None, config: Path | None, output: str) -> None:
+    """Do the bundle tasks of a hypervisor host; one of these runs on each.
+
+    Prints `working as NAME` once it does. SIGTERM stops it; a bundle task under way goes on at the next start. `thrave
+    host drain NAME` has it finish what it has begun, and end. An agent that is started under the name of another one
+    takes its place, and the other one ends.
+
+    \b
+    Example:
+      THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave agent --host kvm-17 --data /var/lib/thrave
+
+    Exit codes: 0 stopped or drained, 1 the database or the vault's key cannot be used, 2 a setting is wrong, 75 another
+    process is this host's agent now, or another host has adopted its tasks.
+    """
+    from thrave import endpoint
+
+    settings = _settings(config, data=data, host_name=name)
+    endpoint.run_agent(
+        settings, lambda: emit(output, {"working": settings.host_name}, f"working as {settings.host_name}")
+    )
+    _end()
+
+
+def _settings(config: Path | None, **given: object) -> Settings:
     from pydantic import ValidationError
 
     from thrave.config import load_settings
-
-    try:
-        settings = load_settings(config, data=data, host=host, port=port)
-    except ValidationError as error:
-        raise click.UsageError(str(error)) from None
-    _run(settings, output)
-
-
-def _run(settings: Settings, output: str) -> None:
-    from thrave import endpoint
     from thrave.logs import configure_logs
 
+    try:
+        settings = load_settings(config, **given)
+    except ValidationError as error:
+        raise click.UsageError(str(error)) from None
     configure_logs(settings.log_format)
-    endpoint.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    return settings
+
+
+def _end() -> None:
+    """End as if killed: there is one way to come back."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(Exit.OK)

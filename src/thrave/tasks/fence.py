@@ -14,7 +14,7 @@ import structlog
 
 from thrave.database import bundle_task, host
 
-LOST = 75  # the exit status: EX_TEMPFAIL of sysexits.h, since starting it again may be right
+LOST = 75  # the exit status (cli/exits.py): EX_TEMPFAIL of sysexits.h, since starting it again may be right
 
 log = structlog.get_logger()
 

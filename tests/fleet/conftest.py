@@ -1,0 +1,18 @@
+"""A fleet on one PostgreSQL, with an account."""
+
+import pytest
+
+from support.fleet import Fleet
+
+
+@pytest.fixture
+def fleet(postgres, tmp_path):
+    fleet = Fleet(tmp_path, {"database_url": postgres.new_database(), "heartbeat": 0.2, "host_lost_after": 2})
+    fleet.api()
+    yield fleet
+    fleet.stop()
+
+
+@pytest.fixture
+def alice(fleet):
+    return fleet.first.account("alice")

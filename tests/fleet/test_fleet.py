@@ -1,0 +1,127 @@
+"""API processes and hosts' agents on one PostgreSQL: tasks run where the disk is, and go on where they are taken to."""
+
+import signal
+import time
+
+import pytest
+
+from support.disks import make_disk
+from thrave.tasks.fence import LOST
+
+pytestmark = pytest.mark.postgres
+MIB = 1 << 20
+
+
+def wait_until(holds):
+    for _ in range(3000):
+        if holds():
+            return
+        time.sleep(0.02)
+    raise AssertionError("in vain")
+
+
+def wait_for(look, *wanted):
+    seen = []
+    wait_until(lambda: seen.append(look()) or seen[-1] in wanted)
+
+
+def add_instance(fleet, account, ec2, root, size=MIB, **details):
+    """Describe an instance where agents find it, and wait until one has reported it."""
+    instance = fleet.first.instance(account.account_id, make_disk(root, size), **details)
+    wait_until(lambda: instance.instance_id in instance_ids(ec2))
+    return instance.instance_id
+
+
+def instance_ids(ec2):
+    reservations = ec2.describe_instances()["Reservations"]
+    return [instance["InstanceId"] for reservation in reservations for instance in reservation["Instances"]]
+
+
+def state_of(ec2, instance_id):
+    (reservation,) = ec2.describe_instances(InstanceIds=[instance_id])["Reservations"]
+    return reservation["Instances"][0]["State"]["Name"]
+
+
+def task_of(ec2, bundle_id):
+    (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+    return task
+
+
+def bundle(fleet, key, ec2, instance_id, prefix="winami"):
+    storage = fleet.first.storage(key, "alices-bucket", prefix)
+    return ec2.bundle_instance(InstanceId=instance_id, Storage=storage)["BundleTask"]["BundleId"]
+
+
+def finish(ec2, bundle_id):
+    wait_for(lambda: task_of(ec2, bundle_id)["State"], "complete", "failed")
+    return task_of(ec2, bundle_id)
+
+
+def test_a_task_asked_of_one_api_process_is_done_by_an_agent_and_shown_by_another(fleet, alice, tmp_path):
+    account, key = alice
+    fleet.agent("host-a")
+    other = fleet.api("api-2").client(key)
+    ec2 = fleet.first.client(key)
+    instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw")
+    task = finish(other, bundle(fleet, key, ec2, instance_id))
+    assert task["State"] == "complete", task
+    assert (fleet.first.data.buckets / "alices-bucket" / "winami.manifest.xml").exists()
+
+
+def test_the_api_answers_while_no_agent_lives(fleet, alice, tmp_path):
+    account, key = alice
+    agent = fleet.agent("host-a")
+    ec2 = fleet.first.client(key)
+    instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw")
+    agent.kill()
+    agent.wait()
+    bundle_id = bundle(fleet, key, ec2, instance_id)
+    assert task_of(ec2, bundle_id)["State"] == "pending"
+    ec2.cancel_bundle_task(BundleId=bundle_id)
+    assert task_of(ec2, bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
+
+
+def test_what_is_asked_of_an_instances_power_is_done_by_its_host(fleet, alice, tmp_path):
+    account, key = alice
+    fleet.agent("host-a")
+    ec2 = fleet.first.client(key)
+    instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw")
+    (change,) = ec2.stop_instances(InstanceIds=[instance_id])["StoppingInstances"]
+    assert change["CurrentState"]["Name"] == "stopping"
+    wait_for(lambda: state_of(ec2, instance_id), "stopped")
+    ec2.start_instances(InstanceIds=[instance_id])
+    wait_for(lambda: state_of(ec2, instance_id), "running")
+    ec2.terminate_instances(InstanceIds=[instance_id])
+    wait_for(lambda: state_of(ec2, instance_id), "terminated")
+
+
+def test_of_two_agents_of_one_host_the_earlier_ends(fleet):
+    first = fleet.agent("host-a")
+    second = fleet.agent("host-a")
+    assert first.wait(timeout=30) == LOST
+    assert second.poll() is None
+
+
+def test_a_process_with_another_vault_key_is_refused(fleet):
+    fleet.agent("host-a")
+    stranger = fleet.root / "stranger"
+    refusal = fleet.thrave("agent", "--host", "host-b", data=stranger)
+    assert refusal.returncode == 1
+    assert "another vault's key" in refusal.stderr
+
+
+def test_a_lost_hosts_task_goes_on_where_it_is_adopted(fleet, alice, tmp_path):
+    account, key = alice
+    lost = fleet.agent("host-a")
+    ec2 = fleet.first.client(key)
+    instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw", 300 * MIB)
+    fleet.agent("host-b")
+    bundle_id = bundle(fleet, key, ec2, instance_id)
+    wait_until(lambda: task_of(ec2, bundle_id).get("Progress") not in {None, "0%"})
+    lost.send_signal(signal.SIGSTOP)
+    fleet.adopt("host-a", by="host-b")
+    lost.send_signal(signal.SIGCONT)
+    assert lost.wait(timeout=30) == LOST
+    task = finish(ec2, bundle_id)
+    assert task["State"] == "complete", task
+    wait_for(lambda: state_of(ec2, instance_id), "running")
