@@ -218,3 +218,10 @@ def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(buckets, root):
 def test_objects_are_for_the_owner_alone(buckets, root):
     buckets.put(BUCKET, "key", b"data")
     assert (root / BUCKET / "key").stat().st_mode & 0o077 == 0
+
+
+def test_keys_are_listed_in_the_order_of_their_bytes(buckets):
+    keys = ["a-b", "a.b", "a/b", "a/c/d", "a0", "ab", "b", "ä", "￿", "\U0001f33e"]
+    for key in keys:
+        buckets.put(BUCKET, key, b"")
+    assert [*buckets.list(BUCKET, "")] == sorted(keys, key=str.encode)

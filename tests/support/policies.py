@@ -37,8 +37,6 @@ def document(*conditions, expiration=FAR):
     return {"expiration": expiration, "conditions": [*conditions]}
 
 
-def bundle_document(bucket, prefix, expiration=FAR):
+def bundle_document(bucket, prefix, expiration=FAR, acl="ec2-bundle-read"):
     """The document that the AWS CLI makes."""
-    return document(
-        {"bucket": bucket}, {"acl": "ec2-bundle-read"}, ["starts-with", "$key", prefix], expiration=expiration
-    )
+    return document({"bucket": bucket}, {"acl": acl}, ["starts-with", "$key", prefix], expiration=expiration)

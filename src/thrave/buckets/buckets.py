@@ -20,6 +20,8 @@ class ObjectHead:
 
     size: int
     """Bytes."""
+    etag: str | None = None
+    """The MD5 of its content in lower-case hex; None where the store keeps none."""
 
 
 class Buckets(Protocol):
@@ -28,6 +30,14 @@ class Buckets(Protocol):
     Every call may be made from several threads and processes at once, and may be repeated after a crash or a lost
     answer: the second time changes nothing. Every failure is a BucketError with S3's code.
     """
+
+    def on_behalf_of(self, access_key_id: str) -> "Buckets":
+        """This store, as the holder of an access key has it; itself where the store does not know accounts' keys.
+
+        Raises:
+            AccessDenied: The service does not hold that key.
+        """
+        ...
 
     def owner(self, bucket: str) -> str | None:
         """The account id of a bucket's owner; None if there is no such bucket; NOBODY if nobody is known to own it.
@@ -64,6 +74,7 @@ class Buckets(Protocol):
             NoSuchBucket: There is none.
             InvalidArgument: The driver cannot hold an object of that key; the message says why.
             AccessDenied, EntityTooLarge, EntityTooSmall: The grant does not allow it.
+            TransientError: The store did not answer, or has not got what was sent.
         """
         ...
 
@@ -72,7 +83,15 @@ class Buckets(Protocol):
         ...
 
     def get(self, bucket: str, key: str) -> bytes:
-        """The content of an object.
+        """The content of an object that is no longer than a part may be.
+
+        Raises:
+            NoSuchKey, NoSuchBucket: There is none.
+        """
+        ...
+
+    def get_range(self, bucket: str, key: str, start: int, length: int) -> bytes:
+        """`length` bytes of an object from `start` on: fewer at its end, none behind it. `length` is 1 or more.
 
         Raises:
             NoSuchKey, NoSuchBucket: There is none.
@@ -80,7 +99,9 @@ class Buckets(Protocol):
         ...
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
-        """The keys that begin with a prefix, ascending by their UTF-8 bytes as S3 lists them.
+        """The keys that begin with a prefix, each once.
+
+        S3 lists them in the order of their UTF-8 bytes; SeaweedFS puts folders first.
 
         Raises:
             NoSuchBucket: There is none.

@@ -128,4 +128,4 @@ def _given(condition: Condition, upload: Upload) -> str | None:
 
 
 def _failed(condition: Condition) -> BucketError:
-    return AccessDenied(f"Policy Condition failed: {condition}")
+    return AccessDenied.by_policy(f"Policy Condition failed: {condition}")

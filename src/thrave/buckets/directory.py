@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
+from typing import Self
 
 from thrave import files
 from thrave.buckets.buckets import NOBODY, ObjectHead
@@ -49,6 +50,10 @@ class DirectoryBuckets:
             for folder in (self._owners, self._spool):
                 folder.mkdir(parents=True, exist_ok=True)
             self._sweep_spool()
+
+    def on_behalf_of(self, _access_key_id: str) -> Self:
+        """See Buckets."""
+        return self
 
     def owner(self, bucket: str) -> str | None:
         """See Buckets."""
@@ -101,6 +106,14 @@ class DirectoryBuckets:
         self._require(bucket)
         with _disk_faults(), _open_object(path) as file:
             return file.read()
+
+    def get_range(self, bucket: str, key: str, start: int, length: int) -> bytes:
+        """See Buckets."""
+        path = self._path(bucket, key)
+        self._require(bucket)
+        with _disk_faults(), _open_object(path) as file:
+            file.seek(start)
+            return file.read(min(length, os.fstat(file.fileno()).st_size))  # room is made for what is asked
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
         """See Buckets. Symbolic links are not objects and not followed."""

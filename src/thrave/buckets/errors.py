@@ -14,10 +14,12 @@ Policy: …`, which is how EC2 put an error of S3 into a bundle task. None holds
     ├── AccessDenied            403  the upload policy does not allow it
     ├── EntityTooSmall          400  smaller than the upload policy allows
     ├── EntityTooLarge          400  larger than the upload policy allows
-    └── InternalError           500  the store itself failed (disk full, ...)
+    ├── InternalError           500  the disk failed (full, ...)
+    └── StoreError              whatever else a store answers, with its own code, status and words
+        └── TransientError      … that may be gone in a while: 503 SlowDown, a cut connection, no answer, lost bytes
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 
 class BucketError(Exception):
@@ -29,8 +31,8 @@ class BucketError(Exception):
         message: S3's message.
     """
 
-    code: ClassVar[str]
-    status: ClassVar[int] = 400
+    code: str
+    status: int = 400
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -60,11 +62,12 @@ class BucketAlreadyExists(BucketError):  # noqa: N818
     code = "BucketAlreadyExists"
     status = 409
 
-    def __init__(self) -> None:
-        super().__init__(
-            "The requested bucket name is not available. The bucket namespace is shared by all users of the system. "
-            "Please select a different name and try again."
-        )
+    def __init__(
+        self,
+        message: str = "The requested bucket name is not available. The bucket namespace is shared by all users of the "
+        "system. Please select a different name and try again.",
+    ) -> None:
+        super().__init__(message)
 
 
 class InvalidBucketName(BucketError):  # noqa: N818
@@ -102,13 +105,15 @@ class SignatureDoesNotMatch(BucketError):  # noqa: N818
 
 
 class AccessDenied(BucketError):  # noqa: N818
-    """The upload policy does not allow this upload."""
+    """The upload policy, or the store, does not allow this."""
 
     code = "AccessDenied"
     status = 403
 
-    def __init__(self, fault: str) -> None:
-        super().__init__(f"Invalid according to Policy: {fault}")
+    @classmethod
+    def by_policy(cls, fault: str) -> "AccessDenied":
+        """The upload policy does not allow this upload."""
+        return cls(f"Invalid according to Policy: {fault}")
 
 
 class EntityTooSmall(BucketError):  # noqa: N818
@@ -116,8 +121,8 @@ class EntityTooSmall(BucketError):  # noqa: N818
 
     code = "EntityTooSmall"
 
-    def __init__(self) -> None:
-        super().__init__("Your proposed upload is smaller than the minimum allowed size")
+    def __init__(self, message: str = "Your proposed upload is smaller than the minimum allowed size") -> None:
+        super().__init__(message)
 
 
 class EntityTooLarge(BucketError):  # noqa: N818
@@ -125,12 +130,45 @@ class EntityTooLarge(BucketError):  # noqa: N818
 
     code = "EntityTooLarge"
 
-    def __init__(self) -> None:
-        super().__init__("Your proposed upload exceeds the maximum allowed size")
+    def __init__(self, message: str = "Your proposed upload exceeds the maximum allowed size") -> None:
+        super().__init__(message)
 
 
 class InternalError(BucketError):
-    """The store failed through no fault of the caller."""
+    """The disk failed through no fault of the caller."""
 
     code = "InternalError"
     status = 500
+
+
+class StoreError(BucketError):
+    """An answer of a store that has no class of its own, in the store's words."""
+
+    def __init__(self, code: str, status: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
+
+class TransientError(StoreError):
+    """A failure that may be gone in a while: the same call may be made again."""
+
+
+_TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+# Of status 400 and 409: bytes that were slow to come or damaged on the way, and two that create a bucket at once.
+_TRANSIENT_CODES = frozenset({"RequestTimeout", "BadDigest", "IncompleteBody", "OperationAborted"})
+_OWN_CLASS: Mapping[str, type[BucketError]] = {
+    kind.code: kind
+    for kind in (
+        NoSuchBucket, NoSuchKey, BucketAlreadyExists, InvalidBucketName, InvalidArgument, AccessDenied, EntityTooSmall,
+        EntityTooLarge,
+    )
+}  # fmt: skip
+
+
+def error_of_store(code: str, status: int, message: str) -> BucketError:
+    """What a store answered, as an error of ours."""
+    if status in _TRANSIENT_STATUSES or code in _TRANSIENT_CODES:
+        return TransientError(code, status, message)
+    kind = _OWN_CLASS.get(code)
+    return StoreError(code, status, message) if kind is None else kind(message)

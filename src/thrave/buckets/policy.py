@@ -109,7 +109,7 @@ class UploadPolicy:
             EntityTooSmall, EntityTooLarge: The object is out of a `content-length-range`.
         """
         if now > self.expiration:
-            raise AccessDenied("Policy expired.")
+            raise AccessDenied.by_policy("Policy expired.")
         given = {name.lower(): value for name, value in fields.items()}
         upload = Upload(given | {"bucket": bucket}, content_length)
         for condition in self.conditions:
@@ -117,7 +117,7 @@ class UploadPolicy:
                 raise refusal
         covered = {condition.field for condition in self.conditions} | _UNCONDITIONAL
         if extra := [name for name in given if name not in covered and not name.startswith(_IGNORED)]:
-            raise AccessDenied(f"Extra input fields: {', '.join(extra)}")
+            raise AccessDenied.by_policy(f"Extra input fields: {', '.join(extra)}")
 
     def check_upload(self, bucket: str, key: str, *, content_length: int | None, now: datetime) -> None:
         """Refuse, as S3 does, an upload with the fields that `form_fields` sends.

@@ -1,0 +1,109 @@
+"""Any store, asked again while it fails in a way that may pass.
+
+A call that ends in a TransientError (busy, cut off, silent, lost bytes) is made again after a pause that doubles, up to
+`LONGEST_PAUSE`, with jitter, so that many that met the same fault do not come back at once; when the time is up, the
+last error stands. All else (403, an expired policy, no such bucket) is final at once. Every call of a store may be made
+again (see Buckets), so nothing here knows what it repeats.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import structlog
+
+from thrave.buckets.buckets import Buckets, ObjectHead
+from thrave.buckets.errors import TransientError
+from thrave.buckets.policy import UploadPolicy
+
+FIRST_PAUSE = 0.25  # seconds
+LONGEST_PAUSE = 15.0  # seconds
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+class RetryingBuckets:
+    """The Buckets of another driver, with patience."""
+
+    def __init__(self, buckets: Buckets, patience: float) -> None:
+        """Ask `buckets` again for `patience` seconds after a call's first failure."""
+        self._buckets = buckets
+        self._patience = patience
+
+    def on_behalf_of(self, access_key_id: str) -> "RetryingBuckets":
+        """See Buckets."""
+        return RetryingBuckets(self._buckets.on_behalf_of(access_key_id), self._patience)
+
+    def owner(self, bucket: str) -> str | None:
+        """See Buckets."""
+        return self._patiently(lambda: self._buckets.owner(bucket))
+
+    def create(self, bucket: str, owner: str) -> None:
+        """See Buckets."""
+        self._patiently(lambda: self._buckets.create(bucket, owner))
+
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> None:
+        """See Buckets."""
+        self._patiently(lambda: self._buckets.put(bucket, key, data, grant=grant))
+
+    def head(self, bucket: str, key: str) -> ObjectHead | None:
+        """See Buckets."""
+        return self._patiently(lambda: self._buckets.head(bucket, key))
+
+    def get(self, bucket: str, key: str) -> bytes:
+        """See Buckets."""
+        return self._patiently(lambda: self._buckets.get(bucket, key))
+
+    def get_range(self, bucket: str, key: str, start: int, length: int) -> bytes:
+        """See Buckets."""
+        return self._patiently(lambda: self._buckets.get_range(bucket, key, start, length))
+
+    def list(self, bucket: str, prefix: str) -> Iterator[str]:
+        """See Buckets. One that failed is begun again, without what it has given."""
+        given: set[str] = set()
+        keys = self._buckets.list(bucket, prefix)
+
+        def following() -> str | None:
+            nonlocal keys
+            try:
+                return next((key for key in keys if key not in given), None)
+            except TransientError:
+                keys = self._buckets.list(bucket, prefix)
+                raise
+
+        while (key := self._patiently(following)) is not None:
+            given.add(key)
+            yield key
+
+    def delete(self, bucket: str, keys: Iterable[str]) -> None:
+        """See Buckets."""
+        named = [*keys]
+        self._patiently(lambda: self._buckets.delete(bucket, named))
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        return patiently(call, self._patience, _log)
+
+
+def patiently(call: Callable[[], T], patience: float, tell: Callable[[TransientError, float], None]) -> T:
+    """Make a call, again while it fails in a way that may pass, for `patience` seconds from its first failure.
+
+    Before each pause `tell` is told the error and the pause's seconds.
+    """
+    until, pause = 0.0, FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except TransientError as error:
+            until = until or time.monotonic() + patience
+            wait = pause * random.uniform(0.5, 1)  # noqa: S311 (no secret hangs on it)
+            if time.monotonic() + wait > until:
+                raise
+            tell(error, wait)
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _log(error: TransientError, wait: float) -> None:
+    log.warning("the store failed; trying again", error=str(error), seconds=round(wait, 1))
