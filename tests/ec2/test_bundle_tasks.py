@@ -286,7 +286,7 @@ def three_tasks(house, ec2):
         instance_id = house.add_instance(f"i-0000000{number}")
         tasks[name] = bundle(ec2, house.key, instance_id, bucket=f"bucket-{name}", prefix=f"prefix-{name}")
     ids = {name: task["BundleId"] for name, task in tasks.items()}
-    house.records.cancel(ids["one"])
+    house.records.move(ids["one"], BundleTaskState.CANCELLING)
     for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING):
         house.records.move(ids["two"], state)
     house.records.advance(ids["two"], BundleTaskState.BUNDLING, 20)

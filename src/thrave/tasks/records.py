@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from thrave.database import account, bundle_task, bundle_task_event, task_in_progress, utc_now
-from thrave.tasks.failures import TaskFailure
+from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Journal
 from thrave.tasks.states import CANCELLABLE, WITH_PROGRESS, BundleTaskState, before
@@ -27,6 +27,7 @@ _SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
 _NAMES = [column.name for column in _SHOWN]
 _BY_ID = sa.select(*_SHOWN).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
 _TASKS = sa.select(*_SHOWN).order_by(bundle_task.c.start_time, bundle_task.c.bundle_id)
+_NEWEST = sa.select(*_SHOWN).order_by(bundle_task.c.start_time.desc(), bundle_task.c.bundle_id.desc())
 _IN_PROGRESS = _TASKS.where(bundle_task.c.instance_id == sa.bindparam("instance_id"), task_in_progress)
 _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
@@ -85,6 +86,11 @@ class Records:
         """The tasks for which all conditions hold, the oldest first."""
         return self._read(_TASKS.where(*conditions))
 
+    def latest(self, *conditions: sa.ColumnElement[bool], limit: int) -> list[BundleTask]:
+        """Of the tasks for which all conditions hold the `limit` newest, the oldest of them first."""
+        newest = _NEWEST.where(*conditions).limit(limit)
+        return self._read(newest)[::-1]
+
     def number_in_progress(self, connection: sa.Connection, account_id: str) -> int:
         """How many unfinished tasks an account has; of several that have just added one, only one is told at a time."""
         connection.execute(sa.select(account.c.account_id).where(account.c.account_id == account_id).with_for_update())
@@ -108,8 +114,12 @@ class Records:
         return self._move(bundle_id, before(state), state=state, **change) or self._is(bundle_id, state)
 
     def cancel(self, bundle_id: str) -> bool:
-        """Move a task to `cancelling`; False if it is there already, or has ended."""
-        return self._move(bundle_id, CANCELLABLE, state=BundleTaskState.CANCELLING)
+        """Have a task end as `failed` with `Client.Cancelled`; False if it is being cancelled already, or has ended.
+
+        A task that nobody has begun ends at once; any other is `cancelling` until its host has put everything back.
+        """
+        at_once = self.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
+        return at_once or self._move(bundle_id, CANCELLABLE, state=BundleTaskState.CANCELLING)
 
     def complete(self, bundle_id: str) -> bool:
         """Finish a task as `complete`, erasing what it had to keep secret; say whether it is complete now."""

@@ -18,7 +18,6 @@ import sqlalchemy as sa
 
 from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
-from thrave.tasks.failures import Cancelled
 from thrave.tasks.records import Records
 from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.task import BundleRequest, BundleTask
@@ -148,16 +147,13 @@ class BundleTasks:
     def cancel(self, account_id: str, bundle_id: str) -> BundleTask:
         """Have a task end as `failed` with `Client.Cancelled`; give it as it is now.
 
-        A task that nobody has begun ends at once; any other is `cancelling` until its host has put everything back.
-
         Raises:
             BundleTaskNotFound: It is not a task of this account.
             BundleTaskNotCancellable: It has ended, or is being cancelled already.
         """
         self._task(account_id, bundle_id)
         with durable("cancellation"):
-            begun = not self._records.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
-            cancelled = not begun or self._records.cancel(bundle_id)
+            cancelled = self._records.cancel(bundle_id)
         task = self._task(account_id, bundle_id)
         if not cancelled:
             raise BundleTaskNotCancellable(task.state)
