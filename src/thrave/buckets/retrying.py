@@ -21,7 +21,32 @@ FIRST_PAUSE = 0.25  # seconds
 LONGEST_PAUSE = 15.0  # seconds
 
 log = structlog.get_logger()
-T = TypeVar("T")
+_Answer = TypeVar("_Answer")
+
+
+def patiently(call: Callable[[], _Answer], patience: float, tell: Callable[[TransientError, float], None]) -> _Answer:
+    """Make a call again while it ends in a TransientError.
+
+    Args:
+        call: What may be made again.
+        patience: Seconds from its first failure on, after which the last error stands.
+        tell: Told of a failure, and the seconds until the next attempt.
+
+    Raises:
+        TransientError: The last one.
+    """
+    until, pause = 0.0, FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except TransientError as error:
+            until = until or time.monotonic() + patience
+            wait = pause * random.uniform(0.5, 1)  # noqa: S311 (no secret hangs on it)
+            if time.monotonic() + wait > until:
+                raise
+            tell(error, wait)
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class RetryingBuckets:
@@ -82,28 +107,9 @@ class RetryingBuckets:
         named = [*keys]
         self._patiently(lambda: self._buckets.delete(bucket, named))
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def _patiently(self, call: Callable[[], _Answer]) -> _Answer:
         return patiently(call, self._patience, _log)
 
 
-def patiently(call: Callable[[], T], patience: float, tell: Callable[[TransientError, float], None]) -> T:
-    """Make a call, again while it fails in a way that may pass, for `patience` seconds from its first failure.
-
-    Before each pause `tell` is told the error and the pause's seconds.
-    """
-    until, pause = 0.0, FIRST_PAUSE
-    while True:
-        try:
-            return call()
-        except TransientError as error:
-            until = until or time.monotonic() + patience
-            wait = pause * random.uniform(0.5, 1)  # noqa: S311 (no secret hangs on it)
-            if time.monotonic() + wait > until:
-                raise
-            tell(error, wait)
-            time.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _log(error: TransientError, wait: float) -> None:
-    log.warning("the store failed; trying again", error=str(error), seconds=round(wait, 1))
+def _log(error: TransientError, seconds: float) -> None:
+    log.warning("the store failed; trying again", error=str(error), seconds=round(seconds, 1))
