@@ -1,4 +1,4 @@
-"""A bundle as files in a folder: written whole or not at all, found again by its manifest.
+"""A new bundle as files in a folder: written whole or not at all.
 
 It decides only where bytes go; what they are is the business of `thrave.bundle`.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thrave import files
-from thrave.bundle.names import MANIFEST_SUFFIX, manifest_filename, side_filename
+from thrave.bundle.names import manifest_filename, side_filename
 from thrave.cli.exits import Exit
 
 if TYPE_CHECKING:
@@ -73,32 +73,3 @@ def new_bundle(folder: Path, prefix: str) -> Iterator[BundleFolder]:
     except BaseException:
         bundle.remove()
         raise
-
-
-def read_documents(manifest: Path) -> tuple[bytes, bytes | None]:
-    """The manifest's bytes, and those of the side file if there is one beside it."""
-    from thrave.bundle.partsource import read_regular_file
-    from thrave.bundle.sidefile import MOST_BYTES
-
-    xml = read_manifest_file(manifest)
-    side_file = manifest.with_name(side_filename(manifest.name.removesuffix(MANIFEST_SUFFIX)))
-    if not manifest.name.endswith(MANIFEST_SUFFIX) or not side_file.exists():
-        return xml, None
-    with _readable(side_file):
-        return xml, read_regular_file(side_file, MOST_BYTES)
-
-
-def read_manifest_file(manifest: Path) -> bytes:
-    """The manifest's bytes, hardly more of them than a manifest may have. It may be a pipe."""
-    from thrave.bundle.xmlreading import MOST_BYTES
-
-    with _readable(manifest), manifest.open("rb") as file:
-        return file.read(MOST_BYTES + 1)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise click.ClickException(f"cannot read {path}: {error.strerror}") from error

@@ -1,46 +1,30 @@
-"""`thrave bundle`, `open`, `verify` and `show`: bundles as files in a folder, without any server.
+"""`thrave bundle`: a disk image sealed into files in a folder, without any server.
 
-A bundle is `PREFIX.part.N`, `PREFIX.manifest.json` and, written last, `PREFIX.manifest.xml`; the parts are always
-looked for beside their manifest. What was checked and what could not be is part of every answer.
+A bundle is `PREFIX.part.N`, `PREFIX.manifest.json` and, written last, `PREFIX.manifest.xml`. Nothing is ever
+overwritten.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.bundle_image import FORMATS, image_maker
 from thrave.cli.output import emit, output_option
-from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, ED25519_PUBLIC_KEY, PRIVATE_KEY
+from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY
 from thrave.cli.progress import progress_bar
-from thrave.cli.sizes import words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
     from thrave.bundle.zlibs import Level
     from thrave.volumes.opening import Skip
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _IMAGE = click.Path(exists=True, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-
-_certificate_option = click.option(
-    "--certificate",
-    type=CERTIFICATE,
-    metavar="SIGNER",
-    help="Signer's certificate (PEM); the signature must hold for it.",
-)
-_side_key_option = click.option(
-    "--side-key", type=ED25519_PUBLIC_KEY, help="Ed25519 public key (PEM) that must have signed the side file."
-)
 
 
 @click.command()
@@ -129,145 +113,3 @@ def bundle(
         files.write(files.side_file, side_file)
         files.write(files.manifest, manifest)
     emit(output, sealed_document(files, sealing.sealed), sealed_text(files, sealing.sealed))
-
-
-@click.command("open")
-@click.argument("manifest", type=_FILE)
-@click.option("--key", type=PRIVATE_KEY, required=True, help="Private key (PEM, RSA) of the account or the service.")
-@_certificate_option
-@_side_key_option
-@click.option(
-    "-o", "image", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), help="Image to write; - is stdout."
-)
-@click.option("--stdout", is_flag=True, help="Write the image to stdout, and what was checked to stderr.")
-@click.option(
-    "--format",
-    "image_format",
-    type=click.Choice(FORMATS),
-    default="raw",
-    show_default=True,
-    help="Of the image to write.",
-)
-@output_option
-def open_(
-    *,
-    manifest: Path,
-    key: RSAPrivateKey,
-    certificate: Certificate | None,
-    side_key: Ed25519PublicKey | None,
-    image: Path | None,
-    stdout: bool,
-    image_format: str,
-    output: str,
-) -> None:
-    """Open the bundle of MANIFEST, whoever made it, and write its image.
-
-    The image appears (and replaces what was there) only after the last check; if anything fails nothing is left. It is
-    readable by its owner alone. Without --certificate nobody knows who made the bundle, and that is said.
-
-    Nothing can be taken back from a pipe: to stdout each byte goes when its part has been verified, and the last ones
-    only after the last check. If that fails, the image ends too early and the exit code says so.
-
-    \b
-    Example:
-      thrave open bundles/winami.manifest.xml --key pk.pem --certificate signer.pem -o disk.raw
-      thrave open bundles/winami.manifest.xml --key pk.pem --format qcow2 -o disk.qcow2
-
-    Exit codes: 0 done, 1 the image cannot be written, 2 wrong command line, 3 a part is missing, 10 damaged or forged,
-    11 wrong key, 12 a package for the image's format is not installed.
-    """
-    from thrave.bundle.opening import open_bundle_into
-    from thrave.bundle.partsource import DirectoryParts
-    from thrave.bundle.reading import read_manifest
-    from thrave.cli.bundle_folder import read_documents
-    from thrave.cli.bundle_words import verified_document, verified_text
-
-    target = _target(image, stdout=stdout)
-    make_image = image_maker(target, image_format)
-    xml, side_file = read_documents(manifest)
-    with _warning_of_half_an_image(target), progress_bar("opening", read_manifest(xml).bundled_size) as bar:
-        opened = open_bundle_into(
-            make_image, xml, DirectoryParts(manifest.parent), key,
-            certificate=certificate, side_file=side_file, side_key=side_key, reporter=bar.update,
-        )  # fmt: skip
-    where = target or "stdout"
-    document = {"image": target or "-", "format": image_format, "manifest": manifest, **verified_document(opened)}
-    text = f"{verified_text(opened)}\n\n{where}: {words(opened.manifest.size)}"
-    emit(output, document, text, err=target is None)
-
-
-def _target(image: Path | None, *, stdout: bool) -> Path | None:
-    """Where the image goes, None for stdout."""
-    if (image is None) is not stdout:
-        raise click.UsageError("give either -o IMAGE or --stdout")
-    return None if image is None or str(image) == "-" else image
-
-
-@contextmanager
-def _warning_of_half_an_image(target: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        if target is None:
-            click.echo("thrave: what came out of stdout is not the whole image: do not use it", err=True)
-        raise
-
-
-@click.command()
-@click.argument("manifest", type=_FILE)
-@click.option("--key", type=PRIVATE_KEY, help="Private key (PEM, RSA); with it the image is checked, too.")
-@_certificate_option
-@_side_key_option
-@output_option
-def verify(
-    *,
-    manifest: Path,
-    key: RSAPrivateKey | None,
-    certificate: Certificate | None,
-    side_key: Ed25519PublicKey | None,
-    output: str,
-) -> None:
-    """Check all of the bundle of MANIFEST that can be checked, and write nothing.
-
-    Without a key: signature, structure and the digests of the parts. With one also that they hold the image that the
-    manifest describes. What could not be checked, and why, is listed.
-
-    \b
-    Example:
-      thrave verify bundles/winami.manifest.xml --certificate signer.pem
-
-    Exit codes: 0 nothing is wrong, 2 wrong command line, 3 a part is missing, 10 damaged or forged, 11 wrong key.
-    """
-    from thrave.bundle.opening import verify_bundle
-    from thrave.bundle.partsource import DirectoryParts
-    from thrave.bundle.reading import read_manifest
-    from thrave.cli.bundle_folder import read_documents
-    from thrave.cli.bundle_words import verified_document, verified_text
-
-    xml, side_file = read_documents(manifest)
-    with progress_bar("verifying", read_manifest(xml).bundled_size) as bar:
-        verified = verify_bundle(
-            xml, DirectoryParts(manifest.parent), key,
-            certificate=certificate, side_file=side_file, side_key=side_key, reporter=bar.update,
-        )  # fmt: skip
-    emit(output, {"manifest": manifest, **verified_document(verified)}, verified_text(verified))
-
-
-@click.command()
-@click.argument("manifest", type=_FILE)
-@output_option
-def show(manifest: Path, output: str) -> None:
-    """Show what MANIFEST says, without believing or checking it.
-
-    \b
-    Example:
-      thrave show bundles/winami.manifest.xml --output json
-
-    Exit codes: 0 shown, 2 wrong command line, 10 it is no manifest.
-    """
-    from thrave.bundle.reading import read_manifest
-    from thrave.cli.bundle_folder import read_manifest_file
-    from thrave.cli.bundle_words import manifest_document, manifest_text
-
-    said = read_manifest(read_manifest_file(manifest))
-    emit(output, {"manifest": manifest, **manifest_document(said)}, manifest_text(said))

@@ -23,6 +23,9 @@ COMMANDS: dict[str, str] = {
     "open": "thrave.cli.opening:open_",
     "verify": "thrave.cli.opening:verify",
     "show": "thrave.cli.opening:show",
+    "copy": "thrave.cli.copying:copy",
+    "delete": "thrave.cli.deleting:delete",
+    "migrate": "thrave.cli.migrating:migrate",
 }
 
 # The errors that the rooms foresee, by name so that none is imported before it can have been raised; the first

@@ -1,0 +1,171 @@
+"""The address of a bundle on the command line: a manifest on the disk, in a bucket, or on a web server.
+
+    FOLDER/PREFIX.manifest.xml
+    s3://BUCKET/FOLDER/PREFIX.manifest.xml
+    https://HOST/FOLDER/PREFIX.manifest.xml
+
+Only the first may have another file name, as it always could. Nothing is opened here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import click
+
+from thrave.bundle.names import MANIFEST_SUFFIX, side_filename
+from thrave.cli.folders import FileMissingError, Folder, FolderRefusedError, LocalFolder, WritableFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_Folder_co = TypeVar("_Folder_co", bound=Folder, covariant=True)
+_Kind = TypeVar("_Kind")
+
+
+@dataclass(frozen=True)
+class Location(Generic[_Folder_co]):
+    """Where a bundle is: its folder, and the file name of its manifest there."""
+
+    folder: _Folder_co
+    manifest: str
+
+    def __str__(self) -> str:
+        return self.folder.where(self.manifest)
+
+    @property
+    def prefix(self) -> str | None:
+        """The stem of its file names; None if the manifest's has not the form that one can be told from."""
+        prefix = self.manifest.removesuffix(MANIFEST_SUFFIX)
+        return None if prefix == self.manifest else prefix
+
+    @property
+    def side_file(self) -> str | None:
+        """The file name of the side file that it may have."""
+        return None if self.prefix is None else side_filename(self.prefix)
+
+
+class Address(click.ParamType["_Kind"]):
+    """An address that is made something of.
+
+    Args:
+        read: makes it of the text; raises ValueError with a reason.
+    """
+
+    name = "location"
+
+    def __init__(self, read: Callable[[str], _Kind]) -> None:
+        self._read = read
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> _Kind:
+        """Give what the address means. Fails the command line if it is none."""
+        try:
+            return self._read(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def readable_folder(address: str) -> Folder:
+    """The folder of an address, to be read.
+
+    Raises:
+        ValueError: It is no address of a folder.
+    """
+    if address.startswith(("https://", "http://")):
+        from thrave.cli.remote_folders import web_folder
+
+        return web_folder(address)
+    return writable_folder(address)
+
+
+def writable_folder(address: str) -> WritableFolder:
+    """The folder of an address, to be written.
+
+    Raises:
+        ValueError: It is no address of a folder, or one that nothing can be written to.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        return LocalFolder(Path(address))
+    if scheme != "s3":
+        raise ValueError(f"{address} is neither a folder on the disk nor in a bucket (s3://BUCKET/FOLDER)")
+    from thrave.cli.remote_folders import s3_folder
+
+    bucket, _, folder = rest.partition("/")
+    return s3_folder(bucket, folder)
+
+
+def readable_location(address: str) -> Location[Folder]:
+    """The location of a bundle that is read.
+
+    Raises:
+        ValueError: It is none, or a file of the disk that is not there.
+    """
+    if "://" not in address:
+        path = Path(address)
+        if not path.exists() or path.is_dir():
+            raise ValueError(f"{address} is not the file of a manifest")
+        return _local(path)
+    folder, manifest = _split(address)
+    return Location(readable_folder(folder), manifest)
+
+
+def writable_location(address: str) -> Location[WritableFolder]:
+    """The location of a bundle that may be changed, or of which something may be left.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if "://" not in address:
+        return _local(Path(address))
+    folder, manifest = _split(address)
+    return Location(writable_folder(folder), manifest)
+
+
+def _local(path: Path) -> Location[LocalFolder]:
+    return Location(LocalFolder(path.parent, path.name), path.name)
+
+
+def _split(address: str) -> tuple[str, str]:
+    folder, _, manifest = address.rpartition("/")
+    if folder.endswith(("/", ":")) or not manifest.endswith(MANIFEST_SUFFIX) or manifest == MANIFEST_SUFFIX:
+        raise ValueError(f"{address} is no address of a manifest: it would end in /PREFIX{MANIFEST_SUFFIX}")
+    return folder, manifest
+
+
+def read_manifest_file(location: Location[Folder]) -> bytes:
+    """The manifest's bytes, hardly more of them than a manifest may have."""
+    from thrave.bundle.xmlreading import MOST_BYTES
+
+    return location.folder.read(location.manifest, MOST_BYTES)
+
+
+def read_documents(location: Location[Folder]) -> tuple[bytes, bytes | None]:
+    """The manifest's bytes, and those of the side file if there is one beside it."""
+    return read_manifest_file(location), read_side_file_at(location)
+
+
+def read_side_file_at(location: Location[Folder]) -> bytes | None:
+    """The side file's bytes, hardly more of them than one may have; None if there is none.
+
+    To those who may not list a bucket, S3 says of what is not there that they may not read it. Then there is none, and
+    that is said: whoever could hide a side file behind such an answer could as well remove it.
+    """
+    from thrave.bundle.sidefile import MOST_BYTES
+
+    if location.side_file is None:
+        return None
+    try:
+        return location.folder.read(location.side_file, MOST_BYTES)
+    except FileMissingError:
+        return None
+    except FolderRefusedError as error:
+        click.echo(f"thrave: as if there were no side file: {error}", err=True)
+        return None
+
+
+LOCATION = Address(readable_location)
+OWN_LOCATION = Address(writable_location)
+OWN_FOLDER = Address(writable_folder)

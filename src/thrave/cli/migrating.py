@@ -1,0 +1,109 @@
+"""`thrave migrate`: a bundle made out to another service, its parts untouched.
+
+Only the two documents are written anew. The side file is out of the way while the manifest is replaced, so that the
+bundle can be opened at every moment, by the old readers or by the new ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave.cli.bundle_folder import BundleExists
+from thrave.cli.folders import WritableFolder
+from thrave.cli.locations import LOCATION, OWN_FOLDER, Location, read_documents
+from thrave.cli.output import emit, output_option
+from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.x509 import Certificate
+
+    from thrave.bundle.migrating import Migrated
+    from thrave.cli.folders import Folder
+
+
+@click.command()
+@click.argument("location", type=LOCATION)
+@click.option("--key", type=PRIVATE_KEY, required=True, help="Private key (PEM, RSA) that opens the bundle now.")
+@click.option(
+    "--certificate", type=CERTIFICATE, required=True, metavar="SIGNER", help="Certificate (PEM) of who signed it."
+)
+@click.option("--service-certificate", type=CERTIFICATE, required=True, help="The new service's (PEM).")
+@click.option("--signing-key", type=PRIVATE_KEY, required=True, help="RSA private key (PEM) that signs it now.")
+@click.option("--user-certificate", type=CERTIFICATE, help="The account's (PEM), if another than now is to open it.")
+@click.option("--account", metavar="ID", help="Account id, 12 digits, if the bundle is to be another's.")
+@click.option(
+    "--side-key", type=ED25519_PRIVATE_KEY, help="Ed25519 private key (PEM) for the side file, else a new one."
+)
+@click.option(
+    "--to", "folder", type=OWN_FOLDER, metavar="FOLDER", help="Write manifest and side file there, and replace nothing."
+)
+@output_option
+def migrate(
+    *,
+    location: Location[Folder],
+    key: RSAPrivateKey,
+    certificate: Certificate,
+    service_certificate: Certificate,
+    signing_key: RSAPrivateKey,
+    user_certificate: Certificate | None,
+    account: str | None,
+    side_key: Ed25519PrivateKey | None,
+    folder: WritableFolder | None,
+    output: str,
+) -> None:
+    """Make the bundle at LOCATION out to another service, without touching its parts.
+
+    The key and IV are encrypted to the new service's certificate, manifest and side file are signed again and replaced.
+    Signature and side file must hold before. Without --user-certificate the user's slot stays as it is. Whoever could
+    open the bundle before and has kept the old manifest still can: the parts are the same.
+
+    \b
+    Example:
+      thrave migrate s3://my-bucket/winami.manifest.xml --key pk.pem --certificate cert.pem
+          --service-certificate new-service.pem --signing-key pk.pem
+
+    Exit codes: 0 done, 1 it cannot be reached or written, 2 wrong command line, 3 it is not there, 4 not allowed, 10
+    damaged or forged, 11 wrong key.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from thrave.bundle import migrating
+
+    name = location.manifest
+    target = Location(_writable(location.folder), name) if folder is None else _new(folder, name)
+    migrated = migrating.migrate(
+        *read_documents(location),
+        key,
+        certificate=certificate,
+        readers=migrating.Readers(service_certificate, user_certificate, account),
+        signers=migrating.Signers(signing_key, side_key or Ed25519PrivateKey.generate()),
+    )
+    _replace(target, migrated)
+    side_file = None if migrated.side_file is None else target.folder.where(target.side_file or "")
+    without = "" if side_file else "\nThe bundle has no side file: for one, its parts would have to be read."
+    emit(output, {"manifest": target, "sideFile": side_file}, f"{target}{without}")
+
+
+def _writable(folder: Folder) -> WritableFolder:
+    if not isinstance(folder, WritableFolder):
+        raise click.UsageError("nothing can be written to a web server: say with --to where the documents go")
+    return folder
+
+
+def _new(folder: WritableFolder, manifest: str) -> Location[WritableFolder]:
+    target = Location(folder, manifest)
+    if folder.size(manifest) is not None:
+        raise BundleExists(f"{target} exists; give another folder, or leave --to out to have it replaced")
+    return target
+
+
+def _replace(target: Location[WritableFolder], migrated: Migrated) -> None:
+    if target.side_file is not None:
+        target.folder.remove([target.side_file])
+    target.folder.write(target.manifest, migrated.manifest)
+    if target.side_file is not None and migrated.side_file is not None:
+        target.folder.write(target.side_file, migrated.side_file)

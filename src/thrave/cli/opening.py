@@ -1,0 +1,232 @@
+"""`thrave open`, `verify` and `show`: bundles as files, wherever they lie, without any service.
+
+The parts are always looked for beside their manifest; from afar several are fetched at once, and none is ever put on
+the disk. What was checked and what could not be is part of every answer.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave.cli.bundle_image import FORMATS, image_maker
+from thrave.cli.bundle_options import certificate_option, side_key_option
+from thrave.cli.folders import FolderParts, parts_ahead
+from thrave.cli.locations import LOCATION, read_documents, read_manifest_file
+from thrave.cli.output import emit, output_option
+from thrave.cli.pem import PRIVATE_KEY
+from thrave.cli.progress import progress_bar
+from thrave.cli.sizes import words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+    from cryptography.x509 import Certificate
+
+    from thrave.bundle.report import Verified
+    from thrave.bundle.verifying import Trust
+    from thrave.cli.folders import Folder
+    from thrave.cli.locations import Location
+
+_SEEDS = 2**32
+
+
+class Percent(click.ParamType[float]):
+    """`5%`, `0.5%`: above 0, to 100."""
+
+    name = "percent"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Give the number. Fails the command line if it is none."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)%?", str(value), re.ASCII)
+        if match is None or not 0 < float(match[1]) <= 100:
+            self.fail(f"{value!r} is no share of the parts; write 5%", param, ctx)
+        return float(match[1])
+
+
+@click.command("open")
+@click.argument("location", type=LOCATION)
+@click.option("--key", type=PRIVATE_KEY, required=True, help="Private key (PEM, RSA) of the account or the service.")
+@certificate_option
+@side_key_option
+@click.option(
+    "-o", "image", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), help="Image to write; - is stdout."
+)
+@click.option("--stdout", is_flag=True, help="Write the image to stdout, and what was checked to stderr.")
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(FORMATS),
+    default="raw",
+    show_default=True,
+    help="Of the image to write.",
+)
+@output_option
+def open_(
+    *,
+    location: Location[Folder],
+    key: RSAPrivateKey,
+    certificate: Certificate | None,
+    side_key: Ed25519PublicKey | None,
+    image: Path | None,
+    stdout: bool,
+    image_format: str,
+    output: str,
+) -> None:
+    """Open the bundle at LOCATION, whoever made it, and write its image.
+
+    LOCATION is its manifest: a file, s3://BUCKET/PREFIX.manifest.xml, or https://HOST/PREFIX.manifest.xml. A bucket is
+    called with the keys and settings that every AWS tool finds; its parts are streamed, and no disk holds any.
+
+    The image appears (and replaces what was there) only after the last check; if anything fails nothing is left. It is
+    readable by its owner alone. Without --certificate nobody knows who made the bundle, and that is said.
+
+    Nothing can be taken back from a pipe: to stdout each byte goes when its part has been verified, and the last ones
+    only after the last check. If that fails, the image ends too early and the exit code says so.
+
+    \b
+    Example:
+      thrave open bundles/winami.manifest.xml --key pk.pem --certificate signer.pem -o disk.raw
+      thrave open s3://my-bucket/winami.manifest.xml --key pk.pem --format qcow2 -o disk.qcow2
+
+    Exit codes: 0 done, 1 the image cannot be written or the bundle not be reached, 2 wrong command line, 3 a file is
+    missing, 4 not allowed to read it, 10 damaged or forged, 11 wrong key, 12 a package for the image's format is not
+    installed.
+    """
+    from thrave.bundle.opening import open_bundle_into
+    from thrave.bundle.reading import read_manifest
+    from thrave.cli.bundle_words import verified_document, verified_text
+
+    target = _target(image, stdout=stdout)
+    make_image = image_maker(target, image_format)
+    xml, side_file = read_documents(location)
+    said = read_manifest(xml)
+    with _warning_of_half_an_image(target), progress_bar("opening", said.bundled_size) as bar:
+        opened = open_bundle_into(
+            make_image, xml, FolderParts(location.folder), key,
+            certificate=certificate, side_file=side_file, side_key=side_key, reporter=bar.update,
+            ahead=parts_ahead(location.folder, said),
+        )  # fmt: skip
+    where = target or "stdout"
+    document = {"image": target or "-", "format": image_format, "manifest": location, **verified_document(opened)}
+    text = f"{verified_text(opened)}\n\n{where}: {words(opened.manifest.size)}"
+    emit(output, document, text, err=target is None)
+
+
+def _target(image: Path | None, *, stdout: bool) -> Path | None:
+    """Where the image goes, None for stdout."""
+    if (image is None) is not stdout:
+        raise click.UsageError("give either -o IMAGE or --stdout")
+    return None if image is None or str(image) == "-" else image
+
+
+@contextmanager
+def _warning_of_half_an_image(target: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        if target is None:
+            click.echo("thrave: what came out of stdout is not the whole image: do not use it", err=True)
+        raise
+
+
+@click.command()
+@click.argument("location", type=LOCATION)
+@click.option("--key", type=PRIVATE_KEY, help="Private key (PEM, RSA); with it the image is checked, too.")
+@certificate_option
+@side_key_option
+@click.option("--sample", type=Percent(), metavar="5%", help="Read so many of the parts only, chosen at random.")
+@click.option("--seed", type=click.IntRange(0), help="Of the choice, to draw the same sample again.")
+@output_option
+def verify(
+    *,
+    location: Location[Folder],
+    key: RSAPrivateKey | None,
+    certificate: Certificate | None,
+    side_key: Ed25519PublicKey | None,
+    sample: float | None,
+    seed: int | None,
+    output: str,
+) -> None:
+    """Check all of the bundle at LOCATION that can be checked, and write nothing.
+
+    Without a key: signature, structure and the digests of the parts. With one also that they hold the image that the
+    manifest describes. What could not be checked, and why, is listed. LOCATION is as for `thrave open`.
+
+    With --sample signature, structure and side file are checked whole, each part's presence and size are asked for, and
+    only the parts that the sample has are read. The seed that it was drawn with is in the answer.
+
+    \b
+    Example:
+      thrave verify bundles/winami.manifest.xml --certificate signer.pem
+      thrave verify s3://my-bucket/winami.manifest.xml --certificate signer.pem --sample 5%
+
+    Exit codes: 0 nothing is wrong with what was checked, 1 the bundle cannot be reached, 2 wrong command line, 3 a file
+    is missing, 4 not allowed to read it, 10 damaged or forged, 11 wrong key.
+    """
+    from thrave.bundle.verifying import Trust
+    from thrave.cli.bundle_words import verified_document, verified_text
+
+    trust = Trust(certificate, side_key)
+    if sample is None:
+        verified = _verify_all(location, key, trust)
+    elif key is None:
+        verified = _verify_sample(location, sample, secrets.randbelow(_SEEDS) if seed is None else seed, trust)
+    else:
+        raise click.UsageError("with --key the image is checked, and for that all of it is read: leave out --sample")
+    emit(output, {"manifest": location, **verified_document(verified)}, verified_text(verified))
+
+
+def _verify_all(location: Location[Folder], key: RSAPrivateKey | None, trust: Trust) -> Verified:
+    from thrave.bundle.opening import verify_bundle
+    from thrave.bundle.reading import read_manifest
+
+    xml, side_file = read_documents(location)
+    said = read_manifest(xml)
+    with progress_bar("verifying", said.bundled_size) as bar:
+        return verify_bundle(
+            xml, FolderParts(location.folder), key,
+            certificate=trust.certificate, side_file=side_file, side_key=trust.side_key, reporter=bar.update,
+            ahead=parts_ahead(location.folder, said),
+        )  # fmt: skip
+
+
+def _verify_sample(location: Location[Folder], percent: float, seed: int, trust: Trust) -> Verified:
+    from thrave.bundle.reading import read_manifest
+    from thrave.bundle.sampling import Sample, verify_sample
+
+    xml, side_file = read_documents(location)
+    said = read_manifest(xml)
+    with progress_bar("verifying", int(said.bundled_size * percent / 100)) as bar:
+        return verify_sample(
+            xml, FolderParts(location.folder), Sample(percent, seed),
+            certificate=trust.certificate, side_file=side_file, side_key=trust.side_key, reporter=bar.update,
+            ahead=parts_ahead(location.folder, said) or 2,
+        )  # fmt: skip
+
+
+@click.command()
+@click.argument("location", type=LOCATION)
+@output_option
+def show(location: Location[Folder], output: str) -> None:
+    """Show what the manifest at LOCATION says, without believing or checking it. LOCATION is as for `thrave open`.
+
+    \b
+    Example:
+      thrave show bundles/winami.manifest.xml --output json
+
+    Exit codes: 0 shown, 1 it cannot be reached, 2 wrong command line, 3 it is not there, 4 not allowed to read it, 10
+    it is no manifest.
+    """
+    from thrave.bundle.reading import read_manifest
+    from thrave.cli.bundle_words import manifest_document, manifest_text
+
+    said = read_manifest(read_manifest_file(location))
+    emit(output, {"manifest": location, **manifest_document(said)}, manifest_text(said))

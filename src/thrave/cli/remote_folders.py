@@ -1,0 +1,223 @@
+"""Folders of buckets and of web servers, read and written as `thrave.cli.folders` says.
+
+A bucket is called as every AWS tool would call it on this machine: with the keys, the profile, the region, the endpoint
+and the certificates that botocore finds. Nothing of that is ever sent to a web server, nor are redirects followed: what
+lies elsewhere has an address of its own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import click
+
+from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets.errors import AccessDenied, BucketError, NoSuchBucket, NoSuchKey, TransientError
+from thrave.buckets.naming import check_bucket_name
+from thrave.buckets.objects import S3Objects
+from thrave.buckets.retrying import patiently
+from thrave.buckets.transport import Transport
+from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from botocore.session import Session
+
+_Answer = TypeVar("_Answer")
+
+PATIENCE = 60.0  # seconds from a call's first failure to the last attempt
+DEADLINE = 600.0  # seconds in which a file must have come, however steadily it trickles
+
+
+class S3Folder:
+    """A folder of a bucket."""
+
+    is_far = True
+
+    def __init__(self, objects: S3Objects, bucket: str, folder: str) -> None:
+        """Use a store for the keys of a bucket that begin with `folder/`, or, if that is empty, have no slash."""
+        self._objects = objects
+        self._bucket = bucket
+        self._folder = f"{folder.strip('/')}/" if folder.strip("/") else ""
+
+    def where(self, filename: str) -> str:
+        """See Folder."""
+        return f"s3://{self._bucket}/{self._folder}{filename}"
+
+    def read(self, filename: str, most: int) -> bytes:
+        """See Folder."""
+        return self._call(
+            filename, lambda key: _in_time(lambda: self._objects.get_range(self._bucket, key, 0, most + 1))
+        )
+
+    def size(self, filename: str) -> int | None:
+        """See Folder."""
+        head = self._call(filename, lambda key: self._objects.head(self._bucket, key))
+        return None if head is None else head.size
+
+    def write(self, filename: str, data: bytes) -> None:
+        """See WritableFolder."""
+        self._call(filename, lambda key: self._objects.put(self._bucket, key, data))
+
+    def remove(self, filenames: Iterable[str]) -> None:
+        """See WritableFolder."""
+        keys = [self._folder + filename for filename in filenames]
+        self._call("", lambda _: self._objects.delete(self._bucket, keys))
+
+    def _call(self, filename: str, call: Callable[[str], _Answer]) -> _Answer:
+        with _faults(self.where(filename)):
+            return patiently(lambda: call(self._folder + filename), PATIENCE, _tell)
+
+
+class WebFolder:
+    """A folder of a web server."""
+
+    is_far = True
+
+    def __init__(self, transport: Transport, url: str) -> None:
+        """Use connections to a server for the files below a URL."""
+        self._transport = transport
+        self._url = url.rstrip("/")
+
+    def where(self, filename: str) -> str:
+        """See Folder."""
+        return f"{self._url}/{quote(filename, safe='')}"
+
+    def read(self, filename: str, most: int) -> bytes:
+        """See Folder."""
+        url = self.where(filename)
+
+        def get() -> bytes:
+            return _in_time(lambda: self._transport.send("GET", url, {}, limit=most + 1)).body
+
+        with _faults(url):
+            return patiently(get, PATIENCE, _tell)
+
+    def size(self, filename: str) -> int | None:
+        """See Folder."""
+        url = self.where(filename)
+        try:
+            with _faults(url):
+                answer = patiently(lambda: self._transport.send("HEAD", url, {}, limit=0), PATIENCE, _tell)
+        except FileMissingError:
+            return None
+        length = answer.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise FolderError(f"{url}: the server does not say how long it is")
+        return int(length)
+
+
+def web_folder(url: str) -> WebFolder:
+    """The folder of a web server.
+
+    Raises:
+        ValueError: It is no plain URL, or plain HTTP is to be spoken to another machine.
+    """
+    parts = urlsplit(url)
+    if not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(f"an address at {parts.hostname or 'no host'} may have no user, no query and no # in it")
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        raise ValueError(
+            f"http:// is spoken to this machine only: anybody on the way to {parts.hostname} could change it"
+        )
+    endpoint = f"{parts.scheme}://{parts.netloc}"
+    try:
+        transport = Transport(StoreConnection(endpoint=endpoint, proxy=_proxy(parts.scheme, parts.netloc)))
+    except BucketError as error:
+        raise ValueError(error.message) from None
+    return WebFolder(transport, endpoint + quote(parts.path, safe="/%"))
+
+
+def s3_folder(bucket: str, folder: str) -> S3Folder:
+    """A folder of a bucket, as the user's own AWS settings reach it.
+
+    Raises:
+        ValueError: No bucket can have that name, or the settings are wrong.
+    """
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import get_session
+
+    try:
+        check_bucket_name(bucket)
+        return S3Folder(S3Objects(_connection(get_session())), bucket, folder)
+    except BotoCoreError as error:
+        raise ValueError(str(error)) from None
+    except BucketError as error:
+        raise ValueError(f"s3://{bucket}: {error.message}") from None
+
+
+def _connection(session: Session) -> StoreConnection:
+    meta = session.create_client("s3").meta
+    found = session.get_credentials()
+    keys = found and found.get_frozen_credentials()
+    ca = session.get_config_variable("ca_bundle")
+    where = urlsplit(meta.endpoint_url)
+    return StoreConnection(
+        endpoint=meta.endpoint_url,
+        region=meta.region_name if meta.region_name not in (None, "aws-global") else "us-east-1",
+        credentials=Credentials(
+            access_key_id=keys.access_key, secret_access_key=keys.secret_key, session_token=keys.token
+        ) if keys else None,
+        addressing="virtual" if (meta.config.s3 or {}).get("addressing_style") == "virtual" else "path",
+        ca=Path(ca) if ca else None,
+        proxy=_proxy(where.scheme, where.netloc),
+    )  # fmt: skip
+
+
+def _proxy(scheme: str, host: str) -> str | None:
+    return None if proxy_bypass(host) else getproxies().get(scheme)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _in_time(call: Callable[[], _Answer]) -> _Answer:
+    """Make a call, and wait no longer than `DEADLINE` for it: each byte of a trickle is in time, the file is not."""
+    outcome: SimpleQueue[_Answer | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(call())
+        except Exception as error:  # noqa: BLE001 - it is raised again where the answer is awaited
+            outcome.put(error)
+
+    threading.Thread(target=run, name="folder-call", daemon=True).start()
+    try:
+        answer = outcome.get(timeout=DEADLINE)
+    except Empty:
+        raise FolderError(f"it did not come within {DEADLINE:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _tell(error: TransientError, seconds: float) -> None:
+    click.echo(f"thrave: {error}; trying again in {seconds:.1f} s", err=True)
+
+
+@contextmanager
+def _faults(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (NoSuchKey, NoSuchBucket) as error:
+        raise FileMissingError(f"{where} is not there: {error.message}") from error
+    except AccessDenied as error:
+        raise FolderRefusedError(f"{where}: {error}") from error
+    except BucketError as error:
+        if 300 <= error.status < 400:
+            raise FolderError(f"{where} has moved elsewhere: give the address where it lies now") from error
+        raise FolderError(f"{where}: {error}") from error
+    except FolderError as error:
+        raise FolderError(f"{where}: {error}") from error
