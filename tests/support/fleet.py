@@ -1,7 +1,7 @@
 """A fleet on one machine: API processes and hosts' agents in processes of their own, on one PostgreSQL.
 
 Each has a data directory of its own with a copy of the vault's key and the service's identity, as on machines of its
-own. The hosts share the folder of instances and the buckets, which stands for storage that all of them reach.
+own. The hosts share the buckets and, if wanted, the folder of instances: storage that all of them reach.
 """
 
 import os
@@ -28,12 +28,13 @@ class Fleet:
 
     root: Path
     settings: dict[str, str]
+    shared: bool = True
     first: "Api" = None
     processes: list[subprocess.Popen] = field(default_factory=list)
 
     def api(self, name="api-1"):
         """Start an API process."""
-        server = Api(self._data(name), self._environment)
+        server = Api(self.data(name), self._environment)
         server.start()
         self.first = self.first or server
         self.processes.append(server.process)
@@ -42,7 +43,7 @@ class Fleet:
     def agent(self, name):
         """Start the agent of a host; give its process once it works."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "thrave", "agent", "--host", name, "--data", self._data(name).root],
+            [sys.executable, "-m", "thrave", "agent", "--host", name, "--data", self.data(name).root],
             stdout=subprocess.PIPE, text=True, env={**os.environ, **self._environment},
         )  # fmt: skip
         self.processes.append(process)
@@ -84,10 +85,10 @@ class Fleet:
 
     @property
     def _environment(self):
-        shared = {"instances": self.root / "instances", **self.settings}
-        return {f"THRAVE_{name.upper()}": str(value) for name, value in shared.items()}
+        shared = {"instances": self.root / "instances"} if self.shared else {}
+        return {f"THRAVE_{name.upper()}": str(value) for name, value in {**shared, **self.settings}.items()}
 
-    def _data(self, name):
+    def data(self, name):
         """A data directory with what every process must have; the first process makes it."""
         data = DataDirectory(self.root / name)
         if self.first and not data.root.exists():

@@ -1,0 +1,21 @@
+"""A fleet whose processes are killed at random: no task lost, doubled, misrouted or stuck."""
+
+import pytest
+
+from support.chaos import Chaos, Plan
+from support.fleet import Fleet
+
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+
+
+@pytest.fixture
+def fleet(postgres, tmp_path):
+    fleet = Fleet(tmp_path, {"database_url": postgres.new_database(), "heartbeat": 0.5}, shared=False)
+    fleet.api()
+    yield fleet
+    fleet.stop()
+
+
+def test_tasks_survive_the_death_of_every_process_of_a_fleet(fleet):
+    outcome = Chaos(fleet, Plan(tasks=24, instances=12, agents=3, apis=2, seed=20080808)).run()
+    assert outcome.kills
