@@ -11,6 +11,7 @@ from functools import partial
 
 import structlog
 
+from thrave.buckets.retrying import RetryingBuckets
 from thrave.compute.errors import InstanceError
 from thrave.compute.fleet import InstanceReports, PowerAction, PowerRequest
 from thrave.compute.power import PowerRequests
@@ -49,7 +50,7 @@ class Agent:
             records=records,
             accounts=ground.accounts,
             instances=ground.instances,
-            buckets=ground.buckets,
+            buckets=RetryingBuckets(ground.buckets, self._settings.s3_patience),
             service=ground.service,
             shutdown_grace=self._settings.shutdown_grace,
             level=self._settings.level,

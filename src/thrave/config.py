@@ -105,6 +105,35 @@ class Settings(BaseSettings):
     skip: Literal["nothing", "unused"] = Field(
         "nothing", description="What is left out of a bundle: nothing, or what the volume's NTFS does not use."
     )
+    store: Literal["directory", "s3"] = Field(
+        "directory", description="Where bundles go: folders in `data`, or an S3-compatible store."
+    )
+    upload: Literal["policy", "service"] = Field(
+        "policy",
+        description="By whose right an S3 store is written to: the caller's upload policy, signed with an access key "
+        "that the store knows too; or the service's own key, which does what the policy allows.",
+    )
+    s3_endpoint: str | None = Field(
+        None, pattern="^https?://[^/]+/?$", description="The store's URL; by default AWS's own of `s3_region`."
+    )
+    s3_region: str = Field("us-east-1", description="The store's region.")
+    s3_addressing: Literal["path", "virtual"] = Field(
+        "path", description="Where the store wants a bucket's name: in the URL's path, or before its host name."
+    )
+    s3_ca: Path | None = Field(
+        None, description="Certificates (PEM) of who vouches for the store's, instead of the system's."
+    )
+    s3_proxy: SecretStr | None = Field(None, description="The URL of a proxy to the store.")
+    s3_timeout: float = Field(30.0, gt=0, description="Seconds after which a connection on which nothing moves is cut.")
+    s3_patience: float = Field(
+        120.0, ge=0, description="Seconds for which a task tries again what the store fails to do for a while."
+    )
+    s3_credentials: Path | None = Field(
+        None, description="The service's own key for the store: a file as `~/.aws/credentials`, mode 0600."
+    )
+    s3_access_key_id: str | None = Field(None, description="The same, with `s3_secret_access_key`.")
+    s3_secret_access_key: SecretStr | None = Field(None, description="See `s3_access_key_id`.")
+    s3_session_token: SecretStr | None = Field(None, description="With temporary credentials.")
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for programs.")
     crash_at: str | None = Field(
         None, description="For tests: the process kills itself at this crash point, as `part stored, after`."
@@ -114,6 +143,15 @@ class Settings(BaseSettings):
     def _has_both_or_none(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together: give both or none")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_key_for_the_store(self) -> Self:
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("s3_access_key_id and s3_secret_access_key belong together: give both or none")
+        keyless = self.s3_credentials is None and self.s3_access_key_id is None
+        if self.store == "s3" and self.upload == "service" and keyless:
+            raise ValueError("upload = service needs the service's key: s3_credentials")
         return self
 
     @property

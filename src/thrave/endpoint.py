@@ -15,6 +15,7 @@ import structlog
 from starlette.applications import Starlette
 
 from thrave.agent import Agent
+from thrave.buckets.retrying import RetryingBuckets
 from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl, PowerRequests
@@ -29,6 +30,7 @@ from thrave.listening import Listener
 from thrave.tasks.requests import BundleTasks
 
 log = structlog.get_logger()
+REQUEST_PATIENCE = 5.0  # seconds for which a caller waits while the store fails
 Listening = Callable[[str], None]
 """Told the URL once requests are answered."""
 
@@ -85,7 +87,7 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
         Door(
             accounts=ground.accounts,
             instances=instances,
-            buckets=ground.buckets,
+            buckets=RetryingBuckets(ground.buckets, REQUEST_PATIENCE),
             tasks=tasks,
             power=power,
             rate=RateLimit(settings.requests_per_second, settings.request_burst),

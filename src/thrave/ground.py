@@ -11,7 +11,9 @@ from functools import cached_property
 import sqlalchemy as sa
 
 from thrave.buckets.buckets import Buckets
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.connection import Credentials
+from thrave.buckets.opening import open_buckets
+from thrave.buckets.s3 import Holder
 from thrave.compute.directory import DirectoryInstances
 from thrave.config import Settings
 from thrave.database import migrate, open_engine, vault_proof
@@ -48,7 +50,7 @@ class Ground:
     @cached_property
     def buckets(self) -> Buckets:
         """Where bundles go."""
-        return DirectoryBuckets(self.settings.directory.buckets)
+        return open_buckets(self.settings, self._holder)
 
     @cached_property
     def instances(self) -> DirectoryInstances:
@@ -69,6 +71,13 @@ class Ground:
     def records(self, fence: Fence | None = None) -> Records:
         """The bundle tasks; an agent gives its fence."""
         return Records(self.database, self.vault, fence)
+
+    def _holder(self, access_key_id: str) -> Holder | None:
+        key = self.accounts.find_key(access_key_id)
+        if key is None or key.status != "Active":
+            return None
+        credentials = Credentials(access_key_id=key.access_key_id, secret_access_key=key.secret_access_key)
+        return Holder(key.account_id, credentials)
 
 
 def open_ground(settings: Settings) -> Ground:

@@ -190,6 +190,12 @@ ERRORS: dict[str, ErrorKind] = {
         "More requests of the account than `requests_per_second` and `request_burst` allow. SDKs try again.",
         AWS,
     ),
+    "Unavailable": ErrorKind(
+        503,
+        "The store of the bundles cannot be reached: {said}",
+        "BundleInstance while the store fails. SDKs try again.",
+        f"{AWS}; the choice of code is ours",
+    ),
     "InternalError": ErrorKind(
         500,
         "An internal error has occurred. Retry your request; if the problem persists, report it with the request ID.",

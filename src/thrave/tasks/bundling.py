@@ -152,7 +152,7 @@ class Bundling:
     @cached_property
     def _store(self) -> BundleStore:
         policy = UploadPolicy.trusted(*self._records.grant(self._task.bundle_id), self._task.access_key_id)
-        return BundleStore(self._host.buckets, self._journal, self._task, policy)
+        return BundleStore(self._host.buckets.on_behalf_of(policy.access_key_id), self._journal, self._task, policy)
 
     @contextmanager
     def _state(self, state: BundleTaskState) -> Iterator[Watch]:

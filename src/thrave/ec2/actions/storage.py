@@ -9,7 +9,7 @@ Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstanc
 
 from dataclasses import dataclass, field, replace
 
-from thrave.buckets.errors import BucketAlreadyExists, BucketError, SignatureDoesNotMatch
+from thrave.buckets.errors import BucketAlreadyExists, BucketError, SignatureDoesNotMatch, TransientError
 from thrave.buckets.naming import check_bucket_name, split_prefix
 from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.ec2.door import Caller, Door
@@ -101,10 +101,28 @@ def claim_bucket(door: Door, storage: Storage, owner_id: str) -> None:
     """Make sure that the bucket is there and its owner's, creating it on their behalf if nobody has it.
 
     Raises:
-        EC2Error: InaccessibleStorageLocation: it belongs to somebody else.
+        EC2Error: InaccessibleStorageLocation: it belongs to somebody else. InvalidParameterValue: the store refuses
+            the key, or to create a bucket with it. Unavailable: the store does not answer.
     """
     try:
-        door.buckets.create(storage.bucket, owner_id)
+        door.buckets.on_behalf_of(storage.access_key_id).create(storage.bucket, owner_id)
     except BucketAlreadyExists:
         where = {"bucket": storage.bucket, "access_key_id": storage.access_key_id}
         raise EC2Error("InaccessibleStorageLocation", **where) from None
+    except TransientError as error:
+        raise EC2Error("Unavailable", said=error) from None
+    except BucketError as error:
+        raise EC2Error("InvalidParameterValue", _refusal(storage, error)) from None
+
+
+def _refusal(storage: Storage, error: BucketError) -> str:
+    if error.code in _UNKNOWN_KEY:
+        return (
+            f"Value ({storage.access_key_id}) for AWSAccessKeyId is invalid. The store does not know this key, or its "
+            f"secret: {error}. Have a key of the store's imported (thrave account key import), and sign with that."
+        )
+    return f"Value ({storage.bucket}) for parameter Bucket is invalid. The store refuses to create it: {error}"
+
+
+# What S3-compatible stores answer to a key that they do not know, or know with another secret.
+_UNKNOWN_KEY = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch"})
