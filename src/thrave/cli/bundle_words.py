@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from thrave.cli.output import table
+from thrave.cli.output import printable, table
 from thrave.cli.sizes import words
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def manifest_text(manifest: Manifest) -> str:
     said = manifest_document(manifest)
     rows: list[tuple[str, ...]]
     rows = [
-        (name, _printable(str(value)))
+        (name, printable(str(value)))
         for name, value in said.items()
         if value is not None and not isinstance(value, list)
     ]
@@ -98,8 +98,3 @@ def verified_text(verified: Verified) -> str:
     answer: Mapping[bool, str] = {True: "holds", False: "NOT CHECKED"}
     rows: list[tuple[str, ...]] = [(check.subject, answer[check.checked], check.detail) for check in verified.checks]
     return table(("CHECK", "RESULT", "DETAIL"), rows)
-
-
-def _printable(text: str) -> str:
-    """A stranger's words, without what could make a terminal do something."""
-    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
