@@ -1,8 +1,21 @@
-"""What tests of several rooms share: a PostgreSQL, and both kinds of database that the service runs on."""
+"""What tests of several rooms share: object stores and a PostgreSQL, each started once, and both kinds of database that the service runs on."""
 
 import pytest
 
+from support import stores
 from support.postgres import running_postgres
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory):
+    with stores.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory):
+    with stores.ceph_rgw(tmp_path_factory.mktemp("rgw")) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

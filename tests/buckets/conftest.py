@@ -1,20 +1,8 @@
-"""The drivers that the contract of buckets is checked against, each store started once."""
+"""The drivers that the contract of buckets is checked against."""
 
 import pytest
 
-from support import buckets, stores
-
-
-@pytest.fixture(scope="session")
-def seaweedfs(tmp_path_factory):
-    with stores.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as store:
-        yield store
-
-
-@pytest.fixture(scope="session")
-def rgw(tmp_path_factory):
-    with stores.ceph_rgw(tmp_path_factory.mktemp("rgw")) as store:
-        yield store
+from support import buckets
 
 
 DRIVERS = [
