@@ -55,6 +55,8 @@ class Agent:
             shutdown_grace=self._settings.shutdown_grace,
             level=self._settings.level,
             skip=self._settings.skip,
+            uploads_at_once=self._settings.uploads_at_once,
+            stall_timeout=self._settings.stall_timeout,
         )
         self._worker.launch(partial(bundle, host))
         Caretaker(records, ground.instances, name).start()

@@ -95,6 +95,15 @@ class Settings(BaseSettings):
     shutdown_grace: float = Field(
         600.0, gt=0, description="Seconds that a guest has to power off before its task fails."
     )
+    uploads_at_once: int = Field(
+        4,
+        ge=1,
+        description="Parts of a bundle that are sent at the same time: 10 MiB of memory each, and so much is "
+        "sent again after a crash.",
+    )
+    stall_timeout: float = Field(
+        600.0, gt=0, description="Seconds without a byte read or a part stored after which a bundle task fails."
+    )
     task_retention_days: float = Field(7.0, gt=0, description="Days that a finished task is still described.")
     platforms: Literal["windows", "any"] = Field(
         "windows", description="Whose instances may be bundled: EC2's rule is Windows only."

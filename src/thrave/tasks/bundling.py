@@ -54,6 +54,10 @@ class Host:
     """How hard bundles are compressed."""
     skip: Skip
     """What of a root volume's data is left out."""
+    uploads_at_once: int
+    """Parts of a bundle that are sent at the same time."""
+    stall_timeout: float
+    """Seconds without a byte read or an object stored after which a task fails."""
 
 
 class Bundling:
@@ -121,9 +125,9 @@ class Bundling:
         with self._state(BundleTaskState.STORING) as watch:
             self._store.check(watch)
             with durable("side file stored"):
-                self._store.put(side_filename(self._store.name), documents["side_file"].encode())
+                self._store.put(side_filename(self._store.name), documents["side_file"].encode(), watch)
             with durable("manifest stored"):
-                self._store.put(manifest_filename(self._store.name), documents["manifest"].encode())
+                self._store.put(manifest_filename(self._store.name), documents["manifest"].encode(), watch)
 
     def remove(self) -> None:
         """Take away what the task has stored."""
@@ -152,14 +156,21 @@ class Bundling:
     @cached_property
     def _store(self) -> BundleStore:
         policy = UploadPolicy.trusted(*self._records.grant(self._task.bundle_id), self._task.access_key_id)
-        return BundleStore(self._host.buckets.on_behalf_of(policy.access_key_id), self._journal, self._task, policy)
+        return BundleStore(
+            self._host.buckets.on_behalf_of(policy.access_key_id),
+            self._journal,
+            self._task,
+            policy,
+            uploads_at_once=self._host.uploads_at_once,
+            stall_timeout=self._host.stall_timeout,
+        )
 
     @contextmanager
     def _state(self, state: BundleTaskState) -> Iterator[Watch]:
         """Be in a state of the task for as long as the work of it lasts, watched for progress and cancellation."""
         if not self._records.move(self._task.bundle_id, state):
             raise Cancelled
-        with Watch(self._records, self._task.bundle_id) as watch:
+        with Watch(self._records, self._task.bundle_id, stall_timeout=self._host.stall_timeout) as watch:
             yield watch
 
     def _documents(self, instance: Instance, sealed: Sealed) -> Documents:

@@ -56,6 +56,10 @@ CAUSES: dict[str, Cause] = {
         "The root volume could not be read to its end, is in use, or what is unused on it cannot be told.",
         "Check the volume's file and the host's disks, and bundle again.",
     ),
+    "Server.NoProgress": Cause(
+        "Neither the root volume nor the bucket did anything for `stall_timeout` seconds.",
+        "See why the host's disks or the store do not answer, or raise `stall_timeout`, and bundle again.",
+    ),
     "Server.InternalError": Cause(
         "Something that nobody foresaw. The service's log has the details under the bundle task's id.",
         "Report it.",

@@ -1,21 +1,44 @@
 """What a task has in the bucket, and where its sealing goes on after a crash.
 
-An object is written down before it is sent, so that clean-up finds exactly what was sent; a part, when it is stored,
-together with the checkpoint at its end, so that nothing that is stored is ever sealed or sent again. The bundle's key
-is kept only as the vault sealed it, and erased with the end of the task (`records.py`). Nothing here touches a bucket.
+An object is written down before it is sent, so that clean-up finds exactly what was sent, and a part with its digests,
+so that it is never sent again as another; what is stored, together with the checkpoint at the end of its unbroken run,
+so that nothing that is stored is ever sent again. The bundle's key is kept only as the vault sealed it, and erased with
+the end of the task (`records.py`). Nothing here touches a bucket.
 """
 
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple, TypedDict, cast
 
 import sqlalchemy as sa
 
 from thrave.bundle.checkpoint import Checkpoint
-from thrave.bundle.sealed import CutOff, Part, SealedPart
+from thrave.bundle.sealed import CutOff, SealedPart
 from thrave.bundle.secrets import BundleSecrets
 from thrave.database import bundle_part, bundle_task
 from thrave.tasks.fence import Fence
 from thrave.vault import Vault
+
+# Queries of every part are written once: SQLAlchemy takes longer to put one together than SQLite to answer it.
+_OBJECT = sa.and_(bundle_part.c.bundle_id == sa.bindparam("of"), bundle_part.c.key == sa.bindparam("named"))
+_STRIKE_OUT = bundle_part.delete().where(_OBJECT)
+_WRITE_DOWN = bundle_part.insert()
+_IS_STORED = bundle_part.update().where(_OBJECT).values(size=sa.bindparam("bytes"), etag=sa.bindparam("md5"))
+_GOES_ON_AT = (
+    bundle_task.update()
+    .where(bundle_task.c.bundle_id == sa.bindparam("of"))
+    .values(checkpoint=sa.bindparam("point", type_=bundle_task.c.checkpoint.type))
+)
+
+# Whatever else is in the place of one of a task's objects has been sent by a task that began later.
+_later_task, _later_part = bundle_task.alias(), bundle_part.alias()
+_IS_A_LATER_TASKS = sa.exists().where(
+    _later_task.c.bucket == bundle_task.c.bucket,
+    _later_task.c.prefix == bundle_task.c.prefix,
+    _later_task.c.start_time > bundle_task.c.start_time,
+    _later_part.c.bundle_id == _later_task.c.bundle_id,
+    _later_part.c.key == bundle_part.c.key,
+)
 
 
 class Documents(TypedDict):
@@ -31,6 +54,43 @@ class StoredObject(NamedTuple):
     key: str
     size: int | None
     """Bytes; None while it is in flight."""
+    etag: str | None = None
+    """MD5 in hex, as the store proved to have it; None where it keeps none."""
+
+
+class Stored(NamedTuple):
+    """What the bucket has taken since it was last asked."""
+
+    objects: Sequence[StoredObject] = ()
+    checkpoint: Checkpoint | None = None
+    """Where sealing can go on from now on; None if that has not changed."""
+
+
+_NOTHING = Stored()
+
+
+class SentPart(NamedTuple):
+    """A part that was sent before."""
+
+    record: SealedPart
+    stored: bool
+    """Whether the bucket has taken it."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a sealing that was cut off has left. With the same key the same parts must come out."""
+
+    secrets: BundleSecrets
+    cut_off: CutOff | None = None
+    """Where it goes on; None: at its beginning."""
+    sent: Mapping[int, SentPart] = field(default_factory=dict)
+    """What was sent beyond that, by the parts' indexes."""
+
+    @property
+    def first(self) -> int:
+        """The index of the first part that will come out."""
+        return self.cut_off.checkpoint.parts if self.cut_off else 0
 
 
 class Journal:
@@ -48,40 +108,38 @@ class Journal:
         """Begin a sealing with this key and IV; nothing is stored of it yet."""
         sealed = self._vault.seal(secrets.key + secrets.iv, context=self._context)
         with self._engine.begin() as connection:
+            connection.execute(bundle_part.update().where(self._mine).values(size=None, etag=None, part=None))
             connection.execute(self._task().values(sealed_secrets=sealed, checkpoint=None))
 
-    def cut_off(self) -> tuple[BundleSecrets, CutOff] | None:
-        """Where a sealing that was begun before can go on, and with what; None if none can."""
+    def left(self) -> Left | None:
+        """What a sealing that was begun before has left; None if none was."""
         query = sa.select(bundle_task.c.sealed_secrets, bundle_task.c.checkpoint)
+        rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._mine, bundle_part.c.part.is_not(None))
         with self._engine.connect() as connection:
             sealed, document = connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).one()
-            rows = connection.execute(sa.select(bundle_part.c.part).where(*self._mine(bundle_part.c.part.is_not(None))))
-            parts = sorted((SealedPart(**row.part) for row in rows), key=lambda part: part.index)
-        if document is None:
+            sent = [SentPart(SealedPart(**row.part), row.size is not None) for row in connection.execute(rows)]
+        if sealed is None:
             return None
         opened = self._vault.unseal(sealed, context=self._context)
-        checkpoint = Checkpoint.from_json(document)
-        return BundleSecrets(opened[:16], opened[16:]), CutOff(checkpoint, tuple(parts[: checkpoint.parts]))
+        return _left(BundleSecrets(opened[:16], opened[16:]), document and Checkpoint.from_json(document), sent)
 
-    def sending(self, key: str) -> None:
-        """Write down that an object is about to be sent; if the task is somebody else's now, the process ends."""
+    def sending(self, key: str, part: SealedPart | None = None, stored: Stored = _NOTHING) -> None:
+        """Write down that an object, perhaps a part, is about to be sent, and what has been stored meanwhile.
+
+        If the task is somebody else's now, the process ends.
+        """
         with self._engine.begin() as connection:
             if self._fence is not None:
                 self._fence.check(connection, self.bundle_id)
-            connection.execute(bundle_part.delete().where(*self._mine(bundle_part.c.key == key)))
-            connection.execute(bundle_part.insert(), {"bundle_id": self.bundle_id, "key": key})
+            self._note(connection, stored)
+            connection.execute(_STRIKE_OUT, {"of": self.bundle_id, "named": key})
+            row = {"bundle_id": self.bundle_id, "key": key, "part": part and asdict(part)}
+            connection.execute(_WRITE_DOWN, row)
 
-    def stored(self, key: str, size: int) -> None:
-        """Write down that the bucket has taken an object of `size` bytes."""
+    def stored(self, stored: Stored) -> None:
+        """Write down what the bucket has taken."""
         with self._engine.begin() as connection:
-            connection.execute(self._object(key).values(size=size))
-
-    def stored_part(self, key: str, part: Part) -> None:
-        """Write down that the bucket has taken a part, and that sealing can go on from its end."""
-        with self._engine.begin() as connection:
-            connection.execute(self._object(key).values(size=part.size, part=asdict(part.record)))
-            if part.checkpoint is not None:
-                connection.execute(self._task().values(checkpoint=part.checkpoint.to_json()))
+            self._note(connection, stored)
 
     def conclude(self, documents: Documents) -> None:
         """Write down that every part is stored: only the two files that make them a bundle are wanting."""
@@ -96,21 +154,50 @@ class Journal:
 
     def objects(self) -> list[StoredObject]:
         """Every object that the task has stored or begun to send, in the order of their keys."""
-        query = sa.select(bundle_part.c.key, bundle_part.c.size).where(*self._mine()).order_by(bundle_part.c.key)
+        columns = bundle_part.c.key, bundle_part.c.size, bundle_part.c.etag
         with self._engine.connect() as connection:
-            return [StoredObject(*row) for row in connection.execute(query)]
+            rows = connection.execute(sa.select(*columns).where(self._mine).order_by(bundle_part.c.key))
+            return [StoredObject(*row) for row in rows]
 
-    def forget(self) -> None:
-        """Strike everything out: no object is in the bucket any more, and no sealing can go on."""
+    def left_over(self) -> list[str]:
+        """The keys of what the task has stored or begun to send, but for those that a later task has sent, too."""
+        return self._own_keys(sa.true())
+
+    def is_anothers(self, key: str) -> bool:
+        """Whether what is under a key that the task has sent may be a later task's."""
+        return not self._own_keys(bundle_part.c.key == key)
+
+    def forget(self, *, but: Collection[str] = ()) -> None:
+        """Strike everything out, `but` what is still in the bucket or on its way: no sealing can go on."""
         with self._engine.begin() as connection:
-            connection.execute(bundle_part.delete().where(*self._mine()))
+            connection.execute(bundle_part.delete().where(self._mine, bundle_part.c.key.not_in(but)))
             connection.execute(self._task().values(sealed_secrets=None, checkpoint=None))
 
-    def _mine(self, *conditions: sa.ColumnElement[bool]) -> tuple[sa.ColumnElement[bool], ...]:
-        return bundle_part.c.bundle_id == self.bundle_id, *conditions
+    def _own_keys(self, condition: sa.ColumnElement[bool]) -> list[str]:
+        query = sa.select(bundle_part.c.key).join(bundle_task).where(self._mine, condition, ~_IS_A_LATER_TASKS)
+        with self._engine.connect() as connection:
+            return [*connection.execute(query.order_by(bundle_part.c.key)).scalars()]
 
-    def _object(self, key: str) -> sa.Update:
-        return bundle_part.update().where(*self._mine(bundle_part.c.key == key))
+    def _note(self, connection: sa.Connection, stored: Stored) -> None:
+        if stored.objects:
+            rows = [
+                {"of": self.bundle_id, "named": key, "bytes": size, "md5": etag} for key, size, etag in stored.objects
+            ]
+            connection.execute(_IS_STORED, rows)
+        if stored.checkpoint is not None:
+            connection.execute(_GOES_ON_AT, {"of": self.bundle_id, "point": stored.checkpoint.to_json()})
+
+    @property
+    def _mine(self) -> sa.ColumnElement[bool]:
+        return bundle_part.c.bundle_id == self.bundle_id
 
     def _task(self) -> sa.Update:
         return bundle_task.update().where(bundle_task.c.bundle_id == self.bundle_id)
+
+
+def _left(secrets: BundleSecrets, checkpoint: Checkpoint | None, sent: Sequence[SentPart]) -> Left:
+    by_index = {part.record.index: part for part in sorted(sent, key=lambda part: part.record.index)}
+    if checkpoint is None:
+        return Left(secrets, None, by_index)
+    before = tuple(by_index.pop(index).record for index in range(checkpoint.parts))
+    return Left(secrets, CutOff(checkpoint, before), by_index)

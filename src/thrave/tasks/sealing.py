@@ -1,10 +1,11 @@
 """A volume sealed into a bucket, part by part, also across crashes.
 
-What a crash cut off goes on at the end of the last part that is stored, with the same key, if the disk is proved to be
-the same. If it is not, everything begins again with another key: the same key and IV never see two states of a disk.
+What a crash cut off goes on with the same key at the end of the parts that are stored, if the disk is proved to be the
+same: by the digest of all that lies before, and by those of every part that was sent beyond. If it is not, everything
+begins again with another key: the same key and IV never see two states of a disk.
 """
 
-from contextlib import closing
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -13,11 +14,10 @@ from thrave.bundle.sealed import Sealed
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.secrets import BundleSecrets
 from thrave.bundle.zlibs import Level
-from thrave.tasks.crash_points import durable
-from thrave.tasks.journal import Journal
+from thrave.tasks.journal import Journal, Left
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.watch import Watch
-from thrave.volumes.volume import Volume
+from thrave.volumes.volume import Extent, Volume
 
 log = structlog.get_logger()
 
@@ -37,29 +37,51 @@ class VolumeSealer:
 
     def _go_on(self, volume: Volume, watch: Watch) -> Sealed | None:
         """Finish what a crash cut off; None if there is nothing, or the disk is another one now."""
-        left = self._journal.cut_off()
+        left = self._journal.left()
         if left is None:
             return None
-        secrets, cut_off = left
-        log.info("sealing goes on", bundle_id=self._journal.bundle_id, parts=cut_off.checkpoint.parts)
+        watch.tell(f"Sealing goes on after {left.first} parts; {_number_stored(left)} beyond them are stored.")
         try:
-            return self._send(
-                Sealing(volume, self._store.name, secrets=secrets, level=self._level, cut_off=cut_off), watch
-            )
+            return self._send(left, volume, watch)
         except ResumeError as reason:
-            log.warning("sealing begins again", bundle_id=self._journal.bundle_id, reason=str(reason))
+            watch.tell(f"Sealing begins again with another key: {reason}.")
             return None
 
     def _begin(self, volume: Volume, watch: Watch) -> Sealed:
         self._store.remove()  # parts of a sealing that cannot go on are of no use: their key is not used again
+        if self._store.make_way(watch):
+            watch.tell("The manifest of an earlier bundle was removed, because its parts are overwritten now.")
         secrets = BundleSecrets.generate()
-        with durable("sealing begun"):
-            self._journal.begin(secrets)
-        return self._send(Sealing(volume, self._store.name, secrets=secrets, level=self._level), watch)
+        self._journal.begin(secrets)
+        return self._send(Left(secrets), volume, watch)
 
-    def _send(self, sealing: Sealing, watch: Watch) -> Sealed:
-        watch.over(sealing)
-        with closing(sealing.parts()) as parts:
-            for part in parts:
-                self._store.put_part(part)
+    def _send(self, left: Left, volume: Volume, watch: Watch) -> Sealed:
+        sealing = Sealing(
+            _WatchedVolume(volume, watch.moved),
+            self._store.name,
+            secrets=left.secrets,
+            level=self._level,
+            cut_off=left.cut_off,
+        )
+        self._store.put_parts(sealing, left, watch)
         return sealing.sealed
+
+
+class _WatchedVolume:
+    """A volume whose every read is told: of whatever is sealed, proved or stored, reading comes first."""
+
+    def __init__(self, volume: Volume, moved: Callable[[], None]) -> None:
+        self._volume = volume
+        self._moved = moved
+        self.size = volume.size
+
+    def extents(self) -> Sequence[Extent]:
+        return self._volume.extents()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._volume.read_into(offset, buffer)
+        self._moved()
+
+
+def _number_stored(left: Left) -> int:
+    return sum(part.stored for part in left.sent.values())

@@ -1,59 +1,177 @@
 """One bundle's objects in its bucket: sent under the caller's upload policy, written down, checked, removed.
 
 Every key is written down before it is sent, so that clean-up after a crash finds exactly what was sent and nothing
-else. It never touches an object that this task did not write, and never a bucket.
+else. It never touches an object that this task did not write, but for the manifest of an earlier bundle in the same
+place, and never a bucket. Nobody waits within the store: what hangs there is left behind (`calls.py`).
 """
 
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+
+import structlog
+
 from thrave.buckets.buckets import Buckets
+from thrave.buckets.errors import BucketError
 from thrave.buckets.naming import split_prefix
 from thrave.buckets.policy import UploadPolicy
-from thrave.bundle.sealed import Part
-from thrave.tasks.crash_points import durable
+from thrave.bundle.crew import StoppedError
+from thrave.bundle.names import manifest_filename
+from thrave.bundle.sealing import Sealing
+from thrave.tasks.calls import Calls, Places
 from thrave.tasks.failures import TaskFailure
-from thrave.tasks.journal import Journal
+from thrave.tasks.journal import Journal, Left, Stored, StoredObject
 from thrave.tasks.task import BundleTask
+from thrave.tasks.uploads import Arrived, PartUploads
 from thrave.tasks.watch import Watch
+
+_HEADS_AT_ONCE = 16
+_KEYS_AT_ONCE = 1000  # of one request to delete: S3's limit
+_PLACES = Places()  # this process's
+
+log = structlog.get_logger()
 
 
 class BundleStore:
     """Where one task's bundle goes."""
 
-    def __init__(self, buckets: Buckets, journal: Journal, task: BundleTask, policy: UploadPolicy) -> None:
-        """Send to the task's bucket, under its prefix, what the caller's upload policy allows."""
+    def __init__(
+        self,
+        buckets: Buckets,
+        journal: Journal,
+        task: BundleTask,
+        policy: UploadPolicy,
+        *,
+        uploads_at_once: int,
+        stall_timeout: float,
+    ) -> None:
+        """Send to the task's bucket, under its prefix, what the caller's upload policy allows.
+
+        Args:
+            buckets: The store.
+            journal: Where what is sent is written down.
+            task: Whose bundle it is.
+            policy: The caller's.
+            uploads_at_once: Parts that are sent at the same time; each is in memory.
+            stall_timeout: Seconds without an answer after which removing is given up.
+        """
         self._buckets = buckets
         self._journal = journal
         self._bucket = task.bucket
         self._folder, self.name = split_prefix(task.prefix)
         self._policy = policy
+        self._uploads_at_once = uploads_at_once
+        self._stall_timeout = stall_timeout
 
-    def put(self, filename: str, data: bytes) -> None:
+    def make_way(self, watch: Watch) -> bool:
+        """Remove the manifest of an earlier bundle, whose parts are about to be overwritten; say if there was one.
+
+        A manifest means that its bundle is complete, and that one is no longer. The policy that allows it to be
+        overwritten allows that.
+        """
+        key = self._folder + manifest_filename(self.name)
+        self._policy.check_upload(self._bucket, key, content_length=None, now=datetime.now(UTC))
+        with Calls[bool]() as calls:
+            watch.over(calls.stop)
+            calls.begin(partial(self._remove_if_there, key))
+            return calls.results()[0]
+
+    def put_parts(self, sealing: Sealing, left: Left, watch: Watch) -> None:
+        """Send the parts of a sealing as they come, several at once; what is `left` of them is not sent again.
+
+        Raises:
+            BucketError: The policy or the bucket refuses one. The others are stopped.
+            ResumeError: The image is not the one that was sealed before.
+        """
+        with Calls[Arrived](wake=sealing.cancel) as calls:
+            watch.over(calls.stop, lambda: sealing.progress)
+            uploads = PartUploads(
+                calls,
+                self._journal,
+                left,
+                partial(self._upload, calls),
+                folder=self._folder,
+                at_once=self._uploads_at_once,
+                moved=watch.moved,
+            )
+            try:
+                uploads.store(sealing)
+            except StoppedError:
+                calls.check()  # a failed upload has stopped the sealing
+                raise
+
+    def put(self, filename: str, data: bytes, watch: Watch) -> None:
         """Send one file of the bundle, whole. Raises BucketError if the policy or the bucket refuses it."""
         key = self._folder + filename
         self._journal.sending(key)
-        self._buckets.put(self._bucket, key, data, grant=self._policy)
-        self._journal.stored(key, len(data))
-
-    def put_part(self, part: Part) -> None:
-        """Send one part; once it is there, sealing never goes back behind it. Raises BucketError as `put`."""
-        key = self._folder + part.filename
-        with durable("part sealed"):
-            self._journal.sending(key)
-        with durable("part stored"):
-            self._buckets.put(self._bucket, key, part.data, grant=self._policy)
-        with durable("part recorded"):
-            self._journal.stored_part(key, part)
+        with Calls[StoredObject]() as calls:
+            watch.over(calls.stop)
+            calls.begin(partial(self._upload, calls, key, memoryview(data)))
+            self._journal.stored(Stored(calls.results()))
 
     def check(self, watch: Watch) -> None:
         """Make sure that the bucket has every object that it took. Raises TaskFailure if one is not there, whole."""
         taken = [item for item in self._journal.objects() if item.size is not None]
-        for item in watch.each(taken):
-            head = self._buckets.head(self._bucket, item.key)
-            if head is None or head.size != item.size:
-                raise TaskFailure("Client.S3Error", f"The bucket has lost the part '{item.key}' that it had taken.")
+        done = 0
+        with Calls[None]() as calls:
+            watch.over(calls.stop, lambda: done / len(taken))
+            for item in taken:
+                if calls.pending >= _HEADS_AT_ONCE:
+                    done += len(calls.results())
+                    watch.moved()
+                calls.begin(partial(self._check, item))
+            while calls.pending:
+                done += len(calls.results())
+                watch.moved()
 
     def remove(self) -> None:
-        """Take away every object that this task has sent or begun to send."""
-        with durable("objects removed"):
-            self._buckets.delete(self._bucket, [item.key for item in self._journal.objects()])
-        with durable("removal recorded"):
-            self._journal.forget()
+        """Take away every object that this task has sent or begun to send.
+
+        What an upload that was left behind is still under way to stays written down, and is taken away at its end.
+
+        Raises:
+            BucketError: The store refuses it.
+            TaskFailure: It does not answer.
+        """
+        keys = self._journal.left_over()
+        with Calls[None]() as calls:
+            for start in range(0, len(keys), _KEYS_AT_ONCE):
+                calls.begin(partial(self._buckets.delete, self._bucket, keys[start : start + _KEYS_AT_ONCE]))
+                self._await(calls)
+        self._journal.forget(but=_PLACES.taken(self._bucket))
+
+    def _await(self, calls: Calls[None]) -> None:
+        try:
+            calls.results(within=self._stall_timeout)
+        except TimeoutError:
+            words = f"The store did not answer for {self._stall_timeout:g} seconds when objects were to be removed."
+            raise TaskFailure("Server.NoProgress", words) from None
+
+    def _upload(self, calls: Calls[Arrived] | Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
+        with _PLACES.alone(self._bucket, key):
+            if calls.stopped:
+                raise StoppedError
+            try:
+                self._buckets.put(self._bucket, key, data, grant=self._policy)
+            finally:
+                if calls.left:
+                    self._take_back(key)
+        return StoredObject(key, data.nbytes)
+
+    def _take_back(self, key: str) -> None:
+        """Remove what an upload has stored that was left behind: its task has ended, or has begun again."""
+        log.warning("an upload came back late", bundle_id=self._journal.bundle_id, key=key)
+        with suppress(BucketError):  # it stays written down
+            if not self._journal.is_anothers(key):
+                self._buckets.delete(self._bucket, [key])
+
+    def _remove_if_there(self, key: str) -> bool:
+        if self._buckets.head(self._bucket, key) is None:
+            return False
+        self._buckets.delete(self._bucket, [key])
+        return True
+
+    def _check(self, item: StoredObject) -> None:
+        head = self._buckets.head(self._bucket, item.key)
+        if head is None or head.size != item.size:
+            raise TaskFailure("Client.S3Error", f"The bucket has lost the part '{item.key}' that it had taken.")

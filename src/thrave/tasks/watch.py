@@ -1,69 +1,77 @@
 """A look at a task's record, four times a second, while a long step of it runs.
 
-It carries the progress there, and word of a cancellation back. Work that waits asks `pause`, work that goes through a
-list asks `each`, and work that can only be stopped from another thread is handed to `over`.
+It carries the progress there, and word of a cancellation back, and ends what has stood still for too long: neither a
+byte read nor an object stored. How long the whole takes is nobody's business, since no total is right for every disk.
+Work that waits asks `pause`; work that can only be stopped from another thread is handed to `over`.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Self
 
-from thrave.tasks.failures import Cancelled
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.records import Records
 from thrave.tasks.states import BundleTaskState
 
 INTERVAL = 0.25  # seconds between two looks; a cancellation is to take effect within two seconds
 
-_Item = TypeVar("_Item")
-
-
-class Work(Protocol):
-    """Something that goes on for long in other threads."""
-
-    @property
-    def progress(self) -> float:
-        """How much of it is done, from 0 to 1; never falls."""
-        ...
-
-    def cancel(self) -> None:
-        """Make whoever waits for it stop waiting, with any error; called from another thread, perhaps after the end."""
-        ...
+log = structlog.get_logger()
 
 
 class Watch:
     """Watches over a task, as a context manager around the work of one of its states."""
 
-    def __init__(self, records: Records, bundle_id: str) -> None:
-        """Watch the record of `bundle_id`."""
+    def __init__(self, records: Records, bundle_id: str, *, stall_timeout: float) -> None:
+        """Watch the record of `bundle_id`; stop its work once it has not moved for `stall_timeout` seconds."""
         self._records = records
         self._bundle_id = bundle_id
-        self._work: Work | None = None
-        self._done = 0.0
-        self._cancelled = False
+        self._stall_timeout = stall_timeout
+        self._cancel: Callable[[], None] = lambda: None
+        self._progress: Callable[[], float] = lambda: 0.0
+        self._moved = time.monotonic()
+        self._reason: TaskFailure | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name=f"watch {bundle_id}", daemon=True)
 
-    def over(self, work: Work) -> None:
-        """Carry this work's progress to the record from now on, and cancel it when the task is cancelled."""
-        self._work = work
+    def over(self, cancel: Callable[[], None], progress: Callable[[], float] | None = None) -> None:
+        """Watch over this work from now on.
 
-    def each(self, items: Sequence[_Item]) -> Iterator[_Item]:
-        """Go through `items`, which makes them the work. Raises Cancelled as soon as the task is cancelled."""
-        for done, item in enumerate(items):
-            self._done = done / len(items)
-            self.check()
-            yield item
+        Args:
+            cancel: Makes whoever waits for the work stop waiting, with any error; called from another thread, perhaps
+                after the end.
+            progress: How much of it is done, from 0 to 1; never falls. As before, unless given.
+
+        Raises:
+            TaskFailure: It is to stop before it has begun.
+        """
+        self._cancel = cancel
+        self._progress = progress or self._progress
+        self.moved()
+        self.check()
+
+    def moved(self) -> None:
+        """Take note that the work has got on: something was read, or stored. Any thread may call this, often."""
+        self._moved = time.monotonic()
+
+    def tell(self, message: str) -> None:
+        """Write down among the task's events what the work has met."""
+        self._records.tell(self._bundle_id, message)
 
     def pause(self, seconds: float) -> None:
-        """Wait. Raises Cancelled as soon as the task is cancelled."""
+        """Wait, as a part of the work. Raises Cancelled as soon as the task is cancelled."""
         self._over.wait(seconds)
+        self.moved()
         self.check()
 
     def check(self) -> None:
-        """Raise Cancelled if the task has been cancelled."""
-        if self._cancelled:
-            raise Cancelled
+        """Raise Cancelled if the task has been cancelled, or a TaskFailure if it stands still."""
+        if self._reason is not None:
+            raise self._reason
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -72,19 +80,31 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the watch. Raises Cancelled if the task was cancelled, whatever that did to the work."""
+        """End the watch. Raises the reason if it has stopped the work, whatever that did to the work."""
         self._over.set()
         self._thread.join()
-        if self._cancelled:
-            raise Cancelled from error
+        if self._reason is not None:
+            raise self._reason from error
 
     def _look(self) -> None:
         while not self._over.wait(INTERVAL):
+            self._reason = self._heard() or self._stalled()
+            if self._reason is not None:
+                self._cancel()
+                return
+
+    def _heard(self) -> TaskFailure | None:
+        """Carry the progress to the record, and hear of a cancellation."""
+        try:
             task = self._records.get(self._bundle_id)
             if task is None or task.state is BundleTaskState.CANCELLING:
-                self._cancelled = True
-                if self._work is not None:
-                    self._work.cancel()
-                return
-            done = self._work.progress if self._work is not None else self._done
-            self._records.advance(self._bundle_id, task.state, int(100 * done))
+                return Cancelled()
+            self._records.advance(self._bundle_id, task.state, int(100 * self._progress()))
+        except SQLAlchemyError as error:  # the database may be back at the next look
+            log.warning("a task's record cannot be looked at", bundle_id=self._bundle_id, error=type(error).__name__)
+        return None
+
+    def _stalled(self) -> TaskFailure | None:
+        if time.monotonic() - self._moved < self._stall_timeout:
+            return None
+        return TaskFailure("Server.NoProgress", f"Nothing could be read or stored for {self._stall_timeout:g} seconds.")
