@@ -1,4 +1,4 @@
-"""What tests of several rooms share: object stores and a PostgreSQL, each started once, and both kinds of database that the service runs on."""
+"""What tests of several rooms share: object stores and a PostgreSQL, each started once, and the service's databases."""
 
 import pytest
 

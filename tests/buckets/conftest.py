@@ -4,7 +4,6 @@ import pytest
 
 from support import buckets
 
-
 DRIVERS = [
     pytest.param(("directory", None), id="directory"),
     pytest.param(("owners", "seaweedfs"), id="seaweedfs-policy", marks=pytest.mark.s3),
