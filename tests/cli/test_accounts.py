@@ -6,7 +6,7 @@ import pytest
 
 from thrave.identity.certificates import load_certificate, load_private_key, new_certificate
 
-NOT_FOUND, REFUSED, USAGE = 3, 4, 2
+FAILED, USAGE, NOT_FOUND, REFUSED = 1, 2, 3, 4
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,23 @@ def test_keys_are_created_up_to_two_and_deleted(thrave, thrave_json):
     assert thrave("account", "key", "delete", created["accessKeyId"])[0] == NOT_FOUND
     (listed,) = thrave_json("account", "list")["accounts"]
     assert [key["accessKeyId"] for key in listed["accessKeys"]] == [second["accessKeyId"]]
+
+
+def test_a_key_is_imported_from_a_file_for_its_owners_eyes(thrave, thrave_json, tmp_path):
+    created = thrave_json("account", "create", "alice")
+    file = tmp_path / "credentials"
+    file.write_text("[default]\naws_access_key_id = AKIAOFTHESTORE\naws_secret_access_key = secret%of/the+store\n")
+    words = ("account", "key", "import", created["accountId"], "--credentials", file)
+    file.chmod(0o644)
+    status, _, stderr = thrave(*words)
+    assert status == FAILED
+    assert "chmod 600" in stderr
+    file.chmod(0o600)
+    assert thrave_json(*words) == {"accountId": created["accountId"], "accessKeyId": "AKIAOFTHESTORE"}
+    file.write_text("aws_secret_access_key = secret%of/the+store\n")
+    status, _, stderr = thrave(*words)
+    assert status == FAILED
+    assert "secret%of" not in stderr
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,29 @@ def test_an_account_has_at_most_two_keys(accounts):
     assert accounts.list_keys(account.account_id) == [second, third]
 
 
+def test_a_key_of_the_store_is_imported_once_and_found_with_its_secret(accounts):
+    account, _ = accounts.create("alice")
+    key = accounts.import_key(account.account_id, "AKIAOFTHESTORE", "secret/of/the+store")
+    assert accounts.find_key("AKIAOFTHESTORE") == key
+    assert (key.account_id, key.secret_access_key, key.status) == (account.account_id, "secret/of/the+store", "Active")
+    other, _ = accounts.create("bob")
+    with pytest.raises(EntityAlreadyExists, match="AKIAOFTHESTORE"):
+        accounts.import_key(other.account_id, "AKIAOFTHESTORE", "another secret".replace(" ", "-"))
+    with pytest.raises(LimitExceeded):
+        accounts.import_key(account.account_id, "AKIAANOTHER", "secret/of/the+store")
+    with pytest.raises(NoSuchEntity):
+        accounts.import_key("999999999999", "AKIAANOTHER", "secret/of/the+store")
+
+
+@pytest.mark.parametrize(
+    ("key_id", "secret"), [("", "a" * 40), ("A" * 33, "a" * 40), ("A B", "a" * 40), ("AKIA", ""), ("AKIA", "ä" * 40)]
+)
+def test_what_is_no_key_is_not_imported(accounts, key_id, secret):
+    account, _ = accounts.create("alice")
+    with pytest.raises(ValidationError):
+        accounts.import_key(account.account_id, key_id, secret)
+
+
 def test_of_many_keys_created_at_once_two_remain(accounts):
     account, _ = accounts.create("alice")
 

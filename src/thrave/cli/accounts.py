@@ -115,6 +115,31 @@ def create_key(account_id: str, data: Path, output: str) -> None:
     emit(output, {**document}, secrets_as_text(document))
 
 
+@key.command("import")
+@click.argument("account_id", metavar="ACCOUNT")
+@click.option(
+    "--credentials", type=_FILE, required=True, help="A file as ~/.aws/credentials, mode 0600: its [default]."
+)
+@data_option
+@output_option
+def import_key(account_id: str, credentials: Path, data: Path, output: str) -> None:
+    """Give the account with the id ACCOUNT an access key that its store of buckets knows.
+
+    Upload policies that are signed with it are good for that store, and the service acts there with it for the account.
+
+    \b
+    Example:
+      thrave account key import 123456789012 --credentials alice.credentials
+    """
+    from thrave.buckets.opening import read_credentials
+
+    known = read_credentials(credentials)
+    with open_accounts(data) as accounts:
+        key = accounts.import_key(account_id, known.access_key_id, known.secret_access_key)
+    document = {"accountId": account_id, "accessKeyId": key.access_key_id}
+    emit(output, {**document}, f"imported {key.access_key_id}")
+
+
 @key.command("delete")
 @click.argument("access_key_id", metavar="KEY")
 @data_option

@@ -23,6 +23,8 @@ from thrave.vault import Vault
 KEYS_PER_OWNER = 2  # IAM's quota "access keys per user"
 _NOBODY = "access key of nobody"
 _NAME = re.compile(r"[A-Za-z0-9+=,.@_-]{1,64}")  # as IAM's user names
+_KEY_ID = re.compile(r"\w{3,32}", re.ASCII)
+_SECRET = re.compile(r"[!-~]{8,128}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Accounts:
                 connection.execute(sa.insert(account).values(**vars(new)))
             except sa.exc.IntegrityError:
                 raise EntityAlreadyExists(f"Account with name {name} already exists.") from None
-            return new, self._insert_key(connection, new.account_id)
+            return new, self._insert_key(connection, new.account_id, None, _new_pair())
 
     def list(self) -> Sequence[Account]:
         """All accounts, by name."""
@@ -91,10 +93,26 @@ class Accounts:
             NoSuchEntity: There is no such account, or no longer such a user.
             LimitExceeded: There are two.
         """
+        return self._add_key(account_id, user, _new_pair())
+
+    def import_key(self, account_id: str, access_key_id: str, secret_access_key: str) -> AccessKey:
+        """Give an account an access key that it has elsewhere: one that the store of its buckets knows.
+
+        Raises:
+            ValidationError: No access key is like this.
+            NoSuchEntity: There is no such account.
+            EntityAlreadyExists: There is a key with that id.
+            LimitExceeded: The account has two.
+        """
+        if not _KEY_ID.fullmatch(access_key_id) or not _SECRET.fullmatch(secret_access_key):
+            raise ValidationError("An access key id has 3 to 32 characters of A-Z a-z 0-9 _, its secret 8 to 128")
+        return self._add_key(account_id, None, (access_key_id, secret_access_key))
+
+    def _add_key(self, account_id: str, user: User | None, pair: tuple[str, str]) -> AccessKey:
         count = sa.select(sa.func.count()).select_from(access_key).where(_owned_by(account_id, user))
         with self._engine.begin() as connection:
             _lock(connection, account_id)
-            key = self._insert_key(connection, account_id, user)
+            key = self._insert_key(connection, account_id, user, pair)
             if connection.execute(count).scalar_one() > KEYS_PER_OWNER:
                 raise LimitExceeded(
                     f"Cannot exceed quota for AccessKeysPer{'User' if user else 'Account'}: {KEYS_PER_OWNER};"
@@ -137,10 +155,13 @@ class Accounts:
             return None
         return self._opened(row)
 
-    def _insert_key(self, connection: sa.Connection, account_id: str, user: User | None = None) -> AccessKey:
+    def _insert_key(
+        self, connection: sa.Connection, account_id: str, user: User | None, pair: tuple[str, str]
+    ) -> AccessKey:
+        access_key_id, secret_access_key = pair
         key = AccessKey(
-            access_key_id=new_access_key_id(),
-            secret_access_key=new_secret_access_key(),
+            access_key_id=access_key_id,
+            secret_access_key=secret_access_key,
             account_id=account_id,
             status="Active",
             create_date=utc_now(),
@@ -159,6 +180,8 @@ class Accounts:
         try:
             connection.execute(sa.insert(access_key).values(**row))
         except sa.exc.IntegrityError:
+            if user is None:
+                raise EntityAlreadyExists(f"Access Key with id {access_key_id} already exists.") from None
             raise NoSuchEntity("The user who was to have the access key was deleted.") from None
         return key
 
@@ -178,6 +201,10 @@ class Accounts:
 _KEYS = sa.select(
     access_key, iam_user.c.user_name, iam_user.c.policy_version, iam_user.c.create_date.label("user_create_date")
 ).select_from(access_key.outerjoin(iam_user, access_key.c.user_id == iam_user.c.user_id))
+
+
+def _new_pair() -> tuple[str, str]:
+    return new_access_key_id(), new_secret_access_key()
 
 
 def _user(row: sa.RowMapping) -> User:
