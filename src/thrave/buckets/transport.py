@@ -120,7 +120,7 @@ def _read(answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
     if answer.status >= 300:
         raise _refusal(answer.status, answer.read(_ERROR_BYTES))
     body = answer.read(limit + 1)
-    if len(body) > limit:
+    if len(body) > limit or answer.read(1):  # at its end it says whether fewer came than were promised
         raise StoreError("InternalError", 500, f"The store answered with more than the {limit} bytes it was asked for")
     return Answer(answer.status, answer.headers, body)
 
