@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
+from urllib.parse import unquote
 
 import click
 
@@ -109,7 +110,7 @@ def readable_location(address: str) -> Location[Folder]:
             raise ValueError(f"{address} is not the file of a manifest")
         return _local(path)
     folder, manifest = _split(address)
-    return Location(readable_folder(folder), manifest)
+    return Location(readable_folder(folder), unquote(manifest) if address.startswith("http") else manifest)
 
 
 def writable_location(address: str) -> Location[WritableFolder]:

@@ -1,0 +1,202 @@
+"""Bundles on web servers: over TLS, several parts at once, and from servers that mean harm or are just broken."""
+
+import hashlib
+import shutil
+import threading
+
+import pytest
+
+from support import web
+from support.sealed import VECTORS
+from support.tls import certificate
+from thrave.cli import remote_folders
+
+FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED = 1, 2, 3, 4, 10
+KEYS = VECTORS / "keys"
+IMAGES = {
+    "ec2-ami-tools-1.5.3-dense-2-parts/small.img": "0fc3b64b0304d6e6da8ed6d9b445371c34570f51",
+    "ec2-ami-tools-1.5.3-sparse/sparse.img": "c9a6ef082b2daa44ba5aac84f19197a6f07870de",
+    "euca2ools-3.4.1-empty-last-part/tiny": "58bf0107d43bc5b1cc409c14598d4200527d674a",
+    "go_ami_tools/tiny": "58bf0107d43bc5b1cc409c14598d4200527d674a",
+}
+TWO_PARTS = "ec2-ami-tools-1.5.3-dense-2-parts/small.img.manifest.xml"
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch):
+    monkeypatch.setattr(remote_folders, "PATIENCE", 1.5)
+    monkeypatch.setattr(remote_folders, "DEADLINE", 30.0)
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    """A file with a certificate for 127.0.0.1 and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    files = certificate(folder)
+    both = folder / "both.pem"
+    both.write_bytes(files["tls_certificate"].read_bytes() + files["tls_key"].read_bytes())
+    return both
+
+
+@pytest.fixture
+def secure(tls, monkeypatch):
+    """The old vectors, over TLS that the system trusts."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls))
+    with web.serving_files(VECTORS, certificate=tls) as site:
+        yield site
+
+
+@pytest.fixture
+def site():
+    with web.serving_files(VECTORS) as site:
+        yield site
+
+
+@pytest.mark.parametrize("bundle", IMAGES)
+def test_a_bundle_of_another_program_opens_over_https(thrave_json, secure, tmp_path, bundle):
+    address = f"{secure.url}/{bundle}.manifest.xml"
+    opened = thrave_json("open", address, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
+    assert hashlib.sha1((tmp_path / "image").read_bytes()).hexdigest() == IMAGES[bundle]
+    assert opened["manifest"] == address
+
+
+def test_verify_and_show_take_an_address_as_they_take_a_file(thrave_json, secure):
+    address, file = f"{secure.url}/{TWO_PARTS}", VECTORS / TWO_PARTS
+    for command in (("show",), ("verify", "--certificate", KEYS / "user-cert.pem")):
+        far, near = (thrave_json(command[0], where, *command[1:]) for where in (address, file))
+        assert (far.pop("manifest"), near.pop("manifest")) == (address, str(file))
+        assert far == near
+
+
+def test_a_certificate_that_nobody_vouches_for_is_not_believed(thrave, tls):
+    with web.serving_files(VECTORS, certificate=tls) as site:
+        status, _, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
+    assert (status, "certificate" in stderr, site.requested) == (FAILED, True, [])
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("http://example.com/a.manifest.xml", "this machine only"),
+        ("https://user:secret@example.com/a.manifest.xml", "no user"),
+        ("https://example.com/a.manifest.xml?token=secret", "PREFIX.manifest.xml"),
+        ("https://example.com/?token=secret/a.manifest.xml", "no query"),
+        ("https:///a.manifest.xml", "PREFIX.manifest.xml"),
+        ("https://example.com/folder/", "PREFIX.manifest.xml"),
+        ("https://example.com/.manifest.xml", "PREFIX.manifest.xml"),
+        ("ftp://example.com/a.manifest.xml", "neither"),
+        ("s3://my_bucket/a.manifest.xml", "bucket is not valid"),
+        ("s3://a.manifest.xml", "PREFIX.manifest.xml"),
+        ("nowhere/a.manifest.xml", "is not the file"),
+    ],
+)
+def test_what_is_no_address_is_said_before_anybody_is_called(thrave, address, reason):
+    status, _, stderr = thrave("show", address)
+    assert (status, reason in stderr) == (USAGE, True), stderr
+
+
+@pytest.mark.parametrize("command", ["delete", "migrate", "copy"])
+def test_nothing_is_written_to_a_web_server(thrave, site, command):
+    address = f"{site.url}/{TWO_PARTS}"
+    keys = (
+        "--key",
+        KEYS / "user-pk.pem",
+        "--certificate",
+        KEYS / "user-cert.pem",
+        "--signing-key",
+        KEYS / "user-pk.pem",
+    )
+    words = {
+        "delete": ("delete", address),
+        "copy": ("copy", VECTORS / TWO_PARTS, f"{site.url}/"),
+        "migrate": ("migrate", address, *keys, "--service-certificate", KEYS / "cloud-cert.pem"),
+    }
+    status, _, _ = thrave(*words[command])
+    assert status == USAGE
+    assert {method for method, _ in site.requested} <= {"GET"}
+
+
+HOSTILE = {
+    "a redirect to a file": (web.status(302, Location="file:///etc/passwd"), FAILED, "moved elsewhere"),
+    "a redirect to itself": (web.status(301, Location="/" + TWO_PARTS), FAILED, "moved elsewhere"),
+    "a redirect to another host": (web.status(307, Location="http://169.254.169.254/"), FAILED, "moved elsewhere"),
+    "not there": (web.status(404), NOT_FOUND, "not there"),
+    "forbidden": (web.status(403), REFUSED, "403"),
+    "broken": (web.status(500), FAILED, "500"),
+    "endless": (web.endless, FAILED, "more than"),
+    "endless headers": (web.endless_headers, FAILED, "lost"),
+    "shorter than it said": (web.longer_than_said, DAMAGED, "not well-formed"),
+    "cut off": (web.cut_off, FAILED, "lost"),
+    "hung up": (web.hung_up, FAILED, "lost"),
+    "gibberish": (web.gibberish, FAILED, "lost"),
+}
+
+
+@pytest.mark.parametrize("behaviour", HOSTILE)
+def test_a_hostile_server_gets_a_clear_error(thrave, site, behaviour):
+    site.behaviour["manifest.xml"], code, reason = HOSTILE[behaviour]
+    status, stdout, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
+    assert (status, stdout) == (code, "")
+    assert reason in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+
+
+def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
+    monkeypatch.setattr(remote_folders, "DEADLINE", 0.5)
+    site.behaviour["manifest.xml"] = web.trickle(site)
+    status, _, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
+    assert (status, "within 0.5 seconds" in stderr) == (FAILED, True)
+
+
+@pytest.mark.parametrize("fault", [web.status(503), web.status(429), web.cut_off, web.hung_up, web.gibberish])
+def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, fault):
+    site.behaviour["part.1"] = web.times(2, fault)
+    address = f"{site.url}/{TWO_PARTS}"
+    status, _, stderr = thrave("open", address, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
+    assert status == 0, stderr
+    assert stderr.count("trying again") == 2
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code"),
+    [(web.status(404), NOT_FOUND), (web.endless, NOT_FOUND), (web.longer_than_said, DAMAGED), (web.hung_up, NOT_FOUND)],
+)
+def test_a_part_that_does_not_come_leaves_no_image(thrave, site, tmp_path, behaviour, code):
+    site.behaviour["part.1"] = behaviour
+    address = f"{site.url}/{TWO_PARTS}"
+    status, _, stderr = thrave("open", address, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
+    assert (status, "small.img.part.1" in stderr) == (code, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_are_fetched_several_at_once(thrave_json, site, tmp_path):
+    """No part is given before two are asked for."""
+    together = threading.Barrier(2, timeout=30)
+
+    def wait(_):
+        together.wait()
+        return False
+
+    site.behaviour = {"part.0": wait, "part.1": wait}
+    thrave_json("verify", f"{site.url}/{TWO_PARTS}")
+    assert not together.broken
+
+
+def test_a_name_with_spaces_and_percents_is_found(thrave_json, tmp_path):
+    for path in (VECTORS / "go_ami_tools").iterdir():
+        shutil.copy(path, tmp_path / path.name.replace("tiny.manifest", "100% of it.manifest"))
+    with web.serving_files(tmp_path) as site:
+        assert thrave_json("verify", f"{site.url}/100% of it.manifest.xml")["name"] == "tiny"
+        assert thrave_json("verify", f"{site.url}/100%25%20of%20it.manifest.xml")["name"] == "tiny"
+
+
+def test_a_sample_asks_every_part_for_its_size_and_reads_a_few(thrave_json, site):
+    thrave_json("verify", f"{site.url}/{TWO_PARTS}", "--sample", "1%", "--seed", "1")
+    asked = [(method, path.rpartition(".")[2]) for method, path in site.requested if ".part." in path]
+    assert sorted(asked) == [("GET", asked[-1][1]), ("HEAD", "0"), ("HEAD", "1")]
+
+
+def test_a_server_that_tells_no_size_is_said(thrave, site):
+    site.behaviour["part.0"] = lambda handler: handler.command == "HEAD" and web.hidden_size(handler)
+    status, _, stderr = thrave("verify", f"{site.url}/{TWO_PARTS}", "--sample", "1%")
+    assert (status, "how long" in stderr) == (NOT_FOUND, True)
