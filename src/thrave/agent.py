@@ -11,7 +11,6 @@ from functools import partial
 
 import structlog
 
-from thrave.buckets.retrying import RetryingBuckets
 from thrave.compute.errors import InstanceError
 from thrave.compute.fleet import InstanceReports, PowerAction, PowerRequest
 from thrave.compute.power import PowerRequests
@@ -50,7 +49,8 @@ class Agent:
             records=records,
             accounts=ground.accounts,
             instances=ground.instances,
-            buckets=RetryingBuckets(ground.buckets, self._settings.s3_patience),
+            buckets=ground.buckets,
+            store_patience=self._settings.s3_patience,
             service=ground.service,
             shutdown_grace=self._settings.shutdown_grace,
             level=self._settings.level,

@@ -94,9 +94,10 @@ def test_a_name_that_no_bucket_can_have_is_nobodys_and_cannot_be_created(buckets
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 4096], ids=["empty", "one byte", "1 MiB"])
 def test_what_was_put_is_got_and_its_head_has_its_size(buckets, bucket, data):
-    buckets.put(bucket, "win1.part.0", data)
+    etag = buckets.put(bucket, "win1.part.0", data)
     assert buckets.get(bucket, "win1.part.0") == data
     head = buckets.head(bucket, "win1.part.0")
+    assert head.etag == etag
     assert (head.size, head.etag or md5(data)) == (len(data), md5(data))
 
 

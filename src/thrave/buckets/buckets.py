@@ -57,7 +57,7 @@ class Buckets(Protocol):
         """
         ...
 
-    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> None:
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
         """Store an object, in the place of the one that may be there.
 
         When it returns, the object is on stable storage, whole. When it fails, readers find what was there before,
@@ -69,6 +69,9 @@ class Buckets(Protocol):
             data: The whole content.
             grant: The upload policy under which it is stored; nothing that it does not allow is ever written. Without
                 it the service's own right is used.
+
+        Returns:
+            The ETag of what was stored, as `ObjectHead.etag` has it.
 
         Raises:
             NoSuchBucket: There is none.

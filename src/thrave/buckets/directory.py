@@ -78,8 +78,8 @@ class DirectoryBuckets:
                 raise BucketAlreadyExists
             _make_folders(folder)
 
-    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> None:
-        """See Buckets."""
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
+        """See Buckets. Files have no ETag."""
         path = self._path(bucket, key)
         if grant is not None:
             grant.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=datetime.now(UTC))
@@ -91,6 +91,7 @@ class DirectoryBuckets:
                 raise InvalidArgument(
                     f"On a disk the key {key} cannot be stored beside one that is its folder or lies within it"
                 ) from None
+        return None
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
         """See Buckets."""

@@ -47,7 +47,7 @@ class S3Objects:
         self._transport = transport or Transport(connection)
         self._requests = SignedRequests(connection, self._transport, credentials or connection.credentials)
 
-    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> None:
+    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets. Under a grant it is a form upload that the grant's signature alone allows."""
         digest = hashlib.md5(data, usedforsecurity=False)
         if grant is None:
@@ -56,7 +56,7 @@ class S3Objects:
             kind, body = multipart(grant.form_fields(key), data)
             url = object_url(self._connection, bucket)
             answer = self._transport.send("POST", url, {"Content-Type": kind}, body, limit=SMALL)
-        self._prove(bucket, key, _md5_of(answer.headers), digest.hexdigest(), memoryview(data).nbytes)
+        return self._proved(bucket, key, _md5_of(answer.headers), digest.hexdigest(), memoryview(data).nbytes)
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
         """See Buckets."""
@@ -105,14 +105,14 @@ class S3Objects:
     def _put(self, bucket: str, key: str, data: Buffer, headers: Mapping[str, str]) -> Answer:
         return self._requests.send("PUT", bucket, key, headers=headers, body=[data])
 
-    def _prove(self, bucket: str, key: str, taken: str | None, sent: str, size: int) -> None:
+    def _proved(self, bucket: str, key: str, taken: str | None, sent: str, size: int) -> str | None:
+        """The ETag, of an object that the store has as it was sent."""
+        head = ObjectHead(size, taken)
         if taken is None:  # Ceph's answer to a form has no ETag
-            head = self.head(bucket, key)
-            proved = head is not None and head.size == size and head.etag in (None, sent)
-        else:
-            proved = taken == sent
-        if not proved:
+            head = self.head(bucket, key) or ObjectHead(-1)
+        if head.size != size or head.etag not in (None, sent):
             raise TransientError("BadDigest", 400, "The store took other bytes than were sent")
+        return head.etag
 
     def _pages(self, bucket: str | None, query: Mapping[str, str], read: Callable[[bytes], Page]) -> Iterator[str]:
         following: Mapping[str, str] | None = {}

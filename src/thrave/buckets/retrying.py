@@ -52,14 +52,17 @@ def patiently(call: Callable[[], _Answer], patience: float, tell: Callable[[Tran
 class RetryingBuckets:
     """The Buckets of another driver, with patience."""
 
-    def __init__(self, buckets: Buckets, patience: float) -> None:
-        """Ask `buckets` again for `patience` seconds after a call's first failure."""
+    def __init__(
+        self, buckets: Buckets, patience: float, told: Callable[[TransientError, float], None] | None = None
+    ) -> None:
+        """Ask `buckets` again for `patience` seconds after a call's first failure; `told` as `patiently` has it."""
         self._buckets = buckets
         self._patience = patience
+        self._told = told or _log
 
     def on_behalf_of(self, access_key_id: str) -> "RetryingBuckets":
         """See Buckets."""
-        return RetryingBuckets(self._buckets.on_behalf_of(access_key_id), self._patience)
+        return RetryingBuckets(self._buckets.on_behalf_of(access_key_id), self._patience, self._told)
 
     def owner(self, bucket: str) -> str | None:
         """See Buckets."""
@@ -69,9 +72,9 @@ class RetryingBuckets:
         """See Buckets."""
         self._patiently(lambda: self._buckets.create(bucket, owner))
 
-    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> None:
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets."""
-        self._patiently(lambda: self._buckets.put(bucket, key, data, grant=grant))
+        return self._patiently(lambda: self._buckets.put(bucket, key, data, grant=grant))
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
         """See Buckets."""
@@ -108,7 +111,7 @@ class RetryingBuckets:
         self._patiently(lambda: self._buckets.delete(bucket, named))
 
     def _patiently(self, call: Callable[[], _Answer]) -> _Answer:
-        return patiently(call, self._patience, _log)
+        return patiently(call, self._patience, self._told)
 
 
 def _log(error: TransientError, seconds: float) -> None:

@@ -122,10 +122,10 @@ class OwnersBuckets(_S3Buckets):
             raise AccessDenied("A bucket is created with the access key of its owner, and the service acts for another")
         self._create(bucket)
 
-    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> None:
+    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets."""
         _judge(grant, bucket, key, data)
-        super().put(bucket, key, data, grant=grant)
+        return super().put(bucket, key, data, grant=grant)
 
 
 class ServiceBuckets(_S3Buckets):
@@ -152,10 +152,10 @@ class ServiceBuckets(_S3Buckets):
         if self.owner(bucket) != owner:
             raise BucketAlreadyExists
 
-    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> None:
+    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets."""
         _judge(grant, bucket, key, data)
-        super().put(bucket, key, data)
+        return super().put(bucket, key, data)
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
         """See Buckets."""

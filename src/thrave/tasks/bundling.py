@@ -56,6 +56,8 @@ class Host:
     """What of a root volume's data is left out."""
     uploads_at_once: int
     """Parts of a bundle that are sent at the same time."""
+    store_patience: float
+    """Seconds for which the store is asked again when it fails in a way that may pass."""
     stall_timeout: float
     """Seconds without a byte read or an object stored after which a task fails."""
 
@@ -162,6 +164,7 @@ class Bundling:
             self._task,
             policy,
             uploads_at_once=self._host.uploads_at_once,
+            patience=self._host.store_patience,
             stall_timeout=self._host.stall_timeout,
         )
 

@@ -5,16 +5,18 @@ else. It never touches an object that this task did not write, but for the manif
 place, and never a bucket. Nobody waits within the store: what hangs there is left behind (`calls.py`).
 """
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 
 import structlog
 
 from thrave.buckets.buckets import Buckets
-from thrave.buckets.errors import BucketError
+from thrave.buckets.errors import BucketError, TransientError
 from thrave.buckets.naming import split_prefix
 from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.retrying import RetryingBuckets
 from thrave.bundle.crew import StoppedError
 from thrave.bundle.names import manifest_filename
 from thrave.bundle.sealing import Sealing
@@ -43,6 +45,7 @@ class BundleStore:
         policy: UploadPolicy,
         *,
         uploads_at_once: int,
+        patience: float,
         stall_timeout: float,
     ) -> None:
         """Send to the task's bucket, under its prefix, what the caller's upload policy allows.
@@ -53,9 +56,11 @@ class BundleStore:
             task: Whose bundle it is.
             policy: The caller's.
             uploads_at_once: Parts that are sent at the same time; each is in memory.
+            patience: Seconds for which a call is made again that fails in a way that may pass.
             stall_timeout: Seconds without an answer after which removing is given up.
         """
-        self._buckets = buckets
+        self._buckets = RetryingBuckets(buckets, patience, self._retried)
+        self._retries: list[TransientError] = []
         self._journal = journal
         self._bucket = task.bucket
         self._folder, self.name = split_prefix(task.prefix)
@@ -83,7 +88,7 @@ class BundleStore:
             BucketError: The policy or the bucket refuses one. The others are stopped.
             ResumeError: The image is not the one that was sealed before.
         """
-        with Calls[Arrived](wake=sealing.cancel) as calls:
+        with self._telling(watch), Calls[Arrived](wake=sealing.cancel) as calls:
             watch.over(calls.stop, lambda: sealing.progress)
             uploads = PartUploads(
                 calls,
@@ -152,11 +157,11 @@ class BundleStore:
             if calls.stopped:
                 raise StoppedError
             try:
-                self._buckets.put(self._bucket, key, data, grant=self._policy)
+                etag = self._buckets.put(self._bucket, key, data, grant=self._policy)
             finally:
                 if calls.left:
                     self._take_back(key)
-        return StoredObject(key, data.nbytes)
+        return StoredObject(key, data.nbytes, etag)
 
     def _take_back(self, key: str) -> None:
         """Remove what an upload has stored that was left behind: its task has ended, or has begun again."""
@@ -173,5 +178,28 @@ class BundleStore:
 
     def _check(self, item: StoredObject) -> None:
         head = self._buckets.head(self._bucket, item.key)
-        if head is None or head.size != item.size:
+        if head is None:
             raise TaskFailure("Client.S3Error", f"The bucket has lost the part '{item.key}' that it had taken.")
+        if head.size != item.size or (item.etag and head.etag and head.etag != item.etag):
+            raise TaskFailure("Client.S3Error", f"The bucket has something else now as the part '{item.key}'.")
+
+    @contextmanager
+    def _telling(self, watch: Watch) -> Iterator[None]:
+        """Tell afterwards how often the store had to be asked again."""
+        try:
+            yield
+        finally:
+            retries, self._retries = self._retries, []
+            if retries:
+                watch.tell(
+                    f"The store had to be asked again {len(retries)} times; the last time it said {retries[-1]}."
+                )
+
+    def _retried(self, reason: TransientError, seconds: float) -> None:
+        self._retries.append(reason)
+        log.warning(
+            "the store failed; trying again",
+            bundle_id=self._journal.bundle_id,
+            error=str(reason),
+            seconds=round(seconds, 1),
+        )
