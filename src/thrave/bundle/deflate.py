@@ -20,8 +20,9 @@ GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 """Deflate, no time, no name, made on Unix."""
 
 _LONGEST_STORED = 65535
-# An inflater copies at each call the input that it has not come to, so it is fed in bites.
-_BITE = 512 * 1024
+# An inflater copies at each call the input that it has not come to, and makes its output grow by doubling: small bites
+# keep both small, and the heap whole.
+_BITE = 32 * 1024
 _HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
 
 

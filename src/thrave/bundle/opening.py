@@ -16,9 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.x509 import Certificate
 
+from thrave.bundle.buffers import Buffers
 from thrave.bundle.crew import Crew
 from thrave.bundle.deciphering import deciphered
-from thrave.bundle.deflate import inflated
+from thrave.bundle.deflate import CHUNK, inflated
 from thrave.bundle.errors import ContentError
 from thrave.bundle.holes import without_zeros
 from thrave.bundle.output import ImageMaker, image_file
@@ -28,8 +29,8 @@ from thrave.bundle.secrets import BundleSecrets, unlock
 from thrave.bundle.untar import Run, image_runs
 from thrave.bundle.verifying import Believed, Trust, believe, verified_parts
 
-_PIECES_AHEAD = 8
-_PARTS_AHEAD = 2  # of one thread that inflates; two hash faster than that
+_PIECES_AHEAD = 4
+_PARTS_AHEAD = 1  # of one thread that inflates; one hashes faster than that
 _MOST_HASHING = 6  # parts at once where nothing is inflated; each is in memory
 
 Reporter = Callable[[int], None]
@@ -158,7 +159,7 @@ def _plain_image(
             yield piece
             inflated_bytes += len(piece)
 
-    def hashed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    def hashed(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
         for piece in pieces:
             tar_sha1.update(piece)
             yield piece
@@ -166,8 +167,10 @@ def _plain_image(
     with Crew(ahead) as crew:
         ciphertext = verified_parts(crew, believed, parts, ahead)
         plain = crew.ahead(deciphered(ciphertext, secrets), _PIECES_AHEAD)
-        tar = crew.ahead(inflated(counted(plain)), _PIECES_AHEAD)
-        for run in image_runs(crew.ahead(hashed(tar), _PIECES_AHEAD), believed.manifest.size):
+        buffers = Buffers(crew, 2 * _PIECES_AHEAD, CHUNK)
+        tar = crew.ahead(buffers.filled(inflated(counted(plain))), _PIECES_AHEAD)
+        pieces = buffers.freed(crew.ahead(hashed(tar), _PIECES_AHEAD))
+        for run in image_runs(pieces, believed.manifest.size):
             yield run
             reporter(inflated_bytes)
     if tar_sha1.hexdigest() != believed.manifest.digest:

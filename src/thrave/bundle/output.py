@@ -20,6 +20,8 @@ class ImageTarget(Protocol):
     def write(self, offset: int, data: memoryview) -> None:
         """Write at an offset, which ascends from call to call. What is never written reads as zeros.
 
+        The data's memory is used for other data as soon as this returns.
+
         Raises:
             OSError: it cannot be written; so may whatever error the target calls its own.
         """

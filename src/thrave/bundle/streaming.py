@@ -20,12 +20,12 @@ class ImageStream:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._at = 0
-        self._held: tuple[int, memoryview] = (0, memoryview(b""))
+        self._held = (0, b"")
 
     def write(self, offset: int, data: memoryview) -> None:
         """Hold data back, and write what was held back before."""
         self._release()
-        self._held = (offset, data)
+        self._held = (offset, bytes(data))
 
     def finish(self, size: int) -> None:
         """Write what was held back, and zeros up to the image's size (bytes)."""
@@ -36,7 +36,7 @@ class ImageStream:
         offset, data = self._held
         if data:
             self._write_zeros(offset)
-            self._write_all(data)
+            self._write_all(memoryview(data))
 
     def _write_zeros(self, end: int) -> None:
         while self._at < end:

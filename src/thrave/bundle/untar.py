@@ -31,7 +31,7 @@ class Run(NamedTuple):
     data: memoryview
 
 
-def image_runs(pieces: Iterable[bytes], size: int) -> Iterator[Run]:
+def image_runs(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[Run]:
     """Yield the data of the image in ascending order; what is never mentioned is a hole.
 
     The stream is consumed to its end.

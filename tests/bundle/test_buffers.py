@@ -1,0 +1,52 @@
+"""Buffers that are used over and over: nothing is lost in them, and there are never more."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+
+from thrave.bundle.buffers import Buffers
+from thrave.bundle.crew import Crew
+
+SIZE = 8
+
+
+def through(pieces: list[bytes], count: int = 2) -> bytes:
+    """What comes out of so few buffers that each is used again and again."""
+    with Crew(1) as crew:
+        buffers = Buffers(crew, count, SIZE)
+        return b"".join(bytes(piece) for piece in buffers.freed(crew.ahead(buffers.filled(pieces), 1)))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[], [0], [8, 8, 8, 8], [1] * 100, [8, 0, 0, 1, 8, 7, 1], [3, 3, 3, 3, 3]],
+    ids=["nothing", "one empty piece", "full", "tiny", "mixed", "none that fills a buffer"],
+)
+def test_what_goes_in_comes_out(lengths: list[int]) -> None:
+    pieces = [bytes([number % 256]) * length for number, length in enumerate(lengths)]
+
+    assert through(pieces) == b"".join(pieces)
+
+
+def test_small_pieces_share_a_buffer() -> None:
+    with Crew(1) as crew:
+        buffers = Buffers(crew, 2, SIZE)
+
+        assert [len(piece) for piece in islice(buffers.filled(iter([b"abc"] * 5)), 2)] == [6, 6]
+
+
+def test_the_one_who_fills_waits_until_a_buffer_is_free() -> None:
+    taken: list[int] = []
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(100):
+            taken.append(number)
+            yield bytes(SIZE)
+
+    with Crew(1) as crew:
+        buffers = Buffers(crew, 3, SIZE)
+        stream = buffers.freed(crew.ahead(buffers.filled(pieces()), 100))
+        for done, _ in enumerate(stream):
+            # Three in buffers, and the one that waits for its own.
+            assert len(taken) <= done + 4
