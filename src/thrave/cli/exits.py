@@ -18,6 +18,8 @@ class Exit(IntEnum):
     DAMAGED = 10
     WRONG_KEY = 11
     MISSING_COMPONENT = 12
+    TASK_FAILED = 20
+    TASK_CANCELLED = 21
     TAKEN_OVER = 75
     INTERRUPTED = 130
 
@@ -31,6 +33,8 @@ MEANING: dict[Exit, str] = {
     Exit.DAMAGED: "The bundle is damaged or forged: a signature, digest, size or name does not hold.",
     Exit.WRONG_KEY: "The private key is not the one that the bundle was made for.",
     Exit.MISSING_COMPONENT: "A program or library that this needs is not installed; stderr names the package.",
+    Exit.TASK_FAILED: "A bundle task that was watched has failed.",
+    Exit.TASK_CANCELLED: "A bundle task that was watched was cancelled, and none failed.",
     Exit.TAKEN_OVER: "Another process is this host's agent now, or another host has adopted its tasks.",
     Exit.INTERRUPTED: "Stopped by Ctrl-C.",
 }

@@ -1,0 +1,87 @@
+"""What the commands beside the service share: its settings, and its database and vault, opened.
+
+They work where the data directory is, and on the database that the settings name, whether the service runs or not.
+None of them begins a data directory but `thrave account create`.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import sqlalchemy as sa
+
+    from thrave.config import Settings
+    from thrave.vault import Vault
+
+_Rest = ParamSpec("_Rest")
+
+_DATA = click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the service keeps its database, keys, instances and buckets.  "
+    "[env var: THRAVE_DATA; default: thrave-data]",
+)
+_CONFIG = click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The service's settings, as TOML."
+)
+
+
+class Service(NamedTuple):
+    """The service's database, and the vault that its secrets are sealed with."""
+
+    engine: sa.Engine
+    vault: Vault
+
+
+def read_settings(config: Path | None, **given: object) -> Settings:
+    """The settings; `given` is what the command line says. Raises click's UsageError if one of them is wrong."""
+    from pydantic import ValidationError
+
+    from thrave.config import load_settings
+
+    try:
+        return load_settings(config, **given)
+    except ValidationError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def settings_option(command: Callable[Concatenate[Settings, _Rest], None]) -> Callable[..., None]:
+    """Give a command `--data DIR` and `--config FILE`; its function receives the settings as its first argument."""
+
+    @_DATA
+    @_CONFIG
+    @functools.wraps(command)
+    def with_settings(data: Path | None, config: Path | None, *rest: _Rest.args, **named: _Rest.kwargs) -> None:
+        command(read_settings(config, data=data), *rest, **named)
+
+    return with_settings
+
+
+@contextmanager
+def open_service(settings: Settings, *, make: bool = False) -> Iterator[Service]:
+    """The service in a data directory, which is made only if the command may begin one."""
+    from thrave.database import migrate, open_engine
+    from thrave.vault import Vault
+
+    directory = settings.directory
+    if make:
+        directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    elif not directory.vault_key.exists():
+        raise click.BadParameter(
+            f"{settings.data} is no data directory; begin one with `thrave account create`", param_hint="--data"
+        )
+    vault = Vault.open_or_create(directory.vault_key)
+    engine = open_engine(settings.database)
+    try:
+        migrate(engine)
+        yield Service(engine, vault)
+    finally:
+        engine.dispose()

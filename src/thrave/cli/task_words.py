@@ -1,0 +1,171 @@
+"""What the commands on bundle tasks answer: JSON in EC2's camelCase, and text for people.
+
+It only puts data into words. What a stranger may have chosen (a bucket's name, a store's message) is shown without what
+could make a terminal do something; an upload policy, its signature and a bundle's key are never read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from thrave.cli.output import printable, table
+from thrave.cli.sizes import words
+from thrave.cli.times import span
+from thrave.tasks.failures import CAUSES
+from thrave.tasks.overview import bytes_done, spells, time_in
+from thrave.tasks.states import WITH_PROGRESS, BundleTaskState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from thrave.cli.output import Json
+    from thrave.tasks.overview import SeenTask, Spell
+    from thrave.tasks.task import BundleTask, Event
+
+_HEADER = ("TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "BUNDLED", "REASON")
+_KEYS_SHOWN = 20
+
+
+class TaskStory(NamedTuple):
+    """All that is known of one task."""
+
+    seen: SeenTask
+    history: Sequence[Event]
+    now: datetime
+
+
+def task_document(seen: SeenTask) -> dict[str, object]:
+    """A task as JSON. Sizes are in bytes, the progress in percent of the state."""
+    task, stored = seen.task, seen.stored
+    error = {"code": task.error_code, "message": task.error_message} if task.error_code else None
+    return {
+        "bundleId": task.bundle_id,
+        "accountId": task.account_id,
+        "instanceId": task.instance_id,
+        "host": task.host,
+        "state": task.state,
+        "progress": task.progress,
+        "startTime": task.start_time,
+        "updateTime": task.update_time,
+        "storage": {"bucket": task.bucket, "prefix": task.prefix},
+        "volumeSize": task.volume_size,
+        "storedSize": stored.size,
+        "storedParts": stored.parts,
+        "leftOver": len(seen.left_over),
+        "attempts": task.attempts,
+        "notice": task.notice,
+        "error": error,
+    }
+
+
+def task_table(tasks: Sequence[SeenTask], now: datetime) -> str:
+    """Tasks, one a line."""
+    return table(_HEADER, [_row(seen, now) for seen in tasks])
+
+
+def story_document(story: TaskStory) -> Json:
+    """All of one task as JSON; what it says of the table of reasons is there only if the task failed."""
+    task, spent = story.seen.task, spells(story.history, story.now)
+    cause = CAUSES.get(task.error_code or "")
+    return {
+        **task_document(story.seen),
+        "ownerId": task.owner_id,
+        "wasRunning": task.was_running,
+        "volumeDone": bytes_done(task, story.history),
+        "bytesPerSecond": _rate(story.seen, spent),
+        "meaning": cause and cause.meaning,
+        "remedy": cause and cause.remedy,
+        "leftOverKeys": [*story.seen.left_over],
+        "history": [
+            {
+                "time": spell.event.time,
+                "state": spell.event.state,
+                "message": spell.event.message,
+                "seconds": spell.lasted and round(spell.lasted.total_seconds(), 3),
+            }
+            for spell in spent
+        ],
+    }
+
+
+def story_text(story: TaskStory) -> str:
+    """All of one task in a few paragraphs."""
+    spent = spells(story.history, story.now)
+    paragraphs = [
+        table(("TASK", story.seen.task.bundle_id), _facts(story.seen, story.history, spent)),
+        table(("TIME", "STATE", "LASTED", "WHAT"), [_happened(spell) for spell in spent]) if spent else "",
+        _reason(story.seen.task),
+        _left_over(story),
+    ]
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def progress_words(task: BundleTask) -> str:
+    """How far a task is within its state."""
+    return f"{task.progress}%" if task.progress is not None and task.state in WITH_PROGRESS else ""
+
+
+def _row(seen: SeenTask, now: datetime) -> tuple[str, ...]:
+    task, stored = seen.task, seen.stored
+    bundled = words(stored.size) if stored.size else ""
+    age = span(now - task.start_time)
+    reason = printable(task.error_code or task.notice or "") + (
+        f", {len(seen.left_over)} left over" if seen.left_over else ""
+    )
+    return (task.bundle_id, task.state, progress_words(task), task.instance_id, task.host, age, bundled, reason)
+
+
+def _facts(seen: SeenTask, history: Sequence[Event], spent: Sequence[Spell]) -> list[tuple[str, ...]]:
+    task, stored = seen.task, seen.stored
+    before = {None: "", True: ", which was running", False: ", which was stopped"}[task.was_running]
+    facts = {
+        "state": f"{task.state} {progress_words(task)}",
+        "instance": f"{task.instance_id} of account {task.account_id}{before}",
+        "host": f"{task.host}, begun {task.attempts} times" if task.attempts > 1 else task.host,
+        "bucket": f"{task.bucket}, prefix {task.prefix}",
+        "volume": _volume(task, history),
+        "stored": f"{stored.parts} parts, {words(stored.size)}{_speed(seen, spent)}" if stored.objects else "nothing",
+        "notice": task.notice,
+    }
+    return [(name, printable(fact)) for name, fact in facts.items() if fact]
+
+
+def _volume(task: BundleTask, history: Sequence[Event]) -> str | None:
+    done = bytes_done(task, history)
+    if task.volume_size is None or done is None:
+        return None
+    return f"{words(done)} of {words(task.volume_size)} done, holes among them"
+
+
+def _rate(seen: SeenTask, spent: Sequence[Spell]) -> float | None:
+    """Bytes a second that were stored while the volume was read; None if nothing was."""
+    seconds = time_in(BundleTaskState.BUNDLING, spent).total_seconds()
+    return round(seen.stored.size / seconds, 1) if seconds and seen.stored.size else None
+
+
+def _speed(seen: SeenTask, spent: Sequence[Spell]) -> str:
+    rate = _rate(seen, spent)
+    return f", {rate / 1e6:.1f} MB/s" if rate else ""
+
+
+def _happened(spell: Spell) -> tuple[str, ...]:
+    time = spell.event.time.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
+    return time, spell.event.state, span(spell.lasted) if spell.lasted else "", printable(spell.event.message or "")
+
+
+def _reason(task: BundleTask) -> str:
+    if task.error_code is None:
+        return ""
+    said = f"{task.error_code}: {printable(task.error_message or '')}"
+    cause = CAUSES.get(task.error_code)
+    return f"{said}\n{cause.meaning}\nWhat to do: {cause.remedy}" if cause else said
+
+
+def _left_over(story: TaskStory) -> str:
+    keys = story.seen.left_over
+    if not keys:
+        return "Nothing is left over in the bucket." if story.seen.task.state is BundleTaskState.FAILED else ""
+    more = [f"… and {len(keys) - _KEYS_SHOWN} more (--output json lists all)"] if len(keys) > _KEYS_SHOWN else []
+    lines = [f"Left over in the bucket {story.seen.task.bucket}: {len(keys)}", *keys[:_KEYS_SHOWN]]
+    return "\n".join(printable(line) for line in lines + more)

@@ -1,0 +1,217 @@
+"""`thrave task`: the bundle tasks of all accounts, for the operator, whether the service runs or not.
+
+It reads the service's database and changes nothing there but to cancel a task, by the rules of CancelBundleTask.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave.cli.exits import Exit
+from thrave.cli.main import exit_code
+from thrave.cli.output import emit, output_option
+from thrave.cli.service import open_service, settings_option
+from thrave.cli.times import Since
+from thrave.tasks.states import FINISHED, BundleTaskState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from datetime import datetime
+
+    from thrave.config import Settings
+    from thrave.tasks.overview import Overview, SeenTask
+    from thrave.tasks.records import Records
+
+_LIMIT = 100
+_WATCHED_AT_ONCE = 1000
+
+_UNFINISHED = frozenset(BundleTaskState) - FINISHED
+_STATE = click.Choice([state.value for state in BundleTaskState])
+
+
+@click.group()
+def task() -> None:
+    """Bundle tasks of all accounts: what they do, what they did, and why one failed.
+
+    \b
+    Example:
+      thrave task list --state failed --since 2d
+      thrave task show bun-0123456789abcdef0
+    """
+
+
+@task.command("list")
+@click.option("--state", "states", type=_STATE, multiple=True, help="In this state; may be given several times.")
+@click.option("--unfinished", is_flag=True, help="In any state but complete and failed.")
+@click.option("--account", "account_id", metavar="ID", help="Of this account.")
+@click.option("--instance", "instance_id", metavar="i-…", help="Of this instance.")
+@click.option("--host", metavar="NAME", help="On this host.")
+@click.option("--since", type=Since(), metavar="TIME", help="Asked for since then: 2h, 3d or 2026-11-23T19:00Z.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=_LIMIT, show_default=True, help="How many, the newest ones."
+)
+@settings_option
+@output_option
+def list_(
+    settings: Settings,
+    *,
+    states: tuple[str, ...],
+    unfinished: bool,
+    account_id: str | None,
+    instance_id: str | None,
+    host: str | None,
+    since: datetime | None,
+    limit: int,
+    output: str,
+) -> None:
+    """List tasks, the newest last.
+
+    \b
+    Example:
+      thrave task list
+      thrave task list --unfinished --host kvm-17 --output json
+    """
+    from thrave.cli.task_words import task_document, task_table
+    from thrave.database import utc_now
+    from thrave.tasks.overview import Wanted
+
+    wanted = Wanted(
+        states=frozenset(map(BundleTaskState, states)) | (_UNFINISHED if unfinished else frozenset()),
+        account_id=account_id,
+        instance_id=instance_id,
+        host=host,
+        since=since,
+    )
+    with _overview(settings) as (overview, _):
+        found = overview.latest(wanted, limit=limit + 1)
+    shown, more = found[-limit:], len(found) > limit
+    emit(output, {"tasks": [task_document(seen) for seen in shown], "more": more}, task_table(shown, utc_now()))
+    if more:
+        click.echo(f"There are older ones: these are the newest {limit}; see --limit.", err=True)
+
+
+@task.command()
+@click.argument("bundle_id", metavar="BUN")
+@settings_option
+@output_option
+def show(settings: Settings, bundle_id: str, output: str) -> None:
+    """Show all that is known of the task with the id BUN.
+
+    Its states with their times, what it has stored and how fast, how often a host began it; if it failed the reason,
+    what to do about it, and what is left over in the bucket.
+
+    \b
+    Example:
+      thrave task show bun-0123456789abcdef0
+
+    Exit codes: 0 it is shown, however it ended, 3 there is no such task.
+    """
+    from thrave.cli.task_words import TaskStory, story_document, story_text
+    from thrave.database import utc_now
+
+    with _overview(settings) as (overview, records):
+        (seen,) = overview.of([bundle_id])
+        story = TaskStory(seen, records.history(bundle_id), utc_now())
+    emit(output, story_document(story), story_text(story))
+
+
+@task.command()
+@click.argument("bundle_ids", metavar="[BUN]...", nargs=-1)
+@settings_option
+@output_option
+def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
+    """Watch tasks until they end: those with the ids BUN, or all that have not ended now.
+
+    Bars on a terminal; elsewhere a line for each change of state and each tenth. They go to stderr; how the tasks ended
+    is printed at the end. Ctrl-C ends the watch, not the tasks.
+
+    \b
+    Example:
+      thrave task watch bun-0123456789abcdef0 && echo done
+
+    Exit codes: 0 all are complete, 3 there is no such task, 20 one failed, 21 none failed but one was cancelled.
+    """
+    from thrave.cli.task_watch import watch as watch_tasks
+    from thrave.cli.task_words import task_document, task_table
+    from thrave.database import utc_now
+
+    with _overview(settings) as (overview, _):
+        ended = watch_tasks(overview, bundle_ids or _unfinished(overview))
+    emit(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, utc_now()))
+    sys.exit(_worst(ended))
+
+
+@task.command()
+@click.argument("bundle_ids", metavar="BUN...", nargs=-1, required=True)
+@settings_option
+@output_option
+def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
+    """Cancel the tasks with the ids BUN, as CancelBundleTask does for their owners.
+
+    What a task has stored is removed and its instance is started again by its host; it then ends as failed, with
+    Client.Cancelled. One that nobody has begun ends at once.
+
+    \b
+    Example:
+      thrave task cancel bun-0123456789abcdef0
+
+    Exit codes: 0 all are being cancelled, 3 there is no such task, 4 one has ended, or is being cancelled already. The
+    others are cancelled nevertheless.
+    """
+    from thrave.cli.task_words import task_document
+    from thrave.tasks.requests import BundleTaskError
+
+    cancelled, codes = [], []
+    with _overview(settings) as (overview, records):
+        for bundle_id in bundle_ids:
+            try:
+                cancelled.append(_cancel(overview, records, bundle_id))
+            except BundleTaskError as error:
+                click.echo(f"thrave: {bundle_id}: {error}", err=True)
+                codes.append(exit_code(error) or Exit.FAILED)
+    text = "\n".join(f"{seen.task.bundle_id} {seen.task.state}" for seen in cancelled)
+    emit(output, {"tasks": [task_document(seen) for seen in cancelled]}, text)
+    sys.exit(codes[0] if codes else Exit.OK)
+
+
+@contextmanager
+def _overview(settings: Settings) -> Iterator[tuple[Overview, Records]]:
+    from thrave.tasks.overview import Overview
+    from thrave.tasks.records import Records
+
+    with open_service(settings) as (engine, vault):
+        records = Records(engine, vault)
+        yield Overview(engine, records), records
+
+
+def _unfinished(overview: Overview) -> list[str]:
+    from thrave.tasks.overview import Wanted
+
+    tasks = overview.latest(Wanted(states=_UNFINISHED), limit=_WATCHED_AT_ONCE)
+    return [seen.task.bundle_id for seen in tasks]
+
+
+def _cancel(overview: Overview, records: Records, bundle_id: str) -> SeenTask:
+    """Cancel a task. Raises BundleTaskNotFound, or BundleTaskNotCancellable."""
+    from thrave.tasks.requests import BundleTaskNotCancellable
+
+    cancelled = records.cancel(bundle_id)
+    (seen,) = overview.of([bundle_id])
+    if not cancelled:
+        raise BundleTaskNotCancellable(seen.task.state)
+    records.tell(bundle_id, "An operator has cancelled it.")
+    return seen
+
+
+def _worst(ended: Sequence[SeenTask]) -> Exit:
+    """How a watch ends: a failure counts more than a cancellation."""
+    from thrave.tasks.failures import Cancelled
+
+    reasons = {seen.task.error_code for seen in ended if seen.task.error_code}
+    if reasons - {Cancelled().code}:
+        return Exit.TASK_FAILED
+    return Exit.TASK_CANCELLED if reasons else Exit.OK

@@ -1,0 +1,244 @@
+"""`thrave task`, as an operator calls it beside a real server."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from support.disks import make_disk
+from thrave.compute.instance import InstanceState
+from thrave.testing import ThraveServer
+
+FAILED, USAGE, NOT_FOUND, REFUSED, TASK_FAILED, TASK_CANCELLED = 1, 2, 3, 4, 20, 21
+MIB = 1 << 20
+NO_SUCH_TASK = "bun-0123456789abcdef0"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with ThraveServer.running(tmp_path_factory.mktemp("server") / "thrave", tasks_at_once=2) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alice(server):
+    return server.account("alice")
+
+
+@pytest.fixture(autouse=True)
+def data(server, monkeypatch):
+    """The data directory of every command here."""
+    monkeypatch.setenv("THRAVE_DATA", str(server.data.root))
+
+
+@pytest.fixture
+def bundled(server, alice, tmp_path):
+    """Has a new instance with a disk of so many MiB bundled; gives the ids of the task and of the instance."""
+    account, key = alice
+
+    def bundle(size, bucket="alices-bucket"):
+        instance = server.instance(account.account_id, make_disk(tmp_path / f"{size}.raw", size * MIB))
+        storage = server.storage(key, bucket, instance.instance_id)
+        task = server.client(key).bundle_instance(InstanceId=instance.instance_id, Storage=storage)
+        return task["BundleTask"]["BundleId"], instance.instance_id
+
+    return bundle
+
+
+@pytest.fixture
+def show(thrave_json):
+    return lambda bundle_id: thrave_json("task", "show", bundle_id)
+
+
+@pytest.fixture
+def complete(bundled, thrave):
+    bundle_id, _ = bundled(30)
+    assert thrave("task", "watch", bundle_id)[0] == 0
+    return bundle_id
+
+
+@pytest.fixture
+def failed(server, alice, tmp_path):
+    """A task whose root volume is gone."""
+    account, key = alice
+    disk = make_disk(tmp_path / "gone.raw", MIB)
+    instance = server.instance(account.account_id, disk)
+    disk.unlink()
+    task = server.client(key).bundle_instance(
+        InstanceId=instance.instance_id, Storage=server.storage(key, "alices-bucket", instance.instance_id)
+    )
+    return task["BundleTask"]["BundleId"]
+
+
+def wait_until(condition, seconds=60):
+    given_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < given_up
+        time.sleep(0.02)
+
+
+def test_a_complete_task_is_listed_with_what_it_has_stored(thrave, thrave_json, server, complete):
+    (task,) = [task for task in thrave_json("task", "list")["tasks"] if task["bundleId"] == complete]
+    files = [*(server.data.buckets / "alices-bucket").glob(f"{task['instanceId']}*")]
+    assert (task["state"], task["error"], task["leftOver"], task["attempts"]) == ("complete", None, 0, 1)
+    assert task["storedSize"] == sum(file.stat().st_size for file in files)
+    assert task["storedParts"] == len(files) - 2
+    assert task["volumeSize"] == 30 * MIB
+    header, *rows = thrave("task", "list")[1].splitlines()
+    assert header.split() == ["TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "BUNDLED", "REASON"]
+    assert any(row.startswith(f"{complete}  complete ") for row in rows)
+
+
+def test_a_tasks_history_says_how_long_each_state_lasted(thrave, show, complete):
+    story = show(complete)
+    assert [event["state"] for event in story["history"]] == [
+        "pending", "waiting-for-shutdown", "bundling", "storing", "complete"
+    ]  # fmt: skip
+    *lasted, end = [event["seconds"] for event in story["history"]]
+    assert all(seconds >= 0 for seconds in lasted)
+    assert end is None
+    assert story["bytesPerSecond"] > 0
+    assert (story["volumeDone"], story["wasRunning"], story["remedy"]) == (30 * MIB, True, None)
+    text = thrave("task", "show", complete)[1]
+    assert "30.0 MiB of 30.0 MiB done" in text
+    assert "which was running" in text
+
+
+def test_a_failed_task_is_shown_with_its_reason_and_what_to_do(thrave, show, failed):
+    status, _, stderr = thrave("task", "watch", failed)
+    assert status == TASK_FAILED
+    assert stderr.splitlines()[-1].endswith("failed Server.VolumeError")
+    story = show(failed)
+    assert story["error"]["code"] == "Server.VolumeError"
+    assert story["remedy"] == "Check the volume's file and the host's disks, and bundle again."
+    status, text, _ = thrave("task", "show", failed)
+    assert status == 0
+    assert "What to do: Check the volume's file" in text
+    assert "Nothing is left over in the bucket." in text
+
+
+def test_an_operator_cancels_as_an_owner_would(thrave, thrave_json, server, bundled, show):
+    bundle_id, instance_id = bundled(400)
+    wait_until(lambda: show(bundle_id)["storedParts"])
+    assert thrave_json("task", "cancel", bundle_id)["tasks"][0]["state"] in {"cancelling", "failed"}
+    status, text, _ = thrave("task", "watch", bundle_id)
+    assert status == TASK_CANCELLED
+    assert "Client.Cancelled" in text
+    story = show(bundle_id)
+    assert "An operator has cancelled it." in [event["message"] for event in story["history"]]
+    assert (story["storedSize"], story["leftOver"]) == (0, 0)
+    assert server.instances.state(instance_id) is InstanceState.RUNNING
+    status, stdout, stderr = thrave("task", "cancel", bundle_id)
+    assert (status, stdout.strip()) == (REFUSED, "")
+    assert stderr == f"thrave: {bundle_id}: Can't cancel bundle task when the bundle task is failed\n"
+
+
+def test_of_several_to_cancel_those_that_can_be_are(thrave, bundled, show):
+    bundle_id, _ = bundled(400)
+    status, stdout, stderr = thrave("task", "cancel", NO_SUCH_TASK, bundle_id)
+    assert status == NOT_FOUND
+    assert stdout.startswith(bundle_id)
+    assert stderr == f"thrave: {NO_SUCH_TASK}: The bundle task ID '{NO_SUCH_TASK}' does not exist\n"
+    assert thrave("task", "watch", bundle_id)[0] == TASK_CANCELLED
+
+
+def test_what_could_not_be_removed_is_shown(thrave, server, bundled, show):
+    bundle_id, _ = bundled(400, bucket="lost-bucket")
+    wait_until(lambda: show(bundle_id)["storedParts"])
+    bucket, elsewhere = server.data.buckets / "lost-bucket", server.data.buckets.parent / "elsewhere"
+    bucket.rename(elsewhere)
+    bucket.symlink_to(elsewhere)  # which the service refuses to follow
+    assert thrave("task", "watch", bundle_id)[0] == TASK_FAILED
+    story = show(bundle_id)
+    assert {part.name for part in elsewhere.glob("*.part.*")} <= set(story["leftOverKeys"])
+    assert story["leftOver"] == len(story["leftOverKeys"]) > 0
+    assert f"Left over in the bucket lost-bucket: {story['leftOver']}\n" in thrave("task", "show", bundle_id)[1]
+    assert f"Client.S3Error, {story['leftOver']} left over" in thrave("task", "list")[1]
+
+
+def test_away_from_a_terminal_a_watch_writes_lines(thrave, bundled):
+    bundle_id, instance_id = bundled(200)
+    status, stdout, stderr = thrave("task", "watch", "--output", "json")
+    assert status == 0
+    assert [task["bundleId"] for task in json.loads(stdout)["tasks"]] == [bundle_id]
+    lines = stderr.splitlines()
+    assert all(line.startswith(f"{bundle_id} {instance_id} ") for line in lines)
+    assert len(lines) == len(set(lines))
+    assert " complete " in lines[-1]
+
+
+def test_on_a_terminal_a_watch_draws_bars(server, bundled):
+    bundle_id, instance_id = bundled(200)
+    status, drawn = on_a_terminal("task", "watch", bundle_id)
+    assert status == 0
+    assert f"{bundle_id} {instance_id}" in drawn
+    assert "━" in drawn
+    assert drawn.rstrip().splitlines()[-1].startswith(f"{bundle_id}  complete")
+
+
+def on_a_terminal(*words):
+    """Run a command on a terminal of its own; give its status and all it has drawn."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    command = subprocess.Popen(
+        [sys.executable, "-m", "thrave", *words], stdin=slave, stdout=slave, stderr=slave, env=environment
+    )
+    os.close(slave)
+    drawn = b""
+    with suppress(OSError):  # EIO: nobody writes there any more
+        while piece := os.read(master, 65536):
+            drawn += piece
+    os.close(master)
+    return command.wait(), drawn.decode()
+
+
+def test_with_nothing_unfinished_a_watch_ends_at_once(thrave):
+    status, stdout, stderr = thrave("task", "watch")
+    assert (status, len(stdout.splitlines()), stderr) == (0, 1, "")
+
+
+def test_a_watch_of_several_ends_as_the_worst_of_them(thrave, complete, failed):
+    assert thrave("task", "watch", complete, failed)[0] == TASK_FAILED
+
+
+def test_no_secret_is_shown(thrave, alice, server, bundled):
+    bundle_id, _ = bundled(30)
+    _, key = alice
+    storage = server.storage(key, "alices-bucket", "other")["S3"]
+    said = [
+        thrave("task", *words)[1] for words in (["list", "--output", "json"], ["show", bundle_id, "--output", "json"])
+    ]
+    thrave("task", "watch", bundle_id)
+    for secret in (key.secret_access_key, storage["UploadPolicySignature"], "ec2-bundle-read"):
+        assert not any(secret in text for text in said)
+
+
+@pytest.mark.parametrize("words", [["show"], ["watch"], ["cancel"]])
+def test_a_task_that_there_is_none_of_has_a_status(thrave, words):
+    status, stdout, stderr = thrave("task", *words, NO_SUCH_TASK)
+    assert (status, stdout.strip()) == (NOT_FOUND, "")
+    assert f"'{NO_SUCH_TASK}' does not exist" in stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["list", "--state", "done"], ["list", "--since", "yesterday"], ["list", "--limit", "0"], ["cancel"], ["show"],
+        ["list", "--data", "no-such-folder"], ["list", "--config", "no-such-file"],
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_has_a_status(thrave, words):
+    status, stdout, stderr = thrave("task", *words)
+    assert (status, stdout) == (USAGE, "")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("words", [[], ["list"], ["show"], ["watch"], ["cancel"]])
+def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
+    _, stdout, _ = thrave("task", *words, "--help")
+    assert any(line.startswith("    thrave task ") for line in stdout.splitlines())
