@@ -13,7 +13,11 @@ from thrave.testing import ThraveServer
 
 def opened_sha256(server: ThraveServer, bucket: str, prefix: str, output: Path) -> str:
     """Open a bundle with the service's key, every check on, and give the image's SHA-256."""
-    folder = server.data.buckets / bucket
+    return sha256_of_folder(server, server.data.buckets / bucket, prefix, output)
+
+
+def sha256_of_folder(server: ThraveServer, folder: Path, prefix: str, output: Path) -> str:
+    """The same of a bundle whose files lie in a folder."""
     open_bundle(
         (folder / manifest_filename(prefix)).read_bytes(),
         DirectoryParts(folder),

@@ -1,0 +1,193 @@
+"""The service on a real store: what clients ask it for, through to the objects, and those opened."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from support import stores
+from support.disks import make_disk
+from support.opened import sha256_of_folder
+from support.policies import document, encoded, signed_v2, signed_v4
+from thrave.buckets.objects import S3Objects
+from thrave.testing import ThraveServer
+
+FILES = ["winami.manifest.json", "winami.manifest.xml", "winami.part.0"]
+SERVICE = {
+    "upload": "service",
+    "s3_access_key_id": stores.SERVICE.access_key_id,
+    "s3_secret_access_key": stores.SERVICE.secret_access_key,
+}
+ON_SEAWEEDFS = pytest.param(("seaweedfs", {}), id="seaweedfs", marks=pytest.mark.s3)
+NOWHERE = pytest.param(("seaweedfs", {"s3_endpoint": "http://127.0.0.1:1"}), id="nowhere", marks=pytest.mark.s3)
+ON_RGW = pytest.param(("rgw", {}), id="rgw", marks=pytest.mark.rgw)
+BY_THE_SERVICE = pytest.param(("rgw", SERVICE), id="service", marks=pytest.mark.rgw)
+
+
+class House:
+    """A service on a store, with the account of Alice, who has a key that the store knows too."""
+
+    def __init__(self, server, store, folder):
+        self.server, self.store = server, store
+        self.account, self.own_key = server.account("alice")
+        self.disk = make_disk(folder / "disk.raw", 3 << 20)
+        self._import_key(stores.ALICE, folder / "credentials")
+
+    def begin(self, folder):
+        self.bucket = f"alice-{uuid.uuid4().hex[:12]}"
+        self.objects = S3Objects(self.store.connection(stores.ALICE))
+        self._folder = folder
+        return self
+
+    def _import_key(self, key, file):
+        file.touch(mode=0o600)
+        secret = f"aws_secret_access_key = {key.secret_access_key}\n"
+        file.write_text(f"[default]\naws_access_key_id = {key.access_key_id}\n{secret}")
+        thrave = [sys.executable, "-m", "thrave", "account", "key", "import", self.account.account_id]
+        data = ["--data", str(self.server.data.root)]
+        subprocess.run([*thrave, "--credentials", str(file), *data], check=True, capture_output=True)
+
+    def instance(self):
+        return self.server.instance(self.account.account_id, self.disk).instance_id
+
+    def bundle(self, policy, signature, key=stores.ALICE):
+        """Ask for a bundle as boto3 does; give the task when it has ended."""
+        ec2 = self.server.client(self.own_key, config=Config(retries={"total_max_attempts": 1}))
+        storage = {
+            "Bucket": self.bucket,
+            "Prefix": "winami",
+            "AWSAccessKeyId": key.access_key_id,
+            "UploadPolicy": policy,
+            "UploadPolicySignature": signature,
+        }
+        task = ec2.bundle_instance(InstanceId=self.instance(), Storage={"S3": storage})["BundleTask"]
+        return self.ended(task["BundleId"])
+
+    def ended(self, bundle_id, seconds=60):
+        ec2, until = self.server.client(self.own_key), time.monotonic() + seconds
+        while time.monotonic() < until:
+            (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+            if task["State"] in ("complete", "failed"):
+                return task
+            time.sleep(0.05)
+        raise AssertionError(f"still {task}")
+
+    def files(self):
+        return sorted(self.objects.list(self.bucket, ""))
+
+    def is_whole(self):
+        folder = self._folder / "fetched"
+        folder.mkdir()
+        for key in self.files():
+            (folder / key).write_bytes(self.objects.get(self.bucket, key))
+        output = self._folder / "opened.raw"
+        sha256_of_folder(self.server, folder, "winami", output)
+        return output.read_bytes() == self.disk.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def houses(request, tmp_path_factory):
+    """On the store that the test names, with the settings that it adds: one for all the tests that name them."""
+    name, settings = request.param
+    store = request.getfixturevalue(name)
+    settings = {"store": "s3", "s3_endpoint": store.url, "s3_patience": 5, **settings}
+    folder = tmp_path_factory.mktemp("house")
+    with ThraveServer.running(folder / "thrave", **settings) as server:
+        yield House(server, store, folder)
+
+
+@pytest.fixture
+def house(houses, tmp_path):
+    return houses.begin(tmp_path)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("houses", [ON_SEAWEEDFS], indirect=True)
+def test_the_aws_clis_own_policy_goes_through_to_the_objects(house):
+    program = shutil.which("aws", path=str(Path(sys.executable).parent))
+    own = {"AWS_ACCESS_KEY_ID": house.own_key.access_key_id, "AWS_SECRET_ACCESS_KEY": house.own_key.secret_access_key}
+    owner = ["--owner-akid", stores.ALICE.access_key_id, "--owner-sak", stores.ALICE.secret_access_key]
+    where = ["--instance-id", house.instance(), "--bucket", house.bucket, "--prefix", "winami"]
+    command = [program, "--endpoint-url", house.server.url, "--region", "us-east-1", "--output", "json", "ec2"]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **own}
+    done = subprocess.run(
+        [*command, "bundle-instance", *where, *owner], env=environment, capture_output=True, check=True, text=True
+    )
+    task = house.ended(json.loads(done.stdout)["BundleTask"]["BundleId"])
+    assert task["State"] == "complete"
+    assert house.files() == FILES
+    assert house.is_whole()
+
+
+def v2(house, acl):
+    text = encoded(document({"bucket": house.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"]))
+    return base64.b64decode(text), signed_v2(text)
+
+
+def v4(house, acl):
+    day = datetime.now(UTC).strftime("%Y%m%d")
+    signer = [
+        {"x-amz-algorithm": "AWS4-HMAC-SHA256"},
+        {"x-amz-credential": f"{stores.ALICE.access_key_id}/{day}/us-east-1/s3/aws4_request"},
+        {"x-amz-date": f"{day}T000000Z"},
+    ]
+    conditions = [{"bucket": house.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"], *signer]
+    # RGW takes no policy that is longer than a week, as AWS.
+    soon = (datetime.now(UTC) + timedelta(hours=12)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    text = encoded(document(*conditions, expiration=soon))
+    return base64.b64decode(text), signed_v4(text, date=day)
+
+
+@pytest.mark.parametrize("houses", [ON_SEAWEEDFS, ON_RGW], indirect=True)
+@pytest.mark.parametrize("signed", [v2, v4])
+def test_a_policy_of_either_version_goes_through_to_the_objects(house, signed):
+    task = house.bundle(*signed(house, house.store.acl))
+    assert task["State"] == "complete", task
+    assert house.files() == FILES
+    assert house.is_whole()
+
+
+@pytest.mark.parametrize("houses", [BY_THE_SERVICE], indirect=True)
+def test_the_services_key_writes_what_a_policy_of_ours_allows(house):
+    policy, _ = v2(house, "ec2-bundle-read")
+    signature = signed_v2(base64.b64encode(policy).decode(), house.own_key.secret_access_key)
+    task = house.bundle(policy, signature, house.own_key)
+    assert task["State"] == "complete", task
+    house.objects = S3Objects(house.store.connection())
+    assert house.files() == [".thrave-owner", *FILES]
+    assert house.objects.get(house.bucket, ".thrave-owner").decode().strip() == house.account.account_id
+
+
+@pytest.mark.parametrize("houses", [ON_SEAWEEDFS, ON_RGW], indirect=True)
+def test_a_bucket_of_somebody_elses_is_refused_when_it_is_asked_for(house):
+    house.bucket = f"bob-{uuid.uuid4().hex[:12]}"
+    S3Objects(house.store.connection(stores.BOB))._requests.send("PUT", house.bucket)
+    with pytest.raises(ClientError, match="InaccessibleStorageLocation"):
+        house.bundle(*v2(house, house.store.acl))
+    house.objects = S3Objects(house.store.connection(stores.BOB))
+    assert house.files() == []
+
+
+@pytest.mark.parametrize("houses", [ON_SEAWEEDFS, ON_RGW], indirect=True)
+def test_a_key_that_the_store_does_not_know_is_refused_with_what_to_do(house):
+    policy, _ = v2(house, house.store.acl)
+    signature = signed_v2(base64.b64encode(policy).decode(), house.own_key.secret_access_key)
+    with pytest.raises(ClientError, match=r"InvalidParameterValue.*AWSAccessKeyId.*thrave account key import"):
+        house.bundle(policy, signature, house.own_key)
+
+
+@pytest.mark.parametrize("houses", [NOWHERE], indirect=True)
+def test_while_the_store_is_away_the_caller_is_told_to_come_again(house):
+    with pytest.raises(ClientError, match=r"Unavailable.*127\.0\.0\.1:1 was lost") as caught:
+        house.bundle(*v2(house, house.store.acl))
+    assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 503
