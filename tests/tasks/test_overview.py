@@ -1,0 +1,207 @@
+"""What an operator sees of tasks, where the database alone decides; on both kinds of database."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from thrave.bundle.sealed import SealedPart
+from thrave.bundle.secrets import BundleSecrets
+from thrave.database import bundle_task, migrate, open_engine
+from thrave.tasks.failures import TaskFailure
+from thrave.tasks.journal import Stored, StoredObject
+from thrave.tasks.overview import Overview, Spell, Wanted, bytes_done, spells, time_in
+from thrave.tasks.records import Records
+from thrave.tasks.requests import BundleTaskNotFound
+from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.task import BundleRequest, Event
+from thrave.vault import Vault
+
+S = BundleTaskState
+T0 = datetime(2026, 11, 23, 12, tzinfo=UTC)
+WAY = {
+    S.PENDING: (),
+    S.BUNDLING: (S.WAITING_FOR_SHUTDOWN, S.BUNDLING),
+    S.STORING: (S.WAITING_FOR_SHUTDOWN, S.BUNDLING, S.STORING),
+    S.COMPLETE: (S.WAITING_FOR_SHUTDOWN, S.BUNDLING, S.STORING, S.COMPLETE),
+    S.FAILED: (S.WAITING_FOR_SHUTDOWN, S.FAILED),
+}
+
+
+@pytest.fixture
+def engine(database, tmp_path):
+    engine = open_engine(database.get("database_url", f"sqlite:///{tmp_path / 'thrave.db'}"))
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def records(engine, tmp_path):
+    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+
+
+@pytest.fixture
+def overview(engine, records):
+    return Overview(engine, records)
+
+
+@pytest.fixture
+def add(engine, records):
+    """Records a task that began `minute` minutes after T0, and brings it to a state."""
+
+    def task(bundle_id, minute=0, *, account_id="1" * 12, instance_id=None, host="kvm-1", state=S.PENDING):
+        request = BundleRequest(
+            account_id=account_id, owner_id=account_id, instance_id=instance_id or f"i-{bundle_id}", bucket="bucket",
+            prefix=bundle_id, access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
+        )  # fmt: skip
+        with engine.begin() as connection:
+            records.add(connection, bundle_id, host, request)
+        for step in WAY[state]:
+            assert records.move(bundle_id, step)
+        time = T0 + timedelta(minutes=minute)
+        mine = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id)
+        with engine.begin() as connection:
+            connection.execute(mine.values(start_time=time, update_time=time))
+
+    return task
+
+
+def ids(seen):
+    return [one.task.bundle_id for one in seen]
+
+
+@pytest.fixture
+def five(add):
+    add("one", 1, account_id="2" * 12, state=S.COMPLETE)
+    add("two", 2, host="kvm-2", state=S.FAILED)
+    add("three", 3, instance_id="i-3", state=S.BUNDLING)
+    add("four", 4, host="kvm-2")
+    add("five", 5, instance_id="i-1", state=S.STORING)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({}, ["one", "two", "three", "four", "five"]),
+        ({"account_id": "2" * 12}, ["one"]),
+        ({"instance_id": "i-3"}, ["three"]),
+        ({"host": "kvm-2"}, ["two", "four"]),
+        ({"states": frozenset({S.COMPLETE, S.FAILED})}, ["one", "two"]),
+        ({"states": frozenset({S.BUNDLING})}, ["three"]),
+        ({"states": frozenset({S.FAILED, S.BUNDLING})}, ["two", "three"]),
+        ({"since": T0 + timedelta(minutes=3)}, ["three", "four", "five"]),
+        ({"host": "kvm-2", "states": frozenset({S.PENDING}), "since": T0}, ["four"]),
+        ({"host": "nowhere"}, []),
+    ],
+)
+def test_only_the_tasks_that_are_wanted_are_seen_the_newest_last(five, overview, wanted, expected):
+    assert ids(overview.latest(Wanted(**wanted), limit=10)) == expected
+
+
+def test_of_many_tasks_the_newest_are_seen(five, overview):
+    assert ids(overview.latest(Wanted(), limit=2)) == ["four", "five"]
+
+
+def test_a_task_that_is_not_there_is_named(five, overview):
+    assert ids(overview.of(["five", "one"])) == ["one", "five"]
+    with pytest.raises(BundleTaskNotFound, match="six"):
+        overview.of(["one", "six"])
+
+
+def test_a_page_costs_two_queries(five, overview, engine):
+    seen = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
+    overview.latest(Wanted(), limit=100)
+    assert len([query for query in seen if query.startswith("SELECT bundle")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        (Wanted(account_id="1" * 12), "bundle_task_by_account"),
+        (Wanted(since=T0), "bundle_task_by_update_time"),
+        (Wanted(host="kvm-1", states=frozenset(BundleTaskState) - FINISHED), "bundle_task_in_progress_on_host"),
+        (Wanted(instance_id="i-3", states=frozenset({S.BUNDLING})), "bundle_task_in_progress"),
+    ],
+)
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_where_there_is_an_index_it_serves(engine, wanted, index):
+    query = sa.select(bundle_task).where(*wanted.conditions()).order_by(bundle_task.c.start_time.desc()).limit(100)
+    text = query.compile(engine, compile_kwargs={"literal_binds": True})
+    with engine.connect() as connection:
+        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}")]
+    assert any(index in line for line in plan)
+
+
+def test_what_a_task_has_stored_is_counted_by_what_the_bucket_took(add, records, overview, part):
+    add("one", state=S.BUNDLING)
+    journal = records.journal("one")
+    journal.begin(BundleSecrets(bytes(16), bytes(16)))
+    journal.sending("one.part.0", part(0))
+    journal.sending("one.part.1", part(1), Stored([StoredObject("one.part.0", 100)]))
+    journal.sending("one.manifest.json")
+    journal.stored(Stored([StoredObject("one.manifest.json", 7)]))
+    (seen,) = overview.of(["one"])
+    assert (seen.stored.objects, seen.stored.parts, seen.stored.size, [*seen.left_over]) == (3, 1, 107, [])
+
+
+@pytest.fixture
+def part():
+    return lambda index: SealedPart(index=index, filename=f"one.part.{index}", size=100, sha1="0" * 40, sha256="0" * 64)
+
+
+def test_what_a_failed_task_has_not_removed_is_left_over(add, records, overview):
+    add("one", state=S.BUNDLING)
+    records.journal("one").sending("one.part.0")
+    records.fail("one", TaskFailure("Client.S3Error", "no"))
+    (seen,) = overview.of(["one"])
+    assert [*seen.left_over] == ["one.part.0"]
+    records.journal("one").forget()
+    (seen,) = overview.of(["one"])
+    assert [*seen.left_over] == []
+
+
+def event(second, state, message=None):
+    return Event(T0 + timedelta(seconds=second), state, message)
+
+
+HISTORY = [
+    event(0, S.PENDING), event(2, S.WAITING_FOR_SHUTDOWN), event(5, S.BUNDLING), event(6, S.BUNDLING, "asked again"),
+    event(15, S.STORING), event(16, S.COMPLETE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("happened", "now", "seconds"),
+    [
+        (HISTORY, 99, [2, 3, 10, None, 1, None]),
+        (HISTORY[:4], 9, [2, 3, 4, None]),
+        (HISTORY[:1], 1, [1]),
+        ([], 1, []),
+    ],
+    ids=["complete", "under way", "pending", "from before there was a history"],
+)
+def test_a_state_lasted_until_the_next_or_until_now(happened, now, seconds):
+    spent = spells(happened, T0 + timedelta(seconds=now))
+    assert spent == [
+        Spell(event, None if lasted is None else timedelta(seconds=lasted))
+        for event, lasted in zip(happened, seconds, strict=True)
+    ]
+
+
+def test_the_time_in_a_state_is_known():
+    spent = spells(HISTORY, T0)
+    assert time_in(S.BUNDLING, spent) == timedelta(seconds=10)
+    assert time_in(S.CANCELLING, spent) == timedelta()
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "done"), [(1, None, None), (3, 1000, 250), (5, 1000, 1000), (6, 1000, 1000)]
+)
+def test_how_much_of_the_volume_is_done_is_known_once_it_is_open(add, records, length, size, done):
+    add("one", state=S.BUNDLING)
+    records.advance("one", S.BUNDLING, 25)
+    if size is not None:
+        records.note_volume_size("one", size)
+    assert bytes_done(records.get("one"), HISTORY[:length]) == done
