@@ -24,7 +24,7 @@ TWO_PARTS = "ec2-ami-tools-1.5.3-dense-2-parts/small.img.manifest.xml"
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch):
-    monkeypatch.setattr(remote_folders, "PATIENCE", 1.5)
+    monkeypatch.setattr(remote_folders, "PATIENCE", 1.0)
     monkeypatch.setattr(remote_folders, "DEADLINE", 30.0)
 
 

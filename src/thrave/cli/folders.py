@@ -118,6 +118,8 @@ class LocalFolder:
 
     def remove(self, filenames: Iterable[str]) -> None:
         """See WritableFolder."""
+        if not self._path.exists():
+            return
         with _faults("remove from", self._path):
             for filename in filenames:
                 (self._path / filename).unlink(missing_ok=True)

@@ -29,11 +29,10 @@ from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from botocore.session import Session
-
 _Answer = TypeVar("_Answer")
 
 PATIENCE = 60.0  # seconds from a call's first failure to the last attempt
+_DEFAULT_REGION = "us-east-1"  # of S3, for whoever names none
 DEADLINE = 600.0  # seconds in which a file must have come, however steadily it trickles
 
 
@@ -143,18 +142,25 @@ def s3_folder(bucket: str, folder: str) -> S3Folder:
         ValueError: No bucket can have that name, or the settings are wrong.
     """
     from botocore.exceptions import BotoCoreError
-    from botocore.session import get_session
 
     try:
         check_bucket_name(bucket)
-        return S3Folder(S3Objects(_connection(get_session())), bucket, folder)
+        return S3Folder(S3Objects(store_connection()), bucket, folder)
     except BotoCoreError as error:
         raise ValueError(str(error)) from None
     except BucketError as error:
         raise ValueError(f"s3://{bucket}: {error.message}") from None
 
 
-def _connection(session: Session) -> StoreConnection:
+def store_connection() -> StoreConnection:
+    """The store that every AWS tool would call for S3 on this machine, and with which keys.
+
+    Raises:
+        botocore.exceptions.BotoCoreError: The user's settings contradict themselves.
+    """
+    from botocore.session import get_session
+
+    session = get_session()
     meta = session.create_client("s3").meta
     found = session.get_credentials()
     keys = found and found.get_frozen_credentials()
@@ -162,7 +168,7 @@ def _connection(session: Session) -> StoreConnection:
     where = urlsplit(meta.endpoint_url)
     return StoreConnection(
         endpoint=meta.endpoint_url,
-        region=meta.region_name if meta.region_name not in (None, "aws-global") else "us-east-1",
+        region=_DEFAULT_REGION if meta.region_name in {None, "aws-global"} else meta.region_name,
         credentials=Credentials(
             access_key_id=keys.access_key, secret_access_key=keys.secret_key, session_token=keys.token
         ) if keys else None,

@@ -1,0 +1,285 @@
+"""`thrave copy`, `delete`, `migrate` and the readers, on the disk and in real stores alike."""
+
+import re
+from functools import partial
+from itertools import count
+
+import pytest
+
+from support.places import BucketPlace, DiskPlace
+from support.sealed import VECTORS, MemoryImage, bundle_of, private_key
+from support.stores import ALICE
+from thrave.bundle.reading import read_manifest
+from thrave.bundle.sampling import Sample
+from thrave.bundle.signatures import sign
+
+USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 2, 3, 4, 10, 11
+KEYS = VECTORS / "keys"
+SIGNER = ("--certificate", KEYS / "user-cert.pem")
+IMAGE = bytes(range(256)) * 100
+NEIGHBOURS = ("winami.part.0.bak", "winami2.part.0", "winami.part.x", "winami2.manifest.xml", "notes.txt")
+PLACES = ["disk", pytest.param("seaweedfs", marks=pytest.mark.s3)]
+
+
+@pytest.fixture(scope="module")
+def made():
+    return bundle_of(MemoryImage(IMAGE), "winami", part_size=256)
+
+
+@pytest.fixture(scope="module")
+def files(made):
+    return {**made.parts, "winami.manifest.json": made.side_file, "winami.manifest.xml": made.manifest}
+
+
+@pytest.fixture(params=PLACES)
+def new_place(request, tmp_path, monkeypatch):
+    """Makes places of one kind."""
+    if request.param == "disk":
+        names = iter("abcdef")
+        return lambda: DiskPlace(tmp_path / next(names))
+    store = request.getfixturevalue(request.param)
+    aws_settings(monkeypatch, store, tmp_path)
+    return partial(BucketPlace, store)
+
+
+def aws_settings(monkeypatch, store, folder):
+    """What an AWS tool reads, and no settings of whoever runs the tests."""
+    settings = {
+        "AWS_ENDPOINT_URL_S3": store.url,
+        "AWS_ACCESS_KEY_ID": ALICE.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": ALICE.secret_access_key,
+        "AWS_CONFIG_FILE": str(folder / "no-config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-credentials"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def place(new_place, files):
+    """A place with the bundle in it."""
+    place = new_place()
+    for name, data in files.items():
+        place.put(name, data)
+    return place
+
+
+@pytest.fixture
+def address(place):
+    return f"{place.address}/winami.manifest.xml"
+
+
+def forged(made, pattern, new):
+    """The manifest with something else in it, signed by the user for all that."""
+    unsigned = re.sub(pattern, new, made.manifest[: made.manifest.index(b"<signature>")])
+    return unsigned + f"<signature>{sign(unsigned, private_key('user')).hex()}</signature></manifest>".encode()
+
+
+def test_a_bundle_is_opened_verified_and_shown_where_it_lies(thrave_json, address, made, tmp_path):
+    opened = thrave_json("open", address, *SIGNER, "--key", KEYS / "cloud-pk.pem", "-o", tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == IMAGE
+    assert opened["manifest"] == address
+    checks = thrave_json("verify", address, *SIGNER, "--key", KEYS / "user-pk.pem")["checks"]
+    assert all(check["checked"] for check in checks)
+    assert len(thrave_json("show", address)["parts"]) == len(made.parts)
+
+
+def test_without_its_side_file_it_is_opened_and_that_is_said(thrave_json, place, address):
+    place.remove("winami.manifest.json")
+    checks = {check["subject"]: check["checked"] for check in thrave_json("verify", address)["checks"]}
+    assert (checks["sideFile"], checks["partDigests"]) == (False, True)
+
+
+def test_a_sample_is_drawn_with_the_seed_that_is_said(thrave, thrave_json, place, address, made):
+    command = ("verify", address, *SIGNER, "--sample", "20%")
+    (digests,) = [check for check in thrave_json(*command)["checks"] if check["subject"] == "partDigests"]
+    seed = re.search(r"seed (\d+)", digests["detail"])[1]
+    assert not digests["checked"]
+    assert thrave(*command, "--seed", seed)[0] == 0
+    last = max(made.parts)
+    place.put(last, made.parts[last][:-1] + b"x")
+    with_it, without_it = (seed_of_a_sample(made, last, drawn=drawn) for drawn in (True, False))
+    assert thrave(*command, "--seed", with_it)[0] == DAMAGED
+    assert thrave(*command, "--seed", without_it)[0] == 0
+    place.remove(last)
+    assert thrave(*command, "--seed", without_it)[0] == NOT_FOUND
+
+
+def seed_of_a_sample(made, filename, *, drawn):
+    """A seed that draws a part into a sample of 20 %, or does not."""
+    manifest = read_manifest(made.manifest)
+    samples = ((seed, {part.filename for part in Sample(20, seed).of(manifest)}) for seed in count())
+    return next(seed for seed, names in samples if (filename in names) is drawn)
+
+
+@pytest.mark.parametrize("percent", ["0%", "101%", "-1", "many", "5%%"])
+def test_a_sample_is_a_share(thrave, tmp_path, percent):
+    status, _, stderr = thrave("verify", VECTORS / "go_ami_tools" / "tiny.manifest.xml", "--sample", percent)
+    assert (status, "share" in stderr or "such option" in stderr) == (USAGE, True)
+
+
+def test_a_sample_proves_no_image(thrave):
+    manifest = VECTORS / "go_ami_tools" / "tiny.manifest.xml"
+    status, _, stderr = thrave("verify", manifest, "--sample", "5%", "--key", KEYS / "user-pk.pem")
+    assert (status, "leave out --sample" in stderr) == (USAGE, True)
+
+
+def test_a_copy_is_the_same_files(thrave_json, new_place, address, files):
+    there = new_place()
+    copied = thrave_json("copy", address, there.address, *SIGNER)
+    assert there.files() == files
+    assert (copied["source"], copied["manifest"]) == (address, f"{there.address}/winami.manifest.xml")
+    assert copied["partsSent"] == len(files) - 2
+    assert all(check["checked"] for check in copied["checks"])
+
+
+def test_a_copy_goes_from_disk_to_store_and_back(thrave_json, new_place, files, tmp_path):
+    here, there, back = DiskPlace(tmp_path / "here"), new_place(), DiskPlace(tmp_path / "back")
+    for name, data in files.items():
+        here.put(name, data)
+    thrave_json("copy", f"{here.address}/winami.manifest.xml", f"{there.address}/winami.manifest.xml")
+    thrave_json("copy", f"{there.address}/winami.manifest.xml", f"{back.address}/")
+    assert back.files() == files
+
+
+def test_a_copy_that_was_cut_off_is_gone_on_with(thrave, thrave_json, new_place, place, address, made, files):
+    gone = max(made.parts)
+    place.remove(gone)
+    there = new_place()
+    assert thrave("copy", address, there.address)[0] == NOT_FOUND
+    assert "winami.manifest.xml" not in there.files()
+    place.put(gone, made.parts[gone])
+    wrong = min(made.parts)
+    there.put(wrong, made.parts[wrong][:-1] + b"x")
+    assert thrave_json("copy", address, there.address)["partsSent"] == 2
+    assert there.files() == files
+    assert thrave_json("copy", address, there.address)["partsSent"] == 0
+
+
+def test_a_copy_replaces_no_other_bundle(thrave, new_place, address, made):
+    there = new_place()
+    there.put("winami.manifest.xml", made.manifest + b" ")
+    status, _, stderr = thrave("copy", address, there.address)
+    assert (status, "another bundle" in stderr) == (REFUSED, True)
+    assert [*there.files()] == ["winami.manifest.xml"]
+
+
+def test_a_bundle_cannot_be_renamed_on_its_way(thrave, new_place, address):
+    there = new_place()
+    status, _, stderr = thrave("copy", address, f"{there.address}/other.manifest.xml")
+    assert (status, "signed manifest" in stderr) == (USAGE, True)
+    assert there.files() == {}
+
+
+def test_a_damaged_bundle_does_not_arrive(thrave, new_place, place, address, made):
+    wrong = max(made.parts)
+    place.put(wrong, made.parts[wrong][:-1] + b"x")
+    there = new_place()
+    assert thrave("copy", address, there.address)[0] == DAMAGED
+    assert "winami.manifest.xml" not in there.files()
+    assert wrong not in there.files()
+
+
+@pytest.mark.parametrize("command", ["copy", "delete"])
+def test_a_manifest_that_reaches_for_its_neighbours_is_refused(thrave, place, address, made, tmp_path, command):
+    place.remove("winami.manifest.json")
+    place.put(
+        "winami.manifest.xml",
+        forged(
+            made,
+            rb"<filename>winami\.part\.\d+",
+            b"<filename>notes.txt",
+        ),
+    )
+    place.put("notes.txt", b"mine")
+    before = place.files()
+    words = ("copy", address, tmp_path / "there") if command == "copy" else ("delete", address)
+    status, _, stderr = thrave(*words)
+    assert (status, "Traceback" in stderr) == (DAMAGED, False)
+    assert place.files() == before
+    assert not (tmp_path / "there").exists()
+
+
+def test_delete_removes_one_bundle_and_nothing_else(thrave_json, place, address, files):
+    for name in NEIGHBOURS:
+        place.put(name, b"mine")
+    dry = thrave_json("delete", address, *SIGNER, "--dry-run")
+    assert place.files() == {**files, **dict.fromkeys(NEIGHBOURS, b"mine")}
+    done = thrave_json("delete", address, *SIGNER)
+    assert place.files() == dict.fromkeys(NEIGHBOURS, b"mine")
+    assert dry["files"] == done["files"]
+    assert (dry["removed"], done["removed"], len(done["files"])) == (False, True, len(files))
+
+
+def test_a_removal_that_was_cut_off_is_gone_on_with(thrave, thrave_json, place, address, made):
+    place.remove("winami.manifest.xml")
+    place.remove(min(made.parts))
+    thrave_json("delete", address, *SIGNER)
+    assert place.files() == {}
+    assert thrave("delete", address)[0] == NOT_FOUND
+
+
+@pytest.mark.parametrize("manifest_is_there", [True, False])
+def test_what_another_made_is_not_removed(thrave, place, address, manifest_is_there):
+    if not manifest_is_there:
+        place.remove("winami.manifest.xml")
+    before = place.files()
+    assert thrave("delete", address, "--certificate", KEYS / "cloud-cert.pem")[0] == DAMAGED
+    assert place.files() == before
+
+
+def migration(address, *more):
+    return (
+        "migrate", address, *SIGNER, "--key", KEYS / "user-pk.pem", "--signing-key", KEYS / "user-pk.pem",
+        "--service-certificate", KEYS / "user-cert.pem", *more,
+    )  # fmt: skip
+
+
+def test_a_migrated_bundle_is_the_new_services_and_its_parts_are_the_same(thrave, thrave_json, place, address, made):
+    """The service is the cloud's before and the user's afterwards."""
+    migrated = thrave_json(*migration(address, "--account", "999999999999"))
+    assert migrated == {"manifest": address, "sideFile": address.replace(".xml", ".json")}
+    checks = thrave_json("verify", address, *SIGNER, "--key", KEYS / "user-pk.pem")
+    assert all(check["checked"] for check in checks["checks"])
+    assert checks["accountId"] == "999999999999"
+    assert {name: data for name, data in place.files().items() if ".part." in name} == made.parts
+    assert thrave("verify", address, "--key", KEYS / "cloud-pk.pem")[0] == WRONG_KEY
+
+
+def test_a_migration_elsewhere_replaces_nothing(thrave, thrave_json, new_place, place, address, files):
+    there = new_place()
+    thrave_json(*migration(address, "--to", there.address))
+    assert place.files() == files
+    assert there.files().keys() == {"winami.manifest.xml", "winami.manifest.json"}
+    assert thrave(*migration(address, "--to", place.address))[0] == REFUSED
+    assert place.files() == files
+
+
+def test_what_does_not_hold_is_not_migrated(thrave, place, address, made):
+    place.put("winami.manifest.xml", made.manifest.replace(b"123456789012", b"999999999999"))
+    before = place.files()
+    assert thrave(*migration(address))[0] == DAMAGED
+    assert place.files() == before
+
+
+def test_a_bundle_without_side_file_gets_none_and_that_is_said(thrave, place, address):
+    place.remove("winami.manifest.json")
+    status, stdout, _ = thrave(*migration(address))
+    assert (status, "no side file" in stdout) == (0, True)
+    assert "winami.manifest.json" not in place.files()
+
+
+@pytest.mark.rgw
+def test_the_strictest_store_takes_it_all(thrave_json, rgw, files, tmp_path, monkeypatch):
+    aws_settings(monkeypatch, rgw, tmp_path)
+    here, there = DiskPlace(tmp_path / "here"), BucketPlace(rgw)
+    for name, data in files.items():
+        here.put(name, data)
+    address = f"{there.address}/winami.manifest.xml"
+    assert thrave_json("copy", f"{here.address}/winami.manifest.xml", there.address)["manifest"] == address
+    thrave_json("verify", address, "--sample", "10%")
+    thrave_json(*migration(address))
+    thrave_json("open", address, *SIGNER, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == IMAGE
+    thrave_json("delete", address)
+    assert there.files() == {}
