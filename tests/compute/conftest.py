@@ -4,25 +4,11 @@ import gc
 
 import pytest
 
+from support.machine import Machine
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import VolumeFile
 from thrave.compute.stopping import StopCommands
-
-
-class Machine:
-    """A machine that commands switch: its state is the content of a file, which they replace."""
-
-    def __init__(self, folder):
-        self.state = folder / "state"
-        for word in ("running", "shut off"):
-            (folder / word).write_text(f"{word}\n\n")
-        self.state.write_text("running\n")
-        self.commands = {
-            "stop_command": ("ln", "-sfT", str(folder / "shut off"), str(self.state)),
-            "start_command": ("ln", "-sfT", str(folder / "running"), str(self.state)),
-            "state_command": ("cat", str(self.state)),
-        }
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,20 @@ def test_stopping_stops_and_starting_starts(instances, instance_id):
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
+def test_power_that_is_cut_is_off_and_can_be_put_on_again(instances, instance_id):
+    for _ in range(2):
+        instances.force_stop(instance_id)
+        assert instances.state(instance_id) is InstanceState.STOPPED
+    instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_the_power_of_a_held_instance_can_be_cut(instances, instance_id):
+    with instances.hold(instance_id):
+        instances.force_stop(instance_id)
+        assert instances.state(instance_id) is InstanceState.STOPPED
+
+
 def test_asking_again_changes_nothing(instances, instance_id):
     instances.start(instance_id)
     for _ in range(3):
@@ -77,7 +91,7 @@ def test_what_is_terminated_stays_so(instances, instance_id, disk):
     for _ in range(2):
         instances.terminate(instance_id)
         assert instances.state(instance_id) is InstanceState.TERMINATED
-    for ask in (instances.request_stop, instances.start):
+    for ask in (instances.request_stop, instances.force_stop, instances.start):
         with pytest.raises(IncorrectInstanceState, match="is terminated"):
             ask(instance_id)
     assert [found.state for found in instances.list()] == [InstanceState.TERMINATED]
@@ -138,6 +152,7 @@ def test_what_is_no_instances_id_is_not_found(instances, instance_id, nobody):
         instances.get,
         instances.state,
         instances.request_stop,
+        instances.force_stop,
         instances.start,
         instances.terminate,
         instances.remove,

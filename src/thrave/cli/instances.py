@@ -68,6 +68,7 @@ def instance() -> None:
 )
 @click.option("--state", type=click.Choice(["running", "stopped"]), default="running", show_default=True)
 @click.option("--stop-command", type=_COMMAND, help="Asks the guest to power off.")
+@click.option("--force-stop-command", type=_COMMAND, help="Cuts its power, for a guest that does not hear.")
 @click.option("--start-command", type=_COMMAND, help="Starts the machine.")
 @click.option("--state-command", type=_COMMAND, help="Prints its state, in EC2's words or virsh's.")
 @data_option
@@ -82,6 +83,7 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
     root_device_type: Literal["instance-store", "ebs"],
     state: str,
     stop_command: tuple[str, ...] | None,
+    force_stop_command: tuple[str, ...] | None,
     start_command: tuple[str, ...] | None,
     state_command: tuple[str, ...] | None,
     data: Path,
@@ -117,6 +119,7 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
         volumes=_other_volumes(others),
         state=InstanceState(state),
         stop_command=stop_command,
+        force_stop_command=force_stop_command,
         start_command=start_command,
         state_command=state_command,
     )

@@ -24,11 +24,13 @@ class Description(Instance):
 
     Attributes:
         stop_command: Asks the guest to power off. Without `state_command` its success means that the machine is off.
+        force_stop_command: Cuts the power; its success means that the machine is off.
         start_command: Starts the machine; its success means that it runs.
         state_command: Prints the state, in EC2's words or virsh's. Without it the state is the one in the file.
     """
 
     stop_command: ArgumentVector | None = None
+    force_stop_command: ArgumentVector | None = None
     start_command: ArgumentVector | None = None
     state_command: ArgumentVector | None = None
 

@@ -37,7 +37,7 @@ class DirectoryInstances:
 
     Args:
         root: The folder. It need not exist; `add` makes it.
-        command_seconds: How long a stopCommand or startCommand may take.
+        command_seconds: How long a command that stops or starts an instance may take.
     """
 
     def __init__(self, root: Path, *, command_seconds: float = 300.0) -> None:
@@ -93,6 +93,14 @@ class DirectoryInstances:
         if description.stop_command or description.state_command:
             self._run_stop(description, InstanceState.STOPPING)
         else:
+            self._folder.change(instance_id, InstanceState.STOPPED)
+
+    def force_stop(self, instance_id: str) -> None:
+        """Run its forceStopCommand to its end, or note in its file that it is stopped."""
+        description = self._look(instance_id)
+        _refuse_if_gone(description)
+        if description.state is not InstanceState.STOPPED:
+            self._run_force_stop(description)
             self._folder.change(instance_id, InstanceState.STOPPED)
 
     def terminate(self, instance_id: str) -> None:
@@ -180,12 +188,25 @@ class DirectoryInstances:
             self._folder.change(instance_id, InstanceState.RUNNING)
             raise
 
+    def _run_force_stop(self, description: Description) -> None:
+        instance_id = description.instance_id
+        if description.force_stop_command:
+            self._stops.abandon(instance_id)
+            self._finish("forceStopCommand", instance_id, description.force_stop_command)
+        elif description.stop_command or description.state_command:
+            raise IncorrectInstanceState(
+                instance_id, f"{instance_id} has no forceStopCommand: power it off on its hypervisor"
+            )
+
     def _run_start(self, description: Description) -> None:
         instance_id = description.instance_id
         if description.start_command:
-            Command(instance_id, "startCommand", description.start_command, seconds=self._command_seconds).finish()
+            self._finish("startCommand", instance_id, description.start_command)
         elif description.state_command:
             raise IncorrectInstanceState(instance_id, f"{instance_id} has no startCommand: start it on its hypervisor")
+
+    def _finish(self, name: str, instance_id: str, argv: Sequence[str]) -> None:
+        Command(instance_id, name, argv, seconds=self._command_seconds).finish()
 
     def _shown(self, description: Description) -> Description:
         """The instance with its state now, or the one in its file if its hypervisor does not tell."""

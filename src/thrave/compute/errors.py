@@ -71,7 +71,7 @@ class InstanceCommandFailed(InstanceError):  # noqa: N818 (reads as EC2's codes 
     """One of the instance's own commands did not do its work.
 
     Attributes:
-        command: `stopCommand`, `startCommand` or `stateCommand`.
+        command: `stopCommand`, `forceStopCommand`, `startCommand` or `stateCommand`.
         status: Its exit status; negative for a signal; None if it could not be run or took too long.
     """
 

@@ -63,6 +63,16 @@ class Instances(Inventory, Protocol):
             InstanceCommandFailed: The hypervisor does not tell, or it has refused the last request to stop.
         """
 
+    def force_stop(self, instance_id: str) -> None:
+        """Cut its power, as EC2's StopInstances with `Force`, and return when it is off. One that is off is left alone.
+
+        The guest loses what it had not written: it is for one that does not hear `request_stop`.
+
+        Raises:
+            IncorrectInstanceState: It is terminated, or there is no way to cut its power.
+            InstanceCommandFailed: The hypervisor refuses.
+        """
+
     def start(self, instance_id: str) -> None:
         """Start it, and return when the hypervisor has done so. One that runs is left alone.
 

@@ -1,0 +1,22 @@
+"""A machine that commands switch on and off."""
+
+
+class Machine:
+    """A machine that commands switch: its state is the content of a file, which they replace."""
+
+    def __init__(self, folder):
+        self.state = folder / "state"
+        for word in ("running", "shut off"):
+            (folder / word).write_text(f"{word}\n\n")
+        self.state.write_text("running\n")
+        self.commands = {
+            "stop_command": ("ln", "-sfT", str(folder / "shut off"), str(self.state)),
+            "force_stop_command": ("ln", "-sfT", str(folder / "shut off"), str(self.state)),
+            "start_command": ("ln", "-sfT", str(folder / "running"), str(self.state)),
+            "state_command": ("cat", str(self.state)),
+        }
+
+    def say(self, word):
+        """Have it in another state, whatever its commands were to do: `running` or `shut off`."""
+        self.state.unlink()
+        self.state.write_text(f"{word}\n")
