@@ -33,20 +33,26 @@ CAUSES: dict[str, Cause] = {
         "Nothing. What had been stored was removed, and the instance was started again.",
     ),
     "Client.S3Error": Cause(
-        "The bucket refused an object. The message gives S3's code, HTTP status and words, as AWS did.",
+        "The bucket refused an object. The message gives S3's code, HTTP status and words, as AWS did: "
+        "`AccessDenied(403)- Invalid according to Policy: …`.",
         "Mend the upload policy or the bucket's permissions, and bundle again.",
+    ),
+    "Server.S3Error": Cause(
+        "The object store failed (status 5xx) or did not answer, again and again. The message is as above.",
+        "Mend the store, or the disk that it is on, and bundle again.",
     ),
     "Client.InstanceTerminated": Cause(
         "The instance was terminated, or its description removed, while it was being bundled.",
         "Nothing can be done for this task.",
     ),
     "Server.InstanceNotStopped": Cause(
-        "The guest did not power off within the grace period. It was left running.",
-        "See why the guest ignores the shutdown request, or raise `shutdown_grace` and bundle again.",
+        "The guest did not power off within the grace period. It was left running, or its power could not be cut.",
+        "See why the guest ignores the shutdown request, raise `shutdown_grace`, or have its power cut by "
+        "`shutdown_timeout_action`, and bundle again.",
     ),
     "Server.InstanceNotStarted": Cause(
         "The instance could not be started again after its root volume had been read.",
-        "Start it by hand; the message says what the hypervisor answered.",
+        "Mend what the hypervisor says in the message. For a day the start is tried again, every five minutes at last.",
     ),
     "Server.InstanceError": Cause(
         "The hypervisor refused to do something with the instance.",
@@ -59,6 +65,10 @@ CAUSES: dict[str, Cause] = {
     "Server.NoProgress": Cause(
         "Neither the root volume nor the bucket did anything for `stall_timeout` seconds.",
         "See why the host's disks or the store do not answer, or raise `stall_timeout`, and bundle again.",
+    ),
+    "Server.HostLost": Cause(
+        "The host that had the instance's disk was lost, and the operator has retired it.",
+        "Nothing can be done for this task. What it had stored, if anything, is listed by `thrave task show`.",
     ),
     "Server.InternalError": Cause(
         "Something that nobody foresaw. The service's log has the details under the bundle task's id.",
@@ -96,12 +106,15 @@ FORESEEN: tuple[tuple[type[Exception], str], ...] = (
     (ImageError, "Server.VolumeError"),
     (BucketError, "Client.S3Error"),
 )
+_STORES_OWN = 500  # HTTP statuses from here on are the store's own failures, no refusals
 
 
 def failure_from(error: Exception) -> TaskFailure:
     """The reason to give for an error that ended a step; what nobody foresaw is logged in full and told in general."""
     if isinstance(error, TaskFailure):
         return error
+    if isinstance(error, BucketError) and error.status >= _STORES_OWN:
+        return TaskFailure("Server.S3Error", str(error))
     for kind, code in FORESEEN:
         if isinstance(error, kind):
             return TaskFailure(code, str(error))

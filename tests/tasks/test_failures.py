@@ -1,0 +1,60 @@
+"""The table of reasons, and which of them an error becomes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import thrave
+from thrave.buckets.errors import AccessDenied, InternalError, NoSuchBucket, TransientError
+from thrave.bundle.errors import ImageError
+from thrave.compute.errors import InstanceHeld, InstanceNotFound
+from thrave.tasks.failures import CAUSES, FORESEEN, Cancelled, TaskFailure, failure_from
+from thrave.volumes.errors import VolumeError
+
+SOURCES = sorted(Path(thrave.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            AccessDenied.by_policy('Policy Condition failed: ["eq", "$acl", "aws-exec-read"]'),
+            "Client.S3Error",
+            # word for word what AWS answered in 2010, as RightScale's right_aws has it
+            'AccessDenied(403)- Invalid according to Policy: Policy Condition failed: ["eq", "$acl", "aws-exec-read"]',
+        ),
+        (NoSuchBucket("It is gone"), "Client.S3Error", "NoSuchBucket(404)- It is gone"),
+        (InternalError("No space left on device"), "Server.S3Error", "InternalError(500)- No space left on device"),
+        (TransientError("SlowDown", 503, "Slow down"), "Server.S3Error", "SlowDown(503)- Slow down"),
+        (InstanceNotFound("i-1"), "Client.InstanceTerminated", "there is no instance 'i-1'"),
+        (InstanceHeld("i-1"), "Server.InstanceError", str(InstanceHeld("i-1"))),
+        (VolumeError("no"), "Server.VolumeError", "no"),
+        (ImageError("no"), "Server.VolumeError", "no"),
+        (ZeroDivisionError("secret"), "Server.InternalError", "An internal error has occurred."),
+        (Cancelled(), "Client.Cancelled", "User has requested bundling operation cancellation"),
+    ],
+)
+def test_an_error_becomes_the_reason_that_says_whose_fault_it_is(error, code, message):
+    failure = failure_from(error)
+    assert (failure.code, failure.message) == (code, message)
+
+
+def test_a_second_failure_on_the_way_out_is_told_with_the_first():
+    both = Cancelled().also(TaskFailure("Server.InstanceNotStarted", "no memory"))
+    assert (both.code, both.message) == (
+        "Client.Cancelled",
+        "User has requested bundling operation cancellation (Server.InstanceNotStarted: no memory)",
+    )
+
+
+def test_every_code_that_is_given_stands_in_the_table_and_every_row_is_given():
+    given = {code for path in SOURCES for code in re.findall(r'TaskFailure\(\s*"([A-Za-z0-9.]+)"', path.read_text())}
+    given |= {code for _, code in FORESEEN} | {"Client.Cancelled"}
+    assert given == {*CAUSES}
+
+
+@pytest.mark.parametrize("code", CAUSES)
+def test_a_row_says_whose_it_is_and_what_to_do(code):
+    assert re.fullmatch(r"(Client|Server)\.[A-Z][A-Za-z0-9]+", code)
+    assert all(text.endswith(".") for text in CAUSES[code])
