@@ -15,9 +15,9 @@ from itertools import count
 from typing import Literal, NamedTuple
 
 Step = Literal[
-    "record", "cancellation", "power noted", "shutdown sent", "shutdown seen", "volume opened",
+    "record", "cancellation", "power noted", "shutdown sent", "power cut", "shutdown seen", "volume opened",
     "sealing begun", "part sealed", "part stored", "part recorded", "sealing ended", "instance started",
-    "side file stored", "manifest stored", "record closed", "objects removed", "removal recorded",
+    "side file stored", "manifest stored", "record closed", "objects removed", "removal recorded", "task purged",
 ]  # fmt: skip
 
 
@@ -40,12 +40,18 @@ STEPS: Mapping[Step, Durable] = {
         "The instance's power state is recorded, before anything is done to it.", "It is noted once."
     ),
     "shutdown sent": Durable("The guest is asked to power off.", "It is asked again unless it is off."),
+    "power cut": Durable(
+        "The power of a deaf guest is cut, if the operator wants that.", "It is cut unless it is off."
+    ),
     "shutdown seen": Durable("The instance is off; nobody needs to look after it.", "It is looked at again."),
     "volume opened": Durable("The root volume is open, its size recorded.", "It is opened again."),
     "sealing begun": Durable("A new key is recorded, sealed by the vault.", "Without a stored part, there is another."),
-    "part sealed": Durable("A part is sealed, its object's key recorded.", "It is sealed again, to the same bytes."),
+    "part sealed": Durable(
+        "A part is sealed, its object's key recorded, and what has been stored meanwhile.",
+        "It is sealed again, to the same bytes.",
+    ),
     "part stored": Durable("The bucket takes a part.", "A part that was not recorded is sent again."),
-    "part recorded": Durable("A part is recorded as stored, with where sealing goes on.", "Sealing goes on there."),
+    "part recorded": Durable("The last parts are recorded as stored, with where sealing goes on.", "It goes on there."),
     "sealing ended": Durable("Manifest and side file are recorded.", "They are made again."),
     "instance started": Durable("The instance is started, if it ran before.", "It is started unless it runs."),
     "side file stored": Durable("The bucket takes the side file.", "It is sent again."),
@@ -53,6 +59,7 @@ STEPS: Mapping[Step, Durable] = {
     "record closed": Durable("The task is recorded as complete or failed.", "It is closed again, if it was not."),
     "objects removed": Durable("The objects of a task that has failed are deleted.", "They are deleted again."),
     "removal recorded": Durable("They are recorded as deleted.", "They are deleted again."),
+    "task purged": Durable("Tasks that ended long ago are forgotten.", "They are forgotten later."),
 }
 
 _SETTING = re.compile(r"(?P<step>[a-z ]+), (?P<when>before|after)(?:, (?P<time>[1-9][0-9]*))?")

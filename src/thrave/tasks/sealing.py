@@ -14,6 +14,7 @@ from thrave.bundle.sealed import Sealed
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.secrets import BundleSecrets
 from thrave.bundle.zlibs import Level
+from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal, Left
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.watch import Watch
@@ -52,7 +53,8 @@ class VolumeSealer:
         if self._store.make_way(watch):
             watch.tell("The manifest of an earlier bundle was removed, because its parts are overwritten now.")
         secrets = BundleSecrets.generate()
-        self._journal.begin(secrets)
+        with durable("sealing begun"):
+            self._journal.begin(secrets)
         return self._send(Left(secrets), volume, watch)
 
     def _send(self, left: Left, volume: Volume, watch: Watch) -> Sealed:

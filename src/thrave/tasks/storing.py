@@ -21,6 +21,7 @@ from thrave.bundle.crew import StoppedError
 from thrave.bundle.names import manifest_filename
 from thrave.bundle.sealing import Sealing
 from thrave.tasks.calls import Calls, Places
+from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.journal import Journal, Left, Stored, StoredObject
 from thrave.tasks.task import BundleTask
@@ -130,27 +131,8 @@ class BundleStore:
                 watch.moved()
 
     def remove(self) -> None:
-        """Take away every object that this task has sent or begun to send.
-
-        What an upload that was left behind is still under way to stays written down, and is taken away at its end.
-
-        Raises:
-            BucketError: The store refuses it.
-            TaskFailure: It does not answer.
-        """
-        keys = self._journal.left_over()
-        with Calls[None]() as calls:
-            for start in range(0, len(keys), _KEYS_AT_ONCE):
-                calls.begin(partial(self._buckets.delete, self._bucket, keys[start : start + _KEYS_AT_ONCE]))
-                self._await(calls)
-        self._journal.forget(but=_PLACES.taken(self._bucket))
-
-    def _await(self, calls: Calls[None]) -> None:
-        try:
-            calls.results(within=self._stall_timeout)
-        except TimeoutError:
-            words = f"The store did not answer for {self._stall_timeout:g} seconds when objects were to be removed."
-            raise TaskFailure("Server.NoProgress", words) from None
+        """Take away every object that this task has sent or begun to send; as `remove_objects`."""
+        remove_objects(self._buckets, self._bucket, self._journal, stall_timeout=self._stall_timeout)
 
     def _upload(self, calls: Calls[Arrived] | Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
         with _PLACES.alone(self._bucket, key):
@@ -203,3 +185,29 @@ class BundleStore:
             error=str(reason),
             seconds=round(seconds, 1),
         )
+
+
+def remove_objects(buckets: Buckets, bucket: str, journal: Journal, *, stall_timeout: float) -> None:
+    """Take away every object that a task has sent or begun to send, by the service's own right.
+
+    What an upload that was left behind is still under way to stays written down, and is taken away at its end.
+
+    Raises:
+        BucketError: The store refuses it.
+        TaskFailure: It does not answer for `stall_timeout` seconds.
+    """
+    keys = journal.left_over()
+    with durable("objects removed"), Calls[None]() as calls:
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            calls.begin(partial(buckets.delete, bucket, keys[start : start + _KEYS_AT_ONCE]))
+            _await(calls, stall_timeout)
+    with durable("removal recorded"):
+        journal.forget(but=_PLACES.taken(bucket))
+
+
+def _await(calls: Calls[None], stall_timeout: float) -> None:
+    try:
+        calls.results(within=stall_timeout)
+    except TimeoutError:
+        words = f"The store did not answer for {stall_timeout:g} seconds when objects were to be removed."
+        raise TaskFailure("Server.NoProgress", words) from None

@@ -17,6 +17,7 @@ from thrave.bundle.errors import ResumeError
 from thrave.bundle.sealed import Part
 from thrave.bundle.sealing import Sealing
 from thrave.tasks.calls import Calls
+from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal, Left, Stored, StoredObject
 
 WINDOW = 4
@@ -78,7 +79,8 @@ class PartUploads:
                     self._send(part)
         while self._calls.pending:
             self._collect()
-        self._journal.stored(self._news())
+        with durable("part recorded"):
+            self._journal.stored(self._news())
 
     def _is_stored(self, part: Part) -> bool:
         before = self._sent.get(part.index)
@@ -91,11 +93,14 @@ class PartUploads:
     def _send(self, part: Part) -> None:
         self._make_room(part.index)
         key = self._folder + part.filename
-        self._journal.sending(key, part.record, self._news())
+        with durable("part sealed"):
+            self._journal.sending(key, part.record, self._news())
         self._calls.begin(partial(self._sent_part, key, part))
 
     def _sent_part(self, key: str, part: Part) -> Arrived:
-        return Arrived(part.index, self._upload(key, part.data), part.checkpoint)
+        with durable("part stored"):
+            stored = self._upload(key, part.data)
+        return Arrived(part.index, stored, part.checkpoint)
 
     def _make_room(self, index: int) -> None:
         self._collect(wait=False)
