@@ -7,6 +7,7 @@ What it may do hangs on its lease (`tasks/fence.py`): without it the process end
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 
 import structlog
@@ -15,11 +16,12 @@ from thrave.compute.errors import InstanceError
 from thrave.compute.fleet import InstanceReports, PowerAction, PowerRequest
 from thrave.compute.power import PowerRequests
 from thrave.ground import Ground
+from thrave.tasks import caretaker, leftovers, retention
 from thrave.tasks.bundling import Host, bundle
-from thrave.tasks.caretaker import Caretaker
 from thrave.tasks.engine import Worker
 from thrave.tasks.fence import Fence
 from thrave.tasks.hosts import HostState
+from thrave.tasks.records import Records
 
 REPORT_INTERVAL = 1.0  # seconds
 
@@ -53,14 +55,23 @@ class Agent:
             store_patience=self._settings.s3_patience,
             service=ground.service,
             shutdown_grace=self._settings.shutdown_grace,
+            shutdown_timeout_action=self._settings.shutdown_timeout_action,
             level=self._settings.level,
             skip=self._settings.skip,
             uploads_at_once=self._settings.uploads_at_once,
             stall_timeout=self._settings.stall_timeout,
         )
         self._worker.launch(partial(bundle, host))
-        Caretaker(records, ground.instances, name).start()
+        self._keep_house(records)
         self._begin("heartbeat", self._settings.heartbeat, partial(self._heartbeat, fence))
+
+    def _keep_house(self, records: Records) -> None:
+        ground, name = self._ground, self._settings.host_name
+        left_over = leftovers.LeftOvers(records, ground.buckets, name, stall_timeout=self._settings.stall_timeout)
+        keep = timedelta(days=self._settings.task_retention_days)
+        self._begin("caretaker", caretaker.INTERVAL, caretaker.Caretaker(records, ground.instances, name).look)
+        self._begin("left-overs", leftovers.INTERVAL, left_over.look)
+        self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
 
     def wait(self) -> None:
         """Wait until the host has been drained."""

@@ -93,7 +93,10 @@ class Settings(BaseSettings):
     )
     tasks_at_once: int = Field(2, ge=1, description="Bundle tasks that this host works on at the same time.")
     shutdown_grace: float = Field(
-        600.0, gt=0, description="Seconds that a guest has to power off before its task fails."
+        600.0, gt=0, description="Seconds that a guest has to power off; it is asked again and again."
+    )
+    shutdown_timeout_action: Literal["fail", "power-off"] = Field(
+        "fail", description="When they are over: the task fails and the instance stays up, or its power is cut."
     )
     uploads_at_once: int = Field(
         4,

@@ -26,7 +26,7 @@ from thrave.tasks.crash_points import durable
 from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.journal import Documents
-from thrave.tasks.power import PowerSwitch
+from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
 from thrave.tasks.records import Records
 from thrave.tasks.sealing import VolumeSealer
 from thrave.tasks.states import FINISHED, BundleTaskState
@@ -50,6 +50,8 @@ class Host:
     service: ServiceIdentity
     shutdown_grace: float
     """Seconds that a guest has to power off."""
+    shutdown_timeout_action: ShutdownTimeoutAction
+    """What is done about a guest that takes longer."""
     level: Level
     """How hard bundles are compressed."""
     skip: Skip
@@ -70,7 +72,9 @@ class Bundling:
         self._host = host
         self._task = task
         self._records = host.records
-        self._power = PowerSwitch(host.instances, host.records, task, grace=host.shutdown_grace)
+        self._power = PowerSwitch(
+            host.instances, host.records, task, grace=host.shutdown_grace, when_late=host.shutdown_timeout_action
+        )
         self._journal = host.records.journal(task.bundle_id)
 
     def run(self) -> None:

@@ -1,13 +1,14 @@
 """An instance's power, as one bundle task handles it: noted, switched off, held off, and put back as it was.
 
 An instance that ran before the task runs after it, whatever happened; one that was stopped stays stopped. It is never
-started while its volume is read, and its volume never read unless it is off. It never cuts the power: a guest that does
-not power off by itself within the grace period makes the task fail and stays up.
+started while its volume is read, and its volume never read unless it is off. A guest that does not power off by itself
+within the grace period makes the task fail and stays up; its power is cut only if the operator wants that.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Literal
 
 from thrave.compute.errors import InstanceError, InstanceNotFound
 from thrave.compute.instance import GONE, Instance, InstanceState
@@ -20,16 +21,28 @@ from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
+START_AGAIN_FOR = timedelta(days=1)  # an instance that its hypervisor does not start
+ShutdownTimeoutAction = Literal["fail", "power-off"]
+
 
 class PowerSwitch:
     """The power switch of a task's instance."""
 
-    def __init__(self, instances: Instances, records: Records, task: BundleTask, *, grace: float) -> None:
-        """Switch the task's instance, giving the guest `grace` seconds to power off."""
+    def __init__(
+        self,
+        instances: Instances,
+        records: Records,
+        task: BundleTask,
+        *,
+        grace: float,
+        when_late: ShutdownTimeoutAction,
+    ) -> None:
+        """Switch the task's instance; its guest has `grace` seconds to power off, then `when_late` is done."""
         self._instances = instances
         self._records = records
         self._task = task
         self._grace = grace
+        self._when_late = when_late
 
     def note(self) -> None:
         """Record whether the instance runs, or would but for an earlier task, before anything is done to it."""
@@ -40,16 +53,17 @@ class PowerSwitch:
             self._records.note_power_state(self._task.bundle_id, running=running)
 
     def off(self, watch: Watch) -> None:
-        """Ask the guest to power off, again and again, until it has. Raises TaskFailure if it does not in time.
+        """Ask the guest to power off, again and again, until it has; in the end cut its power, if that is wanted.
 
         If it is still up when this ends, whatever way, it may yet hear it: it is looked after (`caretaker.py`) then.
+
+        Raises:
+            TaskFailure: It did not power off in time, or it is terminated.
         """
         self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=2 * self._grace))
         state = power_off(self._instances, self._task.instance_id, grace=self._grace, ask=self._ask, pause=watch.pause)
         if not _is_off(state):
-            raise TaskFailure(
-                "Server.InstanceNotStopped", f"The guest did not power off within {self._grace:.0f} seconds."
-            )
+            self._cut(f"The guest did not power off within {self._grace:.0f} seconds")
         with durable("shutdown seen"):
             self._records.leave_alone(self._task.instance_id)
 
@@ -67,7 +81,11 @@ class PowerSwitch:
             self._check_off()
 
     def restore(self) -> None:
-        """Start the instance if it ran when the task began and is off now. Raises TaskFailure if it does not start."""
+        """Start the instance if it ran when the task began and is off now.
+
+        Raises:
+            TaskFailure: It does not start. It is looked after (`caretaker.py`) then.
+        """
         task = self._records.get(self._task.bundle_id)
         if task is None or not task.was_running:
             return
@@ -78,11 +96,25 @@ class PowerSwitch:
         except InstanceNotFound:
             return  # its description was removed meanwhile: there is nothing to start
         except InstanceError as error:
+            self._records.look_after(self._task.bundle_id, utc_now() + START_AGAIN_FOR)
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
 
     def _ask(self, instance_id: str) -> None:
         with durable("shutdown sent"):
             self._instances.request_stop(instance_id)
+
+    def _cut(self, late: str) -> None:
+        """Cut the power, if that is wanted of a guest that is late; its owner is told before it is done."""
+        if self._when_late == "fail":
+            raise TaskFailure("Server.InstanceNotStopped", f"{late}.")
+        self._records.notice(self._task.bundle_id, f"{late}: its power was cut, and what it had not written is lost.")
+        try:
+            with durable("power cut"):
+                self._instances.force_stop(self._task.instance_id)
+        except InstanceError as error:
+            raise TaskFailure("Server.InstanceNotStopped", f"{late}, and its power cannot be cut: {error}") from error
+        if not _is_off(self._instances.state(self._task.instance_id)):
+            raise TaskFailure("Server.InstanceNotStopped", f"{late}, and runs on though its power was cut.")
 
     def _check_off(self) -> None:
         if not _is_off(self._instances.state(self._task.instance_id)):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from thrave.database import account, bundle_task, bundle_task_event, task_in_progress, utc_now
+from thrave.database import account, bundle_part, bundle_task, bundle_task_event, host, task_in_progress, utc_now
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Journal
@@ -33,6 +33,12 @@ _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
     sa.or_(task_in_progress, bundle_task.c.update_time > sa.bindparam("ended_after")),
 )
+_LEFT_OVER = sa.and_(
+    bundle_task.c.state == sa.literal_column("'failed'"),
+    sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id),
+)
+# Of a task whose host has no agent any more, and will have none.
+_HOSTLESS = ~sa.exists().where(host.c.host == bundle_task.c.host, host.c.state != sa.literal_column("'fenced'"))
 
 
 class Grant(NamedTuple):
@@ -161,6 +167,28 @@ class Records:
     def looked_after(self, host: str) -> list[BundleTask]:
         """The tasks of a host whose instances are to be looked after."""
         return self.find(bundle_task.c.host == host, bundle_task.c.look_after_until.is_not(None))
+
+    def left_over(self, on_host: str | None = None, *, ended_after: datetime | None = None) -> list[BundleTask]:
+        """The failed tasks that still have objects in a bucket (`journal(…).objects()`).
+
+        Args:
+            on_host: Only those of this host, and of hosts that were given up.
+            ended_after: Only those that ended after this.
+        """
+        there = sa.true() if on_host is None else sa.or_(bundle_task.c.host == on_host, _HOSTLESS)
+        late = sa.true() if ended_after is None else bundle_task.c.update_time > ended_after
+        return self.find(_LEFT_OVER, there, late)
+
+    def purge(self, ended_before: datetime, *, most: int) -> int:
+        """Forget tasks that ended before then and left nothing to do, `most` of them at the most; say how many."""
+        done = (bundle_task.c.look_after_until.is_(None), sa.not_(_LEFT_OVER))
+        old = sa.select(bundle_task.c.bundle_id).where(
+            bundle_task.c.update_time < ended_before, sa.not_(task_in_progress), *done
+        )
+        with self._engine.begin() as connection:
+            ids = [*connection.execute(old.limit(most).with_for_update(skip_locked=True)).scalars()]
+            connection.execute(bundle_task.delete().where(bundle_task.c.bundle_id.in_(ids)))
+        return len(ids)
 
     def grant(self, bundle_id: str) -> Grant:
         """The upload policy and signature of an unfinished task."""

@@ -1,0 +1,116 @@
+"""Guests that do not hear that they shall power off, and instances that do not start again; the real service."""
+
+import re
+import signal
+import sys
+import time
+
+import pytest
+
+from support.disks import make_disk
+from support.machine import Machine
+from thrave.compute.instance import InstanceState
+from thrave.database import open_engine
+from thrave.tasks.records import Records
+from thrave.testing import ThraveServer
+from thrave.vault import Vault
+
+MIB = 1 << 20
+DEAF = ("true",)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    return Machine(folder)
+
+
+def begin(server, tmp_path, **commands):
+    """A task on an instance with these commands: a client, the instance's id, the task's."""
+    account, key = server.account("alice")
+    instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB), **commands)
+    ec2 = server.client(key)
+    task = ec2.bundle_instance(InstanceId=instance.instance_id, Storage=server.storage(key, "bucket", "winami"))
+    return key, instance.instance_id, task["BundleTask"]["BundleId"]
+
+
+def wait(server, key, bundle_id, *states):
+    ec2, given_up = server.client(key), time.monotonic() + 60
+    while True:
+        (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
+        if task["State"] in states:
+            return task
+        assert time.monotonic() < given_up, task
+        time.sleep(0.05)
+
+
+def wait_for(condition):
+    given_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < given_up
+        time.sleep(0.05)
+
+
+def notice(server, bundle_id):
+    database = open_engine(server.data.database)
+    try:
+        return Records(database, Vault.open_or_create(server.data.vault_key)).get(bundle_id).notice
+    finally:
+        database.dispose()
+
+
+def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_says_so(tmp_path, machine):
+    commands = {**machine.commands, "stop_command": DEAF}
+    with ThraveServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
+        key, instance_id, bundle_id = begin(server, tmp_path, **commands)
+        assert wait(server, key, bundle_id, "failed", "complete")["State"] == "complete"
+        assert server.instances.state(instance_id) is InstanceState.RUNNING
+        assert notice(server, bundle_id) == (
+            "The guest did not power off within 1 seconds: its power was cut, and what it had not written is lost."
+        )
+
+
+@pytest.mark.parametrize(
+    ("force", "words"),
+    [
+        (None, "its power cannot be cut: i-.* has no forceStopCommand"),
+        (("ls", "/nowhere"), "its power cannot be cut: .*ended with 2"),
+        (DEAF, "runs on though its power was cut"),
+    ],
+)
+def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_path, machine, force, words):
+    commands = {**machine.commands, "stop_command": DEAF, "force_stop_command": force}
+    with ThraveServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
+        key, instance_id, bundle_id = begin(server, tmp_path, **commands)
+        error = wait(server, key, bundle_id, "failed", "complete")["BundleTaskError"]
+        assert error["Code"] == "Server.InstanceNotStopped"
+        assert re.search(words, error["Message"])
+        assert server.instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_a_guest_that_powers_off_while_the_service_is_dead_is_started_when_it_is_back(tmp_path, machine):
+    commands = {**machine.commands, "stop_command": DEAF}
+    with ThraveServer.running(tmp_path / "data", shutdown_grace=1) as server:
+        key, instance_id, bundle_id = begin(server, tmp_path, **commands)
+        wait(server, key, bundle_id, "failed")
+        server.stop(signal.SIGKILL)
+        machine.say("shut off")
+        time.sleep(1.5)  # past twice the grace period: nobody would look after it any more
+        server.start()
+        wait_for(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)
+
+
+def test_an_instance_that_does_not_start_is_started_when_its_hypervisor_can(tmp_path, machine):
+    gate = tmp_path / "gate"
+    start = (sys.executable, "-c", "import os, subprocess, sys; os.stat(sys.argv[1]); subprocess.run(sys.argv[2:])")
+    commands = {**machine.commands, "start_command": (*start, str(gate), *machine.commands["start_command"])}
+    with ThraveServer.running(tmp_path / "data") as server:
+        key, instance_id, bundle_id = begin(server, tmp_path, **commands)
+        task = wait(server, key, bundle_id, "failed")
+        assert task["BundleTaskError"]["Code"] == "Server.InstanceNotStarted"
+        assert server.instances.state(instance_id) is InstanceState.STOPPED
+        server.stop(signal.SIGKILL)
+        gate.touch()
+        server.start()
+        wait_for(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)

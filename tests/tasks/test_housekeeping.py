@@ -1,0 +1,197 @@
+"""What goes on behind the tasks: removing what they could not, forgetting what is old, trying again what has failed."""
+
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.errors import TransientError
+from thrave.database import bundle_part, bundle_task, bundle_task_event, host, migrate, open_engine, utc_now
+from thrave.tasks.failures import Cancelled
+from thrave.tasks.leftovers import LeftOvers
+from thrave.tasks.records import Records
+from thrave.tasks.retention import Retention
+from thrave.tasks.retries import Retries
+from thrave.tasks.task import BundleRequest
+from thrave.vault import Vault
+
+ACCOUNT = "111111111111"
+HERE, ELSEWHERE, NOWHERE = "here", "elsewhere", "nowhere"
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
+    migrate(engine)
+    row = {"lease": "x", "version": "1", "tasks_at_once": 1, "start_time": utc_now(), "heartbeat_time": utc_now()}
+    with engine.begin() as connection:
+        connection.execute(host.insert(), [{**row, "host": name, "state": "active"} for name in (HERE, ELSEWHERE)])
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def records(engine, tmp_path):
+    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+
+
+@pytest.fixture
+def buckets(tmp_path):
+    buckets = DirectoryBuckets(tmp_path / "buckets")
+    buckets.create("bucket", ACCOUNT)
+    return buckets
+
+
+@pytest.fixture
+def task(engine, records, buckets):
+    """Makes a task with two objects in the bucket."""
+
+    def make(bundle_id, on=HERE, *, failed=True):
+        request = BundleRequest(
+            account_id=ACCOUNT, owner_id=ACCOUNT, instance_id=bundle_id, bucket="bucket", prefix=bundle_id,
+            access_key_id="AKIA", upload_policy="", upload_policy_signature="",
+        )  # fmt: skip
+        with engine.begin() as connection:
+            records.add(connection, bundle_id, on, request)
+        for number in range(2):
+            records.journal(bundle_id).sending(f"{bundle_id}.part.{number}")
+            buckets.put("bucket", f"{bundle_id}.part.{number}", b"part")
+        if failed:
+            records.fail(bundle_id, Cancelled())
+        return bundle_id
+
+    return make
+
+
+class Refusing:
+    """Buckets that delete nothing while they are told so."""
+
+    def __init__(self, buckets):
+        self.buckets = buckets
+        self.refuses = True
+        self.asked = 0
+
+    def delete(self, bucket, keys):
+        self.asked += 1
+        if self.refuses:
+            raise TransientError("SlowDown", 503, "Please reduce your request rate.")
+        self.buckets.delete(bucket, keys)
+
+
+def left_overs(records, buckets):
+    return LeftOvers(records, buckets, HERE, stall_timeout=10.0)
+
+
+def test_what_a_failed_task_has_left_is_shown_and_removed_and_nothing_else(records, buckets, task):
+    left, unfinished = task("bun-1"), task("bun-2", failed=False)
+    buckets.put("bucket", "bun-1.part.10", b"somebody else's")
+    assert [found.bundle_id for found in records.left_over()] == [left]
+    left_overs(records, buckets).look()
+    assert [*buckets.list("bucket", "")] == ["bun-1.part.10", f"{unfinished}.part.0", f"{unfinished}.part.1"]
+    assert records.left_over() == []
+    assert records.journal(left).objects() == []
+
+
+def test_what_another_host_has_left_is_its_own_business_unless_it_was_given_up(records, buckets, task):
+    task("bun-1", ELSEWHERE)
+    task("bun-2", NOWHERE)
+    left_overs(records, buckets).look()
+    assert [found.bundle_id for found in records.left_over()] == ["bun-1"]
+
+
+def test_what_cannot_be_removed_is_tried_again_and_at_once_after_a_restart(records, buckets, task):
+    task("bun-1")
+    refusing = Refusing(buckets)
+    looking = left_overs(records, refusing)
+    for _ in range(3):
+        looking.look()
+    assert refusing.asked == 1
+    assert [found.bundle_id for found in records.left_over()] == ["bun-1"]
+    refusing.refuses = False
+    looking.look()
+    assert refusing.asked == 1
+    left_overs(records, refusing).look()
+    assert records.left_over() == []
+
+
+def test_a_task_that_fails_while_the_service_runs_is_seen_to_as_well(records, buckets, task):
+    looking = left_overs(records, buckets)
+    looking.look()
+    task("bun-1")
+    looking.look()
+    assert records.left_over() == []
+
+
+def age(engine, days):
+    with engine.begin() as connection:
+        connection.execute(bundle_task.update().values(update_time=utc_now() - timedelta(days=days)))
+
+
+def kept(engine):
+    with engine.connect() as connection:
+        return [*connection.execute(sa.select(bundle_task.c.bundle_id).order_by(bundle_task.c.bundle_id)).scalars()]
+
+
+def test_what_ended_long_ago_is_forgotten_with_all_that_hangs_on_it(engine, records, task):
+    task("bun-1")
+    records.journal("bun-1").forget()
+    task("bun-2", failed=False)
+    forgotten = []
+    retention = Retention(records, lambda before: forgotten.append(before) or 0, timedelta(days=7))
+    age(engine, 6)
+    retention.look()
+    assert kept(engine) == ["bun-1", "bun-2"]
+    age(engine, 8)
+    retention.look()
+    assert kept(engine) == ["bun-2"]
+    with engine.connect() as connection:
+        assert {*connection.execute(sa.select(bundle_task_event.c.bundle_id)).scalars()} == {"bun-2"}
+    assert len(forgotten) == 2
+
+
+def test_the_parts_of_a_complete_bundle_are_forgotten_and_stay_in_the_bucket(engine, records, buckets, task):
+    task("bun-1", failed=False)
+    for state in ("waiting-for-shutdown", "bundling", "storing"):
+        records.move("bun-1", state)
+    assert records.complete("bun-1")
+    age(engine, 8)
+    Retention(records, lambda _: 0, timedelta(days=7)).look()
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(bundle_part)).all() == []
+    assert len([*buckets.list("bucket", "")]) == 2
+
+
+@pytest.mark.parametrize("reason", ["left over", "looked after"])
+def test_a_task_that_leaves_something_to_do_is_not_forgotten(engine, records, task, reason):
+    task("bun-1")
+    if reason == "looked after":
+        records.journal("bun-1").forget()
+        records.look_after("bun-1", utc_now())
+    age(engine, 100)
+    Retention(records, lambda _: 0, timedelta(days=7)).look()
+    assert kept(engine) == ["bun-1"]
+
+
+def test_more_than_are_forgotten_at_once_are_forgotten(engine, records, task, monkeypatch):
+    monkeypatch.setattr("thrave.tasks.retention.AT_ONCE", 2)
+    for number in range(5):
+        records.journal(task(f"bun-{number}")).forget()
+    age(engine, 8)
+    more = [1, 1, 0]
+    Retention(records, lambda _: more.pop(0), timedelta(days=7)).look()
+    assert (kept(engine), more) == ([], [])
+
+
+def test_retries_come_at_growing_intervals():
+    now = [0.0]
+    retries, tried = Retries(1.0, 10.0, clock=lambda: now[0]), []
+    while now[0] < 60:
+        if retries.is_due("it"):
+            tried.append(now[0])
+            retries.failed("it")
+        now[0] += 0.5
+    assert tried == [0.0, 1.0, 3.0, 7.0, 15.0, 25.0, 35.0, 45.0, 55.0]
+    assert retries.is_due("another")
+    retries.over("it")
+    assert retries.is_due("it")
