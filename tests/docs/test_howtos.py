@@ -20,6 +20,7 @@ HOWTOS = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PORT = "8773"
+STORE_PORT = "8333"
 
 
 def free_port() -> str:
@@ -28,11 +29,14 @@ def free_port() -> str:
 
 
 @pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
-def test_the_howto_works_as_it_is_written(howto, tmp_path):
+def test_the_howto_works_as_it_is_written(howto, tmp_path, request):
     require("jq", package="jq")
     require("openssl", package="openssl")
     port = free_port()
     text = howto.read_text().replace(PORT, port)
+    if STORE_PORT in text:
+        store = request.getfixturevalue("seaweedfs")
+        text = text.replace(f"http://127.0.0.1:{STORE_PORT}", store.url)
     make_disk(tmp_path / "disk.raw", 24 << 20)
     (tmp_path / "vectors").symlink_to(ROOT / "tests" / "data" / "vectors")
     for name, content in FILE.findall(text):
