@@ -20,6 +20,8 @@ HOWTOS = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PORT = "8773"
+STORE = "http://127.0.0.1:8333"
+"""Where how-tos find SeaweedFS and in it its user Alice."""
 STORE_PORT = "8333"
 
 
@@ -34,6 +36,8 @@ def test_the_howto_works_as_it_is_written(howto, tmp_path, request):
     require("openssl", package="openssl")
     port = free_port()
     text = howto.read_text().replace(PORT, port)
+    if STORE in text:
+        text = text.replace(STORE, request.getfixturevalue("seaweedfs").url)
     if STORE_PORT in text:
         store = request.getfixturevalue("seaweedfs")
         text = text.replace(f"http://127.0.0.1:{STORE_PORT}", store.url)
