@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
+import sqlalchemy as sa
 import structlog
 
 from thrave.compute.errors import InstanceError
@@ -24,6 +25,7 @@ from thrave.tasks.hosts import HostState
 from thrave.tasks.records import Records
 
 REPORT_INTERVAL = 1.0  # seconds
+LOST_INTERVAL = 30.0  # seconds
 
 log = structlog.get_logger()
 
@@ -61,7 +63,10 @@ class Agent:
             uploads_at_once=self._settings.uploads_at_once,
             stall_timeout=self._settings.stall_timeout,
         )
+        find_lost = partial(ground.hosts.enqueue_lost, name)
+        find_lost()  # before the worker recovers its own: what is in the queue already needs nothing
         self._worker.launch(partial(bundle, host))
+        self._begin("lost tasks", LOST_INTERVAL, find_lost)
         self._keep_house(records)
         self._begin("heartbeat", self._settings.heartbeat, partial(self._heartbeat, fence))
 
@@ -115,7 +120,9 @@ def _again_and_again(interval: float, work: Callable[[], None]) -> None:
             work()
         except _LastTime:
             return
-        except Exception:  # it must not end: the database may be back next time
+        except sa.exc.DBAPIError as error:  # it must not end: the database may be back next time
+            log.warning("the database does not answer", reason=str(error.orig))
+        except Exception:
             log.exception("an agent's errand failed")
         time.sleep(interval)
 

@@ -4,9 +4,12 @@ import signal
 import time
 
 import pytest
+import sqlalchemy as sa
 
 from support.disks import make_disk
+from thrave.compute.instance import InstanceState
 from thrave.tasks.fence import LOST
+from thrave.tasks.hosts import HostState
 
 pytestmark = pytest.mark.postgres
 MIB = 1 << 20
@@ -125,3 +128,68 @@ def test_a_lost_hosts_task_goes_on_where_it_is_adopted(fleet, alice, tmp_path):
     task = finish(ec2, bundle_id)
     assert task["State"] == "complete", task
     wait_for(lambda: state_of(ec2, instance_id), "running")
+
+
+def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, alice, tmp_path):
+    account, key = alice
+    agent = fleet.agent("host-a", tasks_at_once=1)
+    ec2 = fleet.first.client(key)
+    begun = add_instance(fleet, account, ec2, tmp_path / "begun.raw", 200 * MIB)
+    waiting = add_instance(fleet, account, ec2, tmp_path / "waiting.raw")
+    first = bundle(fleet, key, ec2, begun)
+    wait_until(lambda: task_of(ec2, first)["State"] == "bundling")
+    second = bundle(fleet, key, ec2, waiting, "waiting")
+    with fleet.ground() as ground:
+        ground.hosts.drain("host-a")
+        assert agent.wait(timeout=60) == 0
+        assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
+    assert task_of(ec2, first)["State"] == "complete"
+    assert task_of(ec2, second)["State"] == "pending"
+    fleet.agent("host-a")
+    assert finish(ec2, second)["State"] == "complete"
+
+
+def test_the_tasks_of_a_retired_host_fail_with_the_reason(fleet, alice, tmp_path):
+    account, key = alice
+    agent = fleet.agent("host-a")
+    ec2 = fleet.first.client(key)
+    instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw")
+    agent.kill()
+    agent.wait()
+    bundle_id = bundle(fleet, key, ec2, instance_id)
+    with fleet.ground() as ground:
+        assert ground.hosts.retire("host-a", powered_off=True) == [bundle_id]
+    assert task_of(ec2, bundle_id)["BundleTaskError"]["Code"] == "Server.HostLost"
+    assert instance_ids(ec2) == []
+
+
+def test_a_task_outlives_the_death_of_the_database(fleet, postgres, alice, tmp_path):
+    account, key = alice
+    fleet.agent("host-a")
+    ec2 = fleet.first.client(key)
+    instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw", 300 * MIB)
+    bundle_id = bundle(fleet, key, ec2, instance_id)
+    wait_until(lambda: task_of(ec2, bundle_id).get("Progress") not in {None, "0%"})
+    postgres.kill()
+    time.sleep(2)
+    postgres.start()
+    task = finish(ec2, bundle_id)
+    assert task["State"] == "complete", task
+    wait_for(lambda: state_of(ec2, instance_id), "running")
+
+
+def test_a_task_that_an_earlier_version_began_is_finished_by_this_one(fleet, alice, tmp_path):
+    account, key = alice
+    agent = fleet.agent("host-a")
+    ec2 = fleet.first.client(key)
+    instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw", 200 * MIB)
+    bundle_id = bundle(fleet, key, ec2, instance_id)
+    wait_until(lambda: task_of(ec2, bundle_id).get("Progress") not in {None, "0%"})
+    agent.kill()
+    agent.wait()
+    with fleet.ground() as ground, ground.database.begin() as connection:
+        connection.execute(sa.text("UPDATE dbos.workflow_status SET application_version = 'bundle-1'"))
+    fleet.agent("host-a")
+    task = finish(ec2, bundle_id)
+    assert task["State"] == "complete", task
+    assert fleet.first.instances.state(instance_id) is InstanceState.RUNNING

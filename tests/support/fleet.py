@@ -40,11 +40,12 @@ class Fleet:
         self.processes.append(server.process)
         return server
 
-    def agent(self, name):
+    def agent(self, name, **settings):
         """Start the agent of a host; give its process once it works."""
+        given = {f"THRAVE_{setting.upper()}": str(value) for setting, value in settings.items()}
         process = subprocess.Popen(
             [sys.executable, "-m", "thrave", "agent", "--host", name, "--data", self.data(name).root],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, **self._environment},
+            stdout=subprocess.PIPE, text=True, env={**os.environ, **self._environment, **given},
         )  # fmt: skip
         self.processes.append(process)
         assert process.stdout.readline() == f"working as {name}\n"

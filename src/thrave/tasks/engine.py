@@ -9,16 +9,19 @@ without DBOS's moment between the end of a task and the end of its workflow.) It
 is `bundling.py`.
 
 What DBOS remembers of a task can be lost without harm: the record alone says how far it is. A task that no workflow
-will run (those of an earlier version, and those that DBOS has given up on) gets another one when its host starts.
+will run (those of an earlier version, and those that DBOS has given up on) is given another one by `hosts.py`.
 """
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from itertools import chain, repeat
 from typing import TypedDict, TypeVar, cast
 
 import sqlalchemy as sa
+import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 
@@ -30,7 +33,10 @@ APPLICATION_VERSION = "bundle-2"
 WORKFLOW = "bundle_instance"
 POLLING_INTERVAL = 0.25  # seconds from record to start at the most; DBOS polls its queues on every database
 
+_DATABASE_PAUSES = (0.5, 1.0, 2.0, 5.0)  # seconds between two attempts; the last for good
 _FORGET_AT_ONCE = 1000  # workflows
+
+log = structlog.get_logger()
 _Result = TypeVar("_Result")
 
 
@@ -160,11 +166,17 @@ def step(name: str, function: Callable[[], _Result]) -> _Result:
 
 
 def _outcome(function: Callable[[], object]) -> _Outcome:
-    try:
-        return {"result": function()}
-    except Exception as error:  # noqa: BLE001 (whatever it is, the task must end with a reason)
-        failure = failure_from(error)
-        return {"code": failure.code, "message": failure.message}
+    """What a step ends with. One that cannot reach the database is repeated until it can: its end could not be told."""
+    pauses = chain(_DATABASE_PAUSES, repeat(_DATABASE_PAUSES[-1]))
+    while True:
+        try:
+            return {"result": function()}
+        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            log.warning("the database does not answer; the step is repeated", reason=str(error.orig))
+            time.sleep(next(pauses))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the task must end with a reason)
+            failure = failure_from(error)
+            return {"code": failure.code, "message": failure.message}
 
 
 def _queue(host: str) -> str:

@@ -17,12 +17,15 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import sqlalchemy as sa
+import structlog
 
 from thrave.database import bundle_task, host, instance, power_request, task_in_progress, utc_now
 from thrave.tasks.engine import Queues
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.fence import Fence
 from thrave.tasks.records import Records
+
+log = structlog.get_logger()
 
 _NOBODY = ""  # the lease of a host that no agent has
 
@@ -88,10 +91,7 @@ class Hosts:
         self._lost_after = lost_after
 
     def take(self, name: str, *, tasks_at_once: int) -> Fence:
-        """Make this process the host's agent; an earlier one ends as soon as it notices.
-
-        Tasks of the host that no workflow will run get one.
-        """
+        """Make this process the host's agent; an earlier one ends as soon as it notices."""
         lease = secrets.token_hex(16)
         now = utc_now()
         row = {
@@ -101,8 +101,6 @@ class Hosts:
         with self._engine.begin() as connection:
             if not _change(connection, name, **row):
                 connection.execute(host.insert(), {"host": name, **row})
-        self._queues.drop_strangers(name)
-        self._enqueue_lost(name)
         return Fence(name, lease)
 
     def heartbeat(self, fence: Fence) -> HostState:
@@ -111,6 +109,21 @@ class Hosts:
             connection.execute(host.update().where(fence.holds).values(heartbeat_time=utc_now()))
             state = connection.execute(sa.select(host.c.state).where(fence.holds)).scalar()
         return HostState(state) if state else fence.end()
+
+    def enqueue_lost(self, name: str) -> None:
+        """Have every unfinished task of a host run: give one that no workflow will run another one.
+
+        The tasks are looked up first. One that ends meanwhile may get a workflow, which does nothing.
+        """
+        self._queues.drop_strangers(name)
+        with self._engine.begin() as connection:
+            unfinished = _unfinished(connection, name)
+        awaited = self._queues.awaited(name)
+        with self._engine.begin() as connection:
+            for bundle_id in unfinished:
+                if bundle_id not in awaited:
+                    log.warning("a task that the engine has lost is run anew", bundle_id=bundle_id)
+                    self._queues.enqueue_again(connection, bundle_id, name)
 
     def drained(self, fence: Fence) -> None:
         """Write down that the host's agent ends as it was asked to."""
@@ -203,13 +216,6 @@ class Hosts:
             seconds = silent.total_seconds()
             raise HostInUse(f"Host {name} gave a sign of life {seconds:.0f} s ago; drain it, or see that it is off")
         _change(connection, name, state=HostState.FENCED, lease=_NOBODY)
-
-    def _enqueue_lost(self, name: str) -> None:
-        awaited = self._queues.awaited(name)
-        with self._engine.begin() as connection:
-            for bundle_id in _unfinished(connection, name):
-                if bundle_id not in awaited:
-                    self._queues.enqueue_again(connection, bundle_id, name)
 
 
 def _require(connection: sa.Connection, name: str) -> tuple[HostState, datetime]:
