@@ -6,10 +6,15 @@ its owner's eyes alone (mode 0600). It never decides what stands in a file, and 
 the file goes to.
 """
 
+import fcntl
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_NEW = ".new-"
 
 
 def create_once(path: Path, data: bytes) -> bool:
@@ -29,13 +34,11 @@ def create_once(path: Path, data: bytes) -> bool:
     """
     if path.exists():
         return False
-    written = _write_spool(path.parent, data)
-    try:
-        os.link(written, path)
-    except FileExistsError:
-        return False
-    finally:
-        written.unlink()
+    with _written(path.parent, data) as written:
+        try:
+            os.link(written, path)
+        except FileExistsError:
+            return False
     sync_folder(path.parent)
     return True
 
@@ -51,13 +54,17 @@ def replace(path: Path, data: bytes | memoryview, *, spool: Path) -> None:
     Raises:
         OSError: The disk refused; what was there before is untouched.
     """
-    written = _write_spool(spool, data)
-    try:
+    with _written(spool, data) as written:
         written.replace(path)
-    except OSError:
-        written.unlink()
-        raise
     sync_folder(path.parent)
+
+
+def sweep(spool: Path) -> None:
+    """Remove the files that processes were writing in a spool folder when they died; not those of living ones."""
+    for path in spool.glob(f"{_NEW}*"):
+        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def read_private(path: Path) -> bytes:
@@ -86,14 +93,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_spool(folder: Path, data: bytes | memoryview) -> Path:
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".new-")
+@contextmanager
+def _written(folder: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """A file of this content under a passing name, locked against `sweep` until it has got its own."""
+    descriptor, path = _new_file(folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        Path(name).unlink()
-        raise
-    return Path(name)
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _new_file(folder: Path) -> tuple[int, Path]:
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=_NEW)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, Path(name)
+        os.close(descriptor)  # swept in the moment before it was locked

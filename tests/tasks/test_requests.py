@@ -27,7 +27,9 @@ def engine(tmp_path):
 @pytest.fixture
 def tasks(engine, tmp_path):
     records = Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
-    return BundleTasks(engine, records, lambda *_: None, host_of=lambda _: "localhost", retention=RETENTION, per_account=20)
+    return BundleTasks(
+        engine, records, lambda *_: None, host_of=lambda _: "localhost", retention=RETENTION, per_account=20
+    )
 
 
 @pytest.fixture

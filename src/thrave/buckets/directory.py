@@ -12,7 +12,6 @@ which one is the other's folder (`a` and `a/b`). Such keys are InvalidArgument.
 
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -35,7 +34,6 @@ from thrave.buckets.policy import UploadPolicy
 
 _SEGMENT_BYTES = 255  # what Linux file systems take
 _PUT_ATTEMPTS = 100  # a delete may prune the folder that a put has just made
-_SPOOL_AGE = 86400.0  # seconds; nobody writes one object for a day
 _OWNER = re.compile(r"([0-9]{12})\n")
 
 
@@ -49,7 +47,7 @@ class DirectoryBuckets:
         with _disk_faults():
             for folder in (self._owners, self._spool):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._sweep_spool()
+            files.sweep(self._spool)
 
     def on_behalf_of(self, _access_key_id: str) -> Self:
         """See Buckets."""
@@ -167,12 +165,6 @@ class DirectoryBuckets:
             folder = folder.parent
         with suppress(FileNotFoundError, NotADirectoryError):
             files.sync_folder(folder)
-
-    def _sweep_spool(self) -> None:
-        for path in self._spool.iterdir():
-            with suppress(FileNotFoundError):  # got its name meanwhile
-                if path.stat().st_mtime < time.time() - _SPOOL_AGE:
-                    path.unlink()
 
 
 def _segments(key: str) -> list[str]:

@@ -81,6 +81,7 @@ class DescriptionFolder:
         with locked(self._lock_path(instance_id, "change"), wait=True):
             before = self.read(instance_id)
             after = replace(before, state=state, launch_time=launch_time or before.launch_time)
+            files.sweep(self._root)
             files.replace(self._path(instance_id), descriptions.write(after), spool=self._root)
 
     def remove(self, instance_id: str) -> None:
