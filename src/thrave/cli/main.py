@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "account": "thrave.cli.accounts:account",
     "instance": "thrave.cli.instances:instance",
     "task": "thrave.cli.tasks:task",
+    "host": "thrave.cli.hosts:host",
     "bundle": "thrave.cli.bundles:bundle",
     "open": "thrave.cli.opening:open_",
     "verify": "thrave.cli.opening:verify",

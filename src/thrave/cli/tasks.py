@@ -16,7 +16,7 @@ from thrave.cli.main import exit_code
 from thrave.cli.output import emit, output_option
 from thrave.cli.service import open_service, settings_option
 from thrave.cli.times import Since
-from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.states import UNFINISHED, BundleTaskState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _LIMIT = 100
 _WATCHED_AT_ONCE = 1000
 
-_UNFINISHED = frozenset(BundleTaskState) - FINISHED
 _STATE = click.Choice([state.value for state in BundleTaskState])
 
 
@@ -80,7 +79,7 @@ def list_(
     from thrave.tasks.overview import Wanted
 
     wanted = Wanted(
-        states=frozenset(map(BundleTaskState, states)) | (_UNFINISHED if unfinished else frozenset()),
+        states=frozenset(map(BundleTaskState, states)) | (UNFINISHED if unfinished else frozenset()),
         account_id=account_id,
         instance_id=instance_id,
         host=host,
@@ -191,7 +190,7 @@ def _overview(settings: Settings) -> Iterator[tuple[Overview, Records]]:
 def _unfinished(overview: Overview) -> list[str]:
     from thrave.tasks.overview import Wanted
 
-    tasks = overview.latest(Wanted(states=_UNFINISHED), limit=_WATCHED_AT_ONCE)
+    tasks = overview.latest(Wanted(states=UNFINISHED), limit=_WATCHED_AT_ONCE)
     return [seen.task.bundle_id for seen in tasks]
 
 

@@ -43,6 +43,7 @@ FOLLOWS: dict[BundleTaskState, frozenset[BundleTaskState]] = {
 }
 
 FINISHED: frozenset[BundleTaskState] = frozenset(state for state, after in FOLLOWS.items() if not after)
+UNFINISHED: frozenset[BundleTaskState] = frozenset(BundleTaskState) - FINISHED
 CANCELLABLE: frozenset[BundleTaskState] = frozenset(s for s, after in FOLLOWS.items() if _S.CANCELLING in after)
 WITH_PROGRESS: frozenset[BundleTaskState] = frozenset({_S.BUNDLING, _S.STORING})
 

@@ -1,0 +1,156 @@
+"""`thrave host`, as an operator calls it, on both kinds of database."""
+
+import json
+from datetime import timedelta
+
+import pytest
+
+from thrave.config import Settings
+from thrave.database import host as host_table
+from thrave.database import utc_now
+from thrave.ground import open_ground
+from thrave.tasks.states import BundleTaskState
+from thrave.tasks.task import BundleRequest
+
+USAGE, NOT_FOUND, REFUSED = 2, 3, 4
+
+
+@pytest.fixture
+def settings(database, tmp_path, monkeypatch):
+    """The settings of every command here, taken from the environment."""
+    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    for name, value in database.items():
+        monkeypatch.setenv(f"THRAVE_{name.upper()}", value)
+    return Settings()
+
+
+@pytest.fixture
+def ground(settings):
+    ground = open_ground(settings)
+    yield ground
+    ground.queues.close()
+    ground.database.dispose()
+
+
+@pytest.fixture
+def silence(ground):
+    """Makes a host silent for so many seconds."""
+
+    def silence(name, seconds):
+        mine = host_table.update().where(host_table.c.host == name)
+        with ground.database.begin() as connection:
+            connection.execute(mine.values(heartbeat_time=utc_now() - timedelta(seconds=seconds)))
+
+    return silence
+
+
+@pytest.fixture
+def task(ground):
+    """Gives a host a task."""
+
+    def add(bundle_id, name, *, begun=False):
+        request = BundleRequest(
+            account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{bundle_id}", bucket="bucket", prefix="prefix",
+            access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
+        )  # fmt: skip
+        with ground.database.begin() as connection:
+            ground.records().add(connection, bundle_id, name, request)
+            ground.queues.enqueue(connection, bundle_id, name)
+        if begun:
+            ground.records().take_up(bundle_id)
+            ground.records().move(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+
+    return add
+
+
+@pytest.fixture
+def two(ground, task, silence):
+    """kvm-1, silent for two minutes with two tasks, and kvm-2, which has just given a sign of life."""
+    ground.hosts.take("kvm-1", tasks_at_once=2)
+    ground.hosts.take("kvm-2", tasks_at_once=3)
+    task("bun-1", "kvm-1", begun=True)
+    task("bun-2", "kvm-1")
+    silence("kvm-1", 120)
+
+
+def test_hosts_are_listed_with_what_they_do(two, thrave, thrave_json):
+    first, second = thrave_json("host", "list")["hosts"]
+    assert [first[name] for name in ("host", "state", "lost", "tasksBegun", "tasksWaiting", "tasksAtOnce")] == [
+        "kvm-1", "active", True, 1, 1, 2
+    ]  # fmt: skip
+    assert (second["host"], second["lost"], second["tasksBegun"]) == ("kvm-2", False, 0)
+    header, first, second = thrave("host", "list")[1].splitlines()
+    assert header.split("  ")[0] == "HOST"
+    assert first.startswith("kvm-1  active, lost  2 min ago ")
+    assert second.startswith("kvm-2  active ")
+
+
+def test_a_host_is_shown_with_its_unfinished_tasks(two, ground, task, thrave, thrave_json):
+    task("bun-3", "kvm-1")
+    ground.records().cancel("bun-3")
+    assert {task["bundleId"] for task in thrave_json("host", "show", "kvm-1")["tasks"]} == {"bun-1", "bun-2"}
+    text = thrave("host", "show", "kvm-1")[1]
+    assert "1 begun, 1 waiting; 2 at once" in text
+    assert "bun-1  waiting-for-shutdown" in text
+    assert "TASK" not in thrave("host", "show", "kvm-2")[1]
+
+
+def test_a_lost_hosts_tasks_are_adopted(two, thrave_json):
+    assert thrave_json("host", "adopt", "kvm-1", "--by", "kvm-2") == {
+        "host": "kvm-2", "lost": "kvm-1", "bundleIds": ["bun-1", "bun-2"]
+    }  # fmt: skip
+    first, second = thrave_json("host", "list")["hosts"]
+    assert (first["state"], first["lost"], first["tasksBegun"], second["tasksBegun"]) == ("fenced", False, 0, 1)
+    history = thrave_json("task", "show", "bun-1")["history"]
+    assert history[-1]["message"] == "Host kvm-2 goes on in the place of kvm-1."
+
+
+def test_a_retired_hosts_tasks_fail(two, thrave, thrave_json):
+    status, text, _ = thrave("host", "retire", "kvm-1")
+    assert (status, text.splitlines()) == (0, ["kvm-1 is retired; tasks: 2", "bun-1", "bun-2"])
+    assert [host["host"] for host in thrave_json("host", "list")["hosts"]] == ["kvm-2"]
+    assert thrave_json("task", "show", "bun-1")["error"]["code"] == "Server.HostLost"
+
+
+def test_a_host_is_told_to_drain(two, thrave, thrave_json):
+    assert thrave("host", "drain", "kvm-2")[1] == "kvm-2 is draining\n"
+    assert thrave_json("host", "show", "kvm-2")["state"] == "draining"
+
+
+@pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-1"], ["retire", "kvm-2"]])
+def test_a_host_that_gives_signs_of_life_is_left_alone_unless_it_is_known_to_be_off(two, thrave, words):
+    status, stdout, stderr = thrave("host", *words)
+    assert (status, stdout) == (REFUSED, "")
+    assert stderr.startswith("thrave: Host kvm-2 gave a sign of life ")
+    assert thrave("host", *words, "--powered-off")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["show", "kvm-9"], ["drain", "kvm-9"], ["retire", "kvm-9"], ["adopt", "kvm-1", "--by", "kvm-9"]]
+)
+def test_a_host_that_there_is_none_of_has_a_status(two, thrave, words):
+    status, stdout, stderr = thrave("host", *words)
+    assert (status, stdout, stderr) == (NOT_FOUND, "", "thrave: There is no host kvm-9\n")
+
+
+@pytest.mark.parametrize("words", [["list", "--data", "no-such-folder"], ["show"], ["adopt", "kvm-1"]])
+def test_a_wrong_command_line_has_a_status(settings, thrave, words):
+    status, stdout, stderr = thrave("host", *words)
+    assert (status, stdout) == (USAGE, "")
+    assert "Traceback" not in stderr
+
+
+def test_the_database_may_be_named_in_a_file(two, thrave, settings, monkeypatch, tmp_path):
+    monkeypatch.delenv("THRAVE_DATA")
+    monkeypatch.delenv("THRAVE_DATABASE_URL", raising=False)
+    file = tmp_path / "thrave.toml"
+    url = f"database_url = {json.dumps(settings.database)}\n"
+    file.write_text(f"data = {json.dumps(str(settings.data))}\n{url}")
+    status, stdout, _ = thrave("host", "list", "--config", file, "--output", "json")
+    assert (status, len(json.loads(stdout)["hosts"])) == (0, 2)
+
+
+@pytest.mark.parametrize("words", [[], ["list"], ["show"], ["drain"], ["adopt"], ["retire"]])
+def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
+    _, stdout, _ = thrave("host", *words, "--help")
+    assert any(line.startswith("    thrave host ") for line in stdout.splitlines())
