@@ -178,12 +178,12 @@ def test_a_form_of_five_bytes_is_answered_as_s3_answers_it(conditions, fields, s
         (document(BUCKET, KEY), "my-bucket", "winam", failed('["starts-with", "$key", "winami"]')),
         (document(BUCKET, KEY), "my-bucket", "Winami", failed('["starts-with", "$key", "winami"]')),
         (document(["starts-with", "$bucket", "my-"], KEY), "my-bucket", "winami", None),
-        (document(KEY), "my-bucket", "winami", None),
+        (document(KEY), "my-bucket", "winami", extra("bucket")),
         (document(BUCKET), "my-bucket", "winami", extra("key")),
         (document(BUCKET, ["starts-with", "$key", ""]), "my-bucket", "winami", None),
         (document(BUCKET, {"key": "winami"}), "my-bucket", "winami", None),
         (document(BUCKET, {"KEY": "winami"}), "my-bucket", "winami", None),
-        (document(), "my-bucket", "winami", extra("key")),
+        (document(), "my-bucket", "winami", extra("key, bucket")),
     ],
 )
 def test_bucket_and_key_are_held_to(policy, bucket, key, said):

@@ -105,7 +105,7 @@ class UploadPolicy:
             now: The time of the upload, aware.
 
         Raises:
-            AccessDenied: The policy has expired, a condition is not met, or no condition covers a field.
+            AccessDenied: The policy has expired, a condition is not met, or none covers a field or the bucket.
             EntityTooSmall, EntityTooLarge: The object is out of a `content-length-range`.
         """
         if now > self.expiration:
@@ -116,7 +116,7 @@ class UploadPolicy:
             if refusal := condition.refusal(upload):
                 raise refusal
         covered = {condition.field for condition in self.conditions} | _UNCONDITIONAL
-        if extra := [name for name in given if name not in covered and not name.startswith(_IGNORED)]:
+        if extra := [name for name in upload.fields if name not in covered and not name.startswith(_IGNORED)]:
             raise AccessDenied.by_policy(f"Extra input fields: {', '.join(extra)}")
 
     def check_upload(self, bucket: str, key: str, *, content_length: int | None, now: datetime) -> None:

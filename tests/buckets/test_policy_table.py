@@ -1,0 +1,83 @@
+"""The table of upload policies, answered by our own judgement and by Ceph RGW."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from support import stores
+from support.policies import ACCESS_KEY_ID, SECRET, encoded, signed_v2, signed_v4
+from support.policy_table import (
+    BUCKET,
+    CASES,
+    KEY,
+    NO_POLICY,
+    NO_POLICY_ON_RGW,
+    OTHERWISE_ON_RGW,
+    V4_CASES,
+)
+from thrave.buckets.errors import BucketError
+from thrave.buckets.forms import multipart
+from thrave.buckets.objects import S3Objects
+from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.transport import Transport
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ROWS = [
+    *(pytest.param(case, signed_v2, id=case.name) for case in CASES),
+    *(pytest.param(case, lambda text: signed_v4(text, date="20260101"), id=f"V4 {case.name}") for case in V4_CASES),
+]
+
+
+@pytest.fixture(scope="module")
+def post(rgw):
+    """Sends a form to RGW, and gives the code of its answer."""
+    connection = rgw.connection(stores.ALICE)
+    S3Objects(connection)._requests.send("PUT", BUCKET)
+    transport = Transport(connection)
+
+    def post(fields, size):
+        kind, body = multipart(fields, bytes(size))
+        return answer(lambda: transport.send("POST", f"{rgw.url}/{BUCKET}", {"Content-Type": kind}, body, limit=4096))
+
+    return post
+
+
+def answer(call):
+    try:
+        call()
+    except BucketError as error:
+        return error.code
+    return ""
+
+
+@pytest.mark.parametrize(("case", "sign"), ROWS)
+def test_a_policy_is_judged_as_by_s3(case, sign):
+    text = encoded(case.policy)
+
+    def judge():
+        policy = UploadPolicy.verify(text, sign(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)
+        policy.check(BUCKET, {"key": KEY, **(case.fields or {})}, content_length=case.size, now=NOW)
+
+    assert answer(judge) == case.answer
+
+
+@pytest.mark.rgw
+@pytest.mark.parametrize(("case", "sign"), ROWS)
+def test_ceph_rgw_judges_it_alike(post, case, sign):
+    text = encoded(case.policy)
+    signed = {"x-amz-signature": sign(text)}
+    if sign is signed_v2:
+        signed = {"AWSAccessKeyId": ACCESS_KEY_ID, "signature": sign(text)}
+    got = post({"key": KEY, **(case.fields or {}), "policy": text, **signed}, case.size)
+    if case.name in OTHERWISE_ON_RGW:
+        assert got == OTHERWISE_ON_RGW[case.name], "it has changed: take the row out, or mend the reason"
+    elif case.answer == NO_POLICY:
+        assert got in NO_POLICY_ON_RGW
+    else:
+        assert got == case.answer
+
+
+def test_the_table_is_long_and_its_names_are_distinct():
+    names = [row.id for row in ROWS]
+    assert len(names) == len(set(names)) >= 80
+    assert set(names) > set(OTHERWISE_ON_RGW)
