@@ -7,6 +7,9 @@ from thrave.bundle.errors import ManifestError, PartDamagedError, PartMissingErr
 from thrave.bundle.reading import read_manifest
 from thrave.bundle.report import Subject
 from thrave.bundle.sampling import Sample, verify_sample
+from thrave.bundle.verifying import Trust
+
+NOBODY_KNOWN = Trust()
 
 
 class Counted:
@@ -36,8 +39,8 @@ def parts(bundle):
     return Counted(bundle)
 
 
-def verified(bundle, parts, sample, **options):
-    return verify_sample(bundle.manifest, parts, sample, side_file=bundle.side_file, ahead=3, **options)
+def verified(bundle, parts, sample, trust=NOBODY_KNOWN, **options):
+    return verify_sample(bundle.manifest, parts, sample, trust, side_file=bundle.side_file, ahead=3, **options)
 
 
 def test_as_many_parts_are_read_as_were_asked_for(bundle, parts):
@@ -63,7 +66,7 @@ def test_a_sample_has_a_part_at_least_and_all_at_most(bundle, parts, percent, co
 
 
 def test_the_report_says_what_was_not_read(bundle, parts):
-    report = verified(bundle, parts, Sample(5, seed=7), certificate=certificate("user"))
+    report = verified(bundle, parts, Sample(5, seed=7), trust=Trust(certificate("user")))
     said = {check.subject: check for check in report.checks}
     count, drawn = len(bundle.parts), len(parts.names_read)
     assert {subject for subject, check in said.items() if not check.checked} == {

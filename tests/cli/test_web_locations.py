@@ -2,6 +2,9 @@
 
 import hashlib
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,7 +14,7 @@ from support.sealed import VECTORS
 from support.tls import certificate
 from thrave.cli import remote_folders
 
-FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED = 1, 2, 3, 4, 10
+FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, INTERRUPTED = 1, 2, 3, 4, 10, 130
 KEYS = VECTORS / "keys"
 IMAGES = {
     "ec2-ami-tools-1.5.3-dense-2-parts/small.img": "0fc3b64b0304d6e6da8ed6d9b445371c34570f51",
@@ -145,7 +148,7 @@ def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
     monkeypatch.setattr(remote_folders, "DEADLINE", 0.5)
     site.behaviour["manifest.xml"] = web.trickle(site)
     status, _, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
-    assert (status, "within 0.5 seconds" in stderr) == (FAILED, True)
+    assert (status, "more than 0.5 seconds" in stderr) == (FAILED, True)
 
 
 @pytest.mark.parametrize("fault", [web.status(503), web.status(429), web.cut_off, web.hung_up, web.gibberish])
@@ -200,3 +203,20 @@ def test_a_server_that_tells_no_size_is_said(thrave, site):
     site.behaviour["part.0"] = lambda handler: handler.command == "HEAD" and web.hidden_size(handler)
     status, _, stderr = thrave("verify", f"{site.url}/{TWO_PARTS}", "--sample", "1%")
     assert (status, "how long" in stderr) == (NOT_FOUND, True)
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_is_silent(site, tmp_path):
+    asked = threading.Event()
+
+    def silent(handler):
+        handler.close_connection = True
+        asked.set()
+        return site.ended.wait(60)
+
+    site.behaviour["part.0"] = silent
+    words = ["open", f"{site.url}/{TWO_PARTS}", "--key", str(KEYS / "user-pk.pem"), "-o", str(tmp_path / "image")]
+    with subprocess.Popen([sys.executable, "-m", "thrave", *words], stderr=subprocess.DEVNULL) as thrave:
+        assert asked.wait(60)
+        thrave.send_signal(signal.SIGINT)
+        assert thrave.wait(20) == INTERRUPTED
+    assert list(tmp_path.iterdir()) == []

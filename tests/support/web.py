@@ -111,24 +111,22 @@ def endless(handler) -> bool:
         handler.wfile.write(bytes(1 << 16))
 
 
-def longer_than_said(handler) -> bool:
-    """Say that a body is short, and send more."""
-    handler.close_connection = True
-    handler.send_response(200)
-    handler.send_header("Content-Length", "10")
-    handler.end_headers()
-    handler.wfile.write(b"<manifest>" * 100)
-    return True
+def promising(length: int, body: bytes) -> Behaviour:
+    """Say that a body has some length, and send another one."""
+
+    def behave(handler):
+        handler.close_connection = True
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    return behave
 
 
-def cut_off(handler) -> bool:
-    """Promise more bytes than come."""
-    handler.close_connection = True
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000000")
-    handler.end_headers()
-    handler.wfile.write(b"x" * 1000)
-    return True
+longer_than_said = promising(10, b"<manifest>" * 100)
+cut_off = promising(1_000_000, b"x" * 1000)
 
 
 def hung_up(handler) -> bool:

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.x509 import Certificate
-
 from thrave.bundle.crew import Crew
 from thrave.bundle.errors import ManifestError, PartDamagedError
 from thrave.bundle.manifest import Manifest, ManifestPart
@@ -57,10 +54,9 @@ def verify_sample(
     manifest: bytes,
     parts: MeasuredParts,
     sample: Sample,
+    trust: Trust,
     *,
-    certificate: Certificate | None = None,
     side_file: bytes | None = None,
-    side_key: Ed25519PublicKey | None = None,
     reporter: Reporter = unheard,
     ahead: int,
 ) -> Verified:
@@ -70,13 +66,12 @@ def verify_sample(
         manifest: its XML; and the rest, like the errors, as for ``verify_bundle``.
         parts: where the parts are.
         sample: which of them are read.
-        certificate: as there.
-        side_file: as there.
-        side_key: as there.
+        trust: what is believed already.
+        side_file: the side file where there is one.
         reporter: told how many bytes have been read.
         ahead: how many parts are asked for at once, each in memory.
     """
-    believed = believe(manifest, side_file, Trust(certificate, side_key))
+    believed = believe(manifest, side_file, trust)
     chosen = sample.of(believed.manifest)
     with Crew(ahead) as crew:
         _check_sizes(believed, list(crew.map(lambda part: parts.size(part.filename), believed.manifest.parts, ahead)))

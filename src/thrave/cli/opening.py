@@ -206,9 +206,8 @@ def _verify_sample(location: Location[Folder], percent: float, seed: int, trust:
     said = read_manifest(xml)
     with progress_bar("verifying", int(said.bundled_size * percent / 100)) as bar:
         return verify_sample(
-            xml, FolderParts(location.folder), Sample(percent, seed),
-            certificate=trust.certificate, side_file=side_file, side_key=trust.side_key, reporter=bar.update,
-            ahead=parts_ahead(location.folder, said) or 2,
+            xml, FolderParts(location.folder), Sample(percent, seed), trust,
+            side_file=side_file, reporter=bar.update, ahead=parts_ahead(location.folder, said) or 2,
         )  # fmt: skip
 
 

@@ -8,10 +8,8 @@ lies elsewhere has an address of its own.
 from __future__ import annotations
 
 import ipaddress
-import threading
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -24,6 +22,7 @@ from thrave.buckets.naming import check_bucket_name
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.retrying import patiently
 from thrave.buckets.transport import Transport
+from thrave.cli.calls import CallGivenUpError, awaited, check_interrupted, give_up_on_interrupt
 from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ _Answer = TypeVar("_Answer")
 
 PATIENCE = 60.0  # seconds from a call's first failure to the last attempt
 _DEFAULT_REGION = "us-east-1"  # of S3, for whoever names none
-DEADLINE = 600.0  # seconds in which a file must have come, however steadily it trickles
+DEADLINE = 900.0  # seconds in which a file must have come or gone, however steadily it trickles
 
 
 class S3Folder:
@@ -53,9 +52,7 @@ class S3Folder:
 
     def read(self, filename: str, most: int) -> bytes:
         """See Folder."""
-        return self._call(
-            filename, lambda key: _in_time(lambda: self._objects.get_range(self._bucket, key, 0, most + 1))
-        )
+        return self._call(filename, lambda key: self._objects.get_range(self._bucket, key, 0, most + 1))
 
     def size(self, filename: str) -> int | None:
         """See Folder."""
@@ -72,8 +69,7 @@ class S3Folder:
         self._call("", lambda _: self._objects.delete(self._bucket, keys))
 
     def _call(self, filename: str, call: Callable[[str], _Answer]) -> _Answer:
-        with _faults(self.where(filename)):
-            return patiently(lambda: call(self._folder + filename), PATIENCE, _tell)
+        return _patiently(self.where(filename), lambda: call(self._folder + filename))
 
 
 class WebFolder:
@@ -93,19 +89,13 @@ class WebFolder:
     def read(self, filename: str, most: int) -> bytes:
         """See Folder."""
         url = self.where(filename)
-
-        def get() -> bytes:
-            return _in_time(lambda: self._transport.send("GET", url, {}, limit=most + 1)).body
-
-        with _faults(url):
-            return patiently(get, PATIENCE, _tell)
+        return _patiently(url, lambda: self._transport.send("GET", url, {}, limit=most + 1)).body
 
     def size(self, filename: str) -> int | None:
         """See Folder."""
         url = self.where(filename)
         try:
-            with _faults(url):
-                answer = patiently(lambda: self._transport.send("HEAD", url, {}, limit=0), PATIENCE, _tell)
+            answer = _patiently(url, lambda: self._transport.send("HEAD", url, {}, limit=0))
         except FileMissingError:
             return None
         length = answer.headers.get("Content-Length", "")
@@ -127,6 +117,7 @@ def web_folder(url: str) -> WebFolder:
         raise ValueError(
             f"http:// is spoken to this machine only: anybody on the way to {parts.hostname} could change it"
         )
+    give_up_on_interrupt()
     endpoint = f"{parts.scheme}://{parts.netloc}"
     try:
         transport = Transport(StoreConnection(endpoint=endpoint, proxy=_proxy(parts.scheme, parts.netloc)))
@@ -143,6 +134,7 @@ def s3_folder(bucket: str, folder: str) -> S3Folder:
     """
     from botocore.exceptions import BotoCoreError
 
+    give_up_on_interrupt()
     try:
         check_bucket_name(bucket)
         return S3Folder(S3Objects(store_connection()), bucket, folder)
@@ -189,27 +181,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _in_time(call: Callable[[], _Answer]) -> _Answer:
-    """Make a call, and wait no longer than `DEADLINE` for it: each byte of a trickle is in time, the file is not."""
-    outcome: SimpleQueue[_Answer | Exception] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put(call())
-        except Exception as error:  # noqa: BLE001 - it is raised again where the answer is awaited
-            outcome.put(error)
-
-    threading.Thread(target=run, name="folder-call", daemon=True).start()
-    try:
-        answer = outcome.get(timeout=DEADLINE)
-    except Empty:
-        raise FolderError(f"it did not come within {DEADLINE:g} seconds") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+def _patiently(where: str, call: Callable[[], _Answer]) -> _Answer:
+    with _faults(where):
+        return patiently(lambda: awaited(call, DEADLINE), PATIENCE, _tell)
 
 
 def _tell(error: TransientError, seconds: float) -> None:
+    check_interrupted()
     click.echo(f"thrave: {error}; trying again in {seconds:.1f} s", err=True)
 
 
@@ -223,7 +201,7 @@ def _faults(where: str) -> Iterator[None]:
         raise FolderRefusedError(f"{where}: {error}") from error
     except BucketError as error:
         if 300 <= error.status < 400:
-            raise FolderError(f"{where} has moved elsewhere: give the address where it lies now") from error
+            raise FolderError(f"{where} has moved elsewhere, so give its address there: {error.message}") from error
         raise FolderError(f"{where}: {error}") from error
-    except FolderError as error:
+    except CallGivenUpError as error:
         raise FolderError(f"{where}: {error}") from error

@@ -1,0 +1,71 @@
+"""Calls that may hang, in threads of their own: given up when their time is over, or at once on Ctrl-C.
+
+A thread that waits for a network cannot be ended, so it is left behind; it is a daemon, and goes with the process.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+_Answer = TypeVar("_Answer")
+
+_GLANCE = 0.1  # seconds between two looks at whether Ctrl-C was pressed
+_interrupted = threading.Event()
+
+
+class CallGivenUpError(Exception):
+    """A call took too long, or nobody waits for it any more."""
+
+
+def give_up_on_interrupt() -> None:
+    """From now on have Ctrl-C end every call that is waited for, besides what else it does."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    _interrupted.clear()
+    if threading.current_thread() is threading.main_thread():  # only there Python lets a handler be set
+        signal.signal(signal.SIGINT, handle)
+
+
+def check_interrupted() -> None:
+    """Raise CallGivenUpError if Ctrl-C was pressed."""
+    if _interrupted.is_set():
+        raise CallGivenUpError("interrupted")
+
+
+def awaited(call: Callable[[], _Answer], seconds: float) -> _Answer:
+    """Make a call, and wait for its answer no longer than that; whatever it raises comes out here.
+
+    Raises:
+        CallGivenUpError: It did not come in time, or Ctrl-C was pressed.
+    """
+    outcome: SimpleQueue[_Answer | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(call())
+        except Exception as error:  # noqa: BLE001 - it is raised again where the answer is awaited
+            outcome.put(error)
+
+    threading.Thread(target=run, name="folder-call", daemon=True).start()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        check_interrupted()
+        try:
+            answer = outcome.get(timeout=_GLANCE)
+        except Empty:
+            continue
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    raise CallGivenUpError(f"it took more than {seconds:g} seconds")
