@@ -23,6 +23,8 @@ PORT = "8773"
 STORE = "http://127.0.0.1:8333"
 """Where how-tos find SeaweedFS and in it its user Alice."""
 STORE_PORT = "8333"
+DATABASE = "postgresql://thrave@127.0.0.1:5432/thrave"
+"""Where how-tos find PostgreSQL."""
 
 
 def free_port() -> str:
@@ -41,6 +43,8 @@ def test_the_howto_works_as_it_is_written(howto, tmp_path, request):
     if STORE_PORT in text:
         store = request.getfixturevalue("seaweedfs")
         text = text.replace(f"http://127.0.0.1:{STORE_PORT}", store.url)
+    if DATABASE in text:
+        text = text.replace(DATABASE, request.getfixturevalue("postgres").new_database())
     make_disk(tmp_path / "disk.raw", 24 << 20)
     (tmp_path / "vectors").symlink_to(ROOT / "tests" / "data" / "vectors")
     for name, content in FILE.findall(text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import click
+from thrave.cli.service import open_service, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,26 +36,11 @@ def open_accounts(data: Path, *, make: bool = False) -> Iterator[Accounts]:
 @contextmanager
 def open_identity(data: Path, *, make: bool = False) -> Iterator[tuple[Accounts, Users]]:
     """The accounts and users of a data directory, which is made only if the command may begin one."""
-    from thrave.config import DataDirectory
-    from thrave.database import migrate, open_engine
     from thrave.identity.accounts import Accounts
     from thrave.identity.users import Users
-    from thrave.vault import Vault
 
-    directory = DataDirectory(data)
-    if make:
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    elif not directory.vault_key.exists():
-        raise click.BadParameter(
-            f"{data} is no data directory; begin one with `thrave account create`", param_hint="--data"
-        )
-    vault = Vault.open_or_create(directory.vault_key)
-    engine = open_engine(directory.database)
-    try:
-        migrate(engine)
-        yield Accounts(engine, vault), Users(engine)
-    finally:
-        engine.dispose()
+    with open_service(read_settings(None, data=data), make=make) as service:
+        yield Accounts(service.engine, service.vault), Users(service.engine)
 
 
 def key_document(key: AccessKey) -> dict[str, str]:

@@ -201,10 +201,11 @@ def stop(instance_id: str, timeout: float, data: Path, output: str) -> None:
 
 
 def _instances(data: Path) -> DirectoryInstances:
+    from thrave.cli.service import read_settings
     from thrave.compute.directory import DirectoryInstances
-    from thrave.config import DataDirectory
 
-    return DirectoryInstances(DataDirectory(data).instances)
+    settings = read_settings(None, data=data)
+    return DirectoryInstances(settings.instances or settings.directory.instances)
 
 
 def _check_format(image_format: str) -> None:

@@ -68,20 +68,14 @@ def settings_option(command: Callable[Concatenate[Settings, _Rest], None]) -> Ca
 @contextmanager
 def open_service(settings: Settings, *, make: bool = False) -> Iterator[Service]:
     """The service in a data directory, which is made only if the command may begin one."""
-    from thrave.database import migrate, open_engine
-    from thrave.vault import Vault
+    from thrave.ground import open_ground
 
-    directory = settings.directory
-    if make:
-        directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    elif not directory.vault_key.exists():
+    if not make and not settings.directory.vault_key.exists():
         raise click.BadParameter(
             f"{settings.data} is no data directory; begin one with `thrave account create`", param_hint="--data"
         )
-    vault = Vault.open_or_create(directory.vault_key)
-    engine = open_engine(settings.database)
+    ground = open_ground(settings)
     try:
-        migrate(engine)
-        yield Service(engine, vault)
+        yield Service(ground.database, ground.vault)
     finally:
-        engine.dispose()
+        ground.database.dispose()

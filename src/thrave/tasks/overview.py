@@ -22,7 +22,7 @@ _STORED = sa.select(
     bundle_part.c.bundle_id,
     sa.func.count(),
     sa.func.count(_taken_part),
-    sa.func.coalesce(sa.func.sum(bundle_part.c.size), 0),
+    sa.func.coalesce(sa.cast(sa.func.sum(bundle_part.c.size), sa.BigInteger), 0),
 ).group_by(bundle_part.c.bundle_id)
 
 
