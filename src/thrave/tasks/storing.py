@@ -173,9 +173,7 @@ class BundleStore:
         finally:
             retries, self._retries = self._retries, []
             if retries:
-                watch.tell(
-                    f"The store had to be asked again {len(retries)} times; the last time it said {retries[-1]}."
-                )
+                watch.tell(f"Calls to the store that were made again: {len(retries)}, the last after {retries[-1]}")
 
     def _retried(self, reason: TransientError, seconds: float) -> None:
         self._retries.append(reason)

@@ -79,8 +79,7 @@ class PartUploads:
                     self._send(part)
         while self._calls.pending:
             self._collect()
-        with durable("part recorded"):
-            self._journal.stored(self._news())
+        self._write_down()
 
     def _is_stored(self, part: Part) -> bool:
         before = self._sent.get(part.index)
@@ -105,7 +104,13 @@ class PartUploads:
     def _make_room(self, index: int) -> None:
         self._collect(wait=False)
         while self._calls.pending >= self._at_once or index >= self._run.end + WINDOW * self._at_once:
+            self._write_down()
             self._collect()
+
+    def _write_down(self) -> None:
+        if self._arrived:
+            with durable("part recorded"):
+                self._journal.stored(self._news())
 
     def _collect(self, *, wait: bool = True) -> None:
         for arrived in self._calls.results(wait=wait):
@@ -115,8 +120,9 @@ class PartUploads:
 
     def _news(self) -> Stored:
         """What has come back since the last time."""
-        arrived, self._arrived = self._arrived, []
-        return Stored(arrived, self._run.checkpoint)
+        news = Stored(self._arrived, self._run.checkpoint)
+        self._arrived, self._run.checkpoint = [], None
+        return news
 
 
 class _Run:
@@ -126,7 +132,7 @@ class _Run:
         self.end = end
         """The number of the first part that is not in it."""
         self.checkpoint: Checkpoint | None = None
-        """The last that there is within it; None if it has not grown."""
+        """The last that there is within it; None if it has been taken."""
         self._beyond: dict[int, Checkpoint | None] = {}
 
     def add(self, index: int, checkpoint: Checkpoint | None) -> None:
