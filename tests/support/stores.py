@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import tls
 from support.components import require, unavailable
 from support.policies import ACCESS_KEY_ID, SECRET
 from thrave.buckets.connection import Credentials, StoreConnection
@@ -39,6 +40,9 @@ class Store:
     acl: str
     """The canned ACL that its policies may name: RGW knows no ec2-bundle-read."""
     tls_url: str = ""
+    """The same behind TLS, if it speaks it."""
+    ca: Path | None = None
+    """Who vouches for its certificate."""
 
     def connection(self, credentials=SERVICE, **changes):
         return StoreConnection(**{"endpoint": self.url, "credentials": credentials, **changes})
@@ -145,10 +149,24 @@ osd memory target = 939524096
 rgw data = {folder}/rgw
 rgw dns name = {dns_name}
 rgw enable usage log = false
-rgw override bucket index max shards = 1
+rgw s3 auth use sts = true
+rgw sts key = abcdefghijklmnop
 """
 DNS_NAME = "s3.thrave.test"
 """What RGW takes for its own name: `BUCKET.s3.thrave.test` is a bucket. Nobody resolves it; tests go by a proxy."""
+
+ROLE = "bundler"
+"""In RGW, a role that Alice may assume, for temporary credentials."""
+_TRUST = json.dumps({
+    "Version": "2012-10-17",
+    "Statement": [
+        {"Effect": "Allow", "Principal": {"AWS": ["arn:aws:iam:::user/alice"]}, "Action": ["sts:AssumeRole"]}
+    ],
+})  # fmt: skip
+_ALL = "--policy-doc=" + json.dumps({
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": ["s3:*"], "Resource": "arn:aws:s3:::*"}],
+})  # fmt: skip
 
 
 @contextmanager
@@ -157,11 +175,11 @@ def ceph_rgw(folder: Path):
     for program, package in (("radosgw", "radosgw"), ("ceph-mon", "ceph-mon"), ("ceph-osd", "ceph-osd")):
         require(program, package=package)
     require("ceph", package="ceph-common")
-    mon, plain = free_ports(2)
+    mon, plain, secure = free_ports(3)
     cluster = _Ceph(folder)
     try:
-        cluster.start(mon, plain)
-        yield Store("rgw", f"http://127.0.0.1:{plain}", "private")
+        ca = cluster.start(mon, plain, secure)
+        yield Store("rgw", f"http://127.0.0.1:{plain}", "private", f"https://127.0.0.1:{secure}", ca)
     finally:
         cluster.stop()
 
@@ -173,7 +191,7 @@ class _Ceph:
         self._environment = {**os.environ, "CEPH_CONF": str(folder / "ceph.conf")}
         self._as_root = ["--setuser", "root", "--setgroup", "root"] if os.geteuid() == 0 else []
 
-    def start(self, mon, plain):
+    def start(self, mon, plain, secure):
         for name in ("mon", "osd", "rgw", "run", "log"):
             (self._folder / name).mkdir(parents=True)
         fsid = str(uuid.uuid4())
@@ -181,13 +199,17 @@ class _Ceph:
         (self._folder / "ceph.conf").write_text(conf)
         self._start_monitor(fsid, mon)
         self._start_disk()
-        self._serve("radosgw", "-n", "client.rgw", f"--rgw-frontends=beast endpoint=127.0.0.1:{plain}")
+        certificate, key = tls.certificate(self._folder).values()
+        with_tls = f"ssl_endpoint=127.0.0.1:{secure} ssl_certificate={certificate} ssl_private_key={key}"
+        self._serve("radosgw", "-n", "client.rgw", f"--rgw-frontends=beast endpoint=127.0.0.1:{plain} {with_tls}")
         _wait_for(plain, self._processes, self._said)
-        for name, key in USERS.items():
-            keys = ["--access-key", key.access_key_id, "--secret-key", key.secret_access_key]
-            self._run(
-                "radosgw-admin", "user", "create", "--uid", name, "--display-name", name, "--max-buckets=0", *keys
-            )
+        for user, known in USERS.items():
+            keys = ["--access-key", known.access_key_id, "--secret-key", known.secret_access_key]
+            names = ["--uid", user, "--display-name", user]
+            self._run("radosgw-admin", "user", "create", *names, "--max-buckets=0", *keys)
+        self._run("radosgw-admin", "role", "create", f"--role-name={ROLE}", f"--assume-role-policy-doc={_TRUST}")
+        self._run("radosgw-admin", "role-policy", "put", f"--role-name={ROLE}", "--policy-name=all", _ALL)
+        return certificate
 
     def _start_monitor(self, fsid, port):
         keyring, map_ = str(self._folder / "keyring"), str(self._folder / "monmap")

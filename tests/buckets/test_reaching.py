@@ -1,0 +1,130 @@
+"""How a store is reached: TLS, a proxy, the bucket's name before the host's, temporary credentials."""
+
+import uuid
+
+import boto3
+import pytest
+
+from support import stores
+from support.forwarding import forwarding
+from support.policies import document, encoded, signed_v2, signed_v4
+from thrave.buckets.connection import Credentials
+from thrave.buckets.errors import AccessDenied, InvalidArgument, StoreError, TransientError
+from thrave.buckets.objects import S3Objects
+from thrave.buckets.policy import UploadPolicy
+
+pytestmark = pytest.mark.rgw
+PART = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def bucket(rgw):
+    """One of Alice's."""
+    name = f"alice-{uuid.uuid4().hex[:12]}"
+    S3Objects(rgw.connection(stores.ALICE))._requests.send("PUT", name)
+    return name
+
+
+@pytest.fixture
+def proxy():
+    with forwarding() as proxy:
+        yield proxy
+
+
+def granted(bucket, key, *conditions, version=2):
+    """Leave to upload, signed with a key."""
+    if version == 4:
+        scope = f"{key.access_key_id}/20260101/us-east-1/s3/aws4_request"
+        v4 = {"x-amz-algorithm": "AWS4-HMAC-SHA256", "x-amz-credential": scope, "x-amz-date": "20260101T000000Z"}
+        conditions = [*conditions, *({name: value} for name, value in v4.items())]
+    text = encoded(document({"bucket": bucket}, ["starts-with", "$key", "win"], *conditions))
+    signed = {2: signed_v2(text, key.secret_access_key), 4: signed_v4(text, key.secret_access_key, date="20260101")}
+    return UploadPolicy.verify(text, signed[version], access_key_id=key.access_key_id, secret=key.secret_access_key)
+
+
+def try_everything(objects, bucket, grants):
+    """Every kind of request."""
+    objects.put(bucket, "folder/ä b+c", PART)
+    for number, grant in enumerate(grants):
+        objects.put(bucket, f"win.part.{number}", PART, grant=grant)
+    assert objects.head(bucket, "win.part.0").size == len(PART)
+    assert objects.get(bucket, "folder/ä b+c") == PART
+    assert objects.get_range(bucket, "win.part.0", 10, 5) == PART[10:15]
+    keys = {"folder/ä b+c", *(f"win.part.{number}" for number in range(len(grants)))}
+    assert {*objects.list(bucket, "")} == keys
+    objects.delete(bucket, keys)
+    assert [*objects.list(bucket, "")] == []
+
+
+def test_tls_with_a_private_authority(rgw, bucket):
+    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca))
+    try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(rgw, bucket):
+    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url))
+    with pytest.raises(StoreError, match=r"certificate of 127\.0\.0\.1:\d+ is not trusted: self.signed") as caught:
+        objects.get(bucket, "key")
+    assert not isinstance(caught.value, TransientError)
+
+
+@pytest.mark.parametrize("ca", ["none.pem", "empty.pem"])
+def test_a_file_of_certificates_that_is_none_is_said_so(rgw, tmp_path, ca):
+    (tmp_path / "empty.pem").touch()
+    with pytest.raises(InvalidArgument, match="cannot be called like this"):
+        S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=tmp_path / ca))
+
+
+def test_the_buckets_name_before_the_hosts_and_a_proxy(rgw, bucket, proxy):
+    port = rgw.url.rpartition(":")[2]
+    endpoint = f"http://{stores.DNS_NAME}:{port}"
+    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=endpoint, addressing="virtual", proxy=proxy.url))
+    try_everything(objects, bucket, [granted(bucket, stores.ALICE), granted(bucket, stores.ALICE, version=4)])
+    assert all(target.startswith(f"http://{bucket}.{stores.DNS_NAME}:{port}/") for _, target in proxy.forwarded)
+    assert ("POST", f"http://{bucket}.{stores.DNS_NAME}:{port}/") in proxy.forwarded
+
+
+def test_tls_through_a_proxy(rgw, bucket, proxy):
+    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca, proxy=proxy.url))
+    try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
+    assert {*proxy.forwarded} == {("CONNECT", rgw.tls_url.removeprefix("https://"))}
+
+
+def temporary(rgw):
+    """What RGW's token service gives Alice for a while."""
+    known = {"aws_access_key_id": stores.ALICE.access_key_id, "aws_secret_access_key": stores.ALICE.secret_access_key}
+    sts = boto3.client("sts", "us-east-1", endpoint_url=rgw.url, **known)
+    given = sts.assume_role(RoleArn=f"arn:aws:iam:::role/{stores.ROLE}", RoleSessionName="alice")["Credentials"]
+    sts.close()
+    return Credentials(
+        access_key_id=given["AccessKeyId"],
+        secret_access_key=given["SecretAccessKey"],
+        session_token=given["SessionToken"],
+    )
+
+
+def test_temporary_credentials(rgw, bucket):
+    key = temporary(rgw)
+    token = {"x-amz-security-token": key.session_token}
+    grants = [granted(bucket, key, token, version=version) for version in (2, 4)]
+    try_everything(S3Objects(rgw.connection(key)), bucket, grants)
+
+
+def test_temporary_credentials_without_their_token_are_refused(rgw, bucket):
+    key = temporary(rgw)
+    objects = S3Objects(rgw.connection(Credentials(**{**vars(key), "session_token": None})))
+    with pytest.raises(AccessDenied):
+        objects.put(bucket, "key", PART)
+    with pytest.raises(AccessDenied):
+        objects.put(bucket, "win.part.0", PART, grant=granted(bucket, key))
+
+
+def test_what_everybody_may_read_needs_no_key(rgw, bucket):
+    alices = S3Objects(rgw.connection(stores.ALICE))
+    grant = granted(bucket, stores.ALICE, {"acl": "public-read"})
+    alices.put(bucket, "win.part.0", PART, grant=grant)
+    alices.put(bucket, "private", PART)
+    nobodys = S3Objects(rgw.connection(None))
+    assert nobodys.get(bucket, "win.part.0") == PART
+    with pytest.raises(AccessDenied):
+        nobodys.get(bucket, "private")
