@@ -6,16 +6,21 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
 from support import web
 from support.sealed import VECTORS
 from support.tls import certificate
+from thrave.bundle.reading import read_manifest
 from thrave.cli import remote_folders
+from thrave.cli.folders import LocalFolder, parts_ahead
+from thrave.cli.remote_folders import web_folder
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, INTERRUPTED = 1, 2, 3, 4, 10, 130
 KEYS = VECTORS / "keys"
+MIB = 1024 * 1024
 IMAGES = {
     "ec2-ami-tools-1.5.3-dense-2-parts/small.img": "0fc3b64b0304d6e6da8ed6d9b445371c34570f51",
     "ec2-ami-tools-1.5.3-sparse/sparse.img": "c9a6ef082b2daa44ba5aac84f19197a6f07870de",
@@ -144,6 +149,30 @@ def test_a_hostile_server_gets_a_clear_error(thrave, site, behaviour):
     assert "Traceback" not in stderr
 
 
+# What a server that is no store does when it is asked as one; it knows no ranges, so nothing can go well.
+HOSTILE_STORE = {
+    **{name: HOSTILE[name] for name in HOSTILE if name != "shorter than it said"},
+    "no ranges": (lambda _: False, FAILED, "range"),
+}
+
+
+@pytest.mark.parametrize("behaviour", HOSTILE_STORE)
+def test_a_hostile_store_gets_a_clear_error(thrave, site, monkeypatch, behaviour):
+    site.behaviour["manifest.xml"], code, reason = HOSTILE_STORE[behaviour]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", site.url)
+    status, stdout, stderr = thrave("show", f"s3://{TWO_PARTS}")
+    assert (status, stdout) == (code, "")
+    assert reason in stderr.splitlines()[-1]
+
+
+def test_a_store_that_tells_no_size_is_said(thrave, site, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", site.url)
+    site.behaviour["manifest.xml"] = web.status(404)
+    site.behaviour["part.0"] = web.status(200, Content_Length="-many")
+    status, _, stderr = thrave("copy", VECTORS / TWO_PARTS, "s3://ec2-ami-tools-1.5.3-dense-2-parts")
+    assert (status, "how long" in stderr) == (FAILED, True)
+
+
 def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
     monkeypatch.setattr(remote_folders, "DEADLINE", 0.5)
     site.behaviour["manifest.xml"] = web.trickle(site)
@@ -203,6 +232,23 @@ def test_a_server_that_tells_no_size_is_said(thrave, site):
     site.behaviour["part.0"] = lambda handler: handler.command == "HEAD" and web.hidden_size(handler)
     status, _, stderr = thrave("verify", f"{site.url}/{TWO_PARTS}", "--sample", "1%")
     assert (status, "how long" in stderr) == (NOT_FOUND, True)
+
+
+def test_a_bundle_is_copied_from_the_web(thrave_json, secure, tmp_path):
+    copied = thrave_json("copy", f"{secure.url}/{TWO_PARTS}", tmp_path, "--certificate", KEYS / "user-cert.pem")
+    assert copied["partsSent"] == 2
+    original = (VECTORS / TWO_PARTS).parent
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        path.name: path.read_bytes() for path in original.iterdir()
+    }
+
+
+@pytest.mark.parametrize(("part_size", "ahead"), [(1, 8), (10 * MIB, 8), (16 * MIB, 7), (63 * MIB, 2), (200 * MIB, 2)])
+def test_no_more_parts_are_on_their_way_than_memory_is_meant_for(part_size, ahead):
+    manifest = read_manifest((VECTORS / TWO_PARTS).read_bytes())
+    manifest = replace(manifest, bundled_size=part_size * len(manifest.parts))
+    assert parts_ahead(web_folder("https://example.com/"), manifest) == ahead
+    assert parts_ahead(LocalFolder(VECTORS), manifest) is None
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_is_silent(site, tmp_path):

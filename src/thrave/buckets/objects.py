@@ -64,7 +64,7 @@ class S3Objects:
             answer = self._requests.send("HEAD", bucket, key)
         except (NoSuchKey, NoSuchBucket):
             return None
-        return ObjectHead(size=int(answer.headers.get("Content-Length", "0")), etag=_md5_of(answer.headers))
+        return ObjectHead(size=answer.content_length, etag=_md5_of(answer.headers))
 
     def get(self, bucket: str, key: str) -> bytes:
         """See Buckets."""

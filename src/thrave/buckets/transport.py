@@ -37,6 +37,18 @@ class Answer:
     """Names in any case."""
     body: bytes
 
+    @property
+    def content_length(self) -> int:
+        """Bytes that the object has which the answer is about.
+
+        Raises:
+            StoreError: It does not say, or says something else.
+        """
+        said = self.headers.get("Content-Length", "")
+        if not (said.isascii() and said.isdecimal()):
+            raise StoreError("InternalError", 500, "The store does not say how long the object is")
+        return int(said)
+
 
 class Transport:
     """The connections to one store. Safe to use from several threads."""

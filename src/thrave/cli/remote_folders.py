@@ -95,13 +95,9 @@ class WebFolder:
         """See Folder."""
         url = self.where(filename)
         try:
-            answer = _patiently(url, lambda: self._transport.send("HEAD", url, {}, limit=0))
+            return _patiently(url, lambda: self._transport.send("HEAD", url, {}, limit=0).content_length)
         except FileMissingError:
             return None
-        length = answer.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise FolderError(f"{url}: the server does not say how long it is")
-        return int(length)
 
 
 def web_folder(url: str) -> WebFolder:
