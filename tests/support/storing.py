@@ -18,6 +18,7 @@ from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.names import PART_SIZE, manifest_filename
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.partsource import DirectoryParts
+from thrave.config import DataDirectory
 from thrave.database import migrate, open_engine
 from thrave.tasks.records import Records
 from thrave.tasks.sealing import VolumeSealer
@@ -105,7 +106,7 @@ class Bench:
     """A task that is being bundled, in a database and a bucket of its own."""
 
     def __init__(self, folder, buckets, *, database_url=None, bundle_id=BUNDLE_ID):
-        self.engine = open_engine(database_url or f"sqlite:///{folder / 'thrave.db'}")
+        self.engine = open_engine(database_url or DataDirectory(folder).database)
         migrate(self.engine)
         self.records = Records(self.engine, Vault.open_or_create(folder / "vault.key"))
         self.bundle_id = bundle_id
@@ -140,8 +141,11 @@ class Bench:
     def told(self):
         return [event.message for event in self.records.history(self.bundle_id) if event.message]
 
-    def keys(self):
+    def stored_keys(self):
         return sorted(self.buckets.list(BUCKET, ""))
+
+    def close(self):
+        self.engine.dispose()
 
     def _add(self):
         policy, signature = upload_policy(SECRET, BUCKET, PREFIX)

@@ -7,12 +7,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from support import storing
+from support.buckets import owners
 from support.sealed import private_key
-from support.storing import BUCKET, MANIFEST, PREFIX, Bench, directory, noise_disk, opened, part
+from support.storing import BUCKET, MANIFEST, OWNER, PREFIX, HeldBuckets, directory, noise_disk, opened, part
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.bundle.deflate import CHUNK
 from thrave.bundle.names import PART_SIZE
@@ -36,8 +39,31 @@ def buckets(tmp_path):
 
 
 @pytest.fixture
-def bench(tmp_path, buckets):
-    return Bench(tmp_path, buckets)
+def made_bench(tmp_path):
+    """Makes a task's bench; all of one test have the same database."""
+    with ExitStack() as stack:
+        yield lambda buckets, **options: stack.enter_context(closing(storing.Bench(tmp_path, buckets, **options)))
+
+
+@pytest.fixture
+def bench(made_bench, buckets):
+    return made_bench(buckets)
+
+
+@pytest.fixture
+def killed(made_bench, tmp_path):
+    """Seals in another process, killed when all parts up to the last of those that are held are stored but these."""
+
+    def kill(disk, *held):
+        argv = [sys.executable, "-m", "support.storing", tmp_path, disk, *map(str, held)]
+        stored = [number not in held for number in range(held[-1] + 1)]
+        bench = made_bench(directory(tmp_path))
+        with subprocess.Popen(argv, cwd=Path(__file__).parents[1]) as process:
+            wait_until(lambda: [item.size is not None for item in bench.journal.objects()] == stored)
+            process.send_signal(signal.SIGKILL)
+        return bench
+
+    return kill
 
 
 @pytest.fixture
@@ -110,12 +136,12 @@ def test_an_upload_that_is_refused_stops_the_others_and_nothing_stays(disk, buck
     with pytest.raises(AccessDenied):
         bench.seal(RawVolume(disk), store=store)
     store.remove()
-    assert bench.keys() == []
+    assert bench.stored_keys() == []
     assert [item.key for item in bench.journal.objects()] == [PREFIX + part(1)]  # it may yet come
     assert len(buckets.begun) < PARTS
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == len(buckets.begun))
-    wait_until(lambda: bench.keys() == [])
+    wait_until(lambda: bench.stored_keys() == [])
 
 
 def test_a_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, begun):
@@ -128,7 +154,7 @@ def test_a_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, be
     assert len(buckets.ended) == 0
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == 4)
-    wait_until(lambda: bench.keys() == [])
+    wait_until(lambda: bench.stored_keys() == [])
 
 
 def test_a_disk_that_stops_answering_fails_the_task(disk, bench):
@@ -170,24 +196,12 @@ def test_removing_from_a_store_that_does_not_answer_ends_and_can_be_done_again(d
     assert len(bench.journal.objects()) == PARTS
     buckets.let_go()
     bench.store().remove()
-    assert (bench.keys(), bench.journal.objects()) == ([], [])
-
-
-def killed(tmp_path, disk, *held):
-    """Seal in another process, killed when all parts up to the last of those that are held are stored but these."""
-    tests = Path(__file__).parents[1]
-    argv = [sys.executable, "-m", "support.storing", tmp_path, disk, *map(str, held)]
-    stored = {number: number not in held for number in range(held[-1] + 1)}
-    bench = Bench(tmp_path, directory(tmp_path))
-    with subprocess.Popen(argv, cwd=tests) as process:
-        wait_until(lambda: [item.size is not None for item in bench.journal.objects()] == [*stored.values()])
-        process.send_signal(signal.SIGKILL)
-    return bench
+    assert (bench.stored_keys(), bench.journal.objects()) == ([], [])
 
 
 @pytest.mark.parametrize("held", [(0, 7, 8), (3, 7, 8), (3, 5, 8)])
-def test_after_a_kill_no_part_is_sent_again_but_those_in_flight(tmp_path, disk, held):
-    bench = killed(tmp_path, disk, *held)
+def test_after_a_kill_no_part_is_sent_again_but_those_in_flight(tmp_path, disk, killed, held):
+    bench = killed(disk, *held)
     before = bench.journal.left()
     assert (before.first, sorted(n for n, sent in before.sent.items() if not sent.stored)) == (held[0], [*held])
     sealed = bench.seal(RawVolume(disk))
@@ -199,10 +213,10 @@ def test_after_a_kill_no_part_is_sent_again_but_those_in_flight(tmp_path, disk, 
 
 
 @pytest.mark.parametrize("changed", [1, 3, 6], ids=["before the checkpoint", "in flight", "beyond"])
-def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, disk, changed):
+def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, disk, killed, changed):
     other = tmp_path / "root.raw"
     other.write_bytes(disk.read_bytes())
-    bench = killed(tmp_path, other, 3, 7, 8)
+    bench = killed(other, 3, 7, 8)
     first = bench.journal.left().secrets
     with other.open("r+b") as file:
         file.seek(changed * PART_SIZE + PART_SIZE // 2)
@@ -216,20 +230,20 @@ def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, d
 def test_an_earlier_bundles_manifest_goes_before_its_first_part(disk, buckets, bench):
     buckets.put(BUCKET, MANIFEST, b"<manifest/>")
     there = []
-    buckets.before = lambda what, _: what == "put" and there.append(bench.keys().count(MANIFEST))
+    buckets.before = lambda what, _: what == "put" and there.append(bench.stored_keys().count(MANIFEST))
     bench.seal(RawVolume(disk))
     assert not any(there)
     assert bench.told() == ["The manifest of an earlier bundle was removed, because its parts are overwritten now."]
 
 
-def test_what_a_later_task_has_stored_in_the_same_place_is_not_removed(tmp_path, disk, bench):
+def test_what_a_later_task_has_stored_in_the_same_place_is_not_removed(disk, buckets, bench, made_bench):
     bench.seal(RawVolume(disk))
-    later = Bench(tmp_path, bench.buckets, bundle_id="bun-00000002")
+    later = made_bench(buckets, bundle_id="bun-00000002")
     later.seal(RawVolume(disk))
     bench.store().remove()
-    assert len(later.keys()) == PARTS
+    assert len(later.stored_keys()) == PARTS
     later.store().remove()
-    assert later.keys() == []
+    assert later.stored_keys() == []
 
 
 def test_a_part_that_somebody_else_overwrote_is_noticed(disk, buckets, bench):
@@ -254,6 +268,38 @@ def test_how_often_the_store_was_asked_again_is_told(disk, buckets, bench):
     assert bench.told() == [
         "Calls to the store that were made again: 1, the last after SlowDown(503)- Please reduce your request rate."
     ]
+
+
+@pytest.mark.s3
+def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag(disk, made_bench, seaweedfs):
+    buckets = owners(seaweedfs).of(OWNER)
+    buckets.create(BUCKET, OWNER)
+    bench = made_bench(HeldBuckets(buckets))
+    sealed = bench.seal(RawVolume(disk))
+    assert [item.etag for item in bench.journal.objects()] == [
+        buckets.head(BUCKET, key).etag for key in bench.stored_keys()
+    ]
+    with bench.watch() as watch:
+        bench.store().check(watch)
+    buckets.put(BUCKET, sealed.parts[4].filename, bytes(PART_SIZE))
+    with (
+        pytest.raises(TaskFailure, match=rf"something else now as the part '{PREFIX}{part(4)}'"),
+        bench.watch() as watch,
+    ):
+        bench.store().check(watch)
+    bench.store().remove()
+    assert bench.stored_keys() == []
+
+
+def test_the_journal_is_the_same_on_every_database(disk, buckets, made_bench, database):
+    bench = made_bench(buckets, **database)
+    first = bench.seal(RawVolume(disk))
+    left = bench.journal.left()
+    assert (left.first, [*left.sent]) == (PARTS - 1, [PARTS - 1])
+    assert bench.seal(RawVolume(disk)).parts == first.parts
+    assert len(buckets.begun) == PARTS
+    bench.store().remove()
+    assert (bench.journal.left(), bench.journal.objects(), bench.stored_keys()) == (None, [], [])
 
 
 def wait_until(condition, seconds=60):

@@ -1,0 +1,55 @@
+"""A disk that stops answering while it is bundled, through the real service: qemu-nbd is stopped."""
+
+import time
+
+import psutil
+
+from support.disks import make_disk
+from support.images import converted
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import new_instance_id
+from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.testing import ThraveServer
+
+MIB = 1 << 20
+
+
+def wait_for(condition, seconds=60):
+    given_up = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < given_up
+        time.sleep(0.02)
+    return found
+
+
+def test_a_disk_that_stops_answering_fails_the_task_and_the_instance_runs_again(tmp_path):
+    image = converted(make_disk(tmp_path / "root.raw", 400 * MIB), "qcow2")
+    with ThraveServer.running(tmp_path / "thrave", stall_timeout=2) as server:
+        account, key = server.account("alice")
+        instance = Description(
+            instance_id=new_instance_id(),
+            account_id=account.account_id,
+            platform="windows",
+            root_volume=VolumeFile(path=image, format="qcow2"),
+        )
+        server.instances.add(instance)
+        ec2, bucket = server.client(key), server.data.buckets / "disks"
+        storage = server.storage(key, "disks", "winami")
+        bundle_id = ec2.bundle_instance(InstanceId=instance.instance_id, Storage=storage)["BundleTask"]["BundleId"]
+
+        def task():
+            return ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"][0]
+
+        def disk_servers():
+            children = psutil.Process(server.process.pid).children(recursive=True)
+            return [child for child in children if child.name() == "qemu-nbd"]
+
+        wait_for(lambda: [*bucket.glob("winami.part.*")])
+        (disk,) = disk_servers()
+        disk.suspend()
+        wait_for(lambda: task()["State"] == "failed")
+        assert task()["BundleTaskError"]["Code"] == "Server.NoProgress"
+        assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
+        assert [*bucket.rglob("*")] == []
+        disk.resume()
+        wait_for(lambda: not disk_servers())
