@@ -179,6 +179,11 @@ class Settings(BaseSettings):
         return DataDirectory(self.data)
 
     @property
+    def instance_folder(self) -> Path:
+        """Where instances are described."""
+        return self.instances or self.directory.instances
+
+    @property
     def task_retention(self) -> timedelta:
         """How long a finished task is still described."""
         return timedelta(days=self.task_retention_days)

@@ -55,7 +55,7 @@ class Ground:
     @cached_property
     def instances(self) -> DirectoryInstances:
         """The instances that are described on this machine."""
-        return DirectoryInstances(self.settings.instances or self.settings.directory.instances)
+        return DirectoryInstances(self.settings.instance_folder)
 
     @cached_property
     def service(self) -> ServiceIdentity:

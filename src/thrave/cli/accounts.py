@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import click
 
 from thrave.cli.identity import key_document, key_documents, open_accounts, secrets_as_text
-from thrave.cli.output import data_option, emit, output_option, table
+from thrave.cli.output import emit, output_option, table
+from thrave.cli.service import settings_option
 from thrave.cli.users import user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from thrave.config import Settings
     from thrave.identity.accounts import Account
     from thrave.identity.keys import AccessKey
 
@@ -43,9 +45,9 @@ account.add_command(user)
 @click.argument("name")
 @click.option("--certificate", type=_FILE, help="X.509 certificate (PEM, RSA) whose owner may open the bundles.")
 @click.option("--new-certificate", type=_FOLDER, metavar="DIR", help="Make one: cert-*.pem and pk-*.pem in DIR.")
-@data_option
+@settings_option
 @output_option
-def create(name: str, certificate: Path | None, new_certificate: Path | None, data: Path, output: str) -> None:
+def create(settings: Settings, name: str, certificate: Path | None, new_certificate: Path | None, output: str) -> None:
     """Create an account with an access key, shown once.
 
     With a certificate the account's bundles can be opened with its private key, which the service never keeps. Without
@@ -57,7 +59,7 @@ def create(name: str, certificate: Path | None, new_certificate: Path | None, da
     """
     if certificate and new_certificate:
         raise click.UsageError("--certificate and --new-certificate exclude each other")
-    with open_accounts(data, make=True) as accounts, _certificate_files(name, certificate, new_certificate) as made:
+    with open_accounts(settings, make=True) as accounts, _certificate_files(name, certificate, new_certificate) as made:
         pem = made[0].read_text("utf-8", errors="replace") if made else None
         new, key = accounts.create(name, pem)
     document = {"accountId": new.account_id, "name": new.name, **key_document(key)}
@@ -67,16 +69,16 @@ def create(name: str, certificate: Path | None, new_certificate: Path | None, da
 
 
 @account.command("list")
-@data_option
+@settings_option
 @output_option
-def list_(data: Path, output: str) -> None:
+def list_(settings: Settings, output: str) -> None:
     """List the accounts and their access keys, without the secrets.
 
     \b
     Example:
       thrave account list --output json
     """
-    with open_accounts(data) as accounts:
+    with open_accounts(settings) as accounts:
         listed = [(found, accounts.list_keys(found.account_id)) for found in accounts.list()]
     rows: list[tuple[str, ...]] = [
         (
@@ -101,16 +103,16 @@ def key() -> None:
 
 @key.command("create")
 @click.argument("account_id", metavar="ACCOUNT")
-@data_option
+@settings_option
 @output_option
-def create_key(account_id: str, data: Path, output: str) -> None:
+def create_key(settings: Settings, account_id: str, output: str) -> None:
     """Give the account with the id ACCOUNT another access key, shown once.
 
     \b
     Example:
       thrave account key create 123456789012
     """
-    with open_accounts(data) as accounts:
+    with open_accounts(settings) as accounts:
         document = {"accountId": account_id, **key_document(accounts.create_key(account_id))}
     emit(output, {**document}, secrets_as_text(document))
 
@@ -120,9 +122,9 @@ def create_key(account_id: str, data: Path, output: str) -> None:
 @click.option(
     "--credentials", type=_FILE, required=True, help="A file as ~/.aws/credentials, mode 0600: its [default]."
 )
-@data_option
+@settings_option
 @output_option
-def import_key(account_id: str, credentials: Path, data: Path, output: str) -> None:
+def import_key(settings: Settings, account_id: str, credentials: Path, output: str) -> None:
     """Give the account with the id ACCOUNT an access key that its store of buckets knows.
 
     Upload policies that are signed with it are good for that store, and the service acts there with it for the account.
@@ -134,7 +136,7 @@ def import_key(account_id: str, credentials: Path, data: Path, output: str) -> N
     from thrave.buckets.opening import read_credentials
 
     known = read_credentials(credentials)
-    with open_accounts(data) as accounts:
+    with open_accounts(settings) as accounts:
         key = accounts.import_key(account_id, known.access_key_id, known.secret_access_key)
     document = {"accountId": account_id, "accessKeyId": key.access_key_id}
     emit(output, {**document}, f"imported {key.access_key_id}")
@@ -142,16 +144,16 @@ def import_key(account_id: str, credentials: Path, data: Path, output: str) -> N
 
 @key.command("delete")
 @click.argument("access_key_id", metavar="KEY")
-@data_option
+@settings_option
 @output_option
-def delete_key(access_key_id: str, data: Path, output: str) -> None:
+def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
     """Delete the access key with the id KEY; requests that it signs are refused within a second.
 
     \b
     Example:
       thrave account key delete AKIAIOSFODNN7EXAMPLE
     """
-    with open_accounts(data) as accounts:
+    with open_accounts(settings) as accounts:
         accounts.delete_key(access_key_id)
     emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
 

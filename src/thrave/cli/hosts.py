@@ -173,10 +173,7 @@ def retire(settings: Settings, name: str, *, powered_off: bool, output: str) -> 
 
 @contextmanager
 def _ground(settings: Settings) -> Iterator[Ground]:
-    from thrave.ground import Ground
-
-    with open_service(settings) as (engine, vault):
-        ground = Ground(settings, engine, vault)
+    with open_service(settings) as ground:
         try:
             yield ground
         finally:

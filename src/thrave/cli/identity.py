@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from thrave.cli.service import open_service, read_settings
+from thrave.cli.service import open_service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
+    from thrave.config import Settings
     from thrave.identity.accounts import Accounts
     from thrave.identity.keys import AccessKey
     from thrave.identity.users import Users
@@ -27,20 +27,19 @@ _LABELS = {
 
 
 @contextmanager
-def open_accounts(data: Path, *, make: bool = False) -> Iterator[Accounts]:
+def open_accounts(settings: Settings, *, make: bool = False) -> Iterator[Accounts]:
     """The accounts of a data directory, which is made only if the command may begin one."""
-    with open_identity(data, make=make) as (accounts, _):
+    with open_identity(settings, make=make) as (accounts, _):
         yield accounts
 
 
 @contextmanager
-def open_identity(data: Path, *, make: bool = False) -> Iterator[tuple[Accounts, Users]]:
+def open_identity(settings: Settings, *, make: bool = False) -> Iterator[tuple[Accounts, Users]]:
     """The accounts and users of a data directory, which is made only if the command may begin one."""
-    from thrave.identity.accounts import Accounts
     from thrave.identity.users import Users
 
-    with open_service(read_settings(None, data=data), make=make) as service:
-        yield Accounts(service.engine, service.vault), Users(service.engine)
+    with open_service(settings, make=make) as ground:
+        yield ground.accounts, Users(ground.database)
 
 
 def key_document(key: AccessKey) -> dict[str, str]:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from thrave.cli.identity import open_accounts
-from thrave.cli.output import data_option, emit, output_option, table
+from thrave.cli.output import emit, output_option, table
+from thrave.cli.service import settings_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from thrave.compute.directory import DirectoryInstances
     from thrave.compute.instance import Instance, VolumeFile
+    from thrave.config import Settings
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -71,9 +73,11 @@ def instance() -> None:
 @click.option("--force-stop-command", type=_COMMAND, help="Cuts its power, for a guest that does not hear.")
 @click.option("--start-command", type=_COMMAND, help="Starts the machine.")
 @click.option("--state-command", type=_COMMAND, help="Prints its state, in EC2's words or virsh's.")
-@data_option
+@settings_option
 @output_option
-def add(  # noqa: PLR0917 (click passes options by name; one argument each)
+def add(
+    settings: Settings,
+    *,
     account_id: str,
     platform: str,
     root_volume: Path,
@@ -86,7 +90,6 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
     force_stop_command: tuple[str, ...] | None,
     start_command: tuple[str, ...] | None,
     state_command: tuple[str, ...] | None,
-    data: Path,
     output: str,
 ) -> None:
     """Describe a machine, so that it can be bundled.
@@ -108,7 +111,7 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
     from thrave.compute.instance import InstanceState, VolumeFile
 
     _check_format(image_format)
-    with open_accounts(data) as accounts:
+    with open_accounts(settings) as accounts:
         accounts.get(account_id)
     new = Description(
         instance_id=instance_id or new_instance_id(),
@@ -123,14 +126,14 @@ def add(  # noqa: PLR0917 (click passes options by name; one argument each)
         start_command=start_command,
         state_command=state_command,
     )
-    _instances(data).add(new)
+    _instances(settings).add(new)
     _show(new, output)
 
 
 @instance.command("list")
-@data_option
+@settings_option
 @output_option
-def list_(data: Path, output: str) -> None:
+def list_(settings: Settings, output: str) -> None:
     """List the instances of all accounts; files that cannot be read are named on stderr.
 
     \b
@@ -139,7 +142,7 @@ def list_(data: Path, output: str) -> None:
     """
     from thrave.compute.descriptions import document
 
-    listed = _instances(data).list()
+    listed = _instances(settings).list()
     rows: list[tuple[str, ...]] = [
         (found.instance_id, found.account_id, found.state, found.platform or "", found.root_device_type,
          str(found.root_volume.path))
@@ -151,31 +154,31 @@ def list_(data: Path, output: str) -> None:
 
 @instance.command()
 @click.argument("instance_id", metavar="INSTANCE")
-@data_option
+@settings_option
 @output_option
-def remove(instance_id: str, data: Path, output: str) -> None:
+def remove(settings: Settings, instance_id: str, output: str) -> None:
     """Forget the instance with the id INSTANCE. Its machine and volumes are left as they are.
 
     \b
     Example:
       thrave instance remove i-0123456789abcdef0
     """
-    _instances(data).remove(instance_id)
+    _instances(settings).remove(instance_id)
     emit(output, {"instanceId": instance_id}, f"removed {instance_id}")
 
 
 @instance.command()
 @click.argument("instance_id", metavar="INSTANCE")
-@data_option
+@settings_option
 @output_option
-def start(instance_id: str, data: Path, output: str) -> None:
+def start(settings: Settings, instance_id: str, output: str) -> None:
     """Start the instance with the id INSTANCE. Refused while its root volume is being bundled.
 
     \b
     Example:
       thrave instance start i-0123456789abcdef0
     """
-    instances = _instances(data)
+    instances = _instances(settings)
     instances.start(instance_id)
     _show(instances.get(instance_id), output)
 
@@ -183,9 +186,9 @@ def start(instance_id: str, data: Path, output: str) -> None:
 @instance.command()
 @click.argument("instance_id", metavar="INSTANCE")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds that the guest has to power off.")
-@data_option
+@settings_option
 @output_option
-def stop(instance_id: str, timeout: float, data: Path, output: str) -> None:
+def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> None:
     """Ask the instance with the id INSTANCE to power off, and wait until it has. Never cuts the power.
 
     \b
@@ -194,18 +197,16 @@ def stop(instance_id: str, timeout: float, data: Path, output: str) -> None:
     """
     from thrave.compute.power import power_off
 
-    instances = _instances(data)
+    instances = _instances(settings)
     if power_off(instances, instance_id, grace=timeout) != "stopped":
         raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
     _show(instances.get(instance_id), output)
 
 
-def _instances(data: Path) -> DirectoryInstances:
-    from thrave.cli.service import read_settings
+def _instances(settings: Settings) -> DirectoryInstances:
     from thrave.compute.directory import DirectoryInstances
 
-    settings = read_settings(None, data=data)
-    return DirectoryInstances(settings.instances or settings.directory.instances)
+    return DirectoryInstances(settings.instance_folder)
 
 
 def _check_format(image_format: str) -> None:

@@ -7,7 +7,6 @@ must ignore the ones it does not know. Nothing else is written to stdout: progre
 import json
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -21,14 +20,6 @@ def output_option(command: _Command) -> _Command:
     return click.option(
         "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
         help="Text for people, or JSON for programs.",
-    )(command)  # fmt: skip
-
-
-def data_option(command: _Command) -> _Command:
-    """Give a command `--data DIR` (or THRAVE_DATA); its function receives `data`, a Path."""
-    return click.option(
-        "--data", type=click.Path(file_okay=False, path_type=Path), envvar="THRAVE_DATA", default="thrave-data",
-        show_default=True, show_envvar=True, help="Where the service keeps its database, keys, instances and buckets.",
     )(command)  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import click
 
 from thrave.cli.exits import Exit
 from thrave.cli.output import emit, output_option
+from thrave.cli.service import read_settings
 
 if TYPE_CHECKING:
     from thrave.config import Settings
@@ -106,15 +107,9 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
 
 
 def _settings(config: Path | None, **given: object) -> Settings:
-    from pydantic import ValidationError
-
-    from thrave.config import load_settings
     from thrave.logs import configure_logs
 
-    try:
-        settings = load_settings(config, **given)
-    except ValidationError as error:
-        raise click.UsageError(str(error)) from None
+    settings = read_settings(config, **given)
     configure_logs(settings.log_format)
     return settings
 

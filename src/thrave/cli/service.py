@@ -1,4 +1,4 @@
-"""What the commands beside the service share: its settings, and its database and vault, opened.
+"""What the commands beside the service share: its settings, and the ground that it stands on.
 
 They work where the data directory is, and on the database that the settings name, whether the service runs or not.
 None of them begins a data directory but `thrave account create`.
@@ -9,17 +9,15 @@ from __future__ import annotations
 import functools
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import click
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import sqlalchemy as sa
-
     from thrave.config import Settings
-    from thrave.vault import Vault
+    from thrave.ground import Ground
 
 _Rest = ParamSpec("_Rest")
 
@@ -32,13 +30,6 @@ _DATA = click.option(
 _CONFIG = click.option(
     "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The service's settings, as TOML."
 )
-
-
-class Service(NamedTuple):
-    """The service's database, and the vault that its secrets are sealed with."""
-
-    engine: sa.Engine
-    vault: Vault
 
 
 def read_settings(config: Path | None, **given: object) -> Settings:
@@ -66,7 +57,7 @@ def settings_option(command: Callable[Concatenate[Settings, _Rest], None]) -> Ca
 
 
 @contextmanager
-def open_service(settings: Settings, *, make: bool = False) -> Iterator[Service]:
+def open_service(settings: Settings, *, make: bool = False) -> Iterator[Ground]:
     """The service in a data directory, which is made only if the command may begin one."""
     from thrave.ground import open_ground
 
@@ -76,6 +67,6 @@ def open_service(settings: Settings, *, make: bool = False) -> Iterator[Service]
         )
     ground = open_ground(settings)
     try:
-        yield Service(ground.database, ground.vault)
+        yield ground
     finally:
         ground.database.dispose()

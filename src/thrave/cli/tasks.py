@@ -180,11 +180,10 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
 @contextmanager
 def _overview(settings: Settings) -> Iterator[tuple[Overview, Records]]:
     from thrave.tasks.overview import Overview
-    from thrave.tasks.records import Records
 
-    with open_service(settings) as (engine, vault):
-        records = Records(engine, vault)
-        yield Overview(engine, records), records
+    with open_service(settings) as ground:
+        records = ground.records()
+        yield Overview(ground.database, records), records
 
 
 def _unfinished(overview: Overview) -> list[str]:

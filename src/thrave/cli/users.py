@@ -12,14 +12,22 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from thrave.cli.identity import key_document, key_documents, open_identity, secrets_as_text
-from thrave.cli.output import data_option, emit, output_option, table
+from thrave.cli.output import emit, output_option, table
+from thrave.cli.service import settings_option
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
+
+    from thrave.config import Settings
 
 _account = click.argument("account_id", metavar="ACCOUNT")
 _user = click.argument("user_name", metavar="USER")
 _policy = click.argument("policy_name", metavar="POLICY")
+
+
+def _of_user(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what each has that is about one user: ACCOUNT and USER, the settings and `--output`."""
+    return _account(_user(settings_option(output_option(command))))
 
 
 @click.group()
@@ -35,18 +43,15 @@ def user() -> None:
 
 
 @user.command()
-@_account
-@_user
-@data_option
-@output_option
-def create(account_id: str, user_name: str, data: Path, output: str) -> None:
+@_of_user
+def create(settings: Settings, account_id: str, user_name: str, output: str) -> None:
     """Create a user, who may do nothing yet and has no access key.
 
     \b
     Example:
       thrave account user create 123456789012 bob
     """
-    with open_identity(data) as (_, users):
+    with open_identity(settings) as (_, users):
         new = users.create(account_id, user_name)
     document = {"accountId": account_id, "userName": new.user_name, "userId": new.user_id, "arn": new.arn}
     emit(output, {**document}, f"created {new.arn}")
@@ -54,16 +59,16 @@ def create(account_id: str, user_name: str, data: Path, output: str) -> None:
 
 @user.command("list")
 @_account
-@data_option
+@settings_option
 @output_option
-def list_(account_id: str, data: Path, output: str) -> None:
+def list_(settings: Settings, account_id: str, output: str) -> None:
     """List the users of an account, with the names of their policies and their access keys.
 
     \b
     Example:
       thrave account user list 123456789012 --output json
     """
-    with open_identity(data) as (accounts, users):
+    with open_identity(settings) as (accounts, users):
         accounts.get(account_id)
         listed = [
             (found, [*users.policies(account_id, found.user_name)], accounts.list_keys(account_id, found))
@@ -88,18 +93,15 @@ def list_(account_id: str, data: Path, output: str) -> None:
 
 
 @user.command()
-@_account
-@_user
-@data_option
-@output_option
-def delete(account_id: str, user_name: str, data: Path, output: str) -> None:
+@_of_user
+def delete(settings: Settings, account_id: str, user_name: str, output: str) -> None:
     """Delete a user with all access keys and policies.
 
     \b
     Example:
       thrave account user delete 123456789012 bob
     """
-    with open_identity(data) as (_, users):
+    with open_identity(settings) as (_, users):
         users.delete(account_id, user_name)
     emit(output, {"accountId": account_id, "userName": user_name}, f"deleted {user_name}")
 
@@ -115,13 +117,12 @@ def policy() -> None:
 
 
 @policy.command("put")
-@_account
-@_user
+@_of_user
 @_policy
 @click.argument("file", type=click.File("rb"), metavar="FILE")
-@data_option
-@output_option
-def put_policy(*, account_id: str, user_name: str, policy_name: str, file: IO[bytes], data: Path, output: str) -> None:
+def put_policy(
+    settings: Settings, *, account_id: str, user_name: str, policy_name: str, file: IO[bytes], output: str
+) -> None:
     """Give a user the policy in FILE (`-` is stdin) under the name POLICY, in place of one of that name.
 
     \b
@@ -129,7 +130,7 @@ def put_policy(*, account_id: str, user_name: str, policy_name: str, file: IO[by
       thrave account user policy put 123456789012 bob look look.json
     """
     document = file.read().decode("utf-8-sig", errors="replace")  # editors on Windows begin a file with a mark
-    with open_identity(data) as (_, users):
+    with open_identity(settings) as (_, users):
         users.put_policy(account_id, user_name, policy_name, document)
     _warn_of_unknown_actions(document)
     emit(output, {"userName": user_name, "policyName": policy_name}, f"{user_name} has the policy {policy_name}")
@@ -144,54 +145,45 @@ def _warn_of_unknown_actions(document: str) -> None:
 
 
 @policy.command("delete")
-@_account
-@_user
+@_of_user
 @_policy
-@data_option
-@output_option
-def delete_policy(account_id: str, user_name: str, policy_name: str, data: Path, output: str) -> None:
+def delete_policy(settings: Settings, account_id: str, user_name: str, policy_name: str, output: str) -> None:
     """Take a policy of a user away.
 
     \b
     Example:
       thrave account user policy delete 123456789012 bob look
     """
-    with open_identity(data) as (_, users):
+    with open_identity(settings) as (_, users):
         users.delete_policy(account_id, user_name, policy_name)
     emit(output, {"userName": user_name, "policyName": policy_name}, f"deleted {policy_name}")
 
 
 @policy.command("list")
-@_account
-@_user
-@data_option
-@output_option
-def list_policies(account_id: str, user_name: str, data: Path, output: str) -> None:
+@_of_user
+def list_policies(settings: Settings, account_id: str, user_name: str, output: str) -> None:
     """List the names of a user's policies.
 
     \b
     Example:
       thrave account user policy list 123456789012 bob
     """
-    with open_identity(data) as (_, users):
+    with open_identity(settings) as (_, users):
         names = [*users.policies(account_id, user_name)]
     emit(output, {"userName": user_name, "policyNames": names}, "\n".join(names))
 
 
 @policy.command("show")
-@_account
-@_user
+@_of_user
 @_policy
-@data_option
-@output_option
-def show_policy(account_id: str, user_name: str, policy_name: str, data: Path, output: str) -> None:
+def show_policy(settings: Settings, account_id: str, user_name: str, policy_name: str, output: str) -> None:
     """Show a policy of a user, as it was given.
 
     \b
     Example:
       thrave account user policy show 123456789012 bob look
     """
-    with open_identity(data) as (_, users):
+    with open_identity(settings) as (_, users):
         text = users.policy(account_id, user_name, policy_name)
     document = {"userName": user_name, "policyName": policy_name, "policyDocument": json.loads(text)}
     emit(output, document, text)
@@ -208,18 +200,15 @@ def key() -> None:
 
 
 @key.command("create")
-@_account
-@_user
-@data_option
-@output_option
-def create_key(account_id: str, user_name: str, data: Path, output: str) -> None:
+@_of_user
+def create_key(settings: Settings, account_id: str, user_name: str, output: str) -> None:
     """Give a user another access key, shown once.
 
     \b
     Example:
       thrave account user key create 123456789012 bob
     """
-    with open_identity(data) as (accounts, users):
+    with open_identity(settings) as (accounts, users):
         found = users.get(account_id, user_name)
         made = accounts.create_key(account_id, found)
     document = {"accountId": account_id, "userName": found.user_name, **key_document(made)}
@@ -228,15 +217,15 @@ def create_key(account_id: str, user_name: str, data: Path, output: str) -> None
 
 @key.command("delete")
 @click.argument("access_key_id", metavar="KEY")
-@data_option
+@settings_option
 @output_option
-def delete_key(access_key_id: str, data: Path, output: str) -> None:
+def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
     """Delete the access key with the id KEY; requests that it signs are refused within a second.
 
     \b
     Example:
       thrave account user key delete AKIAIOSFODNN7EXAMPLE
     """
-    with open_identity(data) as (accounts, _):
+    with open_identity(settings) as (accounts, _):
         accounts.delete_key(access_key_id)
     emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
