@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from botocore.config import Config
@@ -39,7 +40,7 @@ class Plan:
     agents: int
     apis: int
     seed: int
-    pause: float = 3.0
+    pause: float = 2.0
     """Seconds between two kills, at the most."""
 
 
@@ -69,9 +70,10 @@ class Chaos:
         self.answered = set()
         self.asked = 0
         self.lock = threading.Lock()
-        self.apis = [fleet.first, *(fleet.api(f"api-{number}") for number in range(2, plan.apis + 1))]
+        self.starting = set()  # who has been killed and does not work yet
+        self.apis = {"api-1": fleet.first, **{name: fleet.api(name) for name in self._names("api", 2, plan.apis)}}
         self.account, self.key = fleet.first.account("alice")
-        self.hosts = [f"host-{number}" for number in range(plan.agents)]
+        self.hosts = self._names("host", 1, plan.agents)
         self.instances = dict(self._new_instance(number) for number in range(plan.instances))
         self.agents = {name: fleet.agent(name) for name in self.hosts}
 
@@ -81,12 +83,15 @@ class Chaos:
         callers = [threading.Thread(target=self._call, args=[self.plan.seed + number]) for number in range(CALLERS)]
         for caller in callers:
             caller.start()
-        while any(caller.is_alive() for caller in callers):
-            self._kill_somebody()
-        for caller in callers:
-            caller.join()
+        with ThreadPoolExecutor() as starting:
+            while any(caller.is_alive() for caller in callers):
+                self._kill_somebody(starting)
         self._check()
         return self.outcome
+
+    @staticmethod
+    def _names(kind, first, last):
+        return [f"{kind}-{number}" for number in range(first, last + 1)]
 
     def _new_instance(self, number):
         """An instance on a host of its own kind: its id, its host and the SHA-256 of its disk."""
@@ -129,7 +134,7 @@ class Chaos:
             return self.asked
 
     def _ask(self, action, mine, **parameters):
-        ec2 = mine.choice(self.apis).client(self.key, config=ONE_TRY)
+        ec2 = mine.choice([*self.apis.values()]).client(self.key, config=ONE_TRY)
         try:
             return getattr(ec2, action)(**parameters)["BundleTask"]["BundleId"]
         except ClientError as refusal:
@@ -138,18 +143,26 @@ class Chaos:
             self.outcome.cut_off += 1
         return None
 
-    def _kill_somebody(self):
-        time.sleep(self.random.uniform(0.2, self.plan.pause))
-        self.outcome.kills += 1
+    def _kill_somebody(self, starting):
+        """Kill a process that works, and have it started again while others are killed."""
+        time.sleep(self.random.uniform(0.1, self.plan.pause))
         victim = self.random.choice([*self.apis, *self.hosts])
+        if victim in self.starting:
+            return
+        self.starting.add(victim)
+        self.outcome.kills += 1
+        starting.submit(self._replace, victim)
+
+    def _replace(self, victim):
         if victim in self.hosts:
             self.agents[victim].kill()
             self.agents[victim].wait()
             self.agents[victim] = self.fleet.agent(victim)
         else:
-            victim.stop(signal.SIGKILL)
-            victim.start()
-            self.fleet.processes.append(victim.process)
+            self.apis[victim].stop(signal.SIGKILL)
+            self.apis[victim].start()
+            self.fleet.processes.append(self.apis[victim].process)
+        self.starting.remove(victim)
 
     def _check(self):
         with self.fleet.ground() as ground:
