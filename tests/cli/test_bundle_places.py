@@ -12,8 +12,10 @@ from support.stores import ALICE
 from thrave.bundle.reading import read_manifest
 from thrave.bundle.sampling import Sample
 from thrave.bundle.signatures import sign
+from thrave.cli.folders import FolderError, LocalFolder
+from thrave.cli.remote_folders import S3Folder
 
-USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 2, 3, 4, 10, 11
+FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
 KEYS = VECTORS / "keys"
 SIGNER = ("--certificate", KEYS / "user-cert.pem")
 IMAGE = bytes(range(256)) * 100
@@ -253,6 +255,27 @@ def test_a_migration_elsewhere_replaces_nothing(thrave, thrave_json, new_place, 
     assert there.files().keys() == {"winami.manifest.xml", "winami.manifest.json"}
     assert thrave(*migration(address, "--to", place.address))[0] == REFUSED
     assert place.files() == files
+
+
+def test_a_migration_that_cannot_write_leaves_the_bundle_as_it_was(thrave, place, address, monkeypatch):
+    before = place.files()
+    for kind in (LocalFolder, S3Folder):
+        monkeypatch.setattr(kind, "write", fails_once(kind.write, FolderError("the disk is full")))
+    status, _, stderr = thrave(*migration(address))
+    assert (status, "full" in stderr) == (FAILED, True)
+    assert place.files() == before
+
+
+def fails_once(function, error):
+    """A function that fails the first time."""
+    failures = iter([error])
+
+    def called(*arguments):
+        for failure in failures:
+            raise failure
+        return function(*arguments)
+
+    return called
 
 
 def test_what_does_not_hold_is_not_migrated(thrave, place, address, made):

@@ -191,7 +191,7 @@ def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, fault):
 
 @pytest.mark.parametrize(
     ("behaviour", "code"),
-    [(web.status(404), NOT_FOUND), (web.endless, NOT_FOUND), (web.longer_than_said, DAMAGED), (web.hung_up, NOT_FOUND)],
+    [(web.status(404), NOT_FOUND), (web.endless, FAILED), (web.longer_than_said, DAMAGED), (web.hung_up, FAILED)],
 )
 def test_a_part_that_does_not_come_leaves_no_image(thrave, site, tmp_path, behaviour, code):
     site.behaviour["part.1"] = behaviour
@@ -231,7 +231,7 @@ def test_a_sample_asks_every_part_for_its_size_and_reads_a_few(thrave_json, site
 def test_a_server_that_tells_no_size_is_said(thrave, site):
     site.behaviour["part.0"] = lambda handler: handler.command == "HEAD" and web.hidden_size(handler)
     status, _, stderr = thrave("verify", f"{site.url}/{TWO_PARTS}", "--sample", "1%")
-    assert (status, "how long" in stderr) == (NOT_FOUND, True)
+    assert (status, "how long" in stderr) == (FAILED, True)
 
 
 def test_a_bundle_is_copied_from_the_web(thrave_json, secure, tmp_path):

@@ -127,7 +127,7 @@ class LocalFolder:
 
 
 class FolderParts:
-    """The parts of a bundle in a folder; a `thrave.bundle` MeasuredParts."""
+    """The parts of a bundle in a folder; a `thrave.bundle` MeasuredParts. A folder that fails is no missing part."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -136,7 +136,7 @@ class FolderParts:
         """See PartSource."""
         try:
             data = self._folder.read(filename, MOST_PART_BYTES)
-        except FolderError as error:
+        except FileMissingError as error:
             raise PartMissingError(filename, str(error)) from error
         if len(data) > MOST_PART_BYTES:
             raise PartDamagedError(filename, f"it has more than {MOST_PART_BYTES} bytes")
@@ -144,10 +144,7 @@ class FolderParts:
 
     def size(self, filename: str) -> int:
         """See MeasuredParts."""
-        try:
-            size = self._folder.size(filename)
-        except FolderError as error:
-            raise PartMissingError(filename, str(error)) from error
+        size = self._folder.size(filename)
         if size is None:
             raise PartMissingError(filename, f"{self._folder.where(filename)} is not there")
         return size

@@ -75,14 +75,16 @@ def migrate(
 
     name = location.manifest
     target = Location(_writable(location.folder), name) if folder is None else _new(folder, name)
+    xml, old_side_file = read_documents(location)
     migrated = migrating.migrate(
-        *read_documents(location),
+        xml,
+        old_side_file,
         key,
         certificate=certificate,
         readers=migrating.Readers(service_certificate, user_certificate, account),
         signers=migrating.Signers(signing_key, side_key or Ed25519PrivateKey.generate()),
     )
-    _replace(target, migrated)
+    _replace(target, migrated, old_side_file if folder is None else None)
     side_file = None if migrated.side_file is None else target.folder.where(target.side_file or "")
     without = "" if side_file else "\nThe bundle has no side file: for one, its parts would have to be read."
     emit(output, {"manifest": target, "sideFile": side_file}, f"{target}{without}")
@@ -101,9 +103,17 @@ def _new(folder: WritableFolder, manifest: str) -> Location[WritableFolder]:
     return target
 
 
-def _replace(target: Location[WritableFolder], migrated: Migrated) -> None:
-    if target.side_file is not None:
-        target.folder.remove([target.side_file])
-    target.folder.write(target.manifest, migrated.manifest)
-    if target.side_file is not None and migrated.side_file is not None:
-        target.folder.write(target.side_file, migrated.side_file)
+def _replace(target: Location[WritableFolder], migrated: Migrated, old_side_file: bytes | None) -> None:
+    folder, side_file = target.folder, target.side_file
+    if side_file is None:
+        folder.write(target.manifest, migrated.manifest)
+        return
+    folder.remove([side_file])
+    try:
+        folder.write(target.manifest, migrated.manifest)
+    except BaseException:
+        if old_side_file is not None:
+            folder.write(side_file, old_side_file)
+        raise
+    if migrated.side_file is not None:
+        folder.write(side_file, migrated.side_file)
