@@ -1,0 +1,288 @@
+"""Simulated agents: they do with the database exactly what real ones do; only sealing and power are left out.
+
+A task is done by the program's own `Bundling`, from its first step to its last, with the real records, journal, fence
+and checks. Left out are reading and sealing the volume (its parts are written down as if they had been sent), and the
+hypervisor and the bucket, which are in memory. DBOS's worker, of which there can be one in a process, is stood in for
+by its own database calls in their order.
+"""
+
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from datetime import timedelta
+from functools import partial
+
+import sqlalchemy as sa
+from dbos import DBOSPortableJSONSerializer as PortableJSON
+from fleet_stage import Rooms, described, host_name
+
+from thrave.buckets.buckets import ObjectHead
+from thrave.bundle.checkpoint import Checkpoint, StreamPoint
+from thrave.bundle.sealed import SealedPart
+from thrave.bundle.secrets import BundleSecrets
+from thrave.compute.fleet import InstanceReports
+from thrave.compute.instance import Instance, InstanceState
+from thrave.database import host, utc_now
+from thrave.tasks.bundling import Bundling, Host
+from thrave.tasks.engine import APPLICATION_VERSION, POLLING_INTERVAL
+from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
+from thrave.tasks.fence import Fence
+from thrave.tasks.journal import Stored, StoredObject
+from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.task import BundleTask
+
+PARTS = 4
+"""Of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
+TASKS_AT_ONCE = 2
+_PART = memoryview(bytes(10 << 20))
+_ETAG = "d" * 32
+_DIGESTS = {"sha1": "a" * 40, "sha256": "b" * 64}
+_DOCUMENTS = {"manifest": "m" * 6000, "side_file": "s" * 3000}
+
+
+class Guests:
+    """The instances of a host, in memory: they power off and start at once. An `Instances`."""
+
+    def __init__(self, instances: Iterable[Instance]) -> None:
+        self._instances = {instance.instance_id: instance for instance in instances}
+
+    def list(self, account_id: str | None = None) -> Sequence[Instance]:
+        """See Inventory."""
+        return [one for one in self._instances.values() if account_id in {None, one.account_id}]
+
+    def get(self, instance_id: str) -> Instance:
+        """See Inventory."""
+        return self._instances[instance_id]
+
+    def state(self, instance_id: str) -> InstanceState:
+        """See Instances."""
+        return self._instances[instance_id].state
+
+    def request_stop(self, instance_id: str) -> None:
+        """See Inventory."""
+        self._be(instance_id, InstanceState.STOPPED)
+
+    def terminate(self, instance_id: str) -> None:
+        """See Inventory."""
+        self._be(instance_id, InstanceState.TERMINATED)
+
+    def start(self, instance_id: str) -> None:
+        """See Instances."""
+        self._be(instance_id, InstanceState.RUNNING)
+
+    def hold(self, _instance_id: str) -> AbstractContextManager[None]:
+        """See Instances."""
+        return nullcontext()
+
+    def _be(self, instance_id: str, state: InstanceState) -> None:
+        self._instances[instance_id] = replace(self._instances[instance_id], state=state)
+
+
+class Store:
+    """A bucket that keeps of its objects what can be asked of them. As much of `Buckets` as a task uses."""
+
+    def __init__(self) -> None:
+        self._heads: dict[str, ObjectHead] = {}
+        self._lock = threading.Lock()
+
+    def on_behalf_of(self, _access_key_id: str) -> "Store":
+        """See Buckets."""
+        return self
+
+    def put(self, _bucket: str, key: str, data: bytes | memoryview, *, grant: object = None) -> str:  # noqa: ARG002 (Buckets' signature)
+        """See Buckets."""
+        self._heads[key] = ObjectHead(len(data), _ETAG)
+        return _ETAG
+
+    def head(self, _bucket: str, key: str) -> ObjectHead | None:
+        """See Buckets."""
+        return self._heads.get(key)
+
+    def delete(self, _bucket: str, keys: Iterable[str]) -> None:
+        """See Buckets."""
+        with self._lock:
+            for key in keys:
+                self._heads.pop(key, None)
+
+
+class Workflow:
+    """One task's run, in the durable engine's books."""
+
+    def __init__(self, rooms: Rooms, workflow_id: str, owner: str) -> None:
+        self._engine = rooms.engine
+        self._workflow_id = workflow_id
+        self._owner = owner
+        self._steps = 0
+        self.bundle_id = workflow_id.partition(".")[0]
+
+    def step(self, name: str, work: Callable[[], object]) -> None:
+        """Run one durable step, as `engine.step` has DBOS do it. Raises TaskFailure."""
+        self._steps += 1
+        self._engine.check_operation_execution(self._workflow_id, self._steps, name)
+        failure = _failure_of(work)
+        outcome = {"result": None} if failure is None else {"code": failure.code, "message": failure.message}
+        serializer = PortableJSON()
+        self._engine.record_operation_result(
+            {
+                "workflow_uuid": self._workflow_id, "function_id": self._steps, "function_name": name,
+                "output": serializer.serialize(outcome), "error": None, "serialization": serializer.name(),
+                "started_at_epoch_ms": 0, "child_workflow_id": None,
+            },
+            owner_xid=self._owner,
+        )  # fmt: skip
+        if failure is not None:
+            raise failure
+
+    def end(self) -> None:
+        """Write down that it has ended."""
+        nothing = PortableJSON().serialize(None)
+        self._engine.update_workflow_outcome(self._workflow_id, "SUCCESS", output=nothing, owner_xid=self._owner)
+
+
+class SimulatedBundling(Bundling):
+    """A task done without a volume."""
+
+    def __init__(self, host: Host, task: BundleTask, agent: "SimulatedAgent", workflow: Workflow) -> None:
+        super().__init__(host, task)
+        self._agent = agent
+        self._workflow = workflow
+
+    def stop(self) -> None:
+        """Ask the guest before its first look at it, which saves the pause between two looks."""
+        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
+            self._power.note()
+            self._host.instances.request_stop(self._task.instance_id)
+            self._power.off(watch)
+
+    def seal(self) -> None:
+        """Write parts down as if they were sealed and sent one after the other."""
+        with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch):
+            self._records.note_volume_size(self._task.bundle_id, PARTS * len(_PART))
+            self._journal.begin(BundleSecrets.generate())
+            stored = Stored()
+            for index in range(PARTS):
+                stored = self._send(index, stored)
+                self._records.advance(self._task.bundle_id, BundleTaskState.BUNDLING, 100 * (index + 1) // PARTS)
+                if index == PARTS // 2 and self._agent.is_cancelled(self._task):
+                    raise Cancelled
+            self._journal.stored(stored)
+        self._journal.conclude(_DOCUMENTS)
+
+    def _send(self, index: int, before: Stored) -> Stored:
+        part = SealedPart(index, f"{self._task.prefix}.part.{index:02}", len(_PART), **_DIGESTS)
+        self._journal.sending(part.filename, part, before)
+        etag = self._host.buckets.put(self._task.bucket, part.filename, _PART)
+        checkpoint = Checkpoint(index + 1, StreamPoint(part.size * index, 1, 1, "c" * 40), 1, "d" * 64, "e" * 32)
+        return Stored([StoredObject(part.filename, part.size, etag)], checkpoint)
+
+    def _step(self, name: str, work: Callable[[], object]) -> None:
+        self._workflow.step(name, lambda: self._do(work))
+        if "instance" in name:
+            self._agent.report()  # a real one does so every second
+
+
+class SimulatedAgent:
+    """The agent of one host."""
+
+    def __init__(self, rooms: Rooms, number: int, is_cancelled: Callable[[BundleTask], bool]) -> None:
+        """Be the agent of the host of that number; a task that `is_cancelled` half-way gives up then."""
+        stage, ground = rooms.stage, rooms.ground
+        self.name = host_name(number)
+        self.is_cancelled = is_cancelled
+        self._rooms = rooms
+        mine = range(number, stage.scale.instances, stage.scale.hosts)
+        self._guests = Guests(described(stage, instance) for instance in mine)
+        self._reports = InstanceReports(ground.database, self._guests, self.name)
+        self.fence = Fence(self.name, "")
+
+    def start(self) -> None:
+        """Take the host, and report its instances."""
+        self.fence = self._rooms.ground.hosts.take(self.name, tasks_at_once=TASKS_AT_ONCE)
+        self._rooms.engine.upsert_queue(
+            name=self._queue_name, concurrency=None, worker_concurrency=TASKS_AT_ONCE, rate_limit_max=None,
+            rate_limit_period_sec=None, partition_concurrency=None, partition_worker_concurrency=None,
+            partition_rate_limit_max=None, partition_rate_limit_period_sec=None,
+            polling_interval_sec=POLLING_INTERVAL, update_existing=True,
+        )  # fmt: skip
+        self.report()
+
+    def join(self) -> None:
+        """Be the host's agent beside the one that took it, in another process."""
+        query = sa.select(host.c.lease).where(host.c.host == self.name)
+        with self._rooms.ground.database.connect() as connection:
+            self.fence = Fence(self.name, connection.execute(query).scalar_one())
+
+    def heartbeat(self) -> None:
+        """Give a sign of life."""
+        self._rooms.ground.hosts.heartbeat(self.fence)
+
+    def report(self) -> None:
+        """Report the instances, and take what is to be done with their power."""
+        assert not [*self._reports.take_requests()]
+        self._reports.report()
+
+    def look_after(self) -> None:
+        """Look as the caretaker does."""
+        self._rooms.ground.records().looked_after(self.name)
+
+    def look_for_left_overs(self) -> None:
+        """Look as the agent does who cleans up, from its second look on."""
+        self._rooms.ground.records().left_over(self.name, ended_after=utc_now() - timedelta(minutes=5))
+
+    def look_for_lost(self) -> None:
+        """Look for tasks that no workflow will run."""
+        self._rooms.ground.hosts.enqueue_lost(self.name)
+
+    def poll(self) -> list[tuple[str, str]]:
+        """Look into the queue as DBOS does; give the workflows that are to be run, each with its owner."""
+        queue = self._rooms.engine.get_queue(self._queue_name)
+        owner = secrets.token_hex(16)
+        taken, _ = self._rooms.engine.start_queued_workflows(
+            queue, self.name, APPLICATION_VERSION, None, 0, owner_xid=owner
+        )
+        return [(workflow_id, owner) for workflow_id in taken]
+
+    def work(self) -> Iterator[Callable[[], None]]:
+        """The tasks in the host's queue, to be done one by one."""
+        worker = self._host()
+        while taken := self.poll():
+            self._rooms.engine.get_workflow_statuses([workflow_id for workflow_id, _ in taken])
+            for workflow_id, owner in taken:
+                yield partial(self._do, worker, Workflow(self._rooms, workflow_id, owner))
+
+    def _do(self, worker: Host, workflow: Workflow) -> None:
+        """What `bundling.bundle` does."""
+        bundle_id = workflow.bundle_id
+        task = worker.records.get(bundle_id)
+        if task is not None and task.state not in FINISHED and task.host == worker.name:
+            worker.records.take_up(bundle_id)
+            SimulatedBundling(worker, task, self, workflow).run()
+        workflow.end()
+
+    def _host(self) -> Host:
+        ground, settings = self._rooms.ground, self._rooms.ground.settings
+        given = {
+            "name": self.name,
+            "records": ground.records(self.fence),
+            "accounts": ground.accounts,
+            "instances": self._guests,
+            "buckets": Store(),
+            "store_patience": settings.s3_patience,
+            "service": ground.service,
+        }
+        rest = {field.name: getattr(settings, field.name) for field in fields(Host) if field.name not in given}
+        return Host(**given, **rest)
+
+    @property
+    def _queue_name(self) -> str:
+        return f"host-{self.name}"
+
+
+def _failure_of(work: Callable[[], object]) -> TaskFailure | None:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 (as `engine.step` takes any)
+        return failure_from(error)
+    return None

@@ -1,0 +1,47 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from thrave.database import open_engine
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+
+
+def test_the_fleet_benchmark_runs_and_keeps_its_figures(postgres, tmp_path):
+    fleet = [sys.executable, BENCHMARKS / "fleet.py", "--quick", "--results", tmp_path]
+    subprocess.run(fleet, check=True, stdout=subprocess.DEVNULL)
+    kept = json.loads((tmp_path / "fleet-quick.json").read_text())
+    assert [point["rows"] for point in kept["points"]] == kept["scale"]["rows"]
+    for point in kept["points"]:
+        assert {"create", "run a task", "Describe one", "heartbeat", "report"} <= point["figures"].keys()
+        assert all(0 < figure["p50_ms"] <= figure["p99_ms"] for figure in point["figures"].values())
+    assert kept["points"][0]["figures"]["create"]["calls"] == kept["scale"]["rows"][0]
+    assert kept["bytes_per_task"]["public.bundle_task"] > 0
+    assert kept["bytes_per_task"]["dbos.workflow_status"] > 0
+    assert kept["idle"]["transactions"] > 0
+    assert {"create", "run a task", "heartbeat", "thrave host list"} <= {plan["what"] for plan in kept["plans"]}
+
+
+def test_a_large_table_that_is_read_from_one_end_to_the_other_is_told(postgres, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from fleet_plans import LARGE, Caught
+
+    engine = open_engine(postgres.new_database())
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE task (id integer PRIMARY KEY, name text)"))
+        many = sa.text("INSERT INTO task SELECT n, md5(n::text) FROM generate_series(0, :last) AS n")
+        connection.execute(many, {"last": LARGE})
+        connection.execute(sa.text("ANALYZE task"))
+        caught = Caught()
+        for column, value in (("id", 7), ("name", "seven")):
+            with caught.during(column, engine):
+                connection.execute(sa.text(f"SELECT id FROM task WHERE {column} = :it"), {"it": value})
+        by_id, by_name = caught.plans(connection)
+    engine.dispose()
+    assert (by_id.what, by_id.scans) == ("id", [])
+    assert (by_name.what, by_name.scans) == ("name", ["task"])
