@@ -138,15 +138,23 @@ def shell_sealing(name: str, disk: Path, data: int, *compressor: str) -> Contend
     return Contender(name, data, seal, check)
 
 
-def component_limit(name: str, disk: Path, data: int) -> Contender:
-    """What the machine could do if the libraries alone worked, on every core, and nobody waited for anybody."""
+def components(name: str, what: str, disk: Path, data: int, cores: int = CORES) -> Contender:
+    """What the machine could do if the libraries alone worked, on so many cores, and nobody waited for anybody.
+
+    Args:
+        name: the contender's.
+        what: the work, one of `limit.WORK`.
+        disk: what it is done to.
+        data: bytes of data on it.
+        cores: that it can use.
+    """
 
     def measure(folder: Path) -> Run:
         answer = folder / "answer.json"
-        done = run([Step([[sys.executable, Path(__file__).with_name("limit.py"), disk, folder]], answer)])
+        done = run([Step([[sys.executable, Path(__file__).with_name("limit.py"), what, disk, folder]], answer)])
         seconds: dict[str, float] = json.loads(answer.read_text())
         total = sum(seconds.values())
-        return replace(done, wall=total / CORES, cpu=total, detail=seconds)
+        return replace(done, wall=total / cores, cpu=total, detail=seconds)
 
     return Contender(name, data, measure, lambda _: None)
 
@@ -159,6 +167,23 @@ def thrave_opening(name: str, bundle: Path, disk: Path, data: int, keys: Keys) -
         return run([Step([[*_THRAVE, "open", manifest, "--key", keys.private_key, *trust, "-o", folder / disk.name]])])
 
     return Contender(name, data, open_, lambda folder: _check(folder / disk.name, partial(are_equal, disk)))
+
+
+def thrave_both_ways(name: str, disk: Path, data: int, keys: Keys) -> Contender:
+    """`thrave bundle`, and in the details the memory of `thrave open --stdout` of what it made, compared with the disk.
+
+    For disks that leave no room for a copy. What `cmp` needs beside it is counted, too: two MiB.
+    """
+
+    def both(folder: Path) -> Run:
+        bundle = folder / "bundle"
+        sealed = run([Step([thrave_bundle(disk, keys, bundle)])])
+        manifest, trust = bundle / f"{PREFIX}.manifest.xml", ("--certificate", keys.certificate)
+        opening: Arguments = [*_THRAVE, "open", manifest, "--key", keys.private_key, *trust, "--stdout"]
+        opened = run([Step([opening, ["cmp", "-", disk]])])
+        return replace(sealed, size=total_size(parts_in(bundle)), detail={"memory to open": opened.memory})
+
+    return Contender(name, data, both, lambda _: None)
 
 
 def shell_opening(name: str, bundle: Path, disk: Path, data: int, keys: Keys) -> Contender:

@@ -1,8 +1,7 @@
-"""The limit: what the libraries need for one disk's chunks, with nothing between them.
+"""The limits: what the libraries need for one disk, with nothing between them.
 
-Run as a program: one process a core, each with its share of the chunks and no word to the others, takes them through
-all components one after the other. Prints CPU seconds by component, summed over the processes, as JSON. It uses nothing
-of Thrave's, and makes no bundle: each process enciphers a chain of its own.
+Run as a program with what is to be measured (`WORK`), a disk and a folder on tmpfs. Prints CPU seconds by component as
+JSON. It uses nothing of Thrave's, and makes no bundle.
 """
 
 import hashlib
@@ -25,15 +24,29 @@ PART_SIZE = 10 << 20
 _ZERO = bytes(16)
 
 
-class Components:
-    """One process's share of the work.
+class Clock:
+    """CPU seconds of this process, by component."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def timed(self, component: str) -> Iterator[None]:
+        """Time the block."""
+        began = time.process_time()
+        yield
+        self.seconds[component] += time.process_time() - began
+
+
+class Sealing:
+    """One process's share of sealing: it enciphers a chain of its own.
 
     Args:
         folder: on tmpfs, for parts; each is removed before the next is written.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.clock = Clock()
         self._encryptor = Cipher(algorithms.AES(_ZERO), modes.CBC(_ZERO)).encryptor()
         self._tar_sha1 = hashlib.sha1(usedforsecurity=False)
         self._part_sha1, self._part_sha256 = hashlib.sha1(usedforsecurity=False), hashlib.sha256()
@@ -43,21 +56,21 @@ class Components:
 
     def take(self, disk: int, offset: int, buffer: memoryview) -> None:
         """Take one chunk through all components."""
-        with self._timed("pread"):
+        timed = self.clock.timed
+        with timed("pread"):
             size = os.preadv(disk, [buffer], offset)
-        with self._timed("tar SHA-1"):
+        with timed("tar SHA-1"):
             self._tar_sha1.update(buffer[:size])
-        with self._timed("CRC-32"):
+        with timed("CRC-32"):
             isal_zlib.crc32(buffer[:size])
-        with self._timed("deflate"):
-            stream = isal_zlib.compressobj(level=2, wbits=-15)
-            packed = stream.compress(buffer[:size]) + stream.flush(isal_zlib.Z_SYNC_FLUSH)
-        with self._timed("AES-128-CBC"):
+        with timed("deflate"):
+            packed = _deflated(buffer[:size])
+        with timed("AES-128-CBC"):
             count = self._encryptor.update_into(packed, self._part[self._filled :])
         fresh = self._part[self._filled : self._filled + count]
-        with self._timed("part SHA-1"):
+        with timed("part SHA-1"):
             self._part_sha1.update(fresh)
-        with self._timed("part SHA-256"):
+        with timed("part SHA-256"):
             self._part_sha256.update(fresh)
         self._filled += count
         if self._filled >= PART_SIZE:
@@ -65,34 +78,69 @@ class Components:
 
     def write(self) -> None:
         """Write what is there as a part."""
-        with self._timed("write"), self._path.open("wb", buffering=0) as file:
+        with self.clock.timed("write"), self._path.open("wb", buffering=0) as file:
             file.write(self._part[: self._filled])
         self._path.unlink()
         self._filled = 0
 
-    @contextmanager
-    def _timed(self, component: str) -> Iterator[None]:
-        began = time.process_time()
-        yield
-        self.seconds[component] += time.process_time() - began
+
+def sealing(disk: Path, folder: Path) -> dict[str, float]:
+    """All that sealing takes: one process a core, each with its share of the chunks and no word to the others."""
+    cores = os.cpu_count() or 1
+    with ProcessPoolExecutor(cores) as pool:
+        shares = list(pool.map(partial(_share, disk, folder, cores), range(cores)))
+    return {component: sum(seconds[component] for seconds in shares) for component in shares[0]}
 
 
-def share(disk: Path, folder: Path, cores: int, core: int) -> dict[str, float]:
-    """Do one core's share of the chunks."""
-    components, buffer = Components(folder), memoryview(bytearray(CHUNK))
+def proving(disk: Path, _: Path) -> dict[str, float]:
+    """Reading and hashing, which proves that a disk has not changed."""
+    clock, sha1 = Clock(), hashlib.sha1(usedforsecurity=False)
+    for chunk in _chunks(disk, clock):
+        with clock.timed("SHA-1"):
+            sha1.update(chunk)
+    return clock.seconds
+
+
+def inflating(disk: Path, _: Path) -> dict[str, float]:
+    """Inflating what ISA-L deflated: one thread's, since deflate refers backwards."""
+    clock = Clock()
+    for chunk in _chunks(disk, Clock()):
+        packed = _deflated(chunk)
+        inflater = isal_zlib.decompressobj(wbits=-15)
+        with clock.timed("inflate"):
+            inflater.decompress(packed, CHUNK)
+    return clock.seconds
+
+
+WORK = {"sealing": sealing, "proving": proving, "inflating": inflating}
+
+
+def _share(disk: Path, folder: Path, cores: int, core: int) -> dict[str, float]:
+    mine, buffer = Sealing(folder), memoryview(bytearray(CHUNK))
     with disk.open("rb") as file:
         for offset in range(core * CHUNK, os.fstat(file.fileno()).st_size, cores * CHUNK):
-            components.take(file.fileno(), offset, buffer)
-    components.write()
-    return components.seconds
+            mine.take(file.fileno(), offset, buffer)
+    mine.write()
+    return mine.clock.seconds
+
+
+def _chunks(disk: Path, clock: Clock) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(CHUNK))
+    with disk.open("rb") as file:
+        for offset in range(0, os.fstat(file.fileno()).st_size, CHUNK):
+            with clock.timed("pread"):
+                size = os.preadv(file.fileno(), [buffer], offset)
+            yield buffer[:size]
+
+
+def _deflated(chunk: memoryview) -> bytes:
+    stream = isal_zlib.compressobj(level=2, wbits=-15)
+    return stream.compress(chunk) + stream.flush(isal_zlib.Z_SYNC_FLUSH)
 
 
 def main() -> None:
-    disk, folder = map(Path, sys.argv[1:])
-    cores = os.cpu_count() or 1
-    with ProcessPoolExecutor(cores) as pool:
-        shares = list(pool.map(partial(share, disk, folder, cores), range(cores)))
-    json.dump({component: sum(seconds[component] for seconds in shares) for component in shares[0]}, sys.stdout)
+    what, disk, folder = sys.argv[1:]
+    json.dump(WORK[what](Path(disk), Path(folder)), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python benchmarks/publish.py    after `make bench`; needs matplotlib (the extra 
 from pathlib import Path
 
 import matplotlib as mpl
+from inputs import GIB
 from matplotlib import pyplot as plt
 from records import Result, load
 from report import markdown
@@ -15,7 +16,7 @@ _DOCS = Path(__file__).parents[1] / "docs" / "explanation"
 _PAGE, _PLOT = _DOCS / "speed.md", _DOCS / "speed.svg"
 _BEGIN, _END = "<!-- figures: python benchmarks/publish.py -->\n", "<!-- end of figures -->"
 _OURS, _OTHERS = "#1b6e53", "#b9bdc4"
-_PLOTTED = {"shell": "Seal 1 GiB", "open": "Open 2 GiB"}
+_PLOTTED = {"seal": "Seal", "open": "Open"}
 
 
 def main() -> None:
@@ -28,16 +29,16 @@ def main() -> None:
 
 
 def _draw(results: list[Result]) -> None:
-    """Seconds of each contender, on a logarithmic axis."""
+    """Seconds of each contender for a GiB of data, on a logarithmic axis."""
     mpl.rcParams.update({"svg.hashsalt": "thrave", "font.size": 9})
     heights = [len(result.rows) for result in results]
     figure, axes = plt.subplots(len(results), figsize=(7, 0.5 * sum(heights) + 1), height_ratios=heights, squeeze=False)
     for axis, result in zip(axes[:, 0], results, strict=True):
-        names, seconds = [row.name for row in result.rows], [row.median.wall for row in result.rows]
+        names, seconds = [row.name for row in result.rows], [row.pace * GIB for row in result.rows]
         colours = [_OURS if name.startswith("thrave") else _OTHERS for name in names]
         bars = axis.barh(names, seconds, color=colours)
         axis.bar_label(bars, fmt="%.1f s", padding=3)
-        axis.set(title=f"{_PLOTTED[result.name]}: seconds", xscale="log", xlim=(0.5, 3 * max(seconds)))
+        axis.set(title=f"{_PLOTTED[result.name]}: seconds for a GiB", xscale="log", xlim=(0.5, 3 * max(seconds)))
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -7,34 +7,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 from contests import BARS, Bar
 from measure import Run
-
-_FIGURES = ("wall", "cpu", "memory", "written", "staged", "foreign", "size")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender's runs.
-
-    Attributes:
-        name: the contender's.
-        data: bytes of data that each run worked on.
-        runs: one for each round.
-    """
-
-    name: str
-    data: int
-    runs: Sequence[Run]
-
-    @property
-    def median(self) -> Run:
-        """Each figure's median."""
-        figures = {figure: median(getattr(run, figure) for run in self.runs) for figure in _FIGURES}
-        details = {detail: median(run.detail[detail] for run in self.runs) for detail in self.runs[0].detail}
-        return Run(**figures, detail=details)
+from rows import Row, Rows
 
 
 @dataclass(frozen=True)
@@ -55,16 +31,39 @@ class Result:
     rows: Sequence[Row]
     reason: str = ""
 
+    @property
+    def by_name(self) -> Rows:
+        """The rows by their contenders' names."""
+        return {row.name: row for row in self.rows}
 
-def judged(results: Sequence[Result]) -> Iterator[tuple[Bar, float | None, bool | None]]:
-    """Each bar of these contests, with the figure and whether it is met; nothing where it was not measured."""
+
+@dataclass(frozen=True)
+class Verdict:
+    """A bar, the figure that was measured, and whether it is met: neither where nothing was measured.
+
+    Attributes:
+        bar: what had to be shown.
+        value: the figure.
+        met: whether it is enough.
+        limit: what sets the limit, if it is not.
+    """
+
+    bar: Bar
+    value: float | None = None
+    met: bool | None = None
+    limit: str = ""
+
+
+def judged(results: Sequence[Result]) -> Iterator[Verdict]:
+    """Each bar of these contests."""
     for bar in BARS:
         for result in results:
             if result.name == bar.contest and not result.rows:
-                yield bar, None, None
+                yield Verdict(bar)
             elif result.name == bar.contest:
-                value = bar.value({row.name: row.median for row in result.rows})
-                yield bar, value, bar.least <= value <= bar.most
+                value = bar.value(result.by_name)
+                met = bar.least <= value <= bar.most
+                yield Verdict(bar, value, met, "" if met else bar.limit(result.by_name))
 
 
 def load(path: Path) -> list[Result]:
@@ -77,7 +76,14 @@ def load(path: Path) -> list[Result]:
 def save(path: Path, results: Sequence[Result], machine: dict[str, object]) -> None:
     """Write a file of results."""
     bars = [
-        {"contest": bar.contest, "claim": bar.claim, "value": value, "met": met} for bar, value, met in judged(results)
+        {
+            "contest": said.bar.contest,
+            "claim": said.bar.claim,
+            "value": said.value,
+            "met": said.met,
+            "limit": said.limit,
+        }
+        for said in judged(results)
     ]
     document = {"machine": machine, "bars": bars, "contests": [asdict(result) for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)

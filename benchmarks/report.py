@@ -6,12 +6,14 @@ Nothing is left out: a contest that could not be held says why, and a run in com
 from collections.abc import Iterator, Sequence
 
 from inputs import GIB, MIB
-from records import Result, Row, judged
+from records import Result, judged
+from rows import Row
 
 NOISY = 0.05
 """A run during which others used more of the CPU than this says little."""
 
 _HEAD = ("", "MB/s", "wall s", "min-max", "CPU s/GiB", "memory MiB", "bundle MB", "besides MB", "others")
+_BARS = ("bar", "measured", "", "what sets the limit")
 
 
 def text(results: Sequence[Result]) -> str:
@@ -20,12 +22,12 @@ def text(results: Sequence[Result]) -> str:
         "\n".join([result.title, *(_columns([_HEAD, *_figures(result)]) if result.rows else [_not_held(result)]), ""])
         for result in results
     ]
-    return "\n".join(["", *tables, *_columns([("bar", "measured", ""), *_verdicts(results)])])
+    return "\n".join(["", *tables, *_columns([_BARS, *_verdicts(results)])])
 
 
 def markdown(results: Sequence[Result]) -> str:
     """The same for the docs, the bars first."""
-    bars = _markdown_table([("bar", "measured", ""), *_verdicts(results)])
+    bars = _markdown_table([_BARS, *_verdicts(results)])
     tables = [
         f"### {result.title}\n\n" + (_markdown_table([_HEAD, *_figures(result)]) if result.rows else _not_held(result))
         for result in results
@@ -54,13 +56,13 @@ def _per_data(row: Row) -> tuple[str, str]:
     """MB/s and CPU seconds per GiB, where there is data."""
     if not row.data:
         return "", ""
-    return f"{row.data / row.median.wall / 1e6:.0f}", f"{row.median.cpu / row.data * GIB:.2f}"
+    return f"{1 / row.pace / 1e6:.0f}", f"{row.effort * GIB:.2f}"
 
 
 def _verdicts(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
     words = {True: "met", False: "NOT MET", None: "not measured"}
-    for bar, value, met in judged(results):
-        yield bar.claim, "" if value is None else f"{value:.3g}", words[met]
+    for said in judged(results):
+        yield said.bar.claim, "" if said.value is None else f"{said.value:.3g}", words[said.met], said.limit
 
 
 def _not_held(result: Result) -> str:

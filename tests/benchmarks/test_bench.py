@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,10 +108,42 @@ def test_a_pipeline_says_which_program_failed_and_why():
 
 def test_bars_are_met_missed_or_not_measured():
     from measure import Run
-    from records import Result, Row, judged
+    from records import Result, judged
+    from rows import Row
 
     rows = [Row("thrave open", 1, [Run(10, 1)]), Row("openssl | gzip -d | tar", 1, [Run(34, 1)])]
     slower = [rows[0], Row("openssl | gzip -d | tar", 1, [Run(32, 1), Run(20, 1), Run(99, 1)])]
-    assert [met for _, _, met in judged([Result("open", "", "", rows)])] == [True]
-    assert [met for _, _, met in judged([Result("open", "", "", slower)])] == [False]
-    assert [met for _, _, met in judged([Result("open", "", "", (), "no disk")])] == [None]
+    rows, slower = ([*some, Row("inflating alone", 1, [Run(8, 8)])] for some in (rows, slower))
+    (met,), (missed,), (not_held,) = (
+        list(judged([Result("open", "", "", some, "no disk")])) for some in (rows, slower, ())
+    )
+    assert (met.met, missed.met, not_held.met) == (True, False, None)
+    assert (met.limit, missed.limit, not_held.limit) == ("", "one thread that only inflates: 4", "")
+
+
+def test_a_disk_is_in_memory_as_long_as_a_contest_is_held_and_its_holes_are_not(tmp_path):
+    from pagecache import kept_in_memory
+
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.seek(1 << 30)
+        file.write(b"x" * (1 << 20))
+    with kept_in_memory([disk]):
+        mapped = [line for line in Path("/proc/self/smaps").read_text().split("VmFlags") if str(disk) in line]
+        (resident,) = re.findall(r"Rss: +(\d+) kB", mapped[0])
+    assert 1024 <= int(resident) < 8192
+
+
+def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
+    import bench
+    from measure import Run
+    from records import Result, save
+    from rows import Row
+
+    (empty,) = (contest for contest in bench.CONTESTS if contest.name == "empty")
+    save(tmp_path / "unfinished.json", [Result("empty", "", "then", [Row("thrave", 0, [Run(1, 1)])])], {})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--results", str(tmp_path)])
+    (result,) = bench._hold_all([empty], bench._options())
+    assert result.when == "then"
+    assert "held before" in capsys.readouterr().out
+    assert not (tmp_path / "unfinished.json").exists()
