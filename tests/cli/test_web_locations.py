@@ -32,7 +32,7 @@ TWO_PARTS = "ec2-ami-tools-1.5.3-dense-2-parts/small.img.manifest.xml"
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch):
-    monkeypatch.setattr(remote_folders, "PATIENCE", 1.0)
+    monkeypatch.setattr(remote_folders, "PATIENCE", 0.4)
     monkeypatch.setattr(remote_folders, "DEADLINE", 30.0)
 
 
@@ -181,7 +181,8 @@ def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [web.status(503), web.status(429), web.cut_off, web.hung_up, web.gibberish])
-def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, fault):
+def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(remote_folders, "PATIENCE", 60.0)
     site.behaviour["part.1"] = web.times(2, fault)
     address = f"{site.url}/{TWO_PARTS}"
     status, _, stderr = thrave("open", address, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")

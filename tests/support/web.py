@@ -106,6 +106,7 @@ def endless(handler) -> bool:
     """Answer with a body that does not end."""
     handler.close_connection = True
     handler.send_response(200)
+    handler.send_header("Content-Length", str(10**18))
     handler.end_headers()
     while True:
         handler.wfile.write(bytes(1 << 16))
@@ -167,5 +168,6 @@ def hidden_size(handler) -> bool:
     """Answer to HEAD without a length."""
     handler.close_connection = True
     handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
     return True
