@@ -16,7 +16,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as BotocoreCredentials
 
 from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.errors import InvalidArgument
+from thrave.buckets.errors import InvalidArgument, TransientError
 from thrave.buckets.naming import KEY_BYTES, check_bucket_name
 from thrave.buckets.transport import Answer, Buffer, Transport
 
@@ -55,7 +55,11 @@ class SignedRequests:
         if query:
             url += f"?{urlencode(query, quote_via=quote, safe='-_.~')}"
         signed = self._signed(method, url, headers or {})
-        return self._transport.send(method, url, signed, body, limit=limit)
+        answer = self._transport.send(method, url, signed, body, limit=limit)
+        if answer.status != 204 and not any(name in answer.headers for name in ("Content-Length", "Transfer-Encoding")):
+            # Every store says how long its answer is. Python takes a head that was cut off for one that ends there.
+            raise TransientError("ServiceUnavailable", 503, "The head of the store's answer was cut off")
+        return answer
 
     def _signed(self, method: str, url: str, headers: Mapping[str, str]) -> Mapping[str, str]:
         if self._credentials is None:

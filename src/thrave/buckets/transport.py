@@ -110,13 +110,14 @@ class Transport:
 
 
 def _pool(connection: StoreConnection) -> urllib3.PoolManager:
+    is_secure = urlsplit(connection.endpoint).scheme == "https"
     make = urllib3.PoolManager if connection.proxy is None else partial(urllib3.ProxyManager, connection.proxy)
     return make(
         maxsize=connection.connections,
         block=True,
         retries=False,
         timeout=urllib3.Timeout(connect=connection.timeout, read=connection.timeout),
-        ssl_context=ssl.create_default_context(cafile=connection.ca),
+        ssl_context=ssl.create_default_context(cafile=connection.ca) if is_secure else None,
     )
 
 

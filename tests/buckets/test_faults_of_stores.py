@@ -1,0 +1,314 @@
+"""What a store may do wrong, and what becomes of it: a clear error, tried again where that can help, and no secret."""
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+
+from support.policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
+from support.scripted import SILENCE, error, http, scripted
+from thrave.buckets import retrying
+from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets.errors import (
+    AccessDenied,
+    BucketAlreadyExists,
+    BucketError,
+    InvalidArgument,
+    NoSuchBucket,
+    StoreError,
+    TransientError,
+)
+from thrave.buckets.objects import WHOLE, S3Objects
+from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.s3 import ServiceBuckets
+
+TOKEN = "a-session-token"
+KEY = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET, session_token=TOKEN)
+DATA = b"content"
+ETAG = f'"{hashlib.md5(DATA).hexdigest()}"'
+OTHER_ETAG = f'"{hashlib.md5(b"other").hexdigest()}"'
+
+
+def connection(script, **changes):
+    return StoreConnection(**{"endpoint": script.url, "credentials": KEY, "timeout": 0.4, **changes})
+
+
+def grant():
+    text = encoded(bundle_document("my-bucket", "win1"))
+    return UploadPolicy.verify(text, signed_v2(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)
+
+
+def put(objects):
+    return objects.put("my-bucket", "win1.part.0", DATA)
+
+
+def post(objects):
+    return objects.put("my-bucket", "win1.part.0", DATA, grant=grant())
+
+
+def head(objects):
+    return objects.head("my-bucket", "win1.part.0")
+
+
+def get(objects):
+    return objects.get("my-bucket", "win1.part.0")
+
+
+def get_range(objects):
+    return objects.get_range("my-bucket", "win1.part.0", 0, 4)
+
+
+def listing(objects):
+    return [*objects.list("my-bucket", "win1")]
+
+
+def delete(objects):
+    return objects.delete("my-bucket", ["win1.part.0"])
+
+
+EVERY_REQUEST = [put, post, head, get, get_range, listing, delete]
+FAULTS = {
+    "500": error(500, "InternalError"),
+    "502 of a proxy": http(502, b"<html>Bad Gateway</html>"),
+    "503 SlowDown": error(503, "SlowDown"),
+    "503 without words": http(503),
+    "504": http(504),
+    "429": http(429),
+    "408": error(408, "RequestTimeout"),
+    "409 at once with another": error(409, "OperationAborted"),
+    "hung up": b"\r\n",
+    "hung up in the head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "not HTTP": b"220 mail ESMTP\r\n",
+    "silent": SILENCE,
+}
+REFUSALS = {
+    "403": error(403, "AccessDenied"),
+    "403 for a wrong clock": error(403, "RequestTimeTooSkewed"),
+    "403 for the signature": error(403, "SignatureDoesNotMatch"),
+    "400": error(400, "InvalidArgument"),
+    "411": error(411, "MissingContentLength"),
+    "301 of another region": error(301, "PermanentRedirect"),
+    "307": http(307, Location="http://127.0.0.1:1/"),
+    "501": error(501, "NotImplemented"),
+}
+
+
+def is_free_of_secrets(caught, script):
+    hidden = (SECRET, TOKEN, grant().signature, grant().text, script.url)
+    return not any(secret in f"{caught.value} {caught.value!r}" for secret in hidden)
+
+
+@pytest.mark.parametrize("request_", EVERY_REQUEST, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_may_pass_is_transient(request_, fault):
+    with scripted(FAULTS[fault]) as script, pytest.raises(TransientError) as caught:
+        request_(S3Objects(connection(script)))
+    assert is_free_of_secrets(caught, script)
+
+
+@pytest.mark.parametrize("code", ["RequestTimeout", "IncompleteBody"])
+def test_a_400_for_bytes_that_did_not_come_is_transient(code):
+    with scripted(error(400, code)) as script, pytest.raises(TransientError, match=code):
+        put(S3Objects(connection(script)))
+
+
+@pytest.mark.parametrize("request_", EVERY_REQUEST, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_what_does_not_pass_is_final(request_, refusal):
+    with scripted(REFUSALS[refusal]) as script, pytest.raises(BucketError) as caught:
+        request_(S3Objects(connection(script)))
+    assert not isinstance(caught.value, TransientError)
+    assert is_free_of_secrets(caught, script)
+    assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize("upload", [put, post])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [http(200, ETag=OTHER_ETAG)],
+        [http(200), http(404)],
+        [http(200), http(200, ETag=OTHER_ETAG, Content_Length=len(DATA))],
+        [http(200), http(200, Content_Length=len(DATA) + 1)],
+        [http(200, ETag='"a-multipart-upload-2"'), http(404)],
+        [http(200, ETag=OTHER_ETAG, x_amz_server_side_encryption="aws:kms"), http(404)],
+        [error(400, "BadDigest")],
+    ],
+    ids=["other ETag", "not there", "there with another ETag", "longer", "no MD5, not there", "KMS, not there", "told"],
+)
+def test_an_upload_that_was_taken_and_lost_is_noticed(upload, answers):
+    with scripted(*answers) as script, pytest.raises(TransientError, match="BadDigest"):
+        upload(S3Objects(connection(script)))
+
+
+@pytest.mark.parametrize("upload", [put, post])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [http(200, ETag=ETAG)],
+        [http(204, ETag=ETAG.strip('"'))],
+        [http(204), http(200, ETag=ETAG, Content_Length=len(DATA))],
+        [http(200, ETag=OTHER_ETAG, x_amz_server_side_encryption="aws:kms"), http(200, Content_Length=len(DATA))],
+    ],
+    ids=["ETag", "bare", "by a look", "KMS, by its size"],
+)
+def test_an_upload_that_is_there_is_proved(upload, answers):
+    with scripted(*answers) as script:
+        upload(S3Objects(connection(script)))
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (get, http(200, bytes(10), Content_Length=20)),
+        (get_range, http(206, bytes(2), Content_Length=4)),
+        (listing, http(200, b"<ListBucketResult>", Content_Length=400)),
+    ],
+)
+def test_an_answer_that_was_cut_off_is_transient(call, answer):
+    with scripted(answer) as script, pytest.raises(TransientError):
+        call(S3Objects(connection(script)))
+
+
+BOMB = b'<!DOCTYPE a [<!ENTITY b "%s">%s]><a>&c9;</a>' % (
+    b"x" * 10_000,
+    b"".join(b'<!ENTITY c%d "%s">' % (n, (b"&c%d;" % (n - 1) if n else b"&b;") * 10) for n in range(10)),
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        (get, http(200, b"", Content_Length=WHOLE + 1)),
+        (get_range, http(206, bytes(5))),
+        (get_range, http(200, bytes(4))),
+        (listing, http(200, b"<ListBucketResult>")),
+        (listing, http(200, b"")),
+        (listing, http(200, BOMB)),
+        (listing, http(200, b"", Content_Length=1 << 40)),
+        (delete, http(200, b"\xff")),
+        (delete, http(200, b"<a><Error><Code>AccessDenied</Code><Message>no</Message></Error></a>")),
+        (get, http(403, BOMB)),
+        (get, error(403, "AccessDenied", "long " * 10_000)),
+        (get, http(403, b"<Error><Code>\xc3\x28</Code></Error>")),
+        (head, http(200, Content_Length="many")),
+    ],
+)
+def test_an_answer_that_cannot_be_is_a_short_error(call, answer):
+    with scripted(answer) as script, pytest.raises(BucketError) as caught:
+        call(S3Objects(connection(script)))
+    assert len(str(caught.value)) < 700
+
+
+def test_a_refusal_has_s3s_own_words():
+    answer = error(403, "RequestTimeTooSkewed", "The difference\n is too large.")
+    with scripted(answer) as script, pytest.raises(StoreError) as caught:
+        get(S3Objects(connection(script)))
+    assert str(caught.value) == "RequestTimeTooSkewed(403)- The difference is too large."
+
+
+@pytest.mark.parametrize("key", ["..", "a/../b", "./a", "a/.", "a" * 1025, "\ud800"])
+def test_a_key_that_would_not_arrive_as_it_is_is_refused_before_it_is_sent(key):
+    with scripted(http(200)) as script, pytest.raises(InvalidArgument):
+        S3Objects(connection(script)).put("my-bucket", key, DATA)
+    assert script.requests == []
+
+
+def patient(script, seconds=5.0):
+    return RetryingBuckets(ServiceBuckets(connection(script)), seconds)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """What would be slept, by a clock that does not go on."""
+    slept = []
+    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
+    return slept
+
+
+@pytest.mark.parametrize("upload", [put, post])
+def test_what_may_pass_is_tried_again_after_longer_and_longer_pauses(upload, pauses):
+    faults = [error(503, "SlowDown"), b"\r\n", http(200, ETag=OTHER_ETAG), error(500, "InternalError")]
+    with scripted(*faults, http(200, ETag=ETAG)) as script:
+        upload(patient(script))
+    assert len(script.requests) == 5
+    assert all(shortest / 8 <= pause <= shortest / 4 for pause, shortest in zip(pauses, [1, 2, 4, 8], strict=True))
+
+
+@pytest.mark.parametrize("call", [put, head, get, get_range, listing, delete], ids=lambda call: call.__name__)
+def test_what_does_not_pass_is_tried_once(call, pauses):
+    with scripted(error(403, "AccessDenied")) as script, pytest.raises(AccessDenied):
+        call(patient(script))
+    assert (len(script.requests), pauses) == (1, [])
+
+
+def test_when_the_time_is_up_the_last_error_stands(monkeypatch, pauses):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(retrying.time, "monotonic", lambda: next(clock))  # the fixture's
+    answers = [error(503, "SlowDown", "first"), error(500, "InternalError", "last")]
+    with scripted(*answers) as script, pytest.raises(TransientError, match="last"):
+        get(patient(script, 5))
+    assert len(script.requests) == 2
+
+
+def page(*keys, following=""):
+    more = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{following}</NextContinuationToken>"
+    listed = "".join(f"<Contents><Key>{key}</Key></Contents>" for key in keys)
+    return http(200, f"<ListBucketResult>{more if following else ''}{listed}</ListBucketResult>".encode())
+
+
+def test_a_listing_that_fails_on_a_later_page_gives_every_key_once(pauses):
+    faults = [page("b", "a", following="2"), error(503, "SlowDown")]
+    with scripted(*faults, page("b", "a", following="2"), page("c", "d")) as script:
+        assert [*patient(script).list("my-bucket", "")] == ["b", "a", "c", "d"]
+    assert "continuation-token=2" in script.requests[1]
+
+
+def test_a_bucket_is_created_once_and_its_owner_named_once(pauses):
+    """The answer to its creation is lost."""
+    answers = [
+        http(200, b"<a><Buckets/></a>"),
+        b"\r\n",  # CreateBucket has had its effect
+        http(200, b"<a><Buckets><Bucket><Name>my-bucket</Name></Bucket></Buckets></a>"),
+        error(404, "NoSuchKey"),
+        http(200),  # HEAD: it is there
+        page(),
+        http(200, ETag=ETAG),
+        http(200, b"111111111111\n"),
+    ]
+    with scripted(*answers) as script:
+        patient(script).create("my-bucket", "111111111111")
+    methods = [line.split()[0] for line in script.requests]
+    assert methods == ["GET", "PUT", "GET", "GET", "HEAD", "GET", "PUT", "GET"]
+
+
+def test_a_bucket_that_another_names_first_is_theirs(pauses):
+    answers = [
+        http(200, b"<a><Buckets><Bucket><Name>my-bucket</Name></Bucket></Buckets></a>"),
+        error(404, "NoSuchKey"),
+        http(200),
+        page(),
+        error(412, "PreconditionFailed"),
+        http(200, b"222222222222\n"),
+    ]
+    with scripted(*answers) as script, pytest.raises(BucketAlreadyExists):
+        patient(script).create("my-bucket", "111111111111")
+
+
+def test_bytes_that_trickle_are_waited_for():
+    """What is asked of a line is that it moves; a big object may take longer than the time-out."""
+    answer = http(200, bytes(10))
+    with scripted([answer[start : start + 8] for start in range(0, len(answer), 8)]) as script:
+        script.pause = 0.1
+        assert S3Objects(connection(script)).get("my-bucket", "key") == bytes(10)
+
+
+def test_a_missing_bucket_is_said_by_every_request_but_those_that_need_none():
+    with scripted(error(404, "NoSuchBucket")) as script:
+        objects = S3Objects(connection(script))
+        assert head(objects) is None
+        delete(objects)
+        for call in (put, post, get, get_range, listing):
+            with pytest.raises(NoSuchBucket):
+                call(objects)
