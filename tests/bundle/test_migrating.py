@@ -103,6 +103,14 @@ def signed(xml: bytes) -> bytes:
     return xml + f"<signature>{sign(xml, private_key('user')).hex()}</signature></manifest>".encode()
 
 
+@pytest.mark.parametrize(("said", "kernel"), [(None, "aki-1"), ("eki-2", "eki-2"), ("", None)])
+def test_a_kernel_has_another_name_at_another_service(bundle, said, kernel):
+    image = unsigned(bundle)[bundle.manifest.index(b"<image>") :].decode()
+    readers = Readers(certificate("cloud"), kernel_id=said)
+    manifest = read_manifest(migrated(signed((FULL + image).encode()), readers=readers).manifest)
+    assert (manifest.kernel_id, manifest.ramdisk_id) == (kernel, "ari-1")
+
+
 def test_a_manifest_of_the_first_version_becomes_one_of_the_last(bundle):
     image = unsigned(bundle)[bundle.manifest.index(b"<image>") :]
     xml = b"<manifest><version>3</version>" + image.replace(b"<type>machine</type>", b"")

@@ -23,17 +23,21 @@ from thrave.bundle.writing import signed_manifest
 
 @dataclass(frozen=True)
 class Readers:
-    """Who a bundle is made out to.
+    """Who a bundle is made out to, and what is called otherwise there; None leaves it as it is.
 
     Attributes:
         service: certificate of the service that the image will be registered with.
-        user: of the account; None leaves the slot of the user as it is.
-        account_id: whose bundle it is then, 12 digits; None leaves it whose it was.
+        user: of the account.
+        account_id: whose bundle it is then, 12 digits.
+        kernel_id: the new service's ``aki-…`` in place of the old one's; empty takes it out.
+        ramdisk_id: likewise ``ari-…``.
     """
 
     service: Certificate
     user: Certificate | None = None
     account_id: str | None = None
+    kernel_id: str | None = None
+    ramdisk_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def _made_out(manifest: Manifest, private_key: RSAPrivateKey, readers: Readers) 
     return replace(
         manifest,
         user=manifest.user if readers.account_id is None else checked_account_id(readers.account_id),
+        kernel_id=manifest.kernel_id if readers.kernel_id is None else readers.kernel_id,
+        ramdisk_id=manifest.ramdisk_id if readers.ramdisk_id is None else readers.ramdisk_id,
         ec2_slot=ec2_slot,
         user_slot=ec2_slot if user_slot == KeySlot(b"", b"") else user_slot,
     )

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 @click.option("--signing-key", type=PRIVATE_KEY, required=True, help="RSA private key (PEM) that signs it now.")
 @click.option("--user-certificate", type=CERTIFICATE, help="The account's (PEM), if another than now is to open it.")
 @click.option("--account", metavar="ID", help="Account id, 12 digits, if the bundle is to be another's.")
+@click.option("--kernel-id", metavar="ID", help="The new service's name of the kernel; an empty one takes it out.")
+@click.option("--ramdisk-id", metavar="ID", help="… and of the RAM disk.")
 @click.option(
     "--side-key", type=ED25519_PRIVATE_KEY, help="Ed25519 private key (PEM) for the side file, else a new one."
 )
@@ -51,6 +53,8 @@ def migrate(
     signing_key: RSAPrivateKey,
     user_certificate: Certificate | None,
     account: str | None,
+    kernel_id: str | None,
+    ramdisk_id: str | None,
     side_key: Ed25519PrivateKey | None,
     folder: WritableFolder | None,
     output: str,
@@ -81,7 +85,7 @@ def migrate(
         old_side_file,
         key,
         certificate=certificate,
-        readers=migrating.Readers(service_certificate, user_certificate, account),
+        readers=migrating.Readers(service_certificate, user_certificate, account, kernel_id, ramdisk_id),
         signers=migrating.Signers(signing_key, side_key or Ed25519PrivateKey.generate()),
     )
     _replace(target, migrated, old_side_file if folder is None else None)
