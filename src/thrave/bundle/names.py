@@ -19,7 +19,7 @@ _LONGEST_SUFFIX = max(len(".part.") + 7, len(MANIFEST_SUFFIX), len(SIDE_FILE_SUF
 
 _ACCOUNT_ID = re.compile(r"[0-9]{12}")
 _WORD = re.compile(r"[A-Za-z0-9._-]+")
-_PREFIX = re.compile(r"""[^\x00-\x20\x7f-\U0010ffff/\\&<>"'.][^\x00-\x1f\x7f-\U0010ffff/\\&<>"']*""")
+_PREFIX = re.compile(r"""(?![ .])(?:(?![/\\&<>"'])[ -~])+""")
 
 
 def checked_prefix(prefix: str) -> str:
