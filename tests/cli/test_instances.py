@@ -196,3 +196,22 @@ def test_help_shows_an_example(thrave, command):
     assert status == 0
     assert "Example:\n" in stdout
     assert f"thrave instance {' '.join(command)}".strip() in stdout
+
+
+def test_the_services_settings_say_where_instances_are_described(thrave, thrave_json, account_id, data, disk, tmp_path):
+    (tmp_path / "thrave.toml").write_text(
+        f"data = {json.dumps(str(data))}\ninstances = {json.dumps(str(tmp_path / 'shared'))}\n"
+    )
+    words = (
+        "--account",
+        account_id,
+        "--platform",
+        "windows",
+        "--root-volume",
+        disk,
+        "--config",
+        tmp_path / "thrave.toml",
+    )
+    added = thrave_json("instance", "add", *words)["instanceId"]
+    assert [path.stem for path in (tmp_path / "shared").glob("*.json")] == [added]
+    assert thrave_json("instance", "list", "--data", data)["instances"] == []

@@ -12,6 +12,10 @@ import pytest
 
 from support.disks import make_disk
 from thrave.compute.instance import InstanceState
+from thrave.config import Settings
+from thrave.ground import open_ground
+from thrave.tasks.failures import TaskFailure
+from thrave.tasks.task import BundleRequest
 from thrave.testing import ThraveServer
 
 FAILED, USAGE, NOT_FOUND, REFUSED, TASK_FAILED, TASK_CANCELLED = 1, 2, 3, 4, 20, 21
@@ -216,6 +220,24 @@ def test_no_secret_is_shown(thrave, alice, server, bundled):
     thrave("task", "watch", bundle_id)
     for secret in (key.secret_access_key, storage["UploadPolicySignature"], "ec2-bundle-read"):
         assert not any(secret in text for text in said)
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", "bun-1"], ["watch", "bun-1"]])
+def test_a_strangers_words_do_nothing_to_the_terminal(thrave, tmp_path, monkeypatch, words):
+    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    ground = open_ground(Settings())
+    request = BundleRequest(
+        account_id="1" * 12, owner_id="1" * 12, instance_id="i-1", bucket="b\x1b[2J", prefix="p\x1b[2J",
+        access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
+    )  # fmt: skip
+    with ground.database.begin() as connection:
+        ground.records().add(connection, "bun-1", "localhost", request)
+    ground.records().notice("bun-1", "notice\x1b[2J")
+    ground.records().fail("bun-1", TaskFailure("Client.S3Error", "no\x1b]0;title\x07\nno"))
+    ground.database.dispose()
+    _, stdout, stderr = thrave("task", *words)
+    assert "bun-1" in stdout
+    assert "\x1b" not in stdout + stderr
 
 
 @pytest.mark.parametrize("words", [["show"], ["watch"], ["cancel"]])
