@@ -33,6 +33,7 @@ class Watch:
         self._stall_timeout = stall_timeout
         self._cancel: Callable[[], None] = lambda: None
         self._progress: Callable[[], float] = lambda: 0.0
+        self._percent = -1
         self._moved = time.monotonic()
         self._reason: TaskFailure | None = None
         self._over = threading.Event()
@@ -99,10 +100,15 @@ class Watch:
             task = self._records.get(self._bundle_id)
             if task is None or task.state is BundleTaskState.CANCELLING:
                 return Cancelled()
-            self._records.advance(self._bundle_id, task.state, int(100 * self._progress()))
+            self._carry(task.state, int(100 * self._progress()))
         except SQLAlchemyError as error:  # the database may be back at the next look
             log.warning("a task's record cannot be looked at", bundle_id=self._bundle_id, error=type(error).__name__)
         return None
+
+    def _carry(self, state: BundleTaskState, percent: int) -> None:
+        if percent != self._percent:
+            self._records.advance(self._bundle_id, state, percent)
+            self._percent = percent
 
     def _stalled(self) -> TaskFailure | None:
         if time.monotonic() - self._moved < self._stall_timeout:
