@@ -9,8 +9,10 @@ class Machine:
         for word in ("running", "shut off"):
             (folder / word).write_text(f"{word}\n\n")
         self.state.write_text("running\n")
+        self.deaf = folder / "deaf"
+        press = 'test -e "$1" || exec ln -sfT "$2" "$3"'
         self.commands = {
-            "stop_command": ("ln", "-sfT", str(folder / "shut off"), str(self.state)),
+            "stop_command": ("sh", "-c", press, "press", str(self.deaf), str(folder / "shut off"), str(self.state)),
             "force_stop_command": ("ln", "-sfT", str(folder / "shut off"), str(self.state)),
             "start_command": ("ln", "-sfT", str(folder / "running"), str(self.state)),
             "state_command": ("cat", str(self.state)),
@@ -20,3 +22,7 @@ class Machine:
         """Have it in another state, whatever its commands were to do: `running` or `shut off`."""
         self.state.unlink()
         self.state.write_text(f"{word}\n")
+
+    def deafen(self):
+        """Have its guest ignore the power button."""
+        self.deaf.touch()

@@ -1,0 +1,201 @@
+"""A service that is killed again and again while it bundles an instance, and what must be true whenever it is dead.
+
+The instance is a machine with commands of its own, so that switching it takes processes; what it has been through, and
+what is in the bucket, is looked at from outside: in files, in the database, in /proc.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from support.machine import Machine
+from support.opened import opened_sha256
+from thrave.bundle.names import manifest_filename, side_filename
+from thrave.compute.instance import InstanceState
+from thrave.config import DataDirectory
+from thrave.database import open_engine
+from thrave.tasks.records import Records
+from thrave.tasks.states import FINISHED
+from thrave.testing import ServerError, ThraveServer
+from thrave.vault import Vault
+
+BUCKET, PREFIX = "bucket", "winami"
+UPLOADS_AT_ONCE = 2
+PATIENCE = 60.0  # seconds that anything may take
+ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=30)
+MIB = 1 << 20
+
+
+class Scene:
+    """One instance with a disk of five parts, one task on it, and the service that dies."""
+
+    def __init__(self, folder, *, size=45 * MIB, seed=1, **settings):
+        self.folder = folder
+        settings = {"uploads_at_once": UPLOADS_AT_ONCE, "shutdown_grace": 30, **settings}
+        self.environment = {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()}
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True)
+        self.server = ThraveServer(DataDirectory(folder / "thrave"))
+        self._arm(None)
+        self.account, self.key = self.server.account("alice")
+        disk = folder / "root.raw"
+        disk.write_bytes(random.Random(seed).randbytes(size))
+        self.sha256 = hashlib.sha256(disk.read_bytes()).hexdigest()
+        self.machine = Machine(folder)
+        self.instance_id = self.server.instance(self.account.account_id, disk, **self.machine.commands).instance_id
+        self.bundle_id = None
+        self.deaths = 0
+        self.sent_again = 0
+        self._stored = {}
+
+    def live(self, crash_at=None):
+        """Start the service; with a crash point it may be dead before it answers."""
+        self._arm(crash_at)
+        with suppress(ServerError):
+            self.server.start()
+        return self.is_alive
+
+    @property
+    def is_alive(self):
+        return self.server.process.poll() is None
+
+    def kill(self):
+        """Kill it by SIGKILL, wherever it is."""
+        self.server.stop(signal.SIGKILL)
+        self._look_at_the_dead()
+
+    def die_at(self, crash_at):
+        """Have it live until it kills itself there; ask for the task if there is none yet."""
+        if self.live(crash_at) and self.bundle_id is None:
+            self.ask()
+        self.await_death(crash_at)
+
+    def await_death(self, crash_at):
+        given_up = time.monotonic() + PATIENCE
+        while self.is_alive:
+            assert time.monotonic() < given_up, f"it never came to: {crash_at}"
+            time.sleep(0.02)
+        assert self.server.process.returncode == -signal.SIGKILL
+        self.server.stop()
+        self._look_at_the_dead()
+
+    def ask(self):
+        """Call BundleInstance, whatever becomes of the answer."""
+        storage = self.server.storage(self.key, BUCKET, PREFIX)
+        self._call("bundle_instance", InstanceId=self.instance_id, Storage=storage)
+
+    def cancel(self):
+        """Call CancelBundleTask, whatever becomes of the answer."""
+        self._call("cancel_bundle_task", BundleId=self.bundle_id)
+
+    def cancel_behind_its_back(self):
+        """Cancel the task while nobody works on it."""
+        with self.records() as records:
+            assert records.cancel(self.bundle_id)
+
+    def come_to_an_end(self):
+        """Let it live until the task has ended; give the task."""
+        assert self.live()
+        if self.bundle_id is None:
+            self.ask()
+            self._find_task()
+        given_up = time.monotonic() + PATIENCE
+        while (task := self.task()).state not in FINISHED:
+            assert time.monotonic() < given_up, task
+            assert self.is_alive
+            time.sleep(0.05)
+        return task
+
+    def task(self):
+        with self.records() as records:
+            return records.get(self.bundle_id)
+
+    @contextmanager
+    def records(self):
+        """The records, from outside."""
+        database = open_engine(self.environment.get("THRAVE_DATABASE_URL", self.server.data.database))
+        try:
+            yield Records(database, Vault.open_or_create(self.server.data.vault_key))
+        finally:
+            database.dispose()
+
+    def check_complete(self):
+        """A complete task's bundle opens to the disk, and it has sent nothing twice that it need not."""
+        assert opened_sha256(self.server, BUCKET, PREFIX, self.folder / "opened.raw") == self.sha256
+        (self.folder / "opened.raw").unlink()
+        assert {manifest_filename(PREFIX), side_filename(PREFIX)} < self.objects().keys()
+        assert self.sent_again <= UPLOADS_AT_ONCE * self.deaths
+
+    def check_nothing_is_left(self):
+        """The instance runs as at first; when the service has been stopped, nobody and nothing is left of it."""
+        given_up = time.monotonic() + PATIENCE
+        while self.server.instances.state(self.instance_id) is not InstanceState.RUNNING:
+            assert time.monotonic() < given_up, "the instance does not run again"
+            time.sleep(0.05)
+        self.server.stop()
+        assert holders(self.folder) == []
+        with self.server.instances.hold(self.instance_id):
+            pass
+        data = self.server.data
+        assert [*data.root.rglob(".new-*")] == []
+        assert [*self.temporary.iterdir()] == []
+
+    def objects(self):
+        """The objects in the bucket, each with what tells one upload from another."""
+        folder = self.server.data.buckets / BUCKET
+        return {path.name: _identity(path) for path in folder.glob("*")} if folder.exists() else {}
+
+    def _arm(self, crash_at):
+        self.server.environment = {**self.environment, "TMPDIR": str(self.temporary)}
+        if crash_at is not None:
+            self.server.environment["THRAVE_CRASH_AT"] = crash_at
+
+    def _call(self, name, **parameters):
+        with suppress(BotoCoreError):
+            getattr(self.server.client(self.key, config=ONE_TRY), name)(**parameters)
+
+    def _find_task(self):
+        with self.records() as records:
+            tasks = records.find()
+        assert len(tasks) <= 1
+        self.bundle_id = tasks[0].bundle_id if tasks else None
+
+    def _look_at_the_dead(self):
+        """What is recorded as stored is in the bucket as before, and beyond it no more than was in flight."""
+        self.deaths += 1
+        self._find_task()
+        if self.bundle_id is None:
+            return
+        with self.records() as records:
+            stored = {item.key for item in records.journal(self.bundle_id).objects() if item.size is not None}
+        objects = self.objects()
+        for key, identity in self._stored.items():
+            assert objects.get(key) in {identity, None}, f"{key} was sent again though it was recorded as stored"
+        self._stored = {key: objects[key] for key in stored if key in objects and ".part." in key}
+        in_flight = objects.keys() - stored
+        assert len(in_flight) <= UPLOADS_AT_ONCE, f"more in flight than {UPLOADS_AT_ONCE}: {in_flight}"
+        self.sent_again += len(in_flight)
+
+
+def holders(folder):
+    """The command lines of processes, but this one, that have a file of a folder open or speak of it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            opened = [str(link.readlink()) for link in (process / "fd").iterdir()]
+            if int(process.name) != os.getpid() and any(str(folder) in text for text in [command, *opened]):
+                found.append(command)
+    return found
+
+
+def _identity(path):
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns

@@ -1,0 +1,110 @@
+"""Kill -9 before and after every durable step of a task, and at random moments: each task ends as if nothing had been.
+
+One task is killed at each of its steps in turn, the next time right where it has come to: so that every crash is met by
+what an earlier one has left. `scripts/kill-sweep` does each alone, and two hundred random moments. What must be true at
+each death and in the end stands in tests/support/killing.py.
+"""
+
+import os
+import random
+import time
+
+import pytest
+
+from support.killing import Scene
+from thrave.tasks.crash_points import STEPS
+from thrave.tasks.states import BundleTaskState
+
+SEED = int(os.environ.get("THRAVE_SEED", "20061025"))
+
+TO_COMPLETE = [
+    "record", "power noted", "shutdown sent", "shutdown seen", "volume opened", "sealing begun", "part sealed",
+    "part stored", "part recorded", "sealing ended", "instance started", "side file stored", "manifest stored",
+    "record closed",
+]  # fmt: skip
+AFTER_CANCELLING = ["instance started", "objects removed", "removal recorded", "record closed"]
+
+
+def moments(steps):
+    return [f"{step}, {when}" for step in steps for when in ("before", "after")]
+
+
+@pytest.mark.slow
+def test_a_task_that_is_killed_at_each_step_in_turn_completes(tmp_path, database):
+    scene = Scene(tmp_path, **database)
+    for moment in moments(TO_COMPLETE):
+        scene.die_at(moment)
+    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
+    scene.check_complete()
+    scene.check_nothing_is_left()
+
+
+@pytest.mark.slow
+def test_a_cancelled_task_that_is_killed_at_each_step_of_putting_back_leaves_nothing(tmp_path, database):
+    scene = Scene(tmp_path, **database)
+    scene.die_at("part stored, after, 3")
+    scene.cancel_behind_its_back()
+    for moment in moments(AFTER_CANCELLING):
+        scene.die_at(moment)
+    assert scene.come_to_an_end().error_code == "Client.Cancelled"
+    assert scene.objects() == {}
+    scene.check_nothing_is_left()
+
+
+def test_a_service_killed_while_it_takes_a_cancellation_has_taken_it_or_has_not(tmp_path, database):
+    scene = Scene(tmp_path, **database)
+    scene.machine.deafen()
+    scene.die_at("shutdown sent, after")
+    for moment, state in (("before", "waiting-for-shutdown"), ("after", "cancelling")):
+        assert scene.live(f"cancellation, {moment}")
+        scene.cancel()
+        scene.await_death(moment)
+        assert scene.task().state == state
+    assert scene.come_to_an_end().error_code == "Client.Cancelled"
+    scene.check_nothing_is_left()
+
+
+def test_a_service_killed_while_it_cuts_the_power_cuts_it(tmp_path, database):
+    scene = Scene(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_grace": 0.5})
+    scene.machine.deafen()
+    for moment in moments(["power cut"]):
+        scene.die_at(moment)
+    task = scene.come_to_an_end()
+    assert task.state is BundleTaskState.COMPLETE
+    assert "its power was cut" in task.notice
+    scene.check_complete()
+    scene.check_nothing_is_left()
+
+
+def test_a_service_killed_while_it_forgets_a_task_has_forgotten_it_or_does_so_later(tmp_path, database):
+    scene = Scene(tmp_path, size=1 << 20, **database)
+    scene.come_to_an_end()
+    bundle = scene.objects()
+    scene.server.stop()
+    scene.environment["THRAVE_TASK_RETENTION_DAYS"] = "1e-9"
+    scene.die_at("task purged, before")
+    assert scene.task() is not None
+    scene.die_at("task purged, after")
+    assert scene.task() is None
+    assert scene.objects() == bundle
+    scene.live()
+    scene.check_nothing_is_left()
+
+
+def test_no_step_is_left_out():
+    swept = {*TO_COMPLETE, *AFTER_CANCELLING, "cancellation", "power cut", "task purged"}
+    assert swept == {*STEPS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn_from", [SEED])
+def test_a_task_that_is_killed_at_random_moments_ends(tmp_path, database, drawn_from):
+    scene, moments = Scene(tmp_path, **database), random.Random(drawn_from)
+    for _ in range(4):
+        if scene.live() and scene.bundle_id is None:
+            scene.ask()
+        time.sleep(moments.uniform(0.0, 1.0))
+        scene.kill()
+    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
+    scene.check_complete()
+    scene.check_nothing_is_left()
