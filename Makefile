@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 # Debian packages that some tests start for real. The demo needs none of them.
-TEST_PACKAGES := openssl jq qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools postgresql \
+TEST_PACKAGES := openssl jq qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools postgresql gcc libc6-dev \
 	radosgw ceph-mon ceph-osd ceph-common
 CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)

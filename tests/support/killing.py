@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import sqlalchemy as sa
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
@@ -24,9 +25,9 @@ from support.opened import opened_sha256
 from thrave.bundle.names import manifest_filename, side_filename
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
-from thrave.database import open_engine
+from thrave.database import bundle_task, open_engine, task_in_progress
 from thrave.tasks.records import Records
-from thrave.tasks.states import FINISHED
+from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.testing import ServerError, ThraveServer
 from thrave.vault import Vault
 
@@ -37,6 +38,12 @@ ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_tim
 MIB = 1 << 20
 
 
+# The steps of a task that nobody disturbs, in the order in which it comes to them.
+TO_COMPLETE = [
+    "record", "power noted", "shutdown sent", "shutdown seen", "volume opened", "sealing begun", "part sealed",
+    "part stored", "part recorded", "sealing ended", "instance started", "side file stored", "manifest stored",
+    "record closed",
+]  # fmt: skip
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["thrave.endpoint", "thrave.logs"])
 
@@ -46,19 +53,32 @@ class ForkedServer(ThraveServer):
 
     def start(self):
         mine, its = _FORKED.Pipe(duplex=False)
-        self.process = _FORKED.Process(target=_serve, args=[self.data.root, self.environment, its], daemon=True)
+        self.process = _ForkedProcess(target=_serve, args=[self.data.root, self.environment, its], daemon=True)
         self.process.start()
         its.close()
         try:
             self.url = mine.recv()
         except EOFError:
             self.stop()
-            raise ServerError(f"it ended with status {self.process.exitcode}") from None
+            raise ServerError(f"it ended with status {self.process.returncode}") from None
 
-    def stop(self, signal_number=signal.SIGTERM):
-        if self.process.is_alive():
-            os.kill(self.process.pid, signal_number)
-            self.process.join(PATIENCE)
+
+class _ForkedProcess(_FORKED.Process):
+    """A process of multiprocessing's that can be treated as one of subprocess's."""
+
+    def poll(self):
+        return self.exitcode
+
+    @property
+    def returncode(self):
+        return self.exitcode
+
+    def send_signal(self, number):
+        if self.is_alive():
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout):
+        self.join(timeout)
 
 
 def _serve(data, environment, listening):
@@ -75,13 +95,15 @@ def _serve(data, environment, listening):
 class Scene:
     """One instance with a disk of five parts, one task on it, and the service that dies."""
 
-    def __init__(self, folder, *, size=45 * MIB, seed=1, **settings):
+    def __init__(self, folder, *, data=None, size=45 * MIB, seed=1, server=ForkedServer, environment=(), **settings):
         self.folder = folder
         settings = {"uploads_at_once": UPLOADS_AT_ONCE, "shutdown_grace": 30, **settings}
-        self.environment = {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()}
+        self.environment = {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()} | dict(
+            environment
+        )
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
-        self.server = ForkedServer(DataDirectory(folder / "thrave"))
+        self.server = server(DataDirectory(data or folder / "thrave"))
         self._arm(None)
         self.account, self.key = self.server.account("alice")
         disk = folder / "root.raw"
@@ -103,7 +125,7 @@ class Scene:
 
     @property
     def is_alive(self):
-        return self.server.process.is_alive()
+        return self.server.process is not None and self.server.process.poll() is None
 
     def kill(self):
         """Kill it by SIGKILL, wherever it is."""
@@ -121,16 +143,17 @@ class Scene:
         while self.is_alive:
             assert time.monotonic() < given_up, f"it never came to: {crash_at}"
             time.sleep(0.02)
-        assert self.server.process.exitcode == -signal.SIGKILL
+        self.server.stop()
+        assert self.server.process.returncode == -signal.SIGKILL
         self._look_at_the_dead()
 
     def ask(self):
-        """Call BundleInstance, whatever becomes of the answer."""
+        """Call BundleInstance; the answer may never come."""
         storage = self.server.storage(self.key, BUCKET, PREFIX)
-        self._call("bundle_instance", InstanceId=self.instance_id, Storage=storage)
+        self.bundle_id = self._call("bundle_instance", InstanceId=self.instance_id, Storage=storage)
 
     def cancel(self):
-        """Call CancelBundleTask, whatever becomes of the answer."""
+        """Call CancelBundleTask; the answer may never come."""
         self._call("cancel_bundle_task", BundleId=self.bundle_id)
 
     def cancel_behind_its_back(self):
@@ -140,10 +163,9 @@ class Scene:
 
     def come_to_an_end(self):
         """Let it live until the task has ended; give the task."""
-        assert self.live()
+        assert self.is_alive or self.live()
         if self.bundle_id is None:
             self.ask()
-            self._find_task()
         given_up = time.monotonic() + PATIENCE
         while (task := self.task()).state not in FINISHED:
             assert time.monotonic() < given_up, task
@@ -173,10 +195,7 @@ class Scene:
 
     def check_nothing_is_left(self):
         """The instance runs as at first; when the service has been stopped, nobody and nothing is left of it."""
-        given_up = time.monotonic() + PATIENCE
-        while self.server.instances.state(self.instance_id) is not InstanceState.RUNNING:
-            assert time.monotonic() < given_up, "the instance does not run again"
-            time.sleep(0.05)
+        self.await_power()
         self.server.stop()
         assert holders(self.folder) == []
         with self.server.instances.hold(self.instance_id):
@@ -184,6 +203,13 @@ class Scene:
         data = self.server.data
         assert [*data.root.rglob(".new-*")] == []
         assert [*self.temporary.iterdir()] == []
+
+    def await_power(self):
+        """Wait until the instance runs, as it did at first."""
+        given_up = time.monotonic() + PATIENCE
+        while self.server.instances.state(self.instance_id) is not InstanceState.RUNNING:
+            assert time.monotonic() < given_up, "the instance does not run again"
+            time.sleep(0.05)
 
     def objects(self):
         """The objects in the bucket, each with what tells one upload from another."""
@@ -197,11 +223,12 @@ class Scene:
 
     def _call(self, name, **parameters):
         with suppress(BotoCoreError):
-            getattr(self.server.client(self.key, config=ONE_TRY), name)(**parameters)
+            return getattr(self.server.client(self.key, config=ONE_TRY), name)(**parameters)["BundleTask"]["BundleId"]
+        return None
 
     def _find_task(self):
         with self.records() as records:
-            tasks = records.find()
+            tasks = records.find(sa.or_(bundle_task.c.bundle_id == self.bundle_id, task_in_progress))
         assert len(tasks) <= 1
         self.bundle_id = tasks[0].bundle_id if tasks else None
 
@@ -220,6 +247,38 @@ class Scene:
         in_flight = objects.keys() - stored
         assert len(in_flight) <= UPLOADS_AT_ONCE, f"more in flight than {UPLOADS_AT_ONCE}: {in_flight}"
         self.sent_again += len(in_flight)
+
+
+def moments(*steps):
+    """The crash points of steps, in their order."""
+    return [f"{step}, {when}" for step in steps for when in ("before", "after")]
+
+
+def killed_at(folder, crash_points, **settings):
+    """A task that is killed at each of these moments in turn, in its end and checked."""
+    scene = Scene(folder, **settings)
+    for moment in crash_points:
+        scene.die_at(moment)
+    return _completed(scene)
+
+
+def killed_at_random(folder, draw, times, **settings):
+    """A task that is killed so many times at moments that `draw`, a random.Random, gives; in its end and checked."""
+    scene = Scene(folder, **settings)
+    for _ in range(times):
+        if scene.live() and scene.bundle_id is None:
+            scene.ask()
+        time.sleep(draw.uniform(0.0, 1.0))
+        scene.kill()
+    return _completed(scene)
+
+
+def _completed(scene):
+    task = scene.come_to_an_end()
+    assert task.state is BundleTaskState.COMPLETE, task
+    scene.check_complete()
+    scene.check_nothing_is_left()
+    return scene
 
 
 def holders(folder):

@@ -26,3 +26,7 @@ class Machine:
     def deafen(self):
         """Have its guest ignore the power button."""
         self.deaf.touch()
+
+    def hear(self):
+        """Have it hear the power button again."""
+        self.deaf.unlink()

@@ -7,36 +7,22 @@ each death and in the end stands in tests/support/killing.py.
 
 import os
 import random
-import time
 
 import pytest
+from botocore.exceptions import ClientError
 
-from support.killing import Scene
+from support.killing import MIB, TO_COMPLETE, Scene, killed_at, killed_at_random, moments
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.states import BundleTaskState
 
 SEED = int(os.environ.get("THRAVE_SEED", "20061025"))
 
-TO_COMPLETE = [
-    "record", "power noted", "shutdown sent", "shutdown seen", "volume opened", "sealing begun", "part sealed",
-    "part stored", "part recorded", "sealing ended", "instance started", "side file stored", "manifest stored",
-    "record closed",
-]  # fmt: skip
 AFTER_CANCELLING = ["instance started", "objects removed", "removal recorded", "record closed"]
-
-
-def moments(steps):
-    return [f"{step}, {when}" for step in steps for when in ("before", "after")]
 
 
 @pytest.mark.slow
 def test_a_task_that_is_killed_at_each_step_in_turn_completes(tmp_path, database):
-    scene = Scene(tmp_path, **database)
-    for moment in moments(TO_COMPLETE):
-        scene.die_at(moment)
-    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
-    scene.check_complete()
-    scene.check_nothing_is_left()
+    killed_at(tmp_path, moments(*TO_COMPLETE), **database)
 
 
 @pytest.mark.slow
@@ -44,10 +30,25 @@ def test_a_cancelled_task_that_is_killed_at_each_step_of_putting_back_leaves_not
     scene = Scene(tmp_path, **database)
     scene.die_at("part stored, after, 3")
     scene.cancel_behind_its_back()
-    for moment in moments(AFTER_CANCELLING):
+    for moment in moments(*AFTER_CANCELLING):
         scene.die_at(moment)
     assert scene.come_to_an_end().error_code == "Client.Cancelled"
     assert scene.objects() == {}
+    scene.check_nothing_is_left()
+
+
+def test_a_caller_whose_answer_never_came_hears_of_the_task_when_they_call_again(tmp_path, database):
+    scene = Scene(tmp_path, size=MIB, **database)
+    scene.machine.deafen()
+    scene.die_at("record, after")
+    bundle_id = scene.bundle_id
+    assert scene.live()
+    with pytest.raises(ClientError, match=bundle_id) as refusal:
+        scene.ask()
+    assert refusal.value.response["Error"]["Code"] == "BundlingInProgress"
+    scene.machine.hear()
+    assert scene.come_to_an_end().bundle_id == bundle_id
+    scene.check_complete()
     scene.check_nothing_is_left()
 
 
@@ -67,7 +68,7 @@ def test_a_service_killed_while_it_takes_a_cancellation_has_taken_it_or_has_not(
 def test_a_service_killed_while_it_cuts_the_power_cuts_it(tmp_path, database):
     scene = Scene(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_grace": 0.5})
     scene.machine.deafen()
-    for moment in moments(["power cut"]):
+    for moment in moments("power cut"):
         scene.die_at(moment)
     task = scene.come_to_an_end()
     assert task.state is BundleTaskState.COMPLETE
@@ -77,7 +78,7 @@ def test_a_service_killed_while_it_cuts_the_power_cuts_it(tmp_path, database):
 
 
 def test_a_service_killed_while_it_forgets_a_task_has_forgotten_it_or_does_so_later(tmp_path, database):
-    scene = Scene(tmp_path, size=1 << 20, **database)
+    scene = Scene(tmp_path, size=MIB, **database)
     scene.come_to_an_end()
     bundle = scene.objects()
     scene.server.stop()
@@ -99,12 +100,4 @@ def test_no_step_is_left_out():
 @pytest.mark.slow
 @pytest.mark.parametrize("drawn_from", [SEED])
 def test_a_task_that_is_killed_at_random_moments_ends(tmp_path, database, drawn_from):
-    scene, moments = Scene(tmp_path, **database), random.Random(drawn_from)
-    for _ in range(4):
-        if scene.live() and scene.bundle_id is None:
-            scene.ask()
-        time.sleep(moments.uniform(0.0, 1.0))
-        scene.kill()
-    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
-    scene.check_complete()
-    scene.check_nothing_is_left()
+    killed_at_random(tmp_path, random.Random(drawn_from), 4, **database)
