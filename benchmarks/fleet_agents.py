@@ -26,7 +26,7 @@ from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import Instance, InstanceState
 from thrave.database import host, utc_now
 from thrave.tasks.bundling import Bundling, Host
-from thrave.tasks.engine import APPLICATION_VERSION, POLLING_INTERVAL
+from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL
 from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
 from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Stored, StoredObject
@@ -204,7 +204,7 @@ class SimulatedAgent:
             name=self._queue_name, concurrency=None, worker_concurrency=TASKS_AT_ONCE, rate_limit_max=None,
             rate_limit_period_sec=None, partition_concurrency=None, partition_worker_concurrency=None,
             partition_rate_limit_max=None, partition_rate_limit_period_sec=None,
-            polling_interval_sec=POLLING_INTERVAL, update_existing=True,
+            polling_interval_sec=FLEET_POLLING_INTERVAL, update_existing=True,
         )  # fmt: skip
         self.report()
 
