@@ -9,9 +9,9 @@ TEST_PACKAGES := openssl jq qemu-utils python3-libnbd ntfs-3g fdisk libarchive-t
 	radosgw ceph-mon ceph-osd ceph-common
 CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
-BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk
+BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-fast check bench bench-api clients docs format clean
+.PHONY: demo test test-fast check bench bench-api bench-fleet clients docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/thrave demo
@@ -39,6 +39,10 @@ bench: $(INSTALLED)
 bench-api: $(INSTALLED)
 	@scripts/system-packages $(BENCH_PACKAGES)
 	$(BIN)/python benchmarks/api.py
+
+bench-fleet: $(INSTALLED)
+	@scripts/system-packages $(BENCH_PACKAGES)
+	$(BIN)/python benchmarks/fleet.py
 
 # Runs every client once more and writes down which of them can do what.
 clients: $(INSTALLED) packages
