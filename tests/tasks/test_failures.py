@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import thrave
-from thrave.buckets.errors import AccessDenied, InternalError, NoSuchBucket, TransientError
+from thrave.buckets.errors import AccessDenied, InternalError, NoSuchBucket, StoreError, TransientError
 from thrave.bundle.errors import ImageError
 from thrave.compute.errors import InstanceHeld, InstanceNotFound
 from thrave.tasks.failures import CAUSES, FORESEEN, Cancelled, TaskFailure, failure_from
@@ -27,6 +27,8 @@ SOURCES = sorted(Path(thrave.__file__).parent.rglob("*.py"))
         (NoSuchBucket("It is gone"), "Client.S3Error", "NoSuchBucket(404)- It is gone"),
         (InternalError("No space left on device"), "Server.S3Error", "InternalError(500)- No space left on device"),
         (TransientError("SlowDown", 503, "Slow down"), "Server.S3Error", "SlowDown(503)- Slow down"),
+        (TransientError("BadDigest", 400, "Lost"), "Server.S3Error", "BadDigest(400)- Lost"),
+        (StoreError("RequestTimeTooSkewed", 403, "Late"), "Server.S3Error", "RequestTimeTooSkewed(403)- Late"),
         (InstanceNotFound("i-1"), "Client.InstanceTerminated", "there is no instance 'i-1'"),
         (InstanceHeld("i-1"), "Server.InstanceError", str(InstanceHeld("i-1"))),
         (VolumeError("no"), "Server.VolumeError", "no"),

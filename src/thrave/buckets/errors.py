@@ -41,6 +41,11 @@ class BucketError(Exception):
     def __str__(self) -> str:
         return f"{self.code}({self.status})- {self.message}"
 
+    @property
+    def is_the_stores(self) -> bool:
+        """Whether the store has failed, or the way to it, so that no caller can mend it but the operator."""
+        return self.status >= _STORES_OWN or self.code in _OF_CLOCKS
+
 
 class NoSuchBucket(BucketError):  # noqa: N818 (S3's code, as are all below)
     """The bucket does not exist."""
@@ -153,7 +158,14 @@ class StoreError(BucketError):
 class TransientError(StoreError):
     """A failure that may be gone in a while: the same call may be made again."""
 
+    @property
+    def is_the_stores(self) -> bool:
+        """It is, whatever its status: 400 stands for a body that came too slowly, or not whole."""
+        return True
 
+
+_STORES_OWN = 500  # HTTP statuses from here on are the store's own failures, no refusals
+_OF_CLOCKS = frozenset({"RequestTimeTooSkewed"})  # the service's clock, or the store's
 _TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 # Of status 400 and 409: bytes that were slow to come or damaged on the way, and two that create a bucket at once.
 _TRANSIENT_CODES = frozenset({"RequestTimeout", "BadDigest", "IncompleteBody", "OperationAborted"})

@@ -141,7 +141,9 @@ class ServiceBuckets(_S3Buckets):
             return self.get(bucket, OWNER_KEY).decode("ascii", "replace").strip() or NOBODY
         except (NoSuchBucket, InvalidBucketName):
             return None
-        except BucketError:
+        except BucketError as error:
+            if error.is_the_stores:  # whose it is, it will say when it is mended
+                raise
             return NOBODY if self._exists(bucket) else None
 
     def create(self, bucket: str, owner: str) -> None:

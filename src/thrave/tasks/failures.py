@@ -38,8 +38,9 @@ CAUSES: dict[str, Cause] = {
         "Mend the upload policy or the bucket's permissions, and bundle again.",
     ),
     "Server.S3Error": Cause(
-        "The object store failed (status 5xx) or did not answer, again and again. The message is as above.",
-        "Mend the store, or the disk that it is on, and bundle again.",
+        "The object store failed (status 5xx), did not answer, or lost what it was sent, again and again; or its clock "
+        "and the host's differ. The message is as above.",
+        "Mend the store, the disk that it is on, or the clock, and bundle again.",
     ),
     "Client.InstanceTerminated": Cause(
         "The instance was terminated, or its description removed, while it was being bundled.",
@@ -106,14 +107,13 @@ FORESEEN: tuple[tuple[type[Exception], str], ...] = (
     (ImageError, "Server.VolumeError"),
     (BucketError, "Client.S3Error"),
 )
-_STORES_OWN = 500  # HTTP statuses from here on are the store's own failures, no refusals
 
 
 def failure_from(error: Exception) -> TaskFailure:
     """The reason to give for an error that ended a step; what nobody foresaw is logged in full and told in general."""
     if isinstance(error, TaskFailure):
         return error
-    if isinstance(error, BucketError) and error.status >= _STORES_OWN:
+    if isinstance(error, BucketError) and error.is_the_stores:
         return TaskFailure("Server.S3Error", str(error))
     for kind, code in FORESEEN:
         if isinstance(error, kind):

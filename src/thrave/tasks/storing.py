@@ -161,7 +161,7 @@ class BundleStore:
     def _check(self, item: StoredObject) -> None:
         head = self._buckets.head(self._bucket, item.key)
         if head is None:
-            raise TaskFailure("Client.S3Error", f"The bucket has lost the part '{item.key}' that it had taken.")
+            raise TaskFailure("Server.S3Error", f"The bucket has lost the part '{item.key}' that it had taken.")
         if head.size != item.size or (item.etag and head.etag and head.etag != item.etag):
             raise TaskFailure("Client.S3Error", f"The bucket has something else now as the part '{item.key}'.")
 

@@ -9,7 +9,7 @@ Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstanc
 
 from dataclasses import dataclass, field, replace
 
-from thrave.buckets.errors import BucketAlreadyExists, BucketError, SignatureDoesNotMatch, TransientError
+from thrave.buckets.errors import BucketAlreadyExists, BucketError, SignatureDoesNotMatch
 from thrave.buckets.naming import check_bucket_name, split_prefix
 from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.ec2.door import Caller, Door
@@ -102,16 +102,16 @@ def claim_bucket(door: Door, storage: Storage, owner_id: str) -> None:
 
     Raises:
         EC2Error: InaccessibleStorageLocation: it belongs to somebody else. InvalidParameterValue: the store refuses
-            the key, or to create a bucket with it. Unavailable: the store does not answer.
+            the key, or to create a bucket with it. Unavailable: the store fails, or does not answer.
     """
     try:
         door.buckets.on_behalf_of(storage.access_key_id).create(storage.bucket, owner_id)
     except BucketAlreadyExists:
         where = {"bucket": storage.bucket, "access_key_id": storage.access_key_id}
         raise EC2Error("InaccessibleStorageLocation", **where) from None
-    except TransientError as error:
-        raise EC2Error("Unavailable", said=error) from None
     except BucketError as error:
+        if error.is_the_stores:
+            raise EC2Error("Unavailable", said=error) from None
         raise EC2Error("InvalidParameterValue", _refusal(storage, error)) from None
 
 
