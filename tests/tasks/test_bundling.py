@@ -83,7 +83,7 @@ def test_the_instance_is_off_while_it_is_bundled_and_cannot_be_started(thrave_se
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "bundling")
+    wait_for(lambda: bucket_files(thrave_server))
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED
     with pytest.raises(Exception, match="held"):
         thrave_server.instances.start(instance.instance_id)
