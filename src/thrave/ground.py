@@ -7,6 +7,7 @@ a copy of the vault's key and of the service's identity in its own data director
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -20,11 +21,13 @@ from thrave.database import migrate, open_engine, vault_proof
 from thrave.identity.accounts import Accounts
 from thrave.identity.service import ServiceIdentity
 from thrave.tasks.crash_points import crash_at
-from thrave.tasks.engine import Queues
 from thrave.tasks.fence import Fence
-from thrave.tasks.hosts import Hosts
 from thrave.tasks.records import Records
 from thrave.vault import SealError, Vault, VaultKeyError
+
+if TYPE_CHECKING:  # the engine takes longer to import than most commands take to run
+    from thrave.tasks.engine import Queues
+    from thrave.tasks.hosts import Hosts
 
 _PROOF = b"thrave"
 
@@ -43,8 +46,10 @@ class Ground:
         return Accounts(self.database, self.vault)
 
     @cached_property
-    def queues(self) -> Queues:
+    def queues(self) -> "Queues":
         """Where tasks are handed to hosts."""
+        from thrave.tasks.engine import Queues  # noqa: PLC0415 (see above)
+
         return Queues(self.settings.database)
 
     @cached_property
@@ -63,8 +68,10 @@ class Ground:
         return ServiceIdentity.open_or_create(self.settings.directory.service)
 
     @cached_property
-    def hosts(self) -> Hosts:
+    def hosts(self) -> "Hosts":
         """The fleet."""
+        from thrave.tasks.hosts import Hosts  # noqa: PLC0415 (see above)
+
         lost_after = timedelta(seconds=self.settings.host_lost_after)
         return Hosts(self.database, self.records(), self.queues, lost_after=lost_after)
 

@@ -214,7 +214,8 @@ def _walk(bucket: Path, prefix: str) -> Iterator[str]:
 
 def _children(bucket: Path, folder: str, prefix: str) -> Iterator[str]:
     try:
-        entries = [entry for entry in os.scandir(bucket / folder) if _is_utf8(entry.name)]
+        with os.scandir(bucket / folder) as found:
+            entries = [entry for entry in found if _is_utf8(entry.name)]
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:

@@ -44,7 +44,7 @@ class _Look(NamedTuple):
 
     def is_lost(self, host: FleetHost) -> bool:
         """Whether it should give signs of life, and gives none."""
-        return host.state in {"active", "draining"} and self.silence(host) >= self.lost_after
+        return host.is_lost(self.now, self.lost_after)
 
 
 @click.group()

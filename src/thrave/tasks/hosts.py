@@ -79,6 +79,10 @@ class FleetHost(NamedTuple):
     working: int
     """Tasks that it has begun."""
 
+    def is_lost(self, now: datetime, lost_after: timedelta) -> bool:
+        """Whether it should give signs of life, and has given none for `lost_after`."""
+        return self.state in _WITH_AN_AGENT and now - self.heartbeat_time >= lost_after
+
 
 class Hosts:
     """The hosts in the database."""
