@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,9 @@ from botocore.exceptions import BotoCoreError
 from support.machine import Machine
 from support.opened import opened_sha256
 from thrave.bundle.names import manifest_filename, side_filename
-from thrave.compute.instance import InstanceState
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import new_instance_id
+from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import DataDirectory
 from thrave.database import bundle_task, open_engine, task_in_progress
 from thrave.tasks.records import Records
@@ -95,22 +98,23 @@ def _serve(data, environment, listening):
 class Scene:
     """One instance with a disk of five parts, one task on it, and the service that dies."""
 
-    def __init__(self, folder, *, data=None, size=45 * MIB, seed=1, server=ForkedServer, environment=(), **settings):
+    def __init__(
+        self, folder, *, size=45 * MIB, image_format="raw", data=None, server=ForkedServer, environment=(), **settings
+    ):
         self.folder = folder
         settings = {"uploads_at_once": UPLOADS_AT_ONCE, "shutdown_grace": 30, **settings}
-        self.environment = {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()} | dict(
-            environment
-        )
+        self.environment = {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()}
+        self.environment.update(environment)
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
         self.server = server(DataDirectory(data or folder / "thrave"))
         self._arm(None)
         self.account, self.key = self.server.account("alice")
         disk = folder / "root.raw"
-        disk.write_bytes(random.Random(seed).randbytes(size))
+        disk.write_bytes(random.Random(1).randbytes(size))
         self.sha256 = hashlib.sha256(disk.read_bytes()).hexdigest()
         self.machine = Machine(folder)
-        self.instance_id = self.server.instance(self.account.account_id, disk, **self.machine.commands).instance_id
+        self.instance_id = self._instance(disk, image_format)
         self.bundle_id = None
         self.deaths = 0
         self.sent_again = 0
@@ -197,7 +201,7 @@ class Scene:
         """The instance runs as at first; when the service has been stopped, nobody and nothing is left of it."""
         self.await_power()
         self.server.stop()
-        assert holders(self.folder) == []
+        self.await_nobody()
         with self.server.instances.hold(self.instance_id):
             pass
         data = self.server.data
@@ -211,10 +215,31 @@ class Scene:
             assert time.monotonic() < given_up, "the instance does not run again"
             time.sleep(0.05)
 
+    def await_nobody(self):
+        """Wait until no process has to do with any of this."""
+        given_up = time.monotonic() + 5.0
+        while left := holders(self.folder):
+            assert time.monotonic() < given_up, left
+            time.sleep(0.05)
+
     def objects(self):
         """The objects in the bucket, each with what tells one upload from another."""
         folder = self.server.data.buckets / BUCKET
         return {path.name: _identity(path) for path in folder.glob("*")} if folder.exists() else {}
+
+    def _instance(self, disk, image_format):
+        if image_format != "raw":
+            raw, disk = disk, disk.with_suffix(f".{image_format}")
+            subprocess.run(["qemu-img", "convert", "-O", image_format, raw, disk], check=True)
+        description = Description(
+            instance_id=new_instance_id(),
+            account_id=self.account.account_id,
+            platform="windows",
+            root_volume=VolumeFile(path=disk, format=image_format),
+            **self.machine.commands,
+        )
+        self.server.instances.add(description)
+        return description.instance_id
 
     def _arm(self, crash_at):
         self.server.environment = {**self.environment, "TMPDIR": str(self.temporary)}

@@ -59,3 +59,18 @@ def test_a_task_completes_while_the_clock_jumps(tmp_path, clock):
     assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
     scene.check_nothing_is_left()
+
+
+def test_what_is_stored_is_removed_although_the_upload_policy_expires_meanwhile(tmp_path, clock):
+    environment, jump = clock
+    scene = Scene(tmp_path, server=ThraveServer, environment=environment)
+    scene.die_at("part stored, after, 2")
+    assert scene.objects()
+    jump(48)
+    task = scene.come_to_an_end()
+    assert (task.error_code, task.error_message) == (
+        "Client.S3Error",
+        "AccessDenied(403)- Invalid according to Policy: Policy expired.",
+    )
+    assert scene.objects() == {}
+    scene.check_nothing_is_left()

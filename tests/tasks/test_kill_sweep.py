@@ -11,6 +11,7 @@ import random
 import pytest
 from botocore.exceptions import ClientError
 
+from support.components import require
 from support.killing import MIB, TO_COMPLETE, Scene, killed_at, killed_at_random, moments
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.states import BundleTaskState
@@ -48,6 +49,17 @@ def test_a_caller_whose_answer_never_came_hears_of_the_task_when_they_call_again
     assert refusal.value.response["Error"]["Code"] == "BundlingInProgress"
     scene.machine.hear()
     assert scene.come_to_an_end().bundle_id == bundle_id
+    scene.check_complete()
+    scene.check_nothing_is_left()
+
+
+def test_nobody_reads_the_disk_any_more_when_the_service_has_been_killed(tmp_path):
+    require("qemu-nbd", package="qemu-utils")
+    scene = Scene(tmp_path, image_format="qcow2")
+    for moment in ("volume opened, after", "part stored, after, 2"):
+        scene.die_at(moment)
+        scene.await_nobody()
+    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
     scene.check_nothing_is_left()
 
