@@ -250,7 +250,7 @@ def test_a_part_that_somebody_else_overwrote_is_noticed(disk, buckets, bench):
     sealed = bench.seal(RawVolume(disk))
     buckets.put(BUCKET, sealed.parts[4].filename, b"somebody was here")
     with (
-        pytest.raises(TaskFailure, match=rf"something else now as the part '{PREFIX}{part(4)}'"),
+        pytest.raises(TaskFailure, match=rf"something else now as '{PREFIX}{part(4)}'"),
         bench.watch() as watch,
     ):
         bench.store().check(watch)
@@ -283,7 +283,7 @@ def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag
         bench.store().check(watch)
     buckets.put(BUCKET, sealed.parts[4].filename, bytes(PART_SIZE))
     with (
-        pytest.raises(TaskFailure, match=rf"something else now as the part '{PREFIX}{part(4)}'"),
+        pytest.raises(TaskFailure, match=rf"something else now as '{PREFIX}{part(4)}'"),
         bench.watch() as watch,
     ):
         bench.store().check(watch)

@@ -107,12 +107,17 @@ class BundleStore:
                 raise
 
     def put(self, filename: str, data: bytes, watch: Watch) -> None:
-        """Send one file of the bundle, whole. Raises BucketError if the policy or the bucket refuses it."""
+        """Send one file of the bundle, whole, and look that it is there: nobody else will, of the last one.
+
+        Raises:
+            BucketError: The policy or the bucket refuses it.
+            TaskFailure: The bucket has not got what it took.
+        """
         key = self._folder + filename
         self._journal.sending(key)
         with Calls[StoredObject]() as calls:
             watch.over(calls.stop)
-            calls.begin(partial(self._upload, calls, key, memoryview(data)))
+            calls.begin(partial(self._upload_surely, calls, key, memoryview(data)))
             self._journal.stored(Stored(calls.results()))
 
     def check(self, watch: Watch) -> None:
@@ -145,6 +150,11 @@ class BundleStore:
                     self._take_back(key)
         return StoredObject(key, data.nbytes, etag)
 
+    def _upload_surely(self, calls: Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
+        stored = self._upload(calls, key, data)
+        self._check(stored)
+        return stored
+
     def _take_back(self, key: str) -> None:
         """Remove what an upload has stored that was left behind: its task has ended, or has begun again."""
         log.warning("an upload came back late", bundle_id=self._journal.bundle_id, key=key)
@@ -161,9 +171,9 @@ class BundleStore:
     def _check(self, item: StoredObject) -> None:
         head = self._buckets.head(self._bucket, item.key)
         if head is None:
-            raise TaskFailure("Server.S3Error", f"The bucket has lost the part '{item.key}' that it had taken.")
+            raise TaskFailure("Server.S3Error", f"The bucket has lost '{item.key}', which it had taken.")
         if head.size != item.size or (item.etag and head.etag and head.etag != item.etag):
-            raise TaskFailure("Client.S3Error", f"The bucket has something else now as the part '{item.key}'.")
+            raise TaskFailure("Client.S3Error", f"The bucket has something else now as '{item.key}'.")
 
     @contextmanager
     def _telling(self, watch: Watch) -> Iterator[None]:
