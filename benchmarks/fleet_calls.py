@@ -13,7 +13,6 @@ from thrave.database import bundle_task, utc_now
 from thrave.tasks.overview import Overview, Wanted
 from thrave.tasks.requests import BundleTasks
 from thrave.tasks.retention import AT_ONCE
-from thrave.tasks.states import BundleTaskState
 
 Call = Callable[[], object]
 
@@ -34,7 +33,6 @@ class Calls:
         agents = self._agents(number)
         yield "Describe one", [self._describe(doors[0], *task) for task in self._tasks(number)]
         yield f"Describe all {self.rooms.stage.scale.quiet}", [lambda: doors[1].describe(self.quiet)] * number
-        yield "watch's look", [self._watch(bundle_id) for _, bundle_id in self._tasks(number)]
         yield "heartbeat", [agent.heartbeat for agent in agents]
         yield "report", [agent.report for agent in agents]
         yield "caretaker's look", [agent.look_after for agent in agents]
@@ -59,11 +57,6 @@ class Calls:
 
     def _describe(self, door: BundleTasks, account_id: str, bundle_id: str) -> Call:
         return lambda: door.describe(account_id, [bundle_id])
-
-    def _watch(self, bundle_id: str) -> Call:
-        """What `watch.py` does four times a second; here of a task that has ended, which nothing changes."""
-        records = self.rooms.ground.records()
-        return lambda: (records.get(bundle_id), records.advance(bundle_id, BundleTaskState.BUNDLING, 50))
 
     def _tasks(self, number: int) -> list[tuple[str, str]]:
         some = sa.select(bundle_task.c.account_id, bundle_task.c.bundle_id).order_by(sa.func.random()).limit(number)
