@@ -27,6 +27,9 @@ class MemoryImage:
     def extents(self):
         return self._extents
 
+    def will_read(self, offset, length):
+        pass
+
     def read_into(self, offset, buffer):
         buffer[:] = self.content[offset : offset + len(buffer)]
 

@@ -60,6 +60,9 @@ class Damage:
     def extents(self) -> list[Extent]:
         return [Extent(0, self.size)] if self.disk else []
 
+    def will_read(self, offset: int, length: int) -> None:
+        pass
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         assert offset + len(buffer) <= self.size
         buffer[:] = memoryview(self.disk)[offset : offset + len(buffer)]

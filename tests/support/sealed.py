@@ -52,6 +52,9 @@ class MemoryImage:
     def extents(self) -> Sequence[Span]:
         return [(0, self.size)] if self.spans is None else self.spans
 
+    def will_read(self, offset: int, length: int) -> None:
+        pass
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self.on_read(offset)
         buffer[:] = self.data[offset : offset + len(buffer)]
@@ -66,6 +69,9 @@ class PatternImage:
 
     def extents(self) -> Sequence[Span]:
         return self.spans
+
+    def will_read(self, offset: int, length: int) -> None:
+        pass
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = b"\x5a" * len(buffer)

@@ -296,6 +296,9 @@ class Letters:
     def extents(self):
         return self._extents
 
+    def will_read(self, offset, length):
+        pass
+
     def read_into(self, offset, buffer):
         buffer[:] = bytes(1 + at % 250 for at in range(offset, offset + len(buffer)))
 

@@ -29,6 +29,10 @@ class Image(Protocol):
         """Return (offset, length) of the data in bytes: ascending, not overlapping, within the size."""
         ...
 
+    def will_read(self, offset: int, length: int) -> None:
+        """Hear what is read soon, to have it ready by then; never waits, never raises."""
+        ...
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer from the offset on, or raise."""
         ...

@@ -6,6 +6,7 @@ The only place where sealing touches the volume. What is a hole costs nothing; n
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from thrave.bundle.foresight import ForesightedReader
 from thrave.bundle.image import Image
 from thrave.bundle.tar import Member
 
@@ -42,8 +43,9 @@ def tar_stream(
 def _runs(image: Image, member: Member) -> Iterator[tuple[_Fill, int]]:
     for block in member.header():
         yield partial(_copy, block), len(block)
+    reader = ForesightedReader(image, member.extents)
     for offset, length in member.extents:
-        yield partial(_read, image, offset), length
+        yield partial(_read, reader, offset), length
     yield _zero, member.padding
 
 
@@ -51,8 +53,8 @@ def _copy(block: bytes, start: int, buffer: memoryview) -> None:
     buffer[:] = block[start : start + len(buffer)]
 
 
-def _read(image: Image, offset: int, start: int, buffer: memoryview) -> None:
-    image.read_into(offset + start, buffer)
+def _read(reader: ForesightedReader, offset: int, start: int, buffer: memoryview) -> None:
+    reader.read_into(offset + start, buffer)
 
 
 def _zero(_: int, buffer: memoryview) -> None:

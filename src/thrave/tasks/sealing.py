@@ -80,6 +80,9 @@ class _WatchedVolume:
     def extents(self) -> Sequence[Extent]:
         return self._volume.extents()
 
+    def will_read(self, offset: int, length: int) -> None:
+        self._volume.will_read(offset, length)
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._volume.read_into(offset, buffer)
         self._moved()

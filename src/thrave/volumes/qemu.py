@@ -53,6 +53,9 @@ class QemuVolume:
         except self._binding.Error as error:
             raise VolumeUnreadableError(self._path, f"no extents: {error}") from error
 
+    def will_read(self, offset: int, length: int) -> None:
+        """Do nothing: one connection answers one question after the other."""
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` by reads of at most 16 MiB."""
         for start in range(0, len(buffer), _MOST_READ):

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from thrave.volumes.errors import VolumeUnreadableError
@@ -25,6 +26,8 @@ class RawVolume:
         self._path = path
         self._fd, mode = _open(path)
         self._is_file = stat.S_ISREG(mode)
+        # The kernel's read-ahead would read holes, too, and fill memory with them: readers say what they will read.
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         self._size = os.fstat(self._fd).st_size if self._is_file else os.lseek(self._fd, 0, os.SEEK_END)
 
     @property
@@ -40,6 +43,11 @@ class RawVolume:
             return joined(list(self._runs()))
         except OSError as error:
             raise VolumeUnreadableError(self._path, _reason(error)) from error
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read."""
+        with suppress(OSError):  # a file system that cannot
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer`; a file that has become shorter meanwhile is an error, not zeros."""

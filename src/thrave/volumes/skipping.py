@@ -39,6 +39,10 @@ class UsedVolume:
         """Its extents, cut where something is unused."""
         return joined(list(_without(self._inside.extents(), self._unused)))
 
+    def will_read(self, offset: int, length: int) -> None:
+        """Tell the volume inside."""
+        self._inside.will_read(offset, length)
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Read the volume inside, then wipe what is unused: nothing of it ever leaves."""
         self._inside.read_into(offset, buffer)

@@ -37,6 +37,12 @@ class Volume(Protocol):
             VolumeError: The metadata cannot be read.
         """
 
+    def will_read(self, offset: int, length: int) -> None:
+        """Hear that these bytes will be read soon, so as to have them ready by then.
+
+        It never waits and never raises; a driver that cannot do anything about it does nothing.
+        """
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer with what stands from `offset` (bytes) on; holes are zeros.
 
