@@ -49,7 +49,7 @@ class DataDirectory:
 class Settings(BaseSettings):
     """What an operator may set. Times are in seconds unless the name says otherwise."""
 
-    model_config = SettingsConfigDict(env_prefix="THRAVE_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="THRAVE_", extra="forbid", frozen=True, hide_input_in_errors=True)
 
     data: Path = Field(Path("thrave-data"), description="Where the service keeps its database, keys and buckets.")
     database_url: SecretStr | None = Field(
