@@ -25,6 +25,7 @@ from thrave.buckets.errors import (
     NoSuchBucket,
     NoSuchKey,
     StoreError,
+    TransientError,
 )
 from thrave.buckets.listings import read_buckets, write_location
 from thrave.buckets.naming import check_bucket_name
@@ -121,6 +122,8 @@ class OwnersBuckets(_S3Buckets):
         if self._holder is None or self._holder.account_id != owner:
             raise AccessDenied("A bucket is created with the access key of its owner, and the service acts for another")
         self._create(bucket)
+        if not self._exists(bucket):
+            raise TransientError("NoSuchBucket", 404, "The store has not created the bucket though it said so")
 
     def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets."""

@@ -5,7 +5,7 @@ else. It never touches an object that this task did not write, but for the manif
 place, and never a bucket. Nobody waits within the store: what hangs there is left behind (`calls.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -207,10 +207,17 @@ def remove_objects(buckets: Buckets, bucket: str, journal: Journal, *, stall_tim
     keys = journal.left_over()
     with durable("objects removed"), Calls[None]() as calls:
         for start in range(0, len(keys), _KEYS_AT_ONCE):
-            calls.begin(partial(buckets.delete, bucket, keys[start : start + _KEYS_AT_ONCE]))
+            calls.begin(partial(_delete, buckets, bucket, keys[start : start + _KEYS_AT_ONCE]))
             _await(calls, stall_timeout)
     with durable("removal recorded"):
         journal.forget(but=_PLACES.taken(bucket))
+
+
+def _delete(buckets: Buckets, bucket: str, keys: Sequence[str]) -> None:
+    """Delete objects of one request; a look at the last of them tells whether the store has done what it said."""
+    buckets.delete(bucket, keys)
+    if buckets.head(bucket, keys[-1]) is not None:
+        raise TransientError("InternalError", 500, "The store has kept what it said it had deleted")
 
 
 def _await(calls: Calls[None], stall_timeout: float) -> None:
