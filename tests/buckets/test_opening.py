@@ -1,0 +1,91 @@
+"""The settings choose the store, and where the service's own key comes from."""
+
+import pytest
+from pydantic import ValidationError
+
+from thrave.buckets.connection import Credentials
+from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.errors import InvalidArgument
+from thrave.buckets.opening import open_buckets, read_credentials, store_connection
+from thrave.buckets.s3 import OwnersBuckets, ServiceBuckets
+from thrave.config import Settings, load_settings
+
+SECRET = "secret%of/the+service"
+IN_ENVIRONMENT = {"s3_access_key_id": "AKIASERVICE", "s3_secret_access_key": SECRET}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of credentials, as the AWS CLI writes it."""
+    path = tmp_path / "credentials"
+    path.touch(mode=0o600)
+    path.write_text(
+        f"[other]\naws_access_key_id = AKIAOTHER\n[default]\naws_access_key_id = AKIASERVICE\n"
+        f"aws_secret_access_key = {SECRET}\naws_session_token = session-of-a-day\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "driver"),
+    [
+        ({}, DirectoryBuckets),
+        ({"store": "s3"}, OwnersBuckets),
+        ({"store": "s3", "upload": "policy", **IN_ENVIRONMENT}, OwnersBuckets),
+        ({"store": "s3", "upload": "service", **IN_ENVIRONMENT}, ServiceBuckets),
+    ],
+)
+def test_the_settings_choose_the_driver(tmp_path, settings, driver):
+    assert type(open_buckets(Settings(data=tmp_path, **settings), lambda _: None)) is driver
+
+
+def test_the_key_comes_from_a_file_for_its_owners_eyes(file):
+    key = store_connection(Settings(store="s3", s3_credentials=file)).credentials
+    assert key == Credentials(access_key_id="AKIASERVICE", secret_access_key=SECRET, session_token="session-of-a-day")
+    file.chmod(0o640)
+    with pytest.raises(InvalidArgument, match="chmod 600"):
+        read_credentials(file)
+
+
+@pytest.mark.parametrize("content", ["", "aws_access_key_id", "[default]\n", f"[default]\n{SECRET}", "\xff"])
+def test_a_file_that_holds_no_key_is_refused_without_its_content(file, content):
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(InvalidArgument, match="no file of credentials") as caught:
+        read_credentials(file)
+    assert SECRET not in str(caught.value)
+
+
+def test_the_key_comes_from_the_environment(monkeypatch):
+    for name, value in {**IN_ENVIRONMENT, "s3_session_token": "session-of-a-day"}.items():
+        monkeypatch.setenv(f"THRAVE_{name.upper()}", value)
+    key = store_connection(load_settings(None, store="s3")).credentials
+    assert key == Credentials(access_key_id="AKIASERVICE", secret_access_key=SECRET, session_token="session-of-a-day")
+
+
+def test_awss_own_endpoint_is_that_of_the_region():
+    connection = store_connection(Settings(store="s3", s3_region="eu-west-1"))
+    assert connection.endpoint == "https://s3.eu-west-1.amazonaws.com"
+    assert connection.credentials is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"upload": "service"}, "s3_credentials"),
+        ({"s3_access_key_id": "AKIASERVICE"}, "belong together"),
+        ({"s3_secret_access_key": SECRET}, "belong together"),
+        ({"s3_endpoint": "s3.example.com"}, "s3_endpoint"),
+        ({"s3_endpoint": "https://s3.example.com/path"}, "s3_endpoint"),
+        ({"s3_addressing": "host"}, "s3_addressing"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_without_a_secret(settings, said):
+    with pytest.raises(ValidationError, match=said) as caught:
+        Settings(store="s3", **settings)
+    assert SECRET not in str(caught.value)
+
+
+def test_no_repr_shows_a_secret(file):
+    settings = Settings(store="s3", s3_credentials=file, s3_proxy="http://user:password@proxy", **IN_ENVIRONMENT)
+    shown = f"{settings!r} {store_connection(settings)!r}"
+    assert not any(secret in shown for secret in (SECRET, "password", "session-of-a-day"))
