@@ -170,8 +170,12 @@ class Scene:
         assert self.is_alive or self.live()
         if self.bundle_id is None:
             self.ask()
+        return self.await_state(*FINISHED)
+
+    def await_state(self, *states):
+        """Wait until the task is in one of these states; give the task."""
         given_up = time.monotonic() + PATIENCE
-        while (task := self.task()).state not in FINISHED:
+        while (task := self.task()).state not in states:
             assert time.monotonic() < given_up, task
             assert self.is_alive
             time.sleep(0.05)

@@ -2,6 +2,8 @@
 
 import shutil
 import subprocess
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -41,6 +43,27 @@ def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(smal
         assert before is None or free > before - MIB
         scene.bundle_id = None
     resize(128 * MIB)
+    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
+    scene.check_complete()
+    scene.check_nothing_is_left()
+
+
+def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_disk, tmp_path):
+    folder, resize = small_disk
+    scene = Scene(tmp_path, data=folder / "thrave")
+    resize(128 * MIB)
+    scene.machine.deafen()
+    assert scene.live()
+    scene.ask()
+    scene.await_state("waiting-for-shutdown")
+    with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(bytes(MIB)):
+            pass
+    scene.machine.hear()
+    time.sleep(3)
+    assert scene.is_alive
+    assert scene.task().state == "waiting-for-shutdown"
+    (folder / "filler").unlink()
     assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
     scene.check_nothing_is_left()
