@@ -96,6 +96,7 @@ bundle_task = sa.Table(
     sa.Column("volume_size", sa.BigInteger),  # bytes of the root volume; null until it has been opened
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),  # how often a host took it up
     sa.Index("bundle_task_by_account", "account_id", "start_time"),
+    sa.Index("bundle_task_by_start_time", "start_time", "bundle_id"),
     sa.Index("bundle_task_by_update_time", "update_time"),
 )  # fmt: skip
 
@@ -114,6 +115,12 @@ sa.Index(
     "bundle_task_in_progress_on_host", bundle_task.c.host,
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
 )  # fmt: skip
+sa.Index(  # asked before each new task
+    "bundle_task_in_progress_of_account", bundle_task.c.account_id,
+    sqlite_where=task_in_progress, postgresql_where=task_in_progress,
+)  # fmt: skip
+_failed = bundle_task.c.state == sa.literal_column("'failed'")
+sa.Index("bundle_task_failed", bundle_task.c.update_time, sqlite_where=_failed, postgresql_where=_failed)
 _looked_after = bundle_task.c.look_after_until.is_not(None)
 sa.Index(
     "bundle_task_looked_after", bundle_task.c.host, bundle_task.c.instance_id,

@@ -74,10 +74,16 @@ def upgrade() -> None:
     ):
         op.add_column('bundle_task', column)
     op.add_column('bundle_part', sa.Column('etag', sa.String(length=64), nullable=True))
+    op.create_index('bundle_task_by_start_time', 'bundle_task', ['start_time', 'bundle_id'])
     op.create_index('bundle_task_by_update_time', 'bundle_task', ['update_time'])
     in_progress = sa.text("state NOT IN ('complete', 'failed')")
     op.create_index('bundle_task_in_progress_on_host', 'bundle_task', ['host'],
                     sqlite_where=in_progress, postgresql_where=in_progress)
+    op.create_index('bundle_task_in_progress_of_account', 'bundle_task', ['account_id'],
+                    sqlite_where=in_progress, postgresql_where=in_progress)
+    failed = sa.text("state = 'failed'")
+    op.create_index('bundle_task_failed', 'bundle_task', ['update_time'],
+                    sqlite_where=failed, postgresql_where=failed)
     looked_after = sa.text('look_after_until IS NOT NULL')
     op.create_index('bundle_task_looked_after', 'bundle_task', ['host', 'instance_id'],
                     sqlite_where=looked_after, postgresql_where=looked_after)
