@@ -112,17 +112,9 @@ def claim_bucket(door: Door, storage: Storage, owner_id: str) -> None:
     except BucketError as error:
         if error.is_the_stores:
             raise EC2Error("Unavailable", said=error) from None
-        raise EC2Error("InvalidParameterValue", _refusal(storage, error)) from None
-
-
-def _refusal(storage: Storage, error: BucketError) -> str:
-    if error.code in _UNKNOWN_KEY:
-        return (
-            f"Value ({storage.access_key_id}) for AWSAccessKeyId is invalid. The store does not know this key, or its "
-            f"secret: {error}. Have a key of the store's imported (thrave account key import), and sign with that."
+        message = (  # stores say of a key that they do not know the same as of one that may not
+            f"Value ({storage.bucket}) for parameter Bucket is invalid. The store does not let the access key "
+            f"{storage.access_key_id} list or create buckets: {error}. Sign the upload policy with a key that the "
+            "store knows (the operator: thrave account key import), of a user who may; or have the bucket created."
         )
-    return f"Value ({storage.bucket}) for parameter Bucket is invalid. The store refuses to create it: {error}"
-
-
-# What S3-compatible stores answer to a key that they do not know, or know with another secret.
-_UNKNOWN_KEY = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch"})
+        raise EC2Error("InvalidParameterValue", message) from None
