@@ -61,8 +61,8 @@ def house(tmp_path):
         tasks=BundleTasks(
             engine,
             records,
-            lambda connection, bundle_id: None,
-            host="localhost",
+            lambda connection, bundle_id, host: None,
+            host_of=lambda instance_id: "localhost",
             retention=timedelta(days=7),
             per_account=4,
         ),
