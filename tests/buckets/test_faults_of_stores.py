@@ -275,12 +275,13 @@ def test_a_bucket_is_created_once_and_its_owner_named_once(pauses):
         http(200),  # HEAD: it is there
         page(),
         http(200, ETag=ETAG),
+        http(200, Content_Length=13),
         http(200, b"111111111111\n"),
     ]
     with scripted(*answers) as script:
         patient(script).create("my-bucket", "111111111111")
     methods = [line.split()[0] for line in script.requests]
-    assert methods == ["GET", "PUT", "GET", "GET", "HEAD", "GET", "PUT", "GET"]
+    assert methods == ["GET", "PUT", "GET", "GET", "HEAD", "GET", "PUT", "HEAD", "GET"]
 
 
 def test_a_bucket_that_another_names_first_is_theirs(pauses):
@@ -290,6 +291,7 @@ def test_a_bucket_that_another_names_first_is_theirs(pauses):
         http(200),
         page(),
         error(412, "PreconditionFailed"),
+        http(200, Content_Length=13),
         http(200, b"222222222222\n"),
     ]
     with scripted(*answers) as script, pytest.raises(BucketAlreadyExists):

@@ -78,6 +78,9 @@ class Refusing:
             raise TransientError("SlowDown", 503, "Please reduce your request rate.")
         self.buckets.delete(bucket, keys)
 
+    def head(self, bucket, key):
+        return self.buckets.head(bucket, key)
+
 
 def left_overs(records, buckets):
     return LeftOvers(records, buckets, HERE, stall_timeout=10.0)

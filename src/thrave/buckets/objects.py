@@ -51,7 +51,7 @@ class S3Objects:
         """See Buckets. Under a grant it is a form upload that the grant's signature alone allows."""
         digest = hashlib.md5(data, usedforsecurity=False)
         if grant is None:
-            answer = self._put(bucket, key, data, {"Content-MD5": _base64(digest)})
+            answer = self._put(bucket, key, data, {"Content-MD5": md5_header(digest)})
         else:
             kind, body = multipart(grant.form_fields(key), data)
             url = object_url(self._connection, bucket)
@@ -95,7 +95,7 @@ class S3Objects:
         with suppress(NoSuchBucket, NoSuchKey):
             for start in range(0, len(together), KEYS_AT_ONCE):
                 body = write_delete(together[start : start + KEYS_AT_ONCE])
-                headers = {"Content-MD5": _base64(hashlib.md5(body, usedforsecurity=False))}
+                headers = {"Content-MD5": md5_header(hashlib.md5(body, usedforsecurity=False))}
                 check_deleted(
                     self._requests.send("POST", bucket, query={"delete": ""}, headers=headers, body=[body]).body
                 )
@@ -122,7 +122,8 @@ class S3Objects:
             following = page.next
 
 
-def _base64(digest: "hashlib._Hash") -> str:
+def md5_header(digest: "hashlib._Hash") -> str:
+    """What Content-MD5 says of a content."""
     return base64.b64encode(digest.digest()).decode()
 
 

@@ -10,6 +10,7 @@ There are two ways for a service:
   object `.thrave-owner` names; no bundle can have that name, and no listing shows it.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from thrave.buckets.errors import (
 )
 from thrave.buckets.listings import read_buckets, write_location
 from thrave.buckets.naming import check_bucket_name
-from thrave.buckets.objects import S3Objects
+from thrave.buckets.objects import S3Objects, md5_header
 from thrave.buckets.policy import UploadPolicy
 from thrave.buckets.transport import Buffer, Transport
 
@@ -167,11 +168,15 @@ class ServiceBuckets(_S3Buckets):
         return (key for key in super().list(bucket, prefix) if key != OWNER_KEY)
 
     def _name_owner(self, bucket: str, owner: str) -> None:
+        content = f"{owner}\n".encode()
+        digest = md5_header(hashlib.md5(content, usedforsecurity=False))
         try:
-            self._put(bucket, OWNER_KEY, f"{owner}\n".encode(), {"If-None-Match": "*"})
+            self._put(bucket, OWNER_KEY, content, {"If-None-Match": "*", "Content-MD5": digest})
         except StoreError as error:
             if error.code != "PreconditionFailed":  # another was quicker
                 raise
+        if self.head(bucket, OWNER_KEY) is None:
+            raise TransientError("NoSuchKey", 404, "The store has not kept the name of the bucket's owner")
 
 
 def _judge(grant: UploadPolicy | None, bucket: str, key: str, data: Buffer) -> None:
