@@ -75,7 +75,8 @@ def _scans(plans: Sequence[_Json]) -> str:
 
 def _rows(points: Sequence[_Json], figure: str) -> Iterator[tuple[str, ...]]:
     for name in points[0]["figures"]:
-        yield name, *(f"{point['figures'][name][figure]:.2f}" for point in points)
+        known = [point["figures"].get(name) for point in points]  # a run that was cut short has not all of them
+        yield name, *(f"{one[figure]:.2f}" if one else "" for one in known)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -91,8 +92,8 @@ def _draw(points: Sequence[_Json]) -> None:
     titles = {"database_ms": "CPU of PostgreSQL, ms a call", "p99_ms": "99th percentile, ms"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
         for name in _PLOTTED:
-            values = [point["figures"][name][kind] for point in points]
-            axis.plot([point["rows"] for point in points], values, marker="o", markersize=3, label=name)
+            known = [(point["rows"], point["figures"][name][kind]) for point in points if name in point["figures"]]
+            axis.plot(*zip(*known, strict=True), marker="o", markersize=3, label=name)
         axis.set(title=title, xlabel="ended tasks", xscale="log", yscale="log")
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
