@@ -70,7 +70,7 @@ FULL = Scale(
     hosts=1000, instances=100_000, rows=(1000, 3000, 10_000, 30_000, 100_000), tasks=10_000, sample=500, shards=4,
     quiet=100, seconds=20,
 )  # fmt: skip
-QUICK = Scale(hosts=4, instances=40, rows=(8, 16, 80), tasks=16, sample=8, shards=1, quiet=4, seconds=1)
+QUICK = Scale(hosts=4, instances=40, rows=(6, 24), tasks=6, sample=6, shards=1, quiet=4, seconds=0.5)
 
 
 @dataclass(frozen=True)

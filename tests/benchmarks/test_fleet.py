@@ -23,7 +23,7 @@ def test_the_fleet_benchmark_runs_and_keeps_its_figures(postgres, tmp_path):
     assert kept["points"][0]["figures"]["create"]["calls"] == kept["scale"]["rows"][0]
     assert kept["bytes_per_task"]["public.bundle_task"] > 0
     assert kept["bytes_per_task"]["dbos.workflow_status"] > 0
-    assert kept["idle"]["transactions"] > 0
+    assert kept["idle"]["connections"] > 0
     assert {"create", "run a task", "heartbeat", "thrave host list"} <= {plan["what"] for plan in kept["plans"]}
 
 
