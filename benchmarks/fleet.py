@@ -1,6 +1,6 @@
 """A fleet of 1,000 hosts and 100,000 instances on one PostgreSQL: what a task costs, and how that grows.
 
-    python benchmarks/fleet.py            about an hour, 2 GiB of memory (the database is on tmpfs)
+    python benchmarks/fleet.py            half an hour, 2 GiB of memory (the database is on tmpfs)
     python benchmarks/fleet.py --quick    seconds; 20 hosts and 200 tasks; its figures say little
 
 10,000 tasks are asked for at the door, by way of `BundleTasks`, and are done or cancelled by simulated agents
