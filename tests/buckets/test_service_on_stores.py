@@ -6,93 +6,24 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from support import stores
-from support.disks import make_disk
-from support.opened import sha256_of_folder
+from support.house import UPLOAD_BY_SERVICE, House
 from support.policies import document, encoded, signed_v2, signed_v4
 from thrave.buckets.objects import S3Objects
 from thrave.testing import ThraveServer
 
 FILES = ["winami.manifest.json", "winami.manifest.xml", "winami.part.0"]
-SERVICE = {
-    "upload": "service",
-    "s3_access_key_id": stores.SERVICE.access_key_id,
-    "s3_secret_access_key": stores.SERVICE.secret_access_key,
-}
 ON_SEAWEEDFS = pytest.param(("seaweedfs", {}), id="seaweedfs", marks=pytest.mark.s3)
 NOWHERE = pytest.param(("seaweedfs", {"s3_endpoint": "http://127.0.0.1:1"}), id="nowhere", marks=pytest.mark.s3)
 ON_RGW = pytest.param(("rgw", {}), id="rgw", marks=pytest.mark.rgw)
-BY_THE_SERVICE = pytest.param(("rgw", SERVICE), id="service", marks=pytest.mark.rgw)
-
-
-class House:
-    """A service on a store, with the account of Alice, who has a key that the store knows too."""
-
-    def __init__(self, server, store, folder):
-        self.server, self.store = server, store
-        self.account, self.own_key = server.account("alice")
-        self.disk = make_disk(folder / "disk.raw", 3 << 20)
-        self._import_key(stores.ALICE, folder / "credentials")
-
-    def begin(self, folder):
-        self.bucket = f"alice-{uuid.uuid4().hex[:12]}"
-        self.objects = S3Objects(self.store.connection(stores.ALICE))
-        self._folder = folder
-        return self
-
-    def _import_key(self, key, file):
-        file.touch(mode=0o600)
-        secret = f"aws_secret_access_key = {key.secret_access_key}\n"
-        file.write_text(f"[default]\naws_access_key_id = {key.access_key_id}\n{secret}")
-        thrave = [sys.executable, "-m", "thrave", "account", "key", "import", self.account.account_id]
-        data = ["--data", str(self.server.data.root)]
-        subprocess.run([*thrave, "--credentials", str(file), *data], check=True, capture_output=True)
-
-    def instance(self):
-        return self.server.instance(self.account.account_id, self.disk).instance_id
-
-    def bundle(self, policy, signature, key=stores.ALICE):
-        """Ask for a bundle as boto3 does; give the task when it has ended."""
-        ec2 = self.server.client(self.own_key, config=Config(retries={"total_max_attempts": 1}))
-        storage = {
-            "Bucket": self.bucket,
-            "Prefix": "winami",
-            "AWSAccessKeyId": key.access_key_id,
-            "UploadPolicy": policy,
-            "UploadPolicySignature": signature,
-        }
-        task = ec2.bundle_instance(InstanceId=self.instance(), Storage={"S3": storage})["BundleTask"]
-        return self.ended(task["BundleId"])
-
-    def ended(self, bundle_id, seconds=60):
-        ec2, until = self.server.client(self.own_key), time.monotonic() + seconds
-        while time.monotonic() < until:
-            (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
-            if task["State"] in ("complete", "failed"):
-                return task
-            time.sleep(0.05)
-        raise AssertionError(f"still {task}")
-
-    def files(self):
-        return sorted(self.objects.list(self.bucket, ""))
-
-    def is_whole(self):
-        folder = self._folder / "fetched"
-        folder.mkdir()
-        for key in self.files():
-            (folder / key).write_bytes(self.objects.get(self.bucket, key))
-        output = self._folder / "opened.raw"
-        sha256_of_folder(self.server, folder, "winami", output)
-        return output.read_bytes() == self.disk.read_bytes()
+BY_THE_SERVICE = pytest.param(("rgw", UPLOAD_BY_SERVICE), id="service", marks=pytest.mark.rgw)
 
 
 @pytest.fixture(scope="module")

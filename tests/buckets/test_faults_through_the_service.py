@@ -1,0 +1,99 @@
+"""A store that fails under the whole service, while a bundle of several parts is on its way into it."""
+
+import pytest
+
+from support import faults, stores
+from support.fault_proxy import Kind, Rule, fault_proxy
+from support.house import UPLOAD_BY_SERVICE, House
+from support.storing import noise_disk
+from thrave.buckets.objects import S3Objects
+from thrave.compute.instance import InstanceState
+from thrave.testing import ThraveServer, upload_policy
+
+pytestmark = pytest.mark.s3
+
+PARTS = 3
+SETTINGS = {"policy": {}, "service": UPLOAD_BY_SERVICE}
+SENT_AS = {
+    "policy": {"part": Kind.POST_OBJECT, "manifest": Kind.POST_MANIFEST},
+    "service": {"part": Kind.PUT_OBJECT, "manifest": Kind.PUT_MANIFEST},
+}
+
+
+@pytest.fixture(scope="module")
+def proxy(seaweedfs):
+    with fault_proxy(seaweedfs.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def houses(request, seaweedfs, proxy, tmp_path_factory):
+    settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 1, "s3_patience": 3, **SETTINGS[request.param]}
+    folder = tmp_path_factory.mktemp("house")
+    with ThraveServer.running(folder / "thrave", **settings) as server:
+        house = House(server, seaweedfs, folder)
+        house.disk = noise_disk(folder / "large.raw", PARTS)
+        yield request.param, house
+
+
+@pytest.fixture
+def house(houses, tmp_path):
+    house = houses[1].begin(tmp_path)
+    house.objects = S3Objects(house.store.connection())  # sees whatever is there
+    yield house
+    house.objects.delete(house.bucket, house.files())
+    house.objects._requests.send("DELETE", house.bucket)
+
+
+def bundle(house):
+    policy, signature = upload_policy(stores.ALICE.secret_access_key, house.bucket, "winami")
+    return house.bundle(policy, signature)
+
+
+def bundle_files(house):
+    return [key for key in house.files() if key.startswith("winami")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "first"),
+    [
+        (faults.slow_down, "part", 2),
+        (faults.silence, "part", 2),
+        (faults.swallowed_unproved, "part", 3),
+        (faults.request_cut, "part", 1),
+        (faults.answer_lost, "manifest", 1),
+        (faults.twice, "manifest", 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_passes_is_survived(fault, what, first, houses, house, proxy):
+    rule = Rule(SENT_AS[houses[0]][what], fault, first=first)
+    with proxy.doing(rule):
+        task = bundle(house)
+    assert rule.met == 1
+    assert task["State"] == "complete", task
+    assert len(bundle_files(house)) == PARTS + 2
+    assert house.is_whole()
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "first", "code"),
+    [
+        (faults.denied_midway, "part", 2, "Client.S3Error"),
+        (faults.silence, "part", 3, "Server.S3Error"),
+        (faults.swallowed, "part", 2, "Server.S3Error"),
+        (faults.internal_error, "manifest", 1, "Server.S3Error"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_does_not_pass_leaves_the_instance_running_and_the_bucket_empty(
+    fault, what, first, code, houses, house, proxy
+):
+    rule = Rule(SENT_AS[houses[0]][what], fault, first=first, again=True)
+    with proxy.doing(rule):
+        task = bundle(house)
+    assert rule.met
+    assert task["State"] == "failed"
+    assert task["BundleTaskError"]["Code"] == code, task
+    assert house.server.instances.state(task["InstanceId"]) is InstanceState.RUNNING
+    assert bundle_files(house) == []
