@@ -20,15 +20,16 @@ from thrave.volumes.writing import WRITABLE_FORMATS
 FAILED, USAGE, NOT_FOUND, DAMAGED, WRONG_KEY = 1, 2, 3, 10, 11
 KEYS = VECTORS / "keys"
 MIB = 1024 * 1024
-DATA = Random(3).randbytes(2 * MIB) + bytes(MIB) + Random(4).randbytes(MIB) + bytes(MIB)
+# Much more than is on its way between the first check and the output, which a failure drops.
+DATA = Random(3).randbytes(30 * MIB) + bytes(MIB) + Random(4).randbytes(2 * MIB) + bytes(MIB)
 TRUST = ("--certificate", KEYS / "user-cert.pem")
 KEY = ("--key", KEYS / "user-pk.pem")
 
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Of a bundle of five parts and more."""
-    made = bundle_of(MemoryImage(DATA, [(0, 2 * MIB), (3 * MIB, MIB)]), part_size=MIB // 2)
+    """Of a bundle of eleven parts."""
+    made = bundle_of(MemoryImage(DATA, [(0, 30 * MIB), (31 * MIB, 2 * MIB)]), part_size=3 * MIB)
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "disk.manifest.xml").write_bytes(made.manifest)
@@ -81,9 +82,9 @@ def other_digest(manifest):
 @pytest.mark.parametrize(
     ("damage", "status", "comes_out"),
     [
-        (lambda manifest: flip(manifest.with_name("disk.part.0")), DAMAGED, False),
-        (lambda manifest: flip(manifest.with_name("disk.part.4")), DAMAGED, True),
-        (lambda manifest: manifest.with_name("disk.part.4").unlink(), NOT_FOUND, True),
+        (lambda manifest: flip(manifest.with_name("disk.part.00")), DAMAGED, False),
+        (lambda manifest: flip(manifest.with_name("disk.part.10")), DAMAGED, True),
+        (lambda manifest: manifest.with_name("disk.part.10").unlink(), NOT_FOUND, True),
         (other_digest, DAMAGED, True),
     ],
     ids=["first part", "late part", "missing part", "digest of the whole"],
@@ -142,11 +143,11 @@ def test_holes_stay_unallocated_in_qcow2(manifest, thrave_json, tmp_path):
     thrave_json("open", manifest, *KEY, "--format", "qcow2", "-o", tmp_path / "disk")
     mapped = json.loads(qemu_img("map", "--output=json", "-f", "qcow2", tmp_path / "disk"))
     data = [(run["start"], run["length"]) for run in mapped if run["data"]]
-    assert data == [(0, 2 * MIB), (3 * MIB, MIB)]
+    assert data == [(0, 30 * MIB), (31 * MIB, 2 * MIB)]
 
 
 @pytest.mark.usefixtures("qemu")
-@pytest.mark.parametrize("damage", [lambda m: flip(m.with_name("disk.part.4")), other_digest])
+@pytest.mark.parametrize("damage", [lambda m: flip(m.with_name("disk.part.10")), other_digest])
 def test_no_qcow2_is_left_of_a_damaged_bundle_and_the_old_one_stays(manifest, thrave, tmp_path, damage):
     damage(manifest)
     (tmp_path / "out").mkdir()
