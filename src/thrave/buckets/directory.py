@@ -190,7 +190,8 @@ def _make_folders(folder: Path) -> None:
     """Make a folder and those above it, durably."""
     if not folder.is_dir():
         _make_folders(folder.parent)
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # another was quicker; if it is a file, what comes next says so
+            folder.mkdir()
         files.sync_folder(folder.parent)
 
 
