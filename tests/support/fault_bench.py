@@ -15,7 +15,7 @@ from support import stores
 from support.disks import make_disk
 from support.fault_proxy import Kind
 from support.fault_table import SURVIVES
-from thrave.buckets.errors import BucketError
+from thrave.buckets.errors import NoSuchBucket
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.retrying import RetryingBuckets
 from thrave.buckets.s3 import OWNER_KEY, Holder, OwnersBuckets, ServiceBuckets
@@ -64,8 +64,8 @@ class FaultBench:
         self._disk = make_disk(folder / "disk.raw", 512 << 10)
         self._output = folder / "opened.raw"
         self._transports = {}
-        self.bucket = f"alice-{uuid.uuid4().hex[:12]}"
-        self.make_bucket()
+        self.bucket = _new_name()
+        self._direct.send("PUT", self.bucket)
 
     def close(self):
         self._ground.database.dispose()
@@ -80,14 +80,14 @@ class FaultBench:
     def _direct(self):
         return self.behind._requests
 
-    def make_bucket(self):
-        self._direct.send("PUT", self.bucket)
-
     # What the service does
 
     def claim(self, kind, temper):
-        """Claim a new bucket as a request does; give the outcome, and take the bucket away."""
-        bucket = f"alice-{uuid.uuid4().hex[:12]}"
+        """Claim a bucket that is nobody's, as a request does; give the outcome, and let it be nobody's again.
+
+        It is a new one by policy, for which the bucket itself must be created; else one that names no owner.
+        """
+        bucket = _new_name() if kind in BY_POLICY else self.bucket
         policy, signature = upload_policy(KEY.secret_access_key, bucket, PREFIX)
         storage = Storage(bucket=bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
                           upload_policy=policy, upload_policy_signature=signature)  # fmt: skip
@@ -99,7 +99,7 @@ class FaultBench:
         else:
             return SURVIVES if self._is_owned(kind, bucket) else "not owned"
         finally:
-            self._remove_bucket(bucket)
+            self._disown(kind, bucket)
 
     def bundle(self, kind, temper):
         """Do a task; give it when it has ended."""
@@ -201,7 +201,13 @@ class FaultBench:
             return own.owner(bucket) == self.account.account_id
         return self.behind.get(bucket, OWNER_KEY).decode().strip() == self.account.account_id
 
-    def _remove_bucket(self, bucket):
-        with suppress(BucketError):
-            self.behind.delete(bucket, [*self.behind.list(bucket, "")])
-            self._direct.send("DELETE", bucket)
+    def _disown(self, kind, bucket):
+        if kind not in BY_POLICY:
+            self.behind.delete(bucket, [OWNER_KEY])
+        else:
+            with suppress(NoSuchBucket):  # it was refused before it was there
+                self._direct.send("DELETE", bucket)
+
+
+def _new_name():
+    return f"alice-{uuid.uuid4().hex[:12]}"
