@@ -198,6 +198,7 @@ def fault_proxy(store: str):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and content are sent one after the other
         rbufsize = 1 << 16  # what `peek` can see of a form
 
         def _pass_on(self):
