@@ -73,6 +73,8 @@ class _S3Buckets(S3Objects):
             if self._exists(bucket):
                 raise BucketAlreadyExists from None
             raise
+        except NoSuchBucket:  # SeaweedFS, of one that another call is just creating
+            raise TransientError("OperationAborted", 409, "The bucket is being created by another call") from None
         except StoreError as error:
             if error.code != "BucketAlreadyOwnedByYou":
                 raise
