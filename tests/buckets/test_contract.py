@@ -162,7 +162,7 @@ def test_keys_are_listed_by_prefix(buckets, bucket):
     assert listed(buckets, bucket, "none") == []
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keys=st.sets(st.text("ab-0", min_size=1, max_size=3).map("/".join), max_size=8))
 def test_listing_agrees_with_sorting(buckets, bucket, keys):
     held = {key for key in keys if not any(other.startswith(key + "/") for other in keys)}
