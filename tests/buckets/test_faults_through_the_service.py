@@ -12,7 +12,7 @@ from thrave.testing import ThraveServer, upload_policy
 
 pytestmark = pytest.mark.s3
 
-PARTS = 3
+PARTS = 2
 SETTINGS = {"policy": {}, "service": UPLOAD_BY_SERVICE}
 SENT_AS = {
     "policy": {"part": Kind.POST_OBJECT, "manifest": Kind.POST_MANIFEST},
@@ -59,10 +59,7 @@ def bundle_files(house):
     [
         (faults.slow_down, "part", 2),
         (faults.silence, "part", 2),
-        (faults.swallowed_unproved, "part", 3),
-        (faults.request_cut, "part", 1),
         (faults.answer_lost, "manifest", 1),
-        (faults.twice, "manifest", 1),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -80,7 +77,6 @@ def test_what_passes_is_survived(fault, what, first, houses, house, proxy):
     ("fault", "what", "first", "code"),
     [
         (faults.denied_midway, "part", 2, "Client.S3Error"),
-        (faults.silence, "part", 3, "Server.S3Error"),
         (faults.swallowed, "part", 2, "Server.S3Error"),
         (faults.internal_error, "manifest", 1, "Server.S3Error"),
     ],
