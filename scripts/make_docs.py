@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from thrave.cli.exits import MEANING
 from thrave.cli.main import COMMANDS, thrave
 from thrave.config import Settings
+from thrave.doctor.table import CHECKS, CLEAN_UP
 from thrave.ec2.errors import ERRORS
 from thrave.identity.conditions import KEYS, OPERATORS
 from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
@@ -62,6 +63,18 @@ def task_errors() -> str:
     return (
         "# Why a bundle task fails\n\nWhat `DescribeBundleTasks` shows as `BundleTaskError.Code`; its message has the"
         " particulars.\n\n" + table(("code", "what happened", "what to do"), rows)
+    )
+
+
+def doctor() -> str:
+    """What `thrave doctor` tries."""
+    rows = (
+        (check.area, check.name, check.tries, "yes" if check.optional else "", check.remedy)
+        for check in (*CHECKS, CLEAN_UP)
+    )
+    return (
+        "# What `thrave doctor` tries\n\nIn this order. What tasks can do without is `lacking` where it is not there;"
+        " all else has `failed`.\n\n" + table(("of the", "check", "tries", "can do without", "what to do"), rows)
     )
 
 
@@ -165,6 +178,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "exit-codes.md": ("src/thrave/cli/exits.py", exit_codes),
     "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
     "task-errors.md": ("src/thrave/tasks/failures.py", task_errors),
+    "doctor.md": ("src/thrave/doctor/table.py", doctor),
     "crash-points.md": ("src/thrave/tasks/crash_points.py", crash_points),
     "task-states.md": ("src/thrave/tasks/states.py", states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),

@@ -11,8 +11,13 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 metadata = sa.MetaData()
+
+VERSION_TABLE = "thrave_version"
+"""Where Alembic notes the last migration."""
 
 _STANDSTILL = 20_000  # milliseconds
 _MIGRATION_LOCK = 0x7468726176650000  # a number that nobody else locks: "thrave"
@@ -203,8 +208,7 @@ def open_engine(url: str) -> sa.Engine:
 
 def migrate(engine: sa.Engine) -> None:
     """Bring the tables to this release's shape; does nothing when they have it already."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config = _migrations()
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":  # of several processes that start at once one does the work
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
@@ -212,9 +216,22 @@ def migrate(engine: sa.Engine) -> None:
         command.upgrade(config, "head")
 
 
+def migrations(connection: sa.Connection) -> tuple[str | None, list[str]]:
+    """The last migration that the tables have had, if any, and all that this release knows, the newest first."""
+    made = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    known = ScriptDirectory.from_config(_migrations()).walk_revisions()
+    return made, [revision.revision for revision in known]
+
+
 def utc_now() -> datetime:
     """The current time, aware, in UTC."""
     return datetime.now(UTC)
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
 
 
 def _prepare_sqlite(connection: object, _record: object) -> None:

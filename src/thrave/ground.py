@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the engine takes longer to import than most commands take t
     from thrave.tasks.hosts import Hosts
 
 _PROOF = b"thrave"
+PROOF_CONTEXT = "vault proof"
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,10 @@ def _prove(database: sa.Engine, vault: Vault) -> None:
         with database.begin() as connection:
             sealed = connection.execute(sa.select(vault_proof.c.sealed)).scalar()
             if sealed is None:
-                proof = {"only": 1, "sealed": vault.seal(_PROOF, context="vault proof")}
+                proof = {"only": 1, "sealed": vault.seal(_PROOF, context=PROOF_CONTEXT)}
                 connection.execute(vault_proof.insert(), proof)
             else:
-                vault.unseal(sealed, context="vault proof")
+                vault.unseal(sealed, context=PROOF_CONTEXT)
     except sa.exc.IntegrityError:  # another process was quicker
         _prove(database, vault)
     except SealError:

@@ -21,10 +21,22 @@ def is_version_4(signature: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{64}", signature) is not None
 
 
+def signature_v2(text: str, secret: str) -> str:
+    """The version 2 signature of a text with a secret."""
+    return base64.b64encode(hmac.digest(secret.encode(), _bytes(text), "sha1")).decode()
+
+
 def signs_v2(signature: str, text: str, secret: str) -> bool:
     """Whether this is the text's version 2 signature with this secret."""
-    digest = hmac.digest(secret.encode(), _bytes(text), "sha1")
-    return hmac.compare_digest(base64.b64encode(digest), _bytes(signature))
+    return hmac.compare_digest(signature_v2(text, secret).encode(), _bytes(signature))
+
+
+def signature_v4(text: str, secret: str, date: str, region: str) -> str:
+    """The version 4 signature of a text with a secret, for a day (yyyymmdd) and a region."""
+    key = f"AWS4{secret}".encode()
+    for word in (date, region, "s3", "aws4_request"):
+        key = hmac.digest(key, word.encode(), "sha256")
+    return hmac.digest(key, _bytes(text), "sha256").hex()
 
 
 def signs_v4(signature: str, text: str, secret: str, credential: str) -> bool:
@@ -42,10 +54,8 @@ def signs_v4(signature: str, text: str, secret: str, credential: str) -> bool:
     scope = _CREDENTIAL.fullmatch(credential)
     if scope is None:
         raise InvalidArgument('the Credential is mal-formed; expecting "<YOUR-AKID>/YYYYMMDD/REGION/s3/aws4_request".')
-    key = f"AWS4{secret}".encode()
-    for word in (scope["date"], scope["region"], "s3", "aws4_request"):
-        key = hmac.digest(key, word.encode(), "sha256")
-    return hmac.compare_digest(hmac.digest(key, _bytes(text), "sha256").hex().encode(), _bytes(signature))
+    expected = signature_v4(text, secret, scope["date"], scope["region"])
+    return hmac.compare_digest(expected.encode(), _bytes(signature))
 
 
 def _bytes(text: str) -> bytes:

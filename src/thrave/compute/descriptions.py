@@ -83,12 +83,13 @@ def check_volumes(instance: Instance) -> None:
         InvalidDescriptionError: One is not.
     """
     named = [("rootVolume", instance.root_volume), *(("volumes", volume) for volume in instance.volumes)]
-    faults = [_fault(name, fault) for name, volume in named if (fault := _volume_fault(volume.path))]
+    faults = [_fault(name, fault) for name, volume in named if (fault := volume_fault(volume.path))]
     if faults:
         raise InvalidDescriptionError(instance.instance_id, "what was given", faults)
 
 
-def _volume_fault(path: Path) -> str | None:
+def volume_fault(path: Path) -> str | None:
+    """Why a volume's file cannot be read; None if it can."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

@@ -2,12 +2,12 @@
 
 from alembic import context
 
-from thrave.database import metadata
+from thrave.database import VERSION_TABLE, metadata
 
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=metadata,
-    version_table="thrave_version",
+    version_table=VERSION_TABLE,
     render_as_batch=True,  # SQLite cannot alter a column in place
 )
 with context.begin_transaction():

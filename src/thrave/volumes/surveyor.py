@@ -73,10 +73,15 @@ def unused_in(volume: Volume, partition: Partition) -> list[Extent]:
         ComponentMissingError: The library is not installed.
         VolumeError: The disk cannot be read.
     """
-    if find_spec("pytsk3") is None:
-        raise ComponentMissingError("pytsk3", "'thrave[ntfs]'", installer="pip install")
+    check_installed()
     with _process(partition.length) as process:
         return list(_served(process, volume, partition))
+
+
+def check_installed() -> None:
+    """Raise ComponentMissingError if the library is not installed."""
+    if find_spec("pytsk3") is None:
+        raise ComponentMissingError("pytsk3", "'thrave[ntfs]'", installer="pip install")
 
 
 @contextmanager

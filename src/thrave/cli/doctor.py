@@ -1,0 +1,86 @@
+"""`thrave doctor`: tries everything that a bundle task will need, before anyone's instance is shut down."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import click
+
+from thrave.cli.exits import Exit
+from thrave.cli.output import emit, output_option, printable, table
+from thrave.cli.service import settings_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from thrave.config import Settings
+    from thrave.doctor.check import Finding
+
+
+@click.command()
+@click.option(
+    "--access-key-id",
+    metavar="ID",
+    help="In whose name buckets are tried with upload = policy: a key that the store knows too.  "
+    "[default: the newest that the service holds]",
+)
+@click.option(
+    "--bucket",
+    metavar="NAME",
+    help="Try objects in this bucket; created, and removed, if it is not there.  [default: a new one]",
+)
+@settings_option
+@output_option
+def doctor(settings: Settings, access_key_id: str | None, bucket: str | None, output: str) -> None:
+    """Try everything that a bundle task will need of this service: database, store and host.
+
+    It takes the settings of `thrave serve`, and may run beside it. Objects of a few bytes are stored under a prefix of
+    their own and removed again. What is `lacking` tasks can do without, if callers know of it. No secret is printed.
+
+    \b
+    Example:
+      thrave doctor --config thrave.toml
+      thrave doctor --config thrave.toml --output json | jq '.checks[] | select(.outcome == "failed")'
+
+    Exit codes: 0 nothing has failed, 1 something has, 2 a setting is wrong.
+    """
+    from thrave.doctor.check import Outcome
+    from thrave.doctor.examination import examine
+    from thrave.doctor.subject import Subject
+
+    with closing(Subject(settings, access_key_id=access_key_id, bucket=bucket)) as subject:
+        findings = examine(subject)
+    emit(output, {"checks": [_document(finding) for finding in findings]}, _text(findings))
+    failed = [finding.check.name for finding in findings if finding.outcome is Outcome.FAILED]
+    if failed:
+        click.echo(f"thrave: failed: {', '.join(failed)}", err=True)
+        sys.exit(Exit.FAILED)
+
+
+def _document(finding: Finding) -> dict[str, object]:
+    check = finding.check
+    return {
+        "area": check.area,
+        "check": check.name,
+        "tries": check.tries,
+        "outcome": finding.outcome,
+        "detail": finding.detail,
+        "remedy": check.remedy if _is_wrong(finding) else None,
+    }
+
+
+def _text(findings: Sequence[Finding]) -> str:
+    rows: list[tuple[str, ...]] = [
+        (one.check.area, one.check.name, one.outcome.value, printable(one.detail)) for one in findings
+    ]
+    wrong = [f"{one.check.name}: {one.check.remedy}" for one in findings if _is_wrong(one)]
+    shown = table(("AREA", "CHECK", "OUTCOME", "SEEN"), rows)
+    return "\n".join([shown, *(["", "What to do:", *(f"  {line}" for line in wrong)] if wrong else [])])
+
+
+def _is_wrong(finding: Finding) -> bool:
+    from thrave.doctor.check import Outcome
+
+    return finding.outcome in {Outcome.FAILED, Outcome.LACKING}

@@ -1,0 +1,93 @@
+"""A check, and what comes of it: ok, failed, lacking (some callers want it), or not tried.
+
+A check has a time limit. One that hangs is left behind in its thread; a failure that nobody foresaw is told by its type
+alone, for its words might hold a secret.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import sqlalchemy as sa
+
+from thrave.buckets.errors import BucketError
+from thrave.compute.errors import InstanceError
+from thrave.doctor.errors import NotTried, Trouble
+from thrave.doctor.subject import Subject
+from thrave.identity.errors import IdentityError
+from thrave.vault import VaultError
+from thrave.volumes.errors import VolumeError
+
+_FORESEEN = (Trouble, BucketError, InstanceError, IdentityError, VaultError, VolumeError, OSError)
+
+
+class Outcome(StrEnum):
+    """What came of a check."""
+
+    OK = "ok"
+    FAILED = "failed"
+    LACKING = "lacking"
+    NOT_TRIED = "not tried"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row of the table of checks."""
+
+    area: str
+    name: str
+    tries: str
+    """What it tries."""
+    remedy: str
+    """What to do when it fails."""
+    run: Callable[[Subject], str] = field(repr=False)
+    """Gives what it has seen; raises what a room raises, Trouble, or NotTried."""
+    needs: tuple[str, ...] = ()
+    """Names of checks without which it cannot be tried."""
+    optional: bool = False
+    """Whether tasks run without it, if callers know."""
+    seconds: float = 20.0
+    """Its time limit."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of a check."""
+
+    check: Check
+    outcome: Outcome
+    detail: str
+    in_the_way: bool = False
+    """Whether what needs it cannot be tried."""
+
+
+def perform(check: Check, subject: Subject, in_the_way: Collection[str] = ()) -> Finding:
+    """Try one check, unless one that it needs is in the way."""
+    for name in check.needs:
+        if name in in_the_way:
+            return Finding(check, Outcome.NOT_TRIED, f"needs: {name}", in_the_way=True)
+    said: list[Finding] = []
+    thread = threading.Thread(target=lambda: said.append(_tried(check, subject)), name=check.name, daemon=True)
+    begun = time.monotonic()
+    thread.start()
+    thread.join(check.seconds)
+    if not said:
+        return Finding(check, Outcome.FAILED, f"not over after {time.monotonic() - begun:.0f} s", in_the_way=True)
+    return said[0]
+
+
+def _tried(check: Check, subject: Subject) -> Finding:
+    try:
+        return Finding(check, Outcome.OK, check.run(subject))
+    except NotTried as reason:
+        return Finding(check, Outcome.NOT_TRIED, str(reason))
+    except sa.exc.DBAPIError as error:
+        said = str(error.orig).strip()
+    except _FORESEEN as error:
+        said = str(error)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the other checks are worth trying)
+        said = f"unforeseen: {type(error).__name__}"
+    outcome = Outcome.LACKING if check.optional else Outcome.FAILED
+    return Finding(check, outcome, " ".join(said.split()), in_the_way=not check.optional)

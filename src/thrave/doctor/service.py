@@ -1,0 +1,80 @@
+"""Checks of what the service remembers: its database, its vault, its own identity. They only read."""
+
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from thrave.database import migrations, utc_now, vault_proof
+from thrave.doctor.errors import NotTried, Trouble
+from thrave.doctor.subject import Subject
+from thrave.ground import PROOF_CONTEXT
+from thrave.identity.service import CERTIFICATE_FILE, ServiceIdentity
+
+CLOCKS_APART = 5.0
+"""Seconds by which the clocks of a fleet's machines may differ: a sign of life every so often tells the lost."""
+
+
+def database(subject: Subject) -> str:
+    """Ask for the database's version."""
+    with subject.database.connect() as connection:
+        if subject.database.dialect.name == "sqlite":
+            return f"SQLite {connection.execute(sa.text('SELECT sqlite_version()')).scalar()}"
+        return f"PostgreSQL {connection.execute(sa.text('SHOW server_version')).scalar()}"
+
+
+def tables(subject: Subject) -> str:
+    """Compare the migrations that were made with ours."""
+    with subject.database.connect() as connection:
+        made, known = migrations(connection)
+    if made not in known:
+        raise Trouble(f"the tables are of migration {made}, which this release does not know")
+    return f"migration {made}" if made == known[0] else f"migration {made}; the start makes {known[0]}"
+
+
+def write_ahead(subject: Subject) -> str:
+    """Ask SQLite how it writes."""
+    if subject.database.dialect.name != "sqlite":
+        raise NotTried("it is no SQLite")
+    with subject.database.connect() as connection:
+        mode = connection.execute(sa.text("PRAGMA journal_mode")).scalar()
+    if mode != "wal":
+        raise Trouble(f"the journal mode is {mode}")
+    return "WAL"
+
+
+def database_clock(subject: Subject) -> str:
+    """Compare a database server's clock with ours."""
+    if subject.database.dialect.name == "sqlite":
+        raise NotTried("it is this machine's")
+    with subject.database.connect() as connection:
+        theirs = connection.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
+    assert isinstance(theirs, datetime)
+    ahead = (theirs - utc_now()).total_seconds()
+    if abs(ahead) > CLOCKS_APART:
+        raise Trouble(f"{ahead:+.1f} s from ours")
+    return f"{ahead:+.1f} s"
+
+
+def vault_key(subject: Subject) -> str:
+    """Open the vault."""
+    subject.vault.seal(b"", context="doctor")
+    return f"{subject.settings.directory.vault_key}, this user's alone"
+
+
+def proof(subject: Subject) -> str:
+    """Unseal what the database's first process sealed."""
+    with subject.database.connect() as connection:
+        sealed = connection.execute(sa.select(vault_proof.c.sealed)).scalar()
+    if sealed is None:
+        raise NotTried("nothing has been sealed yet")
+    subject.vault.unseal(sealed, context=PROOF_CONTEXT)
+    return "the database's"
+
+
+def identity(subject: Subject) -> str:
+    """Read the service's certificate and keys."""
+    folder = subject.settings.directory.service
+    if not (folder / CERTIFICATE_FILE).exists():
+        raise NotTried("the first start makes it")
+    service = ServiceIdentity.open_or_create(folder)
+    return f"certificate until {service.certificate.not_valid_after_utc:%Y-%m-%d}"

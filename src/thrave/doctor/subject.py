@@ -1,0 +1,125 @@
+"""What the doctor looks at: a service as its settings say, its parts opened one by one as the checks ask for them.
+
+Unlike the service (`ground.py`) it makes nothing that is not there yet: no data directory, no tables, no vault's key.
+Objects of the trial have a prefix, and lie in a bucket, that no bundle has.
+"""
+
+import secrets
+from functools import cached_property
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from thrave import files
+from thrave.buckets.buckets import Buckets
+from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets.opening import open_buckets, store_connection
+from thrave.buckets.s3 import Holder
+from thrave.buckets.signing import SignedRequests
+from thrave.buckets.transport import Transport
+from thrave.config import Settings
+from thrave.database import open_engine
+from thrave.doctor.errors import Trouble
+from thrave.identity.accounts import Accounts
+from thrave.identity.keys import AccessKey, new_access_key_id, new_secret_access_key
+from thrave.vault import Vault
+
+STORE_SECONDS = 10.0  # for which one request to the store may stand still
+_NOBODYS_ACCOUNT = "000000000000"
+
+
+class Subject:
+    """One service; close it in the end.
+
+    Args:
+        settings: The service's.
+        access_key_id: In whose name buckets are tried, where they are the accounts' own; the newest key by default.
+        bucket: Where objects are tried; by default a new one.
+    """
+
+    def __init__(self, settings: Settings, *, access_key_id: str | None = None, bucket: str | None = None) -> None:
+        self.settings = settings.model_copy(update={"s3_timeout": min(settings.s3_timeout, STORE_SECONDS)})
+        self.prefix = f"thrave-doctor-{secrets.token_hex(8)}"
+        self.bucket = bucket or self.prefix
+        self.has_made_bucket = False
+        self._access_key_id = access_key_id
+
+    @property
+    def by_owners_key(self) -> bool:
+        """Whether the store knows the accounts' keys, and buckets are theirs there."""
+        return self.settings.store == "s3" and self.settings.upload == "policy"
+
+    @cached_property
+    def database(self) -> sa.Engine:
+        """The database, as it is."""
+        try:
+            url = sa.make_url(self.settings.database)
+        except sa.exc.ArgumentError:  # whose own words quote the URL
+            raise Trouble("the setting database_url is not a database's URL") from None
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+            raise self._no_data()
+        return open_engine(self.settings.database)
+
+    @cached_property
+    def vault(self) -> Vault:
+        """The vault, if its key is there."""
+        return Vault(files.read_private(self.settings.directory.vault_key))
+
+    @cached_property
+    def holder(self) -> Holder:
+        """In whose name buckets are tried; where we judge policies ourselves, a key is made up for them."""
+        if self._access_key_id is None and not self.by_owners_key:
+            pair = Credentials(access_key_id=new_access_key_id(), secret_access_key=new_secret_access_key())
+            return Holder(_NOBODYS_ACCOUNT, pair)
+        key = self._key()
+        return Holder(
+            key.account_id,
+            Credentials(access_key_id=key.access_key_id, secret_access_key=key.secret_access_key),
+        )
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The store, in that name."""
+        if self.settings.store == "directory" and not self.settings.data.exists():
+            raise self._no_data()
+        return open_buckets(self.settings, self._find_holder).on_behalf_of(self.holder.credentials.access_key_id)
+
+    @cached_property
+    def connection(self) -> StoreConnection:
+        """How an S3 store is called."""
+        return store_connection(self.settings)
+
+    @cached_property
+    def transport(self) -> Transport:
+        """Connections to an S3 store."""
+        return Transport(self.connection)
+
+    @cached_property
+    def requests(self) -> SignedRequests:
+        """Requests to an S3 store, signed with the key whose the buckets are there."""
+        key = self.holder.credentials if self.by_owners_key else self.connection.credentials
+        return SignedRequests(self.connection, self.transport, key)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        if "database" in self.__dict__:
+            self.database.dispose()
+
+    def _no_data(self) -> Trouble:
+        return Trouble(f"{self.settings.data} is no data directory yet; `thrave account create` begins one")
+
+    def _find_holder(self, _access_key_id: str) -> Holder:
+        return self.holder
+
+    def _key(self) -> AccessKey:
+        accounts = Accounts(self.database, self.vault)
+        if self._access_key_id is not None:
+            key = accounts.find_key(self._access_key_id)
+            if key is None or key.status != "Active":
+                raise Trouble(f"the service holds no active access key {self._access_key_id}")
+            return key
+        keys = [key for account in accounts.list() for key in accounts.list_keys(account.account_id)]
+        active = [key for key in keys if key.status == "Active"]
+        if not active:
+            raise Trouble("no account has an access key yet")
+        return max(active, key=lambda key: key.create_date)

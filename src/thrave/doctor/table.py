@@ -1,0 +1,137 @@
+"""Every check of `thrave doctor`, in its order: one table, from which the docs' page is made."""
+
+from thrave.doctor import forms, host, objects, service, store
+from thrave.doctor.check import Check
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "database", "reachable", "Connects, and asks for the version.",
+        "Begin a data directory (`thrave account create`), or mend `database_url` and the way to it.",
+        service.database,
+    ),
+    Check(
+        "database", "tables", "Compares the migrations with this release's.",
+        "Start this release once, or install the newer one that the tables were made by.",
+        service.tables, needs=("reachable",),
+    ),
+    Check(
+        "database", "write-ahead log", "SQLite writes ahead, so that readers do not wait.",
+        "Put `data` on a local file system: SQLite cannot on a network's.",
+        service.write_ahead, needs=("reachable",),
+    ),
+    Check(
+        "database", "database's clock", "Compares a PostgreSQL's clock with ours (5 s).",
+        "Have both machines' clocks set by NTP.", service.database_clock, needs=("reachable",),
+    ),
+    Check(
+        "service", "vault's key", "Reads vault.key, which nobody else may read.",
+        "Copy it from the process that was started first, mode 0600, owned by the service's user.", service.vault_key,
+    ),
+    Check(
+        "service", "vault's proof", "Unseals with it what the database holds as a proof.",
+        "Copy vault.key and service/ from the process that was started first.",
+        service.proof, needs=("tables", "vault's key"),
+    ),
+    Check(
+        "service", "identity", "Reads the service's certificate and keys.",
+        "Restore the folder service/ from the backup; all of its files, mode 0600.", service.identity,
+    ),
+    Check(
+        "store", "answers", "Sends a request without a signature; of a directory: writes, with 1 GiB free.",
+        "Mend `s3_endpoint`, `s3_ca`, `s3_proxy`, or the way to the store; make room.", store.answers,
+    ),
+    Check(
+        "store", "TLS", "The certificate is believed, and lives for 7 days more.",
+        "Renew the store's certificate, or name who vouches for it: `s3_ca`.", store.tls,
+    ),
+    Check(
+        "store", "key", "Lists the buckets of the key that signs.",
+        "With `upload = policy`: import a key that the store knows (`thrave account key import`), or name it with "
+        "--access-key-id. With `upload = service`: mend `s3_credentials`.",
+        store.key, needs=("answers",),
+    ),
+    Check(
+        "store", "store's clock", "Compares the Date of an answer with ours (15 min).",
+        "Have both machines' clocks set by NTP.", store.clock, needs=("key",),
+    ),
+    Check(
+        "store", "create bucket", "Creates a bucket, unless it is there.",
+        "Let the key create and list buckets; or name one that is its own: --bucket.",
+        objects.create, needs=("answers", "key"),
+    ),
+    Check(
+        "store", "owner", "Asks whose the bucket is.",
+        "Use a store that lists a key's own buckets.", objects.owner, needs=("create bucket",),
+    ),
+    Check(
+        "store", "PUT", "Stores an object with a signed request.",
+        "Let the key put objects into its bucket; look for a quota, and for room.",
+        objects.put, needs=("create bucket",),
+    ),
+    Check(
+        "store", "HEAD and ETag", "Asks for its size and its MD5.",
+        "Let the key read objects; an ETag that is no MD5 comes from a proxy or an encryption in between.",
+        objects.head, needs=("PUT",),
+    ),
+    Check(
+        "store", "ranged read", "Reads some bytes out of its middle.",
+        "Have the proxy in between hand on the header Range.", objects.ranged, needs=("PUT",),
+    ),
+    Check(
+        "store", "list", "Lists it by its prefix.", "Let the key list its bucket.", objects.listed, needs=("PUT",),
+    ),
+    Check(
+        "store", "overwrite", "Stores another in its place, and reads that at once.",
+        "Take the retention lock off the bucket, and the cache out of the way.", objects.overwrite, needs=("PUT",),
+    ),
+    Check(
+        "store", "POST, version 2", "Uploads a form under a policy with a signature of version 2, `acl` private.",
+        "The store takes no such forms, or not of this key: set `upload = service`.",
+        forms.version_2, needs=("create bucket",),
+    ),
+    Check(
+        "store", "POST, version 4", "The same with a signature of version 4.",
+        "Callers sign their policies by version 2; or set `upload = service`.",
+        forms.version_4, needs=("create bucket",), optional=True,
+    ),
+    Check(
+        "store", "AWS CLI's policy", "The same with `acl` ec2-bundle-read, as the AWS CLI has it.",
+        "Callers give a policy of their own with another acl (--policy); or set `upload = service`.",
+        forms.cli_acl, needs=("create bucket",), optional=True,
+    ),
+    Check(
+        "store", "delete", "Deletes what it has stored, and looks.",
+        "Let the key delete objects in its bucket: a failed task takes its parts away.",
+        objects.delete, needs=("create bucket",),
+    ),
+    Check(
+        "host", "instances", "Reads every instance's file.", "Mend or remove the files named.", host.instances,
+    ),
+    Check(
+        "host", "root volumes", "Each is there, can be read, and is of a known format.",
+        "Let the service's user read them; mend `rootVolume`.", host.root_volumes,
+    ),
+    Check(
+        "host", "commands", "The program of each command is there; none is run.",
+        "Install them, or mend the instance's file.", host.commands,
+    ),
+    Check(
+        "host", "QEMU", "What reads images is installed, if an instance has one.",
+        "apt-get install qemu-utils python3-libnbd", host.qemu,
+    ),
+    Check(
+        "host", "NTFS", "What reads NTFS is installed, if `skip` wants it.",
+        "pip install 'thrave[ntfs]', or `skip = nothing`.", host.skipping,
+    ),
+    Check(
+        "host", "open files", "The limit of open files is above what the settings may open.",
+        "Raise the limit (LimitNOFILE= in the service's unit), or lower `connections`.", host.open_files,
+    ),
+)  # fmt: skip
+
+CLEAN_UP = Check(
+    "store", "clean-up", "Takes away what the checks have left, and their bucket.",
+    "Remove the bucket, or the objects, whose names begin with thrave-doctor-.", objects.clean_up,
+    needs=("answers", "key"),
+)  # fmt: skip
+"""The last one, tried whatever has failed before it."""

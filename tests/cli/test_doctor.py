@@ -1,0 +1,209 @@
+"""`thrave doctor` on real services: what it finds, what it says to do, and that it leaves nothing behind."""
+
+import json
+import socket
+import threading
+import uuid
+
+import pytest
+
+from support import stores
+from support.disks import make_disk
+from thrave.buckets.listings import read_buckets
+from thrave.buckets.objects import S3Objects
+from thrave.doctor.check import Check, Outcome, perform
+from thrave.doctor.errors import Trouble
+from thrave.doctor.table import CHECKS, CLEAN_UP
+
+NAMES = [check.name for check in (*CHECKS, CLEAN_UP)]
+
+
+@pytest.fixture
+def data(tmp_path, thrave_json):
+    """A data directory with an account that holds the key which the stores know as Alice's."""
+    account = thrave_json("account", "create", "alice", "--data", tmp_path / "data")["accountId"]
+    credentials = tmp_path / "alice.credentials"
+    credentials.write_text(f"[default]\naws_access_key_id={stores.ALICE.access_key_id}\n"
+                           f"aws_secret_access_key={stores.ALICE.secret_access_key}\n")  # fmt: skip
+    credentials.chmod(0o600)
+    thrave_json("account", "key", "import", account, "--credentials", credentials, "--data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def doctor(data, thrave, monkeypatch):
+    """Runs `thrave doctor`; gives its status, and the outcome and detail of each check."""
+
+    def run(*words, **settings):
+        for name, value in settings.items():
+            monkeypatch.setenv(f"THRAVE_{name.upper()}", str(value))
+        status, stdout, stderr = thrave("doctor", "--data", data, "--output", "json", *words)
+        assert stores.ALICE.secret_access_key not in stdout + stderr
+        return status, {found["check"]: found for found in json.loads(stdout)["checks"]}
+
+    return run
+
+
+def outcomes(found):
+    return {name: finding["outcome"] for name, finding in found.items()}
+
+
+def failed(found):
+    return {name for name, outcome in outcomes(found).items() if outcome == "failed"}
+
+
+def test_every_check_has_a_name_of_its_own_and_needs_only_what_comes_before_it():
+    assert len({*NAMES}) == len(NAMES)
+    assert all({*check.needs} <= {*NAMES[:number]} for number, check in enumerate((*CHECKS, CLEAN_UP)))
+
+
+def test_a_service_with_bucket_directories_is_well_and_nothing_is_left(doctor, data):
+    status, found = doctor()
+    assert (status, failed(found), [*found]) == (0, set(), NAMES)
+    assert found["POST, version 4"]["outcome"] == "ok"
+    assert [*(data / "buckets").glob("[!.]*")] == [*(data / "buckets" / ".owners").iterdir()] == []
+
+
+def test_a_postgresql_is_asked_for_its_version_and_its_clock(doctor, postgres, thrave_json, data):
+    url = postgres.new_database()
+    _, before = doctor(database_url=url)
+    assert failed(before) == {"tables"}
+    thrave_json("account", "list", "--data", data)
+    _, found = doctor()
+    assert found["reachable"]["detail"].startswith("PostgreSQL ")
+    assert outcomes(found)["database's clock"] == outcomes(found)["vault's proof"] == "ok"
+
+
+def test_where_nothing_has_been_begun_nothing_is_made(thrave, tmp_path):
+    status, stdout, stderr = thrave("doctor", "--data", tmp_path / "data")
+    assert (status, "thrave account create" in stdout, "reachable" in stderr) == (1, True, True)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_is_wrong_is_said_with_what_to_do(doctor, data, tmp_path):
+    (data / "vault.key").chmod(0o644)
+    status, found = doctor()
+    assert (status, failed(found)) == (1, {"vault's key"})
+    assert "mode 0600" in found["vault's key"]["remedy"]
+    assert found["vault's proof"]["detail"] == "needs: vault's key"
+
+
+def test_the_url_of_a_database_is_never_shown(data, thrave, monkeypatch):
+    monkeypatch.setenv("THRAVE_DATABASE_URL", "postgresql:/nonsense:hunter2@")
+    status, stdout, stderr = thrave("doctor", "--data", data)
+    assert (status, "hunter2" in stdout + stderr) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "check", "says"),
+    [
+        (["--stop-command", "/no/such/program"], "commands", "stop_command: /no/such/program"),
+        ([], "root volumes", "No such file"),
+    ],
+)
+def test_an_instance_that_could_not_be_bundled_is_named(doctor, data, thrave_json, tmp_path, words, check, says):
+    disk = make_disk(tmp_path / "disk.raw", 1 << 20)
+    account = thrave_json("account", "list", "--data", data)["accounts"][0]["accountId"]
+    added = thrave_json("instance", "add", "--account", account, "--platform", "windows",
+                        "--root-volume", disk, *words, "--data", data)  # fmt: skip
+    if check == "root volumes":
+        disk.unlink()
+    status, found = doctor()
+    assert (status, failed(found)) == (1, {check})
+    assert added["instanceId"] in found[check]["detail"]
+    assert says in found[check]["detail"]
+
+
+def s3(store, **settings):
+    return {"store": "s3", "s3_endpoint": store.url, **settings}
+
+
+def by_the_service(store):
+    key = {"s3_access_key_id": stores.SERVICE.access_key_id, "s3_secret_access_key": stores.SERVICE.secret_access_key}
+    return s3(store, upload="service", **key)
+
+
+def buckets_of(store, key):
+    return [*S3Objects(store.connection(key))._pages(None, {}, read_buckets)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("seaweedfs", marks=pytest.mark.s3), pytest.param("rgw", marks=pytest.mark.rgw)]
+)
+class TestAStore:
+    @pytest.fixture
+    def store(self, name, request):
+        return request.getfixturevalue(name)
+
+    def test_that_takes_policies_passes_but_for_what_is_known_of_it(self, doctor, store):
+        bucket = f"alice-{uuid.uuid4().hex[:12]}"
+        status, found = doctor("--bucket", bucket, **s3(store))
+        lacking = {check for check, outcome in outcomes(found).items() if outcome == "lacking"}
+        assert (status, failed(found)) == (0, set())
+        assert lacking == ({"AWS CLI's policy"} if store.name == "rgw" else set())
+        assert found["HEAD and ETag"]["detail"] == "size and ETag"
+        assert bucket not in buckets_of(store, stores.ALICE)
+
+    def test_whose_service_has_a_key_passes_and_leaves_nothing(self, doctor, store):
+        status, found = doctor(**by_the_service(store))
+        assert (status, failed(found)) == (0, set())
+        assert not [name for name in buckets_of(store, stores.SERVICE) if name.startswith("thrave-doctor-")]
+
+    def test_leaves_a_bucket_that_was_there(self, doctor, store):
+        bucket = f"alice-{uuid.uuid4().hex[:12]}"
+        objects = S3Objects(store.connection(stores.ALICE))
+        objects._requests.send("PUT", bucket)
+        objects.put(bucket, "mine", b"x")
+        status, _ = doctor("--bucket", bucket, **s3(store))
+        assert (status, [*objects.list(bucket, "")]) == (0, ["mine"])
+
+    def test_that_does_not_know_the_key_is_named_and_nothing_else_is_tried(self, doctor, store, thrave_json, data):
+        key = thrave_json("account", "create", "bob", "--data", data)["accessKeyId"]
+        status, found = doctor("--access-key-id", key, **s3(store))
+        assert (status, failed(found)) == (1, {"key"})
+        assert "key import" in found["key"]["remedy"]
+
+
+def test_a_store_that_is_away_fails_once(doctor):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    status, found = doctor(store="s3", s3_endpoint=f"http://127.0.0.1:{port}")
+    assert (status, failed(found)) == (1, {"answers"})
+    assert outcomes(found)["clean-up"] == "not tried"
+
+
+@pytest.mark.rgw
+def test_a_certificate_must_be_believed(doctor, rgw):
+    _, found = doctor(**{**s3(rgw), "s3_endpoint": rgw.tls_url})
+    assert failed(found) == {"answers", "TLS"}
+    assert "not trusted" in found["answers"]["detail"]
+
+
+@pytest.mark.rgw
+def test_a_certificate_that_ends_soon_is_told(doctor, rgw):
+    _, found = doctor(**s3(rgw, s3_ca=rgw.ca) | {"s3_endpoint": rgw.tls_url})
+    assert failed(found) == {"TLS"}
+    assert "the certificate ends in 0 days" in found["TLS"]["detail"]
+
+
+def test_a_check_that_hangs_is_left_behind():
+    over = threading.Event()
+    found = perform(Check("store", "hang", "", "", lambda _subject: over.wait(60), seconds=0.1), None)
+    over.set()
+    assert (found.outcome, "not over" in found.detail) == (Outcome.FAILED, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "optional", "outcome", "detail"),
+    [
+        (Trouble("two\nlines"), False, Outcome.FAILED, "two lines"),
+        (Trouble("it"), True, Outcome.LACKING, "it"),
+        (ValueError("a secret"), False, Outcome.FAILED, "unforeseen: ValueError"),
+    ],
+)
+def test_what_a_check_raises_is_told_without_secrets(error, optional, outcome, detail):
+    def fail(_subject):
+        raise error
+
+    found = perform(Check("store", "fail", "", "", fail, optional=optional), None)
+    assert (found.outcome, found.detail) == (outcome, detail)
