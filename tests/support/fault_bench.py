@@ -152,8 +152,10 @@ class FaultBench:
         return ServiceBuckets(connection, transport=transport)
 
     def _transport(self, temper, url):
-        connection = self._store.connection(endpoint=url, timeout=temper.timeout)
-        return self._transports.setdefault((temper.timeout, url), Transport(connection))
+        kind = temper.timeout, url
+        if kind not in self._transports:  # each reads the system's certificates
+            self._transports[kind] = Transport(self._store.connection(endpoint=url, timeout=temper.timeout))
+        return self._transports[kind]
 
     def _host(self, kind, temper):
         settings = self._ground.settings
