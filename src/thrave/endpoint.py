@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import structlog
@@ -20,6 +21,7 @@ from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl, PowerRequests
 from thrave.config import Settings
+from thrave.doctor.standing import StandingChecks, volume_trouble
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
 from thrave.ec2.permissions import Permissions
@@ -44,7 +46,8 @@ def serve(settings: Settings, listening: Listening) -> None:
     """
     ground = open_ground(settings)
     power = PowerRequests(ground.instances, grace=settings.shutdown_grace)
-    app = _door(ground, ground.instances, power, lambda _instance_id: settings.host_name)
+    door = _door(ground, ground.instances, power, lambda _instance_id: settings.host_name)
+    app = create_app(replace(door, volume_trouble=volume_trouble))
     _listen(settings, app, listening, Agent(ground))
 
 
@@ -57,7 +60,7 @@ def serve_api(settings: Settings, listening: Listening) -> None:
     ground = open_ground(settings)
     _ = ground.service  # the first process of a fleet makes it, for the others to be given a copy
     fleet = ReportedInstances(ground.database)
-    _listen(settings, _door(ground, fleet, fleet, fleet.host_of), listening, None)
+    _listen(settings, create_app(_door(ground, fleet, fleet, fleet.host_of)), listening, None)
 
 
 def run_agent(settings: Settings, working: Callable[[], None]) -> None:
@@ -72,7 +75,7 @@ def run_agent(settings: Settings, working: Callable[[], None]) -> None:
     agent.wait()
 
 
-def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Callable[[str], str]) -> Starlette:
+def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Callable[[str], str]) -> Door:
     """The EC2 door, in front of these instances."""
     settings = ground.settings
     tasks = BundleTasks(
@@ -83,18 +86,17 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
         retention=timedelta(days=settings.task_retention_days),
         per_account=settings.tasks_per_account,
     )
-    return create_app(
-        Door(
-            accounts=ground.accounts,
-            instances=instances,
-            buckets=RetryingBuckets(ground.buckets, REQUEST_PATIENCE),
-            tasks=tasks,
-            power=power,
-            rate=RateLimit(settings.requests_per_second, settings.request_burst),
-            region=settings.region,
-            any_platform=settings.platforms == "any",
-            may=Permissions(users=Users(ground.database), region=settings.region).may,
-        )
+    return Door(
+        accounts=ground.accounts,
+        instances=instances,
+        buckets=RetryingBuckets(ground.buckets, REQUEST_PATIENCE),
+        tasks=tasks,
+        power=power,
+        rate=RateLimit(settings.requests_per_second, settings.request_burst),
+        region=settings.region,
+        any_platform=settings.platforms == "any",
+        may=Permissions(users=Users(ground.database), region=settings.region).may,
+        store_trouble=StandingChecks(settings).store_trouble,
     )
 
 

@@ -68,11 +68,10 @@ def complete(bundled, thrave):
 
 @pytest.fixture
 def failed(server, alice, tmp_path):
-    """A task whose root volume is gone."""
+    """A task whose root volume is gone once the instance is stopped."""
     account, key = alice
     disk = make_disk(tmp_path / "gone.raw", MIB)
-    instance = server.instance(account.account_id, disk)
-    disk.unlink()
+    instance = server.instance(account.account_id, disk, stop_command=("rm", "-f", str(disk)))
     task = server.client(key).bundle_instance(
         InstanceId=instance.instance_id, Storage=server.storage(key, "alices-bucket", instance.instance_id)
     )

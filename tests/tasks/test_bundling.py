@@ -262,8 +262,8 @@ def test_an_instance_removed_meanwhile_fails_the_task_with_a_reason(thrave_serve
 def test_a_volume_that_cannot_be_read_fails_the_task_and_the_waiter(thrave_server, alice, tmp_path):
     account, key = alice
     root = make_disk(tmp_path / "root.raw", MIB)
-    instance = thrave_server.instance(account.account_id, root)
-    root.unlink()
+    gone_when_stopped = ("rm", "-f", str(root))
+    instance = thrave_server.instance(account.account_id, root, stop_command=gone_when_stopped)
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
     with pytest.raises(WaiterError):
         ec2.get_waiter("bundle_task_complete").wait(BundleIds=[bundle_id], WaiterConfig={"Delay": 1})

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from thrave.compute.descriptions import Description, volume_fault
 from thrave.compute.folder import DescriptionFolder
+from thrave.compute.instance import Instance
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
 from thrave.volumes import inspection, libnbd, surveyor
+from thrave.volumes.errors import ComponentMissingError
 from thrave.volumes.opening import FORMATS, QEMU_FORMATS
 
 _COMMANDS = ("stop_command", "force_stop_command", "start_command", "state_command")
@@ -34,8 +36,18 @@ def root_volumes(subject: Subject) -> str:
     return f"{len(found)} can be read"
 
 
-def root_volume_fault(instance: Description) -> str | None:
-    """Why an instance's root volume could not be bundled; None if nothing is seen of it."""
+def bundling_fault(instance: Instance) -> str | None:
+    """Why an instance of this machine could not be bundled; None if nothing is seen of it."""
+    if instance.root_volume.format in QEMU_FORMATS:
+        try:
+            check_qemu()
+        except ComponentMissingError as error:
+            return str(error)
+    return root_volume_fault(instance)
+
+
+def root_volume_fault(instance: Instance) -> str | None:
+    """Why an instance's root volume could not be read; None if nothing is seen of it."""
     volume = instance.root_volume
     if volume.format not in FORMATS:
         return f"{volume.path}: unknown format {volume.format}"

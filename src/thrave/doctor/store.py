@@ -17,8 +17,8 @@ CLOCK_SECONDS = 15 * 60
 """How far the time of a signed request may be from the store's (AWS S3, RequestTimeTooSkewed)."""
 LEAST_DAYS = 7
 """Of the store's certificate: fewer, and it may expire before somebody has renewed it."""
-LEAST_FREE = 1 << 30
-"""Bytes of a disk with bucket directories: fewer, and no bundle of a guest's disk can be believed to fit."""
+LEAST_FREE = 16 << 20
+"""Bytes of a disk with bucket directories: with fewer not even the first part of a bundle is sure to fit."""
 
 
 def answers(subject: Subject) -> str:
@@ -39,7 +39,7 @@ def _room(subject: Subject) -> str:
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE:
         raise Trouble(f"{folder} has {free >> 20} MiB left")
-    return f"{folder}, {free >> 30} GiB free"
+    return f"{folder}, {free >> 20} MiB free"
 
 
 def tls(subject: Subject) -> str:

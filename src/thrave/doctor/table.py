@@ -37,7 +37,7 @@ CHECKS: tuple[Check, ...] = (
         "Restore the folder service/ from the backup; all of its files, mode 0600.", service.identity,
     ),
     Check(
-        "store", "answers", "Sends a request without a signature; of a directory: writes, with 1 GiB free.",
+        "store", "answers", "Sends a request without a signature; of a directory: that there is room.",
         "Mend `s3_endpoint`, `s3_ca`, `s3_proxy`, or the way to the store; make room.", store.answers,
     ),
     Check(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from thrave.buckets.buckets import Buckets
+from thrave.compute.instance import Instance
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl
 from thrave.database import utc_now
@@ -56,6 +57,8 @@ class Door:
         any_platform: Bundle instances that are not Windows, too. EC2 does not.
         recent_keys: Keys of `accounts` that have just signed a request.
         may: Whether a caller may do an action, such as `ec2:BundleInstance`, on a resource (an ARN, or `NO_RESOURCE`).
+        store_trouble: What is known to be wrong with the store, in words for a caller; None if nothing is.
+        volume_trouble: Whether the root volume of an instance is known not to be readable.
         now: The clock.
     """
 
@@ -69,6 +72,8 @@ class Door:
     any_platform: bool = False
     recent_keys: RecentKeys = field(default_factory=RecentKeys)
     may: Callable[[Caller, str, str], bool] = account_may_do_all
+    store_trouble: Callable[[], str | None] = lambda: None
+    volume_trouble: Callable[[Instance], bool] = lambda _instance: False
     now: Callable[[], datetime] = utc_now
 
     @property

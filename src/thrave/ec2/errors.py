@@ -142,7 +142,8 @@ ERRORS: dict[str, ErrorKind] = {
     "IncorrectInstanceState": ErrorKind(
         400,
         "The instance '{instance_id}' is not in a state from which it can be {done}: {why}.",
-        "The instance's state does not allow the action, or a bundle task has it; the message names either.",
+        "The instance's state does not allow the action, a bundle task has it, or its root volume cannot be read; the"
+        " message says which.",
         f"{AWS}; the words are ours",
     ),
     "OperationNotPermitted": ErrorKind(
@@ -193,7 +194,7 @@ ERRORS: dict[str, ErrorKind] = {
     "Unavailable": ErrorKind(
         503,
         "The store of the bundles cannot be reached: {said}",
-        "BundleInstance while the store fails. SDKs try again.",
+        "BundleInstance while the store fails, or is known to. SDKs try again.",
         f"{AWS}; the choice of code is ours",
     ),
     "InternalError": ErrorKind(

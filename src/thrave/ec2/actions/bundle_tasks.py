@@ -44,7 +44,8 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     Raises:
         EC2Error: By what is wrong, in this order: InvalidInstanceID.Malformed and InvalidParameterValue (syntax),
             InvalidInstanceID.NotFound, InvalidInstanceType, BundlingInProgress, IncorrectInstanceState,
-            InvalidParameterValue (upload policy), ResourceLimitExceeded, InaccessibleStorageLocation.
+            InvalidParameterValue (upload policy), ResourceLimitExceeded, IncorrectInstanceState (its volume),
+            Unavailable, InaccessibleStorageLocation.
     """
     check_instance_id(parameters["InstanceId"])
     storage = Storage.of(parameters["Storage"]["S3"])
@@ -54,6 +55,7 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     _check_state(instance)
     owner_id, policy = check_upload_policy(door, caller, storage)
     _check_number(door, caller)
+    _check_service(door, instance)
     claim_bucket(door, storage, owner_id)
     request = BundleRequest(
         account_id=caller.account_id,
@@ -120,6 +122,20 @@ def _check_number(door: Door, caller: Caller) -> None:
         door.tasks.check_number(caller.account_id)
     except TooManyBundleTasks as error:
         raise EC2Error("ResourceLimitExceeded", limit=error.limit) from None
+
+
+def _check_service(door: Door, instance: Instance) -> None:
+    """Refuse what is known to fail, before anything is stopped for it.
+
+    A volume does not come back while a caller tries again, so that 400 is the answer; a store may, and then the retries
+    that SDKs make upon 503 cost nothing: while its trouble stands they are answered from memory.
+    """
+    if door.volume_trouble(instance):
+        why = "its root volume cannot be read; the operator: thrave doctor"
+        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, done="bundled", why=why)
+    trouble = door.store_trouble()
+    if trouble is not None:
+        raise EC2Error("Unavailable", said=f"{trouble} (the operator: thrave doctor)")
 
 
 def _create(door: Door, request: BundleRequest) -> Result:

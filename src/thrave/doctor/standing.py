@@ -1,0 +1,68 @@
+"""What is known to be wrong with a service that runs: the cheap checks, looked at when somebody asks for a bundle.
+
+Nothing runs while nobody asks. A good result stands for a while, a bad one for a moment, so that a store that is back
+is used at once; and a check that has failed is tried again before it counts, as a store may fail for a moment.
+"""
+
+import threading
+import time
+from dataclasses import replace
+
+import structlog
+
+from thrave.compute.instance import Instance
+from thrave.config import Settings
+from thrave.doctor import host
+from thrave.doctor.check import Check, Finding, Outcome, perform
+from thrave.doctor.subject import Subject
+from thrave.doctor.table import CHECKS
+
+GOOD_FOR = 30.0  # seconds
+BAD_FOR = 5.0  # seconds
+_PATIENCE = 5.0  # seconds, for one check: a caller waits
+
+log = structlog.get_logger()
+
+
+class StandingChecks:
+    """The cheap checks of one service; safe to use from several threads, of which one looks and the others wait."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._subject = Subject(settings)
+        self._checks = [replace(check, seconds=_PATIENCE) for check in CHECKS if check.name in _cheap(self._subject)]
+        self._lock = threading.Lock()
+        self._stands_until = 0.0
+        self._trouble: str | None = None
+
+    def store_trouble(self) -> str | None:
+        """Why nothing can be stored now; None if no reason is known."""
+        with self._lock:
+            if time.monotonic() > self._stands_until:
+                self._trouble = self._look()
+                self._stands_until = time.monotonic() + (GOOD_FOR if self._trouble is None else BAD_FOR)
+            return self._trouble
+
+    def _look(self) -> str | None:
+        for check in self._checks:
+            finding = self._twice(check)
+            if finding.outcome is Outcome.FAILED:
+                log.warning("no bundle can be stored: `thrave doctor` says more", check=check.name, seen=finding.detail)
+                return finding.detail
+        return None
+
+    def _twice(self, check: Check) -> Finding:
+        finding = perform(check, self._subject)
+        return perform(check, self._subject) if finding.outcome is Outcome.FAILED else finding
+
+
+def volume_trouble(instance: Instance) -> bool:
+    """Whether the root volume of an instance of this machine cannot be read; the log says why."""
+    fault = host.bundling_fault(instance)
+    if fault is not None:
+        log.warning("an instance cannot be bundled", instance=instance.instance_id, seen=fault)
+    return fault is not None
+
+
+def _cheap(subject: Subject) -> set[str]:
+    """With owners' keys, the store's word on the caller's own is asked for with each request (`create`) anyway."""
+    return {"answers"} if subject.by_owners_key else {"answers", "key"}

@@ -1,0 +1,99 @@
+"""What is known to fail is refused at request time, before anything is stopped or written for it."""
+
+import socket
+import threading
+from dataclasses import replace
+
+import pytest
+from botocore.exceptions import ClientError
+
+from support.storage import storage
+from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.config import Settings
+from thrave.doctor import standing
+from thrave.doctor.standing import StandingChecks, volume_trouble
+from thrave.ec2.app import create_app
+
+INSTANCE = "i-1234567890abcdef0"
+
+
+def refusal(ec2, house):
+    with pytest.raises(ClientError) as caught:
+        ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(house.key))
+    answer = caught.value.response
+    return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"], answer["Error"]["Message"]
+
+
+@pytest.fixture
+def lead_to(house, street, ec2):
+    """Has the endpoint lead to the same door, changed."""
+
+    def lead_to(**changes):
+        street.app = create_app(replace(house.door, **changes))
+
+    return lead_to
+
+
+@pytest.mark.parametrize(
+    "volume",
+    [
+        lambda folder: VolumeFile(path=folder / "gone.raw"),
+        lambda folder: VolumeFile(path=folder),
+        lambda folder: VolumeFile(path=folder / "disk.raw", format="vdi"),
+    ],
+    ids=["gone", "no file", "unknown format"],
+)
+def test_an_instance_whose_volume_cannot_be_read_is_not_stopped(house, ec2, lead_to, tmp_path, volume):
+    (tmp_path / "gone.raw").touch()
+    house.instances._folder.create(house_description(house, volume(tmp_path)))
+    (tmp_path / "gone.raw").unlink()
+    lead_to(volume_trouble=volume_trouble)
+    status, code, message = refusal(ec2, house)
+    assert (status, code) == (400, "IncorrectInstanceState")
+    assert ("thrave doctor" in message, str(tmp_path) in message) == (True, False)
+    assert house.instances.state(INSTANCE) is InstanceState.RUNNING
+    assert house.door.buckets.owner("my-bucket") is None
+
+
+def house_description(house, volume):
+    house.add_instance(INSTANCE)
+    described = house.instances.get(INSTANCE)
+    house.instances.remove(INSTANCE)
+    return replace(described, root_volume=volume)
+
+
+@pytest.fixture
+def away():
+    """The settings of a service whose store is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    key = {"s3_access_key_id": "AKIA", "s3_secret_access_key": "secret"}
+    return Settings(store="s3", upload="service", s3_endpoint=f"http://127.0.0.1:{port}", **key)
+
+
+def test_a_store_that_is_known_to_fail_is_named_and_nothing_is_asked_of_it(house, ec2, lead_to, away):
+    house.add_instance(INSTANCE)
+    lead_to(store_trouble=StandingChecks(away).store_trouble, buckets=None)
+    status, code, message = refusal(ec2, house)
+    assert (status, code) == (503, "Unavailable")
+    assert ("was lost" in message, "thrave doctor" in message) == (True, True)
+
+
+def test_the_store_is_asked_once_for_many(away, monkeypatch):
+    asked = []
+    monkeypatch.setattr(StandingChecks, "_look", lambda self: asked.append(1) or "trouble")
+    checks = StandingChecks(away)
+    callers = [threading.Thread(target=checks.store_trouble) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert (len(asked), checks.store_trouble()) == (1, "trouble")
+
+
+def test_a_store_that_is_back_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(standing, "BAD_FOR", 0.0)
+    checks = StandingChecks(Settings(data=tmp_path / "data"))
+    assert "no data directory" in checks.store_trouble()
+    (tmp_path / "data").mkdir()
+    assert checks.store_trouble() is None
