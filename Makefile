@@ -11,7 +11,7 @@ CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-gith
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-fast check bench bench-api bench-fleet clients docs format clean
+.PHONY: demo test test-fast check bench bench-api bench-fleet bench-stores clients stores docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/thrave demo
@@ -44,11 +44,20 @@ bench-fleet: $(INSTALLED)
 	@scripts/system-packages $(BENCH_PACKAGES)
 	$(BIN)/python benchmarks/fleet.py
 
+# GIB=200 has two hundred sealed into a store that discards them.
+bench-stores: $(INSTALLED) packages
+	@scripts/system-packages rclone
+	PYTHONPATH=tests $(BIN)/python benchmarks/stores.py --gib $(or $(GIB),8)
+
 # Runs every client once more and writes down which of them can do what.
 clients: $(INSTALLED) packages
 	mkdir -p .cache
 	THRAVE_CLIENTS_TABLE=.cache/clients.json $(BIN)/pytest tests/clients
 	$(BIN)/python scripts/make_clients_table.py .cache/clients.json
+
+# Has `thrave doctor` examine every store that the tests start, and writes down what it found.
+stores: $(INSTALLED) packages
+	PYTHONPATH=tests $(BIN)/python scripts/make_stores_table.py
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/make_docs.py
