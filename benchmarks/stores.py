@@ -175,8 +175,9 @@ def run(argv: list[str]) -> None:
 
 def environment() -> dict[str, str]:
     """Where both tools find the key."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     return {
-        **os.environ,
+        **mine,
         "AWS_ACCESS_KEY_ID": stores.ALICE.access_key_id,
         "AWS_SECRET_ACCESS_KEY": stores.ALICE.secret_access_key,
         "AWS_DEFAULT_REGION": "us-east-1",
