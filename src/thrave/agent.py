@@ -39,6 +39,7 @@ class Agent:
         self._worker = Worker(
             self._settings.database, self._settings.host_name, tasks_at_once=self._settings.tasks_at_once
         )
+        self._draining = False
         self._over = threading.Event()
 
     def start(self, *, reports: bool) -> None:
@@ -83,9 +84,10 @@ class Agent:
         self._over.wait()
 
     def _heartbeat(self, fence: Fence) -> None:
-        if self._ground.hosts.heartbeat(fence) is HostState.DRAINING:
+        state = self._ground.hosts.heartbeat(fence)
+        if state is HostState.DRAINING and not self._draining:
+            self._draining = True
             threading.Thread(target=self._drain, args=[fence], name="drain").start()
-            raise _LastTime
 
     def _drain(self, fence: Fence) -> None:
         log.info("draining", host=fence.host)
@@ -110,16 +112,10 @@ class Agent:
         threading.Thread(target=_again_and_again, args=[interval, work], name=name, daemon=True).start()
 
 
-class _LastTime(Exception):  # noqa: N818 (no error)
-    """There is nothing more to do, ever."""
-
-
 def _again_and_again(interval: float, work: Callable[[], None]) -> None:
     while True:
         try:
             work()
-        except _LastTime:
-            return
         except sa.exc.DBAPIError as error:  # it must not end: the database may be back next time
             log.warning("the database does not answer", reason=str(error.orig))
         except Exception:

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from support.disks import make_disk
 from thrave.compute.instance import InstanceState
+from thrave.database import utc_now
 from thrave.tasks.fence import LOST
 from thrave.tasks.hosts import HostState
 
@@ -141,6 +142,9 @@ def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, al
     second = bundle(fleet, key, ec2, waiting, "waiting")
     with fleet.ground() as ground:
         ground.hosts.drain("host-a")
+        for _ in range(2):  # it goes on giving signs of life, else it would be taken for lost
+            asked = utc_now()
+            wait_until(lambda asked=asked: ground.hosts.list()[0].heartbeat_time > asked)
         assert agent.wait(timeout=60) == 0
         assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
     assert task_of(ec2, first)["State"] == "complete"
