@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) packages
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 

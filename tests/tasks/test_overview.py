@@ -120,7 +120,7 @@ def test_a_page_costs_two_queries(five, overview, engine):
     ("wanted", "index"),
     [
         (Wanted(account_id="1" * 12), "bundle_task_by_account"),
-        (Wanted(since=T0), "bundle_task_by_update_time"),
+        (Wanted(since=T0), "bundle_task_by_start_time"),  # in whose order they are wanted
         (Wanted(host="kvm-1", states=UNFINISHED), "bundle_task_in_progress_on_host"),
         (Wanted(instance_id="i-3", states=frozenset({S.BUNDLING})), "bundle_task_in_progress"),
     ],

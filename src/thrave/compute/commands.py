@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO, NamedTuple
 
 from thrave.compute.errors import InstanceCommandFailed
@@ -100,7 +101,8 @@ class Command:
     def kill(self) -> None:
         """End it and whatever it has started, if it has not ended by itself."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # another thread was quicker
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._collect()
 
