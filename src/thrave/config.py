@@ -84,6 +84,24 @@ class Settings(BaseSettings):
     instances: Path | None = Field(
         None, description="Where instances are described; by default a folder in `data`. Hosts may share one."
     )
+    hypervisor: Literal["directory", "libvirt"] = Field(
+        "directory",
+        description="Where instances are: described by files, or the domains that libvirt has and "
+        "`thrave instance adopt` has been given.",
+    )
+    libvirt_uri: str = Field("qemu:///system", description="Which libvirt: a local one.")
+    downtime: Literal["whole", "overlay"] = Field(
+        "whole",
+        description="For how long an instance is off: until its root volume is read, or until a copy-on-write overlay "
+        "is over it, a few seconds. `overlay` needs libvirt.",
+    )
+    sysprep: tuple[str, ...] = Field(
+        (), description="A command of the guest's that prepares it for being copied and powers it off, run by its agent."
+    )
+    unclean_volume: Literal["report", "refuse"] = Field(
+        "report",
+        description="When a root volume's NTFS is hibernated or was not unmounted: the task says so, or fails.",
+    )
     heartbeat: float = Field(5.0, gt=0, description="Seconds between two signs of life of a host.")
     host_lost_after: float = Field(
         60.0, gt=0, description="Seconds without a sign of life after which another host may adopt a host's tasks."

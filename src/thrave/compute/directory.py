@@ -16,9 +16,16 @@ from pathlib import Path
 
 from thrave.compute.commands import Command, asked_state
 from thrave.compute.descriptions import Description, check_volumes
-from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed, InstanceError, InstanceHeld
+from thrave.compute.errors import (
+    IncorrectInstanceState,
+    InstanceCommandFailed,
+    InstanceError,
+    InstanceHeld,
+    RootVolumeInUse,
+)
 from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import GONE, Instance, InstanceState
+from thrave.compute.instances import Hold
 from thrave.compute.stopping import PATIENCE, StopCommands
 
 _STATE_SECONDS = 10.0  # for a stateCommand
@@ -123,8 +130,18 @@ class DirectoryInstances:
                 self._run_start(description)
                 self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
 
+    @property
+    def overlays(self) -> None:
+        """None: what stands in files cannot put an overlay over a disk."""
+        return None
+
+    def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
+        """Refuse: no command reaches into the guest."""
+        self._folder.read(instance_id)
+        raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no way into the guest")
+
     @contextmanager
-    def hold(self, instance_id: str) -> Iterator[None]:
+    def hold(self, instance_id: str) -> Iterator[Hold]:
         """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
         self._folder.read(instance_id)
         with ExitStack() as stack:
@@ -132,7 +149,7 @@ class DirectoryInstances:
                 stack.enter_context(self._folder.lock(instance_id))
             except BlockingIOError:
                 raise InstanceHeld(instance_id) from None
-            yield
+            yield _HeldOff(self, instance_id)
 
     def _look(self, instance_id: str) -> Description:
         """The instance with the state it has now."""
@@ -215,6 +232,20 @@ class DirectoryInstances:
         except InstanceError as error:
             log.warning("the state in the file is shown: %s", error)
             return description
+
+
+class _HeldOff:
+    """An instance that cannot be started through us; whether somebody else did, its state tells."""
+
+    def __init__(self, instances: DirectoryInstances, instance_id: str) -> None:
+        self._instances = instances
+        self._instance_id = instance_id
+
+    def check(self) -> None:
+        """Look at its state."""
+        state = self._instances.state(self._instance_id)
+        if state is not InstanceState.STOPPED:
+            raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
 
 
 def _refuse_if_gone(description: Description) -> None:

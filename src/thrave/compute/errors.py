@@ -7,6 +7,9 @@
     ├── InstanceAlreadyExists       the id is taken
     ├── InstanceHeld                its root volume is being read, or it is being started by somebody else
     ├── IncorrectInstanceState      not possible in the state it is in
+    ├── RootVolumeInUse             its root volume may have been written to while it was to be read
+    ├── OverlayImpossible           its root volume cannot have a copy-on-write overlay
+    ├── HypervisorError             the hypervisor does not answer, or refuses
     ├── InvalidDescriptionError     its file or the arguments do not describe an instance
     └── InstanceCommandFailed       one of its commands failed, or said nothing that can be understood
 
@@ -53,6 +56,18 @@ class InstanceHeld(InstanceError):  # noqa: N818 (reads as EC2's codes do)
 
 class IncorrectInstanceState(InstanceError):  # noqa: N818 (EC2's code)
     """The state it is in does not allow this."""
+
+
+class RootVolumeInUse(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+    """Somebody may have written to its root volume while it was to be read."""
+
+
+class OverlayImpossible(InstanceError):  # noqa: N818 (says what it is)
+    """Its root volume cannot have a copy-on-write overlay; the message says why."""
+
+
+class HypervisorError(InstanceError):
+    """The hypervisor does not answer, or refuses; the message has its own words."""
 
 
 class InvalidDescriptionError(InstanceError):

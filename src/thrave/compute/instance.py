@@ -67,6 +67,7 @@ class VolumeFile:
         path: Absolute.
         format: In QEMU's words: raw, qcow2, …
         device_name: What EC2 calls the place where it is attached.
+        secret_file: Holds the passphrase of an encrypted image (qcow2 with LUKS), and nothing else.
     """
 
     __pydantic_config__ = _EC2_WORDS
@@ -74,6 +75,7 @@ class VolumeFile:
     path: Annotated[Path, AfterValidator(_absolute)]
     format: str = "raw"
     device_name: str = "/dev/sda1"
+    secret_file: Annotated[Path, AfterValidator(_absolute)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class Instance:
         root_volume: The one disk that is bundled.
         volumes: All other disks; never bundled.
         launch_time: When it was last started (UTC).
+        tags: Whatever the operator has put on it, key to value.
     """
 
     __pydantic_config__ = _EC2_WORDS
@@ -102,3 +105,4 @@ class Instance:
     volumes: tuple[VolumeFile, ...] = ()
     state: InstanceState = InstanceState.RUNNING
     launch_time: Annotated[AwareDatetime, AfterValidator(_utc)] = field(default_factory=lambda: datetime.now(UTC))
+    tags: dict[str, str] = field(default_factory=dict)

@@ -1,16 +1,19 @@
 """The contract of a hypervisor's inventory: which instances there are, how to stop and start them.
 
-`Inventory` is as much of it as a caller of EC2's sees; `Instances` is what a host itself can do besides.
+`Inventory` is as much of it as a caller of EC2's sees; `Instances` is what a host itself can do besides. `Overlays` is
+what a hypervisor can do that lets an instance run on a copy-on-write overlay while its root volume is read.
 
 The docstrings of the Protocol are the contract, and one suite (tests/compute/test_contract.py) holds every driver to
 it. An inventory knows nothing of bundles, and never reads a volume.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.instance import Instance, InstanceState, VolumeFile
 
 
 class Inventory(Protocol):
@@ -53,8 +56,99 @@ class Inventory(Protocol):
         """
 
 
+class Hold(Protocol):
+    """The proof that nobody writes to an instance's root volume, for as long as it is held."""
+
+    def check(self) -> None:
+        """See that it has held until now. Cheap: may be asked several times a second, from any thread.
+
+        Raises:
+            RootVolumeInUse: The instance is not off (or not on its overlay), or was not at some moment since.
+            InstanceError: It cannot be told, or the instance is gone.
+        """
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A root volume that nothing writes to, and what the instance writes to instead.
+
+    Attributes:
+        volume: The root volume as it was when the instance was stopped.
+        overlay: A qcow2 image that stands on it. It is not there before it is needed nor after it was merged.
+    """
+
+    volume: VolumeFile
+    overlay: Path
+
+
+class Overlays(Protocol):
+    """Copy-on-write overlays over root volumes.
+
+    Every method may be repeated, also after a crash of this process, of the hypervisor's daemon or of the whole host at
+    any moment: it goes on with what is there. At every moment overlay and volume together are what the guest has
+    written, so that the instance can be started.
+    """
+
+    def plan(self, instance_id: str) -> Frozen:
+        """Say what `freeze` would do to the instance, so that it can be written down. Changes nothing.
+
+        Raises:
+            OverlayImpossible: Its root volume cannot have one, with the reason.
+        """
+
+    def freeze(self, instance_id: str, frozen: Frozen) -> None:
+        """Have an instance that is off run on an empty overlay when it is started next.
+
+        Raises:
+            IncorrectInstanceState: It is not off.
+            InstanceError: The hypervisor refuses; nothing has changed.
+        """
+
+    def hold(self, instance_id: str, frozen: Frozen) -> AbstractContextManager[Hold]:
+        """Prove, for the length of the block, that the instance, running or not, is on its overlay.
+
+        Raises:
+            RootVolumeInUse: On entering, if it is not.
+        """
+
+    def lost_power(self, instance_id: str) -> bool:
+        """Whether the instance is off although nobody has stopped it: its host or its process has died."""
+
+    def merge(self, instance_id: str, frozen: Frozen, pause: Callable[[float], object]) -> None:
+        """Write what is in the overlay into the volume, have the instance go on with that, and remove the overlay.
+
+        The instance may run, be off, or be gone (then the files are merged, since its volumes are left as they are).
+
+        Args:
+            instance_id: The instance.
+            frozen: What `plan` said.
+            pause: Waits some seconds between two looks; may raise, which leaves the merging to the next call.
+
+        Raises:
+            InstanceError: The hypervisor refuses. The instance runs on, on its overlay.
+        """
+
+
 class Instances(Inventory, Protocol):
     """All instances of a host."""
+
+    @property
+    def overlays(self) -> Overlays | None:
+        """What can put overlays over root volumes; None if this hypervisor cannot."""
+
+    def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
+        """Have the guest prepare itself for being copied, and power off, by a command run inside it.
+
+        It returns when the command has begun. It is asked once only: what asks for a power-off meanwhile would cut it
+        short.
+
+        Args:
+            instance_id: The instance.
+            command: The guest's program, with its path, and its arguments.
+
+        Raises:
+            InstanceCommandFailed: There is no way to run a command in the guest, or it cannot be run.
+        """
 
     def state(self, instance_id: str) -> InstanceState:
         """The state it has now. `stopped` means that the machine is off and nothing writes to its volumes.
@@ -82,10 +176,10 @@ class Instances(Inventory, Protocol):
             InstanceCommandFailed: The hypervisor refuses.
         """
 
-    def hold(self, instance_id: str) -> AbstractContextManager[None]:
+    def hold(self, instance_id: str) -> AbstractContextManager[Hold]:
         """Keep it from being started through us, while its root volume is read.
 
-        It stops nothing and does not look at the state: hold first, then see that it is `stopped`. Only one can hold
+        It stops nothing and does not look at the state: hold first, then `check` that it is off. Only one can hold
         an instance. The hold ends with the block, and also when this process dies, whatever way.
 
         Raises:
