@@ -93,6 +93,7 @@ bundle_task = sa.Table(
     sa.Column("sealed_secrets", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
     sa.Column("documents", sa.JSON(none_as_null=True)),  # manifest and side file, once every part is stored
+    sa.Column("frozen", sa.JSON(none_as_null=True)),  # its root volume and the overlay, until that has been merged
     sa.Column("look_after_until", UtcDateTime),  # the guest may still hear a request to power off that is void
     sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
     sa.Column("error_code", sa.String(64)),
@@ -130,6 +131,12 @@ _looked_after = bundle_task.c.look_after_until.is_not(None)
 sa.Index(
     "bundle_task_looked_after", bundle_task.c.host, bundle_task.c.instance_id,
     sqlite_where=_looked_after, postgresql_where=_looked_after,
+)  # fmt: skip
+
+_frozen = bundle_task.c.frozen.is_not(None)
+sa.Index(
+    "bundle_task_frozen", bundle_task.c.host, bundle_task.c.instance_id,
+    sqlite_where=_frozen, postgresql_where=_frozen,
 )  # fmt: skip
 
 bundle_task_event = sa.Table(

@@ -5,10 +5,13 @@ the step that was cut off, so each can be repeated without harm. It is the one p
 and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.policy import UploadPolicy
@@ -17,7 +20,8 @@ from thrave.bundle.sealed import Sealed
 from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
 from thrave.bundle.zlibs import Level
-from thrave.compute.instance import Instance
+from thrave.compute.errors import InstanceError
+from thrave.compute.instance import Instance, VolumeFile
 from thrave.compute.instances import Instances
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import load_certificate
@@ -25,6 +29,7 @@ from thrave.identity.service import ServiceIdentity
 from thrave.tasks.crash_points import durable
 from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.freezing import Freezer
 from thrave.tasks.journal import Documents
 from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
 from thrave.tasks.records import Records
@@ -33,7 +38,9 @@ from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
+from thrave.volumes.conditions import conditions
 from thrave.volumes.opening import Skip, open_volume
+from thrave.volumes.volume import Volume
 
 _FURTHER_ON = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
 
@@ -54,6 +61,12 @@ class Host:
     """What is done about a guest that takes longer."""
     level: Level
     """How hard bundles are compressed."""
+    downtime: Literal["whole", "overlay"]
+    """How long an instance is off: until its root volume has been read, or until it has an overlay."""
+    sysprep: Sequence[str]
+    """A command that prepares a guest for being copied and powers it off; none: it is only powered off."""
+    unclean_volume: Literal["report", "refuse"]
+    """What is done about an NTFS volume that its guest has not unmounted."""
     skip: Skip
     """What of a root volume's data is left out."""
     uploads_at_once: int
@@ -75,15 +88,21 @@ class Bundling:
         self._power = PowerSwitch(
             host.instances, host.records, task, grace=host.shutdown_grace, when_late=host.shutdown_timeout_action
         )
+        self._freezer = Freezer(host.instances, host.records, task)
         self._journal = host.records.journal(task.bundle_id)
 
     def run(self) -> None:
-        """Stop the instance; read, seal and store its root volume; start it again; store the manifest."""
+        """Stop the instance; read, seal and store its root volume; start it again; store the manifest.
+
+        With an overlay it is started before its volume is read, and in the end the overlay is merged.
+        """
         try:
             self._step("stop the instance", self.stop)
+            self._step("start the instance on an overlay", self.free)
             self._step("seal the root volume into the bucket", self.seal)
             self._step("start the instance", self._power.restore)
             self._step("store the manifest", self.store)
+            self._step("merge the overlay", self.merge)
             self._step("complete the task", self.complete)
         except TaskFailure as failure:
             self.give_up(failure)
@@ -95,6 +114,7 @@ class Bundling:
             return  # cancelled in the moment before it was begun: nothing was touched, and its grant is erased
         for name, put_back in (
             ("start the instance after a failure", self._power.restore),
+            ("merge the overlay after a failure", lambda: self._freezer.merge(time.sleep)),
             ("remove what was stored", self.remove),
         ):
             try:
@@ -108,18 +128,31 @@ class Bundling:
         if self._records.state(self._task.bundle_id) in _FURTHER_ON:
             return  # another host has got as far before it was lost
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
+            self._freezer.merge(watch.pause)  # what an earlier task may have left
             self._power.note()
+            if self._host.sysprep:
+                self._power.sysprep(watch, self._host.sysprep)
             self._power.off(watch)
+
+    def free(self) -> None:
+        """Have the instance run on an overlay while its root volume is read, if that is wanted, and it ran before."""
+        task = self._records.get(self._task.bundle_id)
+        if self._host.downtime == "whole" or task is None or task.state in _FURTHER_ON or not task.was_running:
+            return
+        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN):
+            self._freezer.freeze()
+            if self._freezer.frozen is not None:
+                self._power.restore()
 
     def seal(self) -> None:
         """Send the root volume, sealed, part by part to the bucket; nothing of it is written anywhere else."""
         if self._journal.documents() is not None:
             return
-        with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
-            root = instance.root_volume
-            with open_volume(root.path, root.format, skip=self._host.skip) as volume:
+        with self._state(BundleTaskState.BUNDLING) as watch, self._held(watch) as (instance, root):
+            with open_volume(root.path, root.format, skip=self._host.skip, secret_file=root.secret_file) as volume:
                 with durable("volume opened"):
                     self._records.note_volume_size(self._task.bundle_id, volume.size)
+                self._look_whether_clean(volume, root.path)
                 sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))
@@ -134,6 +167,16 @@ class Bundling:
                 self._store.put(side_filename(self._store.name), documents["side_file"].encode(), watch)
             with durable("manifest stored"):
                 self._store.put(manifest_filename(self._store.name), documents["manifest"].encode(), watch)
+
+    def merge(self) -> None:
+        """Have the instance go on without the overlay. If that fails, the bundle is there, and the caretaker goes on."""
+        with self._state(BundleTaskState.STORING) as watch:
+            try:
+                self._freezer.merge(watch.pause)
+            except InstanceError as error:
+                self._records.notice(
+                    self._task.bundle_id, f"The instance still runs on its overlay, and it is tried to merge it: {error}."
+                )
 
     def remove(self) -> None:
         """Take away what the task has stored."""
@@ -179,6 +222,26 @@ class Bundling:
             raise Cancelled
         with Watch(self._records, self._task.bundle_id, stall_timeout=self._host.stall_timeout) as watch:
             yield watch
+
+    @contextmanager
+    def _held(self, watch: Watch) -> Iterator[tuple[Instance, VolumeFile]]:
+        """The instance and its root volume, which nobody writes to: it is off, or runs on an overlay."""
+        frozen = self._freezer.frozen
+        if frozen is None:
+            with self._power.held_off(watch) as instance:
+                yield instance, instance.root_volume
+        else:
+            self._power.restore()  # its host may have lost its power since
+            with self._freezer.held(frozen, watch) as instance:
+                yield instance, frozen.volume
+
+    def _look_whether_clean(self, volume: Volume, path: Path) -> None:
+        """Tell the owner what the volume's file systems say of themselves, or refuse it."""
+        found = conditions(volume, path)
+        if found and self._host.unclean_volume == "refuse":
+            raise TaskFailure("Server.VolumeError", "; ".join(found))
+        for condition in found:
+            self._records.notice(self._task.bundle_id, f"{condition}.")
 
     def _documents(self, instance: Instance, sealed: Sealed) -> Documents:
         """The manifest, signed by the service and readable by the account (if it has a certificate) and the service."""

@@ -3,9 +3,11 @@
 A guest hears the power button when it likes. If its task is cancelled or fails before it has, the instance still runs
 then and there is nothing to start; a minute later it powers off. And an instance may be off that its hypervisor does
 not start at the moment. The caretaker looks after such instances, for as long as the guest might still obey or the
-start might yet succeed, also after a restart, and starts them. It leaves one alone whose next task has begun, and stops
-none.
+start might yet succeed, also after a restart, and starts them. It merges the overlays that a task could not merge. It
+leaves an instance alone whose next task has begun, and stops none.
 """
+
+import time
 
 import structlog
 
@@ -14,6 +16,7 @@ from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
 from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
+from thrave.tasks.freezing import Freezer
 from thrave.tasks.records import Records
 from thrave.tasks.retries import Retries
 from thrave.tasks.task import BundleTask
@@ -40,6 +43,9 @@ class Caretaker:
             if self._retries.is_due(task.bundle_id) and self._is_over(task):
                 self._records.look_after(task.bundle_id, None)
                 self._retries.over(task.bundle_id)
+        for task in self._records.unmerged(self._host):
+            if self._retries.is_due(task.bundle_id) and self._records.in_progress(task.instance_id) is None:
+                self._merge(task)
 
     def _is_over(self, task: BundleTask) -> bool:
         late = task.look_after_until is not None and task.look_after_until < utc_now()
@@ -62,6 +68,17 @@ class Caretaker:
         if off and task.was_running:
             self._start(task)
         return off or state in GONE
+
+    def _merge(self, task: BundleTask) -> None:
+        log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
+        self._records.check_mine(task.bundle_id)
+        try:
+            Freezer(self._instances, self._records, task).merge(time.sleep)
+        except InstanceError as error:
+            self._retries.failed(task.bundle_id)
+            log.warning("an overlay cannot be merged", instance_id=task.instance_id, reason=str(error))
+        else:
+            self._retries.over(task.bundle_id)
 
     def _start(self, task: BundleTask) -> None:
         log.info("an instance is off after its task has ended", instance_id=task.instance_id)

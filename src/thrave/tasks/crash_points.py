@@ -15,9 +15,9 @@ from itertools import count
 from typing import Literal, NamedTuple
 
 Step = Literal[
-    "record", "cancellation", "power noted", "shutdown sent", "power cut", "shutdown seen", "volume opened",
-    "sealing begun", "part sealed", "part stored", "part recorded", "sealing ended", "instance started",
-    "side file stored", "manifest stored", "record closed", "objects removed", "removal recorded", "task purged",
+    "record", "cancellation", "power noted", "sysprep sent", "shutdown sent", "power cut", "shutdown seen",
+    "overlay noted", "root volume frozen", "volume opened", "sealing begun", "part sealed", "part stored", "part recorded", "sealing ended", "instance started",
+    "side file stored", "manifest stored", "overlay merged", "record closed", "objects removed", "removal recorded", "task purged",
 ]  # fmt: skip
 
 
@@ -39,11 +39,18 @@ STEPS: Mapping[Step, Durable] = {
     "power noted": Durable(
         "The instance's power state is recorded, before anything is done to it.", "It is noted once."
     ),
+    "sysprep sent": Durable(
+        "The guest is asked to prepare itself for being copied, and to power off.", "It is asked again unless it is off."
+    ),
     "shutdown sent": Durable("The guest is asked to power off.", "It is asked again unless it is off."),
     "power cut": Durable(
         "The power of a deaf guest is cut, if the operator wants that.", "It is cut unless it is off."
     ),
     "shutdown seen": Durable("The instance is off; nobody needs to look after it.", "It is looked at again."),
+    "overlay noted": Durable("What is going to be frozen is recorded.", "It is noted once."),
+    "root volume frozen": Durable(
+        "The instance's root volume has a copy-on-write overlay.", "It gets one unless it has it."
+    ),
     "volume opened": Durable("The root volume is open, its size recorded.", "It is opened again."),
     "sealing begun": Durable("A new key is recorded, sealed by the vault.", "Without a stored part, there is another."),
     "part sealed": Durable(
@@ -56,6 +63,7 @@ STEPS: Mapping[Step, Durable] = {
     "instance started": Durable("The instance is started, if it ran before.", "It is started unless it runs."),
     "side file stored": Durable("The bucket takes the side file.", "It is sent again."),
     "manifest stored": Durable("The bucket takes the manifest.", "It is sent again."),
+    "overlay merged": Durable("The overlay is merged into the root volume, and removed.", "It is merged again."),
     "record closed": Durable("The task is recorded as complete or failed.", "It is closed again, if it was not."),
     "objects removed": Durable("The objects of a task that has failed are deleted.", "They are deleted again."),
     "removal recorded": Durable("They are recorded as deleted.", "They are deleted again."),

@@ -29,7 +29,7 @@ from thrave.tasks.failures import TaskFailure, failure_from
 
 # Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow. Such a task is
 # run anew: every step can be taken up from the record.
-APPLICATION_VERSION = "bundle-2"
+APPLICATION_VERSION = "bundle-3"
 WORKFLOW = "bundle_instance"
 POLLING_INTERVAL = 0.25  # seconds from record to start at the most; DBOS polls its queues on every database
 # The same where many hosts look into one PostgreSQL: each look costs it a millisecond of CPU time, so that a thousand

@@ -14,7 +14,7 @@ import structlog
 
 from thrave.buckets.errors import BucketError
 from thrave.bundle.errors import ImageError
-from thrave.compute.errors import InstanceError, InstanceNotFound
+from thrave.compute.errors import InstanceError, InstanceNotFound, RootVolumeInUse
 from thrave.volumes.errors import VolumeError
 
 log = structlog.get_logger()
@@ -60,8 +60,10 @@ CAUSES: dict[str, Cause] = {
         "The message gives the hypervisor's words; mend that, and bundle again.",
     ),
     "Server.VolumeError": Cause(
-        "The root volume could not be read to its end, is in use, or what is unused on it cannot be told.",
-        "Check the volume's file and the host's disks, and bundle again.",
+        "The root volume could not be read to its end, was written to or in use meanwhile, or is not clean; or what is "
+        "unused on it cannot be told.",
+        "See who has started the instance or uses its disk, and check the volume's file and the host's disks; have the "
+        "guest shut down wholly, without fast start-up. Then bundle again.",
     ),
     "Server.NoProgress": Cause(
         "Neither the root volume nor the bucket did anything for `stall_timeout` seconds.",
@@ -102,6 +104,7 @@ class Cancelled(TaskFailure):
 # What the rooms' own errors become, the first that fits.
 FORESEEN: tuple[tuple[type[Exception], str], ...] = (
     (InstanceNotFound, "Client.InstanceTerminated"),
+    (RootVolumeInUse, "Server.VolumeError"),
     (InstanceError, "Server.InstanceError"),
     (VolumeError, "Server.VolumeError"),
     (ImageError, "Server.VolumeError"),

@@ -180,7 +180,9 @@ class Hosts:
                 connection.execute(table.update().where(table.c.host == lost).values(host=by))
             concerned = (
                 bundle_task.c.host == lost,
-                sa.or_(task_in_progress, bundle_task.c.look_after_until.is_not(None)),
+                sa.or_(
+                    task_in_progress, bundle_task.c.look_after_until.is_not(None), bundle_task.c.frozen.is_not(None)
+                ),
             )
             connection.execute(bundle_task.update().where(*concerned).values(host=by))
             for bundle_id in tasks:

@@ -1,28 +1,32 @@
 """An instance's power, as one bundle task handles it: noted, switched off, held off, and put back as it was.
 
 An instance that ran before the task runs after it, whatever happened; one that was stopped stays stopped. It is never
-started while its volume is read, and its volume never read unless it is off. A guest that does not power off by itself
-within the grace period makes the task fail and stays up; its power is cut only if the operator wants that.
+started while its volume is read, unless it runs on an overlay (`freezing.py`), and its volume never read unless it is
+off. A guest that does not power off by itself within the grace period makes the task fail and stays up; its power is
+cut only if the operator wants that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
-from thrave.compute.errors import InstanceError, InstanceNotFound
+from thrave.compute.errors import InstanceError, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import GONE, Instance, InstanceState
-from thrave.compute.instances import Instances
+from thrave.compute.instances import Hold, Instances
 from thrave.compute.power import power_off
 from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.records import Records
+from thrave.tasks.states import BundleTaskState
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
 START_AGAIN_FOR = timedelta(days=1)  # an instance that its hypervisor does not start
 ShutdownTimeoutAction = Literal["fail", "power-off"]
+_FREED = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
 
 
 class PowerSwitch:
@@ -52,6 +56,15 @@ class PowerSwitch:
         with durable("power noted"):
             self._records.note_power_state(self._task.bundle_id, running=running)
 
+    def sysprep(self, watch: Watch, command: Sequence[str]) -> None:
+        """Have the guest prepare itself for being copied, which powers it off; then as `off`."""
+        if _is_off(self._instances.state(self._task.instance_id)):
+            return
+        self._look_after()
+        with durable("sysprep sent"):
+            self._instances.request_sysprep(self._task.instance_id, command)
+        self._off(watch, ask=lambda _instance_id: None)  # a request to power off would cut it short
+
     def off(self, watch: Watch) -> None:
         """Ask the guest to power off, again and again, until it has; in the end cut its power, if that is wanted.
 
@@ -60,8 +73,14 @@ class PowerSwitch:
         Raises:
             TaskFailure: It did not power off in time, or it is terminated.
         """
+        self._look_after()
+        self._off(watch, ask=self._ask)
+
+    def _look_after(self) -> None:
         self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=2 * self._grace))
-        state = power_off(self._instances, self._task.instance_id, grace=self._grace, ask=self._ask, pause=watch.pause)
+
+    def _off(self, watch: Watch, ask: Callable[[str], None]) -> None:
+        state = power_off(self._instances, self._task.instance_id, grace=self._grace, ask=ask, pause=watch.pause)
         if not _is_off(state):
             self._cut(f"The guest did not power off within {self._grace:.0f} seconds")
         with durable("shutdown seen"):
@@ -71,17 +90,22 @@ class PowerSwitch:
     def held_off(self, watch: Watch) -> Iterator[Instance]:
         """The instance, off and kept from being started; switched off again if a crash gave it time to be started.
 
-        Raises TaskFailure if it is found running or terminated, before the block or after it: what was read of a volume
-        that somebody else wrote to is worth nothing.
+        Raises RootVolumeInUse or TaskFailure if it is found running or terminated, before the block, during it or
+        after it: what was read of a volume that somebody else wrote to is worth nothing.
         """
         self.off(watch)
-        with self._instances.hold(self._task.instance_id):
-            self._check_off()
+        with self._instances.hold(self._task.instance_id) as hold:
+            check = partial(self._check_off, hold)
+            check()
+            watch.guard(check)
             yield self._instances.get(self._task.instance_id)
-            self._check_off()
+            check()
 
     def restore(self) -> None:
         """Start the instance if it ran when the task began and is off now.
+
+        One that has been set free to run on an overlay may have been stopped by its owner since; it is started only if
+        it was not.
 
         Raises:
             TaskFailure: It does not start. It is looked after (`caretaker.py`) then.
@@ -90,7 +114,7 @@ class PowerSwitch:
         if task is None or not task.was_running:
             return
         try:
-            if self._instances.state(self._task.instance_id) is InstanceState.STOPPED:
+            if self._instances.state(self._task.instance_id) is InstanceState.STOPPED and self._should_run(task):
                 with durable("instance started"):
                     self._instances.start(self._task.instance_id)
         except InstanceNotFound:
@@ -116,9 +140,17 @@ class PowerSwitch:
         if not _is_off(self._instances.state(self._task.instance_id)):
             raise TaskFailure("Server.InstanceNotStopped", f"{late}, and runs on though its power was cut.")
 
-    def _check_off(self) -> None:
-        if not _is_off(self._instances.state(self._task.instance_id)):
-            raise TaskFailure("Server.VolumeError", "The instance was started while its volume was to be read.")
+    def _should_run(self, task: BundleTask) -> bool:
+        overlays = self._instances.overlays
+        is_free = task.state in _FREED and self._records.frozen(task.bundle_id) is not None
+        return not is_free or overlays is None or overlays.lost_power(task.instance_id)
+
+    def _check_off(self, hold: Hold) -> None:
+        try:
+            hold.check()
+        except RootVolumeInUse:
+            _is_off(self._instances.state(self._task.instance_id))  # terminated is another reason
+            raise
 
 
 def _is_off(state: InstanceState) -> bool:

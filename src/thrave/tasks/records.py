@@ -9,7 +9,9 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from pydantic import TypeAdapter
 
+from thrave.compute.instances import Frozen
 from thrave.database import account, bundle_part, bundle_task, bundle_task_event, host, task_in_progress, utc_now
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import Fence
@@ -18,9 +20,9 @@ from thrave.tasks.states import CANCELLABLE, WITH_PROGRESS, BundleTaskState, bef
 from thrave.tasks.task import BundleRequest, BundleTask, Event
 from thrave.vault import Vault
 
-# What a task needs while it is worked on, and nobody is shown; erased at its end.
-_KEPT = ("sealed_grant", "sealed_secrets", "checkpoint", "documents")
-_ERASED = dict.fromkeys(_KEPT)
+# What a task needs while it is worked on, erased at its end; and what it keeps for itself besides.
+_ERASED = dict.fromkeys(("sealed_grant", "sealed_secrets", "checkpoint", "documents"))
+_KEPT = {*_ERASED, "frozen"}
 
 # Queries are written once, here: SQLAlchemy takes longer to put one together than SQLite to answer it.
 _SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
@@ -33,6 +35,7 @@ _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
     sa.or_(task_in_progress, bundle_task.c.update_time > sa.bindparam("ended_after")),
 )
+_FROZEN = TypeAdapter(Frozen)
 _LEFT_OVER = sa.and_(
     bundle_task.c.state == sa.literal_column("'failed'"),
     sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id),
@@ -168,6 +171,25 @@ class Records:
         """The tasks of a host whose instances are to be looked after."""
         return self.find(bundle_task.c.host == host, bundle_task.c.look_after_until.is_not(None))
 
+    def note_frozen(self, bundle_id: str, frozen: Frozen | None) -> None:
+        """Record what the task freezes of its instance, before it does; or that it has been merged."""
+        document = None if frozen is None else _FROZEN.dump_python(frozen, mode="json")
+        with self._engine.begin() as connection:
+            mine = bundle_task.c.bundle_id == bundle_id
+            connection.execute(bundle_task.update().where(mine).values(frozen=document))
+
+    def frozen(self, bundle_id: str) -> Frozen | None:
+        """What the task has frozen and not merged yet."""
+        return next((frozen for _, frozen in self._frozen(bundle_task.c.bundle_id == bundle_id)), None)
+
+    def frozen_of(self, instance_id: str) -> list[tuple[str, Frozen]]:
+        """What tasks have frozen of an instance and not merged yet, with the tasks' ids, the oldest first."""
+        return self._frozen(bundle_task.c.instance_id == instance_id)
+
+    def unmerged(self, host: str) -> list[BundleTask]:
+        """The ended tasks of a host whose overlays could not be merged."""
+        return self.find(bundle_task.c.host == host, bundle_task.c.frozen.is_not(None), sa.not_(task_in_progress))
+
     def left_over(self, on_host: str | None = None, *, ended_after: datetime | None = None) -> list[BundleTask]:
         """The failed tasks that still have objects in a bucket (`journal(…).objects()`).
 
@@ -181,7 +203,7 @@ class Records:
 
     def purge(self, ended_before: datetime, *, most: int) -> int:
         """Forget tasks that ended before then and left nothing to do, `most` of them at the most; say how many."""
-        done = (bundle_task.c.look_after_until.is_(None), sa.not_(_LEFT_OVER))
+        done = (bundle_task.c.look_after_until.is_(None), bundle_task.c.frozen.is_(None), sa.not_(_LEFT_OVER))
         old = sa.select(bundle_task.c.bundle_id).where(
             bundle_task.c.update_time < ended_before, sa.not_(task_in_progress), *done
         )
@@ -209,9 +231,12 @@ class Records:
             connection.execute(bundle_task_event.insert(), _event(bundle_id, now, message))
 
     def notice(self, bundle_id: str, notice: str) -> None:
-        """Give a task's owner something to know although the task goes on; it is told among the events, too."""
-        self._update(bundle_id, sa.true(), notice=notice)
-        self.tell(bundle_id, notice)
+        """Give a task's owner one more thing to know although the task goes on; it is told among the events, too."""
+        task = self.get(bundle_id)
+        known = (task and task.notice) or ""
+        if notice not in known:
+            self._update(bundle_id, sa.true(), notice=f"{known} {notice}".strip())
+            self.tell(bundle_id, notice)
 
     def note_volume_size(self, bundle_id: str, size: int) -> None:
         """Record how many bytes the root volume has."""
@@ -232,6 +257,13 @@ class Records:
     def _read(self, query: sa.Select[tuple[object, ...]], **parameters: object) -> list[BundleTask]:
         with self._engine.connect() as connection:
             return [_task(row) for row in connection.execute(query, parameters)]
+
+    def _frozen(self, condition: sa.ColumnElement[bool]) -> list[tuple[str, Frozen]]:
+        there = sa.and_(bundle_task.c.frozen.is_not(None), condition)
+        query = sa.select(bundle_task.c.bundle_id, bundle_task.c.frozen).where(there).order_by(bundle_task.c.start_time)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return [(row.bundle_id, _FROZEN.validate_python(row.frozen)) for row in rows]
 
     def _is(self, bundle_id: str, state: BundleTaskState) -> bool:
         return self.state(bundle_id) is state

@@ -14,11 +14,13 @@ from typing import Self
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.compute.errors import InstanceError, InstanceNotFound, RootVolumeInUse
+from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
 from thrave.tasks.records import Records
 from thrave.tasks.states import BundleTaskState
 
 INTERVAL = 0.25  # seconds between two looks; a cancellation is to take effect within two seconds
+GUARD_INTERVAL = 1.0  # seconds between two looks at whether the volume still stands still
 
 log = structlog.get_logger()
 
@@ -59,6 +61,13 @@ class Watch:
         """Take note that the work has got on: something was read, or stored. Any thread may call this, often."""
         self._moved = time.monotonic()
 
+    def guard(self, check: Callable[[], None]) -> None:
+        """Look from now on, once a second, whether `check` raises RootVolumeInUse or what ends a task; stop the work then.
+
+        What cannot be told for a while is passed over: whoever gave the check asks once more at the end.
+        """
+        threading.Thread(target=self._guard, args=(check,), name=f"guard {self._bundle_id}", daemon=True).start()
+
     def tell(self, message: str) -> None:
         """Write down among the task's events what the work has met."""
         self._records.tell(self._bundle_id, message)
@@ -89,10 +98,22 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(INTERVAL):
-            self._reason = self._heard() or self._stalled()
+            if self._reason is None:
+                self._reason = self._heard() or self._stalled()
             if self._reason is not None:
                 self._cancel()
                 return
+
+    def _guard(self, check: Callable[[], None]) -> None:
+        while self._reason is None and not self._over.wait(GUARD_INTERVAL):
+            try:
+                check()
+            except (TaskFailure, InstanceNotFound, RootVolumeInUse) as error:
+                if not self._over.is_set():
+                    self._reason = failure_from(error)
+                    self._cancel()
+            except InstanceError as error:
+                log.warning("an instance cannot be looked at", bundle_id=self._bundle_id, reason=str(error))
 
     def _heard(self) -> TaskFailure | None:
         """Carry the progress to the record, and hear of a cancellation."""

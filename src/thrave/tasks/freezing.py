@@ -1,0 +1,84 @@
+"""A root volume that stands still while its instance runs, as one bundle task handles it.
+
+Once the instance has been stopped, its root volume gets a copy-on-write overlay, and the instance is started on that;
+what is sealed is the volume below, which nothing writes to. In the end the overlay is merged into the volume. What is
+planned is written down first, so that whatever is killed, the overlay is found again and merged. Where an overlay
+cannot be had, the instance stays off until its volume has been read, and its owner is told why.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from thrave.compute.errors import HypervisorError, OverlayImpossible
+from thrave.compute.instance import Instance
+from thrave.compute.instances import Frozen, Instances, Overlays
+from thrave.tasks.crash_points import durable
+from thrave.tasks.records import Records
+from thrave.tasks.task import BundleTask
+from thrave.tasks.watch import Watch
+
+
+class Freezer:
+    """Freezes the root volume of a task's instance, and thaws it."""
+
+    def __init__(self, instances: Instances, records: Records, task: BundleTask) -> None:
+        """Freeze the root volume of the task's instance."""
+        self._instances = instances
+        self._records = records
+        self._task = task
+
+    @property
+    def frozen(self) -> Frozen | None:
+        """What was frozen for the task, or is just going to be; None from when it has been merged."""
+        return self._records.frozen(self._task.bundle_id)
+
+    def freeze(self) -> None:
+        """Put an overlay over the root volume of the instance, which is off; if it can have none, tell its owner."""
+        frozen = self.frozen or self._plan()
+        if frozen is not None:
+            with durable("root volume frozen"):
+                self._overlays.freeze(self._task.instance_id, frozen)
+
+    @contextmanager
+    def held(self, frozen: Frozen, watch: Watch) -> Iterator[Instance]:
+        """The instance, on its overlay, so that nothing writes to the volume.
+
+        Raises RootVolumeInUse if it is found in another place, before the block, during it or after it.
+        """
+        with self._overlays.hold(self._task.instance_id, frozen) as hold:
+            hold.check()
+            watch.guard(hold.check)
+            yield self._instances.get(self._task.instance_id)
+            hold.check()
+
+    def merge(self, pause: Callable[[float], object]) -> None:
+        """Have the instance go on without the overlay, if there is one; also an earlier task's.
+
+        Raises:
+            InstanceError: The hypervisor refuses; the instance runs on, and it may be tried again.
+        """
+        for bundle_id, frozen in self._records.frozen_of(self._task.instance_id):
+            with durable("overlay merged"):
+                self._overlays.merge(self._task.instance_id, frozen, pause)
+            self._records.note_frozen(bundle_id, None)
+
+    def _plan(self) -> Frozen | None:
+        try:
+            if self._instances.overlays is None:
+                raise OverlayImpossible(self._task.instance_id, "its hypervisor has no overlays")
+            frozen = self._overlays.plan(self._task.instance_id)
+        except OverlayImpossible as reason:
+            self._records.notice(
+                self._task.bundle_id, f"The instance is off until its root volume has been read: {reason}."
+            )
+            return None
+        with durable("overlay noted"):
+            self._records.note_frozen(self._task.bundle_id, frozen)
+        return frozen
+
+    @property
+    def _overlays(self) -> Overlays:
+        overlays = self._instances.overlays
+        if overlays is None:
+            raise HypervisorError(self._task.instance_id, "the hypervisor that the settings name has no overlays")
+        return overlays
