@@ -1,5 +1,7 @@
 """What others do to an instance's power while a bundle task has it, through the real service."""
 
+import json
+import subprocess
 import sys
 import time
 
@@ -8,6 +10,7 @@ from botocore.exceptions import ClientError
 
 from support.disks import make_disk
 from thrave.compute.instance import InstanceState
+from thrave.testing import ThraveServer
 
 MIB = 1 << 20
 
@@ -49,6 +52,33 @@ def test_an_instance_terminated_while_its_volume_is_read_fails_the_task(thrave_s
     }
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.TERMINATED
     assert stored(thrave_server) == []
+
+
+def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(thrave_server, alice, tmp_path):
+    account, key = alice
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
+    ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
+    wait(ec2, bundle_id, "bundling")
+    file = thrave_server.data.instances / f"{instance.instance_id}.json"
+    file.write_text(file.read_text().replace('"stopped"', '"running"'))
+    task = wait(ec2, bundle_id, "failed", "complete")
+    assert task["BundleTaskError"]["Code"] == "Server.VolumeError"
+    assert "is running while its root volume is read" in task["BundleTaskError"]["Message"]
+    assert stored(thrave_server) == []
+
+
+def test_an_instance_that_cannot_have_an_overlay_is_off_until_it_is_read(tmp_path):
+    with ThraveServer.running(tmp_path / "overlay", downtime="overlay") as server:
+        account, key = server.account("alice")
+        instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
+        ec2, bundle_id = bundle(server, key, instance.instance_id)
+        assert wait(ec2, bundle_id, "failed", "complete")["State"] == "complete"
+        seen = subprocess.run(
+            [sys.executable, "-m", "thrave", "task", "show", bundle_id, "--data", server.data.root, "--output", "json"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        notice = "The instance is off until its root volume has been read: its hypervisor has no overlays."
+        assert json.loads(seen.stdout)["notice"] == notice
 
 
 def test_an_instance_terminated_while_the_guest_powers_off_fails_the_task(thrave_server, alice, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from support.storing import Bench, directory
+from thrave.compute.errors import HypervisorError, InstanceNotFound, RootVolumeInUse
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.watch import INTERVAL
 
@@ -63,6 +64,41 @@ def test_work_that_is_begun_after_the_cancellation_was_seen_is_not_begun(bench):
 
     with pytest.raises(Cancelled):
         work()
+
+
+def guarded_until_stopped(bench, *answers):
+    """Look with a guard that raises these in turn, then nothing; give how often it was asked."""
+    asked = []
+
+    def check():
+        asked.append(answers[len(asked)])
+        if asked[-1] is not None:
+            raise asked[-1]
+
+    with bench.watch() as watch:
+        watch.guard(check)
+        until_stopped(watch)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (RootVolumeInUse("i-00000000", "it is running"), "Server.VolumeError"),
+        (InstanceNotFound("i-00000000"), "Client.InstanceTerminated"),
+        (TaskFailure("Client.InstanceTerminated", "gone"), "Client.InstanceTerminated"),
+    ],
+)
+def test_work_is_stopped_as_soon_as_the_volume_is_seen_to_move(bench, found, code):
+    with pytest.raises(TaskFailure) as failure:
+        guarded_until_stopped(bench, None, found)
+    assert failure.value.code == code
+
+
+def test_a_hypervisor_that_does_not_answer_for_a_while_stops_nothing(bench):
+    away, moved = HypervisorError("i-00000000", "away"), RootVolumeInUse("i-00000000", "it is running")
+    with pytest.raises(TaskFailure, match="it is running"):
+        guarded_until_stopped(bench, away, moved)
 
 
 def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench):
