@@ -5,7 +5,11 @@ import pytest
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import MAX_LENGTH, MAX_VALUES, instants, matches, select
 
-TABLE = {"name": lambda record: [record], "letters": lambda record: [*record, None]}
+TABLE = {
+    "name": lambda record: [record],
+    "letters": lambda record: [*record, None],
+    "first:": lambda record: {record[0]: record},
+}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,9 @@ def test_a_hostile_pattern_costs_no_more_than_its_length():
         ([("name", "four")], []),
         ([("letters", "None")], []),
         ([("name", "one"), ("name", "two")], []),
+        ([("first:t", "*")], ["two", "three"]),
+        ([("first:t", "two", "one")], ["two"]),
+        ([("first:", "*")], []),
     ],
 )
 def test_values_are_alternatives_and_filters_are_conditions(filters, expected):
@@ -74,6 +81,8 @@ def test_values_are_alternatives_and_filters_are_conditions(filters, expected):
     [
         ({"Name": "nome", "Values": ["x"]}, "InvalidParameterValue: The filter 'nome' is invalid"),
         ({"Name": "Name", "Values": ["x"]}, "InvalidParameterValue: The filter 'Name' is invalid"),
+        ({"Name": "first", "Values": ["x"]}, "InvalidParameterValue: The filter 'first' is invalid"),
+        ({"Name": "last:t", "Values": ["x"]}, "InvalidParameterValue: The filter 'last:t' is invalid"),
         ({"Values": ["x"]}, "MissingParameter: The request must contain the parameter Filter.2.Name"),
         ({"Name": "name"}, "MissingParameter: The request must contain the parameter Filter.2.Value"),
         ({"Name": "name", "Values": []}, "MissingParameter: The request must contain the parameter Filter.2.Value"),

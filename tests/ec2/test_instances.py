@@ -11,8 +11,9 @@ LAUNCHED = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 @pytest.fixture
 def three_instances(house, tmp_path):
     data = VolumeFile(path=tmp_path / "disk.raw", device_name="xvdb")
-    house.add_instance("i-0000000a", launch_time=LAUNCHED, volumes=(data,))
-    house.add_instance("i-0000000b", platform=None, architecture="arm64", state=InstanceState.STOPPED)
+    house.add_instance("i-0000000a", launch_time=LAUNCHED, volumes=(data,), tags={"team:cost": "7", "Name": "web & 1"})
+    tags = {"Name": "db", "empty": ""}
+    house.add_instance("i-0000000b", platform=None, architecture="arm64", state=InstanceState.STOPPED, tags=tags)
     house.add_instance("i-0000000c", root_device_type="ebs", root_device_name="xvda")
     house.add_instance("i-0000000d", account_id="999999999999")
 
@@ -38,6 +39,7 @@ def test_an_instance_is_shown_as_ec2_shows_it(house, ec2, three_instances):
                 "RootDeviceName": "/dev/sda1",
                 "BlockDeviceMappings": [{"DeviceName": "/dev/sda1"}, {"DeviceName": "xvdb"}],
                 "Placement": {"AvailabilityZone": "eu-west-9a"},
+                "Tags": [{"Key": "Name", "Value": "web & 1"}, {"Key": "team:cost", "Value": "7"}],
             }
         ],
     }
@@ -46,6 +48,11 @@ def test_an_instance_is_shown_as_ec2_shows_it(house, ec2, three_instances):
 def test_only_the_callers_instances_are_shown(ec2, client_of, house, three_instances):
     assert ids(ec2.describe_instances()) == ["i-0000000a", "i-0000000b", "i-0000000c"]
     assert client_of(house.another_key()).describe_instances()["Reservations"] == []
+
+
+def test_an_instance_without_tags_has_no_set_of_them(ec2, three_instances):
+    (reservation,) = ec2.describe_instances(InstanceIds=["i-0000000c"])["Reservations"]
+    assert "Tags" not in reservation["Instances"][0]
 
 
 def test_an_instance_that_is_not_windows_has_no_platform(ec2, three_instances):
@@ -72,8 +79,16 @@ def test_an_instance_that_is_not_windows_has_no_platform(ec2, three_instances):
         ("root-device-type", "instance-store", "ab"),
         ("availability-zone", "eu-west-9?", "abc"),
         ("availability-zone", "eu-west-9b", ""),
-        ("tag:Name", "*", ""),
-        ("tag-key", "*", ""),
+        ("tag:Name", "*", "ab"),
+        ("tag:Name", "web*", "a"),
+        ("tag:name", "*", ""),
+        ("tag:team:cost", "7", "a"),
+        ("tag:empty", "", "b"),
+        ("tag:empty", "x", ""),
+        ("tag:", "*", ""),
+        ("tag-key", "*", "ab"),
+        ("tag-key", "e*", "b"),
+        ("tag-key", "db", ""),
         ("instance-type", "*", ""),
     ],
 )

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from thrave.compute.tags import checked_tags
+
 INSTANCE_ID_PATTERN = r"^i-([0-9a-f]{8}|[0-9a-f]{17})$"
 """EC2's ids: 17 hexadecimal digits since 2016, 8 before."""
 
@@ -90,7 +92,7 @@ class Instance:
         root_volume: The one disk that is bundled.
         volumes: All other disks; never bundled.
         launch_time: When it was last started (UTC).
-        tags: Whatever the operator has put on it, key to value.
+        tags: Whatever the operator has put on it, key to value, within EC2's limits.
     """
 
     __pydantic_config__ = _EC2_WORDS
@@ -105,4 +107,4 @@ class Instance:
     volumes: tuple[VolumeFile, ...] = ()
     state: InstanceState = InstanceState.RUNNING
     launch_time: Annotated[AwareDatetime, AfterValidator(_utc)] = field(default_factory=lambda: datetime.now(UTC))
-    tags: dict[str, str] = field(default_factory=dict)
+    tags: Annotated[dict[str, str], AfterValidator(checked_tags)] = field(default_factory=dict)

@@ -6,7 +6,8 @@ filter that nothing matches gives an empty answer and no error. Source: AWS, "Fi
 Reference.
 
 Which filters a record has is a table of its action's: filter name to a function that gives the record's values for it.
-A name in the table that ends with a colon stands for all that begin with it, as `tag:` does.
+A name in the table that ends with a colon stands for all that begin with it, as `tag:` does; its function gives the
+value for each name that may come behind the colon.
 """
 
 import re
@@ -23,7 +24,7 @@ Record = TypeVar("Record")
 Filters: TypeAlias = Sequence[Mapping[str, Any]]
 """As the model has them: `[{"Name": "state", "Values": ["complete", "failed"]}, …]`."""
 
-FilterTable: TypeAlias = Mapping[str, Callable[[Record], Iterable[str | None]]]
+FilterTable: TypeAlias = Mapping[str, Callable[[Record], Iterable[str | None] | Mapping[str, str]]]
 """Filter name to the values that a record has for it; None is a value that the record lacks."""
 
 MAX_VALUES = 200  # AWS's limit for one call
@@ -64,8 +65,14 @@ def _row(name: str) -> str:
 
 
 def _lets_through(each: Mapping[str, Any], record: Record, table: FilterTable[Record]) -> bool:
-    values = [value for value in table[_row(each["Name"])](record) if value is not None]
+    values = [value for value in _values(each["Name"], record, table) if value is not None]
     return any(matches(pattern, value) for pattern in each["Values"] for value in values)
+
+
+def _values(name: str, record: Record, table: FilterTable[Record]) -> Iterable[str | None]:
+    row = _row(name)
+    found = table[row](record)
+    return [found.get(name.removeprefix(row))] if isinstance(found, Mapping) else found
 
 
 def matches(pattern: str, value: str) -> bool:

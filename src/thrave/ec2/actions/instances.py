@@ -18,7 +18,7 @@ _INSTANCE_ID = re.compile(r"i-([0-9a-f]{8}|[0-9a-f]{17})")
 
 # Filters of EC2's by what no instance here has; they let none through.
 _WITHOUT = (
-    "tag:", "tag-key", "image-id", "instance-type", "instance-lifecycle", "key-name", "kernel-id", "ramdisk-id",
+    "image-id", "instance-type", "instance-lifecycle", "key-name", "kernel-id", "ramdisk-id",
     "client-token", "dns-name", "private-dns-name", "ip-address", "private-ip-address", "subnet-id", "vpc-id",
     "group-id", "group-name", "instance.group-id", "instance.group-name", "iam-instance-profile.arn",
     "placement-group-name", "product-code", "reason", "requester-id", "spot-instance-request-id",
@@ -38,6 +38,8 @@ FILTERS: FilterTable[Instance] = {
     "reservation-id": lambda instance: [_reservation_id(instance)],
     "root-device-name": lambda instance: [instance.root_device_name],
     "root-device-type": lambda instance: [instance.root_device_type],
+    "tag-key": lambda instance: [*instance.tags],
+    "tag:": lambda instance: instance.tags,
 }
 
 
@@ -117,7 +119,12 @@ def _instance(instance: Instance) -> Result:
         "RootDeviceType": instance.root_device_type,
         "RootDeviceName": instance.root_device_name,
         "BlockDeviceMappings": [{"DeviceName": volume.device_name} for volume in _volumes(instance)],
+        "Tags": _tags(instance) or None,  # EC2 leaves the set out of an instance that has none
     }
+
+
+def _tags(instance: Instance) -> Sequence[Result]:
+    return [{"Key": key, "Value": value} for key, value in sorted(instance.tags.items())]
 
 
 def _volumes(instance: Instance) -> Sequence[VolumeFile]:
