@@ -41,6 +41,11 @@ class DataDirectory:
         return self.root / "instances"
 
     @property
+    def locks(self) -> Path:
+        """What holds libvirt's domains off while their volumes are read; empty files."""
+        return self.root / "locks"
+
+    @property
     def buckets(self) -> Path:
         """Bucket directories: `buckets/BUCKET/KEY`."""
         return self.root / "buckets"

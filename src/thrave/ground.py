@@ -15,7 +15,8 @@ from thrave.buckets.buckets import Buckets
 from thrave.buckets.connection import Credentials
 from thrave.buckets.opening import open_buckets
 from thrave.buckets.s3 import Holder
-from thrave.compute.directory import DirectoryInstances
+from thrave.compute.instances import Instances
+from thrave.compute.opening import open_instances
 from thrave.config import Settings
 from thrave.database import migrate, open_engine, vault_proof
 from thrave.identity.accounts import Accounts
@@ -59,9 +60,9 @@ class Ground:
         return open_buckets(self.settings, self._holder)
 
     @cached_property
-    def instances(self) -> DirectoryInstances:
-        """The instances that are described on this machine."""
-        return DirectoryInstances(self.settings.instance_folder)
+    def instances(self) -> Instances:
+        """The instances of this machine."""
+        return open_instances(self.settings)
 
     @cached_property
     def service(self) -> ServiceIdentity:

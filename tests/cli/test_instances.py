@@ -50,9 +50,10 @@ def test_an_instance_is_shown_in_ec2s_words(thrave_json, add, account_id, disk):
         "architecture": "x86_64",
         "rootDeviceType": "instance-store",
         "rootDeviceName": "/dev/sda1",
-        "rootVolume": {"path": str(disk), "format": "raw", "deviceName": "/dev/sda1"},
+        "rootVolume": {"path": str(disk), "format": "raw", "deviceName": "/dev/sda1", "secretFile": None},
         "volumes": [],
         "state": "running",
+        "tags": {},
     }
 
 
@@ -79,6 +80,19 @@ def test_every_option_is_kept(thrave_json, add, data, tmp_path):
     assert file["stopCommand"] == ["virsh", "shutdown", "my win"]
     assert file["startCommand"] == ["virsh", "start", "win"]
     assert file["stateCommand"] == ["echo", "stopped"]
+
+
+def test_tags_are_kept_as_they_are_given(thrave_json, add, data):
+    shown = thrave_json(*add("--tag", "Name=web 1", "--tag", "sum=1=1", "--tag", "cost_center="))
+    assert shown["tags"] == {"Name": "web 1", "sum": "1=1", "cost_center": ""}
+    file = json.loads((data / "instances" / f"{shown['instanceId']}.json").read_text())
+    assert file["tags"] == shown["tags"]
+
+
+def test_a_secret_is_named_by_its_file(thrave_json, add, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = thrave_json(*add("--format", "qcow2", "--secret-file", "passphrase"))
+    assert shown["rootVolume"]["secretFile"] == str(tmp_path / "passphrase")
 
 
 def test_a_relative_path_is_taken_from_here(thrave_json, add, disk, monkeypatch):
@@ -174,6 +188,10 @@ def test_an_unknown_instance_is_not_found(thrave, account_id, data, command):
         (["--state", "pending"], 2, "pending"),
         (["--stop-command", "virsh 'shutdown"], 2, "No closing quotation"),
         (["--start-command", "  "], 2, "is empty"),
+        (["--tag", "Name"], 2, "'Name' is not KEY=VALUE"),
+        (["--tag", "Name=a", "--tag", "Name=b"], 2, "the tag 'Name' is given twice"),
+        (["--tag", "aws:name=x"], 2, "which is AWS's own"),
+        (["--tag", f"Name={'x' * 257}"], 2, "more than 256 characters"),
     ],
 )
 def test_what_cannot_be_added_is_told_with_its_exit_code(thrave, add, data, more, expected, message):
@@ -190,7 +208,21 @@ def test_an_id_is_taken_once(thrave, add, instance_id):
     assert f"already an instance {instance_id}" in stderr
 
 
-@pytest.mark.parametrize("command", [(), ("add",), ("list",), ("remove",), ("start",), ("stop",)])
+def test_files_describe_nothing_where_instances_are_libvirts(thrave, add, instance_id, data, monkeypatch):
+    monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
+    for words in (add(), ("instance", "remove", instance_id, "--data", data)):
+        status, _, stderr = thrave(*words)
+        assert (status, "thrave instance adopt" in stderr) == (2, True)
+    assert [path.stem for path in (data / "instances").glob("*.json")] == [instance_id]
+
+
+def test_domains_are_not_adopted_where_files_describe_instances(thrave, account_id, data):
+    for words in (("adopt", "win", "--account", account_id), ("disown", "i-0123456789abcdef0")):
+        status, _, stderr = thrave("instance", *words, "--data", data)
+        assert (status, "hypervisor = " in stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", [(), ("add",), ("adopt",), ("disown",), ("list",), ("remove",), ("start",), ("stop",)])
 def test_help_shows_an_example(thrave, command):
     status, stdout, _ = thrave("instance", *command, "--help")
     assert status == 0

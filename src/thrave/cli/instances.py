@@ -1,7 +1,7 @@
-"""`thrave instance`: the instances that files describe, on the machine that has the service's data directory.
+"""`thrave instance`: the machines of this host that can be bundled, whatever says which they are.
 
-Each is one JSON file in the data directory, which may also be edited by hand. Removing an instance removes that file,
-never a volume.
+`add` and `remove` are for those that files describe: one JSON file each in the data directory, which may also be edited
+by hand. Those of libvirt are adopted (`domains.py`). No command here touches a volume.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from thrave.cli.domains import adopt, disown
 from thrave.cli.identity import open_accounts
+from thrave.cli.instance_words import show
 from thrave.cli.output import emit, output_option, table
 from thrave.cli.service import settings_option
+from thrave.cli.tags import tags_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from thrave.compute.directory import DirectoryInstances
-    from thrave.compute.instance import Instance, VolumeFile
+    from thrave.compute.instance import VolumeFile
     from thrave.config import Settings
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -51,7 +54,12 @@ def instance() -> None:
     \b
     Example:
       thrave instance add --account 123456789012 --platform windows --root-volume /vm/win.raw
+      thrave instance adopt win-web --account 123456789012
     """
+
+
+instance.add_command(adopt)
+instance.add_command(disown)
 
 
 @instance.command()
@@ -59,6 +67,7 @@ def instance() -> None:
 @click.option("--platform", type=click.Choice(["windows", "linux"]), required=True, help="EC2 bundles Windows only.")
 @click.option("--root-volume", type=_FILE, required=True, metavar="FILE", help="The disk that is bundled.")
 @click.option("--format", "image_format", default="raw", show_default=True, help="Of the root volume: raw, qcow2, …")
+@click.option("--secret-file", type=_FILE, metavar="FILE", help="Holds the passphrase of an encrypted root volume.")
 @click.option("--volume", "others", type=_FILE, multiple=True, metavar="FILE", help="Another disk; never bundled.")
 @click.option("--id", "instance_id", metavar="i-…", help="Its id; a new one is made if none is given.")
 @click.option(
@@ -73,6 +82,7 @@ def instance() -> None:
 @click.option("--force-stop-command", type=_COMMAND, help="Cuts its power, for a guest that does not hear.")
 @click.option("--start-command", type=_COMMAND, help="Starts the machine.")
 @click.option("--state-command", type=_COMMAND, help="Prints its state, in EC2's words or virsh's.")
+@tags_option
 @settings_option
 @output_option
 def add(
@@ -82,6 +92,7 @@ def add(
     platform: str,
     root_volume: Path,
     image_format: str,
+    secret_file: Path | None,
     others: tuple[Path, ...],
     instance_id: str | None,
     root_device_type: Literal["instance-store", "ebs"],
@@ -90,6 +101,7 @@ def add(
     force_stop_command: tuple[str, ...] | None,
     start_command: tuple[str, ...] | None,
     state_command: tuple[str, ...] | None,
+    tags: dict[str, str],
     output: str,
 ) -> None:
     """Describe a machine, so that it can be bundled.
@@ -110,6 +122,7 @@ def add(
     from thrave.compute.directory import new_instance_id
     from thrave.compute.instance import InstanceState, VolumeFile
 
+    described = _described(settings)
     _check_format(image_format)
     with open_accounts(settings) as accounts:
         accounts.get(account_id)
@@ -118,31 +131,37 @@ def add(
         account_id=account_id,
         platform="windows" if platform == "windows" else None,
         root_device_type=root_device_type,
-        root_volume=VolumeFile(path=root_volume.absolute(), format=image_format),
+        root_volume=VolumeFile(
+            path=root_volume.absolute(),
+            format=image_format,
+            secret_file=secret_file and secret_file.absolute(),
+        ),
         volumes=_other_volumes(others),
         state=InstanceState(state),
         stop_command=stop_command,
         force_stop_command=force_stop_command,
         start_command=start_command,
         state_command=state_command,
+        tags=tags,
     )
-    _instances(settings).add(new)
-    _show(new, output)
+    described.add(new)
+    show(new, output)
 
 
 @instance.command("list")
 @settings_option
 @output_option
 def list_(settings: Settings, output: str) -> None:
-    """List the instances of all accounts; files that cannot be read are named on stderr.
+    """List the instances of all accounts; those that cannot be read are named on stderr.
 
     \b
     Example:
       thrave instance list --output json
     """
     from thrave.compute.descriptions import document
+    from thrave.compute.opening import open_instances
 
-    listed = _instances(settings).list()
+    listed = open_instances(settings).list()
     rows: list[tuple[str, ...]] = [
         (found.instance_id, found.account_id, found.state, found.platform or "", found.root_device_type,
          str(found.root_volume.path))
@@ -163,7 +182,7 @@ def remove(settings: Settings, instance_id: str, output: str) -> None:
     Example:
       thrave instance remove i-0123456789abcdef0
     """
-    _instances(settings).remove(instance_id)
+    _described(settings).remove(instance_id)
     emit(output, {"instanceId": instance_id}, f"removed {instance_id}")
 
 
@@ -178,9 +197,11 @@ def start(settings: Settings, instance_id: str, output: str) -> None:
     Example:
       thrave instance start i-0123456789abcdef0
     """
-    instances = _instances(settings)
+    from thrave.compute.opening import open_instances
+
+    instances = open_instances(settings)
     instances.start(instance_id)
-    _show(instances.get(instance_id), output)
+    show(instances.get(instance_id), output)
 
 
 @instance.command()
@@ -195,18 +216,25 @@ def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> N
     Example:
       thrave instance stop i-0123456789abcdef0
     """
+    from thrave.compute.opening import open_instances
     from thrave.compute.power import power_off
 
-    instances = _instances(settings)
+    instances = open_instances(settings)
     if power_off(instances, instance_id, grace=timeout) != "stopped":
         raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
-    _show(instances.get(instance_id), output)
+    show(instances.get(instance_id), output)
 
 
-def _instances(settings: Settings) -> DirectoryInstances:
-    from thrave.compute.directory import DirectoryInstances
+def _described(settings: Settings) -> DirectoryInstances:
+    """The instances that files describe. Raises click's UsageError where the service does not look at those."""
+    from thrave.compute.opening import open_described
 
-    return DirectoryInstances(settings.instance_folder)
+    if settings.hypervisor != "directory":
+        raise click.UsageError(
+            f"instances are {settings.hypervisor}'s here (the setting `hypervisor`) and no file describes them: "
+            "`thrave instance adopt` and `disown`"
+        )
+    return open_described(settings)
 
 
 def _check_format(image_format: str) -> None:
@@ -227,9 +255,3 @@ def _other_volumes(paths: Sequence[Path]) -> tuple[VolumeFile, ...]:
         VolumeFile(path=path.absolute(), device_name=f"xvd{letter}")
         for path, letter in zip(paths, letters, strict=False)
     )
-
-
-def _show(shown: Instance, output: str) -> None:
-    from thrave.compute.descriptions import document
-
-    emit(output, document(shown), f"{shown.instance_id} {shown.state}")
