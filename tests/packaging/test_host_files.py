@@ -1,0 +1,139 @@
+"""What a host is given (`packaging/`), looked at with systemd's own programs; no unit is started."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.components import require
+from thrave.config import load_settings
+
+PACKAGING = Path(__file__).parents[2] / "packaging"
+UNITS = sorted((PACKAGING / "systemd").glob("*.service"))
+DROP_INS = sorted((PACKAGING / "systemd").glob("*.conf"))
+ON_THE_HOST = "/opt/thrave/bin/thrave"
+HERE = str(Path(sys.executable).with_name("thrave"))
+
+HIGHEST_EXPOSURE = 1.5
+"""Of 10, as `systemd-analyze security` counts; an ordinary service without any of this has 9.6."""
+FOR_DISKS = 2.0
+"""The same for a unit that may see block devices."""
+
+
+def run(*argv):
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def analyze():
+    """Runs `systemd-analyze`; gives its status and all that it said."""
+    program = require("systemd-analyze", package="systemd")
+    return lambda *words: run(program, *words)
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """Lays a unit down as on a host, with drop-ins, but for where `thrave` is; gives its path."""
+
+    def install(unit, *drop_ins):
+        path = tmp_path / unit.name
+        path.write_text(unit.read_text().replace(ON_THE_HOST, HERE))
+        folder = tmp_path / f"{unit.name}.d"
+        for drop_in in drop_ins:
+            folder.mkdir(exist_ok=True)
+            (folder / drop_in.name).write_text(drop_in.read_text())
+        return path
+
+    return install
+
+
+def with_drop_ins():
+    """Each unit alone, and those that see disks with each of the drop-ins."""
+    alone = [pytest.param(unit, (), id=unit.stem) for unit in UNITS]
+    return [
+        *alone,
+        *(
+            pytest.param(unit, (drop_in,), id=f"{unit.stem}-{drop_in.stem}")
+            for unit in UNITS
+            if unit.stem != "thrave-api"
+            for drop_in in DROP_INS
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("unit", "drop_ins"), with_drop_ins())
+def test_systemd_finds_nothing_wrong_with_a_unit(analyze, installed, unit, drop_ins):
+    status, said = analyze("verify", "--man=no", "--recursive-errors=no", str(installed(unit, *drop_ins)))
+    assert (status, [line for line in said.splitlines() if "thrave" in line]) == (0, [])
+
+
+@pytest.mark.parametrize(("unit", "drop_ins"), with_drop_ins())
+def test_a_unit_has_few_rights(analyze, installed, unit, drop_ins):
+    highest = FOR_DISKS if [path.stem for path in drop_ins] == ["block-devices"] else HIGHEST_EXPOSURE
+    path = installed(unit, *drop_ins)
+    status, said = analyze("security", "--offline=yes", f"--threshold={highest * 10:.0f}", "--no-pager", str(path))
+    assert status == 0, said
+
+
+def test_the_bar_is_one_that_a_unit_without_a_sandbox_does_not_pass(analyze, tmp_path):
+    bare = tmp_path / "bare.service"
+    bare.write_text(f"[Service]\nExecStart={HERE}\n")
+    status, _ = analyze("security", "--offline=yes", f"--threshold={FOR_DISKS * 10:.0f}", "--no-pager", str(bare))
+    assert status != 0
+
+
+def sandbox(unit):
+    """What follows the comment about rights: one set of lines in a unit."""
+    lines = unit.read_text().partition("NoNewPrivileges")[2].partition("\n[Install]")[0].splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def test_units_that_see_disks_have_one_sandbox_and_the_api_a_narrower_one():
+    agent, api, serve = map(sandbox, UNITS)
+    assert agent == serve
+    assert api - serve == {"PrivateUsers=yes", "SystemCallFilter=~@privileged @resources"}
+    assert serve - api == {"SystemCallFilter=~@privileged"}
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_a_unit_starts_a_command_that_there_is(unit, tmp_path):
+    (argv,) = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    words = [str(PACKAGING / "thrave.toml") if word == "/etc/thrave/thrave.toml" else word for word in shlex.split(argv)]
+    assert words[0] == ON_THE_HOST
+    status, said = run(HERE, *words[1:], "--help")  # which is looked at when every other word has been understood
+    assert (status, said.startswith("Usage: thrave ")) == (0, True)
+
+
+def test_the_settings_to_begin_with_are_settings():
+    settings = load_settings(PACKAGING / "thrave.toml")
+    assert (settings.hypervisor, settings.data) == ("libvirt", Path("/var/lib/thrave"))
+
+
+def test_what_is_commented_out_are_settings_too(tmp_path):
+    whole = re.sub(r"^# (\w+ = )", r"\1", (PACKAGING / "thrave.toml").read_text(), flags=re.MULTILINE)
+    (tmp_path / "thrave.toml").write_text(whole)
+    settings = load_settings(tmp_path / "thrave.toml")
+    assert (settings.downtime, settings.store, settings.host) == ("overlay", "s3", "0.0.0.0")
+    assert settings.database_url is not None
+
+
+def test_users_and_folders_are_made(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root gives folders away")
+    sysusers = require("systemd-sysusers", package="systemd")
+    tmpfiles = require("systemd-tmpfiles", package="systemd")
+    users = PACKAGING / "sysusers.d" / "thrave.conf"
+    folders = PACKAGING / "tmpfiles.d" / "thrave.conf"
+    for argv in ((sysusers, f"--root={tmp_path}", users), (tmpfiles, f"--root={tmp_path}", "--create", folders)):
+        status, said = run(*argv)
+        assert status == 0, said
+    made = dict(line.split(":")[:3:2] for line in (tmp_path / "etc" / "passwd").read_text().splitlines())
+    for name in ("thrave", "thrave-api"):
+        found = (tmp_path / "var" / "lib" / name).stat()
+        assert (found.st_uid, found.st_mode & 0o7777) == (int(made[name]), 0o700)
+    assert (tmp_path / "etc" / "thrave").stat().st_mode & 0o7777 == 0o755
