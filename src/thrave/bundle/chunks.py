@@ -19,7 +19,7 @@ from thrave.bundle.tar import Member
 from thrave.bundle.tarstream import tar_stream
 from thrave.bundle.zlibs import Library
 
-_PIECE = CHUNK // 4  # stays in the processor's cache from reading to hashing
+_PIECE = CHUNK // 8  # stays in the processor's cache from reading to hashing
 
 
 @dataclass(frozen=True)

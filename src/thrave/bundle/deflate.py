@@ -13,8 +13,11 @@ from thrave.bundle.errors import ContentError
 from thrave.bundle.pieces import Pieces
 from thrave.bundle.zlibs import FAST, Inflater, Library
 
-CHUNK = 1024 * 1024
-"""Bytes of the tar stream that are deflated at a time."""
+CHUNK = 2 * 1024 * 1024
+"""Bytes of the tar stream that are deflated at a time: of smaller ones the threads' handing over takes too much."""
+
+PIECE = 1024 * 1024
+"""Bytes that are inflated at a time, at the most."""
 
 GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 """Deflate, no time, no name, made on Unix."""
@@ -97,7 +100,7 @@ def _member(stream: Pieces, library: Library) -> Iterator[bytes]:
 def _inflate(inflater: Inflater, data: memoryview, library: Library) -> tuple[bytes, bytes, bool]:
     """Return what comes of the data, what of it was not needed, and whether that was the end."""
     try:
-        piece = inflater.decompress(data, max_length=CHUNK)
+        piece = inflater.decompress(data, max_length=PIECE)
     except library.error as error:
         raise ContentError(f"the gzip stream is damaged: {error}") from error
     return piece, inflater.unused_data if inflater.eof else inflater.unconsumed_tail, inflater.eof

@@ -19,7 +19,7 @@ from cryptography.x509 import Certificate
 from thrave.bundle.buffers import Buffers
 from thrave.bundle.crew import Crew
 from thrave.bundle.deciphering import deciphered
-from thrave.bundle.deflate import CHUNK, inflated
+from thrave.bundle.deflate import PIECE, inflated
 from thrave.bundle.errors import ContentError
 from thrave.bundle.holes import without_zeros
 from thrave.bundle.output import ImageMaker, image_file
@@ -167,7 +167,7 @@ def _plain_image(
     with Crew(ahead) as crew:
         ciphertext = verified_parts(crew, believed, parts, ahead)
         plain = crew.ahead(deciphered(ciphertext, secrets), _PIECES_AHEAD)
-        buffers = Buffers(crew, 2 * _PIECES_AHEAD, CHUNK)
+        buffers = Buffers(crew, 2 * _PIECES_AHEAD, PIECE)
         tar = crew.ahead(buffers.filled(inflated(counted(plain))), _PIECES_AHEAD)
         pieces = buffers.freed(crew.ahead(hashed(tar), _PIECES_AHEAD))
         for run in image_runs(pieces, believed.manifest.size):
