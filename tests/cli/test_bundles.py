@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from support.images import encrypted, secret_beside, written_to
 from support.sealed import VECTORS
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY, INTERRUPTED = 1, 2, 3, 4, 10, 11, 130
@@ -72,6 +73,22 @@ def test_qcow2_and_small_are_understood(thrave_json, image, tmp_path):
     thrave_json("open", made["manifest"], "--key", KEYS / "user-pk.pem", "-o", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == image.read_bytes()
     assert thrave_json("show", made["manifest"])["architecture"] == "i386"
+
+
+def test_an_encrypted_image_is_bundled_with_its_passphrase(thrave, thrave_json, image, tmp_path):
+    secret_file = secret_beside(image)
+    disk = encrypted(image, "qcow2", secret_file)
+    status, _, stderr = thrave(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
+    assert (status, "the file that holds its passphrase must be given" in stderr) == (FAILED, True)
+    made = thrave_json(*sealing(disk, tmp_path / "b", "--format", "qcow2", "--secret-file", secret_file))
+    thrave_json("open", made["manifest"], "--key", KEYS / "user-pk.pem", "-o", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == image.read_bytes()
+
+
+def test_an_image_that_a_guest_runs_on_is_refused(thrave, image, tmp_path):
+    with written_to(image, "raw"):
+        status, _, stderr = thrave(*sealing(image, tmp_path / "b"))
+    assert (status, "is in use by another program" in stderr) == (FAILED, True)
 
 
 def test_verify_says_what_it_checked_and_what_it_could_not(thrave, thrave_json, bundle):

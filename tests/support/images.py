@@ -1,9 +1,19 @@
-"""Disk images in QEMU's formats, made by qemu-img."""
+"""Disk images in QEMU's formats, made and written by QEMU's own programs."""
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from support.components import require
+
+PASSPHRASE = "correct horse, battery"  # with what QEMU's options would take for their own
+
+# What makes an encrypted image of a format; the iterations that are to cost an attacker time would cost the tests it.
+_ENCRYPTION = {
+    "luks": "key-secret=s,iter-time=10",
+    "qcow2": "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+}
 
 
 def qemu_img(*words: object) -> str:
@@ -12,8 +22,68 @@ def qemu_img(*words: object) -> str:
     return subprocess.run([program, *map(str, words)], check=True, capture_output=True, text=True).stdout
 
 
+def qemu_io(image: object, image_format: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """What qemu-io says; without options it writes something at the image's beginning."""
+    program = require("qemu-io", package="qemu-utils")
+    argv = [program, "-f", image_format, *(options or ("-c", "write -P 119 0 64k")), str(image)]
+    return subprocess.run(argv, check=False, capture_output=True, text=True)
+
+
+@contextmanager
+def written_to(image: object, image_format: str | None, *options: str) -> Iterator[None]:
+    """Have qemu-io keep an image open for writing, as a running guest does; with `-r` for reading.
+
+    Without a format the image is one of QEMU's option strings.
+    """
+    program = require("qemu-io", package="qemu-utils")
+    argv = [program, *options, *(("-f", image_format) if image_format else ()), str(image)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.read(7) == b"qemu-io"  # its prompt: the image is open
+            yield
+        finally:
+            process.kill()
+
+
 def converted(raw: Path, image_format: str, *options: str) -> Path:
-    """The same disk in another format, beside the raw image."""
+    """The same disk in another format, beside the raw image; luks has its passphrase in `secret_beside` it."""
     image = raw.with_suffix(f".{image_format}")
+    if image_format == "luks":
+        return encrypted(raw, image_format, secret_beside(raw))
     qemu_img("convert", "-f", "raw", "-O", image_format, *options, raw, image)
     return image
+
+
+def encrypted(raw: Path, image_format: str, secret_file: Path) -> Path:
+    """The same disk, encrypted, beside the raw image."""
+    image = raw.with_suffix(f".{image_format}")
+    secret = secret_object(secret_file)
+    qemu_img("convert", *secret, "-f", "raw", "-O", image_format, "-o", _ENCRYPTION[image_format], raw, image)
+    return image
+
+
+def encrypted_overlay(below: Path, below_format: str, size: int, secret_file: Path) -> Path:
+    """An empty encrypted image that stands on another."""
+    top = below.with_name("top.qcow2")
+    on = ("-u", "-b", below, "-F", below_format)
+    qemu_img("create", *secret_object(secret_file), "-f", "qcow2", *on, "-o", _ENCRYPTION["qcow2"], top, size)
+    return top
+
+
+def secret_beside(path: Path) -> Path:
+    """A file with the passphrase."""
+    secret_file = path.with_name("passphrase")
+    secret_file.write_text(PASSPHRASE)
+    return secret_file
+
+
+def secret_of(image: Path, image_format: str) -> Path | None:
+    """What opens a `converted` image."""
+    return image.with_name("passphrase") if image_format == "luks" else None
+
+
+def secret_object(secret_file: Path) -> tuple[str, str]:
+    """QEMU's options for the passphrase, which it calls `s`."""
+    escaped = str(secret_file).replace(",", ",,")
+    return "--object", f"secret,id=s,file={escaped}"

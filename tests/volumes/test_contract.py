@@ -4,11 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.images import converted
+from support.images import converted, secret_of
 from thrave.volumes.errors import UnknownFormatError, VolumeUnreadableError
 from thrave.volumes.opening import FORMATS, open_volume
 
 ROUNDED_UP = {"vpc"}  # counts in cylinders, so its disk is a little larger than what was put in
+NO_HOLES = {"vhdx", "luks"}  # QEMU 7.2 gives no allocation for vhdx; LUKS enciphers zeros as anything else
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def image(raw, image_format):
 
 @pytest.fixture
 def volume(image, image_format):
-    with open_volume(image, image_format) as opened:
+    with open_volume(image, image_format, secret_file=secret_of(image, image_format)) as opened:
         yield opened
 
 
@@ -65,8 +66,7 @@ def test_whatever_lies_between_extents_is_zeros(volume, raw):
 
 def test_holes_are_known_where_the_format_knows_them(volume, image_format):
     data = sum(extent.length for extent in volume.extents())
-    # QEMU 7.2 gives no allocation for vhdx; a vpc block has 2 MiB.
-    assert data == volume.size if image_format == "vhdx" else data < volume.size
+    assert data == volume.size if image_format in NO_HOLES else data < volume.size
 
 
 def test_extents_may_be_asked_for_again(volume):
@@ -113,12 +113,12 @@ def test_an_empty_disk_has_no_extents(tmp_path, image_format):
     with empty.open("wb") as file:
         file.truncate(1 << 20)
     image = empty if image_format == "raw" else converted(empty, image_format)
-    with open_volume(image, image_format) as volume:
+    with open_volume(image, image_format, secret_file=secret_of(image, image_format)) as volume:
         assert read(volume, 0, 1 << 20) == bytes(1 << 20)
-        assert not volume.extents() or image_format == "vhdx"
+        assert not volume.extents() or image_format in NO_HOLES
 
 
-@pytest.mark.parametrize("name", ["", "vdi", "RAW", "qcow2 ", "nbd", "luks"])
+@pytest.mark.parametrize("name", ["", "vdi", "RAW", "qcow2 ", "nbd", "LUKS"])
 def test_formats_are_given_and_known(raw, name):
     with pytest.raises(UnknownFormatError, match="known are raw, qcow2"), open_volume(raw, name):
         pass

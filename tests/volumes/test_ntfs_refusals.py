@@ -2,13 +2,22 @@
 
 import random
 import struct
-import uuid
-import zlib
 from pathlib import Path
 
 import pytest
 
 from support.ntfs import CLUSTER, HIBERNATION, Damage, make_windows_disk, restart_page
+from support.ntfs_harm import (
+    BASIC,
+    DYNAMIC,
+    STORAGE_SPACES,
+    boot,
+    flags,
+    gpt,
+    hibernation_head,
+    log,
+    partition_entry,
+)
 from thrave.volumes import skipping, survey
 from thrave.volumes.errors import (
     FileSystemCorruptError,
@@ -20,10 +29,6 @@ from thrave.volumes.errors import (
 from thrave.volumes.partitions import read
 from thrave.volumes.skipping import without_unused
 from thrave.volumes.volume import Extent
-
-DYNAMIC = uuid.UUID("af9b60a0-1431-4f62-bc68-3311714a69ad")
-STORAGE_SPACES = uuid.UUID("e75caf8f-f680-4cee-afa3-b001e56efc2d")
-BASIC = uuid.UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")
 
 
 @pytest.fixture(scope="module")
@@ -57,45 +62,6 @@ def damage(windows):
 def unused_of(damage):
     """How many bytes `skip = unused` leaves out."""
     return damage.size - sum(length for _, length in without_unused(damage, Path("disk.raw")).extents())
-
-
-def flags(value):
-    return lambda damage: damage.set_flags(value)
-
-
-def log(*pages):
-    return lambda damage: damage.put(damage.content(2), b"".join(pages))
-
-
-def hibernation_head(head):
-    return lambda damage: damage.put(damage.disk.find(HIBERNATION * 2) - CLUSTER, head)
-
-
-def boot(offset, layout, *values):
-    return lambda damage: damage.put(damage.at + offset, struct.pack(layout, *values))
-
-
-def partition_entry(index, kind, first, count):
-    return lambda damage: damage.put(446 + 16 * index, struct.pack("<B3xB3xII", 0, kind, first, count))
-
-
-def gpt(*entries, sector_size=512, first_lba=None, mangle=lambda header, table: None):
-    """Replace the MBR by a GPT with these (type, first byte, bytes)."""
-
-    def write(damage):
-        table = bytearray(128 * 128)
-        for index, (kind, start, length) in enumerate(entries):
-            first, last = start // sector_size, (start + length) // sector_size - 1
-            struct.pack_into("<16s16sQQ", table, 128 * index, kind.bytes_le, uuid.uuid4().bytes_le, first, last)
-        fields = [b"EFI PART", 0x10000, 92, 0, 0, 1, 0, 0, 0, bytes(16), 2, 128, 128, zlib.crc32(table)]
-        fields[3] = zlib.crc32(struct.pack("<8s4I4Q16sQ3I", *fields))
-        header = bytearray(struct.pack("<8s4I4Q16sQ3I", *fields))
-        mangle(header, table)
-        damage.put(446, struct.pack("<B3xB3xII", 0, 0xEE, 1, 0xFFFFFFFF) + bytes(48))
-        damage.put(sector_size, header)
-        damage.put(2 * sector_size, table)
-
-    return write
 
 
 def forget_a_file(damage):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from support.ntfs import CLUSTER, RECORD, Damage, make_windows_disk, ntfs_tool
-from thrave.volumes import survey, surveyor
+from thrave.volumes import survey, surveyor, unmounting
 from thrave.volumes.errors import FileSystemCorruptError, SkipRefusedError, VolumeNotCleanError, VolumeUnreadableError
 from thrave.volumes.partitions import Partition
 
@@ -88,6 +88,18 @@ def test_no_corruption_makes_the_survey_leave_out_what_was_in_use(small):
         except SkipRefusedError:
             refused += 1
     assert 50 < refused < 400
+
+
+def test_no_corruption_makes_the_look_at_its_condition_fail(small):
+    """It says something, refuses, or finds nothing; whatever else is raised fails the test."""
+    assert list(unmounting.conditions(Source(small))) == []
+    said = refused = 0
+    for seed in range(400):
+        try:
+            said += bool(list(unmounting.conditions(Source(corrupted(small, seed).disk))))
+        except SkipRefusedError:
+            refused += 1
+    assert 0 < said + refused < 400
 
 
 def test_corrupted_volumes_in_a_process_of_their_own_break_nothing(small):

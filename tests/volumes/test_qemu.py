@@ -120,7 +120,7 @@ def test_a_vmdk_that_names_a_file_elsewhere_is_refused(raw, tmp_path):
     assert f"names {raw}, outside its own folder" in refused(descriptor, "vmdk")
 
 
-@pytest.mark.parametrize("image_format", QEMU_FORMATS)
+@pytest.mark.parametrize("image_format", [name for name in QEMU_FORMATS if name != "luks"])  # it keeps no size
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.9])
 def test_an_image_that_is_cut_short_is_refused(raw, image_format, share):
     image = converted(raw, image_format)

@@ -1,14 +1,12 @@
 """Raw volumes: what a file system and a kernel can do to a reader."""
 
 import os
-import subprocess
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.components import require
 from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.opening import open_volume
 from thrave.volumes.raw import RawVolume
@@ -87,21 +85,3 @@ def test_joined_runs_hold_the_same_bytes_and_never_touch(steps):
         byte for offset, length in runs for byte in range(offset, offset + length)
     }
     assert all(a.offset + a.length < b.offset for a, b in pairwise(extents))
-
-
-def test_a_block_device_is_one_extent(raw):
-    losetup = require("losetup", package="mount")
-    made = subprocess.run(
-        [losetup, "--find", "--show", "--read-only", raw], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
-        with open_volume(device, "raw") as volume:
-            buffer = bytearray(volume.size)
-            volume.read_into(0, memoryview(buffer))
-            assert volume.extents() == [Extent(0, 8 << 20)]
-            assert buffer == raw.read_bytes()
-    finally:
-        subprocess.run([losetup, "--detach", device], check=True)

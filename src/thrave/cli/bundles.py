@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from thrave.volumes.opening import Skip
 
 _IMAGE = click.Path(exists=True, path_type=Path)
+_SECRET_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -42,6 +43,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--architecture", default="x86_64", show_default=True, help="Of the machine that the image boots on.")
 @click.option("--format", "image_format", default="raw", show_default=True, help="Of the image: raw, qcow2, vmdk, …")
+@click.option(
+    "--secret-file", type=_SECRET_FILE, metavar="FILE", help="Holds the passphrase of an encrypted image: qcow2, luks."
+)
 @click.option(
     "--level", type=click.Choice(["fast", "small"]), default="fast", show_default=True, help="Of compression."
 )
@@ -65,15 +69,17 @@ def bundle(
     side_key: Ed25519PrivateKey | None,
     architecture: str,
     image_format: str,
+    secret_file: Path | None,
     level: Level,
     skip: Skip,
     output: str,
 ) -> None:
     """Seal the disk image IMAGE into a bundle, without any server.
 
-    Nobody may write to the image meanwhile. Its holes stay holes. The manifest is written last: where it is, the bundle
-    is complete. If anything fails, what was written is removed. With --skip unused, a disk of which it is not certain
-    what its NTFS uses is refused: Windows must have been shut down fully.
+    Nobody may write to the image meanwhile: one that a guest of QEMU's runs on is refused, and QEMU starts none on it.
+    Its holes stay holes. The manifest is written last: where it is, the bundle is complete. If anything fails, what was
+    written is removed. With --skip unused, a disk of which it is not certain what its NTFS uses is refused: Windows
+    must have been shut down fully.
 
     \b
     Example:
@@ -96,7 +102,8 @@ def bundle(
     checked_account_id(account)
     checked_architecture(architecture)
     checked_prefix(prefix)
-    with open_volume(image, image_format, skip=skip) as volume, new_bundle(folder, prefix) as files:
+    opened = open_volume(image, image_format, skip=skip, secret_file=secret_file)
+    with opened as volume, new_bundle(folder, prefix) as files:
         sealing = Sealing(volume, prefix, level=level)
         with progress_bar("sealing", sealing.data_size) as bar, bar.following(lambda: sealing.progress):
             files.write_parts(sealing)

@@ -6,6 +6,7 @@
     ├── VolumeUnreadableError   missing, forbidden, not a disk image, or broken off in the middle
     ├── VolumeUnwritableError   a new image cannot be made or written
     ├── VolumeInUseError        another program has the image open for writing
+    ├── VolumeEncryptedError    an encrypted image, and no passphrase that opens it
     ├── UnknownFormatError      not one of FORMATS
     ├── ComponentMissingError   a package is needed for what was asked for and is not installed
     └── SkipRefusedError        what a volume does not use was to be left out, and cannot be told for certain
@@ -50,6 +51,14 @@ class VolumeInUseError(VolumeError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"{path} is in use by another program: stop the machine that runs on it first")
+        self.path = path
+
+
+class VolumeEncryptedError(VolumeError):
+    """The image is encrypted, and there is no passphrase, or it is another one's."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is encrypted: {reason}")
         self.path = path
 
 

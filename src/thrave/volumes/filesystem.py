@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from thrave.volumes import sleuthkit
 from thrave.volumes.errors import FileSystemCorruptError
+from thrave.volumes.ntfs import BootSector
 
 MFT, LOG_FILE, VOLUME, ROOT, BITMAP = 0, 2, 3, 5, 6
 """Numbers of MFT records that every volume has."""
@@ -21,6 +22,7 @@ MOST_CONTENT = 4096
 _FILE_NAME, _VOLUME_INFORMATION, _DATA = 0x30, 0x70, 0x80  # attribute types
 _DOS_NAME = 2
 _MOST_RUNS = 1 << 20  # of one attribute
+_PIECE = 1 << 20  # bytes of $MFT that are read together
 _utf_16 = codecs.getdecoder("utf-16-le")  # here: a surveyor cannot import a codec any more
 
 
@@ -91,6 +93,10 @@ class NtfsFile:
             if content[65] != _DOS_NAME
         ]
 
+    def root_names(self) -> list[str]:
+        """Those of its names that it has in the root folder, in lower case; of any other an empty one."""
+        return [name.lower() if folder == ROOT else "" for folder, name in self.names()]
+
     def volume_flags(self) -> int:
         """The flags in $VOLUME_INFORMATION, which only $Volume has."""
         said = [self._content(found) for found in self._attributes if int(found.info.type) == _VOLUME_INFORMATION]
@@ -143,6 +149,24 @@ class NtfsVolume:
         with _reading(f"MFT record {number}"):
             file = self._volume.open_meta(number)
         return NtfsFile(number, file)
+
+    def records(self, boot: BootSector) -> Iterator[tuple[int, bytes]]:
+        """The whole of $MFT as it is on the disk, with its fixups.
+
+        Args:
+            boot: The volume's geometry.
+
+        Yields:
+            (the first record's number, a piece of whole records), ascending.
+
+        Raises:
+            FileSystemCorruptError: It has no such length, or cannot be read.
+        """
+        mft = self.file(MFT)
+        if not mft.is_plain or mft.size % boot.record_size or mft.size > boot.clusters * boot.cluster_size:
+            raise FileSystemCorruptError(f"$MFT cannot have {mft.size} bytes")
+        for start in range(0, mft.size, _PIECE):
+            yield start // boot.record_size, mft.read(start, min(_PIECE, mft.size - start))
 
 
 @contextmanager

@@ -20,9 +20,6 @@ LOG_HEAD = 128 << 10
 HIBERNATION_HEAD = 4096
 """Bytes of hiberfil.sys that are looked at, as ntfs-3g does."""
 
-MOST_CLUSTERS = 1 << 29
-"""2 TiB in clusters of 4 KiB: the bitmap then has 64 MiB, which is what reading it may cost in memory."""
-
 _NTFS = b"NTFS    "
 _UNSUPPORTED = {b"-FVE-FS-": "it is encrypted with BitLocker", b"ReFS\0\0\0\0": "its file system is ReFS, not NTFS"}
 _BOOT = struct.Struct("<11xHB26xQQQb")  # bytes a sector, sectors a cluster, sectors, $MFT, $MFTMirr, record size
@@ -30,6 +27,7 @@ _RESTART = struct.Struct("<4s12xIIHHH")  # magic, system page, log page, restart
 _RESTART_AREA = struct.Struct("<Q4xHH")  # current LSN, clients in use, flags
 _NO_CLIENT, _CLEAN = 0xFFFF, 0x0002
 _DIRTY, _CHKDSK_UNDERWAY = 0x0001, 0x4000
+_NUMBER = (1 << 48) - 1  # of a reference to an MFT record; above it the record's sequence number
 
 
 class BootSector(NamedTuple):
@@ -63,7 +61,6 @@ def boot_sector(sector: bytes, size: int) -> BootSector:
 
     Raises:
         FileSystemCorruptError: It is no geometry that a volume of that size can have.
-        FileSystemUnsupportedError: More than MOST_CLUSTERS.
     """
     sector_size, per_cluster, sectors, mft, mirror, record = _BOOT.unpack_from(sector)
     # From 0x80 on these two are negative powers of two: of a cluster, and of a record that is no whole cluster.
@@ -72,8 +69,6 @@ def boot_sector(sector: bytes, size: int) -> BootSector:
     boot = BootSector(cluster_size, sectors * sector_size // (cluster_size or 1), mft, mirror, record_size)
     if not _is_possible(boot, sector_size) or boot.clusters * cluster_size > size:
         raise FileSystemCorruptError("its boot sector describes no volume of its size")
-    if boot.clusters > MOST_CLUSTERS:
-        raise FileSystemUnsupportedError(f"it has {boot.clusters} clusters, more than {MOST_CLUSTERS}")
     return boot
 
 
@@ -83,18 +78,25 @@ def _is_possible(boot: BootSector, sector_size: int) -> bool:
     return powers and sizes and max(boot.mft, boot.mft_mirror) < boot.clusters
 
 
-def is_base_record(record: bytes) -> bool:
-    """Whether an MFT record is a file: in use, and not the extension of another record.
+def base_number(number: int, record: bytes) -> int | None:
+    """The number of the file that an MFT record is part of: its own, unless it is the extension of another record.
+
+    Args:
+        number: The record's own.
+        record: As it is on the disk.
+
+    Returns:
+        The number; None if the record is not in use.
 
     Raises:
         FileSystemCorruptError: It is in use and not marked as a good record.
     """
     flags, base = struct.unpack_from("<H8xQ", record, 22)
     if record[:4] == bytes(4) or not flags & 1:  # such a one may hold anything
-        return False
+        return None
     if record[:4] != b"FILE":
         raise FileSystemCorruptError("an MFT record that is in use is marked as bad")
-    return not base
+    return base & _NUMBER if base else number
 
 
 def without_fixups(record: bytes) -> bytes:

@@ -7,11 +7,12 @@ when this process is killed. No port, daemon or kernel module is used.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from thrave.volumes import inspection, libnbd
+from thrave.volumes import chain, inspection, libnbd
 from thrave.volumes.errors import VolumeUnreadableError
+from thrave.volumes.locking import ImageLocks
 from thrave.volumes.volume import Extent, joined
 
 ALLOCATION = "base:allocation"
@@ -26,17 +27,23 @@ _MOST_STATUS = 2 << 30  # bytes in one question for extents; a length has 32 bit
 class QemuVolume:
     """Reads the image at `path` through a qemu-nbd of its own.
 
+    Args:
+        path: The topmost image.
+        image_format: Its format, in QEMU's words.
+        locks: Take every image of the chain; it is the caller who closes them, after this.
+        secret_file: Holds the passphrase of the images that are encrypted.
+
     Raises:
         VolumeError: The image is refused (see `inspection`), a component is missing, or the server does not come up
             within START_SECONDS.
     """
 
-    def __init__(self, path: Path, image_format: str) -> None:
+    def __init__(self, path: Path, image_format: str, locks: ImageLocks, secret_file: Path | None = None) -> None:
         # Absolute: QEMU takes a name with a colon in front of the first slash for a protocol.
         self._path = path.absolute()
         self._binding = libnbd.load()
-        inspection.inspect_chain(self._path, image_format)
-        self._handle: libnbd.Handle | None = self._connect(image_format)
+        layers = inspection.inspect_chain(self._path, image_format, locks, secret_file)
+        self._handle: libnbd.Handle | None = self._connect(chain.arguments(layers, secret_file))
         self._size = self._handle.get_size()
 
     @property
@@ -80,11 +87,11 @@ class QemuVolume:
         whole = memoryview(self._opened().pread(last - first, first))
         return whole[offset - first : end - first]
 
-    def _connect(self, image_format: str) -> libnbd.Handle:
+    def _connect(self, image: Sequence[str]) -> libnbd.Handle:
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
         try:
-            start_server(handle, self._path, image_format, "--read-only")
+            start_server(handle, "--read-only", *image)
         except (self._binding.Error, TimeoutError) as error:
             raise VolumeUnreadableError(self._path, f"qemu-nbd does not serve it ({error})") from error
         return handle
@@ -111,16 +118,19 @@ class QemuVolume:
         return found
 
 
-def start_server(handle: libnbd.Handle, path: Path, image_format: str, *options: str) -> None:
-    """Connect a new handle to a qemu-nbd of its own, which serves the image at an absolute path.
+def start_server(handle: libnbd.Handle, *arguments: str) -> None:
+    """Connect a new handle to a qemu-nbd of its own.
+
+    Args:
+        handle: Not yet connected.
+        arguments: Options, and the image (`chain.arguments`).
 
     Raises:
         ComponentMissingError: qemu-nbd is not installed.
         TimeoutError: It did not answer within START_SECONDS.
         Exception: The binding's Error: it did not start.
     """
-    argv = [inspection.program("qemu-nbd"), *options, "--shared=1", f"--format={image_format}", str(path)]
-    handle.aio_connect_systemd_socket_activation(argv)
+    handle.aio_connect_systemd_socket_activation([inspection.program("qemu-nbd"), "--shared=1", *arguments])
     deadline = time.monotonic() + START_SECONDS
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)

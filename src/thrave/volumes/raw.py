@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from thrave.volumes.errors import VolumeUnreadableError
+from thrave.volumes.hostfile import open_file, reason
 from thrave.volumes.volume import Extent, joined
 
 
@@ -24,7 +25,7 @@ class RawVolume:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fd, mode = _open(path)
+        self._fd, mode = open_file(path)
         self._is_file = stat.S_ISREG(mode)
         # The kernel's read-ahead would read holes, too, and fill memory with them: readers say what they will read.
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -42,7 +43,7 @@ class RawVolume:
         try:
             return joined(list(self._runs()))
         except OSError as error:
-            raise VolumeUnreadableError(self._path, _reason(error)) from error
+            raise VolumeUnreadableError(self._path, reason(error)) from error
 
     def will_read(self, offset: int, length: int) -> None:
         """Have the kernel begin to read."""
@@ -80,25 +81,7 @@ class RawVolume:
         try:
             count = os.preadv(self._fd, [buffer], offset)
         except OSError as error:
-            raise VolumeUnreadableError(self._path, _reason(error), offset=offset) from error
+            raise VolumeUnreadableError(self._path, reason(error), offset=offset) from error
         if not count:
             raise VolumeUnreadableError(self._path, "the file ends here, too early", offset=offset)
         return count
-
-
-def _open(path: Path) -> tuple[int, int]:
-    """The open file and its mode."""
-    # O_NONBLOCK: opening a FIFO must not wait for a writer. It changes nothing for files and disks.
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise VolumeUnreadableError(path, _reason(error)) from error
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return fd, mode
-    os.close(fd)
-    raise VolumeUnreadableError(path, "neither a regular file nor a block device")
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno or 0)

@@ -8,12 +8,11 @@ refused: a bundle from which deleted files are missing only here and there would
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-from thrave.volumes import ntfs
+from thrave.volumes import locating
 from thrave.volumes.errors import NoFileSystemError, SkipRefusedError
-from thrave.volumes.partitions import Partition, find_partitions, read
+from thrave.volumes.partitions import Partition
 from thrave.volumes.surveyor import unused_in
 from thrave.volumes.volume import Extent, Volume, joined
 
@@ -74,31 +73,15 @@ def without_unused(volume: Volume, path: Path) -> UsedVolume:
 
 
 def _ntfs_volumes(volume: Volume) -> list[Partition]:
-    whole = Partition(0, volume.size)
-    places = [whole] if _is_ntfs(volume, whole) else find_partitions(volume)
-    found = [place for place in places if _is_ntfs(volume, place)]
+    found = [place for place in locating.places(volume) if locating.is_ntfs(volume, place)]
     if not found:
         raise NoFileSystemError("there is no NTFS volume on it")
     return found
 
 
-def _is_ntfs(volume: Volume, place: Partition) -> bool:
-    with _about(place):
-        return ntfs.is_ntfs(read(volume, place.offset, ntfs.BOOT_SIZE))
-
-
 def _surveyed(volume: Volume, place: Partition) -> list[Extent]:
-    with _about(place):
+    with locating.about(place):
         return unused_in(volume, place)
-
-
-@contextmanager
-def _about(place: Partition) -> Iterator[None]:
-    """Say which of the disk's volumes a refusal is about."""
-    try:
-        yield
-    except SkipRefusedError as refusal:
-        raise type(refusal)(f"of the volume at byte {place.offset}, {refusal.reason}") from refusal
 
 
 def _without(extents: Sequence[Extent], unused: Sequence[Extent]) -> Iterator[tuple[int, int]]:

@@ -9,19 +9,22 @@ before anything is left out. Nothing is mended, and nothing is guessed.
 import heapq
 from collections.abc import Iterator
 
-from thrave.volumes import filesystem, ntfs, sleuthkit
+from thrave.volumes import filesystem, ntfs, sleuthkit, unmounting
 from thrave.volumes.bitmap import claim, free_runs
 from thrave.volumes.errors import FileSystemCorruptError, FileSystemUnsupportedError
 from thrave.volumes.filesystem import NtfsFile, NtfsVolume, Run
 from thrave.volumes.volume import Extent, joined
 
-DISPOSABLE = frozenset({"pagefile.sys", "hiberfil.sys", "swapfile.sys"})
+DISPOSABLE = frozenset({"pagefile.sys", unmounting.HIBERNATION_FILE, "swapfile.sys"})
 """Files in the root folder whose content Windows writes anew when it starts; names in lower case."""
+
+MOST_CLUSTERS = 1 << 29
+"""2 TiB in clusters of 4 KiB: the bitmap then has 64 MiB, which is what reading it may cost in memory."""
 
 MOST_HOLES = 1 << 18
 """More are refused: they are kept in memory. Defragment the volume, or skip nothing."""
 
-_PIECE = 1 << 20  # bytes that are read together
+_PIECE = 1 << 20  # bytes of $Bitmap that are read together
 _MIRRORED = 4  # records
 
 
@@ -38,8 +41,11 @@ def unused(source: sleuthkit.Source) -> list[Extent]:
         SkipRefusedError: It cannot be told for certain.
     """
     boot = ntfs.boot_sector(source.read(0, ntfs.BOOT_SIZE), source.size)
+    if boot.clusters > MOST_CLUSTERS:
+        raise FileSystemUnsupportedError(f"it has {boot.clusters} clusters, more than {MOST_CLUSTERS}")
     volume = NtfsVolume(source)
-    _check_clean(volume)
+    unmounting.check_flags(volume)
+    unmounting.check_log(volume)
     _check_mirror(boot, source)
     bitmap = _bitmap(boot, volume)
     free = _few(free_runs(bitmap, boot.clusters))
@@ -55,12 +61,6 @@ def _check_mirror(boot: ntfs.BootSector, source: sleuthkit.Source) -> None:
 
     if records(boot.mft) != records(boot.mft_mirror):
         raise FileSystemCorruptError("$MFTMirr does not agree with $MFT")
-
-
-def _check_clean(volume: NtfsVolume) -> None:
-    ntfs.check_flags(volume.file(filesystem.VOLUME).volume_flags())
-    log = volume.file(filesystem.LOG_FILE)
-    ntfs.check_log(log.read(0, min(ntfs.LOG_HEAD, log.size)))
 
 
 def _bitmap(boot: ntfs.BootSector, volume: NtfsVolume) -> bytearray:
@@ -111,23 +111,19 @@ def _claim_all(boot: ntfs.BootSector, volume: NtfsVolume, bitmap: bytearray) -> 
 
 def _base_records(boot: ntfs.BootSector, volume: NtfsVolume) -> Iterator[int]:
     """The numbers of the records that are files, from the heads of all that there are."""
-    mft = volume.file(filesystem.MFT)
-    if not mft.is_plain or mft.size % boot.record_size or mft.size > boot.clusters * boot.cluster_size:
-        raise FileSystemCorruptError(f"$MFT cannot have {mft.size} bytes")
-    for start in range(0, mft.size, _PIECE):
-        records = mft.read(start, min(_PIECE, mft.size - start))
-        for number, record in enumerate(_cut(records, boot.record_size), start // boot.record_size):
-            if ntfs.is_base_record(record):
+    for first, records in volume.records(boot):
+        for number, record in enumerate(_cut(records, boot.record_size), first):
+            if ntfs.base_number(number, record) == number:
                 yield number
 
 
 def _is_disposable(file: NtfsFile) -> bool:
     """Whether its content need not be kept: each name that it has must say so."""
-    names = [name.lower() if folder == filesystem.ROOT else "" for folder, name in file.names()]
+    names = file.root_names()
     if not names or not DISPOSABLE.issuperset(names):
         return False
-    if "hiberfil.sys" in names:
-        ntfs.check_hibernation(file.read(0, min(ntfs.HIBERNATION_HEAD, file.size)))
+    if unmounting.HIBERNATION_FILE in names:
+        unmounting.check_hibernation(file)
     return file.is_plain
 
 

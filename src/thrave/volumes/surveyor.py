@@ -1,4 +1,4 @@
-"""The survey of a guest's file system in a process of its own, which can do nothing but think.
+"""A look at a guest's file system in a process of its own, which can do nothing but think.
 
 The library that reads NTFS is written in C and reads what a guest wrote. So it runs apart: the process is given no
 file, asks its parent for each piece of the partition through a pipe, and gives up being root, the right to open files
@@ -9,6 +9,7 @@ Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSA
 
     to the parent    r  offset, length   read this: answered by so many bytes, nothing else
                      u  offset, length   this need not be kept
+                     c  0, length        a condition that it is in: so many bytes of UTF-8 follow
                      x  number, length   refused: which of `_REFUSALS`, and so many bytes of UTF-8 follow
                      .  0, 0             that was all
 """
@@ -23,9 +24,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from typing import IO
+from typing import IO, NoReturn
 
-from thrave.volumes import survey
+from thrave.volumes import survey, unmounting
 from thrave.volumes.errors import (
     ComponentMissingError,
     FileSystemCorruptError,
@@ -47,9 +48,12 @@ MEMORY = 512 << 20
 MOST_READ = 4 << 20
 """Bytes in one piece."""
 
+MOST_CONDITIONS = 8
+"""Of one volume."""
+
 _MESSAGE = struct.Struct("<cQQ")
-_READ, _UNUSED, _REFUSED, _END = b"r", b"u", b"x", b"."
-_MOST_WORDS = 1000
+_READ, _UNUSED, _CONDITION, _REFUSED, _END = b"r", b"u", b"c", b"x", b"."
+_MOST_WORDS = 1000  # bytes
 _NOBODY = 65534
 _REFUSALS: tuple[type[SkipRefusedError], ...] = (
     FileSystemCorruptError,
@@ -74,8 +78,28 @@ def unused_in(volume: Volume, partition: Partition) -> list[Extent]:
         VolumeError: The disk cannot be read.
     """
     check_installed()
-    with _process(partition.length) as process:
-        return list(_served(process, volume, partition))
+    with _process("unused", partition.length) as process:
+        return list(_unused(process, volume, partition))
+
+
+def conditions_in(volume: Volume, partition: Partition) -> Iterator[str]:
+    """How the NTFS volume in a partition was left (`unmounting`).
+
+    Args:
+        volume: The disk; it is read from this thread only.
+        partition: Where on it.
+
+    Yields:
+        What is not as it should be, at most MOST_CONDITIONS times, in words that a terminal may show.
+
+    Raises:
+        SkipRefusedError: It cannot be told; possibly after something else was.
+        ComponentMissingError: The library is not installed.
+        VolumeError: The disk cannot be read.
+    """
+    check_installed()
+    with _process("conditions", partition.length) as process:
+        yield from _conditions(process, volume, partition)
 
 
 def check_installed() -> None:
@@ -85,9 +109,9 @@ def check_installed() -> None:
 
 
 @contextmanager
-def _process(length: int) -> Iterator[subprocess.Popen[bytes]]:
+def _process(task: str, length: int) -> Iterator[subprocess.Popen[bytes]]:
     """The surveyor, which does not outlive the block nor SECONDS."""
-    argv = [sys.executable, "-P", "-m", __name__, str(length)]
+    argv = [sys.executable, "-P", "-m", __name__, task, str(length)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         alarm = threading.Timer(SECONDS, process.kill)
         alarm.start()
@@ -100,22 +124,46 @@ def _process(length: int) -> Iterator[subprocess.Popen[bytes]]:
                 _pipes(process)[0].close()
 
 
-def _served(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[Extent]:
-    """Answer the surveyor's questions until it has told everything. It is not trusted."""
+def _unused(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[Extent]:
     told, end = 0, 0
+    for kind, first, second in _told(process, volume, partition):
+        if kind != _UNUSED or not end <= first < first + second <= partition.length or told >= 2 * survey.MOST_HOLES:
+            _astray()
+        told, end = told + 1, first + second
+        yield Extent(partition.offset + first, second)
+
+
+def _conditions(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[str]:
+    for told, (kind, _, length) in enumerate(_told(process, volume, partition)):
+        if kind != _CONDITION or length > _MOST_WORDS or told >= MOST_CONDITIONS:
+            _astray()
+        yield _words(process, length)
+
+
+def _told(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[tuple[bytes, int, int]]:
+    """Answer the surveyor's questions until it has told everything, and pass on what it tells. It is not trusted."""
     while True:
         kind, first, second = _MESSAGE.unpack(_exactly(process, _MESSAGE.size))
         if kind == _READ and second <= MOST_READ and first + second <= partition.length:
             _answer(process, volume, partition.offset + first, second)
-        elif kind == _UNUSED and end <= first < first + second <= partition.length and told < 2 * survey.MOST_HOLES:
-            told, end = told + 1, first + second
-            yield Extent(partition.offset + first, second)
         elif kind == _REFUSED and first < len(_REFUSALS) and second <= _MOST_WORDS:
-            raise _REFUSALS[first](_exactly(process, second).decode("utf-8", "replace"))
+            raise _REFUSALS[first](_words(process, second))
         elif kind == _END:
             return
+        elif kind in (_UNUSED, _CONDITION):
+            yield kind, first, second
         else:
-            raise FileSystemCorruptError("reading it led the reader astray")
+            _astray()
+
+
+def _astray() -> NoReturn:
+    raise FileSystemCorruptError("reading it led the reader astray")
+
+
+def _words(process: subprocess.Popen[bytes], length: int) -> str:
+    """What it says, without anything that would move a terminal."""
+    words = _exactly(process, length).decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)
 
 
 def _answer(process: subprocess.Popen[bytes], volume: Volume, offset: int, length: int) -> None:
@@ -163,17 +211,31 @@ class _Pipe:
 
 
 def main() -> None:
-    """Survey the volume whose size in bytes is the first argument; questions go to stdout, answers come from stdin."""
+    """Do a task, the first argument, on the volume whose size in bytes is the second.
+
+    Questions go to stdout, answers come from stdin.
+    """
     load()
     _give_up_rights()
-    pipe = _Pipe(int(sys.argv[1]), sys.stdout.buffer, sys.stdin.buffer)
+    tell = {"unused": _tell_unused, "conditions": _tell_conditions}[sys.argv[1]]
+    pipe = _Pipe(int(sys.argv[2]), sys.stdout.buffer, sys.stdin.buffer)
     try:
-        for extent in survey.unused(pipe):
-            pipe.tell(_UNUSED, *extent)
+        tell(pipe)
         pipe.tell(_END, 0, 0)
     except _REFUSALS as refusal:
         words = refusal.reason.encode()[:_MOST_WORDS]
         pipe.tell(_REFUSED, _REFUSALS.index(type(refusal)), len(words), words)
+
+
+def _tell_unused(pipe: _Pipe) -> None:
+    for extent in survey.unused(pipe):
+        pipe.tell(_UNUSED, *extent)
+
+
+def _tell_conditions(pipe: _Pipe) -> None:
+    for condition in unmounting.conditions(pipe):
+        words = condition.encode()[:_MOST_WORDS]
+        pipe.tell(_CONDITION, 0, len(words), words)
 
 
 def _give_up_rights() -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from thrave.volumes import inspection, libnbd
+from thrave.volumes import chain, inspection, libnbd
+from thrave.volumes.chain import Layer
 from thrave.volumes.errors import UnknownFormatError, VolumeUnwritableError
 from thrave.volumes.qemu import start_server
 
@@ -32,7 +33,7 @@ class NewImage:
     def serve(self, image_format: str) -> None:
         """Start the server."""
         with self._calling() as handle:
-            start_server(handle, self._path, image_format)
+            start_server(handle, *chain.arguments([Layer(self._path, image_format)], None))
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of the data, at most 32 MiB, at an offset in bytes; VolumeUnwritableError if that fails."""

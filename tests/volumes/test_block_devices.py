@@ -1,0 +1,62 @@
+"""Block devices, raw and with an image on them. Loop devices stand for all: to a reader LVM's are the same."""
+
+import os
+
+import pytest
+
+from support.block_devices import loop_device
+from support.images import converted, encrypted, qemu_io, secret_beside, written_to
+from thrave.volumes.errors import VolumeInUseError
+from thrave.volumes.opening import open_volume
+from thrave.volumes.volume import Extent
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make block devices")
+
+
+def content(volume):
+    buffer = bytearray(volume.size)
+    volume.read_into(0, memoryview(buffer))
+    return bytes(buffer)
+
+
+@pytest.fixture
+def device(raw):
+    with loop_device(raw) as device:
+        yield device
+
+
+def test_a_block_device_is_one_extent(device, raw):
+    with open_volume(device, "raw") as volume:
+        assert volume.extents() == [Extent(0, 8 << 20)]
+        assert content(volume) == raw.read_bytes()
+
+
+def test_a_device_that_qemu_writes_to_is_not_read_and_the_reverse(device, nbd):
+    with written_to(device, "raw"), pytest.raises(VolumeInUseError), open_volume(device, "raw"):
+        pass
+    with open_volume(device, "raw"):
+        assert 'Failed to get "write" lock' in qemu_io(device, "raw").stderr
+
+
+def test_the_lock_is_the_nodes_not_the_disks(device, nbd, tmp_path):
+    """What the module says of libvirt's own nodes: if this fails, it has become better, and may say so."""
+    node = tmp_path / "node"
+    os.mknod(node, 0o600 | 0o060000, device.stat().st_rdev)
+    with written_to(node, "raw"), open_volume(device, "raw"):
+        pass
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "luks"])
+def test_an_image_may_lie_on_a_device(raw, image_format, nbd):
+    secret_file = secret_beside(raw)
+    image = encrypted(raw, image_format, secret_file)
+    os.truncate(image, 16 << 20)
+    with loop_device(image) as device, open_volume(device, image_format, secret_file=secret_file) as volume:
+        assert content(volume)[: 8 << 20] == raw.read_bytes()
+
+
+def test_a_plain_qcow2_on_a_device_keeps_its_holes(raw, nbd):
+    image = converted(raw, "qcow2")
+    os.truncate(image, 16 << 20)
+    with loop_device(image) as device, open_volume(device, "qcow2") as volume, open_volume(raw, "raw") as plain:
+        assert volume.extents() == plain.extents()

@@ -1,0 +1,241 @@
+"""What a disk's NTFS volumes say of how they were left."""
+
+import random
+import struct
+import sys
+
+import pytest
+
+from support.images import converted
+from support.ntfs import CLUSTER, RECORD, Damage, make_windows_disk, restart_page
+from support.ntfs_harm import BASIC, DYNAMIC, boot, flags, gpt, hibernation_head, log, partition_entry
+from thrave.volumes import surveyor, unmounting
+from thrave.volumes.conditions import conditions
+from thrave.volumes.errors import VolumeUnreadableError
+from thrave.volumes.ntfs import BootSector
+from thrave.volumes.opening import open_volume
+
+MESSAGE = struct.Struct("<cQQ")
+NAME = unmounting.HIBERNATION_FILE.encode("utf-16-le")
+GEOMETRY = BootSector(cluster_size=CLUSTER, clusters=1000, mft=4, mft_mirror=500, record_size=RECORD)
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    return make_windows_disk(tmp_path_factory.mktemp("windows") / "disk.raw").path
+
+
+@pytest.fixture
+def damage(windows):
+    return Damage.to(windows)
+
+
+def said_of(damage, path="disk.raw"):
+    return conditions(damage, path)
+
+
+def hibernation_name(damage):
+    """Where the name of hiberfil.sys stands in its MFT record."""
+    return damage.disk.find(NAME, damage.record(24))
+
+
+def sleep_under(name):
+    def change(damage):
+        hibernation_head(b"hibr")(damage)
+        damage.put(hibernation_name(damage), name.encode("utf-16-le"))
+
+    return change
+
+
+def sleep_in_another_folder(damage):
+    hibernation_head(b"hibr")(damage)
+    damage.put(hibernation_name(damage) - 66, struct.pack("<IHH", 24, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _: None,
+        flags(0x8000),
+        log(restart_page()),
+        hibernation_head(b"wake"),
+        hibernation_head(b"\0\0\0\0"),
+        sleep_under("hibernot.sys"),
+        sleep_in_another_folder,
+        gpt((BASIC, 1 << 20, 63 << 20)),
+        boot(3, "8s", b"-FVE-FS-"),
+        boot(3, "8s", b"ReFS"),
+        boot(3, "8s", b"MSDOS5.0"),
+        partition_entry(1, 0x42, 0, 0),
+        gpt((DYNAMIC, 1 << 20, 63 << 20)),
+        partition_entry(0, 0x00, 0, 0),
+    ],
+)
+def test_nothing_is_said_where_all_is_well_or_cannot_be_seen(damage, change):
+    change(damage)
+    assert said_of(damage) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (flags(0x0001), "it is marked as dirty: have Windows check it"),
+        (flags(0x4000), "it is marked as dirty"),
+        (log(restart_page(clients=0)), "its log was not closed"),
+        (log(restart_page(version=(2, 0))), "its log is of version 2.0: shut Windows down fully"),
+        (hibernation_head(b"hibr"), "Windows is hibernated on it"),
+        (hibernation_head(b"HIBR"), "Windows is hibernated on it"),
+        (hibernation_head(b"RSTR"), "Windows is hibernated on it"),
+        (sleep_under("HiberFil.Sys"), "Windows is hibernated on it"),
+        (log(bytes(4096)), "its log has no restart page"),
+        (boot(48, "<Q", 1 << 40), "its boot sector describes no volume"),
+    ],
+)
+def test_a_volume_says_what_is_wrong_with_it(damage, change, words):
+    change(damage)
+    (said,) = said_of(damage, "/vm/win.raw")
+    assert said.startswith(f"/vm/win.raw: of the volume at byte {damage.at}, {words}")
+
+
+def test_it_says_all_that_is_wrong_with_it(damage):
+    for change in (flags(1), log(restart_page(clients=0)), hibernation_head(b"hibr")):
+        change(damage)
+    said = said_of(damage)
+    assert [words in one for words, one in zip(("dirty", "log", "hibernated"), said, strict=True)] == [True] * 3
+
+
+def test_what_it_said_before_it_broke_is_kept(damage):
+    flags(1)(damage)
+    log(bytes(4096))(damage)
+    said = said_of(damage)
+    assert [words in one for words, one in zip(("dirty", "restart page"), said, strict=True)] == [True] * 2
+
+
+def test_of_several_volumes_each_speaks_for_itself(damage):
+    size = len(damage.disk) - damage.at
+    second = damage.at + size
+    damage.disk = bytearray(damage.disk[:]) + damage.disk[damage.at :]
+    partition_entry(1, 0x07, second // 512, size // 512)(damage)
+    flags(1)(Damage(damage.disk, second))
+    (said,) = said_of(damage)
+    assert f"of the volume at byte {second}, it is marked as dirty" in said
+    boot(3, "8s", b"-FVE-FS-")(damage)
+    assert said_of(damage) == [said]
+
+
+def test_a_bare_volume_needs_no_partitions(damage):
+    bare = Damage(bytearray(damage.disk[damage.at :]), 0)
+    assert said_of(bare) == []
+    flags(1)(bare)
+    assert "of the volume at byte 0, it is marked as dirty" in said_of(bare)[0]
+
+
+def test_partitions_that_cannot_be_are_told(damage):
+    partition_entry(1, 0x07, 2048, 1)(damage)
+    assert said_of(damage) == [f"disk.raw: the partition at byte {damage.at} overlaps another or leaves the disk"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 1 << 20])
+def test_a_disk_of_anything_else_says_nothing(size):
+    noise = bytearray(random.Random(size).randbytes(size))
+    noise[510:512] = b"\0\0"[: max(0, size - 510)]
+    assert said_of(Damage(noise)) == []
+
+
+def test_it_is_the_same_in_any_format(damage, windows, nbd, tmp_path):
+    hibernation_head(b"hibr")(damage)
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(damage.disk[:])
+    image = converted(raw, "qcow2")
+    with open_volume(image, "qcow2") as volume:
+        (said,) = conditions(volume, image)
+    assert said.startswith(f"{image}: of the volume at byte {damage.at}, Windows is hibernated")
+
+
+def test_a_reader_that_takes_too_long_is_ended_and_that_is_said(damage, monkeypatch):
+    monkeypatch.setattr(surveyor, "SECONDS", 0.01)
+    (said,) = said_of(damage)
+    assert "reading it took too long" in said
+
+
+def test_without_the_library_that_is_said_where_it_would_be_needed(damage, monkeypatch):
+    monkeypatch.setattr("thrave.volumes.surveyor.find_spec", lambda _: None)
+    (said,) = said_of(damage)
+    assert "cannot be told whether Windows was shut down fully: pytsk3 is not installed: pip install" in said
+    boot(3, "8s", b"MSDOS5.0")(damage)
+    assert said_of(damage) == []
+
+
+def test_a_disk_that_cannot_be_read_is_that_error_and_no_other(damage):
+    whole = damage.read_into
+
+    def fail(offset, buffer):
+        if offset > damage.at + 4096:
+            raise VolumeUnreadableError("disk.raw", "the disk is broken", offset=offset)
+        whole(offset, buffer)
+
+    damage.read_into = fail
+    with pytest.raises(VolumeUnreadableError, match="the disk is broken"):
+        said_of(damage)
+
+
+def condition(words):
+    return MESSAGE.pack(b"c", 0, len(words)) + words
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        (condition(b"zz \x1b[2Jz\n") + MESSAGE.pack(b".", 0, 0), ["zz \ufffd[2Jz\ufffd"]),
+        (condition(b"zz") * 9, ["zz"] * surveyor.MOST_CONDITIONS + ["astray"]),
+        (MESSAGE.pack(b"c", 0, 1 << 40), ["astray"]),
+        (MESSAGE.pack(b"u", 0, 4096), ["astray"]),
+        (condition(b"zz") + MESSAGE.pack(b"x", 1, 1) + b"b", ["zz"]),
+        (condition(b"zz") + MESSAGE.pack(b"x", 0, 2) + b"yy", ["zz", "yy"]),
+        (condition(b"zz"), ["zz", "exit status 0"]),
+    ],
+)
+def test_nothing_that_the_reader_says_is_taken_on_trust(damage, said, heard, tmp_path, monkeypatch):
+    """A reader that the guest has taken over: it says what it likes."""
+    (tmp_path / "said").write_bytes(said)
+    evil = tmp_path / "evil"
+    evil.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'said'}'\n")
+    evil.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(evil))
+    told = said_of(damage)
+    assert [words in one for words, one in zip(heard, told, strict=True)] == [True] * len(heard)
+
+
+class Records:
+    """A volume's $MFT."""
+
+    def __init__(self, records):
+        self._records = records
+
+    def records(self, boot):
+        yield 0, self._records
+
+
+@pytest.mark.parametrize("lost", [None, *range(0, len(NAME), 2)])
+def test_the_name_is_found_though_a_fixup_has_taken_a_letter_of_it(lost):
+    record = bytearray(RECORD)
+    struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 1, 0)
+    at = 300 if lost is None else 510 - lost
+    record[at : at + len(NAME)] = NAME.upper()
+    if lost is not None:
+        record[510:512] = b"\x07\x00"
+    assert list(unmounting._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [1]
+
+
+def test_a_name_in_an_extension_record_leads_to_its_file():
+    record = bytearray(RECORD)
+    struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 1, 7 << 48 | 42)
+    record[400 : 400 + len(NAME)] = NAME
+    assert list(unmounting._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [42]
+
+
+def test_a_name_in_a_record_that_is_not_in_use_is_nobodys():
+    record = bytearray(RECORD)
+    struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 0, 0)
+    record[400 : 400 + len(NAME)] = NAME
+    assert list(unmounting._candidates(GEOMETRY, Records(bytes(record)))) == []

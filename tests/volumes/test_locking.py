@@ -1,0 +1,256 @@
+"""Image locks, with QEMU on the other side: who keeps whom out, and for how long."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+
+import pytest
+
+from support.images import converted, qemu_img, qemu_io, written_to
+from thrave.volumes import locking
+from thrave.volumes.errors import VolumeInUseError, VolumeUnreadableError
+from thrave.volumes.locking import ImageLocks
+from thrave.volumes.opening import open_volume
+
+pytestmark = pytest.mark.usefixtures("nbd")
+
+FORMATS = pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk", "vpc", "vhdx"])
+BASES = pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+REFUSED = 'Failed to get "write" lock'
+
+
+def image_of(raw, image_format):
+    return raw if image_format == "raw" else converted(raw, image_format)
+
+
+def overlay_on(image, image_format):
+    overlay = image.with_name("overlay.qcow2")
+    qemu_img("create", "-f", "qcow2", "-b", image, "-F", image_format, overlay)
+    return overlay
+
+
+def commit(overlay):
+    return subprocess.run(["qemu-img", "commit", "-f", "qcow2", overlay], check=False, capture_output=True, text=True)
+
+
+def refused(image, image_format):
+    """The error with which opening fails."""
+    with pytest.raises(VolumeInUseError) as caught, open_volume(image, image_format):
+        pass
+    return str(caught.value)
+
+
+@FORMATS
+def test_what_qemu_writes_to_is_not_read(raw, image_format):
+    image = image_of(raw, image_format)
+    with written_to(image, image_format):
+        assert refused(image, image_format) == (
+            f"{image} is in use by another program: stop the machine that runs on it first"
+        )
+    with open_volume(image, image_format) as volume:
+        assert volume.extents()
+
+
+@FORMATS
+def test_what_is_read_qemu_does_not_write_to(raw, image_format):
+    image = image_of(raw, image_format)
+    with open_volume(image, image_format):
+        before = image.read_bytes()
+        write = qemu_io(image, image_format)
+        assert write.returncode != 0
+        assert REFUSED in write.stderr
+        assert image.read_bytes() == before
+    assert qemu_io(image, image_format).returncode == 0
+
+
+@FORMATS
+def test_others_may_read_meanwhile(raw, image_format):
+    image = image_of(raw, image_format)
+    with written_to(image, image_format, "-r"), open_volume(image, image_format), open_volume(image, image_format):
+        assert str(image) in qemu_img("info", "-f", image_format, image)
+        assert qemu_io(image, image_format, "-r", "-c", "read 0 64k").returncode == 0
+
+
+@BASES
+def test_a_guest_may_run_on_an_overlay_and_cannot_merge_it(raw, image_format):
+    base = image_of(raw, image_format)
+    overlay = overlay_on(base, image_format)
+    with written_to(overlay, "qcow2"), open_volume(base, image_format):  # begun before
+        pass
+    with open_volume(base, image_format) as volume:
+        before = base.read_bytes()
+        with written_to(overlay, "qcow2"):  # begun meanwhile
+            volume.read_into(0, memoryview(bytearray(4096)))
+        assert qemu_io(overlay, "qcow2").returncode == 0
+        merge = commit(overlay)
+        assert merge.returncode != 0
+        assert "lock" in merge.stderr
+        assert base.read_bytes() == before
+    assert commit(overlay).returncode == 0
+    assert base.read_bytes() != before
+
+
+@BASES
+def test_each_image_of_a_chain_is_locked(raw, image_format):
+    base = image_of(raw, image_format)
+    overlay = overlay_on(base, image_format)
+    with written_to(base, image_format):
+        assert str(base) in refused(overlay, "qcow2")
+    with open_volume(overlay, "qcow2"):
+        for image, its_format in ((base, image_format), (overlay, "qcow2")):
+            assert REFUSED in qemu_io(image, its_format).stderr
+
+
+def test_the_files_that_a_vmdk_keeps_its_data_in_are_locked(raw):
+    image = converted(raw, "vmdk", "-o", "subformat=monolithicFlat")
+    flat = image.with_name("disk-flat.vmdk")
+    with written_to(flat, "raw"):
+        assert str(flat) in refused(image, "vmdk")
+    with open_volume(image, "vmdk"):
+        assert REFUSED in qemu_io(flat, "raw").stderr
+
+
+@contextmanager
+def killed_reader(image):
+    """A process that has the raw image open, and is then killed."""
+    code = (
+        "import sys, time; from pathlib import Path; from thrave.volumes.opening import open_volume\n"
+        "with open_volume(Path(sys.argv[1]), 'raw'): print('open', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, image], stdout=subprocess.PIPE) as reader:
+        try:
+            assert reader.stdout.readline() == b"open\n"
+            yield
+        finally:
+            reader.kill()
+
+
+def test_a_lock_ends_with_its_process(raw):
+    with killed_reader(raw):
+        assert REFUSED in qemu_io(raw, "raw").stderr
+    assert qemu_io(raw, "raw").returncode == 0
+
+
+def test_a_lock_ends_with_its_volume_though_a_child_has_a_copy_of_the_open_file(raw):
+    """As a program that is just being started has for a moment."""
+    locks = ImageLocks()
+    locks.take(raw)
+    for file in locks._files:
+        os.set_inheritable(file, True)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False):
+        assert REFUSED in qemu_io(raw, "raw").stderr
+        locks.close()
+        assert qemu_io(raw, "raw").returncode == 0
+
+
+def test_a_refusal_leaves_no_lock(raw):
+    with written_to(raw, "raw"):
+        before = held(raw)
+        assert 101 in before
+        assert refused(raw, "raw")
+        assert held(raw) == before
+
+
+def held(image):
+    """The bytes that somebody has locked."""
+    with image.open("rb") as file:
+        return {byte for byte in range(512) if locking._is_held(file.fileno(), byte)}
+
+
+def test_the_locks_are_those_of_a_qemu_that_reads_what_nobody_may_write(raw):
+    with open_volume(raw, "raw"):
+        assert held(raw) == {100, 201, 203}
+    assert held(raw) == set()
+
+
+def lock(file, kind, byte=0, length=0):
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("@hhqqi4x", kind, os.SEEK_SET, byte, length, 0))
+
+
+@pytest.mark.parametrize("byte", [101, 103, 200])
+def test_whoever_says_that_he_writes_or_forbids_reading_keeps_us_out(raw, byte):
+    with raw.open("rb") as file:
+        lock(file, fcntl.F_RDLCK, byte, 1)
+        assert refused(raw, "raw")
+        lock(file, fcntl.F_UNLCK)
+        lock(file, fcntl.F_RDLCK, 0, 100)
+        with open_volume(raw, "raw"):
+            pass
+
+
+def test_a_lock_on_the_whole_file_keeps_us_out(raw):
+    with raw.open("r+b") as file:
+        lock(file, fcntl.F_WRLCK)
+        assert refused(raw, "raw")
+
+
+class Flock(ctypes.Structure):
+    """As fcntl(2) has it where off_t is 64 bits."""
+
+    _fields_ = (
+        ("type", ctypes.c_short),
+        ("whence", ctypes.c_short),
+        ("start", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("process", ctypes.c_int),
+    )
+
+
+def test_the_lock_is_laid_out_as_the_kernel_wants_it():
+    packed = locking._FLOCK.pack(1, 2, 3, 4, 5)
+    assert len(packed) == ctypes.sizeof(Flock)
+    flock = Flock.from_buffer_copy(packed)
+    assert [getattr(flock, name) for name, _ in Flock._fields_] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_does_not_keep_us_from_reading(raw, monkeypatch, error):
+    """There is none here; what its kernel would say stands in for it."""
+    monkeypatch.setattr(locking, "fcntl", Lockless(error))
+    with open_volume(raw, "raw") as volume:
+        assert volume.size == raw.stat().st_size
+
+
+def test_a_lock_that_fails_in_another_way_is_an_error(raw, monkeypatch):
+    monkeypatch.setattr(locking, "fcntl", Lockless(errno.EIO))
+    with pytest.raises(VolumeUnreadableError, match="cannot be locked: Input/output error"), open_volume(raw, "raw"):
+        pass
+
+
+class Lockless:
+    """The module fcntl on a file system that has no locks."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def __getattr__(self, name):
+        return getattr(fcntl, name)
+
+    def fcntl(self, *_):
+        raise OSError(self._error, os.strerror(self._error))
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "character device", "nothing"])
+def test_what_is_no_image_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "thing"
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "character device":
+            path.symlink_to("/dev/zero")
+    with closing(ImageLocks()) as locks, pytest.raises(VolumeUnreadableError, match="thing"):
+        locks.take(path)
+
+
+def test_closing_twice_is_closing(raw):
+    locks = ImageLocks()
+    locks.take(raw)
+    locks.close()
+    locks.close()
