@@ -31,6 +31,7 @@ from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.journal import Documents
+from thrave.tasks.patience import patiently
 from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
 from thrave.tasks.records import Records
 from thrave.tasks.sealing import VolumeSealer
@@ -42,6 +43,7 @@ from thrave.volumes.conditions import conditions
 from thrave.volumes.opening import Skip, open_volume
 from thrave.volumes.volume import Volume
 
+_DAEMON_RESTART = 60.0  # seconds that a hypervisor's daemon may be away before the caretaker goes on
 _FURTHER_ON = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
 
 
@@ -172,7 +174,7 @@ class Bundling:
         """Have the instance go on without the overlay. If that fails, the bundle is there, and the caretaker goes on."""
         with self._state(BundleTaskState.STORING) as watch:
             try:
-                self._freezer.merge(watch.pause)
+                patiently(lambda: self._freezer.merge(watch.pause), _DAEMON_RESTART, pause=watch.pause)
             except InstanceError as error:
                 self._records.notice(
                     self._task.bundle_id, f"The instance still runs on its overlay, and it is tried to merge it: {error}."
@@ -199,8 +201,11 @@ class Bundling:
         step(name, lambda: self._do(work))
 
     def _do(self, work: Callable[[], object]) -> None:
-        self._records.check_mine(self._task.bundle_id)
-        work()
+        def do_it() -> None:
+            self._records.check_mine(self._task.bundle_id)
+            work()
+
+        patiently(do_it, self._host.stall_timeout)
 
     @cached_property
     def _store(self) -> BundleStore:

@@ -13,9 +13,13 @@ from thrave.compute.errors import HypervisorError, OverlayImpossible
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Frozen, Instances, Overlays
 from thrave.tasks.crash_points import durable
+from thrave.tasks.patience import patiently
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
+
+
+CHECK_PATIENCE = 60.0  # seconds that a hypervisor may be away when it is to say that nobody wrote to a volume
 
 
 class Freezer:
@@ -49,7 +53,7 @@ class Freezer:
             hold.check()
             watch.guard(hold.check)
             yield self._instances.get(self._task.instance_id)
-            hold.check()
+            patiently(hold.check, CHECK_PATIENCE, pause=watch.pause)
 
     def merge(self, pause: Callable[[float], object]) -> None:
         """Have the instance go on without the overlay, if there is one; also an earlier task's.

@@ -19,6 +19,8 @@ from thrave.compute.power import power_off
 from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
+from thrave.tasks.freezing import CHECK_PATIENCE
+from thrave.tasks.patience import patiently
 from thrave.tasks.records import Records
 from thrave.tasks.states import BundleTaskState
 from thrave.tasks.task import BundleTask
@@ -99,7 +101,7 @@ class PowerSwitch:
             check()
             watch.guard(check)
             yield self._instances.get(self._task.instance_id)
-            check()
+            patiently(check, CHECK_PATIENCE, pause=watch.pause)
 
     def restore(self) -> None:
         """Start the instance if it ran when the task began and is off now.

@@ -1,0 +1,50 @@
+"""Asking a hypervisor again that is away for a while."""
+
+import pytest
+
+from thrave.compute.errors import HypervisorError, HypervisorGoneError
+from thrave.tasks.patience import patiently
+
+GONE, REFUSED = HypervisorGoneError("i-00000000", "no connection"), HypervisorError("i-00000000", "no")
+
+
+class Hypervisor:
+    """Gives these answers one after the other; time passes only where it is waited for."""
+
+    def __init__(self, monkeypatch, *answers, takes=0.0):
+        self.answers, self.takes, self.now = [*answers], takes, 0.0
+        monkeypatch.setattr("thrave.tasks.patience.time.monotonic", lambda: self.now)
+
+    def ask(self):
+        self.now += self.takes
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def pause(self, seconds):
+        self.now += seconds
+
+
+def test_one_that_comes_back_in_time_is_asked_again(monkeypatch):
+    hypervisor = Hypervisor(monkeypatch, GONE, GONE, "here")
+    assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
+
+
+def test_one_that_stays_away_is_given_up(monkeypatch):
+    hypervisor = Hypervisor(monkeypatch, *[GONE] * 9)
+    with pytest.raises(HypervisorGoneError):
+        patiently(hypervisor.ask, 3.0, pause=hypervisor.pause)
+    assert len(hypervisor.answers) == 5
+
+
+def test_one_that_was_there_for_long_may_be_away_for_as_long_again(monkeypatch):
+    hypervisor = Hypervisor(monkeypatch, *[GONE] * 5, "here", takes=4.0)
+    assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
+
+
+def test_one_that_refuses_is_not_asked_again(monkeypatch):
+    hypervisor = Hypervisor(monkeypatch, REFUSED, "here")
+    with pytest.raises(HypervisorError, match="^no$"):
+        patiently(hypervisor.ask, 3.0, pause=hypervisor.pause)
+    assert hypervisor.answers == ["here"]
