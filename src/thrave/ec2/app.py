@@ -17,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from thrave.compute.errors import HypervisorGoneError
 from thrave.ec2.actions import ACTIONS, Action
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
@@ -96,6 +97,9 @@ def answer(door: Door, request: Request, request_id: str) -> bytes:
         raise EC2Error("RequestLimitExceeded") from None
     except ProtocolError as error:
         raise EC2Error(error.code, str(error)) from None
+    except HypervisorGoneError as error:
+        log.warning("the hypervisor is gone", request_id=request_id, reason=str(error))
+        raise EC2Error("Unavailable", said="the hypervisor does not answer") from None
     return serialize(operation, result, version=version, request_id=request_id)
 
 

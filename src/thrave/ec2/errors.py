@@ -193,8 +193,8 @@ ERRORS: dict[str, ErrorKind] = {
     ),
     "Unavailable": ErrorKind(
         503,
-        "The store of the bundles cannot be reached: {said}",
-        "BundleInstance while the store fails, or is known to. SDKs try again.",
+        "The service cannot reach what it needs: {said}",
+        "BundleInstance while the store fails, or is known to; any action while the hypervisor is away. SDKs try again.",
         f"{AWS}; the choice of code is ours",
     ),
     "InternalError": ErrorKind(
