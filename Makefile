@@ -6,12 +6,13 @@ INSTALLED := $(VENV)/installed
 
 # Debian packages that some tests start for real. The demo needs none of them.
 TEST_PACKAGES := openssl jq qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools postgresql gcc libc6-dev \
-	radosgw ceph-mon ceph-osd ceph-common
+	radosgw ceph-mon ceph-osd ceph-common \
+	qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt grub-common grub-pc-bin
 CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-github-aws-aws-sdk-go-v2-dev \
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-fast check bench bench-api bench-fleet bench-stores clients stores docs format clean
+.PHONY: demo test test-fast check bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/thrave demo
@@ -48,6 +49,9 @@ bench-fleet: $(INSTALLED)
 bench-stores: $(INSTALLED) packages
 	@scripts/system-packages rclone
 	PYTHONPATH=tests $(BIN)/python benchmarks/stores.py --gib $(or $(GIB),8)
+
+bench-downtime: $(INSTALLED) packages
+	$(BIN)/python benchmarks/downtime.py
 
 # Runs every client once more and writes down which of them can do what.
 clients: $(INSTALLED) packages

@@ -1,8 +1,10 @@
-"""What tests of several rooms share: object stores and a PostgreSQL, each started once, and the service's databases."""
+"""What tests of several rooms share: stores, a PostgreSQL, a host of libvirt's, each started once; the service's databases."""
 
 import pytest
 
 from support import stores
+from support.guest import guest_image
+from support.hypervisor import running_host
 from support.postgres import running_postgres
 
 
@@ -22,6 +24,18 @@ def rgw(tmp_path_factory):
 def postgres():
     with running_postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def libvirtd():
+    with running_host() as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def guest():
+    """What guests are made of."""
+    return guest_image()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])

@@ -1,0 +1,125 @@
+"""What others do to a guest, and to libvirt, while its root volume is read, through the whole service."""
+
+import time
+
+import pytest
+
+from support.domain import wait_for
+from support.drive import OFF
+from support.hypervisor import VirshError
+from support.libvirt_service import running_service
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def service(libvirtd, tmp_path_factory):
+    with running_service(tmp_path_factory.mktemp("service"), libvirtd, downtime="overlay") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def _web(service, guest):
+    domain = service.domain("web", guest, told={"EVERY": 0.5}).start()
+    yield domain
+    domain.remove()
+
+
+@pytest.fixture
+def web(_web):
+    """A guest that runs; each test finds it as another one has left it."""
+    _web.await_boot(after=_web.boots[:-1])
+    return _web
+
+
+@pytest.fixture
+def cold(service, guest):
+    """A guest that is off, which takes no boot; its volume is read without an overlay."""
+    domain = service.domain("cold", guest)
+    yield domain
+    domain.remove()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(request, service):
+    """Whatever was done meanwhile, each guest is defined in the end as at first, and nothing of an overlay is left."""
+    name = next(name for name in ("web", "cold") if name in request.fixturenames)
+    domain = request.getfixturevalue(name)
+    definition, files, sources = domain.definition(), domain.files(), domain.sources()
+    yield
+    if "undefined" not in request.function.__name__:
+        assert domain.definition() == definition
+    assert domain.files() == files
+    assert set(domain.sources()) == set(sources)
+
+
+def test_libvirtd_dies_and_comes_again_while_a_running_guests_volume_is_read(service, web, libvirtd):
+    boots = web.boots
+    bundle = service.bundle(web)
+    with service.standing_still(bundle):
+        libvirtd.kill_daemon()
+    time.sleep(1)  # the service reads on, and finds nobody to ask
+    libvirtd.start_daemon()
+    assert bundle.completed().drive().words(boots[-1])[-1] == OFF
+    web.await_written(web.await_boot(after=boots))
+
+
+def test_a_guest_killed_while_its_volume_is_read_is_started_again_and_has_what_it_had_written(service, web):
+    boots = web.boots
+    bundle = service.bundle(web)
+    with service.standing_still(bundle):
+        killed = web.await_boot(after=boots)
+        written = web.await_written(killed)
+        web.kill()
+    drive = bundle.completed().drive()
+    assert (drive.words(boots[-1])[-1], drive.words(killed)) == (OFF, [])
+    again = web.await_boot(after=[*boots, killed])
+    web.await_written(again)
+    words = web.look().words(killed)
+    assert len(words) >= written
+    assert words == [str(number + 1) for number in range(len(words))]
+
+
+def test_libvirtd_dies_and_comes_again_while_the_volume_of_a_guest_that_is_off_is_read(service, cold, libvirtd):
+    bundle = service.bundle(cold)
+    with service.standing_still(bundle):
+        libvirtd.kill_daemon()
+    time.sleep(1)
+    libvirtd.start_daemon()
+    assert bundle.completed().opened().read_bytes() == cold.disk.read_bytes()
+    assert not cold.runs()
+
+
+def test_a_guest_cannot_be_started_by_others_while_its_volume_is_read(service, cold):
+    bundle = service.bundle(cold)
+    with service.standing_still(bundle), pytest.raises(VirshError, match="lock"):
+        cold.start()
+    assert bundle.completed().opened().read_bytes() == cold.disk.read_bytes()
+    cold.start()
+    cold.host.virsh("destroy", cold.name)
+
+
+def test_a_guest_undefined_while_its_volume_is_read_is_gone_and_the_task_says_so(service, cold):
+    bundle = service.bundle(cold)
+    with service.standing_still(bundle):
+        cold.host.virsh("undefine", cold.name)
+    code, message = bundle.failure()
+    assert code == "Client.InstanceTerminated"
+    assert cold.instance_id in message
+    cold.define()
+
+
+def test_a_running_guest_undefined_while_its_volume_is_read_runs_on_until_it_is_off(service, web):
+    boots = web.boots
+    bundle = service.bundle(web)
+    with service.standing_still(bundle):
+        web.host.virsh("undefine", web.name)
+        again = web.await_boot(after=boots)
+    assert bundle.completed().drive().words(boots[-1])[-1] == OFF
+    web.await_written(again)
+    web.host.virsh("shutdown", web.name)
+    wait_for(lambda: web.name not in web.host.virsh("list", "--all", "--name"), lambda: "it is defined again")
+    words = web.look().words(again)
+    assert words[-1] == OFF
+    web.define()
+    web.start()

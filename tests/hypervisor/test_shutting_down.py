@@ -1,0 +1,85 @@
+"""Guests that do not hear the power button, or hear it late, or have an agent, through the whole service."""
+
+import pytest
+
+from support.drive import OFF
+from support.libvirt_service import running_service
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
+LATE = 15  # seconds: the first request to power off is lost for sure
+
+
+@pytest.fixture(scope="module")
+def _service(libvirtd, tmp_path_factory):
+    with running_service(tmp_path_factory.mktemp("service"), libvirtd) as service:
+        service.stop()
+        yield service
+
+
+@pytest.fixture
+def service(_service):
+    """A service that each test starts with settings of its own."""
+    yield _service
+    _service.stop()
+
+
+def guest_of(service, guest, name, **told):
+    return service.domain(name, guest, told={"EVERY": 0.5, **told}).start()
+
+
+def test_a_deaf_guest_fails_its_task_and_stays_up_or_loses_its_power_as_the_operator_wants(service, guest):
+    deaf = guest_of(service, guest, "deaf", DEAF=1)
+    service.start(shutdown_grace=3, shutdown_timeout_action="fail")
+    try:
+        boot = deaf.await_boot()
+        assert service.bundle(deaf).failure() == (
+            "Server.InstanceNotStopped",
+            "The guest did not power off within 3 seconds.",
+        )
+        written = deaf.await_written(boot)
+        service.stop()
+        service.start(shutdown_timeout_action="power-off")
+        cut = service.bundle(deaf).completed()
+        assert "its power was cut, and what it had not written is lost" in cut.notice()
+        assert deaf.runs()
+        drive = cut.drive()
+        assert not drive.is_clean()
+        words = drive.words(boot)
+        assert words == [str(number + 1) for number in range(len(words))]
+        assert len(words) >= written
+        assert "SHUTDOWN-ASKED" not in deaf.said
+    finally:
+        deaf.remove()
+
+
+def test_a_guest_that_still_boots_is_asked_again_until_it_hears(service, guest):
+    service.start()
+    late = guest_of(service, guest, "late", HEARS_AFTER=LATE)
+    try:
+        bundle = service.bundle(late).completed()
+        *numbers, last = bundle.drive().words(late.boots[0])
+        assert last == OFF
+        assert numbers
+        assert late.runs()
+    finally:
+        late.remove()
+
+
+def test_an_agent_is_asked_to_shut_down_and_to_run_sysprep(service, guest):
+    sysprep = ["/bin/sysprep", "/generalize", "/oobe", "/shutdown"]
+    clerk = guest_of(service, guest, "clerk", DEAF=1, AGENT=1)
+    service.start()
+    try:
+        boot = clerk.await_boot()
+        drive = service.bundle(clerk).completed().drive()
+        assert drive.words(boot)[-1] == OFF
+        assert "SHUTDOWN-ASKED -h -P +0" in clerk.said  # as the agent calls it; a button has no arguments
+        service.stop()
+        service.start(sysprep=sysprep)
+        again = clerk.await_boot(after=[boot])
+        drive = service.bundle(clerk).completed().drive()
+        assert drive.read("sysprep.txt") == f"{again} sysprep {' '.join(sysprep[1:])}\n"
+        assert (drive.words(again)[-1], drive.is_clean()) == (OFF, True)
+        assert clerk.runs()
+    finally:
+        clerk.remove()

@@ -1,0 +1,183 @@
+"""A hypervisor host of the tests' own: a libvirtd and whatever it starts, in namespaces that end with the test.
+
+What libvirt keeps on a machine is bound to a private folder in a mount namespace, so that the machine's own libvirt is
+never touched and two such hosts never meet. All processes are in one pid namespace: with the first of them the kernel
+kills the rest at once, as a power failure does, and the first one ends when the test's process does, whatever way.
+Guests outlive the daemon, as on any host. It is talked to by virsh alone.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from support.components import require, unavailable
+
+_DAEMON, _DRIVER, _CLIENT, _EMULATOR = (
+    "libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients", "qemu-system-x86",
+)  # fmt: skip
+_READY = 60.0  # seconds
+_BOUND = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run", "/etc/passwd", "/etc/group")
+# The first process takes in those that have lost their parent, which libvirt's guests have: so it must not leave them
+# as zombies, which libvirt would take for guests that do not die.
+_FIRST = """
+folder=$0
+for path; do mount --bind "$folder$path" "$path" || exit; done
+echo ready
+trap '' CHLD
+exec cat >/dev/null
+"""
+_LIBVIRTD_CONF = """\
+unix_sock_dir = "{folder}/sockets"
+unix_sock_group = "root"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+log_outputs = "3:file:{folder}/libvirtd.log"
+"""
+_QEMU_CONF = """\
+user = "root"
+group = "root"
+security_driver = "none"
+cgroup_controllers = []
+namespaces = []
+remember_owner = 0
+stdio_handler = "file"
+"""
+_USER = "libvirt-qemu"  # libvirt wants it to exist even where its configuration names another one
+
+
+class VirshError(Exception):
+    """What virsh was asked to do, it could not; the message is its own."""
+
+
+class Host:
+    """A host, to be switched on."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep everything in `folder`, whose path must be short: sockets lie in it."""
+        self.folder = folder
+        self._socket = folder / "sockets" / "libvirt-sock"
+        self.uri = f"qemu:///system?socket={self._socket}"
+        self._virsh = require("virsh", package=_CLIENT)
+        self._machine: subprocess.Popen[str] | None = None
+        self._configure()
+
+    def power_on(self) -> None:
+        """Start it as a machine starts: no guest runs, and libvirtd answers."""
+        _empty(self.folder / "run")
+        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self._machine = subprocess.Popen(
+            [*unshare, "sh", "-c", _FIRST, self.folder, *_BOUND], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._machine.stdout is not None
+        if self._machine.stdout.readline() != "ready\n":
+            self._machine.communicate()
+            unavailable("no namespaces can be made here for a libvirtd of the tests' own")
+        (self._first,) = psutil.Process(self._machine.pid).children()
+        self.start_daemon()
+
+    def lose_power(self) -> None:
+        """End every process at once; what the kernel has of their files stays, as if the disks had been told to sync."""
+        if self._machine is not None:
+            self._first.kill()
+            self._machine.communicate()
+            self._daemon.wait()
+            self._machine = None
+
+    def start_daemon(self) -> None:
+        """Start libvirtd, and wait until it answers; the guests that run are taken up again."""
+        configuration = self.folder / "etc/libvirt/libvirtd.conf"
+        libvirtd = [require("libvirtd", package=_DAEMON), "-f", configuration, "-p", "/run/libvirtd.pid"]
+        with (self.folder / "libvirtd.out").open("ab") as output:
+            self._daemon = subprocess.Popen(self._inside(*libvirtd), stdout=output, stderr=output)
+        given_up = time.monotonic() + _READY
+        while not self._answers():
+            assert self._daemon.poll() is None, f"libvirtd has ended: {self.log()}"
+            assert time.monotonic() < given_up, f"libvirtd does not answer: {self.log()}"
+            time.sleep(0.05)
+
+    def kill_daemon(self) -> None:
+        """End libvirtd by SIGKILL; its guests run on."""
+        self._kill("libvirtd.pid")
+        self._daemon.wait()
+
+    def kill_guest(self, name: str) -> None:
+        """End a guest's QEMU by SIGKILL."""
+        self._kill(f"libvirt/qemu/{name}.pid")
+
+    def virsh(self, *words: object) -> str:
+        """What virsh prints.
+
+        Raises:
+            VirshError: It fails.
+        """
+        argv = [self._virsh, "--connect", self.uri, "--quiet", *map(str, words)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise VirshError(done.stderr.strip())
+        return done.stdout
+
+    def log(self) -> str:
+        """The last that libvirtd has said."""
+        said = [path.read_text(errors="replace")[-2000:] for path in self.folder.glob("libvirtd.*")]
+        return "\n".join(said)
+
+    def _configure(self) -> None:
+        for path in _BOUND:
+            bound = self.folder / path.lstrip("/")
+            if Path(path).is_file():
+                bound.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, bound)
+            else:
+                bound.mkdir(parents=True)
+                if not Path(path).exists():
+                    unavailable(f"{path} is not there: scripts/system-packages {_DAEMON} {_DRIVER}")
+        for path, line in (("passwd", f"{_USER}:x:64055:64055::/:/usr/sbin/nologin"), ("group", f"{_USER}:x:64055:")):
+            known = self.folder / "etc" / path
+            if f"{_USER}:" not in known.read_text():
+                known.write_text(f"{known.read_text()}{line}\n")
+        (self.folder / "sockets").mkdir()
+        (self.folder / "etc/libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(folder=self.folder))
+        (self.folder / "etc/libvirt/qemu.conf").write_text(_QEMU_CONF)
+
+    def _inside(self, *argv: object) -> list[str]:
+        return ["nsenter", f"--target={self._first.pid}", "--mount", "--pid", *map(str, argv)]
+
+    def _kill(self, pidfile: str) -> None:
+        pid = (self.folder / "run" / pidfile).read_text().strip()
+        subprocess.run(self._inside("sh", "-c", 'kill -KILL "$0"', pid), check=True)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.connect(str(self._socket))
+            return True
+        return False
+
+
+@contextmanager
+def running_host() -> Iterator[Host]:
+    """A host that is on, and gone at the end with all that it has started."""
+    if os.geteuid() != 0:
+        unavailable("a libvirtd of the tests' own takes namespaces, which root alone can make")
+    require("qemu-system-x86_64", package=_EMULATOR)
+    with tempfile.TemporaryDirectory(prefix="thrave-host-") as folder:
+        host = Host(Path(folder))
+        host.power_on()
+        try:
+            yield host
+        finally:
+            host.lose_power()
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder, as a machine's start does with what lies in memory."""
+    shutil.rmtree(folder)
+    folder.mkdir()

@@ -1,0 +1,187 @@
+"""A service on a host of `hypervisor.py`, with the account of Alice: what she asks of her guests, and what comes of it.
+
+The service is the product's own, forked as in `killing.py`; it can be killed, and it can be made to stand still in the
+midst of reading a root volume, so that what others do meanwhile is sure to be done meanwhile.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from support.domain import PATIENCE, Domain, wait_for
+from support.drive import Drive
+from support.guest import NOISE, GuestImage
+from support.hypervisor import Host
+from support.killing import ForkedServer
+from support.opened import opened_sha256
+from thrave.bundle.names import PART_SIZE
+from thrave.config import DataDirectory
+from thrave.database import open_engine
+from thrave.tasks.records import Records
+from thrave.testing import ServerError
+from thrave.vault import Vault
+
+BUCKET = "alices-guests"
+_ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=60)
+_LOOK_EVERY = 0.005  # seconds; the first part is there some tenths of a second before the last one is read
+_EARLY = NOISE // PART_SIZE // 2  # parts; when no more are stored, some of the volume is still to be read
+
+
+class LibvirtService:
+    """A service with its settings; it lives from `start` to `stop` or `kill`."""
+
+    def __init__(self, folder: Path, host: Host, **settings: object) -> None:
+        """Have everything of it in `folder`."""
+        self.folder = folder
+        self.host = host
+        self._settings = {
+            "hypervisor": "libvirt", "libvirt_uri": host.uri, "uploads_at_once": 2, "shutdown_grace": 60, **settings,
+        }  # fmt: skip
+        self.server = ForkedServer(DataDirectory(folder / "thrave"))
+        self.account, self._key = self.server.account("alice")
+        self._bundles = 0
+
+    def start(self, **changes: object) -> None:
+        """Start it, with other settings from now on; with a `crash_at` it may be dead before it answers."""
+        self._settings = {**self._settings, "crash_at": None, **changes}
+        told = {name: value for name, value in self._settings.items() if value is not None}
+        self.server.environment = {f"THRAVE_{name.upper()}": _as_text(value) for name, value in told.items()}
+        with suppress(ServerError) if "crash_at" in changes else nullcontext():
+            self.server.start()
+            self.ec2 = self.server.client(self._key, config=_ONE_TRY)
+
+    def stop(self) -> None:
+        """Stop it, if it lives."""
+        if self.lives:
+            self.server.stop()
+
+    def kill(self) -> None:
+        """End it by SIGKILL."""
+        self.server.stop(signal.SIGKILL)
+
+    @property
+    def lives(self) -> bool:
+        """Whether its process is there."""
+        return self.server.process is not None and self.server.process.poll() is None
+
+    def await_death(self) -> None:
+        """Wait until it has killed itself."""
+        wait_for(lambda: not self.lives, lambda: "it never came to its crash point")
+        self.server.stop()
+        assert self.server.process.returncode == -signal.SIGKILL
+
+    def domain(self, name: str, guest: GuestImage, **details: object) -> Domain:
+        """A guest of Alice's."""
+        return Domain(self.host, name, self.folder / name, guest, self.account.account_id, **details)
+
+    def bundle(self, domain: Domain) -> "Bundle":
+        """Call BundleInstance."""
+        self._bundles += 1
+        prefix = f"{domain.name}-{self._bundles}"
+        storage = self.server.storage(self._key, BUCKET, prefix)
+        with suppress(BotoCoreError):  # a service that is to crash may not answer
+            self.ec2.bundle_instance(InstanceId=domain.instance_id, Storage=storage)
+        return Bundle(self, domain, prefix)
+
+    @contextmanager
+    def standing_still(self, bundle: "Bundle") -> Iterator[None]:
+        """Have the service stand still while it reads the volume, for as long as the block lasts."""
+        given_up = time.monotonic() + PATIENCE
+        while not bundle.parts():
+            assert self.lives, "it has ended"
+            assert time.monotonic() < given_up, bundle.task()
+            time.sleep(_LOOK_EVERY)
+        os.kill(self.server.process.pid, signal.SIGSTOP)
+        try:
+            assert len(bundle.parts()) <= _EARLY, "it may have read the volume before it could be stopped"
+            yield
+        finally:
+            os.kill(self.server.process.pid, signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was asked for."""
+
+    service: LibvirtService
+    domain: Domain
+    prefix: str
+
+    def task(self) -> dict[str, object]:
+        """The task, as DescribeBundleTasks gives it."""
+        tasks = self.service.ec2.describe_bundle_tasks()["BundleTasks"]
+        (task,) = (task for task in tasks if task["Storage"]["S3"]["Prefix"] == self.prefix)
+        return task
+
+    def ended(self, patience: float = PATIENCE) -> dict[str, object]:
+        """The task, when it has ended."""
+        wait_for(lambda: self.task()["State"] in {"complete", "failed"}, self.task, patience)
+        return self.task()
+
+    def completed(self, patience: float = PATIENCE) -> "Bundle":
+        """Wait for its end, which must be a good one."""
+        task = self.ended(patience)
+        assert task["State"] == "complete", task
+        return self
+
+    def failure(self) -> tuple[str, str]:
+        """Code and message of the task, which must fail, and leave nothing in the bucket."""
+        task = self.ended()
+        assert task["State"] == "failed", task
+        assert self._objects() == []
+        return task["BundleTaskError"]["Code"], task["BundleTaskError"]["Message"]
+
+    def notice(self) -> str:
+        """What the operator is told of the task, besides how it has ended."""
+        data = self.service.server.data
+        database = open_engine(data.database)
+        try:
+            return Records(database, Vault.open_or_create(data.vault_key)).get(self.task()["BundleId"]).notice or ""
+        finally:
+            database.dispose()
+
+    def parts(self) -> list[Path]:
+        """Its parts that are in the bucket."""
+        return [path for path in self._objects() if ".part." in path.name]
+
+    def opened(self) -> Path:
+        """The image in it, every check passed; a raw disk."""
+        image = self.service.folder / f"{self.prefix}.raw"
+        if not image.exists():
+            opened_sha256(self.service.server, BUCKET, self.prefix, image)
+        return image
+
+    def drive(self) -> Drive:
+        """C: in it."""
+        return Drive(self.opened(), self.service.folder)
+
+    def remove(self) -> None:
+        """Take it out of the bucket, past the service."""
+        for path in self._objects():
+            path.unlink()
+
+    def _objects(self) -> list[Path]:
+        return [*(self.service.server.data.buckets / BUCKET).glob(f"{self.prefix}.*")]
+
+
+@contextmanager
+def running_service(folder: Path, host: Host, **settings: object) -> Iterator[LibvirtService]:
+    """A service that lives, stopped at the end."""
+    service = LibvirtService(folder, host, **settings)
+    service.start()
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
