@@ -1,4 +1,8 @@
-"""Every how-to, run as it is written: its shell blocks in one script, its files beside it."""
+"""Every how-to, run as it is written: its shell blocks in one script, its files beside it.
+
+Where one is about a host that was set up for good, its folders, its user and its unit are stood in for; lines that are
+indented change a host as root, or are typed in a guest, and are not run.
+"""
 
 import os
 import re
@@ -14,6 +18,8 @@ import pytest
 
 from support.components import require
 from support.disks import make_disk
+from support.domain import Domain
+from thrave.compute.domain_metadata import NAMESPACE
 
 ROOT = Path(__file__).parents[2]
 HOWTOS = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
@@ -25,6 +31,11 @@ STORE = "http://127.0.0.1:8333"
 STORE_PORT = "8333"
 DATABASE = "postgresql://thrave@127.0.0.1:5432/thrave"
 """Where how-tos find PostgreSQL."""
+LIBVIRT = 'hypervisor = "libvirt"'
+"""What a how-to says that needs libvirt."""
+GUEST = "win-web"
+"""The domain that how-tos are about; it runs, and nobody has adopted it."""
+UNIT = ROOT / "packaging" / "systemd" / "thrave.service"
 
 
 def free_port() -> str:
@@ -36,8 +47,20 @@ def free_port() -> str:
 def test_the_howto_works_as_it_is_written(howto, tmp_path, request):
     require("jq", package="jq")
     require("openssl", package="openssl")
+    text = as_here(howto.read_text(), tmp_path, request)
+    make_disk(tmp_path / "disk.raw", 24 << 20)
+    (tmp_path / "vectors").symlink_to(ROOT / "tests" / "data" / "vectors")
+    for name, content in FILE.findall(text):
+        (tmp_path / name).write_text(content)
+    script = "\n".join(["set -euo pipefail", *SHELL.findall(text)])
+    status, said = run(script, tmp_path, **(libvirt_of(script, tmp_path, request) if LIBVIRT in text else {}))
+    assert status == 0, said
+
+
+def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
+    """A how-to with what stands for its stores, its database and its host."""
     port = free_port()
-    text = howto.read_text().replace(PORT, port)
+    text = text.replace(PORT, port)
     if STORE in text:
         text = text.replace(STORE, request.getfixturevalue("seaweedfs").url)
     if STORE_PORT in text:
@@ -45,23 +68,37 @@ def test_the_howto_works_as_it_is_written(howto, tmp_path, request):
         text = text.replace(f"http://127.0.0.1:{STORE_PORT}", store.url)
     if DATABASE in text:
         text = text.replace(DATABASE, request.getfixturevalue("postgres").new_database())
-    make_disk(tmp_path / "disk.raw", 24 << 20)
-    (tmp_path / "vectors").symlink_to(ROOT / "tests" / "data" / "vectors")
-    for name, content in FILE.findall(text):
-        (tmp_path / name).write_text(content)
-    script = "\n".join(["set -euo pipefail", *SHELL.findall(text)])
-    status, said = run(script, tmp_path)
-    assert status == 0, said
+    (starts,) = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
+    for there, here in {
+        "systemctl enable --now thrave": f"{starts} --port {port} &",
+        "runuser -u thrave -- ": "",
+        "/opt/thrave/bin": Path(sys.executable).parent,
+        "/var/lib/thrave": folder / "data",
+        "/etc/thrave": folder,
+    }.items():
+        text = text.replace(there, str(here))
+    return text
 
 
-def run(script: str, folder: Path) -> tuple[int, str]:
+def libvirt_of(script: str, folder: Path, request: pytest.FixtureRequest) -> dict[str, str]:
+    """Where a how-to finds libvirt, and the guest there if it does something with one."""
+    host = request.getfixturevalue("libvirtd")
+    if GUEST in script:
+        guest = Domain(host, GUEST, folder / GUEST, request.getfixturevalue("guest"), "000000000000")
+        request.addfinalizer(guest.remove)
+        host.virsh("metadata", GUEST, "--config", "--uri", NAMESPACE, "--remove")
+        guest.start()
+    return {"THRAVE_LIBVIRT_URI": host.uri}
+
+
+def run(script: str, folder: Path, **environment: str) -> tuple[int, str]:
     """Run a script in a session of its own, none of which outlives it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (folder / "said.txt").open("w+") as said:
         shell = subprocess.Popen(
             [shutil.which("bash"), "-c", script],
             cwd=folder,
-            env={**os.environ, "PATH": path, "AWS_PAGER": ""},
+            env={**os.environ, "PATH": path, "AWS_PAGER": "", **environment},
             stdout=said,
             stderr=subprocess.STDOUT,
             start_new_session=True,

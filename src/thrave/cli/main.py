@@ -56,6 +56,7 @@ EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.compute.errors:InstanceNotFound", Exit.NOT_FOUND),
     ("thrave.compute.errors:InstanceCommandFailed", Exit.FAILED),
     ("thrave.compute.errors:InvalidDescriptionError", Exit.FAILED),
+    ("thrave.compute.errors:ComponentMissingError", Exit.MISSING_COMPONENT),
     ("thrave.compute.errors:HypervisorError", Exit.FAILED),
     ("thrave.compute.errors:InstanceError", Exit.REFUSED),
     ("thrave.volumes.errors:ComponentMissingError", Exit.MISSING_COMPONENT),

@@ -1,11 +1,14 @@
-"""Checks of a hypervisor host: its instances, their root volumes and commands, and what reads them. Nothing is run."""
+"""Checks of a hypervisor host: its instances, their root volumes and commands, and what reads them. Nothing is run.
+
+What is only libvirt's is `domains.py`.
+"""
 
 import resource
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from thrave.compute.descriptions import Description, volume_fault
+from thrave.compute.errors import InstanceError
 from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import Instance
 from thrave.doctor.errors import NotTried, Trouble
@@ -20,20 +23,25 @@ _FILES_OF_THE_SERVICE = 64
 
 
 def instances(subject: Subject) -> str:
-    """Read every instance's file."""
-    readable, broken = DescriptionFolder(_folder(subject)).read_all()
+    """Read every instance's file, or every adopted domain."""
+    readable, broken = _all(subject)
     if broken:
         raise Trouble("; ".join(str(error) for error in broken))
-    return f"{len(readable)} in {subject.settings.instance_folder}"
+    return f"{len(readable)} in {_place(subject)}"
 
 
 def root_volumes(subject: Subject) -> str:
-    """See that each root volume can be read, and is of a known format."""
-    found = _described(subject)
+    """See that each root volume that may be bundled can be read, and is of a known format."""
+    found = known_instances(subject)
     faults = [f"{one.instance_id}: {fault}" for one in found if (fault := root_volume_fault(one))]
     if faults:
         raise Trouble("; ".join(faults))
     return f"{len(found)} can be read"
+
+
+def known_instances(subject: Subject) -> Sequence[Instance]:
+    """Every instance that can be understood and whose root volume is this machine's."""
+    return [one for one in _all(subject)[0] if one.root_device_type == "instance-store"]
 
 
 def bundling_fault(instance: Instance) -> str | None:
@@ -51,12 +59,15 @@ def root_volume_fault(instance: Instance) -> str | None:
     volume = instance.root_volume
     if volume.format not in FORMATS:
         return f"{volume.path}: unknown format {volume.format}"
-    return volume_fault(volume.path)
+    secret_fault = volume_fault(volume.secret_file) if volume.secret_file else None
+    return volume_fault(volume.path) or secret_fault
 
 
 def commands(subject: Subject) -> str:
     """Look for the program of each command."""
-    named = [(one, name, getattr(one, name)) for one in _described(subject) for name in _COMMANDS]
+    if subject.settings.hypervisor != "directory":
+        raise NotTried("libvirt's domains have none")
+    named = [(one, name, getattr(one, name)) for one in _described(subject)[0] for name in _COMMANDS]
     given = [(one.instance_id, name, argv[0]) for one, name, argv in named if argv]
     if not given:
         raise NotTried("no instance has any")
@@ -68,7 +79,7 @@ def commands(subject: Subject) -> str:
 
 def qemu(subject: Subject) -> str:
     """Look for what reads images of QEMU's formats, if an instance has one."""
-    formats = {one.root_volume.format for one in _described(subject)} & {*QEMU_FORMATS}
+    formats = {one.root_volume.format for one in known_instances(subject)} & {*QEMU_FORMATS}
     if not formats:
         raise NotTried("every root volume is raw")
     check_qemu()
@@ -100,13 +111,21 @@ def open_files(subject: Subject) -> str:
     return f"{allowed} allowed, {needed} may be needed"
 
 
-def _folder(subject: Subject) -> Path:
+def _all(subject: Subject) -> tuple[Sequence[Instance], Sequence[InstanceError]]:
+    """Every instance, and why some cannot be understood; no hypervisor's command is run for it."""
+    if subject.settings.hypervisor == "libvirt":
+        return subject.adopted.list(), subject.adopted.broken()
+    return _described(subject)
+
+
+def _place(subject: Subject) -> str:
+    settings = subject.settings
+    return settings.libvirt_uri if settings.hypervisor == "libvirt" else str(settings.instance_folder)
+
+
+def _described(subject: Subject) -> tuple[Sequence[Description], Sequence[InstanceError]]:
     folder = subject.settings.instance_folder
     if not folder.exists():
         raise NotTried(f"{folder} is not there: no instance is described on this machine")
     folder.iterdir()
-    return folder
-
-
-def _described(subject: Subject) -> Sequence[Description]:
-    return DescriptionFolder(_folder(subject)).read_all()[0]
+    return DescriptionFolder(folder).read_all()

@@ -7,6 +7,7 @@ Objects of the trial have a prefix, and lie in a bucket, that no bundle has.
 import secrets
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -17,12 +18,18 @@ from thrave.buckets.opening import open_buckets, store_connection
 from thrave.buckets.s3 import Holder
 from thrave.buckets.signing import SignedRequests
 from thrave.buckets.transport import Transport
+from thrave.compute.domain_events import DomainEvents
+from thrave.compute.hypervisor import Hypervisor
+from thrave.compute.opening import open_adopted
 from thrave.config import Settings
 from thrave.database import open_engine
 from thrave.doctor.errors import Trouble
 from thrave.identity.accounts import Accounts
 from thrave.identity.keys import AccessKey, new_access_key_id, new_secret_access_key
 from thrave.vault import Vault
+
+if TYPE_CHECKING:
+    from thrave.compute.libvirt import LibvirtInstances
 
 STORE_SECONDS = 10.0  # for which one request to the store may stand still
 _NOBODYS_ACCOUNT = "000000000000"
@@ -100,10 +107,23 @@ class Subject:
         key = self.holder.credentials if self.by_owners_key else self.connection.credentials
         return SignedRequests(self.connection, self.transport, key)
 
+    @cached_property
+    def adopted(self) -> "LibvirtInstances":
+        """The domains that are instances."""
+        return open_adopted(self.settings)
+
+    @cached_property
+    def hypervisor(self) -> Hypervisor:
+        """The libvirt that has them, for what the service never asks."""
+        return Hypervisor(self.settings.libvirt_uri, DomainEvents())
+
     def close(self) -> None:
-        """Let go of the database."""
-        if "database" in self.__dict__:
+        """Let go of the database and of libvirt."""
+        opened = self.__dict__
+        if "database" in opened:
             self.database.dispose()
+        for name in {"adopted", "hypervisor"} & opened.keys():
+            opened[name].close()
 
     def _no_data(self) -> Trouble:
         return Trouble(f"{self.settings.data} is no data directory yet; `thrave account create` begins one")

@@ -1,6 +1,6 @@
 """Every check of `thrave doctor`, in its order: one table, from which the docs' page is made."""
 
-from thrave.doctor import forms, host, objects, service, store
+from thrave.doctor import domains, forms, host, objects, service, store
 from thrave.doctor.check import Check
 
 CHECKS: tuple[Check, ...] = (
@@ -105,19 +105,50 @@ CHECKS: tuple[Check, ...] = (
         objects.delete, needs=("create bucket",),
     ),
     Check(
-        "host", "instances", "Reads every instance's file.", "Mend or remove the files named.", host.instances,
+        "host", "libvirt", "With `hypervisor = libvirt`: connects, asks for the version; it is this machine's.",
+        "apt-get install python3-libvirt; start libvirtd; put the service's user into the group libvirt; "
+        "mend `libvirt_uri`.",
+        domains.libvirt, seconds=40.0,
+    ),
+    Check(
+        "host", "instances", "Reads every instance's file, or every adopted domain.",
+        "Mend or remove the files named; adopt a domain again, or mend its metadata with `virsh edit`.",
+        host.instances, needs=("libvirt",),
     ),
     Check(
         "host", "root volumes", "Each is there, can be read, and is of a known format.",
-        "Let the service's user read them; mend `rootVolume`.", host.root_volumes,
+        "Let the service's user read them, and the files of their passphrases: an ACL, where libvirt changes the owner "
+        "(docs/howto/bundle-libvirt-guests.md); mend `rootVolume`.",
+        host.root_volumes, needs=("libvirt",),
     ),
     Check(
         "host", "commands", "The program of each command is there; none is run.",
         "Install them, or mend the instance's file.", host.commands,
     ),
     Check(
+        "host", "power button", "Each domain has ACPI, or a channel for its guest's agent.",
+        "Add <acpi/> to the domain's <features>, or the channel org.qemu.guest_agent.0 and the agent to its guest.",
+        domains.power_button, needs=("libvirt",),
+    ),
+    Check(
+        "host", "sysprep", "With `sysprep`: each guest has an agent that can run it.",
+        "Give the domain the channel org.qemu.guest_agent.0, and install the agent in its guest; or set no `sysprep`.",
+        domains.sysprep, needs=("libvirt",),
+    ),
+    Check(
+        "host", "overlays", "With `downtime = overlay`: overlays can be made beside the root volumes, with 1 GiB of room.",
+        "Let the service's user write to the root volume and its folder, and its unit, too (overlays.conf); make room; "
+        "apt-get install qemu-utils.",
+        domains.overlays, needs=("libvirt",),
+    ),
+    Check(
+        "host", "downtime", "With `downtime = overlay`: every root volume can have an overlay.",
+        "Instances that cannot are off until their root volume has been read; convert it to a file, or leave it so.",
+        domains.downtime, needs=("libvirt",), optional=True,
+    ),
+    Check(
         "host", "QEMU", "What reads images is installed, if an instance has one.",
-        "apt-get install qemu-utils python3-libnbd", host.qemu,
+        "apt-get install qemu-utils python3-libnbd", host.qemu, needs=("libvirt",),
     ),
     Check(
         "host", "NTFS", "What reads NTFS is installed, if `skip` wants it.",

@@ -1,0 +1,243 @@
+"""`thrave instance` on libvirt's domains, as a script would call it; libvirt's own pretence of a hypervisor has them."""
+
+import json
+
+import pytest
+
+from support.components import require
+from support.pretended import URI, pretended_libvirt
+from thrave.doctor import domains
+
+pytestmark = pytest.mark.libvirt
+
+
+@pytest.fixture
+def libvirt(monkeypatch):
+    monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
+    monkeypatch.setenv("THRAVE_LIBVIRT_URI", URI)
+    with pretended_libvirt() as driver:
+        yield driver
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def account_id(thrave_json, data):
+    return thrave_json("account", "create", "alice")["accountId"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    path = tmp_path / "win.raw"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+@pytest.fixture
+def adopted(thrave_json, libvirt, account_id, disk):
+    """A domain `win` that was adopted; gives its document."""
+    libvirt.define("win", disk)
+    return thrave_json("instance", "adopt", "win", "--account", account_id, "--platform", "windows", "--tag", "Name=web")
+
+
+def test_an_adopted_domain_is_an_instance(thrave_json, adopted, account_id, disk):
+    assert adopted.pop("launchTime").endswith("Z")
+    assert adopted == {
+        "instanceId": adopted["instanceId"],
+        "accountId": account_id,
+        "platform": "windows",
+        "architecture": "x86_64",
+        "rootDeviceType": "instance-store",
+        "rootDeviceName": "/dev/vda",
+        "rootVolume": {"path": str(disk), "format": "raw", "deviceName": "/dev/vda", "secretFile": None},
+        "volumes": [],
+        "state": "stopped",
+        "tags": {"Name": "web"},
+    }
+    (listed,) = thrave_json("instance", "list")["instances"]
+    assert (listed["instanceId"], listed["tags"]) == (adopted["instanceId"], {"Name": "web"})
+
+
+def test_a_domain_is_adopted_by_its_uuid_too_and_keeps_its_id(thrave_json, libvirt, account_id, disk):
+    uuid = libvirt.define("win", disk)
+    first = thrave_json("instance", "adopt", uuid, "--account", account_id)["instanceId"]
+    thrave_json("instance", "disown", first)
+    assert thrave_json("instance", "list") == {"instances": []}
+    assert thrave_json("instance", "adopt", "win", "--account", account_id)["instanceId"] == first
+
+
+def test_every_option_is_kept(thrave_json, libvirt, account_id, disk, tmp_path, monkeypatch):
+    (tmp_path / "passphrase").write_text("secret")
+    monkeypatch.chdir(tmp_path)
+    libvirt.define("win", disk, image_format="qcow2")
+    thrave_json(
+        "instance", "adopt", "win", "--account", account_id, "--root-device", "vda", "--root-device-type", "ebs",
+        "--secret-file", "passphrase", "--tag", "Name=web 1", "--tag", "cost_center=7",
+    )  # fmt: skip
+    (listed,) = thrave_json("instance", "list")["instances"]
+    assert (listed["platform"], listed["rootDeviceType"]) == (None, "ebs")
+    assert listed["rootVolume"]["secretFile"] == str(tmp_path / "passphrase")
+    assert listed["tags"] == {"Name": "web 1", "cost_center": "7"}
+
+
+def test_nothing_but_our_element_is_changed(thrave_json, libvirt, account_id, disk):
+    libvirt.define("win", disk)
+    before = libvirt.definition("win")
+    adopted = thrave_json("instance", "adopt", "win", "--account", account_id)
+    assert f'account="{account_id}"' in libvirt.definition("win")
+    thrave_json("instance", "disown", adopted["instanceId"])
+    assert "".join(libvirt.definition("win").split()).replace("<metadata/>", "") == "".join(before.split())
+
+
+def test_adopted_domains_are_started_and_stopped(thrave_json, adopted):
+    instance_id = adopted["instanceId"]
+    assert thrave_json("instance", "start", instance_id)["state"] == "running"
+    assert thrave_json("instance", "stop", instance_id)["state"] == "stopped"
+
+
+def test_a_domain_that_was_adopted_by_hand_and_badly_is_named(thrave_json, thrave, libvirt, adopted, disk, caplog):
+    libvirt.define("odd", disk)
+    libvirt.metadata("odd", '<instance account="12"/>')
+    assert [one["instanceId"] for one in thrave_json("instance", "list")["instances"]] == [adopted["instanceId"]]
+    assert "the domain odd does not describe an instance: account: '12' is not 12 digits" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["nowhere"], 1, "nowhere"),
+        (["win", "--account", "000000000000"], 3, "000000000000"),
+        (["win", "--root-device", "vdz"], 1, "there is no disk vdz"),
+        (["win", "--root-device-type", "floppy"], 2, "floppy"),
+        (["win", "--platform", "beos"], 2, "beos"),
+        (["win", "--secret-file", "/nowhere/passphrase"], 2, "/nowhere/passphrase"),
+        (["win", "--tag", "aws:x=1"], 2, "AWS's own"),
+        (["gone"], 1, "No such file or directory"),
+    ],
+)
+def test_what_cannot_be_adopted_is_told_with_its_exit_code(
+    thrave, thrave_json, libvirt, account_id, disk, tmp_path, words, status, message
+):
+    libvirt.define("win", disk)
+    libvirt.define("gone", tmp_path / "gone.raw")
+    given = ["--account", account_id] if "--account" not in words else []
+    ended, stdout, stderr = thrave("instance", "adopt", *words, *given)
+    assert (ended, stdout) == (status, "")
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert thrave_json("instance", "list") == {"instances": []}
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "disown"])
+def test_a_domain_that_is_nobodys_is_not_found(thrave, adopted, command):
+    status, _, stderr = thrave("instance", command, "i-0123456789abcdef0")
+    assert (status, "there is no instance 'i-0123456789abcdef0'" in stderr) == (3, True)
+
+
+def test_a_libvirt_that_does_not_answer_is_told(thrave, account_id, monkeypatch, libvirt):
+    monkeypatch.setenv("THRAVE_LIBVIRT_URI", "qemu:///system?socket=/nowhere/libvirt-sock")
+    status, _, stderr = thrave("instance", "list")
+    assert (status, "no connection to qemu:///system" in stderr) == (1, True)
+
+
+class TestTheDoctor:
+    """What `thrave doctor` finds on a host with libvirt."""
+
+    @pytest.fixture
+    def doctor(self, thrave, monkeypatch, adopted):
+        def run(**settings):
+            for name, value in settings.items():
+                monkeypatch.setenv(f"THRAVE_{name.upper()}", value if isinstance(value, str) else json.dumps(value))
+            status, stdout, _ = thrave("doctor", "--output", "json")
+            found = {one["check"]: one for one in json.loads(stdout)["checks"]}
+            return status, {name for name, one in found.items() if one["outcome"] == "failed"}, found
+
+        return run
+
+    def test_says_which_libvirt_it_is_and_that_all_is_well(self, doctor):
+        status, failed, found = doctor()
+        assert (status, failed) == (0, set())
+        assert found["libvirt"]["detail"].startswith("Test ")
+        assert found["instances"]["detail"] == f"1 in {URI}"
+        assert found["root volumes"]["detail"] == "1 can be read"
+        assert found["power button"]["detail"] == "1 domains, 0 of them with a channel for an agent"
+        assert {found[name]["outcome"] for name in ("commands", "sysprep", "overlays", "downtime")} == {"not tried"}
+
+    def test_tries_nothing_of_a_libvirt_that_does_not_answer(self, doctor):
+        status, failed, found = doctor(libvirt_uri="qemu:///system?socket=/nowhere/libvirt-sock")
+        assert (status, failed) == (1, {"libvirt"})
+        assert found["root volumes"]["detail"] == "needs: libvirt"
+
+    def test_refuses_another_machines(self, doctor):
+        _, failed, found = doctor(libvirt_uri="qemu+tcp://elsewhere.invalid/system")
+        assert failed == {"libvirt"}
+        assert "the libvirt of elsewhere.invalid" in found["libvirt"]["detail"]
+
+    def test_names_what_cannot_be_read(self, doctor, libvirt, disk, adopted):
+        libvirt.define("odd", disk)
+        libvirt.metadata("odd", '<instance account="12"/>')
+        disk.unlink()
+        _, failed, found = doctor()
+        assert failed == {"instances", "root volumes"}
+        assert "the domain odd" in found["instances"]["detail"]
+        assert found["root volumes"]["detail"] == f"{adopted['instanceId']}: {disk}: No such file or directory"
+
+    def test_names_a_guest_that_nobody_can_tell_to_power_off(self, doctor, libvirt, disk, account_id, thrave_json):
+        libvirt.define("deaf", disk, acpi=False)
+        libvirt.define("talks", disk, acpi=False, channel=True)
+        for name in ("deaf", "talks"):
+            thrave_json("instance", "adopt", name, "--account", account_id)
+        _, failed, found = doctor()
+        assert failed == {"power button"}
+        assert ("(deaf)" in found["power button"]["detail"], "talks" in found["power button"]["detail"]) == (True, False)
+
+    def test_names_a_guest_that_could_not_run_sysprep(self, doctor, libvirt, disk, account_id, thrave_json):
+        libvirt.define("talks", disk, channel=True)
+        thrave_json("instance", "adopt", "talks", "--account", account_id)
+        _, failed, found = doctor(sysprep=["C:\\sysprep.exe", "/shutdown"])
+        assert failed == {"sysprep"}
+        assert ("(win): no agent" in found["sysprep"]["detail"], "talks" in found["sysprep"]["detail"]) == (True, False)
+        libvirt.start("talks")  # and its agent does not open the channel
+        assert "talks" in doctor()[2]["sysprep"]["detail"]
+
+    def test_asks_for_an_encrypted_disks_passphrase(self, doctor, libvirt, account_id, thrave_json, tmp_path):
+        for name in ("secret.qcow2", "passphrase"):
+            (tmp_path / name).touch()
+        libvirt.define("secret", tmp_path / "secret.qcow2", image_format="qcow2")
+        words = ("--account", account_id, "--secret-file", tmp_path / "passphrase")
+        thrave_json("instance", "adopt", "secret", *words)
+        (tmp_path / "passphrase").unlink()
+        _, failed, found = doctor()
+        assert "root volumes" in failed
+        assert f"{tmp_path / 'passphrase'}: No such file" in found["root volumes"]["detail"]
+
+    def test_looks_whether_overlays_can_be_made(self, doctor, monkeypatch, disk):
+        require("qemu-img", package="qemu-utils")
+        status, failed, found = doctor(downtime="overlay")
+        assert (status, failed) == (0, set())
+        assert (found["overlays"]["detail"], found["downtime"]["detail"]) == ("1 could be made", "1 can")
+        monkeypatch.setattr(domains, "LEAST_ROOM", 1 << 62)
+        _, failed, found = doctor()
+        assert failed == {"overlays"}
+        assert found["overlays"]["detail"].startswith(f"{disk.parent}: ")
+
+    def test_names_a_root_volume_that_can_have_none(self, doctor, libvirt, account_id, thrave_json, tmp_path):
+        require("qemu-img", package="qemu-utils")
+        (tmp_path / "win.vmdk").touch()
+        libvirt.define("old", tmp_path / "win.vmdk", image_format="vmdk")
+        thrave_json("instance", "adopt", "old", "--account", account_id)
+        _, _, found = doctor(downtime="overlay")
+        assert (found["downtime"]["outcome"], found["overlays"]["outcome"]) == ("lacking", "ok")
+        assert "the format vmdk" in found["downtime"]["detail"]
+
+
+@pytest.mark.parametrize(("setting", "check"), [("downtime", "overlays"), ("sysprep", "sysprep")])
+def test_what_only_libvirt_can_do_is_not_promised_without_it(thrave, data, account_id, monkeypatch, setting, check):
+    monkeypatch.setenv(f"THRAVE_{setting.upper()}", {"downtime": "overlay", "sysprep": '["x"]'}[setting])
+    status, stdout, _ = thrave("doctor", "--output", "json")
+    (found,) = [one for one in json.loads(stdout)["checks"] if one["check"] == check]
+    assert (status, found["outcome"], "hypervisor = libvirt" in found["detail"]) == (1, "failed", True)
