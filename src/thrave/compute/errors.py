@@ -10,6 +10,9 @@
     ├── RootVolumeInUse             its root volume may have been written to while it was to be read
     ├── OverlayImpossible           its root volume cannot have a copy-on-write overlay
     ├── HypervisorError             the hypervisor does not answer, or refuses
+    │   ├── HypervisorGoneError     there is no connection to it, for now
+    │   ├── ImageInUseError         an image is being written by another program, for now
+    │   └── ComponentMissingError   what is needed to talk to it is not installed
     ├── InvalidDescriptionError     its file or the arguments do not describe an instance
     └── InstanceCommandFailed       one of its commands failed, or said nothing that can be understood
 
@@ -68,6 +71,23 @@ class OverlayImpossible(InstanceError):  # noqa: N818 (says what it is)
 
 class HypervisorError(InstanceError):
     """The hypervisor does not answer, or refuses; the message has its own words."""
+
+
+class HypervisorGoneError(HypervisorError):
+    """There is no connection to the hypervisor: what was asked may be asked again once there is."""
+
+
+class ImageInUseError(HypervisorError):
+    """Another program has an image open that was to be written: it may be tried again."""
+
+
+class ComponentMissingError(HypervisorError):
+    """A library that is needed to talk to the hypervisor is not installed."""
+
+    def __init__(self, component: str, package: str) -> None:
+        super().__init__("", f"{component} is not installed: apt-get install {package}")
+        self.component = component
+        self.package = package
 
 
 class InvalidDescriptionError(InstanceError):

@@ -1,0 +1,259 @@
+"""All domains of a libvirt, as they were last seen: kept true by events, so that listing hundreds asks nothing.
+
+A domain of which an event has told something is looked at again before anybody is told of it; after a lost connection
+all of them are, and once a minute in any case, since not every change of a definition is told. Who needs to know what
+is true now looks at the domain itself (`look`).
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from thrave.compute.domain_events import DomainEvents
+from thrave.compute.domain_metadata import NAMESPACE, Record, read_record
+from thrave.compute.domain_records import DomainRecords
+from thrave.compute.domain_xml import Definition, DomainFaultError, pool_type, read_definition
+from thrave.compute.domains import PoolVolume, instance_id_of, instance_of, instance_state
+from thrave.compute.errors import (
+    HypervisorError,
+    HypervisorGoneError,
+    InstanceError,
+    InstanceNotFound,
+    InvalidDescriptionError,
+)
+from thrave.compute.hypervisor import Hypervisor
+from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.libvirt_binding import Connection, Domain
+from thrave.compute.libvirt_numbers import DomainState, XmlFlag
+
+WHOLE_INTERVAL = 60.0  # seconds between two looks at everything
+_SAME_START = timedelta(seconds=5)  # our own start is written down a moment before or after it is told
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """A domain as it was at a moment.
+
+    Attributes:
+        name: What its operator calls it.
+        uuid: In libvirt's notation.
+        state: A virDomainState, and `reason` why it is in it.
+        live: The definition of the running one.
+        config: What it is started from the next time; a transient domain has none.
+        adopted: It has our element, so it is to be an instance.
+        record: What the element says.
+        instance: The instance that it is.
+        fault: What cannot be understood of it; the definitions may then be missing.
+    """
+
+    name: str
+    uuid: str
+    state: int
+    reason: int
+    live: Definition | None = None
+    config: Definition | None = None
+    adopted: bool = False
+    record: Record | None = None
+    instance: Instance | None = None
+    fault: InvalidDescriptionError | None = None
+
+    @property
+    def instance_id(self) -> str:
+        """Its instance's id, or what it would be."""
+        return instance_id_of(self.uuid)
+
+    @property
+    def instance_state(self) -> InstanceState:
+        """EC2's word for its state."""
+        return instance_state(self.state, terminated=self.record is not None and self.record.terminated)
+
+    @property
+    def definition(self) -> Definition:
+        """Of the running one, else what it is started from. Raises `fault` if neither can be understood."""
+        if (definition := self.live or self.config) is None:
+            assert self.fault is not None, "a domain that is off and transient is gone"
+            raise self.fault
+        return definition
+
+
+class DomainTable:
+    """The domains of a libvirt; any thread may ask.
+
+    Args:
+        hypervisor: The libvirt.
+        events: What it has told.
+        records: Where a start that was told is written down.
+    """
+
+    def __init__(self, hypervisor: Hypervisor, events: DomainEvents, records: DomainRecords) -> None:
+        self._hypervisor = hypervisor
+        self._events = events
+        self._records = records
+        self._lock = threading.Lock()
+        self._seen: dict[str, Sighting] = {}
+        self._uuids: dict[str, str] = {}
+        self._first_seen: dict[str, datetime] = {}
+        self._lost = 0
+        self._whole_again = 0.0
+
+    def all(self) -> Sequence[Sighting]:
+        """Every domain, by instance id. Raises HypervisorError."""
+        with self._lock, self._hypervisor.asked() as connection:
+            if self._events.lost != self._lost or time.monotonic() > self._whole_again:
+                self._look_at_all(connection)
+            else:
+                self._look_at_changed(connection)
+            return self.last_seen
+
+    @property
+    def last_seen(self) -> Sequence[Sighting]:
+        """The same as it was the last time that libvirt answered; empty if it never has."""
+        return sorted(self._seen.values(), key=lambda sighting: sighting.instance_id)
+
+    def find(self, connection: Connection, instance_id: str) -> Domain:
+        """The domain with an instance's id, whether it has been adopted or not.
+
+        Raises:
+            InstanceNotFound: There is none.
+            libvirtError: Also if it has just vanished.
+        """
+        if instance_id not in self._uuids:
+            self._uuids = {instance_id_of(uuid): uuid for uuid in _uuids(connection)}
+        if instance_id not in self._uuids:
+            raise InstanceNotFound(instance_id)
+        return connection.lookupByUUIDString(self._uuids[instance_id])
+
+    def look(self, domain: Domain) -> Sighting:
+        """A domain as it is now. Raises libvirtError."""
+        sighting = _sighting(domain)
+        if not sighting.adopted or sighting.fault is not None:
+            return sighting
+        try:
+            record = _record(sighting)
+            sighting = replace(sighting, record=self._with_launch_time(domain, sighting.uuid, record))
+            return replace(sighting, instance=self.instance_of(sighting))
+        except DomainFaultError as fault:
+            return replace(sighting, fault=_faulty(sighting, fault))
+
+    def instance_of(self, sighting: Sighting) -> Instance:
+        """The instance that a domain with a record is. Raises DomainFaultError if it is none."""
+        assert sighting.record is not None
+        launch_time = sighting.record.launch_time
+        assert launch_time is not None
+        return instance_of(
+            sighting.definition, sighting.record, sighting.instance_state, launch_time, self._find_volume
+        )
+
+    def _look_at_all(self, connection: Connection) -> None:
+        lost = self._events.lost
+        self._events.take_changed()
+        seen = [self._look_if_there(connection, uuid) for uuid in _uuids(connection)]
+        self._seen = {sighting.uuid: sighting for sighting in seen if sighting is not None}
+        self._uuids = {sighting.instance_id: uuid for uuid, sighting in self._seen.items()}
+        self._lost, self._whole_again = lost, time.monotonic() + WHOLE_INTERVAL
+
+    def _look_at_changed(self, connection: Connection) -> None:
+        changed = self._events.take_changed()
+        try:
+            for uuid in changed:
+                self._look_again(connection, uuid)
+        except HypervisorError:
+            self._events.change(changed)
+            raise
+
+    def _look_again(self, connection: Connection, uuid: str) -> None:
+        sighting = self._look_if_there(connection, uuid)
+        if sighting is None:
+            self._seen.pop(uuid, None)
+        else:
+            self._seen[uuid] = sighting
+            self._uuids[sighting.instance_id] = uuid
+
+    def _look_if_there(self, connection: Connection, uuid: str) -> Sighting | None:
+        """A domain as it is now, or as it was if libvirt will not tell; None if it has vanished."""
+        try:
+            with self._hypervisor.asked(instance_id_of(uuid)):
+                return self.look(connection.lookupByUUIDString(uuid))
+        except InstanceNotFound:
+            return None
+        except HypervisorGoneError:
+            raise
+        except HypervisorError as error:
+            log.warning("a domain cannot be looked at: %s", error)
+            return self._seen.get(uuid)
+
+    def _with_launch_time(self, domain: Domain, uuid: str, record: Record) -> Record:
+        """The record with the time of the last start: the written one, a later one that was told, or now."""
+        started = self._events.of(uuid).started
+        if started is None or (record.launch_time is not None and started < record.launch_time + _SAME_START):
+            first_seen = self._first_seen.setdefault(uuid, datetime.now(UTC))
+            return record if record.launch_time else replace(record, launch_time=first_seen)
+        with suppress(InstanceError), self._hypervisor.asked(instance_id_of(uuid)):
+            self._records.change(domain, instance_id_of(uuid), lambda there: replace(there, launch_time=started))
+        return replace(record, launch_time=started)
+
+    def _find_volume(self, pool: str, volume: str) -> PoolVolume:
+        try:
+            with self._hypervisor.asked() as connection:
+                found = connection.storagePoolLookupByName(pool)
+                path = found.storageVolLookupByName(volume).path()
+                return PoolVolume(Path(path) if path.startswith("/") else None, pool_type(found.XMLDesc(0)))
+        except HypervisorGoneError:
+            raise
+        except HypervisorError as error:
+            raise DomainFaultError(f"disk source: the volume {volume} of the pool {pool}: {error}") from None
+
+
+def instance_in(sighting: Sighting) -> Instance:
+    """The instance that a domain is.
+
+    Raises:
+        InstanceNotFound: It is none.
+        InvalidDescriptionError: It is to be one, but cannot be understood.
+    """
+    if sighting.instance is not None:
+        return sighting.instance
+    if sighting.adopted and sighting.fault is not None:
+        raise sighting.fault
+    raise InstanceNotFound(sighting.instance_id)
+
+
+def _sighting(domain: Domain) -> Sighting:
+    """What libvirt says of a domain. One that goes on or off meanwhile is told of, and looked at again."""
+    state, reason = domain.state()
+    live = None if state == DomainState.SHUTOFF else domain.XMLDesc(0)
+    config = domain.XMLDesc(XmlFlag.INACTIVE) if domain.isPersistent() else None
+    sighting = Sighting(
+        name=domain.name(),
+        uuid=domain.UUIDString(),
+        state=state,
+        reason=reason,
+        adopted=NAMESPACE in f"{live}{config}",
+    )
+    try:
+        return replace(sighting, live=live and read_definition(live), config=config and read_definition(config))
+    except DomainFaultError as fault:
+        return replace(sighting, fault=_faulty(sighting, fault))
+
+
+def _record(sighting: Sighting) -> Record:
+    """What our element says, in what the domain is started from the next time, else in the running one."""
+    for definition in (sighting.config, sighting.live):
+        if definition is not None and (record := read_record(definition.metadata)) is not None:
+            return record
+    raise DomainFaultError(f"{NAMESPACE} stands there, and no element of it")
+
+
+def _faulty(sighting: Sighting, fault: DomainFaultError) -> InvalidDescriptionError:
+    return InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [str(fault)])
+
+
+def _uuids(connection: Connection) -> list[str]:
+    return [domain.UUIDString() for domain in connection.listAllDomains()]

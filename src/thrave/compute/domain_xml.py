@@ -1,0 +1,214 @@
+"""A domain's XML, as far as it is read here: what it boots, its disks, what its operator has said of it.
+
+Plain values out of libvirt's own words, with nothing decided: what they mean to EC2 is `domains.py`. It is libvirt that
+writes this XML, from what others have given it: a text that is too long or declares a document type (and with it
+entities, which could grow without bounds) is refused before anything looks at it. Nothing is asked of libvirt here.
+
+Source: libvirt's "Domain XML format".
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+MOST_CHARACTERS = 4 << 20
+"""Of one definition; libvirt itself sends no more than 4 MiB (VIR_NET_MESSAGE_STRING_MAX)."""
+
+_OSINFO = "{http://libosinfo.org/xmlns/libvirt/domain/1.0}"
+_AGENT_CHANNEL = "org.qemu.guest_agent.0"
+
+
+class DomainFaultError(ValueError):
+    """What is wrong with a domain's XML; the text names the element."""
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A job that copies a disk's content while its domain runs.
+
+    Attributes:
+        job: `active-commit`, `copy` or `active-copy`.
+        ready: It has caught up: what the guest writes goes to both images.
+    """
+
+    job: str
+    ready: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """A disk of a domain.
+
+    Attributes:
+        target: Its name in the domain, vda.
+        device: disk, lun, cdrom or floppy.
+        kind: Of its source: file, block, volume, network, …
+        format: Of its image, in QEMU's words; raw if nothing is said, which is libvirt's default.
+        path: The file or block device, where that is the source.
+        pool_volume: The storage pool and the volume, where those are.
+        remote: Protocol and name, where it is on the network.
+        boot_order: The lowest boots first; None if that is not said of single devices.
+        readonly: The guest does not write to it.
+        shareable: Other domains may have it at the same time.
+        transient: What the guest writes is thrown away.
+        encrypted: It, or an image below it, is encrypted by QEMU.
+        mirror: The job that copies it just now.
+    """
+
+    target: str
+    device: str
+    kind: str
+    format: str
+    path: Path | None = None
+    pool_volume: tuple[str, str] | None = None
+    remote: str | None = None
+    boot_order: int | None = None
+    readonly: bool = False
+    shareable: bool = False
+    transient: bool = False
+    encrypted: bool = False
+    mirror: Mirror | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """One of a domain's two definitions: of the running one, or what it is started from.
+
+    Attributes:
+        name: What its operator calls it.
+        uuid: In libvirt's notation.
+        architecture: In libvirt's words, x86_64.
+        os_id: What libosinfo calls the guest's operating system, a URL.
+        disks: All, in their order.
+        has_agent: The guest's agent has opened its channel; never of one that does not run.
+        metadata: The elements in `<metadata>`.
+    """
+
+    name: str
+    uuid: str
+    architecture: str
+    os_id: str | None
+    disks: tuple[Disk, ...]
+    has_agent: bool
+    metadata: tuple[Element, ...]
+
+
+def parsed(xml: str) -> Element:
+    """The root of an XML text from libvirt.
+
+    Raises:
+        DomainFaultError: It is too long, declares a document type, or is not well-formed.
+    """
+    if len(xml) > MOST_CHARACTERS:
+        raise DomainFaultError(f"its XML has more than {MOST_CHARACTERS} characters")
+    if "<!DOCTYPE" in xml:
+        raise DomainFaultError("its XML declares a document type")
+    try:
+        return ElementTree.fromstring(xml)  # noqa: S314 (without a document type there are no entities to expand)
+    except ElementTree.ParseError as error:
+        raise DomainFaultError(f"its XML is not well-formed: {error}") from None
+
+
+def read_definition(xml: str) -> Definition:
+    """What a domain's XML says.
+
+    Raises:
+        DomainFaultError: As `parsed`, or what is needed is missing.
+    """
+    domain = parsed(xml)
+    return Definition(
+        name=_text(domain, "name"),
+        uuid=_text(domain, "uuid"),
+        architecture=_attribute(domain, "os/type", "arch"),
+        os_id=_os_id(domain),
+        disks=tuple(_disk(element) for element in domain.iterfind("devices/disk")),
+        has_agent=any(_is_open_agent_channel(target) for target in domain.iterfind("devices/channel/target")),
+        metadata=tuple(domain.iterfind("metadata/*")),
+    )
+
+
+def pool_type(xml: str) -> str:
+    """The type of a storage pool, by its XML: dir, logical, rbd, … Raises as `parsed`."""
+    return parsed(xml).get("type", "")
+
+
+def _disk(element: Element) -> Disk:
+    kind = element.get("type", "file")
+    source, order = element.find("source"), element.find("boot")
+    return Disk(
+        target=_attribute(element, "target", "dev"),
+        device=element.get("device", "disk"),
+        kind=kind,
+        format=_optional(element, "driver", "type") or "raw",
+        path=_path(kind, source),
+        pool_volume=_pool_volume(kind, source),
+        remote=_remote(kind, source),
+        boot_order=None if order is None else _number(order.get("order", ""), "boot order"),
+        readonly=element.find("readonly") is not None,
+        shareable=element.find("shareable") is not None,
+        transient=element.find("transient") is not None,
+        encrypted=element.find(".//encryption") is not None,
+        mirror=_mirror(element.find("mirror")),
+    )
+
+
+def _path(kind: str, source: Element | None) -> Path | None:
+    attribute = {"file": "file", "block": "dev"}.get(kind)
+    if source is None or attribute is None or not (path := source.get(attribute)):
+        return None  # a drive without a medium
+    if not path.startswith("/"):
+        raise DomainFaultError(f"disk source: {path} is not an absolute path")
+    return Path(path)
+
+
+def _pool_volume(kind: str, source: Element | None) -> tuple[str, str] | None:
+    if kind != "volume" or source is None:
+        return None
+    return source.get("pool", ""), source.get("volume", "")
+
+
+def _remote(kind: str, source: Element | None) -> str | None:
+    if kind != "network" or source is None:
+        return None
+    return f"{source.get('protocol', '')}:{source.get('name', '')}"
+
+
+def _mirror(element: Element | None) -> Mirror | None:
+    if element is None:
+        return None
+    return Mirror(element.get("job", "copy"), element.get("ready") == "yes")
+
+
+def _os_id(domain: Element) -> str | None:
+    element = domain.find(f"metadata/{_OSINFO}libosinfo/{_OSINFO}os")
+    return None if element is None else element.get("id")
+
+
+def _is_open_agent_channel(target: Element) -> bool:
+    return target.get("name") == _AGENT_CHANNEL and target.get("state") == "connected"
+
+
+def _text(parent: Element, path: str) -> str:
+    text = parent.findtext(path)
+    if not text:
+        raise DomainFaultError(f"{path}: there is none")
+    return text
+
+
+def _optional(parent: Element, path: str, name: str) -> str | None:
+    element = parent.find(path)
+    return None if element is None else element.get(name)
+
+
+def _attribute(parent: Element, path: str, name: str) -> str:
+    value = _optional(parent, path, name)
+    if not value:
+        raise DomainFaultError(f"{path}: says no {name}")
+    return value
+
+
+def _number(text: str, name: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise DomainFaultError(f"{name}: {text!r} is no number")
+    return int(text)

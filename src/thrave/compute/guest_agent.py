@@ -1,0 +1,107 @@
+"""QEMU's guest agent: asked whether it is there, to power the guest off, and to run a command in the guest.
+
+It is a program inside the guest, so its answers are the guest's: hostile, late, or none. Every question has an end, and
+nothing of an answer is kept but that there was one.
+
+Source: "QEMU Guest Agent Protocol Reference" (guest-ping, guest-exec).
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Sequence
+
+from thrave.compute import libvirt_binding
+from thrave.compute.errors import InstanceCommandFailed
+from thrave.compute.libvirt_binding import Domain
+from thrave.compute.libvirt_numbers import ShutdownFlag
+
+PING_SECONDS = 2
+EXEC_SECONDS = 10
+
+log = logging.getLogger(__name__)
+
+
+class GuestAgents:
+    """The agents of a host's guests."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: set[str] = set()
+        self._deaf: dict[str, int] = {}
+
+    def request_stop(self, domain: Domain, starts: int) -> bool:
+        """Have a guest's agent power it off, if it answers; whether it did.
+
+        libvirt waits for the guest to go down, a minute at most, which is done in a thread. Asked again meanwhile it
+        does nothing. An agent that does not answer, or refuses, is not asked again until the domain is started again.
+
+        Args:
+            domain: A running domain whose agent has opened its channel.
+            starts: How often it was started, as far as is known.
+        """
+        uuid = domain.UUIDString()
+        with self._lock:
+            if uuid in self._asked:
+                return True
+            if self._deaf.get(uuid) == starts:
+                return False
+        if not _answers(domain):
+            self._note_deaf(uuid, starts)
+            return False
+        with self._lock:
+            self._asked.add(uuid)
+        threading.Thread(target=self._power_off, args=(domain, uuid, starts), name=f"agent {uuid}", daemon=True).start()
+        return True
+
+    def _power_off(self, domain: Domain, uuid: str, starts: int) -> None:
+        try:
+            domain.shutdownFlags(ShutdownFlag.GUEST_AGENT)
+        except libvirt_binding.load().libvirtError as error:  # also if the guest was gone before the agent could answer
+            log.info("the agent of the domain %s: %s", uuid, error)
+            self._note_deaf(uuid, starts)
+        finally:
+            with self._lock:
+                self._asked.discard(uuid)
+
+    def _note_deaf(self, uuid: str, starts: int) -> None:
+        with self._lock:
+            self._deaf[uuid] = starts
+
+
+def run(domain: Domain, instance_id: str, command: Sequence[str]) -> None:
+    """Begin a command in a guest, by its agent.
+
+    Args:
+        domain: A running domain.
+        instance_id: Its instance.
+        command: The program, with its path in the guest, and its arguments.
+
+    Raises:
+        InstanceCommandFailed: The agent does not answer, or does not run it.
+    """
+    arguments = {"path": command[0], "arg": list(command[1:]), "capture-output": False}
+    try:
+        answer = _asked(domain, EXEC_SECONDS, "guest-exec", arguments)
+    except libvirt_binding.load().libvirtError as error:
+        raise InstanceCommandFailed(instance_id, command[0], f"cannot be run by the guest's agent: {error}") from error
+    if not isinstance(answer, dict) or not isinstance(answer.get("pid"), int):
+        raise InstanceCommandFailed(instance_id, command[0], "was answered by the guest's agent with no process")
+
+
+def _answers(domain: Domain) -> bool:
+    try:
+        return _asked(domain, PING_SECONDS, "guest-ping") is not None
+    except libvirt_binding.load().libvirtError:
+        return False
+
+
+def _asked(domain: Domain, seconds: int, command: str, arguments: object = None) -> object:
+    """What the agent returns; None if that cannot be understood. Raises libvirtError."""
+    question = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
+    answer = libvirt_binding.load_qemu().qemuAgentCommand(domain, json.dumps(question), seconds, 0)
+    try:
+        said = json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    return said.get("return") if isinstance(said, dict) else None

@@ -1,0 +1,174 @@
+"""The connection to libvirt: made when it is first needed, and again when it was lost; its errors in our words.
+
+Any thread may ask. Nothing waits for ever: libvirt has so long to take the connection, and is asked for a sign of
+life from then on, so that a daemon that has died or hangs ends every question with an error. The next question
+connects again; nothing here has to be started anew when libvirtd is. Whoever is told of a domain's events is told by
+one thread of this process, which libvirt needs also for those signs of life.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import cast
+
+from thrave.compute import libvirt_binding
+from thrave.compute.domain_events import DomainEvents
+from thrave.compute.errors import HypervisorError, HypervisorGoneError, InstanceNotFound
+from thrave.compute.libvirt_binding import Binding, Connection, LibvirtError
+from thrave.compute.libvirt_numbers import NO_DOMAIN, Event
+
+CONNECT_SECONDS = 30.0
+ALIVE_INTERVAL, ALIVE_COUNT = 5, 3  # seconds, and how many signs of life may be missing
+_WORDS = 300  # characters of libvirt's that go into a message
+
+log = logging.getLogger(__name__)
+
+_starting = threading.Lock()
+_event_loop: threading.Thread | None = None
+
+
+class Hypervisor:
+    """One libvirt.
+
+    Args:
+        uri: Which, in libvirt's words.
+        events: Where events go.
+    """
+
+    def __init__(self, uri: str, events: DomainEvents) -> None:
+        self._uri = uri
+        self._events = events
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._coming: Future[Connection] | None = None
+        self._listening: list[int] = []
+
+    @contextmanager
+    def asked(self, instance_id: str = "") -> Iterator[Connection]:
+        """The connection, for the length of some questions; what libvirt says against them is an error of ours.
+
+        Args:
+            instance_id: Whom they are about.
+
+        Raises:
+            HypervisorGoneError: There is no connection, or it was lost meanwhile.
+            InstanceNotFound: There is no such domain.
+            HypervisorError: libvirt refuses, in its words.
+        """
+        binding = libvirt_binding.load()
+        connection = self._connected(binding, instance_id)
+        try:
+            yield connection
+        except binding.libvirtError as error:
+            raise self._translated(cast("LibvirtError", error), connection, instance_id) from error
+
+    def close(self) -> None:
+        """Let go of the connection. A question that comes later connects again."""
+        with self._lock:
+            self._drop()
+
+    def _connected(self, binding: Binding, instance_id: str) -> Connection:
+        with self._lock:
+            if self._connection is not None and _is_alive(binding, self._connection):
+                return self._connection
+            self._drop()
+            coming = self._coming = self._coming or self._begin(binding)
+        try:
+            connection = coming.result(CONNECT_SECONDS)
+        except TimeoutError:  # it is waited for again by the next question, and not begun twice
+            raise HypervisorGoneError(
+                instance_id, f"{self._uri} has not answered within {CONNECT_SECONDS:.0f} seconds"
+            ) from None
+        except binding.libvirtError as error:
+            self._arrived(coming, None)
+            raise HypervisorGoneError(
+                instance_id, f"no connection to {self._uri}: {_words(cast('LibvirtError', error))}"
+            ) from error
+        self._arrived(coming, connection)
+        return connection
+
+    def _begin(self, binding: Binding) -> "Future[Connection]":
+        """Connect in a thread of its own: nothing ends a connecting that is not answered."""
+        _run_events(binding)
+        coming: Future[Connection] = Future()
+        threading.Thread(target=self._open, args=(binding, coming), name="libvirt open", daemon=True).start()
+        return coming
+
+    def _open(self, binding: Binding, coming: "Future[Connection]") -> None:
+        try:
+            connection = binding.open(self._uri)
+            with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
+                connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
+            self._listen(connection)
+        except Exception as error:  # noqa: BLE001 (whoever waits is told)
+            coming.set_exception(error)
+        else:
+            coming.set_result(connection)
+
+    def _listen(self, connection: Connection) -> None:
+        events = self._events
+        self._listening = [
+            connection.domainEventRegisterAny(None, Event.LIFECYCLE, events.lifecycle, None),
+            connection.domainEventRegisterAny(None, Event.BLOCK_JOB_2, events.block_job, None),
+            connection.domainEventRegisterAny(None, Event.METADATA_CHANGE, events.metadata, None),
+        ]
+
+    def _arrived(self, coming: "Future[Connection]", connection: Connection | None) -> None:
+        with self._lock:
+            if self._coming is coming:
+                self._coming, self._connection = None, connection
+
+    def _drop(self) -> None:
+        if self._connection is None:
+            return
+        self._events.lose()
+        gone = libvirt_binding.load().libvirtError
+        for callback in self._listening:
+            with suppress(gone):
+                self._connection.domainEventDeregisterAny(callback)
+        with suppress(gone):
+            self._connection.close()
+        self._connection = None
+
+    def _translated(self, error: LibvirtError, connection: Connection, instance_id: str) -> Exception:
+        words = _words(error)
+        if error.get_error_code() == NO_DOMAIN:
+            return InstanceNotFound(instance_id) if instance_id else HypervisorError(instance_id, words)
+        if not _is_alive(libvirt_binding.load(), connection):
+            return HypervisorGoneError(instance_id, f"the connection to {self._uri} is lost: {words}")
+        return HypervisorError(instance_id, words)
+
+
+def _is_alive(binding: Binding, connection: Connection) -> bool:
+    try:
+        return bool(connection.isAlive())
+    except binding.libvirtError:
+        return False
+
+
+def _words(error: LibvirtError) -> str:
+    """What libvirt says, in one line."""
+    return " ".join((error.get_error_message() or "it does not say why").split())[:_WORDS]
+
+
+def _run_events(binding: Binding) -> None:
+    """Have libvirt's event loop run in this process, once; it must be there before the first connection is."""
+    global _event_loop  # noqa: PLW0603 (libvirt has one loop a process)
+    with _starting:
+        if _event_loop is None:
+            binding.registerErrorHandler(lambda _context, _error: None, None)  # errors are raised, not printed
+            binding.virEventRegisterDefaultImpl()
+            _event_loop = threading.Thread(target=_turn, args=(binding,), name="libvirt events", daemon=True)
+            _event_loop.start()
+
+
+def _turn(binding: Binding) -> None:
+    while True:
+        try:
+            binding.virEventRunDefaultImpl()
+        except binding.libvirtError as error:
+            log.warning("libvirt's event loop has stumbled: %s", error)
+            time.sleep(1.0)

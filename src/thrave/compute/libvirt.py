@@ -1,0 +1,366 @@
+"""Instances that are libvirt's domains: those that have our element in their metadata, by whoever it was written.
+
+A domain is left as its operator has made it: only that element is written, and, while a root volume is frozen, the
+root disk (`libvirt_overlays.py`). The guest is asked to power off by its agent, if that answers, else by the power
+button, and never by libvirt's own choice of the two, which waits a minute for an agent that is not there. States are
+told by events; what something is about to be done to is looked at itself.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from thrave.compute import guest_agent, libvirt_binding
+from thrave.compute.descriptions import volume_fault
+from thrave.compute.domain_events import DomainEvents
+from thrave.compute.domain_metadata import Record, check_record
+from thrave.compute.domain_records import DomainRecords
+from thrave.compute.domain_table import DomainTable, Sighting, instance_in
+from thrave.compute.domain_xml import DomainFaultError
+from thrave.compute.domains import instance_id_of
+from thrave.compute.errors import (
+    HypervisorError,
+    IncorrectInstanceState,
+    InstanceCommandFailed,
+    InstanceError,
+    InstanceHeld,
+    InstanceNotFound,
+    InvalidDescriptionError,
+    RootVolumeInUse,
+)
+from thrave.compute.guest_agent import GuestAgents
+from thrave.compute.hypervisor import Hypervisor
+from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, Instance, InstanceState
+from thrave.compute.instances import Hold, Overlays
+from thrave.compute.libvirt_binding import Connection, Domain
+from thrave.compute.libvirt_numbers import DomainState, ShutdownFlag
+from thrave.compute.libvirt_overlays import LibvirtOverlays
+from thrave.compute.locks import locked
+from thrave.compute.merging import LibvirtHost
+
+_INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_STOPPING_SECONDS = 60.0  # for a guest that has powered off, until its process has ended
+_LOOK_AGAIN = 0.1  # seconds
+
+# Domains whose CPUs stand still hear nothing; what has them go on again.
+_HEARS_NOTHING: dict[int, str] = {
+    DomainState.PAUSED: "paused, and its guest hears nothing: virsh resume",
+    DomainState.PMSUSPENDED: "suspended, and its guest hears nothing: virsh dompmwakeup",
+}
+
+log = logging.getLogger(__name__)
+
+
+class LibvirtInstances:
+    """The domains of a libvirt that have been adopted; see `Instances` for the contract.
+
+    A launch time is that of the last start that the driver has made or was told of; for a domain that was started while
+    nobody listened it is an earlier one, at last the time when it was adopted.
+
+    Args:
+        uri: Which libvirt. It is connected to when something is first asked of it.
+        lock_folder: Where the locks stand by which instances are held; made when it is needed.
+    """
+
+    def __init__(self, uri: str, *, lock_folder: Path) -> None:
+        self._lock_folder = lock_folder
+        self._events = DomainEvents()
+        self._hypervisor = Hypervisor(uri, self._events)
+        self._records = DomainRecords(lock_folder)
+        self._table = DomainTable(self._hypervisor, self._events, self._records)
+        self._agents = GuestAgents()
+        host = LibvirtHost(self._hypervisor, self._events, self._table, self._records, self._held)
+        self._overlays = LibvirtOverlays(host)
+
+    def close(self) -> None:
+        """Let go of the connection. Asking again connects again."""
+        self._hypervisor.close()
+
+    @property
+    def overlays(self) -> Overlays:
+        """Overlays by libvirt's block commit."""
+        return self._overlays
+
+    def adopt(
+        self,
+        domain: str,
+        *,
+        account_id: str,
+        platform: Literal["windows"] | None = None,
+        root_device: str | None = None,
+        root_device_type: Literal["instance-store", "ebs"] | None = None,
+        secret_file: Path | None = None,
+        tags: Mapping[str, str] = {},  # noqa: B006 (never changed)
+    ) -> Instance:
+        """Make a domain an account's instance, or change what is said of it; a terminated one may be used again then.
+
+        Args:
+            domain: Its name or UUID.
+            account_id: The owner.
+            platform: For a domain whose libosinfo metadata do not say it.
+            root_device: The target of the disk that is bundled; by default the one that is booted.
+            root_device_type: By default by that disk's source.
+            secret_file: Holds the passphrase of that disk, if it is encrypted.
+            tags: Key to value.
+
+        Raises:
+            InvalidDescriptionError: It would be no instance, or its root volume cannot be read.
+            IncorrectInstanceState: It has an overlay over another disk than the one that is said now.
+            HypervisorError: There is no such domain, or libvirt refuses.
+        """
+        with self._hypervisor.asked() as connection:
+            found = _by_name(connection, domain)
+            instance_id = instance_id_of(found.UUIDString())
+            said = Record(
+                account_id=account_id,
+                platform=platform,
+                root_device=root_device,
+                root_device_type=root_device_type,
+                secret_file=secret_file,
+                tags=dict(tags),
+                launch_time=datetime.now(UTC),
+            )
+            before = self._table.look(found)
+            if before.record is not None:
+                said = _said_anew(instance_id, before.record, said)
+            self._check_adoptable(replace(before, record=said))
+            self._records.replace(found, instance_id, said)
+            self._events.change({before.uuid})
+            return instance_in(self._table.look(found))
+
+    def disown(self, instance_id: str) -> None:
+        """Let a domain be no instance any more. The domain and its disks are left as they are.
+
+        Raises:
+            InstanceNotFound: It is none.
+            InstanceHeld: Its root volume is being read.
+            IncorrectInstanceState: It runs on an overlay, which has to be merged first.
+        """
+        with self._held(instance_id), self._changing(instance_id) as domain:
+            sighting = self._table.look(domain)
+            if not sighting.adopted:
+                raise InstanceNotFound(instance_id)
+            if sighting.record is not None and sighting.record.frozen is not None:
+                raise IncorrectInstanceState(
+                    instance_id, f"{instance_id} has an overlay over its root volume, which its task merges first"
+                )
+            self._records.replace(domain, instance_id, None)
+
+    def list(self, account_id: str | None = None) -> Sequence[Instance]:
+        """Every instance, or an owner's; as it was last seen, if libvirt does not answer but has before."""
+        return [
+            sighting.instance
+            for sighting in self._adopted()
+            if sighting.instance is not None and account_id in {None, sighting.instance.account_id}
+        ]
+
+    def broken(self) -> Sequence[InstanceError]:
+        """Why some domains that have our element are not in `list`."""
+        return [sighting.fault for sighting in self._table.all() if sighting.adopted and sighting.fault is not None]
+
+    def get(self, instance_id: str) -> Instance:
+        """One instance, with the state it has now."""
+        with self._domain(instance_id) as domain:
+            return instance_in(self._table.look(domain))
+
+    def state(self, instance_id: str) -> InstanceState:
+        """What libvirt says of its domain."""
+        return self.get(instance_id).state
+
+    def request_stop(self, instance_id: str) -> None:
+        """Ask the guest's agent, if it answers, else press the power button."""
+        with self._changing(instance_id) as domain:
+            sighting = self._table.look(domain)
+            _refuse_if_gone(instance_in(sighting))
+            self._ask_to_stop(domain, sighting)
+
+    def force_stop(self, instance_id: str) -> None:
+        """Destroy the domain, as libvirt calls it: its process is ended, its disks stay."""
+        with self._changing(instance_id) as domain:
+            instance = instance_in(self._table.look(domain))
+            _refuse_if_gone(instance)
+            if instance.state is not InstanceState.STOPPED:
+                _do(domain.destroy, unless=lambda: not domain.isActive())
+
+    def terminate(self, instance_id: str) -> None:
+        """Write down that it is not to be used any more, and ask the guest to power off."""
+        with self._changing(instance_id) as domain:
+            sighting = self._table.look(domain)
+            was_terminated = instance_in(sighting).state in GONE
+            self._mark_terminated(domain, instance_id, terminated=True)
+            try:
+                self._ask_to_stop(domain, sighting)
+            except Exception:
+                self._mark_terminated(domain, instance_id, terminated=was_terminated)
+                raise
+
+    def start(self, instance_id: str) -> None:
+        """Start the domain; one whose guest has just powered off is waited for."""
+        with self._held(instance_id), self._changing(instance_id) as domain:
+            _refuse_if_gone(instance_in(self._table.look(domain)))
+            if self._look_when_stopped(domain).state is InstanceState.STOPPED:
+                _do(domain.create, unless=domain.isActive)
+                self._note_start(domain, instance_id)
+
+    def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
+        """Have the guest's agent run the command."""
+        with self._domain(instance_id) as domain:
+            sighting = self._table.look(domain)
+            _refuse_if_gone(instance_in(sighting))
+            if sighting.live is None or not sighting.live.has_agent:
+                raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no agent in the guest")
+            guest_agent.run(domain, instance_id, command)
+
+    @contextmanager
+    def hold(self, instance_id: str) -> Iterator[Hold]:
+        """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
+        with self._held(instance_id):
+            with self._domain(instance_id) as domain:
+                sighting = self._table.look(domain)
+                instance_in(sighting)
+            yield _HeldOff(self, self._events, instance_id, sighting.uuid)
+
+    def _adopted(self) -> Sequence[Sighting]:
+        try:
+            sightings = self._table.all()
+        except HypervisorError as error:
+            if not self._table.last_seen:
+                raise
+            log.warning("instances are shown as they were: %s", error)
+            sightings = self._table.last_seen
+        for sighting in sightings:
+            if sighting.adopted and sighting.fault is not None:
+                log.warning("an instance is left out: %s", sighting.fault)
+        return sightings
+
+    @contextmanager
+    def _domain(self, instance_id: str) -> Iterator[Domain]:
+        """The domain that an instance is, whether it can be understood or not."""
+        if not _INSTANCE_ID.fullmatch(instance_id):
+            raise InstanceNotFound(instance_id)
+        with self._hypervisor.asked(instance_id) as connection:
+            yield self._table.find(connection, instance_id)
+
+    @contextmanager
+    def _changing(self, instance_id: str) -> Iterator[Domain]:
+        """The same, to do something to it: `list` then knows of that before libvirt has told of it."""
+        with self._domain(instance_id) as domain:
+            try:
+                yield domain
+            finally:
+                self._events.change({domain.UUIDString()})
+
+    @contextmanager
+    def _held(self, instance_id: str) -> Iterator[None]:
+        """The lock, if there is such a domain."""
+        with self._domain(instance_id):
+            pass
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._lock_folder / f"{instance_id}.held", wait=False))
+            except BlockingIOError:
+                raise InstanceHeld(instance_id) from None
+            yield
+
+    def _check_adoptable(self, sighting: Sighting) -> None:
+        try:
+            assert sighting.record is not None
+            check_record(sighting.record)
+            instance = self._table.instance_of(sighting)
+            if instance.root_device_type == "instance-store" and (fault := volume_fault(instance.root_volume.path)):
+                raise DomainFaultError(fault)
+        except DomainFaultError as error:
+            raise InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [str(error)]) from None
+
+    def _ask_to_stop(self, domain: Domain, sighting: Sighting) -> None:
+        if sighting.state in {DomainState.SHUTOFF, DomainState.SHUTDOWN}:
+            return
+        if (why := _HEARS_NOTHING.get(sighting.state)) is not None:
+            raise IncorrectInstanceState(sighting.instance_id, f"{sighting.instance_id} is {why} {sighting.name}")
+        starts = self._events.of(sighting.uuid).starts
+        if sighting.live is not None and sighting.live.has_agent and self._agents.request_stop(domain, starts):
+            return
+        with self._hypervisor.asked(sighting.instance_id) as connection:
+            button = ShutdownFlag.ACPI_POWER_BTN if connection.getType() == "QEMU" else ShutdownFlag.DEFAULT
+            _do(lambda: domain.shutdownFlags(button), unless=lambda: not domain.isActive())
+
+    def _mark_terminated(self, domain: Domain, instance_id: str, *, terminated: bool) -> None:
+        self._records.change(domain, instance_id, lambda there: replace(there, terminated=terminated))
+
+    def _look_when_stopped(self, domain: Domain) -> Instance:
+        """The instance, after waiting for one that is just going down: it cannot be started before."""
+        deadline = time.monotonic() + _STOPPING_SECONDS
+        while (instance := instance_in(self._table.look(domain))).state is InstanceState.STOPPING:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_AGAIN)
+        return instance
+
+    def _note_start(self, domain: Domain, instance_id: str) -> None:
+        started = datetime.now(UTC)
+        try:
+            with self._hypervisor.asked(instance_id):
+                self._records.change(domain, instance_id, lambda there: replace(there, launch_time=started))
+        except InstanceError as error:  # it runs all the same
+            log.warning("the launch time is not written down: %s", error)
+
+
+class _HeldOff:
+    """An instance that cannot be started through us; whether somebody else has started it, libvirt tells.
+
+    What happens while there is no connection to libvirt is not told: then there is only that it is off again, and the
+    lock on the image, by which QEMU starts no guest that writes to what is being read.
+    """
+
+    def __init__(self, instances: LibvirtInstances, events: DomainEvents, instance_id: str, uuid: str) -> None:
+        self._instances = instances
+        self._events = events
+        self._instance_id = instance_id
+        self._uuid = uuid
+        self._starts = events.of(uuid).starts
+
+    def check(self) -> None:
+        """Ask libvirt for the state, and count the starts."""
+        state = self._instances.state(self._instance_id)
+        if state is not InstanceState.STOPPED:
+            raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
+        if self._events.of(self._uuid).starts != self._starts:
+            raise RootVolumeInUse(
+                self._instance_id, f"{self._instance_id} was started and stopped while its root volume was read"
+            )
+
+
+def _by_name(connection: Connection, domain: str) -> Domain:
+    return connection.lookupByUUIDString(domain) if _UUID.fullmatch(domain) else connection.lookupByName(domain)
+
+
+def _said_anew(instance_id: str, before: Record, said: Record) -> Record:
+    """What is said now, and what the driver has to find again of what was said before."""
+    if before.frozen is not None and before.root_device != said.root_device:
+        raise IncorrectInstanceState(
+            instance_id, f"{instance_id} has an overlay over its root volume, which cannot be another one meanwhile"
+        )
+    return replace(said, launch_time=before.launch_time, frozen=before.frozen)
+
+
+def _refuse_if_gone(instance: Instance) -> None:
+    if instance.state in GONE:
+        raise IncorrectInstanceState(
+            instance.instance_id, f"{instance.instance_id} is {instance.state} and cannot be used any more"
+        )
+
+
+def _do(act: Callable[[], object], *, unless: Callable[[], object]) -> None:
+    """Do something, which may turn out to be done already."""
+    try:
+        act()
+    except libvirt_binding.load().libvirtError:
+        if not unless():
+            raise

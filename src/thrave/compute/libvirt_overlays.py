@@ -1,0 +1,216 @@
+"""Overlays over the root disks of libvirt's domains: put on while a domain is off, merged while it runs.
+
+An overlay is put on by one change of the domain's definition, which names it as the disk and notes it in our
+metadata. From then on where the domain's disks stand says how far everything is, and `merging.py` goes on from there,
+whatever has died. While an overlay is on, the volume below is written to by nobody, and libvirt and QEMU are asked
+whether that is so.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from thrave.compute import overlay_files
+from thrave.compute.domain_edits import Image, with_overlay, without_overlay
+from thrave.compute.domain_metadata import FrozenRoot
+from thrave.compute.domain_records import record_of, understood
+from thrave.compute.domain_table import Sighting, instance_in
+from thrave.compute.domain_xml import Disk
+from thrave.compute.domains import lost_power, root_disk
+from thrave.compute.errors import (
+    HypervisorError,
+    HypervisorGoneError,
+    ImageInUseError,
+    IncorrectInstanceState,
+    OverlayImpossible,
+    RootVolumeInUse,
+)
+from thrave.compute.instances import Frozen, Hold
+from thrave.compute.libvirt_binding import Connection, Domain
+from thrave.compute.libvirt_numbers import XmlFlag
+from thrave.compute.merging import LibvirtHost, Merging
+from thrave.compute.overlay_steps import Stand, obstacle_to_overlay, overlay_for, standing_of
+
+LOOK_AGAIN = 0.2  # seconds
+PATIENCE = 60.0  # seconds for which a daemon that is being started anew, or the end of a program, is waited for
+_LONGEST_NAME = 255  # bytes of a file's name, NAME_MAX
+
+# What a running and a defined root disk may be on while the volume below is read.
+_ON_OVERLAY = frozenset(
+    {(Stand.OVERLAY, Stand.OVERLAY), (Stand.OVERLAY, Stand.NOWHERE), (Stand.NOWHERE, Stand.OVERLAY)}
+)
+
+
+class LibvirtOverlays:
+    """See `Overlays` for the contract."""
+
+    def __init__(self, host: LibvirtHost) -> None:
+        """Put overlays over the root disks of a host's domains."""
+        self._host = host
+
+    def plan(self, instance_id: str) -> Frozen:
+        """The overlay stands beside the volume."""
+        with self._host.hypervisor.asked(instance_id) as connection:
+            domain = self._host.table.find(connection, instance_id)
+            sighting = self._host.table.look(domain)
+            volume = instance_in(sighting).root_volume
+            if sighting.record is not None and sighting.record.frozen is not None:
+                return Frozen(volume, sighting.record.frozen.overlay)
+            root = root_disk(sighting.definition, sighting.record)
+            overlay = overlay_for(volume.path, instance_id)
+            reason = obstacle_to_overlay(root) or _obstacle(connection, domain, sighting, volume.path, overlay)
+            if reason is not None:
+                raise OverlayImpossible(instance_id, f"its root disk {root.target} can have no overlay: {reason}")
+            return Frozen(volume, overlay)
+
+    def freeze(self, instance_id: str, frozen: Frozen) -> None:
+        """Make the overlay, then change the definition. One that is on its overlay already is left alone."""
+        with self._host.held(instance_id), self._host.hypervisor.asked(instance_id) as connection:
+            domain = self._host.table.find(connection, instance_id)
+            live, config, disk = self._standing(domain, frozen)
+            if (live, config) in _ON_OVERLAY:
+                return
+            if live is not Stand.NOWHERE:
+                raise IncorrectInstanceState(instance_id, f"{instance_id} runs: it can be frozen when it is off")
+            if disk is None or config is not Stand.VOLUME:
+                raise HypervisorError(instance_id, f"its root disk is not on {frozen.volume.path}, but on {config}")
+            self._make_way_for(instance_id, frozen)
+            overlay_files.create(instance_id, frozen.overlay, _volume(frozen))
+            self._put_on(connection, domain, instance_id, disk, frozen)
+            live, _, _ = self._standing(domain, frozen)
+            if live is Stand.VOLUME:
+                self._take_off(connection, domain, instance_id, disk, frozen)
+                raise IncorrectInstanceState(instance_id, f"{instance_id} was started while it was to be frozen")
+
+    @contextmanager
+    def hold(self, instance_id: str, frozen: Frozen) -> Iterator[Hold]:
+        """Hold nothing, but look: the instance may be stopped and started on its overlay."""
+        hold = _OnOverlay(self._host, instance_id, frozen)
+        hold.check()
+        yield hold
+
+    def lost_power(self, instance_id: str) -> bool:
+        """By the reason that libvirt has, or has told."""
+        with self._host.hypervisor.asked(instance_id) as connection:
+            sighting = self._host.table.look(self._host.table.find(connection, instance_id))
+            told = self._host.events.of(sighting.uuid)
+            return sighting.live is None and lost_power(sighting.reason, told.stopped)
+
+    def merge(self, instance_id: str, frozen: Frozen, pause: Callable[[float], object]) -> None:
+        """Step by step. While a daemon is started anew, or another program has an image, it is tried for a minute."""
+        merging = Merging(self._host, instance_id, frozen, pause)
+        with self._host.records.merging(instance_id):
+            given_up = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    if merging.step():
+                        return
+                    given_up = time.monotonic() + PATIENCE
+                except (HypervisorGoneError, ImageInUseError):
+                    if time.monotonic() > given_up:
+                        raise
+                pause(LOOK_AGAIN)
+
+    def _standing(self, domain: Domain, frozen: Frozen) -> tuple[Stand, Stand, Disk | None]:
+        """What the running domain's root disk is on, what it is on the next time, and which that is."""
+        sighting = self._host.table.look(domain)
+        live = standing_of(sighting.live, frozen.volume.path, frozen.overlay)
+        config = standing_of(sighting.config, frozen.volume.path, frozen.overlay)
+        return live.stand, config.stand, config.disk
+
+    def _make_way_for(self, instance_id: str, frozen: Frozen) -> None:
+        """One that was made for a definition that never was is made anew; any other is not touched."""
+        overlay = frozen.overlay
+        if overlay_files.is_there(instance_id, overlay) and not overlay_files.is_empty(instance_id, overlay):
+            raise HypervisorError(
+                instance_id, f"{overlay} is there already, and something was written to it: merge it, or move it"
+            )
+
+    def _put_on(
+        self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen
+    ) -> None:
+        volume = frozen.volume
+        noted = FrozenRoot(
+            path=volume.path, format=volume.format, overlay=frozen.overlay, secret_file=volume.secret_file
+        )
+        with self._host.records.alone(instance_id), understood(domain, instance_id):
+            record = record_of(domain, instance_id)
+            changed = with_overlay(
+                domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE),
+                disk.target,
+                record and replace(record, frozen=noted),
+                volume=_volume(frozen),
+                overlay=Image(frozen.overlay, "qcow2"),
+            )
+            connection.defineXML(changed)
+
+    def _take_off(
+        self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen
+    ) -> None:
+        with self._host.records.alone(instance_id), understood(domain, instance_id):
+            record = record_of(domain, instance_id)
+            xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
+            unfrozen = record and replace(record, frozen=None)
+            connection.defineXML(without_overlay(xml, disk.target, unfrozen, volume=_volume(frozen)))
+        overlay_files.remove(instance_id, frozen.overlay)
+
+
+class _OnOverlay:
+    """An instance that is on its overlay, or off and will be."""
+
+    def __init__(self, host: LibvirtHost, instance_id: str, frozen: Frozen) -> None:
+        self._host = host
+        self._instance_id = instance_id
+        self._frozen = frozen
+        self._jobs: int | None = None
+
+    def check(self) -> None:
+        """Ask libvirt where the disk stands, and whether anything is being written into the volume."""
+        with self._host.hypervisor.asked(self._instance_id) as connection:
+            sighting = self._host.table.look(self._host.table.find(connection, self._instance_id))
+        live = standing_of(sighting.live, self._frozen.volume.path, self._frozen.overlay)
+        config = standing_of(sighting.config, self._frozen.volume.path, self._frozen.overlay)
+        if (live.stand, config.stand) not in _ON_OVERLAY:
+            raise self._in_use(f"runs on {live.stand} and will be started on {config.stand}")
+        if live.disk is not None and live.disk.mirror is not None:
+            raise self._in_use(f"has a block job on {live.disk.target}")
+        disk = live.disk or config.disk
+        self._count_jobs(sighting.uuid, "" if disk is None else disk.target)
+
+    def _count_jobs(self, uuid: str, target: str) -> None:
+        jobs = self._host.events.of(uuid).jobs.get(target, 0)
+        if self._jobs is not None and jobs != self._jobs:
+            raise self._in_use(f"had a block job on {target}")
+        self._jobs = jobs
+
+    def _in_use(self, what: str) -> RootVolumeInUse:
+        return RootVolumeInUse(self._instance_id, f"{self._instance_id} {what} while its root volume is read")
+
+
+def _obstacle(
+    connection: Connection, domain: Domain, sighting: Sighting, volume: Path, overlay: Path
+) -> str | None:
+    """Why a domain can have no overlay over its root disk, by what libvirt and the disk say; None if it can."""
+    if connection.getType() != "QEMU":
+        return f"the hypervisor is {connection.getType()}"
+    if sighting.config is None:
+        return "the domain is transient"
+    if domain.hasManagedSaveImage():
+        return "the memory of the domain is saved, with the disk that it had (virsh managedsave)"
+    if domain.listAllCheckpoints():
+        return "the domain has checkpoints, with which libvirt does not merge"
+    if len(os.fsencode(overlay.name)) > _LONGEST_NAME:
+        return "its name is too long for an overlay beside it"
+    try:
+        regular = stat.S_ISREG(volume.stat().st_mode)
+    except OSError as error:
+        return f"{volume}: {os.strerror(error.errno or 0)}"
+    return None if regular else f"{volume} is no regular file"
+
+
+def _volume(frozen: Frozen) -> Image:
+    return Image(frozen.volume.path, frozen.volume.format)

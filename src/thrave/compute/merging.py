@@ -1,0 +1,233 @@
+"""The merging of one overlay: step after step by the table in `overlay_steps.py`, until nothing is left of it.
+
+A step looks at what is there and does the next thing, or nothing if that only takes its time. None of them relies on
+what this process remembers, so that any may be the first after a crash. The volume is written to by libvirt's block
+commit while the domain runs, and by qemu-img while it is off; both leave the overlay whole until the domain does not
+need it any more.
+
+For the moment in which a running domain leaves its overlay its CPUs stand still, a fraction of a second. Otherwise a
+host that lost its power just then, after QEMU had left the overlay and before libvirt had written that down, would
+start the guest on the overlay again, and with it on blocks that are older than what the guest had been told was on
+the disk.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from thrave.compute import libvirt_binding, overlay_files
+from thrave.compute.domain_edits import Image, without_overlay
+from thrave.compute.domain_events import DomainEvents
+from thrave.compute.domain_metadata import FrozenRoot, Record
+from thrave.compute.domain_records import DomainRecords, understood
+from thrave.compute.domain_table import DomainTable, Sighting
+from thrave.compute.domain_xml import Disk
+from thrave.compute.errors import HypervisorError, InstanceNotFound
+from thrave.compute.hypervisor import Hypervisor
+from thrave.compute.instances import Frozen
+from thrave.compute.libvirt_binding import Connection, Domain
+from thrave.compute.libvirt_numbers import Commit, DomainState, JobAbort, XmlFlag
+from thrave.compute.overlay_files import Pause
+from thrave.compute.overlay_steps import MERGING, Standing, Step, standing_of
+
+_COMMIT = "active-commit"
+_COMMITTED = "merged"  # what an overlay is called when it is in the volume, so that nothing is started on it any more
+_LEFT = "left"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LibvirtHost:
+    """What is needed of a host that has libvirt.
+
+    Attributes:
+        held: Keeps an instance from being started through us, for the length of a block; raises InstanceHeld.
+    """
+
+    hypervisor: Hypervisor
+    events: DomainEvents
+    table: DomainTable
+    records: DomainRecords
+    held: Callable[[str], AbstractContextManager[None]]
+
+
+class Merging:
+    """One call of `Overlays.merge`.
+
+    Args:
+        host: Where it is.
+        instance_id: The instance.
+        frozen: Its volume, and the overlay over it.
+        pause: See `Overlays.merge`.
+    """
+
+    def __init__(self, host: LibvirtHost, instance_id: str, frozen: Frozen, pause: Pause) -> None:
+        self._host = host
+        self._instance_id = instance_id
+        self._volume = Image(frozen.volume.path, frozen.volume.format)
+        self._overlay = frozen.overlay
+        self._committed = overlay_files.aside(frozen.overlay, _COMMITTED)
+        self._pause = pause
+        self._job_of_start: int | None = None
+        self._is_merged = False
+
+    def step(self) -> bool:
+        """Take the next step; whether it was the last.
+
+        Raises:
+            HypervisorError: It cannot be taken. Everything is as it was.
+        """
+        with self._host.hypervisor.asked(self._instance_id) as connection:
+            try:
+                domain = self._host.table.find(connection, self._instance_id)
+            except InstanceNotFound:
+                return self._commit_files()
+            sighting = self._host.table.look(domain)
+            if sighting.fault is not None and sighting.live is None and sighting.config is None:
+                raise sighting.fault
+            try:
+                return self._step(connection, domain, sighting)
+            except libvirt_binding.load().libvirtError:
+                if bool(domain.isActive()) is (sighting.live is not None):
+                    raise
+                return False  # it has gone on or off since it was looked at
+
+    def _step(self, connection: Connection, domain: Domain, sighting: Sighting) -> bool:
+        live = standing_of(sighting.live, self._volume.path, self._overlay)
+        config = standing_of(sighting.config, self._volume.path, self._overlay)
+        match MERGING[live.stand, config.stand]:
+            case Step.COMMIT_FILES:
+                return self._commit_files()
+            case Step.COMMIT_LIVE:
+                self._commit_live(domain, sighting, _disk(live))
+            case Step.COMMIT_OFF:
+                self._commit_off(connection, domain, _disk(config))
+            case Step.REDEFINE:
+                self._redefine(connection, domain, _disk(config))
+            case Step.CLEAN_UP:
+                self._clean_up(domain, sighting)
+                return True
+            case Step.REFUSE:
+                raise HypervisorError(self._instance_id, self._strange(live, config))
+        return False
+
+    def _commit_live(self, domain: Domain, sighting: Sighting, disk: Disk) -> None:
+        """Begin a block commit, wait for one, or have the domain leave the overlay."""
+        if disk.mirror is None:
+            starts = self._host.events.of(sighting.uuid).starts
+            if self._job_of_start == starts:
+                raise HypervisorError(
+                    self._instance_id, f"the block commit of {disk.target} has failed: libvirt's log says why"
+                )
+            domain.blockCommit(disk.target, None, None, 0, Commit.ACTIVE | Commit.SHALLOW)
+            self._job_of_start = starts
+        elif disk.mirror.job != _COMMIT:
+            raise HypervisorError(self._instance_id, f"{disk.target} is being copied by somebody else's block job")
+        elif disk.mirror.ready:
+            with self._standing_still(domain, sighting):
+                domain.blockJobAbort(disk.target, JobAbort.PIVOT)
+            self._is_merged = True
+
+    @contextmanager
+    def _standing_still(self, domain: Domain, sighting: Sighting) -> Iterator[None]:
+        """Stop the CPUs of a running domain, having written down that it was us; one that stands still stays so."""
+        frozen = None if sighting.record is None else sighting.record.frozen
+        if frozen is None or not (sighting.state == DomainState.RUNNING or _stands_still_for_us(frozen, sighting)):
+            yield
+            return
+        if sighting.state == DomainState.RUNNING:
+            self._note_paused(domain, paused=True)
+            domain.suspend()
+        try:
+            yield
+        finally:
+            domain.resume()
+            self._note_paused(domain, paused=False)
+
+    def _note_paused(self, domain: Domain, *, paused: bool) -> None:
+        def noted(record: Record) -> Record:
+            return replace(record, frozen=record.frozen and replace(record.frozen, paused=paused))
+
+        self._host.records.change(domain, self._instance_id, noted)
+
+    def _commit_off(self, connection: Connection, domain: Domain, disk: Disk) -> None:
+        """Merge the files of a domain that is off, so that it can be started on no more than it was merged from.
+
+        The merged overlay gets another name before the definition is changed: whoever starts the domain in between
+        finds no disk, rather than one that is thrown away.
+        """
+        with self._host.held(self._instance_id):
+            if self._is_there(self._overlay):
+                overlay_files.commit(self._instance_id, self._overlay, self._pause)
+                overlay_files.move(self._instance_id, self._overlay, self._committed)
+            elif not self._is_there(self._committed):
+                raise HypervisorError(
+                    self._instance_id, f"{self._overlay} is gone, and with it what the guest has written there"
+                )
+            if domain.isActive():  # it was started before the name was changed, and goes on writing there
+                overlay_files.move(self._instance_id, self._committed, self._overlay)
+                return
+            self._redefine(connection, domain, disk)
+            self._is_merged = True
+
+    def _commit_files(self) -> bool:
+        if self._is_there(self._overlay):
+            overlay_files.commit(self._instance_id, self._overlay, self._pause)
+        self._remove()
+        return True
+
+    def _redefine(self, connection: Connection, domain: Domain, disk: Disk) -> None:
+        """Have the domain start from the volume the next time."""
+        with self._host.records.alone(self._instance_id), understood(domain, self._instance_id):
+            xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
+            connection.defineXML(without_overlay(xml, disk.target, None, volume=self._volume))
+
+    def _clean_up(self, domain: Domain, sighting: Sighting) -> None:
+        """Remove the overlay, then what is said of it: so nothing is left of it when nothing says so any more."""
+        frozen = None if sighting.record is None else sighting.record.frozen
+        if frozen is not None and _stands_still_for_us(frozen, sighting):
+            domain.resume()
+        if self._is_merged or _is(frozen, self._overlay) or not self._is_there(self._overlay):
+            self._remove()
+        else:
+            self._put_away()
+        self._host.records.change(domain, self._instance_id, lambda record: replace(record, frozen=None))
+
+    def _put_away(self) -> None:
+        """An overlay that no definition speaks of: made for one that never was, or taken out of it by hand."""
+        if overlay_files.is_empty(self._instance_id, self._overlay):
+            self._remove()
+            return
+        left = overlay_files.aside(self._overlay, _LEFT)
+        log.warning("%s was not merged, since nothing says that it should be: it is kept as %s", self._overlay, left)
+        overlay_files.move(self._instance_id, self._overlay, left)
+
+    def _is_there(self, path: Path) -> bool:
+        return overlay_files.is_there(self._instance_id, path)
+
+    def _remove(self) -> None:
+        overlay_files.remove(self._instance_id, self._overlay)
+        overlay_files.remove(self._instance_id, self._committed)
+
+    def _strange(self, live: Standing, config: Standing) -> str:
+        return (
+            f"its root disk is on an image that is neither {self._volume.path} nor {self._overlay} (running: "
+            f"{live.stand}; the next time: {config.stand}): merge that first"
+        )
+
+
+def _disk(standing: Standing) -> Disk:
+    assert standing.disk is not None, "a disk that stands somewhere"
+    return standing.disk
+
+
+def _is(frozen: FrozenRoot | None, overlay: Path) -> bool:
+    return frozen is not None and frozen.overlay == overlay
+
+
+def _stands_still_for_us(frozen: FrozenRoot, sighting: Sighting) -> bool:
+    """Whether it was the driver that has stopped the CPUs, perhaps before a crash."""
+    return frozen.paused and sighting.state == DomainState.PAUSED

@@ -1,0 +1,130 @@
+"""The files of overlays, made and merged with qemu-img while no QEMU has them open.
+
+QEMU's image locks see to the last: qemu-img opens nothing for writing that a guest, or another qemu-img, has. Every
+format is given, none is probed. Nothing here knows which domain an image belongs to.
+"""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from thrave import files
+from thrave.compute.domain_edits import Image
+from thrave.compute.errors import ComponentMissingError, HypervisorError, ImageInUseError
+
+_PACKAGE = "qemu-utils"
+_SECONDS = 120.0  # for what only looks at an image's metadata
+_LOOK_AGAIN = 0.2  # seconds
+
+Pause = Callable[[float], object]
+"""Waits some seconds; may raise, to end it all."""
+
+
+def create(instance_id: str, overlay: Path, volume: Image) -> None:
+    """Make an empty overlay over a volume, in the place of one that may be there, and have it on the disk.
+
+    Whoever may open the volume may open the overlay, as far as this process may say so.
+
+    Raises:
+        HypervisorError: It cannot be made, in qemu-img's words.
+    """
+    _run(
+        instance_id,
+        ["create", "-q", "-f", "qcow2", "-b", str(volume.path), "-F", volume.format, str(overlay)],
+        lambda _seconds: None,
+    )
+    with _told(instance_id, overlay):
+        _give_to_owner_of(volume.path, overlay)
+        with overlay.open("rb") as file:
+            os.fsync(file.fileno())
+        files.sync_folder(overlay.parent)
+
+
+def commit(instance_id: str, overlay: Path, pause: Pause) -> None:
+    """Write what is in an overlay into the volume below it. The overlay keeps it, so that it may be done again.
+
+    Raises:
+        ImageInUseError: Some program has one of them open.
+        HypervisorError: It cannot be done, in qemu-img's words.
+    """
+    _run(instance_id, ["commit", "-q", "-d", "-f", "qcow2", str(overlay)], pause)
+
+
+def is_empty(instance_id: str, overlay: Path) -> bool:
+    """Whether nothing was written to an overlay. Raises as `commit`."""
+    said = _run(instance_id, ["map", "--output=json", "-f", "qcow2", str(overlay)], lambda _seconds: None)
+    return not any(extent["depth"] == 0 and extent["present"] for extent in json.loads(said))
+
+
+def aside(path: Path, name: str) -> Path:
+    """A file's name with a word at its end."""
+    return path.with_name(f"{path.name}.{name}")
+
+
+def is_there(instance_id: str, path: Path) -> bool:
+    """Whether there is such a file. Raises HypervisorError if that cannot be seen."""
+    with _told(instance_id, path):
+        return path.exists()
+
+
+def move(instance_id: str, path: Path, to: Path) -> None:
+    """Give a file another name in its folder, and have it on the disk. Raises HypervisorError."""
+    with _told(instance_id, path):
+        path.rename(to)
+        files.sync_folder(to.parent)
+
+
+def remove(instance_id: str, path: Path) -> None:
+    """Remove a file; it may be gone already, and its folder too. Raises HypervisorError."""
+    with _told(instance_id, path), suppress(FileNotFoundError):
+        path.unlink()
+        files.sync_folder(path.parent)
+
+
+@contextmanager
+def _told(instance_id: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HypervisorError(instance_id, f"{path}: {os.strerror(error.errno or 0)}") from error
+
+
+def _give_to_owner_of(volume: Path, overlay: Path) -> None:
+    as_volume = volume.stat()
+    with suppress(PermissionError):  # libvirt gives it to QEMU's user itself, if it is told to (dynamic_ownership)
+        os.chown(overlay, as_volume.st_uid, as_volume.st_gid)
+    overlay.chmod(stat.S_IMODE(as_volume.st_mode))
+
+
+def _run(instance_id: str, arguments: Sequence[str], pause: Pause) -> str:
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise ComponentMissingError("qemu-img", _PACKAGE)
+    process = subprocess.Popen(
+        [program, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "LC_ALL": "C"}, text=True, errors="replace",
+    )  # fmt: skip
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                out, err = process.communicate(timeout=_LOOK_AGAIN)
+                break
+            pause(0.0)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    if process.returncode:
+        raise _failure(instance_id, err)
+    return out
+
+
+def _failure(instance_id: str, err: str) -> HypervisorError:
+    lines = err.strip().splitlines() or ["qemu-img has failed and does not say why"]
+    kind = ImageInUseError if '" lock' in err else HypervisorError
+    return kind(instance_id, lines[0].removeprefix("qemu-img: ")[:300])
