@@ -1,4 +1,4 @@
-"""What every inventory must do: instances that are only files, and instances that commands tie to a machine."""
+"""What every inventory must do: instances that are files, that commands tie to a machine, that are libvirt's domains."""
 
 import signal
 import subprocess
@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from thrave.compute.directory import DirectoryInstances
-from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, InstanceNotFound
+from support.inventories import Commands, Domains, Files
+from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import InstanceState
 
 NO_IDS = [
@@ -26,9 +26,23 @@ NO_IDS = [
 ]
 
 
-@pytest.fixture(params=["files", "commands"])
-def instance_id(request, added, machine):
-    return added() if request.param == "files" else added(**machine.commands)
+@pytest.fixture(params=[Files, Commands, pytest.param(Domains, marks=pytest.mark.libvirt)])
+def inventory(request, tmp_path, disk):
+    inventory = request.param(tmp_path, disk)
+    try:
+        yield inventory
+    finally:
+        inventory.close()
+
+
+@pytest.fixture
+def instances(inventory):
+    return inventory.instances
+
+
+@pytest.fixture
+def instance_id(inventory):
+    return inventory.add()
 
 
 def test_an_instance_is_what_was_added(instances, instance_id, disk):
@@ -40,8 +54,8 @@ def test_an_instance_is_what_was_added(instances, instance_id, disk):
     assert instances.list() == [found]
 
 
-def test_instances_are_listed_by_id(instances, added, instance_id):
-    ids = [instance_id, *(added() for _ in range(5))]
+def test_instances_are_listed_by_id(inventory, instances, instance_id):
+    ids = [instance_id, *(inventory.add() for _ in range(5))]
     assert [found.instance_id for found in instances.list()] == sorted(ids)
 
 
@@ -113,8 +127,8 @@ def test_a_held_instance_is_not_started(instances, instance_id):
     instances.start(instance_id)
 
 
-def test_one_can_hold_an_instance_and_everybody_can_look(instances, instance_id, added):
-    other = added()
+def test_one_can_hold_an_instance_and_everybody_can_look(inventory, instances, instance_id):
+    other = inventory.add()
     with instances.hold(instance_id):
         with pytest.raises(InstanceHeld), instances.hold(instance_id):
             pass
@@ -131,12 +145,9 @@ def test_a_hold_ends_with_an_error_too(instances, instance_id):
     instances.start(instance_id)
 
 
-def test_a_hold_ends_when_its_process_is_killed(instances, instance_id, root):
-    code = (
-        "import sys, time; from pathlib import Path; from thrave.compute.directory import DirectoryInstances\n"
-        "with DirectoryInstances(Path(sys.argv[1])).hold(sys.argv[2]): print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, root, instance_id], stdout=subprocess.PIPE) as holder:
+def test_a_hold_ends_when_its_process_is_killed(inventory, instances, instance_id):
+    code = f"{inventory.holding(instance_id)} print('held', flush=True); import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(InstanceHeld):
             instances.start(instance_id)
@@ -147,7 +158,7 @@ def test_a_hold_ends_when_its_process_is_killed(instances, instance_id, root):
 
 
 @pytest.mark.parametrize("nobody", NO_IDS)
-def test_what_is_no_instances_id_is_not_found(instances, instance_id, nobody):
+def test_what_is_no_instances_id_is_not_found(inventory, instances, instance_id, nobody):
     for ask in (
         instances.get,
         instances.state,
@@ -155,7 +166,7 @@ def test_what_is_no_instances_id_is_not_found(instances, instance_id, nobody):
         instances.force_stop,
         instances.start,
         instances.terminate,
-        instances.remove,
+        inventory.remove,
     ):
         with pytest.raises(InstanceNotFound):
             ask(nobody)
@@ -163,9 +174,9 @@ def test_what_is_no_instances_id_is_not_found(instances, instance_id, nobody):
         pass
 
 
-def test_another_process_sees_the_same(instances, instance_id, root):
+def test_another_process_sees_the_same(inventory, instances, instance_id):
     instances.request_stop(instance_id)
-    assert DirectoryInstances(root).list() == instances.list()
+    assert inventory.again().list() == instances.list()
 
 
 def test_many_threads_do_not_disturb_each_other(instances, instance_id):
@@ -180,9 +191,19 @@ def test_many_threads_do_not_disturb_each_other(instances, instance_id):
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_removing_forgets_the_instance_and_leaves_its_volume(instances, instance_id, disk):
+def test_a_hold_is_good_for_as_long_as_the_instance_is_off(instances, instance_id):
+    instances.request_stop(instance_id)
+    with instances.hold(instance_id) as hold:
+        for _ in range(3):
+            hold.check()
+    instances.start(instance_id)
+    with instances.hold(instance_id) as hold, pytest.raises(RootVolumeInUse, match="is running while its root volume"):
+        hold.check()
+
+
+def test_removing_forgets_the_instance_and_leaves_its_volume(inventory, instances, instance_id, disk):
     with instances.hold(instance_id), pytest.raises(InstanceHeld):
-        instances.remove(instance_id)
-    instances.remove(instance_id)
+        inventory.remove(instance_id)
+    inventory.remove(instance_id)
     assert instances.list() == []
     assert disk.exists()

@@ -18,7 +18,7 @@ from thrave.compute.instance import Instance, InstanceState, VolumeFile
 from thrave.compute.libvirt_numbers import DomainState, ShutoffReason, StoppedDetail
 
 # A domain that has its disks open counts as running, whatever its CPUs do. `SHUTDOWN` is libvirt's word for a guest
-# that has powered off and whose process has not ended yet; `CRASHED` for one that has panicked and whose process is kept.
+# that has powered off and whose process has not ended yet; `CRASHED` for a panicked one whose process is kept.
 STATES: dict[int, InstanceState] = {
     DomainState.NOSTATE: InstanceState.RUNNING,
     DomainState.RUNNING: InstanceState.RUNNING,

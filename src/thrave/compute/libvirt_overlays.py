@@ -104,15 +104,19 @@ class LibvirtOverlays:
         """Step by step. While a daemon is started anew, or another program has an image, it is tried for a minute."""
         merging = Merging(self._host, instance_id, frozen, pause)
         with self._host.records.merging(instance_id):
-            given_up = time.monotonic() + PATIENCE
+            given_up, failed = time.monotonic() + PATIENCE, False
             while True:
                 try:
                     if merging.step():
                         return
-                    given_up = time.monotonic() + PATIENCE
+                    given_up, failed = time.monotonic() + PATIENCE, False
                 except (HypervisorGoneError, ImageInUseError):
                     if time.monotonic() > given_up:
                         raise
+                except HypervisorError:
+                    if failed:  # a guest that has just died is one to libvirt a moment longer: it is looked at again
+                        raise
+                    failed = True
                 pause(LOOK_AGAIN)
 
     def _standing(self, domain: Domain, frozen: Frozen) -> tuple[Stand, Stand, Disk | None]:

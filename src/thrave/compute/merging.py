@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from thrave.compute import libvirt_binding, overlay_files
+from thrave.compute import overlay_files
 from thrave.compute.domain_edits import Image, without_overlay
 from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import FrozenRoot, Record
@@ -78,7 +78,8 @@ class Merging:
         """Take the next step; whether it was the last.
 
         Raises:
-            HypervisorError: It cannot be taken. Everything is as it was.
+            HypervisorError: It cannot be taken, or the domain has gone on or off since it was looked at. Everything is as
+                it was.
         """
         with self._host.hypervisor.asked(self._instance_id) as connection:
             try:
@@ -88,12 +89,7 @@ class Merging:
             sighting = self._host.table.look(domain)
             if sighting.fault is not None and sighting.live is None and sighting.config is None:
                 raise sighting.fault
-            try:
-                return self._step(connection, domain, sighting)
-            except libvirt_binding.load().libvirtError:
-                if bool(domain.isActive()) is (sighting.live is not None):
-                    raise
-                return False  # it has gone on or off since it was looked at
+            return self._step(connection, domain, sighting)
 
     def _step(self, connection: Connection, domain: Domain, sighting: Sighting) -> bool:
         live = standing_of(sighting.live, self._volume.path, self._overlay)

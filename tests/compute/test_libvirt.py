@@ -1,0 +1,325 @@
+"""Libvirt's domains as instances: what others do to them, and to libvirt itself. Its own pretence of a hypervisor serves."""
+
+import re
+import socket
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from support.inventories import ACCOUNT, Domains
+from thrave.compute import hypervisor, libvirt_binding
+from thrave.compute.domains import instance_id_of
+from thrave.compute.errors import (
+    ComponentMissingError,
+    HypervisorError,
+    HypervisorGoneError,
+    IncorrectInstanceState,
+    InstanceCommandFailed,
+    InstanceNotFound,
+    InvalidDescriptionError,
+    OverlayImpossible,
+    RootVolumeInUse,
+)
+from thrave.compute.instance import InstanceState
+from thrave.compute.libvirt import LibvirtInstances
+
+pytestmark = pytest.mark.libvirt
+
+OSINFO = "http://libosinfo.org/xmlns/libvirt/domain/1.0"
+WINDOWS = '<libosinfo><os id="http://microsoft.com/win/2k22"/></libosinfo>'
+
+
+@pytest.fixture
+def domains(tmp_path, disk):
+    domains = Domains(tmp_path, disk)
+    try:
+        yield domains
+    finally:
+        domains.close()
+
+
+@pytest.fixture
+def instances(domains):
+    return domains.instances
+
+
+@pytest.fixture
+def instance_id(domains):
+    return domains.add()
+
+
+def eventually(look, wanted):
+    """Events come in their own time."""
+    for _ in range(500):
+        if look() == wanted:
+            return
+        time.sleep(0.01)
+    assert look() == wanted
+
+
+def test_a_domain_that_nobody_has_adopted_is_no_instance(domains, instances):
+    instance_id = instance_id_of(domains.libvirt.define("stranger", "/vm/stranger.raw"))
+    assert instances.list() == []
+    for ask in (instances.get, instances.state, instances.request_stop, instances.start, instances.disown):
+        with pytest.raises(InstanceNotFound):
+            ask(instance_id)
+
+
+def test_adopting_writes_what_is_said_and_nothing_else(domains, instances, disk, tmp_path):
+    uuid = domains.libvirt.define("web", disk)
+    domains.libvirt.metadata("web", WINDOWS, key="libosinfo", uri=OSINFO)
+    before = domains.libvirt.definition("web")
+    found = instances.adopt(
+        uuid, account_id=ACCOUNT, root_device="vda", secret_file=tmp_path / "secret", tags={"Name": "web & <co>"}
+    )
+    assert (found.instance_id, found.account_id, found.state) == (instance_id_of(uuid), ACCOUNT, InstanceState.STOPPED)
+    assert (found.platform, found.tags) == ("windows", {"Name": "web & <co>"})
+    assert (found.root_volume.path, found.root_volume.secret_file) == (disk, tmp_path / "secret")
+    after = domains.libvirt.definition("web")
+    assert re.sub(r"\s*<thrave:instance.*</thrave:instance>", "", after, flags=re.DOTALL) == before
+    instances.disown(found.instance_id)
+    assert domains.libvirt.definition("web") == before
+
+
+def test_adopting_again_changes_what_is_said(instances, domains, instance_id):
+    first = instances.get(instance_id)
+    instances.terminate(instance_id)
+    again = instances.adopt(domains.names[instance_id], account_id="210987654321", tags={"a": "b"})
+    assert (again.instance_id, again.launch_time) == (instance_id, first.launch_time)
+    assert (again.account_id, again.platform, again.tags) == ("210987654321", None, {"a": "b"})
+    assert again.state is InstanceState.STOPPED, "it is not terminated any more"
+    assert instances.list(ACCOUNT) == []
+    assert instances.list("210987654321") == [again]
+
+
+NO_INSTANCES = {
+    "account: 'alice' is not 12 digits": {"account_id": "alice"},
+    "rootDevice: there is no disk vdz": {"root_device": "vdz"},
+    "which is AWS's own": {"tags": {"aws:x": "1"}},
+    "the tag '\\x00' holds a control character": {"tags": {"\0": "1"}},
+}
+
+
+@pytest.mark.parametrize("message", NO_INSTANCES)
+def test_what_would_be_no_instance_is_not_adopted(domains, instances, disk, message):
+    domains.libvirt.define("web", disk)
+    with pytest.raises(InvalidDescriptionError, match=re.escape(f"the domain web does not describe an instance")) as refused:
+        instances.adopt("web", **{"account_id": ACCOUNT, **NO_INSTANCES[message]})
+    assert message in str(refused.value)
+    assert "thrave" not in domains.libvirt.definition("web")
+
+
+def test_a_domain_without_its_disk_is_not_adopted(domains, instances, tmp_path):
+    domains.libvirt.define("web", tmp_path / "gone.raw")
+    with pytest.raises(InvalidDescriptionError, match=r"gone\.raw: No such file or directory"):
+        instances.adopt("web", account_id=ACCOUNT)
+
+
+@pytest.mark.parametrize("name", ["nobody", "6f1c2d3e-0000-4000-8000-00000000abcd", ""])
+def test_a_domain_that_is_not_there_is_not_adopted(domains, instances, name):
+    with pytest.raises(HypervisorError, match="Domain not found"):
+        instances.adopt(name, account_id=ACCOUNT)
+
+
+def test_a_record_that_cannot_be_read_hides_no_other_instance(domains, instances, instance_id, caplog, disk):
+    uuid = domains.libvirt.define("typo", disk)
+    domains.libvirt.metadata("typo", '<instance account="12"/>')
+    broken_id = instance_id_of(uuid)
+    assert [found.instance_id for found in instances.list()] == [instance_id]
+    assert "an instance is left out: the domain typo does not describe an instance: account: '12'" in caplog.text
+    (error,) = instances.broken()
+    assert error.instance_id == broken_id
+    for ask in (instances.get, instances.state, instances.request_stop, instances.start):
+        with pytest.raises(InvalidDescriptionError, match="is not 12 digits"):
+            ask(broken_id)
+    instances.adopt("typo", account_id=ACCOUNT)
+    assert instances.broken() == []
+    domains.libvirt.metadata("typo", "<instance/>")
+    instances.disown(broken_id)
+    assert "thrave" not in domains.libvirt.definition("typo")
+
+
+def test_what_others_do_is_told(domains, instances, instance_id):
+    assert instances.list() == [instances.get(instance_id)]
+    with domains.domain(instance_id) as domain:
+        domain.destroy()
+        eventually(lambda: [found.state for found in instances.list()], [InstanceState.STOPPED])
+        domain.setMetadata(2, f'<instance account="{ACCOUNT}"><tag key="a">b</tag></instance>', "thrave", OURS, 2)
+        eventually(lambda: [found.tags for found in instances.list()], [{"a": "b"}])
+        domain.undefine()
+    eventually(instances.list, [])
+    with pytest.raises(InstanceNotFound):
+        instances.get(instance_id)
+
+
+OURS = "https://thrave.dev/xmlns/instance/1"
+
+
+def test_listing_asks_nothing_while_nothing_happens(domains, instances, monkeypatch):
+    for _ in range(3):
+        domains.add()
+    assert len(instances.list()) == 3
+    time.sleep(0.2)  # for the events of the adopting itself
+    instances.list()
+    table = instances._table
+    looks = []
+    monkeypatch.setattr(table, "look", lambda domain, look=table.look: looks.append(domain.name()) or look(domain))
+    for _ in range(5):
+        assert len(instances.list()) == 3
+    assert looks == []
+
+
+def test_a_start_by_others_is_the_launch_time_and_is_written_down(domains, instances, instance_id):
+    record = f'<instance account="{ACCOUNT}" launchTime="2020-01-01T00:00:00Z"/>'
+    with domains.domain(instance_id) as domain:
+        domain.destroy()
+        domain.setMetadata(2, record, "thrave", OURS, 2)
+        assert instances.get(instance_id).launch_time == datetime(2020, 1, 1, tzinfo=UTC)
+        before = datetime.now(UTC)
+        domain.create()
+    eventually(lambda: instances.get(instance_id).launch_time >= before, wanted=True)
+    assert instances.get(instance_id).launch_time <= datetime.now(UTC)
+    assert domains.again().list() == instances.list(), "who has not seen the start reads of it"
+
+
+def test_a_domain_adopted_by_hand_has_a_launch_time_that_stays(domains, instances, disk):
+    instance_id = instance_id_of(domains.libvirt.define("web", disk))
+    domains.libvirt.metadata("web", f'<instance account="{ACCOUNT}"/>')
+    first = instances.get(instance_id)
+    assert datetime.now(UTC) - first.launch_time < timedelta(minutes=1)
+    assert instances.get(instance_id) == first
+    assert instances.list() == [first]
+
+
+def test_a_guest_that_hears_nothing_is_not_asked(domains, instances, instance_id):
+    with domains.domain(instance_id) as domain:
+        domain.suspend()
+        assert instances.state(instance_id) is InstanceState.RUNNING, "its disks are open"
+        for ask in (instances.request_stop, instances.terminate):
+            with pytest.raises(IncorrectInstanceState, match=f"paused, and its guest hears nothing: virsh resume {domain.name()}"):
+                ask(instance_id)
+        assert instances.state(instance_id) is InstanceState.RUNNING, "nothing has changed"
+        domain.resume()
+    instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+
+
+def test_a_hold_notices_who_starts_the_domain_past_us(domains, instances, instance_id):
+    instances.request_stop(instance_id)
+    with instances.hold(instance_id) as hold, domains.domain(instance_id) as domain:
+        hold.check()
+        domain.create()
+        with pytest.raises(RootVolumeInUse, match="is running while its root volume is read"):
+            hold.check()
+        domain.destroy()
+        eventually(lambda: fails(hold.check), "was started and stopped while its root volume was read")
+
+
+def fails(check):
+    try:
+        check()
+    except RootVolumeInUse as error:
+        return str(error).split(" ", 1)[1]
+
+
+def test_a_hold_notices_that_the_instance_is_gone(domains, instances, instance_id):
+    instances.request_stop(instance_id)
+    with instances.hold(instance_id) as hold:
+        with domains.domain(instance_id) as domain:
+            domain.undefine()
+        with pytest.raises(InstanceNotFound):
+            hold.check()
+
+
+def test_a_transient_domain_is_an_instance_while_it_runs(domains, instances, instance_id):
+    with domains.domain(instance_id) as domain:
+        domain.undefine()
+    assert instances.get(instance_id).state is InstanceState.RUNNING
+    instances.request_stop(instance_id)
+    with pytest.raises(InstanceNotFound):
+        instances.get(instance_id)
+
+
+def test_a_volume_of_a_storage_pool_is_found(domains, instances, disk):
+    pool = f'<pool type="dir"><name>images</name><target><path>{disk.parent}</path></target></pool>'
+    volume = f"<volume><name>{disk.name}</name><capacity>4096</capacity></volume>"
+    with domains.libvirt._hypervisor.asked() as connection:
+        made = connection.storagePoolCreateXML(pool, 0)
+        try:
+            made.createXML(volume, 0)
+            uuid = domains.libvirt.define("web", disk)
+            source = f'type="volume" device="disk"><source pool="images" volume="{disk.name}"/>'
+            xml = domains.libvirt.definition("web")
+            start, end = xml.rindex("type='file'"), xml.index("<target dev='vda'")
+            connection.defineXML(xml[:start] + source + xml[end:])
+            found = instances.adopt("web", account_id=ACCOUNT)
+            assert (found.root_volume.path, found.root_device_type) == (disk, "instance-store")
+        finally:
+            made.destroy()
+    (error,) = instances.broken() or [None]
+    assert (error.instance_id, "pool images" in str(error)) == (instance_id_of(uuid), True)
+
+
+def test_where_there_is_no_agent_no_command_can_be_run(instances, instance_id):
+    with pytest.raises(InstanceCommandFailed, match="cannot be run: there is no agent in the guest"):
+        instances.request_sysprep(instance_id, [r"C:\Windows\System32\Sysprep\sysprep.exe", "/oobe"])
+
+
+def test_a_hypervisor_without_block_commit_has_no_overlays(instances, instance_id):
+    with pytest.raises(OverlayImpossible, match="its root disk vda can have no overlay: the hypervisor is Test"):
+        instances.overlays.plan(instance_id)
+
+
+def test_a_domain_that_was_stopped_has_not_lost_its_power(domains, instances, instance_id):
+    assert not instances.overlays.lost_power(instance_id)
+    instances.force_stop(instance_id)
+    assert not instances.overlays.lost_power(instance_id)
+
+
+def test_where_no_libvirt_is_nothing_hangs_and_nothing_is_empty(tmp_path):
+    nowhere = LibvirtInstances(f"qemu+unix:///system?socket={tmp_path / 'nobody'}", lock_folder=tmp_path / "locks")
+    for ask in (nowhere.list, nowhere.broken, lambda: nowhere.get("i-0123456789abcdef0")):
+        with pytest.raises(HypervisorGoneError, match=r"no connection to qemu\+unix.*No such file or directory"):
+            ask()
+
+
+def test_a_libvirt_that_does_not_answer_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 0.2)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "s"))
+        silent.listen()
+        mute = LibvirtInstances(f"qemu+unix:///system?socket={tmp_path / 's'}", lock_folder=tmp_path / "locks")
+        for _ in range(3):
+            with pytest.raises(HypervisorGoneError, match="has not answered within 0 seconds"):
+                mute.list()
+        waiting = [thread for thread in threading.enumerate() if thread.name == "libvirt open"]
+        assert len(waiting) == 1, "it is waited for again, and not asked again"
+        client, _ = silent.accept()
+        client.close()
+        waiting[0].join()
+    with pytest.raises(HypervisorGoneError, match="no connection to"):
+        mute.list()
+
+
+def test_a_lost_connection_is_made_again_and_meanwhile_the_last_is_shown(domains, instances, instance_id, caplog, monkeypatch):
+    shown = instances.list()
+    instances.close()
+    with monkeypatch.context() as without:
+        without.setattr(instances._hypervisor, "_uri", "test:///nowhere")
+        with pytest.raises(HypervisorGoneError):
+            instances.get(instance_id)
+        assert instances.list() == shown
+        assert "instances are shown as they were: no connection to test:///nowhere" in caplog.text
+    with domains.domain(instance_id) as domain:
+        domain.destroy()  # of which nobody is told
+    assert [found.state for found in instances.list()] == [InstanceState.STOPPED]
+
+
+def test_a_binding_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    monkeypatch.setattr(libvirt_binding, "_DEBIAN_MODULES", str(tmp_path))
+    with pytest.raises(ComponentMissingError, match=r"libvirt for Python 3\.\d+ is not installed: .* python3-libvirt"):
+        LibvirtInstances("test:///default", lock_folder=tmp_path).list()

@@ -1,0 +1,414 @@
+"""Overlays on real QEMU and a real libvirtd, which are killed in the midst of everything. No guest is needed for it."""
+
+from dataclasses import replace
+from itertools import count
+from xml.etree.ElementTree import canonicalize
+
+import psutil
+import pytest
+
+from support.domain import wait_for
+from support.tiny import Tiny
+from thrave.compute import hypervisor
+from thrave.compute.errors import (
+    HypervisorError,
+    HypervisorGoneError,
+    IncorrectInstanceState,
+    OverlayImpossible,
+    RootVolumeInUse,
+)
+from thrave.compute.instance import InstanceState
+from thrave.compute.libvirt import LibvirtInstances
+
+pytestmark = pytest.mark.libvirt
+
+ACCOUNT = "123456789012"
+
+
+@pytest.fixture
+def opened(libvirtd, tmp_path):
+    """Opens the inventory, as each process does for itself."""
+    all_opened = []
+
+    def open_another():
+        all_opened.append(LibvirtInstances(libvirtd.uri, lock_folder=tmp_path / "locks"))
+        return all_opened[-1]
+
+    yield open_another
+    for instances in all_opened:
+        instances.close()
+
+
+@pytest.fixture
+def instances(opened):
+    return opened()
+
+
+@pytest.fixture
+def made(libvirtd, tmp_path, instances):
+    """Makes domains, and adopts them."""
+    all_made = []
+
+    def make(**details):
+        all_made.append(Tiny(libvirtd, tmp_path, **details))
+        instances.adopt(all_made[-1].name, account_id=ACCOUNT, platform="windows")
+        return all_made[-1]
+
+    yield make
+    for tiny in all_made:
+        tiny.remove()
+
+
+@pytest.fixture
+def tiny(made):
+    return made()
+
+
+def definition(tiny):
+    """What it is started from, but for when it was started last."""
+    text = tiny.host.virsh("dumpxml", "--inactive", "--security-info", tiny.name)
+    return canonicalize(text, strip_text=True, exclude_attrs=["launchTime"])
+
+
+def running_on_overlay(instances, tiny):
+    """Freeze the root volume, start the instance on the overlay, and write to it."""
+    frozen = instances.overlays.plan(tiny.instance_id)
+    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.start(tiny.instance_id)
+    assert tiny.source() == str(frozen.overlay)
+    tiny.write(block=1, value=11)
+    return frozen
+
+
+def nothing_left(tiny, frozen):
+    names = {path.name for path in tiny.disk.parent.iterdir()}
+    return not [name for name in names if name.startswith(frozen.overlay.name)]
+
+
+def go_on(_seconds):
+    """Pause between two looks, which here needs none."""
+
+
+def on_call(number, act):
+    """A pause that does something when it is called for the nth time."""
+    calls = count(1)
+
+    def pause(_seconds):
+        if next(calls) == number:
+            act()
+
+    return pause
+
+
+def merged(instances, tiny, frozen, pause=go_on):
+    instances.overlays.merge(tiny.instance_id, frozen, pause)
+    assert tiny.read(block=1) == {11}
+    assert nothing_left(tiny, frozen)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_an_instance_runs_on_an_overlay_and_goes_on_without_it(instances, made, image_format):
+    tiny = made(image_format=image_format)
+    before = definition(tiny)
+    frozen = running_on_overlay(instances, tiny)
+    content = tiny.disk.read_bytes()
+    assert instances.get(tiny.instance_id).root_volume == frozen.volume
+    assert instances.overlays.plan(tiny.instance_id) == frozen
+    instances.overlays.freeze(tiny.instance_id, frozen)
+    mode = frozen.overlay.stat()
+    assert (mode.st_mode, mode.st_uid) == (tiny.disk.stat().st_mode, tiny.disk.stat().st_uid)
+    with instances.overlays.hold(tiny.instance_id, frozen) as hold:
+        tiny.write(block=2, value=22)
+        hold.check()
+        instances.force_stop(tiny.instance_id)
+        hold.check()
+        instances.start(tiny.instance_id)
+        hold.check()
+    assert tiny.disk.read_bytes() == content, "nobody writes to what is read"
+    domain_id = tiny.host.virsh("domid", tiny.name)
+    merged(instances, tiny, frozen)
+    assert tiny.read(block=2) == {22}
+    assert tiny.host.virsh("domid", tiny.name) == domain_id, "it has gone on running"
+    assert tiny.host.virsh("domstate", tiny.name).strip() == "running"
+    assert definition(tiny) == before
+    assert instances.get(tiny.instance_id).root_volume == frozen.volume
+    tiny.write(block=3, value=33)
+    assert tiny.read(block=3) == {33}
+    instances.overlays.merge(tiny.instance_id, frozen, go_on)
+
+
+def test_an_image_that_stands_on_another_one_is_merged_by_itself(instances, made, tmp_path):
+    golden = tmp_path / "golden.raw"
+    golden.write_bytes(b"\7" * (8 << 20))
+    tiny = made(image_format="qcow2", base=golden)
+    before = definition(tiny)
+    frozen = running_on_overlay(instances, tiny)
+    assert tiny.read(block=1) == {7}
+    merged(instances, tiny, frozen)
+    assert set(golden.read_bytes()) == {7}
+    assert definition(tiny) == before
+    instances.force_stop(tiny.instance_id)
+    merged(instances, tiny, running_on_overlay(instances, tiny))
+
+
+def test_one_that_is_off_is_merged_by_its_files(instances, tiny):
+    before = definition(tiny)
+    frozen = running_on_overlay(instances, tiny)
+    instances.force_stop(tiny.instance_id)
+    merged(instances, tiny, frozen)
+    assert definition(tiny) == before
+    assert instances.state(tiny.instance_id) is InstanceState.STOPPED
+
+
+def test_one_that_was_never_started_is_merged_too(instances, tiny):
+    before = definition(tiny)
+    frozen = instances.overlays.plan(tiny.instance_id)
+    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.merge(tiny.instance_id, frozen, go_on)
+    assert (definition(tiny), nothing_left(tiny, frozen)) == (before, True)
+
+
+def test_one_that_was_undefined_is_merged_while_it_runs_and_when_it_is_gone(instances, made):
+    running, gone = made(), made()
+    for tiny in (running, gone):
+        frozen = running_on_overlay(instances, tiny)
+        tiny.host.virsh("undefine", tiny.name)
+        if tiny is gone:
+            tiny.host.virsh("destroy", tiny.name)
+        merged(instances, tiny, frozen)
+
+
+def test_a_daemon_that_is_killed_while_it_merges_goes_on(instances, tiny):
+    before = definition(tiny)
+    frozen = running_on_overlay(instances, tiny)
+
+    def restart_daemon():
+        tiny.host.kill_daemon()
+        with pytest.raises(HypervisorGoneError):
+            instances.get(tiny.instance_id)
+        tiny.host.start_daemon()
+
+    merged(instances, tiny, frozen, on_call(1, restart_daemon))
+    assert definition(tiny) == before
+    assert instances.state(tiny.instance_id) is InstanceState.RUNNING
+
+
+def test_a_guest_that_is_killed_while_it_is_merged_is_merged_off(instances, tiny):
+    frozen = running_on_overlay(instances, tiny)
+    merged(instances, tiny, frozen, on_call(1, lambda: tiny.host.kill_guest(tiny.name)))
+    wait_for(lambda: instances.overlays.lost_power(tiny.instance_id), tiny.host.log)
+    instances.start(tiny.instance_id)
+    assert tiny.source() == str(tiny.disk)
+
+
+class PowerLostError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_host_that_loses_its_power_while_it_merges_goes_on(opened, instances, tiny, step):
+    before = definition(tiny)
+    frozen = running_on_overlay(instances, tiny)
+
+    def lose_power():
+        tiny.host.lose_power()
+        tiny.host.power_on()
+        raise PowerLostError
+
+    with pytest.raises(PowerLostError):
+        instances.overlays.merge(tiny.instance_id, frozen, on_call(step, lose_power))
+    again = opened()
+    assert again.overlays.lost_power(tiny.instance_id)
+    again.start(tiny.instance_id)
+    tiny.write(block=2, value=22)
+    merged(again, tiny, frozen)
+    assert tiny.read(block=2) == {22}
+    assert definition(tiny) == before
+
+
+def test_what_was_committed_and_not_yet_left_is_left(instances, tiny):
+    before = definition(tiny)
+    frozen = instances.overlays.plan(tiny.instance_id)
+    instances.overlays.freeze(tiny.instance_id, frozen)
+    tiny.write_off(tiny.disk, "raw", block=1, value=11)  # as a commit would have
+    frozen.overlay.rename(f"{frozen.overlay}.merged")
+    with pytest.raises(HypervisorError, match="No such file or directory"):
+        instances.start(tiny.instance_id)
+    merged(instances, tiny, frozen)
+    assert definition(tiny) == before
+
+
+def test_an_overlay_that_is_gone_is_never_taken_for_merged(instances, tiny):
+    frozen = instances.overlays.plan(tiny.instance_id)
+    instances.overlays.freeze(tiny.instance_id, frozen)
+    frozen.overlay.unlink()
+    with pytest.raises(HypervisorError, match="is gone, and with it what the guest has written there"):
+        instances.overlays.merge(tiny.instance_id, frozen, go_on)
+
+
+def test_a_commit_that_somebody_ends_is_told_and_begun_again(instances, tiny):
+    frozen = running_on_overlay(instances, tiny)
+    abort = on_call(1, lambda: tiny.host.virsh("blockjob", tiny.name, "vda", "--abort"))
+    with pytest.raises(HypervisorError, match="the block commit of vda has failed"):
+        instances.overlays.merge(tiny.instance_id, frozen, abort)
+    assert tiny.source() == str(frozen.overlay)
+    assert instances.state(tiny.instance_id) is InstanceState.RUNNING
+    merged(instances, tiny, frozen)
+
+
+def test_a_merging_that_is_broken_off_is_gone_on_with(instances, tiny):
+    frozen = running_on_overlay(instances, tiny)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        instances.overlays.merge(tiny.instance_id, frozen, on_call(1, stop))
+    with pytest.raises(RootVolumeInUse, match="has a block job on vda"), instances.overlays.hold(tiny.instance_id, frozen):
+        pass
+    tiny.write(block=2, value=22)
+    merged(instances, tiny, frozen)
+    assert tiny.read(block=2) == {22}
+
+
+def test_cpus_that_were_stopped_for_the_last_moment_go_on_after_a_crash(instances, tiny):
+    frozen = running_on_overlay(instances, tiny)
+    with instances._domain(tiny.instance_id) as domain:
+        instances._records.change(
+            domain, tiny.instance_id, lambda there: replace(there, frozen=replace(there.frozen, paused=True))
+        )
+        domain.suspend()
+    merged(instances, tiny, frozen)
+    assert tiny.host.virsh("domstate", tiny.name).strip() == "running"
+
+
+def test_cpus_that_somebody_else_has_stopped_stay_so(instances, tiny):
+    frozen = running_on_overlay(instances, tiny)
+    tiny.host.virsh("suspend", tiny.name)
+    merged(instances, tiny, frozen)
+    assert tiny.host.virsh("domstate", tiny.name).strip() == "paused"
+
+
+def test_an_overlay_that_nothing_speaks_of_is_kept_if_something_was_written_to_it(instances, tiny, caplog):
+    frozen = instances.overlays.plan(tiny.instance_id)
+    instances.overlays.freeze(tiny.instance_id, frozen)
+    copy = frozen.overlay.read_bytes()
+    instances.overlays.merge(tiny.instance_id, frozen, go_on)
+    frozen.overlay.write_bytes(copy)  # a crash before the definition was changed leaves this
+    instances.overlays.merge(tiny.instance_id, frozen, go_on)
+    assert nothing_left(tiny, frozen)
+    frozen.overlay.write_bytes(copy)
+    tiny.write_off(frozen.overlay, "qcow2", block=1, value=11)
+    with pytest.raises(HypervisorError, match="is there already, and something was written to it"):
+        instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.merge(tiny.instance_id, frozen, go_on)
+    assert "it is kept as" in caplog.text
+    assert frozen.overlay.with_name(f"{frozen.overlay.name}.left").exists()
+
+
+def test_a_hold_sees_who_writes_to_the_volume(instances, tiny):
+    frozen = instances.overlays.plan(tiny.instance_id)
+    with pytest.raises(RootVolumeInUse, match="will be started on the root volume itself"), instances.overlays.hold(
+        tiny.instance_id, frozen
+    ):
+        pass
+    frozen = running_on_overlay(instances, tiny)
+    with instances.overlays.hold(tiny.instance_id, frozen) as hold:
+        tiny.host.virsh("blockcommit", tiny.name, "vda", "--active", "--wait")
+        with pytest.raises(RootVolumeInUse, match="has a block job on vda"):
+            hold.check()
+        tiny.host.virsh("blockjob", tiny.name, "vda", "--abort")
+        wait_for(lambda: has_been_used(hold), tiny.host.log)
+    merged(instances, tiny, frozen)
+
+
+def has_been_used(hold):
+    """Whether it is told of, some time, that there was a block job."""
+    try:
+        hold.check()
+    except RootVolumeInUse as error:
+        return "had a block job on vda" in str(error)
+    return False
+
+
+def test_what_runs_is_not_frozen(instances, tiny):
+    frozen = instances.overlays.plan(tiny.instance_id)
+    instances.start(tiny.instance_id)
+    with pytest.raises(IncorrectInstanceState, match="runs: it can be frozen when it is off"):
+        instances.overlays.freeze(tiny.instance_id, frozen)
+    assert nothing_left(tiny, frozen)
+
+
+def test_a_frozen_instance_is_not_disowned(instances, tiny):
+    frozen = instances.overlays.plan(tiny.instance_id)
+    instances.overlays.freeze(tiny.instance_id, frozen)
+    with pytest.raises(IncorrectInstanceState, match="has an overlay over its root volume"):
+        instances.disown(tiny.instance_id)
+    again = instances.adopt(tiny.name, account_id=ACCOUNT, tags={"a": "b"})
+    assert again.root_volume == frozen.volume
+    with pytest.raises(IncorrectInstanceState, match="cannot be another one meanwhile"):
+        instances.adopt(tiny.name, account_id=ACCOUNT, root_device="vda")
+    instances.overlays.merge(tiny.instance_id, frozen, go_on)
+    instances.disown(tiny.instance_id)
+
+
+def test_what_somebody_has_put_over_the_overlay_is_left_alone(instances, tiny):
+    frozen = running_on_overlay(instances, tiny)
+    tiny.host.virsh("snapshot-create-as", tiny.name, "s", "--disk-only", "--no-metadata")
+    with pytest.raises(HypervisorError, match="its root disk is on an image that is neither"):
+        instances.overlays.merge(tiny.instance_id, frozen, go_on)
+    tiny.host.virsh("blockcommit", tiny.name, "vda", "--active", "--pivot", "--shallow")
+    merged(instances, tiny, frozen)
+
+
+def test_saved_memory_is_an_obstacle(instances, tiny):
+    instances.start(tiny.instance_id)
+    tiny.host.virsh("managedsave", tiny.name)
+    with pytest.raises(OverlayImpossible, match="the memory of the domain is saved"):
+        instances.overlays.plan(tiny.instance_id)
+    assert not instances.overlays.lost_power(tiny.instance_id)
+
+
+def test_a_daemon_that_is_started_anew_is_asked_again_and_tells_again(instances, tiny):
+    assert [found.state for found in instances.list()] == [InstanceState.STOPPED]
+    tiny.host.kill_daemon()
+    assert [found.state for found in instances.list()] == [InstanceState.STOPPED]
+    tiny.host.start_daemon()
+    assert instances.state(tiny.instance_id) is InstanceState.STOPPED
+    tiny.host.virsh("start", tiny.name)
+    wait_for(lambda: instances.list()[0].state is InstanceState.RUNNING, tiny.host.log)
+    before = instances._events.lost
+    instances.force_stop(tiny.instance_id)
+    wait_for(lambda: instances.list()[0].state is InstanceState.STOPPED, tiny.host.log)
+    assert instances._events.lost == before
+    tiny.host.kill_daemon()
+    tiny.host.start_daemon()
+    assert not instances.overlays.lost_power(tiny.instance_id), "it has not forgotten that it was stopped on purpose"
+
+
+def test_a_daemon_that_hangs_ends_no_question_never(opened, tiny, monkeypatch):
+    monkeypatch.setattr(hypervisor, "ALIVE_INTERVAL", 1)
+    monkeypatch.setattr(hypervisor, "ALIVE_COUNT", 1)
+    instances = opened()
+    assert instances.state(tiny.instance_id) is InstanceState.STOPPED
+    (daemon,) = psutil.Process(tiny.host._daemon.pid).children()
+    daemon.suspend()
+    try:
+        with pytest.raises(HypervisorGoneError, match="the connection to .* is lost"):
+            instances.state(tiny.instance_id)
+    finally:
+        daemon.resume()
+    assert instances.state(tiny.instance_id) is InstanceState.STOPPED
+
+
+def test_a_guest_that_does_not_hear_is_asked_at_once_and_again(instances, tiny):
+    instances.start(tiny.instance_id)
+    for _ in range(3):
+        instances.request_stop(tiny.instance_id)
+        assert instances.state(tiny.instance_id) is InstanceState.RUNNING
+    instances.terminate(tiny.instance_id)
+    assert instances.state(tiny.instance_id) is InstanceState.SHUTTING_DOWN
+    with pytest.raises(IncorrectInstanceState, match="is shutting-down and cannot be used any more"):
+        instances.force_stop(tiny.instance_id)
+    tiny.host.virsh("destroy", tiny.name)
+    assert instances.state(tiny.instance_id) is InstanceState.TERMINATED
