@@ -1,4 +1,4 @@
-"""What every inventory must do: instances that are files, that commands tie to a machine, that are libvirt's domains."""
+"""What every inventory must do: files, files with commands that tie them to a machine, libvirt's domains."""
 
 import signal
 import subprocess

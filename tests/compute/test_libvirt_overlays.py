@@ -264,7 +264,10 @@ def test_a_merging_that_is_broken_off_is_gone_on_with(instances, tiny):
 
     with pytest.raises(KeyboardInterrupt):
         instances.overlays.merge(tiny.instance_id, frozen, on_call(1, stop))
-    with pytest.raises(RootVolumeInUse, match="has a block job on vda"), instances.overlays.hold(tiny.instance_id, frozen):
+    with (
+        pytest.raises(RootVolumeInUse, match="has a block job on vda"),
+        instances.overlays.hold(tiny.instance_id, frozen),
+    ):
         pass
     tiny.write(block=2, value=22)
     merged(instances, tiny, frozen)
@@ -308,8 +311,9 @@ def test_an_overlay_that_nothing_speaks_of_is_kept_if_something_was_written_to_i
 
 def test_a_hold_sees_who_writes_to_the_volume(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
-    with pytest.raises(RootVolumeInUse, match="will be started on the root volume itself"), instances.overlays.hold(
-        tiny.instance_id, frozen
+    with (
+        pytest.raises(RootVolumeInUse, match="will be started on the root volume itself"),
+        instances.overlays.hold(tiny.instance_id, frozen),
     ):
         pass
     frozen = running_on_overlay(instances, tiny)
@@ -394,7 +398,7 @@ def test_a_daemon_that_hangs_ends_no_question_never(opened, tiny, monkeypatch):
     (daemon,) = psutil.Process(tiny.host._daemon.pid).children()
     daemon.suspend()
     try:
-        with pytest.raises(HypervisorGoneError, match="the connection to .* is lost"):
+        with pytest.raises(HypervisorGoneError, match=r"the connection to .* is lost"):
             instances.state(tiny.instance_id)
     finally:
         daemon.resume()

@@ -1,4 +1,4 @@
-"""Inventories of instances, one a driver, each with what the tests of the contract need besides: see test_contract.py."""
+"""Inventories of instances, one a driver, each with what the tests of the contract need besides."""
 
 import uuid
 from contextlib import ExitStack, contextmanager

@@ -5,10 +5,11 @@ libosinfo's words) would not survive being read and written anew by just anythin
 virDomainDefineXML is then given, in one call, so that disk and metadata change together.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 from xml.etree.ElementTree import Element
 from xml.parsers import expat
 
@@ -47,8 +48,8 @@ def with_overlay(xml: str, target: str, record: Record | None, *, volume: Image,
 
     def put_over(disk: Element) -> None:
         backing = Element("backingStore", {"type": "file"})
-        ElementTree.SubElement(backing, "format", {"type": volume.format})
-        ElementTree.SubElement(backing, "source", {"file": str(volume.path)})
+        ET.SubElement(backing, "format", {"type": volume.format})
+        ET.SubElement(backing, "source", {"file": str(volume.path)})
         below = disk.find("backingStore")
         if below is not None:
             disk.remove(below)
@@ -79,7 +80,7 @@ def _set_image(disk: Element, image: Image) -> None:
     if source is None:
         raise DomainFaultError("disk: it has no source")
     if driver is None:
-        driver = ElementTree.SubElement(disk, "driver", {"name": "qemu"})
+        driver = ET.SubElement(disk, "driver", {"name": "qemu"})
     driver.set("type", image.format)
     source.set("file", str(image.path))
 
@@ -122,7 +123,7 @@ class _Text:
             device = disk.find("target")
             if device is not None and device.get("dev") == target:
                 change(disk)
-                return span.start, span.end, ElementTree.tostring(disk, encoding="unicode")
+                return span.start, span.end, ET.tostring(disk, encoding="unicode")
         raise DomainFaultError(f"disk: there is no {target}")
 
     def _metadata(self, record: Record) -> tuple[int, int, str]:
@@ -147,4 +148,9 @@ class _Text:
         path = tuple(name for name, _ in self._open)
         _, start = self._open.pop()
         if path in {_DISK, _METADATA, _OURS}:
-            self._spans.append(_Span(path, start, self._xml.index(b">", self._parser.CurrentByteIndex) + 1))
+            self._spans.append(_Span(path, start, self._end_of(start, self._parser.CurrentByteIndex)))
+
+    def _end_of(self, start: int, told: int) -> int:
+        """Where an element ends: expat tells of its end tag where that begins, of an empty element where it ends."""
+        name = re.split(rb"[\s/>]", self._xml[start + 1 : told], maxsplit=1)[0]
+        return self._xml.index(b">", told) + 1 if self._xml.startswith(b"</" + name, told) else told

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 from xml.etree.ElementTree import Element
 
 from thrave.compute.domain_xml import DomainFaultError
@@ -108,10 +108,10 @@ def write_record(record: Record, *, prefix: str = "") -> str:
     _set(element, "launchTime", record.launch_time and record.launch_time.isoformat())
     _set(element, "terminated", "true" if record.terminated else None)
     for key, value in record.tags.items():
-        ElementTree.SubElement(element, f"{prefix}tag", {"key": key}).text = value
+        ET.SubElement(element, f"{prefix}tag", {"key": key}).text = value
     if record.frozen is not None:
         _add_frozen(element, record.frozen, prefix)
-    return ElementTree.tostring(element, encoding="unicode")
+    return ET.tostring(element, encoding="unicode")
 
 
 def check_record(record: Record) -> None:
@@ -122,15 +122,15 @@ def check_record(record: Record) -> None:
     """
     text = write_record(record, prefix=f"{KEY}:")
     try:
-        again = read_record([ElementTree.fromstring(text)])  # noqa: S314 (our own)
-    except ElementTree.ParseError:
+        again = read_record([ET.fromstring(text)])  # noqa: S314 (our own)
+    except ET.ParseError:
         raise DomainFaultError("there is a character that XML cannot hold") from None
     if again != record:
         raise DomainFaultError("there is a character that XML does not keep")
 
 
 def _add_frozen(element: Element, frozen: FrozenRoot, prefix: str) -> None:
-    child = ElementTree.SubElement(element, f"{prefix}frozen")
+    child = ET.SubElement(element, f"{prefix}frozen")
     _set(child, "path", frozen.path)
     _set(child, "format", frozen.format)
     _set(child, "overlay", frozen.overlay)
@@ -183,7 +183,7 @@ def _frozen(element: Element) -> FrozenRoot:
 
 
 def _refuse_unknown(element: Element, known: set[str]) -> None:
-    for name in sorted(element.keys() - known):
+    for name in sorted(set(element.keys()) - known):
         raise DomainFaultError(f"{name}: is none of {', '.join(sorted(known))}")
 
 

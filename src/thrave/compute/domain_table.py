@@ -238,9 +238,13 @@ def _sighting(domain: Domain) -> Sighting:
         adopted=NAMESPACE in f"{live}{config}",
     )
     try:
-        return replace(sighting, live=live and read_definition(live), config=config and read_definition(config))
+        return replace(sighting, live=_definition(live), config=_definition(config))
     except DomainFaultError as fault:
         return replace(sighting, fault=_faulty(sighting, fault))
+
+
+def _definition(xml: str | None) -> Definition | None:
+    return None if xml is None else read_definition(xml)
 
 
 def _record(sighting: Sighting) -> Record:

@@ -9,7 +9,7 @@ Source: libvirt's "Domain XML format".
 
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 from xml.etree.ElementTree import Element
 
 MOST_CHARACTERS = 4 << 20
@@ -105,8 +105,8 @@ def parsed(xml: str) -> Element:
     if "<!DOCTYPE" in xml:
         raise DomainFaultError("its XML declares a document type")
     try:
-        return ElementTree.fromstring(xml)  # noqa: S314 (without a document type there are no entities to expand)
-    except ElementTree.ParseError as error:
+        return ET.fromstring(xml)  # noqa: S314 (without a document type there are no entities to expand)
+    except ET.ParseError as error:
         raise DomainFaultError(f"its XML is not well-formed: {error}") from None
 
 

@@ -199,9 +199,7 @@ def _root_volume(root: Disk, record: Record, find_volume: FindVolume) -> VolumeF
     if volume is None and _root_device_type(root, record, find_volume) == "instance-store":
         raise DomainFaultError(f"rootDeviceType: the disk {root.target} is no file or device of this host")
     path = Path("/", root.remote or root.kind) if volume is None else volume.path
-    return VolumeFile(
-        path=path, format=root.format, device_name=_device_name(root), secret_file=record.secret_file
-    )
+    return VolumeFile(path=path, format=root.format, device_name=_device_name(root), secret_file=record.secret_file)
 
 
 def _volume(disk: Disk, find_volume: FindVolume) -> VolumeFile | None:

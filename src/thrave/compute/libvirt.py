@@ -97,7 +97,7 @@ class LibvirtInstances:
         root_device: str | None = None,
         root_device_type: Literal["instance-store", "ebs"] | None = None,
         secret_file: Path | None = None,
-        tags: Mapping[str, str] = {},  # noqa: B006 (never changed)
+        tags: Mapping[str, str] = {},
     ) -> Instance:
         """Make a domain an account's instance, or change what is said of it; a terminated one may be used again then.
 
@@ -270,14 +270,19 @@ class LibvirtInstances:
             yield
 
     def _check_adoptable(self, sighting: Sighting) -> None:
+        fault = self._fault_in_adopting(sighting)
+        if fault is not None:
+            raise InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [fault])
+
+    def _fault_in_adopting(self, sighting: Sighting) -> str | None:
+        """Why a domain with this record would be no instance; None if it would be one."""
+        assert sighting.record is not None
         try:
-            assert sighting.record is not None
             check_record(sighting.record)
             instance = self._table.instance_of(sighting)
-            if instance.root_device_type == "instance-store" and (fault := volume_fault(instance.root_volume.path)):
-                raise DomainFaultError(fault)
-        except DomainFaultError as error:
-            raise InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [str(error)]) from None
+        except DomainFaultError as fault:
+            return str(fault)
+        return volume_fault(instance.root_volume.path) if instance.root_device_type == "instance-store" else None
 
     def _ask_to_stop(self, domain: Domain, sighting: Sighting) -> None:
         if sighting.state in {DomainState.SHUTOFF, DomainState.SHUTDOWN}:

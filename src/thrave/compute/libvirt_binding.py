@@ -26,7 +26,7 @@ class LibvirtError(Protocol):
     """What every call raises."""
 
     def get_error_code(self) -> int | None:
-        """virErrorNumber."""
+        """A virErrorNumber."""
 
     def get_error_message(self) -> str | None:
         """Libvirt's words."""
@@ -122,7 +122,7 @@ class Connection(Protocol):
         """Close the connection when so many questions, so many seconds apart, were not answered."""
 
     def getType(self) -> str:
-        """The driver: `QEMU`, …"""
+        """The driver, `QEMU` for instance."""
 
     def listAllDomains(self) -> list[Domain]:
         """All domains, running or not."""

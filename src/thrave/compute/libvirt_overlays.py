@@ -33,7 +33,7 @@ from thrave.compute.instances import Frozen, Hold
 from thrave.compute.libvirt_binding import Connection, Domain
 from thrave.compute.libvirt_numbers import XmlFlag
 from thrave.compute.merging import LibvirtHost, Merging
-from thrave.compute.overlay_steps import Stand, obstacle_to_overlay, overlay_for, standing_of
+from thrave.compute.overlay_steps import Stand, obstacle_to_overlay, overlay_for
 
 LOOK_AGAIN = 0.2  # seconds
 PATIENCE = 60.0  # seconds for which a daemon that is being started anew, or the end of a program, is waited for
@@ -71,19 +71,19 @@ class LibvirtOverlays:
         """Make the overlay, then change the definition. One that is on its overlay already is left alone."""
         with self._host.held(instance_id), self._host.hypervisor.asked(instance_id) as connection:
             domain = self._host.table.find(connection, instance_id)
-            live, config, disk = self._standing(domain, frozen)
-            if (live, config) in _ON_OVERLAY:
+            _, live, config = self._host.look(domain, frozen.volume.path, frozen.overlay)
+            if (live.stand, config.stand) in _ON_OVERLAY:
                 return
-            if live is not Stand.NOWHERE:
+            if live.stand is not Stand.NOWHERE:
                 raise IncorrectInstanceState(instance_id, f"{instance_id} runs: it can be frozen when it is off")
-            if disk is None or config is not Stand.VOLUME:
-                raise HypervisorError(instance_id, f"its root disk is not on {frozen.volume.path}, but on {config}")
+            if config.disk is None or config.stand is not Stand.VOLUME:
+                raise HypervisorError(instance_id, f"its root disk is on {config.stand}, not on {frozen.volume.path}")
             self._make_way_for(instance_id, frozen)
             overlay_files.create(instance_id, frozen.overlay, _volume(frozen))
-            self._put_on(connection, domain, instance_id, disk, frozen)
-            live, _, _ = self._standing(domain, frozen)
-            if live is Stand.VOLUME:
-                self._take_off(connection, domain, instance_id, disk, frozen)
+            self._put_on(connection, domain, instance_id, config.disk, frozen)
+            _, live, _ = self._host.look(domain, frozen.volume.path, frozen.overlay)
+            if live.stand is Stand.VOLUME:
+                self._take_off(connection, domain, instance_id, config.disk, frozen)
                 raise IncorrectInstanceState(instance_id, f"{instance_id} was started while it was to be frozen")
 
     @contextmanager
@@ -119,13 +119,6 @@ class LibvirtOverlays:
                     failed = True
                 pause(LOOK_AGAIN)
 
-    def _standing(self, domain: Domain, frozen: Frozen) -> tuple[Stand, Stand, Disk | None]:
-        """What the running domain's root disk is on, what it is on the next time, and which that is."""
-        sighting = self._host.table.look(domain)
-        live = standing_of(sighting.live, frozen.volume.path, frozen.overlay)
-        config = standing_of(sighting.config, frozen.volume.path, frozen.overlay)
-        return live.stand, config.stand, config.disk
-
     def _make_way_for(self, instance_id: str, frozen: Frozen) -> None:
         """One that was made for a definition that never was is made anew; any other is not touched."""
         overlay = frozen.overlay
@@ -134,9 +127,7 @@ class LibvirtOverlays:
                 instance_id, f"{overlay} is there already, and something was written to it: merge it, or move it"
             )
 
-    def _put_on(
-        self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen
-    ) -> None:
+    def _put_on(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen) -> None:
         volume = frozen.volume
         noted = FrozenRoot(
             path=volume.path, format=volume.format, overlay=frozen.overlay, secret_file=volume.secret_file
@@ -152,9 +143,7 @@ class LibvirtOverlays:
             )
             connection.defineXML(changed)
 
-    def _take_off(
-        self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen
-    ) -> None:
+    def _take_off(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen) -> None:
         with self._host.records.alone(instance_id), understood(domain, instance_id):
             record = record_of(domain, instance_id)
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
@@ -175,9 +164,8 @@ class _OnOverlay:
     def check(self) -> None:
         """Ask libvirt where the disk stands, and whether anything is being written into the volume."""
         with self._host.hypervisor.asked(self._instance_id) as connection:
-            sighting = self._host.table.look(self._host.table.find(connection, self._instance_id))
-        live = standing_of(sighting.live, self._frozen.volume.path, self._frozen.overlay)
-        config = standing_of(sighting.config, self._frozen.volume.path, self._frozen.overlay)
+            domain = self._host.table.find(connection, self._instance_id)
+            sighting, live, config = self._host.look(domain, self._frozen.volume.path, self._frozen.overlay)
         if (live.stand, config.stand) not in _ON_OVERLAY:
             raise self._in_use(f"runs on {live.stand} and will be started on {config.stand}")
         if live.disk is not None and live.disk.mirror is not None:
@@ -195,9 +183,7 @@ class _OnOverlay:
         return RootVolumeInUse(self._instance_id, f"{self._instance_id} {what} while its root volume is read")
 
 
-def _obstacle(
-    connection: Connection, domain: Domain, sighting: Sighting, volume: Path, overlay: Path
-) -> str | None:
+def _obstacle(connection: Connection, domain: Domain, sighting: Sighting, volume: Path, overlay: Path) -> str | None:
     """Why a domain can have no overlay over its root disk, by what libvirt and the disk say; None if it can."""
     if connection.getType() != "QEMU":
         return f"the hypervisor is {connection.getType()}"
@@ -207,6 +193,10 @@ def _obstacle(
         return "the memory of the domain is saved, with the disk that it had (virsh managedsave)"
     if domain.listAllCheckpoints():
         return "the domain has checkpoints, with which libvirt does not merge"
+    return _obstacle_in_folder(volume, overlay)
+
+
+def _obstacle_in_folder(volume: Path, overlay: Path) -> str | None:
     if len(os.fsencode(overlay.name)) > _LONGEST_NAME:
         return "its name is too long for an overlay beside it"
     try:

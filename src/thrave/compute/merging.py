@@ -53,6 +53,17 @@ class LibvirtHost:
     records: DomainRecords
     held: Callable[[str], AbstractContextManager[None]]
 
+    def look(self, domain: Domain, volume: Path, overlay: Path) -> tuple[Sighting, Standing, Standing]:
+        """A domain as it is now, and where its disks stand: as it runs, and as it is started the next time.
+
+        Raises:
+            InvalidDescriptionError: That cannot be understood.
+        """
+        sighting = self.table.look(domain)
+        if sighting.fault is not None and sighting.live is None and sighting.config is None:
+            raise sighting.fault
+        return sighting, standing_of(sighting.live, volume, overlay), standing_of(sighting.config, volume, overlay)
+
 
 class Merging:
     """One call of `Overlays.merge`.
@@ -78,22 +89,17 @@ class Merging:
         """Take the next step; whether it was the last.
 
         Raises:
-            HypervisorError: It cannot be taken, or the domain has gone on or off since it was looked at. Everything is as
-                it was.
+            HypervisorError: It cannot be taken, or the domain has gone on or off since it was looked at. All is as it was.
         """
         with self._host.hypervisor.asked(self._instance_id) as connection:
             try:
                 domain = self._host.table.find(connection, self._instance_id)
             except InstanceNotFound:
                 return self._commit_files()
-            sighting = self._host.table.look(domain)
-            if sighting.fault is not None and sighting.live is None and sighting.config is None:
-                raise sighting.fault
-            return self._step(connection, domain, sighting)
+            return self._step(connection, domain)
 
-    def _step(self, connection: Connection, domain: Domain, sighting: Sighting) -> bool:
-        live = standing_of(sighting.live, self._volume.path, self._overlay)
-        config = standing_of(sighting.config, self._volume.path, self._overlay)
+    def _step(self, connection: Connection, domain: Domain) -> bool:
+        sighting, live, config = self._host.look(domain, self._volume.path, self._overlay)
         match MERGING[live.stand, config.stand]:
             case Step.COMMIT_FILES:
                 return self._commit_files()
@@ -155,6 +161,11 @@ class Merging:
         The merged overlay gets another name before the definition is changed: whoever starts the domain in between
         finds no disk, rather than one that is thrown away.
         """
+        if domain.hasManagedSaveImage():
+            raise HypervisorError(
+                self._instance_id,
+                f"the memory of {domain.name()} is saved, with the overlay as its disk: start it first",
+            )
         with self._host.held(self._instance_id):
             if self._is_there(self._overlay):
                 overlay_files.commit(self._instance_id, self._overlay, self._pause)
