@@ -1,4 +1,4 @@
-"""`thrave instance` on libvirt's domains, as a script would call it; libvirt's own pretence of a hypervisor has them."""
+"""`thrave instance` on libvirt's domains, as a script would call it; libvirt's pretence of a hypervisor has them."""
 
 import json
 
@@ -41,7 +41,8 @@ def disk(tmp_path):
 def adopted(thrave_json, libvirt, account_id, disk):
     """A domain `win` that was adopted; gives its document."""
     libvirt.define("win", disk)
-    return thrave_json("instance", "adopt", "win", "--account", account_id, "--platform", "windows", "--tag", "Name=web")
+    words = ("--account", account_id, "--platform", "windows", "--tag", "Name=web")
+    return thrave_json("instance", "adopt", "win", *words)
 
 
 def test_an_adopted_domain_is_an_instance(thrave_json, adopted, account_id, disk):
@@ -193,7 +194,8 @@ class TestTheDoctor:
             thrave_json("instance", "adopt", name, "--account", account_id)
         _, failed, found = doctor()
         assert failed == {"power button"}
-        assert ("(deaf)" in found["power button"]["detail"], "talks" in found["power button"]["detail"]) == (True, False)
+        detail = found["power button"]["detail"]
+        assert ("(deaf)" in detail, "talks" in detail) == (True, False)
 
     def test_names_a_guest_that_could_not_run_sysprep(self, doctor, libvirt, disk, account_id, thrave_json):
         libvirt.define("talks", disk, channel=True)

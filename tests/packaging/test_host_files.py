@@ -18,9 +18,9 @@ DROP_INS = sorted((PACKAGING / "systemd").glob("*.conf"))
 ON_THE_HOST = "/opt/thrave/bin/thrave"
 HERE = str(Path(sys.executable).with_name("thrave"))
 
-HIGHEST_EXPOSURE = 1.5
+HIGHEST_EXPOSURE = 1.3
 """Of 10, as `systemd-analyze security` counts; an ordinary service without any of this has 9.6."""
-FOR_DISKS = 2.0
+FOR_DISKS = 1.5
 """The same for a unit that may see block devices."""
 
 
@@ -96,14 +96,14 @@ def sandbox(unit):
 def test_units_that_see_disks_have_one_sandbox_and_the_api_a_narrower_one():
     agent, api, serve = map(sandbox, UNITS)
     assert agent == serve
-    assert api - serve == {"PrivateUsers=yes", "SystemCallFilter=~@privileged @resources"}
-    assert serve - api == {"SystemCallFilter=~@privileged"}
+    assert api - serve == {"PrivateUsers=yes"}
+    assert serve - api == set()
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_a_unit_starts_a_command_that_there_is(unit, tmp_path):
     (argv,) = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
-    words = [str(PACKAGING / "thrave.toml") if word == "/etc/thrave/thrave.toml" else word for word in shlex.split(argv)]
+    words = shlex.split(argv.replace("/etc/thrave/thrave.toml", str(PACKAGING / "thrave.toml")))
     assert words[0] == ON_THE_HOST
     status, said = run(HERE, *words[1:], "--help")  # which is looked at when every other word has been understood
     assert (status, said.startswith("Usage: thrave ")) == (0, True)
@@ -127,6 +127,7 @@ def test_users_and_folders_are_made(tmp_path):
         pytest.skip("only root gives folders away")
     sysusers = require("systemd-sysusers", package="systemd")
     tmpfiles = require("systemd-tmpfiles", package="systemd")
+    (tmp_path / "etc").mkdir()  # where it takes a lock
     users = PACKAGING / "sysusers.d" / "thrave.conf"
     folders = PACKAGING / "tmpfiles.d" / "thrave.conf"
     for argv in ((sysusers, f"--root={tmp_path}", users), (tmpfiles, f"--root={tmp_path}", "--create", folders)):

@@ -1,4 +1,4 @@
-"""libvirt's own pretence of a hypervisor (test:///default), for what needs domains and no machine: it lives in this process.
+"""libvirt's own pretence of a hypervisor, for what needs domains and no machine. It lives in this process.
 
 All connections of a process see the same domains, for as long as one of them is open.
 """
@@ -21,7 +21,8 @@ _XML = """\
   {features}
   <devices>
     <disk type="file" device="cdrom"><driver name="qemu" type="raw"/><target dev="hda"/></disk>
-    <disk type="file" device="disk"><driver name="qemu" type="{format}"/><source file="{disk}"/><target dev="vda"/></disk>
+    <disk type="file" device="disk"><driver name="qemu" type="{format}"/>
+      <source file="{disk}"/><target dev="vda"/></disk>
     {channel}
   </devices>
 </domain>
