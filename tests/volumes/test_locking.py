@@ -141,7 +141,7 @@ def test_a_lock_ends_with_its_volume_though_a_child_has_a_copy_of_the_open_file(
     locks = ImageLocks()
     locks.take(raw)
     for file in locks._files:
-        os.set_inheritable(file, True)
+        os.set_inheritable(file, True)  # noqa: FBT003 (the system's)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False):
         assert REFUSED in qemu_io(raw, "raw").stderr
         locks.close()

@@ -9,7 +9,7 @@ among them, are not in the way.
 
 It is one proof of two, and cannot be the only one (`volume.py`: who opens a volume has made sure). It does not see
 programs that do not know QEMU's protocol, a guest that is run with `locking=off`, one on another host whose file system
-passes no locks on, and a block device that is written to through another node: libvirt gives each guest nodes of its own.
+passes no locks on, and a block device that is written to through another node, as libvirt gives each guest its own.
 
 Source: QEMU 7.2, block/file-posix.c (raw_apply_lock_bytes, raw_check_lock_bytes), include/block/block-common.h.
 """
@@ -47,8 +47,8 @@ class ImageLocks:
     def take(self, path: Path) -> None:
         """Lock an image, for as long as these locks are not closed.
 
-        On a file system that has no locks (NFS without them, say) nothing is locked, and that is no error: without QEMU's
-        lock there is still compute's proof that the machine is off.
+        On a file system that has no locks (NFS without them, say) nothing is locked, and that is no error: there is
+        still compute's proof that the machine is off.
 
         Args:
             path: A regular file or block device; may be taken more than once.

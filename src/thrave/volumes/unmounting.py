@@ -1,8 +1,8 @@
 """How an NTFS volume was left: whether it was unmounted, and whether Windows sleeps on it. Nothing is mended.
 
-The signs are those by which ntfs-3g refuses to write to a volume: a flag in $Volume, restart pages of $LogFile that were
-not closed, a memory image in hiberfil.sys. That file is looked for in $MFT itself, by name: neither folders nor other
-files are read, so that it takes no more than reading $MFT once.
+The signs are those by which ntfs-3g refuses to write to a volume: a flag in $Volume, restart pages of $LogFile that
+were not closed, a memory image in hiberfil.sys. That file is looked for in $MFT itself, by name: neither folders nor
+other files are read, so that it takes no more than reading $MFT once.
 """
 
 from collections.abc import Iterator
