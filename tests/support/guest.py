@@ -47,7 +47,7 @@ _MODULES = (
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
     "virtio_console", "evdev", "button", "fuse",
 )  # fmt: skip
-_ATA_MODULES = ("scsi_common", "scsi_mod", "sd_mod", "libata", "ata_piix", "libahci", "ahci")
+_ATA_MODULES = ("scsi_common", "scsi_mod", "sd_mod", "libata", "ata_piix")
 _FOLDERS = ("bin", "sbin", "proc", "sys", "dev", "mnt", "run", "tmp", "etc/acpi/PWRF", "lib/modules/ata")
 _SCRIPTS = {"init": "init", "shutdown": "sbin/shutdown", "mark-volume": "sbin/mark-volume", "sysprep": "bin/sysprep"}
 _POWER_BUTTON = "etc/acpi/PWRF/00000080"  # what acpid runs for it
@@ -154,8 +154,8 @@ def _fill(root: Path, packages: Path) -> None:
         shutil.copy(_INSIDE / script, root / path)
     (root / _POWER_BUTTON).symlink_to("/sbin/shutdown")
     (root / "bin/sh").symlink_to("busybox")
-    _put_program(root, _found(packages, "busybox"), "bin/busybox")
-    _put_program(root, _found(packages, "qemu-ga"), "sbin/qemu-ga")
+    _put_program(root, _found(packages, "bin/busybox"), "bin/busybox")
+    _put_program(root, _found(packages, "*bin/qemu-ga"), "sbin/qemu-ga")
     _put_program(root, Path(require("ntfs-3g", package="ntfs-3g")), "sbin/ntfs-3g")
     for folder, modules in (("lib/modules", _MODULES), ("lib/modules/ata", _ATA_MODULES)):
         for number, module in enumerate(modules):

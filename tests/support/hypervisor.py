@@ -21,19 +21,19 @@ import psutil
 
 from support.components import require, unavailable
 
-_DAEMON, _DRIVER, _CLIENT, _EMULATOR = (
-    "libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients", "qemu-system-x86",
-)  # fmt: skip
+_DRIVER = "libvirt-daemon-driver-qemu"  # of which libvirt-daemon can do without
 _READY = 60.0  # seconds
 _BOUND = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run", "/etc/passwd", "/etc/group")
 # The first process takes in those that have lost their parent, which libvirt's guests have: so it must not leave them
 # as zombies, which libvirt would take for guests that do not die.
 _FIRST = """
 folder=$0
-for path; do mount --bind "$folder$path" "$path" || exit; done
+for path; do
+    [ -e "$path" ] || mkdir -p "$path"  # what is private can only be put over something
+    mount --bind "$folder$path" "$path" || exit
+done
 echo ready
-trap '' CHLD
-exec cat >/dev/null
+exec env --ignore-signal=CHLD cat >/dev/null
 """
 _LIBVIRTD_CONF = """\
 unix_sock_dir = "{folder}/sockets"
@@ -66,7 +66,7 @@ class Host:
         self.folder = folder
         self._socket = folder / "sockets" / "libvirt-sock"
         self.uri = f"qemu:///system?socket={self._socket}"
-        self._virsh = require("virsh", package=_CLIENT)
+        self._virsh = require("virsh", package="libvirt-clients")
         self._machine: subprocess.Popen[str] | None = None
         self._configure()
 
@@ -95,7 +95,7 @@ class Host:
     def start_daemon(self) -> None:
         """Start libvirtd, and wait until it answers; the guests that run are taken up again."""
         configuration = self.folder / "etc/libvirt/libvirtd.conf"
-        libvirtd = [require("libvirtd", package=_DAEMON), "-f", configuration, "-p", "/run/libvirtd.pid"]
+        libvirtd = [require("libvirtd", package=f"libvirt-daemon {_DRIVER}"), "-f", configuration, "-p", "/run/libvirtd.pid"]
         with (self.folder / "libvirtd.out").open("ab") as output:
             self._daemon = subprocess.Popen(self._inside(*libvirtd), stdout=output, stderr=output)
         given_up = time.monotonic() + _READY
@@ -138,8 +138,6 @@ class Host:
                 shutil.copyfile(path, bound)
             else:
                 bound.mkdir(parents=True)
-                if not Path(path).exists():
-                    unavailable(f"{path} is not there: scripts/system-packages {_DAEMON} {_DRIVER}")
         for path, line in (("passwd", f"{_USER}:x:64055:64055::/:/usr/sbin/nologin"), ("group", f"{_USER}:x:64055:")):
             known = self.folder / "etc" / path
             if f"{_USER}:" not in known.read_text():
@@ -167,7 +165,7 @@ def running_host() -> Iterator[Host]:
     """A host that is on, and gone at the end with all that it has started."""
     if os.geteuid() != 0:
         unavailable("a libvirtd of the tests' own takes namespaces, which root alone can make")
-    require("qemu-system-x86_64", package=_EMULATOR)
+    require("qemu-system-x86_64", package="qemu-system-x86")
     with tempfile.TemporaryDirectory(prefix="thrave-host-") as folder:
         host = Host(Path(folder))
         host.power_on()
