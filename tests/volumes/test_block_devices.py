@@ -6,7 +6,7 @@ import pytest
 
 from support.block_devices import loop_device
 from support.images import converted, encrypted, qemu_io, secret_beside, written_to
-from thrave.volumes.errors import VolumeInUseError
+from thrave.volumes.errors import VolumeEncryptedError, VolumeInUseError
 from thrave.volumes.opening import open_volume
 from thrave.volumes.volume import Extent
 
@@ -60,3 +60,12 @@ def test_a_plain_qcow2_on_a_device_keeps_its_holes(raw, nbd):
     os.truncate(image, 16 << 20)
     with loop_device(image) as device, open_volume(device, "qcow2") as volume, open_volume(raw, "raw") as plain:
         assert volume.extents() == plain.extents()
+
+
+def test_a_device_holds_no_passphrase(device, raw, nbd):
+    image = encrypted(raw, "luks", secret_beside(raw))
+    with (
+        pytest.raises(VolumeEncryptedError, match=f"{device} is not a regular file"),
+        open_volume(image, "luks", secret_file=device),
+    ):
+        pass
