@@ -51,7 +51,7 @@ class Bench:
 
     Attributes:
         kitchen: gives the disks.
-        scratch: a folder on tmpfs for keys, short-lived disks, and bundles that are made to be opened.
+        scratch: a folder on tmpfs for keys, and bundles that are made to be opened.
         sizes: of the disks.
         disks: those that were asked for.
     """
@@ -70,11 +70,6 @@ class Bench:
         """A disk, and how many bytes of data it has."""
         path = self.kitchen.disk(recipe)
         self.disks.add(path)
-        return path, stored_bytes(path)
-
-    def short_lived_disk(self, recipe: Recipe) -> tuple[Path, int]:
-        """The same on tmpfs, for the time of the contest."""
-        path = Kitchen(self.scratch / "disks").disk(recipe)
         return path, stored_bytes(path)
 
 
@@ -119,7 +114,7 @@ class Bar:
 
 
 def _sealing(bench: Bench) -> list[Contender]:
-    disk, data = bench.short_lived_disk(inputs.mixed(bench.sizes.sealed))
+    disk, data = bench.disk(inputs.mixed(bench.sizes.sealed))
     small, little = bench.disk(inputs.mixed(bench.sizes.against_slow))
     compressors = ("gzip -9", "gzip -6", "pigz -p2", "igzip -1")
     one_core = ("taskset", "--cpu-list", "0")

@@ -1,8 +1,8 @@
 """Keeps disks in the page cache while a contest is held, so that every contender finds them there, alike.
 
 A page that no process has mapped can be dropped at any time, and virtual machines' are, to give the memory back to the
-host: then one contender reads memory, and another the disk. Only data are read, and nothing ahead of them: read-ahead
-would fill the cache with holes.
+host: then one contender reads memory, and another the disk. Data are read as any program reads them, so that the kernel
+keeps them in large pieces for everybody: what it was told is read at random it keeps page by page, which takes longer.
 """
 
 import mmap
@@ -31,7 +31,6 @@ def kept_in_memory(disks: Iterable[Path]) -> Iterator[None]:
 @contextmanager
 def _mapped(disk: Path) -> Iterator[None]:
     with disk.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         mapping.madvise(mmap.MADV_RANDOM)
         for start, length in data_extents(disk):
             for offset in range(start, start + length, _PIECE):

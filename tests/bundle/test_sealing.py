@@ -178,7 +178,7 @@ def test_each_sealing_has_a_key_of_its_own_that_is_never_shown():
 
 
 def test_progress_grows_from_nothing_to_all():
-    sealing = Sealing(MemoryImage(NOISE), "disk", part_size=65536)
+    sealing = Sealing(MemoryImage(NOISE * 3), "disk", part_size=65536)
     seen = [sealing.progress]
     seen += [sealing.progress for _ in sealing.parts()]
     seen.append(sealing.progress)

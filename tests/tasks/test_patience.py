@@ -45,6 +45,6 @@ def test_one_that_was_there_for_long_may_be_away_for_as_long_again(monkeypatch):
 
 def test_one_that_refuses_is_not_asked_again(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, REFUSED, "here")
-    with pytest.raises(HypervisorError, match="^no$"):
+    with pytest.raises(HypervisorError, match=r"^no$"):
         patiently(hypervisor.ask, 3.0, pause=hypervisor.pause)
     assert hypervisor.answers == ["here"]

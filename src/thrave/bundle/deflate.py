@@ -25,7 +25,7 @@ GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 _LONGEST_STORED = 65535
 # An inflater copies at each call the input that it has not come to, and makes its output grow by doubling: small bites
 # keep both small, and the heap whole.
-_BITE = 32 * 1024
+_BITE = 128 * 1024
 _HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
 
 

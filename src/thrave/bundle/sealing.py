@@ -114,19 +114,21 @@ class Sealing:
         free: Channel[memoryview] = crew.channel(ahead)
         try:
             for _ in range(ahead):
-                free.put(memoryview(bytearray(CHUNK)))
-            packed = crew.map(lambda chunk: self._pack(chunk, free), reading.chunks(free), ahead)
-            yield from crew.ahead(self._encipher_and_cut(packed), 1)
+                free.put(memoryview(bytearray(most_gzip(CHUNK)))[:CHUNK])
+            packed = crew.map(self._pack, reading.chunks(free), ahead)
+            yield from crew.ahead(self._encipher_and_cut(packed, free), 1)
         except StoppedError:
             reading.check()
             raise
 
-    def _pack(self, chunk: Chunk, free: Channel[memoryview]) -> Chunk:
+    def _pack(self, chunk: Chunk) -> Chunk:
+        """Deflate a chunk into its own buffer: what a library returns, kept for a while, would tear the heap."""
         packed = deflated(chunk.data[: chunk.size], self._library)
-        free.put(chunk.data)
-        return replace(chunk, data=memoryview(packed))
+        data = memoryview(chunk.data.obj)[: len(packed)]
+        data[:] = packed
+        return replace(chunk, data=data)
 
-    def _encipher_and_cut(self, packed: Iterator[Chunk]) -> Iterator[Part]:
+    def _encipher_and_cut(self, packed: Iterator[Chunk], free: Channel[memoryview]) -> Iterator[Part]:
         cutter = self._cutter()
         checkpoint = self._cut_off.checkpoint if self._cut_off else None
         if checkpoint is None:
@@ -136,6 +138,7 @@ class Sealing:
             rest = checkpoint.rest_of(chunk.data) if checkpoint else chunk.data
             yield from self._cut(chunk, rest, cutter)
             checkpoint, crc = None, chunk.crc
+            free.put(memoryview(chunk.data.obj)[:CHUNK])
         yield from cutter.add(gzip_trailer(crc, self._done))
         yield from cutter.finish()
 

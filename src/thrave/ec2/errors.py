@@ -194,7 +194,7 @@ ERRORS: dict[str, ErrorKind] = {
     "Unavailable": ErrorKind(
         503,
         "The service cannot reach what it needs: {said}",
-        "BundleInstance while the store fails, or is known to; any action while the hypervisor is away. SDKs try again.",
+        "BundleInstance while the store fails, or is known to; anything while the hypervisor is away. SDKs try again.",
         f"{AWS}; the choice of code is ours",
     ),
     "InternalError": ErrorKind(

@@ -150,12 +150,15 @@ class Bundling:
         """Send the root volume, sealed, part by part to the bucket; nothing of it is written anywhere else."""
         if self._journal.documents() is not None:
             return
-        with self._state(BundleTaskState.BUNDLING) as watch, self._held(watch) as (instance, root):
-            with open_volume(root.path, root.format, skip=self._host.skip, secret_file=root.secret_file) as volume:
-                with durable("volume opened"):
-                    self._records.note_volume_size(self._task.bundle_id, volume.size)
-                self._look_whether_clean(volume, root.path)
-                sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
+        with (
+            self._state(BundleTaskState.BUNDLING) as watch,
+            self._held(watch) as (instance, root),
+            open_volume(root.path, root.format, skip=self._host.skip, secret_file=root.secret_file) as volume,
+        ):
+            with durable("volume opened"):
+                self._records.note_volume_size(self._task.bundle_id, volume.size)
+            self._look_whether_clean(volume, root.path)
+            sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))
 
@@ -171,14 +174,13 @@ class Bundling:
                 self._store.put(manifest_filename(self._store.name), documents["manifest"].encode(), watch)
 
     def merge(self) -> None:
-        """Have the instance go on without the overlay. If that fails, the bundle is there, and the caretaker goes on."""
+        """Have the instance go on without the overlay. The bundle is there if that fails, and the caretaker goes on."""
         with self._state(BundleTaskState.STORING) as watch:
             try:
                 patiently(lambda: self._freezer.merge(watch.pause), _DAEMON_RESTART, pause=watch.pause)
             except InstanceError as error:
-                self._records.notice(
-                    self._task.bundle_id, f"The instance still runs on its overlay, and it is tried to merge it: {error}."
-                )
+                still = f"The instance still runs on its overlay, which is tried to be merged again: {error}."
+                self._records.notice(self._task.bundle_id, still)
 
     def remove(self) -> None:
         """Take away what the task has stored."""

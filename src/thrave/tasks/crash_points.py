@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 
 Step = Literal[
     "record", "cancellation", "power noted", "sysprep sent", "shutdown sent", "power cut", "shutdown seen",
-    "overlay noted", "root volume frozen", "volume opened", "sealing begun", "part sealed", "part stored", "part recorded", "sealing ended", "instance started",
-    "side file stored", "manifest stored", "overlay merged", "record closed", "objects removed", "removal recorded", "task purged",
+    "overlay noted", "root volume frozen", "volume opened", "sealing begun", "part sealed", "part stored",
+    "part recorded", "sealing ended", "instance started", "side file stored", "manifest stored", "overlay merged",
+    "record closed", "objects removed", "removal recorded", "task purged",
 ]  # fmt: skip
 
 
@@ -40,7 +41,8 @@ STEPS: Mapping[Step, Durable] = {
         "The instance's power state is recorded, before anything is done to it.", "It is noted once."
     ),
     "sysprep sent": Durable(
-        "The guest is asked to prepare itself for being copied, and to power off.", "It is asked again unless it is off."
+        "The guest is asked to prepare itself for being copied, and to power off.",
+        "It is asked again unless it is off.",
     ),
     "shutdown sent": Durable("The guest is asked to power off.", "It is asked again unless it is off."),
     "power cut": Durable(

@@ -18,7 +18,6 @@ from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
-
 CHECK_PATIENCE = 60.0  # seconds that a hypervisor may be away when it is to say that nobody wrote to a volume
 
 
@@ -68,9 +67,7 @@ class Freezer:
 
     def _plan(self) -> Frozen | None:
         try:
-            if self._instances.overlays is None:
-                raise OverlayImpossible(self._task.instance_id, "its hypervisor has no overlays")
-            frozen = self._overlays.plan(self._task.instance_id)
+            frozen = self._planned()
         except OverlayImpossible as reason:
             self._records.notice(
                 self._task.bundle_id, f"The instance is off until its root volume has been read: {reason}."
@@ -79,6 +76,11 @@ class Freezer:
         with durable("overlay noted"):
             self._records.note_frozen(self._task.bundle_id, frozen)
         return frozen
+
+    def _planned(self) -> Frozen:
+        if self._instances.overlays is None:
+            raise OverlayImpossible(self._task.instance_id, "its hypervisor has no overlays")
+        return self._instances.overlays.plan(self._task.instance_id)
 
     @property
     def _overlays(self) -> Overlays:

@@ -17,9 +17,7 @@ log = structlog.get_logger()
 _Answer = TypeVar("_Answer")
 
 
-def patiently(
-    ask: Callable[[], _Answer], seconds: float, *, pause: Callable[[float], object] = time.sleep
-) -> _Answer:
+def patiently(ask: Callable[[], _Answer], seconds: float, *, pause: Callable[[float], object] = time.sleep) -> _Answer:
     """Ask, and again while the hypervisor is gone.
 
     Args:

@@ -62,7 +62,7 @@ class Watch:
         self._moved = time.monotonic()
 
     def guard(self, check: Callable[[], None]) -> None:
-        """Look from now on, once a second, whether `check` raises RootVolumeInUse or what ends a task; stop the work then.
+        """Ask `check` from now on, once a second; stop the work if it raises RootVolumeInUse or what ends a task.
 
         What cannot be told for a while is passed over: whoever gave the check asks once more at the end.
         """
