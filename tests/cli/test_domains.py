@@ -1,11 +1,12 @@
 """`thrave instance` on libvirt's domains, as a script would call it; libvirt's pretence of a hypervisor has them."""
 
 import json
+from functools import partial
 
 import pytest
 
 from support.components import require
-from support.pretended import URI, pretended_libvirt
+from support.pretended import URI, domain_xml, pretended_libvirt
 from thrave.doctor import domains
 
 pytestmark = pytest.mark.libvirt
@@ -110,7 +111,7 @@ def test_a_domain_that_was_adopted_by_hand_and_badly_is_named(thrave_json, thrav
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["nowhere"], 1, "nowhere"),
+        (["nowhere"], 1, "Domain not found"),
         (["win", "--account", "000000000000"], 3, "000000000000"),
         (["win", "--root-device", "vdz"], 1, "there is no disk vdz"),
         (["win", "--root-device-type", "floppy"], 2, "floppy"),
@@ -162,7 +163,7 @@ class TestTheDoctor:
     def test_says_which_libvirt_it_is_and_that_all_is_well(self, doctor):
         status, failed, found = doctor()
         assert (status, failed) == (0, set())
-        assert found["libvirt"]["detail"].startswith("Test ")
+        assert found["libvirt"]["detail"].startswith("TEST 0.0.2, libvirt ")
         assert found["instances"]["detail"] == f"1 in {URI}"
         assert found["root volumes"]["detail"] == "1 can be read"
         assert found["power button"]["detail"] == "1 domains, 0 of them with a channel for an agent"
@@ -217,24 +218,39 @@ class TestTheDoctor:
         assert "root volumes" in failed
         assert f"{tmp_path / 'passphrase'}: No such file" in found["root volumes"]["detail"]
 
-    def test_looks_whether_overlays_can_be_made(self, doctor, monkeypatch, disk):
+    def test_says_that_a_pretended_machine_can_have_no_overlay(self, doctor, adopted):
         require("qemu-img", package="qemu-utils")
         status, failed, found = doctor(downtime="overlay")
         assert (status, failed) == (0, set())
-        assert (found["overlays"]["detail"], found["downtime"]["detail"]) == ("1 could be made", "1 can")
-        monkeypatch.setattr(domains, "LEAST_ROOM", 1 << 62)
-        _, failed, found = doctor()
-        assert failed == {"overlays"}
-        assert found["overlays"]["detail"].startswith(f"{disk.parent}: ")
+        assert (found["overlays"]["detail"], found["downtime"]["outcome"]) == ("0 could be made", "lacking")
+        assert adopted["instanceId"] in found["downtime"]["detail"]
 
-    def test_names_a_root_volume_that_can_have_none(self, doctor, libvirt, account_id, thrave_json, tmp_path):
-        require("qemu-img", package="qemu-utils")
-        (tmp_path / "win.vmdk").touch()
-        libvirt.define("old", tmp_path / "win.vmdk", image_format="vmdk")
-        thrave_json("instance", "adopt", "old", "--account", account_id)
-        _, _, found = doctor(downtime="overlay")
-        assert (found["downtime"]["outcome"], found["overlays"]["outcome"]) == ("lacking", "ok")
-        assert "the format vmdk" in found["downtime"]["detail"]
+
+def test_the_doctor_looks_whether_overlays_can_be_made(
+    thrave, thrave_json, libvirtd, account_id, disk, monkeypatch, request
+):
+    monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
+    monkeypatch.setenv("THRAVE_LIBVIRT_URI", libvirtd.uri)
+    monkeypatch.setenv("THRAVE_DOWNTIME", "overlay")
+    for name, image_format in (("win-raw", "raw"), ("win-vmdk", "vmdk")):
+        definition = disk.with_name(f"{name}.xml")
+        definition.write_text(domain_xml(name, disk, kind="qemu", image_format=image_format))
+        libvirtd.virsh("define", definition)
+        request.addfinalizer(partial(libvirtd.virsh, "undefine", name))
+        thrave_json("instance", "adopt", name, "--account", account_id)
+    found = findings(thrave)
+    assert found["libvirt"]["detail"].startswith("QEMU ")
+    assert found["overlays"]["outcome"] == "ok"
+    assert (found["downtime"]["outcome"], "the format vmdk" in found["downtime"]["detail"]) == ("lacking", True)
+    monkeypatch.setattr(domains, "LEAST_ROOM", 1 << 62)
+    found = findings(thrave)
+    assert found["overlays"]["outcome"] == "failed"
+    assert f"{disk.parent}: " in found["overlays"]["detail"]
+
+
+def findings(thrave):
+    """What the doctor has found, by check."""
+    return {one["check"]: one for one in json.loads(thrave("doctor", "--output", "json")[1])["checks"]}
 
 
 @pytest.mark.parametrize(("setting", "check"), [("downtime", "overlays"), ("sysprep", "sysprep")])

@@ -14,7 +14,7 @@ from thrave.compute.hypervisor import Hypervisor
 URI = "test:///default"
 
 _XML = """\
-<domain type="test">
+<domain type="{kind}">
   <name>{name}</name>
   <memory unit="MiB">64</memory>
   <os><type arch="x86_64">hvm</type></os>
@@ -31,6 +31,12 @@ _ACPI = "<features><acpi/></features>"
 _CHANNEL = '<channel type="unix"><target type="virtio" name="org.qemu.guest_agent.0"/></channel>'
 
 
+def domain_xml(name, disk, *, kind="test", image_format="raw", acpi=True, channel=False):
+    """A domain with an empty CD drive and a disk, as libvirt takes it."""
+    features, agent = _ACPI if acpi else "", _CHANNEL if channel else ""
+    return _XML.format(kind=kind, name=name, disk=disk, format=image_format, features=features, channel=agent)
+
+
 class Pretended:
     """The pretended hypervisor."""
 
@@ -39,13 +45,11 @@ class Pretended:
         self._hypervisor = hypervisor
         self._made: list[str] = []
 
-    def define(self, name, disk, *, image_format="raw", acpi=True, channel=False):
-        """Define a domain that is off, with an empty CD drive and a disk; give its UUID."""
-        features, agent = _ACPI if acpi else "", _CHANNEL if channel else ""
-        xml = _XML.format(name=name, disk=disk, format=image_format, features=features, channel=agent)
+    def define(self, name, disk, **details):
+        """Define a domain that is off, as `domain_xml`; give its UUID."""
         with self._hypervisor.asked() as connection:
             self._made.append(name)
-            return connection.defineXML(xml).UUIDString()
+            return connection.defineXML(domain_xml(name, disk, **details)).UUIDString()
 
     def start(self, name):
         """Start a domain, past the driver."""

@@ -1,7 +1,7 @@
 """`thrave instance adopt` and `disown`: which of libvirt's domains are instances, and whose.
 
-What is said here is written into the domain's own metadata, where it stays with the domain: nothing else of it is changed,
-and it is neither stopped nor started.
+What is said here is written into the domain's own metadata, where it stays with the domain. Nothing else of it is
+changed, and it is neither stopped nor started.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checks of a host with libvirt: that it answers, and what its domains must have to be bundled.
 
-Nothing is stopped, started or written. Whose a domain is and which root volume it has, the driver says; here it is asked
-what nobody needs while all goes well.
+Nothing is stopped, started or written. Whose a domain is, and which root volume it has, the driver says; here it is
+asked what nobody needs while all goes well.
 """
 
 import os
@@ -102,7 +102,7 @@ def downtime(subject: Subject) -> str:
     """See that each root volume can have an overlay."""
     planned, impossible = _plans(subject)
     if impossible:
-        raise Trouble("; ".join(map(str, impossible)))
+        raise Trouble("; ".join(f"{reason.instance_id}: {reason}" for reason in impossible))
     return f"{len(planned)} can"
 
 

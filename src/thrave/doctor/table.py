@@ -136,7 +136,7 @@ CHECKS: tuple[Check, ...] = (
         domains.sysprep, needs=("libvirt",),
     ),
     Check(
-        "host", "overlays", "With `downtime = overlay`: overlays can be made beside the root volumes, with 1 GiB of room.",
+        "host", "overlays", "With `downtime = overlay`: one can be made beside each root volume, with 1 GiB of room.",
         "Let the service's user write to the root volume and its folder, and its unit, too (overlays.conf); make room; "
         "apt-get install qemu-utils.",
         domains.overlays, needs=("libvirt",),
