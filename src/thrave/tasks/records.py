@@ -173,7 +173,7 @@ class Records:
 
     def note_frozen(self, bundle_id: str, frozen: Frozen | None) -> None:
         """Record what the task freezes of its instance, before it does; or that it has been merged."""
-        document = None if frozen is None else _FROZEN.dump_python(frozen, mode="json")
+        document = None if frozen is None else _FROZEN.dump_python(frozen, mode="json", by_alias=True)
         with self._engine.begin() as connection:
             mine = bundle_task.c.bundle_id == bundle_id
             connection.execute(bundle_task.update().where(mine).values(frozen=document))
