@@ -1,11 +1,12 @@
 """Every how-to, run as it is written: its shell blocks in one script, its files beside it.
 
-Where one is about a host that was set up for good, its folders, its user and its unit are stood in for; lines that are
-indented change a host as root, or are typed in a guest, and are not run.
+Where one is about a host that was set up for good, its folders and its user are stood in for, and its unit by the
+command and the sandbox in it. Lines that are indented change a host as root, or are typed in a guest, and are not run.
 """
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from support.components import require
+from support.confinement import confined
 from support.disks import make_disk
 from support.domain import Domain
 from thrave.compute.domain_metadata import NAMESPACE
@@ -35,6 +37,7 @@ LIBVIRT = 'hypervisor = "libvirt"'
 """What a how-to says that needs libvirt."""
 GUEST = "win-web"
 """The domain that how-tos are about; it runs, and nobody has adopted it."""
+START = "systemctl enable --now thrave"
 UNIT = ROOT / "packaging" / "systemd" / "thrave.service"
 
 
@@ -68,9 +71,10 @@ def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
         text = text.replace(f"http://127.0.0.1:{STORE_PORT}", store.url)
     if DATABASE in text:
         text = text.replace(DATABASE, request.getfixturevalue("postgres").new_database())
-    (starts,) = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
+    if START in text:
+        (starts,) = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
+        text = text.replace(START, shlex.join(confined(UNIT, [folder], [*starts.split(), "--port", port])) + " &")
     for there, here in {
-        "systemctl enable --now thrave": f"{starts} --port {port} &",
         "runuser -u thrave -- ": "",
         "/opt/thrave/bin": Path(sys.executable).parent,
         "/var/lib/thrave": folder / "data",

@@ -127,7 +127,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "host", "power button", "Each domain has ACPI, or a channel for its guest's agent.",
-        "Add <acpi/> to the domain's <features>, or the channel org.qemu.guest_agent.0 and the agent to its guest.",
+        "Add `<acpi/>` to the domain's `<features>`, or the channel org.qemu.guest_agent.0 and the agent to its guest.",
         domains.power_button, needs=("libvirt",),
     ),
     Check(

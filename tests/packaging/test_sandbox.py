@@ -1,0 +1,95 @@
+"""What a unit's sandbox lets a service do: everything that a bundle needs, and little else.
+
+The whole service, bundling a real guest in it, is the how-to's (`tests/docs/test_howtos.py`).
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.components import require
+from support.confinement import confined
+from thrave.demo.disk import make_demo_disk
+
+UNIT = Path(__file__).parents[2] / "packaging" / "systemd" / "thrave.service"
+
+FORBIDDEN = """
+import ctypes, mmap, os, socket
+def tried(name, what):
+    try:
+        what()
+    except OSError as error:
+        print(name, os.strerror(error.errno))
+tried("write", lambda: open("/etc/thrave-was-here", "w"))
+tried("netlink", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))
+tried("code", lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC))
+tried("give away", lambda: os.chown(".", 1, 1))
+tried("priority", lambda: os.setpriority(os.PRIO_PROCESS, 0, 1))
+tried("disks", lambda: os.stat("/dev/loop-control"))
+tried("machine", lambda: os.stat("/proc/meminfo"))
+"""
+
+BUNDLE = """
+import sys
+from pathlib import Path
+from thrave.volumes.opening import open_volume
+with open_volume(Path(sys.argv[1]), "qcow2", skip="unused") as volume:
+    print(sum(extent.length for extent in volume.extents()))
+"""
+
+OVERLAY = """
+import sys, time
+from pathlib import Path
+from thrave.compute.domain_edits import Image
+from thrave.compute.overlay_files import commit, create
+disk, overlay = map(Path, sys.argv[1:])
+create("i-00000000", overlay, Image(disk, "raw"))
+commit("i-00000000", overlay, time.sleep)
+"""
+
+
+def python(code, *words, writable):
+    """Run code in the sandbox; give its status and what it said."""
+    argv = confined(UNIT, [writable], [sys.executable, "-c", code, *map(str, words)])
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, cwd=writable)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_nothing_needs_is_refused(tmp_path):
+    status, said = python(FORBIDDEN, writable=tmp_path)
+    assert status == 0, said
+    assert said.splitlines() == [
+        "write Read-only file system",
+        "netlink Operation not permitted",
+        "code Operation not permitted",
+        "give away Operation not permitted",
+        "priority Operation not permitted",
+        "disks No such file or directory",
+        "machine No such file or directory",
+    ]
+
+
+def test_an_image_is_read_and_its_ntfs_surveyed(tmp_path):
+    pytest.importorskip("pytsk3")
+    disk, image = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    make_demo_disk(disk, 64 << 20)
+    qemu_img = require("qemu-img", package="qemu-utils")
+    subprocess.run([qemu_img, "convert", "-f", "raw", "-O", "qcow2", disk, image], check=True)
+    status, said = python(BUNDLE, image, writable=tmp_path)
+    assert status == 0, said
+    assert 0 < int(said) < disk.stat().st_blocks * 512
+
+
+def test_an_overlay_is_made_and_merged_where_the_unit_may_write_and_nowhere_else(tmp_path):
+    require("qemu-img", package="qemu-utils")
+    pool, elsewhere = tmp_path / "pool", tmp_path / "elsewhere"
+    for folder in (pool, elsewhere):
+        folder.mkdir()
+    disk = pool / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    status, said = python(OVERLAY, disk, pool / ".overlay.qcow2", writable=pool)
+    assert status == 0, said
+    status, said = python(OVERLAY, disk, pool / ".overlay.qcow2", writable=elsewhere)
+    assert (status, "Read-only file system" in said) == (1, True)
