@@ -8,7 +8,7 @@ import pytest
 
 from support.domain import Domain
 from support.drive import OFF, Drive
-from support.libvirt_service import Bundle, running_service
+from support.libvirt_service import Bundle, LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 
@@ -35,21 +35,20 @@ class Story:
 @pytest.fixture(scope="module")
 def stories(libvirtd, guest, tmp_path_factory):
     """One story for each setting, each told when it is first asked for."""
-    told = {}
-    with running_service(tmp_path_factory.mktemp("service"), libvirtd) as service:
-        service.stop()
+    service, told = LibvirtService(tmp_path_factory.mktemp("service"), libvirtd), {}
 
-        def story(downtime):
-            if downtime not in told:
-                domain = service.domain(downtime, guest).start()
-                service.start(downtime=downtime)
-                told[downtime] = tell(service, domain, meanwhile=downtime == "overlay")
-                service.stop()
-            return told[downtime]
+    def story(downtime):
+        if downtime not in told:
+            domain = service.domain(downtime, guest).start()
+            service.start(downtime=downtime)
+            told[downtime] = tell(service, domain, meanwhile=downtime == "overlay")
+            service.stop()
+        return told[downtime]
 
-        yield story
-        for tale in told.values():
-            tale.domain.remove()
+    yield story
+    service.stop()
+    for tale in told.values():
+        tale.domain.remove()
 
 
 def tell(service, domain, *, meanwhile):

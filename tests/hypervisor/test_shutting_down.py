@@ -3,24 +3,18 @@
 import pytest
 
 from support.drive import OFF
-from support.libvirt_service import running_service
+from support.libvirt_service import LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 LATE = 15  # seconds: the first request to power off is lost for sure
 
 
-@pytest.fixture(scope="module")
-def _service(libvirtd, tmp_path_factory):
-    with running_service(tmp_path_factory.mktemp("service"), libvirtd) as service:
-        service.stop()
-        yield service
-
-
 @pytest.fixture
-def service(_service):
+def service(libvirtd, tmp_path):
     """A service that each test starts with settings of its own."""
-    yield _service
-    _service.stop()
+    service = LibvirtService(tmp_path, libvirtd)
+    yield service
+    service.stop()
 
 
 def guest_of(service, guest, name, **told):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID, uuid4
+from xml.etree.ElementTree import canonicalize
 from xml.sax.saxutils import quoteattr
 
 from support.drive import Drive
@@ -138,8 +139,9 @@ class Domain:
         return self.host.virsh("domstate", self.name).strip() == "running"
 
     def definition(self) -> str:
-        """What libvirt will start it from."""
-        return self.host.virsh("dumpxml", "--inactive", self.name)
+        """What libvirt will start it from, but for when the service has seen it start."""
+        definition = self.host.virsh("dumpxml", "--inactive", self.name)
+        return canonicalize(definition, strip_text=True, exclude_attrs=["launchTime"])
 
     def sources(self) -> list[str]:
         """The files of its disks: as it runs if it does, and as it is defined."""
