@@ -2,7 +2,7 @@
 
     python confinement.py UNIT WRITABLE… -- PROGRAM ARGUMENT…
 
-Done here are NoNewPrivileges, an empty CapabilityBoundingSet, ProtectSystem=strict (but for /tmp and the folders named),
+Done here are NoNewPrivileges, an empty CapabilityBoundingSet, ProtectSystem=strict (but for /tmp and what is named),
 PrivateDevices, ProtectProc=invisible and ProcSubset=pid; and, as they stand in the unit, RestrictAddressFamilies,
 SystemCallFilter and MemoryDenyWriteExecute. The user stays who it is: only root can start the tests' Python.
 """
