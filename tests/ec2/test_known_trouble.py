@@ -40,8 +40,9 @@ def lead_to(house, street, ec2):
         lambda folder: VolumeFile(path=folder / "gone.raw"),
         lambda folder: VolumeFile(path=folder),
         lambda folder: VolumeFile(path=folder / "disk.raw", format="vdi"),
+        lambda folder: VolumeFile(path=folder / "disk.raw", format="luks", secret_file=folder / "passphrase"),
     ],
-    ids=["gone", "no file", "unknown format"],
+    ids=["gone", "no file", "unknown format", "no passphrase"],
 )
 def test_an_instance_whose_volume_cannot_be_read_is_not_stopped(house, ec2, lead_to, tmp_path, volume):
     (tmp_path / "gone.raw").touch()
