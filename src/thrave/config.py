@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         "is over it, a few seconds. `overlay` needs libvirt.",
     )
     sysprep: tuple[str, ...] = Field(
-        (), description="A command of the guest's that prepares it for being copied and powers it off, run by its agent."
+        (), description="A command that prepares a guest for being copied and powers it off; its agent runs it."
     )
     unclean_volume: Literal["report", "refuse"] = Field(
         "report",
