@@ -166,7 +166,7 @@ class TestTheDoctor:
         assert found["libvirt"]["detail"].startswith("TEST 0.0.2, libvirt ")
         assert found["instances"]["detail"] == f"1 in {URI}"
         assert found["root volumes"]["detail"] == "1 can be read"
-        assert found["power button"]["detail"] == "1 domains, 0 of them with a channel for an agent"
+        assert found["power button"]["detail"] == "1 can be told, 0 through an agent's channel"
         assert {found[name]["outcome"] for name in ("commands", "sysprep", "overlays", "downtime")} == {"not tried"}
 
     def test_tries_nothing_of_a_libvirt_that_does_not_answer(self, doctor):

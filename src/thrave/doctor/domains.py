@@ -72,7 +72,7 @@ def power_button(subject: Subject) -> str:
     if deaf:
         raise Trouble(f"{', '.join(deaf)}: neither ACPI nor a channel for an agent")
     by_agent = sum(machine.has_channel for machine in machines)
-    return f"{len(machines)} domains, {by_agent} of them with a channel for an agent"
+    return f"{len(machines)} can be told, {by_agent} through an agent's channel"
 
 
 def sysprep(subject: Subject) -> str:
