@@ -24,6 +24,7 @@ from thrave.bundle.sealed import SealedPart
 from thrave.bundle.secrets import BundleSecrets
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.instances import Hold
 from thrave.database import host, utc_now
 from thrave.tasks.bundling import Bundling, Host
 from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL
@@ -44,6 +45,8 @@ _DOCUMENTS = {"manifest": "m" * 6000, "side_file": "s" * 3000}
 
 class Guests:
     """The instances of a host, in memory: they power off and start at once. An `Instances`."""
+
+    overlays = None
 
     def __init__(self, instances: Iterable[Instance]) -> None:
         self._instances = {instance.instance_id: instance for instance in instances}
@@ -72,12 +75,19 @@ class Guests:
         """See Instances."""
         self._be(instance_id, InstanceState.RUNNING)
 
-    def hold(self, _instance_id: str) -> AbstractContextManager[None]:
+    def hold(self, _instance_id: str) -> AbstractContextManager[Hold]:
         """See Instances."""
-        return nullcontext()
+        return nullcontext(_Held())
 
     def _be(self, instance_id: str, state: InstanceState) -> None:
         self._instances[instance_id] = replace(self._instances[instance_id], state=state)
+
+
+class _Held:
+    """Nobody else has a simulated machine."""
+
+    def check(self) -> None:
+        """See Hold."""
 
 
 class Store:
@@ -152,6 +162,7 @@ class SimulatedBundling(Bundling):
     def stop(self) -> None:
         """Ask the guest before its first look at it, which saves the pause between two looks."""
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
+            self._freezer.merge(watch.pause)
             self._power.note()
             self._host.instances.request_stop(self._task.instance_id)
             self._power.off(watch)
