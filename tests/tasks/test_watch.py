@@ -101,6 +101,22 @@ def test_a_hypervisor_that_does_not_answer_for_a_while_stops_nothing(bench):
         guarded_until_stopped(bench, away, moved)
 
 
+def test_what_the_guard_finds_while_the_record_is_looked_at_is_not_forgotten(bench):
+    stopped = threading.Event()
+
+    def moved():
+        raise RootVolumeInUse("i-00000000", "it is running")
+
+    def work():
+        with bench.watch() as watch:
+            watch.over(stopped.set, lambda: float(stopped.wait(60)))  # which has the look last until then
+            watch.guard(moved)
+            assert stopped.wait(60)
+
+    with pytest.raises(TaskFailure, match="it is running"):
+        work()
+
+
 def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench):
     waited = threading.Event()
 

@@ -98,8 +98,9 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(INTERVAL):
-            if self._reason is None:
-                self._reason = self._heard() or self._stalled()
+            reason = self._heard() or self._stalled()
+            if reason is not None:  # or it would undo what the guard has found meanwhile
+                self._reason = self._reason or reason
             if self._reason is not None:
                 self._cancel()
                 return
