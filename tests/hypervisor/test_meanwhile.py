@@ -119,7 +119,7 @@ def test_a_running_guest_undefined_while_its_volume_is_read_runs_on_until_it_is_
     web.await_written(again)
     web.host.virsh("shutdown", web.name)
     wait_for(lambda: web.name not in web.host.virsh("list", "--all", "--name"), lambda: "it is defined again")
+    web.define()
     words = web.look().words(again)
     assert words[-1] == OFF
-    web.define()
     web.start()

@@ -93,7 +93,8 @@ class Domain:
 
     def __post_init__(self) -> None:
         """Make what is not there: its disks, and the domain, which is off."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._looks = self.folder / "looks"
+        self._looks.mkdir(parents=True)
         self.console = self.folder / "console.log"
         self.console.touch()
         self.disk = self.folder / "root.raw"
@@ -101,8 +102,6 @@ class Domain:
             subprocess.run(["cp", "--sparse=always", self.root or self.guest.disk, self.disk], check=True)
         self._other = self.folder / "other.raw"
         make_ephemeral_disk(self._other, 4 << 20)
-        self._looks = self.folder / "looks"
-        self._looks.mkdir()
         self.define()
 
     @property

@@ -47,7 +47,7 @@ class LibvirtService:
         }  # fmt: skip
         self.server = ForkedServer(DataDirectory(folder / "thrave"))
         self.account, self._key = self.server.account("alice")
-        self._bundles = 0
+        self._bundles = self._domains = 0
 
     def start(self, **changes: object) -> None:
         """Start it, with other settings from now on; with a `crash_at` it may be dead before it answers."""
@@ -79,8 +79,10 @@ class LibvirtService:
         assert self.server.process.returncode == -signal.SIGKILL
 
     def domain(self, name: str, guest: GuestImage, **details: object) -> Domain:
-        """A guest of Alice's."""
-        return Domain(self.host, name, self.folder / name, guest, self.account.account_id, **details)
+        """A guest of Alice's; of those of one name only one can be there at a time."""
+        self._domains += 1
+        folder = self.folder / f"{name}-{self._domains}"
+        return Domain(self.host, name, folder, guest, self.account.account_id, **details)
 
     def bundle(self, domain: Domain) -> "Bundle":
         """Call BundleInstance."""
