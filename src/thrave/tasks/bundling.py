@@ -7,7 +7,7 @@ and buckets meet; they do not know each other. It never answers a caller: that i
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -176,6 +176,9 @@ class Bundling:
     def merge(self) -> None:
         """Have the instance go on without the overlay. The bundle is there if that fails, and the caretaker goes on."""
         with self._state(BundleTaskState.STORING) as watch:
+            if self._freezer.frozen is not None:
+                with suppress(TaskFailure):  # it is looked after then
+                    self._power.restore()  # its host may have lost its power since
             try:
                 patiently(lambda: self._freezer.merge(watch.pause), _DAEMON_RESTART, pause=watch.pause)
             except InstanceError as error:
