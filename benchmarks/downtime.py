@@ -3,8 +3,9 @@
     python benchmarks/downtime.py            1, 4 and 16 GiB of data: half an hour, 60 GiB of disk, 12 GiB of memory
     python benchmarks/downtime.py --quick    a minute; 32 MiB; says that it runs
 
-The guest is the tests' own (tests/support/guest.py) under QEMU without hardware virtualisation, with so much data in files on its C:. Down it is
-from its power-off until libvirt has started it again, and until it has booted and writes again. Bundles go to tmpfs.
+The guest is the tests' own (tests/support/guest.py), in QEMU without hardware virtualisation, with so much data in
+files on its C:. Down it is from its power-off until libvirt has started it again, and until it has booted and writes
+again. Bundles go to tmpfs.
 """
 
 import argparse
@@ -32,7 +33,6 @@ from support.guest import guest_image, make_disk, make_volume
 from support.hypervisor import Host, running_host
 from support.libvirt_service import LibvirtService
 from support.ntfs import ntfs_tool
-
 from thrave.demo.disk import PARTITION_OFFSET
 
 MODES = ("overlay", "whole")
@@ -110,7 +110,9 @@ def _points(service: LibvirtService, domain: Domain, size: int, rounds: int) -> 
         for point in points:
             point.rounds.append(_bundled(service, domain, point.mode))
     for point in points:
-        medians = [statistics.median(getattr(one, name) for one in point.rounds) for name in ("started", "ready", "task")]
+        medians = [
+            statistics.median(getattr(one, name) for one in point.rounds) for name in ("started", "ready", "task")
+        ]
         print(f"{size // MIB:9}  {point.mode:8}" + "".join(f"{seconds:10.1f}" for seconds in medians), flush=True)
     yield from points
 
@@ -161,7 +163,18 @@ def _guest(host: Host, service: LibvirtService, size: int, inputs: Path) -> Iter
 def _events(domain: Domain) -> Iterator[list[tuple[float, str]]]:
     """What libvirt tells of the domain, each with the time when it did."""
     events: list[tuple[float, str]] = []
-    virsh = ["stdbuf", "-oL", "virsh", "--connect", domain.host.uri, "event", domain.name, "--event", "lifecycle", "--loop"]
+    virsh = [
+        "stdbuf",
+        "-oL",
+        "virsh",
+        "--connect",
+        domain.host.uri,
+        "event",
+        domain.name,
+        "--event",
+        "lifecycle",
+        "--loop",
+    ]
     with subprocess.Popen(virsh, stdout=subprocess.PIPE, text=True) as telling:
         assert telling.stdout is not None
         said = telling.stdout

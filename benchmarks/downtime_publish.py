@@ -32,8 +32,9 @@ def main() -> None:
 
 def _markdown(results: _Json) -> str:
     machine = results["machine"]
+    cores = f"{machine['cores']} cores ({machine['cpu']})"
     lines = [
-        f"{results['when'][:10]}, {machine['cores']} cores ({machine['cpu']}), load {results['load']:.1f} at the start.",
+        f"{results['when'][:10]}, {cores}, load {results['load']:.1f} at the start.",
         "",
         "| data GiB | `downtime` | until it is started, s | until it has booted, s | the whole task, s | rounds |",
         "| --: | --- | --: | --: | --: | --: |",
@@ -55,7 +56,9 @@ def _draw(points: Sequence[_Json]) -> None:
     for mode, colour in _COLOURS.items():
         some = [point for point in points if point["mode"] == mode]
         sizes = [point["data"] / GIB for point in some]
-        axis.plot(sizes, [_median(point, "ready") for point in some], marker="o", color=colour, label=f"downtime = {mode}")
+        axis.plot(
+            sizes, [_median(point, "ready") for point in some], marker="o", color=colour, label=f"downtime = {mode}"
+        )
     axis.set(xlabel="GiB of data on the root volume", ylabel="seconds down, until it has booted", ylim=0, xlim=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""What tests of several rooms share: stores, a PostgreSQL, a host of libvirt's, each started once; the service's databases."""
+"""What tests of several rooms share: stores, a PostgreSQL, a libvirtd, each started once, and the service's databases."""
 
 import pytest
 

@@ -1,5 +1,7 @@
-"""A guest that writes to C: all the time is bundled, by way of the whole service: shut down for as long as its volume is
-read, or only until it runs on an overlay. Windows itself cannot run here; what stands for it is tests/support/guest.py.
+"""A guest that writes to C: all the time is bundled, by way of the whole service, with each setting of `downtime`.
+
+It is shut down for as long as its volume is read, or only until it runs on an overlay. Windows itself cannot run here;
+what stands for it is tests/support/guest.py.
 """
 
 from dataclasses import dataclass

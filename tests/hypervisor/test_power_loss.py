@@ -1,7 +1,7 @@
 """The host loses its power at each step that an overlay takes: service, libvirtd and guests are gone at once.
 
-One task meets all of it, each time right where it has come to, so that every loss is met by what an earlier one has left.
-The service is killed by itself at the step, and everything else a moment later.
+One task meets all of it, each time right where it has come to, so that every loss is met by what an earlier one has
+left. The service is killed by itself at the step, and everything else a moment later.
 """
 
 import pytest
@@ -32,8 +32,7 @@ def test_a_guest_and_its_bundle_outlast_a_power_loss_at_each_step_of_an_overlay(
             libvirtd.lose_power()
             libvirtd.power_on()
         service.start()
-        *numbers, last = bundle.completed().drive().words(boot)
-        assert last == OFF
+        assert bundle.completed().drive().words(boot)[-1] == OFF
         assert bundle.drive().is_clean()
         assert bundle.drive().words(overlaid) == []
         again = web.await_boot(after=[boot, overlaid])

@@ -1,11 +1,11 @@
 """A tiny guest for real hypervisors: Debian's kernel, busybox and ntfs-3g around a real NTFS C: that boots by itself.
 
-No Windows can be had for tests. What this has of one is what a bundle is about: an NTFS volume in the first partition of
-a disk with an MBR, written to all the time, marked as in use meanwhile, and unmounted when the power button is pressed
-or the guest agent asked. What it does stands in `inside_guest/`.
+No Windows can be had for tests. What this has of one is what a bundle is about: an NTFS volume in the first partition
+of a disk with an MBR, written to all the time, marked as in use meanwhile, and unmounted when the power button is
+pressed or the guest agent asked. What it does stands in `inside_guest/`.
 
-It is made once and kept in `.cache` of the checkout. Packages of Debian's are fetched by apt and unpacked there; none is
-installed, and it takes no right to anything.
+It is made once and kept in `.cache` of the checkout. Packages of Debian's are fetched by apt and unpacked there; none
+is installed, and it takes no right to anything.
 """
 
 import fcntl

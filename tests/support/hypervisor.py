@@ -8,7 +8,6 @@ Guests outlive the daemon, as on any host. It is talked to by virsh alone.
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -23,7 +22,9 @@ from support.components import require, unavailable
 
 _DRIVER = "libvirt-daemon-driver-qemu"  # of which libvirt-daemon can do without
 _READY = 60.0  # seconds
-_BOUND = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run", "/etc/passwd", "/etc/group")
+_BOUND = (
+    "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run", "/etc/passwd", "/etc/group",
+)  # fmt: skip
 # The first process takes in those that have lost their parent, which libvirt's guests have: so it must not leave them
 # as zombies, which libvirt would take for guests that do not die. What is hidden, libvirt would examine for seconds; no
 # guest here needs it, and there are machines where /dev/kvm is there and does not work.
@@ -92,7 +93,7 @@ class Host:
         self.start_daemon()
 
     def lose_power(self) -> None:
-        """End every process at once; what the kernel has of their files stays, as if the disks had been told to sync."""
+        """End every process at once; what they have written stays, as if the disks had been told to sync."""
         if self._machine is not None:
             self._first.kill()
             self._machine.communicate()
@@ -102,9 +103,10 @@ class Host:
     def start_daemon(self) -> None:
         """Start libvirtd, and wait until it answers; the guests that run are taken up again."""
         configuration = self.folder / "etc/libvirt/libvirtd.conf"
-        libvirtd = [require("libvirtd", package=f"libvirt-daemon {_DRIVER}"), "-f", configuration, "-p", "/run/libvirtd.pid"]
+        libvirtd = require("libvirtd", package=f"libvirt-daemon {_DRIVER}")
+        argv = self._inside(libvirtd, "-f", configuration, "-p", "/run/libvirtd.pid")
         with (self.folder / "libvirtd.out").open("ab") as output:
-            self._daemon = subprocess.Popen(self._inside(*libvirtd), stdout=output, stderr=output)
+            self._daemon = subprocess.Popen(argv, stdout=output, stderr=output)
         given_up = time.monotonic() + _READY
         while not self._answers():
             assert self._daemon.poll() is None, f"libvirtd has ended: {self.log()}"
