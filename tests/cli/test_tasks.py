@@ -118,10 +118,10 @@ def test_a_failed_task_is_shown_with_its_reason_and_what_to_do(thrave, show, fai
     assert stderr.splitlines()[-1].endswith("failed Server.VolumeError")
     story = show(failed)
     assert story["error"]["code"] == "Server.VolumeError"
-    assert story["remedy"] == "Check the volume's file and the host's disks, and bundle again."
+    assert story["remedy"].startswith("See who has started the instance or uses its disk, and check the volume's file")
     status, text, _ = thrave("task", "show", failed)
     assert status == 0
-    assert "What to do: Check the volume's file" in text
+    assert "What to do: See who has started the instance" in text
     assert "Nothing is left over in the bucket." in text
 
 
