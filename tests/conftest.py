@@ -1,4 +1,4 @@
-"""What tests of several rooms share: stores, a PostgreSQL, a libvirtd, each started once, and the service's databases."""
+"""What tests of several rooms share: stores, a PostgreSQL, a libvirtd, each started once; and databases."""
 
 import pytest
 

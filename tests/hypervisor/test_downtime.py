@@ -21,6 +21,8 @@ class Story:
 
     domain: Domain
     bundle: Bundle
+    notice: str
+    """What the operator was told of the task."""
     drive: Drive
     """C: in the bundle."""
     before: str
@@ -67,7 +69,7 @@ def tell(service, domain, *, meanwhile):
     as_before = (domain.definition(), domain.files()) == (definition, files)
     again = domain.await_boot(after=[before])
     as_before = as_before and domain.sources() == sources
-    return Story(domain, bundle, bundle.drive(), before, written_before, again, as_before, **seen)
+    return Story(domain, bundle, bundle.notice(), bundle.drive(), before, written_before, again, as_before, **seen)
 
 
 @pytest.fixture(params=["whole", "overlay"])
@@ -83,8 +85,9 @@ def test_the_last_line_before_the_shutdown_is_in_the_bundle_and_none_after_it(st
     assert story.drive.words(story.again) == []
 
 
-def test_the_volume_in_the_bundle_is_clean(story):
+def test_the_volume_in_the_bundle_is_clean_and_the_task_has_nothing_to_say(story):
     assert story.drive.is_clean()
+    assert story.notice == ""
 
 
 def test_the_second_disk_is_not_in_the_bundle(story):

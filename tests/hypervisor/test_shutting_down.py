@@ -6,7 +6,7 @@ from support.drive import OFF
 from support.libvirt_service import LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
-LATE = 15  # seconds: the first request to power off is lost for sure
+LATE = 8  # seconds: the first request to power off is lost for sure
 
 
 @pytest.fixture
@@ -35,12 +35,17 @@ def test_a_deaf_guest_fails_its_task_and_stays_up_or_loses_its_power_as_the_oper
         service.start(shutdown_timeout_action="power-off")
         cut = service.bundle(deaf).completed()
         assert "its power was cut, and what it had not written is lost" in cut.notice()
+        assert "it is marked as dirty" in cut.notice()
         assert deaf.runs()
         drive = cut.drive()
         assert not drive.is_clean()
         words = drive.words(boot)
         assert words == [str(number + 1) for number in range(len(words))]
         assert len(words) >= written
+        service.stop()
+        service.start(unclean_volume="refuse")
+        assert service.bundle(deaf).failure()[0] == "Server.VolumeError"
+        assert deaf.runs()
         assert "SHUTDOWN-ASKED" not in deaf.said
     finally:
         deaf.remove()
