@@ -61,9 +61,10 @@ class Tiny:
         host.virsh("define", definition)
 
     def write(self, block: int, value: int) -> None:
-        """Write a block of 64 KiB as its guest would, wherever its disk is at the moment."""
-        said = self._monitor("--hmp", f'qemu-io -d {_BACKEND} "write -P {value} {block * _BLOCK} {_BLOCK}"')
-        assert not said.strip(), said
+        """Write a block of 64 KiB as its guest would, wherever its disk is at the moment, and have it on the disk."""
+        for command in (f"write -P {value} {block * _BLOCK} {_BLOCK}", "flush"):
+            said = self._monitor("--hmp", f'qemu-io -d {_BACKEND} "{command}"')
+            assert not said.strip(), said
 
     def write_off(self, path: Path, image_format: str, block: int, value: int) -> None:
         """Write a block into an image that nobody has open."""
@@ -87,9 +88,12 @@ class Tiny:
 
     def remove(self) -> None:
         """Cut its power, and forget it."""
-        for words in (("destroy", self.name), ("undefine", self.name, "--managed-save", "--checkpoints-metadata")):
-            with suppress(VirshError):  # it does not run, or is gone
-                self.host.virsh(*words)
+        names = self.host.virsh("list", "--all", "--name").split()
+        if self.name in names:
+            with suppress(VirshError):  # it does not run
+                self.host.virsh("destroy", self.name)
+        if self.name in self.host.virsh("list", "--all", "--name").split():
+            self.host.virsh("undefine", self.name, "--managed-save")
 
     def _monitor(self, *words: object) -> str:
         return self.host.virsh("qemu-monitor-command", self.name, *words)

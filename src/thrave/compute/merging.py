@@ -89,14 +89,13 @@ class Merging:
         """Take the next step; whether it was the last.
 
         Raises:
-            HypervisorError: It cannot be taken, or the domain has gone on or off since it was looked at. All is as it was.
+            HypervisorError: It cannot be taken; also if the domain has gone on or off since it was looked at.
         """
-        with self._host.hypervisor.asked(self._instance_id) as connection:
-            try:
-                domain = self._host.table.find(connection, self._instance_id)
-            except InstanceNotFound:
-                return self._commit_files()
-            return self._step(connection, domain)
+        try:
+            with self._host.hypervisor.asked(self._instance_id) as connection:
+                return self._step(connection, self._host.table.find(connection, self._instance_id))
+        except InstanceNotFound:
+            return self._commit_files()
 
     def _step(self, connection: Connection, domain: Domain) -> bool:
         sighting, live, config = self._host.look(domain, self._volume.path, self._overlay)
