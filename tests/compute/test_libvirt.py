@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from support.inventories import ACCOUNT, Domains
-from thrave.compute import hypervisor, libvirt_binding
+from thrave.compute import guest_agent, hypervisor, libvirt_binding
 from thrave.compute.domains import instance_id_of
 from thrave.compute.errors import (
     ComponentMissingError,
@@ -18,12 +18,14 @@ from thrave.compute.errors import (
     HypervisorGoneError,
     IncorrectInstanceState,
     InstanceCommandFailed,
+    InstanceHeld,
     InstanceNotFound,
     InvalidDescriptionError,
     OverlayImpossible,
     RootVolumeInUse,
 )
-from thrave.compute.instance import InstanceState
+from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.compute.instances import Frozen
 from thrave.compute.libvirt import LibvirtInstances
 
 pytestmark = pytest.mark.libvirt
@@ -268,6 +270,40 @@ def test_a_volume_of_a_storage_pool_is_found(domains, instances, disk):
 def test_where_there_is_no_agent_no_command_can_be_run(instances, instance_id):
     with pytest.raises(InstanceCommandFailed, match="cannot be run: there is no agent in the guest"):
         instances.request_sysprep(instance_id, [r"C:\Windows\System32\Sysprep\sysprep.exe", "/oobe"])
+
+
+ANSWERS = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "{}",
+    '{"return": null}',
+    '{"return": []}',
+    '{"return": {"pid": "1"}}',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
+def test_an_agent_that_answers_nonsense_has_run_nothing(instances, instance_id, monkeypatch, answer):
+    class Agent:
+        def qemuAgentCommand(self, *_asked):  # noqa: N802 (libvirt's name)
+            return answer
+
+    monkeypatch.setattr(libvirt_binding, "load_qemu", Agent)
+    with (
+        pytest.raises(InstanceCommandFailed, match="was answered by the guest's agent with no process"),
+        instances._domain(instance_id) as domain,
+    ):
+        guest_agent.run(domain, instance_id, ["sysprep.exe"])
+
+
+def test_one_at_a_time_merges(instances, instance_id, disk):
+    frozen = Frozen(VolumeFile(path=disk), disk.with_name("overlay"))
+    with instances._records.merging(instance_id), pytest.raises(InstanceHeld):
+        instances.overlays.merge(instance_id, frozen, time.sleep)
+    instances.overlays.merge(instance_id, frozen, time.sleep)
 
 
 def test_a_hypervisor_without_block_commit_has_no_overlays(instances, instance_id):

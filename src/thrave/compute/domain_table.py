@@ -105,7 +105,7 @@ class DomainTable:
 
     def all(self) -> Sequence[Sighting]:
         """Every domain, by instance id. Raises HypervisorError."""
-        with self._lock, self._hypervisor.asked() as connection:
+        with self._hypervisor.asked() as connection, self._lock:
             if self._events.lost != self._lost or time.monotonic() > self._whole_again:
                 self._look_at_all(connection)
             else:

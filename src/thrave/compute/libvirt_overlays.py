@@ -142,6 +142,7 @@ class LibvirtOverlays:
                 overlay=Image(frozen.overlay, "qcow2"),
             )
             connection.defineXML(changed)
+        overlay_files.settle_definitions()
 
     def _take_off(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen) -> None:
         with self._host.records.alone(instance_id), understood(domain, instance_id):

@@ -5,10 +5,10 @@ what this process remembers, so that any may be the first after a crash. The vol
 commit while the domain runs, and by qemu-img while it is off; both leave the overlay whole until the domain does not
 need it any more.
 
-For the moment in which a running domain leaves its overlay its CPUs stand still, a fraction of a second. Otherwise a
-host that lost its power just then, after QEMU had left the overlay and before libvirt had written that down, would
-start the guest on the overlay again, and with it on blocks that are older than what the guest had been told was on
-the disk.
+For the moment in which a running domain leaves its overlay its CPUs stand still, a fraction of a second, until the
+overlay has another name. Otherwise a host that lost its power just then, when QEMU has left it and what libvirt
+has written down of that is not on the disk yet, would start the guest on the overlay again, and with it on blocks that
+are older than what the guest had been told was on the disk.
 """
 
 import logging
@@ -130,6 +130,7 @@ class Merging:
         elif disk.mirror.ready:
             with self._standing_still(domain, sighting):
                 domain.blockJobAbort(disk.target, JobAbort.PIVOT)
+                overlay_files.move(self._instance_id, self._overlay, self._committed)
             self._is_merged = True
 
     @contextmanager
@@ -157,8 +158,8 @@ class Merging:
     def _commit_off(self, connection: Connection, domain: Domain, disk: Disk) -> None:
         """Merge the files of a domain that is off, so that it can be started on no more than it was merged from.
 
-        The merged overlay gets another name before the definition is changed: whoever starts the domain in between
-        finds no disk, rather than one that is thrown away.
+        The overlay gets another name before the definition is changed: whoever starts the domain in between, or after
+        the host has lost its power and with it that change, finds no disk, rather than one that is thrown away.
         """
         if domain.hasManagedSaveImage():
             raise HypervisorError(
@@ -190,16 +191,17 @@ class Merging:
         with self._host.records.alone(self._instance_id), understood(domain, self._instance_id):
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
             connection.defineXML(without_overlay(xml, disk.target, None, volume=self._volume))
+        overlay_files.settle_definitions()
 
     def _clean_up(self, domain: Domain, sighting: Sighting) -> None:
         """Remove the overlay, then what is said of it: so nothing is left of it when nothing says so any more."""
         frozen = None if sighting.record is None else sighting.record.frozen
-        if frozen is not None and _stands_still_for_us(frozen, sighting):
-            domain.resume()
         if self._is_merged or _is(frozen, self._overlay) or not self._is_there(self._overlay):
             self._remove()
         else:
             self._put_away()
+        if frozen is not None and _stands_still_for_us(frozen, sighting):
+            domain.resume()
         self._host.records.change(domain, self._instance_id, lambda record: replace(record, frozen=None))
 
     def _put_away(self) -> None:

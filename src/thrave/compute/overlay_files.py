@@ -18,7 +18,7 @@ from thrave.compute.domain_edits import Image
 from thrave.compute.errors import ComponentMissingError, HypervisorError, ImageInUseError
 
 _PACKAGE = "qemu-utils"
-_SECONDS = 120.0  # for what only looks at an image's metadata
+_DEFINITIONS = Path("/etc/libvirt/qemu")
 _LOOK_AGAIN = 0.2  # seconds
 
 Pause = Callable[[float], object]
@@ -59,6 +59,15 @@ def is_empty(instance_id: str, overlay: Path) -> bool:
     """Whether nothing was written to an overlay. Raises as `commit`."""
     said = _run(instance_id, ["map", "--output=json", "-f", "qcow2", str(overlay)], lambda _seconds: None)
     return not any(extent["depth"] == 0 and extent["present"] for extent in json.loads(said))
+
+
+def settle_definitions() -> None:
+    """Have what libvirt has just defined on the disk, as far as this process may say so.
+
+    It writes the new definition and gives it the old one's name; a host that loses its power may forget the latter.
+    """
+    with suppress(OSError):  # another libvirt than the system's, or no right to
+        files.sync_folder(_DEFINITIONS)
 
 
 def aside(path: Path, name: str) -> Path:
