@@ -1,7 +1,8 @@
 """A hypervisor host of the tests' own: a libvirtd and whatever it starts, in namespaces that end with the test.
 
 What libvirt keeps on a machine is bound to a private folder in a mount namespace, so that the machine's own libvirt is
-never touched and two such hosts never meet. All processes are in one pid namespace: with the first of them the kernel
+never touched and two such hosts never meet; who is not root has a libvirtd of their session, which keeps everything in
+folders that it is told. All processes are in one pid namespace: with the first of them the kernel
 kills the rest at once, as a power failure does, and the first one ends when the test's process does, whatever way.
 Guests outlive the daemon, as on any host. It is talked to by virsh alone.
 """
@@ -22,6 +23,9 @@ from support.components import require, unavailable
 
 _DRIVER = "libvirt-daemon-driver-qemu"  # of which libvirt-daemon can do without
 _READY = 60.0  # seconds
+_IS_ROOT = os.geteuid() == 0
+# Who is not root may have namespaces if one of them is of users, and stays who they are in it.
+_UNSHARED, _ENTERED = ([], []) if _IS_ROOT else (["--user", "--map-current-user"], ["--user", "--preserve-credentials"])
 _BOUND = (
     "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run", "/etc/passwd", "/etc/group",
 )  # fmt: skip
@@ -30,13 +34,15 @@ _BOUND = (
 # guest here needs it, and there are machines where /dev/kvm is there and does not work.
 _FIRST = """
 folder=$0
-for path; do
+for path; do  # none for who is not root
     [ -e "$path" ] || mkdir -p "$path"  # what is private can only be put over something
     mount --bind "$folder$path" "$path" || exit
 done
-: >"$folder/nothing"
-for path in /dev/kvm /usr/bin/qemu-system-i386; do  # if it could be written to, libvirt would measure QEMU each time
-    [ ! -e "$path" ] || { mount --bind "$folder/nothing" "$path" && mount -o remount,bind,ro "$path"; } || exit
+touch "$folder/nothing"
+[ $# = 0 ] || for path in /dev/kvm /usr/bin/qemu-system-i386; do
+    [ -e "$path" ] || continue
+    # If it could be written to, libvirt would measure QEMU at each definition.
+    mount --bind "$folder/nothing" "$path" && mount -o remount,bind,ro "$path" || exit
 done
 echo ready
 exec env --ignore-signal=CHLD cat >/dev/null
@@ -48,9 +54,11 @@ auth_unix_ro = "none"
 auth_unix_rw = "none"
 log_outputs = "3:file:{folder}/libvirtd.log"
 """
-_QEMU_CONF = """\
+_AS_ROOT = """\
 user = "root"
 group = "root"
+"""
+_QEMU_CONF = """\
 security_driver = "none"
 cgroup_controllers = []
 namespaces = []
@@ -71,16 +79,17 @@ class Host:
         """Keep everything in `folder`, whose path must be short: sockets lie in it."""
         self.folder = folder
         self._socket = folder / "sockets" / "libvirt-sock"
-        self.uri = f"qemu:///system?socket={self._socket}"
+        self.uri = f"qemu:///{'system' if _IS_ROOT else 'session'}?socket={self._socket}"
         self._virsh = require("virsh", package="libvirt-clients")
         self._machine: subprocess.Popen[str] | None = None
+        self._daemon: subprocess.Popen[bytes] | None = None
         self._configure()
 
     def power_on(self) -> None:
         """Start it as a machine starts: no guest runs, and libvirtd answers."""
         _empty(self.folder / "run")
-        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        argv = [*unshare, "sh", "-c", _FIRST, self.folder, *_BOUND]
+        unshare = ["unshare", *_UNSHARED, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        argv = [*unshare, "sh", "-c", _FIRST, self.folder, *(_BOUND if _IS_ROOT else ())]
         with (self.folder / "first.out").open("ab") as output:
             self._machine = subprocess.Popen(
                 argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True
@@ -97,16 +106,20 @@ class Host:
         if self._machine is not None:
             self._first.kill()
             self._machine.communicate()
-            self._daemon.wait()
+            if self._daemon is not None:
+                self._daemon.wait()
             self._machine = None
 
     def start_daemon(self) -> None:
         """Start libvirtd, and wait until it answers; the guests that run are taken up again."""
         configuration = self.folder / "etc/libvirt/libvirtd.conf"
         libvirtd = require("libvirtd", package=f"libvirt-daemon {_DRIVER}")
-        argv = self._inside(libvirtd, "-f", configuration, "-p", "/run/libvirtd.pid")
+        argv = self._inside(libvirtd, "-f", configuration, "-p", self.folder / "run" / "libvirtd.pid")
+        folders = {"CONFIG": "etc", "CACHE": "var/cache", "DATA": "var/lib"}  # of a session; they are as the machine's
+        environment = {f"XDG_{name}_HOME": str(self.folder / path) for name, path in folders.items()}
+        environment["XDG_RUNTIME_DIR"] = str(self.folder / "run")
         with (self.folder / "libvirtd.out").open("ab") as output:
-            self._daemon = subprocess.Popen(argv, stdout=output, stderr=output)
+            self._daemon = subprocess.Popen(argv, stdout=output, stderr=output, env={**os.environ, **environment})
         given_up = time.monotonic() + _READY
         while not self._answers():
             assert self._daemon.poll() is None, f"libvirtd has ended: {self.log()}"
@@ -115,12 +128,13 @@ class Host:
 
     def kill_daemon(self) -> None:
         """End libvirtd by SIGKILL; its guests run on."""
-        self._kill("libvirtd.pid")
+        self._kill(self.folder / "run" / "libvirtd.pid")
         self._daemon.wait()
 
     def kill_guest(self, name: str) -> None:
         """End a guest's QEMU by SIGKILL."""
-        self._kill(f"libvirt/qemu/{name}.pid")
+        (pidfile,) = (self.folder / "run" / "libvirt" / "qemu").rglob(f"{name}.pid")
+        self._kill(pidfile)
 
     def virsh(self, *words: object) -> str:
         """What virsh prints.
@@ -153,13 +167,13 @@ class Host:
                 known.write_text(f"{known.read_text()}{line}\n")
         (self.folder / "sockets").mkdir()
         (self.folder / "etc/libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF.format(folder=self.folder))
-        (self.folder / "etc/libvirt/qemu.conf").write_text(_QEMU_CONF)
+        (self.folder / "etc/libvirt/qemu.conf").write_text(_QEMU_CONF + (_AS_ROOT if _IS_ROOT else ""))
 
     def _inside(self, *argv: object) -> list[str]:
-        return ["nsenter", f"--target={self._first.pid}", "--mount", "--pid", *map(str, argv)]
+        return ["nsenter", f"--target={self._first.pid}", *_ENTERED, "--mount", "--pid", *map(str, argv)]
 
-    def _kill(self, pidfile: str) -> None:
-        pid = (self.folder / "run" / pidfile).read_text().strip()
+    def _kill(self, pidfile: Path) -> None:
+        pid = pidfile.read_text().strip()
         subprocess.run(self._inside("sh", "-c", 'kill -KILL "$0"', pid), check=True)
 
     def _answers(self) -> bool:
@@ -172,13 +186,11 @@ class Host:
 @contextmanager
 def running_host() -> Iterator[Host]:
     """A host that is on, and gone at the end with all that it has started."""
-    if os.geteuid() != 0:
-        unavailable("a libvirtd of the tests' own takes namespaces, which root alone can make")
     require("qemu-system-x86_64", package="qemu-system-x86")
-    with tempfile.TemporaryDirectory(prefix="thrave-host-") as folder:
+    with tempfile.TemporaryDirectory(prefix="thrave-") as folder:
         host = Host(Path(folder))
-        host.power_on()
         try:
+            host.power_on()
             yield host
         finally:
             host.lose_power()
