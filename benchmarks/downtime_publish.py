@@ -34,6 +34,8 @@ def _markdown(results: _Json) -> str:
     machine = results["machine"]
     cores = f"{machine['cores']} cores ({machine['cpu']})"
     lines = [
+        f"![Seconds that a guest is down: with an overlay flat, without one rising with the data]({_PLOT.name})",
+        "",
         f"{results['when'][:10]}, {cores}, load {results['load']:.1f} at the start.",
         "",
         "| data GiB | `downtime` | until it is started, s | until it has booted, s | the whole task, s | rounds |",
