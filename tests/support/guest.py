@@ -190,30 +190,32 @@ def _found(packages: Path, name: str) -> Path:
 
 
 def _packages(folder: Path) -> Path:
-    """Debian's packages, unpacked; the lists are apt's own, or, where it has none, a copy of ours."""
+    """Debian's packages, unpacked; by the lists that apt has, or, where it has none or old ones, by ours."""
     apt = folder / "apt"
     (apt / "lists" / "partial").mkdir(parents=True)
-    options = ["-o", "APT::Sandbox::User=root"]
-    depends = _apt("apt-cache", *options, "depends", _KERNEL, cwd=apt)
-    if depends is None:
-        options += ["-o", f"Dir::State::Lists={apt / 'lists'}"]
-        _apt("apt-get", *options, "update", cwd=apt)
-        depends = _apt("apt-cache", *options, "depends", _KERNEL, cwd=apt)
-    kernel = re.search(r"Depends: (linux-image-\S+)", depends or "")
-    if kernel is None or _apt("apt-get", *options, "download", kernel[1], *_PROGRAMS, cwd=apt) is None:
-        unavailable(f"apt cannot fetch {_KERNEL}, {' and '.join(_PROGRAMS)}")
+    ours = ("-o", "APT::Sandbox::User=root", "-o", f"Dir::State::Lists={apt / 'lists'}")
+    if not _fetched(apt):
+        _apt(apt, "apt-get", *ours, "update")
+        if not _fetched(apt, *ours):
+            unavailable(f"apt cannot fetch {_KERNEL}, {' and '.join(_PROGRAMS)}")
     unpacked = folder / "packages"
     for package in apt.glob("*.deb"):
         _run("dpkg-deb", "-x", package, unpacked)
     return unpacked
 
 
-def _apt(program: str, *words: str, cwd: Path) -> str | None:
-    """What one of apt's programs prints; None if it fails."""
+def _fetched(folder: Path, *options: str) -> bool:
+    kernel = re.search(r"Depends: (linux-image-\S+)", _apt(folder, "apt-cache", *options, "depends", _KERNEL) or "")
+    wanted = (kernel[1], *_PROGRAMS) if kernel else ()
+    return kernel is not None and _apt(folder, "apt-get", *options, "download", *wanted) is not None
+
+
+def _apt(folder: Path, program: str, *words: str) -> str | None:
+    """What one of apt's programs prints, which works in a folder; None if it fails."""
     path = require(program, package="apt")
     # Its caches stay in memory: those of the machine may not be ours to write, and the lists may be others.
     caches = ("-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache=")
-    done = subprocess.run([path, *caches, *words], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run([path, *caches, *words], cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None
 
 
