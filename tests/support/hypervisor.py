@@ -97,6 +97,7 @@ class Host:
         assert self._machine.stdout is not None
         if self._machine.stdout.readline() != "ready\n":
             self._machine.communicate()
+            self._machine = None
             unavailable(f"no libvirtd of the tests' own can be had here: {(self.folder / 'first.out').read_text()}")
         (self._first,) = psutil.Process(self._machine.pid).children()
         self.start_daemon()
