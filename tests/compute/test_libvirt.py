@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from support.inventories import ACCOUNT, Domains
-from thrave.compute import guest_agent, hypervisor, libvirt_binding
+from thrave.compute import guest_agent, hypervisor, libvirt_binding, libvirt_overlays
 from thrave.compute.domains import instance_id_of
 from thrave.compute.errors import (
     ComponentMissingError,
@@ -130,10 +130,9 @@ def test_a_record_that_cannot_be_read_hides_no_other_instance(domains, instances
     uuid = domains.libvirt.define("typo", disk)
     domains.libvirt.metadata("typo", '<instance account="12"/>')
     broken_id = instance_id_of(uuid)
+    eventually(lambda: [error.instance_id for error in instances.broken()], [broken_id])
     assert [found.instance_id for found in instances.list()] == [instance_id]
     assert "an instance is left out: the domain typo does not describe an instance: account: '12'" in caplog.text
-    (error,) = instances.broken()
-    assert error.instance_id == broken_id
     for ask in (instances.get, instances.state, instances.request_stop, instances.start):
         with pytest.raises(InvalidDescriptionError, match="is not 12 digits"):
             ask(broken_id)
@@ -179,7 +178,6 @@ def test_a_start_by_others_is_the_launch_time_and_is_written_down(domains, insta
     with domains.domain(instance_id) as domain:
         domain.destroy()
         domain.setMetadata(2, record, "thrave", OURS, 2)
-        assert instances.get(instance_id).launch_time == datetime(2020, 1, 1, tzinfo=UTC)
         before = datetime.now(UTC)
         domain.create()
     eventually(lambda: instances.get(instance_id).launch_time >= before, wanted=True)
@@ -193,7 +191,7 @@ def test_a_domain_adopted_by_hand_has_a_launch_time_that_stays(domains, instance
     first = instances.get(instance_id)
     assert datetime.now(UTC) - first.launch_time < timedelta(minutes=1)
     assert instances.get(instance_id) == first
-    assert instances.list() == [first]
+    eventually(instances.list, [first])
 
 
 def test_a_guest_that_hears_nothing_is_not_asked(domains, instances, instance_id):
@@ -297,6 +295,33 @@ def test_an_agent_that_answers_nonsense_has_run_nothing(instances, instance_id, 
         instances._domain(instance_id) as domain,
     ):
         guest_agent.run(domain, instance_id, ["sysprep.exe"])
+
+
+class PoliteAgent:
+    """An agent that answers, in a guest that does not power off."""
+
+    def qemuAgentCommand(self, *_asked):  # noqa: N802 (libvirt's name)
+        return '{"return": {}}'
+
+
+def test_an_agent_that_does_not_do_it_is_not_asked_again_before_the_next_start(instances, instance_id, monkeypatch):
+    agents = guest_agent.GuestAgents()
+    with instances._domain(instance_id) as domain:
+        assert not agents.request_stop(domain, starts=1), "there is none"
+        monkeypatch.setattr(libvirt_binding, "load_qemu", PoliteAgent)
+        assert not agents.request_stop(domain, starts=1)
+        assert agents.request_stop(domain, starts=2)
+        eventually(lambda: agents.request_stop(domain, starts=2), wanted=False)
+
+
+def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
+    for volume, overlay, reason in (
+        (disk, tmp_path / ("x" * 256), "its name is too long for an overlay beside it"),
+        (tmp_path / "gone", tmp_path / "o", f"{tmp_path / 'gone'}: No such file or directory"),
+        (tmp_path, tmp_path / "o", f"{tmp_path} is no regular file"),
+        (disk, tmp_path / "o", None),
+    ):
+        assert libvirt_overlays._obstacle_in_folder(volume, overlay) == reason
 
 
 def test_one_at_a_time_merges(instances, instance_id, disk):

@@ -9,7 +9,7 @@ import pytest
 
 from support.domain import wait_for
 from support.tiny import Tiny
-from thrave.compute import hypervisor
+from thrave.compute import hypervisor, overlay_files
 from thrave.compute.errors import (
     HypervisorError,
     HypervisorGoneError,
@@ -365,12 +365,52 @@ def test_what_somebody_has_put_over_the_overlay_is_left_alone(instances, tiny):
     merged(instances, tiny, frozen)
 
 
-def test_saved_memory_is_an_obstacle(instances, tiny):
+def test_saved_memory_is_an_obstacle_to_an_overlay_and_to_its_end(instances, tiny):
+    frozen = running_on_overlay(instances, tiny)
+    tiny.host.virsh("managedsave", tiny.name)
+    assert not instances.overlays.lost_power(tiny.instance_id)
+    with pytest.raises(HypervisorError, match="is saved, with the overlay as its disk: start it first"):
+        instances.overlays.merge(tiny.instance_id, frozen, go_on)
     instances.start(tiny.instance_id)
+    merged(instances, tiny, frozen)
     tiny.host.virsh("managedsave", tiny.name)
     with pytest.raises(OverlayImpossible, match="the memory of the domain is saved"):
         instances.overlays.plan(tiny.instance_id)
-    assert not instances.overlays.lost_power(tiny.instance_id)
+
+
+def then_started(tiny, work):
+    """The work, and somebody who starts the domain just after it."""
+
+    def both(*arguments):
+        work(*arguments)
+        tiny.host.virsh("start", tiny.name)
+
+    return both
+
+
+def test_one_that_is_started_while_it_is_frozen_runs_on_its_volume(instances, tiny, monkeypatch):
+    before = definition(tiny)
+    frozen = instances.overlays.plan(tiny.instance_id)
+    monkeypatch.setattr(overlay_files, "create", then_started(tiny, overlay_files.create))
+    with pytest.raises(IncorrectInstanceState, match="was started while it was to be frozen"):
+        instances.overlays.freeze(tiny.instance_id, frozen)
+    assert tiny.source() == str(tiny.disk)
+    assert (definition(tiny), nothing_left(tiny, frozen)) == (before, True)
+
+
+def test_one_that_is_started_while_its_files_are_merged_is_merged_running(instances, tiny, monkeypatch):
+    frozen = running_on_overlay(instances, tiny)
+    instances.force_stop(tiny.instance_id)
+    monkeypatch.setattr(overlay_files, "commit", then_started(tiny, overlay_files.commit))
+    wrote = on_call(1, lambda: tiny.write(block=2, value=22))
+    merged(instances, tiny, frozen, pause_between_looks(wrote))
+    assert tiny.read(block=2) == {22}
+    assert instances.state(tiny.instance_id) is InstanceState.RUNNING
+
+
+def pause_between_looks(pause):
+    """Only the pauses between two looks, not those while a program runs."""
+    return lambda seconds: pause(seconds) if seconds else None
 
 
 def test_a_daemon_that_is_started_anew_is_asked_again_and_tells_again(instances, tiny):

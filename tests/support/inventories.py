@@ -1,5 +1,6 @@
 """Inventories of instances, one a driver, each with what the tests of the contract need besides."""
 
+import time
 import uuid
 from contextlib import ExitStack, contextmanager
 
@@ -81,6 +82,7 @@ class Domains:
         self.names = {}
         self.libvirt = self._stack.enter_context(pretended_libvirt())
         self.instances = self.again()
+        self.instances.list()  # it is told of what happens from now on
         self.remove = self.instances.disown
 
     def again(self):
@@ -92,8 +94,12 @@ class Domains:
     def add(self, **said):
         """Another domain that runs and was adopted; its instance id."""
         name = f"guest-{uuid.uuid4()}"
-        self.libvirt.define(name, self._disk)
+        machine = self.libvirt.define(name, self._disk)
         self.libvirt.start(name)
+        given_up = time.monotonic() + 10.0
+        while not self.instances._events.of(machine).starts:  # told later, it would count as another start
+            assert time.monotonic() < given_up, "its start was never told"
+            time.sleep(0.001)
         instance_id = self.instances.adopt(name, account_id=ACCOUNT, platform="windows", **said).instance_id
         self.names[instance_id] = name
         return instance_id

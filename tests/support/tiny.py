@@ -28,7 +28,7 @@ _XML = """\
     </disk>
     <controller type="usb" model="none"/>
     <memballoon model="none"/>
-    <graphics type="vnc" port="-1" passwd="secret"/>
+    <graphics type="vnc" passwd="secret"><listen type="socket"/></graphics>
   </devices>
   <qemu:commandline><qemu:arg value="-no-hpet"/></qemu:commandline>
 </domain>

@@ -36,7 +36,7 @@ class DomainEvents:
     """A book of events; any thread may read it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._told: dict[str, Told] = defaultdict(Told)
         self._changed: set[str] = set()
         self._lost = 1  # there is no connection yet
@@ -55,6 +55,12 @@ class DomainEvents:
         """What has been told of a domain."""
         with self._lock:
             return self._told.get(uuid, Told())
+
+    def await_start(self, uuid: str, starts: int, seconds: float) -> datetime | None:
+        """When a domain that was started so often was started again; None if that is not told within some seconds."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._told[uuid].starts > starts, seconds)
+            return self._told[uuid].started if self._told[uuid].starts > starts else None
 
     def take_changed(self) -> set[str]:
         """The UUIDs of the domains of which something was told since this was last asked."""
@@ -76,6 +82,7 @@ class DomainEvents:
             if event == Lifecycle.STARTED:
                 now = datetime.now(UTC)
                 self._told[uuid] = replace(told, starts=told.starts + 1, started=now, stopped=None)
+                self._lock.notify_all()
             elif event == Lifecycle.STOPPED:
                 self._told[uuid] = replace(told, stopped=detail)
 

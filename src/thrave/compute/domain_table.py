@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from thrave.compute.domain_events import DomainEvents
@@ -32,7 +32,6 @@ from thrave.compute.libvirt_binding import Connection, Domain
 from thrave.compute.libvirt_numbers import DomainState, XmlFlag
 
 WHOLE_INTERVAL = 60.0  # seconds between two looks at everything
-_SAME_START = timedelta(seconds=5)  # our own start is written down a moment before or after it is told
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ class DomainTable:
     def _with_launch_time(self, domain: Domain, uuid: str, record: Record) -> Record:
         """The record with the time of the last start: the written one, a later one that was told, or now."""
         started = self._events.of(uuid).started
-        if started is None or (record.launch_time is not None and started < record.launch_time + _SAME_START):
+        if started is None or (record.launch_time is not None and started <= record.launch_time):
             first_seen = self._first_seen.setdefault(uuid, datetime.now(UTC))
             return record if record.launch_time else replace(record, launch_time=first_seen)
         with suppress(InstanceError), self._hypervisor.asked(instance_id_of(uuid)):

@@ -48,6 +48,7 @@ _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _STOPPING_SECONDS = 60.0  # for a guest that has powered off, until its process has ended
 _LOOK_AGAIN = 0.1  # seconds
+_TOLD_WITHIN = 1.0  # seconds
 
 # Domains whose CPUs stand still hear nothing; what has them go on again.
 _HEARS_NOTHING: dict[int, str] = {
@@ -206,8 +207,9 @@ class LibvirtInstances:
         with self._held(instance_id), self._changing(instance_id) as domain:
             _refuse_if_gone(instance_in(self._table.look(domain)))
             if self._look_when_stopped(domain).state is InstanceState.STOPPED:
+                starts = self._events.of(domain.UUIDString()).starts
                 _do(domain.create, unless=domain.isActive)
-                self._note_start(domain, instance_id)
+                self._note_start(domain, instance_id, starts)
 
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Have the guest's agent run the command."""
@@ -308,8 +310,10 @@ class LibvirtInstances:
             time.sleep(_LOOK_AGAIN)
         return instance
 
-    def _note_start(self, domain: Domain, instance_id: str) -> None:
-        started = datetime.now(UTC)
+    def _note_start(self, domain: Domain, instance_id: str, starts: int) -> None:
+        """Write down when it was started, as it is told, so that there are no two opinions of it."""
+        told = self._events.await_start(domain.UUIDString(), starts, _TOLD_WITHIN)
+        started = told or datetime.now(UTC)
         try:
             with self._hypervisor.asked(instance_id):
                 self._records.change(domain, instance_id, lambda there: replace(there, launch_time=started))
