@@ -1,16 +1,13 @@
-"""What a domain's XML says of an instance, and how it is changed: no libvirt needed, and no word of it believed."""
+"""What a domain's XML says of an instance: no libvirt needed, and no word of it believed."""
 
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from thrave.compute.domain_edits import Image, with_overlay, without_overlay
-from thrave.compute.domain_metadata import FrozenRoot, Record, check_record, read_record, write_record
+from support.domain_xml import BLOCK, CDROM, NETWORK, POOL_VOLUME, UUID, WINDOWS, disk, other, xml
+from thrave.compute.domain_metadata import FrozenRoot, Record
 from thrave.compute.domain_xml import MOST_CHARACTERS, DomainFaultError, Mirror, pool_type, read_definition
 from thrave.compute.domains import (
     LOST_POWER,
@@ -27,40 +24,8 @@ from thrave.compute.instance import InstanceState
 from thrave.compute.libvirt_numbers import DomainState, ShutoffReason, StoppedDetail
 from thrave.compute.overlay_steps import obstacle_to_overlay, overlay_for
 
-UUID = "6f1c2d3e-0000-4000-8000-00000000abcd"
 NOW = datetime(2026, 11, 23, 10, tzinfo=UTC)
 ALICE = Record(account_id="123456789012", launch_time=NOW)
-
-DISK = (
-    '<disk type="file" device="disk"><driver name="qemu" type="{format}"/>'
-    '<source file="{file}"/><target dev="{dev}"/>{more}</disk>'
-)
-CDROM = '<disk type="file" device="cdrom"><source file="/iso/win.iso"/><target dev="sda"/>{more}</disk>'
-WINDOWS = (
-    '<libosinfo:libosinfo xmlns:libosinfo="http://libosinfo.org/xmlns/libvirt/domain/1.0">'
-    '<libosinfo:os id="http://microsoft.com/win/2k22"/></libosinfo:libosinfo>'
-)
-
-
-def disk(dev="vda", file="/vm/c.raw", image_format="raw", more=""):
-    return DISK.format(dev=dev, file=file, format=image_format, more=more)
-
-
-def other(kind, source, device="disk"):
-    """A disk whose source is no file."""
-    return f'<disk type="{kind}" device="{device}"><source {source}/><target dev="vda"/></disk>'
-
-
-BLOCK, NETWORK = other("block", 'dev="/dev/vg/win"'), other("network", 'protocol="rbd" name="p/win"')
-POOL_VOLUME = other("volume", 'pool="p" volume="win.raw"')
-
-
-def xml(*disks, metadata="", architecture="x86_64", more=""):
-    return (
-        f'<domain type="kvm"><name>win</name><uuid>{UUID}</uuid><metadata>{metadata}</metadata>'
-        f'<os><type arch="{architecture}">hvm</type></os>'
-        f"<devices>{''.join(disks or (disk(),))}{more}</devices></domain>"
-    )
 
 
 def no_pool(pool, volume):
@@ -276,199 +241,3 @@ def test_xml_that_is_no_domains_is_refused(text, message):
 def test_an_architecture_that_ec2_has_not_is_refused():
     with pytest.raises(DomainFaultError, match="EC2 knows no s390x"):
         instance(xml(architecture="s390x"))
-
-
-OURS = '<t:instance xmlns:t="https://thrave.dev/xmlns/instance/1" {attributes}>{children}</t:instance>'
-
-
-def record(attributes='account="123456789012"', children=""):
-    return read_record(read_definition(xml(metadata=OURS.format(attributes=attributes, children=children))).metadata)
-
-
-def test_a_record_is_what_an_operator_writes():
-    assert read_record(read_definition(xml(metadata=WINDOWS)).metadata) is None
-    said = record(
-        'account="123456789012" platform="windows" rootDevice="vdb" rootDeviceType="ebs" secretFile="/s" '
-        'launchTime="2026-11-23T11:00:00+01:00" terminated="true"',
-        '<t:tag key="Name">web</t:tag><t:tag key="empty"/><!-- a comment -->'
-        '<t:frozen path="/vm/c" format="raw" overlay="/vm/o" paused="true"/>',
-    )
-    assert said == Record(
-        account_id="123456789012",
-        platform="windows",
-        root_device="vdb",
-        root_device_type="ebs",
-        secret_file=Path("/s"),
-        tags={"Name": "web", "empty": ""},
-        launch_time=NOW,
-        terminated=True,
-        frozen=FrozenRoot(path=Path("/vm/c"), format="raw", overlay=Path("/vm/o"), paused=True),
-    )
-
-
-FAULTS = {
-    "": "account: is missing",
-    'account="alice"': "account: 'alice' is not 12 digits",
-    'account="123456789012" platfrom="windows"': "platfrom: is none of account, launchTime, platform,",
-    'account="123456789012" platform="dos"': "platform: 'dos' is none of windows, linux",
-    'account="123456789012" rootDeviceType="floppy"': "rootDeviceType: 'floppy' is none of instance-store, ebs",
-    'account="123456789012" secretFile="secret"': "secretFile: must be an absolute path",
-    'account="123456789012" launchTime="today"': "launchTime: 'today' is no time",
-    'account="123456789012" launchTime="2026-11-23T10:00:00"': "has no time zone",
-    'account="123456789012" terminated="maybe"': "terminated: 'maybe' is none of true, false",
-}
-CHILD_FAULTS = {
-    "<t:tags/>": "tags: is none of tag, frozen",
-    "<t:tag>web</t:tag>": "key: is missing",
-    '<t:tag key="a"/><t:tag key="a"/>': "tag: there are two with the key 'a'",
-    '<t:tag key="aws:x">1</t:tag>': "which is AWS's own",
-    "".join(f'<t:tag key="{number}"/>' for number in range(51)): "51 tags are more than the 50",
-    '<t:frozen path="/vm/c" format="raw"/>': "overlay: is missing",
-    '<t:frozen path="c" format="raw" overlay="/o"/>': "path: must be an absolute path",
-    '<t:frozen path="/vm/c" overlay="/o"/>': "format: is missing",
-    '<t:frozen path="/vm/c" format="raw" overlay="/o" base="/b"/>': "base: is none of",
-}
-
-
-@pytest.mark.parametrize("attributes", FAULTS)
-def test_a_faulty_record_is_refused_under_the_name_of_the_fault(attributes):
-    with pytest.raises(DomainFaultError, match=re.escape(FAULTS[attributes])):
-        record(attributes)
-
-
-@pytest.mark.parametrize("children", CHILD_FAULTS)
-def test_so_are_its_elements(children):
-    with pytest.raises(DomainFaultError, match=re.escape(CHILD_FAULTS[children])):
-        record(children=children)
-
-
-TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"], exclude_characters="\ufffe\uffff"), max_size=20)
-PATHS = TEXT.filter(lambda text: "/" not in text).map(lambda text: Path("/", text))
-
-
-@given(
-    tags=st.dictionaries(TEXT.filter(lambda key: key and not key.lower().startswith("aws:")), TEXT, max_size=4),
-    secret_file=st.none() | PATHS,
-    terminated=st.booleans(),
-    overlay=st.none() | PATHS,
-)
-def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
-    frozen = overlay and FrozenRoot(path=Path("/c"), format="raw", overlay=overlay, secret_file=secret_file)
-    written = Record(
-        account_id="123456789012",
-        tags=tags,
-        secret_file=secret_file,
-        terminated=terminated,
-        frozen=frozen,
-        launch_time=NOW,
-    )
-    check_record(written)
-    definition = read_definition(xml(metadata=write_record(written, prefix="thrave:")))
-    assert read_record(definition.metadata) == written
-
-
-@pytest.mark.parametrize(
-    "said", [Record(account_id="alice"), Record(account_id="123456789012", tags={"a": "\0"}), Record(account_id="")]
-)
-def test_what_could_not_be_read_again_is_not_written(said):
-    with pytest.raises(DomainFaultError):
-        check_record(said)
-
-
-# As libvirt writes it, with what others keep in it.
-WHOLE = """\
-<domain type='kvm' id='3' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
-  <name>win &amp; co</name>
-  <uuid>6f1c2d3e-0000-4000-8000-00000000abcd</uuid>
-  <metadata>
-    <libosinfo:libosinfo xmlns:libosinfo="http://libosinfo.org/xmlns/libvirt/domain/1.0">
-      <libosinfo:os id="http://microsoft.com/win/2k22"/>
-    </libosinfo:libosinfo>
-    <thrave:instance xmlns:thrave="https://thrave.dev/xmlns/instance/1" account="123456789012"/>
-    <x:y xmlns:x="urn:x"><x:z q="&#10;ü"/></x:y>
-  </metadata>
-  <os><type arch='x86_64' machine='pc'>hvm</type></os>
-  <devices>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='raw' cache='none' discard='unmap'/>
-      <source file='/vm/d.raw'/>
-      <target dev='vdb' bus='virtio'/>
-    </disk>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='qcow2'/>
-      <source file='/vm/ü &lt;c&gt;.qcow2' startupPolicy='optional'><seclabel model='dac' relabel='no'/></source>{below}
-      <target dev='vda' bus='virtio'/>
-      <boot order='1'/>
-    </disk>
-  </devices>
-  <qemu:commandline>
-    <qemu:arg value='-no-hpet'/>
-  </qemu:commandline>
-</domain>
-"""
-CHAIN = "<backingStore type='file'><format type='raw'/><source file='/vm/golden.raw'/><backingStore/></backingStore>"
-VOLUME, OVERLAY = Image(Path("/vm/ü <c>.qcow2"), "qcow2"), Image(Path("/vm/ov&er.qcow2"), "qcow2")
-FROZEN = Record(account_id="123456789012", frozen=FrozenRoot(path=VOLUME.path, format="qcow2", overlay=OVERLAY.path))
-
-
-def layers(disk):
-    """The files and formats of a disk, from the top."""
-    yield disk.find("source").get("file"), disk.find("driver").get("type")
-    while (disk := disk.find("backingStore")) is not None and disk.find("source") is not None:
-        yield disk.find("source").get("file"), disk.find("format").get("type")
-
-
-@pytest.mark.parametrize("below", ["", "<backingStore/>", CHAIN], ids=["unsaid", "none", "chain"])
-def test_an_overlay_changes_one_disk_and_our_element_and_nothing_else(below):
-    before = WHOLE.replace("{below}", below)
-    after = with_overlay(before, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
-    changed = read_definition(after)
-    assert changed.disks[1].path == OVERLAY.path
-    assert read_record(changed.metadata) == FROZEN
-    _, disk = ET.fromstring(after).iterfind("devices/disk")
-    chain = [(str(OVERLAY.path), "qcow2"), (str(VOLUME.path), "qcow2")]
-    assert list(layers(disk)) == chain + ([("/vm/golden.raw", "raw")] if below == CHAIN else [])
-    ends = disk.find("backingStore").find("backingStore") is not None
-    assert ends is (below != ""), "whether the chain ends there is left as it was said"
-    start, end = before.index("<thrave:instance"), before.index("<x:y")
-    assert after.startswith(before[:start])
-    assert (
-        before[end : before.index("<disk type='file' device='disk'>\n      <driver name='qemu' type='qcow2'")] in after
-    )
-    assert after.endswith(before[before.index("\n  </devices>") :])
-
-
-@pytest.mark.parametrize("below", ["", "<backingStore/>", CHAIN], ids=["unsaid", "none", "chain"])
-def test_what_takes_the_overlay_off_leaves_what_was_there_before(below):
-    before = WHOLE.replace("{below}", below)
-    record = read_record(read_definition(before).metadata)
-    on = with_overlay(before, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
-    off = without_overlay(on, "vda", record, volume=VOLUME)
-    assert sorted_children(off) == sorted_children(before)
-
-
-def sorted_children(text):
-    """The canonical text, with the elements of disks in one order: libvirt minds none."""
-    root = ET.fromstring(text)
-    for disk in root.iterfind("devices/disk"):
-        disk[:] = sorted(disk, key=lambda element: element.tag)
-    return ET.canonicalize(ET.tostring(root, encoding="unicode"), strip_text=True)
-
-
-def test_a_record_gets_a_place_where_there_is_none():
-    for text in (
-        xml(),
-        xml().replace("<metadata></metadata>", "<metadata/>"),
-        xml().replace("<metadata></metadata>", ""),
-    ):
-        after = with_overlay(text, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
-        assert read_record(read_definition(after).metadata) == FROZEN
-
-
-def test_a_disk_that_is_not_there_cannot_be_changed():
-    with pytest.raises(DomainFaultError, match="disk: there is no vdz"):
-        with_overlay(xml(), "vdz", None, volume=VOLUME, overlay=OVERLAY)
-    with pytest.raises(DomainFaultError, match="it has no source"):
-        without_overlay(
-            xml(CDROM.replace('<source file="/iso/win.iso"/>', "").format(more="")), "sda", None, volume=VOLUME
-        )

@@ -1,0 +1,110 @@
+"""What an operator writes into a domain's metadata: whatever stands there, it is understood or refused by name."""
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.domain_xml import WINDOWS, xml
+from thrave.compute.domain_metadata import FrozenRoot, Record, check_record, read_record, write_record
+from thrave.compute.domain_xml import DomainFaultError, read_definition
+
+NOW = datetime(2026, 11, 23, 10, tzinfo=UTC)
+OURS = '<t:instance xmlns:t="https://thrave.dev/xmlns/instance/1" {attributes}>{children}</t:instance>'
+
+
+def record(attributes='account="123456789012"', children=""):
+    return read_record(read_definition(xml(metadata=OURS.format(attributes=attributes, children=children))).metadata)
+
+
+def test_a_record_is_what_an_operator_writes():
+    assert read_record(read_definition(xml(metadata=WINDOWS)).metadata) is None
+    said = record(
+        'account="123456789012" platform="windows" rootDevice="vdb" rootDeviceType="ebs" secretFile="/s" '
+        'launchTime="2026-11-23T11:00:00+01:00" terminated="true"',
+        '<t:tag key="Name">web</t:tag><t:tag key="empty"/><!-- a comment -->'
+        '<t:frozen path="/vm/c" format="raw" overlay="/vm/o" paused="true"/>',
+    )
+    assert said == Record(
+        account_id="123456789012",
+        platform="windows",
+        root_device="vdb",
+        root_device_type="ebs",
+        secret_file=Path("/s"),
+        tags={"Name": "web", "empty": ""},
+        launch_time=NOW,
+        terminated=True,
+        frozen=FrozenRoot(path=Path("/vm/c"), format="raw", overlay=Path("/vm/o"), paused=True),
+    )
+
+
+FAULTS = {
+    "": "account: is missing",
+    'account="alice"': "account: 'alice' is not 12 digits",
+    'account="123456789012" platfrom="windows"': "platfrom: is none of account, launchTime, platform,",
+    'account="123456789012" platform="dos"': "platform: 'dos' is none of windows, linux",
+    'account="123456789012" rootDeviceType="floppy"': "rootDeviceType: 'floppy' is none of instance-store, ebs",
+    'account="123456789012" secretFile="secret"': "secretFile: must be an absolute path",
+    'account="123456789012" launchTime="today"': "launchTime: 'today' is no time",
+    'account="123456789012" launchTime="2026-11-23T10:00:00"': "has no time zone",
+    'account="123456789012" terminated="maybe"': "terminated: 'maybe' is none of true, false",
+}
+CHILD_FAULTS = {
+    "<t:tags/>": "tags: is none of tag, frozen",
+    "<t:tag>web</t:tag>": "key: is missing",
+    '<t:tag key="a"/><t:tag key="a"/>': "tag: there are two with the key 'a'",
+    '<t:tag key="aws:x">1</t:tag>': "which is AWS's own",
+    "".join(f'<t:tag key="{number}"/>' for number in range(51)): "51 tags are more than the 50",
+    '<t:frozen path="/vm/c" format="raw"/>': "overlay: is missing",
+    '<t:frozen path="c" format="raw" overlay="/o"/>': "path: must be an absolute path",
+    '<t:frozen path="/vm/c" overlay="/o"/>': "format: is missing",
+    '<t:frozen path="/vm/c" format="raw" overlay="/o" base="/b"/>': "base: is none of",
+}
+
+
+@pytest.mark.parametrize("attributes", FAULTS)
+def test_a_faulty_record_is_refused_under_the_name_of_the_fault(attributes):
+    with pytest.raises(DomainFaultError, match=re.escape(FAULTS[attributes])):
+        record(attributes)
+
+
+@pytest.mark.parametrize("children", CHILD_FAULTS)
+def test_so_are_its_elements(children):
+    with pytest.raises(DomainFaultError, match=re.escape(CHILD_FAULTS[children])):
+        record(children=children)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"], exclude_characters="\ufffe\uffff"), max_size=20)
+PATHS = TEXT.filter(lambda text: "/" not in text).map(lambda text: Path("/", text))
+
+
+@given(
+    tags=st.dictionaries(TEXT.filter(lambda key: key and not key.lower().startswith("aws:")), TEXT, max_size=4),
+    secret_file=st.none() | PATHS,
+    terminated=st.booleans(),
+    overlay=st.none() | PATHS,
+)
+def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
+    frozen = overlay and FrozenRoot(path=Path("/c"), format="raw", overlay=overlay, secret_file=secret_file)
+    written = Record(
+        account_id="123456789012",
+        tags=tags,
+        secret_file=secret_file,
+        terminated=terminated,
+        frozen=frozen,
+        launch_time=NOW,
+    )
+    check_record(written)
+    definition = read_definition(xml(metadata=write_record(written, prefix="thrave:")))
+    assert read_record(definition.metadata) == written
+
+
+@pytest.mark.parametrize(
+    "said", [Record(account_id="alice"), Record(account_id="123456789012", tags={"a": "\0"}), Record(account_id="")]
+)
+def test_what_could_not_be_read_again_is_not_written(said):
+    with pytest.raises(DomainFaultError):
+        check_record(said)
