@@ -5,7 +5,6 @@ the step that was cut off, so each can be repeated without harm. It is the one p
 and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ class Bundling:
             return  # cancelled in the moment before it was begun: nothing was touched, and its grant is erased
         for name, put_back in (
             ("start the instance after a failure", self._power.restore),
-            ("merge the overlay after a failure", lambda: self._freezer.merge(time.sleep)),
+            ("merge the overlay after a failure", self._put_back_volume),
             ("remove what was stored", self.remove),
         ):
             try:
@@ -184,6 +183,9 @@ class Bundling:
             except InstanceError as error:
                 still = f"The instance still runs on its overlay, which is tried to be merged again: {error}."
                 self._records.notice(self._task.bundle_id, still)
+
+    def _put_back_volume(self) -> None:
+        self._freezer.merge_within(self._host.stall_timeout)
 
     def remove(self) -> None:
         """Take away what the task has stored."""

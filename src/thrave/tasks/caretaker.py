@@ -7,8 +7,6 @@ start might yet succeed, also after a restart, and starts them. It merges the ov
 leaves an instance alone whose next task has begun, and stops none.
 """
 
-import time
-
 import structlog
 
 from thrave.compute.errors import InstanceError, InstanceNotFound
@@ -22,6 +20,7 @@ from thrave.tasks.retries import Retries
 from thrave.tasks.task import BundleTask
 
 INTERVAL = 1.0  # seconds between two looks
+MERGE_SECONDS = 60.0  # for one attempt; others are waiting
 LONGEST = 300.0  # seconds between two attempts to start an instance, at last
 
 log = structlog.get_logger()
@@ -73,7 +72,7 @@ class Caretaker:
         log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
         self._records.check_mine(task.bundle_id)
         try:
-            Freezer(self._instances, self._records, task).merge(time.sleep)
+            Freezer(self._instances, self._records, task).merge_within(MERGE_SECONDS)
         except InstanceError as error:
             self._retries.failed(task.bundle_id)
             log.warning("an overlay cannot be merged", instance_id=task.instance_id, reason=str(error))

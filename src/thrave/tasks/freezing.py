@@ -6,6 +6,7 @@ planned is written down first, so that whatever is killed, the overlay is found 
 cannot be had, the instance stays off until its volume has been read, and its owner is told why.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -59,11 +60,23 @@ class Freezer:
 
         Raises:
             InstanceError: The hypervisor refuses; the instance runs on, and it may be tried again.
+            Exception: What `pause` raises; what was begun may go on by itself.
         """
         for bundle_id, frozen in self._records.frozen_of(self._task.instance_id):
             with durable("overlay merged"):
                 self._overlays.merge(self._task.instance_id, frozen, pause)
             self._records.note_frozen(bundle_id, None)
+
+    def merge_within(self, seconds: float) -> None:
+        """The same, where nobody watches. Raises InstanceError also if it takes longer than so many seconds."""
+        given_up = time.monotonic() + seconds
+
+        def pause(between_looks: float) -> None:
+            if time.monotonic() > given_up:
+                raise HypervisorError(self._task.instance_id, f"the overlay is not merged after {seconds:.0f} seconds")
+            time.sleep(between_looks)
+
+        self.merge(pause)
 
     def _plan(self) -> Frozen | None:
         try:
