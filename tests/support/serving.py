@@ -6,11 +6,16 @@ from contextlib import contextmanager
 
 import uvicorn
 
+PATIENCE = 5  # seconds for requests under way, when the block has ended
+
 
 @contextmanager
 def serving(app):
     """Serve an application on a free port of 127.0.0.1; give its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off"))
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=PATIENCE
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
