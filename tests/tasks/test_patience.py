@@ -1,8 +1,8 @@
-"""Asking a hypervisor again that is away for a while."""
+"""Asking again for what cannot be had just now: a hypervisor that is away, an instance that is held."""
 
 import pytest
 
-from thrave.compute.errors import HypervisorError, HypervisorGoneError
+from thrave.compute.errors import HypervisorError, HypervisorGoneError, InstanceHeld
 from thrave.tasks.patience import patiently
 
 GONE, REFUSED = HypervisorGoneError("i-00000000", "no connection"), HypervisorError("i-00000000", "no")
@@ -28,6 +28,11 @@ class Hypervisor:
 
 def test_one_that_comes_back_in_time_is_asked_again(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, GONE, GONE, "here")
+    assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
+
+
+def test_an_instance_that_is_let_go_of_is_asked_for_again(monkeypatch):
+    hypervisor = Hypervisor(monkeypatch, InstanceHeld("i-00000000"), "here")
     assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
 
 

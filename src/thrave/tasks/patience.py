@@ -1,6 +1,7 @@
-"""Asks a hypervisor again that is away for a while, as its daemon is while it is being started anew.
+"""Asks again for what cannot be had just now, but will be in a while.
 
-What it refuses it is not asked again: only a connection that is gone may come back.
+A hypervisor's daemon is away while it is being started anew. An instance is held by an agent that has lost its host,
+until that has noticed, or by whoever is just starting it. Whatever else is refused is not asked for again.
 """
 
 import time
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 import structlog
 
-from thrave.compute.errors import HypervisorGoneError
+from thrave.compute.errors import HypervisorGoneError, InstanceHeld
 
 AGAIN = 1.0  # seconds between two attempts
 
@@ -18,15 +19,16 @@ _Answer = TypeVar("_Answer")
 
 
 def patiently(ask: Callable[[], _Answer], seconds: float, *, pause: Callable[[float], object] = time.sleep) -> _Answer:
-    """Ask, and again while the hypervisor is gone.
+    """Ask, and again while the hypervisor is gone, or somebody else holds the instance.
 
     Args:
-        ask: Asks it; what it has done when it fails can be repeated.
-        seconds: For how long the hypervisor may be gone. An attempt that took longer than that had found it.
+        ask: Asks; what it has done when it fails can be repeated.
+        seconds: For how long that may last. An attempt that took longer had got through.
         pause: Waits some seconds between two attempts; may raise, to end it all.
 
     Raises:
         HypervisorGoneError: It is gone for longer.
+        InstanceHeld: It is held for longer.
         Exception: Whatever else `ask` raises.
     """
     gone_since = float("inf")
@@ -34,10 +36,10 @@ def patiently(ask: Callable[[], _Answer], seconds: float, *, pause: Callable[[fl
         began = time.monotonic()
         try:
             return ask()
-        except HypervisorGoneError as error:
+        except (HypervisorGoneError, InstanceHeld) as error:
             now = time.monotonic()
             gone_since = now if now - began > seconds else min(gone_since, now)
             if now - gone_since >= seconds:
                 raise
-            log.warning("the hypervisor is gone; it is asked again", reason=str(error))
+            log.warning("it is tried again", reason=str(error))
             pause(AGAIN)

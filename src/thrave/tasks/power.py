@@ -12,7 +12,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Literal
 
-from thrave.compute.errors import InstanceError, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Hold, Instances
 from thrave.compute.power import power_off
@@ -121,6 +121,8 @@ class PowerSwitch:
                     self._instances.start(self._task.instance_id)
         except InstanceNotFound:
             return  # its description was removed meanwhile: there is nothing to start
+        except InstanceHeld:
+            raise  # it is let go of soon, and the step repeated
         except InstanceError as error:
             self._records.look_after(self._task.bundle_id, utc_now() + START_AGAIN_FOR)
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
