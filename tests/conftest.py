@@ -26,8 +26,9 @@ def postgres():
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def libvirtd():
+    """One for each module: what is undefined while it runs, libvirt may have again after its next start."""
     with running_host() as host:
         yield host
 
