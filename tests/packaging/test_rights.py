@@ -33,6 +33,7 @@ stdio_handler = "file"
 def host():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hypervisor, "_QEMU_CONF", DEBIANS)
+        patch.setattr(hypervisor, "_AS_ROOT", "")
         with hypervisor.running_host() as host:
             host.folder.chmod(0o711)
             yield host
