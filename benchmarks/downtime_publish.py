@@ -12,20 +12,18 @@ from typing import Any
 import matplotlib as mpl
 from inputs import GIB
 from matplotlib import pyplot as plt
+from pages import put_figures
 
 _RESULTS = Path(__file__).with_name("results") / "downtime.json"
 _DOCS = Path(__file__).parents[1] / "docs" / "explanation"
 _PAGE, _PLOT = _DOCS / "downtime.md", _DOCS / "downtime.svg"
-_BEGIN, _END = "<!-- figures: python benchmarks/downtime_publish.py -->\n", "<!-- end of figures -->"
 _COLOURS = {"overlay": "#1b6e53", "whole": "#b9bdc4"}
 _Json = dict[str, Any]
 
 
 def main() -> None:
     results = json.loads(_RESULTS.read_text())
-    before, _, rest = _PAGE.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    _PAGE.write_text(f"{before}{_BEGIN}\n{_markdown(results)}\n\n{_END}{after}")
+    put_figures(_PAGE, Path(__file__).name, _markdown(results))
     _draw(results["points"])
     print(_PAGE, _PLOT, sep="\n")
 

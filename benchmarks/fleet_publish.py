@@ -10,20 +10,18 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from pages import put_figures
 
 _RESULTS = Path(__file__).with_name("results") / "fleet.json"
 _DOCS = Path(__file__).parents[1] / "docs" / "explanation"
 _PAGE, _PLOT = _DOCS / "scale.md", _DOCS / "scale.svg"
-_BEGIN, _END = "<!-- figures: python benchmarks/fleet_publish.py -->\n", "<!-- end of figures -->"
 _PLOTTED = ("run a task", "create", "Describe one", "report", "heartbeat", "poll of a queue")
 _Json = dict[str, Any]
 
 
 def main() -> None:
     results = json.loads(_RESULTS.read_text())
-    before, _, rest = _PAGE.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    _PAGE.write_text(f"{before}{_BEGIN}\n{_markdown(results)}\n\n{_END}{after}")
+    put_figures(_PAGE, Path(__file__).name, _markdown(results))
     _draw(results["points"])
     print(_PAGE, _PLOT, sep="\n")
 

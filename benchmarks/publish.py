@@ -8,22 +8,20 @@ from pathlib import Path
 import matplotlib as mpl
 from inputs import GIB
 from matplotlib import pyplot as plt
+from pages import put_figures
 from records import Result, load
 from report import markdown
 
 _RESULTS = Path(__file__).with_name("results") / "full.json"
 _DOCS = Path(__file__).parents[1] / "docs" / "explanation"
 _PAGE, _PLOT = _DOCS / "speed.md", _DOCS / "speed.svg"
-_BEGIN, _END = "<!-- figures: python benchmarks/publish.py -->\n", "<!-- end of figures -->"
 _OURS, _OTHERS = "#1b6e53", "#b9bdc4"
 _PLOTTED = {"seal": "Seal", "open": "Open"}
 
 
 def main() -> None:
     results = load(_RESULTS)
-    before, _, rest = _PAGE.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    _PAGE.write_text(f"{before}{_BEGIN}\n{markdown(results)}\n\n{_END}{after}")
+    put_figures(_PAGE, Path(__file__).name, markdown(results))
     _draw([result for result in results if result.name in _PLOTTED])
     print(_PAGE, _PLOT, sep="\n")
 
