@@ -1,10 +1,13 @@
 """Power switched for somebody who waits, and for somebody who does not."""
 
+import errno
+import os
 import sys
 import time
 
 import pytest
 
+from thrave import files
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import InstanceState
 from thrave.compute.power import PowerRequests, power_off
@@ -19,7 +22,10 @@ def instance_id(request, added, machine):
 
 @pytest.fixture
 def requests(instances):
-    return PowerRequests(instances, grace=20.0)
+    """Requests that have all been seen to before the folder of the instances goes."""
+    requests = PowerRequests(instances, grace=20.0)
+    yield requests
+    assert wait_for(lambda: not requests._busy)
 
 
 def wait_for(condition):
@@ -88,3 +94,13 @@ def test_what_goes_wrong_is_logged_and_the_next_request_is_heard(root, added, ca
         requests.start(instance_id)
         assert wait_for(lambda times=times: caplog.text.count("no memory") == times)
         assert wait_for(lambda: not requests._busy)
+
+
+def test_a_folder_that_cannot_be_written_is_logged_too(instances, added, requests, caplog, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    instance_id = added(state="stopped")
+    monkeypatch.setattr(files, "replace", full)
+    requests.start(instance_id)
+    assert wait_for(lambda: f"start of {instance_id}: [Errno 28]" in caplog.text)

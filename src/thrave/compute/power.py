@@ -104,8 +104,8 @@ class PowerRequests:
     def _do(self, name: str, instance_id: str, work: Callable[[str], None]) -> None:
         try:
             work(instance_id)
-        except InstanceError as error:
-            log.warning("%s: %s", name, error)
+        except (InstanceError, OSError) as error:
+            log.warning("%s of %s: %s", name, instance_id, error)
         finally:
             with self._lock:
                 self._busy.discard(instance_id)
