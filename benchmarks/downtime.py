@@ -1,6 +1,6 @@
 """How long a guest is down for being bundled: until it runs on an overlay, or until its whole volume has been read.
 
-    python benchmarks/downtime.py            1, 4 and 16 GiB of data: a quarter of an hour, 60 GiB of disk, 12 GiB of memory
+    python benchmarks/downtime.py            1, 4 and 16 GiB of data: a quarter of an hour, 60 GiB of disk, 12 of memory
     python benchmarks/downtime.py --quick    a minute; 32 MiB; says that it runs
 
 The guest is the tests' own (tests/support/guest.py), in QEMU without hardware virtualisation, with so much data in

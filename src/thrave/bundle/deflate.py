@@ -16,16 +16,15 @@ from thrave.bundle.zlibs import FAST, Inflater, Library
 CHUNK = 2 * 1024 * 1024
 """Bytes of the tar stream that are deflated at a time: of smaller ones the threads' handing over takes too much."""
 
-PIECE = 1024 * 1024
-"""Bytes that are inflated at a time, at the most."""
+PIECE = 256 * 1024
+"""Bytes that are inflated at a time, at the most: of more, an inflater's output grows by being copied."""
 
 GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 """Deflate, no time, no name, made on Unix."""
 
 _LONGEST_STORED = 65535
-# An inflater copies at each call the input that it has not come to, and makes its output grow by doubling: small bites
-# keep both small, and the heap whole.
-_BITE = 128 * 1024
+# An inflater copies the input that it has not come to: of small bites that is little, and the heap stays whole.
+_BITE = 64 * 1024
 _HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
 
 
@@ -52,7 +51,7 @@ def gzip_trailer(crc: int, size: int) -> bytes:
 
 
 def inflated(pieces: Iterable[memoryview], library: Library = FAST) -> Iterator[bytes]:
-    """Inflate a gzip stream of any number of members into pieces of at most 1 MiB, some of them empty.
+    """Inflate a gzip stream of any number of members into pieces of at most `PIECE` bytes, some of them empty.
 
     Headers and trailers are read here rather than by the library: ISA-L misreads a header with several optional fields
     if it comes in two pieces.
@@ -84,26 +83,25 @@ def _skip_header(stream: Pieces) -> None:
 
 def _member(stream: Pieces, library: Library) -> Iterator[bytes]:
     inflater = library.inflater()
-    crc, size, ended = 0, 0, False
-    while not ended:
-        bite = stream.some(_BITE)
-        piece, rest, ended = _inflate(inflater, bite, library)
-        stream.put_back(rest)
-        if not (bite or piece or ended):
+    crc = size = 0
+    while not inflater.eof:
+        hungry = inflater.needs_input
+        bite = stream.some(_BITE) if hungry else memoryview(b"")
+        piece = _inflate(inflater, bite, library)
+        if hungry and not (bite or piece or inflater.eof):
             raise ContentError("the gzip stream ends early")
         crc, size = library.crc32(memoryview(piece), crc), size + len(piece)
         yield piece
+    stream.put_back(inflater.unused_data)
     if stream.exactly(8) != _checksum(crc, size):
         raise ContentError("the gzip stream is damaged: its checksum or size is wrong")
 
 
-def _inflate(inflater: Inflater, data: memoryview, library: Library) -> tuple[bytes, bytes, bool]:
-    """Return what comes of the data, what of it was not needed, and whether that was the end."""
+def _inflate(inflater: Inflater, data: memoryview, library: Library) -> bytes:
     try:
-        piece = inflater.decompress(data, max_length=PIECE)
+        return inflater.decompress(data, max_length=PIECE)
     except library.error as error:
         raise ContentError(f"the gzip stream is damaged: {error}") from error
-    return piece, inflater.unused_data if inflater.eof else inflater.unconsumed_tail, inflater.eof
 
 
 def _checksum(crc: int, size: int) -> bytes:

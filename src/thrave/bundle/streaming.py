@@ -20,12 +20,16 @@ class ImageStream:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._at = 0
-        self._held = (0, b"")
+        self._room = memoryview(bytearray())  # used over and over, as in `buffers.py`
+        self._held_at, self._held = 0, self._room
 
     def write(self, offset: int, data: memoryview) -> None:
         """Hold data back, and write what was held back before."""
         self._release()
-        self._held = (offset, bytes(data))
+        if len(data) > len(self._room):
+            self._room = memoryview(bytearray(len(data)))
+        self._held_at, self._held = offset, self._room[: len(data)]
+        self._held[:] = data
 
     def finish(self, size: int) -> None:
         """Write what was held back, and zeros up to the image's size (bytes)."""
@@ -33,10 +37,9 @@ class ImageStream:
         self._write_zeros(size)
 
     def _release(self) -> None:
-        offset, data = self._held
-        if data:
-            self._write_zeros(offset)
-            self._write_all(memoryview(data))
+        if self._held:
+            self._write_zeros(self._held_at)
+            self._write_all(self._held)
 
     def _write_zeros(self, end: int) -> None:
         while self._at < end:
