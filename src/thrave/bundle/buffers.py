@@ -20,17 +20,21 @@ class Buffers:
     """
 
     def __init__(self, crew: Crew, count: int, size: int) -> None:
-        self._free: Channel[memoryview] = crew.channel(count)
+        self._unused: Channel[memoryview] = crew.channel(count)
         for _ in range(count):
-            self._free.put(memoryview(bytearray(size)))
+            self._unused.put(memoryview(bytearray(size)))
+
+    def free(self) -> memoryview:
+        """Wait for a buffer that nobody uses."""
+        return self._unused.get()
 
     def filled(self, pieces: Iterable[bytes]) -> Iterator[memoryview]:
         """Copy the pieces into buffers, as many into each as it has room for; none is larger than a buffer."""
-        buffer, used = self._free.get(), 0
+        buffer, used = self.free(), 0
         for piece in pieces:
             if used + len(piece) > len(buffer):
                 yield buffer[:used]
-                buffer, used = self._free.get(), 0
+                buffer, used = self.free(), 0
             buffer[used : used + len(piece)] = piece
             used += len(piece)
         yield buffer[:used]
@@ -39,4 +43,4 @@ class Buffers:
         """Hand on pieces, each of which is somebody else's memory as soon as the next is asked for."""
         for piece in pieces:
             yield piece
-            self._free.put(memoryview(piece.obj))
+            self._unused.put(memoryview(piece.obj))

@@ -18,7 +18,7 @@ from cryptography.x509 import Certificate
 
 from thrave.bundle.buffers import Buffers
 from thrave.bundle.crew import Crew
-from thrave.bundle.deciphering import deciphered
+from thrave.bundle.deciphering import BUFFER, deciphered
 from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import ContentError
 from thrave.bundle.holes import without_zeros
@@ -30,7 +30,7 @@ from thrave.bundle.untar import Run, image_runs
 from thrave.bundle.verifying import Believed, Trust, believe, verified_parts
 
 _PIECES_AHEAD = 4
-_BUFFER = 1024 * 1024  # of the tar stream; has room for several of the pieces that are inflated
+_TAR_BUFFER = 1024 * 1024  # has room for several of the pieces that are inflated
 _PARTS_AHEAD = 1  # of one thread that inflates; one hashes faster than that
 _MOST_HASHING = 6  # parts at once where nothing is inflated; each is in memory
 
@@ -167,10 +167,11 @@ def _plain_image(
 
     with Crew(ahead) as crew:
         ciphertext = verified_parts(crew, believed, parts, ahead)
-        plain = crew.ahead(deciphered(ciphertext, secrets), _PIECES_AHEAD)
-        buffers = Buffers(crew, 2 * _PIECES_AHEAD, _BUFFER)
-        tar = crew.ahead(buffers.filled(inflated(counted(plain))), _PIECES_AHEAD)
-        pieces = buffers.freed(crew.ahead(hashed(tar), _PIECES_AHEAD))
+        plain_buffers = Buffers(crew, _PIECES_AHEAD + 2, BUFFER)
+        plain = crew.ahead(deciphered(ciphertext, secrets, plain_buffers.free), _PIECES_AHEAD)
+        tar_buffers = Buffers(crew, 2 * _PIECES_AHEAD, _TAR_BUFFER)
+        tar = crew.ahead(tar_buffers.filled(inflated(counted(plain_buffers.freed(plain)))), _PIECES_AHEAD)
+        pieces = tar_buffers.freed(crew.ahead(hashed(tar), _PIECES_AHEAD))
         for run in image_runs(pieces, believed.manifest.size):
             yield run
             reporter(inflated_bytes)
