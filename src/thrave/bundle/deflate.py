@@ -23,7 +23,7 @@ GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 """Deflate, no time, no name, made on Unix."""
 
 _LONGEST_STORED = 65535
-# An inflater copies the input that it has not come to: of small bites that is little, and the heap stays whole.
+# An inflater copies the input that it has not come to: of small bites that is little.
 _BITE = 64 * 1024
 _HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
 
