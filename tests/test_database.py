@@ -1,5 +1,8 @@
 """What the database's errors may say, and what finding nothing costs."""
 
+import sqlite3
+import time
+
 import pytest
 import sqlalchemy as sa
 
@@ -41,3 +44,28 @@ def test_looking_for_a_key_costs_an_unsealing_whether_there_is_one_or_not(engine
     assert vault.unsealed == 1
     assert accounts.find_key("AKIANOBODY") is None
     assert vault.unsealed == 2
+
+
+class SqliteBefore342(sqlite3.Connection):
+    """A connection on which `unixepoch('subsec')` is NULL, as in SQLite before 3.42."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.create_function("unixepoch", 1, lambda modifier: None)
+
+
+@pytest.mark.parametrize("factory", [sqlite3.Connection, SqliteBefore342])
+def test_any_sqlite_engine_has_unixepoch_with_fractions_in_statements_and_defaults(factory):
+    # An engine that is not ours: the task engine creates its own.
+    engine = sa.create_engine("sqlite://", connect_args={"factory": factory})
+    before = time.time() - 1  # SQLite cuts milliseconds off
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text("CREATE TABLE t (a INTEGER, at INTEGER NOT NULL DEFAULT (unixepoch('subsec') * 1000))")
+        )
+        connection.execute(sa.text("INSERT INTO t (a) VALUES (1)"))
+        stored = connection.execute(sa.text("SELECT at FROM t")).scalar_one()
+        selected = connection.execute(sa.text("SELECT unixepoch('subsec')")).scalar_one()
+    engine.dispose()
+    assert before * 1000 <= stored <= selected * 1000
+    assert selected <= time.time()

@@ -5,6 +5,8 @@ durable engine keeps its own tables beside them and these modules never read tho
 clear: columns named `sealed_…` hold what `vault.py` sealed with a key that is not in the database.
 """
 
+import sqlite3
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -239,6 +241,33 @@ def _migrations() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     return config
+
+
+def _provide_unixepoch(connection: object, _record: object) -> None:
+    """Define `unixepoch('subsec')` on an SQLite connection whose library lacks it: seconds since 1970, as a float.
+
+    SQLite before 3.42 returns NULL for it, before 3.38 it has no such function. On Python 3.12 and newer, DBOS uses it in
+    its statements and in the defaults of the tables that it creates. So a database can need the function whatever the
+    Python that opens it.
+    """
+    if not isinstance(connection, sqlite3.Connection):
+        return
+    try:
+        is_defined = connection.execute("SELECT unixepoch('subsec')").fetchone()[0] is not None
+    except sqlite3.OperationalError:
+        is_defined = False
+    if not is_defined:
+        connection.create_function("unixepoch", 1, _unixepoch)
+
+
+def _unixepoch(modifier: str) -> float:
+    if modifier != "subsec":
+        raise ValueError(modifier)
+    return int(time.time() * 1000) / 1000  # to the millisecond, as SQLite
+
+
+# On the class: DBOS creates engines of its own, and does not let its callers configure all of them.
+sa.event.listen(sa.Engine, "connect", _provide_unixepoch)
 
 
 def _prepare_sqlite(connection: object, _record: object) -> None:

@@ -1,5 +1,7 @@
 """Checks of what the service remembers: its database, its vault, its own identity. They only read."""
 
+import platform
+import sqlite3
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -12,6 +14,22 @@ from thrave.identity.service import CERTIFICATE_FILE, ServiceIdentity
 
 CLOCKS_APART = 5.0
 """Seconds by which the clocks of a fleet's machines may differ: a sign of life every so often tells the lost."""
+
+OLDEST_SQLITE = (3, 35)
+"""The first SQLite that has RETURNING and DROP COLUMN."""
+
+
+def versions(subject: Subject) -> str:
+    """Compare Python's and SQLite's versions with what Thrave and its task engine need."""
+    python = f"Python {platform.python_version()}"
+    if subject.database.dialect.name != "sqlite":
+        return python
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        raise Trouble(f"SQLite {sqlite3.sqlite_version} is older than {'.'.join(map(str, OLDEST_SQLITE))}")
+    with subject.database.connect() as connection:
+        if connection.execute(sa.text("SELECT unixepoch('subsec')")).scalar() is None:
+            raise Trouble(f"unixepoch('subsec') is NULL in SQLite {sqlite3.sqlite_version}")
+    return f"{python}, SQLite {sqlite3.sqlite_version}"
 
 
 def database(subject: Subject) -> str:

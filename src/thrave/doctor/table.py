@@ -10,6 +10,11 @@ CHECKS: tuple[Check, ...] = (
         service.database,
     ),
     Check(
+        "database", "versions", "Compares the versions of Python and SQLite with the oldest supported ones: 3.11, 3.35.",
+        "Run Thrave with a newer Python, or with one that is linked to a newer SQLite.",
+        service.versions, needs=("reachable",),
+    ),
+    Check(
         "database", "tables", "Compares the migrations with this release's.",
         "Start this release once, or install the newer one that the tables were made by.",
         service.tables, needs=("reachable",),
