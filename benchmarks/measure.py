@@ -1,8 +1,8 @@
 """Runs programs and says what they cost: wall time, CPU seconds, memory, bytes written to a disk, and the others' CPU.
 
 Programs run as pipelines without a shell. A run's memory is the sum of each process's own peak (VmHWM), which is never
-less than the true peak of them all at once. Bytes written to a disk are /proc/PID/io's write_bytes, which does not
-count tmpfs, where all outputs go. Needs Linux.
+less than the true peak of them all at once. Bytes written to a disk are those that Linux accounts to the process; they
+do not include tmpfs, where all outputs go. Needs Linux.
 """
 
 import os
@@ -23,6 +23,7 @@ CORES = os.cpu_count() or 1
 TMPFS = Path("/dev/shm")
 _LOOK_EVERY = 0.05  # seconds between two looks at memory
 _TICKS = os.sysconf("SC_CLK_TCK")
+_BLOCK = 512  # bytes; the unit of ru_oublock, which Linux derives from the same counter as /proc/PID/io's write_bytes
 
 Arguments = Sequence[str | Path]
 """A program and its arguments."""
@@ -145,21 +146,34 @@ def observed() -> Iterator[Observed]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process, with the children that it has waited for, used so far: CPU seconds, bytes written to a disk."""
+    """What a process and the children that it has waited for have used so far.
+
+    Attributes:
+        cpu: Seconds of user and system time.
+        written: Bytes written to a disk; None if Linux does not show them.
+    """
 
     cpu: float
-    written: int
+    written: int | None
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        """Ask the kernel, also about a process that has ended and was not waited for yet."""
+        """Return the usage of a process of this user.
+
+        Linux shows the bytes written by a process that has ended to root only; `_ended` has them for everybody.
+        """
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
-        return cls(sum(map(int, fields[11:15])) / _TICKS, int(io["write_bytes"]))
+        try:
+            io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+            written = int(io["write_bytes"])
+        except PermissionError:
+            written = None
+        return cls(sum(map(int, fields[11:15])) / _TICKS, written)
 
     def since(self, before: "Usage") -> "Usage":
-        """What was used between two looks."""
-        return Usage(self.cpu - before.cpu, self.written - before.written)
+        """Return what was used between two measurements."""
+        known = self.written is not None and before.written is not None
+        return Usage(self.cpu - before.cpu, self.written - before.written if known else None)
 
 
 def _run_step(step: Step, seen: Observed) -> list[Usage]:
@@ -194,11 +208,9 @@ def _start(arguments: Arguments, given: _File, said: _File, errors: _File) -> Pr
 
 
 def _ended(process: Process) -> Usage:
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    written = Usage.of(process.pid).written
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return Usage(usage.ru_utime + usage.ru_stime, written)
+    return Usage(usage.ru_utime + usage.ru_stime, usage.ru_oublock * _BLOCK)
 
 
 def _peak_memory(pid: int) -> int:

@@ -149,3 +149,21 @@ def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     assert result.when == "then"
     assert "held before" in capsys.readouterr().out
     assert not (tmp_path / "unfinished.json").exists()
+
+
+AN_ORDINARY_USER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from measure import Usage
+if os.getuid() == 0:
+    os.setuid(65534)
+child = os.fork()
+if child == 0:
+    os._exit(0)
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+assert Usage.of(child).cpu >= 0
+"""
+
+
+def test_an_ordinary_user_can_read_the_usage_of_a_process_that_has_ended():
+    subprocess.run([sys.executable, "-c", AN_ORDINARY_USER, str(BENCHMARKS)], check=True)
