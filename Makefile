@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+DEMO_INSTALLED := $(VENV)/demo-installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
 # Debian packages that some tests start for real. The demo needs none of them.
-TEST_PACKAGES := openssl jq qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools postgresql gcc libc6-dev \
+TEST_PACKAGES := openssl jq isal qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools postgresql gcc libc6-dev \
 	radosgw ceph-mon ceph-osd ceph-common \
 	qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt grub-common grub-pc-bin \
 	systemd bubblewrap acl
@@ -15,7 +17,7 @@ BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
 .PHONY: demo test test-fast check bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
 
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
 
 test: $(INSTALLED) packages
@@ -75,11 +77,15 @@ format: $(INSTALLED)
 packages:
 	@scripts/system-packages $(TEST_PACKAGES) $(CLIENT_PACKAGES)
 
-# A bare Debian has python3 but not the module that makes virtual environments.
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || scripts/system-packages python3-venv
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@scripts/make-venv $(PYTHON) $(VENV)
+	$(PIP_INSTALL) '.[dev]'
+	touch $@
+
+# A quarter of the developer's environment (170 instead of 750 MiB).
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
+	@scripts/make-venv $(PYTHON) $(VENV)
+	$(PIP_INSTALL) '.[demo]'
 	touch $@
 
 clean:
