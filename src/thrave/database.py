@@ -246,9 +246,9 @@ def _migrations() -> Config:
 def _provide_unixepoch(connection: object, _record: object) -> None:
     """Define `unixepoch('subsec')` on an SQLite connection whose library lacks it: seconds since 1970, as a float.
 
-    SQLite before 3.42 returns NULL for it, before 3.38 it has no such function. On Python 3.12 and newer, DBOS uses it in
-    its statements and in the defaults of the tables that it creates. So a database can need the function whatever the
-    Python that opens it.
+    SQLite before 3.42 returns NULL for it, before 3.38 it has no such function. On Python 3.12 and newer, DBOS uses it
+    in its statements and in the defaults of the tables that it creates. So a database can need the function whatever
+    the Python that opens it.
     """
     if not isinstance(connection, sqlite3.Connection):
         return

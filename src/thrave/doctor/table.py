@@ -10,7 +10,7 @@ CHECKS: tuple[Check, ...] = (
         service.database,
     ),
     Check(
-        "database", "versions", "Compares the versions of Python and SQLite with the oldest supported ones: 3.11, 3.35.",
+        "database", "versions", "Compares the versions of Python and SQLite with the oldest supported: 3.11, 3.35.",
         "Run Thrave with a newer Python, or with one that is linked to a newer SQLite.",
         service.versions, needs=("reachable",),
     ),
