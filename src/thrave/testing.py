@@ -16,7 +16,6 @@ import hmac
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, ClassVar, Self
 
+from thrave import programs
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import Instance, VolumeFile
@@ -53,7 +53,7 @@ class ThraveServer:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Settings for the server, as `THRAVE_…` variables."""
     url: str = ""
-    process: subprocess.Popen[str] | None = field(default=None, repr=False)
+    process: programs.ServerProcess | None = field(default=None, repr=False)
 
     @classmethod
     @contextmanager
@@ -76,11 +76,9 @@ class ThraveServer:
 
     def start(self) -> None:
         """Start it, and wait until it answers. Raises ServerError if it does not."""
-        self.process = subprocess.Popen(
+        self.process = programs.start_server(
             [sys.executable, "-m", "thrave", self.command, "--data", str(self.data.root), "--port", "0"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **self.environment},
+            {**os.environ, **self.environment},
         )
         assert self.process.stdout is not None
         said = self.process.stdout.readline().strip()

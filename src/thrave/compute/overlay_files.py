@@ -8,18 +8,18 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from thrave import files
+from thrave import files, programs
 from thrave.compute.domain_edits import Image
 from thrave.compute.errors import ComponentMissingError, HypervisorError, ImageInUseError
 
 _PACKAGE = "qemu-utils"
 _DEFINITIONS = Path("/etc/libvirt/qemu")
-_LOOK_AGAIN = 0.2  # seconds
+_TIMEOUT = 7 * 86400.0  # seconds; merging a large overlay takes hours, and its caller may end it at any time
+_MAX_OUTPUT = 256 << 20  # bytes; `qemu-img map` of an image that is in very many pieces
 
 Pause = Callable[[float], object]
 """Waits some seconds; may raise, to end it all."""
@@ -114,23 +114,15 @@ def _run(instance_id: str, arguments: Sequence[str], pause: Pause) -> str:
     program = shutil.which("qemu-img")
     if program is None:
         raise ComponentMissingError("qemu-img", _PACKAGE)
-    process = subprocess.Popen(
-        [program, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C"}, text=True, errors="replace",
-    )  # fmt: skip
     try:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                out, err = process.communicate(timeout=_LOOK_AGAIN)
-                break
-            pause(0.0)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-    if process.returncode:
-        raise _failure(instance_id, err)
-    return out
+        done = programs.run(
+            [program, *arguments], timeout=_TIMEOUT, max_output=_MAX_OUTPUT, max_memory=programs.MAX_MEMORY, pause=pause
+        )
+    except programs.ProgramError as error:
+        raise HypervisorError(instance_id, str(error)) from error
+    if done.status:
+        raise _failure(instance_id, done.error_text)
+    return done.text
 
 
 def _failure(instance_id: str, err: str) -> HypervisorError:

@@ -13,7 +13,8 @@
         ├── NoFileSystemError             there is no NTFS on it
         ├── FileSystemUnsupportedError    BitLocker, ReFS, a dynamic disk, …
         ├── VolumeNotCleanError           dirty, hibernated, or its log was not closed
-        └── FileSystemCorruptError        it contradicts itself
+        ├── FileSystemCorruptError        it contradicts itself
+        └── SandboxUnavailableError       the process that reads it cannot be confined
 """
 
 from pathlib import Path
@@ -106,3 +107,7 @@ class VolumeNotCleanError(SkipRefusedError):
 
 class FileSystemCorruptError(SkipRefusedError):
     """It contradicts itself; it is not guessed which side is right."""
+
+
+class SandboxUnavailableError(SkipRefusedError):
+    """The process that reads a guest's file system cannot be started, or cannot be confined on this host."""

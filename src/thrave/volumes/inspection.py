@@ -9,11 +9,12 @@ qemu-img's check also finds images that are cut short, which QEMU would otherwis
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from thrave import programs
+from thrave.programs import Finished
 from thrave.volumes import chain
 from thrave.volumes.chain import Layer
 from thrave.volumes.errors import (
@@ -106,15 +107,15 @@ def _chain(top: Layer, locks: ImageLocks) -> Iterator[Layer]:
 def _information(layer: Layer) -> _Information:
     """What qemu-img says of one image; the ones below it are not opened, and no passphrase is needed."""
     done = _qemu_img(layer, "info", "--output=json", *chain.arguments([layer], None))
-    if done.returncode:
+    if done.status:
         raise _failure(layer, done)
-    information: _Information = json.loads(done.stdout)
+    information: _Information = json.loads(done.out)
     return information
 
 
 def _check(layers: Sequence[Layer], secret_file: Path | None) -> None:
     done = _qemu_img(layers[0], "check", "-q", *chain.arguments(layers, secret_file))
-    if done.returncode not in _CHECK_ACCEPTS:
+    if done.status not in _CHECK_ACCEPTS:
         raise _failure(layers[0], done, secret_file)
 
 
@@ -146,27 +147,22 @@ def _backing(layer: Layer, information: _Information) -> Layer | None:
     return Layer(Path(below), information["backing-filename-format"])
 
 
-def _qemu_img(layer: Layer, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _qemu_img(layer: Layer, command: str, *arguments: str) -> Finished:
+    argv = [program("qemu-img"), command, *arguments]
     try:
-        return subprocess.run(
-            [program("qemu-img"), command, *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired as error:
+        return programs.run(argv, timeout=_SECONDS, max_memory=programs.MAX_MEMORY)
+    except programs.ProgramTimeoutError as error:
         raise VolumeUnreadableError(layer.path, f"qemu-img {command} took more than {_SECONDS} seconds") from error
+    except programs.ProgramError as error:
+        raise VolumeUnreadableError(layer.path, f"qemu-img {command} {error.reason}") from error
 
 
-def _failure(layer: Layer, done: subprocess.CompletedProcess[str], secret_file: Path | None = None) -> VolumeError:
-    if '"write" lock' in done.stderr:
+def _failure(layer: Layer, done: Finished, secret_file: Path | None = None) -> VolumeError:
+    if '"write" lock' in done.error_text:
         return VolumeInUseError(layer.path)
-    if "Invalid password" in done.stderr:
+    if "Invalid password" in done.error_text:
         return VolumeEncryptedError(
             layer.path, f"what {secret_file} holds does not open it; every byte counts, also a newline at the end"
         )
-    lines = done.stderr.strip().splitlines() or [f"qemu-img ended with {done.returncode}"]
+    lines = done.error_text.strip().splitlines() or [f"qemu-img ended with {done.status}"]
     return VolumeUnreadableError(layer.path, lines[0].removeprefix("qemu-img: "))

@@ -27,8 +27,8 @@ class Handle(Protocol):
     def add_meta_context(self, name: str) -> None:
         """Ask for a metadata context, before connecting."""
 
-    def aio_connect_systemd_socket_activation(self, argv: list[str]) -> None:
-        """Start a server and begin to connect to it; the server ends with this handle."""
+    def aio_connect_socket(self, sock: int) -> None:
+        """Begin the handshake on a connected socket; the descriptor is closed with this handle."""
 
     def aio_is_ready(self) -> bool:
         """Whether the handshake is done."""

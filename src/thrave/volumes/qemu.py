@@ -1,15 +1,20 @@
 """A volume in one of QEMU's formats, served by qemu-nbd and read through libnbd.
 
-qemu-nbd is the reference implementation of these formats. libnbd starts it by socket activation (sd_listen_fds(3)): the
+qemu-nbd is the reference implementation of these formats. It is started by socket activation (sd_listen_fds(3)): the
 socket is connected before the server runs, in a private folder, so nobody else can come in between. The server is
 read-only, is told the format, takes one client, and ends when that client's connection does: with close(), and also
 when this process is killed. No port, daemon or kernel module is used.
 """
 
+import math
+import socket
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from thrave import programs
+from thrave.programs import Program
 from thrave.volumes import chain, inspection, libnbd
 from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.locking import ImageLocks
@@ -18,6 +23,7 @@ from thrave.volumes.volume import Extent, joined
 ALLOCATION = "base:allocation"
 READS_AS_ZEROS = 2  # NBD_STATE_ZERO; NBD_STATE_HOLE (1) alone promises nothing of the content (NBD protocol)
 START_SECONDS = 30.0
+_END_TIMEOUT = 30.0  # seconds for a server to end once its connection is dropped
 _POLL_MILLISECONDS = 200
 _MOST_READ = 16 << 20  # bytes in one NBD read; servers may refuse more than 32 MiB (NBD protocol, "maximum payload")
 _BLOCK = 4096  # reads begin and end at multiples of this; some formats (vhdx) refuse any that do not
@@ -43,7 +49,8 @@ class QemuVolume:
         self._path = path.absolute()
         self._binding = libnbd.load()
         layers = inspection.inspect_chain(self._path, image_format, locks, secret_file)
-        self._handle: libnbd.Handle | None = self._connect(chain.arguments(layers, secret_file))
+        self._handle: libnbd.Handle | None
+        self._handle, self._server = self._connect(chain.arguments(layers, secret_file))
         self._size = self._handle.get_size()
 
     @property
@@ -73,8 +80,9 @@ class QemuVolume:
                 raise VolumeUnreadableError(self._path, str(error), offset=offset + start) from error
 
     def close(self) -> None:
-        """Drop the connection; libnbd ends the server and waits for it."""
+        """Drop the connection, which ends the server, and wait for its end."""
         self._handle = None
+        end_server(self._server)
 
     def _opened(self) -> libnbd.Handle:
         if self._handle is None:
@@ -87,14 +95,13 @@ class QemuVolume:
         whole = memoryview(self._opened().pread(last - first, first))
         return whole[offset - first : end - first]
 
-    def _connect(self, image: Sequence[str]) -> libnbd.Handle:
+    def _connect(self, image: Sequence[str]) -> tuple[libnbd.Handle, Program]:
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
         try:
-            start_server(handle, "--read-only", *image)
-        except (self._binding.Error, TimeoutError) as error:
+            return handle, start_server(handle, "--read-only", *image)
+        except (self._binding.Error, TimeoutError, programs.ProgramError, OSError) as error:
             raise VolumeUnreadableError(self._path, f"qemu-nbd does not serve it ({error})") from error
-        return handle
 
     def _statuses(self) -> Iterator[tuple[int, int, int]]:
         """(offset, length, flags) of the whole volume, in order; a server that does not move on is an error."""
@@ -118,19 +125,51 @@ class QemuVolume:
         return found
 
 
-def start_server(handle: libnbd.Handle, *arguments: str) -> None:
+def start_server(handle: libnbd.Handle, *arguments: str) -> Program:
     """Connect a new handle to a qemu-nbd of its own.
 
     Args:
         handle: Not yet connected.
         arguments: Options, and the image (`chain.arguments`).
 
+    Returns:
+        The server, for `end_server`.
+
     Raises:
         ComponentMissingError: qemu-nbd is not installed.
+        ProgramError: It cannot be started.
+        OSError: No socket can be made.
         TimeoutError: It did not answer within START_SECONDS.
-        Exception: The binding's Error: it did not start.
+        Exception: The binding's Error: it ended at once.
     """
-    handle.aio_connect_systemd_socket_activation([inspection.program("qemu-nbd"), "--shared=1", *arguments])
+    argv = [inspection.program("qemu-nbd"), "--shared=1", *arguments]
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        with tempfile.TemporaryDirectory(prefix="thrave-nbd.") as folder:
+            address = f"{folder}/s"
+            listener.bind(address)
+            listener.listen(1)
+            client.connect(address)
+        server = programs.Program(argv, timeout=math.inf, listener=listener.fileno(), max_memory=programs.MAX_MEMORY)
+        listener.close()  # only the server has it from here on: if the server ends, so does the connection
+        try:
+            handle.aio_connect_socket(client.detach())
+            _shake_hands(handle)
+            server.drop_output()
+        except BaseException:
+            server.kill()
+            raise
+    return server
+
+
+def end_server(server: Program) -> None:
+    """Wait until a server has ended whose connection was dropped; one that does not end is killed."""
+    try:
+        server.poll(_END_TIMEOUT)
+    finally:
+        server.kill()
+
+
+def _shake_hands(handle: libnbd.Handle) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)

@@ -14,11 +14,11 @@ Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSA
                      .  0, 0             that was all
 """
 
+import math
 import os
 import resource
 import signal
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,11 +26,13 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import IO, NoReturn
 
+from thrave.programs import Program, ProgramError
 from thrave.volumes import survey, unmounting
 from thrave.volumes.errors import (
     ComponentMissingError,
     FileSystemCorruptError,
     FileSystemUnsupportedError,
+    SandboxUnavailableError,
     SkipRefusedError,
     VolumeNotCleanError,
 )
@@ -109,22 +111,25 @@ def check_installed() -> None:
 
 
 @contextmanager
-def _process(task: str, length: int) -> Iterator[subprocess.Popen[bytes]]:
+def _process(task: str, length: int) -> Iterator[Program]:
     """The surveyor, which does not outlive the block nor SECONDS."""
-    argv = [sys.executable, "-P", "-m", __name__, task, str(length)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        alarm = threading.Timer(SECONDS, process.kill)
-        alarm.start()
-        try:
-            yield process
-        finally:
-            alarm.cancel()
-            process.kill()
-            with suppress(BrokenPipeError):  # what it did not wait to hear
-                _pipes(process)[0].close()
+    argv = [sys.executable, "-P", "-B", "-m", __name__, task, str(length)]
+    # An empty environment; where Python finds this package is no secret.
+    variables = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    try:
+        process = Program(argv, timeout=math.inf, variables=variables, output="piped")
+    except ProgramError as error:
+        raise SandboxUnavailableError(str(error)) from error
+    alarm = threading.Timer(SECONDS, process.signal, [signal.SIGKILL])
+    alarm.start()
+    try:
+        yield process
+    finally:
+        alarm.cancel()
+        process.kill()
 
 
-def _unused(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[Extent]:
+def _unused(process: Program, volume: Volume, partition: Partition) -> Iterator[Extent]:
     told, end = 0, 0
     for kind, first, second in _told(process, volume, partition):
         if kind != _UNUSED or not end <= first < first + second <= partition.length or told >= 2 * survey.MOST_HOLES:
@@ -133,14 +138,14 @@ def _unused(process: subprocess.Popen[bytes], volume: Volume, partition: Partiti
         yield Extent(partition.offset + first, second)
 
 
-def _conditions(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[str]:
+def _conditions(process: Program, volume: Volume, partition: Partition) -> Iterator[str]:
     for told, (kind, _, length) in enumerate(_told(process, volume, partition)):
         if kind != _CONDITION or length > _MOST_WORDS or told >= MOST_CONDITIONS:
             _astray()
         yield _words(process, length)
 
 
-def _told(process: subprocess.Popen[bytes], volume: Volume, partition: Partition) -> Iterator[tuple[bytes, int, int]]:
+def _told(process: Program, volume: Volume, partition: Partition) -> Iterator[tuple[bytes, int, int]]:
     """Answer the surveyor's questions until it has told everything, and pass on what it tells. It is not trusted."""
     while True:
         kind, first, second = _MESSAGE.unpack(_exactly(process, _MESSAGE.size))
@@ -160,35 +165,29 @@ def _astray() -> NoReturn:
     raise FileSystemCorruptError("reading it led the reader astray")
 
 
-def _words(process: subprocess.Popen[bytes], length: int) -> str:
+def _words(process: Program, length: int) -> str:
     """What it says, without anything that would move a terminal."""
     words = _exactly(process, length).decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)
 
 
-def _answer(process: subprocess.Popen[bytes], volume: Volume, offset: int, length: int) -> None:
+def _answer(process: Program, volume: Volume, offset: int, length: int) -> None:
     buffer = bytearray(length)
     volume.read_into(offset, memoryview(buffer))
-    answers, _ = _pipes(process)
     with suppress(BrokenPipeError):  # it has ended: there will be no next message, and that is told then
-        answers.write(buffer)
-        answers.flush()
+        process.stdin.write(buffer)
+        process.stdin.flush()
 
 
-def _exactly(process: subprocess.Popen[bytes], length: int) -> bytes:
-    _, questions = _pipes(process)
-    data = questions.read(length)
+def _exactly(process: Program, length: int) -> bytes:
+    data = process.stdout.read(length)
     if len(data) == length:
         return data
-    status = process.wait()
+    finished = process.poll(math.inf)  # the alarm ends it
+    assert finished is not None
+    status = finished.status
     how = signal.strsignal(-status) if status < 0 else f"exit status {status}"
     raise FileSystemCorruptError(f"reading it took too long, too much memory, or broke the reader ({how})")
-
-
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
-    assert process.stdin
-    assert process.stdout
-    return process.stdin, process.stdout
 
 
 class _Pipe:

@@ -4,19 +4,21 @@ qemu-img makes it empty, so what is never written stays unallocated and reads as
 disk. The format is given to both programs and never probed. Giving the file its name is the business of the caller.
 """
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from thrave import programs
 from thrave.volumes import chain, inspection, libnbd
 from thrave.volumes.chain import Layer
 from thrave.volumes.errors import UnknownFormatError, VolumeUnwritableError
-from thrave.volumes.qemu import start_server
+from thrave.volumes.qemu import end_server, start_server
 
 # format -> options of qemu-img create. Without force_size the size of a vpc image is rounded up to whole cylinders.
 # vhdx is not among them: QEMU's driver refuses to write what does not begin and end at a multiple of 4 KiB.
 _OPTIONS = {"qcow2": "lazy_refcounts=off", "vmdk": "subformat=monolithicSparse", "vpc": "force_size=on"}
+
+_CREATE_TIMEOUT = 600.0  # seconds
 
 WRITABLE_FORMATS = tuple(_OPTIONS)
 """QEMU's names of what can be written."""
@@ -29,11 +31,12 @@ class NewImage:
         self._path = path
         self._binding = binding
         self._handle: libnbd.Handle | None = binding.NBD()
+        self._server: programs.Program | None = None
 
     def serve(self, image_format: str) -> None:
         """Start the server."""
         with self._calling() as handle:
-            start_server(handle, *chain.arguments([Layer(self._path, image_format)], None))
+            self._server = start_server(handle, *chain.arguments([Layer(self._path, image_format)], None))
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of the data, at most 32 MiB, at an offset in bytes; VolumeUnwritableError if that fails."""
@@ -47,8 +50,10 @@ class NewImage:
             handle.shutdown()
 
     def close(self) -> None:
-        """Drop the connection; libnbd ends the server and waits for it. May be said again."""
+        """Drop the connection, which ends the server, and wait for its end. May be called again."""
         self._handle = None
+        if self._server is not None:
+            end_server(self._server)
 
     @contextmanager
     def _calling(self) -> Iterator[libnbd.Handle]:
@@ -56,7 +61,7 @@ class NewImage:
             raise VolumeUnwritableError(self._path, "it is closed")
         try:
             yield self._handle
-        except (self._binding.Error, TimeoutError) as error:
+        except (self._binding.Error, TimeoutError, programs.ProgramError, OSError) as error:
             raise VolumeUnwritableError(self._path, str(error)) from error
 
 
@@ -88,6 +93,11 @@ def _create(path: Path, image_format: str, size: int) -> None:
         raise UnknownFormatError(image_format, WRITABLE_FORMATS)
     options = ["-q", "-f", image_format, "-o", _OPTIONS[image_format]]
     argv = [inspection.program("qemu-img"), "create", *options, str(path), str(size)]
-    done = subprocess.run(argv, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise VolumeUnwritableError(path, done.stderr.strip().removeprefix("qemu-img: ") or "qemu-img create failed")
+    try:
+        done = programs.run(argv, timeout=_CREATE_TIMEOUT, max_memory=programs.MAX_MEMORY)
+    except programs.ProgramError as error:
+        raise VolumeUnwritableError(path, str(error)) from error
+    if done.status:
+        raise VolumeUnwritableError(
+            path, done.error_text.strip().removeprefix("qemu-img: ") or "qemu-img create failed"
+        )
