@@ -101,6 +101,15 @@ def skipping(subject: Subject) -> str:
     return "pytsk3"
 
 
+def sandbox(_subject: Subject) -> str:
+    """Confine a process as one that reads a guest's file system is confined."""
+    try:
+        surveyor.check_sandbox()
+    except ComponentMissingError as error:
+        raise NotTried(str(error)) from error
+    return "its process can be confined"
+
+
 def open_files(subject: Subject) -> str:
     """Compare the process's limit with what the settings may open."""
     settings = subject.settings

@@ -160,6 +160,11 @@ CHECKS: tuple[Check, ...] = (
         "pip install 'thrave[ntfs]', or `skip = nothing`.", host.skipping,
     ),
     Check(
+        "host", "sandbox", "The process that reads a guest's file system can be confined (seccomp).",
+        "Let the service set a seccomp filter (container runtime, kernel); till then no NTFS volume is checked, and "
+        "`skip = unused` is refused.", host.sandbox, optional=True,
+    ),
+    Check(
         "host", "open files", "The limit of open files is above what the settings may open.",
         "Raise the limit (LimitNOFILE= in the service's unit), or lower `connections`.", host.open_files,
     ),

@@ -1,9 +1,9 @@
-"""A look at a guest's file system in a process of its own, which can do nothing but think.
+"""Reads a guest's file system in a process of its own, which can do nothing but read, answer and compute.
 
 The library that reads NTFS is written in C and reads what a guest wrote. So it runs apart: the process is given no
-file, asks its parent for each piece of the partition through a pipe, and gives up being root, the right to open files
-and to start programs, most of its memory and all but two minutes of the processor, before it looks at the first byte.
-If it crashes, hangs or talks nonsense, that volume is refused and nothing else happens.
+file and an empty environment, asks its parent for each piece of the partition through a pipe, and confines itself
+(`sandbox`) before it reads the first byte. If it cannot be confined, crashes, hangs or sends nonsense, that volume is
+refused and nothing else happens.
 
 Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSAGE`)::
 
@@ -16,7 +16,6 @@ Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSA
 
 import math
 import os
-import resource
 import signal
 import struct
 import sys
@@ -27,7 +26,7 @@ from importlib.util import find_spec
 from typing import IO, NoReturn
 
 from thrave.programs import Program, ProgramError
-from thrave.volumes import survey, unmounting
+from thrave.volumes import sandbox, survey, unmounting
 from thrave.volumes.errors import (
     ComponentMissingError,
     FileSystemCorruptError,
@@ -43,10 +42,6 @@ from thrave.volumes.volume import Extent, Volume
 SECONDS = 600.0
 """For one volume, by the clock: it may have to wait for its disk."""
 
-CPU_SECONDS = 120
-MEMORY = 512 << 20
-"""Bytes of address space; $Bitmap takes at most 64 MiB of them."""
-
 MOST_READ = 4 << 20
 """Bytes in one piece."""
 
@@ -56,11 +51,11 @@ MOST_CONDITIONS = 8
 _MESSAGE = struct.Struct("<cQQ")
 _READ, _UNUSED, _CONDITION, _REFUSED, _END = b"r", b"u", b"c", b"x", b"."
 _MOST_WORDS = 1000  # bytes
-_NOBODY = 65534
 _REFUSALS: tuple[type[SkipRefusedError], ...] = (
     FileSystemCorruptError,
     FileSystemUnsupportedError,
     VolumeNotCleanError,
+    SandboxUnavailableError,
 )
 
 
@@ -102,6 +97,21 @@ def conditions_in(volume: Volume, partition: Partition) -> Iterator[str]:
     check_installed()
     with _process("conditions", partition.length) as process:
         yield from _conditions(process, volume, partition)
+
+
+def check_sandbox() -> None:
+    """Confine a process that then reads nothing.
+
+    Raises:
+        SandboxUnavailableError: It cannot be confined on this host.
+        FileSystemCorruptError: It did not live through it.
+        ComponentMissingError: The library is not installed.
+    """
+    check_installed()
+    with _process("nothing", 0) as process:
+        if _MESSAGE.unpack(head := _exactly(process, _MESSAGE.size))[0] != _END:
+            _, number, length = _MESSAGE.unpack(head)
+            raise _REFUSALS[number](_words(process, length))
 
 
 def check_installed() -> None:
@@ -215,15 +225,19 @@ def main() -> None:
     Questions go to stdout, answers come from stdin.
     """
     load()
-    _give_up_rights()
-    tell = {"unused": _tell_unused, "conditions": _tell_conditions}[sys.argv[1]]
+    do = {"unused": _tell_unused, "conditions": _tell_conditions, "nothing": _tell_nothing}[sys.argv[1]]
     pipe = _Pipe(int(sys.argv[2]), sys.stdout.buffer, sys.stdin.buffer)
     try:
-        tell(pipe)
+        _give_up_rights()
+        do(pipe)
         pipe.tell(_END, 0, 0)
     except _REFUSALS as refusal:
         words = refusal.reason.encode()[:_MOST_WORDS]
         pipe.tell(_REFUSED, _REFUSALS.index(type(refusal)), len(words), words)
+
+
+def _tell_nothing(_pipe: _Pipe) -> None:
+    pass
 
 
 def _tell_unused(pipe: _Pipe) -> None:
@@ -238,21 +252,11 @@ def _tell_conditions(pipe: _Pipe) -> None:
 
 
 def _give_up_rights() -> None:
-    """No file, no process, no core dump; little memory, little time. What is open stays open: the two pipes."""
-    if os.geteuid() == 0:
-        with suppress(PermissionError):  # root of a container that may not become anybody else
-            os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    for what, most in (
-        (resource.RLIMIT_NOFILE, 0),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_CPU, CPU_SECONDS),
-    ):
-        resource.setrlimit(what, (most, most))
+    """Confine this process. What is open stays open: the two pipes."""
+    try:
+        sandbox.confine()
+    except (sandbox.ConfinementError, OSError) as error:
+        raise SandboxUnavailableError(f"the process that reads it cannot be confined on this host ({error})") from error
 
 
 if __name__ == "__main__":
