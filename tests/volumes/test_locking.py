@@ -14,6 +14,7 @@ import pytest
 from support.images import converted, qemu_img, qemu_io, written_to
 from thrave.volumes import locking
 from thrave.volumes.errors import VolumeInUseError, VolumeUnreadableError
+from thrave.volumes.hostfile import HostFile
 from thrave.volumes.locking import ImageLocks
 from thrave.volumes.opening import open_volume
 
@@ -139,8 +140,8 @@ def test_a_lock_ends_with_its_process(raw):
 def test_a_lock_ends_with_its_volume_though_a_child_has_a_copy_of_the_open_file(raw):
     """As a program that is just being started has for a moment."""
     locks = ImageLocks()
-    locks.take(raw)
-    for file in locks._files:
+    locks.take(HostFile(raw))
+    for file in [taken.fd for taken in locks._files]:
         os.set_inheritable(file, True)  # noqa: FBT003 (the system's)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False):
         assert REFUSED in qemu_io(raw, "raw").stderr
@@ -246,11 +247,11 @@ def test_what_is_no_image_is_refused_at_once(tmp_path, kind):
         case "character device":
             path.symlink_to("/dev/zero")
     with closing(ImageLocks()) as locks, pytest.raises(VolumeUnreadableError, match="thing"):
-        locks.take(path)
+        locks.take(HostFile(path))
 
 
 def test_closing_twice_is_closing(raw):
     locks = ImageLocks()
-    locks.take(raw)
+    locks.take(HostFile(raw))
     locks.close()
     locks.close()

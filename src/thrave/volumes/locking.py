@@ -19,10 +19,9 @@ import fcntl
 import os
 import struct
 from contextlib import suppress
-from pathlib import Path
 
 from thrave.volumes.errors import VolumeInUseError, VolumeUnreadableError
-from thrave.volumes.hostfile import open_file, reason
+from thrave.volumes.hostfile import HostFile, reason
 
 _DOES, _FORBIDS = 100, 200  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # numbers of the bits of BLK_PERM_…
@@ -39,43 +38,41 @@ _TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
 
 
 class ImageLocks:
-    """Locks on the images of one volume; none at first."""
+    """Locks on the files of one volume; none at first."""
 
     def __init__(self) -> None:
-        self._files: list[int] = []
+        self._files: list[HostFile] = []
 
-    def take(self, path: Path) -> None:
-        """Lock an image, for as long as these locks are not closed.
+    def take(self, file: HostFile) -> None:
+        """Lock a file, for as long as these locks are not closed.
 
         On a file system that has no locks (NFS without them, say) nothing is locked, and that is no error: there is
         still compute's proof that the machine is off.
 
         Args:
-            path: A regular file or block device; may be taken more than once.
+            file: May be taken more than once. Its owner closes it, after these locks.
 
         Raises:
             VolumeInUseError: Something may write to it.
-            VolumeUnreadableError: It cannot be opened or locked, or is something else.
+            VolumeUnreadableError: It cannot be locked.
         """
-        file, _ = open_file(path)
         self._files.append(file)
         try:
-            free = _lock(file)
+            free = _lock(file.fd)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return
-            raise VolumeUnreadableError(path, f"it cannot be locked: {reason(error)}") from error
+            raise VolumeUnreadableError(file.path, f"it cannot be locked: {reason(error)}") from error
         if not free:
-            raise VolumeInUseError(path)
+            raise VolumeInUseError(file.path)
 
     def close(self) -> None:
         """Unlock all of them. May be said again."""
         while self._files:
             file = self._files.pop()
-            # A program that is just being started has a copy of the open file for a moment, and with it the locks.
+            # A program that was given the open file has it for a moment longer, and with it the locks.
             with suppress(OSError):
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
-            os.close(file)
+                fcntl.fcntl(file.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
 
 
 def _lock(file: int) -> bool:

@@ -4,28 +4,46 @@ The format is always given and never probed: a guest can write any image format'
 own raw disk, and a program that probes then reads whatever host file that header names (CVE-2008-2004, QEMU).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from thrave.volumes.errors import UnknownFormatError, VolumeUnreadableError
-from thrave.volumes.locking import ImageLocks
+from thrave.volumes.errors import VolumeUnreadableError
+from thrave.volumes.headers import apparent_format
+from thrave.volumes.hostfile import FileId, HostFile
+from thrave.volumes.inspection import READERS, Inspection, Warn, Warned
 from thrave.volumes.qemu import QemuVolume
 from thrave.volumes.raw import RawVolume
 from thrave.volumes.skipping import without_unused
 from thrave.volumes.volume import Volume
 
-QEMU_FORMATS = ("qcow2", "vhdx", "vmdk", "vpc", "luks")
-"""QEMU's names; `luks` is a raw disk in LUKS. vdi is left out: qemu-img finds nothing wrong with one that is cut short,
-and reads zeros there.
+FORMATS = tuple(READERS)
+"""Every format that can be opened, in QEMU's words; `raw` stands for block devices too, and `luks` is a raw disk in
+LUKS. vdi is left out: qemu-img finds nothing wrong with one that is cut short, and reads zeros there.
 """
 
-FORMATS = ("raw", *QEMU_FORMATS)
-"""Every format that can be opened; `raw` stands for block devices too."""
+QEMU_FORMATS = tuple(name for name in FORMATS if name != "raw")
+"""Those that QEMU's programs read."""
 
 Skip = Literal["nothing", "unused"]
 """What of a volume's data is left out: nothing, or what its NTFS file systems do not use (see `skipping`)."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What can be told of a volume without reading its data.
+
+    Attributes:
+        files: Which files it lies in.
+        written: Which of them its machine writes to; it only reads the others.
+        warnings: What its owner should know.
+    """
+
+    files: frozenset[FileId]
+    written: frozenset[FileId]
+    warnings: tuple[Warned, ...]
 
 
 @contextmanager
@@ -35,35 +53,67 @@ def open_volume(
     *,
     skip: Skip = "nothing",
     secret_file: Path | None = None,
+    directories: Sequence[Path] = (),
+    warn: Warn = lambda _warned: None,
 ) -> Iterator[Volume]:
     """Open the disk image or block device at `path` for reading, and close it in the end.
 
     For as long as it is open QEMU starts no guest that would write to it, nor to any image that it stands on: see
-    `locking` for what that is worth.
+    `locking` for what that is worth. At the end of a block that has not failed every file of it is compared with what
+    it was at the beginning, so what was read is true only once the block has ended well.
 
     Args:
-        path: The file. Symbolic links are followed.
+        path: The file. Symbolic links are followed, once.
         format: One of `FORMATS`.
         skip: Whether to look into its file systems at all.
         secret_file: Holds the passphrase of an encrypted image (qcow2 with LUKS, or luks), and nothing else: no newline
             at its end. Not used if no image of the chain is encrypted.
+        directories: Folders in which files may lie that the image refers to, besides the image's own.
+        warn: Told what the image says of itself that its owner should know.
 
     Raises:
         VolumeInUseError: Something has it open for writing.
         VolumeEncryptedError: It is encrypted, and the passphrase is missing or wrong.
+        ImageRefusedError: It is not a whole disk, or not to be trusted, by its own words (`marks`).
+        VolumeChangedError: At the end: it was written to or replaced meanwhile.
         VolumeError: Unknown format; missing, forbidden or broken image; a component that is not installed; what is
             unused cannot be told for certain.
     """
-    with closing(ImageLocks()) as locks, closing(_driver(path, format, locks, secret_file)) as volume:
-        yield volume if skip == "nothing" else without_unused(volume, path)
-
-
-def _driver(path: Path, format: str, locks: ImageLocks, secret_file: Path | None) -> Volume:  # noqa: A002 (as above)
-    if format in QEMU_FORMATS:
-        return QemuVolume(path, format, locks, secret_file)
-    if format != "raw":
-        raise UnknownFormatError(format, FORMATS)
-    if secret_file is not None:  # what it holds would be bundled as it is, enciphered
+    if format == "raw" and secret_file is not None:  # what it holds would be bundled as it is, enciphered
         raise VolumeUnreadableError(path, "a raw volume has no passphrase; the format of a raw disk in LUKS is luks")
-    locks.take(path)
-    return RawVolume(path)
+    with (
+        closing(Inspection(path, format, directories, to_read=True)) as inspection,
+        closing(_driver(inspection, format, secret_file)) as volume,
+    ):
+        for warned in inspection.warnings:
+            warn(warned)
+        yield volume if skip == "nothing" else without_unused(volume, path)
+        inspection.check_unchanged()
+
+
+def examine(path: Path, format: str, *, directories: Sequence[Path] = ()) -> Examined:  # noqa: A002 (as above)
+    """Look at an image's own words, and at those of every image that it stands on. Its machine may run.
+
+    Nothing is locked, no program is started, and no guest's data is read.
+
+    Raises:
+        VolumeError: As `open_volume`, as far as that can be told; marks that a running machine leaves are not judged.
+    """
+    with closing(Inspection(path, format, directories, to_read=False)) as inspection:
+        return Examined(frozenset(inspection.file_ids), frozenset(inspection.written_ids), tuple(inspection.warnings))
+
+
+def apparent_format_of(path: Path) -> str | None:
+    """The format of which a file's first or last bytes are, None if of none that is known: a hint, and no more.
+
+    Raises:
+        VolumeUnreadableError: It cannot be read.
+    """
+    with HostFile(path) as file:
+        return apparent_format(file)
+
+
+def _driver(inspection: Inspection, format: str, secret_file: Path | None) -> Volume:  # noqa: A002 (as above)
+    if format == "raw":
+        return RawVolume(inspection.layers[0].file)
+    return QemuVolume(inspection, secret_file)

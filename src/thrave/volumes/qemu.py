@@ -10,14 +10,15 @@ import math
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from thrave import programs
 from thrave.programs import Program
-from thrave.volumes import chain, inspection, libnbd
-from thrave.volumes.errors import VolumeUnreadableError
-from thrave.volumes.locking import ImageLocks
+from thrave.volumes import chain, libnbd
+from thrave.volumes.chain import Arguments
+from thrave.volumes.errors import VolumeError, VolumeUnreadableError
+from thrave.volumes.inspection import Inspection, check_size, program
 from thrave.volumes.volume import Extent, joined
 
 ALLOCATION = "base:allocation"
@@ -31,27 +32,29 @@ _MOST_STATUS = 2 << 30  # bytes in one question for extents; a length has 32 bit
 
 
 class QemuVolume:
-    """Reads the image at `path` through a qemu-nbd of its own.
+    """Reads an image through a qemu-nbd of its own.
 
     Args:
-        path: The topmost image.
-        image_format: Its format, in QEMU's words.
-        locks: Take every image of the chain; it is the caller who closes them, after this.
+        inspection: The image, looked at; it stays open for as long as this is, and its owner closes it.
         secret_file: Holds the passphrase of the images that are encrypted.
 
     Raises:
-        VolumeError: The image is refused (see `inspection`), a component is missing, or the server does not come up
-            within START_SECONDS.
+        VolumeError: QEMU finds the image damaged, a component is missing, the server does not come up within
+            START_SECONDS, or serves another size than the image states.
     """
 
-    def __init__(self, path: Path, image_format: str, locks: ImageLocks, secret_file: Path | None = None) -> None:
-        # Absolute: QEMU takes a name with a colon in front of the first slash for a protocol.
-        self._path = path.absolute()
+    def __init__(self, inspection: Inspection, secret_file: Path | None = None) -> None:
+        self._path = inspection.layers[0].path
         self._binding = libnbd.load()
-        layers = inspection.inspect_chain(self._path, image_format, locks, secret_file)
+        secret = inspection.check(secret_file)
         self._handle: libnbd.Handle | None
-        self._handle, self._server = self._connect(chain.arguments(layers, secret_file))
+        self._handle, self._server = self._connect(chain.arguments(inspection.layers, secret))
         self._size = self._handle.get_size()
+        try:
+            check_size(inspection.layers[0], self._size)
+        except VolumeError:
+            self.close()
+            raise
 
     @property
     def size(self) -> int:
@@ -95,11 +98,11 @@ class QemuVolume:
         whole = memoryview(self._opened().pread(last - first, first))
         return whole[offset - first : end - first]
 
-    def _connect(self, image: Sequence[str]) -> tuple[libnbd.Handle, Program]:
+    def _connect(self, image: Arguments) -> tuple[libnbd.Handle, Program]:
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
         try:
-            return handle, start_server(handle, "--read-only", *image)
+            return handle, start_server(handle, Arguments(["--read-only", *image.words], image.descriptors))
         except (self._binding.Error, TimeoutError, programs.ProgramError, OSError) as error:
             raise VolumeUnreadableError(self._path, f"qemu-nbd does not serve it ({error})") from error
 
@@ -125,12 +128,12 @@ class QemuVolume:
         return found
 
 
-def start_server(handle: libnbd.Handle, *arguments: str) -> Program:
+def start_server(handle: libnbd.Handle, image: Arguments) -> Program:
     """Connect a new handle to a qemu-nbd of its own.
 
     Args:
         handle: Not yet connected.
-        arguments: Options, and the image (`chain.arguments`).
+        image: Options, and the image (`chain.arguments`).
 
     Returns:
         The server, for `end_server`.
@@ -142,14 +145,20 @@ def start_server(handle: libnbd.Handle, *arguments: str) -> Program:
         TimeoutError: It did not answer within START_SECONDS.
         Exception: The binding's Error: it ended at once.
     """
-    argv = [inspection.program("qemu-nbd"), "--shared=1", *arguments]
+    argv = [program("qemu-nbd"), "--shared=1", *image.words]
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
         with tempfile.TemporaryDirectory(prefix="thrave-nbd.") as folder:
             address = f"{folder}/s"
             listener.bind(address)
             listener.listen(1)
             client.connect(address)
-        server = programs.Program(argv, timeout=math.inf, listener=listener.fileno(), max_memory=programs.MAX_MEMORY)
+        server = programs.Program(
+            argv,
+            timeout=math.inf,
+            pass_fds=image.descriptors,
+            listener=listener.fileno(),
+            max_memory=programs.MAX_MEMORY,
+        )
         listener.close()  # only the server has it from here on: if the server ends, so does the connection
         try:
             handle.aio_connect_socket(client.detach())

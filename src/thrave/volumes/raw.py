@@ -6,30 +6,32 @@ that everything is data, and a block device is one extent. No program is needed 
 
 import errno
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from thrave.volumes.errors import VolumeUnreadableError
-from thrave.volumes.hostfile import open_file, reason
+from thrave.volumes.hostfile import HostFile, reason
 from thrave.volumes.volume import Extent, joined
 
 
 class RawVolume:
-    """Reads the file at `path`.
+    """Reads a file or block device.
+
+    Args:
+        file: The open file, whose owner closes it, or the path of one that is closed with this.
 
     Raises:
-        VolumeUnreadableError: it cannot be opened, or is neither a regular file nor a block device.
+        VolumeUnreadableError: It cannot be opened, or is neither a regular file nor a block device.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd, mode = open_file(path)
-        self._is_file = stat.S_ISREG(mode)
+    def __init__(self, file: HostFile | Path) -> None:
+        self._is_owner = not isinstance(file, HostFile)
+        self._file = file if isinstance(file, HostFile) else HostFile(file)
+        self._path, self._fd = self._file.path, self._file.fd
         # The kernel's read-ahead would read holes, too, and fill memory with them: readers say what they will read.
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-        self._size = os.fstat(self._fd).st_size if self._is_file else os.lseek(self._fd, 0, os.SEEK_END)
+        self._size = self._file.size
 
     @property
     def size(self) -> int:
@@ -38,7 +40,7 @@ class RawVolume:
 
     def extents(self) -> list[Extent]:
         """The runs that the file system has stored."""
-        if not self._is_file:
+        if self._file.is_device:
             return joined([(0, self._size)])
         try:
             return joined(list(self._runs()))
@@ -57,10 +59,9 @@ class RawVolume:
             done += self._read_some(offset + done, buffer[done:])
 
     def close(self) -> None:
-        """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the file, if it is this one's."""
+        if self._is_owner:
+            self._file.close()
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         end = 0

@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from thrave import programs
-from thrave.volumes import chain, inspection, libnbd
-from thrave.volumes.chain import Layer
+from thrave.volumes import inspection, libnbd
+from thrave.volumes.chain import Arguments
 from thrave.volumes.errors import UnknownFormatError, VolumeUnwritableError
 from thrave.volumes.qemu import end_server, start_server
 
@@ -36,7 +36,7 @@ class NewImage:
     def serve(self, image_format: str) -> None:
         """Start the server."""
         with self._calling() as handle:
-            self._server = start_server(handle, *chain.arguments([Layer(self._path, image_format)], None))
+            self._server = start_server(handle, Arguments([f"--format={image_format}", str(self._path)]))
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of the data, at most 32 MiB, at an offset in bytes; VolumeUnwritableError if that fails."""
