@@ -61,6 +61,7 @@ class Agent:
             shutdown_timeout_action=self._settings.shutdown_timeout_action,
             downtime=self._settings.downtime,
             sysprep=self._settings.sysprep,
+            image_directories=self._settings.image_directories,
             unclean_volume=self._settings.unclean_volume,
             level=self._settings.level,
             skip=self._settings.skip,

@@ -103,6 +103,11 @@ class Settings(BaseSettings):
     sysprep: tuple[str, ...] = Field(
         (), description="A command that prepares a guest for being copied and powers it off; its agent runs it."
     )
+    image_directories: tuple[Path, ...] = Field(
+        (),
+        description="Where files may lie that a root volume's image refers to (a backing file, a parent, extents), "
+        "besides the image's own folder; folders below are included.",
+    )
     unclean_volume: Literal["report", "refuse"] = Field(
         "report",
         description="When a root volume's NTFS is hibernated or was not unmounted: the task says so, or fails.",

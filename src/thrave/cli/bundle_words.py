@@ -11,7 +11,7 @@ from thrave.cli.output import printable, table
 from thrave.cli.sizes import words
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from thrave.bundle.manifest import Manifest
     from thrave.bundle.report import Verified
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from thrave.cli.bundle_folder import BundleFolder
 
 
-def sealed_document(folder: BundleFolder, sealed: Sealed) -> dict[str, object]:
-    """A new bundle as JSON."""
+def sealed_document(folder: BundleFolder, sealed: Sealed, warnings: Sequence[str]) -> dict[str, object]:
+    """A new bundle as JSON, with what the image says of itself that one should know."""
     return {
         "manifest": folder.manifest,
         "sideFile": folder.side_file,
@@ -28,6 +28,7 @@ def sealed_document(folder: BundleFolder, sealed: Sealed) -> dict[str, object]:
         "size": sealed.size,
         "bundledSize": sealed.bundled_size,
         "digest": sealed.digest,
+        "warnings": list(warnings),
         "parts": [
             {
                 "index": part.index,

@@ -6,6 +6,7 @@ overwritten.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,14 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     show_default=True,
     help="Leave out what NTFS does not use: free clusters, page and hibernation files.",
 )
+@click.option(
+    "--image-directory",
+    "directories",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="Where files may lie that the image refers to, besides its own folder.",
+)
 @output_option
 def bundle(
     *,
@@ -72,14 +81,16 @@ def bundle(
     secret_file: Path | None,
     level: Level,
     skip: Skip,
+    directories: tuple[Path, ...],
     output: str,
 ) -> None:
     """Seal the disk image IMAGE into a bundle, without any server.
 
     Nobody may write to the image meanwhile: one that a guest of QEMU's runs on is refused, and QEMU starts none on it.
-    Its holes stay holes. The manifest is written last: where it is, the bundle is complete. If anything fails, what was
-    written is removed. With --skip unused, a disk of which it is not certain what its NTFS uses is refused: Windows
-    must have been shut down fully.
+    Its holes stay holes. The manifest is written last: where it is, the bundle is complete. If anything fails, or the
+    image was changed meanwhile, what was written is removed. An image that is not a whole disk by its own words is
+    refused, and so is one that refers to a file outside its own folder and every --image-directory. With --skip unused,
+    a disk of which it is not certain what its NTFS uses is refused: Windows must have been shut down fully.
 
     \b
     Example:
@@ -102,21 +113,35 @@ def bundle(
     checked_account_id(account)
     checked_architecture(architecture)
     checked_prefix(prefix)
-    opened = open_volume(image, image_format, skip=skip, secret_file=secret_file)
-    with opened as volume, new_bundle(folder, prefix) as files:
-        sealing = Sealing(volume, prefix, level=level)
-        with progress_bar("sealing", sealing.data_size) as bar, bar.following(lambda: sealing.progress):
-            files.write_parts(sealing)
-        manifest = write_manifest(
-            sealing.sealed,
-            account_id=account,
-            architecture=architecture,
-            user_certificate=user_certificate,
-            service_certificate=service_certificate,
-            signing_key=signing_key,
+    warnings: list[str] = []
+    with ExitStack() as reading:
+        volume = reading.enter_context(
+            open_volume(
+                image,
+                image_format,
+                skip=skip,
+                secret_file=secret_file,
+                directories=directories,
+                warn=lambda warned: warnings.append(warned.text),
+            )
         )
-        side_key = side_key or Ed25519PrivateKey.generate()
-        side_file = write_side_file(sealing.sealed, manifest, side_key=side_key, signing_key=signing_key)
-        files.write(files.side_file, side_file)
-        files.write(files.manifest, manifest)
-    emit(output, sealed_document(files, sealing.sealed), sealed_text(files, sealing.sealed))
+        for warning in warnings:
+            click.echo(f"Warning: {warning}.", err=True)
+        with new_bundle(folder, prefix) as files:
+            sealing = Sealing(volume, prefix, level=level)
+            with progress_bar("sealing", sealing.data_size) as bar, bar.following(lambda: sealing.progress):
+                files.write_parts(sealing)
+            reading.close()  # fails if the image was changed: before there is a manifest
+            manifest = write_manifest(
+                sealing.sealed,
+                account_id=account,
+                architecture=architecture,
+                user_certificate=user_certificate,
+                service_certificate=service_certificate,
+                signing_key=signing_key,
+            )
+            side_key = side_key or Ed25519PrivateKey.generate()
+            side_file = write_side_file(sealing.sealed, manifest, side_key=side_key, signing_key=signing_key)
+            files.write(files.side_file, side_file)
+            files.write(files.manifest, manifest)
+    emit(output, sealed_document(files, sealing.sealed, warnings), sealed_text(files, sealing.sealed))

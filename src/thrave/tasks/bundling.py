@@ -66,6 +66,8 @@ class Host:
     """How long an instance is off: until its root volume has been read, or until it has an overlay."""
     sysprep: Sequence[str]
     """A command that prepares a guest for being copied and powers it off; none: it is only powered off."""
+    image_directories: Sequence[Path]
+    """Where files may lie that a root volume's image refers to, besides its own folder."""
     unclean_volume: Literal["report", "refuse"]
     """What is done about an NTFS volume that its guest has not unmounted."""
     skip: Skip
@@ -152,11 +154,18 @@ class Bundling:
         with (
             self._state(BundleTaskState.BUNDLING) as watch,
             self._held(watch) as (instance, root),
-            open_volume(root.path, root.format, skip=self._host.skip, secret_file=root.secret_file) as volume,
+            open_volume(
+                root.path,
+                root.format,
+                skip=self._host.skip,
+                secret_file=root.secret_file,
+                directories=self._host.image_directories,
+                warn=lambda warned: self._records.notice(self._task.bundle_id, f"{warned.public}."),
+            ) as volume,  # its end fails if the volume was changed meanwhile
         ):
             with durable("volume opened"):
                 self._records.note_volume_size(self._task.bundle_id, volume.size)
-            self._look_whether_clean(volume, root.path)
+            self._look_whether_clean(volume, Path(root.path.name))  # its folder is the operator's business
             sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))

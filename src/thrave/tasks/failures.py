@@ -106,7 +106,6 @@ FORESEEN: tuple[tuple[type[Exception], str], ...] = (
     (InstanceNotFound, "Client.InstanceTerminated"),
     (RootVolumeInUse, "Server.VolumeError"),
     (InstanceError, "Server.InstanceError"),
-    (VolumeError, "Server.VolumeError"),
     (ImageError, "Server.VolumeError"),
     (BucketError, "Client.S3Error"),
 )
@@ -118,6 +117,9 @@ def failure_from(error: Exception) -> TaskFailure:
         return error
     if isinstance(error, BucketError) and error.is_the_stores:
         return TaskFailure("Server.S3Error", str(error))
+    if isinstance(error, VolumeError):  # its owner must not learn how the host's folders are arranged
+        log.warning("the root volume cannot be read", error=str(error))
+        return TaskFailure("Server.VolumeError", error.public)
     for kind, code in FORESEEN:
         if isinstance(error, kind):
             return TaskFailure(code, str(error))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from thrave.volumes.errors import VolumeEncryptedError, VolumeUnreadableError
 from thrave.volumes.headers import Extent, Statement
-from thrave.volumes.hostfile import HostFile
+from thrave.volumes.hostfile import HostFile, inheritable_number
 from thrave.volumes.vmdk import descriptor
 
 _SECRET = "passphrase"  # noqa: S105 (the name of QEMU's object, not what it holds)
@@ -105,11 +105,11 @@ def open_secret(path: Path, locked: Layer) -> HostFile:
     return file
 
 
-def in_memory(layer_identity: Statement, extents: Sequence[tuple[Extent, HostFile]]) -> int:
+def in_memory(statement: Statement, extents: Sequence[tuple[Extent, HostFile]]) -> int:
     """Open a new descriptor in memory for a VMDK whose data lie in these files."""
-    assert layer_identity.identity is not None
-    text = descriptor(layer_identity.identity, [(extent, file.name_for_programs) for extent, file in extents])
-    fd = os.memfd_create("descriptor", os.MFD_CLOEXEC)
+    assert statement.identity is not None
+    text = descriptor(statement.identity, [(extent, file.name_for_programs) for extent, file in extents])
+    fd = inheritable_number(os.memfd_create("descriptor", os.MFD_CLOEXEC))
     os.write(fd, text)
     return fd
 

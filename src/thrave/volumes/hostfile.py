@@ -6,6 +6,7 @@ are given the open files (`/proc/self/fd/N`), never a name. Afterwards the file 
 times of change, and whether its name still leads to it.
 """
 
+import fcntl
 import os
 import stat
 import time
@@ -20,6 +21,7 @@ from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
 _TICK = 0.02  # seconds
 _MOST_TICKS = 50
 
+_FIRST_NUMBER = 10
 _STATISTICS = "/sys/dev/block/{}:{}/stat"
 _WRITING = (4, 6, 11)  # the numbers of writes, of sectors written, of discards (kernel: Documentation/block/stat.rst)
 
@@ -168,7 +170,7 @@ class HostFile:
                 f"it lies in {self.real.parent}, neither the image's own folder nor one of the image directories",
                 files=(self.real.parent,),
             )
-        self.fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.fd = inheritable_number(os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         if self.is_device:
             os.fsync(self.fd)  # what was written to the device before is not counted later
 
@@ -209,6 +211,14 @@ class HostFiles:
         """Close all of them. May be said again."""
         for file in self.opened:
             file.close()
+
+
+def inheritable_number(fd: int) -> int:
+    """The same open file under a number that a program can inherit: 3 is a server's socket (sd_listen_fds(3))."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_NUMBER)
+    finally:
+        os.close(fd)
 
 
 def reason(error: OSError | ValueError) -> str:
