@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from support.sealed import SECRETS
-from support.tars import read_tar, tar_of, with_field
+from support.tars import blocks_of, read_tar, tar_of, with_field
 from thrave.bundle.deciphering import deciphered
 from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import ContentError
@@ -283,11 +283,22 @@ class TestSparse:
             read_tar(data, 2048)
 
     def test_a_map_without_end_is_refused_within_bounds(self, monkeypatch):
-        monkeypatch.setattr("thrave.bundle.untar.MOST_EXTENTS", 1000)
-        empty = (b"%011o\0" % 0) * 42 + b"\1" + bytes(7)
-        header = with_field(sparse(2048, [(512 * i, 0) for i in range(9)])[:512], 482, b"\1")
+        monkeypatch.setattr("thrave.bundle.sparsemap.MOST_EXTENTS", 1000)
+        header, *blocks = blocks_of(sparse(1 << 30, [(1024 * i, 512) for i in range(2000)]))
         with pytest.raises(ContentError, match="more than 1000"):
-            list(image_runs([header, *[empty] * 10_000], 2048))
+            list(image_runs([header, *blocks], 1 << 30))
+
+    @pytest.mark.parametrize("count", [1, 16, 17])
+    def test_a_few_empty_extents_are_read_and_many_are_refused(self, count):
+        entry = b"%011o\0" % 512 + b"%011o\0" % 0
+        chained = [(entry * min(21, count - 4)).ljust(512, b"\0")] if count > 4 else []
+        header = sparse(2048, [(512, 0)] * min(count, 4))[:512]
+        data = [with_field(header, 482, b"\1" if chained else b"\0"), *chained, bytes(1024)]
+        if count <= 16:
+            assert list(image_runs(data, 2048)) == []
+        else:
+            with pytest.raises(ContentError, match="or empty ones"):
+                list(image_runs(data, 2048))
 
     def test_an_image_of_exabytes_of_hole_costs_nothing(self):
         size = 1 << 62

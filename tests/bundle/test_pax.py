@@ -8,7 +8,8 @@ import pytest
 from support.components import require
 from support.tars import read_tar, tar_of
 from thrave.bundle.errors import ContentError
-from thrave.bundle.untar import MOST_EXTENTS, image_runs
+from thrave.bundle.sparsemap import MOST_EXTENTS
+from thrave.bundle.untar import image_runs
 
 KIB, MIB = 1024, 1024 * 1024
 SECTOR = b"s" * 512
@@ -48,11 +49,16 @@ def test_what_bsdtar_writes_is_read(disk):
     assert read_tar(data, disk.stat().st_size) == disk.read_bytes()
 
 
-@pytest.mark.parametrize("version", ["0.0", "0.1"])
-def test_older_versions_are_refused_by_name(disk, version):
-    data = archived("tar", "-cS", "--format=posix", f"--sparse-version={version}", "disk", cwd=disk.parent)
-    with pytest.raises(ContentError, match="another version"):
-        read_tar(data, disk.stat().st_size)
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
+@pytest.mark.parametrize("name", ["disk", "disk" * 60])
+def test_every_version_that_gnu_tar_writes_is_read_as_bsdtar_reads_it(disk, tmp_path, version, name):
+    disk.rename(tmp_path / name)
+    words = ("--format=posix", f"--sparse-version={version}", "--hole-detection=raw")
+    data = archived("tar", "-cS", *words, name, cwd=tmp_path)
+    assert f"GNU.sparse.{'major=1' if version == '1.0' else 'size'}".encode() in data
+    image = read_tar(data, (tmp_path / name).stat().st_size, 1000)
+    program = require("bsdtar", package="libarchive-tools")
+    assert image == subprocess.run([program, "-xOf", "-"], input=data, stdout=subprocess.PIPE, check=True).stdout
 
 
 def sparse(size, numbers, data=b"", **records):
@@ -66,7 +72,7 @@ def sparse(size, numbers, data=b"", **records):
 
 def record(key, value):
     rest = f" {key}={value}\n".encode()
-    for digits in (1, 2, 3):
+    for digits in range(1, 9):
         line = str(len(rest) + digits).encode() + rest
         if len(line) == len(rest) + digits:
             return line
@@ -118,14 +124,79 @@ def test_a_map_that_ends_early_is_refused():
 
 
 def test_a_map_of_many_extents_costs_no_more_than_they_do():
-    numbers = [100_000, *(number for i in range(100_000) for number in (1024 * i, 0))]
+    numbers = [100_000, *(number for i in range(100_000) for number in (1024 * i, 512))]
     data = sparse(1 << 30, numbers)
     tracemalloc.start()
     try:
-        assert list(image_runs([data], 1 << 30)) == []
+        with pytest.raises(ContentError, match="map speaks of"):
+            list(image_runs([data], 1 << 30))
         assert tracemalloc.get_traced_memory()[1] < 6 * MIB
     finally:
         tracemalloc.stop()
+
+
+def old_sparse(lines, data=SECTOR):
+    """A member whose map stands in its PAX header."""
+    text = b"".join(record(key, value) for key, value in lines)
+    return tar_of(text, type=b"x")[: 512 + len(text) + -len(text) % 512] + tar_of(data)
+
+
+SIZE, OFFSET, BYTES = ("GNU.sparse.size", 4096), "GNU.sparse.offset", "GNU.sparse.numbytes"
+TEXT = "GNU.sparse.map"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [SIZE, (OFFSET, 512), (BYTES, 512), (OFFSET, 4096), (BYTES, 0)],
+        [SIZE, ("GNU.sparse.numblocks", 1), (OFFSET, 512), (BYTES, 512)],
+        [SIZE, (TEXT, "512,512,4096,0")],
+        [("GNU.sparse.major", 0), ("GNU.sparse.minor", 1), SIZE, (TEXT, "512,512")],
+    ],
+)
+def test_a_map_in_the_header_is_read(lines):
+    assert read_tar(old_sparse(lines), 4096) == bytes(512) + SECTOR + bytes(3072)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [(TEXT, "512,512")],
+        [SIZE],
+        [SIZE, (OFFSET, 512)],
+        [SIZE, (BYTES, 512)],
+        [SIZE, (OFFSET, 512), (OFFSET, 512), (BYTES, 512)],
+        [SIZE, (OFFSET, "9" * 5000), (BYTES, 512)],
+        [SIZE, (TEXT, "512")],
+        [SIZE, (TEXT, "512,x")],
+        [SIZE, (TEXT, "9" * 5000 + ",1")],
+        [SIZE, (TEXT, "512,,512")],
+        [SIZE, (TEXT, "0,256,256,256")],
+        [SIZE, (TEXT, ",".join(["512,0"] * 17) + ",512,512")],
+        [SIZE, (TEXT, "512,512"), (TEXT, "1024,512")],
+        [SIZE, ("GNU.sparse.numblocks", 2), (TEXT, "512,512")],
+        [SIZE, ("GNU.sparse.major", 2), ("GNU.sparse.minor", 0), (TEXT, "512,512")],
+        [("GNU.sparse.size", "1" * 5000), (TEXT, "512,512")],
+        [*[(f"comment{i}", i) for i in range(1001)], SIZE, (TEXT, "512,512")],
+    ],
+)  # fmt: skip
+def test_a_map_in_the_header_that_is_wrong_is_refused(lines):
+    with pytest.raises(ContentError, match=r"PAX|map"):
+        next(image_runs([old_sparse(lines)], 4096))
+
+
+def test_a_second_pax_header_of_one_member_is_refused():
+    twice = old_sparse([SIZE, (TEXT, "512,512")])
+    with pytest.raises(ContentError, match="second PAX header"):
+        next(image_runs([twice[:1024], twice], 4096))
+
+
+@pytest.mark.parametrize("length", ["0" * 4400 + "10", "0000000010", "99999999999", "9" * 4500, "x", ""])
+def test_a_record_whose_length_is_no_short_number_is_refused(length):
+    text = f"{length} size=5\n".encode()
+    header = tar_of(text, type=b"x")[: 512 + len(text) + -len(text) % 512]
+    with pytest.raises(ContentError, match="PAX header"):
+        next(image_runs([header, tar_of(SECTOR)], 512))
 
 
 @pytest.mark.parametrize(

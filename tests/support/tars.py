@@ -36,3 +36,8 @@ def resummed(header: bytes) -> bytes:
 def with_field(data: bytes, start: int, value: bytes) -> bytes:
     """The archive with something else in its first header."""
     return resummed(data[:start] + value + data[start + len(value) :])
+
+
+def blocks_of(data: bytes) -> list[bytes]:
+    """The blocks of an archive."""
+    return [data[at : at + 512] for at in range(0, len(data), 512)]

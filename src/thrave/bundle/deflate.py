@@ -7,7 +7,7 @@ is started here.
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 from thrave.bundle.errors import ContentError
 from thrave.bundle.pieces import Pieces
@@ -26,6 +26,16 @@ _LONGEST_STORED = 65535
 # An inflater copies the input that it has not come to: of small bites that is little.
 _BITE = 64 * 1024
 _HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
+
+_MOST_TEXT = 64 * 1024
+"""Bytes of a member's file name or comment. Known bundlers write neither; the extra field has at most 65,535."""
+
+_FREE_MEMBERS = 1000
+_LEAST_MEMBER = 16 * 1024
+"""Bytes that each further member must inflate to on average, so that opening members never costs more than their data.
+
+Known bundlers write one member; ``bgzip`` writes one for each 64 KiB.
+"""
 
 
 def deflated(chunk: memoryview, library: Library) -> bytes:
@@ -57,14 +67,17 @@ def inflated(pieces: Iterable[memoryview], library: Library = FAST) -> Iterator[
     if it comes in two pieces.
 
     Raises:
-        ContentError: it is no gzip, its checksum is wrong, it ends early, or something follows it.
+        ContentError: it is no gzip, its checksum is wrong, it ends early, something follows it, or it consists of
+            too many small members.
     """
     stream = Pieces(pieces, "gzip stream")
-    _skip_header(stream)
-    yield from _member(stream, library)
-    while not stream.at_end:
+    members = size = 0
+    while not members or not stream.at_end:
+        if members > _FREE_MEMBERS + size // _LEAST_MEMBER:
+            raise ContentError(f"the gzip stream has more than {members} members in its first {size} bytes")
         _skip_header(stream)
-        yield from _member(stream, library)
+        size += yield from _member(stream, library)
+        members += 1
 
 
 def _skip_header(stream: Pieces) -> None:
@@ -75,13 +88,14 @@ def _skip_header(stream: Pieces) -> None:
     if flags & _EXTRA:
         stream.exactly(int.from_bytes(stream.exactly(2), "little"))
     for text in (_NAME, _COMMENT):
-        while flags & text and stream.exactly(1) != b"\0":
-            pass
+        if flags & text:
+            stream.skip_past(b"\0", _MOST_TEXT)
     if flags & _HEADER_CRC:
         stream.exactly(2)
 
 
-def _member(stream: Pieces, library: Library) -> Iterator[bytes]:
+def _member(stream: Pieces, library: Library) -> Generator[bytes, None, int]:
+    """Inflate the rest of a member, and return the number of bytes that it holds."""
     inflater = library.inflater()
     crc = size = 0
     while not inflater.eof:
@@ -95,6 +109,7 @@ def _member(stream: Pieces, library: Library) -> Iterator[bytes]:
     stream.put_back(inflater.unused_data)
     if stream.exactly(8) != _checksum(crc, size):
         raise ContentError("the gzip stream is damaged: its checksum or size is wrong")
+    return size
 
 
 def _inflate(inflater: Inflater, data: memoryview, library: Library) -> bytes:

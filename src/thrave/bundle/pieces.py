@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from thrave.bundle.errors import ContentError
 
+_SKIPPED = 16 * 1024
+
 
 class Pieces:
     """The stream.
@@ -43,6 +45,26 @@ class Pieces:
                 raise ContentError(f"the {self._what} ends early")
             found += piece
         return bytes(found)
+
+    def skip_past(self, end: bytes, most: int) -> None:
+        """Skip everything up to and including the first byte `end`.
+
+        Args:
+            end: One byte.
+            most: Bytes that may stand before it.
+
+        Raises:
+            ContentError: The stream ends before, or more than `most` bytes precede it.
+        """
+        while piece := bytes(self.some(_SKIPPED)):
+            at = piece.find(end)
+            if at > most or (at < 0 and len(piece) > most):
+                break
+            if at >= 0:
+                self._at -= len(piece) - at - 1
+                return
+            most -= len(piece)
+        raise ContentError(f"the {self._what} ends early, or a text in it is too long")
 
     def put_back(self, data: bytes) -> None:
         """Give back the bytes that were taken last."""

@@ -6,22 +6,23 @@ padding. The member's name, mode and owner are never looked at, nothing is ever 
 sparse member is checked whole before the first byte of data is handed on.
 """
 
-from array import array
+import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from thrave.bundle import pax
 from thrave.bundle.errors import ContentError
 from thrave.bundle.pax import PaxHeader, read_map, read_pax
 from thrave.bundle.pieces import Pieces
+from thrave.bundle.sparsemap import SparseMap
 from thrave.bundle.tar import BLOCK, MAP_IN_BLOCK, MAP_IN_HEADER
-
-MOST_EXTENTS = 1 << 22
-"""In memory they have 16 bytes each. An image of 10 GiB, the most that ec2-ami-tools takes, can have 1.3 million."""
 
 _MOST_HEADER_DATA = 64 * 1024
 _MOST_PADDING = 1024 * 1024
 _REGULAR = (b"0", b"\0", b"7")
 _GNU_MAGIC = b"ustar  \0"
+_FIELDS_IN_HEADER = struct.Struct("12s" * 2 * MAP_IN_HEADER)
+_FIELDS_IN_BLOCK = struct.Struct("12s" * 2 * MAP_IN_BLOCK)
 
 
 class Run(NamedTuple):
@@ -44,34 +45,37 @@ def image_runs(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[Run]
         ContentError: it is no tar with one regular member of that size, or its map is wrong.
     """
     stream = Pieces(pieces, "tar stream")
-    header, pax = _member_header(stream)
-    stored = _number(header[124:136]) if pax.stored is None else pax.stored
-    extents, real = _extents(stream, header, pax, stored)
+    header, records = _member_header(stream)
+    stored = _number(header[124:136]) if records.stored is None else records.stored
+    sparse_map = _sparse_map(stream, header, records, stored)
+    real = stored if sparse_map is None else sparse_map.size
     if real != size:
         raise ContentError(f"the image in the tar stream has {real} bytes, the manifest says {size}")
-    spans = iter([(0, size)]) if extents is None else _spans(extents)
-    for offset, length in spans:
+    for offset, length in [(0, size)] if sparse_map is None else sparse_map:
         yield from _run(stream, offset, length)
     _expect_end(stream, -stored % BLOCK)
 
 
 def _member_header(stream: Pieces) -> tuple[bytes, PaxHeader]:
     """Return the header of the first real member, and what PAX records say of it."""
-    pax = PaxHeader()
+    records = PaxHeader()
     for _ in range(8):
         header = stream.exactly(BLOCK)
         _check_sum(header)
         kind = header[156:157]
         if kind in _REGULAR or (kind == b"S" and header[257:265] == _GNU_MAGIC):
-            return header, pax
+            return header, records
         if kind not in b"LKxg":
             raise ContentError(f"the tar member is of type {kind!r}, not a regular file")
         length = _number(header[124:136])
-        if length > _MOST_HEADER_DATA:
+        if length > (pax.MOST_BYTES if kind == b"x" else _MOST_HEADER_DATA):
             raise ContentError(f"an extended tar header of {length} bytes")
-        extended = stream.exactly(length + -length % BLOCK)[:length]
+        extended = stream.exactly(length)
+        stream.exactly(-length % BLOCK)
+        if kind == b"x" and records != PaxHeader():
+            raise ContentError("a second PAX header of one tar member")
         if kind == b"x":
-            pax = read_pax(extended)
+            records = read_pax(extended)
     raise ContentError("the tar stream has too many extended headers")
 
 
@@ -86,62 +90,50 @@ def _number(field: bytes) -> int:
     if field[0] == 0x80:
         value = int.from_bytes(field[1:], "big")
     else:
-        digits = field.strip(b" \0")
-        if not all(digit in b"01234567" for digit in digits):
+        digits = field.strip(b" \0") or b"0"
+        if not digits.isdigit() or b"8" in digits or b"9" in digits:
             raise ContentError(f"{field!r} in the tar header is no number")
-        value = int(digits or b"0", 8)
+        value = int(digits, 8)
     if value >= 1 << 63:
         raise ContentError("a number in the tar header is absurd")
     return value
 
 
-def _extents(stream: Pieces, header: bytes, pax: PaxHeader, stored: int) -> tuple["array[int] | None", int]:
-    """Return offset and length by turns, None for a member without holes; and the size of the file."""
+def _sparse_map(stream: Pieces, header: bytes, records: PaxHeader, stored: int) -> SparseMap | None:
+    """Return the map of a sparse member, None for a member without holes.
+
+    Args:
+        stream: Behind the header; a map that follows is read from it.
+        header: The member's.
+        records: What its PAX header says.
+        stored: Bytes of the member in the archive, a map in front of its data included.
+    """
+    sparse_map = records.sparse_map
     if header[156:157] == b"S":
-        flat, real = _gnu_map(stream, header), _number(header[483:495])
-        _check_map(flat, stored, real)
-        return flat, real
-    if pax.sparse_size is not None:
-        flat, map_size = read_map(stream, MOST_EXTENTS)
-        _check_map(flat, stored - map_size, pax.sparse_size)
-        return flat, pax.sparse_size
-    return None, stored
+        sparse_map = SparseMap(_number(header[483:495]))
+        sparse_map.extend(_gnu_map(stream, header))
+    elif sparse_map is None:
+        return None
+    elif records.map_follows:
+        stored -= read_map(stream, sparse_map)
+    if sparse_map.data_size != stored:
+        raise ContentError(f"the tar member's map speaks of {sparse_map.data_size} bytes, its header of {stored}")
+    return sparse_map
 
 
-def _gnu_map(stream: Pieces, header: bytes) -> "array[int]":
-    flat = array("Q")
-    block, entries, more = header[386:], MAP_IN_HEADER, header[482]
-    while _append(flat, block, entries) and more:
-        if len(flat) > 2 * MOST_EXTENTS:
-            raise ContentError(f"the tar member's map has more than {MOST_EXTENTS} extents")
-        block, entries = stream.exactly(BLOCK), MAP_IN_BLOCK
-        more = block[24 * MAP_IN_BLOCK]
-    return flat
-
-
-def _append(flat: "array[int]", block: bytes, entries: int) -> bool:
-    """Add a block's entries to the map; say whether all of them were in use."""
-    for at in range(0, 24 * entries, 24):
-        if not block[at]:
-            return False
-        flat.extend((_number(block[at : at + 12]), _number(block[at + 12 : at + 24])))
-    return True
-
-
-def _check_map(flat: "array[int]", stored: int, real: int) -> None:
-    end = total = 0
-    for offset, length in _spans(flat):
-        # GNU tar begins each extent on a block of its own, other readers do not: only the image's end may be odd.
-        if offset < end or offset + length > real or (length % BLOCK and offset + length != real):
-            raise ContentError(f"the tar member's map is wrong at offset {offset}")
-        end, total = offset + length, total + length
-    if total != stored:
-        raise ContentError(f"the tar member's map speaks of {total} bytes, its header of {stored}")
-
-
-def _spans(flat: "array[int]") -> Iterator[tuple[int, int]]:
-    numbers = iter(flat)
-    return zip(numbers, numbers, strict=True)
+def _gnu_map(stream: Pieces, header: bytes) -> Iterator[int]:
+    """Yield the numbers of an old-GNU map; an entry that begins with NUL, and whatever follows it, is not in use."""
+    fields, more = _FIELDS_IN_HEADER.unpack_from(header, 386), header[482]
+    while True:
+        for offset, length in zip(fields[::2], fields[1::2], strict=True):
+            if not offset[0]:
+                return
+            yield _number(offset)
+            yield _number(length)
+        if not more:
+            return
+        block = stream.exactly(BLOCK)
+        fields, more = _FIELDS_IN_BLOCK.unpack_from(block), block[24 * MAP_IN_BLOCK]
 
 
 def _run(stream: Pieces, offset: int, length: int) -> Iterator[Run]:
