@@ -1,11 +1,12 @@
 """A manifest is a stranger's file: nothing in it can reach out of the folder, blow up, or show two faces."""
 
+import html
 import os
 import re
 
 import pytest
 
-from support.sealed import MemoryImage, bundle_of, certificate, private_key
+from support.sealed import VECTORS, MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle import xmlreading
 from thrave.bundle.errors import BundleError, ManifestError, PartMissingError, SignatureError
 from thrave.bundle.opening import open_bundle, verify_bundle
@@ -25,7 +26,7 @@ def replaced(bundle, element, text):
 
 
 UNUSABLE = [
-    "../x", "/etc/passwd", "a/b", "..", ".", ".hidden", "", "a\\b", "a&#10;b", "\x7f", "x" * 256, "../../tmp/x",
+    "../x", "/etc/passwd", "a/b", "..", ".", "", "x" * 256, "ä" * 128, "../../tmp/x", "a/", "/", " .. ",
 ]  # fmt: skip
 
 
@@ -34,6 +35,31 @@ UNUSABLE = [
 def test_a_name_that_could_leave_the_folder_is_refused(bundle, element, name):
     with pytest.raises(ManifestError, match="name"):
         read_manifest(replaced(bundle, element, name))
+
+
+UNUSUAL = [
+    ".hid",
+    "...",
+    "a&amp;b",
+    "a&lt;b",
+    "it's",
+    "my image",
+    "a\\b",
+    "-rf",
+    "~",
+    "$(x)",
+    "%2F",
+    "a&#10;b",
+    "\x7f",
+    "ä" * 127,
+]
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("element", ["filename", "image><name"])
+def test_an_unusual_name_is_read_if_it_names_a_file_beside_the_manifest(bundle, element, name):
+    manifest = read_manifest(replaced(bundle, element, name))
+    assert html.unescape(name) in (manifest.name, manifest.parts[0].filename)
 
 
 @pytest.mark.parametrize("encoding", ["A0SCII", "hex", "utf-7", "utf-32", "gbk", "undefined"])
@@ -95,6 +121,28 @@ DOCUMENTS = {
 def test_what_is_no_manifest_is_refused_at_once(document):
     with pytest.raises(ManifestError):
         read_manifest(DOCUMENTS[document].encode())
+
+
+@pytest.mark.parametrize("path", sorted(VECTORS.glob("*/*.manifest.xml")), ids=lambda path: path.parent.name)
+def test_a_manifest_cut_off_at_any_byte_is_reported_as_truncated(path):
+    xml = path.read_bytes().rstrip()
+    for end in range(len(xml)):
+        with pytest.raises(ManifestError, match="truncated"):
+            read_manifest(xml[:end])
+
+
+@pytest.mark.parametrize("text", [b"\x1f\x8b\x08", b"PK", b"\xa7" * 5000, b"\0\1\2"])
+def test_what_is_no_xml_is_not_called_truncated(text):
+    with pytest.raises(ManifestError, match=r"no manifest|NULs"):
+        read_manifest(text)
+
+
+def test_unknown_elements_and_attributes_are_skipped(bundle):
+    more = bundle.manifest.replace(b"<bundler>", b"<a b='1'><image><name>../x</name></image><a/></a><bundler c='2'>", 1)
+    with pytest.raises(ManifestError):  # the first <image> would not be the signed one
+        read_manifest(more)
+    more = bundle.manifest.replace(b"</parts>", b"</parts><a b='1'>x<name>y</name><a/></a><a/>", 1)
+    assert read_manifest(more) == read_manifest(bundle.manifest)
 
 
 def test_a_manifest_that_is_too_large_is_not_even_parsed(monkeypatch):

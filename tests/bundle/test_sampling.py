@@ -7,7 +7,7 @@ from thrave.bundle.errors import ManifestError, PartDamagedError, PartMissingErr
 from thrave.bundle.reading import read_manifest
 from thrave.bundle.report import Subject
 from thrave.bundle.sampling import Sample, verify_sample
-from thrave.bundle.verifying import Trust
+from thrave.bundle.verifying import Trust, believe
 
 NOBODY_KNOWN = Trust()
 
@@ -40,7 +40,7 @@ def parts(bundle):
 
 
 def verified(bundle, parts, sample, trust=NOBODY_KNOWN, **options):
-    return verify_sample(bundle.manifest, parts, sample, trust, side_file=bundle.side_file, ahead=3, **options)
+    return verify_sample(believe(bundle.manifest, bundle.side_file, trust), parts, sample, ahead=3, **options)
 
 
 def test_as_many_parts_are_read_as_were_asked_for(bundle, parts):

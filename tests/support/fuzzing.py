@@ -5,6 +5,7 @@ much memory, which the fuzzer watches. The corpus is what the tests have: real m
 """
 
 import base64
+import gzip
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ from pathlib import Path
 
 from support.policies import ACCESS_KEY_ID, SECRET, bundle_document, document, encoded, signed_v2, signed_v4
 from support.sealed import MemoryImage, bundle_of
+from support.tars import resummed, tar_of
 from thrave.buckets.errors import BucketError
 from thrave.buckets.policy import UploadPolicy
+from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import BundleError
 from thrave.bundle.reading import read_manifest
 from thrave.bundle.sidefile import read_side_file
+from thrave.bundle.tar import Member
+from thrave.bundle.untar import image_runs
 from thrave.ec2.actions import ACTIONS
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
@@ -89,6 +94,26 @@ def side_file(data: bytes) -> None:
         read_side_file(data)
 
 
+def gzip_stream(data: bytes) -> None:
+    """What the parts of a bundle hold, decrypted."""
+    with suppress(BundleError):
+        for _ in inflated([memoryview(data)]):
+            pass
+
+
+def tar_stream(data: bytes) -> None:
+    """The same, inflated: a tar with the image. Each header gets its checksum, which a fuzzer does not guess."""
+    blocks = [data[at : at + 512].ljust(512, b"\0") for at in range(0, len(data), 512)]
+    with suppress(BundleError):
+        for _ in image_runs((resummed(block) if block[257:262] == b"ustar" else block for block in blocks), 4096):
+            pass
+
+
+def _sparse_tar(*records: str) -> bytes:
+    lines = b"".join(f"{len(record) + 4:02} {record}\n".encode() for record in records)
+    return tar_of(lines, type=b"x")[:1024] + tar_of(bytes(512))
+
+
 def _documents(*documents: dict[str, object]) -> tuple[bytes, ...]:
     return tuple(base64.b64decode(encoded(each)) for each in documents)
 
@@ -139,5 +164,19 @@ TARGETS = {
         ),
     ),
     "manifest": Target(manifest, tuple(path.read_bytes() for path in sorted(VECTORS.rglob("*.xml")))),
+    "gzip": Target(
+        gzip_stream,
+        (gzip.compress(b"data" * 100), b"\x1f\x8b\x08\x1c" + bytes(6) + b"\1\0xname\0comment\0\3\0" + bytes(8)),
+    ),
+    "tar": Target(
+        tar_stream,
+        (
+            tar_of(b"data" * 1024),
+            b"".join(Member("disk", 4096, [(512 * at, 512) for at in range(0, 8, 2)]).header()) + bytes(8 * 512),
+            _sparse_tar("GNU.sparse.size=4096", "GNU.sparse.map=512,512"),
+            _sparse_tar("GNU.sparse.size=4096", "GNU.sparse.offset=0", "GNU.sparse.numbytes=512"),
+            _sparse_tar("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.realsize=4096"),
+        ),
+    ),
     "side-file": Target(side_file, (bundle_of(MemoryImage(b"data" * 128, [(0, 512)])).side_file,)),
 }

@@ -30,7 +30,7 @@ class Bundler:
         return " ".join(word for word in (self.name, self.version, self.release) if word)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be 200,000
 class ManifestPart:
     """One line of the list of parts.
 

@@ -66,15 +66,16 @@ def checked_architecture(architecture: str) -> str:
 
 
 def checked_filename(filename: str) -> str:
-    """Return a part's file name as a manifest gives it, if it is bare.
+    """Return a part's file name as a manifest gives it, if it names a file in the manifest's own folder.
 
-    More is allowed than we write (spaces, other alphabets), but nothing that names another folder.
+    Old bundles have names with a leading dot, blanks, ``&`` or quotes. Any name is read that Linux lets a file have;
+    what is printed of one is escaped.
 
     Raises:
-        NamingError: it is empty, hidden, too long, not printable, or has a slash in it.
+        NamingError: It is empty, ``.`` or ``..``, has a slash or NUL in it, or more than 255 bytes of UTF-8.
     """
-    bare = filename.isprintable() and not filename.startswith(".") and not set(filename) & set("/\\")
-    if not filename or not bare or len(filename.encode()) > _LONGEST:
+    bare = filename not in {"", ".", ".."} and not set(filename) & set("/\0")
+    if not bare or len(filename.encode(errors="surrogatepass")) > _LONGEST:
         raise NamingError(f"{filename[:80]!r} is not a bare file name")
     return filename
 

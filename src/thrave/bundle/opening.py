@@ -103,7 +103,23 @@ def open_bundle_into(
         reporter: as there.
         ahead: how many parts are read at once, each in memory; None is as many as suit a disk.
     """
-    believed = believe(manifest, side_file, Trust(certificate, side_key))
+    believed = believe(manifest, side_file, Trust(certificate, side_key, private_key.public_key()))
+    return open_believed_into(make_image, believed, parts, private_key, reporter=reporter, ahead=ahead)
+
+
+def open_believed_into(
+    make_image: ImageMaker,
+    believed: Believed,
+    parts: PartSource,
+    private_key: RSAPrivateKey,
+    *,
+    reporter: Reporter = unheard,
+    ahead: int | None = None,
+) -> Verified:
+    """Give the image of a bundle to whatever writes it; its manifest was read and checked by `believe`.
+
+    Arguments and errors as for ``open_bundle_into``.
+    """
     secrets = _secrets(believed, private_key)
     plain = closing(_plain_image(believed, parts, secrets, reporter, ahead or _PARTS_AHEAD))
     with make_image(believed.manifest.size) as image, plain as runs:
@@ -128,7 +144,20 @@ def verify_bundle(
     Without a private key that is the signature, the structure and the parts' digests; with one the image's digest
     and size, too. Arguments and errors as for ``open_bundle_into``.
     """
-    believed = believe(manifest, side_file, Trust(certificate, side_key))
+    own_key = None if private_key is None else private_key.public_key()
+    believed = believe(manifest, side_file, Trust(certificate, side_key, own_key))
+    return verify_believed(believed, parts, private_key, reporter=reporter, ahead=ahead)
+
+
+def verify_believed(
+    believed: Believed,
+    parts: PartSource,
+    private_key: RSAPrivateKey | None = None,
+    *,
+    reporter: Reporter = unheard,
+    ahead: int | None = None,
+) -> Verified:
+    """Check the parts of a bundle whose manifest was read and checked by `believe`; see ``verify_bundle``."""
     if private_key is None:
         _exhaust_parts(believed, parts, reporter, ahead or min(os.cpu_count() or 1, _MOST_HASHING))
     else:

@@ -12,7 +12,7 @@ from thrave.bundle.errors import ManifestError, NamingError
 from thrave.bundle.manifest import READABLE_VERSIONS, UNSIGNED, Bundler, Manifest, ManifestPart
 from thrave.bundle.names import checked_filename
 from thrave.bundle.secrets import KeySlot
-from thrave.bundle.xmlreading import Fields, read_fields
+from thrave.bundle.xmlreading import Fields, Row, read_fields
 
 _SHA1 = re.compile(r"[0-9a-fA-F]{40}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -110,7 +110,7 @@ def _slot(fields: Fields, owner: str) -> KeySlot:
 
 def _block_devices(fields: Fields) -> tuple[tuple[str, str], ...]:
     rows = fields.rows.get("machine_configuration/block_device_mapping/mapping", [])
-    return tuple((_required(row, "virtual"), _required(row, "device")) for row in rows)
+    return tuple((virtual, device) for virtual, device in rows)
 
 
 def _parts(fields: Fields) -> tuple[ManifestPart, ...]:
@@ -126,9 +126,6 @@ def _parts(fields: Fields) -> tuple[ManifestPart, ...]:
     return tuple(parts)
 
 
-def _part(row: Mapping[str, str]) -> ManifestPart:
-    return ManifestPart(
-        index=_number(_required(row, "index")),
-        filename=_name(_required(row, "filename")),
-        sha1=_sha1(_required(row, "digest"), row.get("digest@algorithm")),
-    )
+def _part(row: Row) -> ManifestPart:
+    index, filename, digest, algorithm = row
+    return ManifestPart(index=_number(index), filename=_name(filename), sha1=_sha1(digest, algorithm or None))

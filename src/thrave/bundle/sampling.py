@@ -16,7 +16,7 @@ from thrave.bundle.manifest import Manifest, ManifestPart
 from thrave.bundle.opening import Reporter, unheard
 from thrave.bundle.partsource import PartSource
 from thrave.bundle.report import Check, Subject, Verified
-from thrave.bundle.verifying import Believed, Trust, believe, check_part
+from thrave.bundle.verifying import Believed, check_part
 
 
 class MeasuredParts(PartSource, Protocol):
@@ -51,27 +51,22 @@ class Sample:
 
 
 def verify_sample(
-    manifest: bytes,
+    believed: Believed,
     parts: MeasuredParts,
     sample: Sample,
-    trust: Trust,
     *,
-    side_file: bytes | None = None,
     reporter: Reporter = unheard,
     ahead: int,
 ) -> Verified:
-    """Check a bundle's signature, structure and side file, the size of each part, and the digests of some.
+    """Check the size of each part of a bundle, and the digests of some.
 
     Args:
-        manifest: its XML; and the rest, like the errors, as for ``verify_bundle``.
+        believed: its manifest, read and checked by `believe`; errors are as for ``verify_bundle``.
         parts: where the parts are.
         sample: which of them are read.
-        trust: what is believed already.
-        side_file: the side file where there is one.
         reporter: told how many bytes have been read.
         ahead: how many parts are asked for at once, each in memory.
     """
-    believed = believe(manifest, side_file, trust)
     chosen = sample.of(believed.manifest)
     with Crew(ahead) as crew:
         _check_sizes(believed, list(crew.map(lambda part: parts.size(part.filename), believed.manifest.parts, ahead)))

@@ -18,18 +18,20 @@ from typing import TypeVar
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509 import Certificate
 
 from thrave.bundle.errors import SideFileError
 from thrave.bundle.sealed import Sealed
-from thrave.bundle.signatures import rsa_key
 
 _Kind = TypeVar("_Kind")
 
 FORMAT = "thrave-side-file-1"
 MOST_BYTES = 64 * 1024 * 1024
+
+# A value of JSON can take 40 times its bytes in memory. A line of a real side file has 150 bytes or more, one object
+# and three commas; there is room for names that consist of such characters in part.
+_FREE_VALUES = 1000
 
 _VOUCHES = b"thrave: this Ed25519 key signs the side files of my bundles: "
 _PSS = PSS(MGF1(SHA256()), SHA256.digest_size)
@@ -65,10 +67,10 @@ class SideFile:
     public_key: Ed25519PublicKey
     vouching: bytes
 
-    def is_vouched_for_by(self, certificate: Certificate) -> bool:
-        """Whether the certificate's key says that the side key is its own."""
+    def is_vouched_for_by(self, signer: RSAPublicKey) -> bool:
+        """Whether the signer of the manifest has also signed the side key."""
         try:
-            rsa_key(certificate).verify(self.vouching, _VOUCHES + self.public_key.public_bytes_raw(), _PSS, SHA256())
+            signer.verify(self.vouching, _VOUCHES + self.public_key.public_bytes_raw(), _PSS, SHA256())
         except InvalidSignature:
             return False
         return True
@@ -117,14 +119,18 @@ def read_side_file(data: bytes) -> SideFile:
     """
     if len(data) > MOST_BYTES:
         raise SideFileError(f"the side file has more than {MOST_BYTES} bytes")
+    containers, commas = data.count(b"[") + data.count(b"{"), data.count(b",")
+    if containers > _FREE_VALUES + len(data) // 32 or commas > _FREE_VALUES + len(data) // 16:
+        raise SideFileError("the side file is no list of parts: it has too many JSON values for its size")
     try:
         document: object = json.loads(data, object_pairs_hook=_without_repetition)
+        contents = _field(document, "contents", dict)
+        canonical = _canonical(contents)
     except (ValueError, RecursionError):
-        raise SideFileError("the side file is no JSON") from None
-    contents = _field(document, "contents", dict)
+        raise SideFileError("the side file is no JSON, or nested too deeply") from None
     public_key = _public_key(_bytes(document, "publicKey"))
     try:
-        public_key.verify(_bytes(document, "signature"), _canonical(contents))
+        public_key.verify(_bytes(document, "signature"), canonical)
     except InvalidSignature:
         raise SideFileError("the side file was changed: its signature does not hold") from None
     if _field(contents, "format", str) != FORMAT:
@@ -139,7 +145,7 @@ def read_side_file(data: bytes) -> SideFile:
 
 def _field(document: object, key: str, kind: type[_Kind]) -> _Kind:
     value = document.get(key) if isinstance(document, dict) else None
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise SideFileError(f"the side file lacks {key!r}, or it is of a wrong kind")
     return value
 

@@ -41,6 +41,15 @@ def sign(xml: bytes, signing_key: RSAPrivateKey) -> bytes:
     return signing_key.sign(signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - the format knows no other
 
 
+def is_signed_with(xml: bytes, signature: bytes, key: RSAPublicKey) -> bool:
+    """Whether a manifest's signature was made with this key's private half over these bytes."""
+    try:
+        key.verify(signature, signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - the format knows no other
+    except InvalidSignature:
+        return False
+    return True
+
+
 def verify(xml: bytes, signature: bytes, certificate: Certificate) -> None:
     """Check a manifest's signature.
 
@@ -49,10 +58,8 @@ def verify(xml: bytes, signature: bytes, certificate: Certificate) -> None:
     """
     if not signature:
         raise SignatureError("the manifest is not signed, but a signer's certificate was given")
-    try:
-        rsa_key(certificate).verify(signature, signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - as above
-    except InvalidSignature:
-        raise SignatureError("the manifest was changed, or another key than this certificate's signed it") from None
+    if not is_signed_with(xml, signature, rsa_key(certificate)):
+        raise SignatureError("the manifest was changed, or another key than this certificate's signed it")
 
 
 def rsa_key(certificate: Certificate) -> RSAPublicKey:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.x509 import Certificate
 
 from thrave.bundle.crew import Crew
@@ -18,7 +19,7 @@ from thrave.bundle.partsource import PartSource
 from thrave.bundle.reading import manifest_of, signature_of
 from thrave.bundle.report import Check, Subject
 from thrave.bundle.sidefile import Digest, SideFile, read_side_file
-from thrave.bundle.signatures import verify
+from thrave.bundle.signatures import is_signed_with, rsa_key, verify
 from thrave.bundle.xmlreading import read_fields
 
 
@@ -27,12 +28,15 @@ class Trust:
     """What the reader already believes.
 
     Attributes:
-        certificate: the signer's; without one the manifest's signature cannot be checked.
+        certificate: the signer's; without one it is not known who should have signed the manifest.
         side_key: whose side files are wanted; with one there must be a side file.
+        own_key: public half of the reader's key. Without a certificate it is tried for the signature: who opens a
+            bundle has often made it. A signature that it did not make is no error.
     """
 
     certificate: Certificate | None = None
     side_key: Ed25519PublicKey | None = None
+    own_key: RSAPublicKey | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def believe(xml: bytes, side_file: bytes | None, trust: Trust) -> Believed:
         SideFileError: the side file is missing though a side key was given, is damaged, or contradicts the manifest.
     """
     fields = read_fields(xml)
-    signature = _check_signature(xml, signature_of(fields), trust.certificate)
+    signature, signer = _check_signature(xml, signature_of(fields), trust)
     manifest = manifest_of(fields)
     parts = f"{len(manifest.parts)} parts, {manifest.bundled_size} bytes, names and indexes in order"
     structure = Check(Subject.STRUCTURE, checked=True, detail=parts)
@@ -69,7 +73,7 @@ def believe(xml: bytes, side_file: bytes | None, trust: Trust) -> Believed:
     _compare(xml, manifest, side)
     detail = "SHA-256 of the manifest, names of the parts"
     listed = Check(Subject.SIDE_FILE, checked=True, detail=detail)
-    return Believed(manifest, side, (signature, structure, listed, _check_side_key(side, trust)))
+    return Believed(manifest, side, (signature, structure, listed, _check_side_key(side, trust, signer)))
 
 
 def verified_parts(crew: Crew, believed: Believed, parts: PartSource, ahead: int) -> Iterator[bytes]:
@@ -106,12 +110,24 @@ def check_part(part: ManifestPart, data: bytes, side: SideFile | None) -> None:
         raise PartDamagedError(part.filename, "its SHA-256 or size is not the side file's")
 
 
-def _check_signature(xml: bytes, signature: bytes, certificate: Certificate | None) -> Check:
-    if certificate is not None:
-        verify(xml, signature, certificate)
-        return Check(Subject.SIGNATURE, checked=True, detail="made with the certificate's key")
-    reason = "no signer's certificate was given" if signature else "the bundle is not signed"
-    return Check(Subject.SIGNATURE, checked=False, detail=reason)
+def _check_signature(xml: bytes, signature: bytes, trust: Trust) -> tuple[Check, RSAPublicKey | None]:
+    """Return the line of the report, and the signer's key where the signature holds."""
+    if trust.certificate is not None:
+        verify(xml, signature, trust.certificate)
+        holds = Check(Subject.SIGNATURE, checked=True, detail="made with the certificate's key")
+        return holds, rsa_key(trust.certificate)
+    if not signature:
+        return Check(Subject.SIGNATURE, checked=False, detail="the bundle is not signed"), None
+    if trust.own_key is None:
+        return Check(Subject.SIGNATURE, checked=False, detail="no signer's certificate was given"), None
+    if is_signed_with(xml, signature, trust.own_key):
+        holds = Check(Subject.SIGNATURE, checked=True, detail="made with the private key that was given")
+        return holds, trust.own_key
+    reason = (
+        "not made with the private key that was given: the signer is unknown, or the manifest was changed;"
+        " the signer's certificate decides (--certificate)"
+    )
+    return Check(Subject.SIGNATURE, checked=False, detail=reason), None
 
 
 def _no_side_file(trust: Trust) -> tuple[Check, ...]:
@@ -128,14 +144,14 @@ def _compare(xml: bytes, manifest: Manifest, side: SideFile) -> None:
         raise SideFileError("the side file lists other parts than the manifest")
 
 
-def _check_side_key(side: SideFile, trust: Trust) -> Check:
+def _check_side_key(side: SideFile, trust: Trust, signer: RSAPublicKey | None) -> Check:
     if trust.side_key is not None and side.public_key != trust.side_key:
         raise SideFileError("the side file was signed with another key than the given one")
-    if trust.certificate is not None and not side.is_vouched_for_by(trust.certificate):
+    if signer is not None and not side.is_vouched_for_by(signer):
         raise SideFileError("the signer of the manifest does not vouch for the side file's key")
     if trust.side_key is not None:
         return Check(Subject.SIDE_KEY, checked=True, detail="it is the given one")
-    if trust.certificate is not None:
+    if signer is not None:
         return Check(Subject.SIDE_KEY, checked=True, detail="the manifest's signer vouches for it")
     reason = "neither a side key nor a signer's certificate was given"
     return Check(Subject.SIDE_KEY, checked=False, detail=reason)

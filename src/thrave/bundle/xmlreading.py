@@ -1,11 +1,13 @@
 """Turns a manifest's XML into flat fields, trusting nothing in it.
 
-Expat does the parsing; declarations of documents and entities are refused before they can do anything, nesting and
-size have bounds, and an element that says something twice is refused rather than guessed at. The two signed elements
-must lie exactly where the signature's slices lie, so that nobody can show the verifier one image and the reader
-another. What the fields mean is the business of ``reading.py``.
+Expat does the parsing. Declarations of documents and entities are refused before they can do anything; nesting, the
+numbers of elements and attributes, and the length of texts have limits; elements and attributes that no bundler writes
+are skipped and not kept, so that a manifest costs no more memory than a few times its bytes. An element that occurs
+twice is refused. The two signed elements must lie exactly where the signature's slices lie, so that nobody can show the
+verifier one image and the reader another. What the fields mean is decided in ``reading.py``.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.parsers import expat
 
@@ -16,16 +18,58 @@ MOST_BYTES = 32 * 1024 * 1024
 """Eucalyptus 4.4 takes 5 MiB, which is the parts of 370 GiB; this is enough for those of 2 TiB."""
 
 _DEEPEST = 8
-_SIGNED = ("machine_configuration", "image")
-_REPEATED = {
-    "machine_configuration/block_device_mapping/mapping": ("virtual", "device"),
-    "image/parts/part": ("filename", "digest"),
-}
-"""Elements of which there are many, and what stands in each; the index of a part is an attribute."""
+_MOST_MARKUP = 64 * 1024
+"""Bytes from one ``<`` to the next: no tag and no text of a known bundler is longer than the 4 KiB of a hex key."""
 
-_REPEATED_LEAVES = frozenset(
-    {"machine_configuration/product_codes/product_code", "image/ancestry/ancestor_ami_id"},
+_MOST_ATTRIBUTES = 16  # of one element; a known one has one
+_MOST_UNKNOWN = 1000  # elements
+_MOST_LISTED = 1000  # block devices, product codes or ancestors
+
+_SIGNED = ("machine_configuration", "image")
+_LEAVES = frozenset({
+    "version", "signature",
+    "bundler/name", "bundler/version", "bundler/release",
+    "machine_configuration/architecture", "machine_configuration/kernel_id", "machine_configuration/ramdisk_id",
+    "image/name", "image/user", "image/type", "image/kernel_name", "image/digest", "image/size", "image/bundled_size",
+    "image/ec2_encrypted_key", "image/user_encrypted_key", "image/ec2_encrypted_iv", "image/user_encrypted_iv",
+})  # fmt: skip
+"""Elements that may occur once and have a text."""
+
+_BRANCHES = frozenset({
+    "", "bundler", "machine_configuration", "machine_configuration/block_device_mapping",
+    "machine_configuration/product_codes", "image", "image/ancestry", "image/parts",
+})  # fmt: skip
+"""Elements that may occur once and have elements; the root's path is empty."""
+
+_PART = "image/parts/part"
+_ROWS: Mapping[str, Sequence[str]] = {
+    "machine_configuration/block_device_mapping/mapping": ("virtual", "device"),
+    _PART: ("@index", "filename", "digest", "digest@algorithm"),
+}
+"""Elements that may be repeated: their columns, which are elements in them, or attributes (``@``) of those."""
+
+_LISTS = frozenset({"machine_configuration/product_codes/product_code", "image/ancestry/ancestor_ami_id"})
+"""Elements that may be repeated and have a text."""
+
+_ATTRIBUTES = frozenset({
+    "image/digest@algorithm", "image/parts@count",
+    "image/ec2_encrypted_key@algorithm", "image/user_encrypted_key@algorithm",
+})  # fmt: skip
+_KNOWN = _LEAVES | _BRANCHES | _LISTS | _ROWS.keys() | {f"{path}/{tag}" for path in _ROWS for tag in _ROWS[path]}
+
+# Expat's codes for a document that ends where more must follow.
+_CUT_OFF = frozenset(
+    expat.errors.codes[text]
+    for text in (
+        expat.errors.XML_ERROR_NO_ELEMENTS,
+        expat.errors.XML_ERROR_UNCLOSED_TOKEN,
+        expat.errors.XML_ERROR_PARTIAL_CHAR,
+        expat.errors.XML_ERROR_UNCLOSED_CDATA_SECTION,
+    )
 )
+
+Row = tuple[str, ...]
+"""The columns of a repeated element, in the order of `_ROWS`; empty where an attribute is missing."""
 
 
 @dataclass
@@ -33,36 +77,63 @@ class Fields:
     """A manifest's text by path below ``<manifest>``, ``image/size`` for instance.
 
     Attributes:
-        text: of elements that stand once, stripped.
+        text: of elements that may occur once, stripped.
         attributes: of the same, by ``path@name``.
         lists: of elements that may be repeated.
-        rows: of the repeated elements that have elements themselves; their attributes by name, those of the
-            elements in them by ``element@name``.
+        rows: of the repeated elements that have elements themselves.
     """
 
     text: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     lists: dict[str, list[str]] = field(default_factory=dict)
-    rows: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
 
 
 def read_fields(xml: bytes) -> Fields:
     """Return what a manifest says.
 
     Raises:
-        ManifestError: it is too large, no XML, no manifest, declares a document type, repeats an element, or hides
-            what is signed.
+        ManifestError: it is too large, no XML, no manifest, truncated, declares a document type, repeats an element,
+            exceeds a limit, or hides what is signed.
     """
     if len(xml) > MOST_BYTES:
         raise ManifestError(f"the manifest has {len(xml)} bytes, more than {MOST_BYTES}")
+    _check_markup(xml)
     reader = _Reader(xml)
     try:
         reader.parse()
     except expat.ExpatError as error:
-        raise ManifestError(f"the manifest is not well-formed XML: {error}") from None
+        raise _parse_error(error, xml) from None
     except (LookupError, ValueError) as error:  # from the codec that its XML declaration names
         raise ManifestError(f"the manifest declares an encoding that cannot be read: {str(error)!a}") from None
     return reader.fields
+
+
+def _check_markup(xml: bytes) -> None:
+    """Refuse long tags and texts before Expat makes objects of them.
+
+    Attribute values hold no ``<``, so a tag ends before the next one.
+    """
+    if b"\0" in xml:  # in UTF-16, too, in which the signed elements could not be found
+        raise ManifestError("the manifest is not well-formed XML in an encoding of single bytes or UTF-8: it has NULs")
+    at = 0
+    while len(xml) - at > _MOST_MARKUP:
+        at = xml.rfind(b"<", at + 1, at + 1 + _MOST_MARKUP)
+        if at < 0:
+            raise ManifestError(f"the manifest has a tag or a text of more than {_MOST_MARKUP} bytes")
+
+
+def _parse_error(error: expat.ExpatError, xml: bytes) -> ManifestError:
+    if not xml.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        what = (
+            f"this is no manifest: its {len(xml)} bytes are not XML"
+            if xml
+            else "the manifest is truncated: it is empty"
+        )
+        return ManifestError(what)
+    if error.code in _CUT_OFF and not xml.rstrip().endswith(b"</manifest>"):
+        return ManifestError(f"the manifest is truncated: it ends after {len(xml)} bytes without </manifest>")
+    return ManifestError(f"the manifest is not well-formed XML: {error}")
 
 
 class _Reader:
@@ -73,14 +144,18 @@ class _Reader:
         self._xml = xml
         self._slices = {tag: find_slice(xml, tag) for tag in _SIGNED}
         self._seen: set[str] = set()
-        self._path: list[str] = []
+        self._path: list[str] = []  # of each open element that is known
+        self._unknown_depth = 0  # open elements below the last known one
+        self._unknown = 0
         self._text: list[str] = []
+        self._text_length = 0
+        self._row: dict[str, str] = {}
         self._parser = expat.ParserCreate()
         self._parser.buffer_text = True
         self._parser.StartDoctypeDeclHandler = self._refuse_doctype
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
-        self._parser.CharacterDataHandler = self._text.append
+        self._parser.CharacterDataHandler = self._add_text
 
     def parse(self) -> None:
         self._parser.Parse(self._xml, True)  # noqa: FBT003 - expat's own signature
@@ -92,51 +167,97 @@ class _Reader:
     def _refuse_doctype(*_: object) -> None:
         raise ManifestError("the manifest declares a document type, which none does")
 
+    def _add_text(self, text: str) -> None:
+        self._text_length += len(text)
+        if self._text_length > _MOST_MARKUP:
+            raise ManifestError(f"an element of the manifest has a text of more than {_MOST_MARKUP} characters")
+        self._text.append(text)
+
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
-        if not self._path and tag != "manifest":
-            raise ManifestError(f"the document is a <{tag}>, not a <manifest>")
-        if len(self._path) >= _DEEPEST:
-            raise ManifestError("the manifest's elements are nested too deeply")
-        self._path.append(tag)
+        if len(attributes) > _MOST_ATTRIBUTES:
+            raise ManifestError(f"<{tag[:40]}> in the manifest has {len(attributes)} attributes")
         self._text.clear()
-        path = self._here()
+        self._text_length = 0
+        if not self._path:
+            if tag != "manifest":
+                raise ManifestError(f"the document is a <{tag[:40]}>, not a <manifest>")
+            self._path.append("")
+            return
+        path = f"{self._path[-1]}/{tag}" if self._path[-1] else tag
+        if self._unknown_depth or path not in _KNOWN:
+            self._skip(tag)
+            return
         if path in self._slices:
             self._check_edge(path, 0)
-        if path in _REPEATED:
-            self.fields.rows.setdefault(path, []).append(dict(attributes))
-        elif (row := self._row()) is not None:
-            row.update({f"{tag}@{name}": value for name, value in attributes.items()})
-        elif path not in _REPEATED_LEAVES:
-            self._note_once(path, attributes)
+        self._begin(path, tag, attributes)
+        self._path.append(path)
 
-    def _note_once(self, path: str, attributes: dict[str, str]) -> None:
-        if path in self._seen:
-            raise ManifestError(f"<{path}> stands twice in the manifest")
-        self._seen.add(path)
-        self.fields.attributes.update({f"{path}@{name}": value for name, value in attributes.items()})
+    def _skip(self, tag: str) -> None:
+        self._unknown_depth += 1
+        self._unknown += 1
+        if len(self._path) + self._unknown_depth > _DEEPEST:
+            raise ManifestError("the manifest's elements are nested too deeply")
+        if self._unknown > _MOST_UNKNOWN:
+            raise ManifestError(f"the manifest has more than {_MOST_UNKNOWN} unknown elements, the last a <{tag[:40]}>")
+
+    def _begin(self, path: str, tag: str, attributes: dict[str, str]) -> None:
+        if path in _ROWS:
+            self._row = {}
+            tag = ""
+        elif self._path[-1] in _ROWS:
+            if tag in self._row:
+                raise ManifestError(f"<{tag}> stands twice in one element of the manifest")
+        elif path not in _LISTS:
+            if path in self._seen:
+                raise ManifestError(f"<{path}> stands twice in the manifest")
+            self._seen.add(path)
+            self._keep_attributes(self.fields.attributes, path, attributes, _ATTRIBUTES)
+            return
+        self._keep_attributes(self._row, tag, attributes, _ROWS.get(path) or _ROWS.get(self._path[-1], ()))
+
+    @staticmethod
+    def _keep_attributes(
+        kept: dict[str, str], owner: str, attributes: dict[str, str], known: frozenset[str] | Sequence[str]
+    ) -> None:
+        for name, value in attributes.items():
+            if f"{owner}@{name}" in known:
+                kept[f"{owner}@{name}"] = value
 
     def _end(self, tag: str) -> None:
-        path, text, row = self._here(), "".join(self._text).strip(), self._row()
-        self._text.clear()
-        self._path.pop()
+        if self._unknown_depth:
+            self._unknown_depth -= 1
+            self._text.clear()
+            return
+        path = self._path.pop()
         if path in self._slices:
             self._check_edge(path, 1)
-        if path in _REPEATED_LEAVES:
-            self.fields.lists.setdefault(path, []).append(text)
-        elif row is None:
-            self.fields.text[path] = text
-        elif row.setdefault(tag, text) is not text:
-            raise ManifestError(f"<{tag}> stands twice in one element of the manifest")
+        if path in _LEAVES:
+            self.fields.text[path] = self._whole_text()
+        elif path in _LISTS:
+            self.fields.lists.setdefault(path, []).append(self._whole_text())
+            self._count_listed(path, len(self.fields.lists[path]))
+        elif path in _ROWS:
+            for column in _ROWS[path]:
+                if column not in self._row and column != "digest@algorithm":
+                    raise ManifestError(f"a <{path}> in the manifest has no <{column.lstrip('@')}>")
+            self.fields.rows.setdefault(path, []).append(tuple(self._row.get(column, "") for column in _ROWS[path]))
+            if path != _PART:  # as many as a manifest has room for
+                self._count_listed(path, len(self.fields.rows[path]))
+        elif self._path and self._path[-1] in _ROWS:
+            self._row[tag] = self._whole_text()
+        self._text.clear()
+
+    @staticmethod
+    def _count_listed(path: str, count: int) -> None:
+        if count > _MOST_LISTED:
+            raise ManifestError(f"the manifest has more than {_MOST_LISTED} <{path}>")
+
+    def _whole_text(self) -> str:
+        return "".join(self._text).strip()
 
     def _check_edge(self, tag: str, edge: int) -> None:
         where = self._slices[tag]
-        if where is None or where[edge] != self._parser.CurrentByteIndex:
+        # An element that is not closed has no slice. Expat reports that at the end of the document.
+        is_right = edge == 0 if where is None else where[edge] == self._parser.CurrentByteIndex
+        if not is_right:
             raise ManifestError(f"the first <{tag}> in the manifest's text is not its element")
-
-    def _here(self) -> str:
-        return "/".join(self._path[1:])
-
-    def _row(self) -> dict[str, str] | None:
-        """The row that the current element stands in, if it is a column of one."""
-        above = "/".join(self._path[1:-1])
-        return self.fields.rows[above][-1] if self._path[-1] in _REPEATED.get(above, ()) else None

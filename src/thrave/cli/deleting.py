@@ -71,12 +71,13 @@ def _part_filenames(location: Location[WritableFolder], certificate: Certificate
 def _left_over(location: Location[WritableFolder], certificate: Certificate | None) -> Iterable[str]:
     from thrave.bundle.errors import SideFileError
     from thrave.bundle.sidefile import read_side_file
+    from thrave.bundle.signatures import rsa_key
 
     data = read_side_file_at(location)
     if data is None:
         raise FileMissingError(f"{location} is not there, nor a side file that names its parts")
     side = read_side_file(data)
-    if certificate is not None and not side.is_vouched_for_by(certificate):
+    if certificate is not None and not side.is_vouched_for_by(rsa_key(certificate)):
         raise SideFileError("the certificate's owner does not vouch for the side file, and the manifest is gone")
     return side.parts
 

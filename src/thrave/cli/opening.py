@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
     from thrave.bundle.report import Verified
-    from thrave.bundle.verifying import Trust
+    from thrave.bundle.verifying import Believed
     from thrave.cli.folders import Folder
     from thrave.cli.locations import Location
 
@@ -100,19 +100,19 @@ def open_(
     missing, 4 not allowed to read it, 10 damaged or forged, 11 wrong key, 12 a package for the image's format is not
     installed.
     """
-    from thrave.bundle.opening import open_bundle_into
-    from thrave.bundle.reading import read_manifest
+    from thrave.bundle.opening import open_believed_into
+    from thrave.bundle.verifying import Trust, believe
     from thrave.cli.bundle_words import verified_document, verified_text
 
     target = _target(image, stdout=stdout)
     make_image = image_maker(target, image_format)
     xml, side_file = read_documents(location)
-    said = read_manifest(xml)
+    believed = believe(xml, side_file, Trust(certificate, side_key, key.public_key()))
+    said = believed.manifest
     with _warning_of_half_an_image(target), progress_bar("opening", said.bundled_size) as bar:
-        opened = open_bundle_into(
-            make_image, xml, FolderParts(location.folder), key,
-            certificate=certificate, side_file=side_file, side_key=side_key, reporter=bar.update,
-            ahead=parts_ahead(location.folder, said),
+        opened = open_believed_into(
+            make_image, believed, FolderParts(location.folder), key,
+            reporter=bar.update, ahead=parts_ahead(location.folder, said),
         )  # fmt: skip
     where = target or "stdout"
     document = {"image": target or "-", "format": image_format, "manifest": location, **verified_document(opened)}
@@ -171,44 +171,38 @@ def verify(
     Exit codes: 0 nothing is wrong with what was checked, 1 the bundle cannot be reached, 2 wrong command line, 3 a file
     is missing, 4 not allowed to read it, 10 damaged or forged, 11 wrong key.
     """
-    from thrave.bundle.verifying import Trust
+    from thrave.bundle.verifying import Trust, believe
     from thrave.cli.bundle_words import verified_document, verified_text
 
-    trust = Trust(certificate, side_key)
-    if sample is None:
-        verified = _verify_all(location, key, trust)
-    elif key is None:
-        verified = _verify_sample(location, sample, secrets.randbelow(_SEEDS) if seed is None else seed, trust)
-    else:
+    if sample is not None and key is not None:
         raise click.UsageError("with --key the image is checked, and for that all of it is read: leave out --sample")
+    xml, side_file = read_documents(location)
+    believed = believe(xml, side_file, Trust(certificate, side_key, None if key is None else key.public_key()))
+    if sample is None:
+        verified = _verify_all(believed, location.folder, key)
+    else:
+        verified = _verify_sample(
+            believed, location.folder, sample, secrets.randbelow(_SEEDS) if seed is None else seed
+        )
     emit(output, {"manifest": location, **verified_document(verified)}, verified_text(verified))
 
 
-def _verify_all(location: Location[Folder], key: RSAPrivateKey | None, trust: Trust) -> Verified:
-    from thrave.bundle.opening import verify_bundle
-    from thrave.bundle.reading import read_manifest
+def _verify_all(believed: Believed, folder: Folder, key: RSAPrivateKey | None) -> Verified:
+    from thrave.bundle.opening import verify_believed
 
-    xml, side_file = read_documents(location)
-    said = read_manifest(xml)
+    said = believed.manifest
     with progress_bar("verifying", said.bundled_size) as bar:
-        return verify_bundle(
-            xml, FolderParts(location.folder), key,
-            certificate=trust.certificate, side_file=side_file, side_key=trust.side_key, reporter=bar.update,
-            ahead=parts_ahead(location.folder, said),
-        )  # fmt: skip
+        ahead = parts_ahead(folder, said)
+        return verify_believed(believed, FolderParts(folder), key, reporter=bar.update, ahead=ahead)
 
 
-def _verify_sample(location: Location[Folder], percent: float, seed: int, trust: Trust) -> Verified:
-    from thrave.bundle.reading import read_manifest
+def _verify_sample(believed: Believed, folder: Folder, percent: float, seed: int) -> Verified:
     from thrave.bundle.sampling import Sample, verify_sample
 
-    xml, side_file = read_documents(location)
-    said = read_manifest(xml)
+    said, sample = believed.manifest, Sample(percent, seed)
     with progress_bar("verifying", int(said.bundled_size * percent / 100)) as bar:
-        return verify_sample(
-            xml, FolderParts(location.folder), Sample(percent, seed), trust,
-            side_file=side_file, reporter=bar.update, ahead=parts_ahead(location.folder, said) or 2,
-        )  # fmt: skip
+        ahead = parts_ahead(folder, said) or 2
+        return verify_sample(believed, FolderParts(folder), sample, reporter=bar.update, ahead=ahead)
 
 
 @click.command()
