@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from thrave.cli.exits import Exit
 from thrave.cli.output import emit, output_option
 from thrave.cli.sizes import Size, words
 
@@ -39,6 +40,35 @@ def demo(size: int, data: Path, output: str) -> None:
     story = _Story(quiet=output == "json")
     result = tour(data, size, story.tell, story.show)
     emit(output, result.document(), _farewell(result))
+
+
+class FileExists(click.ClickException):
+    """The file to create exists."""
+
+    exit_code = Exit.REFUSED
+
+
+@click.command("demo-disk")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--size", type=Size(), default="64MiB", show_default=True, help="The disk's size, 64MiB at least.")
+@output_option
+def demo_disk(file: Path, size: int, output: str) -> None:
+    """Create a Windows-like root disk to try Thrave with.
+
+    A raw image with a partition table and one NTFS volume. It holds files, deleted files and holes, and does not boot.
+    An existing FILE is never overwritten.
+
+    \b
+    Example:
+      thrave demo-disk disk.raw
+    """
+    from thrave.demo.disk import make_demo_disk
+
+    if file.exists():
+        raise FileExists(f"{file} exists. Remove it, or name another file.")
+    made = make_demo_disk(file, size)
+    document = {"path": str(file), "size": made.size, "volumeSize": made.volume_size}
+    emit(output, document, f"{file}: {words(made.size)}, with an NTFS volume of {words(made.volume_size)}")
 
 
 class _Story:

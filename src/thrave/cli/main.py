@@ -14,6 +14,7 @@ from thrave.cli.exits import Exit
 # command -> module and attribute. The order is the order of `thrave --help`.
 COMMANDS: dict[str, str] = {
     "demo": "thrave.cli.demo:demo",
+    "demo-disk": "thrave.cli.demo:demo_disk",
     "doctor": "thrave.cli.doctor:doctor",
     "serve": "thrave.cli.serve:serve",
     "api": "thrave.cli.serve:api",
