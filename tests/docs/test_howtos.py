@@ -1,7 +1,9 @@
-"""Every how-to, run as it is written: its shell blocks in one script, its files beside it.
+"""Every how-to, pasted as a reader pastes it: all its shell blocks into one shell, in an empty folder.
 
-Where one is about a host that was set up for good, its folders and its user are stood in for, and its unit by the
-command and the sandbox in it. Lines that are indented change a host as root, or are typed in a guest, and are not run.
+The reader has Thrave, the AWS CLI, SeaweedFS and the tests' Debian packages on the PATH, and nothing else of ours.
+Ports are exchanged for free ones. PostgreSQL, which refuses to run as root, and a host that was set up for good (its
+folders, its user, its unit, a guest) are replaced by the tests' own. Lines that are indented change a host as root, or
+are typed in a guest, and are not run.
 """
 
 import os
@@ -9,30 +11,30 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.components import require
 from support.confinement import confined
-from support.disks import make_disk
 from support.domain import Domain
+from support.eventually import eventually
+from support.stores import free_ports
 from thrave.compute.domain_metadata import NAMESPACE
 
 ROOT = Path(__file__).parents[2]
 HOWTOS = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
-FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PORT = "8773"
-STORE = "http://127.0.0.1:8333"
-"""Where how-tos find SeaweedFS and in it its user Alice."""
+WEED = "-s3.port=8333"
 STORE_PORT = "8333"
 DATABASE = "postgresql://thrave@127.0.0.1:5432/thrave"
-"""Where how-tos find PostgreSQL."""
+POSTGRES = "\n".join(f"{program}() {{ :; }}" for program in ("initdb", "pg_ctl", "createdb"))
+"""What stands for the programs of PostgreSQL."""
 # On a busy machine QEMU cannot measure how long a passphrase's key takes, and gives up.
 AGAIN = 'qemu-img() { for _ in 1 2 3 4 5; do command qemu-img "$@" && return; done; return 1; }'
 LIBVIRT = 'hypervisor = "libvirt"'
@@ -43,36 +45,31 @@ START = "systemctl enable --now thrave"
 UNIT = ROOT / "packaging" / "systemd" / "thrave.service"
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
-def test_the_howto_works_as_it_is_written(howto, tmp_path, request):
+def test_howto_works_when_it_is_pasted(howto, tmp_path, request):
     require("jq", package="jq")
     require("openssl", package="openssl")
     text = as_here(howto.read_text(), tmp_path, request)
-    make_disk(tmp_path / "disk.raw", 24 << 20)
-    (tmp_path / "vectors").symlink_to(ROOT / "tests" / "data" / "vectors")
-    for name, content in FILE.findall(text):
-        (tmp_path / name).write_text(content)
-    script = "\n".join(["set -euo pipefail", AGAIN, *SHELL.findall(text)])
-    status, said = run(script, tmp_path, **(libvirt_of(script, tmp_path, request) if LIBVIRT in text else {}))
-    assert status == 0, said
+    script = "\n".join([AGAIN, *SHELL.findall(text)])
+    environment = libvirt_of(script, tmp_path, request) if LIBVIRT in text else {}
+    status, output = run(script, tmp_path, uses_systemd=START in howto.read_text(), **environment)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
+def test_howto_stops_at_the_first_error(howto):
+    assert SHELL.findall(howto.read_text())[0].startswith("set -e\n")
 
 
 def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
-    """A how-to with what stands for its stores, its database and its host."""
-    port = free_port()
+    """Return a how-to with this machine's free ports, and with what replaces its database and its host."""
+    port, store, *weed = map(str, free_ports(5, above=10000))
     text = text.replace(PORT, port)
-    if STORE in text:
-        text = text.replace(STORE, request.getfixturevalue("seaweedfs").url)
-    if STORE_PORT in text:
-        store = request.getfixturevalue("seaweedfs")
-        text = text.replace(f"http://127.0.0.1:{STORE_PORT}", store.url)
+    roles = " ".join(f"-{role}.port={number}" for role, number in zip(("master", "volume", "filer"), weed, strict=True))
+    text = text.replace(WEED, f"{WEED} {roles} -s3.port.iceberg=0 -s3.port.lance=0").replace(STORE_PORT, store)
     if DATABASE in text:
         text = text.replace(DATABASE, request.getfixturevalue("postgres").new_database())
+        text = text.replace("initdb", f"{POSTGRES}\ninitdb", 1)
     if START in text:
         (starts,) = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
         text = text.replace(START, shlex.join(confined(UNIT, [folder], [*starts.split(), "--port", port])) + " &")
@@ -97,27 +94,47 @@ def libvirt_of(script: str, folder: Path, request: pytest.FixtureRequest) -> dic
     return {"THRAVE_LIBVIRT_URI": host.uri}
 
 
-def run(script: str, folder: Path, **environment: str) -> tuple[int, str]:
-    """Run a script in a session of its own, none of which outlives it."""
+def run(script: str, folder: Path, *, uses_systemd: bool, **environment: str) -> tuple[int, str]:
+    """Run a script in a session of its own, and see that what it started, but for a unit of systemd, ends with it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with (folder / "said.txt").open("w+") as said:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "THRAVE_"))}
+    output = folder.parent / f"{folder.name}.txt"
+    with output.open("w") as file:
         shell = subprocess.Popen(
             [shutil.which("bash"), "-c", script],
             cwd=folder,
-            env={**os.environ, "PATH": path, "AWS_PAGER": "", **environment},
-            stdout=said,
+            env={**clean, "PATH": path, "HOME": str(folder), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            status = shell.wait(timeout=120)
+            status = shell.wait(timeout=240)
+            if not uses_systemd:
+                eventually(lambda: not running(shell.pid), "everything that the how-to started has ended")
         finally:
-            with suppress(ProcessLookupError):  # nothing was left of it
+            with suppress(ProcessLookupError):  # nothing is left of it
                 os.killpg(shell.pid, signal.SIGKILL)
-        said.seek(0)
-        return status, said.read()
+    return status, output.read_text()
+
+
+def running(session: int) -> list[psutil.Process]:
+    """Return the processes of a session that have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def test_the_index_names_every_howto():
     index = (ROOT / "docs" / "README.md").read_text()
     assert [path.name for path in HOWTOS[1:] if f"howto/{path.name}" not in index] == []
+
+
+def test_links_of_the_readme_name_files_of_this_repository():
+    links = re.findall(r"\]\(https://thrave\.dev/([^)#]*)[^)]*\)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
