@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from pydantic_core import PydanticUndefined
 
+from thrave.buckets.errors import KINDS, TABLE, Kind
 from thrave.cli.exits import MEANING
 from thrave.cli.main import COMMANDS, thrave
 from thrave.config import Settings
@@ -76,6 +77,38 @@ def doctor() -> str:
         "# What `thrave doctor` tries\n\nIn this order. What tasks can do without is `lacking` where it is not there;"
         " all else has `failed`.\n\n" + table(("of the", "check", "tries", "can do without", "what to do"), rows)
     )
+
+
+def store_errors() -> str:
+    """Who must act on an error of a store."""
+    header = ("code or status", "who must act", "meaning", "what to do")
+    codes, statuses = [], []
+    for key, row in TABLE.items():
+        rows = codes if isinstance(key, str) and not key.endswith("xx") else statuses
+        rows.append((f"`{key}`", row.kind.value, row.meaning, row.remedy))
+    return STORE_ERRORS.format(
+        kinds=table(("who must act", "who that is"), ((f"`{kind}`", KINDS[kind]) for kind in Kind)),
+        codes=table(header, codes),
+        statuses=table(header, statuses),
+    )
+
+
+STORE_ERRORS = """\
+# Errors of object stores
+
+Thrave decides by S3's code, else by the HTTP status, else by the first digit of the status. What is `transient` is
+sent again: by a task for `s3_patience` seconds, by `BundleInstance` for 5, by a command for 60 (twice, if the server
+has never responded). A response that says `Retry-After` is obeyed within that time. All other errors are final.
+
+{kinds}
+## Codes
+
+Codes that no store sends, such as `ConnectionRefused`, are Thrave's own.
+
+{codes}
+## Statuses of other codes
+
+{statuses}"""
 
 
 def crash_points() -> str:
@@ -178,6 +211,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "exit-codes.md": ("src/thrave/cli/exits.py", exit_codes),
     "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
     "task-errors.md": ("src/thrave/tasks/failures.py", task_errors),
+    "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/table.py", doctor),
     "crash-points.md": ("src/thrave/tasks/crash_points.py", crash_points),
     "task-states.md": ("src/thrave/tasks/states.py", states),

@@ -5,13 +5,63 @@ TOML file given with `--config`, else from its default here. The docs' page of s
 Nothing else in Thrave reads the environment, and nothing here opens or creates anything.
 """
 
+import ipaddress
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?")
+
+
+def normal_endpoint(url: str) -> str:
+    """Bring the URL of a server into its one normal form: `https://s3.example.com`, `http://[::1]:8333`.
+
+    Scheme and host are in lower case, an international host name is in its ASCII form, an IPv6 address is compressed
+    and in brackets, the port is absent if it is the scheme's default, and nothing follows.
+
+    Args:
+        url: May have white space around it, capitals, a default port, a dot after the host, and slashes at its end.
+
+    Raises:
+        ValueError: It is no such URL; the message does not repeat it.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise ValueError("write it as https://HOST or https://HOST:PORT") from None
+    if any(character.isspace() or not character.isprintable() for character in url.strip()):
+        raise ValueError("it may have no white space and no control characters in it")
+    if parts.scheme not in _DEFAULT_PORTS or not host:
+        raise ValueError("write it as https://HOST or http://HOST, with :PORT if it is not the default")
+    if "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment or "?" in url or "#" in url:
+        raise ValueError("it has a host and a port only: no user, no path, no query")
+    if port == 0:
+        raise ValueError("a port is 1 to 65535")
+    default = port is None or port == _DEFAULT_PORTS[parts.scheme]
+    return f"{parts.scheme}://{_normal_host(host)}{'' if default else f':{port}'}"
+
+
+def _normal_host(host: str) -> str:
+    if ":" in host:
+        try:
+            return f"[{ipaddress.IPv6Address(host).compressed}]"
+        except ValueError:
+            raise ValueError("its host is no IPv6 address") from None
+    try:
+        name = host.removesuffix(".").encode("ascii" if host.isascii() else "idna").decode().lower()
+    except UnicodeError:
+        raise ValueError("its host is no host name") from None
+    if not _HOST_NAME.fullmatch(name) or ".." in name:
+        raise ValueError("its host is no host name")
+    return name
 
 
 @dataclass(frozen=True)
@@ -154,7 +204,9 @@ class Settings(BaseSettings):
         "that the store knows too; or the service's own key, which does what the policy allows.",
     )
     s3_endpoint: str | None = Field(
-        None, pattern="^https?://[^/]+/?$", description="The store's URL; by default AWS's own of `s3_region`."
+        None,
+        description="The store's URL, a host and perhaps a port: `https://s3.example.com`; by default AWS's own of "
+        "`s3_region`.",
     )
     s3_region: str = Field("us-east-1", description="The store's region.")
     s3_addressing: Literal["path", "virtual"] = Field(
@@ -163,13 +215,19 @@ class Settings(BaseSettings):
     s3_ca: Path | None = Field(
         None, description="Certificates (PEM) of who vouches for the store's, instead of the system's."
     )
-    s3_proxy: SecretStr | None = Field(None, description="The URL of a proxy to the store.")
+    s3_proxy: SecretStr | None = Field(
+        None,
+        description="The URL of a proxy to the store: `http://USER:PASSWORD@HOST:PORT`; special characters of user and "
+        "password percent-encoded.",
+    )
     s3_timeout: float = Field(30.0, gt=0, description="Seconds after which a connection on which nothing moves is cut.")
     s3_patience: float = Field(
         120.0, ge=0, description="Seconds for which a task tries again what the store fails to do for a while."
     )
     s3_credentials: Path | None = Field(
-        None, description="The service's own key for the store: a file as `~/.aws/credentials`, mode 0600."
+        None,
+        description="The service's own key for the store: a file as `~/.aws/credentials`, mode 0600. A changed file "
+        "takes effect without a restart.",
     )
     s3_access_key_id: str | None = Field(None, description="The same, with `s3_secret_access_key`.")
     s3_secret_access_key: SecretStr | None = Field(None, description="See `s3_access_key_id`.")
@@ -178,6 +236,11 @@ class Settings(BaseSettings):
     crash_at: str | None = Field(
         None, description="For tests: the process kills itself at this crash point, as `part stored, after`."
     )
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _in_normal_form(cls, url: str | None) -> str | None:
+        return None if url is None else normal_endpoint(url)
 
     @model_validator(mode="after")
     def _has_both_or_none(self) -> Self:

@@ -28,7 +28,7 @@ def proxy(seaweedfs):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def houses(request, seaweedfs, proxy, tmp_path_factory):
-    settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 1, "s3_patience": 3, **SETTINGS[request.param]}
+    settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 8, "s3_patience": 10, **SETTINGS[request.param]}
     folder = tmp_path_factory.mktemp("house")
     with ThraveServer.running(folder / "thrave", **settings) as server:
         house = House(server, seaweedfs, folder)

@@ -124,7 +124,7 @@ def by_the_service(store):
 
 
 def buckets_of(store, key):
-    return [*S3Objects(store.connection(key))._pages(None, {}, read_buckets)]
+    return [name for page in S3Objects(store.connection(key))._pages(None, {}, read_buckets) for name in page]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,9 @@ class TestAStore:
     def test_that_does_not_know_the_key_is_named_and_nothing_else_is_tried(self, doctor, store, thrave_json, data):
         key = thrave_json("account", "create", "bob", "--data", data)["accessKeyId"]
         status, found = doctor("--access-key-id", key, **s3(store))
-        assert (status, failed(found)) == (1, {"key"})
-        assert "key import" in found["key"]["remedy"]
+        refused = "create bucket" if store.name == "rgw" else "key"  # RGW answers as to a key that may not
+        assert (status, failed(found)) == (1, {refused})
+        assert "key import" in found[refused]["remedy"]
 
 
 def test_a_store_that_is_away_fails_once(doctor):

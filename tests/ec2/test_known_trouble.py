@@ -77,7 +77,7 @@ def test_a_store_that_is_known_to_fail_is_named_and_nothing_is_asked_of_it(house
     lead_to(store_trouble=StandingChecks(away).store_trouble, buckets=None)
     status, code, message = refusal(ec2, house)
     assert (status, code) == (503, "Unavailable")
-    assert ("was lost" in message, "thrave doctor" in message) == (True, True)
+    assert ("Cannot connect" in message, "thrave doctor" in message) == (True, True)
 
 
 def test_the_store_is_asked_once_for_many(away, monkeypatch):

@@ -38,7 +38,7 @@ from thrave.testing import upload_policy
 
 PREFIX = "winami"
 KEY = stores.ALICE
-BY_POLICY = {Kind.LIST_BUCKETS, Kind.CREATE_BUCKET, Kind.POST_OBJECT, Kind.POST_MANIFEST}
+BY_POLICY = {Kind.HEAD_BUCKET, Kind.CREATE_BUCKET, Kind.POST_OBJECT, Kind.POST_MANIFEST}
 """What only a service sends that has no key of its own; the rest is tried with one that has."""
 
 

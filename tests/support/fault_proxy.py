@@ -33,6 +33,8 @@ class Kind(StrEnum):
     POST_OBJECT = "POST object"
     POST_MANIFEST = "POST manifest"
     DELETE_OBJECTS = "delete objects"
+    DELETE_OBJECT = "DELETE object"
+    DELETE_BUCKET = "DELETE bucket"
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ _BY_REQUEST = {
     ("GET", False): Kind.LIST_OBJECTS,
     ("HEAD", True): Kind.HEAD_OBJECT,
     ("GET", True): Kind.GET_OBJECT,
+    ("DELETE", False): Kind.DELETE_BUCKET,
+    ("DELETE", True): Kind.DELETE_OBJECT,
 }
 _BY_KEY = {"thrave-owner": Kind.PUT_OWNER, "xml": Kind.PUT_MANIFEST}
 
@@ -204,7 +208,7 @@ def fault_proxy(store: str):
         def _pass_on(self):
             proxy.pass_on(self)
 
-        do_GET = do_HEAD = do_PUT = do_POST = _pass_on  # noqa: N815 (http.server looks for these names)
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815 (http.server looks for these names)
 
         def log_message(self, *_):
             pass

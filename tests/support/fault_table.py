@@ -31,7 +31,7 @@ def _either_way(outcome):
 NOTHING = _either_way(SURVIVES)
 # When a bucket is claimed, in codes of the EC2 door
 AWAY = Outcome(SURVIVES, "Unavailable")
-CLOCK = _either_way("Unavailable")
+CLOCK = HIDDEN = _either_way("InaccessibleStorageLocation")
 REFUSED = _either_way("InvalidParameterValue")
 NOT_OURS = Outcome(SURVIVES, "InaccessibleStorageLocation")
 # When a task stores its bundle, in codes of a bundle task's errors
@@ -47,25 +47,23 @@ UNREADABLE, FORBIDDEN, DAMAGED = map(_either_way, ("FAILED", "REFUSED", "DAMAGED
 Row = tuple[Outcome | None, ...]
 """By the kinds of requests; None where the fault cannot be."""
 
-CLAIMING = (
-    Kind.LIST_BUCKETS, Kind.CREATE_BUCKET, Kind.HEAD_BUCKET, Kind.GET_OBJECT, Kind.LIST_OBJECTS, Kind.PUT_OWNER,
-)  # fmt: skip
+CLAIMING = (Kind.HEAD_BUCKET, Kind.CREATE_BUCKET, Kind.GET_OBJECT, Kind.LIST_OBJECTS, Kind.PUT_OWNER)
 WHEN_CLAIMED: dict[Fault, Row] = {
-    faults.internal_error: (AWAY, AWAY, AWAY, AWAY, AWAY, AWAY),
-    faults.slow_down: (AWAY, AWAY, AWAY, AWAY, AWAY, AWAY),
-    faults.denied_midway: (REFUSED, REFUSED, NOTHING, NOT_OURS, REFUSED, REFUSED),
-    faults.clock_skewed: (CLOCK, CLOCK, NOTHING, CLOCK, CLOCK, CLOCK),
-    faults.request_cut: (AWAY, AWAY, AWAY, AWAY, AWAY, AWAY),
-    faults.answer_lost: (AWAY, NOTHING, AWAY, AWAY, AWAY, NOTHING),
-    faults.head_cut: (AWAY, NOTHING, AWAY, AWAY, AWAY, NOTHING),
-    faults.content_cut: (AWAY, None, None, AWAY, AWAY, None),
-    faults.silence: (AWAY, AWAY, AWAY, AWAY, AWAY, AWAY),
-    faults.silence_midway: (AWAY, NOTHING, AWAY, AWAY, AWAY, NOTHING),
-    faults.swallowed: (None, AWAY, None, None, None, AWAY),
-    faults.changed: (None, None, None, None, None, AWAY),
-    faults.other_etag: (None, None, None, None, None, NOTHING),
-    faults.twice: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
-    faults.other_date: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
+    faults.internal_error: (AWAY, AWAY, AWAY, AWAY, AWAY),
+    faults.slow_down: (AWAY, AWAY, AWAY, AWAY, AWAY),
+    faults.denied_midway: (HIDDEN, REFUSED, NOT_OURS, NOTHING, HIDDEN),
+    faults.clock_skewed: (CLOCK, CLOCK, CLOCK, CLOCK, CLOCK),
+    faults.request_cut: (AWAY, AWAY, AWAY, AWAY, AWAY),
+    faults.answer_lost: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
+    faults.head_cut: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
+    faults.content_cut: (None, None, AWAY, AWAY, None),
+    faults.silence: (AWAY, AWAY, AWAY, AWAY, AWAY),
+    faults.silence_midway: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
+    faults.swallowed: (None, AWAY, None, None, AWAY),
+    faults.changed: (None, None, None, None, AWAY),
+    faults.other_etag: (None, None, None, None, NOTHING),
+    faults.twice: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
+    faults.other_date: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
 }
 
 STORING = (
@@ -120,8 +118,8 @@ was deleted stays in the bucket: no client of S3 can know of it.
 ## While BundleInstance claims the bucket
 
 The codes are those of [the EC2 door](ec2-errors.md); an instance that is asked for has not been touched. With
-`upload = policy` only the first two requests are sent, besides a look at a new bucket; the others belong to
-`upload = service`, which names a bucket's owner in an object.
+`upload = policy` only the first two requests are sent; the others belong to `upload = service`, which names a bucket's
+owner in an object. A bucket that the key may not list counts as empty.
 
 {claiming}
 ## While a task stores its bundle, and when it is opened

@@ -46,14 +46,34 @@ class Buckets(Protocol):
         """
         ...
 
-    def create(self, bucket: str, owner: str) -> None:
-        """Create a bucket for an account; does nothing if the account owns it already.
+    def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:
+        """Create a bucket for an account if it does not exist; say whether this call created it.
 
-        Of several that create it at once for different accounts exactly one succeeds.
+        A bucket that exists is looked at first, so that no right to list or create buckets is needed for it. Of several
+        that create it at once for different accounts exactly one succeeds. A call that was cut off leaves a bucket that
+        the next call can use.
+
+        Args:
+            bucket: Its name.
+            owner: The account.
+            probe: The key of an object that is going to be put. Where an access key may not look at the bucket, the
+                store is asked whether it may put this object; nothing is written.
 
         Raises:
             BucketAlreadyExists: It is somebody else's, or nobody's.
-            InvalidBucketName: No bucket can have that name.
+            InvalidBucketName: It does not exist, and no new bucket can have that name.
+            AccessDenied: The access key may not use the bucket, or it does not exist and may not be created.
+        """
+        ...
+
+    def remove(self, bucket: str, owner: str) -> bool:
+        """Remove an account's bucket if it holds nothing; say whether it is gone.
+
+        A bucket that holds an object, or belongs to somebody else, stays as it is, with its owner. One that does not
+        exist is gone. The caller sees to it that nobody creates the bucket meanwhile.
+
+        Raises:
+            AccessDenied: The access key may not remove it.
         """
         ...
 

@@ -10,6 +10,7 @@ cannot hold every key of S3: none with empty, `.` or `..` segments, none of a se
 which one is the other's folder (`a` and `a/b`). Such keys are InvalidArgument.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -66,15 +67,35 @@ class DirectoryBuckets:
             return NOBODY if exists else None
         return match[1] if match else NOBODY
 
-    def create(self, bucket: str, owner: str) -> None:
+    def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:  # noqa: ARG002 (see Buckets)
         """See Buckets."""
-        folder = self._folder(bucket)
+        folder, made = self._folder(bucket), False
         with _disk_faults():
             if self.owner(bucket) is None:
-                files.create_once(self._owners / bucket, f"{owner}\n".encode())
+                made = files.create_once(self._owners / bucket, f"{owner}\n".encode())
             if self.owner(bucket) != owner:
                 raise BucketAlreadyExists
             _make_folders(folder)
+        return made
+
+    def remove(self, bucket: str, owner: str) -> bool:
+        """See Buckets. The folder goes before the file with its owner, or it would be nobody's in between."""
+        folder, found = self._folder(bucket), self.owner(bucket)
+        if found != owner:
+            return found is None
+        with _disk_faults():
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass  # an earlier attempt was cut off
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    return False
+                raise
+            files.sync_folder(self._root)
+            (self._owners / bucket).unlink(missing_ok=True)
+            files.sync_folder(self._owners)
+        return True
 
     def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets. Files have no ETag."""

@@ -1,50 +1,264 @@
-"""What a bucket refuses, with S3's own codes, statuses and words.
+"""Errors of object stores: S3's codes, statuses and messages, and one table that says who must act on each.
 
 Every error has S3's `code`, HTTP `status` and `message`; as text it reads `AccessDenied(403)- Invalid according to
-Policy: …`, which is how EC2 put an error of S3 into a bundle task. None holds a key or a signature.
+Policy: …`, which is how EC2 put an error of S3 into a bundle task. An error for which no store has sent a response (a
+refused connection, a setting that cannot be used) has status 0 and reads as its message alone. None holds a key's
+secret, a signature or the password of a proxy.
 
     BucketError
     ├── NoSuchBucket            404
     ├── NoSuchKey               404
-    ├── BucketAlreadyExists     409  it is somebody else's
+    ├── BucketAlreadyExists     409  the bucket belongs to somebody else
     ├── InvalidBucketName       400
-    ├── InvalidArgument         400  a key or a form field that cannot be
+    ├── InvalidArgument         400  a key or a form field that is not valid
+    │   └── StoreSettingError     0  a setting of the store, or a file that it names, cannot be used
     ├── InvalidPolicyDocument   400  the upload policy cannot be read
     ├── SignatureDoesNotMatch   403  the upload policy was not signed with this key
-    ├── AccessDenied            403  the upload policy does not allow it
+    ├── AccessDenied            403  the upload policy, or the store, does not allow it
     ├── EntityTooSmall          400  smaller than the upload policy allows
     ├── EntityTooLarge          400  larger than the upload policy allows
-    ├── InternalError           500  the disk failed (full, ...)
-    └── StoreError              whatever else a store answers, with its own code, status and words
-        └── TransientError      … that may be gone in a while: 503 SlowDown, a cut connection, no answer, lost bytes
+    ├── InternalError           500  the disk of a directory store failed (full, ...)
+    └── StoreError              any other error that a store returns
+        ├── WrongRegion         the bucket is in another region
+        └── TransientError      may pass: 503 SlowDown, a connection that was cut, no response, damaged bytes
+            └── UnreachableError  no connection could be made: refused, no such host name, no route
 """
 
+import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    """Who must act on an error of a store."""
+
+    KEY = "access key"
+    REQUEST = "request"
+    SETTING = "setting"
+    LIMIT = "limit"
+    REGION = "region"
+    TRANSIENT = "transient"
+
+
+KINDS: Mapping[Kind, str] = {
+    Kind.KEY: "The holder of the access key that signed the request: the key is unknown, or may not do this.",
+    Kind.REQUEST: "The caller: the bucket, the object or the upload policy is not acceptable.",
+    Kind.SETTING: "The operator: a setting does not fit the store, or the store lacks what Thrave needs.",
+    Kind.LIMIT: "The operator of the store, or the owner of the bucket: a quota is used up, or a lock is set.",
+    Kind.REGION: "The operator changes the region, or the caller takes another bucket: the bucket is elsewhere.",
+    Kind.TRANSIENT: "Nobody: the same request may succeed later and is sent again.",
+}
+"""What each kind means."""
+
+
+class Row(NamedTuple):
+    """What an error means."""
+
+    kind: Kind
+    meaning: str
+    remedy: str = ""
+    """What to do, in one sentence; empty where the meaning says enough."""
+    code: str = ""
+    """Of a status: the code of a response that gives none, such as the response to HEAD."""
+
+
+_AGAIN = "Thrave sends the request again, for `s3_patience` seconds."
+_GRANT = "Grant the rights that are listed in docs/reference/store-rights.md, or use another key."
+_S3_REGION = "Set `s3_region` to the region of the store (Ceph: of its zone group), and `s3_endpoint` to match."
+_QUOTA = "Raise the quota or the limit of the store, or remove what is no longer needed."
+
+TABLE: Mapping[str | int, Row] = {
+    # Codes, which decide before statuses do. The key:
+    "AccessDenied": Row(Kind.KEY, "The access key may not do this.", _GRANT),
+    "AccountProblem": Row(Kind.KEY, "The account of the key has been suspended.", "Ask the operator of the store."),
+    "AllAccessDisabled": Row(Kind.KEY, "All access has been disabled.", "Ask the operator of the store."),
+    "ExpiredToken": Row(Kind.KEY, "Temporary credentials have expired.", "Renew the credentials."),
+    "InvalidAccessKeyId": Row(Kind.KEY, "The store does not know the access key.", "Use a key that the store knows."),
+    "InvalidToken": Row(Kind.KEY, "The session token is not valid.", "Renew the credentials."),
+    "NotSignedUp": Row(Kind.KEY, "The account of the key may not use the store.", "Ask the operator of the store."),
+    "SignatureDoesNotMatch": Row(
+        Kind.KEY, "The signature was made with another secret, or changed on the way.",
+        "Compare the secret access key; look for a proxy that changes headers.",
+    ),
+    "TokenRefreshRequired": Row(Kind.KEY, "Temporary credentials have expired.", "Renew the credentials."),
+    "UserSuspended": Row(Kind.KEY, "The user of the key has been suspended (Ceph).", "Ask the operator of the store."),
+    # The request:
+    "BucketAlreadyExists": Row(Kind.REQUEST, "The name of the bucket is taken.", "Choose another name."),
+    "BucketAlreadyOwnedByYou": Row(Kind.REQUEST, "The bucket exists and is the key's own."),
+    "BucketNotEmpty": Row(Kind.REQUEST, "The bucket holds objects."),
+    "EntityTooLarge": Row(Kind.REQUEST, "The object is larger than the upload policy, or the store, allows."),
+    "EntityTooSmall": Row(Kind.REQUEST, "The object is smaller than the upload policy allows."),
+    "InvalidArgument": Row(Kind.REQUEST, "A name, key or form field is not acceptable."),
+    "InvalidBucketName": Row(Kind.REQUEST, "A bucket cannot have this name.", "Choose another name."),
+    "InvalidPolicyDocument": Row(Kind.REQUEST, "The upload policy is not valid."),
+    "InvalidRange": Row(Kind.REQUEST, "The range begins behind the end of the object."),
+    "KeyTooLongError": Row(Kind.REQUEST, "The key of the object is too long."),
+    "NoSuchBucket": Row(Kind.REQUEST, "The bucket does not exist."),
+    "NoSuchKey": Row(Kind.REQUEST, "The object does not exist."),
+    "PreconditionFailed": Row(Kind.REQUEST, "The object exists already, or has changed."),
+    # The settings:
+    "CertificateNotTrusted": Row(
+        Kind.SETTING, "The certificate of the store, or of the proxy, is not trusted.",
+        "Set `s3_ca` to the certificates that sign it, or correct the host name in `s3_endpoint`.",
+    ),
+    "IllegalLocationConstraintException": Row(Kind.SETTING, "The store does not create buckets there.", _S3_REGION),
+    "InvalidLocationConstraint": Row(Kind.SETTING, "The store has no such region.", _S3_REGION),
+    "InvalidRegionName": Row(Kind.SETTING, "The store has no such region.", _S3_REGION),
+    "InvalidSetting": Row(Kind.SETTING, "A setting of the store, or a file that it names, cannot be used."),
+    "MethodNotAllowed": Row(
+        Kind.SETTING, "The store does not allow this method here.",
+        "Check that `s3_endpoint` is the URL of an S3 API, and `s3_addressing`.",
+    ),
+    "NotImplemented": Row(
+        Kind.SETTING, "The store lacks a feature.", "`thrave doctor` names the feature; use another store, or `upload`."
+    ),
+    "ProxyAuthenticationRequired": Row(
+        Kind.SETTING, "The proxy wants another user and password.", "Put them into the URL of the proxy: `s3_proxy`."
+    ),
+    "ProxyRefused": Row(
+        Kind.SETTING, "The proxy does not let the request through.",
+        "Allow the store in the proxy, or change `s3_proxy`.",
+    ),
+    "RequestTimeTooSkewed": Row(
+        Kind.SETTING, "The clocks of the host and the store differ by more than 15 minutes.",
+        "Have both clocks set by NTP.",
+    ),
+    "UnexpectedResponse": Row(
+        Kind.SETTING, "The response is not one of S3.", "Check that `s3_endpoint` is the URL of an S3 API."
+    ),
+    # A limit of the store:
+    "InvalidBucketState": Row(Kind.LIMIT, "The state of the bucket does not allow this."),
+    "InvalidObjectState": Row(Kind.LIMIT, "The object is archived.", "Restore it first."),
+    "ObjectLocked": Row(Kind.LIMIT, "A retention lock is set.", "Take the lock off, or use another bucket."),
+    "QuotaExceeded": Row(Kind.LIMIT, "A quota is used up.", _QUOTA),
+    "StorageFull": Row(Kind.LIMIT, "The store is full (MinIO).", _QUOTA),
+    "TooManyBuckets": Row(Kind.LIMIT, "The owner of the key may not have more buckets.", _QUOTA),
+    "XMinioStorageFull": Row(Kind.LIMIT, "The store is full (MinIO).", _QUOTA),
+    # The region:
+    "AuthorizationHeaderMalformed": Row(Kind.REGION, "The request was signed for another region.", _S3_REGION),
+    "PermanentRedirect": Row(Kind.REGION, "The bucket is at another endpoint.", _S3_REGION),
+    # May pass:
+    "BadDigest": Row(Kind.TRANSIENT, "The store received other bytes than were sent.", _AGAIN),
+    "ConnectTimeout": Row(Kind.TRANSIENT, "No connection within `s3_timeout` seconds.", _AGAIN),
+    "ConnectionLost": Row(Kind.TRANSIENT, "The connection was cut, or the response was not complete.", _AGAIN),
+    "ConnectionRefused": Row(Kind.TRANSIENT, "Nothing listens there, or there is no route.", _AGAIN),
+    "IncompleteBody": Row(Kind.TRANSIENT, "The store received fewer bytes than were announced.", _AGAIN),
+    "NameNotResolved": Row(Kind.TRANSIENT, "The host name of the store or of the proxy does not resolve.", _AGAIN),
+    "NoResponse": Row(Kind.TRANSIENT, "Nothing was received for `s3_timeout` seconds.", _AGAIN),
+    "OperationAborted": Row(Kind.TRANSIENT, "Another request on the bucket is in progress.", _AGAIN),
+    "ProxyFailed": Row(Kind.TRANSIENT, "The proxy cannot reach the store just now.", _AGAIN),
+    "ProxyUnreachable": Row(Kind.TRANSIENT, "There is no connection to the proxy.", _AGAIN),
+    "Redirect": Row(Kind.TRANSIENT, "A temporary redirect.", _AGAIN),
+    "RequestTimeout": Row(Kind.TRANSIENT, "The store did not receive the request in time.", _AGAIN),
+    "TemporaryRedirect": Row(Kind.TRANSIENT, "A temporary redirect: the bucket has just been created.", _AGAIN),
+    "TLSFailure": Row(Kind.TRANSIENT, "The TLS handshake failed.", _AGAIN),
+    # Statuses, of codes that are not listed above.
+    301: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "PermanentRedirect"),
+    302: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "Found"),
+    303: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "SeeOther"),
+    307: Row(Kind.TRANSIENT, "A temporary redirect.", _AGAIN, "TemporaryRedirect"),
+    308: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "MovedPermanently"),
+    400: Row(Kind.REQUEST, "The store does not accept the request.", "", "BadRequest"),
+    401: Row(Kind.KEY, "The access key is not accepted.", _GRANT, "AccessDenied"),
+    403: Row(Kind.KEY, "The access key may not do this.", _GRANT, "AccessDenied"),
+    404: Row(Kind.REQUEST, "There is no such bucket or object.", "", "NoSuchKey"),
+    405: Row(
+        Kind.SETTING, "The store does not allow this method here.", "Check `s3_endpoint` and `s3_addressing`.",
+        "MethodNotAllowed",
+    ),
+    407: Row(
+        Kind.SETTING, "The proxy wants another user and password.", "Put them into the URL of the proxy: `s3_proxy`.",
+        "ProxyAuthenticationRequired",
+    ),
+    408: Row(Kind.TRANSIENT, "The store did not receive the request in time.", _AGAIN, "RequestTimeout"),
+    409: Row(Kind.TRANSIENT, "Another request on the bucket is in progress.", _AGAIN, "OperationAborted"),
+    412: Row(Kind.REQUEST, "The object exists already, or has changed.", "", "PreconditionFailed"),
+    416: Row(Kind.REQUEST, "The range begins behind the end of the object.", "", "InvalidRange"),
+    421: Row(Kind.TRANSIENT, "The request reached another server than the store.", _AGAIN, "MisdirectedRequest"),
+    425: Row(Kind.TRANSIENT, "The request came too early.", _AGAIN, "TooEarly"),
+    429: Row(Kind.TRANSIENT, "Too many requests.", _AGAIN, "TooManyRequests"),
+    500: Row(Kind.TRANSIENT, "The store failed.", _AGAIN, "InternalError"),
+    501: Row(
+        Kind.SETTING, "The store lacks a feature.",
+        "`thrave doctor` names the feature; use another store, or `upload`.", "NotImplemented",
+    ),
+    502: Row(Kind.TRANSIENT, "A gateway received no valid response from the store.", _AGAIN, "BadGateway"),
+    503: Row(Kind.TRANSIENT, "The store is busy or not available.", _AGAIN, "SlowDown"),
+    504: Row(Kind.TRANSIENT, "A gateway received no response from the store in time.", _AGAIN, "GatewayTimeout"),
+    505: Row(
+        Kind.SETTING, "The store does not speak HTTP/1.1.", "Check `s3_endpoint`, and the proxy in between.",
+        "HTTPVersionNotSupported",
+    ),
+    506: Row(Kind.SETTING, "The store is misconfigured.", "Ask the operator of the store.", "VariantAlsoNegotiates"),
+    507: Row(Kind.LIMIT, "The store is full.", _QUOTA, "InsufficientStorage"),
+    508: Row(Kind.SETTING, "The store redirects in a circle.", "Ask the operator of the store.", "LoopDetected"),
+    509: Row(Kind.TRANSIENT, "The bandwidth is used up for a while.", _AGAIN, "BandwidthLimitExceeded"),
+    510: Row(Kind.SETTING, "The store wants an extension of HTTP.", "Ask the operator of the store.", "NotExtended"),
+    511: Row(
+        Kind.SETTING, "The network wants a login first.", "Log in to the network, or set `s3_proxy`.",
+        "NetworkAuthenticationRequired",
+    ),
+    520: Row(Kind.TRANSIENT, "A gateway received an unknown error from the store.", _AGAIN, "InternalError"),
+    521: Row(Kind.TRANSIENT, "A gateway cannot connect to the store.", _AGAIN, "InternalError"),
+    522: Row(Kind.TRANSIENT, "A gateway's connection to the store timed out.", _AGAIN, "InternalError"),
+    523: Row(Kind.TRANSIENT, "A gateway cannot reach the store.", _AGAIN, "InternalError"),
+    524: Row(Kind.TRANSIENT, "A gateway received no response from the store in time.", _AGAIN, "InternalError"),
+    529: Row(Kind.TRANSIENT, "The store is overloaded.", _AGAIN, "SlowDown"),
+    # The first digits of all other statuses.
+    "3xx": Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "Redirected"),
+    "4xx": Row(Kind.REQUEST, "The store does not accept the request.", "", "BadRequest"),
+    "5xx": Row(Kind.TRANSIENT, "The store, or a gateway before it, failed.", _AGAIN, "InternalError"),
+}  # fmt: skip
+"""Every error that is known: who must act, and how. Codes decide before statuses, statuses before their class.
+
+Source: AWS S3 API Reference, "Error responses"; RFC 9110; for 520 to 529 the documentation of Cloudflare."""
+
+
+def row_of(code: str, status: int) -> Row:
+    """The row of an error: of its code, else of its status, else of the class of its status."""
+    return TABLE.get(code) or TABLE.get(status) or TABLE.get(f"{status // 100}xx") or TABLE["4xx"]
 
 
 class BucketError(Exception):
-    """An answer of S3 that is not success.
+    """A response of S3 that is not success, or the lack of one.
 
     Attributes:
-        code: S3's error code.
-        status: The HTTP status that S3 answers with.
-        message: S3's message.
+        code: S3's error code, or one of ours from `TABLE`.
+        status: The HTTP status; 0 if no store has sent a response.
+        message: S3's message, or ours.
+        headers: Of the store's response; empty if there was none.
+        access_key_id: The key that signed the request, if one did.
     """
 
     code: str
     status: int = 400
+    headers: Mapping[str, str] = {}
+    access_key_id: str | None = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
 
     def __str__(self) -> str:
-        return f"{self.code}({self.status})- {self.message}"
+        return f"{self.code}({self.status})- {self.message}" if self.status else self.message
+
+    @property
+    def kind(self) -> Kind:
+        """Who must act."""
+        return row_of(self.code, self.status).kind
+
+    @property
+    def remedy(self) -> str:
+        """What to do; empty if the message says enough."""
+        return row_of(self.code, self.status).remedy
 
     @property
     def is_the_stores(self) -> bool:
-        """Whether the store has failed, or the way to it, so that no caller can mend it but the operator."""
-        return self.status >= _STORES_OWN or self.code in _OF_CLOCKS
+        """Whether the operator must act, or nobody; False if the caller or the holder of the key must."""
+        return self.kind not in (Kind.KEY, Kind.REQUEST)
 
 
 class NoSuchBucket(BucketError):  # noqa: N818 (S3's code, as are all below)
@@ -85,6 +299,13 @@ class InvalidArgument(BucketError):  # noqa: N818
     """A key, prefix or form field cannot be what it is."""
 
     code = "InvalidArgument"
+
+
+class StoreSettingError(InvalidArgument):
+    """A setting of the store, or a file that it names, cannot be used; the message names the setting."""
+
+    code = "InvalidSetting"
+    status = 0
 
 
 class InvalidPolicyDocument(BucketError):  # noqa: N818
@@ -145,9 +366,14 @@ class InternalError(BucketError):
     code = "InternalError"
     status = 500
 
+    @property
+    def kind(self) -> Kind:
+        """The operator must act: a disk does not recover by waiting."""
+        return Kind.SETTING
+
 
 class StoreError(BucketError):
-    """An answer of a store that has no class of its own, in the store's words."""
+    """A response of a store that has no class of its own, with the store's code and message."""
 
     def __init__(self, code: str, status: int, message: str) -> None:
         super().__init__(message)
@@ -155,20 +381,60 @@ class StoreError(BucketError):
         self.status = status
 
 
-class TransientError(StoreError):
-    """A failure that may be gone in a while: the same call may be made again."""
+class WrongRegion(StoreError):  # noqa: N818 (names the condition)
+    """The bucket is in another region, or at another endpoint, than requests are sent to.
+
+    Attributes:
+        region: The region that the store names; None if it names none.
+        endpoint: The host that the store names; None if it names none.
+    """
+
+    def __init__(self, code: str, status: int, message: str, *, region: str | None, endpoint: str | None) -> None:
+        super().__init__(code, status, message)
+        self.region = region
+        self.endpoint = endpoint
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} ({self.place})"
 
     @property
-    def is_the_stores(self) -> bool:
-        """It is, whatever its status: 400 stands for a body that came too slowly, or not whole."""
-        return True
+    def place(self) -> str:
+        """Where the bucket is, for people."""
+        named = [f"region {self.region}" if self.region else "", f"endpoint {self.endpoint}" if self.endpoint else ""]
+        return ", ".join(filter(None, named)) or "the store does not name the region"
+
+    @property
+    def kind(self) -> Kind:
+        """The region is another one."""
+        return Kind.REGION
 
 
-_STORES_OWN = 500  # HTTP statuses from here on are the store's own failures, no refusals
-_OF_CLOCKS = frozenset({"RequestTimeTooSkewed"})  # the service's clock, or the store's
-_TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
-# Of status 400 and 409: bytes that were slow to come or damaged on the way, and two that create a bucket at once.
-_TRANSIENT_CODES = frozenset({"RequestTimeout", "BadDigest", "IncompleteBody", "OperationAborted"})
+class TransientError(StoreError):
+    """A failure that may pass: the same request may be sent again."""
+
+    @property
+    def kind(self) -> Kind:
+        """Nobody must act, whatever the status: 400 stands for a body that came too slowly, or incomplete."""
+        return Kind.TRANSIENT
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds that the store wants to pass before the next attempt (`Retry-After`); 0 if it names none."""
+        text = self.headers.get("Retry-After", "").strip()
+        if re.fullmatch(r"[0-9]{1,9}", text):
+            return float(text)
+        try:
+            until = parsedate_to_datetime(text)
+        except ValueError:
+            return 0.0
+        now = datetime.now(UTC) if until.tzinfo else datetime.now(UTC).replace(tzinfo=None)
+        return max(0.0, (until - now).total_seconds())
+
+
+class UnreachableError(TransientError):
+    """No connection could be made to the store or the proxy, so that no request was sent."""
+
+
 _OWN_CLASS: Mapping[str, type[BucketError]] = {
     kind.code: kind
     for kind in (
@@ -178,9 +444,24 @@ _OWN_CLASS: Mapping[str, type[BucketError]] = {
 }  # fmt: skip
 
 
-def error_of_store(code: str, status: int, message: str) -> BucketError:
-    """What a store answered, as an error of ours."""
-    if status in _TRANSIENT_STATUSES or code in _TRANSIENT_CODES:
-        return TransientError(code, status, message)
-    kind = _OWN_CLASS.get(code)
-    return StoreError(code, status, message) if kind is None else kind(message)
+def error_of_store(code: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> BucketError:
+    """The error of a store's response.
+
+    Args:
+        code: As the store gives it; empty if it gives none.
+        status: Of the response.
+        message: As the store gives it.
+        headers: Of the response.
+    """
+    row = row_of(code, status)
+    code = code or row.code
+    own = _OWN_CLASS.get(code)
+    error: BucketError
+    if row.kind is Kind.TRANSIENT:
+        error = TransientError(code, status, message)
+    elif own is not None:
+        error = own(message)
+    else:
+        error = StoreError(code, status, message)
+    error.headers = headers or {}
+    return error

@@ -1,7 +1,9 @@
 """The XML documents of S3 that list and delete: read, and written.
 
-Source: AWS S3 API Reference, ListObjectsV2, ListBuckets, DeleteObjects. Keys are asked for URL-encoded, because XML
-cannot hold every character that a key can.
+Keys are asked for URL-encoded, because XML cannot hold every character that a key can; a store that does not encode
+them does not say `EncodingType`. A store that knows ListObjects only (version 1) ignores `list-type` and names no
+continuation token: the next page then begins after the last key, which both versions can be told.
+Source: AWS S3 API Reference, ListObjectsV2, ListObjects, ListBuckets, DeleteObjects.
 """
 
 import re
@@ -26,12 +28,23 @@ class Page:
 
 
 def read_keys(document: bytes) -> Page:
-    """Read a page of ListObjectsV2."""
+    """Read a page of ListObjectsV2, or of ListObjects.
+
+    Raises:
+        StoreError: The document is no listing, or does not say how to ask for the next page.
+    """
     root = _root(document)
     encoded = _text(root, "EncodingType") == "url"
     keys = [unquote_plus(key) if encoded else key for key in _texts(root, "Contents", "Key")]
-    more = _text(root, "IsTruncated") == "true"
-    return Page(keys, {"continuation-token": _text(root, "NextContinuationToken")} if more else None)
+    if _text(root, "IsTruncated").strip().lower() != "true":
+        return Page(keys, None)
+    if token := _text(root, "NextContinuationToken"):
+        return Page(keys, {"continuation-token": token})
+    marker = _text(root, "NextMarker")
+    last = (unquote_plus(marker) if encoded else marker) or next(reversed(keys), "")
+    if not last:
+        raise StoreError("UnexpectedResponse", 0, "The store's listing is cut off and does not say where it goes on")
+    return Page(keys, {"start-after": last, "marker": last})
 
 
 def read_buckets(document: bytes) -> Page:
@@ -77,7 +90,7 @@ def _root(document: bytes) -> ET.Element:
     try:
         return ET.fromstring(document)  # noqa: S314 (expat stops entity bombs itself, and the length is bounded)
     except ET.ParseError:
-        raise StoreError("InternalError", 500, "The store's listing is not one") from None
+        raise StoreError("UnexpectedResponse", 0, "The store's response is no document of S3") from None
 
 
 def _text(element: ET.Element, name: str) -> str:

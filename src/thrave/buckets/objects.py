@@ -1,29 +1,37 @@
 """The objects of an S3-compatible store, read, written and deleted with one access key.
 
-It is what a command does with its user's own key, and what the service's drivers stand on (`s3.py`), which add whose a
-bucket is. An upload is proved by the ETag, which is the content's MD5 with S3 and every store of its kind; where it is
-not (keys of AWS KMS), by a look at the object. A store that took other bytes than were sent, or none although it
-answered 200, is a TransientError. Nothing here is tried twice (`retrying.py`).
+The commands use it with their user's own key; the service's drivers (`s3.py`) add the ownership of buckets. Every
+request that needs more of a store than GET, PUT, HEAD, DELETE and a listing has a way without it.
+
+An upload is proved by the ETag, which is the content's MD5 with S3 and every store of its kind; where it is not (keys
+of AWS KMS), by a look at the object. A store that took other bytes than were sent, or none although it answered 200,
+is a TransientError. Nothing here is sent twice (`retrying.py`).
 """
 
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 
 from thrave.buckets.buckets import ObjectHead
 from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.errors import NoSuchBucket, NoSuchKey, StoreError, TransientError
+from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, StoreError, TransientError
 from thrave.buckets.forms import multipart
 from thrave.buckets.listings import KEYS_AT_ONCE, Page, can_be_written, check_deleted, read_keys, write_delete
 from thrave.buckets.policy import UploadPolicy
-from thrave.buckets.signing import SMALL, SignedRequests, object_url
+from thrave.buckets.signing import SMALL, SignedRequests
 from thrave.buckets.transport import Answer, Buffer, Transport
 
 WHOLE = 256 << 20
 """Bytes of the longest object that `get` reads; of a longer one `get_range` reads a piece at a time."""
 
+_LACKING = frozenset({
+    "BadRequest", "InvalidArgument", "InvalidRequest", "MalformedXML", "MethodNotAllowed", "NotImplemented",
+    "UnexpectedResponse",
+})  # fmt: skip
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-")
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -45,16 +53,16 @@ class S3Objects:
         """
         self._connection = connection
         self._transport = transport or Transport(connection)
-        self._requests = SignedRequests(connection, self._transport, credentials or connection.credentials)
+        self._requests = SignedRequests(connection, self._transport, credentials)
 
     def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets. Under a grant it is a form upload that the grant's signature alone allows."""
         digest = hashlib.md5(data, usedforsecurity=False)
         if grant is None:
-            answer = self._put(bucket, key, data, {"Content-MD5": md5_header(digest)})
+            answer = self._put(bucket, key, data, digest)
         else:
             kind, body = multipart(grant.form_fields(key), data)
-            url = object_url(self._connection, bucket)
+            url = self._connection.url(bucket)
             answer = self._transport.send("POST", url, {"Content-Type": kind}, body, limit=SMALL)
         return self._proved(bucket, key, _md5_of(answer.headers), digest.hexdigest(), memoryview(data).nbytes)
 
@@ -71,39 +79,63 @@ class S3Objects:
         return self._requests.send("GET", bucket, key, limit=WHOLE).body
 
     def get_range(self, bucket: str, key: str, start: int, length: int) -> bytes:
-        """See Buckets."""
+        """See Buckets. Of a store that gives no ranges the whole object is read, if it is no longer than `WHOLE`."""
         headers = {"Range": f"bytes={start}-{start + length - 1}"}
         try:
             answer = self._requests.send("GET", bucket, key, headers=headers, limit=length)
         except StoreError as error:
             if error.code == "InvalidRange":  # it begins at the end, or behind it
                 return b""
-            raise
+            if not _is_for_lack_of_it(error):
+                raise
+            return self.get(bucket, key)[start : start + length]
         if answer.status != 206:
-            raise StoreError("NotImplemented", 501, "The store does not give a range of an object")
+            return answer.body[start : start + length]
+        given = _CONTENT_RANGE.match(answer.headers.get("Content-Range", ""))
+        if given and int(given[1]) != start:
+            raise StoreError("UnexpectedResponse", 0, "The store sent another range of the object than was asked for")
         return answer.body
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
         """See Buckets."""
-        query = {"list-type": "2", "encoding-type": "url", "prefix": prefix, "max-keys": str(KEYS_AT_ONCE)}
-        yield from self._pages(bucket, query, read_keys)
+        return self._keys(bucket, prefix, KEYS_AT_ONCE)
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
-        """See Buckets."""
+        """See Buckets. Where the store does not delete many at once, one after the other."""
         named = [*keys]
         together = [key for key in named if can_be_written(key)]
-        with suppress(NoSuchBucket, NoSuchKey):
+        with suppress(NoSuchBucket):
             for start in range(0, len(together), KEYS_AT_ONCE):
-                body = write_delete(together[start : start + KEYS_AT_ONCE])
-                headers = {"Content-MD5": md5_header(hashlib.md5(body, usedforsecurity=False))}
-                check_deleted(
-                    self._requests.send("POST", bucket, query={"delete": ""}, headers=headers, body=[body]).body
-                )
-            for key in set(named).difference(together):
+                self._delete_together(bucket, together[start : start + KEYS_AT_ONCE])
+            self._delete_singly(bucket, set(named).difference(together))
+
+    def _delete_together(self, bucket: str, keys: Sequence[str]) -> None:
+        body = write_delete(keys)
+        headers = {"Content-MD5": md5_header(hashlib.md5(body, usedforsecurity=False))}
+        try:
+            answer = self._requests.send("POST", bucket, query={"delete": ""}, headers=headers, body=[body])
+            check_deleted(answer.body)
+        except BucketError as error:
+            if not _is_for_lack_of_it(error):
+                raise
+            self._delete_singly(bucket, keys)
+
+    def _delete_singly(self, bucket: str, keys: Iterable[str]) -> None:
+        for key in keys:
+            with suppress(NoSuchKey):
                 self._requests.send("DELETE", bucket, key)
 
-    def _put(self, bucket: str, key: str, data: Buffer, headers: Mapping[str, str]) -> Answer:
-        return self._requests.send("PUT", bucket, key, headers=headers, body=[data])
+    def _put(
+        self, bucket: str, key: str, data: Buffer, digest: "hashlib._Hash", headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        proof = {"Content-MD5": md5_header(digest)}
+        try:
+            return self._requests.send("PUT", bucket, key, headers={**(headers or {}), **proof}, body=[data])
+        except StoreError as error:
+            if headers or error.code not in ("NotImplemented", "InvalidDigest"):
+                raise
+        # A store without Content-MD5; its ETag, or a look at the object, is the proof.
+        return self._requests.send("PUT", bucket, key, body=[data])
 
     def _proved(self, bucket: str, key: str, taken: str | None, sent: str, size: int) -> str | None:
         """The ETag, of an object that the store has as it was sent."""
@@ -114,12 +146,39 @@ class S3Objects:
             raise TransientError("BadDigest", 400, "The store took other bytes than were sent")
         return head.etag
 
-    def _pages(self, bucket: str | None, query: Mapping[str, str], read: Callable[[bytes], Page]) -> Iterator[str]:
+    def _keys(self, bucket: str, prefix: str, at_once: int) -> Iterator[str]:
+        """The keys that begin with a prefix, asked for `at_once` at a time, in the newest way that the store knows."""
+        query = {"prefix": prefix, "max-keys": str(at_once)}
+        for option in ({"list-type": "2", "encoding-type": "url"}, {"list-type": "2"}):
+            pages: Iterator[Sequence[str]] = self._pages(bucket, {**query, **option}, read_keys)
+            try:
+                first = next(pages)
+            except BucketError as error:  # the listing is of another version, or has no encoding
+                if not _is_for_lack_of_it(error):
+                    raise
+            else:
+                pages = chain([first], pages)
+                break
+        else:
+            pages = self._pages(bucket, query, read_keys)  # version 1
+        for page in pages:
+            yield from (key for key in page if key.startswith(prefix))
+
+    def _pages(
+        self, bucket: str | None, query: Mapping[str, str], read: Callable[[bytes], Page]
+    ) -> Iterator[Sequence[str]]:
         following: Mapping[str, str] | None = {}
         while following is not None:
             page = read(self._requests.send("GET", bucket, query={**query, **following}).body)
-            yield from page.names
+            yield page.names
+            if page.next == following:
+                raise StoreError("UnexpectedResponse", 0, "The store gives the same page of a listing again and again")
             following = page.next
+
+
+def _is_for_lack_of_it(error: BucketError) -> bool:
+    """Whether a store may have refused a request because it lacks an optional feature of S3."""
+    return error.code in _LACKING
 
 
 def md5_header(digest: "hashlib._Hash") -> str:

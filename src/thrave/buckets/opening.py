@@ -1,31 +1,36 @@
-"""Which store there is, as the settings say: a directory or S3, and by whose right bundles get into it.
+"""Opens the object store that the settings name: a directory or S3, and by whose right bundles get into it.
 
 The credentials of the service come from the environment or a file of their own, which nobody else may read. Nothing
 here calls the store.
 """
 
 import configparser
+import threading
 from collections.abc import Callable
 from pathlib import Path
+
+import structlog
 
 from thrave import files
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.connection import Credentials, StoreConnection
 from thrave.buckets.directory import DirectoryBuckets
-from thrave.buckets.errors import InvalidArgument
+from thrave.buckets.errors import StoreSettingError
 from thrave.buckets.s3 import Holder, OwnersBuckets, ServiceBuckets
 from thrave.config import Settings
 
+log = structlog.get_logger()
+
 
 def open_buckets(settings: Settings, find_holder: Callable[[str], Holder | None]) -> Buckets:
-    """The store that the settings name.
+    """Open the store that the settings name.
 
     Args:
         settings: Of the service.
         find_holder: Who holds the access key of an id; None if nobody does.
 
     Raises:
-        InvalidArgument: The store's address, its certificates or the service's credentials cannot be used.
+        StoreSettingError: The store's address, its certificates or the service's credentials cannot be used.
     """
     if settings.store == "directory":
         return DirectoryBuckets(settings.directory.buckets)
@@ -37,12 +42,14 @@ def store_connection(settings: Settings) -> StoreConnection:
     """How the store is called, with the service's own credentials if there are any.
 
     Raises:
-        InvalidArgument: The file of credentials cannot be used.
+        StoreSettingError: The file of credentials cannot be used.
     """
+    file = None if settings.s3_credentials is None else CredentialsFile(settings.s3_credentials)
     return StoreConnection(
         endpoint=settings.s3_endpoint or f"https://s3.{settings.s3_region}.amazonaws.com",
         region=settings.s3_region,
-        credentials=_credentials(settings),
+        credentials=_credentials(settings) if file is None else file.read(),
+        find_credentials=None if file is None else file.read,
         addressing=settings.s3_addressing,
         ca=settings.s3_ca,
         proxy=settings.s3_proxy.get_secret_value() if settings.s3_proxy else None,
@@ -51,8 +58,6 @@ def store_connection(settings: Settings) -> StoreConnection:
 
 
 def _credentials(settings: Settings) -> Credentials | None:
-    if settings.s3_credentials is not None:
-        return read_credentials(settings.s3_credentials)
     if settings.s3_access_key_id is None or settings.s3_secret_access_key is None:
         return None
     token = settings.s3_session_token
@@ -63,11 +68,57 @@ def _credentials(settings: Settings) -> Credentials | None:
     )
 
 
+class CredentialsFile:
+    """The credentials in a file, read again when the file has changed. Safe to use from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Read nothing yet."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._read: Credentials | None = None
+        self._state: tuple[int, ...] | None = None
+        """Of the file when it was read last, whether that succeeded or not."""
+
+    def read(self) -> Credentials:
+        """Return the credentials that the file holds now.
+
+        A changed file that cannot be used is logged once, and the earlier credentials stay in use.
+
+        Raises:
+            StoreSettingError: The file cannot be used and never could.
+        """
+        with self._lock:
+            state = _state(self._path)
+            if self._read is not None and state == self._state:
+                return self._read
+            try:
+                found = read_credentials(self._path)
+            except StoreSettingError as error:
+                if self._read is None:
+                    raise StoreSettingError(f"The setting s3_credentials cannot be used: {error}") from None
+                log.warning("changed credentials cannot be used; keeping the earlier ones", error=str(error))
+            else:
+                if self._read is not None and found != self._read:
+                    log.info("credentials changed", access_key_id=found.access_key_id)
+                self._read = found
+            self._state = state  # of before the reading: a change meanwhile is read next time
+            return self._read
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev, found.st_size)
+
+
 def read_credentials(path: Path) -> Credentials:
     """Read a file of credentials as the AWS CLI has it: the section `[default]`.
 
     Raises:
-        InvalidArgument: It cannot be read, others may read it, or it has no key.
+        StoreSettingError: It cannot be read, others may read it, or it has no key.
     """
     parser = configparser.ConfigParser(interpolation=None)
     try:
@@ -79,8 +130,10 @@ def read_credentials(path: Path) -> Credentials:
             session_token=section.get("aws_session_token"),
         )
     except OSError as error:
-        raise InvalidArgument(str(error)) from None
+        # The system's errors have an errno; of ours the text is the reason.
+        reason = f"{error.strerror}: {path}" if error.errno else str(error)
+        raise StoreSettingError(reason) from None
     except (KeyError, ValueError, configparser.Error):  # whose own words quote the line
-        raise InvalidArgument(
+        raise StoreSettingError(
             f"{path} is no file of credentials: [default], aws_access_key_id = …, aws_secret_access_key = …"
         ) from None

@@ -1,9 +1,9 @@
-"""Any store, asked again while it fails in a way that may pass.
+"""Retries calls of an object store while they fail in a way that may pass.
 
-A call that ends in a TransientError (busy, cut off, silent, lost bytes) is made again after a pause that doubles, up to
-`LONGEST_PAUSE`, with jitter, so that many that met the same fault do not come back at once; when the time is up, the
-last error stands. All else (403, an expired policy, no such bucket) is final at once. Every call of a store may be made
-again (see Buckets), so nothing here knows what it repeats.
+A call that ends in a TransientError (busy, cut off, no response, damaged bytes) is made again after a pause that
+doubles, up to `LONGEST_PAUSE`, with jitter, so that many that met the same fault do not come back at once. A store that
+sends `Retry-After` is not called earlier. When the time is up, the last error is raised. All other errors (403, an
+expired policy, no such bucket) are final at once. Every call of a store may be repeated (see Buckets).
 """
 
 import random
@@ -14,7 +14,7 @@ from typing import TypeVar
 import structlog
 
 from thrave.buckets.buckets import Buckets, ObjectHead
-from thrave.buckets.errors import TransientError
+from thrave.buckets.errors import TransientError, UnreachableError
 from thrave.buckets.policy import UploadPolicy
 
 FIRST_PAUSE = 0.25  # seconds
@@ -24,33 +24,43 @@ log = structlog.get_logger()
 _Answer = TypeVar("_Answer")
 
 
-def patiently(call: Callable[[], _Answer], patience: float, tell: Callable[[TransientError, float], None]) -> _Answer:
+def patiently(
+    call: Callable[[], _Answer],
+    patience: float,
+    tell: Callable[[TransientError, float], None],
+    *,
+    unreachable: int | None = None,
+) -> _Answer:
     """Make a call again while it ends in a TransientError.
 
     Args:
-        call: What may be made again.
-        patience: Seconds from its first failure on, after which the last error stands.
-        tell: Told of a failure, and the seconds until the next attempt.
+        call: Must be safe to repeat.
+        patience: Seconds from its first failure on, after which the last error is raised.
+        tell: Called with a failure and the seconds until the next attempt.
+        unreachable: Attempts after which an UnreachableError is raised; None: as any other.
 
     Raises:
         TransientError: The last one.
     """
-    until, pause = 0.0, FIRST_PAUSE
+    until, pause, attempts = 0.0, FIRST_PAUSE, 0
     while True:
         try:
             return call()
         except TransientError as error:
-            until = until or time.monotonic() + patience
+            now, attempts = time.monotonic(), attempts + 1
+            until = until or now + patience
             wait = pause * random.uniform(0.5, 1)  # noqa: S311 (no secret hangs on it)
-            if time.monotonic() + wait > until:
+            if now + wait > until or (isinstance(error, UnreachableError) and attempts == unreachable):
                 raise
+            # A store that asks for more time than there is gets all that is left, and one last attempt.
+            wait = max(wait, min(error.retry_after, until - now))
             tell(error, wait)
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class RetryingBuckets:
-    """The Buckets of another driver, with patience."""
+    """The Buckets of another driver, whose calls are retried."""
 
     def __init__(
         self, buckets: Buckets, patience: float, told: Callable[[TransientError, float], None] | None = None
@@ -68,9 +78,20 @@ class RetryingBuckets:
         """See Buckets."""
         return self._patiently(lambda: self._buckets.owner(bucket))
 
-    def create(self, bucket: str, owner: str) -> None:
+    def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:
         """See Buckets."""
-        self._patiently(lambda: self._buckets.create(bucket, owner))
+        made = False
+
+        def create() -> None:
+            nonlocal made
+            made = self._buckets.create(bucket, owner, probe=probe) or made
+
+        self._patiently(create)
+        return made
+
+    def remove(self, bucket: str, owner: str) -> bool:
+        """See Buckets."""
+        return self._patiently(lambda: self._buckets.remove(bucket, owner))
 
     def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets."""

@@ -1,11 +1,13 @@
-"""HTTP to a store: a bounded number of connections, each with an end to its patience, and S3's errors.
+"""HTTP to a store, through a proxy or not: a bounded number of connections with timeouts, and S3's errors.
 
-One request at a time goes out and its answer comes back, whole and no longer than was asked for. Whatever goes wrong is
-a BucketError; nothing is tried twice here (`retrying.py`), and no message holds a URL, a header or a body.
+A request is sent and its response is read, complete and no longer than the caller allows. Every failure is a
+BucketError; nothing is sent twice here (`retrying.py`). No message holds a URL, a header, a body or a password.
 
 It is urllib3, which botocore brings, for signed requests and forms alike.
 """
 
+import re
+import socket
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +17,21 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree as ET
 
 import urllib3
-from urllib3.exceptions import HTTPError, NewConnectionError, SSLError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
 from urllib3.exceptions import TimeoutError as HTTPTimeout
 
-from thrave.buckets.connection import StoreConnection
-from thrave.buckets.errors import BucketError, InvalidArgument, StoreError, TransientError, error_of_store
+from thrave.buckets.connection import Proxy, StoreConnection
+from thrave.buckets.errors import (
+    BucketError,
+    Kind,
+    StoreError,
+    StoreSettingError,
+    TransientError,
+    UnreachableError,
+    WrongRegion,
+    error_of_store,
+    row_of,
+)
 
 Buffer = bytes | memoryview
 
@@ -46,7 +58,7 @@ class Answer:
         """
         said = self.headers.get("Content-Length", "")
         if not (said.isascii() and said.isdecimal()):
-            raise StoreError("InternalError", 500, "The store does not say how long the object is")
+            raise StoreError("UnexpectedResponse", 0, "The store does not say how long the object is")
         return int(said)
 
 
@@ -57,30 +69,36 @@ class Transport:
         """Open nothing yet.
 
         Raises:
-            InvalidArgument: The endpoint, the proxy or the file of certificates is none.
+            StoreSettingError: The proxy or the file of certificates cannot be used.
         """
         self._where = urlsplit(connection.endpoint).netloc
+        self._is_secure = connection.endpoint.startswith("https:")
+        self._region = connection.region
         self._timeout = connection.timeout
+        self._proxy = None if connection.proxy is None else Proxy.read(connection.proxy)
         try:
-            self._pool = _pool(connection)
+            self._pool = _pool(connection, self._proxy)
         except (HTTPError, OSError, ValueError) as error:
-            raise InvalidArgument(f"The store {self._where} cannot be called like this: {_reason(error)}") from None
+            about = "the file of certificates" if self._is_secure else "the proxy"
+            raise StoreSettingError(
+                f"The store {self._where} cannot be called with {about} that is set: {_reason(error)}"
+            ) from None
 
     def send(
         self, method: str, url: str, headers: Mapping[str, str], body: Sequence[Buffer] = (), *, limit: int
     ) -> Answer:
-        """Send a request, and give its answer.
+        """Send a request, and return its response.
 
         Args:
             method: `PUT`, …
             url: Quoted as it was signed.
             headers: All but Host and Content-Length.
             body: Its pieces; none is copied.
-            limit: Bytes that a successful answer may have; a longer one is an error.
+            limit: Bytes that a successful response may have; a longer one is an error.
 
         Raises:
-            BucketError: The store answered with an error, or with more than it was asked for.
-            TransientError: It did not answer, or not to the end.
+            BucketError: The store responded with an error, or with more than was asked for.
+            TransientError: There was no response, or not all of it.
         """
         length = sum(memoryview(piece).nbytes for piece in body)
         lengths = {"Content-Length": str(length)} if body or method in ("PUT", "POST") else {}
@@ -95,23 +113,92 @@ class Transport:
                 decode_content=False,
             )
             with answer:
+                if answer.status >= 300:
+                    raise self._refusal(answer.status, answer.headers, answer.read(_ERROR_BYTES))
                 return _read(answer, limit)
         except (HTTPError, OSError) as error:
-            raise self._lost(error) from None
+            raise self._failure(error) from None
 
-    def _lost(self, error: Exception) -> BucketError:
-        certificate = error.args[0] if isinstance(error, SSLError) and error.args else None
-        if isinstance(certificate, ssl.SSLCertVerificationError):
-            said = certificate.verify_message
-            return StoreError("ServiceUnavailable", 503, f"The certificate of {self._where} is not trusted: {said}")
-        if isinstance(error, HTTPTimeout) and not isinstance(error, NewConnectionError):
-            return TransientError("RequestTimeout", 400, f"Nothing moved for {self._timeout:g} s to {self._where}")
-        return TransientError("ServiceUnavailable", 503, f"The store {self._where} was lost: {_reason(error)}")
+    def _refusal(self, status: int, headers: Mapping[str, str], document: bytes) -> BucketError:
+        """The error of a response: S3's document, or what another server in between says."""
+        fields = _fields(document)
+        code = fields.get("Code", "")
+        reason = responses.get(status, "no reason given")  # Ceph gives no message
+        message = " ".join(fields.get("Message", "").split())[:_MESSAGE_CHARACTERS] or reason
+        proxied = self._refusal_of_proxy(status, code, headers)
+        if proxied is not None:
+            return proxied
+        region = fields.get("Region") or headers.get("x-amz-bucket-region")
+        endpoint = fields.get("Endpoint")
+        if self._is_elsewhere(status, code, region, endpoint):
+            return WrongRegion(code or row_of("", status).code, status, message, region=region, endpoint=endpoint)
+        location = urlsplit(headers.get("Location", ""))
+        if 300 <= status < 400 and location.hostname:
+            message += f", to {location.scheme or 'http'}://{location.netloc.rpartition('@')[2]}"
+        return error_of_store(code, status, message, headers)
+
+    def _is_elsewhere(self, status: int, code: str, region: str | None, endpoint: str | None) -> bool:
+        """Whether a response says that the bucket is in another region, or at another endpoint for good."""
+        other = region is not None and region != self._region
+        if status in (301, 307):
+            return other or (status == 301 and bool(endpoint or code))
+        # The response to HEAD has no code.
+        return row_of(code, status).kind is Kind.REGION or (status == 400 and not code and other)
+
+    def _refusal_of_proxy(self, status: int, code: str, headers: Mapping[str, str]) -> BucketError | None:
+        """The error of a response that the proxy has sent instead of the store; None if it is the store's."""
+        if status != 407 and (self._proxy is None or self._is_secure):
+            return None
+        is_page = headers.get("Content-Type", "").startswith("text/html") and not code
+        if status != 407 and not (is_page and status in (401, 403, 405)):
+            return None
+        return _refused_by_proxy(self._proxy.where if self._proxy else "before the store", status)
+
+    def _failure(self, error: Exception) -> BucketError:
+        """The error of a request without a complete response."""
+        chain = [*_chain(error)]
+        proxied = self._proxy is not None and any(isinstance(one, ProxyError) for one in chain)
+        where = self._proxy.where if self._proxy and proxied else self._where
+        named = f"the proxy {where}" if proxied else f"the store {where}"
+        for one in chain:
+            if tunnel := re.match(r"Tunnel connection failed: ([0-9]{3})", str(one)):
+                return _refused_by_proxy(self._proxy.where if self._proxy else "before the store", int(tunnel[1]))
+            if isinstance(one, ssl.SSLCertVerificationError):
+                message = f"The certificate of {where} is not trusted: {one.verify_message}"
+                return StoreError("CertificateNotTrusted", 0, message)
+        reason, seconds = _reason(error), f"{self._timeout:g} s"
+        unreachable = "ProxyUnreachable" if proxied else "ConnectionRefused"
+        # The first of these that the error stands for says what has happened.
+        for types, kind, code, message in (
+            (socket.gaierror, UnreachableError, "NameNotResolved", f"The host name of {named} does not resolve"),
+            (NewConnectionError, UnreachableError, unreachable, f"Cannot connect to {named}: {reason}"),
+            (ConnectTimeoutError, UnreachableError, "ConnectTimeout", f"No connection to {named} within {seconds}"),
+            (ssl.SSLError, TransientError, "TLSFailure", f"TLS with {named} failed: {reason}"),
+            (HTTPTimeout, TransientError, "NoResponse", f"Nothing moved for {seconds} to {named}"),
+            (ProxyError, UnreachableError, unreachable, f"No connection through {named}: {reason}"),
+        ):
+            if any(isinstance(one, types) for one in chain):
+                return kind(code, 0, message)
+        return TransientError("ConnectionLost", 0, f"The connection to {named} was lost: {reason}")
 
 
-def _pool(connection: StoreConnection) -> urllib3.PoolManager:
-    is_secure = urlsplit(connection.endpoint).scheme == "https"
-    make = urllib3.PoolManager if connection.proxy is None else partial(urllib3.ProxyManager, connection.proxy)
+def _refused_by_proxy(where: str, status: int) -> BucketError:
+    reason = f"{status} {responses.get(status, '')}".strip()
+    if status == 407:
+        words = f"The proxy {where} wants another user and password ({reason})"
+        return StoreError("ProxyAuthenticationRequired", 0, words)
+    if status >= 500 and row_of("", status).kind is Kind.TRANSIENT:
+        return TransientError("ProxyFailed", 0, f"The proxy {where} cannot reach the store ({reason})")
+    return StoreError("ProxyRefused", 0, f"The proxy {where} does not let the request through ({reason})")
+
+
+def _pool(connection: StoreConnection, proxy: Proxy | None) -> urllib3.PoolManager:
+    is_secure = connection.endpoint.startswith("https:")
+    make = (
+        urllib3.PoolManager
+        if proxy is None
+        else partial(urllib3.ProxyManager, proxy.url, proxy_headers=dict(proxy.headers))
+    )
     return make(
         maxsize=connection.connections,
         block=True,
@@ -130,32 +217,36 @@ def _pieces(body: Sequence[Buffer]) -> Iterator[memoryview]:
 
 
 def _read(answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
-    if answer.status >= 300:
-        raise _refusal(answer.status, answer.read(_ERROR_BYTES))
     body = answer.read(limit + 1)
     if len(body) > limit or answer.read(1):  # at its end it says whether fewer came than were promised
-        raise StoreError("InternalError", 500, f"The store answered with more than the {limit} bytes it was asked for")
+        raise StoreError("UnexpectedResponse", 0, f"The store sent more than the {limit} bytes that were asked for")
     return Answer(answer.status, answer.headers, body)
 
 
-def _refusal(status: int, document: bytes) -> BucketError:
-    """The error of an answer: S3's document, or what another server in between says."""
+def _fields(document: bytes) -> Mapping[str, str]:
+    """The elements of S3's error document; none if it is something else."""
     try:
         root = ET.fromstring(document)  # noqa: S314 (expat stops entity bombs itself, and the length is bounded)
-        said = {child.tag.rpartition("}")[2]: child.text or "" for child in root}
     except ET.ParseError:
-        said = {}
-    code = said.get("Code") or _CODES.get(status, "InternalError")
-    message = " ".join(said.get("Message", "").split())[:_MESSAGE_CHARACTERS]
-    return error_of_store(code, status, message or responses.get(status, "no reason given"))  # Ceph gives none
+        return {}
+    return {child.tag.rpartition("}")[2]: (child.text or "")[:_MESSAGE_CHARACTERS] for child in root}
 
 
-# What a status means where there is no document, as in the answer to HEAD.
-_CODES = {403: "AccessDenied", 404: "NoSuchKey", 409: "OperationAborted", 412: "PreconditionFailed", 503: "SlowDown"}
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it stands for: its arguments, what it wraps and what caused it."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        linked = (*one.args, getattr(one, "original_error", None), one.__cause__, one.__context__)
+        waiting += [other for other in linked if isinstance(other, BaseException)]
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own word for what is at the bottom of an error."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return getattr(error, "strerror", None) or type(error).__name__
+    """The system's own word for what caused an error."""
+    *_, last = _chain(error)
+    said = next((one.strerror for one in _chain(error) if isinstance(one, OSError) and one.strerror), None)
+    return said or type(last).__name__

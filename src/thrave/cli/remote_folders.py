@@ -1,8 +1,8 @@
 """Folders of buckets and of web servers, read and written as `thrave.cli.folders` says.
 
 A bucket is called as every AWS tool would call it on this machine: with the keys, the profile, the region, the endpoint
-and the certificates that botocore finds. Nothing of that is ever sent to a web server, nor are redirects followed: what
-lies elsewhere has an address of its own.
+and the certificates that botocore finds, through the proxy of the environment. Nothing of that is ever sent to a web
+server, nor are redirects followed: a file elsewhere has an address of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from urllib.request import getproxies, proxy_bypass
 import click
 
 from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.errors import AccessDenied, BucketError, NoSuchBucket, NoSuchKey, TransientError
-from thrave.buckets.naming import check_bucket_name
+from thrave.buckets.errors import (
+    BucketError,
+    Kind,
+    NoSuchBucket,
+    NoSuchKey,
+    StoreError,
+    TransientError,
+    UnreachableError,
+    WrongRegion,
+)
+from thrave.buckets.naming import check_readable_bucket_name
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.retrying import patiently
 from thrave.buckets.transport import Transport
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer")
 
 PATIENCE = 60.0  # seconds from a call's first failure to the last attempt
+_UNREACHABLE = 2  # attempts to connect to a server that has not responded yet
 _DEFAULT_REGION = "us-east-1"  # of S3, for whoever names none
 DEADLINE = 900.0  # seconds in which a file must have come or gone, however steadily it trickles
 
@@ -40,9 +50,17 @@ class S3Folder:
 
     is_far = True
 
-    def __init__(self, objects: S3Objects, bucket: str, folder: str) -> None:
-        """Use a store for the keys of a bucket that begin with `folder/`, or, if that is empty, have no slash."""
+    def __init__(self, objects: S3Objects, bucket: str, folder: str, *, keyless: str | None = None) -> None:
+        """Use a store for the keys of a bucket that begin with `folder/`, or, if that is empty, have no slash.
+
+        Args:
+            objects: The store.
+            bucket: Of any name that a URL can hold.
+            folder: With slashes or without.
+            keyless: Where credentials were looked for, if none were found.
+        """
         self._objects = objects
+        self._server = _Server(keyless=keyless)
         self._bucket = bucket
         self._folder = f"{folder.strip('/')}/" if folder.strip("/") else ""
 
@@ -69,7 +87,7 @@ class S3Folder:
         self._call("", lambda _: self._objects.delete(self._bucket, keys))
 
     def _call(self, filename: str, call: Callable[[str], _Answer]) -> _Answer:
-        return _patiently(self.where(filename), lambda: call(self._folder + filename))
+        return self._server.call(self.where(filename), lambda: call(self._folder + filename))
 
 
 class WebFolder:
@@ -81,6 +99,7 @@ class WebFolder:
         """Use connections to a server for the files below a URL."""
         self._transport = transport
         self._url = url.rstrip("/")
+        self._server = _Server(is_web=True)
 
     def where(self, filename: str) -> str:
         """See Folder."""
@@ -89,13 +108,13 @@ class WebFolder:
     def read(self, filename: str, most: int) -> bytes:
         """See Folder."""
         url = self.where(filename)
-        return _patiently(url, lambda: self._transport.send("GET", url, {}, limit=most + 1)).body
+        return self._server.call(url, lambda: self._transport.send("GET", url, {}, limit=most + 1)).body
 
     def size(self, filename: str) -> int | None:
         """See Folder."""
         url = self.where(filename)
         try:
-            return _patiently(url, lambda: self._transport.send("HEAD", url, {}, limit=0).content_length)
+            return self._server.call(url, lambda: self._transport.send("HEAD", url, {}, limit=0).content_length)
         except FileMissingError:
             return None
 
@@ -132,8 +151,10 @@ def s3_folder(bucket: str, folder: str) -> S3Folder:
 
     give_up_on_interrupt()
     try:
-        check_bucket_name(bucket)
-        return S3Folder(S3Objects(store_connection()), bucket, folder)
+        check_readable_bucket_name(bucket)
+        connection = store_connection()
+        keyless = None if connection.credentials else _places_of_credentials()
+        return S3Folder(S3Objects(connection), bucket, folder, keyless=keyless)
     except BotoCoreError as error:
         raise ValueError(str(error)) from None
     except BucketError as error:
@@ -145,6 +166,7 @@ def store_connection() -> StoreConnection:
 
     Raises:
         botocore.exceptions.BotoCoreError: The user's settings contradict themselves.
+        StoreSettingError: The URL of the store or of the proxy cannot be used.
     """
     from botocore.session import get_session
 
@@ -166,8 +188,25 @@ def store_connection() -> StoreConnection:
     )  # fmt: skip
 
 
-def _proxy(scheme: str, host: str) -> str | None:
-    return None if proxy_bypass(host) else getproxies().get(scheme)
+def _places_of_credentials() -> str:
+    """Where credentials are looked for, for people."""
+    from botocore.session import get_session
+
+    session = get_session()
+    file, profile = session.get_config_variable("credentials_file"), session.get_config_variable("profile") or "default"
+    return (
+        f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile '{profile}' in {file} and in the AWS configuration, "
+        "and the metadata of the container or machine"
+    )
+
+
+def _proxy(scheme: str, where: str) -> str | None:
+    """The proxy of the environment for a server: `https_proxy`, `http_proxy`, `all_proxy`; none for `no_proxy`."""
+    host = urlsplit(f"//{where}").hostname or ""
+    if proxy_bypass(where) or proxy_bypass(host):
+        return None
+    proxies = getproxies()
+    return proxies.get(scheme) or proxies.get("all") or None
 
 
 def _is_loopback(host: str) -> bool:
@@ -177,9 +216,40 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _patiently(where: str, call: Callable[[], _Answer]) -> _Answer:
-    with _faults(where):
-        return patiently(lambda: awaited(call, DEADLINE), PATIENCE, _tell)
+class _Server:
+    """Calls one server, again while it fails in a way that may pass, and names what went wrong."""
+
+    def __init__(self, *, is_web: bool = False, keyless: str | None = None) -> None:
+        """Call a store, or a web server; `keyless` says where credentials were looked for, if none were found."""
+        self._is_web = is_web
+        self._keyless = keyless
+        self._has_responded = False
+
+    def call(self, where: str, call: Callable[[], _Answer]) -> _Answer:
+        """Make a call about the file `where`.
+
+        A server that has never responded is tried twice; one that responded before is waited for.
+
+        Raises:
+            FolderError: It failed.
+        """
+
+        def attempt() -> _Answer:
+            try:
+                answer = awaited(call, DEADLINE)
+            except (UnreachableError, CallGivenUpError):
+                raise
+            except BucketError as error:
+                self._has_responded = True
+                if self._is_web and 300 <= error.status < 400:  # only S3 redirects for a while
+                    raise StoreError(error.code, error.status, error.message) from None
+                raise
+            self._has_responded = True
+            return answer
+
+        unreachable = None if self._has_responded else _UNREACHABLE
+        with _faults(where, self._keyless):
+            return patiently(attempt, PATIENCE, _tell, unreachable=unreachable)
 
 
 def _tell(error: TransientError, seconds: float) -> None:
@@ -188,14 +258,22 @@ def _tell(error: TransientError, seconds: float) -> None:
 
 
 @contextmanager
-def _faults(where: str) -> Iterator[None]:
+def _faults(where: str, keyless: str | None) -> Iterator[None]:
+    """Turn the errors of a store or a web server into those of folders."""
     try:
         yield
     except (NoSuchKey, NoSuchBucket) as error:
         raise FileMissingError(f"{where} is not there: {error.message}") from error
-    except AccessDenied as error:
-        raise FolderRefusedError(f"{where}: {error}") from error
+    except UnreachableError as error:
+        raise FolderError(f"{where}: {error}. Check the address, and the way to it.") from error
+    except WrongRegion as error:
+        settings = "AWS_REGION, and AWS_ENDPOINT_URL_S3 if you use it, accordingly"
+        raise FolderError(f"{where} is elsewhere: {error.place}. Set {settings}.") from error
     except BucketError as error:
+        if error.kind is Kind.KEY and keyless is not None:
+            raise FolderRefusedError(f"{where}: {error}. No credentials were found; tried {keyless}.") from error
+        if error.kind is Kind.KEY:
+            raise FolderRefusedError(f"{where}: {error}") from error
         if 300 <= error.status < 400:
             raise FolderError(f"{where} has moved elsewhere, so give its address there: {error.message}") from error
         raise FolderError(f"{where}: {error}") from error

@@ -1,12 +1,15 @@
 """Checks of the store as a whole: that it answers, TLS, its clock, and that it knows the key. Nothing is written."""
 
 import shutil
-import socket
 import ssl
+from collections.abc import Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPSConnection
 from urllib.parse import SplitResult, urlsplit
 
+from thrave.buckets.connection import Proxy
 from thrave.buckets.errors import BucketError
 from thrave.buckets.signing import SMALL
 from thrave.database import utc_now
@@ -26,7 +29,7 @@ def answers(subject: Subject) -> str:
     if subject.settings.store == "directory":
         return _room(subject)
     try:
-        subject.transport.send("GET", f"{subject.connection.endpoint.rstrip('/')}/", {}, limit=SMALL)
+        subject.transport.send("GET", subject.connection.url(), {}, limit=SMALL)
     except BucketError as error:
         if error.is_the_stores:
             raise
@@ -47,14 +50,20 @@ def tls(subject: Subject) -> str:
     url = _s3(subject)
     if url.scheme != "https":
         raise NotTried("the store is called by plain HTTP")
-    if subject.connection.proxy is not None:
-        raise NotTried("it lies behind a proxy")
     context = ssl.create_default_context(cafile=subject.connection.ca)
-    host = url.hostname or ""
-    with (
-        socket.create_connection((host, url.port or 443), timeout=STORE_SECONDS) as line,
-        context.wrap_socket(line, server_hostname=host) as secure,
-    ):
+    host, port = url.hostname or "", url.port or 443
+    line = HTTPSConnection(host, port, timeout=STORE_SECONDS, context=context)
+    if subject.connection.proxy is not None:
+        proxy = Proxy.read(subject.connection.proxy)
+        through = urlsplit(proxy.url)
+        if through.scheme == "https":
+            raise NotTried("the proxy is called by TLS, too")
+        line = HTTPSConnection(through.hostname or "", through.port or 80, timeout=STORE_SECONDS, context=context)
+        line.set_tunnel(host, port, dict(proxy.headers))
+    with closing(line):
+        line.connect()
+        secure = line.sock
+        assert isinstance(secure, ssl.SSLSocket)
         certificate, version = secure.getpeercert() or {}, secure.version()
     until = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
     days = (until - utc_now()).days
@@ -64,24 +73,35 @@ def tls(subject: Subject) -> str:
 
 
 def key(subject: Subject) -> str:
-    """List the buckets of the key with which requests are signed."""
+    """List the buckets of the key with which requests are signed. A key that may not list them is known, too."""
     _s3(subject)
-    subject.requests.send("GET", None)
-    credentials = subject.holder.credentials if subject.by_owners_key else subject.connection.credentials
+    _, may_list = _ask(subject)
+    credentials = subject.holder.credentials if subject.by_owners_key else subject.connection.current_credentials()
     assert credentials is not None
-    return credentials.access_key_id
+    return credentials.access_key_id + ("" if may_list else ", which may not list its buckets")
 
 
 def clock(subject: Subject) -> str:
     """Compare the time of an answer with ours."""
     _s3(subject)
-    said = subject.requests.send("GET", None).headers.get("Date")
+    headers, _ = _ask(subject)
+    said = headers.get("Date")
     if said is None:
         raise NotTried("the store does not tell its time")
     ahead = (parsedate_to_datetime(said) - utc_now()).total_seconds()
     if abs(ahead) > CLOCK_SECONDS:
         raise Trouble(f"{ahead:+.0f} s from ours")
     return f"{ahead:+.0f} s"
+
+
+def _ask(subject: Subject) -> tuple[Mapping[str, str], bool]:
+    """Send a signed request; return the headers of the answer, and whether the key may list its buckets."""
+    try:
+        return subject.requests.send("GET", None).headers, True
+    except BucketError as error:
+        if error.code not in ("AccessDenied", "MethodNotAllowed", "NotImplemented"):
+            raise
+        return error.headers, False
 
 
 def _s3(subject: Subject) -> SplitResult:

@@ -50,7 +50,7 @@ CHECKS: tuple[Check, ...] = (
         "Renew the store's certificate, or name who vouches for it: `s3_ca`.", store.tls,
     ),
     Check(
-        "store", "key", "Lists the buckets of the key that signs.",
+        "store", "key", "Sends a request that is signed with the key; it need not be allowed to list buckets.",
         "With `upload = policy`: import a key that the store knows (`thrave account key import`), or name it with "
         "--access-key-id. With `upload = service`: mend `s3_credentials`.",
         store.key, needs=("answers",),
@@ -61,12 +61,14 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "store", "create bucket", "Creates a bucket, unless it is there.",
-        "Let the key create and list buckets; or name one that is its own: --bucket.",
+        "Let the key create buckets; or name one that it may use: --bucket. A key that the store does not know is "
+        "refused like one that may not: `thrave account key import`.",
         objects.create, needs=("answers", "key"),
     ),
     Check(
         "store", "owner", "Asks whose the bucket is.",
-        "Use a store that lists a key's own buckets.", objects.owner, needs=("create bucket",),
+        "Let the key read the object .thrave-owner (upload = service), or use its own bucket (upload = policy).",
+        objects.owner, needs=("create bucket",),
     ),
     Check(
         "store", "PUT", "Stores an object with a signed request.",
@@ -83,11 +85,19 @@ CHECKS: tuple[Check, ...] = (
         "Have the proxy in between hand on the header Range.", objects.ranged, needs=("PUT",),
     ),
     Check(
-        "store", "list", "Lists it by its prefix.", "Let the key list its bucket.", objects.listed, needs=("PUT",),
+        "store", "list", "Lists it by its prefix.",
+        "Let the key list its bucket. Without that right a bucket which a failed task has created stays.",
+        objects.listed, needs=("PUT",), optional=True,
     ),
     Check(
         "store", "overwrite", "Stores another in its place, and reads that at once.",
         "Take the retention lock off the bucket, and the cache out of the way.", objects.overwrite, needs=("PUT",),
+    ),
+    Check(
+        "store", "conditional PUT", "Stores an object only if it does not exist (`If-None-Match: *`), twice.",
+        "With `upload = service` accounts claim new buckets by it. Without it, run one API process only, or create the "
+        "buckets beforehand with their owners (docs/howto/store-bundles-in-s3.md).",
+        objects.conditional, needs=("PUT",), optional=True,
     ),
     Check(
         "store", "POST, version 2", "Uploads a form under a policy with a signature of version 2, `acl` private.",
@@ -106,8 +116,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "store", "delete", "Deletes what it has stored, and looks.",
-        "Let the key delete objects in its bucket: a failed task takes its parts away.",
-        objects.delete, needs=("create bucket",),
+        "Let the key delete objects in its bucket: else the parts of failed tasks stay (`thrave task list`).",
+        objects.delete, needs=("create bucket",), optional=True,
     ),
     Check(
         "host", "libvirt", "With `hypervisor = libvirt`: connects, asks for the version; it is this machine's.",
@@ -173,6 +183,6 @@ CHECKS: tuple[Check, ...] = (
 CLEAN_UP = Check(
     "store", "clean-up", "Takes away what the checks have left, and their bucket.",
     "Remove the bucket, or the objects, whose names begin with thrave-doctor-.", objects.clean_up,
-    needs=("answers", "key"),
+    needs=("answers", "key", "create bucket"),
 )  # fmt: skip
 """The last one, tried whatever has failed before it."""

@@ -9,7 +9,7 @@ Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstanc
 
 from dataclasses import dataclass, field, replace
 
-from thrave.buckets.errors import BucketAlreadyExists, BucketError, SignatureDoesNotMatch
+from thrave.buckets.errors import BucketAlreadyExists, BucketError, Kind, SignatureDoesNotMatch, WrongRegion
 from thrave.buckets.naming import check_bucket_name, split_prefix
 from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.ec2.door import Caller, Door
@@ -97,24 +97,48 @@ def _objects(storage: Storage) -> list[str]:
     return [f"arn:aws:s3:::{storage.bucket}/{storage.prefix}{ending}" for ending in endings]
 
 
-def claim_bucket(door: Door, storage: Storage, owner_id: str) -> None:
-    """Make sure that the bucket is there and its owner's, creating it on their behalf if nobody has it.
+def claim_bucket(door: Door, storage: Storage, owner_id: str) -> bool:
+    """Make sure that the bucket exists and is its owner's, and create it if it does not exist; say whether it was.
 
     Raises:
-        EC2Error: InaccessibleStorageLocation: it belongs to somebody else. InvalidParameterValue: the store refuses
-            the key, or to create a bucket with it. Unavailable: the store fails, or does not answer.
+        EC2Error: InaccessibleStorageLocation: it belongs to somebody else or is in another region, or the store, or the
+            service's own key for it, does not allow what is needed. InvalidParameterValue: the store refuses the name,
+            or the access key. Unavailable: the store fails, or does not respond; a later attempt may succeed.
     """
     try:
-        door.buckets.on_behalf_of(storage.access_key_id).create(storage.bucket, owner_id)
+        buckets = door.buckets.on_behalf_of(storage.access_key_id)
+        return buckets.create(storage.bucket, owner_id, probe=f"{storage.prefix}.probe")
     except BucketAlreadyExists:
         where = {"bucket": storage.bucket, "access_key_id": storage.access_key_id}
         raise EC2Error("InaccessibleStorageLocation", **where) from None
     except BucketError as error:
-        if error.is_the_stores:
-            raise EC2Error("Unavailable", said=error) from None
+        raise _refusal(error, storage) from None
+
+
+def _refusal(error: BucketError, storage: Storage) -> EC2Error:
+    """What a caller is told of an error of the store: only who must act is named, and what they can do."""
+    if error.kind is Kind.TRANSIENT:
+        return EC2Error("Unavailable", said=error)
+    if isinstance(error, WrongRegion):
+        message = (
+            f"The bucket '{storage.bucket}' is in another region than this service stores bundles in: {error}. "
+            "Choose a bucket in the service's region; or have the operator change s3_region and s3_endpoint."
+        )
+        return EC2Error("InaccessibleStorageLocation", message)
+    if error.kind is Kind.REQUEST:
+        return EC2Error(
+            "InvalidParameterValue", f"Value ({storage.bucket}) for parameter Bucket is invalid. {error} {error.remedy}"
+        )
+    if error.kind is Kind.KEY and error.access_key_id in (None, storage.access_key_id):
         message = (  # stores say of a key that they do not know the same as of one that may not
             f"Value ({storage.bucket}) for parameter Bucket is invalid. The store does not let the access key "
-            f"{storage.access_key_id} list or create buckets: {error}. Sign the upload policy with a key that the "
-            "store knows (the operator: thrave account key import), of a user who may; or have the bucket created."
+            f"{storage.access_key_id} use the bucket, or create it: {error}. Sign the upload policy with a key that "
+            "the store knows (the operator: thrave account key import), of a user who may; or have the bucket created."
         )
-        raise EC2Error("InvalidParameterValue", message) from None
+        return EC2Error("InvalidParameterValue", message)
+    whose = "The store refuses the service's own access key" if error.kind is Kind.KEY else "The store refuses"
+    remedy = "See the setting s3_credentials. " if error.kind is Kind.KEY else ""
+    return EC2Error(
+        "InaccessibleStorageLocation",
+        f"{whose} for the bucket '{storage.bucket}': {error}. The operator: {remedy}{error.remedy} (thrave doctor)",
+    )

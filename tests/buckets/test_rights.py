@@ -1,0 +1,136 @@
+"""The smallest policies of docs/reference/store-rights.md are enough, before a real store that enforces them."""
+
+import json
+import re
+import uuid
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from support import stores
+from support.house import UPLOAD_BY_SERVICE, House
+from support.rights import guarded
+from thrave.buckets.buckets import NOBODY
+from thrave.buckets.errors import AccessDenied, BucketAlreadyExists
+from thrave.buckets.objects import S3Objects
+from thrave.buckets.s3 import OWNER_KEY, Holder, OwnersBuckets, ServiceBuckets
+from thrave.testing import ThraveServer, upload_policy
+
+pytestmark = pytest.mark.s3
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "store-rights.md"
+SMALLEST = dict(zip(("policy", "service"), re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL), strict=True))
+SETTINGS = {"policy": {}, "service": UPLOAD_BY_SERVICE}
+ACCOUNT = "111111111111"
+
+
+def smallest(upload, bucket, prefix="winami", without=()):
+    """The policy of the docs' page, for a bucket and a prefix; `without` some of its actions."""
+    policy = json.loads(SMALLEST[upload].replace("BUCKET", bucket).replace("PREFIX", prefix))
+    for statement in policy["Statement"]:
+        statement["Action"] = [action for action in statement["Action"] if action not in without]
+    return json.dumps(policy)
+
+
+def and_allow(policy, action, resource):
+    document = json.loads(policy)
+    document["Statement"].append({"Effect": "Allow", "Action": action, "Resource": resource})
+    return json.dumps(document)
+
+
+@pytest.fixture
+def bucket(seaweedfs):
+    """One of Alice's, which exists."""
+    name = f"alice-{uuid.uuid4().hex[:12]}"
+    S3Objects(seaweedfs.connection())._requests.send("PUT", name)
+    return name
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def house(request, seaweedfs, tmp_path_factory):
+    """A service whose store lies behind a guard, and the guard."""
+    folder = tmp_path_factory.mktemp("house")
+    with guarded(seaweedfs.url, "") as guard:
+        settings = {"store": "s3", "s3_endpoint": guard.url, "s3_patience": 5, **SETTINGS[request.param]}
+        with ThraveServer.running(folder / "thrave", **settings) as server:
+            yield request.param, House(server, seaweedfs, folder), guard
+
+
+def bundle(house, bucket, prefix="winami"):
+    policy, signature = upload_policy(stores.ALICE.secret_access_key, bucket, prefix)
+    return house.bundle(policy, signature)
+
+
+@pytest.mark.parametrize("without", [(), ("s3:DeleteObject",)], ids=["smallest", "no DeleteObject"])
+def test_smallest_policy_completes_a_bundle(house, bucket, tmp_path, without):
+    upload, house, guard = house
+    guard.statements = json.loads(smallest(upload, bucket, without=without))["Statement"]
+    house.begin(tmp_path)
+    house.bucket = bucket
+    task = bundle(house, bucket)
+    assert task["State"] == "complete", task
+    house.objects = S3Objects(house.store.connection())
+    assert "winami.manifest.xml" in house.files()
+
+
+def test_key_without_any_right_is_refused_before_the_instance_is_touched(house, bucket, tmp_path):
+    _, house, guard = house
+    guard.statements = []
+    house.begin(tmp_path)
+    house.bucket = bucket
+    with pytest.raises(ClientError, match=r"InvalidParameterValue|InaccessibleStorageLocation"):
+        bundle(house, bucket)
+
+
+def owners(guard, store):
+    holder = Holder(ACCOUNT, stores.ALICE)
+    connection = store.connection(endpoint=guard.url, credentials=None)
+    return OwnersBuckets(connection, lambda _: holder, holder=holder)
+
+
+def service(guard, store):
+    return ServiceBuckets(store.connection(endpoint=guard.url))
+
+
+DRIVERS = {"policy": owners, "service": service}
+
+
+@pytest.mark.parametrize("upload", DRIVERS)
+@pytest.mark.parametrize("more", ["s3:ListBucket", "s3:ListAllMyBuckets", "s3:CreateBucket"])
+def test_existing_bucket_needs_none_of_the_rights_on_buckets(seaweedfs, bucket, upload, more):
+    policy = and_allow(smallest(upload, bucket), more, ["*", f"arn:aws:s3:::{bucket}"])
+    with guarded(seaweedfs.url, policy) as guard:
+        buckets = DRIVERS[upload](guard, seaweedfs)
+        assert buckets.create(bucket, ACCOUNT, probe="winami.probe") is False
+        assert buckets.owner(bucket) == ACCOUNT
+    assert "winami.probe" not in [*S3Objects(seaweedfs.connection()).list(bucket, "")]
+
+
+@pytest.mark.parametrize("upload", DRIVERS)
+def test_missing_bucket_that_may_not_be_created_is_named(seaweedfs, upload):
+    name = f"alice-{uuid.uuid4().hex[:12]}"
+    policy = and_allow(smallest(upload, name), "s3:ListBucket", f"arn:aws:s3:::{name}")
+    with guarded(seaweedfs.url, policy) as guard, pytest.raises(AccessDenied):
+        DRIVERS[upload](guard, seaweedfs).create(name, ACCOUNT, probe="winami.probe")
+
+
+def test_hidden_bucket_is_refused_if_nothing_may_be_put_there(seaweedfs, bucket):
+    with guarded(seaweedfs.url, smallest("policy", bucket, prefix="other")) as guard, pytest.raises(AccessDenied):
+        owners(guard, seaweedfs).create(bucket, ACCOUNT, probe="winami.probe")
+
+
+def test_service_refuses_a_bucket_that_holds_something_and_names_nobody(seaweedfs, bucket):
+    S3Objects(seaweedfs.connection()).put(bucket, "something", b"x")
+    policy = and_allow(smallest("service", bucket), "s3:ListBucket", f"arn:aws:s3:::{bucket}")
+    with guarded(seaweedfs.url, policy) as guard:
+        buckets = service(guard, seaweedfs)
+        with pytest.raises(BucketAlreadyExists):
+            buckets.create(bucket, ACCOUNT)
+        assert buckets.owner(bucket) == NOBODY
+
+
+def test_service_refuses_a_bucket_of_another_account_with_the_smallest_policy(seaweedfs, bucket):
+    S3Objects(seaweedfs.connection()).put(bucket, OWNER_KEY, b"222222222222\n")
+    with guarded(seaweedfs.url, smallest("service", bucket)) as guard, pytest.raises(BucketAlreadyExists):
+        service(guard, seaweedfs).create(bucket, ACCOUNT)
