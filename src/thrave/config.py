@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+_FILES_OF_A_TASK = 32  # its connections to the store, its volume, its pipes
+_FILES_OF_THE_SERVICE = 64
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?")
 
@@ -129,6 +131,11 @@ class Settings(BaseSettings):
         1000.0, gt=0, description="Requests of one account that are answered for long; more: `RequestLimitExceeded`."
     )
     request_burst: int = Field(5000, ge=1, description="Requests of one account that are answered at once.")
+    signature_version_2: Literal["accept", "refuse"] = Field(
+        "accept",
+        description="Whether requests may be signed by signature version 2, as clients of 2013 and before do it; "
+        "`refuse`: version 4 only.",
+    )
     tasks_per_account: int = Field(
         20, ge=1, description="Unfinished bundle tasks that an account may have; more: `ResourceLimitExceeded`."
     )
@@ -268,6 +275,11 @@ class Settings(BaseSettings):
     def directory(self) -> DataDirectory:
         """Where things lie in `data`."""
         return DataDirectory(self.data)
+
+    @property
+    def open_files(self) -> int:
+        """Files that a process may have open with these settings."""
+        return self.connections + self.tasks_at_once * _FILES_OF_A_TASK + _FILES_OF_THE_SERVICE
 
     @property
     def instance_folder(self) -> Path:

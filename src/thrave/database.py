@@ -232,6 +232,22 @@ def migrations(connection: sa.Connection) -> tuple[str | None, list[str]]:
     return made, [revision.revision for revision in known]
 
 
+def is_unavailable(error: BaseException) -> bool:
+    """Say whether an error means that the database does not answer: down, full, locked, out of connections.
+
+    A statement that is wrong, or data that a rule forbids, is an error of the program or of its caller and none of
+    these.
+    """
+    if isinstance(error, sa.exc.TimeoutError):  # all connections of the pool are in use
+        return True
+    if isinstance(error, sa.exc.OperationalError):
+        # SQLite reports a wrong statement by the same class; it names its own codes since Python 3.11.
+        return getattr(error.orig, "sqlite_errorname", "") != "SQLITE_ERROR"
+    if isinstance(error, sa.exc.DBAPIError):
+        return error.connection_invalidated or isinstance(error, sa.exc.InterfaceError)
+    return False
+
+
 def utc_now() -> datetime:
     """The current time, aware, in UTC."""
     return datetime.now(UTC)

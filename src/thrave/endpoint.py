@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import structlog
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from thrave.agent import Agent
 from thrave.buckets.retrying import RetryingBuckets
@@ -95,12 +95,13 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
         rate=RateLimit(settings.requests_per_second, settings.request_burst),
         region=settings.region,
         any_platform=settings.platforms == "any",
+        version_2=settings.signature_version_2 == "accept",
         may=Permissions(users=Users(ground.database), region=settings.region).may,
         store_trouble=StandingChecks(settings).store_trouble,
     )
 
 
-def _listen(settings: Settings, app: Starlette, listening: Listening, agent: Agent | None) -> None:
+def _listen(settings: Settings, app: ASGIApp, listening: Listening, agent: Agent | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _heard)  # uvicorn stops for it, then raises it again for whoever had it before
     listener = Listener(settings)

@@ -32,12 +32,12 @@ def send(endpoint, request):
     return int(status.split()[1]), headers, body
 
 
-def signed(endpoint, key, *, body=DESCRIBE, content_type=FORM, method="POST", framing=None):
+def signed(endpoint, key, *, body=DESCRIBE, content_type=FORM, method="POST", framing=None, path="/"):
     """A signed request as bytes; `framing` replaces the Content-Length."""
     headers = {"Content-Type": content_type} if content_type else {}
-    request = AWSRequest(method, endpoint + "/", data=body, headers=headers)
+    request = AWSRequest(method, endpoint + path, data=body, headers=headers)
     SigV4Auth(Credentials(key.access_key_id, key.secret_access_key), "ec2", "us-east-1").add_auth(request)
-    lines = [f"{method} / HTTP/1.1", f"Host: {urlsplit(endpoint).netloc}", "Connection: close"]
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {urlsplit(endpoint).netloc}", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in request.headers.items()]
     lines.append(framing or f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

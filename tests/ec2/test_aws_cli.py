@@ -91,7 +91,7 @@ NOBODY = ["--bucket", "my-bucket", "--prefix", "winami", "--owner-akid", "AKIDNO
     [
         (["--storage", '{"S3":{"Bucket":"b","Prefix":"p"}}'], r"\(MissingParameter\).*Storage.S3.AWSAccessKeyId"),
         (NOBODY, r"\(InvalidParameterValue\).*AKIDNOBODY"),
-        ([*NOBODY, "--dry-run"], r"\(DryRunOperation\)"),
+        ([*NOBODY, "--dry-run"], r"\(InvalidParameterValue\).*AKIDNOBODY"),
     ],
 )
 def test_prints_our_errors_as_it_prints_those_of_aws(aws, arguments, words):

@@ -183,6 +183,10 @@ def test_fifty_calls_at_once_make_one_task(house, ec2, windows):
     assert answers == {task["BundleId"], f"Instance is already being bundled: {task['BundleId']}"}
 
 
+NOT_SIGNED = (
+    "Value for UploadPolicySignature is invalid. No active access key with the id {} (AWSAccessKeyId) has signed this "
+    "UploadPolicy."
+)
 POLICY_INVALID = "Value for UploadPolicy is invalid. "
 POLICY_FAILED = f"{POLICY_INVALID}Invalid according to Policy: Policy Condition failed: "
 
@@ -190,10 +194,10 @@ POLICY_FAILED = f"{POLICY_INVALID}Invalid according to Policy: Policy Condition 
 @pytest.mark.parametrize(
     ("details", "message"),
     [
-        ({"AWSAccessKeyId": "AKIDNOBODY"}, "Value (AKIDNOBODY) for AWSAccessKeyId is invalid."),
-        ({"UploadPolicySignature": "c2ln"}, "Value for UploadPolicySignature is invalid."),
-        ({"UploadPolicySignature": "é"}, "Value for UploadPolicySignature is invalid."),
-        ({"UploadPolicy": policy(life=timedelta(hours=25))}, "Value for UploadPolicySignature is invalid."),
+        ({"AWSAccessKeyId": "AKIDNOBODY"}, NOT_SIGNED.format("AKIDNOBODY")),
+        ({"UploadPolicySignature": "c2ln"}, NOT_SIGNED),
+        ({"UploadPolicySignature": "é"}, NOT_SIGNED),
+        ({"UploadPolicy": policy(life=timedelta(hours=25))}, NOT_SIGNED),
         ({"document": b"x" * 3073}, "Value for parameter UploadPolicy is invalid (too long)"),
         ({"document": b"[]"}, f"{POLICY_INVALID}Invalid Policy: Invalid JSON."),
         ({"document": policy(life=timedelta(-1))}, f"{POLICY_INVALID}Invalid according to Policy: Policy expired."),
@@ -208,7 +212,10 @@ POLICY_FAILED = f"{POLICY_INVALID}Invalid according to Policy: Policy Condition 
 def test_a_policy_that_is_not_proved_or_could_never_be_met_is_refused_and_nothing_is_touched(
     house, ec2, windows, details, message
 ):
+    message = message.format(house.key.access_key_id) if message is NOT_SIGNED else message
     assert refusal(bundle, ec2=ec2, key=house.key, **details) == (400, "InvalidParameterValue", message)
+    dry = {"InstanceId": INSTANCE, "Storage": storage(house.key, **details), "DryRun": True}
+    assert refusal(ec2.bundle_instance, **dry) == (400, "InvalidParameterValue", message)
     assert house.door.buckets.owner("my-bucket") is None
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
@@ -234,7 +241,7 @@ def test_an_earlier_check_answers_before_a_later_one(house, ec2, client_of):
     calls = [
         (client_of(replace(house.key, secret_access_key="x")), "i-x", {}, True, "AuthFailure"),
         (ec2, "i-x", {}, True, "MissingParameter"),
-        (ec2, "i-x", forged, True, "DryRunOperation"),
+        (ec2, "i-x", forged, True, "InvalidInstanceID.Malformed"),
         (ec2, "i-x", forged, False, "InvalidInstanceID.Malformed"),
         (ec2, "i-00000001", storage(house.key, Bucket="."), False, "InvalidParameterValue"),
         (ec2, "i-00000001", forged, False, "InvalidInstanceID.NotFound"),
@@ -245,6 +252,8 @@ def test_an_earlier_check_answers_before_a_later_one(house, ec2, client_of):
     ]
     for client, instance_id, given, dry, code in calls:
         assert refusal(client.bundle_instance, InstanceId=instance_id, Storage=given, DryRun=dry)[1] == code
+        if client is ec2:
+            assert refusal(ec2.bundle_instance, InstanceId=instance_id, Storage=given, DryRun=True)[1] == code
 
 
 def test_dry_run_of_every_action_does_nothing(house, ec2, windows):

@@ -1,9 +1,21 @@
+import re
+import sys
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.filters import MAX_LENGTH, MAX_VALUES, instants, matches, select
+from thrave.ec2.filters import (
+    MAX_CHARACTERS,
+    MAX_LENGTH,
+    MAX_VALUES,
+    MAX_WILDCARDS,
+    Patterns,
+    instants,
+    select,
+)
 
 TABLE = {
     "name": lambda record: [record],
@@ -48,11 +60,68 @@ TABLE = {
     ],
 )
 def test_wildcards_stand_for_characters_unless_escaped(pattern, value, expected):
-    assert matches(pattern, value) is expected
+    assert Patterns([pattern]).match(value) is expected
+    assert Patterns(["no such value", "*and no ?uch*", pattern, "or th?s"]).match(value) is expected
 
 
-def test_a_hostile_pattern_costs_no_more_than_its_length():
-    assert not matches("*a" * 500 + "b", "a" * 1000)
+@given(st.lists(st.text("ab*?\\", max_size=8), max_size=4), st.text("ab*?\\", max_size=8))
+def test_patterns_match_as_regular_expressions_do(patterns, value):
+    def regex(pattern):
+        tokens = re.findall(r"\\(.)|([*?])|(.)", pattern, re.DOTALL)
+        parts = [{"*": ".*", "?": "."}[wildcard] if wildcard else re.escape(escaped or plain)
+                 for escaped, wildcard, plain in tokens]  # fmt: skip
+        return "".join(parts)
+
+    expected = any(re.fullmatch(regex(pattern), value, re.DOTALL) for pattern in patterns)
+    assert Patterns(patterns).match(value) is expected
+
+
+def cost(patterns, value):
+    """Lines of Python that comparing takes: a count, and no time."""
+    lines, made = 0, Patterns(patterns)
+
+    def trace(_frame, event, _argument):
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        made.match(value)
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [["*a" * 200 + "b"], ["*a?" * 130], ["?" * 400], [f"*{number}*" for number in range(200)], ["*" * 400]],
+)
+def test_comparing_is_linear_in_the_value_whatever_the_patterns_are(patterns):
+    short, long = cost(patterns, "a" * 100), cost(patterns, "a" * 1000)
+    assert long <= 11 * short
+    assert long <= 4 * 1000
+
+
+def test_what_is_compared_is_charged_for():
+    charged = []
+    select(["a" * 1000] * 100, [{"Name": "name", "Values": ["*b"]}], TABLE, charged.append)
+    assert sum(charged) == 100 * 1000 // 4096
+
+
+def test_a_charge_that_is_refused_ends_the_comparison():
+    class RefusedError(Exception):
+        pass
+
+    def charge(_units):
+        raise RefusedError
+
+    compared = []
+    table = {"name": lambda record: compared.append(record) or [record]}
+    with pytest.raises(RefusedError):
+        select(["a" * 1024] * 1000, [{"Name": "name", "Values": ["x"]}], table, charge)
+    assert len(compared) == 4
 
 
 @pytest.mark.parametrize(
@@ -93,6 +162,18 @@ def test_values_are_alternatives_and_filters_are_conditions(filters, expected):
         (
             {"Name": "name", "Values": ["x" * (MAX_LENGTH + 1)]},
             "InvalidParameterValue: A filter value is longer than 1024 characters.",
+        ),
+        (
+            {"Name": "name", "Values": ["x" * MAX_LENGTH] * (MAX_CHARACTERS // MAX_LENGTH)},
+            f"InvalidParameterValue: The filter values have 32769 characters; at most {MAX_CHARACTERS} may be.",
+        ),
+        (
+            {"Name": "name", "Values": ["*" + "x" * 1000] * 5},
+            "InvalidParameterValue: The filter values have 5005 characters with wildcards; at most 4096 may be.",
+        ),
+        (
+            {"Name": "name", "Values": ["*?" * 201]},
+            f"InvalidParameterValue: The filter values have 402 wildcards; at most {MAX_WILDCARDS} may be.",
         ),
     ],
 )

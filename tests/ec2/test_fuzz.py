@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from support.storage import storage
 from thrave.ec2.actions import ACTIONS
-from thrave.ec2.app import answer
+from thrave.ec2.app import act, prove
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
 
@@ -59,6 +59,7 @@ def test_nothing_but_answers_and_our_errors_comes_out(house, action):
     def check(base, changes):
         form = {**base, **changes, "Action": action, "Version": ACTIONS[action].service.newest_version}
         with suppress(EC2Error):
-            assert answer(house.door, sent_by(house.key, form), "an-id").startswith(b"<?xml")
+            request = sent_by(house.key, form)
+            assert act(house.door, request, prove(house.door, request, "an-id"), "an-id").startswith(b"<?xml")
 
     check()

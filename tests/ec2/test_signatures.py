@@ -256,20 +256,26 @@ def test_a_request_is_good_for_fifteen_minutes_and_a_presigned_url_for_its_life(
 
 
 def test_an_unknown_key_and_a_wrong_signature_get_the_same_answer_after_the_same_work(monkeypatch):
-    signed_with, answers = [], []
-    signature = SigV4Auth.signature
+    """What is signed is put together once; a secret costs a short HMAC for each form of the host, and there are two."""
+    signed_with, canonical, answers = [], [], []
+    signature, canonical_request = SigV4Auth.signature, SigV4Auth.canonical_request
     monkeypatch.setattr(
         SigV4Auth, "signature", lambda self, *args: signed_with.append(self.credentials) or signature(self, *args)
+    )
+    monkeypatch.setattr(
+        SigV4Auth, "canonical_request", lambda self, *args: canonical.append(1) or canonical_request(self, *args)
     )
     recent = RecentKeys()
     authenticate(header_signed(), KEYS.get, recent, datetime.now(UTC))
     for wrong in (stranger(access_key_id="AKIDNOBODY"), stranger(secret_access_key="x" * 40), INACTIVE):
         request = header_signed(key=wrong)
         signed_with.clear()
+        canonical.clear()
         with pytest.raises(EC2Error) as refusal:
             authenticate(request, KEYS.get, recent, datetime.now(UTC))
-        answers.append((refusal.value.status, refusal.value.code, refusal.value.message, len(signed_with)))
-    assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", 4)] * 3
+        work = (len(canonical), len(signed_with))
+        answers.append((refusal.value.status, refusal.value.code, refusal.value.message, work))
+    assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", (1, 4))] * 3
 
 
 def test_a_key_that_has_just_signed_is_not_looked_up_again():

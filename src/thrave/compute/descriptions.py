@@ -4,6 +4,7 @@ Reading checks everything: types, ids, unknown names. What is written can always
 disk; `check_volumes` does, and only when asked.
 """
 
+import json
 import os
 import stat
 from dataclasses import dataclass
@@ -74,6 +75,15 @@ def read(instance_id: str, document: bytes, source: str) -> Description:
     if description.instance_id != instance_id:
         raise InvalidDescriptionError(instance_id, source, [f"instanceId: is not {instance_id}"])
     return description
+
+
+def read_owner(document: bytes) -> str | None:
+    """The account id in an instance's file, whatever else may be wrong with it; None if there is none."""
+    try:
+        owner = json.loads(document)["accountId"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return owner if isinstance(owner, str) else None
 
 
 def check_volumes(instance: Instance) -> None:

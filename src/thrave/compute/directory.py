@@ -68,6 +68,10 @@ class DirectoryInstances:
         """One instance, with the state it has now."""
         return self._look(instance_id)
 
+    def owner_of(self, instance_id: str) -> str:
+        """The account id in its file."""
+        return self._folder.owner_of(instance_id)
+
     def state(self, instance_id: str) -> InstanceState:
         """What its stateCommand says, else what its file says."""
         return self._look(instance_id).state

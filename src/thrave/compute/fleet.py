@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 import structlog
+from pydantic import ValidationError
 
 from thrave.compute.descriptions import document, from_document
-from thrave.compute.errors import InstanceNotFound
+from thrave.compute.errors import InstanceNotFound, InvalidDescriptionError
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.instances import Instances
 from thrave.database import instance as reported
@@ -58,12 +59,22 @@ class ReportedInstances:
         """See Inventory."""
         mine = sa.true() if account_id is None else reported.c.account_id == account_id
         with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(reported.c.document).where(mine).order_by(reported.c.instance_id))
-            return [from_document(row.document) for row in rows]
+            query = sa.select(reported.c.instance_id, reported.c.document).where(mine)
+            rows = connection.execute(query.order_by(reported.c.instance_id)).all()
+        return [instance for row in rows if (instance := _readable(row.instance_id, row.document))]
 
     def get(self, instance_id: str) -> Instance:
         """See Inventory."""
-        return from_document(self._row(instance_id).document)
+        return _read(instance_id, self._row(instance_id).document)
+
+    def owner_of(self, instance_id: str) -> str:
+        """See Inventory."""
+        with self._engine.connect() as connection:
+            query = sa.select(reported.c.account_id).where(reported.c.instance_id == instance_id)
+            owner: str | None = connection.execute(query).scalar()
+        if owner is None:
+            raise InstanceNotFound(instance_id)
+        return owner
 
     def host_of(self, instance_id: str) -> str:
         """The host that has the instance's disks. Raises InstanceNotFound."""
@@ -102,6 +113,28 @@ class ReportedInstances:
                 shown = {**row.document, "state": state}
                 mine = reported.update().where(reported.c.instance_id == instance_id)
                 connection.execute(mine.values(state=state, document=shown))
+
+
+def _read(instance_id: str, reported_document: object) -> Instance:
+    """The instance that a host has reported.
+
+    Raises:
+        InvalidDescriptionError: Another version of the agent has, which describes it otherwise.
+    """
+    try:
+        return from_document(reported_document)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        raise InvalidDescriptionError(instance_id, "its host's report", faults) from None
+
+
+def _readable(instance_id: str, reported_document: object) -> Instance | None:
+    """The same; None if it cannot be read, which is logged and hides no other."""
+    try:
+        return _read(instance_id, reported_document)
+    except InvalidDescriptionError as error:
+        log.warning("instance left out", instance_id=instance_id, error=str(error))
+        return None
 
 
 class InstanceReports:

@@ -1,5 +1,6 @@
 """The folder of instance files: read, made, changed whole, removed. What stands in a file is `descriptions.py`."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +23,12 @@ from thrave.compute.locks import locked
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _LOCKS = ".locks"
+_NOBODYS = (
+    b'{"instanceId": "i-00000000000000000", "accountId": null, "platform": "windows", "rootVolume": {"path": ""}}'
+)
+"""Read in place of a file that does not exist."""
+
+log = logging.getLogger(__name__)
 
 
 class DescriptionFolder:
@@ -51,6 +58,28 @@ class DescriptionFolder:
         except OSError as error:
             raise InvalidDescriptionError(instance_id, str(path), [os.strerror(error.errno or 0)]) from error
         return descriptions.read(instance_id, document, str(path))
+
+    def owner_of(self, instance_id: str) -> str:
+        """The account id in the instance's file, whatever else may be wrong with the file.
+
+        It takes the same work whether there is such a file or not.
+
+        Raises:
+            InstanceNotFound: There is no such file, this is no id, or the file names no owner; then the log names it.
+        """
+        if not _INSTANCE_ID.fullmatch(instance_id):
+            raise InstanceNotFound(instance_id)
+        path = self._path(instance_id)
+        try:
+            document = path.read_bytes()
+        except OSError as error:
+            document = _NOBODYS if isinstance(error, FileNotFoundError) else b""
+        owner = descriptions.read_owner(document)
+        if owner is None and document is not _NOBODYS:
+            log.warning("an instance's file names no owner: %s", path)
+        if owner is None:
+            raise InstanceNotFound(instance_id)
+        return owner
 
     def read_all(self) -> tuple[Sequence[Description], Sequence[InstanceError]]:
         """Every file, by id: what can be read, and why the others cannot."""

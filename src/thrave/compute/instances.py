@@ -32,6 +32,16 @@ class Inventory(Protocol):
             InstanceError: There is none, or it cannot be read.
         """
 
+    def owner_of(self, instance_id: str) -> str:
+        """The account id of an instance's owner, from our record of it alone.
+
+        No command of the instance is run, and its hypervisor is asked for nothing of this instance. The record of an
+        instance that is not valid otherwise still names its owner.
+
+        Raises:
+            InstanceNotFound: There is none, or its record names no owner.
+        """
+
     def request_stop(self, instance_id: str) -> None:
         """Ask the guest to power off, as its power button does, and return at once: `state` tells when it has.
 

@@ -171,6 +171,13 @@ class LibvirtInstances:
         with self._domain(instance_id) as domain:
             return instance_in(self._table.look(domain))
 
+    def owner_of(self, instance_id: str) -> str:
+        """The account id in our element of its domain, as the domain was last seen."""
+        for sighting in self._adopted():
+            if sighting.instance_id == instance_id and sighting.record is not None:
+                return sighting.record.account_id
+        raise InstanceNotFound(instance_id)
+
     def state(self, instance_id: str) -> InstanceState:
         """What libvirt says of its domain."""
         return self.get(instance_id).state

@@ -18,8 +18,6 @@ from thrave.volumes.errors import ComponentMissingError
 from thrave.volumes.opening import FORMATS, QEMU_FORMATS
 
 _COMMANDS = ("stop_command", "force_stop_command", "start_command", "state_command")
-_FILES_OF_A_TASK = 32  # its connections to the store, its volume, its pipes
-_FILES_OF_THE_SERVICE = 64
 
 
 def instances(subject: Subject) -> str:
@@ -111,10 +109,9 @@ def sandbox(_subject: Subject) -> str:
 
 
 def open_files(subject: Subject) -> str:
-    """Compare the process's limit with what the settings may open."""
-    settings = subject.settings
-    needed = settings.connections + settings.tasks_at_once * _FILES_OF_A_TASK + _FILES_OF_THE_SERVICE
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Compare the limit that the service can have with what the settings may open."""
+    needed = subject.settings.open_files
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         raise Trouble(f"{allowed} allowed, {needed} may be needed")
     return f"{allowed} allowed, {needed} may be needed"

@@ -55,6 +55,7 @@ class Door:
         rate: How many requests of an account are answered.
         region: The one region that there is.
         any_platform: Bundle instances that are not Windows, too. EC2 does not.
+        version_2: Whether signature version 2 is accepted.
         recent_keys: Keys of `accounts` that have just signed a request.
         may: Whether a caller may do an action, such as `ec2:BundleInstance`, on a resource (an ARN, or `NO_RESOURCE`).
         store_trouble: What is known to be wrong with the store, in words for a caller; None if nothing is.
@@ -70,11 +71,20 @@ class Door:
     rate: RateLimit
     region: str = "us-east-1"
     any_platform: bool = False
+    version_2: bool = True
     recent_keys: RecentKeys = field(default_factory=RecentKeys)
     may: Callable[[Caller, str, str], bool] = account_may_do_all
     store_trouble: Callable[[], str | None] = lambda: None
     volume_trouble: Callable[[Instance], bool] = lambda _instance: False
     now: Callable[[], datetime] = utc_now
+
+    def charge(self, caller: Caller, units: int) -> None:
+        """Charge a caller's account for what a request costs beyond a small one, in small requests.
+
+        Raises:
+            TooManyRequests: The account has used up its rate.
+        """
+        self.rate.take(caller.account_id, units)
 
     @property
     def zone(self) -> str:

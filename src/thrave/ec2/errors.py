@@ -1,4 +1,7 @@
-"""Every error that the door answers with: one table, from which the documentation's page of errors is made.
+"""Every error that the API answers with: one table, from which the documentation's page of errors is made.
+
+`ec2_error_of` is the one place where errors of instances, disk images, object stores and the database become errors of
+EC2's. Their own text may name files of the host, so no caller is shown it; the log has it.
 
 Codes and meanings are those of AWS's "Error codes for the Amazon EC2 API"; where AWS's own words or status for a case
 are not known, the row's source says whose choice it is. Statuses: AWS answers most client errors with 400, and those
@@ -6,7 +9,21 @@ few differently that were observed so. SDKs retry 500 and 503 and nothing else, 
 used once work has begun.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from thrave.buckets.errors import BucketError, Kind
+from thrave.compute.errors import (
+    HypervisorError,
+    IncorrectInstanceState,
+    InstanceCommandFailed,
+    InstanceError,
+    InstanceHeld,
+    InstanceNotFound,
+    InvalidDescriptionError,
+)
+from thrave.database import is_unavailable
+from thrave.volumes.errors import VolumeError
 
 AWS = "AWS, Error codes for the Amazon EC2 API"
 OBSERVED = "observed from AWS in public issue threads"
@@ -62,7 +79,7 @@ ERRORS: dict[str, ErrorKind] = {
     "DryRunOperation": ErrorKind(
         412,
         "Request would have succeeded, but DryRun flag is set.",
-        "DryRun=true, the caller is authorised and the parameters are well-formed.",
+        "DryRun=true, and the request passes the checks; BundleInstance makes all of them that change nothing.",
         OBSERVED,
     ),
     # What is being asked
@@ -82,7 +99,25 @@ ERRORS: dict[str, ErrorKind] = {
         AWS,
     ),
     "RequestEntityTooLarge": ErrorKind(
-        413, "The request is larger than {limit} bytes.", "The body or the query string is too long.", OURS
+        413,
+        "The request is larger than {limit} bytes.",
+        "The body or the query string is too long, or there are too many parameters.",
+        OURS,
+    ),
+    "InvalidRequest": ErrorKind(
+        400, "The request cannot be read.", "Reading the request failed in a way that was not foreseen.", OURS
+    ),
+    "InvalidPath": ErrorKind(
+        404,
+        "There is no EC2 API at the path {path}. Use {url} as the endpoint.",
+        "A path other than `/`, `/services/compute`, `/services/Eucalyptus` and `/services/Cloud`.",
+        OURS,
+    ),
+    "MethodNotAllowed": ErrorKind(
+        405,
+        "The method {method} is not allowed. Use GET or POST at {url}.",
+        "A method other than GET and POST. HEAD is none of them, since it would hide what an action has answered.",
+        OURS,
     ),
     "MalformedQueryString": ErrorKind(400, "{reason}", "The form is not percent-encoded UTF-8.", AWS),
     "InvalidQueryParameter": ErrorKind(
@@ -142,8 +177,8 @@ ERRORS: dict[str, ErrorKind] = {
     "IncorrectInstanceState": ErrorKind(
         400,
         "The instance '{instance_id}' is not in a state from which it can be {done}: {why}.",
-        "The instance's state does not allow the action, a bundle task has it, or its root volume cannot be read; the"
-        " message says which.",
+        "The instance's state does not allow the action, a bundle task has it, its description is not valid, or its"
+        " root volume cannot be read; the message says which.",
         f"{AWS}; the words are ours",
     ),
     "OperationNotPermitted": ErrorKind(
@@ -194,7 +229,8 @@ ERRORS: dict[str, ErrorKind] = {
     "Unavailable": ErrorKind(
         503,
         "The service cannot reach what it needs: {said}",
-        "BundleInstance while the store fails, or is known to; anything while the hypervisor is away. SDKs try again.",
+        "BundleInstance while the store fails, or is known to; anything while the hypervisor or the database does not"
+        " answer, or a command of the instance fails. SDKs try again.",
         f"{AWS}; the choice of code is ours",
     ),
     "InternalError": ErrorKind(
@@ -222,3 +258,40 @@ class EC2Error(Exception):
         self.status = kind.status
         self.message = kind.message.format(**fields) if message is None else message
         super().__init__(f"{code}: {self.message}")
+
+
+# For errors of an instance or its disk image: the code, and why, in words for a caller. The first class in the error's
+# method resolution order decides, so every subclass has a row.
+_OF_INSTANCES: Mapping[type[Exception], tuple[str, str]] = {
+    InstanceNotFound: ("InvalidInstanceID.NotFound", ""),
+    InstanceHeld: ("IncorrectInstanceState", "its volume is being read or it is being started; try again later"),
+    IncorrectInstanceState: ("IncorrectInstanceState", "its state does not allow it"),
+    InvalidDescriptionError: ("IncorrectInstanceState", "its description is not valid; the operator: see the log"),
+    InstanceCommandFailed: ("Unavailable", "a command of the instance {instance_id} fails; the operator: see the log"),
+    HypervisorError: ("Unavailable", "the hypervisor does not answer, or refuses"),
+    InstanceError: ("IncorrectInstanceState", "the hypervisor refuses; the operator: see the log"),
+    VolumeError: ("IncorrectInstanceState", "its volume cannot be read; the operator: thrave doctor"),
+}
+
+
+def ec2_error_of(error: Exception) -> EC2Error | None:
+    """Return the answer to a request that failed with an error of another package; None if it was not foreseen.
+
+    The answer holds no text of the error, which may name files of the host.
+    """
+    if is_unavailable(error):
+        return EC2Error("Unavailable", said="the database does not answer")
+    if isinstance(error, BucketError):
+        if error.kind is Kind.TRANSIENT:
+            return EC2Error("Unavailable", said=f"the store answers {error.code}")
+        return EC2Error("InvalidParameterValue", f"The store refuses the request: {error.code}.")
+    row = next((_OF_INSTANCES[kind] for kind in type(error).__mro__ if kind in _OF_INSTANCES), None)
+    return None if row is None else _of_instance(getattr(error, "instance_id", ""), *row)
+
+
+def _of_instance(instance_id: str, code: str, why: str) -> EC2Error:
+    if code == "InvalidInstanceID.NotFound":
+        return EC2Error("InvalidInstanceID.NotFound", instance_id=instance_id)
+    if code == "Unavailable":
+        return EC2Error("Unavailable", said=why.format(instance_id=instance_id))
+    return EC2Error("IncorrectInstanceState", instance_id=instance_id, done="used", why=why)

@@ -1,7 +1,8 @@
 """How many requests of one account are answered: a token bucket for each, as AWS throttles the EC2 API.
 
-A request takes a token; a bucket holds `burst` of them and is filled again at `per_second`. Only requests whose
-signature was good are counted, so there are never more buckets than accounts, whatever keys strangers invent.
+A request takes a token, and more for what it costs beyond a small one; a bucket holds `burst` of them and is filled
+again at `per_second`. Only requests whose signature was good are counted, so there are never more buckets than
+accounts, whatever keys strangers invent.
 
 Source: AWS, "Request throttling for the Amazon EC2 API", EC2 Developer Guide. There it is a bucket for each group of
 actions; here it is one for all.
@@ -39,8 +40,8 @@ class RateLimit:
         self._buckets: dict[str, _Bucket] = {}
         self._lock = threading.Lock()
 
-    def take(self, account_id: str) -> None:
-        """Take a token of an account's.
+    def take(self, account_id: str, tokens: int = 1) -> None:
+        """Take tokens of an account's. If it has at least one it may owe the rest, which delays its next request.
 
         Raises:
             TooManyRequests: It has none left.
@@ -52,4 +53,4 @@ class RateLimit:
             bucket.filled_at = now
             if bucket.tokens < 1:
                 raise TooManyRequests
-            bucket.tokens -= 1
+            bucket.tokens -= tokens

@@ -1,4 +1,4 @@
-"""Who is calling: the signature of a request, proved with the secret of the key that it names.
+"""Proves who is calling: the signature of a request, checked with the secret of the access key that it names.
 
 Three ways of signing are understood: signature version 4 in the Authorization header, version 4 in the query string
 (a presigned URL), and version 2 with HmacSHA256 in the parameters (clients of 2013 and before, libcloud, VM::EC2).
@@ -10,6 +10,9 @@ because botocore's signer is a client and does not check what a server must:
 - the host must be signed, and the date of the scope be the request's;
 - an unknown key and a wrong signature cannot be told apart, by answer or by time: a secret is signed with either way.
 
+What is signed is put into its canonical form once for a request, in time that is linear in its size; a secret costs an
+HMAC or two. Whatever reading a request raises here is one of ours, `UnreadableRequest` at the worst.
+
 Any region and service in the scope is accepted: old clients guess them from the host name (boto 2 signs for region `0`,
 service `127` when told to use 127.0.0.1). Nothing here ever repeats an Authorization header, a signature or a secret.
 
@@ -17,14 +20,16 @@ Sources: AWS, "Signature Version 4 signing process" and "Signature Version 2 sig
 incomplete signatures.
 """
 
+import base64
 import hmac
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from hashlib import sha256
 from typing import Protocol, TypeGuard
 
@@ -33,24 +38,34 @@ from botocore.awsrequest import AWSRequest, HTTPHeaders
 from botocore.credentials import Credentials
 
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.messages import Request
+from thrave.ec2.messages import Host, Request
+from thrave.ec2.protocol import ProtocolError
 from thrave.identity.keys import AccessKey
 from thrave.identity.recent import RecentKeys
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 SKEW = timedelta(minutes=15)
 LONGEST_LIFE = timedelta(days=7)
+MAX_SIGNED_HEADERS = 50  # SDKs sign fewer than ten
+MAX_FIELD = 1024  # characters of a date, a credential or a signature
 
+_AUTHORIZATION_PARTS = 16  # three are used
 _AMZ_DATE = re.compile(r"[0-9]{8}T[0-9]{6}Z")
 _AMZ_DATE_FORMAT = "%Y%m%dT%H%M%SZ"
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-_PORT = re.compile(r":[0-9]{1,5}$")
 # Signed with in place of the secret of a key that is unknown or inactive, so that the work is the same.
 _NOBODYS_SECRET = secrets.token_urlsafe(30)
 
 
+class UnreadableRequest(Exception):  # noqa: N818 (says what happened)
+    """Reading a request failed in a way that was not foreseen; the cause is in `__cause__`."""
+
+
 class Signature(Protocol):
-    """What a request says about itself, whichever way it is signed."""
+    """What a request says about its own signature, whichever way it is signed."""
+
+    @property
+    def way(self) -> str:
+        """The way of signing, for people."""
 
     @property
     def access_key_id(self) -> str:
@@ -60,6 +75,14 @@ class Signature(Protocol):
     def text(self) -> str:
         """The signature as received."""
 
+    @property
+    def signed_at(self) -> datetime:
+        """The request's own time, or when it is to expire."""
+
+    @property
+    def strings_to_sign(self) -> tuple[str, ...]:
+        """The texts of which one was signed: clients differ in whether the host has its port."""
+
     def check_time(self, now: datetime) -> None:
         """Raise RequestExpired if the request is too old, or from the future."""
 
@@ -68,7 +91,12 @@ class Signature(Protocol):
 
 
 def authenticate(
-    request: Request, find_key: Callable[[str], AccessKey | None], recent: RecentKeys, now: datetime
+    request: Request,
+    find_key: Callable[[str], AccessKey | None],
+    recent: RecentKeys,
+    now: datetime,
+    *,
+    version_2: bool = True,
 ) -> AccessKey:
     """Prove a request's signature and return the key that signed it.
 
@@ -78,13 +106,18 @@ def authenticate(
         recent: Keys that need not be looked up again. One that is not there is looked up, and so is one that is there
             and has not signed: a refusal takes the same work whether there is such a key or not.
         now: The time, aware.
+        version_2: Whether signature version 2 is accepted.
 
     Raises:
-        EC2Error: MissingParameter (no credentials at all), IncompleteSignature, InvalidParameterValue (an old way of
-            signing), RequestExpired, AuthFailure.
+        EC2Error: MissingParameter (no credentials at all), IncompleteSignature, InvalidParameterValue (a way of
+            signing that is not accepted), RequestExpired, AuthFailure.
+        ProtocolError: The parameters cannot be decoded.
+        UnreadableRequest: Reading it failed in a way that was not foreseen.
     """
-    signature = _read_signature(request)
-    signature.check_time(now)
+    signature = read_signature(request, version_2=version_2)
+    with _only_our_errors():
+        signature.check_time(now)
+        _ = signature.strings_to_sign
     for look_up in (recent.find, find_key):
         key = look_up(signature.access_key_id)
         if _has_made(key, signature):
@@ -93,33 +126,50 @@ def authenticate(
     raise EC2Error("AuthFailure")
 
 
+def read_signature(request: Request, *, version_2: bool = True) -> Signature:
+    """Read what a request says about its own signature; nothing of it is proved.
+
+    Raises:
+        As `authenticate`, but for RequestExpired.
+    """
+    with _only_our_errors():
+        _refuse_session_tokens(request)
+        ways = {
+            "header": request.header("authorization") is not None,
+            "presigned": not request.query_form.keys().isdisjoint({"X-Amz-Algorithm", "X-Amz-Signature"}),
+            "parameters": not request.form.keys().isdisjoint({"AWSAccessKeyId", "Signature"}),
+        }
+        match [way for way, used in ways.items() if used]:
+            case ["header"]:
+                return SignatureV4.of_header(request)
+            case ["presigned"]:
+                return SignatureV4.of_query(request)
+            case ["parameters"]:
+                if version_2:
+                    return SignatureV2.of_parameters(request)
+                raise EC2Error("InvalidParameterValue", "This service accepts signature version 4 only.")
+            case []:
+                raise EC2Error("MissingParameter", name="AWSAccessKeyId")
+        raise EC2Error("IncompleteSignature", reason="Only one way of signing may be used in a request.")
+
+
+@contextmanager
+def _only_our_errors() -> Iterator[None]:
+    """Turn whatever a library raises over a stranger's request into an error of ours."""
+    try:
+        yield
+    except (EC2Error, ProtocolError):
+        raise
+    except Exception as error:
+        raise UnreadableRequest from error
+
+
 def _has_made(key: AccessKey | None, signature: Signature) -> TypeGuard[AccessKey]:
     is_good = key is not None and key.status == "Active"
     expected = signature.expected(key.secret_access_key if key is not None and is_good else _NOBODYS_SECRET)
-    return _is_one_of(signature.text, expected) and is_good
-
-
-def _is_one_of(text: str, expected: Iterable[str]) -> bool:
-    return any(hmac.compare_digest(text.encode(), each.encode()) for each in expected)
-
-
-def _read_signature(request: Request) -> Signature:
-    _refuse_session_tokens(request)
-    ways = {
-        "header": request.header("authorization") is not None,
-        "presigned": not request.query_form.keys().isdisjoint({"X-Amz-Algorithm", "X-Amz-Signature"}),
-        "parameters": not request.form.keys().isdisjoint({"AWSAccessKeyId", "Signature"}),
-    }
-    match [way for way, used in ways.items() if used]:
-        case ["header"]:
-            return SignatureV4.of_header(request)
-        case ["presigned"]:
-            return SignatureV4.of_query(request)
-        case ["parameters"]:
-            return SignatureV2.of_parameters(request)
-        case []:
-            raise EC2Error("MissingParameter", name="AWSAccessKeyId")
-    raise EC2Error("IncompleteSignature", reason="Only one way of signing may be used in a request.")
+    # Every candidate is compared, so that the time does not depend on which one it is.
+    matches = [hmac.compare_digest(signature.text.encode(), each.encode()) for each in expected]
+    return any(matches) and is_good
 
 
 def _refuse_session_tokens(request: Request) -> None:
@@ -139,7 +189,7 @@ class SignatureV4:
         region: Of the scope; not compared with anything.
         service: Of the scope; not compared with anything.
         timestamp: The request's own, such as 20261123T082646Z.
-        signed_headers: Names in lower case.
+        signed_headers: Names in lower case, at most `MAX_SIGNED_HEADERS`.
         text: The signature as received, hexadecimal.
         life: How long a presigned URL is good for; None in a header's signature.
     """
@@ -160,7 +210,7 @@ class SignatureV4:
         scheme, _, rest = (request.header("authorization") or "").partition(" ")
         if scheme != ALGORITHM:
             raise EC2Error("IncompleteSignature", reason=f"The Authorization header must begin with {ALGORITHM}.")
-        parts = dict(_name_and_value(part) for part in rest.split(","))
+        parts = dict(_name_and_value(part) for part in rest.split(",", _AUTHORIZATION_PARTS))
         _require(parts, ("Credential", "SignedHeaders", "Signature"), "Authorization header requires '{}' parameter.")
         return cls._of(request, {**parts, "Date": _header_time(request)})
 
@@ -177,6 +227,10 @@ class SignatureV4:
 
     @classmethod
     def _of(cls, request: Request, parts: Mapping[str, str], life: timedelta | None = None) -> "SignatureV4":
+        if any(len(parts[name]) > MAX_FIELD for name in ("Credential", "Date", "Signature")):
+            raise EC2Error("IncompleteSignature", reason=f"A part of it is longer than {MAX_FIELD} characters.")
+        if parts["SignedHeaders"].count(";") >= MAX_SIGNED_HEADERS:
+            raise EC2Error("IncompleteSignature", reason=f"More than {MAX_SIGNED_HEADERS} headers are signed.")
         scope = parts["Credential"].rsplit("/", 4)
         if len(scope) != 5 or scope[4] != "aws4_request":
             raise EC2Error("IncompleteSignature", reason="Credential must be KEY/DATE/REGION/SERVICE/aws4_request.")
@@ -199,33 +253,56 @@ class SignatureV4:
         """Check that the signature covers what it must, whoever made it."""
         if "host" not in self.signed_headers:
             raise EC2Error("IncompleteSignature", reason="'Host' must be a 'SignedHeader' in the AWS Authorization.")
+        _host(self.request)
         stated = self.request.header("x-amz-content-sha256") if "x-amz-content-sha256" in self.signed_headers else None
         body_differs = stated is not None and stated != sha256(self.request.body).hexdigest()
         if body_differs or self.date != self.timestamp[:8]:
             raise EC2Error("AuthFailure")
 
+    @property
+    def way(self) -> str:
+        """The way of signing, for people."""
+        return "version 4, header" if self.life is None else "version 4, presigned"
+
+    @property
+    def signed_at(self) -> datetime:
+        """The request's own time."""
+        return _amz_date(self.timestamp)
+
     def check_time(self, now: datetime) -> None:
         """Raise RequestExpired if the request is too old, or from the future."""
-        signed_at = _amz_date(self.timestamp)
-        if not now - (self.life or SKEW) <= signed_at <= now + SKEW:
+        if not now - (self.life or SKEW) <= self.signed_at <= now + SKEW:
             raise EC2Error("RequestExpired")
 
-    def expected(self, secret: str) -> Iterator[str]:
-        """Yield the signatures that clients make: with the port in the host's name, and (Net::Amazon::EC2) without."""
-        host = self.request.header("host") or ""
-        for signed_host in dict.fromkeys((host, _PORT.sub("", host))):
-            yield self._signature(secret, signed_host)
+    @cached_property
+    def strings_to_sign(self) -> tuple[str, ...]:
+        """The texts that clients sign: with the port in the host's name, and (Net::Amazon::EC2) without."""
+        again, signer = self._again, self._signer("")
+        canonical = signer.canonical_request(again)
+        given = " ".join((self.request.header("host") or "").split())
+        bare = given.removesuffix(f":{_host(self.request).port}")
+        # A header's line begins with its name, and no value holds the end of a line: this is the Host header's.
+        without_port = canonical.replace(f"\nhost:{given}\n", f"\nhost:{bare}\n", 1)
+        return tuple(signer.string_to_sign(again, each) for each in dict.fromkeys((canonical, without_port)))
 
-    def _signature(self, secret: str, host: str) -> str:
+    def expected(self, secret: str) -> list[str]:
+        """Return the signatures of the texts to sign."""
+        signer = self._signer(secret)
+        return [signer.signature(text, self._again) for text in self.strings_to_sign]
+
+    def _signer(self, secret: str) -> "_Signer":
+        return _Signer(Credentials(self.access_key_id, secret), self.service, self.region)
+
+    @cached_property
+    def _again(self) -> AWSRequest:
+        """The request as botocore would send it, with what the client has signed and nothing else."""
         again = AWSRequest(self.request.method, f"http://host{self.request.path}", data=self.request.body)
         again.params = [pair for pair in self.request.query_form.items() if pair[0] != "X-Amz-Signature"]
         again.context["timestamp"] = self.timestamp
         for name, value in self.request.headers:
             if name in self.signed_headers:
-                again.headers.add_header(name, host if name == "host" else value)
-        signer = _Signer(Credentials(self.access_key_id, secret), self.service, self.region)
-        signature: str = signer.signature(signer.string_to_sign(again, signer.canonical_request(again)), again)
-        return signature
+                again.headers.add_header(name, value)
+        return again
 
 
 class _Signer(SigV4Auth):  # type: ignore[misc]  # botocore ships no types
@@ -261,6 +338,8 @@ class SignatureV2:
         for name in ("AWSAccessKeyId", "Signature", "SignatureVersion", "SignatureMethod"):
             if name not in form:
                 raise EC2Error("MissingParameter", name=name)
+            if len(form[name]) > MAX_FIELD:
+                raise EC2Error("InvalidParameterValue", f"Value for parameter {name} is invalid (too long).")
         for name, wanted in (("SignatureVersion", "2"), ("SignatureMethod", "HmacSHA256")):
             if form[name] != wanted:
                 raise EC2Error("InvalidParameterValue", name=name, value=form[name])
@@ -279,15 +358,39 @@ class SignatureV2:
         if not good:
             raise EC2Error("RequestExpired")
 
-    def expected(self, secret: str) -> tuple[str, ...]:
-        """Return the two signatures that clients make: with the port in the host's name, and without it."""
-        host = _HOST.fullmatch(self.request.header("host") or "")
-        if host is None:
-            raise EC2Error("IncompleteSignature", reason="The Host header is missing or not a host's name.")
-        signer = SigV2Auth(Credentials(self.access_key_id, secret))
-        urls = [f"http://{name.lower()}{self.request.path}" for name in (host[0], host[1])]
-        requests = [AWSRequest(self.request.method, url) for url in urls]
-        return tuple(signer.calc_signature(request, self.request.form)[1] for request in requests)
+    @property
+    def way(self) -> str:
+        """The way of signing, for people."""
+        return "version 2"
+
+    @property
+    def signed_at(self) -> datetime:
+        """The request's own time, or when it is to expire."""
+        return _iso_time("Timestamp" if "Timestamp" in self.request.form else "Expires", self.request.form)
+
+    @cached_property
+    def strings_to_sign(self) -> tuple[str, ...]:
+        """The texts that clients sign: with the port in the host's name, and without it."""
+        host, path = _host(self.request), self.request.path
+        anonymous = SigV2Auth(Credentials("", ""))
+        parameters, _ = anonymous.calc_signature(
+            AWSRequest(self.request.method, f"http://host{path}"), self.request.form
+        )
+        names = dict.fromkeys((str(host), host.name))
+        return tuple(f"{self.request.method}\n{name}\n{path}\n{parameters}" for name in names)
+
+    def expected(self, secret: str) -> list[str]:
+        """Return the signatures of the texts to sign."""
+        return [
+            base64.b64encode(hmac.digest(secret.encode(), text.encode(), "sha256")).decode()
+            for text in self.strings_to_sign
+        ]
+
+
+def _host(request: Request) -> Host:
+    if request.host is None:
+        raise EC2Error("IncompleteSignature", reason="The Host header is missing or not a host's name.")
+    return request.host
 
 
 def _require(given: Mapping[str, str], names: tuple[str, ...], complaint: str) -> None:

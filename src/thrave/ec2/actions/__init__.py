@@ -3,7 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from thrave.ec2.actions.bundle_tasks import bundle_instance, cancel_bundle_task, describe_bundle_tasks
+from thrave.ec2.actions.bundle_tasks import (
+    bundle_instance,
+    cancel_bundle_task,
+    check_bundle_instance,
+    describe_bundle_tasks,
+)
 from thrave.ec2.actions.identity import get_caller_identity
 from thrave.ec2.actions.instances import describe_instances
 from thrave.ec2.actions.power import reboot_instances, start_instances, stop_instances, terminate_instances
@@ -23,6 +28,7 @@ class Action:
         service: Whose action it is. No two services that we answer for have an action of the same name.
         for_all: Whether everybody may do it whose signature is good, whatever a policy says.
         reads_records: Whether it only reads our own records, and so takes a moment.
+        check: Makes the checks of the action's own for DryRun and changes nothing; raises EC2Error.
     """
 
     function: Callable[[Door, Caller, Parameters], Result]
@@ -30,6 +36,7 @@ class Action:
     service: Service = EC2
     for_all: bool = False
     reads_records: bool = False
+    check: Callable[[Door, Caller, Parameters], object] | None = None
 
 
 # "Required: Yes" in AWS's EC2 API Reference from 2009-04-04 to 2013-02-01; the model of 2016 no longer says it.
@@ -38,7 +45,7 @@ _S3_STORAGE = tuple(
 )
 
 ACTIONS: Mapping[str, Action] = {
-    "BundleInstance": Action(bundle_instance, also_required=_S3_STORAGE),
+    "BundleInstance": Action(bundle_instance, also_required=_S3_STORAGE, check=check_bundle_instance),
     "CancelBundleTask": Action(cancel_bundle_task),
     "DescribeAccountAttributes": Action(describe_account_attributes),
     "DescribeAvailabilityZones": Action(describe_availability_zones),

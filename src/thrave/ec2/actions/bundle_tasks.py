@@ -4,9 +4,11 @@ BundleInstance makes every check that can be made at request time, in one fixed 
 last has passed. The work itself is done elsewhere (`thrave.tasks`); nothing here waits for it.
 """
 
+from functools import partial
+
 from thrave.compute.instance import Instance, InstanceState
 from thrave.ec2.actions.instances import check_instance_id, own_instance
-from thrave.ec2.actions.storage import Storage, check_upload_policy, claim_bucket
+from thrave.ec2.actions.storage import Storage, check_bucket, check_upload_policy, claim_bucket
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
@@ -47,6 +49,23 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
             InvalidParameterValue (upload policy), ResourceLimitExceeded, IncorrectInstanceState (its volume),
             Unavailable, InaccessibleStorageLocation.
     """
+    request = _checked(door, caller, parameters)
+    claim_bucket(door, Storage.of(parameters["Storage"]["S3"]), request.owner_id)
+    return _create(door, request)
+
+
+def check_bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> None:
+    """Make the checks of BundleInstance for DryRun, and change nothing.
+
+    Raises:
+        EC2Error: As `bundle_instance`.
+    """
+    request = _checked(door, caller, parameters)
+    check_bucket(door, Storage.of(parameters["Storage"]["S3"]), request.owner_id)
+
+
+def _checked(door: Door, caller: Caller, parameters: Parameters) -> BundleRequest:
+    """Make every check but the bucket's, in their order; return what is to be recorded."""
     check_instance_id(parameters["InstanceId"])
     storage = Storage.of(parameters["Storage"]["S3"])
     instance = own_instance(door, caller, parameters["InstanceId"])
@@ -56,8 +75,7 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     owner_id, policy = check_upload_policy(door, caller, storage)
     _check_number(door, caller)
     _check_service(door, instance)
-    claim_bucket(door, storage, owner_id)
-    request = BundleRequest(
+    return BundleRequest(
         account_id=caller.account_id,
         owner_id=owner_id,
         instance_id=instance.instance_id,
@@ -67,7 +85,6 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
         upload_policy=policy.text,
         upload_policy_signature=policy.signature,
     )
-    return _create(door, request)
 
 
 def describe_bundle_tasks(door: Door, caller: Caller, parameters: Parameters) -> Result:
@@ -80,7 +97,8 @@ def describe_bundle_tasks(door: Door, caller: Caller, parameters: Parameters) ->
         tasks = door.tasks.describe(caller.account_id, parameters.get("BundleIds", ()))
     except BundleTaskNotFound as error:
         raise EC2Error("InvalidBundleID.NotFound", bundle_id=error.bundle_id) from None
-    return {"BundleTasks": [_shown(task) for task in select(tasks, parameters.get("Filters", ()), FILTERS)]}
+    chosen = select(tasks, parameters.get("Filters", ()), FILTERS, partial(door.charge, caller))
+    return {"BundleTasks": [_shown(task) for task in chosen]}
 
 
 def cancel_bundle_task(door: Door, caller: Caller, parameters: Parameters) -> Result:

@@ -5,6 +5,7 @@ An instance belongs to one account and nobody else can tell that it exists. Each
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from thrave.compute.errors import InstanceNotFound
 from thrave.compute.instance import Instance, InstanceState, VolumeFile
@@ -57,6 +58,7 @@ def describe_instances(door: Door, caller: Caller, parameters: Parameters) -> Re
         _asked_for(door, caller, instance_ids),
         parameters.get("Filters", ()),
         {**FILTERS, "availability-zone": lambda _instance: [door.zone]},
+        partial(door.charge, caller),
     )
     instances, next_token = page(chosen, parameters, lambda instance: instance.instance_id)
     return {"Reservations": [_reservation(door, instance) for instance in instances], "NextToken": next_token}
@@ -78,18 +80,23 @@ def check_instance_id(instance_id: str) -> None:
 
 
 def own_instance(door: Door, caller: Caller, instance_id: str) -> Instance:
-    """Give an instance of the caller's.
+    """Return an instance of the caller's.
+
+    Its owner is looked up in our record first: for nobody else a command of the instance is run or its hypervisor
+    asked, so neither the answer nor the time tells a stranger that it exists.
 
     Raises:
         EC2Error: InvalidInstanceID.Malformed, or InvalidInstanceID.NotFound, whether it does not exist or belongs
             to somebody else.
+        InstanceError: It is the caller's, and cannot be read.
     """
     check_instance_id(instance_id)
     try:
-        instance = door.instances.get(instance_id)
+        owner = door.instances.owner_of(instance_id)
+        instance = door.instances.get(instance_id) if owner == caller.account_id else None
     except InstanceNotFound:
-        raise EC2Error("InvalidInstanceID.NotFound", instance_id=instance_id) from None
-    if instance.account_id != caller.account_id:
+        instance = None
+    if instance is None or instance.account_id != caller.account_id:
         raise EC2Error("InvalidInstanceID.NotFound", instance_id=instance_id)
     return instance
 

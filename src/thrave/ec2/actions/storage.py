@@ -7,14 +7,19 @@ that belongs to somebody else.
 Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstance; AWS's own are not known.
 """
 
+import secrets
 from dataclasses import dataclass, field, replace
 
+from thrave.buckets.buckets import NOBODY
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, Kind, SignatureDoesNotMatch, WrongRegion
 from thrave.buckets.naming import check_bucket_name, split_prefix
 from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.protocol import Parameters
+
+# Checked with in place of the secret of a key that is unknown or inactive, so that the work is the same.
+_NOBODYS_SECRET = secrets.token_urlsafe(30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,30 +76,52 @@ def check_upload_policy(door: Door, caller: Caller, storage: Storage) -> tuple[s
             the bundle's objects; or the policy could never be met, then in S3's own words.
     """
     key = door.accounts.find_key(storage.access_key_id)
-    if key is None or key.status != "Active":
-        raise EC2Error("InvalidParameterValue", f"Value ({storage.access_key_id}) for AWSAccessKeyId is invalid.")
+    signer = key if key is not None and key.status == "Active" else None
     try:
         policy = UploadPolicy.verify(
             storage.upload_policy,
             storage.upload_policy_signature,
-            access_key_id=key.access_key_id,
-            secret=key.secret_access_key,
+            access_key_id=storage.access_key_id,
+            secret=_NOBODYS_SECRET if signer is None else signer.secret_access_key,
         )
         policy.check_bundle(storage.bucket, storage.prefix, now=door.now())
-    except SignatureDoesNotMatch:
-        raise EC2Error("InvalidParameterValue", "Value for UploadPolicySignature is invalid.") from None
+    except SignatureDoesNotMatch:  # one answer, after the same work, or callers could test which keys exist
+        raise EC2Error("InvalidParameterValue", _not_signed(storage)) from None
     except BucketError as error:
         raise EC2Error("InvalidParameterValue", f"Value for UploadPolicy is invalid. {error.message}") from None
-    signer = replace(caller, account_id=key.account_id, access_key_id=key.access_key_id, user=key.user)
-    if not all(door.may(signer, "s3:PutObject", arn) for arn in _objects(storage)):
+    if signer is None:
+        raise EC2Error("InvalidParameterValue", _not_signed(storage))
+    owner = replace(caller, account_id=signer.account_id, access_key_id=signer.access_key_id, user=signer.user)
+    if not all(door.may(owner, "s3:PutObject", arn) for arn in _objects(storage)):
         raise EC2Error("InvalidParameterValue", "Value for UploadPolicy is invalid. Its signer may not s3:PutObject.")
-    return key.account_id, policy
+    return signer.account_id, policy
+
+
+def _not_signed(storage: Storage) -> str:
+    return (
+        "Value for UploadPolicySignature is invalid. No active access key with the id "
+        f"{storage.access_key_id} (AWSAccessKeyId) has signed this UploadPolicy."
+    )
 
 
 def _objects(storage: Storage) -> list[str]:
     """The ARNs of a bundle's objects, one part for all of them."""
     endings = (".part.0", ".manifest.xml", ".manifest.json")
     return [f"arn:aws:s3:::{storage.bucket}/{storage.prefix}{ending}" for ending in endings]
+
+
+def check_bucket(door: Door, storage: Storage, owner_id: str) -> None:
+    """Refuse, as `claim_bucket` does, a bucket that is known to be somebody else's. Creates nothing.
+
+    Raises:
+        EC2Error: As `claim_bucket`.
+    """
+    try:
+        owner = door.buckets.on_behalf_of(storage.access_key_id).owner(storage.bucket)
+    except BucketError as error:
+        raise _refusal(error, storage) from None
+    if owner not in {None, NOBODY, owner_id}:
+        raise EC2Error("InaccessibleStorageLocation", bucket=storage.bucket, access_key_id=storage.access_key_id)
 
 
 def claim_bucket(door: Door, storage: Storage, owner_id: str) -> bool:

@@ -12,7 +12,7 @@ also the `query` protocol (`QueryParser`); for what real clients send beyond it,
 
 from thrave.ec2.protocol.answers import error_document, format_timestamp, serialize
 from thrave.ec2.protocol.errors import ProtocolError
-from thrave.ec2.protocol.forms import parse, read_form
+from thrave.ec2.protocol.forms import join_forms, parse, read_form
 from thrave.ec2.protocol.values import Blob, Parameters, Result
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Result",
     "error_document",
     "format_timestamp",
+    "join_forms",
     "parse",
     "read_form",
     "serialize",

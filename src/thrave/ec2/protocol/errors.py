@@ -2,6 +2,7 @@
 
     ProtocolError
     ├── MalformedQueryStringError   not UTF-8 once percent-decoded
+    ├── TooManyParametersError      more than any call needs
     ├── InvalidQueryParameterError  the same parameter twice, or one name as a value and as a structure
     ├── InvalidCharacterError       a character that no XML answer could carry
     ├── UnknownParameterError       a name that the operation does not have
@@ -24,6 +25,15 @@ class MalformedQueryStringError(ProtocolError):
     """The form is not percent-encoded UTF-8."""
 
     code = "MalformedQueryString"
+
+
+class TooManyParametersError(ProtocolError):
+    """The form has more parameters than any call needs."""
+
+    code = "RequestEntityTooLarge"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request has more than {limit} parameters.")
 
 
 class InvalidQueryParameterError(ProtocolError):

@@ -17,6 +17,7 @@ from thrave.ec2.protocol.errors import (
     InvalidValueError,
     MalformedQueryStringError,
     MissingParameterError,
+    TooManyParametersError,
     UnknownParameterError,
 )
 from thrave.ec2.protocol.values import Blob, Parameters
@@ -37,6 +38,9 @@ ENVELOPE = frozenset(
 # Deeper than any input of EC2's model; a bound, so that a name made of dots costs nothing.
 MAX_DEPTH = 16
 
+# The longest calls name 1,000 ids, or give 200 filter values.
+MAX_PARAMETERS = 1500
+
 _LIST_INDEX = re.compile(r"[1-9][0-9]{0,3}")
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
@@ -44,27 +48,46 @@ _INTEGER = re.compile(r"-?[0-9]{1,19}")
 def read_form(encoded: bytes) -> dict[str, str]:
     """Decode a form (a query string or a body): parameter names to values.
 
+    The number of parameters is checked before any is decoded.
+
     Raises:
+        TooManyParametersError: More than `MAX_PARAMETERS`.
         MalformedQueryStringError: Not UTF-8.
         InvalidQueryParameterError: A parameter is given more than once.
         InvalidCharacterError: A character that XML cannot carry.
     """
+    if encoded.count(b"&") >= MAX_PARAMETERS:
+        raise TooManyParametersError(MAX_PARAMETERS)
     try:
         pairs = parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError:
         raise MalformedQueryStringError("The request is not UTF-8.") from None
     form: dict[str, str] = {}
     for name, value in pairs:
-        _add(form, name, value)
+        if not (is_xml(name) and is_xml(value)):
+            raise InvalidCharacterError("The request contains a character that XML does not allow.")
+        if name in form:
+            raise _given_twice(name)
+        form[name] = value
     return form
 
 
-def _add(form: dict[str, str], name: str, value: str) -> None:
-    if not (is_xml(name) and is_xml(value)):
-        raise InvalidCharacterError("The request contains a character that XML does not allow.")
-    if name in form:
-        raise InvalidQueryParameterError(f"The parameter {name} is given more than once.")
-    form[name] = value
+def join_forms(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
+    """Join the forms of a query string and of a body.
+
+    Raises:
+        TooManyParametersError: Together they have more than `MAX_PARAMETERS`.
+        InvalidQueryParameterError: Both have the same parameter.
+    """
+    if len(first) + len(second) > MAX_PARAMETERS:
+        raise TooManyParametersError(MAX_PARAMETERS)
+    for name in first.keys() & second.keys():
+        raise _given_twice(name)
+    return {**first, **second}
+
+
+def _given_twice(name: str) -> InvalidQueryParameterError:
+    return InvalidQueryParameterError(f"The parameter {name} is given more than once.")
 
 
 def parse(operation: OperationModel, form: Mapping[str, str], also_required: Sequence[str] = ()) -> Parameters:

@@ -1,0 +1,247 @@
+"""What somebody can learn or set going who is not an instance's owner, or has no key: nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from botocore.exceptions import ClientError
+from structlog.testing import capture_logs
+
+from ec2.test_app import FORM, code_of, send, signed
+from support.storage import storage
+from thrave.buckets import errors as bucket_errors
+from thrave.buckets.policy import UploadPolicy
+from thrave.compute import errors as instance_errors
+from thrave.ec2.app import create_app
+from thrave.ec2.errors import ec2_error_of
+from thrave.volumes import errors as volume_errors
+
+INSTANCE = "i-0123456789abcdef0"
+NOT_THERE = "i-0fedcba9876543210"
+CALLS = {
+    "start_instances": "InstanceIds",
+    "stop_instances": "InstanceIds",
+    "reboot_instances": "InstanceIds",
+    "terminate_instances": "InstanceIds",
+    "describe_instances": "InstanceIds",
+    "bundle_instance": "InstanceId",
+}
+
+
+def refusal(client, key, call, instance_id, **options):
+    """Code and message, without the id that was asked for."""
+    given = {CALLS[call]: instance_id if call == "bundle_instance" else [instance_id], **options}
+    if call == "bundle_instance":
+        given["Storage"] = storage(key)
+    with pytest.raises(ClientError) as refused:
+        getattr(client, call)(**given)
+    error = refused.value.response["Error"]
+    return error["Code"], error["Message"].replace(instance_id, "ID")
+
+
+def broken_file(house, content):
+    house.add_instance(INSTANCE)
+    (house.instances._folder._root / f"{INSTANCE}.json").write_text(content)
+
+
+def with_state_command(house, *command):
+    house.add_instance(INSTANCE, state_command=command)
+
+
+def not_executable(house):
+    program = house.volume.path.with_name("program")
+    program.write_bytes(b"not a program")
+    program.chmod(0o755)
+    with_state_command(house, str(program))
+
+
+INSTANCES = {
+    "is well": lambda house: house.add_instance(INSTANCE),
+    "has a command that fails": lambda house: with_state_command(house, "false"),
+    "has a command that cannot be executed": not_executable,
+    "has a command that is not there": lambda house: with_state_command(house, "/no/such/program"),
+    "has a command that says nothing": lambda house: with_state_command(house, "true"),
+    "has a file that is not JSON": lambda house: broken_file(house, "{oops"),
+    "has an empty file": lambda house: broken_file(house, ""),
+    "has a file that names an owner and nothing else": lambda house: broken_file(
+        house, json.dumps({"accountId": house.key.account_id})
+    ),
+    "has a file with a field that nobody knows": lambda house: broken_file(
+        house, json.dumps({"instanceId": INSTANCE, "accountId": house.key.account_id, "colour": "red"})
+    ),
+}
+
+
+@pytest.mark.parametrize("what", INSTANCES)
+def test_a_stranger_gets_the_answer_for_an_instance_that_does_not_exist(house, client_of, what):
+    INSTANCES[what](house)
+    key = house.another_key()
+    stranger = client_of(key)
+    for call in CALLS:
+        there, not_there = (refusal(stranger, key, call, each) for each in (INSTANCE, NOT_THERE))
+        assert there == not_there
+        assert there[0] == "InvalidInstanceID.NotFound"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_no_command_is_run_for_a_stranger(house, client_of, tmp_path, dry_run):
+    ran = tmp_path / "ran"
+    commands = {
+        f"{name}_command": ("sh", "-c", f"echo {name} >> {ran}; echo running")
+        for name in ("state", "stop", "start", "force_stop")
+    }
+    house.add_instance(INSTANCE, **commands)
+    key = house.another_key()
+    for call in CALLS:
+        refusal(client_of(key), key, call, INSTANCE, **({"DryRun": True} if dry_run else {}))
+    assert client_of(key).describe_instances()["Reservations"] == []
+    assert not ran.exists()
+    client_of(house.key).describe_instances()
+    assert ran.read_text().split() == ["state"]
+
+
+@pytest.mark.parametrize("what", [what for what in INSTANCES if what != "is well"])
+def test_the_owner_of_a_broken_instance_is_told_no_path_and_no_internal_error(house, ec2, tmp_path, what):
+    INSTANCES[what](house)
+    with capture_logs() as logs:
+        told = {refusal(ec2, house.key, call, INSTANCE) for call in CALLS if call != "describe_instances"}
+    assert {code for code, _ in told} <= {"Unavailable", "IncorrectInstanceState", "InvalidInstanceID.NotFound"}
+    assert str(tmp_path) not in str(told)
+    assert "/no/such" not in str(told)
+    assert not [entry for entry in logs if "traceback" in entry]
+
+
+@pytest.mark.parametrize("what", INSTANCES)
+def test_a_broken_instance_hides_no_other(house, ec2, what):
+    INSTANCES[what](house)
+    house.add_instance("i-00000001")
+    shown = [one["InstanceId"] for each in ec2.describe_instances()["Reservations"] for one in each["Instances"]]
+    assert "i-00000001" in shown
+
+
+def subclasses(kind):
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
+
+
+FOREIGN = sorted(
+    subclasses(instance_errors.InstanceError)
+    | subclasses(bucket_errors.BucketError)
+    | subclasses(volume_errors.VolumeError),
+    key=lambda kind: f"{kind.__module__}.{kind.__name__}",
+)
+
+
+@pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
+def test_every_error_of_instances_images_and_stores_has_an_answer_that_holds_nothing_of_its_text(kind):
+    error = kind.__new__(kind, "/srv/secret/path")
+    error.args = ("/srv/secret/path",)
+    error.__dict__.update({"message": "/srv/secret/path", "instance_id": INSTANCE})
+    if kind in {bucket_errors.BucketError, bucket_errors.StoreError, bucket_errors.TransientError}:
+        error.code = "SlowDown"
+    answer = ec2_error_of(error)
+    assert answer.code in {
+        "InvalidInstanceID.NotFound",
+        "IncorrectInstanceState",
+        "Unavailable",
+        "InvalidParameterValue",
+    }
+    assert "/srv" not in answer.message
+
+
+def test_what_nobody_foresaw_has_no_answer_of_its_own():
+    assert ec2_error_of(ZeroDivisionError()) is None
+
+
+@pytest.mark.parametrize("path", ["/", "/services/compute", "/services/Eucalyptus", "/services/Cloud"])
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_api_answers_at_every_path_that_old_clients_use(endpoint, house, path, slash):
+    request = signed(endpoint, house.key, path=path.rstrip("/") + slash or "/")
+    assert send(endpoint, request)[0] == 200
+
+
+def test_the_signature_is_over_the_path_as_sent(endpoint, house):
+    moved = signed(endpoint, house.key, path="/services/compute").replace(b"/services/compute", b"/services/Cloud", 1)
+    assert (send(endpoint, moved)[0], code_of(send(endpoint, moved))) == (401, "AuthFailure")
+
+
+@pytest.mark.parametrize("path", ["/nothing/here", "/services/compute//", "/services", "/%2F", "/services/cloud", "//"])
+def test_any_other_path_is_told_the_right_url(endpoint, house, path):
+    answer = send(endpoint, signed(endpoint, house.key, path=path))
+    assert (answer[0], code_of(answer)) == (404, "InvalidPath")
+    assert f"Use {endpoint} as the endpoint" in answer[2]
+
+
+def test_a_host_that_is_none_is_not_repeated(endpoint):
+    answer = send(endpoint, b"GET /x HTTP/1.1\r\nHost: <b>\r\nConnection: close\r\n\r\n")
+    assert "b&gt;" not in answer[2]
+    assert f"Use {endpoint} as" in answer[2]
+
+
+@pytest.mark.parametrize("method", ["HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
+def test_no_method_but_get_and_post_executes_an_action(endpoint, house, ec2, method):
+    house.add_instance(INSTANCE)
+    body = f"Action=StopInstances&Version=2016-11-15&InstanceId.1={INSTANCE}".encode()
+    request = signed(endpoint, house.key, method=method, body=body)
+    assert send(endpoint, request)[0] == 405
+    assert house.instances.get(INSTANCE).state == "running"
+
+
+def test_a_browser_is_told_what_this_is(endpoint):
+    status, headers, body = send(
+        endpoint, b"GET / HTTP/1.1\r\nHost: x:1\r\nAccept: text/html,*/*\r\nConnection: close\r\n\r\n"
+    )
+    assert status == 200
+    assert headers["content-type"].startswith("text/html")
+    assert "aws --endpoint-url http://x:1" in body
+
+
+def test_an_authentication_failure_is_logged_with_what_arrived_and_no_secret(endpoint, house):
+    request = signed(endpoint, replace(house.key, secret_access_key="x" * 40))
+    changed = request.replace(b"Host: ", b"Host: backend.internal\r\nX-Forwarded-Host: ", 1)
+    with capture_logs() as logs:
+        send(endpoint, changed)
+    (entry,) = logs
+    assert entry["event"] == "request refused"
+    assert entry["host"] == "backend.internal"
+    assert entry["access_key_id"] == house.key.access_key_id
+    assert entry["signing"] == "version 4, header"
+    assert entry["remote"] == "127.0.0.1"
+    assert entry["clock_difference"].endswith(" s")
+    assert "Host header" in entry["advice"]
+    assert "x_forwarded_host" in entry
+    assert "Signature=" not in str(entry)
+
+
+def test_signature_version_2_can_be_refused(house, street):
+    query = (
+        f"AWSAccessKeyId={house.key.access_key_id}&Signature=x&SignatureVersion=2&SignatureMethod=HmacSHA256"
+        "&Timestamp=2026-01-01T00:00:00Z"
+    )
+    request = f"GET /?{query} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    street.app = create_app(house.door)
+    assert code_of(send(street.url, request)) == "RequestExpired"
+    street.app = create_app(replace(house.door, version_2=False))
+    answer = send(street.url, request)
+    assert (answer[0], code_of(answer)) == (400, "InvalidParameterValue")
+    assert "signature version 4 only" in answer[2]
+    assert send(street.url, signed(street.url, house.key, content_type=FORM))[0] == 200
+
+
+def test_unknown_inactive_and_wrong_keys_of_an_upload_policy_get_one_answer_after_the_same_work(
+    house, ec2, monkeypatch
+):
+    house.add_instance(INSTANCE)
+    verified, verify = [], UploadPolicy.verify
+    monkeypatch.setattr(
+        UploadPolicy, "verify", lambda *args, **keywords: verified.append(1) or verify(*args, **keywords)
+    )
+    other = house.another_key()
+    answers = set()
+    for access_key_id in ("AKIANOBODY", other.access_key_id, house.key.access_key_id):
+        s3 = storage(house.key, UploadPolicySignature="c2ln", AWSAccessKeyId=access_key_id)
+        with pytest.raises(ClientError) as refused:
+            ec2.bundle_instance(InstanceId=INSTANCE, Storage=s3)
+        error = refused.value.response["Error"]
+        answers.add((error["Code"], error["Message"].replace(access_key_id, "KEY")))
+    assert len(answers) == 1
+    assert len(verified) == 3
