@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import structlog
 from starlette.types import ASGIApp
@@ -47,7 +48,8 @@ def serve(settings: Settings, listening: Listening) -> None:
     ground = open_ground(settings)
     power = PowerRequests(ground.instances, grace=settings.shutdown_grace)
     door = _door(ground, ground.instances, power, lambda _instance_id: settings.host_name)
-    app = create_app(replace(door, volume_trouble=volume_trouble))
+    look = partial(volume_trouble, instances=ground.instances, directories=settings.image_directories)
+    app = create_app(replace(door, volume_trouble=look))
     _listen(settings, app, listening, Agent(ground))
 
 

@@ -15,6 +15,7 @@ import click
 
 from thrave.cli.domains import adopt, disown
 from thrave.cli.identity import open_accounts
+from thrave.cli.images import check_image
 from thrave.cli.instance_words import show
 from thrave.cli.output import emit, output_option, table
 from thrave.cli.service import settings_option
@@ -118,7 +119,7 @@ def add(
         --stop-command "virsh shutdown win" --start-command "virsh start win" \\
         --state-command "virsh domstate win"
     """
-    from thrave.compute.descriptions import Description
+    from thrave.compute.descriptions import Description, check_volumes
     from thrave.compute.directory import new_instance_id
     from thrave.compute.instance import InstanceState, VolumeFile
 
@@ -144,6 +145,8 @@ def add(
         state_command=state_command,
         tags=tags,
     )
+    check_volumes(new)
+    check_image(settings, described, new)
     described.add(new)
     show(new, output)
 

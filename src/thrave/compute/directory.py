@@ -8,7 +8,7 @@ stand in a folder beside them, one to change a file and one that holds the insta
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from thrave.compute.errors import (
     RootVolumeInUse,
 )
 from thrave.compute.folder import DescriptionFolder
-from thrave.compute.instance import GONE, Instance, InstanceState
+from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
 from thrave.compute.instances import Hold
 from thrave.compute.stopping import PATIENCE, StopCommands
 
@@ -139,6 +139,16 @@ class DirectoryInstances:
         """None: what stands in files cannot put an overlay over a disk."""
         return None
 
+    def users_of(self, is_same: Callable[[VolumeFile], bool], *, besides: str) -> Sequence[str]:
+        """Of the described instances; only those that have the disk are asked for their state."""
+        return [
+            f"the instance {one.instance_id}"
+            for one in self._folder.read_all()[0]
+            if one.instance_id != besides
+            and any(is_same(volume) for volume in (one.root_volume, *one.volumes))
+            and not self._is_off(one.instance_id)
+        ]
+
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Refuse: no command reaches into the guest."""
         self._folder.read(instance_id)
@@ -154,6 +164,14 @@ class DirectoryInstances:
             except BlockingIOError:
                 raise InstanceHeld(instance_id) from None
             yield _HeldOff(self, instance_id)
+
+    def _is_off(self, instance_id: str) -> bool:
+        """Whether it is known to be off."""
+        try:
+            return self._look(instance_id).state in {InstanceState.STOPPED, InstanceState.TERMINATED}
+        except InstanceError as error:
+            log.warning("an instance is taken to be running: %s", error)
+            return False
 
     def _look(self, instance_id: str) -> Description:
         """The instance with the state it has now."""

@@ -8,7 +8,7 @@ is true now looks at the domain itself (`look`).
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import NAMESPACE, Record, read_record
 from thrave.compute.domain_records import DomainRecords
 from thrave.compute.domain_xml import Definition, DomainFaultError, pool_type, read_definition
-from thrave.compute.domains import PoolVolume, instance_id_of, instance_of, instance_state
+from thrave.compute.domains import PoolVolume, instance_id_of, instance_of, instance_state, volume_of
 from thrave.compute.errors import (
     HypervisorError,
     HypervisorGoneError,
@@ -27,7 +27,7 @@ from thrave.compute.errors import (
     InvalidDescriptionError,
 )
 from thrave.compute.hypervisor import Hypervisor
-from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.instance import Instance, InstanceState, VolumeFile
 from thrave.compute.libvirt_binding import Connection, Domain
 from thrave.compute.libvirt_numbers import DomainState, XmlFlag
 
@@ -149,6 +149,14 @@ class DomainTable:
         return instance_of(
             sighting.definition, sighting.record, sighting.instance_state, launch_time, self._find_volume
         )
+
+    def written_by(self, sighting: Sighting) -> Iterator[VolumeFile]:
+        """The disks that a domain has open for writing; none of one that is off."""
+        for disk in () if sighting.live is None else sighting.live.disks:
+            if not disk.readonly:
+                with suppress(DomainFaultError):  # the pool of a disk is gone, and nothing can be compared with it
+                    if (volume := volume_of(disk, self._find_volume)) is not None:
+                        yield volume
 
     def _look_at_all(self, connection: Connection) -> None:
         lost = self._events.lost

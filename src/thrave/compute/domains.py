@@ -155,7 +155,7 @@ def instance_of(
     if definition.architecture not in ARCHITECTURES:
         raise DomainFaultError(f"os/type: EC2 knows no {definition.architecture}")
     root = root_disk(definition, record)
-    others = (_volume(disk, find_volume) for disk in definition.disks if disk.device in _DISKS and disk != root)
+    others = (volume_of(disk, find_volume) for disk in definition.disks if disk.device in _DISKS and disk != root)
     return Instance(
         instance_id=instance_id_of(definition.uuid),
         account_id=record.account_id,
@@ -195,14 +195,15 @@ def _root_volume(root: Disk, record: Record, find_volume: FindVolume) -> VolumeF
             device_name=_device_name(root),
             secret_file=frozen.secret_file,
         )
-    volume = _volume(root, find_volume)
+    volume = volume_of(root, find_volume)
     if volume is None and _root_device_type(root, record, find_volume) == "instance-store":
         raise DomainFaultError(f"rootDeviceType: the disk {root.target} is no file or device of this host")
     path = Path("/", root.remote or root.kind) if volume is None else volume.path
     return VolumeFile(path=path, format=root.format, device_name=_device_name(root), secret_file=record.secret_file)
 
 
-def _volume(disk: Disk, find_volume: FindVolume) -> VolumeFile | None:
+def volume_of(disk: Disk, find_volume: FindVolume) -> VolumeFile | None:
+    """The file or device that a disk is; None if it is none of this host's. Raises DomainFaultError."""
     path = disk.path if disk.pool_volume is None else find_volume(*disk.pool_volume).path
     return None if path is None else VolumeFile(path=path, format=disk.format, device_name=_device_name(disk))
 

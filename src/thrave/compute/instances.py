@@ -146,6 +146,19 @@ class Instances(Inventory, Protocol):
     def overlays(self) -> Overlays | None:
         """What can put overlays over root volumes; None if this hypervisor cannot."""
 
+    def users_of(self, is_same: Callable[[VolumeFile], bool], *, besides: str) -> Sequence[str]:
+        """Which machines have a disk and are not off, whether they are instances or not, in the operator's words.
+
+        A machine whose state cannot be told is not known to be off.
+
+        Args:
+            is_same: Whether a volume is the disk that is meant.
+            besides: The instance that is not asked for.
+
+        Raises:
+            InstanceError: It cannot be told.
+        """
+
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Have the guest prepare itself for being copied, and power off, by a command run inside it.
 

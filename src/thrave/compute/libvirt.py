@@ -36,7 +36,7 @@ from thrave.compute.errors import (
 )
 from thrave.compute.guest_agent import GuestAgents
 from thrave.compute.hypervisor import Hypervisor
-from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, Instance, InstanceState
+from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, Instance, InstanceState, VolumeFile
 from thrave.compute.instances import Hold, Overlays
 from thrave.compute.libvirt_binding import Connection, Domain
 from thrave.compute.libvirt_numbers import DomainState, ShutdownFlag
@@ -217,6 +217,14 @@ class LibvirtInstances:
                 starts = self._events.of(domain.UUIDString()).starts
                 _do(domain.create, unless=domain.isActive)
                 self._note_start(domain, instance_id, starts)
+
+    def users_of(self, is_same: Callable[[VolumeFile], bool], *, besides: str) -> Sequence[str]:
+        """Of all domains that are active, adopted or not."""
+        return [
+            f"the domain {sighting.name}"
+            for sighting in self._table.all()
+            if sighting.instance_id != besides and any(is_same(volume) for volume in self._table.written_by(sighting))
+        ]
 
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Have the guest's agent run the command."""

@@ -6,6 +6,7 @@ What is only libvirt's is `domains.py`.
 import resource
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from thrave.compute.descriptions import Description, volume_fault
 from thrave.compute.errors import InstanceError
@@ -14,8 +15,8 @@ from thrave.compute.instance import Instance
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
 from thrave.volumes import inspection, libnbd, surveyor
-from thrave.volumes.errors import ComponentMissingError
-from thrave.volumes.opening import FORMATS, QEMU_FORMATS
+from thrave.volumes.errors import ComponentMissingError, VolumeError
+from thrave.volumes.opening import FORMATS, QEMU_FORMATS, examine
 
 _COMMANDS = ("stop_command", "force_stop_command", "start_command", "state_command")
 
@@ -31,7 +32,8 @@ def instances(subject: Subject) -> str:
 def root_volumes(subject: Subject) -> str:
     """See that each root volume that may be bundled can be read, and is of a known format."""
     found = known_instances(subject)
-    faults = [f"{one.instance_id}: {fault}" for one in found if (fault := root_volume_fault(one))]
+    directories = subject.settings.image_directories
+    faults = [f"{one.instance_id}: {fault}" for one in found if (fault := _root_volume_fault(one, directories))]
     if faults:
         raise Trouble("; ".join(faults))
     return f"{len(found)} can be read"
@@ -43,22 +45,29 @@ def known_instances(subject: Subject) -> Sequence[Instance]:
 
 
 def bundling_fault(instance: Instance) -> str | None:
-    """Why an instance of this machine could not be bundled; None if nothing is seen of it."""
-    if instance.root_volume.format in QEMU_FORMATS:
+    """Why an instance of this machine could not be bundled, but for its image's own words; None if nothing is seen."""
+    volume = instance.root_volume
+    if volume.format in QEMU_FORMATS:
         try:
             check_qemu()
         except ComponentMissingError as error:
             return str(error)
-    return root_volume_fault(instance)
-
-
-def root_volume_fault(instance: Instance) -> str | None:
-    """Why an instance's root volume could not be read; None if nothing is seen of it."""
-    volume = instance.root_volume
     if volume.format not in FORMATS:
         return f"{volume.path}: unknown format {volume.format}"
     secret_fault = volume_fault(volume.secret_file) if volume.secret_file else None
     return volume_fault(volume.path) or secret_fault
+
+
+def _root_volume_fault(instance: Instance, directories: Sequence[Path]) -> str | None:
+    """Why an instance's root volume could not be read as what it is said to be; None if nothing is seen of it."""
+    volume = instance.root_volume
+    try:
+        if (fault := bundling_fault(instance)) is not None:
+            return fault
+        examined = examine(volume.path, volume.format, directories=directories)
+    except VolumeError as error:
+        return str(error)
+    return "; ".join(warned.text for warned in examined.warnings) if volume.format == "raw" else None
 
 
 def commands(subject: Subject) -> str:

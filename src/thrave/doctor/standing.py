@@ -6,16 +6,21 @@ is used at once; and a check that has failed is tried again before it counts, as
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import structlog
 
 from thrave.compute.instance import Instance
+from thrave.compute.instances import Instances
 from thrave.config import Settings
 from thrave.doctor import host
 from thrave.doctor.check import Check, Finding, Outcome, perform
 from thrave.doctor.subject import Subject
 from thrave.doctor.table import CHECKS
+from thrave.tasks.root_volume import check_root_volume
+from thrave.volumes.errors import VolumeError
 
 GOOD_FOR = 30.0  # seconds
 BAD_FOR = 5.0  # seconds
@@ -55,12 +60,27 @@ class StandingChecks:
         return perform(check, self._subject) if finding.outcome is Outcome.FAILED else finding
 
 
-def volume_trouble(instance: Instance) -> bool:
-    """Whether the root volume of an instance of this machine cannot be read; the log says why."""
+def volume_trouble(
+    instance: Instance, instances: Instances | None = None, directories: Sequence[Path] = ()
+) -> str | None:
+    """Why the root volume of an instance of this machine cannot be bundled, for its owner; the log says more.
+
+    Args:
+        instance: The instance.
+        instances: All of this machine, of which another may have the same file.
+        directories: Where files may lie that its image refers to.
+    """
     fault = host.bundling_fault(instance)
-    if fault is not None:
-        log.warning("an instance cannot be bundled", instance=instance.instance_id, seen=fault)
-    return fault is not None
+    said = "its root volume cannot be read"
+    if fault is None and instances is not None:
+        try:
+            check_root_volume(instances, instance.instance_id, instance.root_volume, directories)
+        except VolumeError as error:
+            fault, said = str(error), f"its root volume cannot be bundled: {error.public}"
+    if fault is None:
+        return None
+    log.warning("an instance cannot be bundled", instance=instance.instance_id, seen=fault)
+    return said
 
 
 def _cheap(subject: Subject) -> set[str]:

@@ -59,7 +59,8 @@ class Door:
         recent_keys: Keys of `accounts` that have just signed a request.
         may: Whether a caller may do an action, such as `ec2:BundleInstance`, on a resource (an ARN, or `NO_RESOURCE`).
         store_trouble: What is known to be wrong with the store, in words for a caller; None if nothing is.
-        volume_trouble: Whether the root volume of an instance is known not to be readable.
+        volume_trouble: Why the root volume of an instance cannot be bundled, in words for a caller; None if nothing is
+            known.
         now: The clock.
     """
 
@@ -75,7 +76,7 @@ class Door:
     recent_keys: RecentKeys = field(default_factory=RecentKeys)
     may: Callable[[Caller, str, str], bool] = account_may_do_all
     store_trouble: Callable[[], str | None] = lambda: None
-    volume_trouble: Callable[[Instance], bool] = lambda _instance: False
+    volume_trouble: Callable[[Instance], str | None] = lambda _instance: None
     now: Callable[[], datetime] = utc_now
 
     def charge(self, caller: Caller, units: int) -> None:

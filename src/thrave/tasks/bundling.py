@@ -33,6 +33,7 @@ from thrave.tasks.journal import Documents
 from thrave.tasks.patience import patiently
 from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
 from thrave.tasks.records import Records
+from thrave.tasks.root_volume import check_root_volume
 from thrave.tasks.sealing import VolumeSealer
 from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.storing import BundleStore
@@ -132,6 +133,7 @@ class Bundling:
             return  # another host has got as far before it was lost
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
             self._freezer.merge(watch.pause)  # what an earlier task may have left
+            self._check_volume(self._host.instances.get(self._task.instance_id).root_volume)
             self._power.note()
             if self._host.sysprep:
                 self._power.sysprep(watch, self._host.sysprep)
@@ -151,22 +153,21 @@ class Bundling:
         """Send the root volume, sealed, part by part to the bucket; nothing of it is written anywhere else."""
         if self._journal.documents() is not None:
             return
-        with (
-            self._state(BundleTaskState.BUNDLING) as watch,
-            self._held(watch) as (instance, root),
-            open_volume(
+        with self._state(BundleTaskState.BUNDLING) as watch, self._held(watch) as (instance, root):
+            self._check_volume(root)
+            with open_volume(
                 root.path,
                 root.format,
                 skip=self._host.skip,
                 secret_file=root.secret_file,
                 directories=self._host.image_directories,
                 warn=lambda warned: self._records.notice(self._task.bundle_id, f"{warned.public}."),
-            ) as volume,  # its end fails if the volume was changed meanwhile
-        ):
-            with durable("volume opened"):
-                self._records.note_volume_size(self._task.bundle_id, volume.size)
-            self._look_whether_clean(volume, Path(root.path.name))  # its folder is the operator's business
-            sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
+            ) as volume:  # its end fails if the volume was changed meanwhile
+                with durable("volume opened"):
+                    self._records.note_volume_size(self._task.bundle_id, volume.size)
+                # The folder is the operator's business.
+                self._look_whether_clean(volume, Path(root.path.name))
+                sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))
 
@@ -255,6 +256,10 @@ class Bundling:
             self._power.restore()  # its host may have lost its power since
             with self._freezer.held(frozen, watch) as instance:
                 yield instance, frozen.volume
+
+    def _check_volume(self, root: VolumeFile) -> None:
+        """Refuse an image that is no whole disk by its own words, and a file that another machine writes to."""
+        check_root_volume(self._host.instances, self._task.instance_id, root, self._host.image_directories)
 
     def _look_whether_clean(self, volume: Volume, path: Path) -> None:
         """Tell the owner what the volume's file systems say of themselves, or refuse it."""

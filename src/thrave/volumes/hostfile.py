@@ -70,6 +70,8 @@ class HostFile:
     Args:
         path: Its name; symbolic links are followed, once.
         places: Where it may lie, links or not; None if anywhere.
+        to_compare: It is to be compared later (`check_unchanged`). Opening it then takes up to a second while
+            something writes to it.
 
     Attributes:
         path: The name, absolute.
@@ -82,7 +84,7 @@ class HostFile:
         VolumeUnreadableError: It cannot be opened, is something else, or lies where it may not.
     """
 
-    def __init__(self, path: Path, places: Places | None = None) -> None:
+    def __init__(self, path: Path, places: Places | None = None, *, to_compare: bool = True) -> None:
         self.path = Path(path).absolute()
         self.fd = -1
         try:
@@ -91,7 +93,7 @@ class HostFile:
             raise VolumeUnreadableError(path, reason(error)) from error
         try:
             self._open(handle, places)
-            self._begun = self._settled()
+            self._begun = self._settled() if to_compare else self._state()
         except OSError as error:
             self.close()
             raise VolumeUnreadableError(path, reason(error)) from error
@@ -196,9 +198,9 @@ class HostFiles:
     def __init__(self) -> None:
         self.opened: list[HostFile] = []
 
-    def open(self, path: Path, places: Places | None = None) -> HostFile:
+    def open(self, path: Path, places: Places | None = None, *, to_compare: bool = True) -> HostFile:
         """Open a file, as `HostFile`."""
-        file = HostFile(path, places)
+        file = HostFile(path, places, to_compare=to_compare)
         self.opened.append(file)
         return file
 

@@ -143,7 +143,7 @@ class Inspection:
             raise VolumeUnreadableError(path, f"it stands on more than {CHAIN_LIMIT} images")
 
     def _open(self, path: Path, places: Places | None) -> HostFile:
-        file = self._files.open(path, places)
+        file = self._files.open(path, places, to_compare=self._to_read)
         if self._to_read:
             self._locks.take(file)
         return file

@@ -109,7 +109,7 @@ def apparent_format_of(path: Path) -> str | None:
     Raises:
         VolumeUnreadableError: It cannot be read.
     """
-    with HostFile(path) as file:
+    with HostFile(path, to_compare=False) as file:
         return apparent_format(file)
 
 

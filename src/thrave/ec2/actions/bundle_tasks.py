@@ -148,8 +148,9 @@ def _check_service(door: Door, instance: Instance) -> None:
     A volume does not come back while a caller tries again, so that 400 is the answer; a store may, and then the retries
     that SDKs make upon 503 cost nothing: while its trouble stands they are answered from memory.
     """
-    if door.volume_trouble(instance):
-        why = "its root volume cannot be read; the operator: thrave doctor"
+    said = door.volume_trouble(instance)
+    if said is not None:
+        why = f"{said}; the operator: thrave doctor"
         raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, done="bundled", why=why)
     trouble = door.store_trouble()
     if trouble is not None:

@@ -1,0 +1,66 @@
+"""What `thrave instance add` and `adopt` say of a root volume's image file. Nothing is stopped, locked or written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from thrave.compute.instance import Instance, VolumeFile
+    from thrave.compute.instances import Instances
+    from thrave.config import Settings
+
+
+def check_image(settings: Settings, instances: Instances, instance: Instance) -> None:
+    """Refuse an image of another format than is said, or of another machine that is not off; warn of everything else.
+
+    Raises:
+        click.UsageError: It is of another format.
+        VolumeSharedError: Another machine that is not off has the same file.
+    """
+    from thrave.tasks.root_volume import check_root_volume
+    from thrave.volumes.errors import VolumeError, VolumeSharedError
+
+    volume = instance.root_volume
+    _check_format(volume)
+    try:
+        warned = check_root_volume(instances, instance.instance_id, volume, settings.image_directories)
+    except VolumeSharedError:
+        raise
+    except VolumeError as error:
+        _warn(f"it cannot be bundled as it is: {error}")
+    else:
+        for warning in warned:
+            _warn(warning.text)
+
+
+def warn_of_image(settings: Settings, instances: Instances, instance: Instance) -> None:
+    """The same of a machine whose disk and format its hypervisor says: only warn."""
+    from thrave.volumes.errors import VolumeError
+
+    if instance.root_device_type != "instance-store":
+        return
+    try:
+        check_image(settings, instances, instance)
+    except click.UsageError as error:
+        _warn(f"it cannot be bundled as it is: {error.message}")
+    except VolumeError as error:
+        _warn(f"it cannot be bundled as it is: {error}")
+
+
+def _warn(text: str) -> None:
+    click.echo(f"Warning: {text}.", err=True)
+
+
+def _check_format(volume: VolumeFile) -> None:
+    from thrave.volumes.opening import FORMATS, apparent_format_of
+
+    apparent = apparent_format_of(volume.path)
+    if apparent is None and volume.format != "raw":
+        raise click.UsageError(f"{volume.path} is no image of the format {volume.format}; a raw disk is --format raw")
+    # A machine may encrypt its whole disk with LUKS itself: then the host has a raw disk that begins as LUKS does.
+    if apparent in {None, volume.format} or (apparent == "luks" and volume.format == "raw"):
+        return
+    how = f"give --format {apparent}" if apparent in FORMATS else "that format is not read: qemu-img convert"
+    raise click.UsageError(f"{volume.path} is an image of the format {apparent}, not {volume.format}: {how}")
