@@ -22,6 +22,7 @@ _TICK = 0.02  # seconds
 _MOST_TICKS = 50
 
 _FIRST_NUMBER = 10
+_LAST_OFFSET = (1 << 63) - 1  # off_t
 _STATISTICS = "/sys/dev/block/{}:{}/stat"
 _WRITING = (4, 6, 11)  # the numbers of writes, of sectors written, of discards (kernel: Documentation/block/stat.rst)
 
@@ -128,6 +129,8 @@ class HostFile:
         Raises:
             VolumeUnreadableError: The system does not give them.
         """
+        if offset > _LAST_OFFSET - length:  # a stranger's number
+            return b""
         try:
             return os.pread(self.fd, length, offset)
         except OSError as error:

@@ -1,0 +1,454 @@
+"""What images state of themselves, row by row of the table: each mark on an image made by QEMU or by changed bytes."""
+
+import re
+import struct
+import uuid
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.images import PASSPHRASE, converted, encrypted, qemu_img, secret_beside
+from thrave.volumes import vhd
+from thrave.volumes.errors import ImageRefusedError, VolumeError, VolumeUnreadableError
+from thrave.volumes.marks import MARKS, REFERENCES, Decision
+from thrave.volumes.opening import FORMATS, examine, open_volume
+
+pytestmark = pytest.mark.usefixtures("nbd")
+
+MADE = {}
+"""Row of the table -> what makes an image with it."""
+
+
+def makes(image_format, name):
+    def note(make):
+        MADE[image_format, name] = make
+        return make
+
+    return note
+
+
+@contextmanager
+def edited(path):
+    """The bytes of a file, to be changed."""
+    content = bytearray(path.read_bytes())
+    yield content
+    path.write_bytes(content)
+
+
+def overlay(below, below_format, name="top.qcow2", image_format="qcow2"):
+    top = below.with_name(name)
+    qemu_img("create", "-f", image_format, "-b", below, "-F", below_format, top)
+    return top
+
+
+# --- raw and qcow2
+
+
+@makes("raw", "looks like another format")
+def raw_looks_like_qcow2(raw):
+    with edited(raw) as disk:
+        disk[:4] = b"QFI\xfb"
+    return raw
+
+
+def qcow2_with(raw, *, incompatible=0, snapshots=0):
+    image = converted(raw, "qcow2")
+    with edited(image) as content:
+        content[79] |= incompatible & 0xFF
+        content[72] |= incompatible >> 56
+        content[63] |= snapshots
+    return image
+
+
+@makes("qcow2", "backing file")
+def qcow2_backing(raw):
+    return overlay(raw, "raw")
+
+
+@makes("qcow2", "backing file without a format")
+def qcow2_backing_without_format(raw):
+    top = overlay(raw, "raw")
+    top.write_bytes(top.read_bytes().replace(bytes.fromhex("e2792aca"), b"\x01\x02\x03\x04"))
+    return top
+
+
+@makes("qcow2", "data file")
+def qcow2_data_file(raw):
+    image = raw.with_name("x.qcow2")
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={raw.with_name('data')},data_file_raw=on", image, "1M")
+    return image
+
+
+@makes("qcow2", "corrupt")
+def qcow2_corrupt(raw):
+    return qcow2_with(raw, incompatible=1 << 1)
+
+
+@makes("qcow2", "dirty")
+def qcow2_dirty(raw):
+    return qcow2_with(raw, incompatible=1 << 0)
+
+
+@makes("qcow2", "unknown feature")
+def qcow2_unknown(raw):
+    return qcow2_with(raw, incompatible=1 << 62)
+
+
+@makes("qcow2", "external data bitmaps, compression, extended L2")
+def qcow2_known_features(raw):
+    return converted(raw, "qcow2", "-c", "-o", "extended_l2=off,compression_type=zstd")
+
+
+@makes("qcow2", "internal snapshots")
+def qcow2_snapshot(raw):
+    image = converted(raw, "qcow2")
+    qemu_img("snapshot", "-c", "before", image)
+    return image
+
+
+@makes("qcow2", "encrypted")
+def qcow2_encrypted(raw):
+    return encrypted(raw, "qcow2", secret_beside(raw))
+
+
+# --- vmdk
+
+
+def flat(raw, *, head="", extents=None, kind="monolithicFlat", parent="ffffffff"):
+    """A VMDK that is a descriptor and the raw disk."""
+    image = raw.with_name("disk.vmdk")
+    sectors = raw.stat().st_size // 512
+    lines = extents or [f'RW {sectors} FLAT "{raw.name}" 0']
+    image.write_text(
+        f'# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID={parent}\ncreateType="{kind}"\n{head}\n'
+        + "\n".join(lines)
+        + "\n"
+    )
+    return image
+
+
+@makes("vmdk", "extent")
+def vmdk_flat(raw):
+    return flat(raw)
+
+
+@makes("vmdk", "raw device")
+def vmdk_raw_device(raw):
+    return flat(raw, kind="vmfsRDM", extents=[f'RW 16384 VMFSRDM "{raw.name}"'])
+
+
+@makes("vmdk", "parent")
+def vmdk_child(raw):
+    return overlay(converted(raw, "vmdk"), "vmdk", "child.vmdk", "vmdk")
+
+
+@makes("vmdk", "not closed")
+def vmdk_not_closed(raw):
+    image = converted(raw, "vmdk")
+    with edited(image) as content:
+        content[72] = 1
+    return image
+
+
+@makes("vmdk", "extent that is left out")
+def vmdk_zero_extent(raw):
+    return flat(raw, extents=[f'RW 16384 FLAT "{raw.name}" 0', "RW 2048 ZERO"])
+
+
+@makes("vmdk", "parent without a name")
+def vmdk_nameless_parent(raw):
+    return flat(raw, parent="00000001")
+
+
+@makes("vmdk", "parent that is none")
+def vmdk_contradictory_parent(raw):
+    return flat(raw, head='parentFileNameHint="parent.vmdk"')
+
+
+@makes("vmdk", "parent was changed")
+def vmdk_changed_parent(raw):
+    child = vmdk_child(raw)
+    with edited(raw.with_suffix(".vmdk")) as content:
+        content[:] = re.sub(rb"\nCID=[0-9a-f]{8}", b"\nCID=0badcafe", bytes(content))
+    return child
+
+
+@makes("vmdk", "enciphered")
+def vmdk_enciphered(raw):
+    return flat(raw, head='encryption.keySafe = "vmware:key/list/..."')
+
+
+@makes("vmdk", "unknown kind")
+def vmdk_unknown_kind(raw):
+    return flat(raw, kind="somethingNew")
+
+
+# --- vpc
+
+
+def footer_changed(image, change, *, signed=True):
+    """Change the footer and its copy."""
+    with edited(image) as content:
+        for at in {0, len(content) - 512}:
+            if content[at : at + 8] == b"conectix":
+                footer = content[at : at + 512]
+                change(footer)
+                if signed:
+                    footer[64:68] = struct.pack(">I", vhd._checksum(bytes(footer), at=64))
+                content[at : at + 512] = footer
+    return image
+
+
+def put(at, form, value):
+    def change(footer):
+        struct.pack_into(form, footer, at, value)
+
+    return change
+
+
+def vpc(raw, subformat="dynamic"):
+    return converted(raw, "vpc", "-o", f"force_size=on,subformat={subformat}")
+
+
+@makes("vpc", "parent")
+def vpc_differencing(raw):
+    return footer_changed(vpc(raw), put(60, ">I", 4))
+
+
+@makes("vpc", "names a parent")
+def vpc_names_parent(raw):
+    image = vpc(raw)
+    with edited(image) as content:
+        content[512 + 64 : 512 + 72] = "p.vh".encode("utf-16-be")
+        header = content[512:1536]
+        header[36:40] = struct.pack(">I", vhd._checksum(bytes(header), at=36))
+        content[512:1536] = header
+    return image
+
+
+@makes("vpc", "saved state")
+def vpc_saved(raw):
+    return footer_changed(vpc(raw), put(84, ">B", 1))
+
+
+@makes("vpc", "temporary")
+def vpc_temporary(raw):
+    return footer_changed(vpc(raw), put(8, ">I", 3))
+
+
+@makes("vpc", "damaged footer")
+def vpc_damaged(raw):
+    return footer_changed(vpc(raw), put(70, ">B", 77), signed=False)
+
+
+@makes("vpc", "cut short")
+def vpc_cut(raw):
+    image = vpc(raw, "fixed")
+    content = image.read_bytes()
+    image.write_bytes(content[:1000] + content[1512:])
+    return image
+
+
+@makes("vpc", "geometry is less")
+def vpc_small_geometry(raw):
+    return footer_changed(vpc(raw), put(56, ">H", 1))
+
+
+@makes("vpc", "geometry is more")
+def vpc_large_geometry(raw):
+    return footer_changed(vpc(raw), put(56, ">H", 2000))
+
+
+# --- vhdx
+
+
+def vhdx_item(image, item):
+    """Where an item's entry stands in the table of metadata, and where its value does."""
+    content = image.read_bytes()
+    entry = content.index(item.bytes_le, 1 << 20)
+    table = content.index(b"metadata", 1 << 20)
+    return entry, table + struct.unpack_from("<I", content, entry + 16)[0]
+
+
+@makes("vhdx", "parent")
+def vhdx_with_parent(raw):
+    image = converted(raw, "vhdx")
+    _, value = vhdx_item(image, vhd._PARAMETERS)
+    with edited(image) as content:
+        content[value + 4] |= 2
+    return image
+
+
+@makes("vhdx", "log not replayed")
+def vhdx_log(raw):
+    image = converted(raw, "vhdx")
+    with edited(image) as content:
+        for at in vhd._HEADERS:
+            header = content[at : at + 4096]
+            header[48:64] = uuid.uuid4().bytes
+            header[4:8] = bytes(4)
+            header[4:8] = struct.pack("<I", vhd._crc32c(bytes(header)))
+            content[at : at + 4096] = header
+    return image
+
+
+@makes("vhdx", "unknown item")
+def vhdx_unknown_item(raw):
+    image = converted(raw, "vhdx")
+    entry, _ = vhdx_item(image, uuid.UUID("beca12ab-b2e6-4523-93ef-c309e000c746"))
+    with edited(image) as content:
+        content[entry : entry + 16] = uuid.uuid4().bytes
+        content[entry + 24] |= 4
+    return image
+
+
+# --- luks and all
+
+
+@makes("luks", "version")
+def luks_2(raw):
+    image = converted(raw, "luks")
+    with edited(image) as content:
+        content[7] = 2
+    return image
+
+
+@makes("any", "other protocol")
+def protocol(raw):
+    image = converted(raw, "qcow2")
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", "nbd://127.0.0.1:9/x", "-F", "raw", image)
+    return image
+
+
+@makes("any", "file elsewhere")
+def elsewhere(raw):
+    folder = raw.with_name("elsewhere")
+    folder.mkdir()
+    return overlay(raw.rename(folder / "base.raw"), "raw").rename(raw.with_name("top.qcow2"))
+
+
+@makes("any", "image of another format")
+def another_format(raw):
+    image = converted(raw, "qcow2")
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", raw.name, "-F", "vdi", image)
+    return image
+
+
+@makes("any", "another size")
+def another_size(raw):
+    """QEMU reads the end of a file whose header says so as a second header: here it says half of the size."""
+    image = converted(raw, "vmdk", "-o", "subformat=streamOptimized")
+    with edited(image) as content:
+        second = content[:512]
+        second[12:20] = struct.pack("<Q", raw.stat().st_size // 512 // 2)
+        content[56:64] = b"\xff" * 8
+        content.extend(struct.pack("<QII", 1, 0, 3).ljust(512, b"\0") + second + bytes(512))
+    return image
+
+
+def format_of(row, image):
+    return row.format if row.format != "any" else image.suffix[1:]
+
+
+@pytest.mark.parametrize("row", [*REFERENCES, *MARKS], ids=lambda row: f"{row.format}: {row.name}")
+def test_each_row_is_what_is_done_with_such_an_image(raw, row):
+    image = MADE[row.format, row.name](raw)
+    said = []
+    secret_file = image.with_name("passphrase")
+    if secret_file.exists():
+        assert secret_file.read_text() == PASSPHRASE
+
+    def open_it():
+        with open_volume(image, format_of(row, image), secret_file=secret_file_of(row, secret_file), warn=said.append):
+            pass
+
+    if row.decision is Decision.REFUSE:
+        with pytest.raises(VolumeUnreadableError, match=re.escape(row.reason)):
+            open_it()
+    else:
+        open_it()
+        assert [warned.public for warned in said if row.reason in warned.public] == [
+            warned.public for warned in said if row.decision is Decision.WARN
+        ]
+        assert bool(said) is (row.decision is Decision.WARN)
+        assert not any(str(image.parent) in warned.public for warned in said)
+
+
+def secret_file_of(row, secret_file):
+    return None if row.format == "raw" else secret_file
+
+
+def test_every_row_has_an_image_and_every_format_a_row():
+    assert MADE.keys() == {(row.format, row.name) for row in (*REFERENCES, *MARKS)}
+    assert {row.format for row in (*REFERENCES, *MARKS)} == {*FORMATS, "any"}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in MARKS if row.while_running], ids=lambda row: f"{row.format}: {row.name}"
+)
+def test_what_a_running_machine_leaves_is_not_judged_before_it_is_off(raw, row):
+    assert not examine(MADE[row.format, row.name](raw), row.format).warnings
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+@pytest.mark.parametrize("kind", ["flat extent", "dynamic vpc"])
+def test_data_that_lie_beyond_the_end_are_missed(raw, kind, share):
+    """QEMU reads zeros there."""
+    with edited(raw) as disk:
+        disk[:] = bytes(range(1, 256)) * (len(disk) // 255) + bytes(len(disk) % 255)
+    if kind == "flat extent":
+        image = flat(raw)
+        with edited(raw) as content:
+            del content[int(len(content) * share) :]
+    else:
+        image = vpc(raw)
+        with edited(image) as content:
+            del content[int(len(content) * share) : -512]
+    with pytest.raises(VolumeUnreadableError, match="cut short"), open_volume(image, image.suffix[1:]):
+        pass
+
+
+def test_what_a_guest_writes_into_the_first_sector_of_a_fixed_disk_is_not_its_header(raw):
+    image, dynamic = vpc(raw, "fixed"), vpc(raw.rename(raw.with_name("other.raw")))
+    with edited(image) as content:
+        content[:1536] = dynamic.read_bytes()[:1536]
+    with pytest.raises(ImageRefusedError, match="footer is damaged"), open_volume(image, "vpc"):
+        pass
+
+
+def test_a_sparse_file_without_sectors_cannot_name_files(raw):
+    """QEMU would read the descriptor in it as that of other files."""
+    image = converted(raw, "vmdk")
+    with edited(image) as content:
+        content[12:20] = bytes(8)
+    with pytest.raises(VolumeUnreadableError, match="has no sectors"), open_volume(image, "vmdk"):
+        pass
+    outer = flat(raw, kind="twoGbMaxExtentSparse", extents=[f'RW 16384 SPARSE "{image.name}"'])
+    outer = outer.rename(outer.with_name("outer.vmdk"))
+    image.write_bytes(bytes(content))
+    with pytest.raises(VolumeUnreadableError, match="has no sectors"), open_volume(outer, "vmdk"):
+        pass
+
+
+IMAGES = [("qcow2", 65536), ("vpc", 2048), ("vhdx", 262144 + 1024), ("vmdk", 2048), ("luks", 592)]
+
+
+@pytest.mark.parametrize(("image_format", "length"), IMAGES, ids=[name for name, _ in IMAGES])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_header_is_understood_or_refused(raw, image_format, length, data):
+    image = raw.with_name(f"disk.{image_format}")
+    if not image.exists():
+        converted(raw, image_format)
+    damaged, content = image.with_name(f"damaged.{image_format}"), image.read_bytes()
+    at = data.draw(st.integers(0, length))
+    value = data.draw(st.binary(min_size=1, max_size=16) | st.sampled_from([b"\xff" * 8, bytes(8)]))
+    damaged.write_bytes(content[:at] + value + content[at + len(value) :])
+    try:
+        examined = examine(damaged, image_format)
+    except VolumeError as error:
+        assert str(damaged) in str(error)  # noqa: PT017 (either is right)
+    else:
+        assert examined.files

@@ -1,0 +1,289 @@
+"""The files that an image refers to: which are accepted, and that what was looked at is what is read."""
+
+import os
+import shutil
+
+import pytest
+
+from support.block_devices import loop_device
+from support.images import converted, qemu_img
+from thrave.volumes import inspection
+from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
+from thrave.volumes.opening import examine, open_volume
+
+pytestmark = pytest.mark.usefixtures("nbd")
+
+SECRET = b"HOST-SECRET-"
+
+
+@pytest.fixture
+def host(raw, tmp_path):
+    """Two folders: the image's own, and another one of the host with a secret."""
+    own, elsewhere = tmp_path / "own", tmp_path / "elsewhere"
+    own.mkdir()
+    elsewhere.mkdir()
+    raw.rename(own / "base.raw")
+    size = (own / "base.raw").stat().st_size
+    (elsewhere / "secret.raw").write_bytes(SECRET * (size // len(SECRET)) + bytes(size % len(SECRET)))
+    converted(elsewhere / "secret.raw", "vmdk")
+    return tmp_path
+
+
+def content(image, image_format, **options):
+    with open_volume(image, image_format, **options) as volume:
+        buffer = bytearray(volume.size)
+        volume.read_into(0, memoryview(buffer))
+    return bytes(buffer)
+
+
+# How a name of a file elsewhere can be written, from the folder `own`.
+WRITTEN = {
+    "absolute": lambda host, name: str(host / "elsewhere" / name),
+    "dots": lambda _host, name: f"../elsewhere/{name}",
+    "link": lambda host, name: linked(host / "own" / f"link-{name}", host / "elsewhere" / name),
+    "link of a link": lambda host, name: linked(
+        host / "own" / f"second-{name}",
+        host / "own" / linked(host / "own" / f"first-{name}", host / "elsewhere" / name),
+    ),
+    "linked folder": lambda host, name: linked(host / "own" / "folder", host / "elsewhere") + f"/{name}",
+    "folder below": lambda host, name: copied(host / "own" / "below", host / "elsewhere" / name) + f"/{name}",
+}
+
+
+def linked(link, target):
+    link.symlink_to(target)
+    return link.name
+
+
+def copied(folder, file):
+    folder.mkdir()
+    shutil.copy(file, folder)
+    return folder.name
+
+
+def backing(host, name):
+    qemu_img("create", "-f", "qcow2", "-u", "-b", name("secret.raw"), "-F", "raw", host / "own" / "top.qcow2", "8M")
+    return "qcow2"
+
+
+def second_backing(host, name):
+    backing(host, name)
+    (host / "own" / "top.qcow2").rename(host / "own" / "middle.qcow2")
+    qemu_img("create", "-f", "qcow2", "-u", "-b", "middle.qcow2", "-F", "qcow2", host / "own" / "top.qcow2", "8M")
+    return "qcow2"
+
+
+def parent(host, name):
+    child = host / "own" / "child.vmdk"
+    qemu_img("create", "-f", "vmdk", "-b", host / "elsewhere" / "secret.vmdk", "-F", "vmdk", child)
+    text = child.read_bytes()
+    old, new = str(host / "elsewhere" / "secret.vmdk").encode(), name("secret.vmdk").encode()
+    child.write_bytes(text.replace(old + b'"', (new + b'"').ljust(len(old) + 1, b"\n"), 1))
+    return "vmdk"
+
+
+def extent(host, name):
+    described(host / "own" / "flat.vmdk", name("secret.raw"))
+    return "vmdk"
+
+
+def described(path, name):
+    path.write_text(
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
+        f'createType="monolithicFlat"\nRW 16384 FLAT "{name}" 0\n'
+    )
+    return path
+
+
+REFERS = {"backing": backing, "second backing": second_backing, "parent": parent, "extent": extent}
+TOP = {"backing": "top.qcow2", "second backing": "top.qcow2", "parent": "child.vmdk", "extent": "flat.vmdk"}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("refers", REFERS)
+def test_a_file_elsewhere_is_refused_and_read_where_its_folder_was_named(host, refers, written):
+    image_format = REFERS[refers](host, lambda name: WRITTEN[written](host, name))
+    image = host / "own" / TOP[refers]
+    with pytest.raises(VolumeUnreadableError, match="neither the image's own folder nor") as caught:
+        content(image, image_format)
+    assert str(host) not in caught.value.public
+    directory = host / ("own" if written == "folder below" else "elsewhere")
+    assert SECRET in content(image, image_format, directories=(directory,))
+
+
+@pytest.mark.parametrize("name", ["file:base.raw", "nbd:127.0.0.1:9", "fat:/etc", 'json:{"driver":"null-co"}', "a:b/c"])
+def test_a_protocol_is_refused(host, name):
+    top = host / "own" / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-u", "-b", name, "-F", "raw", top, "8M")
+    with pytest.raises(VolumeUnreadableError, match="not a local file"):
+        content(top, "qcow2")
+    described(host / "own" / "flat.vmdk", name.replace('"', ""))
+    with pytest.raises(VolumeUnreadableError, match="not a local file"):
+        content(host / "own" / "flat.vmdk", "vmdk")
+
+
+def test_words_of_an_image_move_no_terminal(host):
+    top = host / "own" / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-u", "-b", "nbd://x/\033]0;owned\a\u202e", "-F", "raw", top, "1M")
+    with pytest.raises(VolumeUnreadableError) as caught:
+        content(top, "qcow2")
+    assert str(caught.value).isprintable()
+    assert caught.value.public.isprintable()
+
+
+def test_the_image_may_be_named_by_a_link_and_its_real_folder_counts(host):
+    top = host / "own" / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", host / "own" / "base.raw", "-F", "raw", top)
+    link = host / "elsewhere" / "link.qcow2"
+    link.symlink_to(top)
+    assert content(link, "qcow2") == (host / "own" / "base.raw").read_bytes()
+
+
+def test_what_is_no_file_is_not_opened(host):
+    top = host / "own" / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-u", "-b", "pipe", "-F", "raw", top, "1M")
+    os.mkfifo(host / "own" / "pipe")
+    with pytest.raises(VolumeUnreadableError, match="neither a regular file nor a block device"):
+        content(top, "qcow2")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make block devices")
+def test_an_image_on_a_device_may_not_refer_to_other_devices(host):
+    """Its folder would be /dev."""
+    top = host / "own" / "top.qcow2"
+    with loop_device(host / "elsewhere" / "secret.raw") as other:
+        qemu_img("create", "-f", "qcow2", "-u", "-b", other, "-F", "raw", top, "8M")
+        with loop_device(top) as device, pytest.raises(VolumeUnreadableError, match="neither the image's own folder"):
+            content(device, "qcow2")
+
+
+@pytest.fixture(params=["qcow2", "vmdk", "flat"])
+def chain(request, host):
+    """A chain of images, all in their own folder, and the files that it consists of."""
+    own = host / "own"
+    base = own / "base.raw"
+    if request.param == "flat":
+        return described(own / "flat.vmdk", "base.raw"), "vmdk", [own / "flat.vmdk", base]
+    if request.param == "vmdk":
+        below, top = converted(base, "vmdk"), own / "top.vmdk"
+        qemu_img("create", "-f", "vmdk", "-b", below, "-F", "vmdk", top)
+        return top, "vmdk", [top, below]
+    middle, top = own / "middle.qcow2", own / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", base, "-F", "raw", middle)
+    qemu_img("create", "-f", "qcow2", "-b", middle, "-F", "qcow2", top)
+    return top, "qcow2", [top, middle, base]
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["topmost", "lowest"])
+def test_a_file_that_is_exchanged_after_it_was_looked_at_changes_nothing_that_is_read(host, chain, monkeypatch, which):
+    image, image_format, files = chain
+    true = (host / "own" / "base.raw").read_bytes()
+    looked = inspection.Inspection.check
+
+    def exchange(self, secret_file):
+        files[which].rename(host / "moved")
+        files[which].symlink_to(host / "elsewhere" / "secret.raw")
+        return looked(self, secret_file)
+
+    monkeypatch.setattr(inspection.Inspection, "check", exchange)
+    read = bytearray(len(true))
+    with (
+        pytest.raises(VolumeChangedError, match=files[which].name),
+        open_volume(image, image_format) as volume,
+    ):
+        volume.read_into(0, memoryview(read))
+    assert bytes(read) == true
+
+
+CHANGES = {
+    "written": lambda file, _other: overwritten(file),
+    "mtime set back": lambda file, _other: mtime_set_back(file),
+    "longer": lambda file, _other: os.truncate(file, file.stat().st_size + 512),
+    "removed": lambda file, _other: file.unlink(),
+    "renamed over": lambda file, other: shutil.copy(file, other).rename(file),
+    "another file by a link": lambda file, other: relinked(file, other),  # noqa: PLW0108 (it is defined below)
+}
+
+
+def overwritten(file):
+    with file.open("r+b") as disk:
+        disk.seek(file.stat().st_size // 2)
+        disk.write(b"WRITTEN MEANWHILE")
+
+
+def mtime_set_back(file):
+    before = file.stat()
+    overwritten(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def relinked(file, other):
+    shutil.copy(file, other)
+    file.unlink()
+    file.symlink_to(other)
+
+
+def read_while(change, image, image_format):
+    """Read the volume, and change it after the first bytes."""
+    with open_volume(image, image_format) as volume:
+        volume.read_into(0, memoryview(bytearray(4096)))
+        change()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", [0, -1], ids=["topmost", "lowest"])
+def test_a_file_that_is_changed_while_it_is_read_is_told(host, chain, which, change):
+    image, image_format, files = chain
+    with pytest.raises(VolumeChangedError, match=files[which].name) as caught:
+        read_while(lambda: CHANGES[change](files[which], host / "own" / "other"), image, image_format)
+    assert str(host) not in caught.value.public
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_so_is_a_raw_volume(host, change):
+    disk = host / "own" / "base.raw"
+    with pytest.raises(VolumeChangedError, match=r"base\.raw"):
+        read_while(lambda: CHANGES[change](disk, host / "own" / "other"), disk, "raw")
+
+
+def test_an_error_of_the_block_is_not_hidden_by_the_change(host):
+    disk = host / "own" / "base.raw"
+
+    def fail():
+        overwritten(disk)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        read_while(fail, disk, "raw")
+
+
+def test_reading_alone_changes_nothing(host, chain):
+    image, image_format, _ = chain
+    for _ in range(2):
+        assert content(image, image_format) == (host / "own" / "base.raw").read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make block devices")
+def test_a_device_that_is_written_to_while_it_is_read_is_told(host):
+    with loop_device(host / "own" / "base.raw") as device:
+        content(device, "raw")
+        with pytest.raises(VolumeChangedError, match=device.name):
+            read_while(lambda: written_through(device), device, "raw")
+
+
+def written_through(device):
+    disk = os.open(device, os.O_WRONLY)
+    try:
+        os.pwrite(disk, b"x" * 4096, 4096)
+        os.fsync(disk)
+    finally:
+        os.close(disk)
+
+
+def test_which_files_a_volume_lies_in_and_which_of_them_are_written_to(chain):
+    image, image_format, files = chain
+    examined = examine(image, image_format)
+    numbers = {(file.stat().st_dev, file.stat().st_ino) for file in files}
+    assert {tuple(one) for one in examined.files} == numbers
+    written = files if image.name == "flat.vmdk" else files[:1]
+    assert {tuple(one) for one in examined.written} == {(file.stat().st_dev, file.stat().st_ino) for file in written}
