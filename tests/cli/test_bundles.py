@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from support.images import encrypted, secret_beside, written_to
+from support.images import converted, encrypted, qemu_img, secret_beside, written_to
 from support.sealed import VECTORS
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY, INTERRUPTED = 1, 2, 3, 4, 10, 11, 130
@@ -237,6 +237,46 @@ def test_what_was_written_is_removed_when_sealing_fails(thrave, image, tmp_path,
     status, _, stderr = thrave(*sealing(image, tmp_path / "b"))
     assert (status, "too early" in stderr) == (FAILED, True)
     assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_an_image_that_is_changed_while_it_is_sealed_gives_no_bundle(thrave, image, tmp_path, monkeypatch):
+    from thrave.volumes.raw import RawVolume
+
+    read = RawVolume.read_into
+
+    def read_and_change(self, offset, buffer):
+        read(self, offset, buffer)
+        with image.open("r+b") as disk:
+            disk.write(b"WRITTEN MEANWHILE")
+
+    monkeypatch.setattr(RawVolume, "read_into", read_and_change)
+    status, _, stderr = thrave(*sealing(image, tmp_path / "b"))
+    assert (status, "was changed while it was read" in stderr) == (FAILED, True)
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_what_an_image_says_of_itself_is_in_the_answer(thrave, thrave_json, image, tmp_path):
+    disk = converted(image, "qcow2")
+    qemu_img("snapshot", "-c", "before", disk)
+    made = thrave_json(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
+    (warning,) = made["warnings"]
+    assert "internal snapshots" in warning
+    _, _, stderr = thrave(*sealing(disk, tmp_path / "c", "--format", "qcow2"))
+    assert f"Warning: {warning}." in stderr
+
+
+def test_a_file_that_the_image_refers_to_lies_where_it_may(thrave, thrave_json, image, tmp_path):
+    templates = tmp_path / "templates"
+    templates.mkdir()
+    disk = tmp_path / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", image.rename(templates / "base.raw"), "-F", "raw", disk)
+    status, _, stderr = thrave(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
+    assert (status, "nor one of the image directories" in stderr) == (FAILED, True)
+    assert not (tmp_path / "b").exists()
+    options = ("--format", "qcow2", "--image-directory", templates)
+    made = thrave_json(*sealing(disk, tmp_path / "b", *options))
+    thrave_json("open", made["manifest"], "--key", KEYS / "user-pk.pem", "-o", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == (templates / "base.raw").read_bytes()
 
 
 def test_interrupting_it_leaves_nothing_behind(tmp_path):

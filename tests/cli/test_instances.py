@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from support.images import qemu_img
+
 
 @pytest.fixture
 def data(tmp_path):
@@ -89,10 +91,71 @@ def test_tags_are_kept_as_they_are_given(thrave_json, add, data):
     assert file["tags"] == shown["tags"]
 
 
-def test_a_secret_is_named_by_its_file(thrave_json, add, tmp_path, monkeypatch):
+def test_a_secret_is_named_by_its_file(thrave_json, add, disk, tmp_path, monkeypatch):
+    qemu_img("create", "-f", "qcow2", disk, "1M")
     monkeypatch.chdir(tmp_path)
     shown = thrave_json(*add("--format", "qcow2", "--secret-file", "passphrase"))
     assert shown["rootVolume"]["secretFile"] == str(tmp_path / "passphrase")
+
+
+@pytest.mark.parametrize(
+    ("is_really", "said", "advice"),
+    [
+        ("qcow2", "raw", "give --format qcow2"),
+        ("vpc", "raw", "give --format vpc"),
+        ("vmdk", "qcow2", "give --format vmdk"),
+        ("raw", "qcow2", "a raw disk is --format raw"),
+        ("vdi", "raw", "qemu-img convert"),
+    ],
+)
+def test_an_image_of_another_format_than_is_said_is_refused(thrave, add, data, disk, is_really, said, advice):
+    qemu_img("create", "-f", is_really, *(("-o", "subformat=fixed") if is_really == "vpc" else ()), disk, "1M")
+    status, stdout, stderr = thrave(*add("--format", said))
+    assert (status, stdout, advice in stderr) == (2, "", True)
+    assert not list((data / "instances").glob("*.json"))
+
+
+def test_a_disk_that_its_machine_has_encrypted_itself_is_raw(thrave, add, disk):
+    disk.write_bytes(b"LUKS\xba\xbe\0\1".ljust(4096, b"\0"))
+    status, _, stderr = thrave(*add())
+    assert (status, "read as a raw disk all the same (luks)" in stderr) == (0, True)
+
+
+def test_an_image_that_could_not_be_bundled_is_named(thrave, add, disk):
+    qemu_img("create", "-f", "qcow2", "-u", "-b", "/etc/hostname", "-F", "raw", disk, "1M")
+    status, _, stderr = thrave(*add("--format", "qcow2"))
+    assert status == 0
+    assert "Warning: it cannot be bundled as it is: cannot read /etc/hostname" in stderr
+
+
+@pytest.mark.parametrize("how", ["the same name", "hard link", "symbolic link", "file of its chain", "its other disk"])
+def test_a_disk_of_another_instance_that_is_not_off_is_refused(thrave, thrave_json, add, disk, tmp_path, how):
+    others = ("--volume", disk) if how == "its other disk" else ()
+    first = thrave_json(*add(*others))["instanceId"]
+    second = tmp_path / "second.img"
+    options = ["--state", "stopped"]
+    match how:
+        case "hard link":
+            second.hardlink_to(disk)
+        case "symbolic link":
+            second.symlink_to(disk)
+        case "file of its chain":
+            qemu_img("create", "-f", "qcow2", "-b", disk, "-F", "raw", second)
+            options += ["--format", "qcow2"]
+        case _:
+            second = disk
+    words = [second if word == disk else word for word in add(*options)]
+    status, _, stderr = thrave(*words)
+    assert (status, f"is also a disk of the instance {first}" in stderr) == (1, True)
+    thrave_json("instance", "stop", first, "--data", words[words.index("--data") + 1])
+    assert thrave(*words)[0] == 0
+
+
+def test_a_template_below_two_overlays_is_nobodys_alone(thrave_json, add, disk, tmp_path):
+    for name in ("one.qcow2", "two.qcow2"):
+        overlay = tmp_path / name
+        qemu_img("create", "-f", "qcow2", "-b", disk, "-F", "raw", overlay)
+        thrave_json(*[overlay if word == disk else word for word in add("--format", "qcow2")])
 
 
 def test_a_relative_path_is_taken_from_here(thrave_json, add, disk, monkeypatch):

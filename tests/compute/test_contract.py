@@ -201,6 +201,22 @@ def test_a_hold_is_good_for_as_long_as_the_instance_is_off(instances, instance_i
         hold.check()
 
 
+def test_who_has_a_disk_is_told_unless_it_is_off(inventory, instances, instance_id, disk):
+    other = inventory.add()
+    asked = []
+
+    def is_same(volume):
+        asked.append(volume.path)
+        return volume.path == disk
+
+    (name,) = instances.users_of(is_same, besides=instance_id)
+    assert (disk in asked, instance_id in name) == (True, False)
+    assert len(instances.users_of(is_same, besides="i-00000000")) == 2
+    assert not instances.users_of(lambda _: False, besides="i-00000000")
+    instances.request_stop(other)
+    assert not instances.users_of(is_same, besides=instance_id)
+
+
 def test_removing_forgets_the_instance_and_leaves_its_volume(inventory, instances, instance_id, disk):
     with instances.hold(instance_id), pytest.raises(InstanceHeld):
         inventory.remove(instance_id)

@@ -4,13 +4,15 @@ import hashlib
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from botocore.exceptions import ClientError, WaiterError
 
 from support.disks import make_disk
+from support.images import converted
 from support.opened import opened_sha256
-from thrave.compute.instance import InstanceState
+from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.testing import ThraveServer
 
 MIB = 1 << 20
@@ -270,3 +272,50 @@ def test_a_volume_that_cannot_be_read_fails_the_task_and_the_waiter(thrave_serve
     (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
     assert task["BundleTaskError"]["Code"] == "Server.VolumeError"
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
+
+
+def ended_as(ec2, bundle_id):
+    _, task = wait(ec2, bundle_id, "failed", "complete")
+    return task["State"], task.get("BundleTaskError", {})
+
+
+def test_a_file_that_another_machine_was_started_on_meanwhile_is_not_read(thrave_server, alice, tmp_path):
+    account, key = alice
+    root = make_disk(tmp_path / "root.raw", MIB)
+    other = thrave_server.instance(account.account_id, root, state=InstanceState.STOPPED)
+    file = thrave_server.data.instances / f"{other.instance_id}.json"
+    starts_other = ("sed", "-i", "s/stopped/running/", str(file))
+    instance = thrave_server.instance(account.account_id, root, stop_command=starts_other)
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    state, error = ended_as(ec2, bundle_id)
+    assert (state, error["Code"]) == ("failed", "Server.VolumeError")
+    assert error["Message"] == "root.raw is also a disk of another machine, which is not off"
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
+
+
+@pytest.mark.parametrize("where", ["before", "meanwhile"])
+def test_an_image_that_is_no_whole_disk_is_not_read(thrave_server, alice, tmp_path, where):
+    account, key = alice
+    root = converted(make_disk(tmp_path / "root.raw", MIB), "qcow2")
+    part = tmp_path / "part.qcow2"
+    part.write_bytes(root.read_bytes()[:79] + b"\x02" + root.read_bytes()[80:])  # marked as corrupt
+    if where == "before":
+        part.rename(root)
+    command = ("cp", str(part), str(root))
+    volume = VolumeFile(path=root, format="qcow2")
+    raw = thrave_server.instance(account.account_id, root, stop_command=command)
+    thrave_server.instances.remove(raw.instance_id)
+    instance = replace(raw, root_volume=volume)
+    thrave_server.instances.add(instance)
+    if where == "before":
+        with pytest.raises(
+            ClientError, match=r"IncorrectInstanceState.*root\.qcow2: it is marked as corrupt"
+        ) as refused:
+            bundled(thrave_server, key, instance.instance_id)
+        assert str(tmp_path) not in str(refused.value)
+        return
+    ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
+    state, error = ended_as(ec2, bundle_id)
+    assert (state, error["Code"]) == ("failed", "Server.VolumeError")
+    assert "root.qcow2: it is marked as corrupt" in error["Message"]
+    assert str(tmp_path) not in error["Message"]

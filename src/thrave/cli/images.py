@@ -22,6 +22,8 @@ def check_image(settings: Settings, instances: Instances, instance: Instance) ->
     from thrave.tasks.root_volume import check_root_volume
     from thrave.volumes.errors import VolumeError, VolumeSharedError
 
+    if instance.root_device_type != "instance-store":
+        return
     volume = instance.root_volume
     _check_format(volume)
     try:
@@ -39,8 +41,6 @@ def warn_of_image(settings: Settings, instances: Instances, instance: Instance) 
     """The same of a machine whose disk and format its hypervisor says: only warn."""
     from thrave.volumes.errors import VolumeError
 
-    if instance.root_device_type != "instance-store":
-        return
     try:
         check_image(settings, instances, instance)
     except click.UsageError as error:

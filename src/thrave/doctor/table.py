@@ -131,7 +131,7 @@ CHECKS: tuple[Check, ...] = (
         host.instances, needs=("libvirt",),
     ),
     Check(
-        "host", "root volumes", "Each is there, can be read, and is of a known format.",
+        "host", "root volumes", "Each is there, can be read, is what its format says, and refers to no file elsewhere.",
         "Let the service's user read them, and the files of their passphrases: an ACL, where libvirt changes the owner "
         "(docs/howto/bundle-libvirt-guests.md); mend `rootVolume`.",
         host.root_volumes, needs=("libvirt",),
