@@ -21,6 +21,7 @@ from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.failures import CAUSES
 from thrave.tasks.states import FOLLOWS
+from thrave.volumes.marks import MARKS, REFERENCES, Row
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
@@ -109,6 +110,41 @@ Codes that no store sends, such as `ConnectionRefused`, are Thrave's own.
 ## Statuses of other codes
 
 {statuses}"""
+
+
+IMAGES = """\
+# What disk images state of themselves
+
+An image file can refer to other files, and can say that it is not the whole disk or not to be trusted. The file's own
+words are read before QEMU opens it, and decide: `accept`; `warn`, which is accepted and reported in the task's notice
+or by `thrave bundle`; `refuse`. A mark that a running machine leaves in its image counts once the machine is off.
+
+A file that is accepted must lie in the real folder of the image that is bundled, or in one of the `image_directories`
+(`thrave bundle --image-directory`) or a folder below. Links are followed, once, and the file that they led to counts.
+QEMU is given open files and never a name. At the end every file is compared with what it was: size, times of change
+(also that of its status, which cannot be set back), and whether its name still leads to it. A block device has no such
+times: the kernel's count of writes is compared, which does not see writes by another host or through another device.
+
+A file that another machine, which is not off, writes to is not read, by whatever name that machine has it. A file that
+both machines only read, such as a template below their overlays, is not in the way.
+
+## Files that an image can refer to
+
+{references}
+## Marks
+
+{marks}"""
+
+
+def images() -> str:
+    """What is done about what images say of themselves."""
+    header = ("format", "what it says", "where", "decision", "message")
+
+    def rows(table: Iterable[Row]) -> Iterable[Iterable[object]]:
+        for row in table:
+            yield row.format, row.name, row.where, f"`{row.decision}`", row.reason
+
+    return IMAGES.format(references=table(header, rows(REFERENCES)), marks=table(header, rows(MARKS)))
 
 
 def crash_points() -> str:
@@ -214,6 +250,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/table.py", doctor),
     "crash-points.md": ("src/thrave/tasks/crash_points.py", crash_points),
+    "disk-images.md": ("src/thrave/volumes/marks.py", images),
     "task-states.md": ("src/thrave/tasks/states.py", states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
     "commands.md": ("the commands' own help", commands),
