@@ -6,7 +6,7 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from thrave.database import account, migrate, open_engine, utc_now
+from thrave.database import account, is_unavailable, migrate, open_engine, utc_now
 from thrave.identity.accounts import Accounts
 from thrave.vault import Vault
 
@@ -69,3 +69,35 @@ def test_any_sqlite_engine_has_unixepoch_with_fractions_in_statements_and_defaul
     engine.dispose()
     assert before * 1000 <= stored <= selected * 1000
     assert selected <= time.time()
+
+
+def failing(engine, statement):
+    with pytest.raises(sa.exc.DBAPIError) as failure, engine.begin() as connection:
+        connection.execute(sa.text(statement))
+    return failure.value
+
+
+def test_a_locked_database_is_unavailable(engine, tmp_path):
+    quick = sa.create_engine(f"sqlite:///{tmp_path / 'thrave.db'}", connect_args={"timeout": 0})
+    with engine.begin() as connection:
+        connection.execute(sa.insert(account).values(account_id="1" * 12, name="a", create_date=utc_now()))
+        assert is_unavailable(failing(quick, "DELETE FROM account"))
+    quick.dispose()
+
+
+def test_a_full_or_damaged_database_is_unavailable(tmp_path):
+    small = sa.create_engine(f"sqlite:///{tmp_path / 'small.db'}")
+    with small.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE t (a BLOB)"))
+    sa.event.listen(small, "begin", lambda connection: connection.exec_driver_sql("PRAGMA max_page_count = 2"))
+    assert is_unavailable(failing(small, "INSERT INTO t VALUES (zeroblob(1000000))"))
+    small.dispose()
+    (tmp_path / "damaged.db").write_bytes(b"no database" * 1000)
+    assert is_unavailable(failing(sa.create_engine(f"sqlite:///{tmp_path / 'damaged.db'}"), "SELECT * FROM t"))
+    assert is_unavailable(failing(sa.create_engine(f"sqlite:///{tmp_path}/no/such/folder/x.db"), "SELECT 1"))
+
+
+def test_a_wrong_statement_is_a_fault_of_the_program(engine):
+    assert not is_unavailable(failing(engine, "SELECT * FROM no_such_table"))
+    assert not is_unavailable(failing(engine, "INSERT INTO account (name) VALUES (NULL)"))
+    assert not is_unavailable(ValueError())

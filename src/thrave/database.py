@@ -7,8 +7,11 @@ clear: columns named `sealed_…` hold what `vault.py` sealed with a key that is
 
 import sqlite3
 import time
+from collections.abc import Generator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
@@ -199,20 +202,83 @@ vault_proof = sa.Table(
 )  # fmt: skip
 
 
-def open_engine(url: str) -> sa.Engine:
+TIMEOUT = 60.0  # seconds for one statement, unless a process needs its answers sooner
+_CONNECT_TIMEOUT = 10.0  # seconds
+_GRACE = 2.0  # seconds after which a server that should have ended a statement is taken for dead
+
+
+def open_engine(url: str, *, timeout: float = TIMEOUT) -> sa.Engine:
     """Open the database at a URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql://thrave@db.example/thrave`).
 
     SQLite is put into WAL mode, so that readers never wait for the writer, with a 30 s patience for the write lock.
     Connections to a server are tried before they are used again; a file does not go away. A server lets go of what a
-    host has locked that died, or stands still, in the middle of a transaction.
+    host has locked that died, or stands still, in the middle of a transaction. No wait for a server is without an end:
+    for a connection, for a free one of the pool, for a statement, and for a server that does not respond at all.
+
+    Args:
+        url: As above.
+        timeout: Seconds for one statement on a server.
     """
     given = sa.make_url(url)
     is_file = given.get_backend_name() == "sqlite"
     driven = given if is_file else given.set(drivername="postgresql+psycopg")
     # An error's text would show what was to be stored, sealed secrets and upload policies among it.
-    engine = sa.create_engine(driven, pool_pre_ping=not is_file, hide_parameters=True)
-    sa.event.listen(engine, "connect", _prepare_sqlite if is_file else _prepare_postgresql)
+    if is_file:
+        engine = sa.create_engine(driven, hide_parameters=True)
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        return engine
+    waits = min(timeout, _CONNECT_TIMEOUT)
+    defaults = {
+        "connect_timeout": int(waits),
+        "tcp_user_timeout": int(waits * 1000),
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+    }
+    engine = sa.create_engine(
+        driven,
+        pool_pre_ping=True,
+        pool_timeout=waits,
+        hide_parameters=True,
+        connect_args={name: value for name, value in defaults.items() if name not in given.query},
+    )
+    sa.event.listen(engine, "do_connect", partial(_connect_postgresql, timeout))
     return engine
+
+
+def _connect_postgresql(
+    timeout: float, _dialect: object, _record: object, args: tuple[object, ...], options: dict[str, object]
+) -> object:
+    """A connection to PostgreSQL whose statements end after `timeout` seconds, whatever becomes of the server."""
+    import psycopg  # noqa: PLC0415 (takes longer to import than SQLite to open)
+
+    class Connection(psycopg.Connection[tuple[object, ...]]):
+        """A connection that is closed when its server does not respond; a statement's own timeout is the server's."""
+
+        timeout: float | None = None
+
+        def wait(self, gen: Any, *more: Any, **options: Any) -> Any:  # noqa: ANN401 (as psycopg's own)
+            return super().wait(gen if self.timeout is None else self._limited(gen, self.timeout), *more, **options)
+
+        def _limited(self, gen: Generator[Any, Any, Any], timeout: float) -> Generator[Any, Any, Any]:
+            deadline = time.monotonic() + timeout
+            try:
+                waits_for = next(gen)
+                while True:
+                    ready = yield waits_for
+                    if not ready and time.monotonic() > deadline:
+                        self.pgconn.finish()
+                        raise psycopg.OperationalError(f"the server has not responded for {timeout:.0f} seconds")
+                    waits_for = gen.send(ready)
+            except StopIteration as end:
+                return end.value
+
+    connection = Connection.connect(*args, **options)  # type: ignore[arg-type]  # SQLAlchemy has made them
+    connection.timeout = timeout + _GRACE
+    connection.execute(f"SET idle_in_transaction_session_timeout = {_STANDSTILL}")
+    connection.execute(f"SET statement_timeout = {int(timeout * 1000)}")
+    connection.commit()
+    return connection
 
 
 def migrate(engine: sa.Engine) -> None:
@@ -220,7 +286,11 @@ def migrate(engine: sa.Engine) -> None:
     config = _migrations()
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":  # of several processes that start at once one does the work
+            driver: Any = connection.connection.driver_connection
+            driver.timeout = None  # a large table takes as long as it takes
+            connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            connection.detach()  # from the pool: it is closed in the end
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
@@ -232,6 +302,15 @@ def migrations(connection: sa.Connection) -> tuple[str | None, list[str]]:
     return made, [revision.revision for revision in known]
 
 
+_SQLITE_UNAVAILABLE = (
+    "SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_CORRUPT", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED", "SQLITE_NOMEM",
+    "SQLITE_NOTADB", "SQLITE_PROTOCOL", "SQLITE_READONLY",
+)  # fmt: skip
+# SQLSTATE classes: connection exception, insufficient resources, operator intervention, system error; and a transaction
+# that may only read. Source: PostgreSQL's documentation, appendix A.
+_STATES_UNAVAILABLE = ("08", "53", "57", "58", "25006")
+
+
 def is_unavailable(error: BaseException) -> bool:
     """Say whether an error means that the database does not answer: down, full, locked, out of connections.
 
@@ -240,12 +319,13 @@ def is_unavailable(error: BaseException) -> bool:
     """
     if isinstance(error, sa.exc.TimeoutError):  # all connections of the pool are in use
         return True
-    if isinstance(error, sa.exc.OperationalError):
-        # SQLite reports a wrong statement by the same class; it names its own codes since Python 3.11.
-        return getattr(error.orig, "sqlite_errorname", "") != "SQLITE_ERROR"
-    if isinstance(error, sa.exc.DBAPIError):
-        return error.connection_invalidated or isinstance(error, sa.exc.InterfaceError)
-    return False
+    if not isinstance(error, sa.exc.DBAPIError):
+        return False
+    if isinstance(error.orig, sqlite3.Error):  # its classes do not tell a wrong statement from a full disk
+        return getattr(error.orig, "sqlite_errorname", "").startswith(_SQLITE_UNAVAILABLE)
+    state = getattr(error.orig, "sqlstate", None) or ""
+    # psycopg gives OperationalError for most of them; a server that has become a standby is another matter to it.
+    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) or state.startswith(_STATES_UNAVAILABLE)
 
 
 def utc_now() -> datetime:
@@ -291,8 +371,3 @@ def _prepare_sqlite(connection: object, _record: object) -> None:
     for pragma in ("journal_mode=WAL", "busy_timeout=30000", "foreign_keys=ON", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
-
-
-def _prepare_postgresql(connection: object, _record: object) -> None:
-    connection.execute(f"SET idle_in_transaction_session_timeout = {_STANDSTILL}")  # type: ignore[attr-defined]  # as above
-    connection.commit()  # type: ignore[attr-defined]  # as above

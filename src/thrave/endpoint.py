@@ -33,6 +33,7 @@ from thrave.listening import Listener
 from thrave.tasks.requests import BundleTasks
 
 log = structlog.get_logger()
+DATABASE_TIMEOUT = 5.0  # seconds for a statement of an API process; then the caller gets `Unavailable`
 REQUEST_PATIENCE = 5.0  # seconds for which a caller waits while the store fails
 Listening = Callable[[str], None]
 """Told the URL once requests are answered."""
@@ -59,7 +60,7 @@ def serve_api(settings: Settings, listening: Listening) -> None:
     Raises:
         As `serve`.
     """
-    ground = open_ground(settings)
+    ground = open_ground(settings, database_timeout=DATABASE_TIMEOUT)
     _ = ground.service  # the first process of a fleet makes it, for the others to be given a copy
     fleet = ReportedInstances(ground.database)
     _listen(settings, create_app(_door(ground, fleet, fleet, fleet.host_of)), listening, None)

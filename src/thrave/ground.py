@@ -18,7 +18,7 @@ from thrave.buckets.s3 import Holder
 from thrave.compute.instances import Instances
 from thrave.compute.opening import open_instances
 from thrave.config import Settings
-from thrave.database import migrate, open_engine, vault_proof
+from thrave.database import TIMEOUT, migrate, open_engine, vault_proof
 from thrave.identity.accounts import Accounts
 from thrave.identity.service import ServiceIdentity
 from thrave.tasks.crash_points import crash_at
@@ -89,8 +89,12 @@ class Ground:
         return Holder(key.account_id, credentials)
 
 
-def open_ground(settings: Settings) -> Ground:
+def open_ground(settings: Settings, *, database_timeout: float = TIMEOUT) -> Ground:
     """Open the database and the vault in the data directory, making what is not there yet.
+
+    Args:
+        settings: Where they are.
+        database_timeout: Seconds for one statement on a server.
 
     Raises:
         VaultKeyError: The vault's key cannot be used, or is not the one that the database's secrets were sealed with.
@@ -99,7 +103,7 @@ def open_ground(settings: Settings) -> Ground:
         crash_at(settings.crash_at)
     directory = settings.directory
     directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    database = open_engine(settings.database)
+    database = open_engine(settings.database, timeout=database_timeout)
     migrate(database)
     vault = Vault.open_or_create(directory.vault_key)
     _prove(database, vault)

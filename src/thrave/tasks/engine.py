@@ -193,4 +193,7 @@ def _queue(host: str) -> str:
 
 
 def _quieten() -> None:
-    logging.getLogger("dbos").setLevel(logging.WARNING)
+    logger = logging.getLogger("dbos")
+    logger.setLevel(logging.WARNING)
+    logger.handlers.clear()  # its own handler would write past the limit that `logs.py` has for repeated lines
+    logger.propagate = True

@@ -1,0 +1,107 @@
+"""An API process whose PostgreSQL is stopped, frozen, or out of connections answers `Unavailable`, and soon."""
+
+import signal
+import time
+from contextlib import suppress
+
+import psutil
+import psycopg
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from support.fleet import Fleet
+from support.postgres import running_postgres
+
+pytestmark = pytest.mark.postgres
+QUIET = Config(retries={"total_max_attempts": 1}, read_timeout=120)  # seconds; it is the service that has to give up
+CALLS = ("describe_bundle_tasks", "describe_instances")
+MOST_LOG = 8192  # bytes
+WAIT = 60  # seconds
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A PostgreSQL of this module's own: what is done to it here would disturb others."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def fleet(server, tmp_path):
+    url = server.new_database()
+    name = url.rpartition("/")[2]
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {name} LOGIN")
+        connection.execute(f"ALTER DATABASE {name} OWNER TO {name}")
+        connection.execute(f"GRANT ALL ON SCHEMA public TO {name}")
+    fleet = Fleet(tmp_path, {"database_url": url.replace("thrave@", f"{name}@")})
+    fleet.role, fleet.superuser_url = name, url
+    fleet.api()
+    yield fleet
+    fleet.stop()
+
+
+def code_of(call):
+    with pytest.raises(ClientError) as refused:
+        call()
+    return refused.value.response["Error"]["Code"]
+
+
+def is_answered(client):
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        with suppress(ClientError):
+            client.describe_bundle_tasks()
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def check_unavailable(client, capfd, times):
+    capfd.readouterr()
+    for _ in range(times):
+        for call in CALLS:
+            assert code_of(getattr(client, call)) == "Unavailable"
+    logged = capfd.readouterr().err
+    assert "Traceback" not in logged
+    assert len(logged) < MOST_LOG
+
+
+def test_a_database_that_is_stopped(fleet, server, capfd):
+    client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
+    assert is_answered(client)
+    server.kill()
+    try:
+        check_unavailable(client, capfd, 20)
+    finally:
+        server.start()
+    assert is_answered(client)
+
+
+def test_a_database_without_a_free_connection(fleet, capfd):
+    client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
+    assert is_answered(client)
+    with psycopg.connect(fleet.superuser_url, autocommit=True) as connection:
+        connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT 0")
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [fleet.role])
+        check_unavailable(client, capfd, 20)
+        connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT -1")
+    assert is_answered(client)
+
+
+def test_a_database_that_does_not_respond(fleet, server, capfd):
+    """As behind a firewall that drops packets: its connections stay open, and nothing comes back."""
+    client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
+    assert is_answered(client)
+    frozen = [psutil.Process(server._process.pid)]
+    frozen += frozen[0].children(recursive=True)
+    for process in frozen:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        check_unavailable(client, capfd, 1)
+    finally:
+        for process in frozen:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+    assert is_answered(client)
