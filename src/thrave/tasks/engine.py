@@ -195,5 +195,7 @@ def _queue(host: str) -> str:
 def _quieten() -> None:
     logger = logging.getLogger("dbos")
     logger.setLevel(logging.WARNING)
-    logger.handlers.clear()  # its own handler would write past the limit that `logs.py` has for repeated lines
+    # DBOS gives its logger a handler of its own unless there is one. That would write past the limit that `logs.py` has
+    # for lines that repeat.
+    logger.handlers[:] = [logging.NullHandler()]
     logger.propagate = True
