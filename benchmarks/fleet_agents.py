@@ -31,6 +31,7 @@ from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL
 from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
 from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Stored, StoredObject
+from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.task import BundleTask
 
@@ -280,6 +281,7 @@ class SimulatedAgent:
             "accounts": ground.accounts,
             "instances": self._guests,
             "buckets": Store(),
+            "made_buckets": MadeBuckets(ground.database, ground.records(self.fence)),
             "store_patience": settings.s3_patience,
             "service": ground.service,
         }

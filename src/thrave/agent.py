@@ -22,6 +22,7 @@ from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.engine import Worker
 from thrave.tasks.fence import Fence
 from thrave.tasks.hosts import HostState
+from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.records import Records
 
 REPORT_INTERVAL = 1.0  # seconds
@@ -55,6 +56,7 @@ class Agent:
             accounts=ground.accounts,
             instances=ground.instances,
             buckets=ground.buckets,
+            made_buckets=MadeBuckets(ground.database, records),
             store_patience=self._settings.s3_patience,
             service=ground.service,
             shutdown_grace=self._settings.shutdown_grace,
@@ -81,6 +83,8 @@ class Agent:
         keep = timedelta(days=self._settings.task_retention_days)
         self._begin("caretaker", caretaker.INTERVAL, caretaker.Caretaker(records, ground.instances, name).look)
         self._begin("left-overs", leftovers.INTERVAL, left_over.look)
+        made = MadeBuckets(ground.database, records)
+        self._begin("made buckets", leftovers.INTERVAL, partial(made.look, ground.buckets, name))
         self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
 
     def wait(self) -> None:

@@ -94,6 +94,8 @@ bundle_task = sa.Table(
     sa.Column("bucket", sa.String(255), nullable=False),
     sa.Column("prefix", sa.String(1024), nullable=False),
     sa.Column("access_key_id", sa.String(32), nullable=False),
+    # Whether its request created the bucket; null once nothing is to be done about that any more.
+    sa.Column("made_bucket", sa.Boolean),
     sa.Column("sealed_grant", sa.LargeBinary),  # upload policy and signature; erased when the task ends
     sa.Column("sealed_secrets", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
@@ -119,6 +121,11 @@ task_in_progress = bundle_task.c.state.not_in([sa.literal_column("'complete'"), 
 sa.Index(
     "bundle_task_in_progress", bundle_task.c.instance_id, unique=True,
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
+)  # fmt: skip
+
+sa.Index(
+    "bundle_task_made_bucket", bundle_task.c.host,
+    sqlite_where=bundle_task.c.made_bucket.is_not(None), postgresql_where=bundle_task.c.made_bucket.is_not(None),
 )  # fmt: skip
 
 # What a host asks for every second must not cost more with every task that has ended.

@@ -65,6 +65,32 @@ def test_creating_ones_own_bucket_again_changes_nothing(buckets, bucket):
     assert buckets.get(bucket, "key") == b"data"
 
 
+def test_create_says_whether_it_created_the_bucket(buckets, name):
+    assert buckets.create(name, ALICE) is True
+    assert buckets.create(name, ALICE) is False
+
+
+def test_remove_removes_an_empty_bucket_and_its_owner(store, buckets, bucket):
+    assert buckets.remove(bucket, ALICE) is True
+    assert buckets.owner(bucket) is None
+    assert buckets.remove(bucket, ALICE) is True
+    assert buckets.create(bucket, ALICE) is True
+
+
+def test_remove_keeps_a_bucket_that_holds_something_and_its_owner(buckets, bucket):
+    buckets.put(bucket, "folder/key", b"data")
+    assert buckets.remove(bucket, ALICE) is False
+    assert (buckets.owner(bucket), buckets.get(bucket, "folder/key")) == (ALICE, b"data")
+
+
+def test_somebody_elses_bucket_is_not_removed(store, buckets, bucket):
+    try:
+        removed = store.of(BOB).remove(bucket, BOB)
+    except AccessDenied:
+        removed = False
+    assert (removed, buckets.owner(bucket)) == (False, ALICE)
+
+
 def test_somebody_elses_bucket_cannot_be_created(store, buckets, bucket):
     with pytest.raises(BucketAlreadyExists):
         store.of(BOB).create(bucket, BOB)

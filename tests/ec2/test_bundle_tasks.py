@@ -14,6 +14,7 @@ from support.storage import policy, signature, storage
 from thrave.compute.instance import InstanceState
 from thrave.ec2.app import create_app
 from thrave.tasks.failures import TaskFailure
+from thrave.tasks.requests import BundlingInProgress
 from thrave.tasks.states import BundleTaskState
 
 INSTANCE = "i-1234567890abcdef0"
@@ -57,6 +58,21 @@ def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secre
 def test_a_new_bucket_is_created_for_its_owner(house, ec2, windows):
     bundle(ec2, house.key)
     assert house.door.buckets.owner("my-bucket") == house.key.account_id
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_request_refused_after_its_bucket_was_created_leaves_no_bucket(house, ec2, windows, monkeypatch, was_there):
+    """The instance gets a task from another caller while the bucket is claimed."""
+    if was_there:
+        house.door.buckets.create("my-bucket", house.key.account_id)
+
+    def refuse(_request):
+        raise BundlingInProgress("bun-1")
+
+    monkeypatch.setattr(house.door.tasks, "create", refuse)
+    _, code, _ = refusal(bundle, ec2=ec2, key=house.key)
+    assert code == "BundlingInProgress"
+    assert house.door.buckets.owner("my-bucket") == (house.key.account_id if was_there else None)
 
 
 def test_the_bucket_may_belong_to_another_account_that_signed_the_policy(house, ec2, windows):

@@ -33,6 +33,7 @@ from thrave.ec2.errors import EC2Error
 from thrave.ground import open_ground
 from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.leftovers import LeftOvers
+from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.task import BundleRequest
 from thrave.testing import upload_policy
 
@@ -165,6 +166,7 @@ class FaultBench:
             accounts=self._ground.accounts,
             instances=self._ground.instances,
             buckets=self._buckets(kind, temper),
+            made_buckets=MadeBuckets(self._ground.database, self._records),
             service=self._ground.service,
             shutdown_grace=settings.shutdown_grace,
             shutdown_timeout_action=settings.shutdown_timeout_action,

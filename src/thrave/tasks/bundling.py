@@ -30,6 +30,7 @@ from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.journal import Documents
+from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.patience import patiently
 from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
 from thrave.tasks.records import Records
@@ -56,6 +57,7 @@ class Host:
     accounts: Accounts
     instances: Instances
     buckets: Buckets
+    made_buckets: MadeBuckets
     service: ServiceIdentity
     shutdown_grace: float
     """Seconds that a guest has to power off."""
@@ -198,8 +200,9 @@ class Bundling:
         self._freezer.merge_within(self._host.stall_timeout)
 
     def remove(self) -> None:
-        """Take away what the task has stored."""
+        """Take away what the task has stored, and the bucket if the request created it and it is empty."""
         self._store.remove()
+        self._host.made_buckets.discard_of(self._host.buckets, self._task)
 
     def complete(self) -> None:
         """End the task well, unless it was cancelled at the last moment."""
@@ -288,6 +291,8 @@ class Bundling:
 def bundle(host: Host, bundle_id: str) -> None:
     """Do the task `bundle_id`, unless it has ended (cancelled before it began) or another host has adopted it."""
     task = host.records.get(bundle_id)
+    if task is not None and task.state is BundleTaskState.FAILED and task.host == host.name:
+        host.made_buckets.discard_of(host.buckets, task)  # cancelled before it was begun
     if task is not None and task.state not in FINISHED and task.host == host.name:
         host.records.take_up(bundle_id)
         Bundling(host, task).run()

@@ -77,7 +77,8 @@ class Records:
             "bundle_id": bundle_id, "account_id": request.account_id, "owner_id": request.owner_id,
             "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
             "start_time": now, "update_time": now, "bucket": request.bucket, "prefix": request.prefix,
-            "access_key_id": request.access_key_id, "sealed_grant": self._vault.seal(grant, context=bundle_id),
+            "access_key_id": request.access_key_id, "made_bucket": request.made_bucket or None,
+            "sealed_grant": self._vault.seal(grant, context=bundle_id),
         }  # fmt: skip
         connection.execute(bundle_task.insert(), row)
         connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState.PENDING))
@@ -133,7 +134,7 @@ class Records:
     def complete(self, bundle_id: str) -> bool:
         """Finish a task as `complete`, erasing what it had to keep secret; say whether it is complete now."""
         complete = BundleTaskState.COMPLETE
-        done = self._move(bundle_id, before(complete), state=complete, progress=100, **_ERASED)
+        done = self._move(bundle_id, before(complete), state=complete, progress=100, made_bucket=None, **_ERASED)
         return done or self._is(bundle_id, complete)
 
     def fail(self, bundle_id: str, failure: TaskFailure, *, only_from: BundleTaskState | None = None) -> bool:
@@ -189,6 +190,18 @@ class Records:
     def unmerged(self, host: str) -> list[BundleTask]:
         """The ended tasks of a host whose overlays could not be merged."""
         return self.find(bundle_task.c.host == host, bundle_task.c.frozen.is_not(None), sa.not_(task_in_progress))
+
+    def with_made_buckets(self, on_host: str) -> list[BundleTask]:
+        """The failed tasks of a host, or of hosts that were given up, whose buckets may have to be removed."""
+        there = sa.or_(bundle_task.c.host == on_host, _HOSTLESS)
+        failed = bundle_task.c.state == sa.literal_column("'failed'")
+        return self.find(bundle_task.c.made_bucket.is_not(None), failed, there)
+
+    def settle_bucket(self, bundle_id: str) -> None:
+        """Record that nothing is to be done about the bucket any more that the task's request created."""
+        with self._engine.begin() as connection:
+            mine = bundle_task.c.bundle_id == bundle_id
+            connection.execute(bundle_task.update().where(mine).values(made_bucket=None))
 
     def left_over(self, on_host: str | None = None, *, ended_after: datetime | None = None) -> list[BundleTask]:
         """The failed tasks that still have objects in a bucket (`journal(…).objects()`).

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
+from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.records import Records
 from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.task import BundleRequest, BundleTask
@@ -87,6 +88,8 @@ class BundleTasks:
         self._host_of = host_of
         self._retention = retention
         self._per_account = per_account
+        self.made_buckets = MadeBuckets(engine, records)
+        """The buckets that requests create."""
         self._ended: dict[str, BundleTask] = {}  # seen by their owners; they never change again, so one look is enough
 
     def create(self, request: BundleRequest) -> BundleTask:

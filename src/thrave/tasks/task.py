@@ -25,6 +25,8 @@ class BundleRequest:
     upload_policy: str = field(repr=False)
     """The base64 text that was signed: of a policy that came encoded twice, the layer that the signature is over."""
     upload_policy_signature: str = field(repr=False)
+    made_bucket: bool = False
+    """Whether the request created the bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class BundleTask:
     bucket: str
     prefix: str
     access_key_id: str
+    made_bucket: bool | None
+    """Whether the request created the bucket, and the bucket is to be removed if the task fails."""
     was_running: bool | None
     """Whether the instance ran before the task touched it; None until that is known."""
     look_after_until: datetime | None

@@ -4,6 +4,7 @@ BundleInstance makes every check that can be made at request time, in one fixed 
 last has passed. The work itself is done elsewhere (`thrave.tasks`); nothing here waits for it.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from thrave.compute.instance import Instance, InstanceState
@@ -13,6 +14,7 @@ from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
 from thrave.ec2.protocol import Parameters, Result
+from thrave.tasks.made_buckets import BucketBusyError
 from thrave.tasks.requests import (
     BundleTaskNotCancellable,
     BundleTaskNotFound,
@@ -50,8 +52,7 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
             Unavailable, InaccessibleStorageLocation.
     """
     request = _checked(door, caller, parameters)
-    claim_bucket(door, Storage.of(parameters["Storage"]["S3"]), request.owner_id)
-    return _create(door, request)
+    return _claim_and_create(door, Storage.of(parameters["Storage"]["S3"]), request)
 
 
 def check_bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> None:
@@ -155,6 +156,22 @@ def _check_service(door: Door, instance: Instance) -> None:
     trouble = door.store_trouble()
     if trouble is not None:
         raise EC2Error("Unavailable", said=f"{trouble} (the operator: thrave doctor)")
+
+
+def _claim_and_create(door: Door, storage: Storage, request: BundleRequest) -> Result:
+    """Claim the bucket and record the task; if the task is refused, remove the bucket that was created for it."""
+    made = False
+    made_buckets = door.tasks.made_buckets
+    try:
+        with made_buckets.claiming(storage.bucket):
+            made = claim_bucket(door, storage, request.owner_id)
+            return _create(door, replace(request, made_bucket=made))
+    except BucketBusyError:
+        raise EC2Error("Unavailable", said=f"the bucket '{storage.bucket}' is being removed") from None
+    except Exception:
+        if made:
+            made_buckets.discard(door.buckets.on_behalf_of(storage.access_key_id), storage.bucket, request.owner_id)
+        raise
 
 
 def _create(door: Door, request: BundleRequest) -> Result:

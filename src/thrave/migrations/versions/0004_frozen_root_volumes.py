@@ -1,4 +1,4 @@
-"""root volumes that are frozen while their instances run on overlays."""
+"""root volumes that are frozen while their instances run on overlays, and buckets that requests created."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -15,3 +15,6 @@ def upgrade() -> None:
     op.create_index(
         'bundle_task_frozen', 'bundle_task', ['host', 'instance_id'], sqlite_where=frozen, postgresql_where=frozen
     )
+    op.add_column('bundle_task', sa.Column('made_bucket', sa.Boolean(), nullable=True))
+    made = sa.text('made_bucket IS NOT NULL')
+    op.create_index('bundle_task_made_bucket', 'bundle_task', ['host'], sqlite_where=made, postgresql_where=made)

@@ -1,0 +1,153 @@
+"""Buckets that requests created: removed if no task completed in them, kept in every other case."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from thrave.buckets.directory import DirectoryBuckets
+from thrave.database import migrate, open_engine
+from thrave.tasks import made_buckets as module
+from thrave.tasks.failures import Cancelled
+from thrave.tasks.made_buckets import BucketBusyError, MadeBuckets
+from thrave.tasks.records import Records
+from thrave.tasks.states import BundleTaskState
+from thrave.tasks.task import BundleRequest
+from thrave.vault import Vault
+
+OWNER, BUCKET, HOST = "111111111111", "my-bucket", "localhost"
+REQUEST = BundleRequest(
+    account_id=OWNER, owner_id=OWNER, instance_id="i-1", bucket=BUCKET, prefix="winami", access_key_id="AKIA",
+    upload_policy="e30=", upload_policy_signature="none", made_bucket=True,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def engine(request, tmp_path):
+    url = f"sqlite:///{tmp_path / 'thrave.db'}"
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres").new_database()
+    engine = open_engine(url)
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def records(engine, tmp_path):
+    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+
+
+@pytest.fixture
+def made(engine, records):
+    return MadeBuckets(engine, records)
+
+
+@pytest.fixture
+def buckets(tmp_path):
+    buckets = DirectoryBuckets(tmp_path / "buckets")
+    assert buckets.create(BUCKET, OWNER) is True
+    return buckets
+
+
+@pytest.fixture
+def add(engine, records):
+    """Records a task; gives it."""
+
+    def add(bundle_id, **changes):
+        request = replace(REQUEST, **{"instance_id": f"i-{bundle_id}", "prefix": bundle_id, **changes})
+        with engine.begin() as connection:
+            records.add(connection, bundle_id, HOST, request)
+        return records.get(bundle_id)
+
+    return add
+
+
+def fail(records, bundle_id):
+    records.fail(bundle_id, Cancelled())
+
+
+def test_bucket_of_a_failed_task_is_removed_with_its_owner(add, records, made, buckets, tmp_path):
+    add("bun-1")
+    fail(records, "bun-1")
+    made.look(buckets, HOST)
+    assert buckets.owner(BUCKET) is None
+    assert [*(tmp_path / "buckets" / ".owners").iterdir()] == []
+    assert records.get("bun-1").made_bucket is None
+
+
+def test_bucket_stays_while_another_task_goes_there(add, records, made, buckets):
+    add("bun-1")
+    add("bun-2", made_bucket=False)
+    fail(records, "bun-1")
+    made.look(buckets, HOST)
+    assert buckets.owner(BUCKET) == OWNER
+    fail(records, "bun-2")
+    made.look(buckets, HOST)
+    assert buckets.owner(BUCKET) is None
+
+
+def test_bucket_that_holds_something_stays_and_keeps_its_owner(add, records, made, buckets):
+    add("bun-1")
+    fail(records, "bun-1")
+    buckets.put(BUCKET, "mine", b"x")
+    made.look(buckets, HOST)
+    assert (buckets.owner(BUCKET), records.get("bun-1").made_bucket) == (OWNER, None)
+
+
+def test_bucket_that_was_there_before_stays(add, records, made, buckets):
+    add("bun-1", made_bucket=False)
+    fail(records, "bun-1")
+    made.look(buckets, HOST)
+    assert buckets.owner(BUCKET) == OWNER
+
+
+def test_bucket_of_a_complete_task_stays(add, records, made, buckets):
+    add("bun-1")
+    for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
+        records.move("bun-1", state)
+    assert records.complete("bun-1")
+    made.look(buckets, HOST)
+    assert (buckets.owner(BUCKET), records.get("bun-1").made_bucket) == (OWNER, None)
+
+
+def test_bucket_is_not_removed_between_its_claim_and_the_record_of_its_task(add, records, made, buckets, monkeypatch):
+    """The second request finds the bucket that the first task's failure is about to remove."""
+    monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
+    add("bun-1")
+    fail(records, "bun-1")
+    with made.claiming(BUCKET):
+        assert buckets.create(BUCKET, OWNER) is False
+        made.look(buckets, HOST)
+        assert buckets.owner(BUCKET) == OWNER
+        add("bun-2", made_bucket=False)
+    made.look(buckets, HOST)
+    assert buckets.owner(BUCKET) == OWNER
+
+
+def test_bucket_is_not_claimed_while_it_is_removed(engine, records, made, buckets, monkeypatch):
+    monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
+    removing, over = threading.Event(), threading.Event()
+
+    class Slow:
+        def remove(self, bucket, owner):
+            removing.set()
+            over.wait(60)
+            return buckets.remove(bucket, owner)
+
+    thread = threading.Thread(target=made.discard, args=(Slow(), BUCKET, OWNER))
+    thread.start()
+    assert removing.wait(60)
+    try:
+        with pytest.raises(BucketBusyError), MadeBuckets(engine, records).claiming(BUCKET):
+            pass
+    finally:
+        over.set()
+        thread.join()
+    with made.claiming(BUCKET):
+        assert buckets.owner(BUCKET) is None
+
+
+def test_many_claim_a_bucket_at_once(engine, records, made):
+    with made.claiming(BUCKET), MadeBuckets(engine, records).claiming(BUCKET):
+        pass
