@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 
 import structlog
 from starlette.types import ASGIApp
@@ -22,7 +21,7 @@ from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl, PowerRequests
 from thrave.config import Settings
-from thrave.doctor.standing import StandingChecks, volume_trouble
+from thrave.doctor.standing import StandingChecks, VolumeChecks
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
 from thrave.ec2.permissions import Permissions
@@ -49,8 +48,8 @@ def serve(settings: Settings, listening: Listening) -> None:
     ground = open_ground(settings)
     power = PowerRequests(ground.instances, grace=settings.shutdown_grace)
     door = _door(ground, ground.instances, power, lambda _instance_id: settings.host_name)
-    look = partial(volume_trouble, instances=ground.instances, directories=settings.image_directories)
-    app = create_app(replace(door, volume_trouble=look))
+    volumes = VolumeChecks(ground.instances, settings.image_directories)
+    app = create_app(replace(door, volume_trouble=volumes.trouble))
     _listen(settings, app, listening, Agent(ground))
 
 

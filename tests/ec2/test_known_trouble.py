@@ -11,7 +11,7 @@ from support.storage import storage
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
 from thrave.doctor import standing
-from thrave.doctor.standing import StandingChecks, volume_trouble
+from thrave.doctor.standing import StandingChecks, VolumeChecks
 from thrave.ec2.app import create_app
 
 INSTANCE = "i-1234567890abcdef0"
@@ -48,12 +48,42 @@ def test_an_instance_whose_volume_cannot_be_read_is_not_stopped(house, ec2, lead
     (tmp_path / "gone.raw").touch()
     house.instances._folder.create(house_description(house, volume(tmp_path)))
     (tmp_path / "gone.raw").unlink()
-    lead_to(volume_trouble=volume_trouble)
+    lead_to(volume_trouble=VolumeChecks(house.instances, ()).trouble)
     status, code, message = refusal(ec2, house)
     assert (status, code) == (400, "IncorrectInstanceState")
     assert ("thrave doctor" in message, str(tmp_path) in message) == (True, False)
     assert house.instances.state(INSTANCE) is InstanceState.RUNNING
     assert house.door.buckets.owner("my-bucket") is None
+
+
+def test_a_volume_that_another_machine_writes_to_is_not_bundled(house, ec2, lead_to):
+    house.add_instance(INSTANCE)
+    house.add_instance("i-00000000000000001")
+    lead_to(volume_trouble=VolumeChecks(house.instances, ()).trouble)
+    status, code, message = refusal(ec2, house)
+    assert (status, code) == (400, "IncorrectInstanceState")
+    assert "is also a disk of another machine, which is not off" in message
+    assert house.instances.state(INSTANCE) is InstanceState.RUNNING
+
+
+def test_a_volume_that_does_not_answer_keeps_nobody_waiting(house, monkeypatch):
+    house.add_instance(INSTANCE)
+    instance, go_on = house.instances.get(INSTANCE), threading.Event()
+    looks = []
+
+    def hang(*_):
+        looks.append(1)
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(standing, "_PATIENCE", 0.1)
+    monkeypatch.setattr(standing, "check_root_volume", hang)
+    checks = VolumeChecks(house.instances, ())
+    assert [checks.trouble(instance) for _ in range(3)] == ["its root volume does not answer"] * 3
+    assert looks == [1]
+    go_on.set()
+    checks._silent[INSTANCE].join()
+    monkeypatch.setattr(standing, "check_root_volume", lambda *_: ())
+    assert checks.trouble(instance) is None
 
 
 def house_description(house, volume):

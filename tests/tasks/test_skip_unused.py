@@ -66,5 +66,5 @@ def test_a_volume_that_cannot_be_told_fails_its_task_with_the_reason(server, ali
         finished(server, alice, path, "refused")
     (task,) = waiting.value.last_response["BundleTasks"]
     assert task["BundleTaskError"]["Code"] == "Server.VolumeError"
-    assert f"{path}: cannot leave out what is unused: " in task["BundleTaskError"]["Message"]
+    assert f"{path.name}: cannot leave out what is unused: " in task["BundleTaskError"]["Message"]
     assert words in task["BundleTaskError"]["Message"]

@@ -9,9 +9,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
+from thrave.compute.errors import InstanceError
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Instances
 from thrave.config import Settings
@@ -60,27 +62,65 @@ class StandingChecks:
         return perform(check, self._subject) if finding.outcome is Outcome.FAILED else finding
 
 
-def volume_trouble(
-    instance: Instance, instances: Instances | None = None, directories: Sequence[Path] = ()
-) -> str | None:
-    """Why the root volume of an instance of this machine cannot be bundled, for its owner; the log says more.
+class VolumeChecks:
+    """Root volumes of this machine, looked at when somebody asks for a bundle; safe to use from several threads.
+
+    A disk may not answer at all: then the caller is told so after `_PATIENCE` seconds, and nobody else waits for it
+    until it does.
 
     Args:
-        instance: The instance.
         instances: All of this machine, of which another may have the same file.
-        directories: Where files may lie that its image refers to.
+        directories: Where files may lie that an image refers to, besides its own folder.
     """
-    fault = host.bundling_fault(instance)
-    said = "its root volume cannot be read"
-    if fault is None and instances is not None:
+
+    def __init__(self, instances: Instances, directories: Sequence[Path]) -> None:
+        self._instances = instances
+        self._directories = directories
+        self._silent: dict[str, threading.Thread] = {}
+
+    def trouble(self, instance: Instance) -> str | None:
+        """Why the root volume of an instance cannot be bundled, for its owner; None if nothing is known.
+
+        Raises:
+            InstanceError: The hypervisor does not tell who else has the file.
+        """
+        ended: list[_Trouble | InstanceError | None] = []
+        earlier = self._silent.get(instance.instance_id)
+        if earlier is None or not earlier.is_alive():
+            look = threading.Thread(target=lambda: ended.append(self._look(instance)), name="root volume", daemon=True)
+            look.start()
+            look.join(_PATIENCE)
+            if look.is_alive():
+                self._silent[instance.instance_id] = look
+        found = ended[0] if ended else _Trouble("it does not answer", "its root volume does not answer")
+        if isinstance(found, InstanceError):
+            raise found
+        if found is None:
+            return None
+        log.warning("an instance cannot be bundled", instance=instance.instance_id, seen=found.seen)
+        return found.said
+
+    def _look(self, instance: Instance) -> "_Trouble | InstanceError | None":
         try:
-            check_root_volume(instances, instance.instance_id, instance.root_volume, directories)
+            fault = host.bundling_fault(instance)
+            if fault is not None:
+                return _Trouble(fault, "its root volume cannot be read")
+            check_root_volume(self._instances, instance.instance_id, instance.root_volume, self._directories)
         except VolumeError as error:
-            fault, said = str(error), f"its root volume cannot be bundled: {error.public}"
-    if fault is None:
+            return _Trouble(str(error), f"its root volume cannot be bundled: {error.public}")
+        except InstanceError as error:
+            return error
+        except Exception:  # it must not end in silence
+            log.exception("a look at a root volume failed")
+            return _Trouble("the look at it failed", "its root volume cannot be read")
         return None
-    log.warning("an instance cannot be bundled", instance=instance.instance_id, seen=fault)
-    return said
+
+
+class _Trouble(NamedTuple):
+    """What is wrong with a root volume, for the log and for its owner."""
+
+    seen: str
+    said: str
 
 
 def _cheap(subject: Subject) -> set[str]:
