@@ -28,6 +28,7 @@ def proxy(seaweedfs):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def houses(request, seaweedfs, proxy, tmp_path_factory):
+    # Long enough for a store on a busy machine: only the fault itself may run into the timeout.
     settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 8, "s3_patience": 10, **SETTINGS[request.param]}
     folder = tmp_path_factory.mktemp("house")
     with ThraveServer.running(folder / "thrave", **settings) as server:
@@ -63,7 +64,7 @@ def bundle_files(house):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_passes_is_survived(fault, what, first, houses, house, proxy):
+def test_task_completes_after_a_temporary_fault(fault, what, first, houses, house, proxy):
     rule = Rule(SENT_AS[houses[0]][what], fault, first=first)
     with proxy.doing(rule):
         task = bundle(house)

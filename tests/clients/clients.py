@@ -7,6 +7,8 @@ from typing import Literal
 from clients.kits import Debian, DebianGo, Kit, Npm, PyPI
 
 UNREAD = "fails on an answer without `progress`, as EC2 gives of a pending task; what it asked for is done"
+# Python 3.12 removed what the copies of `six` in these packages import their modules with.
+OLD_SIX = (3, 11)
 GOCODE = "/usr/share/gocode/src/github.com/aws"
 
 
@@ -36,10 +38,10 @@ class Client:
 CLIENTS = (
     Client(name="boto3, newest", kit=PyPI("boto3==1.44.5", "boto3_driver.py")),
     # 1.9 and older import names that Python 3.10 took out of `collections`.
-    Client(name="boto3, oldest for Python 3.11", kit=PyPI("boto3==1.10.0", "boto3_driver.py")),
+    Client(name="boto3, oldest for Python 3.11", kit=PyPI("boto3==1.10.0", "boto3_driver.py", OLD_SIX)),
     Client(
         name="boto 2",
-        kit=PyPI("boto==2.49.0", "boto2_driver.py"),
+        kit=PyPI("boto==2.49.0", "boto2_driver.py", OLD_SIX),
         api_version="2014-10-01",
         signs_policy=True,
     ),

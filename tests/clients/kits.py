@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import pytest
+
 from support.components import require, require_file, unavailable
 
 CACHE = Path(__file__).parents[2] / ".cache" / "clients"
@@ -39,21 +41,38 @@ class Kit(Protocol):
 
 @dataclass(frozen=True)
 class PyPI:
-    """A Python package of an exact version, in a virtual environment of its own."""
+    """A Python package of an exact version, in a virtual environment of its own.
+
+    Attributes:
+        newest_python: The newest Python that can import it, if it is not the newest of all.
+    """
 
     requirement: str
     driver: str
+    newest_python: tuple[int, int] | None = None
 
     def prepare(self) -> Command:
-        python = cached(self.requirement, self._install) / "bin" / "python"
+        interpreter = self._interpreter()
+        python = cached(self.requirement, lambda folder: self._install(folder, interpreter)) / "bin" / "python"
         if self.driver.endswith(".py"):
             return Command((str(python), str(DRIVERS / self.driver)))
         return Command((str(DRIVERS / self.driver),), {"AWS_CLI": str(python.with_name("aws"))})
 
-    def _install(self, folder: Path) -> None:
-        run(sys.executable, "-m", "venv", "--without-pip", folder)
+    def _install(self, folder: Path, interpreter: str) -> None:
+        run(interpreter, "-m", "venv", "--without-pip", folder)
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin" / "python")
         run(*pip, "install", "--quiet", "--no-compile", self.requirement)
+
+    def _interpreter(self) -> str:
+        """Return a Python that can import the package; skip the test without one, in CI too: nothing is missing."""
+        if self.newest_python is None or sys.version_info[:2] <= self.newest_python:
+            return sys.executable
+        major, newest = self.newest_python
+        for program in (f"python{major}.{minor}" for minor in range(newest, 7, -1)):
+            # A shim of pyenv is there also for a version that is not selected.
+            if shutil.which(program) and subprocess.run([program, "-c", ""], check=False).returncode == 0:
+                return program
+        pytest.skip(f"{self.requirement} needs Python {major}.{newest} or older, and none is here")
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ mon data = {folder}/mon
 mon data avail crit = 1
 [osd]
 osd data = {folder}/osd
+osd class dir = {classes}
 osd objectstore = bluestore
 osd class update on start = false
 osd crush update on start = false
@@ -195,7 +196,9 @@ class _Ceph:
         for name in ("mon", "osd", "rgw", "run", "log"):
             (self._folder / name).mkdir(parents=True)
         fsid = str(uuid.uuid4())
-        conf = _CEPH_CONF.format(folder=self._folder, fsid=fsid, mon=mon, dns_name=DNS_NAME)
+        # Debian 13's Ceph looks for them relative to the working directory, and RGW does not start without.
+        (classes,) = Path("/usr/lib").glob("*/rados-classes")
+        conf = _CEPH_CONF.format(folder=self._folder, fsid=fsid, mon=mon, dns_name=DNS_NAME, classes=classes)
         (self._folder / "ceph.conf").write_text(conf)
         self._start_monitor(fsid, mon)
         self._start_disk()
