@@ -15,14 +15,14 @@ CLIENT_PACKAGES := awscli golang-go golang-github-aws-aws-sdk-go-dev golang-gith
 	ruby ruby-aws-sdk libnet-amazon-ec2-perl libvm-ec2-perl $(shell command -v npm >/dev/null || echo nodejs npm)
 BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 
-.PHONY: demo test test-fast check bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
+.PHONY: demo test test-fast check package bench bench-api bench-fleet bench-stores bench-downtime clients stores docs format clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
 
 test: $(INSTALLED) packages
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/coverage run -m pytest -n 3 --dist loadfile
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 
@@ -35,6 +35,9 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_docs.py --check
+
+package: $(INSTALLED)
+	$(BIN)/python scripts/check-package
 
 bench: $(INSTALLED)
 	@scripts/system-packages $(BENCH_PACKAGES)
