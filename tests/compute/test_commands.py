@@ -10,7 +10,7 @@ import pytest
 from thrave.compute.commands import STATE_WORDS
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed
-from thrave.compute.instance import InstanceState
+from thrave.compute.instance import InstanceState, OffReason
 
 
 def python(code, *words):
@@ -49,6 +49,43 @@ def test_a_command_finds_the_environment_and_the_instances_id(instances, added, 
 def test_the_state_is_what_the_state_command_prints(instances, added, word):
     instance_id = added(state_command=("printf", "%s", word))
     assert instances.state(instance_id) is STATE_WORDS[word.strip().lower()]
+
+
+@pytest.mark.parametrize(
+    ("printed", "state", "reason"),
+    [
+        ("shut off (shutdown)\n\n", InstanceState.STOPPED, OffReason.SHUT_DOWN),  # virsh domstate --reason
+        ("shut off (destroyed)", InstanceState.STOPPED, OffReason.POWER_CUT),
+        ("shut off (crashed)", InstanceState.STOPPED, OffReason.CRASHED),
+        ("shut off (saved)", InstanceState.STOPPED, OffReason.SAVED),
+        ("shut off (migrated)", InstanceState.STOPPED, OffReason.MIGRATED),
+        ("shut off (failed)", InstanceState.STOPPED, OffReason.UNKNOWN),
+        ("shut off (from snapshot)", InstanceState.STOPPED, OffReason.SHUT_DOWN),
+        ("shut off (daemon)", InstanceState.STOPPED, OffReason.LOST_POWER),
+        ("shut off (unknown)", InstanceState.STOPPED, OffReason.UNKNOWN),
+        ("stopped (lost-power)", InstanceState.STOPPED, OffReason.LOST_POWER),
+        ("Stopped (Shut-Down)", InstanceState.STOPPED, OffReason.SHUT_DOWN),
+        ("stopped", InstanceState.STOPPED, None),
+        ("running (booted)", InstanceState.RUNNING, None),
+        ("paused (starting up)", InstanceState.RUNNING, None),
+    ],
+)
+def test_state_command_may_say_why_an_instance_is_off(instances, added, printed, state, reason):
+    instance = instances.get(added(state_command=("printf", "%s", printed)))
+    assert (instance.state, instance.off_reason) == (state, reason)
+
+
+def test_state_command_with_an_unknown_reason_is_refused(instances, added):
+    instance_id = added(state_command=("printf", "%s", "stopped (on holiday)"))
+    with pytest.raises(InstanceCommandFailed, match="printed the reason 'on holiday', none of: shut-down"):
+        instances.get(instance_id)
+
+
+def test_reason_in_the_file_goes_with_the_state_that_it_is_for(instances, added):
+    instance_id = added(state="stopped", off_reason=OffReason.CRASHED)
+    assert instances.get(instance_id).off_reason is OffReason.CRASHED
+    instances.start(instance_id)
+    assert instances.get(instance_id).off_reason is None
 
 
 @pytest.mark.parametrize("word", ["", "crashed", "no state", "running\nrunning", "x" * 100_000])

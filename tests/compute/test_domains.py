@@ -10,7 +10,7 @@ from support.domain_xml import BLOCK, CDROM, NETWORK, POOL_VOLUME, UUID, WINDOWS
 from thrave.compute.domain_metadata import FrozenRoot, Record
 from thrave.compute.domain_xml import MOST_CHARACTERS, DomainFaultError, Mirror, pool_type, read_definition
 from thrave.compute.domains import (
-    LOST_POWER,
+    OFF_REASONS,
     STATES,
     STOPPED_BECAUSE,
     PoolVolume,
@@ -18,9 +18,10 @@ from thrave.compute.domains import (
     instance_of,
     instance_state,
     lost_power,
+    off_reason,
     root_disk,
 )
-from thrave.compute.instance import InstanceState
+from thrave.compute.instance import InstanceState, OffReason
 from thrave.compute.libvirt_numbers import DomainState, ShutoffReason, StoppedDetail
 from thrave.compute.overlay_steps import obstacle_to_overlay, overlay_for
 
@@ -164,7 +165,7 @@ def test_each_state_has_its_word():
 
 
 def test_each_reason_to_be_off_is_on_purpose_or_not():
-    assert set(LOST_POWER) == set(ShutoffReason)
+    assert set(OFF_REASONS) == set(ShutoffReason)
     assert set(STOPPED_BECAUSE) == set(StoppedDetail)
     assert {reason.name for reason in ShutoffReason if not lost_power(reason, None)} == {
         "SHUTDOWN", "DESTROYED", "MIGRATED", "SAVED", "FROM_SNAPSHOT",
@@ -183,6 +184,17 @@ def test_each_reason_to_be_off_is_on_purpose_or_not():
 )
 def test_a_reason_that_was_told_is_remembered_for_a_daemon_that_forgets(reason, seen, lost):
     assert lost_power(reason, seen) is lost
+
+
+def test_off_reason_is_saved_whatever_the_daemon_remembers():
+    for reason in (*ShutoffReason, 99):
+        assert off_reason(reason, None, saved=True) is OffReason.SAVED
+
+
+def test_only_a_guest_that_powered_off_counts_as_shut_down():
+    shut_down = {reason.name for reason in ShutoffReason if off_reason(reason, None) is OffReason.SHUT_DOWN}
+    assert shut_down == {"SHUTDOWN", "FROM_SNAPSHOT"}
+    assert off_reason(99, None) is OffReason.UNKNOWN
 
 
 def test_a_running_definition_tells_of_its_agent_and_of_block_jobs():

@@ -6,10 +6,11 @@ guest itself, perhaps) is not ended; its output is dropped once the command has 
 """
 
 import os
+import re
 from collections.abc import Sequence
 
 from thrave.compute.errors import InstanceCommandFailed
-from thrave.compute.instance import InstanceState
+from thrave.compute.instance import InstanceState, OffReason
 from thrave.programs import Finished, Program, ProgramError, ProgramNotStartedError, environment
 
 INHERITED = ("LIBVIRT_DEFAULT_URI", "SSH_AUTH_SOCK")
@@ -31,6 +32,17 @@ STATE_WORDS: dict[str, InstanceState] = {
     "in shutdown": InstanceState.STOPPING,
     "shut off": InstanceState.STOPPED,
 }
+
+# What may stand in parentheses behind a word for `stopped`: our words, and what `virsh domstate --reason` says.
+OFF_WORDS: dict[str, OffReason] = {
+    **{reason.value: reason for reason in OffReason},
+    "shutdown": OffReason.SHUT_DOWN,
+    "destroyed": OffReason.POWER_CUT,
+    "failed": OffReason.UNKNOWN,
+    "from snapshot": OffReason.SHUT_DOWN,
+    "daemon": OffReason.LOST_POWER,
+}
+_WITH_REASON = re.compile(r"([a-z -]+?) \(([a-z -]+)\)")
 
 
 class Command:
@@ -92,18 +104,31 @@ class Command:
         return InstanceCommandFailed(self._instance_id, self._name, reason, status=status)
 
 
-def asked_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> InstanceState:
-    """The state that an instance's stateCommand prints.
+def asked_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> tuple[InstanceState, OffReason | None]:
+    """The state that an instance's stateCommand prints, and, if it is off, why, if the command says so.
+
+    A reason for another state is dropped, as virsh gives one for each: `running (booted)`.
 
     Raises:
-        InstanceCommandFailed: It failed, or printed a word that is not in STATE_WORDS.
+        InstanceCommandFailed: It failed, or printed a word that is not in STATE_WORDS, or one for `stopped` with a
+            reason that is not in OFF_WORDS.
     """
-    words = Command(instance_id, "stateCommand", argv, seconds=seconds).finish().strip().lower()
+    printed = Command(instance_id, "stateCommand", argv, seconds=seconds).finish().strip().lower()
+    parts = _WITH_REASON.fullmatch(printed)
+    words, reason = parts.groups() if parts else (printed, None)
+    off = STATE_WORDS.get(words) is InstanceState.STOPPED
+    if off and reason is not None and reason not in OFF_WORDS:
+        raise InstanceCommandFailed(
+            instance_id,
+            "stateCommand",
+            f"printed the reason {reason[:80]!r}, none of: {', '.join(OFF_WORDS)}",
+            status=0,
+        )
     if words not in STATE_WORDS:
         raise InstanceCommandFailed(
-            instance_id, "stateCommand", f"printed {words[:80]!r}, none of: {', '.join(STATE_WORDS)}", status=0
+            instance_id, "stateCommand", f"printed {printed[:80]!r}, none of: {', '.join(STATE_WORDS)}", status=0
         )
-    return STATE_WORDS[words]
+    return STATE_WORDS[words], OFF_WORDS[reason] if off and reason is not None else None
 
 
 def _last_line(err: bytes) -> str:

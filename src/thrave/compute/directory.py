@@ -179,8 +179,8 @@ class DirectoryInstances:
         description = self._folder.read(instance_id)
         if not description.state_command or description.state is InstanceState.TERMINATED:
             return description
-        state = asked_state(instance_id, description.state_command, seconds=_STATE_SECONDS)
-        return replace(description, state=self._on_its_way(description, state))
+        state, off = asked_state(instance_id, description.state_command, seconds=_STATE_SECONDS)
+        return replace(description, state=self._on_its_way(description, state), off_reason=off)
 
     def _on_its_way(self, description: Description, state: InstanceState) -> InstanceState:
         """The state its stateCommand has printed, as it is called on the way to being terminated."""

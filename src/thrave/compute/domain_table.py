@@ -18,7 +18,14 @@ from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import NAMESPACE, Record, read_record
 from thrave.compute.domain_records import DomainRecords
 from thrave.compute.domain_xml import Definition, DomainFaultError, pool_type, read_definition
-from thrave.compute.domains import PoolVolume, instance_id_of, instance_of, instance_state, volume_of
+from thrave.compute.domains import (
+    PoolVolume,
+    instance_id_of,
+    instance_of,
+    instance_state,
+    off_reason,
+    volume_of,
+)
 from thrave.compute.errors import (
     HypervisorError,
     HypervisorGoneError,
@@ -27,7 +34,7 @@ from thrave.compute.errors import (
     InvalidDescriptionError,
 )
 from thrave.compute.hypervisor import Hypervisor
-from thrave.compute.instance import Instance, InstanceState, VolumeFile
+from thrave.compute.instance import Instance, InstanceState, OffReason, VolumeFile
 from thrave.compute.libvirt_binding import Connection, Domain
 from thrave.compute.libvirt_numbers import DomainState, XmlFlag
 
@@ -44,6 +51,7 @@ class Sighting:
         name: What its operator calls it.
         uuid: In libvirt's notation.
         state: A virDomainState, and `reason` why it is in it.
+        off: Why it is off; None if it is not.
         live: The definition of the running one.
         config: What it is started from the next time; a transient domain has none.
         adopted: It has our element, so it is to be an instance.
@@ -56,6 +64,7 @@ class Sighting:
     uuid: str
     state: int
     reason: int
+    off: OffReason | None = None
     live: Definition | None = None
     config: Definition | None = None
     adopted: bool = False
@@ -132,6 +141,10 @@ class DomainTable:
     def look(self, domain: Domain) -> Sighting:
         """A domain as it is now. Raises libvirtError."""
         sighting = _sighting(domain)
+        if sighting.state == DomainState.SHUTOFF:
+            stopped = self._events.of(sighting.uuid).stopped
+            off = off_reason(sighting.reason, stopped, saved=bool(domain.hasManagedSaveImage()))
+            sighting = replace(sighting, off=off)
         if not sighting.adopted or sighting.fault is not None:
             return sighting
         try:
@@ -147,7 +160,12 @@ class DomainTable:
         launch_time = sighting.record.launch_time
         assert launch_time is not None
         return instance_of(
-            sighting.definition, sighting.record, sighting.instance_state, launch_time, self._find_volume
+            sighting.definition,
+            sighting.record,
+            sighting.instance_state,
+            launch_time,
+            self._find_volume,
+            off=sighting.off,
         )
 
     def written_by(self, sighting: Sighting) -> Iterator[VolumeFile]:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from thrave.compute.domain_metadata import Record, RootDeviceType
 from thrave.compute.domain_xml import Definition, Disk, DomainFaultError
-from thrave.compute.instance import Instance, InstanceState, VolumeFile
+from thrave.compute.instance import Instance, InstanceState, OffReason, VolumeFile
 from thrave.compute.libvirt_numbers import DomainState, ShutoffReason, StoppedDetail
 
 # A domain that has its disks open counts as running, whatever its CPUs do. `SHUTDOWN` is libvirt's word for a guest
@@ -30,19 +30,23 @@ STATES: dict[int, InstanceState] = {
     DomainState.PMSUSPENDED: InstanceState.RUNNING,
 }
 
-# Whether a domain is off although nobody has stopped it. `UNKNOWN` is what a daemon says that was started after it went
-# off, so also after the host was; `DAEMON` that one gave up on it.
-LOST_POWER: dict[int, bool] = {
-    ShutoffReason.UNKNOWN: True,
-    ShutoffReason.SHUTDOWN: False,
-    ShutoffReason.DESTROYED: False,
-    ShutoffReason.CRASHED: True,
-    ShutoffReason.MIGRATED: False,
-    ShutoffReason.SAVED: False,
-    ShutoffReason.FAILED: True,
-    ShutoffReason.FROM_SNAPSHOT: False,
-    ShutoffReason.DAEMON: True,
+# Why a domain is off. `UNKNOWN` is what a daemon says that was started after the domain went off, so also after the
+# host was; `FAILED` that it could not be started, which hides why it was off before; `DAEMON` that the daemon gave up
+# on it. A snapshot that leaves a domain off was itself made while the domain was off.
+OFF_REASONS: dict[int, OffReason] = {
+    ShutoffReason.UNKNOWN: OffReason.UNKNOWN,
+    ShutoffReason.SHUTDOWN: OffReason.SHUT_DOWN,
+    ShutoffReason.DESTROYED: OffReason.POWER_CUT,
+    ShutoffReason.CRASHED: OffReason.CRASHED,
+    ShutoffReason.MIGRATED: OffReason.MIGRATED,
+    ShutoffReason.SAVED: OffReason.SAVED,
+    ShutoffReason.FAILED: OffReason.UNKNOWN,
+    ShutoffReason.FROM_SNAPSHOT: OffReason.SHUT_DOWN,
+    ShutoffReason.DAEMON: OffReason.LOST_POWER,
 }
+
+# Those for which nobody has stopped the domain.
+_LOST_POWER = frozenset({OffReason.UNKNOWN, OffReason.CRASHED, OffReason.LOST_POWER})
 
 # The same reasons, as the event says them.
 STOPPED_BECAUSE: dict[int, ShutoffReason] = {
@@ -112,16 +116,24 @@ def instance_state(state: int, *, terminated: bool) -> InstanceState:
 
 
 def lost_power(reason: int, seen: int | None) -> bool:
-    """Whether a domain that is off was not stopped by anybody.
+    """Whether a domain that is off was not stopped by anybody; the arguments are those of `off_reason`."""
+    return off_reason(reason, seen) in _LOST_POWER
+
+
+def off_reason(reason: int, seen: int | None, *, saved: bool = False) -> OffReason:
+    """Why a domain that is off is off.
 
     Args:
-        reason: Why it is off, as libvirt says.
-        seen: The detail of the last event that told that it stopped, if one was seen. A daemon that was started anew
-            since does not know the reason any more.
+        reason: A virDomainShutoffReason.
+        seen: The detail of the last event of its stopping, if there was one. A daemon that was started since does not
+            know the reason any more.
+        saved: Whether it has a managed-save image.
     """
+    if saved:
+        return OffReason.SAVED
     if reason == ShutoffReason.UNKNOWN and seen is not None:
         reason = STOPPED_BECAUSE.get(seen, ShutoffReason.UNKNOWN)
-    return LOST_POWER.get(reason, True)
+    return OFF_REASONS.get(reason, OffReason.UNKNOWN)
 
 
 def root_disk(definition: Definition, record: Record | None) -> Disk:
@@ -144,9 +156,15 @@ def root_disk(definition: Definition, record: Record | None) -> Disk:
 
 
 def instance_of(
-    definition: Definition, record: Record, state: InstanceState, launch_time: datetime, find_volume: FindVolume
+    definition: Definition,
+    record: Record,
+    state: InstanceState,
+    launch_time: datetime,
+    find_volume: FindVolume,
+    *,
+    off: OffReason | None = None,
 ) -> Instance:
-    """The instance that a domain is.
+    """The instance that a domain is; `off` is why it is off.
 
     Raises:
         DomainFaultError: It is none: it has no disk, or an architecture that EC2 does not know, or what its record says
@@ -166,6 +184,7 @@ def instance_of(
         root_volume=_root_volume(root, record, find_volume),
         volumes=tuple(volume for volume in others if volume is not None),
         state=state,
+        off_reason=off,
         launch_time=launch_time,
         tags=dict(record.tags),
     )

@@ -106,10 +106,10 @@ class DescriptionFolder:
             raise InstanceAlreadyExists(description.instance_id)
 
     def change(self, instance_id: str, state: InstanceState, *, launch_time: datetime | None = None) -> None:
-        """Write the file anew with another state, and a launch time if one is given; all else stays."""
+        """Write the file anew with another state, and a launch time if one is given; a reason of the old one goes."""
         with locked(self._lock_path(instance_id, "change"), wait=True):
             before = self.read(instance_id)
-            after = replace(before, state=state, launch_time=launch_time or before.launch_time)
+            after = replace(before, state=state, off_reason=None, launch_time=launch_time or before.launch_time)
             files.sweep(self._root)
             files.replace(self._path(instance_id), descriptions.write(after), spool=self._root)
 

@@ -47,6 +47,40 @@ _STATE_CODES = {
     InstanceState.STOPPED: 80,
 }
 
+
+class OffReason(StrEnum):
+    """Why an instance is off. Only one that was shut down has surely written everything to its volumes."""
+
+    SHUT_DOWN = "shut-down"
+    """The guest powered itself off."""
+    POWER_CUT = "power-cut"
+    """Its power was cut by somebody."""
+    CRASHED = "crashed"
+    """The guest, or the process that ran it, crashed."""
+    LOST_POWER = "lost-power"
+    """Its host or its hypervisor failed."""
+    SAVED = "saved"
+    """Its memory is saved, and what it had not written is in that: it is to be resumed, not started."""
+    MIGRATED = "migrated"
+    """It runs on another host."""
+    UNKNOWN = "unknown"
+    """The hypervisor has no record of it."""
+
+
+NOT_TO_BE_READ: dict[OffReason, str] = {
+    OffReason.SAVED: "its memory is saved, and its volume is not what it will go on with; start it and shut it down",
+    OffReason.MIGRATED: "it has migrated to another host, which may write to its volume",
+}
+"""The reasons for which the volume of an instance that is off is not its content, in words."""
+
+MAYBE_UNCLEAN: dict[OffReason, str] = {
+    OffReason.POWER_CUT: "its power was cut",
+    OffReason.CRASHED: "it crashed",
+    OffReason.LOST_POWER: "its host or its hypervisor failed (lost power)",
+    OffReason.UNKNOWN: "its hypervisor does not know whether it was shut down or lost its power",
+}
+"""The reasons for which a volume may lack what its guest had not written yet, in words."""
+
 GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
 """The states from which no instance comes back."""
 
@@ -91,6 +125,7 @@ class Instance:
             storage.
         root_volume: The one disk that is bundled.
         volumes: All other disks; never bundled.
+        off_reason: Why it is off; None if it is not, or if that is not told: then it counts as shut down.
         launch_time: When it was last started (UTC).
         tags: Whatever the operator has put on it, key to value, within EC2's limits.
     """
@@ -106,5 +141,6 @@ class Instance:
     root_volume: VolumeFile
     volumes: tuple[VolumeFile, ...] = ()
     state: InstanceState = InstanceState.RUNNING
+    off_reason: OffReason | None = None
     launch_time: Annotated[AwareDatetime, AfterValidator(_utc)] = field(default_factory=lambda: datetime.now(UTC))
     tags: Annotated[dict[str, str], AfterValidator(checked_tags)] = field(default_factory=dict)

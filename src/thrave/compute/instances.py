@@ -176,6 +176,8 @@ class Instances(Inventory, Protocol):
     def state(self, instance_id: str) -> InstanceState:
         """The state it has now. `stopped` means that the machine is off and nothing writes to its volumes.
 
+        Why it is off is in `get`: an instance that is off was not always shut down (`Instance.off_reason`).
+
         Raises:
             InstanceCommandFailed: The hypervisor does not tell, or it has refused the last request to stop.
         """

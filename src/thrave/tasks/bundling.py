@@ -20,7 +20,7 @@ from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
 from thrave.bundle.zlibs import Level
 from thrave.compute.errors import InstanceError
-from thrave.compute.instance import Instance, VolumeFile
+from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
 from thrave.compute.instances import Instances
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import load_certificate
@@ -140,6 +140,7 @@ class Bundling:
             if self._host.sysprep:
                 self._power.sysprep(watch, self._host.sysprep)
             self._power.off(watch)
+            self._check_why_off(self._host.instances.get(self._task.instance_id))
 
     def free(self) -> None:
         """Have the instance run on an overlay while its root volume is read, if that is wanted, and it ran before."""
@@ -254,6 +255,7 @@ class Bundling:
         frozen = self._freezer.frozen
         if frozen is None:
             with self._power.held_off(watch) as instance:
+                self._check_why_off(instance)
                 yield instance, instance.root_volume
         else:
             self._power.restore()  # its host may have lost its power since
@@ -263,6 +265,20 @@ class Bundling:
     def _check_volume(self, root: VolumeFile) -> None:
         """Refuse an image that is no whole disk by its own words, and a file that another machine writes to."""
         check_root_volume(self._host.instances, self._task.instance_id, root, self._host.image_directories)
+
+    def _check_why_off(self, instance: Instance) -> None:
+        """Fail if the volume is not the instance's content; report or refuse one whose guest did not shut down."""
+        if instance.off_reason is None:
+            return
+        if (why := NOT_TO_BE_READ.get(instance.off_reason)) is not None:
+            raise TaskFailure("Server.VolumeError", f"The instance is off, but {why}.")
+        if (why := MAYBE_UNCLEAN.get(instance.off_reason)) is not None:
+            words = (
+                f"The instance is off, but perhaps was not shut down: {why}. What its guest had not written is missing."
+            )
+            if self._host.unclean_volume == "refuse":
+                raise TaskFailure("Server.VolumeError", words)
+            self._records.notice(self._task.bundle_id, words)
 
     def _look_whether_clean(self, volume: Volume, path: Path) -> None:
         """Tell the owner what the volume's file systems say of themselves, or refuse it."""

@@ -7,7 +7,7 @@ last has passed. The work itself is done elsewhere (`thrave.tasks`); nothing her
 from dataclasses import replace
 from functools import partial
 
-from thrave.compute.instance import Instance, InstanceState
+from thrave.compute.instance import NOT_TO_BE_READ, Instance, InstanceState
 from thrave.ec2.actions.instances import check_instance_id, own_instance
 from thrave.ec2.actions.storage import Storage, check_bucket, check_upload_policy, claim_bucket
 from thrave.ec2.door import Caller, Door
@@ -130,8 +130,10 @@ def _check_idle(door: Door, instance: Instance) -> None:
 
 
 def _check_state(instance: Instance) -> None:
+    why = None if instance.off_reason is None else NOT_TO_BE_READ.get(instance.off_reason)
     if instance.state not in _BUNDLEABLE:
         why = f"it is {instance.state}"
+    if why is not None:
         raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, done="bundled", why=why)
 
 
