@@ -432,6 +432,45 @@ def test_a_sparse_file_without_sectors_cannot_name_files(raw):
         pass
 
 
+KINDS = [("vmdk", kind) for kind in ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized")]
+KINDS += [("vpc", "fixed"), ("vhdx", "fixed"), ("vhdx", "dynamic")]
+
+
+@pytest.mark.parametrize(("image_format", "kind"), KINDS)
+def test_every_kind_that_qemu_makes_is_read(raw, image_format, kind):
+    size = "force_size=on," if image_format == "vpc" else ""
+    image = converted(raw, image_format, "-o", f"{size}subformat={kind}")
+    said = []
+    with open_volume(image, image_format, warn=said.append) as volume:
+        content = bytearray(volume.size)
+        volume.read_into(0, memoryview(content))
+    assert (bytes(content), said) == (raw.read_bytes(), [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\n", " ", "RW ", "RW 1 FLAT ", "CID", "parentCID=", "parentFileNameHint", "createType=", "encryption", "\0", '"',
+        "rw 16384 FLAT x",
+    ],
+)  # fmt: skip
+def test_a_descriptor_of_a_megabyte_of_anything_is_refused_at_once(raw, line):
+    """Work that grew with the square of its length would take hours."""
+    image = flat(raw)
+    head = image.read_text().replace(f'RW 16384 FLAT "{raw.name}" 0', "")
+    for separator in ("", "\n"):
+        image.write_text((head + (line + separator) * (1 << 20))[: 1 << 20])
+        with pytest.raises(VolumeUnreadableError):
+            examine(image, "vmdk")
+
+
+def test_a_qcow2_of_a_million_extensions_is_understood_at_once(raw):
+    image = converted(raw, "qcow2", "-o", "cluster_size=2M")
+    with edited(image) as content:
+        content[104 : 2 << 20] = (b"\1\2\3\4" + bytes(4)) * (((2 << 20) - 104) // 8)
+    assert examine(image, "qcow2").files
+
+
 IMAGES = [("qcow2", 65536), ("vpc", 2048), ("vhdx", 262144 + 1024), ("vmdk", 2048), ("luks", 592)]
 
 

@@ -115,11 +115,11 @@ def apparent_format(file: HostFile) -> str | None:
 
 
 def read_raw(file: HostFile) -> Statement:
-    """A raw disk states nothing."""
+    """A raw disk states nothing. One that begins as LUKS does is not marked: a machine may encrypt its own disk."""
     statement = Statement(size=file.size)
     with suppress(VolumeUnreadableError):  # whoever reads the disk meets that, too
-        if (apparent := apparent_format(file)) is not None:
-            statement.marks.append(("looks like another format", apparent))
+        if (apparent := apparent_format(file)) not in {None, "luks"}:
+            statement.marks.append(("looks like another format", str(apparent)))
     return statement
 
 
@@ -176,15 +176,17 @@ def _qcow2_marks(incompatible: int, snapshots: int) -> Iterator[tuple[str, str]]
 
 
 def _qcow2_extensions(file: HostFile, offset: int, end: int) -> dict[int, bytes]:
-    """Each extension's kind and at most its first 1024 bytes."""
+    """The extensions that say something about other files, each by its kind."""
     found: dict[int, bytes] = {}
-    while offset + 8 <= end:
-        kind, length = struct.unpack(">II", exactly(file, offset, 8))
+    header = file.read(0, end)  # at most 2 MiB
+    while offset + 8 <= min(end, len(header)):
+        kind, length = struct.unpack_from(">II", header, offset)
         if kind == 0:
             break
         if offset + 8 + length > end:
             raise refuse(file, f"its header is damaged: an extension at byte {offset} is longer than the header")
-        found[kind] = exactly(file, offset + 8, min(length, 1024))
+        if kind in {_BACKING_FORMAT, _EXTERNAL_DATA_FILE}:
+            found[kind] = header[offset + 8 : offset + 8 + min(length, 1024)]
         offset += 8 + length + -length % 8
     return found
 

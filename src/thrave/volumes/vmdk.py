@@ -31,16 +31,18 @@ _PHYSICAL = frozenset({
 })  # fmt: skip
 _PHYSICAL_TYPES = frozenset({"VMFSRDM", "VMFSRDMP", "VMFSRAW"})
 
+# White space is never a line's end here: a run of a million empty lines must not be looked at a million times.
 _EXTENT = re.compile(
-    r"^\s*(?P<access>RW|RDONLY|NOACCESS)\s+(?P<sectors>\d{1,18})\s+(?P<type>\w+)"
-    r'(?:\s+"(?P<name>[^"\r\n]{1,511})")?(?:\s+(?P<first>\d{1,18}))?',
+    r"^[ \t]*(?P<access>RW|RDONLY|NOACCESS)[ \t]+(?P<sectors>\d{1,18})[ \t]+(?P<type>\w{1,32})"
+    r'(?:[ \t]+"(?P<name>[^"\r\n]{1,511})")?(?:[ \t]+(?P<first>\d{1,18}))?[ \t\r]*$',
     re.MULTILINE,
 )
-_ANY_EXTENT = re.compile(r"^\s*(?:RW|RDONLY|NOACCESS)\b", re.MULTILINE)
-_CREATE_TYPE = re.compile(r'createType\s*=\s*"([^"\r\n]*)"')
-_CONTENT_ID = re.compile(r"^\s*CID\s*=\s*([0-9a-fA-F]{1,8})", re.MULTILINE)
-_PARENT_ID = re.compile(r"parentCID\s*=\s*([0-9a-fA-F]{1,8})")
-_PARENT_NAME = re.compile(r'parentFileNameHint\s*=?\s*"?([^"\r\n]*)')
+_ANY_EXTENT = re.compile(r"^[ \t]*(?:RW|RDONLY|NOACCESS)\b", re.MULTILINE | re.IGNORECASE)
+_CREATE_TYPE = re.compile(r'createType[ \t]*=[ \t]*"([^"\r\n]{0,100})"')
+_CONTENT_ID = re.compile(r"^[ \t]*CID[ \t]*=[ \t]*([0-9a-fA-F]{1,8})", re.MULTILINE)
+_PARENT_ID = re.compile(r"parentCID[ \t]*=[ \t]*([0-9a-fA-F]{1,8})")
+_PARENT_NAME = re.compile(r'parentFileNameHint[ \t]*=?[ \t]*"?([^"\r\n]*)')
+_ENCIPHERED = re.compile(r"^[ \t]*encryption\.", re.MULTILINE)
 
 
 def read_vmdk(file: HostFile) -> Statement:
@@ -52,7 +54,7 @@ def read_vmdk(file: HostFile) -> Statement:
         return _read_sparse_image(file)
     if file.size > _LONGEST_DESCRIPTOR:
         raise refuse(file, "it is no VMDK")
-    text = os.fsdecode(file.read(0, _LONGEST_DESCRIPTOR))
+    text = os.fsdecode(file.read(0, _LONGEST_DESCRIPTOR)).partition("\0")[0]
     statement = _read_descriptor(file, text)
     assert statement.identity is not None
     kind = statement.identity.create_type
@@ -141,7 +143,7 @@ def _read_descriptor(file: HostFile, text: str) -> Statement:
     statement = Statement(size=None, identity=identity)
     if kind[1] in _PHYSICAL:
         statement.marks.append(("raw device", kind[1]))
-    if re.search(r"^\s*encryption\.", text, re.MULTILINE):
+    if _ENCIPHERED.search(text):
         statement.marks.append(("enciphered", ""))
     name = hint[1] if hint else ""
     if identity.parent_id is None and name:
