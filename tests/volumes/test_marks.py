@@ -432,8 +432,8 @@ def test_a_sparse_file_without_sectors_cannot_name_files(raw):
         pass
 
 
-KINDS = [("vmdk", kind) for kind in ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized")]
-KINDS += [("vpc", "fixed"), ("vhdx", "fixed"), ("vhdx", "dynamic")]
+VMDK_KINDS = ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "streamOptimized")
+KINDS = [*(("vmdk", kind) for kind in VMDK_KINDS), ("vpc", "fixed"), ("vhdx", "fixed"), ("vhdx", "dynamic")]
 
 
 @pytest.mark.parametrize(("image_format", "kind"), KINDS)
