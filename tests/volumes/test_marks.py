@@ -450,8 +450,8 @@ def test_every_kind_that_qemu_makes_is_read(raw, image_format, kind):
 @pytest.mark.parametrize(
     "line",
     [
-        "\n", " ", "RW ", "RW 1 FLAT ", "CID", "parentCID=", "parentFileNameHint", "createType=", "encryption", "\0", '"',
-        "rw 16384 FLAT x",
+        "\n", " ", "RW ", "RW 1 FLAT ", "CID", "parentCID=", "parentFileNameHint", "createType=", "encryption", "\0",
+        '"', "rw 16384 FLAT x",
     ],
 )  # fmt: skip
 def test_a_descriptor_of_a_megabyte_of_anything_is_refused_at_once(raw, line):
