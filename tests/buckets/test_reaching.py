@@ -90,6 +90,15 @@ def test_tls_through_a_proxy(rgw, bucket, proxy):
     assert {*proxy.forwarded} == {("CONNECT", rgw.tls_url.removeprefix("https://"))}
 
 
+@pytest.mark.parametrize("over", ["url", "tls_url"])
+def test_proxy_is_sent_its_user_and_password(rgw, bucket, over):
+    with forwarding("Basic am9lOnBAc3Mgd29yZA==") as proxy:
+        url = proxy.url.replace("//", "//joe:p%40ss%20word@")
+        objects = S3Objects(rgw.connection(stores.ALICE, endpoint=getattr(rgw, over), ca=rgw.ca, proxy=url))
+        try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
+    assert proxy.forwarded
+
+
 def temporary(rgw):
     """What RGW's token service gives Alice for a while."""
     known = {"aws_access_key_id": stores.ALICE.access_key_id, "aws_secret_access_key": stores.ALICE.secret_access_key}

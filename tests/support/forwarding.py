@@ -18,14 +18,33 @@ class Proxy:
 
 
 @contextmanager
-def forwarding():
-    """Forward requests (and tunnels, for TLS) to the port that they name, on 127.0.0.1."""
+def forwarding(wanted=None, refusal=407):  # noqa: C901 (a server, and what it does)
+    """Forward requests (and tunnels, for TLS) to the port that they name, on 127.0.0.1.
+
+    With `wanted`, only those with that Proxy-Authorization; others are refused with the status `refusal`.
+    """
     proxy = Proxy()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def _refuses(self):
+            if wanted is None or self.headers.get("Proxy-Authorization") == wanted:
+                return False
+            self.send_response_only(refusal)
+            page = b"<html>no</html>"
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(page)))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(page)
+            self.close_connection = True
+            return True
+
         def _forward(self):
+            if self._refuses():
+                return
             proxy.forwarded.append((self.command, self.path))
             target = urlsplit(self.path)
             upstream = HTTPConnection("127.0.0.1", target.port)
@@ -46,6 +65,8 @@ def forwarding():
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815 (http.server looks for these names)
 
         def do_CONNECT(self):
+            if self._refuses():
+                return
             proxy.forwarded.append((self.command, self.path))
             self.send_response_only(200)
             self.end_headers()

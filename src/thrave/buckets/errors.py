@@ -156,7 +156,7 @@ TABLE: Mapping[str | int, Row] = {
     "TemporaryRedirect": Row(Kind.TRANSIENT, "A temporary redirect: the bucket has just been created.", _AGAIN),
     "TLSFailure": Row(Kind.TRANSIENT, "The TLS handshake failed.", _AGAIN),
     # Statuses, of codes that are not listed above.
-    301: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "PermanentRedirect"),
+    301: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "MovedPermanently"),
     302: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "Found"),
     303: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "SeeOther"),
     307: Row(Kind.TRANSIENT, "A temporary redirect.", _AGAIN, "TemporaryRedirect"),

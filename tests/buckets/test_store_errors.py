@@ -1,0 +1,340 @@
+"""Who must act on an error of a store: one table, for services, commands and the doctor."""
+
+import os
+import socket
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from types import SimpleNamespace
+
+import pytest
+
+from support.forwarding import forwarding
+from support.scripted import SILENCE, error, http, scripted
+from thrave.buckets import retrying
+from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets.errors import (
+    TABLE,
+    BucketError,
+    Kind,
+    StoreError,
+    StoreSettingError,
+    TransientError,
+    UnreachableError,
+    WrongRegion,
+    error_of_store,
+    row_of,
+)
+from thrave.buckets.objects import S3Objects
+from thrave.buckets.opening import open_buckets, store_connection
+from thrave.buckets.retrying import patiently
+from thrave.buckets.s3 import ServiceBuckets
+from thrave.config import Settings
+
+KEY = Credentials(access_key_id="AKIA", secret_access_key="secret")
+
+
+def connection(url, **changes):
+    return StoreConnection(**{"endpoint": url, "credentials": KEY, "timeout": 20.0, **changes})
+
+
+def get(connection):
+    return S3Objects(connection).get("my-bucket", "key")
+
+
+@pytest.mark.parametrize("status", range(300, 600))
+@pytest.mark.parametrize("code", ["", "NoSuchCodeAtAll"])
+def test_status_decides_where_the_code_is_unknown(status, code):
+    made = error_of_store(code, status, "words")
+    assert made.kind is row_of("", status).kind
+    assert isinstance(made, TransientError) == (made.kind is Kind.TRANSIENT)
+    assert made.code
+    final_5xx = {501, 505, 506, 507, 508, 510, 511}
+    assert (made.kind is Kind.TRANSIENT) == (
+        (status >= 500 and status not in final_5xx) or status in {307, 408, 409, 421, 425, 429}
+    )
+
+
+@pytest.mark.parametrize("code", [key for key in TABLE if isinstance(key, str) and not key.endswith("xx")])
+def test_code_decides_before_the_status(code):
+    assert error_of_store(code, 400, "words").kind is TABLE[code].kind
+
+
+@pytest.mark.parametrize(
+    ("answer", "region", "endpoint"),
+    [
+        (
+            http(301, b"<Error><Code>PermanentRedirect</Code><Endpoint>b.s3.eu-west-1.example</Endpoint></Error>",
+                 x_amz_bucket_region="eu-west-1"),
+            "eu-west-1", "b.s3.eu-west-1.example",
+        ),
+        (http(301, x_amz_bucket_region="eu-west-1"), "eu-west-1", None),
+        (http(307, x_amz_bucket_region="eu-west-1"), "eu-west-1", None),
+        (http(400, x_amz_bucket_region="eu-west-1"), "eu-west-1", None),
+        (error(301, "PermanentRedirect"), None, None),
+        (
+            http(400, b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>"),
+            "eu-west-1", None,
+        ),
+    ],
+)  # fmt: skip
+def test_other_region_is_named(answer, region, endpoint):
+    with scripted(answer) as script, pytest.raises(WrongRegion) as caught:
+        get(connection(script.url))
+    assert (caught.value.region, caught.value.endpoint, caught.value.kind) == (region, endpoint, Kind.REGION)
+    assert region is None or region in str(caught.value)
+
+
+def test_redirect_of_another_server_is_no_region():
+    answer = http(301, Location="https://user:hunter2@other.example/path?secret")
+    with scripted(answer) as script, pytest.raises(StoreError, match=r"https://other\.example$") as caught:
+        get(connection(script.url))
+    assert caught.value.kind is Kind.SETTING
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        return closed.getsockname()[1]
+
+
+def test_refused_connection_and_unknown_host_are_unreachable():
+    with pytest.raises(UnreachableError, match=r"Cannot connect to the store 127\.0\.0\.1:\d+: Connection refused"):
+        get(connection(f"http://127.0.0.1:{free_port()}"))
+    with pytest.raises(UnreachableError, match=r"host name of the store no-such-host\.invalid does not resolve"):
+        get(connection("http://no-such-host.invalid"))
+
+
+def test_silence_is_no_response():
+    with scripted(SILENCE) as script, pytest.raises(TransientError, match="Nothing moved") as caught:
+        get(connection(script.url, timeout=0.2))
+    assert not isinstance(caught.value, UnreachableError)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+class TestAProxyThat:
+    WANTED = "Basic am9lOnJpZ2h0"
+
+    def refused(self, proxy, scheme):
+        url = proxy.url.replace("//", "//joe:hunter2@")
+        with pytest.raises(BucketError) as caught:
+            get(connection(f"{scheme}://store.example:9", proxy=url))
+        assert proxy.url.removeprefix("http://") in str(caught.value)
+        assert "hunter2" not in f"{caught.value} {caught.value!r}"
+        return caught.value
+
+    def test_wants_another_password_is_named(self, scheme):
+        with forwarding(self.WANTED) as proxy:
+            error = self.refused(proxy, scheme)
+        assert (error.code, error.kind) == ("ProxyAuthenticationRequired", Kind.SETTING)
+
+    def test_does_not_let_through_is_named(self, scheme):
+        with forwarding(self.WANTED, refusal=403) as proxy:
+            error = self.refused(proxy, scheme)
+        assert (error.code, error.kind) == ("ProxyRefused", Kind.SETTING)
+
+    def test_is_not_there_is_named(self, scheme):
+        proxy = SimpleNamespace(url=f"http://127.0.0.1:{free_port()}")
+        assert isinstance(self.refused(proxy, scheme), UnreachableError)
+
+    def test_does_not_resolve_is_named(self, scheme):
+        assert isinstance(self.refused(SimpleNamespace(url="http://no-such-host.invalid"), scheme), UnreachableError)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    slept = []
+    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
+    return slept
+
+
+def called(headers, pauses, patience=100.0, **options):
+    failure = TransientError("SlowDown", 503, "words")
+    failure.headers = headers
+    failures = [failure]
+
+    def call():
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert patiently(call, patience, lambda *_: None, **options) == "done"
+    return pauses[0]
+
+
+def test_retry_after_is_obeyed_within_the_time_that_there_is(pauses):
+    answers = [http(503, Retry_After="30"), http(429, retry_after="7"), http(200)]
+    with scripted(*answers) as script:
+        patiently(lambda: get(connection(script.url)), 100.0, lambda *_: None)
+    assert pauses == [30, 7]
+
+
+@pytest.mark.parametrize("text", ["3600", "999999999"])
+def test_retry_after_beyond_the_time_waits_for_what_is_left(pauses, text):
+    assert called({"Retry-After": text}, pauses) == 100
+
+
+@pytest.mark.parametrize("text", ["", "-5", "soon", "1e9", "9" * 400, "Mon, 01 Jan 2001 00:00:00 GMT", "nan"])
+def test_retry_after_that_says_nothing_is_ignored(pauses, text):
+    assert called({"Retry-After": text}, pauses) < 1
+
+
+def test_retry_after_may_be_a_date(pauses):
+    until = datetime.now(UTC) + timedelta(seconds=50)
+    assert 30 < called({"Retry-After": format_datetime(until, usegmt=True)}, pauses) <= 50
+
+
+def test_server_that_was_never_reached_is_tried_as_often_as_wanted(pauses):
+    tried = []
+
+    def call():
+        tried.append(1)
+        raise UnreachableError("ConnectionRefused", 0, "words")
+
+    with pytest.raises(UnreachableError):
+        patiently(call, 100.0, lambda *_: None, unreachable=2)
+    assert len(tried) == 2
+
+
+# Options of S3 that a store may lack
+
+LACKING = [error(501, "NotImplemented"), error(405, "MethodNotAllowed"), error(400, "InvalidArgument")]
+DIGEST = '"9a0364b9e99bb480dd25e1f0284c8555"'  # of b"content"
+
+
+def listing(*keys, more=""):
+    listed = "".join(f"<Contents><Key>{key}</Key></Contents>" for key in keys)
+    return http(200, f"<ListBucketResult>{more}{listed}</ListBucketResult>".encode())
+
+
+@pytest.mark.parametrize("lack", LACKING)
+def test_store_without_several_deletions_in_one_request(lack):
+    with scripted(lack, http(204)) as script:
+        S3Objects(connection(script.url)).delete("my-bucket", ["a", "b"])
+    assert [line.split()[0] for line in script.requests] == ["POST", "DELETE", "DELETE"]
+
+
+@pytest.mark.parametrize("lack", LACKING)
+def test_store_without_listings_of_version_2(lack):
+    truncated = "<IsTruncated>true</IsTruncated>"
+    with scripted(lack, lack, listing("a", "b", more=truncated), listing("c")) as script:
+        assert [*S3Objects(connection(script.url)).list("my-bucket", "")] == ["a", "b", "c"]
+    assert "list-type" not in script.requests[2]
+    assert "marker=b" in script.requests[3]
+
+
+def test_listing_that_ignores_the_prefix_gives_no_other_keys():
+    with scripted(listing("a", "win.part.0", "z")) as script:
+        assert [*S3Objects(connection(script.url)).list("my-bucket", "win")] == ["win.part.0"]
+
+
+@pytest.mark.parametrize("pages", [[listing(more="<IsTruncated>true</IsTruncated>")],
+                                   [listing("a", more="<IsTruncated>true</IsTruncated>")]])  # fmt: skip
+def test_listing_that_never_ends_is_an_error(pages):
+    with scripted(*pages) as script, pytest.raises(StoreError, match="listing"):
+        [*S3Objects(connection(script.url)).list("my-bucket", "")]
+
+
+@pytest.mark.parametrize(
+    "answers", [[http(200, b"0123456789")], [error(501, "NotImplemented"), http(200, b"0123456789")]]
+)
+def test_store_without_ranges(answers):
+    with scripted(*answers) as script:
+        assert S3Objects(connection(script.url)).get_range("my-bucket", "key", 3, 4) == b"3456"
+
+
+def test_store_without_content_md5():
+    with scripted(error(501, "NotImplemented"), http(200, ETag=DIGEST)) as script:
+        S3Objects(connection(script.url)).put("my-bucket", "key", b"content")
+    assert len(script.requests) == 2
+
+
+OWNER = "111111111111"
+
+
+def test_store_without_conditional_writes():
+    answers = [
+        error(404, "NoSuchBucket"), http(200), error(404, "NoSuchKey"), listing(), error(501, "NotImplemented"),
+        error(404, "NoSuchKey"), http(200), http(200, f"{OWNER}\n".encode()),
+    ]  # fmt: skip
+    with scripted(*answers) as script:
+        assert ServiceBuckets(connection(script.url)).create("my-bucket", OWNER) is True
+    assert [line.split()[0] for line in script.requests] == ["GET", "PUT", "GET", "GET", "PUT", "GET", "PUT", "GET"]
+
+
+def test_claim_that_is_refused_for_good_leaves_no_bucket():
+    answers = [error(404, "NoSuchBucket"), http(200), error(404, "NoSuchKey"), listing(), error(403, "QuotaExceeded"),
+               http(204)]  # fmt: skip
+    with scripted(*answers) as script, pytest.raises(StoreError, match="QuotaExceeded"):
+        ServiceBuckets(connection(script.url)).create("my-bucket", OWNER)
+    assert script.requests[-1].startswith("DELETE /my-bucket ")
+
+
+def test_store_without_a_body_of_create_bucket():
+    answers = [error(404, "NoSuchBucket"), error(400, "MalformedXML"), http(200), http(200, f"{OWNER}\n".encode())]
+    with scripted(*answers) as script:
+        ServiceBuckets(connection(script.url, region="eu-west-1")).create("my-bucket", OWNER)
+    assert [line.split()[0] for line in script.requests] == ["GET", "PUT", "PUT", "GET"]
+
+
+# The service's credentials
+
+
+def written(path, name):
+    path.touch(mode=0o600)
+    path.write_text(f"[default]\naws_access_key_id = {name}\naws_secret_access_key = secret\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return written(tmp_path / "credentials", "AKIAFIRST")
+
+
+DAMAGE = [lambda path: path.unlink(), lambda path: path.chmod(0o644), lambda path: path.write_text("")]
+
+
+def key_of(settings):
+    return settings.current_credentials().access_key_id
+
+
+def test_changed_credentials_take_effect_without_a_restart(file, tmp_path):
+    connection = store_connection(Settings(store="s3", s3_credentials=file))
+    assert key_of(connection) == "AKIAFIRST"
+    written(file, "AKIASECOND")
+    assert key_of(connection) == "AKIASECOND"
+    os.replace(written(tmp_path / "new", "AKIATHIRD"), file)  # noqa: PTH105 (as an editor does)
+    assert key_of(connection) == "AKIATHIRD"
+
+
+def test_changed_credentials_sign_the_next_request_of_an_open_store(file):
+    settings = Settings(store="s3", upload="service", s3_credentials=file, s3_endpoint="http://127.0.0.1:1")
+    buckets, signed = open_buckets(settings, lambda _: None), []
+    buckets._transport.send = lambda _method, _url, headers, *_, **__: signed.append(headers["Authorization"])
+    for name in ("AKIAFIRST", "AKIASECOND"):
+        written(file, name)
+        with pytest.raises(AttributeError):  # there is no answer
+            buckets._requests.send("GET", "my-bucket")
+    assert ["AKIAFIRST" in signed[0], "AKIASECOND" in signed[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.chmod(0o644), lambda path: path.write_text("")]
+)
+def test_changed_credentials_that_cannot_be_used_leave_the_earlier_in_use(file, damage):
+    connection = store_connection(Settings(store="s3", s3_credentials=file))
+    damage(file)
+    assert key_of(connection) == "AKIAFIRST"
+    file.unlink(missing_ok=True)
+    written(file, "AKIASECOND")
+    assert key_of(connection) == "AKIASECOND"
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.chmod(0o644), lambda path: path.write_text("")]
+)
+def test_credentials_that_cannot_be_used_name_the_setting_and_no_code_of_s3(file, damage):
+    damage(file)
+    with pytest.raises(StoreSettingError, match=r"^The setting s3_credentials cannot be used: ") as caught:
+        store_connection(Settings(store="s3", s3_credentials=file))
+    assert str(file) in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("(400)", "Errno"))
