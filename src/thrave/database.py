@@ -3,11 +3,17 @@
 Every table of ours stands here, as SQLAlchemy Core tables, so that a reader sees at once what Thrave remembers. The
 durable engine keeps its own tables beside them and these modules never read those. No secret is stored in the
 clear: columns named `sealed_…` hold what `vault.py` sealed with a key that is not in the database.
+
+    DatabaseUnusableError
+    ├── NewerDatabaseError       a later release made the tables
+    └── DatabaseReplacedError    the file was deleted or replaced while it was open
 """
 
+import os
+import secrets
 import sqlite3
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,6 +32,42 @@ VERSION_TABLE = "thrave_version"
 
 _STANDSTILL = 20_000  # milliseconds
 _MIGRATION_LOCK = 0x7468726176650000  # a number that nobody else locks: "thrave"
+
+
+# SQLite's names of conditions that an operator can act on; the first that fits decides.
+_SQLITE_CONDITIONS = (
+    ("SQLITE_BUSY", "is locked by another program. Stop that program, or try again later."),
+    ("SQLITE_LOCKED", "is locked by another program. Stop that program, or try again later."),
+    ("SQLITE_NOTADB", "is not a SQLite database. Restore it from a backup."),
+    ("SQLITE_CORRUPT", "is damaged. Restore it from a backup."),
+    ("SQLITE_FULL", "cannot be written: the disk is full. Make room."),
+    ("SQLITE_READONLY", "cannot be written. Check the owner and mode of the file and of its directory."),
+    ("SQLITE_PERM", "cannot be opened. Check the owner and mode of the file and of its directory."),
+    ("SQLITE_CANTOPEN", "cannot be opened. Check the owner and mode of the file and of its directory."),
+    ("SQLITE_IOERR", "cannot be read or written: the disk reports an error. Check the disk and the system log."),
+)
+# SQLSTATE classes and codes of PostgreSQL, as the above. Source: PostgreSQL's documentation, appendix A.
+_POSTGRESQL_CONDITIONS = (
+    ("28", "refuses the user or the password. Check the setting database_url and ~/.pgpass."),
+    ("3D", "has no such database. Create it, or check the setting database_url."),
+    ("53300", "has no free connection. Raise its max_connections, or stop other clients."),
+    ("53", "has too few resources (memory or disk)."),
+    ("57", "is shutting down or starting. Try again later."),
+    ("42501", "refuses this user the right. Grant the user of database_url its tables."),
+    ("25006", "is read-only. Connect to the primary server."),
+)
+
+
+class DatabaseUnusableError(Exception):
+    """The database cannot be used; the message names it and says what to do."""
+
+
+class NewerDatabaseError(DatabaseUnusableError):
+    """A later release of Thrave has changed the tables."""
+
+
+class DatabaseReplacedError(DatabaseUnusableError):
+    """The database's file was deleted, or another file has its name, since it was opened."""
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
@@ -201,11 +243,12 @@ power_request = sa.Table(
     sa.Column("request_time", UtcDateTime, nullable=False),
 )  # fmt: skip
 
-# Proves that a process has the same vault key as the others, before it seals or opens anything.
+# Proves that a process has the same vault key and the same service identity as the others, before it uses either.
 vault_proof = sa.Table(
     "vault_proof", metadata,
     sa.Column("only", sa.Integer, primary_key=True, autoincrement=False),  # 1: there is one row
     sa.Column("sealed", sa.LargeBinary, nullable=False),
+    sa.Column("identity", sa.String(64), nullable=False),  # ServiceIdentity.fingerprint
 )  # fmt: skip
 
 
@@ -214,17 +257,22 @@ _CONNECT_TIMEOUT = 10.0  # seconds
 _GRACE = 2.0  # seconds after which a server that should have ended a statement is taken for dead
 
 
-def open_engine(url: str, *, timeout: float = TIMEOUT) -> sa.Engine:
+def open_engine(
+    url: str, *, timeout: float = TIMEOUT, replaced: Callable[[DatabaseReplacedError], None] | None = None
+) -> sa.Engine:
     """Open the database at a URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql://thrave@db.example/thrave`).
 
-    SQLite is put into WAL mode, so that readers never wait for the writer, with a 30 s patience for the write lock.
-    Connections to a server are tried before they are used again; a file does not go away. A server lets go of what a
-    host has locked that died, or stands still, in the middle of a transaction. No wait for a server is without an end:
-    for a connection, for a free one of the pool, for a statement, and for a server that does not respond at all.
+    SQLite is put into WAL mode, so that readers never wait for the writer, with a timeout of 30 s for the write lock.
+    Its file is compared with the one that was opened first, before each connection, transaction and commit.
+    Connections to a server are tried before they are used again. A server ends the transaction of a host that died, or
+    stands still. No wait for a server is without an end: for a connection, for a free one of the pool, for a statement,
+    and for a server that does not respond at all.
 
     Args:
         url: As above.
         timeout: Seconds for one statement on a server.
+        replaced: Called when the file was deleted or replaced, before DatabaseReplacedError is raised. A service gives
+            a function that ends the process. Only then replacement of the file's *content* is detected as well.
     """
     given = sa.make_url(url)
     is_file = given.get_backend_name() == "sqlite"
@@ -233,6 +281,7 @@ def open_engine(url: str, *, timeout: float = TIMEOUT) -> sa.Engine:
     if is_file:
         engine = sa.create_engine(driven, hide_parameters=True)
         sa.event.listen(engine, "connect", _prepare_sqlite)
+        _watch_file(engine, replaced)
         return engine
     waits = min(timeout, _CONNECT_TIMEOUT)
     defaults = {
@@ -289,17 +338,133 @@ def _connect_postgresql(
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Bring the tables to this release's shape; does nothing when they have it already."""
+    """Bring the tables to this release's shape, in one transaction; does nothing when they have it already.
+
+    Raises:
+        NewerDatabaseError: A later release made the tables.
+    """
     config = _migrations()
     with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":  # of several processes that start at once one does the work
+        if engine.dialect.name == "postgresql":
             driver: Any = connection.connection.driver_connection
             driver.timeout = None  # a large table takes as long as it takes
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             connection.detach()  # from the pool: it is closed in the end
+        lock(connection)
+        made, known = migrations(connection)
+        if made is not None and made not in known:
+            raise NewerDatabaseError(
+                f"{place(str(engine.url))} was made by a newer Thrave: its tables have migration {made}, this release "
+                f"has {known[0]}. Install the newer release again."
+            )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def lock(connection: sa.Connection) -> None:
+    """Begin a transaction that changes what all processes share; another such one waits for its end."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+    else:  # Python's sqlite3 begins none before CREATE TABLE, so a crash would leave half of the tables
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def place(url: str) -> str:
+    """Name the database of a URL in a message: the file's path, or the server's address, without a password."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return str(parsed.database)
+    return f"PostgreSQL at {parsed.host or 'localhost'}:{parsed.port or 5432}"
+
+
+def explain(error: sa.exc.DBAPIError, url: str) -> DatabaseUnusableError:
+    """Say in words of ours, and with what to do, why the database at a URL failed. Has nothing of the statement."""
+    name, cause = place(url), error.orig
+    if isinstance(cause, sqlite3.Error):
+        code = getattr(cause, "sqlite_errorname", "SQLITE_ERROR")
+        for condition, words in _SQLITE_CONDITIONS:
+            if code.startswith(condition):
+                return DatabaseUnusableError(f"the database {name} {words}")
+        return DatabaseUnusableError(f"the database {name} cannot be used: SQLite reports {code}")
+    state = getattr(cause, "sqlstate", None)
+    if state is None:
+        return DatabaseUnusableError(f"{name} does not answer. Start it, or check the setting database_url.")
+    for condition, words in _POSTGRESQL_CONDITIONS:
+        if state.startswith(condition):
+            return DatabaseUnusableError(f"{name} {words}")
+    return DatabaseUnusableError(f"{name} reports an error (SQLSTATE {state})")
+
+
+def _watch_file(engine: sa.Engine, replaced: Callable[[DatabaseReplacedError], None] | None) -> None:
+    if not engine.url.database:  # in memory
+        return
+    file = _DatabaseFile(Path(engine.url.database), replaced)
+    sa.event.listen(engine, "do_connect", lambda *_: file.check())
+    sa.event.listen(engine, "connect", lambda *_: file.opened())
+    sa.event.listen(engine, "begin", lambda _: file.check())
+    sa.event.listen(engine, "commit", lambda _: file.check())
+    if replaced is not None:
+        file.mark(engine)
+
+
+class _DatabaseFile:
+    """The file of a SQLite database, compared with what was opened.
+
+    Deleting or replacing the file gives its name to no file, or to another inode. Copying a backup over it keeps the
+    inode: for that case a random number is written into the header's field user_version, which nothing else uses.
+    """
+
+    def __init__(self, path: Path, replaced: Callable[[DatabaseReplacedError], None] | None) -> None:
+        self._path = path
+        self._replaced = replaced
+        self._identity: tuple[int, int] | None = None
+        self._header: int | None = None  # a descriptor
+        self._mark = b""
+        self._has_been_seen = False
+
+    def opened(self) -> None:
+        """Remember which file the first connection has opened."""
+        if self._identity is None:
+            self._identity = self._current()
+
+    def mark(self, engine: sa.Engine) -> None:
+        """Write a number into the header that no other copy of the database has."""
+        number = secrets.randbits(31)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"PRAGMA user_version = {number}")
+        # Never closed: closing any descriptor of the file would release the locks that SQLite holds on it (POSIX).
+        self._header = os.open(self._path, os.O_RDONLY)
+        self._mark = number.to_bytes(4, "big")
+        with engine.connect() as connection:  # from the write-ahead log into the file
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
+
+    def check(self) -> None:
+        """Raise DatabaseReplacedError if the path leads to another file, or to other content."""
+        if self._identity is None or (self._identity == self._current() and self._has_mark()):
+            return
+        error = DatabaseReplacedError(
+            f"the database {self._path} was deleted or replaced while it was open; nothing was written since. Restore "
+            "the right file while no Thrave process runs, then start again."
+        )
+        if self._replaced is not None:
+            self._replaced(error)
+        raise error
+
+    def _current(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _has_mark(self) -> bool:
+        if self._header is None:
+            return True
+        # Offset 60 of the header is user_version. Source: SQLite, "Database File Format", 1.3.
+        if os.pread(self._header, len(self._mark), 60) == self._mark:
+            self._has_been_seen = True
+            return True
+        return not self._has_been_seen  # a reader may have kept the log from being written into the file
 
 
 def migrations(connection: sa.Connection) -> tuple[str | None, list[str]]:

@@ -1,8 +1,9 @@
 """The service put together from the settings: whole in one process, or as a fleet's API and agents.
 
-This is where the rooms are handed to each other; none of them makes its own neighbours. It holds no rule of its own.
+This is where the components are handed to each other; none of them makes its own neighbours. Its one rule is
+the order of a start: whatever can fail because of a setting comes before anything is made.
 Stopping is crash-only: requests under way are answered, then the process is to end (`os._exit`) as if it had been
-killed, and a task under way goes on at the next start. There is one way to come back, and it is tested.
+killed, and a task under way resumes at the next start. Signals are handled in `cli/serve.py`.
 """
 
 import os
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from typing import Never
 
 import structlog
 from starlette.types import ASGIApp
@@ -21,12 +23,14 @@ from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl, PowerRequests
 from thrave.config import Settings
+from thrave.database import TIMEOUT, DatabaseReplacedError
 from thrave.doctor.standing import StandingChecks, VolumeChecks
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
 from thrave.ec2.permissions import Permissions
 from thrave.ec2.rate import RateLimit
-from thrave.ground import Ground, open_ground
+from thrave.files import HeldFile
+from thrave.ground import Ground, hold_data_directory
 from thrave.identity.users import Users
 from thrave.listening import Listener
 from thrave.tasks.requests import BundleTasks
@@ -42,15 +46,26 @@ def serve(settings: Settings, listening: Listening) -> None:
     """Be the whole service: the EC2 door, and the agent of the one host that there is. Until SIGTERM or SIGINT.
 
     Raises:
+        DataDirectoryError: The data directory is in use, or has lost its database.
+        DatabaseUnusableError: The database cannot be used.
         ListeningError: The address or the certificate cannot be used, or it would be plain HTTP to others.
+        ServiceIdentityError: The data directory has not the database's service identity.
         VaultKeyError: The data directory has not the database's vault key.
     """
-    ground = open_ground(settings)
+    lock = _lock_if_begun(settings)
+    listener = Listener(settings)
+    ground = _start(settings)
+    lock = lock or hold_data_directory(settings)
+    ground.open()
+    _ = ground.service
     power = PowerRequests(ground.instances, grace=settings.shutdown_grace)
     door = _door(ground, ground.instances, power, lambda _instance_id: settings.host_name)
     volumes = VolumeChecks(ground.instances, settings.image_directories)
     app = create_app(replace(door, volume_trouble=volumes.trouble))
-    _listen(settings, app, listening, Agent(ground))
+    agent = Agent(ground)
+    agent.start(reports=False)
+    threading.Thread(target=_end_when_drained, args=[agent], name="drained", daemon=True).start()
+    _listen(listener, app, listening, lock)
 
 
 def serve_api(settings: Settings, listening: Listening) -> None:
@@ -59,22 +74,51 @@ def serve_api(settings: Settings, listening: Listening) -> None:
     Raises:
         As `serve`.
     """
-    ground = open_ground(settings, database_timeout=DATABASE_TIMEOUT)
-    _ = ground.service  # the first process of a fleet makes it, for the others to be given a copy
+    listener = Listener(settings)
+    ground = _start(settings, database_timeout=DATABASE_TIMEOUT)
+    ground.open()
+    _ = ground.service
     fleet = ReportedInstances(ground.database)
-    _listen(settings, create_app(_door(ground, fleet, fleet, fleet.host_of)), listening, None)
+    _listen(listener, create_app(_door(ground, fleet, fleet, fleet.host_of)), listening, None)
 
 
 def run_agent(settings: Settings, working: Callable[[], None]) -> None:
     """Be the agent of a fleet's host: call `working()`, and work until the host has been drained, or a signal.
 
     Raises:
-        VaultKeyError: As `serve`.
+        As `serve`, but for the listener.
     """
-    agent = Agent(open_ground(settings))
+    ground = _start(settings)
+    _ = ground.instances
+    ground.open()
+    _ = ground.service
+    agent = Agent(ground)
     agent.start(reports=True)
     working()
     agent.wait()
+
+
+def _lock_if_begun(settings: Settings) -> HeldFile | None:
+    """Lock a data directory that was begun before: "in use by process 7" says more than "address in use".
+
+    A new one is locked once it is certain that the service can listen: a start that fails leaves nothing.
+    """
+    begun = settings.directory.lock.exists() or settings.directory.vault_key.exists()
+    return hold_data_directory(settings) if begun else None
+
+
+def _start(settings: Settings, *, database_timeout: float = TIMEOUT) -> Ground:
+    """Open what needs no database, so that a first start with a wrong setting makes no database and no key."""
+    ground = Ground(settings, database_timeout, replaced=_end_at_once)
+    if settings.store == "s3":
+        _ = ground.buckets
+    return ground
+
+
+def _end_at_once(error: DatabaseReplacedError) -> Never:
+    """End the process: what it knows is in no database any more, and it must write nothing."""
+    log.error("the service stops", error=str(error))
+    os._exit(1)
 
 
 def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Callable[[str], str]) -> Door:
@@ -103,21 +147,15 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
     )
 
 
-def _listen(settings: Settings, app: ASGIApp, listening: Listening, agent: Agent | None) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _heard)  # uvicorn stops for it, then raises it again for whoever had it before
-    listener = Listener(settings)
-    if agent is not None:
-        agent.start(reports=False)
-        threading.Thread(target=_end_when_drained, args=[agent], name="drained", daemon=True).start()
-    listener.serve(app, listening)
-    log.info("stopped", pid=os.getpid())
+def _listen(listener: Listener, app: ASGIApp, listening: Listening, lock: HeldFile | None) -> None:
+    def answers(url: str) -> None:
+        if lock is not None:
+            lock.write(f"process {os.getpid()} ({url})")
+        listening(url)
+
+    listener.serve(app, answers)
 
 
 def _end_when_drained(agent: Agent) -> None:
     agent.wait()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _heard(_number: int, _frame: object) -> None:
-    """Take note of a signal that has had its effect already."""

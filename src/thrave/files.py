@@ -8,6 +8,7 @@ the file goes to.
 
 import fcntl
 import os
+import pwd
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _NEW = ".new-"
+
+
+class OpenToOthersError(PermissionError):
+    """A file or folder that should be its owner's alone is not; the message has the command that closes it."""
 
 
 def create_once(path: Path, data: bytes) -> bool:
@@ -74,14 +79,87 @@ def read_private(path: Path) -> bytes:
     one no longer.
 
     Raises:
-        PermissionError: Somebody besides the owner may read or write the file.
+        OpenToOthersError: Somebody besides the owner may read or write the file.
         OSError: It cannot be read.
     """
     with path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         if mode & 0o077:
-            raise PermissionError(f"{path} is open to others than its owner (mode {mode:04o}); chmod 600 it")
+            raise OpenToOthersError(f"{path} is open to others than its owner (mode {mode:04o}); chmod 600 it")
         return file.read()
+
+
+def close_to_others(path: Path) -> None:
+    """Take every right of group and others from a file or folder, if it is there.
+
+    Raises:
+        OpenToOthersError: It is open to others, and this user may not change that.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return
+    try:
+        if mode & 0o077:
+            path.chmod(mode & ~0o077)
+    except FileNotFoundError:  # SQLite removes its -wal and -shm when the last connection is closed
+        return
+    except PermissionError:
+        raise OpenToOthersError(
+            f"{path} is open to others than its owner (mode {mode:04o}), and user {user()} may not change that; "
+            f"run: sudo chmod go= {path}"
+        ) from None
+
+
+def user() -> str:
+    """The name of the user that this process runs as."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # in a container, for example
+        return str(os.geteuid())
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Have a folder to ourselves among the processes that ask for the same; waits for the others."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class HeldFile:
+    """A file that one process holds for as long as it lives, with a line of text about that process.
+
+    The kernel releases it at the end of the process, also after kill -9.
+
+    Raises:
+        FileHeldError: Another process holds it.
+        OSError: It cannot be opened or made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = self._file.read()
+            self._file.close()
+            raise FileHeldError(text) from None
+        self.write(f"process {os.getpid()}")
+
+    def write(self, text: str) -> None:
+        """Replace the line of text."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+
+
+class FileHeldError(Exception):
+    """Another process holds a file; the message is the text that it has written there."""
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,16 +1,26 @@
-"""What every process of the service stands on: the database, the vault, the queues, the buckets and the identity.
+"""Objects that every process of the service shares: database, vault, task queues, buckets, instances, identity.
 
-Opened from the settings, and made where it is not there yet. Processes on several machines share the database; each has
-a copy of the vault's key and of the service's identity in its own data directory, and is refused if it has others.
+Each is opened from the settings when it is first used. `Ground.open` is the first start: it makes the database, the
+vault's key and the service's identity, all three together or none, and never one of them beside others that are there
+already. Processes on several machines share the database; each has a copy of the vault's key and of the service's
+identity in its own data directory, and is refused if it has others.
+
+    DataDirectoryError
+    ├── DataDirectoryInUseError     a service runs on it
+    └── DatabaseLostError           it has the files of a database that is missing or empty
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from thrave import files
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.connection import Credentials
 from thrave.buckets.opening import open_buckets
@@ -18,8 +28,20 @@ from thrave.buckets.s3 import Holder
 from thrave.compute.instances import Instances
 from thrave.compute.opening import open_instances
 from thrave.config import Settings
-from thrave.database import TIMEOUT, migrate, open_engine, vault_proof
+from thrave.database import (
+    TIMEOUT,
+    DatabaseReplacedError,
+    access_key,
+    explain,
+    lock,
+    migrate,
+    migrations,
+    open_engine,
+    place,
+    vault_proof,
+)
 from thrave.identity.accounts import Accounts
+from thrave.identity.errors import ServiceIdentityError
 from thrave.identity.service import ServiceIdentity
 from thrave.tasks.crash_points import crash_at
 from thrave.tasks.fence import Fence
@@ -34,13 +56,41 @@ _PROOF = b"thrave"
 PROOF_CONTEXT = "vault proof"
 
 
+class DataDirectoryError(Exception):
+    """The data directory cannot be used."""
+
+
+class DataDirectoryInUseError(DataDirectoryError):
+    """Another process runs the service on it."""
+
+
+class DatabaseLostError(DataDirectoryError):
+    """The vault's key or the identity is there, but the database that belongs to them is missing or empty."""
+
+
 @dataclass(frozen=True)
 class Ground:
-    """The rooms that a process is put together from; each is opened when it is first asked for."""
+    """What a process is put together from; each part is opened when it is first used.
+
+    Attributes:
+        settings: Of the service.
+        database_timeout: Seconds for one statement on a database server.
+        replaced: Called when the database's file was deleted or replaced; see `database.open_engine`.
+    """
 
     settings: Settings
-    database: sa.Engine
-    vault: Vault
+    database_timeout: float = TIMEOUT
+    replaced: Callable[[DatabaseReplacedError], None] | None = field(default=None, repr=False)
+
+    @cached_property
+    def database(self) -> sa.Engine:
+        """The database, with the tables of this release."""
+        return self._opened[0]
+
+    @cached_property
+    def vault(self) -> Vault:
+        """What encrypts the secrets in the database."""
+        return self._opened[1]
 
     @cached_property
     def accounts(self) -> Accounts:
@@ -66,8 +116,16 @@ class Ground:
 
     @cached_property
     def service(self) -> ServiceIdentity:
-        """Who signs manifests."""
-        return ServiceIdentity.open_or_create(self.settings.directory.service)
+        """The identity that signs manifests: the database's. Raises ServiceIdentityError if there is another one."""
+        identity = ServiceIdentity.open(self.settings.directory.service)
+        with self.database.begin() as connection:
+            known = connection.execute(sa.select(vault_proof.c.identity)).scalar_one()
+        if identity.fingerprint != known:
+            raise ServiceIdentityError(
+                f"{self.settings.directory.service} has another service identity than the database. Copy service/ from "
+                "the data directory of the process that was started first."
+            )
+        return identity
 
     @cached_property
     def hosts(self) -> "Hosts":
@@ -81,6 +139,33 @@ class Ground:
         """The bundle tasks; an agent gives its fence."""
         return Records(self.database, self.vault, fence)
 
+    def open(self) -> None:
+        """Open the database and the vault; the first time, make them and the service's identity.
+
+        Raises:
+            DatabaseLostError: There is a vault key or an identity, but no database.
+            DatabaseUnusableError: The database cannot be opened, is damaged, or was made by a newer release.
+            VaultKeyError: The vault's key cannot be used, or is not the one that encrypted the database's secrets.
+            ServiceIdentityError: The identity cannot be made.
+            OSError: The data directory or a file in it cannot be used.
+        """
+        _ = self.database
+
+    @cached_property
+    def _opened(self) -> tuple[sa.Engine, Vault]:
+        settings = self.settings
+        if settings.crash_at:
+            crash_at(settings.crash_at)
+        root = settings.directory.root
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with files.locked_folder(root), _explained(settings):
+            close_to_others(settings)
+            if _has_no_tables(settings):
+                _refuse_to_begin_anew(settings)
+            database = open_engine(settings.database, timeout=self.database_timeout, replaced=self.replaced)
+            migrate(database)
+            return database, _open_vault(settings, database)
+
     def _holder(self, access_key_id: str) -> Holder | None:
         key = self.accounts.find_key(access_key_id)
         if key is None or key.status != "Active":
@@ -89,41 +174,138 @@ class Ground:
         return Holder(key.account_id, credentials)
 
 
-def open_ground(settings: Settings, *, database_timeout: float = TIMEOUT) -> Ground:
-    """Open the database and the vault in the data directory, making what is not there yet.
+def open_ground(settings: Settings) -> Ground:
+    """Open the database and the vault at once. Raises as `Ground.open`."""
+    ground = Ground(settings)
+    ground.open()
+    return ground
+
+
+def hold_data_directory(settings: Settings) -> files.HeldFile | None:
+    """Refuse a second service on one SQLite database, for as long as this process lives.
+
+    Agents of a fleet need none of it: who works for a host is decided by a lease in PostgreSQL.
+
+    Returns:
+        The lock, into which the address can be written; None with PostgreSQL.
 
     Args:
         settings: Where they are.
         database_timeout: Seconds for one statement on a server.
 
     Raises:
-        VaultKeyError: The vault's key cannot be used, or is not the one that the database's secrets were sealed with.
+        DataDirectoryInUseError: A service runs on it; the message names its process.
+        OSError: The lock cannot be made.
     """
-    if settings.crash_at:
-        crash_at(settings.crash_at)
+    if settings.database_url is not None:
+        return None
     directory = settings.directory
     directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    database = open_engine(settings.database, timeout=database_timeout)
-    migrate(database)
-    vault = Vault.open_or_create(directory.vault_key)
-    _prove(database, vault)
-    return Ground(settings, database, vault)
-
-
-def _prove(database: sa.Engine, vault: Vault) -> None:
-    """See that the vault's key is the database's; the first one to come makes it so."""
     try:
-        with database.begin() as connection:
-            sealed = connection.execute(sa.select(vault_proof.c.sealed)).scalar()
-            if sealed is None:
-                proof = {"only": 1, "sealed": vault.seal(_PROOF, context=PROOF_CONTEXT)}
-                connection.execute(vault_proof.insert(), proof)
-            else:
-                vault.unseal(sealed, context=PROOF_CONTEXT)
-    except sa.exc.IntegrityError:  # another process was quicker
-        _prove(database, vault)
+        return files.HeldFile(directory.lock)
+    except files.FileHeldError as error:
+        raise DataDirectoryInUseError(
+            f"{directory.root} is in use: {error} runs on it. Stop that process, or give another --data."
+        ) from None
+
+
+def close_to_others(settings: Settings) -> None:
+    """Take the rights of group and others from the data directory and what lies in it.
+
+    Buckets as well: a bundle is handed out by copying it (`thrave copy`). Only a data directory of another user keeps
+    its mode, since its owner decides.
+
+    Raises:
+        OpenToOthersError: A file or folder in it is open to others, and this user may not change that.
+    """
+    directory = settings.directory
+    with suppress(files.OpenToOthersError):
+        files.close_to_others(directory.root)
+    database, buckets = directory.database_file, directory.buckets
+    for path in (
+        *(database.with_name(database.name + end) for end in ("", "-wal", "-shm")),
+        directory.lock, directory.service, directory.locks,
+        directory.instances, directory.instances / ".locks",
+        buckets, buckets / ".owners", buckets / ".spool", *_folders(buckets),
+    ):  # fmt: skip
+        files.close_to_others(path)
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+
+
+@contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        raise explain(error, settings.database) from error
+
+
+def _has_no_tables(settings: Settings) -> bool:
+    """Whether the database is missing or empty. Makes nothing."""
+    if settings.database_url is None:
+        file = settings.directory.database_file
+        if not file.exists() or file.stat().st_size == 0:
+            return True
+    engine = open_engine(settings.database)
+    try:
+        with engine.connect() as connection:
+            return migrations(connection)[0] is None
+    finally:
+        engine.dispose()
+
+
+def _refuse_to_begin_anew(settings: Settings) -> None:
+    directory = settings.directory
+    made_with_it = [directory.vault_key, directory.service]
+    if settings.database_url is None:
+        made_with_it += _files(directory.buckets / ".owners")
+    for path in made_with_it:
+        if path.exists():
+            raise DatabaseLostError(
+                f"the database {place(settings.database)} is missing or empty, but {path} is there, which was made "
+                "with it. Restore the database from a backup. To begin anew, use an empty data directory."
+            )
+
+
+def _files(folder: Path) -> list[Path]:
+    return [*folder.iterdir()] if folder.is_dir() else []
+
+
+def _open_vault(settings: Settings, database: sa.Engine) -> Vault:
+    """The vault, whose key is proved to be the database's; the first process makes key and identity.
+
+    The proof is committed last: a start that is cut off before goes on with the files that it has made.
+    """
+    directory = settings.directory
+    with database.begin() as connection:
+        lock(connection)
+        sealed = connection.execute(sa.select(vault_proof.c.sealed)).scalar()
+        if sealed is None and not _has_secrets(connection):
+            vault = Vault.open_or_create(directory.vault_key)
+        elif directory.vault_key.exists():
+            vault = Vault.open(directory.vault_key)
+        else:
+            raise VaultKeyError(
+                f"{directory.vault_key} is missing, and the database has secrets that were encrypted with it: copy "
+                "vault.key and service/ from a backup, or from the data directory of the process that was started first"
+            )
+        if sealed is None:
+            identity = ServiceIdentity.open_or_create(directory.service)
+            proof = {"only": 1, "sealed": vault.seal(_PROOF, context=PROOF_CONTEXT), "identity": identity.fingerprint}
+            connection.execute(vault_proof.insert(), proof)
+            return vault
+    try:
+        vault.unseal(sealed, context=PROOF_CONTEXT)
     except SealError:
         raise VaultKeyError(
-            "the database's secrets were sealed with another vault's key: copy vault.key and service/ "
-            "from the data directory of the process that was started first"
+            f"{directory.vault_key} is not the key that the database's secrets were encrypted with: copy vault.key and "
+            "service/ from the data directory of the process that was started first"
         ) from None
+    return vault
+
+
+def _has_secrets(connection: sa.Connection) -> bool:
+    return connection.execute(sa.select(access_key.c.access_key_id).limit(1)).first() is not None

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import IO, Literal, NamedTuple, TypeAlias
+from typing import IO, Literal, NamedTuple, Never, TypeAlias
 
 INHERITED = ("HOME", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER", "XDG_RUNTIME_DIR")
 """The variables of this process that a program gets, if they are set. Everything else is withheld."""
@@ -290,11 +290,17 @@ def run(
         program.kill()
 
 
-def start_server(argv: Sequence[str], variables: Mapping[str, str]) -> ServerProcess:
-    """Start a server of this package for a test, as its user would: it shares stderr and session, and has no limits.
+def start_server(argv: Sequence[str], variables: Mapping[str, str], *, stderr: int) -> ServerProcess:
+    """Start a server of this package for a test, as its user would: it shares the session, and has no limits.
 
     Args:
         argv: The argument vector; what it prints on stdout is piped, as text.
         variables: Its whole environment.
+        stderr: A descriptor for what it logs.
     """
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=dict(variables))
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(variables))
+
+
+def restart(variables: Mapping[str, str]) -> Never:
+    """Run this Python program again in the place of this process, with `variables` besides its environment."""
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **variables})  # noqa: S606

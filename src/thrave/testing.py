@@ -17,30 +17,39 @@ import json
 import os
 import signal
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, ClassVar, Self
 
+from pydantic import SecretStr
+
 from thrave import programs
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import Instance, VolumeFile
-from thrave.config import DataDirectory
-from thrave.database import migrate, open_engine
-from thrave.identity.accounts import Account, Accounts
+from thrave.config import DataDirectory, Settings
+from thrave.ground import open_ground
+from thrave.identity.accounts import Account
 from thrave.identity.keys import AccessKey
-from thrave.vault import Vault
 
 REGION = "us-east-1"
-START_TIMEOUT = 60  # seconds
+START_TIMEOUT = 120  # seconds, on a busy machine
+_LAST_WORDS = 5  # seconds to read them when it has ended
+_KEPT_LINES = 20  # of what a server says on stderr, for the message if it does not start
 
 
 class ServerError(Exception):
     """The server did not start; the message has what it said."""
+
+
+class ComponentMissingError(Exception):
+    """A library that this needs is not installed; the message names the package."""
 
 
 @dataclass
@@ -75,16 +84,28 @@ class ThraveServer:
             server.stop()
 
     def start(self) -> None:
-        """Start it, and wait until it answers. Raises ServerError if it does not."""
+        """Start it, and wait until it answers. Raises ServerError if it does not within two minutes."""
+        errors, errors_of_server = os.pipe()
         self.process = programs.start_server(
             [sys.executable, "-m", "thrave", self.command, "--data", str(self.data.root), "--port", "0"],
             {**os.environ, **self.environment},
+            stderr=errors_of_server,
         )
+        os.close(errors_of_server)
+        kept: deque[str] = deque(maxlen=_KEPT_LINES)
+        forward = threading.Thread(target=_forward, args=[errors, kept], name="thrave-stderr", daemon=True)
+        forward.start()
+        limit = threading.Timer(START_TIMEOUT, self.process.kill)
+        limit.daemon = True
+        limit.start()
         assert self.process.stdout is not None
         said = self.process.stdout.readline().strip()
+        limit.cancel()
         if not said.startswith("listening on "):
             self.stop()
-            raise ServerError(f"thrave {self.command} ended with status {self.process.returncode}: {said}")
+            forward.join(_LAST_WORDS)
+            reason = "".join(kept).strip() or said or f"no answer within {START_TIMEOUT} seconds"
+            raise ServerError(f"thrave {self.command} ended with status {self.process.returncode}: {reason}")
         self.url = said.removeprefix("listening on ")
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
@@ -95,13 +116,12 @@ class ThraveServer:
 
     def account(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
         """Make an account with its first access key; `certificate` is PEM."""
-        self.data.root.mkdir(parents=True, exist_ok=True)
-        database = open_engine(self.environment.get("THRAVE_DATABASE_URL", self.data.database))
+        url = self.environment.get("THRAVE_DATABASE_URL")
+        ground = open_ground(Settings(data=self.data.root, database_url=None if url is None else SecretStr(url)))
         try:
-            migrate(database)
-            return Accounts(database, Vault.open_or_create(self.data.vault_key)).create(name, certificate)
+            return ground.accounts.create(name, certificate)
         finally:
-            database.dispose()
+            ground.database.dispose()
 
     def instance(self, account_id: str, root_volume: Path, *, volumes: Sequence[Path] = (), **details: Any) -> Instance:  # noqa: ANN401 (each field has its own type)
         """Describe a running Windows instance.
@@ -132,10 +152,9 @@ class ThraveServer:
     def client(self, key: AccessKey, service: str = "ec2", **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
         """An unmodified boto3 client for EC2, or for `sts`; `options` as `boto3.client` takes them.
 
-        A server that was given a certificate (`tls_certificate`) is believed if it shows that one.
+        A server that was given a certificate (`tls_certificate`) is trusted if it shows that one. Raises
+        ComponentMissingError if boto3 is not installed.
         """
-        import boto3  # noqa: PLC0415 (only who asks for a client needs it)
-
         given = {
             "endpoint_url": self.url,
             "region_name": REGION,
@@ -143,7 +162,7 @@ class ThraveServer:
             "aws_access_key_id": key.access_key_id,
             "aws_secret_access_key": key.secret_access_key,
         }
-        return boto3.client(service, **{**given, **options})
+        return import_boto3().client(service, **{**given, **options})
 
     def storage(self, key: AccessKey, bucket: str, prefix: str, **changes: object) -> dict[str, dict[str, object]]:
         """The `Storage` of a BundleInstance call, with an upload policy as the AWS CLI makes it."""
@@ -156,6 +175,24 @@ class ThraveServer:
             "UploadPolicySignature": signature,
         }
         return {"S3": {**storage, **changes}}
+
+
+def import_boto3() -> Any:  # noqa: ANN401 (boto3 ships no types)
+    """boto3, which only tests and the demo need. Raises ComponentMissingError if it is not installed."""
+    try:
+        import boto3  # noqa: PLC0415 (see above)
+    except ImportError:
+        raise ComponentMissingError("boto3 is not installed: pip install 'thrave[demo]'") from None
+    return boto3
+
+
+def _forward(descriptor: int, kept: deque[str]) -> None:
+    """Pass on what a server writes to stderr, and keep the last lines."""
+    with open(descriptor, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            kept.append(line)
+            with suppress(OSError):
+                os.write(2, line.encode())  # not sys.stderr, which pytest may have replaced and closed
 
 
 def upload_policy(secret_access_key: str, bucket: str, prefix: str, *, hours: float = 24) -> tuple[bytes, str]:

@@ -58,14 +58,25 @@ class Vault:
 
         Args:
             path: The key file: 32 random bytes, mode 0600. An existing one is never written to; processes
-                that make it at the same
-                time end up with the same key.
+                that make it at the same time end up with the same key.
 
         Raises:
             VaultKeyError: The file is not a vault's key, is open to others, or cannot be read or made.
         """
         try:
             files.create_once(path, os.urandom(_KEY_BYTES))
+        except OSError as error:
+            raise VaultKeyError(f"the vault's key file cannot be used: {error}") from error
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open the vault whose key stands in a file.
+
+        Raises:
+            VaultKeyError: The file is missing, is not a vault's key, is open to others, or cannot be read.
+        """
+        try:
             return cls(files.read_private(path))
         except OSError as error:
             raise VaultKeyError(f"the vault's key file cannot be used: {error}") from error

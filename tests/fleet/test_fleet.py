@@ -1,6 +1,10 @@
 """API processes and hosts' agents on one PostgreSQL: tasks run where the disk is, and go on where they are taken to."""
 
+import json
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -113,12 +117,45 @@ def test_of_two_agents_of_one_host_the_earlier_ends(fleet):
     assert second.poll() is None
 
 
-def test_a_process_with_another_vault_key_is_refused(fleet):
+@pytest.mark.parametrize(
+    ("lost", "other", "says"),
+    [
+        ("vault.key", None, "vault.key is missing"),
+        ("vault.key", b"another key, which has 32 bytes.", "is not the key"),
+        ("service", None, "identity in"),
+        ("service/side-key.pem", None, "identity in"),
+    ],
+)
+def test_process_without_the_fleets_key_and_identity_is_refused_and_makes_none(fleet, lost, other, says):
+    stranger = fleet.data("stranger")
+    path = stranger.root / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if other is not None:
+        path.write_bytes(other)
+        path.chmod(0o600)
+    before = sorted(stranger.root.rglob("*"))
+    refusal = fleet.thrave("agent", "--host", "host-b", data=stranger.root)
+    assert (refusal.returncode, says in refusal.stderr) == (1, True), refusal.stderr
+    assert sorted(stranger.root.rglob("*")) == before
+    hosts = json.loads(fleet.thrave("host", "list", "--output", "json").stdout)["hosts"]
+    assert "host-b" not in {host["host"] for host in hosts}
+
+
+def test_command_of_a_fleet_uses_the_database_of_its_settings_file(fleet, tmp_path):
     fleet.agent("host-a")
-    stranger = fleet.root / "stranger"
-    refusal = fleet.thrave("agent", "--host", "host-b", data=stranger)
-    assert refusal.returncode == 1
-    assert "another vault's key" in refusal.stderr
+    file = tmp_path / "fleet.toml"
+    file.write_text(f"database_url = {json.dumps(fleet.settings['database_url'])}\n")
+    command = [sys.executable, "-m", "thrave", "host", "list", "--config", file, "--data", fleet.first.data.root]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "host-a" in listed.stdout
+
+
+@pytest.mark.parametrize("command", ["api", "agent"])
+def test_process_of_a_fleet_without_its_database_is_refused(tmp_path, command):
+    command = [sys.executable, "-m", "thrave", command, "--data", tmp_path / "data"]
+    refusal = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (refusal.returncode, "database_url" in refusal.stderr) == (2, True)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_lost_hosts_task_goes_on_where_it_is_adopted(fleet, alice, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +13,19 @@ import click
 
 from thrave.cli.exits import Exit
 from thrave.cli.output import emit, output_option
-from thrave.cli.service import read_settings
+from thrave.cli.service import make_files_private, read_settings
 
 if TYPE_CHECKING:
     from thrave.config import Settings
 
 
+class _Log:
+    """How the last line of the log is written."""
+
+    json = False
+
+
+_log = _Log()
 DATA = click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Where it keeps everything.")
 ADDRESS = click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
 PORT = click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
@@ -43,12 +52,15 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
       thrave serve --data /var/lib/thrave --port 8773
       aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
 
-    Exit codes: 0 stopped, 1 the address or certificate cannot be used, 2 a setting is wrong, 4 it would be plain HTTP
-    where others can read it, 75 another process is this host's agent now.
+    Exit codes: 0 stopped, 1 the address, certificate, database or vault's key cannot be used, 2 a setting is wrong, 4 a
+    service runs on the data directory already, or it would be plain HTTP where others can read it, 75 another process
+    is this host's agent now.
     """
+    _stop_on_signals()
+    make_files_private()
+    settings = _settings(config, data=data, host=host, port=port)
     from thrave import endpoint
 
-    settings = _settings(config, data=data, host=host, port=port)
     endpoint.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     _end()
 
@@ -71,9 +83,12 @@ def api(data: Path | None, host: str | None, port: int | None, config: Path | No
 
     Exit codes: as `thrave serve`.
     """
+    _stop_on_signals()
+    make_files_private()
+    settings = _settings(config, data=data, host=host, port=port)
+    _require_fleet(settings, "api")
     from thrave import endpoint
 
-    settings = _settings(config, data=data, host=host, port=port)
     endpoint.serve_api(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     _end()
 
@@ -97,9 +112,12 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
     Exit codes: 0 stopped or drained, 1 the database or the vault's key cannot be used, 2 a setting is wrong, 75 another
     process is this host's agent now, or another host has adopted its tasks.
     """
+    _stop_on_signals()
+    make_files_private()
+    settings = _settings(config, data=data, host_name=name)
+    _require_fleet(settings, "agent")
     from thrave import endpoint
 
-    settings = _settings(config, data=data, host_name=name)
     endpoint.run_agent(
         settings, lambda: emit(output, {"working": settings.host_name}, f"working as {settings.host_name}")
     )
@@ -107,15 +125,49 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
 
 
 def _settings(config: Path | None, **given: object) -> Settings:
+    settings = read_settings(config, **given)
     from thrave.logs import configure_logs
 
-    settings = read_settings(config, **given)
+    _log.json = settings.log_format == "json"
     configure_logs(settings.log_format)
     return settings
 
 
+def _require_fleet(settings: Settings, command: str) -> None:
+    """Raise click's UsageError without the database that a fleet's processes share."""
+    if settings.database_url is None:
+        raise click.UsageError(
+            f"thrave {command} is a process of a fleet and needs the setting database_url: "
+            "postgresql://USER@HOST/NAME. On one machine run: thrave serve"
+        )
+
+
+def _stop_on_signals() -> None:
+    """End at SIGTERM, SIGINT and SIGHUP, at any moment of the start.
+
+    While the server runs, uvicorn answers the requests under way first; then it raises the signal again. SIGHUP is left
+    alone where it is ignored already (nohup).
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _hang_up)
+
+
+def _hang_up(_number: int, _frame: object) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _stop(_number: int, _frame: object) -> None:
+    _end()
+
+
 def _end() -> None:
     """End as if killed: there is one way to come back."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    pid = os.getpid()
+    line = f'{{"event": "stopped", "level": "info", "pid": {pid}}}' if _log.json else f"thrave: stopped (process {pid})"
+    # A signal may have interrupted the logger, whose lock must not be waited for here. Or nobody reads any more.
+    with suppress(OSError, RuntimeError, ValueError):
+        sys.stdout.flush()
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
     os._exit(Exit.OK)

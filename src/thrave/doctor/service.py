@@ -94,5 +94,5 @@ def identity(subject: Subject) -> str:
     folder = subject.settings.directory.service
     if not (folder / CERTIFICATE_FILE).exists():
         raise NotTried("the first start makes it")
-    service = ServiceIdentity.open_or_create(folder)
+    service = ServiceIdentity.open(folder)
     return f"certificate until {service.certificate.not_valid_after_utc:%Y-%m-%d}"

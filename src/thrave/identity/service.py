@@ -8,9 +8,10 @@ Three files of one folder, made once and never overwritten, each for the service
 
 Whoever holds `pk.pem` can open every bundle that the service ever made; whoever loses it cannot open those of accounts
 without a certificate. So a missing private key beside an existing certificate is an error, never a reason to make
-another one.
+another one. Nor is any of the files made where the database has the fingerprint of an identity (`ground.py`).
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -49,9 +50,22 @@ class ServiceIdentity:
         """
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            private_key = _private_key(directory)
-            certificate = _certificate(directory, private_key)
-            side_key = _side_key(directory)
+            _make_missing(directory)
+        except (OSError, MalformedPrivateKey) as error:
+            raise ServiceIdentityError(f"the service's identity in {directory} cannot be made: {error}") from error
+        return cls.open(directory)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read the identity from its folder. Makes nothing.
+
+        Raises:
+            ServiceIdentityError: The files are missing, open to others, or do not belong together.
+        """
+        try:
+            private_key = certificates.load_private_key(files.read_private(directory / PRIVATE_KEY_FILE))
+            certificate = certificates.load_certificate((directory / CERTIFICATE_FILE).read_bytes())
+            side_key = _load_side_key(files.read_private(directory / SIDE_KEY_FILE))
         except (OSError, MalformedCertificate, MalformedPrivateKey) as error:
             raise ServiceIdentityError(f"the service's identity in {directory} cannot be used: {error}") from error
         if certificate.public_key() != private_key.public_key():
@@ -60,31 +74,34 @@ class ServiceIdentity:
             )
         return cls(certificate, private_key, side_key)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the two public keys: what makes two copies of the identity the same one."""
+        form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        keys = self.private_key.public_key().public_bytes(*form), self.side_key.public_key().public_bytes(*form)
+        return hashlib.sha256(b"".join(keys)).hexdigest()
 
-def _private_key(directory: Path) -> rsa.RSAPrivateKey:
-    path = directory / PRIVATE_KEY_FILE
-    has_certificate = (directory / CERTIFICATE_FILE).exists()  # asked first: the key is made before the certificate
-    if not path.exists():
+
+def _make_missing(directory: Path) -> None:
+    """Make the files that are not there, each only if no other process has made it."""
+    private_key, certificate = directory / PRIVATE_KEY_FILE, directory / CERTIFICATE_FILE
+    has_certificate = certificate.exists()  # asked first: the key is made before the certificate
+    if not private_key.exists():
         if has_certificate:
             raise FileNotFoundError(f"{PRIVATE_KEY_FILE} is missing beside {CERTIFICATE_FILE}; restore it")
-        files.create_once(path, certificates.private_key_pem(certificates.new_private_key()).encode())
-    return certificates.load_private_key(files.read_private(path))
+        files.create_once(private_key, certificates.private_key_pem(certificates.new_private_key()).encode())
+    if not has_certificate:
+        key = certificates.load_private_key(files.read_private(private_key))
+        files.create_once(
+            certificate, certificates.certificate_pem(certificates.self_signed(_COMMON_NAME, key)).encode()
+        )
+    side_key = certificates.private_key_pem(ed25519.Ed25519PrivateKey.generate())
+    files.create_once(directory / SIDE_KEY_FILE, side_key.encode())
 
 
-def _certificate(directory: Path, key: rsa.RSAPrivateKey) -> x509.Certificate:
-    path = directory / CERTIFICATE_FILE
-    if not path.exists():
-        pem = certificates.certificate_pem(certificates.self_signed(_COMMON_NAME, key))
-        files.create_once(path, pem.encode())
-    return certificates.load_certificate(path.read_bytes())
-
-
-def _side_key(directory: Path) -> ed25519.Ed25519PrivateKey:
-    path = directory / SIDE_KEY_FILE
-    if not path.exists():
-        files.create_once(path, certificates.private_key_pem(ed25519.Ed25519PrivateKey.generate()).encode())
+def _load_side_key(pem: bytes) -> ed25519.Ed25519PrivateKey:
     try:
-        key = serialization.load_pem_private_key(files.read_private(path), password=None)
+        key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError):
         raise MalformedPrivateKey(f"{SIDE_KEY_FILE} is not a PEM private key") from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):

@@ -51,6 +51,7 @@ def upgrade() -> None:
     op.create_table('vault_proof',
     sa.Column('only', sa.Integer(), autoincrement=False, nullable=False),
     sa.Column('sealed', sa.LargeBinary(), nullable=False),
+    sa.Column('identity', sa.String(length=64), nullable=False),
     sa.PrimaryKeyConstraint('only')
     )
 

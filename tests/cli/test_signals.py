@@ -1,0 +1,104 @@
+"""A signal ends a service at any moment of its start, and what it has begun does not hinder the next start."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from thrave.config import DataDirectory, Settings
+from thrave.ground import open_ground
+from thrave.testing import ThraveServer
+
+TIMEOUT = 120  # seconds
+
+# Calls the command with one function replaced: at its call, or after it, the process signals itself and goes on.
+HARNESS = """
+import importlib, os, signal, sys
+module, _, path = os.environ.pop("STEP").partition(":")
+*parents, name = path.split(".")
+number, after = getattr(signal, os.environ.pop("SIGNAL")), os.environ.pop("WHEN") == "after"
+holder = importlib.import_module(module)
+for parent in parents:
+    holder = getattr(holder, parent)
+found = holder.__dict__[name]
+function = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
+def signalled(*arguments, **named):
+    if after:
+        result = function(*arguments, **named)
+    print("signal", flush=True)
+    os.kill(os.getpid(), number)
+    return result if after else function(*arguments, **named)
+setattr(holder, name, classmethod(signalled) if isinstance(found, classmethod) else signalled)
+from thrave.cli.main import main
+main()
+"""
+
+COMMON = [
+    "thrave.config:load_settings",
+    "thrave.logs:configure_logs",
+    "thrave.ground:close_to_others",
+    "thrave.ground:migrate",
+    "thrave.vault:Vault.open_or_create",
+    "thrave.identity.service:ServiceIdentity.open",
+]
+LISTENING = ["thrave.listening:_listen", "thrave.endpoint:create_app", "thrave.listening:Listener.serve"]
+AGENT = ["thrave.tasks.hosts:Hosts.take", "thrave.tasks.engine:Worker.launch", "thrave.agent:Agent._keep_house"]
+STEPS = {
+    "serve": [*COMMON, *LISTENING, *AGENT, "thrave.ground:hold_data_directory", "thrave.tasks.engine:Queues.__init__"],
+    "api": [*COMMON, *LISTENING],
+    "agent": [*COMMON, *AGENT],
+}
+
+
+def start(command, data, environment):
+    options = ["--port", "0"] if command != "agent" else []
+    return subprocess.run(
+        [sys.executable, "-c", HARNESS, command, "--data", data, *options],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=TIMEOUT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "when"),
+    [
+        *((step, "before") for step in STEPS["serve"]),
+        *((step, "after") for step in STEPS["serve"] if step != "thrave.listening:Listener.serve"),
+    ],
+)
+def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
+    ended = start("serve", tmp_path / "data", {"STEP": step, "SIGNAL": "SIGTERM", "WHEN": when})
+    assert (ended.returncode, "signal" in ended.stdout, "listening" in ended.stdout) == (0, True, False), ended.stderr
+    assert "Traceback" not in ended.stderr
+    with ThraveServer.running(tmp_path / "data"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("step", ["thrave.ground:migrate", "thrave.tasks.engine:Worker.launch"])
+def test_other_signals_end_serve_as_well(tmp_path, name, step):
+    ended = start("serve", tmp_path / "data", {"STEP": step, "SIGNAL": name, "WHEN": "before"})
+    assert (ended.returncode, "listening" in ended.stdout) == (0, False), ended.stderr
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("command", ["api", "agent"])
+def test_sigterm_ends_a_process_of_a_fleet_at_each_step_of_its_start(tmp_path, postgres, command):
+    url = postgres.new_database()
+    ground = open_ground(Settings(data=tmp_path / "begun", database_url=url))
+    ground.database.dispose()
+    for step in STEPS[command]:
+        data = tmp_path / "begun"
+        environment = {"STEP": step, "SIGNAL": "SIGTERM", "WHEN": "before", "THRAVE_DATABASE_URL": url}
+        if step == "thrave.vault:Vault.open_or_create":
+            data, environment["THRAVE_DATABASE_URL"] = tmp_path / "new", postgres.new_database()
+        ended = start(command, data, environment)
+        assert (ended.returncode, ended.stdout) == (0, "signal\n"), (step, ended.stderr)
+
+
+def test_hangup_ends_a_service_that_runs(tmp_path):
+    server = ThraveServer(DataDirectory(tmp_path / "data"))
+    server.start()
+    server.stop(signal.SIGHUP)
+    assert server.process.returncode == 0
