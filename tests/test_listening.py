@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError, SSLError
 
 from support.tls import certificate
 from thrave.cli.exits import Exit
-from thrave.config import Settings, load_settings
+from thrave.config import Settings, SettingsError, load_settings
 from thrave.database import open_engine
 from thrave.identity.accounts import Accounts
 from thrave.identity.users import Users
@@ -336,7 +336,7 @@ def test_what_cannot_be_listened_with_is_said_in_a_line(tmp_path, make, complain
 
 @pytest.mark.parametrize("name", ["tls_certificate", "tls_key"])
 def test_a_certificate_without_its_key_is_no_setting(tmp_path, name):
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(SettingsError, match="belong together"):
         load_settings(None, **{name: tmp_path / "tls.pem"})
     assert serve(tmp_path, **{name: tmp_path / "tls.pem"})[0] == Exit.USAGE
 

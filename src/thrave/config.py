@@ -1,20 +1,50 @@
 """Every setting, typed, in one place; and where things lie in the data directory.
 
 A setting is taken from the command line, else from the environment (`THRAVE_` and its name in capitals), else from the
-TOML file given with `--config`, else from its default here. The docs' page of settings is generated from this table.
-Nothing else in Thrave reads the environment, and nothing here opens or creates anything.
+TOML file given with `--config`, else from its default here. Each of these is checked by itself, so that a wrong value
+is reported with the place where it stands, also if another one takes precedence. The docs' page of settings is
+generated from this table. Nothing else in Thrave reads the environment, and nothing here opens or creates anything.
 """
 
+import difflib
 import ipaddress
+import json
+import os
 import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+_PREFIX = "THRAVE_"
+_NO_SETTINGS = {"THRAVE_INSTANCE_ID"}
+"""Variables that Thrave gives to an instance's commands, which may call it again."""
+
+
+class SettingsError(Exception):
+    """A setting has no such name, cannot have that value, or contradicts another; the message says which and where."""
+
+
+def _check_database_url(url: SecretStr) -> SecretStr:
+    if not re.match(r"postgres(ql)?://[^/]", url.get_secret_value()):
+        raise ValueError("must be postgresql://USER@HOST/NAME")
+    return SecretStr(re.sub("^postgres:", "postgresql:", url.get_secret_value()))
+
 
 _FILES_OF_A_TASK = 32  # its connections to the store, its volume, its pipes
 _FILES_OF_THE_SERVICE = 64
@@ -75,7 +105,17 @@ class DataDirectory:
     @property
     def database(self) -> str:
         """The URL of the database of one machine: accounts, tasks and the engine's own tables, in SQLite."""
-        return f"sqlite:///{self.root.absolute() / 'thrave.db'}"
+        return f"sqlite:///{self.database_file.absolute()}"
+
+    @property
+    def database_file(self) -> Path:
+        """The file of that database. SQLite keeps two more beside it: `thrave.db-wal` and `thrave.db-shm`."""
+        return self.root / "thrave.db"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the service that runs on the database of this directory; has its process id and address."""
+        return self.root / "thrave.lock"
 
     @property
     def vault_key(self) -> Path:
@@ -103,13 +143,13 @@ class DataDirectory:
         return self.root / "buckets"
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """What an operator may set. Times are in seconds unless the name says otherwise."""
 
-    model_config = SettingsConfigDict(env_prefix="THRAVE_", extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     data: Path = Field(Path("thrave-data"), description="Where the service keeps its database, keys and buckets.")
-    database_url: SecretStr | None = Field(
+    database_url: Annotated[SecretStr, AfterValidator(_check_database_url)] | None = Field(
         None, description="A fleet's PostgreSQL, as `postgresql://USER@HOST/NAME`; by default SQLite in `data`."
     )
     host: str = Field("127.0.0.1", description="The address to listen on.")
@@ -210,7 +250,7 @@ class Settings(BaseSettings):
         description="By whose right an S3 store is written to: the caller's upload policy, signed with an access key "
         "that the store knows too; or the service's own key, which does what the policy allows.",
     )
-    s3_endpoint: str | None = Field(
+    s3_endpoint: Annotated[str, AfterValidator(normal_endpoint)] | None = Field(
         None,
         description="The store's URL, a host and perhaps a port: `https://s3.example.com`; by default AWS's own of "
         "`s3_region`.",
@@ -243,11 +283,6 @@ class Settings(BaseSettings):
     crash_at: str | None = Field(
         None, description="For tests: the process kills itself at this crash point, as `part stored, after`."
     )
-
-    @field_validator("s3_endpoint")
-    @classmethod
-    def _in_normal_form(cls, url: str | None) -> str | None:
-        return None if url is None else normal_endpoint(url)
 
     @model_validator(mode="after")
     def _has_both_or_none(self) -> Self:
@@ -300,20 +335,138 @@ def load_settings(file: Path | None, **given: object) -> Settings:
         given: What the command line says; None counts as not said.
 
     Raises:
-        pydantic.ValidationError: A setting has no such name or cannot have that value.
+        SettingsError: The file cannot be read, or a setting has no such name, cannot have that value, or contradicts
+            another one.
     """
+    options = {name: value for name, value in given.items() if value is not None}
+    merged: dict[str, object] = {}
+    for values, place in (
+        *([_read_file(file)] if file else []),
+        (_read_environment(), lambda name: f"{_PREFIX}{name.upper()}"),
+        (options, lambda name: f"--{'host' if name == 'host_name' else name.replace('_', '-')}"),
+    ):
+        merged |= dict(_checked(values, place))
+    try:
+        return Settings(**merged)
+    except ValidationError as error:  # of the validators of Settings, whose words are ours
+        faults = [str(detail.get("ctx", {}).get("error", detail["msg"])) for detail in error.errors()]
+        raise SettingsError("; ".join(faults)) from None
 
-    class FromFile(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file)
 
-    said = {name: value for name, value in given.items() if value is not None}
-    return FromFile(**said)  # type: ignore[arg-type]  # pydantic checks them
+_Place = Callable[[str], str]
+"""Says where a setting of that name was given."""
+
+
+def _read_file(file: Path) -> tuple[Mapping[str, object], _Place]:
+    try:
+        text = file.read_bytes().decode()
+    except OSError as error:
+        raise SettingsError(f"cannot read the settings in {file}: {os.strerror(error.errno or 0)}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SettingsError(f"{file}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+), column (\d+)", str(error))
+        where = f"line {found[1]}, column {found[2]}" if found else f"line {text.count(chr(10)) + 1} (the end)"
+        raise SettingsError(
+            f"{file}, {where}: not valid TOML. Text needs quotes, a number none: "
+            'region = "us-east-1", port = 8773. Each name may be given once.'
+        ) from None
+    except RecursionError:
+        raise SettingsError(f"{file}: nested too deeply") from None
+    return values, lambda name: f"{file}, line {_line_of(name, text)}: {name}"
+
+
+def _line_of(name: str, text: str) -> int:
+    """The line that gives a value to a name, or begins a table with it."""
+    quoted = re.escape(name)
+    found = re.search(rf"""^[ \t]*(\[+[ \t]*)?["']?{quoted}["']?[ \t]*[=.\]]""", text, re.MULTILINE)
+    return text.count("\n", 0, found.end()) + 1 if found else 1
+
+
+def _read_environment() -> dict[str, object]:
+    values: dict[str, object] = {}
+    for variable, text in os.environ.items():
+        if not variable.upper().startswith(_PREFIX) or variable in _NO_SETTINGS:
+            continue
+        name = variable[len(_PREFIX) :].lower()
+        field = Settings.model_fields.get(name)
+        values[name] = _listed(variable, text) if field and get_origin(field.annotation) is tuple else text
+    return values
+
+
+def _listed(variable: str, text: str) -> object:
+    """Read the list that a variable holds as JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise SettingsError(f'{variable}: must be a list as JSON: ["first", "second"]') from None
+
+
+def _checked(values: Mapping[str, object], place: _Place) -> Iterator[tuple[str, object]]:
+    """Each setting with its value as it is kept. Raises SettingsError for the first that is wrong."""
+    for name, value in values.items():
+        field = Settings.model_fields.get(name)
+        if field is None:
+            raise SettingsError(f"{place(name)}: there is no such setting{_closest(name, place)}")
+        if isinstance(value, str | Path) and not _is_utf8(str(value)):
+            raise SettingsError(f"{place(name)}: is not UTF-8. Thrave takes names and paths in UTF-8 only.")
+        try:
+            yield name, _adapter(field).validate_python(value)
+        except ValidationError as error:
+            raise SettingsError(f"{place(name)}: {_fault(field, error)}") from None
+
+
+def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
+    kind: Any = field.annotation
+    return TypeAdapter(Annotated[kind, *field.metadata] if field.metadata else kind)
+
+
+def _closest(name: str, place: _Place) -> str:
+    closest = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    if not closest:
+        return ". docs/reference/settings.md lists all."
+    suggested = place(closest[0]) if place(closest[0]).startswith((_PREFIX, "--")) else closest[0]
+    return f"; did you mean {suggested}?"
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _fault(field: FieldInfo, error: ValidationError) -> str:
+    """What is wrong with a setting's value, without the value: it may be a secret."""
+    detail = error.errors(include_input=False)[0]
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    for one_of, words in _EXPECTED.items():
+        if detail["type"].startswith(one_of):
+            return words.format(**detail.get("ctx", {}), wanted=_wanted(field))
+    return f"must be {_wanted(field)}"
+
+
+_EXPECTED = {
+    "greater_than_equal": "must be {wanted}, {ge} or more",
+    "greater_than": "must be {wanted}, more than {gt}",
+    "less_than_equal": "must be {wanted}, {le} or less",
+    "less_than": "must be {wanted}, less than {lt}",
+    "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must have the form {pattern}",
+}
+_WANTED = {int: "a whole number", float: "a number", str: "text in quotes", SecretStr: "text in quotes",
+           Path: "a path in quotes", bool: "true or false", tuple: 'a list of text: ["first", "second"]'}  # fmt: skip
+
+
+def _wanted(field: FieldInfo) -> str:
+    """Name the type of a setting."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    kinds += [get_args(kind)[0] for kind in kinds if get_origin(kind) is Annotated]
+    if any(get_origin(kind) is Literal for kind in kinds):
+        choices = next(get_args(kind) for kind in kinds if get_origin(kind) is Literal)
+        return " or ".join(map(repr, choices))
+    for kind in kinds:
+        if words := _WANTED.get(get_origin(kind) or kind):
+            return words
+    return "another value"
