@@ -46,7 +46,7 @@ def test_a_new_certificate_is_written_beside_its_private_key_and_only_the_certif
     assert load_certificate(certificate.read_bytes()).public_key() == key.public_key()
     (listed,) = thrave_json("account", "list")["accounts"]
     assert listed["certificate"] == certificate.read_text()
-    kept = b"".join(path.read_bytes() for path in (tmp_path / "data").iterdir())
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file())
     assert private_key.read_bytes().splitlines()[1] not in kept
 
 

@@ -64,12 +64,12 @@ def test_a_service_with_bucket_directories_is_well_and_nothing_is_left(doctor, d
     assert [*(data / "buckets").glob("[!.]*")] == [*(data / "buckets" / ".owners").iterdir()] == []
 
 
-def test_a_postgresql_is_asked_for_its_version_and_its_clock(doctor, postgres, thrave_json, data):
+def test_a_postgresql_is_asked_for_its_version_and_its_clock(doctor, postgres, thrave_json, tmp_path):
     url = postgres.new_database()
     _, before = doctor(database_url=url)
     assert failed(before) == {"tables"}
-    thrave_json("account", "list", "--data", data)
-    _, found = doctor()
+    thrave_json("account", "create", "alice", "--data", tmp_path / "fleet")
+    _, found = doctor("--data", tmp_path / "fleet")
     assert found["reachable"]["detail"].startswith("PostgreSQL ")
     assert outcomes(found)["database's clock"] == outcomes(found)["vault's proof"] == "ok"
 
@@ -91,7 +91,8 @@ def test_what_is_wrong_is_said_with_what_to_do(doctor, data, tmp_path):
 def test_the_url_of_a_database_is_never_shown(data, thrave, monkeypatch):
     monkeypatch.setenv("THRAVE_DATABASE_URL", "postgresql:/nonsense:hunter2@")
     status, stdout, stderr = thrave("doctor", "--data", data)
-    assert (status, "hunter2" in stdout + stderr) == (1, False)
+    assert (status, "hunter2" in stdout + stderr) == (2, False)
+    assert "THRAVE_DATABASE_URL" in stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from thrave.config import Settings
+from thrave.config import load_settings
 from thrave.database import host as host_table
 from thrave.database import utc_now
 from thrave.ground import open_ground
@@ -21,7 +21,7 @@ def settings(database, tmp_path, monkeypatch):
     monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
     for name, value in database.items():
         monkeypatch.setenv(f"THRAVE_{name.upper()}", value)
-    return Settings()
+    return load_settings(None)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_the_database_may_be_named_in_a_file(two, thrave, settings, monkeypatch,
     monkeypatch.delenv("THRAVE_DATA")
     monkeypatch.delenv("THRAVE_DATABASE_URL", raising=False)
     file = tmp_path / "thrave.toml"
-    url = f"database_url = {json.dumps(settings.database)}\n"
+    url = f"database_url = {json.dumps(settings.database)}\n" if settings.database_url else ""
     file.write_text(f"data = {json.dumps(str(settings.data))}\n{url}")
     status, stdout, _ = thrave("host", "list", "--config", file, "--output", "json")
     assert (status, len(json.loads(stdout)["hosts"])) == (0, 2)

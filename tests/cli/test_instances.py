@@ -182,6 +182,7 @@ def test_instances_are_listed_for_people_and_programs(thrave, thrave_json, insta
 
 
 def test_no_instances_are_an_empty_list(thrave_json, data):
+    thrave_json("account", "create", "alice", "--data", data)
     assert thrave_json("instance", "list", "--data", data) == {"instances": []}
 
 

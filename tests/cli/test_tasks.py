@@ -12,7 +12,7 @@ import pytest
 
 from support.disks import make_disk
 from thrave.compute.instance import InstanceState
-from thrave.config import Settings
+from thrave.config import load_settings
 from thrave.ground import open_ground
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.task import BundleRequest
@@ -224,7 +224,7 @@ def test_no_secret_is_shown(thrave, alice, server, bundled):
 @pytest.mark.parametrize("words", [["list"], ["show", "bun-1"], ["watch", "bun-1"]])
 def test_a_strangers_words_do_nothing_to_the_terminal(thrave, tmp_path, monkeypatch, words):
     monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
-    ground = open_ground(Settings())
+    ground = open_ground(load_settings(None))
     request = BundleRequest(
         account_id="1" * 12, owner_id="1" * 12, instance_id="i-1", bucket="b\x1b[2J", prefix="p\x1b[2J",
         access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",

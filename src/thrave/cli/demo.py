@@ -11,6 +11,7 @@ import click
 
 from thrave.cli.exits import Exit
 from thrave.cli.output import emit, output_option
+from thrave.cli.service import make_files_private
 from thrave.cli.sizes import Size, words
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def demo(size: int, data: Path, output: str) -> None:
     """
     from thrave.demo.tour import tour
 
+    make_files_private()
     story = _Story(quiet=output == "json")
     result = tour(data, size, story.tell, story.show)
     emit(output, result.document(), _farewell(result))

@@ -18,7 +18,7 @@ from thrave.cli.identity import open_accounts
 from thrave.cli.images import check_image
 from thrave.cli.instance_words import show
 from thrave.cli.output import emit, output_option, table
-from thrave.cli.service import settings_option
+from thrave.cli.service import require_data_directory, settings_option
 from thrave.cli.tags import tags_option
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def list_(settings: Settings, output: str) -> None:
     from thrave.compute.descriptions import document
     from thrave.compute.opening import open_instances
 
+    require_data_directory(settings)
     listed = open_instances(settings).list()
     rows: list[tuple[str, ...]] = [
         (found.instance_id, found.account_id, found.state, found.platform or "", found.root_device_type,
@@ -172,6 +173,34 @@ def list_(settings: Settings, output: str) -> None:
     ]  # fmt: skip
     header = ("INSTANCE", "ACCOUNT", "STATE", "PLATFORM", "ROOT DEVICE", "ROOT VOLUME")
     emit(output, {"instances": [document(found) for found in listed]}, table(header, rows))
+
+
+@instance.command("show")
+@click.argument("instance_id", metavar="INSTANCE")
+@settings_option
+@output_option
+def show_(settings: Settings, instance_id: str, output: str) -> None:
+    """Show the instance with the id INSTANCE.
+
+    \b
+    Example:
+      thrave instance show i-0123456789abcdef0
+    """
+    from thrave.compute.descriptions import document
+    from thrave.compute.opening import open_instances
+
+    require_data_directory(settings)
+    found = open_instances(settings).get(instance_id)
+    facts: list[tuple[str, ...]] = [
+        ("account", found.account_id),
+        ("state", found.state),
+        ("platform", found.platform or "linux"),
+        ("root device", found.root_device_type),
+        ("root volume", f"{found.root_volume.path} ({found.root_volume.format})"),
+        *(("volume", f"{volume.path} ({volume.device_name})") for volume in found.volumes),
+        *(("tag", f"{name} = {value}") for name, value in found.tags.items()),
+    ]
+    emit(output, document(found), table(("INSTANCE", found.instance_id), facts))
 
 
 @instance.command()
@@ -202,6 +231,7 @@ def start(settings: Settings, instance_id: str, output: str) -> None:
     """
     from thrave.compute.opening import open_instances
 
+    require_data_directory(settings)
     instances = open_instances(settings)
     instances.start(instance_id)
     show(instances.get(instance_id), output)
@@ -222,6 +252,7 @@ def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> N
     from thrave.compute.opening import open_instances
     from thrave.compute.power import power_off
 
+    require_data_directory(settings)
     instances = open_instances(settings)
     if power_off(instances, instance_id, grace=timeout) != "stopped":
         raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
@@ -232,6 +263,7 @@ def _described(settings: Settings) -> DirectoryInstances:
     """The instances that files describe. Raises click's UsageError where the service does not look at those."""
     from thrave.compute.opening import open_described
 
+    require_data_directory(settings)
     if settings.hypervisor != "directory":
         raise click.UsageError(
             f"instances are {settings.hypervisor}'s here (the setting `hypervisor`) and no file describes them: "

@@ -1,15 +1,24 @@
 """The `thrave` command: the list of its commands, and how an error becomes an exit code.
 
 Each command lives in a module of its own that is imported when the command is run, so that `thrave --help` is quick.
-An error that a room foresaw is one line on stderr and a code from `cli/exits.py`, never a traceback.
+An error is one line on stderr and a code from `cli/exits.py`. The traceback of an unexpected one goes to a file, or to
+stderr with `--debug`.
 """
 
+import errno
 import importlib
+import io
+import os
 import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from difflib import get_close_matches
 
 import click
 
 from thrave.cli.exits import Exit
+from thrave.cli.output import printable_lines
 
 # command -> module and attribute. The order is the order of `thrave --help`.
 COMMANDS: dict[str, str] = {
@@ -30,10 +39,13 @@ COMMANDS: dict[str, str] = {
     "copy": "thrave.cli.copying:copy",
     "delete": "thrave.cli.deleting:delete",
     "migrate": "thrave.cli.migrating:migrate",
+    "help": "thrave.cli.main:help_",
 }
 
-# The errors that the rooms foresee, by name so that none is imported before it can have been raised; the first
-# that fits decides.
+# What takes something away or stops something is never suggested for a misspelled name.
+HARMFUL = {"adopt", "cancel", "delete", "disown", "drain", "migrate", "remove", "retire", "stop"}
+
+# Expected errors, by name so that none is imported before it can have been raised; the first that fits decides.
 EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.bundle.errors:WrongKeyError", Exit.WRONG_KEY),
     ("thrave.bundle.errors:DamagedError", Exit.DAMAGED),
@@ -52,7 +64,11 @@ EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.tasks.requests:BundleTaskError", Exit.REFUSED),
     ("thrave.tasks.hosts:NoSuchHost", Exit.NOT_FOUND),
     ("thrave.tasks.hosts:HostError", Exit.REFUSED),
-    ("sqlalchemy.exc:OperationalError", Exit.FAILED),
+    ("thrave.config:SettingsError", Exit.USAGE),
+    ("thrave.files:OpenToOthersError", Exit.FAILED),
+    ("thrave.database:DatabaseUnusableError", Exit.FAILED),
+    ("thrave.ground:DataDirectoryInUseError", Exit.REFUSED),
+    ("thrave.ground:DataDirectoryError", Exit.FAILED),
     ("thrave.buckets.errors:BucketError", Exit.FAILED),
     ("thrave.compute.errors:InstanceNotFound", Exit.NOT_FOUND),
     ("thrave.compute.errors:InstanceCommandFailed", Exit.FAILED),
@@ -65,6 +81,9 @@ EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.listening:PlainHttpRefused", Exit.REFUSED),
     ("thrave.listening:ListeningError", Exit.FAILED),
     ("thrave.demo.disk:DemoDiskError", Exit.USAGE),
+    ("thrave.demo.tour:DemoError", Exit.FAILED),
+    ("thrave.testing:ServerError", Exit.FAILED),
+    ("thrave.testing:ComponentMissingError", Exit.MISSING_COMPONENT),
 )
 
 
@@ -85,7 +104,8 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="thrave")
-def thrave() -> None:
+@click.option("--debug", is_flag=True, help="Print the traceback of an unexpected error.")
+def thrave(*, debug: bool) -> None:
     """EC2's BundleInstance for your own hypervisors and any S3-compatible bucket.
 
     \b
@@ -95,21 +115,132 @@ def thrave() -> None:
     """
 
 
+@click.command("help", hidden=True)
+@click.argument("words", metavar="[COMMAND]...", nargs=-1)
+def help_(words: tuple[str, ...]) -> None:
+    """Show the help of a command.
+
+    \b
+    Example:
+      thrave help instance add
+    """
+    thrave.main([*words, "--help"], standalone_mode=False)
+
+
 def main() -> None:
     """Run the command line and leave with one of the codes of `Exit`."""
+    _use_utf8()
+    words = sys.argv[1:]
     try:
+        _check_utf8(words)
         thrave.main(standalone_mode=False)
+    except click.exceptions.NoSuchCommand as error:
+        _fail(_without_harm(error))
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(error)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(Exit.INTERRUPTED)
-    except Exception as error:
+    except BrokenPipeError:  # `| head` has ended; the interpreter must not try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(Exit.FAILED)
+    except Exception as error:  # noqa: BLE001 (whatever it is, a user gets one line)
+        if "--debug" in words[:1]:
+            traceback.print_exc()
         code = exit_code(error)
-        if code is None:
-            raise
-        click.echo(f"thrave: {error}", err=True)
+        if code is not None:
+            text = str(error)
+        elif isinstance(error, OSError) and (told := _os_error(error)):
+            code, text = told
+        else:
+            code, text = Exit.FAILED, _unexpected(error, words)
+        click.echo(f"thrave: {printable_lines(text)}", err=True)
         sys.exit(code)
+
+
+def _fail(error: click.ClickException) -> None:
+    said = io.StringIO()
+    error.show(said)
+    click.echo(printable_lines(said.getvalue()), nl=False, err=True)
+    sys.exit(error.exit_code)
+
+
+def _without_harm(error: click.exceptions.NoSuchCommand) -> click.ClickException:
+    """The same error, suggesting the closest commands, but none that does harm if it is run instead."""
+    context = error.ctx
+    if context is None or not isinstance(context.command, click.Group):
+        return error
+    harmless = [name for name in context.command.list_commands(context) if name not in HARMFUL]
+    closest = get_close_matches(error.command_name, harmless, n=1)
+    suggestion = f" Did you mean {closest[0]!r}?" if closest else f" Commands: {', '.join(harmless)}."
+    return click.UsageError(f"No such command {error.command_name!r}.{suggestion}", ctx=context)
+
+
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where a locale asks for another encoding of names.
+
+    Names of files are bytes. Python would read those of the command line in the locale's encoding, and could not hand
+    some of them to libraries and databases, which take UTF-8.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        from thrave import programs
+
+        programs.restart({"PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
+
+
+def _check_utf8(words: list[str]) -> None:
+    """Refuse names that are not UTF-8, whichever command they are for. Raises click's UsageError."""
+    for word in words:
+        if not _is_utf8(word):
+            raise click.UsageError(
+                f"{word!r} is not UTF-8. Thrave takes names and paths in UTF-8 only; rename the file."
+            )
+    with suppress(OSError):  # a working directory that was removed is for whoever needs it to complain of
+        folder = os.getcwd()  # noqa: PTH109 (Path.cwd says no more)
+        if not _is_utf8(folder):
+            raise click.UsageError(f"the working directory {folder!r} is not UTF-8. Change to another one.")
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _os_error(error: OSError) -> tuple[Exit, str] | None:
+    """The code and the words of a refusal by the operating system; None if it does not say what was refused."""
+    if error.errno is None:
+        return None
+    reason = os.strerror(error.errno)
+    if error.filename is None:
+        return (Exit.FAILED, f"{reason}. Make room.") if error.errno == errno.ENOSPC else None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+    if isinstance(error, FileNotFoundError):
+        return Exit.NOT_FOUND, f"{name} does not exist"
+    if isinstance(error, PermissionError):
+        from thrave.files import user
+
+        return (
+            Exit.FAILED,
+            f"{name}: {reason.lower()} for user {user()}. Check the owner and mode of it and its folder.",
+        )
+    return Exit.FAILED, f"{name}: {reason.lower()}"
+
+
+def _unexpected(error: Exception, words: list[str]) -> str:
+    """Keep the traceback of an error that nobody expected in a file; say where it is.
+
+    Libraries' messages are not for users, and may hold what is secret, so the file is this user's alone.
+    """
+    command = next((word for word in words if word in COMMANDS), "")
+    said = f"unexpected error in `thrave {command}` ({type(error).__name__})"
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="thrave-error-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError:
+        return f"{said}. `thrave --debug {command} …` prints the details."
+    return f"{said}. The details are in {path}; please report them."
 
 
 def exit_code(error: Exception) -> Exit | None:

@@ -7,6 +7,7 @@ None of them begins a data directory but `thrave account create`.
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
@@ -32,15 +33,20 @@ _CONFIG = click.option(
 )
 
 
+def make_files_private() -> None:
+    """Have every file that this command makes be its user's alone; undone when the command has ended."""
+    before = os.umask(0o077)
+    if context := click.get_current_context(silent=True):
+        context.call_on_close(functools.partial(os.umask, before))
+
+
 def read_settings(config: Path | None, **given: object) -> Settings:
     """The settings; `given` is what the command line says. Raises click's UsageError if one of them is wrong."""
-    from pydantic import ValidationError
-
-    from thrave.config import load_settings
+    from thrave.config import SettingsError, load_settings
 
     try:
         return load_settings(config, **given)
-    except ValidationError as error:
+    except SettingsError as error:
         raise click.UsageError(str(error)) from None
 
 
@@ -51,22 +57,42 @@ def settings_option(command: Callable[Concatenate[Settings, _Rest], None]) -> Ca
     @_CONFIG
     @functools.wraps(command)
     def with_settings(data: Path | None, config: Path | None, *rest: _Rest.args, **named: _Rest.kwargs) -> None:
+        make_files_private()
         command(read_settings(config, data=data), *rest, **named)
 
     return with_settings
 
 
+def require_data_directory(settings: Settings) -> None:
+    """Raise click's BadParameter if nobody has begun the data directory that the settings name."""
+    directory = settings.directory
+    if not (directory.vault_key.exists() or directory.database_file.exists()):
+        raise click.BadParameter(
+            f"{settings.data} is no data directory (it has no vault.key). Create one with `thrave account create`, or "
+            "give another --data.",
+            param_hint="--data",
+        )
+
+
 @contextmanager
 def open_service(settings: Settings, *, make: bool = False) -> Iterator[Ground]:
-    """The service in a data directory, which is made only if the command may begin one."""
+    """The service in a data directory, which is made only if the command may begin one.
+
+    Raises:
+        DatabaseUnusableError: The database cannot be used, now or while the command works with it.
+        Others: as `Ground.open`.
+    """
+    if not make:
+        require_data_directory(settings)
+    import sqlalchemy as sa
+
+    from thrave.database import explain
     from thrave.ground import open_ground
 
-    if not make and not settings.directory.vault_key.exists():
-        raise click.BadParameter(
-            f"{settings.data} is no data directory; begin one with `thrave account create`", param_hint="--data"
-        )
     ground = open_ground(settings)
     try:
         yield ground
+    except sa.exc.DBAPIError as error:
+        raise explain(error, settings.database) from error
     finally:
         ground.database.dispose()

@@ -70,11 +70,8 @@ def make_demo_disk(path: Path, size: int, seed: int = DEFAULT_SEED) -> DemoDisk:
         DemoDiskError: `size` is not a number of sectors, or too small.
         OSError: The disk refused.
     """
+    check_size(size)
     fitting = [known for known in TEMPLATE_SIZES if known <= size]
-    if not fitting or size % SECTOR:
-        raise DemoDiskError(
-            f"a demo disk has whole sectors and at least {TEMPLATE_SIZES[0] >> 20} MiB, not {size} bytes"
-        )
     contents = Contents(seed)
     with open_template(template_name(fitting[-1])) as source, _new_image(path, size) as image:
         template = source.template
@@ -84,6 +81,14 @@ def make_demo_disk(path: Path, size: int, seed: int = DEFAULT_SEED) -> DemoDisk:
         for file in template.files:
             _fill(image, file, contents.chunks(file.path, file.kind, file.size))
     return DemoDisk(path, size, template.size, template.files, contents)
+
+
+def check_size(size: int) -> None:
+    """Raise DemoDiskError if no disk of `size` bytes can be made."""
+    if size < TEMPLATE_SIZES[0] or size % SECTOR:
+        raise DemoDiskError(
+            f"a demo disk has whole sectors and at least {TEMPLATE_SIZES[0] >> 20} MiB, not {size} bytes"
+        )
 
 
 def make_ephemeral_disk(path: Path, size: int = 16 << 20) -> None:

@@ -4,6 +4,7 @@ It fails loudly if anything is not as promised: a demo that cannot fail shows no
 """
 
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from thrave.bundle.partsource import DirectoryParts
 from thrave.bundle.report import Opened
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
+from thrave.demo.disk import check_size
 from thrave.demo.job import BUCKET, Customer, Task, bundle_with_boto3, make_customer, make_instance, sha256
 from thrave.identity.certificates import load_certificate, load_private_key
 from thrave.identity.service import CERTIFICATE_FILE
-from thrave.testing import REGION, ThraveServer
+from thrave.testing import REGION, ThraveServer, import_boto3
 
 PREFIX = "winami"
 
@@ -118,8 +120,13 @@ def tour(data: Path, size: int, tell: Callable[[str], None], show: Callable[[Tas
         show: Called with each look at the bundle task.
 
     Raises:
-        DemoError: Something is not as Thrave promises.
+        ComponentMissingError: boto3 is not installed.
+        DemoDiskError: No disk of that size can be made.
+        DemoError: Something is not as Thrave promises, or the disk has no room for it.
     """
+    import_boto3()
+    check_size(size)
+    _check_room(data, size)
     with ThraveServer.running(data) as server:
         tell(f"thrave serve answers on {server.url}")
         customer = make_customer(server)
@@ -151,6 +158,16 @@ def tour(data: Path, size: int, tell: Callable[[str], None], show: Callable[[Tas
         seconds=seconds,
         image=opened.output,
     )
+
+
+def _check_room(data: Path, size: int) -> None:
+    """Raise DemoError if the file system cannot hold the root disk, its bundle and the opened image."""
+    folder = next(parent for parent in (data.absolute(), *data.absolute().parents) if parent.exists())
+    free, needed = shutil.disk_usage(folder).free, 2 * size  # half of the disk is holes
+    if free < needed:
+        raise DemoError(
+            f"{folder} has {free >> 20} MiB free, and the demo needs {needed >> 20} MiB; give a smaller --size"
+        )
 
 
 def _opened(data: DataDirectory, customer: Customer, prefix: str) -> Opened:
