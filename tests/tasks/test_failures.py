@@ -10,7 +10,17 @@ from thrave.buckets.errors import AccessDenied, InternalError, NoSuchBucket, Sto
 from thrave.bundle.errors import ImageError
 from thrave.compute.errors import InstanceHeld, InstanceNotFound
 from thrave.tasks.failures import CAUSES, FORESEEN, Cancelled, TaskFailure, failure_from
-from thrave.volumes.errors import VolumeError
+from thrave.volumes.errors import (
+    ImageRefusedError,
+    SkipRefusedError,
+    VolumeChangedError,
+    VolumeEncryptedError,
+    VolumeError,
+    VolumeInUseError,
+    VolumeSharedError,
+    VolumeUnreadableError,
+    VolumeUnwritableError,
+)
 
 SOURCES = sorted(Path(thrave.__file__).parent.rglob("*.py"))
 
@@ -60,3 +70,26 @@ def test_every_code_that_is_given_stands_in_the_table_and_every_row_is_given():
 def test_a_row_says_whose_it_is_and_what_to_do(code):
     assert re.fullmatch(r"(Client|Server)\.[A-Z][A-Za-z0-9]+", code)
     assert all(text.endswith(".") for text in CAUSES[code])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        VolumeUnreadableError(Path("/vm/a/win.raw"), "it stands on /vm/b/x.raw", files=("/vm/b/x.raw",)),
+        ImageRefusedError(Path("/vm/a/win.vhd"), "it is a differencing disk"),
+        VolumeChangedError(Path("/vm/a/win.raw"), "something wrote to it"),
+        VolumeInUseError(Path("/vm/a/win.raw")),
+        VolumeSharedError(Path("/vm/a/win.raw"), ["the domain of-another-tenant"]),
+        VolumeEncryptedError(Path("/vm/a/win.raw"), "what /vm/s holds does not open it", files=("/vm/s",)),
+        VolumeUnwritableError(Path("/vm/a/win.raw"), "no"),
+        SkipRefusedError("there is no NTFS volume on it", Path("/vm/a/win.raw")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_tenant_learns_the_names_of_files_and_not_their_folders(error):
+    failure = failure_from(error)
+    assert failure.code == "Server.VolumeError"
+    assert "win." in failure.message
+    assert "/vm" not in failure.message
+    assert "tenant" not in failure.message
+    assert "/vm/a/win." in str(error)
