@@ -60,11 +60,11 @@ CAUSES: dict[str, Cause] = {
         "The message gives the hypervisor's words; mend that, and bundle again.",
     ),
     "Server.VolumeError": Cause(
-        "The root volume could not be read to its end, was changed or in use meanwhile, is a disk of another machine that "
-        "is not off, or is not clean; or its image is no whole disk by its own words; or what is unused on it cannot be "
-        "told. The message names files without their folders; the service's log has their paths.",
-        "See who has started the instance or uses its disk, and check the volume's file (docs/reference/disk-images.md) "
-        "and the host's disks; have the guest shut down wholly, without fast start-up. Then bundle again.",
+        "The root volume could not be read to its end, was changed or in use meanwhile, is a disk of another machine "
+        "that is not off, or is not clean; or its image is no whole disk by its own words; or what is unused on it "
+        "cannot be told. The message names files without their folders; the service's log has their paths.",
+        "See who has started the instance or uses its disk, and check the volume's file "
+        "(docs/reference/disk-images.md) and the host's disks; have the guest shut down wholly, without fast start-up. Then bundle again.",
     ),
     "Server.NoProgress": Cause(
         "Neither the root volume nor the bucket did anything for `stall_timeout` seconds.",
