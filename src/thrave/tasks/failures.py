@@ -64,7 +64,8 @@ CAUSES: dict[str, Cause] = {
         "that is not off, or is not clean; or its image is no whole disk by its own words; or what is unused on it "
         "cannot be told. The message names files without their folders; the service's log has their paths.",
         "See who has started the instance or uses its disk, and check the volume's file "
-        "(docs/reference/disk-images.md) and the host's disks; have the guest shut down wholly, without fast start-up. Then bundle again.",
+        "(docs/reference/disk-images.md) and the host's disks; have the "
+        "guest shut down wholly, without fast start-up. Then bundle again.",
     ),
     "Server.NoProgress": Cause(
         "Neither the root volume nor the bucket did anything for `stall_timeout` seconds.",
