@@ -5,10 +5,12 @@ they leave is taken away as the housekeeping does it.
 """
 
 import base64
+import shutil
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 
 from support import stores
@@ -173,6 +175,7 @@ class FaultBench:
             downtime=settings.downtime,
             sysprep=settings.sysprep,
             unclean_volume=settings.unclean_volume,
+            image_directories=settings.image_directories,
             level="fast",
             skip=settings.skip,
             uploads_at_once=settings.uploads_at_once,
@@ -181,11 +184,14 @@ class FaultBench:
         )
 
     def _new_instance(self):
+        # A disk of its own: a volume that another machine may write to is refused.
+        instance_id = new_instance_id()
+        disk = Path(shutil.copyfile(self._disk, self._disk.with_name(f"{instance_id}.raw")))
         instance = Description(
-            instance_id=new_instance_id(),
+            instance_id=instance_id,
             account_id=self.account.account_id,
             platform="windows",
-            root_volume=VolumeFile(path=self._disk),
+            root_volume=VolumeFile(path=disk),
         )
         self._ground.instances.add(instance)
         return instance

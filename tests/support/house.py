@@ -3,16 +3,19 @@
 The store is looked at directly, never through what may stand between the service and it.
 """
 
+import shutil
 import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 from botocore.config import Config
 
 from support import stores
 from support.disks import make_disk
 from support.opened import sha256_of_folder
+from thrave.buckets.errors import NoSuchBucket
 from thrave.buckets.objects import S3Objects
 
 UPLOAD_BY_SERVICE = {
@@ -47,7 +50,9 @@ class House:
         subprocess.run([*thrave, "--credentials", str(file), *data], check=True, capture_output=True)
 
     def instance(self):
-        return self.server.instance(self.account.account_id, self.disk).instance_id
+        # A disk of its own: a volume that another machine may write to is refused.
+        disk = Path(shutil.copyfile(self.disk, self.disk.with_name(f"{uuid.uuid4().hex}.raw")))
+        return self.server.instance(self.account.account_id, disk).instance_id
 
     def bundle(self, policy, signature, key=stores.ALICE):
         """Ask for a bundle as boto3 does; give the task when it has ended."""
@@ -72,7 +77,11 @@ class House:
         raise AssertionError(f"still {task}")
 
     def files(self):
-        return sorted(self.objects.list(self.bucket, ""))
+        """Return the keys in the bucket; a failed task removes a bucket that was created for it."""
+        try:
+            return sorted(self.objects.list(self.bucket, ""))
+        except NoSuchBucket:
+            return []
 
     def is_whole(self):
         folder = self._folder / "fetched"
