@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -287,3 +289,15 @@ def test_which_files_a_volume_lies_in_and_which_of_them_are_written_to(chain):
     assert {tuple(one) for one in examined.files} == numbers
     written = files if image.name == "flat.vmdk" else files[:1]
     assert {tuple(one) for one in examined.written} == {(file.stat().st_dev, file.stat().st_ino) for file in written}
+
+
+def test_files_with_the_lowest_numbers_are_handed_on_too(host, chain):
+    """In a new process the first file that is opened has the number that a server's socket is to have."""
+    image, image_format, _ = chain
+    code = (
+        "import sys; from pathlib import Path; from thrave.volumes.opening import open_volume\n"
+        "with open_volume(Path(sys.argv[1]), sys.argv[2]) as volume:\n"
+        "    buffer = bytearray(volume.size); volume.read_into(0, memoryview(buffer)); sys.stdout.buffer.write(buffer)"
+    )
+    read = subprocess.run([sys.executable, "-c", code, image, image_format], capture_output=True, check=True).stdout
+    assert read == (host / "own" / "base.raw").read_bytes()

@@ -176,8 +176,6 @@ class HostFile:
                 files=(self.real.parent,),
             )
         self.fd = inheritable_number(os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-        if self.is_device:
-            os.fsync(self.fd)  # what was written to the device before is not counted later
 
     def _state(self) -> _State:
         status = os.fstat(self.fd)
@@ -186,7 +184,9 @@ class HostFile:
         return _State(status.st_size, status.st_mtime_ns, status.st_ctime_ns, ())
 
     def _settled(self) -> _State:
-        """Its state, once whatever is written from now on has a later time."""
+        """Its state, once whatever is written from now on has a later time, or is counted."""
+        if self.is_device:
+            os.fsync(self.fd)  # what was written before, and is in memory still
         for _ in range(_MOST_TICKS):
             state = self._state()
             if self.is_device or abs(time.time() - state.ctime / 1e9) > _TICK:
