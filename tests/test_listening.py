@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
@@ -22,7 +22,7 @@ from thrave.config import Settings, SettingsError, load_settings
 from thrave.database import open_engine
 from thrave.identity.accounts import Accounts
 from thrave.identity.users import Users
-from thrave.listening import HEAD_LIMIT, Listener, PlainHttpRefused
+from thrave.listening import CHUNKED_LIMIT, HEAD_LIMIT, MAX_CHUNKS, MAX_HEADERS, Listener, PlainHttpRefused
 from thrave.testing import ServerError, ThraveServer
 from thrave.vault import Vault
 
@@ -360,3 +360,104 @@ def test_a_request_under_way_is_answered_when_the_service_is_asked_to_stop(tmp_p
             stop.start()
         stop.join()
         assert server.process.returncode == 0
+
+
+REFUSED = {
+    "a head of one byte too many": (b"GET / HTTP/1.1\r\nX-A: " + b"a" * (HEAD_LIMIT - 24) + b"\r\n\r\n", b"431"),
+    "headers of 150 KiB": (b"GET / HTTP/1.1\r\n" + b"X-A: " + b"a" * (150 << 10) + b"\r\n\r\n", b"431"),
+    "101 headers": (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * MAX_HEADERS + b"\r\n", b"431"),
+    "two hosts": (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", b"400"),
+    "a long target": (b"GET /?" + b"a" * (67 << 10) + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"414"),
+    "many chunks": (
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * (MAX_CHUNKS + 1),
+        b"400",
+    ),
+    "a long chunk extension": (
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"a" * CHUNKED_LIMIT + b"\r\na\r\n",
+        b"4",
+    ),
+    "a long trailer": (
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: " + b"a" * CHUNKED_LIMIT,
+        b"4",
+    ),
+    "no HTTP": (b"\0garbage\r\n\r\n", b"400"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_request_beyond_a_limit_is_refused_and_the_connection_closed(server, what):
+    request, status = REFUSED[what]
+    with connected(server) as connection:
+        connection.sendall(request)
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert is_answered(server)
+
+
+def test_a_head_within_the_limits_is_read(server):
+    padding = b"X-A: " + b"a" * 1000 + b"\r\n"
+    with connected(server) as connection:
+        connection.sendall(REQUEST[:-2] + padding * 90 + b"\r\n")
+        assert b"MissingParameter" in one_answer(connection)
+
+
+def test_some_requests_may_be_sent_ahead_and_many_may_not(server):
+    with connected(server) as connection:
+        connection.sendall(REQUEST * 5)
+        answer = b""
+        while answer.count(b"</Response>") < 5:
+            answer += connection.recv(65536)
+    with connected(server) as connection:
+        with suppress(OSError):
+            connection.sendall(REQUEST * 10_000)
+        assert received(connection).count(b"</Response>") < 10_000
+    assert is_answered(server)
+
+
+def test_a_body_that_is_too_long_is_told_so_by_its_length(server):
+    with connected(server) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+        assert b"<Code>RequestEntityTooLarge</Code>" in one_answer(connection)
+
+
+def test_an_upgrade_is_answered_as_any_request(server):
+    with connected(server) as connection:
+        connection.sendall(REQUEST[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n" + REQUEST)
+        answer = received(connection)
+    assert answer.count(b"MissingParameter") == 1
+
+
+def test_tls_on_the_port_of_plain_http_and_the_reverse_are_logged(tmp_path, capfd):
+    with ThraveServer.running(tmp_path / "plain") as plain:
+        place = urlsplit(plain.url)
+        with pytest.raises(OSError), socket.create_connection((place.hostname, place.port), timeout=PATIENCE) as raw:
+            ssl.create_default_context().wrap_socket(raw, server_hostname="thrave")
+    logged = capfd.readouterr().err
+    assert "TLS? Use http://" in logged
+    assert "remote=127.0.0.1" in logged
+    with ThraveServer.running(tmp_path / "tls", **certificate(tmp_path)) as secure, connected(secure) as connection:
+        connection.sendall(REQUEST)
+        received(connection)
+    logged = capfd.readouterr().err
+    assert "TLS? Use https://" in logged
+    assert "remote=127.0.0.1" in logged
+
+
+@pytest.mark.parametrize(("hard", "expected"), [(4096, None), (300, "This process may open 300 files")])
+def test_the_limit_of_open_files_is_raised_or_the_start_refused(tmp_path, hard, expected):
+    limited = (
+        f"ulimit -Hn {hard} && ulimit -Sn 64 && exec {sys.executable} -m thrave serve --port 0 --data {tmp_path}/d"
+    )
+    process = subprocess.Popen(["bash", "-c", limited], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.stdout.readline()
+        if expected is None:
+            assert said.startswith("listening on ")
+            assert psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)[0] == Settings().open_files
+        else:
+            assert said == ""
+            assert expected in process.stderr.read()
+            assert process.wait(PATIENCE) == Exit.FAILED
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 HOWTOS = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PORT = "8773"
+PROXY_PORTS = ("8774", "8775", "8776")
 WEED = "-s3.port=8333"
 STORE_PORT = "8333"
 DATABASE = "postgresql://thrave@127.0.0.1:5432/thrave"
@@ -63,8 +64,14 @@ def test_howto_stops_at_the_first_error(howto):
 
 def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
     """Return a how-to with this machine's free ports, and with what replaces its database and its host."""
-    port, store, *weed = map(str, free_ports(5, above=10000))
+    port, store, *others = map(str, free_ports(8, above=10000))
+    weed, proxies = others[:3], others[3:]
     text = text.replace(PORT, port)
+    if PROXY_PORTS[0] in text:
+        require("nginx", package="nginx")
+        require("caddy", package="caddy")
+        for there, here in zip(PROXY_PORTS, proxies, strict=True):
+            text = text.replace(there, here)
     roles = " ".join(f"-{role}.port={number}" for role, number in zip(("master", "volume", "filer"), weed, strict=True))
     text = text.replace(WEED, f"{WEED} {roles} -s3.port.iceberg=0 -s3.port.lance=0").replace(STORE_PORT, store)
     if DATABASE in text:

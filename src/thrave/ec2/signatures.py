@@ -80,8 +80,8 @@ class Signature(Protocol):
         """The request's own time, or when it is to expire."""
 
     @property
-    def strings_to_sign(self) -> tuple[str, ...]:
-        """The texts of which one was signed: clients differ in whether the host has its port."""
+    def canonical(self) -> str:
+        """What was signed, in its canonical form. Made once, in time that is linear in the request's size."""
 
     def check_time(self, now: datetime) -> None:
         """Raise RequestExpired if the request is too old, or from the future."""
@@ -114,10 +114,10 @@ def authenticate(
         ProtocolError: The parameters cannot be decoded.
         UnreadableRequest: Reading it failed in a way that was not foreseen.
     """
-    signature = read_signature(request, version_2=version_2)
     with _only_our_errors():
+        signature = _read_signature(request, version_2=version_2)
         signature.check_time(now)
-        _ = signature.strings_to_sign
+        _ = signature.canonical
     for look_up in (recent.find, find_key):
         key = look_up(signature.access_key_id)
         if _has_made(key, signature):
@@ -126,31 +126,35 @@ def authenticate(
     raise EC2Error("AuthFailure")
 
 
-def read_signature(request: Request, *, version_2: bool = True) -> Signature:
-    """Read what a request says about its own signature; nothing of it is proved.
+def read_signature(request: Request) -> Signature:
+    """Read what a request says about its own signature, to report it; nothing of it is proved.
 
     Raises:
         As `authenticate`, but for RequestExpired.
     """
     with _only_our_errors():
-        _refuse_session_tokens(request)
-        ways = {
-            "header": request.header("authorization") is not None,
-            "presigned": not request.query_form.keys().isdisjoint({"X-Amz-Algorithm", "X-Amz-Signature"}),
-            "parameters": not request.form.keys().isdisjoint({"AWSAccessKeyId", "Signature"}),
-        }
-        match [way for way, used in ways.items() if used]:
-            case ["header"]:
-                return SignatureV4.of_header(request)
-            case ["presigned"]:
-                return SignatureV4.of_query(request)
-            case ["parameters"]:
-                if version_2:
-                    return SignatureV2.of_parameters(request)
-                raise EC2Error("InvalidParameterValue", "This service accepts signature version 4 only.")
-            case []:
-                raise EC2Error("MissingParameter", name="AWSAccessKeyId")
-        raise EC2Error("IncompleteSignature", reason="Only one way of signing may be used in a request.")
+        return _read_signature(request, version_2=True)
+
+
+def _read_signature(request: Request, *, version_2: bool) -> Signature:
+    _refuse_session_tokens(request)
+    ways = {
+        "header": request.header("authorization") is not None,
+        "presigned": not request.query_form.keys().isdisjoint({"X-Amz-Algorithm", "X-Amz-Signature"}),
+        "parameters": not request.form.keys().isdisjoint({"AWSAccessKeyId", "Signature"}),
+    }
+    match [way for way, used in ways.items() if used]:
+        case ["header"]:
+            return SignatureV4.of_header(request)
+        case ["presigned"]:
+            return SignatureV4.of_query(request)
+        case ["parameters"]:
+            if version_2:
+                return SignatureV2.of_parameters(request)
+            raise EC2Error("InvalidParameterValue", "This service accepts signature version 4 only.")
+        case []:
+            raise EC2Error("MissingParameter", name="AWSAccessKeyId")
+    raise EC2Error("IncompleteSignature", reason="Only one way of signing may be used in a request.")
 
 
 @contextmanager
@@ -167,9 +171,7 @@ def _only_our_errors() -> Iterator[None]:
 def _has_made(key: AccessKey | None, signature: Signature) -> TypeGuard[AccessKey]:
     is_good = key is not None and key.status == "Active"
     expected = signature.expected(key.secret_access_key if key is not None and is_good else _NOBODYS_SECRET)
-    # Every candidate is compared, so that the time does not depend on which one it is.
-    matches = [hmac.compare_digest(signature.text.encode(), each.encode()) for each in expected]
-    return any(matches) and is_good
+    return any(hmac.compare_digest(signature.text.encode(), each.encode()) for each in expected) and is_good
 
 
 def _refuse_session_tokens(request: Request) -> None:
@@ -275,20 +277,20 @@ class SignatureV4:
             raise EC2Error("RequestExpired")
 
     @cached_property
-    def strings_to_sign(self) -> tuple[str, ...]:
-        """The texts that clients sign: with the port in the host's name, and (Net::Amazon::EC2) without."""
-        again, signer = self._again, self._signer("")
-        canonical = signer.canonical_request(again)
-        given = " ".join((self.request.header("host") or "").split())
-        bare = given.removesuffix(f":{_host(self.request).port}")
-        # A header's line begins with its name, and no value holds the end of a line: this is the Host header's.
-        without_port = canonical.replace(f"\nhost:{given}\n", f"\nhost:{bare}\n", 1)
-        return tuple(signer.string_to_sign(again, each) for each in dict.fromkeys((canonical, without_port)))
+    def canonical(self) -> str:
+        """The canonical request, with the Host header as it arrived."""
+        canonical: str = self._signer("").canonical_request(self._again)
+        return canonical
 
-    def expected(self, secret: str) -> list[str]:
-        """Return the signatures of the texts to sign."""
+    def expected(self, secret: str) -> Iterator[str]:
+        """Yield the signatures that clients make: with the port in the host's name, and (Net::Amazon::EC2) without."""
         signer = self._signer(secret)
-        return [signer.signature(text, self._again) for text in self.strings_to_sign]
+        yield signer.signature(signer.string_to_sign(self._again, self.canonical), self._again)
+        if port := _host(self.request).port:
+            given = " ".join((self.request.header("host") or "").split())
+            # A header's line begins with its name, and no value holds the end of a line: this is the Host header's.
+            lines = f"\nhost:{given}\n", f"\nhost:{given.removesuffix(f':{port}')}\n"
+            yield signer.signature(signer.string_to_sign(self._again, self.canonical.replace(*lines, 1)), self._again)
 
     def _signer(self, secret: str) -> "_Signer":
         return _Signer(Credentials(self.access_key_id, secret), self.service, self.region)
@@ -369,22 +371,21 @@ class SignatureV2:
         return _iso_time("Timestamp" if "Timestamp" in self.request.form else "Expires", self.request.form)
 
     @cached_property
-    def strings_to_sign(self) -> tuple[str, ...]:
-        """The texts that clients sign: with the port in the host's name, and without it."""
-        host, path = _host(self.request), self.request.path
-        anonymous = SigV2Auth(Credentials("", ""))
+    def canonical(self) -> str:
+        """The path and the sorted parameters; method and host are put before them."""
+        _host(self.request)
+        anonymous, path = SigV2Auth(Credentials("", "")), self.request.path
         parameters, _ = anonymous.calc_signature(
             AWSRequest(self.request.method, f"http://host{path}"), self.request.form
         )
-        names = dict.fromkeys((str(host), host.name))
-        return tuple(f"{self.request.method}\n{name}\n{path}\n{parameters}" for name in names)
+        return f"{path}\n{parameters}"
 
-    def expected(self, secret: str) -> list[str]:
-        """Return the signatures of the texts to sign."""
-        return [
-            base64.b64encode(hmac.digest(secret.encode(), text.encode(), "sha256")).decode()
-            for text in self.strings_to_sign
-        ]
+    def expected(self, secret: str) -> Iterator[str]:
+        """Yield the signatures that clients make: with the port in the host's name, and without it."""
+        host = _host(self.request)
+        for name in dict.fromkeys((str(host), host.name)):
+            text = f"{self.request.method}\n{name}\n{self.canonical}".encode()
+            yield base64.b64encode(hmac.digest(secret.encode(), text, "sha256")).decode()
 
 
 def _host(request: Request) -> Host:
