@@ -12,6 +12,7 @@ Harm = Callable[[Damage], object]
 
 DYNAMIC = uuid.UUID("af9b60a0-1431-4f62-bc68-3311714a69ad")
 STORAGE_SPACES = uuid.UUID("e75caf8f-f680-4cee-afa3-b001e56efc2d")
+RESERVED = uuid.UUID("e3c9e316-0b5c-4db8-817d-f92df00215ae")
 BASIC = uuid.UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")
 
 

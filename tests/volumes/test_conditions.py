@@ -8,9 +8,20 @@ import pytest
 
 from support.images import converted
 from support.ntfs import CLUSTER, RECORD, Damage, make_windows_disk, restart_page
-from support.ntfs_harm import BASIC, DYNAMIC, boot, flags, gpt, hibernation_head, log, partition_entry
-from thrave.volumes import surveyor, unmounting
-from thrave.volumes.conditions import conditions
+from support.ntfs_harm import (
+    BASIC,
+    DYNAMIC,
+    RESERVED,
+    STORAGE_SPACES,
+    boot,
+    flags,
+    gpt,
+    hibernation_head,
+    log,
+    partition_entry,
+)
+from thrave.volumes import ntfs, surveyor, unmounting
+from thrave.volumes.conditions import Verdict, conditions
 from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.ntfs import BootSector
 from thrave.volumes.opening import open_volume
@@ -30,8 +41,13 @@ def damage(windows):
     return Damage.to(windows)
 
 
-def said_of(damage, path="disk.raw"):
-    return conditions(damage, path)
+def said_of(damage):
+    return [found.words for found in conditions(damage)]
+
+
+def not_checked(damage):
+    found = conditions(damage)
+    return [each.words for each in found if each.verdict is Verdict.NOT_CHECKED]
 
 
 def hibernation_name(damage):
@@ -63,17 +79,33 @@ def sleep_in_another_folder(damage):
         sleep_under("hibernot.sys"),
         sleep_in_another_folder,
         gpt((BASIC, 1 << 20, 63 << 20)),
-        boot(3, "8s", b"-FVE-FS-"),
-        boot(3, "8s", b"ReFS"),
-        boot(3, "8s", b"MSDOS5.0"),
-        partition_entry(1, 0x42, 0, 0),
-        gpt((DYNAMIC, 1 << 20, 63 << 20)),
-        partition_entry(0, 0x00, 0, 0),
+        gpt((RESERVED, 20 << 10, 1 << 19), (BASIC, 1 << 20, 63 << 20)),  # as Windows makes it
     ],
 )
-def test_nothing_is_said_where_all_is_well_or_cannot_be_seen(damage, change):
+def test_clean_volumes_have_no_findings(damage, change):
     change(damage)
-    assert said_of(damage) == []
+    assert conditions(damage) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (boot(3, "8s", b"-FVE-FS-"), "of the volume at byte 1048576, it is encrypted with BitLocker"),
+        (boot(424, "16s", ntfs._BITLOCKER_TO_GO), "of the volume at byte 1048576, it is encrypted with BitLocker"),
+        (boot(3, "8s", b"ReFS"), "of the volume at byte 1048576, its file system is ReFS"),
+        (boot(3, "8s", b"MSDOS5.0"), "of the volume at byte 1048576, no file system is known"),
+        (boot(13, "<B", 256 - 8), "of the volume at byte 1048576, its clusters have 128 KiB"),
+        (partition_entry(1, 0x42, 0, 0), "it is a dynamic disk"),
+        (gpt((DYNAMIC, 1 << 20, 63 << 20)), "it is a dynamic disk"),
+        (gpt((STORAGE_SPACES, 1 << 20, 63 << 20)), "it belongs to Storage Spaces"),
+        (gpt(), "it has no partition"),
+        (partition_entry(0, 0x00, 0, 0), "of the volume at byte 0, no file system is known"),
+    ],
+)
+def test_what_cannot_be_checked_is_named(damage, change, words):
+    change(damage)
+    (said,) = not_checked(damage)
+    assert said.startswith(f"not checked whether it is clean: {words}")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +125,9 @@ def test_nothing_is_said_where_all_is_well_or_cannot_be_seen(damage, change):
 )
 def test_a_volume_says_what_is_wrong_with_it(damage, change, words):
     change(damage)
-    (said,) = said_of(damage, "/vm/win.raw")
-    assert said.startswith(f"/vm/win.raw: of the volume at byte {damage.at}, {words}")
+    (said,) = said_of(damage)
+    assert said.startswith(f"of the volume at byte {damage.at}, {words}")
+    assert not not_checked(damage)
 
 
 def test_it_says_all_that_is_wrong_with_it(damage):
@@ -120,7 +153,8 @@ def test_of_several_volumes_each_speaks_for_itself(damage):
     (said,) = said_of(damage)
     assert f"of the volume at byte {second}, it is marked as dirty" in said
     boot(3, "8s", b"-FVE-FS-")(damage)
-    assert said_of(damage) == [said]
+    assert said_of(damage) == [*not_checked(damage), said]
+    assert len(said_of(damage)) == 2
 
 
 def test_a_bare_volume_needs_no_partitions(damage):
@@ -132,14 +166,16 @@ def test_a_bare_volume_needs_no_partitions(damage):
 
 def test_partitions_that_cannot_be_are_told(damage):
     partition_entry(1, 0x07, 2048, 1)(damage)
-    assert said_of(damage) == [f"disk.raw: the partition at byte {damage.at} overlaps another or leaves the disk"]
+    assert said_of(damage) == [f"the partition at byte {damage.at} overlaps another or leaves the disk"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 1 << 20])
-def test_a_disk_of_anything_else_says_nothing(size):
+@pytest.mark.parametrize("signature", [b"\0\0", b"\x55\xaa"])
+def test_a_disk_of_anything_else_was_not_checked(size, signature):
     noise = bytearray(random.Random(size).randbytes(size))
-    noise[510:512] = b"\0\0"[: max(0, size - 510)]
-    assert said_of(Damage(noise)) == []
+    noise[510:512] = signature[: max(0, size - 510)]
+    assert not_checked(Damage(noise)) == said_of(Damage(noise))
+    assert len(said_of(Damage(noise))) == 1
 
 
 def test_it_is_the_same_in_any_format(damage, windows, nbd, tmp_path):
@@ -148,8 +184,8 @@ def test_it_is_the_same_in_any_format(damage, windows, nbd, tmp_path):
     raw.write_bytes(damage.disk[:])
     image = converted(raw, "qcow2")
     with open_volume(image, "qcow2") as volume:
-        (said,) = conditions(volume, image)
-    assert said.startswith(f"{image}: of the volume at byte {damage.at}, Windows is hibernated")
+        ((_, said),) = conditions(volume)
+    assert said.startswith(f"of the volume at byte {damage.at}, Windows is hibernated")
 
 
 def test_a_reader_that_takes_too_long_is_ended_and_that_is_said(damage, monkeypatch):
@@ -162,8 +198,7 @@ def test_without_the_library_that_is_said_where_it_would_be_needed(damage, monke
     monkeypatch.setattr("thrave.volumes.surveyor.find_spec", lambda _: None)
     (said,) = said_of(damage)
     assert "cannot be told whether Windows was shut down fully: pytsk3 is not installed: pip install" in said
-    boot(3, "8s", b"MSDOS5.0")(damage)
-    assert said_of(damage) == []
+    assert not_checked(damage) == [said]
 
 
 def test_a_disk_that_cannot_be_read_is_that_error_and_no_other(damage):
@@ -190,7 +225,7 @@ def condition(words):
         (condition(b"zz") * 9, ["zz"] * surveyor.MOST_CONDITIONS + ["astray"]),
         (MESSAGE.pack(b"c", 0, 1 << 40), ["astray"]),
         (MESSAGE.pack(b"u", 0, 4096), ["astray"]),
-        (condition(b"zz") + MESSAGE.pack(b"x", 1, 1) + b"b", ["zz"]),
+        (condition(b"zz") + MESSAGE.pack(b"x", 1, 1) + b"b", ["zz", "not checked"]),
         (condition(b"zz") + MESSAGE.pack(b"x", 0, 2) + b"yy", ["zz", "yy"]),
         (condition(b"zz"), ["zz", "exit status 0"]),
     ],

@@ -130,6 +130,7 @@ def shrink_the_bitmap(damage):
         (partition_entry(1, 0x42, 0, 0), FileSystemUnsupportedError, "dynamic"),
         (partition_entry(1, 0x07, 2048, 1), FileSystemCorruptError, "overlaps"),
         (partition_entry(1, 0x07, 1 << 31, 1), FileSystemCorruptError, "leaves the disk"),
+        (partition_entry(3, 0x0F, 131072 - 100, 1 << 31), FileSystemCorruptError, "leaves the disk"),
         (partition_entry(0, 0xEE, 1, 1), FileSystemCorruptError, "there is none"),
         (partition_entry(0, 0x00, 0, 0), NoFileSystemError, "no NTFS"),
         (gpt((DYNAMIC, 1 << 20, 63 << 20)), FileSystemUnsupportedError, "dynamic"),
@@ -181,7 +182,6 @@ def test_a_hibernation_file_that_is_cut_short_is_another_disks_sleep(damage, win
         hibernation_head(b"\0\0\0\0"),
         gpt((BASIC, 1 << 20, 63 << 20)),
         gpt((BASIC, 1 << 20, 63 << 20), sector_size=4096),
-        partition_entry(3, 0x0F, 100, 1 << 31),  # an extended partition is not looked into
     ],
 )
 def test_it_is_believed(windows, damage, change):

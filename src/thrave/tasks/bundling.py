@@ -168,8 +168,7 @@ class Bundling:
             ) as volume:  # its end fails if the volume was changed meanwhile
                 with durable("volume opened"):
                     self._records.note_volume_size(self._task.bundle_id, volume.size)
-                # The folder is the operator's business.
-                self._look_whether_clean(volume, Path(root.path.name))
+                self._check_clean(volume)
                 sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))
@@ -280,13 +279,13 @@ class Bundling:
                 raise TaskFailure("Server.VolumeError", words)
             self._records.notice(self._task.bundle_id, words)
 
-    def _look_whether_clean(self, volume: Volume, path: Path) -> None:
-        """Tell the owner what the volume's file systems say of themselves, or refuse it."""
-        found = conditions(volume, path)
+    def _check_clean(self, volume: Volume) -> None:
+        """Report to the owner each volume on the disk that is unclean or was not checked, or refuse the disk."""
+        found = conditions(volume)
         if found and self._host.unclean_volume == "refuse":
-            raise TaskFailure("Server.VolumeError", "; ".join(found))
-        for condition in found:
-            self._records.notice(self._task.bundle_id, f"{condition}.")
+            raise TaskFailure("Server.VolumeError", f"The root volume: {'; '.join(each.words for each in found)}.")
+        for each in found:
+            self._records.notice(self._task.bundle_id, f"The root volume: {each.words}.")
 
     def _documents(self, instance: Instance, sealed: Sealed) -> Documents:
         """The manifest, signed by the service and readable by the account (if it has a certificate) and the service."""

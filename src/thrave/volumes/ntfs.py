@@ -7,9 +7,15 @@ Sources: ntfs-3g 2022.10.3 (bootsect.c, logfile.c, volume.c, layout.h) and Linux
 """
 
 import struct
+import uuid
 from typing import NamedTuple
 
 from thrave.volumes.errors import FileSystemCorruptError, FileSystemUnsupportedError, VolumeNotCleanError
+
+MAX_CLUSTER = 64 << 10
+"""Bytes; Windows 10 and later can make larger clusters, which the library does not read."""
+
+_MOST_CLUSTER = 2 << 20  # bytes, the largest that Windows makes
 
 BOOT_SIZE = 512
 """Bytes of a boot sector that are looked at."""
@@ -21,6 +27,8 @@ HIBERNATION_HEAD = 4096
 """Bytes of hiberfil.sys that are looked at, as ntfs-3g does."""
 
 _NTFS = b"NTFS    "
+# BitLocker To Go shows a FAT volume to systems that cannot decrypt, with this id in its boot sector.
+_BITLOCKER_TO_GO = uuid.UUID("4967d63b-2e29-4ad8-8399-f6a339e3d001").bytes_le
 _UNSUPPORTED = {b"-FVE-FS-": "it is encrypted with BitLocker", b"ReFS\0\0\0\0": "its file system is ReFS, not NTFS"}
 _BOOT = struct.Struct("<11xHB26xQQQb")  # bytes a sector, sectors a cluster, sectors, $MFT, $MFTMirr, record size
 _RESTART = struct.Struct("<4s12xIIHHH")  # magic, system page, log page, restart area, minor, major version
@@ -47,6 +55,8 @@ def is_ntfs(sector: bytes) -> bool:
         FileSystemUnsupportedError: BitLocker or ReFS, which stand where NTFS could.
     """
     name = sector[3:11]
+    if sector[424:440] == _BITLOCKER_TO_GO:
+        raise FileSystemUnsupportedError(_UNSUPPORTED[b"-FVE-FS-"])
     if name in _UNSUPPORTED:
         raise FileSystemUnsupportedError(_UNSUPPORTED[name])
     return name == _NTFS
@@ -61,11 +71,16 @@ def boot_sector(sector: bytes, size: int) -> BootSector:
 
     Raises:
         FileSystemCorruptError: It is no geometry that a volume of that size can have.
+        FileSystemUnsupportedError: Its clusters are larger than MAX_CLUSTER.
     """
     sector_size, per_cluster, sectors, mft, mirror, record = _BOOT.unpack_from(sector)
     # From 0x80 on these two are negative powers of two: of a cluster, and of a record that is no whole cluster.
     cluster_size = sector_size * (per_cluster if per_cluster <= 0x80 else 1 << 256 - per_cluster)
     record_size = record * cluster_size if record > 0 else 1 << -record
+    if MAX_CLUSTER < cluster_size <= _MOST_CLUSTER:
+        raise FileSystemUnsupportedError(
+            f"its clusters have {cluster_size >> 10} KiB, and only those of up to {MAX_CLUSTER >> 10} KiB can be read"
+        )
     boot = BootSector(cluster_size, sectors * sector_size // (cluster_size or 1), mft, mirror, record_size)
     if not _is_possible(boot, sector_size) or boot.clusters * cluster_size > size:
         raise FileSystemCorruptError("its boot sector describes no volume of its size")
@@ -74,7 +89,7 @@ def boot_sector(sector: bytes, size: int) -> BootSector:
 
 def _is_possible(boot: BootSector, sector_size: int) -> bool:
     powers = all(size and not size & (size - 1) for size in (sector_size, boot.cluster_size, boot.record_size))
-    sizes = 256 <= sector_size <= 4096 and boot.cluster_size <= 2 << 20 and 512 <= boot.record_size <= 4096
+    sizes = 256 <= sector_size <= 4096 and boot.cluster_size <= MAX_CLUSTER and 512 <= boot.record_size <= 4096
     return powers and sizes and max(boot.mft, boot.mft_mirror) < boot.clusters
 
 

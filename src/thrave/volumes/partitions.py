@@ -1,8 +1,8 @@
 """Where the partitions of a disk lie, read from its MBR or GPT.
 
-Only what can be believed is told: a GPT's checksums must hold, every partition must lie within the disk and overlap no
-other. Dynamic disks and Storage Spaces are refused, since their volumes are not their partitions. Logical partitions,
-those in an extended one, are not looked for. Nothing here looks into a partition.
+Only what is consistent is returned: a GPT's checksums must hold (those of its backup, if the first is damaged), every
+partition must lie within the disk and overlap no other, and the chain of logical partitions must end. Dynamic disks and
+Storage Spaces are refused, since their volumes are not their partitions. Nothing here reads what is in a partition.
 
 Sources: UEFI 2.10 chapter 5 (MBR, GPT); Microsoft, "PARTITION_INFORMATION_GPT" (the types).
 """
@@ -10,18 +10,21 @@ Sources: UEFI 2.10 chapter 5 (MBR, GPT); Microsoft, "PARTITION_INFORMATION_GPT" 
 import struct
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from thrave.volumes.errors import FileSystemCorruptError, FileSystemUnsupportedError
 from thrave.volumes.volume import Volume
 
 SECTOR = 512
-GPT_SECTORS = (512, 4096)
-"""Bytes of a sector; a GPT's header says nothing of it, and stands in the second one."""
+SECTOR_SIZES = (512, 4096)
+"""Bytes of a sector; neither an MBR nor a GPT states it. A GPT's header stands in the second one."""
 
 MOST_ENTRIES = 1024
 """Of a GPT; every program makes 128."""
+
+MOST_LOGICAL = 256
+"""Logical partitions of one extended one; Linux takes no more."""
 
 _SIGNATURE = b"\x55\xaa"
 _MBR_ENTRY = struct.Struct("<B3xB3xII")  # active, type, first sector, sectors
@@ -33,6 +36,12 @@ _UNSUPPORTED_TYPES = {
     uuid.UUID("5808c8aa-7e8f-42e0-85d2-e1e90434cfb3"): "it is a dynamic disk",
     uuid.UUID("af9b60a0-1431-4f62-bc68-3311714a69ad"): "it is a dynamic disk",
     uuid.UUID("e75caf8f-f680-4cee-afa3-b001e56efc2d"): "it belongs to Storage Spaces",
+}
+
+# Reserved by Microsoft, and the BIOS's boot code: raw space by definition.
+_WITHOUT_FILE_SYSTEM = {
+    uuid.UUID("e3c9e316-0b5c-4db8-817d-f92df00215ae"),
+    uuid.UUID("21686148-6449-6e6f-744e-656564454649"),
 }
 
 
@@ -59,30 +68,124 @@ def read(volume: Volume, offset: int, length: int) -> bytes:
     return bytes(buffer)
 
 
-def find_partitions(volume: Volume) -> list[Partition]:
-    """The partitions in the order of their offsets; none if the disk has no partition table.
+def has_table(sector: bytes) -> bool:
+    """Whether a disk's first sector can be that of a partition table, by what every program writes there.
+
+    A boot sector of a file system ends in the same two bytes, and has text or code where the entries would be.
+    """
+    entries = _entries(sector) if len(sector) >= SECTOR and sector[510:512] == _SIGNATURE else []
+    return any(kind for _, kind, _, _ in entries) and all(active in (0x00, 0x80) for active, _, _, _ in entries)
+
+
+def find_partitions(volume: Volume, is_known: Callable[[Partition], bool] = lambda _: False) -> list[Partition]:
+    """The partitions of a disk that has a partition table (`has_table`), in the order of their offsets.
+
+    Args:
+        volume: The disk.
+        is_known: Whether a known file system begins there. An MBR does not state the size of its sectors; this decides
+            between sizes that are both possible.
 
     Raises:
         FileSystemUnsupportedError: Dynamic disk, or Storage Spaces.
         FileSystemCorruptError: The table contradicts itself or the disk.
         VolumeError: It cannot be read.
     """
-    sector = read(volume, 0, SECTOR)
-    if sector[510:512] != _SIGNATURE:
-        return []
-    entries = [_MBR_ENTRY.unpack_from(sector, 446 + 16 * index) for index in range(4)]
+    entries = _entries(read(volume, 0, SECTOR))
     kinds = {kind for _, kind, _, _ in entries}
     if _DYNAMIC in kinds:
         raise FileSystemUnsupportedError("it is a dynamic disk")
     if _PROTECTIVE in kinds:
-        return _checked(list(_of_gpt(volume)), volume.size)
-    primary = [entry for entry in entries if entry[1] not in (_EMPTY, *_EXTENDED)]
-    return _checked([Partition(first * SECTOR, count * SECTOR) for _, _, first, count in primary], volume.size)
+        return _of_protected(volume, entries)
+    found: list[list[Partition]] = []
+    refusals: list[FileSystemCorruptError | FileSystemUnsupportedError] = []
+    for sector_size in SECTOR_SIZES:
+        try:
+            found.append(_of_mbr(volume, entries, sector_size))
+        except (FileSystemCorruptError, FileSystemUnsupportedError) as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
+    # Of two readings the one in which more file systems begin where they should; 512 if that does not tell.
+    return max(found, key=lambda partitions: sum(map(is_known, partitions)))
 
 
-def _of_gpt(volume: Volume) -> Iterator[Partition]:
-    sector_size, header = _gpt_header(volume)
-    entries_at, count, size, checksum = header[10:14]
+def _entries(sector: bytes) -> list[tuple[int, int, int, int]]:
+    return [_MBR_ENTRY.unpack_from(sector, 446 + 16 * index) for index in range(4)]
+
+
+def _of_mbr(volume: Volume, entries: Sequence[tuple[int, int, int, int]], sector_size: int) -> list[Partition]:
+    primary = _checked(
+        [Partition(first * sector_size, count * sector_size) for _, kind, first, count in entries if kind != _EMPTY],
+        volume.size,
+    )
+    extended = {
+        Partition(first * sector_size, count * sector_size) for _, kind, first, count in entries if kind in _EXTENDED
+    }
+    logical = [
+        one for outer in sorted(extended) for one in _checked(list(_logical(volume, outer, sector_size)), volume.size)
+    ]
+    return sorted([one for one in primary if one not in extended] + logical)
+
+
+def _logical(volume: Volume, outer: Partition, sector_size: int) -> Iterator[Partition]:
+    """The logical partitions in an extended one: a chain of tables, each with a partition and the next one's place."""
+    at, seen = outer.offset, set[int]()
+    end = outer.offset + outer.length
+    while at not in seen:
+        seen.add(at)
+        sector = read(volume, at, SECTOR) if at + SECTOR <= end else b""
+        if sector[510:512] != _SIGNATURE or len(seen) > MOST_LOGICAL:
+            raise FileSystemCorruptError(f"the chain of its logical partitions breaks off at byte {at}")
+        following = None
+        for _, kind, first, count in _entries(sector):
+            if kind in _EXTENDED:
+                following = following or outer.offset + first * sector_size
+            elif kind == _DYNAMIC:
+                raise FileSystemUnsupportedError("it is a dynamic disk")
+            elif kind != _EMPTY:
+                place = Partition(at + first * sector_size, count * sector_size)
+                if place.offset <= at or place.offset + place.length > end:
+                    raise FileSystemCorruptError(
+                        f"the logical partition at byte {place.offset} leaves the extended one"
+                    )
+                yield place
+        if following is None:
+            return
+        at = following
+    raise FileSystemCorruptError(f"the chain of its logical partitions comes back to byte {at}")
+
+
+def _of_protected(volume: Volume, entries: Sequence[tuple[int, int, int, int]]) -> list[Partition]:
+    """Those of a GPT. An MBR that names others beside the protective one (hybrid) mostly repeats some of them."""
+    sector_size, partitions = _of_gpt(volume)
+    places = {Partition(first * sector_size, count * sector_size)
+              for _, kind, first, count in entries if kind not in (_EMPTY, _PROTECTIVE, *_EXTENDED)}  # fmt: skip
+    return _checked([*partitions, *(places - {*partitions})], volume.size)
+
+
+def _of_gpt(volume: Volume) -> tuple[int, list[Partition]]:
+    """Its sector size in bytes, and its partitions, by the backup at the disk's end if the first one is damaged."""
+    refusal = FileSystemCorruptError("its MBR says that there is a GPT, and there is none")
+    for from_end in (False, True):
+        for sector_size in SECTOR_SIZES:
+            at = volume.size // sector_size * sector_size - sector_size if from_end else sector_size
+            sector = read(volume, at, SECTOR) if at > 0 else b""
+            if not sector.startswith(b"EFI PART"):
+                continue
+            try:
+                return sector_size, list(_of_header(volume, sector, sector_size))
+            except FileSystemCorruptError as error:
+                refusal = refusal if from_end else error
+    raise refusal
+
+
+def _of_header(volume: Volume, sector: bytes, sector_size: int) -> Iterator[Partition]:
+    fields = _GPT_HEADER.unpack_from(sector)
+    length, header_checksum = fields[2:4]
+    covered = sector[:16] + bytes(4) + sector[20:length]
+    if not _GPT_HEADER.size <= length <= SECTOR or zlib.crc32(covered) != header_checksum:
+        raise FileSystemCorruptError("its GPT header does not have its checksum")
+    entries_at, count, size, checksum = fields[10:14]
     if count > MOST_ENTRIES or size not in (128, 256, 512):
         raise FileSystemCorruptError(f"its GPT claims {count} entries of {size} bytes")
     table = read(volume, entries_at * sector_size, count * size)
@@ -92,23 +195,8 @@ def _of_gpt(volume: Volume) -> Iterator[Partition]:
         kind, _, first, last = _GPT_ENTRY.unpack_from(table, index * size)
         if reason := _UNSUPPORTED_TYPES.get(uuid.UUID(bytes_le=kind)):
             raise FileSystemUnsupportedError(reason)
-        if any(kind):
+        if any(kind) and uuid.UUID(bytes_le=kind) not in _WITHOUT_FILE_SYSTEM:
             yield Partition(first * sector_size, (last - first + 1) * sector_size)
-
-
-def _gpt_header(volume: Volume) -> tuple[int, tuple[int, ...]]:
-    """The sector's size in bytes, and the header's fields as `_GPT_HEADER` has them."""
-    for sector_size in GPT_SECTORS:
-        sector = read(volume, sector_size, SECTOR)
-        if not sector.startswith(b"EFI PART"):
-            continue
-        fields = _GPT_HEADER.unpack_from(sector)
-        length, checksum = fields[2:4]
-        covered = sector[:16] + bytes(4) + sector[20:length]
-        if not _GPT_HEADER.size <= length <= SECTOR or zlib.crc32(covered) != checksum:
-            raise FileSystemCorruptError("its GPT header does not have its checksum")
-        return sector_size, fields
-    raise FileSystemCorruptError("its MBR says that there is a GPT, and there is none")
 
 
 def _checked(partitions: Sequence[Partition], disk_size: int) -> list[Partition]:
