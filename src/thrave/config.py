@@ -207,8 +207,8 @@ class Settings(BaseModel):
     )
     unclean_volume: Literal["report", "refuse"] = Field(
         "report",
-        description="When a volume on the root disk is hibernated, was not unmounted or cannot be checked, or the guest did not shut "
-        "down: the task says so, or fails.",
+        description="When a volume on the root disk is hibernated, was not unmounted or cannot be checked, or the "
+        "guest did not shut down: the task says so, or fails.",
     )
     heartbeat: float = Field(5.0, gt=0, description="Seconds between two signs of life of a host.")
     host_lost_after: float = Field(

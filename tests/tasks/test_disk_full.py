@@ -4,10 +4,16 @@ import shutil
 import subprocess
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
+from support.disks import make_disk
 from support.killing import MIB, Scene
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import DirectoryInstances
+from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.tasks.power import PowerSwitch
 from thrave.tasks.states import BundleTaskState
 
 PASSES = 10
@@ -67,3 +73,50 @@ def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_
     assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
     scene.check_nothing_is_left()
+
+
+def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, tmp_path):
+    folder, _ = small_disk
+    machine = tmp_path / "on"
+    instances = DirectoryInstances(folder / "instances")
+    description = Description(
+        instance_id="i-0123456789abcdef0",
+        account_id="123456789012",
+        root_volume=VolumeFile(path=make_disk(tmp_path / "root.raw", MIB)),
+        stop_command=("rm", "-f", str(machine)),
+        start_command=("touch", str(machine)),
+        state_command=("sh", "-c", f"[ -e {machine} ] && echo running || echo stopped"),
+    )
+    instances.add(description)
+    instances.start(description.instance_id)
+    task = SimpleNamespace(bundle_id="bun-0", instance_id=description.instance_id, was_running=True)
+    power = PowerSwitch(instances, None, task, grace=1, when_late="fail")  # no record is asked
+    assert not power.restore_without_record(), "it runs"
+    machine.unlink()
+    with (folder / "filler").open("wb", buffering=0) as filler:
+        for size in (MIB, 4096, 512):
+            with suppress(OSError):
+                while filler.write(bytes(size)):
+                    pass
+    with instances.hold(description.instance_id):
+        assert not power.restore_without_record(), "its volume is being read"
+        assert not machine.exists()
+    assert power.restore_without_record()
+    assert machine.exists()
+
+
+def test_an_instance_that_was_off_before_its_task_is_not_started(instances_off):
+    instances, task = instances_off
+    assert not PowerSwitch(instances, None, task, grace=1, when_late="fail").restore_without_record()
+    assert instances.state(task.instance_id) is InstanceState.STOPPED
+
+
+@pytest.fixture
+def instances_off(tmp_path):
+    instances = DirectoryInstances(tmp_path / "instances")
+    root = VolumeFile(path=make_disk(tmp_path / "root.raw", MIB))
+    described = Description(
+        instance_id="i-0123456789abcdef0", account_id="123456789012", root_volume=root, state="stopped"
+    )
+    instances.add(described)
+    return instances, SimpleNamespace(bundle_id="bun-0", instance_id=described.instance_id, was_running=False)

@@ -78,7 +78,7 @@ def test_an_instance_that_cannot_have_an_overlay_is_off_until_it_is_read(tmp_pat
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         notice = "The instance is off until its root volume has been read: its hypervisor has no overlays."
-        assert json.loads(seen.stdout)["notice"] == notice
+        assert json.loads(seen.stdout)["notice"].startswith(notice)  # what is on the disk is none of ours
 
 
 def test_an_instance_terminated_while_the_guest_powers_off_fails_the_task(thrave_server, alice, tmp_path):

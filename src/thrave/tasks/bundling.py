@@ -22,6 +22,7 @@ from thrave.bundle.zlibs import Level
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
 from thrave.compute.instances import Instances
+from thrave.database import is_unavailable
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import load_certificate
 from thrave.identity.service import ServiceIdentity
@@ -103,9 +104,9 @@ class Bundling:
         With an overlay it is started before its volume is read, and in the end the overlay is merged.
         """
         try:
-            self._step("stop the instance", self.stop)
-            self._step("start the instance on an overlay", self.free)
-            self._step("seal the root volume into the bucket", self.seal)
+            self._step("stop the instance", self.stop, is_over_if_started=True)
+            self._step("start the instance on an overlay", self.free, is_over_if_started=True)
+            self._step("seal the root volume into the bucket", self.seal, is_over_if_started=True)
             self._step("start the instance", self._power.restore)
             self._step("store the manifest", self.store)
             self._step("merge the overlay", self.merge)
@@ -128,6 +129,10 @@ class Bundling:
             except TaskFailure as another:
                 failure = failure.also(another)
         self._step("fail the task", lambda: self.fail(failure))
+
+    def put_power_back(self) -> None:
+        """Start the instance if the task has switched it off; the database is not needed."""
+        self._power.restore_without_record()
 
     def stop(self) -> None:
         """Have the guest power off, as a person would."""
@@ -216,9 +221,16 @@ class Bundling:
         with durable("record closed"):
             self._records.fail(self._task.bundle_id, failure)
 
-    def _step(self, name: str, work: Callable[[], object]) -> None:
-        """A durable step, if the task is still this host's."""
-        step(name, lambda: self._do(work))
+    def _step(self, name: str, work: Callable[[], object], *, is_over_if_started: bool = False) -> None:
+        """A durable step, if the task is still this host's.
+
+        Args:
+            name: What it is called.
+            work: Must be safe to repeat.
+            is_over_if_started: Whether it fails if the instance had to be started while the database was unavailable:
+                then its volume is not what it was.
+        """
+        step(name, lambda: self._do(work), _PowerFirst(self._host, self._task, self._power, is_over_if_started))
 
     def _do(self, work: Callable[[], object]) -> None:
         def do_it() -> None:
@@ -303,6 +315,32 @@ class Bundling:
         return {"manifest": manifest.decode(), "side_file": side_file.decode()}
 
 
+@dataclass(frozen=True)
+class _PowerFirst:
+    """An instance does not stay off for longer than `stall_timeout` because the database is full, locked or away."""
+
+    host: Host
+    task: BundleTask
+    power: PowerSwitch
+    is_over_if_started: bool
+
+    @property
+    def timeout(self) -> float:
+        return self.host.stall_timeout
+
+    def act(self) -> bool:
+        """Start the instance. The step has ended, so nothing reads its volume."""
+        return self.power.restore_without_record() and self.is_over_if_started
+
+    def record(self) -> TaskFailure:
+        words = (
+            f"The database was unavailable for {self.timeout:g} seconds. The instance was started again, so that its "
+            "volume was not read to its end."
+        )
+        self.host.records.tell(self.task.bundle_id, words)
+        return TaskFailure("Server.NoProgress", words)
+
+
 def bundle(host: Host, bundle_id: str) -> None:
     """Do the task `bundle_id`, unless it has ended (cancelled before it began) or another host has adopted it."""
     task = host.records.get(bundle_id)
@@ -310,4 +348,11 @@ def bundle(host: Host, bundle_id: str) -> None:
         host.made_buckets.discard_of(host.buckets, task)  # cancelled before it was begun
     if task is not None and task.state not in FINISHED and task.host == host.name:
         host.records.take_up(bundle_id)
-        Bundling(host, task).run()
+        bundling = Bundling(host, task)
+        try:
+            bundling.run()
+        except Exception as error:
+            # The engine could not record a step's end. The task is run again once it can; until then nothing reads.
+            if is_unavailable(error):
+                bundling.put_power_back()
+            raise

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from itertools import chain, repeat
-from typing import TypedDict, TypeVar, cast
+from typing import Protocol, TypedDict, TypeVar, cast
 
 import sqlalchemy as sa
 import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 
+from thrave.database import is_unavailable
 from thrave.tasks.failures import TaskFailure, failure_from
 
 # Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow. Such a task is
@@ -41,6 +42,20 @@ _FORGET_AT_ONCE = 1000  # workflows
 
 log = structlog.get_logger()
 _Result = TypeVar("_Result")
+
+
+class WithoutDatabase(Protocol):
+    """What a step does if the database stays unavailable: what must not wait for it."""
+
+    @property
+    def timeout(self) -> float:
+        """Seconds from the first failure of the database."""
+
+    def act(self) -> bool:
+        """Do it, without the database. Called again and again; says whether the step must not be repeated now."""
+
+    def record(self) -> TaskFailure:
+        """Record that it was done, and give the failure that the step ends with. Raises if that cannot be recorded."""
 
 
 class _Outcome(TypedDict, total=False):
@@ -155,33 +170,46 @@ class Worker:
         DBOS.destroy(workflow_completion_timeout_sec=int(seconds))
 
 
-def step(name: str, function: Callable[[], _Result]) -> _Result:
+def step(name: str, function: Callable[[], _Result], without_database: WithoutDatabase) -> _Result:
     """Run one durable step of a task: once it has ended, it is not run again after a crash, and its result is kept.
 
     A step must be able to be repeated, since a crash may come after its work and before its end is written down. Its
-    result must be JSON. What it raises is kept too, as `failures.failure_from` words it.
+    result must be JSON. What it raises is kept too, as `failures.failure_from` words it. While the database is
+    unavailable it is repeated, for as long as that takes; `without_database` is what is not put off so long.
 
     Raises:
         TaskFailure: The step failed, now or before the crash.
     """
-    outcome = DBOS.run_step({"name": name}, lambda: _outcome(function))
+    outcome = DBOS.run_step({"name": name}, lambda: _outcome(function, without_database))
     if "code" in outcome:
         raise TaskFailure(outcome["code"], outcome["message"])
     return cast("_Result", outcome["result"])
 
 
-def _outcome(function: Callable[[], object]) -> _Outcome:
-    """What a step ends with. One that cannot reach the database is repeated until it can: its end could not be told."""
+def _outcome(function: Callable[[], object], without_database: WithoutDatabase) -> _Outcome:
+    """What a step ends with. One that cannot reach the database is repeated: its end could not be recorded."""
     pauses = chain(_DATABASE_PAUSES, repeat(_DATABASE_PAUSES[-1]))
+    first_failure, acted = float("inf"), False
     while True:
+        started = time.monotonic()
         try:
+            if acted:
+                return _failed(without_database.record())
             return {"result": function()}
-        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-            log.warning("the database does not answer; the step is repeated", reason=str(error.orig))
-            time.sleep(next(pauses))
         except Exception as error:  # noqa: BLE001 (whatever it is, the task must end with a reason)
-            failure = failure_from(error)
-            return {"code": failure.code, "message": failure.message}
+            if not is_unavailable(error):
+                return _failed(failure_from(error))
+            now = time.monotonic()
+            # An attempt longer than the timeout had reached the database: count from here again.
+            first_failure = now if now - started > without_database.timeout else min(first_failure, now)
+            log.warning("the database does not answer; the step is repeated", error=type(error).__name__)
+            if now - first_failure >= without_database.timeout:
+                acted = without_database.act() or acted
+            time.sleep(next(pauses))
+
+
+def _failed(failure: TaskFailure) -> _Outcome:
+    return {"code": failure.code, "message": failure.message}
 
 
 def _polling_interval(database_url: str) -> float:

@@ -68,8 +68,10 @@ CAUSES: dict[str, Cause] = {
         "guest shut down wholly, without fast start-up. Then bundle again.",
     ),
     "Server.NoProgress": Cause(
-        "Neither the root volume nor the bucket did anything for `stall_timeout` seconds.",
-        "See why the host's disks or the store do not answer, or raise `stall_timeout`, and bundle again.",
+        "Neither the root volume nor the bucket did anything for `stall_timeout` seconds, or the database was "
+        "unavailable for so long while the instance was off.",
+        "See why the host's disks, the store or the database do not answer, or raise `stall_timeout`, and bundle "
+        "again.",
     ),
     "Server.HostLost": Cause(
         "The host that had the instance's disk was lost, and the operator has retired it.",

@@ -12,6 +12,8 @@ from datetime import timedelta
 from functools import partial
 from typing import Literal
 
+import structlog
+
 from thrave.compute.errors import InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Hold, Instances
@@ -27,6 +29,7 @@ from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
 START_AGAIN_FOR = timedelta(days=1)  # an instance that its hypervisor does not start
+log = structlog.get_logger()
 ShutdownTimeoutAction = Literal["fail", "power-off"]
 _FREED = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
 
@@ -49,12 +52,17 @@ class PowerSwitch:
         self._task = task
         self._grace = grace
         self._when_late = when_late
+        # Kept here as well as in the record, so that power is put back while there is no database.
+        self._was_running = task.was_running
+        self._is_owed = bool(task.was_running)
 
     def note(self) -> None:
         """Record whether the instance runs, or would but for an earlier task, before anything is done to it."""
         instance_id = self._task.instance_id
         off = self._instances.state(instance_id) is InstanceState.STOPPED
         running = not off or self._records.is_looked_after(instance_id)
+        if self._was_running is None:
+            self._was_running = running
         with durable("power noted"):
             self._records.note_power_state(self._task.bundle_id, running=running)
 
@@ -82,6 +90,7 @@ class PowerSwitch:
         self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=2 * self._grace))
 
     def _off(self, watch: Watch, ask: Callable[[str], None]) -> None:
+        self._is_owed = bool(self._was_running)
         state = power_off(self._instances, self._task.instance_id, grace=self._grace, ask=ask, pause=watch.pause)
         if not _is_off(state):
             self._cut(f"The guest did not power off within {self._grace:.0f} seconds")
@@ -119,6 +128,7 @@ class PowerSwitch:
             if self._instances.state(self._task.instance_id) is InstanceState.STOPPED and self._should_run(task):
                 with durable("instance started"):
                     self._instances.start(self._task.instance_id)
+            self._is_owed = False
         except InstanceNotFound:
             return  # its description was removed meanwhile: there is nothing to start
         except InstanceHeld:
@@ -126,6 +136,33 @@ class PowerSwitch:
         except InstanceError as error:
             self._records.look_after(self._task.bundle_id, utc_now() + START_AGAIN_FOR)
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
+
+    def restore_without_record(self) -> bool:
+        """Start the instance if this task has switched it off, by what this process knows: the database is not needed.
+
+        To be called only while nothing reads the root volume; may be repeated, as a guest that was asked to power off
+        may do so later.
+
+        Returns:
+            Whether it was started, or may have been.
+        """
+        instance_id = self._task.instance_id
+        try:
+            if not self._is_owed or self._instances.state(instance_id) is not InstanceState.STOPPED:
+                return False
+        except (InstanceError, OSError) as error:
+            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
+            return False
+        try:
+            self._instances.start(instance_id)
+        except InstanceHeld as error:  # it was not touched
+            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
+            return False
+        except (InstanceError, OSError) as error:  # OSError: it may run, and its file cannot be written
+            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
+        else:
+            log.warning("instance started without its record: the database is unavailable", instance_id=instance_id)
+        return True
 
     def _ask(self, instance_id: str) -> None:
         with durable("shutdown sent"):
