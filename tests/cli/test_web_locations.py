@@ -134,7 +134,7 @@ HOSTILE = {
     "broken": (web.status(500), FAILED, "500"),
     "endless": (web.endless, FAILED, "more than"),
     "endless headers": (web.endless_headers, FAILED, "lost"),
-    "shorter than it said": (web.longer_than_said, DAMAGED, "not well-formed"),
+    "shorter than it said": (web.longer_than_said, DAMAGED, "truncated"),
     "cut off": (web.cut_off, FAILED, "lost"),
     "hung up": (web.hung_up, FAILED, "lost"),
     "gibberish": (web.gibberish, FAILED, "lost"),

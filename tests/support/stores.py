@@ -28,7 +28,7 @@ SERVICE = Credentials(
 ALICE = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET)
 BOB = Credentials(access_key_id="AKIABOB0000000000002", secret_access_key="bobsecretbobsecretbobsecretbobsecretbobs")
 USERS = {"service": SERVICE, "alice": ALICE, "bob": BOB}
-READY = 60  # seconds
+READY = 200  # seconds: a safety net on a busy machine, below the limit of pytest-timeout
 
 
 @dataclass(frozen=True)
