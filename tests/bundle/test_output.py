@@ -1,16 +1,26 @@
 """The image file: whole and under its name, or not there at all."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from support.sealed import MemoryImage, bundle_of, private_key
-from thrave.bundle.errors import OutputError, WrongKeyError
+from thrave.bundle import output
+from thrave.bundle.errors import OutputError, OutputExistsError, WrongKeyError
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.output import image_file
 
 KIB = 1024
+
+
+@pytest.fixture(params=["unnamed", "named"], autouse=True)
+def kind(request, monkeypatch):
+    """Both kinds of files; not every file system has those without a name."""
+    if request.param == "named":
+        monkeypatch.setattr(output, "_unnamed_file", lambda _: None)
+    return request.param
 
 
 def write(path, size, *runs):
@@ -37,6 +47,30 @@ def test_until_the_end_the_old_file_is_as_it_was(tmp_path):
         image.write(0, memoryview(b"new"))
         assert (tmp_path / "image").read_text() == "old"
     assert (tmp_path / "image").read_text() == "new"
+
+
+def test_a_file_has_a_name_from_its_end_on_only(tmp_path, kind):
+    with image_file(tmp_path / "image", 3, replace=False) as image:
+        assert len(list(tmp_path.iterdir())) == (kind == "named")
+        assert image.name.stat().st_size == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+
+
+def test_a_file_that_is_made_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(OutputExistsError), image_file(tmp_path / "image", 3, replace=False):
+        (tmp_path / "image").write_text("old")
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+    assert (tmp_path / "image").read_text() == "old"
+
+
+@pytest.mark.parametrize(("there", "is_kept"), [(b"\0\0a", True), (b"\0\0b", False), (b"\0\0a\0", False), (b"", False)])
+def test_a_file_that_may_not_be_replaced_is_kept_if_it_is_the_same(tmp_path, there, is_kept):
+    (tmp_path / "image").write_bytes(there)
+    context = nullcontext() if is_kept else pytest.raises(OutputExistsError)
+    with context, image_file(tmp_path / "image", 3, replace=False) as image:
+        image.write(2, memoryview(b"a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+    assert (tmp_path / "image").read_bytes() == there
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])

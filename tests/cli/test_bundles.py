@@ -279,13 +279,16 @@ def test_a_file_that_the_image_refers_to_lies_where_it_may(thrave, thrave_json, 
     assert (tmp_path / "out").read_bytes() == (templates / "base.raw").read_bytes()
 
 
-def test_interrupting_it_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
+)
+def test_a_signal_that_ends_it_leaves_nothing(tmp_path, number, status):
     (tmp_path / "disk.raw").write_bytes(256 * Random(1).randbytes(MIB))  # takes seconds, also where nobody else works
     words = [*map(str, sealing(tmp_path / "disk.raw", tmp_path / "b", "--level", "small"))]
     with subprocess.Popen([sys.executable, "-m", "thrave", *words], stderr=subprocess.DEVNULL) as thrave:
         while not [*tmp_path.glob("b/*.part.*")]:
             assert thrave.poll() is None
             time.sleep(0.01)
-        thrave.send_signal(signal.SIGINT)
-        assert thrave.wait(60) == INTERRUPTED
+        thrave.send_signal(number)
+        assert thrave.wait(60) == status
     assert list((tmp_path / "b").iterdir()) == []

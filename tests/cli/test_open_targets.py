@@ -17,7 +17,7 @@ from thrave.volumes import libnbd
 from thrave.volumes.errors import ComponentMissingError
 from thrave.volumes.writing import WRITABLE_FORMATS
 
-FAILED, USAGE, NOT_FOUND, DAMAGED, WRONG_KEY = 1, 2, 3, 10, 11
+FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
 KEYS = VECTORS / "keys"
 MIB = 1024 * 1024
 # Much more than is on its way between the first check and the output, which a failure drops.
@@ -41,6 +41,10 @@ def manifest(tmp_path):
 
 @pytest.fixture
 def qemu():
+    require_qemu()
+
+
+def require_qemu():
     try:
         libnbd.load()
     except ComponentMissingError as error:
@@ -153,10 +157,42 @@ def test_no_qcow2_is_left_of_a_damaged_bundle_and_the_old_one_stays(manifest, th
     (tmp_path / "out").mkdir()
     image = tmp_path / "out" / "disk"
     image.write_text("old")
-    status, stdout, stderr = thrave("open", manifest, *KEY, "--format", "qcow2", "-o", image)
+    status, stdout, stderr = thrave("open", manifest, *KEY, "--format", "qcow2", "-o", image, "--force")
     assert (status, stdout, stderr.count("\n")) == (DAMAGED, "", 1)
     assert [path.name for path in image.parent.iterdir()] == ["disk"]
     assert image.read_text() == "old"
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("there", [b"old", bytes(len(DATA))])
+def test_an_image_that_exists_is_replaced_only_with_force(manifest, thrave, tmp_path, image_format, there):
+    if image_format != "raw":
+        require_qemu()
+    image = tmp_path / "disk"
+    image.write_bytes(there)
+    words = ("open", manifest, *KEY, "--format", image_format, "-o", image)
+    status, stdout, stderr = thrave(*words)
+    assert (status, stdout) == (REFUSED, "")
+    assert f"{image} exists; choose another file, or replace it with --force" in stderr
+    assert image.read_bytes() == there
+    assert thrave(*words, "--force")[0] == 0
+    assert image.read_bytes() != there
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "disk"}
+
+
+def test_opening_onto_the_same_image_again_changes_nothing(manifest, thrave, tmp_path):
+    words = ("open", manifest, *KEY, "-o", tmp_path / "disk")
+    assert thrave(*words)[0] == 0
+    before = (tmp_path / "disk").stat()
+    assert thrave(*words)[0] == 0
+    after = (tmp_path / "disk").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_a_folder_that_is_missing_is_not_made(manifest, thrave, tmp_path):
+    status, _, stderr = thrave("open", manifest, *KEY, "-o", tmp_path / "no" / "disk")
+    assert (status, f"the folder {tmp_path / 'no'} does not exist" in stderr) == (FAILED, True)
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_can_be_written_stands_in_one_list():

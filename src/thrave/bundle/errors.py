@@ -8,6 +8,7 @@ and where; none of them ever carries a key, an IV or deciphered data. The tree::
     ├── ResumeError             a sealing that was cut off cannot go on: begin again, with another key
     ├── NamingError             a prefix or a file name that must not be used
     ├── OutputError             the image cannot be written where it was asked for
+    │   └── OutputExistsError   a file is there that may not be replaced
     ├── PartMissingError        a part is not where the bundle lies
     ├── WrongKeyError           the private key opens neither slot of the manifest
     └── DamagedError            the bundle is not what its maker wrote
@@ -17,6 +18,8 @@ and where; none of them ever carries a key, an IV or deciphered data. The tree::
         ├── PartDamagedError    a part is not the one that the manifest describes
         └── ContentError        what the parts hold is no image, or not the one that the manifest describes
 """
+
+from pathlib import Path
 
 
 class BundleError(Exception):
@@ -37,6 +40,13 @@ class NamingError(BundleError):
 
 class OutputError(BundleError):
     """The opened image cannot be written where it was asked for."""
+
+
+class OutputExistsError(OutputError):
+    """A file is where the image was to go, and may not be replaced."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} exists; choose another file, or replace it with --force")
 
 
 class PartMissingError(BundleError):

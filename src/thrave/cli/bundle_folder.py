@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave import files
+from thrave.bundle.errors import OutputError
 from thrave.bundle.names import manifest_filename, side_filename
+from thrave.bundle.output import new_file
 from thrave.cli.exits import Exit
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class BundleFolder:
     def write(self, path: Path, data: bytes | memoryview) -> None:
         """Write one file of the bundle; it is on the disk when this returns."""
         self._written.append(path)
-        files.replace(path, data, spool=self._folder)
+        with new_file(path, replace=True) as file:
+            file.write(0, memoryview(data))
 
     def remove(self) -> None:
         """Remove everything that was written."""
@@ -67,9 +69,10 @@ def new_bundle(folder: Path, prefix: str) -> Iterator[BundleFolder]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield bundle
-    except OSError as error:
+    except (OSError, OutputError) as error:
         bundle.remove()
-        raise click.ClickException(f"cannot write to {folder}: {error.strerror}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise click.ClickException(f"cannot write to {folder}: {reason}") from error
     except BaseException:
         bundle.remove()
         raise

@@ -22,12 +22,13 @@ FORMATS = ("raw", "qcow2", "vmdk", "vpc")
 """What can be written, in QEMU's words."""
 
 
-def image_maker(path: Path | None, image_format: str) -> ImageMaker:
+def image_maker(path: Path | None, image_format: str, *, replace: bool) -> ImageMaker:
     """What writes the image.
 
     Args:
         path: The file; None for stdout.
         image_format: One of `FORMATS`.
+        replace: Whether a file that is there may be replaced.
 
     Raises:
         click.UsageError: Stdout is a terminal, or is asked for something else than raw.
@@ -38,7 +39,9 @@ def image_maker(path: Path | None, image_format: str) -> ImageMaker:
     if path is None:
         _check_stdout(image_format)
         return partial(image_stream, sys.stdout.fileno())
-    return partial(image_file, path) if image_format == "raw" else partial(_converted, path, image_format)
+    if image_format == "raw":
+        return partial(image_file, path, replace=replace)
+    return partial(_converted, path, image_format, replace=replace)
 
 
 def _check_stdout(image_format: str) -> None:
@@ -49,10 +52,16 @@ def _check_stdout(image_format: str) -> None:
 
 
 @contextmanager
-def _converted(path: Path, image_format: str, size: int) -> Iterator[ImageTarget]:
+def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> Iterator[ImageTarget]:
     """Write in the format at once, without a raw file in between."""
+    from thrave.bundle.errors import OutputError
     from thrave.bundle.output import new_file
+    from thrave.volumes.errors import VolumeUnwritableError
     from thrave.volumes.writing import new_image
 
-    with new_file(path) as temporary, new_image(temporary, image_format, size) as image:
-        yield image
+    with new_file(path.resolve(), replace=replace) as file:
+        try:
+            with new_image(file.name, image_format, size) as image:
+                yield image
+        except VolumeUnwritableError as error:  # QEMU names the file as it was given to it
+            raise OutputError(str(error).replace(str(file.name), str(path))) from error

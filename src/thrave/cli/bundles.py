@@ -15,6 +15,7 @@ import click
 from thrave.cli.output import emit, output_option
 from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY
 from thrave.cli.progress import progress_bar
+from thrave.cli.signals import cleans_up_on_signals
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -66,6 +67,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Where files may lie that the image refers to, besides its own folder.",
 )
 @output_option
+@cleans_up_on_signals
 def bundle(
     *,
     image: Path,

@@ -37,8 +37,13 @@ def give_up_on_interrupt() -> None:
         signal.signal(signal.SIGINT, handle)
 
 
+def give_up() -> None:
+    """End every call that is waited for, as Ctrl-C does."""
+    _interrupted.set()
+
+
 def check_interrupted() -> None:
-    """Raise CallGivenUpError if Ctrl-C was pressed."""
+    """Raise CallGivenUpError if Ctrl-C was pressed, or another signal ends the command."""
     if _interrupted.is_set():
         raise CallGivenUpError("interrupted")
 

@@ -20,6 +20,7 @@ from thrave.cli.folders import FileMissingError, FolderParts, WritableFolder, pa
 from thrave.cli.locations import LOCATION, Address, Location, read_documents, writable_folder
 from thrave.cli.output import emit, output_option
 from thrave.cli.progress import progress_bar
+from thrave.cli.signals import cleans_up_on_signals
 from thrave.cli.sizes import words
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def destination(address: str) -> Destination:
 @certificate_option
 @side_key_option
 @output_option
+@cleans_up_on_signals
 def copy(
     *,
     location: Location[Folder],

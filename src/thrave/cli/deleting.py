@@ -16,6 +16,7 @@ from thrave.cli.folders import FileMissingError
 from thrave.cli.locations import OWN_LOCATION, read_manifest_file, read_side_file_at
 from thrave.cli.output import emit, output_option
 from thrave.cli.progress import progress_bar
+from thrave.cli.signals import cleans_up_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,6 +34,7 @@ _AT_ONCE = 1000  # files; S3's limit for one request
 @certificate_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @output_option
+@cleans_up_on_signals
 def delete(*, location: Location[WritableFolder], certificate: Certificate | None, dry_run: bool, output: str) -> None:
     """Remove the bundle at LOCATION: its manifest, the parts that it names, its side file. Nothing else.
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from thrave import files
-from thrave.bundle.errors import PartDamagedError, PartMissingError
+from thrave.bundle.errors import OutputError, PartDamagedError, PartMissingError
+from thrave.bundle.output import new_file
 from thrave.bundle.partsource import MOST_PART_BYTES, read_regular_file
 
 if TYPE_CHECKING:
@@ -114,7 +115,11 @@ class LocalFolder:
         """See WritableFolder."""
         with _faults("write to", self._path):
             self._path.mkdir(parents=True, exist_ok=True)
-            files.replace(self._path / filename, data, spool=self._path)
+            try:
+                with new_file(self._path / filename, replace=True) as file:
+                    file.write(0, memoryview(data))
+            except OutputError as error:
+                raise FolderError(str(error)) from error
 
     def remove(self, filenames: Iterable[str]) -> None:
         """See WritableFolder."""

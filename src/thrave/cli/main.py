@@ -51,6 +51,7 @@ EXITS: tuple[tuple[str, Exit], ...] = (
     ("thrave.bundle.errors:DamagedError", Exit.DAMAGED),
     ("thrave.bundle.errors:PartMissingError", Exit.NOT_FOUND),
     ("thrave.bundle.errors:NamingError", Exit.USAGE),
+    ("thrave.bundle.errors:OutputExistsError", Exit.REFUSED),
     ("thrave.bundle.errors:BundleError", Exit.FAILED),
     ("thrave.cli.folders:FileMissingError", Exit.NOT_FOUND),
     ("thrave.cli.folders:FolderRefusedError", Exit.REFUSED),

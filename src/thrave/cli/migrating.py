@@ -15,6 +15,7 @@ from thrave.cli.folders import WritableFolder
 from thrave.cli.locations import LOCATION, OWN_FOLDER, Location, read_documents
 from thrave.cli.output import emit, output_option
 from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY
+from thrave.cli.signals import cleans_up_on_signals
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     "--to", "folder", type=OWN_FOLDER, metavar="FOLDER", help="Write manifest and side file there, and replace nothing."
 )
 @output_option
+@cleans_up_on_signals
 def migrate(
     *,
     location: Location[Folder],

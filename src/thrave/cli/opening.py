@@ -21,6 +21,7 @@ from thrave.cli.locations import LOCATION, read_documents, read_manifest_file
 from thrave.cli.output import emit, output_option
 from thrave.cli.pem import PRIVATE_KEY
 from thrave.cli.progress import progress_bar
+from thrave.cli.signals import cleans_up_on_signals
 from thrave.cli.sizes import words
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class Percent(click.ParamType[float]):
     show_default=True,
     help="Of the image to write.",
 )
+@click.option("--force", is_flag=True, help="Replace the file at IMAGE.")
 @output_option
+@cleans_up_on_signals
 def open_(
     *,
     location: Location[Folder],
@@ -78,6 +81,7 @@ def open_(
     image: Path | None,
     stdout: bool,
     image_format: str,
+    force: bool,
     output: str,
 ) -> None:
     """Open the bundle at LOCATION, whoever made it, and write its image.
@@ -85,8 +89,10 @@ def open_(
     LOCATION is its manifest: a file, s3://BUCKET/PREFIX.manifest.xml, or https://HOST/PREFIX.manifest.xml. A bucket is
     called with the keys and settings that every AWS tool finds; its parts are streamed, and no disk holds any.
 
-    The image appears (and replaces what was there) only after the last check; if anything fails nothing is left. It is
-    readable by its owner alone. Without --certificate nobody knows who made the bundle, and that is said.
+    The image appears only after the last check; if anything fails, or the command is killed, nothing remains. Its
+    folder must exist. A file that is there is not replaced without --force, unless it already holds this image. The
+    image is readable by its owner alone. Without --certificate only a bundle that --key itself has signed is known to
+    be unchanged; the report says which.
 
     Nothing can be taken back from a pipe: to stdout each byte goes when its part has been verified, and the last ones
     only after the last check. If that fails, the image ends too early and the exit code says so.
@@ -97,15 +103,15 @@ def open_(
       thrave open s3://my-bucket/winami.manifest.xml --key pk.pem --format qcow2 -o disk.qcow2
 
     Exit codes: 0 done, 1 the image cannot be written or the bundle not be reached, 2 wrong command line, 3 a file is
-    missing, 4 not allowed to read it, 10 damaged or forged, 11 wrong key, 12 a package for the image's format is not
-    installed.
+    missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key, 12 a package for the
+    image's format is not installed.
     """
     from thrave.bundle.opening import open_believed_into
     from thrave.bundle.verifying import Trust, believe
     from thrave.cli.bundle_words import verified_document, verified_text
 
     target = _target(image, stdout=stdout)
-    make_image = image_maker(target, image_format)
+    make_image = image_maker(target, image_format, replace=force)
     xml, side_file = read_documents(location)
     believed = believe(xml, side_file, Trust(certificate, side_key, key.public_key()))
     said = believed.manifest
@@ -145,6 +151,7 @@ def _warning_of_half_an_image(target: Path | None) -> Iterator[None]:
 @click.option("--sample", type=Percent(), metavar="5%", help="Read so many of the parts only, chosen at random.")
 @click.option("--seed", type=click.IntRange(0), help="Of the choice, to draw the same sample again.")
 @output_option
+@cleans_up_on_signals
 def verify(
     *,
     location: Location[Folder],
@@ -169,7 +176,7 @@ def verify(
       thrave verify s3://my-bucket/winami.manifest.xml --certificate signer.pem --sample 5%
 
     Exit codes: 0 nothing is wrong with what was checked, 1 the bundle cannot be reached, 2 wrong command line, 3 a file
-    is missing, 4 not allowed to read it, 10 damaged or forged, 11 wrong key.
+    is missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key.
     """
     from thrave.bundle.verifying import Trust, believe
     from thrave.cli.bundle_words import verified_document, verified_text
