@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from support.components import require
 from support.sealed import SIDE_KEY, VECTORS, MemoryImage, bundle_of, certificate, private_key
-from thrave.bundle.errors import ManifestError, NamingError, SideFileError, SignatureError, WrongKeyError
+from thrave.bundle.errors import NamingError, SideFileError, SignatureError, UnwritableValueError, WrongKeyError
 from thrave.bundle.migrating import Readers, Signers, migrate
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.partsource import DirectoryParts
@@ -179,7 +179,7 @@ def test_an_unsigned_bundle_is_not_made_a_signed_one():
 @pytest.mark.parametrize("word", ["a&amp;b", "it&apos;s", "a&#10;b"])
 def test_what_no_two_verifiers_write_alike_is_refused(bundle, word):
     changed = unsigned(bundle).replace(b"<architecture>x86_64", b"<architecture>" + word.encode())
-    with pytest.raises(ManifestError, match="every verifier"):
+    with pytest.raises(UnwritableValueError, match="every verifier"):
         migrated(signed(changed))
 
 

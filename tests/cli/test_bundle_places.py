@@ -213,6 +213,53 @@ def test_delete_removes_one_bundle_and_nothing_else(thrave_json, place, address,
     assert (dry["removed"], done["removed"], len(done["files"])) == (False, True, len(files))
 
 
+def renamed(made, middle):
+    """The files of the bundle, whose parts have other names, signed by the user."""
+    xml = forged(made, rb"<filename>winami\.part", b"<filename>winami" + middle + b".part")
+    parts = {name.replace(".part", middle.decode() + ".part"): data for name, data in made.parts.items()}
+    return {**parts, "winami.manifest.xml": xml}
+
+
+def test_parts_whose_names_have_a_token_are_read_copied_and_removed(thrave_json, new_place, made, tmp_path):
+    place, there = new_place(), new_place()
+    files = renamed(made, b".k3f9-x_1")
+    for name, data in {**files, **dict.fromkeys(NEIGHBOURS, b"mine")}.items():
+        place.put(name, data)
+    address = f"{place.address}/winami.manifest.xml"
+    thrave_json("open", address, *SIGNER, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
+    assert (tmp_path / "image").read_bytes() == IMAGE
+    thrave_json("verify", address, *SIGNER, "--sample", "10%")
+    thrave_json("copy", address, there.address, *SIGNER)
+    assert there.files() == files
+    thrave_json(*migration(f"{there.address}/winami.manifest.xml"))
+    thrave_json("delete", address, *SIGNER)
+    assert place.files() == dict.fromkeys(NEIGHBOURS, b"mine")
+
+
+@pytest.mark.parametrize("command", ["copy", "delete"])
+@pytest.mark.parametrize("middle", [b".server", b".a.b", b"2", b"..", b".server/x", b""])
+def test_a_manifest_does_not_reach_for_the_parts_of_another_bundle(thrave, new_place, made, tmp_path, command, middle):
+    """`winami.server` is another bundle, and of `winami` only some parts are named otherwise."""
+    place = new_place()
+    files = renamed(made, middle)
+    if not middle:
+        first = min(made.parts)
+        other = first.replace("winami", "winami.x")
+        files["winami.manifest.xml"] = forged(made, f"<filename>{first}<".encode(), f"<filename>{other}<".encode())
+        files[other] = files[first]
+    for name, data in files.items():
+        if "/" not in name:
+            place.put(name, data)
+    place.put("winami.server.manifest.xml", made.manifest)
+    before = place.files()
+    address = f"{place.address}/winami.manifest.xml"
+    words = ("copy", address, tmp_path / "there") if command == "copy" else ("delete", address)
+    status, _, stderr = thrave(*words)
+    assert (status, "Traceback" in stderr) == (DAMAGED, False)
+    assert place.files() == before
+    assert not (tmp_path / "there").exists()
+
+
 def test_a_removal_that_was_cut_off_is_gone_on_with(thrave, thrave_json, place, address, made):
     place.remove("winami.manifest.xml")
     place.remove(min(made.parts))

@@ -96,7 +96,6 @@ def test_a_certificate_that_nobody_vouches_for_is_not_believed(thrave, tls):
         ("s3://my bucket/a.manifest.xml", "bucket is not valid"),
         ("s3://../a.manifest.xml", "bucket is not valid"),
         ("s3://a.manifest.xml", "PREFIX.manifest.xml"),
-        ("nowhere/a.manifest.xml", "is not the file"),
     ],
 )
 def test_what_is_no_address_is_said_before_anybody_is_called(thrave, address, reason):

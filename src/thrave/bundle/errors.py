@@ -6,6 +6,7 @@ and where; none of them ever carries a key, an IV or deciphered data. The tree::
     BundleError
     ├── ImageError              the volume cannot be bundled
     ├── ResumeError             a sealing that was cut off cannot go on: begin again, with another key
+    ├── UnwritableValueError    a manifest says something that cannot be written anew
     ├── NamingError             a prefix or a file name that must not be used
     ├── OutputError             the image cannot be written where it was asked for
     │   └── OutputExistsError   a file is there that may not be replaced
@@ -32,6 +33,10 @@ class ImageError(BundleError):
 
 class ResumeError(BundleError):
     """What is sealed, or how, is not what it was before the sealing was cut off."""
+
+
+class UnwritableValueError(BundleError):
+    """A value cannot be written into a manifest that every verifier accepts."""
 
 
 class NamingError(BundleError):

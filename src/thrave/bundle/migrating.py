@@ -81,7 +81,8 @@ def migrate(
         signers: who signs it now.
 
     Raises:
-        DamagedError: a signature does not hold, or the manifest cannot be written anew.
+        DamagedError: a signature does not hold.
+        UnwritableValueError: the manifest says something that cannot be written anew, an unusual name for instance.
         WrongKeyError: the key opens neither slot.
         NamingError: the account id is none.
     """

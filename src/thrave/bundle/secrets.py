@@ -70,7 +70,9 @@ def unlock(slots: Iterable[KeySlot], private_key: RSAPrivateKey) -> BundleSecret
         key, iv = _decrypted(slot.key, private_key), _decrypted(slot.iv, private_key)
         if key and iv:
             return BundleSecrets(key=key, iv=iv)
-    raise WrongKeyError("this private key opens neither the user's nor the service's slot of the manifest")
+    raise WrongKeyError(
+        "this bundle was not encrypted for this private key: it opens neither the user's nor the service's slot"
+    )
 
 
 def _decrypted(encrypted: bytes, private_key: RSAPrivateKey) -> bytes | None:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.x509 import Certificate
 
-from thrave.bundle.errors import ManifestError
+from thrave.bundle.errors import UnwritableValueError
 from thrave.bundle.manifest import VERSION, Bundler, Manifest, ManifestPart
 from thrave.bundle.names import checked_account_id, checked_architecture
 from thrave.bundle.sealed import Sealed
@@ -66,7 +66,7 @@ def signed_manifest(manifest: Manifest, signing_key: RSAPrivateKey) -> bytes:
     """Return a manifest's bytes, of version 2007-10-10 whatever it was read from, with a new signature.
 
     Raises:
-        ManifestError: it says something that cannot be written without escaping.
+        UnwritableValueError: it says something that cannot be written without escaping.
     """
     unsigned = (
         "<?xml version='1.0'?><manifest>"
@@ -139,7 +139,7 @@ def _list(tag: str, elements: Iterable[str]) -> str:
 def _text(tag: str, text: str) -> str:
     """An element with somebody's words in it."""
     if not text.isprintable() or _MARKUP & set(text):
-        raise ManifestError(f"the {tag} {text[:80]!a} cannot stand in a manifest that every verifier accepts")
+        raise UnwritableValueError(f"the {tag} {text[:80]!a} cannot stand in a manifest that every verifier accepts")
     return _element(tag, text)
 
 

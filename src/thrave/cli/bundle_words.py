@@ -74,7 +74,7 @@ def manifest_document(manifest: Manifest) -> dict[str, object]:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """What a manifest says, as a table; its parts by their number only if there are many."""
+    """What a manifest says, as a table: all of it but the keys, and the names of 20 parts at most."""
     said = manifest_document(manifest)
     rows: list[tuple[str, ...]]
     rows = [
@@ -82,7 +82,10 @@ def manifest_text(manifest: Manifest) -> str:
         for name, value in said.items()
         if value is not None and not isinstance(value, list)
     ]
-    rows += [(f"part {part.index}", f"{part.filename}  SHA-1 {part.sha1}") for part in manifest.parts[:20]]
+    rows += [("productCodes", printable(code)) for code in manifest.product_codes]
+    rows += [("ancestry", printable(ami)) for ami in manifest.ancestry]
+    rows += [("blockDevice", printable(f"{virtual} = {device}")) for virtual, device in manifest.block_devices]
+    rows += [(f"part {part.index}", f"{printable(part.filename)}  SHA-1 {part.sha1}") for part in manifest.parts[:20]]
     if len(manifest.parts) > 20:
         rows.append(("…", f"and {len(manifest.parts) - 20} more parts (--output json lists all)"))
     return table(("WHAT", "THE MANIFEST SAYS (nothing is checked)"), rows)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from thrave.cli.bundle_options import ExistingPath
 from thrave.cli.output import emit, output_option
 from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY
 from thrave.cli.progress import progress_bar
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
     from thrave.bundle.zlibs import Level
     from thrave.volumes.opening import Skip
 
-_IMAGE = click.Path(exists=True, path_type=Path)
-_SECRET_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_IMAGE = ExistingPath(path_type=Path)
+_SECRET_FILE = ExistingPath(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command()
 @click.argument("image", type=_IMAGE)
 @click.option("--prefix", required=True, help="Name of the image and stem of all file names.")
+@click.option("--any-name", is_flag=True, help="Accept a prefix that not every old tool can open.")
 @click.option(
     "--to", "folder", type=_FOLDER, required=True, metavar="DIR", help="Folder for the bundle; made if needed."
 )
@@ -72,6 +74,7 @@ def bundle(
     *,
     image: Path,
     prefix: str,
+    any_name: bool,
     folder: Path,
     account: str,
     user_certificate: Certificate,
@@ -94,13 +97,16 @@ def bundle(
     refused, and so is one that refers to a file outside its own folder and every --image-directory. With --skip unused,
     a disk of which it is not certain what its NTFS uses is refused: Windows must have been shut down fully.
 
+    The prefix consists of letters, digits, dots, dashes and underscores, as for BundleInstance, because old tools hand
+    it to a shell. With --any-name other characters are accepted.
+
     \b
     Example:
       thrave bundle disk.raw --prefix winami --to bundles --account 123456789012
           --user-certificate cert.pem --service-certificate ec2.pem --signing-key pk.pem
 
-    Exit codes: 0 done, 1 the image or the folder failed, 2 wrong command line, 4 the bundle exists already, 12 a
-    package that this needs is not installed.
+    Exit codes: 0 done, 1 the image or the folder failed, 2 wrong command line, 3 a file does not exist, 4 the
+    bundle exists already, 12 a package that this needs is not installed.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -115,6 +121,9 @@ def bundle(
     checked_account_id(account)
     checked_architecture(architecture)
     checked_prefix(prefix)
+    if not any_name:
+        _check_portable(prefix)
+    _warn_of_stranger(signing_key, user_certificate, service_certificate)
     warnings: list[str] = []
     with ExitStack() as reading:
         volume = reading.enter_context(
@@ -147,3 +156,30 @@ def bundle(
             files.write(files.side_file, side_file)
             files.write(files.manifest, manifest)
     emit(output, sealed_document(files, sealing.sealed, warnings), sealed_text(files, sealing.sealed))
+
+
+def _check_portable(prefix: str) -> None:
+    """Refuse a prefix that BundleInstance refuses."""
+    from thrave.buckets.errors import InvalidArgument
+    from thrave.buckets.naming import split_prefix
+    from thrave.bundle.errors import NamingError
+
+    try:
+        split_prefix(prefix)
+    except InvalidArgument as error:
+        raise NamingError(f"{prefix!r}: {error.message}. --any-name accepts it; old tools may not open it") from None
+
+
+def _warn_of_stranger(
+    signing_key: RSAPrivateKey, user_certificate: Certificate, service_certificate: Certificate
+) -> None:
+    """Warn if neither certificate can verify the signature."""
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+    own = signing_key.public_key().public_numbers()
+    keys = (certificate.public_key() for certificate in (user_certificate, service_certificate))
+    if all(not isinstance(key, RSAPublicKey) or key.public_numbers() != own for key in keys):
+        click.echo(
+            "Warning: the signing key belongs to neither certificate. Who opens the bundle needs its own certificate.",
+            err=True,
+        )

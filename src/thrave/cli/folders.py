@@ -151,7 +151,7 @@ class FolderParts:
         """See MeasuredParts."""
         size = self._folder.size(filename)
         if size is None:
-            raise PartMissingError(filename, f"{self._folder.where(filename)} is not there")
+            raise PartMissingError(filename, f"{self._folder.where(filename)} does not exist")
         return size
 
 
@@ -172,6 +172,6 @@ def _faults(doing: str, path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileMissingError(f"{path} is not there") from error
+        raise FileMissingError(f"{path} does not exist") from error
     except OSError as error:
         raise FolderError(f"cannot {doing} {path}: {error.strerror}") from error

@@ -9,6 +9,7 @@ Only the first may have another file name, as it always could. Nothing is opened
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -22,6 +23,7 @@ from thrave.cli.folders import FileMissingError, Folder, FolderRefusedError, Loc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_PART = re.compile(r"(.+)\.part\.[0-9]+", re.DOTALL)
 _Folder_co = TypeVar("_Folder_co", bound=Folder, covariant=True)
 _Kind = TypeVar("_Kind")
 
@@ -102,12 +104,15 @@ def readable_location(address: str) -> Location[Folder]:
     """The location of a bundle that is read.
 
     Raises:
-        ValueError: It is none, or a file of the disk that is not there.
+        ValueError: It is none.
+        FileMissingError: It is a file of the disk that does not exist.
     """
     if "://" not in address:
         path = Path(address)
-        if not path.exists() or path.is_dir():
-            raise ValueError(f"{address} is not the file of a manifest")
+        if path.is_dir():
+            raise ValueError(f"{address} is a folder; give the manifest in it: {path / ('PREFIX' + MANIFEST_SUFFIX)}")
+        if not path.exists():
+            raise FileMissingError(f"{address} does not exist")
         return _local(path)
     folder, manifest = _split(address)
     return Location(readable_folder(folder), unquote(manifest) if address.startswith("http") else manifest)
@@ -137,10 +142,26 @@ def _split(address: str) -> tuple[str, str]:
 
 
 def read_manifest_file(location: Location[Folder]) -> bytes:
-    """The manifest's bytes, hardly more of them than a manifest may have."""
+    """The manifest's bytes, one more of them than a manifest may have if it has more.
+
+    Raises:
+        ManifestError: It is a part of a bundle.
+    """
+    from thrave.bundle.errors import ManifestError
     from thrave.bundle.xmlreading import MOST_BYTES
 
-    return location.folder.read(location.manifest, MOST_BYTES)
+    xml = location.folder.read(location.manifest, MOST_BYTES)
+    part = _PART.fullmatch(location.manifest)
+    if part is not None and b"<manifest" not in xml[:1000]:
+        manifest = location.folder.where(_manifest_beside(location.folder, part[1]))
+        raise ManifestError(f"{location} is a part of a bundle, not its manifest; give {manifest}")
+    return xml
+
+
+def _manifest_beside(folder: Folder, stem: str) -> str:
+    """The manifest of the part `STEM.part.N`: `STEM` is the prefix, or the prefix and a token."""
+    names = [prefix + MANIFEST_SUFFIX for prefix in (stem, stem.rpartition(".")[0]) if prefix]
+    return next((name for name in names if folder.size(name) is not None), names[0])
 
 
 def read_documents(location: Location[Folder]) -> tuple[bytes, bytes | None]:

@@ -6,6 +6,7 @@ bundle can be opened at every moment, by the old readers or by the new ones.
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
     from thrave.bundle.migrating import Migrated
     from thrave.cli.folders import Folder
+
+_INSTEAD = """Open it and bundle it again under another name:
+  thrave open {} --key KEY --certificate SIGNER -o IMAGE
+  thrave bundle IMAGE --prefix NAME --to FOLDER --account ID --user-certificate CERTIFICATE
+      --service-certificate CERTIFICATE --signing-key KEY"""
 
 
 @click.command()
@@ -78,18 +84,22 @@ def migrate(
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from thrave.bundle import migrating
+    from thrave.bundle.errors import UnwritableValueError
 
     name = location.manifest
     target = Location(_writable(location.folder), name) if folder is None else _new(folder, name)
     xml, old_side_file = read_documents(location)
-    migrated = migrating.migrate(
-        xml,
-        old_side_file,
-        key,
-        certificate=certificate,
-        readers=migrating.Readers(service_certificate, user_certificate, account, kernel_id, ramdisk_id),
-        signers=migrating.Signers(signing_key, side_key or Ed25519PrivateKey.generate()),
-    )
+    try:
+        migrated = migrating.migrate(
+            xml,
+            old_side_file,
+            key,
+            certificate=certificate,
+            readers=migrating.Readers(service_certificate, user_certificate, account, kernel_id, ramdisk_id),
+            signers=migrating.Signers(signing_key, side_key or Ed25519PrivateKey.generate()),
+        )
+    except UnwritableValueError as error:
+        raise click.ClickException(f"{error}. {_INSTEAD.format(shlex.quote(str(location)))}") from None
     _replace(target, migrated, old_side_file if folder is None else None)
     side_file = None if migrated.side_file is None else target.folder.where(target.side_file or "")
     without = "" if side_file else "\nThe bundle has no side file: for one, its parts would have to be read."

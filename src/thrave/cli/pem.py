@@ -1,6 +1,7 @@
 """Certificates and keys as options of a command: PEM files, read and checked while the command line is.
 
-A file that is no such thing is a wrong command line (exit code 2), said before anything is begun. No key is ever shown.
+A file that holds something else is a wrong command line (exit code 2), a missing one exit code 3; both are reported
+before anything is begun. No key is ever shown.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+
+from thrave.cli.folders import FileMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,12 +30,14 @@ class PemFile(click.ParamType["_Key"]):
 
     Args:
         read: makes of its bytes what the command wants; raises ValueError, or an error of ours, with a reason.
+        is_certificate: Whether that is a certificate; otherwise it is a key.
     """
 
     name = "file"
 
-    def __init__(self, read: Callable[[bytes], _Key]) -> None:
+    def __init__(self, read: Callable[[bytes], _Key], *, is_certificate: bool = False) -> None:
         self._read = read
+        self._is_certificate = is_certificate
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> _Key:
         """Give what the file holds. Fails the command line if it holds something else."""
@@ -40,9 +45,23 @@ class PemFile(click.ParamType["_Key"]):
 
         try:
             with Path(str(value)).open("rb") as file:
-                return self._read(file.read(_LARGEST))
-        except (OSError, ValueError, IdentityError) as error:
-            self.fail(f"{value}: {error}", param, ctx)
+                pem = file.read(_LARGEST)
+        except FileNotFoundError:
+            raise FileMissingError(f"{value} does not exist") from None
+        except OSError as error:
+            self.fail(f"cannot read {value}: {error.strerror}", param, ctx)
+        try:
+            return self._read(pem)
+        except (ValueError, IdentityError) as error:
+            self.fail(f"{value}: {self._mistaken(pem) or error}", param, ctx)
+
+    def _mistaken(self, pem: bytes) -> str | None:
+        """What the file holds instead, if that is the other half of a pair."""
+        if self._is_certificate and b"PRIVATE KEY-----" in pem:
+            return "this is a private key; give its certificate"
+        if not self._is_certificate and b"-----BEGIN CERTIFICATE-----" in pem:
+            return "this is a certificate; give its key"
+        return None
 
 
 def _certificate(pem: bytes) -> Certificate:
@@ -77,7 +96,7 @@ def _ed25519_public_key(pem: bytes) -> Ed25519PublicKey:
     return key
 
 
-CERTIFICATE = PemFile(_certificate)
+CERTIFICATE = PemFile(_certificate, is_certificate=True)
 PRIVATE_KEY = PemFile(_private_key)
 ED25519_PRIVATE_KEY = PemFile(_ed25519_private_key)
 ED25519_PUBLIC_KEY = PemFile(_ed25519_public_key)
