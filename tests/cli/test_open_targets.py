@@ -159,7 +159,9 @@ def test_no_qcow2_is_left_of_a_damaged_bundle_and_the_old_one_stays(manifest, th
     image.write_text("old")
     status, stdout, stderr = thrave("open", manifest, *KEY, "--format", "qcow2", "-o", image, "--force")
     assert (status, stdout) == (DAMAGED, "")
-    (line,) = [line for line in stderr.splitlines() if not line.startswith("opening ")]  # the progress of a slow machine
+    (line,) = [
+        line for line in stderr.splitlines() if not line.startswith("opening ")
+    ]  # the progress of a slow machine
     assert line.startswith("thrave: ")
     assert [path.name for path in image.parent.iterdir()] == ["disk"]
     assert image.read_text() == "old"

@@ -106,7 +106,7 @@ def open_(
     missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key, 12 a package for the
     image's format is not installed.
     """
-    from thrave.bundle.opening import open_believed_into
+    from thrave.bundle.opening import open_believed_into, unheard
     from thrave.bundle.verifying import Trust, believe
     from thrave.cli.bundle_words import verified_document, verified_text
 
@@ -118,7 +118,9 @@ def open_(
     with _warning_of_half_an_image(target), progress_bar("opening", said.bundled_size) as bar:
         opened = open_believed_into(
             make_image, believed, FolderParts(location.folder), key,
-            reporter=bar.update, ahead=parts_ahead(location.folder, said),
+            # Where the answer is JSON on stderr, nothing else may be there.
+            reporter=unheard if target is None and output == "json" else bar.update,
+            ahead=parts_ahead(location.folder, said),
         )  # fmt: skip
     where = target or "stdout"
     document = {"image": target or "-", "format": image_format, "manifest": location, **verified_document(opened)}
