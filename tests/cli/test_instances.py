@@ -5,6 +5,8 @@ import json
 import pytest
 
 from support.images import qemu_img
+from thrave.config import Settings
+from thrave.ground import open_ground
 
 
 @pytest.fixture
@@ -311,3 +313,32 @@ def test_the_services_settings_say_where_instances_are_described(thrave, thrave_
     added = thrave_json("instance", "add", *words)["instanceId"]
     assert [path.stem for path in (tmp_path / "shared").glob("*.json")] == [added]
     assert thrave_json("instance", "list", "--data", data)["instances"] == []
+
+
+def test_account_may_be_given_by_its_name(thrave_json, thrave, data, disk, account_id):
+    (account,) = thrave_json("account", "list", "--data", data)["accounts"]
+    words = ["instance", "add", "--platform", "windows", "--root-volume", disk, "--data", data]
+    assert thrave_json(*words, "--account", account["name"])["accountId"] == account_id
+    assert thrave(*words, "--account", "nobody")[0] == 3
+
+
+def test_instance_is_shown_with_its_volumes(thrave, thrave_json, data, instance_id, disk):
+    _, stdout, _ = thrave("instance", "show", instance_id, "--data", data)
+    assert f"root volume  {disk} (raw)" in stdout
+    shown = thrave_json("instance", "show", instance_id, "--data", data)
+    assert [shown] == thrave_json("instance", "list", "--data", data)["instances"]
+    assert thrave("instance", "show", "i-00000000", "--data", data)[0] == 3
+
+
+def test_hosts_of_a_single_machine_show_their_instances(thrave_json, data, instance_id):
+    ground = open_ground(Settings(data=data))
+    ground.hosts.take("localhost", tasks_at_once=1)
+    ground.queues.close()
+    ground.database.dispose()
+    (host,) = thrave_json("host", "list", "--data", data)["hosts"]
+    assert (host["instances"], instance_id[:2]) == (1, "i-")
+
+
+def test_watch_without_a_task_says_so(thrave, data, account_id):
+    status, _, stderr = thrave("task", "watch", "--data", data)
+    assert (status, stderr) == (0, "There are no unfinished tasks to watch.\n")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from thrave.cli.identity import open_accounts
+from thrave.cli.identity import find_account, open_accounts
 from thrave.cli.images import warn_of_image
 from thrave.cli.instance_words import show
 from thrave.cli.output import emit, output_option
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("domain", metavar="DOMAIN")
-@click.option("--account", "account_id", required=True, metavar="ID", help="The owner's account id.")
+@click.option("--account", "account_id", required=True, metavar="ID", help="The owner's account id or name.")
 @click.option(
     "--platform", type=click.Choice(["windows"]), help="For a domain whose libosinfo metadata does not say it."
 )
@@ -67,7 +67,7 @@ def adopt(
     """
     instances = _adopted(settings)
     with open_accounts(settings) as accounts:
-        accounts.get(account_id)
+        account_id = find_account(accounts, account_id).account_id
     adopted = instances.adopt(
         domain,
         account_id=account_id,

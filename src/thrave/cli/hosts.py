@@ -71,7 +71,7 @@ def list_(settings: Settings, output: str) -> None:
       thrave host list --output json
     """
     with _ground(settings) as ground:
-        listed = ground.hosts.list()
+        listed = _listed(ground)
         look = _look(settings)
     header = ("HOST", "STATE", "LAST SIGN", "WORKING ON", "WAITING", "INSTANCES", "VERSION")
     emit(
@@ -180,10 +180,19 @@ def _ground(settings: Settings) -> Iterator[Ground]:
             ground.queues.close()
 
 
+def _listed(ground: Ground) -> list[FleetHost]:
+    """The hosts. On a single machine no agent reports instances, so they are counted here."""
+    listed, settings = ground.hosts.list(), ground.settings
+    if settings.database_url is not None:
+        return [*listed]
+    here = len(ground.instances.list())
+    return [one._replace(instances=here) if one.host == settings.host_name else one for one in listed]
+
+
 def _find(ground: Ground, name: str) -> FleetHost:
     from thrave.tasks.hosts import NoSuchHost
 
-    for found in ground.hosts.list():
+    for found in _listed(ground):
         if found.host == name:
             return found
     raise NoSuchHost(name)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from thrave.config import Settings
-    from thrave.identity.accounts import Accounts
+    from thrave.identity.accounts import Account, Accounts
     from thrave.identity.keys import AccessKey
     from thrave.identity.users import Users
 
@@ -40,6 +40,15 @@ def open_identity(settings: Settings, *, make: bool = False) -> Iterator[tuple[A
 
     with open_service(settings, make=make) as ground:
         yield ground.accounts, Users(ground.database)
+
+
+def find_account(accounts: Accounts, id_or_name: str) -> Account:
+    """The account with an id, else the one with a name. Raises NoSuchEntity if there is none."""
+    listed = accounts.list()
+    for found in listed:
+        if found.account_id == id_or_name:
+            return found
+    return next((found for found in listed if found.name == id_or_name), None) or accounts.get(id_or_name)
 
 
 def key_document(key: AccessKey) -> dict[str, str]:

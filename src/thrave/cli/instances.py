@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from thrave.cli.domains import adopt, disown
-from thrave.cli.identity import open_accounts
+from thrave.cli.identity import find_account, open_accounts
 from thrave.cli.images import check_image
 from thrave.cli.instance_words import show
 from thrave.cli.output import emit, output_option, table
@@ -64,7 +64,7 @@ instance.add_command(disown)
 
 
 @instance.command()
-@click.option("--account", "account_id", required=True, metavar="ID", help="The owner's account id.")
+@click.option("--account", "account_id", required=True, metavar="ID", help="The owner's account id or name.")
 @click.option("--platform", type=click.Choice(["windows", "linux"]), required=True, help="EC2 bundles Windows only.")
 @click.option("--root-volume", type=_FILE, required=True, metavar="FILE", help="The disk that is bundled.")
 @click.option("--format", "image_format", default="raw", show_default=True, help="Of the root volume: raw, qcow2, …")
@@ -126,7 +126,7 @@ def add(
     described = _described(settings)
     _check_format(image_format)
     with open_accounts(settings) as accounts:
-        accounts.get(account_id)
+        account_id = find_account(accounts, account_id).account_id
     new = Description(
         instance_id=instance_id or new_instance_id(),
         account_id=account_id,

@@ -135,7 +135,7 @@ def _volume(task: BundleTask, history: Sequence[Event]) -> str | None:
     done = bytes_done(task, history)
     if task.volume_size is None or done is None:
         return None
-    return f"{words(done)} of {words(task.volume_size)} done, holes among them"
+    return f"{words(done)} of {words(task.volume_size)} read"
 
 
 def _rate(seen: SeenTask, spent: Sequence[Spell]) -> float | None:

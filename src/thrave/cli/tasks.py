@@ -139,7 +139,10 @@ def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
     from thrave.database import utc_now
 
     with _overview(settings) as (overview, _):
-        ended = watch_tasks(overview, bundle_ids or _unfinished(overview))
+        watched = bundle_ids or _unfinished(overview)
+        if not watched:
+            click.echo("There are no unfinished tasks to watch.", err=True)
+        ended = watch_tasks(overview, watched)
     emit(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, utc_now()))
     sys.exit(_worst(ended))
 
