@@ -336,3 +336,20 @@ def test_folder_lock_waits_for_its_holder(tmp_path):
         assert not entered.is_set()
     thread.join(TIMEOUT)
     assert entered.is_set()
+
+
+def test_engine_of_a_library_refuses_the_services_database_after_a_change(begun):
+    ended = []
+    ground = Ground(begun, replaced=ended.append)
+    ground.open()
+    library = sa.create_engine(begun.database)
+    with library.begin() as connection:
+        connection.execute(sa.text("SELECT 1"))
+    replace(begun.directory.database_file)
+    with pytest.raises(DatabaseReplacedError), library.begin():
+        pytest.fail("a transaction began")
+    assert len(ended) == 1
+    library.dispose()
+    with pytest.raises(DatabaseReplacedError), library.connect():
+        pytest.fail("a connection was made")
+    ground.database.dispose()

@@ -437,6 +437,7 @@ class _DatabaseFile:
         self._mark = number.to_bytes(4, "big")
         with engine.connect() as connection:  # from the write-ahead log into the file
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
+        _service_files[str(self._path)] = self
 
     def check(self) -> None:
         """Raise DatabaseReplacedError if the path leads to another file, or to other content."""
@@ -534,8 +535,24 @@ def _unixepoch(modifier: str) -> float:
     return int(time.time() * 1000) / 1000  # to the millisecond, as SQLite
 
 
+_service_files: dict[str, _DatabaseFile] = {}
+"""The file that this process runs a service on, by its path."""
+
+
+def _check_before_connecting(_dialect: object, _record: object, args: list[object], _options: object) -> None:
+    if args and (file := _service_files.get(str(args[0]))):
+        file.check()
+
+
+def _check_before_transaction(connection: sa.Connection) -> None:
+    if file := _service_files.get(connection.engine.url.database or ""):
+        file.check()
+
+
 # On the class: DBOS creates engines of its own, and does not let its callers configure all of them.
 sa.event.listen(sa.Engine, "connect", _provide_unixepoch)
+sa.event.listen(sa.Engine, "do_connect", _check_before_connecting)
+sa.event.listen(sa.Engine, "begin", _check_before_transaction)
 
 
 def _prepare_sqlite(connection: object, _record: object) -> None:

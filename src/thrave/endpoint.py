@@ -30,7 +30,7 @@ from thrave.ec2.door import Door
 from thrave.ec2.permissions import Permissions
 from thrave.ec2.rate import RateLimit
 from thrave.files import HeldFile
-from thrave.ground import Ground, hold_data_directory
+from thrave.ground import Ground, explained, hold_data_directory
 from thrave.identity.users import Users
 from thrave.listening import Listener
 from thrave.tasks.requests import BundleTasks
@@ -63,7 +63,8 @@ def serve(settings: Settings, listening: Listening) -> None:
     volumes = VolumeChecks(ground.instances, settings.image_directories)
     app = create_app(replace(door, volume_trouble=volumes.trouble))
     agent = Agent(ground)
-    agent.start(reports=False)
+    with explained(settings):
+        agent.start(reports=False)
     threading.Thread(target=_end_when_drained, args=[agent], name="drained", daemon=True).start()
     _listen(listener, app, listening, lock)
 
@@ -93,7 +94,8 @@ def run_agent(settings: Settings, working: Callable[[], None]) -> None:
     ground.open()
     _ = ground.service
     agent = Agent(ground)
-    agent.start(reports=True)
+    with explained(settings):
+        agent.start(reports=True)
     working()
     agent.wait()
 

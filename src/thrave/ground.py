@@ -158,7 +158,7 @@ class Ground:
             crash_at(settings.crash_at)
         root = settings.directory.root
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with files.locked_folder(root), _explained(settings):
+        with files.locked_folder(root), explained(settings):
             close_to_others(settings)
             if _has_no_tables(settings):
                 _refuse_to_begin_anew(settings)
@@ -236,7 +236,8 @@ def _folders(parent: Path) -> list[Path]:
 
 
 @contextmanager
-def _explained(settings: Settings) -> Iterator[None]:
+def explained(settings: Settings) -> Iterator[None]:
+    """Raise DatabaseUnusableError, with what to do, for whatever the database refuses."""
     try:
         yield
     except sa.exc.DBAPIError as error:

@@ -84,15 +84,11 @@ def open_service(settings: Settings, *, make: bool = False) -> Iterator[Ground]:
     """
     if not make:
         require_data_directory(settings)
-    import sqlalchemy as sa
-
-    from thrave.database import explain
-    from thrave.ground import open_ground
+    from thrave.ground import explained, open_ground
 
     ground = open_ground(settings)
     try:
-        yield ground
-    except sa.exc.DBAPIError as error:
-        raise explain(error, settings.database) from error
+        with explained(settings):
+            yield ground
     finally:
         ground.database.dispose()

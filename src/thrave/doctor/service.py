@@ -10,7 +10,7 @@ from thrave.database import migrations, utc_now, vault_proof
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
 from thrave.ground import PROOF_CONTEXT
-from thrave.identity.service import CERTIFICATE_FILE, ServiceIdentity
+from thrave.identity.service import ServiceIdentity
 
 CLOCKS_APART = 5.0
 """Seconds by which the clocks of a fleet's machines may differ: a sign of life every so often tells the lost."""
@@ -90,9 +90,13 @@ def proof(subject: Subject) -> str:
 
 
 def identity(subject: Subject) -> str:
-    """Read the service's certificate and keys."""
+    """Read the service's certificate and keys, and compare them with the fingerprint in the database."""
     folder = subject.settings.directory.service
-    if not (folder / CERTIFICATE_FILE).exists():
+    with subject.database.connect() as connection:
+        known = connection.execute(sa.select(vault_proof.c.identity)).scalar()
+    if known is None:
         raise NotTried("the first start makes it")
     service = ServiceIdentity.open(folder)
+    if service.fingerprint != known:
+        raise Trouble(f"{folder} has another identity than the database")
     return f"certificate until {service.certificate.not_valid_after_utc:%Y-%m-%d}"

@@ -38,8 +38,9 @@ CHECKS: tuple[Check, ...] = (
         service.proof, needs=("tables", "vault's key"),
     ),
     Check(
-        "service", "identity", "Reads the service's certificate and keys.",
+        "service", "identity", "Reads the service's certificate and keys, and compares them with the database's.",
         "Restore the folder service/ from the backup; all of its files, mode 0600.", service.identity,
+        needs=("tables",),
     ),
     Check(
         "store", "answers", "Sends a request without a signature; of a directory: that there is room.",
