@@ -60,7 +60,9 @@ def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(t
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
     wait(ec2, bundle_id, "bundling")
     file = thrave_server.data.instances / f"{instance.instance_id}.json"
-    file.write_text(file.read_text().replace('"stopped"', '"running"'))
+    changed = file.with_suffix(".new")  # half of a file describes no instance
+    changed.write_text(file.read_text().replace('"stopped"', '"running"'))
+    changed.replace(file)
     task = wait(ec2, bundle_id, "failed", "complete")
     assert task["BundleTaskError"]["Code"] == "Server.VolumeError"
     assert "is running while its root volume is read" in task["BundleTaskError"]["Message"]
