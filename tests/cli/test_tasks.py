@@ -109,7 +109,7 @@ def test_a_tasks_history_says_how_long_each_state_lasted(thrave, show, complete)
     assert story["bytesPerSecond"] > 0
     assert (story["volumeDone"], story["wasRunning"], story["remedy"]) == (30 * MIB, True, None)
     text = thrave("task", "show", complete)[1]
-    assert "30.0 MiB of 30.0 MiB done" in text
+    assert "30.0 MiB of 30.0 MiB read" in text
     assert "which was running" in text
 
 
@@ -203,7 +203,7 @@ def on_a_terminal(*words):
 
 def test_with_nothing_unfinished_a_watch_ends_at_once(thrave):
     status, stdout, stderr = thrave("task", "watch")
-    assert (status, len(stdout.splitlines()), stderr) == (0, 1, "")
+    assert (status, len(stdout.splitlines()), stderr) == (0, 1, "There are no unfinished tasks to watch.\n")
 
 
 def test_a_watch_of_several_ends_as_the_worst_of_them(thrave, complete, failed):
