@@ -141,7 +141,10 @@ def test_the_index_names_every_howto():
     assert [path.name for path in HOWTOS[1:] if f"howto/{path.name}" not in index] == []
 
 
-def test_links_of_the_readme_name_files_of_this_repository():
-    links = re.findall(r"\]\(https://thrave\.dev/([^)#]*)[^)]*\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_relative_links_of_a_page_name_files_of_this_repository(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    inside = [link for link in links if not link.startswith(("http://", "https://"))]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
