@@ -56,7 +56,7 @@ def test_an_instance_terminated_while_its_volume_is_read_fails_the_task(thrave_s
 
 def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(thrave_server, alice, tmp_path):
     account, key = alice
-    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
+    instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 1600 * MIB))
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
     wait(ec2, bundle_id, "bundling")
     file = thrave_server.data.instances / f"{instance.instance_id}.json"

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 
 def check_image(settings: Settings, instances: Instances, instance: Instance) -> None:
-    """Refuse an image of another format than is said, or of another machine that is not off; warn of everything else.
+    """Refuse an image of another format than the stated one; warn about everything else that prevents a bundle.
+
+    A file that another instance uses is a warning: that instance may be removed or shut down before the first bundle.
+    A task checks again, and refuses it then.
 
     Raises:
-        click.UsageError: It is of another format.
-        VolumeSharedError: Another machine that is not off has the same file.
+        click.UsageError: The image has another format.
     """
     from thrave.tasks.root_volume import check_root_volume
-    from thrave.volumes.errors import VolumeError, VolumeSharedError
+    from thrave.volumes.errors import VolumeError
 
     if instance.root_device_type != "instance-store":
         return
@@ -28,8 +30,6 @@ def check_image(settings: Settings, instances: Instances, instance: Instance) ->
     _check_format(volume)
     try:
         warned = check_root_volume(instances, instance.instance_id, volume, settings.image_directories)
-    except VolumeSharedError:
-        raise
     except VolumeError as error:
         _warn(f"it cannot be bundled as it is: {error}")
     else:
