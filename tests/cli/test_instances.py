@@ -57,6 +57,7 @@ def test_an_instance_is_shown_in_ec2s_words(thrave_json, add, account_id, disk):
         "rootVolume": {"path": str(disk), "format": "raw", "deviceName": "/dev/sda1", "secretFile": None},
         "volumes": [],
         "state": "running",
+        "offReason": None,
         "tags": {},
     }
 
