@@ -93,7 +93,7 @@ class ThraveServer:
         )
         os.close(errors_of_server)
         kept: deque[str] = deque(maxlen=_KEPT_LINES)
-        forward = threading.Thread(target=_forward, args=[errors, kept], name="thrave-stderr", daemon=True)
+        forward = threading.Thread(target=_forward, args=[errors, os.dup(2), kept], name="thrave-stderr", daemon=True)
         forward.start()
         limit = threading.Timer(START_TIMEOUT, self.process.kill)
         limit.daemon = True
@@ -186,13 +186,19 @@ def import_boto3() -> Any:  # noqa: ANN401 (boto3 ships no types)
     return boto3
 
 
-def _forward(descriptor: int, kept: deque[str]) -> None:
-    """Pass on what a server writes to stderr, and keep the last lines."""
-    with open(descriptor, encoding="utf-8", errors="replace") as lines:
+def _forward(descriptor: int, stderr: int, kept: deque[str]) -> None:
+    """Pass on what a server writes to stderr, and keep the last lines.
+
+    Args:
+        descriptor: What the server writes to.
+        stderr: What stderr was when the server was started, as if it had inherited it; closed in the end.
+        kept: The last lines.
+    """
+    with open(descriptor, encoding="utf-8", errors="replace") as lines, open(stderr, "wb", buffering=0) as copy:
         for line in lines:
             kept.append(line)
             with suppress(OSError):
-                os.write(2, line.encode())  # not sys.stderr, which pytest may have replaced and closed
+                copy.write(line.encode())
 
 
 def upload_policy(secret_access_key: str, bucket: str, prefix: str, *, hours: float = 24) -> tuple[bytes, str]:

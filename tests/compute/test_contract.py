@@ -54,6 +54,13 @@ def test_an_instance_is_what_was_added(instances, instance_id, disk):
     assert instances.list() == [found]
 
 
+def test_the_owner_is_known_from_the_record(instances, instance_id):
+    assert instances.owner_of(instance_id) == instances.get(instance_id).account_id
+    for nobody in NO_IDS:
+        with pytest.raises(InstanceNotFound):
+            instances.owner_of(nobody)
+
+
 def test_instances_are_listed_by_id(inventory, instances, instance_id):
     ids = [instance_id, *(inventory.add() for _ in range(5))]
     assert [found.instance_id for found in instances.list()] == sorted(ids)

@@ -1,8 +1,9 @@
 """An API process whose PostgreSQL is stopped, frozen, or out of connections answers `Unavailable`, and soon."""
 
+import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 import psycopg
@@ -16,6 +17,7 @@ from support.postgres import running_postgres
 pytestmark = pytest.mark.postgres
 QUIET = Config(retries={"total_max_attempts": 1}, read_timeout=120)  # seconds; it is the service that has to give up
 CALLS = ("describe_bundle_tasks", "describe_instances")
+LINES = ("request failed", "no answer from the database")
 MOST_LOG = 8192  # bytes
 WAIT = 60  # seconds
 
@@ -25,6 +27,19 @@ def server():
     """A PostgreSQL of this module's own: what is done to it here would disturb others."""
     with running_postgres() as server:
         yield server
+
+
+@contextmanager
+def stderr_in(path):
+    """What is started in this block has a file for stderr."""
+    before = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 @pytest.fixture
@@ -37,7 +52,9 @@ def fleet(server, tmp_path):
         connection.execute(f"GRANT ALL ON SCHEMA public TO {name}")
     fleet = Fleet(tmp_path, {"database_url": url.replace("thrave@", f"{name}@")})
     fleet.role, fleet.superuser_url = name, url
-    fleet.api()
+    fleet.log = tmp_path / "log"
+    with stderr_in(fleet.log):
+        fleet.api()
     yield fleet
     fleet.stop()
 
@@ -58,39 +75,41 @@ def is_answered(client):
     return False
 
 
-def check_unavailable(client, capfd, times):
-    capfd.readouterr()
+def check_unavailable(fleet, client, times):
     for _ in range(times):
         for call in CALLS:
             assert code_of(getattr(client, call)) == "Unavailable"
-    logged = capfd.readouterr().err
+    deadline = time.monotonic() + WAIT
+    while not any(line in (logged := fleet.log.read_text()) for line in LINES) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the log is passed on by a thread
+    assert any(line in logged for line in LINES)
     assert "Traceback" not in logged
     assert len(logged) < MOST_LOG
 
 
-def test_a_database_that_is_stopped(fleet, server, capfd):
+def test_a_database_that_is_stopped(fleet, server):
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
     assert is_answered(client)
     server.kill()
     try:
-        check_unavailable(client, capfd, 20)
+        check_unavailable(fleet, client, 20)
     finally:
         server.start()
     assert is_answered(client)
 
 
-def test_a_database_without_a_free_connection(fleet, capfd):
+def test_a_database_without_a_free_connection(fleet):
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
     assert is_answered(client)
     with psycopg.connect(fleet.superuser_url, autocommit=True) as connection:
         connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT 0")
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [fleet.role])
-        check_unavailable(client, capfd, 20)
+        check_unavailable(fleet, client, 20)
         connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT -1")
     assert is_answered(client)
 
 
-def test_a_database_that_does_not_respond(fleet, server, capfd):
+def test_a_database_that_does_not_respond(fleet, server):
     """As behind a firewall that drops packets: its connections stay open, and nothing comes back."""
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
     assert is_answered(client)
@@ -99,7 +118,7 @@ def test_a_database_that_does_not_respond(fleet, server, capfd):
     for process in frozen:
         process.send_signal(signal.SIGSTOP)
     try:
-        check_unavailable(client, capfd, 1)
+        check_unavailable(fleet, client, 1)
     finally:
         for process in frozen:
             with suppress(psutil.NoSuchProcess):
