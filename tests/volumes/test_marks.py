@@ -108,6 +108,25 @@ def qcow2_snapshot(raw):
     return image
 
 
+def without_end(image, count=1):
+    """An image whose file has lost its last bytes."""
+    with edited(image) as content:
+        del content[-count:]
+    return image
+
+
+def with_data(raw):
+    """Data at the disk's end: the last cluster or grain of its image."""
+    with edited(raw) as disk:
+        disk[-(1 << 20) :] = b"data" * (1 << 18)
+    return raw
+
+
+@makes("qcow2", "cut short")
+def qcow2_cut(raw):
+    return without_end(converted(with_data(raw), "qcow2"))
+
+
 @makes("qcow2", "encrypted")
 def qcow2_encrypted(raw):
     return encrypted(raw, "qcow2", secret_beside(raw))
@@ -178,6 +197,11 @@ def vmdk_changed_parent(raw):
 @makes("vmdk", "enciphered")
 def vmdk_enciphered(raw):
     return flat(raw, head='encryption.keySafe = "vmware:key/list/..."')
+
+
+@makes("vmdk", "cut short")
+def vmdk_cut(raw):
+    return without_end(converted(with_data(raw), "vmdk"))
 
 
 @makes("vmdk", "unknown kind")
@@ -294,6 +318,11 @@ def vhdx_log(raw):
     return image
 
 
+@makes("vhdx", "cut short")
+def vhdx_cut(raw):
+    return without_end(converted(with_data(raw), "vhdx"))
+
+
 @makes("vhdx", "unknown item")
 def vhdx_unknown_item(raw):
     image = converted(raw, "vhdx")
@@ -333,6 +362,13 @@ def elsewhere(raw):
 def another_format(raw):
     image = converted(raw, "qcow2")
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", raw.name, "-F", "vdi", image)
+    return image
+
+
+@makes("any", "too large")
+def too_large(raw):
+    image = raw.with_name("x.qcow2")
+    qemu_img("create", "-f", "qcow2", "-o", "cluster_size=2M", image, "1E")
     return image
 
 
@@ -408,6 +444,61 @@ def test_data_that_lie_beyond_the_end_are_missed(raw, kind, share):
             del content[int(len(content) * share) : -512]
     with pytest.raises(VolumeUnreadableError, match="cut short"), open_volume(image, image.suffix[1:]):
         pass
+
+
+CUT = [
+    ("qcow2", "cluster_size=64k"), ("qcow2", "cluster_size=2M"), ("qcow2", "cluster_size=128k,extended_l2=on"),
+    ("qcow2", "compat=0.10"), ("vmdk", "subformat=monolithicSparse"), ("vmdk", "subformat=twoGbMaxExtentSparse"),
+    ("vmdk", "subformat=monolithicFlat"), ("vhdx", "subformat=dynamic"), ("vpc", "force_size=on"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 512, 30000])
+@pytest.mark.parametrize(("image_format", "options"), CUT, ids=[" ".join(each) for each in CUT])
+def test_open_volume_refuses_file_that_ends_within_last_data(raw, image_format, options, count):
+    image = converted(with_data(raw), image_format, "-o", options)
+    longest = max((file for file in image.parent.iterdir() if file != raw), key=lambda file: file.stat().st_size)
+    with open_volume(image, image_format):
+        pass
+    without_end(longest, count)
+    with pytest.raises(VolumeUnreadableError, match=r"cut short|truncated|no VHD"), open_volume(image, image_format):
+        pass
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "vmdk"])
+def test_open_volume_refuses_cut_backing_image(raw, image_format):
+    below = converted(with_data(raw), image_format)
+    top = overlay(below, image_format, f"top.{image_format}", image_format)
+    without_end(below)
+    with pytest.raises(ImageRefusedError, match="cut short"), open_volume(top, image_format):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("qcow2", "cluster_size=2M"), ("qcow2", "cluster_size=128k,extended_l2=on"),
+        ("qcow2", "preallocation=metadata"), ("vmdk", "subformat=monolithicSparse"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("length", [512, 5120, (1 << 20) + 512, (4 << 20) - 4096])
+def test_open_volume_accepts_last_cluster_that_is_not_full(raw, image_format, options, length):
+    """A disk that ends within a cluster, and subclusters that are not stored, make the file shorter."""
+    raw.write_bytes(b"data" * (length // 4))
+    image = converted(raw, image_format, "-o", options)
+    with open_volume(image, image_format) as volume:
+        content = bytearray(volume.size)
+        volume.read_into(0, memoryview(content))
+    assert bytes(content) == raw.read_bytes()
+
+
+def test_open_volume_accepts_single_write_into_last_cluster(raw):
+    for options in ("cluster_size=64k", "cluster_size=128k,extended_l2=on"):
+        image = raw.with_name("written.qcow2")
+        qemu_img("create", "-f", "qcow2", "-o", options, image, "16M")
+        qemu_img("bench", "-w", "-c", "1", "-s", "4096", "-o", "102400", "-f", "qcow2", image)
+        with open_volume(image, "qcow2"):
+            pass
 
 
 def test_what_a_guest_writes_into_the_first_sector_of_a_fixed_disk_is_not_its_header(raw):

@@ -35,6 +35,7 @@ from thrave.volumes.marks import Decision, row
 PACKAGE = "qemu-utils"
 CHAIN_LIMIT = 32
 EXTENT_LIMIT = 1024
+MAX_SIZE = 1 << 50  # bytes; qemu-nbd is asked for the holes of 2 GiB at a time, and a tiny file can claim any size
 _SECONDS = 120  # for one look at one image; its metadata can be gigabytes on a slow disk
 _CHECK_ACCEPTS = (0, 3, 63)  # qemu-img(1): 0 clean, 3 only leaked clusters, 63 the format has no check
 
@@ -47,6 +48,12 @@ READERS: dict[str, headers.Reader] = {
     "luks": headers.read_luks,
 }
 """What reads the header of an image of each format that can be opened."""
+
+ENDS: dict[str, Callable[[HostFile], list[tuple[str, str]]]] = {
+    "qcow2": headers.read_qcow2_end,
+    "vmdk": vmdk.read_end,
+}
+"""What finds that a file ends within its last data, where neither its header nor `qemu-img check` tells."""
 
 
 class Warned(NamedTuple):
@@ -109,6 +116,10 @@ class Inspection:
             self._files.opened.append(secret)
         for depth in range(len(self.layers)):
             _check(self.layers[depth:], secret, secret_file)
+        for layer in self.layers:
+            for file in layer.files:
+                if (read_end := ENDS.get(layer.format)) is not None:
+                    self._judge(layer, file, read_end(file))
         for layer in self.layers[1:]:  # of the topmost one the size is seen when it is served
             if layer.format != "raw":
                 check_size(layer, _virtual_size(layer))
@@ -215,7 +226,9 @@ def program(name: str) -> str:
 
 
 def check_size(layer: Layer, read: int) -> None:
-    """Compare the size that an image states with the one that QEMU reads. Raises ImageRefusedError."""
+    """Compare the size that QEMU reads with MAX_SIZE and with the stated one. Raises ImageRefusedError."""
+    if read > MAX_SIZE:
+        raise ImageRefusedError(layer.path, f"{row(layer.format, 'too large').reason} ({read} bytes)")
     stated = layer.statement.size
     if stated is not None and stated != read:
         raise ImageRefusedError(layer.path, f"{row(layer.format, 'another size').reason} ({stated} bytes and {read})")

@@ -135,6 +135,8 @@ def read_vhdx(file: HostFile) -> Statement:
     if file.read(0, 8) != b"vhdxfile":
         raise refuse(file, "it is no VHDX image")
     statement = Statement(size=None)
+    if file.size % SECTOR:  # QEMU rounds up, and reads zeros to the end of the sector
+        statement.marks.append(("cut short", f"{file.size} bytes"))
     if any(_current_header(file)[48:64]):
         statement.marks.append(("log not replayed", ""))
     metadata = _region(file, statement, _METADATA)
