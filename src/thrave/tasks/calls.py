@@ -1,8 +1,11 @@
-"""Calls to a store, several at once, each in a thread of its own.
+"""Concurrent calls to a store, each in a thread of its own.
 
-A call that hangs, in a store or a disk that does not answer, cannot be interrupted. So nobody who has to hear of a
-cancellation waits inside one: who waits here is woken by `stop`, and what still hangs a second later is left behind.
-What is left behind must know it (`Calls.left`), and make good what it may have done. Nothing here knows what is called.
+A call that hangs, in a store or a disk that does not respond, cannot be interrupted. Nobody who must react to a
+cancellation waits inside one: `stop` wakes whoever waits for results, and calls that still run a second later are
+abandoned. An abandoned call can see that (`Calls.left`), and must undo what it does afterwards.
+
+No result and no failure can be lost: `pending` counts a call until its result was taken or its failure was raised, and
+a `with` block that ends without an error while one is pending is an error.
 """
 
 import threading
@@ -14,16 +17,18 @@ from typing import Generic, Self, TypeVar
 from thrave.bundle.crew import StoppedError
 
 PATIENCE = 1.0
-"""Seconds that calls have to end when nobody wants their results any more."""
+"""Seconds that calls have to end when their results are no longer needed."""
 
 R = TypeVar("R")
 
 
 class Calls(Generic[R]):
-    """Calls under way; a context manager, which leaves behind what does not end in time.
+    """A group of concurrent calls; a context manager, which abandons the calls that do not end in time.
+
+    The `with` block takes every result, with `remaining` at its end.
 
     Args:
-        wake: wakes whoever waits for something else than a result; called when a call has failed, and by `stop`.
+        wake: Called when a call has failed, and by `stop`; wakes whoever waits for something else than a result.
     """
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
@@ -31,31 +36,37 @@ class Calls(Generic[R]):
         self._changed = threading.Condition()
         self._running = 0
         self._results: list[R] = []
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []
         self.stopped = False
-        """Whether nobody wants the results any more."""
+        """Whether the results are no longer needed."""
         self.left = False
-        """Whether the calls that still run have been left behind."""
+        """Whether the calls that still run have been abandoned."""
 
     @property
     def pending(self) -> int:
-        """How many calls have been begun whose results have not been taken."""
+        """Number of calls that have started and whose results were not taken; a failed call stays one of them."""
         with self._changed:
-            return self._running + len(self._results)
+            return self._running + len(self._results) + len(self._failures)
 
     def begin(self, call: Callable[[], R]) -> None:
-        """Make a call in a thread of its own. Raises what an earlier one raised, or StoppedError."""
+        """Start a call in a thread of its own. Raises what an earlier one raised, or StoppedError."""
         with self._changed:
             self._check()
             self._running += 1
-        threading.Thread(target=self._run, args=(call,), name="store-call", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(call,), name="store-call", daemon=True).start()
+        except BaseException:  # no thread, no call
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+            raise
 
     def results(self, *, wait: bool = True, within: float | None = None) -> list[R]:
-        """What has come back since the last time, in any order; at least one result if `wait`.
+        """Take the results that arrived since the last time, in any order; at least one if `wait`.
 
         Raises:
-            TimeoutError: Nothing came back `within` so many seconds.
-            StoppedError: The calls were told to stop.
+            TimeoutError: No call ended `within` so many seconds.
+            StoppedError: The calls were stopped.
             Exception: What a call raised.
         """
         with self._changed:
@@ -65,13 +76,21 @@ class Calls(Generic[R]):
             taken, self._results = self._results, []
         return taken
 
+    def remaining(self, *, within: float | None = None) -> Iterator[R]:
+        """Yield the results of all calls that are pending, as they arrive; return when every call has ended.
+
+        This is how a group of calls ends. Raises as `results`, and so whenever a call has failed.
+        """
+        while self.pending:
+            yield from self.results(within=within)
+
     def check(self) -> None:
         """Raise what a call raised, if one did."""
-        if self._failure is not None:
-            raise self._failure
+        if self._failures:
+            raise self._failures[0]
 
     def stop(self) -> None:
-        """Begin no more, and wake whoever waits for a result; any thread may call this."""
+        """Start no more calls, and wake whoever waits for a result; any thread may call this."""
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
@@ -83,15 +102,24 @@ class Calls(Generic[R]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop; wait `PATIENCE` seconds for what is under way, and leave the rest behind."""
+        """Stop; wait `PATIENCE` seconds for the calls that still run, and abandon the rest.
+
+        Raises:
+            Exception: What a call raised, if the block ended as if none had.
+            RuntimeError: The block ended without an error, and has not taken every result.
+        """
+        pending = self.pending
         self.stop()
         with self._changed:
             self._changed.wait_for(lambda: not self._running, PATIENCE)
             self.left = True
+        if error is None and pending:
+            self.check()
+            raise RuntimeError(f"the results of {pending} calls were not taken")
 
     @property
     def _ends(self) -> bool:
-        return self.stopped or self._failure is not None
+        return self.stopped or bool(self._failures)
 
     def _check(self) -> None:
         self.check()
@@ -99,22 +127,22 @@ class Calls(Generic[R]):
             raise StoppedError
 
     def _run(self, call: Callable[[], R]) -> None:
-        failure, results = None, []
+        failures, results = [], []
         try:
             results.append(call())
         except BaseException as error:  # noqa: BLE001 (it is raised again where the results are taken)
-            failure = error
+            failures.append(error)
         with self._changed:
             self._running -= 1
             self._results += results
-            self._failure = self._failure or failure
+            self._failures += failures
             self._changed.notify_all()
-        if failure is not None:
+        if failures:
             self._wake()
 
 
 class Places:
-    """Objects that a call is under way to: no second one is made before the first has come back, left behind or not."""
+    """One lock per object key. Two uploads to one key never overlap, even if the first was abandoned."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -77,8 +77,8 @@ class PartUploads:
                     self._run.add(part.index, part.checkpoint)
                 else:
                     self._send(part)
-        while self._calls.pending:
-            self._collect()
+        for arrived in self._calls.remaining():
+            self._take(arrived)
         self._write_down()
 
     def _is_stored(self, part: Part) -> bool:
@@ -114,9 +114,12 @@ class PartUploads:
 
     def _collect(self, *, wait: bool = True) -> None:
         for arrived in self._calls.results(wait=wait):
-            self._moved()
-            self._arrived.append(arrived.stored)
-            self._run.add(arrived.index, arrived.checkpoint)
+            self._take(arrived)
+
+    def _take(self, arrived: Arrived) -> None:
+        self._moved()
+        self._arrived.append(arrived.stored)
+        self._run.add(arrived.index, arrived.checkpoint)
 
     def _news(self) -> Stored:
         """What has come back since the last time."""

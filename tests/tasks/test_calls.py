@@ -1,0 +1,191 @@
+"""Concurrent calls: whatever ends when, no result and no failure is lost.
+
+The machine holds each call with an event and lets it end, well or not, at a moment that Hypothesis draws: before the
+next start, between the last start and the first look, while somebody waits for results, and after the last look.
+"""
+
+import threading
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from thrave.bundle.crew import StoppedError
+from thrave.tasks.calls import Calls
+
+MANY_SECONDS = 60
+
+
+class CallError(Exception):
+    """What a call raises."""
+
+
+class HeldCall:
+    """A call that ends when it is told how."""
+
+    def __init__(self, number):
+        self.number = number
+        self.fails = False
+        self.has_ended = False
+        self._go = threading.Event()
+        self._thread = None
+
+    def __call__(self):
+        self._thread = threading.current_thread()
+        assert self._go.wait(MANY_SECONDS)
+        if self.fails:
+            raise CallError(self.number)
+        return self.number
+
+    def let_go(self, *, fails):
+        self.fails, self.has_ended = fails, True
+        self._go.set()
+
+    def end(self, *, fails):
+        """End, and be counted."""
+        self.let_go(fails=fails)
+        while self._thread is None:
+            threading.Event().wait(0.001)
+        self._thread.join(MANY_SECONDS)
+
+
+class CallsMachine(RuleBasedStateMachine):
+    """A user of `Calls` who starts, looks, and in the end leaves the block in one of the ways that there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter()
+
+    def enter(self):
+        self.calls = Calls()
+        self.calls.__enter__()
+        self.held, self.taken = [], []
+
+    @property
+    def running(self):
+        return [call for call in self.held if not call.has_ended]
+
+    @property
+    def failed(self):
+        return any(call.fails for call in self.held if call.has_ended)
+
+    @rule()
+    def start(self):
+        call = HeldCall(len(self.held))
+        if self.failed:
+            with pytest.raises(CallError):
+                self.calls.begin(call)
+        else:
+            self.calls.begin(call)
+            self.held.append(call)
+
+    @rule(data=st.data(), fails=st.booleans())
+    def end_a_call(self, data, fails):
+        if self.running:
+            data.draw(st.sampled_from(self.running)).end(fails=fails)
+
+    @rule()
+    def look(self):
+        if self.failed:
+            with pytest.raises(CallError):
+                self.calls.results(wait=False)
+        else:
+            self.taken += self.calls.results(wait=False)
+            assert self.calls.pending == len(self.running)
+
+    @rule(data=st.data())
+    def wait_for_the_rest(self, data):
+        """The calls end while another thread waits for them."""
+        outcomes = [(call, data.draw(st.booleans())) for call in data.draw(st.permutations(self.running))]
+        got, raised = [], []
+
+        def wait():
+            try:
+                got.extend(self.calls.remaining())
+            except CallError as error:
+                raised.append(error)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        for call, fails in outcomes:
+            call.end(fails=fails)
+        waiting.join(MANY_SECONDS)
+        assert not waiting.is_alive()
+        if self.failed:
+            assert raised
+        else:
+            self.taken += got
+            assert not raised
+            assert sorted(self.taken) == [call.number for call in self.held]
+        self.leave()
+
+    @rule(fails=st.booleans())
+    def leave_without_a_look(self, fails):
+        for call in self.running:
+            call.end(fails=fails)
+        self.leave()
+
+    def leave(self):
+        """Leave the block as if nothing had happened: only if nothing has, that is no error."""
+        if self.failed:
+            with pytest.raises(CallError):
+                self.calls.__exit__(None, None, None)
+        elif len(self.taken) < len(self.held):
+            with pytest.raises(RuntimeError, match="were not taken"):
+                self.calls.__exit__(None, None, None)
+        else:
+            self.calls.__exit__(None, None, None)
+        self.enter()
+
+    def teardown(self):
+        for call in self.running:
+            call.let_go(fails=False)
+
+
+def test_calls_lose_no_result_and_no_failure():
+    run_state_machine_as_test(
+        CallsMachine,
+        settings=settings(
+            max_examples=150, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_calls_wake_a_waiter_when_one_fails_after_the_last_start():
+    woken, call = threading.Event(), HeldCall(0)
+    calls = Calls(wake=woken.set)
+    calls.begin(call)
+    call.end(fails=True)
+    assert woken.is_set()
+    with pytest.raises(CallError):
+        next(calls.remaining())
+
+
+def test_calls_that_are_stopped_raise_and_are_abandoned():
+    call = HeldCall(0)
+
+    def stop(calls):
+        with calls:
+            calls.begin(call)
+            calls.stop()
+            next(calls.remaining())
+
+    calls = Calls()
+    with pytest.raises(StoppedError):
+        stop(calls)
+    assert calls.left
+    call.end(fails=False)
+
+
+def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    calls = Calls()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            calls.begin(lambda: None)
+    assert calls.pending == 0
+    assert [*calls.remaining()] == []
