@@ -67,6 +67,7 @@ class Agent:
             unclean_volume=self._settings.unclean_volume,
             level=self._settings.level,
             skip=self._settings.skip,
+            existing_bundle=self._settings.existing_bundle,
             uploads_at_once=self._settings.uploads_at_once,
             stall_timeout=self._settings.stall_timeout,
         )

@@ -210,6 +210,11 @@ class Settings(BaseModel):
         description="When a volume on the root disk is hibernated, was not unmounted or cannot be checked, or the "
         "guest did not shut down: the task says so, or fails.",
     )
+    existing_bundle: Literal["refuse", "replace"] = Field(
+        "refuse",
+        description="When the bucket has a bundle under the prefix: `refuse` rejects the request; `replace` stores the "
+        "new bundle beside it under other names, and removes the old one when the new one is complete.",
+    )
     heartbeat: float = Field(5.0, gt=0, description="Seconds between two signs of life of a host.")
     host_lost_after: float = Field(
         60.0, gt=0, description="Seconds without a sign of life after which another host may adopt a host's tasks."

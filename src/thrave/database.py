@@ -140,8 +140,12 @@ bundle_task = sa.Table(
     sa.Column("made_bucket", sa.Boolean),
     sa.Column("sealed_grant", sa.LargeBinary),  # upload policy and signature; erased when the task ends
     sa.Column("sealed_secrets", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
+    sa.Column("part_series", sa.String(12)),  # digits in the names of its parts; null until its sealing has begun
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
     sa.Column("documents", sa.JSON(none_as_null=True)),  # manifest and side file, once every part is stored
+    sa.Column("earlier", sa.JSON(none_as_null=True)),  # what it replaces: a manifest, and keys
+    # Whether its manifest may have been sent; from then on it cannot be cancelled.
+    sa.Column("manifest_sent", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("frozen", sa.JSON(none_as_null=True)),  # its root volume and the overlay, until that has been merged
     sa.Column("look_after_until", UtcDateTime),  # the guest may still hear a request to power off that is void
     sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
@@ -163,6 +167,18 @@ task_in_progress = bundle_task.c.state.not_in([sa.literal_column("'complete'"), 
 sa.Index(
     "bundle_task_in_progress", bundle_task.c.instance_id, unique=True,
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
+)  # fmt: skip
+
+# One task at a time per bucket and prefix, of all accounts: two would write the same manifest.
+sa.Index(
+    "bundle_task_place_in_progress", bundle_task.c.bucket, bundle_task.c.prefix, unique=True,
+    sqlite_where=task_in_progress, postgresql_where=task_in_progress,
+)  # fmt: skip
+sa.Index("bundle_task_by_place", bundle_task.c.bucket, bundle_task.c.prefix)  # asked for the names of its parts
+
+_replaces = sa.and_(bundle_task.c.earlier.is_not(None), bundle_task.c.state == sa.literal_column("'complete'"))
+sa.Index(
+    "bundle_task_replaces", bundle_task.c.host, sqlite_where=_replaces, postgresql_where=_replaces,
 )  # fmt: skip
 
 sa.Index(

@@ -143,6 +143,7 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
         rate=RateLimit(settings.requests_per_second, settings.request_burst),
         region=settings.region,
         any_platform=settings.platforms == "any",
+        existing_bundle=settings.existing_bundle,
         version_2=settings.signature_version_2 == "accept",
         may=Permissions(users=Users(ground.database), region=settings.region).may,
         store_trouble=StandingChecks(settings).store_trouble,

@@ -213,16 +213,17 @@ def test_delete_removes_one_bundle_and_nothing_else(thrave_json, place, address,
     assert (dry["removed"], done["removed"], len(done["files"])) == (False, True, len(files))
 
 
-def renamed(made, middle):
+def renamed(made, middle, series=b""):
     """The files of the bundle, whose parts have other names, signed by the user."""
-    xml = forged(made, rb"<filename>winami\.part", b"<filename>winami" + middle + b".part")
-    parts = {name.replace(".part", middle.decode() + ".part"): data for name, data in made.parts.items()}
+    ending = middle + b".part." + series
+    xml = forged(made, rb"<filename>winami\.part\.", b"<filename>winami" + ending)
+    parts = {name.replace(".part.", ending.decode()): data for name, data in made.parts.items()}
     return {**parts, "winami.manifest.xml": xml}
 
 
-def test_parts_whose_names_have_a_token_are_read_copied_and_removed(thrave_json, new_place, made, tmp_path):
+def test_parts_whose_names_have_a_series_are_read_copied_and_removed(thrave_json, new_place, made, tmp_path):
     place, there = new_place(), new_place()
-    files = renamed(made, b".k3f9-x_1")
+    files = renamed(made, b"", b"652105670941")
     for name, data in {**files, **dict.fromkeys(NEIGHBOURS, b"mine")}.items():
         place.put(name, data)
     address = f"{place.address}/winami.manifest.xml"
@@ -237,7 +238,7 @@ def test_parts_whose_names_have_a_token_are_read_copied_and_removed(thrave_json,
 
 
 @pytest.mark.parametrize("command", ["copy", "delete"])
-@pytest.mark.parametrize("middle", [b".server", b".a.b", b"2", b"..", b".server/x", b""])
+@pytest.mark.parametrize("middle", [b".server", b".a.b", b".k3f9", b"2", b"..", b".server/x", b""])
 def test_a_manifest_does_not_reach_for_the_parts_of_another_bundle(thrave, new_place, made, tmp_path, command, middle):
     """`winami.server` is another bundle, and of `winami` only some parts are named otherwise."""
     place = new_place()

@@ -123,7 +123,7 @@ def test_a_failed_task_is_shown_with_its_reason_and_what_to_do(thrave, show, fai
     status, text, _ = thrave("task", "show", failed)
     assert status == 0
     assert "What to do: See who has started the instance" in text
-    assert "Nothing is left over in the bucket." in text
+    assert "The bucket holds no object that this task has sent." in text
 
 
 def test_an_operator_cancels_as_an_owner_would(thrave, thrave_json, server, bundled, show):
@@ -161,7 +161,9 @@ def test_what_could_not_be_removed_is_shown(thrave, server, bundled, show):
     story = show(bundle_id)
     assert {part.name for part in elsewhere.glob("*.part.*")} <= set(story["leftOverKeys"])
     assert story["leftOver"] == len(story["leftOverKeys"]) > 0
-    assert f"Left over in the bucket lost-bucket: {story['leftOver']}\n" in thrave("task", "show", bundle_id)[1]
+    text = thrave("task", "show", bundle_id)[1]
+    assert f"Not removed from the bucket lost-bucket: {story['leftOver']} objects of this task\n" in text
+    assert "aws s3api delete-object --bucket lost-bucket --key KEY" in text
     assert f"Client.S3Error, {story['leftOver']} left over" in thrave("task", "list")[1]
 
 

@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from botocore.exceptions import ClientError
@@ -14,7 +15,8 @@ from support.storage import policy, signature, storage
 from thrave.compute.instance import InstanceState
 from thrave.ec2.app import create_app
 from thrave.tasks.failures import TaskFailure
-from thrave.tasks.requests import BundlingInProgress
+from thrave.tasks.places import SMALLEST_MANIFEST
+from thrave.tasks.requests import BundlingInProgress, PrefixInUse
 from thrave.tasks.states import BundleTaskState
 
 INSTANCE = "i-1234567890abcdef0"
@@ -88,6 +90,49 @@ def test_an_object_that_is_there_already_stays_as_it_is(house, ec2, windows):
     house.door.buckets.put("my-bucket", "winami.manifest.xml", b"elasticfox-write-test")
     bundle(ec2, house.key)
     assert house.door.buckets.get("my-bucket", "winami.manifest.xml") == b"elasticfox-write-test"
+
+
+def test_bundle_instance_rejects_prefix_that_has_a_manifest(house, ec2, windows):
+    house.door.buckets.create("my-bucket", house.key.account_id)
+    house.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+    for parameters in ({}, {"DryRun": True}):
+        call = partial(ec2.bundle_instance, InstanceId=INSTANCE, Storage=storage(house.key), **parameters)
+        status, code, message = refusal(call)
+        assert (status, code) == (400, "InvalidParameterValue")
+        assert message.startswith("Bucket prefix in use my-bucket/winami: the bucket has the bundle")
+        assert "thrave delete s3://my-bucket/winami.manifest.xml" in message
+    assert ec2.describe_bundle_tasks()["BundleTasks"] == []
+
+
+def test_bundle_instance_accepts_prefix_that_has_a_manifest_to_replace(house, street, ec2, windows):
+    house.door.buckets.create("my-bucket", house.key.account_id)
+    house.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+    street.app = create_app(replace(house.door, existing_bundle="replace"))
+    assert bundle(ec2, house.key)["State"] == "pending"
+
+
+def test_bundle_instance_rejects_prefix_of_an_unfinished_task(house, ec2, windows):
+    """The error names the other task to its owner only."""
+    other = house.add_instance("i-12345678")
+    first = bundle(ec2, house.key)["BundleId"]
+    status, code, message = refusal(bundle, ec2=ec2, key=house.key, instance_id=other)
+    assert (status, code) == (400, "InvalidParameterValue")
+    assert message.startswith(f"Bucket prefix in use my-bucket/winami: your bundle task {first} is storing a bundle")
+    with pytest.raises(PrefixInUse) as error:
+        house.door.tasks.check_place("222222222222", "i-1", "my-bucket", "winami")
+    assert "another bundle task is storing" in str(error.value)
+    assert first not in str(error.value)
+    bundle(ec2, house.key, other, prefix="winami2")
+
+
+def test_of_concurrent_requests_for_one_prefix_one_is_accepted(house, ec2):
+    instances = [house.add_instance(f"i-{number:08x}") for number in range(8)]
+    with ThreadPoolExecutor(len(instances)) as threads:
+        answers = [threads.submit(bundle, ec2, house.key, instance) for instance in instances]
+    errors = [error for error in (answer.exception() for answer in answers) if error is not None]
+    assert len(errors) == len(instances) - 1
+    assert {error.response["Error"]["Code"] for error in errors} == {"InvalidParameterValue"}
+    assert len(ec2.describe_bundle_tasks()["BundleTasks"]) == 1
 
 
 def encoded(document):

@@ -16,6 +16,7 @@ import subprocess
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from botocore.config import Config
@@ -23,7 +24,8 @@ from botocore.exceptions import BotoCoreError
 
 from support.machine import Machine
 from support.opened import opened_sha256
-from thrave.bundle.names import manifest_filename, side_filename
+from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
+from thrave.bundle.reading import read_manifest
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
@@ -44,8 +46,13 @@ MIB = 1 << 20
 # The steps of a task that nobody disturbs, in the order in which it comes to them.
 TO_COMPLETE = [
     "record", "power noted", "shutdown sent", "shutdown seen", "volume opened", "sealing begun", "part sealed",
-    "part stored", "part recorded", "sealing ended", "instance started", "side file stored", "manifest stored",
-    "record closed",
+    "part stored", "part recorded", "sealing ended", "instance started", "side file stored", "earlier bundle noted",
+    "manifest stored", "record closed",
+]  # fmt: skip
+# Those that touch what is in the bucket, when a bundle there is replaced.
+TO_REPLACE = [
+    "sealing begun", "part sealed", "part stored", "part recorded", "sealing ended", "side file stored",
+    "earlier bundle noted", "manifest stored", "earlier bundle removed", "record closed",
 ]  # fmt: skip
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["thrave.endpoint", "thrave.logs"])
@@ -119,6 +126,24 @@ class Scene:
         self.deaths = 0
         self.sent_again = 0
         self._stored = {}
+        self._earlier = None
+        self._disk = disk
+
+    def replace(self):
+        """Have a bundle of another disk replaced: from now on one of the two can be opened at each death."""
+        self.environment["THRAVE_EXISTING_BUNDLE"] = "replace"
+        assert self.come_to_an_end().state is BundleTaskState.COMPLETE
+        self.await_power()
+        self.server.stop()
+        self._earlier = _Earlier(self.sha256, frozenset(self.objects()))
+        changed = random.Random(2).randbytes(self._disk.stat().st_size)
+        self._disk.write_bytes(changed)
+        self.sha256, self.bundle_id, self._stored = hashlib.sha256(changed).hexdigest(), None, {}
+
+    def check_earlier(self):
+        """The bundle that was not replaced after all is as it was, and nothing else is there."""
+        assert self._opened() == self._earlier.sha256
+        assert self.objects().keys() == self._earlier.names
 
     def live(self, crash_at=None):
         """Start the service; with a crash point it may be dead before it answers."""
@@ -196,10 +221,18 @@ class Scene:
 
     def check_complete(self):
         """A complete task's bundle opens to the disk, and it has sent nothing twice that it need not."""
-        assert opened_sha256(self.server, BUCKET, PREFIX, self.folder / "opened.raw") == self.sha256
-        (self.folder / "opened.raw").unlink()
-        assert {manifest_filename(PREFIX), side_filename(PREFIX)} < self.objects().keys()
+        assert self._opened() == self.sha256
+        manifest = (self.server.data.buckets / BUCKET / manifest_filename(PREFIX)).read_bytes()
+        parts = {part.filename for part in read_manifest(manifest).parts}
+        (side_file,) = self.objects().keys() - {manifest_filename(PREFIX), *parts}
+        assert side_file in {side_filename(PREFIX), bound_side_filename(PREFIX, manifest)}
         assert self.sent_again <= UPLOADS_AT_ONCE * self.deaths
+
+    def _opened(self):
+        image = self.folder / "opened.raw"
+        found = opened_sha256(self.server, BUCKET, PREFIX, image)
+        image.unlink()
+        return found
 
     def check_nothing_is_left(self):
         """The instance runs as at first; when the service has been stopped, nobody and nothing is left of it."""
@@ -270,6 +303,9 @@ class Scene:
         with self.records() as records:
             stored = {item.key for item in records.journal(self.bundle_id).objects() if item.size is not None}
         objects = self.objects()
+        if self._earlier is not None:
+            assert self._opened() in {self._earlier.sha256, self.sha256}
+            objects = {key: identity for key, identity in objects.items() if key not in self._earlier.names}
         for key, identity in self._stored.items():
             assert objects.get(key) in {identity, None}, f"{key} was sent again though it was recorded as stored"
         self._stored = {key: objects[key] for key in stored if key in objects and ".part." in key}
@@ -278,22 +314,33 @@ class Scene:
         self.sent_again += len(in_flight)
 
 
+class _Earlier(NamedTuple):
+    """The bundle that is to be replaced."""
+
+    sha256: str
+    names: frozenset[str]
+
+
 def moments(*steps):
     """The crash points of steps, in their order."""
     return [f"{step}, {when}" for step in steps for when in ("before", "after")]
 
 
-def killed_at(folder, crash_points, **settings):
+def killed_at(folder, crash_points, *, replacing=False, **settings):
     """A task that is killed at each of these moments in turn, in its end and checked."""
     scene = Scene(folder, **settings)
+    if replacing:
+        scene.replace()
     for moment in crash_points:
         scene.die_at(moment)
     return _completed(scene)
 
 
-def killed_at_random(folder, draw, times, **settings):
+def killed_at_random(folder, draw, times, *, replacing=False, **settings):
     """A task that is killed so many times at moments that `draw`, a random.Random, gives; in its end and checked."""
     scene = Scene(folder, **settings)
+    if replacing:
+        scene.replace()
     for _ in range(times):
         if scene.live() and scene.bundle_id is None:
             scene.ask()

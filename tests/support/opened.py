@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from thrave.bundle.names import manifest_filename, side_filename
+from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.partsource import DirectoryParts
 from thrave.identity.certificates import load_certificate, load_private_key
@@ -18,12 +18,14 @@ def opened_sha256(server: ThraveServer, bucket: str, prefix: str, output: Path) 
 
 def sha256_of_folder(server: ThraveServer, folder: Path, prefix: str, output: Path) -> str:
     """The same of a bundle whose files lie in a folder."""
+    manifest = (folder / manifest_filename(prefix)).read_bytes()
+    bound = folder / bound_side_filename(prefix, manifest)
     open_bundle(
-        (folder / manifest_filename(prefix)).read_bytes(),
+        manifest,
         DirectoryParts(folder),
         load_private_key((server.data.service / PRIVATE_KEY_FILE).read_bytes()),
         output,
         certificate=load_certificate((server.data.service / CERTIFICATE_FILE).read_bytes()),
-        side_file=(folder / side_filename(prefix)).read_bytes(),
+        side_file=(bound if bound.exists() else folder / side_filename(prefix)).read_bytes(),
     )
     return hashlib.sha256(output.read_bytes()).hexdigest()

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.policies import ACCESS_KEY_ID, SECRET
-from support.sealed import manifest_of
+from support.sealed import SIDE_KEY, manifest_of, private_key
 from thrave.buckets.directory import DirectoryBuckets
 from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.names import PART_SIZE, manifest_filename
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.partsource import DirectoryParts
+from thrave.bundle.sidefile import write_side_file
 from thrave.config import DataDirectory
 from thrave.database import migrate, open_engine
 from thrave.tasks.records import Records
@@ -115,7 +116,7 @@ class Bench:
             self._add()
         self.journal = self.records.journal(bundle_id)
 
-    def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0):
+    def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0, existing="refuse"):
         policy = UploadPolicy.trusted(*self.records.grant(self.bundle_id), ACCESS_KEY_ID)
         task = self.records.get(self.bundle_id)
         return BundleStore(
@@ -126,6 +127,7 @@ class Bench:
             uploads_at_once=at_once,
             patience=patience,
             stall_timeout=stall_timeout,
+            existing=existing,
         )
 
     @contextmanager
@@ -137,6 +139,23 @@ class Bench:
         store = store or self.store(stall_timeout=stall_timeout, **options)
         with self.watch(stall_timeout) as watch:
             return VolumeSealer(store, self.journal, "fast").seal(volume, watch)
+
+    def documents(self, sealed):
+        """Manifest and side file of what was sealed, recorded as the task does it."""
+        manifest = manifest_of(sealed)
+        side_file = write_side_file(sealed, manifest, side_key=SIDE_KEY, signing_key=private_key("user"))
+        documents = {"manifest": manifest.decode(), "side_file": side_file.decode()}
+        self.journal.conclude(documents)
+        return documents
+
+    def finish(self, sealed, **options):
+        """Prove the parts, and store side file and manifest."""
+        documents, store = self.documents(sealed), self.store(**options)
+        self.records.move(self.bundle_id, BundleTaskState.STORING)
+        with self.watch() as watch:
+            store.check(documents, watch)
+            store.put_side_file(documents, watch)
+            store.put_manifest(documents, watch, lambda: self.records.send_manifest(self.bundle_id))
 
     def told(self):
         return [event.message for event in self.records.history(self.bundle_id) if event.message]

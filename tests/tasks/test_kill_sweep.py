@@ -12,7 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from support.components import require
-from support.killing import MIB, TO_COMPLETE, Scene, killed_at, killed_at_random, moments
+from support.killing import MIB, TO_COMPLETE, TO_REPLACE, Scene, killed_at, killed_at_random, moments
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.states import BundleTaskState
 
@@ -25,6 +25,26 @@ AFTER_CANCELLING = ["instance started", "objects removed", "removal recorded", "
 @pytest.mark.slow
 def test_a_task_that_is_killed_at_each_step_in_turn_completes(tmp_path, database):
     killed_at(tmp_path, moments(*TO_COMPLETE), **database)
+
+
+@pytest.mark.slow
+def test_a_replacement_that_is_killed_at_each_step_in_turn_completes(tmp_path, database):
+    killed_at(tmp_path, moments(*TO_REPLACE), replacing=True, **database)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["part stored, after, 3", "side file stored, after", "earlier bundle noted, after"])
+def test_a_cancelled_replacement_leaves_exactly_the_earlier_bundle(tmp_path, moment):
+    """Killed at each step of putting back, too."""
+    scene = Scene(tmp_path)
+    scene.replace()
+    scene.die_at(moment)
+    scene.cancel_behind_its_back()
+    for moment_of_putting_back in moments("objects removed", "removal recorded", "record closed"):
+        scene.die_at(moment_of_putting_back)
+    assert scene.come_to_an_end().error_code == "Client.Cancelled"
+    scene.check_earlier()
+    scene.check_nothing_is_left()
 
 
 @pytest.mark.slow
@@ -106,7 +126,15 @@ def test_a_service_killed_while_it_forgets_a_task_has_forgotten_it_or_does_so_la
 
 
 def test_no_step_is_left_out():
-    swept = {*TO_COMPLETE, *AFTER_CANCELLING, *OF_REAL_MACHINES, "cancellation", "power cut", "task purged"}
+    swept = {
+        *TO_COMPLETE,
+        *TO_REPLACE,
+        *AFTER_CANCELLING,
+        *OF_REAL_MACHINES,
+        "cancellation",
+        "power cut",
+        "task purged",
+    }
     assert swept == {*STEPS}
 
 

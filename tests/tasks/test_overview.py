@@ -157,7 +157,7 @@ def test_what_a_failed_task_has_not_removed_is_left_over(add, records, overview)
     records.fail("one", TaskFailure("Client.S3Error", "no"))
     (seen,) = overview.of(["one"])
     assert [*seen.left_over] == ["one.part.0"]
-    records.journal("one").forget()
+    records.journal("one").forget(["one.part.0"])
     (seen,) = overview.of(["one"])
     assert [*seen.left_over] == []
 

@@ -44,7 +44,7 @@ def insert(engine, bundle_id, state, *, ended=timedelta()):
     row = {
         "bundle_id": bundle_id, "account_id": OWNER, "owner_id": OWNER, "instance_id": bundle_id, "host": "localhost",
         "state": state, "start_time": utc_now() - RETENTION * 2, "update_time": utc_now() - ended, "bucket": "bucket",
-        "prefix": "prefix", "access_key_id": "AKIA",
+        "prefix": bundle_id, "access_key_id": "AKIA",
     }  # fmt: skip
     with engine.begin() as connection:
         connection.execute(bundle_task.insert(), row)

@@ -1,25 +1,32 @@
 """A volume sealed into a bucket: parts sent at once and out of order, crashes, refusals, and a store that hangs."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from support import storing
 from support.buckets import owners
-from support.sealed import private_key
+from support.sealed import manifest_of, private_key
 from support.storing import BUCKET, MANIFEST, OWNER, PREFIX, HeldBuckets, directory, noise_disk, opened, part
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.bundle.deflate import CHUNK
-from thrave.bundle.names import PART_SIZE
+from thrave.bundle.names import PART_SIZE, bound_side_filename, own_part, side_filename
 from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.leftovers import LeftOvers
+from thrave.tasks.overview import Overview
+from thrave.tasks.places import SMALLEST_MANIFEST, Place
+from thrave.tasks.states import BundleTaskState
 from thrave.volumes.raw import RawVolume
 
 PARTS = 10
@@ -175,14 +182,14 @@ def test_a_disk_that_is_slow_does_not(disk, bench):
 
 @pytest.mark.parametrize("hanging", ["head", "put"])
 def test_a_store_that_stops_answering_fails_the_task_at_its_end_too(disk, buckets, bench, hanging):
-    bench.seal(RawVolume(disk))
+    documents = bench.documents(bench.seal(RawVolume(disk)))
     store = bench.store()
     buckets.hold(hanging)
 
     def finish():
         with bench.watch(stall_timeout=1.0) as watch:
-            store.check(watch)
-            store.put(MANIFEST, b"<manifest/>", watch)
+            store.check(documents, watch)
+            store.put_manifest(documents, watch, lambda: True)
 
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
         finish()
@@ -227,25 +234,6 @@ def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, d
     assert opened(tmp_path, sealed, private_key("user")) == other.read_bytes()
 
 
-def test_an_earlier_bundles_manifest_goes_before_its_first_part(disk, buckets, bench):
-    buckets.put(BUCKET, MANIFEST, b"<manifest/>")
-    there = []
-    buckets.before = lambda what, _: what == "put" and there.append(bench.stored_keys().count(MANIFEST))
-    bench.seal(RawVolume(disk))
-    assert not any(there)
-    assert bench.told() == ["The manifest of an earlier bundle was removed, because its parts are overwritten now."]
-
-
-def test_what_a_later_task_has_stored_in_the_same_place_is_not_removed(disk, buckets, bench, made_bench):
-    bench.seal(RawVolume(disk))
-    later = made_bench(buckets, bundle_id="bun-00000002")
-    later.seal(RawVolume(disk))
-    bench.store().remove()
-    assert len(later.stored_keys()) == PARTS
-    later.store().remove()
-    assert later.stored_keys() == []
-
-
 def test_a_part_that_somebody_else_overwrote_is_noticed(disk, buckets, bench):
     sealed = bench.seal(RawVolume(disk))
     buckets.put(BUCKET, sealed.parts[4].filename, b"somebody was here")
@@ -253,7 +241,7 @@ def test_a_part_that_somebody_else_overwrote_is_noticed(disk, buckets, bench):
         pytest.raises(TaskFailure, match=rf"something else now as '{PREFIX}{part(4)}'"),
         bench.watch() as watch,
     ):
-        bench.store().check(watch)
+        bench.store().check(bench.documents(sealed), watch)
 
 
 def test_how_often_the_store_was_asked_again_is_told(disk, buckets, bench):
@@ -270,6 +258,251 @@ def test_how_often_the_store_was_asked_again_is_told(disk, buckets, bench):
     ]
 
 
+def sealed_bundle(bench, disk, **options):
+    """A bundle of a small disk, complete in its bucket, and the task that made it ended."""
+    sealed = bench.seal(RawVolume(disk), **options)
+    bench.finish(sealed, **options)
+    assert bench.records.complete(bench.bundle_id)
+    return sealed
+
+
+def contents(bench):
+    return {key: bench.buckets.get(BUCKET, key) for key in bench.stored_keys()}
+
+
+def failed(bench):
+    bench.records.fail(bench.bundle_id, Cancelled())
+
+
+def test_store_refuses_a_prefix_that_has_a_bundle_and_touches_nothing(small, buckets, made_bench):
+    sealed_bundle(made_bench(buckets), small)
+    before = contents(made_bench(buckets))
+    second = made_bench(buckets, bundle_id="bun-00000002")
+    with pytest.raises(TaskFailure, match=r"Client\.PrefixInUse"):
+        second.seal(RawVolume(small))
+    second.store().remove()
+    assert contents(second) == before
+
+
+def test_store_refuses_a_manifest_that_came_while_it_was_sealing(small, buckets, bench):
+    sealed = bench.seal(RawVolume(small))
+    buckets.put(BUCKET, MANIFEST, b"m" * SMALLEST_MANIFEST)
+    with pytest.raises(TaskFailure, match=r"Client\.PrefixInUse"):
+        bench.finish(sealed)
+    bench.store().remove()
+    assert contents(bench) == {MANIFEST: b"m" * SMALLEST_MANIFEST}
+
+
+def test_store_never_overwrites_objects_under_the_prefix(small, buckets, bench):
+    """Somebody's parts without a manifest, and a side file, lie where the bundle goes."""
+    strange = {f"{PREFIX}.part.{number}": b"somebody's" for number in range(3)} | {side_filename(PREFIX): b"{}"}
+    for key, data in strange.items():
+        buckets.put(BUCKET, key, data)
+    sealed = bench.seal(RawVolume(small))
+    bench.finish(sealed)
+    assert contents(bench).items() >= strange.items()
+    bench.store().remove()
+    assert contents(bench) == strange
+
+
+def test_sealings_of_one_prefix_never_share_a_key(small, buckets, made_bench):
+    """A failed task, two complete ones and one that began again with another key."""
+    names = []
+    for number in range(1, 5):
+        bench = made_bench(buckets, bundle_id=f"bun-{number:08}")
+        sealed = bench.seal(RawVolume(small), existing="replace")
+        names += [{part.filename for part in sealed.parts}]
+        if number == 4:
+            bench.journal.begin(sealed.secrets)  # as after a crash; what was sent cannot be resumed
+            bench.store().remove()
+            sealed = bench.seal(RawVolume(small), existing="replace")
+            names += [{part.filename for part in sealed.parts}]
+        if number == 1:
+            bench.store().remove()
+            failed(bench)
+        else:
+            bench.finish(sealed, existing="replace")
+            bench.records.complete(bench.bundle_id)
+    assert len(set().union(*names)) == sum(map(len, names))
+    assert all(own_part(PREFIX).fullmatch(name) for name in set().union(*names))
+    assert names[0] == {f"{PREFIX}.part.0"}
+
+
+@pytest.fixture
+def small(tmp_path):
+    return noise_disk(tmp_path / "small.raw", 1)
+
+
+@pytest.fixture
+def replacing(tmp_path, small, buckets, made_bench):
+    """A second task on the place of a complete bundle, its manifest about to be stored."""
+    first = made_bench(buckets)
+    sealed_bundle(first, small)
+    before = contents(first)
+    other = noise_disk(tmp_path / "other.raw", 2, seed=2)
+    bench = made_bench(buckets, bundle_id="bun-00000002")
+    return bench, before, bench.seal(RawVolume(other), existing="replace"), other
+
+
+def test_replacing_leaves_the_earlier_bundle_until_the_manifest_is_stored(tmp_path, replacing):
+    bench, before, sealed, other = replacing
+    assert contents(bench).items() >= before.items()
+
+    def look(what, key):
+        if what == "put":
+            assert contents(bench).items() >= before.items()
+
+    bench.buckets.before = look
+    bench.finish(sealed, existing="replace")
+    bench.store().remove_earlier()
+    side_file = bound_side_filename(PREFIX, bench.buckets.get(BUCKET, MANIFEST))
+    assert bench.stored_keys() == sorted([MANIFEST, side_file, *(part.filename for part in sealed.parts)])
+    assert bench.journal.earlier() is None
+    assert opened(tmp_path, sealed, private_key("user")) == other.read_bytes()
+
+
+@pytest.mark.parametrize("moment", ["parts", "side file", "manifest refused", "manifest damaged", "manifest stored"])
+def test_a_replacement_that_fails_leaves_exactly_the_earlier_bundle(replacing, moment):
+    bench, before, sealed, _ = replacing
+    documents = bench.documents(sealed)
+    bench.records.move(bench.bundle_id, BundleTaskState.STORING)
+    send = partial(bench.records.send_manifest, bench.bundle_id)
+
+    def refuse(what, key):
+        if moment == "manifest refused" and (what, key) == ("put", MANIFEST):
+            raise AccessDenied("Policy expired.")
+
+    bench.buckets.before = refuse
+    with bench.watch() as watch, suppress(AccessDenied):
+        if moment != "parts":
+            bench.store().put_side_file(documents, watch)
+        if moment.startswith("manifest"):
+            bench.store(existing="replace").put_manifest(documents, watch, send)
+    if moment == "manifest damaged":  # the store keeps other bytes than were sent
+        bench.buckets.put(BUCKET, MANIFEST, documents["manifest"].encode()[:-9])
+    bench.buckets.before = lambda _what, _key: None
+    bench.store().remove()
+    assert contents(bench) == before
+    assert bench.journal.objects() == []
+
+
+def test_a_failed_replacement_is_undone_by_the_agent_later(replacing):
+    """The store did not answer when the task failed; its manifest has come to be stored."""
+    bench, before, sealed, _ = replacing
+    bench.finish(sealed, existing="replace")
+    failed(bench)
+    LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    assert contents(bench) == before
+    assert not bench.records.has_left_over(bench.bundle_id)
+
+
+def test_a_failed_task_leaves_a_manifest_that_somebody_else_has_stored_since(replacing, small, made_bench, buckets):
+    bench, _, sealed, _ = replacing
+    bench.finish(sealed, existing="replace")
+    failed(bench)
+    third = made_bench(buckets, bundle_id="bun-00000003")
+    sealed_bundle(third, small, existing="replace")
+    manifest = buckets.get(BUCKET, MANIFEST)
+    LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    assert buckets.get(BUCKET, MANIFEST) == manifest
+    assert all(buckets.head(BUCKET, key) for key in Place(BUCKET, "", PREFIX).part_keys(manifest))
+
+
+def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(replacing):
+    bench, before, sealed, _ = replacing
+    bench.finish(sealed, existing="replace")
+    bench.buckets.before = refuse_deletion
+    with pytest.raises(AccessDenied):
+        bench.store().remove_earlier()
+    assert bench.records.complete(bench.bundle_id)
+    (seen,) = Overview(bench.engine, bench.records).of([bench.bundle_id])
+    assert {*before} - {MANIFEST} <= {*seen.left_over}
+    bench.buckets.before = lambda _what, _key: None
+    LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    assert {*bench.stored_keys()} & ({*before} - {MANIFEST}) == set()
+    assert not bench.records.has_left_over(bench.bundle_id)
+
+
+def test_a_bundle_that_was_put_back_by_hand_is_not_removed(replacing):
+    """Its parts were to be removed; then its owner has copied it to its place again."""
+    bench, before, sealed, _ = replacing
+    bench.finish(sealed, existing="replace")
+    for key, data in before.items():
+        bench.buckets.put(BUCKET, key, data)
+    bench.store().remove_earlier()
+    assert contents(bench).items() >= before.items()
+
+
+def test_a_hostile_manifest_has_no_other_files_removed(small, buckets, bench, made_bench):
+    """It names files of other bundles; they stay when the bundle is replaced."""
+    others = ["other.part.0", f"{PREFIX}2.part.0", f"{PREFIX}.part.0x", "../escape", f"{PREFIX}.parts"]
+    sealed = sealed_bundle(bench, small)
+    manifest = manifest_of(replace(sealed, parts=tuple(
+        replace(sealed.parts[0], index=index, filename=name) for index, name in enumerate([*others[:3], *others[4:]])
+    )))  # fmt: skip
+    assert Place(BUCKET, "", PREFIX).part_keys(manifest) == ()
+    assert Place(BUCKET, "", PREFIX).part_keys(b"<manifest>") == ()
+
+
+def test_a_task_cannot_be_cancelled_once_its_manifest_may_have_been_sent(replacing):
+    bench, _, sealed, _ = replacing
+    bench.finish(sealed, existing="replace")
+    assert not bench.records.cancel(bench.bundle_id)
+    assert bench.records.complete(bench.bundle_id)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "other bytes"])
+def test_a_part_that_is_not_what_was_sealed_is_noticed_wherever_it_is(disk, buckets, bench, damage):
+    """Where the store keeps no MD5 (a directory), each part is read back."""
+    sealed = bench.seal(RawVolume(disk))
+    documents = bench.documents(sealed)
+    for each in (sealed.parts[0], sealed.parts[5], sealed.parts[-1]):
+        data = bytearray(buckets.get(BUCKET, each.filename))
+        if damage == "missing":
+            buckets.delete(BUCKET, [each.filename])
+        else:
+            changed = data[:-1] if damage == "shorter" else data[:-1] + bytes([data[-1] ^ 1])
+            buckets.put(BUCKET, each.filename, bytes(changed))
+        with pytest.raises(TaskFailure, match=re.escape(each.filename)), bench.watch() as watch:
+            bench.store().check(documents, watch)
+        buckets.put(BUCKET, each.filename, bytes(data))
+    with bench.watch() as watch:
+        bench.store().check(documents, watch)
+
+
+def test_a_part_that_the_journal_does_not_know_is_looked_for_all_the_same(small, buckets, bench):
+    sealed = bench.seal(RawVolume(small))
+    documents = bench.documents(sealed)
+    bench.journal.forget([item.key for item in bench.journal.objects()])
+    buckets.delete(BUCKET, [sealed.parts[0].filename])
+    with pytest.raises(TaskFailure, match="has lost"), bench.watch() as watch:
+        bench.store().check(documents, watch)
+
+
+def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, buckets, bench):
+    """The removal has passed when it is stored, and its own deletion is refused."""
+    buckets.hold("put", part_of_small := ".part.0")
+    with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
+        bench.seal(RawVolume(small), stall_timeout=1.0)
+    bench.store().remove()
+    assert [item.key for item in bench.journal.objects()] == [PREFIX + part_of_small]
+    buckets.before = refuse_deletion
+    buckets.let_go()
+    buckets.wait_for(lambda: len(buckets.ended) == 1)
+    wait_until(lambda: bench.stored_keys() == [PREFIX + part_of_small])
+    failed(bench)
+    assert bench.records.has_left_over(bench.bundle_id)
+    buckets.before = lambda _what, _key: None
+    looking = LeftOvers(bench.records, buckets, "localhost", stall_timeout=60.0)
+    wait_until(lambda: looking.look() or not bench.records.has_left_over(bench.bundle_id))
+    assert bench.stored_keys() == []
+
+
+def refuse_deletion(what, _key):
+    if what == "delete":
+        raise AccessDenied("Access Denied")
+
+
 @pytest.mark.s3
 def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag(disk, made_bench, seaweedfs):
     buckets = owners(seaweedfs).of(OWNER)
@@ -279,14 +512,15 @@ def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag
     assert [item.etag for item in bench.journal.objects()] == [
         buckets.head(BUCKET, key).etag for key in bench.stored_keys()
     ]
+    documents = bench.documents(sealed)
     with bench.watch() as watch:
-        bench.store().check(watch)
+        bench.store().check(documents, watch)
     buckets.put(BUCKET, sealed.parts[4].filename, bytes(PART_SIZE))
     with (
         pytest.raises(TaskFailure, match=rf"something else now as '{PREFIX}{part(4)}'"),
         bench.watch() as watch,
     ):
-        bench.store().check(watch)
+        bench.store().check(documents, watch)
     bench.store().remove()
     assert bench.stored_keys() == []
 

@@ -25,11 +25,14 @@ class PartCutter:
         width: digits of their numbers.
         part_size: bytes of each part but the last, a multiple of 16.
         first: number of the first part; the IV is then the last block of the one before.
+        series: digits before the number; see ``names.new_series``.
     """
 
-    def __init__(self, secrets: BundleSecrets, prefix: str, width: int, part_size: int, first: int = 0) -> None:
+    def __init__(
+        self, secrets: BundleSecrets, prefix: str, width: int, part_size: int, *, first: int = 0, series: str = ""
+    ) -> None:
         self._encryptor = Cipher(algorithms.AES(secrets.key), modes.CBC(secrets.iv)).encryptor()
-        self._prefix, self._width, self._part_size = prefix, width, part_size
+        self._prefix, self._width, self._part_size, self._series = prefix, width, part_size, series
         self._index = first
         self._taken = first * part_size
         self._begin_part()
@@ -68,7 +71,7 @@ class PartCutter:
     def _cut(self) -> Part:
         part = Part(
             index=self._index,
-            filename=part_filename(self._prefix, self._index, self._width),
+            filename=part_filename(self._prefix, self._index, self._width, self._series),
             size=self._filled,
             sha1=self._sha1.hexdigest(),
             sha256=self._sha256.hexdigest(),

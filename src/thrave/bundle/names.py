@@ -4,7 +4,9 @@ A name in a manifest is a stranger's word: it is used only as a bare file name b
 touches a disk.
 """
 
+import hashlib
 import re
+import secrets
 
 from thrave.bundle.errors import NamingError
 
@@ -14,6 +16,8 @@ PART_SIZE = 10 * 1024 * 1024
 MANIFEST_SUFFIX = ".manifest.xml"
 SIDE_FILE_SUFFIX = ".manifest.json"
 
+_SERIES_DIGITS = 12
+_BINDING_DIGITS = 32  # hexadecimal ones of the manifest's SHA-256
 _LONGEST = 255
 _LONGEST_SUFFIX = max(len(".part.") + 7, len(MANIFEST_SUFFIX), len(SIDE_FILE_SUFFIX))
 
@@ -94,9 +98,30 @@ def part_width(stream_length: int, part_size: int = PART_SIZE) -> int:
     return len(str(-(-stream_length // part_size)))
 
 
-def part_filename(prefix: str, index: int, width: int) -> str:
-    """Return the file name of a part: ``PREFIX.part.007`` for index 7 and width 3."""
-    return f"{prefix}.part.{index:0{width}}"
+def part_filename(prefix: str, index: int, width: int, series: str = "") -> str:
+    """Return the file name of a part: ``PREFIX.part.007`` for index 7 and width 3.
+
+    Args:
+        prefix: the bundle's name.
+        index: from 0.
+        width: digits of the index.
+        series: digits before the index; see ``new_series``.
+    """
+    return f"{prefix}.part.{series}{index:0{width}}"
+
+
+def new_series() -> str:
+    """Return digits that keep the names of a bundle's parts apart from those of every other bundle of its prefix.
+
+    They stand before the part's index, so the names match ``PREFIX.part.[0-9]+`` as those of every known bundler do,
+    and sort in their order. They are longer than any index, so no such name is one without a series.
+    """
+    return f"{1 + secrets.randbelow(9)}" + "".join(str(secrets.randbelow(10)) for _ in range(_SERIES_DIGITS - 1))
+
+
+def own_part(prefix: str) -> re.Pattern[str]:
+    """Return a pattern of the names that the parts of a bundle may have: no other file is ever copied or removed."""
+    return re.compile(re.escape(prefix) + r"\.part\.[0-9]+")
 
 
 def manifest_filename(prefix: str) -> str:
@@ -105,5 +130,14 @@ def manifest_filename(prefix: str) -> str:
 
 
 def side_filename(prefix: str) -> str:
-    """Return the file name of the side file, which old tools ignore."""
+    """Return the usual file name of the side file, which old tools ignore."""
     return prefix + SIDE_FILE_SUFFIX
+
+
+def bound_side_filename(prefix: str, manifest_xml: bytes) -> str:
+    """Return the file name of a side file that belongs to one manifest: ``PREFIX.manifest.DIGEST.json``.
+
+    A bundle that replaces another one has it, so that the side file of neither is ever read with the manifest of the
+    other. Readers look for it first, then for the usual name.
+    """
+    return f"{prefix}.manifest.{hashlib.sha256(manifest_xml).hexdigest()[:_BINDING_DIGITS]}.json"

@@ -34,7 +34,9 @@ class Sealing:
         level: how hard to compress.
         part_size: bytes of each part but the last, a multiple of 16.
         workers: deflating threads; one a core unless given.
-        cut_off: goes on where a sealing of the same image was cut off; secrets, level and part size must be the same.
+        cut_off: resumes where a sealing of the same image was cut off; secrets, level, part size and series must be the
+            same.
+        series: digits in the names of the parts, before their numbers; see ``names.new_series``.
 
     Raises:
         NamingError: the prefix may not be used.
@@ -51,6 +53,7 @@ class Sealing:
         part_size: int = PART_SIZE,
         workers: int | None = None,
         cut_off: CutOff | None = None,
+        series: str = "",
     ) -> None:
         if part_size <= 0 or part_size % CIPHER_BLOCK:
             raise ValueError("the part size must be a multiple of 16")
@@ -62,6 +65,7 @@ class Sealing:
         self._workers = workers or os.cpu_count() or 1
         self._crew = Crew(self._workers)
         self._cut_off = cut_off
+        self._series = series
         self._done = cut_off.checkpoint.chunk.offset if cut_off else 0
         self._sealed: Sealed | None = None
 
@@ -148,7 +152,7 @@ class Sealing:
         if self._cut_off is not None:
             first = self._cut_off.checkpoint.parts
             secrets = replace(secrets, iv=bytes.fromhex(self._cut_off.checkpoint.last_block))
-        return PartCutter(secrets, self._member.name, width, self._part_size, first)
+        return PartCutter(secrets, self._member.name, width, self._part_size, first=first, series=self._series)
 
     def _cut(self, chunk: Chunk, rest: memoryview, cutter: PartCutter) -> Iterator[Part]:
         begin = cutter.taken - (len(chunk.data) - len(rest))

@@ -1,21 +1,17 @@
 """Which files are a bundle's: those that may be copied or removed in its name, and no other.
 
-A manifest may be hostile. Every known bundler calls parts `PREFIX.part.N`, and Thrave also `PREFIX.TOKEN.part.N`, where
-all parts have the same token. A manifest that names anything else, or the parts of another bundle, is refused before a
-file is touched.
+A manifest may be hostile. Every known bundler calls parts `PREFIX.part.N`. A manifest that names anything else is
+refused before a file is touched.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import click
 
 from thrave.bundle.errors import ManifestError
-from thrave.bundle.names import manifest_filename
-
-_MIDDLE = r"\.[A-Za-z0-9_-]+"  # the token
+from thrave.bundle.names import own_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,17 +29,9 @@ def own_part_filenames(location: Location[Folder], filenames: Iterable[str]) -> 
     """
     if location.prefix is None:
         raise click.UsageError(f"{location} is not called PREFIX.manifest.xml, so nobody knows which files are its own")
-    own = re.compile(f"({re.escape(location.prefix)}({_MIDDLE})?)" + r"\.part\.[0-9]+")
-    names, stems = tuple(filenames), set()
+    own = own_part(location.prefix)
+    names = tuple(filenames)
     for name in names:
-        match = own.fullmatch(name)
-        if match is None:
+        if not own.fullmatch(name):
             raise ManifestError(f"{name!r} is no part of the bundle {location.prefix!r}: nothing was touched")
-        stems.add(match[1])
-    if len(stems) > 1:
-        raise ManifestError(f"the parts have names of several bundles, {sorted(stems)[:3]}: nothing was touched")
-    for stem in stems - {location.prefix}:
-        # What looks like a token may be the end of another bundle's name.
-        if location.folder.size(manifest_filename(stem)) is not None:
-            raise ManifestError(f"its parts have the names of the bundle {stem!r}: nothing was touched")
     return names

@@ -95,15 +95,15 @@ def copy(
         raise click.UsageError(
             f"a bundle cannot be renamed: its files' names stand in its signed manifest. Leave {to.manifest} out"
         )
-    xml, side_file = read_documents(location)
+    xml, side_file, side_filename = read_documents(location)
     believed = believe(xml, side_file, Trust(certificate, side_key))
     own_part_filenames(location, (part.filename for part in believed.manifest.parts))
     target = Location(to.folder, location.manifest)
     _check_free(target, xml)
     with progress_bar("copying", believed.manifest.bundled_size) as bar:
         sent = _copy_parts(believed, location.folder, to.folder, bar.update)
-    if side_file is not None and location.side_file is not None:
-        to.folder.write(location.side_file, side_file)
+    if side_file is not None and side_filename is not None:
+        to.folder.write(side_filename, side_file)
     to.folder.write(location.manifest, xml)
     emit(output, _document(location, target, believed, sent), _text(target, believed, sent))
 

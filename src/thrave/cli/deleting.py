@@ -49,25 +49,33 @@ def delete(*, location: Location[WritableFolder], certificate: Certificate | Non
     Exit codes: 0 removed, 1 it cannot be reached or removed, 2 wrong command line, 3 it is not there, 4 not allowed, 10
     no manifest, a forged one, or one that names other files.
     """
-    parts = own_part_filenames(location, _part_filenames(location, certificate))
-    side_file = [location.side_file] if location.side_file else []
+    xml, parts = _manifest_and_parts(location, certificate)
+    bound = None if xml is None else location.bound_side_file(xml)
+    side_file = None if bound is None else read_side_file_at(location, bound)
+    side_files = [location.side_file] if location.side_file else []
     if not dry_run:
-        _remove(location.folder, [[location.manifest], *_batches(parts), side_file])
-    filenames = [location.manifest, *parts, *side_file]
+        if side_file is not None and bound is not None:  # its name is lost with the manifest
+            location.folder.write(side_files[0], side_file)
+            location.folder.remove([bound])
+        _remove(location.folder, [[location.manifest], *_batches(parts), side_files])
+    filenames = [location.manifest, *parts, *([bound] if side_file is not None and bound is not None else side_files)]
     where = [location.folder.where(filename) for filename in filenames]
     said = "\n".join(["would be removed:", *where]) if dry_run else f"removed: {location} and {len(parts)} parts"
     emit(output, {"removed": not dry_run, "files": where}, said)
 
 
-def _part_filenames(location: Location[WritableFolder], certificate: Certificate | None) -> Iterable[str]:
-    """The parts that the manifest names; where it is gone already, those that the side file does."""
+def _manifest_and_parts(
+    location: Location[WritableFolder], certificate: Certificate | None
+) -> tuple[bytes | None, Sequence[str]]:
+    """The manifest, and the parts that it names; where it is gone already, those that the side file does."""
     from thrave.bundle.verifying import Trust, believe
 
     try:
         xml = read_manifest_file(location)
     except FileMissingError:
-        return _left_over(location, certificate)
-    return [part.filename for part in believe(xml, None, Trust(certificate)).manifest.parts]
+        return None, own_part_filenames(location, _left_over(location, certificate))
+    parts = believe(xml, None, Trust(certificate)).manifest.parts
+    return xml, own_part_filenames(location, (part.filename for part in parts))
 
 
 def _left_over(location: Location[WritableFolder], certificate: Certificate | None) -> Iterable[str]:
@@ -75,7 +83,7 @@ def _left_over(location: Location[WritableFolder], certificate: Certificate | No
     from thrave.bundle.sidefile import read_side_file
     from thrave.bundle.signatures import rsa_key
 
-    data = read_side_file_at(location)
+    data = read_side_file_at(location, location.side_file)
     if data is None:
         raise FileMissingError(f"{location} is not there, nor a side file that names its parts")
     side = read_side_file(data)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import click
 
-from thrave.bundle.names import MANIFEST_SUFFIX, side_filename
+from thrave.bundle.names import MANIFEST_SUFFIX, bound_side_filename, side_filename
 from thrave.cli.folders import FileMissingError, Folder, FolderRefusedError, LocalFolder, WritableFolder
 
 if TYPE_CHECKING:
@@ -46,8 +46,12 @@ class Location(Generic[_Folder_co]):
 
     @property
     def side_file(self) -> str | None:
-        """The file name of the side file that it may have."""
+        """The usual file name of the side file that it may have."""
         return None if self.prefix is None else side_filename(self.prefix)
+
+    def bound_side_file(self, xml: bytes) -> str | None:
+        """The file name of the side file that belongs to this manifest alone, if it has such a one."""
+        return None if self.prefix is None else bound_side_filename(self.prefix, xml)
 
 
 class Address(click.ParamType["_Kind"]):
@@ -153,23 +157,34 @@ def read_manifest_file(location: Location[Folder]) -> bytes:
     xml = location.folder.read(location.manifest, MOST_BYTES)
     part = _PART.fullmatch(location.manifest)
     if part is not None and b"<manifest" not in xml[:1000]:
-        manifest = location.folder.where(_manifest_beside(location.folder, part[1]))
+        manifest = location.folder.where(part[1] + MANIFEST_SUFFIX)
         raise ManifestError(f"{location} is a part of a bundle, not its manifest; give {manifest}")
     return xml
 
 
-def _manifest_beside(folder: Folder, stem: str) -> str:
-    """The manifest of the part `STEM.part.N`: `STEM` is the prefix, or the prefix and a token."""
-    names = [prefix + MANIFEST_SUFFIX for prefix in (stem, stem.rpartition(".")[0]) if prefix]
-    return next((name for name in names if folder.size(name) is not None), names[0])
+class Documents(NamedTuple):
+    """The two files that make parts a bundle."""
+
+    manifest: bytes
+    side_file: bytes | None
+    side_filename: str | None
+    """The file name of the side file, if there is one."""
 
 
-def read_documents(location: Location[Folder]) -> tuple[bytes, bytes | None]:
-    """The manifest's bytes, and those of the side file if there is one beside it."""
-    return read_manifest_file(location), read_side_file_at(location)
+def read_documents(location: Location[Folder]) -> Documents:
+    """The manifest's bytes, and those of the side file if there is one beside it.
+
+    A side file that belongs to this manifest alone comes first: one of the usual name may be an earlier bundle's.
+    """
+    xml = read_manifest_file(location)
+    for filename in (location.bound_side_file(xml), location.side_file):
+        side_file = read_side_file_at(location, filename)
+        if side_file is not None:
+            return Documents(xml, side_file, filename)
+    return Documents(xml, None, None)
 
 
-def read_side_file_at(location: Location[Folder]) -> bytes | None:
+def read_side_file_at(location: Location[Folder], filename: str | None) -> bytes | None:
     """The side file's bytes, hardly more of them than one may have; None if there is none.
 
     To those who may not list a bucket, S3 says of what is not there that they may not read it. Then there is none, and
@@ -177,14 +192,15 @@ def read_side_file_at(location: Location[Folder]) -> bytes | None:
     """
     from thrave.bundle.sidefile import MOST_BYTES
 
-    if location.side_file is None:
+    if filename is None:
         return None
     try:
-        return location.folder.read(location.side_file, MOST_BYTES)
+        return location.folder.read(filename, MOST_BYTES)
     except FileMissingError:
         return None
     except FolderRefusedError as error:
-        click.echo(f"thrave: as if there were no side file: {error}", err=True)
+        if filename == location.side_file:
+            click.echo(f"thrave: as if there were no side file: {error}", err=True)
         return None
 
 

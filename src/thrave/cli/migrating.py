@@ -88,7 +88,7 @@ def migrate(
 
     name = location.manifest
     target = Location(_writable(location.folder), name) if folder is None else _new(folder, name)
-    xml, old_side_file = read_documents(location)
+    xml, old_side_file, old_side_filename = read_documents(location)
     try:
         migrated = migrating.migrate(
             xml,
@@ -100,8 +100,12 @@ def migrate(
         )
     except UnwritableValueError as error:
         raise click.ClickException(f"{error}. {_INSTEAD.format(shlex.quote(str(location)))}") from None
-    _replace(target, migrated, old_side_file if folder is None else None)
-    side_file = None if migrated.side_file is None else target.folder.where(target.side_file or "")
+    side_filename = target.side_file
+    if folder is None and old_side_filename not in {None, target.side_file}:
+        side_filename = _replace_bound(target, migrated, old_side_filename)
+    else:
+        _replace(target, migrated, old_side_file if folder is None else None)
+    side_file = None if migrated.side_file is None else target.folder.where(side_filename or "")
     without = "" if side_file else "\nThe bundle has no side file: for one, its parts would have to be read."
     emit(output, {"manifest": target, "sideFile": side_file}, f"{target}{without}")
 
@@ -117,6 +121,17 @@ def _new(folder: WritableFolder, manifest: str) -> Location[WritableFolder]:
     if folder.size(manifest) is not None:
         raise BundleExists(f"{target} exists; give another folder, or leave --to out to have it replaced")
     return target
+
+
+def _replace_bound(target: Location[WritableFolder], migrated: Migrated, old: str | None) -> str | None:
+    """Replace the documents of a bundle whose side file belongs to its manifest alone; return the new one's name."""
+    new = target.bound_side_file(migrated.manifest)
+    if new is not None and migrated.side_file is not None:
+        target.folder.write(new, migrated.side_file)
+    target.folder.write(target.manifest, migrated.manifest)
+    if old is not None:
+        target.folder.remove([old])
+    return new
 
 
 def _replace(target: Location[WritableFolder], migrated: Migrated, old_side_file: bytes | None) -> None:

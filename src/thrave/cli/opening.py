@@ -112,7 +112,7 @@ def open_(
 
     target = _target(image, stdout=stdout)
     make_image = image_maker(target, image_format, replace=force)
-    xml, side_file = read_documents(location)
+    xml, side_file, _ = read_documents(location)
     believed = believe(xml, side_file, Trust(certificate, side_key, key.public_key()))
     said = believed.manifest
     with _warning_of_half_an_image(target), progress_bar("opening", said.bundled_size) as bar:
@@ -185,7 +185,7 @@ def verify(
 
     if sample is not None and key is not None:
         raise click.UsageError("with --key the image is checked, and for that all of it is read: leave out --sample")
-    xml, side_file = read_documents(location)
+    xml, side_file, _ = read_documents(location)
     believed = believe(xml, side_file, Trust(certificate, side_key, None if key is None else key.public_key()))
     if sample is None:
         verified = _verify_all(believed, location.folder, key)

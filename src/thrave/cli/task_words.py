@@ -6,6 +6,7 @@ could make a terminal do something; an upload policy, its signature and a bundle
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 from thrave.cli.output import printable, table
@@ -77,6 +78,7 @@ def story_document(story: TaskStory) -> Json:
         "meaning": cause and cause.meaning,
         "remedy": cause and cause.remedy,
         "leftOverKeys": [*story.seen.left_over],
+        "removalCommand": " ".join(removal_commands(task)) if story.seen.left_over else None,
         "history": [
             {
                 "time": spell.event.time,
@@ -163,9 +165,25 @@ def _reason(task: BundleTask) -> str:
 
 
 def _left_over(story: TaskStory) -> str:
-    keys = story.seen.left_over
+    """What is still to be removed from the bucket, and how; what a failed task had sent is known to be gone, if so."""
+    task, keys = story.seen.task, story.seen.left_over
+    failed = task.state is BundleTaskState.FAILED
     if not keys:
-        return "Nothing is left over in the bucket." if story.seen.task.state is BundleTaskState.FAILED else ""
+        return "The bucket holds no object that this task has sent." if failed else ""
+    whose = "objects of this task" if failed else "objects of the bundle that this one has replaced"
     more = [f"… and {len(keys) - _KEYS_SHOWN} more (--output json lists all)"] if len(keys) > _KEYS_SHOWN else []
-    lines = [f"Left over in the bucket {story.seen.task.bucket}: {len(keys)}", *keys[:_KEYS_SHOWN]]
-    return "\n".join(printable(line) for line in lines + more)
+    remedy = [
+        "The service tries again to remove them, at last once an hour. If its key may not, use one that may:",
+        *removal_commands(task),
+    ]
+    first = f"Not removed from the bucket {task.bucket}: {len(keys)} {whose}"
+    return "\n".join(printable(line) for line in [first, *keys[:_KEYS_SHOWN], *more, *remedy])
+
+
+def removal_commands(task: BundleTask) -> list[str]:
+    """The commands that remove from an S3 store what a task could not, with an access key that may delete."""
+    keys = "import json, sys; print(*json.load(sys.stdin)['leftOverKeys'], sep='\\n')"
+    return [
+        f'thrave task show {task.bundle_id} --output json | python3 -c "{keys}" |',
+        f"    xargs -d '\\n' -I KEY aws s3api delete-object --bucket {shlex.quote(task.bucket)} --key KEY",
+    ]

@@ -101,7 +101,7 @@ def show(settings: Settings, bundle_id: str, output: str) -> None:
     """Show all that is known of the task with the id BUN.
 
     Its states with their times, what it has stored and how fast, how often a host began it; if it failed the reason,
-    what to do about it, and what is left over in the bucket.
+    what to do about it, and what could not be removed from the bucket.
 
     \b
     Example:

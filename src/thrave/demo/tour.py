@@ -102,11 +102,13 @@ class Tour:
     def without_thrave(self) -> list[str]:
         """The commands that open the bundle with nothing but what every system has."""
         manifest, key = shlex.quote(str(self.manifest)), shlex.quote(str(self.customer.private_key))
-        parts = shlex.quote(str(self.bucket_folder / self.prefix))
+        folder = shlex.quote(str(self.bucket_folder))
         slot = f'sed "s/.*<user_encrypted_$1[^>]*>//; s/<.*//; s/../\\\\\\\\x&/g" {manifest}'
         return [
             f'slot() {{ printf "$({slot})" | openssl pkeyutl -decrypt -inkey {key}; }}',
-            f"cat {parts}.part.* | openssl enc -d -aes-128-cbc -K $(slot key) -iv $(slot iv) | gunzip | tar -xSf -",
+            f"parts() {{ sed 's/<filename>/\\n&/g' {manifest} | sed -n 's/^<filename>\\([^<]*\\)<.*/\\1/p'; }}",
+            f"parts | (cd {folder} && xargs -d '\\n' cat) |",
+            "    openssl enc -d -aes-128-cbc -K $(slot key) -iv $(slot iv) | gunzip | tar -xSf -",
         ]
 
 

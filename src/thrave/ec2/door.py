@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 from thrave.buckets.buckets import Buckets
 from thrave.compute.instance import Instance
@@ -55,6 +56,7 @@ class Door:
         rate: How many requests of an account are answered.
         region: The one region that there is.
         any_platform: Bundle instances that are not Windows, too. EC2 does not.
+        existing_bundle: Whether a request for a prefix under which the bucket has a bundle is refused.
         version_2: Whether signature version 2 is accepted.
         recent_keys: Keys of `accounts` that have just signed a request.
         may: Whether a caller may do an action, such as `ec2:BundleInstance`, on a resource (an ARN, or `NO_RESOURCE`).
@@ -72,6 +74,7 @@ class Door:
     rate: RateLimit
     region: str = "us-east-1"
     any_platform: bool = False
+    existing_bundle: Literal["refuse", "replace"] = "refuse"
     version_2: bool = True
     recent_keys: RecentKeys = field(default_factory=RecentKeys)
     may: Callable[[Caller, str, str], bool] = account_may_do_all

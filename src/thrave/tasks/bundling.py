@@ -7,14 +7,16 @@ and buckets meet; they do not know each other. It never answers a caller: that i
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+import structlog
 
 from thrave.buckets.buckets import Buckets
+from thrave.buckets.errors import BucketError
 from thrave.buckets.policy import UploadPolicy
-from thrave.bundle.names import manifest_filename, side_filename
 from thrave.bundle.sealed import Sealed
 from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
@@ -38,7 +40,7 @@ from thrave.tasks.records import Records
 from thrave.tasks.root_volume import check_root_volume
 from thrave.tasks.sealing import VolumeSealer
 from thrave.tasks.states import FINISHED, BundleTaskState
-from thrave.tasks.storing import BundleStore
+from thrave.tasks.storing import BundleStore, ExistingBundle
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 from thrave.volumes.conditions import conditions
@@ -46,7 +48,11 @@ from thrave.volumes.opening import Skip, open_volume
 from thrave.volumes.volume import Volume
 
 _DAEMON_RESTART = 60.0  # seconds that a hypervisor's daemon may be away before the caretaker goes on
+_Result = TypeVar("_Result")
 _FURTHER_ON = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
+
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,8 @@ class Host:
     """What is done about an NTFS volume that its guest has not unmounted."""
     skip: Skip
     """What of a root volume's data is left out."""
+    existing_bundle: ExistingBundle
+    """What is done about a bundle that is in the place of a new one."""
     uploads_at_once: int
     """Parts of a bundle that are sent at the same time."""
     store_patience: float
@@ -109,10 +117,21 @@ class Bundling:
             self._step("seal the root volume into the bucket", self.seal, is_over_if_started=True)
             self._step("start the instance", self._power.restore)
             self._step("store the manifest", self.store)
-            self._step("merge the overlay", self.merge)
-            self._step("complete the task", self.complete)
         except TaskFailure as failure:
-            self.give_up(failure)
+            if not self._has_stored():
+                self.give_up(failure)
+                return
+        self.finish()
+
+    def finish(self) -> None:
+        """Merge the overlay, remove a bundle that was replaced, complete the task; no failure undoes a whole bundle."""
+        try:
+            self._step("merge the overlay", self.merge)
+        except TaskFailure as failure:
+            still = f"The instance still runs on its overlay, which is tried to be merged again: {failure.message}"
+            self._step("tell of the overlay", lambda: self._records.notice(self._task.bundle_id, still))
+        self._step("remove the earlier bundle", self.remove_earlier)
+        self._step("complete the task", self.complete)
 
     def give_up(self, failure: TaskFailure) -> None:
         """Start the instance, take away what was stored, and end the task with the reason."""
@@ -183,11 +202,25 @@ class Bundling:
         documents = self._journal.documents()
         assert documents is not None, "every part is stored"
         with self._state(BundleTaskState.STORING) as watch:
-            self._store.check(watch)
+            self._store.check(documents, watch)
             with durable("side file stored"):
-                self._store.put(side_filename(self._store.name), documents["side_file"].encode(), watch)
+                self._store.put_side_file(documents, watch)
             with durable("manifest stored"):
-                self._store.put(manifest_filename(self._store.name), documents["manifest"].encode(), watch)
+                self._store.put_manifest(documents, watch, partial(self._records.send_manifest, self._task.bundle_id))
+
+    def is_stored(self) -> bool:
+        """Whether the bucket has the task's manifest, though storing it is said to have failed."""
+        documents = self._journal.documents()
+        if documents is None or not self._records.has_sent_manifest(self._task.bundle_id):
+            return False
+        with self._state(BundleTaskState.STORING) as watch:
+            return self._store.has_manifest(documents, watch)
+
+    def _has_stored(self) -> bool:
+        try:
+            return self._step("look whether the manifest is stored", self.is_stored)
+        except TaskFailure:
+            return False  # what the manifest may have replaced is recorded, and put back
 
     def merge(self) -> None:
         """Have the instance go on without the overlay. The bundle is there if that fails, and the caretaker goes on."""
@@ -209,19 +242,30 @@ class Bundling:
         self._store.remove()
         self._host.made_buckets.discard_of(self._host.buckets, self._task)
 
+    def remove_earlier(self) -> None:
+        """Remove what is left of the bundle that was replaced; the agent tries again if that fails."""
+        earlier = self._journal.earlier()
+        if earlier is None:
+            return
+        self._journal.replace(replace(earlier, is_replaced=True))
+        try:
+            self._store.remove_earlier()
+        except (BucketError, TaskFailure) as error:
+            still = f"Parts of the bundle that was replaced are still in the bucket: {error}"
+            self._records.notice(self._task.bundle_id, still)
+
     def complete(self) -> None:
-        """End the task well, unless it was cancelled at the last moment."""
+        """End the task well."""
         with durable("record closed"):
-            completed = self._records.complete(self._task.bundle_id)
-        if not completed:
-            raise Cancelled
+            if not self._records.complete(self._task.bundle_id):
+                log.warning("a task has ended before its bundle was complete", bundle_id=self._task.bundle_id)
 
     def fail(self, failure: TaskFailure) -> None:
         """End the task with the reason."""
         with durable("record closed"):
             self._records.fail(self._task.bundle_id, failure)
 
-    def _step(self, name: str, work: Callable[[], object], *, is_over_if_started: bool = False) -> None:
+    def _step(self, name: str, work: Callable[[], _Result], *, is_over_if_started: bool = False) -> _Result:
         """A durable step, if the task is still this host's.
 
         Args:
@@ -230,14 +274,14 @@ class Bundling:
             is_over_if_started: Whether it fails if the instance had to be started while the database was unavailable:
                 then its volume is not what it was.
         """
-        step(name, lambda: self._do(work), _PowerFirst(self._host, self._task, self._power, is_over_if_started))
+        return step(name, lambda: self._do(work), _PowerFirst(self._host, self._task, self._power, is_over_if_started))
 
-    def _do(self, work: Callable[[], object]) -> None:
-        def do_it() -> None:
+    def _do(self, work: Callable[[], _Result]) -> _Result:
+        def do_it() -> _Result:
             self._records.check_mine(self._task.bundle_id)
-            work()
+            return work()
 
-        patiently(do_it, self._host.stall_timeout)
+        return patiently(do_it, self._host.stall_timeout)
 
     @cached_property
     def _store(self) -> BundleStore:
@@ -249,6 +293,7 @@ class Bundling:
             policy,
             uploads_at_once=self._host.uploads_at_once,
             patience=self._host.store_patience,
+            existing=self._host.existing_bundle,
             stall_timeout=self._host.stall_timeout,
         )
 

@@ -17,8 +17,9 @@ from typing import Literal, NamedTuple
 Step = Literal[
     "record", "cancellation", "power noted", "sysprep sent", "shutdown sent", "power cut", "shutdown seen",
     "overlay noted", "root volume frozen", "volume opened", "sealing begun", "part sealed", "part stored",
-    "part recorded", "sealing ended", "instance started", "side file stored", "manifest stored", "overlay merged",
-    "record closed", "objects removed", "removal recorded", "task purged",
+    "part recorded", "sealing ended", "instance started", "side file stored", "earlier bundle noted",
+    "manifest stored", "overlay merged", "earlier bundle removed", "record closed", "objects removed",
+    "removal recorded", "task purged",
 ]  # fmt: skip
 
 
@@ -64,8 +65,15 @@ STEPS: Mapping[Step, Durable] = {
     "sealing ended": Durable("Manifest and side file are recorded.", "They are made again."),
     "instance started": Durable("The instance is started, if it ran before.", "It is started unless it runs."),
     "side file stored": Durable("The bucket takes the side file.", "It is sent again."),
+    "earlier bundle noted": Durable(
+        "The manifest that is about to be replaced, and the names of its bundle's parts, are recorded.",
+        "The first that was recorded stays.",
+    ),
     "manifest stored": Durable("The bucket takes the manifest.", "It is sent again."),
     "overlay merged": Durable("The overlay is merged into the root volume, and removed.", "It is merged again."),
+    "earlier bundle removed": Durable(
+        "The parts and the side file of a bundle that was replaced are deleted.", "They are deleted again."
+    ),
     "record closed": Durable("The task is recorded as complete or failed.", "It is closed again, if it was not."),
     "objects removed": Durable("The objects of a task that has failed are deleted.", "They are deleted again."),
     "removal recorded": Durable("They are recorded as deleted.", "They are deleted again."),

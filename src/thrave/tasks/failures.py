@@ -30,7 +30,14 @@ class Cause(NamedTuple):
 CAUSES: dict[str, Cause] = {
     "Client.Cancelled": Cause(
         "CancelBundleTask was called.",
-        "Nothing. What had been stored was removed, and the instance was started again.",
+        "Nothing. The instance was started again. What had been stored was removed; what could not be removed is "
+        "listed by `thrave task show`.",
+    ),
+    "Client.PrefixInUse": Cause(
+        "The bucket has a bundle under this prefix, and `existing_bundle` is `refuse`; or a large object is in the "
+        "place of its manifest. Nothing that existed was touched.",
+        "Choose another prefix, remove the bundle with `thrave delete`, or have the operator set "
+        '`existing_bundle = "replace"`.',
     ),
     "Client.S3Error": Cause(
         "The bucket refused an object. The message gives S3's code, HTTP status and words, as AWS did: "

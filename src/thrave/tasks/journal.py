@@ -1,4 +1,4 @@
-"""What a task has in the bucket, and where its sealing goes on after a crash.
+"""What a task has in the bucket, what it replaces there, and where its sealing goes on after a crash.
 
 An object is written down before it is sent, so that clean-up finds exactly what was sent, and a part with its digests,
 so that it is never sent again as another; what is stored, together with the checkpoint at the end of its unbroken run,
@@ -6,6 +6,7 @@ so that nothing that is stored is ever sent again. The bundle's key is kept only
 the end of the task (`records.py`). Nothing here touches a bucket.
 """
 
+import base64
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple, TypedDict, cast
@@ -30,22 +31,24 @@ _GOES_ON_AT = (
     .values(checkpoint=sa.bindparam("point", type_=bundle_task.c.checkpoint.type))
 )
 
-# Whatever else is in the place of one of a task's objects has been sent by a task that began later.
-_later_task, _later_part = bundle_task.alias(), bundle_part.alias()
-_IS_A_LATER_TASKS = sa.exists().where(
-    _later_task.c.bucket == bundle_task.c.bucket,
-    _later_task.c.prefix == bundle_task.c.prefix,
-    _later_task.c.start_time > bundle_task.c.start_time,
-    _later_part.c.bundle_id == _later_task.c.bundle_id,
-    _later_part.c.key == bundle_part.c.key,
-)
-
 
 class Documents(TypedDict):
     """The two files that make parts a bundle. They hold the key only as encrypted to the owner and to the service."""
 
     manifest: str
     side_file: str
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a task found in its place: the bundle that its own one replaces."""
+
+    manifest: bytes
+    """What was at the manifest's key, to be put back if the task fails."""
+    keys: tuple[str, ...]
+    """The other objects of that bundle, to be removed once the task's own manifest is stored."""
+    is_replaced: bool = False
+    """Whether the task's own manifest was proved to be stored: from then on nothing is put back."""
 
 
 class StoredObject(NamedTuple):
@@ -56,6 +59,15 @@ class StoredObject(NamedTuple):
     """Bytes; None while it is in flight."""
     etag: str | None = None
     """MD5 in hex, as the store proved to have it; None where it keeps none."""
+
+
+class StoredDigest(NamedTuple):
+    """What the store proved to have when it took an object."""
+
+    sha256: str
+    """Of the part that was sent, in hex."""
+    md5: str
+    """Of the same bytes; the store's ETag was equal to it."""
 
 
 class Stored(NamedTuple):
@@ -82,6 +94,8 @@ class Left:
     """What a sealing that was cut off has left. With the same key the same parts must come out."""
 
     secrets: BundleSecrets
+    series: str = ""
+    """Digits in the names of its parts; see `thrave.bundle.names.new_series`."""
     cut_off: CutOff | None = None
     """Where it goes on; None: at its beginning."""
     sent: Mapping[int, SentPart] = field(default_factory=dict)
@@ -104,24 +118,42 @@ class Journal:
         self.bundle_id = bundle_id
         self._context = f"{bundle_id} secrets"
 
-    def begin(self, secrets: BundleSecrets) -> None:
-        """Begin a sealing with this key and IV; nothing is stored of it yet."""
+    def begin(self, secrets: BundleSecrets, series: str = "") -> None:
+        """Begin a sealing with this key and IV, and these digits in the names of its parts; nothing is stored yet."""
         sealed = self._vault.seal(secrets.key + secrets.iv, context=self._context)
         with self._engine.begin() as connection:
             connection.execute(bundle_part.update().where(self._mine).values(size=None, etag=None, part=None))
-            connection.execute(self._task().values(sealed_secrets=sealed, checkpoint=None))
+            connection.execute(self._task().values(sealed_secrets=sealed, checkpoint=None, part_series=series))
+
+    def is_alone_in_its_place(self) -> bool:
+        """Whether no other task that is known, of any account, has had this task's bucket and prefix."""
+        other = bundle_task.alias()
+        query = sa.select(sa.func.count()).select_from(
+            bundle_task.join(
+                other, sa.and_(other.c.bucket == bundle_task.c.bucket, other.c.prefix == bundle_task.c.prefix)
+            )
+        )
+        with self._engine.connect() as connection:
+            return connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).scalar_one() == 1
+
+    def has_begun(self) -> bool:
+        """Whether a sealing of the task has begun: it may have sent parts."""
+        query = sa.select(bundle_task.c.part_series).where(bundle_task.c.bundle_id == self.bundle_id)
+        with self._engine.connect() as connection:
+            return connection.execute(query).scalar_one() is not None
 
     def left(self) -> Left | None:
         """What a sealing that was begun before has left; None if none was."""
-        query = sa.select(bundle_task.c.sealed_secrets, bundle_task.c.checkpoint)
+        query = sa.select(bundle_task.c.sealed_secrets, bundle_task.c.part_series, bundle_task.c.checkpoint)
         rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._mine, bundle_part.c.part.is_not(None))
         with self._engine.connect() as connection:
-            sealed, document = connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).one()
+            sealed, series, document = connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).one()
             sent = [SentPart(SealedPart(**row.part), row.size is not None) for row in connection.execute(rows)]
         if sealed is None:
             return None
         opened = self._vault.unseal(sealed, context=self._context)
-        return _left(BundleSecrets(opened[:16], opened[16:]), document and Checkpoint.from_json(document), sent)
+        secrets = BundleSecrets(opened[:16], opened[16:])
+        return _left(secrets, series or "", document and Checkpoint.from_json(document), sent)
 
     def sending(self, key: str, part: SealedPart | None = None, stored: Stored = _NOTHING) -> None:
         """Write down that an object, perhaps a part, is about to be sent, and what has been stored meanwhile.
@@ -152,6 +184,37 @@ class Journal:
         with self._engine.connect() as connection:
             return cast("Documents | None", connection.execute(query).scalar_one())
 
+    def digests(self) -> dict[str, StoredDigest]:
+        """The parts whose MD5 the store proved when it took them, by their keys."""
+        proved = sa.and_(self._mine, bundle_part.c.etag.is_not(None), bundle_part.c.part.is_not(None))
+        query = sa.select(bundle_part.c.key, bundle_part.c.part, bundle_part.c.etag).where(proved)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query)
+            return {row.key: StoredDigest(row.part["sha256"], row.etag) for row in rows}
+
+    def replace(self, earlier: Earlier | None) -> None:
+        """Record the bundle that the task's own one replaces; None: there is none, or nothing is to be done about it.
+
+        If the task is another host's now, the process ends.
+        """
+        document = None
+        if earlier is not None:
+            manifest = base64.b64encode(earlier.manifest).decode("ascii")
+            document = {"manifest": manifest, "keys": [*earlier.keys], "isReplaced": earlier.is_replaced}
+        with self._engine.begin() as connection:
+            if self._fence is not None:
+                self._fence.check(connection, self.bundle_id)
+            connection.execute(self._task().values(earlier=document))
+
+    def earlier(self) -> Earlier | None:
+        """The bundle that the task's own one replaces, as far as something is to be done about it."""
+        query = sa.select(bundle_task.c.earlier).where(bundle_task.c.bundle_id == self.bundle_id)
+        with self._engine.connect() as connection:
+            document = connection.execute(query).scalar_one_or_none()
+        if document is None:
+            return None
+        return Earlier(base64.b64decode(document["manifest"]), tuple(document["keys"]), document["isReplaced"])
+
     def objects(self) -> list[StoredObject]:
         """Every object that the task has stored or begun to send, in the order of their keys."""
         columns = bundle_part.c.key, bundle_part.c.size, bundle_part.c.etag
@@ -159,24 +222,13 @@ class Journal:
             rows = connection.execute(sa.select(*columns).where(self._mine).order_by(bundle_part.c.key))
             return [StoredObject(*row) for row in rows]
 
-    def left_over(self) -> list[str]:
-        """The keys of what the task has stored or begun to send, but for those that a later task has sent, too."""
-        return self._own_keys(sa.true())
-
-    def is_anothers(self, key: str) -> bool:
-        """Whether what is under a key that the task has sent may be a later task's."""
-        return not self._own_keys(bundle_part.c.key == key)
-
-    def forget(self, *, but: Collection[str] = ()) -> None:
-        """Strike everything out, `but` what is still in the bucket or on its way: no sealing can go on."""
+    def forget(self, keys: Collection[str]) -> None:
+        """Delete the records of objects that are not in the bucket any more; no sealing can be resumed."""
         with self._engine.begin() as connection:
-            connection.execute(bundle_part.delete().where(self._mine, bundle_part.c.key.not_in(but)))
+            rows = [{"of": self.bundle_id, "named": key} for key in keys]
+            if rows:
+                connection.execute(_STRIKE_OUT, rows)
             connection.execute(self._task().values(sealed_secrets=None, checkpoint=None))
-
-    def _own_keys(self, condition: sa.ColumnElement[bool]) -> list[str]:
-        query = sa.select(bundle_part.c.key).join(bundle_task).where(self._mine, condition, ~_IS_A_LATER_TASKS)
-        with self._engine.connect() as connection:
-            return [*connection.execute(query.order_by(bundle_part.c.key)).scalars()]
 
     def _note(self, connection: sa.Connection, stored: Stored) -> None:
         if stored.objects:
@@ -195,9 +247,9 @@ class Journal:
         return bundle_task.update().where(bundle_task.c.bundle_id == self.bundle_id)
 
 
-def _left(secrets: BundleSecrets, checkpoint: Checkpoint | None, sent: Sequence[SentPart]) -> Left:
+def _left(secrets: BundleSecrets, series: str, checkpoint: Checkpoint | None, sent: Sequence[SentPart]) -> Left:
     by_index = {part.record.index: part for part in sorted(sent, key=lambda part: part.record.index)}
     if checkpoint is None:
-        return Left(secrets, None, by_index)
+        return Left(secrets, series, None, by_index)
     before = tuple(by_index.pop(index).record for index in range(checkpoint.parts))
-    return Left(secrets, CutOff(checkpoint, before), by_index)
+    return Left(secrets, series, CutOff(checkpoint, before), by_index)

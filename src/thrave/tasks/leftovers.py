@@ -1,9 +1,8 @@
-"""Takes away what failed tasks could not: objects that a bucket would not delete, at the time, or could not.
+"""Tries again to remove objects that could not be removed at once, for as long as it takes, also after a restart.
 
-What a task had in its bucket is written down until it is deleted (`journal.py`). A failed task whose journal is not
-empty has left something; here it is tried again, at longer and longer intervals, for as long as it takes, also after a
-restart. Deleting is the service's own right: that the task's upload policy has expired, or was erased, does not matter.
-It deletes exactly what is written down, and never touches a task that has not failed.
+These are the objects of failed tasks (`bundle_part` has their keys until they are deleted) and those of bundles that
+were replaced. Deleting is the right of the bucket's owner, in whose name the service acts: that the task's upload
+policy has expired, or was erased, does not matter. What is deleted, and what never, is decided in `removal.py`.
 """
 
 from datetime import datetime, timedelta
@@ -14,9 +13,11 @@ from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import BucketError
 from thrave.database import utc_now
 from thrave.tasks.failures import TaskFailure
+from thrave.tasks.places import Place
 from thrave.tasks.records import Records
+from thrave.tasks.removal import remove_earlier, remove_objects
 from thrave.tasks.retries import Retries
-from thrave.tasks.storing import remove_objects
+from thrave.tasks.states import BundleTaskState
 from thrave.tasks.task import BundleTask
 
 INTERVAL = 15.0  # seconds between two looks
@@ -28,10 +29,10 @@ log = structlog.get_logger()
 
 
 class LeftOvers:
-    """What failed tasks have left, as one host's agent sees to it."""
+    """Removes what the tasks of one host could not remove."""
 
     def __init__(self, records: Records, buckets: Buckets, host: str, *, stall_timeout: float) -> None:
-        """Take away what the tasks of `host`, and of hosts that were given up, have left in `buckets`."""
+        """Remove what the tasks of `host`, and of hosts that were given up, have left in `buckets`."""
         self._records = records
         self._buckets = buckets
         self._host = host
@@ -41,9 +42,10 @@ class LeftOvers:
         self._retries = Retries(INTERVAL, LONGEST)
 
     def look(self) -> None:
-        """Take away what is due to be tried."""
+        """Remove what is due to be tried."""
         now = utc_now()
-        for task in self._records.left_over(self._host, ended_after=self._seen):
+        failed = self._records.left_over(self._host, ended_after=self._seen)
+        for task in [*failed, *self._records.replacing(self._host)]:
             self._known.setdefault(task.bundle_id, task)
         self._seen = now - _OVERLAP
         for task in [*self._known.values()]:
@@ -53,12 +55,16 @@ class LeftOvers:
     def _try(self, task: BundleTask) -> None:
         if task.host == self._host:
             self._records.check_mine(task.bundle_id)
+        if self._records.in_progress_at(task.bucket, task.prefix) is not None:
+            return  # that task may be about to store its manifest
         journal = self._records.journal(task.bundle_id)
         try:
-            remove_objects(self._buckets, task.bucket, journal, stall_timeout=self._stall_timeout)
+            buckets = self._buckets.on_behalf_of(task.access_key_id)
+            remove = remove_earlier if task.state is BundleTaskState.COMPLETE else remove_objects
+            remove(buckets, Place.of(task), journal, stall_timeout=self._stall_timeout)
         except (BucketError, TaskFailure) as error:
-            log.warning("objects cannot be removed", bundle_id=task.bundle_id, reason=str(error))
-        if journal.objects():
+            log.warning("objects cannot be removed", bundle_id=task.bundle_id, error=str(error))
+        if self._records.has_left_over(task.bundle_id):
             self._retries.failed(task.bundle_id)
         else:
             self._retries.over(task.bundle_id)

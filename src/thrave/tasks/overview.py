@@ -18,12 +18,17 @@ from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.task import BundleTask, Event
 
 _taken_part = sa.case((bundle_part.c.part.is_not(None), bundle_part.c.size))
-_STORED = sa.select(
-    bundle_part.c.bundle_id,
-    sa.func.count(),
-    sa.func.count(_taken_part),
-    sa.func.coalesce(sa.cast(sa.func.sum(bundle_part.c.size), sa.BigInteger), 0),
-).group_by(bundle_part.c.bundle_id)
+_STORED = (
+    sa.select(
+        bundle_task.c.bundle_id,
+        bundle_task.c.earlier.is_not(None),
+        sa.func.count(bundle_part.c.key),
+        sa.func.count(_taken_part),
+        sa.func.coalesce(sa.cast(sa.func.sum(bundle_part.c.size), sa.BigInteger), 0),
+    )
+    .outerjoin(bundle_part)
+    .group_by(bundle_task.c.bundle_id)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +106,18 @@ class Overview:
         return self._seen(tasks)
 
     def _seen(self, tasks: Sequence[BundleTask]) -> list[SeenTask]:
-        mine = _STORED.where(bundle_part.c.bundle_id.in_([task.bundle_id for task in tasks]))
+        mine = _STORED.where(bundle_task.c.bundle_id.in_([task.bundle_id for task in tasks]))
         with self._engine.connect() as connection:
-            stored = {bundle_id: Stored(*counts) for bundle_id, *counts in connection.execute(mine)}
-        return [self._one(task, stored.get(task.bundle_id, Stored())) for task in tasks]
+            found = {row[0]: (row[1], Stored(*row[2:])) for row in connection.execute(mine)}
+        return [self._one(task, *found.get(task.bundle_id, (False, Stored()))) for task in tasks]
 
-    def _one(self, task: BundleTask, stored: Stored) -> SeenTask:
-        has_left = task.state is BundleTaskState.FAILED and stored.objects
-        return SeenTask(task, stored, self._records.journal(task.bundle_id).left_over() if has_left else [])
+    def _one(self, task: BundleTask, replaces: bool, stored: Stored) -> SeenTask:  # noqa: FBT001 (a column)
+        journal, left_over = self._records.journal(task.bundle_id), []
+        if task.state is BundleTaskState.FAILED and stored.objects:
+            left_over = [item.key for item in journal.objects()]
+        elif task.state is BundleTaskState.COMPLETE and replaces and (earlier := journal.earlier()):
+            left_over = [*earlier.keys]
+        return SeenTask(task, stored, left_over)
 
 
 def spells(history: Sequence[Event], now: datetime) -> list[Spell]:

@@ -22,7 +22,7 @@ from thrave.vault import Vault
 
 # What a task needs while it is worked on, erased at its end; and what it keeps for itself besides.
 _ERASED = dict.fromkeys(("sealed_grant", "sealed_secrets", "checkpoint", "documents"))
-_KEPT = {*_ERASED, "frozen"}
+_KEPT = {*_ERASED, "frozen", "part_series", "earlier", "manifest_sent"}
 
 # Queries are written once, here: SQLAlchemy takes longer to put one together than SQLite to answer it.
 _SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
@@ -35,11 +35,15 @@ _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
     sa.or_(task_in_progress, bundle_task.c.update_time > sa.bindparam("ended_after")),
 )
+_OF_PLACE = _TASKS.where(
+    bundle_task.c.bucket == sa.bindparam("bucket"), bundle_task.c.prefix == sa.bindparam("prefix"), task_in_progress
+)
 _FROZEN = TypeAdapter(Frozen)
 _LEFT_OVER = sa.and_(
     bundle_task.c.state == sa.literal_column("'failed'"),
     sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id),
 )
+_REPLACES = sa.and_(bundle_task.c.state == sa.literal_column("'complete'"), bundle_task.c.earlier.is_not(None))
 # Of a task whose host has no agent any more, and will have none.
 _HOSTLESS = ~sa.exists().where(host.c.host == bundle_task.c.host, host.c.state != sa.literal_column("'fenced'"))
 
@@ -70,7 +74,11 @@ class Records:
                 self._fence.check(connection, bundle_id)
 
     def add(self, connection: sa.Connection, bundle_id: str, host: str, request: BundleRequest) -> None:
-        """Record a new, pending task. Raises sqlalchemy's IntegrityError if the instance has one in progress."""
+        """Record a new, pending task.
+
+        Raises:
+            sqlalchemy.exc.IntegrityError: The instance, or the bucket and prefix, have one in progress.
+        """
         now = utc_now()
         grant = json.dumps([request.upload_policy, request.upload_policy_signature]).encode()
         row = {
@@ -111,6 +119,10 @@ class Records:
         """The unfinished task of an instance, if it has one."""
         return next(iter(self._read(_IN_PROGRESS, instance_id=instance_id)), None)
 
+    def in_progress_at(self, bucket: str, prefix: str) -> BundleTask | None:
+        """The unfinished task, of any account, whose bundle goes to a bucket and prefix."""
+        return next(iter(self._read(_OF_PLACE, bucket=bucket, prefix=prefix)), None)
+
     def of_account(self, account_id: str, *, ended_after: datetime) -> list[BundleTask]:
         """An account's tasks, the oldest first, but not those that ended earlier than that."""
         return self._read(_OF_ACCOUNT, account_id=account_id, ended_after=ended_after)
@@ -127,9 +139,21 @@ class Records:
         """Have a task end as `failed` with `Client.Cancelled`; False if it is being cancelled already, or has ended.
 
         A task that nobody has begun ends at once; any other is `cancelling` until its host has put everything back.
+        Once its manifest may have been sent, a task cannot be cancelled: an earlier bundle may be replaced by then.
         """
         at_once = self.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
-        return at_once or self._move(bundle_id, CANCELLABLE, state=BundleTaskState.CANCELLING)
+        unsent = sa.not_(bundle_task.c.manifest_sent)
+        return at_once or self._move(bundle_id, CANCELLABLE, unsent, state=BundleTaskState.CANCELLING)
+
+    def send_manifest(self, bundle_id: str) -> bool:
+        """Record that the manifest is about to be sent; False if the task was cancelled before."""
+        return self._update(bundle_id, bundle_task.c.state == BundleTaskState.STORING, manifest_sent=True)
+
+    def has_sent_manifest(self, bundle_id: str) -> bool:
+        """Whether the manifest may have been sent."""
+        query = sa.select(bundle_task.c.manifest_sent).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.connect() as connection:
+            return bool(connection.execute(query).scalar_one_or_none())
 
     def complete(self, bundle_id: str) -> bool:
         """Finish a task as `complete`, erasing what it had to keep secret; say whether it is complete now."""
@@ -139,7 +163,14 @@ class Records:
 
     def fail(self, bundle_id: str, failure: TaskFailure, *, only_from: BundleTaskState | None = None) -> bool:
         """Finish a task as `failed` with the reason, erasing what it had to keep secret; say whether this ended it."""
-        reason = {"error_code": failure.code, "error_message": failure.message, **_ERASED}
+        needed = {
+            name: sa.case((bundle_task.c.manifest_sent, bundle_task.c[name]), else_=sa.null())
+            for name in (
+                "documents",
+                "earlier",
+            )  # to tell whose manifest is in the bucket, and put the earlier one back
+        }
+        reason = {"error_code": failure.code, "error_message": failure.message, **_ERASED, **needed}
         sources = frozenset({only_from}) if only_from else before(BundleTaskState.FAILED)
         return self._move(bundle_id, sources, state=BundleTaskState.FAILED, **reason)
 
@@ -214,9 +245,22 @@ class Records:
         late = sa.true() if ended_after is None else bundle_task.c.update_time > ended_after
         return self.find(_LEFT_OVER, there, late)
 
+    def has_left_over(self, bundle_id: str) -> bool:
+        """Whether a task that has ended still has something to be removed from its bucket."""
+        return bool(self.find(bundle_task.c.bundle_id == bundle_id, sa.or_(_LEFT_OVER, _REPLACES)))
+
+    def replacing(self, on_host: str) -> list[BundleTask]:
+        """The complete tasks of a host, or of hosts that were given up, whose earlier bundles have not been removed."""
+        return self.find(_REPLACES, sa.or_(bundle_task.c.host == on_host, _HOSTLESS))
+
     def purge(self, ended_before: datetime, *, most: int) -> int:
         """Forget tasks that ended before then and left nothing to do, `most` of them at the most; say how many."""
-        done = (bundle_task.c.look_after_until.is_(None), bundle_task.c.frozen.is_(None), sa.not_(_LEFT_OVER))
+        done = (
+            bundle_task.c.look_after_until.is_(None),
+            bundle_task.c.frozen.is_(None),
+            sa.not_(_LEFT_OVER),
+            sa.not_(_REPLACES),
+        )
         old = sa.select(bundle_task.c.bundle_id).where(
             bundle_task.c.update_time < ended_before, sa.not_(task_in_progress), *done
         )
@@ -282,10 +326,15 @@ class Records:
         return self.state(bundle_id) is state
 
     def _move(
-        self, bundle_id: str, sources: frozenset[BundleTaskState], state: BundleTaskState, **values: object
+        self,
+        bundle_id: str,
+        sources: frozenset[BundleTaskState],
+        *conditions: sa.ColumnElement[bool],
+        state: BundleTaskState,
+        **values: object,
     ) -> bool:
         with self._engine.begin() as connection:
-            from_there = bundle_task.c.state.in_([*sources])
+            from_there = sa.and_(bundle_task.c.state.in_([*sources]), *conditions)
             moved = _updated(connection, bundle_id, from_there, state=state, **values)
             if moved:
                 connection.execute(bundle_task_event.insert(), _event(bundle_id, state))

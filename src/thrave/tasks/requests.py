@@ -2,6 +2,7 @@
 
     BundleTaskError
     ├── BundlingInProgress          the instance has a task already
+    ├── PrefixInUse                 a task that is not finished goes to the same bucket and prefix
     ├── BundleTaskNotFound          no such task, or somebody else's
     ├── BundleTaskNotCancellable    it has ended, or is being cancelled
     └── TooManyBundleTasks          the account has as many unfinished tasks as it may
@@ -39,6 +40,18 @@ class BundlingInProgress(BundleTaskError):  # noqa: N818 (EC2's code)
     def __init__(self, bundle_id: str) -> None:
         super().__init__(f"Instance is already being bundled: {bundle_id}")
         self.bundle_id = bundle_id
+
+
+class PrefixInUse(BundleTaskError):  # noqa: N818 (Eucalyptus' words)
+    """A bundle task that is not finished goes to the same bucket and prefix."""
+
+    def __init__(self, bucket: str, prefix: str, bundle_id: str | None) -> None:
+        """Name the task if it is the caller's: of others nobody is told."""
+        which = f"your bundle task {bundle_id}" if bundle_id else "another bundle task"
+        super().__init__(
+            f"Bucket prefix in use {bucket}/{prefix}: {which} is storing a bundle there. Wait until that task has "
+            "ended, or choose another Prefix."
+        )
 
 
 class BundleTaskNotFound(BundleTaskError):  # noqa: N818 (EC2's code is InvalidBundleID.NotFound)
@@ -97,6 +110,7 @@ class BundleTasks:
 
         Raises:
             BundlingInProgress: The instance has a task already, whoever asked for it.
+            PrefixInUse: Another task, whoever asked for it, goes to the same bucket and prefix.
             TooManyBundleTasks: The account may not have another one.
         """
         bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
@@ -108,12 +122,26 @@ class BundleTasks:
                 self._enqueue(connection, bundle_id, host)
         except sa.exc.IntegrityError as refusal:
             earlier = self._records.in_progress(request.instance_id)
-            if earlier is None:  # it ended between the two looks
-                return self.create(request)
-            raise BundlingInProgress(earlier.bundle_id) from refusal
+            if earlier is not None:
+                raise BundlingInProgress(earlier.bundle_id) from refusal
+            self.check_place(request.account_id, request.instance_id, request.bucket, request.prefix)
+            return self.create(request)  # the other task ended between the two looks
         task = self._records.get(bundle_id)
         assert task is not None
         return task
+
+    def check_place(self, account_id: str, instance_id: str, bucket: str, prefix: str) -> None:
+        """Look whether a task that is not finished, of any account, goes to a bucket and prefix.
+
+        Raises:
+            BundlingInProgress: The instance's own task does.
+            PrefixInUse: Another one does. The error names it if it is the account's.
+        """
+        task = self._records.in_progress_at(bucket, prefix)
+        if task is not None and task.instance_id == instance_id:
+            raise BundlingInProgress(task.bundle_id)
+        if task is not None:
+            raise PrefixInUse(bucket, prefix, task.bundle_id if task.account_id == account_id else None)
 
     def check_number(self, account_id: str) -> None:
         """Look whether the account may have another task, before anything is done for it.

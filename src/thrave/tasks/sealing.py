@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from thrave.bundle.errors import ResumeError
+from thrave.bundle.names import new_series
 from thrave.bundle.sealed import Sealed
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.secrets import BundleSecrets
@@ -49,13 +50,16 @@ class VolumeSealer:
             return None
 
     def _begin(self, volume: Volume, watch: Watch) -> Sealed:
-        self._store.remove()  # parts of a sealing that cannot go on are of no use: their key is not used again
-        if self._store.make_way(watch):
-            watch.tell("The manifest of an earlier bundle was removed, because its parts are overwritten now.")
-        secrets = BundleSecrets.generate()
+        """Start with another key, and names that no other sealing has used.
+
+        A request of an earlier sealing that is still under way, in this process or in a proxy, hits none of its parts.
+        """
+        self._store.remove()  # parts of a sealing that cannot be resumed are of no use: their key is not used again
+        self._store.check_place(watch)
+        secrets, series = BundleSecrets.generate(), "" if self._store.is_unused(watch) else new_series()
         with durable("sealing begun"):
-            self._journal.begin(secrets)
-        return self._send(Left(secrets), volume, watch)
+            self._journal.begin(secrets, series)
+        return self._send(Left(secrets, series), volume, watch)
 
     def _send(self, left: Left, volume: Volume, watch: Watch) -> Sealed:
         sealing = Sealing(
@@ -64,6 +68,7 @@ class VolumeSealer:
             secrets=left.secrets,
             level=self._level,
             cut_off=left.cut_off,
+            series=left.series,
         )
         self._store.put_parts(sealing, left, watch)
         return sealing.sealed

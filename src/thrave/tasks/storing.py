@@ -1,38 +1,46 @@
-"""One bundle's objects in its bucket: sent under the caller's upload policy, written down, checked, removed.
+"""One bundle's objects in its bucket: sent under the caller's upload policy, recorded and proved.
 
-Every key is written down before it is sent, so that clean-up after a crash finds exactly what was sent and nothing
-else. It never touches an object that this task did not write, but for the manifest of an earlier bundle in the same
-place, and never a bucket. Nobody waits within the store: what hangs there is left behind (`calls.py`).
+Every key is recorded before it is sent, so that clean-up after a crash finds exactly what was sent and nothing else. No
+object that exists is overwritten, but for the manifest of the bundle that is replaced, last of all, after every part
+that the new manifest names was proved. Nobody waits within the store: calls that hang there are abandoned (`calls.py`).
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from typing import Literal, TypeVar
 
 import structlog
 
 from thrave.buckets.buckets import Buckets
-from thrave.buckets.errors import BucketError, TransientError
-from thrave.buckets.naming import split_prefix
+from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, TransientError
 from thrave.buckets.policy import UploadPolicy
 from thrave.buckets.retrying import RetryingBuckets
 from thrave.bundle.crew import StoppedError
-from thrave.bundle.names import manifest_filename
+from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
+from thrave.bundle.reading import read_manifest
 from thrave.bundle.sealing import Sealing
-from thrave.tasks.calls import Calls, Places
+from thrave.bundle.sidefile import Digest, read_side_file
+from thrave.tasks.calls import Calls
 from thrave.tasks.crash_points import durable
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.journal import Journal, Left, Stored, StoredObject
+from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.journal import Documents, Earlier, Journal, Left, Stored, StoredObject
+from thrave.tasks.places import SMALLEST_MANIFEST, Place
+from thrave.tasks.removal import PLACES, remove_earlier, remove_objects
 from thrave.tasks.task import BundleTask
 from thrave.tasks.uploads import Arrived, PartUploads
 from thrave.tasks.watch import Watch
 
 _HEADS_AT_ONCE = 16
-_KEYS_AT_ONCE = 1000  # of one request to delete: S3's limit
-_PLACES = Places()  # this process's
+_PAUSE = 0.25  # seconds
+
+ExistingBundle = Literal["refuse", "replace"]
+"""What is done about a bundle that is in the place of a new one."""
 
 log = structlog.get_logger()
+_Answer = TypeVar("_Answer")
 
 
 class BundleStore:
@@ -48,6 +56,7 @@ class BundleStore:
         uploads_at_once: int,
         patience: float,
         stall_timeout: float,
+        existing: ExistingBundle = "refuse",
     ) -> None:
         """Send to the task's bucket, under its prefix, what the caller's upload policy allows.
 
@@ -59,28 +68,37 @@ class BundleStore:
             uploads_at_once: Parts that are sent at the same time; each is in memory.
             patience: Seconds for which a call is made again that fails in a way that may pass.
             stall_timeout: Seconds without an answer after which removing is given up.
+            existing: What is done about a bundle that is in the task's place.
         """
         self._buckets = RetryingBuckets(buckets, patience, self._retried)
         self._retries: list[TransientError] = []
         self._journal = journal
-        self._bucket = task.bucket
-        self._folder, self.name = split_prefix(task.prefix)
+        self._place = Place.of(task)
+        self._bucket, self._folder, self.name = self._place.bucket, self._place.folder, self._place.name
         self._policy = policy
         self._uploads_at_once = uploads_at_once
         self._stall_timeout = stall_timeout
+        self._existing = existing
 
-    def make_way(self, watch: Watch) -> bool:
-        """Remove the manifest of an earlier bundle, whose parts are about to be overwritten; say if there was one.
+    def check_place(self, watch: Watch) -> None:
+        """Look, before anything is sent, whether the bundle may go to its place.
 
-        A manifest means that its bundle is complete, and that one is no longer. The policy that allows it to be
-        overwritten allows that.
+        Raises:
+            BucketError: The policy does not allow the manifest.
+            TaskFailure: A bundle is there that must not be replaced.
         """
-        key = self._folder + manifest_filename(self.name)
+        key = self._place.manifest_key
         self._policy.check_upload(self._bucket, key, content_length=None, now=datetime.now(UTC))
-        with Calls[bool]() as calls:
-            watch.over(calls.stop)
-            calls.begin(partial(self._remove_if_there, key))
-            return calls.results()[0]
+        if self._existing == "refuse" and self._ask(partial(self._place.has_bundle, self._buckets), watch):
+            raise self._in_use()
+
+    def is_unused(self, watch: Watch) -> bool:
+        """Whether the plain names of parts can be used: nobody has used them, as far as can be known.
+
+        A key that may not list the bucket cannot know it.
+        """
+        is_first = self._journal.is_alone_in_its_place() and not self._journal.has_begun()
+        return is_first and self._ask(self._is_empty, watch)
 
     def put_parts(self, sealing: Sealing, left: Left, watch: Watch) -> None:
         """Send the parts of a sealing as they come, several at once; what is `left` of them is not sent again.
@@ -106,41 +124,139 @@ class BundleStore:
                 calls.check()  # a failed upload has stopped the sealing
                 raise
 
-    def put(self, filename: str, data: bytes, watch: Watch) -> None:
-        """Send one file of the bundle, whole, and look that it is there: nobody else will, of the last one.
+    def check(self, documents: Documents, watch: Watch) -> None:
+        """Prove that the bucket has every part that the manifest names, with the size and digest that were sealed.
+
+        Where the store keeps an MD5, and proved it when it took the part, that is compared; else the part is read back.
+
+        Raises:
+            TaskFailure: A part is missing or is another one.
+            BucketError: The store refuses to let a part be looked at.
+        """
+        sealed = read_side_file(documents["side_file"].encode()).parts
+        names = [part.filename for part in read_manifest(documents["manifest"].encode()).parts]
+        sent = self._journal.digests()
+        reading = threading.BoundedSemaphore(self._uploads_at_once)  # as many parts are in memory at a time
+        done = 0
+        with Calls[None]() as calls:
+            watch.over(calls.stop, lambda: done / len(names))
+            for name in names:
+                if calls.pending >= _HEADS_AT_ONCE:
+                    done += len(calls.results())
+                    watch.moved()
+                proof = sent.get(self._folder + name)
+                md5 = proof.md5 if proof and proof.sha256 == sealed[name].sha256 else None
+                calls.begin(partial(self._prove, calls, self._folder + name, sealed[name], md5, reading))
+            for _ in calls.remaining():
+                done += 1
+                watch.moved()
+
+    def put_side_file(self, documents: Documents, watch: Watch) -> None:
+        """Send the side file, and prove that the bucket has it.
+
+        Where another bundle is, or may have been, it has a name of its own: an earlier manifest must never be read with
+        a later side file, nor the other way round.
+
+        Raises:
+            BucketError, TaskFailure: As `put_manifest`.
+        """
+        plain, bound = side_filename(self.name), bound_side_filename(self.name, documents["manifest"].encode())
+        sent = {item.key for item in self._journal.objects()}
+        if self._folder + plain in sent:  # before a crash
+            filename = plain
+        elif self._folder + bound in sent or not self._journal.is_alone_in_its_place():
+            filename = bound
+        else:
+            filename = plain if self._ask(partial(self._has_none_of, plain), watch) else bound
+        self._put(filename, documents["side_file"].encode(), watch)
+
+    def put_manifest(self, documents: Documents, watch: Watch, send: Callable[[], bool]) -> None:
+        """Send the manifest, and prove that the bucket has it. An earlier bundle's is recorded before it is replaced.
+
+        Args:
+            documents: The bundle's.
+            watch: Of the task.
+            send: Records that it may be sent from now on; False if the task was cancelled before.
 
         Raises:
             BucketError: The policy or the bucket refuses it.
-            TaskFailure: The bucket has not got what it took.
+            TaskFailure: The bucket has not got what it took, or has another manifest that must not be replaced.
+            Cancelled: The task was cancelled before.
         """
+        own = documents["manifest"].encode()
+        found = self._ask(partial(self._place.read_manifest, self._buckets), watch)
+        if found == own:  # sent before a crash
+            self._journal.stored(Stored([StoredObject(self._place.manifest_key, len(own))]))
+            return
+        with durable("earlier bundle noted"):
+            self._keep_earlier(found)
+        if not send():
+            raise Cancelled
+        self._put(manifest_filename(self.name), own, watch)
+
+    def has_manifest(self, documents: Documents, watch: Watch) -> bool:
+        """Whether the bucket has the manifest: then the bundle is complete, whatever has failed since it was sent."""
+        own = documents["manifest"].encode()
+        return self._ask(partial(self._place.read_manifest, self._buckets), watch) == own
+
+    def remove(self) -> None:
+        """Delete every object that this task has sent or begun to send; as `remove_objects`."""
+        remove_objects(self._buckets, self._place, self._journal, stall_timeout=self._stall_timeout)
+
+    def remove_earlier(self) -> None:
+        """Delete what is left of the bundle that this one has replaced; as `removal.remove_earlier`."""
+        remove_earlier(self._buckets, self._place, self._journal, stall_timeout=self._stall_timeout)
+
+    def _keep_earlier(self, found: bytes | None) -> None:
+        """Record the bundle whose manifest is about to be replaced. Of several that are found the first is put back."""
+        if found is None:
+            return
+        if self._existing == "refuse" and len(found) >= SMALLEST_MANIFEST:
+            raise self._in_use()
+        earlier = self._journal.earlier() or Earlier(found, ())
+        mine = {item.key for item in self._journal.objects()}
+        keys = {*earlier.keys, *self._place.keys_of(found)} - mine
+        self._journal.replace(Earlier(earlier.manifest, tuple(sorted(keys))))
+
+    def _in_use(self) -> TaskFailure:
+        return TaskFailure(
+            "Client.PrefixInUse", f"The bucket has a bundle under this prefix: '{self._place.manifest_key}'."
+        )
+
+    def _has_none_of(self, side_file: str) -> bool:
+        keys = self._place.manifest_key, self._folder + side_file
+        return all(self._buckets.head(self._bucket, key) is None for key in keys)
+
+    def _is_empty(self) -> bool:
+        try:
+            for ending in (".part.", ".manifest."):
+                for _ in self._buckets.list(self._bucket, f"{self._folder}{self.name}{ending}"):
+                    return False
+        except TransientError:
+            raise
+        except BucketError:
+            return False
+        return True
+
+    def _ask(self, call: Callable[[], _Answer], watch: Watch) -> _Answer:
+        """Make one call, until it ends or the task is stopped."""
+        with Calls[_Answer]() as calls:
+            watch.over(calls.stop)
+            calls.begin(call)
+            (answer,) = calls.remaining()
+        return answer
+
+    def _put(self, filename: str, data: bytes, watch: Watch) -> None:
+        """Send one file of the bundle, whole, and prove that it is there: nobody else will, of the last one."""
         key = self._folder + filename
         self._journal.sending(key)
         with Calls[StoredObject]() as calls:
             watch.over(calls.stop)
             calls.begin(partial(self._upload_surely, calls, key, memoryview(data)))
-            self._journal.stored(Stored(calls.results()))
-
-    def check(self, watch: Watch) -> None:
-        """Make sure that the bucket has every object that it took. Raises TaskFailure if one is not there, whole."""
-        taken = [item for item in self._journal.objects() if item.size is not None]
-        done = 0
-        with Calls[None]() as calls:
-            watch.over(calls.stop, lambda: done / len(taken))
-            for item in taken:
-                if calls.pending >= _HEADS_AT_ONCE:
-                    done += len(calls.results())
-                    watch.moved()
-                calls.begin(partial(self._check, item))
-            while calls.pending:
-                done += len(calls.results())
-                watch.moved()
-
-    def remove(self) -> None:
-        """Take away every object that this task has sent or begun to send; as `remove_objects`."""
-        remove_objects(self._buckets, self._bucket, self._journal, stall_timeout=self._stall_timeout)
+            self._journal.stored(Stored([*calls.remaining()]))
 
     def _upload(self, calls: Calls[Arrived] | Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
-        with _PLACES.alone(self._bucket, key):
+        with PLACES.alone(self._bucket, key):
             if calls.stopped:
                 raise StoppedError
             try:
@@ -152,28 +268,54 @@ class BundleStore:
 
     def _upload_surely(self, calls: Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
         stored = self._upload(calls, key, data)
-        self._check(stored)
+        self._prove(calls, key, Digest.of(bytes(data)), stored.etag, threading.BoundedSemaphore())
         return stored
 
     def _take_back(self, key: str) -> None:
-        """Remove what an upload has stored that was left behind: its task has ended, or has begun again."""
-        log.warning("an upload came back late", bundle_id=self._journal.bundle_id, key=key)
-        with suppress(BucketError):  # it stays written down
-            if not self._journal.is_anothers(key):
+        """Remove what an abandoned upload has stored: its task has ended, or has begun again.
+
+        A manifest stays recorded, and is taken back with what it may have replaced (`leftovers.py`).
+        """
+        log.warning("an abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)
+        if key != self._place.manifest_key:
+            with suppress(BucketError):  # it stays recorded
                 self._buckets.delete(self._bucket, [key])
 
-    def _remove_if_there(self, key: str) -> bool:
-        if self._buckets.head(self._bucket, key) is None:
-            return False
-        self._buckets.delete(self._bucket, [key])
-        return True
-
-    def _check(self, item: StoredObject) -> None:
-        head = self._buckets.head(self._bucket, item.key)
+    def _prove(
+        self,
+        calls: Calls[None] | Calls[StoredObject],
+        key: str,
+        digest: Digest,
+        md5: str | None,
+        reading: threading.BoundedSemaphore,
+    ) -> None:
+        """Make sure that the bucket has an object of these bytes. Raises TaskFailure if it has not."""
+        head = self._buckets.head(self._bucket, key)
         if head is None:
-            raise TaskFailure("Server.S3Error", f"The bucket has lost '{item.key}', which it had taken.")
-        if head.size != item.size or (item.etag and head.etag and head.etag != item.etag):
-            raise TaskFailure("Client.S3Error", f"The bucket has something else now as '{item.key}'.")
+            raise self._lost(key)
+        is_other = head.size != digest.size
+        if not is_other and md5 and head.etag:
+            is_other = head.etag != md5
+        elif not is_other:
+            is_other = self._read_back(calls, key, digest.size, reading) != digest
+        if is_other:
+            raise TaskFailure("Client.S3Error", f"The bucket has something else now as '{key}'.")
+
+    def _read_back(
+        self, calls: Calls[None] | Calls[StoredObject], key: str, size: int, reading: threading.BoundedSemaphore
+    ) -> Digest:
+        while not reading.acquire(timeout=_PAUSE):
+            if calls.stopped:
+                raise StoppedError
+        try:
+            return Digest.of(self._buckets.get_range(self._bucket, key, 0, size + 1))
+        except (NoSuchKey, NoSuchBucket):
+            raise self._lost(key) from None
+        finally:
+            reading.release()
+
+    def _lost(self, key: str) -> TaskFailure:
+        return TaskFailure("Server.S3Error", f"The bucket has lost '{key}', which it had taken.")
 
     @contextmanager
     def _telling(self, watch: Watch) -> Iterator[None]:
@@ -193,36 +335,3 @@ class BundleStore:
             error=str(reason),
             seconds=round(seconds, 1),
         )
-
-
-def remove_objects(buckets: Buckets, bucket: str, journal: Journal, *, stall_timeout: float) -> None:
-    """Take away every object that a task has sent or begun to send, by the service's own right.
-
-    What an upload that was left behind is still under way to stays written down, and is taken away at its end.
-
-    Raises:
-        BucketError: The store refuses it.
-        TaskFailure: It does not answer for `stall_timeout` seconds.
-    """
-    keys = journal.left_over()
-    with durable("objects removed"), Calls[None]() as calls:
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
-            calls.begin(partial(_delete, buckets, bucket, keys[start : start + _KEYS_AT_ONCE]))
-            _await(calls, stall_timeout)
-    with durable("removal recorded"):
-        journal.forget(but=_PLACES.taken(bucket))
-
-
-def _delete(buckets: Buckets, bucket: str, keys: Sequence[str]) -> None:
-    """Delete objects of one request; a look at the last of them tells whether the store has done what it said."""
-    buckets.delete(bucket, keys)
-    if buckets.head(bucket, keys[-1]) is not None:
-        raise TransientError("InternalError", 500, "The store has kept what it said it had deleted")
-
-
-def _await(calls: Calls[None], stall_timeout: float) -> None:
-    try:
-        calls.results(within=stall_timeout)
-    except TimeoutError:
-        words = f"The store did not answer for {stall_timeout:g} seconds when objects were to be removed."
-        raise TaskFailure("Server.NoProgress", words) from None

@@ -9,7 +9,7 @@ from functools import partial
 
 from thrave.compute.instance import NOT_TO_BE_READ, Instance, InstanceState
 from thrave.ec2.actions.instances import check_instance_id, own_instance
-from thrave.ec2.actions.storage import Storage, check_bucket, check_upload_policy, claim_bucket
+from thrave.ec2.actions.storage import Storage, check_bucket, check_prefix, check_upload_policy, claim_bucket
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
@@ -19,6 +19,7 @@ from thrave.tasks.requests import (
     BundleTaskNotCancellable,
     BundleTaskNotFound,
     BundlingInProgress,
+    PrefixInUse,
     TooManyBundleTasks,
 )
 from thrave.tasks.states import BundleTaskState
@@ -48,8 +49,9 @@ def bundle_instance(door: Door, caller: Caller, parameters: Parameters) -> Resul
     Raises:
         EC2Error: By what is wrong, in this order: InvalidInstanceID.Malformed and InvalidParameterValue (syntax),
             InvalidInstanceID.NotFound, InvalidInstanceType, BundlingInProgress, IncorrectInstanceState,
-            InvalidParameterValue (upload policy), ResourceLimitExceeded, IncorrectInstanceState (its volume),
-            Unavailable, InaccessibleStorageLocation.
+            InvalidParameterValue (upload policy), ResourceLimitExceeded, InvalidParameterValue (another task goes to
+            the prefix), IncorrectInstanceState (its volume), Unavailable, InaccessibleStorageLocation,
+            InvalidParameterValue (the prefix has a bundle).
     """
     request = _checked(door, caller, parameters)
     return _claim_and_create(door, Storage.of(parameters["Storage"]["S3"]), request)
@@ -61,8 +63,9 @@ def check_bundle_instance(door: Door, caller: Caller, parameters: Parameters) ->
     Raises:
         EC2Error: As `bundle_instance`.
     """
-    request = _checked(door, caller, parameters)
-    check_bucket(door, Storage.of(parameters["Storage"]["S3"]), request.owner_id)
+    request, storage = _checked(door, caller, parameters), Storage.of(parameters["Storage"]["S3"])
+    check_bucket(door, storage, request.owner_id)
+    check_prefix(door, storage)
 
 
 def _checked(door: Door, caller: Caller, parameters: Parameters) -> BundleRequest:
@@ -75,6 +78,7 @@ def _checked(door: Door, caller: Caller, parameters: Parameters) -> BundleReques
     _check_state(instance)
     owner_id, policy = check_upload_policy(door, caller, storage)
     _check_number(door, caller)
+    _check_place(door, caller, instance, storage)
     _check_service(door, instance)
     return BundleRequest(
         account_id=caller.account_id,
@@ -145,6 +149,16 @@ def _check_number(door: Door, caller: Caller) -> None:
         raise EC2Error("ResourceLimitExceeded", limit=error.limit) from None
 
 
+def _check_place(door: Door, caller: Caller, instance: Instance, storage: Storage) -> None:
+    """Before a bucket is made; the database itself refuses a second task, whoever sends it at the same time."""
+    try:
+        door.tasks.check_place(caller.account_id, instance.instance_id, storage.bucket, storage.prefix)
+    except BundlingInProgress as error:  # another call was quicker since we looked
+        raise EC2Error("BundlingInProgress", bundle_id=error.bundle_id) from None
+    except PrefixInUse as error:
+        raise EC2Error("InvalidParameterValue", str(error)) from None
+
+
 def _check_service(door: Door, instance: Instance) -> None:
     """Refuse what is known to fail, before anything is stopped for it.
 
@@ -167,6 +181,8 @@ def _claim_and_create(door: Door, storage: Storage, request: BundleRequest) -> R
     try:
         with made_buckets.claiming(storage.bucket):
             made = claim_bucket(door, storage, request.owner_id)
+            if not made:
+                check_prefix(door, storage)
             return _create(door, replace(request, made_bucket=made))
     except BucketBusyError:
         raise EC2Error("Unavailable", said=f"the bucket '{storage.bucket}' is being removed") from None
@@ -181,6 +197,8 @@ def _create(door: Door, request: BundleRequest) -> Result:
         return {"BundleTask": _shown(door.tasks.create(request))}
     except BundlingInProgress as error:  # another call was quicker since we looked
         raise EC2Error("BundlingInProgress", bundle_id=error.bundle_id) from None
+    except PrefixInUse as error:
+        raise EC2Error("InvalidParameterValue", str(error)) from None
     except TooManyBundleTasks as error:
         raise EC2Error("ResourceLimitExceeded", limit=error.limit) from None
 

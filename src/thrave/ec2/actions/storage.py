@@ -17,6 +17,7 @@ from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.protocol import Parameters
+from thrave.tasks.places import Place
 
 # Checked with in place of the secret of a key that is unknown or inactive, so that the work is the same.
 _NOBODYS_SECRET = secrets.token_urlsafe(30)
@@ -140,6 +141,28 @@ def claim_bucket(door: Door, storage: Storage, owner_id: str) -> bool:
         raise EC2Error("InaccessibleStorageLocation", **where) from None
     except BucketError as error:
         raise _refusal(error, storage) from None
+
+
+def check_prefix(door: Door, storage: Storage) -> None:
+    """Refuse a prefix under which the bucket has a bundle, if the operator does not have it replaced.
+
+    Raises:
+        EC2Error: InvalidParameterValue: there is a manifest. Else as `claim_bucket`.
+    """
+    if door.existing_bundle == "replace":
+        return
+    place = Place(storage.bucket, *split_prefix(storage.prefix))
+    try:
+        found = place.has_bundle(door.buckets.on_behalf_of(storage.access_key_id))
+    except BucketError as error:
+        raise _refusal(error, storage) from None
+    if found:
+        message = (
+            f"Bucket prefix in use {storage.bucket}/{storage.prefix}: the bucket has the bundle "
+            f"'{place.manifest_key}'. Choose another Prefix, or remove that bundle (thrave delete "
+            f's3://{storage.bucket}/{place.manifest_key}). The operator: existing_bundle = "replace" has it replaced.'
+        )
+        raise EC2Error("InvalidParameterValue", message)
 
 
 def _refusal(error: BucketError, storage: Storage) -> EC2Error:
