@@ -153,7 +153,13 @@ def test_proxy_is_read_with_its_user_and_password(url, where, authorization):
     assert authorization is None or authorization not in repr(proxy)
 
 
-@pytest.mark.parametrize("url", ["", "socks5://joe:hunter2@proxy", "http://joe:hunter2@", "http://joe:hunter2@p:x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "socks5://joe:hunter2@proxy", "http://joe:hunter2@", "http://joe:hunter2@p:x", "http://joe:12/hunter2@p",
+        "http://joe:12#hunter2@proxy:80", "http://joe:12?hunter2@proxy",
+    ],
+)  # fmt: skip
 def test_proxy_that_is_none_is_refused_without_its_password(url):
     with pytest.raises(BucketError) as caught:
         S3Objects(StoreConnection(endpoint="http://s3.example.com", proxy=url))

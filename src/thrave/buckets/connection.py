@@ -53,7 +53,7 @@ class Proxy:
         try:
             parts = urlsplit(text if "://" in text else f"http://{text}")
             user, at, where = parts.netloc.rpartition("@")
-            normal = normal_endpoint(f"{parts.scheme}://{where}{parts.path}")
+            normal = normal_endpoint(parts._replace(netloc=where).geturl())
         except ValueError:
             raise StoreSettingError(
                 "The URL of the proxy cannot be used: write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, with "
