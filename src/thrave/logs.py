@@ -20,7 +20,9 @@ MAX_KINDS = 50  # kinds of one event in that time; then they are counted togethe
 MAX_VALUE = 500  # characters of a value
 
 # What tells two lines of one event apart. Other fields are chosen by strangers, or differ with every line.
-_DISTINCT = ("where", "code", "host", "bundle_id", "instance_id", "job", "task", "what", "name", "pid")
+_DISTINCT = (
+    "where", "code", "host", "bundle_id", "instance_id", "bucket", "check", "job", "task", "what", "name", "pid",
+)  # fmt: skip
 _LONG = frozenset({"traceback", "exception"})
 
 

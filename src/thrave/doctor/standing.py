@@ -97,7 +97,7 @@ class VolumeChecks:
             raise found
         if found is None:
             return None
-        log.warning("an instance cannot be bundled", instance=instance.instance_id, seen=found.seen)
+        log.warning("an instance cannot be bundled", instance_id=instance.instance_id, seen=found.seen)
         return found.said
 
     def _look(self, instance: Instance) -> "_Trouble | InstanceError | None":
