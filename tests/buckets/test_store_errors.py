@@ -91,6 +91,47 @@ def test_redirect_of_another_server_is_no_region():
     assert caught.value.kind is Kind.SETTING
 
 
+# What a server may write that is not S3's, in every place that is read
+
+ENCODINGS = ["gb2312", "no-such-encoding", "shift_jis", "utf-7"]
+
+
+@pytest.mark.parametrize("location", ["http://[x/", "//[", "http://[::1", "", "\xff"])
+def test_redirect_to_a_broken_url_is_an_error_of_the_setting(location):
+    with scripted(http(302, Location=location)) as script, pytest.raises(StoreError) as caught:
+        get(connection(script.url))
+    assert caught.value.kind is Kind.SETTING
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_error_document_of_an_unknown_encoding_is_judged_by_its_status(encoding):
+    page = f'<?xml version="1.0" encoding="{encoding}"?><html/>'.encode()
+    with scripted(http(503, page)) as script, pytest.raises(TransientError) as caught:
+        get(connection(script.url))
+    assert caught.value.code == "SlowDown"
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-16"])
+def test_listing_of_an_unknown_encoding_is_no_document_of_s3(encoding):
+    page = f'<?xml version="1.0" encoding="{encoding}"?><html/>'.encode()
+    with scripted(http(200, page)) as script, pytest.raises(StoreError):
+        [*S3Objects(connection(script.url)).list("my-bucket", "")]
+
+
+def test_length_of_more_digits_than_python_reads_is_an_error_of_the_store():
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\nConnection: close\r\n\r\n"
+    with scripted(answer) as script, pytest.raises(BucketError):
+        S3Objects(connection(script.url)).head("my-bucket", "key")
+
+
+@pytest.mark.parametrize("status", [411, 413, 414, 426, 431])
+def test_refusal_of_a_server_on_the_way_is_for_the_operator(status):
+    with scripted(http(status, b"<html>nginx</html>")) as script, pytest.raises(StoreError) as caught:
+        get(connection(script.url))
+    assert caught.value.is_the_stores
+    assert caught.value.remedy
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         return closed.getsockname()[1]
@@ -172,7 +213,8 @@ def test_retry_after_beyond_the_time_waits_for_what_is_left(pauses, text):
     assert called({"Retry-After": text}, pauses) == 100
 
 
-@pytest.mark.parametrize("text", ["", "-5", "soon", "1e9", "9" * 400, "Mon, 01 Jan 2001 00:00:00 GMT", "nan"])
+@pytest.mark.parametrize("text", ["", "-5", "soon", "1e9", "9" * 400, "Mon, 01 Jan 2001 00:00:00 GMT", "nan",
+                                  "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"])  # fmt: skip
 def test_retry_after_that_says_nothing_is_ignored(pauses, text):
     assert called({"Retry-After": text}, pauses) < 1
 
@@ -227,7 +269,9 @@ def test_listing_that_ignores_the_prefix_gives_no_other_keys():
 
 
 @pytest.mark.parametrize("pages", [[listing(more="<IsTruncated>true</IsTruncated>")],
-                                   [listing("a", more="<IsTruncated>true</IsTruncated>")]])  # fmt: skip
+                                   [listing("a", more="<IsTruncated>true</IsTruncated>")],
+                                   [listing(str(number % 3), more="<IsTruncated>true</IsTruncated>")
+                                    for number in range(9)]])  # fmt: skip
 def test_listing_that_never_ends_is_an_error(pages):
     with scripted(*pages) as script, pytest.raises(StoreError, match="listing"):
         [*S3Objects(connection(script.url)).list("my-bucket", "")]

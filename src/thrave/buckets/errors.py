@@ -153,8 +153,14 @@ TABLE: Mapping[str | int, Row] = {
     "ProxyUnreachable": Row(Kind.TRANSIENT, "There is no connection to the proxy.", _AGAIN),
     "Redirect": Row(Kind.TRANSIENT, "A temporary redirect.", _AGAIN),
     "RequestTimeout": Row(Kind.TRANSIENT, "The store did not receive the request in time.", _AGAIN),
+    "RequestThrottled": Row(Kind.TRANSIENT, "Too many requests.", _AGAIN),
+    "ServiceUnavailable": Row(Kind.TRANSIENT, "The store is busy or not available.", _AGAIN),
+    "SlowDown": Row(Kind.TRANSIENT, "Too many requests.", _AGAIN),
     "TemporaryRedirect": Row(Kind.TRANSIENT, "A temporary redirect: the bucket has just been created.", _AGAIN),
     "TLSFailure": Row(Kind.TRANSIENT, "The TLS handshake failed.", _AGAIN),
+    "Throttling": Row(Kind.TRANSIENT, "Too many requests.", _AGAIN),
+    "ThrottlingException": Row(Kind.TRANSIENT, "Too many requests.", _AGAIN),
+    "TooManyRequests": Row(Kind.TRANSIENT, "Too many requests.", _AGAIN),
     # Statuses, of codes that are not listed above.
     301: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "MovedPermanently"),
     302: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "Found"),
@@ -163,6 +169,7 @@ TABLE: Mapping[str | int, Row] = {
     308: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "MovedPermanently"),
     400: Row(Kind.REQUEST, "The store does not accept the request.", "", "BadRequest"),
     401: Row(Kind.KEY, "The access key is not accepted.", _GRANT, "AccessDenied"),
+    402: Row(Kind.LIMIT, "The store wants to be paid.", "Ask the operator of the store.", "PaymentRequired"),
     403: Row(Kind.KEY, "The access key may not do this.", _GRANT, "AccessDenied"),
     404: Row(Kind.REQUEST, "There is no such bucket or object.", "", "NoSuchKey"),
     405: Row(
@@ -175,11 +182,32 @@ TABLE: Mapping[str | int, Row] = {
     ),
     408: Row(Kind.TRANSIENT, "The store did not receive the request in time.", _AGAIN, "RequestTimeout"),
     409: Row(Kind.TRANSIENT, "Another request on the bucket is in progress.", _AGAIN, "OperationAborted"),
+    411: Row(
+        Kind.SETTING, "A server on the way takes away the length of the request.",
+        "Check the proxies between Thrave and the store.", "MissingContentLength",
+    ),
     412: Row(Kind.REQUEST, "The object exists already, or has changed.", "", "PreconditionFailed"),
+    413: Row(
+        Kind.SETTING, "A server before the store does not take so long a request.",
+        "Raise its limit to more than a part of a bundle has (nginx: `client_max_body_size`).", "RequestTooLong",
+    ),
+    414: Row(
+        Kind.SETTING, "A server before the store does not take so long a URL.",
+        "Raise its limit (nginx: `large_client_header_buffers`).", "URITooLong",
+    ),
     416: Row(Kind.REQUEST, "The range begins behind the end of the object.", "", "InvalidRange"),
     421: Row(Kind.TRANSIENT, "The request reached another server than the store.", _AGAIN, "MisdirectedRequest"),
+    423: Row(Kind.LIMIT, "A lock is set.", "Take the lock off, or use another bucket.", "ObjectLocked"),
     425: Row(Kind.TRANSIENT, "The request came too early.", _AGAIN, "TooEarly"),
+    426: Row(
+        Kind.SETTING, "The store wants another protocol.", "Check whether `s3_endpoint` must have https.",
+        "UpgradeRequired",
+    ),
     429: Row(Kind.TRANSIENT, "Too many requests.", _AGAIN, "TooManyRequests"),
+    431: Row(
+        Kind.SETTING, "A server before the store does not take so long headers.",
+        "Raise its limit (nginx: `large_client_header_buffers`).", "RequestHeaderTooLarge",
+    ),
     500: Row(Kind.TRANSIENT, "The store failed.", _AGAIN, "InternalError"),
     501: Row(
         Kind.SETTING, "The store lacks a feature.",
@@ -425,7 +453,7 @@ class TransientError(StoreError):
             return float(text)
         try:
             until = parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, OverflowError):  # a year of 20 digits
             return 0.0
         now = datetime.now(UTC) if until.tzinfo else datetime.now(UTC).replace(tzinfo=None)
         return max(0.0, (until - now).total_seconds())

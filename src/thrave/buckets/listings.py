@@ -89,7 +89,7 @@ _DELETE_STATUSES = {"InternalError": 500, "SlowDown": 503, "ServiceUnavailable":
 def _root(document: bytes) -> ET.Element:
     try:
         return ET.fromstring(document)  # noqa: S314 (expat stops entity bombs itself, and the length is bounded)
-    except ET.ParseError:
+    except (ET.ParseError, LookupError, ValueError):  # the last two: an encoding not known, or not supported
         raise StoreError("UnexpectedResponse", 0, "The store's response is no document of S3") from None
 
 

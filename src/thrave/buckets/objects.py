@@ -168,10 +168,12 @@ class S3Objects:
         self, bucket: str | None, query: Mapping[str, str], read: Callable[[bytes], Page]
     ) -> Iterator[Sequence[str]]:
         following: Mapping[str, str] | None = {}
+        asked = set[int]()  # by hash: of a long listing the tokens alone would take much memory
         while following is not None:
             page = read(self._requests.send("GET", bucket, query={**query, **following}).body)
             yield page.names
-            if page.next == following:
+            asked.add(hash(frozenset(following.items())))
+            if page.next is not None and hash(frozenset(page.next.items())) in asked:
                 raise StoreError("UnexpectedResponse", 0, "The store gives the same page of a listing again and again")
             following = page.next
 

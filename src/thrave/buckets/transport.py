@@ -57,7 +57,7 @@ class Answer:
             StoreError: It does not say, or says something else.
         """
         said = self.headers.get("Content-Length", "")
-        if not (said.isascii() and said.isdecimal()):
+        if not re.fullmatch(r"[0-9]{1,19}", said):
             raise StoreError("UnexpectedResponse", 0, "The store does not say how long the object is")
         return int(said)
 
@@ -132,9 +132,8 @@ class Transport:
         endpoint = fields.get("Endpoint")
         if self._is_elsewhere(status, code, region, endpoint):
             return WrongRegion(code or row_of("", status).code, status, message, region=region, endpoint=endpoint)
-        location = urlsplit(headers.get("Location", ""))
-        if 300 <= status < 400 and location.hostname:
-            message += f", to {location.scheme or 'http'}://{location.netloc.rpartition('@')[2]}"
+        if 300 <= status < 400:
+            message += _place_of(headers.get("Location", ""))
         return error_of_store(code, status, message, headers)
 
     def _is_elsewhere(self, status: int, code: str, region: str | None, endpoint: str | None) -> bool:
@@ -223,11 +222,21 @@ def _read(answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
     return Answer(answer.status, answer.headers, body)
 
 
+def _place_of(location: str) -> str:
+    """Where a redirect leads, for people; empty if it names no server."""
+    try:
+        parts = urlsplit(location)
+        host = parts.hostname
+    except ValueError:  # such as http://[x/
+        return ""
+    return f", to {parts.scheme or 'http'}://{parts.netloc.rpartition('@')[2]}" if host else ""
+
+
 def _fields(document: bytes) -> Mapping[str, str]:
     """The elements of S3's error document; none if it is something else."""
     try:
         root = ET.fromstring(document)  # noqa: S314 (expat stops entity bombs itself, and the length is bounded)
-    except ET.ParseError:
+    except (ET.ParseError, LookupError, ValueError):  # the last two: an encoding that is not known, or not supported
         return {}
     return {child.tag.rpartition("}")[2]: (child.text or "")[:_MESSAGE_CHARACTERS] for child in root}
 
