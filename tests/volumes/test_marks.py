@@ -53,6 +53,23 @@ def raw_looks_like_qcow2(raw):
     return raw
 
 
+@pytest.mark.parametrize(
+    ("at", "magic", "kind"),
+    [
+        (0, b"\x1f\x8b\x08", "gzip"), (0, b"\xfd7zXZ\0", "xz"), (0, b"PK\x03\x04", "zip"), (257, b"ustar", "tar"),
+        (0, b"WithoutFreeSpace", "parallels"), (0x40, b"\x7f\x10\xda\xbe", "vdi"), (-512, b"koly", "dmg"),
+        (-512, b"conectix", "vpc"),
+    ],
+)  # fmt: skip
+def test_examine_warns_of_raw_disk_that_is_an_archive_or_image(raw, at, magic, kind):
+    assert not examine(raw, "raw").warnings
+    with edited(raw) as disk:
+        at %= len(disk)
+        disk[at : at + len(magic)] = magic
+    (warned,) = examine(raw, "raw").warnings
+    assert f"({kind})" in warned.public
+
+
 def qcow2_with(raw, *, incompatible=0, snapshots=0):
     image = converted(raw, "qcow2")
     with edited(image) as content:
@@ -506,6 +523,23 @@ def test_what_a_guest_writes_into_the_first_sector_of_a_fixed_disk_is_not_its_he
     with edited(image) as content:
         content[:1536] = dynamic.read_bytes()[:1536]
     with pytest.raises(ImageRefusedError, match="footer is damaged"), open_volume(image, "vpc"):
+        pass
+
+
+@pytest.mark.parametrize("first", ["", " 0"])
+@pytest.mark.parametrize(("kind", "extent_type"), [("vmfs", "VMFS"), ("monolithicFlat", "FLAT"), ("vmfs", "FLAT")])
+def test_open_volume_reads_flat_extent_with_and_without_first_sector(raw, kind, extent_type, first):
+    sectors = raw.stat().st_size // 512
+    image = flat(raw, kind=kind, extents=[f'RW {sectors} {extent_type} "{raw.name}"{first}'])
+    with open_volume(image, "vmdk") as volume:
+        content = bytearray(volume.size)
+        volume.read_into(0, memoryview(content))
+    assert bytes(content) == raw.read_bytes()
+
+
+def test_open_volume_refuses_vmfs_extent_that_begins_within_its_file(raw):
+    image = flat(raw, kind="vmfs", extents=[f'RW 2048 VMFS "{raw.name}" 8'])
+    with pytest.raises(VolumeUnreadableError, match="cannot begin at sector 8"), open_volume(image, "vmdk"):
         pass
 
 

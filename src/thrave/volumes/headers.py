@@ -76,7 +76,7 @@ def exactly(file: HostFile, offset: int, length: int) -> bytes:
     """
     data = file.read(offset, length)
     if len(data) < length:
-        raise VolumeUnreadableError(file.path, f"it is cut short: it ends at byte {offset + len(data)}, in its header")
+        raise VolumeUnreadableError(file.path, f"it is cut short: it ends at byte {file.size}, in its header")
     return data
 
 
@@ -96,8 +96,13 @@ def names_a_protocol(name: str) -> bool:
 _HEAD_MAGICS = (
     (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"COWD", "vmdk"), (0, b"# Disk DescriptorFile", "vmdk"),
     (0, b"vhdxfile", "vhdx"), (0, b"conectix", "vpc"), (0, b"LUKS\xba\xbe", "luks"), (0, b"QED\0", "qed"),
-    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
-)  # fmt: skip
+    (0x40, b"\x7f\x10\xda\xbe", "vdi"), (0, b"WithoutFreeSpace", "parallels"), (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"Bochs Virtual HD Image", "bochs"), (0, b"EVF\x09\r\n\xff\0", "ewf"),
+    # Archives in which images are handed on.
+    (0, b"\x1f\x8b\x08", "gzip"), (0, b"\xfd7zXZ\0", "xz"), (0, b"\x28\xb5\x2f\xfd", "zstd"), (0, b"PK\3\4", "zip"),
+    (0, b"7z\xbc\xaf\x27\x1c", "7z"), (257, b"ustar", "tar"),
+)
+_TAIL_MAGICS = ((b"conectix", "vpc"), (b"koly", "dmg"))  # fmt: skip
 
 
 def apparent_format(file: HostFile) -> str | None:
@@ -109,9 +114,8 @@ def apparent_format(file: HostFile) -> str | None:
     for offset, magic, image_format in _HEAD_MAGICS:
         if head[offset : offset + len(magic)] == magic:
             return image_format
-    if file.size >= SECTOR and file.read(file.size - SECTOR, 8) == b"conectix":
-        return "vpc"
-    return None
+    tail = file.read(file.size - SECTOR, 8) if file.size >= SECTOR else b""
+    return next((image_format for magic, image_format in _TAIL_MAGICS if tail.startswith(magic)), None)
 
 
 def read_raw(file: HostFile) -> Statement:

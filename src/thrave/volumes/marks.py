@@ -63,7 +63,7 @@ where `HostFile` finds that it lies where it may.
 
 MARKS: tuple[Row, ...] = (
     Row("raw", "looks like another format", "its first or last bytes", _W,
-        "it begins or ends as an image of another format, and is read as a raw disk all the same"),
+        "it begins or ends as an image of another format or an archive, and is read as a raw disk all the same"),
     Row("qcow2", "corrupt", "incompatible feature 1", _R,
         "it is marked as corrupt, which QEMU does when it meets damage: qemu-img check -r all"),
     Row("qcow2", "dirty", "incompatible feature 0", _W,

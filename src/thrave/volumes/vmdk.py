@@ -139,7 +139,7 @@ def descriptor(identity: VmdkIdentity, extents: list[tuple[Extent, str]]) -> byt
         f'createType="{identity.create_type}"',
     ]  # fmt: skip
     for extent, name in extents:
-        first = f" {extent.first_sector or 0}" if extent.type in FLAT else ""
+        first = f" {extent.first_sector or 0}" if extent.type == "FLAT" else ""  # QEMU takes no other with one
         lines.append(f'RW {extent.sectors} {extent.type} "{name}"{first}')
     return "\n".join([*lines, ""]).encode()
 
@@ -211,6 +211,8 @@ def _extents(file: HostFile, statement: Statement, text: str) -> list[Extent]:
             statement.marks.append(("extent that is left out", f"{line['access']} {line['sectors']} {line['type']}"))
         else:
             first = int(line["first"]) if line["first"] else None
+            if first and line["type"] != "FLAT":
+                raise refuse(file, f"an extent of type {line['type']} cannot begin at sector {first} of its file")
             found.append(Extent(line["name"], line["type"], int(line["sectors"]), first))
     if not lines:
         raise refuse(file, "its descriptor names no extent: it holds no data")
