@@ -62,5 +62,9 @@ def _check_format(volume: VolumeFile) -> None:
     # A machine may encrypt its whole disk with LUKS itself: then the host has a raw disk that begins as LUKS does.
     if apparent in {None, volume.format} or (apparent == "luks" and volume.format == "raw"):
         return
-    how = f"give --format {apparent}" if apparent in FORMATS else "that format is not read: unpack or convert it (qemu-img convert)"
+    how = (
+        f"give --format {apparent}"
+        if apparent in FORMATS
+        else "that format is not read: unpack or convert it (qemu-img convert)"
+    )
     raise click.UsageError(f"{volume.path} is an image of the format {apparent}, not {volume.format}: {how}")

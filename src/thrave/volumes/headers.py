@@ -94,13 +94,26 @@ def names_a_protocol(name: str) -> bool:
 # --- raw ---------------------------------------------------------------------------------------------------------
 
 _HEAD_MAGICS = (
-    (0, b"QFI\xfb", "qcow2"), (0, b"KDMV", "vmdk"), (0, b"COWD", "vmdk"), (0, b"# Disk DescriptorFile", "vmdk"),
-    (0, b"vhdxfile", "vhdx"), (0, b"conectix", "vpc"), (0, b"LUKS\xba\xbe", "luks"), (0, b"QED\0", "qed"),
-    (0x40, b"\x7f\x10\xda\xbe", "vdi"), (0, b"WithoutFreeSpace", "parallels"), (0, b"WithouFreSpacExt", "parallels"),
-    (0, b"Bochs Virtual HD Image", "bochs"), (0, b"EVF\x09\r\n\xff\0", "ewf"),
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"QED\0", "qed"),
+    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+    (0, b"EVF\x09\r\n\xff\0", "ewf"),
     # Archives in which images are handed on.
-    (0, b"\x1f\x8b\x08", "gzip"), (0, b"\xfd7zXZ\0", "xz"), (0, b"\x28\xb5\x2f\xfd", "zstd"), (0, b"PK\3\4", "zip"),
-    (0, b"7z\xbc\xaf\x27\x1c", "7z"), (257, b"ustar", "tar"),
+    (0, b"\x1f\x8b\x08", "gzip"),
+    (0, b"\xfd7zXZ\0", "xz"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd"),
+    (0, b"PK\3\4", "zip"),
+    (0, b"7z\xbc\xaf\x27\x1c", "7z"),
+    (257, b"ustar", "tar"),
 )
 _TAIL_MAGICS = ((b"conectix", "vpc"), (b"koly", "dmg"))  # fmt: skip
 
