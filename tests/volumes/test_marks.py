@@ -340,6 +340,19 @@ def vhdx_cut(raw):
     return without_end(converted(with_data(raw), "vhdx"))
 
 
+def test_read_into_names_damage_that_qemu_meets_while_reading(raw):
+    image = converted(with_data(raw), "vhdx")
+    with edited(image) as content:
+        entry = content.index(vhd._BLOCK_TABLE.bytes_le, 192 << 10)
+        (table,) = struct.unpack_from("<Q", content, entry + 16)
+        content[table] |= 7  # the first block: partially present, which only a differencing disk may have
+    with (
+        pytest.raises(VolumeUnreadableError, match=r"at byte 0: qemu-nbd cannot read it: .* is damaged"),
+        open_volume(image, "vhdx") as volume,
+    ):
+        volume.read_into(0, memoryview(bytearray(4096)))
+
+
 @makes("vhdx", "unknown item")
 def vhdx_unknown_item(raw):
     image = converted(raw, "vhdx")

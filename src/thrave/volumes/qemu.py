@@ -80,7 +80,9 @@ class QemuVolume:
             try:
                 chunk[:] = self._read(offset + start, len(chunk))
             except self._binding.Error as error:
-                raise VolumeUnreadableError(self._path, str(error), offset=offset + start) from error
+                # QEMU 7.2 drops the connection for a failed read, so the binding's words alone would mislead.
+                why = f"qemu-nbd cannot read it: the image, or the disk below it, is damaged ({error})"
+                raise VolumeUnreadableError(self._path, why, offset=offset + start) from error
 
     def close(self) -> None:
         """Drop the connection, which ends the server, and wait for its end."""
