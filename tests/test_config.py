@@ -57,6 +57,20 @@ def refused(tmp_path, monkeypatch):
         (f'database_url = "postgres//x:{SECRET}@y/z"\n', "database_url: must be postgresql://USER@HOST/NAME"),
         ('database_url = "sqlite:////tmp/x"\n', "database_url: must be postgresql://USER@HOST/NAME"),
         ("a = " + "[" * 5000, "thrave.toml"),
+        ("#" * 2**20 + "\n", "is no file of settings: it has more than 1048576 bytes"),
+        ("heartbeat = inf\n", "line 1: heartbeat: must be a number, 1000000 or less"),
+        ("heartbeat = nan\n", "heartbeat: must be a number, more than 0"),
+        ("host_lost_after = 1e300\n", "host_lost_after: must be a number, 1000000 or less"),
+        ("task_retention_days = 1e6\n", "task_retention_days: must be a number, 36500 or less"),
+        ("tasks_at_once = 10000000000000000000000\n", "tasks_at_once: must be a whole number, 1000000 or less"),
+        ('data = ""\n', "data: must not be empty"),
+        ('image_directories = ["/a", ""]\n', "image_directories: must not be empty"),
+        ('host = ""\n', "host: must not be empty"),
+        ('instances = "\\u0000"\n', "instances: must not have a NUL character"),
+        (f'database_url = "postgresql://u:{SECRET}@h:port/x"\n', "database_url: must be postgresql://USER@HOST:PORT/"),
+        (f'database_url = "postgresql://u:{SECRET}@h:70000/x"\n', "its host or port cannot be read"),
+        (f'database_url = "postgresql://u:{SECRET}@[::1/x"\n', "its host or port cannot be read"),
+        (f's3_endpoint = "https://{"a" * 64}.example"\n', "s3_endpoint: its host is no host name"),
     ],
 )
 def test_wrong_file_is_reported_with_file_and_line(refused, text, says):
@@ -129,3 +143,32 @@ def test_wrong_setting_is_reported_before_the_service_is_imported(command):
     run = subprocess.run([sys.executable, "-c", code, command], env=environment, capture_output=True, text=True,
                          check=False, timeout=120)  # fmt: skip
     assert (run.returncode, run.stdout) == (2, "[]\n"), run.stderr
+
+
+def test_every_number_has_an_end(refused):
+    """What date arithmetic and timers cannot take is refused with the setting's name, not later by them."""
+    numbers = [name for name, field in Settings.model_fields.items() if field.annotation in {int, float}]
+    assert len(numbers) > 10
+    for name in numbers:
+        assert f"line 1: {name}: must be " in refused(f"{name} = 1{'0' * 20}\n")
+
+
+def test_a_list_in_the_environment_that_is_nested_too_deeply_is_refused(refused):
+    assert "THRAVE_SYSPREP: must be a list as JSON" in refused(environment={"THRAVE_SYSPREP": "[" * 100_000})
+
+
+def test_an_empty_variable_is_refused(refused):
+    """As a path it would be the working directory."""
+    assert "THRAVE_DATA: must not be empty" in refused(environment={"THRAVE_DATA": ""})
+
+
+def test_byte_order_mark_is_skipped(tmp_path):
+    file = tmp_path / "thrave.toml"
+    file.write_bytes(b"\xef\xbb\xbfport = 99\n")
+    assert load_settings(file).port == 99
+
+
+def test_password_of_the_database_may_have_any_character(tmp_path):
+    file = tmp_path / "thrave.toml"
+    file.write_text('database_url = "postgresql://u:a/b#c?d@h:5433/x"\n')
+    assert load_settings(file).database == "postgresql://u:a/b#c?d@h:5433/x"

@@ -43,8 +43,23 @@ class SettingsError(Exception):
 def _check_database_url(url: SecretStr) -> SecretStr:
     if not re.match(r"postgres(ql)?://[^/]", url.get_secret_value()):
         raise ValueError("must be postgresql://USER@HOST/NAME")
+    import sqlalchemy as sa  # noqa: PLC0415 (whoever has no such setting need not wait for it)
+
+    try:
+        port = sa.make_url(url.get_secret_value()).port
+    except (ValueError, sa.exc.ArgumentError):
+        port = 0
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError("must be postgresql://USER@HOST:PORT/NAME; its host or port cannot be read")
     return SecretStr(re.sub("^postgres:", "postgresql:", url.get_secret_value()))
 
+
+_LARGEST_FILE = 1024 * 1024  # bytes of a file of settings
+_MOST_NUMBER = 1_000_000
+"""Of any number: in seconds 11 days, which every timer of the system takes, and date arithmetic too."""
+
+_MOST = {"days": 36_500, "second": 10**9, "burst": 10**9}
+"""Of numbers whose setting's name ends with that word."""
 
 _FILES_OF_A_TASK = 32  # its connections to the store, its volume, its pipes
 _FILES_OF_THE_SERVICE = 64
@@ -91,7 +106,8 @@ def _normal_host(host: str) -> str:
         name = host.removesuffix(".").encode("ascii" if host.isascii() else "idna").decode().lower()
     except UnicodeError:
         raise ValueError("its host is no host name") from None
-    if not _HOST_NAME.fullmatch(name) or ".." in name:
+    # A longer label or name is none in the DNS, and the resolver's codec refuses it (RFC 1035, 2.3.4).
+    if not _HOST_NAME.fullmatch(name) or not all(1 <= len(label) <= 63 for label in name.split(".")) or len(name) > 253:
         raise ValueError("its host is no host name")
     return name
 
@@ -365,7 +381,11 @@ _Place = Callable[[str], str]
 
 def _read_file(file: Path) -> tuple[Mapping[str, object], _Place]:
     try:
-        text = file.read_bytes().decode()
+        with file.open("rb") as opened:
+            content = opened.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise SettingsError(f"{file} is no file of settings: it has more than {_LARGEST_FILE} bytes")
+        text = content.decode("utf-8-sig")  # editors on Windows write a byte order mark
     except OSError as error:
         raise SettingsError(f"cannot read the settings in {file}: {os.strerror(error.errno or 0)}") from None
     except UnicodeDecodeError as error:
@@ -407,7 +427,7 @@ def _listed(variable: str, text: str) -> object:
     """Read the list that a variable holds as JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SettingsError(f'{variable}: must be a list as JSON: ["first", "second"]') from None
 
 
@@ -417,12 +437,28 @@ def _checked(values: Mapping[str, object], place: _Place) -> Iterator[tuple[str,
         field = Settings.model_fields.get(name)
         if field is None:
             raise SettingsError(f"{place(name)}: there is no such setting{_closest(name, place)}")
-        if isinstance(value, str | Path) and not _is_utf8(str(value)):
-            raise SettingsError(f"{place(name)}: is not UTF-8. Thrave takes names and paths in UTF-8 only.")
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str | Path) and (fault := _fault_of_text(str(text))):
+                raise SettingsError(f"{place(name)}: {fault}")
         try:
-            yield name, _adapter(field).validate_python(value)
+            checked = _adapter(field).validate_python(value)
         except ValidationError as error:
             raise SettingsError(f"{place(name)}: {_fault(field, error)}") from None
+        most = _MOST.get(name.rpartition("_")[2], _MOST_NUMBER)
+        if isinstance(checked, int | float) and not checked <= most:
+            raise SettingsError(f"{place(name)}: must be {_wanted(field)}, {most} or less")
+        yield name, checked
+
+
+def _fault_of_text(text: str) -> str | None:
+    """What is wrong with any text or path that the system gets: it ends C's strings, or means another folder."""
+    if not text:
+        return "must not be empty. Leave the setting out to have its default."
+    if "\0" in text:
+        return "must not have a NUL character"
+    if not _is_utf8(text):
+        return "is not UTF-8. Thrave takes names and paths in UTF-8 only."
+    return None
 
 
 def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
