@@ -10,6 +10,7 @@ identity in its own data directory, and is refused if it has others.
     └── DatabaseLostError           it has the files of a database that is missing or empty
 """
 
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ class Ground:
         """Open the database and the vault; the first time, make them and the service's identity.
 
         Raises:
+            DataDirectoryError: All users share the data directory.
             DatabaseLostError: There is a vault key or an identity, but no database.
             DatabaseUnusableError: The database cannot be opened, is damaged, or was made by a newer release.
             VaultKeyError: The vault's key cannot be used, or is not the one that encrypted the database's secrets.
@@ -156,8 +158,7 @@ class Ground:
         settings = self.settings
         if settings.crash_at:
             crash_at(settings.crash_at)
-        root = settings.directory.root
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root = _root(settings)
         with files.locked_folder(root), explained(settings):
             close_to_others(settings)
             if _has_no_tables(settings):
@@ -195,18 +196,33 @@ def hold_data_directory(settings: Settings) -> files.HeldFile | None:
 
     Raises:
         DataDirectoryInUseError: A service runs on it; the message names its process.
+        DataDirectoryError: All users share it.
         OSError: The lock cannot be made.
     """
     if settings.database_url is not None:
         return None
     directory = settings.directory
-    directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _root(settings)
     try:
         return files.HeldFile(directory.lock)
     except files.FileHeldError as error:
         raise DataDirectoryInUseError(
             f"{directory.root} is in use: {error} runs on it. Stop that process, or give another --data."
         ) from None
+
+
+def _root(settings: Settings) -> Path:
+    """The data directory, made if it is missing.
+
+    Raises:
+        DataDirectoryError: It is a folder that all users share, as /tmp; closed to others, no program of theirs works.
+        OSError: It cannot be made.
+    """
+    root = settings.directory.root
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if root.stat().st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_ISVTX | stat.S_IWOTH:
+        raise DataDirectoryError(f"{root} is a folder that all users share. Give --data a folder in it.")
+    return root
 
 
 def close_to_others(settings: Settings) -> None:

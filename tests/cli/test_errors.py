@@ -183,3 +183,27 @@ def test_unsafe_characters_of_an_error_are_escaped(thrave, tmp_path):
     assert [letter for letter in stderr if not (letter.isprintable() or letter == "\n")] == []
     _, _, stderr = thrave("\x1b[31m\u202e")
     assert [letter for letter in stderr if not (letter.isprintable() or letter == "\n")] == []
+
+
+@pytest.mark.parametrize("words", ["account create alice", "serve --port 0", "task list", "demo"])
+def test_empty_data_directory_is_refused_and_not_taken_for_the_working_one(thrave, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    status, _, stderr = thrave(*words.split(), "--data", "")
+    assert status == Exit.USAGE
+    assert "must not be empty" in stderr
+    assert not [*tmp_path.iterdir()]
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("words", ["account create alice", "serve --port 0"])
+def test_folder_that_all_users_share_is_no_data_directory(tmp_path, words):
+    """It would be closed to everybody else."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    result = run(*words.split(), "--data", shared)
+    assert result.returncode == Exit.FAILED
+    assert f"{shared} is a folder that all users share" in result.stderr
+    assert not [*shared.iterdir()]
+    assert shared.stat().st_mode & 0o7777 == 0o1777

@@ -11,7 +11,7 @@ import click
 
 from thrave.cli.exits import Exit
 from thrave.cli.output import emit, output_option
-from thrave.cli.service import make_files_private
+from thrave.cli.service import DataFolder, make_files_private
 from thrave.cli.sizes import Size, words
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--size", type=Size(), default="256MiB", show_default=True, help="The root disk's size.")
 @click.option(
-    "--data", type=click.Path(file_okay=False, path_type=Path), envvar="THRAVE_DATA", default="thrave-demo",
+    "--data", type=DataFolder(), envvar="THRAVE_DATA", default="thrave-demo",
     show_default=True, help="Where everything is made; kept afterwards.",
 )  # fmt: skip
 @output_option

@@ -13,7 +13,7 @@ import click
 
 from thrave.cli.exits import Exit
 from thrave.cli.output import emit, output_option
-from thrave.cli.service import make_files_private, read_settings
+from thrave.cli.service import DataFolder, make_files_private, read_settings
 
 if TYPE_CHECKING:
     from thrave.config import Settings
@@ -26,7 +26,7 @@ class _Log:
 
 
 _log = _Log()
-DATA = click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Where it keeps everything.")
+DATA = click.option("--data", type=DataFolder(), help="Where it keeps everything.")
 ADDRESS = click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
 PORT = click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
 CONFIG = click.option(

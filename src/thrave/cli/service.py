@@ -22,9 +22,25 @@ if TYPE_CHECKING:
 
 _Rest = ParamSpec("_Rest")
 
+
+class DataFolder(click.Path):
+    """The path of a data directory; an empty one would be the working directory."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Give the path. Fails the command line if it is empty or a file."""
+        if value == "":
+            self.fail("must not be empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _DATA = click.option(
     "--data",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=DataFolder(),
     help="Where the service keeps its database, keys, instances and buckets.  "
     "[env var: THRAVE_DATA; default: thrave-data]",
 )
