@@ -64,6 +64,13 @@ def test_a_service_with_bucket_directories_is_well_and_nothing_is_left(doctor, d
     assert [*(data / "buckets").glob("[!.]*")] == [*(data / "buckets" / ".owners").iterdir()] == []
 
 
+def test_a_missing_file_is_named_in_plain_words(doctor, data):
+    (data / "vault.key").unlink()
+    _, found = doctor()
+    assert found["vault's key"]["outcome"] == "failed"
+    assert found["vault's key"]["detail"] == f"{data / 'vault.key'}: No such file or directory"
+
+
 def test_a_postgresql_is_asked_for_its_version_and_its_clock(doctor, postgres, thrave_json, tmp_path):
     url = postgres.new_database()
     _, before = doctor(database_url=url)

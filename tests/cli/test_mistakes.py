@@ -19,6 +19,7 @@ def folder(tmp_path, monkeypatch):
     shutil.copytree(KEYS, tmp_path / "here", dirs_exist_ok=True)
     (tmp_path / "here" / "disk.raw").write_bytes(b"disk" * 1024)
     (tmp_path / "here" / "empty").mkdir()
+    (tmp_path / "here" / "circle").symlink_to("circle")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
@@ -53,6 +54,11 @@ MISTAKES = [
     (BUNDLE.replace("disk.raw", "none.raw"), NOT_FOUND, "none.raw does not exist"),
     (BUNDLE.replace("user-cert.pem", "none.pem"), NOT_FOUND, "none.pem does not exist"),
     (BUNDLE.replace("user-cert.pem", "user-pk.pem"), USAGE, "this is a private key"),
+    (OPEN.replace("-o out", "-o circle"), FAILED, "circle: its symbolic links lead in a circle"),
+    (OPEN.replace("-o out", "--format qcow2 -o circle/out"), FAILED, "its symbolic links lead in a circle"),
+    (f"{OPEN} --side-key disk.raw", USAGE, "disk.raw: not an Ed25519 key in PEM form"),
+    (f"{OPEN} --side-key user-pk.pem", USAGE, "user-pk.pem: not an Ed25519 key in PEM form"),
+    (f"show https://{'a' * 64}.example/p.manifest.xml", USAGE, "its host is no host name"),
     (f"{BUNDLE} --secret-file none", NOT_FOUND, "none does not exist"),
 ]
 

@@ -70,11 +70,19 @@ def image_file(path: Path, size: int, *, replace: bool = True) -> Iterator[NewFi
         OutputExistsError: Another file is there and may not be replaced.
         OutputError: It cannot be created, written or renamed, or something else than a file is there.
     """
-    path = path.resolve()
+    path = followed(path)
     is_same_size = not replace and path.is_file() and path.stat().st_size == size
     with new_file(path, replace=replace, is_same=_is_same if is_same_size else None) as file:
         os.truncate(file.descriptor, size)
         yield file
+
+
+def followed(path: Path) -> Path:
+    """The file that a path leads to through symbolic links. Raises OutputError if they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: before Python 3.13, which returns the path
+        raise OutputError(f"cannot write {path}: its symbolic links lead in a circle, or cannot be read") from None
 
 
 @contextmanager

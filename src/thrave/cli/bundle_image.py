@@ -55,11 +55,11 @@ def _check_stdout(image_format: str) -> None:
 def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> Iterator[ImageTarget]:
     """Write in the format at once, without a raw file in between."""
     from thrave.bundle.errors import OutputError
-    from thrave.bundle.output import new_file
+    from thrave.bundle.output import followed, new_file
     from thrave.volumes.errors import VolumeUnwritableError
     from thrave.volumes.writing import new_image
 
-    with new_file(path.resolve(), replace=replace) as file:
+    with new_file(followed(path), replace=replace) as file:
         try:
             with new_image(file.name, image_format, size) as image:
                 yield image

@@ -6,6 +6,7 @@ before anything is begun. No key is ever shown.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +15,7 @@ import click
 from thrave.cli.folders import FileMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _Key = TypeVar("_Key")
 _LARGEST = 64 * 1024
-_NO_ED25519 = "not an Ed25519 key"
+_NO_ED25519 = "not an Ed25519 key in PEM form, or one that is encrypted"
 
 
 class PemFile(click.ParamType["_Key"]):
@@ -76,11 +77,23 @@ def _private_key(pem: bytes) -> RSAPrivateKey:
     return load_private_key(pem)
 
 
+@contextmanager
+def _words_of_ours(text: str) -> Iterator[None]:
+    """Say the text in place of what the library says of PEM that it cannot read."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        yield
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: the key is encrypted
+        raise ValueError(text) from None
+
+
 def _ed25519_private_key(pem: bytes) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    key = load_pem_private_key(pem, password=None)
+    with _words_of_ours(_NO_ED25519):
+        key = load_pem_private_key(pem, password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ValueError(_NO_ED25519)  # noqa: TRY004 (the file's content is wrong)
     return key
@@ -90,7 +103,8 @@ def _ed25519_public_key(pem: bytes) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    key = load_pem_public_key(pem)
+    with _words_of_ours(_NO_ED25519):
+        key = load_pem_public_key(pem)
     if not isinstance(key, Ed25519PublicKey):
         raise ValueError(_NO_ED25519)  # noqa: TRY004 (as above)
     return key

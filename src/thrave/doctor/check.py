@@ -4,6 +4,7 @@ A check has a time limit. One that hangs is left behind in its thread; a failure
 alone, for its words might hold a secret.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -86,7 +87,8 @@ def _tried(check: Check, subject: Subject) -> Finding:
     except sa.exc.DBAPIError as error:
         said = str(error.orig).strip()
     except _FORESEEN as error:
-        said = str(error)
+        is_plain = isinstance(error, OSError) and error.errno is not None and error.filename is not None
+        said = f"{error.filename}: {os.strerror(error.errno)}" if is_plain else str(error)
     except Exception as error:  # noqa: BLE001 (whatever it is, the other checks are worth trying)
         said = f"unforeseen: {type(error).__name__}"
     outcome = Outcome.LACKING if check.optional else Outcome.FAILED
