@@ -87,8 +87,9 @@ def _tried(check: Check, subject: Subject) -> Finding:
     except sa.exc.DBAPIError as error:
         said = str(error.orig).strip()
     except _FORESEEN as error:
-        is_plain = isinstance(error, OSError) and error.errno is not None and error.filename is not None
-        said = f"{error.filename}: {os.strerror(error.errno)}" if is_plain else str(error)
+        said = str(error)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            said = f"{error.filename}: {os.strerror(error.errno)}"
     except Exception as error:  # noqa: BLE001 (whatever it is, the other checks are worth trying)
         said = f"unforeseen: {type(error).__name__}"
     outcome = Outcome.LACKING if check.optional else Outcome.FAILED
