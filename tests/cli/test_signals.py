@@ -99,6 +99,10 @@ def test_sigterm_ends_a_process_of_a_fleet_at_each_step_of_its_start(tmp_path, p
 
 def test_hangup_ends_a_service_that_runs(tmp_path):
     server = ThraveServer(DataDirectory(tmp_path / "data"))
-    server.start()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and the service inherits that
+    try:
+        server.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
     server.stop(signal.SIGHUP)
     assert server.process.returncode == 0
