@@ -1,11 +1,17 @@
 """What tests of several rooms share: stores, a PostgreSQL, a libvirtd, each started once; and databases."""
 
+import signal
+
 import pytest
 
 from support import stores
 from support.guest import guest_image
 from support.hypervisor import running_host
 from support.postgres import running_postgres
+
+# A run under nohup or in the background ignores these signals, and so would every program that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -236,11 +236,23 @@ def test_what_may_pass_is_tried_again_after_longer_and_longer_pauses(upload, pau
     assert all(shortest / 8 <= pause <= shortest / 4 for pause, shortest in zip(pauses, [1, 2, 4, 8], strict=True))
 
 
-@pytest.mark.parametrize("call", [put, head, get, get_range, listing, delete], ids=lambda call: call.__name__)
-def test_what_does_not_pass_is_tried_once(call, pauses):
-    with scripted(error(403, "AccessDenied")) as script, pytest.raises(AccessDenied):
+@pytest.mark.parametrize(
+    ("call", "requests"),
+    # After a refused HEAD an object is put beside it: S3 refuses a missing object, too, to a key that may not list.
+    [
+        (put, ["PUT"]),
+        (head, ["HEAD", "PUT"]),
+        (get, ["GET"]),
+        (get_range, ["GET"]),
+        (listing, ["GET"]),
+        (delete, ["POST"]),
+    ],
+    ids=lambda call: getattr(call, "__name__", None),
+)
+def test_what_does_not_pass_is_tried_once(call, requests, pauses):
+    with scripted(*[error(403, "AccessDenied")] * len(requests)) as script, pytest.raises(AccessDenied):
         call(patient(script))
-    assert (len(script.requests), pauses) == (1, [])
+    assert ([request.split()[0] for request in script.requests], pauses) == (requests, [])
 
 
 def test_when_the_time_is_up_the_last_error_stands(monkeypatch, pauses):

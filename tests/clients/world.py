@@ -1,6 +1,7 @@
 """The service that all clients call, with an account, and what the tests need to know of it."""
 
 import time
+from itertools import count
 from pathlib import Path
 
 from support.disks import make_disk
@@ -17,12 +18,12 @@ class World:
     def __init__(self, server: ThraveServer, folder: Path) -> None:
         self.server = server
         self.account, self.key = server.account("alice")
-        self.disk = make_disk(folder / "root.raw", MIB)
+        self._disks = (make_disk(folder / f"root{number}.raw", MIB) for number in count())
         self.ec2 = server.client(self.key)
 
     def instance(self, **details: object) -> str:
-        """A new instance's id."""
-        return self.server.instance(self.account.account_id, self.disk, **details).instance_id
+        """The id of a new instance with a disk of its own: a running one's disk is not bundled for another."""
+        return self.server.instance(self.account.account_id, next(self._disks), **details).instance_id
 
     def deaf_instance(self) -> str:
         """One whose guest hears no request to power off: its task waits until somebody cancels it."""
