@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
+from typing import TypeVar, cast
 
 import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
@@ -20,7 +21,7 @@ from fleet_stage import Rooms, described, host_name
 
 from thrave.buckets.buckets import ObjectHead
 from thrave.bundle.checkpoint import Checkpoint, StreamPoint
-from thrave.bundle.sealed import SealedPart
+from thrave.bundle.sealed import Sealed, SealedPart
 from thrave.bundle.secrets import BundleSecrets
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import Instance, InstanceState
@@ -41,7 +42,8 @@ TASKS_AT_ONCE = 2
 _PART = memoryview(bytes(10 << 20))
 _ETAG = "d" * 32
 _DIGESTS = {"sha1": "a" * 40, "sha256": "b" * 64}
-_DOCUMENTS = {"manifest": "m" * 6000, "side_file": "s" * 3000}
+_SMALL = 1 << 20  # bytes; the documents of a bundle are shorter, and are kept
+_Result = TypeVar("_Result")
 
 
 class Guests:
@@ -96,6 +98,7 @@ class Store:
 
     def __init__(self) -> None:
         self._heads: dict[str, ObjectHead] = {}
+        self._documents: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     def on_behalf_of(self, _access_key_id: str) -> "Store":
@@ -105,7 +108,13 @@ class Store:
     def put(self, _bucket: str, key: str, data: bytes | memoryview, *, grant: object = None) -> str:  # noqa: ARG002 (Buckets' signature)
         """See Buckets."""
         self._heads[key] = ObjectHead(len(data), _ETAG)
+        if len(data) < _SMALL:
+            self._documents[key] = bytes(data)
         return _ETAG
+
+    def get_range(self, _bucket: str, key: str, start: int, length: int) -> bytes:
+        """See Buckets. Only documents are kept."""
+        return self._documents[key][start : start + length]
 
     def head(self, _bucket: str, key: str) -> ObjectHead | None:
         """See Buckets."""
@@ -116,6 +125,7 @@ class Store:
         with self._lock:
             for key in keys:
                 self._heads.pop(key, None)
+                self._documents.pop(key, None)
 
 
 class Workflow:
@@ -128,12 +138,12 @@ class Workflow:
         self._steps = 0
         self.bundle_id = workflow_id.partition(".")[0]
 
-    def step(self, name: str, work: Callable[[], object]) -> None:
-        """Run one durable step, as `engine.step` has DBOS do it. Raises TaskFailure."""
+    def step(self, name: str, work: Callable[[], _Result]) -> _Result:
+        """Run one durable step, as `engine.step` has DBOS do it; return its result. Raises TaskFailure."""
         self._steps += 1
         self._engine.check_operation_execution(self._workflow_id, self._steps, name)
-        failure = _failure_of(work)
-        outcome = {"result": None} if failure is None else {"code": failure.code, "message": failure.message}
+        result, failure = _outcome_of(work)
+        outcome = {"result": result} if failure is None else {"code": failure.code, "message": failure.message}
         serializer = PortableJSON()
         self._engine.record_operation_result(
             {
@@ -145,6 +155,7 @@ class Workflow:
         )  # fmt: skip
         if failure is not None:
             raise failure
+        return cast("_Result", result)
 
     def end(self) -> None:
         """Write down that it has ended."""
@@ -170,29 +181,35 @@ class SimulatedBundling(Bundling):
 
     def seal(self) -> None:
         """Write parts down as if they were sealed and sent one after the other."""
-        with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch):
+        secrets_of_bundle = BundleSecrets.generate()
+        names = [f"{self._task.prefix}.part.{index:02}" for index in range(PARTS)]
+        parts = [SealedPart(index, name, len(_PART), **_DIGESTS) for index, name in enumerate(names)]
+        with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
             self._records.note_volume_size(self._task.bundle_id, PARTS * len(_PART))
-            self._journal.begin(BundleSecrets.generate())
+            self._journal.begin(secrets_of_bundle)
             stored = Stored()
-            for index in range(PARTS):
-                stored = self._send(index, stored)
+            for index, part in enumerate(parts):
+                stored = self._send(part, stored)
                 self._records.advance(self._task.bundle_id, BundleTaskState.BUNDLING, 100 * (index + 1) // PARTS)
                 if index == PARTS // 2 and self._agent.is_cancelled(self._task):
                     raise Cancelled
             self._journal.stored(stored)
-        self._journal.conclude(_DOCUMENTS)
+        sealed = Sealed(self._task.prefix, PARTS * len(_PART), "e" * 40, secrets_of_bundle, tuple(parts))
+        self._journal.conclude(self._documents(instance, sealed))
 
-    def _send(self, index: int, before: Stored) -> Stored:
-        part = SealedPart(index, f"{self._task.prefix}.part.{index:02}", len(_PART), **_DIGESTS)
+    def _send(self, part: SealedPart, before: Stored) -> Stored:
         self._journal.sending(part.filename, part, before)
         etag = self._host.buckets.put(self._task.bucket, part.filename, _PART)
-        checkpoint = Checkpoint(index + 1, StreamPoint(part.size * index, 1, 1, "c" * 40), 1, "d" * 64, "e" * 32)
+        checkpoint = Checkpoint(
+            part.index + 1, StreamPoint(part.size * part.index, 1, 1, "c" * 40), 1, "d" * 64, "e" * 32
+        )
         return Stored([StoredObject(part.filename, part.size, etag)], checkpoint)
 
-    def _step(self, name: str, work: Callable[[], object]) -> None:
-        self._workflow.step(name, lambda: self._do(work))
+    def _step(self, name: str, work: Callable[[], _Result], *, is_over_if_started: bool = False) -> _Result:  # noqa: ARG002 (of the step that this one stands for)
+        result = self._workflow.step(name, lambda: self._do(work))
         if "instance" in name:
             self._agent.report()  # a real one does so every second
+        return result
 
 
 class SimulatedAgent:
@@ -293,9 +310,8 @@ class SimulatedAgent:
         return f"host-{self.name}"
 
 
-def _failure_of(work: Callable[[], object]) -> TaskFailure | None:
+def _outcome_of(work: Callable[[], _Result]) -> tuple[_Result | None, TaskFailure | None]:
     try:
-        work()
+        return work(), None
     except Exception as error:  # noqa: BLE001 (as `engine.step` takes any)
-        return failure_from(error)
-    return None
+        return None, failure_from(error)

@@ -184,7 +184,7 @@ def make_callers(rooms: Rooms) -> tuple[Caller, ...]:
 _COPIES = """
 CREATE TEMPORARY TABLE copies AS
 SELECT ended.bundle_id AS original, 'bun-' || substr(md5(ended.bundle_id || copy), 1, 17) AS bundle_id,
-       (copy % 48) * interval '2 hours' AS earlier
+       (copy % 48) * interval '2 hours' AS age
 FROM (SELECT bundle_id FROM bundle_task WHERE state IN ('complete', 'failed') AND account_id <> :but
       ORDER BY start_time LIMIT :originals) AS ended,
      generate_series(CAST(:first AS int), :last) AS copy LIMIT :most
@@ -198,10 +198,10 @@ def copy_tasks(connection: sa.Connection, more: int, *, but: str) -> None:
     which = {"originals": originals, "but": but, "first": ended, "last": ended + more // originals, "most": more}
     connection.execute(sa.text(_COPIES), which)
     times = ("start_time", "update_time")
-    _copy(connection, "bundle_task", "bundle_id", dict.fromkeys(times, "earlier"))
+    _copy(connection, "bundle_task", "bundle_id", dict.fromkeys(times, "age"))
     _copy(connection, "bundle_part", "bundle_id", {})
-    _copy(connection, "bundle_task_event", "bundle_id", {"time": "earlier"}, numbered="event_id")
-    milliseconds = "(extract(epoch FROM earlier) * 1000)::bigint"
+    _copy(connection, "bundle_task_event", "bundle_id", {"time": "age"}, numbered="event_id")
+    milliseconds = "(extract(epoch FROM age) * 1000)::bigint"
     times = ("created_at", "updated_at", "completed_at", "started_at_epoch_ms")
     _copy(connection, "dbos.workflow_status", "workflow_uuid", dict.fromkeys(times, milliseconds))
     for table in ("operation_outputs", "workflow_output", "workflow_input"):
