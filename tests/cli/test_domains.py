@@ -58,6 +58,7 @@ def test_an_adopted_domain_is_an_instance(thrave_json, adopted, account_id, disk
         "rootVolume": {"path": str(disk), "format": "raw", "deviceName": "/dev/vda", "secretFile": None},
         "volumes": [],
         "state": "stopped",
+        "offReason": "unknown",
         "tags": {"Name": "web"},
     }
     (listed,) = thrave_json("instance", "list")["instances"]

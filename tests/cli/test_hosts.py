@@ -50,7 +50,7 @@ def task(ground):
 
     def add(bundle_id, name, *, begun=False):
         request = BundleRequest(
-            account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{bundle_id}", bucket="bucket", prefix="prefix",
+            account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{bundle_id}", bucket="bucket", prefix=bundle_id,
             access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
         )  # fmt: skip
         with ground.database.begin() as connection:

@@ -143,7 +143,7 @@ def test_of_many_simultaneous_requests_only_so_many_make_a_task(house, ec2):
 
     def ask(instance_id):
         try:
-            ec2.bundle_instance(InstanceId=instance_id, Storage=storage(house.key))
+            ec2.bundle_instance(InstanceId=instance_id, Storage=storage(house.key, prefix=instance_id))
             outcomes.append("a task")
         except ClientError as refusal:
             outcomes.append(refusal.response["Error"]["Code"])

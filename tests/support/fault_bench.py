@@ -10,6 +10,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,9 @@ class FaultBench:
         self._output = folder / "opened.raw"
         self._transports = {}
         self.bucket = _new_name()
+        self.prefix = PREFIX
+        """Of the newest task: each has a place that no other task has had, so the plain names of files."""
+        self._tasks = count(1)
         self._direct.send("PUT", self.bucket)
 
     def close(self):
@@ -129,12 +133,12 @@ class FaultBench:
         objects = S3Objects(connection, transport=self._transport(temper, connection.endpoint))
         folder, service = S3Folder(objects, self.bucket, ""), self._ground.service
         open_bundle(
-            folder.read(manifest_filename(PREFIX), 1 << 20),
+            folder.read(manifest_filename(self.prefix), 1 << 20),
             FolderParts(folder),
             service.private_key,
             self._output,
             certificate=service.certificate,
-            side_file=folder.read(side_filename(PREFIX), 1 << 20),
+            side_file=folder.read(side_filename(self.prefix), 1 << 20),
         )
         return self._output.read_bytes() == self._disk.read_bytes()
 
@@ -178,6 +182,7 @@ class FaultBench:
             image_directories=settings.image_directories,
             level="fast",
             skip=settings.skip,
+            existing_bundle=settings.existing_bundle,
             uploads_at_once=settings.uploads_at_once,
             store_patience=temper.patience,
             stall_timeout=60,
@@ -197,10 +202,11 @@ class FaultBench:
         return instance
 
     def _new_task(self, instance):
-        policy, signature = upload_policy(KEY.secret_access_key, self.bucket, PREFIX)
+        self.prefix = f"{PREFIX}{next(self._tasks)}"
+        policy, signature = upload_policy(KEY.secret_access_key, self.bucket, self.prefix)
         request = BundleRequest(
             account_id=self.account.account_id, owner_id=self.account.account_id, instance_id=instance.instance_id,
-            bucket=self.bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
+            bucket=self.bucket, prefix=self.prefix, access_key_id=KEY.access_key_id,
             upload_policy=base64.b64encode(policy).decode(), upload_policy_signature=signature,
         )  # fmt: skip
         bundle_id = f"bun-{uuid.uuid4().hex[:17]}"
