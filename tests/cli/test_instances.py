@@ -155,6 +155,13 @@ def test_adding_a_disk_of_another_running_instance_warns(thrave, thrave_json, ad
     assert (status, first in stderr) == (0, False)
 
 
+def test_warnings_are_in_the_json_document(thrave, thrave_json, add, disk):
+    first = thrave_json(*add())["instanceId"]
+    status, stdout, stderr = thrave(*add("--state", "stopped"), "--output", "json")
+    (warning,) = json.loads(stdout)["warnings"]
+    assert (status, first in warning, "Warning" in stderr) == (0, True, False)
+
+
 def test_a_template_below_two_overlays_is_nobodys_alone(thrave_json, add, disk, tmp_path):
     for name in ("one.qcow2", "two.qcow2"):
         overlay = tmp_path / name

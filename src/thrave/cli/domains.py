@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from thrave.cli.identity import find_account, open_accounts
-from thrave.cli.images import warn_of_image
+from thrave.cli.images import warnings_of_image
 from thrave.cli.instance_words import show
 from thrave.cli.output import emit, output_option
 from thrave.cli.service import settings_option
@@ -77,8 +77,7 @@ def adopt(
         secret_file=secret_file and secret_file.absolute(),
         tags=tags,
     )
-    warn_of_image(settings, instances, adopted)
-    show(adopted, output)
+    show(adopted, output, warnings_of_image(settings, instances, adopted))
 
 
 @click.command()

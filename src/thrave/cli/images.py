@@ -1,4 +1,4 @@
-"""What `thrave instance add` and `adopt` say of a root volume's image file. Nothing is stopped, locked or written."""
+"""What `thrave instance add` and `adopt` report about a root volume's image file. Nothing is stopped or written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from thrave.config import Settings
 
 
-def check_image(settings: Settings, instances: Instances, instance: Instance) -> None:
-    """Refuse an image of another format than the stated one; warn about everything else that prevents a bundle.
+def check_image(settings: Settings, instances: Instances, instance: Instance) -> list[str]:
+    """Refuse an image of another format than the stated one; return warnings of everything else that prevents a bundle.
 
     A file that another instance uses is a warning: that instance may be removed or shut down before the first bundle.
     A task checks again, and refuses it then.
@@ -25,32 +25,26 @@ def check_image(settings: Settings, instances: Instances, instance: Instance) ->
     from thrave.volumes.errors import VolumeError
 
     if instance.root_device_type != "instance-store":
-        return
+        return []
     volume = instance.root_volume
     _check_format(volume)
     try:
         warned = check_root_volume(instances, instance.instance_id, volume, settings.image_directories)
     except VolumeError as error:
-        _warn(f"it cannot be bundled as it is: {error}")
-    else:
-        for warning in warned:
-            _warn(warning.text)
+        return [_cannot_be_bundled(str(error))]
+    return [warning.text for warning in warned]
 
 
-def warn_of_image(settings: Settings, instances: Instances, instance: Instance) -> None:
-    """The same of a machine whose disk and format its hypervisor says: only warn."""
-    from thrave.volumes.errors import VolumeError
-
+def warnings_of_image(settings: Settings, instances: Instances, instance: Instance) -> list[str]:
+    """Return the same warnings of a machine whose hypervisor states its disk and format: nothing is refused."""
     try:
-        check_image(settings, instances, instance)
+        return check_image(settings, instances, instance)
     except click.UsageError as error:
-        _warn(f"it cannot be bundled as it is: {error.message}")
-    except VolumeError as error:
-        _warn(f"it cannot be bundled as it is: {error}")
+        return [_cannot_be_bundled(error.message)]
 
 
-def _warn(text: str) -> None:
-    click.echo(f"Warning: {text}.", err=True)
+def _cannot_be_bundled(reason: str) -> str:
+    return f"it cannot be bundled as it is: {reason}"
 
 
 def _check_format(volume: VolumeFile) -> None:

@@ -146,9 +146,9 @@ def add(
         tags=tags,
     )
     check_volumes(new)
-    check_image(settings, described, new)
+    warnings = check_image(settings, described, new)
     described.add(new)
-    show(new, output)
+    show(new, output, warnings)
 
 
 @instance.command("list")
