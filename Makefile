@@ -22,7 +22,7 @@ demo: $(DEMO_INSTALLED)
 
 test: $(INSTALLED) packages
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 3 --dist loadfile
+	$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --fail-under=90
 

@@ -1,5 +1,6 @@
 """QEMU's formats: what a broken or hostile image, a missing part or a dead server can do to a reader."""
 
+import math
 import os
 import signal
 import subprocess
@@ -163,6 +164,14 @@ def test_an_image_that_something_writes_to_is_in_use(qcow2, tmp_path):
 def test_the_server_ends_with_the_volume(qcow2):
     with open_volume(qcow2, "qcow2"):
         assert len(servers_of(qcow2)) == 1
+    assert gone(qcow2)
+
+
+def test_the_server_ends_by_itself_though_an_error_holds_its_connection(qcow2, monkeypatch):
+    monkeypatch.setattr(qemu, "_END_TIMEOUT", math.inf)  # else it would be killed in the end
+    with pytest.raises(VolumeUnreadableError) as caught, open_volume(qcow2, "qcow2") as volume:
+        volume.read_into(volume.size, memoryview(bytearray(1)))
+    assert caught.value.__traceback__ is not None  # its frames hold libnbd's handle
     assert gone(qcow2)
 
 

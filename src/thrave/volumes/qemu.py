@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from thrave import programs
@@ -29,6 +30,29 @@ _POLL_MILLISECONDS = 200
 _MOST_READ = 16 << 20  # bytes in one NBD read; servers may refuse more than 32 MiB (NBD protocol, "maximum payload")
 _BLOCK = 4096  # reads begin and end at multiples of this; some formats (vhdx) refuse any that do not
 _MOST_STATUS = 2 << 30  # bytes in one question for extents; a length has 32 bits
+
+
+class NbdServer:
+    """A running qemu-nbd with one client."""
+
+    def __init__(self, program: Program, connection: socket.socket) -> None:
+        """Take over both; `connection` is a second descriptor of the client's connection."""
+        self._program = program
+        self._connection = connection
+
+    def end(self) -> None:
+        """Drop the connection and wait until the server has ended; one that does not end is killed.
+
+        The socket itself is shut down: libnbd closes it only when its handle is freed, and the traceback of an error
+        that is on its way up still holds that handle.
+        """
+        with suppress(OSError):  # the server was quicker, or this is the second time
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+        try:
+            self._program.poll(_END_TIMEOUT)
+        finally:
+            self._program.kill()
 
 
 class QemuVolume:
@@ -87,7 +111,7 @@ class QemuVolume:
     def close(self) -> None:
         """Drop the connection, which ends the server, and wait for its end."""
         self._handle = None
-        end_server(self._server)
+        self._server.end()
 
     def _opened(self) -> libnbd.Handle:
         if self._handle is None:
@@ -100,7 +124,7 @@ class QemuVolume:
         whole = memoryview(self._opened().pread(last - first, first))
         return whole[offset - first : end - first]
 
-    def _connect(self, image: Arguments) -> tuple[libnbd.Handle, Program]:
+    def _connect(self, image: Arguments) -> tuple[libnbd.Handle, NbdServer]:
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
         try:
@@ -130,7 +154,7 @@ class QemuVolume:
         return found
 
 
-def start_server(handle: libnbd.Handle, image: Arguments) -> Program:
+def start_server(handle: libnbd.Handle, image: Arguments) -> NbdServer:
     """Connect a new handle to a qemu-nbd of its own.
 
     Args:
@@ -138,7 +162,7 @@ def start_server(handle: libnbd.Handle, image: Arguments) -> Program:
         image: Options, and the image (`chain.arguments`).
 
     Returns:
-        The server, for `end_server`.
+        The server; the caller ends it.
 
     Raises:
         ComponentMissingError: qemu-nbd is not installed.
@@ -162,22 +186,16 @@ def start_server(handle: libnbd.Handle, image: Arguments) -> Program:
             max_memory=programs.MAX_MEMORY,
         )
         listener.close()  # only the server has it from here on: if the server ends, so does the connection
+        connection = client.dup()
         try:
             handle.aio_connect_socket(client.detach())
             _shake_hands(handle)
             server.drop_output()
         except BaseException:
+            connection.close()
             server.kill()
             raise
-    return server
-
-
-def end_server(server: Program) -> None:
-    """Wait until a server has ended whose connection was dropped; one that does not end is killed."""
-    try:
-        server.poll(_END_TIMEOUT)
-    finally:
-        server.kill()
+    return NbdServer(server, connection)
 
 
 def _shake_hands(handle: libnbd.Handle) -> None:

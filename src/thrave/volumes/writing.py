@@ -12,7 +12,7 @@ from thrave import programs
 from thrave.volumes import inspection, libnbd
 from thrave.volumes.chain import Arguments
 from thrave.volumes.errors import UnknownFormatError, VolumeUnwritableError
-from thrave.volumes.qemu import end_server, start_server
+from thrave.volumes.qemu import NbdServer, start_server
 
 # format -> options of qemu-img create. Without force_size the size of a vpc image is rounded up to whole cylinders.
 # vhdx is not among them: QEMU's driver refuses to write what does not begin and end at a multiple of 4 KiB.
@@ -31,7 +31,7 @@ class NewImage:
         self._path = path
         self._binding = binding
         self._handle: libnbd.Handle | None = binding.NBD()
-        self._server: programs.Program | None = None
+        self._server: NbdServer | None = None
 
     def serve(self, image_format: str) -> None:
         """Start the server."""
@@ -53,7 +53,7 @@ class NewImage:
         """Drop the connection, which ends the server, and wait for its end. May be called again."""
         self._handle = None
         if self._server is not None:
-            end_server(self._server)
+            self._server.end()
 
     @contextmanager
     def _calling(self) -> Iterator[libnbd.Handle]:
