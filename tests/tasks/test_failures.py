@@ -8,8 +8,15 @@ import pytest
 import thrave
 from thrave.buckets.errors import AccessDenied, InternalError, NoSuchBucket, StoreError, TransientError
 from thrave.bundle.errors import ImageError
-from thrave.compute.errors import InstanceHeld, InstanceNotFound
-from thrave.tasks.failures import CAUSES, FORESEEN, Cancelled, TaskFailure, failure_from
+from thrave.compute.errors import (
+    HypervisorError,
+    InstanceCommandFailed,
+    InstanceHeld,
+    InstanceNotFound,
+    InvalidDescriptionError,
+    OverlayImpossible,
+)
+from thrave.tasks.failures import CAUSES, FORESEEN, Cancelled, TaskFailure, failure_from, without_folders
 from thrave.volumes.errors import (
     ImageRefusedError,
     SkipRefusedError,
@@ -93,3 +100,37 @@ def test_a_tenant_learns_the_names_of_files_and_not_their_folders(error):
     assert "/vm" not in failure.message
     assert "tenant" not in failure.message
     assert "/vm/a/win." in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            InvalidDescriptionError("i-1", "/var/lib/thrave/instances/i-1.json", ["state: '/srv/x' is none"]),
+            "i-1.json does not describe an instance: state: 'x' is none",
+        ),
+        (OverlayImpossible("i-1", "/dev/vg0/win is no file"), "win is no file"),
+        (HypervisorError("i-1", "Cannot open '/srv/images/win.raw': denied"), "Cannot open 'win.raw': denied"),
+        (
+            InstanceCommandFailed("i-1", "stateCommand", "failed: sh: /opt/tools/state.sh: not found"),
+            "the stateCommand of i-1 failed: sh: state.sh: not found",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_tenant_reads_bare_names_of_the_hosts_files(error, message):
+    assert failure_from(error).message == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://store.example:9000/bucket/key",
+        "s3://bucket/folder/win.part.0",
+        "'folder/win.part.0'",
+        "5 / 7",
+        "and/or",
+    ],
+)
+def test_urls_and_keys_of_objects_stay_whole(text):
+    assert without_folders(text) == text

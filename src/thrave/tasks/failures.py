@@ -8,6 +8,7 @@ RightScale's right_aws), and so do we. `Client.…` is for what the caller can m
 No message ever holds a secret.
 """
 
+import re
 from typing import NamedTuple
 
 import structlog
@@ -91,14 +92,26 @@ CAUSES: dict[str, Cause] = {
 }
 
 
+# The folders of an absolute path; not those of a URL or of an object's key.
+_FOLDERS = re.compile(r"(?<![\w:/.~-])/(?:[^\s/'\":;,()]+/)*(?=[^\s/'\":;,()])")
+
+
+def without_folders(text: str) -> str:
+    """Return a text with the bare names of the host's files: a tenant must not learn how its folders are arranged."""
+    return _FOLDERS.sub("", text)
+
+
 class TaskFailure(Exception):  # noqa: N818 (EC2 speaks of a task's failure)
-    """The task cannot be completed, for a reason of the table above."""
+    """The task cannot be completed, for a reason of the table above. Its owner reads the message."""
 
     def __init__(self, code: str, message: str) -> None:
-        """Give the reason: a `code` of `CAUSES`, and a `message` that says what was met."""
-        super().__init__(f"{code}: {message}")
+        """Give the reason: a `code` of `CAUSES`, and a `message` that says what was met.
+
+        Of the host's files the message keeps the bare names, whoever worded it: a hypervisor, a command, a disk.
+        """
         self.code = code
-        self.message = message
+        self.message = without_folders(message)
+        super().__init__(f"{code}: {self.message}")
 
     def also(self, another: "TaskFailure") -> "TaskFailure":
         """This failure, with the word that something else went wrong on the way out of it."""
@@ -133,6 +146,7 @@ def failure_from(error: Exception) -> TaskFailure:
         return TaskFailure("Server.VolumeError", error.public)
     for kind, code in FORESEEN:
         if isinstance(error, kind):
+            log.warning("a step failed", code=code, error=str(error))  # with the whole paths, for the operator
             return TaskFailure(code, str(error))
     log.error("a step failed in a way nobody foresaw", exc_info=error)
     return TaskFailure("Server.InternalError", "An internal error has occurred.")

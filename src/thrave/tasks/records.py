@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from thrave.compute.instances import Frozen
 from thrave.database import account, bundle_part, bundle_task, bundle_task_event, host, task_in_progress, utc_now
-from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.failures import Cancelled, TaskFailure, without_folders
 from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Journal
 from thrave.tasks.states import CANCELLABLE, WITH_PROGRESS, BundleTaskState, before
@@ -288,7 +288,8 @@ class Records:
             connection.execute(bundle_task_event.insert(), _event(bundle_id, now, message))
 
     def notice(self, bundle_id: str, notice: str) -> None:
-        """Give a task's owner one more thing to know although the task goes on; it is told among the events, too."""
+        """Add a warning for a task's owner, and to the events; of the host's files it has the bare names."""
+        notice = without_folders(notice)
         task = self.get(bundle_id)
         known = (task and task.notice) or ""
         if notice not in known:
