@@ -207,4 +207,4 @@ def test_only_what_the_model_allows_is_ever_seen(tmp_path, drawn_from, capfd):
     finally:
         Here.house.kill()
     log = capfd.readouterr().err
-    assert "error" not in log, log
+    assert "[error" not in log, log
