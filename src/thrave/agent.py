@@ -22,6 +22,7 @@ from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.engine import Worker
 from thrave.tasks.fence import Fence
 from thrave.tasks.hosts import HostState
+from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.records import Records
 
@@ -40,13 +41,17 @@ class Agent:
         self._worker = Worker(
             self._settings.database, self._settings.host_name, tasks_at_once=self._settings.tasks_at_once
         )
+        others_can_adopt = not self._settings.database.startswith("sqlite")
+        self._lease = Lease(self._settings.host_lost_after if others_can_adopt else None)
         self._draining = False
         self._over = threading.Event()
 
     def start(self, *, reports: bool) -> None:
         """Take the host, and begin to work in threads of its own; `reports` its instances if others show them."""
         ground, name = self._ground, self._settings.host_name
+        sent = self._lease.now()
         fence = ground.hosts.take(name, tasks_at_once=self._settings.tasks_at_once)
+        self._lease.renewed(sent)
         if reports:
             self._begin("reports", REPORT_INTERVAL, self._reporting())
         records = ground.records(fence)
@@ -70,6 +75,7 @@ class Agent:
             existing_bundle=self._settings.existing_bundle,
             uploads_at_once=self._settings.uploads_at_once,
             stall_timeout=self._settings.stall_timeout,
+            lease=self._lease,
         )
         find_lost = partial(ground.hosts.enqueue_lost, name)
         find_lost()  # before the worker recovers its own: what is in the queue already needs nothing
@@ -93,7 +99,9 @@ class Agent:
         self._over.wait()
 
     def _heartbeat(self, fence: Fence) -> None:
+        sent = self._lease.now()
         state = self._ground.hosts.heartbeat(fence)
+        self._lease.renewed(sent)
         if state is HostState.DRAINING and not self._draining:
             self._draining = True
             threading.Thread(target=self._drain, args=[fence], name="drain").start()

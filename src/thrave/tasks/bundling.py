@@ -7,7 +7,7 @@ and buckets meet; they do not know each other. It never answers a caller: that i
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -33,6 +33,7 @@ from thrave.tasks.engine import step
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.journal import Documents
+from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.patience import patiently
 from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
@@ -90,6 +91,8 @@ class Host:
     """Seconds for which the store is asked again when it fails in a way that may pass."""
     stall_timeout: float
     """Seconds without a byte read or an object stored after which a task fails."""
+    lease: Lease = field(default_factory=lambda: Lease(None))
+    """Checked before each attempt of a call to the store or the hypervisor."""
 
 
 class Bundling:

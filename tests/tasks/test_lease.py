@@ -1,0 +1,59 @@
+"""The lease of a process, measured by its own clock."""
+
+import pytest
+
+from thrave.tasks.lease import Lease, LeaseExpiredError
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_lease_allows_an_attempt_that_ends_in_time():
+    clock = Clock()
+    lease = Lease(60.0, clock)
+    lease.check(50.0)
+    with pytest.raises(LeaseExpiredError):
+        lease.check(55.0)  # within the margin
+
+
+def test_lease_counts_from_the_moment_before_the_heartbeat_was_sent():
+    clock = Clock()
+    lease = Lease(60.0, clock)
+    sent = lease.now()
+    clock.now += 50.0  # the database takes long to answer
+    lease.renewed(sent)
+    with pytest.raises(LeaseExpiredError):
+        lease.check(10.0)
+
+
+def test_a_late_answer_does_not_shorten_the_lease():
+    clock = Clock()
+    lease = Lease(60.0, clock)
+    late = lease.now()
+    clock.now += 10.0
+    lease.renewed(lease.now())
+    lease.renewed(late)
+    clock.now += 50.0
+    lease.check()
+
+
+def test_expired_lease_holds_again_after_a_heartbeat():
+    clock = Clock()
+    lease = Lease(60.0, clock)
+    clock.now += 60.0
+    assert not lease.holds()
+    lease.renewed(lease.now())
+    lease.check()
+
+
+def test_lease_on_one_machine_never_ends():
+    clock = Clock()
+    lease = Lease(None, clock)
+    clock.now += 1e9
+    lease.check(1e9)
