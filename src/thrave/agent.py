@@ -5,7 +5,6 @@ What it may do hangs on its lease (`tasks/fence.py`): without it the process end
 """
 
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -16,6 +15,7 @@ import structlog
 from thrave.compute.errors import InstanceError
 from thrave.compute.fleet import InstanceReports, PowerAction, PowerRequest
 from thrave.compute.power import PowerRequests
+from thrave.concurrency import repeat, supervised
 from thrave.ground import Ground
 from thrave.tasks import caretaker, leftovers, retention
 from thrave.tasks.bundling import Host, bundle
@@ -104,7 +104,12 @@ class Agent:
         self._lease.renewed(sent)
         if state is HostState.DRAINING and not self._draining:
             self._draining = True
-            threading.Thread(target=self._drain, args=[fence], name="drain").start()
+            supervised("drain", partial(self._drain, fence), on_failure=self._not_drained)
+
+    def _not_drained(self, error: BaseException) -> None:
+        """Have the next heartbeat begin to drain again."""
+        log.error("the host could not be drained; it is tried again", exc_info=error)
+        self._draining = False
 
     def _drain(self, fence: Fence) -> None:
         log.info("draining", host=fence.host)
@@ -126,18 +131,14 @@ class Agent:
         return report
 
     def _begin(self, name: str, interval: float, work: Callable[[], None]) -> None:
-        threading.Thread(target=_again_and_again, args=[interval, work], name=name, daemon=True).start()
+        repeat(name, interval, work, on_failure=partial(_report, name))
 
 
-def _again_and_again(interval: float, work: Callable[[], None]) -> None:
-    while True:
-        try:
-            work()
-        except sa.exc.DBAPIError as error:  # it must not end: the database may be back next time
-            log.warning("the database does not answer", reason=str(error.orig))
-        except Exception:
-            log.exception("an agent's errand failed")
-        time.sleep(interval)
+def _report(job: str, error: BaseException) -> None:
+    if isinstance(error, sa.exc.DBAPIError):  # the database may be back next time
+        log.warning("the database does not answer", reason=str(error.orig))
+    else:
+        log.error("an agent's errand failed", job=job, exc_info=error)
 
 
 def _do(request: PowerRequest, ground: Ground, power: PowerRequests) -> None:

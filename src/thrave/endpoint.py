@@ -8,7 +8,6 @@ killed, and a task under way resumes at the next start. Signals are handled in `
 
 import os
 import signal
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -22,6 +21,7 @@ from thrave.buckets.retrying import RetryingBuckets
 from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl, PowerRequests
+from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.database import TIMEOUT, DatabaseReplacedError
 from thrave.doctor.standing import StandingChecks, VolumeChecks
@@ -65,7 +65,7 @@ def serve(settings: Settings, listening: Listening) -> None:
     agent = Agent(ground)
     with explained(settings):
         agent.start(reports=False)
-    threading.Thread(target=_end_when_drained, args=[agent], name="drained", daemon=True).start()
+    supervised("drained", lambda: _end_when_drained(agent), on_failure=lambda _error: os._exit(1))
     _listen(listener, app, listening, lock)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import structlog
 
+from thrave.concurrency import later
+
 INTERVAL = 60.0  # seconds for which lines that repeat are counted
 MAX_KINDS = 50  # kinds of one event in that time; then they are counted together
 MAX_VALUE = 500  # characters of a value
@@ -48,7 +50,7 @@ class Limiter:
         self._since = clock()
         self._seen: dict[Hashable, set[Hashable]] = {}  # event to the kinds of it in this interval
         self._repeated: dict[tuple[Hashable, Hashable], tuple[int, str]] = {}  # kind to its count and its event's text
-        self._timer: threading.Timer | None = None
+        self._cancel_report: Callable[[], None] | None = None
 
     def passes(self, event: Hashable, kind: Hashable, text: str) -> bool:
         """Say whether a line is to be written; if not, it is counted.
@@ -67,10 +69,8 @@ class Limiter:
                 return True
             key = (event, kind if kind in kinds else None)
             self._repeated[key] = (self._repeated.get(key, (0, ""))[0] + 1, text)
-            if self._timer is None:
-                self._timer = threading.Timer(self._interval, self.report)
-                self._timer.daemon = True
-                self._timer.start()
+            if self._cancel_report is None:
+                self._cancel_report = later("repeated log lines", self._interval, self.report)
             return False
 
     def report(self) -> None:
@@ -79,9 +79,9 @@ class Limiter:
             repeated, self._repeated = self._repeated, {}
             self._seen = {}
             self._since = self._clock()
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            if self._cancel_report is not None:
+                self._cancel_report()
+                self._cancel_report = None
         for (_, kind), (count, text) in repeated.items():
             about = dict(kind) if isinstance(kind, tuple) else {}
             self._write("log line repeated", {"line": text, "times": count, **about})

@@ -17,12 +17,12 @@ import json
 import os
 import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any, ClassVar, Self
@@ -33,6 +33,7 @@ from thrave import programs
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import Instance, VolumeFile
+from thrave.concurrency import later, supervised
 from thrave.config import DataDirectory, Settings
 from thrave.ground import open_ground
 from thrave.identity.accounts import Account
@@ -93,14 +94,15 @@ class ThraveServer:
         )
         os.close(errors_of_server)
         kept: deque[str] = deque(maxlen=_KEPT_LINES)
-        forward = threading.Thread(target=_forward, args=[errors, os.dup(2), kept], name="thrave-stderr", daemon=True)
-        forward.start()
-        limit = threading.Timer(START_TIMEOUT, self.process.kill)
-        limit.daemon = True
-        limit.start()
+        forward = supervised(
+            "thrave-stderr",
+            partial(_forward, errors, os.dup(2), kept),
+            on_failure=lambda error: kept.append(f"{error}\n"),
+        )
+        disarm = later("start limit", START_TIMEOUT, self.process.kill)
         assert self.process.stdout is not None
         said = self.process.stdout.readline().strip()
-        limit.cancel()
+        disarm()
         if not said.startswith("listening on "):
             self.stop()
             forward.join(_LAST_WORDS)

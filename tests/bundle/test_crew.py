@@ -88,3 +88,27 @@ def test_a_stage_that_hangs_in_a_read_is_left_behind_and_stops_when_the_read_end
     lets_go.set()
     left.join(10)
     assert crew_threads() == []
+
+
+def test_the_pool_is_left_while_a_call_hangs_in_it_and_whoever_waits_for_its_result_is_woken():
+    begun, lets_go, woken = threading.Event(), threading.Event(), []
+
+    def hang(_item):
+        begun.set()
+        lets_go.wait()
+
+    def consume(results):
+        with pytest.raises(StoppedError):
+            next(results)
+        woken.append(True)
+
+    with Crew(1) as crew:
+        consumer = threading.Thread(target=consume, args=[crew.map(hang, range(4), 2)])
+        consumer.start()
+        assert begun.wait(60)
+    consumer.join(60)
+    assert woken
+    lets_go.set()
+    for thread in crew_threads():
+        thread.join(60)
+    assert crew_threads() == []

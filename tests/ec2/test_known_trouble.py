@@ -81,7 +81,7 @@ def test_a_volume_that_does_not_answer_keeps_nobody_waiting(house, monkeypatch):
     assert [checks.trouble(instance) for _ in range(3)] == ["its root volume does not answer"] * 3
     assert looks == [1]
     go_on.set()
-    checks._silent[INSTANCE].join()
+    checks._silent[INSTANCE].result(60)
     monkeypatch.setattr(standing, "check_root_volume", lambda *_: ())
     assert checks.trouble(instance) is None
 

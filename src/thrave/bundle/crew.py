@@ -6,13 +6,16 @@ from any iterator. Leaving the crew's ``with`` block stops every thread before i
 but for one that hangs in a read, which nothing can interrupt. It is left behind, and stops when the read ends.
 """
 
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Self, TypeVar
+
+from thrave.concurrency import Background, supervised
 
 PATIENCE = 1.0
 """Seconds that the threads of a crew have to stop, together."""
@@ -37,6 +40,7 @@ class Channel(Generic[T]):
     def put(self, item: T) -> None:
         """Add an item; wait while the channel is full. Raises StoppedError once it is closed."""
         with self._changed:
+            # No timeout, here and in `get`: leaving the crew closes the channel.
             self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
             self._refuse_if_closed()
             self._items.append(item)
@@ -78,10 +82,13 @@ class Crew:
     """
 
     def __init__(self, workers: int) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="bundle-worker")
-        self._threads: list[threading.Thread] = []
+        self._number = workers
+        self._workers: list[Background] = []
+        self._threads: list[Background] = []
         self._closers: list[Callable[[], None]] = []
         self._stopped = False
+        self._jobs: Channel[Callable[[], None]] = self.channel(sys.maxsize)
+        self._job_ended = threading.Condition()
 
     def __enter__(self) -> Self:
         return self
@@ -91,12 +98,13 @@ class Crew:
         self._stopped = True
         for close in tuple(self._closers):
             close()
+        with self._job_ended:
+            self._job_ended.notify_all()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._pool.shutdown(wait=True, cancel_futures=True)
         until = time.monotonic() + PATIENCE
-        for thread in self._threads:
+        for thread in (*self._threads, *self._workers):
             thread.join(max(0.0, until - time.monotonic()))
 
     def channel(self, capacity: int) -> Channel[T]:
@@ -110,9 +118,9 @@ class Crew:
     def ahead(self, items: Iterable[T], capacity: int) -> Iterator[T]:
         """Iterate in a thread of its own, at most ``capacity`` items ahead of the consumer."""
         channel: Channel[T | _End] = self.channel(capacity)
-        thread = threading.Thread(target=_feed, args=(items, channel), name="bundle-stage", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        # What the items raise goes through the channel; the consumer must not wait if that fails.
+        feed = supervised("bundle-stage", partial(_feed, items, channel), on_failure=lambda _error: channel.close())
+        self._threads.append(feed)
         return _drain(channel)
 
     def map(self, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
@@ -120,8 +128,55 @@ class Crew:
 
         The items are iterated in a thread of their own, so that the pool never waits for the consumer.
         """
-        for result in self.ahead((self._pool.submit(work, item) for item in items), ahead):
-            yield result.result()
+        while len(self._workers) < self._number:
+            work_off = partial(_work_off, self._jobs)
+            self._workers.append(supervised("bundle-worker", work_off, on_failure=lambda _error: self.stop()))
+        for job in self.ahead((self._submit(partial(work, item)) for item in items), ahead):
+            yield self._result(job)
+
+    def _submit(self, work: Callable[[], R]) -> "_Job[R]":
+        job = _Job(work, self._job_ended)
+        self._jobs.put(job.do)
+        return job
+
+    def _result(self, job: "_Job[R]") -> R:
+        with self._job_ended:
+            # No timeout: a job ends, or the crew is stopped.
+            self._job_ended.wait_for(lambda: job.is_done or self._stopped)
+            if not job.is_done:
+                raise StoppedError
+        if job.failure is not None:
+            raise job.failure
+        return job.results[0]
+
+
+class _Job(Generic[R]):
+    """One call of the pool's."""
+
+    def __init__(self, work: Callable[[], R], ended: threading.Condition) -> None:
+        self._work = work
+        self._ended = ended
+        self.is_done = False
+        self.results: list[R] = []
+        self.failure: BaseException | None = None
+
+    def do(self) -> None:
+        try:
+            self.results.append(self._work())
+        except BaseException as failure:  # noqa: BLE001 - it is raised again where the result is consumed
+            self.failure = failure
+        with self._ended:
+            self.is_done = True
+            self._ended.notify_all()
+
+
+def _work_off(jobs: Channel[Callable[[], None]]) -> None:
+    while True:
+        try:
+            do = jobs.get()
+        except StoppedError:
+            return
+        do()
 
 
 def _feed(items: Iterable[T], channel: Channel[T | _End]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
+
+from thrave.concurrency import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,23 +55,10 @@ def awaited(call: Callable[[], _Answer], seconds: float) -> _Answer:
     Raises:
         CallGivenUpError: It did not come in time, or Ctrl-C was pressed.
     """
-    outcome: SimpleQueue[_Answer | Exception] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put(call())
-        except Exception as error:  # noqa: BLE001 - it is raised again where the answer is awaited
-            outcome.put(error)
-
-    threading.Thread(target=run, name="folder-call", daemon=True).start()
+    under_way = Call("folder-call", call)
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         check_interrupted()
-        try:
-            answer = outcome.get(timeout=_GLANCE)
-        except Empty:
-            continue
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if under_way.wait(_GLANCE):
+            return under_way.result(0)
     raise CallGivenUpError(f"it took more than {seconds:g} seconds")

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from thrave.concurrency import supervised
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -79,14 +81,13 @@ class ProgressBar:
             while not ended.wait(_INTERVAL):
                 self.update(progress() * self._total)
 
-        thread = threading.Thread(target=follow, name="progress", daemon=True)
-        thread.start()
+        thread = supervised("progress", follow, on_failure=lambda _error: None)  # only the bar stands still
         try:
             yield
             self.update(progress() * self._total)
         finally:
             ended.set()
-            thread.join()
+            thread.join(_INTERVAL)  # what tells the progress may hang with what it tells of
 
     def close(self) -> None:
         """Take the bar down."""

@@ -15,6 +15,7 @@ from thrave.compute import libvirt_binding
 from thrave.compute.errors import InstanceCommandFailed
 from thrave.compute.libvirt_binding import Domain
 from thrave.compute.libvirt_numbers import ShutdownFlag
+from thrave.concurrency import supervised
 
 PING_SECONDS = 2
 EXEC_SECONDS = 10
@@ -51,7 +52,11 @@ class GuestAgents:
             return False
         with self._lock:
             self._asked.add(uuid)
-        threading.Thread(target=self._power_off, args=(domain, uuid, starts), name=f"agent {uuid}", daemon=True).start()
+        supervised(
+            f"agent {uuid}",
+            lambda: self._power_off(domain, uuid, starts),
+            on_failure=lambda error: log.error("the agent of the domain %s could not be asked", uuid, exc_info=error),
+        )
         return True
 
     def _power_off(self, domain: Domain, uuid: str, starts: int) -> None:

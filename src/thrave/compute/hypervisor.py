@@ -8,9 +8,7 @@ one thread of this process, which libvirt needs also for those signs of life.
 
 import logging
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import cast
 
@@ -19,6 +17,7 @@ from thrave.compute.domain_events import DomainEvents
 from thrave.compute.errors import HypervisorError, HypervisorGoneError, InstanceNotFound
 from thrave.compute.libvirt_binding import Binding, Connection, LibvirtError
 from thrave.compute.libvirt_numbers import NO_DOMAIN, Event
+from thrave.concurrency import Background, Call, CallTimeoutError, repeat
 
 CONNECT_SECONDS = 30.0
 ALIVE_INTERVAL, ALIVE_COUNT = 5, 3  # seconds, and how many signs of life may be missing
@@ -27,7 +26,7 @@ _WORDS = 300  # characters of libvirt's that go into a message
 log = logging.getLogger(__name__)
 
 _starting = threading.Lock()
-_event_loop: threading.Thread | None = None
+_event_loop: Background | None = None
 
 
 class Hypervisor:
@@ -43,7 +42,7 @@ class Hypervisor:
         self._events = events
         self._lock = threading.Lock()
         self._connection: Connection | None = None
-        self._coming: Future[Connection] | None = None
+        self._coming: Call[Connection] | None = None
         self._listening: list[int] = []
 
     @contextmanager
@@ -78,7 +77,7 @@ class Hypervisor:
             coming = self._coming = self._coming or self._begin(binding)
         try:
             connection = coming.result(CONNECT_SECONDS)
-        except TimeoutError:  # it is waited for again by the next question, and not begun twice
+        except CallTimeoutError:  # it is waited for again by the next question, and not begun twice
             raise HypervisorGoneError(
                 instance_id, f"{self._uri} has not answered within {CONNECT_SECONDS:.0f} seconds"
             ) from None
@@ -90,23 +89,17 @@ class Hypervisor:
         self._arrived(coming, connection)
         return connection
 
-    def _begin(self, binding: Binding) -> "Future[Connection]":
+    def _begin(self, binding: Binding) -> Call[Connection]:
         """Connect in a thread of its own: nothing ends a connecting that is not answered."""
         _run_events(binding)
-        coming: Future[Connection] = Future()
-        threading.Thread(target=self._open, args=(binding, coming), name="libvirt open", daemon=True).start()
-        return coming
+        return Call("libvirt open", lambda: self._open(binding))
 
-    def _open(self, binding: Binding, coming: "Future[Connection]") -> None:
-        try:
-            connection = binding.open(self._uri)
-            with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
-                connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
-            self._listen(connection)
-        except Exception as error:  # noqa: BLE001 (whoever waits is told)
-            coming.set_exception(error)
-        else:
-            coming.set_result(connection)
+    def _open(self, binding: Binding) -> Connection:
+        connection = binding.open(self._uri)
+        with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
+            connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
+        self._listen(connection)
+        return connection
 
     def _listen(self, connection: Connection) -> None:
         events = self._events
@@ -116,7 +109,7 @@ class Hypervisor:
             connection.domainEventRegisterAny(None, Event.METADATA_CHANGE, events.metadata, None),
         ]
 
-    def _arrived(self, coming: "Future[Connection]", connection: Connection | None) -> None:
+    def _arrived(self, coming: Call[Connection], connection: Connection | None) -> None:
         with self._lock:
             if self._coming is coming:
                 self._coming, self._connection = None, connection
@@ -161,14 +154,14 @@ def _run_events(binding: Binding) -> None:
         if _event_loop is None:
             binding.registerErrorHandler(lambda _context, _error: None, None)  # errors are raised, not printed
             binding.virEventRegisterDefaultImpl()
-            _event_loop = threading.Thread(target=_turn, args=(binding,), name="libvirt events", daemon=True)
-            _event_loop.start()
+            _event_loop = repeat(
+                "libvirt events",
+                1.0,
+                lambda: _turn(binding),
+                on_failure=lambda error: log.warning("libvirt's event loop has stumbled: %s", error),
+            )
 
 
 def _turn(binding: Binding) -> None:
     while True:
-        try:
-            binding.virEventRunDefaultImpl()
-        except binding.libvirtError as error:
-            log.warning("libvirt's event loop has stumbled: %s", error)
-            time.sleep(1.0)
+        binding.virEventRunDefaultImpl()

@@ -13,6 +13,7 @@ from typing import Protocol
 from thrave.compute.errors import InstanceError, InstanceHeld
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
+from thrave.concurrency import supervised
 
 ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
 LOOK_AGAIN = 0.2  # seconds
@@ -97,9 +98,11 @@ class PowerRequests:
             if instance_id in self._busy:
                 return
             self._busy.add(instance_id)
-        threading.Thread(
-            target=self._do, args=(name, instance_id, work), name=f"{name} {instance_id}", daemon=True
-        ).start()
+        supervised(
+            f"{name} {instance_id}",
+            lambda: self._do(name, instance_id, work),
+            on_failure=lambda error: log.error("%s of %s failed", name, instance_id, exc_info=error),
+        )
 
     def _do(self, name: str, instance_id: str, work: Callable[[str], None]) -> None:
         try:

@@ -9,13 +9,13 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thrave import files
 from thrave.compute.instance import Instance
+from thrave.concurrency import Call
 from thrave.demo.disk import make_demo_disk, make_ephemeral_disk
 from thrave.identity.certificates import new_certificate
 from thrave.identity.keys import AccessKey
@@ -24,6 +24,7 @@ from thrave.testing import ThraveServer
 
 BUCKET = "demo-bundles"
 LOOK_AGAIN = 0.1  # seconds between two looks at the task
+WAIT_TIMEOUT = 3600  # seconds for the whole task
 
 Task = dict[str, Any]
 """A bundle task as boto3 gives it."""
@@ -74,15 +75,14 @@ def bundle_with_boto3(
     storage = server.storage(customer.key, BUCKET, prefix)
     task: Task = ec2.bundle_instance(InstanceId=instance_id, Storage=storage)["BundleTask"]
     ids = {"BundleIds": [task["BundleId"]]}
-    with ThreadPoolExecutor(1) as pool:
-        waiter = ec2.get_waiter("bundle_task_complete")
-        waiting = pool.submit(waiter.wait, **ids, WaiterConfig={"Delay": 1, "MaxAttempts": 3600})
-        while task["State"] not in FINISHED:
-            show(task)
-            time.sleep(LOOK_AGAIN)
-            (task,) = ec2.describe_bundle_tasks(**ids)["BundleTasks"]
+    waiter = ec2.get_waiter("bundle_task_complete")
+    waiting = Call("waiter", lambda: waiter.wait(**ids, WaiterConfig={"Delay": 1, "MaxAttempts": WAIT_TIMEOUT}))
+    while task["State"] not in FINISHED:
         show(task)
-        waiting.result()
+        time.sleep(LOOK_AGAIN)
+        (task,) = ec2.describe_bundle_tasks(**ids)["BundleTasks"]
+    show(task)
+    waiting.result(WAIT_TIMEOUT)
     return task
 
 

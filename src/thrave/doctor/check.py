@@ -5,7 +5,6 @@ alone, for its words might hold a secret.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import sqlalchemy as sa
 
 from thrave.buckets.errors import BucketError
 from thrave.compute.errors import InstanceError
+from thrave.concurrency import Call, CallTimeoutError
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
 from thrave.identity.errors import IdentityError
@@ -69,14 +69,11 @@ def perform(check: Check, subject: Subject, in_the_way: Collection[str] = ()) ->
     for name in check.needs:
         if name in in_the_way:
             return Finding(check, Outcome.NOT_TRIED, f"needs: {name}", in_the_way=True)
-    said: list[Finding] = []
-    thread = threading.Thread(target=lambda: said.append(_tried(check, subject)), name=check.name, daemon=True)
     begun = time.monotonic()
-    thread.start()
-    thread.join(check.seconds)
-    if not said:
+    try:
+        return Call(check.name, lambda: _tried(check, subject)).result(check.seconds)
+    except CallTimeoutError:
         return Finding(check, Outcome.FAILED, f"not over after {time.monotonic() - begun:.0f} s", in_the_way=True)
-    return said[0]
 
 
 def _tried(check: Check, subject: Subject) -> Finding:

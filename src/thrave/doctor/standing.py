@@ -16,6 +16,7 @@ import structlog
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Instances
+from thrave.concurrency import Call, CallTimeoutError
 from thrave.config import Settings
 from thrave.doctor import host
 from thrave.doctor.check import Check, Finding, Outcome, perform
@@ -76,7 +77,7 @@ class VolumeChecks:
     def __init__(self, instances: Instances, directories: Sequence[Path]) -> None:
         self._instances = instances
         self._directories = directories
-        self._silent: dict[str, threading.Thread] = {}
+        self._silent: dict[str, Call[_Trouble | InstanceError | None]] = {}
 
     def trouble(self, instance: Instance) -> str | None:
         """Why the root volume of an instance cannot be bundled, for its owner; None if nothing is known.
@@ -84,15 +85,14 @@ class VolumeChecks:
         Raises:
             InstanceError: The hypervisor does not tell who else has the file.
         """
-        ended: list[_Trouble | InstanceError | None] = []
+        found: _Trouble | InstanceError | None = _Trouble("it does not answer", "its root volume does not answer")
         earlier = self._silent.get(instance.instance_id)
-        if earlier is None or not earlier.is_alive():
-            look = threading.Thread(target=lambda: ended.append(self._look(instance)), name="root volume", daemon=True)
-            look.start()
-            look.join(_PATIENCE)
-            if look.is_alive():
+        if earlier is None or not earlier.is_running:
+            look = Call("root volume", lambda: self._look(instance))
+            try:
+                found = look.result(_PATIENCE)
+            except CallTimeoutError:
                 self._silent[instance.instance_id] = look
-        found = ended[0] if ended else _Trouble("it does not answer", "its root volume does not answer")
         if isinstance(found, InstanceError):
             raise found
         if found is None:

@@ -11,10 +11,12 @@ a `with` block that ends without an error while one is pending is an error.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from thrave.bundle.crew import StoppedError
+from thrave.concurrency import supervised
 
 PATIENCE = 1.0
 """Seconds that calls have to end when their results are no longer needed."""
@@ -54,7 +56,7 @@ class Calls(Generic[R]):
             self._check()
             self._running += 1
         try:
-            threading.Thread(target=self._run, args=(call,), name="store-call", daemon=True).start()
+            supervised("store-call", partial(self._run, call), on_failure=self._fail)
         except BaseException:  # no thread, no call
             with self._changed:
                 self._running -= 1
@@ -139,6 +141,11 @@ class Calls(Generic[R]):
             self._changed.notify_all()
         if failures:
             self._wake()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failures.append(error)
+            self._changed.notify_all()
 
 
 class Places:

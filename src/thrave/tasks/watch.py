@@ -8,6 +8,7 @@ Work that waits asks `pause`; work that can only be stopped from another thread 
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -15,10 +16,12 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from thrave.compute.errors import InstanceError, InstanceNotFound, RootVolumeInUse
+from thrave.concurrency import Background, supervised
 from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
 from thrave.tasks.records import Records
 from thrave.tasks.states import BundleTaskState
 
+_LAST_LOOK = 10.0  # seconds that the monitor has to end; it may wait for the database
 INTERVAL = 0.25  # seconds between two looks; a cancellation is to take effect within two seconds
 GUARD_INTERVAL = 1.0  # seconds between two looks at whether the volume still stands still
 
@@ -39,7 +42,7 @@ class Watch:
         self._moved = time.monotonic()
         self._reason: TaskFailure | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name=f"watch {bundle_id}", daemon=True)
+        self._thread: Background | None = None
 
     def over(self, cancel: Callable[[], None], progress: Callable[[], float] | None = None) -> None:
         """Watch over this work from now on.
@@ -66,7 +69,7 @@ class Watch:
 
         What cannot be told for a while is passed over: whoever gave the check asks once more at the end.
         """
-        threading.Thread(target=self._guard, args=(check,), name=f"guard {self._bundle_id}", daemon=True).start()
+        supervised(f"guard {self._bundle_id}", partial(self._guard, check), on_failure=self._fail)
 
     def tell(self, message: str) -> None:
         """Write down among the task's events what the work has met."""
@@ -84,7 +87,7 @@ class Watch:
             raise self._reason
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._thread = supervised(f"watch {self._bundle_id}", self._look, on_failure=self._fail)
         return self
 
     def __exit__(
@@ -92,7 +95,8 @@ class Watch:
     ) -> None:
         """End the watch. Raises the reason if it has stopped the work, whatever that did to the work."""
         self._over.set()
-        self._thread.join()
+        assert self._thread is not None
+        self._thread.join(_LAST_LOOK)
         if self._reason is not None:
             raise self._reason from error
 
@@ -115,6 +119,16 @@ class Watch:
                     self._cancel()
             except InstanceError as error:
                 log.warning("an instance cannot be looked at", bundle_id=self._bundle_id, reason=str(error))
+
+    def _fail(self, error: BaseException) -> None:
+        """Stop the work if what watches it fails: nobody would see that it is cancelled, or has stopped moving."""
+        if not self._over.is_set():
+            log.error("a task's monitor failed", bundle_id=self._bundle_id, exc_info=error)
+            self._end(failure_from(error if isinstance(error, Exception) else RuntimeError(repr(error))))
+
+    def _end(self, reason: TaskFailure) -> None:
+        self._reason = self._reason or reason
+        self._cancel()
 
     def _heard(self) -> TaskFailure | None:
         """Carry the progress to the record, and hear of a cancellation."""

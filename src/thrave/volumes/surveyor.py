@@ -19,12 +19,12 @@ import os
 import signal
 import struct
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import IO, NoReturn
 
+from thrave.concurrency import later
 from thrave.programs import Program, ProgramError
 from thrave.volumes import sandbox, survey, unmounting
 from thrave.volumes.errors import (
@@ -130,12 +130,13 @@ def _process(task: str, length: int) -> Iterator[Program]:
         process = Program(argv, timeout=math.inf, variables=variables, output="piped")
     except ProgramError as error:
         raise SandboxUnavailableError(str(error)) from error
-    alarm = threading.Timer(SECONDS, process.signal, [signal.SIGKILL])
-    alarm.start()
     try:
-        yield process
+        disarm = later("surveyor alarm", SECONDS, lambda: process.signal(signal.SIGKILL))
+        try:
+            yield process
+        finally:
+            disarm()
     finally:
-        alarm.cancel()
         process.kill()
 
 
