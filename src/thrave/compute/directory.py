@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +22,12 @@ from thrave.compute.errors import (
     InstanceError,
     InstanceHeld,
     RootVolumeInUse,
+    StateChangedError,
 )
 from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
 from thrave.compute.instances import Hold
-from thrave.compute.stopping import PATIENCE, StopCommands
+from thrave.compute.stopping import PATIENCE, StopCommand, StopCommands
 
 _STATE_SECONDS = 10.0  # for a stateCommand
 _LOOK_AGAIN = 0.2  # seconds
@@ -97,14 +98,17 @@ class DirectoryInstances:
 
     def request_stop(self, instance_id: str) -> None:
         """Run its stopCommand in the background, or note in its file that it is stopped."""
-        description = self._look(instance_id)
+        _until_unchanged(lambda: self._request_stop(instance_id))
+
+    def _request_stop(self, instance_id: str) -> None:
+        recorded, description = self._look_at_both(instance_id)
         _refuse_if_gone(description)
         if description.state is InstanceState.STOPPED:
             return
         if description.stop_command or description.state_command:
-            self._run_stop(description, InstanceState.STOPPING)
+            self._run_stop(recorded, InstanceState.STOPPING)
         else:
-            self._folder.change(instance_id, InstanceState.STOPPED)
+            self._folder.change(instance_id, InstanceState.STOPPED, seen=recorded)
 
     def force_stop(self, instance_id: str) -> None:
         """Run its forceStopCommand to its end, or note in its file that it is stopped."""
@@ -112,17 +116,20 @@ class DirectoryInstances:
         _refuse_if_gone(description)
         if description.state is not InstanceState.STOPPED:
             self._run_force_stop(description)
-            self._folder.change(instance_id, InstanceState.STOPPED)
+            _until_unchanged(lambda: self._record_off(self._folder.read(instance_id)))
 
     def terminate(self, instance_id: str) -> None:
         """Run its stopCommand in the background, unless it is off; its file says what is to become of it."""
-        description = self._look(instance_id)
+        _until_unchanged(lambda: self._terminate(instance_id))
+
+    def _terminate(self, instance_id: str) -> None:
+        recorded, description = self._look_at_both(instance_id)
         if description.state is InstanceState.TERMINATED:
             return
         if description.state is InstanceState.STOPPED or not (description.stop_command or description.state_command):
-            self._folder.change(instance_id, InstanceState.TERMINATED)
+            self._folder.change(instance_id, InstanceState.TERMINATED, seen=recorded)
         else:
-            self._run_stop(description, InstanceState.SHUTTING_DOWN)
+            self._run_stop(recorded, InstanceState.SHUTTING_DOWN)
 
     def start(self, instance_id: str) -> None:
         """Run its startCommand to its end, or note in its file that it runs."""
@@ -132,7 +139,12 @@ class DirectoryInstances:
             description = self._look_when_stopped(instance_id)
             if description.state is not InstanceState.RUNNING:
                 self._run_start(description)
-                self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
+                try:
+                    self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
+                except StateChangedError:  # it was terminated while it was being started
+                    if description.stop_command:
+                        self._stops.ask(self._folder.read(instance_id))
+                    raise
 
     @property
     def overlays(self) -> None:
@@ -175,21 +187,30 @@ class DirectoryInstances:
 
     def _look(self, instance_id: str) -> Description:
         """The instance with the state it has now."""
-        self._settle(instance_id)
-        description = self._folder.read(instance_id)
-        if not description.state_command or description.state is InstanceState.TERMINATED:
-            return description
-        state, off = asked_state(instance_id, description.state_command, seconds=_STATE_SECONDS)
-        return replace(description, state=self._on_its_way(description, state), off_reason=off)
+        return self._look_at_both(instance_id)[1]
 
-    def _on_its_way(self, description: Description, state: InstanceState) -> InstanceState:
+    def _look_at_both(self, instance_id: str) -> tuple[Description, Description]:
+        """The instance as its file says, and with the state it has now."""
+        self._settle(instance_id)
+        recorded = self._folder.read(instance_id)
+        if not recorded.state_command or recorded.state is InstanceState.TERMINATED:
+            return recorded, recorded
+        state, off = asked_state(instance_id, recorded.state_command, seconds=_STATE_SECONDS)
+        return recorded, replace(recorded, state=self._on_its_way(recorded, state), off_reason=off)
+
+    def _on_its_way(self, recorded: Description, state: InstanceState) -> InstanceState:
         """The state its stateCommand has printed, as it is called on the way to being terminated."""
-        if description.state is not InstanceState.SHUTTING_DOWN:
+        if recorded.state is not InstanceState.SHUTTING_DOWN:
             return state
         if state is not InstanceState.STOPPED:
             return InstanceState.SHUTTING_DOWN
-        self._folder.change(description.instance_id, InstanceState.TERMINATED)
+        self._record_off(recorded)
         return InstanceState.TERMINATED
+
+    def _record_off(self, recorded: Description) -> None:
+        """Note in its file that it is off, if that says what was read. Raises StateChangedError."""
+        off = InstanceState.TERMINATED if recorded.state in GONE else InstanceState.STOPPED
+        self._folder.change(recorded.instance_id, off, seen=recorded)
 
     def _look_when_stopped(self, instance_id: str) -> Description:
         """The same, after waiting for a machine that is just going down: it cannot be started before."""
@@ -201,31 +222,45 @@ class DirectoryInstances:
         return description
 
     def _settle(self, instance_id: str, patience: float = 0.0) -> None:
-        """Note what has become of its stopCommand, if one was running."""
-        with self._running_if_it_fails(instance_id):
-            ended = self._stops.has_ended(instance_id, patience)
-        description = self._folder.read(instance_id) if ended else None
-        if description and not description.state_command:
-            gone = description.state is InstanceState.SHUTTING_DOWN
-            self._folder.change(instance_id, InstanceState.TERMINATED if gone else InstanceState.STOPPED)
+        """Note what has become of its stopCommand, if one was running.
 
-    def _run_stop(self, description: Description, meanwhile: InstanceState) -> None:
-        instance_id = description.instance_id
-        if not description.stop_command:
+        Only the state that was noted for this command is changed. If the instance was started meanwhile, its file says
+        something else, and the end of the command says nothing about it.
+        """
+        stop = self._stops.of(instance_id)
+        if stop is None:
+            return
+        with self._running_if_it_fails(stop):
+            ended = self._stops.has_ended(stop, patience)
+        if ended and not stop.asked.state_command:
+            with suppress(StateChangedError):
+                self._record_off(stop.asked)
+
+    def _run_stop(self, recorded: Description, meanwhile: InstanceState) -> None:
+        instance_id = recorded.instance_id
+        if not recorded.stop_command:
             raise IncorrectInstanceState(instance_id, f"{instance_id} has no stopCommand: stop it on its hypervisor")
-        self._folder.change(instance_id, meanwhile)
-        with self._running_if_it_fails(instance_id):
-            self._stops.ask(description)
+        self._folder.change(instance_id, meanwhile, seen=recorded)
+        asked = replace(recorded, state=meanwhile)
+        try:
+            self._stops.ask(asked)
+        except InstanceCommandFailed:
+            self._record_running(asked)
+            raise
         self._settle(instance_id, PATIENCE)
 
     @contextmanager
-    def _running_if_it_fails(self, instance_id: str) -> Iterator[None]:
+    def _running_if_it_fails(self, stop: StopCommand) -> Iterator[None]:
         """A stopCommand that fails has stopped nothing."""
         try:
             yield
         except InstanceCommandFailed:
-            self._folder.change(instance_id, InstanceState.RUNNING)
+            self._record_running(stop.asked)
             raise
+
+    def _record_running(self, asked: Description) -> None:
+        with suppress(StateChangedError):
+            self._folder.change(asked.instance_id, InstanceState.RUNNING, seen=asked)
 
     def _run_force_stop(self, description: Description) -> None:
         instance_id = description.instance_id
@@ -268,6 +303,14 @@ class _HeldOff:
         state = self._instances.state(self._instance_id)
         if state is not InstanceState.STOPPED:
             raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
+
+
+def _until_unchanged(act: Callable[[], None]) -> None:
+    """Do something, and again as long as the recorded state changes between its decision and its act."""
+    while True:
+        with suppress(StateChangedError):
+            act()
+            return
 
 
 def _refuse_if_gone(description: Description) -> None:

@@ -7,6 +7,7 @@
     ├── InstanceAlreadyExists       the id is taken
     ├── InstanceHeld                its root volume is being read, or it is being started by somebody else
     ├── IncorrectInstanceState      not possible in the state it is in
+    │   └── StateChangedError       its recorded state has changed since it was read
     ├── RootVolumeInUse             its root volume may have been written to while it was to be read
     ├── OverlayImpossible           its root volume cannot have a copy-on-write overlay
     ├── HypervisorError             the hypervisor does not answer, or refuses
@@ -59,6 +60,13 @@ class InstanceHeld(InstanceError):  # noqa: N818 (reads as EC2's codes do)
 
 class IncorrectInstanceState(InstanceError):  # noqa: N818 (EC2's code)
     """The state it is in does not allow this."""
+
+
+class StateChangedError(IncorrectInstanceState):
+    """The recorded state is another one than that which a change was decided upon. Nothing was changed."""
+
+    def __init__(self, instance_id: str, state: str) -> None:
+        super().__init__(instance_id, f"{instance_id} has become {state} meanwhile")
 
 
 class RootVolumeInUse(InstanceError):  # noqa: N818 (reads as EC2's codes do)

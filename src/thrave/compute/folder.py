@@ -17,8 +17,9 @@ from thrave.compute.errors import (
     InstanceError,
     InstanceNotFound,
     InvalidDescriptionError,
+    StateChangedError,
 )
-from thrave.compute.instance import INSTANCE_ID_PATTERN, InstanceState
+from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, InstanceState
 from thrave.compute.locks import locked
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
@@ -105,10 +106,39 @@ class DescriptionFolder:
         if not files.create_once(self._path(description.instance_id), document):
             raise InstanceAlreadyExists(description.instance_id)
 
-    def change(self, instance_id: str, state: InstanceState, *, launch_time: datetime | None = None) -> None:
-        """Write the file anew with another state, and a launch time if one is given; a reason of the old one goes."""
+    def change(
+        self,
+        instance_id: str,
+        state: InstanceState,
+        *,
+        seen: Description | None = None,
+        launch_time: datetime | None = None,
+    ) -> None:
+        """Write the file anew with another state; a reason of the old one goes.
+
+        The file is read again under the lock, so that a change that was decided upon an older state is refused.
+
+        Args:
+            instance_id: The instance.
+            state: The new state.
+            seen: What was read when the change was decided; None: the change is right from every state but GONE.
+            launch_time: The new launch time; None: as before.
+
+        Raises:
+            StateChangedError: The file says something else than `seen` (state or launch time), or the instance is
+                terminated. Nothing was changed.
+        """
         with locked(self._lock_path(instance_id, "change"), wait=True):
             before = self.read(instance_id)
+            if before.state is InstanceState.TERMINATED is not state:
+                raise StateChangedError(instance_id, before.state)
+            if seen is None:
+                is_as_seen = before.state not in GONE or state in GONE
+            else:
+                # The launch time tells a start that came in between, also after the state has become the same again.
+                is_as_seen = (before.state, before.launch_time) == (seen.state, seen.launch_time)
+            if not is_as_seen:
+                raise StateChangedError(instance_id, before.state)
             after = replace(before, state=state, off_reason=None, launch_time=launch_time or before.launch_time)
             files.sweep(self._root)
             files.replace(self._path(instance_id), descriptions.write(after), spool=self._root)
