@@ -7,7 +7,7 @@ import pytest
 
 from support.policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
 from support.scripted import SILENCE, error, http, scripted
-from thrave.buckets import retrying
+from thrave.buckets import retrying, transport
 from thrave.buckets.connection import Credentials, StoreConnection
 from thrave.buckets.errors import (
     AccessDenied,
@@ -17,6 +17,7 @@ from thrave.buckets.errors import (
     NoSuchBucket,
     StoreError,
     TransientError,
+    UnreachableError,
 )
 from thrave.buckets.objects import WHOLE, S3Objects
 from thrave.buckets.policy import UploadPolicy
@@ -262,6 +263,97 @@ def test_when_the_time_is_up_the_last_error_stands(monkeypatch, pauses):
     with scripted(*answers) as script, pytest.raises(TransientError, match="last"):
         get(patient(script, 5))
     assert len(script.requests) == 2
+
+
+class NoLongerWantedError(Exception):
+    """What a check raises."""
+
+
+def create(buckets):
+    return buckets.create("my-bucket", "111111111111")
+
+
+def remove(buckets):
+    return buckets.remove("my-bucket", "111111111111")
+
+
+@pytest.mark.parametrize("call", [*EVERY_REQUEST, create, remove], ids=lambda call: call.__name__)
+def test_retrying_checks_before_each_attempt_of_each_call(call, pauses):
+    """The right to write is lost while the first attempt is under way."""
+
+    def check():
+        if script.requests:
+            raise NoLongerWantedError
+
+    with scripted(error(503, "SlowDown")) as script:
+        for buckets in (
+            RetryingBuckets(ServiceBuckets(connection(script)), 60.0, before_attempt=check),
+            patient(script, 60.0).checking(check),
+        ):
+            script.requests.clear()
+            with pytest.raises(NoLongerWantedError):
+                call(buckets)
+            assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize("moment", ["before the attempt", "once the connection is there", "after some of the body"])
+def test_transport_sends_no_more_of_a_body_once_a_check_fails(moment, monkeypatch):
+    passes = {"before the attempt": 0, "once the connection is there": 1, "after some of the body": 4}[moment]
+    monkeypatch.setattr(transport, "_PIECE", 1)
+    made = []
+
+    def check():
+        made.append(moment)
+        if len(made) > passes:
+            raise NoLongerWantedError
+
+    with scripted(http(200, ETag=ETAG)) as script:
+        with pytest.raises(NoLongerWantedError):
+            put(RetryingBuckets(ServiceBuckets(connection(script)), 60.0, before_attempt=check))
+        script.over.set()
+    assert script.requests in ([], [""])  # no request was complete: a store ignores what it has received
+    assert len(made) == passes + 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "arrives"),
+    [(SILENCE, True), (b"\r\n", True), (http(504), True), (error(503, "SlowDown"), False), (error(403, "no"), False)],
+)
+@pytest.mark.parametrize("call", [put, delete], ids=lambda call: call.__name__)
+def test_retrying_knows_requests_that_may_arrive_later(call, answer, arrives):
+    with scripted(answer) as script:
+        buckets = patient(script, 0.0)
+        with pytest.raises(BucketError):
+            call(buckets.checking(lambda: None))
+    assert buckets.unanswered == ({("my-bucket", "win1.part.0")} if arrives else set())
+
+
+def test_retrying_knows_that_no_request_was_sent_without_a_connection():
+    with scripted(http(200)) as script:
+        pass
+    buckets = patient(script, 0.0)
+    with pytest.raises(UnreachableError):
+        put(buckets)
+    assert buckets.unanswered == set()
+
+
+def test_wait_for_a_free_connection_ends():
+    with scripted(SILENCE) as script:
+        objects = S3Objects(connection(script, connections=1, timeout=0.2))
+        pool = objects._transport._pool.connection_from_url(script.url)
+        taken = pool._get_conn()
+        with pytest.raises(UnreachableError, match=r"No connection to the store .* was free for 0\.2 s"):
+            head(objects)
+        pool._put_conn(taken)
+
+
+def test_attempt_has_an_end_though_its_line_moves(monkeypatch):
+    monkeypatch.setattr(transport, "LONGEST", 1)
+    answer = http(200, bytes(20))
+    with scripted([answer[start : start + 8] for start in range(0, len(answer), 8)]) as script:
+        script.pause = 0.2
+        with pytest.raises(TransientError, match="too slow"):
+            get(S3Objects(connection(script, timeout=0.3)))
 
 
 def page(*keys, following=""):

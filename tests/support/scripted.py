@@ -57,12 +57,18 @@ def _serve(listener, script):
 def _read(connection):
     head = b""
     while b"\r\n\r\n" not in head:
-        head += connection.recv(1 << 16)
+        received = connection.recv(1 << 16)
+        if not received:
+            return ""
+        head += received
     headers, _, body = head.partition(b"\r\n\r\n")
     length = next((int(line[15:]) for line in headers.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0)
     left = length - len(body)
     while left > 0:
-        left -= len(connection.recv(1 << 16))
+        received = connection.recv(1 << 16)
+        if not received:
+            return ""  # it was cut off
+        left -= len(received)
     return headers.split(b"\r\n")[0].decode()
 
 

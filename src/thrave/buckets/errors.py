@@ -147,7 +147,14 @@ TABLE: Mapping[str | int, Row] = {
     "ConnectionRefused": Row(Kind.TRANSIENT, "Nothing listens there, or there is no route.", _AGAIN),
     "IncompleteBody": Row(Kind.TRANSIENT, "The store received fewer bytes than were announced.", _AGAIN),
     "NameNotResolved": Row(Kind.TRANSIENT, "The host name of the store or of the proxy does not resolve.", _AGAIN),
-    "NoResponse": Row(Kind.TRANSIENT, "Nothing was received for `s3_timeout` seconds.", _AGAIN),
+    "NoConnection": Row(
+        Kind.TRANSIENT, "All connections to the store were in use for `s3_timeout` seconds.", _AGAIN
+    ),
+    "NoResponse": Row(
+        Kind.TRANSIENT,
+        "Nothing moved for `s3_timeout` seconds, or a request or a response took twenty times as long.",
+        _AGAIN,
+    ),
     "OperationAborted": Row(Kind.TRANSIENT, "Another request on the bucket is in progress.", _AGAIN),
     "ProxyFailed": Row(Kind.TRANSIENT, "The proxy cannot reach the store just now.", _AGAIN),
     "ProxyUnreachable": Row(Kind.TRANSIENT, "There is no connection to the proxy.", _AGAIN),

@@ -4,6 +4,9 @@ A call that ends in a TransientError (busy, cut off, no response, damaged bytes)
 doubles, up to `LONGEST_PAUSE`, with jitter, so that many that met the same fault do not come back at once. A store that
 sends `Retry-After` is not called earlier. When the time is up, the last error is raised. All other errors (403, an
 expired policy, no such bucket) are final at once. Every call of a store may be repeated (see Buckets).
+
+Before each attempt a check is made, which may end the call: whoever has lost the right to write, or is not waited for
+any more, sends nothing.
 """
 
 import random
@@ -13,12 +16,16 @@ from typing import TypeVar
 
 import structlog
 
+from thrave.buckets.attempts import Check, attempt, no_check
 from thrave.buckets.buckets import Buckets, ObjectHead
-from thrave.buckets.errors import TransientError, UnreachableError
+from thrave.buckets.errors import BucketError, TransientError, UnreachableError
 from thrave.buckets.policy import UploadPolicy
 
 FIRST_PAUSE = 0.25  # seconds
 LONGEST_PAUSE = 15.0  # seconds
+
+_GATEWAY = frozenset({502, 504})
+"""Statuses of a server in between: the request may have reached the store, or may reach it later."""
 
 log = structlog.get_logger()
 _Answer = TypeVar("_Answer")
@@ -30,6 +37,7 @@ def patiently(
     tell: Callable[[TransientError, float], None],
     *,
     unreachable: int | None = None,
+    before_attempt: Check = no_check,
 ) -> _Answer:
     """Make a call again while it ends in a TransientError.
 
@@ -38,6 +46,7 @@ def patiently(
         patience: Seconds from its first failure on, after which the last error is raised.
         tell: Called with a failure and the seconds until the next attempt.
         unreachable: Attempts after which an UnreachableError is raised; None: as any other.
+        before_attempt: Made before each attempt, and within it (`attempts.py`); what it raises ends the call.
 
     Raises:
         TransientError: The last one.
@@ -45,7 +54,8 @@ def patiently(
     until, pause, attempts = 0.0, FIRST_PAUSE, 0
     while True:
         try:
-            return call()
+            with attempt(before_attempt):
+                return call()
         except TransientError as error:
             now, attempts = time.monotonic(), attempts + 1
             until = until or now + patience
@@ -59,20 +69,52 @@ def patiently(
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
+def may_arrive(error: BucketError) -> bool:
+    """Whether the request that ended in this error may be carried out later: it was sent, and not answered."""
+    if isinstance(error, UnreachableError) or not isinstance(error, TransientError):
+        return False
+    return error.status == 0 or error.status in _GATEWAY
+
+
 class RetryingBuckets:
     """The Buckets of another driver, whose calls are retried."""
 
     def __init__(
-        self, buckets: Buckets, patience: float, told: Callable[[TransientError, float], None] | None = None
+        self,
+        buckets: Buckets,
+        patience: float,
+        told: Callable[[TransientError, float], None] | None = None,
+        *,
+        before_attempt: Check = no_check,
     ) -> None:
-        """Ask `buckets` again for `patience` seconds after a call's first failure; `told` as `patiently` has it."""
+        """Retry the calls of `buckets` for `patience` seconds after a call's first failure.
+
+        Args:
+            buckets: The store.
+            patience: Seconds.
+            told: As `patiently` has it.
+            before_attempt: As `patiently` has it, of each attempt of each call.
+        """
         self._buckets = buckets
         self._patience = patience
         self._told = told or _log
+        self._before_attempt = before_attempt
+        self.unanswered: set[tuple[str, str]] = set()
+        """Bucket and key of each object that a request was sent to write or delete, which was not answered. It may yet
+        arrive, even if a later attempt has succeeded."""
 
     def on_behalf_of(self, access_key_id: str) -> "RetryingBuckets":
         """See Buckets."""
-        return RetryingBuckets(self._buckets.on_behalf_of(access_key_id), self._patience, self._told)
+        return self._like(self._buckets.on_behalf_of(access_key_id), self._before_attempt)
+
+    def checking(self, check: Check) -> "RetryingBuckets":
+        """Return the same store; before each attempt `check` is made as well."""
+
+        def both() -> None:
+            check()
+            self._before_attempt()
+
+        return self._like(self._buckets, both)
 
     def owner(self, bucket: str) -> str | None:
         """See Buckets."""
@@ -95,7 +137,7 @@ class RetryingBuckets:
 
     def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets."""
-        return self._patiently(lambda: self._buckets.put(bucket, key, data, grant=grant))
+        return self._write(bucket, [key], lambda: self._buckets.put(bucket, key, data, grant=grant))
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
         """See Buckets."""
@@ -129,10 +171,26 @@ class RetryingBuckets:
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
         """See Buckets."""
         named = [*keys]
-        self._patiently(lambda: self._buckets.delete(bucket, named))
+        self._write(bucket, named, lambda: self._buckets.delete(bucket, named))
+
+    def _write(self, bucket: str, keys: Iterable[str], call: Callable[[], _Answer]) -> _Answer:
+        def write() -> _Answer:
+            try:
+                return call()
+            except TransientError as error:
+                if may_arrive(error):
+                    self.unanswered.update((bucket, key) for key in keys)
+                raise
+
+        return self._patiently(write)
 
     def _patiently(self, call: Callable[[], _Answer]) -> _Answer:
-        return patiently(call, self._patience, self._told)
+        return patiently(call, self._patience, self._told, before_attempt=self._before_attempt)
+
+    def _like(self, buckets: Buckets, before_attempt: Check) -> "RetryingBuckets":
+        like = RetryingBuckets(buckets, self._patience, self._told, before_attempt=before_attempt)
+        like.unanswered = self.unanswered
+        return like
 
 
 def _log(error: TransientError, seconds: float) -> None:

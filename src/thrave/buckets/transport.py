@@ -3,23 +3,30 @@
 A request is sent and its response is read, complete and no longer than the caller allows. Every failure is a
 BucketError; nothing is sent twice here (`retrying.py`). No message holds a URL, a header, a body or a password.
 
+Every wait has an end: for a free connection, for a new one, for the line to move, and for the whole of a body. Whether
+the caller may still send (`attempts.py`) is checked once the connection is there, and before each piece of a body.
+
 It is urllib3, which botocore brings, for signed requests and forms alike.
 """
 
 import re
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import responses
+from typing import Any
 from urllib.parse import urlsplit
 from xml.etree import ElementTree as ET
 
 import urllib3
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProxyError
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, ProxyError
 from urllib3.exceptions import TimeoutError as HTTPTimeout
 
+from thrave.buckets.attempts import check_attempt
 from thrave.buckets.connection import Proxy, StoreConnection
 from thrave.buckets.errors import (
     BucketError,
@@ -36,6 +43,9 @@ from thrave.buckets.errors import (
 Buffer = bytes | memoryview
 
 _PIECE = 256 << 10  # bytes that are sent within one `timeout`
+_PIECE_OF_TLS = 16 << 10  # the longest record of TLS: Python's timeout is one for each record
+LONGEST = 20
+"""Times `timeout`: within that a body must have been sent, and within that again a response must have been read."""
 _ERROR_BYTES = 64 << 10  # of an error's document
 _MESSAGE_CHARACTERS = 500
 
@@ -106,18 +116,45 @@ class Transport:
             answer = self._pool.urlopen(
                 method,
                 url,
-                body=_pieces(body) if length else None,
+                body=self._pieces(body) if length else None,
                 headers={**headers, **lengths},
                 redirect=False,
                 preload_content=False,
                 decode_content=False,
+                pool_timeout=self._timeout,
             )
             with answer:
                 if answer.status >= 300:
                     raise self._refusal(answer.status, answer.headers, answer.read(_ERROR_BYTES))
-                return _read(answer, limit)
+                return self._read(answer, limit)
         except (HTTPError, OSError) as error:
             raise self._failure(error) from None
+
+    def _pieces(self, body: Sequence[Buffer]) -> Iterator[memoryview]:
+        """Each piece is sent within the timeout: a line must move, and need not be fast."""
+        until, length = time.monotonic() + LONGEST * self._timeout, _PIECE_OF_TLS if self._is_secure else _PIECE
+        for piece in body:
+            view = memoryview(piece).cast("B")
+            for start in range(0, view.nbytes, length):
+                check_attempt()
+                self._check_time(until)
+                yield view[start : start + length]
+
+    def _read(self, answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
+        until, body = time.monotonic() + LONGEST * self._timeout, bytearray()
+        # An empty piece is the end; there it is known whether fewer bytes came than were promised.
+        while piece := answer.read1(min(_PIECE, limit + 1 - len(body))):
+            body += piece
+            if len(body) > limit:
+                words = f"The store sent more than the {limit} bytes that were asked for"
+                raise StoreError("UnexpectedResponse", 0, words)
+            self._check_time(until)
+        return Answer(answer.status, answer.headers, bytes(body))
+
+    def _check_time(self, until: float) -> None:
+        if time.monotonic() > until:
+            seconds = LONGEST * self._timeout
+            raise TransientError("NoResponse", 0, f"The store {self._where} is too slow: no end after {seconds:g} s")
 
     def _refusal(self, status: int, headers: Mapping[str, str], document: bytes) -> BucketError:
         """The error of a response: S3's document, or what another server in between says."""
@@ -171,6 +208,7 @@ class Transport:
         for types, kind, code, message in (
             (socket.gaierror, UnreachableError, "NameNotResolved", f"The host name of {named} does not resolve"),
             (NewConnectionError, UnreachableError, unreachable, f"Cannot connect to {named}: {reason}"),
+            (EmptyPoolError, UnreachableError, "NoConnection", f"No connection to {named} was free for {seconds}"),
             (ConnectTimeoutError, UnreachableError, "ConnectTimeout", f"No connection to {named} within {seconds}"),
             (ssl.SSLError, TransientError, "TLSFailure", f"TLS with {named} failed: {reason}"),
             (HTTPTimeout, TransientError, "NoResponse", f"Nothing moved for {seconds} to {named}"),
@@ -198,28 +236,37 @@ def _pool(connection: StoreConnection, proxy: Proxy | None) -> urllib3.PoolManag
         if proxy is None
         else partial(urllib3.ProxyManager, proxy.url, proxy_headers=dict(proxy.headers))
     )
-    return make(
+    pool = make(
         maxsize=connection.connections,
         block=True,
         retries=False,
         timeout=urllib3.Timeout(connect=connection.timeout, read=connection.timeout),
         ssl_context=ssl.create_default_context(cafile=connection.ca) if is_secure else None,
     )
+    pool.pool_classes_by_scheme = {"http": _Connections, "https": _SecureConnections}
+    return pool
 
 
-def _pieces(body: Sequence[Buffer]) -> Iterator[memoryview]:
-    # Each is sent within the time-out: what is asked of a line is that it moves, not that it is fast.
-    for piece in body:
-        view = memoryview(piece).cast("B")
-        for start in range(0, view.nbytes, _PIECE):
-            yield view[start : start + _PIECE]
+class _CheckedConnection(HTTPConnection):
+    """Checks, when the connection is there and before the first byte of a request, whether it may be sent."""
+
+    def request(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 (as urllib3's own)
+        if self.is_closed:
+            self.connect()
+        check_attempt()
+        super().request(*args, **options)
 
 
-def _read(answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
-    body = answer.read(limit + 1)
-    if len(body) > limit or answer.read(1):  # at its end it says whether fewer came than were promised
-        raise StoreError("UnexpectedResponse", 0, f"The store sent more than the {limit} bytes that were asked for")
-    return Answer(answer.status, answer.headers, body)
+class _CheckedSecureConnection(_CheckedConnection, HTTPSConnection):
+    """The same for TLS."""
+
+
+class _Connections(urllib3.HTTPConnectionPool):
+    ConnectionCls = _CheckedConnection
+
+
+class _SecureConnections(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _CheckedSecureConnection
 
 
 def _place_of(location: str) -> str:
