@@ -9,6 +9,7 @@ import pytest
 from thrave.config import Settings, SettingsError, load_settings
 
 SECRET = "hunter2-hunter2"
+FLEET = {"database_url": "postgresql://thrave@db.example/thrave"}
 LIBRARIES = ("pydantic", "validation error", "tomllib", "Traceback", "type=", "input_value")
 
 
@@ -107,10 +108,33 @@ def test_wrong_value_is_reported_although_another_takes_precedence(refused):
         ({"tls_key": "key.pem"}, "tls_certificate and tls_key belong together"),
         ({"s3_access_key_id": "AKIA"}, "s3_access_key_id and s3_secret_access_key belong together"),
         ({"store": "s3", "upload": "service"}, "needs the service's key"),
+        ({"heartbeat": 60.0}, "host_lost_after = 60 must be at least 4 times heartbeat = 60"),
+        ({"host_lost_after": 1.0}, "host_lost_after = 1 must be at least 4 times heartbeat = 5"),
+        ({**FLEET, "s3_timeout": 31.0}, "host_lost_after = 60 must be at least twice s3_timeout = 31"),
+        ({"stall_timeout": 60.0, "s3_patience": 60.0}, "stall_timeout = 60 must be more than s3_patience = 60"),
+        ({"s3_patience": 600.0}, "stall_timeout = 600 must be more than s3_patience = 600"),
     ],
 )
 def test_contradicting_settings_are_reported(refused, settings, says):
     assert says in refused(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        FLEET,
+        {**FLEET, "heartbeat": 0.5, "host_lost_after": 2.0},
+        {**FLEET, "s3_timeout": 30.0},
+        {"s3_timeout": 90.0},  # one machine: no other host takes its tasks
+        {"stall_timeout": 1.0},
+        {"stall_timeout": 60.0, "s3_patience": 50.0},
+    ],
+)
+def test_usable_times_are_accepted(settings):
+    accepted = load_settings(None, **settings)
+    assert accepted.s3_patience < accepted.stall_timeout
+    assert accepted.s3_patience <= Settings().s3_patience
 
 
 def test_command_line_precedes_environment_precedes_file(tmp_path, monkeypatch):

@@ -61,6 +61,9 @@ _MOST_NUMBER = 1_000_000
 _MOST = {"days": 36_500, "second": 10**9, "burst": 10**9}
 """Of numbers whose setting's name ends with that word."""
 
+_HEARTBEATS = 4
+"""Heartbeats in `host_lost_after`: a few may be late or lost without a host counting as lost."""
+
 _FILES_OF_A_TASK = 32  # its connections to the store, its volume, its pipes
 _FILES_OF_THE_SERVICE = 64
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -197,7 +200,9 @@ class Settings(BaseModel):
     )
     region: str = Field("us-east-1", description="The region's name in answers; requests may be signed for any.")
     host_name: str = Field(
-        "localhost", description="This hypervisor host's name. Tasks belong to it: do not change it while any runs."
+        "localhost",
+        description="This hypervisor host's name, different for each host of a fleet. Tasks and instances belong to "
+        "it: do not change it while any runs.",
     )
     instances: Path | None = Field(
         None, description="Where instances are described; by default a folder in `data`. Hosts may share one."
@@ -231,9 +236,14 @@ class Settings(BaseModel):
         description="When the bucket has a bundle under the prefix: `refuse` rejects the request; `replace` stores the "
         "new bundle beside it under other names, and removes the old one when the new one is complete.",
     )
-    heartbeat: float = Field(5.0, gt=0, description="Seconds between two signs of life of a host.")
+    heartbeat: float = Field(
+        5.0, gt=0, description="Seconds between two heartbeats of a host; at most a quarter of `host_lost_after`."
+    )
     host_lost_after: float = Field(
-        60.0, gt=0, description="Seconds without a sign of life after which another host may adopt a host's tasks."
+        60.0,
+        gt=0,
+        description="Seconds without a heartbeat after which another host may adopt a host's tasks. At least four "
+        "times `heartbeat`; in a fleet at least twice `s3_timeout`, if that is set.",
     )
     drain_timeout: float = Field(
         3600.0, gt=0, description="Seconds that a draining host has to finish what it has begun."
@@ -252,7 +262,10 @@ class Settings(BaseModel):
         "sent again after a crash.",
     )
     stall_timeout: float = Field(
-        600.0, gt=0, description="Seconds without a byte read or a part stored after which a bundle task fails."
+        600.0,
+        gt=0,
+        description="Seconds without a byte read or a part stored after which a bundle task fails. More than "
+        "`s3_patience`.",
     )
     task_retention_days: float = Field(7.0, gt=0, description="Days that a finished task is still described.")
     platforms: Literal["windows", "any"] = Field(
@@ -291,7 +304,10 @@ class Settings(BaseModel):
     )
     s3_timeout: float = Field(30.0, gt=0, description="Seconds after which a connection on which nothing moves is cut.")
     s3_patience: float = Field(
-        120.0, ge=0, description="Seconds for which a task tries again what the store fails to do for a while."
+        120.0,
+        ge=0,
+        description="Seconds for which a task repeats a request while the store fails. Less than `stall_timeout`; by "
+        "default 120, or half of `stall_timeout` if that is less.",
     )
     s3_credentials: Path | None = Field(
         None,
@@ -305,6 +321,35 @@ class Settings(BaseModel):
     crash_at: str | None = Field(
         None, description="For tests: the process kills itself at this crash point, as `part stored, after`."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_patience(cls, values: Any) -> Any:  # noqa: ANN401 (pydantic's own type)
+        """Let a short `stall_timeout` lower the default of `s3_patience`: an operator who sets the one gets both."""
+        if isinstance(values, dict) and isinstance(stall := values.get("stall_timeout"), int | float):
+            return {"s3_patience": min(cls.model_fields["s3_patience"].default, stall / 2), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _has_usable_times(self) -> Self:
+        """Refuse times with which a host that works counts as lost, or works on after it was given up."""
+        if self.host_lost_after < _HEARTBEATS * self.heartbeat:
+            raise ValueError(
+                f"host_lost_after = {self.host_lost_after:g} must be at least {_HEARTBEATS} times heartbeat = "
+                f"{self.heartbeat:g}: otherwise a host that works counts as lost"
+            )
+        attempt_is_set = "s3_timeout" in self.model_fields_set
+        if self.database_url is not None and attempt_is_set and self.host_lost_after < 2 * self.s3_timeout:
+            raise ValueError(
+                f"host_lost_after = {self.host_lost_after:g} must be at least twice s3_timeout = {self.s3_timeout:g}: "
+                "otherwise a request to the store may last longer than the host's right to send it"
+            )
+        if self.stall_timeout <= self.s3_patience:
+            raise ValueError(
+                f"stall_timeout = {self.stall_timeout:g} must be more than s3_patience = {self.s3_patience:g}: "
+                "otherwise a task fails while its requests to the store are still being repeated"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_both_or_none(self) -> Self:

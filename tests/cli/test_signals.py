@@ -53,7 +53,7 @@ STEPS = {
 
 
 def start(command, data, environment):
-    options = ["--port", "0"] if command != "agent" else []
+    options = ["--host", "kvm-1"] if command == "agent" else ["--port", "0"]
     return subprocess.run(
         [sys.executable, "-c", HARNESS, command, "--data", data, *options],
         env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=TIMEOUT,

@@ -1,6 +1,7 @@
 """API processes and hosts' agents on one PostgreSQL: tasks run where the disk is, and go on where they are taken to."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,13 @@ def test_command_of_a_fleet_uses_the_database_of_its_settings_file(fleet, tmp_pa
     command = [sys.executable, "-m", "thrave", "host", "list", "--config", file, "--data", fleet.first.data.root]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "host-a" in listed.stdout
+
+
+def test_agent_without_a_name_of_its_host_is_refused(tmp_path):
+    command = [sys.executable, "-m", "thrave", "agent", "--data", tmp_path / "data"]
+    environment = {**os.environ, "THRAVE_DATABASE_URL": "postgresql://thrave@127.0.0.1:1/thrave"}
+    refusal = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (refusal.returncode, "--host NAME" in refusal.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["api", "agent"])

@@ -94,7 +94,7 @@ def api(data: Path | None, host: str | None, port: int | None, config: Path | No
 
 
 @click.command()
-@click.option("--host", "name", help="This hypervisor host's name.  [default: the setting host_name]")
+@click.option("--host", "name", help="This hypervisor host's name, if the setting host_name does not give it.")
 @DATA
 @CONFIG
 @output_option
@@ -116,6 +116,11 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
     make_files_private()
     settings = _settings(config, data=data, host_name=name)
     _require_fleet(settings, "agent")
+    if "host_name" not in settings.model_fields_set:
+        raise click.UsageError(
+            "thrave agent needs the name of its host: --host NAME, or the setting host_name. An agent that had none "
+            "so far was localhost."
+        )
     from thrave import endpoint
 
     endpoint.run_agent(
