@@ -20,6 +20,8 @@ from thrave.identity.conditions import KEYS, OPERATORS
 from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.failures import CAUSES
+from thrave.tasks.host_states import MEANING as HOST_MEANING
+from thrave.tasks.host_states import MOVES, HostState
 from thrave.tasks.states import FOLLOWS
 from thrave.volumes.marks import MARKS, REFERENCES, Row
 
@@ -174,6 +176,32 @@ def states() -> str:
     )
 
 
+def host_states() -> str:
+    """The states of a host, as a diagram and a table."""
+    names = "\n".join(f'    state "{state}" as {state.name}' for state in HostState)
+    edges = "\n".join(
+        f"    {before.name} --> {after.name}: {event.value.replace('`', '')}"
+        for event, moves in MOVES.items()
+        for before, after in moves.items()
+        if before is not after
+    )
+    rows = (
+        (f"`{state}`", HOST_MEANING[state], *(_after(moves.get(state)) for moves in MOVES.values()))
+        for state in HostState
+    )
+    return (
+        "# States of a fleet's host\n\nA state that an event does not allow has no entry: the command is refused, with"
+        " exit code 4. An active or draining host that has sent no heartbeat for its `host_lost_after` seconds, by the"
+        " database's clock, is shown as `lost`.\n\n"
+        f"```mermaid\nstateDiagram-v2\n{names}\n    [*] --> ACTIVE\n{edges}\n```\n\n"
+        + table(("state", "meaning", *(f"after: {event}" for event in MOVES)), rows)
+    )
+
+
+def _after(state: HostState | None) -> str:
+    return "" if state is None else f"`{state}`"
+
+
 POLICIES = """\
 # Policies of users
 
@@ -252,6 +280,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "crash-points.md": ("src/thrave/tasks/crash_points.py", crash_points),
     "disk-images.md": ("src/thrave/volumes/marks.py", images),
     "task-states.md": ("src/thrave/tasks/states.py", states),
+    "host-states.md": ("src/thrave/tasks/host_states.py", host_states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
     "commands.md": ("the commands' own help", commands),
 }

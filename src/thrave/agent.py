@@ -5,6 +5,7 @@ What it may do hangs on its lease (`tasks/fence.py`): without it the process end
 """
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -21,13 +22,14 @@ from thrave.tasks import caretaker, leftovers, retention
 from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.engine import Worker
 from thrave.tasks.fence import Fence
-from thrave.tasks.hosts import HostState
+from thrave.tasks.host_states import HostState
 from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.records import Records
 
 REPORT_INTERVAL = 1.0  # seconds
 LOST_INTERVAL = 30.0  # seconds
+DRAIN_INTERVAL = 0.5  # seconds
 
 log = structlog.get_logger()
 
@@ -43,7 +45,9 @@ class Agent:
         )
         others_can_adopt = not self._settings.database.startswith("sqlite")
         self._lease = Lease(self._settings.host_lost_after if others_can_adopt else None)
+        self._takes_tasks = True
         self._draining = False
+        self._drain_until: float | None = None
         self._over = threading.Event()
 
     def start(self, *, reports: bool) -> None:
@@ -79,7 +83,8 @@ class Agent:
         )
         find_lost = partial(ground.hosts.enqueue_lost, name)
         find_lost()  # before the worker recovers its own: what is in the queue already needs nothing
-        self._worker.launch(partial(bundle, host))
+        self._note(ground.hosts.heartbeat(fence))  # before a task can begin: the host may drain
+        self._worker.launch(partial(self._run, host))
         self._begin("lost tasks", LOST_INTERVAL, find_lost)
         self._keep_house(records)
         self._begin("heartbeat", self._settings.heartbeat, partial(self._heartbeat, fence))
@@ -100,9 +105,9 @@ class Agent:
 
     def _heartbeat(self, fence: Fence) -> None:
         sent = self._lease.now()
-        state = self._ground.hosts.heartbeat(fence)
+        self._note(self._ground.hosts.heartbeat(fence))
         self._lease.renewed(sent)
-        if state is HostState.DRAINING and not self._draining:
+        if not self._takes_tasks and not self._draining:
             self._draining = True
             supervised("drain", partial(self._drain, fence), on_failure=self._not_drained)
 
@@ -111,10 +116,30 @@ class Agent:
         log.error("the host could not be drained; it is tried again", exc_info=error)
         self._draining = False
 
+    def _note(self, state: HostState) -> None:
+        """Record that the host drains. There is no way back: an operator who ends a drain starts the agent anew."""
+        if state is HostState.DRAINING:
+            self._takes_tasks = False
+
+    def _run(self, host: Host, bundle_id: str) -> None:
+        """Work on a task, unless the host drains and has not begun it: then it waits for the next agent."""
+        if self._takes_tasks or bundle_id in self._ground.hosts.begun(host.name):
+            bundle(host, bundle_id)
+
     def _drain(self, fence: Fence) -> None:
+        """Wait for the tasks that were begun, and end the agent. May be repeated after an error."""
         log.info("draining", host=fence.host)
-        self._worker.drain(self._settings.drain_timeout)
-        self._ground.hosts.drained(fence)
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + self._settings.drain_timeout
+        # The worker goes on meanwhile: tasks that a crash cut off may still be in its queue.
+        while self._ground.hosts.begun(fence.host) and time.monotonic() < self._drain_until:
+            time.sleep(DRAIN_INTERVAL)
+        self._worker.drain(max(self._drain_until - time.monotonic(), 0.0))
+        if begun := self._ground.hosts.begun(fence.host):
+            # The host stays `draining`: it counts as lost soon, and its next agent finishes them.
+            log.error("tasks are unfinished at the end of drain_timeout", host=fence.host, tasks=begun)
+        elif not self._ground.hosts.drained(fence):
+            log.warning("an operator has ended the drain: start the agent anew", host=fence.host)
         self._over.set()
 
     def _reporting(self) -> Callable[[], None]:

@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Generator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.ext.compiler import compiles
 
 metadata = sa.MetaData()
 
@@ -83,6 +84,33 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
     def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 (SQLAlchemy's signature)
         """Read as aware UTC."""
         return value and value.replace(tzinfo=UTC)
+
+
+class now(sa.sql.functions.FunctionElement[datetime]):  # noqa: N801 (used like a function, as sa.func.now)
+    """The time of the database's clock when the statement began, plus some seconds (a number or a column).
+
+    Whatever is compared between processes is set and compared by this: their machines' clocks may differ. On SQLite it
+    is this machine's clock, since all processes that open the file run on this machine.
+    """
+
+    type = UtcDateTime()
+    inherit_cache = True
+    name = "now"
+
+    def __init__(self, seconds: "float | sa.ColumnElement[float]" = 0.0) -> None:
+        super().__init__(sa.literal(seconds, sa.Float) if isinstance(seconds, int | float) else seconds)
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **options: Any) -> str:  # noqa: ANN401 (SQLAlchemy has no type for it)
+    seconds = compiler.process(element.clauses, **options)
+    # Not the transaction's time: it may have waited for a lock since. A stable function, so that an index is used.
+    return f"(timezone('UTC', statement_timestamp()) + make_interval(secs => CAST({seconds} AS double precision)))"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:  # noqa: ANN401 (SQLAlchemy has no type for it)
+    return f"thrave_now({compiler.process(element.clauses, **options)})"
 
 
 account = sa.Table(
@@ -236,6 +264,10 @@ host = sa.Table(
     sa.Column("tasks_at_once", sa.Integer, nullable=False),
     sa.Column("start_time", UtcDateTime, nullable=False),
     sa.Column("heartbeat_time", UtcDateTime, nullable=False),
+    # Its agent's own settings, in seconds: an operator's command may have others.
+    sa.Column("heartbeat_interval", sa.Float, nullable=False, server_default="5"),
+    sa.Column("lost_after", sa.Float, nullable=False, server_default="60"),
+    sa.Column("adopted_by", sa.String(253)),  # the host that has its tasks; null again once its agent is started
 )  # fmt: skip
 
 # What the agents report of their instances; the API answers from here.
@@ -518,7 +550,7 @@ def is_unavailable(error: BaseException) -> bool:
 
 
 def utc_now() -> datetime:
-    """The current time, aware, in UTC."""
+    """The current time of this machine, aware, in UTC. Not for what other machines compare: see `now`."""
     return datetime.now(UTC)
 
 
@@ -551,6 +583,11 @@ def _unixepoch(modifier: str) -> float:
     return int(time.time() * 1000) / 1000  # to the millisecond, as SQLite
 
 
+def _thrave_now(seconds: float) -> str:
+    """The time in the form in which SQLAlchemy stores it."""
+    return f"{(utc_now() + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat(' ', 'microseconds')}"
+
+
 _service_files: dict[str, _DatabaseFile] = {}
 """The file that this process runs a service on, by its path."""
 
@@ -571,8 +608,10 @@ sa.event.listen(sa.Engine, "do_connect", _check_before_connecting)
 sa.event.listen(sa.Engine, "begin", _check_before_transaction)
 
 
-def _prepare_sqlite(connection: object, _record: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]  # the DB-API gives its connections no common type
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    # SQLite's own strftime has milliseconds only, and tasks are listed in the order of their start times.
+    connection.create_function("thrave_now", 1, _thrave_now)
+    cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "busy_timeout=30000", "foreign_keys=ON", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

@@ -14,7 +14,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,8 +132,14 @@ class Ground:
         """The fleet."""
         from thrave.tasks.hosts import Hosts  # noqa: PLC0415 (see above)
 
-        lost_after = timedelta(seconds=self.settings.host_lost_after)
-        return Hosts(self.database, self.records(), self.queues, lost_after=lost_after)
+        settings = self.settings
+        return Hosts(
+            self.database,
+            self.records(),
+            self.queues,
+            heartbeat=settings.heartbeat,
+            lost_after=settings.host_lost_after,
+        )
 
     def records(self, fence: Fence | None = None) -> Records:
         """The bundle tasks; an agent gives its fence."""

@@ -112,21 +112,39 @@ def test_a_retired_hosts_tasks_fail(two, thrave, thrave_json):
     assert thrave_json("task", "show", "bun-1")["error"]["code"] == "Server.HostLost"
 
 
-def test_a_host_is_told_to_drain(two, thrave, thrave_json):
-    assert thrave("host", "drain", "kvm-2")[1] == "kvm-2 is draining\n"
-    assert thrave_json("host", "show", "kvm-2")["state"] == "draining"
+def test_drain_of_a_host_ends_when_it_is_activated(two, thrave, thrave_json):
+    for command, state in (("drain", "draining"), ("activate", "active")):
+        assert thrave("host", command, "kvm-2")[1] == f"kvm-2 is {state}\n"
+        assert thrave_json("host", "show", "kvm-2")["state"] == state
 
 
-@pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-1"], ["retire", "kvm-2"]])
-def test_a_host_that_gives_signs_of_life_is_left_alone_unless_it_is_known_to_be_off(two, thrave, words):
+def test_move_that_the_state_does_not_allow_has_a_status(two, thrave):
+    thrave("host", "adopt", "kvm-1", "--by", "kvm-2")
+    for command in ("drain", "activate"):
+        status, stdout, stderr = thrave("host", command, "kvm-1")
+        assert (status, stdout) == (REFUSED, "")
+        assert stderr.startswith("thrave: Host kvm-1 is fenced: another host has adopted its tasks.")
+    assert thrave("host", "adopt", "kvm-2", "--by", "kvm-2")[0] == REFUSED
+
+
+@pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-3"], ["retire", "kvm-2"]])
+def test_host_that_sends_heartbeats_is_refused_unless_it_is_known_to_be_off(two, ground, thrave, words):
+    ground.hosts.take("kvm-3", tasks_at_once=1)
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout) == (REFUSED, "")
-    assert stderr.startswith("thrave: Host kvm-2 gave a sign of life ")
+    assert stderr.startswith("thrave: Host kvm-2 sent a heartbeat ")
     assert thrave("host", *words, "--powered-off")[0] == 0
 
 
 @pytest.mark.parametrize(
-    "words", [["show", "kvm-9"], ["drain", "kvm-9"], ["retire", "kvm-9"], ["adopt", "kvm-1", "--by", "kvm-9"]]
+    "words",
+    [
+        ["show", "kvm-9"],
+        ["drain", "kvm-9"],
+        ["activate", "kvm-9"],
+        ["retire", "kvm-9"],
+        ["adopt", "kvm-1", "--by", "kvm-9"],
+    ],
 )
 def test_a_host_that_there_is_none_of_has_a_status(two, thrave, words):
     status, stdout, stderr = thrave("host", *words)
@@ -150,7 +168,7 @@ def test_the_database_may_be_named_in_a_file(two, thrave, settings, monkeypatch,
     assert (status, len(json.loads(stdout)["hosts"])) == (0, 2)
 
 
-@pytest.mark.parametrize("words", [[], ["list"], ["show"], ["drain"], ["adopt"], ["retire"]])
+@pytest.mark.parametrize("words", [[], ["list"], ["show"], ["drain"], ["activate"], ["adopt"], ["retire"]])
 def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
     _, stdout, _ = thrave("host", *words, "--help")
     assert any(line.startswith("    thrave host ") for line in stdout.splitlines())

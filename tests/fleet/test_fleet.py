@@ -199,8 +199,11 @@ def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, al
             wait_until(lambda asked=asked: ground.hosts.list()[0].heartbeat_time > asked)
         assert agent.wait(timeout=60) == 0
         assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
-    assert task_of(ec2, first)["State"] == "complete"
-    assert task_of(ec2, second)["State"] == "pending"
+        assert task_of(ec2, first)["State"] == "complete"
+        assert fleet.agent("host-a").wait(timeout=60) == 0  # an upgrade in the meantime does not end the drain
+        assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
+        assert task_of(ec2, second)["State"] == "pending"
+        ground.hosts.activate("host-a")
     fleet.agent("host-a")
     assert finish(ec2, second)["State"] == "complete"
 

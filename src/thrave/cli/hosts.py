@@ -1,14 +1,13 @@
 """`thrave host`: the hosts of a fleet, for the operator, on any machine that has the database and the vault's key.
 
-It talks to no agent: what it writes into the database the host's agent finds at its next sign of life. Nothing here
+It talks to no agent: what it writes into the database the host's agent finds at its next heartbeat. Nothing here
 powers a host off.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +17,6 @@ from thrave.cli.times import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from datetime import datetime
 
     from thrave.config import Settings
     from thrave.ground import Ground
@@ -29,22 +27,8 @@ _TASKS_SHOWN = 100
 
 _name = click.argument("name", metavar="HOST")
 _powered_off = click.option(
-    "--powered-off", is_flag=True, help="You know that it is off, though it gave a sign of life a moment ago."
+    "--powered-off", is_flag=True, help="You know that it is off, though it sent a heartbeat a moment ago."
 )
-
-
-class _Look(NamedTuple):
-    """When hosts are looked at, and how long they may be silent."""
-
-    now: datetime
-    lost_after: timedelta
-
-    def silence(self, host: FleetHost) -> timedelta:
-        return self.now - host.heartbeat_time
-
-    def is_lost(self, host: FleetHost) -> bool:
-        """Whether it should give signs of life, and gives none."""
-        return host.is_lost(self.now, self.lost_after)
 
 
 @click.group()
@@ -62,9 +46,9 @@ def host() -> None:
 @settings_option
 @output_option
 def list_(settings: Settings, output: str) -> None:
-    """List the hosts by name, with their last sign of life and what they do.
+    """List the hosts by name, with their last heartbeat and what they do.
 
-    An active or draining host that has been silent for longer than the setting host_lost_after is shown as lost.
+    An active or draining host that has been silent for longer than its own setting host_lost_after is shown as lost.
 
     \b
     Example:
@@ -72,12 +56,11 @@ def list_(settings: Settings, output: str) -> None:
     """
     with _ground(settings) as ground:
         listed = _listed(ground)
-        look = _look(settings)
-    header = ("HOST", "STATE", "LAST SIGN", "WORKING ON", "WAITING", "INSTANCES", "VERSION")
+    header = ("HOST", "STATE", "LAST HEARTBEAT", "WORKING ON", "WAITING", "INSTANCES", "VERSION")
     emit(
         output,
-        {"hosts": [_document(one, look) for one in listed]},
-        table(header, [_row(one, look) for one in listed]),
+        {"hosts": [_document(one) for one in listed]},
+        table(header, [_row(one) for one in listed]),
     )
 
 
@@ -96,16 +79,19 @@ def show(settings: Settings, name: str, output: str) -> None:
 
     with _ground(settings) as ground:
         found, tasks = _find(ground, name), _unfinished(ground, name)
-        look = _look(settings)
     facts: list[tuple[str, ...]] = [
-        ("state", _state(found, look)),
-        ("last sign", f"{span(look.silence(found))} ago"),
-        ("agent", f"Thrave {found.version}, for {span(look.now - found.start_time)}"),
+        ("state", _state(found)),
+        ("adopted by", found.adopted_by or "-"),
+        (
+            "last heartbeat",
+            f"{span(found.silence)} ago; one each {found.heartbeat_interval:g} s, lost after {found.lost_after:g} s",
+        ),
+        ("agent", f"Thrave {found.version}, for {span(found.now - found.start_time)}"),
         ("tasks", f"{found.working} begun, {found.waiting} waiting; {found.tasks_at_once} at once"),
         ("instances", str(found.instances)),
     ]
-    text = table(("HOST", found.host), facts) + ("\n\n" + task_table(tasks, look.now) if tasks else "")
-    emit(output, {**_document(found, look), "tasks": [task_document(seen) for seen in tasks]}, text)
+    text = table(("HOST", found.host), facts) + ("\n\n" + task_table(tasks, found.now) if tasks else "")
+    emit(output, {**_document(found), "tasks": [task_document(seen) for seen in tasks]}, text)
 
 
 @host.command()
@@ -115,17 +101,36 @@ def show(settings: Settings, name: str, output: str) -> None:
 def drain(settings: Settings, name: str, output: str) -> None:
     """Have a host finish the tasks that it has begun and take no more; then its agent ends.
 
-    What it had not begun waits for it. It is active again when its agent is started again.
+    What it had not begun waits for it. An agent that is started meanwhile drains as well: `thrave host activate` ends
+    the drain.
 
     \b
     Example:
       thrave host drain kvm-17 && thrave host show kvm-17
 
-    Exit codes: 0 it will, 3 there is no such host.
+    Exit codes: 0 it will, 3 there is no such host, 4 another host has adopted its tasks.
     """
     with _ground(settings) as ground:
-        ground.hosts.drain(name)
-    emit(output, {"host": name, "state": "draining"}, f"{name} is draining")
+        state = ground.hosts.drain(name)
+    emit(output, {"host": name, "state": state}, f"{name} is {state}")
+
+
+@host.command()
+@_name
+@settings_option
+@output_option
+def activate(settings: Settings, name: str, output: str) -> None:
+    """End the drain of a host, so that it takes tasks again. Then start its agent, unless it has not ended yet.
+
+    \b
+    Example:
+      thrave host activate kvm-17
+
+    Exit codes: 0 it takes tasks, 3 there is no such host, 4 another host has adopted its tasks.
+    """
+    with _ground(settings) as ground:
+        state = ground.hosts.activate(name)
+    emit(output, {"host": name, "state": state}, f"{name} is {state}")
 
 
 @host.command()
@@ -144,7 +149,9 @@ def adopt(settings: Settings, lost: str, *, name: str, powered_off: bool, output
     Example:
       thrave host adopt kvm-17 --by kvm-18
 
-    Exit codes: 0 done, 3 there is no such host, 4 LOST gives signs of life.
+    The other host must be active and send heartbeats. Tasks can also go back to the host that they were adopted from.
+
+    Exit codes: 0 done, 3 there is no such host, 4 LOST sends heartbeats, or the other host cannot adopt.
     """
     with _ground(settings) as ground:
         tasks = ground.hosts.adopt(lost, by=name, powered_off=powered_off)
@@ -164,7 +171,7 @@ def retire(settings: Settings, name: str, *, powered_off: bool, output: str) -> 
     Example:
       thrave host retire kvm-17
 
-    Exit codes: 0 done, 3 there is no such host, 4 it gives signs of life.
+    Exit codes: 0 done, 3 there is no such host, 4 it sends heartbeats.
     """
     with _ground(settings) as ground:
         tasks = ground.hosts.retire(name, powered_off=powered_off)
@@ -206,18 +213,15 @@ def _unfinished(ground: Ground, name: str) -> list[SeenTask]:
     return Overview(ground.database, ground.records()).latest(wanted, limit=_TASKS_SHOWN)
 
 
-def _look(settings: Settings) -> _Look:
-    from thrave.database import utc_now
-
-    return _Look(utc_now(), timedelta(seconds=settings.host_lost_after))
-
-
-def _document(host: FleetHost, look: _Look) -> dict[str, object]:
+def _document(host: FleetHost) -> dict[str, object]:
     return {
         "host": host.host,
         "state": host.state,
-        "lost": look.is_lost(host),
+        "lost": host.is_lost,
         "heartbeatTime": host.heartbeat_time,
+        "heartbeatInterval": host.heartbeat_interval,
+        "lostAfter": host.lost_after,
+        "adoptedBy": host.adopted_by,
         "startTime": host.start_time,
         "version": host.version,
         "tasksAtOnce": host.tasks_at_once,
@@ -227,13 +231,13 @@ def _document(host: FleetHost, look: _Look) -> dict[str, object]:
     }
 
 
-def _row(host: FleetHost, look: _Look) -> tuple[str, ...]:
+def _row(host: FleetHost) -> tuple[str, ...]:
     counts = (str(number) for number in (host.working, host.waiting, host.instances))
-    return (host.host, _state(host, look), f"{span(look.silence(host))} ago", *counts, host.version)
+    return (host.host, _state(host), f"{span(host.silence)} ago", *counts, host.version)
 
 
-def _state(host: FleetHost, look: _Look) -> str:
-    return f"{host.state}, lost" if look.is_lost(host) else host.state
+def _state(host: FleetHost) -> str:
+    return f"{host.state}, lost" if host.is_lost else host.state
 
 
 def _with_tasks(said: str, tasks: Sequence[str]) -> str:

@@ -2,32 +2,45 @@
 
     HostError
     ├── NoSuchHost          no host of that name has ever had an agent
-    └── HostInUse           it gives signs of life, so nobody may take its tasks
+    ├── HostInUse           it sends heartbeats, so nobody may take its tasks
+    ├── HostStateError      the host's state does not allow it (`host_states.py`)
+    └── AdopterError        the host that is to adopt cannot
 
-A host's agent takes its lease when it starts, and gives a sign of life every few seconds. An operator drains a host,
+A host's agent takes its lease when it starts, and sends a heartbeat every few seconds. An operator drains a host,
 has another one adopt the tasks of one that is lost, or retires it for good. Taking a lease away is enough to stop an
-agent, alive or coming back: see `fence.py`. Nothing here talks to an agent.
+agent, alive or coming back: see `fence.py`. Every time is set and compared by the database's clock. Nothing here talks
+to an agent.
 """
 
 import secrets
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from enum import StrEnum
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 import structlog
 
-from thrave.database import bundle_task, host, instance, power_request, task_in_progress, utc_now
+from thrave.database import bundle_task, host, instance, now, power_request, task_in_progress
 from thrave.tasks.engine import Queues
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.fence import Fence
+from thrave.tasks.host_states import MOVES, WITH_AN_AGENT, HostEvent, HostState
 from thrave.tasks.records import Records
 
 log = structlog.get_logger()
 
 _NOBODY = ""  # the lease of a host that no agent has
+_ADOPTER_SILENCE = 60.0  # seconds, at least: the agent of the host that adopts may just be being started anew
+
+_REMEDIES = {
+    (HostEvent.DRAIN, HostState.FENCED): "another host has adopted its tasks. Start its agent first",
+    (
+        HostEvent.ACTIVATE,
+        HostState.FENCED,
+    ): "another host has adopted its tasks. It is active once its agent is started",
+}
+"""What an operator can do, by what was asked for and the state that does not allow it."""
 
 
 class HostError(Exception):
@@ -42,23 +55,18 @@ class NoSuchHost(HostError):  # noqa: N818 (says what there is not)
 
 
 class HostInUse(HostError):  # noqa: N818 (says what it is)
-    """The host's agent has just given a sign of life."""
+    """The host's agent has just sent a heartbeat."""
 
 
-class HostState(StrEnum):
-    """What a host is there for."""
+class HostStateError(HostError):
+    """The state that the host is in does not allow what was asked for."""
 
-    ACTIVE = "active"
-    """It takes tasks."""
-    DRAINING = "draining"
-    """It finishes what it has begun, and takes no more."""
-    DRAINED = "drained"
-    """Its agent has ended, as it was asked to. What it had not begun waits for it."""
-    FENCED = "fenced"
-    """Another host has adopted its tasks, and its agent may do nothing more until it is started anew."""
+    def __init__(self, name: str, state: HostState, event: HostEvent) -> None:
+        super().__init__(f"Host {name} is {state}: {_REMEDIES.get((event, state), 'its state does not allow this')}")
 
 
-_WITH_AN_AGENT = frozenset({HostState.ACTIVE, HostState.DRAINING})
+class AdopterError(HostError):
+    """The host that is to adopt another one's tasks cannot do so."""
 
 
 class FleetHost(NamedTuple):
@@ -71,7 +79,15 @@ class FleetHost(NamedTuple):
     start_time: datetime
     """When its agent started; aware, in UTC."""
     heartbeat_time: datetime
-    """Its last sign of life; aware, in UTC."""
+    """Its last heartbeat; aware, in UTC."""
+    heartbeat_interval: float
+    """Seconds between its heartbeats, by its agent's settings."""
+    lost_after: float
+    """Seconds without a heartbeat after which it counts as lost, by its agent's settings."""
+    adopted_by: str | None
+    """The host that has adopted its tasks, until an agent is started on it again."""
+    now: datetime
+    """When this was read, by the database's clock, as all times here."""
     instances: int
     """How many its agent has reported."""
     waiting: int
@@ -79,38 +95,50 @@ class FleetHost(NamedTuple):
     working: int
     """Tasks that it has begun."""
 
-    def is_lost(self, now: datetime, lost_after: timedelta) -> bool:
-        """Whether it should give signs of life, and has given none for `lost_after`."""
-        return self.state in _WITH_AN_AGENT and now - self.heartbeat_time >= lost_after
+    @property
+    def silence(self) -> timedelta:
+        """The time since its last heartbeat."""
+        return self.now - self.heartbeat_time
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it should send heartbeats, and has sent none for too long."""
+        return self.state in WITH_AN_AGENT and self.silence.total_seconds() >= self.lost_after
 
 
 class Hosts:
     """The hosts in the database."""
 
-    def __init__(self, engine: sa.Engine, records: Records, queues: Queues, *, lost_after: timedelta) -> None:
-        """Let a host be adopted that has given no sign of life for `lost_after`."""
+    def __init__(
+        self, engine: sa.Engine, records: Records, queues: Queues, *, heartbeat: float, lost_after: float
+    ) -> None:
+        """Have hosts that are taken here send a heartbeat each `heartbeat` seconds, and count as lost after others."""
         self._engine = engine
         self._records = records
         self._queues = queues
+        self._heartbeat = heartbeat
         self._lost_after = lost_after
 
     def take(self, name: str, *, tasks_at_once: int) -> Fence:
-        """Make this process the host's agent; an earlier one ends as soon as it notices."""
+        """Make this process the host's agent; an earlier one ends as soon as it notices.
+
+        A host that drains goes on draining: see `heartbeat`.
+        """
         lease = secrets.token_hex(16)
-        now = utc_now()
-        row = {
-            "state": HostState.ACTIVE, "lease": lease, "version": version("thrave"), "tasks_at_once": tasks_at_once,
-            "start_time": now, "heartbeat_time": now,
+        row: dict[str, Any] = {
+            "lease": lease, "version": version("thrave"), "tasks_at_once": tasks_at_once, "start_time": now(),
+            "heartbeat_time": now(), "heartbeat_interval": self._heartbeat, "lost_after": self._lost_after,
+            "adopted_by": None,
         }  # fmt: skip
         with self._engine.begin() as connection:
-            if not _change(connection, name, **row):
-                connection.execute(host.insert(), {"host": name, **row})
+            if not _move(connection, name, HostEvent.AGENT_STARTS, **row):
+                connection.execute(host.insert().values(host=name, state=HostState.ACTIVE, **row))
         return Fence(name, lease)
 
     def heartbeat(self, fence: Fence) -> HostState:
-        """Give a sign of life, and hear what the host is there for. Ends the process if it is another agent's now."""
+        """Send a heartbeat, and return the host's state. Ends the process if the host is another agent's now."""
         with self._engine.begin() as connection:
-            connection.execute(host.update().where(fence.holds).values(heartbeat_time=utc_now()))
+            connection.execute(host.update().where(fence.holds).values(heartbeat_time=now()))
             state = connection.execute(sa.select(host.c.state).where(fence.holds)).scalar()
         return HostState(state) if state else fence.end()
 
@@ -121,7 +149,7 @@ class Hosts:
         """
         self._queues.drop_strangers(name)
         with self._engine.begin() as connection:
-            unfinished = _unfinished(connection, name)
+            unfinished = _unfinished(connection, name, takes_all=_takes_all(connection, name))
         awaited = self._queues.awaited(name)
         with self._engine.begin() as connection:
             for bundle_id in unfinished:
@@ -129,10 +157,15 @@ class Hosts:
                     log.warning("a task that the engine has lost is run anew", bundle_id=bundle_id)
                     self._queues.enqueue_again(connection, bundle_id, name)
 
-    def drained(self, fence: Fence) -> None:
-        """Write down that the host's agent ends as it was asked to."""
+    def begun(self, name: str) -> Sequence[str]:
+        """The tasks that a host has begun and not finished."""
+        with self._engine.connect() as connection:
+            return _unfinished(connection, name, takes_all=False)
+
+    def drained(self, fence: Fence) -> bool:
+        """Record that the host's agent ends as it was asked to; False if an operator has ended the drain meanwhile."""
         with self._engine.begin() as connection:
-            connection.execute(host.update().where(fence.holds).values(state=HostState.DRAINED))
+            return _move(connection, fence.host, HostEvent.AGENT_HAS_DRAINED, condition=fence.holds)
 
     def list(self) -> Sequence[FleetHost]:
         """Every host, by name."""
@@ -141,6 +174,7 @@ class Hosts:
         reported = sa.select(sa.func.count()).where(instance.c.host == host.c.host)
         query = sa.select(
             host.c.host, host.c.state, host.c.version, host.c.tasks_at_once, host.c.start_time, host.c.heartbeat_time,
+            host.c.heartbeat_interval, host.c.lost_after, host.c.adopted_by, now().label("now"),
             reported.scalar_subquery().label("instances"),
             tasks.where(~begun).scalar_subquery().label("waiting"),
             tasks.where(begun).scalar_subquery().label("working"),
@@ -149,11 +183,29 @@ class Hosts:
             found = [FleetHost(*row) for row in connection.execute(query)]
         return [one._replace(state=HostState(one.state)) for one in found]
 
-    def drain(self, name: str) -> None:
-        """Have a host finish what it has begun and take no more. Raises NoSuchHost."""
+    def drain(self, name: str) -> HostState:
+        """Have a host finish what it has begun and take no more.
+
+        Returns:
+            The host's state: `drained` if it was so already.
+
+        Raises:
+            NoSuchHost: There is none of that name.
+            HostStateError: It is fenced.
+        """
+        return self._change(name, HostEvent.DRAIN)
+
+    def activate(self, name: str) -> HostState:
+        """End the drain of a host. Raises as `drain`."""
+        return self._change(name, HostEvent.ACTIVATE)
+
+    def _change(self, name: str, event: HostEvent) -> HostState:
         with self._engine.begin() as connection:
-            _require(connection, name)
-            _change(connection, name, state=HostState.DRAINING)
+            moved = _move(connection, name, event)
+            state = _read(connection, name)[name].state
+        if not moved:
+            raise HostStateError(name, state, event)
+        return state
 
     def adopt(self, lost: str, *, by: str, powered_off: bool = False) -> Sequence[str]:
         """Have another host, which reaches the same storage, go on with the tasks of one that is lost.
@@ -163,21 +215,24 @@ class Hosts:
         Args:
             lost: The host that is lost.
             by: The host that takes its instances and unfinished tasks.
-            powered_off: The operator knows that the lost host is off, however short a time ago it gave a sign of life.
+            powered_off: The operator knows that the lost host is off, however short a time ago it sent a heartbeat.
 
         Returns:
             The ids of the tasks that were adopted.
 
         Raises:
             NoSuchHost: There is none of one of the names.
-            HostInUse: The lost host has given a sign of life.
+            HostInUse: The lost host has sent a heartbeat.
+            AdopterError: The other host cannot adopt its tasks.
         """
         with self._engine.begin() as connection:
-            _require(connection, by)
-            self._fence_off(connection, lost, powered_off=powered_off)
-            tasks = _unfinished(connection, lost)
+            hosts = _read(connection, lost, by)
+            _check_adopter(hosts[by], hosts[lost])
+            _fence_off(connection, hosts[lost], by=by, powered_off=powered_off)
             for table in (instance, power_request):
                 connection.execute(table.update().where(table.c.host == lost).values(host=by))
+            # After the instances: whoever is just creating a task for one of them holds its row.
+            tasks = _unfinished(connection, lost)
             concerned = (
                 bundle_task.c.host == lost,
                 sa.or_(
@@ -203,10 +258,10 @@ class Hosts:
 
         Raises:
             NoSuchHost: There is none of that name.
-            HostInUse: It has given a sign of life.
+            HostInUse: It has sent a heartbeat.
         """
         with self._engine.begin() as connection:
-            self._fence_off(connection, name, powered_off=powered_off)
+            _fence_off(connection, _read(connection, name)[name], by=None, powered_off=powered_off)
             tasks = _unfinished(connection, name)
         reason = TaskFailure("Server.HostLost", f"The host {name}, which had the instance's disk, was retired.")
         for bundle_id in tasks:
@@ -215,28 +270,85 @@ class Hosts:
             connection.execute(host.delete().where(host.c.host == name))
         return tasks
 
-    def _fence_off(self, connection: sa.Connection, name: str, *, powered_off: bool) -> None:
-        state, heartbeat = _require(connection, name)
-        silent = utc_now() - heartbeat
-        if state in _WITH_AN_AGENT and silent < self._lost_after and not powered_off:
-            seconds = silent.total_seconds()
-            raise HostInUse(f"Host {name} gave a sign of life {seconds:.0f} s ago; drain it, or see that it is off")
-        _change(connection, name, state=HostState.FENCED, lease=_NOBODY)
+
+class _Row(NamedTuple):
+    """What decides about a host."""
+
+    host: str
+    state: HostState
+    lost_after: float
+    adopted_by: str | None
+    silence: float
+    """Seconds since its last heartbeat."""
 
 
-def _require(connection: sa.Connection, name: str) -> tuple[HostState, datetime]:
-    """The host's state and last sign of life; nobody else changes the host until the transaction ends."""
-    query = sa.select(host.c.state, host.c.heartbeat_time).where(host.c.host == name).with_for_update()
-    found = connection.execute(query).first()
-    if found is None:
-        raise NoSuchHost(name)
-    return HostState(found.state), found.heartbeat_time
+def _read(connection: sa.Connection, *names: str) -> dict[str, _Row]:
+    """The hosts of these names; nobody else changes them until the transaction ends. Raises NoSuchHost."""
+    query = sa.select(
+        host.c.host, host.c.state, host.c.lost_after, host.c.adopted_by, host.c.heartbeat_time, now().label("now")
+    )
+    # In one order everywhere: else two adoptions would wait for each other.
+    mine = query.where(host.c.host.in_(names)).order_by(host.c.host).with_for_update()
+    found = {
+        row.host: _Row(
+            row.host, HostState(row.state), row.lost_after, row.adopted_by,
+            (row.now - row.heartbeat_time).total_seconds(),
+        )
+        for row in connection.execute(mine)
+    }  # fmt: skip
+    for name in names:
+        if name not in found:
+            raise NoSuchHost(name)
+    return found
 
 
-def _change(connection: sa.Connection, name: str, **values: object) -> bool:
-    return connection.execute(host.update().where(host.c.host == name).values(**values)).rowcount == 1
+def _check_adopter(by: _Row, lost: _Row) -> None:
+    """Raise AdopterError if the tasks of the lost host would have no agent that works on them."""
+    if by.host == lost.host:
+        raise AdopterError(f"Host {by.host} cannot adopt its own tasks. Name another host with --by.")
+    if by.state is HostState.FENCED and by.adopted_by == lost.host:
+        return  # its own tasks come back to it, which wait until its agent is started
+    if by.state is not HostState.ACTIVE:
+        raise AdopterError(f"Host {by.host} is {by.state}. Only an active host can adopt tasks.")
+    if by.silence >= max(by.lost_after, _ADOPTER_SILENCE):
+        raise AdopterError(
+            f"Host {by.host} has sent no heartbeat for {by.silence:.0f} s. Start its agent first, or name another host "
+            "with --by."
+        )
 
 
-def _unfinished(connection: sa.Connection, name: str) -> list[str]:
-    query = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.host == name, task_in_progress)
+def _fence_off(connection: sa.Connection, lost: _Row, *, by: str | None, powered_off: bool) -> None:
+    if lost.state in WITH_AN_AGENT and lost.silence < lost.lost_after and not powered_off:
+        raise HostInUse(
+            f"Host {lost.host} sent a heartbeat {lost.silence:.0f} s ago. Drain it, or power it off and pass "
+            "--powered-off."
+        )
+    _move(connection, lost.host, HostEvent.TAKE_AWAY, lease=_NOBODY, adopted_by=by)
+
+
+def _move(
+    connection: sa.Connection,
+    name: str,
+    event: HostEvent,
+    *,
+    condition: sa.ColumnElement[bool] | None = None,
+    **values: Any,  # noqa: ANN401 (whatever a column holds)
+) -> bool:
+    """Move a host as the table says, in one statement; False if there is none, or its state does not allow it."""
+    moves = MOVES[event]
+    after = sa.case({before.value: after.value for before, after in moves.items()}, value=host.c.state)
+    allowed = [host.c.host == name, host.c.state.in_([*moves]), *([] if condition is None else [condition])]
+    return connection.execute(host.update().where(*allowed).values(state=after, **values)).rowcount == 1
+
+
+def _takes_all(connection: sa.Connection, name: str) -> bool:
+    """Whether a host may begin tasks; while it drains, it only finishes what it has begun."""
+    state = connection.execute(sa.select(host.c.state).where(host.c.host == name)).scalar()
+    return state != HostState.DRAINING
+
+
+def _unfinished(connection: sa.Connection, name: str, *, takes_all: bool = True) -> list[str]:
+    """The unfinished tasks of a host, the oldest first; all of them, or those that it has begun."""
+    some = sa.true() if takes_all else bundle_task.c.attempts > 0
+    query = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.host == name, task_in_progress, some)
     return [*connection.execute(query.order_by(bundle_task.c.start_time)).scalars()]

@@ -1,0 +1,159 @@
+"""Hosts in the database: the table of their states, the clock that counts, and who may adopt from whom."""
+
+from datetime import timedelta
+
+import pytest
+
+import thrave.database
+from thrave.config import Settings
+from thrave.database import host as host_table
+from thrave.database import utc_now
+from thrave.ground import open_ground
+from thrave.tasks.host_states import MOVES, HostEvent, HostState
+from thrave.tasks.hosts import AdopterError, HostInUse, Hosts, HostStateError
+from thrave.tasks.task import BundleRequest
+
+
+@pytest.fixture
+def ground(database, tmp_path):
+    ground = open_ground(Settings(data=tmp_path / "data", **database))
+    yield ground
+    ground.queues.close()
+    ground.database.dispose()
+
+
+@pytest.fixture
+def hosts(ground):
+    for name in ("host-a", "host-b"):
+        ground.hosts.take(name, tasks_at_once=1)
+    return ground.hosts
+
+
+@pytest.fixture
+def change(ground):
+    """Changes the row of a host as no command does."""
+
+    def change(name, **values):
+        with ground.database.begin() as connection:
+            connection.execute(host_table.update().where(host_table.c.host == name).values(**values))
+
+    return change
+
+
+def find(hosts, name):
+    return next(one for one in hosts.list() if one.host == name)
+
+
+def an_hour_ago():
+    return utc_now() - timedelta(hours=1)
+
+
+@pytest.mark.parametrize("before", HostState)
+def test_hosts_move_as_the_table_says(hosts, change, before):
+    acts = {
+        HostEvent.AGENT_STARTS: lambda: hosts.take("host-a", tasks_at_once=1),
+        HostEvent.DRAIN: lambda: hosts.drain("host-a"),
+        HostEvent.AGENT_HAS_DRAINED: lambda: hosts.drained(fence),
+        HostEvent.ACTIVATE: lambda: hosts.activate("host-a"),
+        HostEvent.TAKE_AWAY: lambda: hosts.adopt("host-a", by="host-b", powered_off=True),
+    }
+    for event, act in acts.items():
+        fence = hosts.take("host-a", tasks_at_once=1)
+        change("host-a", state=before)
+        after = MOVES[event].get(before)
+        if after is None and event in {HostEvent.DRAIN, HostEvent.ACTIVATE}:
+            with pytest.raises(HostStateError, match=f"Host host-a is {before}: "):
+                act()
+        else:
+            act()
+        assert find(hosts, "host-a").state is (after or before), event
+
+
+def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
+    earlier = hosts.take("host-a", tasks_at_once=1)
+    hosts.take("host-a", tasks_at_once=1)
+    hosts.drain("host-a")
+    assert not hosts.drained(earlier)
+    assert find(hosts, "host-a").state is HostState.DRAINING
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypatch, hours):
+    ground = open_ground(Settings(data=tmp_path / "data", database_url=postgres.new_database()))
+    hosts = ground.hosts
+    with monkeypatch.context() as agent:
+        agent.setattr(thrave.database, "utc_now", lambda: utc_now() + timedelta(hours=hours))
+        fence = hosts.take("host-a", tasks_at_once=1)
+        hosts.heartbeat(fence)
+    hosts.take("host-b", tasks_at_once=1)
+    seen = find(hosts, "host-a")
+    assert not seen.is_lost
+    assert timedelta(0) <= seen.silence < timedelta(minutes=30)
+    with pytest.raises(HostInUse):
+        hosts.adopt("host-a", by="host-b")
+    ground.queues.close()
+    ground.database.dispose()
+
+
+def test_times_of_a_host_are_those_of_its_own_agent(ground, hosts, change):
+    operators = Hosts(ground.database, ground.records(), ground.queues, heartbeat=0.1, lost_after=0.4)
+    change("host-a", heartbeat_time=utc_now() - timedelta(seconds=30))
+    assert (find(operators, "host-a").lost_after, find(operators, "host-a").is_lost) == (60.0, False)
+    with pytest.raises(HostInUse, match=r"sent a heartbeat 3\d s ago"):
+        operators.adopt("host-a", by="host-b")
+    change("host-a", lost_after=20.0)
+    assert find(hosts, "host-a").is_lost
+    hosts.adopt("host-a", by="host-b")
+
+
+@pytest.mark.parametrize(
+    ("by", "values", "says"),
+    [
+        ("host-a", {}, "cannot adopt its own tasks"),
+        ("host-b", {"state": HostState.FENCED}, "is fenced. Only an active host"),
+        ("host-b", {"state": HostState.DRAINING}, "is draining. Only an active host"),
+        ("host-b", {"state": HostState.DRAINED}, "is drained. Only an active host"),
+        ("host-b", {"heartbeat_time": an_hour_ago}, "has sent no heartbeat for 3600 s"),
+    ],
+)
+def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):
+    change(
+        "host-b", **{name: value() if callable(value) else value for name, value in values.items()} or {"version": "1"}
+    )
+    fence = hosts.take("host-a", tasks_at_once=1)
+    with pytest.raises(AdopterError, match=says):
+        hosts.adopt("host-a", by=by, powered_off=True)
+    assert hosts.heartbeat(fence) is HostState.ACTIVE  # nothing has changed
+
+
+def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
+    request = BundleRequest(
+        account_id="1" * 12, owner_id="1" * 12, instance_id="i-1", bucket="bucket", prefix="p", access_key_id="AKIA",
+        upload_policy="policy", upload_policy_signature="signature",
+    )  # fmt: skip
+    with ground.database.begin() as connection:
+        ground.records().add(connection, "bun-1", "host-a", request)
+    assert hosts.adopt("host-a", by="host-b", powered_off=True) == ["bun-1"]
+    assert find(hosts, "host-a").adopted_by == "host-b"
+    assert hosts.adopt("host-b", by="host-a", powered_off=True) == ["bun-1"]
+    hosts.take("host-a", tasks_at_once=1)
+    assert find(hosts, "host-a").adopted_by is None
+
+
+def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts, change):
+    for number in (1, 2):
+        request = BundleRequest(
+            account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{number}", bucket="bucket", prefix=f"{number}",
+            access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
+        )  # fmt: skip
+        with ground.database.begin() as connection:
+            ground.records().add(connection, f"bun-{number}", "host-a", request)
+    ground.records().take_up("bun-1")
+    hosts.drain("host-a")
+    assert hosts.begun("host-a") == ["bun-1"]
+    hosts.enqueue_lost("host-a")
+    assert ground.queues.awaited("host-a") == {"bun-1"}
+    hosts.activate("host-a")
+    hosts.enqueue_lost("host-a")
+    assert ground.queues.awaited("host-a") == {"bun-1", "bun-2"}
