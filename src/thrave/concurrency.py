@@ -50,6 +50,7 @@ def repeat(
     *,
     on_failure: OnFailure | None = None,
     stop: threading.Event | None = None,
+    at_once: bool = True,
 ) -> Background:
     """Do something again and again, in a thread of its own, whatever it raises.
 
@@ -59,6 +60,7 @@ def repeat(
         work: What to do.
         on_failure: Told each time that the work fails; by default the failure is logged.
         stop: Ends the thread when it is set, after the work that is being done. It never ends if none is given.
+        at_once: Do it for the first time now, not in `interval` seconds.
 
     Raises:
         RuntimeError: No more threads can be started.
@@ -67,6 +69,8 @@ def repeat(
     report = on_failure or partial(_log_failure, name)
 
     def loop() -> None:
+        if not at_once and ended.wait(interval):
+            return
         while True:
             _run(name, work, report)
             if ended.wait(interval):
@@ -105,6 +109,8 @@ class Call(Generic[R]):
     def __init__(self, name: str, work: Callable[[], R]) -> None:
         self._work = work
         self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._followers: list[Callable[[], object]] = []
         self._results: list[R] = []
         self._failure: BaseException | None = None
         supervised(name, self._call, on_failure=self._fail)
@@ -117,6 +123,14 @@ class Call(Generic[R]):
     def wait(self, seconds: float) -> bool:
         """Wait until it has ended, so many seconds at the most; say whether it has."""
         return self._ended.wait(seconds)
+
+    def when_ended(self, follow: Callable[[], object]) -> None:
+        """Have something done once the call has ended, in its thread; in this one if it has. Failures are logged."""
+        with self._lock:
+            if self.is_running:
+                self._followers.append(follow)
+                return
+        _run("after a call", follow, partial(_log_failure, "after a call"))
 
     def result(self, timeout: float) -> R:
         """Wait for what the call returns.
@@ -136,11 +150,17 @@ class Call(Generic[R]):
 
     def _call(self) -> None:
         self._results.append(self._work())
-        self._ended.set()
+        self._end()
 
     def _fail(self, error: BaseException) -> None:
         self._failure = error
-        self._ended.set()
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._ended.set()
+        for follow in self._followers:
+            _run("after a call", follow, partial(_log_failure, "after a call"))
 
 
 def _run(name: str, work: Callable[[], object], on_failure: OnFailure) -> None:

@@ -14,6 +14,7 @@ from thrave.compute import guest_agent, hypervisor, libvirt_binding, libvirt_ove
 from thrave.compute.domains import instance_id_of
 from thrave.compute.errors import (
     ComponentMissingError,
+    HoldLostError,
     HypervisorError,
     HypervisorGoneError,
     IncorrectInstanceState,
@@ -225,6 +226,17 @@ def fails(check):
         check()
     except RootVolumeInUse as error:
         return str(error).split(" ", 1)[1]
+
+
+def test_a_hold_says_when_it_cannot_tell_any_more(domains, instances, instance_id):
+    instances.request_stop(instance_id)
+    with instances.hold(instance_id) as hold:
+        hold.check()
+        instances._events.lose()  # libvirtd was restarted, and told nothing of what happened meanwhile
+        with pytest.raises(HoldLostError):
+            hold.check()
+    with instances.hold(instance_id) as hold:
+        hold.check()
 
 
 def test_a_hold_notices_that_the_instance_is_gone(domains, instances, instance_id):

@@ -11,6 +11,7 @@ from support.domain import wait_for
 from support.tiny import Tiny
 from thrave.compute import hypervisor, overlay_files
 from thrave.compute.errors import (
+    HoldLostError,
     HypervisorError,
     HypervisorGoneError,
     IncorrectInstanceState,
@@ -317,6 +318,10 @@ def test_a_hold_sees_who_writes_to_the_volume(instances, tiny):
     ):
         pass
     frozen = running_on_overlay(instances, tiny)
+    with instances.overlays.hold(tiny.instance_id, frozen) as hold:
+        instances._events.lose()
+        with pytest.raises(HoldLostError):
+            hold.check()
     with instances.overlays.hold(tiny.instance_id, frozen) as hold:
         tiny.host.virsh("blockcommit", tiny.name, "vda", "--active", "--wait")
         with pytest.raises(RootVolumeInUse, match="has a block job on vda"):

@@ -51,6 +51,19 @@ def test_one_that_was_there_for_long_may_be_away_for_as_long_again(monkeypatch):
     assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
 
 
+def test_an_attempt_that_got_through_ends_the_absence(monkeypatch):
+    hypervisor = Hypervisor(monkeypatch, *[GONE] * 5, "here", takes=299.0)
+    assert patiently(hypervisor.ask, 300.0, pause=hypervisor.pause) == "here"
+
+
+def test_one_that_takes_its_time_to_be_away_is_given_up(monkeypatch):
+    silent = HypervisorGoneError("i-00000000", "no answer", waited=30.0)
+    hypervisor = Hypervisor(monkeypatch, *[silent] * 30, takes=30.0)
+    with pytest.raises(HypervisorGoneError):
+        patiently(hypervisor.ask, 300.0, pause=hypervisor.pause)
+    assert hypervisor.now < 400
+
+
 def test_one_that_refuses_is_not_asked_again(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, REFUSED, "here")
     with pytest.raises(HypervisorError, match=r"^no$"):

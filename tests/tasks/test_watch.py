@@ -3,14 +3,17 @@
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
 
 from support.storing import Bench, directory
-from thrave.compute.errors import HypervisorError, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import HoldLostError, HypervisorError, InstanceNotFound, RootVolumeInUse
+from thrave.concurrency import Call
 from thrave.tasks.failures import Cancelled, TaskFailure
-from thrave.tasks.watch import INTERVAL
+from thrave.tasks.lease import Lease, LeaseExpiredError
+from thrave.tasks.watch import INTERVAL, RightLostError, Watch
 
 
 @pytest.fixture
@@ -99,6 +102,147 @@ def test_a_hypervisor_that_does_not_answer_for_a_while_stops_nothing(bench):
     away, moved = HypervisorError("i-00000000", "away"), RootVolumeInUse("i-00000000", "it is running")
     with pytest.raises(TaskFailure, match="it is running"):
         guarded_until_stopped(bench, away, moved)
+
+
+@pytest.mark.parametrize("found", [ValueError("nobody foresaw it"), SystemExit(1)])
+def test_work_is_stopped_when_its_guard_fails_in_a_way_nobody_foresaw(bench, found):
+    with pytest.raises(TaskFailure, match=r"Server\.InternalError"):
+        guarded_until_stopped(bench, found)
+
+
+@pytest.mark.parametrize("moment", ["it raises", "it hangs"])
+def test_work_is_stopped_when_its_guard_cannot_tell_for_too_long(bench, monkeypatch, moment):
+    monkeypatch.setattr("thrave.tasks.watch.GUARD_TIMEOUT", 2 * INTERVAL)
+    hangs = threading.Event()
+
+    def check():
+        if moment == "it hangs":
+            hangs.wait(60)
+        raise OSError(24, "Too many open files")
+
+    def work():
+        with bench.watch() as watch:
+            watch.guard(check)
+            until_stopped(watch)
+
+    with pytest.raises(TaskFailure):
+        work()
+    hangs.set()
+
+
+def test_a_hold_that_has_lost_events_is_not_a_failure_of_the_task(bench):
+    with pytest.raises(HoldLostError):
+        guarded_until_stopped(bench, HoldLostError("i-00000000", "the connection was lost"))
+
+
+@pytest.mark.parametrize("moment", ["it raises", "it hangs"])
+@pytest.mark.parametrize("stopped_by", ["the owner", "standing still"])
+def test_progress_that_cannot_be_told_keeps_nothing_from_being_stopped(bench, moment, stopped_by):
+    asked, hangs = threading.Event(), threading.Event()
+
+    def progress():
+        asked.set()
+        if moment == "it hangs":
+            hangs.wait(60)
+        return 1 / len([])
+
+    def work():
+        with bench.watch(stall_timeout=1.0) as watch:
+            stopped = threading.Event()
+            watch.over(stopped.set, progress)
+            assert asked.wait(60)
+            if stopped_by == "the owner":
+                bench.records.cancel(bench.bundle_id)
+            assert stopped.wait(60)
+
+    with pytest.raises(TaskFailure, match=r"Client\.Cancelled|Server\.NoProgress"):
+        work()
+    hangs.set()
+
+
+def test_work_is_stopped_when_its_monitor_fails(bench, monkeypatch):
+    def fail(_watch):
+        raise SystemExit
+
+    monkeypatch.setattr(Watch, "_monitor", fail)
+    with pytest.raises(TaskFailure, match=r"Server\.InternalError"), bench.watch() as watch:
+        until_stopped(watch)
+
+
+@pytest.mark.parametrize("lost", ["another host has it", "it has ended", "its record is gone"])
+def test_work_is_stopped_when_the_task_is_another_runs(bench, monkeypatch, lost):
+    ours = [True]
+
+    def work():
+        with Watch(bench.records, bench.bundle_id, stall_timeout=60, is_ours=lambda _task: ours[0]) as watch:
+            if lost == "another host has it":
+                ours[0] = False
+            elif lost == "it has ended":
+                bench.records.fail(bench.bundle_id, TaskFailure("Server.HostLost", "retired"))
+            else:
+                monkeypatch.setattr(bench.records, "get", lambda _bundle_id: None)
+            until_stopped(watch)
+
+    with pytest.raises(RightLostError):
+        work()
+
+
+def test_work_is_stopped_when_the_host_cannot_renew_its_lease(bench):
+    now = [0.0]
+    lease = Lease(60.0, lambda: now[0])
+
+    def work():
+        with Watch(bench.records, bench.bundle_id, stall_timeout=600, lease=lease) as watch:
+            now[0] = 59.0
+            until_stopped(watch)
+
+    with pytest.raises(LeaseExpiredError):
+        work()
+
+
+def test_a_process_that_stood_still_itself_does_not_stop_its_work(bench, monkeypatch):
+    """As after SIGSTOP: hours pass between two looks of the monitor."""
+    clock = [0.0]
+    monkeypatch.setattr("thrave.tasks.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    looks, looked = [], threading.Event()
+    real = bench.records.get
+
+    def get(bundle_id):
+        clock[0] += 3600.0
+        looks.append(bundle_id)
+        if len(looks) > 3:
+            looked.set()
+        return real(bundle_id)
+
+    monkeypatch.setattr(bench.records, "get", get)
+    with bench.watch(stall_timeout=600.0) as watch:
+        watch.over(lambda: None)
+        assert looked.wait(60)
+        watch.check()
+
+
+def test_waiting_for_what_moves_by_itself_ends_when_it_does_not(bench):
+    def work():
+        with bench.watch(stall_timeout=0.5) as watch:
+            while True:
+                watch.pause(0.1, moved=False)
+
+    with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
+        work()
+
+
+def test_a_call_that_hangs_is_waited_for_until_the_work_is_stopped(bench):
+    hangs = threading.Event()
+
+    def work():
+        with bench.watch() as watch:
+            call = Call("hangs", lambda: hangs.wait(60))
+            bench.records.cancel(bench.bundle_id)
+            watch.result_of(call)
+
+    with pytest.raises(Cancelled):
+        work()
+    hangs.set()
 
 
 def test_what_the_guard_finds_while_the_record_is_looked_at_is_not_forgotten(bench):

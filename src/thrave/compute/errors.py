@@ -9,6 +9,7 @@
     ├── IncorrectInstanceState      not possible in the state it is in
     │   └── StateChangedError       its recorded state has changed since it was read
     ├── RootVolumeInUse             its root volume may have been written to while it was to be read
+    ├── HoldLostError               it cannot be told any more whether that has happened: read the volume again
     ├── OverlayImpossible           its root volume cannot have a copy-on-write overlay
     ├── HypervisorError             the hypervisor does not answer, or refuses
     │   ├── HypervisorGoneError     there is no connection to it, for now
@@ -73,6 +74,10 @@ class RootVolumeInUse(InstanceError):  # noqa: N818 (reads as EC2's codes do)
     """Somebody may have written to its root volume while it was to be read."""
 
 
+class HoldLostError(InstanceError):
+    """Events of the hypervisor were lost: hold the instance anew, and read its root volume from the beginning."""
+
+
 class OverlayImpossible(InstanceError):  # noqa: N818 (says what it is)
     """Its root volume cannot have a copy-on-write overlay; the message says why."""
 
@@ -82,7 +87,15 @@ class HypervisorError(InstanceError):
 
 
 class HypervisorGoneError(HypervisorError):
-    """There is no connection to the hypervisor: what was asked may be asked again once there is."""
+    """There is no connection to the hypervisor: what was asked may be asked again once there is.
+
+    Attributes:
+        waited: Seconds for which its answer was waited for in vain.
+    """
+
+    def __init__(self, instance_id: str, message: str, *, waited: float = 0.0) -> None:
+        super().__init__(instance_id, message)
+        self.waited = waited
 
 
 class ImageInUseError(HypervisorError):

@@ -25,6 +25,7 @@ from thrave.compute.domain_table import DomainTable, Sighting, instance_in
 from thrave.compute.domain_xml import DomainFaultError
 from thrave.compute.domains import instance_id_of
 from thrave.compute.errors import (
+    HoldLostError,
     HypervisorError,
     IncorrectInstanceState,
     InstanceCommandFailed,
@@ -339,8 +340,8 @@ class LibvirtInstances:
 class _HeldOff:
     """An instance that cannot be started through us; whether somebody else has started it, libvirt tells.
 
-    What happens while there is no connection to libvirt is not told: then there is only that it is off again, and the
-    lock on the image, by which QEMU starts no guest that writes to what is being read.
+    What happens while there is no connection to libvirt is not told: an instance that is off again may have run. Then
+    only reading its volume again helps.
     """
 
     def __init__(self, instances: LibvirtInstances, events: DomainEvents, instance_id: str, uuid: str) -> None:
@@ -348,7 +349,7 @@ class _HeldOff:
         self._events = events
         self._instance_id = instance_id
         self._uuid = uuid
-        self._starts = events.of(uuid).starts
+        self._starts, self._lost = events.of(uuid).starts, events.lost
 
     def check(self) -> None:
         """Ask libvirt for the state, and count the starts."""
@@ -358,6 +359,11 @@ class _HeldOff:
         if self._events.of(self._uuid).starts != self._starts:
             raise RootVolumeInUse(
                 self._instance_id, f"{self._instance_id} was started and stopped while its root volume was read"
+            )
+        if self._events.lost != self._lost:  # last: what is known for certain is the better reason
+            raise HoldLostError(
+                self._instance_id,
+                f"the connection to libvirt was lost: {self._instance_id} may have been started and stopped meanwhile",
             )
 
 

@@ -22,6 +22,7 @@ from thrave.compute.domain_table import Sighting, instance_in
 from thrave.compute.domain_xml import Disk
 from thrave.compute.domains import lost_power, root_disk
 from thrave.compute.errors import (
+    HoldLostError,
     HypervisorError,
     HypervisorGoneError,
     ImageInUseError,
@@ -161,6 +162,7 @@ class _OnOverlay:
         self._instance_id = instance_id
         self._frozen = frozen
         self._jobs: int | None = None
+        self._lost = host.events.lost
 
     def check(self) -> None:
         """Ask libvirt where the disk stands, and whether anything is being written into the volume."""
@@ -176,8 +178,16 @@ class _OnOverlay:
 
     def _count_jobs(self, uuid: str, target: str) -> None:
         jobs = self._host.events.of(uuid).jobs.get(target, 0)
-        if self._jobs is not None and jobs != self._jobs:
+        lost = self._host.events.lost
+        if self._jobs is None:  # the first look; it may have made the connection
+            self._lost = lost
+        elif jobs != self._jobs:
             raise self._in_use(f"had a block job on {target}")
+        elif lost != self._lost:
+            raise HoldLostError(
+                self._instance_id,
+                f"the connection to libvirt was lost: {self._instance_id} may have had a block job meanwhile",
+            )
         self._jobs = jobs
 
     def _in_use(self, what: str) -> RootVolumeInUse:

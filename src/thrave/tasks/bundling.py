@@ -21,9 +21,10 @@ from thrave.bundle.sealed import Sealed
 from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
 from thrave.bundle.zlibs import Level
-from thrave.compute.errors import InstanceError
+from thrave.compute.errors import HoldLostError, HypervisorGoneError, InstanceError, InstanceHeld
 from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
 from thrave.compute.instances import Instances
+from thrave.concurrency import Call
 from thrave.database import is_unavailable
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import load_certificate
@@ -37,6 +38,7 @@ from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.patience import patiently
 from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
+from thrave.tasks.reading import VolumeReader
 from thrave.tasks.records import Records
 from thrave.tasks.root_volume import check_root_volume
 from thrave.tasks.sealing import VolumeSealer
@@ -44,9 +46,8 @@ from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.storing import BundleStore, ExistingBundle
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
-from thrave.volumes.conditions import conditions
+from thrave.volumes.conditions import Finding, conditions
 from thrave.volumes.opening import Skip, open_volume
-from thrave.volumes.volume import Volume
 
 _DAEMON_RESTART = 60.0  # seconds that a hypervisor's daemon may be away before the caretaker goes on
 _Result = TypeVar("_Result")
@@ -162,7 +163,8 @@ class Bundling:
             return  # another host has got as far before it was lost
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
             self._freezer.merge(watch.pause)  # what an earlier task may have left
-            self._check_volume(self._host.instances.get(self._task.instance_id).root_volume)
+            root = self._host.instances.get(self._task.instance_id).root_volume
+            watch.result_of(Call("image", lambda: self._check_volume(root)))
             self._power.note()
             if self._host.sysprep:
                 self._power.sysprep(watch, self._host.sysprep)
@@ -184,18 +186,22 @@ class Bundling:
         if self._journal.documents() is not None:
             return
         with self._state(BundleTaskState.BUNDLING) as watch, self._held(watch) as (instance, root):
-            self._check_volume(root)
-            with open_volume(
+            watch.result_of(Call("image", lambda: self._check_volume(root)))
+            opening = partial(
+                open_volume,
                 root.path,
                 root.format,
                 skip=self._host.skip,
                 secret_file=root.secret_file,
                 directories=self._host.image_directories,
-                warn=lambda warned: self._records.notice(self._task.bundle_id, f"{warned.public}."),
-            ) as volume:  # its end fails if the volume was changed meanwhile
+            )
+            with VolumeReader(opening, watch) as reader:  # its end fails if the volume was changed meanwhile
+                for warned in reader.warnings:
+                    self._records.notice(self._task.bundle_id, f"{warned.public}.")
+                volume = reader.volume
                 with durable("volume opened"):
                     self._records.note_volume_size(self._task.bundle_id, volume.size)
-                self._check_clean(volume)
+                self._check_clean(reader.look(conditions))
                 sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))
@@ -284,7 +290,7 @@ class Bundling:
             self._records.check_mine(self._task.bundle_id)
             return work()
 
-        return patiently(do_it, self._host.stall_timeout)
+        return patiently(do_it, self._host.stall_timeout, on=(HypervisorGoneError, InstanceHeld, HoldLostError))
 
     @cached_property
     def _store(self) -> BundleStore:
@@ -305,7 +311,14 @@ class Bundling:
         """Be in a state of the task for as long as the work of it lasts, watched for progress and cancellation."""
         if not self._records.move(self._task.bundle_id, state):
             raise Cancelled
-        with Watch(self._records, self._task.bundle_id, stall_timeout=self._host.stall_timeout) as watch:
+        host = self._host
+        with Watch(
+            self._records,
+            self._task.bundle_id,
+            stall_timeout=host.stall_timeout,
+            is_ours=lambda task: task.host == host.name,
+            lease=host.lease,
+        ) as watch:
             yield watch
 
     @contextmanager
@@ -339,9 +352,8 @@ class Bundling:
                 raise TaskFailure("Server.VolumeError", words)
             self._records.notice(self._task.bundle_id, words)
 
-    def _check_clean(self, volume: Volume) -> None:
+    def _check_clean(self, found: Sequence[Finding]) -> None:
         """Report to the owner each volume on the disk that is unclean or was not checked, or refuse the disk."""
-        found = conditions(volume)
         if found and self._host.unclean_volume == "refuse":
             raise TaskFailure("Server.VolumeError", f"The root volume: {'; '.join(each.words for each in found)}.")
         for each in found:

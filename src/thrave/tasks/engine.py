@@ -27,6 +27,7 @@ from dbos import DBOSPortableJSONSerializer as PortableJSON
 
 from thrave.database import is_unavailable
 from thrave.tasks.failures import TaskFailure, failure_from
+from thrave.tasks.lease import LeaseExpiredError
 
 # Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow. Such a task is
 # run anew: every step can be taken up from the record.
@@ -197,7 +198,7 @@ def _outcome(function: Callable[[], object], without_database: WithoutDatabase) 
                 return _failed(without_database.record())
             return {"result": function()}
         except Exception as error:  # noqa: BLE001 (whatever it is, the task must end with a reason)
-            if not is_unavailable(error):
+            if not (is_unavailable(error) or isinstance(error, LeaseExpiredError)):
                 return _failed(failure_from(error))
             now = time.monotonic()
             # An attempt longer than the timeout had reached the database: count from here again.

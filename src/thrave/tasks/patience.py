@@ -10,35 +10,46 @@ from typing import TypeVar
 
 import structlog
 
-from thrave.compute.errors import HypervisorGoneError, InstanceHeld
+from thrave.compute.errors import HypervisorGoneError, InstanceError, InstanceHeld
 
 AGAIN = 1.0  # seconds between two attempts
+_SHORT = 10.0  # seconds; an attempt that took longer, without waiting for the hypervisor, had got through
 
 log = structlog.get_logger()
 _Answer = TypeVar("_Answer")
 
 
-def patiently(ask: Callable[[], _Answer], seconds: float, *, pause: Callable[[float], object] = time.sleep) -> _Answer:
+def patiently(
+    ask: Callable[[], _Answer],
+    seconds: float,
+    *,
+    pause: Callable[[float], object] = time.sleep,
+    on: tuple[type[InstanceError], ...] = (HypervisorGoneError, InstanceHeld),
+) -> _Answer:
     """Ask, and again while the hypervisor is gone, or somebody else holds the instance.
 
     Args:
         ask: Asks; what it has done when it fails can be repeated.
-        seconds: For how long that may last. An attempt that took longer had got through.
+        seconds: For how long one absence may last. An attempt that got through ends it.
         pause: Waits some seconds between two attempts; may raise, to end it all.
+        on: What is asked for again.
 
     Raises:
         HypervisorGoneError: It is gone for longer.
         InstanceHeld: It is held for longer.
         Exception: Whatever else `ask` raises.
     """
-    gone_since = float("inf")
+    gone_since = None
     while True:
         began = time.monotonic()
         try:
             return ask()
-        except (HypervisorGoneError, InstanceHeld) as error:
+        except on as error:
             now = time.monotonic()
-            gone_since = now if now - began > seconds else min(gone_since, now)
+            waited = error.waited if isinstance(error, HypervisorGoneError) else 0.0
+            got_through = now - began - waited > min(_SHORT, seconds / 2)
+            if gone_since is None or got_through:
+                gone_since = now
             if now - gone_since >= seconds:
                 raise
             log.warning("it is tried again", reason=str(error))

@@ -1,8 +1,15 @@
-"""A look at a task's record, four times a second, while a long step of it runs.
+"""Watches a step of a task while it runs, from threads of its own.
 
-It carries the progress there, and word of a cancellation back, and ends what has stood still for too long: neither a
-byte read nor an object stored. How long the whole takes is nobody's business, since no total is right for every disk.
-Work that waits asks `pause`; work that can only be stopped from another thread is handed to `over`.
+- The record is read four times a second: a task that was cancelled, has ended, or belongs to another host now has its
+  work stopped. So has one whose host could not renew its lease.
+- Work that has stood still for too long is stopped: neither a byte read nor an object stored. How long the whole takes
+  does not matter, since no total is right for every disk. Only time in which this process ran counts.
+- A guard looks whether the volume that is read still stands still.
+- Progress is carried to the record.
+
+None of these waits for another, so that progress that cannot be told, or a database that hangs, does not keep work from
+being stopped. Work that waits asks `pause`; work that can only be stopped from another thread is handed to `over`; a
+call that may hang is waited for by `result_of`.
 """
 
 import threading
@@ -10,39 +17,72 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from thrave.compute.errors import InstanceError, InstanceNotFound, RootVolumeInUse
-from thrave.concurrency import Background, supervised
+from thrave.compute.errors import HoldLostError, InstanceError, InstanceNotFound, RootVolumeInUse
+from thrave.concurrency import Background, Call, repeat, supervised
 from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
+from thrave.tasks.lease import Lease, LeaseExpiredError
 from thrave.tasks.records import Records
-from thrave.tasks.states import BundleTaskState
+from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.task import BundleTask
 
-_LAST_LOOK = 10.0  # seconds that the monitor has to end; it may wait for the database
 INTERVAL = 0.25  # seconds between two looks; a cancellation is to take effect within two seconds
 GUARD_INTERVAL = 1.0  # seconds between two looks at whether the volume still stands still
+GUARD_TIMEOUT = 60.0  # seconds for which that need not be known; asked once more at the end
+_LONGEST_TICK = 2.0  # seconds; the process itself stood still for the rest of a longer one
+_LAST_LOOK = 2.0  # seconds that the threads have to end; a database that does not answer may hold them for longer
 
 log = structlog.get_logger()
+_Result = TypeVar("_Result")
+
+
+class RightLostError(Exception):
+    """The task is not this run's any more: it has ended, or another host or run has it. Nothing more may be done."""
 
 
 class Watch:
     """Watches over a task, as a context manager around the work of one of its states."""
 
-    def __init__(self, records: Records, bundle_id: str, *, stall_timeout: float) -> None:
-        """Watch the record of `bundle_id`; stop its work once it has not moved for `stall_timeout` seconds."""
+    def __init__(
+        self,
+        records: Records,
+        bundle_id: str,
+        *,
+        stall_timeout: float,
+        is_ours: Callable[[BundleTask], bool] = lambda _task: True,
+        lease: Lease | None = None,
+    ) -> None:
+        """Watch the record of `bundle_id`.
+
+        Args:
+            records: Where the record is.
+            bundle_id: The task.
+            stall_timeout: Seconds for which its work may stand still.
+            is_ours: Whether this run may work on the task, by its record.
+            lease: Until when this host may act while the record cannot be read.
+        """
         self._records = records
         self._bundle_id = bundle_id
         self._stall_timeout = stall_timeout
+        self._is_ours = is_ours
+        self._lease = lease
         self._cancel: Callable[[], None] = lambda: None
         self._progress: Callable[[], float] = lambda: 0.0
+        self._state: BundleTaskState | None = None
         self._percent = -1
-        self._moved = time.monotonic()
-        self._reason: TaskFailure | None = None
+        self._lock = threading.Lock()
+        self._reason: Exception | None = None
         self._over = threading.Event()
-        self._thread: Background | None = None
+        self._threads: list[Background] = []
+        self._running = 0.0  # seconds in which this process ran and watched
+        self._moved = 0.0  # the same when the work last moved
+        self._waited = 0.0  # seconds since then that the work has waited by itself
+        self._looked: float | None = None  # the same when the guard last saw that the volume stands still
+        self._trouble: Exception | None = None  # why it could not see it since
 
     def over(self, cancel: Callable[[], None], progress: Callable[[], float] | None = None) -> None:
         """Watch over this work from now on.
@@ -53,7 +93,7 @@ class Watch:
             progress: How much of it is done, from 0 to 1; never falls. As before, unless given.
 
         Raises:
-            TaskFailure: It is to stop before it has begun.
+            Exception: It is to stop before it has begun.
         """
         self._cancel = cancel
         self._progress = progress or self._progress
@@ -62,32 +102,60 @@ class Watch:
 
     def moved(self) -> None:
         """Take note that the work has got on: something was read, or stored. Any thread may call this, often."""
-        self._moved = time.monotonic()
+        self._moved = self._running
+        self._waited = 0.0
 
     def guard(self, check: Callable[[], None]) -> None:
-        """Ask `check` from now on, once a second; stop the work if it raises RootVolumeInUse or what ends a task.
+        """Ask `check` from now on, once a second; stop the work if it raises.
 
-        What cannot be told for a while is passed over: whoever gave the check asks once more at the end.
+        What it raises because it cannot be told for a while is passed over, for `GUARD_TIMEOUT` seconds: whoever gave
+        the check asks once more at the end.
         """
+        self._looked = self._running
         supervised(f"guard {self._bundle_id}", partial(self._guard, check), on_failure=self._fail)
 
     def tell(self, message: str) -> None:
         """Write down among the task's events what the work has met."""
         self._records.tell(self._bundle_id, message)
 
-    def pause(self, seconds: float) -> None:
-        """Wait, as a part of the work. Raises Cancelled as soon as the task is cancelled."""
+    def pause(self, seconds: float, *, moved: bool = True) -> None:
+        """Wait, as a part of the work; as soon as it is to stop, raise why.
+
+        Args:
+            seconds: How long.
+            moved: Whether waiting counts as getting on, since whoever waits has a deadline of its own.
+        """
+        began = time.monotonic()
         self._over.wait(seconds)
-        self.moved()
+        if moved:
+            self.moved()
+        else:
+            self._waited += min(time.monotonic() - began, seconds + _LONGEST_TICK)
+            if self._waited >= self._stall_timeout:
+                self._end(self._stalled())
         self.check()
+        if self._over.is_set():  # a call that was abandoned when the step ended
+            raise RightLostError(f"the step of {self._bundle_id} has ended")
+
+    def result_of(self, call: Call[_Result]) -> _Result:
+        """Wait for a call, as a part of the work, and give its result.
+
+        Raises:
+            Exception: What the call raised, or, though the call still runs, why the work is to stop.
+        """
+        while not call.wait(INTERVAL):
+            self.check()
+        self.moved()
+        return call.result(0)
 
     def check(self) -> None:
-        """Raise Cancelled if the task has been cancelled, or a TaskFailure if it stands still."""
+        """Raise why the work is to stop, if it is: Cancelled, RightLostError, a TaskFailure if it stands still, ..."""
         if self._reason is not None:
             raise self._reason
 
     def __enter__(self) -> Self:
-        self._thread = supervised(f"watch {self._bundle_id}", self._look, on_failure=self._fail)
+        self._thread = supervised(f"watch {self._bundle_id}", self._monitor, on_failure=self._fail)
+        self._threads = [self._thread, self._repeat("record", self._look), self._repeat("progress", self._carry)]
         return self
 
     def __exit__(
@@ -95,58 +163,86 @@ class Watch:
     ) -> None:
         """End the watch. Raises the reason if it has stopped the work, whatever that did to the work."""
         self._over.set()
-        assert self._thread is not None
-        self._thread.join(_LAST_LOOK)
+        until = time.monotonic() + _LAST_LOOK
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
         if self._reason is not None:
             raise self._reason from error
 
+    def _repeat(self, name: str, work: Callable[[], None]) -> Background:
+        report = partial(self._pass_over, name)
+        return repeat(f"{name} {self._bundle_id}", INTERVAL, work, on_failure=report, stop=self._over, at_once=False)
+
+    def _monitor(self) -> None:
+        """Measure time, and see whether the work, the guard or the lease stands still; nothing here can hang."""
+        ticked = time.monotonic()
+        while self._reason is None and not self._over.wait(INTERVAL):
+            now = time.monotonic()
+            self._running += min(now - ticked, _LONGEST_TICK)
+            ticked = now
+            if self._lease is not None and not self._lease.holds():
+                self._end(LeaseExpiredError())
+            elif self._running - self._moved >= self._stall_timeout:
+                self._end(self._stalled())
+            elif self._looked is not None and self._running - self._looked >= GUARD_TIMEOUT:
+                self._end(self._unguarded())
+
     def _look(self) -> None:
-        while not self._over.wait(INTERVAL):
-            reason = self._heard() or self._stalled()
-            if reason is not None:  # or it would undo what the guard has found meanwhile
-                self._reason = self._reason or reason
-            if self._reason is not None:
-                self._cancel()
-                return
+        """See by the record whether the work is to stop."""
+        task = self._records.get(self._bundle_id)
+        if task is not None and task.state is BundleTaskState.CANCELLING:
+            self._end(Cancelled())
+        elif task is None or task.state in FINISHED or not self._is_ours(task):
+            self._end(RightLostError(f"{self._bundle_id} has ended, or is another run's"))
+        else:
+            self._state = task.state
+
+    def _carry(self) -> None:
+        """Carry the progress to the record."""
+        state, percent = self._state, int(100 * self._progress())
+        if state is not None and percent != self._percent:
+            self._records.advance(self._bundle_id, state, percent)
+            self._percent = percent
 
     def _guard(self, check: Callable[[], None]) -> None:
         while self._reason is None and not self._over.wait(GUARD_INTERVAL):
             try:
                 check()
-            except (TaskFailure, InstanceNotFound, RootVolumeInUse) as error:
-                if not self._over.is_set():
-                    self._reason = failure_from(error)
-                    self._cancel()
-            except InstanceError as error:
+            except (InstanceNotFound, RootVolumeInUse, HoldLostError):
+                raise
+            except (InstanceError, OSError) as error:
+                self._trouble = error
                 log.warning("an instance cannot be looked at", bundle_id=self._bundle_id, reason=str(error))
+            else:
+                self._looked = self._running
+
+    def _pass_over(self, name: str, error: BaseException) -> None:
+        """What the record cannot be asked or told now may be asked or told the next time."""
+        if isinstance(error, SQLAlchemyError):
+            log.warning("a task's record cannot be reached", bundle_id=self._bundle_id, error=type(error).__name__)
+        else:
+            log.error("a task's monitor failed", bundle_id=self._bundle_id, job=name, exc_info=error)
 
     def _fail(self, error: BaseException) -> None:
-        """Stop the work if what watches it fails: nobody would see that it is cancelled, or has stopped moving."""
-        if not self._over.is_set():
-            log.error("a task's monitor failed", bundle_id=self._bundle_id, exc_info=error)
-            self._end(failure_from(error if isinstance(error, Exception) else RuntimeError(repr(error))))
+        """Stop the work if what watches it has failed, or has found a reason."""
+        self._end(error if isinstance(error, Exception) else RuntimeError(f"a task's monitor ended: {error!r}"))
 
-    def _end(self, reason: TaskFailure) -> None:
-        self._reason = self._reason or reason
+    def _end(self, reason: Exception) -> None:
+        with self._lock:
+            if self._over.is_set() or self._reason is not None:  # the first reason counts
+                return
+            self._reason = reason if isinstance(reason, _AS_THEY_ARE) else failure_from(reason)
         self._cancel()
 
-    def _heard(self) -> TaskFailure | None:
-        """Carry the progress to the record, and hear of a cancellation."""
-        try:
-            task = self._records.get(self._bundle_id)
-            if task is None or task.state is BundleTaskState.CANCELLING:
-                return Cancelled()
-            self._carry(task.state, int(100 * self._progress()))
-        except SQLAlchemyError as error:  # the database may be back at the next look
-            log.warning("a task's record cannot be looked at", bundle_id=self._bundle_id, error=type(error).__name__)
-        return None
-
-    def _carry(self, state: BundleTaskState, percent: int) -> None:
-        if percent != self._percent:
-            self._records.advance(self._bundle_id, state, percent)
-            self._percent = percent
-
-    def _stalled(self) -> TaskFailure | None:
-        if time.monotonic() - self._moved < self._stall_timeout:
-            return None
+    def _stalled(self) -> TaskFailure:
         return TaskFailure("Server.NoProgress", f"Nothing could be read or stored for {self._stall_timeout:g} seconds.")
+
+    def _unguarded(self) -> Exception:
+        return self._trouble or TaskFailure(
+            "Server.InstanceError",
+            f"For {GUARD_TIMEOUT:g} seconds it could not be told whether the root volume is written to.",
+        )
+
+
+# Whoever runs the step repeats it, or leaves the task alone.
+_AS_THEY_ARE = (TaskFailure, HoldLostError, LeaseExpiredError, RightLostError)

@@ -29,6 +29,7 @@ from thrave.volumes.errors import (
 )
 from thrave.volumes.headers import Extent, Reference
 from thrave.volumes.hostfile import FileId, HostFile, HostFiles, Places
+from thrave.volumes.interruption import Interruption
 from thrave.volumes.locking import ImageLocks
 from thrave.volumes.marks import Decision, row
 
@@ -71,9 +72,18 @@ class Inspection:
         image_format: Its format, in QEMU's words.
         directories: Where files may lie that it refers to, besides its own folder.
         to_read: Lock every file, and judge as of a machine that is off; else only look, though the machine may run.
+        interruption: Unlocks the files, and ends programs that are looking at them, from another thread.
     """
 
-    def __init__(self, path: Path, image_format: str, directories: Sequence[Path] = (), *, to_read: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        image_format: str,
+        directories: Sequence[Path] = (),
+        *,
+        to_read: bool,
+        interruption: Interruption | None = None,
+    ) -> None:
         if image_format not in READERS:
             raise UnknownFormatError(image_format, tuple(READERS))
         self.path = path
@@ -82,6 +92,8 @@ class Inspection:
         self._directories = directories
         self._to_read = to_read
         self._locks = ImageLocks()
+        self.interruption = interruption or Interruption()
+        self.interruption.add(self._locks.close)
         self._files = HostFiles()
         self._memory: list[int] = []
         try:
@@ -115,14 +127,14 @@ class Inspection:
             secret = chain.open_secret(secret_file, locked)
             self._files.opened.append(secret)
         for depth in range(len(self.layers)):
-            _check(self.layers[depth:], secret, secret_file)
+            _check(self.layers[depth:], secret, secret_file, self.interruption)
         for layer in self.layers:
             for file in layer.files:
                 if (read_end := ENDS.get(layer.format)) is not None:
                     self._judge(layer, file, read_end(file))
         for layer in self.layers[1:]:  # of the topmost one the size is seen when it is served
             if layer.format != "raw":
-                check_size(layer, _virtual_size(layer))
+                check_size(layer, _virtual_size(layer, self.interruption))
         return secret
 
     def check_unchanged(self) -> None:
@@ -234,24 +246,33 @@ def check_size(layer: Layer, read: int) -> None:
         raise ImageRefusedError(layer.path, f"{row(layer.format, 'another size').reason} ({stated} bytes and {read})")
 
 
-def _virtual_size(layer: Layer) -> int:
-    done = _qemu_img(layer, "info", ["--output=json"], chain.arguments_alone(layer))
+def _virtual_size(layer: Layer, interruption: Interruption) -> int:
+    done = _qemu_img(layer, "info", ["--output=json"], chain.arguments_alone(layer), interruption)
     if done.status:
         raise _failure(layer, done)
     size: int = json.loads(done.out)["virtual-size"]
     return size
 
 
-def _check(layers: Sequence[Layer], secret: HostFile | None, secret_file: Path | None) -> None:
-    done = _qemu_img(layers[0], "check", ["-q"], chain.arguments(layers, secret))
+def _check(
+    layers: Sequence[Layer], secret: HostFile | None, secret_file: Path | None, interruption: Interruption
+) -> None:
+    done = _qemu_img(layers[0], "check", ["-q"], chain.arguments(layers, secret), interruption)
     if done.status not in _CHECK_ACCEPTS:
         raise _failure(layers[0], done, secret_file)
 
 
-def _qemu_img(layer: Layer, command: str, options: list[str], image: Arguments) -> Finished:
+def _qemu_img(layer: Layer, command: str, options: list[str], image: Arguments, interruption: Interruption) -> Finished:
     argv = [program("qemu-img"), command, *options, *image.words]
+
+    def go_on(_seconds: float) -> None:
+        if interruption.is_requested:
+            raise VolumeUnreadableError(layer.path, "nobody waits for it any more")
+
     try:
-        return programs.run(argv, timeout=_SECONDS, max_memory=programs.MAX_MEMORY, pass_fds=image.descriptors)
+        return programs.run(
+            argv, timeout=_SECONDS, max_memory=programs.MAX_MEMORY, pass_fds=image.descriptors, pause=go_on
+        )
     except programs.ProgramTimeoutError as error:
         raise VolumeUnreadableError(layer.path, f"qemu-img {command} took more than {_SECONDS} seconds") from error
     except programs.ProgramError as error:

@@ -42,6 +42,7 @@ class ImageLocks:
 
     def __init__(self) -> None:
         self._files: list[HostFile] = []
+        self._is_closed = False
 
     def take(self, file: HostFile) -> None:
         """Lock a file, for as long as these locks are not closed.
@@ -57,6 +58,8 @@ class ImageLocks:
             VolumeUnreadableError: It cannot be locked.
         """
         self._files.append(file)
+        if self._is_closed:  # from another thread: see `interruption`
+            raise VolumeUnreadableError(file.path, "nobody waits for it any more")
         try:
             free = _lock(file.fd)
         except OSError as error:
@@ -68,6 +71,7 @@ class ImageLocks:
 
     def close(self) -> None:
         """Unlock all of them. May be said again."""
+        self._is_closed = True
         while self._files:
             file = self._files.pop()
             # A program that was given the open file has it for a moment longer, and with it the locks.

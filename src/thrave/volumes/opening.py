@@ -4,7 +4,7 @@ The format is always given and never probed: a guest can write any image format'
 own raw disk, and a program that probes then reads whatever host file that header names (CVE-2008-2004, QEMU).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.headers import apparent_format
 from thrave.volumes.hostfile import FileId, HostFile
 from thrave.volumes.inspection import READERS, Inspection, Warn, Warned
+from thrave.volumes.interruption import Interruption
 from thrave.volumes.qemu import QemuVolume
 from thrave.volumes.raw import RawVolume
 from thrave.volumes.skipping import without_unused
-from thrave.volumes.volume import Volume
+from thrave.volumes.volume import Volume, WatchedVolume
 
 FORMATS = tuple(READERS)
 """Every format that can be opened, in QEMU's words; `raw` stands for block devices too, and `luks` is a raw disk in
@@ -55,6 +56,8 @@ def open_volume(
     secret_file: Path | None = None,
     directories: Sequence[Path] = (),
     warn: Warn = lambda _warned: None,
+    moved: Callable[[], None] | None = None,
+    interruption: Interruption | None = None,
 ) -> Iterator[Volume]:
     """Open the disk image or block device at `path` for reading, and close it in the end.
 
@@ -70,6 +73,8 @@ def open_volume(
             at its end. Not used if no image of the chain is encrypted.
         directories: Folders in which files may lie that the image refers to, besides the image's own.
         warn: Told what the image says of itself that its owner should know.
+        moved: Called after each read of the disk.
+        interruption: Ends what would be in the way of the machine, from another thread, while a read hangs.
 
     Raises:
         VolumeInUseError: Something has it open for writing.
@@ -82,9 +87,10 @@ def open_volume(
     if format == "raw" and secret_file is not None:  # what it holds would be bundled as it is, enciphered
         raise VolumeUnreadableError(path, "a raw volume has no passphrase; the format of a raw disk in LUKS is luks")
     with (
-        closing(Inspection(path, format, directories, to_read=True)) as inspection,
-        closing(_driver(inspection, format, secret_file)) as volume,
+        closing(Inspection(path, format, directories, to_read=True, interruption=interruption)) as inspection,
+        closing(_driver(inspection, format, secret_file)) as opened,
     ):
+        volume = opened if moved is None else WatchedVolume(opened, moved)
         for warned in inspection.warnings:
             warn(warned)
         yield volume if skip == "nothing" else without_unused(volume, path)

@@ -20,6 +20,7 @@ from thrave.volumes import chain, libnbd
 from thrave.volumes.chain import Arguments
 from thrave.volumes.errors import VolumeError, VolumeUnreadableError
 from thrave.volumes.inspection import Inspection, check_size, program
+from thrave.volumes.interruption import Interruption
 from thrave.volumes.volume import Extent, joined
 
 ALLOCATION = "base:allocation"
@@ -39,6 +40,12 @@ class NbdServer:
         """Take over both; `connection` is a second descriptor of the client's connection."""
         self._program = program
         self._connection = connection
+
+    def kill(self) -> None:
+        """Drop the connection and kill the server, also from another thread while it is being asked."""
+        with suppress(OSError):  # it was dropped before
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._program.kill()
 
     def end(self) -> None:
         """Drop the connection and wait until the server has ended; one that does not end is killed.
@@ -72,7 +79,8 @@ class QemuVolume:
         self._binding = libnbd.load()
         secret = inspection.check(secret_file)
         self._handle: libnbd.Handle | None
-        self._handle, self._server = self._connect(chain.arguments(inspection.layers, secret))
+        arguments = chain.arguments(inspection.layers, secret)
+        self._handle, self._server = self._connect(arguments, inspection.interruption)
         self._size = self._handle.get_size()
         try:
             check_size(inspection.layers[0], self._size)
@@ -124,13 +132,16 @@ class QemuVolume:
         whole = memoryview(self._opened().pread(last - first, first))
         return whole[offset - first : end - first]
 
-    def _connect(self, image: Arguments) -> tuple[libnbd.Handle, NbdServer]:
+    def _connect(self, image: Arguments, interruption: Interruption) -> tuple[libnbd.Handle, NbdServer]:
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
         try:
-            return handle, start_server(handle, Arguments(["--read-only", *image.words], image.descriptors))
+            image = Arguments(["--read-only", *image.words], image.descriptors)
+            server = start_server(handle, image, interruption)
         except (self._binding.Error, TimeoutError, programs.ProgramError, OSError) as error:
             raise VolumeUnreadableError(self._path, f"qemu-nbd does not serve it ({error})") from error
+        interruption.add(server.kill)
+        return handle, server
 
     def _statuses(self) -> Iterator[tuple[int, int, int]]:
         """(offset, length, flags) of the whole volume, in order; a server that does not move on is an error."""
@@ -154,12 +165,13 @@ class QemuVolume:
         return found
 
 
-def start_server(handle: libnbd.Handle, image: Arguments) -> NbdServer:
+def start_server(handle: libnbd.Handle, image: Arguments, interruption: Interruption | None = None) -> NbdServer:
     """Connect a new handle to a qemu-nbd of its own.
 
     Args:
         handle: Not yet connected.
         image: Options, and the image (`chain.arguments`).
+        interruption: Ends the waiting for it.
 
     Returns:
         The server; the caller ends it.
@@ -168,7 +180,7 @@ def start_server(handle: libnbd.Handle, image: Arguments) -> NbdServer:
         ComponentMissingError: qemu-nbd is not installed.
         ProgramError: It cannot be started.
         OSError: No socket can be made.
-        TimeoutError: It did not answer within START_SECONDS.
+        TimeoutError: It did not answer within START_SECONDS, or nobody waits for it any more.
         Exception: The binding's Error: it ended at once.
     """
     argv = [program("qemu-nbd"), "--shared=1", *image.words]
@@ -189,7 +201,7 @@ def start_server(handle: libnbd.Handle, image: Arguments) -> NbdServer:
         connection = client.dup()
         try:
             handle.aio_connect_socket(client.detach())
-            _shake_hands(handle)
+            _shake_hands(handle, interruption or Interruption())
             server.drop_output()
         except BaseException:
             connection.close()
@@ -198,9 +210,11 @@ def start_server(handle: libnbd.Handle, image: Arguments) -> NbdServer:
     return NbdServer(server, connection)
 
 
-def _shake_hands(handle: libnbd.Handle) -> None:
+def _shake_hands(handle: libnbd.Handle, interruption: Interruption) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)
+        if interruption.is_requested:
+            raise TimeoutError("nobody waits for it any more")
         if time.monotonic() > deadline:
             raise TimeoutError(f"qemu-nbd did not answer within {START_SECONDS:.0f} seconds")

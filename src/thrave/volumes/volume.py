@@ -5,7 +5,7 @@ it. A volume is only ever read. It does not know whose it is, nor whether the ma
 made sure that nobody writes to it (compute: ``Instances.hold``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -58,6 +58,41 @@ class Volume(Protocol):
 
     def close(self) -> None:
         """Let go of the file and of every helper process. May be said again; nothing else may be called after it."""
+
+
+class WatchedVolume:
+    """A volume whose every read is reported, so that a disk that does not answer is noticed.
+
+    Args:
+        inside: The volume; closing this one closes it.
+        moved: Called after each read.
+    """
+
+    def __init__(self, inside: Volume, moved: Callable[[], None]) -> None:
+        self._inside = inside
+        self._moved = moved
+
+    @property
+    def size(self) -> int:
+        """That of the volume inside, in bytes."""
+        return self._inside.size
+
+    def extents(self) -> Sequence[Extent]:
+        """Those of the volume inside."""
+        return self._inside.extents()
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Tell the volume inside."""
+        self._inside.will_read(offset, length)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Read the volume inside."""
+        self._inside.read_into(offset, buffer)
+        self._moved()
+
+    def close(self) -> None:
+        """Close the volume inside."""
+        self._inside.close()
 
 
 def joined(runs: Sequence[tuple[int, int]]) -> list[Extent]:

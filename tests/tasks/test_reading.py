@@ -1,0 +1,88 @@
+"""A root volume whose disk does not answer: the task ends, and nothing keeps the machine from being started."""
+
+import os
+import threading
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from support.eventually import eventually
+from support.images import converted, written_to
+from support.storing import Bench, directory
+from thrave.tasks.failures import Cancelled
+from thrave.tasks.reading import VolumeReader
+from thrave.volumes.opening import open_volume
+from thrave.volumes.qemu import QemuVolume
+from thrave.volumes.raw import RawVolume
+
+DRIVERS = {"raw": RawVolume, "qcow2": QemuVolume}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with closing(Bench(tmp_path, directory(tmp_path))) as bench:
+        yield bench
+
+
+class Disk:
+    """A disk that does not answer until it is let go."""
+
+    def __init__(self):
+        self.asked, self.answers = threading.Event(), threading.Event()
+
+    def hang(self, *_):
+        self.asked.set()
+        self.answers.wait(60)
+        return []
+
+
+@contextmanager
+def opened_late(disk, image, image_format, **options):
+    with open_volume(image, image_format, **options) as volume:
+        disk.hang()
+        yield volume
+
+
+@pytest.mark.parametrize("image_format", DRIVERS)
+@pytest.mark.parametrize("moment", ["opening", "extents", "a look", "closing"])
+def test_a_disk_that_does_not_answer_is_abandoned_and_not_in_the_machines_way(
+    bench, tmp_path, monkeypatch, image_format, moment
+):
+    raw = tmp_path / "root.raw"
+    raw.write_bytes(os.urandom(1 << 20))
+    image = raw if image_format == "raw" else converted(raw, image_format)
+    disk = Disk()
+    opening = partial(opened_late, disk) if moment == "opening" else open_volume
+    if moment == "extents":
+        monkeypatch.setattr(DRIVERS[image_format], "extents", disk.hang)
+    if moment == "closing":
+        monkeypatch.setattr("thrave.volumes.inspection.Inspection.check_unchanged", disk.hang)
+
+    def work():
+        with bench.watch() as watch, VolumeReader(partial(opening, image, image_format), watch) as reader:
+            if moment == "a look":
+                reader.look(disk.hang)
+
+    def cancel():
+        assert disk.asked.wait(60)
+        bench.records.cancel(bench.bundle_id)
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    with pytest.raises(Cancelled):
+        work()
+    canceller.join()
+    with written_to(image, image_format):  # the machine runs, though the call still hangs
+        assert not disk.answers.is_set()
+    disk.answers.set()
+    eventually(lambda: str(image) not in open_files(), "the volume is closed by the call")
+
+
+def open_files():
+    links = []
+    for number in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed just now
+            links.append(str(number.readlink()))
+    return links
