@@ -26,6 +26,7 @@ from thrave.bundle.secrets import BundleSecrets
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.instances import Hold
+from thrave.compute.power_records import PowerRecords
 from thrave.database import host, utc_now
 from thrave.tasks.bundling import Bundling, Host
 from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL
@@ -224,6 +225,7 @@ class SimulatedAgent:
         mine = range(number, stage.scale.instances, stage.scale.hosts)
         self._guests = Guests(described(stage, instance) for instance in mine)
         self._reports = InstanceReports(ground.database, self._guests, self.name)
+        self._power = PowerRecords(ground.database, self.name)
         self.fence = Fence(self.name, "")
 
     def start(self) -> None:
@@ -248,8 +250,8 @@ class SimulatedAgent:
         self._rooms.ground.hosts.heartbeat(self.fence)
 
     def report(self) -> None:
-        """Report the instances, and take what is to be done with their power."""
-        assert not [*self._reports.take_requests()]
+        """Report the instances, and look for what is to be done with their power."""
+        assert not self._power.to_do()
         self._reports.report()
 
     def look_after(self) -> None:

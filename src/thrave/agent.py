@@ -1,6 +1,6 @@
 """A host's agent: runs the host's bundle tasks, and gives signs of life. There is one a host, and one in a process.
 
-In a fleet (`thrave agent`) it also reports the host's instances and does what the API was asked to do with their power.
+It does what was asked of the power of the host's instances, and in a fleet (`thrave agent`) it reports them.
 What it may do hangs on its lease (`tasks/fence.py`): without it the process ends.
 """
 
@@ -13,9 +13,9 @@ from functools import partial
 import sqlalchemy as sa
 import structlog
 
-from thrave.compute.errors import InstanceError
-from thrave.compute.fleet import InstanceReports, PowerAction, PowerRequest
+from thrave.compute.fleet import InstanceReports
 from thrave.compute.power import PowerRequests
+from thrave.compute.power_records import PowerRecords
 from thrave.concurrency import repeat, supervised
 from thrave.ground import Ground
 from thrave.tasks import caretaker, leftovers, retention
@@ -28,6 +28,7 @@ from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.records import Records
 
 REPORT_INTERVAL = 1.0  # seconds
+POWER_INTERVAL = 1.0  # seconds between two looks for what is to be done with the power of instances
 LOST_INTERVAL = 30.0  # seconds
 DRAIN_INTERVAL = 0.5  # seconds
 
@@ -46,6 +47,8 @@ class Agent:
         others_can_adopt = not self._settings.database.startswith("sqlite")
         self._lease = Lease(self._settings.host_lost_after if others_can_adopt else None)
         self._takes_tasks = True
+        self.power = self._power(None)
+        """Carries out what is asked of the instances' power."""
         self._draining = False
         self._drain_until: float | None = None
         self._over = threading.Event()
@@ -57,7 +60,11 @@ class Agent:
         fence = ground.hosts.take(name, tasks_at_once=self._settings.tasks_at_once)
         self._lease.renewed(sent)
         if reports:
-            self._begin("reports", REPORT_INTERVAL, self._reporting())
+            report = InstanceReports(ground.database, ground.instances, name).report
+            report()
+            self._begin("reports", REPORT_INTERVAL, report)
+            self.power = self._power(name)
+        self._begin("power", POWER_INTERVAL, self.power.look)
         records = ground.records(fence)
         host = Host(
             name=name,
@@ -93,11 +100,21 @@ class Agent:
         ground, name = self._ground, self._settings.host_name
         left_over = leftovers.LeftOvers(records, ground.buckets, name, stall_timeout=self._settings.stall_timeout)
         keep = timedelta(days=self._settings.task_retention_days)
-        self._begin("caretaker", caretaker.INTERVAL, caretaker.Caretaker(records, ground.instances, name).look)
+        looks_after = caretaker.Caretaker(records, ground.instances, name, check=self._lease.check)
+        self._begin("caretaker", caretaker.INTERVAL, looks_after.look)
+        self._begin("overlays", caretaker.INTERVAL, looks_after.merge)  # a merge may take long, and nobody waits for it
         self._begin("left-overs", leftovers.INTERVAL, left_over.look)
         made = MadeBuckets(ground.database, records)
         self._begin("made buckets", leftovers.INTERVAL, partial(made.look, ground.buckets, name))
         self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
+
+    def _power(self, host: str | None) -> PowerRequests:
+        return PowerRequests(
+            self._ground.instances,
+            PowerRecords(self._ground.database, host),
+            grace=self._settings.shutdown_grace,
+            check=self._lease.check,
+        )
 
     def wait(self) -> None:
         """Wait until the host has been drained."""
@@ -142,19 +159,6 @@ class Agent:
             log.warning("an operator has ended the drain: start the agent anew", host=fence.host)
         self._over.set()
 
-    def _reporting(self) -> Callable[[], None]:
-        ground = self._ground
-        reports = InstanceReports(ground.database, ground.instances, self._settings.host_name)
-        power = PowerRequests(ground.instances, grace=self._settings.shutdown_grace)
-
-        def report() -> None:
-            for request in reports.take_requests():
-                _do(request, ground, power)
-            reports.report()
-
-        report()
-        return report
-
     def _begin(self, name: str, interval: float, work: Callable[[], None]) -> None:
         repeat(name, interval, work, on_failure=partial(_report, name))
 
@@ -164,20 +168,3 @@ def _report(job: str, error: BaseException) -> None:
         log.warning("the database does not answer", reason=str(error.orig))
     else:
         log.error("an agent's errand failed", job=job, exc_info=error)
-
-
-def _do(request: PowerRequest, ground: Ground, power: PowerRequests) -> None:
-    records = ground.records()
-    try:
-        match request.action:
-            case PowerAction.STOP:
-                records.leave_alone(request.instance_id)
-                ground.instances.request_stop(request.instance_id)
-            case PowerAction.TERMINATE:
-                ground.instances.terminate(request.instance_id)
-            case PowerAction.START:
-                power.start(request.instance_id)
-            case PowerAction.REBOOT:
-                power.reboot(request.instance_id)
-    except InstanceError as error:
-        log.warning("a hypervisor refuses", what=request.action, instance_id=request.instance_id, error=str(error))

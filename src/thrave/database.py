@@ -281,14 +281,27 @@ instance = sa.Table(
     sa.Column("report_time", UtcDateTime, nullable=False),
 )  # fmt: skip
 
-# What the API has been asked to do with an instance's power; its host's agent does it, the oldest first.
-power_request = sa.Table(
-    "power_request", metadata,
-    sa.Column("request_id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
-    sa.Column("host", sa.ForeignKey("host.host", ondelete="CASCADE"), nullable=False, index=True),
-    sa.Column("instance_id", sa.String(32), nullable=False),
-    sa.Column("action", sa.String(16), nullable=False),  # stop | start | reboot | terminate
-    sa.Column("request_time", UtcDateTime, nullable=False),
+# What an instance's owner wants of its power, and what is still to be done for it: one row an instance, whatever host
+# has it. Each accepted request changes the row in the transaction that is committed before its caller has the answer.
+instance_power = sa.Table(
+    "instance_power", metadata,
+    sa.Column("instance_id", sa.String(32), primary_key=True),
+    sa.Column("wanted", sa.String(16)),  # running | stopped | terminated; null: nobody has said so yet
+    sa.Column("request", sa.String(16)),  # to be carried out: start | stop | reboot | terminate; null: nothing is
+    sa.Column("version", sa.Integer, nullable=False),  # counts the requests that were accepted
+    # Whether the guest has been asked to power off and has not been seen off since.
+    sa.Column("asked", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("requested_by", sa.String(128)),  # the account that asked last
+    sa.Column("request_time", UtcDateTime),  # by the database's clock
+    sa.Column("borrowed_by", sa.String(32)),  # the bundle task that keeps the instance off; whatever is wanted
+)  # fmt: skip
+sa.Index(
+    "instance_power_to_do", instance_power.c.instance_id,
+    sqlite_where=instance_power.c.request.is_not(None), postgresql_where=instance_power.c.request.is_not(None),
+)  # fmt: skip
+sa.Index(
+    "instance_power_borrowed", instance_power.c.borrowed_by,
+    sqlite_where=instance_power.c.borrowed_by.is_not(None), postgresql_where=instance_power.c.borrowed_by.is_not(None),
 )  # fmt: skip
 
 # Proves that a process has the same vault key and the same service identity as the others, before it uses either.
@@ -347,6 +360,15 @@ def open_engine(
         connect_args={name: value for name, value in defaults.items() if name not in given.query},
     )
     sa.event.listen(engine, "do_connect", partial(_connect_postgresql, timeout))
+    return engine
+
+
+def open_in_memory() -> sa.Engine:
+    """A SQLite database that ends with its engine. It has one connection: its users take turns."""
+    engine = sa.create_engine(
+        "sqlite://", poolclass=sa.QueuePool, pool_size=1, max_overflow=0, connect_args={"check_same_thread": False}
+    )
+    sa.event.listen(engine, "connect", _prepare_sqlite)
     return engine
 
 

@@ -20,7 +20,7 @@ from thrave.agent import Agent
 from thrave.buckets.retrying import RetryingBuckets
 from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instances import Inventory
-from thrave.compute.power import PowerControl, PowerRequests
+from thrave.compute.power import PowerControl
 from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.database import TIMEOUT, DatabaseReplacedError
@@ -58,11 +58,10 @@ def serve(settings: Settings, listening: Listening) -> None:
     lock = lock or hold_data_directory(settings)
     ground.open()
     _ = ground.service
-    power = PowerRequests(ground.instances, grace=settings.shutdown_grace)
-    door = _door(ground, ground.instances, power, lambda _instance_id: settings.host_name)
+    agent = Agent(ground)
+    door = _door(ground, ground.instances, agent.power, lambda _instance_id: settings.host_name)
     volumes = VolumeChecks(ground.instances, settings.image_directories)
     app = create_app(replace(door, volume_trouble=volumes.trouble))
-    agent = Agent(ground)
     with explained(settings):
         agent.start(reports=False)
     supervised("drained", lambda: _end_when_drained(agent), on_failure=lambda _error: os._exit(1))

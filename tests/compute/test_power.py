@@ -3,10 +3,11 @@
 import errno
 import os
 import sys
-import time
 
 import pytest
+from structlog.testing import capture_logs
 
+from support.eventually import eventually
 from thrave import files
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import InstanceState
@@ -25,15 +26,7 @@ def requests(instances):
     """Requests that have all been seen to before the folder of the instances goes."""
     requests = PowerRequests(instances, grace=20.0)
     yield requests
-    assert wait_for(lambda: not requests._busy)
-
-
-def wait_for(condition):
-    for _ in range(500):
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
+    assert eventually(lambda: not requests._busy)
 
 
 def test_a_guest_powers_off_and_one_that_is_off_is_left_alone(instances, instance_id):
@@ -62,7 +55,7 @@ def test_a_pause_may_end_the_wait(instances, added):
 def test_a_request_to_start_starts(instances, instance_id, requests):
     instances.request_stop(instance_id)
     requests.start(instance_id)
-    assert wait_for(lambda: instances.state(instance_id) is InstanceState.RUNNING)
+    assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
 
 
 def test_a_request_to_start_waits_for_whoever_holds_the_instance(instances, instance_id, requests):
@@ -71,36 +64,42 @@ def test_a_request_to_start_waits_for_whoever_holds_the_instance(instances, inst
         requests.start(instance_id)
         requests.start(instance_id)
         assert instances.state(instance_id) is InstanceState.STOPPED
-    assert wait_for(lambda: instances.state(instance_id) is InstanceState.RUNNING)
+    assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
 
 
 def test_a_reboot_stops_and_starts(instances, instance_id, requests):
     before = instances.get(instance_id).launch_time
     requests.reboot(instance_id)
-    assert wait_for(lambda: instances.get(instance_id).launch_time > before)
+    assert eventually(lambda: instances.get(instance_id).launch_time > before)
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_a_deaf_guest_is_not_rebooted_and_the_log_says_so(instances, added, caplog):
+def test_a_deaf_guest_is_not_rebooted_and_the_log_says_so(instances, added):
     instance_id = added(stop_command=DEAF, start_command=DEAF, state_command=("echo", "running"))
-    PowerRequests(instances, grace=0.2).reboot(instance_id)
-    assert wait_for(lambda: "did not power off" in caplog.text)
+    with capture_logs() as logs:
+        PowerRequests(instances, grace=0.2).reboot(instance_id)
+        assert eventually(lambda: any("did not power off" in entry.get("error", "") for entry in logs))
 
 
-def test_what_goes_wrong_is_logged_and_the_next_request_is_heard(root, added, caplog):
-    instance_id = added(state="stopped", start_command=(sys.executable, "-c", "import sys; sys.exit('no memory')"))
-    requests = PowerRequests(DirectoryInstances(root), grace=1.0)
-    for times in (1, 2):
-        requests.start(instance_id)
-        assert wait_for(lambda times=times: caplog.text.count("no memory") == times)
-        assert wait_for(lambda: not requests._busy)
+def test_what_goes_wrong_is_logged_and_tried_again(root, added, tmp_path):
+    gate = tmp_path / "gate"
+    code = f"import os, sys; os.path.exists({str(gate)!r}) or sys.exit('no memory')"
+    instance_id = added(state="stopped", start_command=(sys.executable, "-c", code))
+    instances = DirectoryInstances(root)
+    with capture_logs() as logs:
+        PowerRequests(instances, grace=1.0).start(instance_id)
+        assert eventually(lambda: sum("no memory" in entry.get("error", "") for entry in [*logs]) > 1)
+    gate.touch()
+    assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
 
 
-def test_a_folder_that_cannot_be_written_is_logged_too(instances, added, requests, caplog, monkeypatch):
+def test_a_folder_that_cannot_be_written_delays_a_request_and_is_logged(instances, added, requests, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     instance_id = added(state="stopped")
-    monkeypatch.setattr(files, "replace", full)
-    requests.start(instance_id)
-    assert wait_for(lambda: f"start of {instance_id}: [Errno 28]" in caplog.text)
+    with monkeypatch.context() as patched, capture_logs() as logs:
+        patched.setattr(files, "replace", full)
+        requests.start(instance_id)
+        assert eventually(lambda: any("[Errno 28]" in entry.get("error", "") for entry in [*logs]))
+    assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)

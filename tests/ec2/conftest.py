@@ -13,6 +13,7 @@ from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import VolumeFile
 from thrave.compute.power import PowerRequests
+from thrave.compute.power_records import PowerRecords
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
@@ -54,7 +55,7 @@ def house(tmp_path):
     door = Door(
         accounts=Accounts(engine, vault),
         instances=instances,
-        power=PowerRequests(instances, grace=20.0),
+        power=PowerRequests(instances, PowerRecords(engine), grace=20.0),
         region="eu-west-9",
         buckets=DirectoryBuckets(tmp_path / "buckets"),
         rate=RateLimit(1e6, 10**6),

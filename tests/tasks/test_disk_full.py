@@ -89,7 +89,9 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
     )
     instances.add(description)
     instances.start(description.instance_id)
-    task = SimpleNamespace(bundle_id="bun-0", instance_id=description.instance_id, was_running=True)
+    task = SimpleNamespace(
+        bundle_id="bun-0", instance_id=description.instance_id, was_running=True, look_after_until=None
+    )
     power = PowerSwitch(instances, None, task, grace=1, when_late="fail")  # no record is asked
     assert not power.restore_without_record(), "it runs"
     machine.unlink()
@@ -119,4 +121,6 @@ def instances_off(tmp_path):
         instance_id="i-0123456789abcdef0", account_id="123456789012", root_volume=root, state="stopped"
     )
     instances.add(described)
-    return instances, SimpleNamespace(bundle_id="bun-0", instance_id=described.instance_id, was_running=False)
+    return instances, SimpleNamespace(
+        bundle_id="bun-0", instance_id=described.instance_id, was_running=False, look_after_until=None
+    )

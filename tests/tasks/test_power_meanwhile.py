@@ -111,6 +111,6 @@ def test_an_instance_being_bundled_is_neither_started_nor_rebooted_and_may_be_st
         assert refusal.value.response["Error"]["Code"] == "IncorrectInstanceState"
     ec2.stop_instances(InstanceIds=ids)
     assert wait(ec2, bundle_id, "failed", "complete")["State"] == "complete"
-    assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
-    ec2.reboot_instances(InstanceIds=ids)
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED  # what was asked last
+    ec2.start_instances(InstanceIds=ids)
     ec2.get_waiter("instance_running").wait(InstanceIds=ids, WaiterConfig={"Delay": 1})

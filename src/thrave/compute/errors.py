@@ -68,6 +68,7 @@ class StateChangedError(IncorrectInstanceState):
 
     def __init__(self, instance_id: str, state: str) -> None:
         super().__init__(instance_id, f"{instance_id} has become {state} meanwhile")
+        self.state = state
 
 
 class RootVolumeInUse(InstanceError):  # noqa: N818 (reads as EC2's codes do)

@@ -1,14 +1,12 @@
 """A fleet's instances, as the hosts' agents have reported them: what the API answers from, without asking any host.
 
 `ReportedInstances` is the API's side: an instance is what its host said last, and what a caller wants of its power is
-written down for the host to do. `InstanceReports` is the host's side: it writes down what has changed, and takes what
-is to be done. An instance belongs to the host that reported it first, until an operator has another host adopt it.
-Nothing here stops or starts a machine.
+recorded (`power_records.py`) for the host to do. `InstanceReports` is the host's side: it writes down what has changed.
+An instance belongs to the host that reported it first, until an operator has another host adopt it. Nothing here stops
+or starts a machine.
 """
 
-from collections.abc import Iterator, Sequence
-from enum import StrEnum
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 import structlog
@@ -18,35 +16,19 @@ from thrave.compute.descriptions import document, from_document
 from thrave.compute.errors import InstanceNotFound, InvalidDescriptionError
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.instances import Instances
+from thrave.compute.power_records import PowerAction, record_request
 from thrave.database import instance as reported
-from thrave.database import power_request, utc_now
+from thrave.database import utc_now
 
 log = structlog.get_logger()
 
 
-class PowerAction(StrEnum):
-    """What can be asked of an instance's power, in EC2's words."""
-
-    STOP = "stop"
-    START = "start"
-    REBOOT = "reboot"
-    TERMINATE = "terminate"
-
-
-# How an instance is shown from the request on, until its host reports what has become of it.
+# How an instance is shown from the request on, until its host reports what has become of it; and from which states.
 _BECOMES = {
-    PowerAction.STOP: InstanceState.STOPPING,
-    PowerAction.START: InstanceState.PENDING,
-    PowerAction.TERMINATE: InstanceState.SHUTTING_DOWN,
+    PowerAction.STOP: (InstanceState.STOPPING, {InstanceState.PENDING, InstanceState.RUNNING}),
+    PowerAction.START: (InstanceState.PENDING, {InstanceState.STOPPED}),
+    PowerAction.TERMINATE: (InstanceState.SHUTTING_DOWN, {*InstanceState} - {InstanceState.TERMINATED}),
 }
-
-
-class PowerRequest(NamedTuple):
-    """Something that a caller wants of an instance's power."""
-
-    request_id: int
-    instance_id: str
-    action: PowerAction
 
 
 class ReportedInstances:
@@ -85,17 +67,21 @@ class ReportedInstances:
         """See Inventory."""
         self._ask(instance_id, PowerAction.STOP)
 
-    def terminate(self, instance_id: str) -> None:
-        """See Inventory."""
-        self._ask(instance_id, PowerAction.TERMINATE)
-
-    def start(self, instance_id: str) -> None:
+    def stop(self, instance_id: str, by: str | None = None) -> None:
         """See PowerControl."""
-        self._ask(instance_id, PowerAction.START)
+        self._ask(instance_id, PowerAction.STOP, by)
 
-    def reboot(self, instance_id: str) -> None:
+    def terminate(self, instance_id: str, by: str | None = None) -> None:
+        """See Inventory, and PowerControl."""
+        self._ask(instance_id, PowerAction.TERMINATE, by)
+
+    def start(self, instance_id: str, by: str | None = None) -> None:
         """See PowerControl."""
-        self._ask(instance_id, PowerAction.REBOOT)
+        self._ask(instance_id, PowerAction.START, by)
+
+    def reboot(self, instance_id: str, by: str | None = None) -> None:
+        """See PowerControl."""
+        self._ask(instance_id, PowerAction.REBOOT, by)
 
     def _row(self, instance_id: str) -> sa.Row[tuple[object, ...]]:
         with self._engine.connect() as connection:
@@ -104,15 +90,18 @@ class ReportedInstances:
             raise InstanceNotFound(instance_id)
         return row
 
-    def _ask(self, instance_id: str, action: PowerAction) -> None:
-        row = self._row(instance_id)
-        request = {"host": row.host, "instance_id": instance_id, "action": action, "request_time": utc_now()}
+    def _ask(self, instance_id: str, action: PowerAction, by: str | None = None) -> None:
         with self._engine.begin() as connection:
-            connection.execute(power_request.insert(), request)
-            if (state := _BECOMES.get(action)) and row.state not in {state, InstanceState.TERMINATED}:
-                shown = {**row.document, "state": state}
-                mine = reported.update().where(reported.c.instance_id == instance_id)
-                connection.execute(mine.values(state=state, document=shown))
+            mine = reported.c.instance_id == instance_id
+            # Locked, so that a report or an adoption of the instance comes before or after, and not in between.
+            row = connection.execute(sa.select(reported).where(mine).with_for_update()).first()
+            if row is None:
+                raise InstanceNotFound(instance_id)
+            record_request(connection, instance_id, action, by)
+            becomes, possible = _BECOMES.get(action, (None, ()))
+            if becomes is not None and row.state in possible:
+                shown = {**row.document, "state": becomes}
+                connection.execute(reported.update().where(mine).values(state=becomes, document=shown))
 
 
 def _read(instance_id: str, reported_document: object) -> Instance:
@@ -138,7 +127,7 @@ def _readable(instance_id: str, reported_document: object) -> Instance | None:
 
 
 class InstanceReports:
-    """What one host's agent tells of its instances, and is told to do with them."""
+    """What one host's agent tells of its instances."""
 
     def __init__(self, engine: sa.Engine, instances: Instances, host: str) -> None:
         """Report the `instances` of `host`."""
@@ -157,17 +146,6 @@ class InstanceReports:
             for instance_id, changed in documents.items():
                 if before.get(instance_id) != changed:
                     self._write(connection, found[instance_id], changed, new=instance_id not in before)
-
-    def take_requests(self) -> Iterator[PowerRequest]:
-        """What is to be done, the oldest first; each is struck out once it has been done."""
-        query = sa.select(power_request.c.request_id, power_request.c.instance_id, power_request.c.action)
-        mine = query.where(power_request.c.host == self._host).order_by(power_request.c.request_id)
-        with self._engine.connect() as connection:
-            waiting = [PowerRequest(*row) for row in connection.execute(mine)]
-        for request in waiting:
-            yield request._replace(action=PowerAction(request.action))
-            with self._engine.begin() as connection:
-                connection.execute(power_request.delete().where(power_request.c.request_id == request.request_id))
 
     def _mine(self) -> sa.Select[tuple[str, object]]:
         return sa.select(reported.c.instance_id, reported.c.document).where(reported.c.host == self._host)

@@ -105,7 +105,12 @@ class Bundling:
         self._task = task
         self._records = host.records
         self._power = PowerSwitch(
-            host.instances, host.records, task, grace=host.shutdown_grace, when_late=host.shutdown_timeout_action
+            host.instances,
+            host.records,
+            task,
+            grace=host.shutdown_grace,
+            when_late=host.shutdown_timeout_action,
+            check=host.lease.check,
         )
         self._freezer = Freezer(host.instances, host.records, task)
         self._journal = host.records.journal(task.bundle_id)
@@ -174,7 +179,9 @@ class Bundling:
     def free(self) -> None:
         """Have the instance run on an overlay while its root volume is read, if that is wanted, and it ran before."""
         task = self._records.get(self._task.bundle_id)
-        if self._host.downtime == "whole" or task is None or task.state in _FURTHER_ON or not task.was_running:
+        if self._host.downtime == "whole" or task is None or task.state in _FURTHER_ON:
+            return
+        if not self._power.is_to_run():
             return
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN):
             self._freezer.freeze()

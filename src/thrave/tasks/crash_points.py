@@ -39,7 +39,8 @@ STEPS: Mapping[Step, Durable] = {
     ),
     "cancellation": Durable("CancelBundleTask is recorded.", "As for the record."),
     "power noted": Durable(
-        "The instance's power state is recorded, before anything is done to it.", "It is noted once."
+        "The power state that the instance is to have in the end is recorded, before anything is done to it.",
+        "It is noted once; what its owner asks later takes its place.",
     ),
     "sysprep sent": Durable(
         "The guest is asked to prepare itself for being copied, and to power off.",
@@ -63,7 +64,9 @@ STEPS: Mapping[Step, Durable] = {
     "part stored": Durable("The bucket takes a part.", "A part that was not recorded is sent again."),
     "part recorded": Durable("The last parts are recorded as stored, with where sealing goes on.", "It goes on there."),
     "sealing ended": Durable("Manifest and side file are recorded.", "They are made again."),
-    "instance started": Durable("The instance is started, if it ran before.", "It is started unless it runs."),
+    "instance started": Durable(
+        "The instance is started, if its owner wants it to run.", "It is started unless it runs."
+    ),
     "side file stored": Durable("The bucket takes the side file.", "It is sent again."),
     "earlier bundle noted": Durable(
         "The manifest that is about to be replaced, and the names of its bundle's parts, are recorded.",

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 import structlog
 
-from thrave.database import bundle_task, host, instance, now, power_request, task_in_progress
+from thrave.database import bundle_task, host, instance, now, task_in_progress
 from thrave.tasks.engine import Queues
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.fence import Fence
@@ -229,9 +229,8 @@ class Hosts:
             hosts = _read(connection, lost, by)
             _check_adopter(hosts[by], hosts[lost])
             _fence_off(connection, hosts[lost], by=by, powered_off=powered_off)
-            for table in (instance, power_request):
-                connection.execute(table.update().where(table.c.host == lost).values(host=by))
-            # After the instances: whoever is just creating a task for one of them holds its row.
+            # Before the tasks are read: whoever records a task or a request locks the instance's row until it is there.
+            connection.execute(instance.update().where(instance.c.host == lost).values(host=by))
             tasks = _unfinished(connection, lost)
             concerned = (
                 bundle_task.c.host == lost,
@@ -262,6 +261,8 @@ class Hosts:
         """
         with self._engine.begin() as connection:
             _fence_off(connection, _read(connection, name)[name], by=None, powered_off=powered_off)
+            # Before the tasks are read, as above.
+            connection.execute(instance.delete().where(instance.c.host == name))
             tasks = _unfinished(connection, name)
         reason = TaskFailure("Server.HostLost", f"The host {name}, which had the instance's disk, was retired.")
         for bundle_id in tasks:

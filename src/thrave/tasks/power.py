@@ -1,37 +1,38 @@
-"""An instance's power, as one bundle task handles it: noted, switched off, held off, and put back as it was.
+"""An instance's power, as one bundle task handles it: noted, switched off, held off, and put back as is wanted.
 
-An instance that ran before the task runs after it, whatever happened; one that was stopped stays stopped. It is never
+An instance that ran before the task runs after it, whatever happened, and one that was stopped stays stopped, unless
+its owner has asked for something else since: what is wanted is read again before the instance is put back. It is never
 started while its volume is read, unless it runs on an overlay (`freezing.py`), and its volume never read unless it is
 off. A guest that does not power off by itself within the grace period makes the task fail and stays up; its power is
 cut only if the operator wants that.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Literal
 
 import structlog
 
-from thrave.compute.errors import InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import HypervisorGoneError, InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Hold, Instances
-from thrave.compute.power import power_off
+from thrave.compute.power import UP, power_off, switching
+from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.freezing import CHECK_PATIENCE
+from thrave.tasks.lease import LeaseExpiredError
 from thrave.tasks.patience import patiently
-from thrave.tasks.records import Records
-from thrave.tasks.states import BundleTaskState
+from thrave.tasks.records import RECOVER_FOR, Records
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
-START_AGAIN_FOR = timedelta(days=1)  # an instance that its hypervisor does not start
+_OFF_AGAIN = 3  # attempts to hold an instance that others start at the same moment
 log = structlog.get_logger()
 ShutdownTimeoutAction = Literal["fail", "power-off"]
-_FREED = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
 
 
 class PowerSwitch:
@@ -45,32 +46,54 @@ class PowerSwitch:
         *,
         grace: float,
         when_late: ShutdownTimeoutAction,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Switch the task's instance; its guest has `grace` seconds to power off, then `when_late` is done."""
+        """Switch the task's instance; its guest has `grace` seconds to power off, then `when_late` is done.
+
+        `check` is called before each command to a hypervisor, and raises if this process may not give any.
+        """
         self._instances = instances
         self._records = records
         self._task = task
         self._grace = grace
         self._when_late = when_late
+        self._check = check
+        self._looked_after: datetime | None = task.look_after_until
+        self._has_failed = False  # to start the instance
         # Kept here as well as in the record, so that power is put back while there is no database.
         self._was_running = task.was_running
         self._is_owed = bool(task.was_running)
 
     def note(self) -> None:
-        """Record whether the instance runs, or would but for an earlier task, before anything is done to it."""
+        """Record whether the instance is to run in the end, before anything is done to it, and that it is borrowed."""
         instance_id = self._task.instance_id
-        off = self._instances.state(instance_id) is InstanceState.STOPPED
-        running = not off or self._records.is_looked_after(instance_id)
-        if self._was_running is None:
-            self._was_running = running
-        with durable("power noted"):
-            self._records.note_power_state(self._task.bundle_id, running=running)
+        while True:
+            # In this order: what is recorded may change because of the state that it has, and not the other way round.
+            version = self._records.power(instance_id).version
+            is_looked_after = self._records.is_looked_after(instance_id)
+            running = self._instances.state(instance_id) in UP or is_looked_after
+            with durable("power noted"):
+                if self._records.note_power_state(self._task.bundle_id, running=running, version=version):
+                    break
+        self.is_to_run()
+
+    def is_to_run(self) -> bool:
+        """Whether the instance is to run in the end, as its owner wants it by now."""
+        return self._is_to_run(self._records.power(self._task.instance_id))
+
+    def _is_to_run(self, record: PowerRecord) -> bool:
+        if record.wanted is not None:
+            self._was_running = record.wanted is WantedPower.RUNNING
+        elif self._was_running is None and (task := self._records.get(self._task.bundle_id)) is not None:
+            self._was_running = task.was_running
+        return bool(self._was_running)
 
     def sysprep(self, watch: Watch, command: Sequence[str]) -> None:
         """Have the guest prepare itself for being copied, which powers it off; then as `off`."""
         if _is_off(self._instances.state(self._task.instance_id)):
             return
         self._look_after()
+        self._check()
         with durable("sysprep sent"):
             self._instances.request_sysprep(self._task.instance_id, command)
         self._off(watch, ask=lambda _instance_id: None)  # a request to power off would cut it short
@@ -87,15 +110,17 @@ class PowerSwitch:
         self._off(watch, ask=self._ask)
 
     def _look_after(self) -> None:
-        self._records.look_after(self._task.bundle_id, utc_now() + timedelta(seconds=2 * self._grace))
+        self._looked_after = utc_now() + timedelta(seconds=2 * self._grace)
+        self._records.look_after(self._task.bundle_id, self._looked_after)
 
     def _off(self, watch: Watch, ask: Callable[[str], None]) -> None:
-        self._is_owed = bool(self._was_running)
+        self._is_owed = self.is_to_run()
         state = power_off(self._instances, self._task.instance_id, grace=self._grace, ask=ask, pause=watch.pause)
         if not _is_off(state):
             self._cut(f"The guest did not power off within {self._grace:.0f} seconds")
         with durable("shutdown seen"):
-            self._records.leave_alone(self._task.instance_id)
+            self._records.note_seen_off(self._task.instance_id)
+        self._looked_after = None
 
     @contextmanager
     def held_off(self, watch: Watch) -> Iterator[Instance]:
@@ -104,38 +129,71 @@ class PowerSwitch:
         Raises RootVolumeInUse or TaskFailure if it is found running or terminated, before the block, during it or
         after it: what was read of a volume that somebody else wrote to is worth nothing.
         """
-        self.off(watch)
-        with self._instances.hold(self._task.instance_id) as hold:
+        with ExitStack() as stack:
+            hold = self._hold_off(watch, stack)
             check = partial(self._check_off, hold)
-            check()
             watch.guard(check)
             yield self._instances.get(self._task.instance_id)
             patiently(check, CHECK_PATIENCE, pause=watch.pause)
 
-    def restore(self) -> None:
-        """Start the instance if it ran when the task began and is off now.
+    def _hold_off(self, watch: Watch, stack: ExitStack) -> Hold:
+        """Switch it off and hold it; again if it was started in between, as nothing has been read yet."""
+        for attempts_left in reversed(range(_OFF_AGAIN)):
+            self.off(watch)
+            with ExitStack() as attempt:
+                hold = attempt.enter_context(self._instances.hold(self._task.instance_id))
+                try:
+                    self._check_off(hold)
+                except RootVolumeInUse:
+                    if not attempts_left:
+                        raise
+                    log.warning("instance started before its volume was read", instance_id=self._task.instance_id)
+                else:
+                    stack.enter_context(attempt.pop_all())
+                    return hold
+        raise AssertionError
 
-        One that has been set free to run on an overlay may have been stopped by its owner since; it is started only if
-        it was not.
+    def restore(self) -> None:
+        """Put the instance back as its owner wants it by now: start it if it is off because of the task.
+
+        An instance that has been given back (it runs on an overlay, or this was done before) is started only if it has
+        lost its power: whoever has stopped it since wants it off.
 
         Raises:
-            TaskFailure: It does not start. It is looked after (`caretaker.py`) then.
+            HypervisorGoneError, InstanceHeld: As any other step, it may be repeated.
+            TaskFailure: It does not start. In each case it is looked after (`caretaker.py`) from then on.
         """
         task = self._records.get(self._task.bundle_id)
-        if task is None or not task.was_running:
+        if task is None or task.was_running is None:
             return
         try:
-            if self._instances.state(self._task.instance_id) is InstanceState.STOPPED and self._should_run(task):
-                with durable("instance started"):
-                    self._instances.start(self._task.instance_id)
-            self._is_owed = False
+            with switching(self._task.instance_id):
+                self._put_back(self._records.power(self._task.instance_id))
         except InstanceNotFound:
-            return  # its description was removed meanwhile: there is nothing to start
-        except InstanceHeld:
-            raise  # it is let go of soon, and the step repeated
-        except InstanceError as error:
-            self._records.look_after(self._task.bundle_id, utc_now() + START_AGAIN_FOR)
+            self._records.give_back(self._task.bundle_id)  # its description was removed: there is nothing to start
+        except (InstanceError, OSError) as error:
+            self._has_failed = True
+            self._records.look_after(self._task.bundle_id, utc_now() + RECOVER_FOR)
+            if isinstance(error, HypervisorGoneError | InstanceHeld | OSError):
+                raise
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
+        self._is_owed = False
+
+    def _put_back(self, record: PowerRecord) -> None:
+        bundle_id, instance_id = self._task.bundle_id, self._task.instance_id
+        is_wanted_on = self._is_to_run(record)
+        is_borrowed = record.borrowed_by == bundle_id
+        state = self._instances.state(instance_id)
+        if state is InstanceState.STOPPED and is_wanted_on and (is_borrowed or self._has_lost_power()):
+            self._check()
+            with durable("instance started"):
+                self._instances.start(instance_id)
+            self._records.give_back(bundle_id, seen_off=instance_id)
+            return
+        if is_borrowed and (state in {*UP, *GONE} or not is_wanted_on):
+            self._records.give_back(bundle_id)
+        if self._has_failed:  # no longer than the guest may still hear that it shall power off
+            self._records.look_after(bundle_id, self._looked_after)
 
     def restore_without_record(self) -> bool:
         """Start the instance if this task has switched it off, by what this process knows: the database is not needed.
@@ -154,8 +212,13 @@ class PowerSwitch:
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         try:
-            self._instances.start(instance_id)
+            with switching(instance_id):
+                self._check()
+                self._instances.start(instance_id)
         except InstanceHeld as error:  # it was not touched
+            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
+            return False
+        except LeaseExpiredError as error:  # another host may have adopted the task
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         except (InstanceError, OSError) as error:  # OSError: it may run, and its file cannot be written
@@ -165,6 +228,7 @@ class PowerSwitch:
         return True
 
     def _ask(self, instance_id: str) -> None:
+        self._check()
         with durable("shutdown sent"):
             self._instances.request_stop(instance_id)
 
@@ -173,6 +237,7 @@ class PowerSwitch:
         if self._when_late == "fail":
             raise TaskFailure("Server.InstanceNotStopped", f"{late}.")
         self._records.notice(self._task.bundle_id, f"{late}: its power was cut, and what it had not written is lost.")
+        self._check()
         try:
             with durable("power cut"):
                 self._instances.force_stop(self._task.instance_id)
@@ -181,10 +246,12 @@ class PowerSwitch:
         if not _is_off(self._instances.state(self._task.instance_id)):
             raise TaskFailure("Server.InstanceNotStopped", f"{late}, and runs on though its power was cut.")
 
-    def _should_run(self, task: BundleTask) -> bool:
+    def _has_lost_power(self) -> bool:
+        """Whether it is off although nobody has stopped it, while it was to run on an overlay."""
         overlays = self._instances.overlays
-        is_free = task.state in _FREED and self._records.frozen(task.bundle_id) is not None
-        return not is_free or overlays is None or overlays.lost_power(task.instance_id)
+        if overlays is None or self._records.frozen(self._task.bundle_id) is None:
+            return False
+        return overlays.lost_power(self._task.instance_id)
 
     def _check_off(self, hold: Hold) -> None:
         try:

@@ -5,20 +5,35 @@ A state is only ever changed by `move`, which applies the table in `states.py` i
 """
 
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from pydantic import TypeAdapter
 
+from thrave.compute import power_records
 from thrave.compute.instances import Frozen
-from thrave.database import account, bundle_part, bundle_task, bundle_task_event, host, task_in_progress, utc_now
+from thrave.compute.power_records import PowerRecord, WantedPower
+from thrave.database import (
+    account,
+    bundle_part,
+    bundle_task,
+    bundle_task_event,
+    host,
+    instance,
+    instance_power,
+    task_in_progress,
+    utc_now,
+)
 from thrave.tasks.failures import Cancelled, TaskFailure, without_folders
 from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Journal
-from thrave.tasks.states import CANCELLABLE, WITH_PROGRESS, BundleTaskState, before
+from thrave.tasks.states import CANCELLABLE, FINISHED, WITH_PROGRESS, BundleTaskState, before
 from thrave.tasks.task import BundleRequest, BundleTask, Event
 from thrave.vault import Vault
+
+RECOVER_FOR = timedelta(days=1)
+"""How long an instance is tried to be started that its task could not start."""
 
 # What a task needs while it is worked on, erased at its end; and what it keeps for itself besides.
 _ERASED = dict.fromkeys(("sealed_grant", "sealed_secrets", "checkpoint", "documents"))
@@ -43,6 +58,10 @@ _LEFT_OVER = sa.and_(
     bundle_task.c.state == sa.literal_column("'failed'"),
     sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id),
 )
+_LOOKED_AFTER = bundle_task.c.look_after_until.is_not(None)
+_WANTED = sa.select(instance_power.c.wanted).where(instance_power.c.instance_id == bundle_task.c.instance_id)
+# Whether a task's instance is to run in the end: as its owner has asked, else as it was before the task.
+_TO_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.was_running)
 _REPLACES = sa.and_(bundle_task.c.state == sa.literal_column("'complete'"), bundle_task.c.earlier.is_not(None))
 # Of a task whose host has no agent any more, and will have none.
 _HOSTLESS = ~sa.exists().where(host.c.host == bundle_task.c.host, host.c.state != sa.literal_column("'fenced'"))
@@ -179,9 +198,48 @@ class Records:
         forward = sa.and_(bundle_task.c.state == state, bundle_task.c.progress < percent)
         self._update(bundle_id, forward, progress=percent)
 
-    def note_power_state(self, bundle_id: str, *, running: bool) -> None:
-        """Record whether the instance runs, once, before the task touches it."""
-        self._update(bundle_id, bundle_task.c.was_running.is_(None), was_running=running)
+    def note_power_state(self, bundle_id: str, *, running: bool, version: int | None = None) -> bool:
+        """Record, once, before the task touches it, whether the instance is to run in the end, and that it is borrowed.
+
+        Args:
+            bundle_id: The task.
+            running: Whether it was seen running, or would run but for an earlier task. A request of its owner that has
+                not been carried out says more.
+            version: Of the instance's power record when it was looked at; None: as it is now.
+
+        Returns:
+            False if its owner has asked for something since it was looked at: look again.
+        """
+        with self._engine.begin() as connection:
+            new = sa.and_(bundle_task.c.bundle_id == bundle_id, bundle_task.c.was_running.is_(None))
+            if connection.execute(bundle_task.update().where(new).values(was_running=running)).rowcount != 1:
+                return True
+            mine = bundle_task.c.bundle_id == bundle_id
+            instance_id = connection.execute(sa.select(bundle_task.c.instance_id).where(mine)).scalar_one()
+            in_the_end = power_records.borrow(connection, instance_id, bundle_id, running=running, version=version)
+            if in_the_end is None:
+                connection.rollback()
+                return False
+            if in_the_end is not running:
+                connection.execute(bundle_task.update().where(mine).values(was_running=in_the_end))
+        return True
+
+    def power(self, instance_id: str) -> PowerRecord:
+        """What is wanted of an instance's power, and which task has borrowed it."""
+        with self._engine.connect() as connection:
+            return power_records.read(connection, instance_id)
+
+    def give_back(self, bundle_id: str, *, seen_off: str | None = None) -> None:
+        """Record that the task's instance is as is wanted of it: what was borrowed is given back.
+
+        Args:
+            bundle_id: The task.
+            seen_off: The instance, if it was seen off: as `note_seen_off`.
+        """
+        with self._engine.begin() as connection:
+            if seen_off is not None:
+                connection.execute(_is_looked_after(seen_off).values(look_after_until=None))
+            power_records.give_back(connection, bundle_id)
 
     def look_after(self, bundle_id: str, until: datetime | None) -> None:
         """Have the task's instance looked after until then; or no longer. To others the task does not change."""
@@ -190,18 +248,33 @@ class Records:
             connection.execute(bundle_task.update().where(mine).values(look_after_until=until))
 
     def leave_alone(self, instance_id: str) -> None:
-        """Have nobody look after an instance any more, whatever task has had it."""
-        mine = sa.and_(bundle_task.c.instance_id == instance_id, bundle_task.c.look_after_until.is_not(None))
+        """Have nobody look after an instance any more, whatever task has had it: its owner wants it off."""
         with self._engine.begin() as connection:
-            connection.execute(bundle_task.update().where(mine).values(look_after_until=None))
+            connection.execute(_is_looked_after(instance_id).values(look_after_until=None))
+            power_records.want_off(connection, instance_id)
+
+    def note_seen_off(self, instance_id: str) -> None:
+        """Record that an instance was seen off: it hears no earlier request to power off any more."""
+        with self._engine.begin() as connection:
+            connection.execute(_is_looked_after(instance_id).values(look_after_until=None))
+            power_records.note_seen_off(connection, instance_id)
 
     def is_looked_after(self, instance_id: str) -> bool:
         """Whether an earlier task has left the instance to be started when it powers off."""
-        return bool(self.find(bundle_task.c.instance_id == instance_id, bundle_task.c.look_after_until.is_not(None)))
+        return bool(self.find(bundle_task.c.instance_id == instance_id, _LOOKED_AFTER, _TO_RUN))
 
     def looked_after(self, host: str) -> list[BundleTask]:
         """The tasks of a host whose instances are to be looked after."""
-        return self.find(bundle_task.c.host == host, bundle_task.c.look_after_until.is_not(None))
+        return self.find(bundle_task.c.host == host, _LOOKED_AFTER)
+
+    def looked_after_by_nobody(self, host: str) -> list[BundleTask]:
+        """The tasks of other hosts whose instances are to be looked after, and are reported by this host now."""
+        reported = sa.exists().where(instance.c.instance_id == bundle_task.c.instance_id, instance.c.host == host)
+        return self.find(bundle_task.c.host != host, reported, _LOOKED_AFTER)
+
+    def is_to_be_started(self, bundle_id: str) -> bool:
+        """Whether the task's instance is to be started if it is off: by what is recorded at this moment."""
+        return bool(self.find(bundle_task.c.bundle_id == bundle_id, _LOOKED_AFTER, _TO_RUN))
 
     def note_frozen(self, bundle_id: str, frozen: Frozen | None) -> None:
         """Record what the task freezes of its instance, before it does; or that it has been merged."""
@@ -334,6 +407,12 @@ class Records:
         state: BundleTaskState,
         **values: object,
     ) -> bool:
+        if state in FINISHED:  # what the task has not put back is left to the caretaker, in the same transaction
+            borrowed = sa.exists().where(instance_power.c.borrowed_by == bundle_id)
+            until = sa.func.coalesce(
+                bundle_task.c.look_after_until, sa.literal(utc_now() + RECOVER_FOR, bundle_task.c.look_after_until.type)
+            )
+            values["look_after_until"] = sa.case((borrowed, until), else_=bundle_task.c.look_after_until)
         with self._engine.begin() as connection:
             from_there = sa.and_(bundle_task.c.state.in_([*sources]), *conditions)
             moved = _updated(connection, bundle_id, from_there, state=state, **values)
@@ -349,6 +428,12 @@ class Records:
 def _updated(connection: sa.Connection, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
     statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition)
     return connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1
+
+
+def _is_looked_after(instance_id: str) -> sa.Update:
+    return bundle_task.update().where(
+        bundle_task.c.instance_id == instance_id, bundle_task.c.look_after_until.is_not(None)
+    )
 
 
 def _event(bundle_id: str, state: BundleTaskState, message: str | None = None) -> dict[str, object]:

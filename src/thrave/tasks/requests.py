@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
-from thrave.database import utc_now
+from thrave.database import instance, utc_now
 from thrave.tasks.crash_points import durable
 from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.records import Records
@@ -93,7 +93,7 @@ class BundleTasks:
     ) -> None:
         """Let an account have `per_account` unfinished tasks; finished ones are shown for `retention` after their end.
 
-        `host_of` tells which host has an instance.
+        `host_of` tells which host has an instance that no host has reported.
         """
         self._engine = engine
         self._records = records
@@ -114,9 +114,9 @@ class BundleTasks:
             TooManyBundleTasks: The account may not have another one.
         """
         bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
-        host = self._host_of(request.instance_id)
         try:
             with durable("record"), self._engine.begin() as connection:
+                host = self._locked_host(connection, request.instance_id)
                 self._records.add(connection, bundle_id, host, request)
                 self._check_number(connection, request.account_id, self._per_account)
                 self._enqueue(connection, bundle_id, host)
@@ -129,6 +129,12 @@ class BundleTasks:
         task = self._records.get(bundle_id)
         assert task is not None
         return task
+
+    def _locked_host(self, connection: sa.Connection, instance_id: str) -> str:
+        """The host that has an instance. If it was reported, an adoption of its host comes before or after us."""
+        mine = sa.select(instance.c.host).where(instance.c.instance_id == instance_id).with_for_update()
+        host: str | None = connection.execute(mine).scalar()
+        return self._host_of(instance_id) if host is None else host
 
     def check_place(self, account_id: str, instance_id: str, bucket: str, prefix: str) -> None:
         """Look whether a task that is not finished, of any account, goes to a bucket and prefix.

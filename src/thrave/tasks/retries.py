@@ -4,7 +4,7 @@ It is kept in memory only: after a restart everything is tried at once again, si
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 
 class Retries:
@@ -25,6 +25,10 @@ class Retries:
         """Take note that it has failed."""
         interval = min(2 * self._waiting.get(name, (self._first / 2, 0.0))[0], self._longest)
         self._waiting[name] = interval, self._clock() + interval
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget everything else: it is no longer to be done."""
+        self._waiting = {name: waits for name, waits in self._waiting.items() if name in names}
 
     def over(self, name: str) -> None:
         """Forget it: it was done, or is wanted no longer."""

@@ -1,9 +1,11 @@
 """Actions on the power of instances: StartInstances, StopInstances, RebootInstances, TerminateInstances.
 
 Each asks and does not wait: the answer says what the state was and which it is changing to, DescribeInstances says what
-has become of it. All instances of a request are checked before anything is done to one. A guest is always asked to
-power off and its power never cut, so `Force` and `SkipOsShutdown` change nothing; an instance may be stopped whatever
-its root device is, which AWS allows for EBS only. What the hypervisor refuses is logged, and the state stays.
+has become of it. All instances of a request are checked before anything is done to one. What is asked is recorded
+before the answer is sent, and takes the place of what was asked before: it is done whatever happens to any process. A
+guest is always asked to power off and its power never cut, so `Force` and `SkipOsShutdown` change nothing; an instance
+may be stopped whatever its root device is, which AWS allows for EBS only. What the hypervisor refuses at once is
+logged, and the state stays.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from typing import NamedTuple
 
 import structlog
 
-from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed
+from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed, StateChangedError
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.ec2.actions.instances import own_instance, state_of
 from thrave.ec2.door import Caller, Door
@@ -28,8 +30,8 @@ class Change(NamedTuple):
         done: What it has been then, in a message.
         possible: From which states.
         becomes: The state that it leads to at once.
-        settled: In which states there is nothing to ask.
-        ask: Asks it.
+        settled: In which states nothing changes at once. It is asked all the same: something else may be under way.
+        ask: Asks it of an instance on behalf of an account.
         while_bundled: Whether it can be asked while a bundle task has the instance.
     """
 
@@ -37,36 +39,35 @@ class Change(NamedTuple):
     possible: frozenset[InstanceState]
     becomes: InstanceState
     settled: frozenset[InstanceState]
-    ask: Callable[[Door, str], None]
+    ask: Callable[[Door, str, str], None]
     while_bundled: bool = False
-
-
-def _stop(door: Door, instance_id: str) -> None:
-    door.tasks.leave_alone(instance_id)
-    door.instances.request_stop(instance_id)
 
 
 _UP = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
 _OFF = frozenset({InstanceState.STOPPED})
 _TERMINATED = frozenset({InstanceState.TERMINATED})
 
-START = Change("started", _OFF, InstanceState.PENDING, _UP, lambda door, instance_id: door.power.start(instance_id))
+START = Change(
+    "started", _OFF, InstanceState.PENDING, _UP, lambda door, instance_id, by: door.power.start(instance_id, by)
+)
 STOP = Change(
     "stopped",
     _UP | {InstanceState.STOPPING},
     InstanceState.STOPPING,
     _OFF,
-    _stop,
+    lambda door, instance_id, by: door.power.stop(instance_id, by),
     while_bundled=True,
 )
 # "Requests to reboot terminated instances are ignored": AWS, EC2 API Reference.
-REBOOT = Change("rebooted", _UP, InstanceState.RUNNING, GONE, lambda door, instance_id: door.power.reboot(instance_id))
+REBOOT = Change(
+    "rebooted", _UP, InstanceState.RUNNING, GONE, lambda door, instance_id, by: door.power.reboot(instance_id, by)
+)
 TERMINATE = Change(
     "terminated",
     frozenset(InstanceState) - _TERMINATED,
     InstanceState.SHUTTING_DOWN,
     _TERMINATED,
-    lambda door, instance_id: door.instances.terminate(instance_id),
+    lambda door, instance_id, by: door.power.terminate(instance_id, by),
     while_bundled=True,
 )
 
@@ -121,7 +122,7 @@ def _change(door: Door, caller: Caller, parameters: Parameters, change: Change) 
     instances = [own_instance(door, caller, instance_id) for instance_id in named]
     for instance in instances:
         _check(door, instance, change)
-    return [_changed(door, instance, change) for instance in instances]
+    return [_changed(door, caller, instance, change) for instance in instances]
 
 
 def _check(door: Door, instance: Instance, change: Change) -> None:
@@ -133,17 +134,22 @@ def _check(door: Door, instance: Instance, change: Change) -> None:
         raise EC2Error("IncorrectInstanceState", **which, why=f"it is {instance.state}")
 
 
-def _changed(door: Door, instance: Instance, change: Change) -> Result:
+def _changed(door: Door, caller: Caller, instance: Instance, change: Change) -> Result:
     before = after = instance.state
-    if before in change.possible and _asked(door, instance.instance_id, change):
-        after = change.becomes
+    if before not in GONE or change is TERMINATE:
+        accepted = before not in _TERMINATED and _asked(door, caller, instance, change)
+        after = change.becomes if accepted and before in change.possible else before
     return {"InstanceId": instance.instance_id, "PreviousState": state_of(before), "CurrentState": state_of(after)}
 
 
-def _asked(door: Door, instance_id: str, change: Change) -> bool:
-    """Ask, and say whether the hypervisor has taken it on."""
+def _asked(door: Door, caller: Caller, instance: Instance, change: Change) -> bool:
+    """Ask, and say whether it is recorded: unless the hypervisor has refused it at once."""
+    instance_id = instance.instance_id
     try:
-        change.ask(door, instance_id)
+        change.ask(door, instance_id, caller.account_id)
+    except StateChangedError as error:
+        which = {"instance_id": instance_id, "done": change.done, "why": f"it is {error.state}"}
+        raise EC2Error("IncorrectInstanceState", **which) from None
     except IncorrectInstanceState as error:
         raise EC2Error("OperationNotPermitted", reason=str(error)) from None
     except InstanceCommandFailed as error:
