@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Literal, NamedTuple, Never, TypeAlias
 
 INHERITED = ("HOME", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER", "XDG_RUNTIME_DIR")
@@ -172,6 +173,15 @@ class Program:
     def pid(self) -> int:
         """The id of its process, which is that of its session and group as well."""
         return self._process.pid
+
+    @property
+    def transferred(self) -> int | None:
+        """A number that grows as it reads and writes; None if that cannot be told."""
+        try:
+            fields = Path(f"/proc/{self.pid}/io").read_text("ascii").split()
+        except OSError:
+            return None
+        return sum(int(number) for number in fields[1:12:2])
 
     def signal(self, number: int) -> None:
         """Send a signal to its process alone, if that has not ended."""

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 import pytest
 
 from support.eventually import eventually
-from thrave.compute.errors import IncorrectInstanceState, StateChangedError
+from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, StateChangedError
 from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import GONE, InstanceState
+from thrave.compute.locks import locked
 
 STATES = [*InstanceState]
 
@@ -104,3 +105,17 @@ def test_a_terminate_that_its_command_refuses_leaves_the_instance_running(instan
     with pytest.raises(Exception, match="ended with 1"):
         instances.terminate(instance_id)
     assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_whoever_holds_the_lock_on_a_file_for_too_long_is_not_waited_for(folder, described, root, monkeypatch):
+    description = described()
+    folder.create(description)
+    monkeypatch.setattr("thrave.compute.locks.LOCK_TIMEOUT", 0.1)
+    with locked(root / ".locks" / f"{description.instance_id}.change", wait=False):
+        for ask in (
+            lambda: folder.change(description.instance_id, InstanceState.STOPPED),
+            lambda: folder.remove(description.instance_id),
+        ):
+            with pytest.raises(InstanceHeld):
+                ask()
+    folder.change(description.instance_id, InstanceState.STOPPED)

@@ -6,11 +6,13 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from unittest.mock import Mock
 
 import pytest
 
 from support.inventories import ACCOUNT, Domains
-from thrave.compute import guest_agent, hypervisor, libvirt_binding, libvirt_overlays
+from thrave.compute import domain_table, guest_agent, hypervisor, libvirt_binding, libvirt_overlays
+from thrave.compute.domain_table import DomainTable
 from thrave.compute.domains import instance_id_of
 from thrave.compute.errors import (
     ComponentMissingError,
@@ -361,22 +363,65 @@ def test_where_no_libvirt_is_nothing_hangs_and_nothing_is_empty(tmp_path):
             ask()
 
 
-def test_a_libvirt_that_does_not_answer_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+def test_a_libvirt_that_does_not_answer_is_asked_anew_and_by_no_more_threads_than_a_few(tmp_path, monkeypatch):
     monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 0.2)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "s"))
         silent.listen()
         mute = LibvirtInstances(f"qemu+unix:///system?socket={tmp_path / 's'}", lock_folder=tmp_path / "locks")
-        for _ in range(3):
+        for _ in range(hypervisor.MAX_SILENT):
             with pytest.raises(HypervisorGoneError, match="has not answered within 0 seconds"):
                 mute.list()
+        with pytest.raises(HypervisorGoneError, match="does not answer: 4 attempts wait"):
+            mute.list()
         waiting = [thread for thread in threading.enumerate() if thread.name == "libvirt open"]
-        assert len(waiting) == 1, "it is waited for again, and not asked again"
-        client, _ = silent.accept()
-        client.close()
-        waiting[0].join()
+        assert len(waiting) == hypervisor.MAX_SILENT
+        for thread in waiting:
+            client, _ = silent.accept()
+            client.close()
+            thread.join(60)
     with pytest.raises(HypervisorGoneError, match="no connection to"):
         mute.list()
+
+
+def test_a_connection_that_comes_too_late_is_closed_and_the_next_one_is_used(instances, instance_id, monkeypatch):
+    shown = instances.list()
+    instances.close()
+    binding, answers, closed = libvirt_binding.load(), threading.Event(), threading.Event()
+    monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 0.2)
+    with monkeypatch.context() as hanging:
+        hanging.setattr(binding, "open", lambda uri: answers.wait(60) and Mock(close=closed.set))
+        with pytest.raises(HypervisorGoneError, match="has not answered"):
+            instances.get(instance_id)
+    monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 60)
+    assert instances.list() == shown
+    answers.set()
+    assert closed.wait(60)
+    assert instances.list() == shown
+
+
+def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, instance_id, monkeypatch, caplog):
+    other, hangs, look = domains.add(), threading.Event(), DomainTable.look
+    assert len(instances.list()) == 2
+
+    def look_or_hang(table, domain):
+        if instance_id_of(domain.UUIDString()) == instance_id:
+            hangs.wait(60)
+        return look(table, domain)
+
+    monkeypatch.setattr(DomainTable, "look", look_or_hang)
+    monkeypatch.setattr(domain_table, "LOOK_TIMEOUT", 0.2)
+    with domains.domain(instance_id) as domain:
+        instances._events.change({domain.UUIDString()})
+    with domains.domain(other) as domain:
+        domain.destroy()
+    wanted = {instance_id: InstanceState.RUNNING, other: InstanceState.STOPPED}
+    eventually(lambda: {one.instance_id: one.state for one in instances.list()}, wanted)
+    instances.list()
+    waiting = [thread for thread in threading.enumerate() if thread.name.startswith("look ")]
+    assert len(waiting) == 1, "it is not looked at twice at once"
+    assert "cannot be looked at: libvirt does not answer" in caplog.text
+    hangs.set()
 
 
 def test_a_lost_connection_is_made_again_and_meanwhile_the_last_is_shown(

@@ -221,16 +221,6 @@ def test_a_process_that_stood_still_itself_does_not_stop_its_work(bench, monkeyp
         watch.check()
 
 
-def test_waiting_for_what_moves_by_itself_ends_when_it_does_not(bench):
-    def work():
-        with bench.watch(stall_timeout=0.5) as watch:
-            while True:
-                watch.pause(0.1, moved=False)
-
-    with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
-        work()
-
-
 def test_a_call_that_hangs_is_waited_for_until_the_work_is_stopped(bench):
     hangs = threading.Event()
 

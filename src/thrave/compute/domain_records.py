@@ -30,15 +30,21 @@ class DomainRecords:
         self._lock_folder = lock_folder
 
     def alone(self, instance_id: str) -> AbstractContextManager[None]:
-        """Change nothing for the length of the block but by whoever has this lock; waits for it."""
-        return locked(self._lock_folder / f"{instance_id}.change", wait=True)
+        """Change nothing for the length of the block but by whoever has this lock.
+
+        Waits for the lock. Raises InstanceHeld if somebody has it for longer than a change takes.
+        """
+        return self._locked(instance_id, "change", wait=True)
+
+    def merging(self, instance_id: str) -> AbstractContextManager[None]:
+        """Merge an instance's overlay for the length of the block, as the only one. Raises InstanceHeld if one does."""
+        return self._locked(instance_id, "merge", wait=False)
 
     @contextmanager
-    def merging(self, instance_id: str) -> Iterator[None]:
-        """Merge an instance's overlay for the length of the block, as the only one. Raises InstanceHeld if one does."""
+    def _locked(self, instance_id: str, purpose: str, *, wait: bool) -> Iterator[None]:
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self._lock_folder / f"{instance_id}.merge", wait=False))
+                stack.enter_context(locked(self._lock_folder / f"{instance_id}.{purpose}", wait=wait))
             except BlockingIOError:
                 raise InstanceHeld(instance_id) from None
             yield

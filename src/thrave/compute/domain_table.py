@@ -37,8 +37,12 @@ from thrave.compute.hypervisor import Hypervisor
 from thrave.compute.instance import Instance, InstanceState, OffReason, VolumeFile
 from thrave.compute.libvirt_binding import Connection, Domain
 from thrave.compute.libvirt_numbers import DomainState, XmlFlag
+from thrave.concurrency import Call, CallTimeoutError
 
 WHOLE_INTERVAL = 60.0  # seconds between two looks at everything
+LOOK_TIMEOUT = 5.0  # seconds for a look at one domain
+SHORT_LOOK_TIMEOUT = 0.5  # the same, once domains that hang have cost HANGING_TIMEOUT
+HANGING_TIMEOUT = 20.0  # seconds that one question may wait for domains that hang, or for another question
 
 log = logging.getLogger(__name__)
 
@@ -108,17 +112,25 @@ class DomainTable:
         self._seen: dict[str, Sighting] = {}
         self._uuids: dict[str, str] = {}
         self._first_seen: dict[str, datetime] = {}
+        self._hanging: dict[str, Call[Sighting | None]] = {}
+        self._patience = 0.0
         self._lost = 0
         self._whole_again = 0.0
 
     def all(self) -> Sequence[Sighting]:
-        """Every domain, by instance id. Raises HypervisorError."""
-        with self._hypervisor.asked() as connection, self._lock:
-            if self._events.lost != self._lost or time.monotonic() > self._whole_again:
-                self._look_at_all(connection)
-            else:
-                self._look_at_changed(connection)
-            return self.last_seen
+        """Every domain, by instance id; one that libvirt hangs over is as it was last seen. Raises HypervisorError."""
+        with self._hypervisor.asked() as connection:
+            if not self._lock.acquire(timeout=HANGING_TIMEOUT):
+                raise HypervisorGoneError("", "the look at the domains does not end", waited=HANGING_TIMEOUT)
+            try:
+                self._patience = HANGING_TIMEOUT
+                if self._events.lost != self._lost or time.monotonic() > self._whole_again:
+                    self._look_at_all(connection)
+                else:
+                    self._look_at_changed(connection)
+                return self.last_seen
+            finally:
+                self._lock.release()
 
     @property
     def last_seen(self) -> Sequence[Sighting]:
@@ -179,7 +191,11 @@ class DomainTable:
     def _look_at_all(self, connection: Connection) -> None:
         lost = self._events.lost
         self._events.take_changed()
-        seen = [self._look_if_there(connection, uuid) for uuid in _uuids(connection)]
+        try:
+            uuids = Call("domains", lambda: _uuids(connection)).result(LOOK_TIMEOUT)
+        except CallTimeoutError:
+            raise HypervisorGoneError("", "libvirt does not list its domains", waited=LOOK_TIMEOUT) from None
+        seen = [self._look_if_there(connection, uuid) for uuid in uuids]
         self._seen = {sighting.uuid: sighting for sighting in seen if sighting is not None}
         self._uuids = {sighting.instance_id: uuid for uuid, sighting in self._seen.items()}
         self._lost, self._whole_again = lost, time.monotonic() + WHOLE_INTERVAL
@@ -202,12 +218,31 @@ class DomainTable:
             self._uuids[sighting.instance_id] = uuid
 
     def _look_if_there(self, connection: Connection, uuid: str) -> Sighting | None:
-        """A domain as it is now, or as it was if libvirt will not tell; None if it has vanished."""
+        """A domain as it is now, or as it was if libvirt will not tell; None if it has vanished.
+
+        Each is looked at in a call of its own: one that libvirt hangs over (its QEMU, or its storage) hides no other.
+        """
+
+        def look() -> Sighting | None:
+            try:
+                with self._hypervisor.asked(instance_id_of(uuid)):
+                    return self.look(connection.lookupByUUIDString(uuid))
+            except InstanceNotFound:
+                return None
+
+        earlier = self._hanging.pop(uuid, None)
+        if earlier is not None and not earlier.is_running:
+            earlier = None
+        call = earlier or Call(f"look {uuid}", look)
+        timeout = 0.0 if earlier else LOOK_TIMEOUT if self._patience > 0 else SHORT_LOOK_TIMEOUT
         try:
-            with self._hypervisor.asked(instance_id_of(uuid)):
-                return self.look(connection.lookupByUUIDString(uuid))
-        except InstanceNotFound:
-            return None
+            return call.result(timeout)
+        except CallTimeoutError:
+            self._hanging[uuid] = call
+            self._patience -= timeout
+            self._events.change({uuid})
+            log.warning("the domain %s cannot be looked at: libvirt does not answer", uuid)
+            return self._seen.get(uuid)
         except HypervisorGoneError:
             raise
         except HypervisorError as error:

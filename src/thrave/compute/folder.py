@@ -3,8 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from thrave.compute.descriptions import Description
 from thrave.compute.errors import (
     InstanceAlreadyExists,
     InstanceError,
+    InstanceHeld,
     InstanceNotFound,
     InvalidDescriptionError,
     StateChangedError,
@@ -127,8 +128,9 @@ class DescriptionFolder:
         Raises:
             StateChangedError: The file says something else than `seen` (state or launch time), or the instance is
                 terminated. Nothing was changed.
+            InstanceHeld: The file is being changed, for longer than that takes.
         """
-        with locked(self._lock_path(instance_id, "change"), wait=True):
+        with self._alone(instance_id):
             before = self.read(instance_id)
             if before.state is InstanceState.TERMINATED is not state:
                 raise StateChangedError(instance_id, before.state)
@@ -144,14 +146,27 @@ class DescriptionFolder:
             files.replace(self._path(instance_id), descriptions.write(after), spool=self._root)
 
     def remove(self, instance_id: str) -> None:
-        """Remove the file; it may be gone already. A change that is being written does not bring it back."""
-        with locked(self._lock_path(instance_id, "change"), wait=True):
+        """Remove the file; it may be gone already. A change that is being written does not bring it back.
+
+        Raises:
+            InstanceHeld: The file is being changed, for longer than that takes.
+        """
+        with self._alone(instance_id):
             self._path(instance_id).unlink(missing_ok=True)
             files.sync_folder(self._root)
 
     def lock(self, instance_id: str) -> AbstractContextManager[None]:
         """The instance's lock for as long as somebody needs it unchanged; BlockingIOError if somebody else has it."""
         return locked(self._lock_path(instance_id, "held"), wait=False)
+
+    @contextmanager
+    def _alone(self, instance_id: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._lock_path(instance_id, "change"), wait=True))
+            except BlockingIOError:
+                raise InstanceHeld(instance_id) from None
+            yield
 
     def _path(self, instance_id: str) -> Path:
         return self._root / f"{instance_id}.json"

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import cast
+from typing import NamedTuple, cast
 
 from thrave.compute import libvirt_binding
 from thrave.compute.domain_events import DomainEvents
@@ -20,7 +20,9 @@ from thrave.compute.libvirt_numbers import NO_DOMAIN, Event
 from thrave.concurrency import Background, Call, CallTimeoutError, repeat
 
 CONNECT_SECONDS = 30.0
+MAX_SILENT = 4  # attempts to connect that are not answered; each has a thread
 ALIVE_INTERVAL, ALIVE_COUNT = 5, 3  # seconds, and how many signs of life may be missing
+_CLOSE_SECONDS = 1.0
 _WORDS = 300  # characters of libvirt's that go into a message
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class Hypervisor:
         self._events = events
         self._lock = threading.Lock()
         self._connection: Connection | None = None
-        self._coming: Call[Connection] | None = None
+        self._coming: Call[_Opened] | None = None
+        self._silent: list[Call[_Opened]] = []
         self._listening: list[int] = []
 
     @contextmanager
@@ -74,57 +77,71 @@ class Hypervisor:
             if self._connection is not None and _is_alive(binding, self._connection):
                 return self._connection
             self._drop()
-            coming = self._coming = self._coming or self._begin(binding)
+            coming = self._coming = self._coming or self._begin(binding, instance_id)
         try:
-            connection = coming.result(CONNECT_SECONDS)
-        except CallTimeoutError:  # it is waited for again by the next question, and not begun twice
+            opened = coming.result(CONNECT_SECONDS)
+        except CallTimeoutError:
+            self._abandon(coming)
             raise HypervisorGoneError(
-                instance_id, f"{self._uri} has not answered within {CONNECT_SECONDS:.0f} seconds"
+                instance_id,
+                f"{self._uri} has not answered within {CONNECT_SECONDS:.0f} seconds",
+                waited=CONNECT_SECONDS,
             ) from None
         except binding.libvirtError as error:
             self._arrived(coming, None)
             raise HypervisorGoneError(
                 instance_id, f"no connection to {self._uri}: {_words(cast('LibvirtError', error))}"
             ) from error
-        self._arrived(coming, connection)
-        return connection
+        self._arrived(coming, opened)
+        return opened.connection
 
-    def _begin(self, binding: Binding) -> Call[Connection]:
+    def _begin(self, binding: Binding, instance_id: str) -> "Call[_Opened]":
         """Connect in a thread of its own: nothing ends a connecting that is not answered."""
+        self._silent = [call for call in self._silent if call.is_running]
+        if len(self._silent) >= MAX_SILENT:
+            raise HypervisorGoneError(instance_id, f"{self._uri} does not answer: {len(self._silent)} attempts wait")
         _run_events(binding)
         return Call("libvirt open", lambda: self._open(binding))
 
-    def _open(self, binding: Binding) -> Connection:
+    def _open(self, binding: Binding) -> "_Opened":
         connection = binding.open(self._uri)
         with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
             connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
-        self._listen(connection)
-        return connection
+        return _Opened(connection, self._listen(connection))
 
-    def _listen(self, connection: Connection) -> None:
+    def _abandon(self, coming: "Call[_Opened]") -> None:
+        """Have the next question connect anew, and this connection closed if it comes after all."""
+        with self._lock:
+            if self._coming is not coming:
+                return
+            self._coming = None
+            self._silent.append(coming)
+        coming.when_ended(lambda: _close(coming.result(0)))
+
+    def _listen(self, connection: Connection) -> list[int]:
         events = self._events
-        self._listening = [
+        return [
             connection.domainEventRegisterAny(None, Event.LIFECYCLE, events.lifecycle, None),
             connection.domainEventRegisterAny(None, Event.BLOCK_JOB_2, events.block_job, None),
             connection.domainEventRegisterAny(None, Event.METADATA_CHANGE, events.metadata, None),
         ]
 
-    def _arrived(self, coming: Call[Connection], connection: Connection | None) -> None:
+    def _arrived(self, coming: "Call[_Opened]", opened: "_Opened | None") -> None:
         with self._lock:
-            if self._coming is coming:
-                self._coming, self._connection = None, connection
+            if self._coming is not coming:
+                return
+            self._coming = None
+            if opened is not None:
+                self._connection, self._listening = opened.connection, opened.listening
 
     def _drop(self) -> None:
         if self._connection is None:
             return
         self._events.lose()
-        gone = libvirt_binding.load().libvirtError
-        for callback in self._listening:
-            with suppress(gone):
-                self._connection.domainEventDeregisterAny(callback)
-        with suppress(gone):
-            self._connection.close()
-        self._connection = None
+        opened = _Opened(self._connection, self._listening)
+        self._connection, self._listening = None, []
+        # Nobody waits for the goodbye to a daemon that may hang.
+        Call("libvirt close", lambda: _close(opened)).wait(_CLOSE_SECONDS)
 
     def _translated(self, error: LibvirtError, connection: Connection, instance_id: str) -> Exception:
         words = _words(error)
@@ -133,6 +150,21 @@ class Hypervisor:
         if not _is_alive(libvirt_binding.load(), connection):
             return HypervisorGoneError(instance_id, f"the connection to {self._uri} is lost: {words}")
         return HypervisorError(instance_id, words)
+
+
+class _Opened(NamedTuple):
+    connection: Connection
+    listening: list[int]
+    """The callbacks that are told of events."""
+
+
+def _close(opened: _Opened) -> None:
+    gone = libvirt_binding.load().libvirtError
+    for callback in opened.listening:
+        with suppress(gone):
+            opened.connection.domainEventDeregisterAny(callback)
+    with suppress(gone):
+        opened.connection.close()
 
 
 def _is_alive(binding: Binding, connection: Connection) -> bool:

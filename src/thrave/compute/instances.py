@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from thrave.compute.instance import Instance, InstanceState, VolumeFile
+from thrave.compute.pausing import Pause
 
 
 class Inventory(Protocol):
@@ -124,7 +125,7 @@ class Overlays(Protocol):
     def lost_power(self, instance_id: str) -> bool:
         """Whether the instance is off although nobody has stopped it: its host or its process has died."""
 
-    def merge(self, instance_id: str, frozen: Frozen, pause: Callable[[float], object]) -> None:
+    def merge(self, instance_id: str, frozen: Frozen, pause: Pause) -> None:
         """Write what is in the overlay into the volume, have the instance go on with that, and remove the overlay.
 
         The instance may run, be off, or be gone (then the files are merged, since its volumes are left as they are).
@@ -132,7 +133,8 @@ class Overlays(Protocol):
         Args:
             instance_id: The instance.
             frozen: What `plan` said.
-            pause: Waits some seconds between two looks; may raise, which leaves the merging to the next call.
+            pause: Waits some seconds between two looks; may raise, which leaves the merging to the next call. It is
+                told of progress (`report_progress`).
 
         Raises:
             InstanceError: The hypervisor refuses. The instance runs on, on its overlay.

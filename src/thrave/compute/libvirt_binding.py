@@ -8,7 +8,7 @@ never put on ``sys.path``. Nothing here connects to anything.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -96,6 +96,9 @@ class Domain(Protocol):
 
     def blockCommit(self, disk: str, base: str | None, top: str | None, bandwidth: int, flags: int) -> int:
         """Begin to write an image into one below it."""
+
+    def blockJobInfo(self, disk: str, flags: int) -> Mapping[str, int]:
+        """`cur` and `end` of a job in bytes, for example; empty if there is none."""
 
     def blockJobAbort(self, disk: str, flags: int) -> int:
         """End the job on a disk."""

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from thrave.compute import overlay_files
+from thrave.compute import libvirt_binding, overlay_files
 from thrave.compute.domain_edits import Image, without_overlay
 from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import FrozenRoot, Record
@@ -29,8 +29,8 @@ from thrave.compute.hypervisor import Hypervisor
 from thrave.compute.instances import Frozen
 from thrave.compute.libvirt_binding import Connection, Domain
 from thrave.compute.libvirt_numbers import Commit, DomainState, JobAbort, XmlFlag
-from thrave.compute.overlay_files import Pause
 from thrave.compute.overlay_steps import MERGING, Standing, Step, standing_of
+from thrave.compute.pausing import Pause, report_progress
 
 _COMMIT = "active-commit"
 _COMMITTED = "merged"  # what an overlay is called when it is in the volume, so that nothing is started on it any more
@@ -83,6 +83,7 @@ class Merging:
         self._committed = overlay_files.aside(frozen.overlay, _COMMITTED)
         self._pause = pause
         self._job_of_start: int | None = None
+        self._least_left: int | None = None
         self._is_merged = False
 
     def step(self) -> bool:
@@ -125,6 +126,7 @@ class Merging:
                 )
             domain.blockCommit(disk.target, None, None, 0, Commit.ACTIVE | Commit.SHALLOW)
             self._job_of_start = starts
+            report_progress(self._pause)
         elif disk.mirror.job != _COMMIT:
             raise HypervisorError(self._instance_id, f"{disk.target} is being copied by somebody else's block job")
         elif disk.mirror.ready:
@@ -132,6 +134,20 @@ class Merging:
                 domain.blockJobAbort(disk.target, JobAbort.PIVOT)
                 overlay_files.move(self._instance_id, self._overlay, self._committed)
             self._is_merged = True
+            report_progress(self._pause)
+        else:
+            self._see_progress(domain, disk)
+
+    def _see_progress(self, domain: Domain, disk: Disk) -> None:
+        """A job gets on if less is left than ever before: one that copies what the guest writes anew does not."""
+        try:
+            job = domain.blockJobInfo(disk.target, 0)
+        except libvirt_binding.load().libvirtError:  # the guest has just died: the next step sees that
+            return
+        left = job.get("end", 0) - job.get("cur", 0)
+        if self._least_left is None or left < self._least_left:
+            self._least_left = left
+            report_progress(self._pause)
 
     @contextmanager
     def _standing_still(self, domain: Domain, sighting: Sighting) -> Iterator[None]:

@@ -8,21 +8,20 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thrave import files, programs
 from thrave.compute.domain_edits import Image
 from thrave.compute.errors import ComponentMissingError, HypervisorError, ImageInUseError
+from thrave.compute.pausing import Pause, report_progress
 
 _PACKAGE = "qemu-utils"
 _DEFINITIONS = Path("/etc/libvirt/qemu")
 _TIMEOUT = 7 * 86400.0  # seconds; merging a large overlay takes hours, and its caller may end it at any time
+_LOOK_AGAIN = 0.2  # seconds
 _MAX_OUTPUT = 256 << 20  # bytes; `qemu-img map` of an image that is in very many pieces
-
-Pause = Callable[[float], object]
-"""Waits some seconds; may raise, to end it all."""
 
 
 def create(instance_id: str, overlay: Path, volume: Image) -> None:
@@ -115,14 +114,26 @@ def _run(instance_id: str, arguments: Sequence[str], pause: Pause) -> str:
     if program is None:
         raise ComponentMissingError("qemu-img", _PACKAGE)
     try:
-        done = programs.run(
-            [program, *arguments], timeout=_TIMEOUT, max_output=_MAX_OUTPUT, max_memory=programs.MAX_MEMORY, pause=pause
-        )
+        done = _finished([program, *arguments], pause)
     except programs.ProgramError as error:
         raise HypervisorError(instance_id, str(error)) from error
     if done.status:
         raise _failure(instance_id, done.error_text)
     return done.text
+
+
+def _finished(argv: Sequence[str], pause: Pause) -> programs.Finished:
+    running = programs.Program(argv, timeout=_TIMEOUT, max_output=_MAX_OUTPUT, max_memory=programs.MAX_MEMORY)
+    transferred = None
+    try:
+        while (finished := running.poll(_LOOK_AGAIN)) is None:
+            before, transferred = transferred, running.transferred
+            if transferred is None or transferred != before:  # where that cannot be seen, _TIMEOUT has to do
+                report_progress(pause)
+            pause(0.0)
+        return finished
+    finally:
+        running.kill()
 
 
 def _failure(instance_id: str, err: str) -> HypervisorError:

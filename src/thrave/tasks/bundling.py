@@ -112,7 +112,7 @@ class Bundling:
             when_late=host.shutdown_timeout_action,
             check=host.lease.check,
         )
-        self._freezer = Freezer(host.instances, host.records, task)
+        self._freezer = Freezer(host.instances, host.records, task, stall_timeout=host.stall_timeout)
         self._journal = host.records.journal(task.bundle_id)
 
     def run(self) -> None:
@@ -167,7 +167,7 @@ class Bundling:
         if self._records.state(self._task.bundle_id) in _FURTHER_ON:
             return  # another host has got as far before it was lost
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
-            self._freezer.merge(watch.pause)  # what an earlier task may have left
+            self._merge_overlay(watch)  # what an earlier task may have left
             root = self._host.instances.get(self._task.instance_id).root_volume
             watch.result_of(Call("image", lambda: self._check_volume(root)))
             self._power.note()
@@ -245,10 +245,14 @@ class Bundling:
                 with suppress(TaskFailure):  # it is looked after then
                     self._power.restore()  # its host may have lost its power since
             try:
-                patiently(lambda: self._freezer.merge(watch.pause), _DAEMON_RESTART, pause=watch.pause)
+                patiently(lambda: self._merge_overlay(watch), _DAEMON_RESTART, pause=watch.pause)
             except InstanceError as error:
                 still = f"The instance still runs on its overlay, which is tried to be merged again: {error}."
                 self._records.notice(self._task.bundle_id, still)
+
+    def _merge_overlay(self, watch: Watch) -> None:
+        # A hypervisor that hangs is abandoned: whatever it does later is seen by the caretaker, who goes on.
+        watch.result_of(Call("merge", lambda: self._freezer.merge(watch.pause)))
 
     def _put_back_volume(self) -> None:
         self._freezer.merge_within(self._host.stall_timeout)

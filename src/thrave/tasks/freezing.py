@@ -13,23 +13,28 @@ from contextlib import contextmanager
 from thrave.compute.errors import HypervisorError, OverlayImpossible
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Frozen, Instances, Overlays
+from thrave.compute.pausing import ProgressPause
 from thrave.tasks.crash_points import durable
 from thrave.tasks.patience import patiently
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
+STALL_TIMEOUT = 600.0  # seconds for which a merge may make no progress
 CHECK_PATIENCE = 60.0  # seconds that a hypervisor may be away when it is to say that nobody wrote to a volume
 
 
 class Freezer:
     """Freezes the root volume of a task's instance, and thaws it."""
 
-    def __init__(self, instances: Instances, records: Records, task: BundleTask) -> None:
-        """Freeze the root volume of the task's instance."""
+    def __init__(
+        self, instances: Instances, records: Records, task: BundleTask, *, stall_timeout: float = STALL_TIMEOUT
+    ) -> None:
+        """Freeze the root volume of the task's instance; a merge may stand still for `stall_timeout` seconds."""
         self._instances = instances
         self._records = records
         self._task = task
+        self._stall_timeout = stall_timeout
 
     @property
     def frozen(self) -> Frozen | None:
@@ -59,12 +64,13 @@ class Freezer:
         """Have the instance go on without the overlay, if there is one; also an earlier task's.
 
         Raises:
-            InstanceError: The hypervisor refuses; the instance runs on, and it may be tried again.
+            InstanceError: The hypervisor refuses, or nothing moves; the instance runs on, and it may be tried again.
             Exception: What `pause` raises; what was begun may go on by itself.
         """
         for bundle_id, frozen in self._records.frozen_of(self._task.instance_id):
             with durable("overlay merged"):
-                self._overlays.merge(self._task.instance_id, frozen, pause)
+                pause_while_moving = ProgressPause(self._task.instance_id, pause, self._stall_timeout)
+                self._overlays.merge(self._task.instance_id, frozen, pause_while_moving)
             self._records.note_frozen(bundle_id, None)
 
     def merge_within(self, seconds: float) -> None:

@@ -80,7 +80,6 @@ class Watch:
         self._threads: list[Background] = []
         self._running = 0.0  # seconds in which this process ran and watched
         self._moved = 0.0  # the same when the work last moved
-        self._waited = 0.0  # seconds since then that the work has waited by itself
         self._looked: float | None = None  # the same when the guard last saw that the volume stands still
         self._trouble: Exception | None = None  # why it could not see it since
 
@@ -103,7 +102,6 @@ class Watch:
     def moved(self) -> None:
         """Take note that the work has got on: something was read, or stored. Any thread may call this, often."""
         self._moved = self._running
-        self._waited = 0.0
 
     def guard(self, check: Callable[[], None]) -> None:
         """Ask `check` from now on, once a second; stop the work if it raises.
@@ -118,21 +116,10 @@ class Watch:
         """Write down among the task's events what the work has met."""
         self._records.tell(self._bundle_id, message)
 
-    def pause(self, seconds: float, *, moved: bool = True) -> None:
-        """Wait, as a part of the work; as soon as it is to stop, raise why.
-
-        Args:
-            seconds: How long.
-            moved: Whether waiting counts as getting on, since whoever waits has a deadline of its own.
-        """
-        began = time.monotonic()
+    def pause(self, seconds: float) -> None:
+        """Wait, as a part of the work that has a deadline of its own; as soon as it is to stop, raise why."""
         self._over.wait(seconds)
-        if moved:
-            self.moved()
-        else:
-            self._waited += min(time.monotonic() - began, seconds + _LONGEST_TICK)
-            if self._waited >= self._stall_timeout:
-                self._end(self._stalled())
+        self.moved()
         self.check()
         if self._over.is_set():  # a call that was abandoned when the step ended
             raise RightLostError(f"the step of {self._bundle_id} has ended")

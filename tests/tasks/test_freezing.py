@@ -1,0 +1,66 @@
+"""A merge that does not end is given up, or cancelled, and the overlay is left to be merged."""
+
+import threading
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from support.storing import Bench, directory
+from thrave.compute.errors import HypervisorError
+from thrave.compute.instance import VolumeFile
+from thrave.compute.instances import Frozen
+from thrave.compute.pausing import report_progress
+from thrave.tasks.failures import Cancelled
+from thrave.tasks.freezing import Freezer
+
+FROZEN = Frozen(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
+
+
+@pytest.fixture
+def bench(tmp_path):
+    with closing(Bench(tmp_path, directory(tmp_path))) as bench:
+        bench.records.note_frozen(bench.bundle_id, FROZEN)
+        yield bench
+
+
+def freezer(bench, merge):
+    instances = SimpleNamespace(overlays=SimpleNamespace(merge=merge))
+    return Freezer(instances, bench.records, bench.records.get(bench.bundle_id), stall_timeout=600)
+
+
+def test_a_merge_without_progress_is_given_up_and_left_to_be_merged(bench):
+    def merge(_instance_id, _frozen, pause):
+        for _ in range(5):
+            pause(599)
+            report_progress(pause)
+        while True:
+            pause(1)
+
+    waited = []
+    with pytest.raises(HypervisorError, match="no progress for 600 seconds"):
+        freezer(bench, merge).merge(waited.append)
+    assert len(waited) <= 5 + 600
+    assert bench.records.frozen(bench.bundle_id) == FROZEN
+
+
+def test_a_merge_hears_of_a_cancellation(bench):
+    begun = threading.Event()
+
+    def merge(_instance_id, _frozen, pause):
+        begun.set()
+        while True:
+            pause(0.01)
+            report_progress(pause)
+
+    def work():
+        with bench.watch() as watch:
+            freezer(bench, merge).merge(watch.pause)
+
+    canceller = threading.Thread(target=lambda: begun.wait(60) and bench.records.cancel(bench.bundle_id))
+    canceller.start()
+    with pytest.raises(Cancelled):
+        work()
+    canceller.join()
+    assert bench.records.frozen(bench.bundle_id) == FROZEN
