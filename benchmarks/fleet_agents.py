@@ -55,9 +55,12 @@ class Guests:
     def __init__(self, instances: Iterable[Instance]) -> None:
         self._instances = {instance.instance_id: instance for instance in instances}
 
-    def list(self, account_id: str | None = None) -> Sequence[Instance]:
+    def list(
+        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+    ) -> Sequence[Instance]:
         """See Inventory."""
-        return [one for one in self._instances.values() if account_id in {None, one.account_id}]
+        mine = [one for one in self._instances.values() if account_id in {None, one.account_id}]
+        return [one for one in mine if belongs is None or belongs(one)]
 
     def get(self, instance_id: str) -> Instance:
         """See Inventory."""

@@ -13,6 +13,7 @@ from functools import partial
 import sqlalchemy as sa
 import structlog
 
+from thrave import files
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.power import PowerRequests
 from thrave.compute.power_records import PowerRecords
@@ -60,7 +61,8 @@ class Agent:
         fence = ground.hosts.take(name, tasks_at_once=self._settings.tasks_at_once)
         self._lease.renewed(sent)
         if reports:
-            report = InstanceReports(ground.database, ground.instances, name).report
+            self._remember_name()
+            report = InstanceReports(ground.database, ground.instances, name, fence.holds).report
             report()
             self._begin("reports", REPORT_INTERVAL, report)
             self.power = self._power(name)
@@ -158,6 +160,11 @@ class Agent:
         elif not self._ground.hosts.drained(fence):
             log.warning("an operator has ended the drain: start the agent anew", host=fence.host)
         self._over.set()
+
+    def _remember_name(self) -> None:
+        """Keep the host's name in the data directory, so that commands there add instances to this host."""
+        directory = self._settings.directory
+        files.replace(directory.host_name, f"{self._settings.host_name}\n".encode(), spool=directory.root)
 
     def _begin(self, name: str, interval: float, work: Callable[[], None]) -> None:
         repeat(name, interval, work, on_failure=partial(_report, name))

@@ -137,6 +137,11 @@ class DataDirectory:
         return self.root / "thrave.lock"
 
     @property
+    def host_name(self) -> Path:
+        """The name of the host that an agent of a fleet was last started for; a line of text."""
+        return self.root / "host_name"
+
+    @property
     def vault_key(self) -> Path:
         """The key that seals every secret in the database."""
         return self.root / "vault.key"
@@ -377,6 +382,16 @@ class Settings(BaseModel):
     def directory(self) -> DataDirectory:
         """Where things lie in `data`."""
         return DataDirectory(self.data)
+
+    @property
+    def known_host_name(self) -> str | None:
+        """The name of the fleet's host that this data directory belongs to; None if it was never said."""
+        if "host_name" in self.model_fields_set:
+            return self.host_name
+        try:
+            return self.directory.host_name.read_text("utf-8").strip() or None
+        except FileNotFoundError:
+            return None
 
     @property
     def open_files(self) -> int:

@@ -351,3 +351,25 @@ def test_hosts_of_a_single_machine_show_their_instances(thrave_json, data, insta
 def test_watch_without_a_task_says_so(thrave, data, account_id):
     status, _, stderr = thrave("task", "watch", "--data", data)
     assert (status, stderr) == (0, "There are no unfinished tasks to watch.\n")
+
+
+@pytest.fixture
+def in_a_fleet(postgres, monkeypatch, tmp_path):
+    monkeypatch.setenv("THRAVE_DATABASE_URL", postgres.new_database())
+    monkeypatch.setenv("THRAVE_INSTANCES", str(tmp_path / "shared"))
+
+
+@pytest.mark.postgres
+def test_instance_of_a_fleet_is_added_for_a_host(in_a_fleet, thrave, add, monkeypatch, tmp_path):
+    def host_of_new(*more):
+        status, stdout, stderr = thrave(*add(*more, "--output", "json"))
+        assert status == 0, stderr
+        return json.loads((tmp_path / "shared" / f"{json.loads(stdout)['instanceId']}.json").read_text())["host"]
+
+    status, _, stderr = thrave(*add())
+    assert (status, "--host" in stderr) == (2, True)
+    assert host_of_new("--host", "kvm-1") == "kvm-1"
+    (tmp_path / "data" / "host_name").write_text("kvm-2\n")  # as an agent does when it starts
+    assert host_of_new() == "kvm-2"
+    monkeypatch.setenv("THRAVE_HOST_NAME", "kvm-3")
+    assert host_of_new() == "kvm-3"

@@ -72,6 +72,11 @@ instance.add_command(disown)
 @click.option("--volume", "others", type=_FILE, multiple=True, metavar="FILE", help="Another disk; never bundled.")
 @click.option("--id", "instance_id", metavar="i-…", help="Its id; a new one is made if none is given.")
 @click.option(
+    "--host",
+    metavar="NAME",
+    help="The host of a fleet that has it.  [default: the setting host_name, else the host of the data directory]",
+)
+@click.option(
     "--root-device-type",
     type=click.Choice(["instance-store", "ebs"]),
     default="instance-store",
@@ -96,6 +101,7 @@ def add(
     secret_file: Path | None,
     others: tuple[Path, ...],
     instance_id: str | None,
+    host: str | None,
     root_device_type: Literal["instance-store", "ebs"],
     state: str,
     stop_command: tuple[str, ...] | None,
@@ -125,6 +131,7 @@ def add(
 
     described = _described(settings)
     _check_format(image_format)
+    host = host or _host_of_new(settings)
     with open_accounts(settings) as accounts:
         account_id = find_account(accounts, account_id).account_id
     new = Description(
@@ -144,6 +151,7 @@ def add(
         start_command=start_command,
         state_command=state_command,
         tags=tags,
+        host=host,
     )
     check_volumes(new)
     warnings = check_image(settings, described, new)
@@ -193,6 +201,7 @@ def show_(settings: Settings, instance_id: str, output: str) -> None:
     found = open_instances(settings).get(instance_id)
     facts: list[tuple[str, ...]] = [
         ("account", found.account_id),
+        *([("host", found.host)] if found.host else []),
         ("state", found.state),
         ("platform", found.platform or "linux"),
         ("root device", found.root_device_type),
@@ -270,6 +279,19 @@ def _described(settings: Settings) -> DirectoryInstances:
             "`thrave instance adopt` and `disown`"
         )
     return open_described(settings)
+
+
+def _host_of_new(settings: Settings) -> str | None:
+    """The host of a fleet that a new instance belongs to; None on one machine.
+
+    Raises click's UsageError if hosts may share the folder, and none is known: then any of them might get the instance.
+    """
+    if settings.database_url is None:
+        return None
+    name = settings.known_host_name
+    if name is None and settings.instances is not None:
+        raise click.UsageError("hosts may share the folder of instances: name the host that has this one with --host")
+    return name
 
 
 def _check_format(image_format: str) -> None:

@@ -30,6 +30,7 @@ class Description(Instance):
         state_command: Prints the state, in EC2's words or virsh's. Without it the state is the one in the file.
     """
 
+    host: str | None = None  # written to the file
     stop_command: ArgumentVector | None = None
     force_stop_command: ArgumentVector | None = None
     start_command: ArgumentVector | None = None

@@ -53,12 +53,14 @@ class DirectoryInstances:
         self._command_seconds = command_seconds
         self._stops = StopCommands(command_seconds)
 
-    def list(self, account_id: str | None = None) -> Sequence[Instance]:
-        """Every instance whose file can be read, or an owner's; the others are logged, and `broken` has them."""
+    def list(
+        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+    ) -> Sequence[Instance]:
+        """Every instance whose file can be read, or some; the others are logged, and `broken` has them."""
         readable, broken = self._folder.read_all()
         for error in broken:
             log.warning("an instance is left out: %s", error)
-        mine = [one for one in readable if account_id in {None, one.account_id}]
+        mine = [one for one in readable if account_id in {None, one.account_id} and (belongs is None or belongs(one))]
         return [self._shown(description) for description in mine]
 
     def broken(self) -> Sequence[InstanceError]:

@@ -2,23 +2,25 @@
 
 `ReportedInstances` is the API's side: an instance is what its host said last, and what a caller wants of its power is
 recorded (`power_records.py`) for the host to do. `InstanceReports` is the host's side: it writes down what has changed.
-An instance belongs to the host that reported it first, until an operator has another host adopt it. Nothing here stops
-or starts a machine.
+An instance belongs to one host, which alone reports it and runs its commands, until an operator has another host adopt
+it. Nothing here stops or starts a machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 import structlog
 from pydantic import ValidationError
+from sqlalchemy.dialects import postgresql, sqlite
 
 from thrave.compute.descriptions import document, from_document
 from thrave.compute.errors import InstanceNotFound, InvalidDescriptionError
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.power_records import PowerAction, record_request
+from thrave.database import host as hosts
 from thrave.database import instance as reported
-from thrave.database import utc_now
+from thrave.database import now
 
 log = structlog.get_logger()
 
@@ -127,37 +129,89 @@ def _readable(instance_id: str, reported_document: object) -> Instance | None:
 
 
 class InstanceReports:
-    """What one host's agent tells of its instances."""
+    """What one host's agent tells of its instances.
 
-    def __init__(self, engine: sa.Engine, instances: Instances, host: str) -> None:
-        """Report the `instances` of `host`."""
+    An instance whose description names a host is that host's; another one is the host's that reports it first. In both
+    cases it stays so until an operator has another host adopt it: a report never changes a row of another host.
+    """
+
+    def __init__(
+        self, engine: sa.Engine, instances: Instances, host: str, holds: sa.ColumnElement[bool] | None = None
+    ) -> None:
+        """Report the `instances` of `host`.
+
+        Args:
+            engine: The database.
+            instances: All that this machine knows; hosts may share them.
+            host: The host.
+            holds: True of the host's row for as long as this agent has the lease; without it nothing is written.
+        """
         self._engine = engine
         self._instances = instances
         self._host = host
+        self._holds = sa.true() if holds is None else holds
+        self._elsewhere: dict[str, str] = {}  # instances that are known here, and the hosts that have them
 
     def report(self) -> None:
         """Write down what has changed since the last report, whoever made it."""
-        found = {instance.instance_id: instance for instance in self._instances.list()}
-        documents = {instance_id: document(instance) for instance_id, instance in found.items()}
-        with self._engine.begin() as connection:
+        with self._engine.connect() as connection:
             before = {row.instance_id: row.document for row in connection.execute(self._mine())}
-            for instance_id in before.keys() - documents.keys():
-                connection.execute(reported.delete().where(reported.c.instance_id == instance_id))
-            for instance_id, changed in documents.items():
-                if before.get(instance_id) != changed:
-                    self._write(connection, found[instance_id], changed, new=instance_id not in before)
+            self._elsewhere = self._owners(connection, self._elsewhere)
+        listed = self._instances.list(belongs=lambda one: one.instance_id in before or self._may_have(one))
+        found = {one.instance_id: one for one in listed}
+        documents = {instance_id: document(one) for instance_id, one in found.items()}
+        changed = [one for instance_id, one in found.items() if before.get(instance_id) != documents[instance_id]]
+        gone = before.keys() - found.keys()
+        if not changed and not gone:
+            return
+        with self._engine.begin() as connection:
+            if connection.execute(self._lease).first() is None:
+                return  # the next heartbeat ends the process
+            mine = reported.c.host == self._host
+            connection.execute(reported.delete().where(mine, reported.c.instance_id.in_(gone)))
+            for one in changed:
+                row: dict[str, object] = {
+                    "state": one.state,
+                    "account_id": one.account_id,
+                    "document": documents[one.instance_id],
+                    "report_time": now(),
+                }
+                if one.instance_id in before:
+                    its = reported.c.instance_id == one.instance_id
+                    connection.execute(reported.update().where(mine, its).values(**row))
+                else:
+                    self._add(connection, one, row)
 
     def _mine(self) -> sa.Select[tuple[str, object]]:
         return sa.select(reported.c.instance_id, reported.c.document).where(reported.c.host == self._host)
 
-    def _write(self, connection: sa.Connection, instance: Instance, changed: dict[str, object], *, new: bool) -> None:
-        values = {"state": instance.state, "account_id": instance.account_id, "document": changed}
-        row = {**values, "report_time": utc_now()}
-        if not new:
-            connection.execute(reported.update().where(reported.c.instance_id == instance.instance_id).values(**row))
+    @property
+    def _lease(self) -> sa.Select[tuple[str]]:
+        """The host, which nobody fences off until the transaction ends."""
+        return sa.select(hosts.c.host).where(hosts.c.host == self._host, self._holds).with_for_update(read=True)
+
+    def _may_have(self, one: Instance) -> bool:
+        """Whether an instance that is not reported by this host may become its own."""
+        return one.host in {None, self._host} and one.instance_id not in self._elsewhere
+
+    def _owners(self, connection: sa.Connection, instance_ids: Iterable[str]) -> dict[str, str]:
+        """Which of these instances other hosts have, and which hosts."""
+        query = sa.select(reported.c.instance_id, reported.c.host).where(reported.c.host != self._host)
+        some = [*instance_ids]
+        found = connection.execute(query.where(reported.c.instance_id.in_(some))) if some else ()
+        return {row.instance_id: row.host for row in found}
+
+    def _add(self, connection: sa.Connection, one: Instance, row: dict[str, object]) -> None:
+        """Add the row of an instance; one that another host has is skipped, and nothing else of the report is."""
+        insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+        new = insert(reported).values(instance_id=one.instance_id, host=self._host, **row).on_conflict_do_nothing()
+        if connection.execute(new, execution_options={"preserve_rowcount": True}).rowcount:
             return
-        taken = sa.select(reported.c.host).where(reported.c.instance_id == instance.instance_id)
-        if (other := connection.execute(taken).scalar()) is None:
-            connection.execute(reported.insert(), {"instance_id": instance.instance_id, "host": self._host, **row})
-        else:
-            log.debug("another host has this instance", instance_id=instance.instance_id, host=other)
+        owners = self._owners(connection, [one.instance_id])
+        self._elsewhere |= owners
+        log.warning(
+            "another host has this instance",
+            instance_id=one.instance_id,
+            host=self._host,
+            other=owners.get(one.instance_id),
+        )

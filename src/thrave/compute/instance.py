@@ -128,6 +128,8 @@ class Instance:
         off_reason: Why it is off; None if it is not, or if that is not told: then it counts as shut down.
         launch_time: When it was last started (UTC).
         tags: Whatever the operator has put on it, key to value, within EC2's limits.
+        host: The host of a fleet that it was added for; None: the first host that reports it. An operator may have
+            given it to another host since, so this is no part of what hosts report.
     """
 
     __pydantic_config__ = _EC2_WORDS
@@ -144,3 +146,4 @@ class Instance:
     off_reason: OffReason | None = None
     launch_time: Annotated[AwareDatetime, AfterValidator(_utc)] = field(default_factory=lambda: datetime.now(UTC))
     tags: Annotated[dict[str, str], AfterValidator(checked_tags)] = field(default_factory=dict)
+    host: Annotated[str | None, Field(exclude=True)] = None

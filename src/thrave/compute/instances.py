@@ -144,6 +144,11 @@ class Overlays(Protocol):
 class Instances(Inventory, Protocol):
     """All instances of a host."""
 
+    def list(
+        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+    ) -> Sequence[Instance]:
+        """As `Inventory.list`; only those for which `belongs` is true. No command of another one is run."""
+
     @property
     def overlays(self) -> Overlays | None:
         """What can put overlays over root volumes; None if this hypervisor cannot."""

@@ -155,12 +155,16 @@ class LibvirtInstances:
                 )
             self._records.replace(domain, instance_id, None)
 
-    def list(self, account_id: str | None = None) -> Sequence[Instance]:
-        """Every instance, or an owner's; as it was last seen, if libvirt does not answer but has before."""
+    def list(
+        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+    ) -> Sequence[Instance]:
+        """Every instance, or some; as it was last seen, if libvirt does not answer but has before."""
         return [
             sighting.instance
             for sighting in self._adopted()
-            if sighting.instance is not None and account_id in {None, sighting.instance.account_id}
+            if sighting.instance is not None
+            and account_id in {None, sighting.instance.account_id}
+            and (belongs is None or belongs(sighting.instance))
         ]
 
     def broken(self) -> Sequence[InstanceError]:

@@ -1,0 +1,146 @@
+"""Which host of a fleet reports an instance, where hosts share the folder of instances."""
+
+from types import SimpleNamespace
+
+import pytest
+import sqlalchemy as sa
+
+from thrave.compute import fleet
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import DirectoryInstances
+from thrave.compute.fleet import InstanceReports
+from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.config import Settings
+from thrave.database import instance as instance_table
+from thrave.ground import open_ground
+
+FIRST, SECOND = "i-00000000000000001", "i-00000000000000002"
+
+
+@pytest.fixture
+def ground(database, tmp_path):
+    ground = open_ground(Settings(data=tmp_path / "data", **database))
+    yield ground
+    ground.queues.close()
+    ground.database.dispose()
+
+
+@pytest.fixture
+def instances(tmp_path):
+    return DirectoryInstances(tmp_path / "instances")
+
+
+@pytest.fixture
+def add(instances, tmp_path):
+    """Describes an instance."""
+    disk = tmp_path / "disk.raw"
+    disk.touch()
+
+    def add(instance_id, **details):
+        volume = VolumeFile(path=disk)
+        given = {"instance_id": instance_id, "account_id": "1" * 12, "platform": "windows", "root_volume": volume}
+        instances.add(Description(**given, **details))
+
+    return add
+
+
+@pytest.fixture
+def agent(ground, instances):
+    """Takes a host; gives its reports."""
+
+    def agent(name, among=instances):
+        fence = ground.hosts.take(name, tasks_at_once=1)
+        return InstanceReports(ground.database, among, name, fence.holds)
+
+    return agent
+
+
+@pytest.fixture
+def owners(ground):
+    """Gives the hosts of the instances, as the database has them."""
+
+    def owners():
+        with ground.database.connect() as connection:
+            query = sa.select(instance_table.c.instance_id, instance_table.c.host)
+            return {row.instance_id: row.host for row in connection.execute(query)}
+
+    return owners
+
+
+class Interrupted:
+    """Instances that, once they have been listed, let something else happen before they are reported."""
+
+    def __init__(self, inner, happen):
+        self._inner = inner
+        self._happen = happen
+
+    def list(self, *args, **options):
+        listed = self._inner.list(*args, **options)
+        self._happen()
+        return listed
+
+
+def test_instance_is_reported_by_the_host_that_it_was_added_for(agent, add, owners, tmp_path):
+    asked = tmp_path / "asked"
+    state = ("sh", "-c", f"echo >> {asked}; echo running")
+    a, b = agent("host-a"), agent("host-b")
+    add(FIRST, host="host-b", state_command=state)
+    a.report()
+    assert not asked.exists()  # no command of another host's instance is run
+    assert owners() == {}
+    b.report()
+    a.report()
+    assert owners() == {FIRST: "host-b"}
+
+
+def test_instance_without_a_host_belongs_to_the_first_that_reports_it(agent, add, owners, instances, monkeypatch):
+    warned = []
+    monkeypatch.setattr(fleet, "log", SimpleNamespace(warning=lambda _event, **fields: warned.append(fields)))
+    b = agent("host-b")
+    a = agent("host-a", among=Interrupted(instances, b.report))
+    add(FIRST)
+    add(SECOND, host="host-a")
+    for _ in range(3):
+        a.report()
+    assert owners() == {FIRST: "host-b", SECOND: "host-a"}  # the conflict held up nothing else
+    assert warned == [{"instance_id": FIRST, "host": "host-a", "other": "host-b"}]
+
+
+@pytest.mark.parametrize("change", ["removed", "stopped"])
+def test_report_that_an_adoption_overtakes_changes_nothing_of_the_adopters(
+    ground, agent, add, owners, instances, change
+):
+    add(FIRST, host="host-a")
+    add(SECOND, host="host-a")
+    b = agent("host-b")
+
+    def adopt():
+        ground.hosts.adopt("host-a", by="host-b", powered_off=True)
+        b.report()
+
+    agent("host-a").report()
+    fence = ground.hosts.take("host-a", tasks_at_once=1)
+    late = InstanceReports(ground.database, Interrupted(instances, adopt), "host-a")  # not even its lease holds it up
+    lease = InstanceReports(ground.database, instances, "host-a", fence.holds)
+    if change == "removed":
+        instances.remove(FIRST)
+    else:
+        instances.force_stop(FIRST)
+    late.report()
+    lease.report()
+    expected = {SECOND: "host-b"} if change == "removed" else {FIRST: "host-b", SECOND: "host-b"}
+    assert owners() == expected
+
+
+def test_adopted_instance_is_reported_by_its_new_host(ground, agent, add, owners, instances):
+    add(FIRST, host="host-a")
+    agent("host-a").report()
+    b = agent("host-b")
+    ground.hosts.adopt("host-a", by="host-b", powered_off=True)
+    returned = agent("host-a")
+    instances.force_stop(FIRST)
+    for reports in (returned, b, returned):
+        reports.report()
+    assert owners() == {FIRST: "host-b"}
+    with ground.database.connect() as connection:
+        assert connection.execute(sa.select(instance_table.c.state)).scalar() == InstanceState.STOPPED
