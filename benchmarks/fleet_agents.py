@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar, cast
 
 import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
@@ -29,12 +28,14 @@ from thrave.compute.instances import Hold
 from thrave.compute.power_records import PowerRecords
 from thrave.database import host, utc_now
 from thrave.tasks.bundling import Bundling, Host
-from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL
-from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
+from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL, RUNNING
+from thrave.tasks.failures import Cancelled
 from thrave.tasks.fence import Fence
 from thrave.tasks.journal import Stored, StoredObject
+from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
-from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.states import BundleTaskState
+from thrave.tasks.steps import Step
 from thrave.tasks.task import BundleTask
 
 PARTS = 4
@@ -44,7 +45,6 @@ _PART = memoryview(bytes(10 << 20))
 _ETAG = "d" * 32
 _DIGESTS = {"sha1": "a" * 40, "sha256": "b" * 64}
 _SMALL = 1 << 20  # bytes; the documents of a bundle are shorter, and are kept
-_Result = TypeVar("_Result")
 
 
 class Guests:
@@ -139,27 +139,7 @@ class Workflow:
         self._engine = rooms.engine
         self._workflow_id = workflow_id
         self._owner = owner
-        self._steps = 0
         self.bundle_id = workflow_id.partition(".")[0]
-
-    def step(self, name: str, work: Callable[[], _Result]) -> _Result:
-        """Run one durable step, as `engine.step` has DBOS do it; return its result. Raises TaskFailure."""
-        self._steps += 1
-        self._engine.check_operation_execution(self._workflow_id, self._steps, name)
-        result, failure = _outcome_of(work)
-        outcome = {"result": result} if failure is None else {"code": failure.code, "message": failure.message}
-        serializer = PortableJSON()
-        self._engine.record_operation_result(
-            {
-                "workflow_uuid": self._workflow_id, "function_id": self._steps, "function_name": name,
-                "output": serializer.serialize(outcome), "error": None, "serialization": serializer.name(),
-                "started_at_epoch_ms": 0, "child_workflow_id": None,
-            },
-            owner_xid=self._owner,
-        )  # fmt: skip
-        if failure is not None:
-            raise failure
-        return cast("_Result", result)
 
     def end(self) -> None:
         """Write down that it has ended."""
@@ -170,10 +150,9 @@ class Workflow:
 class SimulatedBundling(Bundling):
     """A task done without a volume."""
 
-    def __init__(self, host: Host, task: BundleTask, agent: "SimulatedAgent", workflow: Workflow) -> None:
-        super().__init__(host, task)
+    def __init__(self, host: Host, task: BundleTask, run: int, agent: "SimulatedAgent") -> None:
+        super().__init__(host, task, run)
         self._agent = agent
-        self._workflow = workflow
 
     def stop(self) -> None:
         """Ask the guest before its first look at it, which saves the pause between two looks."""
@@ -209,11 +188,10 @@ class SimulatedBundling(Bundling):
         )
         return Stored([StoredObject(part.filename, part.size, etag)], checkpoint)
 
-    def _step(self, name: str, work: Callable[[], _Result], *, is_over_if_started: bool = False) -> _Result:  # noqa: ARG002 (of the step that this one stands for)
-        result = self._workflow.step(name, lambda: self._do(work))
-        if "instance" in name:
+    def _do(self, step: Step) -> None:
+        super()._do(step)
+        if step in {Step.STOP, Step.FREE, Step.START, Step.UNDO_START}:
             self._agent.report()  # a real one does so every second
-        return result
 
 
 class SimulatedAgent:
@@ -289,10 +267,12 @@ class SimulatedAgent:
     def _do(self, worker: Host, workflow: Workflow) -> None:
         """What `bundling.bundle` does."""
         bundle_id = workflow.bundle_id
-        task = worker.records.get(bundle_id)
-        if task is not None and task.state not in FINISHED and task.host == worker.name:
-            worker.records.take_up(bundle_id)
-            SimulatedBundling(worker, task, self, workflow).run()
+        with RUNNING.claimed(bundle_id) as is_first:
+            task = worker.records.get(bundle_id)
+            if is_first and task is not None and task.host == worker.name:
+                run = worker.records.take_up(bundle_id)
+                if run is not None:
+                    SimulatedBundling(worker, task, run, self).run()
         workflow.end()
 
     def _host(self) -> Host:
@@ -306,6 +286,7 @@ class SimulatedAgent:
             "made_buckets": MadeBuckets(ground.database, ground.records(self.fence)),
             "store_patience": settings.s3_patience,
             "service": ground.service,
+            "lease": Lease(None),  # a process here stands for many hosts
         }
         rest = {field.name: getattr(settings, field.name) for field in fields(Host) if field.name not in given}
         return Host(**given, **rest)
@@ -313,10 +294,3 @@ class SimulatedAgent:
     @property
     def _queue_name(self) -> str:
         return f"host-{self.name}"
-
-
-def _outcome_of(work: Callable[[], _Result]) -> tuple[_Result | None, TaskFailure | None]:
-    try:
-        return work(), None
-    except Exception as error:  # noqa: BLE001 (as `engine.step` takes any)
-        return None, failure_from(error)

@@ -4,7 +4,7 @@ A table in the code is the only source of such a page: nobody edits these by han
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import click
@@ -23,6 +23,8 @@ from thrave.tasks.failures import CAUSES
 from thrave.tasks.host_states import MEANING as HOST_MEANING
 from thrave.tasks.host_states import MOVES, HostState
 from thrave.tasks.states import FOLLOWS
+from thrave.tasks.steps import FORWARD, UNDO, Step
+from thrave.tasks.steps import Row as StepRow
 from thrave.volumes.marks import MARKS, REFERENCES, Row
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
@@ -173,7 +175,24 @@ def states() -> str:
     return (
         f"# States of a bundle task\n\n```mermaid\nstateDiagram-v2\n{names}\n    [*] --> PENDING\n{edges}\n```\n\n"
         + table(("state", "what may follow"), rows)
+        + STEPS_OF_A_TASK.format(forward=_steps(FORWARD), undo=_steps(UNDO))
     )
+
+
+def _steps(steps: Mapping[Step, StepRow]) -> str:
+    rows = ((f"`{step}`", row.does, row.fails) for step, row in steps.items())
+    return table(("step", "what it does", "if it fails for good"), rows)
+
+
+STEPS_OF_A_TASK = """
+# Steps of a bundle task
+
+The task's row names the step that comes next. A step that a crash has cut off is repeated.
+
+{forward}
+From the transaction that records a failure or a cancellation on, only these follow:
+
+{undo}"""
 
 
 def host_states() -> str:

@@ -158,6 +158,8 @@ bundle_task = sa.Table(
     sa.Column("instance_id", sa.String(32), nullable=False),
     sa.Column("host", sa.String(253), nullable=False),  # the one that has the disk
     sa.Column("state", sa.String(24), nullable=False),
+    # What its host does next (tasks/steps.py). From the transaction that sets error_code on, a step that undoes.
+    sa.Column("next_step", sa.String(16), nullable=False, server_default="stop"),
     sa.Column("progress", sa.Integer),  # percent within bundling or storing
     sa.Column("start_time", UtcDateTime, nullable=False),
     sa.Column("update_time", UtcDateTime, nullable=False),
@@ -177,11 +179,12 @@ bundle_task = sa.Table(
     sa.Column("frozen", sa.JSON(none_as_null=True)),  # its root volume and the overlay, until that has been merged
     sa.Column("look_after_until", UtcDateTime),  # the guest may still hear a request to power off that is void
     sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
-    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_code", sa.String(64)),  # set before anything is undone, so also of a task that has not ended
     sa.Column("error_message", sa.Text),
     sa.Column("notice", sa.Text),  # what its owner should know although the task went on
     sa.Column("volume_size", sa.BigInteger),  # bytes of the root volume; null until it has been opened
-    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),  # how often a host took it up
+    # How often a host took it up, and the number of its last run, which alone may write.
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Index("bundle_task_by_account", "account_id", "start_time"),
     sa.Index("bundle_task_by_start_time", "start_time", "bundle_id"),
     sa.Index("bundle_task_by_update_time", "update_time"),
@@ -549,21 +552,24 @@ _SQLITE_UNAVAILABLE = (
     "SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_CORRUPT", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED", "SQLITE_NOMEM",
     "SQLITE_NOTADB", "SQLITE_PROTOCOL", "SQLITE_READONLY",
 )  # fmt: skip
-# SQLSTATE classes: connection exception, insufficient resources, operator intervention, system error; and a transaction
-# that may only read. Source: PostgreSQL's documentation, appendix A.
-_STATES_UNAVAILABLE = ("08", "53", "57", "58", "25006")
+# SQLSTATE classes: connection exception, transaction rollback (serialization, deadlock), insufficient resources,
+# operator intervention, system error; and a transaction that may only read, or that the server has ended since it was
+# idle. Source: PostgreSQL's documentation, appendix A.
+_STATES_UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "57", "58")
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Say whether an error means that the database does not answer: down, full, locked, out of connections.
+    """Say whether an error of the database may pass.
 
-    A statement that is wrong, or data that a rule forbids, is an error of the program or of its caller and none of
-    these.
+    It is down, full, locked, has no free connection, or has ended the transaction. A statement that is wrong, or data
+    that a rule forbids, is an error of the program or of its caller and none of these.
     """
     if isinstance(error, sa.exc.TimeoutError):  # all connections of the pool are in use
         return True
     if not isinstance(error, sa.exc.DBAPIError):
         return False
+    if error.connection_invalidated:
+        return True
     if isinstance(error.orig, sqlite3.Error):  # its classes do not tell a wrong statement from a full disk
         return getattr(error.orig, "sqlite_errorname", "").startswith(_SQLITE_UNAVAILABLE)
     state = getattr(error.orig, "sqlstate", None) or ""

@@ -1,7 +1,6 @@
 """Every fault of the table, on the way to a real store: what comes of it, in the bucket and in the instance."""
 
 import pytest
-from dbos import DBOS
 
 from support import faults
 from support.fault_bench import FaultBench, Temper
@@ -35,8 +34,7 @@ def bench(seaweedfs, proxy, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No engine, which would only repeat what a crash cut off; and short pauses."""
-    monkeypatch.setattr(DBOS, "run_step", lambda _options, call: call())
+    """Short pauses."""
     monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.02)
     monkeypatch.setattr(power, "LOOK_AGAIN", 0.01)
 
@@ -98,9 +96,7 @@ def test_what_a_failed_task_has_stored_is_removed_now_or_later(fault, kind, outc
 @pytest.fixture(scope="module")
 def bundled(bench):
     """A bundle that is complete."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DBOS, "run_step", lambda _options, call: call())
-        assert bench.bundle(Kind.PUT_OBJECT, CALM).error_code is None
+    assert bench.bundle(Kind.PUT_OBJECT, CALM).error_code is None
     yield bench
     bench.clear()
 

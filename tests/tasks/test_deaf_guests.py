@@ -107,8 +107,7 @@ def test_an_instance_that_does_not_start_is_started_when_its_hypervisor_can(tmp_
     commands = {**machine.commands, "start_command": (*start, str(gate), *machine.commands["start_command"])}
     with ThraveServer.running(tmp_path / "data") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
-        task = wait(server, key, bundle_id, "failed")
-        assert task["BundleTaskError"]["Code"] == "Server.InstanceNotStarted"
+        wait(server, key, bundle_id, "complete")  # it costs no bundle
         assert server.instances.state(instance_id) is InstanceState.STOPPED
         server.stop(signal.SIGKILL)
         gate.touch()

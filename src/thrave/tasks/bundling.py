@@ -1,7 +1,7 @@
 """The main job: one bundle task, from a running instance to a bundle in a bucket.
 
-`Bundling.run` is the whole of it, top to bottom. Each line of it is a durable step: after a crash the task goes on with
-the step that was cut off, so each can be repeated without harm. It is the one place where instances, volumes, bundles
+`Bundling.run` does the steps of `steps.py`, each as the task's row names it, so after a crash the task goes on with the
+step that was cut off. Each can be repeated without harm. It is the one place where instances, volumes, bundles
 and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
 """
 
@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from thrave.buckets.buckets import Buckets
-from thrave.buckets.errors import BucketError
 from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.sealed import Sealed
 from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
 from thrave.bundle.zlibs import Level
-from thrave.compute.errors import HoldLostError, HypervisorGoneError, InstanceError, InstanceHeld
 from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
 from thrave.compute.instances import Instances
 from thrave.concurrency import Call
-from thrave.database import is_unavailable
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import load_certificate
 from thrave.identity.service import ServiceIdentity
 from thrave.tasks.crash_points import durable
-from thrave.tasks.engine import step
-from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.engine import RUNNING
+from thrave.tasks.failures import Cancelled, Kind, TaskFailure, failure_from, kind_of
+from thrave.tasks.fence import RightLostError
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.journal import Documents
 from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
+from thrave.tasks.outage import through_outages
 from thrave.tasks.patience import patiently
 from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
 from thrave.tasks.reading import VolumeReader
@@ -43,6 +43,7 @@ from thrave.tasks.records import Records
 from thrave.tasks.root_volume import check_root_volume
 from thrave.tasks.sealing import VolumeSealer
 from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.steps import BEFORE_READ, MAY_FAIL, UNDO, Step, following
 from thrave.tasks.storing import BundleStore, ExistingBundle
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
@@ -51,7 +52,13 @@ from thrave.volumes.opening import Skip, open_volume
 
 _DAEMON_RESTART = 60.0  # seconds that a hypervisor's daemon may be away before the caretaker goes on
 _Result = TypeVar("_Result")
-_FURTHER_ON = frozenset({BundleTaskState.BUNDLING, BundleTaskState.STORING})
+
+_STILL = {
+    Step.START: "The instance is not started yet, which is tried again",
+    Step.MERGE: "The instance still runs on its overlay, which is tried to be merged again",
+    Step.REMOVE_EARLIER: "Parts of the bundle that was replaced are still in the bucket",
+}
+"""What a notice says of a step that failed after the bundle was complete in the bucket, or all but complete."""
 
 
 log = structlog.get_logger()
@@ -99,73 +106,75 @@ class Host:
 class Bundling:
     """One bundle task being done."""
 
-    def __init__(self, host: Host, task: BundleTask) -> None:
-        """Take up a task, for the first time or after a crash."""
+    def __init__(self, host: Host, task: BundleTask, run: int) -> None:
+        """Work on a task, for the first time or after a crash; once another run has begun, this one changes nothing."""
         self._host = host
         self._task = task
-        self._records = host.records
+        self._records = records = host.records.of_run(task.bundle_id, run)
         self._power = PowerSwitch(
             host.instances,
-            host.records,
+            records,
             task,
             grace=host.shutdown_grace,
             when_late=host.shutdown_timeout_action,
             check=host.lease.check,
         )
-        self._freezer = Freezer(host.instances, host.records, task, stall_timeout=host.stall_timeout)
-        self._journal = host.records.journal(task.bundle_id)
+        self._freezer = Freezer(host.instances, records, task, stall_timeout=host.stall_timeout)
+        self._journal = records.journal(task.bundle_id)
+        self._steps: dict[Step, Callable[[], object]] = {
+            Step.STOP: self.stop,
+            Step.FREE: self.free,
+            Step.SEAL: self.seal,
+            Step.START: self._power.restore,
+            Step.STORE: self.store,
+            Step.MERGE: self.merge,
+            Step.REMOVE_EARLIER: self.remove_earlier,
+            Step.COMPLETE: self.complete,
+            Step.UNDO_START: self._power.restore,
+            Step.UNDO_MERGE: self._put_back_volume,
+            Step.UNDO_REMOVE: self.remove,
+            Step.FAIL: self.fail,
+        }
 
     def run(self) -> None:
-        """Stop the instance; read, seal and store its root volume; start it again; store the manifest.
+        """Do the steps of the task, each as its row names it, until the task has ended.
 
-        With an overlay it is started before its volume is read, and in the end the overlay is merged.
+        Raises:
+            RightLostError: Another run or another host has the task; nothing more may be done for it.
         """
-        try:
-            self._step("stop the instance", self.stop, is_over_if_started=True)
-            self._step("start the instance on an overlay", self.free, is_over_if_started=True)
-            self._step("seal the root volume into the bucket", self.seal, is_over_if_started=True)
-            self._step("start the instance", self._power.restore)
-            self._step("store the manifest", self.store)
-        except TaskFailure as failure:
-            if not self._has_stored():
-                self.give_up(failure)
-                return
-        self.finish()
-
-    def finish(self) -> None:
-        """Merge the overlay, remove a bundle that was replaced, complete the task; no failure undoes a whole bundle."""
-        try:
-            self._step("merge the overlay", self.merge)
-        except TaskFailure as failure:
-            still = f"The instance still runs on its overlay, which is tried to be merged again: {failure.message}"
-            self._step("tell of the overlay", lambda: self._records.notice(self._task.bundle_id, still))
-        self._step("remove the earlier bundle", self.remove_earlier)
-        self._step("complete the task", self.complete)
+        while (step := self._next_step()) is not None:
+            try:
+                self._do(step)
+            except TaskFailure as failure:
+                self._failed(step, failure)
+            else:
+                self._ended(step)
 
     def give_up(self, failure: TaskFailure) -> None:
-        """Start the instance, take away what was stored, and end the task with the reason."""
-        task = self._records.get(self._task.bundle_id)
-        if task is None or task.state in FINISHED:
-            return  # cancelled in the moment before it was begun: nothing was touched, and its grant is erased
-        for name, put_back in (
-            ("start the instance after a failure", self._power.restore),
-            ("merge the overlay after a failure", self._put_back_volume),
-            ("remove what was stored", self.remove),
-        ):
-            try:
-                self._step(name, put_back)
-            except TaskFailure as another:
-                failure = failure.also(another)
-        self._step("fail the task", lambda: self.fail(failure))
+        """Record why the task fails. From then on its row names the steps that undo it, and no other."""
+        self._surely(lambda: self._records.decide(self._task.bundle_id, failure))
 
-    def put_power_back(self) -> None:
-        """Start the instance if the task has switched it off; the database is not needed."""
-        self._power.restore_without_record()
+    def _next_step(self) -> Step | None:
+        task = self._surely(lambda: self._records.get(self._task.bundle_id))
+        return None if task is None or task.state in FINISHED else task.next_step
+
+    def _ended(self, step: Step) -> None:
+        if following(step) is not None:
+            self._surely(lambda: self._records.step_ended(self._task.bundle_id, step))
+
+    def _failed(self, step: Step, failure: TaskFailure) -> None:
+        """Record the failure of a step; `steps.py` has what follows from it."""
+        if step in MAY_FAIL and step is not Step.START and not (step is Step.STORE and self._has_stored()):
+            self.give_up(failure)
+            return
+        if step in UNDO:
+            self._surely(lambda: self._records.also(self._task.bundle_id, failure))
+        elif step is not Step.STORE:
+            self._surely(lambda: self._records.notice(self._task.bundle_id, f"{_STILL[step]}: {failure.message}"))
+        self._ended(step)
 
     def stop(self) -> None:
         """Have the guest power off, as a person would."""
-        if self._records.state(self._task.bundle_id) in _FURTHER_ON:
-            return  # another host has got as far before it was lost
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
             self._merge_overlay(watch)  # what an earlier task may have left
             root = self._host.instances.get(self._task.instance_id).root_volume
@@ -179,9 +188,7 @@ class Bundling:
     def free(self) -> None:
         """Have the instance run on an overlay while its root volume is read, if that is wanted, and it ran before."""
         task = self._records.get(self._task.bundle_id)
-        if self._host.downtime == "whole" or task is None or task.state in _FURTHER_ON:
-            return
-        if not self._power.is_to_run():
+        if self._host.downtime == "whole" or task is None or not self._power.is_to_run():
             return
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN):
             self._freezer.freeze()
@@ -234,21 +241,20 @@ class Bundling:
 
     def _has_stored(self) -> bool:
         try:
-            return self._step("look whether the manifest is stored", self.is_stored)
-        except TaskFailure:
+            return self._surely(lambda: patiently(self.is_stored, self._host.stall_timeout))
+        except Exception as error:
+            if kind_of(error) is Kind.RIGHT_LOST:
+                raise
+            failure_from(error)  # logs the error
             return False  # what the manifest may have replaced is recorded, and put back
 
     def merge(self) -> None:
-        """Have the instance go on without the overlay. The bundle is there if that fails, and the caretaker goes on."""
+        """Have the instance go on without the overlay. The bundle is complete if that fails."""
         with self._state(BundleTaskState.STORING) as watch:
             if self._freezer.frozen is not None:
-                with suppress(TaskFailure):  # it is looked after then
+                with suppress(TaskFailure):  # its power is restored later then
                     self._power.restore()  # its host may have lost its power since
-            try:
-                patiently(lambda: self._merge_overlay(watch), _DAEMON_RESTART, pause=watch.pause)
-            except InstanceError as error:
-                still = f"The instance still runs on its overlay, which is tried to be merged again: {error}."
-                self._records.notice(self._task.bundle_id, still)
+            patiently(lambda: self._merge_overlay(watch), _DAEMON_RESTART, pause=watch.pause)
 
     def _merge_overlay(self, watch: Watch) -> None:
         # A hypervisor that hangs is abandoned: whatever it does later is seen by the caretaker, who goes on.
@@ -268,11 +274,7 @@ class Bundling:
         if earlier is None:
             return
         self._journal.replace(replace(earlier, is_replaced=True))
-        try:
-            self._store.remove_earlier()
-        except (BucketError, TaskFailure) as error:
-            still = f"Parts of the bundle that was replaced are still in the bucket: {error}"
-            self._records.notice(self._task.bundle_id, still)
+        self._store.remove_earlier()
 
     def complete(self) -> None:
         """End the task well."""
@@ -280,28 +282,45 @@ class Bundling:
             if not self._records.complete(self._task.bundle_id):
                 log.warning("a task has ended before its bundle was complete", bundle_id=self._task.bundle_id)
 
-    def fail(self, failure: TaskFailure) -> None:
-        """End the task with the reason."""
+    def fail(self) -> None:
+        """End the task with the reason that was recorded before it was undone."""
+        task = self._records.get(self._task.bundle_id)
+        assert task is not None, "a task is purged only after its end"
+        assert task.error_code is not None, "the reason is recorded first"
+        failure = TaskFailure(task.error_code, task.error_message or "")
         with durable("record closed"):
             self._records.fail(self._task.bundle_id, failure)
 
-    def _step(self, name: str, work: Callable[[], _Result], *, is_over_if_started: bool = False) -> _Result:
-        """A durable step, if the task is still this host's.
+    def _do(self, step: Step) -> None:
+        """Do a step, again while what it needs is unavailable.
+
+        Raises:
+            TaskFailure: The step failed, for a reason that does not pass.
+            RightLostError: The task is another run's or another host's.
+        """
+        work = self._steps[step]
+        try:
+            self._surely(
+                lambda: patiently(work, self._host.stall_timeout, whole_step=True),
+                is_over_if_started=step in BEFORE_READ,
+            )
+        except Exception as error:
+            # Nothing but a fault of the program ends the last steps, which only write the row: it is run again later.
+            if kind_of(error) is Kind.RIGHT_LOST or step in {Step.COMPLETE, Step.FAIL}:
+                raise
+            raise failure_from(error) from error
+
+    def _surely(self, work: Callable[[], _Result], *, is_over_if_started: bool = False) -> _Result:
+        """Do something for as long as the database is unavailable; the instance does not stay off so long.
 
         Args:
-            name: What it is called.
             work: Must be safe to repeat.
-            is_over_if_started: Whether it fails if the instance had to be started while the database was unavailable:
-                then its volume is not what it was.
+            is_over_if_started: Whether it fails if the instance had to be started meanwhile: its volume is not what it
+                was.
         """
-        return step(name, lambda: self._do(work), _PowerFirst(self._host, self._task, self._power, is_over_if_started))
-
-    def _do(self, work: Callable[[], _Result]) -> _Result:
-        def do_it() -> _Result:
-            self._records.check_mine(self._task.bundle_id)
-            return work()
-
-        return patiently(do_it, self._host.stall_timeout, on=(HypervisorGoneError, InstanceHeld, HoldLostError))
+        return through_outages(
+            work, _PowerFirst(self._host, self._task, self._records, self._power, is_over_if_started)
+        )
 
     @cached_property
     def _store(self) -> BundleStore:
@@ -392,6 +411,7 @@ class _PowerFirst:
 
     host: Host
     task: BundleTask
+    records: Records
     power: PowerSwitch
     is_over_if_started: bool
 
@@ -400,30 +420,52 @@ class _PowerFirst:
         return self.host.stall_timeout
 
     def act(self) -> bool:
-        """Start the instance. The step has ended, so nothing reads its volume."""
+        """Start the instance, if no other host can have it. The step has ended, so nothing reads its volume."""
+        if not self.host.lease.holds() and not self._is_still_ours():
+            log.error(
+                "an instance stays off: the database is unavailable, and another host may have adopted the task",
+                instance_id=self.task.instance_id,
+            )
+            return False
         return self.power.restore_without_record() and self.is_over_if_started
+
+    def _is_still_ours(self) -> bool:
+        """A database whose disk is full can still be asked."""
+        try:
+            return self.records.holds_lease()
+        except SQLAlchemyError:
+            return False
 
     def record(self) -> TaskFailure:
         words = (
             f"The database was unavailable for {self.timeout:g} seconds. The instance was started again, so that its "
             "volume was not read to its end."
         )
-        self.host.records.tell(self.task.bundle_id, words)
+        self.records.tell(self.task.bundle_id, words)
         return TaskFailure("Server.NoProgress", words)
 
 
 def bundle(host: Host, bundle_id: str) -> None:
-    """Do the task `bundle_id`, unless it has ended (cancelled before it began) or another host has adopted it."""
-    task = host.records.get(bundle_id)
-    if task is not None and task.state is BundleTaskState.FAILED and task.host == host.name:
-        host.made_buckets.discard_of(host.buckets, task)  # cancelled before it was begun
-    if task is not None and task.state not in FINISHED and task.host == host.name:
-        host.records.take_up(bundle_id)
-        bundling = Bundling(host, task)
+    """Do the task `bundle_id`, unless it has ended, another host has adopted it, or this process does it already."""
+    with RUNNING.claimed(bundle_id) as is_first:
+        if not is_first:
+            log.warning("a task is running already; the second run does nothing", bundle_id=bundle_id)
+            return
         try:
-            bundling.run()
-        except Exception as error:
-            # The engine could not record a step's end. The task is run again once it can; until then nothing reads.
-            if is_unavailable(error):
-                bundling.put_power_back()
+            _bundle(host, bundle_id)
+        except RightLostError as error:
+            log.warning("a run of a task ends", bundle_id=bundle_id, error=str(error))
+        except Exception:
+            log.exception("a run of a task failed; it is run again", bundle_id=bundle_id)
             raise
+
+
+def _bundle(host: Host, bundle_id: str) -> None:
+    task = through_outages(lambda: host.records.get(bundle_id))
+    if task is None or task.host != host.name:
+        return
+    if task.state is BundleTaskState.FAILED:
+        through_outages(lambda: host.made_buckets.discard_of(host.buckets, task))  # cancelled before it was begun
+    run = through_outages(lambda: host.records.take_up(bundle_id))
+    if run is not None:
+        Bundling(host, task, run).run()

@@ -8,63 +8,61 @@ transaction. (No deduplication id: the database's own index on tasks in progress
 without DBOS's moment between the end of a task and the end of its workflow.) It never decides what a task does: that
 is `bundling.py`.
 
-What DBOS remembers of a task can be lost without harm: the record alone says how far it is. A task that no workflow
-will run (those of an earlier version, and those that DBOS has given up on) is given another one by `hosts.py`.
+DBOS only makes sure that a host runs a task. A workflow has no steps of DBOS's: what comes next stands in the task's
+row, so a workflow that is run twice, late, or after the task's end does no harm. A task that nothing runs (its workflow
+is of an earlier version, DBOS has given it up, or its thread has ended) is given another workflow by `hosts.py`.
 """
 
 import logging
 import secrets
-import time
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from itertools import chain, repeat
-from typing import Protocol, TypedDict, TypeVar, cast
 
 import sqlalchemy as sa
-import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 
-from thrave.database import is_unavailable
-from thrave.tasks.failures import TaskFailure, failure_from
-from thrave.tasks.lease import LeaseExpiredError
-
 # Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow. Such a task is
 # run anew: every step can be taken up from the record.
-APPLICATION_VERSION = "bundle-3"
+APPLICATION_VERSION = "bundle-4"
 WORKFLOW = "bundle_instance"
 POLLING_INTERVAL = 0.25  # seconds from record to start at the most; DBOS polls its queues on every database
 # The same where many hosts look into one PostgreSQL: each look costs it a millisecond of CPU time, so that a thousand
 # hosts would keep four cores busy by looking four times a second (docs/explanation/scale.md).
 FLEET_POLLING_INTERVAL = 1.0
 
-_DATABASE_PAUSES = (0.5, 1.0, 2.0, 5.0)  # seconds between two attempts; the last for good
 _FORGET_AT_ONCE = 1000  # workflows
 
-log = structlog.get_logger()
-_Result = TypeVar("_Result")
+
+class RunningTasks:
+    """The tasks that this process runs. A second run of one is refused."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ids: set[str] = set()
+
+    @contextmanager
+    def claimed(self, bundle_id: str) -> Iterator[bool]:
+        """Run a task within the block; gives False if it is running already."""
+        with self._lock:
+            is_first = bundle_id not in self._ids
+            self._ids.add(bundle_id)
+        try:
+            yield is_first
+        finally:
+            if is_first:
+                with self._lock:
+                    self._ids.remove(bundle_id)
+
+    def __contains__(self, bundle_id: str) -> bool:
+        with self._lock:
+            return bundle_id in self._ids
 
 
-class WithoutDatabase(Protocol):
-    """What a step does if the database stays unavailable: what must not wait for it."""
-
-    @property
-    def timeout(self) -> float:
-        """Seconds from the first failure of the database."""
-
-    def act(self) -> bool:
-        """Do it, without the database. Called again and again; says whether the step must not be repeated now."""
-
-    def record(self) -> TaskFailure:
-        """Record that it was done, and give the failure that the step ends with. Raises if that cannot be recorded."""
-
-
-class _Outcome(TypedDict, total=False):
-    """What is kept of a step: a result, or the failure that it ended with."""
-
-    result: object
-    code: str
-    message: str
+RUNNING = RunningTasks()
+"""Of this process: DBOS has one engine in it."""
 
 
 class Queues:
@@ -87,14 +85,24 @@ class Queues:
         self._enqueue(connection, bundle_id, host, workflow_id=f"{bundle_id}.{secrets.token_hex(4)}")
 
     def awaited(self, host: str) -> frozenset[str]:
-        """The tasks that a host will run, or runs, without being told again."""
-        return frozenset(
-            workflow.partition(".")[0] for workflow in self._unfinished(host, app_version=APPLICATION_VERSION)
-        )
+        """The tasks that wait in a host's queue."""
+        return _tasks(self._unfinished(host, "ENQUEUED", app_version=APPLICATION_VERSION))
+
+    def begun(self, host: str) -> frozenset[str]:
+        """The tasks whose workflows a host has begun and not ended; a thread runs them, or has died."""
+        return _tasks(self._unfinished(host, "PENDING", app_version=APPLICATION_VERSION))
+
+    def cancel(self, host: str, bundle_ids: Collection[str]) -> None:
+        """Have the engine give up a host's workflows of these tasks. One that runs is not stopped by that."""
+        workflows = self._unfinished(host, "PENDING", "ENQUEUED")
+        if given_up := [each for each in workflows if _task(each) in bundle_ids]:
+            self._client.cancel_workflows(given_up)
 
     def drop_strangers(self, host: str) -> None:
         """Have the engine give up a host's workflows of other versions, which it never runs."""
-        if strangers := [*set(self._unfinished(host)) - set(self._unfinished(host, app_version=APPLICATION_VERSION))]:
+        both = "PENDING", "ENQUEUED"
+        ours = self._unfinished(host, *both, app_version=APPLICATION_VERSION)
+        if strangers := [*set(self._unfinished(host, *both)) - set(ours)]:
             self._client.cancel_workflows(strangers)
 
     def forget(self, before: datetime) -> int:
@@ -125,9 +133,9 @@ class Queues:
             bundle_id,
         )
 
-    def _unfinished(self, host: str, *, app_version: str | None = None) -> Iterable[str]:
+    def _unfinished(self, host: str, *status: str, app_version: str | None = None) -> Iterable[str]:
         workflows = self._client.list_workflows(
-            status=["PENDING", "ENQUEUED"],
+            status=[*status],
             queue_name=_queue(host),
             app_version=app_version,
             load_input=False,
@@ -171,46 +179,12 @@ class Worker:
         DBOS.destroy(workflow_completion_timeout_sec=int(seconds))
 
 
-def step(name: str, function: Callable[[], _Result], without_database: WithoutDatabase) -> _Result:
-    """Run one durable step of a task: once it has ended, it is not run again after a crash, and its result is kept.
-
-    A step must be able to be repeated, since a crash may come after its work and before its end is written down. Its
-    result must be JSON. What it raises is kept too, as `failures.failure_from` words it. While the database is
-    unavailable it is repeated, for as long as that takes; `without_database` is what is not put off so long.
-
-    Raises:
-        TaskFailure: The step failed, now or before the crash.
-    """
-    outcome = DBOS.run_step({"name": name}, lambda: _outcome(function, without_database))
-    if "code" in outcome:
-        raise TaskFailure(outcome["code"], outcome["message"])
-    return cast("_Result", outcome["result"])
+def _task(workflow_id: str) -> str:
+    return workflow_id.partition(".")[0]
 
 
-def _outcome(function: Callable[[], object], without_database: WithoutDatabase) -> _Outcome:
-    """What a step ends with. One that cannot reach the database is repeated: its end could not be recorded."""
-    pauses = chain(_DATABASE_PAUSES, repeat(_DATABASE_PAUSES[-1]))
-    first_failure, acted = float("inf"), False
-    while True:
-        started = time.monotonic()
-        try:
-            if acted:
-                return _failed(without_database.record())
-            return {"result": function()}
-        except Exception as error:  # noqa: BLE001 (whatever it is, the task must end with a reason)
-            if not (is_unavailable(error) or isinstance(error, LeaseExpiredError)):
-                return _failed(failure_from(error))
-            now = time.monotonic()
-            # An attempt longer than the timeout had reached the database: count from here again.
-            first_failure = now if now - started > without_database.timeout else min(first_failure, now)
-            log.warning("the database does not answer; the step is repeated", error=type(error).__name__)
-            if now - first_failure >= without_database.timeout:
-                acted = without_database.act() or acted
-            time.sleep(next(pauses))
-
-
-def _failed(failure: TaskFailure) -> _Outcome:
-    return {"code": failure.code, "message": failure.message}
+def _tasks(workflow_ids: Iterable[str]) -> frozenset[str]:
+    return frozenset(map(_task, workflow_ids))
 
 
 def _polling_interval(database_url: str) -> float:

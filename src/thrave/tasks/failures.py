@@ -8,14 +8,29 @@ RightScale's right_aws), and so do we. `Client.…` is for what the caller can m
 No message ever holds a secret.
 """
 
+import errno
 import re
+from enum import Enum
 from typing import NamedTuple
 
 import structlog
 
-from thrave.buckets.errors import BucketError
+from thrave.buckets.errors import BucketError, TransientError
 from thrave.bundle.errors import ImageError
-from thrave.compute.errors import InstanceError, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import (
+    HoldLostError,
+    HypervisorGoneError,
+    ImageInUseError,
+    InstanceCommandFailed,
+    InstanceError,
+    InstanceHeld,
+    InstanceNotFound,
+    RootVolumeInUse,
+    StateChangedError,
+)
+from thrave.database import is_unavailable
+from thrave.tasks.fence import RightLostError
+from thrave.tasks.lease import LeaseExpiredError
 from thrave.volumes.errors import VolumeError
 
 log = structlog.get_logger()
@@ -60,7 +75,8 @@ CAUSES: dict[str, Cause] = {
         "`shutdown_timeout_action`, and bundle again.",
     ),
     "Server.InstanceNotStarted": Cause(
-        "The instance could not be started again after its root volume had been read.",
+        "The instance could not be started on its overlay, before its root volume was read. Once the volume was read, "
+        "a start that fails costs no bundle: the task completes with a notice.",
         "Mend what the hypervisor says in the message. For a day the start is tried again, every five minutes at last.",
     ),
     "Server.InstanceError": Cause(
@@ -123,6 +139,50 @@ class Cancelled(TaskFailure):
 
     def __init__(self) -> None:
         super().__init__("Client.Cancelled", "User has requested bundling operation cancellation")
+
+
+class Kind(Enum):
+    """What is done about an error: one classification for database, store, hypervisor, state command and disk."""
+
+    PERMANENT = "the task fails with a reason"
+    TRANSIENT = "the call is repeated until a deadline"
+    UNRECORDABLE = (
+        "the step is repeated for as long as it takes: the database does not answer, or the lease is in doubt"
+    )
+    RIGHT_LOST = "the run ends without a trace: the task belongs to another run or host"
+
+
+# Of the machine itself: no memory, no process, no file descriptor, no space, for now.
+_TRANSIENT_ERRNO = frozenset({
+    errno.EAGAIN, errno.EBUSY, errno.EDQUOT, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC,
+    errno.ETIMEDOUT,
+})  # fmt: skip
+
+_TRANSIENT = (
+    TransientError, HypervisorGoneError, HoldLostError, ImageInUseError, InstanceHeld, StateChangedError,
+)  # fmt: skip
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Classify an error that ended a call or a step."""
+    if isinstance(error, RightLostError):
+        return Kind.RIGHT_LOST
+    if isinstance(error, LeaseExpiredError) or is_unavailable(error):
+        return Kind.UNRECORDABLE
+    return Kind.TRANSIENT if _may_pass(error) else Kind.PERMANENT
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed later, though nothing is changed."""
+    return kind_of(error) in {Kind.TRANSIENT, Kind.UNRECORDABLE}
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, InstanceCommandFailed):  # the hypervisor behind a stateCommand is unavailable when that fails
+        return error.command == "stateCommand"
+    if isinstance(error, _TRANSIENT):
+        return True
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
 
 # What the rooms' own errors become, the first that fits.

@@ -1,41 +1,68 @@
-"""One agent a host: whoever has lost its host's lease may write no more.
+"""The right to write a bundle task: the lease of its host, and the number of its run.
 
-An agent that starts takes a new lease on its host, and with it what an earlier agent of that name may have left; an
-operator who has another host adopt its tasks takes the lease away. Whoever finds its lease gone ends at once, as if
-killed: nothing that it holds outlives it, and what it was doing goes on elsewhere. It never decides who should have it.
+An agent that starts takes a new lease on its host. An operator who has another host adopt its tasks takes the lease
+away. Each run of a task has a number (`bundle_task.attempts`), which the next run raises. Every transaction of an agent
+on a task has lease and run in its condition: a process that has lost one of them changes nothing. Without its lease the
+process ends at once, as if killed. A run that was replaced ends by itself.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Never
 
 import sqlalchemy as sa
 import structlog
 
-from thrave.database import bundle_task, host
+from thrave.database import bundle_task, host, task_in_progress
 
 LOST = 75  # the exit status (cli/exits.py): EX_TEMPFAIL of sysexits.h, since starting it again may be right
+
+# True of a task whose host has no agent any more, and will have none: it was retired, or another has adopted its tasks.
+hostless = ~sa.exists().where(host.c.host == bundle_task.c.host, host.c.state != sa.literal_column("'fenced'"))
 
 log = structlog.get_logger()
 
 
+class RightLostError(Exception):
+    """The task belongs to another run, or to another host. Nothing was changed, and nothing may be done for it."""
+
+    def __init__(self, bundle_id: str) -> None:
+        super().__init__(f"{bundle_id} belongs to another run or host now")
+        self.bundle_id = bundle_id
+
+
 @dataclass(frozen=True)
 class Fence:
-    """An agent's right to work on the tasks of its host."""
+    """An agent's right to work on the tasks of its host; of one run of a task, once that has begun."""
 
     host: str
     lease: str
+    run: tuple[str, int] | None = None
+    """A task and the number of its run, which no later run may have replaced; None: no task is run."""
 
-    def check(self, connection: sa.Connection, bundle_id: str) -> None:
-        """See that the task is still ours, until the connection's transaction ends; else end the process."""
-        query = (
-            sa.select(bundle_task.c.bundle_id)
-            .join(host, host.c.host == bundle_task.c.host)
-            .where(bundle_task.c.bundle_id == bundle_id, self.holds)
-            .with_for_update(read=True)
-        )
-        if connection.execute(query).first() is None:
+    def of_run(self, bundle_id: str, run: int) -> "Fence":
+        """Return the right of one run of a task."""
+        return replace(self, run=(bundle_id, run))
+
+    def permits(self, bundle_id: str) -> sa.ColumnElement[bool]:
+        """True of the task's row if this process may write it: it is of this host, or has ended on a lost one."""
+        lease = sa.exists().where(host.c.host == self.host, host.c.lease == self.lease)
+        of_host = sa.or_(bundle_task.c.host == self.host, sa.and_(sa.not_(task_in_progress), hostless))
+        run = bundle_task.c.attempts == self.run[1] if self.run and self.run[0] == bundle_id else sa.true()
+        return sa.and_(bundle_task.c.bundle_id == bundle_id, of_host, run, lease)
+
+    def claim(self, connection: sa.Connection, bundle_id: str) -> None:
+        """Lock a task's row until the connection's transaction ends. Raises as `refused`."""
+        mine = bundle_task.update().where(self.permits(bundle_id))
+        # A write without effect: it locks the row on PostgreSQL, and the database on SQLite, before anything else.
+        if connection.execute(mine.values(attempts=bundle_task.c.attempts)).rowcount != 1:
+            self.refused(connection, bundle_id)
+
+    def refused(self, connection: sa.Connection, bundle_id: str) -> Never:
+        """End the process if the lease is lost. Raises RightLostError if only the task is another's."""
+        if connection.execute(sa.select(host.c.host).where(self.holds)).first() is None:
             self.end()
+        raise RightLostError(bundle_id)
 
     @property
     def holds(self) -> sa.ColumnElement[bool]:
@@ -43,6 +70,6 @@ class Fence:
         return sa.and_(host.c.host == self.host, host.c.lease == self.lease)
 
     def end(self) -> Never:
-        """End the process: somebody else has the host now."""
+        """End the process: another agent has the host."""
         log.error("another agent has this host now", host=self.host)
         os._exit(LOST)

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 import structlog
 
 from thrave.database import bundle_task, host, instance, now, task_in_progress
-from thrave.tasks.engine import Queues
+from thrave.tasks.engine import RUNNING, Queues
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.fence import Fence
 from thrave.tasks.host_states import MOVES, WITH_AN_AGENT, HostEvent, HostState
@@ -31,6 +31,7 @@ from thrave.tasks.records import Records
 log = structlog.get_logger()
 
 _NOBODY = ""  # the lease of a host that no agent has
+_IDLE_LOOKS = 3  # of `enqueue_lost`; the agent calls it twice when it starts, then every 30 seconds
 _ADOPTER_SILENCE = 60.0  # seconds, at least: the agent of the host that adopts may just be being started anew
 
 _REMEDIES = {
@@ -118,6 +119,7 @@ class Hosts:
         self._queues = queues
         self._heartbeat = heartbeat
         self._lost_after = lost_after
+        self._idle: dict[str, int] = {}
 
     def take(self, name: str, *, tasks_at_once: int) -> Fence:
         """Make this process the host's agent; an earlier one ends as soon as it notices.
@@ -143,19 +145,26 @@ class Hosts:
         return HostState(state) if state else fence.end()
 
     def enqueue_lost(self, name: str) -> None:
-        """Have every unfinished task of a host run: give one that no workflow will run another one.
+        """Have every unfinished task of a host run: give one that nothing runs another workflow.
 
-        The tasks are looked up first. One that ends meanwhile may get a workflow, which does nothing.
+        The engine says of a workflow whose thread has ended that it is begun. So what this process runs decides; a
+        workflow that is just being started is given the time until `_IDLE_LOOKS` calls of this method have seen it so.
+        A second workflow of a task does no harm: see `bundling.bundle`.
         """
         self._queues.drop_strangers(name)
         with self._engine.begin() as connection:
             unfinished = _unfinished(connection, name, takes_all=_takes_all(connection, name))
-        awaited = self._queues.awaited(name)
+        begun, awaited = self._queues.begun(name), self._queues.awaited(name)
+        idle = [each for each in unfinished if each not in awaited and each not in RUNNING]
+        self._idle = {each: self._idle.get(each, 0) + 1 for each in idle if each in begun}
+        lost = [each for each in idle if self._idle.get(each, _IDLE_LOOKS) >= _IDLE_LOOKS]
+        if not lost:
+            return
+        self._queues.cancel(name, lost)
         with self._engine.begin() as connection:
-            for bundle_id in unfinished:
-                if bundle_id not in awaited:
-                    log.warning("a task that the engine has lost is run anew", bundle_id=bundle_id)
-                    self._queues.enqueue_again(connection, bundle_id, name)
+            for bundle_id in lost:
+                log.warning("task enqueued again: nothing runs it", bundle_id=bundle_id)
+                self._queues.enqueue_again(connection, bundle_id, name)
 
     def begun(self, name: str) -> Sequence[str]:
         """The tasks that a host has begun and not finished."""
@@ -241,6 +250,7 @@ class Hosts:
             connection.execute(bundle_task.update().where(*concerned).values(host=by))
             for bundle_id in tasks:
                 self._queues.enqueue_again(connection, bundle_id, by)
+        self._queues.cancel(lost, tasks)
         for bundle_id in tasks:
             self._records.tell(bundle_id, f"Host {by} goes on in the place of {lost}.")
         return tasks

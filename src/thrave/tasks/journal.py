@@ -7,7 +7,8 @@ the end of the task (`records.py`). Nothing here touches a bucket.
 """
 
 import base64
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple, TypedDict, cast
 
@@ -108,7 +109,7 @@ class Left:
 
 
 class Journal:
-    """The journal of one bundle task."""
+    """The journal of one bundle task. An agent writes it only while it may: see `Fence.claim`."""
 
     def __init__(self, engine: sa.Engine, vault: Vault, bundle_id: str, fence: Fence | None = None) -> None:
         """Keep the journal of the task `bundle_id`; `vault` keeps its key unreadable in the database."""
@@ -121,7 +122,7 @@ class Journal:
     def begin(self, secrets: BundleSecrets, series: str = "") -> None:
         """Begin a sealing with this key and IV, and these digits in the names of its parts; nothing is stored yet."""
         sealed = self._vault.seal(secrets.key + secrets.iv, context=self._context)
-        with self._engine.begin() as connection:
+        with self._owned() as connection:
             connection.execute(bundle_part.update().where(self._mine).values(size=None, etag=None, part=None))
             connection.execute(self._task().values(sealed_secrets=sealed, checkpoint=None, part_series=series))
 
@@ -156,13 +157,8 @@ class Journal:
         return _left(secrets, series or "", document and Checkpoint.from_json(document), sent)
 
     def sending(self, key: str, part: SealedPart | None = None, stored: Stored = _NOTHING) -> None:
-        """Write down that an object, perhaps a part, is about to be sent, and what has been stored meanwhile.
-
-        If the task is somebody else's now, the process ends.
-        """
-        with self._engine.begin() as connection:
-            if self._fence is not None:
-                self._fence.check(connection, self.bundle_id)
+        """Write down that an object, perhaps a part, is about to be sent, and what has been stored meanwhile."""
+        with self._owned() as connection:
             self._note(connection, stored)
             connection.execute(_STRIKE_OUT, {"of": self.bundle_id, "named": key})
             row = {"bundle_id": self.bundle_id, "key": key, "part": part and asdict(part)}
@@ -170,12 +166,12 @@ class Journal:
 
     def stored(self, stored: Stored) -> None:
         """Write down what the bucket has taken."""
-        with self._engine.begin() as connection:
+        with self._owned() as connection:
             self._note(connection, stored)
 
     def conclude(self, documents: Documents) -> None:
         """Write down that every part is stored: only the two files that make them a bundle are wanting."""
-        with self._engine.begin() as connection:
+        with self._owned() as connection:
             connection.execute(self._task().values(documents=documents))
 
     def documents(self) -> Documents | None:
@@ -193,17 +189,12 @@ class Journal:
             return {row.key: StoredDigest(row.part["sha256"], row.etag) for row in rows}
 
     def replace(self, earlier: Earlier | None) -> None:
-        """Record the bundle that the task's own one replaces; None: there is none, or nothing is to be done about it.
-
-        If the task is another host's now, the process ends.
-        """
+        """Record the bundle that the task's own one replaces; None: there is none, or it needs no more work."""
         document = None
         if earlier is not None:
             manifest = base64.b64encode(earlier.manifest).decode("ascii")
             document = {"manifest": manifest, "keys": [*earlier.keys], "isReplaced": earlier.is_replaced}
-        with self._engine.begin() as connection:
-            if self._fence is not None:
-                self._fence.check(connection, self.bundle_id)
+        with self._owned() as connection:
             connection.execute(self._task().values(earlier=document))
 
     def earlier(self) -> Earlier | None:
@@ -224,11 +215,19 @@ class Journal:
 
     def forget(self, keys: Collection[str]) -> None:
         """Delete the records of objects that are not in the bucket any more; no sealing can be resumed."""
-        with self._engine.begin() as connection:
+        with self._owned() as connection:
             rows = [{"of": self.bundle_id, "named": key} for key in keys]
             if rows:
                 connection.execute(_STRIKE_OUT, rows)
             connection.execute(self._task().values(sealed_secrets=None, checkpoint=None))
+
+    @contextmanager
+    def _owned(self) -> Iterator[sa.Connection]:
+        """A transaction of whoever may write the task. Ends as `Fence.claim` if this process may not."""
+        with self._engine.begin() as connection:
+            if self._fence is not None:
+                self._fence.claim(connection, self.bundle_id)
+            yield connection
 
     def _note(self, connection: sa.Connection, stored: Stored) -> None:
         if stored.objects:

@@ -10,7 +10,9 @@ from typing import TypeVar
 
 import structlog
 
-from thrave.compute.errors import HypervisorGoneError, InstanceError, InstanceHeld
+from thrave.buckets.errors import TransientError
+from thrave.compute.errors import HoldLostError, HypervisorGoneError
+from thrave.tasks.failures import Kind, kind_of
 
 AGAIN = 1.0  # seconds between two attempts
 _SHORT = 10.0  # seconds; an attempt that took longer, without waiting for the hypervisor, had got through
@@ -24,27 +26,30 @@ def patiently(
     seconds: float,
     *,
     pause: Callable[[float], object] = time.sleep,
-    on: tuple[type[InstanceError], ...] = (HypervisorGoneError, InstanceHeld),
+    whole_step: bool = False,
 ) -> _Answer:
-    """Ask, and again while the hypervisor is gone, or somebody else holds the instance.
+    """Ask, and again while the hypervisor is gone, somebody else holds the instance, or the machine lacks resources.
 
     Args:
         ask: Asks; what it has done when it fails can be repeated.
         seconds: For how long one absence may last. An attempt that got through ends it.
         pause: Waits some seconds between two attempts; may raise, to end it all.
-        on: What is asked for again.
+        whole_step: Whether a volume is read anew by asking again: then a hold that was lost is no reason to fail.
 
     Raises:
-        HypervisorGoneError: It is gone for longer.
-        InstanceHeld: It is held for longer.
-        Exception: Whatever else `ask` raises.
+        Exception: What `ask` raises, at once or, if it may pass (`failures.kind_of`), after so many seconds.
     """
     gone_since = None
     while True:
         began = time.monotonic()
         try:
             return ask()
-        except on as error:
+        except Exception as error:
+            # Calls of the store have been repeated for `s3_patience` already.
+            if kind_of(error) is not Kind.TRANSIENT or isinstance(error, TransientError):
+                raise
+            if isinstance(error, HoldLostError) and not whole_step:
+                raise
             now = time.monotonic()
             waited = error.waited if isinstance(error, HypervisorGoneError) else 0.0
             got_through = now - began - waited > min(_SHORT, seconds / 2)

@@ -5,6 +5,8 @@ A state is only ever changed by `move`, which applies the table in `states.py` i
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -19,16 +21,16 @@ from thrave.database import (
     bundle_part,
     bundle_task,
     bundle_task_event,
-    host,
     instance,
     instance_power,
     task_in_progress,
     utc_now,
 )
 from thrave.tasks.failures import Cancelled, TaskFailure, without_folders
-from thrave.tasks.fence import Fence
+from thrave.tasks.fence import Fence, hostless
 from thrave.tasks.journal import Journal
 from thrave.tasks.states import CANCELLABLE, FINISHED, WITH_PROGRESS, BundleTaskState, before
+from thrave.tasks.steps import FIRST_OF_UNDO, MAY_FAIL, Step, following
 from thrave.tasks.task import BundleRequest, BundleTask, Event
 from thrave.vault import Vault
 
@@ -62,9 +64,9 @@ _LOOKED_AFTER = bundle_task.c.look_after_until.is_not(None)
 _WANTED = sa.select(instance_power.c.wanted).where(instance_power.c.instance_id == bundle_task.c.instance_id)
 # Whether a task's instance is to run in the end: as its owner has asked, else as it was before the task.
 _TO_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.was_running)
+# True of a task that goes forward: nothing has failed, nobody has cancelled it.
+_UNDECIDED = bundle_task.c.error_code.is_(None)
 _REPLACES = sa.and_(bundle_task.c.state == sa.literal_column("'complete'"), bundle_task.c.earlier.is_not(None))
-# Of a task whose host has no agent any more, and will have none.
-_HOSTLESS = ~sa.exists().where(host.c.host == bundle_task.c.host, host.c.state != sa.literal_column("'fenced'"))
 
 
 class Grant(NamedTuple):
@@ -86,11 +88,14 @@ class Records:
         self._vault = vault
         self._fence = fence
 
+    def of_run(self, bundle_id: str, run: int) -> "Records":
+        """Return the records as one run of a task writes them: once another run has begun, it changes nothing."""
+        return Records(self._engine, self._vault, self._fence and self._fence.of_run(bundle_id, run))
+
     def check_mine(self, bundle_id: str) -> None:
-        """See that this agent may still work on the task; if not, the process ends."""
-        if self._fence is not None:
-            with self._engine.begin() as connection:
-                self._fence.check(connection, bundle_id)
+        """Check that this agent may work on the task. Ends as `Fence.claim` if not."""
+        with self._owned(bundle_id):
+            pass
 
     def add(self, connection: sa.Connection, bundle_id: str, host: str, request: BundleRequest) -> None:
         """Record a new, pending task.
@@ -149,10 +154,35 @@ class Records:
     def move(self, bundle_id: str, state: BundleTaskState) -> bool:
         """Move a task on to `state` if the table allows it from where it is; say whether it is there now.
 
-        Moving to the state that it has already is allowed and changes nothing: a step may be repeated.
+        Moving to the state that it has already is allowed and changes nothing: a step may be repeated. A task that is
+        to be undone is not moved on.
         """
         change = {"progress": 0} if state in WITH_PROGRESS else {}
-        return self._move(bundle_id, before(state), state=state, **change) or self._is(bundle_id, state)
+        moved = self._move(bundle_id, before(state), _UNDECIDED, state=state, **change)
+        return moved or bool(self.find(bundle_task.c.bundle_id == bundle_id, bundle_task.c.state == state, _UNDECIDED))
+
+    def step_ended(self, bundle_id: str, step: Step) -> None:
+        """Record that a step has ended: the following one comes next, unless the task is to be undone since."""
+        self._update(bundle_id, bundle_task.c.next_step == step, next_step=following(step))
+
+    def decide(self, bundle_id: str, failure: TaskFailure) -> None:
+        """Record why a task fails, before anything is undone; from then on it is only undone.
+
+        The first reason stays. A task whose bundle is complete in the bucket does not fail.
+        """
+        may_fail = sa.and_(task_in_progress, _UNDECIDED, bundle_task.c.next_step.in_([*MAY_FAIL]))
+        reason = {"error_code": failure.code, "error_message": failure.message}
+        self._update(bundle_id, may_fail, next_step=FIRST_OF_UNDO, **reason)
+
+    def also(self, bundle_id: str, failure: TaskFailure) -> None:
+        """Add to the message of a task that is undone what went wrong on the way."""
+        words = f" ({failure})"
+        known = bundle_task.c.error_message
+        self._update(
+            bundle_id,
+            sa.and_(task_in_progress, ~known.contains(words, autoescape=True)),
+            error_message=known + words,
+        )
 
     def cancel(self, bundle_id: str) -> bool:
         """Have a task end as `failed` with `Client.Cancelled`; False if it is being cancelled already, or has ended.
@@ -160,13 +190,20 @@ class Records:
         A task that nobody has begun ends at once; any other is `cancelling` until its host has put everything back.
         Once its manifest may have been sent, a task cannot be cancelled: an earlier bundle may be replaced by then.
         """
-        at_once = self.fail(bundle_id, Cancelled(), only_from=BundleTaskState.PENDING)
+        cancelled = Cancelled()
+        at_once = self.fail(bundle_id, cancelled, only_from=BundleTaskState.PENDING)
         unsent = sa.not_(bundle_task.c.manifest_sent)
-        return at_once or self._move(bundle_id, CANCELLABLE, unsent, state=BundleTaskState.CANCELLING)
+        decision = {
+            "error_code": sa.func.coalesce(bundle_task.c.error_code, cancelled.code),
+            "error_message": sa.func.coalesce(bundle_task.c.error_message, cancelled.message),
+            "next_step": sa.case((_UNDECIDED, FIRST_OF_UNDO), else_=bundle_task.c.next_step),
+        }
+        return at_once or self._move(bundle_id, CANCELLABLE, unsent, state=BundleTaskState.CANCELLING, **decision)
 
     def send_manifest(self, bundle_id: str) -> bool:
         """Record that the manifest is about to be sent; False if the task was cancelled before."""
-        return self._update(bundle_id, bundle_task.c.state == BundleTaskState.STORING, manifest_sent=True)
+        is_storing = sa.and_(bundle_task.c.state == BundleTaskState.STORING, _UNDECIDED)
+        return self._update(bundle_id, is_storing, manifest_sent=True)
 
     def has_sent_manifest(self, bundle_id: str) -> bool:
         """Whether the manifest may have been sent."""
@@ -178,10 +215,13 @@ class Records:
         """Finish a task as `complete`, erasing what it had to keep secret; say whether it is complete now."""
         complete = BundleTaskState.COMPLETE
         done = self._move(bundle_id, before(complete), state=complete, progress=100, made_bucket=None, **_ERASED)
-        return done or self._is(bundle_id, complete)
+        return done or self.state(bundle_id) is complete
 
     def fail(self, bundle_id: str, failure: TaskFailure, *, only_from: BundleTaskState | None = None) -> bool:
-        """Finish a task as `failed` with the reason, erasing what it had to keep secret; say whether this ended it."""
+        """Finish a task as `failed`, erasing what it had to keep secret; say whether this ended it.
+
+        The reason that was recorded before, if one was, stays.
+        """
         needed = {
             name: sa.case((bundle_task.c.manifest_sent, bundle_task.c[name]), else_=sa.null())
             for name in (
@@ -189,7 +229,12 @@ class Records:
                 "earlier",
             )  # to tell whose manifest is in the bucket, and put the earlier one back
         }
-        reason = {"error_code": failure.code, "error_message": failure.message, **_ERASED, **needed}
+        reason = {
+            "error_code": sa.func.coalesce(bundle_task.c.error_code, failure.code),
+            "error_message": sa.func.coalesce(bundle_task.c.error_message, failure.message),
+            **_ERASED,
+            **needed,
+        }
         sources = frozenset({only_from}) if only_from else before(BundleTaskState.FAILED)
         return self._move(bundle_id, sources, state=BundleTaskState.FAILED, **reason)
 
@@ -243,7 +288,7 @@ class Records:
 
     def look_after(self, bundle_id: str, until: datetime | None) -> None:
         """Have the task's instance looked after until then; or no longer. To others the task does not change."""
-        with self._engine.begin() as connection:
+        with self._owned(bundle_id) as connection:
             mine = bundle_task.c.bundle_id == bundle_id
             connection.execute(bundle_task.update().where(mine).values(look_after_until=until))
 
@@ -279,7 +324,7 @@ class Records:
     def note_frozen(self, bundle_id: str, frozen: Frozen | None) -> None:
         """Record what the task freezes of its instance, before it does; or that it has been merged."""
         document = None if frozen is None else _FROZEN.dump_python(frozen, mode="json", by_alias=True)
-        with self._engine.begin() as connection:
+        with self._owned(bundle_id) as connection:
             mine = bundle_task.c.bundle_id == bundle_id
             connection.execute(bundle_task.update().where(mine).values(frozen=document))
 
@@ -297,13 +342,13 @@ class Records:
 
     def with_made_buckets(self, on_host: str) -> list[BundleTask]:
         """The failed tasks of a host, or of hosts that were given up, whose buckets may have to be removed."""
-        there = sa.or_(bundle_task.c.host == on_host, _HOSTLESS)
+        there = sa.or_(bundle_task.c.host == on_host, hostless)
         failed = bundle_task.c.state == sa.literal_column("'failed'")
         return self.find(bundle_task.c.made_bucket.is_not(None), failed, there)
 
     def settle_bucket(self, bundle_id: str) -> None:
         """Record that nothing is to be done about the bucket any more that the task's request created."""
-        with self._engine.begin() as connection:
+        with self._owned(bundle_id) as connection:
             mine = bundle_task.c.bundle_id == bundle_id
             connection.execute(bundle_task.update().where(mine).values(made_bucket=None))
 
@@ -314,7 +359,7 @@ class Records:
             on_host: Only those of this host, and of hosts that were given up.
             ended_after: Only those that ended after this.
         """
-        there = sa.true() if on_host is None else sa.or_(bundle_task.c.host == on_host, _HOSTLESS)
+        there = sa.true() if on_host is None else sa.or_(bundle_task.c.host == on_host, hostless)
         late = sa.true() if ended_after is None else bundle_task.c.update_time > ended_after
         return self.find(_LEFT_OVER, there, late)
 
@@ -324,7 +369,7 @@ class Records:
 
     def replacing(self, on_host: str) -> list[BundleTask]:
         """The complete tasks of a host, or of hosts that were given up, whose earlier bundles have not been removed."""
-        return self.find(_REPLACES, sa.or_(bundle_task.c.host == on_host, _HOSTLESS))
+        return self.find(_REPLACES, sa.or_(bundle_task.c.host == on_host, hostless))
 
     def purge(self, ended_before: datetime, *, most: int) -> int:
         """Forget tasks that ended before then and left nothing to do, `most` of them at the most; say how many."""
@@ -356,26 +401,40 @@ class Records:
     def tell(self, bundle_id: str, message: str) -> None:
         """Write down that something happened to a task, beside its changes of state."""
         state = sa.select(bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
-        with self._engine.begin() as connection:
+        with self._owned(bundle_id) as connection:
             now = connection.execute(state).scalar_one()
             connection.execute(bundle_task_event.insert(), _event(bundle_id, now, message))
 
     def notice(self, bundle_id: str, notice: str) -> None:
         """Add a warning for a task's owner, and to the events; of the host's files it has the bare names."""
         notice = without_folders(notice)
-        task = self.get(bundle_id)
-        known = (task and task.notice) or ""
-        if notice not in known:
-            self._update(bundle_id, sa.true(), notice=f"{known} {notice}".strip())
-            self.tell(bundle_id, notice)
+        columns = sa.select(bundle_task.c.notice, bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
+        with self._owned(bundle_id) as connection:
+            row = connection.execute(columns.with_for_update()).one_or_none()
+            if row is None or notice in (row.notice or ""):
+                return
+            self._updated(connection, bundle_id, sa.true(), notice=f"{row.notice or ''} {notice}".strip())
+            connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState(row.state), notice))
 
     def note_volume_size(self, bundle_id: str, size: int) -> None:
         """Record how many bytes the root volume has."""
         self._update(bundle_id, sa.true(), volume_size=size)
 
-    def take_up(self, bundle_id: str) -> None:
-        """Count that a host takes up the task, for the first time or after a crash."""
-        self._update(bundle_id, task_in_progress, attempts=bundle_task.c.attempts + 1)
+    def take_up(self, bundle_id: str) -> int | None:
+        """Begin another run of a task, which replaces any earlier one; give its number, None if the task has ended."""
+        attempts = sa.select(bundle_task.c.attempts).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.begin() as connection:
+            if not self._updated(connection, bundle_id, task_in_progress, attempts=bundle_task.c.attempts + 1):
+                return None
+            run: int = connection.execute(attempts).scalar_one()
+            return run
+
+    def holds_lease(self) -> bool:
+        """Whether the database still gives this process its host. It is only read, which a full disk allows."""
+        if self._fence is None:
+            return True
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(sa.exists().where(self._fence.holds))).scalar_one()
 
     def history(self, bundle_id: str) -> list[Event]:
         """What happened to a task, the oldest first."""
@@ -384,6 +443,14 @@ class Records:
         with self._engine.connect() as connection:
             rows = connection.execute(mine)
             return [Event(row.time, BundleTaskState(row.state), row.message) for row in rows]
+
+    @contextmanager
+    def _owned(self, bundle_id: str) -> Iterator[sa.Connection]:
+        """A transaction of whoever may write the task; an agent ends as `Fence.claim` if it may not."""
+        with self._engine.begin() as connection:
+            if self._fence is not None:
+                self._fence.claim(connection, bundle_id)
+            yield connection
 
     def _read(self, query: sa.Select[tuple[object, ...]], **parameters: object) -> list[BundleTask]:
         with self._engine.connect() as connection:
@@ -395,9 +462,6 @@ class Records:
         with self._engine.connect() as connection:
             rows = connection.execute(query).all()
         return [(row.bundle_id, _FROZEN.validate_python(row.frozen)) for row in rows]
-
-    def _is(self, bundle_id: str, state: BundleTaskState) -> bool:
-        return self.state(bundle_id) is state
 
     def _move(
         self,
@@ -415,19 +479,26 @@ class Records:
             values["look_after_until"] = sa.case((borrowed, until), else_=bundle_task.c.look_after_until)
         with self._engine.begin() as connection:
             from_there = sa.and_(bundle_task.c.state.in_([*sources]), *conditions)
-            moved = _updated(connection, bundle_id, from_there, state=state, **values)
+            moved = self._updated(connection, bundle_id, from_there, state=state, **values)
             if moved:
                 connection.execute(bundle_task_event.insert(), _event(bundle_id, state))
         return moved
 
     def _update(self, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
         with self._engine.begin() as connection:
-            return _updated(connection, bundle_id, condition, **values)
+            return self._updated(connection, bundle_id, condition, **values)
 
-
-def _updated(connection: sa.Connection, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
-    statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition)
-    return connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1
+    def _updated(
+        self, connection: sa.Connection, bundle_id: str, condition: sa.ColumnElement[bool], **values: object
+    ) -> bool:
+        """Change a task for which the condition holds, and say whether it did; an agent only while it may."""
+        permits = sa.true() if self._fence is None else self._fence.permits(bundle_id)
+        statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition, permits)
+        if connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1:
+            return True
+        if self._fence is not None:
+            self._fence.claim(connection, bundle_id)  # the condition did not hold, or the right is lost
+        return False
 
 
 def _is_looked_after(instance_id: str) -> sa.Update:
@@ -442,4 +513,4 @@ def _event(bundle_id: str, state: BundleTaskState, message: str | None = None) -
 
 def _task(row: sa.Row[tuple[object, ...]]) -> BundleTask:
     values: dict[str, Any] = dict(zip(_NAMES, row, strict=True))
-    return BundleTask(**{**values, "state": BundleTaskState(values["state"])})
+    return BundleTask(**{**values, "state": BundleTaskState(values["state"]), "next_step": Step(values["next_step"])})

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from thrave.tasks.states import BundleTaskState
+from thrave.tasks.steps import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class BundleTask:
     instance_id: str
     host: str
     state: BundleTaskState
+    next_step: Step
+    """What its host does next; a step that undoes once it fails or is cancelled."""
     progress: int | None
     """Percent within `bundling`, and again within `storing`; None before."""
     start_time: datetime
@@ -53,13 +56,14 @@ class BundleTask:
     look_after_until: datetime | None
     """Until when the guest may still power off for this task though it has ended; None if it will not."""
     error_code: str | None
+    """Why it fails, or has failed: recorded before anything is undone, so also of a task that has not ended."""
     error_message: str | None
     notice: str | None
     """What its owner should know although the task went on."""
     volume_size: int | None
     """Bytes of the root volume; None until it has been opened."""
     attempts: int
-    """How often a host took it up: once, and again after each crash."""
+    """How often a host took it up: once, and again after each crash. The number of its last run."""
 
 
 class Event(NamedTuple):

@@ -30,8 +30,8 @@ _BUNDLEABLE = frozenset({InstanceState.RUNNING, InstanceState.STOPPED})
 
 FILTERS: FilterTable[BundleTask] = {
     "bundle-id": lambda task: [task.bundle_id],
-    "error-code": lambda task: [task.error_code],
-    "error-message": lambda task: [task.error_message],
+    "error-code": lambda task: [task.error_code if _has_failed(task) else None],
+    "error-message": lambda task: [task.error_message if _has_failed(task) else None],
     "instance-id": lambda task: [task.instance_id],
     "progress": lambda task: [_progress(task)],
     "s3-aws-access-key-id": lambda task: [task.access_key_id],  # in AWS's documentation of 2010-08-31
@@ -205,7 +205,7 @@ def _create(door: Door, request: BundleRequest) -> Result:
 
 def _shown(task: BundleTask) -> Result:
     """Give a task as its owner may see it: of the storage only bucket and prefix, as AWS echoes it."""
-    failed = task.state is BundleTaskState.FAILED
+    error = {"Code": task.error_code, "Message": task.error_message} if _has_failed(task) else None
     return {
         "InstanceId": task.instance_id,
         "BundleId": task.bundle_id,
@@ -214,8 +214,13 @@ def _shown(task: BundleTask) -> Result:
         "UpdateTime": task.update_time,
         "Storage": {"S3": {"Bucket": task.bucket, "Prefix": task.prefix}},
         "Progress": _progress(task),
-        "BundleTaskError": {"Code": task.error_code, "Message": task.error_message} if failed else None,
+        "BundleTaskError": error,
     }
+
+
+def _has_failed(task: BundleTask) -> bool:
+    """Whether its error is shown: it is recorded before the task is undone, and shown when that is done."""
+    return task.state is BundleTaskState.FAILED
 
 
 def _progress(task: BundleTask) -> str | None:

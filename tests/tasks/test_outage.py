@@ -1,9 +1,9 @@
-"""A step of a task while the database is unavailable."""
+"""What goes on while the database is unavailable."""
 
 import pytest
 import sqlalchemy as sa
 
-from thrave.tasks import engine
+from thrave.tasks import outage
 from thrave.tasks.failures import TaskFailure
 
 FULL = sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
@@ -32,7 +32,7 @@ class Power:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(engine, "_DATABASE_PAUSES", (0.0,))
+    monkeypatch.setattr(outage, "PAUSES", (0.0,))
 
 
 def fail_times(number, result):
@@ -51,7 +51,8 @@ def fail_times(number, result):
 def test_step_is_not_repeated_once_the_instance_was_started():
     power = Power(ends_step=True, unavailable=3)
     work, calls = fail_times(1, "read to its end")
-    assert engine._outcome(work, power) == {"code": "Server.NoProgress", "message": "the instance was started"}
+    with pytest.raises(TaskFailure, match="the instance was started"):
+        outage.through_outages(work, power)
     assert len(calls) == 1
     assert power.acts == 4, "a guest may power off later: it is looked at again each time"
 
@@ -59,7 +60,7 @@ def test_step_is_not_repeated_once_the_instance_was_started():
 def test_step_is_repeated_if_nothing_had_to_be_started():
     power = Power(ends_step=False)
     work, calls = fail_times(3, "done")
-    assert engine._outcome(work, power) == {"result": "done"}
+    assert outage.through_outages(work, power) == "done"
     assert (len(calls), power.acts) == (4, 3)
 
 
@@ -67,7 +68,7 @@ def test_nothing_is_done_before_the_timeout():
     power = Power(ends_step=True)
     power.timeout = float("inf")
     work, _ = fail_times(3, "done")
-    assert engine._outcome(work, power) == {"result": "done"}
+    assert outage.through_outages(work, power) == "done"
     assert power.acts == 0
 
 
@@ -76,5 +77,6 @@ def test_another_error_ends_the_step():
         raise TaskFailure("Server.VolumeError", "broken")
 
     power = Power(ends_step=True)
-    assert engine._outcome(work, power) == {"code": "Server.VolumeError", "message": "broken"}
+    with pytest.raises(TaskFailure, match="broken"):
+        outage.through_outages(work, power)
     assert power.acts == 0

@@ -1,0 +1,220 @@
+"""What a task ends with does not depend on when the database, the process or its right to write is lost.
+
+A task runs in this process. The statement at which something happens is counted, so that each one has its turn.
+"""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import sqlalchemy as sa
+
+from support.in_process import HOST, OneHost
+from thrave.compute.instance import InstanceState
+from thrave.database import bundle_task, host
+from thrave.tasks import outage
+from thrave.tasks.fence import Fence, RightLostError
+from thrave.tasks.steps import FORWARD, UNDO, Step
+
+FULL = sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
+STATEMENT, TRANSACTION = "before_cursor_execute", "begin"
+EVERY = 3  # statements; the kinds of them come again and again
+
+
+class KilledError(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    here = OneHost(tmp_path_factory.mktemp("one-host"))
+    yield here
+    here.close()
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(outage, "PAUSES", (0.0,))
+
+
+class LosesAPart:
+    """A bucket that has lost a part when it is proved."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def on_behalf_of(self, _access_key_id):
+        return self
+
+    def head(self, bucket, key):
+        return None if ".part." in key else self.inner.head(bucket, key)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+@contextmanager
+def at(engine, event, number, happens):
+    """Have something happen at the statement or transaction of that number, of this thread; counts them in a list."""
+    seen, here = [], threading.current_thread()
+
+    def before(*_):
+        if threading.current_thread() is here:
+            seen.append(None)
+            if len(seen) == number:
+                happens()
+
+    sa.event.listen(engine, event, before)
+    try:
+        yield seen
+    finally:
+        sa.event.remove(engine, event, before)
+
+
+def fail():
+    raise FULL
+
+
+def kill():
+    raise KilledError
+
+
+def ends(here, bundle_id, number, happens, event=STATEMENT, **changes):
+    """Run a task, and have something happen at a statement; run it again for as long as it is unfinished."""
+    with at(here.ground.database, event, number, happens) as seen:
+        for _ in range(3):
+            try:
+                task = here.run(bundle_id, **changes)
+            except KilledError:
+                continue
+            if task.state in {"complete", "failed"}:
+                break
+    return here.get(bundle_id), len(seen)
+
+
+def number_of(here, event=STATEMENT, **changes):
+    return ends(here, here.task(), 0, fail, event, **changes)[1]
+
+
+@pytest.mark.parametrize("happens", [fail, kill])
+def test_task_completes_whatever_statement_fails(here, happens):
+    for number in range(1, number_of(here) + 1, EVERY):
+        bundle_id = here.task()
+        task, _ = ends(here, bundle_id, number, happens)
+        assert (number, task.state, task.error_code) == (number, "complete", None)
+        assert here.opens(bundle_id)
+        assert here.instances.state(task.instance_id) is InstanceState.RUNNING
+
+
+@pytest.mark.parametrize("happens", [fail, kill])
+def test_failed_task_keeps_its_reason_whatever_statement_fails(here, happens):
+    lossy = {"buckets": LosesAPart(here.buckets)}
+    for number in range(1, number_of(here, **lossy) + 1, EVERY):
+        bundle_id = here.task()
+        task, _ = ends(here, bundle_id, number, happens, **lossy)
+        assert (number, task.state, task.error_code) == (number, "failed", "Server.S3Error")
+        assert here.objects(bundle_id) == []
+        assert here.instances.state(task.instance_id) is InstanceState.RUNNING
+
+
+def test_reason_is_recorded_before_anything_is_undone(here):
+    """The first statement after the failure decides; what is done then, and by whom, changes no reason."""
+    bundle_id = here.task()
+    decided = []
+
+    class Watches(LosesAPart):
+        def delete(self, bucket, keys):
+            decided.append((here.get(bundle_id).next_step, here.get(bundle_id).error_code))
+            self.inner.delete(bucket, keys)
+
+    here.run(bundle_id, buckets=Watches(here.buckets))
+    assert decided[0] == (Step.UNDO_REMOVE, "Server.S3Error")
+
+
+def test_cancellation_at_any_moment_ends_well(here):
+    """Cancelled, everything is undone; refused, since the manifest may have been sent, the bundle is complete."""
+    for number in range(1, number_of(here, TRANSACTION) + 1, EVERY):
+        bundle_id = here.task()
+        cancelled = []
+
+        def happens(bundle_id=bundle_id, cancelled=cancelled):
+            cancelled.append(here.records.cancel(bundle_id))
+
+        task, _ = ends(here, bundle_id, number, happens, TRANSACTION)
+        code = "Client.Cancelled" if cancelled == [True] else None
+        assert (number, task.error_code) == (number, code)
+        assert (here.objects(bundle_id) == []) == bool(code)
+        assert code or here.opens(bundle_id)
+        assert here.instances.state(task.instance_id) is InstanceState.RUNNING
+
+
+def test_run_that_was_replaced_changes_nothing(here):
+    """Another run begins at any moment: the earlier one writes nothing from then on, and ends."""
+    for number in range(3, number_of(here, TRANSACTION), EVERY):
+        bundle_id = here.task()
+        rows = []
+
+        def another_begins(bundle_id=bundle_id, rows=rows):
+            here.records.take_up(bundle_id)
+            rows.append(here.get(bundle_id))
+
+        with at(here.ground.database, TRANSACTION, number, another_begins):
+            here.run(bundle_id)
+        assert rows[0].attempts == 2 or rows[0].state == "complete"
+        assert replace(here.get(bundle_id), look_after_until=None) == replace(rows[0], look_after_until=None)
+
+
+def test_second_run_in_one_process_does_nothing(here):
+    bundle_id = here.task()
+    at_once = []
+
+    class AsksTwice(LosesAPart):
+        def head(self, bucket, key):
+            if not at_once:
+                at_once.append(None)
+                here.run(bundle_id)
+                at_once.append(here.get(bundle_id).attempts)
+            return self.inner.head(bucket, key)
+
+    assert here.run(bundle_id, buckets=AsksTwice(here.buckets)).state == "complete"
+    assert at_once == [None, 1]
+
+
+def test_host_without_its_lease_writes_nothing(here, monkeypatch):
+    def end(_fence):
+        raise KilledError
+
+    monkeypatch.setattr(Fence, "end", end)
+    bundle_id = here.task()
+    before = here.get(bundle_id)
+    with pytest.raises(KilledError):
+        here.run(bundle_id, fence=Fence(HOST, "another lease"))
+    assert here.get(bundle_id) == before
+
+
+def test_task_of_another_host_is_not_written(here):
+    bundle_id = here.task()
+    with here.ground.database.begin() as connection:
+        row = {**connection.execute(sa.select(host)).mappings().one(), "host": "elsewhere"}
+        connection.execute(host.insert(), row)
+        connection.execute(bundle_task.update().where(bundle_task.c.bundle_id == bundle_id).values(host="elsewhere"))
+    before = here.get(bundle_id)
+    with pytest.raises(RightLostError):
+        here.ground.records(here.fence).notice(bundle_id, "from a host that has lost it")
+    assert here.get(bundle_id) == before
+
+
+def test_instance_that_does_not_start_costs_no_bundle(here):
+    """Every part is stored when the instance is started: the task completes, and tells its owner."""
+    bundle_id = here.task(stop_command=("true",), start_command=("false",))
+    task = here.run(bundle_id)
+    assert task.state == "complete"
+    assert "not started yet" in task.notice
+    assert task.look_after_until is not None
+    assert here.opens(bundle_id)
+
+
+def test_every_step_leads_to_an_end():
+    assert not FORWARD.keys() & UNDO.keys()
+    assert FORWARD.keys() | UNDO.keys() == set(Step)
