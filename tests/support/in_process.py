@@ -70,7 +70,6 @@ class OneHost:
     def run(self, bundle_id, fence=None, **changes):
         """Do what a workflow of the task does."""
         bundle(self.host(fence or self.fence, **changes), bundle_id)
-        return self.get(bundle_id)
 
     def host(self, fence, **changes):
         settings, records = self.ground.settings, self.ground.records(fence)

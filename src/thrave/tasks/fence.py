@@ -58,6 +58,15 @@ class Fence:
         if connection.execute(mine.values(attempts=bundle_task.c.attempts)).rowcount != 1:
             self.refused(connection, bundle_id)
 
+    def claim_host(self, connection: sa.Connection) -> None:
+        """Lock the host's row until the connection's transaction ends; the task's, of a run. Raises as `refused`."""
+        if self.run is not None:
+            self.claim(connection, self.run[0])
+            return
+        mine = host.update().where(self.holds).values(lease=self.lease)
+        if connection.execute(mine).rowcount != 1:
+            self.end()
+
     def refused(self, connection: sa.Connection, bundle_id: str) -> Never:
         """End the process if the lease is lost. Raises RightLostError if only the task is another's."""
         if connection.execute(sa.select(host.c.host).where(self.holds)).first() is None:

@@ -255,7 +255,7 @@ class Records:
         Returns:
             False if its owner has asked for something since it was looked at: look again.
         """
-        with self._engine.begin() as connection:
+        with self._owned(bundle_id) as connection:
             new = sa.and_(bundle_task.c.bundle_id == bundle_id, bundle_task.c.was_running.is_(None))
             if connection.execute(bundle_task.update().where(new).values(was_running=running)).rowcount != 1:
                 return True
@@ -281,7 +281,7 @@ class Records:
             bundle_id: The task.
             seen_off: The instance, if it was seen off: as `note_seen_off`.
         """
-        with self._engine.begin() as connection:
+        with self._owned(bundle_id) as connection:
             if seen_off is not None:
                 connection.execute(_is_looked_after(seen_off).values(look_after_until=None))
             power_records.give_back(connection, bundle_id)
@@ -294,13 +294,13 @@ class Records:
 
     def leave_alone(self, instance_id: str) -> None:
         """Have nobody look after an instance any more, whatever task has had it: its owner wants it off."""
-        with self._engine.begin() as connection:
+        with self._of_host() as connection:
             connection.execute(_is_looked_after(instance_id).values(look_after_until=None))
             power_records.want_off(connection, instance_id)
 
     def note_seen_off(self, instance_id: str) -> None:
         """Record that an instance was seen off: it hears no earlier request to power off any more."""
-        with self._engine.begin() as connection:
+        with self._of_host() as connection:
             connection.execute(_is_looked_after(instance_id).values(look_after_until=None))
             power_records.note_seen_off(connection, instance_id)
 
@@ -450,6 +450,14 @@ class Records:
         with self._engine.begin() as connection:
             if self._fence is not None:
                 self._fence.claim(connection, bundle_id)
+            yield connection
+
+    @contextmanager
+    def _of_host(self) -> Iterator[sa.Connection]:
+        """A transaction on what concerns several tasks; an agent ends, and a run that was replaced writes nothing."""
+        with self._engine.begin() as connection:
+            if self._fence is not None:
+                self._fence.claim_host(connection)
             yield connection
 
     def _read(self, query: sa.Select[tuple[object, ...]], **parameters: object) -> list[BundleTask]:
