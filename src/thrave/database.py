@@ -571,7 +571,10 @@ def is_unavailable(error: BaseException) -> bool:
     if error.connection_invalidated:
         return True
     if isinstance(error.orig, sqlite3.Error):  # its classes do not tell a wrong statement from a full disk
-        return getattr(error.orig, "sqlite_errorname", "").startswith(_SQLITE_UNAVAILABLE)
+        name = getattr(error.orig, "sqlite_errorname", None)
+        return (
+            isinstance(error.orig, sqlite3.OperationalError) if name is None else name.startswith(_SQLITE_UNAVAILABLE)
+        )
     state = getattr(error.orig, "sqlstate", None) or ""
     # psycopg gives OperationalError for most of them; a server that has become a standby is another matter to it.
     return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) or state.startswith(_STATES_UNAVAILABLE)

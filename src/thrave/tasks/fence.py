@@ -53,9 +53,14 @@ class Fence:
 
     def claim(self, connection: sa.Connection, bundle_id: str) -> None:
         """Lock a task's row until the connection's transaction ends. Raises as `refused`."""
-        mine = bundle_task.update().where(self.permits(bundle_id))
-        # A write without effect: it locks the row on PostgreSQL, and the database on SQLite, before anything else.
-        if connection.execute(mine.values(attempts=bundle_task.c.attempts)).rowcount != 1:
+        permits = self.permits(bundle_id)
+        if connection.dialect.name == "postgresql":
+            rows = sa.select(bundle_task.c.bundle_id).where(permits).with_for_update(of=bundle_task)
+            is_mine = connection.execute(rows).first() is not None
+        else:  # SQLite has no locks of rows: a write without effect locks the database
+            unchanged = bundle_task.update().where(permits).values(attempts=bundle_task.c.attempts)
+            is_mine = connection.execute(unchanged).rowcount == 1
+        if not is_mine:
             self.refused(connection, bundle_id)
 
     def claim_host(self, connection: sa.Connection) -> None:

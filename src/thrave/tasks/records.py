@@ -288,9 +288,7 @@ class Records:
 
     def look_after(self, bundle_id: str, until: datetime | None) -> None:
         """Have the task's instance looked after until then; or no longer. To others the task does not change."""
-        with self._owned(bundle_id) as connection:
-            mine = bundle_task.c.bundle_id == bundle_id
-            connection.execute(bundle_task.update().where(mine).values(look_after_until=until))
+        self._set(bundle_id, look_after_until=until)
 
     def leave_alone(self, instance_id: str) -> None:
         """Have nobody look after an instance any more, whatever task has had it: its owner wants it off."""
@@ -324,9 +322,7 @@ class Records:
     def note_frozen(self, bundle_id: str, frozen: Frozen | None) -> None:
         """Record what the task freezes of its instance, before it does; or that it has been merged."""
         document = None if frozen is None else _FROZEN.dump_python(frozen, mode="json", by_alias=True)
-        with self._owned(bundle_id) as connection:
-            mine = bundle_task.c.bundle_id == bundle_id
-            connection.execute(bundle_task.update().where(mine).values(frozen=document))
+        self._set(bundle_id, frozen=document)
 
     def frozen(self, bundle_id: str) -> Frozen | None:
         """What the task has frozen and not merged yet."""
@@ -348,9 +344,7 @@ class Records:
 
     def settle_bucket(self, bundle_id: str) -> None:
         """Record that nothing is to be done about the bucket any more that the task's request created."""
-        with self._owned(bundle_id) as connection:
-            mine = bundle_task.c.bundle_id == bundle_id
-            connection.execute(bundle_task.update().where(mine).values(made_bucket=None))
+        self._set(bundle_id, made_bucket=None)
 
     def left_over(self, on_host: str | None = None, *, ended_after: datetime | None = None) -> list[BundleTask]:
         """The failed tasks that still have objects in a bucket (`journal(…).objects()`).
@@ -491,6 +485,14 @@ class Records:
             if moved:
                 connection.execute(bundle_task_event.insert(), _event(bundle_id, state))
         return moved
+
+    def _set(self, bundle_id: str, **values: object) -> None:
+        """Change what is no part of a task as others see it; an agent only while it may."""
+        with self._engine.begin() as connection:
+            permits = bundle_task.c.bundle_id == bundle_id if self._fence is None else self._fence.permits(bundle_id)
+            changed = connection.execute(bundle_task.update().where(permits).values(**values)).rowcount
+            if changed != 1 and self._fence is not None:
+                self._fence.refused(connection, bundle_id)
 
     def _update(self, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
         with self._engine.begin() as connection:
