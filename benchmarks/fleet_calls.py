@@ -50,7 +50,7 @@ class Calls:
         ground = self.rooms.ground
         long_ago = utc_now() - timedelta(days=400)
         yield "thrave host list", ground.hosts.list
-        yield "retention", lambda: ground.records().purge(long_ago, most=AT_ONCE)
+        yield "retention", lambda: ground.records().purge(timedelta(days=400), most=AT_ONCE)
         yield "retention in the engine", lambda: ground.queues.forget(long_ago)
         yield "Describe all of a busy account", lambda: self.rooms.tasks.describe(self.busy)
         yield "left-overs' first look", lambda: ground.records().left_over(host_name(0))

@@ -2,13 +2,24 @@
 
 import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+import thrave.database
 from thrave.database import account, is_unavailable, migrate, open_engine, utc_now
 from thrave.identity.accounts import Accounts
 from thrave.vault import Vault
+
+# They show a time, or compare times that one machine has set. `database.now` is for what several machines compare.
+WITH_THIS_MACHINES_CLOCK = {"database.py", "doctor", "ec2", "identity", "leftovers.py"}
+
+
+def test_times_that_machines_compare_are_not_set_by_their_own_clocks():
+    root = Path(thrave.database.__file__).parent
+    users = {path.relative_to(root) for path in root.rglob("*.py") if "utc_now" in path.read_text()}
+    assert {path for path in users if not {path.parts[0], path.name} & WITH_THIS_MACHINES_CLOCK} == set()
 
 
 @pytest.fixture

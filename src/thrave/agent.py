@@ -10,7 +10,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
-import sqlalchemy as sa
 import structlog
 
 from thrave import files
@@ -18,6 +17,7 @@ from thrave.compute.fleet import InstanceReports
 from thrave.compute.power import PowerRequests
 from thrave.compute.power_records import PowerRecords
 from thrave.concurrency import repeat, supervised
+from thrave.database import is_unavailable
 from thrave.ground import Ground
 from thrave.tasks import caretaker, leftovers, retention
 from thrave.tasks.bundling import Host, bundle
@@ -171,7 +171,7 @@ class Agent:
 
 
 def _report(job: str, error: BaseException) -> None:
-    if isinstance(error, sa.exc.DBAPIError):  # the database may be back next time
-        log.warning("the database does not answer", reason=str(error.orig))
+    if is_unavailable(error):  # the database may be back next time
+        log.warning("the database does not answer", reason=str(getattr(error, "orig", error)))
     else:
         log.error("an agent's errand failed", job=job, exc_info=error)

@@ -161,8 +161,8 @@ bundle_task = sa.Table(
     # What its host does next (tasks/steps.py). From the transaction that sets error_code on, a step that undoes.
     sa.Column("next_step", sa.String(16), nullable=False, server_default="stop"),
     sa.Column("progress", sa.Integer),  # percent within bundling or storing
-    sa.Column("start_time", UtcDateTime, nullable=False),
-    sa.Column("update_time", UtcDateTime, nullable=False),
+    sa.Column("start_time", UtcDateTime, nullable=False, default=now()),
+    sa.Column("update_time", UtcDateTime, nullable=False, default=now()),
     sa.Column("bucket", sa.String(255), nullable=False),
     sa.Column("prefix", sa.String(1024), nullable=False),
     sa.Column("access_key_id", sa.String(32), nullable=False),
@@ -244,7 +244,7 @@ bundle_task_event = sa.Table(
     "bundle_task_event", metadata,
     sa.Column("event_id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
     sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), nullable=False, index=True),
-    sa.Column("time", UtcDateTime, nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False, default=now()),
     sa.Column("state", sa.String(24), nullable=False),  # the state that the task had then
     sa.Column("message", sa.Text),  # null: it came into that state; else what happened in it
 )  # fmt: skip

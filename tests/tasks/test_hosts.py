@@ -40,6 +40,15 @@ def change(ground):
     return change
 
 
+def add_task(ground, bundle_id, host="host-a"):
+    request = BundleRequest(
+        account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{bundle_id}", bucket="bucket", prefix=bundle_id,
+        access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
+    )  # fmt: skip
+    with ground.database.begin() as connection:
+        ground.records().add(connection, bundle_id, host, request)
+
+
 def find(hosts, name):
     return next(one for one in hosts.list() if one.host == name)
 
@@ -75,6 +84,28 @@ def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
     hosts.drain("host-a")
     assert not hosts.drained(earlier)
     assert find(hosts, "host-a").state is HostState.DRAINING
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours):
+    ground = open_ground(Settings(data=tmp_path / "data", database_url=postgres.new_database()))
+    records = ground.records()
+    add_task(ground, "bun-1")
+    wrong = utc_now() + timedelta(hours=hours)
+    monkeypatch.setattr(thrave.database, "utc_now", lambda: wrong)
+    add_task(ground, "bun-2")
+    records.take_up("bun-1")
+    records.look_after("bun-1", timedelta(minutes=1))
+    assert records.cancel("bun-1")
+    assert [task.bundle_id for task in records.of_account("1" * 12, kept=timedelta(minutes=30))] == ["bun-1", "bun-2"]
+    first, second = records.of_account("1" * 12, kept=timedelta(minutes=30))
+    times = [second.start_time, first.update_time, first.look_after_until, *(e.time for e in records.history("bun-1"))]
+    for time in times:
+        assert abs(time - records.now()) < timedelta(minutes=30)
+    assert records.purge(timedelta(minutes=30), most=10) == 0
+    ground.queues.close()
+    ground.database.dispose()
 
 
 @pytest.mark.postgres
@@ -128,12 +159,7 @@ def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):
 
 
 def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
-    request = BundleRequest(
-        account_id="1" * 12, owner_id="1" * 12, instance_id="i-1", bucket="bucket", prefix="p", access_key_id="AKIA",
-        upload_policy="policy", upload_policy_signature="signature",
-    )  # fmt: skip
-    with ground.database.begin() as connection:
-        ground.records().add(connection, "bun-1", "host-a", request)
+    add_task(ground, "bun-1")
     assert hosts.adopt("host-a", by="host-b", powered_off=True) == ["bun-1"]
     assert find(hosts, "host-a").adopted_by == "host-b"
     assert hosts.adopt("host-b", by="host-a", powered_off=True) == ["bun-1"]
@@ -142,13 +168,8 @@ def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
 
 
 def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts, change):
-    for number in (1, 2):
-        request = BundleRequest(
-            account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{number}", bucket="bucket", prefix=f"{number}",
-            access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
-        )  # fmt: skip
-        with ground.database.begin() as connection:
-            ground.records().add(connection, f"bun-{number}", "host-a", request)
+    add_task(ground, "bun-1")
+    add_task(ground, "bun-2")
     ground.records().take_up("bun-1")
     hosts.drain("host-a")
     assert hosts.begun("host-a") == ["bun-1"]

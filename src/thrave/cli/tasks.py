@@ -75,7 +75,6 @@ def list_(
       thrave task list --unfinished --host kvm-17 --output json
     """
     from thrave.cli.task_words import task_document, task_table
-    from thrave.database import utc_now
     from thrave.tasks.overview import Wanted
 
     wanted = Wanted(
@@ -85,10 +84,10 @@ def list_(
         host=host,
         since=since,
     )
-    with _overview(settings) as (overview, _):
-        found = overview.latest(wanted, limit=limit + 1)
+    with _overview(settings) as (overview, records):
+        found, now = overview.latest(wanted, limit=limit + 1), records.now()
     shown, more = found[-limit:], len(found) > limit
-    emit(output, {"tasks": [task_document(seen) for seen in shown], "more": more}, task_table(shown, utc_now()))
+    emit(output, {"tasks": [task_document(seen) for seen in shown], "more": more}, task_table(shown, now))
     if more:
         click.echo(f"There are older ones: these are the newest {limit}; see --limit.", err=True)
 
@@ -110,11 +109,10 @@ def show(settings: Settings, bundle_id: str, output: str) -> None:
     Exit codes: 0 it is shown, however it ended, 3 there is no such task.
     """
     from thrave.cli.task_words import TaskStory, story_document, story_text
-    from thrave.database import utc_now
 
     with _overview(settings) as (overview, records):
         (seen,) = overview.of([bundle_id])
-        story = TaskStory(seen, records.history(bundle_id), utc_now())
+        story = TaskStory(seen, records.history(bundle_id), records.now())
     emit(output, story_document(story), story_text(story))
 
 
@@ -136,14 +134,13 @@ def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
     """
     from thrave.cli.task_watch import watch as watch_tasks
     from thrave.cli.task_words import task_document, task_table
-    from thrave.database import utc_now
 
-    with _overview(settings) as (overview, _):
+    with _overview(settings) as (overview, records):
         watched = bundle_ids or _unfinished(overview)
         if not watched:
             click.echo("There are no unfinished tasks to watch.", err=True)
-        ended = watch_tasks(overview, watched)
-    emit(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, utc_now()))
+        ended, now = watch_tasks(overview, watched), records.now()
+    emit(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, now))
     sys.exit(_worst(ended))
 
 

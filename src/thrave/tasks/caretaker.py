@@ -18,7 +18,6 @@ from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.power import switching
 from thrave.concurrency import Background, supervised
-from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.records import RECOVER_FOR, Records
@@ -123,14 +122,14 @@ class Caretaker:
         return off or late or state in GONE
 
     def _is_late(self, task: BundleTask) -> bool:
-        return task.look_after_until is not None and task.look_after_until < utc_now()
+        return task.look_after_until is not None and task.look_after_until < self._records.now()
 
     def _extend(self, task: BundleTask) -> bool:
         """Have an instance that does not start tried for longer, once: nobody may have looked after it until now."""
         if task.bundle_id in self._extended:
             return False
         self._extended.add(task.bundle_id)
-        self._records.look_after(task.bundle_id, utc_now() + RECOVER_FOR)
+        self._records.look_after(task.bundle_id, RECOVER_FOR)
         return True
 
     def _merge(self, task: BundleTask) -> None:

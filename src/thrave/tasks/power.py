@@ -20,7 +20,6 @@ from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Hold, Instances
 from thrave.compute.power import UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
-from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.freezing import CHECK_PATIENCE
@@ -58,7 +57,7 @@ class PowerSwitch:
         self._grace = grace
         self._when_late = when_late
         self._check = check
-        self._looked_after: datetime | None = task.look_after_until
+        self._looked_after: datetime | timedelta | None = task.look_after_until
         self._has_failed = False  # to start the instance
         # Kept here as well as in the record, so that power is put back while there is no database.
         self._was_running = task.was_running
@@ -110,7 +109,7 @@ class PowerSwitch:
         self._off(watch, ask=self._ask)
 
     def _look_after(self) -> None:
-        self._looked_after = utc_now() + timedelta(seconds=2 * self._grace)
+        self._looked_after = timedelta(seconds=2 * self._grace)
         self._records.look_after(self._task.bundle_id, self._looked_after)
 
     def _off(self, watch: Watch, ask: Callable[[str], None]) -> None:
@@ -173,7 +172,7 @@ class PowerSwitch:
             self._records.give_back(self._task.bundle_id)  # its description was removed: there is nothing to start
         except (InstanceError, OSError) as error:
             self._has_failed = True
-            self._records.look_after(self._task.bundle_id, utc_now() + RECOVER_FOR)
+            self._records.look_after(self._task.bundle_id, RECOVER_FOR)
             if isinstance(error, HypervisorGoneError | InstanceHeld | OSError):
                 raise
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error

@@ -23,8 +23,8 @@ from thrave.database import (
     bundle_task_event,
     instance,
     instance_power,
+    now,
     task_in_progress,
-    utc_now,
 )
 from thrave.tasks.failures import Cancelled, TaskFailure, without_folders
 from thrave.tasks.fence import Fence, hostless
@@ -47,10 +47,11 @@ _NAMES = [column.name for column in _SHOWN]
 _BY_ID = sa.select(*_SHOWN).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
 _TASKS = sa.select(*_SHOWN).order_by(bundle_task.c.start_time, bundle_task.c.bundle_id)
 _NEWEST = sa.select(*_SHOWN).order_by(bundle_task.c.start_time.desc(), bundle_task.c.bundle_id.desc())
+_WITH_AGE = sa.select(*_SHOWN, now().label("now")).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
 _IN_PROGRESS = _TASKS.where(bundle_task.c.instance_id == sa.bindparam("instance_id"), task_in_progress)
 _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
-    sa.or_(task_in_progress, bundle_task.c.update_time > sa.bindparam("ended_after")),
+    sa.or_(task_in_progress, bundle_task.c.update_time > now(-sa.bindparam("kept", type_=sa.Float))),
 )
 _OF_PLACE = _TASKS.where(
     bundle_task.c.bucket == sa.bindparam("bucket"), bundle_task.c.prefix == sa.bindparam("prefix"), task_in_progress
@@ -103,12 +104,11 @@ class Records:
         Raises:
             sqlalchemy.exc.IntegrityError: The instance, or the bucket and prefix, have one in progress.
         """
-        now = utc_now()
         grant = json.dumps([request.upload_policy, request.upload_policy_signature]).encode()
         row = {
             "bundle_id": bundle_id, "account_id": request.account_id, "owner_id": request.owner_id,
             "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
-            "start_time": now, "update_time": now, "bucket": request.bucket, "prefix": request.prefix,
+            "bucket": request.bucket, "prefix": request.prefix,
             "access_key_id": request.access_key_id, "made_bucket": request.made_bucket or None,
             "sealed_grant": self._vault.seal(grant, context=bundle_id),
         }  # fmt: skip
@@ -118,6 +118,17 @@ class Records:
     def get(self, bundle_id: str) -> BundleTask | None:
         """The task, or None if there is none of that id."""
         return next(iter(self._read(_BY_ID, bundle_id=bundle_id)), None)
+
+    def get_with_age(self, bundle_id: str) -> tuple[BundleTask, timedelta] | None:
+        """The task and the time since it has changed, by the database's clock; None if there is none of that id."""
+        with self._engine.connect() as connection:
+            row: Any = connection.execute(_WITH_AGE, {"bundle_id": bundle_id}).first()
+        return None if row is None else (_task(row[:-1]), row.now - row.update_time)
+
+    def now(self) -> datetime:
+        """The time of the database's clock: all times of tasks are set by it."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(now())).scalar_one()
 
     def state(self, bundle_id: str) -> BundleTaskState | None:
         """The state of a task, or None if there is none of that id."""
@@ -147,9 +158,9 @@ class Records:
         """The unfinished task, of any account, whose bundle goes to a bucket and prefix."""
         return next(iter(self._read(_OF_PLACE, bucket=bucket, prefix=prefix)), None)
 
-    def of_account(self, account_id: str, *, ended_after: datetime) -> list[BundleTask]:
-        """An account's tasks, the oldest first, but not those that ended earlier than that."""
-        return self._read(_OF_ACCOUNT, account_id=account_id, ended_after=ended_after)
+    def of_account(self, account_id: str, *, kept: timedelta) -> list[BundleTask]:
+        """An account's tasks, the oldest first, but not those that ended longer than that ago."""
+        return self._read(_OF_ACCOUNT, account_id=account_id, kept=kept.total_seconds())
 
     def move(self, bundle_id: str, state: BundleTaskState) -> bool:
         """Move a task on to `state` if the table allows it from where it is; say whether it is there now.
@@ -286,9 +297,13 @@ class Records:
                 connection.execute(_is_looked_after(seen_off).values(look_after_until=None))
             power_records.give_back(connection, bundle_id)
 
-    def look_after(self, bundle_id: str, until: datetime | None) -> None:
-        """Have the task's instance looked after until then; or no longer. To others the task does not change."""
-        self._set(bundle_id, look_after_until=until)
+    def look_after(self, bundle_id: str, until: datetime | timedelta | None) -> None:
+        """Have the task's instance looked after until then, or for so long; or no longer (None).
+
+        To others the task does not change.
+        """
+        then = now(until.total_seconds()) if isinstance(until, timedelta) else until
+        self._set(bundle_id, look_after_until=then)
 
     def leave_alone(self, instance_id: str) -> None:
         """Have nobody look after an instance any more, whatever task has had it: its owner wants it off."""
@@ -365,8 +380,8 @@ class Records:
         """The complete tasks of a host, or of hosts that were given up, whose earlier bundles have not been removed."""
         return self.find(_REPLACES, sa.or_(bundle_task.c.host == on_host, hostless))
 
-    def purge(self, ended_before: datetime, *, most: int) -> int:
-        """Forget tasks that ended before then and left nothing to do, `most` of them at the most; say how many."""
+    def purge(self, kept: timedelta, *, most: int) -> int:
+        """Forget tasks that ended longer ago and left nothing to do, `most` of them at the most; say how many."""
         done = (
             bundle_task.c.look_after_until.is_(None),
             bundle_task.c.frozen.is_(None),
@@ -374,7 +389,7 @@ class Records:
             sa.not_(_REPLACES),
         )
         old = sa.select(bundle_task.c.bundle_id).where(
-            bundle_task.c.update_time < ended_before, sa.not_(task_in_progress), *done
+            bundle_task.c.update_time < now(-kept.total_seconds()), sa.not_(task_in_progress), *done
         )
         with self._engine.begin() as connection:
             ids = [*connection.execute(old.limit(most).with_for_update(skip_locked=True)).scalars()]
@@ -475,9 +490,7 @@ class Records:
     ) -> bool:
         if state in FINISHED:  # what the task has not put back is left to the caretaker, in the same transaction
             borrowed = sa.exists().where(instance_power.c.borrowed_by == bundle_id)
-            until = sa.func.coalesce(
-                bundle_task.c.look_after_until, sa.literal(utc_now() + RECOVER_FOR, bundle_task.c.look_after_until.type)
-            )
+            until = sa.func.coalesce(bundle_task.c.look_after_until, now(RECOVER_FOR.total_seconds()))
             values["look_after_until"] = sa.case((borrowed, until), else_=bundle_task.c.look_after_until)
         with self._engine.begin() as connection:
             from_there = sa.and_(bundle_task.c.state.in_([*sources]), *conditions)
@@ -504,7 +517,7 @@ class Records:
         """Change a task for which the condition holds, and say whether it did; an agent only while it may."""
         permits = sa.true() if self._fence is None else self._fence.permits(bundle_id)
         statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition, permits)
-        if connection.execute(statement.values(update_time=utc_now(), **values)).rowcount == 1:
+        if connection.execute(statement.values(update_time=now(), **values)).rowcount == 1:
             return True
         if self._fence is not None:
             self._fence.claim(connection, bundle_id)  # the condition did not hold, or the right is lost
@@ -518,7 +531,7 @@ def _is_looked_after(instance_id: str) -> sa.Update:
 
 
 def _event(bundle_id: str, state: BundleTaskState, message: str | None = None) -> dict[str, object]:
-    return {"bundle_id": bundle_id, "time": utc_now(), "state": state, "message": message}
+    return {"bundle_id": bundle_id, "state": state, "message": message}
 
 
 def _task(row: sa.Row[tuple[object, ...]]) -> BundleTask:

@@ -12,12 +12,13 @@ nothing here waits for it.
 """
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import sqlalchemy as sa
 
-from thrave.database import instance, utc_now
+from thrave.database import instance
 from thrave.tasks.crash_points import durable
 from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.records import Records
@@ -103,7 +104,8 @@ class BundleTasks:
         self._per_account = per_account
         self.made_buckets = MadeBuckets(engine, records)
         """The buckets that requests create."""
-        self._ended: dict[str, BundleTask] = {}  # seen by their owners; they never change again, so one look is enough
+        # Ended tasks that their owners have seen, and until when (monotonic) they are shown: they never change again.
+        self._ended: dict[str, tuple[BundleTask, float]] = {}
 
     def create(self, request: BundleRequest) -> BundleTask:
         """Record a task and have it run, both or neither.
@@ -177,7 +179,7 @@ class BundleTasks:
             BundleTaskNotFound: One of the ids is not a task of this account.
         """
         if not bundle_ids:
-            return self._records.of_account(account_id, ended_after=utc_now() - self._retention)
+            return self._records.of_account(account_id, kept=self._retention)
         tasks = [self._task(account_id, bundle_id) for bundle_id in dict.fromkeys(bundle_ids)]
         return sorted(tasks, key=lambda task: (task.start_time, task.bundle_id))
 
@@ -198,17 +200,22 @@ class BundleTasks:
 
     def _task(self, account_id: str, bundle_id: str) -> BundleTask:
         """The task, looked up by the quickest way there is: it is what every waiter asks, again and again."""
-        task = self._ended.get(bundle_id) or self._records.get(bundle_id)
-        if task is None or task.account_id != account_id or self._is_forgotten(task):
+        known = self._ended.get(bundle_id)
+        if known is None:
+            found = self._records.get_with_age(bundle_id)
+            if found is None:
+                raise BundleTaskNotFound(bundle_id)
+            task, age = found
+            known = task, time.monotonic() + (self._retention - age).total_seconds()
+        task, shown_until = known
+        has_ended = task.state in FINISHED
+        if task.account_id != account_id or (has_ended and time.monotonic() >= shown_until):
             raise BundleTaskNotFound(bundle_id)
-        if task.state in FINISHED:
-            self._keep(task)
+        if has_ended:
+            self._keep(task, shown_until)
         return task
 
-    def _keep(self, task: BundleTask) -> None:
+    def _keep(self, task: BundleTask, shown_until: float) -> None:
         if len(self._ended) >= ENDED_KEPT:
             self._ended.clear()
-        self._ended[task.bundle_id] = task
-
-    def _is_forgotten(self, task: BundleTask) -> bool:
-        return task.state in FINISHED and task.update_time <= utc_now() - self._retention
+        self._ended[task.bundle_id] = task, shown_until

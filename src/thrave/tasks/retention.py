@@ -7,7 +7,6 @@ themselves are their owners' and never touched.
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from thrave.database import utc_now
 from thrave.tasks.crash_points import durable
 from thrave.tasks.records import Records
 
@@ -26,12 +25,12 @@ class Retention:
 
     def look(self) -> None:
         """Forget what is old enough."""
-        before = utc_now() - self._keep
-        while self._purge(before):
+        while self._purge():
             pass
+        before = self._records.now() - self._keep
         while self._forget(before):
             pass
 
-    def _purge(self, before: datetime) -> int:
+    def _purge(self) -> int:
         with durable("task purged"):
-            return self._records.purge(before, most=AT_ONCE)
+            return self._records.purge(self._keep, most=AT_ONCE)
