@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 import thrave.database
-from thrave.database import account, is_unavailable, migrate, open_engine, utc_now
+from thrave.database import account, is_unavailable, migrate, open_engine, utc_now, with_timeouts
 from thrave.identity.accounts import Accounts
 from thrave.vault import Vault
 
@@ -112,3 +112,10 @@ def test_a_wrong_statement_is_a_fault_of_the_program(engine):
     assert not is_unavailable(failing(engine, "SELECT * FROM no_such_table"))
     assert not is_unavailable(failing(engine, "INSERT INTO account (name) VALUES (NULL)"))
     assert not is_unavailable(ValueError())
+
+
+def test_a_library_that_opens_the_database_itself_does_not_wait_for_a_dead_server():
+    url = sa.make_url(with_timeouts("postgresql://thrave:secret@db.example/thrave?connect_timeout=3"))
+    assert (url.password, url.query["connect_timeout"]) == ("secret", "3")
+    assert {"tcp_user_timeout", "keepalives_idle", "keepalives_interval", "keepalives_count"} <= url.query.keys()
+    assert with_timeouts("sqlite:////var/lib/thrave/thrave.db") == "sqlite:////var/lib/thrave/thrave.db"

@@ -120,7 +120,7 @@ class Agent:
 
     def wait(self) -> None:
         """Wait until the host has been drained."""
-        self._over.wait()
+        self._over.wait()  # no timeout: this is what the process is there for; signals end it
 
     def _heartbeat(self, fence: Fence) -> None:
         sent = self._lease.now()

@@ -348,22 +348,35 @@ def open_engine(
         _watch_file(engine, replaced)
         return engine
     waits = min(timeout, _CONNECT_TIMEOUT)
-    defaults = {
-        "connect_timeout": int(waits),
-        "tcp_user_timeout": int(waits * 1000),
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
-        "keepalives_count": 3,
-    }
     engine = sa.create_engine(
         driven,
         pool_pre_ping=True,
         pool_timeout=waits,
         hide_parameters=True,
-        connect_args={name: value for name, value in defaults.items() if name not in given.query},
+        connect_args={name: value for name, value in _timeouts(waits).items() if name not in given.query},
     )
     sa.event.listen(engine, "do_connect", partial(_connect_postgresql, timeout))
     return engine
+
+
+def with_timeouts(url: str) -> str:
+    """The same URL for a library that opens the database itself, so that it does not wait for a dead server."""
+    given = sa.make_url(url)
+    if given.get_backend_name() == "sqlite":
+        return url
+    added = {name: str(value) for name, value in _timeouts(_CONNECT_TIMEOUT).items() if name not in given.query}
+    return given.update_query_dict(added).render_as_string(hide_password=False)
+
+
+def _timeouts(seconds: float) -> dict[str, int]:
+    """What libpq waits for at the most: a new connection, and a server to which the network is cut."""
+    return {
+        "connect_timeout": int(seconds),
+        "tcp_user_timeout": int(seconds * 1000),
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+    }
 
 
 def open_in_memory() -> sa.Engine:

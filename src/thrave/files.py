@@ -124,6 +124,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Have a folder to ourselves among the processes that ask for the same; waits for the others."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        # No timeout: another process may be upgrading a large database there. Signals end the wait.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -188,7 +189,7 @@ def _written(folder: Path, data: bytes | memoryview) -> Iterator[Path]:
 def _new_file(folder: Path) -> tuple[int, Path]:
     while True:
         descriptor, name = tempfile.mkstemp(dir=folder, prefix=_NEW)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # no timeout: only `sweep` may have it, which does not wait for anything
         if os.fstat(descriptor).st_nlink:
             return descriptor, Path(name)
         os.close(descriptor)  # swept in the moment before it was locked

@@ -24,6 +24,8 @@ import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSConfig
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 
+from thrave.database import with_timeouts
+
 # Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow. Such a task is
 # run anew: every step can be taken up from the record.
 APPLICATION_VERSION = "bundle-4"
@@ -71,6 +73,7 @@ class Queues:
     def __init__(self, database_url: str) -> None:
         """Open the queues in the database at `database_url`, making the engine's own tables if they are not there."""
         _quieten()
+        database_url = with_timeouts(database_url)
         DBOS.migrate(database_url)
         self._client = DBOSClient(
             system_database_url=database_url, serializer=PortableJSON(), application_name="thrave", lazy=True
@@ -158,7 +161,7 @@ class Worker:
         _quieten()
         config: DBOSConfig = {
             "name": "thrave",
-            "system_database_url": self._database_url,
+            "system_database_url": with_timeouts(self._database_url),
             "application_version": APPLICATION_VERSION,
             "executor_id": self._host,
             "serializer": PortableJSON(),
