@@ -424,6 +424,30 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
     hangs.set()
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda instances, instance_id: instances.state(instance_id),
+        lambda instances, instance_id: instances.request_stop(instance_id),
+        lambda instances, instance_id: instances.force_stop(instance_id),
+        lambda instances, instance_id: instances.terminate(instance_id),
+        lambda instances, instance_id: instances.start(instance_id),
+        lambda instances, instance_id: instances.request_sysprep(instance_id, ["sysprep"]),
+        lambda instances, instance_id: instances.hold(instance_id).__enter__(),
+        lambda instances, instance_id: instances.overlays.plan(instance_id),
+        lambda instances, instance_id: instances.overlays.lost_power(instance_id),
+    ],
+)
+def test_a_question_over_which_libvirt_hangs_ends(instances, instance_id, monkeypatch, ask):
+    hangs = threading.Event()
+    with monkeypatch.context() as hanging:
+        hanging.setattr(DomainTable, "look", lambda _table, _domain: hangs.wait(60))
+        hanging.setattr("thrave.compute.answering.TIMEOUT", 0.2)
+        with pytest.raises(HypervisorGoneError, match="has not answered within"):
+            ask(instances, instance_id)
+    hangs.set()
+
+
 def test_a_lost_connection_is_made_again_and_meanwhile_the_last_is_shown(
     domains, instances, instance_id, caplog, monkeypatch
 ):

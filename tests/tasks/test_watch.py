@@ -12,8 +12,9 @@ from support.storing import Bench, directory
 from thrave.compute.errors import HoldLostError, HypervisorError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Call
 from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.fence import RightLostError
 from thrave.tasks.lease import Lease, LeaseExpiredError
-from thrave.tasks.watch import INTERVAL, RightLostError, Watch
+from thrave.tasks.watch import INTERVAL, Watch
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from thrave.compute import guest_agent, libvirt_binding
+from thrave.compute.answering import answered, with_timeout
 from thrave.compute.descriptions import volume_fault
 from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import Record, check_record
@@ -171,6 +172,7 @@ class LibvirtInstances:
         """Why some domains that have our element are not in `list`."""
         return [sighting.fault for sighting in self._table.all() if sighting.adopted and sighting.fault is not None]
 
+    @with_timeout
     def get(self, instance_id: str) -> Instance:
         """One instance, with the state it has now."""
         with self._domain(instance_id) as domain:
@@ -187,6 +189,7 @@ class LibvirtInstances:
         """What libvirt says of its domain."""
         return self.get(instance_id).state
 
+    @with_timeout
     def request_stop(self, instance_id: str) -> None:
         """Ask the guest's agent, if it answers, else press the power button."""
         with self._changing(instance_id) as domain:
@@ -194,6 +197,7 @@ class LibvirtInstances:
             _refuse_if_gone(instance_in(sighting))
             self._ask_to_stop(domain, sighting)
 
+    @with_timeout
     def force_stop(self, instance_id: str) -> None:
         """Destroy the domain, as libvirt calls it: its process is ended, its disks stay."""
         with self._changing(instance_id) as domain:
@@ -202,6 +206,7 @@ class LibvirtInstances:
             if instance.state is not InstanceState.STOPPED:
                 _do(domain.destroy, unless=lambda: not domain.isActive())
 
+    @with_timeout
     def terminate(self, instance_id: str) -> None:
         """Write down that it is not to be used any more, and ask the guest to power off."""
         with self._changing(instance_id) as domain:
@@ -214,6 +219,7 @@ class LibvirtInstances:
                 self._mark_terminated(domain, instance_id, terminated=was_terminated)
                 raise
 
+    @with_timeout
     def start(self, instance_id: str) -> None:
         """Start the domain; one whose guest has just powered off is waited for."""
         with self._held(instance_id), self._changing(instance_id) as domain:
@@ -231,6 +237,7 @@ class LibvirtInstances:
             if sighting.instance_id != besides and any(is_same(volume) for volume in self._table.written_by(sighting))
         ]
 
+    @with_timeout
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Have the guest's agent run the command."""
         with self._domain(instance_id) as domain:
@@ -244,10 +251,13 @@ class LibvirtInstances:
     def hold(self, instance_id: str) -> Iterator[Hold]:
         """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
         with self._held(instance_id):
-            with self._domain(instance_id) as domain:
-                sighting = self._table.look(domain)
-                instance_in(sighting)
-            yield _HeldOff(self, self._events, instance_id, sighting.uuid)
+            yield _HeldOff(self, self._events, instance_id, answered(instance_id, lambda: self._uuid_of(instance_id)))
+
+    def _uuid_of(self, instance_id: str) -> str:
+        with self._domain(instance_id) as domain:
+            sighting = self._table.look(domain)
+            instance_in(sighting)
+            return sighting.uuid
 
     def _adopted(self) -> Sequence[Sighting]:
         try:
@@ -279,11 +289,14 @@ class LibvirtInstances:
             finally:
                 self._events.change({domain.UUIDString()})
 
+    def _find(self, instance_id: str) -> None:
+        with self._domain(instance_id):
+            pass
+
     @contextmanager
     def _held(self, instance_id: str) -> Iterator[None]:
         """The lock, if there is such a domain."""
-        with self._domain(instance_id):
-            pass
+        answered(instance_id, lambda: self._find(instance_id))
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self._lock_folder / f"{instance_id}.held", wait=False))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from thrave.compute import overlay_files
+from thrave.compute.answering import answered, with_timeout
 from thrave.compute.domain_edits import Image, with_overlay, without_overlay
 from thrave.compute.domain_metadata import FrozenRoot
 from thrave.compute.domain_records import record_of, understood
@@ -53,6 +54,7 @@ class LibvirtOverlays:
         """Put overlays over the root disks of a host's domains."""
         self._host = host
 
+    @with_timeout
     def plan(self, instance_id: str) -> Frozen:
         """The overlay stands beside the volume."""
         with self._host.hypervisor.asked(instance_id) as connection:
@@ -68,6 +70,7 @@ class LibvirtOverlays:
                 raise OverlayImpossible(instance_id, f"its root disk {root.target} can have no overlay: {reason}")
             return Frozen(volume, overlay)
 
+    @with_timeout
     def freeze(self, instance_id: str, frozen: Frozen) -> None:
         """Make the overlay, then change the definition. One that is on its overlay already is left alone."""
         with self._host.held(instance_id), self._host.hypervisor.asked(instance_id) as connection:
@@ -94,6 +97,7 @@ class LibvirtOverlays:
         hold.check()
         yield hold
 
+    @with_timeout
     def lost_power(self, instance_id: str) -> bool:
         """By the reason that libvirt has, or has told."""
         with self._host.hypervisor.asked(instance_id) as connection:
@@ -166,6 +170,9 @@ class _OnOverlay:
 
     def check(self) -> None:
         """Ask libvirt where the disk stands, and whether anything is being written into the volume."""
+        answered(self._instance_id, self._check)
+
+    def _check(self) -> None:
         with self._host.hypervisor.asked(self._instance_id) as connection:
             domain = self._host.table.find(connection, self._instance_id)
             sighting, live, config = self._host.look(domain, self._frozen.volume.path, self._frozen.overlay)

@@ -110,6 +110,7 @@ class Bundling:
         """Work on a task, for the first time or after a crash; once another run has begun, this one changes nothing."""
         self._host = host
         self._task = task
+        self._run = run
         self._records = records = host.records.of_run(task.bundle_id, run)
         self._power = PowerSwitch(
             host.instances,
@@ -346,7 +347,7 @@ class Bundling:
             self._records,
             self._task.bundle_id,
             stall_timeout=host.stall_timeout,
-            is_ours=lambda task: task.host == host.name,
+            is_ours=lambda task: (task.host, task.attempts) == (host.name, self._run),
             lease=host.lease,
         ) as watch:
             yield watch

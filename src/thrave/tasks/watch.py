@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from thrave.compute.errors import HoldLostError, InstanceError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Background, Call, repeat, supervised
 from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
+from thrave.tasks.fence import RightLostError
 from thrave.tasks.lease import Lease, LeaseExpiredError
 from thrave.tasks.records import Records
 from thrave.tasks.states import FINISHED, BundleTaskState
@@ -38,10 +39,6 @@ _LAST_LOOK = 2.0  # seconds that the threads have to end; a database that does n
 
 log = structlog.get_logger()
 _Result = TypeVar("_Result")
-
-
-class RightLostError(Exception):
-    """The task is not this run's any more: it has ended, or another host or run has it. Nothing more may be done."""
 
 
 class Watch:
@@ -122,7 +119,7 @@ class Watch:
         self.moved()
         self.check()
         if self._over.is_set():  # a call that was abandoned when the step ended
-            raise RightLostError(f"the step of {self._bundle_id} has ended")
+            raise RightLostError(self._bundle_id)
 
     def result_of(self, call: Call[_Result]) -> _Result:
         """Wait for a call, as a part of the work, and give its result.
@@ -180,7 +177,7 @@ class Watch:
         if task is not None and task.state is BundleTaskState.CANCELLING:
             self._end(Cancelled())
         elif task is None or task.state in FINISHED or not self._is_ours(task):
-            self._end(RightLostError(f"{self._bundle_id} has ended, or is another run's"))
+            self._end(RightLostError(self._bundle_id))
         else:
             self._state = task.state
 
