@@ -11,6 +11,7 @@ from thrave.database import utc_now
 from thrave.ground import open_ground
 from thrave.tasks.host_states import MOVES, HostEvent, HostState
 from thrave.tasks.hosts import AdopterError, HostInUse, Hosts, HostStateError
+from thrave.tasks.records import Records
 from thrave.tasks.task import BundleRequest
 
 
@@ -178,3 +179,27 @@ def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts
     hosts.activate("host-a")
     hosts.enqueue_lost("host-a")
     assert ground.queues.awaited("host-a") == {"bun-1", "bun-2"}
+
+
+def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeypatch):
+    fence = hosts.take("host-a", tasks_at_once=1)
+    for bundle_id in ("bun-1", "bun-2"):
+        add_task(ground, bundle_id)
+    fail, failed = Records.fail, []
+
+    def second_is_cut_off(records, bundle_id, *args, **options):
+        if failed:
+            raise ConnectionError
+        failed.append(bundle_id)
+        return fail(records, bundle_id, *args, **options)
+
+    with monkeypatch.context() as crash:
+        crash.setattr(Records, "fail", second_is_cut_off)
+        with pytest.raises(ConnectionError):
+            hosts.retire("host-a", powered_off=True)
+    assert hosts.heartbeat(fence) is HostState.ACTIVE
+    assert [ground.records().state(bundle_id) for bundle_id in ("bun-1", "bun-2")] == ["pending", "pending"]
+    assert hosts.retire("host-a", powered_off=True) == ["bun-1", "bun-2"]
+    assert [host.host for host in hosts.list()] == ["host-b"]
+    assert ground.records().get("bun-2").error_code == "Server.HostLost"
+    assert not ground.queues.awaited("host-a")

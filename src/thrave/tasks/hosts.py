@@ -274,11 +274,11 @@ class Hosts:
             # Before the tasks are read, as above.
             connection.execute(instance.delete().where(instance.c.host == name))
             tasks = _unfinished(connection, name)
-        reason = TaskFailure("Server.HostLost", f"The host {name}, which had the instance's disk, was retired.")
-        for bundle_id in tasks:
-            self._records.fail(bundle_id, reason)
-        with self._engine.begin() as connection:
+            reason = TaskFailure("Server.HostLost", f"The host {name}, which had the instance's disk, was retired.")
+            for bundle_id in tasks:
+                self._records.fail(bundle_id, reason, connection=connection)
             connection.execute(host.delete().where(host.c.host == name))
+        self._queues.cancel(name, tasks)
         return tasks
 
 

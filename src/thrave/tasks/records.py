@@ -6,7 +6,7 @@ A state is only ever changed by `move`, which applies the table in `states.py` i
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -168,7 +168,7 @@ class Records:
         Moving to the state that it has already is allowed and changes nothing: a step may be repeated. A task that is
         to be undone is not moved on.
         """
-        change = {"progress": 0} if state in WITH_PROGRESS else {}
+        change: dict[str, Any] = {"progress": 0} if state in WITH_PROGRESS else {}
         moved = self._move(bundle_id, before(state), _UNDECIDED, state=state, **change)
         return moved or bool(self.find(bundle_task.c.bundle_id == bundle_id, bundle_task.c.state == state, _UNDECIDED))
 
@@ -204,7 +204,7 @@ class Records:
         cancelled = Cancelled()
         at_once = self.fail(bundle_id, cancelled, only_from=BundleTaskState.PENDING)
         unsent = sa.not_(bundle_task.c.manifest_sent)
-        decision = {
+        decision: dict[str, Any] = {
             "error_code": sa.func.coalesce(bundle_task.c.error_code, cancelled.code),
             "error_message": sa.func.coalesce(bundle_task.c.error_message, cancelled.message),
             "next_step": sa.case((_UNDECIDED, FIRST_OF_UNDO), else_=bundle_task.c.next_step),
@@ -228,10 +228,17 @@ class Records:
         done = self._move(bundle_id, before(complete), state=complete, progress=100, made_bucket=None, **_ERASED)
         return done or self.state(bundle_id) is complete
 
-    def fail(self, bundle_id: str, failure: TaskFailure, *, only_from: BundleTaskState | None = None) -> bool:
+    def fail(
+        self,
+        bundle_id: str,
+        failure: TaskFailure,
+        *,
+        only_from: BundleTaskState | None = None,
+        connection: sa.Connection | None = None,
+    ) -> bool:
         """Finish a task as `failed`, erasing what it had to keep secret; say whether this ended it.
 
-        The reason that was recorded before, if one was, stays.
+        The reason that was recorded before, if one was, stays. With a `connection`, in its transaction.
         """
         needed = {
             name: sa.case((bundle_task.c.manifest_sent, bundle_task.c[name]), else_=sa.null())
@@ -247,7 +254,7 @@ class Records:
             **needed,
         }
         sources = frozenset({only_from}) if only_from else before(BundleTaskState.FAILED)
-        return self._move(bundle_id, sources, state=BundleTaskState.FAILED, **reason)
+        return self._move(bundle_id, sources, state=BundleTaskState.FAILED, connection=connection, **reason)
 
     def advance(self, bundle_id: str, state: BundleTaskState, percent: int) -> None:
         """Raise the progress within `state` to `percent`; never lowers it, nor touches a task in another state."""
@@ -486,17 +493,18 @@ class Records:
         sources: frozenset[BundleTaskState],
         *conditions: sa.ColumnElement[bool],
         state: BundleTaskState,
+        connection: sa.Connection | None = None,
         **values: object,
     ) -> bool:
         if state in FINISHED:  # what the task has not put back is left to the caretaker, in the same transaction
             borrowed = sa.exists().where(instance_power.c.borrowed_by == bundle_id)
             until = sa.func.coalesce(bundle_task.c.look_after_until, now(RECOVER_FOR.total_seconds()))
             values["look_after_until"] = sa.case((borrowed, until), else_=bundle_task.c.look_after_until)
-        with self._engine.begin() as connection:
+        with self._engine.begin() if connection is None else nullcontext(connection) as transaction:
             from_there = sa.and_(bundle_task.c.state.in_([*sources]), *conditions)
-            moved = self._updated(connection, bundle_id, from_there, state=state, **values)
+            moved = self._updated(transaction, bundle_id, from_there, state=state, **values)
             if moved:
-                connection.execute(bundle_task_event.insert(), _event(bundle_id, state))
+                transaction.execute(bundle_task_event.insert(), _event(bundle_id, state))
         return moved
 
     def _set(self, bundle_id: str, **values: object) -> None:
