@@ -128,7 +128,10 @@ class Agent:
         self._lease.renewed(sent)
         if not self._takes_tasks and not self._draining:
             self._draining = True
-            supervised("drain", partial(self._drain, fence), on_failure=self._not_drained)
+            try:
+                supervised("drain", partial(self._drain, fence), on_failure=self._not_drained)
+            except RuntimeError as error:  # no thread can be started
+                self._not_drained(error)
 
     def _not_drained(self, error: BaseException) -> None:
         """Have the next heartbeat begin to drain again."""
@@ -156,7 +159,9 @@ class Agent:
         self._worker.drain(max(self._drain_until - time.monotonic(), 0.0))
         if begun := self._ground.hosts.begun(fence.host):
             # The host stays `draining`: it counts as lost soon, and its next agent finishes them.
-            log.error("tasks are unfinished at the end of drain_timeout", host=fence.host, tasks=begun)
+            records = self._ground.records()
+            tasks = {bundle_id: task.instance_id for bundle_id in begun if (task := records.get(bundle_id)) is not None}
+            log.error("tasks are unfinished at the end of drain_timeout", host=fence.host, tasks=tasks)
         elif not self._ground.hosts.drained(fence):
             log.warning("an operator has ended the drain: start the agent anew", host=fence.host)
         self._over.set()

@@ -64,3 +64,11 @@ def test_a_merge_hears_of_a_cancellation(bench):
         work()
     canceller.join()
     assert bench.records.frozen(bench.bundle_id) == FROZEN
+
+
+def test_a_merge_over_which_the_hypervisor_hangs_is_abandoned(bench, monkeypatch):
+    monkeypatch.setattr("thrave.tasks.freezing.ABANDON_AFTER", 0.1)
+    hangs = threading.Event()
+    with pytest.raises(HypervisorError, match="is not merged after 0 seconds"):
+        freezer(bench, lambda *_: hangs.wait(60)).merge_within(0.1)
+    hangs.set()

@@ -14,12 +14,14 @@ from thrave.compute.errors import HypervisorError, OverlayImpossible
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Frozen, Instances, Overlays
 from thrave.compute.pausing import ProgressPause
+from thrave.concurrency import Call, CallTimeoutError
 from thrave.tasks.crash_points import durable
 from thrave.tasks.patience import patiently
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
+ABANDON_AFTER = 10.0  # seconds after which a merge that does not end by itself is abandoned
 STALL_TIMEOUT = 600.0  # seconds for which a merge may make no progress
 CHECK_PATIENCE = 60.0  # seconds that a hypervisor may be away when it is to say that nobody wrote to a volume
 
@@ -75,14 +77,18 @@ class Freezer:
 
     def merge_within(self, seconds: float) -> None:
         """The same, where nobody watches. Raises InstanceError also if it takes longer than so many seconds."""
+        late = HypervisorError(self._task.instance_id, f"the overlay is not merged after {seconds:.0f} seconds")
         given_up = time.monotonic() + seconds
 
         def pause(between_looks: float) -> None:
             if time.monotonic() > given_up:
-                raise HypervisorError(self._task.instance_id, f"the overlay is not merged after {seconds:.0f} seconds")
+                raise late
             time.sleep(between_looks)
 
-        self.merge(pause)
+        try:  # a hypervisor that hangs is abandoned; if it goes on, `pause` ends what is left
+            Call("merge", lambda: self.merge(pause)).result(seconds + ABANDON_AFTER)
+        except CallTimeoutError:
+            raise late from None
 
     def _plan(self) -> Frozen | None:
         try:
