@@ -43,7 +43,7 @@ from thrave.tasks.records import Records
 from thrave.tasks.root_volume import check_root_volume
 from thrave.tasks.sealing import VolumeSealer
 from thrave.tasks.states import FINISHED, BundleTaskState
-from thrave.tasks.steps import BEFORE_READ, MAY_FAIL, UNDO, Step, following
+from thrave.tasks.steps import BEFORE_READ, UNDO, Step, following
 from thrave.tasks.storing import BundleStore, ExistingBundle
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
@@ -165,13 +165,13 @@ class Bundling:
 
     def _failed(self, step: Step, failure: TaskFailure) -> None:
         """Record the failure of a step; `steps.py` has what follows from it."""
-        if step in MAY_FAIL and step is not Step.START and not (step is Step.STORE and self._has_stored()):
-            self.give_up(failure)
-            return
         if step in UNDO:
             self._surely(lambda: self._records.also(self._task.bundle_id, failure))
-        elif step is not Step.STORE:
+        elif step in _STILL:
             self._surely(lambda: self._records.notice(self._task.bundle_id, f"{_STILL[step]}: {failure.message}"))
+        elif not (step is Step.STORE and self._has_stored()):
+            self.give_up(failure)
+            return
         self._ended(step)
 
     def stop(self) -> None:
@@ -278,10 +278,13 @@ class Bundling:
         self._store.remove_earlier()
 
     def complete(self) -> None:
-        """End the task well."""
+        """End the task as `complete`, unless an operator has ended it meanwhile (`thrave host retire`)."""
         with durable("record closed"):
-            if not self._records.complete(self._task.bundle_id):
-                log.warning("a task has ended before its bundle was complete", bundle_id=self._task.bundle_id)
+            if self._records.complete(self._task.bundle_id):
+                return
+        if self._records.state(self._task.bundle_id) not in FINISHED:
+            raise RuntimeError(f"{self._task.bundle_id} cannot be completed from its state")
+        log.warning("a task has ended before its bundle was complete", bundle_id=self._task.bundle_id)
 
     def fail(self) -> None:
         """End the task with the reason that was recorded before it was undone."""
