@@ -113,8 +113,20 @@ class PowerSwitch:
         self._records.look_after(self._task.bundle_id, self._looked_after)
 
     def _off(self, watch: Watch, ask: Callable[[str], None]) -> None:
-        self._is_owed = self.is_to_run()
-        state = power_off(self._instances, self._task.instance_id, grace=self._grace, ask=ask, pause=watch.pause)
+        record = self._records.power(self._task.instance_id)
+        self._is_owed = self._is_to_run(record)
+        is_borrowed = record.borrowed_by == self._task.bundle_id
+
+        def ask_and_borrow(instance_id: str) -> None:
+            nonlocal is_borrowed
+            if not is_borrowed:  # it was put back, and is switched off once more
+                self._is_owed = self._was_running = self._records.borrow(self._task.bundle_id, instance_id)
+                is_borrowed = True
+            ask(instance_id)
+
+        state = power_off(
+            self._instances, self._task.instance_id, grace=self._grace, ask=ask_and_borrow, pause=watch.pause
+        )
         if not _is_off(state):
             self._cut(f"The guest did not power off within {self._grace:.0f} seconds")
         with durable("shutdown seen"):

@@ -292,6 +292,11 @@ class Records:
         with self._engine.connect() as connection:
             return power_records.read(connection, instance_id)
 
+    def borrow(self, bundle_id: str, instance_id: str) -> bool:
+        """Record that the task is about to switch off an instance that runs; say whether it is to run in the end."""
+        with self._engine.begin() as connection:
+            return bool(power_records.borrow(connection, instance_id, bundle_id, running=True))
+
     def give_back(self, bundle_id: str, *, seen_off: str | None = None) -> None:
         """Record that the task's instance is as is wanted of it: what was borrowed is given back.
 

@@ -1,0 +1,324 @@
+"""What an owner asked last holds in the end: any order of requests, moments of a bundle task, faults and crashes.
+
+One instance on a hypervisor that is played, one process without threads: each rule does one step of somebody. What is
+checked is that a volume is never read while its machine runs, and the state that the machine has in the end.
+"""
+
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from thrave.compute.errors import HypervisorGoneError, InstanceError, InstanceHeld, RootVolumeInUse, StateChangedError
+from thrave.compute.instance import GONE, InstanceState, VolumeFile
+from thrave.compute.instances import Frozen
+from thrave.compute.power import UP, _Work
+from thrave.compute.power_records import PowerAction, PowerRecords
+from thrave.database import metadata, open_in_memory
+from thrave.tasks.caretaker import Caretaker
+from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.power import PowerSwitch
+from thrave.tasks.records import Records
+from thrave.tasks.states import BundleTaskState
+from thrave.tasks.task import BundleRequest
+from thrave.vault import Vault
+
+INSTANCE, HOST = "i-0123456789abcdef0", "here"
+GRACE = 1e6  # nothing in here is late
+
+
+class Hypervisor:
+    """One machine; its guest powers off when it hears the button. `Instances` as far as power goes."""
+
+    def __init__(self, *, on, started):
+        self.on = on
+        self._started = started
+        self.pressed = self.terminated = self.held = self.away = False
+        self.overlays = self
+        self.has_lost_power = False
+
+    def hear(self):
+        self.on = self.on and not self.pressed
+        self.pressed = False
+
+    def _asked(self):
+        if self.away:
+            self.away = False
+            raise HypervisorGoneError(INSTANCE, "there is no connection")
+
+    def get(self, instance_id):
+        return SimpleNamespace(instance_id=instance_id, state=self.state(instance_id))
+
+    def state(self, _instance_id):
+        self._asked()
+        if self.terminated:
+            return InstanceState.SHUTTING_DOWN if self.on else InstanceState.TERMINATED
+        return InstanceState.RUNNING if self.on else InstanceState.STOPPED
+
+    def request_stop(self, _instance_id):
+        self._asked()
+        self.pressed = self.on
+
+    def terminate(self, _instance_id):
+        self._asked()
+        self.terminated, self.pressed = True, self.on
+
+    def start(self, instance_id):
+        self._asked()
+        if self.held:
+            raise InstanceHeld(instance_id)
+        if self.terminated:
+            raise StateChangedError(instance_id, InstanceState.TERMINATED)
+        if not self.on:
+            self.on, self.pressed, self.has_lost_power = True, False, False
+            self._started()
+
+    @contextmanager
+    def hold(self, instance_id):
+        assert not self.held
+        self.held = True
+        try:
+            yield self
+        finally:
+            self.held = False
+
+    def check(self):
+        if self.state(INSTANCE) not in {InstanceState.STOPPED, *GONE}:
+            raise RootVolumeInUse(INSTANCE, "it runs")
+
+    def lost_power(self, _instance_id):
+        return self.has_lost_power
+
+
+class Watching:
+    """A watch during which the guest hears, or not."""
+
+    def __init__(self, hypervisor):
+        self._hypervisor = hypervisor
+
+    def pause(self, _seconds):
+        self._hypervisor.hear()
+
+    def guard(self, check):
+        pass
+
+
+class Power(RuleBasedStateMachine):
+    """Rules are what owner, controller, task, caretaker and fate do."""
+
+    folder: Path
+
+    @initialize(on=st.booleans())
+    def begin(self, on):
+        self.engine = open_in_memory()
+        metadata.create_all(self.engine)
+        self.records = Records(self.engine, Vault.open_or_create(self.folder / "vault.key"))
+        self.hypervisor = Hypervisor(on=on, started=lambda: self.starts.append(self.wanted))
+        self.starts = []
+        self.wanted = "running" if on else "stopped"
+        self.tasks = 0
+        self.bundle_id = None
+        self.reading = self.freed = False
+        self._come_up()
+
+    def _come_up(self):
+        """What a process has in memory."""
+        self.power = PowerRecords(self.engine)
+        self.work = _Work(self.hypervisor, self.power, INSTANCE, GRACE, lambda: None)
+        self.caretaker = Caretaker(self.records, self.hypervisor, HOST)
+        self.hold = ExitStack()
+        self._take_up()
+
+    def _take_up(self):
+        if self.bundle_id is not None:
+            task = self.records.get(self.bundle_id)
+            self.switch = PowerSwitch(self.hypervisor, self.records, task, grace=GRACE, when_late="fail")
+
+    # The owner. The EC2 actions check the state and for a task, but a task may begin after that: all are possible.
+
+    @rule(action=st.sampled_from([*PowerAction]))
+    def ask(self, action):
+        try:
+            before = self.power.request(INSTANCE, action)
+        except StateChangedError:
+            assert self.wanted == "terminated"
+            return
+        if before.request is not PowerAction.TERMINATE and not self.hypervisor.terminated:
+            self.wanted = {"stop": "stopped", "terminate": "terminated"}.get(action, "running")
+
+    # Fate.
+
+    @rule()
+    def guest_hears(self):
+        self.hypervisor.hear()
+
+    @rule()
+    def hypervisor_is_away(self):
+        self.hypervisor.away = True
+
+    @rule()
+    def process_dies(self):
+        self.hypervisor.held = False
+        self.reading = False
+        self._come_up()
+
+    @precondition(lambda self: self._is_free())
+    @rule()
+    def owner_shuts_the_guest_down_from_inside(self):
+        self.hypervisor.on = self.hypervisor.pressed = False
+        self.wanted = "terminated" if self.hypervisor.terminated else "stopped"
+
+    @precondition(lambda self: self._is_free())
+    @rule()
+    def host_loses_its_power(self):
+        self.hypervisor.on = self.hypervisor.pressed = False
+        self.hypervisor.has_lost_power = True
+
+    def _is_free(self):
+        """Whether it runs on an overlay, and nobody is about to do anything with its power."""
+        record = self.power.get(INSTANCE)
+        is_quiet = record.request is None and record.borrowed_by is None and not self.hypervisor.pressed
+        return self.freed and self.hypervisor.on and is_quiet and not self.records.looked_after(HOST)
+
+    # The controller, and the caretaker.
+
+    @rule()
+    def controller(self):
+        self.work.attempt()
+
+    @rule()
+    def look(self):
+        self.caretaker._retries.keep(())
+        self.caretaker.look()
+
+    # The task, as `bundling.py` does it.
+
+    @precondition(lambda self: self.bundle_id is None)
+    @rule()
+    def task_begins(self):
+        self.tasks += 1
+        self.bundle_id = f"bun-{self.tasks}"
+        request = BundleRequest(
+            account_id="1", owner_id="1", instance_id=INSTANCE, bucket="bucket", prefix="prefix", access_key_id="A",
+            upload_policy="", upload_policy_signature="",
+        )  # fmt: skip
+        with self.engine.begin() as connection:
+            self.records.add(connection, self.bundle_id, HOST, request)
+        self.records.move(self.bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+        self.freed = False
+        self._take_up()
+
+    @precondition(lambda self: self.bundle_id is not None and not self.reading and not self.freed)
+    @rule()
+    def task_stops_the_instance(self):
+        with self._step():
+            self.switch.note()
+            self.switch.off(Watching(self.hypervisor))
+
+    @precondition(lambda self: self.bundle_id is not None and not self.reading and self._is_noted())
+    @rule()
+    def task_frees_the_instance(self):
+        """It goes on an overlay. May be run again after a crash, also once its owner has stopped it."""
+        if self.hypervisor.on and not self.freed:
+            return
+        with self._step():
+            if self.freed or self.switch.is_to_run():
+                self.records.note_frozen(self.bundle_id, FROZEN)
+                self.freed = True
+                self.switch.restore()
+
+    @precondition(lambda self: self.bundle_id is not None and not self.reading and not self.freed and self._is_noted())
+    @rule()
+    def task_begins_to_read(self):
+        with self._step(), ExitStack() as hold:
+            hold.enter_context(self.switch.held_off(Watching(self.hypervisor)))
+            self.hold = hold.pop_all()
+            self.reading = True
+
+    @precondition(lambda self: self.reading)
+    @rule()
+    def task_ends_reading(self):
+        self.reading = False
+        with self._step():
+            self.hold.close()
+
+    @precondition(lambda self: self.bundle_id is not None and not self.reading and self._is_noted())
+    @rule()
+    def task_puts_back(self):
+        with self._step():
+            self.switch.restore()
+
+    @precondition(lambda self: self.bundle_id is not None and not self.reading)
+    @rule(end=st.sampled_from(["complete", "fail", "cancel"]))
+    def task_ends(self, end):
+        if end == "cancel" and self.records.cancel(self.bundle_id):
+            end = "fail"
+        with self._step():
+            self.switch.restore()
+        self.records.note_frozen(self.bundle_id, None)
+        if end == "complete" and self._is_noted():
+            for state in (BundleTaskState.BUNDLING, BundleTaskState.STORING):
+                self.records.move(self.bundle_id, state)
+            self.records.complete(self.bundle_id)
+        else:
+            self.records.fail(self.bundle_id, Cancelled())
+        self.bundle_id = None
+        self.freed = False
+
+    def _is_noted(self):
+        return self.records.get(self.bundle_id).was_running is not None
+
+    @contextmanager
+    def _step(self):
+        """What goes wrong ends the step, which may be run again."""
+        with suppress(InstanceError, TaskFailure):
+            yield
+
+    # What must hold.
+
+    @invariant()
+    def a_volume_is_not_read_while_its_machine_runs(self):
+        assert not (getattr(self, "reading", False) and self.hypervisor.on)
+
+    @invariant()
+    def nothing_is_started_that_is_to_be_off(self):
+        assert {*getattr(self, "starts", ())} <= {"running"}
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        self.hypervisor.away = False
+        self.reading = False
+        self.hold.close()
+        if self.bundle_id is not None:
+            self.task_ends("complete")
+        for _ in range(6):
+            self.hypervisor.away = False
+            for _ in range(5):
+                self.work.attempt()
+            self.hypervisor.hear()
+            self.look()
+        self.nothing_is_started_that_is_to_be_off()
+        state = self.hypervisor.state(INSTANCE)
+        self.engine.dispose()
+        ends = {"running": UP, "stopped": {InstanceState.STOPPED}, "terminated": {InstanceState.TERMINATED}}
+        assert state in ends[self.wanted]
+
+
+FROZEN = Frozen(volume=VolumeFile(path=Path("/volume")), overlay=Path("/overlay"))
+
+
+def test_what_was_asked_last_holds_in_the_end(tmp_path):
+    Power.folder = tmp_path
+    options = {"max_examples": 60, "stateful_step_count": 30, "deadline": None, "phases": [Phase.generate]}
+    run_state_machine_as_test(Power, settings=settings(**options, suppress_health_check=[*HealthCheck]))
