@@ -5,9 +5,11 @@ checked is that a volume is never read while its machine runs, and the state tha
 """
 
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -18,15 +20,18 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from structlog.testing import capture_logs
 
+from thrave.compute import power_records
 from thrave.compute.errors import HypervisorGoneError, InstanceError, InstanceHeld, RootVolumeInUse, StateChangedError
 from thrave.compute.instance import GONE, InstanceState, VolumeFile
 from thrave.compute.instances import Frozen
 from thrave.compute.power import UP, _Work
-from thrave.compute.power_records import PowerAction, PowerRecords
-from thrave.database import metadata, open_in_memory
+from thrave.compute.power_records import PowerAction, PowerRecords, record_request
+from thrave.database import host, instance, metadata, open_in_memory, utc_now
 from thrave.tasks.caretaker import Caretaker
 from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.lease import LeaseExpiredError
 from thrave.tasks.power import PowerSwitch
 from thrave.tasks.records import Records
 from thrave.tasks.states import BundleTaskState
@@ -322,3 +327,103 @@ def test_what_was_asked_last_holds_in_the_end(tmp_path):
     Power.folder = tmp_path
     options = {"max_examples": 60, "stateful_step_count": 30, "deadline": None, "phases": [Phase.generate]}
     run_state_machine_as_test(Power, settings=settings(**options, suppress_health_check=[*HealthCheck]))
+
+
+@pytest.fixture
+def engine():
+    engine = open_in_memory()
+    metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def records(engine, tmp_path):
+    records = Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+    request = BundleRequest(
+        account_id="1", owner_id="1", instance_id=INSTANCE, bucket="bucket", prefix="prefix", access_key_id="A",
+        upload_policy="", upload_policy_signature="",
+    )  # fmt: skip
+    with engine.begin() as connection:
+        records.add(connection, "bun-1", HOST, request)
+    return records
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize(("action", "before"), [(PowerAction.START, "stopped"), (PowerAction.STOP, "running")])
+def test_a_request_that_comes_while_a_task_looks_at_the_instance_is_what_it_notes(
+    engine, records, action, before, is_done
+):
+    power, hypervisor = PowerRecords(engine), Hypervisor(on=before == "running", started=lambda: None)
+    state = hypervisor.state
+
+    def overtaken(instance_id):
+        hypervisor.state = state
+        seen = state(instance_id)
+        power.request(instance_id, action)
+        if is_done:  # and carried out, before the task has noted what it saw
+            hypervisor.on = action is PowerAction.START
+            assert power.finish(power.get(instance_id))
+        return seen
+
+    hypervisor.state = overtaken
+    switch = PowerSwitch(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail")
+    switch.note()
+    assert records.get("bun-1").was_running is (action is PowerAction.START)
+    assert switch.is_to_run() is (action is PowerAction.START)
+    assert power.get(INSTANCE).borrowed_by == "bun-1"
+
+
+def test_a_task_that_ends_without_putting_its_instance_back_leaves_it_to_the_caretaker(records):
+    hypervisor = Hypervisor(on=True, started=lambda: None)
+    assert records.note_power_state("bun-1", running=True)
+    hypervisor.on = False
+    records.fail("bun-1", TaskFailure("Server.HostLost", "as `retire` says"))
+    Caretaker(records, hypervisor, HOST).look()
+    assert hypervisor.on
+    assert not records.is_looked_after(INSTANCE)
+
+
+def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkeypatch):
+    power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
+    power.request(INSTANCE, PowerAction.STOP)
+    monkeypatch.setattr(power_records, "KEPT_FOR", timedelta(seconds=-1))
+    with capture_logs() as logs:
+        _Work(hypervisor, power, INSTANCE, GRACE, lambda: None).attempt()
+    assert [(entry["event"], entry["log_level"]) for entry in logs] == [("power request expired", "error")]
+    assert power.to_do() == []
+    assert hypervisor.on
+
+
+def test_nothing_is_asked_of_a_guest_without_the_right_to(engine):
+    def refuse():
+        raise LeaseExpiredError
+
+    power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
+    power.request(INSTANCE, PowerAction.STOP)
+    work = _Work(hypervisor, power, INSTANCE, GRACE, refuse)
+    assert work.attempt()
+    assert not hypervisor.pressed
+    assert power.to_do() == [INSTANCE]
+
+
+def test_a_host_carries_out_what_was_asked_of_the_instances_that_it_reports(engine):
+    power_records_of = {name: PowerRecords(engine, name) for name in ("here", "there")}
+    row = {"state": "active", "lease": "x", "version": "1", "tasks_at_once": 1}
+    times = {"start_time": utc_now(), "heartbeat_time": utc_now(), "heartbeat_interval": 5, "lost_after": 60}
+    reported = {
+        "instance_id": INSTANCE,
+        "account_id": "1",
+        "state": "running",
+        "document": {},
+        "report_time": utc_now(),
+    }
+    with engine.begin() as connection:
+        connection.execute(host.insert(), [{"host": name, **row, **times} for name in power_records_of])
+        connection.execute(instance.insert(), {**reported, "host": "here"})
+        record_request(connection, INSTANCE, PowerAction.STOP)
+    assert {name: [*power.to_do()] for name, power in power_records_of.items()} == {"here": [INSTANCE], "there": []}
+    with engine.begin() as connection:  # an adoption
+        connection.execute(instance.update().values(host="there"))
+    assert {name: [*power.to_do()] for name, power in power_records_of.items()} == {"here": [], "there": [INSTANCE]}
+    assert power_records_of["here"].get(INSTANCE).request is None

@@ -15,13 +15,13 @@ from typing import Literal
 
 import structlog
 
-from thrave.compute.errors import HypervisorGoneError, InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Hold, Instances
 from thrave.compute.power import UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.tasks.crash_points import durable
-from thrave.tasks.failures import TaskFailure
+from thrave.tasks.failures import TaskFailure, may_pass
 from thrave.tasks.freezing import CHECK_PATIENCE
 from thrave.tasks.lease import LeaseExpiredError
 from thrave.tasks.patience import patiently
@@ -171,7 +171,7 @@ class PowerSwitch:
         lost its power: whoever has stopped it since wants it off.
 
         Raises:
-            HypervisorGoneError, InstanceHeld: As any other step, it may be repeated.
+            InstanceError, OSError: What may pass (`failures.may_pass`): the step is repeated.
             TaskFailure: It does not start. In each case it is looked after (`caretaker.py`) from then on.
         """
         task = self._records.get(self._task.bundle_id)
@@ -185,7 +185,7 @@ class PowerSwitch:
         except (InstanceError, OSError) as error:
             self._has_failed = True
             self._records.look_after(self._task.bundle_id, RECOVER_FOR)
-            if isinstance(error, HypervisorGoneError | InstanceHeld | OSError):
+            if may_pass(error):
                 raise
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
         self._is_owed = False

@@ -294,7 +294,7 @@ class Records:
 
     def borrow(self, bundle_id: str, instance_id: str) -> bool:
         """Record that the task is about to switch off an instance that runs; say whether it is to run in the end."""
-        with self._engine.begin() as connection:
+        with self._owned(bundle_id) as connection:
             return bool(power_records.borrow(connection, instance_id, bundle_id, running=True))
 
     def give_back(self, bundle_id: str, *, seen_off: str | None = None) -> None:
