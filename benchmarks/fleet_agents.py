@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from datetime import timedelta
 from functools import partial
 
 import sqlalchemy as sa
@@ -26,7 +25,7 @@ from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.instances import Hold
 from thrave.compute.power_records import PowerRecords
-from thrave.database import host, utc_now
+from thrave.database import host
 from thrave.tasks.bundling import Bundling, Host
 from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL, RUNNING
 from thrave.tasks.failures import Cancelled
@@ -241,7 +240,7 @@ class SimulatedAgent:
 
     def look_for_left_overs(self) -> None:
         """Look as the agent does who cleans up, from its second look on."""
-        self._rooms.ground.records().left_over(self.name, ended_after=utc_now() - timedelta(minutes=5))
+        self._rooms.ground.records().to_clean_up(self.name)
 
     def look_for_lost(self) -> None:
         """Look for tasks that no workflow will run."""

@@ -53,7 +53,7 @@ class Calls:
         yield "retention", lambda: ground.records().purge(timedelta(days=400), most=AT_ONCE)
         yield "retention in the engine", lambda: ground.queues.forget(long_ago)
         yield "Describe all of a busy account", lambda: self.rooms.tasks.describe(self.busy)
-        yield "left-overs' first look", lambda: ground.records().left_over(host_name(0))
+        yield "left-overs' first look", lambda: ground.records().to_clean_up(host_name(0))
 
     def _describe(self, door: BundleTasks, account_id: str, bundle_id: str) -> Call:
         return lambda: door.describe(account_id, [bundle_id])

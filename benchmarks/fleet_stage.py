@@ -199,7 +199,7 @@ def copy_tasks(connection: sa.Connection, more: int, *, but: str) -> None:
     connection.execute(sa.text(_COPIES), which)
     times = ("start_time", "update_time")
     _copy(connection, "bundle_task", "bundle_id", dict.fromkeys(times, "age"))
-    _copy(connection, "bundle_part", "bundle_id", {})
+    _copy(connection, "bundle_part", "bundle_id", {}, distinct="key")
     _copy(connection, "bundle_task_event", "bundle_id", {"time": "age"}, numbered="event_id")
     milliseconds = "(extract(epoch FROM age) * 1000)::bigint"
     times = ("created_at", "updated_at", "completed_at", "started_at_epoch_ms")
@@ -210,12 +210,16 @@ def copy_tasks(connection: sa.Connection, more: int, *, but: str) -> None:
     connection.execute(sa.text("DROP TABLE copies"))
 
 
-def _copy(connection: sa.Connection, table: str, key: str, times: dict[str, str], *, numbered: str = "") -> None:
+def _copy(
+    connection: sa.Connection, table: str, key: str, times: dict[str, str], *, numbered: str = "", distinct: str = ""
+) -> None:
     schema, _, name = table.rpartition(".")
     columns = [column["name"] for column in sa.inspect(connection).get_columns(name, schema=schema or None)]
     kept = [column for column in columns if column != numbered]
     values = [f"{column} - {times[column]}" if column in times else f"original.{column}" for column in kept]
     values = ["copies.bundle_id" if column == key else value for column, value in zip(kept, values, strict=True)]
+    if distinct:
+        values[kept.index(distinct)] += " || '.' || copies.bundle_id"
     connection.execute(
         sa.text(
             f"INSERT INTO {table} ({', '.join(kept)}) SELECT {', '.join(values)} "

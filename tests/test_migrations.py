@@ -73,3 +73,46 @@ def test_migrating_again_changes_nothing(engine):
     migrate(engine)
     with engine.connect() as connection:
         assert connection.execute(sa.text("SELECT version_num FROM thrave_version")).all() != []
+
+
+def old_task(engine, bundle_id, state, minute, **more):
+    time = f"2026-11-23 08:{minute:02}:00.000000"
+    row = {"account_id": "1" * 12, "owner_id": "1" * 12, "instance_id": bundle_id, "host": "localhost"}
+    place = {"bucket": "bucket", "prefix": bundle_id, "access_key_id": "AKIA"}
+    insert(
+        engine, "bundle_task",
+        bundle_id=bundle_id, state=state, start_time=time, update_time=time, **row, **place, **more,
+    )  # fmt: skip
+
+
+def old_objects(engine, bundle_id, *keys, size=1):
+    for key in keys:
+        insert(engine, "bundle_part", bundle_id=bundle_id, key=key, size=size)
+
+
+def test_objects_of_several_tasks_get_one_owner(database, tmp_path):
+    engine = open_engine(database.get("database_url", f"sqlite:///{tmp_path}/thrave.db"))
+    migrate_to(engine, "0008")
+    old_task(engine, "first", "failed", 1)
+    old_task(engine, "unfinished", "bundling", 2)
+    old_task(engine, "newest", "failed", 3)
+    earlier = '{"manifest": "", "keys": ["replaced", "lost", "unfinished"], "isReplaced": true}'
+    old_task(engine, "replacing", "complete", 4, earlier=earlier)
+    old_objects(engine, "first", "manifest", "first", "both", "replaced")
+    old_objects(engine, "unfinished", "manifest", "unfinished")
+    old_objects(engine, "newest", "manifest", "both", size=None)
+    old_objects(engine, "replacing", "new")
+    migrate(engine)
+    query = sa.text("SELECT bucket, key, bundle_id, state, run IS NULL FROM bundle_part ORDER BY key")
+    with engine.connect() as connection:
+        found = [tuple(row) for row in connection.execute(query)]
+    assert found == [
+        ("bucket", "both", "newest", "unwanted", 0),
+        ("bucket", "first", "first", "unwanted", 1),
+        ("bucket", "lost", "replacing", "unwanted", 1),
+        ("bucket", "manifest", "unfinished", "sent", 1),
+        ("bucket", "new", "replacing", "sent", 1),
+        ("bucket", "replaced", "replacing", "unwanted", 1),
+        ("bucket", "unfinished", "unfinished", "sent", 1),
+    ]
+    engine.dispose()

@@ -47,6 +47,8 @@ class Agent:
         )
         others_can_adopt = not self._settings.database.startswith("sqlite")
         self._lease = Lease(self._settings.host_lost_after if others_can_adopt else None)
+        # Within an attempt the check is repeated whenever `s3_timeout` begins anew (`buckets/transport.py`).
+        self._before_attempt = partial(self._lease.check, self._settings.s3_timeout)
         self._takes_tasks = True
         self.power = self._power(None)
         """Carries out what is asked of the instances' power."""
@@ -74,7 +76,7 @@ class Agent:
             accounts=ground.accounts,
             instances=ground.instances,
             buckets=ground.buckets,
-            made_buckets=MadeBuckets(ground.database, records),
+            made_buckets=MadeBuckets(ground.database, records, before_attempt=self._before_attempt),
             store_patience=self._settings.s3_patience,
             service=ground.service,
             shutdown_grace=self._settings.shutdown_grace,
@@ -89,6 +91,7 @@ class Agent:
             uploads_at_once=self._settings.uploads_at_once,
             stall_timeout=self._settings.stall_timeout,
             lease=self._lease,
+            before_attempt=self._before_attempt,
         )
         find_lost = partial(ground.hosts.enqueue_lost, name)
         find_lost()  # before the worker recovers its own: what is in the queue already needs nothing
@@ -100,13 +103,19 @@ class Agent:
 
     def _keep_house(self, records: Records) -> None:
         ground, name = self._ground, self._settings.host_name
-        left_over = leftovers.LeftOvers(records, ground.buckets, name, stall_timeout=self._settings.stall_timeout)
+        left_over = leftovers.LeftOvers(
+            records,
+            ground.buckets,
+            name,
+            stall_timeout=self._settings.stall_timeout,
+            before_attempt=self._before_attempt,
+        )
         keep = timedelta(days=self._settings.task_retention_days)
         looks_after = caretaker.Caretaker(records, ground.instances, name, check=self._lease.check)
         self._begin("caretaker", caretaker.INTERVAL, looks_after.look)
         self._begin("overlays", caretaker.INTERVAL, looks_after.merge)  # a merge may take long, and nobody waits for it
         self._begin("left-overs", leftovers.INTERVAL, left_over.look)
-        made = MadeBuckets(ground.database, records)
+        made = MadeBuckets(ground.database, records, before_attempt=self._before_attempt)
         self._begin("made buckets", leftovers.INTERVAL, partial(made.look, ground.buckets, name))
         self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
 

@@ -249,13 +249,24 @@ bundle_task_event = sa.Table(
     sa.Column("message", sa.Text),  # null: it came into that state; else what happened in it
 )  # fmt: skip
 
+# Every object that a task has begun to write, or has to delete: a key has one owner (`tasks/claims.py`).
 bundle_part = sa.Table(
     "bundle_part", metadata,
-    sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), primary_key=True),
-    sa.Column("key", sa.String(1024), primary_key=True),  # written down before it is sent, so clean-up misses none
-    sa.Column("size", sa.BigInteger),  # bytes; null while it is in flight
+    sa.Column("bucket", sa.String(255), primary_key=True),
+    sa.Column("key", sa.String(1024), primary_key=True),  # recorded before it is sent, so that cleanup misses none
+    # No cascade: a task's record cannot be deleted while it owns a key.
+    sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id"), nullable=False, index=True),
+    sa.Column("state", sa.String(8), nullable=False),  # sent | unwanted | gone
+    sa.Column("run", sa.String(16)),  # whose request about it may be under way; null: none is
+    sa.Column("settle_time", UtcDateTime),  # until then a request of an earlier run may arrive; the database's clock
+    sa.Column("size", sa.BigInteger),  # bytes; null until the store has taken it
     sa.Column("etag", sa.String(64)),  # MD5 in hex; null where the store's is none
     sa.Column("part", sa.JSON(none_as_null=True)),  # what the manifest says of it; null if it is no part
+)  # fmt: skip
+to_be_deleted = bundle_part.c.state.in_([sa.literal_column("'unwanted'"), sa.literal_column("'gone'")])
+sa.Index(
+    "bundle_part_to_be_deleted", bundle_part.c.bundle_id,
+    sqlite_where=to_be_deleted, postgresql_where=to_be_deleted,
 )  # fmt: skip
 
 host = sa.Table(

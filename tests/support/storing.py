@@ -116,7 +116,7 @@ class Bench:
             self._add()
         self.journal = self.records.journal(bundle_id)
 
-    def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0, existing="refuse"):
+    def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0, existing="refuse", **options):
         policy = UploadPolicy.trusted(*self.records.grant(self.bundle_id), ACCESS_KEY_ID)
         task = self.records.get(self.bundle_id)
         return BundleStore(
@@ -128,6 +128,7 @@ class Bench:
             patience=patience,
             stall_timeout=stall_timeout,
             existing=existing,
+            **options,
         )
 
     @contextmanager

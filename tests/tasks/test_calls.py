@@ -4,6 +4,7 @@ The machine holds each call with an event and lets it end, well or not, at a mom
 next start, between the last start and the first look, while somebody waits for results, and after the last look.
 """
 
+import errno
 import threading
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from thrave.bundle.crew import StoppedError
-from thrave.tasks.calls import Calls
+from thrave.tasks import calls
+from thrave.tasks.calls import Calls, Places
 
 MANY_SECONDS = 60
 
@@ -154,38 +156,77 @@ def test_calls_lose_no_result_and_no_failure():
 
 def test_calls_wake_a_waiter_when_one_fails_after_the_last_start():
     woken, call = threading.Event(), HeldCall(0)
-    calls = Calls(wake=woken.set)
-    calls.begin(call)
+    group = Calls(wake=woken.set)
+    group.begin(call)
     call.end(fails=True)
     assert woken.is_set()
     with pytest.raises(CallError):
-        next(calls.remaining())
+        next(group.remaining())
 
 
 def test_calls_that_are_stopped_raise_and_are_abandoned():
     call = HeldCall(0)
 
-    def stop(calls):
-        with calls:
-            calls.begin(call)
-            calls.stop()
-            next(calls.remaining())
+    def stop(group):
+        with group:
+            group.begin(call)
+            group.stop()
+            next(group.remaining())
 
-    calls = Calls()
+    group = Calls()
     with pytest.raises(StoppedError):
-        stop(calls)
-    assert calls.left
+        stop(group)
+    assert group.left
+    with pytest.raises(StoppedError):
+        group.check_wanted()  # what it asks before its next attempt
     call.end(fails=False)
 
 
-def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
-    def refuse(_thread):
-        raise RuntimeError("can't start new thread")
+def refusing(monkeypatch, times):
+    """Lets no thread start, so many times."""
+    start, refused = threading.Thread.start, []
 
-    calls = Calls()
+    def refuse(thread):
+        if len(refused) < times:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(calls, "_PAUSE", 0.001)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return refused
+
+
+def test_calls_whose_thread_cannot_start_are_begun_again(monkeypatch):
+    group = Calls()
+    refused = refusing(monkeypatch, 2)
+    group.begin(lambda: "result")
+    assert [*group.remaining()] == ["result"]
+    assert len(refused) == 2
+
+
+def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(calls, "START_TIMEOUT", 0.0)
+    group = Calls()
     with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="new thread"):
-            calls.begin(lambda: None)
-    assert calls.pending == 0
-    assert [*calls.remaining()] == []
+        refusing(patched, 1000)
+        with pytest.raises(OSError, match="no thread") as caught:
+            group.begin(lambda: None)
+    assert caught.value.errno == errno.EAGAIN  # may pass
+    assert group.pending == 0
+    assert [*group.remaining()] == []
+
+
+def test_places_wait_for_an_object_has_an_end():
+    """An abandoned upload hangs; whoever waits for it may be stopped meanwhile, and waits no longer than is given."""
+    places, passes = Places(), []
+    with places.alone("bucket", "key"):
+        assert places.taken("bucket") == {"key"}
+        assert not places.wait_until_free("bucket", "key", lambda: passes.append("check"), 0.01)
+        stopped = Calls()
+        stopped.stop()
+        with pytest.raises(StoppedError):
+            places.wait_until_free("bucket", "key", stopped.check_wanted, 600.0)
+    assert passes
+    assert places.wait_until_free("bucket", "key", lambda: None, 0.0)
+    assert places.taken("bucket") == set()

@@ -86,6 +86,7 @@ class RetryingBuckets:
         told: Callable[[TransientError, float], None] | None = None,
         *,
         before_attempt: Check = no_check,
+        unanswered: set[tuple[str, str]] | None = None,
     ) -> None:
         """Retry the calls of `buckets` for `patience` seconds after a call's first failure.
 
@@ -94,12 +95,13 @@ class RetryingBuckets:
             patience: Seconds.
             told: As `patiently` has it.
             before_attempt: As `patiently` has it, of each attempt of each call.
+            unanswered: Where the attribute of that name is kept, if several share it.
         """
         self._buckets = buckets
         self._patience = patience
         self._told = told or _log
         self._before_attempt = before_attempt
-        self.unanswered: set[tuple[str, str]] = set()
+        self.unanswered = set[tuple[str, str]]() if unanswered is None else unanswered
         """Bucket and key of each object that a request was sent to write or delete, which was not answered. It may yet
         arrive, even if a later attempt has succeeded."""
 
@@ -188,9 +190,9 @@ class RetryingBuckets:
         return patiently(call, self._patience, self._told, before_attempt=self._before_attempt)
 
     def _like(self, buckets: Buckets, before_attempt: Check) -> "RetryingBuckets":
-        like = RetryingBuckets(buckets, self._patience, self._told, before_attempt=before_attempt)
-        like.unanswered = self.unanswered
-        return like
+        return RetryingBuckets(
+            buckets, self._patience, self._told, before_attempt=before_attempt, unanswered=self.unanswered
+        )
 
 
 def _log(error: TransientError, seconds: float) -> None:

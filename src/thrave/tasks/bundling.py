@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.sealed import Sealed
@@ -101,6 +102,8 @@ class Host:
     """Seconds without a byte read or an object stored after which a task fails."""
     lease: Lease = field(default_factory=lambda: Lease(None))
     """Checked before each attempt of a call to the store or the hypervisor."""
+    before_attempt: Check = no_check
+    """Made before each attempt of a call to the store: the same lease, for as long as an attempt may take."""
 
 
 class Bundling:
@@ -338,6 +341,7 @@ class Bundling:
             patience=self._host.store_patience,
             existing=self._host.existing_bundle,
             stall_timeout=self._host.stall_timeout,
+            before_attempt=self._host.before_attempt,
         )
 
     @contextmanager

@@ -2,14 +2,18 @@
 
 A call that hangs, in a store or a disk that does not respond, cannot be interrupted. Nobody who must react to a
 cancellation waits inside one: `stop` wakes whoever waits for results, and calls that still run a second later are
-abandoned. An abandoned call can see that (`Calls.left`), and must undo what it does afterwards.
+abandoned. An abandoned call makes no further attempt (`Calls.check_wanted`). What its last attempt does is recorded by
+whoever has begun it, since a request that is under way cannot be taken back.
 
 No result and no failure can be lost: `pending` counts a call until its result was taken or its failure was raised, and
 a `with` block that ends without an error while one is pending is an error.
 """
 
+import errno
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -20,6 +24,10 @@ from thrave.concurrency import supervised
 
 PATIENCE = 1.0
 """Seconds that calls have to end when their results are no longer needed."""
+START_TIMEOUT = 60.0
+"""Seconds for which a call is begun again while the machine has no thread for it."""
+
+_PAUSE = 0.25  # seconds
 
 R = TypeVar("R")
 
@@ -51,17 +59,34 @@ class Calls(Generic[R]):
             return self._running + len(self._results) + len(self._failures)
 
     def begin(self, call: Callable[[], R]) -> None:
-        """Start a call in a thread of its own. Raises what an earlier one raised, or StoppedError."""
+        """Start a call in a thread of its own.
+
+        While the machine has no thread for it, it is tried again for `START_TIMEOUT` seconds.
+
+        Raises:
+            StoppedError: The calls were stopped.
+            OSError: EAGAIN: There was no thread for it.
+            Exception: What an earlier call raised.
+        """
+        until = time.monotonic() + START_TIMEOUT
+        while not self._started(call):
+            if time.monotonic() > until:
+                raise OSError(errno.EAGAIN, "no thread can be started")
+            with self._changed:
+                self._changed.wait(_PAUSE)
+
+    def _started(self, call: Callable[[], R]) -> bool:
         with self._changed:
             self._check()
             self._running += 1
         try:
             supervised("store-call", partial(self._run, call), on_failure=self._fail)
-        except BaseException:  # no thread, no call
+        except RuntimeError:  # no thread, no call
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
-            raise
+            return False
+        return True
 
     def results(self, *, wait: bool = True, within: float | None = None) -> list[R]:
         """Take the results that arrived since the last time, in any order; at least one if `wait`.
@@ -90,6 +115,11 @@ class Calls(Generic[R]):
         """Raise what a call raised, if one did."""
         if self._failures:
             raise self._failures[0]
+
+    def check_wanted(self) -> None:
+        """Raise StoppedError if the results are no longer needed; for the calls themselves, before each attempt."""
+        if self.stopped:
+            raise StoppedError
 
     def stop(self) -> None:
         """Start no more calls, and wake whoever waits for a result; any thread may call this."""
@@ -149,27 +179,72 @@ class Calls(Generic[R]):
 
 
 class Places:
-    """One lock per object key. Two uploads to one key never overlap, even if the first was abandoned."""
+    """Which objects the calls of this process are under way to, those among them that were abandoned."""
 
     def __init__(self) -> None:
+        self.unanswered: set[tuple[str, str]] = set()
+        """Bucket and key of each object that a request was sent about which was not answered: it may arrive later."""
         self._changed = threading.Condition()
-        self._taken: set[tuple[str, str]] = set()
+        self._taken = Counter[tuple[str, str]]()
+
+    def wait_until_free(self, bucket: str, key: str, check: Callable[[], None], timeout: float) -> bool:
+        """Wait until no call is under way to an object; say whether that is so after `timeout` seconds.
+
+        Args:
+            bucket: Where it is.
+            key: The object's.
+            check: Called again and again; what it raises ends the wait.
+            timeout: Seconds.
+        """
+        place, until = (bucket, key), time.monotonic() + timeout
+        while True:
+            check()
+            left = until - time.monotonic()
+            with self._changed:
+                if self._changed.wait_for(lambda: place not in self._taken, max(0.0, min(left, _PAUSE))):
+                    return True
+            if left <= 0:
+                return False
 
     @contextmanager
     def alone(self, bucket: str, key: str) -> Iterator[None]:
-        """Have an object to oneself; waits until nobody else has it."""
+        """Have an object to oneself. Raises TimeoutError if others have it for `START_TIMEOUT` seconds."""
         place = bucket, key
         with self._changed:
-            self._changed.wait_for(lambda: place not in self._taken)
-            self._taken.add(place)
+            if not self._changed.wait_for(lambda: place not in self._taken, START_TIMEOUT):
+                raise TimeoutError(f"another call is under way to '{key}'")
+            self._taken[place] += 1
         try:
             yield
         finally:
-            with self._changed:
-                self._taken.remove(place)
-                self._changed.notify_all()
+            self._release([place])
+
+    @contextmanager
+    def shared(self, bucket: str, keys: Collection[str]) -> Iterator[None]:
+        """Be under way to objects, together with others: a deletion may be repeated while the first one hangs."""
+        places = [(bucket, key) for key in keys]
+        with self._changed:
+            self._taken.update(places)
+        try:
+            yield
+        finally:
+            self._release(places)
+
+    def _release(self, places: Iterable[tuple[str, str]]) -> None:
+        with self._changed:
+            self._taken.subtract(places)
+            self._taken += Counter[tuple[str, str]]()  # drops what is 0
+            self._changed.notify_all()
 
     def taken(self, bucket: str) -> set[str]:
         """The keys of a bucket that calls are under way to."""
         with self._changed:
             return {key for of, key in self._taken if of == bucket}
+
+    def busy(self, bucket: str) -> set[str]:
+        """The keys of a bucket that requests of this process may be under way to."""
+        return self.taken(bucket) | {key for of, key in [*self.unanswered] if of == bucket}
+
+
+PLACES = Places()
+"""Those of this process."""

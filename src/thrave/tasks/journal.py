@@ -1,15 +1,17 @@
 """What a task has in the bucket, what it replaces there, and where its sealing goes on after a crash.
 
-An object is written down before it is sent, so that clean-up finds exactly what was sent, and a part with its digests,
-so that it is never sent again as another; what is stored, together with the checkpoint at the end of its unbroken run,
-so that nothing that is stored is ever sent again. The bundle's key is kept only as the vault sealed it, and erased with
-the end of the task (`records.py`). Nothing here touches a bucket.
+An object is claimed before it is sent (`claims.py`), so that cleanup finds exactly what was sent. A part is recorded
+with its digests, so that it is never sent again as another; what is stored, together with the checkpoint at the end of
+its unbroken run, so that nothing that is stored is ever sent again. The bundle's key is kept only as the vault sealed
+it, and erased with the end of the task (`records.py`). Nothing here touches a bucket.
 """
 
 import base64
+import secrets as random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, TypedDict, cast
 
 import sqlalchemy as sa
@@ -18,14 +20,17 @@ from thrave.bundle.checkpoint import Checkpoint
 from thrave.bundle.sealed import CutOff, SealedPart
 from thrave.bundle.secrets import BundleSecrets
 from thrave.database import bundle_part, bundle_task
+from thrave.tasks import claims
+from thrave.tasks.calls import PLACES
 from thrave.tasks.fence import Fence
 from thrave.vault import Vault
 
 # Queries of every part are written once: SQLAlchemy takes longer to put one together than SQLite to answer it.
-_OBJECT = sa.and_(bundle_part.c.bundle_id == sa.bindparam("of"), bundle_part.c.key == sa.bindparam("named"))
-_STRIKE_OUT = bundle_part.delete().where(_OBJECT)
-_WRITE_DOWN = bundle_part.insert()
-_IS_STORED = bundle_part.update().where(_OBJECT).values(size=sa.bindparam("bytes"), etag=sa.bindparam("md5"))
+_OBJECT = sa.and_(
+    bundle_part.c.bucket == sa.bindparam("within"), bundle_part.c.key == sa.bindparam("named"),
+    bundle_part.c.bundle_id == sa.bindparam("of"),
+)  # fmt: skip
+_IS_STORED = bundle_part.update().where(_OBJECT).values(size=sa.bindparam("bytes"), etag=sa.bindparam("md5"), run=None)
 _GOES_ON_AT = (
     bundle_task.update()
     .where(bundle_task.c.bundle_id == sa.bindparam("of"))
@@ -60,6 +65,8 @@ class StoredObject(NamedTuple):
     """Bytes; None while it is in flight."""
     etag: str | None = None
     """MD5 in hex, as the store proved to have it; None where it keeps none."""
+    unanswered: bool = False
+    """Whether an attempt to send it was not answered, and may arrive later."""
 
 
 class StoredDigest(NamedTuple):
@@ -79,7 +86,8 @@ class Stored(NamedTuple):
     """Where sealing can go on from now on; None if that has not changed."""
 
 
-_NOTHING = Stored()
+NOTHING = Stored()
+"""Nothing was taken."""
 
 
 class SentPart(NamedTuple):
@@ -118,12 +126,14 @@ class Journal:
         self._fence = fence
         self.bundle_id = bundle_id
         self._context = f"{bundle_id} secrets"
+        self._run = claims.THIS_PROCESS
+        self._deletion = ""
 
     def begin(self, secrets: BundleSecrets, series: str = "") -> None:
         """Begin a sealing with this key and IV, and these digits in the names of its parts; nothing is stored yet."""
         sealed = self._vault.seal(secrets.key + secrets.iv, context=self._context)
         with self._owned() as connection:
-            connection.execute(bundle_part.update().where(self._mine).values(size=None, etag=None, part=None))
+            claims.renounce(connection, self.bundle_id)
             connection.execute(self._task().values(sealed_secrets=sealed, checkpoint=None, part_series=series))
 
     def is_alone_in_its_place(self) -> bool:
@@ -146,7 +156,7 @@ class Journal:
     def left(self) -> Left | None:
         """What a sealing that was begun before has left; None if none was."""
         query = sa.select(bundle_task.c.sealed_secrets, bundle_task.c.part_series, bundle_task.c.checkpoint)
-        rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._mine, bundle_part.c.part.is_not(None))
+        rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._sent, bundle_part.c.part.is_not(None))
         with self._engine.connect() as connection:
             sealed, series, document = connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).one()
             sent = [SentPart(SealedPart(**row.part), row.size is not None) for row in connection.execute(rows)]
@@ -156,13 +166,20 @@ class Journal:
         secrets = BundleSecrets(opened[:16], opened[16:])
         return _left(secrets, series or "", document and Checkpoint.from_json(document), sent)
 
-    def sending(self, key: str, part: SealedPart | None = None, stored: Stored = _NOTHING) -> None:
-        """Write down that an object, perhaps a part, is about to be sent, and what has been stored meanwhile."""
+    def sending(self, key: str, part: SealedPart | None = None, stored: Stored = NOTHING) -> None:
+        """Claim an object, perhaps a part, that is about to be sent, and record what has been stored meanwhile.
+
+        Raises:
+            ObjectInUseError: It is not free. Nothing was recorded.
+        """
         with self._owned() as connection:
             self._note(connection, stored)
-            connection.execute(_STRIKE_OUT, {"of": self.bundle_id, "named": key})
-            row = {"bundle_id": self.bundle_id, "key": key, "part": part and asdict(part)}
-            connection.execute(_WRITE_DOWN, row)
+            claims.claim(connection, self.bundle_id, key, run=self._run, busy=PLACES.busy(self._bucket), part=part)
+
+    def check_free(self, key: str) -> None:
+        """Check that an object could be claimed now. Raises ObjectInUseError."""
+        with self._engine.connect() as connection:
+            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=PLACES.busy(self._bucket))
 
     def stored(self, stored: Stored) -> None:
         """Write down what the bucket has taken."""
@@ -182,19 +199,26 @@ class Journal:
 
     def digests(self) -> dict[str, StoredDigest]:
         """The parts whose MD5 the store proved when it took them, by their keys."""
-        proved = sa.and_(self._mine, bundle_part.c.etag.is_not(None), bundle_part.c.part.is_not(None))
+        proved = sa.and_(self._sent, bundle_part.c.etag.is_not(None), bundle_part.c.part.is_not(None))
         query = sa.select(bundle_part.c.key, bundle_part.c.part, bundle_part.c.etag).where(proved)
         with self._engine.connect() as connection:
             rows = connection.execute(query)
             return {row.key: StoredDigest(row.part["sha256"], row.etag) for row in rows}
 
     def replace(self, earlier: Earlier | None) -> None:
-        """Record the bundle that the task's own one replaces; None: there is none, or it needs no more work."""
+        """Record the bundle that the task's own one replaces; None: there is none, or nothing is to be done about it.
+
+        Once it is replaced its objects are the task's, to be deleted.
+        """
         document = None
         if earlier is not None:
             manifest = base64.b64encode(earlier.manifest).decode("ascii")
             document = {"manifest": manifest, "keys": [*earlier.keys], "isReplaced": earlier.is_replaced}
         with self._owned() as connection:
+            if earlier is not None and earlier.is_replaced:
+                claims.claim_replaced(
+                    connection, self.bundle_id, earlier.keys, run=self._run, busy=PLACES.busy(self._bucket)
+                )
             connection.execute(self._task().values(earlier=document))
 
     def earlier(self) -> Earlier | None:
@@ -207,19 +231,54 @@ class Journal:
         return Earlier(base64.b64decode(document["manifest"]), tuple(document["keys"]), document["isReplaced"])
 
     def objects(self) -> list[StoredObject]:
-        """Every object that the task has stored or begun to send, in the order of their keys."""
-        columns = bundle_part.c.key, bundle_part.c.size, bundle_part.c.etag
-        with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(*columns).where(self._mine).order_by(bundle_part.c.key))
-            return [StoredObject(*row) for row in rows]
+        """Every object that the task has stored or begun to send, or has to delete, in the order of their keys."""
+        return self._objects(bundle_part.c.state.in_(["sent", "unwanted"]))
 
-    def forget(self, keys: Collection[str]) -> None:
-        """Delete the records of objects that are not in the bucket any more; no sealing can be resumed."""
+    def unwanted(self) -> list[StoredObject]:
+        """Every object that is to be deleted from the bucket, in the order of their keys."""
+        return self._objects(bundle_part.c.state == "unwanted")
+
+    def deleting(self, unanswered: Collection[str] = (), *, everything: bool = True) -> Sequence[str]:
+        """Claim the objects that are to be deleted, and return their keys.
+
+        Args:
+            everything: Every object of the task is to be deleted; no sealing can be resumed.
+            unanswered: Keys of objects that this process has sent requests about, which nobody has answered.
+        """
         with self._owned() as connection:
-            rows = [{"of": self.bundle_id, "named": key} for key in keys]
-            if rows:
-                connection.execute(_STRIKE_OUT, rows)
-            connection.execute(self._task().values(sealed_secrets=None, checkpoint=None))
+            if everything:
+                claims.renounce(connection, self.bundle_id)
+                connection.execute(self._task().values(sealed_secrets=None, checkpoint=None))
+            self._deletion = random.token_hex(8)
+            return claims.claim_deletion(
+                connection, self.bundle_id, run=self._run, deletion=self._deletion, unanswered=unanswered
+            )
+
+    def forget(self, keys: Collection[str], *, unanswered: Collection[str] = (), busy: Collection[str] = ()) -> None:
+        """Record that a deletion has ended, and delete the records of these objects, which are not in the bucket.
+
+        Args:
+            keys: Of the objects.
+            unanswered: Keys of which a request has not been answered. They stay recorded for a while, and are deleted
+                once more.
+            busy: Keys of which requests are under way in this process. They stay recorded.
+        """
+        with self._owned() as connection:
+            ended = claims.end_deletion
+            ended(connection, self.bundle_id, deletion=self._deletion, gone=keys, unanswered=unanswered, busy=busy)
+
+    def _objects(self, condition: sa.ColumnElement[bool]) -> list[StoredObject]:
+        columns = bundle_part.c.key, bundle_part.c.size, bundle_part.c.etag
+        query = sa.select(*columns).where(self._mine, condition).order_by(bundle_part.c.key)
+        with self._engine.connect() as connection:
+            return [StoredObject(*row) for row in connection.execute(query)]
+
+    @cached_property
+    def _bucket(self) -> str:
+        query = sa.select(bundle_task.c.bucket).where(bundle_task.c.bundle_id == self.bundle_id)
+        with self._engine.connect() as connection:
+            bucket: str = connection.execute(query).scalar_one()
+        return bucket
 
     @contextmanager
     def _owned(self) -> Iterator[sa.Connection]:
@@ -231,16 +290,20 @@ class Journal:
 
     def _note(self, connection: sa.Connection, stored: Stored) -> None:
         if stored.objects:
-            rows = [
-                {"of": self.bundle_id, "named": key, "bytes": size, "md5": etag} for key, size, etag in stored.objects
-            ]
+            mine = {"of": self.bundle_id, "within": self._bucket}
+            rows = [{**mine, "named": each.key, "bytes": each.size, "md5": each.etag} for each in stored.objects]
             connection.execute(_IS_STORED, rows)
+            claims.delay(connection, self.bundle_id, [each.key for each in stored.objects if each.unanswered])
         if stored.checkpoint is not None:
             connection.execute(_GOES_ON_AT, {"of": self.bundle_id, "point": stored.checkpoint.to_json()})
 
     @property
     def _mine(self) -> sa.ColumnElement[bool]:
         return bundle_part.c.bundle_id == self.bundle_id
+
+    @property
+    def _sent(self) -> sa.ColumnElement[bool]:
+        return sa.and_(self._mine, bundle_part.c.state == "sent")
 
     def _task(self) -> sa.Update:
         return bundle_task.update().where(bundle_task.c.bundle_id == self.bundle_id)

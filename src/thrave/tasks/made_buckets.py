@@ -15,8 +15,10 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 import structlog
 
+from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import BucketError, TransientError
+from thrave.buckets.retrying import RetryingBuckets
 from thrave.database import bundle_task, task_in_progress
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
@@ -60,9 +62,10 @@ _LOCKS = tuple(_SharedLock() for _ in range(64))  # of this process; names share
 class MadeBuckets:
     """The buckets that requests have created, as the API and the agents of one database see them."""
 
-    def __init__(self, engine: sa.Engine, records: Records) -> None:
-        """Open nothing yet."""
+    def __init__(self, engine: sa.Engine, records: Records, *, before_attempt: Check = no_check) -> None:
+        """Open nothing yet; `before_attempt` is made before a bucket is removed (see `RetryingBuckets`)."""
         self._records = records
+        self._before_attempt = before_attempt
         # A connection of its own for each lock: one that waits must not take the pool's from those it waits for.
         self._server = None
         if engine.dialect.name == "postgresql":
@@ -95,7 +98,7 @@ class MadeBuckets:
                 others = [task for task in self._unfinished(bucket) if task.bundle_id != but]
                 if others:
                     return False
-                if buckets.remove(bucket, owner):
+                if RetryingBuckets(buckets, 0.0, before_attempt=self._before_attempt).remove(bucket, owner):
                     log.info("removed the bucket that was created for a task", bucket=bucket)
         except (BucketBusyError, TransientError) as error:
             log.warning("a bucket cannot be removed yet", bucket=bucket, error=str(error))

@@ -18,6 +18,11 @@ from thrave.tasks.states import FINISHED, BundleTaskState
 from thrave.tasks.task import BundleTask, Event
 
 _taken_part = sa.case((bundle_part.c.part.is_not(None), bundle_part.c.size))
+# A complete task may have objects to delete: those of the bundle that it has replaced.
+_counted = sa.or_(
+    bundle_part.c.state == "sent",
+    sa.and_(bundle_part.c.state == "unwanted", bundle_task.c.state == BundleTaskState.FAILED),
+)
 _STORED = (
     sa.select(
         bundle_task.c.bundle_id,
@@ -26,7 +31,7 @@ _STORED = (
         sa.func.count(_taken_part),
         sa.func.coalesce(sa.cast(sa.func.sum(bundle_part.c.size), sa.BigInteger), 0),
     )
-    .outerjoin(bundle_part)
+    .outerjoin(bundle_part, sa.and_(bundle_part.c.bundle_id == bundle_task.c.bundle_id, _counted))
     .group_by(bundle_task.c.bundle_id)
 )
 
@@ -115,8 +120,8 @@ class Overview:
         journal, left_over = self._records.journal(task.bundle_id), []
         if task.state is BundleTaskState.FAILED and stored.objects:
             left_over = [item.key for item in journal.objects()]
-        elif task.state is BundleTaskState.COMPLETE and replaces and (earlier := journal.earlier()):
-            left_over = [*earlier.keys]
+        elif task.state is BundleTaskState.COMPLETE and replaces:
+            left_over = [item.key for item in journal.unwanted()]
         return SeenTask(task, stored, left_over)
 
 

@@ -25,7 +25,9 @@ from thrave.database import (
     instance_power,
     now,
     task_in_progress,
+    to_be_deleted,
 )
+from thrave.tasks import claims
 from thrave.tasks.failures import Cancelled, TaskFailure, without_folders
 from thrave.tasks.fence import Fence, hostless
 from thrave.tasks.journal import Journal
@@ -57,9 +59,11 @@ _OF_PLACE = _TASKS.where(
     bundle_task.c.bucket == sa.bindparam("bucket"), bundle_task.c.prefix == sa.bindparam("prefix"), task_in_progress
 )
 _FROZEN = TypeAdapter(Frozen)
+_ENDED = bundle_task.c.state.in_([sa.literal_column("'complete'"), sa.literal_column("'failed'")])
+# By the index of the objects that are to be deleted, which are few; not by the tasks that have ended.
 _LEFT_OVER = sa.and_(
-    bundle_task.c.state == sa.literal_column("'failed'"),
-    sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id),
+    _ENDED,
+    bundle_task.c.bundle_id.in_(sa.select(bundle_part.c.bundle_id).where(to_be_deleted, bundle_part.c.state != "gone")),
 )
 _LOOKED_AFTER = bundle_task.c.look_after_until.is_not(None)
 _WANTED = sa.select(instance_power.c.wanted).where(instance_power.c.instance_id == bundle_task.c.instance_id)
@@ -373,31 +377,43 @@ class Records:
         """Record that nothing is to be done about the bucket any more that the task's request created."""
         self._set(bundle_id, made_bucket=None)
 
-    def left_over(self, on_host: str | None = None, *, ended_after: datetime | None = None) -> list[BundleTask]:
-        """The failed tasks that still have objects in a bucket (`journal(…).objects()`).
+    def left_over(self, on_host: str | None = None) -> list[BundleTask]:
+        """The tasks that have ended and still have objects to be removed from a bucket (`journal(…).unwanted()`).
 
         Args:
             on_host: Only those of this host, and of hosts that were given up.
-            ended_after: Only those that ended after this.
         """
         there = sa.true() if on_host is None else sa.or_(bundle_task.c.host == on_host, hostless)
-        late = sa.true() if ended_after is None else bundle_task.c.update_time > ended_after
-        return self.find(_LEFT_OVER, there, late)
+        return self.find(_LEFT_OVER, there)
+
+    def to_clean_up(self, on_host: str) -> list[BundleTask]:
+        """The tasks of `left_over`, and those of which a lost request may have stored a removed object again."""
+        due = sa.or_(bundle_part.c.state != "gone", bundle_part.c.settle_time <= now())
+        query = sa.select(bundle_part.c.bundle_id).distinct().where(to_be_deleted, due)
+        with self._engine.connect() as connection:
+            known = [*connection.execute(query).scalars()]
+        # Not sorted: for the order SQLite would read every task there is.
+        mine = sa.select(*_SHOWN).where(sa.or_(bundle_task.c.host == on_host, hostless))
+        tasks = self._read(mine.where(_REPLACES))
+        if others := {*known}.difference(task.bundle_id for task in tasks):
+            tasks += self._read(mine.where(bundle_task.c.bundle_id.in_(others), _ENDED))
+        return tasks
 
     def has_left_over(self, bundle_id: str) -> bool:
         """Whether a task that has ended still has something to be removed from its bucket."""
         return bool(self.find(bundle_task.c.bundle_id == bundle_id, sa.or_(_LEFT_OVER, _REPLACES)))
 
-    def replacing(self, on_host: str) -> list[BundleTask]:
-        """The complete tasks of a host, or of hosts that were given up, whose earlier bundles have not been removed."""
-        return self.find(_REPLACES, sa.or_(bundle_task.c.host == on_host, hostless))
-
     def purge(self, kept: timedelta, *, most: int) -> int:
-        """Forget tasks that ended longer ago and left nothing to do, `most` of them at the most; say how many."""
+        """Forget tasks that ended longer ago and left nothing to do, `most` of them at the most; say how many.
+
+        The keys of a complete bundle are free then: no other task has a row of them, so that none can delete them.
+        A task with an object that is to be deleted, or that a lost request may reach, stays.
+        """
+        needed = sa.or_(to_be_deleted, bundle_part.c.settle_time > now())
         done = (
             bundle_task.c.look_after_until.is_(None),
             bundle_task.c.frozen.is_(None),
-            sa.not_(_LEFT_OVER),
+            sa.not_(sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id, needed)),
             sa.not_(_REPLACES),
         )
         old = sa.select(bundle_task.c.bundle_id).where(
@@ -405,6 +421,7 @@ class Records:
         )
         with self._engine.begin() as connection:
             ids = [*connection.execute(old.limit(most).with_for_update(skip_locked=True)).scalars()]
+            connection.execute(bundle_part.delete().where(bundle_part.c.bundle_id.in_(ids)))
             connection.execute(bundle_task.delete().where(bundle_task.c.bundle_id.in_(ids)))
         return len(ids)
 
@@ -510,6 +527,8 @@ class Records:
             moved = self._updated(transaction, bundle_id, from_there, state=state, **values)
             if moved:
                 transaction.execute(bundle_task_event.insert(), _event(bundle_id, state))
+            if moved and state is BundleTaskState.FAILED:
+                claims.renounce(transaction, bundle_id)
         return moved
 
     def _set(self, bundle_id: str, **values: object) -> None:

@@ -1,25 +1,23 @@
 """Removes the objects of failed tasks, and of bundles that were replaced.
 
 A failed task leaves what was there before it: what it wrote is deleted, and the manifest that it replaced is put back.
-Nothing that the manifest in the bucket names is ever deleted. What could not be deleted stays recorded, and the agent
-tries again (`leftovers.py`).
+Only what was claimed before is deleted (`claims.py`), and nothing that the manifest in the bucket names. What could not
+be deleted stays recorded, and the agent tries again (`leftovers.py`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import AccessDenied, BucketError, TransientError
-from thrave.tasks.calls import Calls, Places
+from thrave.buckets.retrying import RetryingBuckets
+from thrave.tasks.calls import PLACES, Calls, Places
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.journal import Journal
 from thrave.tasks.places import Place
-
-PLACES = Places()
-"""Objects that this process is uploading, abandoned uploads included."""
 
 _KEYS_AT_ONCE = 1000  # of one request to delete: S3's limit
 _HEADS_AT_ONCE = 16
@@ -27,10 +25,11 @@ _HEADS_AT_ONCE = 16
 _Answer = TypeVar("_Answer")
 
 
-def remove_objects(buckets: Buckets, place: Place, journal: Journal, *, stall_timeout: float) -> None:
-    """Delete every object that a task has sent or begun to send, and put back the manifest that it replaced.
+def remove_objects(buckets: RetryingBuckets, place: Place, journal: Journal, *, stall_timeout: float) -> None:
+    """Delete every object of a task that has failed, or seals from the beginning.
 
-    An object to which an abandoned upload is still under way stays recorded, and is removed later.
+    The manifest that it has replaced is put back. An object to which a call of this process is under way stays
+    recorded, and is deleted again later.
 
     Args:
         buckets: The store, on behalf of the bucket's owner.
@@ -42,38 +41,120 @@ def remove_objects(buckets: Buckets, place: Place, journal: Journal, *, stall_ti
         BucketError: The store refuses it.
         TaskFailure: It does not respond for `stall_timeout` seconds.
     """
-    busy = PLACES.taken(place.bucket)
-    keys = {item.key for item in journal.objects()}
-    with durable("objects removed"):
-        if keys:
-            undo = place.manifest_key in keys - busy
-            there = _within(stall_timeout, partial(_undo_manifest, buckets, place, journal, keys, undo=undo))
-            in_use = _within(stall_timeout, partial(place.keys_in_use, buckets, there, keys)) if there else set()
-            _delete(buckets, place.bucket, keys - in_use - {place.manifest_key}, stall_timeout)
-    with durable("removal recorded"):
-        journal.forget(keys - busy - PLACES.taken(place.bucket))
+    removal = _Removal(buckets, place, journal, stall_timeout)
+    with removal.claimed(everything=True) as keys, durable("objects removed"):
+        if not keys:
+            return
+        undo = place.manifest_key in keys - removal.busy
+        there = removal.within(partial(_undo_manifest, place, journal, keys, undo=undo))
+        removal.delete(keys - {place.manifest_key}, there)
+        if undo:  # it is deleted, replaced by the earlier one, or somebody else's
+            removal.gone.add(place.manifest_key)
 
 
-def remove_earlier(buckets: Buckets, place: Place, journal: Journal, *, stall_timeout: float) -> None:
+def remove_earlier(buckets: RetryingBuckets, place: Place, journal: Journal, *, stall_timeout: float) -> None:
     """Delete what is left of the bundle that a task has replaced; its manifest is the task's own now.
 
     Raises:
         BucketError, TaskFailure: As `remove_objects`.
     """
-    earlier = journal.earlier()
-    if earlier is None:
-        return
-    with durable("earlier bundle removed"):
-        there = _within(stall_timeout, partial(place.read_manifest, buckets))
-        keys = set(earlier.keys)
-        in_use = _within(stall_timeout, partial(place.keys_in_use, buckets, there, keys)) if there else set()
-        _delete(buckets, place.bucket, keys - in_use, stall_timeout)
-    with durable("removal recorded"):
-        journal.replace(None)
+    removal = _Removal(buckets, place, journal, stall_timeout)
+    with removal.claimed(everything=False) as keys, durable("earlier bundle removed"):
+        if keys:
+            removal.delete(keys, removal.within(place.read_manifest))
+    if journal.earlier() is not None and not journal.unwanted():
+        with durable("removal recorded"):
+            journal.replace(None)
+
+
+class _Removal:
+    """One attempt to delete what a task has claimed for deletion."""
+
+    def __init__(
+        self,
+        buckets: RetryingBuckets,
+        place: Place,
+        journal: Journal,
+        stall_timeout: float,
+        places: Places = PLACES,
+    ) -> None:
+        self._buckets = buckets
+        self._places = places
+        self._place = place
+        self._journal = journal
+        self._stall_timeout = stall_timeout
+        self.busy: set[str] = set()
+        self.gone: set[str] = set()
+        """Keys that the store has confirmed to be gone, or to be another bundle's."""
+
+    @contextmanager
+    def claimed(self, *, everything: bool) -> Iterator[set[str]]:
+        """Claim what is to be deleted; in the end record what is gone, whatever has failed."""
+        self.busy = self._places.taken(self._place.bucket)
+        keys = {*self._journal.deleting(self._unanswered(), everything=everything)}
+        try:
+            yield keys
+        except (BucketError, TaskFailure):  # what was abandoned is busy
+            self._record()
+            raise
+        if keys:
+            self._record()
+
+    def within(self, call: Callable[[RetryingBuckets], _Answer]) -> _Answer:
+        """Make one call, which may take `stall_timeout` seconds."""
+        with _in_time(self._stall_timeout), Calls[_Answer]() as calls:
+            calls.begin(partial(call, self._buckets.checking(calls.check_wanted)))
+            (answer,) = calls.remaining(within=self._stall_timeout)
+        return answer
+
+    def delete(self, keys: set[str], manifest: bytes | None) -> None:
+        """Delete objects, but for those of the bundle whose manifest is in the bucket."""
+        in_use = set[str]()
+        if manifest is not None:
+            in_use = self.within(partial(self._place.keys_in_use, manifest=manifest, keys=keys))
+        self.gone |= in_use
+        named = sorted(keys - in_use)
+        for start in range(0, len(named), _KEYS_AT_ONCE):
+            self._delete(named[start : start + _KEYS_AT_ONCE])
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        refusal: BucketError | None = None
+        try:
+            self.within(partial(_delete, bucket=self._place.bucket, keys=keys))
+        except AccessDenied as error:  # somebody else may have deleted them
+            refusal = error
+        exist = self._existing(keys)
+        self.gone |= set(keys) - exist
+        if exist:
+            raise refusal or _kept()
+
+    def _existing(self, keys: Sequence[str]) -> set[str]:
+        """Which of these objects are in the bucket: what a store says of a deletion proves nothing."""
+        found = set[str]()
+        with _in_time(self._stall_timeout), Calls[tuple[str, bool]]() as calls:
+            buckets = self._buckets.checking(calls.check_wanted)
+            for key in keys:
+                if calls.pending >= _HEADS_AT_ONCE:
+                    found |= {each for each, exists in calls.results(within=self._stall_timeout) if exists}
+                calls.begin(partial(_look_at, buckets, self._place.bucket, key))
+            for each, exists in calls.remaining(within=self._stall_timeout):
+                found |= {each} if exists else set()
+        return found
+
+    def _record(self) -> None:
+        busy = self.busy | self._places.taken(self._place.bucket)
+        with durable("removal recorded"):
+            unanswered = self._unanswered()
+            self._journal.forget(self.gone, unanswered=unanswered, busy=busy)
+            self._places.unanswered.difference_update((self._place.bucket, key) for key in unanswered)
+
+    def _unanswered(self) -> set[str]:
+        lost = {key for bucket, key in [*self._places.unanswered] if bucket == self._place.bucket}
+        return lost and lost.intersection(item.key for item in self._journal.objects())
 
 
 def _undo_manifest(
-    buckets: Buckets, place: Place, journal: Journal, keys: Collection[str], *, undo: bool
+    place: Place, journal: Journal, keys: Collection[str], buckets: RetryingBuckets, *, undo: bool
 ) -> bytes | None:
     """Take back the manifest that a task has written; return what is at its key then."""
     there = place.read_manifest(buckets)
@@ -85,20 +166,15 @@ def _undo_manifest(
     # What cannot be read is what the store has made of ours; a manifest of other parts is somebody else's.
     if there != own and named and not set(named) & set(keys):
         return there
-    if earlier is None:
-        _delete_now(buckets, place.bucket, place.manifest_key)
-        return None
-    if there != earlier.manifest:
-        buckets.put(place.bucket, place.manifest_key, earlier.manifest)
+    with PLACES.shared(place.bucket, [place.manifest_key]):
+        if earlier is None:
+            buckets.delete(place.bucket, [place.manifest_key])
+            if _exists(buckets, place.bucket, place.manifest_key):
+                raise _kept()
+            return None
+        if there != earlier.manifest:
+            buckets.put(place.bucket, place.manifest_key, earlier.manifest)
     return earlier.manifest
-
-
-def _within(stall_timeout: float, call: Callable[[], _Answer]) -> _Answer:
-    """Make one call, which may take `stall_timeout` seconds."""
-    with _in_time(stall_timeout), Calls[_Answer]() as calls:
-        calls.begin(call)
-        (answer,) = calls.remaining(within=stall_timeout)
-    return answer
 
 
 @contextmanager
@@ -110,40 +186,17 @@ def _in_time(stall_timeout: float) -> Iterator[None]:
         raise TaskFailure("Server.NoProgress", words) from None
 
 
-def _delete(buckets: Buckets, bucket: str, keys: Iterable[str], stall_timeout: float) -> None:
-    named = sorted(keys)
-    for start in range(0, len(named), _KEYS_AT_ONCE):
-        batch = named[start : start + _KEYS_AT_ONCE]
-        refusal: BucketError | None = None
-        try:
-            _within(stall_timeout, partial(buckets.delete, bucket, batch))
-        except AccessDenied as error:  # somebody else may have deleted them
-            refusal = error
-        if _exist(buckets, bucket, batch, stall_timeout):
-            raise refusal or _kept()
+def _delete(buckets: RetryingBuckets, bucket: str, keys: Sequence[str]) -> None:
+    with PLACES.shared(bucket, keys):
+        buckets.delete(bucket, keys)
 
 
-def _exist(buckets: Buckets, bucket: str, keys: Sequence[str], stall_timeout: float) -> bool:
-    """Whether one of these objects is in the bucket: what a store says of a deletion proves nothing."""
-    found = False
-    with _in_time(stall_timeout), Calls[bool]() as calls:
-        for key in keys:
-            if calls.pending >= _HEADS_AT_ONCE:
-                found |= any(calls.results(within=stall_timeout))
-            calls.begin(partial(_exists, buckets, bucket, key))
-        for exists in calls.remaining(within=stall_timeout):
-            found |= exists
-    return found
+def _look_at(buckets: Buckets, bucket: str, key: str) -> tuple[str, bool]:
+    return key, _exists(buckets, bucket, key)
 
 
 def _exists(buckets: Buckets, bucket: str, key: str) -> bool:
     return buckets.head(bucket, key) is not None
-
-
-def _delete_now(buckets: Buckets, bucket: str, key: str) -> None:
-    buckets.delete(bucket, [key])
-    if _exists(buckets, bucket, key):
-        raise _kept()
 
 
 def _kept() -> TransientError:

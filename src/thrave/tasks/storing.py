@@ -1,19 +1,23 @@
 """One bundle's objects in its bucket: sent under the caller's upload policy, recorded and proved.
 
-Every key is recorded before it is sent, so that clean-up after a crash finds exactly what was sent and nothing else. No
-object that exists is overwritten, but for the manifest of the bundle that is replaced, last of all, after every part
-that the new manifest names was proved. Nobody waits within the store: calls that hang there are abandoned (`calls.py`).
+Every key is claimed before it is sent (`claims.py`), so that cleanup after a crash finds exactly what was sent and
+nothing else. No object that exists is overwritten, but for the manifest of the bundle that is replaced, last of all,
+after every part that the new manifest names was proved. Nobody waits within the store: calls that hang there are
+abandoned (`calls.py`), and make no further attempt.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Literal, TypeVar
 
 import structlog
 
+from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, TransientError
 from thrave.buckets.policy import UploadPolicy
@@ -21,20 +25,23 @@ from thrave.buckets.retrying import RetryingBuckets
 from thrave.bundle.crew import StoppedError
 from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
 from thrave.bundle.reading import read_manifest
+from thrave.bundle.sealed import SealedPart
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.sidefile import Digest, read_side_file
-from thrave.tasks.calls import Calls
+from thrave.tasks.calls import PLACES, Calls
+from thrave.tasks.claims import ObjectInUseError
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import Cancelled, TaskFailure
-from thrave.tasks.journal import Documents, Earlier, Journal, Left, Stored, StoredObject
+from thrave.tasks.journal import NOTHING, Documents, Earlier, Journal, Left, Stored, StoredObject
 from thrave.tasks.places import SMALLEST_MANIFEST, Place
-from thrave.tasks.removal import PLACES, remove_earlier, remove_objects
+from thrave.tasks.removal import remove_earlier, remove_objects
 from thrave.tasks.task import BundleTask
 from thrave.tasks.uploads import Arrived, PartUploads
 from thrave.tasks.watch import Watch
 
 _HEADS_AT_ONCE = 16
 _PAUSE = 0.25  # seconds
+_WAIT = 1.0  # seconds between two attempts to claim an object
 
 ExistingBundle = Literal["refuse", "replace"]
 """What is done about a bundle that is in the place of a new one."""
@@ -57,6 +64,7 @@ class BundleStore:
         patience: float,
         stall_timeout: float,
         existing: ExistingBundle = "refuse",
+        before_attempt: Check = no_check,
     ) -> None:
         """Send to the task's bucket, under its prefix, what the caller's upload policy allows.
 
@@ -69,8 +77,11 @@ class BundleStore:
             patience: Seconds for which a call is made again that fails in a way that may pass.
             stall_timeout: Seconds without an answer after which removing is given up.
             existing: What is done about a bundle that is in the task's place.
+            before_attempt: Made before each attempt of each call; see `RetryingBuckets`.
         """
-        self._buckets = RetryingBuckets(buckets, patience, self._retried)
+        self._buckets = RetryingBuckets(
+            buckets, patience, self._retried, before_attempt=before_attempt, unanswered=PLACES.unanswered
+        )
         self._retries: list[TransientError] = []
         self._journal = journal
         self._place = Place.of(task)
@@ -85,11 +96,12 @@ class BundleStore:
 
         Raises:
             BucketError: The policy does not allow the manifest.
-            TaskFailure: A bundle is there that must not be replaced.
+            TaskFailure: A bundle is there that must not be replaced, or requests of an earlier task may be under way.
         """
         key = self._place.manifest_key
         self._policy.check_upload(self._bucket, key, content_length=None, now=datetime.now(UTC))
-        if self._existing == "refuse" and self._ask(partial(self._place.has_bundle, self._buckets), watch):
+        self._when_free(lambda: self._journal.check_free(key), watch)
+        if self._existing == "refuse" and self._ask(self._place.has_bundle, watch):
             raise self._in_use()
 
     def is_unused(self, watch: Watch) -> bool:
@@ -114,6 +126,7 @@ class BundleStore:
                 self._journal,
                 left,
                 partial(self._upload, calls),
+                sending=partial(self._sending, watch),
                 folder=self._folder,
                 at_once=self._uploads_at_once,
                 moved=watch.moved,
@@ -183,10 +196,12 @@ class BundleStore:
             TaskFailure: The bucket has not got what it took, or has another manifest that must not be replaced.
             Cancelled: The task was cancelled before.
         """
-        own = documents["manifest"].encode()
-        found = self._ask(partial(self._place.read_manifest, self._buckets), watch)
-        if found == own:  # sent before a crash
-            self._journal.stored(Stored([StoredObject(self._place.manifest_key, len(own))]))
+        own, key = documents["manifest"].encode(), self._place.manifest_key
+        self._when_free(lambda: self._journal.check_free(key), watch)
+        found = self._ask(self._place.read_manifest, watch)
+        if found == own:  # sent before a crash, perhaps more than once
+            self._sending(watch, key)
+            self._journal.stored(Stored([StoredObject(key, len(own))]))
             return
         with durable("earlier bundle noted"):
             self._keep_earlier(found)
@@ -197,7 +212,7 @@ class BundleStore:
     def has_manifest(self, documents: Documents, watch: Watch) -> bool:
         """Whether the bucket has the manifest: then the bundle is complete, whatever has failed since it was sent."""
         own = documents["manifest"].encode()
-        return self._ask(partial(self._place.read_manifest, self._buckets), watch) == own
+        return self._ask(self._place.read_manifest, watch) == own
 
     def remove(self) -> None:
         """Delete every object that this task has sent or begun to send; as `remove_objects`."""
@@ -205,6 +220,11 @@ class BundleStore:
 
     def remove_earlier(self) -> None:
         """Delete what is left of the bundle that this one has replaced; as `removal.remove_earlier`."""
+        earlier = self._journal.earlier()
+        if earlier is None:
+            return
+        if not earlier.is_replaced:
+            self._journal.replace(replace(earlier, is_replaced=True))
         remove_earlier(self._buckets, self._place, self._journal, stall_timeout=self._stall_timeout)
 
     def _keep_earlier(self, found: bytes | None) -> None:
@@ -223,14 +243,14 @@ class BundleStore:
             "Client.PrefixInUse", f"The bucket has a bundle under this prefix: '{self._place.manifest_key}'."
         )
 
-    def _has_none_of(self, side_file: str) -> bool:
+    def _has_none_of(self, side_file: str, buckets: Buckets) -> bool:
         keys = self._place.manifest_key, self._folder + side_file
-        return all(self._buckets.head(self._bucket, key) is None for key in keys)
+        return all(buckets.head(self._bucket, key) is None for key in keys)
 
-    def _is_empty(self) -> bool:
+    def _is_empty(self, buckets: Buckets) -> bool:
         try:
             for ending in (".part.", ".manifest."):
-                for _ in self._buckets.list(self._bucket, f"{self._folder}{self.name}{ending}"):
+                for _ in buckets.list(self._bucket, f"{self._folder}{self.name}{ending}"):
                     return False
         except TransientError:
             raise
@@ -238,48 +258,67 @@ class BundleStore:
             return False
         return True
 
-    def _ask(self, call: Callable[[], _Answer], watch: Watch) -> _Answer:
+    def _ask(self, call: Callable[[Buckets], _Answer], watch: Watch) -> _Answer:
         """Make one call, until it ends or the task is stopped."""
         with Calls[_Answer]() as calls:
             watch.over(calls.stop)
-            calls.begin(call)
+            calls.begin(partial(call, self._buckets.checking(calls.check_wanted)))
             (answer,) = calls.remaining()
         return answer
+
+    def _sending(self, watch: Watch, key: str, part: SealedPart | None = None, stored: Stored = NOTHING) -> None:
+        """Claim an object that is about to be sent, as `Journal.sending`; wait until it is free."""
+        self._when_free(lambda: self._journal.sending(key, part, stored), watch)
+
+    def _when_free(self, claim: Callable[[], None], watch: Watch) -> None:
+        """Claim an object. What may be under way to it may end, or may be cleaned up, within `stall_timeout`.
+
+        Raises:
+            TaskFailure: It is another task's, or does not become free.
+        """
+        until, is_told = time.monotonic() + self._stall_timeout, False
+        while True:
+            try:
+                claim()
+            except ObjectInUseError as error:
+                if error.seconds is None or time.monotonic() + error.seconds > until:
+                    words = f"{error} Try again later, or choose another prefix."
+                    raise TaskFailure("Client.PrefixInUse", words) from None
+                if not is_told:
+                    log.warning("an object is in use; waiting", bundle_id=self._journal.bundle_id, error=str(error))
+                is_told = True
+                watch.pause(min(_WAIT, self._stall_timeout / 4))
+            else:
+                return
 
     def _put(self, filename: str, data: bytes, watch: Watch) -> None:
         """Send one file of the bundle, whole, and prove that it is there: nobody else will, of the last one."""
         key = self._folder + filename
-        self._journal.sending(key)
+        self._sending(watch, key)
         with Calls[StoredObject]() as calls:
             watch.over(calls.stop)
             calls.begin(partial(self._upload_surely, calls, key, memoryview(data)))
             self._journal.stored(Stored([*calls.remaining()]))
 
     def _upload(self, calls: Calls[Arrived] | Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
+        buckets = self._buckets.checking(calls.check_wanted)
+        if not PLACES.wait_until_free(self._bucket, key, calls.check_wanted, self._stall_timeout):
+            raise _hangs(key, self._stall_timeout)
         with PLACES.alone(self._bucket, key):
-            if calls.stopped:
-                raise StoppedError
+            calls.check_wanted()
             try:
-                etag = self._buckets.put(self._bucket, key, data, grant=self._policy)
+                etag = buckets.put(self._bucket, key, data, grant=self._policy)
             finally:
-                if calls.left:
-                    self._take_back(key)
-        return StoredObject(key, data.nbytes, etag)
+                if calls.left:  # it stays recorded: whoever cleans up deletes it
+                    log.warning("an abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)
+        unanswered = (self._bucket, key) in PLACES.unanswered
+        PLACES.unanswered.discard((self._bucket, key))  # it is recorded with the object
+        return StoredObject(key, data.nbytes, etag, unanswered)
 
     def _upload_surely(self, calls: Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
         stored = self._upload(calls, key, data)
         self._prove(calls, key, Digest.of(bytes(data)), stored.etag, threading.BoundedSemaphore())
         return stored
-
-    def _take_back(self, key: str) -> None:
-        """Remove what an abandoned upload has stored: its task has ended, or has begun again.
-
-        A manifest stays recorded, and is taken back with what it may have replaced (`leftovers.py`).
-        """
-        log.warning("an abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)
-        if key != self._place.manifest_key:
-            with suppress(BucketError):  # it stays recorded
-                self._buckets.delete(self._bucket, [key])
 
     def _prove(
         self,
@@ -290,7 +329,7 @@ class BundleStore:
         reading: threading.BoundedSemaphore,
     ) -> None:
         """Make sure that the bucket has an object of these bytes. Raises TaskFailure if it has not."""
-        head = self._buckets.head(self._bucket, key)
+        head = self._buckets.checking(calls.check_wanted).head(self._bucket, key)
         if head is None:
             raise self._lost(key)
         is_other = head.size != digest.size
@@ -308,7 +347,8 @@ class BundleStore:
             if calls.stopped:
                 raise StoppedError
         try:
-            return Digest.of(self._buckets.get_range(self._bucket, key, 0, size + 1))
+            buckets = self._buckets.checking(calls.check_wanted)
+            return Digest.of(buckets.get_range(self._bucket, key, 0, size + 1))
         except (NoSuchKey, NoSuchBucket):
             raise self._lost(key) from None
         finally:
@@ -335,3 +375,9 @@ class BundleStore:
             error=str(reason),
             seconds=round(seconds, 1),
         )
+
+
+def _hangs(key: str, seconds: float) -> TaskFailure:
+    return TaskFailure(
+        "Server.NoProgress", f"An earlier upload to '{key}' was abandoned, and has not ended for {seconds:g} seconds."
+    )

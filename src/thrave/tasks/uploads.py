@@ -14,7 +14,7 @@ from functools import partial
 
 from thrave.bundle.checkpoint import Checkpoint
 from thrave.bundle.errors import ResumeError
-from thrave.bundle.sealed import Part
+from thrave.bundle.sealed import Part, SealedPart
 from thrave.bundle.sealing import Sealing
 from thrave.tasks.calls import Calls
 from thrave.tasks.crash_points import durable
@@ -44,6 +44,7 @@ class PartUploads:
         left: Left,
         upload: Callable[[str, memoryview], StoredObject],
         *,
+        sending: Callable[[str, SealedPart, Stored], None],
         folder: str,
         at_once: int,
         moved: Callable[[], None],
@@ -55,6 +56,7 @@ class PartUploads:
             journal: Where they are written down.
             left: What was sent before.
             upload: Sends an object, given its key and content.
+            sending: As `Journal.sending`.
             folder: What the keys begin with.
             at_once: Parts that may be in flight.
             moved: Told whenever one has arrived.
@@ -63,6 +65,7 @@ class PartUploads:
         self._journal = journal
         self._sent = left.sent
         self._upload = upload
+        self._sending = sending
         self._folder = folder
         self._at_once = at_once
         self._moved = moved
@@ -93,7 +96,7 @@ class PartUploads:
         self._make_room(part.index)
         key = self._folder + part.filename
         with durable("part sealed"):
-            self._journal.sending(key, part.record, self._news())
+            self._sending(key, part.record, self._news())
         self._calls.begin(partial(self._sent_part, key, part))
 
     def _sent_part(self, key: str, part: Part) -> Arrived:

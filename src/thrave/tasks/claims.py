@@ -1,0 +1,247 @@
+"""One owner for each object in a bucket: who may write it, who may delete it, and what may still be under way to it.
+
+The table `bundle_part` has one row for each key. A task claims a key in the transaction before it writes the object.
+A deletion claims first, too, deletes what it has claimed, and deletes the rows of what the store has confirmed as gone.
+
+- The key of an unfinished task is refused to every other task.
+- A task takes over the row of a task that has ended. It waits while a request of that task may be under way.
+- `run` names who has sent a request which has not ended, as far as the database knows: a process that writes, or one
+  attempt to delete. A process keeps a list of its own uploads that are under way (`calls.py`, `PLACES`). If the name is
+  another one, the request may arrive at any time: its sender was killed or cut off, or does not wait for it.
+- Such a key is not free for `SETTLE` after that was found (`settle_time`). An object that was deleted meanwhile is
+  deleted once more at that time (state `gone`), since an upload may have arrived after the first deletion.
+
+No clock decides who owns a key. Times are those of the database, and only say when a request has been lost for good.
+Deleting the record of an ended task releases its keys. No other task can have a row of them, and whatever has no row is
+never deleted.
+"""
+
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from thrave.bundle.sealed import SealedPart
+from thrave.database import bundle_part, bundle_task, now, task_in_progress
+from thrave.tasks.fence import RightLostError
+
+SETTLE = 3600.0
+"""Seconds for which a request may be under way whose sender has died: in a proxy, or in a send buffer of its kernel.
+TCP gives up after 15 minutes (Linux, tcp_retries2); no proxy is known that keeps a request for longer."""
+
+THIS_PROCESS = secrets.token_hex(8)
+
+_ATTEMPTS = 10  # to claim a key: between two statements the row of an ended task may be deleted
+
+_MINE = bundle_part.c.bundle_id == sa.bindparam("of")
+_OBJECT = sa.and_(_MINE, bundle_part.c.bucket == sa.bindparam("within"), bundle_part.c.key == sa.bindparam("named"))
+_SENT = bundle_part.c.state == sa.literal_column("'sent'")
+_GONE = bundle_part.c.state == sa.literal_column("'gone'")
+_UNWANTED = bundle_part.c.state == sa.literal_column("'unwanted'")
+_DELETE = bundle_part.delete().where(_OBJECT)
+_DELAY = bundle_part.update().where(_OBJECT).values(settle_time=now(SETTLE))
+_IS_GONE = bundle_part.update().where(_OBJECT).values(state="gone", run=None)
+
+
+class ObjectInUseError(Exception):
+    """An object cannot be written: it is another task's, or a request of an earlier one may be under way to it."""
+
+    def __init__(self, key: str, reason: str, *, seconds: float | None) -> None:
+        """Say which object, and why; it is free in `seconds` at the soonest; None: nobody knows when."""
+        super().__init__(f"The object '{key}' cannot be written: {reason}.")
+        self.seconds = seconds
+
+
+@cache
+def _own(dialect: str) -> sa.Executable:
+    """Claim an object that nobody has, or that the task has by the same process: what happens for each part."""
+    insert: Any = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(bundle_part)
+    row = sa.select(
+        bundle_task.c.bucket, sa.bindparam("named", type_=bundle_part.c.key.type), bundle_task.c.bundle_id,
+        sa.literal_column("'sent'"), sa.bindparam("by", type_=bundle_part.c.run.type),
+        sa.bindparam("record", type_=bundle_part.c.part.type),
+    ).where(bundle_task.c.bundle_id == sa.bindparam("of"), task_in_progress)  # fmt: skip
+    insert = insert.from_select(["bucket", "key", "bundle_id", "state", "run", "part"], row)
+    known = insert.excluded
+    upsert: sa.Executable = insert.on_conflict_do_update(
+        index_elements=["bucket", "key"],
+        set_={"run": known.run, "part": known.part, "size": None, "etag": None},
+        where=sa.and_(
+            bundle_part.c.bundle_id == known.bundle_id,
+            _SENT,
+            sa.or_(bundle_part.c.run.is_(None), bundle_part.c.run == known.run),
+        ),
+    )
+    return upsert.execution_options(preserve_rowcount=True)
+
+
+def claim(
+    connection: sa.Connection, bundle_id: str, key: str, *, run: str, busy: Collection[str], part: SealedPart | None
+) -> None:
+    """Claim an object that is about to be written, for an unfinished task.
+
+    Args:
+        connection: Of a transaction.
+        bundle_id: The task.
+        key: Of the object.
+        run: This process.
+        busy: Keys that requests of this process may be under way to.
+        part: What the manifest is going to say of it.
+
+    Raises:
+        ObjectInUseError: It is not free.
+        RightLostError: The task has ended.
+    """
+    record = part and asdict(part)
+    given = {"named": key, "of": bundle_id, "by": run, "record": record}
+    for _ in range(_ATTEMPTS):
+        if connection.execute(_own(connection.dialect.name), given).rowcount == 1:
+            return
+        bucket = _bucket(connection, bundle_id)
+        if _is_free(connection, bundle_id, bucket, key, run=run, busy=busy):
+            _take(connection, bundle_id, bucket, key, run)  # the next attempt finds it to be this process's
+    raise ObjectInUseError(key, "other processes claim it at the same time", seconds=0.0)
+
+
+def check_free(connection: sa.Connection, bundle_id: str, key: str, *, run: str, busy: Collection[str]) -> None:
+    """Check that an unfinished task could claim an object. Raises as `claim`."""
+    _is_free(connection, bundle_id, _bucket(connection, bundle_id), key, run=run, busy=busy)
+
+
+def _bucket(connection: sa.Connection, bundle_id: str) -> str:
+    query = sa.select(bundle_task.c.bucket).where(bundle_task.c.bundle_id == bundle_id, task_in_progress)
+    bucket: str | None = connection.execute(query).scalar_one_or_none()
+    if bucket is None:
+        raise RightLostError(bundle_id)
+    return bucket
+
+
+def _is_free(
+    connection: sa.Connection, bundle_id: str, bucket: str, key: str, *, run: str, busy: Collection[str]
+) -> bool:
+    """Whether there is a row of the object that the task may have. Raises ObjectInUseError if it may not have it."""
+    query = sa.select(bundle_part).where(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
+    row = connection.execute(query.with_for_update()).first()
+    if row is None:
+        return False
+    if row.bundle_id == bundle_id:
+        return True
+    # Read after the row was locked: a task that has claimed the key meanwhile is seen here.
+    owner = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.bundle_id == row.bundle_id, task_in_progress)
+    if connection.execute(owner).first() is not None:
+        raise ObjectInUseError(key, "another bundle task, which is not finished, writes it", seconds=None)
+    if row.run is not None and (row.run != run or key in busy):
+        reason = "a request of an earlier bundle task to write or delete it may be under way"
+        raise ObjectInUseError(key, reason, seconds=0.0)
+    seconds = 0.0
+    if row.settle_time is not None:
+        seconds = (row.settle_time - connection.execute(sa.select(now())).scalar_one()).total_seconds()
+    if seconds > 0:
+        reason = f"a lost request of an earlier bundle task may arrive until {row.settle_time:%Y-%m-%d %H:%M:%S}Z"
+        raise ObjectInUseError(key, reason, seconds=seconds)
+    return True
+
+
+def _take(connection: sa.Connection, bundle_id: str, bucket: str, key: str, run: str) -> None:
+    """Make a row the task's that `_is_free` has locked."""
+    there = sa.and_(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
+    # Of the same task: a request of another process may arrive. It has the same content, but may come after a deletion.
+    late = sa.and_(there, bundle_part.c.run.is_not(None), bundle_part.c.run != run)
+    connection.execute(bundle_part.update().where(late).values(settle_time=now(SETTLE)))
+    connection.execute(bundle_part.update().where(there).values(bundle_id=bundle_id, state="sent", run=run))
+
+
+def claim_replaced(
+    connection: sa.Connection, bundle_id: str, keys: Collection[str], *, run: str, busy: Collection[str]
+) -> None:
+    """Claim the objects of a bundle that an unfinished task has replaced, so that they can be deleted.
+
+    What another unfinished task owns, and what is being deleted already, is left out.
+    """
+    bucket = _bucket(connection, bundle_id)
+    for key in sorted(keys):
+        there = sa.and_(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
+        try:
+            is_known = _is_free(connection, bundle_id, bucket, key, run=run, busy=busy)
+        except ObjectInUseError:
+            continue
+        if is_known:
+            is_own_bundle = sa.and_(bundle_part.c.bundle_id == bundle_id, _SENT)
+            change = bundle_part.update().where(there, bundle_part.c.state != "gone", sa.not_(is_own_bundle))
+            connection.execute(change.values(bundle_id=bundle_id, state="unwanted", part=None))
+        else:
+            row = {"bucket": bucket, "key": key, "bundle_id": bundle_id, "state": "unwanted", "size": 0}
+            connection.execute(bundle_part.insert(), row)
+
+
+def renounce(connection: sa.Connection, bundle_id: str) -> None:
+    """Record that no object of a task is wanted any more: the task has failed, or seals from the beginning."""
+    mine = sa.and_(bundle_part.c.bundle_id == bundle_id, _SENT)
+    connection.execute(bundle_part.update().where(mine).values(state="unwanted", part=None))
+
+
+def claim_deletion(
+    connection: sa.Connection, bundle_id: str, *, run: str, deletion: str, unanswered: Collection[str]
+) -> Sequence[str]:
+    """Claim every unwanted object of a task, and those that were deleted and may have come back; return their keys.
+
+    Args:
+        connection: Of a transaction that is committed before anything is deleted.
+        bundle_id: The task.
+        run: This process.
+        deletion: This attempt to delete: a name that no other has had.
+        unanswered: Keys of requests that this process has sent, and that nobody has answered.
+    """
+    mine = bundle_part.c.bundle_id == bundle_id
+    due = sa.and_(mine, sa.or_(_UNWANTED, sa.and_(_GONE, bundle_part.c.settle_time <= now())))
+    late = sa.and_(mine, _UNWANTED, bundle_part.c.run.is_not(None), bundle_part.c.run != run)
+    connection.execute(bundle_part.update().where(late).values(settle_time=now(SETTLE)))
+    connection.execute(bundle_part.update().where(due).values(state="unwanted", run=deletion))
+    delay(connection, bundle_id, unanswered)
+    query = sa.select(bundle_part.c.key).where(mine, _UNWANTED).order_by(bundle_part.c.key)
+    return connection.execute(query).scalars().all()
+
+
+def end_deletion(
+    connection: sa.Connection,
+    bundle_id: str,
+    *,
+    deletion: str,
+    gone: Collection[str],
+    unanswered: Collection[str],
+    busy: Collection[str],
+) -> None:
+    """Record the end of a deletion.
+
+    Args:
+        connection: Of a transaction.
+        bundle_id: The task.
+        deletion: As it was claimed.
+        gone: Keys of objects that the store has confirmed to be gone, or to be another bundle's.
+        unanswered: Keys of requests that nobody has answered.
+        busy: Keys of requests that are under way in this process.
+    """
+    delay(connection, bundle_id, unanswered)
+    mine = bundle_part.c.bundle_id == bundle_id
+    waiting = sa.select(bundle_part.c.key).where(mine, bundle_part.c.settle_time > now())
+    late = {*connection.execute(waiting).scalars()}
+    _each(connection, _IS_GONE, bundle_id, late.intersection(gone).difference(busy))
+    _each(connection, _DELETE, bundle_id, set(gone).difference(late, busy))
+    ended = sa.and_(mine, _UNWANTED, bundle_part.c.run == deletion, bundle_part.c.key.not_in([*busy]))
+    connection.execute(bundle_part.update().where(ended).values(run=None))
+
+
+def delay(connection: sa.Connection, bundle_id: str, keys: Collection[str]) -> None:
+    """Record that requests about these objects of a task were sent, and may arrive later."""
+    _each(connection, _DELAY, bundle_id, keys)
+
+
+def _each(connection: sa.Connection, statement: sa.Executable, bundle_id: str, keys: Collection[str]) -> None:
+    if keys:
+        query = sa.select(bundle_task.c.bucket).where(bundle_task.c.bundle_id == bundle_id)
+        bucket = connection.execute(query).scalar_one()
+        connection.execute(statement, [{"of": bundle_id, "within": bucket, "named": key} for key in sorted(keys)])

@@ -1,0 +1,438 @@
+"""One owner for each object: no deletion and no late request of one task reaches the bundle of another one."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from support import storing
+from support.eventually import eventually
+from support.storing import BUCKET, MANIFEST, PREFIX, directory
+from thrave.buckets.errors import AccessDenied, TransientError
+from thrave.database import bundle_part, bundle_task, utc_now
+from thrave.tasks.claims import ObjectInUseError
+from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.fence import RightLostError
+from thrave.tasks.lease import LeaseExpiredError
+from thrave.tasks.leftovers import LeftOvers
+from thrave.tasks.overview import Overview
+from thrave.tasks.places import Place
+from thrave.volumes.raw import RawVolume
+
+A, B = "bun-0000000a", "bun-0000000b"
+KEY = f"{PREFIX}.part.0"
+
+
+@pytest.fixture
+def buckets(tmp_path):
+    buckets = directory(tmp_path)
+    yield buckets
+    buckets.let_go()
+
+
+@pytest.fixture
+def made(tmp_path, buckets, database):
+    """Makes a task's bench; all of one test have the same bucket, prefix and database."""
+    with ExitStack() as stack:
+        yield lambda bundle_id: stack.enter_context(
+            closing(storing.Bench(tmp_path, buckets, bundle_id=bundle_id, **database))
+        )
+
+
+@pytest.fixture
+def on_sqlite(tmp_path, buckets):
+    """The same on SQLite alone, where the database makes no difference."""
+    with ExitStack() as stack:
+        yield lambda bundle_id: stack.enter_context(closing(storing.Bench(tmp_path, buckets, bundle_id=bundle_id)))
+
+
+@pytest.fixture
+def begun(buckets):
+    """Begins something in another thread."""
+    with ThreadPoolExecutor() as threads:
+        yield threads.submit
+        buckets.let_go()
+
+
+def volume(folder, seed):
+    path = folder / f"{seed}.raw"
+    path.write_bytes(random.Random(seed).randbytes(1 << 16))
+    return RawVolume(path)
+
+
+def bundled(bench, folder):
+    """A task's bundle, its manifest stored."""
+    bench.finish(bench.seal(volume(folder, bench.bundle_id), existing="replace"), existing="replace")
+
+
+def fail(bench):
+    bench.records.fail(bench.bundle_id, Cancelled())
+
+
+def complete(bench):
+    bench.store().remove_earlier()
+    assert bench.records.complete(bench.bundle_id)
+
+
+def clean_up(bench, **options):
+    LeftOvers(bench.records, bench.buckets, "localhost", **{"stall_timeout": 60.0, **options}).look()
+
+
+def rows(bench):
+    """What is recorded of all objects: the owner and the state."""
+    columns = bundle_part.c.key, bundle_part.c.bundle_id, bundle_part.c.state
+    with bench.engine.connect() as connection:
+        return {key: (owner, state) for key, owner, state in connection.execute(sa.select(*columns))}
+
+
+def change(bench, **values):
+    with bench.engine.begin() as connection:
+        connection.execute(bundle_part.update().values(**values))
+
+
+def let_time_pass(bench):
+    """As if everything had happened two hours before."""
+    settled = bundle_part.update().where(bundle_part.c.settle_time.is_not(None))
+    with bench.engine.begin() as connection:
+        connection.execute(settled.values(settle_time=utc_now() - timedelta(hours=1)))
+
+
+def is_whole(bench):
+    """Whether the bucket has the manifest of a task, and every part that it names."""
+    manifest = bench.buckets.get(BUCKET, MANIFEST)
+    mine = {key for key, (owner, _) in rows(bench).items() if owner == bench.bundle_id}
+    parts = Place(BUCKET, "", PREFIX).part_keys(manifest)
+    return bool(parts) and {*parts, MANIFEST} <= mine and {*parts} <= {*bench.stored_keys()}
+
+
+# Whose row it is, and what it says; what becomes of a claim of another task.
+@pytest.mark.parametrize(
+    ("owner", "run", "settles", "seconds"),
+    [
+        ("unfinished", None, None, None),
+        ("unfinished", "other", None, None),
+        ("failed", None, None, "free"),
+        ("complete", None, None, "free"),
+        ("failed", "other", None, 0.0),
+        ("complete", "other", None, 0.0),
+        ("failed", None, -1.0, "free"),
+        ("complete", None, 3600.0, 3600.0),
+        ("failed", None, 3600.0, 3600.0),
+    ],
+)
+def test_claim_of_a_key_that_another_task_has_recorded(made, owner, run, settles, seconds):
+    first = made(A)
+    first.journal.sending(KEY)
+    if owner != "unfinished":
+        fail(first)
+    with first.engine.begin() as connection:  # the prefix is free for another task
+        connection.execute(bundle_task.update().values(prefix="other"))
+        if owner == "complete":
+            connection.execute(bundle_task.update().values(state="complete"))
+    change(first, run=run, settle_time=settles and utc_now() + timedelta(seconds=settles), state="sent")
+    second = made(B)
+    if seconds == "free":
+        second.journal.check_free(KEY)
+        second.journal.sending(KEY)
+        assert rows(second) == {KEY: (B, "sent")}
+        assert first.journal.objects() == []
+        return
+    for claim in (second.journal.check_free, second.journal.sending):
+        with pytest.raises(ObjectInUseError) as caught:
+            claim(KEY)
+        assert caught.value.seconds == (seconds and pytest.approx(seconds, abs=120))
+    assert rows(second) == {KEY: (A, "sent")}
+
+
+def test_two_processes_that_claim_one_key_at_once(made, begun):
+    first = made(A)
+    fail(first)
+    second = made(B)
+    with first.engine.begin() as connection:  # both unfinished, in different places
+        connection.execute(
+            bundle_task.update().where(bundle_task.c.bundle_id == A).values(prefix="x", state="bundling")
+        )
+    at_once = threading.Barrier(2)
+
+    def claim(bench):
+        at_once.wait(60)
+        try:
+            bench.journal.sending(KEY)
+        except ObjectInUseError:
+            return False
+        return True
+
+    outcomes = {bench.bundle_id: begun(claim, bench) for bench in (first, second)}
+    winners = [bundle_id for bundle_id, outcome in outcomes.items() if outcome.result(60)]
+    assert [owner for owner, _ in rows(first).values()] == winners
+    assert len(winners) == 1
+
+
+def test_a_task_that_has_ended_claims_nothing(made):
+    bench = made(A)
+    fail(bench)
+    with pytest.raises(RightLostError):
+        bench.journal.sending(KEY)
+    assert rows(bench) == {}
+
+
+def test_claiming_again_keeps_what_was_stored_for_other_parts(made):
+    bench = made(A)
+    for _ in range(2):
+        bench.journal.sending(KEY)
+    bench.journal.sending(f"{KEY}1")
+    assert [item.size for item in bench.journal.objects()] == [None, None]
+    assert {state for _, state in rows(bench).values()} == {"sent"}
+
+
+@pytest.mark.parametrize("moment", ["before the parts", "before the manifest", "once complete"])
+def test_deletion_under_way_when_the_next_task_begins(on_sqlite, buckets, tmp_path, begun, moment):
+    """The clean-up of a failed task has asked the store to delete; the store does so when the next task has come on."""
+    first = on_sqlite(A)
+    bundled(first, tmp_path)
+    fail(first)
+    second = on_sqlite(B)
+    if moment != "before the parts":
+        sealed = second.seal(volume(tmp_path, B), existing="replace")
+    if moment == "once complete":
+        second.finish(sealed, existing="replace")
+        complete(second)
+    asked = threading.Event()
+    buckets.before = lambda what, _key: what == "delete" and asked.set()
+    buckets.hold("delete")
+    cleaning = begun(clean_up, first)
+    assert moment == "once complete" or asked.wait(60)
+    if moment == "before the parts":
+        following = begun(bundled, second, tmp_path)
+    elif moment == "before the manifest":
+        following = begun(second.finish, sealed, existing="replace")
+    if moment != "once complete":
+        eventually(lambda: following.done() or second.records.history(B))
+        assert rows(second)[MANIFEST][0] == A  # it waits
+        assert not following.done()
+    buckets.let_go()
+    cleaning.result(60)
+    if moment != "once complete":
+        following.result(60)
+        complete(second)
+    clean_up(first)
+    assert is_whole(second)
+    assert {owner for owner, _ in rows(second).values()} == {B}
+    assert {*second.stored_keys()} == {*rows(second)}
+
+
+def test_claim_between_the_claim_of_a_deletion_and_its_first_request(on_sqlite):
+    """In the same process, too: its list of requests has nothing yet."""
+    first = on_sqlite(A)
+    first.journal.sending(MANIFEST)
+    fail(first)
+    assert [*first.journal.deleting()] == [MANIFEST]
+    second = on_sqlite(B)
+    with pytest.raises(ObjectInUseError, match="may be under way"):
+        second.journal.sending(MANIFEST)
+    first.journal.forget([])  # the store has refused
+    second.journal.sending(MANIFEST)
+    assert rows(second) == {MANIFEST: (B, "sent")}
+
+
+def test_a_task_fails_in_words_if_an_earlier_deletion_does_not_end(on_sqlite, buckets, tmp_path):
+    first = on_sqlite(A)
+    bundled(first, tmp_path)
+    fail(first)
+    buckets.hold("delete")
+    clean_up(first, stall_timeout=0.2)
+    second = on_sqlite(B)
+    store = second.store(existing="replace", stall_timeout=0.2)
+    words = r"Client\.PrefixInUse: The object .* cannot be written: a request of an earlier bundle task"
+    with pytest.raises(TaskFailure, match=words), second.watch() as watch:
+        store.check_place(watch)
+    assert buckets.get(BUCKET, MANIFEST)
+
+
+@pytest.mark.parametrize("late", ["before the removal", "after the removal", "never"])
+@pytest.mark.parametrize("key", [KEY, MANIFEST])
+def test_upload_of_an_earlier_run_that_arrives_late(on_sqlite, buckets, key, late):
+    """Its host died. What it had sent is deleted now, and once more when it cannot arrive any more."""
+    bench = on_sqlite(A)  # the host that adopts it
+    bench.journal.sending(key)
+    change(bench, run="other")
+    if late == "before the removal":
+        buckets.put(BUCKET, key, b"late")
+    bench.store().remove()
+    fail(bench)
+    assert bench.stored_keys() == []
+    if late == "after the removal":
+        buckets.put(BUCKET, key, b"late")
+    assert rows(bench) == {key: (A, "gone")}
+    assert not bench.records.has_left_over(A)
+    (seen,) = Overview(bench.engine, bench.records).of([A])
+    assert (seen.stored.objects, [*seen.left_over]) == (0, [])
+    assert bench.records.purge(-timedelta(days=1), most=9) == 0
+    clean_up(bench)  # too early
+    assert rows(bench) == {key: (A, "gone")}
+    let_time_pass(bench)
+    clean_up(bench)
+    assert (rows(bench), bench.stored_keys()) == ({}, [])
+    assert bench.records.purge(-timedelta(days=1), most=9) == 1
+
+
+@pytest.mark.parametrize("kind", ["the same sealing", "another sealing"])
+def test_upload_of_an_earlier_run_that_is_not_proved_to_have_ended(on_sqlite, buckets, tmp_path, kind):
+    """The task goes on: with the same names it sends the same bytes, with other bytes it takes other names."""
+    earlier = on_sqlite(A)
+    sealed = earlier.seal(volume(tmp_path, A))
+    (key,) = (part.filename for part in sealed.parts)
+    change(earlier, run="other", size=None)  # killed before the store's answer was recorded
+    bench = on_sqlite(A)
+    sealed = bench.seal(volume(tmp_path, A if kind == "the same sealing" else B))
+    bench.finish(sealed)
+    complete(bench)
+    buckets.put(BUCKET, key, b"late") if kind == "another sealing" else None
+    assert (key in {part.filename for part in sealed.parts}) == (kind == "the same sealing")
+    assert is_whole(bench)
+    let_time_pass(bench)
+    clean_up(bench)
+    assert is_whole(bench)
+    assert {*bench.stored_keys()} == {*rows(bench)}
+
+
+@pytest.mark.parametrize("answer", [TransientError("NoResponse", 0, "Nothing moved"), TransientError("", 504, "")])
+def test_deletion_that_was_not_answered_may_arrive_later(on_sqlite, buckets, tmp_path, answer):
+    """The second attempt has succeeded; the first may be carried out at any time, so that the manifest is not free."""
+    bench = on_sqlite(A)
+    bundled(bench, tmp_path)
+    attempts = []
+
+    def lose_the_first(what, _key):
+        attempts.append(what)
+        if attempts.count("delete") == 1 and what == "delete":
+            raise answer
+
+    buckets.before = lose_the_first
+    bench.store(patience=60.0).remove()
+    fail(bench)
+    assert bench.stored_keys() == []
+    assert rows(bench)[MANIFEST] == (A, "gone")
+    second = on_sqlite(B)
+    with pytest.raises(ObjectInUseError, match="may arrive until") as caught:
+        second.journal.check_free(MANIFEST)
+    assert caught.value.seconds > 0
+    let_time_pass(bench)
+    second.journal.check_free(MANIFEST)
+
+
+def test_retries_of_an_abandoned_deletion_end(on_sqlite, buckets, tmp_path):
+    bench = on_sqlite(A)
+    bundled(bench, tmp_path)
+
+    def fail_deletion(what, _key):
+        if what == "delete":
+            raise TransientError("SlowDown", 503, "Please reduce your request rate.")
+
+    buckets.before = fail_deletion
+    with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
+        bench.store(patience=600.0, stall_timeout=0.2).remove()
+    before = {*bench.stored_keys()}
+    buckets.before = lambda _what, _key: None
+    eventually(lambda: not [each for each in threading.enumerate() if each.name == "store-call"])
+    assert {*bench.stored_keys()} == before
+
+
+def test_nothing_is_deleted_without_the_lease(on_sqlite, buckets, tmp_path):
+    bench = on_sqlite(A)
+    bundled(bench, tmp_path)
+    before = bench.stored_keys()
+
+    def refuse():
+        raise LeaseExpiredError
+
+    with pytest.raises(LeaseExpiredError):
+        bench.store(before_attempt=refuse).remove()
+    fail(bench)
+    with pytest.raises(LeaseExpiredError):
+        clean_up(bench, before_attempt=refuse)
+    assert bench.stored_keys() == before
+
+
+def test_purge_of_a_later_record_does_not_free_its_bundle_for_an_earlier_cleanup(made, buckets, tmp_path):
+    """The first task's objects cannot be deleted for longer than records are kept."""
+    first = made(A)
+    bundled(first, tmp_path)
+    fail(first)
+
+    def refuse(what, _key):
+        if what == "delete":
+            raise AccessDenied("object lock")
+
+    buckets.before = refuse
+    clean_up(first)
+    second = made(B)
+    bundled(second, tmp_path)
+    assert second.records.complete(B)
+    second.journal.replace(None)  # the owner has the parts of the first one removed
+    with second.engine.begin() as connection:
+        connection.execute(bundle_part.delete().where(bundle_part.c.bundle_id == B, bundle_part.c.state != "sent"))
+    kept = {key for key, (owner, _) in rows(second).items() if owner == B}
+    assert MANIFEST in kept
+    assert second.records.purge(-timedelta(days=8), most=9) == 1
+    assert {owner for owner, _ in rows(second).values()} <= {A}
+    buckets.before = lambda _what, _key: None
+    clean_up(first)
+    assert kept <= {*second.stored_keys()}
+    assert second.records.get(B) is None
+
+
+def test_cleanup_of_one_task_does_not_wait_for_another(on_sqlite, buckets):
+    first = on_sqlite(A)
+    first.journal.sending(KEY)
+    fail(first)
+    second = on_sqlite(B)
+    second.journal.sending(f"{KEY}1")
+    fail(second)
+
+    def break_first(what, key):
+        if what == "head" and key == KEY:
+            raise OSError("broken")
+
+    buckets.before = break_first
+    clean_up(first)
+    assert first.records.has_left_over(A)
+    assert not first.records.has_left_over(B)
+
+
+def test_cleanup_does_not_read_every_task(on_sqlite):
+    """It is asked every few seconds, and must not cost more with every task that has ended."""
+    bench = on_sqlite(A)
+    bench.journal.sending(KEY)
+    fail(bench)
+    queries = []
+    sa.event.listen(bench.engine, "before_cursor_execute", lambda *args: queries.append((args[2], args[3])))
+    assert [task.bundle_id for task in bench.records.to_clean_up("localhost")] == [A]
+    with bench.engine.connect() as connection:
+        for text, parameters in [*queries]:
+            plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", parameters)]
+            scans = [line for line in plan if line.startswith("SCAN")]
+            assert all("bundle_part_to_be_deleted" in line or "bundle_task_replaces" in line for line in scans), plan
+
+
+def test_a_store_that_refuses_is_reported_with_the_command(on_sqlite, buckets, capsys):
+    bench = on_sqlite(A)
+    buckets.put(BUCKET, KEY, b"part")
+    bench.journal.sending(KEY)
+    fail(bench)
+
+    def refuse(what, _key):
+        if what == "delete":
+            raise AccessDenied("Access Denied")
+
+    buckets.before = refuse
+    looking = LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0)
+    for _ in range(3):
+        looking.look()
+    assert capsys.readouterr().out.count(f"thrave task show {A}") == 1
+    (seen,) = Overview(bench.engine, bench.records).of([A])
+    assert [*seen.left_over] == [KEY]
