@@ -22,7 +22,7 @@ from thrave.ground import Ground
 from thrave.tasks import caretaker, leftovers, retention
 from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.engine import Worker
-from thrave.tasks.fence import Fence
+from thrave.tasks.fence import LOST, Fence
 from thrave.tasks.host_states import HostState
 from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
@@ -55,6 +55,7 @@ class Agent:
         self._draining = False
         self._drain_until: float | None = None
         self._over = threading.Event()
+        self._status = 0
 
     def start(self, *, reports: bool) -> None:
         """Take the host, and begin to work in threads of its own; `reports` its instances if others show them."""
@@ -96,6 +97,8 @@ class Agent:
         find_lost = partial(ground.hosts.enqueue_lost, name)
         find_lost()  # before the worker recovers its own: what is in the queue already needs nothing
         self._note(ground.hosts.heartbeat(fence))  # before a task can begin: the host may drain
+        if not self._takes_tasks:
+            log.warning("host takes no task: it drains until `thrave host activate`", host=name)
         self._worker.launch(partial(self._run, host))
         self._begin("lost tasks", LOST_INTERVAL, find_lost)
         self._keep_house(records)
@@ -127,9 +130,10 @@ class Agent:
             check=self._lease.check,
         )
 
-    def wait(self) -> None:
-        """Wait until the host has been drained."""
+    def wait(self) -> int:
+        """Wait until the host has been drained; return the exit status, 0 unless the agent is to be started anew."""
         self._over.wait()  # no timeout: this is what the process is there for; signals end it
+        return self._status
 
     def _heartbeat(self, fence: Fence) -> None:
         sent = self._lease.now()
@@ -172,7 +176,9 @@ class Agent:
             tasks = {bundle_id: task.instance_id for bundle_id in begun if (task := records.get(bundle_id)) is not None}
             log.error("tasks are unfinished at the end of drain_timeout", host=fence.host, tasks=tasks)
         elif not self._ground.hosts.drained(fence):
-            log.warning("an operator has ended the drain: start the agent anew", host=fence.host)
+            # The engine cannot be begun anew in this process. The exit status has a service manager start another one.
+            log.warning("an operator has ended the drain: the agent has to be started anew", host=fence.host)
+            self._status = LOST
         self._over.set()
 
     def _remember_name(self) -> None:

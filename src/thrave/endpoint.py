@@ -96,7 +96,8 @@ def run_agent(settings: Settings, working: Callable[[], None]) -> None:
     with explained(settings):
         agent.start(reports=True)
     working()
-    agent.wait()
+    if status := agent.wait():
+        os._exit(status)
 
 
 def _lock_if_begun(settings: Settings) -> HeldFile | None:
@@ -159,5 +160,6 @@ def _listen(listener: Listener, app: ASGIApp, listening: Listening, lock: HeldFi
 
 
 def _end_when_drained(agent: Agent) -> None:
-    agent.wait()
+    if status := agent.wait():
+        os._exit(status)
     os.kill(os.getpid(), signal.SIGTERM)

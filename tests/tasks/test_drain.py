@@ -8,6 +8,7 @@ from thrave.agent import Agent
 from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.ground import open_ground
+from thrave.tasks.fence import LOST
 from thrave.tasks.host_states import HostState
 from thrave.tasks.task import BundleRequest
 
@@ -91,3 +92,15 @@ def test_tasks_that_are_unfinished_after_drain_timeout_are_reported_and_the_host
         assert state_after_drain(ground, agent, fence) is HostState.DRAINING
     (line,) = [line for line in logged if line["log_level"] == "error"]
     assert line["tasks"] == {"bun-1": "i-00000001"}
+
+
+def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, agent, fence, monkeypatch):
+    begun = ground.hosts.begun
+
+    def activate_meanwhile(name):
+        ground.hosts.activate(name)
+        return begun(name)
+
+    monkeypatch.setattr(ground.hosts, "begun", activate_meanwhile)
+    assert state_after_drain(ground, agent, fence) is HostState.ACTIVE
+    assert agent.wait() == LOST

@@ -35,6 +35,7 @@ MEANING: dict[Exit, str] = {
     Exit.MISSING_COMPONENT: "A program or library that this needs is not installed; stderr names the package.",
     Exit.TASK_FAILED: "A bundle task that was watched has failed.",
     Exit.TASK_CANCELLED: "A bundle task that was watched was cancelled, and none failed.",
-    Exit.TAKEN_OVER: "Another process is this host's agent now, or another host has adopted its tasks.",
+    Exit.TAKEN_OVER: "Another process is this host's agent now, another host has adopted its tasks, or its drain was "
+    "ended.",
     Exit.INTERRUPTED: "Stopped by Ctrl-C.",
 }

@@ -110,7 +110,7 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
       THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave agent --host kvm-17 --data /var/lib/thrave
 
     Exit codes: 0 stopped or drained, 1 the database or the vault's key cannot be used, 2 a setting is wrong, 75 another
-    process is this host's agent now, or another host has adopted its tasks.
+    process is this host's agent now, another host has adopted its tasks, or its drain was ended while it drained.
     """
     _stop_on_signals()
     make_files_private()

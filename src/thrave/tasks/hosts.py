@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 _NOBODY = ""  # the lease of a host that no agent has
 _IDLE_LOOKS = 3  # of `enqueue_lost`; the agent calls it twice when it starts, then every 30 seconds
-_ADOPTER_SILENCE = 60.0  # seconds, at least: the agent of the host that adopts may just be being started anew
+_ADOPTER_SILENCE = 120.0  # seconds, at least: the agent of the host that adopts may just be being started anew
 
 _REMEDIES = {
     (HostEvent.DRAIN, HostState.FENCED): "another host has adopted its tasks. Start its agent first",
