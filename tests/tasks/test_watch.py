@@ -161,6 +161,20 @@ def test_progress_that_cannot_be_told_keeps_nothing_from_being_stopped(bench, mo
     hangs.set()
 
 
+@pytest.mark.parametrize("error", [TypeError("nobody foresaw it"), SystemExit(1)])
+def test_work_is_stopped_when_its_record_cannot_be_read_for_a_reason_that_does_not_pass(bench, monkeypatch, error):
+    def fail(_bundle_id):
+        raise error
+
+    def work():
+        with bench.watch() as watch:
+            monkeypatch.setattr(bench.records, "get", fail)
+            until_stopped(watch)
+
+    with pytest.raises(TaskFailure, match=r"Server\.InternalError"):
+        work()
+
+
 def test_work_is_stopped_when_its_monitor_fails(bench, monkeypatch):
     def fail(_watch):
         raise SystemExit

@@ -5,8 +5,6 @@ same: by the digest of all that lies before, and by those of every part that was
 begins again with another key: the same key and IV never see two states of a disk.
 """
 
-from collections.abc import Callable, Sequence
-
 import structlog
 
 from thrave.bundle.errors import ResumeError
@@ -19,7 +17,7 @@ from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal, Left
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.watch import Watch
-from thrave.volumes.volume import Extent, Volume
+from thrave.volumes.volume import Volume, WatchedVolume
 
 log = structlog.get_logger()
 
@@ -63,7 +61,7 @@ class VolumeSealer:
 
     def _send(self, left: Left, volume: Volume, watch: Watch) -> Sealed:
         sealing = Sealing(
-            _WatchedVolume(volume, watch.moved),
+            WatchedVolume(volume, watch.moved),
             self._store.name,
             secrets=left.secrets,
             level=self._level,
@@ -72,25 +70,6 @@ class VolumeSealer:
         )
         self._store.put_parts(sealing, left, watch)
         return sealing.sealed
-
-
-class _WatchedVolume:
-    """A volume whose every read is told: of whatever is sealed, proved or stored, reading comes first."""
-
-    def __init__(self, volume: Volume, moved: Callable[[], None]) -> None:
-        self._volume = volume
-        self._moved = moved
-        self.size = volume.size
-
-    def extents(self) -> Sequence[Extent]:
-        return self._volume.extents()
-
-    def will_read(self, offset: int, length: int) -> None:
-        self._volume.will_read(offset, length)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._volume.read_into(offset, buffer)
-        self._moved()
 
 
 def _number_stored(left: Left) -> int:

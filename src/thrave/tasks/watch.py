@@ -20,11 +20,10 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from thrave.compute.errors import HoldLostError, InstanceError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Background, Call, repeat, supervised
-from thrave.tasks.failures import Cancelled, TaskFailure, failure_from
+from thrave.tasks.failures import Cancelled, Kind, TaskFailure, failure_from, kind_of, may_pass
 from thrave.tasks.fence import RightLostError
 from thrave.tasks.lease import Lease, LeaseExpiredError
 from thrave.tasks.records import Records
@@ -35,6 +34,7 @@ INTERVAL = 0.25  # seconds between two looks; a cancellation is to take effect w
 GUARD_INTERVAL = 1.0  # seconds between two looks at whether the volume still stands still
 GUARD_TIMEOUT = 60.0  # seconds for which that need not be known; asked once more at the end
 _LONGEST_TICK = 2.0  # seconds; the process itself stood still for the rest of a longer one
+_RECORD, _PROGRESS = "record", "progress"
 _LAST_LOOK = 2.0  # seconds that the threads have to end; a database that does not answer may hold them for longer
 
 log = structlog.get_logger()
@@ -139,7 +139,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         self._thread = supervised(f"watch {self._bundle_id}", self._monitor, on_failure=self._fail)
-        self._threads = [self._thread, self._repeat("record", self._look), self._repeat("progress", self._carry)]
+        self._threads = [self._thread, self._repeat(_RECORD, self._look), self._repeat(_PROGRESS, self._carry)]
         return self
 
     def __exit__(
@@ -202,10 +202,12 @@ class Watch:
 
     def _pass_over(self, name: str, error: BaseException) -> None:
         """What the record cannot be asked or told now may be asked or told the next time."""
-        if isinstance(error, SQLAlchemyError):
+        if may_pass(error):
             log.warning("a task's record cannot be reached", bundle_id=self._bundle_id, error=type(error).__name__)
+        elif name == _RECORD or kind_of(error) is Kind.RIGHT_LOST:
+            self._fail(error)
         else:
-            log.error("a task's monitor failed", bundle_id=self._bundle_id, job=name, exc_info=error)
+            log.error("the progress of a task cannot be told", bundle_id=self._bundle_id, exc_info=error)
 
     def _fail(self, error: BaseException) -> None:
         """Stop the work if what watches it has failed, or has found a reason."""
