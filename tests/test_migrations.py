@@ -9,9 +9,10 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 import thrave.database
-from thrave.database import metadata, migrate, open_engine
+from thrave.database import metadata, migrate, migrations, open_engine
 from thrave.identity.accounts import Accounts
 from thrave.identity.users import Users
 from thrave.vault import Vault
@@ -66,6 +67,16 @@ def test_an_account_with_its_keys_from_before_there_were_users_goes_on_working(e
     assert (first.secret_access_key, first.user, first.create_date) == ("secret", None, then)
     key = accounts.create_key("123456789012", users.create("123456789012", "bob"))
     assert accounts.find_key(key.access_key_id).user.user_name == "bob"
+
+
+def test_the_migrations_that_the_names_of_the_files_give_are_those_that_alembic_finds(engine):
+    scripts = ScriptDirectory(str(MIGRATIONS))
+    known = [script.revision for script in scripts.walk_revisions()]
+    with engine.connect() as connection:
+        assert migrations(connection) == (None, known)
+    migrate_to(engine, "0002")
+    with engine.connect() as connection:
+        assert migrations(connection) == ("0002", known)
 
 
 def test_migrating_again_changes_nothing(engine):

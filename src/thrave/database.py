@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.ext.compiler import compiles
 
 metadata = sa.MetaData()
 
 VERSION_TABLE = "thrave_version"
 """Where Alembic notes the last migration."""
+_MIGRATIONS = Path(__file__).parent / "migrations"  # each file's name begins with its revision and an underscore
 
 _STANDSTILL = 20_000  # milliseconds
 _MIGRATION_LOCK = 0x7468726176650000  # a number that nobody else locks: "thrave"
@@ -440,7 +437,6 @@ def migrate(engine: sa.Engine) -> None:
     Raises:
         NewerDatabaseError: A later release made the tables.
     """
-    config = _migrations()
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             driver: Any = connection.connection.driver_connection
@@ -454,8 +450,8 @@ def migrate(engine: sa.Engine) -> None:
                 f"{place(str(engine.url))} was made by a newer Thrave: its tables have migration {made}, this release "
                 f"has {known[0]}. Install the newer release again."
             )
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        if made != known[0]:
+            _upgrade(connection)
 
 
 def lock(connection: sa.Connection) -> None:
@@ -567,9 +563,10 @@ class _DatabaseFile:
 
 def migrations(connection: sa.Connection) -> tuple[str | None, list[str]]:
     """The last migration that the tables have had, if any, and all that this release knows, the newest first."""
-    made = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
-    known = ScriptDirectory.from_config(_migrations()).walk_revisions()
-    return made, [revision.revision for revision in known]
+    made = None
+    if sa.inspect(connection).has_table(VERSION_TABLE):
+        made = connection.execute(sa.select(sa.column("version_num")).select_from(sa.table(VERSION_TABLE))).scalar()
+    return made, sorted((file.name.partition("_")[0] for file in _MIGRATIONS.glob("versions/*.py")), reverse=True)
 
 
 _SQLITE_UNAVAILABLE = (
@@ -609,10 +606,14 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def _migrations() -> Config:
+def _upgrade(connection: sa.Connection) -> None:
+    from alembic import command  # noqa: PLC0415 (takes as long to import as the rest of a command; most need it not)
+    from alembic.config import Config  # noqa: PLC0415 (see above)
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    return config
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
 def _provide_unixepoch(connection: object, _record: object) -> None:

@@ -13,7 +13,7 @@ import click
 
 from thrave.cli.exits import Exit
 from thrave.cli.output import emit, output_option
-from thrave.cli.service import DataFolder, make_files_private, read_settings
+from thrave.cli.service import DataFolder, make_files_private, quick_imports, read_settings
 
 if TYPE_CHECKING:
     from thrave.config import Settings
@@ -59,7 +59,8 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
     _stop_on_signals()
     make_files_private()
     settings = _settings(config, data=data, host=host, port=port)
-    from thrave import endpoint
+    with quick_imports():
+        from thrave import endpoint
 
     endpoint.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     _end()
@@ -87,7 +88,8 @@ def api(data: Path | None, host: str | None, port: int | None, config: Path | No
     make_files_private()
     settings = _settings(config, data=data, host=host, port=port)
     _require_fleet(settings, "api")
-    from thrave import endpoint
+    with quick_imports():
+        from thrave import endpoint
 
     endpoint.serve_api(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     _end()
@@ -121,7 +123,8 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
             "thrave agent needs the name of its host: --host NAME, or the setting host_name. An agent that had none "
             "so far was localhost."
         )
-    from thrave import endpoint
+    with quick_imports():
+        from thrave import endpoint
 
     endpoint.run_agent(
         settings, lambda: emit(output, {"working": settings.host_name}, f"working as {settings.host_name}")
@@ -131,7 +134,8 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
 
 def _settings(config: Path | None, **given: object) -> Settings:
     settings = read_settings(config, **given)
-    from thrave.logs import configure_logs
+    with quick_imports():
+        from thrave.logs import configure_logs
 
     _log.json = settings.log_format == "json"
     configure_logs(settings.log_format)
