@@ -141,15 +141,16 @@ class Transport:
                 yield view[start : start + length]
 
     def _read(self, answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
-        until, body = time.monotonic() + LONGEST * self._timeout, bytearray()
+        until, pieces, left = time.monotonic() + LONGEST * self._timeout, list[bytes](), limit
         # An empty piece is the end; there it is known whether fewer bytes came than were promised.
-        while piece := answer.read1(min(_PIECE, limit + 1 - len(body))):
-            body += piece
-            if len(body) > limit:
+        while piece := answer.read1(min(_PIECE, left + 1)):
+            pieces.append(piece)
+            left -= len(piece)
+            if left < 0:
                 words = f"The store sent more than the {limit} bytes that were asked for"
                 raise StoreError("UnexpectedResponse", 0, words)
             self._check_time(until)
-        return Answer(answer.status, answer.headers, bytes(body))
+        return Answer(answer.status, answer.headers, b"".join(pieces))
 
     def _check_time(self, until: float) -> None:
         if time.monotonic() > until:
