@@ -358,6 +358,29 @@ def test_nothing_is_deleted_without_the_lease(on_sqlite, buckets, tmp_path):
     assert bench.stored_keys() == before
 
 
+@pytest.mark.parametrize("settles", [False, True])
+def test_replacing_deletes_the_earlier_bundle_though_its_task_was_resumed(on_sqlite, tmp_path, settles):
+    """A request of a run that was killed may arrive at a part of it: that part is deleted twice."""
+    first = on_sqlite(A)
+    bundled(first, tmp_path)
+    complete(first)
+    earlier = {*first.stored_keys()} - {MANIFEST}
+    if settles:
+        with first.engine.begin() as connection:
+            parts = bundle_part.update().where(bundle_part.c.key.in_(earlier))
+            connection.execute(parts.values(settle_time=utc_now() + timedelta(hours=1)))
+    second = on_sqlite(B)
+    bundled(second, tmp_path)
+    complete(second)
+    assert not earlier & {*second.stored_keys()}
+    assert is_whole(second)
+    assert {key: rows(second).get(key) for key in earlier} == dict.fromkeys(earlier, (B, "gone") if settles else None)
+    let_time_pass(second)
+    clean_up(second)
+    assert {*rows(second)} == {*second.stored_keys()}
+    assert second.journal.earlier() is None
+
+
 def test_purge_of_a_later_record_does_not_free_its_bundle_for_an_earlier_cleanup(made, buckets, tmp_path):
     """The first task's objects cannot be deleted for longer than records are kept."""
     first = made(A)

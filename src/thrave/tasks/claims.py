@@ -131,8 +131,7 @@ def _is_free(
     if row.bundle_id == bundle_id:
         return True
     # Read after the row was locked: a task that has claimed the key meanwhile is seen here.
-    owner = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.bundle_id == row.bundle_id, task_in_progress)
-    if connection.execute(owner).first() is not None:
+    if _is_unfinished(connection, row.bundle_id):
         raise ObjectInUseError(key, "another bundle task, which is not finished, writes it", seconds=None)
     if row.run is not None and (row.run != run or key in busy):
         reason = "a request of an earlier bundle task to write or delete it may be under way"
@@ -160,22 +159,25 @@ def claim_replaced(
 ) -> None:
     """Claim the objects of a bundle that an unfinished task has replaced, so that they can be deleted.
 
-    What another unfinished task owns, and what is being deleted already, is left out.
+    What an unfinished task owns is left out, and what another one has to delete.
     """
     bucket = _bucket(connection, bundle_id)
     for key in sorted(keys):
         there = sa.and_(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
-        try:
-            is_known = _is_free(connection, bundle_id, bucket, key, run=run, busy=busy)
-        except ObjectInUseError:
-            continue
-        if is_known:
-            is_own_bundle = sa.and_(bundle_part.c.bundle_id == bundle_id, _SENT)
-            change = bundle_part.update().where(there, bundle_part.c.state != "gone", sa.not_(is_own_bundle))
-            connection.execute(change.values(bundle_id=bundle_id, state="unwanted", part=None))
-        else:
-            row = {"bucket": bucket, "key": key, "bundle_id": bundle_id, "state": "unwanted", "size": 0}
-            connection.execute(bundle_part.insert(), row)
+        row = connection.execute(sa.select(bundle_part).where(there).with_for_update()).first()
+        if row is None:
+            unknown = {"bucket": bucket, "key": key, "bundle_id": bundle_id, "state": "unwanted", "size": 0}
+            connection.execute(bundle_part.insert(), unknown)
+        elif row.bundle_id != bundle_id and row.state == "sent" and not _is_unfinished(connection, row.bundle_id):
+            change = bundle_part.update().where(there)
+            connection.execute(change.values(bundle_id=bundle_id, state="unwanted", part=None, run=None))
+            if row.run is not None and (row.run != run or key in busy):
+                delay(connection, bundle_id, [key])
+
+
+def _is_unfinished(connection: sa.Connection, bundle_id: str) -> bool:
+    query = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.bundle_id == bundle_id, task_in_progress)
+    return connection.execute(query).first() is not None
 
 
 def renounce(connection: sa.Connection, bundle_id: str) -> None:
