@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from thrave.concurrency import Call, CallTimeoutError, later, repeat, supervised
+from thrave.concurrency import Call, CallTimeoutError, NoThreadError, later, repeat, supervised
+from thrave.tasks.failures import Kind, kind_of
 
 PATIENCE = 60
 
@@ -68,3 +69,23 @@ def test_call_that_hangs_can_be_abandoned_and_asked_again():
     go.set()
     assert call.result(PATIENCE) is True
     assert not call.is_running
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: supervised("job", int, on_failure=print),
+        lambda: repeat("job", 1, int),
+        lambda: later("job", 1, int),
+        lambda: Call("job", int),
+    ],
+)
+def test_a_thread_that_cannot_be_started_is_a_condition_that_passes(start, monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(NoThreadError) as caught:
+            start()
+    assert kind_of(caught.value) is Kind.TRANSIENT

@@ -5,6 +5,7 @@ owner, or is logged and the work repeated. Every thread is a daemon: one that ha
 interrupt, does not keep the process from ending.
 """
 
+import errno
 import logging
 import threading
 from collections.abc import Callable
@@ -18,6 +19,10 @@ Background: TypeAlias = threading.Thread
 """A thread that was started here. Join it with a timeout."""
 OnFailure = Callable[[BaseException], object]
 """Told what the work of a thread raised. It must not raise; if it does, both errors are logged."""
+
+
+class NoThreadError(OSError, RuntimeError):
+    """No more threads can be started, for now: `errno` is EAGAIN."""
 
 
 class CallTimeoutError(Exception):
@@ -36,10 +41,13 @@ def supervised(name: str, work: Callable[[], object], *, on_failure: OnFailure) 
         The thread, which has been started.
 
     Raises:
-        RuntimeError: No more threads can be started.
+        NoThreadError: No more threads can be started.
     """
     thread = threading.Thread(target=_run, args=(name, work, on_failure), name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise NoThreadError(errno.EAGAIN, "no thread can be started") from error
     return thread
 
 
@@ -63,7 +71,7 @@ def repeat(
         at_once: Do it for the first time now, not in `interval` seconds.
 
     Raises:
-        RuntimeError: No more threads can be started.
+        NoThreadError: No more threads can be started.
     """
     ended = stop or threading.Event()
     report = on_failure or partial(_log_failure, name)
@@ -83,7 +91,7 @@ def later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[],
     """Do something in so many seconds, unless the function that is returned is called before.
 
     Raises:
-        RuntimeError: No more threads can be started.
+        NoThreadError: No more threads can be started.
     """
     cancelled = threading.Event()
 
@@ -103,7 +111,7 @@ class Call(Generic[R]):
         work: The call.
 
     Raises:
-        RuntimeError: No more threads can be started.
+        NoThreadError: No more threads can be started.
     """
 
     def __init__(self, name: str, work: Callable[[], R]) -> None:

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 
+from support.eventually import eventually
 from support.storing import Bench, directory
 from thrave.compute.errors import HoldLostError, HypervisorError, InstanceNotFound, RootVolumeInUse
-from thrave.concurrency import Call
+from thrave.concurrency import Call, NoThreadError
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import RightLostError
 from thrave.tasks.lease import Lease, LeaseExpiredError
@@ -264,6 +265,25 @@ def test_what_the_guard_finds_while_the_record_is_looked_at_is_not_forgotten(ben
 
     with pytest.raises(TaskFailure, match="it is running"):
         work()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_a_watch_for_which_there_are_no_threads_leaves_none(bench, monkeypatch, threads):
+    start, left = threading.Thread.start, [threads]
+
+    def refuse_later(thread):
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse_later)
+        with pytest.raises(NoThreadError):
+            bench.watch().__enter__()
+    eventually(
+        lambda: not [one for one in threading.enumerate() if bench.bundle_id in one.name], "the threads have ended"
+    )
 
 
 def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench):

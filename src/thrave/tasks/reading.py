@@ -13,7 +13,7 @@ from typing import Protocol, Self, TypeVar
 
 import structlog
 
-from thrave.concurrency import Call, CallTimeoutError
+from thrave.concurrency import Call, CallTimeoutError, NoThreadError
 from thrave.tasks.watch import Watch
 from thrave.volumes.inspection import Warn, Warned
 from thrave.volumes.interruption import Interruption
@@ -91,6 +91,8 @@ class VolumeReader:
             Call("close volume", close).result(CLOSE_TIMEOUT)
         except CallTimeoutError:
             log.warning("the root volume could not be closed in time", timeout=CLOSE_TIMEOUT)
+        except NoThreadError:
+            close()
 
     def _result_of(self, work: Callable[[], _Result]) -> _Result:
         call = Call("volume", work)
@@ -105,8 +107,10 @@ class VolumeReader:
         """Have nothing of the volume in the machine's way; close it when the call has returned."""
         self._abandoned = True
         log.warning("a root volume that does not answer was abandoned", reason=str(error))
-        interrupting = Call("interrupt volume", self._interruption.request)
-        interrupting.wait(CLOSE_TIMEOUT)
+        try:
+            Call("interrupt volume", self._interruption.request).wait(CLOSE_TIMEOUT)
+        except NoThreadError:
+            self._interruption.request()
         call.when_ended(lambda: self._opened.__exit__(type(error), error, error.__traceback__))
 
 

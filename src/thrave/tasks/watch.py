@@ -138,8 +138,12 @@ class Watch:
             raise self._reason
 
     def __enter__(self) -> Self:
-        self._thread = supervised(f"watch {self._bundle_id}", self._monitor, on_failure=self._fail)
-        self._threads = [self._thread, self._repeat(_RECORD, self._look), self._repeat(_PROGRESS, self._carry)]
+        try:
+            self._thread = supervised(f"watch {self._bundle_id}", self._monitor, on_failure=self._fail)
+            self._threads = [self._thread, self._repeat(_RECORD, self._look), self._repeat(_PROGRESS, self._carry)]
+        except BaseException:  # no thread can be started; those that were must not stay
+            self._over.set()
+            raise
         return self
 
     def __exit__(
