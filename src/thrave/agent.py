@@ -47,8 +47,8 @@ class Agent:
         )
         others_can_adopt = not self._settings.database.startswith("sqlite")
         self._lease = Lease(self._settings.host_lost_after if others_can_adopt else None)
-        # Within an attempt the check is repeated whenever `s3_timeout` begins anew (`buckets/transport.py`).
-        self._before_attempt = partial(self._lease.check, self._settings.s3_timeout)
+        # Within an attempt the check is repeated before each piece of a request (`buckets/transport.py`).
+        self._before_attempt = partial(self._lease.check, self._settings.s3_send_timeout)
         self._takes_tasks = True
         self.power = self._power(None)
         """Carries out what is asked of the instances' power."""

@@ -311,7 +311,7 @@ class Settings(BaseModel):
         30.0,
         gt=0,
         description="Seconds after which a connection on which nothing moves is cut; a request ends within twenty "
-        "times as long. In a fleet by default no more than half of `host_lost_after`.",
+        "times as long. In a fleet each piece of a request must be sent within half of `host_lost_after`.",
     )
     s3_patience: float = Field(
         120.0,
@@ -335,18 +335,10 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _default_patience(cls, values: Any) -> Any:  # noqa: ANN401 (pydantic's own type)
-        """Let a short time lower the defaults that must be shorter: an operator who sets the one gets both.
-
-        These are `stall_timeout` and `s3_patience`, and in a fleet `host_lost_after` and `s3_timeout`.
-        """
-        if not isinstance(values, dict):
-            return values
-        lower: dict[str, float] = {}
-        if isinstance(stall := values.get("stall_timeout"), int | float):
-            lower["s3_patience"] = min(cls.model_fields["s3_patience"].default, stall / 2)
-        if values.get("database_url") is not None and isinstance(lost := values.get("host_lost_after"), int | float):
-            lower["s3_timeout"] = min(cls.model_fields["s3_timeout"].default, lost / 2)
-        return {**lower, **values}
+        """Let a short `stall_timeout` lower the default of `s3_patience`: an operator who sets the one gets both."""
+        if isinstance(values, dict) and isinstance(stall := values.get("stall_timeout"), int | float):
+            return {"s3_patience": min(cls.model_fields["s3_patience"].default, stall / 2), **values}
+        return values
 
     @model_validator(mode="after")
     def _has_usable_times(self) -> Self:
@@ -383,6 +375,14 @@ class Settings(BaseModel):
         if self.store == "s3" and self.upload == "service" and keyless:
             raise ValueError("upload = service needs the service's key: s3_credentials")
         return self
+
+    @property
+    def s3_send_timeout(self) -> float:
+        """Seconds for a connection, and for each piece of a request: in a fleet they end before the host's lease does.
+
+        A response may take `s3_timeout`: nothing is written while it is awaited.
+        """
+        return self.s3_timeout if self.database_url is None else min(self.s3_timeout, self.host_lost_after / 2)
 
     @property
     def database(self) -> str:

@@ -1,6 +1,8 @@
 """What a store may do wrong, and what becomes of it: a clear error, tried again where that can help, and no secret."""
 
 import hashlib
+import socket
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from thrave.buckets.objects import WHOLE, S3Objects
 from thrave.buckets.policy import UploadPolicy
 from thrave.buckets.retrying import RetryingBuckets
 from thrave.buckets.s3 import ServiceBuckets
+from thrave.buckets.transport import Transport
 
 TOKEN = "a-session-token"
 KEY = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET, session_token=TOKEN)
@@ -354,6 +357,34 @@ def test_attempt_has_an_end_though_its_line_moves(monkeypatch):
         script.pause = 0.2
         with pytest.raises(TransientError, match="too slow"):
             get(S3Objects(connection(script, timeout=0.3)))
+
+
+def answer_once_and_read_no_more(listener, over):
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(http(200).replace(b"Connection: close\r\n", b""))
+        over.wait()
+
+
+def test_request_that_does_not_leave_ends_sooner_than_a_response_is_awaited():
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_once_and_read_no_more, args=(listener, over))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        store = Transport(StoreConnection(endpoint=url, connections=1, timeout=600, send_timeout=0.2))
+        store.send("GET", f"{url}/", {}, limit=100)  # its connection is used again
+        with pytest.raises(TransientError):
+            store.send("PUT", f"{url}/key", {}, [bytes(64 << 20)], limit=100)
+        over.set()
+        thread.join()
+
+
+def test_response_may_take_longer_than_a_piece_of_a_request():
+    with scripted([http(200)]) as script:
+        script.pause = 0.5
+        assert get(S3Objects(connection(script, timeout=600, send_timeout=0.1))) == b""
 
 
 def page(*keys, following=""):

@@ -95,7 +95,9 @@ class StoreConnection:
     connections: int = 16
     """How many are open at once; one more waits for one of them."""
     timeout: float = 30.0
-    """Seconds in which a connection must come about, and in which anything must move on it."""
+    """Seconds in which anything must move on a connection."""
+    send_timeout: float | None = None
+    """Seconds in which a connection must come about, and each piece of a request be sent; None: `timeout`."""
 
     def __post_init__(self) -> None:
         try:

@@ -54,6 +54,7 @@ def store_connection(settings: Settings) -> StoreConnection:
         ca=settings.s3_ca,
         proxy=settings.s3_proxy.get_secret_value() if settings.s3_proxy else None,
         timeout=settings.s3_timeout,
+        send_timeout=settings.s3_send_timeout,
     )
 
 

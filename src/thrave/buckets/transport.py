@@ -85,6 +85,7 @@ class Transport:
         self._is_secure = connection.endpoint.startswith("https:")
         self._region = connection.region
         self._timeout = connection.timeout
+        self._send_timeout = connection.send_timeout or connection.timeout
         self._proxy = None if connection.proxy is None else Proxy.read(connection.proxy)
         try:
             self._pool = _pool(connection, self._proxy)
@@ -204,13 +205,19 @@ class Transport:
                 message = f"The certificate of {where} is not trusted: {one.verify_message}"
                 return StoreError("CertificateNotTrusted", 0, message)
         reason, seconds = _reason(error), f"{self._timeout:g} s"
+        connect_seconds = f"{self._send_timeout:g} s"
         unreachable = "ProxyUnreachable" if proxied else "ConnectionRefused"
         # The first of these that the error stands for says what has happened.
         for types, kind, code, message in (
             (socket.gaierror, UnreachableError, "NameNotResolved", f"The host name of {named} does not resolve"),
             (NewConnectionError, UnreachableError, unreachable, f"Cannot connect to {named}: {reason}"),
             (EmptyPoolError, UnreachableError, "NoConnection", f"No connection to {named} was free for {seconds}"),
-            (ConnectTimeoutError, UnreachableError, "ConnectTimeout", f"No connection to {named} within {seconds}"),
+            (
+                ConnectTimeoutError,
+                UnreachableError,
+                "ConnectTimeout",
+                f"No connection to {named} within {connect_seconds}",
+            ),
             (ssl.SSLError, TransientError, "TLSFailure", f"TLS with {named} failed: {reason}"),
             (HTTPTimeout, TransientError, "NoResponse", f"Nothing moved for {seconds} to {named}"),
             (ProxyError, UnreachableError, unreachable, f"No connection through {named}: {reason}"),
@@ -241,7 +248,7 @@ def _pool(connection: StoreConnection, proxy: Proxy | None) -> urllib3.PoolManag
         maxsize=connection.connections,
         block=True,
         retries=False,
-        timeout=urllib3.Timeout(connect=connection.timeout, read=connection.timeout),
+        timeout=urllib3.Timeout(connect=connection.send_timeout or connection.timeout, read=connection.timeout),
         ssl_context=ssl.create_default_context(cafile=connection.ca) if is_secure else None,
     )
     pool.pool_classes_by_scheme = {"http": _Connections, "https": _SecureConnections}
@@ -254,6 +261,8 @@ class _CheckedConnection(HTTPConnection):
     def request(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 (as urllib3's own)
         if self.is_closed:
             self.connect()
+        if self.sock is not None:  # urllib3 leaves the timeout of the last response on a connection that is used again
+            self.sock.settimeout(self.timeout)
         check_attempt()
         super().request(*args, **options)
 
