@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
@@ -37,6 +38,19 @@ def test_a_guest_powers_off_and_one_that_is_off_is_left_alone(instances, instanc
 def test_a_deaf_guest_stays_up(instances, added):
     instance_id = added(stop_command=DEAF, state_command=("echo", "running"))
     assert power_off(instances, instance_id, grace=0.5) is InstanceState.RUNNING
+
+
+def test_time_in_which_this_process_stood_still_is_not_the_guests(monkeypatch):
+    """As after SIGSTOP: an hour passes between two looks."""
+    clock, asked, states = [1.0], [], [InstanceState.RUNNING] * 3 + [InstanceState.STOPPED]
+    monkeypatch.setattr("thrave.compute.power.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    instances = SimpleNamespace(state=lambda _instance_id: states.pop(0), request_stop=asked.append)
+
+    def pause(_seconds):
+        clock[0] += 3600.0
+
+    assert power_off(instances, "i-00000000", grace=600.0, pause=pause) is InstanceState.STOPPED
+    assert asked == ["i-00000000"] * 3
 
 
 def test_what_is_gone_is_not_waited_for(instances, added):

@@ -8,7 +8,27 @@ from thrave.compute.errors import HypervisorError
 Pause = Callable[[float], object]
 """Waits some seconds; may raise, to end it all."""
 
-_LONGEST = 2.0  # seconds between two calls that count; the process itself stood still for the rest
+_LONGEST = 2.0  # seconds between two calls that count
+
+
+class RunningTime:
+    """Measures time in which this process ran: it may be stopped, or its machine paused, for hours.
+
+    Args:
+        longest: Seconds between two calls that count; the process itself stood still for the rest.
+        clock: Seconds of a monotonic clock.
+    """
+
+    def __init__(self, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._longest = longest
+        self._clock = clock
+        self._called = clock()
+
+    def passed(self) -> float:
+        """Return the seconds since this was last called."""
+        now = self._clock()
+        passed, self._called = min(now - self._called, self._longest), now
+        return passed
 
 
 class ProgressPause:
@@ -24,15 +44,13 @@ class ProgressPause:
         self._instance_id = instance_id
         self._pause = pause
         self._timeout = timeout
-        self._called = time.monotonic()
+        self._time = RunningTime(_LONGEST)
         self._idle = 0.0
 
     def __call__(self, seconds: float) -> None:
         """Wait. Raises HypervisorError if nothing has moved for too long, and whatever the pause inside raises."""
         self._pause(seconds)
-        now = time.monotonic()
-        self._idle += max(seconds, min(now - self._called, _LONGEST))
-        self._called = now
+        self._idle += max(seconds, self._time.passed())
         if self._idle >= self._timeout:
             raise HypervisorError(self._instance_id, f"no progress for {self._timeout:g} seconds")
 

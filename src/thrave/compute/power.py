@@ -23,11 +23,13 @@ from thrave.compute.errors import (
 )
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
+from thrave.compute.pausing import RunningTime
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
 from thrave.concurrency import supervised
 
 ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
 LOOK_AGAIN = 0.2  # seconds
+_LONGEST_LOOK = 30.0  # seconds; this process stood still for the rest of a longer one
 LONGEST = 300.0  # seconds between two attempts at what fails, or is not heard, at last
 _HELD_LOOK_AGAIN = 1.0  # seconds
 UP = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
@@ -71,7 +73,7 @@ def power_off(
     Args:
         instances: The inventory that has it.
         instance_id: The instance.
-        grace: Seconds that the guest has.
+        grace: Seconds that the guest has; those in which this process ran count.
         ask: Asks it; `instances.request_stop` if none is given.
         pause: Waits some seconds between two looks; may raise, to end it all.
 
@@ -82,10 +84,11 @@ def power_off(
         InstanceError: As `Instances.state` and `Instances.request_stop`.
     """
     ask = ask or instances.request_stop
-    given_up = time.monotonic() + grace
+    waiting, waited = RunningTime(_LONGEST_LOOK, time.monotonic), 0.0
     asked_again = 0.0
     while (state := instances.state(instance_id)) not in {InstanceState.STOPPED, *GONE}:
-        if time.monotonic() > given_up:
+        waited += waiting.passed()
+        if waited > grace:
             break
         if time.monotonic() > asked_again:
             ask(instance_id)
