@@ -1,4 +1,4 @@
-"""A host's agent: runs the host's bundle tasks, and gives signs of life. There is one a host, and one in a process.
+"""A host's agent: runs the host's bundle tasks, and sends heartbeats. There is one a host, and one in a process.
 
 It does what was asked of the power of the host's instances, and in a fleet (`thrave agent`) it reports them.
 What it may do hangs on its lease (`tasks/fence.py`): without it the process ends.

@@ -13,7 +13,7 @@ from thrave.ground import PROOF_CONTEXT
 from thrave.identity.service import ServiceIdentity
 
 CLOCKS_APART = 5.0
-"""Seconds by which the clocks of a fleet's machines may differ: a sign of life every so often tells the lost."""
+"""Seconds. Nothing that hosts decide depends on it, but log lines, launch times and signatures have a machine's clock."""
 
 OLDEST_SQLITE = (3, 35)
 """The first SQLite that has RETURNING and DROP COLUMN."""
