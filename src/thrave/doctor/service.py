@@ -13,7 +13,7 @@ from thrave.ground import PROOF_CONTEXT
 from thrave.identity.service import ServiceIdentity
 
 CLOCKS_APART = 5.0
-"""Seconds. Nothing that hosts decide depends on it, but log lines, launch times and signatures have a machine's clock."""
+"""Seconds. No decision between hosts depends on it; log lines, launch times and signatures have a machine's clock."""
 
 OLDEST_SQLITE = (3, 35)
 """The first SQLite that has RETURNING and DROP COLUMN."""
