@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from support.forking import ForkedServer
 from thrave.cli.exits import Exit
 from thrave.config import Settings
 from thrave.database import DatabaseReplacedError, DatabaseUnusableError, explain, open_engine, sa
 from thrave.ground import DatabaseLostError, Ground, open_ground
 from thrave.identity.errors import ServiceIdentityError
 from thrave.identity.service import ServiceIdentity
-from thrave.testing import ServerError, ThraveServer
+from thrave.testing import ServerError
 from thrave.vault import Vault, VaultKeyError
 
 TIMEOUT = 120  # seconds
@@ -53,24 +54,24 @@ def files_of(folder):
 
 
 def test_second_service_is_refused_and_names_the_first(data):
-    with ThraveServer.running(data) as first:
+    with ForkedServer.running(data) as first:
         with pytest.raises(
             ServerError, match=f"status {Exit.REFUSED.value}: .*process {first.process.pid} "
         ) as refusal:
-            ThraveServer(first.data).start()
+            ForkedServer(first.data).start()
         assert first.url in str(refusal.value)
         assert first.process.poll() is None
 
 
 def test_killed_service_releases_its_data_directory(data):
-    with ThraveServer.running(data) as killed:
+    with ForkedServer.running(data) as killed:
         killed.stop(signal.SIGKILL)
-        with ThraveServer.running(data):
+        with ForkedServer.running(data):
             pass
 
 
 def test_commands_work_beside_a_service(data):
-    with ThraveServer.running(data) as server:
+    with ForkedServer.running(data) as server:
         account, _ = server.account("alice")
         ground = open_ground(Settings(data=data))
         assert [found.account_id for found in ground.accounts.list()] == [account.account_id]
@@ -117,7 +118,7 @@ def empty(database):
 
 @pytest.mark.parametrize("change", [delete, replace, overwrite, empty])
 def test_service_stops_when_its_database_is_changed_by_others(data, change, capfd):
-    server = ThraveServer.running(data, heartbeat=0.2)
+    server = ForkedServer.running(data, heartbeat=0.2)
     with server as running:
         with sqlite3.connect(data / "thrave.db") as source, sqlite3.connect(data / "backup") as backup:
             source.backup(backup)  # an older state, as from before the start
@@ -200,7 +201,7 @@ def test_missing_service_identity_is_not_replaced_by_a_new_one(begun, lost):
     ground.database.dispose()
     assert files_of(begun.data) - {"thrave.db-shm", "thrave.db-wal"} == before - {"thrave.db-shm", "thrave.db-wal"}
     with pytest.raises(ServerError, match="identity"):
-        ThraveServer(begun.directory).start()
+        ForkedServer(begun.directory).start()
 
 
 @pytest.mark.parametrize("names", [("pk.pem", "cert.pem"), ("side-key.pem",)])
@@ -247,7 +248,7 @@ def test_first_start_that_fails_for_a_setting_leaves_nothing(data, tmp_path, bro
         "open-credentials": {**s3, "s3_credentials": credentials},
     }[broken]
     data.mkdir()
-    with pytest.raises(ServerError), ThraveServer.running(data, **settings):
+    with pytest.raises(ServerError), ForkedServer.running(data, **settings):
         pytest.fail("it started")
     assert files_of(data) == set()
 
@@ -259,7 +260,7 @@ def test_files_are_closed_to_others_whatever_the_umask(data, tmp_path):
     before = os.umask(0o022)
     try:
         data.mkdir(mode=0o755)
-        with ThraveServer.running(data) as server:
+        with ForkedServer.running(data) as server:
             account, _ = server.account("alice")
             (tmp_path / "v.raw").write_bytes(bytes(4096))
             server.instance(account.account_id, tmp_path / "v.raw")

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from botocore.exceptions import ClientError, SSLError
 
+from support.forking import ForkedServer
 from support.tls import certificate
 from thrave.cli.exits import Exit
 from thrave.config import Settings, SettingsError, load_settings
@@ -33,7 +34,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: thrave\r\n\r\n"
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory):
     """A server that waits one second."""
-    with ThraveServer.running(tmp_path_factory.mktemp("impatient"), request_timeout=1) as server:
+    with ForkedServer.running(tmp_path_factory.mktemp("impatient"), request_timeout=1) as server:
         yield server
 
 
@@ -139,7 +140,7 @@ def test_a_head_without_end_is_cut_off_at_its_limit(impatient):
 
 
 def test_one_client_too_many_is_not_let_in_and_those_inside_are_served(tmp_path):
-    with ThraveServer.running(tmp_path, connections=6) as server:
+    with ForkedServer.running(tmp_path, connections=6) as server:
         with ExitStack() as inside:
             connections = [inside.enter_context(connected(server)) for _ in range(6)]
             for connection in connections:
@@ -214,7 +215,7 @@ def test_whoever_does_not_take_the_answer_is_cut_off(impatient):
 @pytest.fixture(scope="module")
 def secure(tmp_path_factory):
     folder = tmp_path_factory.mktemp("secure")
-    with ThraveServer.running(folder / "data", request_timeout=1, **certificate(folder)) as server:
+    with ForkedServer.running(folder / "data", request_timeout=1, **certificate(folder)) as server:
         yield server
 
 
@@ -344,13 +345,13 @@ def test_a_certificate_without_its_key_is_no_setting(tmp_path, name):
 def test_a_server_that_does_not_start_says_why(tmp_path):
     with (
         pytest.raises(ServerError, match=f"status {Exit.REFUSED.value}"),
-        ThraveServer.running(tmp_path, host="0.0.0.0"),
+        ForkedServer.running(tmp_path, host="0.0.0.0"),
     ):
         pass
 
 
 def test_a_request_under_way_is_answered_when_the_service_is_asked_to_stop(tmp_path):
-    with ThraveServer.running(tmp_path) as server:
+    with ForkedServer.running(tmp_path) as server:
         with connected(server) as connection:
             connection.sendall(REQUEST[:-2])
             time.sleep(0.2)
@@ -430,14 +431,14 @@ def test_an_upgrade_is_answered_as_any_request(server):
 
 
 def test_tls_on_the_port_of_plain_http_and_the_reverse_are_logged(tmp_path, capfd):
-    with ThraveServer.running(tmp_path / "plain") as plain:
+    with ForkedServer.running(tmp_path / "plain") as plain:
         place = urlsplit(plain.url)
         with pytest.raises(OSError), socket.create_connection((place.hostname, place.port), timeout=PATIENCE) as raw:
             ssl.create_default_context().wrap_socket(raw, server_hostname="thrave")
     logged = capfd.readouterr().err
     assert "TLS? Use http://" in logged
     assert "remote=127.0.0.1" in logged
-    with ThraveServer.running(tmp_path / "tls", **certificate(tmp_path)) as secure, connected(secure) as connection:
+    with ForkedServer.running(tmp_path / "tls", **certificate(tmp_path)) as secure, connected(secure) as connection:
         connection.sendall(REQUEST)
         received(connection)
     logged = capfd.readouterr().err

@@ -87,12 +87,11 @@ class ThraveServer:
     def start(self) -> None:
         """Start it, and wait until it answers. Raises ServerError if it does not within two minutes."""
         errors, errors_of_server = os.pipe()
-        self.process = programs.start_server(
-            [sys.executable, "-m", "thrave", self.command, "--data", str(self.data.root), "--port", "0"],
-            {**os.environ, **self.environment},
-            stderr=errors_of_server,
-        )
-        os.close(errors_of_server)
+        arguments = [self.command, "--data", str(self.data.root), "--port", "0"]
+        try:
+            self.process = self._launch(arguments, {**os.environ, **self.environment}, errors_of_server)
+        finally:
+            os.close(errors_of_server)
         kept: deque[str] = deque(maxlen=_KEPT_LINES)
         forward = supervised(
             "thrave-stderr",
@@ -109,6 +108,9 @@ class ThraveServer:
             reason = "".join(kept).strip() or said or f"no answer within {START_TIMEOUT} seconds"
             raise ServerError(f"thrave {self.command} ended with status {self.process.returncode}: {reason}")
         self.url = said.removeprefix("listening on ")
+
+    def _launch(self, arguments: Sequence[str], environment: Mapping[str, str], stderr: int) -> programs.ServerProcess:
+        return programs.start_server([sys.executable, "-m", "thrave", *arguments], environment, stderr=stderr)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
         """Stop it, by SIGTERM unless another signal is given, and wait for its end."""

@@ -6,12 +6,13 @@ import pytest
 
 from support import faults, stores
 from support.fault_proxy import Kind, Rule, fault_proxy
+from support.forking import ForkedServer
 from support.house import UPLOAD_BY_SERVICE, House
 from support.storing import noise_disk
 from thrave.buckets.errors import NoSuchBucket
 from thrave.buckets.objects import S3Objects
 from thrave.compute.instance import InstanceState
-from thrave.testing import ThraveServer, upload_policy
+from thrave.testing import upload_policy
 
 pytestmark = pytest.mark.s3
 
@@ -34,7 +35,7 @@ def houses(request, seaweedfs, proxy, tmp_path_factory):
     # Long enough for a store on a busy machine: only the fault itself may run into the timeout.
     settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 8, "s3_patience": 10, **SETTINGS[request.param]}
     folder = tmp_path_factory.mktemp("house")
-    with ThraveServer.running(folder / "thrave", **settings) as server:
+    with ForkedServer.running(folder / "thrave", **settings) as server:
         house = House(server, seaweedfs, folder)
         house.disk = noise_disk(folder / "large.raw", PARTS)
         yield request.param, house

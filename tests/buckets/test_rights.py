@@ -9,13 +9,14 @@ import pytest
 from botocore.exceptions import ClientError
 
 from support import stores
+from support.forking import ForkedServer
 from support.house import UPLOAD_BY_SERVICE, House
 from support.rights import guarded
 from thrave.buckets.buckets import NOBODY
 from thrave.buckets.errors import AccessDenied, BucketAlreadyExists
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.s3 import OWNER_KEY, Holder, OwnersBuckets, ServiceBuckets
-from thrave.testing import ThraveServer, upload_policy
+from thrave.testing import upload_policy
 
 pytestmark = pytest.mark.s3
 
@@ -53,7 +54,7 @@ def house(request, seaweedfs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
     with guarded(seaweedfs.url, "") as guard:
         settings = {"store": "s3", "s3_endpoint": guard.url, "s3_patience": 5, **SETTINGS[request.param]}
-        with ThraveServer.running(folder / "thrave", **settings) as server:
+        with ForkedServer.running(folder / "thrave", **settings) as server:
             yield request.param, House(server, seaweedfs, folder), guard
 
 

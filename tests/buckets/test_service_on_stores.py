@@ -14,10 +14,10 @@ import pytest
 from botocore.exceptions import ClientError
 
 from support import stores
+from support.forking import ForkedServer
 from support.house import UPLOAD_BY_SERVICE, House
 from support.policies import document, encoded, signed_v2, signed_v4
 from thrave.buckets.objects import S3Objects
-from thrave.testing import ThraveServer
 
 FILES = ["winami.manifest.json", "winami.manifest.xml", "winami.part.0"]
 ON_SEAWEEDFS = pytest.param(("seaweedfs", {}), id="seaweedfs", marks=pytest.mark.s3)
@@ -33,7 +33,7 @@ def houses(request, tmp_path_factory):
     store = request.getfixturevalue(name)
     settings = {"store": "s3", "s3_endpoint": store.url, "s3_patience": 5, **settings}
     folder = tmp_path_factory.mktemp("house")
-    with ThraveServer.running(folder / "thrave", **settings) as server:
+    with ForkedServer.running(folder / "thrave", **settings) as server:
         yield House(server, store, folder)
 
 

@@ -11,12 +11,12 @@ from contextlib import suppress
 import pytest
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.config import load_settings
 from thrave.ground import open_ground
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.task import BundleRequest
-from thrave.testing import ThraveServer
 
 FAILED, USAGE, NOT_FOUND, REFUSED, TASK_FAILED, TASK_CANCELLED = 1, 2, 3, 4, 20, 21
 MIB = 1 << 20
@@ -25,7 +25,7 @@ NO_SUCH_TASK = "bun-0123456789abcdef0"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with ThraveServer.running(tmp_path_factory.mktemp("server") / "thrave", tasks_at_once=2) as server:
+    with ForkedServer.running(tmp_path_factory.mktemp("server") / "thrave", tasks_at_once=2) as server:
         yield server
 
 

@@ -10,7 +10,7 @@ from clients.clients import CLIENTS
 from clients.driving import Driver
 from clients.relay import relaying
 from clients.world import World
-from thrave.testing import ThraveServer
+from support.forking import ForkedServer
 
 TABLE = "THRAVE_CLIENTS_TABLE"
 """The environment variable with the path to write to."""
@@ -21,7 +21,7 @@ OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clients")
-    with ThraveServer.running(folder / "thrave", tasks_at_once=4) as server:
+    with ForkedServer.running(folder / "thrave", tasks_at_once=4) as server:
         world = World(server, folder)
         yield world
         world.ec2.close()

@@ -9,10 +9,10 @@ import sqlalchemy as sa
 from botocore.exceptions import ClientError
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from thrave.database import open_engine, user_policy
 from thrave.identity.accounts import Accounts
 from thrave.identity.users import Users
-from thrave.testing import ThraveServer
 from thrave.vault import Vault
 
 BUNDLE_ID = "bun-0123456789abcdef0"
@@ -29,7 +29,7 @@ ALL = statement("Allow", "*")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with ThraveServer.running(tmp_path_factory.mktemp("permissions") / "data", region="eu-west-9") as server:
+    with ForkedServer.running(tmp_path_factory.mktemp("permissions") / "data", region="eu-west-9") as server:
         yield server
 
 

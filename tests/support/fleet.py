@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.forking import ForkedServer, fork_thrave
 from thrave.config import DataDirectory, Settings
 from thrave.ground import open_ground
 from thrave.tasks.hosts import HostInUse
-from thrave.testing import ThraveServer
 
 PATIENCE = 60  # seconds
 
@@ -43,10 +43,8 @@ class Fleet:
     def agent(self, name, **settings):
         """Start the agent of a host; give its process once it works."""
         given = {f"THRAVE_{setting.upper()}": str(value) for setting, value in settings.items()}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "thrave", "agent", "--host", name, "--data", self.data(name).root],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, **self._environment, **given},
-        )  # fmt: skip
+        environment = {**os.environ, **self._environment, **given}
+        process = fork_thrave(["agent", "--host", name, "--data", self.data(name).root], environment)
         self.processes.append(process)
         assert process.stdout.readline() == f"working as {name}\n"
         return process
@@ -100,7 +98,7 @@ class Fleet:
         return data
 
 
-class Api(ThraveServer):
+class Api(ForkedServer):
     """`thrave api` in a process of its own."""
 
     command = "api"

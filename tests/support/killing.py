@@ -2,13 +2,9 @@
 
 The instance is a machine with commands of its own, so that switching it takes processes; what it has been through, and
 what is in the bucket, is looked at from outside: in files, in the database, in /proc.
-
-The service is the product's own, but forked from a process that has imported it already: of a start's two seconds that
-leaves a tenth, and there are hundreds.
 """
 
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -22,6 +18,7 @@ import sqlalchemy as sa
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
+from support.forking import ForkedServer
 from support.machine import Machine
 from support.opened import opened_sha256
 from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
@@ -33,7 +30,7 @@ from thrave.config import DataDirectory
 from thrave.database import bundle_task, open_engine, task_in_progress
 from thrave.tasks.records import Records
 from thrave.tasks.states import FINISHED, BundleTaskState
-from thrave.testing import ServerError, ThraveServer
+from thrave.testing import ServerError
 from thrave.vault import Vault
 
 BUCKET, PREFIX = "bucket", "winami"
@@ -54,52 +51,6 @@ TO_REPLACE = [
     "sealing begun", "part sealed", "part stored", "part recorded", "sealing ended", "side file stored",
     "earlier bundle noted", "manifest stored", "earlier bundle removed", "record closed",
 ]  # fmt: skip
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["thrave.endpoint", "thrave.logs"])
-
-
-class ForkedServer(ThraveServer):
-    """`thrave serve` without the time that its imports take."""
-
-    def start(self):
-        mine, its = _FORKED.Pipe(duplex=False)
-        self.process = _ForkedProcess(target=_serve, args=[self.data.root, self.environment, its], daemon=True)
-        self.process.start()
-        its.close()
-        try:
-            self.url = mine.recv()
-        except EOFError:
-            self.stop()
-            raise ServerError(f"it ended with status {self.process.returncode}") from None
-
-
-class _ForkedProcess(_FORKED.Process):
-    """A process of multiprocessing's that can be treated as one of subprocess's."""
-
-    def poll(self):
-        return self.exitcode
-
-    @property
-    def returncode(self):
-        return self.exitcode
-
-    def send_signal(self, number):
-        if self.is_alive():
-            os.kill(self.pid, number)
-
-    def communicate(self, timeout):
-        self.join(timeout)
-
-
-def _serve(data, environment, listening):
-    os.environ.update(environment)
-    from thrave.config import load_settings
-    from thrave.endpoint import serve
-    from thrave.logs import configure_logs
-
-    configure_logs("text")
-    serve(load_settings(None, data=data, port=0), listening.send)
-    os._exit(0)
 
 
 class Scene:

@@ -18,9 +18,9 @@ from botocore.exceptions import BotoCoreError
 
 from support.domain import PATIENCE, Domain, wait_for
 from support.drive import Drive
+from support.forking import ForkedServer
 from support.guest import NOISE, GuestImage
 from support.hypervisor import Host
-from support.killing import ForkedServer
 from support.opened import opened_sha256
 from thrave.bundle.names import PART_SIZE
 from thrave.config import DataDirectory

@@ -10,10 +10,10 @@ import pytest
 from botocore.exceptions import ClientError, WaiterError
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from support.images import converted
 from support.opened import opened_sha256
 from thrave.compute.instance import InstanceState, VolumeFile
-from thrave.testing import ThraveServer
 
 MIB = 1 << 20
 
@@ -150,7 +150,7 @@ def test_a_task_that_has_ended_cannot_be_cancelled(thrave_server, alice, tmp_pat
 @pytest.mark.parametrize("state", ["pending", "bundling", "storing"])
 def test_a_task_goes_on_after_a_kill(tmp_path, state):
     root = make_disk(tmp_path / "root.raw", 300 * MIB)
-    with ThraveServer.running(tmp_path / "thrave") as server:
+    with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
         instance = server.instance(account.account_id, root)
         ec2, bundle_id = bundled(server, key, instance.instance_id)
@@ -170,7 +170,7 @@ UPLOADS_AT_ONCE = 4  # the default
 
 def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
     root = make_disk(tmp_path / "root.raw", 400 * MIB)
-    with ThraveServer.running(tmp_path / "thrave") as server:
+    with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
         _, bundle_id = bundled(server, key, server.instance(account.account_id, root).instance_id)
         folder = server.data.buckets / "alices-bucket"
@@ -187,7 +187,7 @@ def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
 
 def test_a_disk_that_changed_while_the_service_was_dead_is_sealed_anew(tmp_path):
     root = make_disk(tmp_path / "root.raw", 400 * MIB)
-    with ThraveServer.running(tmp_path / "thrave") as server:
+    with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
         _, bundle_id = bundled(server, key, server.instance(account.account_id, root).instance_id)
         folder = server.data.buckets / "alices-bucket"
@@ -201,7 +201,7 @@ def test_a_disk_that_changed_while_the_service_was_dead_is_sealed_anew(tmp_path)
 
 
 def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):
-    with ThraveServer.running(tmp_path / "thrave") as server:
+    with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
         instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", 300 * MIB))
         ec2, bundle_id = bundled(server, key, instance.instance_id)
@@ -213,7 +213,7 @@ def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):
 
 
 def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
-    with ThraveServer.running(tmp_path / "thrave", shutdown_grace=1) as server:
+    with ForkedServer.running(tmp_path / "thrave", shutdown_grace=1) as server:
         account, key = server.account("alice")
         deaf = (sys.executable, "-c", "")
         state = (sys.executable, "-c", "print('running')")

@@ -8,11 +8,11 @@ import time
 import pytest
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from support.machine import Machine
 from thrave.compute.instance import InstanceState
 from thrave.database import open_engine
 from thrave.tasks.records import Records
-from thrave.testing import ThraveServer
 from thrave.vault import Vault
 
 MIB = 1 << 20
@@ -62,7 +62,7 @@ def notice(server, bundle_id):
 
 def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_says_so(tmp_path, machine):
     commands = {**machine.commands, "stop_command": DEAF}
-    with ThraveServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
+    with ForkedServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         assert wait(server, key, bundle_id, "failed", "complete")["State"] == "complete"
         assert server.instances.state(instance_id) is InstanceState.RUNNING
@@ -81,7 +81,7 @@ def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_sa
 )
 def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_path, machine, force, words):
     commands = {**machine.commands, "stop_command": DEAF, "force_stop_command": force}
-    with ThraveServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
+    with ForkedServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         error = wait(server, key, bundle_id, "failed", "complete")["BundleTaskError"]
         assert error["Code"] == "Server.InstanceNotStopped"
@@ -91,7 +91,7 @@ def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_
 
 def test_a_guest_that_powers_off_while_the_service_is_dead_is_started_when_it_is_back(tmp_path, machine):
     commands = {**machine.commands, "stop_command": DEAF}
-    with ThraveServer.running(tmp_path / "data", shutdown_grace=1) as server:
+    with ForkedServer.running(tmp_path / "data", shutdown_grace=1) as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         wait(server, key, bundle_id, "failed")
         server.stop(signal.SIGKILL)
@@ -105,7 +105,7 @@ def test_an_instance_that_does_not_start_is_started_when_its_hypervisor_can(tmp_
     gate = tmp_path / "gate"
     start = (sys.executable, "-c", "import os, subprocess, sys; os.stat(sys.argv[1]); subprocess.run(sys.argv[2:])")
     commands = {**machine.commands, "start_command": (*start, str(gate), *machine.commands["start_command"])}
-    with ThraveServer.running(tmp_path / "data") as server:
+    with ForkedServer.running(tmp_path / "data") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         wait(server, key, bundle_id, "complete")  # it costs no bundle
         assert server.instances.state(instance_id) is InstanceState.STOPPED

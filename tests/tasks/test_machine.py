@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from support.model import ModelInstance
 from support.opened import opened_sha256
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
-from thrave.testing import ThraveServer
 
 SEED = int(os.environ.get("THRAVE_SEED", "20080808"))
 BUCKET = "machine"
@@ -37,7 +37,7 @@ class House:
 
     def __init__(self, folder):
         self.folder = folder
-        self.server = ThraveServer(DataDirectory(folder / "thrave"))
+        self.server = ForkedServer(DataDirectory(folder / "thrave"))
         self.account, self.key = self.server.account("alice")
         self.prefixes = (f"prefix-{number}" for number in count())
         self._ec2 = None

@@ -9,8 +9,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from thrave.compute.instance import InstanceState
-from thrave.testing import ThraveServer
 
 MIB = 1 << 20
 
@@ -70,7 +70,7 @@ def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(t
 
 
 def test_an_instance_that_cannot_have_an_overlay_is_off_until_it_is_read(tmp_path):
-    with ThraveServer.running(tmp_path / "overlay", downtime="overlay") as server:
+    with ForkedServer.running(tmp_path / "overlay", downtime="overlay") as server:
         account, key = server.account("alice")
         instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
         ec2, bundle_id = bundle(server, key, instance.instance_id)

@@ -4,16 +4,16 @@ import pytest
 from botocore.exceptions import WaiterError
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from support.ntfs import Damage
 from support.opened import opened_sha256
 from thrave.compute.instance import InstanceState
 from thrave.demo.disk import make_demo_disk
-from thrave.testing import ThraveServer
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with ThraveServer.running(tmp_path_factory.mktemp("service"), skip="unused") as server:
+    with ForkedServer.running(tmp_path_factory.mktemp("service"), skip="unused") as server:
         yield server
 
 

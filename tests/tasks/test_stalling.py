@@ -6,11 +6,11 @@ from contextlib import suppress
 import psutil
 
 from support.disks import make_disk
+from support.forking import ForkedServer
 from support.images import converted
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
-from thrave.testing import ThraveServer
 
 MIB = 1 << 20
 
@@ -25,7 +25,7 @@ def wait_for(condition, seconds=60):
 
 def test_a_disk_that_stops_answering_fails_the_task_and_the_instance_runs_again(tmp_path):
     image = converted(make_disk(tmp_path / "root.raw", 400 * MIB), "qcow2")
-    with ThraveServer.running(tmp_path / "thrave", stall_timeout=2) as server:
+    with ForkedServer.running(tmp_path / "thrave", stall_timeout=2) as server:
         account, key = server.account("alice")
         instance = Description(
             instance_id=new_instance_id(),

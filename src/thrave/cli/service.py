@@ -55,8 +55,8 @@ _CONFIG = click.option(
 def quick_imports() -> Iterator[None]:
     """Import large modules in a block of this: a seventh of the time is saved by what they need not do.
 
-    Modules are no garbage, so nobody looks for any meanwhile, nor among them later. And structlog does without rich,
-    which it would import for tracebacks in colour; those of the service are plain.
+    Modules are no garbage, so nobody looks for any meanwhile. And structlog does without rich, which it would import
+    for tracebacks in colour; those of the service are plain.
     """
     gc.disable()
     if "rich" not in sys.modules:
@@ -68,7 +68,6 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 
