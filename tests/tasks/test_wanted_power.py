@@ -206,11 +206,29 @@ class Power(RuleBasedStateMachine):
         self.caretaker._retries.keep(())
         self.caretaker.look()
 
-    # The task, as `bundling.py` does it.
+    # The task, as `bundling.py` does it: one step after the other, and again if one fails or is cut off.
 
-    @precondition(lambda self: self.bundle_id is None)
-    @rule()
-    def task_begins(self):
+    @rule(overlay=st.booleans())
+    def task_goes_on(self, overlay):
+        if self.bundle_id is None:
+            self._begin_task()
+        elif self.reading:
+            self.reading = False
+            with self._step("put back"):
+                self.hold.close()
+        else:
+            steps = {"stop": self._stop, "free": self._free, "read": self._read, "put back": self._put_back}
+            if self.stage in steps:
+                steps[self.stage](overlay)
+            else:
+                self.task_ends("complete")
+
+    @rule(overlay=st.booleans())
+    def task_goes_on_twice(self, overlay):
+        self.task_goes_on(overlay)
+        self.task_goes_on(overlay)
+
+    def _begin_task(self):
         self.tasks += 1
         self.bundle_id = f"bun-{self.tasks}"
         request = BundleRequest(
@@ -221,46 +239,29 @@ class Power(RuleBasedStateMachine):
             self.records.add(connection, self.bundle_id, HOST, request)
         self.records.move(self.bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
         self.freed = False
+        self.stage = "stop"
         self._take_up()
 
-    @precondition(lambda self: self.bundle_id is not None and not self.reading and not self.freed)
-    @rule()
-    def task_stops_the_instance(self):
-        with self._step():
+    def _stop(self, overlay):
+        with self._step("free" if overlay else "read"):
             self.switch.note()
             self.switch.off(Watching(self.hypervisor))
 
-    @precondition(lambda self: self.bundle_id is not None and not self.reading and self._is_noted())
-    @rule()
-    def task_frees_the_instance(self):
-        """It goes on an overlay. May be run again after a crash, also once its owner has stopped it."""
-        if self.hypervisor.on and not self.freed:
-            return
-        with self._step():
-            if self.freed or self.switch.is_to_run():
+    def _free(self, _overlay):
+        with self._step("put back"):
+            if self.switch.is_to_run():
                 self.records.note_frozen(self.bundle_id, FROZEN)
                 self.freed = True
                 self.switch.restore()
 
-    @precondition(lambda self: self.bundle_id is not None and not self.reading and not self.freed and self._is_noted())
-    @rule()
-    def task_begins_to_read(self):
-        with self._step(), ExitStack() as hold:
+    def _read(self, _overlay):
+        with self._step("read"), ExitStack() as hold:
             hold.enter_context(self.switch.held_off(Watching(self.hypervisor)))
             self.hold = hold.pop_all()
             self.reading = True
 
-    @precondition(lambda self: self.reading)
-    @rule()
-    def task_ends_reading(self):
-        self.reading = False
-        with self._step():
-            self.hold.close()
-
-    @precondition(lambda self: self.bundle_id is not None and not self.reading and self._is_noted())
-    @rule()
-    def task_puts_back(self):
-        with self._step():
+    def _put_back(self, _overlay):
+        with self._step("end"):
             self.switch.restore()
 
     @precondition(lambda self: self.bundle_id is not None and not self.reading)
@@ -268,7 +269,7 @@ class Power(RuleBasedStateMachine):
     def task_ends(self, end):
         if end == "cancel" and self.records.cancel(self.bundle_id):
             end = "fail"
-        with self._step():
+        with self._step("end"):
             self.switch.restore()
         self.records.note_frozen(self.bundle_id, None)
         if end == "complete" and self._is_noted():
@@ -284,10 +285,11 @@ class Power(RuleBasedStateMachine):
         return self.records.get(self.bundle_id).was_running is not None
 
     @contextmanager
-    def _step(self):
-        """What goes wrong ends the step, which may be run again."""
+    def _step(self, then):
+        """What goes wrong ends the step, which is run again; else the task goes on with another."""
         with suppress(InstanceError, TaskFailure):
             yield
+            self.stage = then
 
     # What must hold.
 
@@ -325,7 +327,7 @@ FROZEN = Frozen(volume=VolumeFile(path=Path("/volume")), overlay=Path("/overlay"
 
 def test_what_was_asked_last_holds_in_the_end(tmp_path):
     Power.folder = tmp_path
-    options = {"max_examples": 60, "stateful_step_count": 30, "deadline": None, "phases": [Phase.generate]}
+    options = {"max_examples": 100, "stateful_step_count": 25, "deadline": None, "phases": [Phase.generate]}
     run_state_machine_as_test(Power, settings=settings(**options, suppress_health_check=[*HealthCheck]))
 
 
