@@ -287,7 +287,8 @@ class SimulatedAgent:
             "service": ground.service,
             "lease": Lease(None),  # a process here stands for many hosts
         }
-        rest = {field.name: getattr(settings, field.name) for field in fields(Host) if field.name not in given}
+        names = {field.name for field in fields(Host)} - given.keys()
+        rest = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
         return Host(**given, **rest)
 
     @property
