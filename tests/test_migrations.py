@@ -79,6 +79,35 @@ def test_the_migrations_that_the_names_of_the_files_give_are_those_that_alembic_
         assert migrations(connection) == ("0002", known)
 
 
+def test_what_was_asked_of_instances_and_borrowed_by_tasks_is_kept(engine):
+    migrate_to(engine, "0006")
+    then = "2026-11-23 08:26:46"
+    insert(engine, "host", host="a", state="active", lease="x", version="1", tasks_at_once=1, start_time=then,
+           heartbeat_time=then)  # fmt: skip
+    for action in ("start", "stop"):
+        insert(engine, "power_request", host="a", instance_id="i-asked", action=action, request_time=then)
+    insert(engine, "power_request", host="a", instance_id="i-both", action="reboot", request_time=then)
+    task = {"account_id": "1", "owner_id": "1", "host": "a", "start_time": then, "update_time": then, "bucket": "b",
+            "access_key_id": "A", "was_running": True, "attempts": 1}  # fmt: skip
+    for number, (instance_id, state, more) in enumerate([
+        ("i-both", "waiting-for-shutdown", {}), ("i-off", "bundling", {}), ("i-freed", "storing", {"frozen": "{}"}),
+        ("i-ended", "complete", {}), ("i-left", "failed", {"look_after_until": then}),
+    ]):  # fmt: skip
+        insert(engine, "bundle_task", bundle_id=f"bun-{number}", instance_id=instance_id, state=state,
+               prefix=f"p{number}", **task, **more)  # fmt: skip
+    migrate(engine)
+    with engine.connect() as connection:
+        columns = "instance_id, wanted, request, borrowed_by"
+        rows = connection.execute(sa.text(f"SELECT {columns} FROM instance_power ORDER BY instance_id")).all()
+    assert [tuple(row) for row in rows] == [
+        ("i-asked", "stopped", "stop", None),
+        ("i-both", "running", "reboot", "bun-0"),
+        ("i-freed", "running", None, None),
+        ("i-left", "running", None, None),
+        ("i-off", "running", None, "bun-1"),
+    ]
+
+
 def test_migrating_again_changes_nothing(engine):
     migrate(engine)
     migrate(engine)

@@ -11,8 +11,10 @@ from structlog.testing import capture_logs
 from support.eventually import eventually
 from thrave import files
 from thrave.compute.directory import DirectoryInstances
+from thrave.compute.errors import IncorrectInstanceState
 from thrave.compute.instance import InstanceState
 from thrave.compute.power import PowerRequests, power_off
+from thrave.compute.power_records import PowerAction, PowerRecords
 
 DEAF = (sys.executable, "-c", "")
 
@@ -117,3 +119,74 @@ def test_a_folder_that_cannot_be_written_delays_a_request_and_is_logged(instance
         requests.start(instance_id)
         assert eventually(lambda: any("[Errno 28]" in entry.get("error", "") for entry in [*logs]))
     assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
+
+
+def waits_for(gate, begun):
+    """A command that says that it has begun, and ends when the gate is there."""
+    code = f"import os, time\nopen({str(begun)!r}, 'w')\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
+    return (sys.executable, "-c", code)
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "then", "state"),
+    [
+        ("stop_command", "reboot", "stop", InstanceState.STOPPED),
+        ("start_command", "start", "stop", InstanceState.STOPPED),
+        ("start_command", "start", "terminate", InstanceState.TERMINATED),
+        ("start_command", "start", "reboot", InstanceState.RUNNING),
+        ("stop_command", "stop", "reboot", InstanceState.RUNNING),
+    ],
+)
+def test_what_is_asked_while_a_command_runs_takes_the_place_of_what_was_asked(
+    instances, added, requests, tmp_path, command, first, then, state
+):
+    gate, begun = tmp_path / "gate", tmp_path / "begun"
+    instance_id = added(
+        state="running" if command == "stop_command" else "stopped", **{command: waits_for(gate, begun)}
+    )
+    getattr(requests, first)(instance_id)
+    assert eventually(begun.exists)
+    getattr(requests, then)(instance_id)
+    gate.touch()
+    assert eventually(lambda: not requests._busy)
+    assert instances.state(instance_id) is state
+
+
+def test_an_instance_that_hangs_or_fails_holds_up_no_other(instances, added, requests, tmp_path):
+    gate, begun = tmp_path / "gate", tmp_path / "begun"
+    hanging = added(state="stopped", start_command=waits_for(gate, begun))
+    failing = added(state="stopped", start_command=("false",))
+    others = [added(), added()]
+    for instance_id in (hanging, failing):
+        requests.start(instance_id)
+    assert eventually(begun.exists)
+    for instance_id in others:
+        requests.stop(instance_id)
+    assert eventually(lambda: {instances.state(instance_id) for instance_id in others} == {InstanceState.STOPPED})
+    assert not gate.exists()
+    gate.touch()
+    requests.terminate(failing)
+
+
+def test_nothing_but_terminating_again_is_asked_of_an_instance_that_is_being_terminated(instances, added, requests):
+    instance_id = added(stop_command=DEAF, state_command=("echo", "running"))
+    requests.terminate(instance_id)
+    for ask in (requests.start, requests.stop):
+        with pytest.raises(IncorrectInstanceState, match="shutting-down"):
+            ask(instance_id)
+    requests.reboot(instance_id)  # is ignored
+    requests.terminate(instance_id)
+    assert instances.state(instance_id) is InstanceState.SHUTTING_DOWN
+    for record in [requests._records.get(instance_id)]:
+        assert record.request == "terminate"
+        requests._records.finish(record)
+
+
+def test_what_was_accepted_is_carried_out_by_the_next_process(instances, added):
+    instance_id, records = added(), PowerRecords.in_memory()
+    records.request(instance_id, PowerAction.REBOOT)
+    assert records.note_asked(records.get(instance_id))
+    instances.request_stop(instance_id)  # and then the process died
+    PowerRequests(instances, records, grace=20.0).look()
+    assert eventually(lambda: not records.to_do())
+    assert instances.state(instance_id) is InstanceState.RUNNING
