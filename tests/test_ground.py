@@ -126,7 +126,8 @@ def test_service_stops_when_its_database_is_changed_by_others(data, change, capf
         source.close()
         backup.close()
         change(data / "thrave.db")
-        assert running.process.wait(TIMEOUT) == Exit.FAILED
+        # A coverage that is told of os._exit may crash first: then other threads of the process still run.
+        assert running.process.wait(TIMEOUT) in {Exit.FAILED, -signal.SIGSEGV}
         assert (data / "thrave.db").exists() is (change is not delete)
         assert change is not empty or (data / "thrave.db").stat().st_size == 0
         running.process.stdout.close()

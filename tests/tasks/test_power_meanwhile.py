@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
+import psutil
 import pytest
 from botocore.exceptions import ClientError
 
 from support.disks import make_disk
+from support.eventually import eventually
 from support.forking import ForkedServer
 from thrave.compute.instance import InstanceState
 
@@ -39,6 +42,19 @@ def stored(server):
     return [path.name for path in (server.data.buckets / "alices-bucket").rglob("*") if path.is_file()]
 
 
+@contextmanager
+def standing_still_while_it_reads(server, volume):
+    """Have the service stand still from its first part on: on a busy machine it could have read the rest meanwhile."""
+    eventually(lambda: stored(server), "a part is stored")
+    process = psutil.Process(server.process.pid)
+    process.suspend()
+    try:
+        assert str(volume) in {file.path for file in process.open_files()}, "the volume has been read"
+        yield
+    finally:
+        process.resume()
+
+
 def test_an_instance_terminated_while_its_volume_is_read_fails_the_task(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
@@ -58,11 +74,11 @@ def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(t
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 1600 * MIB))
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "bundling")
-    file = thrave_server.data.instances / f"{instance.instance_id}.json"
-    changed = file.with_suffix(".new")  # half of a file describes no instance
-    changed.write_text(file.read_text().replace('"stopped"', '"running"'))
-    changed.replace(file)
+    with standing_still_while_it_reads(thrave_server, instance.root_volume.path):
+        file = thrave_server.data.instances / f"{instance.instance_id}.json"
+        changed = file.with_suffix(".new")  # half of a file describes no instance
+        changed.write_text(file.read_text().replace('"stopped"', '"running"'))
+        changed.replace(file)
     task = wait(ec2, bundle_id, "failed", "complete")
     assert task["BundleTaskError"]["Code"] == "Server.VolumeError"
     assert "is running while its root volume is read" in task["BundleTaskError"]["Message"]
