@@ -1,6 +1,7 @@
 """What tests of several rooms share: stores, a PostgreSQL, a libvirtd, each started once; and databases."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +16,20 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Those that take longest, the longest first. pytest-xdist gives each file to one worker.
+LONG_FILES = (
+    "docs/test_howtos.py", "tasks/test_kill_sweep.py", "cli/test_signals.py", "fleet/test_fleet.py",
+    "tasks/test_bundling.py", "clients/test_clients.py", "test_listening.py", "bundle/test_costs.py", "test_ground.py",
+    "tasks/test_storing.py", "cli/test_bundle_signals.py", "cli/test_bundle_places.py",
+    "buckets/test_service_on_stores.py", "test_costs.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
     """Run the files with long tests first, so that no worker is left alone with them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("libvirt")}
-    items.sort(key=lambda item: item.path not in slow)
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
 
 
 @pytest.fixture(scope="session")
