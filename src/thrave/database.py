@@ -326,11 +326,16 @@ vault_proof = sa.Table(
 
 TIMEOUT = 60.0  # seconds for one statement, unless a process needs its answers sooner
 _CONNECT_TIMEOUT = 10.0  # seconds
+_SERVER_KEEPALIVES = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}  # seconds
 _GRACE = 2.0  # seconds after which a server that should have ended a statement is taken for dead
 
 
 def open_engine(
-    url: str, *, timeout: float = TIMEOUT, replaced: Callable[[DatabaseReplacedError], None] | None = None
+    url: str,
+    *,
+    timeout: float = TIMEOUT,
+    replaced: Callable[[DatabaseReplacedError], None] | None = None,
+    pooled: bool = True,
 ) -> sa.Engine:
     """Open the database at a URL (`sqlite:////var/lib/thrave/thrave.db`, `postgresql://thrave@db.example/thrave`).
 
@@ -345,6 +350,7 @@ def open_engine(
         timeout: Seconds for one statement on a server.
         replaced: Called when the file was deleted or replaced, before DatabaseReplacedError is raised. A service gives
             a function that ends the process. Only then replacement of the file's *content* is detected as well.
+        pooled: Whether connections to a server are kept for later; if not, closing one ends its session at once.
     """
     given = sa.make_url(url)
     is_file = given.get_backend_name() == "sqlite"
@@ -356,10 +362,10 @@ def open_engine(
         _watch_file(engine, replaced)
         return engine
     waits = min(timeout, _CONNECT_TIMEOUT)
+    pool: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": waits} if pooled else {"poolclass": sa.NullPool}
     engine = sa.create_engine(
         driven,
-        pool_pre_ping=True,
-        pool_timeout=waits,
+        **pool,
         hide_parameters=True,
         connect_args={name: value for name, value in _timeouts(waits).items() if name not in given.query},
     )
@@ -427,6 +433,8 @@ def _connect_postgresql(
     connection.timeout = timeout + _GRACE
     connection.execute(f"SET idle_in_transaction_session_timeout = {_STANDSTILL}")
     connection.execute(f"SET statement_timeout = {int(timeout * 1000)}")
+    for name, value in _SERVER_KEEPALIVES.items():  # else the server keeps the locks of a host that lost its power
+        connection.execute(f"SET {name} = {value}")
     connection.commit()
     return connection
 

@@ -5,17 +5,23 @@ A task runs in this process. The statement at which something happens is counted
 
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
 
 from support.in_process import HOST, OneHost
+from thrave.buckets.errors import TransientError
 from thrave.compute.instance import InstanceState
 from thrave.database import bundle_task, host
-from thrave.tasks import outage
+from thrave.tasks import bundling, outage
+from thrave.tasks.failures import TaskFailure
 from thrave.tasks.fence import Fence, RightLostError
-from thrave.tasks.steps import FORWARD, UNDO, Step
+from thrave.tasks.lease import Lease
+from thrave.tasks.records import Records
+from thrave.tasks.steps import BORROWED, FORWARD, UNDO, Step
 
+AWAY = TransientError("SlowDown", 503, "Please reduce your request rate")
 FULL = sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
 STATEMENT, TRANSACTION = "before_cursor_execute", "begin"
 EVERY = 3  # statements; the kinds of them come again and again
@@ -215,3 +221,73 @@ def test_instance_that_does_not_start_costs_no_bundle(here):
 def test_every_step_leads_to_an_end():
     assert not FORWARD.keys() & UNDO.keys()
     assert FORWARD.keys() | UNDO.keys() == set(Step)
+
+
+class LosesTheAnswer:
+    """A store that takes the manifest and is away then, for so many questions."""
+
+    def __init__(self, inner, away):
+        self.inner, self.away, self.taken = inner, away, False
+
+    def on_behalf_of(self, _access_key_id):
+        return self
+
+    def checking(self, _check):
+        return self
+
+    def put(self, bucket, key, data, **more):
+        etag = self.inner.put(bucket, key, data, **more)
+        if not key.endswith(".manifest.xml") or self.taken:
+            return etag
+        self.taken = True
+        raise AWAY
+
+    def __getattr__(self, name):
+        if self.taken and self.away > 0 and name in {"head", "get_range"}:
+            self.away -= 1
+            raise AWAY
+        return getattr(self.inner, name)
+
+
+def test_nothing_is_decided_while_the_store_does_not_say_whether_it_has_the_manifest(here, monkeypatch):
+    monkeypatch.setattr(bundling, "_STORE_PAUSE", 0.0)
+    bundle_id = here.task()
+    here.run(bundle_id, buckets=LosesTheAnswer(here.buckets, away=5))
+    assert here.get(bundle_id).state == "complete"
+    assert here.opens(bundle_id)
+
+
+@pytest.mark.parametrize("step", [*FORWARD, *UNDO])
+def test_task_of_a_retired_host_is_complete_if_its_bundle_is(here, step):
+    bundle_id = here.task()
+    with here.ground.database.begin() as connection:
+        row = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id)
+        connection.execute(row.values(next_step=step, state="storing"))
+        lost = TaskFailure("Server.HostLost", "retired")
+        failed = here.records.end_on_lost_host(connection, bundle_id, lost)
+    is_stored = step in {Step.MERGE, Step.REMOVE_EARLIER, Step.COMPLETE}
+    assert (failed, here.get(bundle_id).state) == (not is_stored, "complete" if is_stored else "failed")
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it_is_its_own(here, monkeypatch, says):
+    """The database can be read and not written: heartbeats are refused, and the lease ends by the clock."""
+    bundle_id = here.task()
+    task = here.get(bundle_id)
+    fake = here.host(here.fence, lease=Lease(1.0, iter([0.0, *[9.0] * 99]).__next__))
+    monkeypatch.setattr(Records, "holds_lease", lambda _records: says)
+    running = bundling.Bundling(fake, task, 1)
+    running._power._is_owed = True
+    here.instances.request_stop(task.instance_id)
+    first = bundling._PowerFirst(fake, task, running._records, running._power, is_over_if_started=True)
+    assert first.act() is says
+    state = InstanceState.RUNNING if says else InstanceState.STOPPED
+    assert here.instances.state(task.instance_id) is state
+
+
+def test_run_that_resumes_after_the_start_owes_no_instance_power(here):
+    """Its owner may have stopped it since: only a step before which it is borrowed makes it owed."""
+    task = replace(here.get(here.task()), was_running=True)
+    owed = {step: bundling.Bundling(here.host(here.fence), replace(task, next_step=step), 1)._power._is_owed
+            for step in Step}  # fmt: skip
+    assert {step for step, is_owed in owed.items() if is_owed} == BORROWED

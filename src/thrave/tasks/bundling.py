@@ -5,6 +5,7 @@ step that was cut off. Each can be repeated without harm. It is the one place wh
 and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.buckets import Buckets
+from thrave.buckets.errors import BucketError, TransientError
 from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.sealed import Sealed
 from thrave.bundle.sidefile import write_side_file
@@ -34,7 +36,7 @@ from thrave.tasks.failures import Cancelled, Kind, TaskFailure, failure_from, ki
 from thrave.tasks.fence import RightLostError
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.journal import Documents
-from thrave.tasks.lease import Lease
+from thrave.tasks.lease import Lease, LeaseExpiredError
 from thrave.tasks.made_buckets import MadeBuckets
 from thrave.tasks.outage import through_outages
 from thrave.tasks.patience import patiently
@@ -51,6 +53,8 @@ from thrave.tasks.watch import Watch
 from thrave.volumes.conditions import Finding, conditions
 from thrave.volumes.opening import Skip, open_volume
 
+_STORE_AWAY = 24 * 3600.0  # seconds for which the store is asked whether it has a manifest that may have been sent
+_STORE_PAUSE = 15.0  # seconds
 _DAEMON_RESTART = 60.0  # seconds that a hypervisor's daemon may be away before the caretaker goes on
 _Result = TypeVar("_Result")
 
@@ -244,13 +248,19 @@ class Bundling:
             return self._store.has_manifest(documents, watch)
 
     def _has_stored(self) -> bool:
-        try:
-            return self._surely(lambda: patiently(self.is_stored, self._host.stall_timeout))
-        except Exception as error:
-            if kind_of(error) is Kind.RIGHT_LOST:
-                raise
-            failure_from(error)  # logs the error
-            return False  # what the manifest may have replaced is recorded, and put back
+        """Whether the bucket has the task's manifest. While the store does not say, nothing is decided."""
+        given_up = time.monotonic() + _STORE_AWAY
+        while True:
+            try:
+                return self._surely(lambda: patiently(self.is_stored, self._host.stall_timeout))
+            except (TransientError, TaskFailure) as error:
+                if time.monotonic() > given_up:
+                    return False  # what the manifest may have replaced is recorded, and put back
+                log.warning("store unavailable: retrying to read the manifest", error=str(error))
+                time.sleep(_STORE_PAUSE)
+            except BucketError as error:
+                log.warning("the store refuses to let the manifest be read", error=str(error))
+                return False
 
     def merge(self) -> None:
         """Have the instance go on without the overlay. The bundle is complete if that fails."""
@@ -429,13 +439,18 @@ class _PowerFirst:
 
     def act(self) -> bool:
         """Start the instance, if no other host can have it. The step has ended, so nothing reads its volume."""
-        if not self.host.lease.holds() and not self._is_still_ours():
+        proved = None if self.host.lease.holds() else self._prove_lease
+        if proved is not None and not self._is_still_ours():
             log.error(
                 "an instance stays off: the database is unavailable, and another host may have adopted the task",
                 instance_id=self.task.instance_id,
             )
             return False
-        return self.power.restore_without_record() and self.is_over_if_started
+        return self.power.restore_without_record(check=proved) and self.is_over_if_started
+
+    def _prove_lease(self) -> None:
+        if not self._is_still_ours():
+            raise LeaseExpiredError
 
     def _is_still_ours(self) -> bool:
         """A database whose disk is full can still be asked."""

@@ -258,6 +258,8 @@ class Hosts:
     def retire(self, name: str, *, powered_off: bool = False) -> Sequence[str]:
         """Give a host up, its instances with it; its unfinished tasks fail with `Server.HostLost`.
 
+        A task whose bundle is complete in the bucket already does not fail: it ends as `complete`.
+
         Args:
             name: The host.
             powered_off: As for `adopt`.
@@ -275,11 +277,10 @@ class Hosts:
             connection.execute(instance.delete().where(instance.c.host == name))
             tasks = _unfinished(connection, name)
             reason = TaskFailure("Server.HostLost", f"The host {name}, which had the instance's disk, was retired.")
-            for bundle_id in tasks:
-                self._records.fail(bundle_id, reason, connection=connection)
+            failed = [each for each in tasks if self._records.end_on_lost_host(connection, each, reason)]
             connection.execute(host.delete().where(host.c.host == name))
         self._queues.cancel(name, tasks)
-        return tasks
+        return failed
 
 
 class _Row(NamedTuple):

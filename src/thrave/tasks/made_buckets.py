@@ -19,7 +19,7 @@ from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import BucketError, TransientError
 from thrave.buckets.retrying import RetryingBuckets
-from thrave.database import bundle_task, task_in_progress
+from thrave.database import bundle_task, open_engine, task_in_progress
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
 
@@ -69,7 +69,7 @@ class MadeBuckets:
         # A connection of its own for each lock: one that waits must not take the pool's from those it waits for.
         self._server = None
         if engine.dialect.name == "postgresql":
-            self._server = sa.create_engine(engine.url, poolclass=sa.NullPool, hide_parameters=True)
+            self._server = open_engine(engine.url.render_as_string(hide_password=False), pooled=False)
 
     @contextmanager
     def claiming(self, bucket: str) -> Iterator[None]:

@@ -26,6 +26,7 @@ from thrave.tasks.freezing import CHECK_PATIENCE
 from thrave.tasks.lease import LeaseExpiredError
 from thrave.tasks.patience import patiently
 from thrave.tasks.records import RECOVER_FOR, Records
+from thrave.tasks.steps import BORROWED
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 
@@ -61,7 +62,7 @@ class PowerSwitch:
         self._has_failed = False  # to start the instance
         # Kept here as well as in the record, so that power is put back while there is no database.
         self._was_running = task.was_running
-        self._is_owed = bool(task.was_running)
+        self._is_owed = bool(task.was_running) and task.next_step in BORROWED
 
     def note(self) -> None:
         """Record whether the instance is to run in the end, before anything is done to it, and that it is borrowed."""
@@ -206,11 +207,14 @@ class PowerSwitch:
         if self._has_failed:  # no longer than the guest may still hear that it shall power off
             self._records.look_after(bundle_id, self._looked_after)
 
-    def restore_without_record(self) -> bool:
+    def restore_without_record(self, *, check: Callable[[], None] | None = None) -> bool:
         """Start the instance if this task has switched it off, by what this process knows: the database is not needed.
 
         To be called only while nothing reads the root volume; may be repeated, as a guest that was asked to power off
         may do so later.
+
+        Args:
+            check: In the place of the check of the lease, if that has expired and the database was asked for it.
 
         Returns:
             Whether it was started, or may have been.
@@ -224,7 +228,7 @@ class PowerSwitch:
             return False
         try:
             with switching(instance_id):
-                self._check()
+                (check or self._check)()
                 self._instances.start(instance_id)
         except InstanceHeld as error:  # it was not touched
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))

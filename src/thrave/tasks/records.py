@@ -32,7 +32,7 @@ from thrave.tasks.failures import Cancelled, TaskFailure, without_folders
 from thrave.tasks.fence import Fence, hostless
 from thrave.tasks.journal import Journal
 from thrave.tasks.states import CANCELLABLE, FINISHED, WITH_PROGRESS, BundleTaskState, before
-from thrave.tasks.steps import FIRST_OF_UNDO, MAY_FAIL, Step, following
+from thrave.tasks.steps import AFTER_STORED, FIRST_OF_UNDO, MAY_FAIL, Step, following
 from thrave.tasks.task import BundleRequest, BundleTask, Event
 from thrave.vault import Vault
 
@@ -41,6 +41,7 @@ RECOVER_FOR = timedelta(days=1)
 
 # What a task needs while it is worked on, erased at its end; and what it keeps for itself besides.
 _ERASED = dict.fromkeys(("sealed_grant", "sealed_secrets", "checkpoint", "documents"))
+_COMPLETED: dict[str, Any] = {"progress": 100, "made_bucket": None, **_ERASED}
 _KEPT = {*_ERASED, "frozen", "part_series", "earlier", "manifest_sent"}
 
 # Queries are written once, here: SQLAlchemy takes longer to put one together than SQLite to answer it.
@@ -69,6 +70,7 @@ _LOOKED_AFTER = bundle_task.c.look_after_until.is_not(None)
 _WANTED = sa.select(instance_power.c.wanted).where(instance_power.c.instance_id == bundle_task.c.instance_id)
 # Whether a task's instance is to run in the end: as its owner has asked, else as it was before the task.
 _TO_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.was_running)
+_IS_STANDBY = sa.func.pg_is_in_recovery()
 # True of a task that goes forward: nothing has failed, nobody has cancelled it.
 _UNDECIDED = bundle_task.c.error_code.is_(None)
 _REPLACES = sa.and_(bundle_task.c.state == sa.literal_column("'complete'"), bundle_task.c.earlier.is_not(None))
@@ -229,8 +231,20 @@ class Records:
     def complete(self, bundle_id: str) -> bool:
         """Finish a task as `complete`, erasing what it had to keep secret; say whether it is complete now."""
         complete = BundleTaskState.COMPLETE
-        done = self._move(bundle_id, before(complete), state=complete, progress=100, made_bucket=None, **_ERASED)
+        done = self._move(bundle_id, before(complete), _UNDECIDED, state=complete, **_COMPLETED)
         return done or self.state(bundle_id) is complete
+
+    def end_on_lost_host(self, connection: sa.Connection, bundle_id: str, failure: TaskFailure) -> bool:
+        """Finish a task whose host is given up; say whether it failed.
+
+        One whose bundle is complete in the bucket is complete, whatever its host had still to do.
+        """
+        stored = bundle_task.c.next_step.in_([*AFTER_STORED])
+        complete = BundleTaskState.COMPLETE
+        if self._move(bundle_id, before(complete), stored, state=complete, connection=connection, **_COMPLETED):
+            connection.execute(bundle_task_event.insert(), _event(bundle_id, complete, failure.message))
+            return False
+        return self.fail(bundle_id, failure, connection=connection)
 
     def fail(
         self,
@@ -258,7 +272,8 @@ class Records:
             **needed,
         }
         sources = frozenset({only_from}) if only_from else before(BundleTaskState.FAILED)
-        return self._move(bundle_id, sources, state=BundleTaskState.FAILED, connection=connection, **reason)
+        may_fail = bundle_task.c.next_step.not_in([*AFTER_STORED])
+        return self._move(bundle_id, sources, may_fail, state=BundleTaskState.FAILED, connection=connection, **reason)
 
     def advance(self, bundle_id: str, state: BundleTaskState, percent: int) -> None:
         """Raise the progress within `state` to `percent`; never lowers it, nor touches a task in another state."""
@@ -468,10 +483,15 @@ class Records:
             return run
 
     def holds_lease(self) -> bool:
-        """Whether the database still gives this process its host. It is only read, which a full disk allows."""
+        """Whether the database still gives this process its host. It is only read, which a full disk allows.
+
+        A standby may be behind the server that has given the host to another: its answer is no proof.
+        """
         if self._fence is None:
             return True
         with self._engine.connect() as connection:
+            if connection.dialect.name == "postgresql" and connection.execute(sa.select(_IS_STANDBY)).scalar_one():
+                return False
             return connection.execute(sa.select(sa.exists().where(self._fence.holds))).scalar_one()
 
     def history(self, bundle_id: str) -> list[Event]:

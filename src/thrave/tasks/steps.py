@@ -65,6 +65,10 @@ BEFORE_READ = frozenset({Step.STOP, Step.FREE, Step.SEAL})
 """Steps that fail if the instance had to be started meanwhile: its volume is not what it was."""
 MAY_FAIL = BEFORE_READ | {Step.START, Step.STORE}
 """Steps before which the bundle is not complete in the bucket: until then a failure undoes the task."""
+AFTER_STORED = frozenset(FORWARD) - MAY_FAIL
+"""Steps before which the bundle is complete in the bucket: no failure can undo it."""
+BORROWED = BEFORE_READ | {Step.START, Step.UNDO_START}
+"""Steps before which the instance may be off because of the task."""
 _FOLLOWS = {step: after for steps in ([*FORWARD], [*UNDO]) for step, after in pairwise(steps)}
 
 
