@@ -3,17 +3,18 @@
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 
 import pytest
 
+from support.forking import ForkedServer, fork_thrave
 from thrave.config import DataDirectory, Settings
 from thrave.ground import open_ground
 from thrave.testing import ThraveServer
 
 TIMEOUT = 120  # seconds
 
-# Calls the command with one function replaced: at its call, or after it, the process signals itself and goes on.
+# Replaces one function: at its call, or after it, the process signals itself and goes on.
 HARNESS = """
 import importlib, os, signal, sys
 module, _, path = os.environ.pop("STEP").partition(":")
@@ -31,8 +32,6 @@ def signalled(*arguments, **named):
     os.kill(os.getpid(), number)
     return result if after else function(*arguments, **named)
 setattr(holder, name, classmethod(signalled) if isinstance(found, classmethod) else signalled)
-from thrave.cli.main import main
-main()
 """
 
 COMMON = [
@@ -54,10 +53,12 @@ STEPS = {
 
 def start(command, data, environment):
     options = ["--host", "kvm-1"] if command == "agent" else ["--port", "0"]
-    return subprocess.run(
-        [sys.executable, "-c", HARNESS, command, "--data", data, *options],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=TIMEOUT,
-    )  # fmt: skip
+    words = [command, "--data", data, *options]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = fork_thrave(words, {**os.environ, **environment}, stderr=errors.fileno(), before=HARNESS)
+        stdout, _ = process.communicate(TIMEOUT)
+        errors.seek(0)
+        return subprocess.CompletedProcess(words, process.returncode, stdout, errors.read())
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
     ended = start("serve", tmp_path / "data", {"STEP": step, "SIGNAL": "SIGTERM", "WHEN": when})
     assert (ended.returncode, "signal" in ended.stdout, "listening" in ended.stdout) == (0, True, False), ended.stderr
     assert "Traceback" not in ended.stderr
-    with ThraveServer.running(tmp_path / "data"):
+    with ForkedServer.running(tmp_path / "data"):
         pass
 
 

@@ -29,13 +29,16 @@ class ForkedServer(ThraveServer):
         return fork_thrave(arguments, environment, stderr=stderr)
 
 
-def fork_thrave(arguments, environment, *, stderr=2):
-    """Run `thrave` with these arguments and this environment; give its process, to be used as one of subprocess's."""
+def fork_thrave(arguments, environment, *, stderr=2, before=""):
+    """Run `thrave` with these arguments and this environment; give its process, to be used as one of subprocess's.
+
+    `before` is Python code, which it runs before the command.
+    """
     stdout, its_stdout = _CONTEXT.Pipe(duplex=False)
     its_stderr = Connection(os.dup(stderr), readable=False)
     words = ["thrave", *map(str, arguments)]
     place = Path.cwd(), _umask()
-    process = _Process(target=_run, args=[words, {**environment}, *place, its_stdout, its_stderr], daemon=True)
+    process = _Process(target=_run, args=[words, {**environment}, *place, its_stdout, its_stderr, before], daemon=True)
     with stdout, its_stdout, its_stderr:
         process.start()
         process.args = words
@@ -75,7 +78,7 @@ def _umask():
     return mask
 
 
-def _run(words, environment, folder, umask, stdout, stderr):
+def _run(words, environment, folder, umask, stdout, stderr, before):
     os.dup2(stdout.fileno(), 1)
     os.dup2(stderr.fileno(), 2)
     stdout.close()
@@ -87,6 +90,7 @@ def _run(words, environment, folder, umask, stdout, stderr):
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words
+    exec(before, {})
     from thrave.cli.main import main
 
     main()
