@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from thrave.compute import fleet
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
+from thrave.compute.errors import HypervisorGoneError
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
@@ -79,6 +80,19 @@ class Interrupted:
         self._happen()
         return listed
 
+    def get(self, instance_id):
+        return self._inner.get(instance_id)
+
+
+class Away:
+    """Instances of a hypervisor that lists none and gives none, for now."""
+
+    def list(self, *_args, **_options):
+        return []
+
+    def get(self, instance_id):
+        raise HypervisorGoneError(instance_id, "libvirt does not answer")
+
 
 def test_instance_is_reported_by_the_host_that_it_was_added_for(agent, add, owners, tmp_path):
     asked = tmp_path / "asked"
@@ -144,3 +158,40 @@ def test_adopted_instance_is_reported_by_its_new_host(ground, agent, add, owners
     assert owners() == {FIRST: "host-b"}
     with ground.database.connect() as connection:
         assert connection.execute(sa.select(instance_table.c.state)).scalar() == InstanceState.STOPPED
+
+
+def test_instance_that_cannot_be_read_keeps_its_row(ground, agent, add, owners, instances, tmp_path):
+    add(FIRST, host="host-a")
+    add(SECOND, host="host-a")
+    agent("host-a").report()
+    fence = ground.hosts.take("host-b", tasks_at_once=1)
+    ground.hosts.adopt("host-a", by="host-b", powered_off=True)
+
+    def report(among=instances):
+        InstanceReports(ground.database, among, "host-b", fence.holds).report()
+
+    def rows():
+        with ground.database.connect() as connection:
+            return connection.execute(sa.select(instance_table).order_by(instance_table.c.instance_id)).all()
+
+    report()
+    before = rows()
+    report(among=Away())
+    file = tmp_path / "instances" / f"{FIRST}.json"
+    content = file.read_bytes()
+    file.write_text("{")
+    report()
+    report(among=Interrupted(instances, lambda: file.write_bytes(content)))  # mended after it was left out
+    file.unlink()
+    file.mkdir()  # not even root can read it
+    report()
+    assert rows() == before
+
+    file.rmdir()
+    file.write_bytes(content)
+    agent("host-a").report()
+    report()
+    assert owners() == {FIRST: "host-b", SECOND: "host-b"}
+    file.unlink()
+    report()
+    assert owners() == {SECOND: "host-b"}

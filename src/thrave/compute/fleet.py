@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sqlalchemy.dialects import postgresql, sqlite
 
 from thrave.compute.descriptions import document, from_document
-from thrave.compute.errors import InstanceNotFound, InvalidDescriptionError
+from thrave.compute.errors import InstanceError, InstanceNotFound, InvalidDescriptionError
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.power_records import PowerAction, record_request
@@ -132,7 +132,8 @@ class InstanceReports:
     """What one host's agent tells of its instances.
 
     An instance whose description names a host is that host's; another one is the host's that reports it first. In both
-    cases it stays so until an operator has another host adopt it: a report never changes a row of another host.
+    cases it stays so until an operator has another host adopt it: a report never changes a row of another host. The row
+    of an instance that cannot be read stays as it is; it is deleted once the instance does not exist any more.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class InstanceReports:
         found = {one.instance_id: one for one in listed}
         documents = {instance_id: document(one) for instance_id, one in found.items()}
         changed = [one for instance_id, one in found.items() if before.get(instance_id) != documents[instance_id]]
-        gone = before.keys() - found.keys()
+        gone = {instance_id for instance_id in before.keys() - found.keys() if self._is_gone(instance_id)}
         if not changed and not gone:
             return
         with self._engine.begin() as connection:
@@ -193,6 +194,20 @@ class InstanceReports:
     def _may_have(self, one: Instance) -> bool:
         """Whether an instance that is not reported by this host may become its own."""
         return one.host in {None, self._host} and one.instance_id not in self._elsewhere
+
+    def _is_gone(self, instance_id: str) -> bool:
+        """Whether an instance that was not listed does not exist any more.
+
+        `list` leaves out an instance whose description or domain cannot be read at the moment. Its row has to stay: the
+        row alone says which host has adopted the instance.
+        """
+        try:
+            self._instances.get(instance_id)
+        except InstanceNotFound:
+            return True
+        except InstanceError:
+            return False
+        return False
 
     def _owners(self, connection: sa.Connection, instance_ids: Iterable[str]) -> dict[str, str]:
         """Which of these instances other hosts have, and which hosts."""
