@@ -22,7 +22,13 @@ OnFailure = Callable[[BaseException], object]
 
 
 class NoThreadError(OSError, RuntimeError):
-    """No more threads can be started, for now: `errno` is EAGAIN."""
+    """No more threads can be started, for now: `errno` is EAGAIN.
+
+    Attributes:
+        waited: Seconds for which it was tried.
+    """
+
+    waited: float = 0.0
 
 
 class CallTimeoutError(Exception):

@@ -3,11 +3,12 @@
 import stat
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
-from thrave.compute import overlay_files
-from thrave.compute.errors import HypervisorError
+from thrave.compute import libvirt_overlays, overlay_files
+from thrave.compute.errors import HypervisorError, HypervisorGoneError
 from thrave.compute.instance import VolumeFile
 from thrave.compute.instances import Frozen
 from thrave.compute.merging import Merging
@@ -74,3 +75,19 @@ def test_qemu_img_is_killed_when_it_reads_and_writes_nothing(tmp_path, monkeypat
     else:
         with pytest.raises(StopIteration):
             overlay_files.commit("i-00000000", tmp_path / "overlay", pause)
+
+
+def test_a_merge_says_how_long_it_waited_for_the_hypervisor(monkeypatch):
+    def gone(_merging):
+        raise HypervisorGoneError("i-00000000", "no connection")
+
+    monkeypatch.setattr(libvirt_overlays.Merging, "step", gone)
+    monkeypatch.setattr(libvirt_overlays, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    now, frozen = [0.0], Frozen(VolumeFile(path=Path("/vm/root")), Path("/vm/root.overlay"))
+
+    def pause(_seconds):
+        now[0] += 1.0
+
+    with pytest.raises(HypervisorGoneError) as given_up:
+        libvirt_overlays.LibvirtOverlays(MagicMock()).merge("i-00000000", frozen, pause)
+    assert given_up.value.waited == now[0] > libvirt_overlays.PATIENCE

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from thrave.bundle.crew import StoppedError
+from thrave.concurrency import NoThreadError
 from thrave.tasks import calls
 from thrave.tasks.calls import Calls, Places
 
@@ -206,13 +207,14 @@ def test_calls_whose_thread_cannot_start_are_begun_again(monkeypatch):
 
 
 def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr(calls, "START_TIMEOUT", 0.0)
+    monkeypatch.setattr(calls, "START_TIMEOUT", 0.001)
     group = Calls()
     with monkeypatch.context() as patched:
         refusing(patched, 1000)
-        with pytest.raises(OSError, match="no thread") as caught:
+        with pytest.raises(NoThreadError) as caught:
             group.begin(lambda: None)
     assert caught.value.errno == errno.EAGAIN  # may pass
+    assert caught.value.waited == calls.START_TIMEOUT
     assert group.pending == 0
     assert [*group.remaining()] == []
 

@@ -7,6 +7,7 @@ guest itself, perhaps) is not ended; its output is dropped once the command has 
 
 import os
 import re
+import time
 from collections.abc import Sequence
 
 from thrave.compute.errors import InstanceCommandFailed
@@ -113,7 +114,12 @@ def asked_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> tup
         InstanceCommandFailed: It failed, or printed a word that is not in STATE_WORDS, or one for `stopped` with a
             reason that is not in OFF_WORDS.
     """
-    printed = Command(instance_id, "stateCommand", argv, seconds=seconds).finish().strip().lower()
+    began = time.monotonic()
+    try:
+        printed = Command(instance_id, "stateCommand", argv, seconds=seconds).finish().strip().lower()
+    except InstanceCommandFailed as error:
+        error.waited = time.monotonic() - began
+        raise
     parts = _WITH_REASON.fullmatch(printed)
     words, reason = parts.groups() if parts else (printed, None)
     off = STATE_WORDS.get(words) is InstanceState.STOPPED

@@ -14,7 +14,7 @@ from thrave.compute.domain_xml import DomainFaultError, read_definition
 from thrave.compute.errors import InstanceHeld, InvalidDescriptionError
 from thrave.compute.libvirt_binding import Domain
 from thrave.compute.libvirt_numbers import METADATA_ELEMENT, Affect, XmlFlag
-from thrave.compute.locks import locked
+from thrave.compute.locks import LOCK_TIMEOUT, locked
 
 _TRIES = 3  # a domain may go on or off between two questions
 
@@ -46,7 +46,7 @@ class DomainRecords:
             try:
                 stack.enter_context(locked(self._lock_folder / f"{instance_id}.{purpose}", wait=wait))
             except BlockingIOError:
-                raise InstanceHeld(instance_id) from None
+                raise InstanceHeld(instance_id, waited=LOCK_TIMEOUT if wait else 0.0) from None
             yield
 
     def change(self, domain: Domain, instance_id: str, change: Callable[[Record], Record]) -> None:

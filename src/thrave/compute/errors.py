@@ -31,7 +31,11 @@ class InstanceError(Exception):
 
     Attributes:
         instance_id: The instance; as it was asked for, so perhaps no id at all.
+        waited: Seconds that passed in waiting for what was not had in the end. Whoever repeats a call subtracts them:
+            they are no sign that the call made progress.
     """
+
+    waited: float = 0.0
 
     def __init__(self, instance_id: str, message: str) -> None:
         super().__init__(message)
@@ -55,8 +59,9 @@ class InstanceAlreadyExists(InstanceError):  # noqa: N818 (reads as EC2's codes 
 class InstanceHeld(InstanceError):  # noqa: N818 (reads as EC2's codes do)
     """Its root volume is being read, or it is just being started: try again later."""
 
-    def __init__(self, instance_id: str) -> None:
+    def __init__(self, instance_id: str, *, waited: float = 0.0) -> None:
         super().__init__(instance_id, f"{instance_id} is held: its root volume is being read, or it is being started")
+        self.waited = waited
 
 
 class IncorrectInstanceState(InstanceError):  # noqa: N818 (EC2's code)
@@ -88,11 +93,7 @@ class HypervisorError(InstanceError):
 
 
 class HypervisorGoneError(HypervisorError):
-    """There is no connection to the hypervisor: what was asked may be asked again once there is.
-
-    Attributes:
-        waited: Seconds for which its answer was waited for in vain.
-    """
+    """There is no connection to the hypervisor: what was asked may be asked again once there is."""
 
     def __init__(self, instance_id: str, message: str, *, waited: float = 0.0) -> None:
         super().__init__(instance_id, message)

@@ -21,7 +21,7 @@ from thrave.compute.errors import (
     StateChangedError,
 )
 from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, InstanceState
-from thrave.compute.locks import locked
+from thrave.compute.locks import LOCK_TIMEOUT, locked
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _LOCKS = ".locks"
@@ -165,7 +165,7 @@ class DescriptionFolder:
             try:
                 stack.enter_context(locked(self._lock_path(instance_id, "change"), wait=True))
             except BlockingIOError:
-                raise InstanceHeld(instance_id) from None
+                raise InstanceHeld(instance_id, waited=LOCK_TIMEOUT) from None
             yield
 
     def _path(self, instance_id: str) -> Path:

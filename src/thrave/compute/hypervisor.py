@@ -8,6 +8,7 @@ one thread of this process, which libvirt needs also for those signs of life.
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, cast
@@ -22,6 +23,7 @@ from thrave.concurrency import Background, Call, CallTimeoutError, repeat
 CONNECT_SECONDS = 30.0
 MAX_SILENT = 4  # attempts to connect that are not answered; each has a thread
 ALIVE_INTERVAL, ALIVE_COUNT = 5, 3  # seconds, and how many signs of life may be missing
+_SILENCE = float(ALIVE_INTERVAL * (ALIVE_COUNT + 1))  # seconds after which a silent connection is taken for lost
 _CLOSE_SECONDS = 1.0
 _WORDS = 300  # characters of libvirt's that go into a message
 
@@ -62,10 +64,14 @@ class Hypervisor:
         """
         binding = libvirt_binding.load()
         connection = self._connected(binding, instance_id)
+        began = time.monotonic()
         try:
             yield connection
         except binding.libvirtError as error:
-            raise self._translated(cast("LibvirtError", error), connection, instance_id) from error
+            translated = self._translated(cast("LibvirtError", error), connection, instance_id)
+            if isinstance(translated, HypervisorGoneError):
+                translated.waited = min(time.monotonic() - began, _SILENCE)
+            raise translated from error
 
     def close(self) -> None:
         """Let go of the connection. A question that comes later connects again."""
@@ -78,6 +84,7 @@ class Hypervisor:
                 return self._connection
             self._drop()
             coming = self._coming = self._coming or self._begin(binding, instance_id)
+        began = time.monotonic()
         try:
             opened = coming.result(CONNECT_SECONDS)
         except CallTimeoutError:
@@ -90,7 +97,9 @@ class Hypervisor:
         except binding.libvirtError as error:
             self._arrived(coming, None)
             raise HypervisorGoneError(
-                instance_id, f"no connection to {self._uri}: {_words(cast('LibvirtError', error))}"
+                instance_id,
+                f"no connection to {self._uri}: {_words(cast('LibvirtError', error))}",
+                waited=time.monotonic() - began,
             ) from error
         self._arrived(coming, opened)
         return opened.connection

@@ -109,14 +109,15 @@ class LibvirtOverlays:
         """Step by step. While a daemon is started anew, or another program has an image, it is tried for a minute."""
         merging = Merging(self._host, instance_id, frozen, pause)
         with self._host.records.merging(instance_id):
-            given_up, failed = time.monotonic() + PATIENCE, False
+            stepped, failed = time.monotonic(), False
             while True:
                 try:
                     if merging.step():
                         return
-                    given_up, failed = time.monotonic() + PATIENCE, False
-                except (HypervisorGoneError, ImageInUseError):
-                    if time.monotonic() > given_up:
+                    stepped, failed = time.monotonic(), False
+                except (HypervisorGoneError, ImageInUseError) as error:
+                    if time.monotonic() - stepped > PATIENCE:
+                        error.waited = time.monotonic() - stepped
                         raise
                 except HypervisorError:
                     if failed:  # a guest that has just died is one to libvirt a moment longer: it is looked at again

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from thrave.bundle.crew import StoppedError
-from thrave.concurrency import supervised
+from thrave.concurrency import NoThreadError, supervised
 
 PATIENCE = 1.0
 """Seconds that calls have to end when their results are no longer needed."""
@@ -65,13 +65,15 @@ class Calls(Generic[R]):
 
         Raises:
             StoppedError: The calls were stopped.
-            OSError: EAGAIN: There was no thread for it.
+            NoThreadError: There was no thread for it.
             Exception: What an earlier call raised.
         """
         until = time.monotonic() + START_TIMEOUT
         while not self._started(call):
             if time.monotonic() > until:
-                raise OSError(errno.EAGAIN, "no thread can be started")
+                error = NoThreadError(errno.EAGAIN, "no thread can be started")
+                error.waited = START_TIMEOUT
+                raise error
             with self._changed:
                 self._changed.wait(_PAUSE)
 

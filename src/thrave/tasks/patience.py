@@ -11,11 +11,12 @@ from typing import TypeVar
 import structlog
 
 from thrave.buckets.errors import TransientError
-from thrave.compute.errors import HoldLostError, HypervisorGoneError
+from thrave.compute.errors import HoldLostError, HypervisorGoneError, InstanceError
+from thrave.concurrency import NoThreadError
 from thrave.tasks.failures import Kind, kind_of
 
 AGAIN = 1.0  # seconds between two attempts
-_SHORT = 10.0  # seconds; an attempt that took longer, without waiting for the hypervisor, had got through
+_SHORT = 10.0  # seconds; an attempt that took longer, less what it waited, and then lost the hypervisor had got through
 
 log = structlog.get_logger()
 _Answer = TypeVar("_Answer")
@@ -39,7 +40,7 @@ def patiently(
     Raises:
         Exception: What `ask` raises, at once or, if it may pass (`failures.kind_of`), after so many seconds.
     """
-    gone_since = None
+    gone_since, waited_before = None, 0.0
     while True:
         began = time.monotonic()
         try:
@@ -51,11 +52,22 @@ def patiently(
             if isinstance(error, HoldLostError) and not whole_step:
                 raise
             now = time.monotonic()
-            waited = error.waited if isinstance(error, HypervisorGoneError) else 0.0
-            got_through = now - began - waited > min(_SHORT, seconds / 2)
-            if gone_since is None or got_through:
-                gone_since = now
+            waited = error.waited if isinstance(error, (InstanceError, NoThreadError)) else 0.0
+            if gone_since is None or now - began - waited > _least_progress(error, seconds):
+                gone_since, waited_before = now, waited
             if now - gone_since >= seconds:
+                if isinstance(error, (InstanceError, NoThreadError)):  # for whoever repeats this in turn
+                    error.waited = now - gone_since + waited_before
                 raise
             log.warning("it is tried again", reason=str(error))
             pause(AGAIN)
+
+
+def _least_progress(error: Exception, seconds: float) -> float:
+    """Seconds that an attempt must have taken, less what it waited, to end the absence.
+
+    Who loses the hypervisor had it before. Any other error, such as a lock that somebody holds, may come after a wait
+    that nobody measured: then the attempt must have taken longer than any such wait.
+    """
+    lost = isinstance(error, (HypervisorGoneError, HoldLostError))
+    return min(_SHORT, seconds / 2) if lost else seconds / 2
