@@ -14,6 +14,7 @@ from support.eventually import eventually
 from support.storing import BUCKET, MANIFEST, PREFIX, directory
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.database import bundle_part, bundle_task, utc_now
+from thrave.tasks import claims
 from thrave.tasks.claims import ObjectInUseError
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import RightLostError
@@ -323,6 +324,54 @@ def test_deletion_that_was_not_answered_may_arrive_later(on_sqlite, buckets, tmp
     assert caught.value.seconds > 0
     let_time_pass(bench)
     second.journal.check_free(MANIFEST)
+
+
+class NotRecordedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("key", "moment"), [(MANIFEST, "proof"), (MANIFEST, "record"), (KEY, "record")])
+def test_upload_that_was_not_answered_is_not_forgotten_before_it_is_recorded(
+    on_sqlite, buckets, tmp_path, monkeypatch, key, moment
+):
+    """The second attempt has succeeded, but the task fails before that is recorded. The first may still arrive."""
+    bench = on_sqlite(A)
+    attempts = []
+
+    def lose_the_first(what, of):
+        if of != key:
+            return
+        attempts.append(what)
+        if what == "put" and attempts.count("put") == 1:
+            raise TransientError("GatewayTimeout", 504, "held by a proxy")
+        if what == "head" and "put" in attempts and moment == "proof":
+            raise AccessDenied("no")
+
+    def delay(connection, bundle_id, keys):
+        real_delay(connection, bundle_id, keys)
+        if keys and moment == "record":
+            raise NotRecordedError
+
+    real_delay = claims.delay
+    buckets.before = lose_the_first
+    monkeypatch.setattr(claims, "delay", delay)
+    with pytest.raises((NotRecordedError, AccessDenied)):
+        bench.finish(bench.seal(volume(tmp_path, A), patience=60.0), patience=60.0)
+    monkeypatch.setattr(claims, "delay", real_delay)
+    buckets.before = lambda *_: None
+    assert attempts.count("put") == 2
+    bench.store().remove()
+    fail(bench)
+    assert bench.stored_keys() == []
+    assert rows(bench) == {key: (A, "gone")}
+    second = on_sqlite(B)
+    with pytest.raises(ObjectInUseError, match="may arrive until"):
+        second.journal.check_free(key)
+    buckets.put(BUCKET, key, b"late")
+    let_time_pass(bench)
+    clean_up(bench)
+    assert (rows(bench), bench.stored_keys()) == ({}, [])
+    second.journal.check_free(key)
 
 
 def test_retries_of_an_abandoned_deletion_end(on_sqlite, buckets, tmp_path):

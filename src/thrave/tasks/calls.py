@@ -185,7 +185,8 @@ class Places:
 
     def __init__(self) -> None:
         self.unanswered: set[tuple[str, str]] = set()
-        """Bucket and key of each object that a request was sent about which was not answered: it may arrive later."""
+        """Bucket and key of each object that a request was sent about which was not answered: it may arrive later.
+        One stays here until the database has it (`settle_time`)."""
         self._changed = threading.Condition()
         self._taken = Counter[tuple[str, str]]()
 
@@ -242,6 +243,14 @@ class Places:
         """The keys of a bucket that calls are under way to."""
         with self._changed:
             return {key for of, key in self._taken if of == bucket}
+
+    def unanswered_of(self, bucket: str, keys: Iterable[str]) -> set[str]:
+        """Those of these keys that a request was sent about which was not answered."""
+        return {key for key in keys if (bucket, key) in self.unanswered}
+
+    def are_recorded(self, bucket: str, keys: Iterable[str]) -> None:
+        """Forget such requests; call this once their `settle_time` is committed."""
+        self.unanswered.difference_update([(bucket, key) for key in keys])
 
     def busy(self, bucket: str) -> set[str]:
         """The keys of a bucket that requests of this process may be under way to."""

@@ -65,8 +65,6 @@ class StoredObject(NamedTuple):
     """Bytes; None while it is in flight."""
     etag: str | None = None
     """MD5 in hex, as the store proved to have it; None where it keeps none."""
-    unanswered: bool = False
-    """Whether an attempt to send it was not answered, and may arrive later."""
 
 
 class StoredDigest(NamedTuple):
@@ -172,8 +170,7 @@ class Journal:
         Raises:
             ObjectInUseError: It is not free. Nothing was recorded.
         """
-        with self._owned() as connection:
-            self._note(connection, stored)
+        with self._noted(stored) as connection:
             claims.claim(connection, self.bundle_id, key, run=self._run, busy=PLACES.busy(self._bucket), part=part)
 
     def check_free(self, key: str) -> None:
@@ -183,8 +180,8 @@ class Journal:
 
     def stored(self, stored: Stored) -> None:
         """Write down what the bucket has taken."""
-        with self._owned() as connection:
-            self._note(connection, stored)
+        with self._noted(stored):
+            pass
 
     def conclude(self, documents: Documents) -> None:
         """Write down that every part is stored: only the two files that make them a bundle are wanting."""
@@ -288,12 +285,25 @@ class Journal:
                 self._fence.claim(connection, self.bundle_id)
             yield connection
 
+    @contextmanager
+    def _noted(self, stored: Stored) -> Iterator[sa.Connection]:
+        """A transaction as `_owned`, which writes down what the bucket has taken.
+
+        An attempt to send one of these objects may not have been answered, and may arrive later. This process keeps a
+        list of such attempts until the database has them: a task may fail before its results are written down.
+        """
+        lost = PLACES.unanswered_of(self._bucket, [each.key for each in stored.objects])
+        with self._owned() as connection:
+            self._note(connection, stored)
+            claims.delay(connection, self.bundle_id, lost)
+            yield connection
+        PLACES.are_recorded(self._bucket, lost)
+
     def _note(self, connection: sa.Connection, stored: Stored) -> None:
         if stored.objects:
             mine = {"of": self.bundle_id, "within": self._bucket}
             rows = [{**mine, "named": each.key, "bytes": each.size, "md5": each.etag} for each in stored.objects]
             connection.execute(_IS_STORED, rows)
-            claims.delay(connection, self.bundle_id, [each.key for each in stored.objects if each.unanswered])
         if stored.checkpoint is not None:
             connection.execute(_GOES_ON_AT, {"of": self.bundle_id, "point": stored.checkpoint.to_json()})
 

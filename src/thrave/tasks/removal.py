@@ -146,11 +146,10 @@ class _Removal:
         with durable("removal recorded"):
             unanswered = self._unanswered()
             self._journal.forget(self.gone, unanswered=unanswered, busy=busy)
-            self._places.unanswered.difference_update((self._place.bucket, key) for key in unanswered)
+            self._places.are_recorded(self._place.bucket, unanswered)
 
     def _unanswered(self) -> set[str]:
-        lost = {key for bucket, key in [*self._places.unanswered] if bucket == self._place.bucket}
-        return lost and lost.intersection(item.key for item in self._journal.objects())
+        return self._places.unanswered_of(self._place.bucket, [item.key for item in self._journal.objects()])
 
 
 def _undo_manifest(

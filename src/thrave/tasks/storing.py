@@ -311,9 +311,7 @@ class BundleStore:
             finally:
                 if calls.left:  # it stays recorded: whoever cleans up deletes it
                     log.warning("an abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)
-        unanswered = (self._bucket, key) in PLACES.unanswered
-        PLACES.unanswered.discard((self._bucket, key))  # it is recorded with the object
-        return StoredObject(key, data.nbytes, etag, unanswered)
+        return StoredObject(key, data.nbytes, etag)
 
     def _upload_surely(self, calls: Calls[StoredObject], key: str, data: memoryview) -> StoredObject:
         stored = self._upload(calls, key, data)
