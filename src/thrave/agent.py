@@ -22,7 +22,7 @@ from thrave.ground import Ground
 from thrave.tasks import caretaker, leftovers, retention
 from thrave.tasks.bundling import Host, bundle
 from thrave.tasks.engine import Worker
-from thrave.tasks.fence import LOST, Fence
+from thrave.tasks.fence import Fence
 from thrave.tasks.host_states import HostState
 from thrave.tasks.lease import Lease
 from thrave.tasks.made_buckets import MadeBuckets
@@ -32,6 +32,7 @@ REPORT_INTERVAL = 1.0  # seconds
 POWER_INTERVAL = 1.0  # seconds between two looks for what is to be done with the power of instances
 LOST_INTERVAL = 30.0  # seconds
 DRAIN_INTERVAL = 0.5  # seconds
+START_AGAIN = 30  # the exit status (cli/exits.py) after which a service manager starts the agent again
 
 log = structlog.get_logger()
 
@@ -176,9 +177,9 @@ class Agent:
             tasks = {bundle_id: task.instance_id for bundle_id in begun if (task := records.get(bundle_id)) is not None}
             log.error("tasks are unfinished at the end of drain_timeout", host=fence.host, tasks=tasks)
         elif not self._ground.hosts.drained(fence):
-            # The engine cannot be begun anew in this process. The exit status has a service manager start another one.
+            # The engine cannot be started twice in a process: a service manager starts another process.
             log.warning("an operator has ended the drain: the agent has to be started anew", host=fence.host)
-            self._status = LOST
+            self._status = START_AGAIN
         self._over.set()
 
     def _remember_name(self) -> None:

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from support.components import require
+from thrave.agent import START_AGAIN
+from thrave.cli.exits import NO_RESTART, Exit
+from thrave.cli.main import thrave
 from thrave.config import load_settings
+from thrave.tasks.fence import LOST
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 UNITS = sorted((PACKAGING / "systemd").glob("*.service"))
@@ -107,6 +111,23 @@ def test_a_unit_starts_a_command_that_there_is(unit, tmp_path):
     assert words[0] == ON_THE_HOST
     status, said = run(HERE, *words[1:], "--help")  # which is looked at when every other word has been understood
     assert (status, said.startswith("Usage: thrave ")) == (0, True)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_unit_restarts_its_service_unless_the_exit_code_forbids_it(unit):
+    settings = dict(re.findall(r"^(ExecStart|Restart|RestartPreventExitStatus)=(.*)$", unit.read_text(), re.MULTILINE))
+    command = thrave.get_command(None, shlex.split(settings["ExecStart"])[1])
+    listed = command.help.partition("Exit codes:")[2]
+    codes = {int(code) for code in re.findall(r"(?:^|, )(\d+) ", re.sub(r"\s+", " ", listed).strip())}
+    assert codes <= {*Exit}
+    assert settings["Restart"] == "on-failure"  # after every other code but 0
+    assert {int(code) for code in settings["RestartPreventExitStatus"].split()} == codes & NO_RESTART
+    assert (START_AGAIN in codes, LOST in codes) == (unit.stem != "thrave-api",) * 2
+
+
+def test_agent_ends_with_exit_codes_of_the_table():
+    assert (START_AGAIN, LOST) == (Exit.START_AGAIN, Exit.TAKEN_OVER)
+    assert Exit.START_AGAIN not in NO_RESTART
 
 
 def test_the_settings_to_begin_with_are_settings():

@@ -4,11 +4,10 @@ import pytest
 import structlog
 
 from support.eventually import eventually
-from thrave.agent import Agent
+from thrave.agent import START_AGAIN, Agent
 from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.ground import open_ground
-from thrave.tasks.fence import LOST
 from thrave.tasks.host_states import HostState
 from thrave.tasks.task import BundleRequest
 
@@ -103,4 +102,4 @@ def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, 
 
     monkeypatch.setattr(ground.hosts, "begun", activate_meanwhile)
     assert state_after_drain(ground, agent, fence) is HostState.ACTIVE
-    assert agent.wait() == LOST
+    assert agent.wait() == START_AGAIN

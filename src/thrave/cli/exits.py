@@ -20,6 +20,7 @@ class Exit(IntEnum):
     MISSING_COMPONENT = 12
     TASK_FAILED = 20
     TASK_CANCELLED = 21
+    START_AGAIN = 30
     TAKEN_OVER = 75
     INTERRUPTED = 130
 
@@ -35,7 +36,10 @@ MEANING: dict[Exit, str] = {
     Exit.MISSING_COMPONENT: "A program or library that this needs is not installed; stderr names the package.",
     Exit.TASK_FAILED: "A bundle task that was watched has failed.",
     Exit.TASK_CANCELLED: "A bundle task that was watched was cancelled, and none failed.",
-    Exit.TAKEN_OVER: "Another process is this host's agent now, another host has adopted its tasks, or its drain was "
-    "ended.",
+    Exit.START_AGAIN: "An operator has ended the drain of this host while its agent drained: start the agent again.",
+    Exit.TAKEN_OVER: "Another process is this host's agent now, or another host has adopted its tasks.",
     Exit.INTERRUPTED: "Stopped by Ctrl-C.",
 }
+
+NO_RESTART = frozenset({Exit.USAGE, Exit.REFUSED, Exit.TAKEN_OVER})
+"""After these a service manager must not start a service again, which would change nothing or take a host back."""

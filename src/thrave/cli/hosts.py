@@ -120,7 +120,9 @@ def drain(settings: Settings, name: str, output: str) -> None:
 @settings_option
 @output_option
 def activate(settings: Settings, name: str, output: str) -> None:
-    """End the drain of a host, so that it takes tasks again. Then start its agent, unless it has not ended yet.
+    """End the drain of a host, so that it takes tasks again. Then start its agent, if that has ended.
+
+    An agent that still drains finishes its drain and ends with exit code 30, on which the systemd units start it again.
 
     \b
     Example:

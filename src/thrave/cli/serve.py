@@ -53,8 +53,8 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
       aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
 
     Exit codes: 0 stopped, 1 the address, certificate, database or vault's key cannot be used, 2 a setting is wrong, 4 a
-    service runs on the data directory already, or it would be plain HTTP where others can read it, 75 another process
-    is this host's agent now.
+    service runs on the data directory already, or it would be plain HTTP where others can read it, 30 the drain was
+    ended while the service drained: start it again, 75 another process is this host's agent now.
     """
     _stop_on_signals()
     make_files_private()
@@ -82,7 +82,8 @@ def api(data: Path | None, host: str | None, port: int | None, config: Path | No
     Example:
       THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave api --data /var/lib/thrave
 
-    Exit codes: as `thrave serve`.
+    Exit codes: 0 stopped, 1 the address, certificate, database or vault's key cannot be used, 2 a setting is wrong, 4
+    it would be plain HTTP where others can read it.
     """
     _stop_on_signals()
     make_files_private()
@@ -111,8 +112,9 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
     Example:
       THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave agent --host kvm-17 --data /var/lib/thrave
 
-    Exit codes: 0 stopped or drained, 1 the database or the vault's key cannot be used, 2 a setting is wrong, 75 another
-    process is this host's agent now, another host has adopted its tasks, or its drain was ended while it drained.
+    Exit codes: 0 stopped or drained, 1 the database or the vault's key cannot be used, 2 a setting is wrong, 30 the
+    drain was ended while the agent drained: start it again, 75 another process is this host's agent now, or another
+    host has adopted its tasks.
     """
     _stop_on_signals()
     make_files_private()

@@ -15,7 +15,7 @@ import structlog
 
 from thrave.database import bundle_task, host, task_in_progress
 
-LOST = 75  # the exit status (cli/exits.py): EX_TEMPFAIL of sysexits.h, since starting it again may be right
+LOST = 75  # the exit status (cli/exits.py), after which no service manager starts the agent again
 
 # True of a task whose host has no agent any more, and will have none: it was retired, or another has adopted its tasks.
 hostless = ~sa.exists().where(host.c.host == bundle_task.c.host, host.c.state != sa.literal_column("'fenced'"))
