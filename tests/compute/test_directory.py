@@ -1,5 +1,6 @@
 """Instances in a folder: files that people write, and commands that do not do as they should."""
 
+import errno
 import json
 import re
 import threading
@@ -9,13 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from thrave.compute import descriptions
-from thrave.compute.directory import new_instance_id
+from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.errors import (
     InstanceAlreadyExists,
+    InstanceCommandFailed,
     InstanceNotFound,
     InvalidDescriptionError,
+    RootVolumeInUse,
 )
-from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.compute.folder import DescriptionFolder
+from thrave.compute.instance import InstanceState, OffReason, VolumeFile
 from thrave.compute.locks import locked
 
 ID = "i-0123456789abcdef0"
@@ -190,3 +194,52 @@ def test_a_change_that_is_being_written_does_not_bring_a_removed_instance_back(i
     removal.join()
     with pytest.raises(InstanceNotFound):
         instances.get(instance_id)
+
+
+STARTS_ONCE = ("sh", "-c", 'test ! -e "$0" && touch "$0" || { echo already active >&2; exit 1; }')
+
+
+class Died(BaseException):
+    """As far as the file can tell, the process was killed."""
+
+
+@pytest.mark.parametrize("event", [Died(), OSError(errno.ENOSPC, "no space")])
+def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, root, tmp_path, monkeypatch, event):
+    instance_id = added(state="stopped", start_command=(*STARTS_ONCE, str(tmp_path / "machine")))
+    change = DescriptionFolder.change
+
+    def cut_off(self, of, state, **details):
+        if state is InstanceState.RUNNING:
+            raise event
+        change(self, of, state, **details)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DescriptionFolder, "change", cut_off)
+        with pytest.raises(type(event)):
+            instances.start(instance_id)
+    instances = DirectoryInstances(root)  # after a restart
+    for _ in range(2):
+        assert instances.state(instance_id) is InstanceState.PENDING
+        with instances.hold(instance_id) as hold, pytest.raises(RootVolumeInUse):
+            hold.check()
+        with pytest.raises(InstanceCommandFailed, match="already active"):
+            instances.start(instance_id)
+    (tmp_path / "machine").unlink()  # it was shut down from inside
+    instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("command", "state"),
+    [
+        (("false",), InstanceState.STOPPED),
+        (("/nowhere/virsh",), InstanceState.STOPPED),
+        (("sleep", "60"), InstanceState.PENDING),  # it was killed, and may have started the machine before
+    ],
+)
+def test_a_start_that_has_certainly_failed_leaves_the_instance_as_it_was(root, added, instances, command, state):
+    instance_id = added(state="stopped", off_reason=OffReason.CRASHED, start_command=command)
+    with pytest.raises(InstanceCommandFailed):
+        DirectoryInstances(root, command_seconds=0.5 if command[0] == "sleep" else 20.0).start(instance_id)
+    found = instances.get(instance_id)
+    assert (found.state, found.off_reason) == (state, OffReason.CRASHED if state is InstanceState.STOPPED else None)

@@ -190,3 +190,10 @@ def test_what_was_accepted_is_carried_out_by_the_next_process(instances, added):
     PowerRequests(instances, records, grace=20.0).look()
     assert eventually(lambda: not records.to_do())
     assert instances.state(instance_id) is InstanceState.RUNNING
+
+
+def test_a_start_that_was_cut_off_is_repeated(instances, added, requests, tmp_path):
+    instance_id = added(state="pending", start_command=("touch", str(tmp_path / "started")))
+    requests.start(instance_id)
+    assert eventually((tmp_path / "started").exists)
+    assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)

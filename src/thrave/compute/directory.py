@@ -28,6 +28,7 @@ from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
 from thrave.compute.instances import Hold
 from thrave.compute.stopping import PATIENCE, StopCommand, StopCommands
+from thrave.programs import ProgramNotStartedError
 
 _STATE_SECONDS = 10.0  # for a stateCommand
 _LOOK_AGAIN = 0.2  # seconds
@@ -134,13 +135,17 @@ class DirectoryInstances:
             self._run_stop(recorded, InstanceState.SHUTTING_DOWN)
 
     def start(self, instance_id: str) -> None:
-        """Run its startCommand to its end, or note in its file that it runs."""
+        """Run its startCommand to its end, or note in its file that it runs.
+
+        If this was cut off, the file says `pending`, and the startCommand is run again.
+        """
         with self.hold(instance_id):
             _refuse_if_gone(self._look(instance_id))
             self._stops.abandon(instance_id)
             description = self._look_when_stopped(instance_id)
-            if description.state is not InstanceState.RUNNING:
-                self._run_start(description)
+            if not _is_up(description):
+                with self._pending(description):
+                    self._run_start(description)
                 try:
                     self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
                 except StateChangedError:  # it was terminated while it was being started
@@ -274,6 +279,26 @@ class DirectoryInstances:
                 instance_id, f"{instance_id} has no forceStopCommand: power it off on its hypervisor"
             )
 
+    @contextmanager
+    def _pending(self, before: Description) -> Iterator[None]:
+        """Have the file say `pending` for as long as the startCommand may have started the machine.
+
+        Without a stateCommand the file alone tells whether the volume may be read. If it went on to say `stopped`, and
+        this process died after the machine had started, a running machine's volume would be read.
+        """
+        if before.state_command or not before.start_command:
+            yield
+            return
+        self._folder.change(before.instance_id, InstanceState.PENDING)
+        try:
+            yield
+        except InstanceCommandFailed as error:
+            if _has_done_nothing(error):
+                with suppress(StateChangedError):
+                    pending = replace(before, state=InstanceState.PENDING)
+                    self._folder.change(before.instance_id, before.state, seen=pending, off_reason=before.off_reason)
+            raise
+
     def _run_start(self, description: Description) -> None:
         instance_id = description.instance_id
         if description.start_command:
@@ -313,6 +338,17 @@ def _until_unchanged(act: Callable[[], None]) -> None:
         with suppress(StateChangedError):
             act()
             return
+
+
+def _is_up(description: Description) -> bool:
+    """Whether it needs no start. `pending` in a file says only that a start was begun."""
+    up = {InstanceState.RUNNING, InstanceState.PENDING} if description.state_command else {InstanceState.RUNNING}
+    return description.state in up
+
+
+def _has_done_nothing(error: InstanceCommandFailed) -> bool:
+    """Whether a command was refused, or never ran. One that was killed because it took too long may have done it."""
+    return error.status is not None or isinstance(error.__cause__, ProgramNotStartedError)
 
 
 def _refuse_if_gone(description: Description) -> None:

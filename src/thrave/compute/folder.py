@@ -20,7 +20,7 @@ from thrave.compute.errors import (
     InvalidDescriptionError,
     StateChangedError,
 )
-from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, InstanceState
+from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, InstanceState, OffReason
 from thrave.compute.locks import LOCK_TIMEOUT, locked
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
@@ -114,6 +114,7 @@ class DescriptionFolder:
         *,
         seen: Description | None = None,
         launch_time: datetime | None = None,
+        off_reason: OffReason | None = None,
     ) -> None:
         """Write the file anew with another state; a reason of the old one goes.
 
@@ -124,6 +125,7 @@ class DescriptionFolder:
             state: The new state.
             seen: What was read when the change was decided; None: the change is right from every state but GONE.
             launch_time: The new launch time; None: as before.
+            off_reason: Why it is off, if it is.
 
         Raises:
             StateChangedError: The file says something else than `seen` (state or launch time), or the instance is
@@ -141,7 +143,7 @@ class DescriptionFolder:
                 is_as_seen = (before.state, before.launch_time) == (seen.state, seen.launch_time)
             if not is_as_seen:
                 raise StateChangedError(instance_id, before.state)
-            after = replace(before, state=state, off_reason=None, launch_time=launch_time or before.launch_time)
+            after = replace(before, state=state, off_reason=off_reason, launch_time=launch_time or before.launch_time)
             files.sweep(self._root)
             files.replace(self._path(instance_id), descriptions.write(after), spool=self._root)
 

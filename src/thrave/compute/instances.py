@@ -202,6 +202,8 @@ class Instances(Inventory, Protocol):
     def start(self, instance_id: str) -> None:
         """Start it, and return when the hypervisor has done so. One that runs is left alone.
 
+        It may be `pending` after a start that was cut off, since it may run then. It is started again.
+
         Raises:
             InstanceHeld: Somebody holds it.
             IncorrectInstanceState: It is terminated, or there is no way to start it.

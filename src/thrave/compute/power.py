@@ -33,6 +33,8 @@ _LONGEST_LOOK = 30.0  # seconds; this process stood still for the rest of a long
 LONGEST = 300.0  # seconds between two attempts at what fails, or is not heard, at last
 _HELD_LOOK_AGAIN = 1.0  # seconds
 UP = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
+TO_START = frozenset({InstanceState.STOPPED, InstanceState.PENDING})
+"""What is to be started if it is wanted on: a start that was cut off leaves an instance `pending`, which may be off."""
 
 log = structlog.get_logger()
 
@@ -337,7 +339,7 @@ class _Work:
         """It runs. A guest that was asked to power off before may yet hear it, and is started then."""
         is_late = time.monotonic() - self._first_look > 2 * self._grace
         if state in UP and (is_late or not record.asked):
-            return self._finish(record)
+            return self._finish(record) if state is InstanceState.RUNNING else self._start(record)
         return self._until_next_look()
 
     def _reboot(self, record: PowerRecord, state: InstanceState) -> float | None:

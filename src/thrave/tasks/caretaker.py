@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from thrave.compute.errors import InstanceHeld, InstanceNotFound
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
-from thrave.compute.power import switching
+from thrave.compute.power import TO_START, switching
 from thrave.concurrency import Background, supervised
 from thrave.tasks.crash_points import durable
 from thrave.tasks.freezing import Freezer
@@ -116,7 +116,7 @@ class Caretaker:
             if self._records.in_progress(task.instance_id):
                 return False
             # A file says `stopping` for ever if the process that ran the stopCommand has died.
-            off = state is InstanceState.STOPPED or (late and state is InstanceState.STOPPING)
+            off = state in TO_START or (late and state is InstanceState.STOPPING)
             if off:
                 self._start(task)
         return off or late or state in GONE

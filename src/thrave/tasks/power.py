@@ -18,7 +18,7 @@ import structlog
 from thrave.compute.errors import InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Hold, Instances
-from thrave.compute.power import UP, power_off, switching
+from thrave.compute.power import TO_START, UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure, may_pass
@@ -196,7 +196,7 @@ class PowerSwitch:
         is_wanted_on = self._is_to_run(record)
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
-        if state is InstanceState.STOPPED and is_wanted_on and (is_borrowed or self._has_lost_power()):
+        if state in TO_START and is_wanted_on and (is_borrowed or self._has_lost_power()):
             self._check()
             with durable("instance started"):
                 self._instances.start(instance_id)
@@ -221,7 +221,7 @@ class PowerSwitch:
         """
         instance_id = self._task.instance_id
         try:
-            if not self._is_owed or self._instances.state(instance_id) is not InstanceState.STOPPED:
+            if not self._is_owed or self._instances.state(instance_id) not in TO_START:
                 return False
         except (InstanceError, OSError) as error:
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
