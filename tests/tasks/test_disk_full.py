@@ -15,6 +15,7 @@ from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.tasks.power import PowerSwitch
 from thrave.tasks.states import BundleTaskState
+from thrave.tasks.steps import Step
 
 PASSES = 10
 
@@ -90,7 +91,11 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
     instances.add(description)
     instances.start(description.instance_id)
     task = SimpleNamespace(
-        bundle_id="bun-0", instance_id=description.instance_id, was_running=True, look_after_until=None
+        bundle_id="bun-0",
+        instance_id=description.instance_id,
+        was_running=True,
+        look_after_until=None,
+        next_step=Step.SEAL,
     )
     power = PowerSwitch(instances, None, task, grace=1, when_late="fail")  # no record is asked
     assert not power.restore_without_record(), "it runs"
@@ -122,5 +127,9 @@ def instances_off(tmp_path):
     )
     instances.add(described)
     return instances, SimpleNamespace(
-        bundle_id="bun-0", instance_id=described.instance_id, was_running=False, look_after_until=None
+        bundle_id="bun-0",
+        instance_id=described.instance_id,
+        was_running=False,
+        look_after_until=None,
+        next_step=Step.SEAL,
     )
