@@ -17,7 +17,7 @@ from thrave.compute.errors import InstanceHeld, InstanceNotFound
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.power import TO_START, switching
-from thrave.concurrency import Background, supervised
+from thrave.concurrency import Background, NoThreadError, supervised
 from thrave.tasks.crash_points import durable
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.records import RECOVER_FOR, Records
@@ -65,7 +65,8 @@ class Caretaker:
             self._retries.keep({task.bundle_id for task in tasks})
         self._looks += 1
         began = time.monotonic()
-        for thread in [self._begin(task) for task in tasks if self._retries.is_due(task.bundle_id)]:
+        due = [task for task in tasks if self._retries.is_due(task.bundle_id)]
+        for thread in [thread for task in due if (thread := self._begin(task)) is not None]:
             thread.join(max(0.0, began + _PATIENCE - time.monotonic()))
 
     def merge(self) -> None:
@@ -73,14 +74,18 @@ class Caretaker:
         tasks = self._records.unmerged(self._host)
         self._merges.keep({task.bundle_id for task in tasks})
         for task in tasks:
-            if self._merges.is_due(task.bundle_id) and self._records.in_progress(task.instance_id) is None:
+            if self._merges.is_due(task.bundle_id):
                 self._merge(task)
 
-    def _begin(self, task: BundleTask) -> Background:
+    def _begin(self, task: BundleTask) -> Background | None:
         def fail(error: BaseException) -> None:
             log.error("power recovery failed", instance_id=task.instance_id, exc_info=error)
 
-        return supervised(f"recover {task.instance_id}", lambda: self._recover(task), on_failure=fail)
+        try:
+            return supervised(f"recover {task.instance_id}", lambda: self._recover(task), on_failure=fail)
+        except NoThreadError as error:  # there may be one for the next instance, or at the next look
+            fail(error)
+            return None
 
     def _recover(self, task: BundleTask) -> None:
         """See to one instance; whatever goes wrong about it is tried again later."""
@@ -133,9 +138,11 @@ class Caretaker:
         return True
 
     def _merge(self, task: BundleTask) -> None:
-        log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
-        self._records.check_mine(task.bundle_id)
         try:
+            if self._records.in_progress(task.instance_id) is not None:
+                return
+            log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
+            self._records.check_mine(task.bundle_id)
             self._check()
             Freezer(self._instances, self._records, task).merge_within(MERGE_SECONDS)
         except Exception as error:  # noqa: BLE001 (whatever it is about one instance, the others are not left)

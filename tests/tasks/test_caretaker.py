@@ -1,0 +1,83 @@
+"""The caretaker of a host: what goes wrong about one instance keeps no other waiting."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from thrave.concurrency import NoThreadError, supervised
+from thrave.tasks import caretaker
+from thrave.tasks.caretaker import Caretaker
+from thrave.tasks.fence import RightLostError
+from thrave.tasks.lease import LeaseExpiredError
+
+TASKS = [SimpleNamespace(bundle_id=f"bun-{number}", instance_id=f"i-{number}") for number in range(3)]
+
+
+class OwnRecords:
+    """Three tasks of this host. A method that the test names raises for the first two of them."""
+
+    def __init__(self, *, method, error):
+        self._method, self._error = method, error
+
+    def unmerged(self, _host):
+        return TASKS
+
+    def in_progress(self, instance_id):
+        self._fail("in_progress", instance_id)
+
+    def check_mine(self, bundle_id):
+        self._fail("check_mine", bundle_id)
+
+    def _fail(self, method, name):
+        if method == self._method and not name.endswith("2"):
+            raise self._error
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("check_mine", RightLostError("bun-0")),
+        ("in_progress", OSError("the database is away")),
+        ("check", LeaseExpiredError()),
+        ("merge_within", NoThreadError("no thread can be started")),
+    ],
+)
+def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method, error):
+    merged, checks = [], iter([error, error, None])
+
+    class Merging:
+        def __init__(self, _instances, _records, task):
+            self._task = task
+
+        def merge_within(self, _seconds):
+            if method == "merge_within" and self._task is not TASKS[2]:
+                raise error
+            merged.append(self._task.instance_id)
+
+    def check():
+        if method == "check" and (raised := next(checks)) is not None:
+            raise raised
+
+    monkeypatch.setattr(caretaker, "Freezer", Merging)
+    Caretaker(OwnRecords(method=method, error=error), None, "host-a", check=check).merge()
+    assert merged == ["i-2"]
+
+
+def test_look_goes_on_with_the_next_instance_if_no_thread_can_be_started(monkeypatch):
+    recovered, refused = [], []
+
+    def refuse_at_first(*args, **options):
+        if len(refused) < 2:
+            refused.append(True)
+            raise NoThreadError("no thread can be started")
+        return supervised(*args, **options)
+
+    records = SimpleNamespace(looked_after=lambda _host: TASKS, looked_after_by_nobody=lambda _host: [])
+    looks_after = Caretaker(records, None, "host-a")
+    monkeypatch.setattr(caretaker, "supervised", refuse_at_first)
+    monkeypatch.setattr(looks_after, "_recover", lambda task: recovered.append(task.instance_id))
+    looks_after.look()
+    assert recovered == ["i-2"]
+    recovered.clear()
+    looks_after.look()
+    assert sorted(recovered) == ["i-0", "i-1", "i-2"]
