@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from support.eventually import eventually
 from support.storing import Bench, directory
-from thrave.compute.errors import HoldLostError, HypervisorError, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import HoldLostError, HypervisorError, HypervisorGoneError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Call, NoThreadError
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import RightLostError
@@ -112,24 +112,30 @@ def test_work_is_stopped_when_its_guard_fails_in_a_way_nobody_foresaw(bench, fou
         guarded_until_stopped(bench, found)
 
 
-@pytest.mark.parametrize("moment", ["it raises", "it hangs"])
-def test_work_is_stopped_when_its_guard_cannot_tell_for_too_long(bench, monkeypatch, moment):
+@pytest.mark.parametrize(
+    "trouble",
+    [None, OSError(24, "Too many open files"), HypervisorGoneError("i-00000000", "no connection", waited=120.0)],
+)
+def test_work_whose_guard_cannot_tell_for_too_long_is_stopped_and_can_be_repeated(bench, monkeypatch, trouble):
     monkeypatch.setattr("thrave.tasks.watch.GUARD_TIMEOUT", 2 * INTERVAL)
+    monkeypatch.setattr("thrave.tasks.watch.GUARD_INTERVAL", 0.0)
     hangs = threading.Event()
 
     def check():
-        if moment == "it hangs":
+        if trouble is None:
             hangs.wait(60)
-        raise OSError(24, "Too many open files")
+        else:
+            raise trouble
 
     def work():
         with bench.watch() as watch:
             watch.guard(check)
             until_stopped(watch)
 
-    with pytest.raises(TaskFailure):
+    with pytest.raises(HoldLostError, match="could not be told") as stopped:
         work()
     hangs.set()
+    assert stopped.value.waited >= 2 * INTERVAL, "it is no sign that the work made progress"
 
 
 def test_a_hold_that_has_lost_events_is_not_a_failure_of_the_task(bench):

@@ -104,7 +104,7 @@ class Watch:
         """Ask `check` from now on, once a second; stop the work if it raises.
 
         What it raises because it cannot be told for a while is passed over, for `GUARD_TIMEOUT` seconds: whoever gave
-        the check asks once more at the end.
+        the check asks once more at the end. After that time the work ends with HoldLostError, and can be repeated.
         """
         self._looked = self._running
         supervised(f"guard {self._bundle_id}", partial(self._guard, check), on_failure=self._fail)
@@ -202,7 +202,7 @@ class Watch:
                 self._trouble = error
                 log.warning("an instance cannot be looked at", bundle_id=self._bundle_id, reason=str(error))
             else:
-                self._looked = self._running
+                self._looked, self._trouble = self._running, None
 
     def _pass_over(self, name: str, error: BaseException) -> None:
         """What the record cannot be asked or told now may be asked or told the next time."""
@@ -227,11 +227,16 @@ class Watch:
     def _stalled(self) -> TaskFailure:
         return TaskFailure("Server.NoProgress", f"Nothing could be read or stored for {self._stall_timeout:g} seconds.")
 
-    def _unguarded(self) -> Exception:
-        return self._trouble or TaskFailure(
-            "Server.InstanceError",
-            f"For {GUARD_TIMEOUT:g} seconds it could not be told whether the root volume is written to.",
+    def _unguarded(self) -> HoldLostError:
+        """The step is repeated: it reads the volume anew, since whether it was written to meanwhile is not known."""
+        assert self._looked is not None
+        trouble = f": {self._trouble}" if self._trouble else ""
+        lost = HoldLostError(
+            self._trouble.instance_id if isinstance(self._trouble, InstanceError) else "",
+            f"for {GUARD_TIMEOUT:g} seconds it could not be told whether the root volume is written to{trouble}",
         )
+        lost.waited = self._running - self._looked
+        return lost
 
 
 # Whoever runs the step repeats it, or leaves the task alone.
