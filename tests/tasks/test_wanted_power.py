@@ -458,7 +458,32 @@ def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkey
         _Work(hypervisor, power, INSTANCE, GRACE, lambda: None).attempt()
     assert [(entry["event"], entry["log_level"]) for entry in logs] == [("power request expired", "error")]
     assert power.to_do() == []
+    assert power.get(INSTANCE).wanted == "stopped"
     assert hypervisor.on
+
+
+@pytest.mark.parametrize("runs_on_an_overlay", [False, True])
+@pytest.mark.parametrize("action", [PowerAction.STOP, PowerAction.START, PowerAction.REBOOT])
+def test_a_request_does_not_grow_old_while_a_task_has_the_instance(engine, records, action, runs_on_an_overlay):
+    power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
+    records.note_power_state("bun-1", running=True)
+    power.request(INSTANCE, action)
+    with engine.begin() as connection:
+        connection.execute(instance_power.update().values(request_time=utc_now() - timedelta(days=2)))
+    hypervisor.on = runs_on_an_overlay
+    work = _Work(hypervisor, power, INSTANCE, GRACE, lambda: None)
+    with capture_logs() as logs:
+        assert work.attempt()
+        assert power.get(INSTANCE).request is action
+        PowerSwitch(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail").restore()
+        assert hypervisor.on is (runs_on_an_overlay or action is not PowerAction.STOP)
+        records.fail("bun-1", TaskFailure("Server.InternalError", "it ended"))
+        for _ in range(8):
+            work.attempt()
+            hypervisor.hear()
+    assert not logs
+    assert power.get(INSTANCE).request is None
+    assert hypervisor.on is (action is not PowerAction.STOP)
 
 
 def test_nothing_is_asked_of_a_guest_without_the_right_to(engine):

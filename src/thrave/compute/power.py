@@ -295,11 +295,11 @@ class _Work:
                 return None
             if record.version != self._version:
                 self._take_up(record.version)
-            if record.is_expired:
-                self._drop("power request expired", "it could not be carried out in time")
-                return 0.0
             if record.is_held and record.request is not PowerAction.TERMINATE:
                 return _HELD_LOOK_AGAIN  # its bundle task switches it, and in the end does what is wanted then
+            if record.is_expired:
+                self._drop("power request expired", "it could not be carried out in time", strike=self._records.expire)
+                return 0.0
             return self._next(record, self._instances.state(self._instance_id))
 
     def _take_up(self, version: int) -> None:
@@ -372,8 +372,9 @@ class _Work:
         self._records.finish(record)
         return 0.0
 
-    def _drop(self, event: str, why: str) -> None:
+    def _drop(self, event: str, why: str, strike: Callable[[PowerRecord], bool] | None = None) -> None:
         """Strike out a request that cannot be carried out. Somebody may have to see to the instance."""
+        strike = strike or self._records.drop
         record = self._records.get(self._instance_id)
-        if record.request is not None and record.version == self._version and self._records.drop(record):
+        if record.request is not None and record.version == self._version and strike(record):
             log.error(event, instance_id=self._instance_id, request=record.request, error=why)

@@ -62,7 +62,7 @@ class PowerRecord:
         asked: Whether the guest has been asked to power off, and has not been seen off since: it may do so later.
         borrowed_by: The bundle task that keeps it off, or has ended without putting it back.
         is_held: Whether that task goes on. It puts the instance back itself, as is wanted by then.
-        is_expired: Whether the request is too old to be carried out.
+        is_expired: Whether the request is too old to be carried out; says nothing while `is_held`.
     """
 
     instance_id: str
@@ -148,6 +148,10 @@ class PowerRecords:
         """Strike the request out: the machine was seen to be as it wants it. False as `note_asked`."""
         return self._change(record.instance_id, record.version, request=None, asked=False)
 
+    def expire(self, record: PowerRecord) -> bool:
+        """Strike the request out since it is too old; what is wanted stays wanted. False as `note_asked`."""
+        return self._change(record.instance_id, record.version, request=None, asked=False)
+
     def drop(self, record: PowerRecord) -> bool:
         """Strike the request out although it was not carried out: nothing is wanted. False as `note_asked`."""
         return self._change(record.instance_id, record.version, request=None, asked=False, wanted=None)
@@ -222,9 +226,12 @@ def note_seen_off(connection: sa.Connection, instance_id: str) -> None:
 
 
 def give_back(connection: sa.Connection, bundle_id: str) -> None:
-    """Record in the caller's transaction that the task has put its instance back as is wanted."""
+    """Record in the caller's transaction that the task has put its instance back as is wanted.
+
+    A request could not be carried out before, so that it grows old from now on.
+    """
     mine = instance_power.update().where(instance_power.c.borrowed_by == bundle_id)
-    connection.execute(mine.values(borrowed_by=None))
+    connection.execute(mine.values(borrowed_by=None, request_time=now()))
 
 
 def want_off(connection: sa.Connection, instance_id: str) -> None:
