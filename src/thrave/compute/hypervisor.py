@@ -101,6 +101,10 @@ class Hypervisor:
                 f"no connection to {self._uri}: {_words(cast('LibvirtError', error))}",
                 waited=time.monotonic() - began,
             ) from error
+        except BaseException:
+            if not coming.is_running:  # it failed, in whatever way: the next question connects anew
+                self._arrived(coming, None)
+            raise
         self._arrived(coming, opened)
         return opened.connection
 
@@ -113,10 +117,15 @@ class Hypervisor:
         return Call("libvirt open", lambda: self._open(binding))
 
     def _open(self, binding: Binding) -> "_Opened":
-        connection = binding.open(self._uri)
-        with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
-            connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
-        return _Opened(connection, self._listen(connection))
+        opened = _Opened(binding.open(self._uri), [])
+        try:
+            with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
+                opened.connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
+            self._listen(opened)
+        except BaseException:
+            _close(opened)
+            raise
+        return opened
 
     def _abandon(self, coming: "Call[_Opened]") -> None:
         """Have the next question connect anew, and this connection closed if it comes after all."""
@@ -127,13 +136,11 @@ class Hypervisor:
             self._silent.append(coming)
         coming.when_ended(lambda: _close(coming.result(0)))
 
-    def _listen(self, connection: Connection) -> list[int]:
-        events = self._events
-        return [
-            connection.domainEventRegisterAny(None, Event.LIFECYCLE, events.lifecycle, None),
-            connection.domainEventRegisterAny(None, Event.BLOCK_JOB_2, events.block_job, None),
-            connection.domainEventRegisterAny(None, Event.METADATA_CHANGE, events.metadata, None),
-        ]
+    def _listen(self, opened: "_Opened") -> None:
+        ask, events, add = opened.connection.domainEventRegisterAny, self._events, opened.listening.append
+        add(ask(None, Event.LIFECYCLE, events.lifecycle, None))
+        add(ask(None, Event.BLOCK_JOB_2, events.block_job, None))
+        add(ask(None, Event.METADATA_CHANGE, events.metadata, None))
 
     def _arrived(self, coming: "Call[_Opened]", opened: "_Opened | None") -> None:
         with self._lock:
@@ -148,9 +155,10 @@ class Hypervisor:
             return
         self._events.lose()
         opened = _Opened(self._connection, self._listening)
+        # Nobody waits for the goodbye to a daemon that may hang. Without a thread for it, the next question drops it.
+        closing = Call("libvirt close", lambda: _close(opened))
         self._connection, self._listening = None, []
-        # Nobody waits for the goodbye to a daemon that may hang.
-        Call("libvirt close", lambda: _close(opened)).wait(_CLOSE_SECONDS)
+        closing.wait(_CLOSE_SECONDS)
 
     def _translated(self, error: LibvirtError, connection: Connection, instance_id: str) -> Exception:
         words = _words(error)

@@ -1,0 +1,100 @@
+"""A connection to libvirt that fails halfway, and a machine that has no thread for it; libvirt itself is not needed."""
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+
+from thrave.compute import hypervisor, libvirt_binding
+from thrave.compute.domain_events import DomainEvents
+from thrave.compute.errors import HypervisorGoneError
+from thrave.compute.hypervisor import Hypervisor
+from thrave.concurrency import NoThreadError
+
+
+class RefusedError(Exception):
+    """In place of libvirtError."""
+
+    def get_error_message(self):
+        return "no"
+
+
+class Connection:
+    """Raises `fault` at its nth method; open until it is closed."""
+
+    def __init__(self, fault=None, at=""):
+        self.fault, self.at, self.callbacks, self.is_open = fault, at, set(), True
+
+    def setKeepAlive(self, *_options):  # noqa: N802 (libvirt's name)
+        self._fail("keep alive")
+
+    def domainEventRegisterAny(self, _domain, event, *_callback):  # noqa: N802
+        self._fail(f"event {len(self.callbacks)}")
+        self.callbacks.add(event)
+        return event
+
+    def domainEventDeregisterAny(self, callback):  # noqa: N802
+        self.callbacks.remove(callback)
+
+    def isAlive(self):  # noqa: N802
+        return self.is_open
+
+    def close(self):
+        self.is_open = False
+
+    def _fail(self, moment):
+        if self.at == moment:
+            raise self.fault
+
+
+@pytest.fixture
+def coming(monkeypatch):
+    """The connections that libvirt gives, one after the other; an error in place of one is raised."""
+    connections = []
+
+    def connect(_uri):
+        connection = connections.pop(0)
+        if isinstance(connection, BaseException):
+            raise connection
+        return connection
+
+    monkeypatch.setattr(hypervisor, "_run_events", lambda _binding: None)
+    monkeypatch.setattr(libvirt_binding, "load", lambda: SimpleNamespace(open=connect, libvirtError=RefusedError))
+    return connections
+
+
+@pytest.mark.parametrize("fault", [RefusedError(), MemoryError(), OSError(errno.EMFILE, "too many files")], ids=repr)
+@pytest.mark.parametrize("at", ["open", "keep alive", "event 0", "event 2"])
+def test_a_connection_that_fails_is_closed_and_made_anew_by_the_next_question(coming, fault, at):
+    failing, good = Connection(fault, at), Connection()
+    coming.extend([fault if at == "open" else failing, good])
+    asking = Hypervisor("pretended:///", DomainEvents())
+    try:
+        with asking.asked() as connection:
+            assert (at, type(fault)) == ("keep alive", RefusedError), "a driver may have none"
+            assert connection is failing
+            return
+    except (HypervisorGoneError, MemoryError, OSError):
+        pass
+    with asking.asked() as connection:
+        assert connection is good
+    assert at == "open" or (failing.is_open, failing.callbacks) == (False, set())
+
+
+def test_a_lost_connection_is_closed_though_there_was_no_thread_for_it(coming, monkeypatch):
+    lost, good = Connection(), Connection()
+    coming.extend([lost, good])
+    asking = Hypervisor("pretended:///", DomainEvents())
+    with asking.asked():
+        lost.isAlive = lambda: False
+    with monkeypatch.context() as patched:
+        patched.setattr(hypervisor, "Call", no_thread)
+        with pytest.raises(NoThreadError), asking.asked():
+            pass
+    with asking.asked() as connection:
+        assert connection is good
+    assert not lost.is_open
+
+
+def no_thread(*_call):
+    raise NoThreadError(errno.EAGAIN, "no thread can be started")
