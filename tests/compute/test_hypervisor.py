@@ -1,12 +1,15 @@
 """A connection to libvirt that fails halfway, and a machine that has no thread for it; libvirt itself is not needed."""
 
 import errno
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from thrave.compute import hypervisor, libvirt_binding
+from thrave.compute import domain_table, hypervisor, libvirt_binding
 from thrave.compute.domain_events import DomainEvents
+from thrave.compute.domain_records import DomainRecords
+from thrave.compute.domain_table import DomainTable
 from thrave.compute.errors import HypervisorGoneError
 from thrave.compute.hypervisor import Hypervisor
 from thrave.concurrency import NoThreadError
@@ -94,6 +97,29 @@ def test_a_lost_connection_is_closed_though_there_was_no_thread_for_it(coming, m
     with asking.asked() as connection:
         assert connection is good
     assert not lost.is_open
+
+
+@pytest.mark.parametrize(
+    "error",
+    [HypervisorGoneError("i-00000000", "gone"), NoThreadError(errno.EAGAIN, "no thread"), MemoryError()],
+    ids=repr,
+)
+def test_a_change_that_was_told_is_looked_at_again_when_the_look_fails(coming, monkeypatch, error):
+    def fail(*_look):
+        raise error
+
+    coming.append(Connection())
+    events = DomainEvents()
+    table = DomainTable(Hypervisor("pretended:///", events), events, DomainRecords(Path()))
+    monkeypatch.setattr(table, "_look_at_all", lambda _connection: None)
+    table.all()
+    table._lost, table._whole_again = events.lost, float("inf")
+    events.change({"told"})
+    with monkeypatch.context() as patched:
+        patched.setattr(domain_table, "Call", fail)
+        with pytest.raises(type(error)):
+            table.all()
+    assert events.take_changed() == {"told"}
 
 
 def no_thread(*_call):

@@ -205,7 +205,7 @@ class DomainTable:
         try:
             for uuid in changed:
                 self._look_again(connection, uuid)
-        except HypervisorError:
+        except BaseException:  # also that no thread can be started: a change that was told is not told again
             self._events.change(changed)
             raise
 
