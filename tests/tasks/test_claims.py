@@ -3,7 +3,7 @@
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
 
 import pytest
@@ -372,6 +372,45 @@ def test_upload_that_was_not_answered_is_not_forgotten_before_it_is_recorded(
     clean_up(bench)
     assert (rows(bench), bench.stored_keys()) == ({}, [])
     second.journal.check_free(key)
+
+
+@pytest.mark.parametrize("reason", ["its deletion hangs", "its upload was late"])
+@pytest.mark.parametrize("removes", ["the task", "the agent"])
+def test_own_manifest_in_the_bucket_does_not_keep_parts_of_a_failed_task(on_sqlite, buckets, tmp_path, reason, removes):
+    """No record of an object is deleted while the object is in the bucket."""
+    bench = on_sqlite(A)
+    bundled(bench, tmp_path)
+    objects = {*bench.stored_keys()}
+    if removes == "the agent":
+        fail(bench)
+
+    def remove(**options):
+        with suppress(TaskFailure):
+            clean_up(bench, **options) if removes == "the agent" else bench.store(**options).remove()
+
+    if reason == "its deletion hangs":
+        buckets.hold("delete")
+        for _ in range(2):
+            remove(stall_timeout=0.3)
+            assert {*rows(bench)} == objects
+        buckets.let_go()
+    else:
+        later = utc_now() + timedelta(hours=1)
+        with bench.engine.begin() as connection:  # as after a deletion of the manifest alone
+            manifest = bundle_part.update().where(bundle_part.c.key == MANIFEST)
+            connection.execute(manifest.values(state="gone", settle_time=later))
+        remove()
+        assert bench.stored_keys() == [MANIFEST]
+    if removes == "the task":
+        fail(bench)
+
+    def is_clean():
+        let_time_pass(bench)
+        clean_up(bench)
+        return rows(bench) == {}
+
+    assert eventually(is_clean)
+    assert bench.stored_keys() == []
 
 
 def test_retries_of_an_abandoned_deletion_end(on_sqlite, buckets, tmp_path):

@@ -1,8 +1,9 @@
 """Removes the objects of failed tasks, and of bundles that were replaced.
 
 A failed task leaves what was there before it: what it wrote is deleted, and the manifest that it replaced is put back.
-Only what was claimed before is deleted (`claims.py`), and nothing that the manifest in the bucket names. What could not
-be deleted stays recorded, and the agent tries again (`leftovers.py`).
+Only what was claimed before is deleted (`claims.py`), and nothing that another bundle's manifest in the bucket names.
+What could not be deleted stays recorded, and the agent tries again (`leftovers.py`). A failed task's own manifest keeps
+nothing: it may be in the bucket because its deletion hangs, or because an upload of it arrived late.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -46,8 +47,8 @@ def remove_objects(buckets: RetryingBuckets, place: Place, journal: Journal, *, 
         if not keys:
             return
         undo = place.manifest_key in keys - removal.busy
-        there = removal.within(partial(_undo_manifest, place, journal, keys, undo=undo))
-        removal.delete(keys - {place.manifest_key}, there)
+        other = removal.within(partial(_undo_manifest, place, journal, keys, undo=undo))
+        removal.delete(keys - {place.manifest_key}, other)
         if undo:  # it is deleted, replaced by the earlier one, or somebody else's
             removal.gone.add(place.manifest_key)
 
@@ -108,7 +109,10 @@ class _Removal:
         return answer
 
     def delete(self, keys: set[str], manifest: bytes | None) -> None:
-        """Delete objects, but for those of the bundle whose manifest is in the bucket."""
+        """Delete objects, but for those of the bundle that this manifest in the bucket names.
+
+        Every other one counts as gone only once the store does not have it.
+        """
         in_use = set[str]()
         if manifest is not None:
             in_use = self.within(partial(self._place.keys_in_use, manifest=manifest, keys=keys))
@@ -155,24 +159,28 @@ class _Removal:
 def _undo_manifest(
     place: Place, journal: Journal, keys: Collection[str], buckets: RetryingBuckets, *, undo: bool
 ) -> bytes | None:
-    """Take back the manifest that a task has written; return what is at its key then."""
+    """Take back the manifest that a task has written; return the manifest of another bundle that is at its key then.
+
+    Without `undo` the task's own one stays where it is; it is not returned.
+    """
     there = place.read_manifest(buckets)
     earlier, documents = journal.earlier(), journal.documents()
-    if not undo or there is None or (earlier is not None and earlier.is_replaced):
+    if there is None or (earlier is not None and (earlier.is_replaced or there == earlier.manifest)):
         return there
     own = None if documents is None else documents["manifest"].encode()
     named = place.part_keys(there)
     # What cannot be read is what the store has made of ours; a manifest of other parts is somebody else's.
     if there != own and named and not set(named) & set(keys):
         return there
+    if not undo:
+        return None
     with PLACES.shared(place.bucket, [place.manifest_key]):
         if earlier is None:
             buckets.delete(place.bucket, [place.manifest_key])
             if _exists(buckets, place.bucket, place.manifest_key):
                 raise _kept()
             return None
-        if there != earlier.manifest:
-            buckets.put(place.bucket, place.manifest_key, earlier.manifest)
+        buckets.put(place.bucket, place.manifest_key, earlier.manifest)
     return earlier.manifest
 
 
