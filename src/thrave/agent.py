@@ -7,6 +7,7 @@ What it may do hangs on its lease (`tasks/fence.py`): without it the process end
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -35,6 +36,36 @@ DRAIN_INTERVAL = 0.5  # seconds
 START_AGAIN = 30  # the exit status (cli/exits.py) after which a service manager starts the agent again
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unfinished:
+    """Work of a host that drains.
+
+    Attributes:
+        tasks: Begun tasks, and their instances.
+        power_requests: Instances of which an accepted request was not carried out.
+        to_recover: Instances that may have to be started, since a task that has ended switched them off.
+        to_merge: Instances that run on the overlay of a task that has ended.
+        waiting: Those of the last two whose next task has not begun. Nothing is done to them before it has ended.
+    """
+
+    tasks: dict[str, str]
+    power_requests: list[str]
+    to_recover: list[str]
+    to_merge: list[str]
+    waiting: list[str]
+
+    @property
+    def is_any(self) -> bool:
+        """Whether there is any."""
+        return bool(self.tasks or self.power_requests or self.to_recover or self.to_merge)
+
+    @property
+    def can_finish(self) -> bool:
+        """Whether any can be finished while the host drains and begins no task."""
+        others = {*self.to_recover, *self.to_merge}.difference(self.waiting)
+        return bool(self.tasks or self.power_requests or others)
 
 
 class Agent:
@@ -124,9 +155,10 @@ class Agent:
         self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
 
     def _power(self, host: str | None) -> PowerRequests:
+        self._power_records = PowerRecords(self._ground.database, host)
         return PowerRequests(
             self._ground.instances,
-            PowerRecords(self._ground.database, host),
+            self._power_records,
             grace=self._settings.shutdown_grace,
             check=self._lease.check,
         )
@@ -163,24 +195,46 @@ class Agent:
             bundle(host, bundle_id)
 
     def _drain(self, fence: Fence) -> None:
-        """Wait for the tasks that were begun, and end the agent. May be repeated after an error."""
+        """Wait for what this host has begun, `drain_timeout` at the most, and end the agent. May be repeated."""
         log.info("draining", host=fence.host)
         if self._drain_until is None:
             self._drain_until = time.monotonic() + self._settings.drain_timeout
         # The worker goes on meanwhile: tasks that a crash cut off may still be in its queue.
-        while self._ground.hosts.begun(fence.host) and time.monotonic() < self._drain_until:
+        while self._unfinished(fence.host).can_finish and time.monotonic() < self._drain_until:
             time.sleep(DRAIN_INTERVAL)
         self._worker.drain(max(self._drain_until - time.monotonic(), 0.0))
-        if begun := self._ground.hosts.begun(fence.host):
-            # The host stays `draining`: it counts as lost soon, and its next agent finishes them.
-            records = self._ground.records()
-            tasks = {bundle_id: task.instance_id for bundle_id in begun if (task := records.get(bundle_id)) is not None}
-            log.error("tasks are unfinished at the end of drain_timeout", host=fence.host, tasks=tasks)
-        elif not self._ground.hosts.drained(fence):
+        unfinished = self._unfinished(fence.host)
+        if unfinished.is_any:
+            # The host stays `draining`: it counts as lost soon, and its next agent finishes this.
+            log.error("the drain ends with unfinished work", host=fence.host, **asdict(unfinished))
+            is_ended = self._ground.hosts.heartbeat(fence) is not HostState.DRAINING
+        else:
+            is_ended = not self._ground.hosts.drained(fence)
+        if is_ended:
             # The engine cannot be started twice in a process: a service manager starts another process.
             log.warning("an operator has ended the drain: the agent has to be started anew", host=fence.host)
             self._status = START_AGAIN
         self._over.set()
+
+    def _unfinished(self, host: str) -> "_Unfinished":
+        """What the host has begun and not finished."""
+        records = self._ground.records()
+        begun = self._ground.hosts.begun(host)  # first: a task that ends leaves its instance to the others
+        tasks = {bundle_id: task.instance_id for bundle_id in begun if (task := records.get(bundle_id)) is not None}
+        to_recover = {task.instance_id for task in (*records.looked_after(host), *records.looked_after_by_nobody(host))}
+        to_merge = {task.instance_id for task in records.unmerged(host)}
+        waiting = {
+            instance_id
+            for instance_id in to_recover | to_merge
+            if (task := records.in_progress(instance_id)) is not None and task.bundle_id not in tasks
+        }
+        return _Unfinished(
+            tasks=tasks,
+            power_requests=sorted(self._power_records.to_do()),
+            to_recover=sorted(to_recover),
+            to_merge=sorted(to_merge),
+            waiting=sorted(waiting),
+        )
 
     def _remember_name(self) -> None:
         """Keep the host's name in the data directory, so that commands there add instances to this host."""

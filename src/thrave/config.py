@@ -251,7 +251,10 @@ class Settings(BaseModel):
         "times `heartbeat`; in a fleet at least twice `s3_timeout`, if that is set.",
     )
     drain_timeout: float = Field(
-        3600.0, gt=0, description="Seconds that a draining host has to finish what it has begun."
+        3600.0,
+        gt=0,
+        description="Seconds that a draining host has to finish what it has begun: tasks, requests to start or stop an "
+        "instance, and what tasks have left to be started or merged.",
     )
     tasks_at_once: int = Field(2, ge=1, description="Bundle tasks that this host works on at the same time.")
     shutdown_grace: float = Field(

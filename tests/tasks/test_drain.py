@@ -1,15 +1,25 @@
-"""A host that drains: whatever fails, its agent ends, and unfinished tasks are reported."""
+"""A host that drains: whatever fails, its agent ends, and unfinished work is reported."""
+
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import structlog
 
 from support.eventually import eventually
 from thrave.agent import START_AGAIN, Agent
+from thrave.compute.instance import VolumeFile
+from thrave.compute.instances import Frozen
+from thrave.compute.power_records import PowerAction, PowerRecords
 from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.ground import open_ground
+from thrave.tasks.failures import TaskFailure
 from thrave.tasks.host_states import HostState
 from thrave.tasks.task import BundleRequest
+
+INSTANCE = "i-0123456789abcdef0"
 
 
 class IdleWorker:
@@ -79,18 +89,116 @@ def test_a_drain_for_which_no_thread_can_be_started_is_begun_again(ground, agent
     assert state_after_drain(ground, agent, fence) is HostState.DRAINED
 
 
-def test_tasks_that_are_unfinished_after_drain_timeout_are_reported_and_the_host_is_not_drained(ground, agent, fence):
+@pytest.fixture
+def records(ground):
+    """Of a task that has ended, on the host that drains."""
+    records = ground.records()
+    add_task(ground, "bun-1")
+    records.take_up("bun-1")
+    return records
+
+
+def add_task(ground, bundle_id):
     request = BundleRequest(
-        account_id="1" * 12, owner_id="1" * 12, instance_id="i-00000001", bucket="bucket", prefix="prefix",
+        account_id="1" * 12, owner_id="1" * 12, instance_id=INSTANCE, bucket=bundle_id, prefix="prefix",
         access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
     )  # fmt: skip
     with ground.database.begin() as connection:
-        ground.records().add(connection, "bun-1", "host-a", request)
-    ground.records().take_up("bun-1")
+        ground.records().add(connection, bundle_id, "host-a", request)
+
+
+def leave(ground, records, kind):
+    """Have the task end with something about its instance unfinished; gives what finishes it."""
+    power = PowerRecords(ground.database)
+    if kind == "power_requests":
+        power.request(INSTANCE, PowerAction.REBOOT)
+    elif kind == "to_recover":
+        records.look_after("bun-1", timedelta(hours=1))
+    else:
+        records.note_frozen("bun-1", Frozen(volume=VolumeFile(path=Path("/disk")), overlay=Path("/overlay")))
+    records.fail("bun-1", TaskFailure("Server.InternalError", "whatever"))
+    return {
+        "power_requests": lambda: power.finish(power.get(INSTANCE)),
+        "to_recover": lambda: records.look_after("bun-1", None),
+        "to_merge": lambda: records.note_frozen("bun-1", None),
+    }[kind]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The agent's clock; a wait of it calls `clock.sleeping` instead, and then takes no time."""
+    clock = SimpleNamespace(now=0.0, sleeping=lambda: None)
+
+    def sleep(seconds):
+        clock.sleeping()
+        clock.now += seconds
+
+    monkeypatch.setattr("thrave.agent.time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    return clock
+
+
+KINDS = ["power_requests", "to_recover", "to_merge"]
+
+
+def drain(agent, fence):
+    """Drain; gives what is logged as unfinished."""
+    agent._note(HostState.DRAINING)
+    with structlog.testing.capture_logs() as logged:
+        agent._drain(fence)
+    return [line for line in logged if line["log_level"] == "error"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drain_waits_until_an_instance_is_put_back(ground, agent, fence, records, clock, kind):
+    waits, finish = [], leave(ground, records, kind)
+
+    def sleeping():
+        waits.append(ground.hosts.list()[0].state)
+        if len(waits) == 3:
+            finish()
+
+    clock.sleeping = sleeping
+    agent._drain_until = 100.0
+    assert drain(agent, fence) == []
+    assert waits == [HostState.DRAINING] * 3
+    assert ground.hosts.list()[0].state is HostState.DRAINED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drain_logs_instances_that_are_not_put_back_by_drain_timeout(ground, agent, fence, records, clock, kind):
+    leave(ground, records, kind)
+    (line,) = drain(agent, fence)
+    assert {name: line[name] for name in KINDS} == {name: [INSTANCE] if name == kind else [] for name in KINDS}
+    assert clock.now > 0
+    assert ground.hosts.list()[0].state is HostState.DRAINING
+    assert agent.wait() == 0
+
+
+@pytest.mark.parametrize("kind", ["to_recover", "to_merge"])
+def test_drain_does_not_wait_for_what_waits_for_a_task_that_has_not_begun(ground, agent, fence, records, clock, kind):
+    leave(ground, records, kind)
+    add_task(ground, "bun-2")
+    (line,) = drain(agent, fence)
+    assert (line[kind], line["waiting"], line["tasks"]) == ([INSTANCE], [INSTANCE], {})
+    assert clock.now == 0
+    assert ground.hosts.list()[0].state is HostState.DRAINING
+
+
+def test_agent_with_unfinished_work_ends_to_be_started_anew_if_the_drain_was_ended(
+    ground, agent, fence, records, clock
+):
+    clock.sleeping = lambda: ground.hosts.activate("host-a")
+    (line,) = drain(agent, fence)
+    assert line["tasks"] == {"bun-1": INSTANCE}
+    assert agent.wait() == START_AGAIN
+
+
+@pytest.mark.usefixtures("records")
+def test_tasks_that_are_unfinished_after_drain_timeout_are_reported_and_the_host_is_not_drained(ground, agent, fence):
     with structlog.testing.capture_logs() as logged:
         assert state_after_drain(ground, agent, fence) is HostState.DRAINING
     (line,) = [line for line in logged if line["log_level"] == "error"]
-    assert line["tasks"] == {"bun-1": "i-00000001"}
+    assert line["tasks"] == {"bun-1": INSTANCE}
 
 
 def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, agent, fence, monkeypatch):

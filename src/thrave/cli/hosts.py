@@ -101,8 +101,9 @@ def show(settings: Settings, name: str, output: str) -> None:
 def drain(settings: Settings, name: str, output: str) -> None:
     """Have a host finish the tasks that it has begun and take no more; then its agent ends.
 
-    What it had not begun waits for it. An agent that is started meanwhile drains as well: `thrave host activate` ends
-    the drain.
+    It also carries out what was asked of its instances' power, starts instances that a task has left off, and merges
+    overlays. What it had not begun waits for it. An agent that is started meanwhile drains as well: `thrave host
+    activate` ends the drain.
 
     \b
     Example:
