@@ -64,7 +64,9 @@ _MOST = {"days": 36_500, "second": 10**9, "burst": 10**9}
 _HEARTBEATS = 4
 """Heartbeats in `host_lost_after`: a few may be late or lost without a host counting as lost."""
 
-_FILES_OF_A_TASK = 32  # its connections to the store, its volume, its pipes
+_CHECKS_OF_A_TASK = 16  # requests at the same time that look at its objects or delete them
+_CONNECTIONS_OF_THE_SERVICE = 32  # to the store: cleanup, and the bucket of a task that a client asks for
+_FILES_OF_A_TASK = 16  # its volume, its pipes
 _FILES_OF_THE_SERVICE = 64
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?")
@@ -412,7 +414,13 @@ class Settings(BaseModel):
     @property
     def open_files(self) -> int:
         """Files that a process may have open with these settings."""
-        return self.connections + self.tasks_at_once * _FILES_OF_A_TASK + _FILES_OF_THE_SERVICE
+        of_tasks = self.tasks_at_once * _FILES_OF_A_TASK
+        return self.connections + self.store_connections + of_tasks + _FILES_OF_THE_SERVICE
+
+    @property
+    def store_connections(self) -> int:
+        """Connections to the store: enough that no request of a task waits for another one's to end."""
+        return self.tasks_at_once * (self.uploads_at_once + _CHECKS_OF_A_TASK) + _CONNECTIONS_OF_THE_SERVICE
 
     @property
     def instance_folder(self) -> Path:

@@ -89,3 +89,10 @@ def test_no_repr_shows_a_secret(file):
     settings = Settings(store="s3", s3_credentials=file, s3_proxy="http://user:password@proxy", **IN_ENVIRONMENT)
     shown = f"{settings!r} {store_connection(settings)!r}"
     assert not any(secret in shown for secret in (SECRET, "password", "session-of-a-day"))
+
+
+@pytest.mark.parametrize(("tasks", "uploads"), [(1, 1), (2, 4), (8, 4), (3, 40)])
+def test_every_request_of_every_task_has_a_connection(tmp_path, tasks, uploads):
+    settings = Settings(data=tmp_path, store="s3", tasks_at_once=tasks, uploads_at_once=uploads)
+    assert store_connection(settings).connections > tasks * (uploads + 16)
+    assert settings.open_files > settings.connections + store_connection(settings).connections

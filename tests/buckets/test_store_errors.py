@@ -16,6 +16,7 @@ from thrave.buckets.errors import (
     TABLE,
     BucketError,
     Kind,
+    NoConnectionError,
     StoreError,
     StoreSettingError,
     TransientError,
@@ -234,6 +235,51 @@ def test_server_that_was_never_reached_is_tried_as_often_as_wanted(pauses):
     with pytest.raises(UnreachableError):
         patiently(call, 100.0, lambda *_: None, unreachable=2)
     assert len(tried) == 2
+
+
+class NoLongerWantedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ends", ["a connection is free", "the store fails", "the check fails"])
+def test_wait_for_a_free_connection_uses_up_no_patience(monkeypatch, ends):
+    """Each wait is longer than the whole patience. A check, such as a task's watch, can end the waiting."""
+    clock = [1.0]
+    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: clock[0]))
+    failures = [NoConnectionError("NoConnection", 0, "words") for _ in range(9)]
+    failures.insert(4, TransientError("SlowDown", 503, "words"))
+
+    def call():
+        if failures:
+            error = failures.pop()
+            clock[0] += 300 if isinstance(error, NoConnectionError) else 1
+            raise error
+        if ends == "the store fails":
+            clock[0] += 60
+            raise TransientError("SlowDown", 503, "words")
+        return "done"
+
+    def check():
+        if ends == "the check fails" and len(failures) == 5:
+            raise NoLongerWantedError
+
+    if ends == "a connection is free":
+        assert patiently(call, 100.0, lambda *_: None, before_attempt=check) == "done"
+    else:
+        with pytest.raises(TransientError if ends == "the store fails" else NoLongerWantedError):
+            patiently(call, 100.0, lambda *_: None, before_attempt=check)
+
+
+@pytest.mark.parametrize(("patience", "options"), [(5.0, {}), (0.0, {"before_attempt": lambda: None})])
+def test_wait_for_a_free_connection_ends_where_nobody_else_ends_it(monkeypatch, patience, options):
+    clock = iter(range(0, 9000, 300))
+    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(clock)))
+
+    def call():
+        raise NoConnectionError("NoConnection", 0, "words")
+
+    with pytest.raises(NoConnectionError):
+        patiently(call, patience, lambda *_: None, **options)
 
 
 # Options of S3 that a store may lack

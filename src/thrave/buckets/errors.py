@@ -148,7 +148,9 @@ TABLE: Mapping[str | int, Row] = {
     "IncompleteBody": Row(Kind.TRANSIENT, "The store received fewer bytes than were announced.", _AGAIN),
     "NameNotResolved": Row(Kind.TRANSIENT, "The host name of the store or of the proxy does not resolve.", _AGAIN),
     "NoConnection": Row(
-        Kind.TRANSIENT, "All connections to the store were in use for `s3_timeout` seconds.", _AGAIN
+        Kind.TRANSIENT,
+        "All connections to the store were in use for `s3_timeout` seconds.",
+        "A task waits for one until `stall_timeout` ends it; this does not count as `s3_patience`.",
     ),
     "NoResponse": Row(
         Kind.TRANSIENT,
@@ -468,6 +470,10 @@ class TransientError(StoreError):
 
 class UnreachableError(TransientError):
     """No connection could be made to the store or the proxy, so that no request was sent."""
+
+
+class NoConnectionError(UnreachableError):
+    """Every connection of this process to the store was in use for too long. The store has not failed."""
 
 
 _OWN_CLASS: Mapping[str, type[BucketError]] = {

@@ -53,6 +53,7 @@ def store_connection(settings: Settings) -> StoreConnection:
         addressing=settings.s3_addressing,
         ca=settings.s3_ca,
         proxy=settings.s3_proxy.get_secret_value() if settings.s3_proxy else None,
+        connections=settings.store_connections,
         timeout=settings.s3_timeout,
         send_timeout=settings.s3_send_timeout,
     )

@@ -5,6 +5,9 @@ doubles, up to `LONGEST_PAUSE`, with jitter, so that many that met the same faul
 sends `Retry-After` is not called earlier. When the time is up, the last error is raised. All other errors (403, an
 expired policy, no such bucket) are final at once. Every call of a store may be repeated (see Buckets).
 
+A wait for a free connection says nothing about the store: other requests of this process are slow. It uses up no time
+where a check can end the call, as the watch of a task does.
+
 Before each attempt a check is made, which may end the call: whoever has lost the right to write, or is not waited for
 any more, sends nothing.
 """
@@ -18,7 +21,7 @@ import structlog
 
 from thrave.buckets.attempts import Check, attempt, no_check
 from thrave.buckets.buckets import Buckets, ObjectHead
-from thrave.buckets.errors import BucketError, TransientError, UnreachableError
+from thrave.buckets.errors import BucketError, NoConnectionError, TransientError, UnreachableError
 from thrave.buckets.policy import UploadPolicy
 
 FIRST_PAUSE = 0.25  # seconds
@@ -43,7 +46,8 @@ def patiently(
 
     Args:
         call: Must be safe to repeat.
-        patience: Seconds from its first failure on, after which the last error is raised.
+        patience: Seconds from its first failure on, after which the last error is raised. With a `before_attempt` no
+            wait for a free connection is counted; with 0 the call is made once.
         tell: Called with a failure and the seconds until the next attempt.
         unreachable: Attempts after which an UnreachableError is raised; None: as any other.
         before_attempt: Made before each attempt, and within it (`attempts.py`); what it raises ends the call.
@@ -53,11 +57,16 @@ def patiently(
     """
     until, pause, attempts = 0.0, FIRST_PAUSE, 0
     while True:
+        began = time.monotonic()
         try:
             with attempt(before_attempt):
                 return call()
         except TransientError as error:
             now, attempts = time.monotonic(), attempts + 1
+            if isinstance(error, NoConnectionError) and patience and before_attempt is not no_check:
+                until += (now - began) if until else 0.0
+                tell(error, 0.0)
+                continue
             until = until or now + patience
             wait = pause * random.uniform(0.5, 1)  # noqa: S311 (no secret hangs on it)
             if now + wait > until or (isinstance(error, UnreachableError) and attempts == unreachable):

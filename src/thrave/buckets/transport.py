@@ -31,6 +31,7 @@ from thrave.buckets.connection import Proxy, StoreConnection
 from thrave.buckets.errors import (
     BucketError,
     Kind,
+    NoConnectionError,
     StoreError,
     StoreSettingError,
     TransientError,
@@ -211,7 +212,7 @@ class Transport:
         for types, kind, code, message in (
             (socket.gaierror, UnreachableError, "NameNotResolved", f"The host name of {named} does not resolve"),
             (NewConnectionError, UnreachableError, unreachable, f"Cannot connect to {named}: {reason}"),
-            (EmptyPoolError, UnreachableError, "NoConnection", f"No connection to {named} was free for {seconds}"),
+            (EmptyPoolError, NoConnectionError, "NoConnection", f"No connection to {named} was free for {seconds}"),
             (
                 ConnectTimeoutError,
                 UnreachableError,
