@@ -100,7 +100,7 @@ class Agent:
             report = InstanceReports(ground.database, ground.instances, name, fence.holds).report
             report()
             self._begin("reports", REPORT_INTERVAL, report)
-            self.power = self._power(name)
+            self.power = self._power(fence)
         self._begin("power", POWER_INTERVAL, self.power.look)
         records = ground.records(fence)
         host = Host(
@@ -154,8 +154,11 @@ class Agent:
         self._begin("made buckets", leftovers.INTERVAL, partial(made.look, ground.buckets, name))
         self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
 
-    def _power(self, host: str | None) -> PowerRequests:
-        self._power_records = PowerRecords(self._ground.database, host)
+    def _power(self, fence: Fence | None) -> PowerRequests:
+        database = self._ground.database
+        self._power_records = (
+            PowerRecords(database) if fence is None else PowerRecords(database, fence.host, fence.holds)
+        )
         return PowerRequests(
             self._ground.instances,
             self._power_records,

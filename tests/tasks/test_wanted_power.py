@@ -498,8 +498,8 @@ def test_nothing_is_asked_of_a_guest_without_the_right_to(engine):
     assert power.to_do() == [INSTANCE]
 
 
-def test_a_host_carries_out_what_was_asked_of_the_instances_that_it_reports(engine):
-    power_records_of = {name: PowerRecords(engine, name) for name in ("here", "there")}
+def report_from(engine, reporter, *others):
+    """Have a host report the instance, beside others."""
     row = {"state": "active", "lease": "x", "version": "1", "tasks_at_once": 1}
     times = {"start_time": utc_now(), "heartbeat_time": utc_now(), "heartbeat_interval": 5, "lost_after": 60}
     reported = {
@@ -510,11 +510,35 @@ def test_a_host_carries_out_what_was_asked_of_the_instances_that_it_reports(engi
         "report_time": utc_now(),
     }
     with engine.begin() as connection:
-        connection.execute(host.insert(), [{"host": name, **row, **times} for name in power_records_of])
-        connection.execute(instance.insert(), {**reported, "host": "here"})
+        connection.execute(host.insert(), [{"host": name, **row, **times} for name in (reporter, *others)])
+        connection.execute(instance.insert(), {**reported, "host": reporter})
+
+
+def test_a_host_carries_out_what_was_asked_of_the_instances_that_it_reports(engine):
+    power_records_of = {name: PowerRecords(engine, name) for name in ("here", "there")}
+    report_from(engine, *power_records_of)
+    with engine.begin() as connection:
         record_request(connection, INSTANCE, PowerAction.STOP)
     assert {name: [*power.to_do()] for name, power in power_records_of.items()} == {"here": [INSTANCE], "there": []}
     with engine.begin() as connection:  # an adoption
         connection.execute(instance.update().values(host="there"))
     assert {name: [*power.to_do()] for name, power in power_records_of.items()} == {"here": [], "there": [INSTANCE]}
     assert power_records_of["here"].get(INSTANCE).request is None
+
+
+@pytest.mark.parametrize("loss", ["another host reports the instance", "another process has the lease"])
+@pytest.mark.parametrize("write", ["finish", "note_asked", "note_off", "drop", "expire", "withdraw"])
+def test_a_host_that_has_lost_an_instance_changes_nothing_of_its_power(engine, loss, write):
+    report_from(engine, "here", "there")
+    power = PowerRecords(engine, "here", host.c.lease == "x")
+    before = power.request(INSTANCE, PowerAction.START)
+    record = power.get(INSTANCE)
+    with engine.begin() as connection:
+        if loss == "another host reports the instance":
+            connection.execute(instance.update().values(host="there"))
+        else:
+            connection.execute(host.update().values(lease="y"))
+    getattr(power, write)(before if write == "withdraw" else record)
+    assert PowerRecords(engine).get(INSTANCE) == record
+    assert power.get(INSTANCE).request is None
+    assert not power.to_do()

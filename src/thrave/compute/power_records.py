@@ -19,6 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from thrave.compute.errors import StateChangedError
 from thrave.compute.instance import InstanceState
 from thrave.database import bundle_task, instance_power, metadata, now, open_in_memory, task_in_progress
+from thrave.database import host as hosts
 from thrave.database import instance as reported
 
 KEPT_FOR = timedelta(days=1)
@@ -97,11 +98,15 @@ class PowerRecords:
         engine: The database.
         host: Only instances that this host has reported: in a fleet, whoever reports an instance switches it. None: all
             of them, where one process has all instances.
+        holds: True of that host for as long as this process has its lease (`Fence.holds`); None: always true. Without
+            the lease there is nothing to do here, and nothing is changed.
     """
 
-    def __init__(self, engine: sa.Engine, host: str | None = None) -> None:
+    def __init__(self, engine: sa.Engine, host: str | None = None, holds: sa.ColumnElement[bool] | None = None) -> None:
         self._engine = engine
         self._host = host
+        self._lease = None if holds is None else sa.select(hosts.c.host).where(holds)
+        self._is_mine = _IS_HOSTS if self._lease is None else sa.and_(_IS_HOSTS, self._lease.exists())
 
     @classmethod
     def in_memory(cls) -> "PowerRecords":
@@ -112,13 +117,13 @@ class PowerRecords:
 
     def get(self, instance_id: str) -> PowerRecord:
         """The row of an instance; without a request if that is another host's to carry out."""
-        query = _ROW if self._host is None else _ROW.where(_IS_HOSTS)
+        query = _ROW if self._host is None else _ROW.where(self._is_mine)
         with self._engine.connect() as connection:
             return _read(connection, instance_id, query, host=self._host)
 
     def to_do(self) -> Sequence[str]:
         """The instances for which a request is to be carried out, the oldest request first."""
-        query, values = (_TO_DO, {}) if self._host is None else (_TO_DO.where(_IS_HOSTS), {"host": self._host})
+        query, values = (_TO_DO, {}) if self._host is None else (_TO_DO.where(self._is_mine), {"host": self._host})
         with self._engine.connect() as connection:
             return [*connection.execute(query, values).scalars()]
 
@@ -136,7 +141,10 @@ class PowerRecords:
         self._change(before.instance_id, before.version + 1, **values, version=before.version + 2)
 
     def note_asked(self, record: PowerRecord) -> bool:
-        """Record that the guest is about to be asked to power off. False if there has been another request."""
+        """Record that the guest is about to be asked to power off.
+
+        False if there has been another request, or the instance is another host's by now.
+        """
         return record.asked or self._change(record.instance_id, record.version, asked=True)
 
     def note_off(self, record: PowerRecord) -> bool:
@@ -158,8 +166,13 @@ class PowerRecords:
 
     def _change(self, instance_id: str, of: int, **values: object) -> bool:
         mine = sa.and_(instance_power.c.instance_id == instance_id, instance_power.c.version == of)
+        change, given = instance_power.update().where(mine).values(**values), {}
+        if self._host is not None:
+            change, given = change.where(self._is_mine), {"host": self._host}
         with self._engine.begin() as connection:
-            return connection.execute(instance_power.update().where(mine).values(**values)).rowcount == 1
+            if self._lease is not None:  # locked, so that no adoption comes between the condition and the change
+                connection.execute(self._lease.with_for_update(read=True))
+            return connection.execute(change, given).rowcount == 1
 
 
 def record_request(
