@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from support.inventories import ACCOUNT, Domains
-from thrave.compute import domain_table, guest_agent, hypervisor, libvirt_binding, libvirt_overlays
+from thrave.compute import answering, domain_table, guest_agent, hypervisor, libvirt_binding, libvirt_overlays
 from thrave.compute.domain_table import DomainTable
 from thrave.compute.domains import instance_id_of
 from thrave.compute.errors import (
@@ -30,6 +30,8 @@ from thrave.compute.errors import (
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.compute.instances import Frozen
 from thrave.compute.libvirt import LibvirtInstances
+from thrave.compute.power import _HELD_LOOK_AGAIN, PowerRequests, switching
+from thrave.compute.power_records import PowerAction
 
 pytestmark = pytest.mark.libvirt
 
@@ -221,6 +223,30 @@ def test_a_hold_notices_who_starts_the_domain_past_us(domains, instances, instan
             hold.check()
         domain.destroy()
         eventually(lambda: fails(hold.check), "was started and stopped while its root volume was read")
+
+
+def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instances, instance_id, monkeypatch):
+    instances.request_stop(instance_id)
+    hangs, look = threading.Event(), instances._look_when_stopped
+
+    def look_late(domain):
+        assert hangs.wait(60)
+        return look(domain)
+
+    monkeypatch.setattr(instances, "_look_when_stopped", look_late)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(answering, "TIMEOUT", 0.5)
+            with switching(instance_id), pytest.raises(HypervisorGoneError):
+                instances.start(instance_id)
+        requests = PowerRequests(instances, grace=60)
+        requests._records.request(instance_id, PowerAction.STOP, None)
+        assert requests._work(instance_id).attempt() == _HELD_LOOK_AGAIN, "it may be started yet"
+    finally:
+        hangs.set()
+    eventually(lambda: answering.is_busy(instance_id), wanted=False)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+    assert requests._work(instance_id).attempt() == 0.0, "the request is finished"
 
 
 def fails(check):

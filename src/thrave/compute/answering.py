@@ -1,5 +1,12 @@
-"""Questions to a hypervisor that have a timeout: libvirt has none for what it asks a QEMU that hangs."""
+"""Questions and commands to a hypervisor that have a timeout: libvirt has none for what it asks a QEMU that hangs.
 
+A thread that waits for libvirt cannot be interrupted. Once its caller has given up, it gives no command that it has not
+given yet (`check_awaited`), and the instance counts as busy until the thread has ended (`is_busy`): its command may
+still be carried out.
+"""
+
+import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -12,28 +19,89 @@ _Self = TypeVar("_Self")
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
 
+_this_thread = threading.local()
+_abandoned: Counter[str] = Counter()  # commands by instance id
+_lock = threading.Lock()
 
-def answered(instance_id: str, ask: Callable[[], _Answer]) -> _Answer:
+
+def answered(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool = False) -> _Answer:
     """Ask in a thread of its own, and wait `TIMEOUT` seconds for the answer.
+
+    Args:
+        instance_id: The instance.
+        ask: Asks.
+        is_command: Whether it changes something, so that the instance is busy for as long as it may still do so.
 
     Raises:
         HypervisorGoneError: There is none by then. What was asked for may still be done.
         Exception: What `ask` raises.
     """
+    given_up = threading.Event()
+
+    def ask_here() -> _Answer:
+        _this_thread.given_up = given_up
+        return ask()
+
+    call = Call(f"ask {instance_id}", ask_here)
     try:
-        return Call(f"ask {instance_id}", ask).result(TIMEOUT)
+        return call.result(TIMEOUT)
     except CallTimeoutError:
-        message = f"the hypervisor has not answered within {TIMEOUT:g} seconds"
-        raise HypervisorGoneError(instance_id, message, waited=TIMEOUT) from None
+        given_up.set()
+        if is_command:
+            _keep_busy(instance_id, call)
+        raise _gone(instance_id) from None
+
+
+def check_awaited(instance_id: str) -> None:
+    """Check before a command that the caller still waits for it. Raises HypervisorGoneError."""
+    given_up: threading.Event | None = getattr(_this_thread, "given_up", None)
+    if given_up is not None and given_up.is_set():
+        raise _gone(instance_id)
+
+
+def is_busy(instance_id: str) -> bool:
+    """Whether a command that nobody waits for any more may still be carried out."""
+    with _lock:
+        return _abandoned[instance_id] > 0
 
 
 def with_timeout(
     method: Callable[Concatenate[_Self, str, _Arguments], _Answer],
 ) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
     """A method whose first argument is an instance's id, as `answered`."""
+    return _bounded(method, is_command=False)
 
+
+def command(
+    method: Callable[Concatenate[_Self, str, _Arguments], _Answer],
+) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
+    """The same, of one that changes something."""
+    return _bounded(method, is_command=True)
+
+
+def _bounded(
+    method: Callable[Concatenate[_Self, str, _Arguments], _Answer], *, is_command: bool
+) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
     @wraps(method)
     def ask(self: _Self, instance_id: str, *args: _Arguments.args, **options: _Arguments.kwargs) -> _Answer:
-        return answered(instance_id, lambda: method(self, instance_id, *args, **options))
+        return answered(instance_id, lambda: method(self, instance_id, *args, **options), is_command=is_command)
 
     return ask  # type: ignore[return-value]  # Concatenate has no names, and callers may give one
+
+
+def _keep_busy(instance_id: str, call: Call[_Answer]) -> None:
+    with _lock:
+        _abandoned[instance_id] += 1
+    call.when_ended(lambda: _release(instance_id))
+
+
+def _release(instance_id: str) -> None:
+    with _lock:
+        _abandoned[instance_id] -= 1
+        if not _abandoned[instance_id]:
+            del _abandoned[instance_id]
+
+
+def _gone(instance_id: str) -> HypervisorGoneError:
+    message = f"the hypervisor has not answered within {TIMEOUT:g} seconds"
+    return HypervisorGoneError(instance_id, message, waited=TIMEOUT)

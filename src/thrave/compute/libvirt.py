@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from thrave.compute import guest_agent, libvirt_binding
-from thrave.compute.answering import answered, with_timeout
+from thrave.compute.answering import answered, check_awaited, command, with_timeout
 from thrave.compute.descriptions import volume_fault
 from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import Record, check_record
@@ -189,7 +189,7 @@ class LibvirtInstances:
         """What libvirt says of its domain."""
         return self.get(instance_id).state
 
-    @with_timeout
+    @command
     def request_stop(self, instance_id: str) -> None:
         """Ask the guest's agent, if it answers, else press the power button."""
         with self._changing(instance_id) as domain:
@@ -197,21 +197,23 @@ class LibvirtInstances:
             _refuse_if_gone(instance_in(sighting))
             self._ask_to_stop(domain, sighting)
 
-    @with_timeout
+    @command
     def force_stop(self, instance_id: str) -> None:
         """Destroy the domain, as libvirt calls it: its process is ended, its disks stay."""
         with self._changing(instance_id) as domain:
             instance = instance_in(self._table.look(domain))
             _refuse_if_gone(instance)
             if instance.state is not InstanceState.STOPPED:
+                check_awaited(instance_id)
                 _do(domain.destroy, unless=lambda: not domain.isActive())
 
-    @with_timeout
+    @command
     def terminate(self, instance_id: str) -> None:
         """Write down that it is not to be used any more, and ask the guest to power off."""
         with self._changing(instance_id) as domain:
             sighting = self._table.look(domain)
             was_terminated = instance_in(sighting).state in GONE
+            check_awaited(instance_id)
             self._mark_terminated(domain, instance_id, terminated=True)
             try:
                 self._ask_to_stop(domain, sighting)
@@ -219,13 +221,14 @@ class LibvirtInstances:
                 self._mark_terminated(domain, instance_id, terminated=was_terminated)
                 raise
 
-    @with_timeout
+    @command
     def start(self, instance_id: str) -> None:
         """Start the domain; one whose guest has just powered off is waited for."""
         with self._held(instance_id), self._changing(instance_id) as domain:
             _refuse_if_gone(instance_in(self._table.look(domain)))
             if self._look_when_stopped(domain).state is InstanceState.STOPPED:
                 starts = self._events.of(domain.UUIDString()).starts
+                check_awaited(instance_id)
                 _do(domain.create, unless=domain.isActive)
                 self._note_start(domain, instance_id, starts)
 
@@ -237,7 +240,7 @@ class LibvirtInstances:
             if sighting.instance_id != besides and any(is_same(volume) for volume in self._table.written_by(sighting))
         ]
 
-    @with_timeout
+    @command
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Have the guest's agent run the command."""
         with self._domain(instance_id) as domain:
@@ -245,6 +248,7 @@ class LibvirtInstances:
             _refuse_if_gone(instance_in(sighting))
             if sighting.live is None or not sighting.live.has_agent:
                 raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no agent in the guest")
+            check_awaited(instance_id)
             guest_agent.run(domain, instance_id, command)
 
     @contextmanager
@@ -324,6 +328,7 @@ class LibvirtInstances:
             return
         if (why := _HEARS_NOTHING.get(sighting.state)) is not None:
             raise IncorrectInstanceState(sighting.instance_id, f"{sighting.instance_id} is {why} {sighting.name}")
+        check_awaited(sighting.instance_id)
         starts = self._events.of(sighting.uuid).starts
         if sighting.live is not None and sighting.live.has_agent and self._agents.request_stop(domain, starts):
             return

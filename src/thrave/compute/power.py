@@ -14,6 +14,7 @@ from typing import Protocol
 import sqlalchemy as sa
 import structlog
 
+from thrave.compute.answering import is_busy
 from thrave.compute.errors import (
     IncorrectInstanceState,
     InstanceCommandFailed,
@@ -50,13 +51,15 @@ def switching(instance_id: str) -> Iterator[None]:
     what is wanted. So no start that was decided upon an older request comes after a newer one was struck out.
 
     Raises:
-        InstanceHeld: Somebody else does so just now.
+        InstanceHeld: Somebody else does so just now, or a command that was abandoned may still be carried out.
     """
     with _switching_lock:
         lock = _switching.setdefault(instance_id, threading.Lock())
     if not lock.acquire(blocking=False):
         raise InstanceHeld(instance_id)
     try:
+        if is_busy(instance_id):
+            raise InstanceHeld(instance_id)
         yield
     finally:
         lock.release()
