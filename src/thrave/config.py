@@ -315,8 +315,9 @@ class Settings(BaseModel):
     s3_timeout: float = Field(
         30.0,
         gt=0,
-        description="Seconds after which a connection on which nothing moves is cut; a request ends within twenty "
-        "times as long. In a fleet each piece of a request must be sent within half of `host_lost_after`.",
+        description="Seconds after which a connection on which nothing moves is cut; a request must be sent within "
+        "twenty times as long, and its response received within as long again. "
+        "In a fleet each piece of a request must be sent within half of `host_lost_after`.",
     )
     s3_patience: float = Field(
         120.0,

@@ -350,13 +350,39 @@ def test_wait_for_a_free_connection_ends():
         pool._put_conn(taken)
 
 
-def test_attempt_has_an_end_though_its_line_moves(monkeypatch):
+def pieces(answer, *, slow):
+    """An answer that comes in small pieces from the part of it on that has an end which is not met."""
+    headers = answer.partition(b"\r\n\r\n")[0]
+    fast = {"status": b"", "headers": headers[:-20], "body": headers + b"\r\n\r\n"}[slow]
+    rest = answer[len(fast) :]
+    return [fast] * bool(fast) + [rest[start : start + 4] for start in range(0, len(rest), 4)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "slow"),
+    [
+        (http(200, bytes(40)), "status"),
+        (http(200, bytes(40)), "headers"),
+        (http(200, bytes(40)), "body"),
+        (http(503, bytes(40)), "headers"),
+        (http(503, bytes(40)), "body"),
+        (http(200, b"1;" + b"x" * 40, Transfer_Encoding="chunked"), "body"),
+    ],
+)
+def test_attempt_has_an_end_though_its_line_moves(monkeypatch, answer, slow):
     monkeypatch.setattr(transport, "LONGEST", 1)
-    answer = http(200, bytes(20))
-    with scripted([answer[start : start + 8] for start in range(0, len(answer), 8)]) as script:
+    with scripted(pieces(answer, slow=slow)) as script:
         script.pause = 0.2
-        with pytest.raises(TransientError, match="too slow"):
+        with pytest.raises(TransientError, match=r"The line to the store .* is too slow: no end after 0\.3 s"):
             get(S3Objects(connection(script, timeout=0.3)))
+
+
+def test_tunnel_through_a_proxy_has_an_end_though_its_line_moves(monkeypatch):
+    monkeypatch.setattr(transport, "LONGEST", 1)
+    with scripted(pieces(http(200, bytes(40)), slow="headers")) as script:
+        script.pause = 0.2
+        with pytest.raises(TransientError, match=r"The line to the store .* is too slow"):
+            get(S3Objects(connection(script, endpoint="https://store.example", proxy=script.url, timeout=0.3)))
 
 
 def answer_once_and_read_no_more(listener, over):

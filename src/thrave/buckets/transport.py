@@ -3,12 +3,14 @@
 A request is sent and its response is read, complete and no longer than the caller allows. Every failure is a
 BucketError; nothing is sent twice here (`retrying.py`). No message holds a URL, a header, a body or a password.
 
-Every wait has an end: for a free connection, for a new one, for the line to move, and for the whole of a body. Whether
-the caller may still send (`attempts.py`) is checked once the connection is there, and before each piece of a body.
+Every wait has an end: for a free connection, for a new one, for the line to move, for the whole of a request's body,
+and for the whole of a response, its headers and an error's document included. Whether the caller may still send
+(`attempts.py`) is checked once the connection is there, and before each piece of a body.
 
 It is urllib3, which botocore brings, for signed requests and forms alike.
 """
 
+import io
 import re
 import socket
 import ssl
@@ -16,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from http.client import responses
+from http.client import HTTPResponse, responses
 from typing import Any
 from urllib.parse import urlsplit
 from xml.etree import ElementTree as ET
@@ -139,11 +141,12 @@ class Transport:
             view = memoryview(piece).cast("B")
             for start in range(0, view.nbytes, length):
                 check_attempt()
-                self._check_time(until)
+                if time.monotonic() > until:
+                    raise TransientError("NoResponse", 0, self._too_slow(f"the store {self._where}"))
                 yield view[start : start + length]
 
     def _read(self, answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
-        until, pieces, left = time.monotonic() + LONGEST * self._timeout, list[bytes](), limit
+        pieces, left = list[bytes](), limit
         # An empty piece is the end; there it is known whether fewer bytes came than were promised.
         while piece := answer.read1(min(_PIECE, left + 1)):
             pieces.append(piece)
@@ -151,13 +154,10 @@ class Transport:
             if left < 0:
                 words = f"The store sent more than the {limit} bytes that were asked for"
                 raise StoreError("UnexpectedResponse", 0, words)
-            self._check_time(until)
         return Answer(answer.status, answer.headers, b"".join(pieces))
 
-    def _check_time(self, until: float) -> None:
-        if time.monotonic() > until:
-            seconds = LONGEST * self._timeout
-            raise TransientError("NoResponse", 0, f"The store {self._where} is too slow: no end after {seconds:g} s")
+    def _too_slow(self, named: str) -> str:
+        return f"The line to {named} is too slow: no end after {LONGEST * self._timeout:g} s"
 
     def _refusal(self, status: int, headers: Mapping[str, str], document: bytes) -> BucketError:
         """The error of a response: S3's document, or what another server in between says."""
@@ -210,6 +210,7 @@ class Transport:
         unreachable = "ProxyUnreachable" if proxied else "ConnectionRefused"
         # The first of these that the error stands for says what has happened.
         for types, kind, code, message in (
+            (_SlowResponseError, TransientError, "NoResponse", self._too_slow(named)),
             (socket.gaierror, UnreachableError, "NameNotResolved", f"The host name of {named} does not resolve"),
             (NewConnectionError, UnreachableError, unreachable, f"Cannot connect to {named}: {reason}"),
             (EmptyPoolError, NoConnectionError, "NoConnection", f"No connection to {named} was free for {seconds}"),
@@ -256,8 +257,47 @@ def _pool(connection: StoreConnection, proxy: Proxy | None) -> urllib3.PoolManag
     return pool
 
 
+class _SlowResponseError(TimeoutError):
+    """A response was not complete in time, though its bytes kept coming."""
+
+
+class _TimedBytes(io.RawIOBase):
+    """The bytes of one response, which must all come within `LONGEST` times the timeout of the socket.
+
+    The socket's own timeout is one for each read: a server that sends a byte now and then would never meet it.
+    """
+
+    def __init__(self, received: io.RawIOBase, timeout: float) -> None:
+        self._received = received
+        self._until = time.monotonic() + LONGEST * timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 (as the base class)
+        if time.monotonic() > self._until:
+            raise _SlowResponseError
+        return self._received.readinto(buffer)
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
+class _TimedResponse(HTTPResponse):
+    """Reads everything of a response in time: its first line, headers, body and trailers; a proxy's to CONNECT too."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:  # noqa: ANN401 (as the base class)
+        super().__init__(sock, *args, **options)
+        timeout = sock.gettimeout()
+        if timeout is not None:
+            self.fp = io.BufferedReader(_TimedBytes(self.fp.detach(), timeout))
+
+
 class _CheckedConnection(HTTPConnection):
     """Checks, when the connection is there and before the first byte of a request, whether it may be sent."""
+
+    response_class = _TimedResponse
 
     def request(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 (as urllib3's own)
         if self.is_closed:
