@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from thrave.config import Settings, SettingsError, load_settings
+from thrave.tasks.lease import Lease
 
 SECRET = "hunter2-hunter2"
 FLEET = {"database_url": "postgresql://thrave@db.example/thrave"}
@@ -135,6 +136,26 @@ def test_usable_times_are_accepted(settings):
     accepted = load_settings(None, **settings)
     assert accepted.s3_patience < accepted.stall_timeout
     assert accepted.s3_patience <= Settings().s3_patience
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"heartbeat": 15.0},
+        {"heartbeat": 15.0, "s3_timeout": 30.0},
+        {"heartbeat": 0.5, "host_lost_after": 2.0},
+        {"heartbeat": 0.5, "host_lost_after": 3.0},
+        {"heartbeat": 150.0, "host_lost_after": 600.0, "s3_timeout": 300.0},
+    ],
+)
+def test_one_lost_heartbeat_stops_no_upload(settings):
+    """After a heartbeat that was accepted a piece may still be sent when the second one after it is due."""
+    accepted = load_settings(None, **FLEET, **settings)
+    now = 0.0
+    lease = Lease(accepted.host_lost_after, lambda: now)
+    now = 2 * accepted.heartbeat
+    lease.check(accepted.s3_send_timeout)
 
 
 def test_command_line_precedes_environment_precedes_file(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ _MOST = {"days": 36_500, "second": 10**9, "burst": 10**9}
 """Of numbers whose setting's name ends with that word."""
 
 _HEARTBEATS = 4
-"""Heartbeats in `host_lost_after`: a few may be late or lost without a host counting as lost."""
+"""Heartbeats in `host_lost_after`: one may be late or lost. The host does not count as lost, and goes on to upload."""
 
 _CHECKS_OF_A_TASK = 16  # requests at the same time that look at its objects or delete them
 _CONNECTIONS_OF_THE_SERVICE = 32  # to the store: cleanup, and the bucket of a task that a client asks for
@@ -317,7 +317,7 @@ class Settings(BaseModel):
         gt=0,
         description="Seconds after which a connection on which nothing moves is cut; a request must be sent within "
         "twenty times as long, and its response received within as long again. "
-        "In a fleet each piece of a request must be sent within half of `host_lost_after`.",
+        "In a fleet each piece of a request must be sent within a third of `host_lost_after`.",
     )
     s3_patience: float = Field(
         120.0,
@@ -387,8 +387,10 @@ class Settings(BaseModel):
         """Seconds for a connection, and for each piece of a request: in a fleet they end before the host's lease does.
 
         A response may take `s3_timeout`: nothing is written while it is awaited.
+
+        Of the lease (`tasks/lease.py`) enough remains for two heartbeats: one that is lost stops no upload.
         """
-        return self.s3_timeout if self.database_url is None else min(self.s3_timeout, self.host_lost_after / 2)
+        return self.s3_timeout if self.database_url is None else min(self.s3_timeout, self.host_lost_after / 3)
 
     @property
     def database(self) -> str:
