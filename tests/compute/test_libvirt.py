@@ -32,6 +32,7 @@ from thrave.compute.instances import Frozen
 from thrave.compute.libvirt import LibvirtInstances
 from thrave.compute.power import _HELD_LOOK_AGAIN, PowerRequests, switching
 from thrave.compute.power_records import PowerAction
+from thrave.compute.start_check import start_allowed_by
 
 pytestmark = pytest.mark.libvirt
 
@@ -247,6 +248,24 @@ def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instan
     eventually(lambda: answering.is_busy(instance_id), wanted=False)
     assert instances.state(instance_id) is InstanceState.STOPPED
     assert requests._work(instance_id).attempt() == 0.0, "the request is finished"
+
+
+@pytest.mark.parametrize("act", ["start", "request_stop", "force_stop", "terminate"])
+def test_no_command_is_given_by_who_may_give_none_any_more(instances, instance_id, act):
+    if act == "start":
+        instances.request_stop(instance_id)
+    before = instances.state(instance_id)
+
+    checks = []
+
+    def refuse():
+        checks.append(act)
+        if len(checks) > 1:  # it was allowed when it was begun
+            raise PermissionError
+
+    with start_allowed_by(refuse), pytest.raises(PermissionError):
+        getattr(instances, act)(instance_id)
+    assert instances.state(instance_id) is before
 
 
 def fails(check):

@@ -46,7 +46,7 @@ def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method,
     merged, checks = [], iter([error, error, None])
 
     class Merging:
-        def __init__(self, _instances, _records, task):
+        def __init__(self, _instances, _records, task, *, check):
             self._task = task
 
         def merge_within(self, _seconds):

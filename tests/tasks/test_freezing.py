@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from support.storing import Bench, directory
+from thrave.compute.answering import check_command
 from thrave.compute.errors import HypervisorError
 from thrave.compute.instance import VolumeFile
 from thrave.compute.instances import Frozen
 from thrave.compute.pausing import report_progress
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.freezing import Freezer
+from thrave.tasks.lease import Lease, LeaseExpiredError
 
 FROZEN = Frozen(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
 
@@ -72,3 +74,31 @@ def test_a_merge_over_which_the_hypervisor_hangs_is_abandoned(bench, monkeypatch
     with pytest.raises(HypervisorError, match="is not merged after 0 seconds"):
         freezer(bench, lambda *_: hangs.wait(60)).merge_within(0.1)
     hangs.set()
+
+
+@pytest.mark.parametrize("act", ["freeze", "merge", "merge_within"])
+def test_each_command_for_an_overlay_is_checked(bench, act):
+    given = []
+
+    def command(instance_id, _frozen, _pause=None):
+        check_command(instance_id)
+        given.append(instance_id)
+
+    instances = SimpleNamespace(overlays=SimpleNamespace(merge=command, freeze=command))
+    task, now = bench.records.get(bench.bundle_id), [0.0]
+    lease = Lease(10.0, clock=lambda: now[0])
+    lease.renewed(0.0)
+    freezer = Freezer(instances, bench.records, task, check=lease.check)
+    does = {
+        "freeze": freezer.freeze,
+        "merge": lambda: freezer.merge(lambda _seconds: None),
+        "merge_within": lambda: freezer.merge_within(60),
+    }[act]
+    now[0] = 9.5
+    with pytest.raises(LeaseExpiredError):
+        does()
+    assert given == []
+    assert bench.records.frozen(bench.bundle_id) == FROZEN
+    lease.renewed(9.0)
+    does()
+    assert given == [task.instance_id]

@@ -1,17 +1,22 @@
 """Questions and commands to a hypervisor that have a timeout: libvirt has none for what it asks a QEMU that hangs.
 
 A thread that waits for libvirt cannot be interrupted. Once its caller has given up, it gives no command that it has not
-given yet (`check_awaited`), and the instance counts as busy until the thread has ended (`is_busy`): its command may
+given yet (`check_command`), and the instance counts as busy until the thread has ended (`is_busy`): its command may
 still be carried out.
+
+A command may come minutes after it was decided upon. So a driver checks right before it gives one whether this process
+still may (`start_check.py`): another host may have the instance by then.
 """
 
 import threading
 from collections import Counter
 from collections.abc import Callable
-from functools import wraps
+from contextvars import ContextVar, copy_context
+from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from thrave.compute.errors import HypervisorGoneError
+from thrave.compute.start_check import check_start
 from thrave.concurrency import Call, CallTimeoutError
 
 TIMEOUT = 120.0  # seconds; a start may wait a minute for a guest that has just powered off
@@ -19,13 +24,13 @@ _Self = TypeVar("_Self")
 _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
 
-_this_thread = threading.local()
+_given_up: ContextVar[threading.Event | None] = ContextVar("given_up", default=None)
 _abandoned: Counter[str] = Counter()  # commands by instance id
 _lock = threading.Lock()
 
 
 def answered(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool = False) -> _Answer:
-    """Ask in a thread of its own, and wait `TIMEOUT` seconds for the answer.
+    """Ask in a thread of its own, with the context variables of this one, and wait `TIMEOUT` seconds for the answer.
 
     Args:
         instance_id: The instance.
@@ -39,10 +44,10 @@ def answered(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool =
     given_up = threading.Event()
 
     def ask_here() -> _Answer:
-        _this_thread.given_up = given_up
+        _given_up.set(given_up)
         return ask()
 
-    call = Call(f"ask {instance_id}", ask_here)
+    call = Call(f"ask {instance_id}", partial(copy_context().run, ask_here))
     try:
         return call.result(TIMEOUT)
     except CallTimeoutError:
@@ -52,11 +57,17 @@ def answered(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool =
         raise _gone(instance_id) from None
 
 
-def check_awaited(instance_id: str) -> None:
-    """Check before a command that the caller still waits for it. Raises HypervisorGoneError."""
-    given_up: threading.Event | None = getattr(_this_thread, "given_up", None)
+def check_command(instance_id: str) -> None:
+    """Check right before a command that it may be given.
+
+    Raises:
+        HypervisorGoneError: The caller does not wait for it any more.
+        Exception: What the check of `start_allowed_by` raises.
+    """
+    given_up = _given_up.get()
     if given_up is not None and given_up.is_set():
         raise _gone(instance_id)
+    check_start()
 
 
 def is_busy(instance_id: str) -> bool:

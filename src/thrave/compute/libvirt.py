@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from thrave.compute import guest_agent, libvirt_binding
-from thrave.compute.answering import answered, check_awaited, command, with_timeout
+from thrave.compute.answering import answered, check_command, command, with_timeout
 from thrave.compute.descriptions import volume_fault
 from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import Record, check_record
@@ -204,7 +204,7 @@ class LibvirtInstances:
             instance = instance_in(self._table.look(domain))
             _refuse_if_gone(instance)
             if instance.state is not InstanceState.STOPPED:
-                check_awaited(instance_id)
+                check_command(instance_id)
                 _do(domain.destroy, unless=lambda: not domain.isActive())
 
     @command
@@ -213,7 +213,7 @@ class LibvirtInstances:
         with self._changing(instance_id) as domain:
             sighting = self._table.look(domain)
             was_terminated = instance_in(sighting).state in GONE
-            check_awaited(instance_id)
+            check_command(instance_id)
             self._mark_terminated(domain, instance_id, terminated=True)
             try:
                 self._ask_to_stop(domain, sighting)
@@ -228,7 +228,7 @@ class LibvirtInstances:
             _refuse_if_gone(instance_in(self._table.look(domain)))
             if self._look_when_stopped(domain).state is InstanceState.STOPPED:
                 starts = self._events.of(domain.UUIDString()).starts
-                check_awaited(instance_id)
+                check_command(instance_id)
                 _do(domain.create, unless=domain.isActive)
                 self._note_start(domain, instance_id, starts)
 
@@ -248,7 +248,7 @@ class LibvirtInstances:
             _refuse_if_gone(instance_in(sighting))
             if sighting.live is None or not sighting.live.has_agent:
                 raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no agent in the guest")
-            check_awaited(instance_id)
+            check_command(instance_id)
             guest_agent.run(domain, instance_id, command)
 
     @contextmanager
@@ -328,7 +328,7 @@ class LibvirtInstances:
             return
         if (why := _HEARS_NOTHING.get(sighting.state)) is not None:
             raise IncorrectInstanceState(sighting.instance_id, f"{sighting.instance_id} is {why} {sighting.name}")
-        check_awaited(sighting.instance_id)
+        check_command(sighting.instance_id)
         starts = self._events.of(sighting.uuid).starts
         if sighting.live is not None and sighting.live.has_agent and self._agents.request_stop(domain, starts):
             return

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from thrave.compute import overlay_files
-from thrave.compute.answering import answered, with_timeout
+from thrave.compute.answering import answered, check_command, command, with_timeout
 from thrave.compute.domain_edits import Image, with_overlay, without_overlay
 from thrave.compute.domain_metadata import FrozenRoot
 from thrave.compute.domain_records import record_of, understood
@@ -70,7 +70,7 @@ class LibvirtOverlays:
                 raise OverlayImpossible(instance_id, f"its root disk {root.target} can have no overlay: {reason}")
             return Frozen(volume, overlay)
 
-    @with_timeout
+    @command
     def freeze(self, instance_id: str, frozen: Frozen) -> None:
         """Make the overlay, then change the definition. One that is on its overlay already is left alone."""
         with self._host.held(instance_id), self._host.hypervisor.asked(instance_id) as connection:
@@ -83,6 +83,7 @@ class LibvirtOverlays:
             if config.disk is None or config.stand is not Stand.VOLUME:
                 raise HypervisorError(instance_id, f"its root disk is on {config.stand}, not on {frozen.volume.path}")
             self._make_way_for(instance_id, frozen)
+            check_command(instance_id)
             overlay_files.create(instance_id, frozen.overlay, _volume(frozen))
             self._put_on(connection, domain, instance_id, config.disk, frozen)
             _, live, _ = self._host.look(domain, frozen.volume.path, frozen.overlay)
@@ -147,6 +148,7 @@ class LibvirtOverlays:
                 volume=_volume(frozen),
                 overlay=Image(frozen.overlay, "qcow2"),
             )
+            check_command(instance_id)
             connection.defineXML(changed)
         overlay_files.settle_definitions()
 
@@ -155,6 +157,7 @@ class LibvirtOverlays:
             record = record_of(domain, instance_id)
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
             unfrozen = record and replace(record, frozen=None)
+            check_command(instance_id)
             connection.defineXML(without_overlay(xml, disk.target, unfrozen, volume=_volume(frozen)))
         overlay_files.remove(instance_id, frozen.overlay)
 

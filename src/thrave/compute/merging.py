@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thrave.compute import libvirt_binding, overlay_files
+from thrave.compute.answering import check_command
 from thrave.compute.domain_edits import Image, without_overlay
 from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import FrozenRoot, Record
@@ -92,6 +93,7 @@ class Merging:
         Raises:
             HypervisorError: It cannot be taken; also if the domain has gone on or off since it was looked at.
         """
+        check_command(self._instance_id)
         try:
             with self._host.hypervisor.asked(self._instance_id) as connection:
                 return self._step(connection, self._host.table.find(connection, self._instance_id))
@@ -124,6 +126,7 @@ class Merging:
                 raise HypervisorError(
                     self._instance_id, f"the block commit of {disk.target} has failed: libvirt's log says why"
                 )
+            check_command(self._instance_id)
             domain.blockCommit(disk.target, None, None, 0, Commit.ACTIVE | Commit.SHALLOW)
             self._job_of_start = starts
             report_progress(self._pause)
@@ -131,6 +134,7 @@ class Merging:
             raise HypervisorError(self._instance_id, f"{disk.target} is being copied by somebody else's block job")
         elif disk.mirror.ready:
             with self._standing_still(domain, sighting):
+                check_command(self._instance_id)
                 domain.blockJobAbort(disk.target, JobAbort.PIVOT)
                 overlay_files.move(self._instance_id, self._overlay, self._committed)
             self._is_merged = True
@@ -184,6 +188,7 @@ class Merging:
             )
         with self._host.held(self._instance_id):
             if self._is_there(self._overlay):
+                check_command(self._instance_id)
                 overlay_files.commit(self._instance_id, self._overlay, self._pause)
                 overlay_files.move(self._instance_id, self._overlay, self._committed)
             elif not self._is_there(self._committed):
@@ -197,6 +202,7 @@ class Merging:
             self._is_merged = True
 
     def _commit_files(self) -> bool:
+        check_command(self._instance_id)
         if self._is_there(self._overlay):
             overlay_files.commit(self._instance_id, self._overlay, self._pause)
         self._remove()
@@ -206,11 +212,13 @@ class Merging:
         """Have the domain start from the volume the next time."""
         with self._host.records.alone(self._instance_id), understood(domain, self._instance_id):
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
+            check_command(self._instance_id)
             connection.defineXML(without_overlay(xml, disk.target, None, volume=self._volume))
         overlay_files.settle_definitions()
 
     def _clean_up(self, domain: Domain, sighting: Sighting) -> None:
         """Remove the overlay, then what is said of it: so nothing is left of it when nothing says so any more."""
+        check_command(self._instance_id)
         frozen = None if sighting.record is None else sighting.record.frozen
         if self._is_merged or _is(frozen, self._overlay) or not self._is_there(self._overlay):
             self._remove()

@@ -127,7 +127,7 @@ class Bundling:
             when_late=host.shutdown_timeout_action,
             check=host.lease.check,
         )
-        self._freezer = Freezer(host.instances, records, task, stall_timeout=host.stall_timeout)
+        self._freezer = Freezer(host.instances, records, task, stall_timeout=host.stall_timeout, check=host.lease.check)
         self._journal = records.journal(task.bundle_id)
         self._steps: dict[Step, Callable[[], object]] = {
             Step.STOP: self.stop,

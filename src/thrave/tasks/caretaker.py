@@ -144,7 +144,7 @@ class Caretaker:
             log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
             self._records.check_mine(task.bundle_id)
             self._check()
-            Freezer(self._instances, self._records, task).merge_within(MERGE_SECONDS)
+            Freezer(self._instances, self._records, task, check=self._check).merge_within(MERGE_SECONDS)
         except Exception as error:  # noqa: BLE001 (whatever it is about one instance, the others are not left)
             self._merges.failed(task.bundle_id)
             log.warning("an overlay cannot be merged", instance_id=task.instance_id, reason=str(error))

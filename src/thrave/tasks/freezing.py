@@ -14,6 +14,7 @@ from thrave.compute.errors import HypervisorError, OverlayImpossible
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Frozen, Instances, Overlays
 from thrave.compute.pausing import ProgressPause
+from thrave.compute.start_check import start_allowed_by
 from thrave.concurrency import Call, CallTimeoutError
 from thrave.tasks.crash_points import durable
 from thrave.tasks.patience import patiently
@@ -30,13 +31,23 @@ class Freezer:
     """Freezes the root volume of a task's instance, and thaws it."""
 
     def __init__(
-        self, instances: Instances, records: Records, task: BundleTask, *, stall_timeout: float = STALL_TIMEOUT
+        self,
+        instances: Instances,
+        records: Records,
+        task: BundleTask,
+        *,
+        stall_timeout: float = STALL_TIMEOUT,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Freeze the root volume of the task's instance; a merge may stand still for `stall_timeout` seconds."""
+        """Freeze the root volume of the task's instance; a merge may stand still for `stall_timeout` seconds.
+
+        `check` is called before each command to the hypervisor, and raises if this process may not give any.
+        """
         self._instances = instances
         self._records = records
         self._task = task
         self._stall_timeout = stall_timeout
+        self._check = check
 
     @property
     def frozen(self) -> Frozen | None:
@@ -47,7 +58,7 @@ class Freezer:
         """Put an overlay over the root volume of the instance, which is off; if it can have none, tell its owner."""
         frozen = self.frozen or self._plan()
         if frozen is not None:
-            with durable("root volume frozen"):
+            with durable("root volume frozen"), start_allowed_by(self._check):
                 self._overlays.freeze(self._task.instance_id, frozen)
 
     @contextmanager
@@ -70,7 +81,7 @@ class Freezer:
             Exception: What `pause` raises; what was begun may go on by itself.
         """
         for bundle_id, frozen in self._records.frozen_of(self._task.instance_id):
-            with durable("overlay merged"):
+            with durable("overlay merged"), start_allowed_by(self._check):
                 pause_while_moving = ProgressPause(self._task.instance_id, pause, self._stall_timeout)
                 self._overlays.merge(self._task.instance_id, frozen, pause_while_moving)
             self._records.note_frozen(bundle_id, None)

@@ -1,0 +1,110 @@
+"""Whether a command may still be given is checked right before each, however long libvirt took for the one before."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+
+from thrave.compute import libvirt_overlays, merging, overlay_files
+from thrave.compute.domains import instance_id_of
+from thrave.compute.instance import VolumeFile
+from thrave.compute.instances import Frozen
+from thrave.compute.libvirt_overlays import LibvirtOverlays
+from thrave.compute.merging import Merging
+from thrave.compute.overlay_steps import Stand, Standing
+from thrave.compute.start_check import start_allowed_by
+
+INSTANCE = instance_id_of("00000000-0000-0000-0000-000000000001")
+FROZEN = Frozen(VolumeFile(path=Path("/vm/root.raw")), Path("/vm/root.overlay"))
+OUT = Standing(Stand.NOWHERE, None)
+
+
+class TooLateError(Exception):
+    """This process may give no command any more."""
+
+
+def on(stand, **mirror):
+    disk = SimpleNamespace(target="vda", mirror=SimpleNamespace(**mirror) if mirror else None)
+    return Standing(stand, disk)
+
+
+class Host:
+    """Notes which commands are given, and which checks are made; the check fails from the nth on."""
+
+    def __init__(self, monkeypatch, live, config, allowed):
+        self.done, self.allowed = [], allowed
+        self.domain, self.connection = MagicMock(), MagicMock()
+        self.domain.hasManagedSaveImage.return_value = False
+        self.domain.isActive.return_value = False
+        for name in ("blockCommit", "blockJobAbort"):
+            getattr(self.domain, name).side_effect = self.command(name)
+        self.connection.defineXML.side_effect = self.command("defineXML")
+        for name in ("commit", "create"):
+            monkeypatch.setattr(overlay_files, name, self.command(name))
+        for name in ("move", "remove", "settle_definitions"):
+            monkeypatch.setattr(overlay_files, name, lambda *_: None)
+        monkeypatch.setattr(overlay_files, "is_there", lambda *_: True)
+        monkeypatch.setattr(overlay_files, "is_empty", lambda *_: True)
+        for module in (merging, libvirt_overlays):
+            monkeypatch.setattr(module, "without_overlay", MagicMock())
+        monkeypatch.setattr(libvirt_overlays, "with_overlay", MagicMock())
+        monkeypatch.setattr(libvirt_overlays, "record_of", lambda *_: None)
+        sighting = SimpleNamespace(uuid="uuid", record=None)
+        self.host = SimpleNamespace(
+            hypervisor=SimpleNamespace(asked=self.asked),
+            events=MagicMock(),
+            table=SimpleNamespace(find=lambda *_: self.domain),
+            records=MagicMock(),
+            held=MagicMock(),
+            look=lambda *_: (sighting, live, config),
+        )
+
+    @contextmanager
+    def asked(self, _instance_id):
+        yield self.connection
+
+    def command(self, name):
+        return lambda *_: self.done.append(name)
+
+    def check(self):
+        if self.done.count("check") == self.allowed:
+            raise TooLateError
+        self.done.append("check")
+
+
+MERGES = [
+    (on(Stand.OVERLAY), on(Stand.OVERLAY), ["blockCommit"]),
+    (on(Stand.OVERLAY, job="active-commit", ready=True), on(Stand.OVERLAY), ["blockJobAbort"]),
+    (OUT, on(Stand.OVERLAY), ["commit", "defineXML"]),
+    (on(Stand.VOLUME), on(Stand.OVERLAY), ["defineXML"]),
+    (OUT, OUT, ["commit"]),
+]
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3, 4, 99])
+@pytest.mark.parametrize(("live", "config", "commands"), MERGES, ids=lambda value: str(value)[:30])
+def test_each_command_of_a_merge_is_checked(monkeypatch, live, config, commands, allowed):
+    host = Host(monkeypatch, live, config, allowed)
+    checked(host, commands, lambda: Merging(host.host, INSTANCE, FROZEN, lambda _seconds: None).step())
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 99])
+def test_each_command_of_a_freeze_is_checked_also_in_the_thread_that_asks(monkeypatch, allowed):
+    host = Host(monkeypatch, OUT, on(Stand.VOLUME), allowed)
+    checked(host, ["create", "defineXML"], lambda: LibvirtOverlays(host.host).freeze(INSTANCE, FROZEN))
+
+
+def checked(host, commands, act):
+    """Do it, and see that nothing is done after a check that fails, and each command right after one that does not."""
+    try:
+        with start_allowed_by(host.check):
+            act()
+    except TooLateError:
+        assert host.done.count("check") == host.allowed
+    else:
+        assert [one for one in host.done if one != "check"] == commands
+    assert host.done[:1] in ([], ["check"])
+    for before, command in zip(host.done, host.done[1:], strict=False):
+        assert command == "check" or before == "check"
