@@ -12,6 +12,7 @@ import pytest
 from support.inventories import Commands, Domains, Files
 from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import InstanceState
+from thrave.compute.start_check import start_allowed_by
 
 NO_IDS = [
     "",
@@ -230,3 +231,23 @@ def test_removing_forgets_the_instance_and_leaves_its_volume(inventory, instance
     inventory.remove(instance_id)
     assert instances.list() == []
     assert disk.exists()
+
+
+class NotAllowedError(Exception):
+    """Somebody else may have started the instance."""
+
+
+def test_whether_it_may_be_started_is_checked_again_right_before(instances, instance_id):
+    instances.request_stop(instance_id)
+    answers = [None]
+
+    def check():
+        if not answers:
+            raise NotAllowedError
+        answers.pop()
+
+    with pytest.raises(NotAllowedError), start_allowed_by(check):
+        instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+    instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING

@@ -21,6 +21,7 @@ from thrave.compute.errors import (
 from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import InstanceState, OffReason, VolumeFile
 from thrave.compute.locks import locked
+from thrave.compute.start_check import start_allowed_by
 
 ID = "i-0123456789abcdef0"
 
@@ -243,3 +244,10 @@ def test_a_start_that_has_certainly_failed_leaves_the_instance_as_it_was(root, a
         DirectoryInstances(root, command_seconds=0.5 if command[0] == "sleep" else 20.0).start(instance_id)
     found = instances.get(instance_id)
     assert (found.state, found.off_reason) == (state, OffReason.CRASHED if state is InstanceState.STOPPED else None)
+
+
+def test_a_start_that_was_not_allowed_in_the_end_leaves_the_instance_as_it_was(instances, added):
+    instance_id, answers = added(state="stopped", start_command=("false",)), [None]
+    with pytest.raises(IndexError), start_allowed_by(answers.pop):
+        instances.start(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED

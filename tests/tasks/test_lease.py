@@ -1,7 +1,11 @@
 """The lease of a process, measured by its own clock."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
+from thrave.tasks import lease as lease_module
 from thrave.tasks.lease import Lease, LeaseExpiredError
 
 
@@ -57,3 +61,15 @@ def test_lease_on_one_machine_never_ends():
     lease = Lease(None, clock)
     clock.now += 1e9
     lease.check(1e9)
+
+
+def test_time_in_which_the_machine_was_suspended_counts(monkeypatch):
+    clocks = {time.CLOCK_BOOTTIME: 100.0, time.CLOCK_MONOTONIC: 100.0}
+    monkeypatch.setattr(
+        lease_module, "time", SimpleNamespace(clock_gettime=clocks.get, monotonic=lambda: clocks[time.CLOCK_MONOTONIC])
+    )
+    lease = Lease(60.0)
+    lease.check()
+    clocks[time.CLOCK_BOOTTIME] += 100.0
+    with pytest.raises(LeaseExpiredError):
+        lease.check()

@@ -6,6 +6,7 @@ checked is that a volume is never read while its machine runs, and the state tha
 
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,14 @@ from hypothesis.stateful import (
 from structlog.testing import capture_logs
 
 from thrave.compute import power_records
-from thrave.compute.errors import HypervisorGoneError, InstanceError, InstanceHeld, RootVolumeInUse, StateChangedError
+from thrave.compute.errors import (
+    HypervisorGoneError,
+    IncorrectInstanceState,
+    InstanceError,
+    InstanceHeld,
+    RootVolumeInUse,
+    StateChangedError,
+)
 from thrave.compute.instance import GONE, InstanceState, VolumeFile
 from thrave.compute.instances import Frozen
 from thrave.compute.power import UP, _Work
@@ -42,6 +50,7 @@ from thrave.database import (
 )
 from thrave.tasks.caretaker import Caretaker
 from thrave.tasks.failures import Cancelled, TaskFailure
+from thrave.tasks.fence import RightLostError
 from thrave.tasks.lease import LeaseExpiredError
 from thrave.tasks.power import PowerSwitch
 from thrave.tasks.records import Records
@@ -542,3 +551,42 @@ def test_a_host_that_has_lost_an_instance_changes_nothing_of_its_power(engine, l
     assert PowerRecords(engine).get(INSTANCE) == record
     assert power.get(INSTANCE).request is None
     assert not power.to_do()
+
+
+@pytest.mark.parametrize("act", ["off", "cut", "sysprep", "restore"])
+def test_a_task_that_another_host_has_gives_no_command(records, monkeypatch, act):
+    def lost(bundle_id):
+        raise RightLostError(bundle_id)
+
+    hypervisor = Hypervisor(on=act != "restore", started=lambda: None)
+    records.note_power_state("bun-1", running=True)
+    monkeypatch.setattr(records, "check_mine", lost)
+    switch = PowerSwitch(
+        hypervisor, records, records.get("bun-1"), grace=-1 if act == "cut" else GRACE, when_late="power-off"
+    )
+    acts = {
+        "restore": switch.restore,
+        "sysprep": lambda: switch.sysprep(Watching(hypervisor), ["sysprep"]),
+    }
+    with pytest.raises(RightLostError):
+        acts.get(act, lambda: switch.off(Watching(hypervisor)))()
+    assert hypervisor.on is (act != "restore")
+    assert not hypervisor.pressed
+
+
+@pytest.mark.parametrize("command", ["request_stop", "force_stop", "request_sysprep"])
+def test_an_instance_that_is_terminated_right_before_a_command_is_why_its_task_fails(records, command):
+    hypervisor = Hypervisor(on=True, started=lambda: None)
+    records.note_power_state("bun-1", running=True)
+
+    def terminated(instance_id, *_arguments):
+        hypervisor.terminated = True
+        raise IncorrectInstanceState(instance_id, "it is shutting-down")
+
+    setattr(hypervisor, command, terminated)
+    grace = -1 if command == "force_stop" else GRACE
+    switch = PowerSwitch(hypervisor, records, records.get("bun-1"), grace=grace, when_late="power-off")
+    act = partial(switch.sysprep, command=["sysprep"]) if command == "request_sysprep" else switch.off
+    with pytest.raises(TaskFailure) as caught:
+        act(Watching(hypervisor))
+    assert caught.value.code == "Client.InstanceTerminated"

@@ -27,6 +27,7 @@ from thrave.compute.errors import (
 from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
 from thrave.compute.instances import Hold
+from thrave.compute.start_check import check_start
 from thrave.compute.stopping import PATIENCE, StopCommand, StopCommands
 from thrave.programs import ProgramNotStartedError
 
@@ -144,7 +145,7 @@ class DirectoryInstances:
             self._stops.abandon(instance_id)
             description = self._look_when_stopped(instance_id)
             if not _is_up(description):
-                with self._pending(description):
+                with self._starting(description):
                     self._run_start(description)
                 try:
                     self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
@@ -280,24 +281,33 @@ class DirectoryInstances:
             )
 
     @contextmanager
-    def _pending(self, before: Description) -> Iterator[None]:
-        """Have the file say `pending` for as long as the startCommand may have started the machine.
+    def _starting(self, before: Description) -> Iterator[None]:
+        """Check that it may be started; have the file say `pending` while the startCommand may have done so.
 
         Without a stateCommand the file alone tells whether the volume may be read. If it went on to say `stopped`, and
         this process died after the machine had started, a running machine's volume would be read.
         """
         if before.state_command or not before.start_command:
+            check_start()
             yield
             return
         self._folder.change(before.instance_id, InstanceState.PENDING)
         try:
+            check_start()
+        except BaseException:
+            self._undo_pending(before)
+            raise
+        try:
             yield
         except InstanceCommandFailed as error:
             if _has_done_nothing(error):
-                with suppress(StateChangedError):
-                    pending = replace(before, state=InstanceState.PENDING)
-                    self._folder.change(before.instance_id, before.state, seen=pending, off_reason=before.off_reason)
+                self._undo_pending(before)
             raise
+
+    def _undo_pending(self, before: Description) -> None:
+        pending = replace(before, state=InstanceState.PENDING)
+        with suppress(StateChangedError):
+            self._folder.change(before.instance_id, before.state, seen=pending, off_reason=before.off_reason)
 
     def _run_start(self, description: Description) -> None:
         instance_id = description.instance_id

@@ -26,6 +26,7 @@ from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.pausing import RunningTime
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
+from thrave.compute.start_check import start_allowed_by
 from thrave.concurrency import supervised
 
 ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
@@ -332,10 +333,11 @@ class _Work:
         return state is InstanceState.STOPPED or (state is InstanceState.STOPPING and is_late)
 
     def _start(self, record: PowerRecord) -> float | None:
-        if (record.asked or record.request is PowerAction.REBOOT) and not self._records.note_off(record):
+        # Written in any case: it proves that the instance is still this host's.
+        if not self._records.note_off(record):
             return 0.0
-        self._check()
-        self._instances.start(self._instance_id)
+        with start_allowed_by(self._check):
+            self._instances.start(self._instance_id)
         return self._finish(record)
 
     def _await_start(self, record: PowerRecord, state: InstanceState) -> float | None:

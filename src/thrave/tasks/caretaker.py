@@ -17,6 +17,7 @@ from thrave.compute.errors import InstanceHeld, InstanceNotFound
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.instances import Instances
 from thrave.compute.power import TO_START, switching
+from thrave.compute.start_check import start_allowed_by
 from thrave.concurrency import Background, NoThreadError, supervised
 from thrave.tasks.crash_points import durable
 from thrave.tasks.freezing import Freezer
@@ -153,7 +154,10 @@ class Caretaker:
 
     def _start(self, task: BundleTask) -> None:
         log.info("an instance is off after its task has ended", instance_id=task.instance_id)
-        self._records.check_mine(task.bundle_id)
-        self._check()
-        with durable("instance started"):
+
+        def check() -> None:
+            self._records.check_mine(task.bundle_id)
+            self._check()
+
+        with start_allowed_by(check), durable("instance started"):
             self._instances.start(task.instance_id)

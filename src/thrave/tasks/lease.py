@@ -13,6 +13,14 @@ MARGIN = 0.1
 """Part of the lease that is not used: clocks of two machines do not run at exactly the same speed."""
 
 
+# Linux's CLOCK_MONOTONIC stands still while the machine is suspended, and the lease does not.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def _seconds_since_boot() -> float:
+    return time.clock_gettime(_CLOCK)
+
+
 class LeaseExpiredError(Exception):
     """Another host may have adopted this host's tasks. Passes as soon as the database accepts a heartbeat."""
 
@@ -26,10 +34,10 @@ class Lease:
     Args:
         seconds: How long a heartbeat is good for (`host_lost_after`); None: for ever, since no other process can take
             over (one machine on SQLite, where the data directory is locked).
-        clock: Seconds of a monotonic clock.
+        clock: Seconds of a monotonic clock that goes on while the machine is suspended.
     """
 
-    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = _seconds_since_boot) -> None:
         self._usable = float("inf") if seconds is None else seconds * (1 - MARGIN)
         self._clock = clock
         self._renewed = clock()

@@ -15,11 +15,12 @@ from typing import Literal
 
 import structlog
 
-from thrave.compute.errors import InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import IncorrectInstanceState, InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.instances import Hold, Instances
 from thrave.compute.power import TO_START, UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
+from thrave.compute.start_check import start_allowed_by
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure, may_pass
 from thrave.tasks.freezing import CHECK_PATIENCE
@@ -93,8 +94,8 @@ class PowerSwitch:
         if _is_off(self._instances.state(self._task.instance_id)):
             return
         self._look_after()
-        self._check()
-        with durable("sysprep sent"):
+        self._check_right()
+        with self._unless_terminated(), durable("sysprep sent"):
             self._instances.request_sysprep(self._task.instance_id, command)
         self._off(watch, ask=lambda _instance_id: None)  # a request to power off would cut it short
 
@@ -197,8 +198,7 @@ class PowerSwitch:
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
         if state in TO_START and is_wanted_on and (is_borrowed or self._has_lost_power()):
-            self._check()
-            with durable("instance started"):
+            with start_allowed_by(self._check_right), durable("instance started"):
                 self._instances.start(instance_id)
             self._records.give_back(bundle_id, seen_off=instance_id)
             return
@@ -227,8 +227,7 @@ class PowerSwitch:
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         try:
-            with switching(instance_id):
-                (check or self._check)()
+            with switching(instance_id), start_allowed_by(check or self._check):
                 self._instances.start(instance_id)
         except InstanceHeld as error:  # it was not touched
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
@@ -242,19 +241,36 @@ class PowerSwitch:
             log.warning("instance started without its record: the database is unavailable", instance_id=instance_id)
         return True
 
-    def _ask(self, instance_id: str) -> None:
+    def _check_right(self) -> None:
+        """Check before a command to the hypervisor that the task is still this run's, by the database and by the lease.
+
+        The lease alone tells nothing of an operator who has already given the task to another host.
+        """
+        self._records.check_mine(self._task.bundle_id)
         self._check()
-        with durable("shutdown sent"):
+
+    def _ask(self, instance_id: str) -> None:
+        self._check_right()
+        with self._unless_terminated(), durable("shutdown sent"):
             self._instances.request_stop(instance_id)
+
+    @contextmanager
+    def _unless_terminated(self) -> Iterator[None]:
+        """Give that it was terminated as the reason, if it was since its state was looked at."""
+        try:
+            yield
+        except IncorrectInstanceState:
+            _is_off(self._instances.state(self._task.instance_id))
+            raise
 
     def _cut(self, late: str) -> None:
         """Cut the power, if that is wanted of a guest that is late; its owner is told before it is done."""
         if self._when_late == "fail":
             raise TaskFailure("Server.InstanceNotStopped", f"{late}.")
         self._records.notice(self._task.bundle_id, f"{late}: its power was cut, and what it had not written is lost.")
-        self._check()
+        self._check_right()
         try:
-            with durable("power cut"):
+            with self._unless_terminated(), durable("power cut"):
                 self._instances.force_stop(self._task.instance_id)
         except InstanceError as error:
             raise TaskFailure("Server.InstanceNotStopped", f"{late}, and its power cannot be cut: {error}") from error
