@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from support.eventually import eventually
 from thrave import files
+from thrave.compute import power
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.errors import IncorrectInstanceState
 from thrave.compute.instance import InstanceState
@@ -197,3 +198,20 @@ def test_a_start_that_was_cut_off_is_repeated(instances, added, requests, tmp_pa
     requests.start(instance_id)
     assert eventually((tmp_path / "started").exists)
     assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
+
+
+def test_a_request_of_another_process_does_not_wait_for_one_that_fails(instances, added, monkeypatch):
+    monkeypatch.setattr(power, "LOOK_AGAIN", 3600.0)
+    monkeypatch.setattr(power, "LONGEST", 3600.0)
+    instance_id, records = added(state="stopped", start_command=("false",)), PowerRecords.in_memory()
+    requests = PowerRequests(instances, records, grace=20.0)
+    records.request(instance_id, PowerAction.START)
+    with capture_logs() as logs:
+        requests.look()
+        assert eventually(lambda: any(entry["event"] == "power request failed, retrying" for entry in [*logs]))
+        requests.look()  # wakes nothing
+    records.request(instance_id, PowerAction.STOP)
+    requests.look()
+    assert eventually(lambda: not requests._busy)
+    assert not records.to_do()
+    assert len([entry for entry in logs if "retrying" in entry["event"]]) == 1

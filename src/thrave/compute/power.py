@@ -178,8 +178,9 @@ class PowerRequests:
 
     def look(self) -> None:
         """Go on with every request that is recorded: those of other processes, and of this one before it died."""
-        for instance_id in self._records.to_do():
-            self._begin(instance_id, wake=False)
+        for instance_id, version in self._records.to_do().items():
+            # A request that another process has recorded does not wait until the one before it is tried again.
+            self._begin(instance_id, wake=self._work(instance_id).version != version)
 
     def _ask_at_once(self, instance_id: str, action: PowerAction, by: str | None) -> None:
         """Record a request and try it once, so that its caller hears of a refusal."""
@@ -258,6 +259,11 @@ class _Work:
         self._check = check
         self._failures = 0
         self._take_up(-1)
+
+    @property
+    def version(self) -> int:
+        """That of the request that was worked on last."""
+        return self._version
 
     def attempt(self) -> float | None:
         """Do the next step; give the seconds until the one after it, or None if nothing is to be done any more.

@@ -8,7 +8,7 @@ borrowed (the instance is off because of the task) is recorded beside what is wa
 Nothing here starts or stops a machine; `power.py` does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -85,7 +85,7 @@ _IS_HOSTS = sa.exists().where(
     reported.c.instance_id == instance_power.c.instance_id, reported.c.host == sa.bindparam("host")
 )
 _TO_DO = (
-    sa.select(instance_power.c.instance_id)
+    sa.select(instance_power.c.instance_id, instance_power.c.version)
     .where(instance_power.c.request.is_not(None))
     .order_by(instance_power.c.request_time, instance_power.c.instance_id)
 )
@@ -121,11 +121,11 @@ class PowerRecords:
         with self._engine.connect() as connection:
             return _read(connection, instance_id, query, host=self._host)
 
-    def to_do(self) -> Sequence[str]:
-        """The instances for which a request is to be carried out, the oldest request first."""
+    def to_do(self) -> Mapping[str, int]:
+        """The instances for which a request is to be carried out, the oldest request first; each with its version."""
         query, values = (_TO_DO, {}) if self._host is None else (_TO_DO.where(self._is_mine), {"host": self._host})
         with self._engine.connect() as connection:
-            return [*connection.execute(query, values).scalars()]
+            return {row.instance_id: row.version for row in connection.execute(query, values)}
 
     def request(self, instance_id: str, action: PowerAction, by: str | None = None) -> PowerRecord:
         """Record a request in a transaction of its own; see `record_request`. Gives the row as it was before."""
