@@ -45,7 +45,13 @@ COMMON = [
 LISTENING = ["thrave.listening:_listen", "thrave.endpoint:create_app", "thrave.listening:Listener.serve"]
 AGENT = ["thrave.tasks.hosts:Hosts.take", "thrave.tasks.engine:Worker.launch", "thrave.agent:Agent._keep_house"]
 STEPS = {
-    "serve": [*COMMON, *LISTENING, *AGENT, "thrave.ground:hold_data_directory", "thrave.tasks.engine:Queues.__init__"],
+    "serve": [
+        *COMMON,
+        *LISTENING,
+        *AGENT,
+        "thrave.endpoint:hold_data_directory",
+        "thrave.tasks.engine:Queues.__init__",
+    ],
     "api": [*COMMON, *LISTENING],
     "agent": [*COMMON, *AGENT],
 }
