@@ -20,7 +20,7 @@ BENCH_PACKAGES := openssl pigz isal ntfs-3g fdisk wrk postgresql
 demo: $(DEMO_INSTALLED)
 	$(BIN)/thrave demo
 
-ALL_TESTS := pytest -n 3 --dist loadfile --no-loadscope-reorder
+ALL_TESTS := pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) packages
 	$(BIN)/$(ALL_TESTS)
