@@ -23,7 +23,7 @@ from thrave.tasks.failures import CAUSES
 from thrave.tasks.host_states import MEANING as HOST_MEANING
 from thrave.tasks.host_states import MOVES, HostState
 from thrave.tasks.states import FOLLOWS
-from thrave.tasks.steps import FORWARD, UNDO, Step
+from thrave.tasks.steps import FIRST, FIRST_OF_UNDO, FORWARD, MAY_FAIL, UNDO, Step, following
 from thrave.tasks.steps import Row as StepRow
 from thrave.volumes.marks import MARKS, REFERENCES, Row
 
@@ -175,8 +175,20 @@ def states() -> str:
     return (
         f"# States of a bundle task\n\n```mermaid\nstateDiagram-v2\n{names}\n    [*] --> PENDING\n{edges}\n```\n\n"
         + table(("state", "what may follow"), rows)
-        + STEPS_OF_A_TASK.format(forward=_steps(FORWARD), undo=_steps(UNDO))
+        + STEPS_OF_A_TASK.format(diagram=_steps_diagram(), forward=_steps(FORWARD), undo=_steps(UNDO))
     )
+
+
+def _steps_diagram() -> str:
+    names = [f'    state "{step}" as {step.name}' for step in Step]
+    edges = [f"    {step.name} --> {after.name}" for step in Step if (after := following(step)) is not None]
+    failures = [
+        f"    {step.name} --> {FIRST_OF_UNDO.name}: {'' if step is Step.START else 'fails, or '}is cancelled"
+        for step in FORWARD
+        if step in MAY_FAIL
+    ]
+    ends = [f"    [*] --> {FIRST.name}", "    COMPLETE --> [*]: complete", "    FAIL --> [*]: failed"]
+    return "\n".join(["```mermaid", "stateDiagram-v2", *names, *ends[:1], *edges, *failures, *ends[1:], "```", ""])
 
 
 def _steps(steps: Mapping[Step, StepRow]) -> str:
@@ -189,6 +201,7 @@ STEPS_OF_A_TASK = """
 
 The task's row names the step that comes next. A step that a crash has cut off is repeated.
 
+{diagram}
 {forward}
 From the transaction that records a failure or a cancellation on, only these follow:
 
