@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -55,8 +56,10 @@ class _Process(_CONTEXT.Process):
         return self.exitcode
 
     def send_signal(self, number):
-        if self.is_alive():
-            os.kill(self.pid, number)
+        # The fork server is the parent, and reports the end a moment after the process is gone.
+        with suppress(ProcessLookupError):
+            if self.is_alive():
+                os.kill(self.pid, number)
 
     def wait(self, timeout=None):
         self.join(timeout)
