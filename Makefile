@@ -41,6 +41,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_docs.py --check
+	$(BIN)/python scripts/check_words.py
 
 package: $(INSTALLED)
 	$(BIN)/python scripts/check-package
