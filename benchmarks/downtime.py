@@ -3,9 +3,9 @@
     python benchmarks/downtime.py            1, 4 and 16 GiB of data: a quarter of an hour, 60 GiB of disk, 12 of memory
     python benchmarks/downtime.py --quick    a minute; 32 MiB; says that it runs
 
-The guest is the tests' own (tests/support/guest.py), in QEMU without hardware virtualisation, with so much data in
-files on its C:. Down it is from its power-off until libvirt has started it again, and until it has booted and writes
-again. Bundles go to tmpfs.
+The guest is the tests' own (tests/support/libvirt/guest.py), in QEMU without hardware virtualisation, with so much
+data in files on its C:. Down it is from its power-off until libvirt has started it again, and until it has booted and
+writes again. Bundles go to tmpfs.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from inputs import GIB, MIB, Kitchen, mixed
 from machine import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from support.domain import Domain, wait_for
-from support.guest import guest_image, make_disk, make_volume
-from support.hypervisor import Host, running_host
-from support.libvirt_service import LibvirtService
-from support.ntfs import ntfs_tool
+from support.disks.ntfs_disk import ntfs_tool
+from support.libvirt.guest import guest_image, make_disk, make_volume
+from support.libvirt.guest_domain import Domain, wait_for
+from support.libvirt.libvirt_host import Host, running_host
+from support.libvirt.libvirt_service import LibvirtService
 from thrave.demo.disk import PARTITION_OFFSET
 
 MODES = ("overlay", "whole")

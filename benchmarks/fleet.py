@@ -33,7 +33,7 @@ from thrave.database import bundle_task, open_engine
 from thrave.tasks.states import FINISHED
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from support.postgres import running_postgres
+from support.servers.postgres import running_postgres
 
 _RESULTS = Path(__file__).with_name("results")
 _QUIET, _BUSY = "000000000000", "111111111111"

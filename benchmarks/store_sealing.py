@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.policies import ACCESS_KEY_ID, SECRET
-from support.storing import Bench
+from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET
+from support.service.upload_bench import UploadBench
 from thrave.buckets.connection import Credentials, StoreConnection
 from thrave.buckets.s3 import OwnersBuckets
 from thrave.volumes.volume import Extent
@@ -50,7 +50,7 @@ def main(url: str, size: int, folder: Path) -> None:
     """Seal."""
     key = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET)
     buckets = OwnersBuckets(StoreConnection(endpoint=url, credentials=key), lambda _access_key_id: None)
-    bench = Bench(folder, buckets)
+    bench = UploadBench(folder, buckets)
     sealed = bench.seal(NoiseVolume(size), at_once=4, stall_timeout=600.0)
     print(len(sealed.parts))
     bench.close()

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 from machine import machine
 
-from support import stores
+from support.servers import stores
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.retrying import patiently
 from thrave.bundle.names import PART_SIZE

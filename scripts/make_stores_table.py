@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python scripts/make_stores_table.py
 
-The stores are those of the tests (tests/support/stores.py), begun and ended by it. A store whose program is missing, or
-a check that does not come back, is an error: only a run of all makes a page.
+The stores are those of the tests (tests/support/servers/stores.py); this script starts and stops them. A store whose
+program is missing, or a check that does not return, is an error: only a run of all stores makes a page.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import TypedDict
 
 from make_docs import REFERENCE, table
 
-from support import stores
+from support.servers import stores
 from thrave.buckets.connection import Credentials
 
 PAGE = REFERENCE / "stores.md"

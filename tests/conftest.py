@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from support import stores
-from support.forking import ForkedServer
-from support.guest import guest_image
-from support.hypervisor import running_host
-from support.postgres import running_postgres
+from support.libvirt.guest import guest_image
+from support.libvirt.libvirt_host import running_host
+from support.servers import stores
+from support.servers.postgres import running_postgres
+from support.service.forked_server import ForkedServer
 
 # A run under nohup or in the background ignores these signals, and so would every program that the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fuzzing import TARGETS
+from support.fuzz_targets import TARGETS
 
 FUZZ = Path(__file__).parents[1] / "scripts" / "fuzz"
 

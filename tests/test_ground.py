@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.forking import ForkedServer
+from support.service.forked_server import ForkedServer
 from thrave.cli.exits import Exit
 from thrave.config import Settings
 from thrave.database import DatabaseReplacedError, DatabaseUnusableError, explain, open_engine, sa

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from botocore.exceptions import ClientError, SSLError
 
-from support.forking import ForkedServer
-from support.tls import certificate
+from support.servers.tls import certificate
+from support.service.forked_server import ForkedServer
 from thrave.cli.exits import Exit
 from thrave.config import Settings, SettingsError, load_settings
 from thrave.database import open_engine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.policies import ACCESS_KEY_ID, SECRET
+from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET
 from thrave.buckets.connection import Credentials, StoreConnection
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.policy import UploadPolicy

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support import buckets
+from support.buckets import bucket_drivers
 
 DRIVERS = [
     pytest.param(("directory", None), id="directory"),
@@ -18,4 +18,4 @@ def store(request, tmp_path):
     """An empty store of each driver."""
     driver, server = request.param
     where = tmp_path / "buckets" if server is None else request.getfixturevalue(server)
-    return getattr(buckets, driver)(where)
+    return getattr(bucket_drivers, driver)(where)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.buckets import ALICE, BOB
-from support.policies import ACCESS_KEY_ID, FAR, SECRET, bundle_document, document, encoded, signed_v2
+from support.buckets.bucket_drivers import ALICE, BOB
+from support.buckets.upload_policies import ACCESS_KEY_ID, FAR, SECRET, bundle_document, document, encoded, signed_v2
 from thrave.buckets.errors import (
     AccessDenied,
     BucketAlreadyExists,

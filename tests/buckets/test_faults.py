@@ -2,10 +2,21 @@
 
 import pytest
 
-from support import faults
-from support.fault_bench import FaultBench, Temper
-from support.fault_proxy import Kind, Rule, fault_proxy
-from support.fault_table import CLAIMING, LATER, PAGE, STORING, SURVIVES, WHEN_CLAIMED, WHEN_STORED, cases, name, page
+from support.store_faults import faults
+from support.store_faults.fault_bench import FaultBench, Temper
+from support.store_faults.fault_proxy import Kind, Rule, fault_proxy
+from support.store_faults.fault_table import (
+    CLAIMING,
+    LATER,
+    PAGE,
+    STORING,
+    SURVIVES,
+    WHEN_CLAIMED,
+    WHEN_STORED,
+    cases,
+    name,
+    page,
+)
 from thrave.buckets import retrying
 from thrave.bundle.errors import BundleError
 from thrave.cli import remote_folders
@@ -118,4 +129,4 @@ def opened(bench, mood, url):
 
 
 def test_the_page_is_made_of_the_table():
-    assert PAGE.read_text() == page(), "PYTHONPATH=tests python -m support.fault_table"
+    assert PAGE.read_text() == page(), "PYTHONPATH=tests python -m support.store_faults.fault_table"

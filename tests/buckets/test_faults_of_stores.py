@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
-from support.scripted import SILENCE, error, http, scripted
+from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
+from support.servers.scripted_store import SILENCE, error, http, scripted
 from thrave.buckets import retrying, transport
 from thrave.buckets.connection import Credentials, StoreConnection
 from thrave.buckets.errors import (

@@ -4,11 +4,12 @@ from contextlib import suppress
 
 import pytest
 
-from support import faults, stores
-from support.fault_proxy import Kind, Rule, fault_proxy
-from support.forking import ForkedServer
-from support.house import UPLOAD_BY_SERVICE, House
-from support.storing import noise_disk
+from support.servers import stores
+from support.service.forked_server import ForkedServer
+from support.service.service_on_store import UPLOAD_BY_SERVICE, ServiceOnStore
+from support.service.upload_bench import noise_disk
+from support.store_faults import faults
+from support.store_faults.fault_proxy import Kind, Rule, fault_proxy
 from thrave.buckets.errors import NoSuchBucket
 from thrave.buckets.objects import S3Objects
 from thrave.compute.instance import InstanceState
@@ -36,7 +37,7 @@ def houses(request, seaweedfs, proxy, tmp_path_factory):
     settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 8, "s3_patience": 10, **SETTINGS[request.param]}
     folder = tmp_path_factory.mktemp("house")
     with ForkedServer.running(folder / "thrave", **settings) as server:
-        house = House(server, seaweedfs, folder)
+        house = ServiceOnStore(server, seaweedfs, folder)
         house.disk = noise_disk(folder / "large.raw", PARTS)
         yield request.param, house
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from support.policies import ACCESS_KEY_ID, FAR, SECRET, bundle_document, document, encoded, signed_v2
+from support.buckets.upload_policies import ACCESS_KEY_ID, FAR, SECRET, bundle_document, document, encoded, signed_v2
 from thrave.buckets.errors import AccessDenied, BucketError, InvalidPolicyDocument
 from thrave.buckets.policy import UploadPolicy
 

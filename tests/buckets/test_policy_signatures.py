@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.policies import ACCESS_KEY_ID, FAR, SECRET, bundle_document, document, encoded, signed_v2, signed_v4
+from support.buckets.upload_policies import (
+    ACCESS_KEY_ID,
+    FAR,
+    SECRET,
+    bundle_document,
+    document,
+    encoded,
+    signed_v2,
+    signed_v4,
+)
 from thrave.buckets.errors import BucketError, InvalidArgument, InvalidPolicyDocument, SignatureDoesNotMatch
 from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
 

@@ -4,9 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from support import stores
-from support.policies import ACCESS_KEY_ID, SECRET, encoded, signed_v2, signed_v4
-from support.policy_table import (
+from support.buckets.policy_table import (
     BUCKET,
     CASES,
     KEY,
@@ -15,6 +13,8 @@ from support.policy_table import (
     OTHERWISE_ON_RGW,
     V4_CASES,
 )
+from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, encoded, signed_v2, signed_v4
+from support.servers import stores
 from thrave.buckets.errors import BucketError
 from thrave.buckets.forms import multipart
 from thrave.buckets.objects import S3Objects

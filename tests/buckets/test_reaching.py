@@ -5,9 +5,9 @@ import uuid
 import boto3
 import pytest
 
-from support import stores
-from support.forwarding import forwarding
-from support.policies import document, encoded, signed_v2, signed_v4
+from support.buckets.upload_policies import document, encoded, signed_v2, signed_v4
+from support.servers import stores
+from support.servers.forward_proxy import forwarding
 from thrave.buckets.connection import Credentials
 from thrave.buckets.errors import AccessDenied, InvalidArgument, StoreError, TransientError
 from thrave.buckets.objects import S3Objects

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from support import stores
-from support.forking import ForkedServer
-from support.house import UPLOAD_BY_SERVICE, House
-from support.rights import guarded
+from support.servers import stores
+from support.servers.iam_guard import guarded
+from support.service.forked_server import ForkedServer
+from support.service.service_on_store import UPLOAD_BY_SERVICE, ServiceOnStore
 from thrave.buckets.buckets import NOBODY
 from thrave.buckets.errors import AccessDenied, BucketAlreadyExists
 from thrave.buckets.objects import S3Objects
@@ -55,7 +55,7 @@ def house(request, seaweedfs, tmp_path_factory):
     with guarded(seaweedfs.url, "") as guard:
         settings = {"store": "s3", "s3_endpoint": guard.url, "s3_patience": 5, **SETTINGS[request.param]}
         with ForkedServer.running(folder / "thrave", **settings) as server:
-            yield request.param, House(server, seaweedfs, folder), guard
+            yield request.param, ServiceOnStore(server, seaweedfs, folder), guard
 
 
 def bundle(house, bucket, prefix="winami"):

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from support import stores
-from support.forking import ForkedServer
-from support.house import UPLOAD_BY_SERVICE, House
-from support.policies import document, encoded, signed_v2, signed_v4
+from support.buckets.upload_policies import document, encoded, signed_v2, signed_v4
+from support.servers import stores
+from support.service.forked_server import ForkedServer
+from support.service.service_on_store import UPLOAD_BY_SERVICE, ServiceOnStore
 from thrave.buckets.objects import S3Objects
 
 FILES = ["winami.manifest.json", "winami.manifest.xml", "winami.part.0"]
@@ -34,7 +34,7 @@ def houses(request, tmp_path_factory):
     settings = {"store": "s3", "s3_endpoint": store.url, "s3_patience": 5, **settings}
     folder = tmp_path_factory.mktemp("house")
     with ForkedServer.running(folder / "thrave", **settings) as server:
-        yield House(server, store, folder)
+        yield ServiceOnStore(server, store, folder)
 
 
 @pytest.fixture

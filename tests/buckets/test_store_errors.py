@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.forwarding import forwarding
-from support.scripted import SILENCE, error, http, scripted
+from support.servers.forward_proxy import forwarding
+from support.servers.scripted_store import SILENCE, error, http, scripted
 from thrave.buckets import retrying
 from thrave.buckets.connection import Credentials, StoreConnection
 from thrave.buckets.errors import (

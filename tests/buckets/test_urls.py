@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from support.policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
-from support.scripted import http, scripted
+from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
+from support.servers.scripted_store import http, scripted
 from thrave.buckets.connection import Proxy, StoreConnection
 from thrave.buckets.errors import BucketError, InvalidArgument, InvalidBucketName, StoreSettingError
 from thrave.buckets.objects import S3Objects

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from support.tars import tar_of, with_field
+from support.bundles.tar_streams import tar_of, with_field
 from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import BundleError
 from thrave.bundle.reading import read_manifest

@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from support.damage import TO_A_PART, damages
-from support.sealed import MemoryImage, bundle_of, certificate, private_key
+from support.bundles.bundle_damage import TO_A_PART, damages
+from support.bundles.sample_bundles import MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle.errors import DamagedError, PartDamagedError, PartMissingError, WrongKeyError
 from thrave.bundle.opening import open_bundle
 

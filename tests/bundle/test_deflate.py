@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.sealed import MemoryImage, bundle_of, private_key
+from support.bundles.sample_bundles import MemoryImage, bundle_of, private_key
 from thrave.bundle.deflate import GZIP_HEADER, deflated, gzip_trailer, most_gzip
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.zlibs import FAST, LEVELS, SMALL, STDLIB

@@ -6,7 +6,7 @@ from contextlib import suppress
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.sealed import SECRETS, MemoryImage, bundle_of
+from support.bundles.sample_bundles import SECRETS, MemoryImage, bundle_of
 from thrave.bundle.deciphering import deciphered
 from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import BundleError

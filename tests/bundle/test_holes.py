@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.sealed import MemoryImage, bundle_of, private_key
+from support.bundles.sample_bundles import MemoryImage, bundle_of, private_key
 from thrave.bundle.holes import GRAIN, without_zeros
 from thrave.bundle.opening import open_bundle
 from thrave.bundle.untar import Run

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from support.sealed import VECTORS, MemoryImage, bundle_of, certificate, private_key
+from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle import xmlreading
 from thrave.bundle.errors import BundleError, ManifestError, PartMissingError, SignatureError
 from thrave.bundle.opening import open_bundle, verify_bundle

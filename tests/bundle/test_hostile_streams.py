@@ -9,8 +9,8 @@ import zlib
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from support.sealed import SECRETS
-from support.tars import blocks_of, read_tar, tar_of, with_field
+from support.bundles.sample_bundles import SECRETS
+from support.bundles.tar_streams import blocks_of, read_tar, tar_of, with_field
 from thrave.bundle.deciphering import deciphered
 from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import ContentError

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from support.components import require
-from support.sealed import SIDE_KEY, VECTORS, MemoryImage, bundle_of, certificate, private_key
+from support.bundles.sample_bundles import SIDE_KEY, VECTORS, MemoryImage, bundle_of, certificate, private_key
+from support.required_programs import require
 from thrave.bundle.errors import NamingError, SideFileError, SignatureError, UnwritableValueError, WrongKeyError
 from thrave.bundle.migrating import Readers, Signers, migrate
 from thrave.bundle.opening import open_bundle

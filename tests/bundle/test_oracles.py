@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from support.sealed import SECRETS, VECTORS, PatternImage, bundle_of, certificate, seal
+from support.bundles.sample_bundles import SECRETS, VECTORS, PatternImage, bundle_of, certificate, seal
 from thrave.bundle.deciphering import deciphered
 from thrave.bundle.deflate import inflated
 from thrave.bundle.image import data_extents

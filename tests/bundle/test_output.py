@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.sealed import MemoryImage, bundle_of, private_key
+from support.bundles.sample_bundles import MemoryImage, bundle_of, private_key
 from thrave.bundle import output
 from thrave.bundle.errors import OutputError, OutputExistsError, WrongKeyError
 from thrave.bundle.opening import open_bundle

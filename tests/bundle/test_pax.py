@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from support.components import require
-from support.tars import read_tar, tar_of
+from support.bundles.tar_streams import read_tar, tar_of
+from support.required_programs import require
 from thrave.bundle.errors import ContentError
 from thrave.bundle.sparsemap import MOST_EXTENTS
 from thrave.bundle.untar import image_runs

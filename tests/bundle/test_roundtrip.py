@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.sealed import MemoryImage, bundle_of, certificate, private_key
+from support.bundles.sample_bundles import MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle.opening import open_bundle
 
 BLOCK = 4096

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.sealed import MemoryImage, bundle_of, certificate
+from support.bundles.sample_bundles import MemoryImage, bundle_of, certificate
 from thrave.bundle.errors import ManifestError, PartDamagedError, PartMissingError
 from thrave.bundle.reading import read_manifest
 from thrave.bundle.report import Subject

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from support.sealed import SECRETS, MemoryImage, PatternImage, bundle_of, private_key, seal
+from support.bundles.sample_bundles import SECRETS, MemoryImage, PatternImage, bundle_of, private_key, seal
 from thrave.bundle.crew import StoppedError
 from thrave.bundle.deflate import CHUNK, most_gzip
 from thrave.bundle.errors import ImageError, NamingError

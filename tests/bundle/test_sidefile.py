@@ -7,7 +7,7 @@ import json
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from support.sealed import SIDE_KEY, MemoryImage, bundle_of, certificate, private_key
+from support.bundles.sample_bundles import SIDE_KEY, MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle import sidefile
 from thrave.bundle.errors import PartDamagedError, SideFileError
 from thrave.bundle.opening import verify_bundle

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from support.damage import TO_A_PART
-from support.sealed import SECRETS, MemoryImage, bundle_of, certificate, private_key
+from support.bundles.bundle_damage import TO_A_PART
+from support.bundles.sample_bundles import SECRETS, MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle.errors import BundleError, ContentError, OutputError, PartDamagedError, PartMissingError
 from thrave.bundle.opening import open_bundle_into
 from thrave.bundle.streaming import image_stream

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from cryptography import x509
 
-from support.sealed import VECTORS, certificate, private_key
+from support.bundles.sample_bundles import VECTORS, certificate, private_key
 from thrave.bundle.errors import DamagedError, SignatureError, WrongKeyError
 from thrave.bundle.opening import open_bundle, verify_bundle
 from thrave.bundle.partsource import DirectoryParts

@@ -6,9 +6,9 @@ from itertools import count
 
 import pytest
 
-from support.places import BucketPlace, DiskPlace
-from support.sealed import VECTORS, MemoryImage, bundle_of, private_key
-from support.stores import ALICE
+from support.buckets.bundle_folders import BucketPlace, DiskPlace
+from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of, private_key
+from support.servers.stores import ALICE
 from thrave.bundle.reading import read_manifest
 from thrave.bundle.sampling import Sample
 from thrave.bundle.signatures import sign

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from support import web
-from support.components import missing
-from support.sealed import VECTORS
+from support.bundles.sample_bundles import VECTORS
+from support.required_programs import missing
+from support.servers import web
 from thrave.volumes import libnbd
 from thrave.volumes.errors import ComponentMissingError
 

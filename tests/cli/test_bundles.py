@@ -12,8 +12,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from support.images import converted, encrypted, qemu_img, secret_beside, written_to
-from support.sealed import VECTORS
+from support.bundles.sample_bundles import VECTORS
+from support.disks.qemu_images import converted, encrypted, qemu_img, secret_beside, written_to
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY, INTERRUPTED = 1, 2, 3, 4, 10, 11, 130
 KEYS = VECTORS / "keys"

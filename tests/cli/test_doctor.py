@@ -7,8 +7,8 @@ import uuid
 
 import pytest
 
-from support import stores
-from support.disks import make_disk
+from support.disks.raw_disk import make_disk
+from support.servers import stores
 from thrave.buckets.listings import read_buckets
 from thrave.buckets.objects import S3Objects
 from thrave.doctor.check import Check, Outcome, perform

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from support.components import require
-from support.pretended import URI, domain_xml, pretended_libvirt
+from support.libvirt.libvirt_test_driver import URI, domain_xml, libvirt_test_driver
+from support.required_programs import require
 from thrave.doctor import domains
 
 pytestmark = pytest.mark.libvirt
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.libvirt
 def libvirt(monkeypatch):
     monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
     monkeypatch.setenv("THRAVE_LIBVIRT_URI", URI)
-    with pretended_libvirt() as driver:
+    with libvirt_test_driver() as driver:
         yield driver
 
 

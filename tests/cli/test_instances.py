@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from support.images import qemu_img
+from support.disks.qemu_images import qemu_img
 from thrave.config import Settings
 from thrave.ground import open_ground
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from support.sealed import VECTORS, MemoryImage, bundle_of
+from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of
 
 FAILED, USAGE, NOT_FOUND, DAMAGED, WRONG_KEY = 1, 2, 3, 10, 11
 KEYS = VECTORS / "keys"
@@ -133,7 +133,7 @@ def test_the_key_is_tried_for_the_signature(thrave_json, thrave, folder, command
 def test_a_side_file_of_another_signer_is_refused_where_ones_own_signature_holds(thrave, tmp_path):
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from support.sealed import private_key
+    from support.bundles.sample_bundles import private_key
     from thrave.bundle.sidefile import write_side_file
 
     made = bundle_of(MemoryImage(b"data" * 128))

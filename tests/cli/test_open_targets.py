@@ -9,9 +9,9 @@ from random import Random
 
 import pytest
 
-from support.components import missing
-from support.images import qemu_img
-from support.sealed import VECTORS, MemoryImage, bundle_of
+from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of
+from support.disks.qemu_images import qemu_img
+from support.required_programs import missing
 from thrave.cli.bundle_image import FORMATS
 from thrave.volumes import libnbd
 from thrave.volumes.errors import ComponentMissingError

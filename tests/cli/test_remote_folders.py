@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from support.scripted import error, http, scripted
+from support.servers.scripted_store import error, http, scripted
 from thrave.buckets import retrying
 
 LOCATION = "s3://My_Old_Bucket/win.manifest.xml"

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from support.forking import ForkedServer, fork_thrave
+from support.service.forked_server import ForkedServer, fork_thrave
 from thrave.config import DataDirectory, Settings
 from thrave.ground import open_ground
 from thrave.testing import ThraveServer

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import pytest
 
-from support.disks import make_disk
-from support.forking import ForkedServer
+from support.disks.raw_disk import make_disk
+from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.config import load_settings
 from thrave.ground import open_ground

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from support import web
-from support.sealed import VECTORS
-from support.tls import certificate
+from support.bundles.sample_bundles import VECTORS
+from support.servers import web
+from support.servers.tls import certificate
 from thrave.bundle.reading import read_manifest
 from thrave.cli import remote_folders
 from thrave.cli.folders import LocalFolder, parts_ahead
@@ -127,7 +127,11 @@ def test_nothing_is_written_to_a_web_server(thrave, site, command):
 HOSTILE = {
     "a redirect to a file": (web.status(302, Location="file:///etc/passwd"), FAILED, "moved elsewhere"),
     "a redirect to itself": (web.status(301, Location="/" + TWO_PARTS), FAILED, "moved elsewhere"),
-    "a redirect to another host": (web.status(307, Location="http://169.254.169.254/"), FAILED, "moved elsewhere"),
+    "a redirect to another host": (
+        web.status(307, Location="http://169.254.169.254/"),
+        FAILED,
+        "moved elsewhere",
+    ),
     "not there": (web.status(404), NOT_FOUND, "not there"),
     "forbidden": (web.status(403), REFUSED, "403"),
     "broken": (web.status(500), FAILED, "500"),
@@ -183,7 +187,10 @@ def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
     assert (status, "more than 0.5 seconds" in stderr) == (FAILED, True)
 
 
-@pytest.mark.parametrize("fault", [web.status(503), web.status(429), web.cut_off, web.hung_up, web.gibberish])
+@pytest.mark.parametrize(
+    "fault",
+    [web.status(503), web.status(429), web.cut_off, web.hung_up, web.gibberish],
+)
 def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(remote_folders, "PATIENCE", 60.0)
     site.behaviour["part.1"] = web.times(2, fault)
@@ -195,7 +202,12 @@ def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, monkeypatch, fa
 
 @pytest.mark.parametrize(
     ("behaviour", "code"),
-    [(web.status(404), NOT_FOUND), (web.endless, FAILED), (web.longer_than_said, DAMAGED), (web.hung_up, FAILED)],
+    [
+        (web.status(404), NOT_FOUND),
+        (web.endless, FAILED),
+        (web.longer_than_said, DAMAGED),
+        (web.hung_up, FAILED),
+    ],
 )
 def test_a_part_that_does_not_come_leaves_no_image(thrave, site, tmp_path, behaviour, code):
     site.behaviour["part.1"] = behaviour

@@ -10,7 +10,7 @@ from clients.clients import CLIENTS
 from clients.driving import Driver
 from clients.relay import relaying
 from clients.world import World
-from support.forking import ForkedServer
+from support.service.forked_server import ForkedServer
 
 TABLE = "THRAVE_CLIENTS_TABLE"
 """The environment variable with the path to write to."""

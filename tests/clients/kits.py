@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pytest
 
-from support.components import require, require_file, unavailable
+from support.required_programs import require, require_file, unavailable
 
 CACHE = Path(__file__).parents[2] / ".cache" / "clients"
 DRIVERS = Path(__file__).parent / "drivers"

@@ -4,7 +4,7 @@ import time
 from itertools import count
 from pathlib import Path
 
-from support.disks import make_disk
+from support.disks.raw_disk import make_disk
 from thrave.testing import ThraveServer, upload_policy
 
 MIB = 1 << 20

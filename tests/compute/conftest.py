@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from support.machine import Machine
+from support.instances.command_machine import Machine
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import VolumeFile

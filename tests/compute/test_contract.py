@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from support.inventories import Commands, Domains, Files
+from support.instances.inventories import Commands, Domains, Files
 from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import InstanceState
 from thrave.compute.start_check import start_allowed_by

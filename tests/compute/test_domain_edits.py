@@ -5,7 +5,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from support.domain_xml import CDROM, xml
+from support.libvirt.domain_xml import CDROM, xml
 from thrave.compute.domain_edits import Image, with_overlay, without_overlay
 from thrave.compute.domain_metadata import FrozenRoot, Record, read_record
 from thrave.compute.domain_xml import DomainFaultError, read_definition

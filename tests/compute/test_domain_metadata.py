@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.domain_xml import WINDOWS, xml
+from support.libvirt.domain_xml import WINDOWS, xml
 from thrave.compute.domain_metadata import FrozenRoot, Record, check_record, read_record, write_record
 from thrave.compute.domain_xml import DomainFaultError, read_definition
 

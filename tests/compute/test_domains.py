@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.domain_xml import BLOCK, CDROM, NETWORK, POOL_VOLUME, UUID, WINDOWS, disk, other, xml
+from support.libvirt.domain_xml import BLOCK, CDROM, NETWORK, POOL_VOLUME, UUID, WINDOWS, disk, other, xml
 from thrave.compute.domain_metadata import FrozenRoot, Record
 from thrave.compute.domain_xml import MOST_CHARACTERS, DomainFaultError, Mirror, pool_type, read_definition
 from thrave.compute.domains import (

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from support.inventories import ACCOUNT, Domains
+from support.instances.inventories import ACCOUNT, Domains
 from thrave.compute import answering, domain_table, guest_agent, hypervisor, libvirt_binding, libvirt_overlays
 from thrave.compute.domain_table import DomainTable
 from thrave.compute.domains import instance_id_of

@@ -7,8 +7,8 @@ from xml.etree.ElementTree import canonicalize
 import psutil
 import pytest
 
-from support.domain import wait_for
-from support.tiny import Tiny
+from support.libvirt.guest_domain import wait_for
+from support.libvirt.guestless_domain import Tiny
 from thrave.compute import hypervisor, overlay_files
 from thrave.compute.errors import (
     HoldLostError,

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from support.components import require
+from support.required_programs import require
 from thrave.demo import disk as demo
 from thrave.demo.content import Contents
 

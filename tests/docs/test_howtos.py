@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.components import require
-from support.confinement import confined
-from support.domain import Domain
 from support.eventually import eventually
-from support.stores import free_ports
+from support.libvirt.guest_domain import Domain
+from support.required_programs import require
+from support.servers.stores import free_ports
+from support.service.systemd_sandbox import confined
 from thrave.compute.domain_metadata import NAMESPACE
 
 ROOT = Path(__file__).parents[2]

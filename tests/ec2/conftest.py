@@ -7,7 +7,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from support.serving import serving
+from support.servers.asgi_server import serving
 from thrave.buckets.directory import DirectoryBuckets
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
@@ -26,7 +26,7 @@ from thrave.vault import Vault
 
 
 @dataclass
-class House:
+class ServiceOnStore:
     """A data directory and everything in it."""
 
     door: Door
@@ -69,7 +69,7 @@ def house(tmp_path):
         ),
     )
     key = door.accounts.create("owner")[1]
-    yield House(door, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
+    yield ServiceOnStore(door, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
     engine.dispose()
 
 

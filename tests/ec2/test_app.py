@@ -13,7 +13,7 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from structlog.testing import capture_logs
 
-from support.storage import storage
+from support.buckets.s3_storage import storage
 from thrave.ec2.app import LIMIT, create_app
 
 DESCRIBE = b"Action=DescribeBundleTasks&Version=2016-11-15"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.storage import policy, signature
+from support.buckets.s3_storage import policy, signature
 
 pytestmark = pytest.mark.clients
 

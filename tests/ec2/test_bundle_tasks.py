@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 from botocore.exceptions import ClientError
 
-from support.storage import policy, signature, storage
+from support.buckets.s3_storage import policy, signature, storage
 from thrave.compute.instance import InstanceState
 from thrave.ec2.app import create_app
 from thrave.tasks.failures import TaskFailure

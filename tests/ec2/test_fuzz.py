@@ -10,7 +10,7 @@ from botocore.credentials import Credentials
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.storage import storage
+from support.buckets.s3_storage import storage
 from thrave.ec2.actions import ACTIONS
 from thrave.ec2.app import act, prove
 from thrave.ec2.errors import EC2Error

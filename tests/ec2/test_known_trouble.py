@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from botocore.exceptions import ClientError
 
-from support.storage import storage
+from support.buckets.s3_storage import storage
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
 from thrave.doctor import standing

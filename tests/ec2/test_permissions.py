@@ -8,8 +8,8 @@ import pytest
 import sqlalchemy as sa
 from botocore.exceptions import ClientError
 
-from support.disks import make_disk
-from support.forking import ForkedServer
+from support.disks.raw_disk import make_disk
+from support.service.forked_server import ForkedServer
 from thrave.database import open_engine, user_policy
 from thrave.identity.accounts import Accounts
 from thrave.identity.users import Users

@@ -8,7 +8,7 @@ import pytest
 from botocore.exceptions import ClientError
 from structlog.testing import capture_logs
 
-from support.storage import storage
+from support.buckets.s3_storage import storage
 from thrave.compute.instance import InstanceState
 
 STATES = {state.value: {"Code": state.code, "Name": state.value} for state in InstanceState}

@@ -8,7 +8,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from support.storage import storage
+from support.buckets.s3_storage import storage
 from thrave.ec2.app import create_app
 from thrave.ec2.rate import RateLimit, TooManyRequests
 

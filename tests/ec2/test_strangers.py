@@ -8,7 +8,7 @@ from botocore.exceptions import ClientError
 from structlog.testing import capture_logs
 
 from ec2.test_app import FORM, code_of, send, signed
-from support.storage import storage
+from support.buckets.s3_storage import storage
 from thrave.buckets import errors as bucket_errors
 from thrave.buckets.policy import UploadPolicy
 from thrave.compute import errors as instance_errors

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.fleet import Fleet
+from support.service.fleet import Fleet
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import pytest
 
-from support.chaos import Chaos, Plan
-from support.fleet import Fleet
+from support.crashes.fleet_chaos import Chaos, Plan
+from support.service.fleet import Fleet
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 

@@ -11,8 +11,8 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from support.fleet import Fleet
-from support.postgres import running_postgres
+from support.servers.postgres import running_postgres
+from support.service.fleet import Fleet
 
 pytestmark = pytest.mark.postgres
 QUIET = Config(retries={"total_max_attempts": 1}, read_timeout=120)  # seconds; it is the service that has to give up

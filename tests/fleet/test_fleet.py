@@ -11,7 +11,7 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from support.disks import make_disk
+from support.disks.raw_disk import make_disk
 from thrave.compute.instance import InstanceState
 from thrave.database import utc_now
 from thrave.tasks.fence import LOST

@@ -1,16 +1,16 @@
 """A guest that writes to C: all the time is bundled, by way of the whole service, with each setting of `downtime`.
 
 It is shut down for as long as its volume is read, or only until it runs on an overlay. Windows itself cannot run here;
-what stands for it is tests/support/guest.py.
+what stands for it is tests/support/libvirt/guest.py.
 """
 
 from dataclasses import dataclass
 
 import pytest
 
-from support.domain import Domain
-from support.drive import OFF, Drive
-from support.libvirt_service import Bundle, LibvirtService
+from support.libvirt.guest_disk import OFF, Drive
+from support.libvirt.guest_domain import Domain
+from support.libvirt.libvirt_service import Bundle, LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 

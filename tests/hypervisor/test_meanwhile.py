@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from support.domain import wait_for
-from support.drive import OFF
-from support.hypervisor import VirshError
-from support.libvirt_service import running_service
+from support.libvirt.guest_disk import OFF
+from support.libvirt.guest_domain import wait_for
+from support.libvirt.libvirt_host import VirshError
+from support.libvirt.libvirt_service import running_service
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 

@@ -6,9 +6,9 @@ left. The service is killed by itself at the step, and everything else a moment 
 
 import pytest
 
-from support.drive import OFF
-from support.killing import moments
-from support.libvirt_service import LibvirtService
+from support.crashes.kill_sweep import moments
+from support.libvirt.guest_disk import OFF
+from support.libvirt.libvirt_service import LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 MERGING = "overlay merged, before"

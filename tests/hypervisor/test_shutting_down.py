@@ -2,8 +2,8 @@
 
 import pytest
 
-from support.drive import OFF
-from support.libvirt_service import LibvirtService
+from support.libvirt.guest_disk import OFF
+from support.libvirt.libvirt_service import LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 LATE = 8  # seconds: the first request to power off is lost for sure

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.cedar import cedar_permits
+from support.cedar_oracle import cedar_permits
 from thrave.identity.conditions import KEYS, OPERATORS, Context, source_address
 from thrave.identity.decisions import permits
 from thrave.identity.errors import MalformedPolicyDocument

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.components import require
+from support.required_programs import require
 from thrave.agent import START_AGAIN
 from thrave.cli.exits import NO_RESTART, Exit
 from thrave.cli.main import thrave

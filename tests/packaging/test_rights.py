@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from support import hypervisor
-from support.components import require, unavailable
-from support.pretended import domain_xml
+from support.libvirt import libvirt_host
+from support.libvirt.libvirt_test_driver import domain_xml
+from support.required_programs import require, unavailable
 
 pytestmark = pytest.mark.libvirt
 
@@ -32,9 +32,9 @@ stdio_handler = "file"
 @pytest.fixture(scope="module")
 def host():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hypervisor, "_QEMU_CONF", DEBIANS)
-        patch.setattr(hypervisor, "_AS_ROOT", "")
-        with hypervisor.running_host() as host:
+        patch.setattr(libvirt_host, "_QEMU_CONF", DEBIANS)
+        patch.setattr(libvirt_host, "_AS_ROOT", "")
+        with libvirt_host.running_host() as host:
             host.folder.chmod(0o711)
             yield host
 

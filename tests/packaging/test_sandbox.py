@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support.components import require
-from support.confinement import confined
+from support.required_programs import require
+from support.service.systemd_sandbox import confined
 from thrave.demo.disk import make_demo_disk
 
 UNIT = Path(__file__).parents[2] / "packaging" / "systemd" / "thrave.service"

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from botocore.exceptions import ClientError, WaiterError
 
-from support.disks import make_disk
-from support.forking import ForkedServer
-from support.images import converted
-from support.opened import opened_sha256
+from support.bundles.open_check import opened_sha256
+from support.disks.qemu_images import converted
+from support.disks.raw_disk import make_disk
+from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState, VolumeFile
 
 MIB = 1 << 20

@@ -9,9 +9,8 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from support import storing
 from support.eventually import eventually
-from support.storing import BUCKET, MANIFEST, PREFIX, directory
+from support.service.upload_bench import BUCKET, MANIFEST, PREFIX, UploadBench, directory
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.database import bundle_part, bundle_task, utc_now
 from thrave.tasks import claims
@@ -40,7 +39,7 @@ def made(tmp_path, buckets, database):
     """Makes a task's bench; all of one test have the same bucket, prefix and database."""
     with ExitStack() as stack:
         yield lambda bundle_id: stack.enter_context(
-            closing(storing.Bench(tmp_path, buckets, bundle_id=bundle_id, **database))
+            closing(UploadBench(tmp_path, buckets, bundle_id=bundle_id, **database))
         )
 
 
@@ -48,7 +47,7 @@ def made(tmp_path, buckets, database):
 def on_sqlite(tmp_path, buckets):
     """The same on SQLite alone, where the database makes no difference."""
     with ExitStack() as stack:
-        yield lambda bundle_id: stack.enter_context(closing(storing.Bench(tmp_path, buckets, bundle_id=bundle_id)))
+        yield lambda bundle_id: stack.enter_context(closing(UploadBench(tmp_path, buckets, bundle_id=bundle_id)))
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from support.components import require, require_file
-from support.killing import Scene
+from support.crashes.kill_sweep import Scene
+from support.required_programs import require, require_file
 from thrave.tasks.states import BundleTaskState
 from thrave.testing import ThraveServer
 
-SOURCE = Path(__file__).parents[1] / "support" / "wrong_clock.c"
+SOURCE = Path(__file__).parents[1] / "support" / "crashes" / "wrong_clock.c"
 
 
 @pytest.fixture

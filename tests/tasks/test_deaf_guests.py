@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from support.disks import make_disk
-from support.forking import ForkedServer
-from support.machine import Machine
+from support.disks.raw_disk import make_disk
+from support.instances.command_machine import Machine
+from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.database import open_engine
 from thrave.tasks.records import Records

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.disks import make_disk
-from support.killing import MIB, Scene
+from support.crashes.kill_sweep import MIB, Scene
+from support.disks.raw_disk import make_disk
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import InstanceState, VolumeFile

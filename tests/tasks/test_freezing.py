@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.storing import Bench, directory
+from support.service.upload_bench import UploadBench, directory
 from thrave.compute.answering import check_command
 from thrave.compute.errors import HypervisorError
 from thrave.compute.instance import VolumeFile
@@ -22,7 +22,7 @@ FROZEN = Frozen(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
 
 @pytest.fixture
 def bench(tmp_path):
-    with closing(Bench(tmp_path, directory(tmp_path))) as bench:
+    with closing(UploadBench(tmp_path, directory(tmp_path))) as bench:
         bench.records.note_frozen(bench.bundle_id, FROZEN)
         yield bench
 

@@ -2,7 +2,7 @@
 
 One task is killed at each of its steps in turn, the next time right where it has come to: so that every crash is met by
 what an earlier one has left. `scripts/kill-sweep` does each alone, and two hundred random moments. What must be true at
-each death and in the end stands in tests/support/killing.py.
+each death and in the end stands in tests/support/crashes/kill_sweep.py.
 """
 
 import os
@@ -11,8 +11,8 @@ import random
 import pytest
 from botocore.exceptions import ClientError
 
-from support.components import require
-from support.killing import MIB, TO_COMPLETE, TO_REPLACE, Scene, killed_at, killed_at_random, moments
+from support.crashes.kill_sweep import MIB, TO_COMPLETE, TO_REPLACE, Scene, killed_at, killed_at_random, moments
+from support.required_programs import require
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.states import BundleTaskState
 

@@ -1,9 +1,9 @@
 """Whatever callers, crashes and other people do to instances, in any order: only what the model allows is seen.
 
 Hypothesis draws the orders, from a seed that stands in the test's name and can be given as THRAVE_SEED. The server is
-the product itself, killed by SIGKILL and started again on its data; what `tests/support/model.py` says is checked after
-each step and, once every task has ended, against the bucket and the instances. Each order is drawn in full before it is
-known how fast the server is: rules that cannot do anything now do nothing.
+the product itself, killed by SIGKILL and started again on its data. After each step, what it shows is checked against
+`tests/support/crashes/reference_model.py`; once every task has ended, the bucket and the instances are checked too.
+Each order is drawn in full before it is known how fast the server is: rules that cannot do anything now do nothing.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from support.disks import make_disk
-from support.forking import ForkedServer
-from support.model import ModelInstance
-from support.opened import opened_sha256
+from support.bundles.open_check import opened_sha256
+from support.crashes.reference_model import ModelInstance
+from support.disks.raw_disk import make_disk
+from support.service.forked_server import ForkedServer
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
@@ -32,7 +32,7 @@ MIB = 1 << 20
 EITHER = st.integers(0, 1)  # of the two instances
 
 
-class House:
+class ServiceOnStore:
     """A server that may be down, and what stays the same from one order to the next."""
 
     def __init__(self, folder):
@@ -70,7 +70,7 @@ class House:
 class Machine(RuleBasedStateMachine):
     """The orders: two instances of one account, and what can happen to them."""
 
-    house: House
+    house: ServiceOnStore
     seeds = count(1)
 
     def __init__(self):
@@ -192,7 +192,7 @@ def asked(call, **parameters):
 @pytest.mark.parametrize("drawn_from", [SEED])
 def test_only_what_the_model_allows_is_ever_seen(tmp_path, drawn_from, capfd):
     class Here(Machine):
-        house = House(tmp_path)
+        house = ServiceOnStore(tmp_path)
 
     run = settings(
         max_examples=10,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from support.in_process import HOST, OneHost
+from support.service.in_process import HOST, OneHost
 from thrave.buckets.errors import TransientError
 from thrave.compute.instance import InstanceState
 from thrave.database import bundle_task, host

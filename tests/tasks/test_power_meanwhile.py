@@ -10,9 +10,9 @@ import psutil
 import pytest
 from botocore.exceptions import ClientError
 
-from support.disks import make_disk
+from support.disks.raw_disk import make_disk
 from support.eventually import eventually
-from support.forking import ForkedServer
+from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 
 MIB = 1 << 20

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from support.disks.qemu_images import converted, written_to
 from support.eventually import eventually
-from support.images import converted, written_to
-from support.storing import Bench, directory
+from support.service.upload_bench import UploadBench, directory
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.reading import VolumeReader
 from thrave.volumes.opening import open_volume
@@ -22,7 +22,7 @@ DRIVERS = {"raw": RawVolume, "qcow2": QemuVolume}
 
 @pytest.fixture
 def bench(tmp_path):
-    with closing(Bench(tmp_path, directory(tmp_path))) as bench:
+    with closing(UploadBench(tmp_path, directory(tmp_path))) as bench:
         yield bench
 
 

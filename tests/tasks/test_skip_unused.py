@@ -3,10 +3,10 @@
 import pytest
 from botocore.exceptions import WaiterError
 
-from support.disks import make_disk
-from support.forking import ForkedServer
-from support.ntfs import Damage
-from support.opened import opened_sha256
+from support.bundles.open_check import opened_sha256
+from support.disks.ntfs_disk import Damage
+from support.disks.raw_disk import make_disk
+from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.demo.disk import make_demo_disk
 

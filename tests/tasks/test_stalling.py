@@ -5,9 +5,9 @@ from contextlib import suppress
 
 import psutil
 
-from support.disks import make_disk
-from support.forking import ForkedServer
-from support.images import converted
+from support.disks.qemu_images import converted
+from support.disks.raw_disk import make_disk
+from support.service.forked_server import ForkedServer
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile

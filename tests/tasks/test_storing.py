@@ -15,10 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from support import storing
-from support.buckets import owners
-from support.sealed import manifest_of, private_key
-from support.storing import BUCKET, MANIFEST, OWNER, PREFIX, HeldBuckets, directory, noise_disk, opened, part
+from support.buckets.bucket_drivers import owners
+from support.bundles.sample_bundles import manifest_of, private_key
+from support.service.upload_bench import (
+    BUCKET,
+    MANIFEST,
+    OWNER,
+    PREFIX,
+    HeldBuckets,
+    UploadBench,
+    directory,
+    noise_disk,
+    opened,
+    part,
+)
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.bundle.deflate import CHUNK
 from thrave.bundle.names import PART_SIZE, bound_side_filename, own_part, side_filename
@@ -49,7 +59,7 @@ def buckets(tmp_path):
 def made_bench(tmp_path):
     """Makes a task's bench; all of one test have the same database."""
     with ExitStack() as stack:
-        yield lambda buckets, **options: stack.enter_context(closing(storing.Bench(tmp_path, buckets, **options)))
+        yield lambda buckets, **options: stack.enter_context(closing(UploadBench(tmp_path, buckets, **options)))
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def killed(made_bench, tmp_path):
     """Seals in another process, killed when all parts up to the last of those that are held are stored but these."""
 
     def kill(disk, *held):
-        argv = [sys.executable, "-m", "support.storing", tmp_path, disk, *map(str, held)]
+        argv = [sys.executable, "-m", "support.service.upload_bench", tmp_path, disk, *map(str, held)]
         stored = [number not in held for number in range(held[-1] + 1)]
         bench = made_bench(directory(tmp_path))
         with subprocess.Popen(argv, cwd=Path(__file__).parents[1]) as process:

@@ -12,8 +12,8 @@ from alembic import command
 from alembic.config import Config
 
 import thrave.database
-from support.disks import make_disk
-from support.opened import opened_sha256
+from support.bundles.open_check import opened_sha256
+from support.disks.raw_disk import make_disk
 from thrave.buckets.directory import DirectoryBuckets
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory

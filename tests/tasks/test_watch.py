@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from support.eventually import eventually
-from support.storing import Bench, directory
+from support.service.upload_bench import UploadBench, directory
 from thrave.compute.errors import HoldLostError, HypervisorError, HypervisorGoneError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Call, NoThreadError
 from thrave.tasks.failures import Cancelled, TaskFailure
@@ -20,7 +20,7 @@ from thrave.tasks.watch import INTERVAL, Watch
 
 @pytest.fixture
 def bench(tmp_path):
-    with closing(Bench(tmp_path, directory(tmp_path))) as bench:
+    with closing(UploadBench(tmp_path, directory(tmp_path))) as bench:
         yield bench
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from support.components import missing
-from support.disks import make_disk
+from support.disks.raw_disk import make_disk
+from support.required_programs import missing
 from thrave.volumes import libnbd
 from thrave.volumes.errors import ComponentMissingError
 from thrave.volumes.opening import QEMU_FORMATS

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from support.block_devices import loop_device
-from support.images import converted, encrypted, qemu_io, secret_beside, written_to
+from support.disks.block_devices import loop_device
+from support.disks.qemu_images import converted, encrypted, qemu_io, secret_beside, written_to
 from thrave.volumes.errors import VolumeEncryptedError, VolumeInUseError
 from thrave.volumes.opening import open_volume
 from thrave.volumes.volume import Extent

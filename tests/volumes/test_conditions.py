@@ -6,9 +6,7 @@ import sys
 
 import pytest
 
-from support.images import converted
-from support.ntfs import CLUSTER, RECORD, Damage, make_windows_disk, restart_page
-from support.ntfs_harm import (
+from support.disks.ntfs_damage import (
     BASIC,
     DYNAMIC,
     RESERVED,
@@ -20,6 +18,8 @@ from support.ntfs_harm import (
     log,
     partition_entry,
 )
+from support.disks.ntfs_disk import CLUSTER, RECORD, Damage, make_windows_disk, restart_page
+from support.disks.qemu_images import converted
 from thrave.volumes import ntfs, surveyor, unmounting
 from thrave.volumes.conditions import Verdict, conditions
 from thrave.volumes.errors import VolumeUnreadableError

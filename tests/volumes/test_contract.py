@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.images import converted, secret_of
+from support.disks.qemu_images import converted, secret_of
 from thrave.volumes.errors import UnknownFormatError, VolumeUnreadableError
 from thrave.volumes.opening import FORMATS, open_volume
 

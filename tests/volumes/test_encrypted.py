@@ -5,7 +5,7 @@ import os
 import psutil
 import pytest
 
-from support.images import (
+from support.disks.qemu_images import (
     PASSPHRASE,
     converted,
     encrypted,

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from support.images import converted, qemu_img, qemu_io, written_to
+from support.disks.qemu_images import converted, qemu_img, qemu_io, written_to
 from thrave.volumes import locking
 from thrave.volumes.errors import VolumeInUseError, VolumeUnreadableError
 from thrave.volumes.hostfile import HostFile

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.images import PASSPHRASE, converted, encrypted, qemu_img, secret_beside
+from support.disks.qemu_images import PASSPHRASE, converted, encrypted, qemu_img, secret_beside
 from thrave.volumes import vhd
 from thrave.volumes.errors import ImageRefusedError, VolumeError, VolumeUnreadableError
 from thrave.volumes.marks import MARKS, REFERENCES, Decision

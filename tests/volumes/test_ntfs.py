@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.components import require
-from support.ntfs import CLUSTER, HIBERNATION, SWAP, Damage, make_windows_disk, ntfs_tool
-from support.sealed import bundle_of, private_key
+from support.bundles.sample_bundles import bundle_of, private_key
+from support.disks.ntfs_disk import CLUSTER, HIBERNATION, SWAP, Damage, make_windows_disk, ntfs_tool
+from support.required_programs import require
 from thrave.bundle.opening import open_bundle
 from thrave.demo.disk import PARTITION_OFFSET
 from thrave.volumes import survey

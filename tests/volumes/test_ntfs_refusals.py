@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.ntfs import CLUSTER, HIBERNATION, Damage, make_windows_disk, restart_page
-from support.ntfs_harm import (
+from support.disks.ntfs_damage import (
     BASIC,
     DYNAMIC,
     STORAGE_SPACES,
@@ -18,6 +17,7 @@ from support.ntfs_harm import (
     log,
     partition_entry,
 )
+from support.disks.ntfs_disk import CLUSTER, HIBERNATION, Damage, make_windows_disk, restart_page
 from thrave.volumes import skipping, survey
 from thrave.volumes.errors import (
     FileSystemCorruptError,

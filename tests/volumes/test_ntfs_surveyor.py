@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from support.ntfs import CLUSTER, RECORD, Damage, make_windows_disk, ntfs_tool
+from support.disks.ntfs_disk import CLUSTER, RECORD, Damage, make_windows_disk, ntfs_tool
 from thrave.volumes import survey, surveyor, unmounting
 from thrave.volumes.errors import FileSystemCorruptError, SkipRefusedError, VolumeNotCleanError, VolumeUnreadableError
 from thrave.volumes.partitions import Partition

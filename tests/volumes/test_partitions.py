@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from support.ntfs import Damage
+from support.disks.ntfs_disk import Damage
 from thrave.volumes import fat, locating
 from thrave.volumes.conditions import Verdict, conditions
 from thrave.volumes.errors import FileSystemCorruptError

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.components import require
-from support.images import converted, qemu_img
+from support.disks.qemu_images import converted, qemu_img
+from support.required_programs import require
 from thrave.volumes import libnbd, qemu
 from thrave.volumes.errors import ComponentMissingError, VolumeError, VolumeInUseError, VolumeUnreadableError
 from thrave.volumes.inspection import CHAIN_LIMIT

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from support.block_devices import loop_device
-from support.images import converted, qemu_img
+from support.disks.block_devices import loop_device
+from support.disks.qemu_images import converted, qemu_img
 from thrave.volumes import inspection
 from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
 from thrave.volumes.opening import examine, open_volume

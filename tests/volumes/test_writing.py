@@ -7,8 +7,8 @@ from random import Random
 import psutil
 import pytest
 
-from support.components import require
-from support.images import qemu_img
+from support.disks.qemu_images import qemu_img
+from support.required_programs import require
 from thrave.volumes.errors import ComponentMissingError, UnknownFormatError, VolumeUnwritableError
 from thrave.volumes.opening import open_volume
 from thrave.volumes.writing import WRITABLE_FORMATS, new_image

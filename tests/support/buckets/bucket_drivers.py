@@ -1,0 +1,42 @@
+"""Each driver of buckets, as the accounts Alice and Bob have it."""
+
+import uuid
+from dataclasses import dataclass, field
+
+from support.servers import stores
+from thrave.buckets.buckets import Buckets
+from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.s3 import Holder, OwnersBuckets, ServiceBuckets
+
+ALICE, BOB = "111111111111", "222222222222"
+_KEYS = {ALICE: stores.ALICE, BOB: stores.BOB}
+_HOLDERS = {key.access_key_id: Holder(account, key) for account, key in _KEYS.items()}
+
+
+@dataclass
+class Driver:
+    """A driver on its store; `name` is a bucket's that nobody has there and that Alice may create."""
+
+    buckets: Buckets
+    acl: str = "ec2-bundle-read"
+    """What upload policies may name."""
+    makes_buckets: bool = False
+    """Whether the store makes a bucket that an object is put into."""
+    name: str = field(default_factory=lambda: f"alice-{uuid.uuid4().hex[:12]}")
+
+    def of(self, account):
+        return self.buckets.on_behalf_of(_KEYS[account].access_key_id)
+
+
+def directory(folder):
+    return Driver(DirectoryBuckets(folder))
+
+
+def owners(store):
+    """A store that knows the accounts' keys."""
+    return Driver(OwnersBuckets(store.connection(credentials=None), _HOLDERS.get), store.acl, store.name == "seaweedfs")
+
+
+def service(store):
+    """A store that knows the service's key."""
+    return Driver(ServiceBuckets(store.connection()), store.acl, store.name == "seaweedfs")

@@ -1,0 +1,42 @@
+"""Upload policies as clients make them, signed as clients sign them."""
+
+import base64
+import hashlib
+import hmac
+import json
+
+from support.buckets.s3_storage import signature
+
+SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
+ACCESS_KEY_ID = "AKIAIOSFODNN7EXAMPLE"
+FAR = "2099-01-01T00:00:00Z"
+
+
+def encoded(document):
+    """A policy (a document, JSON text or bytes) in base64."""
+    if not isinstance(document, (str, bytes)):
+        document = json.dumps(document)
+    return base64.b64encode(document.encode() if isinstance(document, str) else document).decode()
+
+
+def signed_v2(text, secret=SECRET):
+    """The version 2 signature of a text."""
+    return signature(text.encode(), secret)
+
+
+def signed_v4(text, secret=SECRET, date="20151229", region="us-east-1"):
+    """The version 4 signature of a text."""
+    key = b"AWS4" + secret.encode()
+    for word in (date, region, "s3", "aws4_request"):
+        key = hmac.new(key, word.encode(), hashlib.sha256).digest()
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def document(*conditions, expiration=FAR):
+    """A policy's document."""
+    return {"expiration": expiration, "conditions": [*conditions]}
+
+
+def bundle_document(bucket, prefix, expiration=FAR, acl="ec2-bundle-read"):
+    """The document that the AWS CLI makes."""
+    return document({"bucket": bucket}, {"acl": acl}, ["starts-with", "$key", prefix], expiration=expiration)

@@ -1,0 +1,116 @@
+"""Images in memory, bundles made of them, and the test keys: what the tests of bundles share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from thrave.bundle.errors import PartMissingError
+from thrave.bundle.sealed import Part, Sealed
+from thrave.bundle.sealing import Sealing
+from thrave.bundle.secrets import BundleSecrets
+from thrave.bundle.sidefile import write_side_file
+from thrave.bundle.writing import write_manifest
+
+VECTORS = Path(__file__).parents[2] / "data" / "vectors"
+ACCOUNT = "123456789012"
+SECRETS = BundleSecrets(key=bytes(range(16)), iv=bytes(range(16, 32)))
+SIDE_KEY = Ed25519PrivateKey.from_private_bytes(b"side".ljust(32))
+
+Span = tuple[int, int]
+
+
+@cache
+def private_key(name: str) -> RSAPrivateKey:
+    key = load_pem_private_key((VECTORS / "keys" / f"{name}-pk.pem").read_bytes(), None)
+    assert isinstance(key, RSAPrivateKey)
+    return key
+
+
+@cache
+def certificate(name: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((VECTORS / "keys" / f"{name}-cert.pem").read_bytes())
+
+
+@dataclass
+class MemoryImage:
+    """Data at some extents; the rest is a hole. ``on_read`` is called with the offset before each read."""
+
+    data: bytes
+    spans: Sequence[Span] | None = None
+    on_read: Callable[[int], None] = field(default=lambda _: None)
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def extents(self) -> Sequence[Span]:
+        return [(0, self.size)] if self.spans is None else self.spans
+
+    def will_read(self, offset: int, length: int) -> None:
+        pass
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.on_read(offset)
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+
+@dataclass
+class PatternImage:
+    """An image of any size whose data costs no memory: every byte of an extent is the same."""
+
+    size: int
+    spans: Sequence[Span]
+
+    def extents(self) -> Sequence[Span]:
+        return self.spans
+
+    def will_read(self, offset: int, length: int) -> None:
+        pass
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = b"\x5a" * len(buffer)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All files of a bundle in memory; also a ``PartSource``."""
+
+    manifest: bytes
+    side_file: bytes
+    parts: Mapping[str, bytes]
+    sealed: Sealed
+
+    def read(self, filename: str) -> bytes:
+        if filename not in self.parts:
+            raise PartMissingError(filename, "it was dropped")
+        return self.parts[filename]
+
+
+def seal(image, prefix: str = "disk", **options) -> tuple[list[Part], Sealed]:
+    sealing = Sealing(image, prefix, secrets=SECRETS, **options)
+    parts = list(sealing.parts())
+    return parts, sealing.sealed
+
+
+def manifest_of(sealed: Sealed) -> bytes:
+    return write_manifest(
+        sealed,
+        account_id=ACCOUNT,
+        architecture="x86_64",
+        user_certificate=certificate("user"),
+        service_certificate=certificate("cloud"),
+        signing_key=private_key("user"),
+    )
+
+
+def bundle_of(image, prefix: str = "disk", **options) -> Bundle:
+    parts, sealed = seal(image, prefix, **options)
+    manifest = manifest_of(sealed)
+    side_file = write_side_file(sealed, manifest, side_key=SIDE_KEY, signing_key=private_key("user"))
+    return Bundle(manifest, side_file, {part.filename: bytes(part.data) for part in parts}, sealed)

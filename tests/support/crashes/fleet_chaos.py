@@ -1,0 +1,202 @@
+"""A fleet under fire: many tasks, whose processes are killed at random, and what must be true in the end.
+
+Callers ask API processes for bundles, cancel some, and are cut off; API processes and agents are killed by SIGKILL and
+started again. Then everybody is left in peace until every task has ended. Each host has disks that no other one can
+reach, so a task on the wrong host would fail.
+"""
+
+import hashlib
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from support.bundles.open_check import opened_sha256
+from support.disks.raw_disk import make_disk
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.tasks.states import FINISHED, BundleTaskState
+
+BUCKET = "chaos"
+KIB = 1 << 10
+CALLERS = 4
+PATIENCE = 300  # seconds for what was cut off to come to its end
+ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much of it."""
+
+    tasks: int
+    instances: int
+    agents: int
+    apis: int
+    seed: int
+    pause: float = 2.0
+    """Seconds between two kills, at the most."""
+
+
+@dataclass
+class Outcome:
+    """What there was."""
+
+    kills: int = 0
+    refused: Counter = field(default_factory=Counter)
+    """Requests that were answered by an error, by its code."""
+    cut_off: int = 0
+    """Requests whose answer never came."""
+    ended: Counter = field(default_factory=Counter)
+    """Tasks, by how they ended."""
+    attempts: int = 0
+    """How often a host took up a task, over all tasks."""
+
+
+class Chaos:
+    """One run."""
+
+    def __init__(self, fleet, plan):
+        self.fleet = fleet
+        self.plan = plan
+        self.random = random.Random(plan.seed)
+        self.outcome = Outcome()
+        self.answered = set()
+        self.asked = 0
+        self.lock = threading.Lock()
+        self.starting = set()  # who has been killed and does not work yet
+        self.apis = {"api-1": fleet.first, **{name: fleet.api(name) for name in self._names("api", 2, plan.apis)}}
+        self.account, self.key = fleet.first.account("alice")
+        self.hosts = self._names("host", 1, plan.agents)
+        self.instances = dict(self._new_instance(number) for number in range(plan.instances))
+        self.agents = {name: fleet.agent(name) for name in self.hosts}
+
+    def run(self):
+        """Do it all; give the outcome, whose facts have been checked."""
+        self._await(lambda: len(self._reported()) == len(self.instances))
+        callers = [threading.Thread(target=self._call, args=[self.plan.seed + number]) for number in range(CALLERS)]
+        for caller in callers:
+            caller.start()
+        with ThreadPoolExecutor() as starting:
+            while any(caller.is_alive() for caller in callers):
+                self._kill_somebody(starting)
+        self._check()
+        return self.outcome
+
+    @staticmethod
+    def _names(kind, first, last):
+        return [f"{kind}-{number}" for number in range(first, last + 1)]
+
+    def _new_instance(self, number):
+        """An instance on a host of its own kind: its id, its host and the SHA-256 of its disk."""
+        host = self.hosts[number % len(self.hosts)]
+        folder = self.fleet.data(host)
+        folder.instances.mkdir(parents=True, exist_ok=True)
+        size = self.random.randrange(64, 24 * KIB) * KIB
+        disk = make_disk(folder.root / f"{number}.raw", size, seed=number)
+        description = Description(
+            instance_id=new_instance_id(), account_id=self.account.account_id, platform="windows",
+            root_volume=VolumeFile(path=disk),
+        )  # fmt: skip
+        DirectoryInstances(folder.instances).add(description)
+        return description.instance_id, (host, hashlib.sha256(disk.read_bytes()).hexdigest())
+
+    def _reported(self):
+        ec2 = self.fleet.first.client(self.key)
+        return ec2.describe_instances()["Reservations"]
+
+    def _call(self, seed):
+        """Ask for bundles until there are enough of them, and have some cancelled."""
+        mine = random.Random(seed)
+        while (number := self._next_number()) is not None:
+            instance_id = mine.choice([*self.instances])
+            storage = self.fleet.first.storage(self.key, BUCKET, f"bundle-{number}")
+            bundle_id = self._ask("bundle_instance", mine, InstanceId=instance_id, Storage=storage)
+            if bundle_id:
+                self.answered.add(bundle_id)
+                if mine.random() < 0.1:
+                    time.sleep(mine.random())
+                    self._ask("cancel_bundle_task", mine, BundleId=bundle_id)
+            else:
+                time.sleep(mine.random())
+
+    def _next_number(self):
+        with self.lock:
+            if len(self.answered) >= self.plan.tasks:
+                return None
+            self.asked += 1
+            return self.asked
+
+    def _ask(self, action, mine, **parameters):
+        ec2 = mine.choice([*self.apis.values()]).client(self.key, config=ONE_TRY)
+        try:
+            return getattr(ec2, action)(**parameters)["BundleTask"]["BundleId"]
+        except ClientError as refusal:
+            self.outcome.refused[refusal.response["Error"]["Code"]] += 1
+        except BotoCoreError:
+            self.outcome.cut_off += 1
+        return None
+
+    def _kill_somebody(self, starting):
+        """Kill a process that works, and have it started again while others are killed."""
+        time.sleep(self.random.uniform(0.1, self.plan.pause))
+        victim = self.random.choice([*self.apis, *self.hosts])
+        if victim in self.starting:
+            return
+        self.starting.add(victim)
+        self.outcome.kills += 1
+        starting.submit(self._replace, victim)
+
+    def _replace(self, victim):
+        if victim in self.hosts:
+            self.agents[victim].kill()
+            self.agents[victim].wait()
+            self.agents[victim] = self.fleet.agent(victim)
+        else:
+            self.apis[victim].stop(signal.SIGKILL)
+            self.apis[victim].start()
+            self.fleet.processes.append(self.apis[victim].process)
+        self.starting.remove(victim)
+
+    def _check(self):
+        with self.fleet.ground() as ground:
+            records = ground.records()
+            self._await(lambda: all(task.state in FINISHED for task in records.find()))
+            tasks = {task.bundle_id: task for task in records.find()}
+        self.outcome.ended = Counter(task.error_code or str(task.state) for task in tasks.values())
+        self.outcome.attempts = sum(task.attempts for task in tasks.values())
+        assert self.answered <= set(tasks), "a task was lost"
+        assert len(tasks) - len(self.answered) <= self.outcome.cut_off, "a task was doubled"
+        assert set(self.outcome.ended) <= {"complete", "Client.Cancelled"}, self.outcome.ended
+        complete = [task for task in tasks.values() if task.state is BundleTaskState.COMPLETE]
+        self._check_bundles(complete)
+        for instance_id, (host, _) in self.instances.items():
+            there = DirectoryInstances(self.fleet.data(host).instances)
+            assert there.state(instance_id) is InstanceState.RUNNING
+            with there.hold(instance_id):
+                pass  # nobody else does
+
+    def _check_bundles(self, complete):
+        """Each complete bundle is its instance's disk, and nothing else is in the bucket."""
+        image = self.fleet.root / "opened.raw"
+        for task in complete:
+            host, digest = self.instances[task.instance_id]
+            assert task.host == host, "a task went to another host than its instance's"
+            assert opened_sha256(self.fleet.first, BUCKET, task.prefix, image) == digest
+            image.unlink()
+        prefixes = {task.prefix for task in complete}
+        names = {path.name for path in (self.fleet.first.data.buckets / BUCKET).iterdir()}
+        left_over = [name for name in names if name.partition(".")[0] not in prefixes]
+        assert left_over == []
+
+    def _await(self, holds):
+        deadline = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < deadline, "it never came to its end"
+            time.sleep(0.2)

@@ -1,0 +1,25 @@
+"""Block devices made of files. Only root may make them; where the kernel has none, the test is skipped."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.required_programs import require
+
+
+@contextmanager
+def loop_device(file: Path) -> Iterator[Path]:
+    """A loop device of the file."""
+    losetup = require("losetup", package="mount")
+    argv = [losetup, "--find", "--show", str(file)]
+    made = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device here: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    try:
+        yield Path(device)
+    finally:
+        subprocess.run([losetup, "--detach", device], check=True)

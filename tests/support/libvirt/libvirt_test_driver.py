@@ -1,0 +1,93 @@
+"""libvirt's own pretence of a hypervisor, for what needs domains and no machine. It lives in this process.
+
+All connections of a process see the same domains, for as long as one of them is open.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from support.required_programs import missing
+from thrave.compute.domain_events import DomainEvents
+from thrave.compute.errors import ComponentMissingError
+from thrave.compute.hypervisor import Hypervisor
+
+URI = "test:///default"
+
+_XML = """\
+<domain type="{kind}">
+  <name>{name}</name>
+  <memory unit="MiB">64</memory>
+  <os><type arch="x86_64">hvm</type></os>
+  {features}
+  <devices>
+    <disk type="file" device="cdrom"><driver name="qemu" type="raw"/><target dev="hda"/></disk>
+    <disk type="file" device="disk"><driver name="qemu" type="{format}"/>
+      <source file="{disk}"/><target dev="vda"/></disk>
+    {channel}
+  </devices>
+</domain>
+"""
+_ACPI = "<features><acpi/></features>"
+_CHANNEL = '<channel type="unix"><target type="virtio" name="org.qemu.guest_agent.0"/></channel>'
+
+
+def domain_xml(name, disk, *, kind="test", image_format="raw", acpi=True, channel=False):
+    """A domain with an empty CD drive and a disk, as libvirt takes it."""
+    features, agent = _ACPI if acpi else "", _CHANNEL if channel else ""
+    return _XML.format(kind=kind, name=name, disk=disk, format=image_format, features=features, channel=agent)
+
+
+class LibvirtTestDriver:
+    """The pretended hypervisor."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        """Keep the connection that keeps the domains."""
+        self._hypervisor = hypervisor
+        self._made: list[str] = []
+
+    def define(self, name, disk, **details):
+        """Define a domain that is off, as `domain_xml`; give its UUID."""
+        with self._hypervisor.asked() as connection:
+            self._made.append(name)
+            return connection.defineXML(domain_xml(name, disk, **details)).UUIDString()
+
+    def start(self, name):
+        """Start a domain, past the driver."""
+        with self._hypervisor.asked() as connection:
+            connection.lookupByName(name).create()
+
+    def metadata(self, name, element, *, key="thrave", uri="https://thrave.dev/xmlns/instance/1"):
+        """Write an element into a domain's metadata, as an operator would."""
+        with self._hypervisor.asked() as connection:
+            connection.lookupByName(name).setMetadata(2, element, key, uri, 2)
+
+    def definition(self, name):
+        """A domain's XML."""
+        with self._hypervisor.asked() as connection:
+            return connection.lookupByName(name).XMLDesc(2)
+
+    def forget(self):
+        """Remove what was defined."""
+        with self._hypervisor.asked() as connection:
+            for domain in connection.listAllDomains():
+                if domain.name() in self._made:
+                    if domain.isActive():
+                        domain.destroy()
+                    domain.undefine()
+
+
+@contextmanager
+def libvirt_test_driver() -> Iterator[LibvirtTestDriver]:
+    """The pretended hypervisor, without the domains of the test in the end."""
+    hypervisor = Hypervisor(URI, DomainEvents())
+    try:
+        driver = LibvirtTestDriver(hypervisor)
+        with hypervisor.asked():
+            pass
+    except ComponentMissingError as error:
+        missing(error.component, package=error.package)
+    try:
+        yield driver
+    finally:
+        driver.forget()
+        hypervisor.close()

@@ -1,0 +1,109 @@
+"""A real PostgreSQL for tests: one server a session, one database a test.
+
+It is a cluster of its own in a temporary folder, on a free port of 127.0.0.1, as the Debian package's programs make
+one. The server refuses to run as root, so that root starts it as `nobody`.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+from support.required_programs import missing
+
+PACKAGE = "postgresql"
+_NOBODY = 65534
+_START_TIMEOUT = 60.0  # seconds
+_OPTIONS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "fsync": "off",
+    "max_connections": "200",
+    "log_min_messages": "fatal",
+}
+
+
+class Postgres:
+    """A PostgreSQL server of the tests'."""
+
+    def __init__(self, folder: Path, programs: Path, port: int) -> None:
+        self._folder = folder
+        self._programs = programs
+        self._port = port
+        self._process = None
+        self._databases = 0
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = [f"--{name}={value}" for name, value in {**_OPTIONS, "port": str(self._port)}.items()]
+        self._process = subprocess.Popen(
+            [self._programs / "postgres", "-D", self._folder / "data", *options], **_as_somebody(), cwd=self._folder
+        )
+        deadline = time.monotonic() + _START_TIMEOUT
+        while True:
+            try:
+                psycopg.connect(self._url("postgres"), connect_timeout=5).close()
+            except psycopg.OperationalError:
+                assert self._process.poll() is None, "PostgreSQL ended"
+                assert time.monotonic() < deadline, "PostgreSQL does not answer"
+                time.sleep(0.05)
+            else:
+                return
+
+    def kill(self) -> None:
+        """End it as a power failure would, with all its processes; `start` brings it back."""
+        self._process.send_signal(signal.SIGQUIT)  # "immediate shutdown": no goodbye, recovery at the next start
+        self._process.wait()
+
+    def new_database(self) -> str:
+        """The URL of a new, empty database."""
+        self._databases += 1
+        name = f"thrave_{self._databases}"
+        with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        return self._url(name)
+
+    def _url(self, database: str) -> str:
+        return f"postgresql://thrave@127.0.0.1:{self._port}/{database}"
+
+
+@contextmanager
+def running_postgres():
+    """A server, stopped at the end."""
+    programs = _programs()
+    with tempfile.TemporaryDirectory(prefix="thrave-postgres-") as folder:
+        if os.geteuid() == 0:
+            shutil.chown(folder, _NOBODY, _NOBODY)
+        initdb = [programs / "initdb", "-D", Path(folder) / "data", "-U", "thrave", "-A", "trust", "--no-sync"]
+        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, **_as_somebody(), cwd=folder)
+        server = Postgres(Path(folder), programs, _free_port())
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def _programs() -> Path:
+    """Where the package keeps the programs of its newest version; they are not on the PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: float(path.parts[4]))
+    if not found:
+        missing("postgres", package=PACKAGE)
+    return found[-1].parent
+
+
+def _as_somebody() -> dict[str, object]:
+    return {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

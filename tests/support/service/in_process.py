@@ -1,0 +1,107 @@
+"""Bundle tasks run in this process, on real components of one host: SQLite, buckets in folders, instances in files.
+
+There is no engine: `run` does what a workflow does, and a test runs a task again as the engine would.
+"""
+
+import base64
+from itertools import count
+
+from support.disks.raw_disk import make_disk
+from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
+from thrave.bundle.opening import open_bundle
+from thrave.bundle.partsource import DirectoryParts
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import new_instance_id
+from thrave.compute.instance import VolumeFile
+from thrave.config import Settings
+from thrave.ground import open_ground
+from thrave.tasks.bundling import Host, bundle
+from thrave.tasks.made_buckets import MadeBuckets
+from thrave.tasks.task import BundleRequest
+from thrave.testing import upload_policy
+
+BUCKET = "alice-bundles"
+HOST = "localhost"
+
+
+class OneHost:
+    """The components of one host, and an account with a bucket."""
+
+    def __init__(self, folder, size=300 << 10):
+        self.folder = folder
+        self.ground = open_ground(Settings(data=folder / "thrave"))
+        self.records = self.ground.records()
+        self.account, self.key = self.ground.accounts.create("alice")
+        self.ground.buckets.create(BUCKET, self.account.account_id)
+        self.fence = self.ground.hosts.take(HOST, tasks_at_once=1)
+        self.buckets, self.instances = self.ground.buckets, self.ground.instances
+        self._size = size
+        self._numbers = count(1)
+
+    def close(self):
+        self.ground.database.dispose()
+
+    def task(self, **details):
+        """Record a task of a new instance, in a place of its own; give its id."""
+        number = next(self._numbers)
+        instance_id = new_instance_id()
+        disk = make_disk(self.folder / f"{instance_id}.raw", self._size)
+        self.ground.instances.add(
+            Description(
+                instance_id=instance_id, account_id=self.account.account_id, platform="windows",
+                root_volume=VolumeFile(path=disk), **details,
+            )
+        )  # fmt: skip
+        prefix = f"winami{number}"
+        policy, signature = upload_policy(self.key.secret_access_key, BUCKET, prefix)
+        bundle_id = f"bun-{number:017x}"
+        request = BundleRequest(
+            account_id=self.account.account_id, owner_id=self.account.account_id, instance_id=instance_id,
+            bucket=BUCKET, prefix=prefix, access_key_id=self.key.access_key_id,
+            upload_policy=base64.b64encode(policy).decode(), upload_policy_signature=signature,
+        )  # fmt: skip
+        with self.ground.database.begin() as connection:
+            self.records.add(connection, bundle_id, HOST, request)
+        return bundle_id
+
+    def get(self, bundle_id):
+        return self.records.get(bundle_id)
+
+    def run(self, bundle_id, fence=None, **changes):
+        """Do what a workflow of the task does."""
+        bundle(self.host(fence or self.fence, **changes), bundle_id)
+
+    def host(self, fence, **changes):
+        settings, records = self.ground.settings, self.ground.records(fence)
+        given = {
+            "name": HOST, "records": records, "accounts": self.ground.accounts, "instances": self.instances,
+            "buckets": self.buckets, "made_buckets": MadeBuckets(self.ground.database, records),
+            "service": self.ground.service, "shutdown_grace": 5.0,
+            "shutdown_timeout_action": settings.shutdown_timeout_action, "downtime": settings.downtime,
+            "sysprep": (), "unclean_volume": settings.unclean_volume, "image_directories": (), "level": "fast",
+            "skip": settings.skip, "existing_bundle": settings.existing_bundle, "uploads_at_once": 2,
+            "store_patience": 0.0, "stall_timeout": 30.0,
+        }  # fmt: skip
+        return Host(**{**given, **changes})
+
+    def objects(self, bundle_id):
+        """The keys in the bucket under the task's prefix."""
+        return sorted(self.buckets.list(BUCKET, f"{self.get(bundle_id).prefix}."))
+
+    def opens(self, bundle_id):
+        """Whether the bundle opens to the disk's bytes."""
+        task = self.get(bundle_id)
+        output = self.folder / f"{bundle_id}.raw"
+        return self._opened(task, output) == self.instances.get(task.instance_id).root_volume.path.read_bytes()
+
+    def _opened(self, task, output):
+
+        folder = self.ground.settings.directory.buckets / BUCKET
+        manifest, service = (folder / manifest_filename(task.prefix)).read_bytes(), self.ground.service
+        bound = folder / bound_side_filename(task.prefix, manifest)
+        side_file = (bound if bound.exists() else folder / side_filename(task.prefix)).read_bytes()
+        open_bundle(
+            manifest, DirectoryParts(folder), service.private_key, output,
+            certificate=service.certificate, side_file=side_file,
+        )  # fmt: skip
+        return output.read_bytes()

@@ -1,0 +1,115 @@
+"""A program run as a systemd unit would have it run, where no systemd runs: in the unit's sandbox, as far as it goes.
+
+    python systemd_sandbox.py UNIT WRITABLE… -- PROGRAM ARGUMENT…
+
+Done here are NoNewPrivileges, an empty CapabilityBoundingSet, ProtectSystem=strict (but for /tmp and what is named),
+PrivateDevices, ProtectProc=invisible and ProcSubset=pid; and, as they stand in the unit, RestrictAddressFamilies,
+SystemCallFilter and MemoryDenyWriteExecute. The user stays who it is: only root can start the tests' Python.
+"""
+
+import ctypes
+import ctypes.util
+import errno
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM  # seccomp.h: SCMP_ACT_ALLOW, SCMP_ACT_ERRNO
+_EQUAL, _MASKED_EQUAL = 4, 7  # seccomp.h: SCMP_CMP_EQ, SCMP_CMP_MASKED_EQ
+_WRITE, _EXEC, _SHM_EXEC = 2, 4, 0o100000  # mman.h, shm.h
+_FAMILIES = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10}  # socket.h
+
+# A proc of its own, which the sandbox sees in the place of the machine's; it goes with the namespace.
+_PROC = 'mount -t proc -o subset=pid,hidepid=invisible proc "$0" && exec "$@"'
+_IN_THERE = "(in there)"
+
+
+class _Comparison(ctypes.Structure):
+    """scmp_arg_cmp, libseccomp(3): an argument of a system call, and what it must be."""
+
+    _fields_ = (("argument", ctypes.c_uint), ("how", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
+
+
+def confined(unit: Path, writable: Sequence[Path], argv: Sequence[str]) -> list[str]:
+    """The command that runs `argv` as the unit would, with these folders to write to and no other."""
+    from support.required_programs import require, unavailable  # this file is run by itself, too
+
+    require("bwrap", package="bubblewrap")
+    require("systemd-analyze", package="systemd")
+    if os.geteuid() != 0:
+        unavailable("root alone can make the namespaces of a sandbox")
+    return [sys.executable, __file__, str(unit), *map(str, writable), "--", *argv]
+
+
+def main() -> None:
+    """Begin again in the sandbox's file system, and there have the kernel filter, and become the program."""
+    words = sys.argv[1:]
+    end = words.index("--")
+    unit, folders, argv = words[0], words[1:end], words[end + 1 :]
+    if folders != [_IN_THERE]:
+        _run_in_there(folders, [sys.executable, __file__, unit, _IN_THERE, "--", *argv])
+    said = re.findall(r"^(\w+)=(.*)$", Path(unit).read_text(), re.MULTILINE)
+    (families,) = [value.split() for name, value in said if name == "RestrictAddressFamilies"]
+    assert ("MemoryDenyWriteExecute", "yes") in said
+    _filter(
+        _allowed([value for name, value in said if name == "SystemCallFilter"]),
+        [_FAMILIES[family] for family in families],
+    )
+    os.execvp(argv[0], argv)
+
+
+def _run_in_there(writable: Sequence[str], argv: Sequence[str]) -> None:
+    # The tests' own folders lie in /tmp, which a unit may write to (its own): what is beside those named must not be.
+    binds = [("--ro-bind", str(Path(folder).parent)) for folder in writable] + [
+        ("--bind", folder) for folder in writable
+    ]
+    places = [word for option, folder in [("--bind", "/tmp"), *binds] for word in (option, folder, folder)]
+    sandbox = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--bind", "/mnt", "/proc", *places, "--cap-drop", "ALL"]
+    os.execvp("unshare", ["unshare", "--mount", "sh", "-c", _PROC, "/mnt", *sandbox, "--", *argv])
+
+
+def _allowed(filters: Sequence[str]) -> set[str]:
+    """The system calls that lines of SystemCallFilter leave; systemd always leaves @default."""
+    allowed = {*_names("@default")}
+    for line in filters:
+        names = {name for word in line.removeprefix("~").split() for name in _names(word)}
+        allowed = allowed - names if line.startswith("~") else allowed | names
+    return allowed
+
+
+def _names(word: str) -> Iterator[str]:
+    if not word.startswith("@"):
+        yield word
+        return
+    listed = subprocess.run(["systemd-analyze", "syscall-filter", word], capture_output=True, text=True, check=True)
+    for line in listed.stdout.splitlines()[1:]:
+        if (name := line.strip()) and not name.startswith("#"):
+            yield from _names(name)
+
+
+def _filter(allowed: set[str], families: Sequence[int]) -> None:
+    """Have the kernel refuse every other system call to this process and all that it will start."""
+    seccomp = ctypes.CDLL(ctypes.util.find_library("seccomp") or "libseccomp.so.2")
+    seccomp.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(seccomp.seccomp_init(_REFUSE))
+    only = {
+        "mmap": [(2, _MASKED_EQUAL, _WRITE | _EXEC, protection) for protection in (0, _WRITE, _EXEC)],
+        "mprotect": [(2, _MASKED_EQUAL, _EXEC, 0)],
+        "pkey_mprotect": [(2, _MASKED_EQUAL, _EXEC, 0)],
+        "shmat": [(2, _MASKED_EQUAL, _SHM_EXEC, 0)],
+        "socket": [(0, _EQUAL, family, 0) for family in families],
+    }
+    for name in sorted(allowed):
+        number = seccomp.seccomp_syscall_resolve_name(name.encode())
+        for rule in only.get(name, [()]) if number >= 0 else []:  # below are those of other processors
+            comparisons = (_Comparison * 1)(_Comparison(*rule))
+            failed = seccomp.seccomp_rule_add_array(context, _ALLOW, number, 1 if rule else 0, comparisons)
+            assert failed == 0, (name, failed)
+    assert seccomp.seccomp_load(context) == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Bundles made, step by step as the service makes them, on a store behind the fault proxy; and opened from there.
+
+It is everything but the engine and the HTTP door: buckets are claimed as for a request, tasks run in this process, what
+they leave is taken away as the housekeeping does it.
+"""
+
+import base64
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+from support.disks.raw_disk import make_disk
+from support.servers import stores
+from support.store_faults.fault_proxy import Kind
+from support.store_faults.fault_table import SURVIVES
+from thrave.buckets.errors import NoSuchBucket
+from thrave.buckets.objects import S3Objects
+from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.s3 import OWNER_KEY, Holder, OwnersBuckets, ServiceBuckets
+from thrave.buckets.transport import Transport
+from thrave.bundle.names import manifest_filename, side_filename
+from thrave.bundle.opening import open_bundle
+from thrave.cli.folders import FolderParts
+from thrave.cli.remote_folders import S3Folder
+from thrave.compute.descriptions import Description
+from thrave.compute.directory import new_instance_id
+from thrave.compute.instance import InstanceState, VolumeFile
+from thrave.config import Settings
+from thrave.ec2.actions.storage import Storage, claim_bucket
+from thrave.ec2.errors import EC2Error
+from thrave.ground import open_ground
+from thrave.tasks.bundling import Host, bundle
+from thrave.tasks.leftovers import LeftOvers
+from thrave.tasks.made_buckets import MadeBuckets
+from thrave.tasks.task import BundleRequest
+from thrave.testing import upload_policy
+
+PREFIX = "winami"
+KEY = stores.ALICE
+BY_POLICY = {Kind.HEAD_BUCKET, Kind.CREATE_BUCKET, Kind.POST_OBJECT, Kind.POST_MANIFEST}
+"""What only a service sends that has no key of its own; the rest is tried with one that has."""
+
+
+@dataclass(frozen=True)
+class Temper:
+    """How long the service waits."""
+
+    timeout: float
+    """Seconds for a connection to move."""
+    patience: float
+    """Seconds for which a failure is believed to pass."""
+
+
+class FaultBench:
+    """One service's rooms; `url` is the proxy's, `store` what stands behind it."""
+
+    def __init__(self, folder, store, url):
+        self._store = store
+        self._url = url
+        self._ground = open_ground(Settings(data=folder / "thrave"))
+        self._records = self._ground.records()
+        self.account, _ = self._ground.accounts.create("alice")
+        self._disk = make_disk(folder / "disk.raw", 512 << 10)
+        self._output = folder / "opened.raw"
+        self._transports = {}
+        self.bucket = _new_name()
+        self.prefix = PREFIX
+        """Of the newest task: each has a place that no other task has had, so the plain names of files."""
+        self._tasks = count(1)
+        self._direct.send("PUT", self.bucket)
+
+    def close(self):
+        self._ground.database.dispose()
+        self._direct.send("DELETE", self.bucket)
+
+    @cached_property
+    def behind(self):
+        """The store itself, as the service's key has it."""
+        return S3Objects(self._store.connection())
+
+    @property
+    def _direct(self):
+        return self.behind._requests
+
+    # What the service does
+
+    def claim(self, kind, temper):
+        """Claim a bucket that is nobody's, as a request does; give the outcome, and let it be nobody's again.
+
+        It is a new one by policy, for which the bucket itself must be created; else one that names no owner.
+        """
+        bucket = _new_name() if kind in BY_POLICY else self.bucket
+        policy, signature = upload_policy(KEY.secret_access_key, bucket, PREFIX)
+        storage = Storage(bucket=bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
+                          upload_policy=policy, upload_policy_signature=signature)  # fmt: skip
+        door = SimpleNamespace(buckets=RetryingBuckets(self._buckets(kind, temper), temper.patience))
+        try:
+            claim_bucket(door, storage, self.account.account_id)
+        except EC2Error as error:
+            return error.code
+        else:
+            return SURVIVES if self._is_owned(kind, bucket) else "not owned"
+        finally:
+            self._disown(kind, bucket)
+
+    def bundle(self, kind, temper):
+        """Do a task; give it when it has ended."""
+        instance = self._new_instance()
+        bundle_id = self._new_task(instance)
+        bundle(self._host(kind, temper), bundle_id)
+        return self._records.get(bundle_id)
+
+    def instance_runs(self, task):
+        return self._ground.instances.state(task.instance_id) is InstanceState.RUNNING
+
+    def is_written_down(self, task):
+        """Whether something that a task has stored is still to be removed."""
+        return bool(self._records.journal(task.bundle_id).objects())
+
+    def look_for_left_overs(self, temper):
+        """Take away what failed tasks have left, as is done again and again."""
+        LeftOvers(self._records, self._buckets(None, temper), "localhost", stall_timeout=60).look()
+
+    def opens_to_the_same(self, temper, *, url=None):
+        """Open the bundle as `thrave open s3://…` does; say whether it is the disk."""
+        self._output.unlink(missing_ok=True)
+        connection = self._store.connection(KEY, endpoint=url or self._store.url)
+        objects = S3Objects(connection, transport=self._transport(temper, connection.endpoint))
+        folder, service = S3Folder(objects, self.bucket, ""), self._ground.service
+        open_bundle(
+            folder.read(manifest_filename(self.prefix), 1 << 20),
+            FolderParts(folder),
+            service.private_key,
+            self._output,
+            certificate=service.certificate,
+            side_file=folder.read(side_filename(self.prefix), 1 << 20),
+        )
+        return self._output.read_bytes() == self._disk.read_bytes()
+
+    def files(self):
+        return sorted(self.behind.list(self.bucket, ""))
+
+    def clear(self):
+        self.behind.delete(self.bucket, self.files())
+
+    # What that takes
+
+    def _buckets(self, kind, temper):
+        connection = self._store.connection(endpoint=self._url)
+        transport = self._transport(temper, self._url)
+        if kind in BY_POLICY:
+            holders = {KEY.access_key_id: Holder(self.account.account_id, KEY)}
+            return OwnersBuckets(connection, holders.get, transport=transport)
+        return ServiceBuckets(connection, transport=transport)
+
+    def _transport(self, temper, url):
+        kind = temper.timeout, url
+        if kind not in self._transports:  # each reads the system's certificates
+            self._transports[kind] = Transport(self._store.connection(endpoint=url, timeout=temper.timeout))
+        return self._transports[kind]
+
+    def _host(self, kind, temper):
+        settings = self._ground.settings
+        return Host(
+            name="localhost",
+            records=self._records,
+            accounts=self._ground.accounts,
+            instances=self._ground.instances,
+            buckets=self._buckets(kind, temper),
+            made_buckets=MadeBuckets(self._ground.database, self._records),
+            service=self._ground.service,
+            shutdown_grace=settings.shutdown_grace,
+            shutdown_timeout_action=settings.shutdown_timeout_action,
+            downtime=settings.downtime,
+            sysprep=settings.sysprep,
+            unclean_volume=settings.unclean_volume,
+            image_directories=settings.image_directories,
+            level="fast",
+            skip=settings.skip,
+            existing_bundle=settings.existing_bundle,
+            uploads_at_once=settings.uploads_at_once,
+            store_patience=temper.patience,
+            stall_timeout=60,
+        )
+
+    def _new_instance(self):
+        # A disk of its own: a volume that another machine may write to is refused.
+        instance_id = new_instance_id()
+        disk = Path(shutil.copyfile(self._disk, self._disk.with_name(f"{instance_id}.raw")))
+        instance = Description(
+            instance_id=instance_id,
+            account_id=self.account.account_id,
+            platform="windows",
+            root_volume=VolumeFile(path=disk),
+        )
+        self._ground.instances.add(instance)
+        return instance
+
+    def _new_task(self, instance):
+        self.prefix = f"{PREFIX}{next(self._tasks)}"
+        policy, signature = upload_policy(KEY.secret_access_key, self.bucket, self.prefix)
+        request = BundleRequest(
+            account_id=self.account.account_id, owner_id=self.account.account_id, instance_id=instance.instance_id,
+            bucket=self.bucket, prefix=self.prefix, access_key_id=KEY.access_key_id,
+            upload_policy=base64.b64encode(policy).decode(), upload_policy_signature=signature,
+        )  # fmt: skip
+        bundle_id = f"bun-{uuid.uuid4().hex[:17]}"
+        with self._ground.database.begin() as connection:
+            self._records.add(connection, bundle_id, "localhost", request)
+        return bundle_id
+
+    def _is_owned(self, kind, bucket):
+        if kind in BY_POLICY:
+            own = OwnersBuckets(self._store.connection(), {}.get, holder=Holder(self.account.account_id, KEY))
+            return own.owner(bucket) == self.account.account_id
+        return self.behind.get(bucket, OWNER_KEY).decode().strip() == self.account.account_id
+
+    def _disown(self, kind, bucket):
+        if kind not in BY_POLICY:
+            self.behind.delete(bucket, [OWNER_KEY])
+        else:
+            with suppress(NoSuchBucket):  # it was refused before it was there
+                self._direct.send("DELETE", bucket)
+
+
+def _new_name():
+    return f"alice-{uuid.uuid4().hex[:12]}"
