@@ -1,4 +1,7 @@
-"""What tests of several rooms share: stores, a PostgreSQL, a libvirtd, each started once; and databases."""
+"""Fixtures for all tests: object stores, PostgreSQL and libvirtd, each started once, a service, and databases.
+
+`tests/support/README.md` lists what else tests can use.
+"""
 
 import signal
 from pathlib import Path
@@ -16,7 +19,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Those that take longest, the longest first. pytest-xdist gives each file to one worker.
+# Files with the longest run time, longest first. pytest-xdist gives each file to one worker.
 LONG_FILES = (
     "docs/test_howtos.py", "tasks/test_kill_sweep.py", "cli/test_signals.py", "fleet/test_fleet.py",
     "tasks/test_bundling.py", "clients/test_clients.py", "test_listening.py", "bundle/test_costs.py", "test_ground.py",
@@ -26,9 +29,11 @@ LONG_FILES = (
 
 
 def pytest_collection_modifyitems(items):
-    """Run the files with long tests first, so that no worker is left alone with them at the end."""
+    """Run the files with long tests first, so that they do not keep one worker busy alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("libvirt")}
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONG_FILES)}
+    if missing := [str(path) for path in places if not path.exists()]:
+        raise pytest.UsageError(f"LONG_FILES in tests/conftest.py names files that do not exist: {missing}")
     items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
 
 
@@ -52,27 +57,27 @@ def postgres():
 
 @pytest.fixture(scope="module")
 def libvirtd():
-    """One for each module: what is undefined while it runs, libvirt may have again after its next start."""
+    """One libvirt host per module: libvirt may show a domain that was undefined again after its next start."""
     with running_host() as host:
         yield host
 
 
 @pytest.fixture(scope="session")
 def guest():
-    """What guests are made of."""
+    """Kernel, initial RAM disk and NTFS volume of the guest that domains boot."""
     return guest_image()
 
 
 @pytest.fixture
 def thrave_server(tmp_path):
-    """As the fixture for other people's tests, which tests/packaging uses, but started in a tenth of the time."""
+    """Replaces the plugin's fixture of this name: a forked server starts in a tenth of the time."""
     with ForkedServer.running(tmp_path / "thrave") as server:
         yield server
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def database(request):
-    """The settings that choose the database: an empty one of each kind."""
+    """Settings that select an empty database, one of each kind."""
     if request.param == "sqlite":
         return {}
     return {"database_url": request.getfixturevalue("postgres").new_database()}

@@ -18,7 +18,7 @@ from thrave.tasks.states import BundleTaskState
 
 SEED = int(os.environ.get("THRAVE_SEED", "20061025"))
 
-OF_REAL_MACHINES = ["sysprep sent", "overlay noted", "root volume frozen", "overlay merged"]  # tests/hypervisor
+OF_REAL_MACHINES = ["sysprep sent", "overlay noted", "root volume frozen", "overlay merged"]  # tests/compute/libvirt
 AFTER_CANCELLING = ["instance started", "objects removed", "removal recorded", "record closed"]
 
 
