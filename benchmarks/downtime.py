@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from inputs import GIB, MIB, Kitchen, mixed
-from machine import machine
+from disks import GIB, MIB, DiskFolder, mixed
+from harness import describe_machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.disks.ntfs_disk import ntfs_tool
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "load": load,
-        "machine": machine(),
+        "machine": describe_machine(),
         "points": [asdict(point) for point in points],
     }
     options.results.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _guest(host: Host, service: LibvirtService, size: int, inputs: Path) -> Iter
         volume = folder / "volume"
         make_volume(volume, size + _ROOM - PARTITION_OFFSET)
         piece = min(size, GIB)
-        content = Kitchen(inputs).disk(mixed(piece))
+        content = DiskFolder(inputs).path(mixed(piece))
         for number in range(size // piece):
             ntfs_tool("ntfscp", "-q", volume, content, f"data-{number:02}.bin")
         make_disk(folder / "root.raw", volume)

@@ -27,7 +27,7 @@ from fleet_idle import Idle, idle_agent
 from fleet_plans import Caught, Plan
 from fleet_shards import Shards, request
 from fleet_stage import FULL, QUICK, Rooms, Stage, copy_tasks, make_callers
-from machine import machine
+from harness import describe_machine
 
 from thrave.database import bundle_task, open_engine
 from thrave.tasks.states import FINISHED
@@ -122,7 +122,7 @@ class Benchmark:
         return Results(
             when=datetime.now(UTC).isoformat(timespec="seconds"),
             load=load,
-            machine=machine(),
+            machine=describe_machine(),
             scale=asdict(self._scale),
             start=start,
             points=points,

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from machine import machine
+from harness import describe_machine
 
 from support.servers import stores
 from thrave.buckets.objects import S3Objects
@@ -200,7 +200,7 @@ def main() -> None:
             f"{one.store:<10} {one.tool:<10} {one.mib_per_second:6.0f} MiB/s   thrave is {one.to_ours:.2f} times that"
         )
     document = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "endurance": asdict(endurance),
         "mib": given.mib,
         "throughput": [asdict(one) for one in throughput],

@@ -17,10 +17,10 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_the_benchmark_runs_and_keeps_its_figures(tmp_path):
+def test_bench_runs_and_stores_results(tmp_path):
     options = ["--quick", "--only", "empty", "--inputs", tmp_path / "inputs", "--results", tmp_path]
-    # A coverage that follows into subprocesses writes its data to the disk, which the benchmark would find.
-    # So is what Python compiles when it is run for the first time.
+    # The benchmark counts bytes written to a disk. Coverage in subprocesses writes its data there, and Python writes
+    # compiled modules when they are imported for the first time.
     plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     plain["PYTHONDONTWRITEBYTECODE"] = "1"
     bench = [sys.executable, BENCHMARKS / "bench.py", *options]
@@ -34,21 +34,22 @@ def test_the_benchmark_runs_and_keeps_its_figures(tmp_path):
     assert run["memory"] > 0
     assert 0 < run["size"] < 1 << 20
     assert run["written"] == 0
-    assert {bar["contest"] for bar in kept["bars"]} == {"empty"}
+    assert {target["contest"] for target in kept["targets"]} == {"empty"}
 
 
 @pytest.mark.skipif(shutil.which("igzip") is None, reason="igzip is not installed")
-def test_a_result_that_is_not_the_disk_never_counts(tmp_path):
-    from bench import _checked_run
-    from contenders import WrongOutputError, shell_sealing
+def test_run_checked_refuses_result_that_is_not_the_disk(tmp_path):
+    from bench import run_checked
+    from contenders import ShellBundle, Workspace, WrongOutputError
+    from disks import Disk, DiskFolder
 
-    disk = tmp_path / "disk"
-    disk.write_bytes(b"right" * 1000)
-    honest = shell_sealing("honest", disk, 5000, "gzip", "-1")
-    assert _checked_run(honest, tmp_path).size > 0
-    liar = shell_sealing("liar", disk, 5000, "sh", "-c", "sed s/right/wrong/ | gzip -1")
+    disk = Disk("disk", lambda path, _folder: path.write_bytes(b"right" * 1000), 0)
+    space = Workspace(DiskFolder(tmp_path / "disks"), tmp_path)
+    right = ShellBundle("right", disk, ("gzip", "-1"))
+    assert run_checked(right, space).size > 0
+    wrong = ShellBundle("wrong", disk, ("sh", "-c", "sed s/right/wrong/ | gzip -1"))
     with pytest.raises(WrongOutputError):
-        _checked_run(liar, tmp_path)
+        run_checked(wrong, space)
 
 
 @pytest.mark.parametrize(
@@ -60,16 +61,16 @@ def test_a_result_that_is_not_the_disk_never_counts(tmp_path):
         ("zeros", "3fb3661f659e89fe"),
     ],
 )
-def test_a_seed_gives_the_same_bytes_on_every_machine(kind, digest):
-    from contents import Contents
+def test_realistic_contents_are_the_same_on_every_machine(kind, digest):
+    from disks import RealisticContents
 
-    content = b"".join(Contents(1).pieces("file", kind, 1_500_000))
+    content = b"".join(RealisticContents(1).chunks("file", kind, 1_500_000))
     assert len(content) == 1_500_000
     assert hashlib.sha256(content).hexdigest()[:16] == digest
 
 
-def test_disks_with_holes_are_compared_in_full(tmp_path):
-    from extents import are_equal, stored_bytes
+def test_are_equal_compares_disks_with_holes_completely(tmp_path):
+    from disks import are_equal, stored_bytes
 
     one, other = tmp_path / "one", tmp_path / "other"
     for disk in (one, other):
@@ -84,8 +85,8 @@ def test_disks_with_holes_are_compared_in_full(tmp_path):
     assert stored_bytes(one) == 0 < stored_bytes(other) < 1 << 20
 
 
-def test_what_is_written_to_a_disk_is_counted_and_tmpfs_is_not(tmp_path):
-    from measure import TMPFS, Step, run
+def test_run_counts_bytes_written_to_a_disk_but_not_to_tmpfs(tmp_path):
+    from harness import TMPFS, Step, run
 
     if subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip() == "tmpfs":
         pytest.skip("temporary files are on tmpfs here")
@@ -101,30 +102,29 @@ def test_what_is_written_to_a_disk_is_counted_and_tmpfs_is_not(tmp_path):
     assert written(TMPFS) == 0
 
 
-def test_a_pipeline_says_which_program_failed_and_why():
-    from measure import ProgramFailedError, Step, run
+def test_run_reports_which_program_failed_and_why():
+    from harness import ProgramFailedError, Step, run
 
     with pytest.raises(ProgramFailedError, match=r"'tar'.*nowhere"):
         run([Step([["tar", "-c", "/nowhere"], ["cat"]])])
 
 
-def test_bars_are_met_missed_or_not_measured():
-    from measure import Run
-    from records import Result, judged
-    from rows import Row
+def test_judge_targets_met_missed_and_not_measured():
+    from contests import judge
+    from harness import Result, Row, Run
 
     rows = [Row("thrave open", 1, [Run(10, 1)]), Row("openssl | gzip -d | tar", 1, [Run(34, 1)])]
     slower = [rows[0], Row("openssl | gzip -d | tar", 1, [Run(32, 1), Run(20, 1), Run(99, 1)])]
     rows, slower = ([*some, Row("inflating alone", 1, [Run(8, 8)])] for some in (rows, slower))
-    (met,), (missed,), (not_held,) = (
-        list(judged([Result("open", "", "", some, "no disk")])) for some in (rows, slower, ())
+    (met,), (missed,), (not_run,) = (
+        list(judge([Result("open", "", "", some, "no disk")])) for some in (rows, slower, ())
     )
-    assert (met.met, missed.met, not_held.met) == (True, False, None)
-    assert (met.limit, missed.limit, not_held.limit) == ("", "one thread that only inflates: 4", "")
+    assert (met.is_met, missed.is_met, not_run.is_met) == (True, False, None)
+    assert (met.limit, missed.limit, not_run.limit) == ("", "one thread that only inflates: 4", "")
 
 
-def test_a_disk_is_in_memory_as_long_as_a_contest_is_held_and_its_holes_are_not(tmp_path):
-    from pagecache import kept_in_memory
+def test_kept_in_memory_maps_data_but_not_holes(tmp_path):
+    from disks import kept_in_memory
 
     disk = tmp_path / "disk"
     with disk.open("wb") as file:
@@ -136,25 +136,23 @@ def test_a_disk_is_in_memory_as_long_as_a_contest_is_held_and_its_holes_are_not(
     assert 1024 <= int(resident) < 8192
 
 
-def test_a_benchmark_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
+def test_bench_resumes_after_interruption(tmp_path, monkeypatch, capsys):
     import bench
-    from measure import Run
-    from records import Result, save
-    from rows import Row
+    from harness import Result, Row, Run, save_results
 
     (empty,) = (contest for contest in bench.CONTESTS if contest.name == "empty")
-    save(tmp_path / "unfinished.json", [Result("empty", "", "then", [Row("thrave", 0, [Run(1, 1)])])], {})
+    save_results(tmp_path / "unfinished.json", [Result("empty", "", "then", [Row("thrave", 0, [Run(1, 1)])])], [])
     monkeypatch.setattr(sys, "argv", ["bench.py", "--results", str(tmp_path)])
-    (result,) = bench._hold_all([empty], bench._options())
+    (result,) = bench._run_contests([empty], bench._parse_options())
     assert result.when == "then"
-    assert "held before" in capsys.readouterr().out
+    assert "complete before" in capsys.readouterr().out
     assert not (tmp_path / "unfinished.json").exists()
 
 
-AN_ORDINARY_USER = """
+READ_AS_ORDINARY_USER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from measure import Usage
+from harness import Usage
 if os.getuid() == 0:
     os.setuid(65534)
 child = os.fork()
@@ -165,5 +163,5 @@ assert Usage.of(child).cpu >= 0
 """
 
 
-def test_an_ordinary_user_can_read_the_usage_of_a_process_that_has_ended():
-    subprocess.run([sys.executable, "-c", AN_ORDINARY_USER, str(BENCHMARKS)], check=True)
+def test_usage_of_ended_process_is_readable_for_ordinary_user():
+    subprocess.run([sys.executable, "-c", READ_AS_ORDINARY_USER, str(BENCHMARKS)], check=True)

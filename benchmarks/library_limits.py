@@ -1,7 +1,9 @@
-"""The limits: what the libraries need for one disk, with nothing between them.
+"""CPU time that the libraries alone need for one disk: the limit for Thrave.
 
-Run as a program with what is to be measured (`WORK`), a disk and a folder on tmpfs. Prints CPU seconds by component as
-JSON. It uses nothing of Thrave's, and makes no bundle.
+    python benchmarks/library_limits.py WORK DISK FOLDER
+
+WORK is `sealing`, `proving` or `inflating`; FOLDER is on tmpfs. Prints CPU seconds by component as JSON. Uses no code
+of Thrave, and makes no bundle.
 """
 
 import hashlib
@@ -22,7 +24,7 @@ from isal import igzip_lib, isal_zlib
 
 CHUNK = 2 << 20
 PART_SIZE = 10 << 20
-_BITE, _PIECE = 64 << 10, 256 << 10  # with which igzip_lib inflates fastest
+_INPUT_SIZE, _OUTPUT_SIZE = 64 << 10, 256 << 10  # igzip_lib inflates fastest with these
 _ZERO = bytes(16)
 
 
@@ -35,16 +37,16 @@ class Clock:
     @contextmanager
     def timed(self, component: str) -> Iterator[None]:
         """Time the block."""
-        began = time.process_time()
+        started = time.process_time()
         yield
-        self.seconds[component] += time.process_time() - began
+        self.seconds[component] += time.process_time() - started
 
 
-class Sealing:
-    """One process's share of sealing: it enciphers a chain of its own.
+class SealingShare:
+    """The work of one process, which encrypts a CBC chain of its own.
 
     Args:
-        folder: on tmpfs, for parts; all are kept, as a bundle's are: memory that is used for the first time costs more.
+        folder: On tmpfs, for parts. None is deleted, as in a bundle: the first use of memory costs more.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,8 +58,8 @@ class Sealing:
         self._filled = 0
         self._paths = (folder / f"limit-{os.getpid()}-{number}" for number in count())
 
-    def take(self, disk: int, offset: int, buffer: memoryview) -> None:
-        """Take one chunk through all components."""
+    def process(self, disk: int, offset: int, buffer: memoryview) -> None:
+        """Process one chunk with all components."""
         timed = self.clock.timed
         with timed("pread"):
             size = os.preadv(disk, [buffer], offset)
@@ -66,35 +68,35 @@ class Sealing:
         with timed("CRC-32"):
             isal_zlib.crc32(buffer[:size])
         with timed("deflate"):
-            packed = _deflated(buffer[:size])
+            packed = _deflate(buffer[:size])
         with timed("AES-128-CBC"):
             count = self._encryptor.update_into(packed, self._part[self._filled :])
-        fresh = self._part[self._filled : self._filled + count]
+        added = self._part[self._filled : self._filled + count]
         with timed("part SHA-1"):
-            self._part_sha1.update(fresh)
+            self._part_sha1.update(added)
         with timed("part SHA-256"):
-            self._part_sha256.update(fresh)
+            self._part_sha256.update(added)
         self._filled += count
         if self._filled >= PART_SIZE:
             self.write()
 
     def write(self) -> None:
-        """Write what is there as a part."""
+        """Write the buffer as a part."""
         with self.clock.timed("write"), next(self._paths).open("wb", buffering=0) as file:
             file.write(self._part[: self._filled])
         self._filled = 0
 
 
 def sealing(disk: Path, folder: Path) -> dict[str, float]:
-    """All that sealing takes: one process a core, each with its share of the chunks and no word to the others."""
+    """Measure sealing: one process for each core, each with its share of the chunks, without communication."""
     cores = os.cpu_count() or 1
     with ProcessPoolExecutor(cores) as pool:
-        shares = list(pool.map(partial(_share, disk, folder, cores), range(cores)))
+        shares = list(pool.map(partial(_seal_share, disk, folder, cores), range(cores)))
     return {component: sum(seconds[component] for seconds in shares) for component in shares[0]}
 
 
 def proving(disk: Path, _: Path) -> dict[str, float]:
-    """Reading and hashing, which proves that a disk has not changed."""
+    """Measure reading and SHA-1, which prove that a disk has not changed."""
     clock, sha1 = Clock(), hashlib.sha1(usedforsecurity=False)
     for chunk in _chunks(disk, clock):
         with clock.timed("SHA-1"):
@@ -103,29 +105,29 @@ def proving(disk: Path, _: Path) -> dict[str, float]:
 
 
 def inflating(disk: Path, _: Path) -> dict[str, float]:
-    """Inflating what ISA-L deflated: one thread's, since deflate refers backwards."""
+    """Measure inflating the output of ISA-L; one thread, since deflate refers to earlier output."""
     clock = Clock()
     for chunk in _chunks(disk, Clock()):
-        packed = memoryview(_deflated(chunk))
+        packed = memoryview(_deflate(chunk))
         inflater = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE)
         with clock.timed("inflate"):
-            for start in range(0, len(packed), _BITE):
-                inflater.decompress(packed[start : start + _BITE], _PIECE)
+            for start in range(0, len(packed), _INPUT_SIZE):
+                inflater.decompress(packed[start : start + _INPUT_SIZE], _OUTPUT_SIZE)
                 while not inflater.needs_input:
-                    inflater.decompress(b"", _PIECE)
+                    inflater.decompress(b"", _OUTPUT_SIZE)
     return clock.seconds
 
 
 WORK = {"sealing": sealing, "proving": proving, "inflating": inflating}
 
 
-def _share(disk: Path, folder: Path, cores: int, core: int) -> dict[str, float]:
-    mine, buffer = Sealing(folder), memoryview(bytearray(CHUNK))
+def _seal_share(disk: Path, folder: Path, cores: int, core: int) -> dict[str, float]:
+    share, buffer = SealingShare(folder), memoryview(bytearray(CHUNK))
     with disk.open("rb") as file:
         for offset in range(core * CHUNK, os.fstat(file.fileno()).st_size, cores * CHUNK):
-            mine.take(file.fileno(), offset, buffer)
-    mine.write()
-    return mine.clock.seconds
+            share.process(file.fileno(), offset, buffer)
+    share.write()
+    return share.clock.seconds
 
 
 def _chunks(disk: Path, clock: Clock) -> Iterator[memoryview]:
@@ -137,14 +139,14 @@ def _chunks(disk: Path, clock: Clock) -> Iterator[memoryview]:
             yield buffer[:size]
 
 
-def _deflated(chunk: memoryview) -> bytes:
+def _deflate(chunk: memoryview) -> bytes:
     stream = isal_zlib.compressobj(level=2, wbits=-15)
     return stream.compress(chunk) + stream.flush(isal_zlib.Z_SYNC_FLUSH)
 
 
 def main() -> None:
-    what, disk, folder = sys.argv[1:]
-    json.dump(WORK[what](Path(disk), Path(folder)), sys.stdout)
+    work, disk, folder = sys.argv[1:]
+    json.dump(WORK[work](Path(disk), Path(folder)), sys.stdout)
 
 
 if __name__ == "__main__":
