@@ -58,10 +58,10 @@ bench-fleet: $(INSTALLED)
 	@scripts/system-packages $(BENCH_PACKAGES)
 	$(BIN)/python benchmarks/fleet.py
 
-# GIB=200 has two hundred sealed into a store that discards them.
+# GIB=200 seals 200 GiB into a store that discards them.
 bench-stores: $(INSTALLED) packages
 	@scripts/system-packages rclone
-	PYTHONPATH=tests $(BIN)/python benchmarks/stores.py --gib $(or $(GIB),8)
+	$(BIN)/python benchmarks/stores.py --gib $(or $(GIB),8)
 
 bench-downtime: $(INSTALLED) packages
 	$(BIN)/python benchmarks/downtime.py

@@ -1,4 +1,4 @@
-"""The benchmark of stores in small: what it sends is what the store has, and a longer upload costs no more."""
+"""The benchmark of stores with a small disk: ETags of the discarding store, memory and connections."""
 
 import base64
 import hashlib
@@ -29,7 +29,7 @@ def stores(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 1, 100_000, 3 << 20])
-def test_the_store_that_discards_answers_with_the_etag_of_what_came(stores, size):
+def test_discarding_store_responds_with_the_etag_of_the_object(stores, size):
     content = os.urandom(size)
     digest = hashlib.md5(content).hexdigest()
     document, signature = upload_policy(SECRET, "my-bucket", "win")
@@ -43,7 +43,7 @@ def test_the_store_that_discards_answers_with_the_etag_of_what_came(stores, size
         assert objects.head("my-bucket", "win.other") is None
 
 
-def test_memory_and_connections_are_watched_and_stay_in_bounds(tmp_path):
+def test_stores_benchmark_samples_memory_and_connections(tmp_path):
     kept = tmp_path / "stores.json"
     run = [sys.executable, BENCHMARKS / "stores.py", "--gib", "0.15", "--mib", "0", "--json", kept]
     told = subprocess.run(run, check=True, env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True)
