@@ -1,21 +1,24 @@
-"""Simulated agents: they do with the database exactly what real ones do; only sealing and power are left out.
+"""Simulated agents, and the processes that they run in. An agent makes the database calls of a real one.
 
-A task is done by the program's own `Bundling`, from its first step to its last, with the real records, journal, fence
-and checks. Left out are reading and sealing the volume (its parts are written down as if they had been sent), and the
-hypervisor and the bucket, which are in memory. DBOS's worker, of which there can be one in a process, is stood in for
-by its own database calls in their order.
+Thrave's own code runs each task from the first step to the last, with its database rows, journal, lease and checks. Not
+real are: reading and sealing the volume (parts are recorded as if they had been stored), the hypervisor and the bucket
+(both in memory), and DBOS's worker, of which a process can have only one: its database calls are made in their order.
 """
 
 import secrets
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
+from multiprocessing import get_context
 
 import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
-from fleet_stage import Rooms, described, host_name
+from fleet_setup import Parts, Setup, describe_instance, host_name, make_request
 
 from thrave.buckets.buckets import ObjectHead
 from thrave.bundle.checkpoint import Checkpoint, StreamPoint
@@ -38,16 +41,20 @@ from thrave.tasks.steps import Step
 from thrave.tasks.task import BundleTask
 
 PARTS = 4
-"""Of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
+"""Parts of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
 TASKS_AT_ONCE = 2
 _PART = memoryview(bytes(10 << 20))
 _ETAG = "d" * 32
 _DIGESTS = {"sha1": "a" * 40, "sha256": "b" * 64}
-_SMALL = 1 << 20  # bytes; the documents of a bundle are shorter, and are kept
+_MAX_DOCUMENT = 1 << 20  # bytes; larger objects are parts, whose content is not stored
 
 
-class Guests:
-    """The instances of a host, in memory: they power off and start at once. An `Instances`."""
+Seconds = dict[str, list[float]]
+"""Duration of each call, by its name."""
+
+
+class MemoryInstances:
+    """The instances of a host, in memory; they power off and start immediately."""
 
     overlays = None
 
@@ -71,52 +78,52 @@ class Guests:
 
     def request_stop(self, instance_id: str) -> None:
         """See Inventory."""
-        self._be(instance_id, InstanceState.STOPPED)
+        self._set_state(instance_id, InstanceState.STOPPED)
 
     def terminate(self, instance_id: str) -> None:
         """See Inventory."""
-        self._be(instance_id, InstanceState.TERMINATED)
+        self._set_state(instance_id, InstanceState.TERMINATED)
 
     def start(self, instance_id: str) -> None:
         """See Instances."""
-        self._be(instance_id, InstanceState.RUNNING)
+        self._set_state(instance_id, InstanceState.RUNNING)
 
     def hold(self, _instance_id: str) -> AbstractContextManager[Hold]:
         """See Instances."""
-        return nullcontext(_Held())
+        return nullcontext(_MemoryHold())
 
-    def _be(self, instance_id: str, state: InstanceState) -> None:
+    def _set_state(self, instance_id: str, state: InstanceState) -> None:
         self._instances[instance_id] = replace(self._instances[instance_id], state=state)
 
 
-class _Held:
-    """Nobody else has a simulated machine."""
+class _MemoryHold:
+    """No other process uses a simulated machine."""
 
     def check(self) -> None:
         """See Hold."""
 
 
-class Store:
-    """A bucket that keeps of its objects what can be asked of them. As much of `Buckets` as a task uses."""
+class MemoryStore:
+    """A bucket that stores documents, and size and ETag of parts. Has the methods that a task calls."""
 
     def __init__(self) -> None:
         self._heads: dict[str, ObjectHead] = {}
         self._documents: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
-    def on_behalf_of(self, _access_key_id: str) -> "Store":
+    def on_behalf_of(self, _access_key_id: str) -> "MemoryStore":
         """See Buckets."""
         return self
 
-    def put(self, _bucket: str, key: str, data: bytes | memoryview, *, grant: object = None) -> str:  # noqa: ARG002 (Buckets' signature)
+    def put(self, _bucket: str, key: str, data: bytes | memoryview, *, grant: object = None) -> str:  # noqa: ARG002 (the signature of Buckets)
         """See Buckets."""
         self._heads[key] = ObjectHead(len(data), _ETAG)
-        if len(data) < _SMALL:
+        if len(data) < _MAX_DOCUMENT:
             self._documents[key] = bytes(data)
         return _ETAG
 
     def get_range(self, _bucket: str, key: str, start: int, length: int) -> bytes:
-        """See Buckets. Only documents are kept."""
+        """See Buckets. Only documents are stored."""
         return self._documents[key][start : start + length]
 
     def head(self, _bucket: str, key: str) -> ObjectHead | None:
@@ -131,30 +138,30 @@ class Store:
                 self._documents.pop(key, None)
 
 
-class Workflow:
-    """One task's run, in the durable engine's books."""
+class SimulatedWorkflow:
+    """The workflow of one task in the tables of DBOS."""
 
-    def __init__(self, rooms: Rooms, workflow_id: str, owner: str) -> None:
-        self._engine = rooms.engine
+    def __init__(self, parts: Parts, workflow_id: str, owner: str) -> None:
+        self._engine = parts.engine
         self._workflow_id = workflow_id
         self._owner = owner
         self.bundle_id = workflow_id.partition(".")[0]
 
     def end(self) -> None:
-        """Write down that it has ended."""
-        nothing = PortableJSON().serialize(None)
-        self._engine.update_workflow_outcome(self._workflow_id, "SUCCESS", output=nothing, owner_xid=self._owner)
+        """Record its end."""
+        result = PortableJSON().serialize(None)
+        self._engine.update_workflow_outcome(self._workflow_id, "SUCCESS", output=result, owner_xid=self._owner)
 
 
 class SimulatedBundling(Bundling):
-    """A task done without a volume."""
+    """Runs a task without a volume."""
 
     def __init__(self, host: Host, task: BundleTask, run: int, agent: "SimulatedAgent") -> None:
         super().__init__(host, task, run)
         self._agent = agent
 
     def stop(self) -> None:
-        """Ask the guest before its first look at it, which saves the pause between two looks."""
+        """Power off before the state is read, which saves the pause between two readings."""
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
             self._freezer.merge(watch.pause)
             self._power.note()
@@ -162,7 +169,7 @@ class SimulatedBundling(Bundling):
             self._power.off(watch)
 
     def seal(self) -> None:
-        """Write parts down as if they were sealed and sent one after the other."""
+        """Record parts as if they were sealed and stored one after the other."""
         secrets_of_bundle = BundleSecrets.generate()
         names = [f"{self._task.prefix}.part.{index:02}" for index in range(PARTS)]
         parts = [SealedPart(index, name, len(_PART), **_DIGESTS) for index, name in enumerate(names)]
@@ -190,28 +197,28 @@ class SimulatedBundling(Bundling):
     def _do(self, step: Step) -> None:
         super()._do(step)
         if step in {Step.STOP, Step.FREE, Step.START, Step.UNDO_START}:
-            self._agent.report()  # a real one does so every second
+            self._agent.report()  # a real agent does so every second
 
 
 class SimulatedAgent:
     """The agent of one host."""
 
-    def __init__(self, rooms: Rooms, number: int, is_cancelled: Callable[[BundleTask], bool]) -> None:
-        """Be the agent of the host of that number; a task that `is_cancelled` half-way gives up then."""
-        stage, ground = rooms.stage, rooms.ground
+    def __init__(self, parts: Parts, number: int, is_cancelled: Callable[[BundleTask], bool]) -> None:
+        """Simulate the agent of a host; `is_cancelled` says whether a task is cancelled when half of it is done."""
+        setup, ground = parts.setup, parts.ground
         self.name = host_name(number)
         self.is_cancelled = is_cancelled
-        self._rooms = rooms
-        mine = range(number, stage.scale.instances, stage.scale.hosts)
-        self._guests = Guests(described(stage, instance) for instance in mine)
-        self._reports = InstanceReports(ground.database, self._guests, self.name)
+        self._parts = parts
+        instances = range(number, setup.scale.instances, setup.scale.hosts)
+        self._instances = MemoryInstances(describe_instance(setup, instance) for instance in instances)
+        self._reports = InstanceReports(ground.database, self._instances, self.name)
         self._power = PowerRecords(ground.database, self.name)
         self.fence = Fence(self.name, "")
 
     def start(self) -> None:
-        """Take the host, and report its instances."""
-        self.fence = self._rooms.ground.hosts.take(self.name, tasks_at_once=TASKS_AT_ONCE)
-        self._rooms.engine.upsert_queue(
+        """Acquire the lease of the host, and report its instances."""
+        self.fence = self._parts.ground.hosts.take(self.name, tasks_at_once=TASKS_AT_ONCE)
+        self._parts.engine.upsert_queue(
             name=self._queue_name, concurrency=None, worker_concurrency=TASKS_AT_ONCE, rate_limit_max=None,
             rate_limit_period_sec=None, partition_concurrency=None, partition_worker_concurrency=None,
             partition_rate_limit_max=None, partition_rate_limit_period_sec=None,
@@ -220,51 +227,51 @@ class SimulatedAgent:
         self.report()
 
     def join(self) -> None:
-        """Be the host's agent beside the one that took it, in another process."""
+        """Use the lease that the agent of this host has acquired in another process."""
         query = sa.select(host.c.lease).where(host.c.host == self.name)
-        with self._rooms.ground.database.connect() as connection:
+        with self._parts.ground.database.connect() as connection:
             self.fence = Fence(self.name, connection.execute(query).scalar_one())
 
     def heartbeat(self) -> None:
-        """Give a sign of life."""
-        self._rooms.ground.hosts.heartbeat(self.fence)
+        """Send a heartbeat."""
+        self._parts.ground.hosts.heartbeat(self.fence)
 
     def report(self) -> None:
-        """Report the instances, and look for what is to be done with their power."""
+        """Report the instances, and query power requests."""
         assert not self._power.to_do()
         self._reports.report()
 
-    def look_after(self) -> None:
-        """Look as the caretaker does."""
-        self._rooms.ground.records().looked_after(self.name)
+    def query_power_recovery(self) -> None:
+        """Query instances whose power state must be restored."""
+        self._parts.ground.records().looked_after(self.name)
 
-    def look_for_left_overs(self) -> None:
-        """Look as the agent does who cleans up, from its second look on."""
-        self._rooms.ground.records().to_clean_up(self.name)
+    def query_cleanup(self) -> None:
+        """Query tasks with orphaned objects, as in every pass of the cleanup but the first."""
+        self._parts.ground.records().to_clean_up(self.name)
 
-    def look_for_lost(self) -> None:
-        """Look for tasks that no workflow will run."""
-        self._rooms.ground.hosts.enqueue_lost(self.name)
+    def enqueue_lost(self) -> None:
+        """Query tasks that have no workflow."""
+        self._parts.ground.hosts.enqueue_lost(self.name)
 
     def poll(self) -> list[tuple[str, str]]:
-        """Look into the queue as DBOS does; give the workflows that are to be run, each with its owner."""
-        queue = self._rooms.engine.get_queue(self._queue_name)
+        """Poll the queue as DBOS does; return the workflows to run, each with its owner."""
+        queue = self._parts.engine.get_queue(self._queue_name)
         owner = secrets.token_hex(16)
-        taken, _ = self._rooms.engine.start_queued_workflows(
+        workflows, _ = self._parts.engine.start_queued_workflows(
             queue, self.name, APPLICATION_VERSION, None, 0, owner_xid=owner
         )
-        return [(workflow_id, owner) for workflow_id in taken]
+        return [(workflow_id, owner) for workflow_id in workflows]
 
     def work(self) -> Iterator[Callable[[], None]]:
-        """The tasks in the host's queue, to be done one by one."""
+        """Yield a function for each task in the host's queue, which runs the task."""
         worker = self._host()
-        while taken := self.poll():
-            self._rooms.engine.get_workflow_statuses([workflow_id for workflow_id, _ in taken])
-            for workflow_id, owner in taken:
-                yield partial(self._do, worker, Workflow(self._rooms, workflow_id, owner))
+        while workflows := self.poll():
+            self._parts.engine.get_workflow_statuses([workflow_id for workflow_id, _ in workflows])
+            for workflow_id, owner in workflows:
+                yield partial(self._run, worker, SimulatedWorkflow(self._parts, workflow_id, owner))
 
-    def _do(self, worker: Host, workflow: Workflow) -> None:
-        """What `bundling.bundle` does."""
+    def _run(self, worker: Host, workflow: SimulatedWorkflow) -> None:
+        """Run a task as `bundling.bundle` does."""
         bundle_id = workflow.bundle_id
         with RUNNING.claimed(bundle_id) as is_first:
             task = worker.records.get(bundle_id)
@@ -275,17 +282,17 @@ class SimulatedAgent:
         workflow.end()
 
     def _host(self) -> Host:
-        ground, settings = self._rooms.ground, self._rooms.ground.settings
+        ground, settings = self._parts.ground, self._parts.ground.settings
         given = {
             "name": self.name,
             "records": ground.records(self.fence),
             "accounts": ground.accounts,
-            "instances": self._guests,
-            "buckets": Store(),
+            "instances": self._instances,
+            "buckets": MemoryStore(),
             "made_buckets": MadeBuckets(ground.database, ground.records(self.fence)),
             "store_patience": settings.s3_patience,
             "service": ground.service,
-            "lease": Lease(None),  # a process here stands for many hosts
+            "lease": Lease(None),  # one process has the agents of many hosts
         }
         names = {field.name for field in fields(Host)} - given.keys()
         rest = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
@@ -294,3 +301,118 @@ class SimulatedAgent:
     @property
     def _queue_name(self) -> str:
         return f"host-{self.name}"
+
+
+class Shard:
+    """The part of the fleet in one process: an API, and the agents of some hosts."""
+
+    def __init__(self, parts: Parts, number: int) -> None:
+        self._parts = parts
+        scale = parts.setup.scale
+        hosts = range(number, scale.hosts, scale.shards)
+        self._agents = [SimulatedAgent(parts, host, self._is_cancelled) for host in hosts]
+
+    def start_agents(self) -> Seconds:
+        """Start the agent of every host."""
+        return _time(("agent's start", agent.start) for agent in self._agents)
+
+    def create(self, numbers: Sequence[int]) -> Seconds:
+        """Create tasks, and cancel one of ten immediately."""
+        return _time(call for number in numbers for call in self._requests(number))
+
+    def work(self) -> Seconds:
+        """Run all tasks in the queues. One of ten is cancelled when half of it is done."""
+        return _time(("task", task) for agent in self._agents for task in agent.work())
+
+    def _requests(self, number: int) -> Iterator[tuple[str, Callable[[], object]]]:
+        request = make_request(self._parts.setup, number)
+        created: list[BundleTask] = []
+        yield "create", lambda: created.append(self._parts.tasks.create(request))
+        if _ends_in(request.instance_id, 0):
+            yield "cancel", lambda: self._parts.tasks.cancel(request.account_id, created[0].bundle_id)
+
+    def _is_cancelled(self, task: BundleTask) -> bool:
+        if not _ends_in(task.instance_id, 5):
+            return False
+        self._parts.tasks.cancel(task.account_id, task.bundle_id)
+        return True
+
+
+class Shards:
+    """All processes of the simulation. Each makes one call after the other and returns the seconds of each."""
+
+    def __init__(self, executors: Sequence[ProcessPoolExecutor]) -> None:
+        self._executors = executors
+
+    @classmethod
+    @contextmanager
+    def running(cls, setup: Setup) -> Iterator["Shards"]:
+        """Run the processes during the block."""
+        with ExitStack() as stack:
+            yield cls(
+                [
+                    stack.enter_context(
+                        ProcessPoolExecutor(
+                            1, mp_context=get_context("spawn"), initializer=_open, initargs=(setup, number)
+                        )
+                    )
+                    for number in range(setup.scale.shards)
+                ]
+            )
+
+    def start_agents(self) -> Seconds:
+        """See Shard."""
+        return _merge([executor.submit(_call, Shard.start_agents) for executor in self._executors])
+
+    def create(self, numbers: Sequence[int]) -> Seconds:
+        """See Shard; the tasks are distributed over the processes."""
+        number = len(self._executors)
+        shares = [numbers[at::number] for at in range(number)]
+        return _merge(
+            [
+                executor.submit(_call, partial(_create, numbers=share))
+                for executor, share in zip(self._executors, shares, strict=True)
+            ]
+        )
+
+    def work(self) -> Seconds:
+        """See Shard."""
+        return _merge([executor.submit(_call, Shard.work) for executor in self._executors])
+
+
+_shards: list[Shard] = []  # the one of this process
+
+
+def _ends_in(name: str, digit: int) -> bool:
+    """Whether an instance id ends in a decimal digit; true for one of ten."""
+    return int(name.removeprefix("i-"), base=16) % 10 == digit
+
+
+def _open(setup: Setup, number: int) -> None:
+    parts = ExitStack().enter_context(setup.open())
+    _shards.append(Shard(parts, number))
+
+
+def _call(method: Callable[[Shard], Seconds]) -> Seconds:
+    return method(_shards[0])
+
+
+def _create(shard: Shard, *, numbers: Sequence[int]) -> Seconds:
+    return shard.create(numbers)
+
+
+def _time(calls: Iterator[tuple[str, Callable[[], object]]]) -> Seconds:
+    durations: Seconds = defaultdict(list)
+    for name, call in calls:
+        started = time.perf_counter()
+        call()
+        durations[name].append(time.perf_counter() - started)
+    return dict(durations)
+
+
+def _merge(futures: Sequence[Future[Seconds]]) -> Seconds:
+    durations: Seconds = defaultdict(list)
+    for future in futures:
+        for name, seconds in future.result().items():
+            durations[name].extend(seconds)
+    return dict(durations)

@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 
-def test_the_fleet_benchmark_runs_and_keeps_its_figures(postgres, tmp_path):
+def test_fleet_benchmark_runs_and_stores_results(postgres, tmp_path):
     fleet = [sys.executable, BENCHMARKS / "fleet.py", "--quick", "--results", tmp_path]
     subprocess.run(fleet, check=True, stdout=subprocess.DEVNULL)
     kept = json.loads((tmp_path / "fleet-quick.json").read_text())
@@ -27,9 +27,9 @@ def test_the_fleet_benchmark_runs_and_keeps_its_figures(postgres, tmp_path):
     assert {"create", "run a task", "heartbeat", "thrave host list"} <= {plan["what"] for plan in kept["plans"]}
 
 
-def test_a_large_table_that_is_read_from_one_end_to_the_other_is_told(postgres, monkeypatch):
+def test_query_recorder_finds_sequential_scan_of_large_table(postgres, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from fleet_plans import LARGE, Caught
+    from fleet_measures import LARGE, QueryRecorder
 
     engine = open_engine(postgres.new_database())
     with engine.begin() as connection:
@@ -37,11 +37,11 @@ def test_a_large_table_that_is_read_from_one_end_to_the_other_is_told(postgres, 
         many = sa.text("INSERT INTO task SELECT n, md5(n::text) FROM generate_series(0, :last) AS n")
         connection.execute(many, {"last": LARGE})
         connection.execute(sa.text("ANALYZE task"))
-        caught = Caught()
+        recorder = QueryRecorder()
         for column, value in (("id", 7), ("name", "seven")):
-            with caught.during(column, engine):
+            with recorder.during(column, engine):
                 connection.execute(sa.text(f"SELECT id FROM task WHERE {column} = :it"), {"it": value})
-        by_id, by_name = caught.plans(connection)
+        by_id, by_name = recorder.plans(connection)
     engine.dispose()
     assert (by_id.what, by_id.scans) == ("id", [])
     assert (by_name.what, by_name.scans) == ("name", ["task"])

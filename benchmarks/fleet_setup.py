@@ -1,8 +1,8 @@
-"""The stage of the fleet benchmark: how large the fleet is, and what a process of the benchmark works with.
+"""Set-up of the benchmark of a fleet: its size, its hosts, accounts and instances, and the objects of each process.
 
-Everything follows from the numbers of hosts and instances: which host and which account an instance belongs to, and
-which instance the next task is for. Tasks beyond those that went through the door are copies of such, row by row, with
-their events, parts and the engine's rows.
+The numbers of hosts and instances decide which host and which account an instance has, and which instance the next
+task bundles. Tasks beyond those that were created through the API are copies of rows: of the tasks, their events, their
+parts, and the rows of DBOS.
 """
 
 from base64 import b64encode
@@ -15,55 +15,56 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
-from dbos._sys_db import SystemDatabase  # the stand-in of DBOS's worker does with it what that does
+from dbos._sys_db import SystemDatabase  # makes the database calls of a worker of DBOS
 
 from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instance import Instance, VolumeFile
 from thrave.config import Settings
 from thrave.ground import Ground, open_ground
 from thrave.tasks.requests import BundleTasks
+from thrave.tasks.task import BundleRequest
 from thrave.testing import upload_policy
 
 BUCKET = "bench"
 _LAUNCHED = datetime(2026, 1, 1, tzinfo=UTC)
-_FAR = 7919  # a prime: tasks that follow each other are of other hosts and other accounts
+_STRIDE = 7919  # a prime: consecutive tasks have different hosts and accounts
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the fleet is, and how far its tasks are counted."""
+    """Size of the fleet, and numbers of tasks."""
 
     hosts: int
     instances: int
     rows: tuple[int, ...]
-    """The numbers of ended tasks at which everything is measured."""
+    """Numbers of ended tasks at which everything is measured."""
     tasks: int
-    """How many of them go through the door and the agents; further ones are copies."""
+    """Tasks that are created and processed; further ones are copies."""
     sample: int
-    """Calls of each kind, and tasks, for the figures of a number of rows."""
+    """Calls of each kind, and tasks, that are measured at each number of rows."""
     shards: int
-    """Processes that it is simulated in."""
+    """Processes of the simulation."""
     quiet: int
-    """Ended tasks of an account whose number of tasks stays as it is."""
+    """Ended tasks of an account that gets no more tasks."""
     seconds: float
-    """For which a real agent is watched doing nothing."""
+    """For which an idle agent is observed."""
 
     @property
     def accounts(self) -> int:
-        """As many as hosts."""
+        """Number of accounts: that of hosts."""
         return self.hosts
 
     def host(self, instance: int) -> int:
-        """Which host has an instance; an account's instances are on many."""
+        """The host of an instance; the instances of an account are on many hosts."""
         return instance % self.hosts
 
     def account(self, instance: int) -> int:
-        """Whose an instance is."""
+        """The account of an instance."""
         return instance * self.accounts // self.instances
 
     def instance_of_task(self, number: int) -> int:
-        """Which instance a task is for; no other task is for it until all others have had one."""
-        return number * _FAR % self.instances
+        """The instance of a task. No instance has a second task before all others have had one."""
+        return number * _STRIDE % self.instances
 
 
 FULL = Scale(
@@ -75,7 +76,7 @@ QUICK = Scale(hosts=4, instances=40, rows=(6, 24), tasks=6, sample=6, shards=1, 
 
 @dataclass(frozen=True)
 class Caller:
-    """Somebody with an account, as far as bundling needs one."""
+    """An account with an access key and a signed upload policy."""
 
     account_id: str
     access_key_id: str
@@ -84,45 +85,45 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Where everything is; processes hand it to each other."""
+class Setup:
+    """What the processes of the benchmark pass to each other."""
 
     url: str
     """Of the database."""
     data: Path
-    """The data directory of every process."""
+    """Data directory of every process."""
     scale: Scale
     callers: tuple[Caller, ...] = ()
 
     @property
     def settings(self) -> Settings:
-        """Of every process."""
+        """Settings of every process."""
         return Settings(data=self.data, database_url=self.url, shutdown_grace=1)
 
     @contextmanager
-    def rooms(self) -> Iterator["Rooms"]:
-        """What a process of the benchmark works with."""
-        rooms = Rooms(self, open_ground(self.settings))
+    def open(self) -> Iterator["Parts"]:
+        """Open the objects that a process of the benchmark needs."""
+        parts = Parts(self, open_ground(self.settings))
         try:
-            yield rooms
+            yield parts
         finally:
-            rooms.close()
+            parts.close()
 
 
 @dataclass(frozen=True)
-class Rooms:
-    """What a process of the benchmark works with: the same as `thrave api` and `thrave agent`."""
+class Parts:
+    """Objects of one process of the benchmark, as in `thrave api` and `thrave agent`."""
 
-    stage: Stage
+    setup: Setup
     ground: Ground
 
     @cached_property
     def tasks(self) -> BundleTasks:
-        """The door's."""
+        """Bundle tasks for API requests."""
         return self.new_tasks()
 
     def new_tasks(self) -> BundleTasks:
-        """The same, as another API process has them: with no ended task in its memory."""
+        """The same as in a new API process: without ended tasks in its memory."""
         return BundleTasks(
             self.ground.database,
             self.ground.records(),
@@ -134,34 +135,34 @@ class Rooms:
 
     @cached_property
     def engine(self) -> SystemDatabase:
-        """The durable engine's tables, as its workers use them."""
+        """The tables of DBOS, as its workers use them."""
         return SystemDatabase.create(
-            system_database_url=self.stage.url, engine_kwargs={"pool_size": 2}, engine=None, schema=None,
+            system_database_url=self.setup.url, engine_kwargs={"pool_size": 2}, engine=None, schema=None,
             serializer=PortableJSON(), executor_id=None, app_name="thrave",
         )  # fmt: skip
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close all connections to the database."""
         self.engine.destroy()
         self.ground.queues.close()
         self.ground.database.dispose()
 
 
 def host_name(host: int) -> str:
-    """The name of a host."""
+    """Return the name of a host."""
     return f"host-{host:04}"
 
 
 def instance_id(instance: int) -> str:
-    """The id of an instance."""
+    """Return the id of an instance."""
     return f"i-{instance:017x}"
 
 
-def described(stage: Stage, instance: int) -> Instance:
-    """An instance, as its host describes it."""
+def describe_instance(setup: Setup, instance: int) -> Instance:
+    """Return the description of an instance on its host."""
     return Instance(
         instance_id=instance_id(instance),
-        account_id=stage.callers[stage.scale.account(instance)].account_id,
+        account_id=setup.callers[setup.scale.account(instance)].account_id,
         platform="windows",
         root_volume=VolumeFile(path=Path(f"/var/lib/libvirt/images/{instance_id(instance)}.raw")),
         volumes=(
@@ -171,14 +172,30 @@ def described(stage: Stage, instance: int) -> Instance:
     )
 
 
-def make_callers(rooms: Rooms) -> tuple[Caller, ...]:
-    """Make the accounts. Each signs one upload policy and bundles with that."""
-    made = []
-    for number in range(rooms.stage.scale.accounts):
-        account, key = rooms.ground.accounts.create(f"account-{number}")
+def create_callers(parts: Parts) -> tuple[Caller, ...]:
+    """Create the accounts. Each signs one upload policy, which all its requests have."""
+    callers = []
+    for number in range(parts.setup.scale.accounts):
+        account, key = parts.ground.accounts.create(f"account-{number}")
         policy, signature = upload_policy(key.secret_access_key, BUCKET, "winami")
-        made.append(Caller(account.account_id, key.access_key_id, b64encode(policy).decode(), signature))
-    return tuple(made)
+        callers.append(Caller(account.account_id, key.access_key_id, b64encode(policy).decode(), signature))
+    return tuple(callers)
+
+
+def make_request(setup: Setup, number: int) -> BundleRequest:
+    """Return the request for the task of this number."""
+    instance = setup.scale.instance_of_task(number)
+    caller = setup.callers[setup.scale.account(instance)]
+    return BundleRequest(
+        account_id=caller.account_id,
+        owner_id=caller.account_id,
+        instance_id=instance_id(instance),
+        bucket=BUCKET,
+        prefix=f"winami-{number}",
+        access_key_id=caller.access_key_id,
+        upload_policy=caller.policy,
+        upload_policy_signature=caller.signature,
+    )
 
 
 _COPIES = """
@@ -192,11 +209,11 @@ FROM (SELECT bundle_id FROM bundle_task WHERE state IN ('complete', 'failed') AN
 
 
 def copy_tasks(connection: sa.Connection, more: int, *, but: str) -> None:
-    """Add so many ended tasks, copies of those that there are but for one account's, ended at some time before."""
+    """Add ended tasks: copies of existing ones, except for those of account `but`, at different times in the past."""
     ended = connection.execute(sa.text("SELECT count(*) FROM bundle_task")).scalar_one()
     originals = ended // 2
-    which = {"originals": originals, "but": but, "first": ended, "last": ended + more // originals, "most": more}
-    connection.execute(sa.text(_COPIES), which)
+    values = {"originals": originals, "but": but, "first": ended, "last": ended + more // originals, "most": more}
+    connection.execute(sa.text(_COPIES), values)
     times = ("start_time", "update_time")
     _copy(connection, "bundle_task", "bundle_id", dict.fromkeys(times, "age"))
     _copy(connection, "bundle_part", "bundle_id", {}, distinct="key")
