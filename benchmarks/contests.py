@@ -72,7 +72,7 @@ def list_contests(sizes: Sizes) -> tuple[Contest, ...]:
     has_files = partial(disks.has_windows_files, scale=sizes.windows_scale)
     return (
         Contest(
-            "seal", "Sealing, beside the pipeline of Amazon's tool and what the libraries need alone", 11,
+            "seal", "Sealing, compared with the pipeline of Amazon's tool and with the libraries alone", 11,
             (
                 ThraveBundle("thrave", large),
                 ThraveBundle("thrave, one core", large, wrapper=("taskset", "--cpu-list", "0")),
@@ -100,7 +100,7 @@ def list_contests(sizes: Sizes) -> tuple[Contest, ...]:
             ),
         ),
         Contest("empty", "Sealing 2 TiB of nothing", 0.1, (ThraveBundle("thrave", disks.empty(2 * TIB)),)),
-        Contest("open", "Opening with every check, beside a pipeline with none", 3.5,
+        Contest("open", "Opening with every check, compared with a pipeline without checks", 3.5,
             (
                 ThraveOpen("thrave open", medium),
                 ShellOpen("openssl | gzip -d | tar", medium),
@@ -218,7 +218,7 @@ TARGETS = (
         _pace("pigz -p2", "thrave"), least=7, limit=_libraries("pigz -p2", _pace)),
     Target("seal", "at least 2.2 times as fast as with igzip -1",
         _pace("igzip -1", "thrave"), least=2.2, limit=_libraries("igzip -1", _pace)),
-    Target("seal", "0 bytes written besides the bundle",
+    Target("seal", "no bytes written except for the bundle",
         _median("thrave", lambda run: run.written + run.staged), most=0),
     Target("seal", "at least 0.87 of the components' limit",
         _pace("components alone", "thrave"), least=0.87, limit=_cpu_of_libraries),

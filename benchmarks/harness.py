@@ -56,12 +56,12 @@ class Step:
     Attributes:
         pipeline: Each reads the output of the one before.
         output: Receives the output of the last one.
-        beside: Programs that run meanwhile, outside the pipeline.
+        others: Programs that run at the same time, outside the pipeline.
     """
 
     pipeline: Sequence[Arguments]
     output: Path = Path(os.devnull)
-    beside: Sequence[Arguments] = ()
+    others: Sequence[Arguments] = ()
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _run_step(step: Step, observation: Observation) -> list[Usage]:
 
 
 def _start_step(step: Step, errors: IO[bytes]) -> list[Process]:
-    processes = [_start(arguments, None, subprocess.DEVNULL, errors) for arguments in step.beside]
+    processes = [_start(arguments, None, subprocess.DEVNULL, errors) for arguments in step.others]
     with ExitStack() as pipes, step.output.open("wb") as output:
         upstream = None
         for arguments in step.pipeline:

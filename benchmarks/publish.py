@@ -192,7 +192,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def save_plot(page: str, figure: Figure, axes: Sequence[Axes]) -> None:
-    """Write a plot beside its page."""
+    """Write a plot into the folder of its page."""
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""The benchmark of stores: memory and connections of a long upload, and throughput beside `aws s3 cp` and `rclone`.
+"""The benchmark of stores: memory and connections of a long upload, and throughput compared with other tools.
 
     python benchmarks/stores.py [--gib 8] [--mib 256] [--rounds 3] [--json FILE]
 
