@@ -29,8 +29,9 @@ from harness import describe_machine
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.disks.ntfs_disk import ntfs_tool
+from support.eventually import eventually
 from support.libvirt.guest import guest_image, make_disk, make_volume
-from support.libvirt.guest_domain import Domain, wait_for
+from support.libvirt.guest_domain import Domain
 from support.libvirt.libvirt_host import Host, running_host
 from support.libvirt.libvirt_service import LibvirtService
 from thrave.demo.disk import PARTITION_OFFSET
@@ -126,7 +127,7 @@ def _bundled(service: LibvirtService, domain: Domain, mode: str) -> Down:
         with _events(domain) as events:
             begun = time.monotonic()
             bundle = service.bundle(domain)
-            wait_for(lambda: len(domain.boots) > len(boots), bundle.task, _PATIENCE)
+            eventually(lambda: len(domain.boots) > len(boots), details=bundle.task, timeout=_PATIENCE)
             ready = time.monotonic()
             bundle.completed(_PATIENCE)
             done = time.monotonic()

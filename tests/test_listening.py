@@ -16,6 +16,7 @@ import psutil
 import pytest
 from botocore.exceptions import ClientError, SSLError
 
+from support.eventually import eventually
 from support.servers.tls import certificate
 from support.service.forked_server import ForkedServer
 from thrave.cli.exits import Exit
@@ -27,7 +28,7 @@ from thrave.listening import CHUNKED_LIMIT, HEAD_LIMIT, MAX_CHUNKS, MAX_HEADERS,
 from thrave.testing import ServerError, ThraveServer
 from thrave.vault import Vault
 
-PATIENCE = 60  # seconds that a test waits for what must come
+TIMEOUT = 60  # seconds
 REQUEST = b"GET / HTTP/1.1\r\nHost: thrave\r\n\r\n"
 
 
@@ -41,7 +42,7 @@ def impatient(tmp_path_factory):
 @contextmanager
 def connected(server):
     place = urlsplit(server.url)
-    with socket.create_connection((place.hostname, place.port), timeout=PATIENCE) as connection:
+    with socket.create_connection((place.hostname, place.port), timeout=TIMEOUT) as connection:
         yield connection
 
 
@@ -64,14 +65,6 @@ def one_answer(connection):
         assert chunk, answer
         answer += chunk
     return answer
-
-
-def wait_for(condition):
-    for _ in range(PATIENCE * 20):
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def is_answered(server):
@@ -119,7 +112,7 @@ def test_a_client_that_keeps_dripping_is_cut_off_all_the_same(impatient, beginni
     with connected(impatient) as connection:
         connection.sendall(beginning)
         try:
-            for number in range(PATIENCE * 20):
+            for number in range(TIMEOUT * 20):
                 connection.sendall(drops[number % len(drops) :][:1])
                 time.sleep(0.05)
         except (BrokenPipeError, ConnectionResetError):
@@ -149,7 +142,7 @@ def test_one_client_too_many_is_not_let_in_and_those_inside_are_served(tmp_path)
             for connection in connections:
                 connection.sendall(REQUEST[-2:])
                 assert b"MissingParameter" in one_answer(connection)
-        assert wait_for(lambda: is_answered(server))
+        assert eventually(lambda: is_answered(server))
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +273,7 @@ def serve(folder, **settings):
     (folder / "thrave.toml").write_text("\n".join(options))
     command = [sys.executable, "-m", "thrave", "serve", "--port", "0", "--config", folder / "thrave.toml"]
     command += ["--data", folder / "data"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     return run.returncode, run.stderr
 
 
@@ -433,7 +426,7 @@ def test_an_upgrade_is_answered_as_any_request(server):
 def test_tls_on_the_port_of_plain_http_and_the_reverse_are_logged(tmp_path, capfd):
     with ForkedServer.running(tmp_path / "plain") as plain:
         place = urlsplit(plain.url)
-        with pytest.raises(OSError), socket.create_connection((place.hostname, place.port), timeout=PATIENCE) as raw:
+        with pytest.raises(OSError), socket.create_connection((place.hostname, place.port), timeout=TIMEOUT) as raw:
             ssl.create_default_context().wrap_socket(raw, server_hostname="thrave")
     logged = capfd.readouterr().err
     assert "TLS? Use http://" in logged
@@ -460,7 +453,7 @@ def test_the_limit_of_open_files_is_raised_or_the_start_refused(tmp_path, hard, 
         else:
             assert said == ""
             assert expected in process.stderr.read()
-            assert process.wait(PATIENCE) == Exit.FAILED
+            assert process.wait(TIMEOUT) == Exit.FAILED
     finally:
         process.terminate()
-        process.communicate(timeout=PATIENCE)
+        process.communicate(timeout=TIMEOUT)

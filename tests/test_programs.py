@@ -4,11 +4,11 @@ import os
 import signal
 import socket
 import sys
-import time
 
 import psutil
 import pytest
 
+from support.eventually import eventually
 from thrave import programs
 from thrave.programs import Program, ProgramNotStartedError, ProgramOutputError, ProgramTimeoutError, run
 
@@ -17,13 +17,6 @@ LONG = 600.0  # seconds; no test waits for it
 
 def python(code, *words):
     return [sys.executable, "-c", code, *map(str, words)]
-
-
-def eventually(condition):
-    deadline = time.monotonic() + LONG / 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_run_returns_output_and_status():

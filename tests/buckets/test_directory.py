@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from support.eventually import eventually
 from thrave.buckets.buckets import NOBODY
 from thrave.buckets.directory import DirectoryBuckets
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, InternalError, InvalidArgument, NoSuchKey
@@ -206,8 +207,12 @@ while True:
 def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(buckets, root):
     for _ in range(5):
         with subprocess.Popen([sys.executable, "-c", WRITER, root, BUCKET]) as writer:
-            while not buckets.head(BUCKET, "folder/key"):
+
+            def is_stored(writer=writer):
                 assert writer.poll() is None
+                return buckets.head(BUCKET, "folder/key")
+
+            eventually(is_stored, "the object is stored", interval=0)
             writer.kill()
         assert buckets.get(BUCKET, "folder/key") in (b"a" * 3_000_000, b"b" * 3_000_000)
         buckets.delete(BUCKET, ["folder/key"])

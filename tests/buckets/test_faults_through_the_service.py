@@ -32,33 +32,33 @@ def proxy(seaweedfs):
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def houses(request, seaweedfs, proxy, tmp_path_factory):
+def shared_service(request, seaweedfs, proxy, tmp_path_factory):
     # Long enough for a store on a busy machine: only the fault itself may run into the timeout.
     settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 8, "s3_patience": 10, **SETTINGS[request.param]}
-    folder = tmp_path_factory.mktemp("house")
+    folder = tmp_path_factory.mktemp("service")
     with ForkedServer.running(folder / "thrave", **settings) as server:
-        house = ServiceOnStore(server, seaweedfs, folder)
-        house.disk = noise_disk(folder / "large.raw", PARTS)
-        yield request.param, house
+        service = ServiceOnStore(server, seaweedfs, folder)
+        service.disk = noise_disk(folder / "large.raw", PARTS)
+        yield request.param, service
 
 
 @pytest.fixture
-def house(houses, tmp_path):
-    house = houses[1].begin(tmp_path)
-    house.objects = S3Objects(house.store.connection())  # sees whatever is there
-    yield house
+def service(shared_service, tmp_path):
+    service = shared_service[1].begin(tmp_path)
+    service.objects = S3Objects(service.store.connection())  # sees whatever is there
+    yield service
     with suppress(NoSuchBucket):  # a failed task has removed it
-        house.objects.delete(house.bucket, house.files())
-        house.objects._requests.send("DELETE", house.bucket)
+        service.objects.delete(service.bucket, service.files())
+        service.objects._requests.send("DELETE", service.bucket)
 
 
-def bundle(house):
-    policy, signature = upload_policy(stores.ALICE.secret_access_key, house.bucket, "winami")
-    return house.bundle(policy, signature)
+def bundle(service):
+    policy, signature = upload_policy(stores.ALICE.secret_access_key, service.bucket, "winami")
+    return service.bundle(policy, signature)
 
 
-def bundle_files(house):
-    return [key for key in house.files() if key.startswith("winami")]
+def bundle_files(service):
+    return [key for key in service.files() if key.startswith("winami")]
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ def bundle_files(house):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_task_completes_after_a_temporary_fault(fault, what, first, houses, house, proxy):
-    rule = Rule(SENT_AS[houses[0]][what], fault, first=first)
+def test_task_completes_after_a_temporary_fault(fault, what, first, shared_service, service, proxy):
+    rule = Rule(SENT_AS[shared_service[0]][what], fault, first=first)
     with proxy.doing(rule):
-        task = bundle(house)
+        task = bundle(service)
     assert rule.met == 1
     assert task["State"] == "complete", task
-    assert len(bundle_files(house)) == PARTS + 2
-    assert house.is_whole()
+    assert len(bundle_files(service)) == PARTS + 2
+    assert service.is_whole()
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_task_completes_after_a_temporary_fault(fault, what, first, houses, hous
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_what_does_not_pass_leaves_the_instance_running_and_the_bucket_empty(
-    fault, what, first, code, houses, house, proxy
+    fault, what, first, code, shared_service, service, proxy
 ):
-    rule = Rule(SENT_AS[houses[0]][what], fault, first=first, again=True)
+    rule = Rule(SENT_AS[shared_service[0]][what], fault, first=first, again=True)
     with proxy.doing(rule):
-        task = bundle(house)
+        task = bundle(service)
     assert rule.met
     assert task["State"] == "failed"
     assert task["BundleTaskError"]["Code"] == code, task
-    assert house.server.instances.state(task["InstanceId"]) is InstanceState.RUNNING
-    assert bundle_files(house) == []
+    assert service.server.instances.state(task["InstanceId"]) is InstanceState.RUNNING
+    assert bundle_files(service) == []

@@ -49,39 +49,39 @@ def bucket(seaweedfs):
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def house(request, seaweedfs, tmp_path_factory):
-    """A service whose store lies behind a guard, and the guard."""
-    folder = tmp_path_factory.mktemp("house")
+def guarded_service(request, seaweedfs, tmp_path_factory):
+    """How the service uploads, the service on a store behind a guard, and the guard."""
+    folder = tmp_path_factory.mktemp("service")
     with guarded(seaweedfs.url, "") as guard:
         settings = {"store": "s3", "s3_endpoint": guard.url, "s3_patience": 5, **SETTINGS[request.param]}
         with ForkedServer.running(folder / "thrave", **settings) as server:
             yield request.param, ServiceOnStore(server, seaweedfs, folder), guard
 
 
-def bundle(house, bucket, prefix="winami"):
+def bundle(service, bucket, prefix="winami"):
     policy, signature = upload_policy(stores.ALICE.secret_access_key, bucket, prefix)
-    return house.bundle(policy, signature)
+    return service.bundle(policy, signature)
 
 
 @pytest.mark.parametrize("without", [(), ("s3:DeleteObject",)], ids=["smallest", "no DeleteObject"])
-def test_smallest_policy_completes_a_bundle(house, bucket, tmp_path, without):
-    upload, house, guard = house
+def test_smallest_policy_completes_a_bundle(guarded_service, bucket, tmp_path, without):
+    upload, service, guard = guarded_service
     guard.statements = json.loads(smallest(upload, bucket, without=without))["Statement"]
-    house.begin(tmp_path)
-    house.bucket = bucket
-    task = bundle(house, bucket)
+    service.begin(tmp_path)
+    service.bucket = bucket
+    task = bundle(service, bucket)
     assert task["State"] == "complete", task
-    house.objects = S3Objects(house.store.connection())
-    assert "winami.manifest.xml" in house.files()
+    service.objects = S3Objects(service.store.connection())
+    assert "winami.manifest.xml" in service.files()
 
 
-def test_key_without_any_right_is_refused_before_the_instance_is_touched(house, bucket, tmp_path):
-    _, house, guard = house
+def test_key_without_any_right_is_refused_before_the_instance_is_touched(guarded_service, bucket, tmp_path):
+    _, service, guard = guarded_service
     guard.statements = []
-    house.begin(tmp_path)
-    house.bucket = bucket
+    service.begin(tmp_path)
+    service.bucket = bucket
     with pytest.raises(ClientError, match=r"InvalidParameterValue|InaccessibleStorageLocation"):
-        bundle(house, bucket)
+        bundle(service, bucket)
 
 
 def owners(guard, store):
@@ -90,11 +90,11 @@ def owners(guard, store):
     return OwnersBuckets(connection, lambda _: holder, holder=holder)
 
 
-def service(guard, store):
+def by_service(guard, store):
     return ServiceBuckets(store.connection(endpoint=guard.url))
 
 
-DRIVERS = {"policy": owners, "service": service}
+DRIVERS = {"policy": owners, "service": by_service}
 
 
 @pytest.mark.parametrize("upload", DRIVERS)
@@ -125,7 +125,7 @@ def test_service_refuses_a_bucket_that_holds_something_and_names_nobody(seaweedf
     S3Objects(seaweedfs.connection()).put(bucket, "something", b"x")
     policy = and_allow(smallest("service", bucket), "s3:ListBucket", f"arn:aws:s3:::{bucket}")
     with guarded(seaweedfs.url, policy) as guard:
-        buckets = service(guard, seaweedfs)
+        buckets = by_service(guard, seaweedfs)
         with pytest.raises(BucketAlreadyExists):
             buckets.create(bucket, ACCOUNT)
         assert buckets.owner(bucket) == NOBODY
@@ -134,4 +134,4 @@ def test_service_refuses_a_bucket_that_holds_something_and_names_nobody(seaweedf
 def test_service_refuses_a_bucket_of_another_account_with_the_smallest_policy(seaweedfs, bucket):
     S3Objects(seaweedfs.connection()).put(bucket, OWNER_KEY, b"222222222222\n")
     with guarded(seaweedfs.url, smallest("service", bucket)) as guard, pytest.raises(BucketAlreadyExists):
-        service(guard, seaweedfs).create(bucket, ACCOUNT)
+        by_service(guard, seaweedfs).create(bucket, ACCOUNT)

@@ -27,96 +27,99 @@ BY_THE_SERVICE = pytest.param(("rgw", UPLOAD_BY_SERVICE), id="service", marks=py
 
 
 @pytest.fixture(scope="module")
-def houses(request, tmp_path_factory):
-    """On the store that the test names, with the settings that it adds: one for all the tests that name them."""
+def shared_service(request, tmp_path_factory):
+    """A service on the store and with the settings that a test names; tests that name the same ones share it."""
     name, settings = request.param
     store = request.getfixturevalue(name)
     settings = {"store": "s3", "s3_endpoint": store.url, "s3_patience": 5, **settings}
-    folder = tmp_path_factory.mktemp("house")
+    folder = tmp_path_factory.mktemp("service")
     with ForkedServer.running(folder / "thrave", **settings) as server:
         yield ServiceOnStore(server, store, folder)
 
 
 @pytest.fixture
-def house(houses, tmp_path):
-    return houses.begin(tmp_path)
+def service(shared_service, tmp_path):
+    return shared_service.begin(tmp_path)
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize("houses", [ON_SEAWEEDFS], indirect=True)
-def test_the_aws_clis_own_policy_goes_through_to_the_objects(house):
+@pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS], indirect=True)
+def test_the_aws_clis_own_policy_goes_through_to_the_objects(service):
     program = shutil.which("aws", path=str(Path(sys.executable).parent))
-    own = {"AWS_ACCESS_KEY_ID": house.own_key.access_key_id, "AWS_SECRET_ACCESS_KEY": house.own_key.secret_access_key}
+    own = {
+        "AWS_ACCESS_KEY_ID": service.own_key.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": service.own_key.secret_access_key,
+    }
     owner = ["--owner-akid", stores.ALICE.access_key_id, "--owner-sak", stores.ALICE.secret_access_key]
-    where = ["--instance-id", house.instance(), "--bucket", house.bucket, "--prefix", "winami"]
-    command = [program, "--endpoint-url", house.server.url, "--region", "us-east-1", "--output", "json", "ec2"]
+    where = ["--instance-id", service.instance(), "--bucket", service.bucket, "--prefix", "winami"]
+    command = [program, "--endpoint-url", service.server.url, "--region", "us-east-1", "--output", "json", "ec2"]
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **own}
     done = subprocess.run(
         [*command, "bundle-instance", *where, *owner], env=environment, capture_output=True, check=True, text=True
     )
-    task = house.ended(json.loads(done.stdout)["BundleTask"]["BundleId"])
+    task = service.ended(json.loads(done.stdout)["BundleTask"]["BundleId"])
     assert task["State"] == "complete"
-    assert house.files() == FILES
-    assert house.is_whole()
+    assert service.files() == FILES
+    assert service.is_whole()
 
 
-def v2(house, acl):
-    text = encoded(document({"bucket": house.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"]))
+def v2(service, acl):
+    text = encoded(document({"bucket": service.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"]))
     return base64.b64decode(text), signed_v2(text)
 
 
-def v4(house, acl):
+def v4(service, acl):
     day = datetime.now(UTC).strftime("%Y%m%d")
     signer = [
         {"x-amz-algorithm": "AWS4-HMAC-SHA256"},
         {"x-amz-credential": f"{stores.ALICE.access_key_id}/{day}/us-east-1/s3/aws4_request"},
         {"x-amz-date": f"{day}T000000Z"},
     ]
-    conditions = [{"bucket": house.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"], *signer]
+    conditions = [{"bucket": service.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"], *signer]
     text = encoded(document(*conditions))
     return base64.b64decode(text), signed_v4(text, date=day)
 
 
-@pytest.mark.parametrize("houses", [ON_SEAWEEDFS, ON_RGW], indirect=True)
+@pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS, ON_RGW], indirect=True)
 @pytest.mark.parametrize("signed", [v2, v4])
-def test_a_policy_of_either_version_goes_through_to_the_objects(house, signed):
-    task = house.bundle(*signed(house, house.store.acl))
+def test_a_policy_of_either_version_goes_through_to_the_objects(service, signed):
+    task = service.bundle(*signed(service, service.store.acl))
     assert task["State"] == "complete", task
-    assert house.files() == FILES
-    assert house.is_whole()
+    assert service.files() == FILES
+    assert service.is_whole()
 
 
-@pytest.mark.parametrize("houses", [BY_THE_SERVICE], indirect=True)
-def test_the_services_key_writes_what_a_policy_of_ours_allows(house):
-    policy, _ = v2(house, "ec2-bundle-read")
-    signature = signed_v2(base64.b64encode(policy).decode(), house.own_key.secret_access_key)
-    task = house.bundle(policy, signature, house.own_key)
+@pytest.mark.parametrize("shared_service", [BY_THE_SERVICE], indirect=True)
+def test_the_services_key_writes_what_a_policy_of_ours_allows(service):
+    policy, _ = v2(service, "ec2-bundle-read")
+    signature = signed_v2(base64.b64encode(policy).decode(), service.own_key.secret_access_key)
+    task = service.bundle(policy, signature, service.own_key)
     assert task["State"] == "complete", task
-    house.objects = S3Objects(house.store.connection())
-    assert house.files() == [".thrave-owner", *FILES]
-    assert house.objects.get(house.bucket, ".thrave-owner").decode().strip() == house.account.account_id
+    service.objects = S3Objects(service.store.connection())
+    assert service.files() == [".thrave-owner", *FILES]
+    assert service.objects.get(service.bucket, ".thrave-owner").decode().strip() == service.account.account_id
 
 
-@pytest.mark.parametrize("houses", [ON_SEAWEEDFS, ON_RGW], indirect=True)
-def test_a_bucket_of_somebody_elses_is_refused_when_it_is_asked_for(house):
-    house.bucket = f"bob-{uuid.uuid4().hex[:12]}"
-    S3Objects(house.store.connection(stores.BOB))._requests.send("PUT", house.bucket)
+@pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS, ON_RGW], indirect=True)
+def test_a_bucket_of_somebody_elses_is_refused_when_it_is_asked_for(service):
+    service.bucket = f"bob-{uuid.uuid4().hex[:12]}"
+    S3Objects(service.store.connection(stores.BOB))._requests.send("PUT", service.bucket)
     with pytest.raises(ClientError, match="InaccessibleStorageLocation"):
-        house.bundle(*v2(house, house.store.acl))
-    house.objects = S3Objects(house.store.connection(stores.BOB))
-    assert house.files() == []
+        service.bundle(*v2(service, service.store.acl))
+    service.objects = S3Objects(service.store.connection(stores.BOB))
+    assert service.files() == []
 
 
-@pytest.mark.parametrize("houses", [ON_SEAWEEDFS, ON_RGW], indirect=True)
-def test_a_key_that_the_store_does_not_know_is_refused_with_what_to_do(house):
-    policy, _ = v2(house, house.store.acl)
-    signature = signed_v2(base64.b64encode(policy).decode(), house.own_key.secret_access_key)
+@pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS, ON_RGW], indirect=True)
+def test_a_key_that_the_store_does_not_know_is_refused_with_what_to_do(service):
+    policy, _ = v2(service, service.store.acl)
+    signature = signed_v2(base64.b64encode(policy).decode(), service.own_key.secret_access_key)
     with pytest.raises(ClientError, match=r"InvalidParameterValue.*does not let.*thrave account key import"):
-        house.bundle(policy, signature, house.own_key)
+        service.bundle(policy, signature, service.own_key)
 
 
-@pytest.mark.parametrize("houses", [NOWHERE], indirect=True)
-def test_while_the_store_is_away_the_caller_is_told_to_come_again(house):
+@pytest.mark.parametrize("shared_service", [NOWHERE], indirect=True)
+def test_while_the_store_is_away_the_caller_is_told_to_come_again(service):
     with pytest.raises(ClientError, match=r"Unavailable.*Cannot connect to the store 127\.0\.0\.1:1") as caught:
-        house.bundle(*v2(house, house.store.acl))
+        service.bundle(*v2(service, service.store.acl))
     assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 503

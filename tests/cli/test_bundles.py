@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from random import Random
 
 import pytest
@@ -14,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from support.bundles.sample_bundles import VECTORS
 from support.disks.qemu_images import converted, encrypted, qemu_img, secret_beside, written_to
+from support.eventually import eventually
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY, INTERRUPTED = 1, 2, 3, 4, 10, 11, 130
 KEYS = VECTORS / "keys"
@@ -286,9 +286,12 @@ def test_a_signal_that_ends_it_leaves_nothing(tmp_path, number, status):
     (tmp_path / "disk.raw").write_bytes(256 * Random(1).randbytes(MIB))  # takes seconds, also where nobody else works
     words = [*map(str, sealing(tmp_path / "disk.raw", tmp_path / "b", "--level", "small"))]
     with subprocess.Popen([sys.executable, "-m", "thrave", *words], stderr=subprocess.DEVNULL) as thrave:
-        while not [*tmp_path.glob("b/*.part.*")]:
+
+        def stored_parts():
             assert thrave.poll() is None
-            time.sleep(0.01)
+            return [*tmp_path.glob("b/*.part.*")]
+
+        eventually(stored_parts, "a part is stored")
         thrave.send_signal(number)
         assert thrave.wait(60) == status
     assert list((tmp_path / "b").iterdir()) == []

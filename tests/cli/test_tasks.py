@@ -5,12 +5,12 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import pytest
 
 from support.disks.raw_disk import make_disk
+from support.eventually import eventually
 from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.config import load_settings
@@ -78,13 +78,6 @@ def failed(server, alice, tmp_path):
     return task["BundleTask"]["BundleId"]
 
 
-def wait_until(condition, seconds=60):
-    given_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < given_up
-        time.sleep(0.02)
-
-
 def test_a_complete_task_is_listed_with_what_it_has_stored(thrave, thrave_json, server, complete):
     (task,) = [task for task in thrave_json("task", "list")["tasks"] if task["bundleId"] == complete]
     files = [*(server.data.buckets / "alices-bucket").glob(f"{task['instanceId']}*")]
@@ -128,7 +121,7 @@ def test_a_failed_task_is_shown_with_its_reason_and_what_to_do(thrave, show, fai
 
 def test_an_operator_cancels_as_an_owner_would(thrave, thrave_json, server, bundled, show):
     bundle_id, instance_id = bundled(400)
-    wait_until(lambda: show(bundle_id)["storedParts"])
+    eventually(lambda: show(bundle_id)["storedParts"])
     assert thrave_json("task", "cancel", bundle_id)["tasks"][0]["state"] in {"cancelling", "failed"}
     status, text, _ = thrave("task", "watch", bundle_id)
     assert status == TASK_CANCELLED
@@ -153,7 +146,7 @@ def test_of_several_to_cancel_those_that_can_be_are(thrave, bundled, show):
 
 def test_what_could_not_be_removed_is_shown(thrave, server, bundled, show):
     bundle_id, _ = bundled(400, bucket="lost-bucket")
-    wait_until(lambda: show(bundle_id)["storedParts"])
+    eventually(lambda: show(bundle_id)["storedParts"])
     bucket, elsewhere = server.data.buckets / "lost-bucket", server.data.buckets.parent / "elsewhere"
     bucket.rename(elsewhere)
     bucket.symlink_to(elsewhere)  # which the service refuses to follow

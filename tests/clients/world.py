@@ -1,15 +1,14 @@
 """The service that all clients call, with an account, and what the tests need to know of it."""
 
-import time
 from itertools import count
 from pathlib import Path
 
 from support.disks.raw_disk import make_disk
+from support.service.bundle_tasks import await_task
 from thrave.testing import ThraveServer, upload_policy
 
 MIB = 1 << 20
 BUCKET = "alices-bucket"
-TIMEOUT = 60  # seconds
 
 
 class World:
@@ -41,13 +40,7 @@ class World:
 
     def ended(self, bundle_id: str):
         """The task as a client of our own describes it when it has ended."""
-        given_up = time.monotonic() + TIMEOUT
-        while time.monotonic() < given_up:
-            (task,) = self.ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
-            if task["State"] in {"complete", "failed"}:
-                return task
-            time.sleep(0.1)
-        raise AssertionError(f"{bundle_id} does not end: {task}")
+        return await_task(self.ec2, bundle_id)
 
     def tasks_of(self, instance_id: str):
         """The tasks of an instance."""

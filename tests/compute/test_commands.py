@@ -2,11 +2,11 @@
 
 import os
 import sys
-import time
 
 import psutil
 import pytest
 
+from support.eventually import eventually
 from thrave.compute.commands import STATE_WORDS
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed
@@ -15,14 +15,6 @@ from thrave.compute.instance import InstanceState, OffReason
 
 def python(code, *words):
     return (sys.executable, "-c", code, *map(str, words))
-
-
-def wait_for(condition):
-    for _ in range(500):
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_no_shell_sees_a_command(instances, added, tmp_path):
@@ -128,7 +120,7 @@ def test_a_slow_stop_command_that_fails_is_heard_at_the_next_look(instances, add
     instance_id = added(stop_command=python("import time, sys; time.sleep(1); sys.exit('too late')"))
     instances.request_stop(instance_id)
     with pytest.raises(InstanceCommandFailed, match="too late"):
-        wait_for(lambda: instances.state(instance_id) is not InstanceState.STOPPING)
+        eventually(lambda: instances.state(instance_id) is not InstanceState.STOPPING)
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
@@ -140,7 +132,7 @@ def test_a_request_to_stop_does_not_wait_for_the_machine(instances, added, tmp_p
     instances.request_stop(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPING
     gate.touch()
-    assert wait_for(lambda: instances.state(instance_id) is InstanceState.STOPPED)
+    assert eventually(lambda: instances.state(instance_id) is InstanceState.STOPPED)
 
 
 def test_starting_ends_a_stop_command_that_still_runs(instances, added, tmp_path):
@@ -148,7 +140,7 @@ def test_starting_ends_a_stop_command_that_still_runs(instances, added, tmp_path
     code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     instance_id = added(stop_command=python(code, pid), start_command=("true",))
     instances.request_stop(instance_id)
-    assert wait_for(lambda: pid.exists() and pid.read_text())
+    assert eventually(lambda: pid.exists() and pid.read_text())
     instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.RUNNING
     assert not psutil.pid_exists(int(pid.read_text()))
@@ -170,7 +162,7 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(root, added, 
     instance_id = added(state="stopped", start_command=python(code, pids))
     with pytest.raises(InstanceCommandFailed, match="took more than 2 seconds and was killed"):
         DirectoryInstances(root, command_seconds=2.0).start(instance_id)
-    assert wait_for(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
+    assert eventually(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
 
 
 def alive(pid):
@@ -232,7 +224,7 @@ def test_a_machine_that_takes_its_time_is_shutting_down_before_it_is_terminated(
     with pytest.raises(IncorrectInstanceState, match="is shutting-down"):
         instances.start(instance_id)
     gate.touch()
-    assert wait_for(lambda: instances.state(instance_id) is InstanceState.TERMINATED)
+    assert eventually(lambda: instances.state(instance_id) is InstanceState.TERMINATED)
     machine.state.unlink()
     assert instances.state(instance_id) is InstanceState.TERMINATED
 

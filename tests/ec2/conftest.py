@@ -1,4 +1,4 @@
-"""The front door with the real rooms behind it, but for the engine that would do the tasks: they stay pending."""
+"""The EC2 API with real components and without the engine that runs tasks: tasks stay pending."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,7 @@ from thrave.vault import Vault
 
 
 @dataclass
-class ServiceOnStore:
+class ServiceWithoutEngine:
     """A data directory and everything in it."""
 
     door: Door
@@ -45,7 +45,7 @@ class ServiceOnStore:
 
 
 @pytest.fixture
-def house(tmp_path):
+def service(tmp_path):
     engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
     migrate(engine)
     vault = Vault.open_or_create(tmp_path / "vault.key")
@@ -69,28 +69,28 @@ def house(tmp_path):
         ),
     )
     key = door.accounts.create("owner")[1]
-    yield ServiceOnStore(door, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
+    yield ServiceWithoutEngine(door, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
     engine.dispose()
 
 
-class Street:
-    """An ASGI application that leads to whichever house stands there now: one server serves every test."""
+class CurrentApp:
+    """An ASGI application that calls the application of the current test, so that one server serves all tests."""
 
     async def __call__(self, scope, receive, send):
         await self.app(scope, receive, send)
 
 
 @pytest.fixture(scope="session")
-def street():
-    street = Street()
-    with serving(street) as street.url:
-        yield street
+def current_app():
+    current_app = CurrentApp()
+    with serving(current_app) as current_app.url:
+        yield current_app
 
 
 @pytest.fixture
-def endpoint(house, street):
-    street.app = create_app(house.door)
-    return street.url
+def endpoint(service, current_app):
+    current_app.app = create_app(service.door)
+    return current_app.url
 
 
 @pytest.fixture
@@ -110,5 +110,5 @@ def client_of(endpoint):
 
 
 @pytest.fixture
-def ec2(house, client_of):
-    return client_of(house.key)
+def ec2(service, client_of):
+    return client_of(service.key)

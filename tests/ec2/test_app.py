@@ -47,20 +47,20 @@ def code_of(answer):
     return re.search("<Code>(.*)</Code>", answer[2])[1]
 
 
-def test_a_request_id_stands_in_the_answer_and_in_a_header(endpoint, house):
-    status, headers, body = send(endpoint, signed(endpoint, house.key))
+def test_a_request_id_stands_in_the_answer_and_in_a_header(endpoint, service):
+    status, headers, body = send(endpoint, signed(endpoint, service.key))
     assert status == 200
     assert f"<requestId>{headers['x-amzn-requestid']}</requestId>" in body
     assert headers["content-type"] == "text/xml;charset=utf-8"
-    status, headers, body = send(endpoint, signed(endpoint, house.key, body=b"Action=X&Version=2016-11-15"))
+    status, headers, body = send(endpoint, signed(endpoint, service.key, body=b"Action=X&Version=2016-11-15"))
     assert status == 400
     assert f"<RequestID>{headers['x-amzn-requestid']}</RequestID>" in body
 
 
 @pytest.mark.parametrize("version", ["2008-08-08", "2010-08-31", "2014-10-01", "2016-11-15"])
-def test_the_callers_version_is_the_namespace_of_the_answer(endpoint, house, version):
+def test_the_callers_version_is_the_namespace_of_the_answer(endpoint, service, version):
     body = b"Action=DescribeBundleTasks&Version=" + version.encode()
-    _, _, answer = send(endpoint, signed(endpoint, house.key, body=body))
+    _, _, answer = send(endpoint, signed(endpoint, service.key, body=body))
     assert f'<DescribeBundleTasksResponse xmlns="http://ec2.amazonaws.com/doc/{version}/">' in answer
     assert "<bundleInstanceTasksSet/>" in answer
 
@@ -90,8 +90,8 @@ def test_the_callers_version_is_the_namespace_of_the_answer(endpoint, house, ver
         (DESCRIBE + b"&x=" + b"x" * LIMIT, 413, "RequestEntityTooLarge"),
     ],
 )
-def test_a_wrong_request_gets_ec2s_code_and_status(endpoint, house, body, status, code):
-    answer = send(endpoint, signed(endpoint, house.key, body=body))
+def test_a_wrong_request_gets_ec2s_code_and_status(endpoint, service, body, status, code):
+    answer = send(endpoint, signed(endpoint, service.key, body=body))
     assert (answer[0], code_of(answer)) == (status, code)
 
 
@@ -107,26 +107,26 @@ def test_a_wrong_request_gets_ec2s_code_and_status(endpoint, house, body, status
         ("", "UnsupportedProtocol"),
     ],
 )
-def test_a_body_is_a_form_with_or_without_charset(endpoint, house, content_type, code):
-    request = signed(endpoint, house.key, content_type=content_type)
+def test_a_body_is_a_form_with_or_without_charset(endpoint, service, content_type, code):
+    request = signed(endpoint, service.key, content_type=content_type)
     if content_type == "":
         request = request.replace(b"Connection", b"Content-Type: \r\nConnection")
     answer = send(endpoint, request)
     assert (code_of(answer) if answer[0] != 200 else None) == code
 
 
-def test_a_body_without_a_length_is_read_no_further_than_the_limit(endpoint, house):
+def test_a_body_without_a_length_is_read_no_further_than_the_limit(endpoint, service):
     too_much = b"10001\r\n" + b"x" * (LIMIT + 1) + b"\r\n"  # and no end
-    answer = send(endpoint, signed(endpoint, house.key, body=b"", framing="Transfer-Encoding: chunked") + too_much)
+    answer = send(endpoint, signed(endpoint, service.key, body=b"", framing="Transfer-Encoding: chunked") + too_much)
     assert (answer[0], code_of(answer)) == (413, "RequestEntityTooLarge")
 
 
-def test_a_client_that_hangs_up_in_the_middle_is_not_an_error_of_ours(endpoint, house):
+def test_a_client_that_hangs_up_in_the_middle_is_not_an_error_of_ours(endpoint, service):
     place = urlsplit(endpoint)
     with capture_logs() as logs:
         with socket.create_connection((place.hostname, place.port), timeout=20) as connection:
-            connection.sendall(signed(endpoint, house.key)[:-10])
-        assert send(endpoint, signed(endpoint, house.key))[0] == 200
+            connection.sendall(signed(endpoint, service.key)[:-10])
+        assert send(endpoint, signed(endpoint, service.key))[0] == 200
     assert logs == []
 
 
@@ -151,23 +151,25 @@ def test_a_request_without_credentials_learns_nothing(endpoint, request_line):
     assert (answer[0], code_of(answer)) in {(400, "MissingParameter"), (400, "MalformedQueryString")}
 
 
-def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(house, street):
-    street.app = create_app(replace(house.door, may=lambda caller, action, on: action != "ec2:DescribeBundleTasks"))
+def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(service, current_app):
+    current_app.app = create_app(
+        replace(service.door, may=lambda caller, action, on: action != "ec2:DescribeBundleTasks")
+    )
     for body in (DESCRIBE, DESCRIBE + b"&DryRun=true", DESCRIBE + b"&BundleId.1=bun-12345678"):
-        answer = send(street.url, signed(street.url, house.key, body=body))
+        answer = send(current_app.url, signed(current_app.url, service.key, body=body))
         assert (answer[0], code_of(answer)) == (403, "UnauthorizedOperation")
     dry = b"Action=DescribeInstances&Version=2016-11-15&DryRun=true"
-    allowed = send(street.url, signed(street.url, house.key, body=dry))
+    allowed = send(current_app.url, signed(current_app.url, service.key, body=dry))
     assert (allowed[0], code_of(allowed)) == (412, "DryRunOperation")
 
 
-def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_caller_nothing(house, street):
+def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_caller_nothing(service, current_app):
     def break_down(caller, action, resource):
         raise ZeroDivisionError(f"the secret of {caller.account_id}")
 
-    street.app = create_app(replace(house.door, may=break_down))
+    current_app.app = create_app(replace(service.door, may=break_down))
     with capture_logs() as logs:
-        status, headers, body = send(street.url, signed(street.url, house.key))
+        status, headers, body = send(current_app.url, signed(current_app.url, service.key))
     assert status == 500
     assert "<Code>InternalError</Code>" in body
     assert "secret" not in body
@@ -175,7 +177,7 @@ def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_ca
     (entry,) = [entry for entry in logs if entry["log_level"] == "error"]
     assert entry["request_id"] == headers["x-amzn-requestid"]
     assert "ZeroDivisionError" in entry["traceback"]
-    assert house.key.secret_access_key not in str(entry)
+    assert service.key.secret_access_key not in str(entry)
 
 
 @pytest.mark.parametrize(
@@ -185,18 +187,18 @@ def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_ca
         ({"secret_access_key": "x" * 40}, 401, "AuthFailure"),
     ],
 )
-def test_boto3_with_wrong_credentials_is_told_as_aws_tells_it(house, client_of, change, status, code):
+def test_boto3_with_wrong_credentials_is_told_as_aws_tells_it(service, client_of, change, status, code):
     with pytest.raises(ClientError) as refusal:
-        client_of(replace(house.key, **change)).describe_instances()
+        client_of(replace(service.key, **change)).describe_instances()
     error = refusal.value.response
     assert (error["ResponseMetadata"]["HTTPStatusCode"], error["Error"]["Code"]) == (status, code)
     assert error["Error"]["Message"] == "AWS was not able to validate the provided access credentials"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_presigned_url_bundles_without_any_header(house, ec2, method):
-    house.add_instance("i-12345678")
-    parameters = {"InstanceId": "i-12345678", "Storage": storage(house.key)}
+def test_a_presigned_url_bundles_without_any_header(service, ec2, method):
+    service.add_instance("i-12345678")
+    parameters = {"InstanceId": "i-12345678", "Storage": storage(service.key)}
     url = ec2.generate_presigned_url("bundle_instance", Params=parameters, HttpMethod=method)
     with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=20) as answer:
         assert b"<state>pending</state>" in answer.read()

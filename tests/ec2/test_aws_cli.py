@@ -17,19 +17,19 @@ INSTANCE = "i-1234567890abcdef0"
 
 
 @pytest.fixture
-def aws(house, endpoint, tmp_path):
+def aws(service, endpoint, tmp_path):
     """Runs `aws ec2 …` and gives what it printed, parsed; raises its words when it fails."""
     program = shutil.which("aws", path=str(Path(sys.executable).parent))
     assert program, "the AWS CLI is not installed beside this Python: pip install awscli"
     environment = {
         "PATH": "/usr/bin:/bin",
         "HOME": str(tmp_path),
-        "AWS_ACCESS_KEY_ID": house.key.access_key_id,
-        "AWS_SECRET_ACCESS_KEY": house.key.secret_access_key,
+        "AWS_ACCESS_KEY_ID": service.key.access_key_id,
+        "AWS_SECRET_ACCESS_KEY": service.key.secret_access_key,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "1",
     }
-    house.add_instance(INSTANCE)
+    service.add_instance(INSTANCE)
 
     def aws(*arguments):
         command = [program, "--endpoint-url", endpoint, "--output", "json", "ec2", *arguments]
@@ -41,13 +41,13 @@ def aws(house, endpoint, tmp_path):
     return aws
 
 
-def owner(house):
-    return ["--owner-akid", house.key.access_key_id, "--owner-sak", house.key.secret_access_key]
+def owner(service):
+    return ["--owner-akid", service.key.access_key_id, "--owner-sak", service.key.secret_access_key]
 
 
-def test_bundles_with_the_policy_that_it_makes_and_signs_itself(house, aws):
+def test_bundles_with_the_policy_that_it_makes_and_signs_itself(service, aws):
     where = ["--bucket", "my-bucket", "--prefix", "winami"]
-    task = aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(house))["BundleTask"]
+    task = aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(service))["BundleTask"]
     assert (task["State"], task["Storage"]) == ("pending", {"S3": {"Bucket": "my-bucket", "Prefix": "winami"}})
     filters = ["--filters", "Name=state,Values=pending,bundling", "Name=s3-bucket,Values=my-*"]
     assert aws("describe-bundle-tasks", *filters)["BundleTasks"] == [task]
@@ -55,28 +55,30 @@ def test_bundles_with_the_policy_that_it_makes_and_signs_itself(house, aws):
 
 
 @pytest.mark.parametrize("encode", [lambda document: document, base64.b64encode], ids=["JSON", "base64"])
-def test_bundles_with_a_policy_that_the_user_gives(house, aws, encode):
+def test_bundles_with_a_policy_that_the_user_gives(service, aws, encode):
     where = ["--bucket", "my-bucket", "--prefix", "winami", "--policy", encode(policy()).decode()]
-    assert aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(house))["BundleTask"]["State"] == "pending"
+    assert (
+        aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(service))["BundleTask"]["State"] == "pending"
+    )
 
 
 @pytest.mark.parametrize("encode", [lambda document: document, base64.b64encode], ids=["JSON", "base64"])
-def test_bundles_with_the_whole_storage_given(house, aws, encode):
+def test_bundles_with_the_whole_storage_given(service, aws, encode):
     document = policy()
     s3 = {
-        "AWSAccessKeyId": house.key.access_key_id,
+        "AWSAccessKeyId": service.key.access_key_id,
         "Bucket": "my-bucket",
         "Prefix": "winami",
         "UploadPolicy": encode(document).decode(),
-        "UploadPolicySignature": signature(base64.b64encode(document), house.key.secret_access_key),
+        "UploadPolicySignature": signature(base64.b64encode(document), service.key.secret_access_key),
     }
     answer = aws("bundle-instance", "--instance-id", INSTANCE, "--storage", json.dumps({"S3": s3}))
     assert answer["BundleTask"]["State"] == "pending"
 
 
-def test_cancels_and_waits_no_longer_for_a_task_that_failed(house, aws):
+def test_cancels_and_waits_no_longer_for_a_task_that_failed(service, aws):
     where = ["--bucket", "my-bucket", "--prefix", "winami"]
-    task = aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(house))["BundleTask"]
+    task = aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(service))["BundleTask"]
     cancelled = aws("cancel-bundle-task", "--bundle-id", task["BundleId"])["BundleTask"]
     assert cancelled["BundleTaskError"]["Code"] == "Client.Cancelled"
     with pytest.raises(RuntimeError, match='matched expected path: "failed"'):
@@ -99,6 +101,6 @@ def test_prints_our_errors_as_it_prints_those_of_aws(aws, arguments, words):
         aws("bundle-instance", "--instance-id", INSTANCE, *arguments)
 
 
-def test_describes_instances(house, aws):
+def test_describes_instances(service, aws):
     (reservation,) = aws("describe-instances", "--filters", "Name=platform,Values=windows")["Reservations"]
     assert reservation["Instances"][0]["InstanceId"] == INSTANCE

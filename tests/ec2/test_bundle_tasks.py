@@ -35,15 +35,15 @@ def bundle(ec2, key, instance_id=INSTANCE, **details):
 
 
 @pytest.fixture
-def windows(house):
-    return house.add_instance(INSTANCE)
+def windows(service):
+    return service.add_instance(INSTANCE)
 
 
 @pytest.mark.parametrize("instance_id", ["i-12345678", INSTANCE])
 @pytest.mark.parametrize("state", [InstanceState.RUNNING, InstanceState.STOPPED])
-def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secret(house, ec2, instance_id, state):
-    house.add_instance(instance_id, state=state)
-    task = bundle(ec2, house.key, instance_id)
+def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secret(service, ec2, instance_id, state):
+    service.add_instance(instance_id, state=state)
+    task = bundle(ec2, service.key, instance_id)
     assert re.fullmatch("bun-[0-9a-f]{17}", task["BundleId"])
     assert abs(datetime.now(UTC) - task["StartTime"]) < timedelta(minutes=1)
     assert task == {
@@ -57,46 +57,46 @@ def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secre
     assert ec2.describe_bundle_tasks()["BundleTasks"] == [task]
 
 
-def test_a_new_bucket_is_created_for_its_owner(house, ec2, windows):
-    bundle(ec2, house.key)
-    assert house.door.buckets.owner("my-bucket") == house.key.account_id
+def test_a_new_bucket_is_created_for_its_owner(service, ec2, windows):
+    bundle(ec2, service.key)
+    assert service.door.buckets.owner("my-bucket") == service.key.account_id
 
 
 @pytest.mark.parametrize("was_there", [False, True])
-def test_request_refused_after_its_bucket_was_created_leaves_no_bucket(house, ec2, windows, monkeypatch, was_there):
+def test_request_refused_after_its_bucket_was_created_leaves_no_bucket(service, ec2, windows, monkeypatch, was_there):
     """The instance gets a task from another caller while the bucket is claimed."""
     if was_there:
-        house.door.buckets.create("my-bucket", house.key.account_id)
+        service.door.buckets.create("my-bucket", service.key.account_id)
 
     def refuse(_request):
         raise BundlingInProgress("bun-1")
 
-    monkeypatch.setattr(house.door.tasks, "create", refuse)
-    _, code, _ = refusal(bundle, ec2=ec2, key=house.key)
+    monkeypatch.setattr(service.door.tasks, "create", refuse)
+    _, code, _ = refusal(bundle, ec2=ec2, key=service.key)
     assert code == "BundlingInProgress"
-    assert house.door.buckets.owner("my-bucket") == (house.key.account_id if was_there else None)
+    assert service.door.buckets.owner("my-bucket") == (service.key.account_id if was_there else None)
 
 
-def test_the_bucket_may_belong_to_another_account_that_signed_the_policy(house, ec2, windows):
-    friend = house.another_key("friend")
-    house.door.buckets.create("my-bucket", friend.account_id)
+def test_the_bucket_may_belong_to_another_account_that_signed_the_policy(service, ec2, windows):
+    friend = service.another_key("friend")
+    service.door.buckets.create("my-bucket", friend.account_id)
     bundle(ec2, friend)
-    assert house.door.buckets.owner("my-bucket") == friend.account_id
+    assert service.door.buckets.owner("my-bucket") == friend.account_id
 
 
-def test_an_object_that_is_there_already_stays_as_it_is(house, ec2, windows):
+def test_an_object_that_is_there_already_stays_as_it_is(service, ec2, windows):
     # ElasticFox writes a probe object of the manifest's name before it calls.
-    house.door.buckets.create("my-bucket", house.key.account_id)
-    house.door.buckets.put("my-bucket", "winami.manifest.xml", b"elasticfox-write-test")
-    bundle(ec2, house.key)
-    assert house.door.buckets.get("my-bucket", "winami.manifest.xml") == b"elasticfox-write-test"
+    service.door.buckets.create("my-bucket", service.key.account_id)
+    service.door.buckets.put("my-bucket", "winami.manifest.xml", b"elasticfox-write-test")
+    bundle(ec2, service.key)
+    assert service.door.buckets.get("my-bucket", "winami.manifest.xml") == b"elasticfox-write-test"
 
 
-def test_bundle_instance_rejects_prefix_that_has_a_manifest(house, ec2, windows):
-    house.door.buckets.create("my-bucket", house.key.account_id)
-    house.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+def test_bundle_instance_rejects_prefix_that_has_a_manifest(service, ec2, windows):
+    service.door.buckets.create("my-bucket", service.key.account_id)
+    service.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
     for parameters in ({}, {"DryRun": True}):
-        call = partial(ec2.bundle_instance, InstanceId=INSTANCE, Storage=storage(house.key), **parameters)
+        call = partial(ec2.bundle_instance, InstanceId=INSTANCE, Storage=storage(service.key), **parameters)
         status, code, message = refusal(call)
         assert (status, code) == (400, "InvalidParameterValue")
         assert message.startswith("Bucket prefix in use my-bucket/winami: the bucket has the bundle")
@@ -104,31 +104,31 @@ def test_bundle_instance_rejects_prefix_that_has_a_manifest(house, ec2, windows)
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
 
-def test_bundle_instance_accepts_prefix_that_has_a_manifest_to_replace(house, street, ec2, windows):
-    house.door.buckets.create("my-bucket", house.key.account_id)
-    house.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
-    street.app = create_app(replace(house.door, existing_bundle="replace"))
-    assert bundle(ec2, house.key)["State"] == "pending"
+def test_bundle_instance_accepts_prefix_that_has_a_manifest_to_replace(service, current_app, ec2, windows):
+    service.door.buckets.create("my-bucket", service.key.account_id)
+    service.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+    current_app.app = create_app(replace(service.door, existing_bundle="replace"))
+    assert bundle(ec2, service.key)["State"] == "pending"
 
 
-def test_bundle_instance_rejects_prefix_of_an_unfinished_task(house, ec2, windows):
+def test_bundle_instance_rejects_prefix_of_an_unfinished_task(service, ec2, windows):
     """The error names the other task to its owner only."""
-    other = house.add_instance("i-12345678")
-    first = bundle(ec2, house.key)["BundleId"]
-    status, code, message = refusal(bundle, ec2=ec2, key=house.key, instance_id=other)
+    other = service.add_instance("i-12345678")
+    first = bundle(ec2, service.key)["BundleId"]
+    status, code, message = refusal(bundle, ec2=ec2, key=service.key, instance_id=other)
     assert (status, code) == (400, "InvalidParameterValue")
     assert message.startswith(f"Bucket prefix in use my-bucket/winami: your bundle task {first} is storing a bundle")
     with pytest.raises(PrefixInUse) as error:
-        house.door.tasks.check_place("222222222222", "i-1", "my-bucket", "winami")
+        service.door.tasks.check_place("222222222222", "i-1", "my-bucket", "winami")
     assert "another bundle task is storing" in str(error.value)
     assert first not in str(error.value)
-    bundle(ec2, house.key, other, prefix="winami2")
+    bundle(ec2, service.key, other, prefix="winami2")
 
 
-def test_of_concurrent_requests_for_one_prefix_one_is_accepted(house, ec2):
-    instances = [house.add_instance(f"i-{number:08x}") for number in range(8)]
+def test_of_concurrent_requests_for_one_prefix_one_is_accepted(service, ec2):
+    instances = [service.add_instance(f"i-{number:08x}") for number in range(8)]
     with ThreadPoolExecutor(len(instances)) as threads:
-        answers = [threads.submit(bundle, ec2, house.key, instance) for instance in instances]
+        answers = [threads.submit(bundle, ec2, service.key, instance) for instance in instances]
     errors = [error for error in (answer.exception() for answer in answers) if error is not None]
     assert len(errors) == len(instances) - 1
     assert {error.response["Error"]["Code"] for error in errors} == {"InvalidParameterValue"}
@@ -144,21 +144,21 @@ def encoded(document):
     [lambda document: encoded(encoded(document)), encoded],
     ids=["the outer text, as AWS CLI 1 signs", "the inner text, as a user of boto3 signs"],
 )
-def test_a_policy_that_was_encoded_twice_is_read_whichever_text_was_signed(house, ec2, windows, signed_text):
-    text = signature(signed_text(policy()), house.key.secret_access_key)
-    given = storage(house.key, document=encoded(policy()), UploadPolicySignature=text)
+def test_a_policy_that_was_encoded_twice_is_read_whichever_text_was_signed(service, ec2, windows, signed_text):
+    text = signature(signed_text(policy()), service.key.secret_access_key)
+    given = storage(service.key, document=encoded(policy()), UploadPolicySignature=text)
     document = given["S3"]["UploadPolicy"]
     given["S3"]["UploadPolicySignature"] = signature(
-        encoded(document) if signed_text is not encoded else document, house.key.secret_access_key
+        encoded(document) if signed_text is not encoded else document, service.key.secret_access_key
     )
     assert ec2.bundle_instance(InstanceId=INSTANCE, Storage=given)["BundleTask"]["State"] == "pending"
 
 
 @pytest.mark.parametrize("name", ["AWSAccessKeyId", "Bucket", "Prefix", "UploadPolicy", "UploadPolicySignature"])
-def test_every_member_of_the_storage_must_be_there(house, ec2, windows, name):
+def test_every_member_of_the_storage_must_be_there(service, ec2, windows, name):
     expected = (400, "MissingParameter", f"The request must contain the parameter Storage.S3.{name}")
     for value in (None, b"" if name == "UploadPolicy" else ""):
-        given = storage(house.key, **{name: value})
+        given = storage(service.key, **{name: value})
         assert refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given) == expected
         assert refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given, DryRun=True) == expected
 
@@ -172,15 +172,15 @@ def test_an_empty_storage_leaves_no_trace_in_a_request(ec2, windows, given):
 @pytest.mark.parametrize(
     "instance_id", ["i-1234567", "i-123456789", "I-12345678", "i-1234567g", "i-12345678\n", "bun-12345678", "", "../x"]
 )
-def test_an_instance_id_that_is_none_is_malformed(house, ec2, instance_id):
+def test_an_instance_id_that_is_none_is_malformed(service, ec2, instance_id):
     expected = (400, "InvalidInstanceID.Malformed", f'Invalid id: "{instance_id}" (expecting "i-...")')
-    assert refusal(ec2.bundle_instance, InstanceId=instance_id, Storage=storage(house.key)) == expected
+    assert refusal(ec2.bundle_instance, InstanceId=instance_id, Storage=storage(service.key)) == expected
 
 
 @pytest.mark.parametrize("name", ["Bucket", "Prefix"])
 @pytest.mark.parametrize("value", ["ab_Cd!", "..", "../x", "x;touch y", "-rf", ".hidden", "日本", 'a"b'])
-def test_a_bucket_or_prefix_that_cannot_be_is_refused(house, ec2, windows, name, value):
-    given = storage(house.key, **{name: value})
+def test_a_bucket_or_prefix_that_cannot_be_is_refused(service, ec2, windows, name, value):
+    given = storage(service.key, **{name: value})
     status, code, message = refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given)
     assert (status, code) == (400, "InvalidParameterValue")
     assert message.startswith(f"Value ({value}) for parameter {name} is invalid. ")
@@ -198,14 +198,14 @@ def test_a_bucket_or_prefix_that_cannot_be_is_refused(house, ec2, windows, name,
         ({"state": InstanceState.TERMINATED}, "IncorrectInstanceState"),
     ],
 )
-def test_an_instance_that_cannot_be_bundled_is_refused(house, ec2, facts, code):
-    house.add_instance(INSTANCE, **facts)
-    assert refusal(bundle, ec2=ec2, key=house.key)[:2] == (400, code)
-    assert house.door.buckets.owner("my-bucket") is None
+def test_an_instance_that_cannot_be_bundled_is_refused(service, ec2, facts, code):
+    service.add_instance(INSTANCE, **facts)
+    assert refusal(bundle, ec2=ec2, key=service.key)[:2] == (400, code)
+    assert service.door.buckets.owner("my-bucket") is None
 
 
-def test_nobody_can_tell_somebody_elses_instance_from_none(house, client_of, windows):
-    stranger = house.another_key()
+def test_nobody_can_tell_somebody_elses_instance_from_none(service, client_of, windows):
+    stranger = service.another_key()
     theirs, none = (
         refusal(bundle, ec2=client_of(stranger), key=stranger, instance_id=instance_id)
         for instance_id in (INSTANCE, "i-00000000")
@@ -214,27 +214,27 @@ def test_nobody_can_tell_somebody_elses_instance_from_none(house, client_of, win
     assert none == (theirs[0], theirs[1], theirs[2].replace(INSTANCE, "i-00000000"))
 
 
-def test_an_operator_may_allow_other_platforms_but_never_network_storage(house, ec2, street):
-    house.add_instance(INSTANCE, platform=None)
-    house.add_instance("i-12345678", platform=None, root_device_type="ebs")
-    street.app = create_app(replace(house.door, any_platform=True))
-    assert bundle(ec2, house.key)["State"] == "pending"
-    assert refusal(bundle, ec2=ec2, key=house.key, instance_id="i-12345678")[1] == "InvalidInstanceType"
+def test_an_operator_may_allow_other_platforms_but_never_network_storage(service, ec2, current_app):
+    service.add_instance(INSTANCE, platform=None)
+    service.add_instance("i-12345678", platform=None, root_device_type="ebs")
+    current_app.app = create_app(replace(service.door, any_platform=True))
+    assert bundle(ec2, service.key)["State"] == "pending"
+    assert refusal(bundle, ec2=ec2, key=service.key, instance_id="i-12345678")[1] == "InvalidInstanceType"
 
 
-def test_a_repeated_call_is_told_the_task_even_when_that_has_the_instance_stopped(house, ec2, windows):
-    task = bundle(ec2, house.key)
+def test_a_repeated_call_is_told_the_task_even_when_that_has_the_instance_stopped(service, ec2, windows):
+    task = bundle(ec2, service.key)
     expected = (400, "BundlingInProgress", f"Instance is already being bundled: {task['BundleId']}")
-    assert refusal(bundle, ec2=ec2, key=house.key) == expected
-    house.records.move(task["BundleId"], BundleTaskState.WAITING_FOR_SHUTDOWN)
-    house.instances.request_stop(INSTANCE)
-    assert refusal(bundle, ec2=ec2, key=house.key) == expected
+    assert refusal(bundle, ec2=ec2, key=service.key) == expected
+    service.records.move(task["BundleId"], BundleTaskState.WAITING_FOR_SHUTDOWN)
+    service.instances.request_stop(INSTANCE)
+    assert refusal(bundle, ec2=ec2, key=service.key) == expected
 
 
-def test_fifty_calls_at_once_make_one_task(house, ec2, windows):
+def test_fifty_calls_at_once_make_one_task(service, ec2, windows):
     def call(_):
         try:
-            return bundle(ec2, house.key)["BundleId"]
+            return bundle(ec2, service.key)["BundleId"]
         except ClientError as error:
             return error.response["Error"]["Message"]
 
@@ -271,45 +271,45 @@ POLICY_FAILED = f"{POLICY_INVALID}Invalid according to Policy: Policy Condition 
     ],
 )
 def test_a_policy_that_is_not_proved_or_could_never_be_met_is_refused_and_nothing_is_touched(
-    house, ec2, windows, details, message
+    service, ec2, windows, details, message
 ):
-    message = message.format(house.key.access_key_id) if message is NOT_SIGNED else message
-    assert refusal(bundle, ec2=ec2, key=house.key, **details) == (400, "InvalidParameterValue", message)
-    dry = {"InstanceId": INSTANCE, "Storage": storage(house.key, **details), "DryRun": True}
+    message = message.format(service.key.access_key_id) if message is NOT_SIGNED else message
+    assert refusal(bundle, ec2=ec2, key=service.key, **details) == (400, "InvalidParameterValue", message)
+    dry = {"InstanceId": INSTANCE, "Storage": storage(service.key, **details), "DryRun": True}
     assert refusal(ec2.bundle_instance, **dry) == (400, "InvalidParameterValue", message)
-    assert house.door.buckets.owner("my-bucket") is None
+    assert service.door.buckets.owner("my-bucket") is None
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
 
-def test_a_bucket_of_somebody_elses_is_refused_and_not_touched(house, ec2, windows):
-    stranger = house.another_key()
-    house.door.buckets.create("my-bucket", stranger.account_id)
-    expected = f"The bucket 'my-bucket' belongs to another account than the access key '{house.key.access_key_id}'."
-    assert refusal(bundle, ec2=ec2, key=house.key) == (400, "InaccessibleStorageLocation", expected)
-    assert list(house.door.buckets.list("my-bucket", "")) == []
+def test_a_bucket_of_somebody_elses_is_refused_and_not_touched(service, ec2, windows):
+    stranger = service.another_key()
+    service.door.buckets.create("my-bucket", stranger.account_id)
+    expected = f"The bucket 'my-bucket' belongs to another account than the access key '{service.key.access_key_id}'."
+    assert refusal(bundle, ec2=ec2, key=service.key) == (400, "InaccessibleStorageLocation", expected)
+    assert list(service.door.buckets.list("my-bucket", "")) == []
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
 
-def test_an_earlier_check_answers_before_a_later_one(house, ec2, client_of):
+def test_an_earlier_check_answers_before_a_later_one(service, ec2, client_of):
     """Each call is wrong in everything that the calls before it were blamed for, less one thing."""
-    stranger = house.another_key()
-    house.add_instance("i-00000001", account_id=stranger.account_id)
-    house.add_instance("i-00000002", platform=None, state=InstanceState.PENDING)
-    house.add_instance("i-00000003", state=InstanceState.PENDING)
-    house.add_instance("i-00000004")
-    house.door.buckets.create("my-bucket", stranger.account_id)
-    forged = storage(house.key, UploadPolicySignature="c2ln")
+    stranger = service.another_key()
+    service.add_instance("i-00000001", account_id=stranger.account_id)
+    service.add_instance("i-00000002", platform=None, state=InstanceState.PENDING)
+    service.add_instance("i-00000003", state=InstanceState.PENDING)
+    service.add_instance("i-00000004")
+    service.door.buckets.create("my-bucket", stranger.account_id)
+    forged = storage(service.key, UploadPolicySignature="c2ln")
     calls = [
-        (client_of(replace(house.key, secret_access_key="x")), "i-x", {}, True, "AuthFailure"),
+        (client_of(replace(service.key, secret_access_key="x")), "i-x", {}, True, "AuthFailure"),
         (ec2, "i-x", {}, True, "MissingParameter"),
         (ec2, "i-x", forged, True, "InvalidInstanceID.Malformed"),
         (ec2, "i-x", forged, False, "InvalidInstanceID.Malformed"),
-        (ec2, "i-00000001", storage(house.key, Bucket="."), False, "InvalidParameterValue"),
+        (ec2, "i-00000001", storage(service.key, Bucket="."), False, "InvalidParameterValue"),
         (ec2, "i-00000001", forged, False, "InvalidInstanceID.NotFound"),
         (ec2, "i-00000002", forged, False, "InvalidInstanceType"),
         (ec2, "i-00000003", forged, False, "IncorrectInstanceState"),
         (ec2, "i-00000004", forged, False, "InvalidParameterValue"),
-        (ec2, "i-00000004", storage(house.key), False, "InaccessibleStorageLocation"),
+        (ec2, "i-00000004", storage(service.key), False, "InaccessibleStorageLocation"),
     ]
     for client, instance_id, given, dry, code in calls:
         assert refusal(client.bundle_instance, InstanceId=instance_id, Storage=given, DryRun=dry)[1] == code
@@ -317,9 +317,9 @@ def test_an_earlier_check_answers_before_a_later_one(house, ec2, client_of):
             assert refusal(ec2.bundle_instance, InstanceId=instance_id, Storage=given, DryRun=True)[1] == code
 
 
-def test_dry_run_of_every_action_does_nothing(house, ec2, windows):
+def test_dry_run_of_every_action_does_nothing(service, ec2, windows):
     calls = [
-        (ec2.bundle_instance, {"InstanceId": INSTANCE, "Storage": storage(house.key)}),
+        (ec2.bundle_instance, {"InstanceId": INSTANCE, "Storage": storage(service.key)}),
         (ec2.describe_bundle_tasks, {}),
         (ec2.cancel_bundle_task, {"BundleId": "bun-12345678"}),
         (ec2.describe_instances, {}),
@@ -328,39 +328,39 @@ def test_dry_run_of_every_action_does_nothing(house, ec2, windows):
         expected = (412, "DryRunOperation", "Request would have succeeded, but DryRun flag is set.")
         assert refusal(call, **parameters, DryRun=True) == expected
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
-    assert house.door.buckets.owner("my-bucket") is None
+    assert service.door.buckets.owner("my-bucket") is None
 
 
-def test_a_task_is_shown_with_its_progress_and_with_its_error_only_when_it_failed(house, ec2, windows):
+def test_a_task_is_shown_with_its_progress_and_with_its_error_only_when_it_failed(service, ec2, windows):
     def shown():
         (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
         return task["State"], task.get("Progress"), task.get("BundleTaskError")
 
-    bundle_id = bundle(ec2, house.key)["BundleId"]
+    bundle_id = bundle(ec2, service.key)["BundleId"]
     assert shown() == ("pending", None, None)
-    house.records.move(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+    service.records.move(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
     assert shown() == ("waiting-for-shutdown", None, None)
-    house.records.move(bundle_id, BundleTaskState.BUNDLING)
-    house.records.advance(bundle_id, BundleTaskState.BUNDLING, 70)
+    service.records.move(bundle_id, BundleTaskState.BUNDLING)
+    service.records.advance(bundle_id, BundleTaskState.BUNDLING, 70)
     assert shown() == ("bundling", "70%", None)
-    house.records.fail(bundle_id, TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
+    service.records.fail(bundle_id, TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
     error = {"Code": "Client.S3Error", "Message": "AccessDenied(403)- no"}
     assert shown() == ("failed", "70%", error)
 
 
 @pytest.fixture
-def three_tasks(house, ec2):
+def three_tasks(service, ec2):
     """Tasks one (cancelling), two (bundling, 20%) and three (failed), by their names."""
     tasks = {}
     for number, name in enumerate(("one", "two", "three")):
-        instance_id = house.add_instance(f"i-0000000{number}")
-        tasks[name] = bundle(ec2, house.key, instance_id, bucket=f"bucket-{name}", prefix=f"prefix-{name}")
+        instance_id = service.add_instance(f"i-0000000{number}")
+        tasks[name] = bundle(ec2, service.key, instance_id, bucket=f"bucket-{name}", prefix=f"prefix-{name}")
     ids = {name: task["BundleId"] for name, task in tasks.items()}
-    house.records.move(ids["one"], BundleTaskState.CANCELLING)
+    service.records.move(ids["one"], BundleTaskState.CANCELLING)
     for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING):
-        house.records.move(ids["two"], state)
-    house.records.advance(ids["two"], BundleTaskState.BUNDLING, 20)
-    house.records.fail(ids["three"], TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
+        service.records.move(ids["two"], state)
+    service.records.advance(ids["two"], BundleTaskState.BUNDLING, 20)
+    service.records.fail(ids["three"], TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
     return tasks
 
 
@@ -406,9 +406,9 @@ def test_ids_and_filters_are_both_conditions(ec2, three_tasks):
     assert [task["BundleId"] for task in answer] == [ids[1]]
 
 
-def test_somebody_elses_tasks_do_not_exist(house, ec2, client_of, windows):
-    bundle_id = bundle(ec2, house.key)["BundleId"]
-    stranger = client_of(house.another_key())
+def test_somebody_elses_tasks_do_not_exist(service, ec2, client_of, windows):
+    bundle_id = bundle(ec2, service.key)["BundleId"]
+    stranger = client_of(service.another_key())
     assert stranger.describe_bundle_tasks()["BundleTasks"] == []
     expected = (400, "InvalidBundleID.NotFound", f"The bundle task ID '{bundle_id}' does not exist")
     assert refusal(stranger.describe_bundle_tasks, BundleIds=[bundle_id]) == expected
@@ -416,8 +416,8 @@ def test_somebody_elses_tasks_do_not_exist(house, ec2, client_of, windows):
     assert ec2.describe_bundle_tasks()["BundleTasks"][0]["State"] == "pending"
 
 
-def test_a_task_that_has_not_begun_is_cancelled_at_once(house, ec2, windows):
-    task = ec2.cancel_bundle_task(BundleId=bundle(ec2, house.key)["BundleId"])["BundleTask"]
+def test_a_task_that_has_not_begun_is_cancelled_at_once(service, ec2, windows):
+    task = ec2.cancel_bundle_task(BundleId=bundle(ec2, service.key)["BundleId"])["BundleTask"]
     error = {"Code": "Client.Cancelled", "Message": "User has requested bundling operation cancellation"}
     assert (task["State"], task["BundleTaskError"]) == ("failed", error)
 
@@ -425,10 +425,10 @@ def test_a_task_that_has_not_begun_is_cancelled_at_once(house, ec2, windows):
 @pytest.mark.parametrize(
     "state", [BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING]
 )
-def test_a_task_that_has_begun_is_cancelling_and_cannot_be_cancelled_twice(house, ec2, windows, state):
-    bundle_id = bundle(ec2, house.key)["BundleId"]
+def test_a_task_that_has_begun_is_cancelling_and_cannot_be_cancelled_twice(service, ec2, windows, state):
+    bundle_id = bundle(ec2, service.key)["BundleId"]
     for each in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
-        house.records.move(bundle_id, each)
+        service.records.move(bundle_id, each)
         if each is state:
             break
     assert ec2.cancel_bundle_task(BundleId=bundle_id)["BundleTask"]["State"] == "cancelling"
@@ -436,18 +436,18 @@ def test_a_task_that_has_begun_is_cancelling_and_cannot_be_cancelled_twice(house
     assert refusal(ec2.cancel_bundle_task, BundleId=bundle_id) == expected
 
 
-def test_a_task_that_has_ended_cannot_be_cancelled(house, ec2, windows):
-    bundle_id = bundle(ec2, house.key)["BundleId"]
-    house.records.fail(bundle_id, TaskFailure("Client.S3Error", "x"))
+def test_a_task_that_has_ended_cannot_be_cancelled(service, ec2, windows):
+    bundle_id = bundle(ec2, service.key)["BundleId"]
+    service.records.fail(bundle_id, TaskFailure("Client.S3Error", "x"))
     expected = (400, "IncorrectState", f"The bundle task '{bundle_id}' cannot be cancelled: it is failed.")
     assert refusal(ec2.cancel_bundle_task, BundleId=bundle_id) == expected
 
 
-def test_no_secret_is_in_the_database_in_the_clear(house, ec2, windows, tmp_path):
-    given = storage(house.key)
+def test_no_secret_is_in_the_database_in_the_clear(service, ec2, windows, tmp_path):
+    given = storage(service.key)
     ec2.bundle_instance(InstanceId=INSTANCE, Storage=given)
     database = b"".join(path.read_bytes() for path in tmp_path.glob("thrave.db*"))
     assert INSTANCE.encode() in database
-    for secret in (house.key.secret_access_key, given["S3"]["UploadPolicySignature"]):
+    for secret in (service.key.secret_access_key, given["S3"]["UploadPolicySignature"]):
         assert secret.encode() not in database
         assert json.dumps(secret).strip('"').encode() not in database

@@ -48,9 +48,9 @@ def sent_by(key, form):
 
 
 @pytest.mark.parametrize("action", sorted(ACTIONS))
-def test_nothing_but_answers_and_our_errors_comes_out(house, action):
-    house.add_instance(INSTANCE)
-    s3 = storage(house.key)["S3"] | {"UploadPolicy": "e30="}
+def test_nothing_but_answers_and_our_errors_comes_out(service, action):
+    service.add_instance(INSTANCE)
+    s3 = storage(service.key)["S3"] | {"UploadPolicy": "e30="}
     whole = {"InstanceId": INSTANCE, **{f"Storage.S3.{name}": value for name, value in s3.items()}}
     base = st.sampled_from([whole, {}]) if action == "BundleInstance" else st.just({})
 
@@ -59,7 +59,7 @@ def test_nothing_but_answers_and_our_errors_comes_out(house, action):
     def check(base, changes):
         form = {**base, **changes, "Action": action, "Version": ACTIONS[action].service.newest_version}
         with suppress(EC2Error):
-            request = sent_by(house.key, form)
-            assert act(house.door, request, prove(house.door, request, "an-id"), "an-id").startswith(b"<?xml")
+            request = sent_by(service.key, form)
+            assert act(service.door, request, prove(service.door, request, "an-id"), "an-id").startswith(b"<?xml")
 
     check()

@@ -9,24 +9,26 @@ LAUNCHED = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 
 
 @pytest.fixture
-def three_instances(house, tmp_path):
+def three_instances(service, tmp_path):
     data = VolumeFile(path=tmp_path / "disk.raw", device_name="xvdb")
-    house.add_instance("i-0000000a", launch_time=LAUNCHED, volumes=(data,), tags={"team:cost": "7", "Name": "web & 1"})
+    service.add_instance(
+        "i-0000000a", launch_time=LAUNCHED, volumes=(data,), tags={"team:cost": "7", "Name": "web & 1"}
+    )
     tags = {"Name": "db", "empty": ""}
-    house.add_instance("i-0000000b", platform=None, architecture="arm64", state=InstanceState.STOPPED, tags=tags)
-    house.add_instance("i-0000000c", root_device_type="ebs", root_device_name="xvda")
-    house.add_instance("i-0000000d", account_id="999999999999")
+    service.add_instance("i-0000000b", platform=None, architecture="arm64", state=InstanceState.STOPPED, tags=tags)
+    service.add_instance("i-0000000c", root_device_type="ebs", root_device_name="xvda")
+    service.add_instance("i-0000000d", account_id="999999999999")
 
 
 def ids(answer):
     return [instance["InstanceId"] for reservation in answer["Reservations"] for instance in reservation["Instances"]]
 
 
-def test_an_instance_is_shown_as_ec2_shows_it(house, ec2, three_instances):
+def test_an_instance_is_shown_as_ec2_shows_it(service, ec2, three_instances):
     (reservation,) = ec2.describe_instances(InstanceIds=["i-0000000a"])["Reservations"]
     assert reservation == {
         "ReservationId": "r-0000000a",
-        "OwnerId": house.key.account_id,
+        "OwnerId": service.key.account_id,
         "Groups": [],
         "Instances": [
             {
@@ -45,9 +47,9 @@ def test_an_instance_is_shown_as_ec2_shows_it(house, ec2, three_instances):
     }
 
 
-def test_only_the_callers_instances_are_shown(ec2, client_of, house, three_instances):
+def test_only_the_callers_instances_are_shown(ec2, client_of, service, three_instances):
     assert ids(ec2.describe_instances()) == ["i-0000000a", "i-0000000b", "i-0000000c"]
-    assert client_of(house.another_key()).describe_instances()["Reservations"] == []
+    assert client_of(service.another_key()).describe_instances()["Reservations"] == []
 
 
 def test_an_instance_without_tags_has_no_set_of_them(ec2, three_instances):
@@ -116,8 +118,8 @@ def test_an_id_that_is_given_twice_is_shown_once(ec2, three_instances):
 
 
 @pytest.fixture
-def twelve_instances(house):
-    return [house.add_instance(f"i-{number:08x}") for number in range(12)]
+def twelve_instances(service):
+    return [service.add_instance(f"i-{number:08x}") for number in range(12)]
 
 
 def test_instances_are_paged(ec2, twelve_instances):
@@ -131,15 +133,15 @@ def test_the_last_page_may_be_full_and_has_no_token(ec2, twelve_instances):
     assert "NextToken" not in answer
 
 
-def test_a_filter_chooses_before_pages_are_cut(ec2, house, twelve_instances):
-    house.add_instance("i-00000003a0000000a", platform=None)
+def test_a_filter_chooses_before_pages_are_cut(ec2, service, twelve_instances):
+    service.add_instance("i-00000003a0000000a", platform=None)
     answer = ec2.describe_instances(MaxResults=5, Filters=[{"Name": "platform", "Values": ["windows"]}])
     assert ids(answer) == twelve_instances[:5]
 
 
-def test_an_instance_that_goes_between_two_pages_moves_no_other(ec2, house, twelve_instances):
+def test_an_instance_that_goes_between_two_pages_moves_no_other(ec2, service, twelve_instances):
     first = ec2.describe_instances(MaxResults=5)
-    house.instances.remove(twelve_instances[4])
+    service.instances.remove(twelve_instances[4])
     assert ids(ec2.describe_instances(MaxResults=5, NextToken=first["NextToken"])) == twelve_instances[5:10]
 
 

@@ -17,19 +17,19 @@ from thrave.ec2.app import create_app
 INSTANCE = "i-1234567890abcdef0"
 
 
-def refusal(ec2, house):
+def refusal(ec2, service):
     with pytest.raises(ClientError) as caught:
-        ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(house.key))
+        ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(service.key))
     answer = caught.value.response
     return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"], answer["Error"]["Message"]
 
 
 @pytest.fixture
-def lead_to(house, street, ec2):
+def lead_to(service, current_app, ec2):
     """Has the endpoint lead to the same door, changed."""
 
     def lead_to(**changes):
-        street.app = create_app(replace(house.door, **changes))
+        current_app.app = create_app(replace(service.door, **changes))
 
     return lead_to
 
@@ -44,31 +44,31 @@ def lead_to(house, street, ec2):
     ],
     ids=["gone", "no file", "unknown format", "no passphrase"],
 )
-def test_an_instance_whose_volume_cannot_be_read_is_not_stopped(house, ec2, lead_to, tmp_path, volume):
+def test_an_instance_whose_volume_cannot_be_read_is_not_stopped(service, ec2, lead_to, tmp_path, volume):
     (tmp_path / "gone.raw").touch()
-    house.instances._folder.create(house_description(house, volume(tmp_path)))
+    service.instances._folder.create(house_description(service, volume(tmp_path)))
     (tmp_path / "gone.raw").unlink()
-    lead_to(volume_trouble=VolumeChecks(house.instances, ()).trouble)
-    status, code, message = refusal(ec2, house)
+    lead_to(volume_trouble=VolumeChecks(service.instances, ()).trouble)
+    status, code, message = refusal(ec2, service)
     assert (status, code) == (400, "IncorrectInstanceState")
     assert ("thrave doctor" in message, str(tmp_path) in message) == (True, False)
-    assert house.instances.state(INSTANCE) is InstanceState.RUNNING
-    assert house.door.buckets.owner("my-bucket") is None
+    assert service.instances.state(INSTANCE) is InstanceState.RUNNING
+    assert service.door.buckets.owner("my-bucket") is None
 
 
-def test_a_volume_that_another_machine_writes_to_is_not_bundled(house, ec2, lead_to):
-    house.add_instance(INSTANCE)
-    house.add_instance("i-00000000000000001")
-    lead_to(volume_trouble=VolumeChecks(house.instances, ()).trouble)
-    status, code, message = refusal(ec2, house)
+def test_a_volume_that_another_machine_writes_to_is_not_bundled(service, ec2, lead_to):
+    service.add_instance(INSTANCE)
+    service.add_instance("i-00000000000000001")
+    lead_to(volume_trouble=VolumeChecks(service.instances, ()).trouble)
+    status, code, message = refusal(ec2, service)
     assert (status, code) == (400, "IncorrectInstanceState")
     assert "is also a disk of another machine, which is not off" in message
-    assert house.instances.state(INSTANCE) is InstanceState.RUNNING
+    assert service.instances.state(INSTANCE) is InstanceState.RUNNING
 
 
-def test_a_volume_that_does_not_answer_keeps_nobody_waiting(house, monkeypatch):
-    house.add_instance(INSTANCE)
-    instance, go_on = house.instances.get(INSTANCE), threading.Event()
+def test_a_volume_that_does_not_answer_keeps_nobody_waiting(service, monkeypatch):
+    service.add_instance(INSTANCE)
+    instance, go_on = service.instances.get(INSTANCE), threading.Event()
     looks = []
 
     def hang(*_):
@@ -77,7 +77,7 @@ def test_a_volume_that_does_not_answer_keeps_nobody_waiting(house, monkeypatch):
 
     monkeypatch.setattr(standing, "_PATIENCE", 0.1)
     monkeypatch.setattr(standing, "check_root_volume", hang)
-    checks = VolumeChecks(house.instances, ())
+    checks = VolumeChecks(service.instances, ())
     assert [checks.trouble(instance) for _ in range(3)] == ["its root volume does not answer"] * 3
     assert looks == [1]
     go_on.set()
@@ -86,10 +86,10 @@ def test_a_volume_that_does_not_answer_keeps_nobody_waiting(house, monkeypatch):
     assert checks.trouble(instance) is None
 
 
-def house_description(house, volume):
-    house.add_instance(INSTANCE)
-    described = house.instances.get(INSTANCE)
-    house.instances.remove(INSTANCE)
+def house_description(service, volume):
+    service.add_instance(INSTANCE)
+    described = service.instances.get(INSTANCE)
+    service.instances.remove(INSTANCE)
     return replace(described, root_volume=volume)
 
 
@@ -102,10 +102,10 @@ def away():
     return Settings(store="s3", upload="service", s3_endpoint=f"http://127.0.0.1:{port}", **key)
 
 
-def test_a_store_that_is_known_to_fail_is_named_and_nothing_is_asked_of_it(house, ec2, lead_to, away):
-    house.add_instance(INSTANCE)
+def test_a_store_that_is_known_to_fail_is_named_and_nothing_is_asked_of_it(service, ec2, lead_to, away):
+    service.add_instance(INSTANCE)
     lead_to(store_trouble=StandingChecks(away).store_trouble, buckets=None)
-    status, code, message = refusal(ec2, house)
+    status, code, message = refusal(ec2, service)
     assert (status, code) == (503, "Unavailable")
     assert ("Cannot connect" in message, "thrave doctor" in message) == (True, True)
 

@@ -78,10 +78,10 @@ def test_threads_do_not_take_a_token_twice():
     assert sum(count) == 500
 
 
-def test_a_hasty_account_is_told_so_and_no_other(house, street, client_of):
-    house_of_few = replace(house.door, rate=RateLimit(1e-9, 3))
-    hasty, other = client_of(house.key), client_of(house.another_key())
-    street.app = create_app(house_of_few)
+def test_a_hasty_account_is_told_so_and_no_other(service, current_app, client_of):
+    house_of_few = replace(service.door, rate=RateLimit(1e-9, 3))
+    hasty, other = client_of(service.key), client_of(service.another_key())
+    current_app.app = create_app(house_of_few)
     for _ in range(3):
         hasty.describe_instances()
     with pytest.raises(ClientError) as refusal:
@@ -92,11 +92,11 @@ def test_a_hasty_account_is_told_so_and_no_other(house, street, client_of):
     assert other.describe_instances()["Reservations"] == []
 
 
-def test_boto3_tries_again_by_itself_until_it_is_answered(house, street):
-    street.app = create_app(replace(house.door, rate=RateLimit(2.0, 1)))
+def test_boto3_tries_again_by_itself_until_it_is_answered(service, current_app):
+    current_app.app = create_app(replace(service.door, rate=RateLimit(2.0, 1)))
     ec2 = boto3.client(
-        "ec2", "eu-west-9", endpoint_url=street.url, config=Config(retries={"total_max_attempts": 10}),
-        aws_access_key_id=house.key.access_key_id, aws_secret_access_key=house.key.secret_access_key,
+        "ec2", "eu-west-9", endpoint_url=current_app.url, config=Config(retries={"total_max_attempts": 10}),
+        aws_access_key_id=service.key.access_key_id, aws_secret_access_key=service.key.secret_access_key,
     )  # fmt: skip
     answers = [ec2.describe_instances()["ResponseMetadata"]["RetryAttempts"] for _ in range(3)]
     assert answers[0] == 0
@@ -105,45 +105,45 @@ def test_boto3_tries_again_by_itself_until_it_is_answered(house, street):
 
 
 @pytest.mark.parametrize("change", [{"access_key_id": "AKIDNOBODY"}, {"secret_access_key": "x" * 40}])
-def test_whoever_has_no_good_signature_takes_no_token_and_leaves_no_trace(house, street, client_of, change):
+def test_whoever_has_no_good_signature_takes_no_token_and_leaves_no_trace(service, current_app, client_of, change):
     rate = RateLimit(1e-9, 1)
-    strangers = client_of(replace(house.key, **change))
-    street.app = create_app(replace(house.door, rate=rate))
+    strangers = client_of(replace(service.key, **change))
+    current_app.app = create_app(replace(service.door, rate=rate))
     for _ in range(3):
         with pytest.raises(ClientError, match="AuthFailure"):
             strangers.describe_instances()
     assert rate._buckets == {}
-    client_of(house.key)
-    street.app = create_app(replace(house.door, rate=rate))
-    assert taken(rate, house.key.account_id) == 1
+    client_of(service.key)
+    current_app.app = create_app(replace(service.door, rate=rate))
+    assert taken(rate, service.key.account_id) == 1
 
 
-def bundle(ec2, house, number):
+def bundle(ec2, service, number):
     return ec2.bundle_instance(
-        InstanceId=house.add_instance(f"i-{number:08x}"), Storage=storage(house.key, bucket=f"bucket-{number}")
+        InstanceId=service.add_instance(f"i-{number:08x}"), Storage=storage(service.key, bucket=f"bucket-{number}")
     )["BundleTask"]["BundleId"]
 
 
-def test_an_account_has_only_so_many_tasks_at_a_time(house, ec2, client_of):
-    first, *_ = [bundle(ec2, house, number) for number in range(4)]
+def test_an_account_has_only_so_many_tasks_at_a_time(service, ec2, client_of):
+    first, *_ = [bundle(ec2, service, number) for number in range(4)]
     with pytest.raises(ClientError) as refusal:
-        bundle(ec2, house, 5)
+        bundle(ec2, service, 5)
     assert refusal.value.response["Error"] == {
         "Code": "ResourceLimitExceeded",
         "Message": "You have exceeded an Amazon EC2 resource limit. You may have 4 bundle tasks in progress.",
     }
-    assert house.door.buckets.owner("bucket-5") is None
+    assert service.door.buckets.owner("bucket-5") is None
     ec2.cancel_bundle_task(BundleId=first)
-    bundle(ec2, house, 6)
+    bundle(ec2, service, 6)
 
 
-def test_of_many_simultaneous_requests_only_so_many_make_a_task(house, ec2):
-    ids = [house.add_instance(f"i-{number:08x}") for number in range(12)]
+def test_of_many_simultaneous_requests_only_so_many_make_a_task(service, ec2):
+    ids = [service.add_instance(f"i-{number:08x}") for number in range(12)]
     outcomes = []
 
     def ask(instance_id):
         try:
-            ec2.bundle_instance(InstanceId=instance_id, Storage=storage(house.key, prefix=instance_id))
+            ec2.bundle_instance(InstanceId=instance_id, Storage=storage(service.key, prefix=instance_id))
             outcomes.append("a task")
         except ClientError as refusal:
             outcomes.append(refusal.response["Error"]["Code"])

@@ -91,10 +91,10 @@ def test_a_dry_run_says_that_it_would_succeed(ec2, ask):
 
 
 @pytest.mark.parametrize("action", sorted(name for name, action in ACTIONS.items() if not action.for_all))
-def test_every_action_of_ec2s_asks_for_permission_first_with_dry_run_and_without(house, street, client_of, action):
+def test_every_ec2_action_checks_permission_first_with_and_without_dry_run(service, current_app, client_of, action):
     asked = []
-    client = client_of(house.key)
-    street.app = create_app(replace(house.door, may=lambda caller, name, resource: asked.append(name)))
+    client = client_of(service.key)
+    current_app.app = create_app(replace(service.door, may=lambda caller, name, resource: asked.append(name)))
     shape = ACTIONS[action].service.operation(action).input_shape
     required = {name: ["i-12345678"] if name.endswith("s") else "i-12345678" for name in shape.required_members}
     if action == "BundleInstance":
@@ -107,23 +107,23 @@ def test_every_action_of_ec2s_asks_for_permission_first_with_dry_run_and_without
     assert asked == [f"ec2:{action}"] * 2
 
 
-def test_an_accounts_own_key_is_its_root_users(house, client_of):
-    account_id = house.key.account_id
-    answer = client_of(house.key, "sts").get_caller_identity()
+def test_an_accounts_own_key_is_its_root_users(service, client_of):
+    account_id = service.key.account_id
+    answer = client_of(service.key, "sts").get_caller_identity()
     assert answer.pop("ResponseMetadata")["RequestId"]
     assert answer == {"UserId": account_id, "Account": account_id, "Arn": f"arn:aws:iam::{account_id}:root"}
 
 
-def test_everybody_may_ask_who_they_are(house, street, client_of):
-    sts = client_of(house.key, "sts")
-    street.app = create_app(replace(house.door, may=lambda caller, name, resource: False))
-    assert sts.get_caller_identity()["Account"] == house.key.account_id
+def test_everybody_may_ask_who_they_are(service, current_app, client_of):
+    sts = client_of(service.key, "sts")
+    current_app.app = create_app(replace(service.door, may=lambda caller, name, resource: False))
+    assert sts.get_caller_identity()["Account"] == service.key.account_id
 
 
 @pytest.mark.parametrize("change", [{"access_key_id": "AKIDNOBODY"}, {"secret_access_key": "x" * 40}])
-def test_wrong_credentials_are_refused_in_stss_words(house, client_of, change):
+def test_wrong_credentials_are_refused_in_stss_words(service, client_of, change):
     with pytest.raises(ClientError) as refusal:
-        client_of(replace(house.key, **change), "sts").get_caller_identity()
+        client_of(replace(service.key, **change), "sts").get_caller_identity()
     assert refusal.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
     assert refusal.value.response["Error"] == {
         "Type": "Sender",
@@ -132,7 +132,7 @@ def test_wrong_credentials_are_refused_in_stss_words(house, client_of, change):
     }
 
 
-def test_a_presigned_identity_can_be_shown_by_somebody_else(house, client_of):
-    url = client_of(house.key, "sts").generate_presigned_url("get_caller_identity", HttpMethod="GET")
+def test_a_presigned_identity_can_be_shown_by_somebody_else(service, client_of):
+    url = client_of(service.key, "sts").generate_presigned_url("get_caller_identity", HttpMethod="GET")
     with urllib.request.urlopen(url, timeout=20) as answer:
-        assert f"<Account>{house.key.account_id}</Account>".encode() in answer.read()
+        assert f"<Account>{service.key.account_id}</Account>".encode() in answer.read()

@@ -39,43 +39,43 @@ def refusal(client, key, call, instance_id, **options):
     return error["Code"], error["Message"].replace(instance_id, "ID")
 
 
-def broken_file(house, content):
-    house.add_instance(INSTANCE)
-    (house.instances._folder._root / f"{INSTANCE}.json").write_text(content)
+def broken_file(service, content):
+    service.add_instance(INSTANCE)
+    (service.instances._folder._root / f"{INSTANCE}.json").write_text(content)
 
 
-def with_state_command(house, *command):
-    house.add_instance(INSTANCE, state_command=command)
+def with_state_command(service, *command):
+    service.add_instance(INSTANCE, state_command=command)
 
 
-def not_executable(house):
-    program = house.volume.path.with_name("program")
+def not_executable(service):
+    program = service.volume.path.with_name("program")
     program.write_bytes(b"not a program")
     program.chmod(0o755)
-    with_state_command(house, str(program))
+    with_state_command(service, str(program))
 
 
 INSTANCES = {
-    "is well": lambda house: house.add_instance(INSTANCE),
-    "has a command that fails": lambda house: with_state_command(house, "false"),
+    "is well": lambda service: service.add_instance(INSTANCE),
+    "has a command that fails": lambda service: with_state_command(service, "false"),
     "has a command that cannot be executed": not_executable,
-    "has a command that is not there": lambda house: with_state_command(house, "/no/such/program"),
-    "has a command that says nothing": lambda house: with_state_command(house, "true"),
-    "has a file that is not JSON": lambda house: broken_file(house, "{oops"),
-    "has an empty file": lambda house: broken_file(house, ""),
-    "has a file that names an owner and nothing else": lambda house: broken_file(
-        house, json.dumps({"accountId": house.key.account_id})
+    "has a command that is not there": lambda service: with_state_command(service, "/no/such/program"),
+    "has a command that says nothing": lambda service: with_state_command(service, "true"),
+    "has a file that is not JSON": lambda service: broken_file(service, "{oops"),
+    "has an empty file": lambda service: broken_file(service, ""),
+    "has a file that names an owner and nothing else": lambda service: broken_file(
+        service, json.dumps({"accountId": service.key.account_id})
     ),
-    "has a file with a field that nobody knows": lambda house: broken_file(
-        house, json.dumps({"instanceId": INSTANCE, "accountId": house.key.account_id, "colour": "red"})
+    "has a file with a field that nobody knows": lambda service: broken_file(
+        service, json.dumps({"instanceId": INSTANCE, "accountId": service.key.account_id, "colour": "red"})
     ),
 }
 
 
 @pytest.mark.parametrize("what", INSTANCES)
-def test_a_stranger_gets_the_answer_for_an_instance_that_does_not_exist(house, client_of, what):
-    INSTANCES[what](house)
-    key = house.another_key()
+def test_a_stranger_gets_the_answer_for_an_instance_that_does_not_exist(service, client_of, what):
+    INSTANCES[what](service)
+    key = service.another_key()
     stranger = client_of(key)
     for call in CALLS:
         there, not_there = (refusal(stranger, key, call, each) for each in (INSTANCE, NOT_THERE))
@@ -84,27 +84,27 @@ def test_a_stranger_gets_the_answer_for_an_instance_that_does_not_exist(house, c
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_no_command_is_run_for_a_stranger(house, client_of, tmp_path, dry_run):
+def test_no_command_is_run_for_a_stranger(service, client_of, tmp_path, dry_run):
     ran = tmp_path / "ran"
     commands = {
         f"{name}_command": ("sh", "-c", f"echo {name} >> {ran}; echo running")
         for name in ("state", "stop", "start", "force_stop")
     }
-    house.add_instance(INSTANCE, **commands)
-    key = house.another_key()
+    service.add_instance(INSTANCE, **commands)
+    key = service.another_key()
     for call in CALLS:
         refusal(client_of(key), key, call, INSTANCE, **({"DryRun": True} if dry_run else {}))
     assert client_of(key).describe_instances()["Reservations"] == []
     assert not ran.exists()
-    client_of(house.key).describe_instances()
+    client_of(service.key).describe_instances()
     assert ran.read_text().split() == ["state"]
 
 
 @pytest.mark.parametrize("what", [what for what in INSTANCES if what != "is well"])
-def test_the_owner_of_a_broken_instance_is_told_no_path_and_no_internal_error(house, ec2, tmp_path, what):
-    INSTANCES[what](house)
+def test_the_owner_of_a_broken_instance_is_told_no_path_and_no_internal_error(service, ec2, tmp_path, what):
+    INSTANCES[what](service)
     with capture_logs() as logs:
-        told = {refusal(ec2, house.key, call, INSTANCE) for call in CALLS if call != "describe_instances"}
+        told = {refusal(ec2, service.key, call, INSTANCE) for call in CALLS if call != "describe_instances"}
     assert {code for code, _ in told} <= {"Unavailable", "IncorrectInstanceState", "InvalidInstanceID.NotFound"}
     assert str(tmp_path) not in str(told)
     assert "/no/such" not in str(told)
@@ -112,9 +112,9 @@ def test_the_owner_of_a_broken_instance_is_told_no_path_and_no_internal_error(ho
 
 
 @pytest.mark.parametrize("what", INSTANCES)
-def test_a_broken_instance_hides_no_other(house, ec2, what):
-    INSTANCES[what](house)
-    house.add_instance("i-00000001")
+def test_a_broken_instance_hides_no_other(service, ec2, what):
+    INSTANCES[what](service)
+    service.add_instance("i-00000001")
     shown = [one["InstanceId"] for each in ec2.describe_instances()["Reservations"] for one in each["Instances"]]
     assert "i-00000001" in shown
 
@@ -154,19 +154,19 @@ def test_what_nobody_foresaw_has_no_answer_of_its_own():
 
 @pytest.mark.parametrize("path", ["/", "/services/compute", "/services/Eucalyptus", "/services/Cloud"])
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_the_api_answers_at_every_path_that_old_clients_use(endpoint, house, path, slash):
-    request = signed(endpoint, house.key, path=path.rstrip("/") + slash or "/")
+def test_the_api_answers_at_every_path_that_old_clients_use(endpoint, service, path, slash):
+    request = signed(endpoint, service.key, path=path.rstrip("/") + slash or "/")
     assert send(endpoint, request)[0] == 200
 
 
-def test_the_signature_is_over_the_path_as_sent(endpoint, house):
-    moved = signed(endpoint, house.key, path="/services/compute").replace(b"/services/compute", b"/services/Cloud", 1)
+def test_the_signature_is_over_the_path_as_sent(endpoint, service):
+    moved = signed(endpoint, service.key, path="/services/compute").replace(b"/services/compute", b"/services/Cloud", 1)
     assert (send(endpoint, moved)[0], code_of(send(endpoint, moved))) == (401, "AuthFailure")
 
 
 @pytest.mark.parametrize("path", ["/nothing/here", "/services/compute//", "/services", "/%2F", "/services/cloud", "//"])
-def test_any_other_path_is_told_the_right_url(endpoint, house, path):
-    answer = send(endpoint, signed(endpoint, house.key, path=path))
+def test_any_other_path_is_told_the_right_url(endpoint, service, path):
+    answer = send(endpoint, signed(endpoint, service.key, path=path))
     assert (answer[0], code_of(answer)) == (404, "InvalidPath")
     assert f"Use {endpoint} as the endpoint" in answer[2]
 
@@ -178,12 +178,12 @@ def test_a_host_that_is_none_is_not_repeated(endpoint):
 
 
 @pytest.mark.parametrize("method", ["HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
-def test_no_method_but_get_and_post_executes_an_action(endpoint, house, ec2, method):
-    house.add_instance(INSTANCE)
+def test_no_method_but_get_and_post_executes_an_action(endpoint, service, ec2, method):
+    service.add_instance(INSTANCE)
     body = f"Action=StopInstances&Version=2016-11-15&InstanceId.1={INSTANCE}".encode()
-    request = signed(endpoint, house.key, method=method, body=body)
+    request = signed(endpoint, service.key, method=method, body=body)
     assert send(endpoint, request)[0] == 405
-    assert house.instances.get(INSTANCE).state == "running"
+    assert service.instances.get(INSTANCE).state == "running"
 
 
 def test_a_browser_is_told_what_this_is(endpoint):
@@ -195,15 +195,15 @@ def test_a_browser_is_told_what_this_is(endpoint):
     assert "aws --endpoint-url http://x:1" in body
 
 
-def test_an_authentication_failure_is_logged_with_what_arrived_and_no_secret(endpoint, house):
-    request = signed(endpoint, replace(house.key, secret_access_key="x" * 40))
+def test_an_authentication_failure_is_logged_with_what_arrived_and_no_secret(endpoint, service):
+    request = signed(endpoint, replace(service.key, secret_access_key="x" * 40))
     changed = request.replace(b"Host: ", b"Host: backend.internal\r\nX-Forwarded-Host: ", 1)
     with capture_logs() as logs:
         send(endpoint, changed)
     (entry,) = logs
     assert entry["event"] == "request refused"
     assert entry["host"] == "backend.internal"
-    assert entry["access_key_id"] == house.key.access_key_id
+    assert entry["access_key_id"] == service.key.access_key_id
     assert entry["signing"] == "version 4, header"
     assert entry["remote"] == "127.0.0.1"
     assert entry["clock_difference"].endswith(" s")
@@ -212,33 +212,33 @@ def test_an_authentication_failure_is_logged_with_what_arrived_and_no_secret(end
     assert "Signature=" not in str(entry)
 
 
-def test_signature_version_2_can_be_refused(house, street):
+def test_signature_version_2_can_be_refused(service, current_app):
     query = (
-        f"AWSAccessKeyId={house.key.access_key_id}&Signature=x&SignatureVersion=2&SignatureMethod=HmacSHA256"
+        f"AWSAccessKeyId={service.key.access_key_id}&Signature=x&SignatureVersion=2&SignatureMethod=HmacSHA256"
         "&Timestamp=2026-01-01T00:00:00Z"
     )
     request = f"GET /?{query} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
-    street.app = create_app(house.door)
-    assert code_of(send(street.url, request)) == "RequestExpired"
-    street.app = create_app(replace(house.door, version_2=False))
-    answer = send(street.url, request)
+    current_app.app = create_app(service.door)
+    assert code_of(send(current_app.url, request)) == "RequestExpired"
+    current_app.app = create_app(replace(service.door, version_2=False))
+    answer = send(current_app.url, request)
     assert (answer[0], code_of(answer)) == (400, "InvalidParameterValue")
     assert "signature version 4 only" in answer[2]
-    assert send(street.url, signed(street.url, house.key, content_type=FORM))[0] == 200
+    assert send(current_app.url, signed(current_app.url, service.key, content_type=FORM))[0] == 200
 
 
 def test_unknown_inactive_and_wrong_keys_of_an_upload_policy_get_one_answer_after_the_same_work(
-    house, ec2, monkeypatch
+    service, ec2, monkeypatch
 ):
-    house.add_instance(INSTANCE)
+    service.add_instance(INSTANCE)
     verified, verify = [], UploadPolicy.verify
     monkeypatch.setattr(
         UploadPolicy, "verify", lambda *args, **keywords: verified.append(1) or verify(*args, **keywords)
     )
-    other = house.another_key()
+    other = service.another_key()
     answers = set()
-    for access_key_id in ("AKIANOBODY", other.access_key_id, house.key.access_key_id):
-        s3 = storage(house.key, UploadPolicySignature="c2ln", AWSAccessKeyId=access_key_id)
+    for access_key_id in ("AKIANOBODY", other.access_key_id, service.key.access_key_id):
+        s3 = storage(service.key, UploadPolicySignature="c2ln", AWSAccessKeyId=access_key_id)
         with pytest.raises(ClientError) as refused:
             ec2.bundle_instance(InstanceId=INSTANCE, Storage=s3)
         error = refused.value.response["Error"]

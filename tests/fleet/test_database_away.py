@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from contextlib import contextmanager, suppress
 
 import psutil
@@ -11,6 +10,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from support.eventually import eventually
 from support.servers.postgres import running_postgres
 from support.service.fleet import Fleet
 
@@ -65,54 +65,50 @@ def code_of(call):
     return refused.value.response["Error"]["Code"]
 
 
-def is_answered(client):
-    deadline = time.monotonic() + WAIT
-    while time.monotonic() < deadline:
-        with suppress(ClientError):
-            client.describe_bundle_tasks()
-            return True
-        time.sleep(0.1)
-    return False
+def await_answer(client):
+    eventually(client.describe_bundle_tasks, "DescribeBundleTasks succeeds", ignore=ClientError, timeout=WAIT)
+
+
+def has_line(logged):
+    return any(line in logged for line in LINES)
 
 
 def check_unavailable(fleet, client, times):
     for _ in range(times):
         for call in CALLS:
             assert code_of(getattr(client, call)) == "Unavailable"
-    deadline = time.monotonic() + WAIT
-    while not any(line in (logged := fleet.log.read_text()) for line in LINES) and time.monotonic() < deadline:
-        time.sleep(0.1)  # the log is passed on by a thread
-    assert any(line in logged for line in LINES)
+    # A thread passes the log on.
+    logged = eventually(fleet.log.read_text, f"the log has one of {LINES}", until=has_line)
     assert "Traceback" not in logged
     assert len(logged) < MOST_LOG
 
 
 def test_a_database_that_is_stopped(fleet, server):
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
-    assert is_answered(client)
+    await_answer(client)
     server.kill()
     try:
         check_unavailable(fleet, client, 20)
     finally:
         server.start()
-    assert is_answered(client)
+    await_answer(client)
 
 
 def test_a_database_without_a_free_connection(fleet):
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
-    assert is_answered(client)
+    await_answer(client)
     with psycopg.connect(fleet.superuser_url, autocommit=True) as connection:
         connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT 0")
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [fleet.role])
         check_unavailable(fleet, client, 20)
         connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT -1")
-    assert is_answered(client)
+    await_answer(client)
 
 
 def test_a_database_that_does_not_respond(fleet, server):
     """As behind a firewall that drops packets: its connections stay open, and nothing comes back."""
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
-    assert is_answered(client)
+    await_answer(client)
     frozen = [psutil.Process(server._process.pid)]
     frozen += frozen[0].children(recursive=True)
     for process in frozen:
@@ -123,4 +119,4 @@ def test_a_database_that_does_not_respond(fleet, server):
         for process in frozen:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
-    assert is_answered(client)
+    await_answer(client)

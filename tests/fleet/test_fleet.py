@@ -12,6 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from support.disks.raw_disk import make_disk
+from support.eventually import eventually, one_of
+from support.service.bundle_tasks import await_task, describe_task
 from thrave.compute.instance import InstanceState
 from thrave.database import utc_now
 from thrave.tasks.fence import LOST
@@ -19,27 +21,12 @@ from thrave.tasks.hosts import HostState
 
 pytestmark = pytest.mark.postgres
 MIB = 1 << 20
-PATIENCE = 90  # seconds; one that was waited for in vain is to say so, before the test's own time is up
-
-
-def wait_until(holds):
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        if holds():
-            return
-        time.sleep(0.02)
-    raise AssertionError("in vain")
-
-
-def wait_for(look, *wanted):
-    seen = []
-    wait_until(lambda: seen.append(look()) or seen[-1] in wanted)
 
 
 def add_instance(fleet, account, ec2, root, size=MIB, **details):
     """Describe an instance where agents find it, and wait until one has reported it."""
     instance = fleet.first.instance(account.account_id, make_disk(root, size), **details)
-    wait_until(lambda: instance.instance_id in instance_ids(ec2))
+    eventually(lambda: instance.instance_id in instance_ids(ec2))
     return instance.instance_id
 
 
@@ -53,19 +40,18 @@ def state_of(ec2, instance_id):
     return reservation["Instances"][0]["State"]["Name"]
 
 
-def task_of(ec2, bundle_id):
-    (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
-    return task
+def await_state(ec2, instance_id, state):
+    eventually(lambda: state_of(ec2, instance_id), f"{instance_id} is {state}", until=one_of(state))
+
+
+def await_progress(ec2, bundle_id):
+    """Wait until a part of the volume has been read."""
+    eventually(lambda: describe_task(ec2, bundle_id).get("Progress"), until=lambda share: share not in {None, "0%"})
 
 
 def bundle(fleet, key, ec2, instance_id, prefix="winami"):
     storage = fleet.first.storage(key, "alices-bucket", prefix)
     return ec2.bundle_instance(InstanceId=instance_id, Storage=storage)["BundleTask"]["BundleId"]
-
-
-def finish(ec2, bundle_id):
-    wait_for(lambda: task_of(ec2, bundle_id)["State"], "complete", "failed")
-    return task_of(ec2, bundle_id)
 
 
 def ended_as_lost(agent):
@@ -79,7 +65,7 @@ def test_a_task_asked_of_one_api_process_is_done_by_an_agent_and_shown_by_anothe
     other = fleet.api("api-2").client(key)
     ec2 = fleet.first.client(key)
     instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw")
-    task = finish(other, bundle(fleet, key, ec2, instance_id))
+    task = await_task(other, bundle(fleet, key, ec2, instance_id))
     assert task["State"] == "complete", task
     assert (fleet.first.data.buckets / "alices-bucket" / "winami.manifest.xml").exists()
 
@@ -92,9 +78,9 @@ def test_the_api_answers_while_no_agent_lives(fleet, alice, tmp_path):
     agent.kill()
     agent.wait()
     bundle_id = bundle(fleet, key, ec2, instance_id)
-    assert task_of(ec2, bundle_id)["State"] == "pending"
+    assert describe_task(ec2, bundle_id)["State"] == "pending"
     ec2.cancel_bundle_task(BundleId=bundle_id)
-    assert task_of(ec2, bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
+    assert describe_task(ec2, bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
 
 
 def test_what_is_asked_of_an_instances_power_is_done_by_its_host(fleet, alice, tmp_path):
@@ -104,11 +90,11 @@ def test_what_is_asked_of_an_instances_power_is_done_by_its_host(fleet, alice, t
     instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw")
     (change,) = ec2.stop_instances(InstanceIds=[instance_id])["StoppingInstances"]
     assert change["CurrentState"]["Name"] == "stopping"
-    wait_for(lambda: state_of(ec2, instance_id), "stopped")
+    await_state(ec2, instance_id, "stopped")
     ec2.start_instances(InstanceIds=[instance_id])
-    wait_for(lambda: state_of(ec2, instance_id), "running")
+    await_state(ec2, instance_id, "running")
     ec2.terminate_instances(InstanceIds=[instance_id])
-    wait_for(lambda: state_of(ec2, instance_id), "terminated")
+    await_state(ec2, instance_id, "terminated")
 
 
 def test_of_two_agents_of_one_host_the_earlier_ends(fleet):
@@ -173,14 +159,14 @@ def test_a_lost_hosts_task_goes_on_where_it_is_adopted(fleet, alice, tmp_path):
     instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw", 300 * MIB)
     fleet.agent("host-b")
     bundle_id = bundle(fleet, key, ec2, instance_id)
-    wait_until(lambda: task_of(ec2, bundle_id).get("Progress") not in {None, "0%"})
+    await_progress(ec2, bundle_id)
     lost.send_signal(signal.SIGSTOP)
     fleet.adopt("host-a", by="host-b")
     lost.send_signal(signal.SIGCONT)
     assert ended_as_lost(lost)
-    task = finish(ec2, bundle_id)
+    task = await_task(ec2, bundle_id)
     assert task["State"] == "complete", task
-    wait_for(lambda: state_of(ec2, instance_id), "running")
+    await_state(ec2, instance_id, "running")
 
 
 def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, alice, tmp_path):
@@ -190,22 +176,22 @@ def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, al
     begun = add_instance(fleet, account, ec2, tmp_path / "begun.raw", 200 * MIB)
     waiting = add_instance(fleet, account, ec2, tmp_path / "waiting.raw")
     first = bundle(fleet, key, ec2, begun)
-    wait_until(lambda: task_of(ec2, first)["State"] == "bundling")
+    await_task(ec2, first, "bundling")
     second = bundle(fleet, key, ec2, waiting, "waiting")
     with fleet.ground() as ground:
         ground.hosts.drain("host-a")
         for _ in range(2):  # it goes on giving signs of life, else it would be taken for lost
             asked = utc_now()
-            wait_until(lambda asked=asked: ground.hosts.list()[0].heartbeat_time > asked)
+            eventually(lambda asked=asked: ground.hosts.list()[0].heartbeat_time > asked)
         assert agent.wait(timeout=60) == 0
         assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
-        assert task_of(ec2, first)["State"] == "complete"
+        assert describe_task(ec2, first)["State"] == "complete"
         assert fleet.agent("host-a").wait(timeout=60) == 0  # an upgrade in the meantime does not end the drain
         assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
-        assert task_of(ec2, second)["State"] == "pending"
+        assert describe_task(ec2, second)["State"] == "pending"
         ground.hosts.activate("host-a")
     fleet.agent("host-a")
-    assert finish(ec2, second)["State"] == "complete"
+    assert await_task(ec2, second)["State"] == "complete"
 
 
 def test_the_tasks_of_a_retired_host_fail_with_the_reason(fleet, alice, tmp_path):
@@ -218,7 +204,7 @@ def test_the_tasks_of_a_retired_host_fail_with_the_reason(fleet, alice, tmp_path
     bundle_id = bundle(fleet, key, ec2, instance_id)
     with fleet.ground() as ground:
         assert ground.hosts.retire("host-a", powered_off=True) == [bundle_id]
-    assert task_of(ec2, bundle_id)["BundleTaskError"]["Code"] == "Server.HostLost"
+    assert describe_task(ec2, bundle_id)["BundleTaskError"]["Code"] == "Server.HostLost"
     assert instance_ids(ec2) == []
 
 
@@ -228,13 +214,13 @@ def test_a_task_outlives_the_death_of_the_database(fleet, postgres, alice, tmp_p
     ec2 = fleet.first.client(key)
     instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw", 300 * MIB)
     bundle_id = bundle(fleet, key, ec2, instance_id)
-    wait_until(lambda: task_of(ec2, bundle_id).get("Progress") not in {None, "0%"})
+    await_progress(ec2, bundle_id)
     postgres.kill()
     time.sleep(2)
     postgres.start()
-    task = finish(ec2, bundle_id)
+    task = await_task(ec2, bundle_id)
     assert task["State"] == "complete", task
-    wait_for(lambda: state_of(ec2, instance_id), "running")
+    await_state(ec2, instance_id, "running")
 
 
 def test_a_task_that_an_earlier_version_began_is_finished_by_this_one(fleet, alice, tmp_path):
@@ -243,12 +229,12 @@ def test_a_task_that_an_earlier_version_began_is_finished_by_this_one(fleet, ali
     ec2 = fleet.first.client(key)
     instance_id = add_instance(fleet, account, ec2, tmp_path / "root.raw", 200 * MIB)
     bundle_id = bundle(fleet, key, ec2, instance_id)
-    wait_until(lambda: task_of(ec2, bundle_id).get("Progress") not in {None, "0%"})
+    await_progress(ec2, bundle_id)
     agent.kill()
     agent.wait()
     with fleet.ground() as ground, ground.database.begin() as connection:
         connection.execute(sa.text("UPDATE dbos.workflow_status SET application_version = 'bundle-1'"))
     fleet.agent("host-a")
-    task = finish(ec2, bundle_id)
+    task = await_task(ec2, bundle_id)
     assert task["State"] == "complete", task
     assert fleet.first.instances.state(instance_id) is InstanceState.RUNNING

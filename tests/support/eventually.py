@@ -1,4 +1,4 @@
-"""Waits for something that another thread or process does. The limit is generous: it asserts no duration."""
+"""Waits for what another thread or process does. The limit is generous: no test asserts a duration with it."""
 
 import time
 from collections.abc import Callable
@@ -8,22 +8,45 @@ _Result = TypeVar("_Result")
 
 
 def eventually(
-    condition: Callable[[], _Result], description: str = "the condition", *, timeout: float = 120
+    condition: Callable[[], _Result],
+    description: str = "the condition",
+    *,
+    until: Callable[[_Result], object] = bool,
+    ignore: type[Exception] | tuple[type[Exception], ...] = (),
+    details: Callable[[], object] | None = None,
+    timeout: float = 120,
+    interval: float = 0.02,
 ) -> _Result:
-    """Return the first result of `condition()` that is true.
+    """Call `condition()` until its result is accepted, and return that result.
 
     Args:
-        condition: Called again and again, every 50 ms. What it raises is raised.
-        description: What is waited for; it is in the error.
-        timeout: Seconds, as a safety net only: long enough for a busy machine.
+        condition: Must be safe to repeat. An assertion in it ends the wait, for example when a process has died.
+        description: What is waited for; it stands in the error.
+        until: Whether a result is accepted; by default, whether it is true. See also `one_of`.
+        ignore: Exceptions of `condition` that mean "not yet"; all others are raised at once.
+        details: Called when the time is up, for what else belongs into the error: a log, for example.
+        timeout: Seconds; a safety net, long enough for a busy machine and shorter than the limit of a test (300 s).
+        interval: Seconds between two calls.
 
     Raises:
-        AssertionError: The condition was false for `timeout` seconds.
+        AssertionError: No result was accepted within `timeout` seconds. The message has the last result or exception.
     """
     deadline = time.monotonic() + timeout
     while True:
-        if result := condition():
-            return result
+        try:
+            result = condition()
+        except ignore as error:
+            last = f"last exception: {error!r}"
+        else:
+            if until(result):
+                return result
+            last = f"last result: {result!r}"
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout:g} s: {description}; last result: {result!r}")
-        time.sleep(0.05)
+            more = "" if details is None else f"\n{details()}"
+            raise AssertionError(f"not within {timeout:g} s: {description}; {last}{more}")
+        time.sleep(interval)
+
+
+def one_of(*values: object) -> Callable[[object], bool]:
+    """For `until`: accepts a result that is equal to one of the values."""
+    return lambda result: result in values

@@ -3,7 +3,6 @@
 import hashlib
 import signal
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,8 @@ from botocore.exceptions import ClientError, WaiterError
 from support.bundles.open_check import opened_sha256
 from support.disks.qemu_images import converted
 from support.disks.raw_disk import make_disk
+from support.eventually import eventually
+from support.service.bundle_tasks import await_task
 from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState, VolumeFile
 
@@ -31,26 +32,6 @@ def bundled(server, key, instance_id, prefix="winami"):
     ec2 = server.client(key)
     task = ec2.bundle_instance(InstanceId=instance_id, Storage=server.storage(key, "alices-bucket", prefix))
     return ec2, task["BundleTask"]["BundleId"]
-
-
-def wait(ec2, bundle_id, *states, seconds=60):
-    """The states that were seen until one of `states`, and the task then."""
-    seen, given_up = [], time.monotonic() + seconds
-    while time.monotonic() < given_up:
-        (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
-        if not seen or seen[-1] != task["State"]:
-            seen.append(task["State"])
-        if task["State"] in states:
-            return seen, task
-        time.sleep(0.02)
-    raise AssertionError(f"never {states}, only {seen}")
-
-
-def wait_for(condition, seconds=60):
-    given_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < given_up
-        time.sleep(0.005)
 
 
 def bucket_files(server, bucket="alices-bucket"):
@@ -75,7 +56,8 @@ def test_a_task_goes_through_ec2s_states_in_their_order(thrave_server, alice, tm
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
-    seen, _ = wait(ec2, bundle_id, "complete")
+    seen = []
+    await_task(ec2, bundle_id, "complete", seen=seen)
     order = ["pending", "waiting-for-shutdown", "bundling", "storing", "complete"]
     assert [state for state in order if state in seen] == seen
     assert "bundling" in seen
@@ -85,11 +67,11 @@ def test_the_instance_is_off_while_it_is_bundled_and_cannot_be_started(thrave_se
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
-    wait_for(lambda: bucket_files(thrave_server))
+    eventually(lambda: bucket_files(thrave_server), interval=0.005)
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED
     with pytest.raises(Exception, match="held"):
         thrave_server.instances.start(instance.instance_id)
-    wait(ec2, bundle_id, "complete")
+    await_task(ec2, bundle_id, "complete")
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
 
 
@@ -98,7 +80,7 @@ def test_a_stopped_instance_stays_stopped(thrave_server, alice, tmp_path):
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     thrave_server.instances.request_stop(instance.instance_id)
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "complete")
+    await_task(ec2, bundle_id, "complete")
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED
 
 
@@ -116,7 +98,7 @@ def test_an_instance_can_be_bundled_again_and_again_at_once(thrave_server, alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     for turn in range(3):
         ec2, bundle_id = bundled(thrave_server, key, instance.instance_id, prefix=f"turn-{turn}")
-        wait(ec2, bundle_id, "complete")
+        await_task(ec2, bundle_id, "complete")
     assert len(ec2.describe_bundle_tasks()["BundleTasks"]) == 3
 
 
@@ -125,9 +107,10 @@ def test_a_cancelled_task_puts_everything_back(thrave_server, alice, tmp_path, s
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, state)
+    await_task(ec2, bundle_id, state)
     ec2.cancel_bundle_task(BundleId=bundle_id)
-    seen, task = wait(ec2, bundle_id, "failed", "complete")
+    seen = []
+    task = await_task(ec2, bundle_id, seen=seen)
     assert set(seen) <= {"cancelling", "failed"}
     assert task["BundleTaskError"] == {
         "Code": "Client.Cancelled",
@@ -141,7 +124,7 @@ def test_a_task_that_has_ended_cannot_be_cancelled(thrave_server, alice, tmp_pat
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "complete")
+    await_task(ec2, bundle_id, "complete")
     with pytest.raises(ClientError, match="complete") as refusal:
         ec2.cancel_bundle_task(BundleId=bundle_id)
     assert refusal.value.response["Error"]["Code"] == "IncorrectState"
@@ -154,11 +137,11 @@ def test_a_task_goes_on_after_a_kill(tmp_path, state):
         account, key = server.account("alice")
         instance = server.instance(account.account_id, root)
         ec2, bundle_id = bundled(server, key, instance.instance_id)
-        wait(ec2, bundle_id, state)
+        await_task(ec2, bundle_id, state)
         server.stop(signal.SIGKILL)
         server.start()
         ec2 = server.client(key)
-        _, task = wait(ec2, bundle_id, "complete", "failed")
+        task = await_task(ec2, bundle_id, "complete", "failed")
         assert task["State"] == "complete", task
         assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
         assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
@@ -174,11 +157,11 @@ def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
         account, key = server.account("alice")
         _, bundle_id = bundled(server, key, server.instance(account.account_id, root).instance_id)
         folder = server.data.buckets / "alices-bucket"
-        wait_for(lambda: len(list(folder.glob("winami.part.*"))) > 5)
+        eventually(lambda: len(list(folder.glob("winami.part.*"))) > 5, interval=0.005)
         server.stop(signal.SIGKILL)
         before = {path.name: path.stat().st_ino for path in folder.glob("winami.part.*")}
         server.start()
-        wait(server.client(key), bundle_id, "complete")
+        await_task(server.client(key), bundle_id, "complete")
         after = {path.name: path.stat().st_ino for path in folder.glob("winami.part.*")}
         sent_again = [name for name in before if before[name] != after[name]]
         assert len(sent_again) <= UPLOADS_AT_ONCE  # the parts in flight
@@ -191,12 +174,12 @@ def test_a_disk_that_changed_while_the_service_was_dead_is_sealed_anew(tmp_path)
         account, key = server.account("alice")
         _, bundle_id = bundled(server, key, server.instance(account.account_id, root).instance_id)
         folder = server.data.buckets / "alices-bucket"
-        wait_for(lambda: len(list(folder.glob("winami.part.*"))) > 3)
+        eventually(lambda: len(list(folder.glob("winami.part.*"))) > 3, interval=0.005)
         server.stop(signal.SIGKILL)
         with root.open("r+b") as disk:
             disk.write(b"somebody was here")
         server.start()
-        wait(server.client(key), bundle_id, "complete")
+        await_task(server.client(key), bundle_id, "complete")
         assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
 
 
@@ -205,11 +188,11 @@ def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):
         account, key = server.account("alice")
         instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", 300 * MIB))
         ec2, bundle_id = bundled(server, key, instance.instance_id)
-        wait(ec2, bundle_id, "bundling")
+        await_task(ec2, bundle_id, "bundling")
         server.stop()
         assert server.process.returncode == 0
         server.start()
-        wait(server.client(key), bundle_id, "complete")
+        await_task(server.client(key), bundle_id, "complete")
 
 
 def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
@@ -221,7 +204,7 @@ def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
         commands = {"stop_command": deaf, "start_command": deaf, "state_command": state}
         instance = server.instance(account.account_id, root, **commands)
         ec2, bundle_id = bundled(server, key, instance.instance_id)
-        _, task = wait(ec2, bundle_id, "failed")
+        task = await_task(ec2, bundle_id, "failed")
         assert task["BundleTaskError"]["Code"] == "Server.InstanceNotStopped"
         assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
         assert bucket_files(server) == []
@@ -242,12 +225,12 @@ def test_a_guest_that_powers_off_after_its_task_was_cancelled_is_started_again(t
     }
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB), **commands)
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "waiting-for-shutdown")
+    await_task(ec2, bundle_id, "waiting-for-shutdown")
     ec2.cancel_bundle_task(BundleId=bundle_id)
-    wait(ec2, bundle_id, "failed")
+    await_task(ec2, bundle_id, "failed")
     assert state.read_text() == "running"
-    wait_for(lambda: state.read_text() == "shut off")
-    wait_for(lambda: state.read_text() == "running")
+    eventually(lambda: state.read_text() == "shut off", interval=0.005)
+    eventually(lambda: state.read_text() == "running", interval=0.005)
 
 
 def test_an_instance_removed_meanwhile_fails_the_task_with_a_reason(thrave_server, alice, tmp_path):
@@ -255,7 +238,7 @@ def test_an_instance_removed_meanwhile_fails_the_task_with_a_reason(thrave_serve
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
     next(thrave_server.data.instances.glob("i-*.json")).unlink()
-    _, task = wait(ec2, bundle_id, "failed", "complete")
+    task = await_task(ec2, bundle_id, "failed", "complete")
     assert task["State"] == "complete" or task["BundleTaskError"]["Code"] == "Client.InstanceTerminated"
 
 
@@ -273,7 +256,7 @@ def test_a_volume_that_cannot_be_read_fails_the_task_and_the_waiter(thrave_serve
 
 
 def ended_as(ec2, bundle_id):
-    _, task = wait(ec2, bundle_id, "failed", "complete")
+    task = await_task(ec2, bundle_id, "failed", "complete")
     return task["State"], task.get("BundleTaskError", {})
 
 

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from support.disks.raw_disk import make_disk
+from support.eventually import eventually
 from support.instances.command_machine import Machine
+from support.service.bundle_tasks import await_task
 from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.database import open_engine
@@ -35,23 +37,6 @@ def begin(server, tmp_path, **commands):
     return key, instance.instance_id, task["BundleTask"]["BundleId"]
 
 
-def wait(server, key, bundle_id, *states):
-    ec2, given_up = server.client(key), time.monotonic() + 60
-    while True:
-        (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
-        if task["State"] in states:
-            return task
-        assert time.monotonic() < given_up, task
-        time.sleep(0.05)
-
-
-def wait_for(condition):
-    given_up = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < given_up
-        time.sleep(0.05)
-
-
 def notice(server, bundle_id):
     database = open_engine(server.data.database)
     try:
@@ -64,7 +49,7 @@ def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_sa
     commands = {**machine.commands, "stop_command": DEAF}
     with ForkedServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
-        assert wait(server, key, bundle_id, "failed", "complete")["State"] == "complete"
+        assert await_task(server.client(key), bundle_id, "failed", "complete")["State"] == "complete"
         assert server.instances.state(instance_id) is InstanceState.RUNNING
         assert notice(server, bundle_id).startswith(
             "The guest did not power off within 1 seconds: its power was cut, and what it had not written is lost."
@@ -83,7 +68,7 @@ def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_
     commands = {**machine.commands, "stop_command": DEAF, "force_stop_command": force}
     with ForkedServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
-        error = wait(server, key, bundle_id, "failed", "complete")["BundleTaskError"]
+        error = await_task(server.client(key), bundle_id, "failed", "complete")["BundleTaskError"]
         assert error["Code"] == "Server.InstanceNotStopped"
         assert re.search(words, error["Message"])
         assert server.instances.state(instance_id) is InstanceState.RUNNING
@@ -93,12 +78,12 @@ def test_a_guest_that_powers_off_while_the_service_is_dead_is_started_when_it_is
     commands = {**machine.commands, "stop_command": DEAF}
     with ForkedServer.running(tmp_path / "data", shutdown_grace=1) as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
-        wait(server, key, bundle_id, "failed")
+        await_task(server.client(key), bundle_id, "failed")
         server.stop(signal.SIGKILL)
         machine.say("shut off")
         time.sleep(1.5)  # past twice the grace period: nobody would look after it any more
         server.start()
-        wait_for(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)
+        eventually(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)
 
 
 def test_an_instance_that_does_not_start_is_started_when_its_hypervisor_can(tmp_path, machine):
@@ -107,9 +92,9 @@ def test_an_instance_that_does_not_start_is_started_when_its_hypervisor_can(tmp_
     commands = {**machine.commands, "start_command": (*start, str(gate), *machine.commands["start_command"])}
     with ForkedServer.running(tmp_path / "data") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
-        wait(server, key, bundle_id, "complete")  # it costs no bundle
+        await_task(server.client(key), bundle_id, "complete")  # it costs no bundle
         assert server.instances.state(instance_id) is InstanceState.STOPPED
         server.stop(signal.SIGKILL)
         gate.touch()
         server.start()
-        wait_for(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)
+        eventually(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from support.bundles.open_check import opened_sha256
 from support.crashes.reference_model import ModelInstance
 from support.disks.raw_disk import make_disk
+from support.eventually import eventually
 from support.service.forked_server import ForkedServer
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import InstanceState
@@ -32,7 +33,7 @@ MIB = 1 << 20
 EITHER = st.integers(0, 1)  # of the two instances
 
 
-class ServiceOnStore:
+class RestartableServer:
     """A server that may be down, and what stays the same from one order to the next."""
 
     def __init__(self, folder):
@@ -70,23 +71,23 @@ class ServiceOnStore:
 class Machine(RuleBasedStateMachine):
     """The orders: two instances of one account, and what can happen to them."""
 
-    house: ServiceOnStore
+    service: RestartableServer
     seeds = count(1)
 
     def __init__(self):
         super().__init__()
-        self.instances = [self.house.new_instance(next(self.seeds)) for _ in range(2)]
+        self.instances = [self.service.new_instance(next(self.seeds)) for _ in range(2)]
         for which in range(2):
             self.bundle(which)
 
     @rule(which=EITHER)
     def bundle(self, which):
-        instance, prefix = self.instances[which], next(self.house.prefixes)
-        ec2 = self.house.ec2()
+        instance, prefix = self.instances[which], next(self.service.prefixes)
+        ec2 = self.service.ec2()
         self.describe()
         self.look_at_power(instance)
         before, allowed = instance.unfinished, instance.refusals()
-        storage = self.house.server.storage(self.house.key, BUCKET, prefix)
+        storage = self.service.server.storage(self.service.key, BUCKET, prefix)
         answer, refusal = asked(ec2.bundle_instance, InstanceId=instance.instance_id, Storage=storage)
         if refusal:
             assert refusal["Code"] in allowed
@@ -102,7 +103,7 @@ class Machine(RuleBasedStateMachine):
         if not self.instances[which].tasks:
             return
         task = self.instances[which].tasks[-1]
-        _, refusal = asked(self.house.ec2().cancel_bundle_task, BundleId=task.bundle_id)
+        _, refusal = asked(self.service.ec2().cancel_bundle_task, BundleId=task.bundle_id)
         if refusal:
             self.describe()
             assert refusal["Code"] == "IncorrectState"
@@ -117,19 +118,19 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def crash(self):
-        self.house.kill()
+        self.service.kill()
 
     @rule(which=EITHER)
     def stop(self, which):
-        self.disturb(which, self.house.server.instances.request_stop, runs=False)
+        self.disturb(which, self.service.server.instances.request_stop, runs=False)
 
     @rule(which=EITHER)
     def start(self, which):
-        self.disturb(which, self.house.server.instances.start, runs=True)
+        self.disturb(which, self.service.server.instances.start, runs=True)
 
     @rule(which=EITHER, sure=st.sampled_from([True, False, False]))
     def remove(self, which, sure):
-        if sure and self.disturb(which, self.house.server.instances.remove, runs=False):
+        if sure and self.disturb(which, self.service.server.instances.remove, runs=False):
             self.instances[which].is_there = False
 
     def disturb(self, which, what, *, runs):
@@ -147,9 +148,9 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def describe(self):
         tasks = {task.bundle_id: task for instance in self.instances for task in instance.tasks}
-        if self.house._ec2 is None or not tasks:
+        if self.service._ec2 is None or not tasks:
             return
-        shown = self.house.ec2().describe_bundle_tasks(BundleIds=[*tasks])["BundleTasks"]
+        shown = self.service.ec2().describe_bundle_tasks(BundleIds=[*tasks])["BundleTasks"]
         assert {task["BundleId"] for task in shown} == tasks.keys()
         for each in shown:
             tasks[each["BundleId"]].see(each)
@@ -157,27 +158,28 @@ class Machine(RuleBasedStateMachine):
             assert sum(not task.has_ended for task in instance.tasks) <= 1
 
     def teardown(self):
-        self.house.ec2()
-        given_up = time.monotonic() + 60
-        while any(instance.unfinished for instance in self.instances):
-            assert time.monotonic() < given_up, "a task does not end"
-            time.sleep(0.05)
+        self.service.ec2()
+
+        def unfinished():
             self.describe()
+            return [instance.unfinished for instance in self.instances if instance.unfinished]
+
+        eventually(unfinished, "every task ends", until=lambda tasks: not tasks)
         for instance in self.instances:
             self.check_outcome(instance)
 
     def check_outcome(self, instance):
         for task in instance.tasks:
             if task.state == "failed":
-                assert self.house.objects(task.prefix) == []
+                assert self.service.objects(task.prefix) == []
             else:
-                image = self.house.folder / "opened.raw"
-                assert opened_sha256(self.house.server, BUCKET, task.prefix, image) == instance.sha256
+                image = self.service.folder / "opened.raw"
+                assert opened_sha256(self.service.server, BUCKET, task.prefix, image) == instance.sha256
         self.look_at_power(instance)
 
     def look_at_power(self, instance):
         if instance.is_there and not instance.unfinished:
-            instance.see_power(self.house.runs(instance.instance_id))
+            instance.see_power(self.service.runs(instance.instance_id))
 
 
 def asked(call, **parameters):
@@ -192,7 +194,7 @@ def asked(call, **parameters):
 @pytest.mark.parametrize("drawn_from", [SEED])
 def test_only_what_the_model_allows_is_ever_seen(tmp_path, drawn_from, capfd):
     class Here(Machine):
-        house = ServiceOnStore(tmp_path)
+        service = RestartableServer(tmp_path)
 
     run = settings(
         max_examples=10,
@@ -205,6 +207,6 @@ def test_only_what_the_model_allows_is_ever_seen(tmp_path, drawn_from, capfd):
     try:
         run_state_machine_as_test(seed(drawn_from)(Here), settings=run)
     finally:
-        Here.house.kill()
+        Here.service.kill()
     log = capfd.readouterr().err
     assert "[error" not in log, log

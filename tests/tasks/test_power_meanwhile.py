@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import psutil
@@ -12,6 +11,7 @@ from botocore.exceptions import ClientError
 
 from support.disks.raw_disk import make_disk
 from support.eventually import eventually
+from support.service.bundle_tasks import await_task
 from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 
@@ -21,15 +21,6 @@ MIB = 1 << 20
 @pytest.fixture
 def alice(thrave_server):
     return thrave_server.account("alice")
-
-
-def wait(ec2, bundle_id, *states):
-    for _ in range(6000):
-        (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
-        if task["State"] in states:
-            return task
-        time.sleep(0.02)
-    raise AssertionError(f"never {states}: {task}")
 
 
 def bundle(server, key, instance_id):
@@ -59,9 +50,9 @@ def test_an_instance_terminated_while_its_volume_is_read_fails_the_task(thrave_s
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "bundling")
+    await_task(ec2, bundle_id, "bundling")
     ec2.terminate_instances(InstanceIds=[instance.instance_id])
-    task = wait(ec2, bundle_id, "failed", "complete")
+    task = await_task(ec2, bundle_id, "failed", "complete")
     assert task["BundleTaskError"] == {
         "Code": "Client.InstanceTerminated",
         "Message": "The instance was terminated while it was being bundled.",
@@ -79,7 +70,7 @@ def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(t
         changed = file.with_suffix(".new")  # half of a file describes no instance
         changed.write_text(file.read_text().replace('"stopped"', '"running"'))
         changed.replace(file)
-    task = wait(ec2, bundle_id, "failed", "complete")
+    task = await_task(ec2, bundle_id, "failed", "complete")
     assert task["BundleTaskError"]["Code"] == "Server.VolumeError"
     assert "is running while its root volume is read" in task["BundleTaskError"]["Message"]
     assert stored(thrave_server) == []
@@ -90,7 +81,7 @@ def test_an_instance_that_cannot_have_an_overlay_is_off_until_it_is_read(tmp_pat
         account, key = server.account("alice")
         instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
         ec2, bundle_id = bundle(server, key, instance.instance_id)
-        assert wait(ec2, bundle_id, "failed", "complete")["State"] == "complete"
+        assert await_task(ec2, bundle_id, "failed", "complete")["State"] == "complete"
         seen = subprocess.run(
             [sys.executable, "-m", "thrave", "task", "show", bundle_id, "--data", server.data.root, "--output", "json"],
             capture_output=True, text=True, check=True,
@@ -107,10 +98,10 @@ def test_an_instance_terminated_while_the_guest_powers_off_fails_the_task(thrave
     root = make_disk(tmp_path / "root.raw", MIB)
     instance = thrave_server.instance(account.account_id, root, **commands)
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "waiting-for-shutdown")
+    await_task(ec2, bundle_id, "waiting-for-shutdown")
     (change,) = ec2.terminate_instances(InstanceIds=[instance.instance_id])["TerminatingInstances"]
     assert change["CurrentState"]["Name"] == "shutting-down"
-    assert wait(ec2, bundle_id, "failed")["BundleTaskError"]["Code"] == "Client.InstanceTerminated"
+    assert await_task(ec2, bundle_id, "failed")["BundleTaskError"]["Code"] == "Client.InstanceTerminated"
     gate.touch()
     ec2.get_waiter("instance_terminated").wait(InstanceIds=[instance.instance_id], WaiterConfig={"Delay": 1})
 
@@ -120,13 +111,13 @@ def test_an_instance_being_bundled_is_neither_started_nor_rebooted_and_may_be_st
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
     ids = [instance.instance_id]
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
-    wait(ec2, bundle_id, "bundling")
+    await_task(ec2, bundle_id, "bundling")
     for ask in (ec2.start_instances, ec2.reboot_instances):
         with pytest.raises(ClientError, match=f"it is being bundled by {bundle_id}") as refusal:
             ask(InstanceIds=ids)
         assert refusal.value.response["Error"]["Code"] == "IncorrectInstanceState"
     ec2.stop_instances(InstanceIds=ids)
-    assert wait(ec2, bundle_id, "failed", "complete")["State"] == "complete"
+    assert await_task(ec2, bundle_id, "failed", "complete")["State"] == "complete"
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED  # what was asked last
     ec2.start_instances(InstanceIds=ids)
     ec2.get_waiter("instance_running").wait(InstanceIds=ids, WaiterConfig={"Delay": 1})

@@ -1,26 +1,19 @@
 """A disk that stops answering while it is bundled, through the real service: qemu-nbd is stopped."""
 
-import time
 from contextlib import suppress
 
 import psutil
 
 from support.disks.qemu_images import converted
 from support.disks.raw_disk import make_disk
+from support.eventually import eventually
+from support.service.bundle_tasks import await_task
 from support.service.forked_server import ForkedServer
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 
 MIB = 1 << 20
-
-
-def wait_for(condition, seconds=60):
-    given_up = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < given_up
-        time.sleep(0.02)
-    return found
 
 
 def test_a_disk_that_stops_answering_fails_the_task_and_the_instance_runs_again(tmp_path):
@@ -38,20 +31,17 @@ def test_a_disk_that_stops_answering_fails_the_task_and_the_instance_runs_again(
         storage = server.storage(key, "disks", "winami")
         bundle_id = ec2.bundle_instance(InstanceId=instance.instance_id, Storage=storage)["BundleTask"]["BundleId"]
 
-        def task():
-            return ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"][0]
-
         def disk_servers():
             children = psutil.Process(server.process.pid).children(recursive=True)
             return [child for child in children if child.name() == "qemu-nbd"]
 
-        wait_for(lambda: [*bucket.glob("winami.part.*")])
+        eventually(lambda: [*bucket.glob("winami.part.*")])
         (disk,) = disk_servers()
         disk.suspend()
-        wait_for(lambda: task()["State"] == "failed")
-        assert task()["BundleTaskError"]["Code"] == "Server.NoProgress"
+        task = await_task(ec2, bundle_id)
+        assert task["BundleTaskError"]["Code"] == "Server.NoProgress"
         assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
         assert [*bucket.rglob("*")] == []
         with suppress(psutil.NoSuchProcess):  # it was killed, since it did not end by itself
             disk.resume()
-        wait_for(lambda: not disk_servers())
+        eventually(lambda: not disk_servers())

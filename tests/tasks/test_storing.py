@@ -17,6 +17,7 @@ import pytest
 
 from support.buckets.bucket_drivers import owners
 from support.bundles.sample_bundles import manifest_of, private_key
+from support.eventually import eventually
 from support.service.upload_bench import (
     BUCKET,
     MANIFEST,
@@ -76,7 +77,7 @@ def killed(made_bench, tmp_path):
         stored = [number not in held for number in range(held[-1] + 1)]
         bench = made_bench(directory(tmp_path))
         with subprocess.Popen(argv, cwd=Path(__file__).parents[1]) as process:
-            wait_until(lambda: [item.size is not None for item in bench.journal.objects()] == stored)
+            eventually(lambda: [item.size is not None for item in bench.journal.objects()] == stored)
             process.send_signal(signal.SIGKILL)
         return bench
 
@@ -158,7 +159,7 @@ def test_an_upload_that_is_refused_stops_the_others_and_nothing_stays(disk, buck
     assert len(buckets.begun) < PARTS
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == len(buckets.begun))
-    wait_until(lambda: store.remove() or bench.journal.objects() == [])
+    eventually(lambda: store.remove() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
 
 
@@ -173,7 +174,7 @@ def test_a_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, be
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == 4)
     store = bench.store()
-    wait_until(lambda: store.remove() or bench.journal.objects() == [])
+    eventually(lambda: store.remove() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
 
 
@@ -216,7 +217,7 @@ def test_removing_from_a_store_that_does_not_answer_ends_and_can_be_done_again(d
     assert len(bench.journal.objects()) == PARTS
     buckets.let_go()
     store = bench.store()
-    wait_until(lambda: store.remove() or bench.journal.objects() == [])
+    eventually(lambda: store.remove() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
 
 
@@ -502,11 +503,11 @@ def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, bucke
     assert [item.key for item in bench.journal.objects()] == [PREFIX + part_of_small]
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == 1)
-    wait_until(lambda: bench.stored_keys() == [PREFIX + part_of_small])
+    eventually(lambda: bench.stored_keys() == [PREFIX + part_of_small])
     failed(bench)
     assert bench.records.has_left_over(bench.bundle_id)
     looking = LeftOvers(bench.records, buckets, "localhost", stall_timeout=60.0)
-    wait_until(lambda: looking.look() or not bench.records.has_left_over(bench.bundle_id))
+    eventually(lambda: looking.look() or not bench.records.has_left_over(bench.bundle_id))
     assert bench.stored_keys() == []
 
 
@@ -546,10 +547,3 @@ def test_the_journal_is_the_same_on_every_database(disk, buckets, made_bench, da
     assert len(buckets.begun) == PARTS
     bench.store().remove()
     assert (bench.journal.left(), bench.journal.objects(), bench.stored_keys()) == (None, [], [])
-
-
-def wait_until(condition, seconds=60):
-    given_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < given_up
-        time.sleep(0.01)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import psutil
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.disks.qemu_images import converted, qemu_img
+from support.eventually import eventually
 from support.required_programs import require
 from thrave.volumes import libnbd, qemu
 from thrave.volumes.errors import ComponentMissingError, VolumeError, VolumeInUseError, VolumeUnreadableError
@@ -55,14 +55,13 @@ def is_server_of(process, image):
     return False
 
 
-def gone(image):
-    """Wait until no server of the image is left."""
-    for _ in range(500):
-        alive = [process for process in servers_of(image) if process.status() != psutil.STATUS_ZOMBIE]
-        if not alive:
-            return True
-        time.sleep(0.02)
-    return False
+def await_no_server(image):
+    """Wait until no server of the image runs."""
+
+    def running():
+        return [process for process in servers_of(image) if process.status() != psutil.STATUS_ZOMBIE]
+
+    eventually(running, "no qemu-nbd has the image open", until=lambda servers: not servers)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +152,7 @@ def test_an_image_that_something_writes_to_is_in_use(qcow2, tmp_path):
     program = require("qemu-nbd", package="qemu-utils")
     with subprocess.Popen([program, "-f", "qcow2", "-k", socket, "-t", qcow2]) as writer:
         try:
-            while not socket.exists():
-                time.sleep(0.01)
+            eventually(socket.exists, "qemu-nbd serves the image")
             with pytest.raises(VolumeInUseError, match="stop the machine"), open_volume(qcow2, "qcow2"):
                 pass
         finally:
@@ -164,7 +162,7 @@ def test_an_image_that_something_writes_to_is_in_use(qcow2, tmp_path):
 def test_the_server_ends_with_the_volume(qcow2):
     with open_volume(qcow2, "qcow2"):
         assert len(servers_of(qcow2)) == 1
-    assert gone(qcow2)
+    await_no_server(qcow2)
 
 
 def test_the_server_ends_by_itself_though_an_error_holds_its_connection(qcow2, monkeypatch):
@@ -172,7 +170,7 @@ def test_the_server_ends_by_itself_though_an_error_holds_its_connection(qcow2, m
     with pytest.raises(VolumeUnreadableError) as caught, open_volume(qcow2, "qcow2") as volume:
         volume.read_into(volume.size, memoryview(bytearray(1)))
     assert caught.value.__traceback__ is not None  # its frames hold libnbd's handle
-    assert gone(qcow2)
+    await_no_server(qcow2)
 
 
 def test_the_server_ends_when_the_reader_is_killed(qcow2):
@@ -184,7 +182,7 @@ def test_the_server_ends_when_the_reader_is_killed(qcow2):
         assert reader.stdout.readline() == b"open\n"
         assert servers_of(qcow2)
         reader.send_signal(signal.SIGKILL)
-    assert gone(qcow2)
+    await_no_server(qcow2)
 
 
 def test_a_server_that_dies_is_an_error_with_file_and_offset(qcow2):

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from support.eventually import eventually
 from support.libvirt.guest_disk import OFF
-from support.libvirt.guest_domain import wait_for
 from support.libvirt.libvirt_host import VirshError
 from support.libvirt.libvirt_service import running_service
 
@@ -118,7 +118,7 @@ def test_a_running_guest_undefined_while_its_volume_is_read_runs_on_until_it_is_
     assert bundle.completed().drive().words(boots[-1])[-1] == OFF
     web.await_written(again)
     web.host.virsh("shutdown", web.name)
-    wait_for(lambda: web.name not in web.host.virsh("list", "--all", "--name"), lambda: "it is defined again")
+    eventually(lambda: web.name not in web.host.virsh("list", "--all", "--name"), f"{web.name} is undefined")
     web.define()
     words = web.look().words(again)
     assert words[-1] == OFF

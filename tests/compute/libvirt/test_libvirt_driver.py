@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from support.eventually import eventually, one_of
 from support.instances.inventories import ACCOUNT, Domains
 from thrave.compute import answering, domain_table, guest_agent, hypervisor, libvirt_binding, libvirt_overlays
 from thrave.compute.domain_table import DomainTable
@@ -57,15 +58,6 @@ def instances(domains):
 @pytest.fixture
 def instance_id(domains):
     return domains.add()
-
-
-def eventually(look, wanted):
-    """Events come in their own time."""
-    for _ in range(500):
-        if look() == wanted:
-            return
-        time.sleep(0.01)
-    assert look() == wanted
 
 
 def test_a_domain_that_nobody_has_adopted_is_no_instance(domains, instances):
@@ -136,7 +128,7 @@ def test_a_record_that_cannot_be_read_hides_no_other_instance(domains, instances
     uuid = domains.libvirt.define("typo", disk)
     domains.libvirt.metadata("typo", '<instance account="12"/>')
     broken_id = instance_id_of(uuid)
-    eventually(lambda: [error.instance_id for error in instances.broken()], [broken_id])
+    eventually(lambda: [error.instance_id for error in instances.broken()], until=one_of([broken_id]))
     assert [found.instance_id for found in instances.list()] == [instance_id]
     assert "an instance is left out: the domain typo does not describe an instance: account: '12'" in caplog.text
     for ask in (instances.get, instances.state, instances.request_stop, instances.start):
@@ -153,11 +145,11 @@ def test_what_others_do_is_told(domains, instances, instance_id):
     assert instances.list() == [instances.get(instance_id)]
     with domains.domain(instance_id) as domain:
         domain.destroy()
-        eventually(lambda: [found.state for found in instances.list()], [InstanceState.STOPPED])
+        eventually(lambda: [found.state for found in instances.list()], until=one_of([InstanceState.STOPPED]))
         domain.setMetadata(2, f'<instance account="{ACCOUNT}"><tag key="a">b</tag></instance>', "thrave", OURS, 2)
-        eventually(lambda: [found.tags for found in instances.list()], [{"a": "b"}])
+        eventually(lambda: [found.tags for found in instances.list()], until=one_of([{"a": "b"}]))
         domain.undefine()
-    eventually(instances.list, [])
+    eventually(instances.list, until=one_of([]))
     with pytest.raises(InstanceNotFound):
         instances.get(instance_id)
 
@@ -186,7 +178,7 @@ def test_a_start_by_others_is_the_launch_time_and_is_written_down(domains, insta
         domain.setMetadata(2, record, "thrave", OURS, 2)
         before = datetime.now(UTC)
         domain.create()
-    eventually(lambda: instances.get(instance_id).launch_time >= before, wanted=True)
+    eventually(lambda: instances.get(instance_id).launch_time >= before)
     assert instances.get(instance_id).launch_time <= datetime.now(UTC)
     assert domains.again().list() == instances.list(), "who has not seen the start reads of it"
 
@@ -197,7 +189,7 @@ def test_a_domain_adopted_by_hand_has_a_launch_time_that_stays(domains, instance
     first = instances.get(instance_id)
     assert datetime.now(UTC) - first.launch_time < timedelta(minutes=1)
     assert instances.get(instance_id) == first
-    eventually(instances.list, [first])
+    eventually(instances.list, until=one_of([first]))
 
 
 def test_a_guest_that_hears_nothing_is_not_asked(domains, instances, instance_id):
@@ -223,7 +215,7 @@ def test_a_hold_notices_who_starts_the_domain_past_us(domains, instances, instan
         with pytest.raises(RootVolumeInUse, match="is running while its root volume is read"):
             hold.check()
         domain.destroy()
-        eventually(lambda: fails(hold.check), "was started and stopped while its root volume was read")
+        eventually(lambda: fails(hold.check), until=one_of("was started and stopped while its root volume was read"))
 
 
 def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instances, instance_id, monkeypatch):
@@ -245,7 +237,7 @@ def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instan
         assert requests._work(instance_id).attempt() == _HELD_LOOK_AGAIN, "it may be started yet"
     finally:
         hangs.set()
-    eventually(lambda: answering.is_busy(instance_id), wanted=False)
+    eventually(lambda: not answering.is_busy(instance_id))
     assert instances.state(instance_id) is InstanceState.STOPPED
     assert requests._work(instance_id).attempt() == 0.0, "the request is finished"
 
@@ -370,7 +362,7 @@ def test_an_agent_that_does_not_do_it_is_not_asked_again_before_the_next_start(i
         monkeypatch.setattr(libvirt_binding, "load_qemu", PoliteAgent)
         assert not agents.request_stop(domain, starts=1)
         assert agents.request_stop(domain, starts=2)
-        eventually(lambda: agents.request_stop(domain, starts=2), wanted=False)
+        eventually(lambda: not agents.request_stop(domain, starts=2))
 
 
 def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
@@ -461,7 +453,7 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
     with domains.domain(other) as domain:
         domain.destroy()
     wanted = {instance_id: InstanceState.RUNNING, other: InstanceState.STOPPED}
-    eventually(lambda: {one.instance_id: one.state for one in instances.list()}, wanted)
+    eventually(lambda: {one.instance_id: one.state for one in instances.list()}, until=one_of(wanted))
     instances.list()
     waiting = [thread for thread in threading.enumerate() if thread.name.startswith("look ")]
     assert len(waiting) == 1, "it is not looked at twice at once"

@@ -7,7 +7,7 @@ from xml.etree.ElementTree import canonicalize
 import psutil
 import pytest
 
-from support.libvirt.guest_domain import wait_for
+from support.eventually import eventually
 from support.libvirt.guestless_domain import Tiny
 from thrave.compute import hypervisor, overlay_files
 from thrave.compute.errors import (
@@ -197,7 +197,7 @@ def test_a_daemon_that_is_killed_while_it_merges_goes_on(instances, tiny):
 def test_a_guest_that_is_killed_while_it_is_merged_is_merged_off(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     merged(instances, tiny, frozen, on_call(1, lambda: tiny.host.kill_guest(tiny.name)))
-    wait_for(lambda: instances.overlays.lost_power(tiny.instance_id), tiny.host.log)
+    eventually(lambda: instances.overlays.lost_power(tiny.instance_id), details=tiny.host.log)
     instances.start(tiny.instance_id)
     assert tiny.source() == str(tiny.disk)
 
@@ -327,7 +327,7 @@ def test_a_hold_sees_who_writes_to_the_volume(instances, tiny):
         with pytest.raises(RootVolumeInUse, match="has a block job on vda"):
             hold.check()
         tiny.host.virsh("blockjob", tiny.name, "vda", "--abort")
-        wait_for(lambda: has_been_used(hold), tiny.host.log)
+        eventually(lambda: has_been_used(hold), details=tiny.host.log)
     merged(instances, tiny, frozen)
 
 
@@ -428,9 +428,9 @@ def test_a_daemon_that_is_started_anew_is_asked_again_and_tells_again(instances,
     tiny.host.start_daemon()
     assert instances.state(tiny.instance_id) is InstanceState.STOPPED
     tiny.host.virsh("start", tiny.name)
-    wait_for(lambda: listed() == [InstanceState.RUNNING], tiny.host.log)
+    eventually(lambda: listed() == [InstanceState.RUNNING], details=tiny.host.log)
     tiny.host.virsh("destroy", tiny.name)
-    wait_for(lambda: listed() == [InstanceState.STOPPED], tiny.host.log)
+    eventually(lambda: listed() == [InstanceState.STOPPED], details=tiny.host.log)
     tiny.host.kill_daemon()
     tiny.host.start_daemon()
     assert not instances.overlays.lost_power(tiny.instance_id), "the reason outlives the daemon"

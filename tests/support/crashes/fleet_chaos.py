@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from support.bundles.open_check import opened_sha256
 from support.disks.raw_disk import make_disk
+from support.eventually import eventually
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
@@ -27,7 +28,7 @@ from thrave.tasks.states import FINISHED, BundleTaskState
 BUCKET = "chaos"
 KIB = 1 << 10
 CALLERS = 4
-PATIENCE = 300  # seconds for what was cut off to come to its end
+TIMEOUT = 300  # seconds for what was cut off to come to its end
 ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=30)
 
 
@@ -167,7 +168,7 @@ class Chaos:
     def _check(self):
         with self.fleet.ground() as ground:
             records = ground.records()
-            self._await(lambda: all(task.state in FINISHED for task in records.find()))
+            self._await(lambda: all(task.state in FINISHED for task in records.find()), "every task ends")
             tasks = {task.bundle_id: task for task in records.find()}
         self.outcome.ended = Counter(task.error_code or str(task.state) for task in tasks.values())
         self.outcome.attempts = sum(task.attempts for task in tasks.values())
@@ -195,8 +196,5 @@ class Chaos:
         left_over = [name for name in names if name.partition(".")[0] not in prefixes]
         assert left_over == []
 
-    def _await(self, holds):
-        deadline = time.monotonic() + PATIENCE
-        while not holds():
-            assert time.monotonic() < deadline, "it never came to its end"
-            time.sleep(0.2)
+    def _await(self, holds, description):
+        eventually(holds, description, timeout=TIMEOUT, interval=0.2)

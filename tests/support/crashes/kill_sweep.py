@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from support.bundles.open_check import opened_sha256
+from support.eventually import eventually, one_of
 from support.instances.command_machine import Machine
 from support.service.forked_server import ForkedServer
 from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
@@ -35,7 +37,7 @@ from thrave.vault import Vault
 
 BUCKET, PREFIX = "bucket", "winami"
 UPLOADS_AT_ONCE = 2
-PATIENCE = 60.0  # seconds that anything may take
+TIMEOUT = 60.0  # seconds that anything may take
 ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=30)
 MIB = 1 << 20
 
@@ -119,10 +121,7 @@ class Scene:
         self.await_death(crash_at)
 
     def await_death(self, crash_at):
-        given_up = time.monotonic() + PATIENCE
-        while self.is_alive:
-            assert time.monotonic() < given_up, f"it never came to: {crash_at}"
-            time.sleep(0.02)
+        eventually(lambda: not self.is_alive, f"the service kills itself at: {crash_at}", timeout=TIMEOUT)
         self.server.stop()
         assert self.server.process.returncode == -signal.SIGKILL
         self._look_at_the_dead()
@@ -150,12 +149,13 @@ class Scene:
 
     def await_state(self, *states):
         """Wait until the task is in one of these states; give the task."""
-        given_up = time.monotonic() + PATIENCE
-        while (task := self.task()).state not in states:
-            assert time.monotonic() < given_up, task
-            assert self.is_alive
-            time.sleep(0.05)
-        return task
+
+        def task():
+            task = self.task()
+            assert task.state in states or self.is_alive, f"the service has died: {task}"
+            return task
+
+        return eventually(task, f"the task is {states}", until=lambda task: task.state in states, timeout=TIMEOUT)
 
     def task(self):
         with self.records() as records:
@@ -198,17 +198,12 @@ class Scene:
 
     def await_power(self):
         """Wait until the instance runs, as it did at first."""
-        given_up = time.monotonic() + PATIENCE
-        while self.server.instances.state(self.instance_id) is not InstanceState.RUNNING:
-            assert time.monotonic() < given_up, "the instance does not run again"
-            time.sleep(0.05)
+        state = partial(self.server.instances.state, self.instance_id)
+        eventually(state, "the instance runs again", until=one_of(InstanceState.RUNNING), timeout=TIMEOUT)
 
     def await_nobody(self):
         """Wait until no process has to do with any of this."""
-        given_up = time.monotonic() + 5.0
-        while left := holders(self.folder):
-            assert time.monotonic() < given_up, left
-            time.sleep(0.05)
+        eventually(lambda: holders(self.folder), "no process remains", until=lambda found: not found)
 
     def objects(self):
         """The objects in the bucket, each with what tells one upload from another."""

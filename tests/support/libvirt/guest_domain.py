@@ -3,21 +3,20 @@
 import hashlib
 import re
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 from uuid import UUID, uuid4
 from xml.etree.ElementTree import canonicalize
 from xml.sax.saxutils import quoteattr
 
+from support.eventually import eventually
 from support.libvirt.guest import COMMAND_LINE, GuestImage, volume_flags
 from support.libvirt.guest_disk import Drive
 from support.libvirt.libvirt_host import Host, VirshError
 from thrave.demo.disk import make_ephemeral_disk
 
-PATIENCE = 120.0  # seconds that anything may take; an emulated guest boots in three to nine
+TIMEOUT = 120.0  # seconds; an emulated guest boots in 3 to 9
 
 _XML = """\
 <domain type="qemu">
@@ -55,17 +54,6 @@ _DISK = """\
 </disk>"""
 _AGENT = '<channel type="unix"><target type="virtio" name="org.qemu.guest_agent.0"/></channel>'
 _READY = re.compile(r"^GUEST-READY (\S+)", re.MULTILINE)
-
-T = TypeVar("T")
-
-
-def wait_for(look: Callable[[], T], complaint: Callable[[], object], patience: float = PATIENCE) -> T:
-    """What a look gives, as soon as it is true; the complaint is made when patience is at its end."""
-    given_up = time.monotonic() + patience
-    while not (found := look()):
-        assert time.monotonic() < given_up, complaint()
-        time.sleep(0.02)
-    return found
 
 
 @dataclass
@@ -131,7 +119,7 @@ class Domain:
     def kill(self) -> None:
         """End its QEMU by SIGKILL, and wait until libvirt has seen it."""
         self.host.kill_guest(self.name)
-        wait_for(lambda: not self.runs(), self.host.log)
+        eventually(lambda: not self.runs(), details=self.host.log)
 
     def runs(self) -> bool:
         """Whether it is on."""
@@ -156,6 +144,9 @@ class Domain:
         """All that has come over its console."""
         return self.console.read_text(errors="replace").replace("\r", "")
 
+    def _last_lines(self) -> str:
+        return self.said[-1000:]
+
     @property
     def boots(self) -> Sequence[str]:
         """The ids of its boots that have come so far that it obeys and writes; each has another one."""
@@ -163,11 +154,11 @@ class Domain:
 
     def await_boot(self, after: Sequence[str] = ()) -> str:
         """Wait until it has booted, once more than these times; give the boot's id."""
-        wait_for(lambda: len(self.boots) > len(after), lambda: f"{self.name} does not boot: {self.said[-1000:]}")
+        eventually(lambda: len(self.boots) > len(after), f"{self.name} boots", details=self._last_lines)
         boot = self.boots[-1]
         assert boot not in after
         if "AGENT" in self.told:
-            wait_for(self._has_agent, lambda: f"the agent of {self.name} does not answer")
+            eventually(self._has_agent, f"the guest agent of {self.name} answers")
         return boot
 
     def written(self, boot: str) -> int:
@@ -177,7 +168,7 @@ class Domain:
     def await_written(self, boot: str, more: int = 2) -> int:
         """Wait until a boot has written so many more lines; give the last one's number."""
         wanted = self.written(boot) + more
-        wait_for(lambda: self.written(boot) >= wanted, lambda: f"{self.name} does not write: {self.said[-1000:]}")
+        eventually(lambda: self.written(boot) >= wanted, f"{self.name} writes", details=self._last_lines)
         return self.written(boot)
 
     def look(self) -> Drive:

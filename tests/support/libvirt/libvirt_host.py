@@ -12,13 +12,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+from support.eventually import eventually
 from support.required_programs import require, unavailable
 
 _DRIVER = "libvirt-daemon-driver-qemu"  # of which libvirt-daemon can do without
@@ -121,11 +121,7 @@ class Host:
         environment["XDG_RUNTIME_DIR"] = str(self.folder / "run")
         with (self.folder / "libvirtd.out").open("ab") as output:
             self._daemon = subprocess.Popen(argv, stdout=output, stderr=output, env={**os.environ, **environment})
-        given_up = time.monotonic() + _READY
-        while not self._answers():
-            assert self._daemon.poll() is None, f"libvirtd has ended: {self.log()}"
-            assert time.monotonic() < given_up, f"libvirtd does not answer: {self.log()}"
-            time.sleep(0.05)
+        eventually(self._answers, "libvirtd accepts connections", details=self.log, timeout=_READY)
 
     def kill_daemon(self) -> None:
         """End libvirtd by SIGKILL; its guests run on."""
@@ -178,6 +174,8 @@ class Host:
         subprocess.run(self._inside("sh", "-c", 'kill -KILL "$0"', pid), check=True)
 
     def _answers(self) -> bool:
+        assert self._daemon is not None
+        assert self._daemon.poll() is None, f"libvirtd has ended: {self.log()}"
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
             probe.connect(str(self._socket))
             return True

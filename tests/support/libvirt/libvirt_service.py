@@ -7,7 +7,6 @@ root volume, so that what the test does next happens during the read.
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from support.bundles.open_check import opened_sha256
+from support.eventually import eventually
 from support.libvirt.guest import NOISE, GuestImage
 from support.libvirt.guest_disk import Drive
-from support.libvirt.guest_domain import PATIENCE, Domain, wait_for
+from support.libvirt.guest_domain import TIMEOUT, Domain
 from support.libvirt.libvirt_host import Host
+from support.service.bundle_tasks import ENDED
 from support.service.forked_server import ForkedServer
 from thrave.bundle.names import PART_SIZE
 from thrave.config import DataDirectory
@@ -74,7 +75,7 @@ class LibvirtService:
 
     def await_death(self) -> None:
         """Wait until it has killed itself."""
-        wait_for(lambda: not self.lives, lambda: "it never came to its crash point")
+        eventually(lambda: not self.lives, "the service kills itself at its failpoint")
         self.server.stop()
         assert self.server.process.returncode == -signal.SIGKILL
 
@@ -96,12 +97,14 @@ class LibvirtService:
     @contextmanager
     def standing_still(self, bundle: "Bundle") -> Iterator[None]:
         """Have the service stand still while it reads the volume, for as long as the block lasts."""
-        given_up = time.monotonic() + PATIENCE
-        while not bundle.parts():
-            assert self.lives, "it has ended"
+
+        def stored_parts() -> list[Path]:
+            assert self.lives, "the service has ended"
             task = bundle.task()
             assert task["State"] != "failed", task
-            assert time.monotonic() < given_up, task
+            return bundle.parts()
+
+        eventually(stored_parts, "a part is stored", interval=0, details=bundle.task)
         os.kill(self.server.process.pid, signal.SIGSTOP)
         try:
             assert len(bundle.parts()) <= _EARLY, "it may have read the volume before it could be stopped"
@@ -124,14 +127,13 @@ class Bundle:
         (task,) = (task for task in tasks if task["Storage"]["S3"]["Prefix"] == self.prefix)
         return task
 
-    def ended(self, patience: float = PATIENCE) -> dict[str, object]:
+    def ended(self, timeout: float = TIMEOUT) -> dict[str, object]:
         """The task, when it has ended."""
-        wait_for(lambda: self.task()["State"] in {"complete", "failed"}, self.task, patience)
-        return self.task()
+        return eventually(self.task, "the task ends", until=lambda task: task["State"] in ENDED, timeout=timeout)
 
-    def completed(self, patience: float = PATIENCE) -> "Bundle":
+    def completed(self, timeout: float = TIMEOUT) -> "Bundle":
         """Wait for its end, which must be a good one."""
-        task = self.ended(patience)
+        task = self.ended(timeout)
         assert task["State"] == "complete", task
         return self
 

@@ -1,26 +1,26 @@
 """An ASGI application behind a real HTTP server, for as long as a block lasts."""
 
 import threading
-import time
 from contextlib import contextmanager
 
 import uvicorn
 
-PATIENCE = 5  # seconds for requests under way, when the block has ended
+from support.eventually import eventually
+
+SHUTDOWN_TIMEOUT = 5  # seconds for requests that are not finished when the block ends
 
 
 @contextmanager
 def serving(app):
     """Serve an application on a free port of 127.0.0.1; give its URL."""
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=PATIENCE
+        app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_TIMEOUT
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
+        eventually(lambda: server.started, "uvicorn has started")
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:

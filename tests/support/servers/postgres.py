@@ -10,12 +10,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 
+from support.eventually import eventually
 from support.required_programs import missing
 
 PACKAGE = "postgresql"
@@ -46,16 +46,13 @@ class Postgres:
         self._process = subprocess.Popen(
             [self._programs / "postgres", "-D", self._folder / "data", *options], **_as_somebody(), cwd=self._folder
         )
-        deadline = time.monotonic() + _START_TIMEOUT
-        while True:
-            try:
-                psycopg.connect(self._url("postgres"), connect_timeout=5).close()
-            except psycopg.OperationalError:
-                assert self._process.poll() is None, "PostgreSQL ended"
-                assert time.monotonic() < deadline, "PostgreSQL does not answer"
-                time.sleep(0.05)
-            else:
-                return
+
+        def connect():
+            assert self._process.poll() is None, "PostgreSQL ended"
+            psycopg.connect(self._url("postgres"), connect_timeout=5).close()
+            return True
+
+        eventually(connect, "PostgreSQL accepts connections", ignore=psycopg.OperationalError, timeout=_START_TIMEOUT)
 
     def kill(self) -> None:
         """End it as a power failure would, with all its processes; `start` brings it back."""

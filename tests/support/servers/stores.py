@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET
+from support.eventually import eventually
 from support.required_programs import require, unavailable
 from support.servers import tls
 from thrave.buckets.connection import Credentials, StoreConnection
@@ -60,14 +61,19 @@ def free_ports(count, above=0):
 
 
 def _wait_for(url_port, processes, said):
-    until = time.monotonic() + READY
-    while time.monotonic() < until:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", url_port), timeout=1):
-            return
-        if any(process.poll() is not None for process in processes):
-            break
-        time.sleep(0.1)
-    raise AssertionError(f"the store did not start: {said()[-2000:]}")
+    def is_listening():
+        assert not any(process.poll() is not None for process in processes), f"the store has ended: {said()[-2000:]}"
+        socket.create_connection(("127.0.0.1", url_port), timeout=1).close()
+        return True
+
+    eventually(
+        is_listening,
+        "the store listens",
+        ignore=OSError,
+        details=lambda: said()[-2000:],
+        timeout=READY,
+        interval=0.1,
+    )
 
 
 def _identity(name, key, actions):

@@ -9,17 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.eventually import eventually
 from support.service.forked_server import ForkedServer, fork_thrave
 from thrave.config import DataDirectory, Settings
 from thrave.ground import open_ground
 from thrave.tasks.hosts import HostInUse
 
-PATIENCE = 60  # seconds
+TIMEOUT = 60  # seconds
 
 
 @dataclass
@@ -54,23 +54,22 @@ class Fleet:
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=PATIENCE)
+            process.communicate(timeout=TIMEOUT)
 
     def thrave(self, *arguments, data=None):
         """Run a command of an operator's on the machine of the first API process."""
         return subprocess.run(
             [sys.executable, "-m", "thrave", *arguments, "--data", data or self.first.data.root],
-            check=False, env={**os.environ, **self._environment}, capture_output=True, text=True, timeout=PATIENCE,
+            check=False, env={**os.environ, **self._environment}, capture_output=True, text=True, timeout=TIMEOUT,
         )  # fmt: skip
 
     def adopt(self, lost, *, by):
-        """Have a host adopt another one's tasks, as soon as that is taken for lost."""
+        """Let a host adopt the tasks of another host, as soon as the other host counts as lost."""
         with self.ground() as ground:
-            while True:
-                try:
-                    return ground.hosts.adopt(lost, by=by)
-                except HostInUse:
-                    time.sleep(0.1)
+            adopted = eventually(
+                lambda: [ground.hosts.adopt(lost, by=by)], f"{by} adopts the tasks of {lost}", ignore=HostInUse
+            )
+        return adopted[0]
 
     @contextmanager
     def ground(self):

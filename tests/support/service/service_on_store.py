@@ -6,7 +6,6 @@ The store is looked at directly, never through what may stand between the servic
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from botocore.config import Config
 from support.bundles.open_check import sha256_of_folder
 from support.disks.raw_disk import make_disk
 from support.servers import stores
+from support.service.bundle_tasks import await_task
 from thrave.buckets.errors import NoSuchBucket
 from thrave.buckets.objects import S3Objects
 
@@ -67,14 +67,9 @@ class ServiceOnStore:
         task = ec2.bundle_instance(InstanceId=self.instance(), Storage={"S3": storage})["BundleTask"]
         return self.ended(task["BundleId"])
 
-    def ended(self, bundle_id, seconds=60):
-        ec2, until = self.server.client(self.own_key), time.monotonic() + seconds
-        while time.monotonic() < until:
-            (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
-            if task["State"] in ("complete", "failed"):
-                return task
-            time.sleep(0.05)
-        raise AssertionError(f"still {task}")
+    def ended(self, bundle_id):
+        """Wait for the end of a task and return it."""
+        return await_task(self.server.client(self.own_key), bundle_id)
 
     def files(self):
         """Return the keys in the bucket; a failed task removes a bucket that was created for it."""
