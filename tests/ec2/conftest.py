@@ -7,6 +7,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
+from support.eventually import eventually
 from support.servers.asgi_server import serving
 from thrave.buckets.directory import DirectoryBuckets
 from thrave.compute.descriptions import Description
@@ -52,10 +53,11 @@ def service(tmp_path):
     records = Records(engine, vault)
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     instances = DirectoryInstances(tmp_path / "instances")
+    power = PowerRequests(instances, PowerRecords(engine), grace=20.0)
     door = Door(
         accounts=Accounts(engine, vault),
         instances=instances,
-        power=PowerRequests(instances, PowerRecords(engine), grace=20.0),
+        power=power,
         region="eu-west-9",
         buckets=DirectoryBuckets(tmp_path / "buckets"),
         rate=RateLimit(1e6, 10**6),
@@ -70,6 +72,8 @@ def service(tmp_path):
     )
     key = door.accounts.create("owner")[1]
     yield ServiceWithoutEngine(door, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
+    # A thread that outlives the database retries, and logs, in the tests that follow.
+    eventually(lambda: power._busy, "every power request ends", until=lambda busy: not busy)
     engine.dispose()
 
 
