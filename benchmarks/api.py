@@ -1,13 +1,13 @@
-"""How many requests a second one server process on one core answers, beside moto's server on the same core.
+"""The benchmark of the API: requests a second of one server process on one core, compared with the server of moto.
 
     python benchmarks/api.py [--seconds 4] [--rounds 3] [--json FILE]
 
-Thrave answers signed DescribeBundleTasks calls, with 1,000 finished tasks in its database: by bundle id, which is what
-every waiter sends, of one that has ended and of one under way, and for all of them. moto_server (PyPI `moto[server]`,
-in a virtual environment of its own under ~/.cache) answers DescribeTags for nothing, its cheapest call; it checks no
-signature. Each server has core 0 and the load generator (wrk, Debian's) core 1; the rounds take turns, and the median
-of each row is told. A signed request may be sent again for fifteen minutes, so wrk needs no secret. It never needs
-anything beyond 127.0.0.1 once moto is there.
+Thrave has 1,000 complete tasks in its database and receives signed DescribeBundleTasks requests: for one bundle id, as
+waiters send them, of a complete task and of a running one, and for all tasks. moto_server (PyPI `moto[server]`, in a
+virtual environment of its own below ~/.cache) receives DescribeTags without tags, its cheapest call, and checks no
+signature. Each server runs on core 0, and the load generator (wrk, Debian's) on core 1. The servers alternate, and the
+median of all rounds counts. A signed request is valid for fifteen minutes, so wrk needs no secret. When moto is
+installed, no network but 127.0.0.1 is needed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from thrave.testing import REGION, ThraveServer
 
 TASKS = 1000
 CONNECTIONS = 8
-WANTED = 8.0  # times moto's requests a second
+MIN_RATIO = 8.0  # to the requests a second of moto
 SERVER_CORE, CLIENT_CORE = 0, 1
 MOTO = Path.home() / ".cache" / "thrave-benchmarks" / "moto"
 
@@ -59,12 +59,12 @@ class Row:
     p50_ms: float
     p99_ms: float
     cpu_us: float
-    """Of the server, for each request: what a busy neighbour of this machine changes least."""
+    """CPU time of the server for each request. It depends least on other load of the machine."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request of the benchmark, made anew for each round: a signature is good for fifteen minutes."""
+    """One kind of request, signed again in each round: a signature is valid for fifteen minutes."""
 
     name: str
     server: psutil.Process
@@ -73,48 +73,48 @@ class Call:
 
 
 def main() -> int:
-    """Measure, print the table, and end with 1 if Thrave is slower than it should be."""
+    """Measure and print the table; return 1 if Thrave is slower than its target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=4, help="for each row of each round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thrave-benchmark-")))
-        calls = [*stack.enter_context(thrave(folder / "data")), stack.enter_context(moto())]
+        calls = [*stack.enter_context(running_thrave(folder / "data")), stack.enter_context(running_moto())]
         for call in calls:
             warm_up(call)
-        rounds = [[measured(call, folder, arguments.seconds) for call in calls] for _ in range(arguments.rounds)]
+        rounds = [[measure(call, folder, arguments.seconds) for call in calls] for _ in range(arguments.rounds)]
     rows = [median(turns) for turns in zip(*rounds, strict=True)]
     ratio = rows[0].requests_per_second / rows[-1].requests_per_second
-    show(rows)
-    print(f"\n{ratio:.1f} times moto's requests a second (wanted: {WANTED:.0f})")
+    print_table(rows)
+    print(f"\n{ratio:.1f} times the requests a second of moto (target: {MIN_RATIO:.0f})")
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "ratio": ratio}, indent=2) + "\n")
-    return 0 if ratio >= WANTED else 1
+    return 0 if ratio >= MIN_RATIO else 1
 
 
 @contextmanager
-def thrave(data: Path) -> Iterator[list[Call]]:
-    """Thrave's server on its core, and the calls to it."""
-    settings = {"requests_per_second": 1e6, "request_burst": 10**6}  # one account sends them all
+def running_thrave(data: Path) -> Iterator[list[Call]]:
+    """Run Thrave on its core; yield the requests."""
+    settings = {"requests_per_second": 1e6, "request_burst": 10**6}  # one account sends all requests
     with pinned(SERVER_CORE), ThraveServer.running(data, **settings) as server:
         account, key = server.account("benchmark")
-        *ended, under_way = tasks(server, account.account_id, key)
+        *complete, running = add_tasks(server, account.account_id, key)
         form = {"Action": "DescribeBundleTasks", "Version": "2016-11-15"}
         yield [
-            Call(f"thrave: DescribeBundleTasks, {what}", psutil.Process(server.process.pid), server.url, request)
-            for what, request in (
-                ("an ended one", lambda: signed(server.url, key, {**form, "BundleId.1": ended[TASKS // 2]})),
-                ("one under way", lambda: signed(server.url, key, {**form, "BundleId.1": under_way})),
-                (f"all {TASKS + 1:,}", lambda: signed(server.url, key, form)),
+            Call(f"thrave: DescribeBundleTasks, {task}", psutil.Process(server.process.pid), server.url, request)
+            for task, request in (
+                ("a complete one", lambda: sign(server.url, key, {**form, "BundleId.1": complete[TASKS // 2]})),
+                ("a running one", lambda: sign(server.url, key, {**form, "BundleId.1": running})),
+                (f"all {TASKS + 1:,}", lambda: sign(server.url, key, form)),
             )
         ]
 
 
 @contextmanager
-def moto() -> Iterator[Call]:
-    """The server of moto on the same core, and the call to it."""
+def running_moto() -> Iterator[Call]:
+    """Run the server of moto on the same core, and install it before if necessary; yield the request."""
     program = MOTO / "bin" / "moto_server"
     if not program.exists():
         subprocess.run([sys.executable, "-m", "venv", MOTO], check=True)
@@ -133,21 +133,21 @@ def moto() -> Iterator[Call]:
             access_key_id="anyone", secret_access_key="anything", account_id="", status="Active", create_date=utc_now()
         )
         process = psutil.Process(server.pid)
-        yield Call("moto_server: DescribeTags", process, url, lambda: signed(url, credentials, form))
+        yield Call("moto_server: DescribeTags", process, url, lambda: sign(url, credentials, form))
     finally:
         server.terminate()
         server.wait()
 
 
-def tasks(server: ThraveServer, account_id: str, key: AccessKey) -> list[str]:
-    """Put complete tasks and one that is under way into the server's database; return their ids."""
+def add_tasks(server: ThraveServer, account_id: str, key: AccessKey) -> list[str]:
+    """Add complete tasks and then a running one to the database of the server; return their ids."""
     bundle_ids = [f"bun-{number:017x}" for number in range(TASKS + 1)]
-    same = {
+    common = {
         "account_id": account_id, "owner_id": account_id, "access_key_id": key.access_key_id, "host": "localhost",
         "state": "complete", "progress": 100, "bucket": "bucket", "prefix": "winami", "was_running": True,
         "start_time": utc_now(), "update_time": utc_now(),
     }  # fmt: skip
-    rows = [{**same, "bundle_id": each, "instance_id": each.replace("bun", "i")} for each in bundle_ids]
+    rows = [{**common, "bundle_id": each, "instance_id": each.replace("bun", "i")} for each in bundle_ids]
     rows[-1] |= {"state": "bundling", "progress": 50}
     database = open_engine(server.data.database)
     with database.begin() as connection:
@@ -156,8 +156,8 @@ def tasks(server: ThraveServer, account_id: str, key: AccessKey) -> list[str]:
     return bundle_ids
 
 
-def signed(url: str, key: AccessKey, form: Mapping[str, str]) -> AWSRequest:
-    """A call as boto3 sends it."""
+def sign(url: str, key: AccessKey, form: Mapping[str, str]) -> AWSRequest:
+    """Return a signed request as boto3 sends it."""
     headers = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8", "User-Agent": "Boto3/1.43.0"}
     request = AWSRequest("POST", f"{url}/", headers=headers, data=form)
     SigV4Auth(Credentials(key.access_key_id, key.secret_access_key), "ec2", REGION).add_auth(request)
@@ -165,14 +165,14 @@ def signed(url: str, key: AccessKey, form: Mapping[str, str]) -> AWSRequest:
 
 
 def warm_up(call: Call) -> None:
-    """Send one call alone: a server's first answer takes it longest (moto reads its models for it)."""
-    answer = URLLib3Session(timeout=60).send(call.request().prepare())
-    if answer.status_code != 200:
-        sys.exit(f"{call.name}: {answer.text}")
+    """Send one request: the first response of a server takes longer (moto reads its models)."""
+    response = URLLib3Session(timeout=60).send(call.request().prepare())
+    if response.status_code != 200:
+        sys.exit(f"{call.name}: {response.text}")
 
 
-def measured(call: Call, folder: Path, seconds: int) -> Row:
-    """Send one call for some seconds, over and over."""
+def measure(call: Call, folder: Path, seconds: int) -> Row:
+    """Send one kind of request repeatedly for some seconds."""
     prepared = call.request().prepare()
     script = folder / "request.lua"
     headers = "".join(f"wrk.headers[{json.dumps(n)}] = {json.dumps(v)}\n" for n, v in prepared.headers.items())
@@ -181,26 +181,26 @@ def measured(call: Call, folder: Path, seconds: int) -> Row:
     before = cpu_seconds(call.server)
     with pinned(CLIENT_CORE):
         run = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    told = json.loads(run.stdout[run.stdout.index("{") :])
-    if told["failed"]:
-        sys.exit(f"{call.name}: {told['failed']} requests failed")
+    result = json.loads(run.stdout[run.stdout.index("{") :])
+    if result["failed"]:
+        sys.exit(f"{call.name}: {result['failed']} requests failed")
     return Row(
         name=call.name,
-        requests_per_second=told["requests"] * 1e6 / told["microseconds"],
-        p50_ms=told["p50"] / 1000,
-        p99_ms=told["p99"] / 1000,
-        cpu_us=(cpu_seconds(call.server) - before) * 1e6 / told["requests"],
+        requests_per_second=result["requests"] * 1e6 / result["microseconds"],
+        p50_ms=result["p50"] / 1000,
+        p99_ms=result["p99"] / 1000,
+        cpu_us=(cpu_seconds(call.server) - before) * 1e6 / result["requests"],
     )
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """What a process has used so far."""
+    """Return the CPU time of a process until now."""
     times = process.cpu_times()
     return times.user + times.system
 
 
 def median(turns: tuple[Row, ...]) -> Row:
-    """The medians of one row's rounds."""
+    """Return the medians of all rounds of one row."""
 
     def of(name: str) -> float:
         return statistics.median(getattr(turn, name) for turn in turns)
@@ -208,7 +208,7 @@ def median(turns: tuple[Row, ...]) -> Row:
     return Row(turns[0].name, of("requests_per_second"), of("p50_ms"), of("p99_ms"), of("cpu_us"))
 
 
-def show(rows: list[Row]) -> None:
+def print_table(rows: list[Row]) -> None:
     """Print the table."""
     print(f"{'':42} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'CPU us':>8}")
     for row in rows:
@@ -217,7 +217,7 @@ def show(rows: list[Row]) -> None:
 
 @contextmanager
 def pinned(core: int) -> Iterator[None]:
-    """Give what is started meanwhile one core."""
+    """Run processes that are started in the block on one core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -227,19 +227,19 @@ def pinned(core: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """Return a free port of 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def wait_for(url: str, seconds: float = 60) -> None:
-    """Wait until a server listens."""
+    """Wait until a server accepts connections."""
     host, _, port = url.removeprefix("http://").rpartition(":")
-    given_up = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     with socket.socket() as trial:
         while trial.connect_ex((host, int(port))):
-            if time.monotonic() > given_up:
-                sys.exit(f"{url} does not answer")
+            if time.monotonic() > deadline:
+                sys.exit(f"no server on {url} after {seconds:.0f} seconds")
             time.sleep(0.1)
 
 

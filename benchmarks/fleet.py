@@ -26,7 +26,7 @@ from fleet_measures import Clock, Database, Figure, Idle, Plan, QueryRecorder, m
 from fleet_setup import (
     FULL,
     QUICK,
-    Parts,
+    Backend,
     Setup,
     copy_tasks,
     create_callers,
@@ -102,7 +102,7 @@ def main() -> None:
 class Calls:
     """The calls that the database of a fleet receives, in a database with ended tasks."""
 
-    parts: Parts
+    backend: Backend
     quiet: str
     """An account that gets no more tasks."""
     busy: str
@@ -110,10 +110,10 @@ class Calls:
 
     def kinds(self, number: int) -> Iterator[tuple[str, Sequence[Call]]]:
         """Yield frequent calls: `number` of each kind, for different tasks and hosts."""
-        apis = self.parts.new_tasks(), self.parts.new_tasks()
+        apis = self.backend.new_tasks(), self.backend.new_tasks()
         agents = self._agents(number)
         yield "Describe one", [self._describe(apis[0], *task) for task in self._tasks(number)]
-        yield f"Describe all {self.parts.setup.scale.quiet}", [lambda: apis[1].describe(self.quiet)] * number
+        yield f"Describe all {self.backend.setup.scale.quiet}", [lambda: apis[1].describe(self.quiet)] * number
         yield "heartbeat", [agent.heartbeat for agent in agents]
         yield "report", [agent.report for agent in agents]
         yield "power recovery query", [agent.query_power_recovery for agent in agents]
@@ -122,37 +122,37 @@ class Calls:
         yield "poll of a queue", [agent.poll for agent in agents]
         yield (
             "list of queues",
-            [lambda: self.parts.engine.list_queues(application_name="thrave")] * max(1, number // 10),
+            [lambda: self.backend.engine.list_queues(application_name="thrave")] * max(1, number // 10),
         )
         yield "thrave task list", [self._task_list] * max(1, number // 10)
 
     def once(self) -> Iterator[tuple[str, Call]]:
         """Yield rare calls."""
-        ground = self.parts.ground
+        components = self.backend.components
         long_ago = utc_now() - timedelta(days=400)
-        yield "thrave host list", ground.hosts.list
-        yield "retention", lambda: ground.records().purge(timedelta(days=400), most=AT_ONCE)
-        yield "retention in the engine", lambda: ground.queues.forget(long_ago)
-        yield "Describe all of a busy account", lambda: self.parts.tasks.describe(self.busy)
-        yield "first cleanup query", lambda: ground.records().to_clean_up(host_name(0))
+        yield "thrave host list", components.hosts.list
+        yield "retention", lambda: components.records().purge(timedelta(days=400), most=AT_ONCE)
+        yield "retention in the engine", lambda: components.queues.forget(long_ago)
+        yield "Describe all of a busy account", lambda: self.backend.tasks.describe(self.busy)
+        yield "first cleanup query", lambda: components.records().to_clean_up(host_name(0))
 
     def _describe(self, api: BundleTasks, account_id: str, bundle_id: str) -> Call:
         return lambda: api.describe(account_id, [bundle_id])
 
     def _tasks(self, number: int) -> list[tuple[str, str]]:
         some = sa.select(bundle_task.c.account_id, bundle_task.c.bundle_id).order_by(sa.func.random()).limit(number)
-        with self.parts.ground.database.connect() as connection:
+        with self.backend.components.database.connect() as connection:
             return [(row.account_id, row.bundle_id) for row in connection.execute(some)]
 
     def _agents(self, number: int) -> list[SimulatedAgent]:
-        hosts = random.Random(1).choices(range(self.parts.setup.scale.hosts), k=number)
-        agents = {host: SimulatedAgent(self.parts, host, lambda _task: False) for host in hosts}
+        hosts = random.Random(1).choices(range(self.backend.setup.scale.hosts), k=number)
+        agents = {host: SimulatedAgent(self.backend, host, lambda _task: False) for host in hosts}
         for agent in agents.values():
             agent.join()
         return [agents[host] for host in hosts]
 
     def _task_list(self) -> object:
-        return Overview(self.parts.ground.database, self.parts.ground.records()).latest(Wanted(), limit=100)
+        return Overview(self.backend.components.database, self.backend.components.records()).latest(Wanted(), limit=100)
 
 
 class Benchmark:
@@ -162,8 +162,8 @@ class Benchmark:
         """Prepare an empty database; temporary files go to `folder`."""
         self._folder = folder
         self._scale = setup.scale
-        with setup.open() as parts:
-            self._setup = replace(setup, callers=create_callers(parts))
+        with setup.open() as backend:
+            self._setup = replace(setup, callers=create_callers(backend))
         self._engine = open_engine(setup.url)
         with self._engine.connect() as connection:
             self._database = Database(connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one())
@@ -172,18 +172,18 @@ class Benchmark:
     def run(self) -> Results:
         """Measure everything."""
         load = os.getloadavg()[0]
-        with self._setup.open() as parts:
+        with self._setup.open() as backend:
             with Shards.running(self._setup) as shards:
                 start = self._start(shards)
                 empty = self._sizes()
-                points = [self._point(parts, shards, rows) for rows in self._scale.rows if rows <= self._scale.tasks]
+                points = [self._point(backend, shards, rows) for rows in self._scale.rows if rows <= self._scale.tasks]
                 full = self._sizes()
-                points += [self._point(parts, shards, rows) for rows in self._scale.rows if rows > self._scale.tasks]
+                points += [self._point(backend, shards, rows) for rows in self._scale.rows if rows > self._scale.tasks]
             self._check()
             self._assign(_BUSY, self._scale.rows[-1] // 10)
-            calls = Calls(parts, _QUIET, _BUSY)
+            calls = Calls(backend, _QUIET, _BUSY)
             seldom = {name: measure(self._database, [call] * 3).p50_ms for name, call in calls.once()}
-            plans = self._plans(parts, calls)
+            plans = self._plans(backend, calls)
         return Results(
             when=datetime.now(UTC).isoformat(timespec="seconds"),
             load=load,
@@ -204,7 +204,7 @@ class Benchmark:
         self._execute(sa.text("VACUUM ANALYZE"))  # now, not during the measurement
         return clock.figure(seconds["agent's start"])
 
-    def _point(self, parts: Parts, shards: Shards, rows: int) -> Point:
+    def _point(self, backend: Backend, shards: Shards, rows: int) -> Point:
         """Create and run tasks until `rows` have ended, and measure."""
         missing = rows - self._ended()
         if rows > self._scale.tasks:
@@ -215,7 +215,7 @@ class Benchmark:
         figures = self._run_tasks(shards, missing)
         if self._tasks == missing:
             self._assign(_QUIET, self._scale.quiet)
-        for name, calls in Calls(parts, _QUIET, _BUSY).kinds(self._scale.sample):
+        for name, calls in Calls(backend, _QUIET, _BUSY).kinds(self._scale.sample):
             figures[name] = measure(self._database, calls)
         point = Point(rows, figures)
         _show_point(point)
@@ -246,13 +246,15 @@ class Benchmark:
             if wrong := connection.execute(query).first():
                 sys.exit(f"a task is {wrong.state}: {wrong.error_message}")
 
-    def _plans(self, parts: Parts, calls: Calls) -> list[Plan]:
+    def _plans(self, backend: Backend, calls: Calls) -> list[Plan]:
         """Explain every query of every kind of call, and of one task from start to end."""
-        recorder, engines = QueryRecorder(), (parts.ground.database, parts.engine.engine)
-        agent = SimulatedAgent(parts, self._scale.host(self._scale.instance_of_task(self._tasks)), lambda _task: False)
+        recorder, engines = QueryRecorder(), (backend.components.database, backend.engine.engine)
+        agent = SimulatedAgent(
+            backend, self._scale.host(self._scale.instance_of_task(self._tasks)), lambda _task: False
+        )
         agent.join()
         with recorder.during("create", *engines):
-            parts.tasks.create(make_request(self._setup, self._tasks))
+            backend.tasks.create(make_request(self._setup, self._tasks))
         with recorder.during("run a task", *engines):
             for task in agent.work():
                 task()

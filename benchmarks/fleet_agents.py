@@ -18,7 +18,7 @@ from multiprocessing import get_context
 
 import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
-from fleet_setup import Parts, Setup, describe_instance, host_name, make_request
+from fleet_setup import Backend, Setup, describe_instance, host_name, make_request
 
 from thrave.buckets.buckets import ObjectHead
 from thrave.bundle.checkpoint import Checkpoint, StreamPoint
@@ -41,7 +41,7 @@ from thrave.tasks.steps import Step
 from thrave.tasks.task import BundleTask
 
 PARTS = 4
-"""Parts of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
+"""Backend of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
 TASKS_AT_ONCE = 2
 _PART = memoryview(bytes(10 << 20))
 _ETAG = "d" * 32
@@ -141,8 +141,8 @@ class MemoryStore:
 class SimulatedWorkflow:
     """The workflow of one task in the tables of DBOS."""
 
-    def __init__(self, parts: Parts, workflow_id: str, owner: str) -> None:
-        self._engine = parts.engine
+    def __init__(self, backend: Backend, workflow_id: str, owner: str) -> None:
+        self._engine = backend.engine
         self._workflow_id = workflow_id
         self._owner = owner
         self.bundle_id = workflow_id.partition(".")[0]
@@ -203,22 +203,22 @@ class SimulatedBundling(Bundling):
 class SimulatedAgent:
     """The agent of one host."""
 
-    def __init__(self, parts: Parts, number: int, is_cancelled: Callable[[BundleTask], bool]) -> None:
+    def __init__(self, backend: Backend, number: int, is_cancelled: Callable[[BundleTask], bool]) -> None:
         """Simulate the agent of a host; `is_cancelled` says whether a task is cancelled when half of it is done."""
-        setup, ground = parts.setup, parts.ground
+        setup, components = backend.setup, backend.components
         self.name = host_name(number)
         self.is_cancelled = is_cancelled
-        self._parts = parts
+        self._backend = backend
         instances = range(number, setup.scale.instances, setup.scale.hosts)
         self._instances = MemoryInstances(describe_instance(setup, instance) for instance in instances)
-        self._reports = InstanceReports(ground.database, self._instances, self.name)
-        self._power = PowerRecords(ground.database, self.name)
+        self._reports = InstanceReports(components.database, self._instances, self.name)
+        self._power = PowerRecords(components.database, self.name)
         self.fence = Fence(self.name, "")
 
     def start(self) -> None:
         """Acquire the lease of the host, and report its instances."""
-        self.fence = self._parts.ground.hosts.take(self.name, tasks_at_once=TASKS_AT_ONCE)
-        self._parts.engine.upsert_queue(
+        self.fence = self._backend.components.hosts.take(self.name, tasks_at_once=TASKS_AT_ONCE)
+        self._backend.engine.upsert_queue(
             name=self._queue_name, concurrency=None, worker_concurrency=TASKS_AT_ONCE, rate_limit_max=None,
             rate_limit_period_sec=None, partition_concurrency=None, partition_worker_concurrency=None,
             partition_rate_limit_max=None, partition_rate_limit_period_sec=None,
@@ -229,12 +229,12 @@ class SimulatedAgent:
     def join(self) -> None:
         """Use the lease that the agent of this host has acquired in another process."""
         query = sa.select(host.c.lease).where(host.c.host == self.name)
-        with self._parts.ground.database.connect() as connection:
+        with self._backend.components.database.connect() as connection:
             self.fence = Fence(self.name, connection.execute(query).scalar_one())
 
     def heartbeat(self) -> None:
         """Send a heartbeat."""
-        self._parts.ground.hosts.heartbeat(self.fence)
+        self._backend.components.hosts.heartbeat(self.fence)
 
     def report(self) -> None:
         """Report the instances, and query power requests."""
@@ -243,21 +243,21 @@ class SimulatedAgent:
 
     def query_power_recovery(self) -> None:
         """Query instances whose power state must be restored."""
-        self._parts.ground.records().looked_after(self.name)
+        self._backend.components.records().looked_after(self.name)
 
     def query_cleanup(self) -> None:
         """Query tasks with orphaned objects, as in every pass of the cleanup but the first."""
-        self._parts.ground.records().to_clean_up(self.name)
+        self._backend.components.records().to_clean_up(self.name)
 
     def enqueue_lost(self) -> None:
         """Query tasks that have no workflow."""
-        self._parts.ground.hosts.enqueue_lost(self.name)
+        self._backend.components.hosts.enqueue_lost(self.name)
 
     def poll(self) -> list[tuple[str, str]]:
         """Poll the queue as DBOS does; return the workflows to run, each with its owner."""
-        queue = self._parts.engine.get_queue(self._queue_name)
+        queue = self._backend.engine.get_queue(self._queue_name)
         owner = secrets.token_hex(16)
-        workflows, _ = self._parts.engine.start_queued_workflows(
+        workflows, _ = self._backend.engine.start_queued_workflows(
             queue, self.name, APPLICATION_VERSION, None, 0, owner_xid=owner
         )
         return [(workflow_id, owner) for workflow_id in workflows]
@@ -266,9 +266,9 @@ class SimulatedAgent:
         """Yield a function for each task in the host's queue, which runs the task."""
         worker = self._host()
         while workflows := self.poll():
-            self._parts.engine.get_workflow_statuses([workflow_id for workflow_id, _ in workflows])
+            self._backend.engine.get_workflow_statuses([workflow_id for workflow_id, _ in workflows])
             for workflow_id, owner in workflows:
-                yield partial(self._run, worker, SimulatedWorkflow(self._parts, workflow_id, owner))
+                yield partial(self._run, worker, SimulatedWorkflow(self._backend, workflow_id, owner))
 
     def _run(self, worker: Host, workflow: SimulatedWorkflow) -> None:
         """Run a task as `bundling.bundle` does."""
@@ -282,16 +282,16 @@ class SimulatedAgent:
         workflow.end()
 
     def _host(self) -> Host:
-        ground, settings = self._parts.ground, self._parts.ground.settings
+        components, settings = self._backend.components, self._backend.components.settings
         given = {
             "name": self.name,
-            "records": ground.records(self.fence),
-            "accounts": ground.accounts,
+            "records": components.records(self.fence),
+            "accounts": components.accounts,
             "instances": self._instances,
             "buckets": MemoryStore(),
-            "made_buckets": MadeBuckets(ground.database, ground.records(self.fence)),
+            "made_buckets": MadeBuckets(components.database, components.records(self.fence)),
             "store_patience": settings.s3_patience,
-            "service": ground.service,
+            "service": components.service,
             "lease": Lease(None),  # one process has the agents of many hosts
         }
         names = {field.name for field in fields(Host)} - given.keys()
@@ -306,11 +306,11 @@ class SimulatedAgent:
 class Shard:
     """The part of the fleet in one process: an API, and the agents of some hosts."""
 
-    def __init__(self, parts: Parts, number: int) -> None:
-        self._parts = parts
-        scale = parts.setup.scale
+    def __init__(self, backend: Backend, number: int) -> None:
+        self._backend = backend
+        scale = backend.setup.scale
         hosts = range(number, scale.hosts, scale.shards)
-        self._agents = [SimulatedAgent(parts, host, self._is_cancelled) for host in hosts]
+        self._agents = [SimulatedAgent(backend, host, self._is_cancelled) for host in hosts]
 
     def start_agents(self) -> Seconds:
         """Start the agent of every host."""
@@ -325,16 +325,16 @@ class Shard:
         return _time(("task", task) for agent in self._agents for task in agent.work())
 
     def _requests(self, number: int) -> Iterator[tuple[str, Callable[[], object]]]:
-        request = make_request(self._parts.setup, number)
+        request = make_request(self._backend.setup, number)
         created: list[BundleTask] = []
-        yield "create", lambda: created.append(self._parts.tasks.create(request))
+        yield "create", lambda: created.append(self._backend.tasks.create(request))
         if _ends_in(request.instance_id, 0):
-            yield "cancel", lambda: self._parts.tasks.cancel(request.account_id, created[0].bundle_id)
+            yield "cancel", lambda: self._backend.tasks.cancel(request.account_id, created[0].bundle_id)
 
     def _is_cancelled(self, task: BundleTask) -> bool:
         if not _ends_in(task.instance_id, 5):
             return False
-        self._parts.tasks.cancel(task.account_id, task.bundle_id)
+        self._backend.tasks.cancel(task.account_id, task.bundle_id)
         return True
 
 
@@ -389,8 +389,8 @@ def _ends_in(name: str, digit: int) -> bool:
 
 
 def _open(setup: Setup, number: int) -> None:
-    parts = ExitStack().enter_context(setup.open())
-    _shards.append(Shard(parts, number))
+    backend = ExitStack().enter_context(setup.open())
+    _shards.append(Shard(backend, number))
 
 
 def _call(method: Callable[[Shard], Seconds]) -> Seconds:

@@ -101,21 +101,21 @@ class Setup:
         return Settings(data=self.data, database_url=self.url, shutdown_grace=1)
 
     @contextmanager
-    def open(self) -> Iterator["Parts"]:
+    def open(self) -> Iterator["Backend"]:
         """Open the objects that a process of the benchmark needs."""
-        parts = Parts(self, open_ground(self.settings))
+        backend = Backend(self, open_ground(self.settings))
         try:
-            yield parts
+            yield backend
         finally:
-            parts.close()
+            backend.close()
 
 
 @dataclass(frozen=True)
-class Parts:
+class Backend:
     """Objects of one process of the benchmark, as in `thrave api` and `thrave agent`."""
 
     setup: Setup
-    ground: Ground
+    components: Ground
 
     @cached_property
     def tasks(self) -> BundleTasks:
@@ -125,12 +125,12 @@ class Parts:
     def new_tasks(self) -> BundleTasks:
         """The same as in a new API process: without ended tasks in its memory."""
         return BundleTasks(
-            self.ground.database,
-            self.ground.records(),
-            self.ground.queues.enqueue,
-            host_of=ReportedInstances(self.ground.database).host_of,
-            retention=self.ground.settings.task_retention,
-            per_account=self.ground.settings.tasks_per_account,
+            self.components.database,
+            self.components.records(),
+            self.components.queues.enqueue,
+            host_of=ReportedInstances(self.components.database).host_of,
+            retention=self.components.settings.task_retention,
+            per_account=self.components.settings.tasks_per_account,
         )
 
     @cached_property
@@ -144,8 +144,8 @@ class Parts:
     def close(self) -> None:
         """Close all connections to the database."""
         self.engine.destroy()
-        self.ground.queues.close()
-        self.ground.database.dispose()
+        self.components.queues.close()
+        self.components.database.dispose()
 
 
 def host_name(host: int) -> str:
@@ -172,11 +172,11 @@ def describe_instance(setup: Setup, instance: int) -> Instance:
     )
 
 
-def create_callers(parts: Parts) -> tuple[Caller, ...]:
+def create_callers(backend: Backend) -> tuple[Caller, ...]:
     """Create the accounts. Each signs one upload policy, which all its requests have."""
     callers = []
-    for number in range(parts.setup.scale.accounts):
-        account, key = parts.ground.accounts.create(f"account-{number}")
+    for number in range(backend.setup.scale.accounts):
+        account, key = backend.components.accounts.create(f"account-{number}")
         policy, signature = upload_policy(key.secret_access_key, BUCKET, "winami")
         callers.append(Caller(account.account_id, key.access_key_id, b64encode(policy).decode(), signature))
     return tuple(callers)

@@ -1,4 +1,4 @@
-"""The benchmark of downtimes in small: it runs, and keeps figures that can be true."""
+"""The benchmark of downtime with a small disk."""
 
 import json
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 
 
-def test_the_benchmark_measures_a_guest_in_both_modes_and_keeps_its_figures(libvirtd, guest, tmp_path, monkeypatch):
+def test_downtime_benchmark_measures_both_modes_and_stores_results(libvirtd, guest, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import downtime
 
