@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from support.instances.command_machine import Machine
 from support.libvirt.guest import guest_image
 from support.libvirt.libvirt_host import running_host
 from support.servers import stores
 from support.servers.postgres import running_postgres
 from support.service.forked_server import ForkedServer
+from thrave.config import Settings
+from thrave.database import migrate, open_engine
+from thrave.ground import open_ground
 
 # A run under nohup or in the background ignores these signals, and so would every program that the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -81,3 +85,35 @@ def database(request):
     if request.param == "sqlite":
         return {}
     return {"database_url": request.getfixturevalue("postgres").new_database()}
+
+
+@pytest.fixture
+def alice(thrave_server):
+    """An account of `thrave_server` and its access key."""
+    return thrave_server.account("alice")
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine that commands of an instance start and stop; its state is a file."""
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    return Machine(folder)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A SQLite database with the tables of this release."""
+    engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
+    migrate(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def ground(database, tmp_path):
+    """The components that processes share, opened on each kind of database."""
+    ground = open_ground(Settings(data=tmp_path / "data", **database))
+    yield ground
+    ground.queues.close()
+    ground.database.dispose()

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 import thrave.database
-from thrave.database import account, is_unavailable, migrate, open_engine, utc_now, with_timeouts
+from thrave.database import account, is_unavailable, utc_now, with_timeouts
 from thrave.identity.accounts import Accounts
 from thrave.vault import Vault
 
@@ -20,14 +20,6 @@ def test_times_that_machines_compare_are_not_set_by_their_own_clocks():
     root = Path(thrave.database.__file__).parent
     users = {path.relative_to(root) for path in root.rglob("*.py") if "utc_now" in path.read_text()}
     assert {path for path in users if not {path.parts[0], path.name} & WITH_THIS_MACHINES_CLOCK} == set()
-
-
-@pytest.fixture
-def engine(tmp_path):
-    engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
-    migrate(engine)
-    yield engine
-    engine.dispose()
 
 
 def test_an_error_does_not_repeat_what_was_to_be_stored(engine):

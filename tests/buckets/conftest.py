@@ -1,8 +1,12 @@
 """The drivers that the contract of buckets is checked against."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from support.buckets import bucket_drivers
+from support.store_faults.fault_proxy import fault_proxy
+from thrave.buckets import retrying
 
 DRIVERS = [
     pytest.param(("directory", None), id="directory"),
@@ -19,3 +23,18 @@ def store(request, tmp_path):
     driver, server = request.param
     where = tmp_path / "buckets" if server is None else request.getfixturevalue(server)
     return getattr(bucket_drivers, driver)(where)
+
+
+@pytest.fixture(scope="module")
+def proxy(seaweedfs):
+    """A proxy before SeaweedFS that can inject faults."""
+    with fault_proxy(seaweedfs.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses, in seconds, that a retry would make; the clock does not advance."""
+    slept = []
+    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
+    return slept

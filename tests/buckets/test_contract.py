@@ -8,7 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.buckets.bucket_drivers import ALICE, BOB
-from support.buckets.upload_policies import ACCESS_KEY_ID, FAR, SECRET, bundle_document, document, encoded, signed_v2
+from support.buckets.upload_policies import (
+    FAR,
+    bundle_document,
+    document,
+    verified,
+)
 from thrave.buckets.errors import (
     AccessDenied,
     BucketAlreadyExists,
@@ -18,7 +23,6 @@ from thrave.buckets.errors import (
     NoSuchBucket,
     NoSuchKey,
 )
-from thrave.buckets.policy import UploadPolicy
 from thrave.buckets.retrying import RetryingBuckets
 
 
@@ -38,11 +42,6 @@ def buckets(store):
 def bucket(buckets, name):
     buckets.create(name, ALICE)
     return name
-
-
-def grant(policy):
-    text = encoded(policy)
-    return UploadPolicy.verify(text, signed_v2(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)
 
 
 def md5(data):
@@ -243,7 +242,7 @@ def test_nothing_is_put_into_no_bucket(store, buckets, name):
 
 
 def test_a_put_under_a_grant_is_stored(store, buckets, bucket):
-    policy = grant(bundle_document(bucket, "win1", acl=store.acl))
+    policy = verified(bundle_document(bucket, "win1", acl=store.acl))
     for key in ("win1.part.0", "win1.manifest.xml", "win1.manifest.json"):
         buckets.put(bucket, key, b"data", grant=policy)
     assert listed(buckets, bucket, "") == ["win1.manifest.json", "win1.manifest.xml", "win1.part.0"]
@@ -268,5 +267,5 @@ def test_what_a_grant_forbids_is_not_written(buckets, bucket, conditions, expira
     named = [{"bucket": bucket} if condition == "NAME" else condition for condition in conditions]
     buckets.put(bucket, "win1.part.0", b"before")
     with pytest.raises(error):
-        buckets.put(bucket, "win1.part.0", b"after", grant=grant(document(*named, expiration=expiration)))
+        buckets.put(bucket, "win1.part.0", b"after", grant=verified(document(*named, expiration=expiration)))
     assert buckets.get(bucket, "win1.part.0") == b"before"

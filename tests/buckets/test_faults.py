@@ -4,7 +4,7 @@ import pytest
 
 from support.store_faults import faults
 from support.store_faults.fault_bench import FaultBench, Temper
-from support.store_faults.fault_proxy import Kind, Rule, fault_proxy
+from support.store_faults.fault_proxy import Kind, Rule
 from support.store_faults.fault_table import (
     CLAIMING,
     LATER,
@@ -28,12 +28,6 @@ pytestmark = pytest.mark.s3
 
 CALM = Temper(timeout=30, patience=30)
 STALLS = (faults.silence, faults.silence_midway)
-
-
-@pytest.fixture(scope="module")
-def proxy(seaweedfs):
-    with fault_proxy(seaweedfs.url) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 import hashlib
 import socket
 import threading
-from types import SimpleNamespace
 
 import pytest
 
-from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
+from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, verified
 from support.servers.scripted_store import SILENCE, error, http, scripted
 from thrave.buckets import retrying, transport
 from thrave.buckets.connection import Credentials, StoreConnection
@@ -22,7 +21,6 @@ from thrave.buckets.errors import (
     UnreachableError,
 )
 from thrave.buckets.objects import WHOLE, S3Objects
-from thrave.buckets.policy import UploadPolicy
 from thrave.buckets.retrying import RetryingBuckets
 from thrave.buckets.s3 import ServiceBuckets
 from thrave.buckets.transport import Transport
@@ -38,17 +36,12 @@ def connection(script, **changes):
     return StoreConnection(**{"endpoint": script.url, "credentials": KEY, "timeout": 0.4, **changes})
 
 
-def grant():
-    text = encoded(bundle_document("my-bucket", "win1"))
-    return UploadPolicy.verify(text, signed_v2(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)
-
-
 def put(objects):
     return objects.put("my-bucket", "win1.part.0", DATA)
 
 
 def post(objects):
-    return objects.put("my-bucket", "win1.part.0", DATA, grant=grant())
+    return objects.put("my-bucket", "win1.part.0", DATA, grant=verified())
 
 
 def head(objects):
@@ -100,7 +93,13 @@ REFUSALS = {
 
 
 def is_free_of_secrets(caught, script):
-    hidden = (SECRET, TOKEN, grant().signature, grant().text, script.url)
+    hidden = (
+        SECRET,
+        TOKEN,
+        verified().signature,
+        verified().text,
+        script.url,
+    )
     return not any(secret in f"{caught.value} {caught.value!r}" for secret in hidden)
 
 
@@ -221,14 +220,6 @@ def test_a_key_that_would_not_arrive_as_it_is_is_refused_before_it_is_sent(key):
 
 def patient(script, seconds=5.0):
     return RetryingBuckets(ServiceBuckets(connection(script)), seconds)
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    """What would be slept, by a clock that does not go on."""
-    slept = []
-    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
-    return slept
 
 
 @pytest.mark.parametrize("upload", [put, post])

@@ -9,7 +9,7 @@ from support.service.forked_server import ForkedServer
 from support.service.service_on_store import UPLOAD_BY_SERVICE, ServiceOnStore
 from support.service.upload_bench import noise_disk
 from support.store_faults import faults
-from support.store_faults.fault_proxy import Kind, Rule, fault_proxy
+from support.store_faults.fault_proxy import Kind, Rule
 from thrave.buckets.errors import NoSuchBucket
 from thrave.buckets.objects import S3Objects
 from thrave.compute.instance import InstanceState
@@ -23,12 +23,6 @@ SENT_AS = {
     "policy": {"part": Kind.POST_OBJECT, "manifest": Kind.POST_MANIFEST},
     "service": {"part": Kind.PUT_OBJECT, "manifest": Kind.PUT_MANIFEST},
 }
-
-
-@pytest.fixture(scope="module")
-def proxy(seaweedfs):
-    with fault_proxy(seaweedfs.url) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module", params=SETTINGS)

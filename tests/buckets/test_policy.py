@@ -4,18 +4,18 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from support.buckets.upload_policies import ACCESS_KEY_ID, FAR, SECRET, bundle_document, document, encoded, signed_v2
+from support.buckets.upload_policies import (
+    ACCESS_KEY_ID,
+    FAR,
+    bundle_document,
+    document,
+    verified,
+)
 from thrave.buckets.errors import AccessDenied, BucketError, InvalidPolicyDocument
-from thrave.buckets.policy import UploadPolicy
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 BUCKET = {"bucket": "my-bucket"}
 KEY = ["starts-with", "$key", "winami"]
-
-
-def policy_of(policy):
-    text = encoded(policy)
-    return UploadPolicy.verify(text, signed_v2(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)
 
 
 def answer(call):
@@ -74,7 +74,7 @@ MALFORMED = [
 @pytest.mark.parametrize(("policy", "message"), MALFORMED)
 def test_a_document_that_is_no_policy_is_refused_with_s3s_message(policy, message):
     with pytest.raises(InvalidPolicyDocument) as caught:
-        policy_of(policy)
+        verified(policy)
     assert str(caught.value) == f"InvalidPolicyDocument(400)- Invalid Policy: {message}"
 
 
@@ -86,7 +86,7 @@ def test_a_document_that_is_no_policy_is_refused_with_s3s_message(policy, messag
     ],
 )  # fmt: skip
 def test_a_policy_is_good_up_to_its_expiration_as_every_client_writes_it(expiration):
-    policy = policy_of(document(BUCKET, KEY, expiration=expiration))
+    policy = verified(document(BUCKET, KEY, expiration=expiration))
     policy.check_upload("my-bucket", "winami", content_length=1, now=NOW + timedelta(seconds=1))
     with pytest.raises(AccessDenied) as caught:
         policy.check_upload("my-bucket", "winami", content_length=1, now=NOW + timedelta(seconds=1.001))
@@ -165,7 +165,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("conditions", "fields", "said"), FORMS)
 def test_a_form_of_five_bytes_is_answered_as_s3_answers_it(conditions, fields, said):
-    policy = policy_of(document(BUCKET, KEY, *conditions))
+    policy = verified(document(BUCKET, KEY, *conditions))
     form = {"key": "winami.part.0", **fields}
     assert answer(lambda: policy.check("my-bucket", form, content_length=5, now=NOW)) == said
 
@@ -187,7 +187,7 @@ def test_a_form_of_five_bytes_is_answered_as_s3_answers_it(conditions, fields, s
     ],
 )
 def test_bucket_and_key_are_held_to(policy, bucket, key, said):
-    assert answer(lambda: policy_of(policy).check_upload(bucket, key, content_length=5, now=NOW)) == said
+    assert answer(lambda: verified(policy).check_upload(bucket, key, content_length=5, now=NOW)) == said
 
 
 # what a policy says of a field, and what is sent
@@ -210,7 +210,7 @@ PROPOSED = [
 
 @pytest.mark.parametrize(("conditions", "fields"), PROPOSED)
 def test_a_form_has_what_the_policy_names_and_nothing_else(conditions, fields):
-    policy = policy_of(document(BUCKET, KEY, *conditions))
+    policy = verified(document(BUCKET, KEY, *conditions))
     assert policy.form_fields("winami.part.0") == {
         "key": "winami.part.0",
         **fields,
@@ -232,7 +232,7 @@ CLIENTS = {
 
 @pytest.mark.parametrize("policy", CLIENTS.values(), ids=CLIENTS.keys())
 def test_every_clients_policy_takes_a_whole_bundle(policy):
-    policy_of(policy).check_bundle("my-bucket", "winami", now=NOW)
+    verified(policy).check_bundle("my-bucket", "winami", now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +251,12 @@ def test_every_clients_policy_takes_a_whole_bundle(policy):
     ids=["the PHP SDK's: no key", "the bare prefix", "one part", "parts only", "contradiction", "expired"],
 )
 def test_a_policy_that_could_never_take_a_bundle_is_refused_before_anything_begins(policy, said):
-    assert answer(lambda: policy_of(policy).check_bundle("my-bucket", "winami", now=NOW)) == said
+    assert answer(lambda: verified(policy).check_bundle("my-bucket", "winami", now=NOW)) == said
 
 
 @pytest.mark.parametrize("beginning", ["", "w", "winami", "winami."])
 @pytest.mark.parametrize("ending", [".part.0", ".part.00", ".part.9", ".part.123", ".manifest.xml", ".manifest.json"])
 def test_what_takes_the_first_part_and_the_manifest_takes_all_of_a_bundle(beginning, ending):
-    policy = policy_of(document(BUCKET, ["starts-with", "$key", beginning]))
+    policy = verified(document(BUCKET, ["starts-with", "$key", beginning]))
     policy.check_bundle("my-bucket", "winami", now=NOW)
     policy.check_upload("my-bucket", "winami" + ending, content_length=None, now=NOW)

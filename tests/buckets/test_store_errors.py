@@ -181,13 +181,6 @@ class TestAProxyThat:
         assert isinstance(self.refused(SimpleNamespace(url="http://no-such-host.invalid"), scheme), UnreachableError)
 
 
-@pytest.fixture
-def pauses(monkeypatch):
-    slept = []
-    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
-    return slept
-
-
 def called(headers, pauses, patience=100.0, **options):
     failure = TransientError("SlowDown", 503, "words")
     failure.headers = headers

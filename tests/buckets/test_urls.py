@@ -3,13 +3,12 @@
 import pytest
 from pydantic import ValidationError
 
-from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, bundle_document, encoded, signed_v2
+from support.buckets.upload_policies import verified
 from support.servers.scripted_store import http, scripted
 from thrave.buckets.connection import Proxy, StoreConnection
 from thrave.buckets.errors import BucketError, InvalidArgument, InvalidBucketName, StoreSettingError
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.opening import store_connection
-from thrave.buckets.policy import UploadPolicy
 from thrave.buckets.s3 import Holder, OwnersBuckets
 from thrave.config import Settings, normal_endpoint
 
@@ -63,17 +62,15 @@ def test_endpoint_that_is_none_is_refused_without_repeating_it(url):
     assert "password" not in str(refused.value)
 
 
-def grant():
-    text = encoded(bundle_document("my-bucket", "win1"))
-    return UploadPolicy.verify(text, signed_v2(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)
-
-
 REQUESTS = {
     "object": (lambda objects: objects.get("my-bucket", "a/b c"), "GET /my-bucket/a/b%20c HTTP/1.1"),
     "HEAD": (lambda objects: objects.head("my-bucket", "key"), "HEAD /my-bucket/key HTTP/1.1"),
     "bucket": (lambda objects: objects.owner("my-bucket"), "HEAD /my-bucket HTTP/1.1"),
     "put": (lambda objects: objects.put("my-bucket", "key", b""), "PUT /my-bucket/key HTTP/1.1"),
-    "form": (lambda objects: objects.put("my-bucket", "win1.part.0", b"", grant=grant()), "POST /my-bucket HTTP/1.1"),
+    "form": (
+        lambda objects: objects.put("my-bucket", "win1.part.0", b"", grant=verified()),
+        "POST /my-bucket HTTP/1.1",
+    ),
     "listing": (
         lambda objects: [*objects.list("my-bucket", "a b")],
         "GET /my-bucket?prefix=a%20b&max-keys=1000&list-type=2&encoding-type=url HTTP/1.1",

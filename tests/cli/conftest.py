@@ -33,3 +33,11 @@ def thrave_json(thrave):
         return json.loads(stdout)
 
     return run
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file that an instance can have as its root volume."""
+    path = tmp_path / "win.raw"
+    path.write_bytes(bytes(4096))
+    return path

@@ -32,13 +32,6 @@ def account_id(thrave_json, data):
 
 
 @pytest.fixture
-def disk(tmp_path):
-    path = tmp_path / "win.raw"
-    path.write_bytes(bytes(4096))
-    return path
-
-
-@pytest.fixture
 def adopted(thrave_json, libvirt, account_id, disk):
     """A domain `win` that was adopted; gives its document."""
     libvirt.define("win", disk)

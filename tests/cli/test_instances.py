@@ -20,13 +20,6 @@ def account_id(thrave_json, data):
 
 
 @pytest.fixture
-def disk(tmp_path):
-    path = tmp_path / "win.raw"
-    path.write_bytes(bytes(4096))
-    return path
-
-
-@pytest.fixture
 def add(account_id, data, disk):
     """The words of a command that adds an instance."""
 

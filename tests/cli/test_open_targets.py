@@ -11,10 +11,8 @@ import pytest
 
 from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of
 from support.disks.qemu_images import qemu_img
-from support.required_programs import missing
+from support.required_programs import require_libnbd
 from thrave.cli.bundle_image import FORMATS
-from thrave.volumes import libnbd
-from thrave.volumes.errors import ComponentMissingError
 from thrave.volumes.writing import WRITABLE_FORMATS
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
@@ -41,14 +39,7 @@ def manifest(tmp_path):
 
 @pytest.fixture
 def qemu():
-    require_qemu()
-
-
-def require_qemu():
-    try:
-        libnbd.load()
-    except ComponentMissingError as error:
-        missing(error.component, package=error.package)
+    require_libnbd()
 
 
 def piped(manifest, *options, key="user"):
@@ -171,7 +162,7 @@ def test_no_qcow2_is_left_of_a_damaged_bundle_and_the_old_one_stays(manifest, th
 @pytest.mark.parametrize("there", [b"old", bytes(len(DATA))])
 def test_an_image_that_exists_is_replaced_only_with_force(manifest, thrave, tmp_path, image_format, there):
     if image_format != "raw":
-        require_qemu()
+        require_libnbd()
     image = tmp_path / "disk"
     image.write_bytes(there)
     words = ("open", manifest, *KEY, "--format", image_format, "-o", image)

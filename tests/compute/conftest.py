@@ -4,7 +4,6 @@ import gc
 
 import pytest
 
-from support.instances.command_machine import Machine
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances, new_instance_id
 from thrave.compute.instance import VolumeFile
@@ -25,13 +24,6 @@ def disk(tmp_path):
     path = tmp_path / "root.raw"
     path.write_bytes(bytes(4096))
     return path
-
-
-@pytest.fixture
-def machine(tmp_path):
-    folder = tmp_path / "machine"
-    folder.mkdir()
-    return Machine(folder)
 
 
 @pytest.fixture

@@ -11,19 +11,9 @@ from thrave.compute.directory import DirectoryInstances
 from thrave.compute.errors import HypervisorGoneError
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import InstanceState, VolumeFile
-from thrave.config import Settings
 from thrave.database import instance as instance_table
-from thrave.ground import open_ground
 
 FIRST, SECOND = "i-00000000000000001", "i-00000000000000002"
-
-
-@pytest.fixture
-def ground(database, tmp_path):
-    ground = open_ground(Settings(data=tmp_path / "data", **database))
-    yield ground
-    ground.queues.close()
-    ground.database.dispose()
 
 
 @pytest.fixture

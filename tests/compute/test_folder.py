@@ -1,24 +1,18 @@
 """Changes of an instance's file are compare-and-set: what was decided upon an older state is not written."""
 
-import sys
 import threading
 from datetime import UTC, datetime
 
 import pytest
 
 from support.eventually import eventually
+from support.instances.command_machine import command_that_waits
 from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, StateChangedError
 from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.locks import locked
 
 STATES = [*InstanceState]
-
-
-def waits_for(gate, begun):
-    """A command that says that it has begun, and ends when the gate is there."""
-    code = f"import os, time\nopen({str(begun)!r}, 'w')\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
-    return (sys.executable, "-c", code)
 
 
 @pytest.fixture
@@ -80,7 +74,9 @@ def test_the_end_of_a_stop_command_changes_nothing_once_the_instance_was_started
 
 def test_an_instance_terminated_while_it_is_started_stays_so_and_its_machine_is_stopped(instances, added, tmp_path):
     gate, begun, stopped = tmp_path / "gate", tmp_path / "begun", tmp_path / "stopped"
-    instance_id = added(state="stopped", start_command=waits_for(gate, begun), stop_command=("touch", str(stopped)))
+    instance_id = added(
+        state="stopped", start_command=command_that_waits(gate, begun), stop_command=("touch", str(stopped))
+    )
     errors = []
 
     def start():

@@ -9,6 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from support.eventually import eventually
+from support.instances.command_machine import command_that_waits
 from thrave import files
 from thrave.compute import power
 from thrave.compute.directory import DirectoryInstances
@@ -122,12 +123,6 @@ def test_a_folder_that_cannot_be_written_delays_a_request_and_is_logged(instance
     assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
 
 
-def waits_for(gate, begun):
-    """A command that says that it has begun, and ends when the gate is there."""
-    code = f"import os, time\nopen({str(begun)!r}, 'w')\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
-    return (sys.executable, "-c", code)
-
-
 @pytest.mark.parametrize(
     ("command", "first", "then", "state"),
     [
@@ -143,7 +138,7 @@ def test_what_is_asked_while_a_command_runs_takes_the_place_of_what_was_asked(
 ):
     gate, begun = tmp_path / "gate", tmp_path / "begun"
     instance_id = added(
-        state="running" if command == "stop_command" else "stopped", **{command: waits_for(gate, begun)}
+        state="running" if command == "stop_command" else "stopped", **{command: command_that_waits(gate, begun)}
     )
     getattr(requests, first)(instance_id)
     assert eventually(begun.exists)
@@ -155,7 +150,7 @@ def test_what_is_asked_while_a_command_runs_takes_the_place_of_what_was_asked(
 
 def test_an_instance_that_hangs_or_fails_holds_up_no_other(instances, added, requests, tmp_path):
     gate, begun = tmp_path / "gate", tmp_path / "begun"
-    hanging = added(state="stopped", start_command=waits_for(gate, begun))
+    hanging = added(state="stopped", start_command=command_that_waits(gate, begun))
     failing = added(state="stopped", start_command=("false",))
     others = [added(), added()]
     for instance_id in (hanging, failing):

@@ -9,22 +9,16 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from support.buckets.s3_storage import storage
+from support.manual_clock import ManualClock
 from thrave.ec2.app import create_app
 from thrave.ec2.rate import RateLimit, TooManyRequests
 
 ALICE, BOB = "111111111111", "222222222222"
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return ManualClock()
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ from thrave.identity.errors import (
 from thrave.vault import SealError
 
 
-@pytest.fixture
-def accounts(engine, vault):
-    return Accounts(engine, vault)
-
-
 def test_a_new_account_has_a_12_digit_id_and_a_key_of_the_form_of_awss(accounts):
     account, key = accounts.create("alice")
     assert re.fullmatch(r"[1-9][0-9]{11}", account.account_id)

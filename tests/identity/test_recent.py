@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from support.manual_clock import ManualClock
 from thrave.identity.keys import AccessKey
 from thrave.identity.recent import RecentKeys
 
@@ -17,18 +18,9 @@ KEY = AccessKey(
 )
 
 
-class Clock:
-    """A clock that is moved by hand."""
-
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return ManualClock()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sqlalchemy as sa
 
 from thrave.database import access_key as access_key_table
 from thrave.database import iam_user, user_policy
-from thrave.identity.accounts import Accounts
 from thrave.identity.errors import (
     EntityAlreadyExists,
     LimitExceeded,
@@ -22,11 +21,6 @@ from thrave.vault import SealError
 
 LOOK = json.dumps({"Statement": {"Effect": "Allow", "Action": "ec2:Describe*", "Resource": "*"}}, indent=2)
 NOTHING = json.dumps({"Statement": {"Effect": "Deny", "Action": "*", "Resource": "*"}})
-
-
-@pytest.fixture
-def accounts(engine, vault):
-    return Accounts(engine, vault)
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
-"""Programs that a test starts for real, and what it does where one is missing."""
+"""Programs and libraries that a test needs: without one, the test is skipped, or fails in CI (`CI=true`)."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+from thrave.volumes import libnbd
+from thrave.volumes.errors import ComponentMissingError
 
 _ELSEWHERE = ("/usr/sbin", "/sbin", "/usr/local/sbin")
 
@@ -34,3 +37,11 @@ def unavailable(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def require_libnbd() -> None:
+    """Load libnbd's binding; without it as `require`."""
+    try:
+        libnbd.load()
+    except ComponentMissingError as error:
+        missing(error.component, package=error.package)

@@ -23,11 +23,6 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def alice(thrave_server):
-    return thrave_server.account("alice")
-
-
 def bundled(server, key, instance_id, prefix="winami"):
     ec2 = server.client(key)
     task = ec2.bundle_instance(InstanceId=instance_id, Storage=server.storage(key, "alices-bucket", prefix))

@@ -2,7 +2,6 @@
 
 import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
 
@@ -10,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from support.eventually import eventually
-from support.service.upload_bench import BUCKET, MANIFEST, PREFIX, UploadBench, directory
+from support.service.upload_bench import BUCKET, MANIFEST, PREFIX, UploadBench
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.database import bundle_part, bundle_task, utc_now
 from thrave.tasks import claims
@@ -28,13 +27,6 @@ KEY = f"{PREFIX}.part.0"
 
 
 @pytest.fixture
-def buckets(tmp_path):
-    buckets = directory(tmp_path)
-    yield buckets
-    buckets.let_go()
-
-
-@pytest.fixture
 def made(tmp_path, buckets, database):
     """Makes a task's bench; all of one test have the same bucket, prefix and database."""
     with ExitStack() as stack:
@@ -48,14 +40,6 @@ def on_sqlite(tmp_path, buckets):
     """The same on SQLite alone, where the database makes no difference."""
     with ExitStack() as stack:
         yield lambda bundle_id: stack.enter_context(closing(UploadBench(tmp_path, buckets, bundle_id=bundle_id)))
-
-
-@pytest.fixture
-def begun(buckets):
-    """Begins something in another thread."""
-    with ThreadPoolExecutor() as threads:
-        yield threads.submit
-        buckets.let_go()
 
 
 def volume(folder, seed):

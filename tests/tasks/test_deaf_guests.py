@@ -9,7 +9,6 @@ import pytest
 
 from support.disks.raw_disk import make_disk
 from support.eventually import eventually
-from support.instances.command_machine import Machine
 from support.service.bundle_tasks import await_task
 from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
@@ -19,13 +18,6 @@ from thrave.vault import Vault
 
 MIB = 1 << 20
 DEAF = ("true",)
-
-
-@pytest.fixture
-def machine(tmp_path):
-    folder = tmp_path / "machine"
-    folder.mkdir()
-    return Machine(folder)
 
 
 def begin(server, tmp_path, **commands):

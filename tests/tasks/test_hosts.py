@@ -16,14 +16,6 @@ from thrave.tasks.task import BundleRequest
 
 
 @pytest.fixture
-def ground(database, tmp_path):
-    ground = open_ground(Settings(data=tmp_path / "data", **database))
-    yield ground
-    ground.queues.close()
-    ground.database.dispose()
-
-
-@pytest.fixture
 def hosts(ground):
     for name in ("host-a", "host-b"):
         ground.hosts.take(name, tasks_at_once=1)

@@ -10,11 +10,9 @@ from thrave.buckets.errors import TransientError
 from thrave.database import bundle_part, bundle_task, bundle_task_event, host, migrate, open_engine, utc_now
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.leftovers import LeftOvers
-from thrave.tasks.records import Records
 from thrave.tasks.retention import Retention
 from thrave.tasks.retries import Retries
 from thrave.tasks.task import BundleRequest
-from thrave.vault import Vault
 
 ACCOUNT = "111111111111"
 HERE, ELSEWHERE, NOWHERE = "here", "elsewhere", "nowhere"
@@ -29,11 +27,6 @@ def engine(tmp_path):
         connection.execute(host.insert(), [{**row, "host": name, "state": "active"} for name in (HERE, ELSEWHERE)])
     yield engine
     engine.dispose()
-
-
-@pytest.fixture
-def records(engine, tmp_path):
-    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
 
 
 @pytest.fixture

@@ -5,21 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from support.manual_clock import ManualClock
 from thrave.tasks import lease as lease_module
 from thrave.tasks.lease import Lease, LeaseExpiredError
 
 
-class Clock:
-    """A clock that the test sets."""
-
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 def test_lease_allows_an_attempt_that_ends_in_time():
-    clock = Clock()
+    clock = ManualClock()
     lease = Lease(60.0, clock)
     lease.check(50.0)
     with pytest.raises(LeaseExpiredError):
@@ -27,7 +19,7 @@ def test_lease_allows_an_attempt_that_ends_in_time():
 
 
 def test_lease_counts_from_the_moment_before_the_heartbeat_was_sent():
-    clock = Clock()
+    clock = ManualClock()
     lease = Lease(60.0, clock)
     sent = lease.now()
     clock.now += 50.0  # the database takes long to answer
@@ -37,7 +29,7 @@ def test_lease_counts_from_the_moment_before_the_heartbeat_was_sent():
 
 
 def test_a_late_answer_does_not_shorten_the_lease():
-    clock = Clock()
+    clock = ManualClock()
     lease = Lease(60.0, clock)
     late = lease.now()
     clock.now += 10.0
@@ -48,7 +40,7 @@ def test_a_late_answer_does_not_shorten_the_lease():
 
 
 def test_expired_lease_holds_again_after_a_heartbeat():
-    clock = Clock()
+    clock = ManualClock()
     lease = Lease(60.0, clock)
     clock.now += 60.0
     assert not lease.holds()
@@ -57,7 +49,7 @@ def test_expired_lease_holds_again_after_a_heartbeat():
 
 
 def test_lease_on_one_machine_never_ends():
-    clock = Clock()
+    clock = ManualClock()
     lease = Lease(None, clock)
     clock.now += 1e9
     lease.check(1e9)

@@ -10,10 +10,8 @@ from thrave.database import migrate, open_engine
 from thrave.tasks import made_buckets as module
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.made_buckets import BucketBusyError, MadeBuckets
-from thrave.tasks.records import Records
 from thrave.tasks.states import BundleTaskState
 from thrave.tasks.task import BundleRequest
-from thrave.vault import Vault
 
 OWNER, BUCKET, HOST = "111111111111", "my-bucket", "localhost"
 REQUEST = BundleRequest(
@@ -31,11 +29,6 @@ def engine(request, tmp_path):
     migrate(engine)
     yield engine
     engine.dispose()
-
-
-@pytest.fixture
-def records(engine, tmp_path):
-    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
 
 
 @pytest.fixture

@@ -11,11 +11,9 @@ from thrave.database import bundle_task, migrate, open_engine
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.journal import Stored, StoredObject
 from thrave.tasks.overview import Overview, Spell, Wanted, bytes_done, spells, time_in
-from thrave.tasks.records import Records
 from thrave.tasks.requests import BundleTaskNotFound
 from thrave.tasks.states import UNFINISHED, BundleTaskState
 from thrave.tasks.task import BundleRequest, Event
-from thrave.vault import Vault
 
 S = BundleTaskState
 T0 = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -34,11 +32,6 @@ def engine(database, tmp_path):
     migrate(engine)
     yield engine
     engine.dispose()
-
-
-@pytest.fixture
-def records(engine, tmp_path):
-    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
 
 
 @pytest.fixture

@@ -18,11 +18,6 @@ from thrave.compute.instance import InstanceState
 MIB = 1 << 20
 
 
-@pytest.fixture
-def alice(thrave_server):
-    return thrave_server.account("alice")
-
-
 def bundle(server, key, instance_id):
     ec2 = server.client(key)
     storage = server.storage(key, "alices-bucket", "winami")

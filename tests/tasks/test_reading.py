@@ -2,7 +2,7 @@
 
 import os
 import threading
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import pytest
 
 from support.disks.qemu_images import converted, written_to
 from support.eventually import eventually
-from support.service.upload_bench import UploadBench, directory
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.reading import VolumeReader
 from thrave.volumes.opening import open_volume
@@ -18,12 +17,6 @@ from thrave.volumes.qemu import QemuVolume
 from thrave.volumes.raw import RawVolume
 
 DRIVERS = {"raw": RawVolume, "qcow2": QemuVolume}
-
-
-@pytest.fixture
-def bench(tmp_path):
-    with closing(UploadBench(tmp_path, directory(tmp_path))) as bench:
-        yield bench
 
 
 class Disk:

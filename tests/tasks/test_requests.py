@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import sqlalchemy as sa
 
-from thrave.database import bundle_task, migrate, open_engine, task_in_progress, utc_now
+from thrave.database import bundle_task, task_in_progress, utc_now
 from thrave.tasks import requests
 from thrave.tasks.records import Records
 from thrave.tasks.requests import BundleTaskNotFound, BundleTasks
@@ -16,14 +16,6 @@ from thrave.vault import Vault
 
 OWNER = "111111111111"
 RETENTION = timedelta(days=7)
-
-
-@pytest.fixture
-def engine(tmp_path):
-    engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
-    migrate(engine)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -50,13 +49,6 @@ def disk(tmp_path_factory):
 
 
 @pytest.fixture
-def buckets(tmp_path):
-    buckets = directory(tmp_path)
-    yield buckets
-    buckets.let_go()
-
-
-@pytest.fixture
 def made_bench(tmp_path):
     """Makes a task's bench; all of one test have the same database."""
     with ExitStack() as stack:
@@ -82,14 +74,6 @@ def killed(made_bench, tmp_path):
         return bench
 
     return kill
-
-
-@pytest.fixture
-def begun(buckets):
-    """Begins something in another thread."""
-    with ThreadPoolExecutor() as threads:
-        yield threads.submit
-        buckets.let_go()
 
 
 def numbers(keys):

@@ -2,26 +2,18 @@
 
 import threading
 import time
-from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
 
 from support.eventually import eventually, one_of
-from support.service.upload_bench import UploadBench, directory
 from thrave.compute.errors import HoldLostError, HypervisorError, HypervisorGoneError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Call, NoThreadError
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import RightLostError
 from thrave.tasks.lease import Lease, LeaseExpiredError
 from thrave.tasks.watch import INTERVAL, Watch
-
-
-@pytest.fixture
-def bench(tmp_path):
-    with closing(UploadBench(tmp_path, directory(tmp_path))) as bench:
-        yield bench
 
 
 def until_stopped(watch):

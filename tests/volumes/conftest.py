@@ -3,9 +3,7 @@
 import pytest
 
 from support.disks.raw_disk import make_disk
-from support.required_programs import missing
-from thrave.volumes import libnbd
-from thrave.volumes.errors import ComponentMissingError
+from support.required_programs import require_libnbd
 from thrave.volumes.opening import QEMU_FORMATS
 
 
@@ -20,11 +18,8 @@ def raw(tmp_path):
 
 @pytest.fixture(scope="session")
 def nbd():
-    """What QEMU's formats need besides QEMU."""
-    try:
-        libnbd.load()
-    except ComponentMissingError as error:
-        missing(error.component, package=error.package)
+    """The library that every format but raw needs; without it the test is skipped."""
+    require_libnbd()
 
 
 @pytest.fixture(params=["raw", *QEMU_FORMATS])

@@ -6,6 +6,7 @@ import hmac
 import json
 
 from support.buckets.s3_storage import signature
+from thrave.buckets.policy import UploadPolicy
 
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 ACCESS_KEY_ID = "AKIAIOSFODNN7EXAMPLE"
@@ -40,3 +41,9 @@ def document(*conditions, expiration=FAR):
 def bundle_document(bucket, prefix, expiration=FAR, acl="ec2-bundle-read"):
     """The document that the AWS CLI makes."""
     return document({"bucket": bucket}, {"acl": acl}, ["starts-with", "$key", prefix], expiration=expiration)
+
+
+def verified(policy=None):
+    """Encode, sign and verify a policy document, by default that of bundle `win1` in the bucket `my-bucket`."""
+    text = encoded(bundle_document("my-bucket", "win1") if policy is None else policy)
+    return UploadPolicy.verify(text, signed_v2(text), access_key_id=ACCESS_KEY_ID, secret=SECRET)

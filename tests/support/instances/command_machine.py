@@ -1,4 +1,6 @@
-"""A machine that commands switch on and off."""
+"""A machine that commands of an instance start and stop, and commands that wait."""
+
+import sys
 
 
 class Machine:
@@ -30,3 +32,9 @@ class Machine:
     def hear(self):
         """Have it hear the power button again."""
         self.deaf.unlink()
+
+
+def command_that_waits(gate, begun):
+    """Return a command that creates the file `begun`, and ends when the file `gate` exists."""
+    code = f"import os, time\nopen({str(begun)!r}, 'w')\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
+    return (sys.executable, "-c", code)

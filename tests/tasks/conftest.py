@@ -1,0 +1,38 @@
+"""Fixtures of tests that run parts of a task in this process; `support/service/upload_bench.py` has the parts."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from support.service.upload_bench import UploadBench, directory
+from thrave.tasks.records import Records
+from thrave.vault import Vault
+
+
+@pytest.fixture
+def buckets(tmp_path):
+    """A directory store whose calls a test can block; all are released at the end."""
+    buckets = directory(tmp_path)
+    yield buckets
+    buckets.let_go()
+
+
+@pytest.fixture
+def begun(buckets):
+    """Starts a function in another thread and returns its future."""
+    with ThreadPoolExecutor() as threads:
+        yield threads.submit
+        buckets.let_go()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A task whose volume is to be uploaded, in a database and a bucket of its own."""
+    with closing(UploadBench(tmp_path, directory(tmp_path))) as bench:
+        yield bench
+
+
+@pytest.fixture
+def records(engine, tmp_path):
+    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
