@@ -4,12 +4,15 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from support.eventually import eventually
+from thrave.buckets import directory
 from thrave.buckets.buckets import NOBODY
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.directory import RESERVE, DirectoryBuckets
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, InternalError, InvalidArgument, NoSuchKey
 
 ALICE = "111111111111"
@@ -177,6 +180,61 @@ def test_a_disk_that_takes_no_more_is_an_internal_error_and_the_old_object_stays
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert buckets.get(BUCKET, "key") == b"before"
     assert [*(root / ".spool").iterdir()] == []
+
+
+GRANT = SimpleNamespace(check_upload=lambda *arguments, **options: None)
+
+
+def set_free(monkeypatch, free):
+    """Let the file system of the buckets say that so many bytes are free; None: it knows no size."""
+    blocks, free = (0, 0) if free is None else (1 << 20, free)
+    status = SimpleNamespace(f_blocks=blocks, f_bavail=free, f_frsize=1)
+    monkeypatch.setattr(directory.os, "statvfs", lambda path: status)
+
+
+def test_put_of_an_upload_leaves_the_reserve_free(buckets, monkeypatch):
+    set_free(monkeypatch, RESERVE + 3)
+    with pytest.raises(InternalError, match="No space left on device"):
+        buckets.put(BUCKET, "key", b"data", grant=GRANT)
+    assert buckets.head(BUCKET, "key") is None
+    buckets.put(BUCKET, "key", b"dat", grant=GRANT)
+
+
+def test_put_without_a_grant_may_use_the_reserve(buckets, monkeypatch):
+    set_free(monkeypatch, 4)
+    buckets.put(BUCKET, "key", b"data")
+    assert buckets.get(BUCKET, "key") == b"data"
+
+
+def test_put_on_a_file_system_without_a_size_is_not_limited(buckets, monkeypatch):
+    set_free(monkeypatch, None)
+    buckets.put(BUCKET, "key", b"data", grant=GRANT)
+    assert buckets.get(BUCKET, "key") == b"data"
+
+
+def test_uploads_at_once_leave_the_reserve_free_together(buckets, monkeypatch):
+    set_free(monkeypatch, RESERVE + 7)
+    begun, end = threading.Event(), threading.Event()
+    write = buckets._write
+
+    def slow(path, data):
+        if path.name == "first":
+            begun.set()
+            assert end.wait(60)
+        write(path, data)
+
+    monkeypatch.setattr(buckets, "_write", slow)
+    first = threading.Thread(target=buckets.put, args=(BUCKET, "first", b"data"), kwargs={"grant": GRANT})
+    first.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(InternalError, match="No space left on device"):
+            buckets.put(BUCKET, "second", b"data", grant=GRANT)
+    finally:
+        end.set()
+        first.join()
+    buckets.put(BUCKET, "second", b"data", grant=GRANT)
+    assert sorted(buckets.list(BUCKET, "")) == ["first", "second"]
 
 
 def test_nothing_is_left_in_the_spool(buckets, root):

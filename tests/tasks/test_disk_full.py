@@ -10,6 +10,7 @@ import pytest
 
 from support.crashes.kill_sweep import MIB, Scene
 from support.disks.raw_disk import make_disk
+from thrave.buckets.directory import RESERVE
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import InstanceState, VolumeFile
@@ -17,19 +18,21 @@ from thrave.tasks.power import PowerSwitch
 from thrave.tasks.states import BundleTaskState
 from thrave.tasks.steps import Step
 
+PART = 10 * MIB
+KIB = 1 << 10
 PASSES = 10
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MiB, and what makes it larger."""
+    """A file system of 40 MiB, and what makes it larger."""
     folder = tmp_path / "small"
     folder.mkdir()
 
     def resize(options, size):
         return subprocess.run(["mount", "-t", "tmpfs", "-o", f"{options}size={size}", "tmpfs", folder], check=False)
 
-    if resize("", 24 * MIB).returncode:
+    if resize("", 40 * MIB).returncode:
         pytest.skip("this user may not mount a tmpfs")
     yield folder, lambda size: resize("remount,", size)
     subprocess.run(["umount", "--lazy", folder], check=True)
@@ -53,6 +56,25 @@ def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(smal
     assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
     scene.check_nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reserve", [0, RESERVE])
+def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(small_disk, tmp_path, reserve):
+    """Two of five parts fit, and some KiB more: each task makes the write-ahead log of the database 440 KiB longer."""
+    folder, resize = small_disk
+    resize(128 * MIB)
+    scene = Scene(tmp_path, data=folder / "thrave")
+    assert scene.live()
+    for remaining in range(256 * KIB, 513 * KIB, 40 * KIB):
+        filler = shutil.disk_usage(folder).free - reserve - 2 * PART - remaining
+        (folder / "filler").write_bytes(bytes(filler))
+        assert scene.come_to_an_end().state is BundleTaskState.FAILED
+        assert scene.objects() == {}
+        scene.await_power()
+        scene.bundle_id = None
+        (folder / "filler").unlink()
+    scene.server.stop()
 
 
 def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_disk, tmp_path):

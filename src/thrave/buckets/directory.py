@@ -13,8 +13,9 @@ which one is the other's folder (`a` and `a/b`). Such keys are InvalidArgument.
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -36,6 +37,12 @@ from thrave.buckets.policy import UploadPolicy
 _SEGMENT_BYTES = 255  # what Linux file systems take
 _PUT_ATTEMPTS = 100  # a delete may prune the folder that a put has just made
 _OWNER = re.compile(r"([0-9]{12})\n")
+RESERVE = 16 << 20
+"""Bytes of the file system that uploads leave free.
+
+The database is usually on the same file system, and the parts of a task that failed are deleted only after the failure
+was recorded there. SQLite needs 4 MiB for its write-ahead log, and room to write the log into the database.
+"""
 
 
 class DirectoryBuckets:
@@ -45,6 +52,8 @@ class DirectoryBuckets:
         self._root = root.resolve()
         self._owners = self._root / ".owners"
         self._spool = self._root / ".spool"
+        self._lock = threading.Lock()
+        self._claimed = 0  # bytes of the uploads that are being written
         with _disk_faults():
             for folder in (self._owners, self._spool):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -98,12 +107,12 @@ class DirectoryBuckets:
         return True
 
     def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
-        """See Buckets. Files have no ETag."""
-        path = self._path(bucket, key)
+        """See Buckets. Files have no ETag. An upload leaves RESERVE bytes free; the service itself may use them."""
+        path, size = self._path(bucket, key), memoryview(data).nbytes
         if grant is not None:
-            grant.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=datetime.now(UTC))
+            grant.check_upload(bucket, key, content_length=size, now=datetime.now(UTC))
         self._require(bucket)
-        with _disk_faults():
+        with _disk_faults(), nullcontext() if grant is None else self._room(size):
             try:
                 self._write(path, data)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
@@ -164,6 +173,25 @@ class DirectoryBuckets:
     def _require(self, bucket: str) -> None:
         if self.owner(bucket) is None:
             raise NoSuchBucket("The specified bucket does not exist")
+
+    @contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        """Claim room for an upload while it is written; OSError (ENOSPC) if less than RESERVE would remain."""
+        with self._lock:
+            # A file that is half written counts twice, so that no number of uploads at once uses the reserve.
+            if self._free() - self._claimed - size < RESERVE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._claimed += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claimed -= size
+
+    def _free(self) -> float:
+        """Free bytes of the file system, without those that only root may use."""
+        status = os.statvfs(self._root)
+        return status.f_bavail * status.f_frsize if status.f_blocks else float("inf")  # some know no size
 
     def _write(self, path: Path, data: bytes | memoryview) -> None:
         for attempt in range(_PUT_ATTEMPTS):
