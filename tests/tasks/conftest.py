@@ -5,9 +5,16 @@ from contextlib import closing
 
 import pytest
 
+from support.crashes.kill_sweep import end_scenes
 from support.service.upload_bench import UploadBench, directory
 from thrave.tasks.records import Records
 from thrave.vault import Vault
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown():
+    """Stop killed services before the fixtures end: one of them unmounts the disk that a service works on."""
+    end_scenes()
 
 
 @pytest.fixture

@@ -55,8 +55,19 @@ TO_REPLACE = [
 ]  # fmt: skip
 
 
+_scenes = []  # of the test that runs
+
+
+def end_scenes():
+    """Kill the services that a test has left running: one that failed stops none, and the next test must not see it."""
+    while _scenes:
+        server = _scenes.pop().server
+        if server.process is not None and not server.process.stdout.closed:
+            server.stop(signal.SIGKILL)
+
+
 class Scene:
-    """One instance with a disk of five parts, one task on it, and the service that dies."""
+    """One instance with a disk of five parts, one task on it, and the service that dies. `end_scenes` stops it."""
 
     def __init__(
         self, folder, *, size=45 * MIB, image_format="raw", data=None, server=ForkedServer, environment=(), **settings
@@ -68,6 +79,7 @@ class Scene:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
         self.server = server(DataDirectory(data or folder / "thrave"))
+        _scenes.append(self)
         self._arm(None)
         self.account, self.key = self.server.account("alice")
         disk = folder / "root.raw"
