@@ -97,7 +97,7 @@ def main() -> int:
 @contextmanager
 def running_thrave(data: Path) -> Iterator[list[Call]]:
     """Run Thrave on its core; yield the requests."""
-    settings = {"requests_per_second": 1e6, "request_burst": 10**6}  # one account sends all requests
+    settings = {"max_requests_per_second": 1e6, "max_request_burst": 10**6}  # one account sends all requests
     with pinned(SERVER_CORE), ThraveServer.running(data, **settings) as server:
         account, key = server.account("benchmark")
         *complete, running = add_tasks(server, account.account_id, key)

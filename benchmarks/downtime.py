@@ -35,7 +35,7 @@ from support.libvirt.libvirt_host import Host, running_host
 from support.libvirt.libvirt_service import LibvirtService
 from thrave.demo.disk import PARTITION_OFFSET
 
-MODES = ("overlay", "whole")
+MODES = ("overlay", "offline")
 _FREE_SPACE = 256 * MIB  # on the volume, in addition to the data
 _TASK_TIMEOUT = 3600.0  # seconds for a task
 _LARGE = 8 * GIB  # larger data have one round only
@@ -94,7 +94,7 @@ def _measure(sizes: Sequence[int], rounds: int, inputs: Path) -> Iterator[Point]
     print(f"{'data MiB':>9}  {'mode':8}{'started s':>10}{'ready s':>10}{'task s':>10}")
     tmpfs = tempfile.TemporaryDirectory(prefix="thrave-downtime-", dir="/dev/shm")
     with tmpfs as folder, running_host() as host:
-        service = LibvirtService(Path(folder), host, uploads_at_once=4)
+        service = LibvirtService(Path(folder), host, upload_concurrency=4)
         for size in sizes:
             with _guest(host, service, size, inputs) as domain:
                 yield from _measure_size(service, domain, size, 1 if size > _LARGE else rounds)
@@ -115,7 +115,7 @@ def _measure_size(service: LibvirtService, domain: Domain, size: int, rounds: in
 
 def _measure_bundle(service: LibvirtService, domain: Domain, mode: str) -> Downtime:
     """Bundle the guest once, and measure."""
-    service.start(downtime=mode)
+    service.start(capture_mode=mode)
     boots = domain.boots
     domain.await_written(boots[-1], 3)
     try:

@@ -42,7 +42,7 @@ from thrave.tasks.task import BundleTask
 
 PARTS = 4
 """Backend of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
-TASKS_AT_ONCE = 2
+WORKER_CONCURRENCY = 2
 _PART = memoryview(bytes(10 << 20))
 _ETAG = "d" * 32
 _DIGESTS = {"sha1": "a" * 40, "sha256": "b" * 64}
@@ -217,9 +217,9 @@ class SimulatedAgent:
 
     def start(self) -> None:
         """Acquire the lease of the host, and report its instances."""
-        self.fence = self._backend.components.hosts.take(self.name, tasks_at_once=TASKS_AT_ONCE)
+        self.fence = self._backend.components.hosts.take(self.name, worker_concurrency=WORKER_CONCURRENCY)
         self._backend.engine.upsert_queue(
-            name=self._queue_name, concurrency=None, worker_concurrency=TASKS_AT_ONCE, rate_limit_max=None,
+            name=self._queue_name, concurrency=None, worker_concurrency=WORKER_CONCURRENCY, rate_limit_max=None,
             rate_limit_period_sec=None, partition_concurrency=None, partition_worker_concurrency=None,
             partition_rate_limit_max=None, partition_rate_limit_period_sec=None,
             polling_interval_sec=FLEET_POLLING_INTERVAL, update_existing=True,
@@ -290,7 +290,7 @@ class SimulatedAgent:
             "instances": self._instances,
             "buckets": MemoryStore(),
             "made_buckets": MadeBuckets(components.database, components.records(self.fence)),
-            "store_patience": settings.s3_patience,
+            "store_patience": settings.s3_retry_timeout,
             "service": components.service,
             "lease": Lease(None),  # one process has the agents of many hosts
         }

@@ -136,9 +136,9 @@ def _running_agent(setup: Setup, folder: Path) -> Iterator[None]:
         (folder / f"{instance_id(number)}.json").write_bytes(
             write(Description(**vars(describe_instance(setup, number))))
         )
-    settings = {"database_url": setup.url, "instances": folder, "data": setup.data}
+    settings = {"database_url": setup.url, "instance_dir": folder, "data_dir": setup.data}
     agent = subprocess.Popen(
-        [sys.executable, "-m", "thrave", "agent", "--host", host_name(0)],
+        [sys.executable, "-m", "thrave", "agent", "--host-id", host_name(0)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **{f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()}},

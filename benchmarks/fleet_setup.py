@@ -98,7 +98,7 @@ class Setup:
     @property
     def settings(self) -> Settings:
         """Settings of every process."""
-        return Settings(data=self.data, database_url=self.url, shutdown_grace=1)
+        return Settings(data_dir=self.data, database_url=self.url, shutdown_timeout=1)
 
     @contextmanager
     def open(self) -> Iterator["Backend"]:
@@ -130,7 +130,7 @@ class Backend:
             self.components.queues.enqueue,
             host_of=ReportedInstances(self.components.database).host_of,
             retention=self.components.settings.task_retention,
-            per_account=self.components.settings.tasks_per_account,
+            per_account=self.components.settings.max_tasks_per_account,
         )
 
     @cached_property

@@ -140,7 +140,7 @@ def publish_downtime(page: str) -> None:
         "",
         f"{results['when'][:10]}, {cores}, load {results['load']:.1f} at the start.",
         "",
-        "| data GiB | `downtime` | until it is started, s | until it has booted, s | the whole task, s | rounds |",
+        "| data GiB | `capture_mode` | until it is started, s | until it has booted, s | the whole task, s | rounds |",
         "| --: | --- | --: | --: | --: | --: |",
     ]
     for point in results["points"]:
@@ -153,10 +153,10 @@ def publish_downtime(page: str) -> None:
 def plot_downtime(page: str, points: Sequence[Json]) -> None:
     """Seconds of downtime over GiB of data."""
     figure, axis = plt.subplots(figsize=(6, 3.5))
-    for mode, colour in {"overlay": OURS, "whole": OTHERS}.items():
+    for mode, colour in {"overlay": OURS, "offline": OTHERS}.items():
         some = [point for point in points if point["mode"] == mode]
         sizes, seconds = [point["data"] / GIB for point in some], [median_of(point, "ready") for point in some]
-        axis.plot(sizes, seconds, marker="o", color=colour, label=f"downtime = {mode}")
+        axis.plot(sizes, seconds, marker="o", color=colour, label=f"capture_mode = {mode}")
     axis.set(xlabel="GiB of data on the root volume", ylabel="seconds down, until it has booted", ylim=0, xlim=0)
     axis.legend(frameon=False)
     save_plot(page, figure, [axis])

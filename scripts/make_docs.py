@@ -37,10 +37,17 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _default(value: object) -> str:
+    """A default as in the TOML file."""
+    if value is PydanticUndefined:
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
 def settings() -> str:
     """Every setting with its name in the environment, its type, default and meaning."""
     rows = [
-        (f"`{name}`", f"`THRAVE_{name.upper()}`", "" if field.default is PydanticUndefined else f"`{field.default}`",
+        (f"`{name}`", f"`THRAVE_{name.upper()}`", _default(field.default),
          field.description)
         for name, field in Settings.model_fields.items()
     ]  # fmt: skip
@@ -79,8 +86,9 @@ def doctor() -> str:
         for check in (*CHECKS, CLEAN_UP)
     )
     return (
-        "# What `thrave doctor` tries\n\nIn this order. What tasks can do without is `lacking` where it is not there;"
-        " all else has `failed`.\n\n" + table(("of the", "check", "tries", "can do without", "what to do"), rows)
+        "# What `thrave doctor` tries\n\nIn this order. The outcome of a check that does not succeed is `failed`, or"
+        " `warning` if tasks can do without it.\n\n"
+        + table(("of the", "check", "tries", "can do without", "what to do"), rows)
     )
 
 
@@ -102,8 +110,8 @@ STORE_ERRORS = """\
 # Errors of object stores
 
 Thrave decides by S3's code, else by the HTTP status, else by the first digit of the status. What is `transient` is
-sent again: by a task for `s3_patience` seconds, by `BundleInstance` for 5, by a command for 60 (twice, if the server
-has never responded). A response that says `Retry-After` is obeyed within that time. All other errors are final.
+sent again: by a task for `s3_retry_timeout` seconds, by `BundleInstance` for 5, by a command for 60 (twice, if the
+server has never responded). A response that says `Retry-After` is obeyed within that time. All other errors are final.
 
 {kinds}
 ## Codes
@@ -120,11 +128,11 @@ IMAGES = """\
 # What disk images state of themselves
 
 An image file can refer to other files, and can say that it is not the whole disk or not to be trusted. The file's own
-words are read before QEMU opens it, and decide: `accept`; `warn`, which is accepted and reported in the task's notice
+words are read before QEMU opens it, and decide: `accept`; `warn`, which is accepted and reported in the task's warning
 or by `thrave bundle`; `refuse`. A mark that a running machine leaves in its image counts once the machine is off.
 
-A file that is accepted must lie in the real folder of the image that is bundled, or in one of the `image_directories`
-(`thrave bundle --image-directory`) or a folder below. Links are followed, once, and the file that they led to counts.
+A file that is accepted must lie in the real folder of the image that is bundled, or in one of the `image_dirs`
+(`thrave bundle --image-dir`) or a folder below. Links are followed, once, and the file that they led to counts.
 QEMU is given open files and never a name. At the end every file is compared with what it was: size, times of change
 (also that of its status, which cannot be set back), and whether its name still leads to it. A block device has no such
 times: the kernel's count of writes is compared, which does not see writes by another host or through another device.
@@ -156,7 +164,7 @@ def crash_points() -> str:
     rows = ((f"`{step}`", row.done, row.again) for step, row in STEPS.items())
     return (
         "# Steps of a bundle task that a crash can cut off\n\nEach has two crash points: with the setting"
-        ' `crash_at = "part stored, before"` or `"part stored, after"`, and perhaps `", 3"` for the third time, the'
+        ' `failpoint = "part stored, before"` or `"part stored, after"`, and perhaps `", 3"` for the third time, the'
         " service kills itself there. `scripts/kill-sweep` does that at each of them.\n\n"
         + table(("step", "what it does", "after a crash in it"), rows)
     )
@@ -223,8 +231,8 @@ def host_states() -> str:
     )
     return (
         "# States of a fleet's host\n\nA state that an event does not allow has no entry: the command is refused, with"
-        " exit code 4. An active or draining host that has sent no heartbeat for its `host_lost_after` seconds, by the"
-        " database's clock, is shown as `lost`.\n\n"
+        " exit code 4. An active or draining host that has sent no heartbeat for its `heartbeat_timeout` seconds, by"
+        " the database's clock, is shown as `lost`.\n\n"
         f"```mermaid\nstateDiagram-v2\n{names}\n    [*] --> ACTIVE\n{edges}\n```\n\n"
         + table(("state", "meaning", *(f"after: {event}" for event in MOVES)), rows)
     )
@@ -309,7 +317,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "task-errors.md": ("src/thrave/tasks/failures.py", task_errors),
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/table.py", doctor),
-    "crash-points.md": ("src/thrave/tasks/crash_points.py", crash_points),
+    "failpoints.md": ("src/thrave/tasks/crash_points.py", crash_points),
     "disk-images.md": ("src/thrave/volumes/marks.py", images),
     "task-states.md": ("src/thrave/tasks/states.py", states),
     "host-states.md": ("src/thrave/tasks/host_states.py", host_states),

@@ -31,7 +31,7 @@ PREAMBLE = """\
 
 What [`thrave doctor`](doctor.md) found of each, run for this page. Any store that speaks S3 may be used; these are the
 ones that every test of Thrave runs on. Run it against yours:
-[check before you start](../howto/check-before-you-start.md).
+[check before you start](../howto/run-the-doctor.md).
 
 """
 Doctored = dict[str, "Finding"]
@@ -72,7 +72,7 @@ def on(folder: Path, name: str, its_version: str, store: stores.Store) -> Iterat
     """One store, with the accounts' keys and with the service's own."""
     reached = {"THRAVE_STORE": "s3", "THRAVE_S3_ENDPOINT": store.url}
     own = {
-        "THRAVE_UPLOAD": "service",
+        "THRAVE_UPLOAD_CREDENTIALS": "service",
         "THRAVE_S3_ACCESS_KEY_ID": stores.SERVICE.access_key_id,
         "THRAVE_S3_SECRET_ACCESS_KEY": stores.SERVICE.secret_access_key,
     }
@@ -82,7 +82,7 @@ def on(folder: Path, name: str, its_version: str, store: stores.Store) -> Iterat
 
 def examined(data: Path, settings: dict[str, str]) -> Doctored:
     """What the doctor finds of a new service with these settings."""
-    environment = {**os.environ, **settings, "THRAVE_DATA": str(data)}
+    environment = {**os.environ, **settings, "THRAVE_DATA_DIR": str(data)}
     account = json.loads(thrave(environment, "account", "create", "alice"))["accountId"]
     thrave(environment, "account", "key", "import", account, "--credentials", str(credentials(data, stores.ALICE)))
     said = thrave(environment, "doctor", "--bucket", "alice-doctor", "--access-key-id", stores.ALICE.access_key_id)
@@ -129,7 +129,7 @@ def page(columns: list[Column]) -> str:
         f"- {name}, {one.name} with `upload = {one.upload}`: {one.found[name]['detail']}\n"
         for one in columns
         for name in names
-        if one.found[name]["outcome"] in {"failed", "lacking"}
+        if one.found[name]["outcome"] in {"failed", "warning"}
     ]
     return f"{PREAMBLE}{table(header, rows)}\n## What was said\n\n{''.join(said)}"
 

@@ -30,7 +30,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def settings(data):
-    return Settings(data=data)
+    return Settings(data_dir=data)
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def test_killed_service_releases_its_data_directory(data):
 def test_commands_work_beside_a_service(data):
     with ForkedServer.running(data) as server:
         account, _ = server.account("alice")
-        ground = open_ground(Settings(data=data))
+        ground = open_ground(Settings(data_dir=data))
         assert [found.account_id for found in ground.accounts.list()] == [account.account_id]
         ground.database.dispose()
 
 
 def test_first_starts_at_once_make_one_database_key_and_identity(data):
-    settings = Settings(data=data)
+    settings = Settings(data_dir=data)
 
     def start(number):
         ground = open_ground(settings)
@@ -118,7 +118,7 @@ def empty(database):
 
 @pytest.mark.parametrize("change", [delete, replace, overwrite, empty])
 def test_service_stops_when_its_database_is_changed_by_others(data, change, capfd):
-    server = ForkedServer.running(data, heartbeat=0.2)
+    server = ForkedServer.running(data, heartbeat_interval=0.2)
     with server as running:
         with sqlite3.connect(data / "thrave.db") as source, sqlite3.connect(data / "backup") as backup:
             source.backup(backup)  # an older state, as from before the start
@@ -168,12 +168,12 @@ def test_lost_database_is_not_begun_anew(begun, change, kept):
     (buckets / ".owners" / "bucket").write_text("123456789012\n")
     change(begun.directory.database_file)
     for name in {"vault.key", "service", "buckets"} - {kept}:
-        path = begun.data / name
+        path = begun.data_dir / name
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    before = files_of(begun.data)
+    before = files_of(begun.data_dir)
     with pytest.raises(DatabaseLostError, match=r"thrave\.db is missing or empty"):
         open_ground(begun)
-    assert files_of(begun.data) == before
+    assert files_of(begun.data_dir) == before
 
 
 def test_missing_vault_key_is_not_replaced_by_a_new_one(begun):
@@ -184,7 +184,7 @@ def test_missing_vault_key_is_not_replaced_by_a_new_one(begun):
 
 
 def test_vault_key_of_another_database_is_refused(begun, tmp_path):
-    other = Settings(data=tmp_path / "other")
+    other = Settings(data_dir=tmp_path / "other")
     begin(other)
     shutil.copy2(other.directory.vault_key, begun.directory.vault_key)
     with pytest.raises(VaultKeyError, match="is not the key"):
@@ -195,12 +195,12 @@ def test_vault_key_of_another_database_is_refused(begun, tmp_path):
 def test_missing_service_identity_is_not_replaced_by_a_new_one(begun, lost):
     path = begun.directory.service / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = files_of(begun.data)
+    before = files_of(begun.data_dir)
     ground = open_ground(begun)
     with pytest.raises(ServiceIdentityError):
         _ = ground.service
     ground.database.dispose()
-    assert files_of(begun.data) - {"thrave.db-shm", "thrave.db-wal"} == before - {"thrave.db-shm", "thrave.db-wal"}
+    assert files_of(begun.data_dir) - {"thrave.db-shm", "thrave.db-wal"} == before - {"thrave.db-shm", "thrave.db-wal"}
     with pytest.raises(ServerError, match="identity"):
         ForkedServer(begun.directory).start()
 
@@ -240,13 +240,13 @@ def test_first_start_that_fails_for_a_setting_leaves_nothing(data, tmp_path, bro
     credentials = tmp_path / "credentials"
     credentials.write_text("[default]\naws_access_key_id = A\naws_secret_access_key = B\n")
     credentials.chmod(0o644)
-    s3 = {"store": "s3", "upload": "service", "s3_endpoint": "http://127.0.0.1:9"}
+    s3 = {"store": "s3", "upload_credentials": "service", "s3_endpoint": "http://127.0.0.1:9"}
     settings = {
-        "address": {"host": "203.0.113.1"},
-        "plain-http": {"host": "0.0.0.0"},
-        "certificate": {"tls_certificate": tmp_path / "no.pem", "tls_key": tmp_path / "no.pem"},
-        "credentials": {**s3, "s3_credentials": tmp_path / "none"},
-        "open-credentials": {**s3, "s3_credentials": credentials},
+        "address": {"listen_address": "203.0.113.1"},
+        "plain-http": {"listen_address": "0.0.0.0"},
+        "certificate": {"tls_certificate_file": tmp_path / "no.pem", "tls_key_file": tmp_path / "no.pem"},
+        "credentials": {**s3, "s3_credentials_file": tmp_path / "none"},
+        "open-credentials": {**s3, "s3_credentials_file": credentials},
     }[broken]
     data.mkdir()
     with pytest.raises(ServerError), ForkedServer.running(data, **settings):
@@ -318,7 +318,7 @@ def test_postgresql_that_does_not_answer_is_named_without_its_password():
 
 
 def test_parts_that_need_no_database_are_opened_before_it(data):
-    ground = Ground(Settings(data=data))
+    ground = Ground(Settings(data_dir=data))
     assert ground.instances.list() == []
     assert not data.exists()
 

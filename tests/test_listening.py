@@ -133,7 +133,7 @@ def test_a_head_without_end_is_cut_off_at_its_limit(impatient):
 
 
 def test_one_client_too_many_is_not_let_in_and_those_inside_are_served(tmp_path):
-    with ForkedServer.running(tmp_path, connections=6) as server:
+    with ForkedServer.running(tmp_path, max_connections=6) as server:
         with ExitStack() as inside:
             connections = [inside.enter_context(connected(server)) for _ in range(6)]
             for connection in connections:
@@ -245,7 +245,7 @@ def test_a_policy_that_asks_for_tls_is_met_by_it_and_by_nothing_else(secure, ser
 
 @pytest.mark.parametrize("beginning", [b"", b"POST / HTTP/1.1\r\nHost: thra"])
 def test_over_tls_too_a_client_that_stops_in_the_middle_is_not_waited_for(secure, beginning):
-    context = ssl.create_default_context(cafile=secure.environment["THRAVE_TLS_CERTIFICATE"])
+    context = ssl.create_default_context(cafile=secure.environment["THRAVE_TLS_CERTIFICATE_FILE"])
     with connected(secure) as raw, context.wrap_socket(raw, server_hostname="127.0.0.1") as connection:
         connection.sendall(beginning)
         with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
@@ -253,7 +253,7 @@ def test_over_tls_too_a_client_that_stops_in_the_middle_is_not_waited_for(secure
 
 
 def test_an_old_tls_is_not_spoken(secure):
-    context = ssl.create_default_context(cafile=secure.environment["THRAVE_TLS_CERTIFICATE"])
+    context = ssl.create_default_context(cafile=secure.environment["THRAVE_TLS_CERTIFICATE_FILE"])
     context.set_ciphers("DEFAULT@SECLEVEL=0")
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
@@ -271,17 +271,17 @@ def serve(folder, **settings):
     """Run the command until it ends by itself; give its status and stderr."""
     options = [f"{name} = {str(value)!r}" for name, value in settings.items()]
     (folder / "thrave.toml").write_text("\n".join(options))
-    command = [sys.executable, "-m", "thrave", "serve", "--port", "0", "--config", folder / "thrave.toml"]
-    command += ["--data", folder / "data"]
+    command = [sys.executable, "-m", "thrave", "serve", "--listen-port", "0", "--config", folder / "thrave.toml"]
+    command += ["--data-dir", folder / "data"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     return run.returncode, run.stderr
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_plain_http_that_others_can_reach_is_refused_at_the_start(tmp_path, host):
-    status, said = serve(tmp_path, host=host)
+    status, said = serve(tmp_path, listen_address=host)
     assert status == Exit.REFUSED
-    assert "plain HTTP can be read by them: set tls_certificate and tls_key, or plain_http" in said
+    assert "plain HTTP can be read by them: set tls_certificate_file and tls_key_file, or plain_http" in said
     assert "Traceback" not in said
 
 
@@ -297,8 +297,8 @@ def test_plain_http_that_others_can_reach_is_refused_at_the_start(tmp_path, host
 )
 def test_loopback_tls_and_the_operators_word_are_good_enough(tmp_path, host, settings):
     settings = certificate(tmp_path) if settings == "tls" else settings
-    scheme = "https" if "tls_key" in settings else "http"
-    listener = Listener(Settings(host=host, port=0, **settings))
+    scheme = "https" if "tls_key_file" in settings else "http"
+    listener = Listener(Settings(listen_address=host, listen_port=0, **settings))
     with listener._socket:
         assert listener.url.startswith(f"{scheme}://")
 
@@ -308,17 +308,17 @@ def test_a_refusal_lets_go_of_the_port(tmp_path):
         port = probe.getsockname()[1]
     for _ in range(2):
         with pytest.raises(PlainHttpRefused):
-            Listener(Settings(host="0.0.0.0", port=port))
+            Listener(Settings(listen_address="0.0.0.0", listen_port=port))
 
 
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (lambda folder: {**certificate(folder), "tls_key": folder / "nothing.pem"}, "No such file"),
-        (lambda folder: {**certificate(folder), "tls_key": folder / "tls.pem"}, "cannot be used for TLS"),
+        (lambda folder: {**certificate(folder), "tls_key_file": folder / "nothing.pem"}, "No such file"),
+        (lambda folder: {**certificate(folder), "tls_key_file": folder / "tls.pem"}, "cannot be used for TLS"),
         (lambda folder: certificate(folder, password=b"secret"), "cannot be used for TLS"),
-        (lambda folder: {**certificate(folder), "host": "192.0.2.1"}, "cannot listen on 192.0.2.1"),
-        (lambda folder: {"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),
+        (lambda folder: {**certificate(folder), "listen_address": "192.0.2.1"}, "cannot listen on 192.0.2.1"),
+        (lambda folder: {"listen_address": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),
     ],
 )
 def test_what_cannot_be_listened_with_is_said_in_a_line(tmp_path, make, complaint):
@@ -328,7 +328,7 @@ def test_what_cannot_be_listened_with_is_said_in_a_line(tmp_path, make, complain
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("name", ["tls_certificate", "tls_key"])
+@pytest.mark.parametrize("name", ["tls_certificate_file", "tls_key_file"])
 def test_a_certificate_without_its_key_is_no_setting(tmp_path, name):
     with pytest.raises(SettingsError, match="belong together"):
         load_settings(None, **{name: tmp_path / "tls.pem"})
@@ -338,7 +338,7 @@ def test_a_certificate_without_its_key_is_no_setting(tmp_path, name):
 def test_a_server_that_does_not_start_says_why(tmp_path):
     with (
         pytest.raises(ServerError, match=f"status {Exit.REFUSED.value}"),
-        ForkedServer.running(tmp_path, host="0.0.0.0"),
+        ForkedServer.running(tmp_path, listen_address="0.0.0.0"),
     ):
         pass
 
@@ -441,15 +441,13 @@ def test_tls_on_the_port_of_plain_http_and_the_reverse_are_logged(tmp_path, capf
 
 @pytest.mark.parametrize(("hard", "expected"), [(4096, None), (300, "This process may open 300 files")])
 def test_the_limit_of_open_files_is_raised_or_the_start_refused(tmp_path, hard, expected):
-    limited = (
-        f"ulimit -Sn 64 && ulimit -Hn {hard} && exec {sys.executable} -m thrave serve --port 0 --data {tmp_path}/d"
-    )
+    limited = f"ulimit -Sn 64 && ulimit -Hn {hard} && exec {sys.executable} -m thrave serve -p 0 -d {tmp_path}/d"
     process = subprocess.Popen(["bash", "-c", limited], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = process.stdout.readline()
         if expected is None:
             assert said.startswith("listening on ")
-            assert psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)[0] == Settings().open_files
+            assert psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE)[0] == Settings().max_open_files
         else:
             assert said == ""
             assert expected in process.stderr.read()

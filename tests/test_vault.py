@@ -24,7 +24,7 @@ def test_what_was_sealed_is_unsealed_in_its_own_context(secret, context):
     assert vault.unseal(vault.seal(secret, context=context), context=context) == secret
 
 
-def test_a_sealed_secret_does_not_show_the_secret_and_is_another_each_time():
+def test_an_encrypted_secret_does_not_show_the_secret_and_is_another_each_time():
     vault = Vault(KEY)
     first, second = (vault.seal(b"wJalrXUtnFEMI", context="a") for _ in range(2))
     assert b"wJalrXUtnFEMI" not in first

@@ -75,10 +75,10 @@ class Agent:
         self._ground = ground
         self._settings = ground.settings
         self._worker = Worker(
-            self._settings.database, self._settings.host_name, tasks_at_once=self._settings.tasks_at_once
+            self._settings.database, self._settings.host_id, worker_concurrency=self._settings.worker_concurrency
         )
         others_can_adopt = not self._settings.database.startswith("sqlite")
-        self._lease = Lease(self._settings.host_lost_after if others_can_adopt else None)
+        self._lease = Lease(self._settings.heartbeat_timeout if others_can_adopt else None)
         # Within an attempt the check is repeated before each piece of a request (`buckets/transport.py`).
         self._before_attempt = partial(self._lease.check, self._settings.s3_send_timeout)
         self._takes_tasks = True
@@ -91,9 +91,9 @@ class Agent:
 
     def start(self, *, reports: bool) -> None:
         """Take the host, and begin to work in threads of its own; `reports` its instances if others show them."""
-        ground, name = self._ground, self._settings.host_name
+        ground, name = self._ground, self._settings.host_id
         sent = self._lease.now()
-        fence = ground.hosts.take(name, tasks_at_once=self._settings.tasks_at_once)
+        fence = ground.hosts.take(name, worker_concurrency=self._settings.worker_concurrency)
         self._lease.renewed(sent)
         if reports:
             self._remember_name()
@@ -110,18 +110,18 @@ class Agent:
             instances=ground.instances,
             buckets=ground.buckets,
             made_buckets=MadeBuckets(ground.database, records, before_attempt=self._before_attempt),
-            store_patience=self._settings.s3_patience,
+            store_patience=self._settings.s3_retry_timeout,
             service=ground.service,
-            shutdown_grace=self._settings.shutdown_grace,
+            shutdown_timeout=self._settings.shutdown_timeout,
             shutdown_timeout_action=self._settings.shutdown_timeout_action,
-            downtime=self._settings.downtime,
-            sysprep=self._settings.sysprep,
-            image_directories=self._settings.image_directories,
+            capture_mode=self._settings.capture_mode,
+            sysprep_command=self._settings.sysprep_command,
+            image_dirs=self._settings.image_dirs,
             unclean_volume=self._settings.unclean_volume,
-            level=self._settings.level,
-            skip=self._settings.skip,
+            compression=self._settings.compression,
+            skip_unused=self._settings.skip_unused,
             existing_bundle=self._settings.existing_bundle,
-            uploads_at_once=self._settings.uploads_at_once,
+            upload_concurrency=self._settings.upload_concurrency,
             stall_timeout=self._settings.stall_timeout,
             lease=self._lease,
             before_attempt=self._before_attempt,
@@ -134,10 +134,10 @@ class Agent:
         self._worker.launch(partial(self._run, host))
         self._begin("lost tasks", LOST_INTERVAL, find_lost)
         self._keep_house(records)
-        self._begin("heartbeat", self._settings.heartbeat, partial(self._heartbeat, fence))
+        self._begin("heartbeat", self._settings.heartbeat_interval, partial(self._heartbeat, fence))
 
     def _keep_house(self, records: Records) -> None:
-        ground, name = self._ground, self._settings.host_name
+        ground, name = self._ground, self._settings.host_id
         left_over = leftovers.LeftOvers(
             records,
             ground.buckets,
@@ -162,7 +162,7 @@ class Agent:
         return PowerRequests(
             self._ground.instances,
             self._power_records,
-            grace=self._settings.shutdown_grace,
+            grace=self._settings.shutdown_timeout,
             check=self._lease.check,
         )
 
@@ -242,7 +242,7 @@ class Agent:
     def _remember_name(self) -> None:
         """Keep the host's name in the data directory, so that commands there add instances to this host."""
         directory = self._settings.directory
-        files.replace(directory.host_name, f"{self._settings.host_name}\n".encode(), spool=directory.root)
+        files.replace(directory.host_id, f"{self._settings.host_id}\n".encode(), spool=directory.root)
 
     def _begin(self, name: str, interval: float, work: Callable[[], None]) -> None:
         repeat(name, interval, work, on_failure=partial(_report, name))

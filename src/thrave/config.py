@@ -1,9 +1,9 @@
-"""Every setting, typed, in one place; and where things lie in the data directory.
+"""Every setting, with its type, default and meaning; and the paths in the data directory.
 
-A setting is taken from the command line, else from the environment (`THRAVE_` and its name in capitals), else from the
-TOML file given with `--config`, else from its default here. Each of these is checked by itself, so that a wrong value
-is reported with the place where it stands, also if another one takes precedence. The docs' page of settings is
-generated from this table. Nothing else in Thrave reads the environment, and nothing here opens or creates anything.
+Sources in order of precedence: the command line, the environment (`THRAVE_` and the name in capitals), the TOML file
+given with `--config`, the default. Each source is validated separately: an invalid value is reported with its source,
+even if a source of higher precedence overrides it. `make docs` writes docs/reference/settings.md from this table. No
+other module of Thrave reads the environment. This module opens and creates nothing but reads the settings file.
 """
 
 import difflib
@@ -32,40 +32,40 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 _PREFIX = "THRAVE_"
-_NO_SETTINGS = {"THRAVE_INSTANCE_ID"}
-"""Variables that Thrave gives to an instance's commands, which may call it again."""
+_NOT_SETTINGS = {"THRAVE_INSTANCE_ID"}
+"""Variables that Thrave passes to an instance's commands. Such a command may call Thrave again."""
 
 
 class SettingsError(Exception):
-    """A setting has no such name, cannot have that value, or contradicts another; the message says which and where."""
+    """A setting is unknown, invalid, or conflicts with another one. The message names the setting and its source."""
 
 
 def _check_database_url(url: SecretStr) -> SecretStr:
     if not re.match(r"postgres(ql)?://[^/]", url.get_secret_value()):
         raise ValueError("must be postgresql://USER@HOST/NAME")
-    import sqlalchemy as sa  # noqa: PLC0415 (whoever has no such setting need not wait for it)
+    import sqlalchemy as sa  # noqa: PLC0415 (slow to import; needed only with this setting)
 
     try:
         port = sa.make_url(url.get_secret_value()).port
     except (ValueError, sa.exc.ArgumentError):
         port = 0
     if port is not None and not 1 <= port <= 65535:
-        raise ValueError("must be postgresql://USER@HOST:PORT/NAME; its host or port cannot be read")
+        raise ValueError("must be postgresql://USER@HOST:PORT/NAME; invalid host or port")
     return SecretStr(re.sub("^postgres:", "postgresql:", url.get_secret_value()))
 
 
-_LARGEST_FILE = 1024 * 1024  # bytes of a file of settings
-_MOST_NUMBER = 1_000_000
-"""Of any number: in seconds 11 days, which every timer of the system takes, and date arithmetic too."""
+_MAX_FILE_SIZE = 1024 * 1024  # bytes of a settings file
+_MAX_NUMBER = 1_000_000
+"""Largest value of a number. In seconds 11 days: all timers of the system and date arithmetic accept it."""
 
-_MOST = {"days": 36_500, "second": 10**9, "burst": 10**9}
-"""Of numbers whose setting's name ends with that word."""
+_MAX_NUMBERS = {"days": 36_500, "second": 10**9, "burst": 10**9}
+"""Largest value of a number, by the last word of the setting's name."""
 
 _HEARTBEATS = 4
-"""Heartbeats in `host_lost_after`: one may be late or lost. The host does not count as lost, and goes on to upload."""
+"""Heartbeats within `heartbeat_timeout`. One may be late or lost: the host still counts as alive and uploads."""
 
-_CHECKS_OF_A_TASK = 16  # requests at the same time that look at its objects or delete them
-_CONNECTIONS_OF_THE_SERVICE = 32  # to the store: cleanup, and the bucket of a task that a client asks for
+_CHECKS_OF_A_TASK = 16  # concurrent requests of one task that check or delete its objects
+_CONNECTIONS_OF_THE_SERVICE = 32  # to the store: cleanup, and bucket checks of API requests
 _FILES_OF_A_TASK = 16  # its volume, its pipes
 _FILES_OF_THE_SERVICE = 64
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -73,16 +73,16 @@ _HOST_NAME = re.compile(r"[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?")
 
 
 def normal_endpoint(url: str) -> str:
-    """Bring the URL of a server into its one normal form: `https://s3.example.com`, `http://[::1]:8333`.
+    """Return the normal form of a server's URL: `https://s3.example.com`, `http://[::1]:8333`.
 
-    Scheme and host are in lower case, an international host name is in its ASCII form, an IPv6 address is compressed
-    and in brackets, the port is absent if it is the scheme's default, and nothing follows.
+    Scheme and host are in lower case. An international host name is in its ASCII form. An IPv6 address is compressed
+    and in brackets. A default port is omitted. There is no path.
 
     Args:
         url: May have white space around it, capitals, a default port, a dot after the host, and slashes at its end.
 
     Raises:
-        ValueError: It is no such URL; the message does not repeat it.
+        ValueError: Invalid URL. The message does not repeat the URL.
     """
     try:
         parts = urlsplit(url.strip())
@@ -90,13 +90,13 @@ def normal_endpoint(url: str) -> str:
     except ValueError:
         raise ValueError("write it as https://HOST or https://HOST:PORT") from None
     if any(character.isspace() or not character.isprintable() for character in url.strip()):
-        raise ValueError("it may have no white space and no control characters in it")
+        raise ValueError("must not contain white space or control characters")
     if parts.scheme not in _DEFAULT_PORTS or not host:
         raise ValueError("write it as https://HOST or http://HOST, with :PORT if it is not the default")
     if "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment or "?" in url or "#" in url:
-        raise ValueError("it has a host and a port only: no user, no path, no query")
+        raise ValueError("must have a host and a port only: no user, no path, no query")
     if port == 0:
-        raise ValueError("a port is 1 to 65535")
+        raise ValueError("the port must be 1 to 65535")
     default = port is None or port == _DEFAULT_PORTS[parts.scheme]
     return f"{parts.scheme}://{_normal_host(host)}{'' if default else f':{port}'}"
 
@@ -106,46 +106,46 @@ def _normal_host(host: str) -> str:
         try:
             return f"[{ipaddress.IPv6Address(host).compressed}]"
         except ValueError:
-            raise ValueError("its host is no IPv6 address") from None
+            raise ValueError("the host is not a valid IPv6 address") from None
     try:
         name = host.removesuffix(".").encode("ascii" if host.isascii() else "idna").decode().lower()
     except UnicodeError:
-        raise ValueError("its host is no host name") from None
-    # A longer label or name is none in the DNS, and the resolver's codec refuses it (RFC 1035, 2.3.4).
+        raise ValueError("the host is not a valid host name") from None
+    # The resolver's codec rejects longer labels and names, which DNS does not allow either (RFC 1035, 2.3.4).
     if not _HOST_NAME.fullmatch(name) or not all(1 <= len(label) <= 63 for label in name.split(".")) or len(name) > 253:
-        raise ValueError("its host is no host name")
+        raise ValueError("the host is not a valid host name")
     return name
 
 
 @dataclass(frozen=True)
 class DataDirectory:
-    """Where the service keeps what. Copy the whole folder to back it up; guard it as you would a private key."""
+    """Paths in the data directory. Copy the whole directory to back it up; protect it like a private key."""
 
     root: Path
 
     @property
     def database(self) -> str:
-        """The URL of the database of one machine: accounts, tasks and the engine's own tables, in SQLite."""
+        """URL of the SQLite database of a single machine: accounts, tasks and the engine's own tables."""
         return f"sqlite:///{self.database_file.absolute()}"
 
     @property
     def database_file(self) -> Path:
-        """The file of that database. SQLite keeps two more beside it: `thrave.db-wal` and `thrave.db-shm`."""
+        """File of that database. SQLite keeps two more beside it: `thrave.db-wal` and `thrave.db-shm`."""
         return self.root / "thrave.db"
 
     @property
     def lock(self) -> Path:
-        """Held by the service that runs on the database of this directory; has its process id and address."""
+        """Lock file of the service that runs on the database of this directory. Holds its process id and address."""
         return self.root / "thrave.lock"
 
     @property
-    def host_name(self) -> Path:
-        """The name of the host that an agent of a fleet was last started for; a line of text."""
-        return self.root / "host_name"
+    def host_id(self) -> Path:
+        """Host ID with which an agent of a fleet was last started; one line of text."""
+        return self.root / "host_id"
 
     @property
     def vault_key(self) -> Path:
-        """The key that seals every secret in the database."""
+        """Key that encrypts every secret in the database."""
         return self.root / "vault.key"
 
     @property
@@ -155,12 +155,12 @@ class DataDirectory:
 
     @property
     def instances(self) -> Path:
-        """Instances described by files, one JSON file each."""
+        """Instances described by files: one JSON file per instance."""
         return self.root / "instances"
 
     @property
     def locks(self) -> Path:
-        """What holds libvirt's domains off while their volumes are read; empty files."""
+        """Lock files of libvirt domains whose volume is being read; empty files."""
         return self.root / "locks"
 
     @property
@@ -170,311 +170,342 @@ class DataDirectory:
 
 
 class Settings(BaseModel):
-    """What an operator may set. Times are in seconds unless the name says otherwise."""
+    """All settings of an operator. Times are in seconds unless the name says otherwise."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    data: Path = Field(Path("thrave-data"), description="Where the service keeps its database, keys and buckets.")
+    data_dir: Path = Field(Path("thrave-data"), description="Directory of the database, keys, instances and buckets.")
     database_url: Annotated[SecretStr, AfterValidator(_check_database_url)] | None = Field(
-        None, description="A fleet's PostgreSQL, as `postgresql://USER@HOST/NAME`; by default SQLite in `data`."
+        None,
+        description="PostgreSQL database of a fleet, as `postgresql://USER@HOST/NAME`. Default: SQLite in `data_dir`.",
     )
-    host: str = Field("127.0.0.1", description="The address to listen on.")
-    port: int = Field(8773, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
-    tls_certificate: Path | None = Field(
-        None, description="The server's certificate, PEM, with its intermediates. With `tls_key`: speak TLS."
+    listen_address: str = Field("127.0.0.1", description="IP address or host name to listen on.")
+    listen_port: int = Field(8773, ge=0, le=65535, description="TCP port to listen on. 0: any free port.")
+    tls_certificate_file: Path | None = Field(
+        None, description="Server certificate with its intermediates, PEM. Together with `tls_key_file`: enables TLS."
     )
-    tls_key: Path | None = Field(None, description="The certificate's private key, PEM, not encrypted.")
+    tls_key_file: Path | None = Field(None, description="Private key of the certificate, PEM, not encrypted.")
     plain_http: Literal["loopback", "anywhere"] = Field(
-        "loopback", description="Where plain HTTP may be spoken: `anywhere` is for a proxy in front that speaks TLS."
+        "loopback",
+        description="Addresses on which HTTP without TLS is allowed. `anywhere`: for use behind a proxy that "
+        "terminates TLS.",
     )
-    connections: int = Field(
-        500, ge=1, description="Open connections; one more is closed at once. Each takes a file of the process's limit."
+    max_connections: int = Field(
+        500,
+        ge=1,
+        description="Maximum number of client connections; more are closed immediately. Each uses one file descriptor.",
     )
     request_timeout: float = Field(
-        30.0, gt=0, description="Seconds that a client has to send a request, and as many to take its answer."
+        30.0,
+        gt=0,
+        description="Seconds for a client to send a request. The same time applies to receiving the response.",
     )
-    requests_per_second: float = Field(
-        1000.0, gt=0, description="Requests of one account that are answered for long; more: `RequestLimitExceeded`."
+    max_requests_per_second: float = Field(
+        1000.0,
+        gt=0,
+        description="Maximum sustained request rate of one account. Further requests get `RequestLimitExceeded`.",
     )
-    request_burst: int = Field(5000, ge=1, description="Requests of one account that are answered at once.")
+    max_request_burst: int = Field(5000, ge=1, description="Maximum number of requests of one account in a burst.")
     signature_version_2: Literal["accept", "refuse"] = Field(
         "accept",
-        description="Whether requests may be signed by signature version 2, as clients of 2013 and before do it; "
+        description="Whether requests may use signature version 2, as clients of 2013 and before do. "
         "`refuse`: version 4 only.",
     )
-    tasks_per_account: int = Field(
-        20, ge=1, description="Unfinished bundle tasks that an account may have; more: `ResourceLimitExceeded`."
+    max_tasks_per_account: int = Field(
+        20,
+        ge=1,
+        description="Maximum number of unfinished bundle tasks of one account. Further requests get "
+        "`ResourceLimitExceeded`.",
     )
-    region: str = Field("us-east-1", description="The region's name in answers; requests may be signed for any.")
-    host_name: str = Field(
+    region: str = Field(
+        "us-east-1", description="Name of the region in responses. Requests may be signed for any region."
+    )
+    host_id: str = Field(
         "localhost",
-        description="This hypervisor host's name, different for each host of a fleet. Tasks and instances belong to "
-        "it: do not change it while any runs.",
+        description="ID of this hypervisor host, unique in a fleet. Tasks and instances belong to a host: do not "
+        "change the ID while tasks are unfinished.",
     )
-    instances: Path | None = Field(
-        None, description="Where instances are described; by default a folder in `data`. Hosts may share one."
+    instance_dir: Path | None = Field(
+        None,
+        description="Directory of the files that describe instances. Default: `instances` in `data_dir`. Hosts may "
+        "share one.",
     )
     hypervisor: Literal["directory", "libvirt"] = Field(
         "directory",
-        description="Where instances are: described by files, or the domains that libvirt has and "
-        "`thrave instance adopt` has been given.",
+        description="Source of instances. `directory`: JSON files in `instance_dir`. `libvirt`: libvirt domains that "
+        "were registered with `thrave instance adopt`.",
     )
-    libvirt_uri: str = Field("qemu:///system", description="Which libvirt: a local one.")
-    downtime: Literal["whole", "overlay"] = Field(
-        "whole",
-        description="For how long an instance is off: until its root volume is read, or until a copy-on-write overlay "
-        "is over it, a few seconds. `overlay` needs libvirt.",
+    libvirt_uri: str = Field("qemu:///system", description="Connection URI of libvirt, on this machine.")
+    capture_mode: Literal["offline", "overlay"] = Field(
+        "offline",
+        description="How a root volume is read. `offline`: the instance is off until the volume is read. `overlay`: "
+        "the instance is off for a few seconds, then runs on a copy-on-write overlay. `overlay` needs libvirt.",
     )
-    sysprep: tuple[str, ...] = Field(
-        (), description="A command that prepares a guest for being copied and powers it off; its agent runs it."
-    )
-    image_directories: tuple[Path, ...] = Field(
+    sysprep_command: tuple[str, ...] = Field(
         (),
-        description="Where files may lie that a root volume's image refers to (a backing file, a parent, extents), "
-        "besides the image's own folder; folders below are included.",
+        description="Command that prepares a guest for copying and powers it off. The guest agent runs it instead of "
+        "a shutdown.",
+    )
+    image_dirs: tuple[Path, ...] = Field(
+        (),
+        description="Directories, with their subdirectories, of files that a disk image may refer to: a backing file, "
+        "a parent, extents. The image's own directory is always allowed.",
     )
     unclean_volume: Literal["report", "refuse"] = Field(
         "report",
-        description="When a volume on the root disk is hibernated, was not unmounted or cannot be checked, or the "
-        "guest did not shut down: the task says so, or fails.",
+        description="Action if a volume on the root disk is hibernated, was not unmounted or cannot be checked, or if "
+        "the guest did not shut down. `report`: add a warning to the task. `refuse`: fail the task.",
     )
     existing_bundle: Literal["refuse", "replace"] = Field(
         "refuse",
-        description="When the bucket has a bundle under the prefix: `refuse` rejects the request; `replace` stores the "
-        "new bundle beside it under other names, and removes the old one when the new one is complete.",
+        description="Action if the bucket has a bundle under the prefix. `refuse`: reject the request. `replace`: "
+        "store the new bundle under other names, and delete the old bundle once the new one is complete.",
     )
-    heartbeat: float = Field(
-        5.0, gt=0, description="Seconds between two heartbeats of a host; at most a quarter of `host_lost_after`."
+    heartbeat_interval: float = Field(
+        5.0,
+        gt=0,
+        description="Seconds between heartbeats of a host. At most a quarter of `heartbeat_timeout`.",
     )
-    host_lost_after: float = Field(
+    heartbeat_timeout: float = Field(
         60.0,
         gt=0,
         description="Seconds without a heartbeat after which another host may adopt a host's tasks. At least four "
-        "times `heartbeat`; in a fleet at least twice `s3_timeout`, if that is set.",
+        "times `heartbeat_interval`. In a fleet at least twice `s3_timeout`, if that is set.",
     )
     drain_timeout: float = Field(
         3600.0,
         gt=0,
-        description="Seconds that a draining host has to finish what it has begun: tasks, requests to start or stop an "
-        "instance, and what tasks have left to be started or merged.",
+        description="Seconds for a draining host to finish its running tasks, accepted power requests, and instances "
+        "that ended tasks left to be started or merged.",
     )
-    tasks_at_once: int = Field(2, ge=1, description="Bundle tasks that this host works on at the same time.")
-    shutdown_grace: float = Field(
-        600.0, gt=0, description="Seconds that a guest has to power off; it is asked again and again."
+    worker_concurrency: int = Field(2, ge=1, description="Number of bundle tasks that this host runs concurrently.")
+    shutdown_timeout: float = Field(
+        600.0, gt=0, description="Seconds to wait for a guest to power off. The request is repeated."
     )
     shutdown_timeout_action: Literal["fail", "power-off"] = Field(
-        "fail", description="When they are over: the task fails and the instance stays up, or its power is cut."
+        "fail",
+        description="Action when `shutdown_timeout` ends. `fail`: fail the task, leave the instance running. "
+        "`power-off`: cut the power of the instance.",
     )
-    uploads_at_once: int = Field(
+    upload_concurrency: int = Field(
         4,
         ge=1,
-        description="Parts of a bundle that are sent at the same time: 10 MiB of memory each, and so much is "
-        "sent again after a crash.",
+        description="Number of parts that one task uploads concurrently. Each uses 10 MiB of memory, and is sent again "
+        "after a crash.",
     )
     stall_timeout: float = Field(
         600.0,
         gt=0,
-        description="Seconds without a byte read or a part stored after which a bundle task fails. More than "
-        "`s3_patience`.",
+        description="Seconds without progress (no byte read, no part stored) after which a bundle task fails. Must "
+        "exceed `s3_retry_timeout`.",
     )
-    task_retention_days: float = Field(7.0, gt=0, description="Days that a finished task is still described.")
+    task_retention_days: float = Field(
+        7.0, gt=0, description="Days for which `DescribeBundleTasks` returns an ended task."
+    )
     platforms: Literal["windows", "any"] = Field(
-        "windows", description="Whose instances may be bundled: EC2's rule is Windows only."
+        "windows", description="Platforms of instances that may be bundled. EC2 allows Windows only."
     )
-    level: Literal["fast", "small"] = Field(
-        "fast", description="Compression: at the disk's speed, or a few percent smaller at a quarter of it."
+    compression: Literal["fast", "small"] = Field(
+        "fast",
+        description="Compression. `fast`: at the speed of the disk. `small`: a few percent smaller, at a quarter of "
+        "that speed.",
     )
-    skip: Literal["nothing", "unused"] = Field(
-        "nothing", description="What is left out of a bundle: nothing, or what the volume's NTFS does not use."
+    skip_unused: bool = Field(
+        default=False, description="Whether a bundle leaves out clusters that the NTFS file systems do not use."
     )
     store: Literal["directory", "s3"] = Field(
-        "directory", description="Where bundles go: folders in `data`, or an S3-compatible store."
+        "directory",
+        description="Object store of bundles. `directory`: directories in `data_dir`. `s3`: an S3-compatible store.",
     )
-    upload: Literal["policy", "service"] = Field(
+    upload_credentials: Literal["policy", "service"] = Field(
         "policy",
-        description="By whose right an S3 store is written to: the caller's upload policy, signed with an access key "
-        "that the store knows too; or the service's own key, which does what the policy allows.",
+        description="Credentials of uploads to an S3 store. `policy`: the caller's upload policy, signed with an "
+        "access key that the store knows too. `service`: the service's own key; the service enforces the policy.",
     )
     s3_endpoint: Annotated[str, AfterValidator(normal_endpoint)] | None = Field(
         None,
-        description="The store's URL, a host and perhaps a port: `https://s3.example.com`; by default AWS's own of "
-        "`s3_region`.",
+        description="URL of the store, with a host and optionally a port: `https://s3.example.com`. Default: the AWS "
+        "endpoint of `s3_region`.",
     )
-    s3_region: str = Field("us-east-1", description="The store's region.")
-    s3_addressing: Literal["path", "virtual"] = Field(
-        "path", description="Where the store wants a bucket's name: in the URL's path, or before its host name."
+    s3_region: str = Field("us-east-1", description="Region of the store.")
+    s3_addressing_style: Literal["path", "virtual"] = Field(
+        "path",
+        description="Position of the bucket name in URLs. `path`: in the path. `virtual`: in front of the host name.",
     )
-    s3_ca: Path | None = Field(
-        None, description="Certificates (PEM) of who vouches for the store's, instead of the system's."
-    )
+    s3_ca_file: Path | None = Field(None, description="CA certificates for the store, PEM, instead of the system's.")
     s3_proxy: SecretStr | None = Field(
         None,
-        description="The URL of a proxy to the store: `http://USER:PASSWORD@HOST:PORT`; special characters of user and "
-        "password percent-encoded.",
+        description="URL of an HTTP proxy to the store: `http://USER:PASSWORD@HOST:PORT`. Special characters of user "
+        "and password must be percent-encoded.",
     )
     s3_timeout: float = Field(
         30.0,
         gt=0,
-        description="Seconds after which a connection on which nothing moves is cut; a request must be sent within "
-        "twenty times as long, and its response received within as long again. "
-        "In a fleet each piece of a request must be sent within a third of `host_lost_after`.",
+        description="Seconds without a byte sent or received after which a connection is closed. A request must be "
+        "sent within twenty times as long, and its response received within as long again. "
+        "In a fleet each piece of a request must be sent within a third of `heartbeat_timeout`.",
     )
-    s3_patience: float = Field(
+    s3_retry_timeout: float = Field(
         120.0,
         ge=0,
-        description="Seconds for which a task repeats a request while the store fails. Less than `stall_timeout`; by "
-        "default 120, or half of `stall_timeout` if that is less.",
+        description="Seconds for which a task retries a request while the store fails. Less than `stall_timeout`. "
+        "Default: 120, or half of `stall_timeout` if that is less.",
     )
-    s3_credentials: Path | None = Field(
+    s3_credentials_file: Path | None = Field(
         None,
-        description="The service's own key for the store: a file as `~/.aws/credentials`, mode 0600. A changed file "
-        "takes effect without a restart.",
+        description="File with the service's own key for the store, in the format of `~/.aws/credentials`, mode 0600. "
+        "A changed file takes effect without a restart.",
     )
-    s3_access_key_id: str | None = Field(None, description="The same, with `s3_secret_access_key`.")
-    s3_secret_access_key: SecretStr | None = Field(None, description="See `s3_access_key_id`.")
-    s3_session_token: SecretStr | None = Field(None, description="With temporary credentials.")
-    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for programs.")
-    crash_at: str | None = Field(
-        None, description="For tests: the process kills itself at this crash point, as `part stored, after`."
+    s3_access_key_id: str | None = Field(
+        None,
+        description="Access key ID of the service for the store, with `s3_secret_access_key`. Alternative to "
+        "`s3_credentials_file`.",
+    )
+    s3_secret_access_key: SecretStr | None = Field(None, description="Secret key of `s3_access_key_id`.")
+    s3_session_token: SecretStr | None = Field(None, description="Session token of temporary credentials.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Format of log lines. `text`: for people. `json`: for programs."
+    )
+    failpoint: str | None = Field(
+        None, description="For tests: the process kills itself at this failpoint, as `part stored, after`."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _default_patience(cls, values: Any) -> Any:  # noqa: ANN401 (pydantic's own type)
-        """Let a short `stall_timeout` lower the default of `s3_patience`: an operator who sets the one gets both."""
+    def _default_retry_timeout(cls, values: Any) -> Any:  # noqa: ANN401 (pydantic's own type)
+        """Lower the default of `s3_retry_timeout` below a short `stall_timeout`, so that one setting is enough."""
         if isinstance(values, dict) and isinstance(stall := values.get("stall_timeout"), int | float):
-            return {"s3_patience": min(cls.model_fields["s3_patience"].default, stall / 2), **values}
+            return {"s3_retry_timeout": min(cls.model_fields["s3_retry_timeout"].default, stall / 2), **values}
         return values
 
     @model_validator(mode="after")
-    def _has_usable_times(self) -> Self:
-        """Refuse times with which a host that works counts as lost, or works on after it was given up."""
-        if self.host_lost_after < _HEARTBEATS * self.heartbeat:
+    def _check_times(self) -> Self:
+        """Reject times with which a live host would lose its lease, or write after another host adopted its tasks."""
+        if self.heartbeat_timeout < _HEARTBEATS * self.heartbeat_interval:
             raise ValueError(
-                f"host_lost_after = {self.host_lost_after:g} must be at least {_HEARTBEATS} times heartbeat = "
-                f"{self.heartbeat:g}: otherwise a host that works counts as lost"
+                f"heartbeat_timeout = {self.heartbeat_timeout:g} must be at least {_HEARTBEATS} times "
+                f"heartbeat_interval = {self.heartbeat_interval:g}: otherwise a live host counts as lost"
             )
-        attempt_is_set = "s3_timeout" in self.model_fields_set
-        if self.database_url is not None and attempt_is_set and self.host_lost_after < 2 * self.s3_timeout:
+        has_s3_timeout = "s3_timeout" in self.model_fields_set
+        if self.database_url is not None and has_s3_timeout and self.heartbeat_timeout < 2 * self.s3_timeout:
             raise ValueError(
-                f"host_lost_after = {self.host_lost_after:g} must be at least twice s3_timeout = {self.s3_timeout:g}: "
-                "otherwise a request to the store may last longer than the host's right to send it"
+                f"heartbeat_timeout = {self.heartbeat_timeout:g} must be at least twice s3_timeout = "
+                f"{self.s3_timeout:g}: otherwise a request to the store may outlast the host's lease"
             )
-        if self.stall_timeout <= self.s3_patience:
+        if self.stall_timeout <= self.s3_retry_timeout:
             raise ValueError(
-                f"stall_timeout = {self.stall_timeout:g} must be more than s3_patience = {self.s3_patience:g}: "
-                "otherwise a task fails while its requests to the store are still being repeated"
+                f"stall_timeout = {self.stall_timeout:g} must be more than s3_retry_timeout = "
+                f"{self.s3_retry_timeout:g}: otherwise a task fails while it still retries its requests to the store"
             )
         return self
 
     @model_validator(mode="after")
-    def _has_both_or_none(self) -> Self:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key belong together: give both or none")
+    def _check_tls(self) -> Self:
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_certificate_file and tls_key_file belong together: set both or none")
         return self
 
     @model_validator(mode="after")
-    def _has_a_key_for_the_store(self) -> Self:
+    def _check_s3_credentials(self) -> Self:
         if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
-            raise ValueError("s3_access_key_id and s3_secret_access_key belong together: give both or none")
-        keyless = self.s3_credentials is None and self.s3_access_key_id is None
-        if self.store == "s3" and self.upload == "service" and keyless:
-            raise ValueError("upload = service needs the service's key: s3_credentials")
+            raise ValueError("s3_access_key_id and s3_secret_access_key belong together: set both or none")
+        has_no_key = self.s3_credentials_file is None and self.s3_access_key_id is None
+        if self.store == "s3" and self.upload_credentials == "service" and has_no_key:
+            raise ValueError("upload_credentials = service needs the service's own key: set s3_credentials_file")
         return self
 
     @property
     def s3_send_timeout(self) -> float:
-        """Seconds for a connection, and for each piece of a request: in a fleet they end before the host's lease does.
+        """Seconds for a connection and for each piece of a request. In a fleet it ends before the host's lease does.
 
-        A response may take `s3_timeout`: nothing is written while it is awaited.
+        A response may take `s3_timeout`: nothing is written meanwhile.
 
-        Of the lease (`tasks/lease.py`) enough remains for two heartbeats: one that is lost stops no upload.
+        The rest of the lease (`tasks/lease.py`) is enough for two heartbeats: one lost heartbeat stops no upload.
         """
-        return self.s3_timeout if self.database_url is None else min(self.s3_timeout, self.host_lost_after / 3)
+        return self.s3_timeout if self.database_url is None else min(self.s3_timeout, self.heartbeat_timeout / 3)
 
     @property
     def database(self) -> str:
-        """The database's URL, as SQLAlchemy takes it. May hold a password."""
+        """URL of the database for SQLAlchemy. May hold a password."""
         if self.database_url is None:
             return self.directory.database
         return self.database_url.get_secret_value()
 
     @property
     def directory(self) -> DataDirectory:
-        """Where things lie in `data`."""
-        return DataDirectory(self.data)
+        """Paths in `data_dir`."""
+        return DataDirectory(self.data_dir)
 
     @property
-    def known_host_name(self) -> str | None:
-        """The name of the fleet's host that this data directory belongs to; None if it was never said."""
-        if "host_name" in self.model_fields_set:
-            return self.host_name
+    def known_host_id(self) -> str | None:
+        """ID of the fleet's host that this data directory belongs to; None if it was never set."""
+        if "host_id" in self.model_fields_set:
+            return self.host_id
         try:
-            return self.directory.host_name.read_text("utf-8").strip() or None
+            return self.directory.host_id.read_text("utf-8").strip() or None
         except FileNotFoundError:
             return None
 
     @property
-    def open_files(self) -> int:
-        """Files that a process may have open with these settings."""
-        of_tasks = self.tasks_at_once * _FILES_OF_A_TASK
-        return self.connections + self.store_connections + of_tasks + _FILES_OF_THE_SERVICE
+    def max_open_files(self) -> int:
+        """Largest number of files that a process opens with these settings."""
+        of_tasks = self.worker_concurrency * _FILES_OF_A_TASK
+        return self.max_connections + self.max_store_connections + of_tasks + _FILES_OF_THE_SERVICE
 
     @property
-    def store_connections(self) -> int:
-        """Connections to the store: enough that no request of a task waits for another one's to end."""
-        return self.tasks_at_once * (self.uploads_at_once + _CHECKS_OF_A_TASK) + _CONNECTIONS_OF_THE_SERVICE
+    def max_store_connections(self) -> int:
+        """Connections to the store: enough that no request of a task waits for a free connection."""
+        return self.worker_concurrency * (self.upload_concurrency + _CHECKS_OF_A_TASK) + _CONNECTIONS_OF_THE_SERVICE
 
     @property
-    def instance_folder(self) -> Path:
-        """Where instances are described."""
-        return self.instances or self.directory.instances
+    def effective_instance_dir(self) -> Path:
+        """Directory of the files that describe instances."""
+        return self.instance_dir or self.directory.instances
 
     @property
     def task_retention(self) -> timedelta:
-        """How long a finished task is still described."""
+        """Time for which an ended task is described."""
         return timedelta(days=self.task_retention_days)
 
 
-def load_settings(file: Path | None, **given: object) -> Settings:
-    """Read the settings.
+def load_settings(file: Path | None, **options: object) -> Settings:
+    """Read and validate the settings.
 
     Args:
         file: The TOML file given with `--config`, if any.
-        given: What the command line says; None counts as not said.
+        options: Values from the command line; None counts as not given.
 
     Raises:
-        SettingsError: The file cannot be read, or a setting has no such name, cannot have that value, or contradicts
-            another one.
+        SettingsError: The file cannot be read, or a setting is unknown, invalid, or conflicts with another one.
     """
-    options = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     merged: dict[str, object] = {}
-    for values, place in (
+    for values, source_of in (
         *([_read_file(file)] if file else []),
         (_read_environment(), lambda name: f"{_PREFIX}{name.upper()}"),
-        (options, lambda name: f"--{'host' if name == 'host_name' else name.replace('_', '-')}"),
+        (given, lambda name: f"--{name.replace('_', '-')}"),
     ):
-        merged |= dict(_checked(values, place))
+        merged |= dict(_validate(values, source_of))
     try:
         return Settings(**merged)
-    except ValidationError as error:  # of the validators of Settings, whose words are ours
-        faults = [str(detail.get("ctx", {}).get("error", detail["msg"])) for detail in error.errors()]
-        raise SettingsError("; ".join(faults)) from None
+    except ValidationError as error:  # only from the validators of Settings; the messages are ours
+        messages = [str(detail.get("ctx", {}).get("error", detail["msg"])) for detail in error.errors()]
+        raise SettingsError("; ".join(messages)) from None
 
 
-_Place = Callable[[str], str]
-"""Says where a setting of that name was given."""
+_SourceOf = Callable[[str], str]
+"""Returns the source of the setting with that name, for messages."""
 
 
-def _read_file(file: Path) -> tuple[Mapping[str, object], _Place]:
+def _read_file(file: Path) -> tuple[Mapping[str, object], _SourceOf]:
     try:
         with file.open("rb") as opened:
-            content = opened.read(_LARGEST_FILE + 1)
-        if len(content) > _LARGEST_FILE:
-            raise SettingsError(f"{file} is no file of settings: it has more than {_LARGEST_FILE} bytes")
+            content = opened.read(_MAX_FILE_SIZE + 1)
+        if len(content) > _MAX_FILE_SIZE:
+            raise SettingsError(f"{file} is not a settings file: it has more than {_MAX_FILE_SIZE} bytes")
         text = content.decode("utf-8-sig")  # editors on Windows write a byte order mark
     except OSError as error:
-        raise SettingsError(f"cannot read the settings in {file}: {os.strerror(error.errno or 0)}") from None
+        raise SettingsError(f"cannot read the settings file {file}: {os.strerror(error.errno or 0)}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise SettingsError(f"{file}, line {line}: not UTF-8 text; save the file as UTF-8") from None
@@ -484,8 +515,8 @@ def _read_file(file: Path) -> tuple[Mapping[str, object], _Place]:
         found = re.search(r"line (\d+), column (\d+)", str(error))
         where = f"line {found[1]}, column {found[2]}" if found else f"line {text.count(chr(10)) + 1} (the end)"
         raise SettingsError(
-            f"{file}, {where}: not valid TOML. Text needs quotes, a number none: "
-            'region = "us-east-1", port = 8773. Each name may be given once.'
+            f"{file}, {where}: not valid TOML. Text needs quotes, numbers do not: "
+            'region = "us-east-1", listen_port = 8773. Each name may occur once.'
         ) from None
     except RecursionError:
         raise SettingsError(f"{file}: nested too deeply") from None
@@ -493,7 +524,7 @@ def _read_file(file: Path) -> tuple[Mapping[str, object], _Place]:
 
 
 def _line_of(name: str, text: str) -> int:
-    """The line that gives a value to a name, or begins a table with it."""
+    """Return the number of the line that sets a name, or that opens a table with that name."""
     quoted = re.escape(name)
     found = re.search(rf"""^[ \t]*(\[+[ \t]*)?["']?{quoted}["']?[ \t]*[=.\]]""", text, re.MULTILINE)
     return text.count("\n", 0, found.end()) + 1 if found else 1
@@ -502,49 +533,52 @@ def _line_of(name: str, text: str) -> int:
 def _read_environment() -> dict[str, object]:
     values: dict[str, object] = {}
     for variable, text in os.environ.items():
-        if not variable.upper().startswith(_PREFIX) or variable in _NO_SETTINGS:
+        if not variable.upper().startswith(_PREFIX) or variable in _NOT_SETTINGS:
             continue
         name = variable[len(_PREFIX) :].lower()
         field = Settings.model_fields.get(name)
-        values[name] = _listed(variable, text) if field and get_origin(field.annotation) is tuple else text
+        values[name] = _parse_list(variable, text) if field and get_origin(field.annotation) is tuple else text
     return values
 
 
-def _listed(variable: str, text: str) -> object:
-    """Read the list that a variable holds as JSON."""
+def _parse_list(variable: str, text: str) -> object:
+    """Parse a list, which an environment variable holds as JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise SettingsError(f'{variable}: must be a list as JSON: ["first", "second"]') from None
 
 
-def _checked(values: Mapping[str, object], place: _Place) -> Iterator[tuple[str, object]]:
-    """Each setting with its value as it is kept. Raises SettingsError for the first that is wrong."""
+def _validate(values: Mapping[str, object], source_of: _SourceOf) -> Iterator[tuple[str, object]]:
+    """Yield each setting with its validated value. Raises SettingsError for the first invalid one."""
     for name, value in values.items():
         field = Settings.model_fields.get(name)
         if field is None:
-            raise SettingsError(f"{place(name)}: there is no such setting{_closest(name, place)}")
+            raise SettingsError(f"{source_of(name)}: unknown setting{_suggestion(name, source_of)}")
         for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str | Path) and (fault := _fault_of_text(str(text))):
-                raise SettingsError(f"{place(name)}: {fault}")
+            if isinstance(text, str | Path) and (message := _text_error(str(text))):
+                raise SettingsError(f"{source_of(name)}: {message}")
         try:
-            checked = _adapter(field).validate_python(value)
+            validated = _adapter(field).validate_python(value)
         except ValidationError as error:
-            raise SettingsError(f"{place(name)}: {_fault(field, error)}") from None
-        most = _MOST.get(name.rpartition("_")[2], _MOST_NUMBER)
-        if isinstance(checked, int | float) and not checked <= most:
-            raise SettingsError(f"{place(name)}: must be {_wanted(field)}, {most} or less")
-        yield name, checked
+            raise SettingsError(f"{source_of(name)}: {_value_error(field, error)}") from None
+        largest = _MAX_NUMBERS.get(name.rpartition("_")[2], _MAX_NUMBER)
+        if isinstance(validated, int | float) and not validated <= largest:  # also NaN
+            raise SettingsError(f"{source_of(name)}: must be {_type_name(field)}, {largest} or less")
+        yield name, validated
 
 
-def _fault_of_text(text: str) -> str | None:
-    """What is wrong with any text or path that the system gets: it ends C's strings, or means another folder."""
+def _text_error(text: str) -> str | None:
+    """Return what is wrong with a text or path, if anything.
+
+    The system would cut it at a NUL; an empty path would be the working directory.
+    """
     if not text:
-        return "must not be empty. Leave the setting out to have its default."
+        return "must not be empty. Remove the setting to use its default."
     if "\0" in text:
-        return "must not have a NUL character"
+        return "must not contain a NUL character"
     if not _is_utf8(text):
-        return "is not UTF-8. Thrave takes names and paths in UTF-8 only."
+        return "is not UTF-8. Thrave accepts names and paths in UTF-8 only."
     return None
 
 
@@ -553,49 +587,50 @@ def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
     return TypeAdapter(Annotated[kind, *field.metadata] if field.metadata else kind)
 
 
-def _closest(name: str, place: _Place) -> str:
+def _suggestion(name: str, source_of: _SourceOf) -> str:
     closest = difflib.get_close_matches(name, Settings.model_fields, n=1)
     if not closest:
-        return ". docs/reference/settings.md lists all."
-    suggested = place(closest[0]) if place(closest[0]).startswith((_PREFIX, "--")) else closest[0]
-    return f"; did you mean {suggested}?"
+        return ". See docs/reference/settings.md."
+    suggested = source_of(closest[0])
+    return f"; did you mean {suggested if suggested.startswith((_PREFIX, '--')) else closest[0]}?"
 
 
 def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _fault(field: FieldInfo, error: ValidationError) -> str:
-    """What is wrong with a setting's value, without the value: it may be a secret."""
+def _value_error(field: FieldInfo, error: ValidationError) -> str:
+    """Return what is wrong with a value, without the value: it may be a secret."""
     detail = error.errors(include_input=False)[0]
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
-    for one_of, words in _EXPECTED.items():
-        if detail["type"].startswith(one_of):
-            return words.format(**detail.get("ctx", {}), wanted=_wanted(field))
-    return f"must be {_wanted(field)}"
+    for prefix, template in _MESSAGES.items():
+        if detail["type"].startswith(prefix):
+            return template.format(**detail.get("ctx", {}), type=_type_name(field))
+    return f"must be {_type_name(field)}"
 
 
-_EXPECTED = {
-    "greater_than_equal": "must be {wanted}, {ge} or more",
-    "greater_than": "must be {wanted}, more than {gt}",
-    "less_than_equal": "must be {wanted}, {le} or less",
-    "less_than": "must be {wanted}, less than {lt}",
+_MESSAGES = {
+    "greater_than_equal": "must be {type}, {ge} or more",
+    "greater_than": "must be {type}, more than {gt}",
+    "less_than_equal": "must be {type}, {le} or less",
+    "less_than": "must be {type}, less than {lt}",
     "literal_error": "must be {expected}",
     "string_pattern_mismatch": "must have the form {pattern}",
 }
-_WANTED = {int: "a whole number", float: "a number", str: "text in quotes", SecretStr: "text in quotes",
-           Path: "a path in quotes", bool: "true or false", tuple: 'a list of text: ["first", "second"]'}  # fmt: skip
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text in quotes", SecretStr: "text in quotes",
+               Path: "a path in quotes", bool: "true or false",
+               tuple: 'a list of text: ["first", "second"]'}  # fmt: skip
 
 
-def _wanted(field: FieldInfo) -> str:
-    """Name the type of a setting."""
+def _type_name(field: FieldInfo) -> str:
+    """Describe the type of a setting."""
     kinds = [field.annotation, *get_args(field.annotation)]
     kinds += [get_args(kind)[0] for kind in kinds if get_origin(kind) is Annotated]
     if any(get_origin(kind) is Literal for kind in kinds):
         choices = next(get_args(kind) for kind in kinds if get_origin(kind) is Literal)
         return " or ".join(map(repr, choices))
     for kind in kinds:
-        if words := _WANTED.get(get_origin(kind) or kind):
-            return words
+        if name := _TYPE_NAMES.get(get_origin(kind) or kind):
+            return name
     return "another value"

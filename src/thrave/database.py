@@ -2,7 +2,7 @@
 
 Every table of ours stands here, as SQLAlchemy Core tables, so that a reader sees at once what Thrave remembers. The
 durable engine keeps its own tables beside them and these modules never read those. No secret is stored in the
-clear: columns named `sealed_…` hold what `vault.py` sealed with a key that is not in the database.
+clear: columns named `encrypted…` hold what `vault.py` encrypted with a key that is not in the database.
 
     DatabaseUnusableError
     ├── NewerDatabaseError       a later release made the tables
@@ -142,7 +142,7 @@ access_key = sa.Table(
     sa.Column("access_key_id", sa.String(32), primary_key=True),
     sa.Column("account_id", sa.ForeignKey("account.account_id"), nullable=False, index=True),
     sa.Column("user_id", sa.ForeignKey("iam_user.user_id", ondelete="CASCADE"), index=True),  # null: the account's own
-    sa.Column("sealed_secret", sa.LargeBinary, nullable=False),
+    sa.Column("encrypted_secret", sa.LargeBinary, nullable=False),
     sa.Column("status", sa.String(8), nullable=False),  # Active | Inactive, as IAM's
     sa.Column("create_date", UtcDateTime, nullable=False),
 )  # fmt: skip
@@ -165,20 +165,20 @@ bundle_task = sa.Table(
     sa.Column("access_key_id", sa.String(32), nullable=False),
     # Whether its request created the bucket; null once nothing is to be done about that any more.
     sa.Column("made_bucket", sa.Boolean),
-    sa.Column("sealed_grant", sa.LargeBinary),  # upload policy and signature; erased when the task ends
-    sa.Column("sealed_secrets", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
+    sa.Column("encrypted_policy", sa.LargeBinary),  # upload policy and signature; erased when the task ends
+    sa.Column("encrypted_bundle_key", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
     sa.Column("part_series", sa.String(12)),  # digits in the names of its parts; null until its sealing has begun
     sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
     sa.Column("documents", sa.JSON(none_as_null=True)),  # manifest and side file, once every part is stored
     sa.Column("earlier", sa.JSON(none_as_null=True)),  # what it replaces: a manifest, and keys
     # Whether its manifest may have been sent; from then on it cannot be cancelled.
     sa.Column("manifest_sent", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("frozen", sa.JSON(none_as_null=True)),  # its root volume and the overlay, until that has been merged
-    sa.Column("look_after_until", UtcDateTime),  # the guest may still hear a request to power off that is void
+    sa.Column("overlay", sa.JSON(none_as_null=True)),  # its root volume and the overlay, until that is merged
+    sa.Column("power_recovery_until", UtcDateTime),  # until then the guest may obey a void request to power off
     sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
     sa.Column("error_code", sa.String(64)),  # set before anything is undone, so also of a task that has not ended
     sa.Column("error_message", sa.Text),
-    sa.Column("notice", sa.Text),  # what its owner should know although the task went on
+    sa.Column("warning", sa.Text),  # for the owner; the task continued
     sa.Column("volume_size", sa.BigInteger),  # bytes of the root volume; null until it has been opened
     # How often a host took it up, and the number of its last run, which alone may write.
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
@@ -225,16 +225,16 @@ sa.Index(  # asked before each new task
 )  # fmt: skip
 _failed = bundle_task.c.state == sa.literal_column("'failed'")
 sa.Index("bundle_task_failed", bundle_task.c.update_time, sqlite_where=_failed, postgresql_where=_failed)
-_looked_after = bundle_task.c.look_after_until.is_not(None)
+_power_recovery = bundle_task.c.power_recovery_until.is_not(None)
 sa.Index(
-    "bundle_task_looked_after", bundle_task.c.host, bundle_task.c.instance_id,
-    sqlite_where=_looked_after, postgresql_where=_looked_after,
+    "bundle_task_power_recovery", bundle_task.c.host, bundle_task.c.instance_id,
+    sqlite_where=_power_recovery, postgresql_where=_power_recovery,
 )  # fmt: skip
 
-_frozen = bundle_task.c.frozen.is_not(None)
+_overlay = bundle_task.c.overlay.is_not(None)
 sa.Index(
-    "bundle_task_frozen", bundle_task.c.host, bundle_task.c.instance_id,
-    sqlite_where=_frozen, postgresql_where=_frozen,
+    "bundle_task_overlay", bundle_task.c.host, bundle_task.c.instance_id,
+    sqlite_where=_overlay, postgresql_where=_overlay,
 )  # fmt: skip
 
 bundle_task_event = sa.Table(
@@ -272,12 +272,12 @@ host = sa.Table(
     sa.Column("state", sa.String(8), nullable=False),  # active | draining | drained | fenced
     sa.Column("lease", sa.String(32), nullable=False),  # which of its agents may write: the last one that started
     sa.Column("version", sa.String(32), nullable=False),  # Thrave's
-    sa.Column("tasks_at_once", sa.Integer, nullable=False),
+    sa.Column("worker_concurrency", sa.Integer, nullable=False),
     sa.Column("start_time", UtcDateTime, nullable=False),
     sa.Column("heartbeat_time", UtcDateTime, nullable=False),
     # Its agent's own settings, in seconds: an operator's command may have others.
     sa.Column("heartbeat_interval", sa.Float, nullable=False, server_default="5"),
-    sa.Column("lost_after", sa.Float, nullable=False, server_default="60"),
+    sa.Column("heartbeat_timeout", sa.Float, nullable=False, server_default="60"),
     sa.Column("adopted_by", sa.String(253)),  # the host that has its tasks; null again once its agent is started
 )  # fmt: skip
 
@@ -315,11 +315,11 @@ sa.Index(
     sqlite_where=instance_power.c.borrowed_by.is_not(None), postgresql_where=instance_power.c.borrowed_by.is_not(None),
 )  # fmt: skip
 
-# Proves that a process has the same vault key and the same service identity as the others, before it uses either.
-vault_proof = sa.Table(
-    "vault_proof", metadata,
-    sa.Column("only", sa.Integer, primary_key=True, autoincrement=False),  # 1: there is one row
-    sa.Column("sealed", sa.LargeBinary, nullable=False),
+# Lets a process check, before it uses them, that it has the vault key and the service identity of the others.
+vault_check = sa.Table(
+    "vault_check", metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),  # 1: there is one row
+    sa.Column("encrypted", sa.LargeBinary, nullable=False),  # a known text
     sa.Column("identity", sa.String(64), nullable=False),  # ServiceIdentity.fingerprint
 )  # fmt: skip
 

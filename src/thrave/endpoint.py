@@ -59,8 +59,8 @@ def serve(settings: Settings, listening: Listening) -> None:
     ground.open()
     _ = ground.service
     agent = Agent(ground)
-    door = _door(ground, ground.instances, agent.power, lambda _instance_id: settings.host_name)
-    volumes = VolumeChecks(ground.instances, settings.image_directories)
+    door = _door(ground, ground.instances, agent.power, lambda _instance_id: settings.host_id)
+    volumes = VolumeChecks(ground.instances, settings.image_dirs)
     app = create_app(replace(door, volume_trouble=volumes.trouble))
     with explained(settings):
         agent.start(reports=False)
@@ -132,7 +132,7 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
         ground.queues.enqueue,
         host_of=host_of,
         retention=timedelta(days=settings.task_retention_days),
-        per_account=settings.tasks_per_account,
+        per_account=settings.max_tasks_per_account,
     )
     return Door(
         accounts=ground.accounts,
@@ -140,7 +140,7 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
         buckets=RetryingBuckets(ground.buckets, REQUEST_PATIENCE),
         tasks=tasks,
         power=power,
-        rate=RateLimit(settings.requests_per_second, settings.request_burst),
+        rate=RateLimit(settings.max_requests_per_second, settings.max_request_burst),
         region=settings.region,
         any_platform=settings.platforms == "any",
         existing_bundle=settings.existing_bundle,

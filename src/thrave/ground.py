@@ -38,7 +38,7 @@ from thrave.database import (
     migrations,
     open_engine,
     place,
-    vault_proof,
+    vault_check,
 )
 from thrave.identity.accounts import Accounts
 from thrave.identity.errors import ServiceIdentityError
@@ -119,7 +119,7 @@ class Ground:
         """The identity that signs manifests: the database's. Raises ServiceIdentityError if there is another one."""
         identity = ServiceIdentity.open(self.settings.directory.service)
         with self.database.begin() as connection:
-            known = connection.execute(sa.select(vault_proof.c.identity)).scalar_one()
+            known = connection.execute(sa.select(vault_check.c.identity)).scalar_one()
         if identity.fingerprint != known:
             raise ServiceIdentityError(
                 f"{self.settings.directory.service} has another service identity than the database. Copy service/ from "
@@ -137,8 +137,8 @@ class Ground:
             self.database,
             self.records(),
             self.queues,
-            heartbeat=settings.heartbeat,
-            lost_after=settings.host_lost_after,
+            heartbeat_interval=settings.heartbeat_interval,
+            heartbeat_timeout=settings.heartbeat_timeout,
         )
 
     def records(self, fence: Fence | None = None) -> Records:
@@ -161,8 +161,8 @@ class Ground:
     @cached_property
     def _opened(self) -> tuple[sa.Engine, Vault]:
         settings = self.settings
-        if settings.crash_at:
-            crash_at(settings.crash_at)
+        if settings.failpoint:
+            crash_at(settings.failpoint)
         root = _root(settings)
         with files.locked_folder(root), explained(settings):
             close_to_others(settings)
@@ -212,7 +212,7 @@ def hold_data_directory(settings: Settings) -> files.HeldFile | None:
         return files.HeldFile(directory.lock)
     except files.FileHeldError as error:
         raise DataDirectoryInUseError(
-            f"{directory.root} is in use: {error} runs on it. Stop that process, or give another --data."
+            f"{directory.root} is in use: {error} runs on it. Stop that process, or give another --data-dir."
         ) from None
 
 
@@ -226,7 +226,7 @@ def _root(settings: Settings) -> Path:
     root = settings.directory.root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     if root.stat().st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_ISVTX | stat.S_IWOTH:
-        raise DataDirectoryError(f"{root} is a folder that all users share. Give --data a folder in it.")
+        raise DataDirectoryError(f"{root} is a folder that all users share. Give --data-dir a folder in it.")
     return root
 
 
@@ -304,7 +304,7 @@ def _open_vault(settings: Settings, database: sa.Engine) -> Vault:
     directory = settings.directory
     with database.begin() as connection:
         lock(connection)
-        sealed = connection.execute(sa.select(vault_proof.c.sealed)).scalar()
+        sealed = connection.execute(sa.select(vault_check.c.encrypted)).scalar()
         if sealed is None and not _has_secrets(connection):
             vault = Vault.open_or_create(directory.vault_key)
         elif directory.vault_key.exists():
@@ -316,8 +316,8 @@ def _open_vault(settings: Settings, database: sa.Engine) -> Vault:
             )
         if sealed is None:
             identity = ServiceIdentity.open_or_create(directory.service)
-            proof = {"only": 1, "sealed": vault.seal(_PROOF, context=PROOF_CONTEXT), "identity": identity.fingerprint}
-            connection.execute(vault_proof.insert(), proof)
+            proof = {"id": 1, "encrypted": vault.seal(_PROOF, context=PROOF_CONTEXT), "identity": identity.fingerprint}
+            connection.execute(vault_check.insert(), proof)
             return vault
     try:
         vault.unseal(sealed, context=PROOF_CONTEXT)

@@ -104,14 +104,15 @@ class Listener:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        _allow_open_files(settings.open_files)
+        _allow_open_files(settings.max_open_files)
         self._tls = _tls(settings)
-        self._socket = _listen(settings.host, settings.port)
+        self._socket = _listen(settings.listen_address, settings.listen_port)
         if not (self._tls or settings.plain_http == "anywhere" or _is_loopback(self._socket)):
             self._socket.close()
             raise PlainHttpRefused(
-                f"{settings.host} can be reached by others, and plain HTTP can be read by them: set tls_certificate and"
-                ' tls_key, or plain_http = "anywhere" if something in front of the service speaks TLS'
+                f"{settings.listen_address} can be reached by others, and plain HTTP can be read by them: set "
+                'tls_certificate_file and tls_key_file, or plain_http = "anywhere" if something in front of the '
+                "service speaks TLS"
             )
 
     @property
@@ -137,7 +138,7 @@ class Listener:
             ssl_certfile=self._tls.certificate if self._tls else None,
             ssl_keyfile=self._tls.key if self._tls else None,
         )
-        config.connections = self._settings.connections
+        config.connections = self._settings.max_connections
         config.request_timeout = self._settings.request_timeout
         if self._tls:
             config.load()
@@ -401,15 +402,15 @@ def _allow_open_files(needed: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise FileLimitError(
             f"This process may open {hard} files, and {needed} may be needed. Raise the limit (LimitNOFILE= in the"
-            " service's unit, ulimit -n), or lower `connections`."
+            " service's unit, ulimit -n), or lower `max_connections`."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _tls(settings: Settings) -> Tls | None:
-    if settings.tls_certificate is None or settings.tls_key is None:
+    if settings.tls_certificate_file is None or settings.tls_key_file is None:
         return None
-    tls = Tls(certificate=settings.tls_certificate, key=settings.tls_key)
+    tls = Tls(certificate=settings.tls_certificate_file, key=settings.tls_key_file)
     tls.check()
     return tls
 

@@ -72,7 +72,7 @@ class ThraveServer:
 
         Args:
             data: Its data directory.
-            settings: Any of `thrave.config.Settings`, as `shutdown_grace=2`.
+            settings: Any of `thrave.config.Settings`, as `shutdown_timeout=2`.
 
         Raises:
             ServerError: It did not start.
@@ -87,7 +87,7 @@ class ThraveServer:
     def start(self) -> None:
         """Start it, and wait until it answers. Raises ServerError if it does not within two minutes."""
         errors, errors_of_server = os.pipe()
-        arguments = [self.command, "--data", str(self.data.root), "--port", "0"]
+        arguments = [self.command, "--data-dir", str(self.data.root), "--listen-port", "0"]
         try:
             self.process = self._launch(arguments, {**os.environ, **self.environment}, errors_of_server)
         finally:
@@ -121,7 +121,7 @@ class ThraveServer:
     def account(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
         """Make an account with its first access key; `certificate` is PEM."""
         url = self.environment.get("THRAVE_DATABASE_URL")
-        ground = open_ground(Settings(data=self.data.root, database_url=None if url is None else SecretStr(url)))
+        ground = open_ground(Settings(data_dir=self.data.root, database_url=None if url is None else SecretStr(url)))
         try:
             return ground.accounts.create(name, certificate)
         finally:
@@ -151,18 +151,18 @@ class ThraveServer:
     @property
     def instances(self) -> DirectoryInstances:
         """The instances that the server knows."""
-        return DirectoryInstances(Path(self.environment.get("THRAVE_INSTANCES", self.data.instances)))
+        return DirectoryInstances(Path(self.environment.get("THRAVE_INSTANCE_DIR", self.data.instances)))
 
     def client(self, key: AccessKey, service: str = "ec2", **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
         """An unmodified boto3 client for EC2, or for `sts`; `options` as `boto3.client` takes them.
 
-        A server that was given a certificate (`tls_certificate`) is trusted if it shows that one. Raises
+        A server that was given a certificate (`tls_certificate_file`) is trusted if it shows that one. Raises
         ComponentMissingError if boto3 is not installed.
         """
         given = {
             "endpoint_url": self.url,
             "region_name": REGION,
-            "verify": self.environment.get("THRAVE_TLS_CERTIFICATE"),
+            "verify": self.environment.get("THRAVE_TLS_CERTIFICATE_FILE"),
             "aws_access_key_id": key.access_key_id,
             "aws_secret_access_key": key.secret_access_key,
         }

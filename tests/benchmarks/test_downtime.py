@@ -17,7 +17,10 @@ def test_downtime_benchmark_measures_both_modes_and_stores_results(libvirtd, gue
     monkeypatch.setattr(downtime, "running_host", lambda: nullcontext(libvirtd))
     downtime.main(["--quick", "--inputs", str(tmp_path / "inputs"), "--results", str(tmp_path)])
     kept = json.loads((tmp_path / "downtime-quick.json").read_text())
-    assert [(point["mode"], point["data"]) for point in kept["points"]] == [("overlay", 32 << 20), ("whole", 32 << 20)]
+    assert [(point["mode"], point["data"]) for point in kept["points"]] == [
+        ("overlay", 32 << 20),
+        ("offline", 32 << 20),
+    ]
     for point in kept["points"]:
         (down,) = point["rounds"]
         assert 0 < down["started"] < down["ready"]

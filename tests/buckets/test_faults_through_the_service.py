@@ -28,7 +28,13 @@ SENT_AS = {
 @pytest.fixture(scope="module", params=SETTINGS)
 def shared_service(request, seaweedfs, proxy, tmp_path_factory):
     # Long enough for a store on a busy machine: only the fault itself may run into the timeout.
-    settings = {"store": "s3", "s3_endpoint": proxy.url, "s3_timeout": 8, "s3_patience": 10, **SETTINGS[request.param]}
+    settings = {
+        "store": "s3",
+        "s3_endpoint": proxy.url,
+        "s3_timeout": 8,
+        "s3_retry_timeout": 10,
+        **SETTINGS[request.param],
+    }
     folder = tmp_path_factory.mktemp("service")
     with ForkedServer.running(folder / "thrave", **settings) as server:
         service = ServiceOnStore(server, seaweedfs, folder)

@@ -31,16 +31,16 @@ def file(tmp_path):
     [
         ({}, DirectoryBuckets),
         ({"store": "s3"}, OwnersBuckets),
-        ({"store": "s3", "upload": "policy", **IN_ENVIRONMENT}, OwnersBuckets),
-        ({"store": "s3", "upload": "service", **IN_ENVIRONMENT}, ServiceBuckets),
+        ({"store": "s3", "upload_credentials": "policy", **IN_ENVIRONMENT}, OwnersBuckets),
+        ({"store": "s3", "upload_credentials": "service", **IN_ENVIRONMENT}, ServiceBuckets),
     ],
 )
 def test_the_settings_choose_the_driver(tmp_path, settings, driver):
-    assert type(open_buckets(Settings(data=tmp_path, **settings), lambda _: None)) is driver
+    assert type(open_buckets(Settings(data_dir=tmp_path, **settings), lambda _: None)) is driver
 
 
 def test_the_key_comes_from_a_file_for_its_owners_eyes(file):
-    key = store_connection(Settings(store="s3", s3_credentials=file)).credentials
+    key = store_connection(Settings(store="s3", s3_credentials_file=file)).credentials
     assert key == Credentials(access_key_id="AKIASERVICE", secret_access_key=SECRET, session_token="session-of-a-day")
     file.chmod(0o640)
     with pytest.raises(InvalidArgument, match="chmod 600"):
@@ -71,12 +71,12 @@ def test_awss_own_endpoint_is_that_of_the_region():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"upload": "service"}, "s3_credentials"),
+        ({"upload_credentials": "service"}, "s3_credentials_file"),
         ({"s3_access_key_id": "AKIASERVICE"}, "belong together"),
         ({"s3_secret_access_key": SECRET}, "belong together"),
         ({"s3_endpoint": "s3.example.com"}, "s3_endpoint"),
         ({"s3_endpoint": "https://s3.example.com/path"}, "s3_endpoint"),
-        ({"s3_addressing": "host"}, "s3_addressing"),
+        ({"s3_addressing_style": "host"}, "s3_addressing_style"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_without_a_secret(settings, said):
@@ -86,13 +86,13 @@ def test_settings_that_do_not_fit_are_refused_without_a_secret(settings, said):
 
 
 def test_no_repr_shows_a_secret(file):
-    settings = Settings(store="s3", s3_credentials=file, s3_proxy="http://user:password@proxy", **IN_ENVIRONMENT)
+    settings = Settings(store="s3", s3_credentials_file=file, s3_proxy="http://user:password@proxy", **IN_ENVIRONMENT)
     shown = f"{settings!r} {store_connection(settings)!r}"
     assert not any(secret in shown for secret in (SECRET, "password", "session-of-a-day"))
 
 
 @pytest.mark.parametrize(("tasks", "uploads"), [(1, 1), (2, 4), (8, 4), (3, 40)])
 def test_every_request_of_every_task_has_a_connection(tmp_path, tasks, uploads):
-    settings = Settings(data=tmp_path, store="s3", tasks_at_once=tasks, uploads_at_once=uploads)
+    settings = Settings(data_dir=tmp_path, store="s3", worker_concurrency=tasks, upload_concurrency=uploads)
     assert store_connection(settings).connections > tasks * (uploads + 16)
-    assert settings.open_files > settings.connections + store_connection(settings).connections
+    assert settings.max_open_files > settings.max_connections + store_connection(settings).connections

@@ -53,7 +53,7 @@ def guarded_service(request, seaweedfs, tmp_path_factory):
     """How the service uploads, the service on a store behind a guard, and the guard."""
     folder = tmp_path_factory.mktemp("service")
     with guarded(seaweedfs.url, "") as guard:
-        settings = {"store": "s3", "s3_endpoint": guard.url, "s3_patience": 5, **SETTINGS[request.param]}
+        settings = {"store": "s3", "s3_endpoint": guard.url, "s3_retry_timeout": 5, **SETTINGS[request.param]}
         with ForkedServer.running(folder / "thrave", **settings) as server:
             yield request.param, ServiceOnStore(server, seaweedfs, folder), guard
 

@@ -31,7 +31,7 @@ def shared_service(request, tmp_path_factory):
     """A service on the store and with the settings that a test names; tests that name the same ones share it."""
     name, settings = request.param
     store = request.getfixturevalue(name)
-    settings = {"store": "s3", "s3_endpoint": store.url, "s3_patience": 5, **settings}
+    settings = {"store": "s3", "s3_endpoint": store.url, "s3_retry_timeout": 5, **settings}
     folder = tmp_path_factory.mktemp("service")
     with ForkedServer.running(folder / "thrave", **settings) as server:
         yield ServiceOnStore(server, store, folder)

@@ -381,7 +381,7 @@ def key_of(settings):
 
 
 def test_changed_credentials_take_effect_without_a_restart(file, tmp_path):
-    connection = store_connection(Settings(store="s3", s3_credentials=file))
+    connection = store_connection(Settings(store="s3", s3_credentials_file=file))
     assert key_of(connection) == "AKIAFIRST"
     written(file, "AKIASECOND")
     assert key_of(connection) == "AKIASECOND"
@@ -390,7 +390,9 @@ def test_changed_credentials_take_effect_without_a_restart(file, tmp_path):
 
 
 def test_changed_credentials_sign_the_next_request_of_an_open_store(file):
-    settings = Settings(store="s3", upload="service", s3_credentials=file, s3_endpoint="http://127.0.0.1:1")
+    settings = Settings(
+        store="s3", upload_credentials="service", s3_credentials_file=file, s3_endpoint="http://127.0.0.1:1"
+    )
     buckets, signed = open_buckets(settings, lambda _: None), []
     buckets._transport.send = lambda _method, _url, headers, *_, **__: signed.append(headers["Authorization"])
     for name in ("AKIAFIRST", "AKIASECOND"):
@@ -404,7 +406,7 @@ def test_changed_credentials_sign_the_next_request_of_an_open_store(file):
     "damage", [lambda path: path.unlink(), lambda path: path.chmod(0o644), lambda path: path.write_text("")]
 )
 def test_changed_credentials_that_cannot_be_used_leave_the_earlier_in_use(file, damage):
-    connection = store_connection(Settings(store="s3", s3_credentials=file))
+    connection = store_connection(Settings(store="s3", s3_credentials_file=file))
     damage(file)
     assert key_of(connection) == "AKIAFIRST"
     file.unlink(missing_ok=True)
@@ -417,7 +419,7 @@ def test_changed_credentials_that_cannot_be_used_leave_the_earlier_in_use(file, 
 )
 def test_credentials_that_cannot_be_used_name_the_setting_and_no_code_of_s3(file, damage):
     damage(file)
-    with pytest.raises(StoreSettingError, match=r"^The setting s3_credentials cannot be used: ") as caught:
-        store_connection(Settings(store="s3", s3_credentials=file))
+    with pytest.raises(StoreSettingError, match=r"^The setting s3_credentials_file cannot be used: ") as caught:
+        store_connection(Settings(store="s3", s3_credentials_file=file))
     assert str(file) in str(caught.value)
     assert not any(word in str(caught.value) for word in ("(400)", "Errno"))

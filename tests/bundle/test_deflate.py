@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.bundles.sample_bundles import MemoryImage, bundle_of, private_key
 from thrave.bundle.deflate import GZIP_HEADER, deflated, gzip_trailer, most_gzip
 from thrave.bundle.opening import open_bundle
-from thrave.bundle.zlibs import FAST, LEVELS, SMALL, STDLIB
+from thrave.bundle.zlibs import COMPRESSIONS, FAST, SMALL, STDLIB
 
 LIBRARIES = {"isal": FAST, "zlib-ng": SMALL, "zlib": STDLIB}
 KINDS = {
@@ -47,7 +47,7 @@ def test_gunzip_finds_nothing_to_remark(name):
 
 
 def test_without_a_wheel_the_standard_library_stands_in(monkeypatch, tmp_path):
-    monkeypatch.setitem(LEVELS, "fast", STDLIB)
+    monkeypatch.setitem(COMPRESSIONS, "fast", STDLIB)
     image = MemoryImage(b"".join(kind(2_000_000) for kind in KINDS.values()))
     bundle = bundle_of(image)
     opened = open_bundle(bundle.manifest, bundle, private_key("user"), tmp_path / "image")
@@ -56,5 +56,5 @@ def test_without_a_wheel_the_standard_library_stands_in(monkeypatch, tmp_path):
 
 def test_small_is_smaller():
     text = b"".join(Random(i).choice([b"key", b"value", b"other"]) + str(i).encode() for i in range(50_000))
-    sizes = {level: len(deflated(memoryview(text), LEVELS[level])) for level in LEVELS}
+    sizes = {name: len(deflated(memoryview(text), COMPRESSIONS[name])) for name in COMPRESSIONS}
     assert sizes["small"] < sizes["fast"]

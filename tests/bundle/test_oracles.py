@@ -96,10 +96,10 @@ def test_a_dense_member_beyond_8_gib_has_gnu_tars_header(tmp_path):
     assert b"".join(member.header()) == expected
 
 
-@pytest.mark.parametrize("level", ["fast", "small"])
-def test_openssl_gunzip_and_tar_open_it(raw_file, level, tmp_path):
+@pytest.mark.parametrize("compression", ["fast", "small"])
+def test_openssl_gunzip_and_tar_open_it(raw_file, compression, tmp_path):
     with open_volume(raw_file, "raw") as volume:
-        parts, _ = seal(volume, raw_file.name, level=level, part_size=256 * KIB)
+        parts, _ = seal(volume, raw_file.name, compression=compression, part_size=256 * KIB)
     decipher = ["openssl", "enc", "-d", "-aes-128-cbc", "-K", SECRETS.key.hex(), "-iv", SECRETS.iv.hex()]
     target = tmp_path / "opened"
     target.mkdir()

@@ -127,7 +127,7 @@ def test_holes_that_have_moved_are_refused():
 def test_another_level_is_refused_before_anything_is_enciphered():
     parts = list(sealing().parts())
     with pytest.raises(ResumeError, match="deflated"):
-        next(sealing(level="small", cut_off=cut_off_after(parts, 8)).parts())
+        next(sealing(compression="small", cut_off=cut_off_after(parts, 8)).parts())
 
 
 def test_a_forged_checkpoint_is_refused():

@@ -35,11 +35,11 @@ def images(draw):
 @given(
     image=images(),
     part_size=st.sampled_from([16, 160, 4096, 65536, 1 << 20]),
-    level=st.sampled_from(["fast", "small"]),
+    compression=st.sampled_from(["fast", "small"]),
     reader=st.sampled_from(["user", "cloud"]),
 )
-def test_what_is_sealed_opens_to_itself(image, part_size, level, reader):
-    bundle = bundle_of(image, part_size=max(part_size, image.size // 400 // 16 * 16), level=level)
+def test_what_is_sealed_opens_to_itself(image, part_size, compression, reader):
+    bundle = bundle_of(image, part_size=max(part_size, image.size // 400 // 16 * 16), compression=compression)
     with tempfile.TemporaryDirectory() as folder:
         opened = open_bundle(
             bundle.manifest, bundle, private_key(reader), Path(folder) / "image",

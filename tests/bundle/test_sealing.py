@@ -99,10 +99,10 @@ def test_names_sort_in_their_order_however_well_it_compresses():
     assert [part.filename for part in compressible] == names[: len(compressible)]
 
 
-@pytest.mark.parametrize("level", ["fast", "small"])
-def test_a_stream_never_grows_beyond_what_the_names_have_room_for(level):
+@pytest.mark.parametrize("compression", ["fast", "small"])
+def test_a_stream_never_grows_beyond_what_the_names_have_room_for(compression):
     image = MemoryImage(NOISE)
-    parts, _ = seal(image, level=level)
+    parts, _ = seal(image, compression=compression)
     assert sum(sizes(parts)) <= most_gzip(len(NOISE) + 10240) + 16
     assert sum(sizes(parts)) < len(NOISE) * 1.0002 + 10240
 

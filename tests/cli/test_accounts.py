@@ -12,7 +12,7 @@ FAILED, USAGE, NOT_FOUND, REFUSED = 1, 2, 3, 4
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
     """The data directory of every command here."""
-    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
 
 
 def test_a_new_account_is_shown_with_its_secret_once(thrave, thrave_json):
@@ -119,7 +119,7 @@ def test_what_cannot_be_done_has_a_status_and_no_traceback(thrave, words, status
 
 
 def test_a_mistyped_data_directory_is_not_begun_by_looking_into_it(thrave, tmp_path):
-    status, _, stderr = thrave("account", "list", "--data", tmp_path / "mistyped")
+    status, _, stderr = thrave("account", "list", "--data-dir", tmp_path / "mistyped")
     assert (status, "no data directory" in stderr) == (USAGE, True)
     assert not (tmp_path / "mistyped").exists()
 

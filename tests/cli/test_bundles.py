@@ -68,7 +68,7 @@ def test_the_answer_to_bundle_names_what_was_written(bundle, tmp_path):
 
 def test_qcow2_and_small_are_understood(thrave_json, image, tmp_path):
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", image, tmp_path / "disk.qcow2"], check=True)
-    options = ("--format", "qcow2", "--level", "small", "--architecture", "i386")
+    options = ("--format", "qcow2", "--compression", "small", "--architecture", "i386")
     made = thrave_json(*sealing(tmp_path / "disk.qcow2", tmp_path / "b", *options))
     thrave_json("open", made["manifest"], "--key", KEYS / "user-pk.pem", "-o", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == image.read_bytes()
@@ -213,7 +213,7 @@ def test_an_existing_bundle_is_not_overwritten(thrave, bundle, image, tmp_path):
         ("--architecture", "a b"),
         ("--signing-key", "/etc/hostname"),
         ("--user-certificate", KEYS / "user-pk.pem"),
-        ("--level", "tiny"),
+        ("--compression", "tiny"),
         ("--side-key", KEYS / "user-pk.pem"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_file_that_the_image_refers_to_lies_where_it_may(thrave, thrave_json, 
     status, _, stderr = thrave(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
     assert (status, "nor one of the image directories" in stderr) == (FAILED, True)
     assert not (tmp_path / "b").exists()
-    options = ("--format", "qcow2", "--image-directory", templates)
+    options = ("--format", "qcow2", "--image-dir", templates)
     made = thrave_json(*sealing(disk, tmp_path / "b", *options))
     thrave_json("open", made["manifest"], "--key", KEYS / "user-pk.pem", "-o", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == (templates / "base.raw").read_bytes()
@@ -284,7 +284,7 @@ def test_a_file_that_the_image_refers_to_lies_where_it_may(thrave, thrave_json, 
 )
 def test_a_signal_that_ends_it_leaves_nothing(tmp_path, number, status):
     (tmp_path / "disk.raw").write_bytes(256 * Random(1).randbytes(MIB))  # takes seconds, also where nobody else works
-    words = [*map(str, sealing(tmp_path / "disk.raw", tmp_path / "b", "--level", "small"))]
+    words = [*map(str, sealing(tmp_path / "disk.raw", tmp_path / "b", "--compression", "small"))]
     with subprocess.Popen([sys.executable, "-m", "thrave", *words], stderr=subprocess.DEVNULL) as thrave:
 
         def stored_parts():

@@ -21,12 +21,12 @@ NAMES = [check.name for check in (*CHECKS, CLEAN_UP)]
 @pytest.fixture
 def data(tmp_path, thrave_json):
     """A data directory with an account that holds the key which the stores know as Alice's."""
-    account = thrave_json("account", "create", "alice", "--data", tmp_path / "data")["accountId"]
+    account = thrave_json("account", "create", "alice", "--data-dir", tmp_path / "data")["accountId"]
     credentials = tmp_path / "alice.credentials"
     credentials.write_text(f"[default]\naws_access_key_id={stores.ALICE.access_key_id}\n"
                            f"aws_secret_access_key={stores.ALICE.secret_access_key}\n")  # fmt: skip
     credentials.chmod(0o600)
-    thrave_json("account", "key", "import", account, "--credentials", credentials, "--data", tmp_path / "data")
+    thrave_json("account", "key", "import", account, "--credentials", credentials, "--data-dir", tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -37,7 +37,7 @@ def doctor(data, thrave, monkeypatch):
     def run(*words, **settings):
         for name, value in settings.items():
             monkeypatch.setenv(f"THRAVE_{name.upper()}", str(value))
-        status, stdout, stderr = thrave("doctor", "--data", data, "--output", "json", *words)
+        status, stdout, stderr = thrave("doctor", "--data-dir", data, "--output", "json", *words)
         assert stores.ALICE.secret_access_key not in stdout + stderr
         return status, {found["check"]: found for found in json.loads(stdout)["checks"]}
 
@@ -75,14 +75,14 @@ def test_a_postgresql_is_asked_for_its_version_and_its_clock(doctor, postgres, t
     url = postgres.new_database()
     _, before = doctor(database_url=url)
     assert failed(before) == {"tables"}
-    thrave_json("account", "create", "alice", "--data", tmp_path / "fleet")
-    _, found = doctor("--data", tmp_path / "fleet")
+    thrave_json("account", "create", "alice", "--data-dir", tmp_path / "fleet")
+    _, found = doctor("--data-dir", tmp_path / "fleet")
     assert found["reachable"]["detail"].startswith("PostgreSQL ")
     assert outcomes(found)["database's clock"] == outcomes(found)["vault's proof"] == "ok"
 
 
 def test_where_nothing_has_been_begun_nothing_is_made(thrave, tmp_path):
-    status, stdout, stderr = thrave("doctor", "--data", tmp_path / "data")
+    status, stdout, stderr = thrave("doctor", "--data-dir", tmp_path / "data")
     assert (status, "thrave account create" in stdout, "reachable" in stderr) == (1, True, True)
     assert [*tmp_path.iterdir()] == []
 
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_said_with_what_to_do(doctor, data, tmp_path):
 
 def test_the_url_of_a_database_is_never_shown(data, thrave, monkeypatch):
     monkeypatch.setenv("THRAVE_DATABASE_URL", "postgresql:/nonsense:hunter2@")
-    status, stdout, stderr = thrave("doctor", "--data", data)
+    status, stdout, stderr = thrave("doctor", "--data-dir", data)
     assert (status, "hunter2" in stdout + stderr) == (2, False)
     assert "THRAVE_DATABASE_URL" in stderr
 
@@ -111,9 +111,9 @@ def test_the_url_of_a_database_is_never_shown(data, thrave, monkeypatch):
 )
 def test_an_instance_that_could_not_be_bundled_is_named(doctor, data, thrave_json, tmp_path, words, check, says):
     disk = make_disk(tmp_path / "disk.raw", 1 << 20)
-    account = thrave_json("account", "list", "--data", data)["accounts"][0]["accountId"]
+    account = thrave_json("account", "list", "--data-dir", data)["accounts"][0]["accountId"]
     added = thrave_json("instance", "add", "--account", account, "--platform", "windows",
-                        "--root-volume", disk, *words, "--data", data)  # fmt: skip
+                        "--root-volume", disk, *words, "--data-dir", data)  # fmt: skip
     if check == "root volumes":
         disk.unlink()
     status, found = doctor()
@@ -128,7 +128,7 @@ def s3(store, **settings):
 
 def by_the_service(store):
     key = {"s3_access_key_id": stores.SERVICE.access_key_id, "s3_secret_access_key": stores.SERVICE.secret_access_key}
-    return s3(store, upload="service", **key)
+    return s3(store, upload_credentials="service", **key)
 
 
 def buckets_of(store, key):
@@ -146,7 +146,7 @@ class TestAStore:
     def test_that_takes_policies_passes_but_for_what_is_known_of_it(self, doctor, store):
         bucket = f"alice-{uuid.uuid4().hex[:12]}"
         status, found = doctor("--bucket", bucket, **s3(store))
-        lacking = {check for check, outcome in outcomes(found).items() if outcome == "lacking"}
+        lacking = {check for check, outcome in outcomes(found).items() if outcome == "warning"}
         assert (status, failed(found)) == (0, set())
         assert lacking == ({"AWS CLI's policy"} if store.name == "rgw" else set())
         assert found["HEAD and ETag"]["detail"] == "size and ETag"
@@ -166,7 +166,7 @@ class TestAStore:
         assert (status, [*objects.list(bucket, "")]) == (0, ["mine"])
 
     def test_that_does_not_know_the_key_is_named_and_nothing_else_is_tried(self, doctor, store, thrave_json, data):
-        key = thrave_json("account", "create", "bob", "--data", data)["accessKeyId"]
+        key = thrave_json("account", "create", "bob", "--data-dir", data)["accessKeyId"]
         status, found = doctor("--access-key-id", key, **s3(store))
         refused = "create bucket" if store.name == "rgw" else "key"  # RGW answers as to a key that may not
         assert (status, failed(found)) == (1, {refused})
@@ -178,7 +178,7 @@ def test_a_store_that_is_away_fails_once(doctor):
         port = closed.getsockname()[1]
     status, found = doctor(store="s3", s3_endpoint=f"http://127.0.0.1:{port}")
     assert (status, failed(found)) == (1, {"answers"})
-    assert outcomes(found)["clean-up"] == "not tried"
+    assert outcomes(found)["clean-up"] == "skipped"
 
 
 @pytest.mark.rgw
@@ -190,7 +190,7 @@ def test_a_certificate_must_be_believed(doctor, rgw):
 
 @pytest.mark.rgw
 def test_a_certificate_that_ends_soon_is_told(doctor, rgw):
-    _, found = doctor(**s3(rgw, s3_ca=rgw.ca) | {"s3_endpoint": rgw.tls_url})
+    _, found = doctor(**s3(rgw, s3_ca_file=rgw.ca) | {"s3_endpoint": rgw.tls_url})
     assert failed(found) == {"TLS"}
     assert "the certificate ends in 0 days" in found["TLS"]["detail"]
 
@@ -206,7 +206,7 @@ def test_a_check_that_hangs_is_left_behind():
     ("error", "optional", "outcome", "detail"),
     [
         (Trouble("two\nlines"), False, Outcome.FAILED, "two lines"),
-        (Trouble("it"), True, Outcome.LACKING, "it"),
+        (Trouble("it"), True, Outcome.WARNING, "it"),
         (ValueError("a secret"), False, Outcome.FAILED, "unforeseen: ValueError"),
     ],
 )

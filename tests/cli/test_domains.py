@@ -22,7 +22,7 @@ def libvirt(monkeypatch):
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
     return tmp_path / "data"
 
 
@@ -181,7 +181,7 @@ class TestTheDoctor:
         assert found["instances"]["detail"] == f"1 in {URI}"
         assert found["root volumes"]["detail"] == "1 can be read"
         assert found["power button"]["detail"] == "1 can be told, 0 through an agent's channel"
-        assert {found[name]["outcome"] for name in ("commands", "sysprep", "overlays", "downtime")} == {"not tried"}
+        assert {found[name]["outcome"] for name in ("commands", "sysprep", "overlays", "capture mode")} == {"skipped"}
 
     def test_tries_nothing_of_a_libvirt_that_does_not_answer(self, doctor):
         status, failed, found = doctor(libvirt_uri="qemu:///system?socket=/nowhere/libvirt-sock")
@@ -215,7 +215,7 @@ class TestTheDoctor:
     def test_names_a_guest_that_could_not_run_sysprep(self, doctor, libvirt, disk, account_id, thrave_json):
         libvirt.define("talks", disk, channel=True)
         thrave_json("instance", "adopt", "talks", "--account", account_id)
-        _, failed, found = doctor(sysprep=["C:\\sysprep.exe", "/shutdown"])
+        _, failed, found = doctor(sysprep_command=["C:\\sysprep.exe", "/shutdown"])
         assert failed == {"sysprep"}
         assert ("(win): no agent" in found["sysprep"]["detail"], "talks" in found["sysprep"]["detail"]) == (True, False)
         libvirt.start("talks")  # and its agent does not open the channel
@@ -234,10 +234,10 @@ class TestTheDoctor:
 
     def test_says_that_a_pretended_machine_can_have_no_overlay(self, doctor, adopted):
         require("qemu-img", package="qemu-utils")
-        status, failed, found = doctor(downtime="overlay")
+        status, failed, found = doctor(capture_mode="overlay")
         assert (status, failed) == (0, set())
-        assert (found["overlays"]["detail"], found["downtime"]["outcome"]) == ("0 could be made", "lacking")
-        assert adopted["instanceId"] in found["downtime"]["detail"]
+        assert (found["overlays"]["detail"], found["capture mode"]["outcome"]) == ("0 could be made", "warning")
+        assert adopted["instanceId"] in found["capture mode"]["detail"]
 
 
 def test_the_doctor_looks_whether_overlays_can_be_made(
@@ -245,7 +245,7 @@ def test_the_doctor_looks_whether_overlays_can_be_made(
 ):
     monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
     monkeypatch.setenv("THRAVE_LIBVIRT_URI", libvirtd.uri)
-    monkeypatch.setenv("THRAVE_DOWNTIME", "overlay")
+    monkeypatch.setenv("THRAVE_CAPTURE_MODE", "overlay")
     for name, image_format in (("win-raw", "raw"), ("win-vmdk", "vmdk")):
         definition = disk.with_name(f"{name}.xml")
         definition.write_text(domain_xml(name, disk, kind="qemu", image_format=image_format))
@@ -255,7 +255,7 @@ def test_the_doctor_looks_whether_overlays_can_be_made(
     found = findings(thrave)
     assert found["libvirt"]["detail"].startswith("QEMU ")
     assert found["overlays"]["outcome"] == "ok"
-    assert (found["downtime"]["outcome"], "the format vmdk" in found["downtime"]["detail"]) == ("lacking", True)
+    assert (found["capture mode"]["outcome"], "the format vmdk" in found["capture mode"]["detail"]) == ("warning", True)
     monkeypatch.setattr(domains, "LEAST_ROOM", 1 << 62)
     found = findings(thrave)
     assert found["overlays"]["outcome"] == "failed"
@@ -267,9 +267,9 @@ def findings(thrave):
     return {one["check"]: one for one in json.loads(thrave("doctor", "--output", "json")[1])["checks"]}
 
 
-@pytest.mark.parametrize(("setting", "check"), [("downtime", "overlays"), ("sysprep", "sysprep")])
+@pytest.mark.parametrize(("setting", "check"), [("capture_mode", "overlays"), ("sysprep_command", "sysprep")])
 def test_what_only_libvirt_can_do_is_not_promised_without_it(thrave, data, account_id, monkeypatch, setting, check):
-    monkeypatch.setenv(f"THRAVE_{setting.upper()}", {"downtime": "overlay", "sysprep": '["x"]'}[setting])
+    monkeypatch.setenv(f"THRAVE_{setting.upper()}", {"capture_mode": "overlay", "sysprep_command": '["x"]'}[setting])
     status, stdout, _ = thrave("doctor", "--output", "json")
     (found,) = [one for one in json.loads(stdout)["checks"] if one["check"] == check]
     assert (status, found["outcome"], "hypervisor = libvirt" in found["detail"]) == (1, "failed", True)

@@ -123,8 +123,8 @@ def test_help_is_a_command(thrave):
     ],
 )
 def test_missing_data_directory_is_named_and_not_made(thrave, tmp_path, words):
-    status, stdout, stderr = thrave(*words, "--data", tmp_path / "goood")
-    assert (status, stdout, f"{tmp_path}/goood is no data directory" in stderr) == (Exit.USAGE, "", True)
+    status, stdout, stderr = thrave(*words, "--data-dir", tmp_path / "goood")
+    assert (status, stdout, f"No data directory at {tmp_path}/goood" in stderr) == (Exit.USAGE, "", True)
     assert not (tmp_path / "goood").exists()
 
 
@@ -137,16 +137,16 @@ def run(*words, **environment):
                                     {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])  # fmt: skip
 def test_path_in_utf8_works_under_any_locale(tmp_path, locale):
     folder = tmp_path / "datä-日本"
-    created = run("account", "create", "alice", "--data", str(folder), **locale)
+    created = run("account", "create", "alice", "--data-dir", str(folder), **locale)
     assert created.returncode == 0, created.stderr
     assert (folder / "vault.key").exists()
-    assert "alice" in run("account", "list", "--data", str(folder)).stdout
+    assert "alice" in run("account", "list", "--data-dir", str(folder)).stdout
 
 
 @pytest.mark.parametrize("words", [["serve"], ["account", "create", "alice"], ["instance", "list"], ["doctor"]])
 @pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_path_that_is_no_utf8_is_refused(tmp_path, words, locale):
-    refused = run(*words, "--data", os.fsdecode(bytes(tmp_path) + b"/dat\xe4"), **locale)
+    refused = run(*words, "--data-dir", os.fsdecode(bytes(tmp_path) + b"/dat\xe4"), **locale)
     assert (refused.returncode, "is not UTF-8" in refused.stderr) == (Exit.USAGE, True), refused.stderr
     assert [*tmp_path.iterdir()] == []
 
@@ -185,24 +185,24 @@ def test_unsafe_characters_of_an_error_are_escaped(thrave, tmp_path):
     assert [letter for letter in stderr if not (letter.isprintable() or letter == "\n")] == []
 
 
-@pytest.mark.parametrize("words", ["account create alice", "serve --port 0", "task list", "demo"])
+@pytest.mark.parametrize("words", ["account create alice", "serve --listen-port 0", "task list", "demo"])
 def test_empty_data_directory_is_refused_and_not_taken_for_the_working_one(thrave, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)
-    status, _, stderr = thrave(*words.split(), "--data", "")
+    status, _, stderr = thrave(*words.split(), "--data-dir", "")
     assert status == Exit.USAGE
     assert "must not be empty" in stderr
     assert not [*tmp_path.iterdir()]
     assert tmp_path.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("words", ["account create alice", "serve --port 0"])
+@pytest.mark.parametrize("words", ["account create alice", "serve --listen-port 0"])
 def test_folder_that_all_users_share_is_no_data_directory(tmp_path, words):
     """It would be closed to everybody else."""
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
-    result = run(*words.split(), "--data", shared)
+    result = run(*words.split(), "--data-dir", shared)
     assert result.returncode == Exit.FAILED
     assert f"{shared} is a folder that all users share" in result.stderr
     assert not [*shared.iterdir()]

@@ -18,7 +18,7 @@ USAGE, NOT_FOUND, REFUSED = 2, 3, 4
 @pytest.fixture
 def settings(database, tmp_path, monkeypatch):
     """The settings of every command here, taken from the environment."""
-    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
     for name, value in database.items():
         monkeypatch.setenv(f"THRAVE_{name.upper()}", value)
     return load_settings(None)
@@ -66,8 +66,8 @@ def task(ground):
 @pytest.fixture
 def two(ground, task, silence):
     """kvm-1, silent for two minutes with two tasks, and kvm-2, which has just given a sign of life."""
-    ground.hosts.take("kvm-1", tasks_at_once=2)
-    ground.hosts.take("kvm-2", tasks_at_once=3)
+    ground.hosts.take("kvm-1", worker_concurrency=2)
+    ground.hosts.take("kvm-2", worker_concurrency=3)
     task("bun-1", "kvm-1", begun=True)
     task("bun-2", "kvm-1")
     silence("kvm-1", 120)
@@ -75,7 +75,7 @@ def two(ground, task, silence):
 
 def test_hosts_are_listed_with_what_they_do(two, thrave, thrave_json):
     first, second = thrave_json("host", "list")["hosts"]
-    assert [first[name] for name in ("host", "state", "lost", "tasksBegun", "tasksWaiting", "tasksAtOnce")] == [
+    assert [first[name] for name in ("host", "state", "lost", "tasksBegun", "tasksWaiting", "workerConcurrency")] == [
         "kvm-1", "active", True, 1, 1, 2
     ]  # fmt: skip
     assert (second["host"], second["lost"], second["tasksBegun"]) == ("kvm-2", False, 0)
@@ -129,7 +129,7 @@ def test_move_that_the_state_does_not_allow_has_a_status(two, thrave):
 
 @pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-3"], ["retire", "kvm-2"]])
 def test_host_that_sends_heartbeats_is_refused_unless_it_is_known_to_be_off(two, ground, thrave, words):
-    ground.hosts.take("kvm-3", tasks_at_once=1)
+    ground.hosts.take("kvm-3", worker_concurrency=1)
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout) == (REFUSED, "")
     assert stderr.startswith("thrave: Host kvm-2 sent a heartbeat ")
@@ -151,7 +151,7 @@ def test_a_host_that_there_is_none_of_has_a_status(two, thrave, words):
     assert (status, stdout, stderr) == (NOT_FOUND, "", "thrave: There is no host kvm-9\n")
 
 
-@pytest.mark.parametrize("words", [["list", "--data", "no-such-folder"], ["show"], ["adopt", "kvm-1"]])
+@pytest.mark.parametrize("words", [["list", "--data-dir", "no-such-folder"], ["show"], ["adopt", "kvm-1"]])
 def test_a_wrong_command_line_has_a_status(settings, thrave, words):
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout) == (USAGE, "")
@@ -159,11 +159,11 @@ def test_a_wrong_command_line_has_a_status(settings, thrave, words):
 
 
 def test_the_database_may_be_named_in_a_file(two, thrave, settings, monkeypatch, tmp_path):
-    monkeypatch.delenv("THRAVE_DATA")
+    monkeypatch.delenv("THRAVE_DATA_DIR")
     monkeypatch.delenv("THRAVE_DATABASE_URL", raising=False)
     file = tmp_path / "thrave.toml"
     url = f"database_url = {json.dumps(settings.database)}\n" if settings.database_url else ""
-    file.write_text(f"data = {json.dumps(str(settings.data))}\n{url}")
+    file.write_text(f"data_dir = {json.dumps(str(settings.data_dir))}\n{url}")
     status, stdout, _ = thrave("host", "list", "--config", file, "--output", "json")
     assert (status, len(json.loads(stdout)["hosts"])) == (0, 2)
 

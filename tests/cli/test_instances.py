@@ -16,7 +16,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def account_id(thrave_json, data):
-    return thrave_json("account", "create", "alice", "--data", data)["accountId"]
+    return thrave_json("account", "create", "alice", "--data-dir", data)["accountId"]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def add(account_id, data, disk):
     def words(*more):
         return [
             "instance", "add", "--account", account_id, "--platform", "windows", "--root-volume", disk,
-            "--data", data, *more,
+            "--data-dir", data, *more,
         ]  # fmt: skip
 
     return words
@@ -56,7 +56,7 @@ def test_an_instance_is_shown_in_ec2s_words(thrave_json, add, account_id, disk):
 
 
 def test_a_linux_instance_has_no_platform(thrave_json, account_id, data, disk):
-    words = ("--account", account_id, "--platform", "linux", "--root-volume", disk, "--data", data)
+    words = ("--account", account_id, "--platform", "linux", "--root-volume", disk, "--data-dir", data)
     assert thrave_json("instance", "add", *words)["platform"] is None
 
 
@@ -143,7 +143,7 @@ def test_adding_a_disk_of_another_running_instance_warns(thrave, thrave_json, ad
     words = [second if word == disk else word for word in add(*options)]
     status, _, stderr = thrave(*words)
     assert (status, f"is also a disk of the instance {first}" in stderr) == (0, True)
-    thrave_json("instance", "stop", first, "--data", words[words.index("--data") + 1])
+    thrave_json("instance", "stop", first, "--data-dir", words[words.index("--data-dir") + 1])
     status, _, stderr = thrave(*words)
     assert (status, first in stderr) == (0, False)
 
@@ -169,52 +169,52 @@ def test_a_relative_path_is_taken_from_here(thrave_json, add, disk, monkeypatch)
 
 
 def test_the_data_directory_may_be_given_in_the_environment(thrave_json, add, data, monkeypatch):
-    monkeypatch.setenv("THRAVE_DATA", str(data))
-    words = [word for word in add() if word not in {"--data", data}]
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(data))
+    words = [word for word in add() if word not in {"--data-dir", data}]
     instance_id = thrave_json(*words)["instanceId"]
     assert [found["instanceId"] for found in thrave_json("instance", "list")["instances"]] == [instance_id]
 
 
 def test_instances_are_listed_for_people_and_programs(thrave, thrave_json, instance_id, data):
-    assert [found["instanceId"] for found in thrave_json("instance", "list", "--data", data)["instances"]] == [
+    assert [found["instanceId"] for found in thrave_json("instance", "list", "--data-dir", data)["instances"]] == [
         instance_id
     ]
-    _, text, _ = thrave("instance", "list", "--data", data)
+    _, text, _ = thrave("instance", "list", "--data-dir", data)
     header, row = text.splitlines()
     assert header.split() == ["INSTANCE", "ACCOUNT", "STATE", "PLATFORM", "ROOT", "DEVICE", "ROOT", "VOLUME"]
     assert row.split()[0] == instance_id
 
 
 def test_no_instances_are_an_empty_list(thrave_json, data):
-    thrave_json("account", "create", "alice", "--data", data)
-    assert thrave_json("instance", "list", "--data", data) == {"instances": []}
+    thrave_json("account", "create", "alice", "--data-dir", data)
+    assert thrave_json("instance", "list", "--data-dir", data) == {"instances": []}
 
 
 def test_a_broken_file_is_named_and_leaves_stdout_in_order(thrave_json, instance_id, data, caplog):
     (data / "instances" / "i-00000000.json").write_text("{")
-    assert len(thrave_json("instance", "list", "--data", data)["instances"]) == 1
+    assert len(thrave_json("instance", "list", "--data-dir", data)["instances"]) == 1
     assert "i-00000000.json" in caplog.text
 
 
 def test_stopping_starting_and_removing(thrave_json, thrave, instance_id, data, disk):
-    assert thrave_json("instance", "stop", instance_id, "--data", data)["state"] == "stopped"
-    assert thrave_json("instance", "stop", instance_id, "--data", data)["state"] == "stopped"
-    assert thrave_json("instance", "start", instance_id, "--data", data)["state"] == "running"
-    assert thrave("instance", "stop", instance_id, "--data", data)[1] == f"{instance_id} stopped\n"
-    assert thrave_json("instance", "remove", instance_id, "--data", data) == {"instanceId": instance_id}
-    assert thrave_json("instance", "list", "--data", data) == {"instances": []}
+    assert thrave_json("instance", "stop", instance_id, "--data-dir", data)["state"] == "stopped"
+    assert thrave_json("instance", "stop", instance_id, "--data-dir", data)["state"] == "stopped"
+    assert thrave_json("instance", "start", instance_id, "--data-dir", data)["state"] == "running"
+    assert thrave("instance", "stop", instance_id, "--data-dir", data)[1] == f"{instance_id} stopped\n"
+    assert thrave_json("instance", "remove", instance_id, "--data-dir", data) == {"instanceId": instance_id}
+    assert thrave_json("instance", "list", "--data-dir", data) == {"instances": []}
     assert disk.exists()
 
 
 def test_stopping_waits_until_the_machine_is_off(thrave_json, add, data):
     instance_id = thrave_json(*add("--stop-command", "sleep 1"))["instanceId"]
-    assert thrave_json("instance", "stop", instance_id, "--data", data)["state"] == "stopped"
+    assert thrave_json("instance", "stop", instance_id, "--data-dir", data)["state"] == "stopped"
 
 
 def test_a_machine_that_does_not_stop_is_given_up(thrave, thrave_json, add, data):
     commands = ("--stop-command", "true", "--state-command", "echo running")
     instance_id = thrave_json(*add(*commands))["instanceId"]
-    status, _, stderr = thrave("instance", "stop", instance_id, "--timeout", "1", "--data", data)
+    status, _, stderr = thrave("instance", "stop", instance_id, "--timeout", "1", "--data-dir", data)
     assert status == 1
     assert f"{instance_id} did not power off within 1 seconds" in stderr
 
@@ -223,21 +223,21 @@ def test_a_held_instance_is_not_started(thrave, instance_id, data):
     from thrave.compute.directory import DirectoryInstances
 
     with DirectoryInstances(data / "instances").hold(instance_id):
-        status, _, stderr = thrave("instance", "start", instance_id, "--data", data)
+        status, _, stderr = thrave("instance", "start", instance_id, "--data-dir", data)
     assert status == 4
     assert f"{instance_id} is held" in stderr
 
 
 def test_a_command_that_fails_is_told(thrave, thrave_json, add, data):
     instance_id = thrave_json(*add("--stop-command", "ls /nowhere"))["instanceId"]
-    status, _, stderr = thrave("instance", "stop", instance_id, "--data", data)
+    status, _, stderr = thrave("instance", "stop", instance_id, "--data-dir", data)
     assert status == 1
     assert "No such file or directory" in stderr
 
 
 @pytest.mark.parametrize("command", ["start", "stop", "remove"])
 def test_an_unknown_instance_is_not_found(thrave, account_id, data, command):
-    status, stdout, stderr = thrave("instance", command, "i-0123456789abcdef0", "--data", data)
+    status, stdout, stderr = thrave("instance", command, "i-0123456789abcdef0", "--data-dir", data)
     assert (status, stdout) == (3, "")
     assert stderr == "thrave: there is no instance 'i-0123456789abcdef0'\n"
 
@@ -278,7 +278,7 @@ def test_an_id_is_taken_once(thrave, add, instance_id):
 
 def test_files_describe_nothing_where_instances_are_libvirts(thrave, add, instance_id, data, monkeypatch):
     monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
-    for words in (add(), ("instance", "remove", instance_id, "--data", data)):
+    for words in (add(), ("instance", "remove", instance_id, "--data-dir", data)):
         status, _, stderr = thrave(*words)
         assert (status, "thrave instance adopt" in stderr) == (2, True)
     assert [path.stem for path in (data / "instances").glob("*.json")] == [instance_id]
@@ -286,7 +286,7 @@ def test_files_describe_nothing_where_instances_are_libvirts(thrave, add, instan
 
 def test_domains_are_not_adopted_where_files_describe_instances(thrave, account_id, data):
     for words in (("adopt", "win", "--account", account_id), ("disown", "i-0123456789abcdef0")):
-        status, _, stderr = thrave("instance", *words, "--data", data)
+        status, _, stderr = thrave("instance", *words, "--data-dir", data)
         assert (status, "hypervisor = " in stderr) == (2, True)
 
 
@@ -300,7 +300,7 @@ def test_help_shows_an_example(thrave, command):
 
 def test_the_services_settings_say_where_instances_are_described(thrave, thrave_json, account_id, data, disk, tmp_path):
     (tmp_path / "thrave.toml").write_text(
-        f"data = {json.dumps(str(data))}\ninstances = {json.dumps(str(tmp_path / 'shared'))}\n"
+        f"data_dir = {json.dumps(str(data))}\ninstance_dir = {json.dumps(str(tmp_path / 'shared'))}\n"
     )
     words = (
         "--account",
@@ -314,42 +314,42 @@ def test_the_services_settings_say_where_instances_are_described(thrave, thrave_
     )
     added = thrave_json("instance", "add", *words)["instanceId"]
     assert [path.stem for path in (tmp_path / "shared").glob("*.json")] == [added]
-    assert thrave_json("instance", "list", "--data", data)["instances"] == []
+    assert thrave_json("instance", "list", "--data-dir", data)["instances"] == []
 
 
 def test_account_may_be_given_by_its_name(thrave_json, thrave, data, disk, account_id):
-    (account,) = thrave_json("account", "list", "--data", data)["accounts"]
-    words = ["instance", "add", "--platform", "windows", "--root-volume", disk, "--data", data]
+    (account,) = thrave_json("account", "list", "--data-dir", data)["accounts"]
+    words = ["instance", "add", "--platform", "windows", "--root-volume", disk, "--data-dir", data]
     assert thrave_json(*words, "--account", account["name"])["accountId"] == account_id
     assert thrave(*words, "--account", "nobody")[0] == 3
 
 
 def test_instance_is_shown_with_its_volumes(thrave, thrave_json, data, instance_id, disk):
-    _, stdout, _ = thrave("instance", "show", instance_id, "--data", data)
+    _, stdout, _ = thrave("instance", "show", instance_id, "--data-dir", data)
     assert f"root volume  {disk} (raw)" in stdout
-    shown = thrave_json("instance", "show", instance_id, "--data", data)
-    assert [shown] == thrave_json("instance", "list", "--data", data)["instances"]
-    assert thrave("instance", "show", "i-00000000", "--data", data)[0] == 3
+    shown = thrave_json("instance", "show", instance_id, "--data-dir", data)
+    assert [shown] == thrave_json("instance", "list", "--data-dir", data)["instances"]
+    assert thrave("instance", "show", "i-00000000", "--data-dir", data)[0] == 3
 
 
 def test_hosts_of_a_single_machine_show_their_instances(thrave_json, data, instance_id):
-    ground = open_ground(Settings(data=data))
-    ground.hosts.take("localhost", tasks_at_once=1)
+    ground = open_ground(Settings(data_dir=data))
+    ground.hosts.take("localhost", worker_concurrency=1)
     ground.queues.close()
     ground.database.dispose()
-    (host,) = thrave_json("host", "list", "--data", data)["hosts"]
+    (host,) = thrave_json("host", "list", "--data-dir", data)["hosts"]
     assert (host["instances"], instance_id[:2]) == (1, "i-")
 
 
 def test_watch_without_a_task_says_so(thrave, data, account_id):
-    status, _, stderr = thrave("task", "watch", "--data", data)
+    status, _, stderr = thrave("task", "watch", "--data-dir", data)
     assert (status, stderr) == (0, "There are no unfinished tasks to watch.\n")
 
 
 @pytest.fixture
 def in_a_fleet(postgres, monkeypatch, tmp_path):
     monkeypatch.setenv("THRAVE_DATABASE_URL", postgres.new_database())
-    monkeypatch.setenv("THRAVE_INSTANCES", str(tmp_path / "shared"))
+    monkeypatch.setenv("THRAVE_INSTANCE_DIR", str(tmp_path / "shared"))
 
 
 @pytest.mark.postgres
@@ -362,7 +362,7 @@ def test_instance_of_a_fleet_is_added_for_a_host(in_a_fleet, thrave, add, monkey
     status, _, stderr = thrave(*add())
     assert (status, "--host" in stderr) == (2, True)
     assert host_of_new("--host", "kvm-1") == "kvm-1"
-    (tmp_path / "data" / "host_name").write_text("kvm-2\n")  # as an agent does when it starts
+    (tmp_path / "data" / "host_id").write_text("kvm-2\n")  # as an agent does when it starts
     assert host_of_new() == "kvm-2"
-    monkeypatch.setenv("THRAVE_HOST_NAME", "kvm-3")
+    monkeypatch.setenv("THRAVE_HOST_ID", "kvm-3")
     assert host_of_new() == "kvm-3"

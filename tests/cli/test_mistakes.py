@@ -58,7 +58,7 @@ MISTAKES = [
     (OPEN.replace("-o out", "--format qcow2 -o circle/out"), FAILED, "its symbolic links lead in a circle"),
     (f"{OPEN} --side-key disk.raw", USAGE, "disk.raw: not an Ed25519 key in PEM form"),
     (f"{OPEN} --side-key user-pk.pem", USAGE, "user-pk.pem: not an Ed25519 key in PEM form"),
-    (f"show https://{'a' * 64}.example/p.manifest.xml", USAGE, "its host is no host name"),
+    (f"show https://{'a' * 64}.example/p.manifest.xml", USAGE, "the host is not a valid host name"),
     (f"{BUNDLE} --secret-file none", NOT_FOUND, "none does not exist"),
 ]
 

@@ -86,7 +86,7 @@ def test_proxy_that_is_not_there_is_named_without_its_password(thrave, monkeypat
 
 def test_service_that_cannot_read_its_credentials_names_the_setting(thrave, tmp_path):
     config = tmp_path / "thrave.toml"
-    config.write_text(f'data = "{tmp_path / "data"}"\nstore = "s3"\ns3_credentials = "{tmp_path / "none"}"\n')
+    config.write_text(f'data_dir = "{tmp_path / "data"}"\nstore = "s3"\ns3_credentials_file = "{tmp_path / "none"}"\n')
     status, stdout, _ = thrave("doctor", "--config", config)
     assert (int(status), "InvalidArgument" in stdout) == (1, False)
-    assert "The setting s3_credentials cannot be used: No such file" in stdout
+    assert "The setting s3_credentials_file cannot be used: No such file" in stdout

@@ -10,7 +10,17 @@ import pytest
 
 
 def served(tmp_path, *options):
-    command = [sys.executable, "-m", "thrave", "serve", "--data", str(tmp_path / "data"), "--port", "0", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "thrave",
+        "serve",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--listen-port",
+        "0",
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
@@ -37,7 +47,7 @@ def test_it_says_where_it_answers_and_ends_well_at_sigterm(tmp_path, options, ur
 
 @pytest.mark.parametrize(
     ("options", "status"),
-    [(("--port", "70000"), 2), (("--config", "/no/such/file"), 2), (("--host", "0.0.0.0"), 4)],
+    [(("--listen-port", "70000"), 2), (("--config", "/no/such/file"), 2), (("--listen-address", "0.0.0.0"), 4)],
 )
 def test_what_it_cannot_do_is_an_exit_code(tmp_path, options, status):
     with served(tmp_path, *options) as server:

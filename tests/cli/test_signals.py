@@ -58,8 +58,8 @@ STEPS = {
 
 
 def start(command, data, environment):
-    options = ["--host", "kvm-1"] if command == "agent" else ["--port", "0"]
-    words = [command, "--data", data, *options]
+    options = ["--host-id", "kvm-1"] if command == "agent" else ["--listen-port", "0"]
+    words = [command, "--data-dir", data, *options]
     with tempfile.TemporaryFile("w+") as errors:
         process = fork_thrave(words, {**os.environ, **environment}, stderr=errors.fileno(), before=HARNESS)
         stdout, _ = process.communicate(TIMEOUT)
@@ -93,7 +93,7 @@ def test_other_signals_end_serve_as_well(tmp_path, name, step):
 @pytest.mark.parametrize("command", ["api", "agent"])
 def test_sigterm_ends_a_process_of_a_fleet_at_each_step_of_its_start(tmp_path, postgres, command):
     url = postgres.new_database()
-    ground = open_ground(Settings(data=tmp_path / "begun", database_url=url))
+    ground = open_ground(Settings(data_dir=tmp_path / "begun", database_url=url))
     ground.database.dispose()
     for step in STEPS[command]:
         data = tmp_path / "begun"

@@ -25,7 +25,7 @@ NO_SUCH_TASK = "bun-0123456789abcdef0"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with ForkedServer.running(tmp_path_factory.mktemp("server") / "thrave", tasks_at_once=2) as server:
+    with ForkedServer.running(tmp_path_factory.mktemp("server") / "thrave", worker_concurrency=2) as server:
         yield server
 
 
@@ -37,7 +37,7 @@ def alice(server):
 @pytest.fixture(autouse=True)
 def data(server, monkeypatch):
     """The data directory of every command here."""
-    monkeypatch.setenv("THRAVE_DATA", str(server.data.root))
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(server.data.root))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def failed(server, alice, tmp_path):
 def test_a_complete_task_is_listed_with_what_it_has_stored(thrave, thrave_json, server, complete):
     (task,) = [task for task in thrave_json("task", "list")["tasks"] if task["bundleId"] == complete]
     files = [*(server.data.buckets / "alices-bucket").glob(f"{task['instanceId']}*")]
-    assert (task["state"], task["error"], task["leftOver"], task["attempts"]) == ("complete", None, 0, 1)
+    assert (task["state"], task["error"], task["orphanedObjects"], task["attempts"]) == ("complete", None, 0, 1)
     assert task["storedSize"] == sum(file.stat().st_size for file in files)
     assert task["storedParts"] == len(files) - 2
     assert task["volumeSize"] == 30 * MIB
@@ -128,7 +128,7 @@ def test_an_operator_cancels_as_an_owner_would(thrave, thrave_json, server, bund
     assert "Client.Cancelled" in text
     story = show(bundle_id)
     assert "An operator has cancelled it." in [event["message"] for event in story["history"]]
-    assert (story["storedSize"], story["leftOver"]) == (0, 0)
+    assert (story["storedSize"], story["orphanedObjects"]) == (0, 0)
     assert server.instances.state(instance_id) is InstanceState.RUNNING
     status, stdout, stderr = thrave("task", "cancel", bundle_id)
     assert (status, stdout.strip()) == (REFUSED, "")
@@ -152,12 +152,12 @@ def test_what_could_not_be_removed_is_shown(thrave, server, bundled, show):
     bucket.symlink_to(elsewhere)  # which the service refuses to follow
     assert thrave("task", "watch", bundle_id)[0] == TASK_FAILED
     story = show(bundle_id)
-    assert {part.name for part in elsewhere.glob("*.part.*")} <= set(story["leftOverKeys"])
-    assert story["leftOver"] == len(story["leftOverKeys"]) > 0
+    assert {part.name for part in elsewhere.glob("*.part.*")} <= set(story["orphanedKeys"])
+    assert story["orphanedObjects"] == len(story["orphanedKeys"]) > 0
     text = thrave("task", "show", bundle_id)[1]
-    assert f"Not removed from the bucket lost-bucket: {story['leftOver']} objects of this task\n" in text
+    assert f"Not removed from the bucket lost-bucket: {story['orphanedObjects']} objects of this task\n" in text
     assert "aws s3api delete-object --bucket lost-bucket --key KEY" in text
-    assert f"Client.S3Error, {story['leftOver']} left over" in thrave("task", "list")[1]
+    assert f"Client.S3Error, {story['orphanedObjects']} orphaned objects" in thrave("task", "list")[1]
 
 
 def test_away_from_a_terminal_a_watch_writes_lines(thrave, bundled):
@@ -219,7 +219,7 @@ def test_no_secret_is_shown(thrave, alice, server, bundled):
 
 @pytest.mark.parametrize("words", [["list"], ["show", "bun-1"], ["watch", "bun-1"]])
 def test_a_strangers_words_do_nothing_to_the_terminal(thrave, tmp_path, monkeypatch, words):
-    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
     ground = open_ground(load_settings(None))
     request = BundleRequest(
         account_id="1" * 12, owner_id="1" * 12, instance_id="i-1", bucket="b\x1b[2J", prefix="p\x1b[2J",
@@ -246,7 +246,7 @@ def test_a_task_that_there_is_none_of_has_a_status(thrave, words):
     "words",
     [
         ["list", "--state", "done"], ["list", "--since", "yesterday"], ["list", "--limit", "0"], ["cancel"], ["show"],
-        ["list", "--data", "no-such-folder"], ["list", "--config", "no-such-file"],
+        ["list", "--data-dir", "no-such-folder"], ["list", "--config", "no-such-file"],
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_has_a_status(thrave, words):

@@ -13,7 +13,7 @@ LOOK = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "ec
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
     """The data directory of every command here."""
-    monkeypatch.setenv("THRAVE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def tls(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
     files = certificate(folder)
     both = folder / "both.pem"
-    both.write_bytes(files["tls_certificate"].read_bytes() + files["tls_key"].read_bytes())
+    both.write_bytes(files["tls_certificate_file"].read_bytes() + files["tls_key_file"].read_bytes())
     return both
 
 

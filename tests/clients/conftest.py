@@ -21,7 +21,7 @@ OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clients")
-    with ForkedServer.running(folder / "thrave", tasks_at_once=4) as server:
+    with ForkedServer.running(folder / "thrave", worker_concurrency=4) as server:
         world = World(server, folder)
         yield world
         world.ec2.close()

@@ -79,7 +79,9 @@ def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
         text = text.replace("initdb", f"{POSTGRES}\ninitdb", 1)
     if START in text:
         (starts,) = re.findall(r"^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)
-        text = text.replace(START, shlex.join(confined(UNIT, [folder], [*starts.split(), "--port", port])) + " &")
+        text = text.replace(
+            START, shlex.join(confined(UNIT, [folder], [*starts.split(), "--listen-port", port])) + " &"
+        )
     for there, here in {
         "runuser -u thrave -- ": "",
         "/opt/thrave/bin": Path(sys.executable).parent,

@@ -99,7 +99,7 @@ def away():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     key = {"s3_access_key_id": "AKIA", "s3_secret_access_key": "secret"}
-    return Settings(store="s3", upload="service", s3_endpoint=f"http://127.0.0.1:{port}", **key)
+    return Settings(store="s3", upload_credentials="service", s3_endpoint=f"http://127.0.0.1:{port}", **key)
 
 
 def test_a_store_that_is_known_to_fail_is_named_and_nothing_is_asked_of_it(service, ec2, lead_to, away):
@@ -124,7 +124,7 @@ def test_the_store_is_asked_once_for_many(away, monkeypatch):
 
 def test_a_store_that_is_back_is_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr(standing, "BAD_FOR", 0.0)
-    checks = StandingChecks(Settings(data=tmp_path / "data"))
+    checks = StandingChecks(Settings(data_dir=tmp_path / "data"))
     assert "no data directory" in checks.store_trouble()
     (tmp_path / "data").mkdir()
     assert checks.store_trouble() is None

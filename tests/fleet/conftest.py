@@ -7,7 +7,9 @@ from support.service.fleet import Fleet
 
 @pytest.fixture
 def fleet(postgres, tmp_path):
-    fleet = Fleet(tmp_path, {"database_url": postgres.new_database(), "heartbeat": 0.2, "host_lost_after": 2})
+    fleet = Fleet(
+        tmp_path, {"database_url": postgres.new_database(), "heartbeat_interval": 0.2, "heartbeat_timeout": 2}
+    )
     fleet.api()
     yield fleet
     fleet.stop()

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 @pytest.fixture
 def fleet(postgres, tmp_path):
-    fleet = Fleet(tmp_path, {"database_url": postgres.new_database(), "heartbeat": 0.5}, shared=False)
+    fleet = Fleet(tmp_path, {"database_url": postgres.new_database(), "heartbeat_interval": 0.5}, shared=False)
     fleet.api()
     yield fleet
     fleet.stop()

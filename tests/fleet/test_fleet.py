@@ -121,7 +121,7 @@ def test_process_without_the_fleets_key_and_identity_is_refused_and_makes_none(f
         path.write_bytes(other)
         path.chmod(0o600)
     before = sorted(stranger.root.rglob("*"))
-    refusal = fleet.thrave("agent", "--host", "host-b", data=stranger.root)
+    refusal = fleet.thrave("agent", "--host-id", "host-b", data=stranger.root)
     assert (refusal.returncode, says in refusal.stderr) == (1, True), refusal.stderr
     assert sorted(stranger.root.rglob("*")) == before
     hosts = json.loads(fleet.thrave("host", "list", "--output", "json").stdout)["hosts"]
@@ -132,21 +132,21 @@ def test_command_of_a_fleet_uses_the_database_of_its_settings_file(fleet, tmp_pa
     fleet.agent("host-a")
     file = tmp_path / "fleet.toml"
     file.write_text(f"database_url = {json.dumps(fleet.settings['database_url'])}\n")
-    command = [sys.executable, "-m", "thrave", "host", "list", "--config", file, "--data", fleet.first.data.root]
+    command = [sys.executable, "-m", "thrave", "host", "list", "--config", file, "--data-dir", fleet.first.data.root]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "host-a" in listed.stdout
 
 
 def test_agent_without_a_name_of_its_host_is_refused(tmp_path):
-    command = [sys.executable, "-m", "thrave", "agent", "--data", tmp_path / "data"]
+    command = [sys.executable, "-m", "thrave", "agent", "--data-dir", tmp_path / "data"]
     environment = {**os.environ, "THRAVE_DATABASE_URL": "postgresql://thrave@127.0.0.1:1/thrave"}
     refusal = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert (refusal.returncode, "--host NAME" in refusal.stderr) == (2, True)
+    assert (refusal.returncode, "--host-id ID" in refusal.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["api", "agent"])
 def test_process_of_a_fleet_without_its_database_is_refused(tmp_path, command):
-    command = [sys.executable, "-m", "thrave", command, "--data", tmp_path / "data"]
+    command = [sys.executable, "-m", "thrave", command, "--data-dir", tmp_path / "data"]
     refusal = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (refusal.returncode, "database_url" in refusal.stderr) == (2, True)
     assert not (tmp_path / "data").exists()
@@ -171,7 +171,7 @@ def test_a_lost_hosts_task_goes_on_where_it_is_adopted(fleet, alice, tmp_path):
 
 def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, alice, tmp_path):
     account, key = alice
-    agent = fleet.agent("host-a", tasks_at_once=1)
+    agent = fleet.agent("host-a", worker_concurrency=1)
     ec2 = fleet.first.client(key)
     begun = add_instance(fleet, account, ec2, tmp_path / "begun.raw", 200 * MIB)
     waiting = add_instance(fleet, account, ec2, tmp_path / "waiting.raw")

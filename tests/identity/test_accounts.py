@@ -145,16 +145,16 @@ def test_the_database_holds_no_secret_in_the_clear(accounts, engine, tmp_path):
     assert key.secret_access_key.encode() not in stored
 
 
-def test_a_sealed_secret_moved_to_another_row_does_not_open(accounts, engine):
+def test_an_encrypted_secret_moved_to_another_row_does_not_open(accounts, engine):
     _, thiefs = accounts.create("thief")
     _, victims = accounts.create("victim")
     by_id = access_key_table.c.access_key_id
     with engine.begin() as connection:
         sealed = connection.execute(
-            sa.select(access_key_table.c.sealed_secret).where(by_id == thiefs.access_key_id)
+            sa.select(access_key_table.c.encrypted_secret).where(by_id == thiefs.access_key_id)
         ).scalar_one()
         connection.execute(
-            sa.update(access_key_table).where(by_id == victims.access_key_id).values(sealed_secret=sealed)
+            sa.update(access_key_table).where(by_id == victims.access_key_id).values(encrypted_secret=sealed)
         )
     with pytest.raises(SealError):
         accounts.find_key(victims.access_key_id)

@@ -132,14 +132,14 @@ def test_agent_ends_with_exit_codes_of_the_table():
 
 def test_the_settings_to_begin_with_are_settings():
     settings = load_settings(PACKAGING / "thrave.toml")
-    assert (settings.hypervisor, settings.data) == ("libvirt", Path("/var/lib/thrave"))
+    assert (settings.hypervisor, settings.data_dir) == ("libvirt", Path("/var/lib/thrave"))
 
 
 def test_what_is_commented_out_are_settings_too(tmp_path):
     whole = re.sub(r"^# (\w+ = )", r"\1", (PACKAGING / "thrave.toml").read_text(), flags=re.MULTILINE)
     (tmp_path / "thrave.toml").write_text(whole)
     settings = load_settings(tmp_path / "thrave.toml")
-    assert (settings.downtime, settings.store, settings.host) == ("overlay", "s3", "0.0.0.0")
+    assert (settings.capture_mode, settings.store, settings.listen_address) == ("overlay", "s3", "0.0.0.0")
     assert settings.database_url is not None
 
 

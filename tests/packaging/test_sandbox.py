@@ -36,7 +36,7 @@ BUNDLE = """
 import sys
 from pathlib import Path
 from thrave.volumes.opening import open_volume
-with open_volume(Path(sys.argv[1]), "qcow2", skip="unused") as volume:
+with open_volume(Path(sys.argv[1]), "qcow2", skip_unused=True) as volume:
     print(sum(extent.length for extent in volume.extents()))
 """
 

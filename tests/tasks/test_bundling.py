@@ -143,7 +143,7 @@ def test_a_task_goes_on_after_a_kill(tmp_path, state):
         assert not [name for name in bucket_files(server) if not name.startswith("winami.")]
 
 
-UPLOADS_AT_ONCE = 4  # the default
+UPLOAD_CONCURRENCY = 4  # the default
 
 
 def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
@@ -159,7 +159,7 @@ def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
         await_task(server.client(key), bundle_id, "complete")
         after = {path.name: path.stat().st_ino for path in folder.glob("winami.part.*")}
         sent_again = [name for name in before if before[name] != after[name]]
-        assert len(sent_again) <= UPLOADS_AT_ONCE  # the parts in flight
+        assert len(sent_again) <= UPLOAD_CONCURRENCY  # the parts in flight
         assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
 
 
@@ -191,7 +191,7 @@ def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):
 
 
 def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
-    with ForkedServer.running(tmp_path / "thrave", shutdown_grace=1) as server:
+    with ForkedServer.running(tmp_path / "thrave", shutdown_timeout=1) as server:
         account, key = server.account("alice")
         deaf = (sys.executable, "-c", "")
         state = (sys.executable, "-c", "print('running')")

@@ -45,7 +45,7 @@ def test_the_clock_of_this_test_is_wrong(clock):
 @pytest.mark.slow
 def test_a_task_completes_while_the_clock_jumps(tmp_path, clock):
     environment, jump = clock
-    scene = Scene(tmp_path, server=ThraveServer, environment=environment, shutdown_grace=60)
+    scene = Scene(tmp_path, server=ThraveServer, environment=environment, shutdown_timeout=60)
     scene.machine.deafen()
     scene.die_at("shutdown sent, after")
     jump(1)

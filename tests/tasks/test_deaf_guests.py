@@ -32,14 +32,14 @@ def begin(server, tmp_path, **commands):
 def notice(server, bundle_id):
     database = open_engine(server.data.database)
     try:
-        return Records(database, Vault.open_or_create(server.data.vault_key)).get(bundle_id).notice
+        return Records(database, Vault.open_or_create(server.data.vault_key)).get(bundle_id).warning
     finally:
         database.dispose()
 
 
 def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_says_so(tmp_path, machine):
     commands = {**machine.commands, "stop_command": DEAF}
-    with ForkedServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
+    with ForkedServer.running(tmp_path / "data", shutdown_timeout=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         assert await_task(server.client(key), bundle_id, "failed", "complete")["State"] == "complete"
         assert server.instances.state(instance_id) is InstanceState.RUNNING
@@ -58,7 +58,7 @@ def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_sa
 )
 def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_path, machine, force, words):
     commands = {**machine.commands, "stop_command": DEAF, "force_stop_command": force}
-    with ForkedServer.running(tmp_path / "data", shutdown_grace=1, shutdown_timeout_action="power-off") as server:
+    with ForkedServer.running(tmp_path / "data", shutdown_timeout=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         error = await_task(server.client(key), bundle_id, "failed", "complete")["BundleTaskError"]
         assert error["Code"] == "Server.InstanceNotStopped"
@@ -68,7 +68,7 @@ def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_
 
 def test_a_guest_that_powers_off_while_the_service_is_dead_is_started_when_it_is_back(tmp_path, machine):
     commands = {**machine.commands, "stop_command": DEAF}
-    with ForkedServer.running(tmp_path / "data", shutdown_grace=1) as server:
+    with ForkedServer.running(tmp_path / "data", shutdown_timeout=1) as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         await_task(server.client(key), bundle_id, "failed")
         server.stop(signal.SIGKILL)

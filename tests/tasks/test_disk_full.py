@@ -116,7 +116,7 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
         bundle_id="bun-0",
         instance_id=description.instance_id,
         was_running=True,
-        look_after_until=None,
+        power_recovery_until=None,
         next_step=Step.SEAL,
     )
     power = PowerSwitch(instances, None, task, grace=1, when_late="fail")  # no record is asked
@@ -152,6 +152,6 @@ def instances_off(tmp_path):
         bundle_id="bun-0",
         instance_id=described.instance_id,
         was_running=False,
-        look_after_until=None,
+        power_recovery_until=None,
         next_step=Step.SEAL,
     )

@@ -31,7 +31,7 @@ class IdleWorker:
 
 @pytest.fixture
 def ground(tmp_path):
-    ground = open_ground(Settings(data=tmp_path / "data", host_name="host-a", drain_timeout=0.1))
+    ground = open_ground(Settings(data_dir=tmp_path / "data", host_id="host-a", drain_timeout=0.1))
     yield ground
     ground.queues.close()
     ground.database.dispose()
@@ -39,7 +39,7 @@ def ground(tmp_path):
 
 @pytest.fixture
 def fence(ground):
-    fence = ground.hosts.take("host-a", tasks_at_once=1)
+    fence = ground.hosts.take("host-a", worker_concurrency=1)
     ground.hosts.drain("host-a")
     return fence
 

@@ -18,7 +18,7 @@ from thrave.tasks.task import BundleRequest
 @pytest.fixture
 def hosts(ground):
     for name in ("host-a", "host-b"):
-        ground.hosts.take(name, tasks_at_once=1)
+        ground.hosts.take(name, worker_concurrency=1)
     return ground.hosts
 
 
@@ -53,14 +53,14 @@ def an_hour_ago():
 @pytest.mark.parametrize("before", HostState)
 def test_hosts_move_as_the_table_says(hosts, change, before):
     acts = {
-        HostEvent.AGENT_STARTS: lambda: hosts.take("host-a", tasks_at_once=1),
+        HostEvent.AGENT_STARTS: lambda: hosts.take("host-a", worker_concurrency=1),
         HostEvent.DRAIN: lambda: hosts.drain("host-a"),
         HostEvent.AGENT_HAS_DRAINED: lambda: hosts.drained(fence),
         HostEvent.ACTIVATE: lambda: hosts.activate("host-a"),
         HostEvent.TAKE_AWAY: lambda: hosts.adopt("host-a", by="host-b", powered_off=True),
     }
     for event, act in acts.items():
-        fence = hosts.take("host-a", tasks_at_once=1)
+        fence = hosts.take("host-a", worker_concurrency=1)
         change("host-a", state=before)
         after = MOVES[event].get(before)
         if after is None and event in {HostEvent.DRAIN, HostEvent.ACTIVATE}:
@@ -72,8 +72,8 @@ def test_hosts_move_as_the_table_says(hosts, change, before):
 
 
 def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
-    earlier = hosts.take("host-a", tasks_at_once=1)
-    hosts.take("host-a", tasks_at_once=1)
+    earlier = hosts.take("host-a", worker_concurrency=1)
+    hosts.take("host-a", worker_concurrency=1)
     hosts.drain("host-a")
     assert not hosts.drained(earlier)
     assert find(hosts, "host-a").state is HostState.DRAINING
@@ -82,7 +82,7 @@ def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours):
-    ground = open_ground(Settings(data=tmp_path / "data", database_url=postgres.new_database()))
+    ground = open_ground(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
     records = ground.records()
     add_task(ground, "bun-1")
     wrong = utc_now() + timedelta(hours=hours)
@@ -93,7 +93,12 @@ def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours
     assert records.cancel("bun-1")
     assert [task.bundle_id for task in records.of_account("1" * 12, kept=timedelta(minutes=30))] == ["bun-1", "bun-2"]
     first, second = records.of_account("1" * 12, kept=timedelta(minutes=30))
-    times = [second.start_time, first.update_time, first.look_after_until, *(e.time for e in records.history("bun-1"))]
+    times = [
+        second.start_time,
+        first.update_time,
+        first.power_recovery_until,
+        *(e.time for e in records.history("bun-1")),
+    ]
     for time in times:
         assert abs(time - records.now()) < timedelta(minutes=30)
     assert records.purge(timedelta(minutes=30), most=10) == 0
@@ -104,13 +109,13 @@ def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypatch, hours):
-    ground = open_ground(Settings(data=tmp_path / "data", database_url=postgres.new_database()))
+    ground = open_ground(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
     hosts = ground.hosts
     with monkeypatch.context() as agent:
         agent.setattr(thrave.database, "utc_now", lambda: utc_now() + timedelta(hours=hours))
-        fence = hosts.take("host-a", tasks_at_once=1)
+        fence = hosts.take("host-a", worker_concurrency=1)
         hosts.heartbeat(fence)
-    hosts.take("host-b", tasks_at_once=1)
+    hosts.take("host-b", worker_concurrency=1)
     seen = find(hosts, "host-a")
     assert not seen.is_lost
     assert timedelta(0) <= seen.silence < timedelta(minutes=30)
@@ -121,12 +126,12 @@ def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypa
 
 
 def test_times_of_a_host_are_those_of_its_own_agent(ground, hosts, change):
-    operators = Hosts(ground.database, ground.records(), ground.queues, heartbeat=0.1, lost_after=0.4)
+    operators = Hosts(ground.database, ground.records(), ground.queues, heartbeat_interval=0.1, heartbeat_timeout=0.4)
     change("host-a", heartbeat_time=utc_now() - timedelta(seconds=30))
-    assert (find(operators, "host-a").lost_after, find(operators, "host-a").is_lost) == (60.0, False)
+    assert (find(operators, "host-a").heartbeat_timeout, find(operators, "host-a").is_lost) == (60.0, False)
     with pytest.raises(HostInUse, match=r"sent a heartbeat 3\d s ago"):
         operators.adopt("host-a", by="host-b")
-    change("host-a", lost_after=20.0)
+    change("host-a", heartbeat_timeout=20.0)
     assert find(hosts, "host-a").is_lost
     hosts.adopt("host-a", by="host-b")
 
@@ -145,7 +150,7 @@ def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):
     change(
         "host-b", **{name: value() if callable(value) else value for name, value in values.items()} or {"version": "1"}
     )
-    fence = hosts.take("host-a", tasks_at_once=1)
+    fence = hosts.take("host-a", worker_concurrency=1)
     with pytest.raises(AdopterError, match=says):
         hosts.adopt("host-a", by=by, powered_off=True)
     assert hosts.heartbeat(fence) is HostState.ACTIVE  # nothing has changed
@@ -156,7 +161,7 @@ def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
     assert hosts.adopt("host-a", by="host-b", powered_off=True) == ["bun-1"]
     assert find(hosts, "host-a").adopted_by == "host-b"
     assert hosts.adopt("host-b", by="host-a", powered_off=True) == ["bun-1"]
-    hosts.take("host-a", tasks_at_once=1)
+    hosts.take("host-a", worker_concurrency=1)
     assert find(hosts, "host-a").adopted_by is None
 
 
@@ -174,7 +179,7 @@ def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts
 
 
 def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeypatch):
-    fence = hosts.take("host-a", tasks_at_once=1)
+    fence = hosts.take("host-a", worker_concurrency=1)
     for bundle_id in ("bun-1", "bun-2"):
         add_task(ground, bundle_id)
     fail, failed = Records.fail, []

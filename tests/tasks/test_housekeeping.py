@@ -22,7 +22,7 @@ HERE, ELSEWHERE, NOWHERE = "here", "elsewhere", "nowhere"
 def engine(tmp_path):
     engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
     migrate(engine)
-    row = {"lease": "x", "version": "1", "tasks_at_once": 1, "start_time": utc_now(), "heartbeat_time": utc_now()}
+    row = {"lease": "x", "version": "1", "worker_concurrency": 1, "start_time": utc_now(), "heartbeat_time": utc_now()}
     with engine.begin() as connection:
         connection.execute(host.insert(), [{**row, "host": name, "state": "active"} for name in (HERE, ELSEWHERE)])
     yield engine

@@ -99,13 +99,13 @@ def test_a_service_killed_while_it_takes_a_cancellation_has_taken_it_or_has_not(
 
 
 def test_a_service_killed_while_it_cuts_the_power_cuts_it(tmp_path, database):
-    scene = Scene(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_grace": 0.5})
+    scene = Scene(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_timeout": 0.5})
     scene.machine.deafen()
     for moment in moments("power cut"):
         scene.die_at(moment)
     task = scene.come_to_an_end()
     assert task.state is BundleTaskState.COMPLETE
-    assert "its power was cut" in task.notice
+    assert "its power was cut" in task.warning
     scene.check_complete()
     scene.check_nothing_is_left()
 

@@ -213,8 +213,8 @@ def test_instance_that_does_not_start_costs_no_bundle(here):
     here.run(bundle_id)
     task = here.get(bundle_id)
     assert task.state == "complete"
-    assert "not started yet" in task.notice
-    assert task.look_after_until is not None
+    assert "not started yet" in task.warning
+    assert task.power_recovery_until is not None
     assert here.opens(bundle_id)
 
 

@@ -72,17 +72,17 @@ def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(t
 
 
 def test_an_instance_that_cannot_have_an_overlay_is_off_until_it_is_read(tmp_path):
-    with ForkedServer.running(tmp_path / "overlay", downtime="overlay") as server:
+    with ForkedServer.running(tmp_path / "overlay", capture_mode="overlay") as server:
         account, key = server.account("alice")
         instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
         ec2, bundle_id = bundle(server, key, instance.instance_id)
         assert await_task(ec2, bundle_id, "failed", "complete")["State"] == "complete"
         seen = subprocess.run(
-            [sys.executable, "-m", "thrave", "task", "show", bundle_id, "--data", server.data.root, "--output", "json"],
+            [sys.executable, "-m", "thrave", "task", "show", bundle_id, "-d", server.data.root, "--output", "json"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         notice = "The instance is off until its root volume has been read: its hypervisor has no overlays."
-        assert json.loads(seen.stdout)["notice"].startswith(notice)  # what is on the disk is none of ours
+        assert json.loads(seen.stdout)["warning"].startswith(notice)  # what is on the disk is none of ours
 
 
 def test_an_instance_terminated_while_the_guest_powers_off_fails_the_task(thrave_server, alice, tmp_path):

@@ -1,4 +1,4 @@
-"""The setting `skip = unused`, through the real service."""
+"""The setting `skip_unused`, through the real service."""
 
 import pytest
 from botocore.exceptions import WaiterError
@@ -13,7 +13,7 @@ from thrave.demo.disk import make_demo_disk
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with ForkedServer.running(tmp_path_factory.mktemp("service"), skip="unused") as server:
+    with ForkedServer.running(tmp_path_factory.mktemp("service"), skip_unused=True) as server:
         yield server
 
 

@@ -509,8 +509,8 @@ def test_nothing_is_asked_of_a_guest_without_the_right_to(engine):
 
 def report_from(engine, reporter, *others):
     """Have a host report the instance, beside others."""
-    row = {"state": "active", "lease": "x", "version": "1", "tasks_at_once": 1}
-    times = {"start_time": utc_now(), "heartbeat_time": utc_now(), "heartbeat_interval": 5, "lost_after": 60}
+    row = {"state": "active", "lease": "x", "version": "1", "worker_concurrency": 1}
+    times = {"start_time": utc_now(), "heartbeat_time": utc_now(), "heartbeat_interval": 5, "heartbeat_timeout": 60}
     reported = {
         "instance_id": INSTANCE,
         "account_id": "1",

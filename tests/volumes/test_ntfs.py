@@ -1,4 +1,4 @@
-"""`skip = unused` on a Windows-like disk: what is left out, what is not, and what other readers of NTFS say to it."""
+"""`skip_unused` on a Windows-like disk: what is left out, what is not, and what other readers of NTFS say to it."""
 
 import hashlib
 import os
@@ -35,8 +35,8 @@ def windows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(windows, tmp_path_factory):
-    """The disk after it was sealed with `skip = unused` and opened again."""
-    with open_volume(windows.path, "raw", skip="unused") as volume:
+    """The disk after it was sealed with `skip_unused` and opened again."""
+    with open_volume(windows.path, "raw", skip_unused=True) as volume:
         bundle = bundle_of(volume)
     image = tmp_path_factory.mktemp("opened") / "disk.raw"
     open_bundle(bundle.manifest, bundle, private_key("user"), image, side_file=bundle.side_file)
@@ -84,7 +84,7 @@ def unused_clusters(path):
 
 
 def holes(path):
-    with open_volume(path, "raw", skip="unused") as volume:
+    with open_volume(path, "raw", skip_unused=True) as volume:
         return list(volume._unused)
 
 
@@ -228,7 +228,7 @@ def test_every_kind_of_file_is_accounted_for_to_the_last_cluster(all_kinds, monk
 
 
 def test_nothing_is_left_out_unless_it_is_asked_for(windows):
-    with open_volume(windows.path, "raw") as volume, open_volume(windows.path, "raw", skip="nothing") as same:
+    with open_volume(windows.path, "raw") as volume, open_volume(windows.path, "raw", skip_unused=False) as same:
         assert volume.extents() == same.extents()
         assert type(same) is type(volume)
 
@@ -237,7 +237,10 @@ def test_it_stands_around_any_format(windows, tmp_path, nbd):
     image = tmp_path / "disk.qcow2"
     convert = [require("qemu-img", package="qemu-utils"), "convert", "-O", "qcow2", windows.path, image]
     subprocess.run(convert, check=True)
-    with open_volume(image, "qcow2", skip="unused") as qcow2, open_volume(windows.path, "raw", skip="unused") as raw:
+    with (
+        open_volume(image, "qcow2", skip_unused=True) as qcow2,
+        open_volume(windows.path, "raw", skip_unused=True) as raw,
+    ):
         assert qcow2._unused == raw._unused
         hole = qcow2._unused[0]
         buffer = bytearray(b"?" * 1000)

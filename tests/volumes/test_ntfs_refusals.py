@@ -1,4 +1,4 @@
-"""`skip = unused` on disks that must not be believed, and on some that look bad and may be."""
+"""`skip_unused` on disks that must not be believed, and on some that look bad and may be."""
 
 import random
 import struct
@@ -60,7 +60,7 @@ def damage(windows):
 
 
 def unused_of(damage):
-    """How many bytes `skip = unused` leaves out."""
+    """How many bytes `skip_unused` leaves out."""
     return damage.size - sum(length for _, length in without_unused(damage, Path("disk.raw")).extents())
 
 

@@ -65,7 +65,7 @@ class Row(NamedTuple):
     """Of a status: the code of a response that gives none, such as the response to HEAD."""
 
 
-_AGAIN = "Thrave sends the request again, for `s3_patience` seconds."
+_AGAIN = "Thrave sends the request again, for `s3_retry_timeout` seconds."
 _GRANT = "Grant the rights that are listed in docs/reference/store-rights.md, or use another key."
 _S3_REGION = "Set `s3_region` to the region of the store (Ceph: of its zone group), and `s3_endpoint` to match."
 _QUOTA = "Raise the quota or the limit of the store, or remove what is no longer needed."
@@ -102,7 +102,7 @@ TABLE: Mapping[str | int, Row] = {
     # The settings:
     "CertificateNotTrusted": Row(
         Kind.SETTING, "The certificate of the store, or of the proxy, is not trusted.",
-        "Set `s3_ca` to the certificates that sign it, or correct the host name in `s3_endpoint`.",
+        "Set `s3_ca_file` to the certificates that sign it, or correct the host name in `s3_endpoint`.",
     ),
     "IllegalLocationConstraintException": Row(Kind.SETTING, "The store does not create buckets there.", _S3_REGION),
     "InvalidLocationConstraint": Row(Kind.SETTING, "The store has no such region.", _S3_REGION),
@@ -110,7 +110,7 @@ TABLE: Mapping[str | int, Row] = {
     "InvalidSetting": Row(Kind.SETTING, "A setting of the store, or a file that it names, cannot be used."),
     "MethodNotAllowed": Row(
         Kind.SETTING, "The store does not allow this method here.",
-        "Check that `s3_endpoint` is the URL of an S3 API, and `s3_addressing`.",
+        "Check that `s3_endpoint` is the URL of an S3 API, and `s3_addressing_style`.",
     ),
     "NotImplemented": Row(
         Kind.SETTING, "The store lacks a feature.", "`thrave doctor` names the feature; use another store, or `upload`."
@@ -150,7 +150,7 @@ TABLE: Mapping[str | int, Row] = {
     "NoConnection": Row(
         Kind.TRANSIENT,
         "All connections to the store were in use for `s3_timeout` seconds.",
-        "A task waits for one until `stall_timeout` ends it; this does not count as `s3_patience`.",
+        "A task waits for one until `stall_timeout` ends it; this does not count as `s3_retry_timeout`.",
     ),
     "NoResponse": Row(
         Kind.TRANSIENT,
@@ -182,7 +182,7 @@ TABLE: Mapping[str | int, Row] = {
     403: Row(Kind.KEY, "The access key may not do this.", _GRANT, "AccessDenied"),
     404: Row(Kind.REQUEST, "There is no such bucket or object.", "", "NoSuchKey"),
     405: Row(
-        Kind.SETTING, "The store does not allow this method here.", "Check `s3_endpoint` and `s3_addressing`.",
+        Kind.SETTING, "The store does not allow this method here.", "Check `s3_endpoint` and `s3_addressing_style`.",
         "MethodNotAllowed",
     ),
     407: Row(

@@ -35,7 +35,11 @@ def open_buckets(settings: Settings, find_holder: Callable[[str], Holder | None]
     if settings.store == "directory":
         return DirectoryBuckets(settings.directory.buckets)
     connection = store_connection(settings)
-    return OwnersBuckets(connection, find_holder) if settings.upload == "policy" else ServiceBuckets(connection)
+    return (
+        OwnersBuckets(connection, find_holder)
+        if settings.upload_credentials == "policy"
+        else ServiceBuckets(connection)
+    )
 
 
 def store_connection(settings: Settings) -> StoreConnection:
@@ -44,16 +48,16 @@ def store_connection(settings: Settings) -> StoreConnection:
     Raises:
         StoreSettingError: The file of credentials cannot be used.
     """
-    file = None if settings.s3_credentials is None else CredentialsFile(settings.s3_credentials)
+    file = None if settings.s3_credentials_file is None else CredentialsFile(settings.s3_credentials_file)
     return StoreConnection(
         endpoint=settings.s3_endpoint or f"https://s3.{settings.s3_region}.amazonaws.com",
         region=settings.s3_region,
         credentials=_credentials(settings) if file is None else file.read(),
         find_credentials=None if file is None else file.read,
-        addressing=settings.s3_addressing,
-        ca=settings.s3_ca,
+        addressing=settings.s3_addressing_style,
+        ca=settings.s3_ca_file,
         proxy=settings.s3_proxy.get_secret_value() if settings.s3_proxy else None,
-        connections=settings.store_connections,
+        connections=settings.max_store_connections,
         timeout=settings.s3_timeout,
         send_timeout=settings.s3_send_timeout,
     )
@@ -97,7 +101,7 @@ class CredentialsFile:
                 found = read_credentials(self._path)
             except StoreSettingError as error:
                 if self._read is None:
-                    raise StoreSettingError(f"The setting s3_credentials cannot be used: {error}") from None
+                    raise StoreSettingError(f"The setting s3_credentials_file cannot be used: {error}") from None
                 log.warning("changed credentials cannot be used; keeping the earlier ones", error=str(error))
             else:
                 if self._read is not None and found != self._read:

@@ -2,11 +2,11 @@
 
 There are two ways for a service:
 
-- `OwnersBuckets` (`upload = policy`): the accounts' access keys are the store's too. A bucket belongs to the store's
-  user whose key signed the upload policy; with that key it is created and cleaned up. A bundle is uploaded by the
-  policy's own signature alone, so that the store itself judges it.
-- `ServiceBuckets` (`upload = service`): the store knows the service's key only, and every bucket is the service's
-  there. It writes what the policy allows by our own judgement (`policy.py`). A bucket belongs to the account that its
+- `OwnersBuckets` (`upload_credentials = policy`): the store knows the accounts' access keys too. A bucket belongs to
+  the store's user whose key signed the upload policy; that key creates the bucket and cleans up. A bundle is uploaded
+  with the policy's own signature alone, so that the store itself judges it.
+- `ServiceBuckets` (`upload_credentials = service`): the store knows the service's key only, and every bucket belongs to
+  the service there. The service evaluates the policy itself (`policy.py`). A bucket belongs to the account that its
   object `.thrave-owner` names; no bundle can have that name, and no listing shows it.
 
 Both look at the bucket first. Buckets are created, and listed, only when that does not answer the question, so that a
@@ -169,7 +169,7 @@ class _S3Buckets(S3Objects):
 
 
 class OwnersBuckets(_S3Buckets):
-    """The buckets of a store that knows our accounts' access keys; `upload = policy`."""
+    """The buckets of a store that knows our accounts' access keys; `upload_credentials = policy`."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ class OwnersBuckets(_S3Buckets):
 
 
 class ServiceBuckets(_S3Buckets):
-    """The buckets of a store that knows the service's access key only; `upload = service`."""
+    """The buckets of a store that knows the service's access key only; `upload_credentials = service`."""
 
     def __init__(
         self, connection: StoreConnection, *, transport: Transport | None = None, lock: Lock = _lock_of_this_process

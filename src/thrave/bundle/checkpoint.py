@@ -58,7 +58,7 @@ class Checkpoint:
         """What of the chunk is still to be enciphered.
 
         Raises:
-            ResumeError: it was deflated to other bytes than before: another disk, level, library or processor.
+            ResumeError: it was deflated to other bytes than before: another disk, compression, library or processor.
         """
         if hashlib.sha256(deflated[: self.skip]).hexdigest() != self.skipped:
             raise ResumeError("the chunk at which the sealing was cut off is deflated to other bytes now")

@@ -19,7 +19,7 @@ from thrave.bundle.names import PART_SIZE, checked_prefix, part_width
 from thrave.bundle.sealed import CutOff, Part, Sealed
 from thrave.bundle.secrets import BundleSecrets
 from thrave.bundle.tar import Member
-from thrave.bundle.zlibs import LEVELS, Level
+from thrave.bundle.zlibs import COMPRESSIONS, Compression
 
 _CHUNKS_PER_WORKER = 4
 
@@ -31,11 +31,11 @@ class Sealing:
         image: what is sealed; it must not change meanwhile.
         prefix: a bare name: the image's, and the stem of every file's.
         secrets: key and IV; new ones unless given.
-        level: how hard to compress.
+        compression: at the speed of the disk, or smaller.
         part_size: bytes of each part but the last, a multiple of 16.
         workers: deflating threads; one a core unless given.
-        cut_off: resumes where a sealing of the same image was cut off; secrets, level, part size and series must be the
-            same.
+        cut_off: resumes where a sealing of the same image was cut off. Secrets, compression, part size and series
+            must be the same.
         series: digits in the names of the parts, before their numbers; see ``names.new_series``.
 
     Raises:
@@ -49,7 +49,7 @@ class Sealing:
         prefix: str,
         *,
         secrets: BundleSecrets | None = None,
-        level: Level = "fast",
+        compression: Compression = "fast",
         part_size: int = PART_SIZE,
         workers: int | None = None,
         cut_off: CutOff | None = None,
@@ -60,7 +60,7 @@ class Sealing:
         self._image = image
         self._member = Member(checked_prefix(prefix), image.size, data_extents(image))
         self._secrets = secrets or BundleSecrets.generate()
-        self._library = LEVELS[level]
+        self._library = COMPRESSIONS[compression]
         self._part_size = part_size
         self._workers = workers or os.cpu_count() or 1
         self._crew = Crew(self._workers)

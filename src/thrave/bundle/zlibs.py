@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-Level = Literal["fast", "small"]
+Compression = Literal["fast", "small"]
 """How hard to compress."""
 
 _RAW = -15
@@ -121,4 +121,4 @@ else:
         error=zlib_ng.error,  # type: ignore[arg-type]  # its stub calls the class an instance
     )
 
-LEVELS: dict[Level, Library] = {"fast": FAST, "small": SMALL}
+COMPRESSIONS: dict[Compression, Library] = {"fast": FAST, "small": SMALL}

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
-    from thrave.bundle.zlibs import Level
-    from thrave.volumes.opening import Skip
+    from thrave.bundle.zlibs import Compression
 
 _IMAGE = ExistingPath(path_type=Path)
 _SECRET_FILE = ExistingPath(dir_okay=False, path_type=Path)
@@ -51,17 +50,19 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "--secret-file", type=_SECRET_FILE, metavar="FILE", help="Holds the passphrase of an encrypted image: qcow2, luks."
 )
 @click.option(
-    "--level", type=click.Choice(["fast", "small"]), default="fast", show_default=True, help="Of compression."
+    "--compression",
+    type=click.Choice(["fast", "small"]),
+    default="fast",
+    show_default=True,
+    help="fast: at the speed of the disk. small: a few percent smaller, at a quarter of that speed.",
 )
 @click.option(
-    "--skip",
-    type=click.Choice(["nothing", "unused"]),
-    default="nothing",
-    show_default=True,
+    "--skip-unused",
+    is_flag=True,
     help="Leave out what NTFS does not use: free clusters, page and hibernation files.",
 )
 @click.option(
-    "--image-directory",
+    "--image-dir",
     "directories",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     multiple=True,
@@ -84,8 +85,8 @@ def bundle(
     architecture: str,
     image_format: str,
     secret_file: Path | None,
-    level: Level,
-    skip: Skip,
+    compression: Compression,
+    skip_unused: bool,
     directories: tuple[Path, ...],
     output: str,
 ) -> None:
@@ -94,7 +95,7 @@ def bundle(
     Nobody may write to the image meanwhile: one that a guest of QEMU's runs on is refused, and QEMU starts none on it.
     Its holes stay holes. The manifest is written last: where it is, the bundle is complete. If anything fails, or the
     image was changed meanwhile, what was written is removed. An image that is not a whole disk by its own words is
-    refused, and so is one that refers to a file outside its own folder and every --image-directory. With --skip unused,
+    refused, and so is one that refers to a file outside its own folder and every --image-dir. With --skip-unused,
     a disk of which it is not certain what its NTFS uses is refused: Windows must have been shut down fully.
 
     The prefix consists of letters, digits, dots, dashes and underscores, as for BundleInstance, because old tools hand
@@ -130,7 +131,7 @@ def bundle(
             open_volume(
                 image,
                 image_format,
-                skip=skip,
+                skip_unused=skip_unused,
                 secret_file=secret_file,
                 directories=directories,
                 warn=lambda warned: warnings.append(warned.text),
@@ -139,7 +140,7 @@ def bundle(
         for warning in warnings:
             click.echo(f"Warning: {warning}.", err=True)
         with new_bundle(folder, prefix) as files:
-            sealing = Sealing(volume, prefix, level=level)
+            sealing = Sealing(volume, prefix, compression=compression)
             with progress_bar("sealing", sealing.data_size) as bar, bar.following(lambda: sealing.progress):
                 files.write_parts(sealing)
             reading.close()  # fails if the image was changed: before there is a manifest

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--size", type=Size(), default="256MiB", show_default=True, help="The root disk's size.")
 @click.option(
-    "--data", type=DataFolder(), envvar="THRAVE_DATA", default="thrave-demo",
-    show_default=True, help="Where everything is made; kept afterwards.",
+    "-d", "--data-dir", type=DataFolder(), metavar="DIR", envvar="THRAVE_DATA_DIR", default="thrave-demo",
+    show_default=True, help="Directory of everything that the demo creates; kept afterwards.",
 )  # fmt: skip
 @output_option
-def demo(size: int, data: Path, output: str) -> None:
+def demo(size: int, data_dir: Path, output: str) -> None:
     """Bundle a Windows-like instance with boto3, then open the bundle and compare.
 
     Makes an account, an instance with a root disk and an ephemeral one, starts the server on a free port, bundles
@@ -40,7 +40,7 @@ def demo(size: int, data: Path, output: str) -> None:
 
     make_files_private()
     story = _Story(quiet=output == "json")
-    result = tour(data, size, story.tell, story.show)
+    result = tour(data_dir, size, story.tell, story.show)
     emit(output, result.document(), _farewell(result))
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--access-key-id",
     metavar="ID",
-    help="In whose name buckets are tried with upload = policy: a key that the store knows too.  "
+    help="In whose name buckets are tried with upload_credentials = policy: a key that the store knows too.  "
     "[default: the newest that the service holds]",
 )
 @click.option(
@@ -37,7 +37,8 @@ def doctor(settings: Settings, access_key_id: str | None, bucket: str | None, ou
     """Try everything that a bundle task will need of this service: database, store and host.
 
     It takes the settings of `thrave serve`, and may run beside it. Objects of a few bytes are stored under a prefix of
-    their own and removed again. What is `lacking` tasks can do without, if callers know of it. No secret is printed.
+    their own and removed again. A check that tasks can do without has the outcome `warning` if it fails. No
+    secret is printed.
 
     \b
     Example:
@@ -83,4 +84,4 @@ def _text(findings: Sequence[Finding]) -> str:
 def _is_wrong(finding: Finding) -> bool:
     from thrave.doctor.check import Outcome
 
-    return finding.outcome in {Outcome.FAILED, Outcome.LACKING}
+    return finding.outcome in {Outcome.FAILED, Outcome.WARNING}

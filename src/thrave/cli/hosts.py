@@ -48,7 +48,7 @@ def host() -> None:
 def list_(settings: Settings, output: str) -> None:
     """List the hosts by name, with their last heartbeat and what they do.
 
-    An active or draining host that has been silent for longer than its own setting host_lost_after is shown as lost.
+    An active or draining host that has been silent for longer than its own setting heartbeat_timeout is shown as lost.
 
     \b
     Example:
@@ -84,10 +84,10 @@ def show(settings: Settings, name: str, output: str) -> None:
         ("adopted by", found.adopted_by or "-"),
         (
             "last heartbeat",
-            f"{span(found.silence)} ago; one each {found.heartbeat_interval:g} s, lost after {found.lost_after:g} s",
+            f"{span(found.silence)} ago; every {found.heartbeat_interval:g} s, lost after {found.heartbeat_timeout:g}",
         ),
         ("agent", f"Thrave {found.version}, for {span(found.now - found.start_time)}"),
-        ("tasks", f"{found.working} begun, {found.waiting} waiting; {found.tasks_at_once} at once"),
+        ("tasks", f"{found.working} begun, {found.waiting} waiting; {found.worker_concurrency} at once"),
         ("instances", str(found.instances)),
     ]
     text = table(("HOST", found.host), facts) + ("\n\n" + task_table(tasks, found.now) if tasks else "")
@@ -196,7 +196,7 @@ def _listed(ground: Ground) -> list[FleetHost]:
     if settings.database_url is not None:
         return [*listed]
     here = len(ground.instances.list())
-    return [one._replace(instances=here) if one.host == settings.host_name else one for one in listed]
+    return [one._replace(instances=here) if one.host == settings.host_id else one for one in listed]
 
 
 def _find(ground: Ground, name: str) -> FleetHost:
@@ -223,11 +223,11 @@ def _document(host: FleetHost) -> dict[str, object]:
         "lost": host.is_lost,
         "heartbeatTime": host.heartbeat_time,
         "heartbeatInterval": host.heartbeat_interval,
-        "lostAfter": host.lost_after,
+        "heartbeatTimeout": host.heartbeat_timeout,
         "adoptedBy": host.adopted_by,
         "startTime": host.start_time,
         "version": host.version,
-        "tasksAtOnce": host.tasks_at_once,
+        "workerConcurrency": host.worker_concurrency,
         "tasksBegun": host.working,
         "tasksWaiting": host.waiting,
         "instances": host.instances,

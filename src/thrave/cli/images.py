@@ -29,7 +29,7 @@ def check_image(settings: Settings, instances: Instances, instance: Instance) ->
     volume = instance.root_volume
     _check_format(volume)
     try:
-        warned = check_root_volume(instances, instance.instance_id, volume, settings.image_directories)
+        warned = check_root_volume(instances, instance.instance_id, volume, settings.image_dirs)
     except VolumeError as error:
         return [_cannot_be_bundled(str(error))]
     return [warning.text for warning in warned]

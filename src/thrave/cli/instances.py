@@ -74,7 +74,7 @@ instance.add_command(disown)
 @click.option(
     "--host",
     metavar="NAME",
-    help="The host of a fleet that has it.  [default: the setting host_name, else the host of the data directory]",
+    help="The host of a fleet that has it.  [default: the setting host_id, else the host of the data directory]",
 )
 @click.option(
     "--root-device-type",
@@ -288,8 +288,8 @@ def _host_of_new(settings: Settings) -> str | None:
     """
     if settings.database_url is None:
         return None
-    name = settings.known_host_name
-    if name is None and settings.instances is not None:
+    name = settings.known_host_id
+    if name is None and settings.instance_dir is not None:
         raise click.UsageError("hosts may share the folder of instances: name the host that has this one with --host")
     return name
 

@@ -26,30 +26,36 @@ class _Log:
 
 
 _log = _Log()
-DATA = click.option("--data", type=DataFolder(), help="Where it keeps everything.")
-ADDRESS = click.option("--host", help="The address to listen on.  [default: 127.0.0.1]")
-PORT = click.option("--port", type=int, help="The port to listen on; 0 takes a free one.  [default: 8773]")
+DATA_DIR = click.option(
+    "-d", "--data-dir", type=DataFolder(), metavar="DIR", help="Database, keys, instances and buckets."
+)
+LISTEN_ADDRESS = click.option("--listen-address", help="IP address or host name to listen on.  [default: 127.0.0.1]")
+LISTEN_PORT = click.option(
+    "-p", "--listen-port", type=int, help="TCP port to listen on; 0: any free port.  [default: 8773]"
+)
 CONFIG = click.option(
     "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, as TOML."
 )
 
 
 @click.command()
-@DATA
-@ADDRESS
-@PORT
+@DATA_DIR
+@LISTEN_ADDRESS
+@LISTEN_PORT
 @CONFIG
 @output_option
-def serve(data: Path | None, host: str | None, port: int | None, config: Path | None, output: str) -> None:
+def serve(
+    data_dir: Path | None, listen_address: str | None, listen_port: int | None, config: Path | None, output: str
+) -> None:
     """Answer EC2 clients: API, worker and store in one process.
 
     Prints `listening on URL` once it answers. SIGTERM stops it; a bundle task under way goes on at the next start.
-    Every setting may also be given in the environment (THRAVE_DATA, THRAVE_PORT, …) or in the --config file. On any
-    address but loopback the settings tls_certificate and tls_key are needed.
+    Every setting may also be given in the environment (THRAVE_DATA_DIR, THRAVE_LISTEN_PORT, …) or in the --config file.
+    On any address but loopback the settings tls_certificate_file and tls_key_file are required.
 
     \b
     Example:
-      thrave serve --data /var/lib/thrave --port 8773
+      thrave serve --data-dir /var/lib/thrave --listen-port 8773
       aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
 
     Exit codes: 0 stopped, 1 the address, certificate, database or vault's key cannot be used, 2 a setting is wrong, 4 a
@@ -58,7 +64,7 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
     """
     _stop_on_signals()
     make_files_private()
-    settings = _settings(config, data=data, host=host, port=port)
+    settings = _settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
     with quick_imports():
         from thrave import endpoint
 
@@ -67,12 +73,14 @@ def serve(data: Path | None, host: str | None, port: int | None, config: Path | 
 
 
 @click.command()
-@DATA
-@ADDRESS
-@PORT
+@DATA_DIR
+@LISTEN_ADDRESS
+@LISTEN_PORT
 @CONFIG
 @output_option
-def api(data: Path | None, host: str | None, port: int | None, config: Path | None, output: str) -> None:
+def api(
+    data_dir: Path | None, listen_address: str | None, listen_port: int | None, config: Path | None, output: str
+) -> None:
     """Answer EC2 clients for a fleet; any number of these may run.
 
     The hosts' agents (`thrave agent`) do the tasks. All share one PostgreSQL, the setting database_url. The data
@@ -80,14 +88,14 @@ def api(data: Path | None, host: str | None, port: int | None, config: Path | No
 
     \b
     Example:
-      THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave api --data /var/lib/thrave
+      THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave api --data-dir /var/lib/thrave
 
     Exit codes: 0 stopped, 1 the address, certificate, database or vault's key cannot be used, 2 a setting is wrong, 4
     it would be plain HTTP where others can read it.
     """
     _stop_on_signals()
     make_files_private()
-    settings = _settings(config, data=data, host=host, port=port)
+    settings = _settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
     _require_fleet(settings, "api")
     with quick_imports():
         from thrave import endpoint
@@ -97,11 +105,11 @@ def api(data: Path | None, host: str | None, port: int | None, config: Path | No
 
 
 @click.command()
-@click.option("--host", "name", help="This hypervisor host's name, if the setting host_name does not give it.")
-@DATA
+@click.option("--host-id", help="ID of this hypervisor host. Required unless the setting host_id is set.")
+@DATA_DIR
 @CONFIG
 @output_option
-def agent(name: str | None, data: Path | None, config: Path | None, output: str) -> None:
+def agent(host_id: str | None, data_dir: Path | None, config: Path | None, output: str) -> None:
     """Do the bundle tasks of a hypervisor host; one of these runs on each.
 
     Prints `working as NAME` once it does. SIGTERM stops it; a bundle task under way goes on at the next start. `thrave
@@ -110,7 +118,7 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
 
     \b
     Example:
-      THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave agent --host kvm-17 --data /var/lib/thrave
+      THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave agent --host-id kvm-17 -d /var/lib/thrave
 
     Exit codes: 0 stopped or drained, 1 the database or the vault's key cannot be used, 2 a setting is wrong, 30 the
     drain was ended while the agent drained: start it again, 75 another process is this host's agent now, or another
@@ -118,19 +126,17 @@ def agent(name: str | None, data: Path | None, config: Path | None, output: str)
     """
     _stop_on_signals()
     make_files_private()
-    settings = _settings(config, data=data, host_name=name)
+    settings = _settings(config, data_dir=data_dir, host_id=host_id)
     _require_fleet(settings, "agent")
-    if "host_name" not in settings.model_fields_set:
+    if "host_id" not in settings.model_fields_set:
         raise click.UsageError(
-            "thrave agent needs the name of its host: --host NAME, or the setting host_name. An agent that had none "
-            "so far was localhost."
+            "thrave agent needs the ID of its host: pass --host-id ID, or set host_id. An agent that ran without an ID "
+            "used localhost."
         )
     with quick_imports():
         from thrave import endpoint
 
-    endpoint.run_agent(
-        settings, lambda: emit(output, {"working": settings.host_name}, f"working as {settings.host_name}")
-    )
+    endpoint.run_agent(settings, lambda: emit(output, {"working": settings.host_id}, f"working as {settings.host_id}"))
     _end()
 
 

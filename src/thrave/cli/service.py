@@ -40,11 +40,12 @@ class DataFolder(click.Path):
         return super().convert(value, param, ctx)
 
 
-_DATA = click.option(
-    "--data",
+_DATA_DIR = click.option(
+    "-d",
+    "--data-dir",
     type=DataFolder(),
-    help="Where the service keeps its database, keys, instances and buckets.  "
-    "[env var: THRAVE_DATA; default: thrave-data]",
+    metavar="DIR",
+    help="Database, keys, instances and buckets.  [env var: THRAVE_DATA_DIR; default: thrave-data]",
 )
 _CONFIG = click.option(
     "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The service's settings, as TOML."
@@ -89,14 +90,14 @@ def read_settings(config: Path | None, **given: object) -> Settings:
 
 
 def settings_option(command: Callable[Concatenate[Settings, _Rest], None]) -> Callable[..., None]:
-    """Give a command `--data DIR` and `--config FILE`; its function receives the settings as its first argument."""
+    """Give a command `--data-dir DIR` and `--config FILE`; its function receives the settings as its first argument."""
 
-    @_DATA
+    @_DATA_DIR
     @_CONFIG
     @functools.wraps(command)
-    def with_settings(data: Path | None, config: Path | None, *rest: _Rest.args, **named: _Rest.kwargs) -> None:
+    def with_settings(data_dir: Path | None, config: Path | None, *rest: _Rest.args, **named: _Rest.kwargs) -> None:
         make_files_private()
-        command(read_settings(config, data=data), *rest, **named)
+        command(read_settings(config, data_dir=data_dir), *rest, **named)
 
     return with_settings
 
@@ -106,9 +107,9 @@ def require_data_directory(settings: Settings) -> None:
     directory = settings.directory
     if not (directory.vault_key.exists() or directory.database_file.exists()):
         raise click.BadParameter(
-            f"{settings.data} is no data directory (it has no vault.key). Create one with `thrave account create`, or "
-            "give another --data.",
-            param_hint="--data",
+            f"No data directory at {settings.data_dir} (no vault.key there). Create it with `thrave account create`, "
+            "or pass another --data-dir.",
+            param_hint="--data-dir",
         )
 
 

@@ -53,9 +53,9 @@ def task_document(seen: SeenTask) -> dict[str, object]:
         "volumeSize": task.volume_size,
         "storedSize": stored.size,
         "storedParts": stored.parts,
-        "leftOver": len(seen.left_over),
+        "orphanedObjects": len(seen.left_over),
         "attempts": task.attempts,
-        "notice": task.notice,
+        "warning": task.warning,
         "error": error,
     }
 
@@ -77,7 +77,7 @@ def story_document(story: TaskStory) -> Json:
         "bytesPerSecond": _rate(story.seen, spent),
         "meaning": cause and cause.meaning,
         "remedy": cause and cause.remedy,
-        "leftOverKeys": [*story.seen.left_over],
+        "orphanedKeys": [*story.seen.left_over],
         "removalCommand": " ".join(removal_commands(task)) if story.seen.left_over else None,
         "history": [
             {
@@ -112,8 +112,8 @@ def _row(seen: SeenTask, now: datetime) -> tuple[str, ...]:
     task, stored = seen.task, seen.stored
     bundled = words(stored.size) if stored.size else ""
     age = span(now - task.start_time)
-    reason = printable(task.error_code or task.notice or "") + (
-        f", {len(seen.left_over)} left over" if seen.left_over else ""
+    reason = printable(task.error_code or task.warning or "") + (
+        f", {len(seen.left_over)} orphaned objects" if seen.left_over else ""
     )
     return (task.bundle_id, task.state, progress_words(task), task.instance_id, task.host, age, bundled, reason)
 
@@ -128,7 +128,7 @@ def _facts(seen: SeenTask, history: Sequence[Event], spent: Sequence[Spell]) -> 
         "bucket": f"{task.bucket}, prefix {task.prefix}",
         "volume": _volume(task, history),
         "stored": f"{stored.parts} parts, {words(stored.size)}{_speed(seen, spent)}" if stored.objects else "nothing",
-        "notice": task.notice,
+        "warning": task.warning,
     }
     return [(name, printable(fact)) for name, fact in facts.items() if fact]
 
@@ -182,7 +182,7 @@ def _left_over(story: TaskStory) -> str:
 
 def removal_commands(task: BundleTask) -> list[str]:
     """The commands that remove from an S3 store what a task could not, with an access key that may delete."""
-    keys = "import json, sys; print(*json.load(sys.stdin)['leftOverKeys'], sep='\\n')"
+    keys = "import json, sys; print(*json.load(sys.stdin)['orphanedKeys'], sep='\\n')"
     return [
         f'thrave task show {task.bundle_id} --output json | python3 -c "{keys}" |',
         f"    xargs -d '\\n' -I KEY aws s3api delete-object --bucket {shlex.quote(task.bucket)} --key KEY",

@@ -25,7 +25,7 @@ def open_instances(settings: Settings) -> Instances:
 
 def open_described(settings: Settings) -> DirectoryInstances:
     """The instances that files describe."""
-    return DirectoryInstances(settings.instance_folder)
+    return DirectoryInstances(settings.effective_instance_dir)
 
 
 def open_adopted(settings: Settings) -> "LibvirtInstances":

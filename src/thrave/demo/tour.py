@@ -90,7 +90,7 @@ class Tour:
         )
         return [
             f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
-            f"thrave serve --data {data} &",
+            f"thrave serve --data-dir {data} &",
             f"export AWS_ACCESS_KEY_ID={key.access_key_id}",
             f"export AWS_SECRET_ACCESS_KEY={key.secret_access_key}",
             bundle_instance,

@@ -29,8 +29,8 @@ class Outcome(StrEnum):
 
     OK = "ok"
     FAILED = "failed"
-    LACKING = "lacking"
-    NOT_TRIED = "not tried"
+    WARNING = "warning"
+    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def perform(check: Check, subject: Subject, in_the_way: Collection[str] = ()) ->
     """Try one check, unless one that it needs is in the way."""
     for name in check.needs:
         if name in in_the_way:
-            return Finding(check, Outcome.NOT_TRIED, f"needs: {name}", in_the_way=True)
+            return Finding(check, Outcome.SKIPPED, f"needs: {name}", in_the_way=True)
     begun = time.monotonic()
     try:
         return Call(check.name, lambda: _tried(check, subject)).result(check.seconds)
@@ -80,7 +80,7 @@ def _tried(check: Check, subject: Subject) -> Finding:
     try:
         return Finding(check, Outcome.OK, check.run(subject))
     except NotTried as reason:
-        return Finding(check, Outcome.NOT_TRIED, str(reason))
+        return Finding(check, Outcome.SKIPPED, str(reason))
     except sa.exc.DBAPIError as error:
         said = str(error.orig).strip()
     except _FORESEEN as error:
@@ -89,5 +89,5 @@ def _tried(check: Check, subject: Subject) -> Finding:
             said = f"{error.filename}: {os.strerror(error.errno)}"
     except Exception as error:  # noqa: BLE001 (whatever it is, the other checks are worth trying)
         said = f"unforeseen: {type(error).__name__}"
-    outcome = Outcome.LACKING if check.optional else Outcome.FAILED
+    outcome = Outcome.WARNING if check.optional else Outcome.FAILED
     return Finding(check, outcome, " ".join(said.split()), in_the_way=not check.optional)

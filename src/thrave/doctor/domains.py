@@ -77,8 +77,8 @@ def power_button(subject: Subject) -> str:
 
 def sysprep(subject: Subject) -> str:
     """See that each guest has somebody to run the command."""
-    if not subject.settings.sysprep:
-        raise NotTried("no sysprep is set")
+    if not subject.settings.sysprep_command:
+        raise NotTried("no sysprep_command is set")
     if subject.settings.hypervisor != "libvirt":
         raise Trouble("it needs hypervisor = libvirt: there is no way into the guests")
     machines = _machines(subject)
@@ -98,7 +98,7 @@ def overlays(subject: Subject) -> str:
     return f"{len(planned)} could be made"
 
 
-def downtime(subject: Subject) -> str:
+def capture_mode(subject: Subject) -> str:
     """See that each root volume can have an overlay."""
     planned, impossible = _plans(subject)
     if impossible:
@@ -141,8 +141,8 @@ def _machine(live: str, config: str) -> _Machine:
 
 def _plans(subject: Subject) -> tuple[Sequence[Frozen], Sequence[OverlayImpossible]]:
     """What would be done to each root volume, and why it cannot be."""
-    if subject.settings.downtime != "overlay":
-        raise NotTried("downtime = whole")
+    if subject.settings.capture_mode != "overlay":
+        raise NotTried("capture_mode = offline")
     if subject.settings.hypervisor != "libvirt":
         raise Trouble("it needs hypervisor = libvirt: every instance is off until its root volume has been read")
     planned: list[Frozen] = []

@@ -1,6 +1,7 @@
 """Checks of upload policies: of either signature, and with the ACL of the AWS CLI's own.
 
-With `upload = policy` the store judges them, as form uploads; else the service does, and writes what they allow.
+With `upload_credentials = policy` the store judges them, as form uploads; else the service does, and
+writes what they allow.
 """
 
 import base64

@@ -32,7 +32,7 @@ def instances(subject: Subject) -> str:
 def root_volumes(subject: Subject) -> str:
     """See that each root volume that may be bundled can be read, and is of a known format."""
     found = known_instances(subject)
-    directories = subject.settings.image_directories
+    directories = subject.settings.image_dirs
     faults = [f"{one.instance_id}: {fault}" for one in found if (fault := _root_volume_fault(one, directories))]
     if faults:
         raise Trouble("; ".join(faults))
@@ -102,8 +102,8 @@ def check_qemu() -> None:
 
 def skipping(subject: Subject) -> str:
     """Look for what reads NTFS, if the settings want it."""
-    if subject.settings.skip == "nothing":
-        raise NotTried("skip = nothing")
+    if not subject.settings.skip_unused:
+        raise NotTried("skip_unused = false")
     surveyor.check_installed()
     return "pytsk3"
 
@@ -119,7 +119,7 @@ def sandbox(_subject: Subject) -> str:
 
 def open_files(subject: Subject) -> str:
     """Compare the limit that the service can have with what the settings may open."""
-    needed = subject.settings.open_files
+    needed = subject.settings.max_open_files
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         raise Trouble(f"{allowed} allowed, {needed} may be needed")
@@ -135,11 +135,11 @@ def _all(subject: Subject) -> tuple[Sequence[Instance], Sequence[InstanceError]]
 
 def _place(subject: Subject) -> str:
     settings = subject.settings
-    return settings.libvirt_uri if settings.hypervisor == "libvirt" else str(settings.instance_folder)
+    return settings.libvirt_uri if settings.hypervisor == "libvirt" else str(settings.effective_instance_dir)
 
 
 def _described(subject: Subject) -> tuple[Sequence[Description], Sequence[InstanceError]]:
-    folder = subject.settings.instance_folder
+    folder = subject.settings.effective_instance_dir
     if not folder.exists():
         raise NotTried(f"{folder} is not there: no instance is described on this machine")
     folder.iterdir()

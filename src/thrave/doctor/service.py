@@ -6,7 +6,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from thrave.database import migrations, utc_now, vault_proof
+from thrave.database import migrations, utc_now, vault_check
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
 from thrave.ground import PROOF_CONTEXT
@@ -82,7 +82,7 @@ def vault_key(subject: Subject) -> str:
 def proof(subject: Subject) -> str:
     """Unseal what the database's first process sealed."""
     with subject.database.connect() as connection:
-        sealed = connection.execute(sa.select(vault_proof.c.sealed)).scalar()
+        sealed = connection.execute(sa.select(vault_check.c.encrypted)).scalar()
     if sealed is None:
         raise NotTried("nothing has been sealed yet")
     subject.vault.unseal(sealed, context=PROOF_CONTEXT)
@@ -93,7 +93,7 @@ def identity(subject: Subject) -> str:
     """Read the service's certificate and keys, and compare them with the fingerprint in the database."""
     folder = subject.settings.directory.service
     with subject.database.connect() as connection:
-        known = connection.execute(sa.select(vault_proof.c.identity)).scalar()
+        known = connection.execute(sa.select(vault_check.c.identity)).scalar()
     if known is None:
         raise NotTried("the first start makes it")
     service = ServiceIdentity.open(folder)

@@ -54,7 +54,7 @@ class Subject:
     @property
     def by_owners_key(self) -> bool:
         """Whether the store knows the accounts' keys, and buckets are theirs there."""
-        return self.settings.store == "s3" and self.settings.upload == "policy"
+        return self.settings.store == "s3" and self.settings.upload_credentials == "policy"
 
     @cached_property
     def database(self) -> sa.Engine:
@@ -87,7 +87,7 @@ class Subject:
     @cached_property
     def buckets(self) -> Buckets:
         """The store, in that name."""
-        if self.settings.store == "directory" and not self.settings.data.exists():
+        if self.settings.store == "directory" and not self.settings.data_dir.exists():
             raise self._no_data()
         return open_buckets(self.settings, self._find_holder).on_behalf_of(self.holder.credentials.access_key_id)
 
@@ -126,7 +126,7 @@ class Subject:
             opened[name].close()
 
     def _no_data(self) -> Trouble:
-        return Trouble(f"{self.settings.data} is no data directory yet; `thrave account create` begins one")
+        return Trouble(f"{self.settings.data_dir} is no data directory yet; `thrave account create` begins one")
 
     def _find_holder(self, _access_key_id: str) -> Holder:
         return self.holder

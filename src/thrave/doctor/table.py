@@ -21,7 +21,7 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "database", "write-ahead log", "SQLite writes ahead, so that readers do not wait.",
-        "Put `data` on a local file system: SQLite cannot on a network's.",
+        "Put `data_dir` on a local file system: SQLite cannot on a network's.",
         service.write_ahead, needs=("reachable",),
     ),
     Check(
@@ -44,16 +44,16 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "store", "answers", "Sends a request without a signature; of a directory: that there is room.",
-        "Mend `s3_endpoint`, `s3_ca`, `s3_proxy`, or the way to the store; make room.", store.answers,
+        "Mend `s3_endpoint`, `s3_ca_file`, `s3_proxy`, or the way to the store; make room.", store.answers,
     ),
     Check(
         "store", "TLS", "The certificate is believed, and lives for 7 days more.",
-        "Renew the store's certificate, or name who vouches for it: `s3_ca`.", store.tls,
+        "Renew the store's certificate, or name who vouches for it: `s3_ca_file`.", store.tls,
     ),
     Check(
         "store", "key", "Sends a request that is signed with the key; it need not be allowed to list buckets.",
-        "With `upload = policy`: import a key that the store knows (`thrave account key import`), or name it with "
-        "--access-key-id. With `upload = service`: mend `s3_credentials`.",
+        "With `upload_credentials = policy`: import a key that the store knows (`thrave account key import`), or name "
+        "it with --access-key-id. With `upload_credentials = service`: mend `s3_credentials_file`.",
         store.key, needs=("answers",),
     ),
     Check(
@@ -68,7 +68,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "store", "owner", "Asks whose the bucket is.",
-        "Let the key read the object .thrave-owner (upload = service), or use its own bucket (upload = policy).",
+        "Let the key read the object .thrave-owner (`upload_credentials = service`), or use a "
+        "bucket of its own (`upload_credentials = policy`).",
         objects.owner, needs=("create bucket",),
     ),
     Check(
@@ -96,23 +97,23 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "store", "conditional PUT", "Stores an object only if it does not exist (`If-None-Match: *`), twice.",
-        "With `upload = service` accounts claim new buckets by it. Without it, run one API process only, or create the "
-        "buckets beforehand with their owners (docs/howto/store-bundles-in-s3.md).",
+        "With `upload_credentials = service` accounts claim new buckets by it. Without it, run one API process only, "
+        "or create the buckets beforehand with their owners (docs/howto/store-bundles-in-s3.md).",
         objects.conditional, needs=("PUT",), optional=True,
     ),
     Check(
         "store", "POST, version 2", "Uploads a form under a policy with a signature of version 2, `acl` private.",
-        "The store takes no such forms, or not of this key: set `upload = service`.",
+        "The store takes no such forms, or not of this key: set `upload_credentials = service`.",
         forms.version_2, needs=("create bucket",),
     ),
     Check(
         "store", "POST, version 4", "The same with a signature of version 4.",
-        "Callers sign their policies by version 2; or set `upload = service`.",
+        "Callers sign their policies by version 2; or set `upload_credentials = service`.",
         forms.version_4, needs=("create bucket",), optional=True,
     ),
     Check(
         "store", "AWS CLI's policy", "The same with `acl` ec2-bundle-read, as the AWS CLI has it.",
-        "Callers give a policy of their own with another acl (--policy); or set `upload = service`.",
+        "Callers give a policy of their own with another acl (--policy); or set `upload_credentials = service`.",
         forms.cli_acl, needs=("create bucket",), optional=True,
     ),
     Check(
@@ -147,37 +148,38 @@ CHECKS: tuple[Check, ...] = (
         domains.power_button, needs=("libvirt",),
     ),
     Check(
-        "host", "sysprep", "With `sysprep`: each guest has an agent that can run it.",
-        "Give the domain the channel org.qemu.guest_agent.0, and install the agent in its guest; or set no `sysprep`.",
+        "host", "sysprep", "With `sysprep_command`: each guest has an agent that can run it.",
+        "Give the domain the channel org.qemu.guest_agent.0, and install the agent in its guest; or unset "
+        "`sysprep_command`.",
         domains.sysprep, needs=("libvirt",),
     ),
     Check(
-        "host", "overlays", "With `downtime = overlay`: one can be made beside each root volume, with 1 GiB of room.",
+        "host", "overlays", "With `capture_mode = overlay`: one can be made beside each root volume (1 GiB of room).",
         "Let the service's user write to the root volume and its folder, and its unit, too (overlays.conf); make room; "
         "apt-get install qemu-utils.",
         domains.overlays, needs=("libvirt",),
     ),
     Check(
-        "host", "downtime", "With `downtime = overlay`: every root volume can have an overlay.",
+        "host", "capture mode", "With `capture_mode = overlay`: every root volume can have an overlay.",
         "Instances that cannot are off until their root volume has been read; convert it to a file, or leave it so.",
-        domains.downtime, needs=("libvirt",), optional=True,
+        domains.capture_mode, needs=("libvirt",), optional=True,
     ),
     Check(
         "host", "QEMU", "What reads images is installed, if an instance has one.",
         "apt-get install qemu-utils python3-libnbd", host.qemu, needs=("libvirt",),
     ),
     Check(
-        "host", "NTFS", "What reads NTFS is installed, if `skip` wants it.",
-        "pip install 'thrave[ntfs]', or `skip = nothing`.", host.skipping,
+        "host", "NTFS", "What reads NTFS is installed, if `skip_unused` needs it.",
+        "pip install 'thrave[ntfs]', or set `skip_unused = false`.", host.skipping,
     ),
     Check(
         "host", "sandbox", "The process that reads a guest's file system can be confined (seccomp).",
         "Let the service set a seccomp filter (container runtime, kernel); till then no NTFS volume is checked, and "
-        "`skip = unused` is refused.", host.sandbox, optional=True,
+        "`skip_unused` is refused.", host.sandbox, optional=True,
     ),
     Check(
         "host", "open files", "The limit of open files is above what the settings may open.",
-        "Raise the limit (LimitNOFILE= in the service's unit), or lower `connections`.", host.open_files,
+        "Raise the limit (LimitNOFILE= in the service's unit), or lower `max_connections`.", host.open_files,
     ),
 )  # fmt: skip
 

@@ -216,14 +216,14 @@ ERRORS: dict[str, ErrorKind] = {
     "ResourceLimitExceeded": ErrorKind(
         400,
         "You have exceeded an Amazon EC2 resource limit. You may have {limit} bundle tasks in progress.",
-        "BundleInstance of an account with as many unfinished bundle tasks as the setting `tasks_per_account` allows.",
+        "BundleInstance of an account with as many unfinished bundle tasks as `max_tasks_per_account` allows.",
         f"{AWS}; the choice of code is ours",
     ),
     # Ours to mend
     "RequestLimitExceeded": ErrorKind(
         503,
         "Request limit exceeded.",
-        "More requests of the account than `requests_per_second` and `request_burst` allow. SDKs try again.",
+        "More requests of the account than `max_requests_per_second` and `max_request_burst` allow. SDKs try again.",
         AWS,
     ),
     "Unavailable": ErrorKind(

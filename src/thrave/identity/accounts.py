@@ -173,7 +173,7 @@ class Accounts:
             "access_key_id": key.access_key_id,
             "account_id": account_id,
             "user_id": user_id,
-            "sealed_secret": self._vault.seal(key.secret_access_key.encode(), context=context),
+            "encrypted_secret": self._vault.seal(key.secret_access_key.encode(), context=context),
             "status": key.status,
             "create_date": key.create_date,
         }
@@ -189,7 +189,7 @@ class Accounts:
         context = _context(row["access_key_id"], row["account_id"], row["user_id"])
         return AccessKey(
             access_key_id=row["access_key_id"],
-            secret_access_key=self._vault.unseal(row["sealed_secret"], context=context).decode("ascii"),
+            secret_access_key=self._vault.unseal(row["encrypted_secret"], context=context).decode("ascii"),
             account_id=row["account_id"],
             status=row["status"],
             create_date=row["create_date"],

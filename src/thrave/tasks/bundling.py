@@ -23,7 +23,7 @@ from thrave.buckets.policy import UploadPolicy
 from thrave.bundle.sealed import Sealed
 from thrave.bundle.sidefile import write_side_file
 from thrave.bundle.writing import write_manifest
-from thrave.bundle.zlibs import Level
+from thrave.bundle.zlibs import Compression
 from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
 from thrave.compute.instances import Instances
 from thrave.concurrency import Call
@@ -51,7 +51,7 @@ from thrave.tasks.storing import BundleStore, ExistingBundle
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
 from thrave.volumes.conditions import Finding, conditions
-from thrave.volumes.opening import Skip, open_volume
+from thrave.volumes.opening import open_volume
 
 _STORE_AWAY = 24 * 3600.0  # seconds for which the store is asked whether it has a manifest that may have been sent
 _STORE_PAUSE = 15.0  # seconds
@@ -63,7 +63,7 @@ _STILL = {
     Step.MERGE: "The instance still runs on its overlay, which is tried to be merged again",
     Step.REMOVE_EARLIER: "Parts of the bundle that was replaced are still in the bucket",
 }
-"""What a notice says of a step that failed after the bundle was complete in the bucket, or all but complete."""
+"""What a warning says of a step that failed after the bundle was complete in the bucket, or all but complete."""
 
 
 log = structlog.get_logger()
@@ -80,25 +80,25 @@ class Host:
     buckets: Buckets
     made_buckets: MadeBuckets
     service: ServiceIdentity
-    shutdown_grace: float
+    shutdown_timeout: float
     """Seconds that a guest has to power off."""
     shutdown_timeout_action: ShutdownTimeoutAction
     """What is done about a guest that takes longer."""
-    level: Level
+    compression: Compression
     """How hard bundles are compressed."""
-    downtime: Literal["whole", "overlay"]
+    capture_mode: Literal["offline", "overlay"]
     """How long an instance is off: until its root volume has been read, or until it has an overlay."""
-    sysprep: Sequence[str]
+    sysprep_command: Sequence[str]
     """A command that prepares a guest for being copied and powers it off; none: it is only powered off."""
-    image_directories: Sequence[Path]
+    image_dirs: Sequence[Path]
     """Where files may lie that a root volume's image refers to, besides its own folder."""
     unclean_volume: Literal["report", "refuse"]
     """What is done about an NTFS volume that its guest has not unmounted."""
-    skip: Skip
+    skip_unused: bool
     """What of a root volume's data is left out."""
     existing_bundle: ExistingBundle
     """What is done about a bundle that is in the place of a new one."""
-    uploads_at_once: int
+    upload_concurrency: int
     """Parts of a bundle that are sent at the same time."""
     store_patience: float
     """Seconds for which the store is asked again when it fails in a way that may pass."""
@@ -123,7 +123,7 @@ class Bundling:
             host.instances,
             records,
             task,
-            grace=host.shutdown_grace,
+            grace=host.shutdown_timeout,
             when_late=host.shutdown_timeout_action,
             check=host.lease.check,
         )
@@ -188,15 +188,15 @@ class Bundling:
             root = self._host.instances.get(self._task.instance_id).root_volume
             watch.result_of(Call("image", lambda: self._check_volume(root)))
             self._power.note()
-            if self._host.sysprep:
-                self._power.sysprep(watch, self._host.sysprep)
+            if self._host.sysprep_command:
+                self._power.sysprep(watch, self._host.sysprep_command)
             self._power.off(watch)
             self._check_why_off(self._host.instances.get(self._task.instance_id))
 
     def free(self) -> None:
         """Have the instance run on an overlay while its root volume is read, if that is wanted, and it ran before."""
         task = self._records.get(self._task.bundle_id)
-        if self._host.downtime == "whole" or task is None or not self._power.is_to_run():
+        if self._host.capture_mode == "offline" or task is None or not self._power.is_to_run():
             return
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN):
             self._freezer.freeze()
@@ -213,9 +213,9 @@ class Bundling:
                 open_volume,
                 root.path,
                 root.format,
-                skip=self._host.skip,
+                skip_unused=self._host.skip_unused,
                 secret_file=root.secret_file,
-                directories=self._host.image_directories,
+                directories=self._host.image_dirs,
             )
             with VolumeReader(opening, watch) as reader:  # its end fails if the volume was changed meanwhile
                 for warned in reader.warnings:
@@ -224,7 +224,7 @@ class Bundling:
                 with durable("volume opened"):
                     self._records.note_volume_size(self._task.bundle_id, volume.size)
                 self._check_clean(reader.look(conditions))
-                sealed = VolumeSealer(self._store, self._journal, self._host.level).seal(volume, watch)
+                sealed = VolumeSealer(self._store, self._journal, self._host.compression).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))
 
@@ -347,7 +347,7 @@ class Bundling:
             self._journal,
             self._task,
             policy,
-            uploads_at_once=self._host.uploads_at_once,
+            upload_concurrency=self._host.upload_concurrency,
             patience=self._host.store_patience,
             existing=self._host.existing_bundle,
             stall_timeout=self._host.stall_timeout,
@@ -384,7 +384,7 @@ class Bundling:
 
     def _check_volume(self, root: VolumeFile) -> None:
         """Refuse an image that is no whole disk by its own words, and a file that another machine writes to."""
-        check_root_volume(self._host.instances, self._task.instance_id, root, self._host.image_directories)
+        check_root_volume(self._host.instances, self._task.instance_id, root, self._host.image_dirs)
 
     def _check_why_off(self, instance: Instance) -> None:
         """Fail if the volume is not the instance's content; report or refuse one whose guest did not shut down."""

@@ -128,7 +128,7 @@ class Caretaker:
         return off or late or state in GONE
 
     def _is_late(self, task: BundleTask) -> bool:
-        return task.look_after_until is not None and task.look_after_until < self._records.now()
+        return task.power_recovery_until is not None and task.power_recovery_until < self._records.now()
 
     def _extend(self, task: BundleTask) -> bool:
         """Have an instance that does not start tried for longer, once: nobody may have looked after it until now."""

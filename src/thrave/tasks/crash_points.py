@@ -1,9 +1,9 @@
 """The steps of a task that a crash can cut off: one table, and a way to have a crash right before or after one.
 
 Whatever a task does that outlives its process stands in a block `with durable("part stored"):`. With the setting
-`crash_at = "part stored, after"` the process kills itself (SIGKILL, as the kernel does when memory is short) as soon as
-it has come there; with `"part stored, after, 3"` the third time. It is how the kill sweep of the tests comes to each of
-these moments. Without the setting nothing here does anything.
+`failpoint = "part stored, after"` the process kills itself (SIGKILL, as the kernel does when memory is short) as soon
+as it has come there; with `"part stored, after, 3"` the third time. It is how the kill sweep of the tests comes to
+each of these moments. Without the setting nothing here does anything.
 """
 
 import os

@@ -150,11 +150,11 @@ class Queues:
 class Worker:
     """Runs the tasks of one host. There is one in a process: DBOS is a singleton."""
 
-    def __init__(self, database_url: str, host: str, *, tasks_at_once: int) -> None:
-        """Prepare to run at most `tasks_at_once` tasks of `host`, kept in the database at `database_url`."""
+    def __init__(self, database_url: str, host: str, *, worker_concurrency: int) -> None:
+        """Prepare to run at most `worker_concurrency` tasks of `host`, kept in the database at `database_url`."""
         self._database_url = database_url
         self._host = host
-        self._tasks_at_once = tasks_at_once
+        self._worker_concurrency = worker_concurrency
 
     def launch(self, bundle: Callable[[str], None]) -> None:
         """Begin to run `bundle(bundle_id)` for every task in the host's queue, first those that a crash cut off."""
@@ -173,7 +173,7 @@ class Worker:
         DBOS.launch()
         DBOS.register_queue(
             _queue(self._host),
-            worker_concurrency=self._tasks_at_once,
+            worker_concurrency=self._worker_concurrency,
             polling_interval_sec=_polling_interval(self._database_url),
         )
 

@@ -71,12 +71,12 @@ CAUSES: dict[str, Cause] = {
     ),
     "Server.InstanceNotStopped": Cause(
         "The guest did not power off within the grace period. It was left running, or its power could not be cut.",
-        "See why the guest ignores the shutdown request, raise `shutdown_grace`, or have its power cut by "
+        "See why the guest ignores the shutdown request, raise `shutdown_timeout`, or have its power cut by "
         "`shutdown_timeout_action`, and bundle again.",
     ),
     "Server.InstanceNotStarted": Cause(
         "The instance could not be started on its overlay, before its root volume was read. Once the volume was read, "
-        "a start that fails costs no bundle: the task completes with a notice.",
+        "a start that fails costs no bundle: the task completes with a warning.",
         "Mend what the hypervisor says in the message. For a day the start is tried again, every five minutes at last.",
     ),
     "Server.InstanceError": Cause(

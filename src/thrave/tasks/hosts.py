@@ -76,14 +76,14 @@ class FleetHost(NamedTuple):
     host: str
     state: HostState
     version: str
-    tasks_at_once: int
+    worker_concurrency: int
     start_time: datetime
     """When its agent started; aware, in UTC."""
     heartbeat_time: datetime
     """Its last heartbeat; aware, in UTC."""
     heartbeat_interval: float
     """Seconds between its heartbeats, by its agent's settings."""
-    lost_after: float
+    heartbeat_timeout: float
     """Seconds without a heartbeat after which it counts as lost, by its agent's settings."""
     adopted_by: str | None
     """The host that has adopted its tasks, until an agent is started on it again."""
@@ -104,33 +104,39 @@ class FleetHost(NamedTuple):
     @property
     def is_lost(self) -> bool:
         """Whether it should send heartbeats, and has sent none for too long."""
-        return self.state in WITH_AN_AGENT and self.silence.total_seconds() >= self.lost_after
+        return self.state in WITH_AN_AGENT and self.silence.total_seconds() >= self.heartbeat_timeout
 
 
 class Hosts:
     """The hosts in the database."""
 
     def __init__(
-        self, engine: sa.Engine, records: Records, queues: Queues, *, heartbeat: float, lost_after: float
+        self,
+        engine: sa.Engine,
+        records: Records,
+        queues: Queues,
+        *,
+        heartbeat_interval: float,
+        heartbeat_timeout: float,
     ) -> None:
-        """Have hosts that are taken here send a heartbeat each `heartbeat` seconds, and count as lost after others."""
+        """Hosts that are taken here send heartbeats at this interval, and count as lost after the timeout (seconds)."""
         self._engine = engine
         self._records = records
         self._queues = queues
-        self._heartbeat = heartbeat
-        self._lost_after = lost_after
+        self._heartbeat_interval = heartbeat_interval
+        self._heartbeat_timeout = heartbeat_timeout
         self._idle: dict[str, int] = {}
 
-    def take(self, name: str, *, tasks_at_once: int) -> Fence:
+    def take(self, name: str, *, worker_concurrency: int) -> Fence:
         """Make this process the host's agent; an earlier one ends as soon as it notices.
 
         A host that drains goes on draining: see `heartbeat`.
         """
         lease = secrets.token_hex(16)
         row: dict[str, Any] = {
-            "lease": lease, "version": version("thrave"), "tasks_at_once": tasks_at_once, "start_time": now(),
-            "heartbeat_time": now(), "heartbeat_interval": self._heartbeat, "lost_after": self._lost_after,
-            "adopted_by": None,
+            "lease": lease, "version": version("thrave"), "worker_concurrency": worker_concurrency, "start_time": now(),
+            "heartbeat_time": now(), "heartbeat_interval": self._heartbeat_interval,
+            "heartbeat_timeout": self._heartbeat_timeout, "adopted_by": None,
         }  # fmt: skip
         with self._engine.begin() as connection:
             if not _move(connection, name, HostEvent.AGENT_STARTS, **row):
@@ -182,8 +188,9 @@ class Hosts:
         begun = bundle_task.c.attempts > 0
         reported = sa.select(sa.func.count()).where(instance.c.host == host.c.host)
         query = sa.select(
-            host.c.host, host.c.state, host.c.version, host.c.tasks_at_once, host.c.start_time, host.c.heartbeat_time,
-            host.c.heartbeat_interval, host.c.lost_after, host.c.adopted_by, now().label("now"),
+            host.c.host, host.c.state, host.c.version, host.c.worker_concurrency, host.c.start_time,
+            host.c.heartbeat_time, host.c.heartbeat_interval, host.c.heartbeat_timeout, host.c.adopted_by,
+            now().label("now"),
             reported.scalar_subquery().label("instances"),
             tasks.where(~begun).scalar_subquery().label("waiting"),
             tasks.where(begun).scalar_subquery().label("working"),
@@ -244,7 +251,9 @@ class Hosts:
             concerned = (
                 bundle_task.c.host == lost,
                 sa.or_(
-                    task_in_progress, bundle_task.c.look_after_until.is_not(None), bundle_task.c.frozen.is_not(None)
+                    task_in_progress,
+                    bundle_task.c.power_recovery_until.is_not(None),
+                    bundle_task.c.overlay.is_not(None),
                 ),
             )
             connection.execute(bundle_task.update().where(*concerned).values(host=by))
@@ -288,7 +297,7 @@ class _Row(NamedTuple):
 
     host: str
     state: HostState
-    lost_after: float
+    heartbeat_timeout: float
     adopted_by: str | None
     silence: float
     """Seconds since its last heartbeat."""
@@ -297,13 +306,18 @@ class _Row(NamedTuple):
 def _read(connection: sa.Connection, *names: str) -> dict[str, _Row]:
     """The hosts of these names; nobody else changes them until the transaction ends. Raises NoSuchHost."""
     query = sa.select(
-        host.c.host, host.c.state, host.c.lost_after, host.c.adopted_by, host.c.heartbeat_time, now().label("now")
+        host.c.host,
+        host.c.state,
+        host.c.heartbeat_timeout,
+        host.c.adopted_by,
+        host.c.heartbeat_time,
+        now().label("now"),
     )
     # In one order everywhere: else two adoptions would wait for each other.
     mine = query.where(host.c.host.in_(names)).order_by(host.c.host).with_for_update()
     found = {
         row.host: _Row(
-            row.host, HostState(row.state), row.lost_after, row.adopted_by,
+            row.host, HostState(row.state), row.heartbeat_timeout, row.adopted_by,
             (row.now - row.heartbeat_time).total_seconds(),
         )
         for row in connection.execute(mine)
@@ -322,7 +336,7 @@ def _check_adopter(by: _Row, lost: _Row) -> None:
         return  # its own tasks come back to it, which wait until its agent is started
     if by.state is not HostState.ACTIVE:
         raise AdopterError(f"Host {by.host} is {by.state}. Only an active host can adopt tasks.")
-    if by.silence >= max(by.lost_after, _ADOPTER_SILENCE):
+    if by.silence >= max(by.heartbeat_timeout, _ADOPTER_SILENCE):
         raise AdopterError(
             f"Host {by.host} has sent no heartbeat for {by.silence:.0f} s. Start its agent first, or name another host "
             "with --by."
@@ -330,7 +344,7 @@ def _check_adopter(by: _Row, lost: _Row) -> None:
 
 
 def _fence_off(connection: sa.Connection, lost: _Row, *, by: str | None, powered_off: bool) -> None:
-    if lost.state in WITH_AN_AGENT and lost.silence < lost.lost_after and not powered_off:
+    if lost.state in WITH_AN_AGENT and lost.silence < lost.heartbeat_timeout and not powered_off:
         raise HostInUse(
             f"Host {lost.host} sent a heartbeat {lost.silence:.0f} s ago. Drain it, or power it off and pass "
             "--powered-off."

@@ -132,7 +132,7 @@ class Journal:
         sealed = self._vault.seal(secrets.key + secrets.iv, context=self._context)
         with self._owned() as connection:
             claims.renounce(connection, self.bundle_id)
-            connection.execute(self._task().values(sealed_secrets=sealed, checkpoint=None, part_series=series))
+            connection.execute(self._task().values(encrypted_bundle_key=sealed, checkpoint=None, part_series=series))
 
     def is_alone_in_its_place(self) -> bool:
         """Whether no other task that is known, of any account, has had this task's bucket and prefix."""
@@ -153,7 +153,7 @@ class Journal:
 
     def left(self) -> Left | None:
         """What a sealing that was begun before has left; None if none was."""
-        query = sa.select(bundle_task.c.sealed_secrets, bundle_task.c.part_series, bundle_task.c.checkpoint)
+        query = sa.select(bundle_task.c.encrypted_bundle_key, bundle_task.c.part_series, bundle_task.c.checkpoint)
         rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._sent, bundle_part.c.part.is_not(None))
         with self._engine.connect() as connection:
             sealed, series, document = connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).one()
@@ -245,7 +245,7 @@ class Journal:
         with self._owned() as connection:
             if everything:
                 claims.renounce(connection, self.bundle_id)
-                connection.execute(self._task().values(sealed_secrets=None, checkpoint=None))
+                connection.execute(self._task().values(encrypted_bundle_key=None, checkpoint=None))
             self._deletion = random.token_hex(8)
             return claims.claim_deletion(
                 connection, self.bundle_id, run=self._run, deletion=self._deletion, unanswered=unanswered

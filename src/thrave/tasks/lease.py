@@ -1,7 +1,7 @@
 """How long this process may act for its host, as measured on this machine.
 
 A host's agent sends a heartbeat to the database every few seconds. Once the database has accepted none for
-`host_lost_after` seconds, another host may adopt the tasks. A process that is cut off from the database does not see
+`heartbeat_timeout` seconds, another host may adopt the tasks. A process that is cut off from the database does not see
 that, so it measures by itself: before each attempt of a call to the store or the hypervisor it checks that the attempt
 ends before the lease can. This needs no database.
 """
@@ -32,7 +32,7 @@ class Lease:
     """The lease of this process, from the last heartbeat that the database has accepted.
 
     Args:
-        seconds: How long a heartbeat is good for (`host_lost_after`); None: for ever, since no other process can take
+        seconds: How long a heartbeat is good for (`heartbeat_timeout`); None: for ever, since no other process can take
             over (one machine on SQLite, where the data directory is locked).
         clock: Seconds of a monotonic clock that goes on while the machine is suspended.
     """

@@ -46,7 +46,7 @@ def patiently(
         try:
             return ask()
         except Exception as error:
-            # Calls of the store have been repeated for `s3_patience` already.
+            # Calls of the store have been repeated for `s3_retry_timeout` already.
             if kind_of(error) is not Kind.TRANSIENT or isinstance(error, TransientError):
                 raise
             if isinstance(error, HoldLostError) and not whole_step:

@@ -59,7 +59,7 @@ class PowerSwitch:
         self._grace = grace
         self._when_late = when_late
         self._check = check
-        self._looked_after: datetime | timedelta | None = task.look_after_until
+        self._looked_after: datetime | timedelta | None = task.power_recovery_until
         self._has_failed = False  # to start the instance
         # Kept here as well as in the record, so that power is put back while there is no database.
         self._was_running = task.was_running

@@ -40,9 +40,9 @@ RECOVER_FOR = timedelta(days=1)
 """How long an instance is tried to be started that its task could not start."""
 
 # What a task needs while it is worked on, erased at its end; and what it keeps for itself besides.
-_ERASED = dict.fromkeys(("sealed_grant", "sealed_secrets", "checkpoint", "documents"))
+_ERASED = dict.fromkeys(("encrypted_policy", "encrypted_bundle_key", "checkpoint", "documents"))
 _COMPLETED: dict[str, Any] = {"progress": 100, "made_bucket": None, **_ERASED}
-_KEPT = {*_ERASED, "frozen", "part_series", "earlier", "manifest_sent"}
+_KEPT = {*_ERASED, "overlay", "part_series", "earlier", "manifest_sent"}
 
 # Queries are written once, here: SQLAlchemy takes longer to put one together than SQLite to answer it.
 _SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
@@ -66,7 +66,7 @@ _LEFT_OVER = sa.and_(
     _ENDED,
     bundle_task.c.bundle_id.in_(sa.select(bundle_part.c.bundle_id).where(to_be_deleted, bundle_part.c.state != "gone")),
 )
-_LOOKED_AFTER = bundle_task.c.look_after_until.is_not(None)
+_LOOKED_AFTER = bundle_task.c.power_recovery_until.is_not(None)
 _WANTED = sa.select(instance_power.c.wanted).where(instance_power.c.instance_id == bundle_task.c.instance_id)
 # Whether a task's instance is to run in the end: as its owner has asked, else as it was before the task.
 _TO_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.was_running)
@@ -116,7 +116,7 @@ class Records:
             "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
             "bucket": request.bucket, "prefix": request.prefix,
             "access_key_id": request.access_key_id, "made_bucket": request.made_bucket or None,
-            "sealed_grant": self._vault.seal(grant, context=bundle_id),
+            "encrypted_policy": self._vault.seal(grant, context=bundle_id),
         }  # fmt: skip
         connection.execute(bundle_task.insert(), row)
         connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState.PENDING))
@@ -325,7 +325,7 @@ class Records:
         """
         with self._owned(bundle_id) as connection:
             if seen_off is not None:
-                connection.execute(_is_looked_after(seen_off).values(look_after_until=None))
+                connection.execute(_is_looked_after(seen_off).values(power_recovery_until=None))
             power_records.give_back(connection, bundle_id)
 
     def look_after(self, bundle_id: str, until: datetime | timedelta | None) -> None:
@@ -334,18 +334,18 @@ class Records:
         To others the task does not change.
         """
         then = now(until.total_seconds()) if isinstance(until, timedelta) else until
-        self._set(bundle_id, look_after_until=then)
+        self._set(bundle_id, power_recovery_until=then)
 
     def leave_alone(self, instance_id: str) -> None:
         """Have nobody look after an instance any more, whatever task has had it: its owner wants it off."""
         with self._of_host() as connection:
-            connection.execute(_is_looked_after(instance_id).values(look_after_until=None))
+            connection.execute(_is_looked_after(instance_id).values(power_recovery_until=None))
             power_records.want_off(connection, instance_id)
 
     def note_seen_off(self, instance_id: str) -> None:
         """Record that an instance was seen off: it hears no earlier request to power off any more."""
         with self._of_host() as connection:
-            connection.execute(_is_looked_after(instance_id).values(look_after_until=None))
+            connection.execute(_is_looked_after(instance_id).values(power_recovery_until=None))
             power_records.note_seen_off(connection, instance_id)
 
     def is_looked_after(self, instance_id: str) -> bool:
@@ -368,7 +368,7 @@ class Records:
     def note_frozen(self, bundle_id: str, frozen: Frozen | None) -> None:
         """Record what the task freezes of its instance, before it does; or that it has been merged."""
         document = None if frozen is None else _FROZEN.dump_python(frozen, mode="json", by_alias=True)
-        self._set(bundle_id, frozen=document)
+        self._set(bundle_id, overlay=document)
 
     def frozen(self, bundle_id: str) -> Frozen | None:
         """What the task has frozen and not merged yet."""
@@ -380,7 +380,7 @@ class Records:
 
     def unmerged(self, host: str) -> list[BundleTask]:
         """The ended tasks of a host whose overlays could not be merged."""
-        return self.find(bundle_task.c.host == host, bundle_task.c.frozen.is_not(None), sa.not_(task_in_progress))
+        return self.find(bundle_task.c.host == host, bundle_task.c.overlay.is_not(None), sa.not_(task_in_progress))
 
     def with_made_buckets(self, on_host: str) -> list[BundleTask]:
         """The failed tasks of a host, or of hosts that were given up, whose buckets may have to be removed."""
@@ -426,8 +426,8 @@ class Records:
         """
         needed = sa.or_(to_be_deleted, bundle_part.c.settle_time > now())
         done = (
-            bundle_task.c.look_after_until.is_(None),
-            bundle_task.c.frozen.is_(None),
+            bundle_task.c.power_recovery_until.is_(None),
+            bundle_task.c.overlay.is_(None),
             sa.not_(sa.exists().where(bundle_part.c.bundle_id == bundle_task.c.bundle_id, needed)),
             sa.not_(_REPLACES),
         )
@@ -442,7 +442,7 @@ class Records:
 
     def grant(self, bundle_id: str) -> Grant:
         """The upload policy and signature of an unfinished task."""
-        query = sa.select(bundle_task.c.sealed_grant).where(bundle_task.c.bundle_id == bundle_id)
+        query = sa.select(bundle_task.c.encrypted_policy).where(bundle_task.c.bundle_id == bundle_id)
         with self._engine.connect() as connection:
             sealed = connection.execute(query).scalar_one()
         return Grant(*json.loads(self._vault.unseal(sealed, context=bundle_id)))
@@ -461,12 +461,12 @@ class Records:
     def notice(self, bundle_id: str, notice: str) -> None:
         """Add a warning for a task's owner, and to the events; of the host's files it has the bare names."""
         notice = without_folders(notice)
-        columns = sa.select(bundle_task.c.notice, bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
+        columns = sa.select(bundle_task.c.warning, bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
         with self._owned(bundle_id) as connection:
             row = connection.execute(columns.with_for_update()).one_or_none()
-            if row is None or notice in (row.notice or ""):
+            if row is None or notice in (row.warning or ""):
                 return
-            self._updated(connection, bundle_id, sa.true(), notice=f"{row.notice or ''} {notice}".strip())
+            self._updated(connection, bundle_id, sa.true(), warning=f"{row.warning or ''} {notice}".strip())
             connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState(row.state), notice))
 
     def note_volume_size(self, bundle_id: str, size: int) -> None:
@@ -523,11 +523,13 @@ class Records:
             return [_task(row) for row in connection.execute(query, parameters)]
 
     def _frozen(self, condition: sa.ColumnElement[bool]) -> list[tuple[str, Frozen]]:
-        there = sa.and_(bundle_task.c.frozen.is_not(None), condition)
-        query = sa.select(bundle_task.c.bundle_id, bundle_task.c.frozen).where(there).order_by(bundle_task.c.start_time)
+        there = sa.and_(bundle_task.c.overlay.is_not(None), condition)
+        query = (
+            sa.select(bundle_task.c.bundle_id, bundle_task.c.overlay).where(there).order_by(bundle_task.c.start_time)
+        )
         with self._engine.connect() as connection:
             rows = connection.execute(query).all()
-        return [(row.bundle_id, _FROZEN.validate_python(row.frozen)) for row in rows]
+        return [(row.bundle_id, _FROZEN.validate_python(row.overlay)) for row in rows]
 
     def _move(
         self,
@@ -540,8 +542,8 @@ class Records:
     ) -> bool:
         if state in FINISHED:  # what the task has not put back is left to the caretaker, in the same transaction
             borrowed = sa.exists().where(instance_power.c.borrowed_by == bundle_id)
-            until = sa.func.coalesce(bundle_task.c.look_after_until, now(RECOVER_FOR.total_seconds()))
-            values["look_after_until"] = sa.case((borrowed, until), else_=bundle_task.c.look_after_until)
+            until = sa.func.coalesce(bundle_task.c.power_recovery_until, now(RECOVER_FOR.total_seconds()))
+            values["power_recovery_until"] = sa.case((borrowed, until), else_=bundle_task.c.power_recovery_until)
         with self._engine.begin() if connection is None else nullcontext(connection) as transaction:
             from_there = sa.and_(bundle_task.c.state.in_([*sources]), *conditions)
             moved = self._updated(transaction, bundle_id, from_there, state=state, **values)
@@ -578,7 +580,7 @@ class Records:
 
 def _is_looked_after(instance_id: str) -> sa.Update:
     return bundle_task.update().where(
-        bundle_task.c.instance_id == instance_id, bundle_task.c.look_after_until.is_not(None)
+        bundle_task.c.instance_id == instance_id, bundle_task.c.power_recovery_until.is_not(None)
     )
 
 

@@ -12,7 +12,7 @@ from thrave.bundle.names import new_series
 from thrave.bundle.sealed import Sealed
 from thrave.bundle.sealing import Sealing
 from thrave.bundle.secrets import BundleSecrets
-from thrave.bundle.zlibs import Level
+from thrave.bundle.zlibs import Compression
 from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal, Left
 from thrave.tasks.storing import BundleStore
@@ -25,11 +25,11 @@ log = structlog.get_logger()
 class VolumeSealer:
     """Seals one task's volume into its bucket."""
 
-    def __init__(self, store: BundleStore, journal: Journal, level: Level) -> None:
-        """Send parts to `store`, compressed at `level`; keep in `journal` what going on takes."""
+    def __init__(self, store: BundleStore, journal: Journal, compression: Compression) -> None:
+        """Send parts to `store`, with this compression; keep in `journal` what going on takes."""
         self._store = store
         self._journal = journal
-        self._level = level
+        self._compression = compression
 
     def seal(self, volume: Volume, watch: Watch) -> Sealed:
         """Have every part in the bucket. Raises what reading the volume and storing the parts raise."""
@@ -64,7 +64,7 @@ class VolumeSealer:
             WatchedVolume(volume, watch.moved),
             self._store.name,
             secrets=left.secrets,
-            level=self._level,
+            compression=self._compression,
             cut_off=left.cut_off,
             series=left.series,
         )

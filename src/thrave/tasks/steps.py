@@ -36,12 +36,12 @@ class Row(NamedTuple):
 
 
 _UNDO = "The failure is recorded, and undoing begins."
-_GO_ON = "It is recorded as a notice, a background job of the agent repeats it, and the next step follows."
+_GO_ON = "It is recorded as a warning, a background job of the agent repeats it, and the next step follows."
 _APPEND = "It is added to the task's message, a background job of the agent repeats it, and the next step follows."
 
 FORWARD: dict[Step, Row] = {
     Step.STOP: Row("Records the instance's power state; asks the guest to power off, until it has.", _UNDO),
-    Step.FREE: Row("Starts the instance on an overlay, if `downtime` is `overlay`.", _UNDO),
+    Step.FREE: Row("Starts the instance on an overlay, if `capture_mode` is `overlay`.", _UNDO),
     Step.SEAL: Row("Reads the root volume; seals it, part by part, into the bucket.", _UNDO),
     Step.START: Row("Starts the instance, if it is to run.", _GO_ON),
     Step.STORE: Row(

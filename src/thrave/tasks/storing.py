@@ -60,7 +60,7 @@ class BundleStore:
         task: BundleTask,
         policy: UploadPolicy,
         *,
-        uploads_at_once: int,
+        upload_concurrency: int,
         patience: float,
         stall_timeout: float,
         existing: ExistingBundle = "refuse",
@@ -73,7 +73,7 @@ class BundleStore:
             journal: Where what is sent is written down.
             task: Whose bundle it is.
             policy: The caller's.
-            uploads_at_once: Parts that are sent at the same time; each is in memory.
+            upload_concurrency: Parts that are sent at the same time; each is in memory.
             patience: Seconds for which a call is made again that fails in a way that may pass.
             stall_timeout: Seconds without an answer after which removing is given up.
             existing: What is done about a bundle that is in the task's place.
@@ -87,7 +87,7 @@ class BundleStore:
         self._place = Place.of(task)
         self._bucket, self._folder, self.name = self._place.bucket, self._place.folder, self._place.name
         self._policy = policy
-        self._uploads_at_once = uploads_at_once
+        self._upload_concurrency = upload_concurrency
         self._stall_timeout = stall_timeout
         self._existing = existing
 
@@ -128,7 +128,7 @@ class BundleStore:
                 partial(self._upload, calls),
                 sending=partial(self._sending, watch),
                 folder=self._folder,
-                at_once=self._uploads_at_once,
+                at_once=self._upload_concurrency,
                 moved=watch.moved,
             )
             try:
@@ -149,7 +149,7 @@ class BundleStore:
         sealed = read_side_file(documents["side_file"].encode()).parts
         names = [part.filename for part in read_manifest(documents["manifest"].encode()).parts]
         sent = self._journal.digests()
-        reading = threading.BoundedSemaphore(self._uploads_at_once)  # as many parts are in memory at a time
+        reading = threading.BoundedSemaphore(self._upload_concurrency)  # as many parts are in memory at a time
         done = 0
         with Calls[None]() as calls:
             watch.over(calls.stop, lambda: done / len(names))

@@ -53,13 +53,13 @@ class BundleTask:
     """Whether the request created the bucket, and the bucket is to be removed if the task fails."""
     was_running: bool | None
     """Whether the instance ran before the task touched it; None until that is known."""
-    look_after_until: datetime | None
+    power_recovery_until: datetime | None
     """Until when the guest may still power off for this task though it has ended; None if it will not."""
     error_code: str | None
     """Why it fails, or has failed: recorded before anything is undone, so also of a task that has not ended."""
     error_message: str | None
-    notice: str | None
-    """What its owner should know although the task went on."""
+    warning: str | None
+    """Warnings for the owner of a task that continued."""
     volume_size: int | None
     """Bytes of the root volume; None until it has been opened."""
     attempts: int

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.headers import apparent_format
@@ -27,9 +26,6 @@ LUKS. vdi is left out: qemu-img finds nothing wrong with one that is cut short, 
 
 QEMU_FORMATS = tuple(name for name in FORMATS if name != "raw")
 """Those that QEMU's programs read."""
-
-Skip = Literal["nothing", "unused"]
-"""What of a volume's data is left out: nothing, or what its NTFS file systems do not use (see `skipping`)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ def open_volume(
     path: Path,
     format: str,  # noqa: A002 (QEMU's word)
     *,
-    skip: Skip = "nothing",
+    skip_unused: bool = False,
     secret_file: Path | None = None,
     directories: Sequence[Path] = (),
     warn: Warn = lambda _warned: None,
@@ -68,7 +64,7 @@ def open_volume(
     Args:
         path: The file. Symbolic links are followed, once.
         format: One of `FORMATS`.
-        skip: Whether to look into its file systems at all.
+        skip_unused: Leave out what its NTFS file systems do not use (see `skipping`).
         secret_file: Holds the passphrase of an encrypted image (qcow2 with LUKS, or luks), and nothing else: no newline
             at its end. Not used if no image of the chain is encrypted.
         directories: Folders in which files may lie that the image refers to, besides the image's own.
@@ -93,7 +89,7 @@ def open_volume(
         volume = opened if moved is None else WatchedVolume(opened, moved)
         for warned in inspection.warnings:
             warn(warned)
-        yield volume if skip == "nothing" else without_unused(volume, path)
+        yield without_unused(volume, path) if skip_unused else volume
         inspection.check_unchanged()
 
 

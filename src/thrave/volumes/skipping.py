@@ -1,4 +1,4 @@
-"""A volume without what its NTFS file systems do not use: `skip = unused`.
+"""A volume without what its NTFS file systems do not use: `skip_unused`.
 
 It stands around any other volume. Free clusters, and the contents of pagefile.sys, hiberfil.sys and swapfile.sys,
 become holes; what was a hole stays one; all else is as it was, above all everything outside the file systems: boot

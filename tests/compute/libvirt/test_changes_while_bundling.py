@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def service(libvirtd, tmp_path_factory):
-    with running_service(tmp_path_factory.mktemp("service"), libvirtd, downtime="overlay") as service:
+    with running_service(tmp_path_factory.mktemp("service"), libvirtd, capture_mode="overlay") as service:
         yield service
 
 

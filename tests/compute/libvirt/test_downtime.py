@@ -44,7 +44,7 @@ def stories(libvirtd, guest, tmp_path_factory):
     def story(downtime):
         if downtime not in told:
             domain = service.domain(downtime, guest).start()
-            service.start(downtime=downtime)
+            service.start(capture_mode=downtime)
             told[downtime] = tell(service, domain, meanwhile=downtime == "overlay")
             service.stop()
         return told[downtime]

@@ -23,7 +23,7 @@ def guest_of(service, guest, name, **told):
 
 def test_a_deaf_guest_fails_its_task_and_stays_up_or_loses_its_power_as_the_operator_wants(service, guest):
     deaf = guest_of(service, guest, "deaf", DEAF=1)
-    service.start(shutdown_grace=3, shutdown_timeout_action="fail")
+    service.start(shutdown_timeout=3, shutdown_timeout_action="fail")
     try:
         boot = deaf.await_boot()
         assert service.bundle(deaf).failure() == (
@@ -74,7 +74,7 @@ def test_an_agent_is_asked_to_shut_down_and_to_run_sysprep(service, guest):
         assert drive.words(boot)[-1] == OFF
         assert "SHUTDOWN-ASKED -h -P +0" in clerk.said  # as the agent calls it; a button has no arguments
         service.stop()
-        service.start(sysprep=sysprep)
+        service.start(sysprep_command=sysprep)
         again = clerk.await_boot(after=[boot])
         drive = service.bundle(clerk).completed().drive()
         assert drive.read("sysprep.txt") == f"{again} sysprep {' '.join(sysprep[1:])}\n"

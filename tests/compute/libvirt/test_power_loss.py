@@ -20,7 +20,7 @@ MOMENTS = [
 
 
 def test_a_guest_and_its_bundle_outlast_a_power_loss_at_each_step_of_an_overlay(libvirtd, guest, tmp_path):
-    service = LibvirtService(tmp_path, libvirtd, downtime="overlay")
+    service = LibvirtService(tmp_path, libvirtd, capture_mode="overlay")
     web = service.domain("web", guest, told={"EVERY": 0.5}).start()
     definition, files = web.definition(), web.files()
     bundle = None
@@ -28,7 +28,7 @@ def test_a_guest_and_its_bundle_outlast_a_power_loss_at_each_step_of_an_overlay(
         first = web.await_boot()
         known = web.boots
         for moment in MOMENTS:
-            service.start(crash_at=moment)
+            service.start(failpoint=moment)
             bundle = bundle or service.bundle(web)
             service.await_death()
             if moment == MERGING:

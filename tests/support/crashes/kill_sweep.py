@@ -36,7 +36,7 @@ from thrave.testing import ServerError
 from thrave.vault import Vault
 
 BUCKET, PREFIX = "bucket", "winami"
-UPLOADS_AT_ONCE = 2
+UPLOAD_CONCURRENCY = 2
 TIMEOUT = 60.0  # seconds that anything may take
 ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=30)
 MIB = 1 << 20
@@ -73,7 +73,7 @@ class Scene:
         self, folder, *, size=45 * MIB, image_format="raw", data=None, server=ForkedServer, environment=(), **settings
     ):
         self.folder = folder
-        settings = {"uploads_at_once": UPLOADS_AT_ONCE, "shutdown_grace": 30, **settings}
+        settings = {"upload_concurrency": UPLOAD_CONCURRENCY, "shutdown_timeout": 30, **settings}
         self.environment = {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()}
         self.environment.update(environment)
         self.temporary = folder / "tmp"
@@ -189,7 +189,7 @@ class Scene:
         parts = {part.filename for part in read_manifest(manifest).parts}
         (side_file,) = self.objects().keys() - {manifest_filename(PREFIX), *parts}
         assert side_file in {side_filename(PREFIX), bound_side_filename(PREFIX, manifest)}
-        assert self.sent_again <= UPLOADS_AT_ONCE * self.deaths
+        assert self.sent_again <= UPLOAD_CONCURRENCY * self.deaths
 
     def _opened(self):
         image = self.folder / "opened.raw"
@@ -239,7 +239,7 @@ class Scene:
     def _arm(self, crash_at):
         self.server.environment = {**self.environment, "TMPDIR": str(self.temporary)}
         if crash_at is not None:
-            self.server.environment["THRAVE_CRASH_AT"] = crash_at
+            self.server.environment["THRAVE_FAILPOINT"] = crash_at
 
     def _call(self, name, **parameters):
         with suppress(BotoCoreError):
@@ -268,7 +268,7 @@ class Scene:
             assert objects.get(key) in {identity, None}, f"{key} was sent again though it was recorded as stored"
         self._stored = {key: objects[key] for key in stored if key in objects and ".part." in key}
         in_flight = objects.keys() - stored
-        assert len(in_flight) <= UPLOADS_AT_ONCE, f"more in flight than {UPLOADS_AT_ONCE}: {in_flight}"
+        assert len(in_flight) <= UPLOAD_CONCURRENCY, f"more in flight than {UPLOAD_CONCURRENCY}: {in_flight}"
         self.sent_again += len(in_flight)
 
 

@@ -44,18 +44,19 @@ class LibvirtService:
         self.folder = folder
         self.host = host
         self._settings = {
-            "hypervisor": "libvirt", "libvirt_uri": host.uri, "uploads_at_once": 2, "shutdown_grace": 60, **settings,
+            "hypervisor": "libvirt", "libvirt_uri": host.uri, "upload_concurrency": 2, "shutdown_timeout": 60,
+            **settings,
         }  # fmt: skip
         self.server = ForkedServer(DataDirectory(folder / "thrave"))
         self.account, self._key = self.server.account("alice")
         self._bundles = self._domains = 0
 
     def start(self, **changes: object) -> None:
-        """Start it, with other settings from now on; with a `crash_at` it may be dead before it answers."""
-        self._settings = {**self._settings, "crash_at": None, **changes}
+        """Start it, with other settings from now on; with a `failpoint` it may be dead before it answers."""
+        self._settings = {**self._settings, "failpoint": None, **changes}
         told = {name: value for name, value in self._settings.items() if value is not None}
         self.server.environment = {f"THRAVE_{name.upper()}": _as_text(value) for name, value in told.items()}
-        with suppress(ServerError) if "crash_at" in changes else nullcontext():
+        with suppress(ServerError) if "failpoint" in changes else nullcontext():
             self.server.start()
             self.ec2 = self.server.client(self._key, config=_FEW_TRIES)
 
@@ -149,7 +150,7 @@ class Bundle:
         data = self.service.server.data
         database = open_engine(data.database)
         try:
-            return Records(database, Vault.open_or_create(data.vault_key)).get(self.task()["BundleId"]).notice or ""
+            return Records(database, Vault.open_or_create(data.vault_key)).get(self.task()["BundleId"]).warning or ""
         finally:
             database.dispose()
 

@@ -30,4 +30,4 @@ def certificate(folder, password=None):
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     (folder / "tls.pem").write_bytes(made.public_bytes(pem))
     (folder / "tls-key.pem").write_bytes(key.private_bytes(pem, pkcs8, encryption))
-    return {"tls_certificate": folder / "tls.pem", "tls_key": folder / "tls-key.pem"}
+    return {"tls_certificate_file": folder / "tls.pem", "tls_key_file": folder / "tls-key.pem"}

@@ -44,7 +44,7 @@ class Fleet:
         """Start the agent of a host; give its process once it works."""
         given = {f"THRAVE_{setting.upper()}": str(value) for setting, value in settings.items()}
         environment = {**os.environ, **self._environment, **given}
-        process = fork_thrave(["agent", "--host", name, "--data", self.data(name).root], environment)
+        process = fork_thrave(["agent", "--host-id", name, "--data-dir", self.data(name).root], environment)
         self.processes.append(process)
         assert process.stdout.readline() == f"working as {name}\n"
         return process
@@ -59,7 +59,7 @@ class Fleet:
     def thrave(self, *arguments, data=None):
         """Run a command of an operator's on the machine of the first API process."""
         return subprocess.run(
-            [sys.executable, "-m", "thrave", *arguments, "--data", data or self.first.data.root],
+            [sys.executable, "-m", "thrave", *arguments, "--data-dir", data or self.first.data.root],
             check=False, env={**os.environ, **self._environment}, capture_output=True, text=True, timeout=TIMEOUT,
         )  # fmt: skip
 
@@ -74,7 +74,7 @@ class Fleet:
     @contextmanager
     def ground(self):
         """The rooms of the first API process, in this process."""
-        ground = open_ground(Settings(data=self.first.data.root, **self.settings))
+        ground = open_ground(Settings(data_dir=self.first.data.root, **self.settings))
         try:
             yield ground
         finally:
@@ -83,7 +83,7 @@ class Fleet:
 
     @property
     def _environment(self):
-        shared = {"instances": self.root / "instances"} if self.shared else {}
+        shared = {"instance_dir": self.root / "instances"} if self.shared else {}
         return {f"THRAVE_{name.upper()}": str(value) for name, value in {**shared, **self.settings}.items()}
 
     def data(self, name):

@@ -29,11 +29,11 @@ class OneHost:
 
     def __init__(self, folder, size=300 << 10):
         self.folder = folder
-        self.ground = open_ground(Settings(data=folder / "thrave"))
+        self.ground = open_ground(Settings(data_dir=folder / "thrave"))
         self.records = self.ground.records()
         self.account, self.key = self.ground.accounts.create("alice")
         self.ground.buckets.create(BUCKET, self.account.account_id)
-        self.fence = self.ground.hosts.take(HOST, tasks_at_once=1)
+        self.fence = self.ground.hosts.take(HOST, worker_concurrency=1)
         self.buckets, self.instances = self.ground.buckets, self.ground.instances
         self._size = size
         self._numbers = count(1)
@@ -76,10 +76,10 @@ class OneHost:
         given = {
             "name": HOST, "records": records, "accounts": self.ground.accounts, "instances": self.instances,
             "buckets": self.buckets, "made_buckets": MadeBuckets(self.ground.database, records),
-            "service": self.ground.service, "shutdown_grace": 5.0,
-            "shutdown_timeout_action": settings.shutdown_timeout_action, "downtime": settings.downtime,
-            "sysprep": (), "unclean_volume": settings.unclean_volume, "image_directories": (), "level": "fast",
-            "skip": settings.skip, "existing_bundle": settings.existing_bundle, "uploads_at_once": 2,
+            "service": self.ground.service, "shutdown_timeout": 5.0,
+            "shutdown_timeout_action": settings.shutdown_timeout_action, "capture_mode": settings.capture_mode,
+            "sysprep_command": (), "unclean_volume": settings.unclean_volume, "image_dirs": (), "compression": "fast",
+            "skip_unused": settings.skip_unused, "existing_bundle": settings.existing_bundle, "upload_concurrency": 2,
             "store_patience": 0.0, "stall_timeout": 30.0,
         }  # fmt: skip
         return Host(**{**given, **changes})

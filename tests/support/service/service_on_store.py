@@ -19,7 +19,7 @@ from thrave.buckets.errors import NoSuchBucket
 from thrave.buckets.objects import S3Objects
 
 UPLOAD_BY_SERVICE = {
-    "upload": "service",
+    "upload_credentials": "service",
     "s3_access_key_id": stores.SERVICE.access_key_id,
     "s3_secret_access_key": stores.SERVICE.secret_access_key,
 }
@@ -46,7 +46,7 @@ class ServiceOnStore:
         secret = f"aws_secret_access_key = {key.secret_access_key}\n"
         file.write_text(f"[default]\naws_access_key_id = {key.access_key_id}\n{secret}")
         thrave = [sys.executable, "-m", "thrave", "account", "key", "import", self.account.account_id]
-        data = ["--data", str(self.server.data.root)]
+        data = ["--data-dir", str(self.server.data.root)]
         subprocess.run([*thrave, "--credentials", str(file), *data], check=True, capture_output=True)
 
     def instance(self):

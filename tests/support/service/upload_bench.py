@@ -124,7 +124,7 @@ class UploadBench:
             self.journal,
             task,
             policy,
-            uploads_at_once=at_once,
+            upload_concurrency=at_once,
             patience=patience,
             stall_timeout=stall_timeout,
             existing=existing,

@@ -62,7 +62,7 @@ class FaultBench:
     def __init__(self, folder, store, url):
         self._store = store
         self._url = url
-        self._ground = open_ground(Settings(data=folder / "thrave"))
+        self._ground = open_ground(Settings(data_dir=folder / "thrave"))
         self._records = self._ground.records()
         self.account, _ = self._ground.accounts.create("alice")
         self._disk = make_disk(folder / "disk.raw", 512 << 10)
@@ -174,16 +174,16 @@ class FaultBench:
             buckets=self._buckets(kind, temper),
             made_buckets=MadeBuckets(self._ground.database, self._records),
             service=self._ground.service,
-            shutdown_grace=settings.shutdown_grace,
+            shutdown_timeout=settings.shutdown_timeout,
             shutdown_timeout_action=settings.shutdown_timeout_action,
-            downtime=settings.downtime,
-            sysprep=settings.sysprep,
+            capture_mode=settings.capture_mode,
+            sysprep_command=settings.sysprep_command,
             unclean_volume=settings.unclean_volume,
-            image_directories=settings.image_directories,
-            level="fast",
-            skip=settings.skip,
+            image_dirs=settings.image_dirs,
+            compression="fast",
+            skip_unused=settings.skip_unused,
             existing_bundle=settings.existing_bundle,
-            uploads_at_once=settings.uploads_at_once,
+            upload_concurrency=settings.upload_concurrency,
             store_patience=temper.patience,
             stall_timeout=60,
         )

@@ -111,21 +111,23 @@ from then on. Where both come to the same, it is said once; else what comes of o
 means that the bundle is complete and opens to the same bytes. Whatever fails leaves the instance running and nothing in
 the bucket, at once or, where the store does not let it be removed, as soon as it does.
 
-Waiting is bounded by the settings `s3_timeout` (a connection on which nothing moves) and `s3_patience` (a failure that
-may pass), and five seconds while a caller waits. What a store carries out only after the task has failed and the object
-was deleted stays in the bucket: no client of S3 can know of it.
+Waiting is bounded by the settings `s3_timeout` (a connection on which nothing moves) and `s3_retry_timeout` (a failure
+that may pass), and five seconds while a caller waits. What a store carries out only after the task has failed and the
+object was deleted stays in the bucket: no client of S3 can know of it.
 
 ## While BundleInstance claims the bucket
 
 The codes are those of [the EC2 door](ec2-errors.md); an instance that is asked for has not been touched. With
-`upload = policy` only the first two requests are sent; the others belong to `upload = service`, which names a bucket's
-owner in an object. A bucket that the key may not list counts as empty.
+`upload_credentials = policy` only the first two requests are sent; the others belong to
+`upload_credentials = service`, which names a bucket's owner in an object. A bucket that the key may not list
+counts as empty.
 
 {claiming}
 ## While a task stores its bundle, and when it is opened
 
 The codes are those of [bundle tasks](task-errors.md); of `GET range`, which is how `thrave open s3://…` reads, they are
-[exit codes](exit-codes.md). Parts and manifest are sent by POST with `upload = policy`, by PUT with `upload = service`.
+[exit codes](exit-codes.md). Parts and manifest are sent by POST with
+`upload_credentials = policy`, by PUT with `upload_credentials = service`.
 "delete objects" is the clean-up of a task that has failed for another reason.
 
 {storing}

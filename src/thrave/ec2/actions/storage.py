@@ -187,7 +187,7 @@ def _refusal(error: BucketError, storage: Storage) -> EC2Error:
         )
         return EC2Error("InvalidParameterValue", message)
     whose = "The store refuses the service's own access key" if error.kind is Kind.KEY else "The store refuses"
-    remedy = "See the setting s3_credentials. " if error.kind is Kind.KEY else ""
+    remedy = "See the setting s3_credentials_file. " if error.kind is Kind.KEY else ""
     return EC2Error(
         "InaccessibleStorageLocation",
         f"{whose} for the bucket '{storage.bucket}': {error}. The operator: {remedy}{error.remedy} (thrave doctor)",
