@@ -44,7 +44,7 @@ check: $(INSTALLED)
 	$(BIN)/python scripts/check_words.py
 
 package: $(INSTALLED)
-	$(BIN)/python scripts/check-package
+	$(BIN)/python scripts/check_package.py
 
 bench: $(INSTALLED)
 	@scripts/system-packages $(BENCH_PACKAGES)

@@ -1,6 +1,9 @@
-"""Writes the pages of docs/reference that stand in the code as tables; with `--check`, says which are out of date.
+"""Writes the pages of docs/reference that are generated from tables in the code.
 
-A table in the code is the only source of such a page: nobody edits these by hand.
+    python scripts/make_docs.py            writes all pages
+    python scripts/make_docs.py --check    reports pages that are out of date
+
+These pages are never edited: a table in the code is their only source.
 """
 
 import sys
@@ -32,7 +35,7 @@ MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [[*header], ["---"] * len([*header]), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -65,22 +68,22 @@ def exit_codes() -> str:
 
 
 def ec2_errors() -> str:
-    """The errors of the EC2 door."""
+    """Errors of the EC2 API."""
     rows = ((f"`{code}`", kind.status, kind.cause, kind.message, kind.source) for code, kind in ERRORS.items())
-    return "# Errors of the EC2 door\n\n" + table(("code", "HTTP", "when", "message", "source"), rows)
+    return "# Errors of the EC2 API\n\n" + table(("code", "HTTP", "when", "message", "source"), rows)
 
 
 def task_errors() -> str:
-    """Why a bundle task fails."""
+    """Error codes of bundle tasks."""
     rows = ((f"`{code}`", cause.meaning, cause.remedy) for code, cause in CAUSES.items())
     return (
-        "# Why a bundle task fails\n\nWhat `DescribeBundleTasks` shows as `BundleTaskError.Code`; its message has the"
-        " particulars.\n\n" + table(("code", "what happened", "what to do"), rows)
+        "# Error codes of bundle tasks\n\n`DescribeBundleTasks` returns them as `BundleTaskError.Code`, with a message"
+        " for the case.\n\n" + table(("code", "what happened", "what to do"), rows)
     )
 
 
 def doctor() -> str:
-    """What `thrave doctor` tries."""
+    """Checks of `thrave doctor`."""
     rows = (
         (check.area, check.name, check.tries, "yes" if check.optional else "", check.remedy)
         for check in (*CHECKS, CLEAN_UP)
@@ -93,7 +96,7 @@ def doctor() -> str:
 
 
 def store_errors() -> str:
-    """Who must act on an error of a store."""
+    """Errors of stores, with who must act."""
     header = ("code or status", "who must act", "meaning", "what to do")
     codes, statuses = [], []
     for key, row in TABLE.items():
@@ -149,7 +152,7 @@ both machines only read, such as a template below their overlays, is not in the 
 
 
 def images() -> str:
-    """What is done about what images say of themselves."""
+    """Properties of disk images that are checked before QEMU opens them."""
     header = ("format", "what it says", "where", "decision", "message")
 
     def rows(table: Iterable[Row]) -> Iterable[Iterable[object]]:
@@ -160,18 +163,18 @@ def images() -> str:
 
 
 def crash_points() -> str:
-    """The steps of a task that a crash can cut off."""
+    """Steps of a task that a crash can interrupt."""
     rows = ((f"`{step}`", row.done, row.again) for step, row in STEPS.items())
     return (
         "# Steps of a bundle task that a crash can cut off\n\nEach has two crash points: with the setting"
         ' `failpoint = "part stored, before"` or `"part stored, after"`, and perhaps `", 3"` for the third time, the'
-        " service kills itself there. `scripts/kill-sweep` does that at each of them.\n\n"
+        " service kills itself there. `scripts/kill_sweep.py` does that at each of them.\n\n"
         + table(("step", "what it does", "after a crash in it"), rows)
     )
 
 
 def states() -> str:
-    """The states of a bundle task, as a diagram and a table."""
+    """States and steps of a bundle task, as diagrams and tables."""
     names = "\n".join(f'    state "{state}" as {state.name}' for state in FOLLOWS)
     edges = "\n".join(
         f"    {state.name} --> {after.name}" for state, follow in FOLLOWS.items() for after in sorted(follow)
@@ -217,7 +220,7 @@ From the transaction that records a failure or a cancellation on, only these fol
 
 
 def host_states() -> str:
-    """The states of a host, as a diagram and a table."""
+    """States of a host, as a diagram and a table."""
     names = "\n".join(f'    state "{state}" as {state.name}' for state in HostState)
     edges = "\n".join(
         f"    {before.name} --> {after.name}: {event.value.replace('`', '')}"
@@ -245,11 +248,11 @@ def _after(state: HostState | None) -> str:
 POLICIES = """\
 # Policies of users
 
-IAM's JSON policy language, as much of it as can be decided here. A policy with anything else in it is refused when it
-is stored, with the reason; none is ever half understood. A user may do what a statement allows and none denies. The
-account itself, whose own access keys are no user's, may do all.
+The part of IAM's JSON policy language that Thrave evaluates. A policy with any other element is rejected, with the
+reason, when it is stored. A user is allowed to do what one statement allows and no statement denies. The account itself
+is allowed to do everything; its own access keys belong to no user.
 
-All policies of a user together have at most {characters:,} characters, white space not counted.
+All policies of a user together have at most {characters:,} characters, not counting white space.
 
 ## The document
 
@@ -259,8 +262,8 @@ All policies of a user together have at most {characters:,} characters, white sp
 {statement}
 Actions have EC2's names (`ec2:BundleInstance`). There is one more: `s3:PutObject`, for the user whose key signs an
 upload policy; its resources are the bundle's objects (`arn:aws:s3:::BUCKET/PREFIX*`). `sts:GetCallerIdentity` needs no
-permission. Actions of other services may stand in a policy and mean nothing, and so does a name that no action has, of
-which `thrave account user policy put` warns.
+permission. Actions of other services in a policy have no effect. Unknown names of actions have no effect either;
+`thrave account user policy put` warns about them.
 
 ## Condition keys
 
@@ -274,7 +277,7 @@ key are joined by OR, all else by AND.
 
 
 def policies() -> str:
-    """What of IAM's policy language is understood."""
+    """The supported part of IAM's policy language."""
     header = ("element", "meaning")
     return POLICIES.format(
         characters=CHARACTERS,
@@ -327,7 +330,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
 
 
 def main() -> int:
-    """Write the pages, or compare them."""
+    """Write or compare the pages; return the number of pages that are out of date."""
     check = "--check" in sys.argv[1:]
     stale = []
     for name, (source, make) in PAGES.items():
@@ -337,7 +340,7 @@ def main() -> int:
         elif not check:
             path.write_text(page)
     for name in stale:
-        print(f"docs/reference/{name} is not what the code says; run `make docs`")
+        print(f"docs/reference/{name} is out of date; run `make docs`")
     return len(stale)
 
 

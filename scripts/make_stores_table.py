@@ -1,9 +1,9 @@
-"""Writes docs/reference/stores.md from runs of `thrave doctor` against every store that starts here.
+"""Writes docs/reference/stores.md from runs of `thrave doctor` with every store of the tests.
 
     PYTHONPATH=tests python scripts/make_stores_table.py
 
-The stores are those of the tests (tests/support/servers/stores.py); this script starts and stops them. A store whose
-program is missing, or a check that does not return, is an error: only a run of all stores makes a page.
+Starts and stops the stores of tests/support/servers/stores.py. A missing program, or a check without a result, is an
+error: a page needs a run of all stores.
 """
 
 import json
@@ -29,16 +29,16 @@ PREAMBLE = """\
 
 # Stores
 
-What [`thrave doctor`](doctor.md) found of each, run for this page. Any store that speaks S3 may be used; these are the
-ones that every test of Thrave runs on. Run it against yours:
+The results of [`thrave doctor`](doctor.md) with each store, run for this page. Any S3-compatible store can be used; the
+tests of Thrave run with these. To check another store:
 [check before you start](../howto/run-the-doctor.md).
 
 """
-Doctored = dict[str, "Finding"]
+Findings = dict[str, "Finding"]
 
 
 class Finding(TypedDict):
-    """A check, as the doctor prints it."""
+    """The result of a check, as `thrave doctor` prints it."""
 
     area: str
     check: str
@@ -48,49 +48,49 @@ class Finding(TypedDict):
 
 @dataclass(frozen=True)
 class Column:
-    """A store as one setting has it."""
+    """A store with one value of the setting."""
 
     name: str
     version: str
     upload: str
-    found: Doctored
+    found: Findings
 
 
 def main() -> None:
-    """Start each store, have it examined, write the page."""
+    """Start each store, run the doctor, and write the page."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thrave-stores-")))
-        columns = [Column("directory", version("thrave"), "", examined(folder / "directory", {}))]
+        columns = [Column("directory", version("thrave"), "", run_doctor(folder / "directory", {}))]
         seaweedfs = stack.enter_context(stores.seaweedfs(folder / "seaweedfs"))
-        columns += on(folder, "SeaweedFS", version("weed", "version"), seaweedfs)
+        columns += check_store(folder, "SeaweedFS", version("weed", "version"), seaweedfs)
         rgw = stack.enter_context(stores.ceph_rgw(folder / "rgw"))
-        columns += on(folder, "Ceph RGW", version("radosgw"), rgw)
+        columns += check_store(folder, "Ceph RGW", version("radosgw"), rgw)
         PAGE.write_text(page(columns))
 
 
-def on(folder: Path, name: str, its_version: str, store: stores.Store) -> Iterator[Column]:
-    """One store, with the accounts' keys and with the service's own."""
-    reached = {"THRAVE_STORE": "s3", "THRAVE_S3_ENDPOINT": store.url}
+def check_store(folder: Path, name: str, number: str, store: stores.Store) -> Iterator[Column]:
+    """Check one store with the keys of accounts and with the keys of the service."""
+    common = {"THRAVE_STORE": "s3", "THRAVE_S3_ENDPOINT": store.url}
     own = {
         "THRAVE_UPLOAD_CREDENTIALS": "service",
         "THRAVE_S3_ACCESS_KEY_ID": stores.SERVICE.access_key_id,
         "THRAVE_S3_SECRET_ACCESS_KEY": stores.SERVICE.secret_access_key,
     }
-    yield Column(name, its_version, "policy", examined(folder / f"{store.name}-policy", reached))
-    yield Column(name, its_version, "service", examined(folder / f"{store.name}-service", reached | own))
+    yield Column(name, number, "policy", run_doctor(folder / f"{store.name}-policy", common))
+    yield Column(name, number, "service", run_doctor(folder / f"{store.name}-service", common | own))
 
 
-def examined(data: Path, settings: dict[str, str]) -> Doctored:
-    """What the doctor finds of a new service with these settings."""
+def run_doctor(data: Path, settings: dict[str, str]) -> Findings:
+    """Run the doctor for a new service with these settings; return its results by check."""
     environment = {**os.environ, **settings, "THRAVE_DATA_DIR": str(data)}
     account = json.loads(thrave(environment, "account", "create", "alice"))["accountId"]
     thrave(environment, "account", "key", "import", account, "--credentials", str(credentials(data, stores.ALICE)))
-    said = thrave(environment, "doctor", "--bucket", "alice-doctor", "--access-key-id", stores.ALICE.access_key_id)
-    return {found["check"]: found for found in json.loads(said)["checks"]}
+    output = thrave(environment, "doctor", "--bucket", "alice-doctor", "--access-key-id", stores.ALICE.access_key_id)
+    return {found["check"]: found for found in json.loads(output)["checks"]}
 
 
 def thrave(environment: dict[str, str], *words: str) -> str:
-    """What a command prints; the doctor's may have found something."""
+    """Return the output of a command; status 1 is a finding of the doctor."""
     argv = [sys.executable, "-m", "thrave", *words, "--output", "json"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=120)
     if done.returncode not in {0, 1} or not done.stdout:
@@ -99,7 +99,7 @@ def thrave(environment: dict[str, str], *words: str) -> str:
 
 
 def credentials(data: Path, key: Credentials) -> Path:
-    """A file of an access key."""
+    """Write a file with an access key."""
     file = data / "credentials"
     file.write_text(
         f"[default]\naws_access_key_id = {key.access_key_id}\naws_secret_access_key = {key.secret_access_key}\n"
@@ -109,33 +109,33 @@ def credentials(data: Path, key: Credentials) -> Path:
 
 
 def version(program: str, option: str = "--version") -> str:
-    """The number that a program gives as its version."""
+    """Return the version number of a program."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    said = subprocess.run(
+    output = subprocess.run(
         [program, option], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    number = re.search(r"[0-9]+\.[0-9]+(\.[0-9]+)?", said)
+    number = re.search(r"[0-9]+\.[0-9]+(\.[0-9]+)?", output)
     if number is None:
-        sys.exit(f"{program} {option}: {said}")
+        sys.exit(f"{program} {option}: {output}")
     return number[0]
 
 
 def page(columns: list[Column]) -> str:
-    """The page: a line for each check of the store, and what was said where it did not pass."""
-    header = ("check", *(titled(one) for one in columns))
+    """Return the page: a row for each check of the store, and the details of those that did not pass."""
+    header = ("check", *(title(one) for one in columns))
     names = [name for name, found in columns[0].found.items() if found["area"] == "store"]
     rows = [(name, *(one.found[name]["outcome"] for one in columns)) for name in names]
-    said = [
+    details = [
         f"- {name}, {one.name} with `upload = {one.upload}`: {one.found[name]['detail']}\n"
         for one in columns
         for name in names
         if one.found[name]["outcome"] in {"failed", "warning"}
     ]
-    return f"{PREAMBLE}{table(header, rows)}\n## What was said\n\n{''.join(said)}"
+    return f"{PREAMBLE}{table(header, rows)}\n## Details\n\n{''.join(details)}"
 
 
-def titled(column: Column) -> str:
-    """What stands above a column."""
+def title(column: Column) -> str:
+    """Return the title of a column."""
     if not column.upload:
         return f"{column.name} (Thrave {column.version})"
     return f"{column.name} {column.version}<br>`upload = {column.upload}`"

@@ -1,4 +1,4 @@
-"""A minute of the fuzzer, so that every change is met by it; `scripts/fuzz` by hand takes as long as it is given."""
+"""A minute of the fuzzer, so that every change is met by it; `scripts/fuzz.py` by hand takes as long as it is given."""
 
 import importlib.util
 import os

@@ -1,6 +1,6 @@
 """What strangers send, as targets for a fuzzer: each takes any bytes, and lets nothing through but what we promise.
 
-`scripts/fuzz` runs them under atheris. A target that raises has found something; so has one that takes long or needs
+`scripts/fuzz.py` runs them under atheris. A target that raises has found something; so has one that takes long or needs
 much memory, which the fuzzer watches. The corpus is what the tests have: real manifests, policies and requests.
 """
 

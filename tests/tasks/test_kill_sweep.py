@@ -1,8 +1,8 @@
 """Kill -9 before and after every durable step of a task, and at random moments: each task ends as if nothing had been.
 
 One task is killed at each of its steps in turn, the next time right where it has come to: so that every crash is met by
-what an earlier one has left. `scripts/kill-sweep` does each alone, and two hundred random moments. What must be true at
-each death and in the end stands in tests/support/crashes/kill_sweep.py.
+what an earlier one has left. `scripts/kill_sweep.py` does each alone, and two hundred random moments. What must be
+true at each death and in the end stands in tests/support/crashes/kill_sweep.py.
 """
 
 import os

@@ -1,7 +1,7 @@
 """NTFS volumes without their files' contents: what mkntfs and ntfs-3g wrote, kept as package data.
 
 A template is one xz stream: a line of JSON, then the bytes of the file system itself (boot sectors, MFT, bitmap,
-log, folders), run after run. Templates are made by scripts/make-demo-templates, once, and read here; nothing is
+log, folders), run after run. Templates are made by scripts/make_demo_templates.py, once, and read here; nothing is
 mounted and no tool is needed.
 """
 

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
-"""Kills the service before and after every durable step of a task, each alone, and at random moments: scripts/kill-sweep.
+"""Kills the service before and after each recorded step of a task, and at random moments.
 
-Half of the random moments, and each step once more, are of tasks that replace a bundle.
+    python scripts/kill_sweep.py [--random 200] [--seed SEED] [--database postgresql]
 
-tests/support/crashes/kill_sweep.py has the conditions that must hold after each kill and at the end; the first that does
-not hold ends the run. The random moments are drawn from a seed that is printed and can be passed again.
+Each step is done twice, the second time with a task that replaces a bundle, as do half of the tasks with random kills.
+tests/support/crashes/kill_sweep.py has the conditions that must hold after each kill and at the end; the first one that
+does not hold ends the run. The seed of the random moments is printed, and can be passed again.
 """
 
 import argparse
@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.crashes.kill_sweep import TO_COMPLETE, TO_REPLACE, UPLOAD_CONCURRENCY, killed_at, killed_at_random, moments
 from support.servers.postgres import running_postgres
 
-KILLS_A_TASK = 4
+KILLS_PER_TASK = 4
 
 
 def main() -> None:
-    """Sweep, and print what it took."""
+    """Run all tasks, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--random", type=int, default=200, metavar="N", help="random moments")
+    parser.add_argument("--random", type=int, default=200, metavar="N", help="number of random kills")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     arguments = parser.parse_args()
@@ -37,24 +37,24 @@ def main() -> None:
 
 
 def sweep(arguments: argparse.Namespace, postgres: object) -> None:
-    """Each crash point alone, then the random moments."""
-    draw, began, deaths, sent_again = random.Random(arguments.seed), time.monotonic(), 0, 0
+    """Run a task for each crash point, then tasks with random kills."""
+    rng, started, deaths, sent_again = random.Random(arguments.seed), time.monotonic(), 0, 0
     points = [([moment], False) for moment in moments(*TO_COMPLETE)]
     points += [([moment], True) for moment in moments(*TO_REPLACE)]
-    tasks = points + [(None, number % 2 == 1) for number in range(arguments.random // KILLS_A_TASK)]
+    tasks = points + [(None, number % 2 == 1) for number in range(arguments.random // KILLS_PER_TASK)]
     for number, (moment, replacing) in enumerate(tasks, 1):
         settings = {"database_url": postgres.new_database()} if postgres else {}
         with tempfile.TemporaryDirectory(prefix="kill-sweep-") as folder:
             if moment:
                 scene = killed_at(Path(folder), moment, replacing=replacing, **settings)
             else:
-                scene = killed_at_random(Path(folder), draw, KILLS_A_TASK, replacing=replacing, **settings)
+                scene = killed_at_random(Path(folder), rng, KILLS_PER_TASK, replacing=replacing, **settings)
         deaths += scene.deaths
         sent_again += scene.sent_again
         print(f"{number}/{len(tasks)} {moment[0] if moment else 'random'}{', replacing' * replacing}", flush=True)
     print(
         f"{deaths} kills of {len(tasks)} tasks, all of them complete; {sent_again} parts sent twice, at most"
-        f" {UPLOAD_CONCURRENCY} a kill; {time.monotonic() - began:.0f} s"
+        f" {UPLOAD_CONCURRENCY} a kill; {time.monotonic() - started:.0f} s"
     )
 
 

@@ -1,15 +1,13 @@
-#!/usr/bin/env python3
-"""Makes the package data of `thrave demo`: NTFS volumes without their files' contents.
+"""Makes the package data of `thrave demo`: NTFS volumes without the contents of their files.
 
-Needs ntfs-3g (mkntfs and the driver), FUSE and the right to mount; run it again only when the folder tree is to
-change:
+    sudo .venv/bin/python scripts/make_demo_templates.py
 
-    sudo scripts/make-demo-templates
+Needs ntfs-3g (mkntfs and the driver), FUSE and the right to mount. Run it again only to change the folder tree.
 
-Each volume is made by mkntfs and filled through ntfs-3g, so every byte of the file system is theirs. The files are
-filled with clusters that name themselves; afterwards the volume is searched for those, which gives each file's
-place, and all other bytes are kept. The tree, names and sizes depend on nothing but this file; serial numbers and
-times do.
+mkntfs makes each volume and ntfs-3g fills it, so every byte of the file system is theirs. Each cluster of a file
+contains the number of the file and of the cluster. The script then finds these clusters in the volume, which gives the
+position of each file, and stores all other bytes. Folders, names and sizes depend only on this script; serial numbers
+and times do not.
 """
 
 import json
@@ -33,7 +31,7 @@ DATA_SHARE = 0.5  # of the disk
 KIND_SHARES: dict[Kind, float] = {"program": 0.5, "text": 0.1, "random": 0.2, "zeros": 0.2}  # of the data
 DELETED_SHARE = 0.15  # of programs, texts and random data
 
-# Small files stay in their MFT records, and so in the template as they are.
+# Small files are stored in their MFT records, and so in the template.
 RESIDENT = {
     "Windows/System32/drivers/etc/hosts": "127.0.0.1 localhost\r\n::1 localhost\r\n",
     "Windows/win.ini": "; for 16-bit app support\r\n[fonts]\r\n[extensions]\r\n",
@@ -73,22 +71,22 @@ TREE: dict[Kind, list[tuple[str, int, float]]] = {
 }
 
 
-def planned(disk_size: int) -> Iterator[tuple[str, Kind, int, bool]]:
-    """Path, kind, size in bytes and whether to delete, of every file of a disk."""
-    dice = random.Random(disk_size)
+def plan_files(disk_size: int) -> Iterator[tuple[str, Kind, int, bool]]:
+    """Yield path, kind, size in bytes and whether to delete, for every file of a disk."""
+    rng = random.Random(disk_size)
     for kind, share in KIND_SHARES.items():
         budget = disk_size * DATA_SHARE * share
         for pattern, count, part in TREE[kind]:
-            weights = [dice.lognormvariate(0, 0.8) for _ in range(count)]
+            weights = [rng.lognormvariate(0, 0.8) for _ in range(count)]
             for i, weight in enumerate(weights):
                 size = (
                     max(int(budget * part * weight / sum(weights)), CLUSTER) | 64
-                )  # room for the name in the last cluster
+                )  # space for the mark in the last cluster
                 yield pattern.format(i), kind, size, count > 10 and i < count * DELETED_SHARE
 
 
 def cluster(number: int, index: int) -> bytes:
-    """The content of one cluster of a file: its own name."""
+    """Return the content of one cluster of a file: its own position."""
     return MARK.pack(MAGIC, number, index).ljust(CLUSTER, b"\0")
 
 
@@ -119,26 +117,26 @@ def mounted(volume: Path, root: Path) -> Iterator[None]:
 
 
 def find(volume: Path, plan: list[tuple[str, Kind, int, bool]]) -> tuple[Template, Iterator[bytes]]:
-    """What stands in the volume: a cluster that names itself belongs to a file, any other that is not zeros is kept."""
-    places: list[dict[int, int]] = [{} for _ in plan]
-    kept: list[int] = []
+    """Search the volume: a cluster with a mark belongs to a file; other clusters that are not zeros are metadata."""
+    positions: list[dict[int, int]] = [{} for _ in plan]
+    others: list[int] = []
     with volume.open("rb") as file:
         for offset in range(0, volume.stat().st_size, CLUSTER):
             block = file.read(CLUSTER)
             if block.startswith(MAGIC):
                 _, number, index = MARK.unpack_from(block)
-                places[number][index] = offset
+                positions[number][index] = offset
             elif block.strip(b"\0"):
-                kept.append(offset)
+                others.append(offset)
     files = tuple(
-        TemplateFile(name, kind, size, deleted, joined([place[i] for i in range(-(-size // CLUSTER))]))
-        for (name, kind, size, deleted), place in zip(plan, places, strict=True)
+        TemplateFile(name, kind, size, deleted, join([clusters[i] for i in range(-(-size // CLUSTER))]))
+        for (name, kind, size, deleted), clusters in zip(plan, positions, strict=True)
     )
-    metadata = joined(kept)
+    metadata = join(others)
     return Template(volume.stat().st_size, metadata, files), read(volume, metadata)
 
 
-def joined(offsets: list[int]) -> tuple[Run, ...]:
+def join(offsets: list[int]) -> tuple[Run, ...]:
     runs: list[Run] = []
     for offset in offsets:
         if runs and runs[-1].offset + runs[-1].length == offset:
@@ -156,7 +154,7 @@ def read(volume: Path, runs: tuple[Run, ...]) -> Iterator[bytes]:
 
 
 def make(disk_size: int, output: Path, work: Path) -> None:
-    plan = list(planned(disk_size))
+    plan = list(plan_files(disk_size))
     volume = work / f"{disk_size}.ntfs"
     with volume.open("wb") as file:
         file.truncate(disk_size - PARTITION_OFFSET)

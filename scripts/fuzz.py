@@ -1,10 +1,11 @@
-#!/usr/bin/env python3
-"""Sends anything to what takes strangers' input, with atheris, for some time: scripts/fuzz --seconds 600 manifest.
+"""Fuzzes code that reads untrusted input, with atheris.
 
-The targets are those of tests/support/fuzz_targets.py; `all` gives each an equal share of the time. An input that raises
-an error other than ours, takes five seconds or a gigabyte ends the run with status 1. It is kept in
-.cache/fuzz/TARGET; pass it with --input FILE to run it alone. Inputs that widened the coverage are kept there too, and
-the next run starts from them.
+    python scripts/fuzz.py --seconds 600 TARGET      one target of tests/support/fuzz_targets.py, or `all`
+    python scripts/fuzz.py --input FILE TARGET       one input again
+
+`all` gives each target an equal share of the time. The run ends with status 1 at an input that raises another error
+than Thrave's, takes five seconds, or takes a gigabyte of memory; the input is stored in .cache/fuzz/TARGET. Inputs that
+increase the coverage are stored there as well, and are the start of the next run.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import atheris
 
 ROOT = Path(__file__).parents[1]
-KEPT = ROOT / ".cache" / "fuzz"
+STORED = ROOT / ".cache" / "fuzz"
 LIMITS = ("-timeout=5", "-rss_limit_mb=1024", "-max_len=16384", "-print_final_stats=1")
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -24,10 +25,10 @@ with atheris.instrument_imports(include=["thrave"]):
 
 
 def main() -> int:
-    """Fuzz one target in this process, or each in one of its own."""
+    """Fuzz one target in this process, or each target in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--input", type=Path, help="try this file alone")
+    parser.add_argument("--input", type=Path, help="try only this file")
     parser.add_argument("target", choices=[*TARGETS, "all"])
     arguments = parser.parse_args()
     if arguments.target == "all":
@@ -41,8 +42,8 @@ def main() -> int:
 
 
 def fuzz(name: str, seconds: int) -> int:
-    """Fuzz until the time is over; ends the process, as libFuzzer does."""
-    found, corpus = KEPT / name, KEPT / name / "corpus"
+    """Fuzz for some time; libFuzzer then ends the process."""
+    found, corpus = STORED / name, STORED / name / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(TARGETS[name].corpus):
         (corpus / f"seed-{number}").write_bytes(seed)

@@ -1,8 +1,9 @@
-#!/usr/bin/env python3
-"""Builds the wheel and the sdist, checks them, and runs `thrave demo` from the wheel on every Python of the machine.
+"""Builds wheel and sdist, checks them, and runs `thrave demo` from the wheel with every Python of the machine.
 
-Each Python from 3.11 on that is on the PATH or below pyenv's `versions` gets an empty virtual environment with the
-wheel and nothing else of ours. Prints one line for each; fails if one of them fails, or if there is none.
+    python scripts/check_package.py
+
+Every Python from 3.11 on the PATH or below pyenv's `versions` gets a new virtual environment with the wheel, without
+access to the checkout. Prints one line for each; fails if one fails, or if no Python is found.
 """
 
 import os
@@ -18,13 +19,13 @@ CONSTRAINTS = ROOT / "constraints.txt"
 
 
 def main() -> int:
-    """Build, check and try the package; return the exit code."""
+    """Build, check and run the package; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="thrave-package-") as name:
         folder = Path(name)
         wheel = build(folder)
         pythons = find_pythons()
         if not pythons:
-            print(f"no Python from {'.'.join(map(str, OLDEST))} on was found", file=sys.stderr)
+            print(f"no Python {'.'.join(map(str, OLDEST))} or newer found", file=sys.stderr)
             return 1
         failed = [version for version, python in pythons.items() if not demo(folder, wheel, version, python)]
     return 1 if failed else 0
@@ -40,7 +41,7 @@ def build(folder: Path) -> Path:
 
 
 def find_pythons() -> dict[str, Path]:
-    """Return a program for each minor version of Python that is installed and runs; the keys are as `3.11`."""
+    """Return a program for each minor version of Python that is installed and works; keys are such as `3.11`."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     folders = [Path(folder) for folder in os.get_exec_path()] + sorted((pyenv / "versions").glob("*/bin"))
     found: dict[tuple[int, int], Path] = {}
@@ -54,7 +55,7 @@ def find_pythons() -> dict[str, Path]:
 
 
 def runs(program: Path) -> bool:
-    """Whether a program is a Python that works: pyenv has shims also for versions that are not selected."""
+    """Whether a program is a Python that works; pyenv also has shims for versions that are not selected."""
     try:
         return subprocess.run([program, "-c", "import venv"], capture_output=True, check=False).returncode == 0
     except OSError:
@@ -76,7 +77,7 @@ def demo(folder: Path, wheel: Path, version: str, python: Path) -> bool:
 
 def environment(folder: Path, python: Path, *requirements: str) -> Path:
     """Create a virtual environment with these packages; return its Python."""
-    # Without pip, which a Debian's Python cannot install without python3-venv; ours installs into it from outside.
+    # Without pip: Debian's Python needs python3-venv to install it. Our pip installs into the environment.
     run(python, "-m", "venv", "--without-pip", folder)
     inside = folder / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", inside)
@@ -85,7 +86,7 @@ def environment(folder: Path, python: Path, *requirements: str) -> Path:
 
 
 def run(*command: object) -> str:
-    """Run a program that sees nothing of the checkout, and return what it printed."""
+    """Run a program without the checkout in its environment, and return its output."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "THRAVE_", "AWS_"))}
     words = [str(word) for word in command]
     result = subprocess.run(
