@@ -1,3 +1,5 @@
+"""The benchmark program: it runs, checks its results, and measures what it says."""
+
 import hashlib
 import json
 import os

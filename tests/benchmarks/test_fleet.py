@@ -1,3 +1,5 @@
+"""The fleet benchmark: it runs, and finds queries that read a whole table."""
+
 import json
 import subprocess
 import sys

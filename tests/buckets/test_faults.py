@@ -3,7 +3,7 @@
 import pytest
 
 from support.store_faults import faults
-from support.store_faults.fault_bench import FaultBench, Temper
+from support.store_faults.fault_bench import FaultBench, StoreTimeouts
 from support.store_faults.fault_proxy import Kind, Rule
 from support.store_faults.fault_table import (
     CLAIMING,
@@ -26,7 +26,7 @@ from thrave.compute import power
 
 pytestmark = pytest.mark.s3
 
-CALM = Temper(timeout=30, patience=30)
+CALM = StoreTimeouts(timeout=30, patience=30)
 STALLS = (faults.silence, faults.silence_midway)
 
 
@@ -56,7 +56,7 @@ def parametrize(table, *only):
 
 
 def temper(fault, again):
-    return Temper(timeout=0.3 if fault in STALLS else 30, patience=0.15 if again else 30)
+    return StoreTimeouts(timeout=0.3 if fault in STALLS else 30, patience=0.15 if again else 30)
 
 
 @parametrize(WHEN_CLAIMED, *CLAIMING)

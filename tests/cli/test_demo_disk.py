@@ -1,3 +1,5 @@
+"""`thrave demo-disk`; test_demo_disk_image.py tests the disk that it makes."""
+
 import hashlib
 import json
 

@@ -1,3 +1,5 @@
+"""The table of EC2 errors: complete, without unused rows, and safe to fill in."""
+
 import ast
 import string
 from pathlib import Path

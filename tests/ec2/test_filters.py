@@ -1,3 +1,5 @@
+"""Filter.N: wildcards, and a cost that is linear and charged."""
+
 import re
 import sys
 from datetime import UTC, datetime, timedelta, timezone

@@ -1,3 +1,5 @@
+"""DescribeInstances, through boto3."""
+
 from datetime import UTC, datetime
 
 import pytest

@@ -1,3 +1,5 @@
+"""Forms of the EC2 Query protocol as input of an operation; a round trip is in test_protocol_roundtrip.py."""
+
 from datetime import UTC, datetime
 
 import pytest

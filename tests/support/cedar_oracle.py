@@ -1,4 +1,4 @@
-"""Cedar as an oracle: an IAM policy of the simpler kind, written out as Cedar policies and decided by Cedar's engine.
+"""Translates simple IAM policies to Cedar policies and lets Cedar's engine decide: an independent oracle.
 
 Written from Cedar's own documentation, apart from the code under test. Only what Cedar can say: no `?` but in actions
 (which are written out), a source address that is known, `*` in strings, dates in UTC.

@@ -1,4 +1,4 @@
-"""What strangers send, as targets for a fuzzer: each takes any bytes, and lets nothing through but what we promise.
+"""Fuzz targets for input from untrusted sources: each accepts any bytes and may raise only our own errors.
 
 `scripts/fuzz.py` runs them under atheris. A target that raises has found something; so has one that takes long or needs
 much memory, which the fuzzer watches. The corpus is what the tests have: real manifests, policies and requests.

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from support.crashes.kill_sweep import end_scenes
+from support.crashes.kill_sweep import kill_remaining_services
 from support.service.upload_bench import UploadBench, directory
 from thrave.tasks.records import Records
 from thrave.vault import Vault
@@ -14,7 +14,7 @@ from thrave.vault import Vault
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown():
     """Stop killed services before the fixtures end: one of them unmounts the disk that a service works on."""
-    end_scenes()
+    kill_remaining_services()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.crashes.kill_sweep import Scene
+from support.crashes.kill_sweep import KilledService
 from support.required_programs import require, require_file
 from thrave.tasks.states import BundleTaskState
 from thrave.testing import ThraveServer
@@ -45,7 +45,7 @@ def test_the_clock_of_this_test_is_wrong(clock):
 @pytest.mark.slow
 def test_a_task_completes_while_the_clock_jumps(tmp_path, clock):
     environment, jump = clock
-    scene = Scene(tmp_path, server=ThraveServer, environment=environment, shutdown_timeout=60)
+    scene = KilledService(tmp_path, server=ThraveServer, environment=environment, shutdown_timeout=60)
     scene.machine.deafen()
     scene.die_at("shutdown sent, after")
     jump(1)
@@ -63,7 +63,7 @@ def test_a_task_completes_while_the_clock_jumps(tmp_path, clock):
 
 def test_what_is_stored_is_removed_although_the_upload_policy_expires_meanwhile(tmp_path, clock):
     environment, jump = clock
-    scene = Scene(tmp_path, server=ThraveServer, environment=environment)
+    scene = KilledService(tmp_path, server=ThraveServer, environment=environment)
     scene.die_at("part stored, after, 2")
     assert scene.objects()
     jump(48)

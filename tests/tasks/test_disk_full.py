@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.crashes.kill_sweep import MIB, Scene
+from support.crashes.kill_sweep import MIB, KilledService
 from support.disks.raw_disk import make_disk
 from thrave.buckets.directory import RESERVE
 from thrave.compute.descriptions import Description
@@ -41,7 +41,7 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(small_disk, tmp_path):
     folder, resize = small_disk
-    scene = Scene(tmp_path, data=folder / "thrave")
+    scene = KilledService(tmp_path, data=folder / "thrave")
     free = None
     for _ in range(PASSES):
         task = scene.come_to_an_end()
@@ -64,7 +64,7 @@ def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(s
     """Two of five parts fit, and some KiB more: each task makes the write-ahead log of the database 440 KiB longer."""
     folder, resize = small_disk
     resize(128 * MIB)
-    scene = Scene(tmp_path, data=folder / "thrave")
+    scene = KilledService(tmp_path, data=folder / "thrave")
     assert scene.live()
     for remaining in range(256 * KIB, 513 * KIB, 40 * KIB):
         filler = shutil.disk_usage(folder).free - reserve - 2 * PART - remaining
@@ -79,7 +79,7 @@ def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(s
 
 def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_disk, tmp_path):
     folder, resize = small_disk
-    scene = Scene(tmp_path, data=folder / "thrave")
+    scene = KilledService(tmp_path, data=folder / "thrave")
     resize(128 * MIB)
     scene.machine.deafen()
     assert scene.live()

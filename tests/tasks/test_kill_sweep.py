@@ -11,7 +11,7 @@ import random
 import pytest
 from botocore.exceptions import ClientError
 
-from support.crashes.kill_sweep import MIB, TO_COMPLETE, TO_REPLACE, Scene, killed_at, killed_at_random, moments
+from support.crashes.kill_sweep import MIB, TO_COMPLETE, TO_REPLACE, KilledService, killed_at, killed_at_random, moments
 from support.required_programs import require
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.states import BundleTaskState
@@ -36,7 +36,7 @@ def test_a_replacement_that_is_killed_at_each_step_in_turn_completes(tmp_path, d
 @pytest.mark.parametrize("moment", ["part stored, after, 3", "side file stored, after", "earlier bundle noted, after"])
 def test_a_cancelled_replacement_leaves_exactly_the_earlier_bundle(tmp_path, moment):
     """Killed at each step of putting back, too."""
-    scene = Scene(tmp_path)
+    scene = KilledService(tmp_path)
     scene.replace()
     scene.die_at(moment)
     scene.cancel_behind_its_back()
@@ -49,7 +49,7 @@ def test_a_cancelled_replacement_leaves_exactly_the_earlier_bundle(tmp_path, mom
 
 @pytest.mark.slow
 def test_a_cancelled_task_that_is_killed_at_each_step_of_putting_back_leaves_nothing(tmp_path, database):
-    scene = Scene(tmp_path, **database)
+    scene = KilledService(tmp_path, **database)
     scene.die_at("part stored, after, 3")
     scene.cancel_behind_its_back()
     for moment in moments(*AFTER_CANCELLING):
@@ -60,7 +60,7 @@ def test_a_cancelled_task_that_is_killed_at_each_step_of_putting_back_leaves_not
 
 
 def test_a_caller_whose_answer_never_came_hears_of_the_task_when_they_call_again(tmp_path, database):
-    scene = Scene(tmp_path, size=MIB, **database)
+    scene = KilledService(tmp_path, size=MIB, **database)
     scene.machine.deafen()
     scene.die_at("record, after")
     bundle_id = scene.bundle_id
@@ -76,7 +76,7 @@ def test_a_caller_whose_answer_never_came_hears_of_the_task_when_they_call_again
 
 def test_nobody_reads_the_disk_any_more_when_the_service_has_been_killed(tmp_path):
     require("qemu-nbd", package="qemu-utils")
-    scene = Scene(tmp_path, image_format="qcow2")
+    scene = KilledService(tmp_path, image_format="qcow2")
     for moment in ("volume opened, after", "part stored, after, 2"):
         scene.die_at(moment)
         scene.await_nobody()
@@ -86,7 +86,7 @@ def test_nobody_reads_the_disk_any_more_when_the_service_has_been_killed(tmp_pat
 
 
 def test_a_service_killed_while_it_takes_a_cancellation_has_taken_it_or_has_not(tmp_path, database):
-    scene = Scene(tmp_path, **database)
+    scene = KilledService(tmp_path, **database)
     scene.machine.deafen()
     scene.die_at("shutdown sent, after")
     for moment, state in (("before", "waiting-for-shutdown"), ("after", "cancelling")):
@@ -99,7 +99,7 @@ def test_a_service_killed_while_it_takes_a_cancellation_has_taken_it_or_has_not(
 
 
 def test_a_service_killed_while_it_cuts_the_power_cuts_it(tmp_path, database):
-    scene = Scene(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_timeout": 0.5})
+    scene = KilledService(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_timeout": 0.5})
     scene.machine.deafen()
     for moment in moments("power cut"):
         scene.die_at(moment)
@@ -111,7 +111,7 @@ def test_a_service_killed_while_it_cuts_the_power_cuts_it(tmp_path, database):
 
 
 def test_a_service_killed_while_it_forgets_a_task_has_forgotten_it_or_does_so_later(tmp_path, database):
-    scene = Scene(tmp_path, size=MIB, **database)
+    scene = KilledService(tmp_path, size=MIB, **database)
     scene.come_to_an_end()
     bundle = scene.objects()
     scene.server.stop()

@@ -22,7 +22,7 @@ from support.service.upload_bench import (
     MANIFEST,
     OWNER,
     PREFIX,
-    HeldBuckets,
+    BlockingStore,
     UploadBench,
     directory,
     noise_disk,
@@ -504,7 +504,7 @@ def refuse_deletion(what, _key):
 def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag(disk, made_bench, seaweedfs):
     buckets = owners(seaweedfs).of(OWNER)
     buckets.create(BUCKET, OWNER)
-    bench = made_bench(HeldBuckets(buckets))
+    bench = made_bench(BlockingStore(buckets))
     sealed = bench.seal(RawVolume(disk))
     assert [item.etag for item in bench.journal.objects()] == [
         buckets.head(BUCKET, key).etag for key in bench.stored_keys()

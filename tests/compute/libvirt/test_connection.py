@@ -31,15 +31,15 @@ class Connection:
     def setKeepAlive(self, *_options):  # noqa: N802 (libvirt's name)
         self._fail("keep alive")
 
-    def domainEventRegisterAny(self, _domain, event, *_callback):  # noqa: N802
+    def domainEventRegisterAny(self, _domain, event, *_callback):  # noqa: N802 (libvirt's name)
         self._fail(f"event {len(self.callbacks)}")
         self.callbacks.add(event)
         return event
 
-    def domainEventDeregisterAny(self, callback):  # noqa: N802
+    def domainEventDeregisterAny(self, callback):  # noqa: N802 (libvirt's name)
         self.callbacks.remove(callback)
 
-    def isAlive(self):  # noqa: N802
+    def isAlive(self):  # noqa: N802 (libvirt's name)
         return self.is_open
 
     def close(self):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from support.libvirt.guest_disk import OFF, Drive
+from support.libvirt.guest_disk import OFF, GuestDisk
 from support.libvirt.guest_domain import Domain
 from support.libvirt.libvirt_service import Bundle, LibvirtService
 
@@ -23,7 +23,7 @@ class Story:
     bundle: Bundle
     notice: str
     """What the operator was told of the task."""
-    drive: Drive
+    drive: GuestDisk
     """C: in the bundle."""
     before: str
     """The boot that was shut down for it."""

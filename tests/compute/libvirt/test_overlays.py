@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from support.eventually import eventually
-from support.libvirt.guestless_domain import Tiny
+from support.libvirt.guestless_domain import GuestlessDomain
 from thrave.compute import hypervisor, overlay_files
 from thrave.compute.errors import (
     HoldLostError,
@@ -51,7 +51,7 @@ def made(libvirtd, tmp_path, instances):
     all_made = []
 
     def make(**details):
-        all_made.append(Tiny(libvirtd, tmp_path, **details))
+        all_made.append(GuestlessDomain(libvirtd, tmp_path, **details))
         instances.adopt(all_made[-1].name, account_id=ACCOUNT, platform="windows")
         return all_made[-1]
 

@@ -1,4 +1,4 @@
-"""Each driver of buckets, as the accounts Alice and Bob have it."""
+"""Every bucket driver with the accounts of Alice and Bob, for the contract tests."""
 
 import uuid
 from dataclasses import dataclass, field

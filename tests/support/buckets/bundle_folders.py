@@ -1,4 +1,4 @@
-"""Folders that hold bundles, looked into past the commands that are tested: on the disk and in stores."""
+"""Folders that hold bundles, on disk and in stores; they bypass the commands under test."""
 
 import uuid
 from pathlib import Path

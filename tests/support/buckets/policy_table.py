@@ -1,4 +1,4 @@
-"""Upload policies, forms under them, and what S3 answers: one table, for our own judgement and for a store's.
+"""Upload policies, forms under them, and S3's responses: one table for our own check and for a store's.
 
 Each upload is a form for the key `win.part.0` of the bucket `policy-table`, but for what the row says. An answer is
 S3's error code, or "" where the object is stored.

@@ -1,4 +1,4 @@
-"""The storage that a client gives BundleInstance, as the AWS CLI makes it."""
+"""The Storage argument of BundleInstance, as the AWS CLI makes it."""
 
 import base64
 import hashlib

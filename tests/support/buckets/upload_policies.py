@@ -1,4 +1,4 @@
-"""Upload policies as clients make them, signed as clients sign them."""
+"""Upload policies in the forms that clients send, signed as clients sign them."""
 
 import base64
 import hashlib

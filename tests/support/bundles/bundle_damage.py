@@ -1,4 +1,4 @@
-"""What can be done to a part, and everything that can be done to a manifest's text, one small change at a time."""
+"""Damages a part, and every element and attribute of a manifest, one small change at a time."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Bundles in a test's server, opened."""
+"""Opens bundles of a test's server with every check and hashes the image."""
 
 import hashlib
 from pathlib import Path

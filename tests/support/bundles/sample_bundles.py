@@ -1,4 +1,4 @@
-"""Images in memory, bundles made of them, and the test keys: what the tests of bundles share."""
+"""Images in memory, bundles made from them, and the test keys."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

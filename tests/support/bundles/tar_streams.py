@@ -1,4 +1,4 @@
-"""Tar streams, and what our reader makes of them."""
+"""Makes tar streams and reads them with our reader."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""A fleet under fire: many tasks, whose processes are killed at random, and what must be true in the end.
+"""Runs many tasks in a fleet, kills its processes at random, and checks the result.
 
 Callers ask API processes for bundles, cancel some, and are cut off; API processes and agents are killed by SIGKILL and
 started again. Then everybody is left in peace until every task has ended. Each host has disks that no other one can

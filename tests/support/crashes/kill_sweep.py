@@ -1,4 +1,4 @@
-"""A service that is killed again and again while it bundles an instance, and what must be true whenever it is dead.
+"""A service that is killed while it bundles an instance, and the conditions that must hold after each kill.
 
 The instance is a machine with commands of its own, so that switching it takes processes; what it has been through, and
 what is in the bucket, is looked at from outside: in files, in the database, in /proc.
@@ -55,19 +55,22 @@ TO_REPLACE = [
 ]  # fmt: skip
 
 
-_scenes = []  # of the test that runs
+_running = []  # services of the current test
 
 
-def end_scenes():
-    """Kill the services that a test has left running: one that failed stops none, and the next test must not see it."""
-    while _scenes:
-        server = _scenes.pop().server
+def kill_remaining_services():
+    """Kill the services that a failed test did not stop, so that the next test does not meet them."""
+    while _running:
+        server = _running.pop().server
         if server.process is not None and not server.process.stdout.closed:
             server.stop(signal.SIGKILL)
 
 
-class Scene:
-    """One instance with a disk of five parts, one task on it, and the service that dies. `end_scenes` stops it."""
+class KilledService:
+    """One instance with a disk of five parts, one task on it, and the service, which is killed.
+
+    `kill_remaining_services` stops it at the end of a test.
+    """
 
     def __init__(
         self, folder, *, size=45 * MIB, image_format="raw", data=None, server=ForkedServer, environment=(), **settings
@@ -79,7 +82,7 @@ class Scene:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
         self.server = server(DataDirectory(data or folder / "thrave"))
-        _scenes.append(self)
+        _running.append(self)
         self._arm(None)
         self.account, self.key = self.server.account("alice")
         disk = folder / "root.raw"
@@ -286,7 +289,7 @@ def moments(*steps):
 
 def killed_at(folder, crash_points, *, replacing=False, **settings):
     """A task that is killed at each of these moments in turn, in its end and checked."""
-    scene = Scene(folder, **settings)
+    scene = KilledService(folder, **settings)
     if replacing:
         scene.replace()
     for moment in crash_points:
@@ -296,7 +299,7 @@ def killed_at(folder, crash_points, *, replacing=False, **settings):
 
 def killed_at_random(folder, draw, times, *, replacing=False, **settings):
     """A task that is killed so many times at moments that `draw`, a random.Random, gives; in its end and checked."""
-    scene = Scene(folder, **settings)
+    scene = KilledService(folder, **settings)
     if replacing:
         scene.replace()
     for _ in range(times):

@@ -1,4 +1,4 @@
-"""What may be seen of one instance and its bundle tasks: the reference model of tests/tasks/test_machine.py.
+"""Reference model for tests/tasks/test_machine.py: the allowed states of one instance and its bundle tasks.
 
 It knows nothing of how Thrave does it: what EC2's callers were promised stands here in as few words as can be.
 """

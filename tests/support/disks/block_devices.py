@@ -1,4 +1,4 @@
-"""Block devices made of files. Only root may make them; where the kernel has none, the test is skipped."""
+"""Block devices made from files. They need root; without kernel support the test is skipped."""
 
 import subprocess
 from collections.abc import Iterator

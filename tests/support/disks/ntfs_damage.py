@@ -1,4 +1,4 @@
-"""What a test does to a Windows-like disk: each of these gives a function that harms a `Damage`."""
+"""Ways to damage a Windows-like disk: each function returns a function that changes a `Damage`."""
 
 import struct
 import uuid

@@ -1,4 +1,4 @@
-"""A Windows-like disk in memory, and the places in its NTFS volume where a test does damage."""
+"""A Windows-like disk in memory, with the offsets in its NTFS volume that tests damage."""
 
 import struct
 import subprocess

@@ -1,4 +1,4 @@
-"""Disks for tests: seeded, so that a failing test can be run again on the same bytes."""
+"""Raw disks from a seed, so that a failed test can be repeated with the same bytes."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Inventories of instances, one a driver, each with what the tests of the contract need besides."""
+"""One inventory of instances per driver, with what the contract tests need in addition."""
 
 import uuid
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""A domain's XML as libvirt writes it, as little of it as there can be."""
+"""Minimal domain XML in the form that libvirt writes."""
 
 UUID = "6f1c2d3e-0000-4000-8000-00000000abcd"
 

@@ -1,4 +1,4 @@
-"""A tiny guest for real hypervisors: Debian's kernel, busybox and ntfs-3g around a real NTFS C: that boots by itself.
+"""A tiny guest for real hypervisors: Debian's kernel, busybox and ntfs-3g around a bootable disk with NTFS on C:.
 
 No Windows can be had for tests. What this has of one is what a bundle is about: an NTFS volume in the first partition
 of a disk with an MBR, written to all the time, marked as in use meanwhile, and unmounted when the power button is

@@ -14,7 +14,7 @@ OFF = "off"
 _MIB = 1 << 20
 
 
-class Drive:
+class GuestDisk:
     """C: of a raw disk, as it is now."""
 
     def __init__(self, disk: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from xml.sax.saxutils import quoteattr
 
 from support.eventually import eventually
 from support.libvirt.guest import COMMAND_LINE, GuestImage, volume_flags
-from support.libvirt.guest_disk import Drive
+from support.libvirt.guest_disk import GuestDisk
 from support.libvirt.libvirt_host import Host, VirshError
 from thrave.demo.disk import make_ephemeral_disk
 
@@ -114,7 +114,7 @@ class Domain:
             try:
                 self.host.virsh(*words)
             except VirshError as error:
-                assert re.search("not running|not found|failed to get domain", str(error)), error  # noqa: PT017
+                assert re.search("not running|not found|failed to get domain", str(error)), error  # noqa: PT017 (other errors fail)
 
     def kill(self) -> None:
         """End its QEMU by SIGKILL, and wait until libvirt has seen it."""
@@ -171,7 +171,7 @@ class Domain:
         eventually(lambda: self.written(boot) >= wanted, f"{self.name} writes", details=self._last_lines)
         return self.written(boot)
 
-    def look(self) -> Drive:
+    def look(self) -> GuestDisk:
         """C: as it is now; if it runs, it stands still for the moment that this takes."""
         runs, copy = self.runs(), self._looks / "now.raw"
         if runs:
@@ -181,7 +181,7 @@ class Domain:
         finally:
             if runs:
                 self.host.virsh("resume", self.name)
-        return Drive(copy, self._looks)
+        return GuestDisk(copy, self._looks)
 
     def _has_agent(self) -> bool:
         try:

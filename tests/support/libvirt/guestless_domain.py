@@ -1,4 +1,4 @@
-"""A domain that needs no guest: QEMU with a disk and nothing to boot. What a guest would write, it is told to."""
+"""A domain without a guest: QEMU with a disk and nothing to boot. The test writes to the disk through QEMU."""
 
 import subprocess
 import uuid
@@ -35,7 +35,7 @@ _XML = """\
 """
 
 
-class Tiny:
+class GuestlessDomain:
     """One such domain.
 
     Attributes:

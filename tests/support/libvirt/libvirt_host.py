@@ -1,4 +1,4 @@
-"""A hypervisor host of the tests' own: a libvirtd and whatever it starts, in namespaces that end with the test.
+"""A private libvirt host: libvirtd and all it starts, in namespaces that end with the test.
 
 What libvirt keeps on a machine is bound to a private folder in a mount namespace, so that the machine's own libvirt is
 never touched and two such hosts never meet; who is not root has a libvirtd of their session, which keeps everything in

@@ -18,7 +18,7 @@ from botocore.exceptions import BotoCoreError
 from support.bundles.open_check import opened_sha256
 from support.eventually import eventually
 from support.libvirt.guest import NOISE, GuestImage
-from support.libvirt.guest_disk import Drive
+from support.libvirt.guest_disk import GuestDisk
 from support.libvirt.guest_domain import TIMEOUT, Domain
 from support.libvirt.libvirt_host import Host
 from support.service.bundle_tasks import ENDED
@@ -165,9 +165,9 @@ class Bundle:
             opened_sha256(self.service.server, BUCKET, self.prefix, image)
         return image
 
-    def drive(self) -> Drive:
+    def drive(self) -> GuestDisk:
         """C: in it."""
-        return Drive(self.opened(), self.service.folder)
+        return GuestDisk(self.opened(), self.service.folder)
 
     def remove(self) -> None:
         """Take it out of the bucket, past the service."""

@@ -1,4 +1,4 @@
-"""libvirt's own pretence of a hypervisor, for what needs domains and no machine. It lives in this process.
+"""libvirt's `test:` driver: domains without machines, inside this process.
 
 All connections of a process see the same domains, for as long as one of them is open.
 """

@@ -1,4 +1,4 @@
-"""An ASGI application behind a real HTTP server, for as long as a block lasts."""
+"""Serves an ASGI application over real HTTP for the duration of a block."""
 
 import threading
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A forward proxy, which finds the hosts that nobody resolves: every name leads to 127.0.0.1."""
+"""A forward proxy that resolves every host name to 127.0.0.1."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""A guard before a store that lets through what a policy in the language of AWS allows, and answers 403 to all else.
+"""A proxy before a store that allows what an IAM policy allows and responds 403 to everything else.
 
 It knows the actions that Thrave's requests need, and what AWS answers without the right to list a bucket: 403 instead
 of 404. Source: AWS S3 documentation, "Required permissions for Amazon S3 API operations".
@@ -27,7 +27,7 @@ _DELETED = re.compile(r"<Key>(.*?)</Key>")
 _FORM_KEY = re.compile(rb'name="key"\r\n\r\n([^\r]*)')
 
 
-class Guard:
+class IamGuard:
     """A guard that runs; `denied` has the actions and resources that were refused."""
 
     def __init__(self, url, store, policy):
@@ -96,7 +96,7 @@ def guarded(store, policy):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
-        guard = Guard(f"http://127.0.0.1:{server.server_port}", store, policy)
+        guard = IamGuard(f"http://127.0.0.1:{server.server_port}", store, policy)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:

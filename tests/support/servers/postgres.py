@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: one server a session, one database a test.
+"""A real PostgreSQL: one server per session, one database per test.
 
 It is a cluster of its own in a temporary folder, on a free port of 127.0.0.1, as the Debian package's programs make
 one. The server refuses to run as root, so that root starts it as `nobody`.

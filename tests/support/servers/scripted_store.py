@@ -1,4 +1,4 @@
-"""A store that gives the answers that a test has written down, byte for byte, one for each request."""
+"""A store that sends scripted responses, byte for byte, one per request."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""Object stores that tests start for real: SeaweedFS (a wheel) and Ceph RGW (Debian's), on free ports of 127.0.0.1.
+"""Real object stores on free ports of 127.0.0.1: SeaweedFS (from a wheel) and Ceph RGW (from Debian).
 
 Each store has the same users: `service`, which owns what is the service's, and `alice` and `bob`, whose buckets are
 their own (in SeaweedFS, where their names begin with `alice-` and `bob-`).

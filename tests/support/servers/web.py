@@ -1,4 +1,4 @@
-"""A web server with a folder's files, for real, and with whatever a hostile or broken one does to them."""
+"""A real web server for the files of a folder, which can also behave like a hostile or broken one."""
 
 import ssl
 import threading

@@ -1,4 +1,4 @@
-"""A fleet on one machine: API processes and hosts' agents in processes of their own, on one PostgreSQL.
+"""A fleet on one machine: API and agent processes on one PostgreSQL.
 
 Each has a data directory of its own with a copy of the vault's key and the service's identity, as on machines of its
 own. The hosts share the buckets and, if wanted, the folder of instances: storage that all of them reach.

@@ -1,4 +1,4 @@
-"""`thrave`, forked from a process that has imported it already: of a start's two seconds that leaves a tenth.
+"""`thrave`, forked from a process that has already imported it: starts in a tenth of two seconds.
 
 It is the product's own command, from its first line on, in a process of its own: with the environment, the working
 directory and the umask of the test, and its stdout and stderr piped as a program's are. Tests of what comes before that

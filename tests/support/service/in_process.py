@@ -1,4 +1,4 @@
-"""Bundle tasks run in this process, on real components of one host: SQLite, buckets in folders, instances in files.
+"""Bundle tasks run in this process on the real components of one host: SQLite, directory store, instance files.
 
 There is no engine: `run` does what a workflow does, and a test runs a task again as the engine would.
 """

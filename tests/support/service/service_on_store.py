@@ -1,4 +1,4 @@
-"""A service on a real store, with an account that has a key of the store's: what a client asks, and what it finds.
+"""A service on a real store, with an account that has a key of the store: what a client requests and finds.
 
 The store is looked at directly, never through what may stand between the service and it.
 """

@@ -1,4 +1,4 @@
-"""A program run as a systemd unit would have it run, where no systemd runs: in the unit's sandbox, as far as it goes.
+"""Runs a program in the sandbox of a systemd unit, as far as possible, on machines without systemd.
 
     python systemd_sandbox.py UNIT WRITABLE… -- PROGRAM ARGUMENT…
 

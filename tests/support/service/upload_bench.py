@@ -46,7 +46,7 @@ def noise_disk(path, parts, seed=1):
     return path
 
 
-class HeldBuckets:
+class BlockingStore:
     """A store whose calls can be held back; it remembers its puts, begun and ended, by their keys' endings."""
 
     def __init__(self, buckets):
@@ -183,7 +183,7 @@ class UploadBench:
 def directory(folder):
     buckets = DirectoryBuckets(folder / "buckets")
     buckets.create(BUCKET, OWNER)
-    return HeldBuckets(buckets)
+    return BlockingStore(buckets)
 
 
 def opened(folder, sealed, private_key):

@@ -1,4 +1,4 @@
-"""Bundles made, step by step as the service makes them, on a store behind the fault proxy; and opened from there.
+"""Makes bundles on a store behind the fault proxy, step by step as the service does, and opens them from there.
 
 It is everything but the engine and the HTTP door: buckets are claimed as for a request, tasks run in this process, what
 they leave is taken away as the housekeeping does it.
@@ -47,7 +47,7 @@ BY_POLICY = {Kind.HEAD_BUCKET, Kind.CREATE_BUCKET, Kind.POST_OBJECT, Kind.POST_M
 
 
 @dataclass(frozen=True)
-class Temper:
+class StoreTimeouts:
     """How long the service waits."""
 
     timeout: float

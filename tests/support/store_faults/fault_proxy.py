@@ -1,4 +1,4 @@
-"""A proxy between Thrave and a store that does to one request, or to all from then on, what may happen on the way.
+"""A proxy before a store that injects a fault into one request, or into all requests from then on.
 
 It speaks HTTP for real: what is cut off is cut off on the wire, and what is delivered twice reaches the store twice. A
 request is known by its `Kind`; a `Rule` names the kind, the fault, and the first request of that kind to meet it.

@@ -1,4 +1,4 @@
-"""What comes of each fault on the way to the store, for each kind of request: the one table that the tests go through.
+"""The expected result of each fault for each kind of request: the one table that the tests run through.
 
 `PYTHONPATH=tests python -m support.store_faults.fault_table` makes docs/reference/store-faults.md of it.
 """

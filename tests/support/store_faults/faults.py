@@ -1,4 +1,4 @@
-"""What may happen to a request between Thrave and its store: each fault does it on the wire (`fault_proxy.py`)."""
+"""Faults between Thrave and its store; each happens on the wire (`fault_proxy.py`)."""
 
 import hashlib
 from dataclasses import replace
