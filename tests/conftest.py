@@ -6,6 +6,7 @@
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from support.instances.command_machine import Machine
@@ -21,6 +22,12 @@ from thrave.ground import open_ground
 # A run under nohup or in the background ignores these signals, and so would every program that the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a busy machine any example may take long. What else holds depends on the environment (CI).
+hypothesis.settings.register_profile(
+    "thrave", hypothesis.settings.default, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("thrave")
 
 
 # Files with the longest run time, longest first. pytest-xdist gives each file to one worker.

@@ -135,7 +135,7 @@ def test_no_content_of_a_file_is_unforeseen(content):
 COMMANDS = st.none() | st.lists(st.text(max_size=20), min_size=1, max_size=4).map(tuple)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     commands=st.lists(
         st.none() | st.lists(st.text(max_size=20), min_size=1, max_size=4).map(tuple), min_size=3, max_size=3

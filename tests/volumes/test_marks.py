@@ -613,7 +613,9 @@ IMAGES = [("qcow2", 65536), ("vpc", 2048), ("vhdx", 262144 + 1024), ("vmdk", 204
 
 
 @pytest.mark.parametrize(("image_format", "length"), IMAGES, ids=[name for name, _ in IMAGES])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_header_is_understood_or_refused(raw, image_format, length, data):
     image = raw.with_name(f"disk.{image_format}")

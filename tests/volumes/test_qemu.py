@@ -136,7 +136,9 @@ def test_a_raw_disk_is_no_other_format(raw, image_format):
     assert str(raw) in refused(raw, image_format)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(offset=st.integers(4, 120), value=st.binary(min_size=1, max_size=8))
 def test_a_qcow2_with_any_header_is_opened_or_refused(qcow2, offset, value):
     damaged = qcow2.with_name("damaged.qcow2")
