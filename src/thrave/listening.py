@@ -66,7 +66,7 @@ class FileLimitError(ListeningError):
     """The limit of open files is too low for the settings."""
 
 
-class PlainHttpRefused(ListeningError):  # noqa: N818 (says what happened)
+class PlainHttpRefused(ListeningError):
     """Signed requests would cross a network readable by everybody on it."""
 
 
@@ -154,7 +154,7 @@ class _Config(uvicorn.Config):
     request_timeout: float
 
 
-class _LimitExceeded(Exception):  # noqa: N818 (says what happened)
+class _LimitExceeded(Exception):
     """A request is refused while it is parsed; the text is for the client."""
 
     def __init__(self, status: str, reason: str) -> None:

@@ -298,21 +298,21 @@ class BucketError(Exception):
         return self.kind not in (Kind.KEY, Kind.REQUEST)
 
 
-class NoSuchBucket(BucketError):  # noqa: N818 (S3's code, as are all below)
+class NoSuchBucket(BucketError):
     """The bucket does not exist."""
 
     code = "NoSuchBucket"
     status = 404
 
 
-class NoSuchKey(BucketError):  # noqa: N818
+class NoSuchKey(BucketError):
     """The bucket holds no object of that key."""
 
     code = "NoSuchKey"
     status = 404
 
 
-class BucketAlreadyExists(BucketError):  # noqa: N818
+class BucketAlreadyExists(BucketError):
     """The bucket's name is somebody else's."""
 
     code = "BucketAlreadyExists"
@@ -326,13 +326,13 @@ class BucketAlreadyExists(BucketError):  # noqa: N818
         super().__init__(message)
 
 
-class InvalidBucketName(BucketError):  # noqa: N818
+class InvalidBucketName(BucketError):
     """The name is not one that a bucket can have."""
 
     code = "InvalidBucketName"
 
 
-class InvalidArgument(BucketError):  # noqa: N818
+class InvalidArgument(BucketError):
     """A key, prefix or form field cannot be what it is."""
 
     code = "InvalidArgument"
@@ -345,7 +345,7 @@ class StoreSettingError(InvalidArgument):
     status = 0
 
 
-class InvalidPolicyDocument(BucketError):  # noqa: N818
+class InvalidPolicyDocument(BucketError):
     """The upload policy is not one."""
 
     code = "InvalidPolicyDocument"
@@ -354,7 +354,7 @@ class InvalidPolicyDocument(BucketError):  # noqa: N818
         super().__init__(f"Invalid Policy: {fault}")
 
 
-class SignatureDoesNotMatch(BucketError):  # noqa: N818
+class SignatureDoesNotMatch(BucketError):
     """The upload policy's signature was not made with the secret of that access key."""
 
     code = "SignatureDoesNotMatch"
@@ -367,7 +367,7 @@ class SignatureDoesNotMatch(BucketError):  # noqa: N818
         )
 
 
-class AccessDenied(BucketError):  # noqa: N818
+class AccessDenied(BucketError):
     """The upload policy, or the store, does not allow this."""
 
     code = "AccessDenied"
@@ -379,7 +379,7 @@ class AccessDenied(BucketError):  # noqa: N818
         return cls(f"Invalid according to Policy: {fault}")
 
 
-class EntityTooSmall(BucketError):  # noqa: N818
+class EntityTooSmall(BucketError):
     """The object has fewer bytes than the upload policy allows."""
 
     code = "EntityTooSmall"
@@ -388,7 +388,7 @@ class EntityTooSmall(BucketError):  # noqa: N818
         super().__init__(message)
 
 
-class EntityTooLarge(BucketError):  # noqa: N818
+class EntityTooLarge(BucketError):
     """The object has more bytes than the upload policy allows."""
 
     code = "EntityTooLarge"
@@ -418,7 +418,7 @@ class StoreError(BucketError):
         self.status = status
 
 
-class WrongRegion(StoreError):  # noqa: N818 (names the condition)
+class WrongRegion(StoreError):
     """The bucket is in another region, or at another endpoint, than requests are sent to.
 
     Attributes:

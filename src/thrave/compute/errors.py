@@ -42,21 +42,21 @@ class InstanceError(Exception):
         self.instance_id = instance_id
 
 
-class InstanceNotFound(InstanceError):  # noqa: N818 (EC2's code is InvalidInstanceID.NotFound)
+class InstanceNotFound(InstanceError):
     """No instance has this id."""
 
     def __init__(self, instance_id: str) -> None:
         super().__init__(instance_id, f"there is no instance {instance_id!r}")
 
 
-class InstanceAlreadyExists(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+class InstanceAlreadyExists(InstanceError):
     """The id is taken."""
 
     def __init__(self, instance_id: str) -> None:
         super().__init__(instance_id, f"there is already an instance {instance_id}")
 
 
-class InstanceHeld(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+class InstanceHeld(InstanceError):
     """Its root volume is being read, or it is just being started: try again later."""
 
     def __init__(self, instance_id: str, *, waited: float = 0.0) -> None:
@@ -64,7 +64,7 @@ class InstanceHeld(InstanceError):  # noqa: N818 (reads as EC2's codes do)
         self.waited = waited
 
 
-class IncorrectInstanceState(InstanceError):  # noqa: N818 (EC2's code)
+class IncorrectInstanceState(InstanceError):
     """The state it is in does not allow this."""
 
 
@@ -76,7 +76,7 @@ class StateChangedError(IncorrectInstanceState):
         self.state = state
 
 
-class RootVolumeInUse(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+class RootVolumeInUse(InstanceError):
     """Somebody may have written to its root volume while it was to be read."""
 
 
@@ -84,7 +84,7 @@ class HoldLostError(InstanceError):
     """Events of the hypervisor were lost: hold the instance anew, and read its root volume from the beginning."""
 
 
-class OverlayImpossible(InstanceError):  # noqa: N818 (says what it is)
+class OverlayImpossible(InstanceError):
     """Its root volume cannot have a copy-on-write overlay; the message says why."""
 
 
@@ -125,7 +125,7 @@ class InvalidDescriptionError(InstanceError):
         self.faults = tuple(faults)
 
 
-class InstanceCommandFailed(InstanceError):  # noqa: N818 (reads as EC2's codes do)
+class InstanceCommandFailed(InstanceError):
     """One of the instance's own commands did not do its work.
 
     Attributes:

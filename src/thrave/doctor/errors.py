@@ -10,9 +10,9 @@ class CheckError(Exception):
     """A check has not passed; the text says why and holds no secret."""
 
 
-class Trouble(CheckError):  # noqa: N818 (a finding, not a fault of the program)
+class Trouble(CheckError):
     """What was tried is not as it must be."""
 
 
-class NotTried(CheckError):  # noqa: N818 (as above)
+class NotTried(CheckError):
     """What would be tried is not there, and need not be."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-class TooManyRequests(Exception):  # noqa: N818 (as HTTP's 429)
+class TooManyRequests(Exception):
     """The account's bucket is empty."""
 
 

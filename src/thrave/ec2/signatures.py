@@ -56,7 +56,7 @@ _AMZ_DATE_FORMAT = "%Y%m%dT%H%M%SZ"
 _NOBODYS_SECRET = secrets.token_urlsafe(30)
 
 
-class UnreadableRequest(Exception):  # noqa: N818 (says what happened)
+class UnreadableRequest(Exception):
     """Reading a request failed in a way that was not foreseen; the cause is in `__cause__`."""
 
 

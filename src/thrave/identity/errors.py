@@ -22,19 +22,19 @@ class IdentityError(Exception):
     code: ClassVar[str] = "ServiceFailure"
 
 
-class NoSuchEntity(IdentityError):  # noqa: N818 (IAM's code)
+class NoSuchEntity(IdentityError):
     """An account, user, policy or access key does not exist."""
 
     code = "NoSuchEntity"
 
 
-class EntityAlreadyExists(IdentityError):  # noqa: N818 (IAM's code)
+class EntityAlreadyExists(IdentityError):
     """An account or user of that name exists."""
 
     code = "EntityAlreadyExists"
 
 
-class LimitExceeded(IdentityError):  # noqa: N818 (IAM's code)
+class LimitExceeded(IdentityError):
     """There are as many access keys or policies as there may be."""
 
     code = "LimitExceeded"
@@ -46,19 +46,19 @@ class ValidationError(IdentityError):
     code = "ValidationError"
 
 
-class MalformedPolicyDocument(IdentityError):  # noqa: N818 (IAM's code)
+class MalformedPolicyDocument(IdentityError):
     """A policy is not of IAM's language, or says what cannot be evaluated here; the message says why."""
 
     code = "MalformedPolicyDocument"
 
 
-class MalformedCertificate(IdentityError):  # noqa: N818 (IAM's code)
+class MalformedCertificate(IdentityError):
     """A certificate cannot be read, or is of a kind that bundles cannot be encrypted to."""
 
     code = "MalformedCertificate"
 
 
-class MalformedPrivateKey(IdentityError):  # noqa: N818 (beside MalformedCertificate)
+class MalformedPrivateKey(IdentityError):
     """A private key cannot be read, or is of a kind that cannot open bundles."""
 
     code = "InvalidKeyPair"

@@ -117,7 +117,7 @@ def without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
-class TaskFailure(Exception):  # noqa: N818 (EC2 speaks of a task's failure)
+class TaskFailure(Exception):
     """The task cannot be completed, for a reason of the table above. Its owner reads the message."""
 
     def __init__(self, code: str, message: str) -> None:

@@ -48,14 +48,14 @@ class HostError(Exception):
     """Something that cannot be done with a host."""
 
 
-class NoSuchHost(HostError):  # noqa: N818 (says what there is not)
+class NoSuchHost(HostError):
     """There is no host of that name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"There is no host {name}")
 
 
-class HostInUse(HostError):  # noqa: N818 (says what it is)
+class HostInUse(HostError):
     """The host's agent has just sent a heartbeat."""
 
 

@@ -35,7 +35,7 @@ class BundleTaskError(Exception):
     """A request about a bundle task that cannot be granted."""
 
 
-class BundlingInProgress(BundleTaskError):  # noqa: N818 (EC2's code)
+class BundlingInProgress(BundleTaskError):
     """The instance has a bundle task in progress."""
 
     def __init__(self, bundle_id: str) -> None:
@@ -43,7 +43,7 @@ class BundlingInProgress(BundleTaskError):  # noqa: N818 (EC2's code)
         self.bundle_id = bundle_id
 
 
-class PrefixInUse(BundleTaskError):  # noqa: N818 (Eucalyptus' words)
+class PrefixInUse(BundleTaskError):
     """A bundle task that is not finished goes to the same bucket and prefix."""
 
     def __init__(self, bucket: str, prefix: str, bundle_id: str | None) -> None:
@@ -55,7 +55,7 @@ class PrefixInUse(BundleTaskError):  # noqa: N818 (Eucalyptus' words)
         )
 
 
-class BundleTaskNotFound(BundleTaskError):  # noqa: N818 (EC2's code is InvalidBundleID.NotFound)
+class BundleTaskNotFound(BundleTaskError):
     """No task of the caller's has that id."""
 
     def __init__(self, bundle_id: str) -> None:
@@ -63,7 +63,7 @@ class BundleTaskNotFound(BundleTaskError):  # noqa: N818 (EC2's code is InvalidB
         self.bundle_id = bundle_id
 
 
-class BundleTaskNotCancellable(BundleTaskError):  # noqa: N818 (reads as EC2's codes do)
+class BundleTaskNotCancellable(BundleTaskError):
     """The task is in a state in which it cannot be cancelled."""
 
     def __init__(self, state: BundleTaskState) -> None:
@@ -71,7 +71,7 @@ class BundleTaskNotCancellable(BundleTaskError):  # noqa: N818 (reads as EC2's c
         self.state = state
 
 
-class TooManyBundleTasks(BundleTaskError):  # noqa: N818 (reads as EC2's codes do)
+class TooManyBundleTasks(BundleTaskError):
     """The account has as many unfinished tasks as it may."""
 
     def __init__(self, limit: int) -> None:
