@@ -20,8 +20,8 @@ from typing import Any
 from disks import GIB, Disk, DiskFolder, are_equal, stored_bytes
 from harness import CORES, Arguments, ProgramFailedError, Run, Step, Usage, observe, run
 
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.secrets import BundleSecrets, unlock
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.model import BundleKey, unlock
 from thrave.identity.certificates import load_private_key, new_certificate
 from thrave.identity.keys import AccessKey
 from thrave.testing import ThraveServer
@@ -31,7 +31,7 @@ PART_SIZE = 10 << 20
 _THRAVE = (sys.executable, "-m", "thrave")
 _ACCOUNT = "123456789012"
 _BUCKET = "bench"
-_SHELL_SECRETS = BundleSecrets(bytes(range(16)), bytes(range(16, 32)))
+_SHELL_SECRETS = BundleKey(bytes(range(16)), bytes(range(16, 32)))
 _LIMITS = Path(__file__).with_name("library_limits.py")
 
 _TASK_INTERVAL = 0.25  # seconds between two requests about a task: each costs the server some milliseconds
@@ -58,7 +58,7 @@ class Keys:
             path.write_text(pem)
         return keys
 
-    def secrets(self, bundle: Path) -> BundleSecrets:
+    def secrets(self, bundle: Path) -> BundleKey:
         """Decrypt key and IV of a bundle."""
         manifest = read_manifest(manifest_in(bundle).read_bytes())
         return unlock((manifest.user_slot, manifest.ec2_slot), load_private_key(self.private_key.read_bytes()))
@@ -398,7 +398,7 @@ def total_size(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def check_bundle(bundle: Path, secrets: BundleSecrets, disk: Path, folder: Path) -> None:
+def check_bundle(bundle: Path, secrets: BundleKey, disk: Path, folder: Path) -> None:
     """Open a bundle with other programs than Thrave, and compare the image with the disk."""
     if stored_bytes(disk) < disk.stat().st_size:
         _check_image(_open(bundle, secrets, folder), disk)
@@ -423,15 +423,15 @@ def _open_command(space: Workspace, bundle: Path) -> list[str | Path]:
     return [*_THRAVE, "open", manifest_in(bundle), "--key", keys.private_key, "--certificate", keys.certificate]
 
 
-def _openssl(direction: str, secrets: BundleSecrets) -> Arguments:
+def _openssl(direction: str, secrets: BundleKey) -> Arguments:
     return ["openssl", "enc", direction, "-aes-128-cbc", "-K", secrets.key.hex(), "-iv", secrets.iv.hex()]
 
 
-def _decrypt_pipeline(bundle: Path, secrets: BundleSecrets, inflater: str) -> list[Arguments]:
+def _decrypt_pipeline(bundle: Path, secrets: BundleKey, inflater: str) -> list[Arguments]:
     return [["cat", *parts_in(bundle)], _openssl("-d", secrets), [inflater, "-d", "-c"]]
 
 
-def _open(bundle: Path, secrets: BundleSecrets, folder: Path) -> Path:
+def _open(bundle: Path, secrets: BundleKey, folder: Path) -> Path:
     opened = folder / "opened"
     opened.mkdir()
     run([Step([*_decrypt_pipeline(bundle, secrets, "igzip"), ["tar", "-x", "-C", opened]])])

@@ -21,9 +21,7 @@ from dbos import DBOSPortableJSONSerializer as PortableJSON
 from fleet_setup import Backend, Setup, describe_instance, host_name, make_request
 
 from thrave.buckets.buckets import ObjectHead
-from thrave.bundle.checkpoint import Checkpoint, StreamPoint
-from thrave.bundle.sealed import Sealed, SealedPart
-from thrave.bundle.secrets import BundleSecrets
+from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, SealedBundle, StreamPosition
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.instances import Hold
@@ -170,9 +168,9 @@ class SimulatedBundling(Bundling):
 
     def seal(self) -> None:
         """Record parts as if they were sealed and stored one after the other."""
-        secrets_of_bundle = BundleSecrets.generate()
+        secrets_of_bundle = BundleKey.generate()
         names = [f"{self._task.prefix}.part.{index:02}" for index in range(PARTS)]
-        parts = [SealedPart(index, name, len(_PART), **_DIGESTS) for index, name in enumerate(names)]
+        parts = [PartRecord(index, name, len(_PART), **_DIGESTS) for index, name in enumerate(names)]
         with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
             self._records.note_volume_size(self._task.bundle_id, PARTS * len(_PART))
             self._journal.begin(secrets_of_bundle)
@@ -183,14 +181,14 @@ class SimulatedBundling(Bundling):
                 if index == PARTS // 2 and self._agent.is_cancelled(self._task):
                     raise Cancelled
             self._journal.stored(stored)
-        sealed = Sealed(self._task.prefix, PARTS * len(_PART), "e" * 40, secrets_of_bundle, tuple(parts))
+        sealed = SealedBundle(self._task.prefix, PARTS * len(_PART), "e" * 40, secrets_of_bundle, tuple(parts))
         self._journal.conclude(self._documents(instance, sealed))
 
-    def _send(self, part: SealedPart, before: Stored) -> Stored:
+    def _send(self, part: PartRecord, before: Stored) -> Stored:
         self._journal.sending(part.filename, part, before)
         etag = self._host.buckets.put(self._task.bucket, part.filename, _PART)
         checkpoint = Checkpoint(
-            part.index + 1, StreamPoint(part.size * part.index, 1, 1, "c" * 40), 1, "d" * 64, "e" * 32
+            part.index + 1, StreamPosition(part.size * part.index, 1, 1, "c" * 40), 1, "d" * 64, "e" * 32
         )
         return Stored([StoredObject(part.filename, part.size, etag)], checkpoint)
 

@@ -35,7 +35,7 @@ from thrave.buckets.connection import Credentials, StoreConnection
 from thrave.buckets.objects import S3Objects
 from thrave.buckets.retrying import patiently
 from thrave.buckets.s3 import OwnersBuckets
-from thrave.bundle.names import PART_SIZE
+from thrave.bundle.model import PART_SIZE
 from thrave.volumes.volume import Extent
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -5,16 +5,15 @@ from itertools import islice
 
 import pytest
 
-from thrave.bundle.buffers import Buffers
-from thrave.bundle.crew import Crew
+from thrave.pipeline import BufferPool, Pipeline
 
 SIZE = 8
 
 
 def through(pieces: list[bytes], count: int = 2) -> bytes:
     """What comes out of so few buffers that each is used again and again."""
-    with Crew(1) as crew:
-        buffers = Buffers(crew, count, SIZE)
+    with Pipeline(1) as crew:
+        buffers = BufferPool(crew, count, SIZE)
         return b"".join(bytes(piece) for piece in buffers.freed(crew.ahead(buffers.filled(pieces), 1)))
 
 
@@ -30,8 +29,8 @@ def test_what_goes_in_comes_out(lengths: list[int]) -> None:
 
 
 def test_small_pieces_share_a_buffer() -> None:
-    with Crew(1) as crew:
-        buffers = Buffers(crew, 2, SIZE)
+    with Pipeline(1) as crew:
+        buffers = BufferPool(crew, 2, SIZE)
 
         assert [len(piece) for piece in islice(buffers.filled(iter([b"abc"] * 5)), 2)] == [6, 6]
 
@@ -44,8 +43,8 @@ def test_the_one_who_fills_waits_until_a_buffer_is_free() -> None:
             taken.append(number)
             yield bytes(SIZE)
 
-    with Crew(1) as crew:
-        buffers = Buffers(crew, 3, SIZE)
+    with Pipeline(1) as crew:
+        buffers = BufferPool(crew, 3, SIZE)
         stream = buffers.freed(crew.ahead(buffers.filled(pieces()), 100))
         for done, _ in enumerate(stream):
             # Three in buffers, and the one that waits for its own.

@@ -14,12 +14,12 @@ from contextlib import suppress
 import pytest
 
 from support.bundles.tar_streams import tar_of, with_field
-from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import BundleError
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.sidefile import read_side_file
-from thrave.bundle.tar import Member
-from thrave.bundle.untar import image_runs
+from thrave.bundle.gzip_stream import inflated
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.side_file import read_side_file
+from thrave.bundle.tar_reader import image_runs
+from thrave.bundle.tar_writer import TarMember
 
 KIB, MIB = 1024, 1024 * 1024
 SMALL, FACTOR = 256 * KIB, 8
@@ -83,7 +83,7 @@ def record(key, value):
 
 
 def gnu_map(extents):
-    return b"".join(Member("disk", 1 << 40, extents).header())
+    return b"".join(TarMember("disk", 1 << 40, extents).header())
 
 
 def pax_map(numbers, count):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from thrave.bundle.crew import Channel, Crew, StoppedError
+from thrave.pipeline import BoundedQueue, Pipeline, StoppedError
 
 
 def crew_threads():
@@ -17,7 +17,7 @@ def test_results_come_in_the_order_of_the_items():
         time.sleep((10 - number) / 1000)
         return number * number
 
-    with Crew(4) as crew:
+    with Pipeline(4) as crew:
         assert list(crew.map(slowest_first, range(10), ahead=4)) == [n * n for n in range(10)]
 
 
@@ -30,7 +30,7 @@ def test_no_more_than_its_bound_is_made_ahead(ahead):
             made.append(number)
             yield number
 
-    with Crew(1) as crew:
+    with Pipeline(1) as crew:
         items = crew.ahead(numbers(), ahead)
         assert next(items) == 0
         time.sleep(0.05)
@@ -43,14 +43,14 @@ def test_everything_comes_out_and_then_the_error():
         raise OSError("no more")
 
     found = []
-    with Crew(2) as crew, pytest.raises(OSError, match="no more"):
+    with Pipeline(2) as crew, pytest.raises(OSError, match="no more"):
         found.extend(crew.map(str, failing(), ahead=2))
     assert found == ["0", "1", "2"]
 
 
 def test_leaving_stops_threads_that_wait_at_either_end():
-    with Crew(2) as crew:
-        empty: Channel[int] = crew.channel(1)
+    with Pipeline(2) as crew:
+        empty: BoundedQueue[int] = crew.channel(1)
         crew.ahead(iter(empty.get, None), 1)
         crew.ahead(iter(int, 1), 1)
         assert len(crew_threads()) == 2
@@ -58,7 +58,7 @@ def test_leaving_stops_threads_that_wait_at_either_end():
 
 
 def test_stopping_before_the_start_stops_at_the_start():
-    crew = Crew(1)
+    crew = Pipeline(1)
     crew.stop()
     with crew, pytest.raises(StoppedError):
         next(crew.ahead(range(10), 1))
@@ -66,7 +66,7 @@ def test_stopping_before_the_start_stops_at_the_start():
 
 
 def test_a_closed_channel_takes_and_gives_nothing():
-    channel: Channel[int] = Channel(1)
+    channel: BoundedQueue[int] = BoundedQueue(1)
     channel.put(1)
     channel.close()
     for use in (channel.get, lambda: channel.put(2)):
@@ -82,7 +82,7 @@ def test_a_stage_that_hangs_in_a_read_is_left_behind_and_stops_when_the_read_end
         lets_go.wait()
         yield 2
 
-    with Crew(1) as crew:
+    with Pipeline(1) as crew:
         assert next(crew.ahead(hanging(), 1)) == 1
     (left,) = crew_threads()
     lets_go.set()
@@ -102,7 +102,7 @@ def test_the_pool_is_left_while_a_call_hangs_in_it_and_whoever_waits_for_its_res
             next(results)
         woken.append(True)
 
-    with Crew(1) as crew:
+    with Pipeline(1) as crew:
         consumer = threading.Thread(target=consume, args=[crew.map(hang, range(4), 2)])
         consumer.start()
         assert begun.wait(60)

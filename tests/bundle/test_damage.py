@@ -13,7 +13,7 @@ import pytest
 from support.bundles.bundle_damage import TO_A_PART, damages
 from support.bundles.sample_bundles import MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle.errors import DamagedError, PartDamagedError, PartMissingError, WrongKeyError
-from thrave.bundle.opening import open_bundle
+from thrave.bundle.opener import open_bundle
 
 PART = 4096
 

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.bundles.sample_bundles import MemoryImage, bundle_of, private_key
-from thrave.bundle.deflate import GZIP_HEADER, deflated, gzip_trailer, most_gzip
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.zlibs import COMPRESSIONS, FAST, SMALL, STDLIB
+from thrave.bundle.gzip_stream import COMPRESSIONS, FAST, GZIP_HEADER, SMALL, STDLIB, deflated, gzip_trailer, most_gzip
+from thrave.bundle.opener import open_bundle
 
 LIBRARIES = {"isal": FAST, "zlib-ng": SMALL, "zlib": STDLIB}
 KINDS = {

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from thrave.bundle.foresight import ForesightedReader
-from thrave.bundle.image import Span
+from thrave.bundle.base import Span
+from thrave.bundle.tar_writer import ReadAheadReader
 
 MIB = 1 << 20
 EXTENTS = [(0, 4096), (5 * MIB, 20 * MIB + 512), (1 << 40, 3 * MIB), ((1 << 40) + 4 * MIB, 512)]
@@ -33,7 +33,7 @@ class Listener:
 def read_from(first: int, piece: int) -> tuple[Listener, list[int]]:
     """Read all data from an extent on in pieces; also how far ahead it was announced, at each read, in bytes."""
     image, ahead, done = Listener(), [], 0
-    reader = ForesightedReader(image, EXTENTS)
+    reader = ReadAheadReader(image, EXTENTS)
     for offset, length in EXTENTS[first:]:
         for start in range(offset, offset + length, piece):
             size = min(piece, offset + length - start)

@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.bundles.sample_bundles import SECRETS, MemoryImage, bundle_of
-from thrave.bundle.deciphering import deciphered
-from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import BundleError
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.sidefile import read_side_file
-from thrave.bundle.tar import Member
-from thrave.bundle.untar import image_runs
+from thrave.bundle.gzip_stream import inflated
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.opener import deciphered
+from thrave.bundle.side_file import read_side_file
+from thrave.bundle.tar_reader import image_runs
+from thrave.bundle.tar_writer import TarMember
 
 BUNDLE = bundle_of(MemoryImage(b"data" * 1024, [(0, 512), (1024, 512)]))
-SPARSE = b"".join(Member("disk", 1 << 20, [(1024 * i, 512) for i in range(30)]).header()) + bytes(512 * 32)
+SPARSE = b"".join(TarMember("disk", 1 << 20, [(1024 * i, 512) for i in range(30)]).header()) + bytes(512 * 32)
 GZIP = gzip.compress(bytes(range(256)) * 100)
 WORDS = [
     b"<image>",

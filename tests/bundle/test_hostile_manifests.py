@@ -7,11 +7,11 @@ import re
 import pytest
 
 from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of, certificate, private_key
-from thrave.bundle import xmlreading
+from thrave.bundle import manifest_xml
+from thrave.bundle.base import DirectoryParts
 from thrave.bundle.errors import BundleError, ManifestError, PartMissingError, SignatureError
-from thrave.bundle.opening import open_bundle, verify_bundle
-from thrave.bundle.partsource import DirectoryParts
-from thrave.bundle.reading import read_manifest
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.opener import open_bundle, verify_bundle
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_unknown_elements_and_attributes_are_skipped(bundle):
 
 
 def test_a_manifest_that_is_too_large_is_not_even_parsed(monkeypatch):
-    monkeypatch.setattr(xmlreading, "MOST_BYTES", 1000)
+    monkeypatch.setattr(manifest_xml, "MOST_BYTES", 1000)
     with pytest.raises(ManifestError, match="1001 bytes"):
         read_manifest(b"<" * 1001)
 

@@ -11,12 +11,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from support.bundles.sample_bundles import SECRETS
 from support.bundles.tar_streams import blocks_of, read_tar, tar_of, with_field
-from thrave.bundle.deciphering import deciphered
-from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import ContentError
-from thrave.bundle.tar import Member
-from thrave.bundle.untar import image_runs
-from thrave.bundle.zlibs import FAST, STDLIB
+from thrave.bundle.gzip_stream import FAST, STDLIB, inflated
+from thrave.bundle.opener import deciphered
+from thrave.bundle.tar_reader import image_runs
+from thrave.bundle.tar_writer import TarMember
 
 MIB = 1024 * 1024
 LIBRARIES = pytest.mark.parametrize("library", [FAST, STDLIB], ids=["isal", "zlib"])
@@ -135,7 +134,7 @@ class TestGzip:
 
 
 def sparse(size, extents, data=b""):
-    header = b"".join(Member("disk", size, extents).header())
+    header = b"".join(TarMember("disk", size, extents).header())
     return header + data + bytes(1024)
 
 
@@ -283,7 +282,7 @@ class TestSparse:
             read_tar(data, 2048)
 
     def test_a_map_without_end_is_refused_within_bounds(self, monkeypatch):
-        monkeypatch.setattr("thrave.bundle.sparsemap.MOST_EXTENTS", 1000)
+        monkeypatch.setattr("thrave.bundle.tar_reader.MOST_EXTENTS", 1000)
         header, *blocks = blocks_of(sparse(1 << 30, [(1024 * i, 512) for i in range(2000)]))
         with pytest.raises(ContentError, match="more than 1000"):
             list(image_runs([header, *blocks], 1 << 30))

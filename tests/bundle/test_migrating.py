@@ -9,17 +9,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from support.bundles.sample_bundles import SIDE_KEY, VECTORS, MemoryImage, bundle_of, certificate, private_key
 from support.required_programs import require
+from thrave.bundle.base import DirectoryParts
 from thrave.bundle.errors import NamingError, SideFileError, SignatureError, UnwritableValueError, WrongKeyError
-from thrave.bundle.migrating import Readers, Signers, migrate
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.partsource import DirectoryParts
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.signatures import sign, verify
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.manifest_xml import sign, verify
+from thrave.bundle.migrate import NewReaders, Signers, migrate
+from thrave.bundle.opener import open_bundle
 from thrave.identity.certificates import self_signed
 
 SIGNERS = Signers(private_key("user"), SIDE_KEY)
 OTHER_SERVICE = self_signed("another service", private_key("wrong"))
-TO_THE_CLOUD = Readers(certificate("cloud"))
+TO_THE_CLOUD = NewReaders(certificate("cloud"))
 IMAGE = bytes(range(256)) * 100
 VARYING = re.compile(rb"(<(?:ec2|user)_encrypted_(?:key|iv)[^>]*>|<signature>)[0-9a-f]+")
 REXML = "require 'rexml/document'; print REXML::Document.new($stdin.read).to_s"
@@ -54,7 +54,7 @@ def migrated(xml, side_file=None, key="user", signer="user", readers=TO_THE_CLOU
 
 def test_the_new_service_opens_it_and_the_old_one_does_not(bundle, tmp_path):
     """The bundle was the user's and the cloud's; now it is the user's and the one's whose key is called wrong."""
-    made = migrated(bundle.manifest, bundle.side_file, key="cloud", readers=Readers(OTHER_SERVICE))
+    made = migrated(bundle.manifest, bundle.side_file, key="cloud", readers=NewReaders(OTHER_SERVICE))
     trust = {"certificate": certificate("user"), "side_file": made.side_file}
     for reader in ("user", "wrong"):
         opened = open_bundle(made.manifest, bundle, private_key(reader), tmp_path / reader, **trust)
@@ -66,7 +66,7 @@ def test_the_new_service_opens_it_and_the_old_one_does_not(bundle, tmp_path):
 
 @pytest.mark.parametrize("name", SIGNED_VECTORS)
 def test_a_bundle_of_another_program_opens_with_the_new_key(name, tmp_path):
-    made = migrated(vector(name), readers=Readers(OTHER_SERVICE))
+    made = migrated(vector(name), readers=NewReaders(OTHER_SERVICE))
     parts = DirectoryParts(VECTORS / name)
     opened = open_bundle(
         made.manifest, parts, private_key("wrong"), tmp_path / "image", certificate=certificate("user")
@@ -106,7 +106,7 @@ def signed(xml: bytes) -> bytes:
 @pytest.mark.parametrize(("said", "kernel"), [(None, "aki-1"), ("eki-2", "eki-2"), ("", None)])
 def test_a_kernel_has_another_name_at_another_service(bundle, said, kernel):
     image = unsigned(bundle)[bundle.manifest.index(b"<image>") :].decode()
-    readers = Readers(certificate("cloud"), kernel_id=said)
+    readers = NewReaders(certificate("cloud"), kernel_id=said)
     manifest = read_manifest(migrated(signed((FULL + image).encode()), readers=readers).manifest)
     assert (manifest.kernel_id, manifest.ramdisk_id) == (kernel, "ari-1")
 
@@ -141,7 +141,7 @@ def test_openssl_finds_the_same_key_in_the_new_slot(bundle, tmp_path):
 
 
 def test_account_and_user_can_change_hands(bundle, tmp_path):
-    readers = Readers(certificate("cloud"), OTHER_SERVICE, "999999999999")
+    readers = NewReaders(certificate("cloud"), OTHER_SERVICE, "999999999999")
     signers = Signers(private_key("wrong"), Ed25519PrivateKey.generate())
     made = migrated(bundle.manifest, bundle.side_file, readers=readers, signers=signers)
     assert read_manifest(made.manifest).user == "999999999999"
@@ -162,7 +162,7 @@ def test_an_empty_slot_is_made_out_to_the_service(bundle):
     [
         (WrongKeyError, {"key": "wrong"}),
         (SignatureError, {"signer": "cloud"}),
-        (NamingError, {"readers": Readers(certificate("cloud"), account_id="12-34")}),
+        (NamingError, {"readers": NewReaders(certificate("cloud"), account_id="12-34")}),
         (SideFileError, {"side_file": b"{}"}),
     ],
 )

@@ -8,11 +8,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from support.bundles.sample_bundles import SECRETS, VECTORS, PatternImage, bundle_of, certificate, seal
-from thrave.bundle.deciphering import deciphered
-from thrave.bundle.deflate import inflated
-from thrave.bundle.image import data_extents
-from thrave.bundle.signatures import signed_bytes, verify
-from thrave.bundle.tar import Member
+from thrave.bundle.gzip_stream import inflated
+from thrave.bundle.manifest_xml import signed_bytes, verify
+from thrave.bundle.opener import deciphered
+from thrave.bundle.tar_writer import TarMember, data_extents
 from thrave.volumes.opening import open_volume
 
 KIB = 1024
@@ -89,7 +88,7 @@ def test_a_dense_member_beyond_8_gib_has_gnu_tars_header(tmp_path):
     size = 8 * GIB + 4 * KIB
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", size)
-    member = Member("large", size, data_extents(PatternImage(size, [(0, size)])))
+    member = TarMember("large", size, data_extents(PatternImage(size, [(0, size)])))
     with subprocess.Popen([*GNU_TAR[:1], "-c", *GNU_TAR[2:], "large"], cwd=tmp_path, stdout=subprocess.PIPE) as tar:
         expected = tar.stdout.read(512)
         tar.kill()

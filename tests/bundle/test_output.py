@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from support.bundles.sample_bundles import MemoryImage, bundle_of, private_key
-from thrave.bundle import output
+from thrave.bundle import image_output
 from thrave.bundle.errors import OutputError, OutputExistsError, WrongKeyError
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.output import image_file
+from thrave.bundle.image_output import image_file
+from thrave.bundle.opener import open_bundle
 
 KIB = 1024
 
@@ -19,7 +19,7 @@ KIB = 1024
 def kind(request, monkeypatch):
     """Both kinds of files; not every file system has those without a name."""
     if request.param == "named":
-        monkeypatch.setattr(output, "_unnamed_file", lambda _: None)
+        monkeypatch.setattr(image_output, "_unnamed_file", lambda _: None)
     return request.param
 
 

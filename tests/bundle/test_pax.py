@@ -8,8 +8,7 @@ import pytest
 from support.bundles.tar_streams import read_tar, tar_of
 from support.required_programs import require
 from thrave.bundle.errors import ContentError
-from thrave.bundle.sparsemap import MOST_EXTENTS
-from thrave.bundle.untar import image_runs
+from thrave.bundle.tar_reader import MOST_EXTENTS, image_runs
 
 KIB, MIB = 1024, 1024 * 1024
 SECTOR = b"s" * 512

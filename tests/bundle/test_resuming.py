@@ -9,14 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thrave.bundle.checkpoint import Checkpoint
-from thrave.bundle.deflate import CHUNK
 from thrave.bundle.errors import ResumeError
-from thrave.bundle.sealed import CutOff
-from thrave.bundle.sealing import Sealing
-from thrave.bundle.secrets import BundleSecrets
+from thrave.bundle.gzip_stream import CHUNK
+from thrave.bundle.model import BundleKey, Checkpoint, CutOff
+from thrave.bundle.sealer import Sealer
 
-SECRETS = BundleSecrets(b"k" * 16, b"i" * 16)
+SECRETS = BundleKey(b"k" * 16, b"i" * 16)
 
 
 class MemoryImage:
@@ -44,7 +42,7 @@ IMAGE = mixed(5 * CHUNK + 4567)
 
 
 def sealing(content=IMAGE, part_size=64 * 1024, **options):
-    return Sealing(MemoryImage(content), "image", secrets=SECRETS, part_size=part_size, **options)
+    return Sealer(MemoryImage(content), "image", secrets=SECRETS, part_size=part_size, **options)
 
 
 def cut_off_after(parts, count):
@@ -117,7 +115,7 @@ def test_a_change_after_the_first_crash_is_refused_too():
 def test_holes_that_have_moved_are_refused():
     def with_data_at(offset, **options):
         image = MemoryImage(IMAGE[: 4 * CHUNK], [(offset, 2 * CHUNK)])
-        return Sealing(image, "image", secrets=SECRETS, part_size=4096, **options)
+        return Sealer(image, "image", secrets=SECRETS, part_size=4096, **options)
 
     parts = list(with_data_at(0).parts())
     with pytest.raises(ResumeError):

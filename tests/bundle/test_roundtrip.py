@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.bundles.sample_bundles import MemoryImage, bundle_of, certificate, private_key
-from thrave.bundle.opening import open_bundle
+from thrave.bundle.opener import open_bundle
 
 BLOCK = 4096
 

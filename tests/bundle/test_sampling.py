@@ -4,10 +4,8 @@ import pytest
 
 from support.bundles.sample_bundles import MemoryImage, bundle_of, certificate
 from thrave.bundle.errors import ManifestError, PartDamagedError, PartMissingError
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.report import Subject
-from thrave.bundle.sampling import Sample, verify_sample
-from thrave.bundle.verifying import Trust, believe
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.verifier import CheckSubject, Sample, Trust, verify_manifest, verify_sample
 
 NOBODY_KNOWN = Trust()
 
@@ -40,7 +38,7 @@ def parts(bundle):
 
 
 def verified(bundle, parts, sample, trust=NOBODY_KNOWN, **options):
-    return verify_sample(believe(bundle.manifest, bundle.side_file, trust), parts, sample, ahead=3, **options)
+    return verify_sample(verify_manifest(bundle.manifest, bundle.side_file, trust), parts, sample, ahead=3, **options)
 
 
 def test_as_many_parts_are_read_as_were_asked_for(bundle, parts):
@@ -70,16 +68,16 @@ def test_the_report_says_what_was_not_read(bundle, parts):
     said = {check.subject: check for check in report.checks}
     count, drawn = len(bundle.parts), len(parts.names_read)
     assert {subject for subject, check in said.items() if not check.checked} == {
-        Subject.PART_DIGESTS, Subject.IMAGE_DIGEST, Subject.IMAGE_SIZE,
+        CheckSubject.PART_DIGESTS, CheckSubject.IMAGE_DIGEST, CheckSubject.IMAGE_SIZE,
     }  # fmt: skip
-    assert said[Subject.PART_DIGESTS].detail == (
+    assert said[CheckSubject.PART_DIGESTS].detail == (
         f"{drawn} of {count} parts, drawn with seed 7, hold; {count - drawn} have not been read"
     )
 
 
 def test_a_sample_of_all_is_no_sample(bundle, parts):
     report = verified(bundle, parts, Sample(100, seed=1))
-    assert {check.subject: check.checked for check in report.checks}[Subject.PART_DIGESTS]
+    assert {check.subject: check.checked for check in report.checks}[CheckSubject.PART_DIGESTS]
 
 
 def test_a_damaged_part_in_the_sample_is_found(bundle, parts):

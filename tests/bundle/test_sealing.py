@@ -10,14 +10,13 @@ from random import Random
 import pytest
 
 from support.bundles.sample_bundles import SECRETS, MemoryImage, PatternImage, bundle_of, private_key, seal
-from thrave.bundle.crew import StoppedError
-from thrave.bundle.deflate import CHUNK, most_gzip
 from thrave.bundle.errors import ImageError, NamingError
-from thrave.bundle.image import data_extents
-from thrave.bundle.names import checked_prefix, manifest_filename, part_filename, part_width, side_filename
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.sealing import Sealing
-from thrave.bundle.secrets import BundleSecrets
+from thrave.bundle.gzip_stream import CHUNK, most_gzip
+from thrave.bundle.model import BundleKey, manifest_filename, part_filename, part_width, side_filename, validate_prefix
+from thrave.bundle.opener import open_bundle
+from thrave.bundle.sealer import Sealer
+from thrave.bundle.tar_writer import data_extents
+from thrave.pipeline import StoppedError
 
 MIB = 1024 * 1024
 TIB = 1024**4
@@ -81,7 +80,7 @@ def test_the_records_are_those_of_the_parts():
 
 
 def test_a_part_keeps_its_bytes_while_later_ones_are_made():
-    sealing = Sealing(MemoryImage(NOISE), "disk", part_size=65536)
+    sealing = Sealer(MemoryImage(NOISE), "disk", part_size=65536)
     kept = [(part.data, part.sha1) for part in sealing.parts()]
     assert all(hashlib.sha1(data).hexdigest() == sha1 for data, sha1 in kept)
 
@@ -129,7 +128,7 @@ def test_extents_are_widened_to_sectors_and_never_beyond_the_image():
 @pytest.mark.parametrize("image", [PatternImage(0, []), PatternImage(-1, [])])
 def test_an_empty_image_is_refused(image):
     with pytest.raises(ImageError, match="empty"):
-        Sealing(image, "disk")
+        Sealer(image, "disk")
 
 
 @pytest.mark.parametrize(
@@ -137,13 +136,13 @@ def test_an_empty_image_is_refused(image):
 )
 def test_extents_that_do_not_fit_are_refused(spans):
     with pytest.raises(ImageError, match="extent"):
-        Sealing(PatternImage(1024, spans), "disk")
+        Sealer(PatternImage(1024, spans), "disk")
 
 
 @pytest.mark.parametrize("part_size", [0, -16, 1, 17, 1000])
 def test_a_part_is_a_whole_number_of_cipher_blocks(part_size):
     with pytest.raises(ValueError, match="16"):
-        Sealing(PatternImage(1024, []), "disk", part_size=part_size)
+        Sealer(PatternImage(1024, []), "disk", part_size=part_size)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +150,7 @@ def test_a_part_is_a_whole_number_of_cipher_blocks(part_size):
 )
 def test_a_prefix_that_a_manifest_cannot_carry_is_refused(prefix):
     with pytest.raises(NamingError):
-        Sealing(PatternImage(1024, []), prefix)
+        Sealer(PatternImage(1024, []), prefix)
 
 
 def test_the_longest_prefix_leaves_room_for_every_file_name():
@@ -163,13 +162,13 @@ def test_the_longest_prefix_leaves_room_for_every_file_name():
 
 def is_usable(prefix):
     try:
-        return bool(checked_prefix(prefix))
+        return bool(validate_prefix(prefix))
     except NamingError:
         return False
 
 
 def test_each_sealing_has_a_key_of_its_own_that_is_never_shown():
-    first, second = BundleSecrets.generate(), BundleSecrets.generate()
+    first, second = BundleKey.generate(), BundleKey.generate()
     assert first != second
     parts, sealed = seal(PatternImage(1024, []))
     shown = repr((SECRETS, sealed, parts))
@@ -178,7 +177,7 @@ def test_each_sealing_has_a_key_of_its_own_that_is_never_shown():
 
 
 def test_progress_grows_from_nothing_to_all():
-    sealing = Sealing(MemoryImage(NOISE * 3), "disk", part_size=65536)
+    sealing = Sealer(MemoryImage(NOISE * 3), "disk", part_size=65536)
     seen = [sealing.progress]
     seen += [sealing.progress for _ in sealing.parts()]
     seen.append(sealing.progress)
@@ -188,7 +187,7 @@ def test_progress_grows_from_nothing_to_all():
 
 
 def test_the_record_is_not_to_be_had_before_the_end():
-    sealing = Sealing(MemoryImage(NOISE), "disk", part_size=65536)
+    sealing = Sealer(MemoryImage(NOISE), "disk", part_size=65536)
     parts = sealing.parts()
     next(parts)
     with pytest.raises(RuntimeError, match="not sealed"):
@@ -208,7 +207,7 @@ def open_files():
 def test_closing_stops_every_thread_at_once_and_leaks_nothing(taken):
     files = open_files()
     for _ in range(20):
-        parts = Sealing(MemoryImage(NOISE), "disk", part_size=65536).parts()
+        parts = Sealer(MemoryImage(NOISE), "disk", part_size=65536).parts()
         for _ in range(taken):
             next(parts)
         parts.close()
@@ -217,7 +216,7 @@ def test_closing_stops_every_thread_at_once_and_leaks_nothing(taken):
 
 
 def test_forgetting_the_generator_stops_its_threads():
-    parts = Sealing(MemoryImage(NOISE), "disk", part_size=65536).parts()
+    parts = Sealer(MemoryImage(NOISE), "disk", part_size=65536).parts()
     next(parts)
     del parts
     gc.collect()
@@ -231,7 +230,7 @@ def test_cancelling_from_another_thread_wakes_whoever_waits_for_a_part():
         reading.set()
         go_on.wait(10)
 
-    sealing = Sealing(MemoryImage(NOISE, on_read=wait), "disk")
+    sealing = Sealer(MemoryImage(NOISE, on_read=wait), "disk")
 
     def cancel():
         reading.wait(10)
@@ -257,7 +256,7 @@ def test_an_error_of_the_disk_comes_out_where_the_parts_are_taken(at):
             raise DiskError(offset)
 
     with pytest.raises(DiskError):
-        list(Sealing(MemoryImage(NOISE, on_read=fail), "disk", part_size=65536).parts())
+        list(Sealer(MemoryImage(NOISE, on_read=fail), "disk", part_size=65536).parts())
     assert threads() == []
 
 
@@ -266,16 +265,16 @@ def test_an_error_of_any_stage_comes_out_where_the_parts_are_taken(stage, monkey
     def fail(*_):
         raise DiskError(stage)
 
-    monkeypatch.setattr(f"thrave.bundle.sealing.{stage}", fail)
+    monkeypatch.setattr(f"thrave.bundle.sealer.{stage}", fail)
     with pytest.raises(DiskError, match=stage):
-        list(Sealing(MemoryImage(NOISE), "disk").parts())
+        list(Sealer(MemoryImage(NOISE), "disk").parts())
     assert threads() == []
 
 
 def test_a_slow_consumer_holds_the_reader_back():
     """What is read ahead is bounded, so memory does not depend on the size of the image."""
     read = []
-    parts = Sealing(MemoryImage(bytes(64 * MIB), on_read=read.append), "disk", workers=1, part_size=16).parts()
+    parts = Sealer(MemoryImage(bytes(64 * MIB), on_read=read.append), "disk", workers=1, part_size=16).parts()
     next(parts)
     time.sleep(0.2)
     assert len(read) < 20

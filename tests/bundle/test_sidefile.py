@@ -8,11 +8,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from support.bundles.sample_bundles import SIDE_KEY, MemoryImage, bundle_of, certificate, private_key
-from thrave.bundle import sidefile
+from thrave.bundle import side_file as sidefile
 from thrave.bundle.errors import PartDamagedError, SideFileError
-from thrave.bundle.opening import verify_bundle
-from thrave.bundle.report import Subject
-from thrave.bundle.sidefile import read_side_file, write_side_file
+from thrave.bundle.opener import verify_bundle
+from thrave.bundle.side_file import read_side_file, write_side_file
+from thrave.bundle.verifier import CheckSubject
 
 STRANGER = Ed25519PrivateKey.from_private_bytes(b"stranger".ljust(32))
 
@@ -27,7 +27,7 @@ def verify(bundle, side_file, **trust):
 
 
 def side_key_check(verified):
-    (check,) = [check for check in verified.checks if check.subject is Subject.SIDE_KEY]
+    (check,) = [check for check in verified.checks if check.subject is CheckSubject.SIDE_KEY]
     return check.checked, check.detail
 
 

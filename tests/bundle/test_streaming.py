@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from support.bundles.bundle_damage import TO_A_PART
 from support.bundles.sample_bundles import SECRETS, MemoryImage, bundle_of, certificate, private_key
 from thrave.bundle.errors import BundleError, ContentError, OutputError, PartDamagedError, PartMissingError
-from thrave.bundle.opening import open_bundle_into
-from thrave.bundle.streaming import image_stream
+from thrave.bundle.image_output import image_stream
+from thrave.bundle.opener import open_bundle_to
 
 PART = 4096
 HEADER = 512  # of a member without holes
@@ -55,7 +55,7 @@ def stream(bundle, **trust):
     with Pipe() as pipe:
         error = None
         try:
-            open_bundle_into(pipe.make_image, bundle.manifest, bundle, private_key("user"), **trust)
+            open_bundle_to(pipe.make_image, bundle.manifest, bundle, private_key("user"), **trust)
         except BundleError as caught:
             error = caught
     return pipe.content, error
@@ -139,7 +139,7 @@ def test_a_reader_that_goes_away_is_an_error_of_ours(bundle):
     os.close(reading)
     try:
         with pytest.raises(OutputError, match="Broken pipe"):
-            open_bundle_into(
+            open_bundle_to(
                 lambda size: image_stream(writing, size), bundle.manifest, bundle, private_key("user")
             )  # fmt: skip
     finally:

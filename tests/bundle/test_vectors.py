@@ -6,12 +6,12 @@ import pytest
 from cryptography import x509
 
 from support.bundles.sample_bundles import VECTORS, certificate, private_key
+from thrave.bundle.base import DirectoryParts
 from thrave.bundle.errors import DamagedError, SignatureError, WrongKeyError
-from thrave.bundle.opening import open_bundle, verify_bundle
-from thrave.bundle.partsource import DirectoryParts
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.report import Subject
-from thrave.bundle.signatures import verify
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.manifest_xml import verify
+from thrave.bundle.opener import open_bundle, verify_bundle
+from thrave.bundle.verifier import CheckSubject
 
 TINY = ("58bf0107d43bc5b1cc409c14598d4200527d674a", 4194304)
 BUNDLES = {
@@ -62,7 +62,7 @@ def test_its_signature_holds_for_its_signer_alone(name):
 def test_an_unsigned_bundle_verifies_only_where_no_signer_is_demanded():
     manifest, parts = read(UNSIGNED)
     verified = verify_bundle(manifest, parts)
-    assert [check.detail for check in verified.checks if check.subject is Subject.SIGNATURE] == [
+    assert [check.detail for check in verified.checks if check.subject is CheckSubject.SIGNATURE] == [
         "the bundle is not signed"
     ]
     with pytest.raises(SignatureError, match="not signed"):

@@ -9,9 +9,9 @@ import pytest
 from support.buckets.bundle_folders import BucketPlace, DiskPlace
 from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of, private_key
 from support.servers.stores import ALICE
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.sampling import Sample
-from thrave.bundle.signatures import sign
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.manifest_xml import sign
+from thrave.bundle.verifier import Sample
 from thrave.cli.folders import FolderError, LocalFolder
 from thrave.cli.remote_folders import S3Folder
 

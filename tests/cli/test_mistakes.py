@@ -134,7 +134,7 @@ def test_a_side_file_of_another_signer_is_refused_where_ones_own_signature_holds
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from support.bundles.sample_bundles import private_key
-    from thrave.bundle.sidefile import write_side_file
+    from thrave.bundle.side_file import write_side_file
 
     made = bundle_of(MemoryImage(b"data" * 128))
     stranger = Ed25519PrivateKey.generate()

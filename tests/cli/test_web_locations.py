@@ -13,7 +13,7 @@ import pytest
 from support.bundles.sample_bundles import VECTORS
 from support.servers import web
 from support.servers.tls import certificate
-from thrave.bundle.reading import read_manifest
+from thrave.bundle.manifest import read_manifest
 from thrave.cli import remote_folders
 from thrave.cli.folders import LocalFolder, parts_ahead
 from thrave.cli.remote_folders import web_folder

@@ -9,15 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.filters import (
-    MAX_CHARACTERS,
-    MAX_LENGTH,
-    MAX_VALUES,
-    MAX_WILDCARDS,
-    Patterns,
-    instants,
-    select,
-)
+from thrave.ec2.filters import MAX_CHARACTERS, MAX_LENGTH, MAX_VALUES, MAX_WILDCARDS, Patterns, instants, select
 
 TABLE = {
     "name": lambda record: [record],

@@ -25,12 +25,12 @@ from support.bundles.sample_bundles import MemoryImage, bundle_of
 from support.bundles.tar_streams import resummed, tar_of
 from thrave.buckets.errors import BucketError
 from thrave.buckets.policy import UploadPolicy
-from thrave.bundle.deflate import inflated
 from thrave.bundle.errors import BundleError
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.sidefile import read_side_file
-from thrave.bundle.tar import Member
-from thrave.bundle.untar import image_runs
+from thrave.bundle.gzip_stream import inflated
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.side_file import read_side_file
+from thrave.bundle.tar_reader import image_runs
+from thrave.bundle.tar_writer import TarMember
 from thrave.ec2.actions import ACTIONS
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
@@ -180,7 +180,7 @@ TARGETS = {
         tar_stream,
         (
             tar_of(b"data" * 1024),
-            b"".join(Member("disk", 4096, [(512 * at, 512) for at in range(0, 8, 2)]).header()) + bytes(8 * 512),
+            b"".join(TarMember("disk", 4096, [(512 * at, 512) for at in range(0, 8, 2)]).header()) + bytes(8 * 512),
             _sparse_tar("GNU.sparse.size=4096", "GNU.sparse.map=512,512"),
             _sparse_tar("GNU.sparse.size=4096", "GNU.sparse.offset=0", "GNU.sparse.numbytes=512"),
             _sparse_tar("GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.realsize=4096"),

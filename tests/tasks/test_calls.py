@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from thrave.bundle.crew import StoppedError
 from thrave.concurrency import NoThreadError
+from thrave.pipeline import StoppedError
 from thrave.tasks import calls
 from thrave.tasks.calls import Calls, Places
 

@@ -5,8 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from thrave.bundle.sealed import SealedPart
-from thrave.bundle.secrets import BundleSecrets
+from thrave.bundle.model import BundleKey, PartRecord
 from thrave.database import bundle_task, migrate, open_engine
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.journal import Stored, StoredObject
@@ -130,7 +129,7 @@ def test_where_there_is_an_index_it_serves(engine, wanted, index):
 def test_what_a_task_has_stored_is_counted_by_what_the_bucket_took(add, records, overview, part):
     add("one", state=S.BUNDLING)
     journal = records.journal("one")
-    journal.begin(BundleSecrets(bytes(16), bytes(16)))
+    journal.begin(BundleKey(bytes(16), bytes(16)))
     journal.sending("one.part.0", part(0))
     journal.sending("one.part.1", part(1), Stored([StoredObject("one.part.0", 100)]))
     journal.sending("one.manifest.json")
@@ -141,7 +140,7 @@ def test_what_a_task_has_stored_is_counted_by_what_the_bucket_took(add, records,
 
 @pytest.fixture
 def part():
-    return lambda index: SealedPart(index=index, filename=f"one.part.{index}", size=100, sha1="0" * 40, sha256="0" * 64)
+    return lambda index: PartRecord(index=index, filename=f"one.part.{index}", size=100, sha1="0" * 40, sha256="0" * 64)
 
 
 def test_what_a_failed_task_has_not_removed_is_left_over(add, records, overview):

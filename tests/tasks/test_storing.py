@@ -30,8 +30,8 @@ from support.service.upload_bench import (
     part,
 )
 from thrave.buckets.errors import AccessDenied, TransientError
-from thrave.bundle.deflate import CHUNK
-from thrave.bundle.names import PART_SIZE, bound_side_filename, own_part, side_filename
+from thrave.bundle.gzip_stream import CHUNK
+from thrave.bundle.model import PART_SIZE, bound_side_filename, own_part, side_filename
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.leftovers import LeftOvers
 from thrave.tasks.overview import Overview

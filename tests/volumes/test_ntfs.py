@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.bundles.sample_bundles import bundle_of, private_key
 from support.disks.ntfs_disk import CLUSTER, HIBERNATION, SWAP, Damage, make_windows_disk, ntfs_tool
 from support.required_programs import require
-from thrave.bundle.opening import open_bundle
+from thrave.bundle.opener import open_bundle
 from thrave.demo.disk import PARTITION_OFFSET
 from thrave.volumes import survey
 from thrave.volumes.bitmap import claim, free_runs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thrave.bundle.errors import ManifestError
-from thrave.bundle.names import own_part
+from thrave.bundle.model import own_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

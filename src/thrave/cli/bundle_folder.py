@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from thrave.bundle.errors import OutputError
-from thrave.bundle.names import manifest_filename, side_filename
-from thrave.bundle.output import new_file
+from thrave.bundle.image_output import new_file
+from thrave.bundle.model import manifest_filename, side_filename
 from thrave.cli.exits import Exit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from thrave.bundle.sealing import Sealing
+    from thrave.bundle.sealer import Sealer
 
 
 class BundleExists(click.ClickException):
@@ -37,7 +37,7 @@ class BundleFolder:
         self._folder = folder
         self._written: list[Path] = []
 
-    def write_parts(self, sealing: Sealing) -> None:
+    def write_parts(self, sealing: Sealer) -> None:
         """Write each part as it comes."""
         with closing(sealing.parts()) as parts:
             for part in parts:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from thrave.bundle.output import ImageMaker, ImageTarget
+    from thrave.bundle.base import ImageMaker, ImageTarget
 
 FORMATS = ("raw", "qcow2", "vmdk", "vpc")
 """What can be written, in QEMU's words."""
@@ -33,8 +33,7 @@ def image_maker(path: Path | None, image_format: str, *, replace: bool) -> Image
     Raises:
         click.UsageError: Stdout is a terminal, or is asked for something else than raw.
     """
-    from thrave.bundle.output import image_file
-    from thrave.bundle.streaming import image_stream
+    from thrave.bundle.image_output import image_file, image_stream
 
     if path is None:
         _check_stdout(image_format)
@@ -55,7 +54,7 @@ def _check_stdout(image_format: str) -> None:
 def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> Iterator[ImageTarget]:
     """Write in the format at once, without a raw file in between."""
     from thrave.bundle.errors import OutputError
-    from thrave.bundle.output import followed, new_file
+    from thrave.bundle.image_output import followed, new_file
     from thrave.volumes.errors import VolumeUnwritableError
     from thrave.volumes.writing import new_image
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from thrave.bundle.manifest import Manifest
-    from thrave.bundle.report import Verified
-    from thrave.bundle.sealed import Sealed
+    from thrave.bundle.model import SealedBundle
+    from thrave.bundle.verifier import VerifyResult
     from thrave.cli.bundle_folder import BundleFolder
 
 
-def sealed_document(folder: BundleFolder, sealed: Sealed, warnings: Sequence[str]) -> dict[str, object]:
+def sealed_document(folder: BundleFolder, sealed: SealedBundle, warnings: Sequence[str]) -> dict[str, object]:
     """A new bundle as JSON, with what the image says of itself that one should know."""
     return {
         "manifest": folder.manifest,
@@ -42,7 +42,7 @@ def sealed_document(folder: BundleFolder, sealed: Sealed, warnings: Sequence[str
     }
 
 
-def sealed_text(folder: BundleFolder, sealed: Sealed) -> str:
+def sealed_text(folder: BundleFolder, sealed: SealedBundle) -> str:
     """A new bundle in two lines."""
     share = 100 * sealed.bundled_size / sealed.size
     return (
@@ -91,13 +91,13 @@ def manifest_text(manifest: Manifest) -> str:
     return table(("WHAT", "THE MANIFEST SAYS (nothing is checked)"), rows)
 
 
-def verified_document(verified: Verified) -> dict[str, object]:
+def verified_document(verified: VerifyResult) -> dict[str, object]:
     """What a reader has checked, and the manifest it read, as JSON."""
     checks = [{"subject": check.subject, "checked": check.checked, "detail": check.detail} for check in verified.checks]
     return {"checks": checks, **manifest_document(verified.manifest)}
 
 
-def verified_text(verified: Verified) -> str:
+def verified_text(verified: VerifyResult) -> str:
     """What a reader has checked and could not check, as a table."""
     answer: Mapping[bool, str] = {True: "holds", False: "NOT CHECKED"}
     rows: list[tuple[str, ...]] = [(check.subject, answer[check.checked], check.detail) for check in verified.checks]

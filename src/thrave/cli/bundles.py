@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
-    from thrave.bundle.zlibs import Compression
+    from thrave.bundle.gzip_stream import Compression
 
 _IMAGE = ExistingPath(path_type=Path)
 _SECRET_FILE = ExistingPath(dir_okay=False, path_type=Path)
@@ -111,17 +111,17 @@ def bundle(
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from thrave.bundle.names import checked_account_id, checked_architecture, checked_prefix
-    from thrave.bundle.sealing import Sealing
-    from thrave.bundle.sidefile import write_side_file
-    from thrave.bundle.writing import write_manifest
+    from thrave.bundle.manifest import write_manifest
+    from thrave.bundle.model import validate_account_id, validate_architecture, validate_prefix
+    from thrave.bundle.sealer import Sealer
+    from thrave.bundle.side_file import write_side_file
     from thrave.cli.bundle_folder import new_bundle
     from thrave.cli.bundle_words import sealed_document, sealed_text
     from thrave.volumes.opening import open_volume
 
-    checked_account_id(account)
-    checked_architecture(architecture)
-    checked_prefix(prefix)
+    validate_account_id(account)
+    validate_architecture(architecture)
+    validate_prefix(prefix)
     if not any_name:
         _check_portable(prefix)
     _warn_of_stranger(signing_key, user_certificate, service_certificate)
@@ -140,7 +140,7 @@ def bundle(
         for warning in warnings:
             click.echo(f"Warning: {warning}.", err=True)
         with new_bundle(folder, prefix) as files:
-            sealing = Sealing(volume, prefix, compression=compression)
+            sealing = Sealer(volume, prefix, compression=compression)
             with progress_bar("sealing", sealing.data_size) as bar, bar.following(lambda: sealing.progress):
                 files.write_parts(sealing)
             reading.close()  # fails if the image was changed: before there is a manifest

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.bundle.names import MANIFEST_SUFFIX
+from thrave.bundle.model import MANIFEST_SUFFIX
 from thrave.cli.bundle_folder import BundleExists
 from thrave.cli.bundle_options import certificate_option, side_key_option
 from thrave.cli.folders import FileMissingError, FolderParts, WritableFolder, parts_ahead
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
     from thrave.bundle.manifest import ManifestPart
-    from thrave.bundle.report import Verified
-    from thrave.bundle.verifying import Believed
+    from thrave.bundle.verifier import VerifiedManifest, VerifyResult
     from thrave.cli.folders import Folder
 
 _DISK_AHEAD = 2
@@ -88,7 +87,7 @@ def copy(
     Exit codes: 0 done, 1 a folder cannot be reached or written, 2 wrong command line, 3 a file or bucket is missing, 4
     another bundle of that name is there, or not allowed, 10 damaged or forged.
     """
-    from thrave.bundle.verifying import Trust, believe
+    from thrave.bundle.verifier import Trust, verify_manifest
     from thrave.cli.bundle_files import own_part_filenames
 
     if to.manifest not in {None, location.manifest}:
@@ -96,7 +95,7 @@ def copy(
             f"a bundle cannot be renamed: its files' names stand in its signed manifest. Leave {to.manifest} out"
         )
     xml, side_file, side_filename = read_documents(location)
-    believed = believe(xml, side_file, Trust(certificate, side_key))
+    believed = verify_manifest(xml, side_file, Trust(certificate, side_key))
     own_part_filenames(location, (part.filename for part in believed.manifest.parts))
     target = Location(to.folder, location.manifest)
     _check_free(target, xml)
@@ -117,15 +116,17 @@ def _check_free(target: Location[WritableFolder], xml: bytes) -> None:
         raise BundleExists(f"{target} is another bundle: remove it (thrave delete) or choose another folder")
 
 
-def _copy_parts(believed: Believed, source: Folder, target: WritableFolder, reporter: Callable[[int], None]) -> int:
+def _copy_parts(
+    believed: VerifiedManifest, source: Folder, target: WritableFolder, reporter: Callable[[int], None]
+) -> int:
     """Copy the parts that are not there, and give how many those were."""
-    from thrave.bundle.crew import Crew
     from thrave.bundle.errors import ManifestError
+    from thrave.pipeline import Pipeline
 
     manifest = believed.manifest
     ahead = parts_ahead(source, manifest) or parts_ahead(target, manifest) or _DISK_AHEAD
     done = sent = 0
-    with Crew(ahead) as crew:
+    with Pipeline(ahead) as crew:
         for size, was_sent in crew.map(partial(_copied, believed, source, target), manifest.parts, ahead):
             done += size
             sent += was_sent
@@ -135,7 +136,7 @@ def _copy_parts(believed: Believed, source: Folder, target: WritableFolder, repo
     return sent
 
 
-def _copied(believed: Believed, source: Folder, target: WritableFolder, part: ManifestPart) -> tuple[int, bool]:
+def _copied(believed: VerifiedManifest, source: Folder, target: WritableFolder, part: ManifestPart) -> tuple[int, bool]:
     """Copy a part unless it is there; give its size, and whether it was sent."""
     from thrave.bundle.errors import BundleError
 
@@ -147,8 +148,8 @@ def _copied(believed: Believed, source: Folder, target: WritableFolder, part: Ma
     return len(data), True
 
 
-def _verified(folder: Folder, part: ManifestPart, believed: Believed) -> bytes:
-    from thrave.bundle.verifying import check_part
+def _verified(folder: Folder, part: ManifestPart, believed: VerifiedManifest) -> bytes:
+    from thrave.bundle.verifier import check_part
 
     data = FolderParts(folder).read(part.filename)
     check_part(part, data, believed.side)
@@ -156,7 +157,7 @@ def _verified(folder: Folder, part: ManifestPart, believed: Believed) -> bytes:
 
 
 def _document(
-    source: Location[Folder], target: Location[WritableFolder], believed: Believed, sent: int
+    source: Location[Folder], target: Location[WritableFolder], believed: VerifiedManifest, sent: int
 ) -> dict[str, object]:
     from thrave.cli.bundle_words import verified_document
 
@@ -164,16 +165,18 @@ def _document(
     return {**where, **verified_document(_report(believed))}
 
 
-def _text(target: Location[WritableFolder], believed: Believed, sent: int) -> str:
+def _text(target: Location[WritableFolder], believed: VerifiedManifest, sent: int) -> str:
     from thrave.cli.bundle_words import verified_text
 
     size, there = words(believed.manifest.bundled_size), len(believed.manifest.parts) - sent
     return f"{verified_text(_report(believed))}\n\n{target}: {size}; parts sent: {sent}, there already: {there}"
 
 
-def _report(believed: Believed) -> Verified:
+def _report(believed: VerifiedManifest) -> VerifyResult:
     """What a copy has checked: all that can be without a private key."""
-    from thrave.bundle.report import Check, Subject, Verified
+    from thrave.bundle.verifier import CheckResult, CheckSubject, VerifyResult
 
-    digests = Check(Subject.PART_DIGESTS, checked=True, detail="of each part, on its way or where it was already")
-    return Verified(believed.manifest, (*believed.checks, digests))
+    digests = CheckResult(
+        CheckSubject.PART_DIGESTS, checked=True, detail="of each part, on its way or where it was already"
+    )
+    return VerifyResult(believed.manifest, (*believed.checks, digests))

@@ -68,20 +68,20 @@ def _manifest_and_parts(
     location: Location[WritableFolder], certificate: Certificate | None
 ) -> tuple[bytes | None, Sequence[str]]:
     """The manifest, and the parts that it names; where it is gone already, those that the side file does."""
-    from thrave.bundle.verifying import Trust, believe
+    from thrave.bundle.verifier import Trust, verify_manifest
 
     try:
         xml = read_manifest_file(location)
     except FileMissingError:
         return None, own_part_filenames(location, _left_over(location, certificate))
-    parts = believe(xml, None, Trust(certificate)).manifest.parts
+    parts = verify_manifest(xml, None, Trust(certificate)).manifest.parts
     return xml, own_part_filenames(location, (part.filename for part in parts))
 
 
 def _left_over(location: Location[WritableFolder], certificate: Certificate | None) -> Iterable[str]:
     from thrave.bundle.errors import SideFileError
-    from thrave.bundle.sidefile import read_side_file
-    from thrave.bundle.signatures import rsa_key
+    from thrave.bundle.manifest_xml import rsa_key
+    from thrave.bundle.side_file import read_side_file
 
     data = read_side_file_at(location, location.side_file)
     if data is None:

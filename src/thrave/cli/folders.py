@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from thrave import files
+from thrave.bundle.base import MOST_PART_BYTES, read_regular_file
 from thrave.bundle.errors import OutputError, PartDamagedError, PartMissingError
-from thrave.bundle.output import new_file
-from thrave.bundle.partsource import MOST_PART_BYTES, read_regular_file
+from thrave.bundle.image_output import new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

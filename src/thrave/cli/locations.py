@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import click
 
-from thrave.bundle.names import MANIFEST_SUFFIX, bound_side_filename, side_filename
+from thrave.bundle.model import MANIFEST_SUFFIX, bound_side_filename, side_filename
 from thrave.cli.folders import FileMissingError, Folder, FolderRefusedError, LocalFolder, WritableFolder
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def read_manifest_file(location: Location[Folder]) -> bytes:
         ManifestError: It is a part of a bundle.
     """
     from thrave.bundle.errors import ManifestError
-    from thrave.bundle.xmlreading import MOST_BYTES
+    from thrave.bundle.manifest_xml import MOST_BYTES
 
     xml = location.folder.read(location.manifest, MOST_BYTES)
     part = _PART.fullmatch(location.manifest)
@@ -190,7 +190,7 @@ def read_side_file_at(location: Location[Folder], filename: str | None) -> bytes
     To those who may not list a bucket, S3 says of what is not there that they may not read it. Then there is none, and
     that is said: whoever could hide a side file behind such an answer could as well remove it.
     """
-    from thrave.bundle.sidefile import MOST_BYTES
+    from thrave.bundle.side_file import MOST_BYTES
 
     if filename is None:
         return None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
-    from thrave.bundle.migrating import Migrated
+    from thrave.bundle.migrate import Migrated
     from thrave.cli.folders import Folder
 
 _INSTEAD = """Open it and bundle it again under another name:
@@ -83,7 +83,7 @@ def migrate(
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from thrave.bundle import migrating
+    from thrave.bundle import migrate as migrating
     from thrave.bundle.errors import UnwritableValueError
 
     name = location.manifest
@@ -95,7 +95,7 @@ def migrate(
             old_side_file,
             key,
             certificate=certificate,
-            readers=migrating.Readers(service_certificate, user_certificate, account, kernel_id, ramdisk_id),
+            readers=migrating.NewReaders(service_certificate, user_certificate, account, kernel_id, ramdisk_id),
             signers=migrating.Signers(signing_key, side_key or Ed25519PrivateKey.generate()),
         )
     except UnwritableValueError as error:

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
-    from thrave.bundle.report import Verified
-    from thrave.bundle.verifying import Believed
+    from thrave.bundle.verifier import VerifiedManifest, VerifyResult
     from thrave.cli.folders import Folder
     from thrave.cli.locations import Location
 
@@ -106,14 +105,14 @@ def open_(
     missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key, 12 a package for the
     image's format is not installed.
     """
-    from thrave.bundle.opening import open_believed_into, unheard
-    from thrave.bundle.verifying import Trust, believe
+    from thrave.bundle.opener import open_believed_into
+    from thrave.bundle.verifier import Trust, unheard, verify_manifest
     from thrave.cli.bundle_words import verified_document, verified_text
 
     target = _target(image, stdout=stdout)
     make_image = image_maker(target, image_format, replace=force)
     xml, side_file, _ = read_documents(location)
-    believed = believe(xml, side_file, Trust(certificate, side_key, key.public_key()))
+    believed = verify_manifest(xml, side_file, Trust(certificate, side_key, key.public_key()))
     said = believed.manifest
     with _warning_of_half_an_image(target), progress_bar("opening", said.bundled_size) as bar:
         opened = open_believed_into(
@@ -180,13 +179,13 @@ def verify(
     Exit codes: 0 nothing is wrong with what was checked, 1 the bundle cannot be reached, 2 wrong command line, 3 a file
     is missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key.
     """
-    from thrave.bundle.verifying import Trust, believe
+    from thrave.bundle.verifier import Trust, verify_manifest
     from thrave.cli.bundle_words import verified_document, verified_text
 
     if sample is not None and key is not None:
         raise click.UsageError("with --key the image is checked, and for that all of it is read: leave out --sample")
     xml, side_file, _ = read_documents(location)
-    believed = believe(xml, side_file, Trust(certificate, side_key, None if key is None else key.public_key()))
+    believed = verify_manifest(xml, side_file, Trust(certificate, side_key, None if key is None else key.public_key()))
     if sample is None:
         verified = _verify_all(believed, location.folder, key)
     else:
@@ -196,8 +195,8 @@ def verify(
     emit(output, {"manifest": location, **verified_document(verified)}, verified_text(verified))
 
 
-def _verify_all(believed: Believed, folder: Folder, key: RSAPrivateKey | None) -> Verified:
-    from thrave.bundle.opening import verify_believed
+def _verify_all(believed: VerifiedManifest, folder: Folder, key: RSAPrivateKey | None) -> VerifyResult:
+    from thrave.bundle.opener import verify_believed
 
     said = believed.manifest
     with progress_bar("verifying", said.bundled_size) as bar:
@@ -205,8 +204,8 @@ def _verify_all(believed: Believed, folder: Folder, key: RSAPrivateKey | None) -
         return verify_believed(believed, FolderParts(folder), key, reporter=bar.update, ahead=ahead)
 
 
-def _verify_sample(believed: Believed, folder: Folder, percent: float, seed: int) -> Verified:
-    from thrave.bundle.sampling import Sample, verify_sample
+def _verify_sample(believed: VerifiedManifest, folder: Folder, percent: float, seed: int) -> VerifyResult:
+    from thrave.bundle.verifier import Sample, verify_sample
 
     said, sample = believed.manifest, Sample(percent, seed)
     with progress_bar("verifying", int(said.bundled_size * percent / 100)) as bar:
@@ -227,7 +226,7 @@ def show(location: Location[Folder], output: str) -> None:
     Exit codes: 0 shown, 1 it cannot be reached, 2 wrong command line, 3 it is not there, 4 not allowed to read it, 10
     it is no manifest.
     """
-    from thrave.bundle.reading import read_manifest
+    from thrave.bundle.manifest import read_manifest
     from thrave.cli.bundle_words import manifest_document, manifest_text
 
     said = read_manifest(read_manifest_file(location))

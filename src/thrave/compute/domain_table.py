@@ -18,14 +18,7 @@ from thrave.compute.domain_events import DomainEvents
 from thrave.compute.domain_metadata import NAMESPACE, Record, read_record
 from thrave.compute.domain_records import DomainRecords
 from thrave.compute.domain_xml import Definition, DomainFaultError, pool_type, read_definition
-from thrave.compute.domains import (
-    PoolVolume,
-    instance_id_of,
-    instance_of,
-    instance_state,
-    off_reason,
-    volume_of,
-)
+from thrave.compute.domains import PoolVolume, instance_id_of, instance_of, instance_state, off_reason, volume_of
 from thrave.compute.errors import (
     HypervisorError,
     HypervisorGoneError,

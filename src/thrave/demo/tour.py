@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from thrave.bundle.names import manifest_filename, side_filename
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.partsource import DirectoryParts
-from thrave.bundle.report import Opened
+from thrave.bundle.base import DirectoryParts
+from thrave.bundle.model import manifest_filename, side_filename
+from thrave.bundle.opener import open_bundle
+from thrave.bundle.verifier import OpenResult
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
 from thrave.demo.disk import check_size
@@ -172,7 +172,7 @@ def _check_room(data: Path, size: int) -> None:
         )
 
 
-def _opened(data: DataDirectory, customer: Customer, prefix: str) -> Opened:
+def _opened(data: DataDirectory, customer: Customer, prefix: str) -> OpenResult:
     bucket = data.buckets / BUCKET
     return open_bundle(
         (bucket / manifest_filename(prefix)).read_bytes(),

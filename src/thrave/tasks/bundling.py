@@ -20,10 +20,10 @@ from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import BucketError, TransientError
 from thrave.buckets.policy import UploadPolicy
-from thrave.bundle.sealed import Sealed
-from thrave.bundle.sidefile import write_side_file
-from thrave.bundle.writing import write_manifest
-from thrave.bundle.zlibs import Compression
+from thrave.bundle.gzip_stream import Compression
+from thrave.bundle.manifest import write_manifest
+from thrave.bundle.model import SealedBundle
+from thrave.bundle.side_file import write_side_file
 from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
 from thrave.compute.instances import Instances
 from thrave.concurrency import Call
@@ -407,7 +407,7 @@ class Bundling:
         for each in found:
             self._records.notice(self._task.bundle_id, f"The root volume: {each.words}.")
 
-    def _documents(self, instance: Instance, sealed: Sealed) -> Documents:
+    def _documents(self, instance: Instance, sealed: SealedBundle) -> Documents:
         """The manifest, signed by the service and readable by the account (if it has a certificate) and the service."""
         service = self._host.service
         pem = self._host.accounts.get(self._task.account_id).certificate

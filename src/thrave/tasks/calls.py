@@ -19,8 +19,8 @@ from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from thrave.bundle.crew import StoppedError
 from thrave.concurrency import NoThreadError, supervised
+from thrave.pipeline import StoppedError
 
 PATIENCE = 1.0
 """Seconds that calls have to end when their results are no longer needed."""

@@ -25,7 +25,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from thrave.bundle.sealed import SealedPart
+from thrave.bundle.model import PartRecord
 from thrave.database import bundle_part, bundle_task, now, task_in_progress
 from thrave.tasks.fence import RightLostError
 
@@ -80,7 +80,7 @@ def _own(dialect: str) -> sa.Executable:
 
 
 def claim(
-    connection: sa.Connection, bundle_id: str, key: str, *, run: str, busy: Collection[str], part: SealedPart | None
+    connection: sa.Connection, bundle_id: str, key: str, *, run: str, busy: Collection[str], part: PartRecord | None
 ) -> None:
     """Claim an object that is about to be written, for an unfinished task.
 

@@ -16,9 +16,7 @@ from typing import NamedTuple, TypedDict, cast
 
 import sqlalchemy as sa
 
-from thrave.bundle.checkpoint import Checkpoint
-from thrave.bundle.sealed import CutOff, SealedPart
-from thrave.bundle.secrets import BundleSecrets
+from thrave.bundle.model import BundleKey, Checkpoint, CutOff, PartRecord
 from thrave.database import bundle_part, bundle_task
 from thrave.tasks import claims
 from thrave.tasks.calls import PLACES
@@ -91,7 +89,7 @@ NOTHING = Stored()
 class SentPart(NamedTuple):
     """A part that was sent before."""
 
-    record: SealedPart
+    record: PartRecord
     stored: bool
     """Whether the bucket has taken it."""
 
@@ -100,9 +98,9 @@ class SentPart(NamedTuple):
 class Left:
     """What a sealing that was cut off has left. With the same key the same parts must come out."""
 
-    secrets: BundleSecrets
+    secrets: BundleKey
     series: str = ""
-    """Digits in the names of its parts; see `thrave.bundle.names.new_series`."""
+    """Digits in the names of its parts; see `thrave.bundle.model.new_series`."""
     cut_off: CutOff | None = None
     """Where it goes on; None: at its beginning."""
     sent: Mapping[int, SentPart] = field(default_factory=dict)
@@ -127,7 +125,7 @@ class Journal:
         self._run = claims.THIS_PROCESS
         self._deletion = ""
 
-    def begin(self, secrets: BundleSecrets, series: str = "") -> None:
+    def begin(self, secrets: BundleKey, series: str = "") -> None:
         """Begin a sealing with this key and IV, and these digits in the names of its parts; nothing is stored yet."""
         sealed = self._vault.seal(secrets.key + secrets.iv, context=self._context)
         with self._owned() as connection:
@@ -157,14 +155,14 @@ class Journal:
         rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._sent, bundle_part.c.part.is_not(None))
         with self._engine.connect() as connection:
             sealed, series, document = connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).one()
-            sent = [SentPart(SealedPart(**row.part), row.size is not None) for row in connection.execute(rows)]
+            sent = [SentPart(PartRecord(**row.part), row.size is not None) for row in connection.execute(rows)]
         if sealed is None:
             return None
         opened = self._vault.unseal(sealed, context=self._context)
-        secrets = BundleSecrets(opened[:16], opened[16:])
+        secrets = BundleKey(opened[:16], opened[16:])
         return _left(secrets, series or "", document and Checkpoint.from_json(document), sent)
 
-    def sending(self, key: str, part: SealedPart | None = None, stored: Stored = NOTHING) -> None:
+    def sending(self, key: str, part: PartRecord | None = None, stored: Stored = NOTHING) -> None:
         """Claim an object, perhaps a part, that is about to be sent, and record what has been stored meanwhile.
 
         Raises:
@@ -319,7 +317,7 @@ class Journal:
         return bundle_task.update().where(bundle_task.c.bundle_id == self.bundle_id)
 
 
-def _left(secrets: BundleSecrets, series: str, checkpoint: Checkpoint | None, sent: Sequence[SentPart]) -> Left:
+def _left(secrets: BundleKey, series: str, checkpoint: Checkpoint | None, sent: Sequence[SentPart]) -> Left:
     by_index = {part.record.index: part for part in sorted(sent, key=lambda part: part.record.index)}
     if checkpoint is None:
         return Left(secrets, series, None, by_index)

@@ -11,11 +11,11 @@ from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import NoSuchBucket, NoSuchKey
 from thrave.buckets.naming import split_prefix
 from thrave.bundle.errors import BundleError
-from thrave.bundle.names import bound_side_filename, manifest_filename, own_part, side_filename
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.sidefile import MOST_BYTES as MOST_SIDE_FILE_BYTES
-from thrave.bundle.sidefile import Digest, read_side_file
-from thrave.bundle.xmlreading import MOST_BYTES
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.manifest_xml import MOST_BYTES
+from thrave.bundle.model import bound_side_filename, manifest_filename, own_part, side_filename
+from thrave.bundle.side_file import MOST_BYTES as MOST_SIDE_FILE_BYTES
+from thrave.bundle.side_file import Digest, read_side_file
 from thrave.tasks.failures import TaskFailure
 from thrave.tasks.task import BundleTask
 

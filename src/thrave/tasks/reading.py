@@ -3,7 +3,7 @@
 No system call that waits for a disk can be interrupted. So nothing of a volume is read in the thread of a task's step.
 When the task is cancelled or nothing moves, a call that hangs is abandoned, and what would keep the machine from being
 started is taken out of its way: the locks on the image, the programs that have it open (`volumes/interruption.py`).
-Whoever is last closes the volume. The bytes that are sealed are read by the threads of `bundle/crew.py`.
+Whoever is last closes the volume. The bytes that are sealed are read by the threads of `pipeline.py`.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,11 +8,9 @@ begins again with another key: the same key and IV never see two states of a dis
 import structlog
 
 from thrave.bundle.errors import ResumeError
-from thrave.bundle.names import new_series
-from thrave.bundle.sealed import Sealed
-from thrave.bundle.sealing import Sealing
-from thrave.bundle.secrets import BundleSecrets
-from thrave.bundle.zlibs import Compression
+from thrave.bundle.gzip_stream import Compression
+from thrave.bundle.model import BundleKey, SealedBundle, new_series
+from thrave.bundle.sealer import Sealer
 from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal, Left
 from thrave.tasks.storing import BundleStore
@@ -31,11 +29,11 @@ class VolumeSealer:
         self._journal = journal
         self._compression = compression
 
-    def seal(self, volume: Volume, watch: Watch) -> Sealed:
+    def seal(self, volume: Volume, watch: Watch) -> SealedBundle:
         """Have every part in the bucket. Raises what reading the volume and storing the parts raise."""
         return self._go_on(volume, watch) or self._begin(volume, watch)
 
-    def _go_on(self, volume: Volume, watch: Watch) -> Sealed | None:
+    def _go_on(self, volume: Volume, watch: Watch) -> SealedBundle | None:
         """Finish what a crash cut off; None if there is nothing, or the disk is another one now."""
         left = self._journal.left()
         if left is None:
@@ -47,20 +45,20 @@ class VolumeSealer:
             watch.tell(f"Sealing begins again with another key: {reason}.")
             return None
 
-    def _begin(self, volume: Volume, watch: Watch) -> Sealed:
+    def _begin(self, volume: Volume, watch: Watch) -> SealedBundle:
         """Start with another key, and names that no other sealing has used.
 
         A request of an earlier sealing that is still under way, in this process or in a proxy, hits none of its parts.
         """
         self._store.remove()  # parts of a sealing that cannot be resumed are of no use: their key is not used again
         self._store.check_place(watch)
-        secrets, series = BundleSecrets.generate(), "" if self._store.is_unused(watch) else new_series()
+        secrets, series = BundleKey.generate(), "" if self._store.is_unused(watch) else new_series()
         with durable("sealing begun"):
             self._journal.begin(secrets, series)
         return self._send(Left(secrets, series), volume, watch)
 
-    def _send(self, left: Left, volume: Volume, watch: Watch) -> Sealed:
-        sealing = Sealing(
+    def _send(self, left: Left, volume: Volume, watch: Watch) -> SealedBundle:
+        sealing = Sealer(
             WatchedVolume(volume, watch.moved),
             self._store.name,
             secrets=left.secrets,

@@ -22,12 +22,11 @@ from thrave.buckets.buckets import Buckets
 from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, TransientError
 from thrave.buckets.policy import UploadPolicy
 from thrave.buckets.retrying import RetryingBuckets
-from thrave.bundle.crew import StoppedError
-from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
-from thrave.bundle.reading import read_manifest
-from thrave.bundle.sealed import SealedPart
-from thrave.bundle.sealing import Sealing
-from thrave.bundle.sidefile import Digest, read_side_file
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.model import PartRecord, bound_side_filename, manifest_filename, side_filename
+from thrave.bundle.sealer import Sealer
+from thrave.bundle.side_file import Digest, read_side_file
+from thrave.pipeline import StoppedError
 from thrave.tasks.calls import PLACES, Calls
 from thrave.tasks.claims import ObjectInUseError
 from thrave.tasks.crash_points import durable
@@ -112,7 +111,7 @@ class BundleStore:
         is_first = self._journal.is_alone_in_its_place() and not self._journal.has_begun()
         return is_first and self._ask(self._is_empty, watch)
 
-    def put_parts(self, sealing: Sealing, left: Left, watch: Watch) -> None:
+    def put_parts(self, sealing: Sealer, left: Left, watch: Watch) -> None:
         """Send the parts of a sealing as they come, several at once; what is `left` of them is not sent again.
 
         Raises:
@@ -266,7 +265,7 @@ class BundleStore:
             (answer,) = calls.remaining()
         return answer
 
-    def _sending(self, watch: Watch, key: str, part: SealedPart | None = None, stored: Stored = NOTHING) -> None:
+    def _sending(self, watch: Watch, key: str, part: PartRecord | None = None, stored: Stored = NOTHING) -> None:
         """Claim an object that is about to be sent, as `Journal.sending`; wait until it is free."""
         self._when_free(lambda: self._journal.sending(key, part, stored), watch)
 

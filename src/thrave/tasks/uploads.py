@@ -12,10 +12,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from thrave.bundle.checkpoint import Checkpoint
 from thrave.bundle.errors import ResumeError
-from thrave.bundle.sealed import Part, SealedPart
-from thrave.bundle.sealing import Sealing
+from thrave.bundle.model import Checkpoint, Part, PartRecord
+from thrave.bundle.sealer import Sealer
 from thrave.tasks.calls import Calls
 from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal, Left, Stored, StoredObject
@@ -44,7 +43,7 @@ class PartUploads:
         left: Left,
         upload: Callable[[str, memoryview], StoredObject],
         *,
-        sending: Callable[[str, SealedPart, Stored], None],
+        sending: Callable[[str, PartRecord, Stored], None],
         folder: str,
         at_once: int,
         moved: Callable[[], None],
@@ -72,7 +71,7 @@ class PartUploads:
         self._run = _Run(left.first)
         self._arrived: list[StoredObject] = []
 
-    def store(self, sealing: Sealing) -> None:
+    def store(self, sealing: Sealer) -> None:
         """Send what is not there. Raises what a call raised, and ResumeError if a part is not what was sent before."""
         with closing(sealing.parts()) as parts:
             for part in parts:

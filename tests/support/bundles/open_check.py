@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.partsource import DirectoryParts
+from thrave.bundle.base import DirectoryParts
+from thrave.bundle.model import bound_side_filename, manifest_filename, side_filename
+from thrave.bundle.opener import open_bundle
 from thrave.identity.certificates import load_certificate, load_private_key
 from thrave.identity.service import CERTIFICATE_FILE, PRIVATE_KEY_FILE
 from thrave.testing import ThraveServer

@@ -11,15 +11,14 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from thrave.bundle.errors import PartMissingError
-from thrave.bundle.sealed import Part, Sealed
-from thrave.bundle.sealing import Sealing
-from thrave.bundle.secrets import BundleSecrets
-from thrave.bundle.sidefile import write_side_file
-from thrave.bundle.writing import write_manifest
+from thrave.bundle.manifest import write_manifest
+from thrave.bundle.model import BundleKey, Part, SealedBundle
+from thrave.bundle.sealer import Sealer
+from thrave.bundle.side_file import write_side_file
 
 VECTORS = Path(__file__).parents[2] / "data" / "vectors"
 ACCOUNT = "123456789012"
-SECRETS = BundleSecrets(key=bytes(range(16)), iv=bytes(range(16, 32)))
+SECRETS = BundleKey(key=bytes(range(16)), iv=bytes(range(16, 32)))
 SIDE_KEY = Ed25519PrivateKey.from_private_bytes(b"side".ljust(32))
 
 Span = tuple[int, int]
@@ -84,7 +83,7 @@ class Bundle:
     manifest: bytes
     side_file: bytes
     parts: Mapping[str, bytes]
-    sealed: Sealed
+    sealed: SealedBundle
 
     def read(self, filename: str) -> bytes:
         if filename not in self.parts:
@@ -92,13 +91,13 @@ class Bundle:
         return self.parts[filename]
 
 
-def seal(image, prefix: str = "disk", **options) -> tuple[list[Part], Sealed]:
-    sealing = Sealing(image, prefix, secrets=SECRETS, **options)
+def seal(image, prefix: str = "disk", **options) -> tuple[list[Part], SealedBundle]:
+    sealing = Sealer(image, prefix, secrets=SECRETS, **options)
     parts = list(sealing.parts())
     return parts, sealing.sealed
 
 
-def manifest_of(sealed: Sealed) -> bytes:
+def manifest_of(sealed: SealedBundle) -> bytes:
     return write_manifest(
         sealed,
         account_id=ACCOUNT,

@@ -3,7 +3,7 @@
 import io
 import tarfile
 
-from thrave.bundle.untar import image_runs
+from thrave.bundle.tar_reader import image_runs
 
 
 def read_tar(data: bytes, size: int, bite: int = 1 << 20) -> bytes:

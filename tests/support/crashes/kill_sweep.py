@@ -23,8 +23,8 @@ from support.bundles.open_check import opened_sha256
 from support.eventually import eventually, one_of
 from support.instances.command_machine import Machine
 from support.service.forked_server import ForkedServer
-from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
-from thrave.bundle.reading import read_manifest
+from thrave.bundle.manifest import read_manifest
+from thrave.bundle.model import bound_side_filename, manifest_filename, side_filename
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile

@@ -23,7 +23,7 @@ from support.libvirt.guest_domain import TIMEOUT, Domain
 from support.libvirt.libvirt_host import Host
 from support.service.bundle_tasks import ENDED
 from support.service.forked_server import ForkedServer
-from thrave.bundle.names import PART_SIZE
+from thrave.bundle.model import PART_SIZE
 from thrave.config import DataDirectory
 from thrave.database import open_engine
 from thrave.tasks.records import Records

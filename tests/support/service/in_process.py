@@ -7,9 +7,9 @@ import base64
 from itertools import count
 
 from support.disks.raw_disk import make_disk
-from thrave.bundle.names import bound_side_filename, manifest_filename, side_filename
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.partsource import DirectoryParts
+from thrave.bundle.base import DirectoryParts
+from thrave.bundle.model import bound_side_filename, manifest_filename, side_filename
+from thrave.bundle.opener import open_bundle
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import new_instance_id
 from thrave.compute.instance import VolumeFile

@@ -15,10 +15,10 @@ from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET
 from support.bundles.sample_bundles import SIDE_KEY, manifest_of, private_key
 from thrave.buckets.directory import DirectoryBuckets
 from thrave.buckets.policy import UploadPolicy
-from thrave.bundle.names import PART_SIZE, manifest_filename
-from thrave.bundle.opening import open_bundle
-from thrave.bundle.partsource import DirectoryParts
-from thrave.bundle.sidefile import write_side_file
+from thrave.bundle.base import DirectoryParts
+from thrave.bundle.model import PART_SIZE, manifest_filename
+from thrave.bundle.opener import open_bundle
+from thrave.bundle.side_file import write_side_file
 from thrave.config import DataDirectory
 from thrave.database import migrate, open_engine
 from thrave.tasks.records import Records

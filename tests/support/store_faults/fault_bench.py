@@ -23,8 +23,8 @@ from thrave.buckets.objects import S3Objects
 from thrave.buckets.retrying import RetryingBuckets
 from thrave.buckets.s3 import OWNER_KEY, Holder, OwnersBuckets, ServiceBuckets
 from thrave.buckets.transport import Transport
-from thrave.bundle.names import manifest_filename, side_filename
-from thrave.bundle.opening import open_bundle
+from thrave.bundle.model import manifest_filename, side_filename
+from thrave.bundle.opener import open_bundle
 from thrave.cli.folders import FolderParts
 from thrave.cli.remote_folders import S3Folder
 from thrave.compute.descriptions import Description

@@ -1,40 +1,70 @@
-"""The files that opening a bundle makes: whole, or not there at all.
+"""Finds what of an image's data need not be written: whoever writes an image begins with an empty one.
+
+Only grains of 64 KiB, counted from the image's beginning, are left out: they are whole pages of a file, whole
+clusters of a qcow2 image, and few enough to look at. What is written reads the same either way.
+
+The files that opening a bundle makes: whole, or not there at all.
 
 A file that is being written has no name where the file system allows that (``O_TMPFILE``), so nothing remains of it
 however the process ends. Elsewhere it has a name of its own beside the target, and is removed when the block fails.
 Only after the last check it is flushed to the disk and gets the target's name, in one step.
+
+The image that opening a bundle gives to a pipe, from which nothing can be taken back.
+
+Every byte is released only after the digest of its part (and with a certificate the signature) is known to hold; what
+is left for the end is the digest of the whole. So the last of the image is held back until that has been checked, too:
+a stream that failed is always short, whoever reads it and whether or not the exit status is looked at.
 """
 
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
 from thrave.bundle.errors import OutputError, OutputExistsError
+from thrave.bundle.tar_reader import ImageRun
+
+GRAIN = 64 * 1024
+"""Bytes."""
+
+
+_ZERO_GRAIN = bytes(GRAIN)
+
+
+_GLANCE = 512  # bytes that tell most data from zeros, so that the rest of them need not be copied to be compared
+
+
+def without_zeros(runs: Iterable[ImageRun]) -> Iterator[ImageRun]:
+    """Yield of the runs what is not zeros, in stretches as long as they come."""
+    for run in runs:
+        yield from _stretches(run)
+
+
+def _stretches(run: ImageRun) -> Iterator[ImageRun]:
+    offset, data = run
+    begin = at = 0
+    while at < len(data):
+        end = min(at + GRAIN - (offset + at) % GRAIN, len(data))
+        if _is_zeros(data[at:end]):
+            if begin < at:
+                yield ImageRun(offset + begin, data[begin:at])
+            begin = end
+        at = end
+    if begin < at:
+        yield ImageRun(offset + begin, data[begin:at])
+
+
+def _is_zeros(grain: memoryview) -> bool:
+    glance = grain[:_GLANCE].tobytes()
+    return glance == _ZERO_GRAIN[: len(glance)] and grain.tobytes() == _ZERO_GRAIN[: len(grain)]
+
 
 _NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+
+
 _COMPARED = 1024 * 1024
-
-
-class ImageTarget(Protocol):
-    """An image that is being written, wherever it goes."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write at an offset, which ascends from call to call. What is never written reads as zeros.
-
-        The data's memory is used for other data as soon as this returns.
-
-        Raises:
-            OSError: it cannot be written; so may whatever error the target calls its own.
-        """
-        ...
-
-
-ImageMaker = Callable[[int], AbstractContextManager[ImageTarget]]
-"""Makes an image of so many bytes: whole if the block ends well, after the last check, and otherwise nothing."""
 
 
 class NewFile:
@@ -206,3 +236,58 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_ZEROS = bytes(1024 * 1024)
+
+
+class ImageStream:
+    """An image that is being written from its beginning to its end; holes are written as zeros."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._at = 0
+        self._room = memoryview(bytearray())  # used over and over, as in `buffers.py`
+        self._held_at, self._held = 0, self._room
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Hold data back, and write what was held back before."""
+        self._release()
+        if len(data) > len(self._room):
+            self._room = memoryview(bytearray(len(data)))
+        self._held_at, self._held = offset, self._room[: len(data)]
+        self._held[:] = data
+
+    def finish(self, size: int) -> None:
+        """Write what was held back, and zeros up to the image's size (bytes)."""
+        self._release()
+        self._write_zeros(size)
+
+    def _release(self) -> None:
+        if self._held:
+            self._write_zeros(self._held_at)
+            self._write_all(self._held)
+
+    def _write_zeros(self, end: int) -> None:
+        while self._at < end:
+            self._write_all(memoryview(_ZEROS)[: end - self._at])
+
+    def _write_all(self, data: memoryview) -> None:
+        while data:
+            written = os.write(self._descriptor, data)
+            self._at, data = self._at + written, data[written:]
+
+
+@contextmanager
+def image_stream(descriptor: int, size: int) -> Iterator[ImageStream]:
+    """Give what writes an image of `size` bytes to an open pipe, socket or file; its end comes if the block ends well.
+
+    Raises:
+        OutputError: it cannot be written, or nobody reads it any more.
+    """
+    stream = ImageStream(descriptor)
+    try:
+        yield stream
+        stream.finish(size)
+    except OSError as error:
+        raise OutputError(f"cannot write the image: {os.strerror(error.errno or 0)}") from error

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPubl
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from thrave.bundle.errors import SideFileError
-from thrave.bundle.sealed import Sealed
+from thrave.bundle.model import SealedBundle
 
 _Kind = TypeVar("_Kind")
 
@@ -77,7 +77,7 @@ class SideFile:
 
 
 def write_side_file(
-    sealed: Sealed, manifest_xml: bytes, *, side_key: Ed25519PrivateKey, signing_key: RSAPrivateKey
+    sealed: SealedBundle, manifest_xml: bytes, *, side_key: Ed25519PrivateKey, signing_key: RSAPrivateKey
 ) -> bytes:
     """Return the side file of a bundle.
 

@@ -1,4 +1,11 @@
-"""Turns a manifest's XML into flat fields, trusting nothing in it.
+"""What of a manifest is signed, and whether the signature holds.
+
+RSASSA-PKCS1-v1_5 with SHA-1 over two slices of the raw bytes, tags included, nothing between: the first
+``<machine_configuration>…</machine_configuration>`` and the first ``<image>…</image>`` (ec2-ami-tools 1.3 to 1.5.3,
+Walrus, euca2ools; version 3 signs the second alone). A certificate is a wrapped public key here: as with every known
+verifier its dates and issuer are not asked.
+
+Turns a manifest's XML into flat fields, trusting nothing in it.
 
 Expat does the parsing. Declarations of documents and entities are refused before they can do anything; nesting, the
 numbers of elements and attributes, and the length of texts have limits; elements and attributes that no bundler writes
@@ -9,23 +16,103 @@ verifier one image and the reader another. What the fields mean is decided in ``
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from xml.parsers import expat
 
-from thrave.bundle.errors import ManifestError
-from thrave.bundle.signatures import find_slice
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
+from cryptography.hazmat.primitives.hashes import SHA1
+from cryptography.x509 import Certificate
+
+from thrave.bundle.errors import ManifestError, SignatureError
+
+
+class Slice(NamedTuple):
+    """A stretch of the manifest's bytes: offsets of its first byte and of its closing tag."""
+
+    start: int
+    closing_tag: int
+
+
+def find_slice(xml: bytes, tag: str) -> Slice | None:
+    """Return where the first ``<tag>`` in the text begins and the first ``</tag>`` after it closes it."""
+    start = xml.find(f"<{tag}>".encode())
+    closing_tag = xml.find(f"</{tag}>".encode(), start)
+    return Slice(start, closing_tag) if 0 <= start < closing_tag else None
+
+
+def signed_bytes(xml: bytes) -> bytes:
+    """Return what the signature of a manifest is made over."""
+    return b"".join(_cut(xml, tag) for tag in ("machine_configuration", "image"))
+
+
+def sign(xml: bytes, signing_key: RSAPrivateKey) -> bytes:
+    """Return the signature for a manifest's bytes, of which the part after the image may still be missing."""
+    return signing_key.sign(signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - the format knows no other
+
+
+def is_signed_with(xml: bytes, signature: bytes, key: RSAPublicKey) -> bool:
+    """Whether a manifest's signature was made with this key's private half over these bytes."""
+    try:
+        key.verify(signature, signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - the format knows no other
+    except InvalidSignature:
+        return False
+    return True
+
+
+def verify(xml: bytes, signature: bytes, certificate: Certificate) -> None:
+    """Check a manifest's signature.
+
+    Raises:
+        SignatureError: it is missing, or was not made with the certificate's key over these bytes.
+    """
+    if not signature:
+        raise SignatureError("the manifest is not signed, but a signer's certificate was given")
+    if not is_signed_with(xml, signature, rsa_key(certificate)):
+        raise SignatureError("the manifest was changed, or another key than this certificate's signed it")
+
+
+def rsa_key(certificate: Certificate) -> RSAPublicKey:
+    """Return the certificate's public key.
+
+    Raises:
+        ValueError: it is not an RSA key; the format knows no other.
+    """
+    key = certificate.public_key()
+    if not isinstance(key, RSAPublicKey):
+        raise ValueError("the certificate holds no RSA key")  # noqa: TRY004 - the value's content is wrong
+    return key
+
+
+def _cut(xml: bytes, tag: str) -> bytes:
+    found = find_slice(xml, tag)
+    return xml[found.start : found.closing_tag + len(tag) + len("</>")] if found else b""
+
 
 MOST_BYTES = 32 * 1024 * 1024
 """Eucalyptus 4.4 takes 5 MiB, which is the parts of 370 GiB; this is enough for those of 2 TiB."""
 
+
 _DEEPEST = 8
+
+
 _MOST_MARKUP = 64 * 1024
 """Bytes from one ``<`` to the next: no tag and no text of a known bundler is longer than the 4 KiB of a hex key."""
 
+
 _MOST_ATTRIBUTES = 16  # of one element; a known one has one
+
+
 _MOST_UNKNOWN = 1000  # elements
+
+
 _MOST_LISTED = 1000  # block devices, product codes or ancestors
 
+
 _SIGNED = ("machine_configuration", "image")
+
+
 _LEAVES = frozenset({
     "version", "signature",
     "bundler/name", "bundler/version", "bundler/release",
@@ -35,27 +122,36 @@ _LEAVES = frozenset({
 })  # fmt: skip
 """Elements that may occur once and have a text."""
 
+
 _BRANCHES = frozenset({
     "", "bundler", "machine_configuration", "machine_configuration/block_device_mapping",
     "machine_configuration/product_codes", "image", "image/ancestry", "image/parts",
 })  # fmt: skip
 """Elements that may occur once and have elements; the root's path is empty."""
 
+
 _PART = "image/parts/part"
+
+
 _ROWS: Mapping[str, Sequence[str]] = {
     "machine_configuration/block_device_mapping/mapping": ("virtual", "device"),
     _PART: ("@index", "filename", "digest", "digest@algorithm"),
 }
 """Elements that may be repeated: their columns, which are elements in them, or attributes (``@``) of those."""
 
+
 _LISTS = frozenset({"machine_configuration/product_codes/product_code", "image/ancestry/ancestor_ami_id"})
 """Elements that may be repeated and have a text."""
+
 
 _ATTRIBUTES = frozenset({
     "image/digest@algorithm", "image/parts@count",
     "image/ec2_encrypted_key@algorithm", "image/user_encrypted_key@algorithm",
 })  # fmt: skip
+
+
 _KNOWN = _LEAVES | _BRANCHES | _LISTS | _ROWS.keys() | {f"{path}/{tag}" for path in _ROWS for tag in _ROWS[path]}
+
 
 # Expat's codes for a document that ends where more must follow.
 _CUT_OFF = frozenset(
@@ -67,6 +163,7 @@ _CUT_OFF = frozenset(
         expat.errors.XML_ERROR_UNCLOSED_CDATA_SECTION,
     )
 )
+
 
 Row = tuple[str, ...]
 """The columns of a repeated element, in the order of `_ROWS`; empty where an attribute is missing."""

@@ -12,17 +12,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.x509 import Certificate
 
-from thrave.bundle.manifest import Manifest
-from thrave.bundle.names import checked_account_id
-from thrave.bundle.secrets import KeySlot, lock, unlock
-from thrave.bundle.sidefile import sign_digests
-from thrave.bundle.signatures import rsa_key
-from thrave.bundle.verifying import Trust, believe
-from thrave.bundle.writing import signed_manifest
+from thrave.bundle.manifest import Manifest, signed_manifest
+from thrave.bundle.manifest_xml import rsa_key
+from thrave.bundle.model import KeySlot, lock, unlock, validate_account_id
+from thrave.bundle.side_file import sign_digests
+from thrave.bundle.verifier import Trust, verify_manifest
 
 
 @dataclass(frozen=True)
-class Readers:
+class NewReaders:
     """Who a bundle is made out to, and what is called otherwise there; None leaves it as it is.
 
     Attributes:
@@ -67,7 +65,7 @@ def migrate(
     private_key: RSAPrivateKey,
     *,
     certificate: Certificate,
-    readers: Readers,
+    readers: NewReaders,
     signers: Signers,
 ) -> Migrated:
     """Return the documents that make a bundle out to other readers.
@@ -86,7 +84,7 @@ def migrate(
         WrongKeyError: the key opens neither slot.
         NamingError: the account id is none.
     """
-    believed = believe(manifest, side_file, Trust(certificate))
+    believed = verify_manifest(manifest, side_file, Trust(certificate))
     xml = signed_manifest(_made_out(believed.manifest, private_key, readers), signers.manifest)
     if believed.side is None:
         return Migrated(xml, None)
@@ -94,13 +92,13 @@ def migrate(
     return Migrated(xml, side)
 
 
-def _made_out(manifest: Manifest, private_key: RSAPrivateKey, readers: Readers) -> Manifest:
+def _made_out(manifest: Manifest, private_key: RSAPrivateKey, readers: NewReaders) -> Manifest:
     secrets = unlock((manifest.user_slot, manifest.ec2_slot), private_key)
     ec2_slot = lock(secrets, rsa_key(readers.service))
     user_slot = manifest.user_slot if readers.user is None else lock(secrets, rsa_key(readers.user))
     return replace(
         manifest,
-        user=manifest.user if readers.account_id is None else checked_account_id(readers.account_id),
+        user=manifest.user if readers.account_id is None else validate_account_id(readers.account_id),
         kernel_id=manifest.kernel_id if readers.kernel_id is None else readers.kernel_id,
         ramdisk_id=manifest.ramdisk_id if readers.ramdisk_id is None else readers.ramdisk_id,
         ec2_slot=ec2_slot,

@@ -7,10 +7,55 @@ What a part holds is verified elsewhere.
 import errno
 import os
 import stat
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from thrave.bundle.errors import PartDamagedError, PartMissingError
+
+Span = tuple[int, int]
+"""Offset and length in bytes."""
+
+
+class Image(Protocol):
+    """A disk image that nobody writes while it is being read."""
+
+    @property
+    def size(self) -> int:
+        """Apparent size in bytes."""
+        ...
+
+    def extents(self) -> Sequence[Span]:
+        """Return (offset, length) of the data in bytes: ascending, not overlapping, within the size."""
+        ...
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Hear what is read soon, to have it ready by then; never waits, never raises."""
+        ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer from the offset on, or raise."""
+        ...
+
+
+class ImageTarget(Protocol):
+    """An image that is being written, wherever it goes."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write at an offset, which ascends from call to call. What is never written reads as zeros.
+
+        The data's memory is used for other data as soon as this returns.
+
+        Raises:
+            OSError: it cannot be written; so may whatever error the target calls its own.
+        """
+        ...
+
+
+ImageMaker = Callable[[int], AbstractContextManager[ImageTarget]]
+"""Makes an image of so many bytes: whole if the block ends well, after the last check, and otherwise nothing."""
+
 
 MOST_PART_BYTES = 64 * 1024 * 1024
 """Every known bundler cuts parts of 10 MiB. A part is held in memory until its digest is known to be right."""
