@@ -36,7 +36,7 @@ from thrave.buckets.objects import S3Objects
 from thrave.buckets.retrying import patiently
 from thrave.buckets.s3 import OwnersBuckets
 from thrave.bundle.model import PART_SIZE
-from thrave.volumes.volume import Extent
+from thrave.volumes.base import Extent
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET

@@ -28,7 +28,7 @@ from thrave.tasks.host_states import MOVES, HostState
 from thrave.tasks.states import FOLLOWS
 from thrave.tasks.steps import FIRST, FIRST_OF_UNDO, FORWARD, MAY_FAIL, UNDO, Step, following
 from thrave.tasks.steps import Row as StepRow
-from thrave.volumes.marks import MARKS, REFERENCES, Row
+from thrave.volumes.image_rules import MARKS, REFERENCES, Row
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
@@ -321,7 +321,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/table.py", doctor),
     "failpoints.md": ("src/thrave/tasks/crash_points.py", crash_points),
-    "disk-images.md": ("src/thrave/volumes/marks.py", images),
+    "disk-images.md": ("src/thrave/volumes/image_rules.py", images),
     "task-states.md": ("src/thrave/tasks/states.py", states),
     "host-states.md": ("src/thrave/tasks/host_states.py", host_states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),

@@ -12,7 +12,7 @@ from thrave.bundle.gzip_stream import inflated
 from thrave.bundle.manifest_xml import signed_bytes, verify
 from thrave.bundle.opener import deciphered
 from thrave.bundle.tar_writer import TarMember, data_extents
-from thrave.volumes.opening import open_volume
+from thrave.volumes.formats import open_volume
 
 KIB = 1024
 MIB = 1024 * KIB

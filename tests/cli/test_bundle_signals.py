@@ -12,8 +12,8 @@ import pytest
 from support.bundles.sample_bundles import VECTORS
 from support.required_programs import missing
 from support.servers import web
-from thrave.volumes import libnbd
-from thrave.volumes.errors import ComponentMissingError
+from thrave.volumes import qemu_nbd
+from thrave.volumes.errors import ToolNotInstalled
 
 KEYS = VECTORS / "keys"
 BUNDLE = "ec2-ami-tools-1.5.3-dense-2-parts/small.img.manifest.xml"
@@ -59,8 +59,8 @@ def opening(address, image, *more):
 def test_open_leaves_nothing(address, asked, tmp_path, number, image_format):
     if image_format != "raw":
         try:
-            libnbd.load()
-        except ComponentMissingError as error:
+            qemu_nbd.load()
+        except ToolNotInstalled as error:
             missing(error.component, package=error.package)
     (tmp_path / "out").mkdir()
     with running(*opening(address, tmp_path / "out" / "image", "--format", image_format)) as process:

@@ -13,7 +13,7 @@ from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of
 from support.disks.qemu_images import qemu_img
 from support.required_programs import require_libnbd
 from thrave.cli.bundle_image import FORMATS
-from thrave.volumes.writing import WRITABLE_FORMATS
+from thrave.volumes.qemu_nbd import WRITABLE_FORMATS
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
 KEYS = VECTORS / "keys"

@@ -35,7 +35,7 @@ tried("machine", lambda: os.stat("/proc/meminfo"))
 BUNDLE = """
 import sys
 from pathlib import Path
-from thrave.volumes.opening import open_volume
+from thrave.volumes.formats import open_volume
 with open_volume(Path(sys.argv[1]), "qcow2", skip_unused=True) as volume:
     print(sum(extent.length for extent in volume.extents()))
 """

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from thrave.volumes import libnbd
-from thrave.volumes.errors import ComponentMissingError
+from thrave.volumes import qemu_nbd
+from thrave.volumes.errors import ToolNotInstalled
 
 _ELSEWHERE = ("/usr/sbin", "/sbin", "/usr/local/sbin")
 
@@ -42,6 +42,6 @@ def unavailable(reason: str) -> None:
 def require_libnbd() -> None:
     """Load libnbd's binding; without it as `require`."""
     try:
-        libnbd.load()
-    except ComponentMissingError as error:
+        qemu_nbd.load()
+    except ToolNotInstalled as error:
         missing(error.component, package=error.package)

@@ -12,8 +12,8 @@ from support.disks.qemu_images import converted, written_to
 from support.eventually import eventually
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.reading import VolumeReader
-from thrave.volumes.opening import open_volume
-from thrave.volumes.qemu import QemuVolume
+from thrave.volumes.formats import open_volume
+from thrave.volumes.qemu_nbd import QemuVolume
 from thrave.volumes.raw import RawVolume
 
 DRIVERS = {"raw": RawVolume, "qcow2": QemuVolume}
@@ -51,7 +51,7 @@ def test_a_disk_that_does_not_answer_is_abandoned_and_not_in_the_machines_way(
     if moment == "extents":
         monkeypatch.setattr(DRIVERS[image_format], "extents", disk.hang)
     if moment == "closing":
-        monkeypatch.setattr("thrave.volumes.inspection.Inspection.check_unchanged", disk.hang)
+        monkeypatch.setattr("thrave.volumes.image_chain.Inspection.check_unchanged", disk.hang)
 
     def work():
         with bench.watch() as watch, VolumeReader(partial(opening, image, image_format), watch) as reader:

@@ -4,7 +4,7 @@ import pytest
 
 from support.disks.raw_disk import make_disk
 from support.required_programs import require_libnbd
-from thrave.volumes.opening import QEMU_FORMATS
+from thrave.volumes.formats import QEMU_FORMATS
 
 
 @pytest.fixture

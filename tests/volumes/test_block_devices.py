@@ -6,9 +6,9 @@ import pytest
 
 from support.disks.block_devices import loop_device
 from support.disks.qemu_images import converted, encrypted, qemu_io, secret_beside, written_to
+from thrave.volumes.base import Extent
 from thrave.volumes.errors import VolumeEncryptedError, VolumeInUseError
-from thrave.volumes.opening import open_volume
-from thrave.volumes.volume import Extent
+from thrave.volumes.formats import open_volume
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make block devices")
 

@@ -20,14 +20,14 @@ from support.disks.ntfs_damage import (
 )
 from support.disks.ntfs_disk import CLUSTER, RECORD, Damage, make_windows_disk, restart_page
 from support.disks.qemu_images import converted
-from thrave.volumes import ntfs, surveyor, unmounting
-from thrave.volumes.conditions import Verdict, conditions
+from thrave.volumes import ntfs_format, ntfs_sandbox, ntfs_scan
 from thrave.volumes.errors import VolumeUnreadableError
-from thrave.volumes.ntfs import BootSector
-from thrave.volumes.opening import open_volume
+from thrave.volumes.formats import open_volume
+from thrave.volumes.ntfs_format import BootSector
+from thrave.volumes.ntfs_volumes import Verdict, check_unclean
 
 MESSAGE = struct.Struct("<cQQ")
-NAME = unmounting.HIBERNATION_FILE.encode("utf-16-le")
+NAME = ntfs_scan.HIBERNATION_FILE.encode("utf-16-le")
 GEOMETRY = BootSector(cluster_size=CLUSTER, clusters=1000, mft=4, mft_mirror=500, record_size=RECORD)
 
 
@@ -42,11 +42,11 @@ def damage(windows):
 
 
 def said_of(damage):
-    return [found.words for found in conditions(damage)]
+    return [found.words for found in check_unclean(damage)]
 
 
 def not_checked(damage):
-    found = conditions(damage)
+    found = check_unclean(damage)
     return [each.words for each in found if each.verdict is Verdict.NOT_CHECKED]
 
 
@@ -84,14 +84,17 @@ def sleep_in_another_folder(damage):
 )
 def test_clean_volumes_have_no_findings(damage, change):
     change(damage)
-    assert conditions(damage) == []
+    assert check_unclean(damage) == []
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (boot(3, "8s", b"-FVE-FS-"), "of the volume at byte 1048576, it is encrypted with BitLocker"),
-        (boot(424, "16s", ntfs._BITLOCKER_TO_GO), "of the volume at byte 1048576, it is encrypted with BitLocker"),
+        (
+            boot(424, "16s", ntfs_format._BITLOCKER_TO_GO),
+            "of the volume at byte 1048576, it is encrypted with BitLocker",
+        ),
         (boot(3, "8s", b"ReFS"), "of the volume at byte 1048576, its file system is ReFS"),
         (boot(3, "8s", b"MSDOS5.0"), "of the volume at byte 1048576, no file system is known"),
         (boot(13, "<B", 256 - 8), "of the volume at byte 1048576, its clusters have 128 KiB"),
@@ -184,18 +187,18 @@ def test_it_is_the_same_in_any_format(damage, windows, nbd, tmp_path):
     raw.write_bytes(damage.disk[:])
     image = converted(raw, "qcow2")
     with open_volume(image, "qcow2") as volume:
-        ((_, said),) = conditions(volume)
+        ((_, said),) = check_unclean(volume)
     assert said.startswith(f"of the volume at byte {damage.at}, Windows is hibernated")
 
 
 def test_a_reader_that_takes_too_long_is_ended_and_that_is_said(damage, monkeypatch):
-    monkeypatch.setattr(surveyor, "SECONDS", 0.01)
+    monkeypatch.setattr(ntfs_sandbox, "SECONDS", 0.01)
     (said,) = said_of(damage)
     assert "reading it took too long" in said
 
 
 def test_without_the_library_that_is_said_where_it_would_be_needed(damage, monkeypatch):
-    monkeypatch.setattr("thrave.volumes.surveyor.find_spec", lambda _: None)
+    monkeypatch.setattr("thrave.volumes.ntfs_sandbox.find_spec", lambda _: None)
     (said,) = said_of(damage)
     assert "cannot be told whether Windows was shut down fully: pytsk3 is not installed: pip install" in said
     assert not_checked(damage) == [said]
@@ -222,7 +225,7 @@ def condition(words):
     ("said", "heard"),
     [
         (condition(b"zz \x1b[2Jz\n") + MESSAGE.pack(b".", 0, 0), ["zz \ufffd[2Jz\ufffd"]),
-        (condition(b"zz") * 9, ["zz"] * surveyor.MOST_CONDITIONS + ["astray"]),
+        (condition(b"zz") * 9, ["zz"] * ntfs_sandbox.MOST_CONDITIONS + ["astray"]),
         (MESSAGE.pack(b"c", 0, 1 << 40), ["astray"]),
         (MESSAGE.pack(b"u", 0, 4096), ["astray"]),
         (condition(b"zz") + MESSAGE.pack(b"x", 1, 1) + b"b", ["zz", "not checked"]),
@@ -259,18 +262,18 @@ def test_the_name_is_found_though_a_fixup_has_taken_a_letter_of_it(lost):
     record[at : at + len(NAME)] = NAME.upper()
     if lost is not None:
         record[510:512] = b"\x07\x00"
-    assert list(unmounting._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [1]
+    assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [1]
 
 
 def test_a_name_in_an_extension_record_leads_to_its_file():
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 1, 7 << 48 | 42)
     record[400 : 400 + len(NAME)] = NAME
-    assert list(unmounting._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [42]
+    assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [42]
 
 
 def test_a_name_in_a_record_that_is_not_in_use_is_nobodys():
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 0, 0)
     record[400 : 400 + len(NAME)] = NAME
-    assert list(unmounting._candidates(GEOMETRY, Records(bytes(record)))) == []
+    assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(record)))) == []

@@ -6,7 +6,7 @@ import pytest
 
 from support.disks.qemu_images import converted, secret_of
 from thrave.volumes.errors import UnknownFormatError, VolumeUnreadableError
-from thrave.volumes.opening import FORMATS, open_volume
+from thrave.volumes.formats import FORMATS, open_volume
 
 ROUNDED_UP = {"vpc"}  # counts in cylinders, so its disk is a little larger than what was put in
 NO_HOLES = {"vhdx", "luks"}  # QEMU 7.2 gives no allocation for vhdx; LUKS enciphers zeros as anything else

@@ -16,7 +16,7 @@ from support.disks.qemu_images import (
     written_to,
 )
 from thrave.volumes.errors import VolumeEncryptedError, VolumeError, VolumeInUseError, VolumeUnreadableError
-from thrave.volumes.opening import open_volume
+from thrave.volumes.formats import open_volume
 
 pytestmark = pytest.mark.usefixtures("nbd")
 

@@ -12,11 +12,11 @@ from contextlib import closing, contextmanager
 import pytest
 
 from support.disks.qemu_images import converted, qemu_img, qemu_io, written_to
-from thrave.volumes import locking
+from thrave.volumes import image_locks
 from thrave.volumes.errors import VolumeInUseError, VolumeUnreadableError
-from thrave.volumes.hostfile import HostFile
-from thrave.volumes.locking import ImageLocks
-from thrave.volumes.opening import open_volume
+from thrave.volumes.formats import open_volume
+from thrave.volumes.host_files import HostFile
+from thrave.volumes.image_locks import ImageLocks
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -120,7 +120,7 @@ def test_the_files_that_a_vmdk_keeps_its_data_in_are_locked(raw):
 def killed_reader(image):
     """A process that has the raw image open, and is then killed."""
     code = (
-        "import sys, time; from pathlib import Path; from thrave.volumes.opening import open_volume\n"
+        "import sys, time; from pathlib import Path; from thrave.volumes.formats import open_volume\n"
         "with open_volume(Path(sys.argv[1]), 'raw'): print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, image], stdout=subprocess.PIPE) as reader:
@@ -160,7 +160,7 @@ def test_a_refusal_leaves_no_lock(raw):
 def held(image):
     """The bytes that somebody has locked."""
     with image.open("rb") as file:
-        return {byte for byte in range(512) if locking._is_held(file.fileno(), byte)}
+        return {byte for byte in range(512) if image_locks._is_held(file.fileno(), byte)}
 
 
 def test_the_locks_are_those_of_a_qemu_that_reads_what_nobody_may_write(raw):
@@ -203,7 +203,7 @@ class Flock(ctypes.Structure):
 
 
 def test_the_lock_is_laid_out_as_the_kernel_wants_it():
-    packed = locking._FLOCK.pack(1, 2, 3, 4, 5)
+    packed = image_locks._FLOCK.pack(1, 2, 3, 4, 5)
     assert len(packed) == ctypes.sizeof(Flock)
     flock = Flock.from_buffer_copy(packed)
     assert [getattr(flock, name) for name, _ in Flock._fields_] == [1, 2, 3, 4, 5]
@@ -212,13 +212,13 @@ def test_the_lock_is_laid_out_as_the_kernel_wants_it():
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_a_file_system_without_locks_does_not_keep_us_from_reading(raw, monkeypatch, error):
     """There is none here; what its kernel would say stands in for it."""
-    monkeypatch.setattr(locking, "fcntl", Lockless(error))
+    monkeypatch.setattr(image_locks, "fcntl", Lockless(error))
     with open_volume(raw, "raw") as volume:
         assert volume.size == raw.stat().st_size
 
 
 def test_a_lock_that_fails_in_another_way_is_an_error(raw, monkeypatch):
-    monkeypatch.setattr(locking, "fcntl", Lockless(errno.EIO))
+    monkeypatch.setattr(image_locks, "fcntl", Lockless(errno.EIO))
     with pytest.raises(VolumeUnreadableError, match="cannot be locked: Input/output error"), open_volume(raw, "raw"):
         pass
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.disks.qemu_images import PASSPHRASE, converted, encrypted, qemu_img, secret_beside
-from thrave.volumes import vhd
+from thrave.volumes import vhd_headers
 from thrave.volumes.errors import ImageRefusedError, VolumeError, VolumeUnreadableError
-from thrave.volumes.marks import MARKS, REFERENCES, Decision
-from thrave.volumes.opening import FORMATS, examine, open_volume
+from thrave.volumes.formats import FORMATS, examine, open_volume
+from thrave.volumes.image_rules import MARKS, REFERENCES, Decision
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -237,7 +237,7 @@ def footer_changed(image, change, *, signed=True):
                 footer = content[at : at + 512]
                 change(footer)
                 if signed:
-                    footer[64:68] = struct.pack(">I", vhd._checksum(bytes(footer), at=64))
+                    footer[64:68] = struct.pack(">I", vhd_headers._checksum(bytes(footer), at=64))
                 content[at : at + 512] = footer
     return image
 
@@ -264,7 +264,7 @@ def vpc_names_parent(raw):
     with edited(image) as content:
         content[512 + 64 : 512 + 72] = "p.vh".encode("utf-16-be")
         header = content[512:1536]
-        header[36:40] = struct.pack(">I", vhd._checksum(bytes(header), at=36))
+        header[36:40] = struct.pack(">I", vhd_headers._checksum(bytes(header), at=36))
         content[512:1536] = header
     return image
 
@@ -316,7 +316,7 @@ def vhdx_item(image, item):
 @makes("vhdx", "parent")
 def vhdx_with_parent(raw):
     image = converted(raw, "vhdx")
-    _, value = vhdx_item(image, vhd._PARAMETERS)
+    _, value = vhdx_item(image, vhd_headers._PARAMETERS)
     with edited(image) as content:
         content[value + 4] |= 2
     return image
@@ -326,11 +326,11 @@ def vhdx_with_parent(raw):
 def vhdx_log(raw):
     image = converted(raw, "vhdx")
     with edited(image) as content:
-        for at in vhd._HEADERS:
+        for at in vhd_headers._HEADERS:
             header = content[at : at + 4096]
             header[48:64] = uuid.uuid4().bytes
             header[4:8] = bytes(4)
-            header[4:8] = struct.pack("<I", vhd._crc32c(bytes(header)))
+            header[4:8] = struct.pack("<I", vhd_headers._crc32c(bytes(header)))
             content[at : at + 4096] = header
     return image
 
@@ -343,7 +343,7 @@ def vhdx_cut(raw):
 def test_read_into_names_damage_that_qemu_meets_while_reading(raw):
     image = converted(with_data(raw), "vhdx")
     with edited(image) as content:
-        entry = content.index(vhd._BLOCK_TABLE.bytes_le, 192 << 10)
+        entry = content.index(vhd_headers._BLOCK_TABLE.bytes_le, 192 << 10)
         (table,) = struct.unpack_from("<Q", content, entry + 16)
         content[table] |= 7  # the first block: partially present, which only a differencing disk may have
     with (

@@ -18,12 +18,12 @@ from support.disks.ntfs_disk import CLUSTER, HIBERNATION, SWAP, Damage, make_win
 from support.required_programs import require
 from thrave.bundle.opener import open_bundle
 from thrave.demo.disk import PARTITION_OFFSET
-from thrave.volumes import survey
-from thrave.volumes.bitmap import claim, free_runs
-from thrave.volumes.errors import ComponentMissingError
-from thrave.volumes.opening import open_volume
-from thrave.volumes.skipping import UsedVolume
-from thrave.volumes.volume import Extent
+from thrave.volumes import ntfs_scan
+from thrave.volumes.base import Extent
+from thrave.volumes.errors import ToolNotInstalled
+from thrave.volumes.formats import open_volume
+from thrave.volumes.ntfs_scan import claim, free_runs
+from thrave.volumes.ntfs_volumes import FilteredVolume
 
 DISPOSABLE = ["pagefile.sys", "hiberfil.sys", "swapfile.sys"]
 
@@ -215,12 +215,12 @@ def fill(folder):
 def test_every_kind_of_file_is_accounted_for_to_the_last_cluster(all_kinds, monkeypatch):
     """Attribute lists, streams, compression, sparse files, large folders: what is in use is what files claim."""
     left = []
-    monkeypatch.setattr(survey, "_few", lambda runs: left.extend(runs) or left)
+    monkeypatch.setattr(ntfs_scan, "_few", lambda runs: left.extend(runs) or left)
     source = Damage.to(all_kinds)
     source.read = lambda offset, length: source.disk[offset : offset + length]
     claimed = []
-    monkeypatch.setattr(survey, "claim", lambda bitmap, *run: claimed.append(run) or claim(bitmap, *run))
-    survey.unused(source)
+    monkeypatch.setattr(ntfs_scan, "claim", lambda bitmap, *run: claimed.append(run) or claim(bitmap, *run))
+    ntfs_scan.find_unused(source)
     free = sum(count for _, count in left)
     assert sum(count for _, count in claimed) + free == ((24 << 20) - 512) // CLUSTER
     assert len(claimed) > 600
@@ -262,18 +262,18 @@ def test_a_file_with_another_name_elsewhere_keeps_its_content(windows):
 
 
 def test_without_the_library_the_package_is_named(windows, monkeypatch):
-    monkeypatch.setattr("thrave.volumes.surveyor.find_spec", lambda _: None)
-    with pytest.raises(ComponentMissingError, match=r"pytsk3 is not installed: pip install 'thrave\[ntfs\]'"):
+    monkeypatch.setattr("thrave.volumes.ntfs_sandbox.find_spec", lambda _: None)
+    with pytest.raises(ToolNotInstalled, match=r"pytsk3 is not installed: pip install 'thrave\[ntfs\]'"):
         holes(windows.path)
 
 
 def test_free_space_in_too_many_pieces_is_refused_before_it_takes_memory(windows, monkeypatch):
-    monkeypatch.setattr(survey, "MOST_HOLES", 5)
+    monkeypatch.setattr(ntfs_scan, "MOST_HOLES", 5)
     damage = Damage.to(windows.path)
     source = Damage(bytearray(damage.disk[damage.at :]))
     source.read = lambda offset, length: bytes(source.disk[offset : offset + length])
-    with pytest.raises(survey.FileSystemUnsupportedError, match="more than 5 pieces: defragment"):
-        survey.unused(source)
+    with pytest.raises(ntfs_scan.FileSystemUnsupportedError, match="more than 5 pieces: defragment"):
+        ntfs_scan.find_unused(source)
 
 
 RUNS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), max_size=8)
@@ -310,7 +310,7 @@ class Letters:
 def test_extents_and_reads_agree_with_sets_of_bytes(data, unused, offset, length):
     data = [run for run in placed(data) if run.offset + run.length <= 400]
     unused = [run for run in placed(unused) if run.offset + run.length <= 400]
-    volume = UsedVolume(Letters(data), unused)
+    volume = FilteredVolume(Letters(data), unused)
     kept = {at for start, count in data for at in range(start, start + count)}
     gone = {at for start, count in unused for at in range(start, start + count)}
     extents = volume.extents()
@@ -325,7 +325,7 @@ def test_extents_and_reads_agree_with_sets_of_bytes(data, unused, offset, length
 def test_many_extents_and_holes_are_no_burden():
     """Each extent finds its holes without passing all the others."""
     count = 50_000
-    volume = UsedVolume(
+    volume = FilteredVolume(
         Letters([Extent(20 * index, 10) for index in range(count)]),
         [Extent(20 * index + 5, 5) for index in range(count)],
     )
@@ -351,5 +351,5 @@ def test_bitmaps_are_read_bit_by_bit(small_pieces, bitmap, data):
 def small_pieces():
     """Pieces so small that runs cross their borders."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thrave.volumes.bitmap._PIECE", 16)
+        patch.setattr("thrave.volumes.ntfs_scan._PIECE", 16)
         yield

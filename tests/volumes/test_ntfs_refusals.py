@@ -18,7 +18,8 @@ from support.disks.ntfs_damage import (
     partition_entry,
 )
 from support.disks.ntfs_disk import CLUSTER, HIBERNATION, Damage, make_windows_disk, restart_page
-from thrave.volumes import skipping, survey
+from thrave.volumes import ntfs_scan, ntfs_volumes
+from thrave.volumes.base import Extent
 from thrave.volumes.errors import (
     FileSystemCorruptError,
     FileSystemUnsupportedError,
@@ -26,9 +27,8 @@ from thrave.volumes.errors import (
     SkipRefusedError,
     VolumeNotCleanError,
 )
+from thrave.volumes.ntfs_volumes import skip_unused
 from thrave.volumes.partitions import read
-from thrave.volumes.skipping import without_unused
-from thrave.volumes.volume import Extent
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def windows(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """The survey without a process around it, which test_ntfs_surveyor.py is about."""
-    monkeypatch.setattr(skipping, "unused_in", unused_in_this_process)
+    monkeypatch.setattr(ntfs_volumes, "unused_in", unused_in_this_process)
 
 
 def unused_in_this_process(volume, place):
-    return [Extent(place.offset + offset, length) for offset, length in survey.unused(Source(volume, place))]
+    return [Extent(place.offset + offset, length) for offset, length in ntfs_scan.find_unused(Source(volume, place))]
 
 
 class Source:
@@ -61,7 +61,7 @@ def damage(windows):
 
 def unused_of(damage):
     """How many bytes `skip_unused` leaves out."""
-    return damage.size - sum(length for _, length in without_unused(damage, Path("disk.raw")).extents())
+    return damage.size - sum(length for _, length in skip_unused(damage, Path("disk.raw")).extents())
 
 
 def forget_a_file(damage):

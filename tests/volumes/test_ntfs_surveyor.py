@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from support.disks.ntfs_disk import CLUSTER, RECORD, Damage, make_windows_disk, ntfs_tool
-from thrave.volumes import survey, surveyor, unmounting
+from thrave.volumes import ntfs_sandbox, ntfs_scan
 from thrave.volumes.errors import FileSystemCorruptError, SkipRefusedError, VolumeNotCleanError, VolumeUnreadableError
 from thrave.volumes.partitions import Partition
 
@@ -79,11 +79,11 @@ def corrupted(data, seed):
 
 def test_no_corruption_makes_the_survey_leave_out_what_was_in_use(small):
     """Refused, or nothing is left out that would not have been. Whatever else is raised fails the test."""
-    unused = clusters(survey.unused(Source(small)))
+    unused = clusters(ntfs_scan.find_unused(Source(small)))
     refused = 0
     for seed in range(400):
         try:
-            assert clusters(survey.unused(Source(corrupted(small, seed).disk))) <= unused, seed
+            assert clusters(ntfs_scan.find_unused(Source(corrupted(small, seed).disk))) <= unused, seed
         except SkipRefusedError:
             refused += 1
     assert 50 < refused < 400
@@ -91,11 +91,11 @@ def test_no_corruption_makes_the_survey_leave_out_what_was_in_use(small):
 
 def test_no_corruption_makes_the_look_at_its_condition_fail(small):
     """It says something, refuses, or finds nothing; whatever else is raised fails the test."""
-    assert list(unmounting.conditions(Source(small))) == []
+    assert list(ntfs_scan.find_problems(Source(small))) == []
     said = refused = 0
     for seed in range(400):
         try:
-            said += bool(list(unmounting.conditions(Source(corrupted(small, seed).disk))))
+            said += bool(list(ntfs_scan.find_problems(Source(corrupted(small, seed).disk))))
         except SkipRefusedError:
             refused += 1
     assert 0 < said + refused < 400
@@ -105,7 +105,9 @@ def test_corrupted_volumes_in_a_process_of_their_own_break_nothing(small):
     """It ends as the survey does here, and in no other way."""
     for seed in range(1000, 1012):
         damage = corrupted(small, seed)
-        assert outcome(surveyor.unused_in, damage, whole(damage)) == outcome(survey.unused, Source(damage.disk)), seed
+        assert outcome(ntfs_sandbox.scan_unused, damage, whole(damage)) == outcome(
+            ntfs_scan.find_unused, Source(damage.disk)
+        ), seed
 
 
 def outcome(look, *where):
@@ -123,13 +125,13 @@ def test_a_volume_that_cannot_be_read_is_that_error_and_no_other(windows):
 
     damage.read_into = fail
     with pytest.raises(VolumeUnreadableError, match="the disk is broken"):
-        surveyor.unused_in(damage, Partition(damage.at, damage.size - damage.at))
+        ntfs_sandbox.scan_unused(damage, Partition(damage.at, damage.size - damage.at))
 
 
 def test_one_that_takes_too_long_is_ended(windows, monkeypatch):
-    monkeypatch.setattr(surveyor, "SECONDS", 0.01)
+    monkeypatch.setattr(ntfs_sandbox, "SECONDS", 0.01)
     with pytest.raises(FileSystemCorruptError, match=r"too long.*Killed"):
-        surveyor.unused_in(Damage.to(windows), Partition(1 << 20, 63 << 20))
+        ntfs_sandbox.scan_unused(Damage.to(windows), Partition(1 << 20, 63 << 20))
 
 
 def message(kind, first=0, second=0):
@@ -165,7 +167,7 @@ def test_nothing_that_it_says_is_taken_on_trust(said, words, tmp_path, monkeypat
     monkeypatch.setattr(sys, "executable", str(evil))
     damage = Damage(bytearray(1 << 20), 0)
     with pytest.raises(FileSystemCorruptError, match=words):
-        surveyor.unused_in(damage, whole(damage))
+        ntfs_sandbox.scan_unused(damage, whole(damage))
 
 
 def test_its_extents_are_those_of_the_disk(tmp_path, monkeypatch):
@@ -175,11 +177,11 @@ def test_its_extents_are_those_of_the_disk(tmp_path, monkeypatch):
     evil.chmod(stat.S_IRWXU)
     monkeypatch.setattr(sys, "executable", str(evil))
     damage = Damage(bytearray(1 << 20), 0)
-    assert surveyor.unused_in(damage, Partition(65536, 1 << 18)) == [(65536, 4096), (65536 + 8192, 512)]
+    assert ntfs_sandbox.scan_unused(damage, Partition(65536, 1 << 18)) == [(65536, 4096), (65536 + 8192, 512)]
 
 
 def test_its_refusals_arrive_as_they_were(windows):
     damage = Damage.to(windows)
     damage.set_flags(1)
     with pytest.raises(VolumeNotCleanError, match="have Windows check it"):
-        surveyor.unused_in(damage, Partition(damage.at, damage.size - damage.at))
+        ntfs_sandbox.scan_unused(damage, Partition(damage.at, damage.size - damage.at))

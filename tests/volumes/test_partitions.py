@@ -7,9 +7,9 @@ import zlib
 import pytest
 
 from support.disks.ntfs_disk import Damage
-from thrave.volumes import fat, locating
-from thrave.volumes.conditions import Verdict, conditions
+from thrave.volumes import fat_format, partitions
 from thrave.volumes.errors import FileSystemCorruptError
+from thrave.volumes.ntfs_volumes import Verdict, check_unclean
 from thrave.volumes.partitions import MOST_LOGICAL, Partition, find_partitions
 
 MIB = 1 << 20
@@ -127,7 +127,7 @@ def test_a_dirty_volume_in_a_logical_partition_is_unclean():
     table(disk, (0x0F, 2048, 120_000))
     table(disk, (0x06, 63, 40 * MIB // 512), at=2048 * 512)
     fat16(disk, (2048 + 63) * 512, second=0x7FFF)
-    ((verdict, words),) = conditions(disk)
+    ((verdict, words),) = check_unclean(disk)
     assert verdict is Verdict.UNCLEAN
     assert words.startswith(f"of the volume at byte {(2048 + 63) * 512}, its FAT is marked as in use")
 
@@ -138,14 +138,14 @@ def test_an_mbr_may_count_in_sectors_of_4096_bytes():
     table(disk, (0x07, 256, 2560), at=4096 * 4096)
     for first in (256, 4096 + 256):
         exfat(disk, first * 4096)
-    places = locating.places(disk)
+    places = partitions.find_volumes(disk)
     assert places == [Partition(first * 4096, 2560 * 4096) for first in (256, 4096 + 256)]
 
 
 def test_an_mbr_counts_in_512_bytes_unless_file_systems_say_otherwise():
     disk = blank()
     table(disk, (0x07, 256, 2560))
-    assert locating.places(disk) == [Partition(256 * 512, 2560 * 512)]
+    assert partitions.find_volumes(disk) == [Partition(256 * 512, 2560 * 512)]
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
@@ -176,21 +176,21 @@ def test_a_hybrid_mbr_adds_what_the_gpt_does_not_have():
 def test_a_clean_disk_without_partitions_is_clean(make, text):
     disk = blank()
     make(disk, text=text)
-    assert conditions(disk) == []
+    assert check_unclean(disk) == []
 
 
 def test_fat_with_a_table_that_names_itself_is_one_volume():
     disk = blank()
     fat16(disk, text=False)
     disk.put(446, struct.pack("<B3xB3xII", 0x80, 0x06, 0, 81920))  # mkfs.fat --mbr
-    assert locating.places(disk) == [Partition(0, disk.size)]
+    assert partitions.find_volumes(disk) == [Partition(0, disk.size)]
 
 
 def test_a_table_counts_before_the_rest_of_an_older_boot_sector():
     disk = blank()
     fat16(disk, text=False)
     table(disk, (0x07, 2048, 2048))
-    assert locating.places(disk) == [Partition(2048 * 512, 2048 * 512)]
+    assert partitions.find_volumes(disk) == [Partition(2048 * 512, 2048 * 512)]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_table_counts_before_the_rest_of_an_older_boot_sector():
 def test_a_volume_that_was_not_unmounted_is_unclean(make):
     disk = blank()
     make(disk)
-    ((verdict, words),) = conditions(disk)
+    ((verdict, words),) = check_unclean(disk)
     assert verdict is Verdict.UNCLEAN
     assert "marked as in use" in words
 
@@ -230,6 +230,6 @@ def test_a_boot_sector_of_no_volume_that_fits_is_not_fats(offset, value):
     disk = blank()
     fat16(disk)
     disk.put(offset, value)
-    assert fat.fat_volume(bytes(disk.disk[:512]), disk.size) is None or offset == 22
-    ((verdict, _),) = conditions(disk)
+    assert fat_format.fat_volume(bytes(disk.disk[:512]), disk.size) is None or offset == 22
+    ((verdict, _),) = check_unclean(disk)
     assert verdict is Verdict.NOT_CHECKED

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from support.disks.qemu_images import converted, qemu_img
 from support.eventually import eventually
 from support.required_programs import require
-from thrave.volumes import libnbd, qemu
-from thrave.volumes.errors import ComponentMissingError, VolumeError, VolumeInUseError, VolumeUnreadableError
-from thrave.volumes.inspection import CHAIN_LIMIT
-from thrave.volumes.opening import QEMU_FORMATS, open_volume
+from thrave.volumes import qemu_nbd
+from thrave.volumes.errors import ToolNotInstalled, VolumeError, VolumeInUseError, VolumeUnreadableError
+from thrave.volumes.formats import QEMU_FORMATS, open_volume
+from thrave.volumes.image_chain import CHAIN_LIMIT
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -168,7 +168,7 @@ def test_the_server_ends_with_the_volume(qcow2):
 
 
 def test_the_server_ends_by_itself_though_an_error_holds_its_connection(qcow2, monkeypatch):
-    monkeypatch.setattr(qemu, "_END_TIMEOUT", math.inf)  # else it would be killed in the end
+    monkeypatch.setattr(qemu_nbd, "_END_TIMEOUT", math.inf)  # else it would be killed in the end
     with pytest.raises(VolumeUnreadableError) as caught, open_volume(qcow2, "qcow2") as volume:
         volume.read_into(volume.size, memoryview(bytearray(1)))
     assert caught.value.__traceback__ is not None  # its frames hold libnbd's handle
@@ -177,7 +177,7 @@ def test_the_server_ends_by_itself_though_an_error_holds_its_connection(qcow2, m
 
 def test_the_server_ends_when_the_reader_is_killed(qcow2):
     code = (
-        "import sys, time; from pathlib import Path; from thrave.volumes.opening import open_volume\n"
+        "import sys, time; from pathlib import Path; from thrave.volumes.formats import open_volume\n"
         "with open_volume(Path(sys.argv[1]), 'qcow2'): print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, qcow2], stdout=subprocess.PIPE) as reader:
@@ -204,7 +204,7 @@ def test_a_server_that_says_nothing_is_given_up(qcow2, tmp_path, monkeypatch):
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
     monkeypatch.setenv("PATH", f"{silent.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(qemu, "START_SECONDS", 0.5)
+    monkeypatch.setattr(qemu_nbd, "START_SECONDS", 0.5)
     assert "did not answer within" in refused(qcow2, "qcow2")
 
 
@@ -218,7 +218,7 @@ def test_nothing_may_be_read_after_closing(qcow2):
 def test_a_missing_program_is_named_with_its_package(qcow2, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
-        pytest.raises(ComponentMissingError, match="qemu-img is not installed: apt-get install qemu-utils"),
+        pytest.raises(ToolNotInstalled, match="qemu-img is not installed: apt-get install qemu-utils"),
         open_volume(qcow2, "qcow2"),
     ):
         pass
@@ -227,8 +227,8 @@ def test_a_missing_program_is_named_with_its_package(qcow2, tmp_path, monkeypatc
 def test_a_missing_binding_is_named_with_its_package(qcow2, tmp_path, monkeypatch):
     for module in ("nbd", "libnbdmod"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(libnbd, "_DEBIAN_MODULES", str(tmp_path))
-    with pytest.raises(ComponentMissingError, match="apt-get install python3-libnbd"), open_volume(qcow2, "qcow2"):
+    monkeypatch.setattr(qemu_nbd, "_DEBIAN_MODULES", str(tmp_path))
+    with pytest.raises(ToolNotInstalled, match="apt-get install python3-libnbd"), open_volume(qcow2, "qcow2"):
         pass
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thrave.volumes.base import Extent, merge_extents
 from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
-from thrave.volumes.opening import open_volume
+from thrave.volumes.formats import open_volume
 from thrave.volumes.raw import RawVolume
-from thrave.volumes.volume import Extent, joined
 
 PAGE = 4096
 
@@ -72,7 +72,7 @@ def test_extents_are_the_pages_that_were_written(tmp_path_factory, pages, tail):
                 os.pwrite(file.fileno(), b"x" * PAGE, number * PAGE)
         file.truncate(len(pages) * PAGE + tail)
     with open_volume(path, "raw") as volume:
-        assert volume.extents() == joined([(i * PAGE, PAGE) for i, written in enumerate(pages) if written])
+        assert volume.extents() == merge_extents([(i * PAGE, PAGE) for i, written in enumerate(pages) if written])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3))))
@@ -81,7 +81,7 @@ def test_joined_runs_hold_the_same_bytes_and_never_touch(steps):
     for gap, length in steps:
         runs.append((end + gap, length))
         end += gap + length
-    extents = joined(runs)
+    extents = merge_extents(runs)
     assert {byte for offset, length in extents for byte in range(offset, offset + length)} == {
         byte for offset, length in runs for byte in range(offset, offset + length)
     }

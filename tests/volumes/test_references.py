@@ -9,9 +9,9 @@ import pytest
 
 from support.disks.block_devices import loop_device
 from support.disks.qemu_images import converted, qemu_img
-from thrave.volumes import inspection
+from thrave.volumes import image_chain
 from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
-from thrave.volumes.opening import examine, open_volume
+from thrave.volumes.formats import examine, open_volume
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -180,14 +180,14 @@ def chain(request, host):
 def test_a_file_that_is_exchanged_after_it_was_looked_at_changes_nothing_that_is_read(host, chain, monkeypatch, which):
     image, image_format, files = chain
     true = (host / "own" / "base.raw").read_bytes()
-    looked = inspection.Inspection.check
+    looked = image_chain.Inspection.check
 
     def exchange(self, secret_file):
         files[which].rename(host / "moved")
         files[which].symlink_to(host / "elsewhere" / "secret.raw")
         return looked(self, secret_file)
 
-    monkeypatch.setattr(inspection.Inspection, "check", exchange)
+    monkeypatch.setattr(image_chain.Inspection, "check", exchange)
     read = bytearray(len(true))
     with (
         pytest.raises(VolumeChangedError, match=files[which].name),
@@ -295,7 +295,7 @@ def test_files_with_the_lowest_numbers_are_handed_on_too(host, chain):
     """In a new process the first file that is opened has the number that a server's socket is to have."""
     image, image_format, _ = chain
     code = (
-        "import sys; from pathlib import Path; from thrave.volumes.opening import open_volume\n"
+        "import sys; from pathlib import Path; from thrave.volumes.formats import open_volume\n"
         "with open_volume(Path(sys.argv[1]), sys.argv[2]) as volume:\n"
         "    buffer = bytearray(volume.size); volume.read_into(0, memoryview(buffer)); sys.stdout.buffer.write(buffer)"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from thrave.volumes import sandbox, surveyor
+from thrave.volumes import ntfs_sandbox, sandbox
 from thrave.volumes.errors import SandboxUnavailableError
 from thrave.volumes.partitions import Partition
 
@@ -72,7 +72,7 @@ def oops():
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 def call(number, *arguments):
     return libc.syscall(ctypes.c_long(number), *map(ctypes.c_ulong, arguments)) != -1 or oops()
-from thrave.volumes.surveyor import _give_up_rights
+from thrave.volumes.ntfs_sandbox import _give_up_rights
 _give_up_rights()
 print("confined", flush=True)
 try:
@@ -108,22 +108,22 @@ def test_surveyor_gets_an_empty_environment(monkeypatch, tmp_path):
     instead.write_text(f"#!/bin/sh\n/usr/bin/env > {seen}\n")
     instead.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(instead))
-    with surveyor._process("nothing", 0) as process:
+    with ntfs_sandbox._process("nothing", 0) as process:
         process.stdout.read()
     # What the shell itself sets.
     assert {line.split("=")[0] for line in seen.read_text().splitlines()} <= {"PWD", "OLDPWD", "SHLVL", "_"}
 
 
 def test_check_sandbox_passes_here():
-    surveyor.check_sandbox()
+    ntfs_sandbox.check_sandbox()
 
 
 @pytest.fixture
 def on_another_machine(tmp_path, monkeypatch):
     """Have the surveyor run where no filter is known."""
-    code = "import platform; platform.machine = lambda: 'riscv64'; from thrave.volumes import surveyor; surveyor.main()"
+    code = "import platform; platform.machine = lambda: 'riscv64'; from thrave.volumes import ntfs_sandbox as surveyor; surveyor.main()"
     instead = tmp_path / "python"
-    # -P -B -m thrave.volumes.surveyor TASK LENGTH
+    # -P -B -m thrave.volumes.ntfs_sandbox TASK LENGTH
     instead.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$5" "$6"\n')
     instead.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(instead))
@@ -138,9 +138,9 @@ def test_no_volume_is_read_where_the_process_cannot_be_confined():
             raise AssertionError(offset)
 
     with pytest.raises(SandboxUnavailableError, match=r"no seccomp filter for Linux on riscv64"):
-        surveyor.unused_in(Unread(), Partition(0, 1 << 20))
+        ntfs_sandbox.scan_unused(Unread(), Partition(0, 1 << 20))
     with pytest.raises(SandboxUnavailableError, match="cannot be confined"):
-        surveyor.check_sandbox()
+        ntfs_sandbox.check_sandbox()
 
 
 def verdict(machine, architecture, number, *arguments):

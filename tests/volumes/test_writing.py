@@ -9,9 +9,9 @@ import pytest
 
 from support.disks.qemu_images import qemu_img
 from support.required_programs import require
-from thrave.volumes.errors import ComponentMissingError, UnknownFormatError, VolumeUnwritableError
-from thrave.volumes.opening import open_volume
-from thrave.volumes.writing import WRITABLE_FORMATS, new_image
+from thrave.volumes.errors import ToolNotInstalled, UnknownFormatError, VolumeUnwritableError
+from thrave.volumes.formats import open_volume
+from thrave.volumes.qemu_nbd import WRITABLE_FORMATS, new_image
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -125,7 +125,7 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path):
     """A limit on the size of files, which the server inherits, stands in for it."""
     program = require("prlimit", package="util-linux")
     script = (
-        "import signal, sys; from pathlib import Path; from thrave.volumes.writing import new_image\n"
+        "import signal, sys; from pathlib import Path; from thrave.volumes.qemu_nbd import new_image\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "path = Path(sys.argv[1]); path.touch()\n"
         "with new_image(path, 'qcow2', 1 << 26) as image:\n"
@@ -139,5 +139,5 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path):
 
 def test_a_missing_program_is_named_with_its_package(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ComponentMissingError, match="apt-get install qemu-utils"):
+    with pytest.raises(ToolNotInstalled, match="apt-get install qemu-utils"):
         write(tmp_path / "image", "qcow2")

@@ -56,7 +56,7 @@ def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> It
     from thrave.bundle.errors import OutputError
     from thrave.bundle.image_output import followed, new_file
     from thrave.volumes.errors import VolumeUnwritableError
-    from thrave.volumes.writing import new_image
+    from thrave.volumes.qemu_nbd import new_image
 
     with new_file(followed(path), replace=replace) as file:
         try:

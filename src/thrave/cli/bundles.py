@@ -117,7 +117,7 @@ def bundle(
     from thrave.bundle.side_file import write_side_file
     from thrave.cli.bundle_folder import new_bundle
     from thrave.cli.bundle_words import sealed_document, sealed_text
-    from thrave.volumes.opening import open_volume
+    from thrave.volumes.formats import open_volume
 
     validate_account_id(account)
     validate_architecture(architecture)

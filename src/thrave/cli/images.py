@@ -48,7 +48,7 @@ def _cannot_be_bundled(reason: str) -> str:
 
 
 def _check_format(volume: VolumeFile) -> None:
-    from thrave.volumes.opening import FORMATS, apparent_format_of
+    from thrave.volumes.formats import FORMATS, apparent_format_of
 
     apparent = apparent_format_of(volume.path)
     if apparent is None and volume.format != "raw":

@@ -295,7 +295,7 @@ def _host_of_new(settings: Settings) -> str | None:
 
 
 def _check_format(image_format: str) -> None:
-    from thrave.volumes.opening import FORMATS
+    from thrave.volumes.formats import FORMATS
 
     if image_format not in FORMATS:
         raise click.BadParameter(f"{image_format!r} is none of {', '.join(FORMATS)}", param_hint="--format")

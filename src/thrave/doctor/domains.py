@@ -19,7 +19,7 @@ from thrave.compute.libvirt_numbers import XmlFlag
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.host import known_instances
 from thrave.doctor.subject import Subject
-from thrave.volumes import inspection
+from thrave.volumes import image_chain
 
 LEAST_ROOM = 1 << 30
 """Bytes in a folder of overlays: a guest whose overlay cannot grow is paused."""
@@ -91,7 +91,7 @@ def sysprep(subject: Subject) -> str:
 def overlays(subject: Subject) -> str:
     """See that each overlay that can be had could be made, and merged."""
     planned, _ = _plans(subject)
-    inspection.program("qemu-img")
+    image_chain.program("qemu-img")
     faults = dict.fromkeys(fault for frozen in planned for fault in _faults(frozen))
     if faults:
         raise Trouble("; ".join(faults))

@@ -14,9 +14,9 @@ from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import Instance
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
-from thrave.volumes import inspection, libnbd, surveyor
-from thrave.volumes.errors import ComponentMissingError, VolumeError
-from thrave.volumes.opening import FORMATS, QEMU_FORMATS, examine
+from thrave.volumes import image_chain, ntfs_sandbox, qemu_nbd
+from thrave.volumes.errors import ToolNotInstalled, VolumeError
+from thrave.volumes.formats import FORMATS, QEMU_FORMATS, examine
 
 _COMMANDS = ("stop_command", "force_stop_command", "start_command", "state_command")
 
@@ -50,7 +50,7 @@ def bundling_fault(instance: Instance) -> str | None:
     if volume.format in QEMU_FORMATS:
         try:
             check_qemu()
-        except ComponentMissingError as error:
+        except ToolNotInstalled as error:
             return str(error)
     if volume.format not in FORMATS:
         return f"{volume.path}: unknown format {volume.format}"
@@ -96,23 +96,23 @@ def qemu(subject: Subject) -> str:
 def check_qemu() -> None:
     """Raise ComponentMissingError if images of QEMU's formats cannot be read."""
     for name in ("qemu-nbd", "qemu-img"):
-        inspection.program(name)
-    libnbd.load()
+        image_chain.program(name)
+    qemu_nbd.load()
 
 
 def skipping(subject: Subject) -> str:
     """Look for what reads NTFS, if the settings want it."""
     if not subject.settings.skip_unused:
         raise NotTried("skip_unused = false")
-    surveyor.check_installed()
+    ntfs_sandbox.check_installed()
     return "pytsk3"
 
 
 def sandbox(_subject: Subject) -> str:
     """Confine a process as one that reads a guest's file system is confined."""
     try:
-        surveyor.check_sandbox()
-    except ComponentMissingError as error:
+        ntfs_sandbox.check_sandbox()
+    except ToolNotInstalled as error:
         raise NotTried(str(error)) from error
     return "its process can be confined"
 

@@ -50,8 +50,8 @@ from thrave.tasks.steps import BEFORE_READ, UNDO, Step, following
 from thrave.tasks.storing import BundleStore, ExistingBundle
 from thrave.tasks.task import BundleTask
 from thrave.tasks.watch import Watch
-from thrave.volumes.conditions import Finding, conditions
-from thrave.volumes.opening import open_volume
+from thrave.volumes.formats import open_volume
+from thrave.volumes.ntfs_volumes import Finding, check_unclean
 
 _STORE_AWAY = 24 * 3600.0  # seconds for which the store is asked whether it has a manifest that may have been sent
 _STORE_PAUSE = 15.0  # seconds
@@ -223,7 +223,7 @@ class Bundling:
                 volume = reader.volume
                 with durable("volume opened"):
                     self._records.note_volume_size(self._task.bundle_id, volume.size)
-                self._check_clean(reader.look(conditions))
+                self._check_clean(reader.look(check_unclean))
                 sealed = VolumeSealer(self._store, self._journal, self._host.compression).seal(volume, watch)
         with durable("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))

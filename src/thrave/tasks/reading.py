@@ -2,7 +2,7 @@
 
 No system call that waits for a disk can be interrupted. So nothing of a volume is read in the thread of a task's step.
 When the task is cancelled or nothing moves, a call that hangs is abandoned, and what would keep the machine from being
-started is taken out of its way: the locks on the image, the programs that have it open (`volumes/interruption.py`).
+started is taken out of its way: the locks on the image, the programs that have it open (`volumes/base.py`).
 Whoever is last closes the volume. The bytes that are sealed are read by the threads of `pipeline.py`.
 """
 
@@ -15,9 +15,8 @@ import structlog
 
 from thrave.concurrency import Call, CallTimeoutError, NoThreadError
 from thrave.tasks.watch import Watch
-from thrave.volumes.inspection import Warn, Warned
-from thrave.volumes.interruption import Interruption
-from thrave.volumes.volume import Extent, Volume
+from thrave.volumes.base import Extent, Interruption, Volume
+from thrave.volumes.image_chain import Warn, Warned
 
 CLOSE_TIMEOUT = 10.0  # seconds to close a volume after a failure
 

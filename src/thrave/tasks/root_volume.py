@@ -9,8 +9,8 @@ from pathlib import Path
 from thrave.compute.instance import VolumeFile
 from thrave.compute.instances import Instances
 from thrave.volumes.errors import VolumeError, VolumeSharedError
-from thrave.volumes.inspection import Warned
-from thrave.volumes.opening import Examined, examine
+from thrave.volumes.formats import Examined, examine
+from thrave.volumes.image_chain import Warned
 
 
 def check_root_volume(

@@ -15,7 +15,7 @@ from thrave.tasks.crash_points import durable
 from thrave.tasks.journal import Journal, Left
 from thrave.tasks.storing import BundleStore
 from thrave.tasks.watch import Watch
-from thrave.volumes.volume import Volume, WatchedVolume
+from thrave.volumes.base import Volume, WatchedVolume
 
 log = structlog.get_logger()
 

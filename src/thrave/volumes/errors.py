@@ -130,7 +130,7 @@ class UnknownFormatError(VolumeError):
         self.name = name
 
 
-class ComponentMissingError(VolumeError):
+class ToolNotInstalled(VolumeError):
     """A program or a library that is needed for what was asked for is not installed."""
 
     def __init__(self, component: str, package: str, *, installer: str = "apt-get install") -> None:

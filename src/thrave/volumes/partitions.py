@@ -5,38 +5,58 @@ partition must lie within the disk and overlap no other, and the chain of logica
 Storage Spaces are refused, since their volumes are not their partitions. Nothing here reads what is in a partition.
 
 Sources: UEFI 2.10 chapter 5 (MBR, GPT); Microsoft, "PARTITION_INFORMATION_GPT" (the types).
+
+Where the file systems of a disk are: in its partitions, or, if it has none, the whole of it; and which they are.
 """
 
 import struct
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
 from typing import NamedTuple
 
-from thrave.volumes.errors import FileSystemCorruptError, FileSystemUnsupportedError
-from thrave.volumes.volume import Volume
+from thrave.volumes import fat_format, ntfs_format
+from thrave.volumes.base import Volume
+from thrave.volumes.errors import FileSystemCorruptError, FileSystemUnsupportedError, SkipRefusedError
 
 SECTOR = 512
+
+
 SECTOR_SIZES = (512, 4096)
 """Bytes of a sector; neither an MBR nor a GPT states it. A GPT's header stands in the second one."""
+
 
 MOST_ENTRIES = 1024
 """Of a GPT; every program makes 128."""
 
+
 MOST_LOGICAL = 256
 """Logical partitions of one extended one; Linux takes no more."""
 
+
 _SIGNATURE = b"\x55\xaa"
+
+
 _MBR_ENTRY = struct.Struct("<B3xB3xII")  # active, type, first sector, sectors
+
+
 _GPT_HEADER = struct.Struct("<8sIIII4Q16sQIII")
+
+
 _GPT_ENTRY = struct.Struct("<16s16sQQ")
+
+
 _PROTECTIVE, _DYNAMIC, _EMPTY, _EXTENDED = 0xEE, 0x42, 0x00, (0x05, 0x0F, 0x85)
+
 
 _UNSUPPORTED_TYPES = {
     uuid.UUID("5808c8aa-7e8f-42e0-85d2-e1e90434cfb3"): "it is a dynamic disk",
     uuid.UUID("af9b60a0-1431-4f62-bc68-3311714a69ad"): "it is a dynamic disk",
     uuid.UUID("e75caf8f-f680-4cee-afa3-b001e56efc2d"): "it belongs to Storage Spaces",
 }
+
 
 # Reserved by Microsoft, and the BIOS's boot code: raw space by definition.
 _WITHOUT_FILE_SYSTEM = {
@@ -206,3 +226,81 @@ def _checked(partitions: Sequence[Partition], disk_size: int) -> list[Partition]
             raise FileSystemCorruptError(f"the partition at byte {offset} overlaps another or leaves the disk")
         end = offset + length
     return sorted(partitions)
+
+
+class FileSystem(StrEnum):
+    """A kind of file system whose condition can be read."""
+
+    NTFS = "NTFS"
+    FAT = "FAT"
+    EXFAT = "exFAT"
+
+
+def find_volumes(volume: Volume) -> list[Partition]:
+    """Where a file system may begin.
+
+    A disk without a partition table is one place. A first sector can be read as a boot sector and as a partition table:
+    the table counts if it is consistent, else the file system, if there is a known one.
+
+    Raises:
+        SkipRefusedError: It cannot be told for certain.
+        VolumeError: The disk cannot be read.
+    """
+    whole = Partition(0, volume.size)
+    if not has_table(read(volume, 0, SECTOR)):
+        return [whole]
+    try:
+        return find_partitions(volume, lambda place: _is_known(volume, place))
+    except FileSystemCorruptError:
+        if _is_known(volume, whole):
+            return [whole]
+        raise
+
+
+def kind_of(volume: Volume, place: Partition) -> FileSystem | None:
+    """Which file system is at a place of the disk; None if it is none of those.
+
+    Raises:
+        FileSystemUnsupportedError: BitLocker or ReFS.
+        VolumeError: The disk cannot be read.
+    """
+    with about(place):
+        sector = read(volume, place.offset, min(ntfs_format.BOOT_SIZE, place.length))
+        if ntfs_format.is_ntfs(sector):
+            return FileSystem.NTFS
+        if fat_format.is_exfat(sector):
+            return FileSystem.EXFAT
+        found = fat_format.fat_volume(sector, place.length)
+        is_fat = found is not None and fat_format.is_fat_head(found, fat_head(volume, place, found))
+        return FileSystem.FAT if is_fat else None
+
+
+def fat_head(volume: Volume, place: Partition, found: fat_format.FatVolume) -> bytes:
+    """The beginning of a FAT volume's first table. Raises VolumeError."""
+    return read(volume, place.offset + found.table, fat_format.HEAD_SIZE)
+
+
+def is_ntfs(volume: Volume, place: Partition) -> bool:
+    """Whether there is an NTFS volume at a place of the disk. Raises as `kind_of`."""
+    return kind_of(volume, place) is FileSystem.NTFS
+
+
+def _is_known(volume: Volume, place: Partition) -> bool:
+    try:
+        return kind_of(volume, place) is not None
+    except FileSystemUnsupportedError:
+        return True
+
+
+@contextmanager
+def about(place: Partition) -> Iterator[None]:
+    """Say which of the disk's volumes a refusal is about."""
+    try:
+        yield
+    except SkipRefusedError as refusal:
+        raise type(refusal)(of(place, refusal.reason)) from refusal
+
+
+def of(place: Partition, reason: str) -> str:
+    """Something said of one of the disk's volumes."""
+    return f"of the volume at byte {place.offset}, {reason}"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from thrave.volumes.base import Extent, merge_extents
 from thrave.volumes.errors import VolumeUnreadableError
-from thrave.volumes.hostfile import HostFile, reason
-from thrave.volumes.volume import Extent, joined
+from thrave.volumes.host_files import HostFile, reason
 
 
 class RawVolume:
@@ -41,9 +41,9 @@ class RawVolume:
     def extents(self) -> list[Extent]:
         """The runs that the file system has stored."""
         if self._file.is_device:
-            return joined([(0, self._size)])
+            return merge_extents([(0, self._size)])
         try:
-            return joined(list(self._runs()))
+            return merge_extents(list(self._runs()))
         except OSError as error:
             raise VolumeUnreadableError(self._path, reason(error)) from error
 

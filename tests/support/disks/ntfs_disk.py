@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.required_programs import require
 from thrave.demo.disk import PARTITION_OFFSET, DemoDisk, make_demo_disk
-from thrave.volumes.volume import Extent
+from thrave.volumes.base import Extent
 
 CLUSTER = 4096
 RECORD = 1024

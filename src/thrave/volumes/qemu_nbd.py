@@ -1,35 +1,149 @@
-"""A volume in one of QEMU's formats, served by qemu-nbd and read through libnbd.
+"""Debian's libnbd binding, found also from a virtual environment, with types for the little that is used of it.
+
+libnbd is on no Python package index; Debian's python3-libnbd puts it where only the system's Python looks. It is loaded
+from there by its full path: that folder holds much else and is never put on ``sys.path``.
+
+A volume in one of QEMU's formats, served by qemu-nbd and read through libnbd.
 
 qemu-nbd is the reference implementation of these formats. It is started by socket activation (sd_listen_fds(3)): the
 socket is connected before the server runs, in a private folder, so nobody else can come in between. The server is
 read-only, is told the format, takes one client, and ends when that client's connection does: with close(), and also
 when this process is killed. No port, daemon or kernel module is used.
+
+A new image in one of QEMU's formats, written through a qemu-nbd of its own: the way of `qemu.py`, backwards.
+
+qemu-img makes it empty, so what is never written stays unallocated and reads as zeros; no raw copy of it is ever on a
+disk. The format is given to both programs and never probed. Giving the file its name is the business of the caller.
 """
 
 import math
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Protocol, cast
 
 from thrave import programs
 from thrave.programs import Program
-from thrave.volumes import chain, libnbd
-from thrave.volumes.chain import Arguments
-from thrave.volumes.errors import VolumeError, VolumeUnreadableError
-from thrave.volumes.inspection import Inspection, check_size, program
-from thrave.volumes.interruption import Interruption
-from thrave.volumes.volume import Extent, joined
+from thrave.volumes import image_chain
+from thrave.volumes.base import Extent, Interruption, merge_extents
+from thrave.volumes.errors import (
+    ToolNotInstalled,
+    UnknownFormatError,
+    VolumeError,
+    VolumeUnreadableError,
+    VolumeUnwritableError,
+)
+from thrave.volumes.image_chain import Arguments, Inspection, check_size, program
+
+_DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
+
+
+_PACKAGE = "python3-libnbd"
+
+
+ExtentCallback = Callable[[str, int, list[int], object], object]
+"""Called with context, offset in bytes, [length, flags, length, flags, …], error."""
+
+
+class Handle(Protocol):
+    """What is used of ``nbd.NBD``, libnbd(3). One handle may be used from several threads; it works one at a time."""
+
+    def add_meta_context(self, name: str) -> None:
+        """Ask for a metadata context, before connecting."""
+
+    def aio_connect_socket(self, sock: int) -> None:
+        """Begin the handshake on a connected socket; the descriptor is closed with this handle."""
+
+    def aio_is_ready(self) -> bool:
+        """Whether the handshake is done."""
+
+    def poll(self, timeout: int) -> int:
+        """Move the handshake on; 0 if nothing happened for `timeout` milliseconds."""
+
+    def get_size(self) -> int:
+        """Size of the export, in bytes."""
+
+    def block_status(self, count: int, offset: int, extent: ExtentCallback) -> None:
+        """Report runs from `offset` on, of about `count` bytes, possibly less."""
+
+    def pread(self, count: int, offset: int) -> bytearray:
+        """Read all or nothing."""
+
+    def pwrite(self, buf: memoryview, offset: int) -> None:
+        """Write all or nothing."""
+
+    def flush(self) -> None:
+        """Have the server put what was written on the disk."""
+
+    def shutdown(self) -> None:
+        """Say good-bye to the server."""
+
+
+class NbdBinding(Protocol):
+    """The module ``nbd``."""
+
+    @property
+    def NBD(self) -> Callable[[], Handle]:  # noqa: N802 (libnbd's name)
+        """Makes a handle."""
+
+    @property
+    def Error(self) -> type[Exception]:  # noqa: N802 (libnbd's name)
+        """What every call raises."""
+
+
+def load() -> NbdBinding:
+    """The binding, wherever it is installed.
+
+    Raises:
+        ComponentMissingError: It is not, or it was built for another Python.
+    """
+    try:
+        return cast("NbdBinding", import_module("nbd"))
+    except ImportError:
+        _load_from_debian("libnbdmod")
+        return cast("NbdBinding", _load_from_debian("nbd"))
+
+
+def _load_from_debian(name: str) -> ModuleType:
+    spec = PathFinder.find_spec(name, [_DEBIAN_MODULES])
+    if spec is None or spec.loader is None:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ToolNotInstalled(f"libnbd for Python {version}", _PACKAGE)
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
 
 ALLOCATION = "base:allocation"
+
+
 READS_AS_ZEROS = 2  # NBD_STATE_ZERO; NBD_STATE_HOLE (1) alone promises nothing of the content (NBD protocol)
+
+
 START_SECONDS = 30.0
+
+
 _END_TIMEOUT = 30.0  # seconds for a server to end once its connection is dropped
+
+
 _POLL_MILLISECONDS = 200
+
+
 _MOST_READ = 16 << 20  # bytes in one NBD read; servers may refuse more than 32 MiB (NBD protocol, "maximum payload")
+
+
 _BLOCK = 4096  # reads begin and end at multiples of this; some formats (vhdx) refuse any that do not
+
+
 _MOST_STATUS = 2 << 30  # bytes in one question for extents; a length has 32 bits
 
 
@@ -76,10 +190,10 @@ class QemuVolume:
 
     def __init__(self, inspection: Inspection, secret_file: Path | None = None) -> None:
         self._path = inspection.layers[0].path
-        self._binding = libnbd.load()
+        self._binding = load()
         secret = inspection.check(secret_file)
-        self._handle: libnbd.Handle | None
-        arguments = chain.arguments(inspection.layers, secret)
+        self._handle: Handle | None
+        arguments = image_chain.arguments(inspection.layers, secret)
         self._handle, self._server = self._connect(arguments, inspection.interruption)
         self._size = self._handle.get_size()
         try:
@@ -96,7 +210,7 @@ class QemuVolume:
     def extents(self) -> list[Extent]:
         """What base:allocation does not call zeros; QEMU 7.2 knows no holes of vhdx."""
         try:
-            return joined(
+            return merge_extents(
                 [(offset, length) for offset, length, flags in self._statuses() if not flags & READS_AS_ZEROS]
             )
         except self._binding.Error as error:
@@ -121,7 +235,7 @@ class QemuVolume:
         self._handle = None
         self._server.end()
 
-    def _opened(self) -> libnbd.Handle:
+    def _opened(self) -> Handle:
         if self._handle is None:
             raise VolumeUnreadableError(self._path, "it is closed")
         return self._handle
@@ -132,7 +246,7 @@ class QemuVolume:
         whole = memoryview(self._opened().pread(last - first, first))
         return whole[offset - first : end - first]
 
-    def _connect(self, image: Arguments, interruption: Interruption) -> tuple[libnbd.Handle, NbdServer]:
+    def _connect(self, image: Arguments, interruption: Interruption) -> tuple[Handle, NbdServer]:
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
         try:
@@ -165,7 +279,7 @@ class QemuVolume:
         return found
 
 
-def start_server(handle: libnbd.Handle, image: Arguments, interruption: Interruption | None = None) -> NbdServer:
+def start_server(handle: Handle, image: Arguments, interruption: Interruption | None = None) -> NbdServer:
     """Connect a new handle to a qemu-nbd of its own.
 
     Args:
@@ -210,7 +324,7 @@ def start_server(handle: libnbd.Handle, image: Arguments, interruption: Interrup
     return NbdServer(server, connection)
 
 
-def _shake_hands(handle: libnbd.Handle, interruption: Interruption) -> None:
+def _shake_hands(handle: Handle, interruption: Interruption) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)
@@ -218,3 +332,94 @@ def _shake_hands(handle: libnbd.Handle, interruption: Interruption) -> None:
             raise TimeoutError("nobody waits for it any more")
         if time.monotonic() > deadline:
             raise TimeoutError(f"qemu-nbd did not answer within {START_SECONDS:.0f} seconds")
+
+
+# format -> options of qemu-img create. Without force_size the size of a vpc image is rounded up to whole cylinders.
+# vhdx is not among them: QEMU's driver refuses to write what does not begin and end at a multiple of 4 KiB.
+_OPTIONS = {"qcow2": "lazy_refcounts=off", "vmdk": "subformat=monolithicSparse", "vpc": "force_size=on"}
+
+
+_CREATE_TIMEOUT = 600.0  # seconds
+
+
+WRITABLE_FORMATS = tuple(_OPTIONS)
+"""QEMU's names of what can be written."""
+
+
+class ImageWriter:
+    """An image that is being filled."""
+
+    def __init__(self, path: Path, binding: NbdBinding) -> None:
+        self._path = path
+        self._binding = binding
+        self._handle: Handle | None = binding.NBD()
+        self._server: NbdServer | None = None
+
+    def serve(self, image_format: str) -> None:
+        """Start the server."""
+        with self._calling() as handle:
+            self._server = start_server(handle, Arguments([f"--format={image_format}", str(self._path)]))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of the data, at most 32 MiB, at an offset in bytes; VolumeUnwritableError if that fails."""
+        with self._calling() as handle:
+            handle.pwrite(data, offset)
+
+    def finish(self) -> None:
+        """Have everything put on the disk, metadata too."""
+        with self._calling() as handle:
+            handle.flush()
+            handle.shutdown()
+
+    def close(self) -> None:
+        """Drop the connection, which ends the server, and wait for its end. May be called again."""
+        self._handle = None
+        if self._server is not None:
+            self._server.end()
+
+    @contextmanager
+    def _calling(self) -> Iterator[Handle]:
+        if self._handle is None:
+            raise VolumeUnwritableError(self._path, "it is closed")
+        try:
+            yield self._handle
+        except (self._binding.Error, TimeoutError, programs.ProgramError, OSError) as error:
+            raise VolumeUnwritableError(self._path, str(error)) from error
+
+
+@contextmanager
+def new_image(path: Path, image_format: str, size: int) -> Iterator[ImageWriter]:
+    """Make an image; it is whole and on the disk if the block ends well.
+
+    Args:
+        path: The file; it should be there, empty, with the mode that it is to have.
+        image_format: One of `WRITABLE_FORMATS`.
+        size: Bytes, as a guest sees them.
+
+    Raises:
+        UnknownFormatError: Of another format.
+        ComponentMissingError: QEMU's programs or libnbd are not installed.
+        VolumeUnwritableError: It cannot be made, or the disk is full.
+    """
+    path = path.absolute()
+    image = ImageWriter(path, load())
+    _create(path, image_format, size)
+    with closing(image):
+        image.serve(image_format)
+        yield image
+        image.finish()
+
+
+def _create(path: Path, image_format: str, size: int) -> None:
+    if image_format not in WRITABLE_FORMATS:
+        raise UnknownFormatError(image_format, WRITABLE_FORMATS)
+    options = ["-q", "-f", image_format, "-o", _OPTIONS[image_format]]
+    argv = [image_chain.program("qemu-img"), "create", *options, str(path), str(size)]
+    try:
+        done = programs.run(argv, timeout=_CREATE_TIMEOUT, max_memory=programs.MAX_MEMORY)
+    except programs.ProgramError as error:
+        raise VolumeUnwritableError(path, str(error)) from error
+    if done.status:
+        raise VolumeUnwritableError(
+            path, done.error_text.strip().removeprefix("qemu-img: ") or "qemu-img create failed"
+        )

@@ -9,15 +9,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from thrave.volumes.base import Interruption, Volume, WatchedVolume
 from thrave.volumes.errors import VolumeUnreadableError
-from thrave.volumes.headers import apparent_format
-from thrave.volumes.hostfile import FileId, HostFile
-from thrave.volumes.inspection import READERS, Inspection, Warn, Warned
-from thrave.volumes.interruption import Interruption
-from thrave.volumes.qemu import QemuVolume
+from thrave.volumes.host_files import FileId, HostFile
+from thrave.volumes.image_chain import READERS, Inspection, Warn, Warned
+from thrave.volumes.image_headers import apparent_format
+from thrave.volumes.qemu_nbd import QemuVolume
 from thrave.volumes.raw import RawVolume
-from thrave.volumes.skipping import without_unused
-from thrave.volumes.volume import Volume, WatchedVolume
 
 FORMATS = tuple(READERS)
 """Every format that can be opened, in QEMU's words; `raw` stands for block devices too, and `luks` is a raw disk in
@@ -89,7 +87,7 @@ def open_volume(
         volume = opened if moved is None else WatchedVolume(opened, moved)
         for warned in inspection.warnings:
             warn(warned)
-        yield without_unused(volume, path) if skip_unused else volume
+        yield skip_unused(volume, path) if skip_unused else volume
         inspection.check_unchanged()
 
 

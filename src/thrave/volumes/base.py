@@ -1,12 +1,45 @@
-"""The contract of a volume: a machine's disk as extents and bytes, whatever its file looks like.
+"""Ends, from another thread, what reading a volume has started or locked while a read of it hangs.
+
+A read that a disk does not answer cannot be interrupted. What would keep the machine from being started meanwhile can
+be: the locks on the image, and the programs that have it open. Descriptors stay open until the read returns, since
+their numbers must not be given to other files before.
+
+The contract of a volume: a machine's disk as extents and bytes, whatever its file looks like.
 
 The docstrings of the Protocol are the contract, and one suite (tests/volumes/test_contract.py) holds every driver to
 it. A volume is only ever read. It does not know whose it is, nor whether the machine is off: who opens a volume has
 made sure that nobody writes to it (compute: ``Instances.hold``).
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
+
+
+class Interruption:
+    """What an open volume would be in the way with; nothing at first. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._actions: list[Callable[[], object]] = []
+        self.is_requested = False
+        """Whether nobody waits for the volume any more."""
+
+    def add(self, action: Callable[[], object]) -> None:
+        """Have something done when the interruption is requested; at once if it was."""
+        with self._lock:
+            if not self.is_requested:
+                self._actions.append(action)
+                return
+        action()
+
+    def request(self) -> None:
+        """Do what was added, the last first. May be called again."""
+        with self._lock:
+            self.is_requested = True
+            actions, self._actions = self._actions, []
+        while actions:
+            actions.pop()()
 
 
 class Extent(NamedTuple):
@@ -95,7 +128,7 @@ class WatchedVolume:
         self._inside.close()
 
 
-def joined(runs: Sequence[tuple[int, int]]) -> list[Extent]:
+def merge_extents(runs: Sequence[tuple[int, int]]) -> list[Extent]:
     """Turn ascending runs into extents: touching ones become one, empty ones vanish.
 
     Args:

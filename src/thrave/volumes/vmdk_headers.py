@@ -13,8 +13,8 @@ import struct
 import sys
 from array import array
 
-from thrave.volumes.headers import SECTOR, Extent, Reference, Statement, VmdkIdentity, exactly, refuse
-from thrave.volumes.hostfile import HostFile
+from thrave.volumes.host_files import HostFile
+from thrave.volumes.image_headers import SECTOR, Extent, Reference, Statement, VmdkIdentity, exactly, refuse
 
 _SPARSE = struct.Struct("<4sIIQQQQIQQQB")
 _LONGEST_DESCRIPTOR = 1 << 20  # QEMU reads no more

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from thrave.volumes.errors import VolumeUnreadableError
-from thrave.volumes.hostfile import HostFile
+from thrave.volumes.host_files import HostFile
 
 SECTOR = 512
 

@@ -1,28 +1,126 @@
-"""An NTFS volume as records, attributes and runs: The Sleuth Kit, with its mishaps turned into our errors.
+"""The Sleuth Kit's Python binding, pytsk3, with types for the little that is used of it.
+
+It is the well-kept reader of NTFS: runs, attribute lists and damaged records are its business. It is C, and what it
+reads was written by a guest; so it is only ever loaded in the process that `surveyor.py` starts.
+
+An NTFS volume as records, attributes and runs: The Sleuth Kit, with its mishaps turned into our errors.
 
 Whatever the library cannot read, or reads in part, is a corrupt file system here. Nothing is decided here; `survey.py`
 does that.
 """
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from importlib import import_module
+from typing import NamedTuple, Protocol, cast
 
-from thrave.volumes import sleuthkit
 from thrave.volumes.errors import FileSystemCorruptError
-from thrave.volumes.ntfs import BootSector
+from thrave.volumes.ntfs_format import BootSector
+
+NON_RESIDENT, ENCRYPTED, COMPRESSED, SPARSE = 0x02, 0x10, 0x20, 0x40
+"""TSK_FS_ATTR_FLAG_ENUM."""
+
+
+RUN_SPARSE = 0x02
+"""TSK_FS_ATTR_RUN_FLAG_ENUM: the run has no clusters."""
+
+
+class Source(Protocol):
+    """What an image is read from."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes from `offset` on, fewer only at the end."""
+
+
+class TskRun(Protocol):
+    """TSK_FS_ATTR_RUN. Addresses and lengths in clusters."""
+
+    addr: int
+    len: int
+    flags: int
+
+
+class AttributeInfo(Protocol):
+    """TSK_FS_ATTR."""
+
+    type: int
+    id: int
+    size: int
+    flags: int
+    name: bytes | None
+
+
+class Attribute(Iterable[TskRun], Protocol):
+    """An attribute; iterating gives its runs, none if it is resident."""
+
+    info: AttributeInfo
+
+
+class File(Iterable[Attribute], Protocol):
+    """A file; iterating gives its attributes, those of its extension records among them."""
+
+    def read_random(self, offset: int, length: int, type: int = ..., id: int = ...) -> bytes:  # noqa: A002
+        """Read from an attribute, by default the unnamed $DATA."""
+
+
+class FileSystem(Protocol):
+    """An NTFS volume. Every call may raise OSError."""
+
+    def open_meta(self, inode: int) -> File:
+        """The file of an MFT record."""
+
+
+class _Binding(Protocol):
+    TSK_FS_TYPE_NTFS: int
+    Img_Info: type[object]
+
+    def FS_Info(self, image: object, offset: int, type: int) -> FileSystem:  # noqa: A002, N802 (the library's)
+        """Open a file system."""
+
+
+def load() -> None:
+    """Import the library; what is imported lazily cannot be once this process has given up its rights."""
+    import_module("pytsk3")
+
+
+def open_ntfs(source: Source) -> FileSystem:
+    """Open the NTFS volume that begins at the source's first byte.
+
+    Raises:
+        OSError: The library refuses it.
+    """
+    binding = cast("_Binding", import_module("pytsk3"))
+    methods = {
+        "read": lambda _, offset, length: source.read(offset, length),
+        "get_size": lambda _: source.size,
+    }
+    image = type("SourceImage", (binding.Img_Info,), methods)(url="")
+    return binding.FS_Info(image, 0, binding.TSK_FS_TYPE_NTFS)
+
 
 MFT, LOG_FILE, VOLUME, ROOT, BITMAP = 0, 2, 3, 5, 6
 """Numbers of MFT records that every volume has."""
 
+
 MOST_CONTENT = 4096
 """Bytes of a small attribute that are read."""
 
+
 _FILE_NAME, _VOLUME_INFORMATION, _DATA = 0x30, 0x70, 0x80  # attribute types
+
+
 _DOS_NAME = 2
+
+
 _MOST_RUNS = 1 << 20  # of one attribute
+
+
 _PIECE = 1 << 20  # bytes of $MFT that are read together
+
+
 _utf_16 = codecs.getdecoder("utf-16-le")  # here: a surveyor cannot import a codec any more
 
 
@@ -34,7 +132,7 @@ class Name(NamedTuple):
     name: str
 
 
-class Run(NamedTuple):
+class ClusterRun(NamedTuple):
     """A run of clusters that an attribute occupies."""
 
     first: int
@@ -44,7 +142,7 @@ class Run(NamedTuple):
 class NtfsFile:
     """The file of one MFT record."""
 
-    def __init__(self, number: int, file: sleuthkit.File) -> None:
+    def __init__(self, number: int, file: File) -> None:
         """Load its attributes."""
         self.number = number
         self._file = file
@@ -59,8 +157,8 @@ class NtfsFile:
     @property
     def is_plain(self) -> bool:
         """Whether its content is stored in clusters just as it is: not in the record, compressed, sparse, encrypted."""
-        special = sleuthkit.ENCRYPTED | sleuthkit.COMPRESSED | sleuthkit.SPARSE
-        return int(self._data().info.flags) & (special | sleuthkit.NON_RESIDENT) == sleuthkit.NON_RESIDENT
+        special = ENCRYPTED | COMPRESSED | SPARSE
+        return int(self._data().info.flags) & (special | NON_RESIDENT) == NON_RESIDENT
 
     def read(self, offset: int, length: int) -> bytes:
         """That part of its content."""
@@ -70,12 +168,12 @@ class NtfsFile:
             raise FileSystemCorruptError(f"the content of MFT record {self.number} ends too early")
         return content
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[ClusterRun]:
         """The clusters of all its attributes."""
         for attribute in self._attributes:
             yield from self._runs(attribute)
 
-    def content_runs(self) -> list[Run]:
+    def content_runs(self) -> list[ClusterRun]:
         """Those of its content alone."""
         return list(self._runs(self._data()))
 
@@ -104,21 +202,21 @@ class NtfsFile:
             raise FileSystemCorruptError("$Volume does not say in which state the volume is")
         return int.from_bytes(said[0][10:], "little")
 
-    def _data(self) -> sleuthkit.Attribute:
+    def _data(self) -> Attribute:
         for attribute in self._attributes:
             if int(attribute.info.type) == _DATA and not attribute.info.name:
                 return attribute
         raise FileSystemCorruptError(f"MFT record {self.number} has no content")
 
-    def _runs(self, attribute: sleuthkit.Attribute) -> Iterator[Run]:
+    def _runs(self, attribute: Attribute) -> Iterator[ClusterRun]:
         with self._reading():
             for number, run in enumerate(attribute):
-                if int(run.flags) & ~sleuthkit.RUN_SPARSE or number > _MOST_RUNS:
+                if int(run.flags) & ~RUN_SPARSE or number > _MOST_RUNS:
                     raise FileSystemCorruptError(f"the runs of MFT record {self.number} are not whole")
                 if not int(run.flags):
-                    yield Run(run.addr, run.len)
+                    yield ClusterRun(run.addr, run.len)
 
-    def _content(self, attribute: sleuthkit.Attribute) -> bytes:
+    def _content(self, attribute: Attribute) -> bytes:
         info = attribute.info
         with self._reading():
             return self._file.read_random(0, min(info.size, MOST_CONTENT), info.type, info.id)
@@ -136,9 +234,9 @@ class NtfsVolume:
         FileSystemCorruptError: The library refuses it.
     """
 
-    def __init__(self, source: sleuthkit.Source) -> None:
+    def __init__(self, source: Source) -> None:
         with _reading("it"):
-            self._volume = sleuthkit.open_ntfs(source)
+            self._volume = open_ntfs(source)
 
     def file(self, number: int) -> NtfsFile:
         """The file of an MFT record.

@@ -26,18 +26,18 @@ from typing import IO, NoReturn
 
 from thrave.concurrency import later
 from thrave.programs import Program, ProgramError
-from thrave.volumes import sandbox, survey, unmounting
+from thrave.volumes import ntfs_scan, sandbox
+from thrave.volumes.base import Extent, Volume
 from thrave.volumes.errors import (
-    ComponentMissingError,
     FileSystemCorruptError,
     FileSystemUnsupportedError,
     SandboxUnavailableError,
     SkipRefusedError,
+    ToolNotInstalled,
     VolumeNotCleanError,
 )
+from thrave.volumes.ntfs_reader import load
 from thrave.volumes.partitions import Partition
-from thrave.volumes.sleuthkit import load
-from thrave.volumes.volume import Extent, Volume
 
 SECONDS = 600.0
 """For one volume, by the clock: it may have to wait for its disk."""
@@ -59,7 +59,7 @@ _REFUSALS: tuple[type[SkipRefusedError], ...] = (
 )
 
 
-def unused_in(volume: Volume, partition: Partition) -> list[Extent]:
+def scan_unused(volume: Volume, partition: Partition) -> list[Extent]:
     """What the NTFS volume in a partition does not use.
 
     Args:
@@ -79,7 +79,7 @@ def unused_in(volume: Volume, partition: Partition) -> list[Extent]:
         return list(_unused(process, volume, partition))
 
 
-def conditions_in(volume: Volume, partition: Partition) -> Iterator[str]:
+def scan_problems(volume: Volume, partition: Partition) -> Iterator[str]:
     """How the NTFS volume in a partition was left (`unmounting`).
 
     Args:
@@ -117,7 +117,7 @@ def check_sandbox() -> None:
 def check_installed() -> None:
     """Raise ComponentMissingError if the library is not installed."""
     if find_spec("pytsk3") is None:
-        raise ComponentMissingError("pytsk3", "'thrave[ntfs]'", installer="pip install")
+        raise ToolNotInstalled("pytsk3", "'thrave[ntfs]'", installer="pip install")
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _process(task: str, length: int) -> Iterator[Program]:
 def _unused(process: Program, volume: Volume, partition: Partition) -> Iterator[Extent]:
     told, end = 0, 0
     for kind, first, second in _told(process, volume, partition):
-        if kind != _UNUSED or not end <= first < first + second <= partition.length or told >= 2 * survey.MOST_HOLES:
+        if kind != _UNUSED or not end <= first < first + second <= partition.length or told >= 2 * ntfs_scan.MOST_HOLES:
             _astray()
         told, end = told + 1, first + second
         yield Extent(partition.offset + first, second)
@@ -242,12 +242,12 @@ def _tell_nothing(_pipe: _Pipe) -> None:
 
 
 def _tell_unused(pipe: _Pipe) -> None:
-    for extent in survey.unused(pipe):
+    for extent in ntfs_scan.find_unused(pipe):
         pipe.tell(_UNUSED, *extent)
 
 
 def _tell_conditions(pipe: _Pipe) -> None:
-    for condition in unmounting.conditions(pipe):
+    for condition in ntfs_scan.find_problems(pipe):
         words = condition.encode()[:_MOST_WORDS]
         pipe.tell(_CONDITION, 0, len(words), words)
 

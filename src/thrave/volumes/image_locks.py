@@ -21,7 +21,7 @@ import struct
 from contextlib import suppress
 
 from thrave.volumes.errors import VolumeInUseError, VolumeUnreadableError
-from thrave.volumes.hostfile import HostFile, reason
+from thrave.volumes.host_files import HostFile, reason
 
 _DOES, _FORBIDS = 100, 200  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # numbers of the bits of BLK_PERM_…

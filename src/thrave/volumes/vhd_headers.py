@@ -9,8 +9,8 @@ import struct
 from array import array
 from uuid import UUID
 
-from thrave.volumes.headers import SECTOR, Statement, exactly, refuse
-from thrave.volumes.hostfile import HostFile
+from thrave.volumes.host_files import HostFile
+from thrave.volumes.image_headers import SECTOR, Statement, exactly, refuse
 
 # --- VHD ---------------------------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ class _State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Places:
+class AllowedFolders:
     """Where files may lie that an image refers to.
 
     Attributes:
@@ -85,7 +85,7 @@ class HostFile:
         VolumeUnreadableError: It cannot be opened, is something else, or lies where it may not.
     """
 
-    def __init__(self, path: Path, places: Places | None = None, *, to_compare: bool = True) -> None:
+    def __init__(self, path: Path, places: AllowedFolders | None = None, *, to_compare: bool = True) -> None:
         self.path = Path(path).absolute()
         self.fd = -1
         try:
@@ -163,7 +163,7 @@ class HostFile:
             os.close(self.fd)
             self.fd = -1
 
-    def _open(self, handle: int, places: Places | None) -> None:
+    def _open(self, handle: int, places: AllowedFolders | None) -> None:
         mode = os.fstat(handle).st_mode
         self.is_device = stat.S_ISBLK(mode)
         if not (stat.S_ISREG(mode) or self.is_device):
@@ -201,7 +201,7 @@ class HostFiles:
     def __init__(self) -> None:
         self.opened: list[HostFile] = []
 
-    def open(self, path: Path, places: Places | None = None, *, to_compare: bool = True) -> HostFile:
+    def open(self, path: Path, places: AllowedFolders | None = None, *, to_compare: bool = True) -> HostFile:
         """Open a file, as `HostFile`."""
         file = HostFile(path, places, to_compare=to_compare)
         self.opened.append(file)
