@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 from fleet_setup import Backend, Setup, describe_instance, host_name, make_request
 
-from thrave.buckets.buckets import ObjectHead
+from thrave.buckets.base import ObjectHead
 from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, SealedBundle, StreamPosition
 from thrave.compute.fleet import InstanceReports
 from thrave.compute.instance import Instance, InstanceState

@@ -31,10 +31,10 @@ from urllib.parse import urlsplit
 import psutil
 from harness import RESULTS, describe_machine, write_json
 
-from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.retrying import patiently
-from thrave.buckets.s3 import OwnersBuckets
+from thrave.buckets.retrying_store import retry_store
+from thrave.buckets.s3_client import Credentials, StoreConfig
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.s3_store import OwnerKeyStore
 from thrave.bundle.model import PART_SIZE
 from thrave.volumes.base import Extent
 
@@ -154,7 +154,7 @@ def seal(url: str, size: str, folder: str) -> None:
     Prints the number of parts when all are stored.
     """
     key = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET)
-    buckets = OwnersBuckets(StoreConnection(endpoint=url, credentials=key), lambda _access_key_id: None)
+    buckets = OwnerKeyStore(StoreConfig(endpoint=url, credentials=key), lambda _access_key_id: None)
     bench = UploadBench(Path(folder), buckets)
     sealed = bench.seal(NoiseVolume(int(size)), at_once=CONCURRENCY, stall_timeout=600.0)
     print(len(sealed.parts))
@@ -308,7 +308,7 @@ def measure_throughput(mebibytes: int, rounds: int) -> list[Throughput]:
 
 def compare_tools(store: stores.Store, file: Path, rounds: int) -> list[Throughput]:
     """Send a file to one store with every tool, in each round."""
-    objects = S3Objects(store.connection(stores.ALICE))
+    objects = S3ObjectClient(store.connection(stores.ALICE))
     run_tool(aws(store, "mb", f"s3://{BUCKET}"))
     tools: Mapping[str, Callable[[], None]] = {
         "thrave": lambda: send_with_driver(objects, file),
@@ -327,14 +327,14 @@ def compare_tools(store: stores.Store, file: Path, rounds: int) -> list[Throughp
     return [Throughput(store.name, name, rate, rates["thrave"] / rate) for name, rate in rates.items()]
 
 
-def send_with_driver(objects: S3Objects, file: Path) -> None:
+def send_with_driver(objects: S3ObjectClient, file: Path) -> None:
     """Send a file in parts, as a task does; a failed part is retried, which the other tools do as well."""
 
     def send(start: int) -> None:
         with file.open("rb") as content:
             content.seek(start)
             part = content.read(PART_SIZE)
-        patiently(lambda: objects.put(BUCKET, f"thrave/{start}", part), RETRY_TIMEOUT, lambda *_: None)
+        retry_store(lambda: objects.put(BUCKET, f"thrave/{start}", part), RETRY_TIMEOUT, lambda *_: None)
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         for _ in pool.map(send, range(0, file.stat().st_size, PART_SIZE)):

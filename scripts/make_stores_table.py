@@ -21,7 +21,7 @@ from typing import TypedDict
 from make_docs import REFERENCE, table
 
 from support.servers import stores
-from thrave.buckets.connection import Credentials
+from thrave.buckets.s3_client import Credentials
 
 PAGE = REFERENCE / "stores.md"
 PREAMBLE = """\

@@ -79,7 +79,7 @@ class Agent:
         )
         others_can_adopt = not self._settings.database.startswith("sqlite")
         self._lease = Lease(self._settings.heartbeat_timeout if others_can_adopt else None)
-        # Within an attempt the check is repeated before each piece of a request (`buckets/transport.py`).
+        # Within an attempt the check is repeated before each piece of a request (`buckets/s3_client.py`).
         self._before_attempt = partial(self._lease.check, self._settings.s3_send_timeout)
         self._takes_tasks = True
         self.power = self._power(None)

@@ -17,7 +17,7 @@ import structlog
 from starlette.types import ASGIApp
 
 from thrave.agent import Agent
-from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.retrying_store import RetryingStore
 from thrave.compute.fleet import ReportedInstances
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl
@@ -137,7 +137,7 @@ def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Ca
     return Door(
         accounts=ground.accounts,
         instances=instances,
-        buckets=RetryingBuckets(ground.buckets, REQUEST_PATIENCE),
+        buckets=RetryingStore(ground.buckets, REQUEST_PATIENCE),
         tasks=tasks,
         power=power,
         rate=RateLimit(settings.max_requests_per_second, settings.max_request_burst),

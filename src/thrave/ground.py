@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from thrave import files
-from thrave.buckets.buckets import Buckets
-from thrave.buckets.connection import Credentials
-from thrave.buckets.opening import open_buckets
-from thrave.buckets.s3 import Holder
+from thrave.buckets.base import ObjectStore
+from thrave.buckets.opening import open_store
+from thrave.buckets.s3_client import Credentials
+from thrave.buckets.s3_store import KeyOwner
 from thrave.compute.instances import Instances
 from thrave.compute.opening import open_instances
 from thrave.config import Settings
@@ -105,9 +105,9 @@ class Ground:
         return Queues(self.settings.database)
 
     @cached_property
-    def buckets(self) -> Buckets:
+    def buckets(self) -> ObjectStore:
         """Where bundles go."""
-        return open_buckets(self.settings, self._holder)
+        return open_store(self.settings, self._holder)
 
     @cached_property
     def instances(self) -> Instances:
@@ -172,12 +172,12 @@ class Ground:
             migrate(database)
             return database, _open_vault(settings, database)
 
-    def _holder(self, access_key_id: str) -> Holder | None:
+    def _holder(self, access_key_id: str) -> KeyOwner | None:
         key = self.accounts.find_key(access_key_id)
         if key is None or key.status != "Active":
             return None
         credentials = Credentials(access_key_id=key.access_key_id, secret_access_key=key.secret_access_key)
-        return Holder(key.account_id, credentials)
+        return KeyOwner(key.account_id, credentials)
 
 
 def open_ground(settings: Settings) -> Ground:

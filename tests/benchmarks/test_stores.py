@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET
-from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.s3_client import Credentials, StoreConfig
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.upload_policy import UploadPolicy
 from thrave.testing import upload_policy
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -36,7 +36,7 @@ def test_discarding_store_responds_with_the_etag_of_the_object(stores, size):
     grant = UploadPolicy.trusted(base64.b64encode(document).decode(), signature, ACCESS_KEY_ID)
     with stores.discarding() as url:
         key = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET)
-        objects = S3Objects(StoreConnection(endpoint=url, credentials=key))
+        objects = S3ObjectClient(StoreConfig(endpoint=url, credentials=key))
         assert objects.put("my-bucket", "win.put", content) == digest
         assert objects.put("my-bucket", "win.post", content, grant=grant) == digest
         assert [objects.head("my-bucket", name).size for name in ("win.put", "win.post")] == [size, size]

@@ -6,7 +6,7 @@ import pytest
 
 from support.buckets import bucket_drivers
 from support.store_faults.fault_proxy import fault_proxy
-from thrave.buckets import retrying
+from thrave.buckets import retrying_store
 
 DRIVERS = [
     pytest.param(("directory", None), id="directory"),
@@ -36,5 +36,5 @@ def proxy(seaweedfs):
 def pauses(monkeypatch):
     """The pauses, in seconds, that a retry would make; the clock does not advance."""
     slept = []
-    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
+    monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
     return slept

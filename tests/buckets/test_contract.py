@@ -1,4 +1,4 @@
-"""What every driver of buckets must do: the contract in `thrave.buckets.buckets`, said in tests."""
+"""What every driver of buckets must do: the contract in `thrave.buckets.base`, said in tests."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from thrave.buckets.errors import (
     NoSuchBucket,
     NoSuchKey,
 )
-from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.retrying_store import RetryingStore
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_somebody_elses_bucket_cannot_be_created(store, buckets, bucket):
 def test_of_many_who_create_a_bucket_at_once_one_has_it(store, name):
     def create(account):
         try:
-            RetryingBuckets(store.of(account), 20).create(name, account)  # two at once may be a fault that passes
+            RetryingStore(store.of(account), 20).create(name, account)  # two at once may be a fault that passes
         except BucketAlreadyExists:
             return None
         return account

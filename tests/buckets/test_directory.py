@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from support.eventually import eventually
-from thrave.buckets import directory
-from thrave.buckets.buckets import NOBODY
-from thrave.buckets.directory import RESERVE, DirectoryBuckets
+from thrave.buckets import directory_store
+from thrave.buckets.base import UNKNOWN_OWNER
+from thrave.buckets.directory_store import RESERVE, DirectoryStore
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, InternalError, InvalidArgument, NoSuchKey
 
 ALICE = "111111111111"
@@ -26,7 +26,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def buckets(root):
-    buckets = DirectoryBuckets(root)
+    buckets = DirectoryStore(root)
     buckets.create(BUCKET, ALICE)
     return buckets
 
@@ -38,8 +38,8 @@ def test_an_object_is_a_plain_file_of_its_key(buckets, root):
 
 def test_what_another_process_wrote_is_there(buckets, root):
     buckets.put(BUCKET, "key", b"data")
-    assert DirectoryBuckets(root).get(BUCKET, "key") == b"data"
-    assert DirectoryBuckets(root).owner(BUCKET) == ALICE
+    assert DirectoryStore(root).get(BUCKET, "key") == b"data"
+    assert DirectoryStore(root).owner(BUCKET) == ALICE
 
 
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//b", "", "/", "a/", ".", "..", "a/./b", "nul\0", "\ud800", "x" * 256]
@@ -122,16 +122,16 @@ def test_file_names_that_are_no_text_are_passed_over(buckets, root):
 
 def test_a_folder_without_an_owner_belongs_to_nobody(buckets, root):
     (root / "found-here").mkdir()
-    assert buckets.owner("found-here") == NOBODY
+    assert buckets.owner("found-here") == UNKNOWN_OWNER
     with pytest.raises(BucketAlreadyExists):
         buckets.create("found-here", ALICE)
-    assert buckets.owner("found-here") == NOBODY
+    assert buckets.owner("found-here") == UNKNOWN_OWNER
 
 
 @pytest.mark.parametrize("content", ["", "111", "111111111111", "x" * 12 + "\n", "1" * 13 + "\n", "ä"])
 def test_a_spoilt_owner_file_makes_it_nobodys(buckets, root, content):
     (root / ".owners" / BUCKET).write_text(content)
-    assert buckets.owner(BUCKET) == NOBODY
+    assert buckets.owner(BUCKET) == UNKNOWN_OWNER
     with pytest.raises(BucketAlreadyExists):
         buckets.create(BUCKET, ALICE)
 
@@ -189,7 +189,7 @@ def set_free(monkeypatch, free):
     """Let the file system of the buckets say that so many bytes are free; None: it knows no size."""
     blocks, free = (0, 0) if free is None else (1 << 20, free)
     status = SimpleNamespace(f_blocks=blocks, f_bavail=free, f_frsize=1)
-    monkeypatch.setattr(directory.os, "statvfs", lambda path: status)
+    monkeypatch.setattr(directory_store.os, "statvfs", lambda path: status)
 
 
 def test_put_of_an_upload_leaves_the_reserve_free(buckets, monkeypatch):
@@ -247,14 +247,14 @@ def test_nothing_is_left_in_the_spool(buckets, root):
 def test_what_a_killed_process_was_writing_is_swept(root):
     (root / ".spool").mkdir(parents=True)
     (root / ".spool" / ".new-litter").touch()
-    DirectoryBuckets(root)
+    DirectoryStore(root)
     assert [*(root / ".spool").iterdir()] == []
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.directory_store import DirectoryStore as DirectoryBuckets
 buckets = DirectoryBuckets(Path(sys.argv[1]))
 while True:
     for letter in b"ab":

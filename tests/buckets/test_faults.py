@@ -17,7 +17,7 @@ from support.store_faults.fault_table import (
     name,
     page,
 )
-from thrave.buckets import retrying
+from thrave.buckets import retrying_store
 from thrave.bundle.errors import BundleError
 from thrave.cli import remote_folders
 from thrave.cli.folders import FolderError
@@ -40,7 +40,7 @@ def bench(seaweedfs, proxy, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses."""
-    monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(retrying_store, "FIRST_PAUSE", 0.02)
     monkeypatch.setattr(power, "LOOK_AGAIN", 0.01)
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, verified
 from support.servers.scripted_store import SILENCE, error, http, scripted
-from thrave.buckets import retrying, transport
-from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets import retrying_store, s3_client
 from thrave.buckets.errors import (
     AccessDenied,
     BucketAlreadyExists,
@@ -20,10 +19,10 @@ from thrave.buckets.errors import (
     TransientError,
     UnreachableError,
 )
-from thrave.buckets.objects import WHOLE, S3Objects
-from thrave.buckets.retrying import RetryingBuckets
-from thrave.buckets.s3 import ServiceBuckets
-from thrave.buckets.transport import Transport
+from thrave.buckets.retrying_store import RetryingStore
+from thrave.buckets.s3_client import Credentials, HttpTransport, StoreConfig
+from thrave.buckets.s3_objects import WHOLE, S3ObjectClient
+from thrave.buckets.s3_store import ServiceKeyStore
 
 TOKEN = "a-session-token"
 KEY = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET, session_token=TOKEN)
@@ -33,7 +32,7 @@ OTHER_ETAG = f'"{hashlib.md5(b"other").hexdigest()}"'
 
 
 def connection(script, **changes):
-    return StoreConnection(**{"endpoint": script.url, "credentials": KEY, "timeout": 0.4, **changes})
+    return StoreConfig(**{"endpoint": script.url, "credentials": KEY, "timeout": 0.4, **changes})
 
 
 def put(objects):
@@ -107,21 +106,21 @@ def is_free_of_secrets(caught, script):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_may_pass_is_transient(request_, fault):
     with scripted(FAULTS[fault]) as script, pytest.raises(TransientError) as caught:
-        request_(S3Objects(connection(script)))
+        request_(S3ObjectClient(connection(script)))
     assert is_free_of_secrets(caught, script)
 
 
 @pytest.mark.parametrize("code", ["RequestTimeout", "IncompleteBody"])
 def test_a_400_for_bytes_that_did_not_come_is_transient(code):
     with scripted(error(400, code)) as script, pytest.raises(TransientError, match=code):
-        put(S3Objects(connection(script)))
+        put(S3ObjectClient(connection(script)))
 
 
 @pytest.mark.parametrize("request_", EVERY_REQUEST, ids=lambda call: call.__name__)
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_what_does_not_pass_is_final(request_, refusal):
     with scripted(REFUSALS[refusal]) as script, pytest.raises(BucketError) as caught:
-        request_(S3Objects(connection(script)))
+        request_(S3ObjectClient(connection(script)))
     assert not isinstance(caught.value, TransientError)
     assert is_free_of_secrets(caught, script)
     if refusal not in ("400", "501"):  # those may mean that the store lacks an option that can be done without
@@ -144,7 +143,7 @@ def test_what_does_not_pass_is_final(request_, refusal):
 )
 def test_an_upload_that_was_taken_and_lost_is_noticed(upload, answers):
     with scripted(*answers) as script, pytest.raises(TransientError, match="BadDigest"):
-        upload(S3Objects(connection(script)))
+        upload(S3ObjectClient(connection(script)))
 
 
 @pytest.mark.parametrize("upload", [put, post])
@@ -160,7 +159,7 @@ def test_an_upload_that_was_taken_and_lost_is_noticed(upload, answers):
 )
 def test_an_upload_that_is_there_is_proved(upload, answers):
     with scripted(*answers) as script:
-        upload(S3Objects(connection(script)))
+        upload(S3ObjectClient(connection(script)))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,7 @@ def test_an_upload_that_is_there_is_proved(upload, answers):
 )
 def test_an_answer_that_was_cut_off_is_transient(call, answer):
     with scripted(answer) as script, pytest.raises(TransientError):
-        call(S3Objects(connection(script)))
+        call(S3ObjectClient(connection(script)))
 
 
 BOMB = b'<!DOCTYPE a [<!ENTITY b "%s">%s]><a>&c9;</a>' % (
@@ -200,26 +199,26 @@ BOMB = b'<!DOCTYPE a [<!ENTITY b "%s">%s]><a>&c9;</a>' % (
 )
 def test_an_answer_that_cannot_be_is_a_short_error(call, answer):
     with scripted(answer) as script, pytest.raises(BucketError) as caught:
-        call(S3Objects(connection(script)))
+        call(S3ObjectClient(connection(script)))
     assert len(str(caught.value)) < 700
 
 
 def test_a_refusal_has_s3s_own_words():
     answer = error(403, "RequestTimeTooSkewed", "The difference\n is too large.")
     with scripted(answer) as script, pytest.raises(StoreError) as caught:
-        get(S3Objects(connection(script)))
+        get(S3ObjectClient(connection(script)))
     assert str(caught.value) == "RequestTimeTooSkewed(403)- The difference is too large."
 
 
 @pytest.mark.parametrize("key", ["..", "a/../b", "./a", "a/.", "a" * 1025, "\ud800"])
 def test_a_key_that_would_not_arrive_as_it_is_is_refused_before_it_is_sent(key):
     with scripted(http(200)) as script, pytest.raises(InvalidArgument):
-        S3Objects(connection(script)).put("my-bucket", key, DATA)
+        S3ObjectClient(connection(script)).put("my-bucket", key, DATA)
     assert script.requests == []
 
 
 def patient(script, seconds=5.0):
-    return RetryingBuckets(ServiceBuckets(connection(script)), seconds)
+    return RetryingStore(ServiceKeyStore(connection(script)), seconds)
 
 
 @pytest.mark.parametrize("upload", [put, post])
@@ -252,7 +251,7 @@ def test_what_does_not_pass_is_tried_once(call, requests, pauses):
 
 def test_when_the_time_is_up_the_last_error_stands(monkeypatch, pauses):
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(retrying.time, "monotonic", lambda: next(clock))  # the fixture's
+    monkeypatch.setattr(retrying_store.time, "monotonic", lambda: next(clock))  # the fixture's
     answers = [error(503, "SlowDown", "first"), error(500, "InternalError", "last")]
     with scripted(*answers) as script, pytest.raises(TransientError, match="last"):
         get(patient(script, 5))
@@ -281,7 +280,7 @@ def test_retrying_checks_before_each_attempt_of_each_call(call, pauses):
 
     with scripted(error(503, "SlowDown")) as script:
         for buckets in (
-            RetryingBuckets(ServiceBuckets(connection(script)), 60.0, before_attempt=check),
+            RetryingStore(ServiceKeyStore(connection(script)), 60.0, before_attempt=check),
             patient(script, 60.0).checking(check),
         ):
             script.requests.clear()
@@ -293,7 +292,7 @@ def test_retrying_checks_before_each_attempt_of_each_call(call, pauses):
 @pytest.mark.parametrize("moment", ["before the attempt", "once the connection is there", "after some of the body"])
 def test_transport_sends_no_more_of_a_body_once_a_check_fails(moment, monkeypatch):
     passes = {"before the attempt": 0, "once the connection is there": 1, "after some of the body": 4}[moment]
-    monkeypatch.setattr(transport, "_PIECE", 1)
+    monkeypatch.setattr(s3_client, "_PIECE", 1)
     made = []
 
     def check():
@@ -303,7 +302,7 @@ def test_transport_sends_no_more_of_a_body_once_a_check_fails(moment, monkeypatc
 
     with scripted(http(200, ETag=ETAG)) as script:
         with pytest.raises(NoLongerWantedError):
-            put(RetryingBuckets(ServiceBuckets(connection(script)), 60.0, before_attempt=check))
+            put(RetryingStore(ServiceKeyStore(connection(script)), 60.0, before_attempt=check))
         script.over.set()
     assert script.requests in ([], [""])  # no request was complete: a store ignores what it has received
     assert len(made) == passes + 1
@@ -333,7 +332,7 @@ def test_retrying_knows_that_no_request_was_sent_without_a_connection():
 
 def test_wait_for_a_free_connection_ends():
     with scripted(SILENCE) as script:
-        objects = S3Objects(connection(script, connections=1, timeout=0.2))
+        objects = S3ObjectClient(connection(script, connections=1, timeout=0.2))
         pool = objects._transport._pool.connection_from_url(script.url)
         taken = pool._get_conn()
         with pytest.raises(UnreachableError, match=r"No connection to the store .* was free for 0\.2 s"):
@@ -361,19 +360,19 @@ def pieces(answer, *, slow):
     ],
 )
 def test_attempt_has_an_end_though_its_line_moves(monkeypatch, answer, slow):
-    monkeypatch.setattr(transport, "LONGEST", 1)
+    monkeypatch.setattr(s3_client, "LONGEST", 1)
     with scripted(pieces(answer, slow=slow)) as script:
         script.pause = 0.2
         with pytest.raises(TransientError, match=r"The line to the store .* is too slow: no end after 0\.3 s"):
-            get(S3Objects(connection(script, timeout=0.3)))
+            get(S3ObjectClient(connection(script, timeout=0.3)))
 
 
 def test_tunnel_through_a_proxy_has_an_end_though_its_line_moves(monkeypatch):
-    monkeypatch.setattr(transport, "LONGEST", 1)
+    monkeypatch.setattr(s3_client, "LONGEST", 1)
     with scripted(pieces(http(200, bytes(40)), slow="headers")) as script:
         script.pause = 0.2
         with pytest.raises(TransientError, match=r"The line to the store .* is too slow"):
-            get(S3Objects(connection(script, endpoint="https://store.example", proxy=script.url, timeout=0.3)))
+            get(S3ObjectClient(connection(script, endpoint="https://store.example", proxy=script.url, timeout=0.3)))
 
 
 def answer_once_and_read_no_more(listener, over):
@@ -390,7 +389,7 @@ def test_request_that_does_not_leave_ends_sooner_than_a_response_is_awaited():
         thread = threading.Thread(target=answer_once_and_read_no_more, args=(listener, over))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        store = Transport(StoreConnection(endpoint=url, connections=1, timeout=600, send_timeout=0.2))
+        store = HttpTransport(StoreConfig(endpoint=url, connections=1, timeout=600, send_timeout=0.2))
         store.send("GET", f"{url}/", {}, limit=100)  # its connection is used again
         with pytest.raises(TransientError):
             store.send("PUT", f"{url}/key", {}, [bytes(64 << 20)], limit=100)
@@ -401,7 +400,7 @@ def test_request_that_does_not_leave_ends_sooner_than_a_response_is_awaited():
 def test_response_may_take_longer_than_a_piece_of_a_request():
     with scripted([http(200)]) as script:
         script.pause = 0.5
-        assert get(S3Objects(connection(script, timeout=600, send_timeout=0.1))) == b""
+        assert get(S3ObjectClient(connection(script, timeout=600, send_timeout=0.1))) == b""
 
 
 def page(*keys, following=""):
@@ -444,12 +443,12 @@ def test_bytes_that_trickle_are_waited_for():
     answer = http(200, bytes(10))
     with scripted([answer[start : start + 8] for start in range(0, len(answer), 8)]) as script:
         script.pause = 0.1
-        assert S3Objects(connection(script)).get("my-bucket", "key") == bytes(10)
+        assert S3ObjectClient(connection(script)).get("my-bucket", "key") == bytes(10)
 
 
 def test_a_missing_bucket_is_said_by_every_request_but_those_that_need_none():
     with scripted(error(404, "NoSuchBucket")) as script:
-        objects = S3Objects(connection(script))
+        objects = S3ObjectClient(connection(script))
         assert head(objects) is None
         delete(objects)
         for call in (put, post, get, get_range, listing):

@@ -11,7 +11,7 @@ from support.service.upload_bench import noise_disk
 from support.store_faults import faults
 from support.store_faults.fault_proxy import Kind, Rule
 from thrave.buckets.errors import NoSuchBucket
-from thrave.buckets.objects import S3Objects
+from thrave.buckets.s3_objects import S3ObjectClient
 from thrave.compute.instance import InstanceState
 from thrave.testing import upload_policy
 
@@ -45,7 +45,7 @@ def shared_service(request, seaweedfs, proxy, tmp_path_factory):
 @pytest.fixture
 def service(shared_service, tmp_path):
     service = shared_service[1].begin(tmp_path)
-    service.objects = S3Objects(service.store.connection())  # sees whatever is there
+    service.objects = S3ObjectClient(service.store.connection())  # sees whatever is there
     yield service
     with suppress(NoSuchBucket):  # a failed task has removed it
         service.objects.delete(service.bucket, service.files())

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thrave.buckets.base import check_bucket_name, split_prefix
 from thrave.buckets.errors import InvalidArgument, InvalidBucketName
-from thrave.buckets.naming import check_bucket_name, split_prefix
 
 GOOD_BUCKETS = ["abc", "my-bucket", "my.bucket.2026", "0123", "a" * 63, "a-.b", "1.2.3", "xn-a"]
 BAD_BUCKETS = [

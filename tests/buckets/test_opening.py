@@ -3,11 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
-from thrave.buckets.connection import Credentials
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.directory_store import DirectoryStore
 from thrave.buckets.errors import InvalidArgument
-from thrave.buckets.opening import open_buckets, read_credentials, store_connection
-from thrave.buckets.s3 import OwnersBuckets, ServiceBuckets
+from thrave.buckets.opening import open_store, read_credentials, store_connection
+from thrave.buckets.s3_client import Credentials
+from thrave.buckets.s3_store import OwnerKeyStore, ServiceKeyStore
 from thrave.config import Settings, load_settings
 
 SECRET = "secret%of/the+service"
@@ -29,14 +29,14 @@ def file(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "driver"),
     [
-        ({}, DirectoryBuckets),
-        ({"store": "s3"}, OwnersBuckets),
-        ({"store": "s3", "upload_credentials": "policy", **IN_ENVIRONMENT}, OwnersBuckets),
-        ({"store": "s3", "upload_credentials": "service", **IN_ENVIRONMENT}, ServiceBuckets),
+        ({}, DirectoryStore),
+        ({"store": "s3"}, OwnerKeyStore),
+        ({"store": "s3", "upload_credentials": "policy", **IN_ENVIRONMENT}, OwnerKeyStore),
+        ({"store": "s3", "upload_credentials": "service", **IN_ENVIRONMENT}, ServiceKeyStore),
     ],
 )
 def test_the_settings_choose_the_driver(tmp_path, settings, driver):
-    assert type(open_buckets(Settings(data_dir=tmp_path, **settings), lambda _: None)) is driver
+    assert type(open_store(Settings(data_dir=tmp_path, **settings), lambda _: None)) is driver
 
 
 def test_the_key_comes_from_a_file_for_its_owners_eyes(file):

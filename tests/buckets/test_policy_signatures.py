@@ -17,7 +17,7 @@ from support.buckets.upload_policies import (
     signed_v4,
 )
 from thrave.buckets.errors import BucketError, InvalidArgument, InvalidPolicyDocument, SignatureDoesNotMatch
-from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
+from thrave.buckets.upload_policy import POLICY_CHARACTERS, UploadPolicy
 
 # What boto3, the AWS CLI 1 and boto 2.49 were seen to send, secret `example123example`.
 ONCE = (

@@ -16,10 +16,9 @@ from support.buckets.policy_table import (
 from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, encoded, signed_v2, signed_v4
 from support.servers import stores
 from thrave.buckets.errors import BucketError
-from thrave.buckets.forms import multipart
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.policy import UploadPolicy
-from thrave.buckets.transport import Transport
+from thrave.buckets.s3_client import HttpTransport
+from thrave.buckets.s3_objects import S3ObjectClient, multipart
+from thrave.buckets.upload_policy import UploadPolicy
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ROWS = [
@@ -32,8 +31,8 @@ ROWS = [
 def post(rgw):
     """Sends a form to RGW, and gives the code of its answer."""
     connection = rgw.connection(stores.ALICE)
-    S3Objects(connection)._requests.send("PUT", BUCKET)
-    transport = Transport(connection)
+    S3ObjectClient(connection)._requests.send("PUT", BUCKET)
+    transport = HttpTransport(connection)
 
     def post(fields, size):
         kind, body = multipart(fields, bytes(size))

@@ -8,10 +8,10 @@ import pytest
 from support.buckets.upload_policies import document, encoded, signed_v2, signed_v4
 from support.servers import stores
 from support.servers.forward_proxy import forwarding
-from thrave.buckets.connection import Credentials
 from thrave.buckets.errors import AccessDenied, InvalidArgument, StoreError, TransientError
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.s3_client import Credentials
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.upload_policy import UploadPolicy
 
 pytestmark = pytest.mark.rgw
 PART = bytes(range(256)) * 1000
@@ -21,7 +21,7 @@ PART = bytes(range(256)) * 1000
 def bucket(rgw):
     """One of Alice's."""
     name = f"alice-{uuid.uuid4().hex[:12]}"
-    S3Objects(rgw.connection(stores.ALICE))._requests.send("PUT", name)
+    S3ObjectClient(rgw.connection(stores.ALICE))._requests.send("PUT", name)
     return name
 
 
@@ -57,12 +57,12 @@ def try_everything(objects, bucket, grants):
 
 
 def test_tls_with_a_private_authority(rgw, bucket):
-    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca))
+    objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca))
     try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(rgw, bucket):
-    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url))
+    objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url))
     with pytest.raises(StoreError, match=r"certificate of 127\.0\.0\.1:\d+ is not trusted: self.signed") as caught:
         objects.get(bucket, "key")
     assert not isinstance(caught.value, TransientError)
@@ -72,20 +72,20 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(rgw, bucket):
 def test_a_file_of_certificates_that_is_none_is_said_so(rgw, tmp_path, ca):
     (tmp_path / "empty.pem").touch()
     with pytest.raises(InvalidArgument, match="certificates"):
-        S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=tmp_path / ca))
+        S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=tmp_path / ca))
 
 
 def test_the_buckets_name_before_the_hosts_and_a_proxy(rgw, bucket, proxy):
     port = rgw.url.rpartition(":")[2]
     endpoint = f"http://{stores.DNS_NAME}:{port}"
-    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=endpoint, addressing="virtual", proxy=proxy.url))
+    objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=endpoint, addressing="virtual", proxy=proxy.url))
     try_everything(objects, bucket, [granted(bucket, stores.ALICE), granted(bucket, stores.ALICE, version=4)])
     assert all(target.startswith(f"http://{bucket}.{stores.DNS_NAME}:{port}/") for _, target in proxy.forwarded)
     assert ("POST", f"http://{bucket}.{stores.DNS_NAME}:{port}/") in proxy.forwarded
 
 
 def test_tls_through_a_proxy(rgw, bucket, proxy):
-    objects = S3Objects(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca, proxy=proxy.url))
+    objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca, proxy=proxy.url))
     try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
     assert {*proxy.forwarded} == {("CONNECT", rgw.tls_url.removeprefix("https://"))}
 
@@ -94,7 +94,7 @@ def test_tls_through_a_proxy(rgw, bucket, proxy):
 def test_proxy_is_sent_its_user_and_password(rgw, bucket, over):
     with forwarding("Basic am9lOnBAc3Mgd29yZA==") as proxy:
         url = proxy.url.replace("//", "//joe:p%40ss%20word@")
-        objects = S3Objects(rgw.connection(stores.ALICE, endpoint=getattr(rgw, over), ca=rgw.ca, proxy=url))
+        objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=getattr(rgw, over), ca=rgw.ca, proxy=url))
         try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
     assert proxy.forwarded
 
@@ -116,12 +116,12 @@ def test_temporary_credentials(rgw, bucket):
     key = temporary(rgw)
     token = {"x-amz-security-token": key.session_token}
     grants = [granted(bucket, key, token, version=version) for version in (2, 4)]
-    try_everything(S3Objects(rgw.connection(key)), bucket, grants)
+    try_everything(S3ObjectClient(rgw.connection(key)), bucket, grants)
 
 
 def test_temporary_credentials_without_their_token_are_refused(rgw, bucket):
     key = temporary(rgw)
-    objects = S3Objects(rgw.connection(Credentials(**{**vars(key), "session_token": None})))
+    objects = S3ObjectClient(rgw.connection(Credentials(**{**vars(key), "session_token": None})))
     with pytest.raises(AccessDenied):
         objects.put(bucket, "key", PART)
     with pytest.raises(AccessDenied):
@@ -129,11 +129,11 @@ def test_temporary_credentials_without_their_token_are_refused(rgw, bucket):
 
 
 def test_what_everybody_may_read_needs_no_key(rgw, bucket):
-    alices = S3Objects(rgw.connection(stores.ALICE))
+    alices = S3ObjectClient(rgw.connection(stores.ALICE))
     grant = granted(bucket, stores.ALICE, {"acl": "public-read"})
     alices.put(bucket, "win.part.0", PART, grant=grant)
     alices.put(bucket, "private", PART)
-    nobodys = S3Objects(rgw.connection(None))
+    nobodys = S3ObjectClient(rgw.connection(None))
     assert nobodys.get(bucket, "win.part.0") == PART
     with pytest.raises(AccessDenied):
         nobodys.get(bucket, "private")

@@ -12,10 +12,10 @@ from support.servers import stores
 from support.servers.iam_guard import guarded
 from support.service.forked_server import ForkedServer
 from support.service.service_on_store import UPLOAD_BY_SERVICE, ServiceOnStore
-from thrave.buckets.buckets import NOBODY
+from thrave.buckets.base import UNKNOWN_OWNER
 from thrave.buckets.errors import AccessDenied, BucketAlreadyExists
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.s3 import OWNER_KEY, Holder, OwnersBuckets, ServiceBuckets
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.s3_store import OWNER_KEY, KeyOwner, OwnerKeyStore, ServiceKeyStore
 from thrave.testing import upload_policy
 
 pytestmark = pytest.mark.s3
@@ -44,7 +44,7 @@ def and_allow(policy, action, resource):
 def bucket(seaweedfs):
     """One of Alice's, which exists."""
     name = f"alice-{uuid.uuid4().hex[:12]}"
-    S3Objects(seaweedfs.connection())._requests.send("PUT", name)
+    S3ObjectClient(seaweedfs.connection())._requests.send("PUT", name)
     return name
 
 
@@ -71,7 +71,7 @@ def test_smallest_policy_completes_a_bundle(guarded_service, bucket, tmp_path, w
     service.bucket = bucket
     task = bundle(service, bucket)
     assert task["State"] == "complete", task
-    service.objects = S3Objects(service.store.connection())
+    service.objects = S3ObjectClient(service.store.connection())
     assert "winami.manifest.xml" in service.files()
 
 
@@ -85,13 +85,13 @@ def test_key_without_any_right_is_refused_before_the_instance_is_touched(guarded
 
 
 def owners(guard, store):
-    holder = Holder(ACCOUNT, stores.ALICE)
+    holder = KeyOwner(ACCOUNT, stores.ALICE)
     connection = store.connection(endpoint=guard.url, credentials=None)
-    return OwnersBuckets(connection, lambda _: holder, holder=holder)
+    return OwnerKeyStore(connection, lambda _: holder, holder=holder)
 
 
 def by_service(guard, store):
-    return ServiceBuckets(store.connection(endpoint=guard.url))
+    return ServiceKeyStore(store.connection(endpoint=guard.url))
 
 
 DRIVERS = {"policy": owners, "service": by_service}
@@ -105,7 +105,7 @@ def test_existing_bucket_needs_none_of_the_rights_on_buckets(seaweedfs, bucket, 
         buckets = DRIVERS[upload](guard, seaweedfs)
         assert buckets.create(bucket, ACCOUNT, probe="winami.probe") is False
         assert buckets.owner(bucket) == ACCOUNT
-    assert "winami.probe" not in [*S3Objects(seaweedfs.connection()).list(bucket, "")]
+    assert "winami.probe" not in [*S3ObjectClient(seaweedfs.connection()).list(bucket, "")]
 
 
 @pytest.mark.parametrize("upload", DRIVERS)
@@ -122,16 +122,16 @@ def test_hidden_bucket_is_refused_if_nothing_may_be_put_there(seaweedfs, bucket)
 
 
 def test_service_refuses_a_bucket_that_holds_something_and_names_nobody(seaweedfs, bucket):
-    S3Objects(seaweedfs.connection()).put(bucket, "something", b"x")
+    S3ObjectClient(seaweedfs.connection()).put(bucket, "something", b"x")
     policy = and_allow(smallest("service", bucket), "s3:ListBucket", f"arn:aws:s3:::{bucket}")
     with guarded(seaweedfs.url, policy) as guard:
         buckets = by_service(guard, seaweedfs)
         with pytest.raises(BucketAlreadyExists):
             buckets.create(bucket, ACCOUNT)
-        assert buckets.owner(bucket) == NOBODY
+        assert buckets.owner(bucket) == UNKNOWN_OWNER
 
 
 def test_service_refuses_a_bucket_of_another_account_with_the_smallest_policy(seaweedfs, bucket):
-    S3Objects(seaweedfs.connection()).put(bucket, OWNER_KEY, b"222222222222\n")
+    S3ObjectClient(seaweedfs.connection()).put(bucket, OWNER_KEY, b"222222222222\n")
     with guarded(seaweedfs.url, smallest("service", bucket)) as guard, pytest.raises(BucketAlreadyExists):
         by_service(guard, seaweedfs).create(bucket, ACCOUNT)

@@ -17,7 +17,7 @@ from support.buckets.upload_policies import document, encoded, signed_v2, signed
 from support.servers import stores
 from support.service.forked_server import ForkedServer
 from support.service.service_on_store import UPLOAD_BY_SERVICE, ServiceOnStore
-from thrave.buckets.objects import S3Objects
+from thrave.buckets.s3_objects import S3ObjectClient
 
 FILES = ["winami.manifest.json", "winami.manifest.xml", "winami.part.0"]
 ON_SEAWEEDFS = pytest.param(("seaweedfs", {}), id="seaweedfs", marks=pytest.mark.s3)
@@ -95,7 +95,7 @@ def test_the_services_key_writes_what_a_policy_of_ours_allows(service):
     signature = signed_v2(base64.b64encode(policy).decode(), service.own_key.secret_access_key)
     task = service.bundle(policy, signature, service.own_key)
     assert task["State"] == "complete", task
-    service.objects = S3Objects(service.store.connection())
+    service.objects = S3ObjectClient(service.store.connection())
     assert service.files() == [".thrave-owner", *FILES]
     assert service.objects.get(service.bucket, ".thrave-owner").decode().strip() == service.account.account_id
 
@@ -103,10 +103,10 @@ def test_the_services_key_writes_what_a_policy_of_ours_allows(service):
 @pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS, ON_RGW], indirect=True)
 def test_a_bucket_of_somebody_elses_is_refused_when_it_is_asked_for(service):
     service.bucket = f"bob-{uuid.uuid4().hex[:12]}"
-    S3Objects(service.store.connection(stores.BOB))._requests.send("PUT", service.bucket)
+    S3ObjectClient(service.store.connection(stores.BOB))._requests.send("PUT", service.bucket)
     with pytest.raises(ClientError, match="InaccessibleStorageLocation"):
         service.bundle(*v2(service, service.store.acl))
-    service.objects = S3Objects(service.store.connection(stores.BOB))
+    service.objects = S3ObjectClient(service.store.connection(stores.BOB))
     assert service.files() == []
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from support.servers.forward_proxy import forwarding
 from support.servers.scripted_store import SILENCE, error, http, scripted
-from thrave.buckets import retrying
-from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets import retrying_store
 from thrave.buckets.errors import (
     TABLE,
     BucketError,
@@ -22,30 +21,31 @@ from thrave.buckets.errors import (
     TransientError,
     UnreachableError,
     WrongRegion,
-    error_of_store,
+    error_from_response,
     row_of,
 )
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.opening import open_buckets, store_connection
-from thrave.buckets.retrying import patiently
-from thrave.buckets.s3 import ServiceBuckets
+from thrave.buckets.opening import open_store, store_connection
+from thrave.buckets.retrying_store import retry_store
+from thrave.buckets.s3_client import Credentials, StoreConfig
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.s3_store import ServiceKeyStore
 from thrave.config import Settings
 
 KEY = Credentials(access_key_id="AKIA", secret_access_key="secret")
 
 
 def connection(url, **changes):
-    return StoreConnection(**{"endpoint": url, "credentials": KEY, "timeout": 20.0, **changes})
+    return StoreConfig(**{"endpoint": url, "credentials": KEY, "timeout": 20.0, **changes})
 
 
 def get(connection):
-    return S3Objects(connection).get("my-bucket", "key")
+    return S3ObjectClient(connection).get("my-bucket", "key")
 
 
 @pytest.mark.parametrize("status", range(300, 600))
 @pytest.mark.parametrize("code", ["", "NoSuchCodeAtAll"])
 def test_status_decides_where_the_code_is_unknown(status, code):
-    made = error_of_store(code, status, "words")
+    made = error_from_response(code, status, "words")
     assert made.kind is row_of("", status).kind
     assert isinstance(made, TransientError) == (made.kind is Kind.TRANSIENT)
     assert made.code
@@ -57,7 +57,7 @@ def test_status_decides_where_the_code_is_unknown(status, code):
 
 @pytest.mark.parametrize("code", [key for key in TABLE if isinstance(key, str) and not key.endswith("xx")])
 def test_code_decides_before_the_status(code):
-    assert error_of_store(code, 400, "words").kind is TABLE[code].kind
+    assert error_from_response(code, 400, "words").kind is TABLE[code].kind
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_error_document_of_an_unknown_encoding_is_judged_by_its_status(encoding)
 def test_listing_of_an_unknown_encoding_is_no_document_of_s3(encoding):
     page = f'<?xml version="1.0" encoding="{encoding}"?><html/>'.encode()
     with scripted(http(200, page)) as script, pytest.raises(StoreError):
-        [*S3Objects(connection(script.url)).list("my-bucket", "")]
+        [*S3ObjectClient(connection(script.url)).list("my-bucket", "")]
 
 
 def test_length_of_more_digits_than_python_reads_is_an_error_of_the_store():
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\nConnection: close\r\n\r\n"
     with scripted(answer) as script, pytest.raises(BucketError):
-        S3Objects(connection(script.url)).head("my-bucket", "key")
+        S3ObjectClient(connection(script.url)).head("my-bucket", "key")
 
 
 @pytest.mark.parametrize("status", [411, 413, 414, 426, 431])
@@ -191,14 +191,14 @@ def called(headers, pauses, patience=100.0, **options):
             raise failures.pop()
         return "done"
 
-    assert patiently(call, patience, lambda *_: None, **options) == "done"
+    assert retry_store(call, patience, lambda *_: None, **options) == "done"
     return pauses[0]
 
 
 def test_retry_after_is_obeyed_within_the_time_that_there_is(pauses):
     answers = [http(503, Retry_After="30"), http(429, retry_after="7"), http(200)]
     with scripted(*answers) as script:
-        patiently(lambda: get(connection(script.url)), 100.0, lambda *_: None)
+        retry_store(lambda: get(connection(script.url)), 100.0, lambda *_: None)
     assert pauses == [30, 7]
 
 
@@ -226,7 +226,7 @@ def test_server_that_was_never_reached_is_tried_as_often_as_wanted(pauses):
         raise UnreachableError("ConnectionRefused", 0, "words")
 
     with pytest.raises(UnreachableError):
-        patiently(call, 100.0, lambda *_: None, unreachable=2)
+        retry_store(call, 100.0, lambda *_: None, unreachable=2)
     assert len(tried) == 2
 
 
@@ -238,7 +238,7 @@ class NoLongerWantedError(Exception):
 def test_wait_for_a_free_connection_uses_up_no_patience(monkeypatch, ends):
     """Each wait is longer than the whole patience. A check, such as a task's watch, can end the waiting."""
     clock = [1.0]
-    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: clock[0]))
     failures = [NoConnectionError("NoConnection", 0, "words") for _ in range(9)]
     failures.insert(4, TransientError("SlowDown", 503, "words"))
 
@@ -257,22 +257,22 @@ def test_wait_for_a_free_connection_uses_up_no_patience(monkeypatch, ends):
             raise NoLongerWantedError
 
     if ends == "a connection is free":
-        assert patiently(call, 100.0, lambda *_: None, before_attempt=check) == "done"
+        assert retry_store(call, 100.0, lambda *_: None, before_attempt=check) == "done"
     else:
         with pytest.raises(TransientError if ends == "the store fails" else NoLongerWantedError):
-            patiently(call, 100.0, lambda *_: None, before_attempt=check)
+            retry_store(call, 100.0, lambda *_: None, before_attempt=check)
 
 
 @pytest.mark.parametrize(("patience", "options"), [(5.0, {}), (0.0, {"before_attempt": lambda: None})])
 def test_wait_for_a_free_connection_ends_where_nobody_else_ends_it(monkeypatch, patience, options):
     clock = iter(range(0, 9000, 300))
-    monkeypatch.setattr(retrying, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(clock)))
+    monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(clock)))
 
     def call():
         raise NoConnectionError("NoConnection", 0, "words")
 
     with pytest.raises(NoConnectionError):
-        patiently(call, patience, lambda *_: None, **options)
+        retry_store(call, patience, lambda *_: None, **options)
 
 
 # Options of S3 that a store may lack
@@ -289,7 +289,7 @@ def listing(*keys, more=""):
 @pytest.mark.parametrize("lack", LACKING)
 def test_store_without_several_deletions_in_one_request(lack):
     with scripted(lack, http(204)) as script:
-        S3Objects(connection(script.url)).delete("my-bucket", ["a", "b"])
+        S3ObjectClient(connection(script.url)).delete("my-bucket", ["a", "b"])
     assert [line.split()[0] for line in script.requests] == ["POST", "DELETE", "DELETE"]
 
 
@@ -297,14 +297,14 @@ def test_store_without_several_deletions_in_one_request(lack):
 def test_store_without_listings_of_version_2(lack):
     truncated = "<IsTruncated>true</IsTruncated>"
     with scripted(lack, lack, listing("a", "b", more=truncated), listing("c")) as script:
-        assert [*S3Objects(connection(script.url)).list("my-bucket", "")] == ["a", "b", "c"]
+        assert [*S3ObjectClient(connection(script.url)).list("my-bucket", "")] == ["a", "b", "c"]
     assert "list-type" not in script.requests[2]
     assert "marker=b" in script.requests[3]
 
 
 def test_listing_that_ignores_the_prefix_gives_no_other_keys():
     with scripted(listing("a", "win.part.0", "z")) as script:
-        assert [*S3Objects(connection(script.url)).list("my-bucket", "win")] == ["win.part.0"]
+        assert [*S3ObjectClient(connection(script.url)).list("my-bucket", "win")] == ["win.part.0"]
 
 
 @pytest.mark.parametrize("pages", [[listing(more="<IsTruncated>true</IsTruncated>")],
@@ -313,7 +313,7 @@ def test_listing_that_ignores_the_prefix_gives_no_other_keys():
                                     for number in range(9)]])  # fmt: skip
 def test_listing_that_never_ends_is_an_error(pages):
     with scripted(*pages) as script, pytest.raises(StoreError, match="listing"):
-        [*S3Objects(connection(script.url)).list("my-bucket", "")]
+        [*S3ObjectClient(connection(script.url)).list("my-bucket", "")]
 
 
 @pytest.mark.parametrize(
@@ -321,12 +321,12 @@ def test_listing_that_never_ends_is_an_error(pages):
 )
 def test_store_without_ranges(answers):
     with scripted(*answers) as script:
-        assert S3Objects(connection(script.url)).get_range("my-bucket", "key", 3, 4) == b"3456"
+        assert S3ObjectClient(connection(script.url)).get_range("my-bucket", "key", 3, 4) == b"3456"
 
 
 def test_store_without_content_md5():
     with scripted(error(501, "NotImplemented"), http(200, ETag=DIGEST)) as script:
-        S3Objects(connection(script.url)).put("my-bucket", "key", b"content")
+        S3ObjectClient(connection(script.url)).put("my-bucket", "key", b"content")
     assert len(script.requests) == 2
 
 
@@ -339,7 +339,7 @@ def test_store_without_conditional_writes():
         error(404, "NoSuchKey"), http(200), http(200, f"{OWNER}\n".encode()),
     ]  # fmt: skip
     with scripted(*answers) as script:
-        assert ServiceBuckets(connection(script.url)).create("my-bucket", OWNER) is True
+        assert ServiceKeyStore(connection(script.url)).create("my-bucket", OWNER) is True
     assert [line.split()[0] for line in script.requests] == ["GET", "PUT", "GET", "GET", "PUT", "GET", "PUT", "GET"]
 
 
@@ -347,14 +347,14 @@ def test_claim_that_is_refused_for_good_leaves_no_bucket():
     answers = [error(404, "NoSuchBucket"), http(200), error(404, "NoSuchKey"), listing(), error(403, "QuotaExceeded"),
                http(204)]  # fmt: skip
     with scripted(*answers) as script, pytest.raises(StoreError, match="QuotaExceeded"):
-        ServiceBuckets(connection(script.url)).create("my-bucket", OWNER)
+        ServiceKeyStore(connection(script.url)).create("my-bucket", OWNER)
     assert script.requests[-1].startswith("DELETE /my-bucket ")
 
 
 def test_store_without_a_body_of_create_bucket():
     answers = [error(404, "NoSuchBucket"), error(400, "MalformedXML"), http(200), http(200, f"{OWNER}\n".encode())]
     with scripted(*answers) as script:
-        ServiceBuckets(connection(script.url, region="eu-west-1")).create("my-bucket", OWNER)
+        ServiceKeyStore(connection(script.url, region="eu-west-1")).create("my-bucket", OWNER)
     assert [line.split()[0] for line in script.requests] == ["GET", "PUT", "PUT", "GET"]
 
 
@@ -393,7 +393,7 @@ def test_changed_credentials_sign_the_next_request_of_an_open_store(file):
     settings = Settings(
         store="s3", upload_credentials="service", s3_credentials_file=file, s3_endpoint="http://127.0.0.1:1"
     )
-    buckets, signed = open_buckets(settings, lambda _: None), []
+    buckets, signed = open_store(settings, lambda _: None), []
     buckets._transport.send = lambda _method, _url, headers, *_, **__: signed.append(headers["Authorization"])
     for name in ("AKIAFIRST", "AKIASECOND"):
         written(file, name)

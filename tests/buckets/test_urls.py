@@ -5,11 +5,11 @@ from pydantic import ValidationError
 
 from support.buckets.upload_policies import verified
 from support.servers.scripted_store import http, scripted
-from thrave.buckets.connection import Proxy, StoreConnection
 from thrave.buckets.errors import BucketError, InvalidArgument, InvalidBucketName, StoreSettingError
-from thrave.buckets.objects import S3Objects
 from thrave.buckets.opening import store_connection
-from thrave.buckets.s3 import Holder, OwnersBuckets
+from thrave.buckets.s3_client import Proxy, StoreConfig
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore
 from thrave.config import Settings, normal_endpoint
 
 SPELLINGS = {
@@ -47,7 +47,7 @@ def test_endpoint_has_one_normal_form_wherever_it_is_read(spelling):
     assert normal_endpoint(spelling) == normal_endpoint(expected) == expected
     settings = Settings(store="s3", s3_endpoint=spelling)
     assert settings.s3_endpoint == store_connection(settings).endpoint == expected
-    assert StoreConnection(endpoint=spelling).endpoint == expected
+    assert StoreConfig(endpoint=spelling).endpoint == expected
 
 
 @pytest.mark.parametrize("url", NO_ENDPOINTS)
@@ -58,7 +58,7 @@ def test_endpoint_that_is_none_is_refused_without_repeating_it(url):
         Settings(store="s3", s3_endpoint=url)
     assert "password" not in str(caught.value)
     with pytest.raises(StoreSettingError) as refused:
-        StoreConnection(endpoint=url)
+        StoreConfig(endpoint=url)
     assert "password" not in str(refused.value)
 
 
@@ -85,8 +85,8 @@ REQUESTS = {
 def test_every_request_goes_to_the_same_url_however_the_endpoint_is_spelled(request_, spell):
     call, line = REQUESTS[request_]
     with scripted(http(200, b"<a></a>", ETag='"d41d8cd98f00b204e9800998ecf8427e"')) as script:
-        connection = StoreConnection(endpoint=spell(script.url))
-        call(OwnersBuckets(connection, {}.get, holder=Holder("111111111111", None)))
+        connection = StoreConfig(endpoint=spell(script.url))
+        call(OwnerKeyStore(connection, {}.get, holder=KeyOwner("111111111111", None)))
     assert script.requests[0] == line
 
 
@@ -110,25 +110,25 @@ def test_every_request_goes_to_the_same_url_however_the_endpoint_is_spelled(requ
     ],
 )
 def test_bucket_stands_before_the_host_only_where_it_can(endpoint, bucket, expected):
-    assert StoreConnection(endpoint=endpoint, addressing="virtual").url(bucket, "key") == expected
+    assert StoreConfig(endpoint=endpoint, addressing="virtual").url(bucket, "key") == expected
 
 
 @pytest.mark.parametrize("bucket", ["My_Old_Bucket", "UPPER", "my..dots", "-a", "a:b", "x" * 255, "p-s3alias", "a%2fb"])
 def test_existing_bucket_of_any_name_has_a_url(bucket):
-    url = StoreConnection(endpoint="http://s3.example.com").url(bucket, "key")
+    url = StoreConfig(endpoint="http://s3.example.com").url(bucket, "key")
     assert url == f"http://s3.example.com/{bucket.replace('%', '%25').replace(':', '%3A')}/key"
 
 
 @pytest.mark.parametrize("bucket", ["", ".", "..", "a/b", "a b", "a\n", "a\0", "\x7f", "ä", "x" * 256, "\ud800"])
 def test_name_that_a_url_cannot_hold_is_refused_before_anything_is_sent(bucket):
     with pytest.raises(InvalidBucketName):
-        StoreConnection(endpoint="http://s3.example.com").url(bucket, "key")
+        StoreConfig(endpoint="http://s3.example.com").url(bucket, "key")
 
 
 @pytest.mark.parametrize("key", ["..", "a/../b", "./a", "x" * 1025])
 def test_key_that_a_url_cannot_hold_is_refused(key):
     with pytest.raises(InvalidArgument):
-        StoreConnection(endpoint="http://s3.example.com").url("bucket", key)
+        StoreConfig(endpoint="http://s3.example.com").url("bucket", key)
 
 
 @pytest.mark.parametrize(
@@ -159,5 +159,5 @@ def test_proxy_is_read_with_its_user_and_password(url, where, authorization):
 )  # fmt: skip
 def test_proxy_that_is_none_is_refused_without_its_password(url):
     with pytest.raises(BucketError) as caught:
-        S3Objects(StoreConnection(endpoint="http://s3.example.com", proxy=url))
+        S3ObjectClient(StoreConfig(endpoint="http://s3.example.com", proxy=url))
     assert "hunter2" not in f"{caught.value} {caught.value!r}"

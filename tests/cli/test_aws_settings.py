@@ -2,7 +2,7 @@
 
 import pytest
 
-from thrave.buckets.connection import Credentials
+from thrave.buckets.s3_client import Credentials
 from thrave.cli.remote_folders import store_connection
 
 CONFIG = """

@@ -9,8 +9,7 @@ import pytest
 
 from support.disks.raw_disk import make_disk
 from support.servers import stores
-from thrave.buckets.listings import read_buckets
-from thrave.buckets.objects import S3Objects
+from thrave.buckets.s3_objects import S3ObjectClient, read_buckets
 from thrave.doctor.check import Check, Outcome, perform
 from thrave.doctor.errors import Trouble
 from thrave.doctor.table import CHECKS, CLEAN_UP
@@ -132,7 +131,7 @@ def by_the_service(store):
 
 
 def buckets_of(store, key):
-    return [name for page in S3Objects(store.connection(key))._pages(None, {}, read_buckets) for name in page]
+    return [name for page in S3ObjectClient(store.connection(key))._pages(None, {}, read_buckets) for name in page]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ class TestAStore:
 
     def test_leaves_a_bucket_that_was_there(self, doctor, store):
         bucket = f"alice-{uuid.uuid4().hex[:12]}"
-        objects = S3Objects(store.connection(stores.ALICE))
+        objects = S3ObjectClient(store.connection(stores.ALICE))
         objects._requests.send("PUT", bucket)
         objects.put(bucket, "mine", b"x")
         status, _ = doctor("--bucket", bucket, **s3(store))

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from support.servers.scripted_store import error, http, scripted
-from thrave.buckets import retrying
+from thrave.buckets import retrying_store
 
 LOCATION = "s3://My_Old_Bucket/win.manifest.xml"
 
@@ -22,7 +22,7 @@ def settings(monkeypatch, tmp_path):
     }  # fmt: skip
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retrying_store, "FIRST_PAUSE", 0.01)
 
 
 def show(thrave, monkeypatch, url):

@@ -9,7 +9,7 @@ from botocore.config import Config
 
 from support.eventually import eventually
 from support.servers.asgi_server import serving
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.directory_store import DirectoryStore
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import VolumeFile
@@ -59,7 +59,7 @@ def service(tmp_path):
         instances=instances,
         power=power,
         region="eu-west-9",
-        buckets=DirectoryBuckets(tmp_path / "buckets"),
+        buckets=DirectoryStore(tmp_path / "buckets"),
         rate=RateLimit(1e6, 10**6),
         tasks=BundleTasks(
             engine,

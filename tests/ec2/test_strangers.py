@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from ec2.test_app import FORM, code_of, send, signed
 from support.buckets.s3_storage import storage
 from thrave.buckets import errors as bucket_errors
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.upload_policy import UploadPolicy
 from thrave.compute import errors as instance_errors
 from thrave.ec2.app import create_app
 from thrave.ec2.errors import ec2_error_of

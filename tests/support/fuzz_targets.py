@@ -24,7 +24,7 @@ from support.buckets.upload_policies import (
 from support.bundles.sample_bundles import MemoryImage, bundle_of
 from support.bundles.tar_streams import resummed, tar_of
 from thrave.buckets.errors import BucketError
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.upload_policy import UploadPolicy
 from thrave.bundle.errors import BundleError
 from thrave.bundle.gzip_stream import inflated
 from thrave.bundle.manifest import read_manifest

@@ -10,7 +10,7 @@ import pytest
 
 from support.crashes.kill_sweep import MIB, KilledService
 from support.disks.raw_disk import make_disk
-from thrave.buckets.directory import RESERVE
+from thrave.buckets.directory_store import RESERVE
 from thrave.compute.descriptions import Description
 from thrave.compute.directory import DirectoryInstances
 from thrave.compute.instance import InstanceState, VolumeFile

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.directory_store import DirectoryStore
 from thrave.buckets.errors import TransientError
 from thrave.database import bundle_part, bundle_task, bundle_task_event, host, migrate, open_engine, utc_now
 from thrave.tasks.failures import Cancelled
@@ -31,7 +31,7 @@ def engine(tmp_path):
 
 @pytest.fixture
 def buckets(tmp_path):
-    buckets = DirectoryBuckets(tmp_path / "buckets")
+    buckets = DirectoryStore(tmp_path / "buckets")
     buckets.create("bucket", ACCOUNT)
     return buckets
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from support.bundles.open_check import opened_sha256
 from support.disks.raw_disk import make_disk
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.directory_store import DirectoryStore
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
 from thrave.database import migrate, open_engine, utc_now
@@ -59,7 +59,7 @@ def test_service_completes_a_task_without_a_workflow(tmp_path, state, was):
     server.data.root.mkdir(mode=0o700)
     disk = make_disk(tmp_path / "root.raw", 3 << 20)
     instance = server.instance(ACCOUNT, disk, state=InstanceState(was))
-    DirectoryBuckets(server.data.buckets).create("bucket", ACCOUNT)
+    DirectoryStore(server.data.buckets).create("bucket", ACCOUNT)
     write_task(server.data, instance.instance_id, state)
     server.start()
     try:

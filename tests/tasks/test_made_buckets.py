@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.directory_store import DirectoryStore
 from thrave.database import migrate, open_engine
 from thrave.tasks import made_buckets as module
 from thrave.tasks.failures import Cancelled
@@ -38,7 +38,7 @@ def made(engine, records):
 
 @pytest.fixture
 def buckets(tmp_path):
-    buckets = DirectoryBuckets(tmp_path / "buckets")
+    buckets = DirectoryStore(tmp_path / "buckets")
     assert buckets.create(BUCKET, OWNER) is True
     return buckets
 

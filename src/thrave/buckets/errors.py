@@ -485,7 +485,7 @@ _OWN_CLASS: Mapping[str, type[BucketError]] = {
 }  # fmt: skip
 
 
-def error_of_store(code: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> BucketError:
+def error_from_response(code: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> BucketError:
     """The error of a store's response.
 
     Args:

@@ -12,17 +12,17 @@ from pathlib import Path
 import structlog
 
 from thrave import files
-from thrave.buckets.buckets import Buckets
-from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.directory import DirectoryBuckets
+from thrave.buckets.base import ObjectStore
+from thrave.buckets.directory_store import DirectoryStore
 from thrave.buckets.errors import StoreSettingError
-from thrave.buckets.s3 import Holder, OwnersBuckets, ServiceBuckets
+from thrave.buckets.s3_client import Credentials, StoreConfig
+from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore, ServiceKeyStore
 from thrave.config import Settings
 
 log = structlog.get_logger()
 
 
-def open_buckets(settings: Settings, find_holder: Callable[[str], Holder | None]) -> Buckets:
+def open_store(settings: Settings, find_holder: Callable[[str], KeyOwner | None]) -> ObjectStore:
     """Open the store that the settings name.
 
     Args:
@@ -33,23 +33,23 @@ def open_buckets(settings: Settings, find_holder: Callable[[str], Holder | None]
         StoreSettingError: The store's address, its certificates or the service's credentials cannot be used.
     """
     if settings.store == "directory":
-        return DirectoryBuckets(settings.directory.buckets)
+        return DirectoryStore(settings.directory.buckets)
     connection = store_connection(settings)
     return (
-        OwnersBuckets(connection, find_holder)
+        OwnerKeyStore(connection, find_holder)
         if settings.upload_credentials == "policy"
-        else ServiceBuckets(connection)
+        else ServiceKeyStore(connection)
     )
 
 
-def store_connection(settings: Settings) -> StoreConnection:
+def store_connection(settings: Settings) -> StoreConfig:
     """How the store is called, with the service's own credentials if there are any.
 
     Raises:
         StoreSettingError: The file of credentials cannot be used.
     """
     file = None if settings.s3_credentials_file is None else CredentialsFile(settings.s3_credentials_file)
-    return StoreConnection(
+    return StoreConfig(
         endpoint=settings.s3_endpoint or f"https://s3.{settings.s3_region}.amazonaws.com",
         region=settings.s3_region,
         credentials=_credentials(settings) if file is None else file.read(),

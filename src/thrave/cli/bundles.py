@@ -161,8 +161,8 @@ def bundle(
 
 def _check_portable(prefix: str) -> None:
     """Refuse a prefix that BundleInstance refuses."""
+    from thrave.buckets.base import split_prefix
     from thrave.buckets.errors import InvalidArgument
-    from thrave.buckets.naming import split_prefix
     from thrave.bundle.errors import NamingError
 
     try:

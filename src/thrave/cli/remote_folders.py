@@ -16,7 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import click
 
-from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets.base import check_readable_bucket_name
 from thrave.buckets.errors import (
     BucketError,
     Kind,
@@ -27,10 +27,9 @@ from thrave.buckets.errors import (
     UnreachableError,
     WrongRegion,
 )
-from thrave.buckets.naming import check_readable_bucket_name
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.retrying import patiently
-from thrave.buckets.transport import Transport
+from thrave.buckets.retrying_store import retry_store
+from thrave.buckets.s3_client import Credentials, HttpTransport, StoreConfig
+from thrave.buckets.s3_objects import S3ObjectClient
 from thrave.cli.calls import CallGivenUpError, awaited, check_interrupted, give_up_on_interrupt
 from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError
 
@@ -50,7 +49,7 @@ class S3Folder:
 
     is_far = True
 
-    def __init__(self, objects: S3Objects, bucket: str, folder: str, *, keyless: str | None = None) -> None:
+    def __init__(self, objects: S3ObjectClient, bucket: str, folder: str, *, keyless: str | None = None) -> None:
         """Use a store for the keys of a bucket that begin with `folder/`, or, if that is empty, have no slash.
 
         Args:
@@ -95,7 +94,7 @@ class WebFolder:
 
     is_far = True
 
-    def __init__(self, transport: Transport, url: str) -> None:
+    def __init__(self, transport: HttpTransport, url: str) -> None:
         """Use connections to a server for the files below a URL."""
         self._transport = transport
         self._url = url.rstrip("/")
@@ -135,7 +134,7 @@ def web_folder(url: str) -> WebFolder:
     give_up_on_interrupt()
     endpoint = f"{parts.scheme}://{parts.netloc}"
     try:
-        transport = Transport(StoreConnection(endpoint=endpoint, proxy=_proxy(parts.scheme, parts.netloc)))
+        transport = HttpTransport(StoreConfig(endpoint=endpoint, proxy=_proxy(parts.scheme, parts.netloc)))
     except BucketError as error:
         raise ValueError(error.message) from None
     return WebFolder(transport, endpoint + quote(parts.path, safe="/%"))
@@ -154,14 +153,14 @@ def s3_folder(bucket: str, folder: str) -> S3Folder:
         check_readable_bucket_name(bucket)
         connection = store_connection()
         keyless = None if connection.credentials else _places_of_credentials()
-        return S3Folder(S3Objects(connection), bucket, folder, keyless=keyless)
+        return S3Folder(S3ObjectClient(connection), bucket, folder, keyless=keyless)
     except BotoCoreError as error:
         raise ValueError(str(error)) from None
     except BucketError as error:
         raise ValueError(f"s3://{bucket}: {error.message}") from None
 
 
-def store_connection() -> StoreConnection:
+def store_connection() -> StoreConfig:
     """The store that every AWS tool would call for S3 on this machine, and with which keys.
 
     Raises:
@@ -176,7 +175,7 @@ def store_connection() -> StoreConnection:
     keys = found and found.get_frozen_credentials()
     ca = session.get_config_variable("ca_bundle")
     where = urlsplit(meta.endpoint_url)
-    return StoreConnection(
+    return StoreConfig(
         endpoint=meta.endpoint_url,
         region=_DEFAULT_REGION if meta.region_name in {None, "aws-global"} else meta.region_name,
         credentials=Credentials(
@@ -249,7 +248,7 @@ class _Server:
 
         unreachable = None if self._has_responded else _UNREACHABLE
         with _faults(where, self._keyless):
-            return patiently(attempt, PATIENCE, _tell, unreachable=unreachable)
+            return retry_store(attempt, PATIENCE, _tell, unreachable=unreachable)
 
 
 def _tell(error: TransientError, seconds: float) -> None:

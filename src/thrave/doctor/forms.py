@@ -8,8 +8,7 @@ import base64
 import json
 from datetime import datetime, timedelta
 
-from thrave.buckets.policy import UploadPolicy
-from thrave.buckets.signatures import signature_v2, signature_v4
+from thrave.buckets.upload_policy import UploadPolicy, signature_v2, signature_v4
 from thrave.database import utc_now
 from thrave.doctor.subject import Subject
 

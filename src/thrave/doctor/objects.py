@@ -7,7 +7,7 @@ nobody becomes its owner.
 import hashlib
 from contextlib import suppress
 
-from thrave.buckets.buckets import NOBODY
+from thrave.buckets.base import UNKNOWN_OWNER
 from thrave.buckets.errors import BucketError, NoSuchBucket
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
@@ -30,7 +30,7 @@ def owner(subject: Subject) -> str:
     """Ask whose it is."""
     found = subject.buckets.owner(subject.bucket)
     if not subject.has_made_bucket and not subject.by_owners_key and found is not None:
-        return "nobody yet: the first account that bundles into it, if it is empty" if found == NOBODY else found
+        return "nobody yet: the first account that bundles into it, if it is empty" if found == UNKNOWN_OWNER else found
     if found != subject.holder.account_id:
         raise Trouble(f"its owner is shown as {found}, not as {subject.holder.account_id}")
     return found

@@ -9,9 +9,8 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPSConnection
 from urllib.parse import SplitResult, urlsplit
 
-from thrave.buckets.connection import Proxy
 from thrave.buckets.errors import BucketError
-from thrave.buckets.signing import SMALL
+from thrave.buckets.s3_client import SMALL, Proxy
 from thrave.database import utc_now
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import STORE_SECONDS, Subject

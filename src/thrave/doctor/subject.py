@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from thrave import files
-from thrave.buckets.buckets import Buckets
-from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.opening import open_buckets, store_connection
-from thrave.buckets.s3 import Holder
-from thrave.buckets.signing import SignedRequests
-from thrave.buckets.transport import Transport
+from thrave.buckets.base import ObjectStore
+from thrave.buckets.opening import open_store, store_connection
+from thrave.buckets.s3_client import Credentials, HttpTransport, SignedClient, StoreConfig
+from thrave.buckets.s3_store import KeyOwner
 from thrave.compute.domain_events import DomainEvents
 from thrave.compute.hypervisor import Hypervisor
 from thrave.compute.opening import open_adopted
@@ -73,39 +71,39 @@ class Subject:
         return Vault(files.read_private(self.settings.directory.vault_key))
 
     @cached_property
-    def holder(self) -> Holder:
+    def holder(self) -> KeyOwner:
         """In whose name buckets are tried; where we judge policies ourselves, a key is made up for them."""
         if self._access_key_id is None and not self.by_owners_key:
             pair = Credentials(access_key_id=new_access_key_id(), secret_access_key=new_secret_access_key())
-            return Holder(_NOBODYS_ACCOUNT, pair)
+            return KeyOwner(_NOBODYS_ACCOUNT, pair)
         key = self._key()
-        return Holder(
+        return KeyOwner(
             key.account_id,
             Credentials(access_key_id=key.access_key_id, secret_access_key=key.secret_access_key),
         )
 
     @cached_property
-    def buckets(self) -> Buckets:
+    def buckets(self) -> ObjectStore:
         """The store, in that name."""
         if self.settings.store == "directory" and not self.settings.data_dir.exists():
             raise self._no_data()
-        return open_buckets(self.settings, self._find_holder).on_behalf_of(self.holder.credentials.access_key_id)
+        return open_store(self.settings, self._find_holder).on_behalf_of(self.holder.credentials.access_key_id)
 
     @cached_property
-    def connection(self) -> StoreConnection:
+    def connection(self) -> StoreConfig:
         """How an S3 store is called."""
         return store_connection(self.settings)
 
     @cached_property
-    def transport(self) -> Transport:
+    def transport(self) -> HttpTransport:
         """Connections to an S3 store."""
-        return Transport(self.connection)
+        return HttpTransport(self.connection)
 
     @cached_property
-    def requests(self) -> SignedRequests:
+    def requests(self) -> SignedClient:
         """Requests to an S3 store, signed with the key whose the buckets are there."""
         key = self.holder.credentials if self.by_owners_key else self.connection.credentials
-        return SignedRequests(self.connection, self.transport, key)
+        return SignedClient(self.connection, self.transport, key)
 
     @cached_property
     def adopted(self) -> "LibvirtInstances":
@@ -128,7 +126,7 @@ class Subject:
     def _no_data(self) -> Trouble:
         return Trouble(f"{self.settings.data_dir} is no data directory yet; `thrave account create` begins one")
 
-    def _find_holder(self, _access_key_id: str) -> Holder:
+    def _find_holder(self, _access_key_id: str) -> KeyOwner:
         return self.holder
 
     def _key(self) -> AccessKey:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from thrave.buckets.buckets import Buckets
+from thrave.buckets.base import ObjectStore
 from thrave.compute.instance import Instance
 from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl
@@ -68,7 +68,7 @@ class Door:
 
     accounts: Accounts
     instances: Inventory
-    buckets: Buckets
+    buckets: ObjectStore
     tasks: BundleTasks
     power: PowerControl
     rate: RateLimit

@@ -1,4 +1,4 @@
-"""The `Condition` element of IAM's policy language: which keys and operators are understood, and what they mean.
+"""The `PolicyCondition` element of IAM's policy language: which keys and operators are understood, and what they mean.
 
 Two literal tables say it all, `KEYS` and `OPERATORS`; the docs' page of policies is made from them. Whatever is not in
 them is refused when the policy is stored, and so is a value that its operator cannot compare. After that nothing can go
@@ -82,7 +82,7 @@ class Condition:
 
 
 def parse_conditions(block: object) -> tuple[Condition, ...]:
-    """Read a `Condition` element; all that it gives must hold.
+    """Read a `PolicyCondition` element; all that it gives must hold.
 
     Raises:
         MalformedPolicyDocument: Something in it is not understood; the message says what, and what is.

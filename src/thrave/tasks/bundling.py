@@ -17,9 +17,9 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from thrave.buckets.attempts import Check, no_check
-from thrave.buckets.buckets import Buckets
+from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import BucketError, TransientError
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.upload_policy import UploadPolicy
 from thrave.bundle.gzip_stream import Compression
 from thrave.bundle.manifest import write_manifest
 from thrave.bundle.model import SealedBundle
@@ -77,7 +77,7 @@ class Host:
     records: Records
     accounts: Accounts
     instances: Instances
-    buckets: Buckets
+    buckets: ObjectStore
     made_buckets: MadeBuckets
     service: ServiceIdentity
     shutdown_timeout: float

@@ -9,9 +9,9 @@ reported to the operator. What is deleted, and what never, is decided in `remova
 import structlog
 
 from thrave.buckets.attempts import Check, no_check
-from thrave.buckets.buckets import Buckets
+from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import BucketError, TransientError
-from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.retrying_store import RetryingStore
 from thrave.tasks.calls import PLACES
 from thrave.tasks.failures import Kind, TaskFailure, kind_of
 from thrave.tasks.places import Place
@@ -33,7 +33,7 @@ class LeftOvers:
     def __init__(
         self,
         records: Records,
-        buckets: Buckets,
+        buckets: ObjectStore,
         host: str,
         *,
         stall_timeout: float,
@@ -46,7 +46,7 @@ class LeftOvers:
             buckets: The store.
             host: Whose tasks.
             stall_timeout: Seconds that a call may take.
-            before_attempt: Made before each call; see `RetryingBuckets`.
+            before_attempt: Made before each call; see `RetryingStore`.
         """
         self._records = records
         self._buckets = buckets
@@ -79,7 +79,7 @@ class LeftOvers:
         journal = self._records.journal(task.bundle_id)
         try:
             owners = self._buckets.on_behalf_of(task.access_key_id)
-            buckets = RetryingBuckets(owners, 0.0, before_attempt=self._before_attempt, unanswered=PLACES.unanswered)
+            buckets = RetryingStore(owners, 0.0, before_attempt=self._before_attempt, unanswered=PLACES.unanswered)
             remove = remove_earlier if task.state is BundleTaskState.COMPLETE else remove_objects
             remove(buckets, Place.of(task), journal, stall_timeout=self._stall_timeout)
         except (TransientError, TaskFailure) as error:

@@ -16,9 +16,9 @@ import sqlalchemy as sa
 import structlog
 
 from thrave.buckets.attempts import Check, no_check
-from thrave.buckets.buckets import Buckets
+from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import BucketError, TransientError
-from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.retrying_store import RetryingStore
 from thrave.database import bundle_task, open_engine, task_in_progress
 from thrave.tasks.records import Records
 from thrave.tasks.task import BundleTask
@@ -63,7 +63,7 @@ class MadeBuckets:
     """The buckets that requests have created, as the API and the agents of one database see them."""
 
     def __init__(self, engine: sa.Engine, records: Records, *, before_attempt: Check = no_check) -> None:
-        """Open nothing yet; `before_attempt` is made before a bucket is removed (see `RetryingBuckets`)."""
+        """Open nothing yet; `before_attempt` is made before a bucket is removed (see `RetryingStore`)."""
         self._records = records
         self._before_attempt = before_attempt
         # A connection of its own for each lock: one that waits must not take the pool's from those it waits for.
@@ -81,7 +81,7 @@ class MadeBuckets:
         with self._lock(bucket, alone=False):
             yield
 
-    def discard(self, buckets: Buckets, bucket: str, owner: str, *, but: str | None = None) -> bool:
+    def discard(self, buckets: ObjectStore, bucket: str, owner: str, *, but: str | None = None) -> bool:
         """Remove a bucket that a request has created, if it is empty and no unfinished task goes there.
 
         Args:
@@ -98,7 +98,7 @@ class MadeBuckets:
                 others = [task for task in self._unfinished(bucket) if task.bundle_id != but]
                 if others:
                     return False
-                if RetryingBuckets(buckets, 0.0, before_attempt=self._before_attempt).remove(bucket, owner):
+                if RetryingStore(buckets, 0.0, before_attempt=self._before_attempt).remove(bucket, owner):
                     log.info("removed the bucket that was created for a task", bucket=bucket)
         except (BucketBusyError, TransientError) as error:
             log.warning("a bucket cannot be removed yet", bucket=bucket, error=str(error))
@@ -107,7 +107,7 @@ class MadeBuckets:
             log.warning("the store does not let a bucket be removed", bucket=bucket, error=str(error))
         return True
 
-    def discard_of(self, buckets: Buckets, task: BundleTask) -> None:
+    def discard_of(self, buckets: ObjectStore, task: BundleTask) -> None:
         """Remove the bucket that a task's request has created, and record when nothing is to be done any more."""
         if not task.made_bucket:
             return
@@ -120,7 +120,7 @@ class MadeBuckets:
                 return
         self._records.settle_bucket(task.bundle_id)
 
-    def look(self, buckets: Buckets, host: str) -> None:
+    def look(self, buckets: ObjectStore, host: str) -> None:
         """Remove the buckets of the failed tasks of a host that could not be removed at once."""
         for task in self._records.with_made_buckets(host):
             self.discard_of(buckets, task)

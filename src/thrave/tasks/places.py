@@ -7,9 +7,8 @@ and only names that every bundle of this name has are accepted.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from thrave.buckets.buckets import Buckets
+from thrave.buckets.base import ObjectStore, split_prefix
 from thrave.buckets.errors import NoSuchBucket, NoSuchKey
-from thrave.buckets.naming import split_prefix
 from thrave.bundle.errors import BundleError
 from thrave.bundle.manifest import read_manifest
 from thrave.bundle.manifest_xml import MOST_BYTES
@@ -41,7 +40,7 @@ class Place:
         """The key of the manifest."""
         return self.folder + manifest_filename(self.name)
 
-    def read_manifest(self, buckets: Buckets) -> bytes | None:
+    def read_manifest(self, buckets: ObjectStore) -> bytes | None:
         """Return what is at the manifest's key, whatever it is; None if there is no object.
 
         Raises:
@@ -62,7 +61,7 @@ class Place:
         except (NoSuchKey, NoSuchBucket):
             return None
 
-    def has_bundle(self, buckets: Buckets) -> bool:
+    def has_bundle(self, buckets: ObjectStore) -> bool:
         """Whether an object of the size of a manifest is at the manifest's key. Raises BucketError."""
         head = buckets.head(self.bucket, self.manifest_key)
         return head is not None and head.size >= SMALLEST_MANIFEST
@@ -79,7 +78,7 @@ class Place:
         own = own_part(self.name)
         return tuple(self.folder + part.filename for part in parts if own.fullmatch(part.filename))
 
-    def keys_in_use(self, buckets: Buckets, manifest: bytes, keys: Collection[str]) -> set[str]:
+    def keys_in_use(self, buckets: ObjectStore, manifest: bytes, keys: Collection[str]) -> set[str]:
         """Return which of these keys belong to the bundle whose manifest is in the bucket, so must not be deleted.
 
         A side file of the usual name may be another bundle's: it is read.
@@ -95,7 +94,7 @@ class Place:
             in_use.add(plain)
         return in_use.intersection(keys)
 
-    def _describes(self, buckets: Buckets, key: str, manifest: bytes) -> bool:
+    def _describes(self, buckets: ObjectStore, key: str, manifest: bytes) -> bool:
         try:
             side_file = read_side_file(buckets.get_range(self.bucket, key, 0, MOST_SIDE_FILE_BYTES))
         except (NoSuchKey, NoSuchBucket, BundleError):

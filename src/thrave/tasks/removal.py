@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
-from thrave.buckets.buckets import Buckets
+from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import AccessDenied, BucketError, TransientError
-from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.retrying_store import RetryingStore
 from thrave.tasks.calls import PLACES, Calls, Places
 from thrave.tasks.crash_points import durable
 from thrave.tasks.failures import TaskFailure
@@ -26,7 +26,7 @@ _HEADS_AT_ONCE = 16
 _Answer = TypeVar("_Answer")
 
 
-def remove_objects(buckets: RetryingBuckets, place: Place, journal: Journal, *, stall_timeout: float) -> None:
+def remove_objects(buckets: RetryingStore, place: Place, journal: Journal, *, stall_timeout: float) -> None:
     """Delete every object of a task that has failed, or seals from the beginning.
 
     The manifest that it has replaced is put back. An object to which a call of this process is under way stays
@@ -53,7 +53,7 @@ def remove_objects(buckets: RetryingBuckets, place: Place, journal: Journal, *, 
             removal.gone.add(place.manifest_key)
 
 
-def remove_earlier(buckets: RetryingBuckets, place: Place, journal: Journal, *, stall_timeout: float) -> None:
+def remove_earlier(buckets: RetryingStore, place: Place, journal: Journal, *, stall_timeout: float) -> None:
     """Delete what is left of the bundle that a task has replaced; its manifest is the task's own now.
 
     Raises:
@@ -73,7 +73,7 @@ class _Removal:
 
     def __init__(
         self,
-        buckets: RetryingBuckets,
+        buckets: RetryingStore,
         place: Place,
         journal: Journal,
         stall_timeout: float,
@@ -101,7 +101,7 @@ class _Removal:
         if keys:
             self._record()
 
-    def within(self, call: Callable[[RetryingBuckets], _Answer]) -> _Answer:
+    def within(self, call: Callable[[RetryingStore], _Answer]) -> _Answer:
         """Make one call, which may take `stall_timeout` seconds."""
         with _in_time(self._stall_timeout), Calls[_Answer]() as calls:
             calls.begin(partial(call, self._buckets.checking(calls.check_wanted)))
@@ -157,7 +157,7 @@ class _Removal:
 
 
 def _undo_manifest(
-    place: Place, journal: Journal, keys: Collection[str], buckets: RetryingBuckets, *, undo: bool
+    place: Place, journal: Journal, keys: Collection[str], buckets: RetryingStore, *, undo: bool
 ) -> bytes | None:
     """Take back the manifest that a task has written; return the manifest of another bundle that is at its key then.
 
@@ -193,16 +193,16 @@ def _in_time(stall_timeout: float) -> Iterator[None]:
         raise TaskFailure("Server.NoProgress", words) from None
 
 
-def _delete(buckets: RetryingBuckets, bucket: str, keys: Sequence[str]) -> None:
+def _delete(buckets: RetryingStore, bucket: str, keys: Sequence[str]) -> None:
     with PLACES.shared(bucket, keys):
         buckets.delete(bucket, keys)
 
 
-def _look_at(buckets: Buckets, bucket: str, key: str) -> tuple[str, bool]:
+def _look_at(buckets: ObjectStore, bucket: str, key: str) -> tuple[str, bool]:
     return key, _exists(buckets, bucket, key)
 
 
-def _exists(buckets: Buckets, bucket: str, key: str) -> bool:
+def _exists(buckets: ObjectStore, bucket: str, key: str) -> bool:
     return buckets.head(bucket, key) is not None
 
 

@@ -18,10 +18,10 @@ from typing import Literal, TypeVar
 import structlog
 
 from thrave.buckets.attempts import Check, no_check
-from thrave.buckets.buckets import Buckets
+from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, TransientError
-from thrave.buckets.policy import UploadPolicy
-from thrave.buckets.retrying import RetryingBuckets
+from thrave.buckets.retrying_store import RetryingStore
+from thrave.buckets.upload_policy import UploadPolicy
 from thrave.bundle.manifest import read_manifest
 from thrave.bundle.model import PartRecord, bound_side_filename, manifest_filename, side_filename
 from thrave.bundle.sealer import Sealer
@@ -54,7 +54,7 @@ class BundleStore:
 
     def __init__(
         self,
-        buckets: Buckets,
+        buckets: ObjectStore,
         journal: Journal,
         task: BundleTask,
         policy: UploadPolicy,
@@ -76,9 +76,9 @@ class BundleStore:
             patience: Seconds for which a call is made again that fails in a way that may pass.
             stall_timeout: Seconds without an answer after which removing is given up.
             existing: What is done about a bundle that is in the task's place.
-            before_attempt: Made before each attempt of each call; see `RetryingBuckets`.
+            before_attempt: Made before each attempt of each call; see `RetryingStore`.
         """
-        self._buckets = RetryingBuckets(
+        self._buckets = RetryingStore(
             buckets, patience, self._retried, before_attempt=before_attempt, unanswered=PLACES.unanswered
         )
         self._retries: list[TransientError] = []
@@ -242,11 +242,11 @@ class BundleStore:
             "Client.PrefixInUse", f"The bucket has a bundle under this prefix: '{self._place.manifest_key}'."
         )
 
-    def _has_none_of(self, side_file: str, buckets: Buckets) -> bool:
+    def _has_none_of(self, side_file: str, buckets: ObjectStore) -> bool:
         keys = self._place.manifest_key, self._folder + side_file
         return all(buckets.head(self._bucket, key) is None for key in keys)
 
-    def _is_empty(self, buckets: Buckets) -> bool:
+    def _is_empty(self, buckets: ObjectStore) -> bool:
         try:
             for ending in (".part.", ".manifest."):
                 for _ in buckets.list(self._bucket, f"{self._folder}{self.name}{ending}"):
@@ -257,7 +257,7 @@ class BundleStore:
             return False
         return True
 
-    def _ask(self, call: Callable[[Buckets], _Answer], watch: Watch) -> _Answer:
+    def _ask(self, call: Callable[[ObjectStore], _Answer], watch: Watch) -> _Answer:
         """Make one call, until it ends or the task is stopped."""
         with Calls[_Answer]() as calls:
             watch.over(calls.stop)

@@ -4,20 +4,20 @@ import uuid
 from dataclasses import dataclass, field
 
 from support.servers import stores
-from thrave.buckets.buckets import Buckets
-from thrave.buckets.directory import DirectoryBuckets
-from thrave.buckets.s3 import Holder, OwnersBuckets, ServiceBuckets
+from thrave.buckets.base import ObjectStore
+from thrave.buckets.directory_store import DirectoryStore
+from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore, ServiceKeyStore
 
 ALICE, BOB = "111111111111", "222222222222"
 _KEYS = {ALICE: stores.ALICE, BOB: stores.BOB}
-_HOLDERS = {key.access_key_id: Holder(account, key) for account, key in _KEYS.items()}
+_HOLDERS = {key.access_key_id: KeyOwner(account, key) for account, key in _KEYS.items()}
 
 
 @dataclass
 class Driver:
     """A driver on its store; `name` is a bucket's that nobody has there and that Alice may create."""
 
-    buckets: Buckets
+    buckets: ObjectStore
     acl: str = "ec2-bundle-read"
     """What upload policies may name."""
     makes_buckets: bool = False
@@ -29,14 +29,14 @@ class Driver:
 
 
 def directory(folder):
-    return Driver(DirectoryBuckets(folder))
+    return Driver(DirectoryStore(folder))
 
 
 def owners(store):
     """A store that knows the accounts' keys."""
-    return Driver(OwnersBuckets(store.connection(credentials=None), _HOLDERS.get), store.acl, store.name == "seaweedfs")
+    return Driver(OwnerKeyStore(store.connection(credentials=None), _HOLDERS.get), store.acl, store.name == "seaweedfs")
 
 
 def service(store):
     """A store that knows the service's key."""
-    return Driver(ServiceBuckets(store.connection()), store.acl, store.name == "seaweedfs")
+    return Driver(ServiceKeyStore(store.connection()), store.acl, store.name == "seaweedfs")

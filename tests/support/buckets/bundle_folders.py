@@ -4,8 +4,8 @@ import uuid
 from pathlib import Path
 
 from support.servers.stores import ALICE, Store
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.s3 import Holder, OwnersBuckets
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore
 
 ACCOUNT = "111111111111"
 
@@ -32,10 +32,10 @@ class BucketPlace:
     """A folder of a new bucket of Alice's."""
 
     def __init__(self, store: Store) -> None:
-        self._objects = S3Objects(store.connection(ALICE))
+        self._objects = S3ObjectClient(store.connection(ALICE))
         self._bucket = f"alice-{uuid.uuid4().hex[:12]}"
         self.address = f"s3://{self._bucket}/2026/nightly"
-        owner = OwnersBuckets(store.connection(None), lambda _: Holder(ACCOUNT, ALICE))
+        owner = OwnerKeyStore(store.connection(None), lambda _: KeyOwner(ACCOUNT, ALICE))
         owner.on_behalf_of(ALICE.access_key_id).create(self._bucket, ACCOUNT)
 
     def put(self, name: str, data: bytes) -> None:

@@ -6,7 +6,7 @@ import hmac
 import json
 
 from support.buckets.s3_storage import signature
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.upload_policy import UploadPolicy
 
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 ACCESS_KEY_ID = "AKIAIOSFODNN7EXAMPLE"

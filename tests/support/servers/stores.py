@@ -21,7 +21,7 @@ from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET
 from support.eventually import eventually
 from support.required_programs import require, unavailable
 from support.servers import tls
-from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets.s3_client import Credentials, StoreConfig
 
 SERVICE = Credentials(
     access_key_id="AKIASERVICE000000001", secret_access_key="servicesecretservicesecretservicesecret0"
@@ -46,7 +46,7 @@ class Store:
     """Who vouches for its certificate."""
 
     def connection(self, credentials=SERVICE, **changes):
-        return StoreConnection(**{"endpoint": self.url, "credentials": credentials, **changes})
+        return StoreConfig(**{"endpoint": self.url, "credentials": credentials, **changes})
 
 
 def free_ports(count, above=0):

@@ -16,7 +16,7 @@ from support.disks.raw_disk import make_disk
 from support.servers import stores
 from support.service.bundle_tasks import await_task
 from thrave.buckets.errors import NoSuchBucket
-from thrave.buckets.objects import S3Objects
+from thrave.buckets.s3_objects import S3ObjectClient
 
 UPLOAD_BY_SERVICE = {
     "upload_credentials": "service",
@@ -37,7 +37,7 @@ class ServiceOnStore:
 
     def begin(self, folder):
         self.bucket = f"alice-{uuid.uuid4().hex[:12]}"
-        self.objects = S3Objects(self.store.connection(stores.ALICE))
+        self.objects = S3ObjectClient(self.store.connection(stores.ALICE))
         self._folder = folder
         return self
 

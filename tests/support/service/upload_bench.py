@@ -13,8 +13,8 @@ from pathlib import Path
 
 from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET
 from support.bundles.sample_bundles import SIDE_KEY, manifest_of, private_key
-from thrave.buckets.directory import DirectoryBuckets
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.directory_store import DirectoryStore
+from thrave.buckets.upload_policy import UploadPolicy
 from thrave.bundle.base import DirectoryParts
 from thrave.bundle.model import PART_SIZE, manifest_filename
 from thrave.bundle.opener import open_bundle
@@ -181,7 +181,7 @@ class UploadBench:
 
 
 def directory(folder):
-    buckets = DirectoryBuckets(folder / "buckets")
+    buckets = DirectoryStore(folder / "buckets")
     buckets.create(BUCKET, OWNER)
     return BlockingStore(buckets)
 

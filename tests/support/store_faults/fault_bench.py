@@ -19,10 +19,10 @@ from support.servers import stores
 from support.store_faults.fault_proxy import Kind
 from support.store_faults.fault_table import SURVIVES
 from thrave.buckets.errors import NoSuchBucket
-from thrave.buckets.objects import S3Objects
-from thrave.buckets.retrying import RetryingBuckets
-from thrave.buckets.s3 import OWNER_KEY, Holder, OwnersBuckets, ServiceBuckets
-from thrave.buckets.transport import Transport
+from thrave.buckets.retrying_store import RetryingStore
+from thrave.buckets.s3_client import HttpTransport
+from thrave.buckets.s3_objects import S3ObjectClient
+from thrave.buckets.s3_store import OWNER_KEY, KeyOwner, OwnerKeyStore, ServiceKeyStore
 from thrave.bundle.model import manifest_filename, side_filename
 from thrave.bundle.opener import open_bundle
 from thrave.cli.folders import FolderParts
@@ -81,7 +81,7 @@ class FaultBench:
     @cached_property
     def behind(self):
         """The store itself, as the service's key has it."""
-        return S3Objects(self._store.connection())
+        return S3ObjectClient(self._store.connection())
 
     @property
     def _direct(self):
@@ -98,7 +98,7 @@ class FaultBench:
         policy, signature = upload_policy(KEY.secret_access_key, bucket, PREFIX)
         storage = Storage(bucket=bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
                           upload_policy=policy, upload_policy_signature=signature)  # fmt: skip
-        door = SimpleNamespace(buckets=RetryingBuckets(self._buckets(kind, temper), temper.patience))
+        door = SimpleNamespace(buckets=RetryingStore(self._buckets(kind, temper), temper.patience))
         try:
             claim_bucket(door, storage, self.account.account_id)
         except EC2Error as error:
@@ -130,7 +130,7 @@ class FaultBench:
         """Open the bundle as `thrave open s3://…` does; say whether it is the disk."""
         self._output.unlink(missing_ok=True)
         connection = self._store.connection(KEY, endpoint=url or self._store.url)
-        objects = S3Objects(connection, transport=self._transport(temper, connection.endpoint))
+        objects = S3ObjectClient(connection, transport=self._transport(temper, connection.endpoint))
         folder, service = S3Folder(objects, self.bucket, ""), self._ground.service
         open_bundle(
             folder.read(manifest_filename(self.prefix), 1 << 20),
@@ -154,14 +154,14 @@ class FaultBench:
         connection = self._store.connection(endpoint=self._url)
         transport = self._transport(temper, self._url)
         if kind in BY_POLICY:
-            holders = {KEY.access_key_id: Holder(self.account.account_id, KEY)}
-            return OwnersBuckets(connection, holders.get, transport=transport)
-        return ServiceBuckets(connection, transport=transport)
+            holders = {KEY.access_key_id: KeyOwner(self.account.account_id, KEY)}
+            return OwnerKeyStore(connection, holders.get, transport=transport)
+        return ServiceKeyStore(connection, transport=transport)
 
     def _transport(self, temper, url):
         kind = temper.timeout, url
         if kind not in self._transports:  # each reads the system's certificates
-            self._transports[kind] = Transport(self._store.connection(endpoint=url, timeout=temper.timeout))
+            self._transports[kind] = HttpTransport(self._store.connection(endpoint=url, timeout=temper.timeout))
         return self._transports[kind]
 
     def _host(self, kind, temper):
@@ -216,7 +216,7 @@ class FaultBench:
 
     def _is_owned(self, kind, bucket):
         if kind in BY_POLICY:
-            own = OwnersBuckets(self._store.connection(), {}.get, holder=Holder(self.account.account_id, KEY))
+            own = OwnerKeyStore(self._store.connection(), {}.get, holder=KeyOwner(self.account.account_id, KEY))
             return own.owner(bucket) == self.account.account_id
         return self.behind.get(bucket, OWNER_KEY).decode().strip() == self.account.account_id
 

@@ -10,10 +10,9 @@ Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstanc
 import secrets
 from dataclasses import dataclass, field, replace
 
-from thrave.buckets.buckets import NOBODY
+from thrave.buckets.base import UNKNOWN_OWNER, check_bucket_name, split_prefix
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, Kind, SignatureDoesNotMatch, WrongRegion
-from thrave.buckets.naming import check_bucket_name, split_prefix
-from thrave.buckets.policy import POLICY_CHARACTERS, UploadPolicy
+from thrave.buckets.upload_policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.protocol import Parameters
@@ -121,7 +120,7 @@ def check_bucket(door: Door, storage: Storage, owner_id: str) -> None:
         owner = door.buckets.on_behalf_of(storage.access_key_id).owner(storage.bucket)
     except BucketError as error:
         raise _refusal(error, storage) from None
-    if owner not in {None, NOBODY, owner_id}:
+    if owner not in {None, UNKNOWN_OWNER, owner_id}:
         raise EC2Error("InaccessibleStorageLocation", bucket=storage.bucket, access_key_id=storage.access_key_id)
 
 

@@ -1,4 +1,8 @@
-"""HTTP to a store, through a proxy or not: a bounded number of connections with timeouts, and S3's errors.
+"""How to reach an S3-compatible store, and with which key; and the URLs of its buckets and objects.
+
+Plain data. Nothing here opens a connection or reads the environment.
+
+HTTP to a store, through a proxy or not: a bounded number of connections with timeouts, and S3's errors.
 
 A request is sent and its response is read, complete and no longer than the caller allows. Every failure is a
 BucketError; nothing is sent twice here (`retrying.py`). No message holds a URL, a header, a body or a password.
@@ -8,28 +12,42 @@ and for the whole of a response, its headers and an error's document included. W
 (`attempts.py`) is checked once the connection is there, and before each piece of a body.
 
 It is urllib3, which botocore brings, for signed requests and forms alike.
+
+Signed requests to a store: the signature of AWS's version 4.
+
+The signature is botocore's own. Its client is not used: that holds one access key and reads the user's environment, and
+here one set of connections serves the service's key and its accounts' alike.
+
+The content is not part of the signature (`UNSIGNED-PAYLOAD`): its MD5 is, as the header Content-MD5, which every store
+checks. That costs one hash instead of two.
 """
 
+import base64
 import io
+import ipaddress
 import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPResponse, responses
-from typing import Any
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import quote, unquote, urlencode, urlsplit
 from xml.etree import ElementTree as ET
 
 import urllib3
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials as BotocoreCredentials
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, ProxyError
 from urllib3.exceptions import TimeoutError as HTTPTimeout
 
 from thrave.buckets.attempts import check_attempt
-from thrave.buckets.connection import Proxy, StoreConnection
+from thrave.buckets.base import check_key, check_readable_bucket_name
 from thrave.buckets.errors import (
     BucketError,
     Kind,
@@ -39,22 +57,171 @@ from thrave.buckets.errors import (
     TransientError,
     UnreachableError,
     WrongRegion,
-    error_of_store,
+    error_from_response,
     row_of,
 )
+from thrave.config import normal_endpoint
+
+Addressing = Literal["path", "virtual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """An access key that the store knows, or temporary ones with their session token."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxy:
+    """A forward proxy.
+
+    Attributes:
+        url: `http://HOST:PORT`, without user and password.
+        authorization: The header Proxy-Authorization; None if the proxy wants no user.
+    """
+
+    url: str
+    authorization: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, url: str) -> Self:
+        """Read a proxy's URL, as settings and `https_proxy` have it: `[http://][USER[:PASSWORD]@]HOST[:PORT][/]`.
+
+        User and password may be percent-encoded. They are sent in UTF-8 (RFC 7617).
+
+        Raises:
+            StoreSettingError: It is no such URL; the message holds nothing of it.
+        """
+        text = url.strip()
+        try:
+            parts = urlsplit(text if "://" in text else f"http://{text}")
+            user, at, where = parts.netloc.rpartition("@")
+            normal = normal_endpoint(parts._replace(netloc=where).geturl())
+        except ValueError:
+            raise StoreSettingError(
+                "The URL of the proxy cannot be used: write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, with "
+                "special characters of user and password percent-encoded"
+            ) from None
+        name, _, password = user.partition(":")
+        given = f"{unquote(name)}:{unquote(password)}".encode()
+        return cls(url=normal, authorization=f"Basic {base64.b64encode(given).decode()}" if at else None)
+
+    @property
+    def where(self) -> str:
+        """Host and port, for people."""
+        return urlsplit(self.url).netloc
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What the proxy is sent: with each request by plain HTTP, with CONNECT for TLS."""
+        return {} if self.authorization is None else {"Proxy-Authorization": self.authorization}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """One store, and who calls it."""
+
+    endpoint: str
+    """`https://s3.eu-west-1.amazonaws.com`, `http://127.0.0.1:8333`; kept in its normal form."""
+    region: str = "us-east-1"
+    """For which requests are signed, and in which buckets are created."""
+    credentials: Credentials | None = None
+    """Without any, requests are not signed: what everybody may read can be read."""
+    find_credentials: Callable[[], Credentials] | None = None
+    """Gives the credentials of each request, where they change while the process runs."""
+    addressing: Addressing = "path"
+    """Where a bucket's name stands: in the path, or before the endpoint's host name."""
+    ca: Path | None = None
+    """Certificates (PEM) that sign the store's, instead of the system's."""
+    proxy: str | None = field(default=None, repr=False)  # its URL may hold a password
+    """`http://USER:PASSWORD@HOST:PORT` of a proxy."""
+    connections: int = 16
+    """How many are open at once; one more waits for one of them."""
+    timeout: float = 30.0
+    """Seconds in which anything must move on a connection."""
+    send_timeout: float | None = None
+    """Seconds in which a connection must come about, and each piece of a request be sent; None: `timeout`."""
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "endpoint", normal_endpoint(self.endpoint))
+        except ValueError as error:
+            raise StoreSettingError(f"The URL of the store cannot be used: {error}") from None
+
+    def current_credentials(self) -> Credentials | None:
+        """The credentials with which the next request is signed."""
+        return self.credentials if self.find_credentials is None else self.find_credentials()
+
+    def url(self, bucket: str | None = None, key: str = "", query: Mapping[str, str] | None = None) -> str:
+        """The URL of an object, of a bucket, or (None) of the store.
+
+        Every URL that is sent to a store is made here, quoted as it is signed.
+
+        Raises:
+            InvalidBucketName, InvalidArgument: No URL can hold that bucket or key unchanged.
+        """
+        path = ""
+        scheme, host = self.endpoint.split("://")
+        if bucket is not None:
+            check_readable_bucket_name(bucket)
+            check_key(key)
+            if self._has_host_of_its_own(bucket):
+                host = f"{bucket}.{host}"
+                path = quote(key, safe="/-_.~")
+            else:
+                path = quote(bucket, safe="-_.~") + (f"/{quote(key, safe='/-_.~')}" if key else "")
+        text = f"?{urlencode(query, quote_via=quote, safe='-_.~')}" if query else ""
+        return f"{scheme}://{host}/{path}{text}"
+
+    def _has_host_of_its_own(self, bucket: str) -> bool:
+        """Whether a bucket's name can stand before the host's. If not, it stands in the path.
+
+        An address has no names before it, a name with capitals or underscores is no host's, and a certificate for
+        `*.HOST` does not match a name with dots.
+        """
+        host = urlsplit(self.endpoint).hostname or ""
+        dotted = "." in bucket and self.endpoint.startswith("https:")
+        return self.addressing == "virtual" and not dotted and not _is_address(host) and bool(_LABELS.fullmatch(bucket))
+
+
+_LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+
+
+_LABELS = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
 
 Buffer = bytes | memoryview
 
+
 _PIECE = 256 << 10  # bytes that are sent within one `timeout`
+
+
 _PIECE_OF_TLS = 16 << 10  # the longest record of TLS: Python's timeout is one for each record
+
+
 LONGEST = 20
 """Times `timeout`: within that a body must have been sent, and within that again a response must have been read."""
+
+
 _ERROR_BYTES = 64 << 10  # of an error's document
+
+
 _MESSAGE_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpResponse:
     """A store's answer: success, for the transport raises the others."""
 
     status: int
@@ -75,10 +242,10 @@ class Answer:
         return int(said)
 
 
-class Transport:
+class HttpTransport:
     """The connections to one store. Safe to use from several threads."""
 
-    def __init__(self, connection: StoreConnection) -> None:
+    def __init__(self, connection: StoreConfig) -> None:
         """Open nothing yet.
 
         Raises:
@@ -100,7 +267,7 @@ class Transport:
 
     def send(
         self, method: str, url: str, headers: Mapping[str, str], body: Sequence[Buffer] = (), *, limit: int
-    ) -> Answer:
+    ) -> HttpResponse:
         """Send a request, and return its response.
 
         Args:
@@ -145,7 +312,7 @@ class Transport:
                     raise TransientError("NoResponse", 0, self._too_slow(f"the store {self._where}"))
                 yield view[start : start + length]
 
-    def _read(self, answer: urllib3.BaseHTTPResponse, limit: int) -> Answer:
+    def _read(self, answer: urllib3.BaseHTTPResponse, limit: int) -> HttpResponse:
         pieces, left = list[bytes](), limit
         # An empty piece is the end; there it is known whether fewer bytes came than were promised.
         while piece := answer.read1(min(_PIECE, left + 1)):
@@ -154,7 +321,7 @@ class Transport:
             if left < 0:
                 words = f"The store sent more than the {limit} bytes that were asked for"
                 raise StoreError("UnexpectedResponse", 0, words)
-        return Answer(answer.status, answer.headers, b"".join(pieces))
+        return HttpResponse(answer.status, answer.headers, b"".join(pieces))
 
     def _too_slow(self, named: str) -> str:
         return f"The line to {named} is too slow: no end after {LONGEST * self._timeout:g} s"
@@ -174,7 +341,7 @@ class Transport:
             return WrongRegion(code or row_of("", status).code, status, message, region=region, endpoint=endpoint)
         if 300 <= status < 400:
             message += _place_of(headers.get("Location", ""))
-        return error_of_store(code, status, message, headers)
+        return error_from_response(code, status, message, headers)
 
     def _is_elsewhere(self, status: int, code: str, region: str | None, endpoint: str | None) -> bool:
         """Whether a response says that the bucket is in another region, or at another endpoint for good."""
@@ -239,7 +406,7 @@ def _refused_by_proxy(where: str, status: int) -> BucketError:
     return StoreError("ProxyRefused", 0, f"The proxy {where} does not let the request through ({reason})")
 
 
-def _pool(connection: StoreConnection, proxy: Proxy | None) -> urllib3.PoolManager:
+def _pool(connection: StoreConfig, proxy: Proxy | None) -> urllib3.PoolManager:
     is_secure = connection.endpoint.startswith("https:")
     make = (
         urllib3.PoolManager
@@ -357,3 +524,62 @@ def _reason(error: BaseException) -> str:
     *_, last = _chain(error)
     said = next((one.strerror for one in _chain(error) if isinstance(one, OSError) and one.strerror), None)
     return said or type(last).__name__
+
+
+SMALL = 16 << 20
+"""Bytes: no document of S3's is longer (1000 keys of a listing have at most 3 MiB, escaped)."""
+
+
+class SignedClient:
+    """Requests to one store, signed with one access key, or not signed."""
+
+    def __init__(
+        self, connection: StoreConfig, transport: HttpTransport, credentials: Credentials | None = None
+    ) -> None:
+        """Sign with `credentials`, or else with those that the connection has at the time of each request."""
+        self._connection = connection
+        self._transport = transport
+        self._credentials = credentials
+
+    def send(
+        self,
+        method: str,
+        bucket: str | None,
+        key: str = "",
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Sequence[Buffer] = (),
+        limit: int = SMALL,
+    ) -> HttpResponse:
+        """Send a request about an object, a bucket, or (None) all buckets.
+
+        Raises:
+            InvalidBucketName, InvalidArgument: There can be no such bucket or key.
+            BucketError: See Transport.send.
+        """
+        url = self._connection.url(bucket, key, query)
+        credentials = self._credentials or self._connection.current_credentials()
+        signed = self._signed(method, url, headers or {}, credentials)
+        try:
+            answer = self._transport.send(method, url, signed, body, limit=limit)
+        except BucketError as error:
+            error.access_key_id = credentials.access_key_id if credentials else None
+            raise
+        if answer.status != 204 and not any(name in answer.headers for name in ("Content-Length", "Transfer-Encoding")):
+            # Every store says how long its answer is. Python takes a head that was cut off for one that ends there.
+            raise TransientError("ConnectionLost", 0, "The headers of the store's response were cut off")
+        return answer
+
+    def _signed(self, method: str, url: str, headers: Mapping[str, str], key: Credentials | None) -> Mapping[str, str]:
+        if key is None:
+            return headers
+        request = AWSRequest(method, url, headers=dict(headers))
+        known = BotocoreCredentials(key.access_key_id, key.secret_access_key, key.session_token)
+        _UnsignedPayload(known, "s3", self._connection.region).add_auth(request)
+        return dict(request.headers.items())
+
+
+class _UnsignedPayload(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
+    def payload(self, _request: AWSRequest) -> str:
+        return "UNSIGNED-PAYLOAD"

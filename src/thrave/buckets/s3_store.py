@@ -2,10 +2,11 @@
 
 There are two ways for a service:
 
-- `OwnersBuckets` (`upload_credentials = policy`): the store knows the accounts' access keys too. A bucket belongs to
+- `OwnerKeyStore` (`upload_credentials = policy`): the store knows the accounts' access keys too. A bucket belongs to
   the store's user whose key signed the upload policy; that key creates the bucket and cleans up. A bundle is uploaded
   with the policy's own signature alone, so that the store itself judges it.
-- `ServiceBuckets` (`upload_credentials = service`): the store knows the service's key only, and every bucket belongs to
+- `ServiceKeyStore` (`upload_credentials = service`): the store knows the service's key only, and every bucket belongs
+to
   the service there. The service evaluates the policy itself (`policy.py`). A bucket belongs to the account that its
   object `.thrave-owner` names; no bundle can have that name, and no listing shows it.
 
@@ -23,8 +24,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Self
 
-from thrave.buckets.buckets import NOBODY, ObjectHead
-from thrave.buckets.connection import Credentials, StoreConnection
+from thrave.buckets.base import UNKNOWN_OWNER, ObjectHead, check_bucket_name
 from thrave.buckets.errors import (
     AccessDenied,
     BucketAlreadyExists,
@@ -36,11 +36,9 @@ from thrave.buckets.errors import (
     StoreError,
     TransientError,
 )
-from thrave.buckets.listings import read_buckets, write_location
-from thrave.buckets.naming import check_bucket_name
-from thrave.buckets.objects import S3Objects, md5_header
-from thrave.buckets.policy import UploadPolicy
-from thrave.buckets.transport import Buffer, Transport
+from thrave.buckets.s3_client import Buffer, Credentials, HttpTransport, StoreConfig
+from thrave.buckets.s3_objects import S3ObjectClient, md5_header, read_buckets, write_location
+from thrave.buckets.upload_policy import UploadPolicy
 
 OWNER_KEY = ".thrave-owner"
 """The object of a bucket that names the account that it belongs to, where all buckets are the service's."""
@@ -56,7 +54,7 @@ def _lock_of_this_process(name: str) -> threading.Lock:
 
 
 @dataclass(frozen=True)
-class Holder:
+class KeyOwner:
     """Who holds an access key of ours."""
 
     account_id: str
@@ -72,7 +70,7 @@ class _Sight(Enum):
     HIDDEN = "the key may neither look at it nor list its own buckets"
 
 
-class _S3Buckets(S3Objects):
+class _S3Buckets(S3ObjectClient):
     """What both ways have in common: whether a bucket exists, its creation and its removal."""
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
@@ -168,16 +166,16 @@ class _S3Buckets(S3Objects):
         return True
 
 
-class OwnersBuckets(_S3Buckets):
+class OwnerKeyStore(_S3Buckets):
     """The buckets of a store that knows our accounts' access keys; `upload_credentials = policy`."""
 
     def __init__(
         self,
-        connection: StoreConnection,
-        find_holder: Callable[[str], Holder | None],
+        connection: StoreConfig,
+        find_holder: Callable[[str], KeyOwner | None],
         *,
-        transport: Transport | None = None,
-        holder: Holder | None = None,
+        transport: HttpTransport | None = None,
+        holder: KeyOwner | None = None,
     ) -> None:
         """Act for a holder of a key, or with the connection's own key.
 
@@ -191,18 +189,18 @@ class OwnersBuckets(_S3Buckets):
         self._find_holder = find_holder
         self._holder = holder
 
-    def on_behalf_of(self, access_key_id: str) -> "OwnersBuckets":
+    def on_behalf_of(self, access_key_id: str) -> "OwnerKeyStore":
         """See Buckets."""
         holder = self._find_holder(access_key_id)
         if holder is None:
             raise AccessDenied(f"The service does not hold the access key {access_key_id}")
-        return OwnersBuckets(self._connection, self._find_holder, transport=self._transport, holder=holder)
+        return OwnerKeyStore(self._connection, self._find_holder, transport=self._transport, holder=holder)
 
     def owner(self, bucket: str) -> str | None:
         """See Buckets. Of the accounts it knows the one on whose behalf it acts."""
-        ours = NOBODY if self._holder is None else self._holder.account_id
+        ours = UNKNOWN_OWNER if self._holder is None else self._holder.account_id
         sight = self._look(bucket)
-        return {_Sight.NONE: None, _Sight.OTHERS: NOBODY, _Sight.OURS: ours, _Sight.HIDDEN: ours}[sight]
+        return {_Sight.NONE: None, _Sight.OTHERS: UNKNOWN_OWNER, _Sight.OURS: ours, _Sight.HIDDEN: ours}[sight]
 
     def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:
         """See Buckets. The owner must be the account on whose behalf it acts."""
@@ -275,11 +273,11 @@ class OwnersBuckets(_S3Buckets):
             self._delete_singly(bucket, [probe])  # a store that does not check digests
 
 
-class ServiceBuckets(_S3Buckets):
+class ServiceKeyStore(_S3Buckets):
     """The buckets of a store that knows the service's access key only; `upload_credentials = service`."""
 
     def __init__(
-        self, connection: StoreConnection, *, transport: Transport | None = None, lock: Lock = _lock_of_this_process
+        self, connection: StoreConfig, *, transport: HttpTransport | None = None, lock: Lock = _lock_of_this_process
     ) -> None:
         """Use the connection's own key.
 
@@ -299,16 +297,16 @@ class ServiceBuckets(_S3Buckets):
     def owner(self, bucket: str) -> str | None:
         """See Buckets."""
         try:
-            return self._named_owner(bucket) or NOBODY
+            return self._named_owner(bucket) or UNKNOWN_OWNER
         except (NoSuchBucket, InvalidBucketName):
             return None
         except NoSuchKey:
-            return NOBODY
+            return UNKNOWN_OWNER
         except AccessDenied:  # of an object that is not there, too, if the key may not list the bucket
             try:
-                return NOBODY if self._exists(bucket) else None
+                return UNKNOWN_OWNER if self._exists(bucket) else None
             except AccessDenied:
-                return NOBODY if _could_be_created(bucket) else None
+                return UNKNOWN_OWNER if _could_be_created(bucket) else None
 
     def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:  # noqa: ARG002 (see Buckets)
         """See Buckets. An empty bucket that names nobody is one whose creation was cut off, or was made by hand."""
@@ -322,7 +320,7 @@ class ServiceBuckets(_S3Buckets):
             found = self.owner(bucket)
         if found is None:
             raise TransientError("OperationAborted", 409, "The store does not show yet the bucket that it has created")
-        if found == NOBODY:
+        if found == UNKNOWN_OWNER:
             found = self._claim_or_remove(bucket, owner, made=made)
         if found != owner:
             raise BucketAlreadyExists
@@ -333,7 +331,7 @@ class ServiceBuckets(_S3Buckets):
         found = self.owner(bucket)
         if found is None:
             return True
-        if found not in (owner, NOBODY):
+        if found not in (owner, UNKNOWN_OWNER):
             return False
         if self._is_empty(bucket):
             self._delete_singly(bucket, [OWNER_KEY])
@@ -410,7 +408,7 @@ class ServiceBuckets(_S3Buckets):
             if error.kind is not Kind.SETTING:
                 raise
             # No conditional writes. The lock is held, and the look before found no owner: look once more, and write.
-            if self.owner(bucket) == NOBODY:
+            if self.owner(bucket) == UNKNOWN_OWNER:
                 self._put(bucket, OWNER_KEY, content, digest)
 
 

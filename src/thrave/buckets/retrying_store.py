@@ -20,9 +20,9 @@ from typing import TypeVar
 import structlog
 
 from thrave.buckets.attempts import Check, attempt, no_check
-from thrave.buckets.buckets import Buckets, ObjectHead
+from thrave.buckets.base import ObjectHead, ObjectStore
 from thrave.buckets.errors import BucketError, NoConnectionError, TransientError, UnreachableError
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.upload_policy import UploadPolicy
 
 FIRST_PAUSE = 0.25  # seconds
 LONGEST_PAUSE = 15.0  # seconds
@@ -34,7 +34,7 @@ log = structlog.get_logger()
 _Answer = TypeVar("_Answer")
 
 
-def patiently(
+def retry_store(
     call: Callable[[], _Answer],
     patience: float,
     tell: Callable[[TransientError, float], None],
@@ -85,12 +85,12 @@ def may_arrive(error: BucketError) -> bool:
     return error.status == 0 or error.status in _GATEWAY
 
 
-class RetryingBuckets:
+class RetryingStore:
     """The Buckets of another driver, whose calls are retried."""
 
     def __init__(
         self,
-        buckets: Buckets,
+        buckets: ObjectStore,
         patience: float,
         told: Callable[[TransientError, float], None] | None = None,
         *,
@@ -114,11 +114,11 @@ class RetryingBuckets:
         """Bucket and key of each object that a request was sent to write or delete, which was not answered. It may yet
         arrive, even if a later attempt has succeeded."""
 
-    def on_behalf_of(self, access_key_id: str) -> "RetryingBuckets":
+    def on_behalf_of(self, access_key_id: str) -> "RetryingStore":
         """See Buckets."""
         return self._like(self._buckets.on_behalf_of(access_key_id), self._before_attempt)
 
-    def checking(self, check: Check) -> "RetryingBuckets":
+    def checking(self, check: Check) -> "RetryingStore":
         """Return the same store; before each attempt `check` is made as well."""
 
         def both() -> None:
@@ -196,10 +196,10 @@ class RetryingBuckets:
         return self._patiently(write)
 
     def _patiently(self, call: Callable[[], _Answer]) -> _Answer:
-        return patiently(call, self._patience, self._told, before_attempt=self._before_attempt)
+        return retry_store(call, self._patience, self._told, before_attempt=self._before_attempt)
 
-    def _like(self, buckets: Buckets, before_attempt: Check) -> "RetryingBuckets":
-        return RetryingBuckets(
+    def _like(self, buckets: ObjectStore, before_attempt: Check) -> "RetryingStore":
+        return RetryingStore(
             buckets, self._patience, self._told, before_attempt=before_attempt, unanswered=self.unanswered
         )
 

@@ -1,4 +1,17 @@
-"""The objects of an S3-compatible store, read, written and deleted with one access key.
+"""An HTML-form upload (S3's POST): the caller's own policy and signature, and no key of the service's.
+
+The form carries only the fields that the policy names (`UploadPolicy.form_fields`), then the file, as
+multipart/form-data (RFC 7578). The parts around the content are small; the content itself is sent from where it lies.
+Source: AWS S3 documentation, "POST Object" and "HTML form fields".
+
+The XML documents of S3 that list and delete: read, and written.
+
+Keys are asked for URL-encoded, because XML cannot hold every character that a key can; a store that does not encode
+them does not say `EncodingType`. A store that knows ListObjects only (version 1) ignores `list-type` and names no
+continuation token: the next page then begins after the last key, which both versions can be told.
+Source: AWS S3 API Reference, ListObjectsV2, ListObjects, ListBuckets, DeleteObjects.
+
+The objects of an S3-compatible store, read, written and deleted with one access key.
 
 The commands use it with their user's own key; the service's drivers (`s3.py`) add the ownership of buckets. Every
 request that needs more of a store than GET, PUT, HEAD, DELETE and a listing has a way without it.
@@ -11,35 +24,152 @@ is a TransientError. Nothing here is sent twice (`retrying.py`).
 import base64
 import hashlib
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
+from urllib.parse import unquote_plus
+from xml.etree import ElementTree as ET
+from xml.sax.saxutils import escape
 
-from thrave.buckets.buckets import ObjectHead
-from thrave.buckets.connection import Credentials, StoreConnection
-from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, StoreError, TransientError
-from thrave.buckets.forms import multipart
-from thrave.buckets.listings import KEYS_AT_ONCE, Page, can_be_written, check_deleted, read_keys, write_delete
-from thrave.buckets.policy import UploadPolicy
-from thrave.buckets.signing import SMALL, SignedRequests
-from thrave.buckets.transport import Answer, Buffer, Transport
+from thrave.buckets.base import ObjectHead
+from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, StoreError, TransientError, error_from_response
+from thrave.buckets.s3_client import SMALL, Buffer, Credentials, HttpResponse, HttpTransport, SignedClient, StoreConfig
+from thrave.buckets.upload_policy import UploadPolicy
+
+
+def multipart(fields: Mapping[str, str], content: Buffer) -> tuple[str, Sequence[Buffer]]:
+    """A form with a file, as its Content-Type and the pieces of its body.
+
+    Args:
+        fields: In their order; the names are the store's, the values whatever the policy says.
+        content: The file's.
+    """
+    boundary = secrets.token_hex(16)  # cannot stand in any value, nor by chance in the content
+    head = "".join(_field(boundary, name, value) for name, value in fields.items())
+    opening = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="file"\r\n\r\n'
+    closing = f"\r\n--{boundary}--\r\n"
+    return f"multipart/form-data; boundary={boundary}", ((head + opening).encode(), content, closing.encode())
+
+
+def _field(boundary: str, name: str, value: str) -> str:
+    quoted = name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")  # as browsers do
+    return f'--{boundary}\r\nContent-Disposition: form-data; name="{quoted}"\r\n\r\n{value}\r\n'
+
+
+KEYS_AT_ONCE = 1000
+"""S3's limit for a page of a listing, and for one request to delete."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a listing: its keys or names, and how to ask for the next one."""
+
+    names: Sequence[str]
+    next: Mapping[str, str] | None
+
+
+def read_keys(document: bytes) -> Page:
+    """Read a page of ListObjectsV2, or of ListObjects.
+
+    Raises:
+        StoreError: The document is no listing, or does not say how to ask for the next page.
+    """
+    root = _root(document)
+    encoded = _text(root, "EncodingType") == "url"
+    keys = [unquote_plus(key) if encoded else key for key in _texts(root, "Contents", "Key")]
+    if _text(root, "IsTruncated").strip().lower() != "true":
+        return Page(keys, None)
+    if token := _text(root, "NextContinuationToken"):
+        return Page(keys, {"continuation-token": token})
+    marker = _text(root, "NextMarker")
+    last = (unquote_plus(marker) if encoded else marker) or next(reversed(keys), "")
+    if not last:
+        raise StoreError("UnexpectedResponse", 0, "The store's listing is cut off and does not say where it goes on")
+    return Page(keys, {"start-after": last, "marker": last})
+
+
+def read_buckets(document: bytes) -> Page:
+    """Read a page of ListBuckets."""
+    root = _root(document)
+    token = _text(root, "ContinuationToken")
+    return Page([*_texts(root, "Buckets", "Bucket", "Name")], {"continuation-token": token} if token else None)
+
+
+def can_be_written(key: str) -> bool:
+    """Whether an XML document can hold a key as it is."""
+    return _NOT_IN_XML.search(key) is None
+
+
+def write_delete(keys: Sequence[str]) -> bytes:
+    """The document of DeleteObjects, which answers with what could not be deleted."""
+    objects = "".join(f"<Object><Key>{escape(key)}</Key></Object>" for key in keys)
+    return f'<Delete xmlns="{_NAMESPACE}">{objects}<Quiet>true</Quiet></Delete>'.encode()
+
+
+def check_deleted(document: bytes) -> None:
+    """Raise the first error of DeleteObjects' answer; that an object was not there is none."""
+    for error in _root(document).iterfind("{*}Error"):
+        code = _text(error, "Code")
+        if code != "NoSuchKey":
+            raise error_from_response(code, _DELETE_STATUSES.get(code, 403), f"{_text(error, 'Message')}")
+
+
+def write_location(region: str) -> bytes:
+    """The document of CreateBucket; none for the region that has no name."""
+    if region == "us-east-1":
+        return b""
+    where = f"<LocationConstraint>{escape(region)}</LocationConstraint>"
+    return f'<CreateBucketConfiguration xmlns="{_NAMESPACE}">{where}</CreateBucketConfiguration>'.encode()
+
+
+_NOT_IN_XML = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+
+
+_DELETE_STATUSES = {"InternalError": 500, "SlowDown": 503, "ServiceUnavailable": 503}
+
+
+def _root(document: bytes) -> ET.Element:
+    try:
+        return ET.fromstring(document)  # noqa: S314 (expat stops entity bombs itself, and the length is bounded)
+    except (ET.ParseError, LookupError, ValueError):  # the last two: an encoding not known, or not supported
+        raise StoreError("UnexpectedResponse", 0, "The store's response is no document of S3") from None
+
+
+def _text(element: ET.Element, name: str) -> str:
+    return element.findtext(f"{{*}}{name}") or ""
+
+
+def _texts(element: ET.Element, *path: str) -> Iterator[str]:
+    for found in element.iterfind("/".join(f"{{*}}{name}" for name in path)):
+        yield found.text or ""
+
 
 WHOLE = 256 << 20
 """Bytes of the longest object that `get` reads; of a longer one `get_range` reads a piece at a time."""
+
 
 _LACKING = frozenset({
     "BadRequest", "InvalidArgument", "InvalidRequest", "MalformedXML", "MethodNotAllowed", "NotImplemented",
     "UnexpectedResponse",
 })  # fmt: skip
+
+
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-")
+
+
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
-class S3Objects:
+class S3ObjectClient:
     """One store, in the name of one access key or of nobody. Safe to use from several threads."""
 
     def __init__(
-        self, connection: StoreConnection, *, transport: Transport | None = None, credentials: Credentials | None = None
+        self, connection: StoreConfig, *, transport: HttpTransport | None = None, credentials: Credentials | None = None
     ) -> None:
         """Open nothing yet.
 
@@ -52,8 +182,8 @@ class S3Objects:
             InvalidArgument: The connection is none.
         """
         self._connection = connection
-        self._transport = transport or Transport(connection)
-        self._requests = SignedRequests(connection, self._transport, credentials)
+        self._transport = transport or HttpTransport(connection)
+        self._requests = SignedClient(connection, self._transport, credentials)
 
     def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
         """See Buckets. Under a grant it is a form upload that the grant's signature alone allows."""
@@ -127,7 +257,7 @@ class S3Objects:
 
     def _put(
         self, bucket: str, key: str, data: Buffer, digest: "hashlib._Hash", headers: Mapping[str, str] | None = None
-    ) -> Answer:
+    ) -> HttpResponse:
         proof = {"Content-MD5": md5_header(digest)}
         try:
             return self._requests.send("PUT", bucket, key, headers={**(headers or {}), **proof}, body=[data])

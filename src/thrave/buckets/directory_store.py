@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Self
 
 from thrave import files
-from thrave.buckets.buckets import NOBODY, ObjectHead
+from thrave.buckets.base import KEY_BYTES, UNKNOWN_OWNER, ObjectHead, check_bucket_name
 from thrave.buckets.errors import (
     BucketAlreadyExists,
     InternalError,
@@ -31,8 +31,7 @@ from thrave.buckets.errors import (
     NoSuchBucket,
     NoSuchKey,
 )
-from thrave.buckets.naming import KEY_BYTES, check_bucket_name
-from thrave.buckets.policy import UploadPolicy
+from thrave.buckets.upload_policy import UploadPolicy
 
 _SEGMENT_BYTES = 255  # what Linux file systems take
 _PUT_ATTEMPTS = 100  # a delete may prune the folder that a put has just made
@@ -45,7 +44,7 @@ was recorded there. SQLite needs 4 MiB for its write-ahead log, and room to writ
 """
 
 
-class DirectoryBuckets:
+class DirectoryStore:
     """The Buckets of one folder."""
 
     def __init__(self, root: Path) -> None:
@@ -73,8 +72,8 @@ class DirectoryBuckets:
         try:
             match = _OWNER.fullmatch((self._owners / bucket).read_text("ascii", errors="replace"))
         except FileNotFoundError:
-            return NOBODY if exists else None
-        return match[1] if match else NOBODY
+            return UNKNOWN_OWNER if exists else None
+        return match[1] if match else UNKNOWN_OWNER
 
     def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:  # noqa: ARG002 (see Buckets)
         """See Buckets."""
