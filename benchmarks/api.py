@@ -32,7 +32,7 @@ from botocore.credentials import Credentials
 from botocore.httpsession import URLLib3Session
 
 from thrave.database import bundle_task, open_engine, utc_now
-from thrave.identity.keys import AccessKey
+from thrave.identity.accounts import AccessKey
 from thrave.testing import REGION, ThraveServer
 
 TASKS = 1000

@@ -22,8 +22,8 @@ from harness import CORES, Arguments, ProgramFailedError, Run, Step, Usage, obse
 
 from thrave.bundle.manifest import read_manifest
 from thrave.bundle.model import BundleKey, unlock
+from thrave.identity.accounts import AccessKey
 from thrave.identity.certificates import load_private_key, new_certificate
-from thrave.identity.keys import AccessKey
 from thrave.testing import ThraveServer
 
 PREFIX = "image"

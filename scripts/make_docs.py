@@ -19,8 +19,8 @@ from thrave.cli.main import COMMANDS, thrave
 from thrave.config import Settings
 from thrave.doctor.table import CHECKS, CLEAN_UP
 from thrave.ec2.errors import ERRORS
-from thrave.identity.conditions import KEYS, OPERATORS
 from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
+from thrave.identity.policy_conditions import KEYS, OPERATORS
 from thrave.tasks.crash_points import STEPS
 from thrave.tasks.failures import CAUSES
 from thrave.tasks.host_states import MEANING as HOST_MEANING

@@ -15,8 +15,8 @@ from thrave.cli.exits import Exit
 from thrave.config import Settings
 from thrave.database import DatabaseReplacedError, DatabaseUnusableError, explain, open_engine, sa
 from thrave.ground import DatabaseLostError, Ground, open_ground
+from thrave.identity.certificates import ServiceIdentity
 from thrave.identity.errors import ServiceIdentityError
-from thrave.identity.service import ServiceIdentity
 from thrave.testing import ServerError
 from thrave.vault import Vault, VaultKeyError
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thrave.vault import SealError, Vault, VaultError, VaultKeyError
+from thrave.vault import DecryptError, Vault, VaultError, VaultKeyError
 
 KEY = bytes(range(32))
 
@@ -34,12 +34,12 @@ def test_an_encrypted_secret_does_not_show_the_secret_and_is_another_each_time()
 def test_a_secret_sealed_for_one_context_does_not_open_in_another():
     vault = Vault(KEY)
     token = vault.seal(b"secret", context="access key of account 1")
-    with pytest.raises(SealError, match="access key of account 2"):
+    with pytest.raises(DecryptError, match="access key of account 2"):
         vault.unseal(token, context="access key of account 2")
 
 
 def test_another_vaults_secret_does_not_open():
-    with pytest.raises(SealError):
+    with pytest.raises(DecryptError):
         Vault(os.urandom(32)).unseal(Vault(KEY).seal(b"secret", context="a"), context="a")
 
 
@@ -47,13 +47,13 @@ def test_another_vaults_secret_does_not_open():
 def test_a_changed_token_does_not_open(position):
     token = bytearray(Vault(KEY).seal(b"secret", context="a"))
     token[position] ^= 1
-    with pytest.raises(SealError):
+    with pytest.raises(DecryptError):
         Vault(KEY).unseal(bytes(token), context="a")
 
 
 @given(st.binary(max_size=64))
 def test_arbitrary_tokens_are_refused_with_our_error_only(token):
-    with pytest.raises(SealError):
+    with pytest.raises(DecryptError):
         Vault(KEY).unseal(token, context="a")
 
 

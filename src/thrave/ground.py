@@ -41,12 +41,12 @@ from thrave.database import (
     vault_check,
 )
 from thrave.identity.accounts import Accounts
+from thrave.identity.certificates import ServiceIdentity
 from thrave.identity.errors import ServiceIdentityError
-from thrave.identity.service import ServiceIdentity
 from thrave.tasks.crash_points import crash_at
 from thrave.tasks.fence import Fence
 from thrave.tasks.records import Records
-from thrave.vault import SealError, Vault, VaultKeyError
+from thrave.vault import DecryptError, Vault, VaultKeyError
 
 if TYPE_CHECKING:  # the engine takes longer to import than most commands take to run
     from thrave.tasks.engine import Queues
@@ -321,7 +321,7 @@ def _open_vault(settings: Settings, database: sa.Engine) -> Vault:
             return vault
     try:
         vault.unseal(sealed, context=PROOF_CONTEXT)
-    except SealError:
+    except DecryptError:
         raise VaultKeyError(
             f"{directory.vault_key} is not the key that the database's secrets were encrypted with: copy vault.key and "
             "service/ from the data directory of the process that was started first"

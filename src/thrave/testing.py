@@ -36,8 +36,7 @@ from thrave.compute.instance import Instance, VolumeFile
 from thrave.concurrency import later, supervised
 from thrave.config import DataDirectory, Settings
 from thrave.ground import open_ground
-from thrave.identity.accounts import Account
-from thrave.identity.keys import AccessKey
+from thrave.identity.accounts import AccessKey, Account
 
 REGION = "us-east-1"
 START_TIMEOUT = 120  # seconds, on a busy machine

@@ -35,7 +35,7 @@ class VaultKeyError(VaultError):
     """The vault's key file cannot be used."""
 
 
-class SealError(VaultError):
+class DecryptError(VaultError):
     """A sealed secret does not open with this key in this context."""
 
 
@@ -101,10 +101,10 @@ class Vault:
         """
         version, nonce, sealed = token[:1], token[1 : 1 + _NONCE_BYTES], token[1 + _NONCE_BYTES :]
         if version != _VERSION or len(nonce) != _NONCE_BYTES:
-            raise SealError(f"the sealed secret of {context} has an unknown form; did a newer version make it?")
+            raise DecryptError(f"the sealed secret of {context} has an unknown form; did a newer version make it?")
         try:
             return self._cipher.decrypt(nonce, sealed, _VERSION + context.encode())
         except InvalidTag:
-            raise SealError(
+            raise DecryptError(
                 f"the sealed secret of {context} does not open: it was changed, or this is another vault's key"
             ) from None

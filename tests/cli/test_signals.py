@@ -40,7 +40,7 @@ COMMON = [
     "thrave.ground:close_to_others",
     "thrave.ground:migrate",
     "thrave.vault:Vault.open_or_create",
-    "thrave.identity.service:ServiceIdentity.open",
+    "thrave.identity.certificates:ServiceIdentity.open",
 ]
 LISTENING = ["thrave.listening:_listen", "thrave.endpoint:create_app", "thrave.listening:Listener.serve"]
 AGENT = ["thrave.tasks.hosts:Hosts.take", "thrave.tasks.engine:Worker.launch", "thrave.agent:Agent._keep_house"]

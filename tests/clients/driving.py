@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clients.kits import Command
-from thrave.identity.keys import AccessKey
+from thrave.identity.accounts import AccessKey
 from thrave.testing import REGION
 
 TIMEOUT = 90  # seconds

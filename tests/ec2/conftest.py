@@ -19,8 +19,7 @@ from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
 from thrave.ec2.rate import RateLimit
-from thrave.identity.accounts import Accounts
-from thrave.identity.keys import AccessKey
+from thrave.identity.accounts import AccessKey, Accounts
 from thrave.tasks.records import Records
 from thrave.tasks.requests import BundleTasks
 from thrave.vault import Vault

@@ -18,8 +18,7 @@ from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
 from thrave.ec2.protocol import ProtocolError
 from thrave.ec2.signatures import authenticate
-from thrave.identity.keys import AccessKey
-from thrave.identity.recent import RecentKeys
+from thrave.identity.accounts import AccessKey, KeyCache
 
 FORM = "application/x-www-form-urlencoded; charset=utf-8"
 HOST = "127.0.0.1:8773"
@@ -97,7 +96,7 @@ def with_query(request, **changes):
 def verdict(request, *, later=timedelta()):
     """The code of the refusal, or the account that has signed."""
     try:
-        return authenticate(request, KEYS.get, RecentKeys(), datetime.now(UTC) + later).account_id
+        return authenticate(request, KEYS.get, KeyCache(), datetime.now(UTC) + later).account_id
     except EC2Error as error:
         return error.code
 
@@ -265,7 +264,7 @@ def test_an_unknown_key_and_a_wrong_signature_get_the_same_answer_after_the_same
     monkeypatch.setattr(
         SigV4Auth, "canonical_request", lambda self, *args: canonical.append(1) or canonical_request(self, *args)
     )
-    recent = RecentKeys()
+    recent = KeyCache()
     authenticate(header_signed(), KEYS.get, recent, datetime.now(UTC))
     for wrong in (stranger(access_key_id="AKIDNOBODY"), stranger(secret_access_key="x" * 40), INACTIVE):
         request = header_signed(key=wrong)
@@ -279,14 +278,14 @@ def test_an_unknown_key_and_a_wrong_signature_get_the_same_answer_after_the_same
 
 
 def test_a_key_that_has_just_signed_is_not_looked_up_again():
-    looked_up, recent = [], RecentKeys()
+    looked_up, recent = [], KeyCache()
     for _ in range(3):
         authenticate(header_signed(), lambda name: looked_up.append(name) or KEYS[name], recent, datetime.now(UTC))
     assert looked_up == [KEY.access_key_id]
 
 
 def test_only_keys_that_have_signed_are_remembered():
-    recent = RecentKeys()
+    recent = KeyCache()
     for wrong in (stranger(access_key_id="AKIDNOBODY"), stranger(secret_access_key="x" * 40), INACTIVE):
         with pytest.raises(EC2Error):
             authenticate(header_signed(key=wrong), KEYS.get, recent, datetime.now(UTC))

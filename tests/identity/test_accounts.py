@@ -17,7 +17,7 @@ from thrave.identity.errors import (
     NoSuchEntity,
     ValidationError,
 )
-from thrave.vault import SealError
+from thrave.vault import DecryptError
 
 
 def test_a_new_account_has_a_12_digit_id_and_a_key_of_the_form_of_awss(accounts):
@@ -156,7 +156,7 @@ def test_an_encrypted_secret_moved_to_another_row_does_not_open(accounts, engine
         connection.execute(
             sa.update(access_key_table).where(by_id == victims.access_key_id).values(encrypted_secret=sealed)
         )
-    with pytest.raises(SealError):
+    with pytest.raises(DecryptError):
         accounts.find_key(victims.access_key_id)
 
 

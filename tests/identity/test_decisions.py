@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.cedar_oracle import cedar_permits
-from thrave.identity.conditions import KEYS, OPERATORS, Context, source_address
-from thrave.identity.decisions import permits
 from thrave.identity.errors import MalformedPolicyDocument
-from thrave.identity.policies import parse_policy
+from thrave.identity.policies import is_allowed, parse_policy
+from thrave.identity.policy_conditions import KEYS, OPERATORS, RequestContext, source_address
 
 NOW = datetime(2026, 11, 23, 8, 26, 46, tzinfo=UTC)
 IPV4, IPV6, MAPPED = "203.0.113.9", "2001:db8::9", "::ffff:203.0.113.9"
@@ -47,12 +46,12 @@ def when(effect="Allow", /, **conditions):
 
 def context_of(region="us-east-1", source_ip=IPV4, secure=False, now=NOW):  # noqa: FBT002 (read by name)
     address = source_address(source_ip)
-    return Context(region=region, source_ip=address, secure_transport=secure, current_time=now)
+    return RequestContext(region=region, source_ip=address, secure_transport=secure, current_time=now)
 
 
 def decide(statements, action="ec2:BundleInstance", resource="*", **changes):
     text = json.dumps({"Version": "2012-10-17", "Statement": statements})
-    return permits(parse_policy(text), action, resource, context_of(**changes))
+    return is_allowed(parse_policy(text), action, resource, context_of(**changes))
 
 
 REGION, SOURCE, SECURE, TIME = "ec2:Region", "aws:SourceIp", "aws:SecureTransport", "aws:CurrentTime"
@@ -194,7 +193,7 @@ def test_every_operator_and_key_that_is_known_has_a_case():
 def test_the_old_version_decides_alike():
     for version in ({}, {"Version": "2008-10-17"}, {"Version": "2012-10-17", "Id": "cd3ad3d9"}):
         text = json.dumps({**version, "Statement": [allow("ec2:b?ndle*", Sid="Bundle1", Condition=IN_NET)]})
-        assert permits(parse_policy(text), "ec2:BundleInstance", "*", context_of())
+        assert is_allowed(parse_policy(text), "ec2:BundleInstance", "*", context_of())
 
 
 # What must hold whatever the policies are.
@@ -283,8 +282,8 @@ def test_it_does_not_matter_how_statements_are_put_together_in_policies(policy, 
 
     request = {**request_of}
     action = request.pop("action")
-    together = permits(parsed(policy), action, "*", context_of(**request))
-    assert permits(parsed(policy[:cut]) + parsed(policy[cut:]), action, "*", context_of(**request)) == together
+    together = is_allowed(parsed(policy), action, "*", context_of(**request))
+    assert is_allowed(parsed(policy[:cut]) + parsed(policy[cut:]), action, "*", context_of(**request)) == together
 
 
 json_values = st.recursive(
@@ -320,7 +319,7 @@ def test_a_policy_is_understood_or_refused_in_our_words(policy):
         str(refusal).encode("ascii")  # fit for any terminal and log
     else:
         for context in (context_of(), context_of(source_ip=None)):
-            permits(understood, "ec2:BundleInstance", "*", context)
+            is_allowed(understood, "ec2:BundleInstance", "*", context)
 
 
 @given(st.text(max_size=200))

@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from support.manual_clock import ManualClock
-from thrave.identity.keys import AccessKey
-from thrave.identity.recent import RecentKeys
+from thrave.identity.accounts import AccessKey, KeyCache
 
 KEY = AccessKey(
     access_key_id="AKIAIOSFODNN7EXAMPLE",
@@ -25,7 +24,7 @@ def clock():
 
 @pytest.fixture
 def recent(clock):
-    return RecentKeys(clock, limit=3)
+    return KeyCache(clock, limit=3)
 
 
 def test_a_key_that_nobody_remembered_is_not_found(recent):

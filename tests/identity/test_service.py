@@ -5,9 +5,14 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from thrave.identity.certificates import new_certificate
+from thrave.identity.certificates import (
+    CERTIFICATE_FILE,
+    PRIVATE_KEY_FILE,
+    SIDE_KEY_FILE,
+    ServiceIdentity,
+    new_certificate,
+)
 from thrave.identity.errors import ServiceIdentityError
-from thrave.identity.service import CERTIFICATE_FILE, PRIVATE_KEY_FILE, SIDE_KEY_FILE, ServiceIdentity
 
 FILES = {CERTIFICATE_FILE, PRIVATE_KEY_FILE, SIDE_KEY_FILE}
 

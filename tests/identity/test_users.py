@@ -17,7 +17,7 @@ from thrave.identity.errors import (
     ValidationError,
 )
 from thrave.identity.users import Users
-from thrave.vault import SealError
+from thrave.vault import DecryptError
 
 LOOK = json.dumps({"Statement": {"Effect": "Allow", "Action": "ec2:Describe*", "Resource": "*"}}, indent=2)
 NOTHING = json.dumps({"Statement": {"Effect": "Deny", "Action": "*", "Resource": "*"}})
@@ -127,7 +127,7 @@ def test_a_users_key_that_somebody_makes_the_accounts_own_does_not_open(users, a
         with engine.begin() as connection:
             by_id = access_key_table.c.access_key_id == key.access_key_id
             connection.execute(sa.update(access_key_table).where(by_id).values(user_id=user_id))
-        with pytest.raises(SealError):
+        with pytest.raises(DecryptError):
             accounts.find_key(key.access_key_id)
 
 

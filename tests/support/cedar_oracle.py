@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import cedarpy
 
-from thrave.identity.conditions import source_address
+from thrave.identity.policy_conditions import source_address
 
 ACTIONS = ["ec2:BundleInstance", "ec2:DescribeBundleTasks", "ec2:CancelBundleTask"]
 TERMS = {

@@ -36,10 +36,9 @@ from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Request
 from thrave.ec2.protocol import ProtocolError, parse, read_form
 from thrave.ec2.signatures import authenticate
+from thrave.identity.accounts import AccessKey, KeyCache
 from thrave.identity.errors import IdentityError
-from thrave.identity.keys import AccessKey
 from thrave.identity.policies import parse_policy
-from thrave.identity.recent import RecentKeys
 
 VECTORS = Path(__file__).parents[1] / "data" / "vectors"
 NOW = datetime(2026, 11, 23, 8, 26, 46, tzinfo=UTC)
@@ -72,7 +71,7 @@ def authorization(data: bytes) -> None:
     values = (b"127.0.0.1:8773", header, date)
     headers = tuple((name, value.decode("latin-1")) for name, value in zip(names, values, strict=True) if value)
     with suppress(EC2Error, ProtocolError):
-        authenticate(Request("POST", "/", query, headers, body), {ACCESS_KEY_ID: KEY}.get, RecentKeys(), NOW)
+        authenticate(Request("POST", "/", query, headers, body), {ACCESS_KEY_ID: KEY}.get, KeyCache(), NOW)
 
 
 def upload_policy(data: bytes) -> None:

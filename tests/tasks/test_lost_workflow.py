@@ -14,7 +14,7 @@ from thrave.buckets.directory_store import DirectoryStore
 from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
 from thrave.database import migrate, open_engine, utc_now
-from thrave.identity.keys import AccessKey
+from thrave.identity.accounts import AccessKey
 from thrave.testing import ThraveServer, upload_policy
 from thrave.vault import Vault
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from thrave.config import Settings
-    from thrave.identity.accounts import Account
-    from thrave.identity.keys import AccessKey
+    from thrave.identity.accounts import AccessKey, Account
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from thrave.config import Settings
-    from thrave.identity.accounts import Account, Accounts
-    from thrave.identity.keys import AccessKey
+    from thrave.identity.accounts import AccessKey, Account, Accounts
     from thrave.identity.users import Users
 
 _LABELS = {

@@ -17,8 +17,8 @@ from thrave import files
 from thrave.compute.instance import Instance
 from thrave.concurrency import Call
 from thrave.demo.disk import make_demo_disk, make_ephemeral_disk
+from thrave.identity.accounts import AccessKey
 from thrave.identity.certificates import new_certificate
-from thrave.identity.keys import AccessKey
 from thrave.tasks.states import FINISHED
 from thrave.testing import ThraveServer
 

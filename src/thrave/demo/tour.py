@@ -19,8 +19,7 @@ from thrave.compute.instance import InstanceState
 from thrave.config import DataDirectory
 from thrave.demo.disk import check_size
 from thrave.demo.job import BUCKET, Customer, Task, bundle_with_boto3, make_customer, make_instance, sha256
-from thrave.identity.certificates import load_certificate, load_private_key
-from thrave.identity.service import CERTIFICATE_FILE
+from thrave.identity.certificates import CERTIFICATE_FILE, load_certificate, load_private_key
 from thrave.testing import REGION, ThraveServer, import_boto3
 
 PREFIX = "winami"

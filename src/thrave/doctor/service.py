@@ -10,7 +10,7 @@ from thrave.database import migrations, utc_now, vault_check
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
 from thrave.ground import PROOF_CONTEXT
-from thrave.identity.service import ServiceIdentity
+from thrave.identity.certificates import ServiceIdentity
 
 CLOCKS_APART = 5.0
 """Seconds. No decision between hosts depends on it; log lines, launch times and signatures have a machine's clock."""

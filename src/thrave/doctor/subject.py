@@ -22,8 +22,7 @@ from thrave.compute.opening import open_adopted
 from thrave.config import Settings
 from thrave.database import open_engine
 from thrave.doctor.errors import Trouble
-from thrave.identity.accounts import Accounts
-from thrave.identity.keys import AccessKey, new_access_key_id, new_secret_access_key
+from thrave.identity.accounts import AccessKey, Accounts, new_access_key_id, new_secret_access_key
 from thrave.vault import Vault
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from thrave.ec2.protocol import ProtocolError, error_document, parse, serialize
 from thrave.ec2.rate import TooManyRequests
 from thrave.ec2.signatures import UnreadableRequest, authenticate, read_signature
 from thrave.ec2.threads import AccountThreads
-from thrave.identity.decisions import NO_RESOURCE
-from thrave.identity.keys import AccessKey
+from thrave.identity.accounts import AccessKey
+from thrave.identity.policies import NO_RESOURCE
 
 LIMIT = 64 * 1024  # bytes of a body, and of a query string
 SMALL = 8 * 1024  # bytes of a request that is proved beside others; SDKs send fewer than two thousand

@@ -11,9 +11,7 @@ from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl
 from thrave.database import utc_now
 from thrave.ec2.rate import RateLimit
-from thrave.identity.accounts import Accounts
-from thrave.identity.keys import User
-from thrave.identity.recent import RecentKeys
+from thrave.identity.accounts import Accounts, KeyCache, User
 from thrave.tasks.requests import BundleTasks
 
 
@@ -76,7 +74,7 @@ class Door:
     any_platform: bool = False
     existing_bundle: Literal["refuse", "replace"] = "refuse"
     version_2: bool = True
-    recent_keys: RecentKeys = field(default_factory=RecentKeys)
+    recent_keys: KeyCache = field(default_factory=KeyCache)
     may: Callable[[Caller, str, str], bool] = account_may_do_all
     store_trouble: Callable[[], str | None] = lambda: None
     volume_trouble: Callable[[Instance], str | None] = lambda _instance: None

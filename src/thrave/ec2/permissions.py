@@ -1,6 +1,6 @@
 """Who may do what at the door: an account's own key everything, a user's what the user's policies permit.
 
-This joins what a request tells about itself to the decision of `thrave.identity.decisions`. It costs the account's own
+This joins what a request tells about itself to the decision of `thrave.identity.policies`. It costs the account's own
 key nothing, and holds no rule of its own.
 """
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from thrave.database import utc_now
 from thrave.ec2.door import Caller
-from thrave.identity.conditions import Context, source_address
-from thrave.identity.decisions import permits
+from thrave.identity.policies import is_allowed
+from thrave.identity.policy_conditions import RequestContext, source_address
 from thrave.identity.users import Users
 
 
@@ -29,10 +29,10 @@ class Permissions:
         """Say whether a caller may do an action, such as `ec2:BundleInstance`, on a resource; see `Door.may`."""
         if caller.user is None:
             return True
-        context = Context(
+        context = RequestContext(
             region=self.region,
             source_ip=source_address(caller.source_ip),
             secure_transport=caller.secure_transport,
             current_time=utc_now(),
         )
-        return permits(self.users.statements(caller.user), action, resource, context)
+        return is_allowed(self.users.statements(caller.user), action, resource, context)

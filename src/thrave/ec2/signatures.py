@@ -40,8 +40,7 @@ from botocore.credentials import Credentials
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.messages import Host, Request
 from thrave.ec2.protocol import ProtocolError
-from thrave.identity.keys import AccessKey
-from thrave.identity.recent import RecentKeys
+from thrave.identity.accounts import AccessKey, KeyCache
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 SKEW = timedelta(minutes=15)
@@ -93,7 +92,7 @@ class Signature(Protocol):
 def authenticate(
     request: Request,
     find_key: Callable[[str], AccessKey | None],
-    recent: RecentKeys,
+    recent: KeyCache,
     now: datetime,
     *,
     version_2: bool = True,

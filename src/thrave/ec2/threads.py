@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from thrave.identity.keys import AccessKey
+from thrave.identity.accounts import AccessKey
 
 Answer = TypeVar("Answer")
 

@@ -1,29 +1,121 @@
-"""Accounts and their access keys, kept in the database.
+"""Access keys as AWS makes them: an id that may be seen, and a secret that signs; and the user whose one may be.
+
+The id begins with `AKIA` (a long-term key; AWS IAM's documentation, "unique identifiers") and has 16 more characters
+of base32; the secret is 40 characters of base64's alphabet, 240 random bits. Nothing here is stored.
+
+Accounts and their access keys, kept in the database.
 
 An account owns instances, bundle tasks and buckets; its access keys, and those of its users (`users.py`), sign requests
 and upload policies. The names and limits are AWS IAM's (a unique name, at most two access keys each). A secret access
 key is stored sealed by the vault, bound to its key's id and owner, and comes out only to check a signature: a stolen
 database gives none away, and a sealed secret that somebody moved to another row, or a user's key that somebody made an
 account's, does not open. Who may do what is not decided here.
+
+Access keys that have just signed a request, so that a client's next one need not ask the database again.
+
+A key is kept for less than a second, whatever it signs meanwhile: one that is deleted or made inactive in the database
+stops working within a second, in every process. Only keys that have proved a signature are kept, and only so many:
+a million unknown ones cost nothing here, and nobody learns from our haste whether a key exists.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import secrets
+import string
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 import sqlalchemy as sa
 
 from thrave.database import access_key, account, iam_user, utc_now
 from thrave.identity.certificates import certificate_pem, load_certificate
 from thrave.identity.errors import EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
-from thrave.identity.keys import AccessKey, User, new_access_key_id, new_account_id, new_secret_access_key
 from thrave.vault import Vault
 
+_ID_ALPHABET = string.ascii_uppercase + "234567"
+
+
+_SECRET_ALPHABET = string.ascii_letters + string.digits + "+/"
+
+
+Status = Literal["Active", "Inactive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class User:
+    """A user of an account.
+
+    Attributes:
+        user_id: Never given again, as a name may be.
+        account_id: The account that the user acts for.
+        user_name: Unique in the account, without regard to case.
+        policy_version: Another number after every change of the user's policies.
+        create_date: In UTC.
+    """
+
+    user_id: str
+    account_id: str
+    user_name: str
+    policy_version: int
+    create_date: datetime
+
+    @property
+    def arn(self) -> str:
+        """The user's Amazon Resource Name."""
+        return f"arn:aws:iam::{self.account_id}:user/{self.user_name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessKey:
+    """An access key of an account, or of a user of it; an inactive one must not be let in."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    account_id: str
+    status: Status
+    create_date: datetime
+    user: User | None = None
+
+
+def new_access_key_id() -> str:
+    """Draw an access key id: `AKIA` and 16 characters, 80 random bits."""
+    return "AKIA" + _draw(_ID_ALPHABET, 16)
+
+
+def new_user_id() -> str:
+    """Draw a user's id: `AIDA` and 16 characters."""
+    return "AIDA" + _draw(_ID_ALPHABET, 16)
+
+
+def new_secret_access_key() -> str:
+    """Draw a secret access key of 40 characters, 240 random bits."""
+    return _draw(_SECRET_ALPHABET, 40)
+
+
+def new_account_id() -> str:
+    """Draw an account id: 12 digits, the first not 0, so that nothing that takes it for a number cuts it short."""
+    return str(secrets.randbelow(9 * 10**11) + 10**11)
+
+
+def _draw(alphabet: str, length: int) -> str:
+    return "".join(secrets.choice(alphabet) for _ in range(length))
+
+
 KEYS_PER_OWNER = 2  # IAM's quota "access keys per user"
+
+
 _NOBODY = "access key of nobody"
+
+
 _NAME = re.compile(r"[A-Za-z0-9+=,.@_-]{1,64}")  # as IAM's user names
+
+
 _KEY_ID = re.compile(r"\w{3,32}", re.ASCII)
+
+
 _SECRET = re.compile(r"[!-~]{8,128}")
 
 
@@ -236,3 +328,35 @@ def _no_such_account(account_id: str) -> NoSuchEntity:
 def _context(access_key_id: str, account_id: str, user_id: str | None) -> str:
     owner = f"account {account_id}" if user_id is None else f"user {user_id} of account {account_id}"
     return f"access key {access_key_id} of {owner}"
+
+
+LIFE = 0.9  # seconds; what is missing to one is for the thread that has read a key and is slow to remember it
+
+
+LIMIT = 4096  # keys
+
+
+class KeyCache:
+    """The keys of the last moment, in memory. Safe to use from several threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, limit: int = LIMIT) -> None:
+        """Keep at most `limit` keys, by a clock of seconds."""
+        self._clock = clock
+        self._limit = limit
+        self._kept: dict[str, tuple[float, AccessKey]] = {}  # with the time until which it is good; the oldest first
+        self._lock = threading.Lock()
+
+    def find(self, access_key_id: str) -> AccessKey | None:
+        """The key, if it was first remembered within the last moment."""
+        kept = self._kept.get(access_key_id)
+        return kept[1] if kept and self._clock() < kept[0] else None
+
+    def remember(self, key: AccessKey) -> None:
+        """Keep a key that has signed a request, as the database has just given it."""
+        if self.find(key.access_key_id):
+            return
+        with self._lock:
+            self._kept.pop(key.access_key_id, None)
+            if len(self._kept) >= self._limit:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key.access_key_id] = (self._clock() + LIFE, key)

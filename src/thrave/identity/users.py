@@ -19,6 +19,7 @@ import sqlalchemy as sa
 import structlog
 
 from thrave.database import account, iam_user, user_policy, utc_now
+from thrave.identity.accounts import User, new_user_id
 from thrave.identity.errors import (
     EntityAlreadyExists,
     LimitExceeded,
@@ -26,7 +27,6 @@ from thrave.identity.errors import (
     NoSuchEntity,
     ValidationError,
 )
-from thrave.identity.keys import User, new_user_id
 from thrave.identity.policies import CHARACTERS, Statement, length, parse_policy
 
 _NAME = re.compile(r"[A-Za-z0-9+=,.@_-]+")

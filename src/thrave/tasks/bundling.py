@@ -28,8 +28,7 @@ from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, Vol
 from thrave.compute.instances import Instances
 from thrave.concurrency import Call
 from thrave.identity.accounts import Accounts
-from thrave.identity.certificates import load_certificate
-from thrave.identity.service import ServiceIdentity
+from thrave.identity.certificates import ServiceIdentity, load_certificate
 from thrave.tasks.crash_points import durable
 from thrave.tasks.engine import RUNNING
 from thrave.tasks.failures import Cancelled, Kind, TaskFailure, failure_from, kind_of

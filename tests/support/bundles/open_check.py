@@ -6,8 +6,7 @@ from pathlib import Path
 from thrave.bundle.base import DirectoryParts
 from thrave.bundle.model import bound_side_filename, manifest_filename, side_filename
 from thrave.bundle.opener import open_bundle
-from thrave.identity.certificates import load_certificate, load_private_key
-from thrave.identity.service import CERTIFICATE_FILE, PRIVATE_KEY_FILE
+from thrave.identity.certificates import CERTIFICATE_FILE, PRIVATE_KEY_FILE, load_certificate, load_private_key
 from thrave.testing import ThraveServer
 
 

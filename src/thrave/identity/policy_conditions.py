@@ -1,4 +1,10 @@
-"""The `PolicyCondition` element of IAM's policy language: which keys and operators are understood, and what they mean.
+"""JSON documents that somebody else wrote, read so that nothing in them can be overlooked.
+
+A name given twice, a number that is none, nesting without end: each is an error of ours, because a reader that is
+content with the last of two `Effect`s decides something other than what stands there. What a document means is not
+decided here.
+
+The `PolicyCondition` element of IAM's policy language: which keys and operators are understood, and what they mean.
 
 Two literal tables say it all, `KEYS` and `OPERATORS`; the docs' page of policies is made from them. Whatever is not in
 them is refused when the policy is stored, and so is a value that its operator cannot compare. After that nothing can go
@@ -11,31 +17,116 @@ does; with `IfExists` either holds.
 """
 
 import fnmatch
+import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, NoReturn, cast
 
-from thrave.identity.documents import members, one_or_more, shown
 from thrave.identity.errors import MalformedPolicyDocument
 
+_SHOWN = 80  # characters of a value that a message repeats
+
+
+def load(text: str) -> object:
+    """Read JSON.
+
+    Raises:
+        MalformedPolicyDocument: It is none, or says something twice.
+    """
+    try:
+        text.encode()
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise MalformedPolicyDocument("The document is nested too deeply.") from None
+    except ValueError as error:  # of json and of Unicode both
+        raise MalformedPolicyDocument(f"The document is not valid JSON: {ascii(str(error))[1:-1][:_SHOWN]}.") from None
+
+
+def members(value: object, name: str) -> Mapping[str, object]:
+    """Take a value for an object.
+
+    Raises:
+        MalformedPolicyDocument: It is something else.
+    """
+    if not isinstance(value, dict):
+        raise MalformedPolicyDocument(f"{name} must be a JSON object.")
+    return value
+
+
+def one_or_more(value: object, name: str) -> Sequence[object]:
+    """Take a value for a list of at least one; what is no list is a list of one, as everywhere in IAM's grammar.
+
+    Raises:
+        MalformedPolicyDocument: The list is empty.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise MalformedPolicyDocument(f"{name} is an empty list.")
+    return values
+
+
+def texts(value: object, name: str) -> Sequence[str]:
+    """Take a value for a text or a list of them.
+
+    Raises:
+        MalformedPolicyDocument: It is something else, or an empty list.
+    """
+    values = one_or_more(value, name)
+    if not all(isinstance(each, str) for each in values):
+        raise MalformedPolicyDocument(f"{name} must be a text, or a list of texts.")
+    return [str(each) for each in values]
+
+
+def shown(value: object) -> str:
+    """Write a value as JSON for a message: in ASCII, and cut short."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MalformedPolicyDocument(f"{shown(twice)} is given twice.")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedPolicyDocument(f"{name} is not valid JSON.")
+
+
 Type = Literal["String", "Date", "Boolean", "IP address", "any"]
+
+
 Test = Callable[[object], bool]
 
+
 _IF_EXISTS = "IfExists"
+
+
 _BOOLEANS = {"true": True, "false": False, True: True, False: False}
+
+
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2}))?", re.ASCII)
+
+
 _EPOCH_SECONDS = re.compile(r"\d{9,11}", re.ASCII)
+
+
 _CIDR = re.compile(r"[0-9A-Fa-f.:]+(/\d{1,3})?", re.ASCII)
+
+
 _MAPPED = IPv6Network("::ffff:0:0/96")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class RequestContext:
     """What a request is judged by, beside who makes it and what for.
 
     Attributes:
@@ -65,15 +156,15 @@ def source_address(text: str | None) -> IPv4Address | IPv6Address | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
+class IamCondition:
     """One key under one operator, ready to be asked."""
 
-    value: Callable[[Context], object]
+    value: Callable[[RequestContext], object]
     tests: tuple[Test, ...]
     negated: bool
     when_absent: bool
 
-    def holds(self, context: Context) -> bool:
+    def holds(self, context: RequestContext) -> bool:
         """Say whether the condition is met."""
         value = self.value(context)
         if value is None:
@@ -81,7 +172,7 @@ class Condition:
         return any(test(value) for test in self.tests) != self.negated
 
 
-def parse_conditions(block: object) -> tuple[Condition, ...]:
+def parse_conditions(block: object) -> tuple[IamCondition, ...]:
     """Read a `PolicyCondition` element; all that it gives must hold.
 
     Raises:
@@ -100,7 +191,7 @@ def _some(keys: Mapping[str, object], name: str) -> Mapping[str, object]:
     return keys
 
 
-def _condition(name: str, key_name: str, values: object) -> Condition:
+def _condition(name: str, key_name: str, values: object) -> IamCondition:
     kind, if_exists = _operator(name)
     key = _KEYS_BY_LOWER_NAME.get(key_name.lower())
     if key is None:
@@ -110,8 +201,8 @@ def _condition(name: str, key_name: str, values: object) -> Condition:
         raise MalformedPolicyDocument(f"{shown(name)} cannot compare {shown(key_name)}; use {fitting} or Null.")
     tests = tuple(_test(kind, value, f"{name} {key_name}") for value in one_or_more(values, f"{name} {key_name}"))
     if kind.type == "any":
-        return Condition(lambda context: key.value(context) is None, tests, negated=False, when_absent=False)
-    return Condition(key.value, tests, negated=kind.negated, when_absent=if_exists or kind.negated)
+        return IamCondition(lambda context: key.value(context) is None, tests, negated=False, when_absent=False)
+    return IamCondition(key.value, tests, negated=kind.negated, when_absent=if_exists or kind.negated)
 
 
 def _operator(name: str) -> tuple["Operator", bool]:
@@ -201,7 +292,7 @@ class Key(NamedTuple):
     """A row of the table of keys."""
 
     type: Type
-    value: Callable[[Context], object]
+    value: Callable[[RequestContext], object]
     meaning: str
 
 
@@ -226,7 +317,10 @@ KEYS: Mapping[str, Key] = {
         "Who opened the connection (behind a proxy, the proxy); IPv4 in IPv6 is IPv4.",
     ),
 }
+
+
 _KEYS_BY_LOWER_NAME = {name.lower(): key for name, key in KEYS.items()}  # IAM's keys know no case
+
 
 OPERATORS: Mapping[str, Operator] = {
     "StringEquals": Operator("String", _equals, "The same text."),
@@ -245,8 +339,13 @@ OPERATORS: Mapping[str, Operator] = {
     "Null": Operator("any", _boolean, "`true`: the request has no value for the key; `false`: it has one."),
 }
 
+
 _AN_INSTANT = "no request comes at exactly one instant; bound a time with DateGreaterThanEquals and DateLessThan."
+
+
 _ONE_VALUE = "every key here has one value, and ForAllValues holds without any; leave the prefix out."
+
+
 REFUSED: Mapping[str, str] = {
     **{f"{name}{end}": _AN_INSTANT for name in ("DateEquals", "DateNotEquals") for end in ("", _IF_EXISTS)},
     **{
