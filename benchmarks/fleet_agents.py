@@ -22,9 +22,9 @@ from fleet_setup import Backend, Setup, describe_instance, host_name, make_reque
 
 from thrave.buckets.base import ObjectHead
 from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, SealedBundle, StreamPosition
-from thrave.compute.fleet import InstanceReports
+from thrave.compute.base import StoppedHold
+from thrave.compute.fleet import InstanceReporter
 from thrave.compute.instance import Instance, InstanceState
-from thrave.compute.instances import Hold
 from thrave.compute.power_records import PowerRecords
 from thrave.database import host
 from thrave.tasks.bundling import Bundling, Host
@@ -86,7 +86,7 @@ class MemoryInstances:
         """See Instances."""
         self._set_state(instance_id, InstanceState.RUNNING)
 
-    def hold(self, _instance_id: str) -> AbstractContextManager[Hold]:
+    def hold(self, _instance_id: str) -> AbstractContextManager[StoppedHold]:
         """See Instances."""
         return nullcontext(_MemoryHold())
 
@@ -209,7 +209,7 @@ class SimulatedAgent:
         self._backend = backend
         instances = range(number, setup.scale.instances, setup.scale.hosts)
         self._instances = MemoryInstances(describe_instance(setup, instance) for instance in instances)
-        self._reports = InstanceReports(components.database, self._instances, self.name)
+        self._reports = InstanceReporter(components.database, self._instances, self.name)
         self._power = PowerRecords(components.database, self.name)
         self.fence = Fence(self.name, "")
 

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 from dbos._sys_db import SystemDatabase  # makes the database calls of a worker of DBOS
 
-from thrave.compute.fleet import ReportedInstances
+from thrave.compute.fleet import FleetInventory
 from thrave.compute.instance import Instance, VolumeFile
 from thrave.config import Settings
 from thrave.ground import Ground, open_ground
@@ -128,7 +128,7 @@ class Backend:
             self.components.database,
             self.components.records(),
             self.components.queues.enqueue,
-            host_of=ReportedInstances(self.components.database).host_of,
+            host_of=FleetInventory(self.components.database).host_of,
             retention=self.components.settings.task_retention,
             per_account=self.components.settings.max_tasks_per_account,
         )

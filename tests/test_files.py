@@ -26,12 +26,12 @@ def test_what_somebody_is_writing_is_not_swept_and_what_a_dead_one_wrote_is(tmp_
         [sys.executable, "-c", WRITER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as writer:
         assert writer.stdout.readline() == b"writing\n"
-        files.sweep(tmp_path)
+        files.remove_stale(tmp_path)
         (unfinished,) = names(tmp_path)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
     assert names(tmp_path) == [unfinished]
-    files.sweep(tmp_path)
+    files.remove_stale(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -40,7 +40,7 @@ def test_writers_and_sweepers_do_not_disturb_each_other(tmp_path):
 
     def sweep():
         while not over.is_set():
-            files.sweep(tmp_path)
+            files.remove_stale(tmp_path)
 
     with ThreadPoolExecutor(3) as pool:
         sweepers = [pool.submit(sweep) for _ in range(2)]
@@ -55,5 +55,5 @@ def test_writers_and_sweepers_do_not_disturb_each_other(tmp_path):
 
 def test_files_of_other_names_are_not_swept(tmp_path):
     (tmp_path / "new-file").touch()
-    files.sweep(tmp_path)
+    files.remove_stale(tmp_path)
     assert names(tmp_path) == ["new-file"]

@@ -22,7 +22,7 @@ WITHOUT = {
     ("pipeline.py", "jobs.get()"): CREW,
     ("pipeline.py", "channel.get()"): CREW,
     ("buckets/attempts.py", "_current.get()"): "a context variable",
-    ("compute/answering.py", "_given_up.get()"): "a context variable",
+    ("compute/timeouts.py", "_given_up.get()"): "a context variable",
     ("compute/start_check.py", "_current.get()"): "a context variable",
     ("listening.py", "_PEER.get()"): "a context variable",
     ("demo/job.py", "waiter.wait(**ids, WaiterConfig={'Delay': 1, 'MaxAttempts': WAIT_TIMEOUT})"): "boto3's own limit",

@@ -14,8 +14,8 @@ from functools import partial
 import structlog
 
 from thrave import files
-from thrave.compute.fleet import InstanceReports
-from thrave.compute.power import PowerRequests
+from thrave.compute.fleet import InstanceReporter
+from thrave.compute.power import BackgroundPower
 from thrave.compute.power_records import PowerRecords
 from thrave.concurrency import repeat, supervised
 from thrave.database import is_unavailable
@@ -97,7 +97,7 @@ class Agent:
         self._lease.renewed(sent)
         if reports:
             self._remember_name()
-            report = InstanceReports(ground.database, ground.instances, name, fence.holds).report
+            report = InstanceReporter(ground.database, ground.instances, name, fence.holds).report
             report()
             self._begin("reports", REPORT_INTERVAL, report)
             self.power = self._power(fence)
@@ -154,12 +154,12 @@ class Agent:
         self._begin("made buckets", leftovers.INTERVAL, partial(made.look, ground.buckets, name))
         self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
 
-    def _power(self, fence: Fence | None) -> PowerRequests:
+    def _power(self, fence: Fence | None) -> BackgroundPower:
         database = self._ground.database
         self._power_records = (
             PowerRecords(database) if fence is None else PowerRecords(database, fence.host, fence.holds)
         )
-        return PowerRequests(
+        return BackgroundPower(
             self._ground.instances,
             self._power_records,
             grace=self._settings.shutdown_timeout,

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp
 
 from thrave.agent import Agent
 from thrave.buckets.retrying_store import RetryingStore
-from thrave.compute.fleet import ReportedInstances
-from thrave.compute.instances import Inventory
+from thrave.compute.base import InstanceInventory
+from thrave.compute.fleet import FleetInventory
 from thrave.compute.power import PowerControl
 from thrave.concurrency import supervised
 from thrave.config import Settings
@@ -78,7 +78,7 @@ def serve_api(settings: Settings, listening: Listening) -> None:
     ground = _start(settings, database_timeout=DATABASE_TIMEOUT)
     ground.open()
     _ = ground.service
-    fleet = ReportedInstances(ground.database)
+    fleet = FleetInventory(ground.database)
     _listen(listener, create_app(_door(ground, fleet, fleet, fleet.host_of)), listening, None)
 
 
@@ -123,7 +123,7 @@ def _end_at_once(error: DatabaseReplacedError) -> Never:
     os._exit(1)
 
 
-def _door(ground: Ground, instances: Inventory, power: PowerControl, host_of: Callable[[str], str]) -> Door:
+def _door(ground: Ground, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]) -> Door:
     """The EC2 door, in front of these instances."""
     settings = ground.settings
     tasks = BundleTasks(

@@ -1,4 +1,9 @@
-"""Files that are whole or not there: created once, or replaced, and on the disk when the call returns.
+"""Locks between processes that end with their holder, however it ends: flock(2) on a file of its own.
+
+Two opens of the file exclude each other also within one process, so they work between threads too. Lock files hold
+nothing and are never removed: removing one while another process waits for it would let two in.
+
+Files that are whole or not there: created once, or replaced, and on the disk when the call returns.
 
 What every room that keeps its state in files needs (the vault's key, the service's identity, buckets on a
 disk). A reader never sees half a file, a crash never leaves one under its real name, and a new file is for
@@ -11,9 +16,52 @@ import os
 import pwd
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LOCK_TIMEOUT = 30.0  # seconds
+
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # seconds between two attempts
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock for the length of the block.
+
+    Args:
+        path: The lock's file; it is made when it is not there, its folder too.
+        wait: Wait until it is free, LOCK_TIMEOUT seconds at the most, or give up at once: whoever holds it may hang in
+            a file system or a hypervisor that does not answer.
+
+    Raises:
+        BlockingIOError: Somebody else has it.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _lock(descriptor, LOCK_TIMEOUT if wait else 0.0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        else:
+            return
+
 
 _NEW = ".new-"
 
@@ -22,7 +70,7 @@ class OpenToOthersError(PermissionError):
     """A file or folder that should be its owner's alone is not; the message has the command that closes it."""
 
 
-def create_once(path: Path, data: bytes) -> bool:
+def create_exclusive(path: Path, data: bytes) -> bool:
     """Create a file with its content, unless the name is taken.
 
     Of several processes that do this at once exactly one wins, and the others find its whole content.
@@ -64,7 +112,7 @@ def replace(path: Path, data: bytes | memoryview, *, spool: Path) -> None:
     sync_folder(path.parent)
 
 
-def sweep(spool: Path) -> None:
+def remove_stale(spool: Path) -> None:
     """Remove the files that processes were writing in a spool folder when they died; not those of living ones."""
     for path in spool.glob(f"{_NEW}*"):
         with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:

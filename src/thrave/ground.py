@@ -22,11 +22,9 @@ import sqlalchemy as sa
 
 from thrave import files
 from thrave.buckets.base import ObjectStore
-from thrave.buckets.opening import open_store
 from thrave.buckets.s3_client import Credentials
 from thrave.buckets.s3_store import KeyOwner
-from thrave.compute.instances import Instances
-from thrave.compute.opening import open_instances
+from thrave.compute.base import HypervisorDriver
 from thrave.config import Settings
 from thrave.database import (
     TIMEOUT,
@@ -40,6 +38,7 @@ from thrave.database import (
     place,
     vault_check,
 )
+from thrave.drivers import open_driver, open_store
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity
 from thrave.identity.errors import ServiceIdentityError
@@ -110,9 +109,9 @@ class Ground:
         return open_store(self.settings, self._holder)
 
     @cached_property
-    def instances(self) -> Instances:
+    def instances(self) -> HypervisorDriver:
         """The instances of this machine."""
-        return open_instances(self.settings)
+        return open_driver(self.settings)
 
     @cached_property
     def service(self) -> ServiceIdentity:

@@ -30,8 +30,8 @@ from typing import Any, ClassVar, Self
 from pydantic import SecretStr
 
 from thrave import programs
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import Instance, VolumeFile
 from thrave.concurrency import later, supervised
 from thrave.config import DataDirectory, Settings
@@ -133,7 +133,7 @@ class ThraveServer:
             account_id: Its owner's.
             root_volume: The raw disk that is bundled.
             volumes: Other raw disks, which are not.
-            details: Any field of `thrave.compute.descriptions.Description`, as `platform=None`.
+            details: Any field of `thrave.compute.description_files.InstanceDescription`, as `platform=None`.
         """
         given = {
             "instance_id": new_instance_id(),
@@ -143,14 +143,14 @@ class ThraveServer:
             "volumes": tuple(VolumeFile(path=volume.absolute(), device_name=f"xvd{letter}")
                              for volume, letter in zip(volumes, ascii_lowercase[1:], strict=False)),
         }  # fmt: skip
-        description = Description(**{**given, **details})
+        description = InstanceDescription(**{**given, **details})
         self.instances.add(description)
         return description
 
     @property
-    def instances(self) -> DirectoryInstances:
+    def instances(self) -> DirectoryDriver:
         """The instances that the server knows."""
-        return DirectoryInstances(Path(self.environment.get("THRAVE_INSTANCE_DIR", self.data.instances)))
+        return DirectoryDriver(Path(self.environment.get("THRAVE_INSTANCE_DIR", self.data.instances)))
 
     def client(self, key: AccessKey, service: str = "ec2", **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
         """An unmodified boto3 client for EC2, or for `sts`; `options` as `boto3.client` takes them.

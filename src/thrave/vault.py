@@ -64,7 +64,7 @@ class Vault:
             VaultKeyError: The file is not a vault's key, is open to others, or cannot be read or made.
         """
         try:
-            files.create_once(path, os.urandom(_KEY_BYTES))
+            files.create_exclusive(path, os.urandom(_KEY_BYTES))
         except OSError as error:
             raise VaultKeyError(f"the vault's key file cannot be used: {error}") from error
         return cls.open(path)

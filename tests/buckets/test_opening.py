@@ -5,10 +5,10 @@ from pydantic import ValidationError
 
 from thrave.buckets.directory_store import DirectoryStore
 from thrave.buckets.errors import InvalidArgument
-from thrave.buckets.opening import open_store, read_credentials, store_connection
 from thrave.buckets.s3_client import Credentials
 from thrave.buckets.s3_store import OwnerKeyStore, ServiceKeyStore
 from thrave.config import Settings, load_settings
+from thrave.drivers import open_store, read_credentials, store_connection
 
 SECRET = "secret%of/the+service"
 IN_ENVIRONMENT = {"s3_access_key_id": "AKIASERVICE", "s3_secret_access_key": SECRET}

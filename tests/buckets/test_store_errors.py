@@ -24,12 +24,12 @@ from thrave.buckets.errors import (
     error_from_response,
     row_of,
 )
-from thrave.buckets.opening import open_store, store_connection
 from thrave.buckets.retrying_store import retry_store
 from thrave.buckets.s3_client import Credentials, StoreConfig
 from thrave.buckets.s3_objects import S3ObjectClient
 from thrave.buckets.s3_store import ServiceKeyStore
 from thrave.config import Settings
+from thrave.drivers import open_store, store_connection
 
 KEY = Credentials(access_key_id="AKIA", secret_access_key="secret")
 

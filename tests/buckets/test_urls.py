@@ -6,11 +6,11 @@ from pydantic import ValidationError
 from support.buckets.upload_policies import verified
 from support.servers.scripted_store import http, scripted
 from thrave.buckets.errors import BucketError, InvalidArgument, InvalidBucketName, StoreSettingError
-from thrave.buckets.opening import store_connection
 from thrave.buckets.s3_client import Proxy, StoreConfig
 from thrave.buckets.s3_objects import S3ObjectClient
 from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore
 from thrave.config import Settings, normal_endpoint
+from thrave.drivers import store_connection
 
 SPELLINGS = {
     "https://s3.example.com": "https://s3.example.com",

@@ -4,17 +4,17 @@ import gc
 
 import pytest
 
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute.commands import BackgroundStops
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import VolumeFile
-from thrave.compute.stopping import StopCommands
 
 
 @pytest.fixture(autouse=True)
 def no_stop_command_outlives_its_test():
     """A stopCommand goes on in the background; whoever asked for it in a test does not look at it again."""
     yield
-    for stops in [found for found in gc.get_objects() if isinstance(found, StopCommands)]:
+    for stops in [found for found in gc.get_objects() if isinstance(found, BackgroundStops)]:
         for instance_id in [*stops._running]:
             stops.abandon(instance_id)
 
@@ -33,7 +33,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def instances(root):
-    return DirectoryInstances(root, command_seconds=20.0)
+    return DirectoryDriver(root, command_seconds=20.0)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def described(disk):
     """Describes an instance on `disk`."""
 
     def describe(**changes):
-        return Description(
+        return InstanceDescription(
             **{
                 "instance_id": new_instance_id(),
                 "account_id": "123456789012",

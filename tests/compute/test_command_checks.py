@@ -7,18 +7,17 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from thrave.compute import libvirt_overlays, merging, overlay_files
-from thrave.compute.domains import instance_id_of
+from thrave.compute.base import Overlay
 from thrave.compute.instance import VolumeFile
-from thrave.compute.instances import Frozen
-from thrave.compute.libvirt_overlays import LibvirtOverlays
-from thrave.compute.merging import Merging
-from thrave.compute.overlay_steps import Stand, Standing
+from thrave.compute.libvirt import overlay_files, overlay_merge, overlays
+from thrave.compute.libvirt.instance_mapping import instance_id_of
+from thrave.compute.libvirt.overlay_merge import DiskLocation, OverlayMerge, RootDisk
+from thrave.compute.libvirt.overlays import LibvirtOverlays
 from thrave.compute.start_check import start_allowed_by
 
 INSTANCE = instance_id_of("00000000-0000-0000-0000-000000000001")
-FROZEN = Frozen(VolumeFile(path=Path("/vm/root.raw")), Path("/vm/root.overlay"))
-OUT = Standing(Stand.NOWHERE, None)
+FROZEN = Overlay(VolumeFile(path=Path("/vm/root.raw")), Path("/vm/root.overlay"))
+OUT = RootDisk(DiskLocation.NOWHERE, None)
 
 
 class TooLateError(Exception):
@@ -27,7 +26,7 @@ class TooLateError(Exception):
 
 def on(stand, **mirror):
     disk = SimpleNamespace(target="vda", mirror=SimpleNamespace(**mirror) if mirror else None)
-    return Standing(stand, disk)
+    return RootDisk(stand, disk)
 
 
 class Host:
@@ -47,10 +46,10 @@ class Host:
             monkeypatch.setattr(overlay_files, name, lambda *_: None)
         monkeypatch.setattr(overlay_files, "is_there", lambda *_: True)
         monkeypatch.setattr(overlay_files, "is_empty", lambda *_: True)
-        for module in (merging, libvirt_overlays):
+        for module in (overlay_merge, overlays):
             monkeypatch.setattr(module, "without_overlay", MagicMock())
-        monkeypatch.setattr(libvirt_overlays, "with_overlay", MagicMock())
-        monkeypatch.setattr(libvirt_overlays, "record_of", lambda *_: None)
+        monkeypatch.setattr(overlays, "with_overlay", MagicMock())
+        monkeypatch.setattr(overlays, "record_of", lambda *_: None)
         sighting = SimpleNamespace(uuid="uuid", record=None)
         self.host = SimpleNamespace(
             hypervisor=SimpleNamespace(asked=self.asked),
@@ -75,10 +74,10 @@ class Host:
 
 
 MERGES = [
-    (on(Stand.OVERLAY), on(Stand.OVERLAY), ["blockCommit"]),
-    (on(Stand.OVERLAY, job="active-commit", ready=True), on(Stand.OVERLAY), ["blockJobAbort"]),
-    (OUT, on(Stand.OVERLAY), ["commit", "defineXML"]),
-    (on(Stand.VOLUME), on(Stand.OVERLAY), ["defineXML"]),
+    (on(DiskLocation.OVERLAY), on(DiskLocation.OVERLAY), ["blockCommit"]),
+    (on(DiskLocation.OVERLAY, job="active-commit", ready=True), on(DiskLocation.OVERLAY), ["blockJobAbort"]),
+    (OUT, on(DiskLocation.OVERLAY), ["commit", "defineXML"]),
+    (on(DiskLocation.VOLUME), on(DiskLocation.OVERLAY), ["defineXML"]),
     (OUT, OUT, ["commit"]),
 ]
 
@@ -87,12 +86,12 @@ MERGES = [
 @pytest.mark.parametrize(("live", "config", "commands"), MERGES, ids=lambda value: str(value)[:30])
 def test_each_command_of_a_merge_is_checked(monkeypatch, live, config, commands, allowed):
     host = Host(monkeypatch, live, config, allowed)
-    checked(host, commands, lambda: Merging(host.host, INSTANCE, FROZEN, lambda _seconds: None).step())
+    checked(host, commands, lambda: OverlayMerge(host.host, INSTANCE, FROZEN, lambda _seconds: None).step())
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 99])
 def test_each_command_of_a_freeze_is_checked_also_in_the_thread_that_asks(monkeypatch, allowed):
-    host = Host(monkeypatch, OUT, on(Stand.VOLUME), allowed)
+    host = Host(monkeypatch, OUT, on(DiskLocation.VOLUME), allowed)
     checked(host, ["create", "defineXML"], lambda: LibvirtOverlays(host.host).freeze(INSTANCE, FROZEN))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from support.eventually import eventually
 from thrave.compute.commands import STATE_WORDS
-from thrave.compute.directory import DirectoryInstances
+from thrave.compute.directory_driver import DirectoryDriver
 from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed
 from thrave.compute.instance import InstanceState, OffReason
 
@@ -161,7 +161,7 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(root, added, 
     )
     instance_id = added(state="stopped", start_command=python(code, pids))
     with pytest.raises(InstanceCommandFailed, match="took more than 2 seconds and was killed"):
-        DirectoryInstances(root, command_seconds=2.0).start(instance_id)
+        DirectoryDriver(root, command_seconds=2.0).start(instance_id)
     assert eventually(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from support.instances.inventories import Commands, Domains, Files
-from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import IncorrectInstanceState, InstanceLocked, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import InstanceState
 from thrave.compute.start_check import start_allowed_by
 
@@ -129,7 +129,7 @@ def test_a_stopped_or_held_instance_can_be_terminated(instances, instance_id):
 
 def test_a_held_instance_is_not_started(instances, instance_id):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id), pytest.raises(InstanceHeld):
+    with instances.hold(instance_id), pytest.raises(InstanceLocked):
         instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED
     instances.start(instance_id)
@@ -138,7 +138,7 @@ def test_a_held_instance_is_not_started(instances, instance_id):
 def test_one_can_hold_an_instance_and_everybody_can_look(inventory, instances, instance_id):
     other = inventory.add()
     with instances.hold(instance_id):
-        with pytest.raises(InstanceHeld), instances.hold(instance_id):
+        with pytest.raises(InstanceLocked), instances.hold(instance_id):
             pass
         with instances.hold(other):
             assert instances.state(instance_id) is InstanceState.RUNNING
@@ -157,7 +157,7 @@ def test_a_hold_ends_when_its_process_is_killed(inventory, instances, instance_i
     code = f"{inventory.holding(instance_id)} print('held', flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(InstanceHeld):
+        with pytest.raises(InstanceLocked):
             instances.start(instance_id)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -189,7 +189,7 @@ def test_another_process_sees_the_same(inventory, instances, instance_id):
 
 def test_many_threads_do_not_disturb_each_other(instances, instance_id):
     def switch(number):
-        with suppress(InstanceHeld):
+        with suppress(InstanceLocked):
             (instances.request_stop if number % 2 else instances.start)(instance_id)
         return instances.get(instance_id).instance_id
 
@@ -226,7 +226,7 @@ def test_who_has_a_disk_is_told_unless_it_is_off(inventory, instances, instance_
 
 
 def test_removing_forgets_the_instance_and_leaves_its_volume(inventory, instances, instance_id, disk):
-    with instances.hold(instance_id), pytest.raises(InstanceHeld):
+    with instances.hold(instance_id), pytest.raises(InstanceLocked):
         inventory.remove(instance_id)
     inventory.remove(instance_id)
     assert instances.list() == []

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from thrave.compute import descriptions
-from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute import description_files
+from thrave.compute.description_files import DescriptionFiles
+from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.errors import (
     InstanceAlreadyExists,
     InstanceCommandFailed,
@@ -18,10 +19,9 @@ from thrave.compute.errors import (
     InvalidDescriptionError,
     RootVolumeInUse,
 )
-from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import InstanceState, OffReason, VolumeFile
-from thrave.compute.locks import locked
 from thrave.compute.start_check import start_allowed_by
+from thrave.files import file_lock
 
 ID = "i-0123456789abcdef0"
 
@@ -129,7 +129,7 @@ def test_files_of_other_names_are_nobodys_business(instances, added, root):
 @given(content=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 def test_no_content_of_a_file_is_unforeseen(content):
     with pytest.raises(InvalidDescriptionError):
-        descriptions.read(ID, content, "it")
+        description_files.read(ID, content, "it")
 
 
 COMMANDS = st.none() | st.lists(st.text(max_size=20), min_size=1, max_size=4).map(tuple)
@@ -151,7 +151,7 @@ def test_what_is_written_is_read_again(described, commands, state, name):
         state=state,
         root_device_name=name,
     )
-    assert descriptions.read(written.instance_id, descriptions.write(written), "it") == written
+    assert description_files.read(written.instance_id, description_files.write(written), "it") == written
 
 
 def test_an_id_can_be_taken_once(instances, added, described):
@@ -187,7 +187,7 @@ def test_what_is_no_instance_is_not_added(instances, described, root, changes, m
 
 def test_a_change_that_is_being_written_does_not_bring_a_removed_instance_back(instances, added, root):
     instance_id = added()
-    with locked(root / ".locks" / f"{instance_id}.change", wait=True):
+    with file_lock(root / ".locks" / f"{instance_id}.change", wait=True):
         removal = threading.Thread(target=instances.remove, args=(instance_id,))
         removal.start()
         removal.join(0.2)
@@ -207,7 +207,7 @@ class Died(BaseException):
 @pytest.mark.parametrize("event", [Died(), OSError(errno.ENOSPC, "no space")])
 def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, root, tmp_path, monkeypatch, event):
     instance_id = added(state="stopped", start_command=(*STARTS_ONCE, str(tmp_path / "machine")))
-    change = DescriptionFolder.change
+    change = DescriptionFiles.change
 
     def cut_off(self, of, state, **details):
         if state is InstanceState.RUNNING:
@@ -215,10 +215,10 @@ def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, 
         change(self, of, state, **details)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DescriptionFolder, "change", cut_off)
+        patched.setattr(DescriptionFiles, "change", cut_off)
         with pytest.raises(type(event)):
             instances.start(instance_id)
-    instances = DirectoryInstances(root)  # after a restart
+    instances = DirectoryDriver(root)  # after a restart
     for _ in range(2):
         assert instances.state(instance_id) is InstanceState.PENDING
         with instances.hold(instance_id) as hold, pytest.raises(RootVolumeInUse):
@@ -241,7 +241,7 @@ def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, 
 def test_a_start_that_has_certainly_failed_leaves_the_instance_as_it_was(root, added, instances, command, state):
     instance_id = added(state="stopped", off_reason=OffReason.CRASHED, start_command=command)
     with pytest.raises(InstanceCommandFailed):
-        DirectoryInstances(root, command_seconds=0.5 if command[0] == "sleep" else 20.0).start(instance_id)
+        DirectoryDriver(root, command_seconds=0.5 if command[0] == "sleep" else 20.0).start(instance_id)
     found = instances.get(instance_id)
     assert (found.state, found.off_reason) == (state, OffReason.CRASHED if state is InstanceState.STOPPED else None)
 

@@ -6,10 +6,10 @@ import pytest
 import sqlalchemy as sa
 
 from thrave.compute import fleet
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import DirectoryInstances
-from thrave.compute.errors import HypervisorGoneError
-from thrave.compute.fleet import InstanceReports
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import DirectoryDriver
+from thrave.compute.errors import HypervisorUnavailable
+from thrave.compute.fleet import InstanceReporter
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.database import instance as instance_table
 
@@ -18,7 +18,7 @@ FIRST, SECOND = "i-00000000000000001", "i-00000000000000002"
 
 @pytest.fixture
 def instances(tmp_path):
-    return DirectoryInstances(tmp_path / "instances")
+    return DirectoryDriver(tmp_path / "instances")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def add(instances, tmp_path):
     def add(instance_id, **details):
         volume = VolumeFile(path=disk)
         given = {"instance_id": instance_id, "account_id": "1" * 12, "platform": "windows", "root_volume": volume}
-        instances.add(Description(**given, **details))
+        instances.add(InstanceDescription(**given, **details))
 
     return add
 
@@ -41,7 +41,7 @@ def agent(ground, instances):
 
     def agent(name, among=instances):
         fence = ground.hosts.take(name, worker_concurrency=1)
-        return InstanceReports(ground.database, among, name, fence.holds)
+        return InstanceReporter(ground.database, among, name, fence.holds)
 
     return agent
 
@@ -81,7 +81,7 @@ class Away:
         return []
 
     def get(self, instance_id):
-        raise HypervisorGoneError(instance_id, "libvirt does not answer")
+        raise HypervisorUnavailable(instance_id, "libvirt does not answer")
 
 
 def test_instance_is_reported_by_the_host_that_it_was_added_for(agent, add, owners, tmp_path):
@@ -124,8 +124,8 @@ def test_report_that_an_adoption_overtakes_changes_nothing_of_the_adopters(
 
     agent("host-a").report()
     fence = ground.hosts.take("host-a", worker_concurrency=1)
-    late = InstanceReports(ground.database, Interrupted(instances, adopt), "host-a")  # not even its lease holds it up
-    lease = InstanceReports(ground.database, instances, "host-a", fence.holds)
+    late = InstanceReporter(ground.database, Interrupted(instances, adopt), "host-a")  # not even its lease holds it up
+    lease = InstanceReporter(ground.database, instances, "host-a", fence.holds)
     if change == "removed":
         instances.remove(FIRST)
     else:
@@ -158,7 +158,7 @@ def test_instance_that_cannot_be_read_keeps_its_row(ground, agent, add, owners, 
     ground.hosts.adopt("host-a", by="host-b", powered_off=True)
 
     def report(among=instances):
-        InstanceReports(ground.database, among, "host-b", fence.holds).report()
+        InstanceReporter(ground.database, among, "host-b", fence.holds).report()
 
     def rows():
         with ground.database.connect() as connection:

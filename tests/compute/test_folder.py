@@ -7,17 +7,17 @@ import pytest
 
 from support.eventually import eventually
 from support.instances.command_machine import command_that_waits
-from thrave.compute.errors import IncorrectInstanceState, InstanceHeld, StateChangedError
-from thrave.compute.folder import DescriptionFolder
+from thrave.compute.description_files import DescriptionFiles
+from thrave.compute.errors import IncorrectInstanceState, InstanceLocked, StateChangedError
 from thrave.compute.instance import GONE, InstanceState
-from thrave.compute.locks import locked
+from thrave.files import file_lock
 
 STATES = [*InstanceState]
 
 
 @pytest.fixture
 def folder(root):
-    return DescriptionFolder(root)
+    return DescriptionFiles(root)
 
 
 @pytest.mark.parametrize("before", STATES)
@@ -58,7 +58,7 @@ def test_a_start_in_between_is_seen_though_the_state_is_the_same_again(folder, d
 
 def test_the_end_of_a_stop_command_changes_nothing_once_the_instance_was_started(instances, added, monkeypatch):
     instance_id = added(stop_command=("true",), start_command=("true",))
-    change, late = DescriptionFolder.change, []
+    change, late = DescriptionFiles.change, []
 
     def starts_before(self, instance_id, state, **more):
         if state is InstanceState.STOPPED and not late:
@@ -66,7 +66,7 @@ def test_the_end_of_a_stop_command_changes_nothing_once_the_instance_was_started
             instances.start(instance_id)
         change(self, instance_id, state, **more)
 
-    monkeypatch.setattr(DescriptionFolder, "change", starts_before)
+    monkeypatch.setattr(DescriptionFiles, "change", starts_before)
     instances.request_stop(instance_id)
     assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
     assert late
@@ -106,12 +106,12 @@ def test_a_terminate_that_its_command_refuses_leaves_the_instance_running(instan
 def test_whoever_holds_the_lock_on_a_file_for_too_long_is_not_waited_for(folder, described, root, monkeypatch):
     description = described()
     folder.create(description)
-    monkeypatch.setattr("thrave.compute.locks.LOCK_TIMEOUT", 0.1)
-    with locked(root / ".locks" / f"{description.instance_id}.change", wait=False):
+    monkeypatch.setattr("thrave.files.LOCK_TIMEOUT", 0.1)
+    with file_lock(root / ".locks" / f"{description.instance_id}.change", wait=False):
         for ask in (
             lambda: folder.change(description.instance_id, InstanceState.STOPPED),
             lambda: folder.remove(description.instance_id),
         ):
-            with pytest.raises(InstanceHeld):
+            with pytest.raises(InstanceLocked):
                 ask()
     folder.change(description.instance_id, InstanceState.STOPPED)

@@ -7,12 +7,12 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from thrave.compute import libvirt_overlays, overlay_files
-from thrave.compute.errors import HypervisorError, HypervisorGoneError
+from thrave.compute.base import Overlay
+from thrave.compute.errors import HypervisorError, HypervisorUnavailable
 from thrave.compute.instance import VolumeFile
-from thrave.compute.instances import Frozen
-from thrave.compute.merging import Merging
-from thrave.compute.pausing import ProgressPause, report_progress
+from thrave.compute.libvirt import overlay_files, overlays
+from thrave.compute.libvirt.overlay_merge import OverlayMerge
+from thrave.compute.timeouts import ProgressPause, report_progress
 
 
 def test_work_that_moves_is_waited_for_without_an_end():
@@ -41,8 +41,8 @@ def test_work_that_does_not_move_is_given_up():
 def test_a_block_commit_gets_on_when_less_is_left_than_ever(copied, gets_on):
     pause = ProgressPause("i-00000000", lambda _seconds: None, 10.0)
     jobs = [{"cur": cur, "end": end} for cur, end in copied]
-    frozen = Frozen(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
-    merging = Merging(None, "i-00000000", frozen, pause)
+    frozen = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
+    merging = OverlayMerge(None, "i-00000000", frozen, pause)
     merging._see_progress(SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda"))
     for _ in range(2):
         pause(4.0)
@@ -79,15 +79,15 @@ def test_qemu_img_is_killed_when_it_reads_and_writes_nothing(tmp_path, monkeypat
 
 def test_a_merge_says_how_long_it_waited_for_the_hypervisor(monkeypatch):
     def gone(_merging):
-        raise HypervisorGoneError("i-00000000", "no connection")
+        raise HypervisorUnavailable("i-00000000", "no connection")
 
-    monkeypatch.setattr(libvirt_overlays.Merging, "step", gone)
-    monkeypatch.setattr(libvirt_overlays, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    now, frozen = [0.0], Frozen(VolumeFile(path=Path("/vm/root")), Path("/vm/root.overlay"))
+    monkeypatch.setattr(overlays.Merging, "step", gone)
+    monkeypatch.setattr(overlays, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    now, frozen = [0.0], Overlay(VolumeFile(path=Path("/vm/root")), Path("/vm/root.overlay"))
 
     def pause(_seconds):
         now[0] += 1.0
 
-    with pytest.raises(HypervisorGoneError) as given_up:
-        libvirt_overlays.LibvirtOverlays(MagicMock()).merge("i-00000000", frozen, pause)
-    assert given_up.value.waited == now[0] > libvirt_overlays.PATIENCE
+    with pytest.raises(HypervisorUnavailable) as given_up:
+        overlays.LibvirtOverlays(MagicMock()).merge("i-00000000", frozen, pause)
+    assert given_up.value.waited == now[0] > overlays.PATIENCE

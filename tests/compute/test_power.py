@@ -12,10 +12,10 @@ from support.eventually import eventually
 from support.instances.command_machine import command_that_waits
 from thrave import files
 from thrave.compute import power
-from thrave.compute.directory import DirectoryInstances
+from thrave.compute.directory_driver import DirectoryDriver
 from thrave.compute.errors import IncorrectInstanceState
 from thrave.compute.instance import InstanceState
-from thrave.compute.power import PowerRequests, power_off
+from thrave.compute.power import BackgroundPower, power_off
 from thrave.compute.power_records import PowerAction, PowerRecords
 
 DEAF = (sys.executable, "-c", "")
@@ -29,7 +29,7 @@ def instance_id(request, added, machine):
 @pytest.fixture
 def requests(instances):
     """Requests that have all been seen to before the folder of the instances goes."""
-    requests = PowerRequests(instances, grace=20.0)
+    requests = BackgroundPower(instances, grace=20.0)
     yield requests
     assert eventually(lambda: not requests._busy)
 
@@ -95,7 +95,7 @@ def test_a_reboot_stops_and_starts(instances, instance_id, requests):
 def test_a_deaf_guest_is_not_rebooted_and_the_log_says_so(instances, added):
     instance_id = added(stop_command=DEAF, start_command=DEAF, state_command=("echo", "running"))
     with capture_logs() as logs:
-        PowerRequests(instances, grace=0.2).reboot(instance_id)
+        BackgroundPower(instances, grace=0.2).reboot(instance_id)
         assert eventually(lambda: any("did not power off" in entry.get("error", "") for entry in logs))
 
 
@@ -103,9 +103,9 @@ def test_what_goes_wrong_is_logged_and_tried_again(root, added, tmp_path):
     gate = tmp_path / "gate"
     code = f"import os, sys; os.path.exists({str(gate)!r}) or sys.exit('no memory')"
     instance_id = added(state="stopped", start_command=(sys.executable, "-c", code))
-    instances = DirectoryInstances(root)
+    instances = DirectoryDriver(root)
     with capture_logs() as logs:
-        PowerRequests(instances, grace=1.0).start(instance_id)
+        BackgroundPower(instances, grace=1.0).start(instance_id)
         assert eventually(lambda: sum("no memory" in entry.get("error", "") for entry in [*logs]) > 1)
     gate.touch()
     assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
@@ -183,7 +183,7 @@ def test_what_was_accepted_is_carried_out_by_the_next_process(instances, added):
     records.request(instance_id, PowerAction.REBOOT)
     assert records.note_asked(records.get(instance_id))
     instances.request_stop(instance_id)  # and then the process died
-    PowerRequests(instances, records, grace=20.0).look()
+    BackgroundPower(instances, records, grace=20.0).look()
     assert eventually(lambda: not records.to_do())
     assert instances.state(instance_id) is InstanceState.RUNNING
 
@@ -199,7 +199,7 @@ def test_a_request_of_another_process_does_not_wait_for_one_that_fails(instances
     monkeypatch.setattr(power, "LOOK_AGAIN", 3600.0)
     monkeypatch.setattr(power, "LONGEST", 3600.0)
     instance_id, records = added(state="stopped", start_command=("false",)), PowerRecords.in_memory()
-    requests = PowerRequests(instances, records, grace=20.0)
+    requests = BackgroundPower(instances, records, grace=20.0)
     records.request(instance_id, PowerAction.START)
     with capture_logs() as logs:
         requests.look()

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from thrave.compute import descriptions
+from thrave.compute import description_files
 from thrave.compute.errors import InvalidDescriptionError
-from thrave.compute.tags import MAX_KEY, MAX_TAGS, MAX_VALUE, checked_tags
+from thrave.compute.instance import MAX_KEY, MAX_TAGS, MAX_VALUE, validate_tags
 
 AT_THE_LIMIT = {"k" * MAX_KEY: "v" * MAX_VALUE, **{f"key {number}": "" for number in range(MAX_TAGS - 1)}}
 
 
 @pytest.mark.parametrize("tags", [{}, {"Name": "web"}, {"aws": "x"}, {"日本 key ": "é €"}, AT_THE_LIMIT])
 def test_what_ec2_allows_is_taken_as_it_is(tags):
-    assert checked_tags(tags) is tags
+    assert validate_tags(tags) is tags
 
 
 REFUSED = [
@@ -32,20 +32,20 @@ REFUSED = [
 @pytest.mark.parametrize(("tags", "message"), REFUSED)
 def test_what_ec2_does_not_allow_is_named(tags, message):
     with pytest.raises(ValueError, match=message):
-        checked_tags(tags)
+        validate_tags(tags)
 
 
 @pytest.mark.parametrize(("tags", "message"), REFUSED[:-1])  # JSON has no way to write the last one
 def test_an_instances_file_with_such_tags_is_refused(described, tags, message):
-    written = descriptions.write(described())
+    written = description_files.write(described())
     changed = json.dumps({**json.loads(written), "tags": tags}).encode()
     with pytest.raises(InvalidDescriptionError, match=message):
-        descriptions.read(json.loads(written)["instanceId"], changed, "the file")
+        description_files.read(json.loads(written)["instanceId"], changed, "the file")
 
 
 def test_keys_stay_as_they_were_written(described):
     tags = {"snake_case": "1", "camelCase": "2", "Title Case": "3", "team:cost-center": "4"}
     described = described(tags=tags)
-    assert descriptions.document(described)["tags"] == tags
-    assert descriptions.from_document(descriptions.document(described)).tags == tags
-    assert descriptions.read(described.instance_id, descriptions.write(described), "the file").tags == tags
+    assert description_files.document(described)["tags"] == tags
+    assert description_files.from_document(description_files.document(described)).tags == tags
+    assert description_files.read(described.instance_id, description_files.write(described), "the file").tags == tags

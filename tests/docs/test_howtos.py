@@ -24,7 +24,7 @@ from support.libvirt.guest_domain import Domain
 from support.required_programs import require
 from support.servers.stores import free_ports
 from support.service.systemd_sandbox import confined
-from thrave.compute.domain_metadata import NAMESPACE
+from thrave.compute.libvirt.domain_metadata import NAMESPACE
 
 ROOT = Path(__file__).parents[2]
 HOWTOS = [ROOT / "README.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]

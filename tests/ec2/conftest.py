@@ -10,10 +10,10 @@ from botocore.config import Config
 from support.eventually import eventually
 from support.servers.asgi_server import serving
 from thrave.buckets.directory_store import DirectoryStore
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import DirectoryInstances
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import DirectoryDriver
 from thrave.compute.instance import VolumeFile
-from thrave.compute.power import PowerRequests
+from thrave.compute.power import BackgroundPower
 from thrave.compute.power_records import PowerRecords
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
@@ -31,13 +31,13 @@ class ServiceWithoutEngine:
 
     door: Door
     records: Records
-    instances: DirectoryInstances
+    instances: DirectoryDriver
     key: AccessKey
     volume: VolumeFile
 
     def add_instance(self, instance_id, **changes):
         facts = {"account_id": self.key.account_id, "platform": "windows", "root_volume": self.volume, **changes}
-        self.instances.add(Description(instance_id=instance_id, **facts))
+        self.instances.add(InstanceDescription(instance_id=instance_id, **facts))
         return instance_id
 
     def another_key(self, name="somebody-else"):
@@ -51,8 +51,8 @@ def service(tmp_path):
     vault = Vault.open_or_create(tmp_path / "vault.key")
     records = Records(engine, vault)
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
-    instances = DirectoryInstances(tmp_path / "instances")
-    power = PowerRequests(instances, PowerRecords(engine), grace=20.0)
+    instances = DirectoryDriver(tmp_path / "instances")
+    power = BackgroundPower(instances, PowerRecords(engine), grace=20.0)
     door = Door(
         accounts=Accounts(engine, vault),
         instances=instances,

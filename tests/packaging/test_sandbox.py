@@ -43,8 +43,8 @@ with open_volume(Path(sys.argv[1]), "qcow2", skip_unused=True) as volume:
 OVERLAY = """
 import sys, time
 from pathlib import Path
-from thrave.compute.domain_edits import Image
-from thrave.compute.overlay_files import commit, create
+from thrave.compute.libvirt.domain_xml import DiskImage as Image
+from thrave.compute.libvirt.overlay_files import commit; from thrave.compute.libvirt.overlay_files import create
 disk, overlay = map(Path, sys.argv[1:])
 create("i-00000000", overlay, Image(disk, "raw"))
 commit("i-00000000", overlay, time.sleep)

@@ -11,8 +11,8 @@ import pytest
 from support.crashes.kill_sweep import MIB, KilledService
 from support.disks.raw_disk import make_disk
 from thrave.buckets.directory_store import RESERVE
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import DirectoryInstances
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import DirectoryDriver
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.tasks.power import PowerSwitch
 from thrave.tasks.states import BundleTaskState
@@ -101,8 +101,8 @@ def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_
 def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, tmp_path):
     folder, _ = small_disk
     machine = tmp_path / "on"
-    instances = DirectoryInstances(folder / "instances")
-    description = Description(
+    instances = DirectoryDriver(folder / "instances")
+    description = InstanceDescription(
         instance_id="i-0123456789abcdef0",
         account_id="123456789012",
         root_volume=VolumeFile(path=make_disk(tmp_path / "root.raw", MIB)),
@@ -142,9 +142,9 @@ def test_an_instance_that_was_off_before_its_task_is_not_started(instances_off):
 
 @pytest.fixture
 def instances_off(tmp_path):
-    instances = DirectoryInstances(tmp_path / "instances")
+    instances = DirectoryDriver(tmp_path / "instances")
     root = VolumeFile(path=make_disk(tmp_path / "root.raw", MIB))
-    described = Description(
+    described = InstanceDescription(
         instance_id="i-0123456789abcdef0", account_id="123456789012", root_volume=root, state="stopped"
     )
     instances.add(described)

@@ -9,8 +9,8 @@ import structlog
 
 from support.eventually import eventually
 from thrave.agent import START_AGAIN, Agent
+from thrave.compute.base import Overlay
 from thrave.compute.instance import VolumeFile
-from thrave.compute.instances import Frozen
 from thrave.compute.power_records import PowerAction, PowerRecords
 from thrave.concurrency import supervised
 from thrave.config import Settings
@@ -115,7 +115,7 @@ def leave(ground, records, kind):
     elif kind == "to_recover":
         records.look_after("bun-1", timedelta(hours=1))
     else:
-        records.note_frozen("bun-1", Frozen(volume=VolumeFile(path=Path("/disk")), overlay=Path("/overlay")))
+        records.note_frozen("bun-1", Overlay(volume=VolumeFile(path=Path("/disk")), overlay=Path("/overlay")))
     records.fail("bun-1", TaskFailure("Server.InternalError", "whatever"))
     return {
         "power_requests": lambda: power.finish(power.get(INSTANCE)),

@@ -11,10 +11,10 @@ from thrave.bundle.errors import ImageError
 from thrave.compute.errors import (
     HypervisorError,
     InstanceCommandFailed,
-    InstanceHeld,
+    InstanceLocked,
     InstanceNotFound,
     InvalidDescriptionError,
-    OverlayImpossible,
+    OverlayNotSupported,
 )
 from thrave.tasks.failures import CAUSES, FORESEEN, Cancelled, TaskFailure, failure_from, without_folders
 from thrave.volumes.errors import (
@@ -47,7 +47,7 @@ SOURCES = sorted(Path(thrave.__file__).parent.rglob("*.py"))
         (TransientError("BadDigest", 400, "Lost"), "Server.S3Error", "BadDigest(400)- Lost"),
         (StoreError("RequestTimeTooSkewed", 403, "Late"), "Server.S3Error", "RequestTimeTooSkewed(403)- Late"),
         (InstanceNotFound("i-1"), "Client.InstanceTerminated", "there is no instance 'i-1'"),
-        (InstanceHeld("i-1"), "Server.InstanceError", str(InstanceHeld("i-1"))),
+        (InstanceLocked("i-1"), "Server.InstanceError", str(InstanceLocked("i-1"))),
         (VolumeError("no"), "Server.VolumeError", "no"),
         (ImageError("no"), "Server.VolumeError", "no"),
         (ZeroDivisionError("secret"), "Server.InternalError", "An internal error has occurred."),
@@ -109,7 +109,7 @@ def test_a_tenant_learns_the_names_of_files_and_not_their_folders(error):
             InvalidDescriptionError("i-1", "/var/lib/thrave/instances/i-1.json", ["state: '/srv/x' is none"]),
             "i-1.json does not describe an instance: state: 'x' is none",
         ),
-        (OverlayImpossible("i-1", "/dev/vg0/win is no file"), "win is no file"),
+        (OverlayNotSupported("i-1", "/dev/vg0/win is no file"), "win is no file"),
         (HypervisorError("i-1", "Cannot open '/srv/images/win.raw': denied"), "Cannot open 'win.raw': denied"),
         (
             InstanceCommandFailed("i-1", "stateCommand", "failed: sh: /opt/tools/state.sh: not found"),

@@ -8,16 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from support.service.upload_bench import UploadBench, directory
-from thrave.compute.answering import check_command
+from thrave.compute.base import Overlay
 from thrave.compute.errors import HypervisorError
 from thrave.compute.instance import VolumeFile
-from thrave.compute.instances import Frozen
-from thrave.compute.pausing import report_progress
+from thrave.compute.timeouts import check_command, report_progress
 from thrave.tasks.failures import Cancelled
 from thrave.tasks.freezing import Freezer
 from thrave.tasks.lease import Lease, LeaseExpiredError
 
-FROZEN = Frozen(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
+FROZEN = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 
 from thrave.compute.errors import (
     HypervisorError,
-    HypervisorGoneError,
+    HypervisorUnavailable,
     InstanceCommandFailed,
     InstanceError,
-    InstanceHeld,
+    InstanceLocked,
     StateChangedError,
 )
 from thrave.tasks.patience import patiently
@@ -19,7 +19,7 @@ REFUSED = HypervisorError("i-00000000", "no")
 
 
 def gone(times, **options):
-    return [HypervisorGoneError("i-00000000", "no connection", **options) for _ in range(times)]
+    return [HypervisorUnavailable("i-00000000", "no connection", **options) for _ in range(times)]
 
 
 class Hypervisor:
@@ -47,13 +47,13 @@ def test_one_that_comes_back_in_time_is_asked_again(monkeypatch):
 
 
 def test_an_instance_that_is_let_go_of_is_asked_for_again(monkeypatch):
-    hypervisor = Hypervisor(monkeypatch, InstanceHeld("i-00000000"), "here")
+    hypervisor = Hypervisor(monkeypatch, InstanceLocked("i-00000000"), "here")
     assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
 
 
 def test_one_that_stays_away_is_given_up(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(9))
-    with pytest.raises(HypervisorGoneError):
+    with pytest.raises(HypervisorUnavailable):
         patiently(hypervisor.ask, 3.0, pause=hypervisor.pause)
     assert len(hypervisor.answers) == 5
 
@@ -70,7 +70,7 @@ def test_an_attempt_that_got_through_ends_the_absence(monkeypatch):
 
 def test_one_that_takes_its_time_to_be_away_is_given_up(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(30, waited=30.0), takes=30.0)
-    with pytest.raises(HypervisorGoneError):
+    with pytest.raises(HypervisorUnavailable):
         patiently(hypervisor.ask, 300.0, pause=hypervisor.pause)
     assert hypervisor.now < 400
 
@@ -78,8 +78,8 @@ def test_one_that_takes_its_time_to_be_away_is_given_up(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "takes"),
     [
-        (lambda: InstanceHeld("i-00000000", waited=30.0), 30.0),
-        (lambda: InstanceHeld("i-00000000"), 30.0),
+        (lambda: InstanceLocked("i-00000000", waited=30.0), 30.0),
+        (lambda: InstanceLocked("i-00000000"), 30.0),
         (lambda: OSError(errno.EMFILE, "too many files"), 60.0),
         (lambda: InstanceCommandFailed("i-00000000", "stateCommand", "took too long"), 11.0),
         (lambda: StateChangedError("i-00000000", "running"), 120.0),
@@ -98,7 +98,7 @@ def test_attempts_that_are_repeated_within_attempts_have_an_end(monkeypatch):
     def ask():
         return patiently(hypervisor.ask, 60.0, pause=hypervisor.pause)
 
-    with pytest.raises(HypervisorGoneError):
+    with pytest.raises(HypervisorUnavailable):
         patiently(ask, 600.0, pause=hypervisor.pause)
     assert hypervisor.now < 900
 

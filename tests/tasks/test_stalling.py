@@ -9,8 +9,8 @@ from support.disks.raw_disk import make_disk
 from support.eventually import eventually
 from support.service.bundle_tasks import await_task
 from support.service.forked_server import ForkedServer
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import new_instance_id
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 
 MIB = 1 << 20
@@ -20,7 +20,7 @@ def test_a_disk_that_stops_answering_fails_the_task_and_the_instance_runs_again(
     image = converted(make_disk(tmp_path / "root.raw", 400 * MIB), "qcow2")
     with ForkedServer.running(tmp_path / "thrave", stall_timeout=2) as server:
         account, key = server.account("alice")
-        instance = Description(
+        instance = InstanceDescription(
             instance_id=new_instance_id(),
             account_id=account.account_id,
             platform="windows",

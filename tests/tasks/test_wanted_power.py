@@ -26,16 +26,16 @@ from hypothesis.stateful import (
 from structlog.testing import capture_logs
 
 from thrave.compute import power_records
+from thrave.compute.base import Overlay
 from thrave.compute.errors import (
-    HypervisorGoneError,
+    HypervisorUnavailable,
     IncorrectInstanceState,
     InstanceError,
-    InstanceHeld,
+    InstanceLocked,
     RootVolumeInUse,
     StateChangedError,
 )
 from thrave.compute.instance import GONE, InstanceState, VolumeFile
-from thrave.compute.instances import Frozen
 from thrave.compute.power import UP, _Work
 from thrave.compute.power_records import PowerAction, PowerRecords, record_request
 from thrave.database import (
@@ -63,7 +63,7 @@ GRACE = 1e6  # nothing in here is late
 
 
 class Hypervisor:
-    """One machine; its guest powers off when it hears the button. `Instances` as far as power goes."""
+    """One machine; its guest powers off when it hears the button. `HypervisorDriver` as far as power goes."""
 
     def __init__(self, *, on, started):
         self.on = on
@@ -79,7 +79,7 @@ class Hypervisor:
     def _asked(self):
         if self.away:
             self.away = False
-            raise HypervisorGoneError(INSTANCE, "there is no connection")
+            raise HypervisorUnavailable(INSTANCE, "there is no connection")
 
     def get(self, instance_id):
         return SimpleNamespace(instance_id=instance_id, state=self.state(instance_id))
@@ -101,7 +101,7 @@ class Hypervisor:
     def start(self, instance_id):
         self._asked()
         if self.held:
-            raise InstanceHeld(instance_id)
+            raise InstanceLocked(instance_id)
         if self.terminated:
             raise StateChangedError(instance_id, InstanceState.TERMINATED)
         if not self.on:
@@ -345,7 +345,7 @@ class Power(RuleBasedStateMachine):
         assert state in ends[self.wanted]
 
 
-FROZEN = Frozen(volume=VolumeFile(path=Path("/volume")), overlay=Path("/overlay"))
+FROZEN = Overlay(volume=VolumeFile(path=Path("/volume")), overlay=Path("/overlay"))
 
 
 def test_what_was_asked_last_holds_in_the_end(play):

@@ -8,7 +8,13 @@ import pytest
 import sqlalchemy as sa
 
 from support.eventually import eventually, one_of
-from thrave.compute.errors import HoldLostError, HypervisorError, HypervisorGoneError, InstanceNotFound, RootVolumeInUse
+from thrave.compute.errors import (
+    HoldLostError,
+    HypervisorError,
+    HypervisorUnavailable,
+    InstanceNotFound,
+    RootVolumeInUse,
+)
 from thrave.concurrency import Call, NoThreadError
 from thrave.tasks.failures import Cancelled, TaskFailure
 from thrave.tasks.fence import RightLostError
@@ -103,7 +109,7 @@ def test_work_is_stopped_when_its_guard_fails_in_a_way_nobody_foresaw(bench, fou
 
 @pytest.mark.parametrize(
     "trouble",
-    [None, OSError(24, "Too many open files"), HypervisorGoneError("i-00000000", "no connection", waited=120.0)],
+    [None, OSError(24, "Too many open files"), HypervisorUnavailable("i-00000000", "no connection", waited=120.0)],
 )
 def test_work_whose_guard_cannot_tell_for_too_long_is_stopped_and_can_be_repeated(bench, monkeypatch, trouble):
     monkeypatch.setattr("thrave.tasks.watch.GUARD_TIMEOUT", 2 * INTERVAL)

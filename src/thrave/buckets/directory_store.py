@@ -56,7 +56,7 @@ class DirectoryStore:
         with _disk_faults():
             for folder in (self._owners, self._spool):
                 folder.mkdir(parents=True, exist_ok=True)
-            files.sweep(self._spool)
+            files.remove_stale(self._spool)
 
     def on_behalf_of(self, _access_key_id: str) -> Self:
         """See Buckets."""
@@ -80,7 +80,7 @@ class DirectoryStore:
         folder, made = self._folder(bucket), False
         with _disk_faults():
             if self.owner(bucket) is None:
-                made = files.create_once(self._owners / bucket, f"{owner}\n".encode())
+                made = files.create_exclusive(self._owners / bucket, f"{owner}\n".encode())
             if self.owner(bucket) != owner:
                 raise BucketAlreadyExists
             _make_folders(folder)

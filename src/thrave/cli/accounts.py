@@ -132,7 +132,7 @@ def import_key(settings: Settings, account_id: str, credentials: Path, output: s
     Example:
       thrave account key import 123456789012 --credentials alice.credentials
     """
-    from thrave.buckets.opening import read_credentials
+    from thrave.drivers import read_credentials
 
     known = read_credentials(credentials)
     with open_accounts(settings) as accounts:
@@ -184,7 +184,7 @@ def _write_new_certificate(name: str, folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / f"cert-{certificate_id}.pem", folder / f"pk-{certificate_id}.pem"
     for path, pem in zip(made, (certificate, private_key), strict=True):
-        files.create_once(path, pem.encode())
+        files.create_exclusive(path, pem.encode())
     return made
 
 

@@ -19,7 +19,7 @@ from thrave.cli.service import settings_option
 from thrave.cli.tags import tags_option
 
 if TYPE_CHECKING:
-    from thrave.compute.libvirt import LibvirtInstances
+    from thrave.compute.libvirt.driver import LibvirtDriver
     from thrave.config import Settings
 
 
@@ -95,9 +95,9 @@ def disown(settings: Settings, instance_id: str, output: str) -> None:
     emit(output, {"instanceId": instance_id}, f"disowned {instance_id}")
 
 
-def _adopted(settings: Settings) -> LibvirtInstances:
+def _adopted(settings: Settings) -> LibvirtDriver:
     """The domains that are instances. Raises click's UsageError where the service does not look at those."""
-    from thrave.compute.opening import open_adopted
+    from thrave.drivers import open_adopted
 
     if settings.hypervisor != "libvirt":
         raise click.UsageError(

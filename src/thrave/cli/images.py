@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from thrave.compute.base import HypervisorDriver
     from thrave.compute.instance import Instance, VolumeFile
-    from thrave.compute.instances import Instances
     from thrave.config import Settings
 
 
-def check_image(settings: Settings, instances: Instances, instance: Instance) -> list[str]:
+def check_image(settings: Settings, instances: HypervisorDriver, instance: Instance) -> list[str]:
     """Refuse an image of another format than the stated one; return warnings of everything else that prevents a bundle.
 
     A file that another instance uses is a warning: that instance may be removed or shut down before the first bundle.
@@ -35,7 +35,7 @@ def check_image(settings: Settings, instances: Instances, instance: Instance) ->
     return [warning.text for warning in warned]
 
 
-def warnings_of_image(settings: Settings, instances: Instances, instance: Instance) -> list[str]:
+def warnings_of_image(settings: Settings, instances: HypervisorDriver, instance: Instance) -> list[str]:
     """Return the same warnings of a machine whose hypervisor states its disk and format: nothing is refused."""
     try:
         return check_image(settings, instances, instance)

@@ -19,7 +19,7 @@ def show(shown: Instance, output: str, warnings: Sequence[str] = ()) -> None:
 
     Warnings go to stderr; with `--output json` they are a member of the document, so that both streams stay readable.
     """
-    from thrave.compute.descriptions import document
+    from thrave.compute.description_files import document
 
     said = document(shown) | ({"warnings": [*warnings]} if warnings else {})
     emit(output, said, f"{shown.instance_id} {shown.state}")

@@ -24,7 +24,7 @@ from thrave.cli.tags import tags_option
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from thrave.compute.directory import DirectoryInstances
+    from thrave.compute.directory_driver import DirectoryDriver
     from thrave.compute.instance import VolumeFile
     from thrave.config import Settings
 
@@ -125,8 +125,8 @@ def add(
         --stop-command "virsh shutdown win" --start-command "virsh start win" \\
         --state-command "virsh domstate win"
     """
-    from thrave.compute.descriptions import Description, check_volumes
-    from thrave.compute.directory import new_instance_id
+    from thrave.compute.description_files import InstanceDescription, check_volumes
+    from thrave.compute.directory_driver import new_instance_id
     from thrave.compute.instance import InstanceState, VolumeFile
 
     described = _described(settings)
@@ -134,7 +134,7 @@ def add(
     host = host or _host_of_new(settings)
     with open_accounts(settings) as accounts:
         account_id = find_account(accounts, account_id).account_id
-    new = Description(
+    new = InstanceDescription(
         instance_id=instance_id or new_instance_id(),
         account_id=account_id,
         platform="windows" if platform == "windows" else None,
@@ -169,11 +169,11 @@ def list_(settings: Settings, output: str) -> None:
     Example:
       thrave instance list --output json
     """
-    from thrave.compute.descriptions import document
-    from thrave.compute.opening import open_instances
+    from thrave.compute.description_files import document
+    from thrave.drivers import open_driver
 
     require_data_directory(settings)
-    listed = open_instances(settings).list()
+    listed = open_driver(settings).list()
     rows: list[tuple[str, ...]] = [
         (found.instance_id, found.account_id, found.state, found.platform or "", found.root_device_type,
          str(found.root_volume.path))
@@ -194,11 +194,11 @@ def show_(settings: Settings, instance_id: str, output: str) -> None:
     Example:
       thrave instance show i-0123456789abcdef0
     """
-    from thrave.compute.descriptions import document
-    from thrave.compute.opening import open_instances
+    from thrave.compute.description_files import document
+    from thrave.drivers import open_driver
 
     require_data_directory(settings)
-    found = open_instances(settings).get(instance_id)
+    found = open_driver(settings).get(instance_id)
     facts: list[tuple[str, ...]] = [
         ("account", found.account_id),
         *([("host", found.host)] if found.host else []),
@@ -238,10 +238,10 @@ def start(settings: Settings, instance_id: str, output: str) -> None:
     Example:
       thrave instance start i-0123456789abcdef0
     """
-    from thrave.compute.opening import open_instances
+    from thrave.drivers import open_driver
 
     require_data_directory(settings)
-    instances = open_instances(settings)
+    instances = open_driver(settings)
     instances.start(instance_id)
     show(instances.get(instance_id), output)
 
@@ -258,19 +258,19 @@ def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> N
     Example:
       thrave instance stop i-0123456789abcdef0
     """
-    from thrave.compute.opening import open_instances
     from thrave.compute.power import power_off
+    from thrave.drivers import open_driver
 
     require_data_directory(settings)
-    instances = open_instances(settings)
+    instances = open_driver(settings)
     if power_off(instances, instance_id, grace=timeout) != "stopped":
         raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
     show(instances.get(instance_id), output)
 
 
-def _described(settings: Settings) -> DirectoryInstances:
+def _described(settings: Settings) -> DirectoryDriver:
     """The instances that files describe. Raises click's UsageError where the service does not look at those."""
-    from thrave.compute.opening import open_described
+    from thrave.drivers import open_described
 
     require_data_directory(settings)
     if settings.hypervisor != "directory":

@@ -19,7 +19,7 @@ def tags_option(command: _Command) -> _Command:
 
 
 def _read(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
-    from thrave.compute.tags import checked_tags
+    from thrave.compute.instance import validate_tags
 
     tags: dict[str, str] = {}
     for one in given:
@@ -30,6 +30,6 @@ def _read(_context: click.Context, _parameter: click.Parameter, given: tuple[str
             raise click.BadParameter(f"the tag {key!r} is given twice")
         tags[key] = value
     try:
-        return checked_tags(tags)
+        return validate_tags(tags)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None

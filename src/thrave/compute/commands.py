@@ -3,13 +3,22 @@
 `programs` starts them. Beside what every program gets, a command has the variables in `INHERITED`, and the instance's
 id in THRAVE_INSTANCE_ID. It has no setting of the service and no secret. What a start command leaves running (the
 guest itself, perhaps) is not ended; its output is dropped once the command has ended.
+
+Stop commands that run in the background, so that a request to stop returns at once.
+
+One a machine at most: a request that is said again while the command of the last one still runs changes nothing. A
+command that ends while nobody looks is seen at the next look. Those of a process that has died are not known any more:
+the instance stays `stopping` until somebody asks it to stop again.
 """
 
 import os
 import re
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from thrave.compute.description_files import InstanceDescription
 from thrave.compute.errors import InstanceCommandFailed
 from thrave.compute.instance import InstanceState, OffReason
 from thrave.programs import Finished, Program, ProgramError, ProgramNotStartedError, environment
@@ -17,11 +26,16 @@ from thrave.programs import Finished, Program, ProgramError, ProgramNotStartedEr
 INHERITED = ("LIBVIRT_DEFAULT_URI", "SSH_AUTH_SOCK")
 """What virsh and ssh need to find their way, beside `programs.INHERITED`."""
 
+
 MAX_PRINTED = 16 << 20
 """Bytes that a command may print. More than anybody reads, so that a talkative command is no failure."""
 
+
 _POLL_TIMEOUT = 3600.0  # seconds; the command's own limit ends the wait
+
+
 _TAIL = 4096  # bytes read of what a command printed
+
 
 # What a stateCommand may print: EC2's states, and what `virsh domstate` says, libvirt's virsh-domain.c.
 # Paused and suspended machines still have their disks open and count as running. A crashed one may have.
@@ -34,6 +48,7 @@ STATE_WORDS: dict[str, InstanceState] = {
     "shut off": InstanceState.STOPPED,
 }
 
+
 # What may stand in parentheses behind a word for `stopped`: our words, and what `virsh domstate --reason` says.
 OFF_WORDS: dict[str, OffReason] = {
     **{reason.value: reason for reason in OffReason},
@@ -43,6 +58,8 @@ OFF_WORDS: dict[str, OffReason] = {
     "from snapshot": OffReason.SHUT_DOWN,
     "daemon": OffReason.LOST_POWER,
 }
+
+
 _WITH_REASON = re.compile(r"([a-z -]+?) \(([a-z -]+)\)")
 
 
@@ -105,7 +122,7 @@ class Command:
         return InstanceCommandFailed(self._instance_id, self._name, reason, status=status)
 
 
-def asked_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> tuple[InstanceState, OffReason | None]:
+def read_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> tuple[InstanceState, OffReason | None]:
     """The state that an instance's stateCommand prints, and, if it is off, why, if the command says so.
 
     A reason for another state is dropped, as virsh gives one for each: `running (booted)`.
@@ -140,3 +157,81 @@ def asked_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> tup
 def _last_line(err: bytes) -> str:
     lines = err[-_TAIL:].decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it said nothing on stderr"
+
+
+PATIENCE = 0.5  # seconds to wait for a quick command, so that its failure is heard where it was asked for
+
+
+@dataclass
+class StopCommand:
+    """A stopCommand that was started.
+
+    Attributes:
+        command: The command.
+        asked: The instance as it was recorded when the command was asked for last. Its end changes that record only.
+    """
+
+    command: Command
+    asked: InstanceDescription
+
+
+class BackgroundStops:
+    """The stop commands that this process has started.
+
+    Args:
+        seconds: How long one may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._running: dict[str, StopCommand] = {}
+        self._lock = threading.Lock()
+
+    def ask(self, description: InstanceDescription) -> None:
+        """Start the instance's stopCommand, unless it is running already.
+
+        Raises:
+            InstanceCommandFailed: It cannot be run.
+        """
+        assert description.stop_command is not None
+        instance_id = description.instance_id
+        with self._lock:
+            if (running := self._running.get(instance_id)) is not None:
+                running.asked = description
+                return
+            command = Command(instance_id, "stopCommand", description.stop_command, seconds=self._seconds)
+            self._running[instance_id] = StopCommand(command, description)
+
+    def of(self, instance_id: str) -> StopCommand | None:
+        """The instance's stopCommand whose end nobody has seen yet, if there is one."""
+        with self._lock:
+            return self._running.get(instance_id)
+
+    def has_ended(self, stop: StopCommand, patience: float = 0.0) -> bool:
+        """Whether a stopCommand has ended well since the last look; waits at most `patience` seconds for it.
+
+        Raises:
+            InstanceCommandFailed: It has failed or was killed because it took too long. Raised once.
+        """
+        try:
+            return stop.command.is_done(patience) and self._forget(stop)
+        except InstanceCommandFailed:
+            if self._forget(stop):
+                raise
+            return False  # another thread has seen it fail, or has killed it
+
+    def abandon(self, instance_id: str) -> None:
+        """Kill the instance's stopCommand if it is still running."""
+        with self._lock:
+            stop = self._running.pop(instance_id, None)
+        if stop is not None:
+            stop.command.kill()
+
+    def _forget(self, stop: StopCommand) -> bool:
+        """Whether it was this call that took it out: of several threads that look at once, one reports the end."""
+        instance_id = stop.asked.instance_id
+        with self._lock:
+            mine = self._running.get(instance_id) is stop
+            if mine:
+                del self._running[instance_id]
+            return mine

@@ -23,6 +23,11 @@ Names without "Error" are EC2's own codes or read as they do. No message holds m
 
 from collections.abc import Sequence
 
+
+class InvalidDomainError(ValueError):
+    """What is wrong with a domain's XML; the text names the element."""
+
+
 _LINE_LIMIT = 300  # characters of a command's words that go into a message
 
 
@@ -56,7 +61,7 @@ class InstanceAlreadyExists(InstanceError):
         super().__init__(instance_id, f"there is already an instance {instance_id}")
 
 
-class InstanceHeld(InstanceError):
+class InstanceLocked(InstanceError):
     """Its root volume is being read, or it is just being started: try again later."""
 
     def __init__(self, instance_id: str, *, waited: float = 0.0) -> None:
@@ -84,7 +89,7 @@ class HoldLostError(InstanceError):
     """Events of the hypervisor were lost: hold the instance anew, and read its root volume from the beginning."""
 
 
-class OverlayImpossible(InstanceError):
+class OverlayNotSupported(InstanceError):
     """Its root volume cannot have a copy-on-write overlay; the message says why."""
 
 
@@ -92,7 +97,7 @@ class HypervisorError(InstanceError):
     """The hypervisor does not answer, or refuses; the message has its own words."""
 
 
-class HypervisorGoneError(HypervisorError):
+class HypervisorUnavailable(HypervisorError):
     """There is no connection to the hypervisor: what was asked may be asked again once there is."""
 
     def __init__(self, instance_id: str, message: str, *, waited: float = 0.0) -> None:
@@ -104,7 +109,7 @@ class ImageInUseError(HypervisorError):
     """Another program has an image open that was to be written: it may be tried again."""
 
 
-class ComponentMissingError(HypervisorError):
+class LibraryNotInstalled(HypervisorError):
     """A library that is needed to talk to the hypervisor is not installed."""
 
     def __init__(self, component: str, package: str) -> None:

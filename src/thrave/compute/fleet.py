@@ -1,7 +1,8 @@
 """A fleet's instances, as the hosts' agents have reported them: what the API answers from, without asking any host.
 
-`ReportedInstances` is the API's side: an instance is what its host said last, and what a caller wants of its power is
-recorded (`power_records.py`) for the host to do. `InstanceReports` is the host's side: it writes down what has changed.
+`FleetInventory` is the API's side: an instance is what its host said last, and what a caller wants of its power is
+recorded (`power_records.py`) for the host to do. `InstanceReporter` is the host's side: it writes down what has
+changed.
 An instance belongs to one host, which alone reports it and runs its commands, until an operator has another host adopt
 it. Nothing here stops or starts a machine.
 """
@@ -13,10 +14,10 @@ import structlog
 from pydantic import ValidationError
 from sqlalchemy.dialects import postgresql, sqlite
 
-from thrave.compute.descriptions import document, from_document
+from thrave.compute.base import HypervisorDriver
+from thrave.compute.description_files import document, from_document
 from thrave.compute.errors import InstanceError, InstanceNotFound, InvalidDescriptionError
 from thrave.compute.instance import Instance, InstanceState
-from thrave.compute.instances import Instances
 from thrave.compute.power_records import PowerAction, record_request
 from thrave.database import host as hosts
 from thrave.database import instance as reported
@@ -33,8 +34,8 @@ _BECOMES = {
 }
 
 
-class ReportedInstances:
-    """The instances of all hosts. An `Inventory`, and a `PowerControl`."""
+class FleetInventory:
+    """The instances of all hosts. An `InstanceInventory`, and a `PowerControl`."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -128,7 +129,7 @@ def _readable(instance_id: str, reported_document: object) -> Instance | None:
         return None
 
 
-class InstanceReports:
+class InstanceReporter:
     """What one host's agent tells of its instances.
 
     An instance whose description names a host is that host's; another one is the host's that reports it first. In both
@@ -137,7 +138,7 @@ class InstanceReports:
     """
 
     def __init__(
-        self, engine: sa.Engine, instances: Instances, host: str, holds: sa.ColumnElement[bool] | None = None
+        self, engine: sa.Engine, instances: HypervisorDriver, host: str, holds: sa.ColumnElement[bool] | None = None
     ) -> None:
         """Report the `instances` of `host`.
 

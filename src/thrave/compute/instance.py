@@ -1,22 +1,76 @@
-"""What an instance is: EC2's words for a machine of somebody's hypervisor.
+"""Tags that an operator puts on an instance, and what EC2 allows of them.
+
+Source of the limits: EC2 User Guide, "Tag your Amazon EC2 resources". Who reads tags from outside checks them here, at
+once and with one answer for every way in: the command line, an instance's file, a domain's metadata.
+
+What an instance is: EC2's words for a machine of somebody's hypervisor.
 
 Plain values. The types here also say what a valid value is, for whoever reads an instance from outside (the file driver
 checks against them); constructing one by hand checks nothing. Which instances there are is `instances.py`.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-from thrave.compute.tags import checked_tags
+MAX_TAGS = 50
+"""On one instance."""
+
+
+MAX_KEY = 128
+"""Characters."""
+
+
+MAX_VALUE = 256
+"""Characters."""
+
+
+_RESERVED = "aws:"
+
+
+# Tags are told in XML and may stand in a domain's: it cannot hold some of these, and does not keep others as they are.
+_NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+_Tags = TypeVar("_Tags", bound=Mapping[str, str])
+
+
+def validate_tags(tags: _Tags) -> _Tags:
+    """Give the tags, key to value, as they are.
+
+    Raises:
+        ValueError: They are too many, or one of them is none; the text says which and why.
+    """
+    if len(tags) > MAX_TAGS:
+        raise ValueError(f"{len(tags)} tags are more than the {MAX_TAGS} that an instance may have")
+    for key, value in tags.items():
+        if fault := _fault(key, value):
+            raise ValueError(f"the tag {key[:MAX_KEY]!r} {fault}")
+    return tags
+
+
+def _fault(key: str, value: str) -> str | None:
+    if not key:
+        return "has no key"
+    if len(key) > MAX_KEY:
+        return f"has a key of more than {MAX_KEY} characters"
+    if len(value) > MAX_VALUE:
+        return f"has a value of more than {MAX_VALUE} characters"
+    if key.lower().startswith(_RESERVED):
+        return f"begins with {_RESERVED}, which is AWS's own"
+    return "holds a control character" if _NO_TEXT.search(key + value) else None
+
 
 INSTANCE_ID_PATTERN = r"^i-([0-9a-f]{8}|[0-9a-f]{17})$"
 """EC2's ids: 17 hexadecimal digits since 2016, 8 before."""
+
 
 # In files and answers names are EC2's, in camelCase; a name that nobody knows is most likely a misspelt one.
 _EC2_WORDS = ConfigDict(alias_generator=to_camel, extra="forbid")
@@ -73,6 +127,7 @@ NOT_TO_BE_READ: dict[OffReason, str] = {
 }
 """The reasons for which the volume of an instance that is off is not its content, in words."""
 
+
 MAYBE_UNCLEAN: dict[OffReason, str] = {
     OffReason.POWER_CUT: "its power was cut",
     OffReason.CRASHED: "it crashed",
@@ -80,6 +135,7 @@ MAYBE_UNCLEAN: dict[OffReason, str] = {
     OffReason.UNKNOWN: "its hypervisor does not know whether it was shut down or lost its power",
 }
 """The reasons for which a volume may lack what its guest had not written yet, in words."""
+
 
 GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
 """The states from which no instance comes back."""
@@ -145,5 +201,5 @@ class Instance:
     state: InstanceState = InstanceState.RUNNING
     off_reason: OffReason | None = None
     launch_time: Annotated[AwareDatetime, AfterValidator(_utc)] = field(default_factory=lambda: datetime.now(UTC))
-    tags: Annotated[dict[str, str], AfterValidator(checked_tags)] = field(default_factory=dict)
+    tags: Annotated[dict[str, str], AfterValidator(validate_tags)] = field(default_factory=dict)
     host: Annotated[str | None, Field(exclude=True)] = None

@@ -1,7 +1,7 @@
 """Switching an instance's power for somebody who does not wait, and for somebody who does.
 
 `power_off` asks the guest until it is off. `PowerControl` is what a caller of EC2's can have done without waiting;
-`PowerRequests` carries out what `power_records.py` has recorded. All work with any inventory, and none ever cuts the
+`BackgroundPower` carries out what `power_records.py` has recorded. All work with any inventory, and none ever cuts the
 power.
 """
 
@@ -14,19 +14,18 @@ from typing import Protocol
 import sqlalchemy as sa
 import structlog
 
-from thrave.compute.answering import is_busy
+from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import (
     IncorrectInstanceState,
     InstanceCommandFailed,
-    InstanceHeld,
+    InstanceLocked,
     InstanceNotFound,
     StateChangedError,
 )
 from thrave.compute.instance import GONE, InstanceState
-from thrave.compute.instances import Instances
-from thrave.compute.pausing import RunningTime
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
 from thrave.compute.start_check import start_allowed_by
+from thrave.compute.timeouts import RunningTime, is_busy
 from thrave.concurrency import supervised
 
 ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
@@ -57,17 +56,17 @@ def switching(instance_id: str) -> Iterator[None]:
     with _switching_lock:
         lock = _switching.setdefault(instance_id, threading.Lock())
     if not lock.acquire(blocking=False):
-        raise InstanceHeld(instance_id)
+        raise InstanceLocked(instance_id)
     try:
         if is_busy(instance_id):
-            raise InstanceHeld(instance_id)
+            raise InstanceLocked(instance_id)
         yield
     finally:
         lock.release()
 
 
 def power_off(
-    instances: Instances,
+    instances: HypervisorDriver,
     instance_id: str,
     *,
     grace: float,
@@ -87,7 +86,7 @@ def power_off(
         The state that it is in then: `stopped`, `shutting-down`, `terminated`, or any other if the time was up.
 
     Raises:
-        InstanceError: As `Instances.state` and `Instances.request_stop`.
+        InstanceError: As `HypervisorDriver.state` and `HypervisorDriver.request_stop`.
     """
     ask = ask or instances.request_stop
     waiting, waited = RunningTime(_LONGEST_LOOK, time.monotonic), 0.0
@@ -128,7 +127,7 @@ class PowerControl(Protocol):
         """Have the guest power off for good. Raises as `stop`."""
 
 
-class PowerRequests:
+class BackgroundPower:
     """Carries out the requests that are recorded, each instance's in a thread of its own.
 
     A request is struck out when the machine is seen to be as it wants it, and tried again until then, at growing
@@ -144,7 +143,7 @@ class PowerRequests:
 
     def __init__(
         self,
-        instances: Instances,
+        instances: HypervisorDriver,
         records: PowerRecords | None = None,
         *,
         grace: float,
@@ -187,7 +186,7 @@ class PowerRequests:
         before = self._records.request(instance_id, action, by)
         try:
             self._work(instance_id).step(only=before.version + 1)
-        except (StateChangedError, InstanceHeld):  # somebody else acts on it just now
+        except (StateChangedError, InstanceLocked):  # somebody else acts on it just now
             self._begin(instance_id)
         except (IncorrectInstanceState, InstanceCommandFailed):
             self._records.withdraw(before)
@@ -250,7 +249,12 @@ class _Work:
     """What is done for one instance, step by step. Times are this process's own: after a crash they begin anew."""
 
     def __init__(
-        self, instances: Instances, records: PowerRecords, instance_id: str, grace: float, check: Callable[[], None]
+        self,
+        instances: HypervisorDriver,
+        records: PowerRecords,
+        instance_id: str,
+        grace: float,
+        check: Callable[[], None],
     ) -> None:
         self._instances = instances
         self._records = records
@@ -275,7 +279,7 @@ class _Work:
             pause = self.step()
         except sa.exc.SQLAlchemyError:
             raise
-        except InstanceHeld:
+        except InstanceLocked:
             return _HELD_LOOK_AGAIN
         except StateChangedError:
             return LOOK_AGAIN

@@ -49,7 +49,7 @@ def make_customer(server: ThraveServer) -> Customer:
     keys.mkdir(mode=0o700, exist_ok=True)
     paths = keys / f"cert-{name}.pem", keys / f"pk-{name}.pem"
     for path, pem in zip(paths, (certificate, private_key), strict=True):
-        files.create_once(path, pem.encode())
+        files.create_exclusive(path, pem.encode())
     return Customer(account.account_id, key, *paths)
 
 

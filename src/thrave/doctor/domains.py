@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
-from thrave.compute.domain_metadata import NAMESPACE
-from thrave.compute.domain_xml import parsed
-from thrave.compute.domains import instance_id_of
-from thrave.compute.errors import OverlayImpossible
-from thrave.compute.instances import Frozen, Overlays
-from thrave.compute.libvirt_numbers import XmlFlag
+from thrave.compute.base import Overlay, Overlays
+from thrave.compute.errors import OverlayNotSupported
+from thrave.compute.libvirt.binding import XmlFlag
+from thrave.compute.libvirt.domain_metadata import NAMESPACE
+from thrave.compute.libvirt.domain_xml import parsed
+from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.host import known_instances
 from thrave.doctor.subject import Subject
@@ -139,18 +139,18 @@ def _machine(live: str, config: str) -> _Machine:
     )
 
 
-def _plans(subject: Subject) -> tuple[Sequence[Frozen], Sequence[OverlayImpossible]]:
+def _plans(subject: Subject) -> tuple[Sequence[Overlay], Sequence[OverlayNotSupported]]:
     """What would be done to each root volume, and why it cannot be."""
     if subject.settings.capture_mode != "overlay":
         raise NotTried("capture_mode = offline")
     if subject.settings.hypervisor != "libvirt":
         raise Trouble("it needs hypervisor = libvirt: every instance is off until its root volume has been read")
-    planned: list[Frozen] = []
-    impossible: list[OverlayImpossible] = []
+    planned: list[Overlay] = []
+    impossible: list[OverlayNotSupported] = []
     for one in known_instances(subject):
         try:
             planned.append(_overlays(subject).plan(one.instance_id))
-        except OverlayImpossible as reason:
+        except OverlayNotSupported as reason:
             impossible.append(reason)
     return planned, impossible
 
@@ -159,7 +159,7 @@ def _overlays(subject: Subject) -> Overlays:
     return subject.adopted.overlays
 
 
-def _faults(frozen: Frozen) -> Sequence[str]:
+def _faults(frozen: Overlay) -> Sequence[str]:
     """Why an overlay could not be made or merged."""
     folder = frozen.overlay.parent
     found = []

@@ -8,9 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from thrave.compute.descriptions import Description, volume_fault
+from thrave.compute.description_files import DescriptionFiles, InstanceDescription, volume_fault
 from thrave.compute.errors import InstanceError
-from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import Instance
 from thrave.doctor.errors import NotTried, Trouble
 from thrave.doctor.subject import Subject
@@ -138,9 +137,9 @@ def _place(subject: Subject) -> str:
     return settings.libvirt_uri if settings.hypervisor == "libvirt" else str(settings.effective_instance_dir)
 
 
-def _described(subject: Subject) -> tuple[Sequence[Description], Sequence[InstanceError]]:
+def _described(subject: Subject) -> tuple[Sequence[InstanceDescription], Sequence[InstanceError]]:
     folder = subject.settings.effective_instance_dir
     if not folder.exists():
         raise NotTried(f"{folder} is not there: no instance is described on this machine")
     folder.iterdir()
-    return DescriptionFolder(folder).read_all()
+    return DescriptionFiles(folder).read_all()

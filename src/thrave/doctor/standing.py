@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import structlog
 
+from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import Instance
-from thrave.compute.instances import Instances
 from thrave.concurrency import Call, CallTimeoutError
 from thrave.config import Settings
 from thrave.doctor import host
@@ -74,7 +74,7 @@ class VolumeChecks:
         directories: Where files may lie that an image refers to, besides its own folder.
     """
 
-    def __init__(self, instances: Instances, directories: Sequence[Path]) -> None:
+    def __init__(self, instances: HypervisorDriver, directories: Sequence[Path]) -> None:
         self._instances = instances
         self._directories = directories
         self._silent: dict[str, Call[_Trouble | InstanceError | None]] = {}

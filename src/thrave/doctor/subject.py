@@ -13,20 +13,18 @@ import sqlalchemy as sa
 
 from thrave import files
 from thrave.buckets.base import ObjectStore
-from thrave.buckets.opening import open_store, store_connection
 from thrave.buckets.s3_client import Credentials, HttpTransport, SignedClient, StoreConfig
 from thrave.buckets.s3_store import KeyOwner
-from thrave.compute.domain_events import DomainEvents
-from thrave.compute.hypervisor import Hypervisor
-from thrave.compute.opening import open_adopted
+from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
 from thrave.config import Settings
 from thrave.database import open_engine
 from thrave.doctor.errors import Trouble
+from thrave.drivers import open_adopted, open_store, store_connection
 from thrave.identity.accounts import AccessKey, Accounts, new_access_key_id, new_secret_access_key
 from thrave.vault import Vault
 
 if TYPE_CHECKING:
-    from thrave.compute.libvirt import LibvirtInstances
+    from thrave.compute.libvirt.driver import LibvirtDriver
 
 STORE_SECONDS = 10.0  # for which one request to the store may stand still
 _NOBODYS_ACCOUNT = "000000000000"
@@ -105,14 +103,14 @@ class Subject:
         return SignedClient(self.connection, self.transport, key)
 
     @cached_property
-    def adopted(self) -> "LibvirtInstances":
+    def adopted(self) -> "LibvirtDriver":
         """The domains that are instances."""
         return open_adopted(self.settings)
 
     @cached_property
-    def hypervisor(self) -> Hypervisor:
+    def hypervisor(self) -> LibvirtConnection:
         """The libvirt that has them, for what the service never asks."""
-        return Hypervisor(self.settings.libvirt_uri, DomainEvents())
+        return LibvirtConnection(self.settings.libvirt_uri, DomainEvents())
 
     def close(self) -> None:
         """Let go of the database and of libvirt."""

@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import Literal
 
 from thrave.buckets.base import ObjectStore
+from thrave.compute.base import InstanceInventory
 from thrave.compute.instance import Instance
-from thrave.compute.instances import Inventory
 from thrave.compute.power import PowerControl
 from thrave.database import utc_now
 from thrave.ec2.rate import RateLimit
@@ -65,7 +65,7 @@ class Door:
     """
 
     accounts: Accounts
-    instances: Inventory
+    instances: InstanceInventory
     buckets: ObjectStore
     tasks: BundleTasks
     power: PowerControl

@@ -18,7 +18,7 @@ from thrave.compute.errors import (
     IncorrectInstanceState,
     InstanceCommandFailed,
     InstanceError,
-    InstanceHeld,
+    InstanceLocked,
     InstanceNotFound,
     InvalidDescriptionError,
 )
@@ -264,7 +264,7 @@ class EC2Error(Exception):
 # method resolution order decides, so every subclass has a row.
 _OF_INSTANCES: Mapping[type[Exception], tuple[str, str]] = {
     InstanceNotFound: ("InvalidInstanceID.NotFound", ""),
-    InstanceHeld: ("IncorrectInstanceState", "its volume is being read or it is being started; try again later"),
+    InstanceLocked: ("IncorrectInstanceState", "its volume is being read or it is being started; try again later"),
     IncorrectInstanceState: ("IncorrectInstanceState", "its state does not allow it"),
     InvalidDescriptionError: ("IncorrectInstanceState", "its description is not valid; the operator: see the log"),
     InstanceCommandFailed: ("Unavailable", "a command of the instance {instance_id} fails; the operator: see the log"),

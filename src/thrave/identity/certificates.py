@@ -211,12 +211,12 @@ def _make_missing(directory: Path) -> None:
     if not private_key.exists():
         if has_certificate:
             raise FileNotFoundError(f"{PRIVATE_KEY_FILE} is missing beside {CERTIFICATE_FILE}; restore it")
-        files.create_once(private_key, private_key_pem(new_private_key()).encode())
+        files.create_exclusive(private_key, private_key_pem(new_private_key()).encode())
     if not has_certificate:
         key = load_private_key(files.read_private(private_key))
-        files.create_once(certificate, certificate_pem(self_signed(_COMMON_NAME, key)).encode())
+        files.create_exclusive(certificate, certificate_pem(self_signed(_COMMON_NAME, key)).encode())
     side_key = private_key_pem(ed25519.Ed25519PrivateKey.generate())
-    files.create_once(directory / SIDE_KEY_FILE, side_key.encode())
+    files.create_exclusive(directory / SIDE_KEY_FILE, side_key.encode())
 
 
 def _load_side_key(pem: bytes) -> ed25519.Ed25519PrivateKey:

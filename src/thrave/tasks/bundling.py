@@ -24,8 +24,8 @@ from thrave.bundle.gzip_stream import Compression
 from thrave.bundle.manifest import write_manifest
 from thrave.bundle.model import SealedBundle
 from thrave.bundle.side_file import write_side_file
+from thrave.compute.base import HypervisorDriver
 from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
-from thrave.compute.instances import Instances
 from thrave.concurrency import Call
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity, load_certificate
@@ -75,7 +75,7 @@ class Host:
     name: str
     records: Records
     accounts: Accounts
-    instances: Instances
+    instances: HypervisorDriver
     buckets: ObjectStore
     made_buckets: MadeBuckets
     service: ServiceIdentity

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from thrave.compute.errors import InstanceHeld, InstanceNotFound
+from thrave.compute.base import HypervisorDriver
+from thrave.compute.errors import InstanceLocked, InstanceNotFound
 from thrave.compute.instance import GONE, InstanceState
-from thrave.compute.instances import Instances
 from thrave.compute.power import TO_START, switching
 from thrave.compute.start_check import start_allowed_by
 from thrave.concurrency import Background, NoThreadError, supervised
@@ -40,7 +40,7 @@ class Caretaker:
     """Looks after the instances of one host."""
 
     def __init__(
-        self, records: Records, instances: Instances, host: str, *, check: Callable[[], None] = lambda: None
+        self, records: Records, instances: HypervisorDriver, host: str, *, check: Callable[[], None] = lambda: None
     ) -> None:
         """Look after what the tasks of `host` have left.
 
@@ -93,7 +93,7 @@ class Caretaker:
         bundle_id = task.bundle_id
         try:
             is_over = self._is_over(task)
-        except InstanceHeld:  # somebody else decides about it just now, or starts it
+        except InstanceLocked:  # somebody else decides about it just now, or starts it
             return
         except InstanceNotFound:
             is_over = True

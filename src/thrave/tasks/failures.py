@@ -19,11 +19,11 @@ from thrave.buckets.errors import BucketError, TransientError
 from thrave.bundle.errors import ImageError
 from thrave.compute.errors import (
     HoldLostError,
-    HypervisorGoneError,
+    HypervisorUnavailable,
     ImageInUseError,
     InstanceCommandFailed,
     InstanceError,
-    InstanceHeld,
+    InstanceLocked,
     InstanceNotFound,
     RootVolumeInUse,
     StateChangedError,
@@ -159,7 +159,7 @@ _TRANSIENT_ERRNO = frozenset({
 })  # fmt: skip
 
 _TRANSIENT = (
-    TransientError, HypervisorGoneError, HoldLostError, ImageInUseError, InstanceHeld, StateChangedError,
+    TransientError, HypervisorUnavailable, HoldLostError, ImageInUseError, InstanceLocked, StateChangedError,
 )  # fmt: skip
 
 

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from thrave.compute.errors import HypervisorError, OverlayImpossible
+from thrave.compute.base import HypervisorDriver, Overlay, Overlays
+from thrave.compute.errors import HypervisorError, OverlayNotSupported
 from thrave.compute.instance import Instance
-from thrave.compute.instances import Frozen, Instances, Overlays
-from thrave.compute.pausing import ProgressPause
 from thrave.compute.start_check import start_allowed_by
+from thrave.compute.timeouts import ProgressPause
 from thrave.concurrency import Call, CallTimeoutError
 from thrave.tasks.crash_points import durable
 from thrave.tasks.patience import patiently
@@ -32,7 +32,7 @@ class Freezer:
 
     def __init__(
         self,
-        instances: Instances,
+        instances: HypervisorDriver,
         records: Records,
         task: BundleTask,
         *,
@@ -50,7 +50,7 @@ class Freezer:
         self._check = check
 
     @property
-    def frozen(self) -> Frozen | None:
+    def frozen(self) -> Overlay | None:
         """What was frozen for the task, or is just going to be; None from when it has been merged."""
         return self._records.frozen(self._task.bundle_id)
 
@@ -62,7 +62,7 @@ class Freezer:
                 self._overlays.freeze(self._task.instance_id, frozen)
 
     @contextmanager
-    def held(self, frozen: Frozen, watch: Watch) -> Iterator[Instance]:
+    def held(self, frozen: Overlay, watch: Watch) -> Iterator[Instance]:
         """The instance, on its overlay, so that nothing writes to the volume.
 
         Raises RootVolumeInUse if it is found in another place, before the block, during it or after it.
@@ -101,10 +101,10 @@ class Freezer:
         except CallTimeoutError:
             raise late from None
 
-    def _plan(self) -> Frozen | None:
+    def _plan(self) -> Overlay | None:
         try:
             frozen = self._planned()
-        except OverlayImpossible as reason:
+        except OverlayNotSupported as reason:
             self._records.notice(
                 self._task.bundle_id, f"The instance is off until its root volume has been read: {reason}."
             )
@@ -113,9 +113,9 @@ class Freezer:
             self._records.note_frozen(self._task.bundle_id, frozen)
         return frozen
 
-    def _planned(self) -> Frozen:
+    def _planned(self) -> Overlay:
         if self._instances.overlays is None:
-            raise OverlayImpossible(self._task.instance_id, "its hypervisor has no overlays")
+            raise OverlayNotSupported(self._task.instance_id, "its hypervisor has no overlays")
         return self._instances.overlays.plan(self._task.instance_id)
 
     @property

@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 
 from thrave.buckets.errors import TransientError
-from thrave.compute.errors import HoldLostError, HypervisorGoneError, InstanceError
+from thrave.compute.errors import HoldLostError, HypervisorUnavailable, InstanceError
 from thrave.concurrency import NoThreadError
 from thrave.tasks.failures import Kind, kind_of
 
@@ -69,5 +69,5 @@ def _least_progress(error: Exception, seconds: float) -> float:
     Who loses the hypervisor had it before. Any other error, such as a lock that somebody holds, may come after a wait
     that nobody measured: then the attempt must have taken longer than any such wait.
     """
-    lost = isinstance(error, (HypervisorGoneError, HoldLostError))
+    lost = isinstance(error, (HypervisorUnavailable, HoldLostError))
     return min(_SHORT, seconds / 2) if lost else seconds / 2

@@ -15,9 +15,15 @@ from typing import Literal
 
 import structlog
 
-from thrave.compute.errors import IncorrectInstanceState, InstanceError, InstanceHeld, InstanceNotFound, RootVolumeInUse
+from thrave.compute.base import HypervisorDriver, StoppedHold
+from thrave.compute.errors import (
+    IncorrectInstanceState,
+    InstanceError,
+    InstanceLocked,
+    InstanceNotFound,
+    RootVolumeInUse,
+)
 from thrave.compute.instance import GONE, Instance, InstanceState
-from thrave.compute.instances import Hold, Instances
 from thrave.compute.power import TO_START, UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.compute.start_check import start_allowed_by
@@ -41,7 +47,7 @@ class PowerSwitch:
 
     def __init__(
         self,
-        instances: Instances,
+        instances: HypervisorDriver,
         records: Records,
         task: BundleTask,
         *,
@@ -149,7 +155,7 @@ class PowerSwitch:
             yield self._instances.get(self._task.instance_id)
             patiently(check, CHECK_PATIENCE, pause=watch.pause)
 
-    def _hold_off(self, watch: Watch, stack: ExitStack) -> Hold:
+    def _hold_off(self, watch: Watch, stack: ExitStack) -> StoppedHold:
         """Switch it off and hold it; again if it was started in between, as nothing has been read yet."""
         for attempts_left in reversed(range(_OFF_AGAIN)):
             self.off(watch)
@@ -229,7 +235,7 @@ class PowerSwitch:
         try:
             with switching(instance_id), start_allowed_by(check or self._check):
                 self._instances.start(instance_id)
-        except InstanceHeld as error:  # it was not touched
+        except InstanceLocked as error:  # it was not touched
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         except LeaseExpiredError as error:  # another host may have adopted the task
@@ -284,7 +290,7 @@ class PowerSwitch:
             return False
         return overlays.lost_power(self._task.instance_id)
 
-    def _check_off(self, hold: Hold) -> None:
+    def _check_off(self, hold: StoppedHold) -> None:
         try:
             hold.check()
         except RootVolumeInUse:

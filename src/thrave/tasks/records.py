@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from pydantic import TypeAdapter
 
 from thrave.compute import power_records
-from thrave.compute.instances import Frozen
+from thrave.compute.base import Overlay
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.database import (
     account,
@@ -59,7 +59,7 @@ _OF_ACCOUNT = _TASKS.where(
 _OF_PLACE = _TASKS.where(
     bundle_task.c.bucket == sa.bindparam("bucket"), bundle_task.c.prefix == sa.bindparam("prefix"), task_in_progress
 )
-_FROZEN = TypeAdapter(Frozen)
+_FROZEN = TypeAdapter(Overlay)
 _ENDED = bundle_task.c.state.in_([sa.literal_column("'complete'"), sa.literal_column("'failed'")])
 # By the index of the objects that are to be deleted, which are few; not by the tasks that have ended.
 _LEFT_OVER = sa.and_(
@@ -365,16 +365,16 @@ class Records:
         """Whether the task's instance is to be started if it is off: by what is recorded at this moment."""
         return bool(self.find(bundle_task.c.bundle_id == bundle_id, _LOOKED_AFTER, _TO_RUN))
 
-    def note_frozen(self, bundle_id: str, frozen: Frozen | None) -> None:
+    def note_frozen(self, bundle_id: str, frozen: Overlay | None) -> None:
         """Record what the task freezes of its instance, before it does; or that it has been merged."""
         document = None if frozen is None else _FROZEN.dump_python(frozen, mode="json", by_alias=True)
         self._set(bundle_id, overlay=document)
 
-    def frozen(self, bundle_id: str) -> Frozen | None:
+    def frozen(self, bundle_id: str) -> Overlay | None:
         """What the task has frozen and not merged yet."""
         return next((frozen for _, frozen in self._frozen(bundle_task.c.bundle_id == bundle_id)), None)
 
-    def frozen_of(self, instance_id: str) -> list[tuple[str, Frozen]]:
+    def frozen_of(self, instance_id: str) -> list[tuple[str, Overlay]]:
         """What tasks have frozen of an instance and not merged yet, with the tasks' ids, the oldest first."""
         return self._frozen(bundle_task.c.instance_id == instance_id)
 
@@ -522,7 +522,7 @@ class Records:
         with self._engine.connect() as connection:
             return [_task(row) for row in connection.execute(query, parameters)]
 
-    def _frozen(self, condition: sa.ColumnElement[bool]) -> list[tuple[str, Frozen]]:
+    def _frozen(self, condition: sa.ColumnElement[bool]) -> list[tuple[str, Overlay]]:
         there = sa.and_(bundle_task.c.overlay.is_not(None), condition)
         query = (
             sa.select(bundle_task.c.bundle_id, bundle_task.c.overlay).where(there).order_by(bundle_task.c.start_time)

@@ -6,15 +6,15 @@ That is its image's own words, and whether another machine has the same file. No
 from collections.abc import Sequence
 from pathlib import Path
 
+from thrave.compute.base import HypervisorDriver
 from thrave.compute.instance import VolumeFile
-from thrave.compute.instances import Instances
 from thrave.volumes.errors import VolumeError, VolumeSharedError
 from thrave.volumes.formats import Examined, examine
 from thrave.volumes.image_chain import Warned
 
 
 def check_root_volume(
-    instances: Instances, instance_id: str, volume: VolumeFile, directories: Sequence[Path]
+    instances: HypervisorDriver, instance_id: str, volume: VolumeFile, directories: Sequence[Path]
 ) -> Sequence[Warned]:
     """Look at a root volume whose machine may still run.
 
@@ -38,7 +38,9 @@ def check_root_volume(
     return examined.warnings
 
 
-def users_of(instances: Instances, instance_id: str, examined: Examined, directories: Sequence[Path]) -> Sequence[str]:
+def users_of(
+    instances: HypervisorDriver, instance_id: str, examined: Examined, directories: Sequence[Path]
+) -> Sequence[str]:
     """Which other machines, not off, have a file of a volume, in the operator's words.
 
     A file that both only read, as a template below the overlays of several machines, is nobody's alone and does not

@@ -8,7 +8,7 @@ The contract of a volume: a machine's disk as extents and bytes, whatever its fi
 
 The docstrings of the Protocol are the contract, and one suite (tests/volumes/test_contract.py) holds every driver to
 it. A volume is only ever read. It does not know whose it is, nor whether the machine is off: who opens a volume has
-made sure that nobody writes to it (compute: ``Instances.hold``).
+made sure that nobody writes to it (compute: ``HypervisorDriver.hold``).
 """
 
 import threading

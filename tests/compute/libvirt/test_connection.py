@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from thrave.compute import domain_table, hypervisor, libvirt_binding
-from thrave.compute.domain_events import DomainEvents
-from thrave.compute.domain_records import DomainRecords
-from thrave.compute.domain_table import DomainTable
-from thrave.compute.errors import HypervisorGoneError
-from thrave.compute.hypervisor import Hypervisor
+from thrave.compute.errors import HypervisorUnavailable
+from thrave.compute.libvirt import binding, domain_cache
+from thrave.compute.libvirt import connection as hypervisor
+from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
+from thrave.compute.libvirt.domain_cache import DomainCache, MetadataWriter
 from thrave.concurrency import NoThreadError
 
 
@@ -62,7 +61,7 @@ def coming(monkeypatch):
         return connection
 
     monkeypatch.setattr(hypervisor, "_run_events", lambda _binding: None)
-    monkeypatch.setattr(libvirt_binding, "load", lambda: SimpleNamespace(open=connect, libvirtError=RefusedError))
+    monkeypatch.setattr(binding, "load", lambda: SimpleNamespace(open=connect, libvirtError=RefusedError))
     return connections
 
 
@@ -71,13 +70,13 @@ def coming(monkeypatch):
 def test_a_connection_that_fails_is_closed_and_made_anew_by_the_next_question(coming, fault, at):
     failing, good = Connection(fault, at), Connection()
     coming.extend([fault if at == "open" else failing, good])
-    asking = Hypervisor("pretended:///", DomainEvents())
+    asking = LibvirtConnection("pretended:///", DomainEvents())
     try:
         with asking.asked() as connection:
             assert (at, type(fault)) == ("keep alive", RefusedError), "a driver may have none"
             assert connection is failing
             return
-    except (HypervisorGoneError, MemoryError, OSError):
+    except (HypervisorUnavailable, MemoryError, OSError):
         pass
     with asking.asked() as connection:
         assert connection is good
@@ -87,7 +86,7 @@ def test_a_connection_that_fails_is_closed_and_made_anew_by_the_next_question(co
 def test_a_lost_connection_is_closed_though_there_was_no_thread_for_it(coming, monkeypatch):
     lost, good = Connection(), Connection()
     coming.extend([lost, good])
-    asking = Hypervisor("pretended:///", DomainEvents())
+    asking = LibvirtConnection("pretended:///", DomainEvents())
     with asking.asked():
         lost.isAlive = lambda: False
     with monkeypatch.context() as patched:
@@ -101,7 +100,7 @@ def test_a_lost_connection_is_closed_though_there_was_no_thread_for_it(coming, m
 
 @pytest.mark.parametrize(
     "error",
-    [HypervisorGoneError("i-00000000", "gone"), NoThreadError(errno.EAGAIN, "no thread"), MemoryError()],
+    [HypervisorUnavailable("i-00000000", "gone"), NoThreadError(errno.EAGAIN, "no thread"), MemoryError()],
     ids=repr,
 )
 def test_a_change_that_was_told_is_looked_at_again_when_the_look_fails(coming, monkeypatch, error):
@@ -110,13 +109,13 @@ def test_a_change_that_was_told_is_looked_at_again_when_the_look_fails(coming, m
 
     coming.append(Connection())
     events = DomainEvents()
-    table = DomainTable(Hypervisor("pretended:///", events), events, DomainRecords(Path()))
+    table = DomainCache(LibvirtConnection("pretended:///", events), events, MetadataWriter(Path()))
     monkeypatch.setattr(table, "_look_at_all", lambda _connection: None)
     table.all()
     table._lost, table._whole_again = events.lost, float("inf")
     events.change({"told"})
     with monkeypatch.context() as patched:
-        patched.setattr(domain_table, "Call", fail)
+        patched.setattr(domain_cache, "Call", fail)
         with pytest.raises(type(error)):
             table.all()
     assert events.take_changed() == {"told"}

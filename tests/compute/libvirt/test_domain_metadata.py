@@ -9,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.libvirt.domain_xml import WINDOWS, xml
-from thrave.compute.domain_metadata import FrozenRoot, Record, check_record, read_record, write_record
-from thrave.compute.domain_xml import DomainFaultError, read_definition
+from thrave.compute.errors import InvalidDomainError
+from thrave.compute.libvirt.domain_metadata import (
+    InstanceMetadata,
+    OverlayMetadata,
+    check_record,
+    read_record,
+    write_record,
+)
+from thrave.compute.libvirt.domain_xml import read_definition
 
 NOW = datetime(2026, 11, 23, 10, tzinfo=UTC)
 OURS = '<t:instance xmlns:t="https://thrave.dev/xmlns/instance/1" {attributes}>{children}</t:instance>'
@@ -28,7 +35,7 @@ def test_a_record_is_what_an_operator_writes():
         '<t:tag key="Name">web</t:tag><t:tag key="empty"/><!-- a comment -->'
         '<t:frozen path="/vm/c" format="raw" overlay="/vm/o" paused="true"/>',
     )
-    assert said == Record(
+    assert said == InstanceMetadata(
         account_id="123456789012",
         platform="windows",
         root_device="vdb",
@@ -37,7 +44,7 @@ def test_a_record_is_what_an_operator_writes():
         tags={"Name": "web", "empty": ""},
         launch_time=NOW,
         terminated=True,
-        frozen=FrozenRoot(path=Path("/vm/c"), format="raw", overlay=Path("/vm/o"), paused=True),
+        frozen=OverlayMetadata(path=Path("/vm/c"), format="raw", overlay=Path("/vm/o"), paused=True),
     )
 
 
@@ -67,13 +74,13 @@ CHILD_FAULTS = {
 
 @pytest.mark.parametrize("attributes", FAULTS)
 def test_a_faulty_record_is_refused_under_the_name_of_the_fault(attributes):
-    with pytest.raises(DomainFaultError, match=re.escape(FAULTS[attributes])):
+    with pytest.raises(InvalidDomainError, match=re.escape(FAULTS[attributes])):
         record(attributes)
 
 
 @pytest.mark.parametrize("children", CHILD_FAULTS)
 def test_so_are_its_elements(children):
-    with pytest.raises(DomainFaultError, match=re.escape(CHILD_FAULTS[children])):
+    with pytest.raises(InvalidDomainError, match=re.escape(CHILD_FAULTS[children])):
         record(children=children)
 
 
@@ -88,8 +95,8 @@ PATHS = TEXT.filter(lambda text: "/" not in text).map(lambda text: Path("/", tex
     overlay=st.none() | PATHS,
 )
 def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
-    frozen = overlay and FrozenRoot(path=Path("/c"), format="raw", overlay=overlay, secret_file=secret_file)
-    written = Record(
+    frozen = overlay and OverlayMetadata(path=Path("/c"), format="raw", overlay=overlay, secret_file=secret_file)
+    written = InstanceMetadata(
         account_id="123456789012",
         tags=tags,
         secret_file=secret_file,
@@ -103,8 +110,13 @@ def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
 
 
 @pytest.mark.parametrize(
-    "said", [Record(account_id="alice"), Record(account_id="123456789012", tags={"a": "\0"}), Record(account_id="")]
+    "said",
+    [
+        InstanceMetadata(account_id="alice"),
+        InstanceMetadata(account_id="123456789012", tags={"a": "\0"}),
+        InstanceMetadata(account_id=""),
+    ],
 )
 def test_what_could_not_be_read_again_is_not_written(said):
-    with pytest.raises(DomainFaultError):
+    with pytest.raises(InvalidDomainError):
         check_record(said)

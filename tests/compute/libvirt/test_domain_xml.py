@@ -6,9 +6,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from support.libvirt.domain_xml import CDROM, xml
-from thrave.compute.domain_edits import Image, with_overlay, without_overlay
-from thrave.compute.domain_metadata import FrozenRoot, Record, read_record
-from thrave.compute.domain_xml import DomainFaultError, read_definition
+from thrave.compute.errors import InvalidDomainError
+from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata, read_record
+from thrave.compute.libvirt.domain_xml import DiskImage, read_definition, with_overlay, without_overlay
 
 # As libvirt writes it, with what others keep in it.
 WHOLE = """\
@@ -42,8 +42,10 @@ WHOLE = """\
 </domain>
 """
 CHAIN = "<backingStore type='file'><format type='raw'/><source file='/vm/golden.raw'/><backingStore/></backingStore>"
-VOLUME, OVERLAY = Image(Path("/vm/ü <c>.qcow2"), "qcow2"), Image(Path("/vm/ov&er.qcow2"), "qcow2")
-FROZEN = Record(account_id="123456789012", frozen=FrozenRoot(path=VOLUME.path, format="qcow2", overlay=OVERLAY.path))
+VOLUME, OVERLAY = DiskImage(Path("/vm/ü <c>.qcow2"), "qcow2"), DiskImage(Path("/vm/ov&er.qcow2"), "qcow2")
+FROZEN = InstanceMetadata(
+    account_id="123456789012", frozen=OverlayMetadata(path=VOLUME.path, format="qcow2", overlay=OVERLAY.path)
+)
 
 
 def layers(disk):
@@ -101,9 +103,9 @@ def test_a_record_gets_a_place_where_there_is_none():
 
 
 def test_a_disk_that_is_not_there_cannot_be_changed():
-    with pytest.raises(DomainFaultError, match="disk: there is no vdz"):
+    with pytest.raises(InvalidDomainError, match="disk: there is no vdz"):
         with_overlay(xml(), "vdz", None, volume=VOLUME, overlay=OVERLAY)
-    with pytest.raises(DomainFaultError, match="it has no source"):
+    with pytest.raises(InvalidDomainError, match="it has no source"):
         without_overlay(
             xml(CDROM.replace('<source file="/iso/win.iso"/>', "").format(more="")), "sda", None, volume=VOLUME
         )

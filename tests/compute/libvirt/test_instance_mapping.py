@@ -7,26 +7,27 @@ from pathlib import Path
 import pytest
 
 from support.libvirt.domain_xml import BLOCK, CDROM, NETWORK, POOL_VOLUME, UUID, WINDOWS, disk, other, xml
-from thrave.compute.domain_metadata import FrozenRoot, Record
-from thrave.compute.domain_xml import MOST_CHARACTERS, DomainFaultError, Mirror, pool_type, read_definition
-from thrave.compute.domains import (
+from thrave.compute.errors import InvalidDomainError
+from thrave.compute.instance import InstanceState, OffReason
+from thrave.compute.libvirt.binding import DomainState, ShutoffReason, StoppedDetail
+from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata
+from thrave.compute.libvirt.domain_xml import MOST_CHARACTERS, Mirror, pool_type, read_definition
+from thrave.compute.libvirt.instance_mapping import (
     OFF_REASONS,
     STATES,
     STOPPED_BECAUSE,
     PoolVolume,
     instance_id_of,
-    instance_of,
     instance_state,
     lost_power,
     off_reason,
     root_disk,
+    to_instance,
 )
-from thrave.compute.instance import InstanceState, OffReason
-from thrave.compute.libvirt_numbers import DomainState, ShutoffReason, StoppedDetail
-from thrave.compute.overlay_steps import obstacle_to_overlay, overlay_for
+from thrave.compute.libvirt.overlay_merge import obstacle_to_overlay, overlay_for
 
 NOW = datetime(2026, 11, 23, 10, tzinfo=UTC)
-ALICE = Record(account_id="123456789012", launch_time=NOW)
+ALICE = InstanceMetadata(account_id="123456789012", launch_time=NOW)
 
 
 def no_pool(pool, volume):
@@ -34,7 +35,7 @@ def no_pool(pool, volume):
 
 
 def instance(text, record=ALICE, find_volume=no_pool):
-    return instance_of(read_definition(text), record, InstanceState.RUNNING, NOW, find_volume)
+    return to_instance(read_definition(text), record, InstanceState.RUNNING, NOW, find_volume)
 
 
 def test_an_id_comes_from_the_uuid_and_from_nothing_else():
@@ -73,11 +74,11 @@ def test_the_root_is_the_disk_that_boots(name):
 
 def test_the_operator_may_name_the_root():
     both = read_definition(xml(disk("vda", more='<boot order="1"/>'), disk("vdb")))
-    named = Record(account_id="123456789012", root_device="vdb")
+    named = InstanceMetadata(account_id="123456789012", root_device="vdb")
     assert root_disk(both, named).target == "vdb"
-    with pytest.raises(DomainFaultError, match="rootDevice: there is no disk vdz"):
-        root_disk(both, Record(account_id="123456789012", root_device="vdz"))
-    with pytest.raises(DomainFaultError, match=r"there is no disk$"):
+    with pytest.raises(InvalidDomainError, match="rootDevice: there is no disk vdz"):
+        root_disk(both, InstanceMetadata(account_id="123456789012", root_device="vdz"))
+    with pytest.raises(InvalidDomainError, match=r"there is no disk$"):
         root_disk(read_definition(xml(CDROM.format(more=""))), ALICE)
 
 
@@ -113,7 +114,7 @@ def test_a_volume_of_a_storage_pool_is_where_its_pool_is(kind):
 
 
 def test_what_the_operator_says_goes_before_what_the_definition_says():
-    said = Record(
+    said = InstanceMetadata(
         account_id="123456789012",
         platform="linux",
         root_device_type="ebs",
@@ -123,9 +124,9 @@ def test_what_the_operator_says_goes_before_what_the_definition_says():
     found = instance(xml(metadata=WINDOWS), said)
     assert (found.platform, found.root_device_type, found.tags) == (None, "ebs", {"Name": "web"})
     assert found.root_volume.secret_file == Path("/s")
-    assert instance(xml(), Record(account_id="123456789012", platform="windows")).platform == "windows"
-    with pytest.raises(DomainFaultError, match="rootDeviceType: the disk vda is no file or device of this host"):
-        instance(xml(NETWORK), Record(account_id="123456789012", root_device_type="instance-store"))
+    assert instance(xml(), InstanceMetadata(account_id="123456789012", platform="windows")).platform == "windows"
+    with pytest.raises(InvalidDomainError, match="rootDeviceType: the disk vda is no file or device of this host"):
+        instance(xml(NETWORK), InstanceMetadata(account_id="123456789012", root_device_type="instance-store"))
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,10 @@ def test_the_platform_is_what_libosinfo_says(os_id, platform):
 
 
 def test_while_frozen_the_root_volume_is_the_one_below():
-    frozen = FrozenRoot(path=Path("/vm/c.raw"), format="raw", overlay=Path("/vm/o"), secret_file=Path("/s"))
-    found = instance(xml(disk(file="/vm/o", image_format="qcow2")), Record(account_id="123456789012", frozen=frozen))
+    frozen = OverlayMetadata(path=Path("/vm/c.raw"), format="raw", overlay=Path("/vm/o"), secret_file=Path("/s"))
+    found = instance(
+        xml(disk(file="/vm/o", image_format="qcow2")), InstanceMetadata(account_id="123456789012", frozen=frozen)
+    )
     root = found.root_volume
     assert (root.path, root.format, root.secret_file, root.device_name) == (
         Path("/vm/c.raw"),
@@ -246,10 +249,10 @@ def test_an_overlay_stands_beside_its_volume():
     ],
 )
 def test_xml_that_is_no_domains_is_refused(text, message):
-    with pytest.raises(DomainFaultError, match=re.escape(message)):
+    with pytest.raises(InvalidDomainError, match=re.escape(message)):
         read_definition(text)
 
 
 def test_an_architecture_that_ec2_has_not_is_refused():
-    with pytest.raises(DomainFaultError, match="EC2 knows no s390x"):
+    with pytest.raises(InvalidDomainError, match="EC2 knows no s390x"):
         instance(xml(architecture="s390x"))

@@ -12,26 +12,29 @@ import pytest
 
 from support.eventually import eventually, one_of
 from support.instances.inventories import ACCOUNT, Domains
-from thrave.compute import answering, domain_table, guest_agent, hypervisor, libvirt_binding, libvirt_overlays
-from thrave.compute.domain_table import DomainTable
-from thrave.compute.domains import instance_id_of
+from thrave.compute import timeouts
+from thrave.compute.base import Overlay
 from thrave.compute.errors import (
-    ComponentMissingError,
     HoldLostError,
     HypervisorError,
-    HypervisorGoneError,
+    HypervisorUnavailable,
     IncorrectInstanceState,
     InstanceCommandFailed,
-    InstanceHeld,
+    InstanceLocked,
     InstanceNotFound,
     InvalidDescriptionError,
-    OverlayImpossible,
+    LibraryNotInstalled,
+    OverlayNotSupported,
     RootVolumeInUse,
 )
 from thrave.compute.instance import InstanceState, VolumeFile
-from thrave.compute.instances import Frozen
-from thrave.compute.libvirt import LibvirtInstances
-from thrave.compute.power import _HELD_LOOK_AGAIN, PowerRequests, switching
+from thrave.compute.libvirt import binding as libvirt_binding
+from thrave.compute.libvirt import connection as hypervisor
+from thrave.compute.libvirt import domain_cache, guest_agent, overlays
+from thrave.compute.libvirt.domain_cache import DomainCache
+from thrave.compute.libvirt.driver import LibvirtDriver
+from thrave.compute.libvirt.instance_mapping import instance_id_of
+from thrave.compute.power import _HELD_LOOK_AGAIN, BackgroundPower, switching
 from thrave.compute.power_records import PowerAction
 from thrave.compute.start_check import start_allowed_by
 
@@ -229,15 +232,15 @@ def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instan
     monkeypatch.setattr(instances, "_look_when_stopped", look_late)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(answering, "TIMEOUT", 0.5)
-            with switching(instance_id), pytest.raises(HypervisorGoneError):
+            patched.setattr(timeouts, "TIMEOUT", 0.5)
+            with switching(instance_id), pytest.raises(HypervisorUnavailable):
                 instances.start(instance_id)
-        requests = PowerRequests(instances, grace=60)
+        requests = BackgroundPower(instances, grace=60)
         requests._records.request(instance_id, PowerAction.STOP, None)
         assert requests._work(instance_id).attempt() == _HELD_LOOK_AGAIN, "it may be started yet"
     finally:
         hangs.set()
-    eventually(lambda: not answering.is_busy(instance_id))
+    eventually(lambda: not timeouts.is_busy(instance_id))
     assert instances.state(instance_id) is InstanceState.STOPPED
     assert requests._work(instance_id).attempt() == 0.0, "the request is finished"
 
@@ -372,18 +375,18 @@ def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
         (tmp_path, tmp_path / "o", f"{tmp_path} is no regular file"),
         (disk, tmp_path / "o", None),
     ):
-        assert libvirt_overlays._obstacle_in_folder(volume, overlay) == reason
+        assert overlays._obstacle_in_folder(volume, overlay) == reason
 
 
 def test_one_at_a_time_merges(instances, instance_id, disk):
-    frozen = Frozen(VolumeFile(path=disk), disk.with_name("overlay"))
-    with instances._records.merging(instance_id), pytest.raises(InstanceHeld):
+    frozen = Overlay(VolumeFile(path=disk), disk.with_name("overlay"))
+    with instances._records.merging(instance_id), pytest.raises(InstanceLocked):
         instances.overlays.merge(instance_id, frozen, time.sleep)
     instances.overlays.merge(instance_id, frozen, time.sleep)
 
 
 def test_a_hypervisor_without_block_commit_has_no_overlays(instances, instance_id):
-    with pytest.raises(OverlayImpossible, match="its root disk vda can have no overlay: the hypervisor is TEST"):
+    with pytest.raises(OverlayNotSupported, match="its root disk vda can have no overlay: the hypervisor is TEST"):
         instances.overlays.plan(instance_id)
 
 
@@ -394,9 +397,9 @@ def test_a_domain_that_was_stopped_has_not_lost_its_power(domains, instances, in
 
 
 def test_where_no_libvirt_is_nothing_hangs_and_nothing_is_empty(tmp_path):
-    nowhere = LibvirtInstances(f"qemu+unix:///system?socket={tmp_path / 'nobody'}", lock_folder=tmp_path / "locks")
+    nowhere = LibvirtDriver(f"qemu+unix:///system?socket={tmp_path / 'nobody'}", lock_folder=tmp_path / "locks")
     for ask in (nowhere.list, nowhere.broken, lambda: nowhere.get("i-0123456789abcdef0")):
-        with pytest.raises(HypervisorGoneError, match=r"no connection to qemu\+unix.*No such file or directory"):
+        with pytest.raises(HypervisorUnavailable, match=r"no connection to qemu\+unix.*No such file or directory"):
             ask()
 
 
@@ -405,11 +408,11 @@ def test_a_libvirt_that_does_not_answer_is_asked_anew_and_by_no_more_threads_tha
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "s"))
         silent.listen()
-        mute = LibvirtInstances(f"qemu+unix:///system?socket={tmp_path / 's'}", lock_folder=tmp_path / "locks")
+        mute = LibvirtDriver(f"qemu+unix:///system?socket={tmp_path / 's'}", lock_folder=tmp_path / "locks")
         for _ in range(hypervisor.MAX_SILENT):
-            with pytest.raises(HypervisorGoneError, match="has not answered within 0 seconds"):
+            with pytest.raises(HypervisorUnavailable, match="has not answered within 0 seconds"):
                 mute.list()
-        with pytest.raises(HypervisorGoneError, match="does not answer: 4 attempts wait"):
+        with pytest.raises(HypervisorUnavailable, match="does not answer: 4 attempts wait"):
             mute.list()
         waiting = [thread for thread in threading.enumerate() if thread.name == "libvirt open"]
         assert len(waiting) == hypervisor.MAX_SILENT
@@ -417,7 +420,7 @@ def test_a_libvirt_that_does_not_answer_is_asked_anew_and_by_no_more_threads_tha
             client, _ = silent.accept()
             client.close()
             thread.join(60)
-    with pytest.raises(HypervisorGoneError, match="no connection to"):
+    with pytest.raises(HypervisorUnavailable, match="no connection to"):
         mute.list()
 
 
@@ -428,7 +431,7 @@ def test_a_connection_that_comes_too_late_is_closed_and_the_next_one_is_used(ins
     monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 0.2)
     with monkeypatch.context() as hanging:
         hanging.setattr(binding, "open", lambda uri: answers.wait(60) and Mock(close=closed.set))
-        with pytest.raises(HypervisorGoneError, match="has not answered"):
+        with pytest.raises(HypervisorUnavailable, match="has not answered"):
             instances.get(instance_id)
     monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 60)
     assert instances.list() == shown
@@ -438,7 +441,7 @@ def test_a_connection_that_comes_too_late_is_closed_and_the_next_one_is_used(ins
 
 
 def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, instance_id, monkeypatch, caplog):
-    other, hangs, look = domains.add(), threading.Event(), DomainTable.look
+    other, hangs, look = domains.add(), threading.Event(), DomainCache.look
     assert len(instances.list()) == 2
 
     def look_or_hang(table, domain):
@@ -446,8 +449,8 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
             hangs.wait(60)
         return look(table, domain)
 
-    monkeypatch.setattr(DomainTable, "look", look_or_hang)
-    monkeypatch.setattr(domain_table, "LOOK_TIMEOUT", 0.2)
+    monkeypatch.setattr(DomainCache, "look", look_or_hang)
+    monkeypatch.setattr(domain_cache, "LOOK_TIMEOUT", 0.2)
     with domains.domain(instance_id) as domain:
         instances._events.change({domain.UUIDString()})
     with domains.domain(other) as domain:
@@ -478,9 +481,9 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
 def test_a_question_over_which_libvirt_hangs_ends(instances, instance_id, monkeypatch, ask):
     hangs = threading.Event()
     with monkeypatch.context() as hanging:
-        hanging.setattr(DomainTable, "look", lambda _table, _domain: hangs.wait(60))
-        hanging.setattr("thrave.compute.answering.TIMEOUT", 0.2)
-        with pytest.raises(HypervisorGoneError, match="has not answered within"):
+        hanging.setattr(DomainCache, "look", lambda _table, _domain: hangs.wait(60))
+        hanging.setattr("thrave.compute.timeouts.TIMEOUT", 0.2)
+        with pytest.raises(HypervisorUnavailable, match="has not answered within"):
             ask(instances, instance_id)
     hangs.set()
 
@@ -492,7 +495,7 @@ def test_a_lost_connection_is_made_again_and_meanwhile_the_last_is_shown(
     instances.close()
     with monkeypatch.context() as without:
         without.setattr(instances._hypervisor, "_uri", "test:///nowhere")
-        with pytest.raises(HypervisorGoneError):
+        with pytest.raises(HypervisorUnavailable):
             instances.get(instance_id)
         assert instances.list() == shown
         assert "instances are shown as they were: no connection to test:///nowhere" in caplog.text
@@ -504,5 +507,5 @@ def test_a_lost_connection_is_made_again_and_meanwhile_the_last_is_shown(
 def test_a_binding_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "libvirt", None)
     monkeypatch.setattr(libvirt_binding, "_DEBIAN_MODULES", str(tmp_path))
-    with pytest.raises(ComponentMissingError, match=r"libvirt for Python 3\.\d+ is not installed: .* python3-libvirt"):
-        LibvirtInstances("test:///default", lock_folder=tmp_path).list()
+    with pytest.raises(LibraryNotInstalled, match=r"libvirt for Python 3\.\d+ is not installed: .* python3-libvirt"):
+        LibvirtDriver("test:///default", lock_folder=tmp_path).list()

@@ -4,45 +4,52 @@ from itertools import product
 
 import pytest
 
-from thrave.compute.overlay_steps import MERGING, Stand, Step
+from thrave.compute.libvirt.overlay_merge import MERGING, DiskLocation, MergeStep
 
-VOLUME, OVERLAY, ELSEWHERE, NOWHERE = Stand.VOLUME, Stand.OVERLAY, Stand.ELSEWHERE, Stand.NOWHERE
+VOLUME, OVERLAY, ELSEWHERE, NOWHERE = (
+    DiskLocation.VOLUME,
+    DiskLocation.OVERLAY,
+    DiskLocation.ELSEWHERE,
+    DiskLocation.NOWHERE,
+)
 
 
 def test_the_table_is_complete():
-    assert set(MERGING) == set(product(Stand, Stand))
+    assert set(MERGING) == set(product(DiskLocation, DiskLocation))
 
 
 def taken(step, live, config):
     """Where the definitions stand after a step was taken to its end, and whether the overlay is in the volume then."""
     match step:
-        case Step.COMMIT_LIVE:  # libvirt has the domain start from there too, if it was to start from the same overlay
+        case (
+            MergeStep.COMMIT_LIVE
+        ):  # libvirt has the domain start from there too, if it was to start from the same overlay
             return VOLUME, (VOLUME if config is OVERLAY else config), True
-        case Step.COMMIT_OFF:
+        case MergeStep.COMMIT_OFF:
             return live, VOLUME, True
-        case Step.REDEFINE:
+        case MergeStep.REDEFINE:
             return live, VOLUME, False
     raise AssertionError(f"{step} leads nowhere")
 
 
-@pytest.mark.parametrize(("live", "config"), list(product(Stand, Stand)))
+@pytest.mark.parametrize(("live", "config"), list(product(DiskLocation, DiskLocation)))
 def test_from_everywhere_it_ends_and_only_what_is_merged_is_removed(live, config):
     written_in_overlay = OVERLAY in {live, config} and live is not VOLUME
     merged = False
     for _ in range(4):
         step = MERGING[live, config]
-        if step in {Step.CLEAN_UP, Step.COMMIT_FILES, Step.REFUSE}:
+        if step in {MergeStep.CLEAN_UP, MergeStep.COMMIT_FILES, MergeStep.REFUSE}:
             break
         live, config, in_volume = taken(step, live, config)
         merged = merged or in_volume
     else:
         raise AssertionError("it goes on for ever")
-    assert (step is Step.REFUSE) is (ELSEWHERE in {live, config})
-    if step is Step.CLEAN_UP:
+    assert (step is MergeStep.REFUSE) is (ELSEWHERE in {live, config})
+    if step is MergeStep.CLEAN_UP:
         assert OVERLAY not in {live, config}, "something would be started on what is removed"
         assert merged or not written_in_overlay
 
 
 def test_after_a_domain_that_runs_on_the_volume_goes_off_nothing_starts_on_the_overlay():
-    assert MERGING[VOLUME, OVERLAY] is Step.REDEFINE
-    assert MERGING[NOWHERE, VOLUME] is Step.CLEAN_UP
+    assert MERGING[VOLUME, OVERLAY] is MergeStep.REDEFINE
+    assert MERGING[NOWHERE, VOLUME] is MergeStep.CLEAN_UP

@@ -9,17 +9,17 @@ import pytest
 
 from support.eventually import eventually
 from support.libvirt.guestless_domain import GuestlessDomain
-from thrave.compute import hypervisor, overlay_files
 from thrave.compute.errors import (
     HoldLostError,
     HypervisorError,
-    HypervisorGoneError,
+    HypervisorUnavailable,
     IncorrectInstanceState,
-    OverlayImpossible,
+    OverlayNotSupported,
     RootVolumeInUse,
 )
 from thrave.compute.instance import InstanceState
-from thrave.compute.libvirt import LibvirtInstances
+from thrave.compute.libvirt import connection, overlay_files
+from thrave.compute.libvirt.driver import LibvirtDriver
 
 pytestmark = pytest.mark.libvirt
 
@@ -32,7 +32,7 @@ def opened(libvirtd, tmp_path):
     all_opened = []
 
     def open_another():
-        all_opened.append(LibvirtInstances(libvirtd.uri, lock_folder=tmp_path / "locks"))
+        all_opened.append(LibvirtDriver(libvirtd.uri, lock_folder=tmp_path / "locks"))
         return all_opened[-1]
 
     yield open_another
@@ -185,7 +185,7 @@ def test_a_daemon_that_is_killed_while_it_merges_goes_on(instances, tiny):
 
     def restart_daemon():
         tiny.host.kill_daemon()
-        with pytest.raises(HypervisorGoneError):
+        with pytest.raises(HypervisorUnavailable):
             instances.get(tiny.instance_id)
         tiny.host.start_daemon()
 
@@ -379,7 +379,7 @@ def test_saved_memory_is_an_obstacle_to_an_overlay_and_to_its_end(instances, tin
     instances.start(tiny.instance_id)
     merged(instances, tiny, frozen)
     tiny.host.virsh("managedsave", tiny.name)
-    with pytest.raises(OverlayImpossible, match="the memory of the domain is saved"):
+    with pytest.raises(OverlayNotSupported, match="the memory of the domain is saved"):
         instances.overlays.plan(tiny.instance_id)
 
 
@@ -437,15 +437,15 @@ def test_a_daemon_that_is_started_anew_is_asked_again_and_tells_again(instances,
 
 
 def test_a_daemon_that_hangs_ends_no_question_never(opened, tiny, monkeypatch):
-    monkeypatch.setattr(hypervisor, "ALIVE_INTERVAL", 1)
-    monkeypatch.setattr(hypervisor, "ALIVE_COUNT", 1)
+    monkeypatch.setattr(connection, "ALIVE_INTERVAL", 1)
+    monkeypatch.setattr(connection, "ALIVE_COUNT", 1)
     instances = opened()
     assert instances.state(tiny.instance_id) is InstanceState.STOPPED
     nsenter = psutil.Process(tiny.host._daemon.pid)
     (daemon,) = nsenter.children()
     daemon.suspend()
     try:
-        with pytest.raises(HypervisorGoneError, match=r"the connection to .* is lost"):
+        with pytest.raises(HypervisorUnavailable, match=r"the connection to .* is lost"):
             instances.state(tiny.instance_id)
     finally:
         daemon.resume()

@@ -20,8 +20,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from support.bundles.open_check import opened_sha256
 from support.disks.raw_disk import make_disk
 from support.eventually import eventually
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.tasks.states import FINISHED, BundleTaskState
 
@@ -101,11 +101,11 @@ class Chaos:
         folder.instances.mkdir(parents=True, exist_ok=True)
         size = self.random.randrange(64, 24 * KIB) * KIB
         disk = make_disk(folder.root / f"{number}.raw", size, seed=number)
-        description = Description(
+        description = InstanceDescription(
             instance_id=new_instance_id(), account_id=self.account.account_id, platform="windows",
             root_volume=VolumeFile(path=disk),
         )  # fmt: skip
-        DirectoryInstances(folder.instances).add(description)
+        DirectoryDriver(folder.instances).add(description)
         return description.instance_id, (host, hashlib.sha256(disk.read_bytes()).hexdigest())
 
     def _reported(self):
@@ -178,7 +178,7 @@ class Chaos:
         complete = [task for task in tasks.values() if task.state is BundleTaskState.COMPLETE]
         self._check_bundles(complete)
         for instance_id, (host, _) in self.instances.items():
-            there = DirectoryInstances(self.fleet.data(host).instances)
+            there = DirectoryDriver(self.fleet.data(host).instances)
             assert there.state(instance_id) is InstanceState.RUNNING
             with there.hold(instance_id):
                 pass  # nobody else does

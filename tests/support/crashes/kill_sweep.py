@@ -25,8 +25,8 @@ from support.instances.command_machine import Machine
 from support.service.forked_server import ForkedServer
 from thrave.bundle.manifest import read_manifest
 from thrave.bundle.model import bound_side_filename, manifest_filename, side_filename
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import new_instance_id
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import DataDirectory
 from thrave.database import bundle_task, open_engine, task_in_progress
@@ -229,7 +229,7 @@ class KilledService:
         if image_format != "raw":
             raw, disk = disk, disk.with_suffix(f".{image_format}")
             subprocess.run(["qemu-img", "convert", "-O", image_format, raw, disk], check=True)
-        description = Description(
+        description = InstanceDescription(
             instance_id=new_instance_id(),
             account_id=self.account.account_id,
             platform="windows",

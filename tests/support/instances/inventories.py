@@ -6,10 +6,10 @@ from contextlib import ExitStack, contextmanager
 from support.eventually import eventually
 from support.instances.command_machine import Machine
 from support.libvirt.libvirt_test_driver import URI, libvirt_test_driver
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import DirectoryInstances, new_instance_id
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import VolumeFile
-from thrave.compute.libvirt import LibvirtInstances
+from thrave.compute.libvirt.driver import LibvirtDriver
 
 ACCOUNT = "123456789012"
 
@@ -26,7 +26,7 @@ class Files:
 
     def again(self):
         """The same, as another process has them."""
-        return DirectoryInstances(self._root, command_seconds=20.0)
+        return DirectoryDriver(self._root, command_seconds=20.0)
 
     def add(self):
         """Another instance; its id."""
@@ -35,7 +35,7 @@ class Files:
     def holding(self, instance_id):
         """The Python code of a block in another process, in which an instance is held."""
         return (
-            "from pathlib import Path; from thrave.compute.directory import DirectoryInstances\n"
+            "from pathlib import Path; from thrave.compute.directory_driver import DirectoryDriver as DirectoryInstances\n"
             f"with DirectoryInstances(Path({str(self._root)!r})).hold({instance_id!r}):"
         )
 
@@ -43,7 +43,7 @@ class Files:
         """Let go of what it needs."""
 
     def _add(self, **details):
-        description = Description(
+        description = InstanceDescription(
             instance_id=new_instance_id(),
             account_id=ACCOUNT,
             platform="windows",
@@ -87,7 +87,7 @@ class Domains:
 
     def again(self):
         """The same, as another process has them."""
-        instances = LibvirtInstances(URI, lock_folder=self._folder / "locks")
+        instances = LibvirtDriver(URI, lock_folder=self._folder / "locks")
         self._stack.callback(instances.close)
         return instances
 
@@ -112,8 +112,8 @@ class Domains:
         """See Files. Another process has another pretence, so it is told of the domain."""
         definition = self.libvirt.definition(self.names[instance_id])
         return (
-            "from pathlib import Path; from thrave.compute.domain_events import DomainEvents\n"
-            "from thrave.compute.hypervisor import Hypervisor; from thrave.compute.libvirt import LibvirtInstances\n"
+            "from pathlib import Path; from thrave.compute.libvirt.connection import DomainEvents\n"
+            "from thrave.compute.libvirt.connection import LibvirtConnection as Hypervisor; from thrave.compute.libvirt.driver import LibvirtDriver as LibvirtInstances\n"
             f"hypervisor = Hypervisor({URI!r}, DomainEvents())\n"
             f"with hypervisor.asked() as connection: connection.defineXML({definition!r})\n"
             f"with LibvirtInstances({URI!r}, lock_folder=Path({str(self._folder / 'locks')!r})).hold({instance_id!r}):"

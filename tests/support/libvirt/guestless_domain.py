@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.libvirt.libvirt_host import Host, VirshError
 from support.required_programs import require
-from thrave.compute.domains import instance_id_of
+from thrave.compute.libvirt.instance_mapping import instance_id_of
 
 SIZE = 8 << 20  # bytes of its disk
 _BLOCK = 64 << 10

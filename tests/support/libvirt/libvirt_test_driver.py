@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from support.required_programs import missing
-from thrave.compute.domain_events import DomainEvents
-from thrave.compute.errors import ComponentMissingError
-from thrave.compute.hypervisor import Hypervisor
+from thrave.compute.errors import LibraryNotInstalled
+from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
 
 URI = "test:///default"
 
@@ -40,7 +39,7 @@ def domain_xml(name, disk, *, kind="test", image_format="raw", acpi=True, channe
 class LibvirtTestDriver:
     """The pretended hypervisor."""
 
-    def __init__(self, hypervisor: Hypervisor) -> None:
+    def __init__(self, hypervisor: LibvirtConnection) -> None:
         """Keep the connection that keeps the domains."""
         self._hypervisor = hypervisor
         self._made: list[str] = []
@@ -79,12 +78,12 @@ class LibvirtTestDriver:
 @contextmanager
 def libvirt_test_driver() -> Iterator[LibvirtTestDriver]:
     """The pretended hypervisor, without the domains of the test in the end."""
-    hypervisor = Hypervisor(URI, DomainEvents())
+    hypervisor = LibvirtConnection(URI, DomainEvents())
     try:
         driver = LibvirtTestDriver(hypervisor)
         with hypervisor.asked():
             pass
-    except ComponentMissingError as error:
+    except LibraryNotInstalled as error:
         missing(error.component, package=error.package)
     try:
         yield driver

@@ -10,8 +10,8 @@ from support.disks.raw_disk import make_disk
 from thrave.bundle.base import DirectoryParts
 from thrave.bundle.model import bound_side_filename, manifest_filename, side_filename
 from thrave.bundle.opener import open_bundle
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import new_instance_id
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import VolumeFile
 from thrave.config import Settings
 from thrave.ground import open_ground
@@ -47,7 +47,7 @@ class OneHost:
         instance_id = new_instance_id()
         disk = make_disk(self.folder / f"{instance_id}.raw", self._size)
         self.ground.instances.add(
-            Description(
+            InstanceDescription(
                 instance_id=instance_id, account_id=self.account.account_id, platform="windows",
                 root_volume=VolumeFile(path=disk), **details,
             )

@@ -27,8 +27,8 @@ from thrave.bundle.model import manifest_filename, side_filename
 from thrave.bundle.opener import open_bundle
 from thrave.cli.folders import FolderParts
 from thrave.cli.remote_folders import S3Folder
-from thrave.compute.descriptions import Description
-from thrave.compute.directory import new_instance_id
+from thrave.compute.description_files import InstanceDescription
+from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
 from thrave.ec2.actions.storage import Storage, claim_bucket
@@ -192,7 +192,7 @@ class FaultBench:
         # A disk of its own: a volume that another machine may write to is refused.
         instance_id = new_instance_id()
         disk = Path(shutil.copyfile(self._disk, self._disk.with_name(f"{instance_id}.raw")))
-        instance = Description(
+        instance = InstanceDescription(
             instance_id=instance_id,
             account_id=self.account.account_id,
             platform="windows",

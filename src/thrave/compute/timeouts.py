@@ -6,30 +6,44 @@ still be carried out.
 
 A command may come minutes after it was decided upon. So a driver checks right before it gives one whether this process
 still may (`start_check.py`): another host may have the instance by then.
+
+Waits for work that goes on by itself, for as long as it makes progress.
 """
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
-from thrave.compute.errors import HypervisorGoneError
+from thrave.compute.errors import HypervisorError, HypervisorUnavailable
 from thrave.compute.start_check import check_start
 from thrave.concurrency import Call, CallTimeoutError
 
 TIMEOUT = 120.0  # seconds; a start may wait a minute for a guest that has just powered off
+
+
 _Self = TypeVar("_Self")
+
+
 _Arguments = ParamSpec("_Arguments")
+
+
 _Answer = TypeVar("_Answer")
 
+
 _given_up: ContextVar[threading.Event | None] = ContextVar("given_up", default=None)
+
+
 _abandoned: Counter[str] = Counter()  # commands by instance id
+
+
 _lock = threading.Lock()
 
 
-def answered(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool = False) -> _Answer:
+def call_with_deadline(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool = False) -> _Answer:
     """Ask in a thread of its own, with the context variables of this one, and wait `TIMEOUT` seconds for the answer.
 
     Args:
@@ -83,7 +97,7 @@ def with_timeout(
     return _bounded(method, is_command=False)
 
 
-def command(
+def command_with_timeout(
     method: Callable[Concatenate[_Self, str, _Arguments], _Answer],
 ) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
     """The same, of one that changes something."""
@@ -95,7 +109,9 @@ def _bounded(
 ) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
     @wraps(method)
     def ask(self: _Self, instance_id: str, *args: _Arguments.args, **options: _Arguments.kwargs) -> _Answer:
-        return answered(instance_id, lambda: method(self, instance_id, *args, **options), is_command=is_command)
+        return call_with_deadline(
+            instance_id, lambda: method(self, instance_id, *args, **options), is_command=is_command
+        )
 
     return ask  # type: ignore[return-value]  # Concatenate has no names, and callers may give one
 
@@ -113,6 +129,67 @@ def _release(instance_id: str) -> None:
             del _abandoned[instance_id]
 
 
-def _gone(instance_id: str) -> HypervisorGoneError:
+def _gone(instance_id: str) -> HypervisorUnavailable:
     message = f"the hypervisor has not answered within {TIMEOUT:g} seconds"
-    return HypervisorGoneError(instance_id, message, waited=TIMEOUT)
+    return HypervisorUnavailable(instance_id, message, waited=TIMEOUT)
+
+
+Pause = Callable[[float], object]
+"""Waits some seconds; may raise, to end it all."""
+
+
+_LONGEST = 2.0  # seconds between two calls that count
+
+
+class RunningTime:
+    """Measures time in which this process ran: it may be stopped, or its machine paused, for hours.
+
+    Args:
+        longest: Seconds between two calls that count; the process itself stood still for the rest.
+        clock: Seconds of a monotonic clock.
+    """
+
+    def __init__(self, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._longest = longest
+        self._clock = clock
+        self._called = clock()
+
+    def passed(self) -> float:
+        """Return the seconds since this was last called."""
+        now = self._clock()
+        passed, self._called = min(now - self._called, self._longest), now
+        return passed
+
+
+class ProgressPause:
+    """A pause that raises once nothing has moved for too long.
+
+    Args:
+        instance_id: The instance that is worked on.
+        pause: Waits.
+        timeout: Seconds without progress.
+    """
+
+    def __init__(self, instance_id: str, pause: Pause, timeout: float) -> None:
+        self._instance_id = instance_id
+        self._pause = pause
+        self._timeout = timeout
+        self._time = RunningTime(_LONGEST)
+        self._idle = 0.0
+
+    def __call__(self, seconds: float) -> None:
+        """Wait. Raises HypervisorError if nothing has moved for too long, and whatever the pause inside raises."""
+        self._pause(seconds)
+        self._idle += max(seconds, self._time.passed())
+        if self._idle >= self._timeout:
+            raise HypervisorError(self._instance_id, f"no progress for {self._timeout:g} seconds")
+
+    def moved(self) -> None:
+        """Take note of progress."""
+        self._idle = 0.0
+
+
+def report_progress(pause: Pause) -> None:
+    """Tell whoever waits by a pause that the work has moved, if that ends what does not move."""
+    if isinstance(pause, ProgressPause):
+        pause.moved()

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thrave import files, programs
-from thrave.compute.domain_edits import Image
-from thrave.compute.errors import ComponentMissingError, HypervisorError, ImageInUseError
-from thrave.compute.pausing import Pause, report_progress
+from thrave.compute.errors import HypervisorError, ImageInUseError, LibraryNotInstalled
+from thrave.compute.libvirt.domain_xml import DiskImage
+from thrave.compute.timeouts import Pause, report_progress
 
 _PACKAGE = "qemu-utils"
 _DEFINITIONS = Path("/etc/libvirt/qemu")
@@ -24,7 +24,7 @@ _LOOK_AGAIN = 0.2  # seconds
 _MAX_OUTPUT = 256 << 20  # bytes; `qemu-img map` of an image that is in very many pieces
 
 
-def create(instance_id: str, overlay: Path, volume: Image) -> None:
+def create(instance_id: str, overlay: Path, volume: DiskImage) -> None:
     """Make an empty overlay over a volume, in the place of one that may be there, and have it on the disk.
 
     Whoever may open the volume may open the overlay, as far as this process may say so.
@@ -112,7 +112,7 @@ def _give_to_owner_of(volume: Path, overlay: Path) -> None:
 def _run(instance_id: str, arguments: Sequence[str], pause: Pause) -> str:
     program = shutil.which("qemu-img")
     if program is None:
-        raise ComponentMissingError("qemu-img", _PACKAGE)
+        raise LibraryNotInstalled("qemu-img", _PACKAGE)
     try:
         done = _finished([program, *arguments], pause)
     except programs.ProgramError as error:

@@ -14,21 +14,19 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from thrave.compute.commands import Command, asked_state
-from thrave.compute.descriptions import Description, check_volumes
+from thrave.compute.base import StoppedHold
+from thrave.compute.commands import PATIENCE, BackgroundStops, Command, StopCommand, read_state
+from thrave.compute.description_files import DescriptionFiles, InstanceDescription, check_volumes
 from thrave.compute.errors import (
     IncorrectInstanceState,
     InstanceCommandFailed,
     InstanceError,
-    InstanceHeld,
+    InstanceLocked,
     RootVolumeInUse,
     StateChangedError,
 )
-from thrave.compute.folder import DescriptionFolder
 from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
-from thrave.compute.instances import Hold
 from thrave.compute.start_check import check_start
-from thrave.compute.stopping import PATIENCE, StopCommand, StopCommands
 from thrave.programs import ProgramNotStartedError
 
 _STATE_SECONDS = 10.0  # for a stateCommand
@@ -42,8 +40,8 @@ def new_instance_id() -> str:
     return f"i-{secrets.token_hex(9)[:17]}"
 
 
-class DirectoryInstances:
-    """The instances in a folder; see `Instances` for the contract.
+class DirectoryDriver:
+    """The instances in a folder; see `HypervisorDriver` for the contract.
 
     Args:
         root: The folder. It need not exist; `add` makes it.
@@ -51,9 +49,9 @@ class DirectoryInstances:
     """
 
     def __init__(self, root: Path, *, command_seconds: float = 300.0) -> None:
-        self._folder = DescriptionFolder(root)
+        self._folder = DescriptionFiles(root)
         self._command_seconds = command_seconds
-        self._stops = StopCommands(command_seconds)
+        self._stops = BackgroundStops(command_seconds)
 
     def list(
         self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
@@ -81,7 +79,7 @@ class DirectoryInstances:
         """What its stateCommand says, else what its file says."""
         return self._look(instance_id).state
 
-    def add(self, description: Description) -> None:
+    def add(self, description: InstanceDescription) -> None:
         """Write the file of a new instance.
 
         Raises:
@@ -175,15 +173,15 @@ class DirectoryInstances:
         raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no way into the guest")
 
     @contextmanager
-    def hold(self, instance_id: str) -> Iterator[Hold]:
+    def hold(self, instance_id: str) -> Iterator[StoppedHold]:
         """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
         self._folder.read(instance_id)
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._folder.lock(instance_id))
             except BlockingIOError:
-                raise InstanceHeld(instance_id) from None
-            yield _HeldOff(self, instance_id)
+                raise InstanceLocked(instance_id) from None
+            yield DirectoryHold(self, instance_id)
 
     def _is_off(self, instance_id: str) -> bool:
         """Whether it is known to be off."""
@@ -193,20 +191,20 @@ class DirectoryInstances:
             log.warning("an instance is taken to be running: %s", error)
             return False
 
-    def _look(self, instance_id: str) -> Description:
+    def _look(self, instance_id: str) -> InstanceDescription:
         """The instance with the state it has now."""
         return self._look_at_both(instance_id)[1]
 
-    def _look_at_both(self, instance_id: str) -> tuple[Description, Description]:
+    def _look_at_both(self, instance_id: str) -> tuple[InstanceDescription, InstanceDescription]:
         """The instance as its file says, and with the state it has now."""
         self._settle(instance_id)
         recorded = self._folder.read(instance_id)
         if not recorded.state_command or recorded.state is InstanceState.TERMINATED:
             return recorded, recorded
-        state, off = asked_state(instance_id, recorded.state_command, seconds=_STATE_SECONDS)
+        state, off = read_state(instance_id, recorded.state_command, seconds=_STATE_SECONDS)
         return recorded, replace(recorded, state=self._on_its_way(recorded, state), off_reason=off)
 
-    def _on_its_way(self, recorded: Description, state: InstanceState) -> InstanceState:
+    def _on_its_way(self, recorded: InstanceDescription, state: InstanceState) -> InstanceState:
         """The state its stateCommand has printed, as it is called on the way to being terminated."""
         if recorded.state is not InstanceState.SHUTTING_DOWN:
             return state
@@ -215,12 +213,12 @@ class DirectoryInstances:
         self._record_off(recorded)
         return InstanceState.TERMINATED
 
-    def _record_off(self, recorded: Description) -> None:
+    def _record_off(self, recorded: InstanceDescription) -> None:
         """Note in its file that it is off, if that says what was read. Raises StateChangedError."""
         off = InstanceState.TERMINATED if recorded.state in GONE else InstanceState.STOPPED
         self._folder.change(recorded.instance_id, off, seen=recorded)
 
-    def _look_when_stopped(self, instance_id: str) -> Description:
+    def _look_when_stopped(self, instance_id: str) -> InstanceDescription:
         """The same, after waiting for a machine that is just going down: it cannot be started before."""
         deadline = time.monotonic() + self._command_seconds
         while (description := self._look(instance_id)).state_command:
@@ -244,7 +242,7 @@ class DirectoryInstances:
             with suppress(StateChangedError):
                 self._record_off(stop.asked)
 
-    def _run_stop(self, recorded: Description, meanwhile: InstanceState) -> None:
+    def _run_stop(self, recorded: InstanceDescription, meanwhile: InstanceState) -> None:
         instance_id = recorded.instance_id
         if not recorded.stop_command:
             raise IncorrectInstanceState(instance_id, f"{instance_id} has no stopCommand: stop it on its hypervisor")
@@ -266,11 +264,11 @@ class DirectoryInstances:
             self._record_running(stop.asked)
             raise
 
-    def _record_running(self, asked: Description) -> None:
+    def _record_running(self, asked: InstanceDescription) -> None:
         with suppress(StateChangedError):
             self._folder.change(asked.instance_id, InstanceState.RUNNING, seen=asked)
 
-    def _run_force_stop(self, description: Description) -> None:
+    def _run_force_stop(self, description: InstanceDescription) -> None:
         instance_id = description.instance_id
         if description.force_stop_command:
             self._stops.abandon(instance_id)
@@ -281,7 +279,7 @@ class DirectoryInstances:
             )
 
     @contextmanager
-    def _starting(self, before: Description) -> Iterator[None]:
+    def _starting(self, before: InstanceDescription) -> Iterator[None]:
         """Check that it may be started; have the file say `pending` while the startCommand may have done so.
 
         Without a stateCommand the file alone tells whether the volume may be read. If it went on to say `stopped`, and
@@ -304,12 +302,12 @@ class DirectoryInstances:
                 self._undo_pending(before)
             raise
 
-    def _undo_pending(self, before: Description) -> None:
+    def _undo_pending(self, before: InstanceDescription) -> None:
         pending = replace(before, state=InstanceState.PENDING)
         with suppress(StateChangedError):
             self._folder.change(before.instance_id, before.state, seen=pending, off_reason=before.off_reason)
 
-    def _run_start(self, description: Description) -> None:
+    def _run_start(self, description: InstanceDescription) -> None:
         instance_id = description.instance_id
         if description.start_command:
             self._finish("startCommand", instance_id, description.start_command)
@@ -319,7 +317,7 @@ class DirectoryInstances:
     def _finish(self, name: str, instance_id: str, argv: Sequence[str]) -> None:
         Command(instance_id, name, argv, seconds=self._command_seconds).finish()
 
-    def _shown(self, description: Description) -> Description:
+    def _shown(self, description: InstanceDescription) -> InstanceDescription:
         """The instance with its state now, or the one in its file if its hypervisor does not tell."""
         try:
             return self._look(description.instance_id)
@@ -328,10 +326,10 @@ class DirectoryInstances:
             return description
 
 
-class _HeldOff:
+class DirectoryHold:
     """An instance that cannot be started through us; whether somebody else did, its state tells."""
 
-    def __init__(self, instances: DirectoryInstances, instance_id: str) -> None:
+    def __init__(self, instances: DirectoryDriver, instance_id: str) -> None:
         self._instances = instances
         self._instance_id = instance_id
 
@@ -350,7 +348,7 @@ def _until_unchanged(act: Callable[[], None]) -> None:
             return
 
 
-def _is_up(description: Description) -> bool:
+def _is_up(description: InstanceDescription) -> bool:
     """Whether it needs no start. `pending` in a file says only that a start was begun."""
     up = {InstanceState.RUNNING, InstanceState.PENDING} if description.state_command else {InstanceState.RUNNING}
     return description.state in up
@@ -361,7 +359,7 @@ def _has_done_nothing(error: InstanceCommandFailed) -> bool:
     return error.status is not None or isinstance(error.__cause__, ProgramNotStartedError)
 
 
-def _refuse_if_gone(description: Description) -> None:
+def _refuse_if_gone(description: InstanceDescription) -> None:
     if description.state in GONE:
         raise IncorrectInstanceState(
             description.instance_id, f"{description.instance_id} is {description.state} and cannot be used any more"

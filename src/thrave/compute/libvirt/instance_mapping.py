@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from uuid import UUID
 
-from thrave.compute.domain_metadata import Record, RootDeviceType
-from thrave.compute.domain_xml import Definition, Disk, DomainFaultError
+from thrave.compute.errors import InvalidDomainError
 from thrave.compute.instance import Instance, InstanceState, OffReason, VolumeFile
-from thrave.compute.libvirt_numbers import DomainState, ShutoffReason, StoppedDetail
+from thrave.compute.libvirt.binding import DomainState, ShutoffReason, StoppedDetail
+from thrave.compute.libvirt.domain_metadata import InstanceMetadata, RootDeviceType
+from thrave.compute.libvirt.domain_xml import Disk, DomainDefinition
 
 # A domain that has its disks open counts as running, whatever its CPUs do. `SHUTDOWN` is libvirt's word for a guest
 # that has powered off and whose process has not ended yet; `CRASHED` for a panicked one whose process is kept.
@@ -136,7 +137,7 @@ def off_reason(reason: int, seen: int | None, *, saved: bool = False) -> OffReas
     return OFF_REASONS.get(reason, OffReason.UNKNOWN)
 
 
-def root_disk(definition: Definition, record: Record | None) -> Disk:
+def root_disk(definition: DomainDefinition, record: InstanceMetadata | None) -> Disk:
     """The disk that is bundled: the one that the record names, else the one that is booted.
 
     That is the disk with the lowest <boot order>, where devices have one, else the first.
@@ -148,16 +149,16 @@ def root_disk(definition: Definition, record: Record | None) -> Disk:
     if record is not None and record.root_device is not None:
         disks = [disk for disk in disks if disk.target == record.root_device]
         if not disks:
-            raise DomainFaultError(f"rootDevice: there is no disk {record.root_device}")
+            raise InvalidDomainError(f"rootDevice: there is no disk {record.root_device}")
     if not disks:
-        raise DomainFaultError("there is no disk")
+        raise InvalidDomainError("there is no disk")
     ordered = [disk for disk in disks if disk.boot_order is not None]
     return min(ordered, key=lambda disk: disk.boot_order or 0, default=disks[0])
 
 
-def instance_of(
-    definition: Definition,
-    record: Record,
+def to_instance(
+    definition: DomainDefinition,
+    record: InstanceMetadata,
     state: InstanceState,
     launch_time: datetime,
     find_volume: FindVolume,
@@ -171,7 +172,7 @@ def instance_of(
             does not fit it.
     """
     if definition.architecture not in ARCHITECTURES:
-        raise DomainFaultError(f"os/type: EC2 knows no {definition.architecture}")
+        raise InvalidDomainError(f"os/type: EC2 knows no {definition.architecture}")
     root = root_disk(definition, record)
     others = (volume_of(disk, find_volume) for disk in definition.disks if disk.device in _DISKS and disk != root)
     return Instance(
@@ -190,13 +191,13 @@ def instance_of(
     )
 
 
-def _platform(definition: Definition, record: Record) -> Literal["windows"] | None:
+def _platform(definition: DomainDefinition, record: InstanceMetadata) -> Literal["windows"] | None:
     if record.platform is not None:
         return "windows" if record.platform == "windows" else None
     return "windows" if definition.os_id and _WINDOWS.match(definition.os_id) else None
 
 
-def _root_device_type(root: Disk, record: Record, find_volume: FindVolume) -> RootDeviceType:
+def _root_device_type(root: Disk, record: InstanceMetadata, find_volume: FindVolume) -> RootDeviceType:
     if record.root_device_type is not None:
         return record.root_device_type
     if root.pool_volume is not None:
@@ -204,7 +205,7 @@ def _root_device_type(root: Disk, record: Record, find_volume: FindVolume) -> Ro
     return ROOT_DEVICE_TYPES.get(root.kind, "ebs")
 
 
-def _root_volume(root: Disk, record: Record, find_volume: FindVolume) -> VolumeFile:
+def _root_volume(root: Disk, record: InstanceMetadata, find_volume: FindVolume) -> VolumeFile:
     """The file or device; of a disk that has none, what it is called, which nothing opens: its instance is `ebs`."""
     if record.frozen is not None:
         frozen = record.frozen
@@ -216,7 +217,7 @@ def _root_volume(root: Disk, record: Record, find_volume: FindVolume) -> VolumeF
         )
     volume = volume_of(root, find_volume)
     if volume is None and _root_device_type(root, record, find_volume) == "instance-store":
-        raise DomainFaultError(f"rootDeviceType: the disk {root.target} is no file or device of this host")
+        raise InvalidDomainError(f"rootDeviceType: the disk {root.target} is no file or device of this host")
     path = Path("/", root.remote or root.kind) if volume is None else volume.path
     return VolumeFile(path=path, format=root.format, device_name=_device_name(root), secret_file=record.secret_file)
 

@@ -16,35 +16,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from thrave.compute import guest_agent, libvirt_binding
-from thrave.compute.answering import answered, check_command, command, with_timeout
-from thrave.compute.descriptions import volume_fault
-from thrave.compute.domain_events import DomainEvents
-from thrave.compute.domain_metadata import Record, check_record
-from thrave.compute.domain_records import DomainRecords
-from thrave.compute.domain_table import DomainTable, Sighting, instance_in
-from thrave.compute.domain_xml import DomainFaultError
-from thrave.compute.domains import instance_id_of
+from thrave.compute.base import Overlays, StoppedHold
+from thrave.compute.description_files import volume_fault
 from thrave.compute.errors import (
     HoldLostError,
     HypervisorError,
     IncorrectInstanceState,
     InstanceCommandFailed,
     InstanceError,
-    InstanceHeld,
+    InstanceLocked,
     InstanceNotFound,
     InvalidDescriptionError,
+    InvalidDomainError,
     RootVolumeInUse,
 )
-from thrave.compute.guest_agent import GuestAgents
-from thrave.compute.hypervisor import Hypervisor
 from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, Instance, InstanceState, VolumeFile
-from thrave.compute.instances import Hold, Overlays
-from thrave.compute.libvirt_binding import Connection, Domain
-from thrave.compute.libvirt_numbers import DomainState, ShutdownFlag
-from thrave.compute.libvirt_overlays import LibvirtOverlays
-from thrave.compute.locks import locked
-from thrave.compute.merging import LibvirtHost
+from thrave.compute.libvirt import binding, guest_agent
+from thrave.compute.libvirt.binding import Connection, Domain, DomainState, ShutdownFlag
+from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
+from thrave.compute.libvirt.domain_cache import DomainCache, DomainSnapshot, MetadataWriter, instance_in
+from thrave.compute.libvirt.domain_metadata import InstanceMetadata, check_record
+from thrave.compute.libvirt.guest_agent import GuestAgents
+from thrave.compute.libvirt.instance_mapping import instance_id_of
+from thrave.compute.libvirt.overlay_merge import LibvirtContext
+from thrave.compute.libvirt.overlays import LibvirtOverlays
+from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
+from thrave.files import file_lock
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -61,8 +58,8 @@ _HEARS_NOTHING: dict[int, str] = {
 log = logging.getLogger(__name__)
 
 
-class LibvirtInstances:
-    """The domains of a libvirt that have been adopted; see `Instances` for the contract.
+class LibvirtDriver:
+    """The domains of a libvirt that have been adopted; see `HypervisorDriver` for the contract.
 
     A launch time is that of the last start that the driver has made or was told of; for a domain that was started while
     nobody listened it is an earlier one, at last the time when it was adopted.
@@ -75,11 +72,11 @@ class LibvirtInstances:
     def __init__(self, uri: str, *, lock_folder: Path) -> None:
         self._lock_folder = lock_folder
         self._events = DomainEvents()
-        self._hypervisor = Hypervisor(uri, self._events)
-        self._records = DomainRecords(lock_folder)
-        self._table = DomainTable(self._hypervisor, self._events, self._records)
+        self._hypervisor = LibvirtConnection(uri, self._events)
+        self._records = MetadataWriter(lock_folder)
+        self._table = DomainCache(self._hypervisor, self._events, self._records)
         self._agents = GuestAgents()
-        host = LibvirtHost(self._hypervisor, self._events, self._table, self._records, self._held)
+        host = LibvirtContext(self._hypervisor, self._events, self._table, self._records, self._held)
         self._overlays = LibvirtOverlays(host)
 
     def close(self) -> None:
@@ -121,7 +118,7 @@ class LibvirtInstances:
         with self._hypervisor.asked() as connection:
             found = _by_name(connection, domain)
             instance_id = instance_id_of(found.UUIDString())
-            said = Record(
+            said = InstanceMetadata(
                 account_id=account_id,
                 platform=platform,
                 root_device=root_device,
@@ -189,7 +186,7 @@ class LibvirtInstances:
         """What libvirt says of its domain."""
         return self.get(instance_id).state
 
-    @command
+    @command_with_timeout
     def request_stop(self, instance_id: str) -> None:
         """Ask the guest's agent, if it answers, else press the power button."""
         with self._changing(instance_id) as domain:
@@ -197,7 +194,7 @@ class LibvirtInstances:
             _refuse_if_gone(instance_in(sighting))
             self._ask_to_stop(domain, sighting)
 
-    @command
+    @command_with_timeout
     def force_stop(self, instance_id: str) -> None:
         """Destroy the domain, as libvirt calls it: its process is ended, its disks stay."""
         with self._changing(instance_id) as domain:
@@ -207,7 +204,7 @@ class LibvirtInstances:
                 check_command(instance_id)
                 _do(domain.destroy, unless=lambda: not domain.isActive())
 
-    @command
+    @command_with_timeout
     def terminate(self, instance_id: str) -> None:
         """Write down that it is not to be used any more, and ask the guest to power off."""
         with self._changing(instance_id) as domain:
@@ -221,7 +218,7 @@ class LibvirtInstances:
                 self._mark_terminated(domain, instance_id, terminated=was_terminated)
                 raise
 
-    @command
+    @command_with_timeout
     def start(self, instance_id: str) -> None:
         """Start the domain; one whose guest has just powered off is waited for."""
         with self._held(instance_id), self._changing(instance_id) as domain:
@@ -240,7 +237,7 @@ class LibvirtInstances:
             if sighting.instance_id != besides and any(is_same(volume) for volume in self._table.written_by(sighting))
         ]
 
-    @command
+    @command_with_timeout
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Have the guest's agent run the command."""
         with self._domain(instance_id) as domain:
@@ -252,10 +249,12 @@ class LibvirtInstances:
             guest_agent.run(domain, instance_id, command)
 
     @contextmanager
-    def hold(self, instance_id: str) -> Iterator[Hold]:
+    def hold(self, instance_id: str) -> Iterator[StoppedHold]:
         """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
         with self._held(instance_id):
-            yield _HeldOff(self, self._events, instance_id, answered(instance_id, lambda: self._uuid_of(instance_id)))
+            yield DomainHold(
+                self, self._events, instance_id, call_with_deadline(instance_id, lambda: self._uuid_of(instance_id))
+            )
 
     def _uuid_of(self, instance_id: str) -> str:
         with self._domain(instance_id) as domain:
@@ -263,7 +262,7 @@ class LibvirtInstances:
             instance_in(sighting)
             return sighting.uuid
 
-    def _adopted(self) -> Sequence[Sighting]:
+    def _adopted(self) -> Sequence[DomainSnapshot]:
         try:
             sightings = self._table.all()
         except HypervisorError as error:
@@ -300,30 +299,30 @@ class LibvirtInstances:
     @contextmanager
     def _held(self, instance_id: str) -> Iterator[None]:
         """The lock, if there is such a domain."""
-        answered(instance_id, lambda: self._find(instance_id))
+        call_with_deadline(instance_id, lambda: self._find(instance_id))
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self._lock_folder / f"{instance_id}.held", wait=False))
+                stack.enter_context(file_lock(self._lock_folder / f"{instance_id}.held", wait=False))
             except BlockingIOError:
-                raise InstanceHeld(instance_id) from None
+                raise InstanceLocked(instance_id) from None
             yield
 
-    def _check_adoptable(self, sighting: Sighting) -> None:
+    def _check_adoptable(self, sighting: DomainSnapshot) -> None:
         fault = self._fault_in_adopting(sighting)
         if fault is not None:
             raise InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [fault])
 
-    def _fault_in_adopting(self, sighting: Sighting) -> str | None:
+    def _fault_in_adopting(self, sighting: DomainSnapshot) -> str | None:
         """Why a domain with this record would be no instance; None if it would be one."""
         assert sighting.record is not None
         try:
             check_record(sighting.record)
             instance = self._table.instance_of(sighting)
-        except DomainFaultError as fault:
+        except InvalidDomainError as fault:
             return str(fault)
         return volume_fault(instance.root_volume.path) if instance.root_device_type == "instance-store" else None
 
-    def _ask_to_stop(self, domain: Domain, sighting: Sighting) -> None:
+    def _ask_to_stop(self, domain: Domain, sighting: DomainSnapshot) -> None:
         if sighting.state in {DomainState.SHUTOFF, DomainState.SHUTDOWN}:
             return
         if (why := _HEARS_NOTHING.get(sighting.state)) is not None:
@@ -359,14 +358,14 @@ class LibvirtInstances:
             log.warning("the launch time is not written down: %s", error)
 
 
-class _HeldOff:
+class DomainHold:
     """An instance that cannot be started through us; whether somebody else has started it, libvirt tells.
 
     What happens while there is no connection to libvirt is not told: an instance that is off again may have run. Then
     only reading its volume again helps.
     """
 
-    def __init__(self, instances: LibvirtInstances, events: DomainEvents, instance_id: str, uuid: str) -> None:
+    def __init__(self, instances: LibvirtDriver, events: DomainEvents, instance_id: str, uuid: str) -> None:
         self._instances = instances
         self._events = events
         self._instance_id = instance_id
@@ -393,7 +392,7 @@ def _by_name(connection: Connection, domain: str) -> Domain:
     return connection.lookupByUUIDString(domain) if _UUID.fullmatch(domain) else connection.lookupByName(domain)
 
 
-def _said_anew(instance_id: str, before: Record, said: Record) -> Record:
+def _said_anew(instance_id: str, before: InstanceMetadata, said: InstanceMetadata) -> InstanceMetadata:
     """What is said now, and what the driver has to find again of what was said before."""
     if before.frozen is not None and before.root_device != said.root_device:
         raise IncorrectInstanceState(
@@ -413,6 +412,6 @@ def _do(act: Callable[[], object], *, unless: Callable[[], object]) -> None:
     """Do something, which may turn out to be done already."""
     try:
         act()
-    except libvirt_binding.load().libvirtError:
+    except binding.load().libvirtError:
         if not unless():
             raise

@@ -2,12 +2,17 @@
 
 The credentials of the service come from the environment or a file of their own, which nobody else may read. Nothing
 here calls the store.
+
+Which inventory a host has, as the settings say: instances that files describe, or libvirt's domains.
+
+Nothing here asks a hypervisor, and libvirt's binding is loaded only where the settings want it.
 """
 
 import configparser
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -17,7 +22,13 @@ from thrave.buckets.directory_store import DirectoryStore
 from thrave.buckets.errors import StoreSettingError
 from thrave.buckets.s3_client import Credentials, StoreConfig
 from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore, ServiceKeyStore
+from thrave.compute.base import HypervisorDriver
+from thrave.compute.directory_driver import DirectoryDriver
 from thrave.config import Settings
+
+if TYPE_CHECKING:
+    from thrave.compute.libvirt.driver import LibvirtDriver
+
 
 log = structlog.get_logger()
 
@@ -143,3 +154,25 @@ def read_credentials(path: Path) -> Credentials:
         raise StoreSettingError(
             f"{path} is no file of credentials: [default], aws_access_key_id = …, aws_secret_access_key = …"
         ) from None
+
+
+def open_driver(settings: Settings) -> HypervisorDriver:
+    """The inventory that the settings name.
+
+    Raises:
+        ComponentMissingError: libvirt's binding is not installed.
+        HypervisorError: libvirt does not answer.
+    """
+    return open_described(settings) if settings.hypervisor == "directory" else open_adopted(settings)
+
+
+def open_described(settings: Settings) -> DirectoryDriver:
+    """The instances that files describe."""
+    return DirectoryDriver(settings.effective_instance_dir)
+
+
+def open_adopted(settings: Settings) -> "LibvirtDriver":
+    """The domains that have been adopted. Raises as `open_instances`."""
+    from thrave.compute.libvirt.driver import LibvirtDriver  # noqa: PLC0415 (needs a Debian package that few hosts have)
+
+    return LibvirtDriver(settings.libvirt_uri, lock_folder=settings.directory.locks)

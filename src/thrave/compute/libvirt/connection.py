@@ -1,4 +1,10 @@
-"""The connection to libvirt: made when it is first needed, and again when it was lost; its errors in our words.
+"""What libvirt has told of its domains: which have changed since somebody looked, and how often each was started.
+
+Events are written down and nothing more: they come in libvirt's event loop, which must not wait for answers of
+libvirt's. Who wants to know asks here, and then libvirt. What happens while there is no connection is never told:
+`lost` counts the times that there was none, so that whoever counts events knows that the count is not whole.
+
+The connection to libvirt: made when it is first needed, and again when it was lost; its errors in our words.
 
 Any thread may ask. Nothing waits for ever: libvirt has so long to take the connection, and is asked for a sign of
 life from then on, so that a daemon that has died or hangs ends every question with an error. The next question
@@ -9,31 +15,142 @@ one thread of this process, which libvirt needs also for those signs of life.
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import NamedTuple, cast
 
-from thrave.compute import libvirt_binding
-from thrave.compute.domain_events import DomainEvents
-from thrave.compute.errors import HypervisorError, HypervisorGoneError, InstanceNotFound
-from thrave.compute.libvirt_binding import Binding, Connection, LibvirtError
-from thrave.compute.libvirt_numbers import NO_DOMAIN, Event
+from thrave.compute.errors import HypervisorError, HypervisorUnavailable, InstanceNotFound
+from thrave.compute.libvirt import binding as libvirt_binding
+from thrave.compute.libvirt.binding import (
+    NO_DOMAIN,
+    Connection,
+    Domain,
+    EventKind,
+    LibvirtBinding,
+    LibvirtError,
+    Lifecycle,
+)
 from thrave.concurrency import Background, Call, CallTimeoutError, repeat
 
+
+@dataclass(frozen=True)
+class DomainHistory:
+    """What has been told of a domain since this process has listened.
+
+    Attributes:
+        starts: How often it was started.
+        jobs: By a disk's target, how often a job on it has come to something: caught up, done, failed, cancelled.
+        started: When it was last started.
+        stopped: Why it has stopped since, a `StoppedDetail`.
+    """
+
+    starts: int = 0
+    jobs: Mapping[str, int] = field(default_factory=dict)
+    started: datetime | None = None
+    stopped: int | None = None
+
+
+class DomainEvents:
+    """A book of events; any thread may read it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition()
+        self._told: dict[str, DomainHistory] = defaultdict(DomainHistory)
+        self._changed: set[str] = set()
+        self._lost = 1  # there is no connection yet
+
+    @property
+    def lost(self) -> int:
+        """How often there was no connection; from each time on nothing that was known before counts."""
+        return self._lost
+
+    def lose(self) -> None:
+        """Note that there is no connection."""
+        with self._lock:
+            self._lost += 1
+
+    def of(self, uuid: str) -> DomainHistory:
+        """What has been told of a domain."""
+        with self._lock:
+            return self._told.get(uuid, DomainHistory())
+
+    def await_start(self, uuid: str, starts: int, seconds: float) -> datetime | None:
+        """When a domain that was started so often was started again; None if that is not told within some seconds."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._told[uuid].starts > starts, seconds)
+            return self._told[uuid].started if self._told[uuid].starts > starts else None
+
+    def take_changed(self) -> set[str]:
+        """The UUIDs of the domains of which something was told since this was last asked."""
+        with self._lock:
+            changed, self._changed = self._changed, set()
+            return changed
+
+    def change(self, uuids: set[str]) -> None:
+        """Note that domains have to be looked at again, whether anything is told of them or not."""
+        with self._lock:
+            self._changed |= uuids
+
+    def lifecycle(self, _connection: Connection, domain: Domain, event: int, detail: int, _opaque: object) -> None:
+        """Write down a lifecycle event."""
+        uuid = domain.UUIDString()
+        with self._lock:
+            self._changed.add(uuid)
+            told = self._told[uuid]
+            if event == Lifecycle.STARTED:
+                now = datetime.now(UTC)
+                self._told[uuid] = replace(told, starts=told.starts + 1, started=now, stopped=None)
+                self._lock.notify_all()
+            elif event == Lifecycle.STOPPED:
+                self._told[uuid] = replace(told, stopped=detail)
+
+    def block_job(
+        self, _connection: Connection, domain: Domain, disk: str, _kind: int, _status: int, _opaque: object
+    ) -> None:
+        """Write down that a job on a disk has come to something."""
+        uuid = domain.UUIDString()
+        with self._lock:
+            self._changed.add(uuid)
+            jobs = self._told[uuid].jobs
+            self._told[uuid] = replace(self._told[uuid], jobs={**jobs, disk: jobs.get(disk, 0) + 1})
+
+    def metadata(self, _connection: Connection, domain: Domain, _kind: int, _namespace: str, _opaque: object) -> None:
+        """Write down that what is said of a domain has changed."""
+        with self._lock:
+            self._changed.add(domain.UUIDString())
+
+
 CONNECT_SECONDS = 30.0
+
+
 MAX_SILENT = 4  # attempts to connect that are not answered; each has a thread
+
+
 ALIVE_INTERVAL, ALIVE_COUNT = 5, 3  # seconds, and how many signs of life may be missing
+
+
 _SILENCE = float(ALIVE_INTERVAL * (ALIVE_COUNT + 1))  # seconds after which a silent connection is taken for lost
+
+
 _CLOSE_SECONDS = 1.0
+
+
 _WORDS = 300  # characters of libvirt's that go into a message
+
 
 log = logging.getLogger(__name__)
 
+
 _starting = threading.Lock()
+
+
 _event_loop: Background | None = None
 
 
-class Hypervisor:
+class LibvirtConnection:
     """One libvirt.
 
     Args:
@@ -69,7 +186,7 @@ class Hypervisor:
             yield connection
         except binding.libvirtError as error:
             translated = self._translated(cast("LibvirtError", error), connection, instance_id)
-            if isinstance(translated, HypervisorGoneError):
+            if isinstance(translated, HypervisorUnavailable):
                 translated.waited = min(time.monotonic() - began, _SILENCE)
             raise translated from error
 
@@ -78,7 +195,7 @@ class Hypervisor:
         with self._lock:
             self._drop()
 
-    def _connected(self, binding: Binding, instance_id: str) -> Connection:
+    def _connected(self, binding: LibvirtBinding, instance_id: str) -> Connection:
         with self._lock:
             if self._connection is not None and _is_alive(binding, self._connection):
                 return self._connection
@@ -89,14 +206,14 @@ class Hypervisor:
             opened = coming.result(CONNECT_SECONDS)
         except CallTimeoutError:
             self._abandon(coming)
-            raise HypervisorGoneError(
+            raise HypervisorUnavailable(
                 instance_id,
                 f"{self._uri} has not answered within {CONNECT_SECONDS:.0f} seconds",
                 waited=CONNECT_SECONDS,
             ) from None
         except binding.libvirtError as error:
             self._arrived(coming, None)
-            raise HypervisorGoneError(
+            raise HypervisorUnavailable(
                 instance_id,
                 f"no connection to {self._uri}: {_words(cast('LibvirtError', error))}",
                 waited=time.monotonic() - began,
@@ -108,15 +225,15 @@ class Hypervisor:
         self._arrived(coming, opened)
         return opened.connection
 
-    def _begin(self, binding: Binding, instance_id: str) -> "Call[_Opened]":
+    def _begin(self, binding: LibvirtBinding, instance_id: str) -> "Call[_Opened]":
         """Connect in a thread of its own: nothing ends a connecting that is not answered."""
         self._silent = [call for call in self._silent if call.is_running]
         if len(self._silent) >= MAX_SILENT:
-            raise HypervisorGoneError(instance_id, f"{self._uri} does not answer: {len(self._silent)} attempts wait")
+            raise HypervisorUnavailable(instance_id, f"{self._uri} does not answer: {len(self._silent)} attempts wait")
         _run_events(binding)
         return Call("libvirt open", lambda: self._open(binding))
 
-    def _open(self, binding: Binding) -> "_Opened":
+    def _open(self, binding: LibvirtBinding) -> "_Opened":
         opened = _Opened(binding.open(self._uri), [])
         try:
             with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
@@ -138,9 +255,9 @@ class Hypervisor:
 
     def _listen(self, opened: "_Opened") -> None:
         ask, events, add = opened.connection.domainEventRegisterAny, self._events, opened.listening.append
-        add(ask(None, Event.LIFECYCLE, events.lifecycle, None))
-        add(ask(None, Event.BLOCK_JOB_2, events.block_job, None))
-        add(ask(None, Event.METADATA_CHANGE, events.metadata, None))
+        add(ask(None, EventKind.LIFECYCLE, events.lifecycle, None))
+        add(ask(None, EventKind.BLOCK_JOB_2, events.block_job, None))
+        add(ask(None, EventKind.METADATA_CHANGE, events.metadata, None))
 
     def _arrived(self, coming: "Call[_Opened]", opened: "_Opened | None") -> None:
         with self._lock:
@@ -165,7 +282,7 @@ class Hypervisor:
         if error.get_error_code() == NO_DOMAIN:
             return InstanceNotFound(instance_id) if instance_id else HypervisorError(instance_id, words)
         if not _is_alive(libvirt_binding.load(), connection):
-            return HypervisorGoneError(instance_id, f"the connection to {self._uri} is lost: {words}")
+            return HypervisorUnavailable(instance_id, f"the connection to {self._uri} is lost: {words}")
         return HypervisorError(instance_id, words)
 
 
@@ -184,7 +301,7 @@ def _close(opened: _Opened) -> None:
         opened.connection.close()
 
 
-def _is_alive(binding: Binding, connection: Connection) -> bool:
+def _is_alive(binding: LibvirtBinding, connection: Connection) -> bool:
     try:
         return bool(connection.isAlive())
     except binding.libvirtError:
@@ -196,7 +313,7 @@ def _words(error: LibvirtError) -> str:
     return " ".join((error.get_error_message() or "it does not say why").split())[:_WORDS]
 
 
-def _run_events(binding: Binding) -> None:
+def _run_events(binding: LibvirtBinding) -> None:
     """Have libvirt's event loop run in this process, once; it must be there before the first connection is."""
     global _event_loop  # noqa: PLW0603 (libvirt has one loop a process)
     with _starting:
@@ -211,6 +328,6 @@ def _run_events(binding: Binding) -> None:
             )
 
 
-def _turn(binding: Binding) -> None:
+def _turn(binding: LibvirtBinding) -> None:
     while True:
         binding.virEventRunDefaultImpl()

@@ -1,4 +1,10 @@
-"""The merging of one overlay: step after step by the table in `overlay_steps.py`, until nothing is left of it.
+"""Where an overlay's merging stands, told by what is there, and what the next step is. Pure: one table.
+
+A domain has up to two definitions: of the one that runs, and what it is started from the next time. Each has its root
+disk on the volume, on the overlay over it, or on something else. From that alone every step follows, whoever began and
+was cut off before: the driver, libvirt's daemon, QEMU or the host. The table is complete; a test walks all of it.
+
+The merging of one overlay: step after step by the table in `overlay_steps.py`, until nothing is left of it.
 
 A step looks at what is there and does the next thing, or nothing if that only takes its time. None of them relies on
 what this process remembers, so that any may be the first after a crash. The volume is written to by libvirt's block
@@ -15,46 +21,127 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
-from thrave.compute import libvirt_binding, overlay_files
-from thrave.compute.answering import check_command
-from thrave.compute.domain_edits import Image, without_overlay
-from thrave.compute.domain_events import DomainEvents
-from thrave.compute.domain_metadata import FrozenRoot, Record
-from thrave.compute.domain_records import DomainRecords, understood
-from thrave.compute.domain_table import DomainTable, Sighting
-from thrave.compute.domain_xml import Disk
+from thrave.compute.base import Overlay
 from thrave.compute.errors import HypervisorError, InstanceNotFound
-from thrave.compute.hypervisor import Hypervisor
-from thrave.compute.instances import Frozen
-from thrave.compute.libvirt_binding import Connection, Domain
-from thrave.compute.libvirt_numbers import Commit, DomainState, JobAbort, XmlFlag
-from thrave.compute.overlay_steps import MERGING, Standing, Step, standing_of
-from thrave.compute.pausing import Pause, report_progress
+from thrave.compute.libvirt import binding, overlay_files
+from thrave.compute.libvirt.binding import Commit, Connection, Domain, DomainState, JobAbort, XmlFlag
+from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
+from thrave.compute.libvirt.domain_cache import DomainCache, DomainSnapshot, MetadataWriter, understood
+from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata
+from thrave.compute.libvirt.domain_xml import Disk, DiskImage, DomainDefinition, without_overlay
+from thrave.compute.timeouts import Pause, check_command, report_progress
+
+
+class DiskLocation(StrEnum):
+    """What a definition's root disk is on."""
+
+    NOWHERE = "there is no such definition"
+    VOLUME = "the root volume itself"
+    OVERLAY = "the overlay"
+    ELSEWHERE = "another image"
+
+
+class MergeStep(StrEnum):
+    """What is to be done next."""
+
+    COMMIT_LIVE = "have the running domain write the overlay into the volume and leave it"
+    COMMIT_OFF = "write the overlay into the volume, then have the domain start from that"
+    COMMIT_FILES = "write the overlay into the volume: there is no domain any more"
+    REDEFINE = "have the domain start from the volume, which the running one is on already"
+    CLEAN_UP = "remove the overlay and forget it"
+    REFUSE = "leave everything as it is: somebody else has put another image there"
+
+
+# (running domain, what it is started from the next time) -> what to do
+MERGING: dict[tuple[DiskLocation, DiskLocation], MergeStep] = {
+    (DiskLocation.NOWHERE, DiskLocation.NOWHERE): MergeStep.COMMIT_FILES,
+    (DiskLocation.NOWHERE, DiskLocation.VOLUME): MergeStep.CLEAN_UP,
+    (DiskLocation.NOWHERE, DiskLocation.OVERLAY): MergeStep.COMMIT_OFF,
+    (DiskLocation.NOWHERE, DiskLocation.ELSEWHERE): MergeStep.REFUSE,
+    (DiskLocation.VOLUME, DiskLocation.NOWHERE): MergeStep.CLEAN_UP,
+    (DiskLocation.VOLUME, DiskLocation.VOLUME): MergeStep.CLEAN_UP,
+    (DiskLocation.VOLUME, DiskLocation.OVERLAY): MergeStep.REDEFINE,
+    (DiskLocation.VOLUME, DiskLocation.ELSEWHERE): MergeStep.REFUSE,
+    (DiskLocation.OVERLAY, DiskLocation.NOWHERE): MergeStep.COMMIT_LIVE,
+    (DiskLocation.OVERLAY, DiskLocation.VOLUME): MergeStep.COMMIT_LIVE,
+    (DiskLocation.OVERLAY, DiskLocation.OVERLAY): MergeStep.COMMIT_LIVE,
+    (DiskLocation.OVERLAY, DiskLocation.ELSEWHERE): MergeStep.COMMIT_LIVE,
+    (DiskLocation.ELSEWHERE, DiskLocation.NOWHERE): MergeStep.REFUSE,
+    (DiskLocation.ELSEWHERE, DiskLocation.VOLUME): MergeStep.REFUSE,
+    (DiskLocation.ELSEWHERE, DiskLocation.OVERLAY): MergeStep.REFUSE,
+    (DiskLocation.ELSEWHERE, DiskLocation.ELSEWHERE): MergeStep.REFUSE,
+}
+
+
+class RootDisk(NamedTuple):
+    """What a definition's root disk is on, and which disk that is."""
+
+    stand: DiskLocation
+    disk: Disk | None
+
+
+def standing_of(definition: DomainDefinition | None, volume: Path, overlay: Path) -> RootDisk:
+    """What the root disk is on, for which there was the `volume` and an `overlay` over it; None is no definition."""
+    if definition is None:
+        return RootDisk(DiskLocation.NOWHERE, None)
+    for path, stand in ((overlay, DiskLocation.OVERLAY), (volume, DiskLocation.VOLUME)):
+        for disk in definition.disks:
+            if disk.path == path:
+                return RootDisk(stand, disk)
+    return RootDisk(DiskLocation.ELSEWHERE, None)
+
+
+def overlay_for(volume: Path, instance_id: str) -> Path:
+    """Where the overlay over an instance's root volume goes: beside it, so that both are moved and lost together."""
+    return volume.with_name(f".{volume.name}.thrave-{instance_id}.qcow2")
+
+
+def obstacle_to_overlay(root: Disk) -> str | None:
+    """Why a root disk cannot have an overlay, by its definition; None if that does not forbid it."""
+    obstacles = (
+        (root.path is None, "it is no file of this host"),
+        (root.kind != "file", "it is a block device, beside which no file can be put"),
+        (root.format not in {"raw", "qcow2"}, f"an overlay is not merged into the format {root.format}"),
+        (root.encrypted, "it is encrypted, and what the guest writes would stand in an overlay in the clear"),
+        (root.shareable, "it is shareable: other domains may write to it"),
+        (root.readonly, "it is read-only"),
+        (root.transient, "it is transient: what the guest writes is not to be kept"),
+        (root.mirror is not None, "a block job is copying it"),
+    )
+    return next((reason for applies, reason in obstacles if applies), None)
+
 
 _COMMIT = "active-commit"
+
+
 _COMMITTED = "merged"  # what an overlay is called when it is in the volume, so that nothing is started on it any more
+
+
 _LEFT = "left"
+
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LibvirtHost:
+class LibvirtContext:
     """What is needed of a host that has libvirt.
 
     Attributes:
         held: Keeps an instance from being started through us, for the length of a block; raises InstanceHeld.
     """
 
-    hypervisor: Hypervisor
+    hypervisor: LibvirtConnection
     events: DomainEvents
-    table: DomainTable
-    records: DomainRecords
+    table: DomainCache
+    records: MetadataWriter
     held: Callable[[str], AbstractContextManager[None]]
 
-    def look(self, domain: Domain, volume: Path, overlay: Path) -> tuple[Sighting, Standing, Standing]:
+    def look(self, domain: Domain, volume: Path, overlay: Path) -> tuple[DomainSnapshot, RootDisk, RootDisk]:
         """A domain as it is now, and where its disks stand: as it runs, and as it is started the next time.
 
         Raises:
@@ -66,7 +153,7 @@ class LibvirtHost:
         return sighting, standing_of(sighting.live, volume, overlay), standing_of(sighting.config, volume, overlay)
 
 
-class Merging:
+class OverlayMerge:
     """One call of `Overlays.merge`.
 
     Args:
@@ -76,10 +163,10 @@ class Merging:
         pause: See `Overlays.merge`.
     """
 
-    def __init__(self, host: LibvirtHost, instance_id: str, frozen: Frozen, pause: Pause) -> None:
+    def __init__(self, host: LibvirtContext, instance_id: str, frozen: Overlay, pause: Pause) -> None:
         self._host = host
         self._instance_id = instance_id
-        self._volume = Image(frozen.volume.path, frozen.volume.format)
+        self._volume = DiskImage(frozen.volume.path, frozen.volume.format)
         self._overlay = frozen.overlay
         self._committed = overlay_files.aside(frozen.overlay, _COMMITTED)
         self._pause = pause
@@ -103,22 +190,22 @@ class Merging:
     def _step(self, connection: Connection, domain: Domain) -> bool:
         sighting, live, config = self._host.look(domain, self._volume.path, self._overlay)
         match MERGING[live.stand, config.stand]:
-            case Step.COMMIT_FILES:
+            case MergeStep.COMMIT_FILES:
                 return self._commit_files()
-            case Step.COMMIT_LIVE:
+            case MergeStep.COMMIT_LIVE:
                 self._commit_live(domain, sighting, _disk(live))
-            case Step.COMMIT_OFF:
+            case MergeStep.COMMIT_OFF:
                 self._commit_off(connection, domain, _disk(config))
-            case Step.REDEFINE:
+            case MergeStep.REDEFINE:
                 self._redefine(connection, domain, _disk(config))
-            case Step.CLEAN_UP:
+            case MergeStep.CLEAN_UP:
                 self._clean_up(domain, sighting)
                 return True
-            case Step.REFUSE:
+            case MergeStep.REFUSE:
                 raise HypervisorError(self._instance_id, self._strange(live, config))
         return False
 
-    def _commit_live(self, domain: Domain, sighting: Sighting, disk: Disk) -> None:
+    def _commit_live(self, domain: Domain, sighting: DomainSnapshot, disk: Disk) -> None:
         """Begin a block commit, wait for one, or have the domain leave the overlay."""
         if disk.mirror is None:
             starts = self._host.events.of(sighting.uuid).starts
@@ -146,7 +233,7 @@ class Merging:
         """A job gets on if less is left than ever before: one that copies what the guest writes anew does not."""
         try:
             job = domain.blockJobInfo(disk.target, 0)
-        except libvirt_binding.load().libvirtError:  # the guest has just died: the next step sees that
+        except binding.load().libvirtError:  # the guest has just died: the next step sees that
             return
         left = job.get("end", 0) - job.get("cur", 0)
         if self._least_left is None or left < self._least_left:
@@ -154,7 +241,7 @@ class Merging:
             report_progress(self._pause)
 
     @contextmanager
-    def _standing_still(self, domain: Domain, sighting: Sighting) -> Iterator[None]:
+    def _standing_still(self, domain: Domain, sighting: DomainSnapshot) -> Iterator[None]:
         """Stop the CPUs of a running domain, having written down that it was us; one that stands still stays so."""
         frozen = None if sighting.record is None else sighting.record.frozen
         if frozen is None or not (sighting.state == DomainState.RUNNING or _stands_still_for_us(frozen, sighting)):
@@ -170,7 +257,7 @@ class Merging:
             self._note_paused(domain, paused=False)
 
     def _note_paused(self, domain: Domain, *, paused: bool) -> None:
-        def noted(record: Record) -> Record:
+        def noted(record: InstanceMetadata) -> InstanceMetadata:
             return replace(record, frozen=record.frozen and replace(record.frozen, paused=paused))
 
         self._host.records.change(domain, self._instance_id, noted)
@@ -216,7 +303,7 @@ class Merging:
             connection.defineXML(without_overlay(xml, disk.target, None, volume=self._volume))
         overlay_files.settle_definitions()
 
-    def _clean_up(self, domain: Domain, sighting: Sighting) -> None:
+    def _clean_up(self, domain: Domain, sighting: DomainSnapshot) -> None:
         """Remove the overlay, then what is said of it: so nothing is left of it when nothing says so any more."""
         check_command(self._instance_id)
         frozen = None if sighting.record is None else sighting.record.frozen
@@ -244,22 +331,22 @@ class Merging:
         overlay_files.remove(self._instance_id, self._overlay)
         overlay_files.remove(self._instance_id, self._committed)
 
-    def _strange(self, live: Standing, config: Standing) -> str:
+    def _strange(self, live: RootDisk, config: RootDisk) -> str:
         return (
             f"its root disk is on an image that is neither {self._volume.path} nor {self._overlay} (running: "
             f"{live.stand}; the next time: {config.stand}): merge that first"
         )
 
 
-def _disk(standing: Standing) -> Disk:
+def _disk(standing: RootDisk) -> Disk:
     assert standing.disk is not None, "a disk that stands somewhere"
     return standing.disk
 
 
-def _is(frozen: FrozenRoot | None, overlay: Path) -> bool:
+def _is(frozen: OverlayMetadata | None, overlay: Path) -> bool:
     return frozen is not None and frozen.overlay == overlay
 
 
-def _stands_still_for_us(frozen: FrozenRoot, sighting: Sighting) -> bool:
+def _stands_still_for_us(frozen: OverlayMetadata, sighting: DomainSnapshot) -> bool:
     """Whether it was the driver that has stopped the CPUs, perhaps before a crash."""
     return frozen.paused and sighting.state == DomainState.PAUSED

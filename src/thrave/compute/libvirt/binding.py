@@ -3,22 +3,31 @@
 No package index has it ready made, since it must be of the same version as the library; Debian's python3-libvirt puts
 it where only the system's Python looks. It is loaded from there by its full path: that folder holds much else and is
 never put on ``sys.path``. Nothing here connects to anything.
-"""
-# ruff: noqa: N802 (every name in it that is no word of ours is libvirt's)
 
+Libvirt's numbers, as far as they are used: those of its header libvirt-domain.h if nothing else is said.
+
+They are part of its binary interface and never change, so that what is pure can be tested where there is no libvirt.
+"""
+
+# ruff: noqa: N802 (every name in it that is no word of ours is libvirt's)
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from enum import IntEnum, IntFlag
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Protocol, cast
 
-from thrave.compute.errors import ComponentMissingError
+from thrave.compute.errors import LibraryNotInstalled
 
 _DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
+
+
 _PACKAGE = "python3-libvirt"
+
+
 _loading = threading.Lock()
 
 
@@ -106,8 +115,12 @@ class Domain(Protocol):
 
 LifecycleCallback = Callable[["Connection", Domain, int, int, object], object]
 """Called with connection, domain, `Lifecycle`, its detail, opaque."""
+
+
 BlockJobCallback = Callable[["Connection", Domain, str, int, int, object], object]
 """Called with connection, domain, target of the disk, type of the job, `JobStatus`, opaque."""
+
+
 MetadataCallback = Callable[["Connection", Domain, int, str, object], object]
 """Called with connection, domain, kind, namespace, opaque."""
 
@@ -155,7 +168,7 @@ class Connection(Protocol):
         """The storage pool with a name."""
 
 
-class Binding(Protocol):
+class LibvirtBinding(Protocol):
     """The module ``libvirt``."""
 
     @property
@@ -182,13 +195,13 @@ class QemuBinding(Protocol):
         """Send a command to the guest agent, and give its answer; both are JSON. `timeout` is in seconds."""
 
 
-def load() -> Binding:
+def load() -> LibvirtBinding:
     """The binding, wherever it is installed.
 
     Raises:
         ComponentMissingError: It is not, or it was built for another Python.
     """
-    return cast("Binding", _load("libvirt", "libvirtmod"))
+    return cast("LibvirtBinding", _load("libvirt", "libvirtmod"))
 
 
 def load_qemu() -> QemuBinding:
@@ -210,8 +223,122 @@ def _load_from_debian(name: str) -> ModuleType:
     spec = PathFinder.find_spec(name, [_DEBIAN_MODULES])
     if spec is None or spec.loader is None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise ComponentMissingError(f"libvirt for Python {version}", _PACKAGE)
+        raise LibraryNotInstalled(f"libvirt for Python {version}", _PACKAGE)
     module = module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+class DomainState(IntEnum):
+    """virDomainState."""
+
+    NOSTATE = 0
+    RUNNING = 1
+    BLOCKED = 2
+    PAUSED = 3
+    SHUTDOWN = 4
+    SHUTOFF = 5
+    CRASHED = 6
+    PMSUSPENDED = 7
+
+
+class ShutoffReason(IntEnum):
+    """virDomainShutoffReason: why a domain is in the state `SHUTOFF`."""
+
+    UNKNOWN = 0
+    SHUTDOWN = 1
+    DESTROYED = 2
+    CRASHED = 3
+    MIGRATED = 4
+    SAVED = 5
+    FAILED = 6
+    FROM_SNAPSHOT = 7
+    DAEMON = 8
+
+
+class Lifecycle(IntEnum):
+    """virDomainEventType."""
+
+    DEFINED = 0
+    UNDEFINED = 1
+    STARTED = 2
+    SUSPENDED = 3
+    RESUMED = 4
+    STOPPED = 5
+    SHUTDOWN = 6
+    PMSUSPENDED = 7
+    CRASHED = 8
+
+
+class StoppedDetail(IntEnum):
+    """virDomainEventStoppedDetailType."""
+
+    SHUTDOWN = 0
+    DESTROYED = 1
+    CRASHED = 2
+    MIGRATED = 3
+    SAVED = 4
+    FAILED = 5
+    FROM_SNAPSHOT = 6
+
+
+class EventKind(IntEnum):
+    """virDomainEventID: the kinds of events that are listened to."""
+
+    LIFECYCLE = 0
+    BLOCK_JOB_2 = 16
+    METADATA_CHANGE = 23
+
+
+class Affect(IntFlag):
+    """virDomainModificationImpact: the running domain, what it is started from the next time, or both."""
+
+    LIVE = 1
+    CONFIG = 2
+
+
+class XmlFlag(IntFlag):
+    """virDomainXMLFlags."""
+
+    SECURE = 1
+    INACTIVE = 2
+
+
+class ShutdownFlag(IntEnum):
+    """virDomainShutdownFlagValues; 0 leaves the way to the driver."""
+
+    DEFAULT = 0
+    ACPI_POWER_BTN = 1
+    GUEST_AGENT = 2
+
+
+class Commit(IntFlag):
+    """virDomainBlockCommitFlags."""
+
+    SHALLOW = 1
+    ACTIVE = 4
+
+
+class JobAbort(IntFlag):
+    """virDomainBlockJobAbortFlags."""
+
+    ASYNC = 1
+    PIVOT = 2
+
+
+class JobStatus(IntEnum):
+    """virConnectDomainEventBlockJobStatus."""
+
+    COMPLETED = 0
+    FAILED = 1
+    CANCELED = 2
+    READY = 3
+
+
+METADATA_ELEMENT = 2
+"""VIR_DOMAIN_METADATA_ELEMENT."""
+
+
+NO_DOMAIN = 42
+"""VIR_ERR_NO_DOMAIN, virterror.h."""

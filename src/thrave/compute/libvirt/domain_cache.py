@@ -1,4 +1,9 @@
-"""All domains of a libvirt, as they were last seen: kept true by events, so that listing hundreds asks nothing.
+"""Our element in a domain's metadata, changed while others may be changing it too: one change after the other.
+
+It is written into the running domain and into what it is started from the next time, so that both say the same. Between
+processes a lock file keeps the changes apart; a person with an editor is not kept apart.
+
+All domains of a libvirt, as they were last seen: kept true by events, so that listing hundreds asks nothing.
 
 A domain of which an event has told something is looked at again before anybody is told of it; after a lost connection
 all of them are, and once a minute in any case, since not every change of a definition is told. Who needs to know what
@@ -8,40 +13,140 @@ is true now looks at the domain itself (`look`).
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from thrave.compute.domain_events import DomainEvents
-from thrave.compute.domain_metadata import NAMESPACE, Record, read_record
-from thrave.compute.domain_records import DomainRecords
-from thrave.compute.domain_xml import Definition, DomainFaultError, pool_type, read_definition
-from thrave.compute.domains import PoolVolume, instance_id_of, instance_of, instance_state, off_reason, volume_of
 from thrave.compute.errors import (
     HypervisorError,
-    HypervisorGoneError,
+    HypervisorUnavailable,
     InstanceError,
+    InstanceLocked,
     InstanceNotFound,
     InvalidDescriptionError,
+    InvalidDomainError,
 )
-from thrave.compute.hypervisor import Hypervisor
 from thrave.compute.instance import Instance, InstanceState, OffReason, VolumeFile
-from thrave.compute.libvirt_binding import Connection, Domain
-from thrave.compute.libvirt_numbers import DomainState, XmlFlag
+from thrave.compute.libvirt import binding
+from thrave.compute.libvirt.binding import METADATA_ELEMENT, Affect, Connection, Domain, DomainState, XmlFlag
+from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
+from thrave.compute.libvirt.domain_metadata import KEY, NAMESPACE, InstanceMetadata, read_record, write_record
+from thrave.compute.libvirt.domain_xml import DomainDefinition, pool_type, read_definition
+from thrave.compute.libvirt.instance_mapping import (
+    PoolVolume,
+    instance_id_of,
+    instance_state,
+    off_reason,
+    to_instance,
+    volume_of,
+)
 from thrave.concurrency import Call, CallTimeoutError
+from thrave.files import LOCK_TIMEOUT, file_lock
+
+_TRIES = 3  # a domain may go on or off between two questions
+
+
+class MetadataWriter:
+    """The records of a host's domains.
+
+    Args:
+        lock_folder: Where lock files stand.
+    """
+
+    def __init__(self, lock_folder: Path) -> None:
+        self._lock_folder = lock_folder
+
+    def alone(self, instance_id: str) -> AbstractContextManager[None]:
+        """Change nothing for the length of the block but by whoever has this lock.
+
+        Waits for the lock. Raises InstanceHeld if somebody has it for longer than a change takes.
+        """
+        return self._locked(instance_id, "change", wait=True)
+
+    def merging(self, instance_id: str) -> AbstractContextManager[None]:
+        """Merge an instance's overlay for the length of the block, as the only one. Raises InstanceHeld if one does."""
+        return self._locked(instance_id, "merge", wait=False)
+
+    @contextmanager
+    def _locked(self, instance_id: str, purpose: str, *, wait: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self._lock_folder / f"{instance_id}.{purpose}", wait=wait))
+            except BlockingIOError:
+                raise InstanceLocked(instance_id, waited=LOCK_TIMEOUT if wait else 0.0) from None
+            yield
+
+    def change(self, domain: Domain, instance_id: str, change: Callable[[InstanceMetadata], InstanceMetadata]) -> None:
+        """Write what `change` makes of the record that is there; where there is none, nothing.
+
+        Raises:
+            InvalidDescriptionError: What is there cannot be read.
+            libvirtError: libvirt refuses.
+        """
+        with self.alone(instance_id):
+            before = record_of(domain, instance_id)
+            after = before and change(before)
+            if after != before:
+                _write(domain, after)
+
+    def replace(self, domain: Domain, instance_id: str, record: InstanceMetadata | None) -> None:
+        """Write a record, or remove it, whatever stands there. Raises libvirtError."""
+        with self.alone(instance_id):
+            _write(domain, record)
+
+
+def record_of(domain: Domain, instance_id: str) -> InstanceMetadata | None:
+    """What a domain's metadata say now. Raises as `MetadataWriter.change`."""
+    with understood(domain, instance_id):
+        return read_record(read_definition(domain.XMLDesc(XmlFlag.INACTIVE if domain.isPersistent() else 0)).metadata)
+
+
+@contextmanager
+def understood(domain: Domain, instance_id: str) -> Iterator[None]:
+    """Raise InvalidDescriptionError with what cannot be understood of a domain in the block."""
+    try:
+        yield
+    except InvalidDomainError as fault:
+        raise InvalidDescriptionError(instance_id, f"the domain {domain.name()}", [str(fault)]) from None
+
+
+def _write(domain: Domain, record: InstanceMetadata | None) -> None:
+    text = None if record is None else write_record(record)
+    for attempt in range(_TRIES):
+        affected = _affected(domain)
+        try:
+            domain.setMetadata(METADATA_ELEMENT, text, KEY, NAMESPACE, affected)
+        except binding.load().libvirtError:
+            if attempt == _TRIES - 1 or _affected(domain) == affected:
+                raise
+        else:
+            return
+
+
+def _affected(domain: Domain) -> Affect:
+    live = Affect.LIVE if domain.isActive() else Affect(0)
+    return live | (Affect.CONFIG if domain.isPersistent() else Affect(0))
+
 
 WHOLE_INTERVAL = 60.0  # seconds between two looks at everything
+
+
 LOOK_TIMEOUT = 5.0  # seconds for a look at one domain
+
+
 SHORT_LOOK_TIMEOUT = 0.5  # the same, once domains that hang have cost HANGING_TIMEOUT
+
+
 HANGING_TIMEOUT = 20.0  # seconds that one question may wait for domains that hang, or for another question
+
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sighting:
+class DomainSnapshot:
     """A domain as it was at a moment.
 
     Attributes:
@@ -62,10 +167,10 @@ class Sighting:
     state: int
     reason: int
     off: OffReason | None = None
-    live: Definition | None = None
-    config: Definition | None = None
+    live: DomainDefinition | None = None
+    config: DomainDefinition | None = None
     adopted: bool = False
-    record: Record | None = None
+    record: InstanceMetadata | None = None
     instance: Instance | None = None
     fault: InvalidDescriptionError | None = None
 
@@ -80,7 +185,7 @@ class Sighting:
         return instance_state(self.state, terminated=self.record is not None and self.record.terminated)
 
     @property
-    def definition(self) -> Definition:
+    def definition(self) -> DomainDefinition:
         """Of the running one, else what it is started from. Raises `fault` if neither can be understood."""
         if (definition := self.live or self.config) is None:
             assert self.fault is not None, "a domain that is off and transient is gone"
@@ -88,7 +193,7 @@ class Sighting:
         return definition
 
 
-class DomainTable:
+class DomainCache:
     """The domains of a libvirt; any thread may ask.
 
     Args:
@@ -97,24 +202,24 @@ class DomainTable:
         records: Where a start that was told is written down.
     """
 
-    def __init__(self, hypervisor: Hypervisor, events: DomainEvents, records: DomainRecords) -> None:
+    def __init__(self, hypervisor: LibvirtConnection, events: DomainEvents, records: MetadataWriter) -> None:
         self._hypervisor = hypervisor
         self._events = events
         self._records = records
         self._lock = threading.Lock()
-        self._seen: dict[str, Sighting] = {}
+        self._seen: dict[str, DomainSnapshot] = {}
         self._uuids: dict[str, str] = {}
         self._first_seen: dict[str, datetime] = {}
-        self._hanging: dict[str, Call[Sighting | None]] = {}
+        self._hanging: dict[str, Call[DomainSnapshot | None]] = {}
         self._patience = 0.0
         self._lost = 0
         self._whole_again = 0.0
 
-    def all(self) -> Sequence[Sighting]:
+    def all(self) -> Sequence[DomainSnapshot]:
         """Every domain, by instance id; one that libvirt hangs over is as it was last seen. Raises HypervisorError."""
         with self._hypervisor.asked() as connection:
             if not self._lock.acquire(timeout=HANGING_TIMEOUT):
-                raise HypervisorGoneError("", "the look at the domains does not end", waited=HANGING_TIMEOUT)
+                raise HypervisorUnavailable("", "the look at the domains does not end", waited=HANGING_TIMEOUT)
             try:
                 self._patience = HANGING_TIMEOUT
                 if self._events.lost != self._lost or time.monotonic() > self._whole_again:
@@ -126,7 +231,7 @@ class DomainTable:
                 self._lock.release()
 
     @property
-    def last_seen(self) -> Sequence[Sighting]:
+    def last_seen(self) -> Sequence[DomainSnapshot]:
         """The same as it was the last time that libvirt answered; empty if it never has."""
         return sorted(self._seen.values(), key=lambda sighting: sighting.instance_id)
 
@@ -143,7 +248,7 @@ class DomainTable:
             raise InstanceNotFound(instance_id)
         return connection.lookupByUUIDString(self._uuids[instance_id])
 
-    def look(self, domain: Domain) -> Sighting:
+    def look(self, domain: Domain) -> DomainSnapshot:
         """A domain as it is now. Raises libvirtError."""
         sighting = _sighting(domain)
         if sighting.state == DomainState.SHUTOFF:
@@ -156,15 +261,15 @@ class DomainTable:
             record = _record(sighting)
             sighting = replace(sighting, record=self._with_launch_time(domain, sighting.uuid, record))
             return replace(sighting, instance=self.instance_of(sighting))
-        except DomainFaultError as fault:
+        except InvalidDomainError as fault:
             return replace(sighting, fault=_faulty(sighting, fault))
 
-    def instance_of(self, sighting: Sighting) -> Instance:
+    def instance_of(self, sighting: DomainSnapshot) -> Instance:
         """The instance that a domain with a record is. Raises DomainFaultError if it is none."""
         assert sighting.record is not None
         launch_time = sighting.record.launch_time
         assert launch_time is not None
-        return instance_of(
+        return to_instance(
             sighting.definition,
             sighting.record,
             sighting.instance_state,
@@ -173,11 +278,11 @@ class DomainTable:
             off=sighting.off,
         )
 
-    def written_by(self, sighting: Sighting) -> Iterator[VolumeFile]:
+    def written_by(self, sighting: DomainSnapshot) -> Iterator[VolumeFile]:
         """The disks that a domain has open for writing; none of one that is off."""
         for disk in () if sighting.live is None else sighting.live.disks:
             if not disk.readonly:
-                with suppress(DomainFaultError):  # the pool of a disk is gone, and nothing can be compared with it
+                with suppress(InvalidDomainError):  # the pool of a disk is gone, and nothing can be compared with it
                     if (volume := volume_of(disk, self._find_volume)) is not None:
                         yield volume
 
@@ -187,7 +292,7 @@ class DomainTable:
         try:
             uuids = Call("domains", lambda: _uuids(connection)).result(LOOK_TIMEOUT)
         except CallTimeoutError:
-            raise HypervisorGoneError("", "libvirt does not list its domains", waited=LOOK_TIMEOUT) from None
+            raise HypervisorUnavailable("", "libvirt does not list its domains", waited=LOOK_TIMEOUT) from None
         seen = [self._look_if_there(connection, uuid) for uuid in uuids]
         self._seen = {sighting.uuid: sighting for sighting in seen if sighting is not None}
         self._uuids = {sighting.instance_id: uuid for uuid, sighting in self._seen.items()}
@@ -210,13 +315,13 @@ class DomainTable:
             self._seen[uuid] = sighting
             self._uuids[sighting.instance_id] = uuid
 
-    def _look_if_there(self, connection: Connection, uuid: str) -> Sighting | None:
+    def _look_if_there(self, connection: Connection, uuid: str) -> DomainSnapshot | None:
         """A domain as it is now, or as it was if libvirt will not tell; None if it has vanished.
 
         Each is looked at in a call of its own: one that libvirt hangs over (its QEMU, or its storage) hides no other.
         """
 
-        def look() -> Sighting | None:
+        def look() -> DomainSnapshot | None:
             try:
                 with self._hypervisor.asked(instance_id_of(uuid)):
                     return self.look(connection.lookupByUUIDString(uuid))
@@ -236,13 +341,13 @@ class DomainTable:
             self._events.change({uuid})
             log.warning("the domain %s cannot be looked at: libvirt does not answer", uuid)
             return self._seen.get(uuid)
-        except HypervisorGoneError:
+        except HypervisorUnavailable:
             raise
         except HypervisorError as error:
             log.warning("a domain cannot be looked at: %s", error)
             return self._seen.get(uuid)
 
-    def _with_launch_time(self, domain: Domain, uuid: str, record: Record) -> Record:
+    def _with_launch_time(self, domain: Domain, uuid: str, record: InstanceMetadata) -> InstanceMetadata:
         """The record with the time of the last start: the written one, a later one that was told, or now."""
         started = self._events.of(uuid).started
         if started is None or (record.launch_time is not None and started <= record.launch_time):
@@ -258,13 +363,13 @@ class DomainTable:
                 found = connection.storagePoolLookupByName(pool)
                 path = found.storageVolLookupByName(volume).path()
                 return PoolVolume(Path(path) if path.startswith("/") else None, pool_type(found.XMLDesc(0)))
-        except HypervisorGoneError:
+        except HypervisorUnavailable:
             raise
         except HypervisorError as error:
-            raise DomainFaultError(f"disk source: the volume {volume} of the pool {pool}: {error}") from None
+            raise InvalidDomainError(f"disk source: the volume {volume} of the pool {pool}: {error}") from None
 
 
-def instance_in(sighting: Sighting) -> Instance:
+def instance_in(sighting: DomainSnapshot) -> Instance:
     """The instance that a domain is.
 
     Raises:
@@ -278,12 +383,12 @@ def instance_in(sighting: Sighting) -> Instance:
     raise InstanceNotFound(sighting.instance_id)
 
 
-def _sighting(domain: Domain) -> Sighting:
+def _sighting(domain: Domain) -> DomainSnapshot:
     """What libvirt says of a domain. One that goes on or off meanwhile is told of, and looked at again."""
     state, reason = domain.state()
     live = None if state == DomainState.SHUTOFF else domain.XMLDesc(0)
     config = domain.XMLDesc(XmlFlag.INACTIVE) if domain.isPersistent() else None
-    sighting = Sighting(
+    sighting = DomainSnapshot(
         name=domain.name(),
         uuid=domain.UUIDString(),
         state=state,
@@ -292,23 +397,23 @@ def _sighting(domain: Domain) -> Sighting:
     )
     try:
         return replace(sighting, live=_definition(live), config=_definition(config))
-    except DomainFaultError as fault:
+    except InvalidDomainError as fault:
         return replace(sighting, fault=_faulty(sighting, fault))
 
 
-def _definition(xml: str | None) -> Definition | None:
+def _definition(xml: str | None) -> DomainDefinition | None:
     return None if xml is None else read_definition(xml)
 
 
-def _record(sighting: Sighting) -> Record:
+def _record(sighting: DomainSnapshot) -> InstanceMetadata:
     """What our element says, in what the domain is started from the next time, else in the running one."""
     for definition in (sighting.config, sighting.live):
         if definition is not None and (record := read_record(definition.metadata)) is not None:
             return record
-    raise DomainFaultError(f"{NAMESPACE} stands there, and no element of it")
+    raise InvalidDomainError(f"{NAMESPACE} stands there, and no element of it")
 
 
-def _faulty(sighting: Sighting, fault: DomainFaultError) -> InvalidDescriptionError:
+def _faulty(sighting: DomainSnapshot, fault: InvalidDomainError) -> InvalidDescriptionError:
     return InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [str(fault)])
 
 

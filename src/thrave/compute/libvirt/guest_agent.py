@@ -11,10 +11,9 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from thrave.compute import libvirt_binding
 from thrave.compute.errors import InstanceCommandFailed
-from thrave.compute.libvirt_binding import Domain
-from thrave.compute.libvirt_numbers import ShutdownFlag
+from thrave.compute.libvirt import binding
+from thrave.compute.libvirt.binding import Domain, ShutdownFlag
 from thrave.concurrency import supervised
 
 PING_SECONDS = 2
@@ -62,7 +61,7 @@ class GuestAgents:
     def _power_off(self, domain: Domain, uuid: str, starts: int) -> None:
         try:
             domain.shutdownFlags(ShutdownFlag.GUEST_AGENT)
-        except libvirt_binding.load().libvirtError as error:  # also if the guest was gone before the agent could answer
+        except binding.load().libvirtError as error:  # also if the guest was gone before the agent could answer
             log.info("the agent of the domain %s: %s", uuid, error)
             self._note_deaf(uuid, starts)
         finally:
@@ -88,7 +87,7 @@ def run(domain: Domain, instance_id: str, command: Sequence[str]) -> None:
     arguments = {"path": command[0], "arg": list(command[1:]), "capture-output": False}
     try:
         answer = _asked(domain, EXEC_SECONDS, "guest-exec", arguments)
-    except libvirt_binding.load().libvirtError as error:
+    except binding.load().libvirtError as error:
         raise InstanceCommandFailed(instance_id, command[0], f"cannot be run by the guest's agent: {error}") from error
     if not isinstance(answer, dict) or not isinstance(answer.get("pid"), int):
         raise InstanceCommandFailed(instance_id, command[0], "was answered by the guest's agent with no process")
@@ -97,14 +96,14 @@ def run(domain: Domain, instance_id: str, command: Sequence[str]) -> None:
 def _answers(domain: Domain) -> bool:
     try:
         return _asked(domain, PING_SECONDS, "guest-ping") is not None
-    except libvirt_binding.load().libvirtError:
+    except binding.load().libvirtError:
         return False
 
 
 def _asked(domain: Domain, seconds: int, command: str, arguments: object = None) -> object:
     """What the agent returns; None if that cannot be understood. Raises libvirtError."""
     question = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
-    answer = libvirt_binding.load_qemu().qemuAgentCommand(domain, json.dumps(question), seconds, 0)
+    answer = binding.load_qemu().qemuAgentCommand(domain, json.dumps(question), seconds, 0)
     try:
         said = json.loads(answer)
     except (ValueError, RecursionError):

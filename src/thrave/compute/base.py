@@ -1,6 +1,7 @@
 """The contract of a hypervisor's inventory: which instances there are, how to stop and start them.
 
-`Inventory` is as much of it as a caller of EC2's sees; `Instances` is what a host itself can do besides. `Overlays` is
+`InstanceInventory` is as much of it as a caller of EC2's sees; `HypervisorDriver` is what a host itself can do
+besides. `Overlays` is
 what a hypervisor can do that lets an instance run on a copy-on-write overlay while its root volume is read.
 
 The docstrings of the Protocol are the contract, and one suite (tests/compute/test_contract.py) holds every driver to
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from thrave.compute.instance import Instance, InstanceState, VolumeFile
-from thrave.compute.pausing import Pause
+from thrave.compute.timeouts import Pause
 
 
-class Inventory(Protocol):
+class InstanceInventory(Protocol):
     """Instances as callers know them. May be used from several threads, and by several processes at once.
 
     Every method that takes an id raises InstanceNotFound if no instance has it, whatever stands in it.
@@ -67,7 +68,7 @@ class Inventory(Protocol):
         """
 
 
-class Hold(Protocol):
+class StoppedHold(Protocol):
     """The proof that nobody writes to an instance's root volume, for as long as it is held."""
 
     def check(self) -> None:
@@ -80,7 +81,7 @@ class Hold(Protocol):
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Overlay:
     """A root volume that nothing writes to, and what the instance writes to instead.
 
     Attributes:
@@ -100,14 +101,14 @@ class Overlays(Protocol):
     written, so that the instance can be started.
     """
 
-    def plan(self, instance_id: str) -> Frozen:
+    def plan(self, instance_id: str) -> Overlay:
         """Say what `freeze` would do to the instance, so that it can be written down. Changes nothing.
 
         Raises:
             OverlayImpossible: Its root volume cannot have one, with the reason.
         """
 
-    def freeze(self, instance_id: str, frozen: Frozen) -> None:
+    def freeze(self, instance_id: str, frozen: Overlay) -> None:
         """Have an instance that is off run on an empty overlay when it is started next.
 
         Raises:
@@ -115,7 +116,7 @@ class Overlays(Protocol):
             InstanceError: The hypervisor refuses; nothing has changed.
         """
 
-    def hold(self, instance_id: str, frozen: Frozen) -> AbstractContextManager[Hold]:
+    def hold(self, instance_id: str, frozen: Overlay) -> AbstractContextManager[StoppedHold]:
         """Prove, for the length of the block, that the instance, running or not, is on its overlay.
 
         Raises:
@@ -125,7 +126,7 @@ class Overlays(Protocol):
     def lost_power(self, instance_id: str) -> bool:
         """Whether the instance is off although nobody has stopped it: its host or its process has died."""
 
-    def merge(self, instance_id: str, frozen: Frozen, pause: Pause) -> None:
+    def merge(self, instance_id: str, frozen: Overlay, pause: Pause) -> None:
         """Write what is in the overlay into the volume, have the instance go on with that, and remove the overlay.
 
         The instance may run, be off, or be gone (then the files are merged, since its volumes are left as they are).
@@ -141,13 +142,13 @@ class Overlays(Protocol):
         """
 
 
-class Instances(Inventory, Protocol):
+class HypervisorDriver(InstanceInventory, Protocol):
     """All instances of a host."""
 
     def list(
         self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
-        """As `Inventory.list`; only those for which `belongs` is true. No command of another one is run."""
+        """As `InstanceInventory.list`; only those for which `belongs` is true. No command of another one is run."""
 
     @property
     def overlays(self) -> Overlays | None:
@@ -211,7 +212,7 @@ class Instances(Inventory, Protocol):
             InstanceCommandFailed: The hypervisor refuses.
         """
 
-    def hold(self, instance_id: str) -> AbstractContextManager[Hold]:
+    def hold(self, instance_id: str) -> AbstractContextManager[StoppedHold]:
         """Keep it from being started through us, while its root volume is read.
 
         It stops nothing and does not look at the state: hold first, then `check` that it is off. Only one can hold

@@ -14,28 +14,30 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from thrave.compute import overlay_files
-from thrave.compute.answering import answered, check_command, command, with_timeout
-from thrave.compute.domain_edits import Image, with_overlay, without_overlay
-from thrave.compute.domain_metadata import FrozenRoot
-from thrave.compute.domain_records import record_of, understood
-from thrave.compute.domain_table import Sighting, instance_in
-from thrave.compute.domain_xml import Disk
-from thrave.compute.domains import lost_power, root_disk
+from thrave.compute.base import Overlay, StoppedHold
 from thrave.compute.errors import (
     HoldLostError,
     HypervisorError,
-    HypervisorGoneError,
+    HypervisorUnavailable,
     ImageInUseError,
     IncorrectInstanceState,
-    OverlayImpossible,
+    OverlayNotSupported,
     RootVolumeInUse,
 )
-from thrave.compute.instances import Frozen, Hold
-from thrave.compute.libvirt_binding import Connection, Domain
-from thrave.compute.libvirt_numbers import XmlFlag
-from thrave.compute.merging import LibvirtHost, Merging
-from thrave.compute.overlay_steps import Stand, obstacle_to_overlay, overlay_for
+from thrave.compute.libvirt import overlay_files
+from thrave.compute.libvirt.binding import Connection, Domain, XmlFlag
+from thrave.compute.libvirt.domain_cache import DomainSnapshot, instance_in, record_of, understood
+from thrave.compute.libvirt.domain_metadata import OverlayMetadata
+from thrave.compute.libvirt.domain_xml import Disk, DiskImage, with_overlay, without_overlay
+from thrave.compute.libvirt.instance_mapping import lost_power, root_disk
+from thrave.compute.libvirt.overlay_merge import (
+    DiskLocation,
+    LibvirtContext,
+    OverlayMerge,
+    obstacle_to_overlay,
+    overlay_for,
+)
+from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
 
 LOOK_AGAIN = 0.2  # seconds
 PATIENCE = 60.0  # seconds for which a daemon that is being started anew, or the end of a program, is waited for
@@ -43,58 +45,62 @@ _LONGEST_NAME = 255  # bytes of a file's name, NAME_MAX
 
 # What a running and a defined root disk may be on while the volume below is read.
 _ON_OVERLAY = frozenset(
-    {(Stand.OVERLAY, Stand.OVERLAY), (Stand.OVERLAY, Stand.NOWHERE), (Stand.NOWHERE, Stand.OVERLAY)}
+    {
+        (DiskLocation.OVERLAY, DiskLocation.OVERLAY),
+        (DiskLocation.OVERLAY, DiskLocation.NOWHERE),
+        (DiskLocation.NOWHERE, DiskLocation.OVERLAY),
+    }
 )
 
 
 class LibvirtOverlays:
     """See `Overlays` for the contract."""
 
-    def __init__(self, host: LibvirtHost) -> None:
+    def __init__(self, host: LibvirtContext) -> None:
         """Put overlays over the root disks of a host's domains."""
         self._host = host
 
     @with_timeout
-    def plan(self, instance_id: str) -> Frozen:
+    def plan(self, instance_id: str) -> Overlay:
         """The overlay stands beside the volume."""
         with self._host.hypervisor.asked(instance_id) as connection:
             domain = self._host.table.find(connection, instance_id)
             sighting = self._host.table.look(domain)
             volume = instance_in(sighting).root_volume
             if sighting.record is not None and sighting.record.frozen is not None:
-                return Frozen(volume, sighting.record.frozen.overlay)
+                return Overlay(volume, sighting.record.frozen.overlay)
             root = root_disk(sighting.definition, sighting.record)
             overlay = overlay_for(volume.path, instance_id)
             reason = obstacle_to_overlay(root) or _obstacle(connection, domain, sighting, volume.path, overlay)
             if reason is not None:
-                raise OverlayImpossible(instance_id, f"its root disk {root.target} can have no overlay: {reason}")
-            return Frozen(volume, overlay)
+                raise OverlayNotSupported(instance_id, f"its root disk {root.target} can have no overlay: {reason}")
+            return Overlay(volume, overlay)
 
-    @command
-    def freeze(self, instance_id: str, frozen: Frozen) -> None:
+    @command_with_timeout
+    def freeze(self, instance_id: str, frozen: Overlay) -> None:
         """Make the overlay, then change the definition. One that is on its overlay already is left alone."""
         with self._host.held(instance_id), self._host.hypervisor.asked(instance_id) as connection:
             domain = self._host.table.find(connection, instance_id)
             _, live, config = self._host.look(domain, frozen.volume.path, frozen.overlay)
             if (live.stand, config.stand) in _ON_OVERLAY:
                 return
-            if live.stand is not Stand.NOWHERE:
+            if live.stand is not DiskLocation.NOWHERE:
                 raise IncorrectInstanceState(instance_id, f"{instance_id} runs: it can be frozen when it is off")
-            if config.disk is None or config.stand is not Stand.VOLUME:
+            if config.disk is None or config.stand is not DiskLocation.VOLUME:
                 raise HypervisorError(instance_id, f"its root disk is on {config.stand}, not on {frozen.volume.path}")
             self._make_way_for(instance_id, frozen)
             check_command(instance_id)
             overlay_files.create(instance_id, frozen.overlay, _volume(frozen))
             self._put_on(connection, domain, instance_id, config.disk, frozen)
             _, live, _ = self._host.look(domain, frozen.volume.path, frozen.overlay)
-            if live.stand is Stand.VOLUME:
+            if live.stand is DiskLocation.VOLUME:
                 self._take_off(connection, domain, instance_id, config.disk, frozen)
                 raise IncorrectInstanceState(instance_id, f"{instance_id} was started while it was to be frozen")
 
     @contextmanager
-    def hold(self, instance_id: str, frozen: Frozen) -> Iterator[Hold]:
+    def hold(self, instance_id: str, frozen: Overlay) -> Iterator[StoppedHold]:
         """Hold nothing, but look: the instance may be stopped and started on its overlay."""
-        hold = _OnOverlay(self._host, instance_id, frozen)
+        hold = OverlayHold(self._host, instance_id, frozen)
         hold.check()
         yield hold
 
@@ -106,9 +112,9 @@ class LibvirtOverlays:
             told = self._host.events.of(sighting.uuid)
             return sighting.live is None and lost_power(sighting.reason, told.stopped)
 
-    def merge(self, instance_id: str, frozen: Frozen, pause: Callable[[float], object]) -> None:
+    def merge(self, instance_id: str, frozen: Overlay, pause: Callable[[float], object]) -> None:
         """Step by step. While a daemon is started anew, or another program has an image, it is tried for a minute."""
-        merging = Merging(self._host, instance_id, frozen, pause)
+        merging = OverlayMerge(self._host, instance_id, frozen, pause)
         with self._host.records.merging(instance_id):
             stepped, failed = time.monotonic(), False
             while True:
@@ -116,7 +122,7 @@ class LibvirtOverlays:
                     if merging.step():
                         return
                     stepped, failed = time.monotonic(), False
-                except (HypervisorGoneError, ImageInUseError) as error:
+                except (HypervisorUnavailable, ImageInUseError) as error:
                     if time.monotonic() - stepped > PATIENCE:
                         error.waited = time.monotonic() - stepped
                         raise
@@ -126,7 +132,7 @@ class LibvirtOverlays:
                     failed = True
                 pause(LOOK_AGAIN)
 
-    def _make_way_for(self, instance_id: str, frozen: Frozen) -> None:
+    def _make_way_for(self, instance_id: str, frozen: Overlay) -> None:
         """One that was made for a definition that never was is made anew; any other is not touched."""
         overlay = frozen.overlay
         if overlay_files.is_there(instance_id, overlay) and not overlay_files.is_empty(instance_id, overlay):
@@ -134,9 +140,9 @@ class LibvirtOverlays:
                 instance_id, f"{overlay} is there already, and something was written to it: merge it, or move it"
             )
 
-    def _put_on(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen) -> None:
+    def _put_on(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Overlay) -> None:
         volume = frozen.volume
-        noted = FrozenRoot(
+        noted = OverlayMetadata(
             path=volume.path, format=volume.format, overlay=frozen.overlay, secret_file=volume.secret_file
         )
         with self._host.records.alone(instance_id), understood(domain, instance_id):
@@ -146,13 +152,13 @@ class LibvirtOverlays:
                 disk.target,
                 record and replace(record, frozen=noted),
                 volume=_volume(frozen),
-                overlay=Image(frozen.overlay, "qcow2"),
+                overlay=DiskImage(frozen.overlay, "qcow2"),
             )
             check_command(instance_id)
             connection.defineXML(changed)
         overlay_files.settle_definitions()
 
-    def _take_off(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Frozen) -> None:
+    def _take_off(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Overlay) -> None:
         with self._host.records.alone(instance_id), understood(domain, instance_id):
             record = record_of(domain, instance_id)
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
@@ -162,10 +168,10 @@ class LibvirtOverlays:
         overlay_files.remove(instance_id, frozen.overlay)
 
 
-class _OnOverlay:
+class OverlayHold:
     """An instance that is on its overlay, or off and will be."""
 
-    def __init__(self, host: LibvirtHost, instance_id: str, frozen: Frozen) -> None:
+    def __init__(self, host: LibvirtContext, instance_id: str, frozen: Overlay) -> None:
         self._host = host
         self._instance_id = instance_id
         self._frozen = frozen
@@ -174,7 +180,7 @@ class _OnOverlay:
 
     def check(self) -> None:
         """Ask libvirt where the disk stands, and whether anything is being written into the volume."""
-        answered(self._instance_id, self._check)
+        call_with_deadline(self._instance_id, self._check)
 
     def _check(self) -> None:
         with self._host.hypervisor.asked(self._instance_id) as connection:
@@ -205,7 +211,9 @@ class _OnOverlay:
         return RootVolumeInUse(self._instance_id, f"{self._instance_id} {what} while its root volume is read")
 
 
-def _obstacle(connection: Connection, domain: Domain, sighting: Sighting, volume: Path, overlay: Path) -> str | None:
+def _obstacle(
+    connection: Connection, domain: Domain, sighting: DomainSnapshot, volume: Path, overlay: Path
+) -> str | None:
     """Why a domain can have no overlay over its root disk, by what libvirt and the disk say; None if it can."""
     if connection.getType() != "QEMU":
         return f"the hypervisor is {connection.getType()}"
@@ -228,5 +236,5 @@ def _obstacle_in_folder(volume: Path, overlay: Path) -> str | None:
     return None if regular else f"{volume} is no regular file"
 
 
-def _volume(frozen: Frozen) -> Image:
-    return Image(frozen.volume.path, frozen.volume.format)
+def _volume(frozen: Overlay) -> DiskImage:
+    return DiskImage(frozen.volume.path, frozen.volume.format)

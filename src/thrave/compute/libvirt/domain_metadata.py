@@ -21,8 +21,8 @@ from typing import Literal, TypeVar, get_args
 from xml.etree import ElementTree as ET
 from xml.etree.ElementTree import Element
 
-from thrave.compute.domain_xml import DomainFaultError
-from thrave.compute.tags import checked_tags
+from thrave.compute.errors import InvalidDomainError
+from thrave.compute.instance import validate_tags
 
 NAMESPACE = "https://thrave.dev/xmlns/instance/1"
 KEY = "thrave"
@@ -42,7 +42,7 @@ _Word = TypeVar("_Word", bound=str)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenRoot:
+class OverlayMetadata:
     """A root volume that has an overlay over it, or has had one until a moment ago.
 
     Attributes:
@@ -61,7 +61,7 @@ class FrozenRoot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class InstanceMetadata:
     """What stands in the element.
 
     Attributes:
@@ -84,10 +84,10 @@ class Record:
     tags: Mapping[str, str] = field(default_factory=dict)
     launch_time: datetime | None = None
     terminated: bool = False
-    frozen: FrozenRoot | None = None
+    frozen: OverlayMetadata | None = None
 
 
-def read_record(metadata: Iterable[Element]) -> Record | None:
+def read_record(metadata: Iterable[Element]) -> InstanceMetadata | None:
     """What our element among a domain's metadata says; None if there is none.
 
     Raises:
@@ -97,7 +97,7 @@ def read_record(metadata: Iterable[Element]) -> Record | None:
     return _record(ours[0]) if ours else None
 
 
-def write_record(record: Record, *, prefix: str = "") -> str:
+def write_record(record: InstanceMetadata, *, prefix: str = "") -> str:
     """The element as virDomainSetMetadata takes it; with the prefix `thrave:`, as it stands in a definition."""
     element = Element(f"{prefix}instance", {"xmlns:thrave": NAMESPACE} if prefix else {})
     _set(element, "account", record.account_id)
@@ -114,7 +114,7 @@ def write_record(record: Record, *, prefix: str = "") -> str:
     return ET.tostring(element, encoding="unicode")
 
 
-def check_record(record: Record) -> None:
+def check_record(record: InstanceMetadata) -> None:
     """See that what is to be written can be read again.
 
     Raises:
@@ -124,12 +124,12 @@ def check_record(record: Record) -> None:
     try:
         again = read_record([ET.fromstring(text)])  # noqa: S314 (our own)
     except ET.ParseError:
-        raise DomainFaultError("there is a character that XML cannot hold") from None
+        raise InvalidDomainError("there is a character that XML cannot hold") from None
     if again != record:
-        raise DomainFaultError("there is a character that XML does not keep")
+        raise InvalidDomainError("there is a character that XML does not keep")
 
 
-def _add_frozen(element: Element, frozen: FrozenRoot, prefix: str) -> None:
+def _add_frozen(element: Element, frozen: OverlayMetadata, prefix: str) -> None:
     child = ET.SubElement(element, f"{prefix}frozen")
     _set(child, "path", frozen.path)
     _set(child, "format", frozen.format)
@@ -143,22 +143,22 @@ def _set(element: Element, name: str, value: object) -> None:
         element.set(name, str(value))
 
 
-def _record(element: Element) -> Record:
+def _record(element: Element) -> InstanceMetadata:
     _refuse_unknown(element, _ATTRIBUTES)
     tags: dict[str, str] = {}
-    frozen: FrozenRoot | None = None
+    frozen: OverlayMetadata | None = None
     for child in element:
         match child.tag.removeprefix(f"{{{NAMESPACE}}}"):
             case "tag":
                 _refuse_unknown(child, {"key"})
                 if (key := _needed(child, "key")) in tags:
-                    raise DomainFaultError(f"tag: there are two with the key {key!r}")
+                    raise InvalidDomainError(f"tag: there are two with the key {key!r}")
                 tags[key] = child.text or ""
             case "frozen":
                 frozen = _frozen(child)
             case other:
-                raise DomainFaultError(f"{other}: is none of tag, frozen")
-    return Record(
+                raise InvalidDomainError(f"{other}: is none of tag, frozen")
+    return InstanceMetadata(
         account_id=_account(_needed(element, "account")),
         platform=_word(element, "platform", _PLATFORMS),
         root_device=element.get("rootDevice"),
@@ -171,9 +171,9 @@ def _record(element: Element) -> Record:
     )
 
 
-def _frozen(element: Element) -> FrozenRoot:
+def _frozen(element: Element) -> OverlayMetadata:
     _refuse_unknown(element, _FROZEN_ATTRIBUTES)
-    return FrozenRoot(
+    return OverlayMetadata(
         path=_needed_path(element, "path"),
         format=_needed(element, "format"),
         overlay=_needed_path(element, "overlay"),
@@ -184,19 +184,19 @@ def _frozen(element: Element) -> FrozenRoot:
 
 def _refuse_unknown(element: Element, known: set[str]) -> None:
     for name in sorted(set(element.keys()) - known):
-        raise DomainFaultError(f"{name}: is none of {', '.join(sorted(known))}")
+        raise InvalidDomainError(f"{name}: is none of {', '.join(sorted(known))}")
 
 
 def _needed(element: Element, name: str) -> str:
     value = element.get(name)
     if not value:
-        raise DomainFaultError(f"{name}: is missing")
+        raise InvalidDomainError(f"{name}: is missing")
     return value
 
 
 def _account(text: str) -> str:
     if not re.fullmatch(r"[0-9]{12}", text):
-        raise DomainFaultError(f"account: {text[:40]!r} is not 12 digits")
+        raise InvalidDomainError(f"account: {text[:40]!r} is not 12 digits")
     return text
 
 
@@ -207,20 +207,20 @@ def _word(element: Element, name: str, words: Collection[_Word]) -> _Word | None
             return word
     if value is None:
         return None
-    raise DomainFaultError(f"{name}: {value[:40]!r} is none of {', '.join(words)}")
+    raise InvalidDomainError(f"{name}: {value[:40]!r} is none of {', '.join(words)}")
 
 
 def _path(element: Element, name: str) -> Path | None:
     value = element.get(name)
     if value is not None and not value.startswith("/"):
-        raise DomainFaultError(f"{name}: must be an absolute path")
+        raise InvalidDomainError(f"{name}: must be an absolute path")
     return None if value is None else Path(value)
 
 
 def _needed_path(element: Element, name: str) -> Path:
     path = _path(element, name)
     if path is None:
-        raise DomainFaultError(f"{name}: is missing")
+        raise InvalidDomainError(f"{name}: is missing")
     return path
 
 
@@ -231,14 +231,14 @@ def _time(element: Element, name: str) -> datetime | None:
     try:
         time = datetime.fromisoformat(value)
     except ValueError:
-        raise DomainFaultError(f"{name}: {value[:40]!r} is no time") from None
+        raise InvalidDomainError(f"{name}: {value[:40]!r} is no time") from None
     if time.tzinfo is None:
-        raise DomainFaultError(f"{name}: {value[:40]!r} has no time zone")
+        raise InvalidDomainError(f"{name}: {value[:40]!r} has no time zone")
     return time.astimezone(UTC)
 
 
 def _checked(tags: dict[str, str]) -> dict[str, str]:
     try:
-        return checked_tags(tags)
+        return validate_tags(tags)
     except ValueError as error:
-        raise DomainFaultError(f"tag: {error}") from None
+        raise InvalidDomainError(f"tag: {error}") from None

@@ -1,0 +1,1 @@
+"""Instances of libvirt: the driver, and what it is made of."""
