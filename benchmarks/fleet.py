@@ -3,7 +3,7 @@
     python benchmarks/fleet.py            half an hour, 2 GiB of memory (the database is on tmpfs)
     python benchmarks/fleet.py --quick    seconds; 4 hosts and 6 tasks; its figures mean little
 
-10,000 tasks are created through `BundleTasks`, and simulated agents (`fleet_agents.py`) run or cancel them. Every kind
+10,000 tasks are created through `BundleTaskService`, and simulated agents (`fleet_agents.py`) run or cancel them. Every kind
 of call is measured at 1,000 to 100,000 ended tasks; beyond 10,000 the tasks are copies. Then PostgreSQL explains every
 query, and a real agent without work is measured.
 """
@@ -36,10 +36,10 @@ from fleet_setup import (
 from harness import RESULTS, describe_machine, write_json
 
 from thrave.database import bundle_task, open_engine, utc_now
-from thrave.tasks.overview import Overview, Wanted
-from thrave.tasks.requests import BundleTasks
-from thrave.tasks.retention import AT_ONCE
-from thrave.tasks.states import FINISHED
+from thrave.tasks.housekeeping import AT_ONCE
+from thrave.tasks.models import FINISHED
+from thrave.tasks.queries import TaskFilter, TaskQueries
+from thrave.tasks.task_service import BundleTaskService
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support.servers.postgres import running_postgres
@@ -136,7 +136,7 @@ class Calls:
         yield "Describe all of a busy account", lambda: self.backend.tasks.describe(self.busy)
         yield "first cleanup query", lambda: components.records().to_clean_up(host_name(0))
 
-    def _describe(self, api: BundleTasks, account_id: str, bundle_id: str) -> Call:
+    def _describe(self, api: BundleTaskService, account_id: str, bundle_id: str) -> Call:
         return lambda: api.describe(account_id, [bundle_id])
 
     def _tasks(self, number: int) -> list[tuple[str, str]]:
@@ -152,7 +152,9 @@ class Calls:
         return [agents[host] for host in hosts]
 
     def _task_list(self) -> object:
-        return Overview(self.backend.components.database, self.backend.components.records()).latest(Wanted(), limit=100)
+        return TaskQueries(self.backend.components.database, self.backend.components.records()).latest(
+            TaskFilter(), limit=100
+        )
 
 
 class Benchmark:

@@ -27,16 +27,13 @@ from thrave.compute.fleet import InstanceReporter
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.power_records import PowerRecords
 from thrave.database import host
-from thrave.tasks.bundling import Bundling, Host
 from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL, RUNNING
-from thrave.tasks.failures import Cancelled
-from thrave.tasks.fence import Fence
-from thrave.tasks.journal import Stored, StoredObject
-from thrave.tasks.lease import Lease
-from thrave.tasks.made_buckets import MadeBuckets
-from thrave.tasks.states import BundleTaskState
-from thrave.tasks.steps import Step
-from thrave.tasks.task import BundleTask
+from thrave.tasks.errors import TaskCancelled
+from thrave.tasks.journal import StoredBatch, StoredObject
+from thrave.tasks.lease import Fence, Lease
+from thrave.tasks.models import BundleTask, BundleTaskState, Step
+from thrave.tasks.object_removal import CreatedBuckets
+from thrave.tasks.workflow import BundleWorkflow, TaskContext
 
 PARTS = 4
 """Backend of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
@@ -151,10 +148,10 @@ class SimulatedWorkflow:
         self._engine.update_workflow_outcome(self._workflow_id, "SUCCESS", output=result, owner_xid=self._owner)
 
 
-class SimulatedBundling(Bundling):
+class SimulatedBundling(BundleWorkflow):
     """Runs a task without a volume."""
 
-    def __init__(self, host: Host, task: BundleTask, run: int, agent: "SimulatedAgent") -> None:
+    def __init__(self, host: TaskContext, task: BundleTask, run: int, agent: "SimulatedAgent") -> None:
         super().__init__(host, task, run)
         self._agent = agent
 
@@ -174,23 +171,23 @@ class SimulatedBundling(Bundling):
         with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
             self._records.note_volume_size(self._task.bundle_id, PARTS * len(_PART))
             self._journal.begin(secrets_of_bundle)
-            stored = Stored()
+            stored = StoredBatch()
             for index, part in enumerate(parts):
                 stored = self._send(part, stored)
                 self._records.advance(self._task.bundle_id, BundleTaskState.BUNDLING, 100 * (index + 1) // PARTS)
                 if index == PARTS // 2 and self._agent.is_cancelled(self._task):
-                    raise Cancelled
+                    raise TaskCancelled
             self._journal.stored(stored)
         sealed = SealedBundle(self._task.prefix, PARTS * len(_PART), "e" * 40, secrets_of_bundle, tuple(parts))
         self._journal.conclude(self._documents(instance, sealed))
 
-    def _send(self, part: PartRecord, before: Stored) -> Stored:
+    def _send(self, part: PartRecord, before: StoredBatch) -> StoredBatch:
         self._journal.sending(part.filename, part, before)
         etag = self._host.buckets.put(self._task.bucket, part.filename, _PART)
         checkpoint = Checkpoint(
             part.index + 1, StreamPosition(part.size * part.index, 1, 1, "c" * 40), 1, "d" * 64, "e" * 32
         )
-        return Stored([StoredObject(part.filename, part.size, etag)], checkpoint)
+        return StoredBatch([StoredObject(part.filename, part.size, etag)], checkpoint)
 
     def _do(self, step: Step) -> None:
         super()._do(step)
@@ -268,7 +265,7 @@ class SimulatedAgent:
             for workflow_id, owner in workflows:
                 yield partial(self._run, worker, SimulatedWorkflow(self._backend, workflow_id, owner))
 
-    def _run(self, worker: Host, workflow: SimulatedWorkflow) -> None:
+    def _run(self, worker: TaskContext, workflow: SimulatedWorkflow) -> None:
         """Run a task as `bundling.bundle` does."""
         bundle_id = workflow.bundle_id
         with RUNNING.claimed(bundle_id) as is_first:
@@ -279,7 +276,7 @@ class SimulatedAgent:
                     SimulatedBundling(worker, task, run, self).run()
         workflow.end()
 
-    def _host(self) -> Host:
+    def _host(self) -> TaskContext:
         components, settings = self._backend.components, self._backend.components.settings
         given = {
             "name": self.name,
@@ -287,14 +284,14 @@ class SimulatedAgent:
             "accounts": components.accounts,
             "instances": self._instances,
             "buckets": MemoryStore(),
-            "made_buckets": MadeBuckets(components.database, components.records(self.fence)),
+            "made_buckets": CreatedBuckets(components.database, components.records(self.fence)),
             "store_patience": settings.s3_retry_timeout,
             "service": components.service,
             "lease": Lease(None),  # one process has the agents of many hosts
         }
-        names = {field.name for field in fields(Host)} - given.keys()
+        names = {field.name for field in fields(TaskContext)} - given.keys()
         rest = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
-        return Host(**given, **rest)
+        return TaskContext(**given, **rest)
 
     @property
     def _queue_name(self) -> str:

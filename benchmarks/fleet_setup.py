@@ -21,8 +21,8 @@ from thrave.compute.fleet import FleetInventory
 from thrave.compute.instance import Instance, VolumeFile
 from thrave.config import Settings
 from thrave.ground import Ground, open_ground
-from thrave.tasks.requests import BundleTasks
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.models import BundleRequest
+from thrave.tasks.task_service import BundleTaskService
 from thrave.testing import upload_policy
 
 BUCKET = "bench"
@@ -118,13 +118,13 @@ class Backend:
     components: Ground
 
     @cached_property
-    def tasks(self) -> BundleTasks:
+    def tasks(self) -> BundleTaskService:
         """Bundle tasks for API requests."""
         return self.new_tasks()
 
-    def new_tasks(self) -> BundleTasks:
+    def new_tasks(self) -> BundleTaskService:
         """The same as in a new API process: without ended tasks in its memory."""
-        return BundleTasks(
+        return BundleTaskService(
             self.components.database,
             self.components.records(),
             self.components.queues.enqueue,

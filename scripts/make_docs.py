@@ -21,13 +21,22 @@ from thrave.doctor.table import CHECKS, CLEAN_UP
 from thrave.ec2.errors import ERRORS
 from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
 from thrave.identity.policy_conditions import KEYS, OPERATORS
-from thrave.tasks.crash_points import STEPS
-from thrave.tasks.failures import CAUSES
-from thrave.tasks.host_states import MEANING as HOST_MEANING
-from thrave.tasks.host_states import MOVES, HostState
-from thrave.tasks.states import FOLLOWS
-from thrave.tasks.steps import FIRST, FIRST_OF_UNDO, FORWARD, MAY_FAIL, UNDO, Step, following
-from thrave.tasks.steps import Row as StepRow
+from thrave.tasks.errors import ERROR_CODES
+from thrave.tasks.failpoints import FAILPOINTS
+from thrave.tasks.models import (
+    FIRST,
+    FIRST_OF_UNDO,
+    FOLLOWS,
+    FORWARD,
+    MAY_FAIL,
+    MOVES,
+    UNDO,
+    HostState,
+    Step,
+    following,
+)
+from thrave.tasks.models import MEANING as HOST_MEANING
+from thrave.tasks.models import Row as StepRow
 from thrave.volumes.image_rules import MARKS, REFERENCES, Row
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
@@ -75,7 +84,7 @@ def ec2_errors() -> str:
 
 def task_errors() -> str:
     """Error codes of bundle tasks."""
-    rows = ((f"`{code}`", cause.meaning, cause.remedy) for code, cause in CAUSES.items())
+    rows = ((f"`{code}`", cause.meaning, cause.remedy) for code, cause in ERROR_CODES.items())
     return (
         "# Error codes of bundle tasks\n\n`DescribeBundleTasks` returns them as `BundleTaskError.Code`, with a message"
         " for the case.\n\n" + table(("code", "what happened", "what to do"), rows)
@@ -164,7 +173,7 @@ def images() -> str:
 
 def crash_points() -> str:
     """Steps of a task that a crash can interrupt."""
-    rows = ((f"`{step}`", row.done, row.again) for step, row in STEPS.items())
+    rows = ((f"`{step}`", row.done, row.again) for step, row in FAILPOINTS.items())
     return (
         "# Steps of a bundle task that a crash can cut off\n\nEach has two crash points: with the setting"
         ' `failpoint = "part stored, before"` or `"part stored, after"`, and perhaps `", 3"` for the third time, the'
@@ -317,13 +326,13 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "settings.md": ("src/thrave/config.py", settings),
     "exit-codes.md": ("src/thrave/cli/exits.py", exit_codes),
     "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
-    "task-errors.md": ("src/thrave/tasks/failures.py", task_errors),
+    "task-errors.md": ("src/thrave/tasks/errors.py", task_errors),
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/table.py", doctor),
-    "failpoints.md": ("src/thrave/tasks/crash_points.py", crash_points),
+    "failpoints.md": ("src/thrave/tasks/failpoints.py", crash_points),
     "disk-images.md": ("src/thrave/volumes/image_rules.py", images),
-    "task-states.md": ("src/thrave/tasks/states.py", states),
-    "host-states.md": ("src/thrave/tasks/host_states.py", host_states),
+    "task-states.md": ("src/thrave/tasks/models.py", states),
+    "host-states.md": ("src/thrave/tasks/models.py", host_states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
     "commands.md": ("the commands' own help", commands),
 }

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from thrave.concurrency import Call, CallTimeoutError, NoThreadError, later, repeat, supervised
-from thrave.tasks.failures import Kind, kind_of
+from thrave.tasks.errors import ErrorKind, kind_of
 
 PATIENCE = 60
 
@@ -88,4 +88,4 @@ def test_a_thread_that_cannot_be_started_is_a_condition_that_passes(start, monke
         patched.setattr(threading.Thread, "start", refuse)
         with pytest.raises(NoThreadError) as caught:
             start()
-    assert kind_of(caught.value) is Kind.TRANSIENT
+    assert kind_of(caught.value) is ErrorKind.TRANSIENT

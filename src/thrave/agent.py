@@ -1,7 +1,7 @@
 """A host's agent: runs the host's bundle tasks, and sends heartbeats. There is one a host, and one in a process.
 
 It does what was asked of the power of the host's instances, and in a fleet (`thrave agent`) it reports them.
-What it may do hangs on its lease (`tasks/fence.py`): without it the process ends.
+What it may do hangs on its lease (`tasks/lease.py`): without it the process ends.
 """
 
 import threading
@@ -20,14 +20,13 @@ from thrave.compute.power_records import PowerRecords
 from thrave.concurrency import repeat, supervised
 from thrave.database import is_unavailable
 from thrave.ground import Ground
-from thrave.tasks import caretaker, leftovers, retention
-from thrave.tasks.bundling import Host, bundle
-from thrave.tasks.engine import Worker
-from thrave.tasks.fence import Fence
-from thrave.tasks.host_states import HostState
-from thrave.tasks.lease import Lease
-from thrave.tasks.made_buckets import MadeBuckets
-from thrave.tasks.records import Records
+from thrave.tasks import housekeeping
+from thrave.tasks.engine import TaskWorker
+from thrave.tasks.lease import Fence, Lease
+from thrave.tasks.models import HostState
+from thrave.tasks.object_removal import CreatedBuckets
+from thrave.tasks.repository import TaskRepository
+from thrave.tasks.workflow import TaskContext, run_bundle_task
 
 REPORT_INTERVAL = 1.0  # seconds
 POWER_INTERVAL = 1.0  # seconds between two looks for what is to be done with the power of instances
@@ -74,7 +73,7 @@ class Agent:
     def __init__(self, ground: Ground) -> None:
         self._ground = ground
         self._settings = ground.settings
-        self._worker = Worker(
+        self._worker = TaskWorker(
             self._settings.database, self._settings.host_id, worker_concurrency=self._settings.worker_concurrency
         )
         others_can_adopt = not self._settings.database.startswith("sqlite")
@@ -103,13 +102,13 @@ class Agent:
             self.power = self._power(fence)
         self._begin("power", POWER_INTERVAL, self.power.look)
         records = ground.records(fence)
-        host = Host(
+        host = TaskContext(
             name=name,
             records=records,
             accounts=ground.accounts,
             instances=ground.instances,
             buckets=ground.buckets,
-            made_buckets=MadeBuckets(ground.database, records, before_attempt=self._before_attempt),
+            made_buckets=CreatedBuckets(ground.database, records, before_attempt=self._before_attempt),
             store_patience=self._settings.s3_retry_timeout,
             service=ground.service,
             shutdown_timeout=self._settings.shutdown_timeout,
@@ -136,9 +135,9 @@ class Agent:
         self._keep_house(records)
         self._begin("heartbeat", self._settings.heartbeat_interval, partial(self._heartbeat, fence))
 
-    def _keep_house(self, records: Records) -> None:
+    def _keep_house(self, records: TaskRepository) -> None:
         ground, name = self._ground, self._settings.host_id
-        left_over = leftovers.LeftOvers(
+        left_over = housekeeping.ObjectCleanup(
             records,
             ground.buckets,
             name,
@@ -146,13 +145,19 @@ class Agent:
             before_attempt=self._before_attempt,
         )
         keep = timedelta(days=self._settings.task_retention_days)
-        looks_after = caretaker.Caretaker(records, ground.instances, name, check=self._lease.check)
-        self._begin("caretaker", caretaker.INTERVAL, looks_after.look)
-        self._begin("overlays", caretaker.INTERVAL, looks_after.merge)  # a merge may take long, and nobody waits for it
-        self._begin("left-overs", leftovers.INTERVAL, left_over.look)
-        made = MadeBuckets(ground.database, records, before_attempt=self._before_attempt)
-        self._begin("made buckets", leftovers.INTERVAL, partial(made.look, ground.buckets, name))
-        self._begin("retention", retention.INTERVAL, retention.Retention(records, ground.queues.forget, keep).look)
+        looks_after = housekeeping.PowerRecovery(records, ground.instances, name, check=self._lease.check)
+        self._begin("caretaker", housekeeping.POWER_RECOVERY_INTERVAL, looks_after.look)
+        self._begin(
+            "overlays", housekeeping.POWER_RECOVERY_INTERVAL, looks_after.merge
+        )  # a merge may take long, and nobody waits for it
+        self._begin("left-overs", housekeeping.OBJECT_CLEANUP_INTERVAL, left_over.look)
+        made = CreatedBuckets(ground.database, records, before_attempt=self._before_attempt)
+        self._begin("made buckets", housekeeping.OBJECT_CLEANUP_INTERVAL, partial(made.look, ground.buckets, name))
+        self._begin(
+            "retention",
+            housekeeping.RETENTION_INTERVAL,
+            housekeeping.TaskRetention(records, ground.queues.forget, keep).look,
+        )
 
     def _power(self, fence: Fence | None) -> BackgroundPower:
         database = self._ground.database
@@ -192,10 +197,10 @@ class Agent:
         if state is HostState.DRAINING:
             self._takes_tasks = False
 
-    def _run(self, host: Host, bundle_id: str) -> None:
+    def _run(self, host: TaskContext, bundle_id: str) -> None:
         """Work on a task, unless the host drains and has not begun it: then it waits for the next agent."""
         if self._takes_tasks or bundle_id in self._ground.hosts.begun(host.name):
-            bundle(host, bundle_id)
+            run_bundle_task(host, bundle_id)
 
     def _drain(self, fence: Fence) -> None:
         """Wait for what this host has begun, `drain_timeout` at the most, and end the agent. May be repeated."""

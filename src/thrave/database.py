@@ -155,7 +155,7 @@ bundle_task = sa.Table(
     sa.Column("instance_id", sa.String(32), nullable=False),
     sa.Column("host", sa.String(253), nullable=False),  # the one that has the disk
     sa.Column("state", sa.String(24), nullable=False),
-    # What its host does next (tasks/steps.py). From the transaction that sets error_code on, a step that undoes.
+    # What its host does next (tasks/models.py). From the transaction that sets error_code on, a step that undoes.
     sa.Column("next_step", sa.String(16), nullable=False, server_default="stop"),
     sa.Column("progress", sa.Integer),  # percent within bundling or storing
     sa.Column("start_time", UtcDateTime, nullable=False, default=now()),

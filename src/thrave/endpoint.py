@@ -33,7 +33,7 @@ from thrave.files import HeldFile
 from thrave.ground import Ground, explained, hold_data_directory
 from thrave.identity.users import Users
 from thrave.listening import Listener
-from thrave.tasks.requests import BundleTasks
+from thrave.tasks.task_service import BundleTaskService
 
 log = structlog.get_logger()
 DATABASE_TIMEOUT = 5.0  # seconds for a statement of an API process; then the caller gets `Unavailable`
@@ -126,7 +126,7 @@ def _end_at_once(error: DatabaseReplacedError) -> Never:
 def _door(ground: Ground, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]) -> Door:
     """The EC2 door, in front of these instances."""
     settings = ground.settings
-    tasks = BundleTasks(
+    tasks = BundleTaskService(
         ground.database,
         ground.records(),
         ground.queues.enqueue,

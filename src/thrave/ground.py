@@ -42,14 +42,14 @@ from thrave.drivers import open_driver, open_store
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity
 from thrave.identity.errors import ServiceIdentityError
-from thrave.tasks.crash_points import crash_at
-from thrave.tasks.fence import Fence
-from thrave.tasks.records import Records
+from thrave.tasks.failpoints import crash_at
+from thrave.tasks.lease import Fence
+from thrave.tasks.repository import TaskRepository
 from thrave.vault import DecryptError, Vault, VaultKeyError
 
 if TYPE_CHECKING:  # the engine takes longer to import than most commands take to run
-    from thrave.tasks.engine import Queues
-    from thrave.tasks.hosts import Hosts
+    from thrave.tasks.engine import TaskQueue
+    from thrave.tasks.hosts import HostRegistry
 
 _PROOF = b"thrave"
 PROOF_CONTEXT = "vault proof"
@@ -97,11 +97,11 @@ class Ground:
         return Accounts(self.database, self.vault)
 
     @cached_property
-    def queues(self) -> "Queues":
+    def queues(self) -> "TaskQueue":
         """Where tasks are handed to hosts."""
-        from thrave.tasks.engine import Queues  # noqa: PLC0415 (see above)
+        from thrave.tasks.engine import TaskQueue  # noqa: PLC0415 (see above)
 
-        return Queues(self.settings.database)
+        return TaskQueue(self.settings.database)
 
     @cached_property
     def buckets(self) -> ObjectStore:
@@ -127,12 +127,12 @@ class Ground:
         return identity
 
     @cached_property
-    def hosts(self) -> "Hosts":
+    def hosts(self) -> "HostRegistry":
         """The fleet."""
-        from thrave.tasks.hosts import Hosts  # noqa: PLC0415 (see above)
+        from thrave.tasks.hosts import HostRegistry  # noqa: PLC0415 (see above)
 
         settings = self.settings
-        return Hosts(
+        return HostRegistry(
             self.database,
             self.records(),
             self.queues,
@@ -140,9 +140,9 @@ class Ground:
             heartbeat_timeout=settings.heartbeat_timeout,
         )
 
-    def records(self, fence: Fence | None = None) -> Records:
+    def records(self, fence: Fence | None = None) -> TaskRepository:
         """The bundle tasks; an agent gives its fence."""
-        return Records(self.database, self.vault, fence)
+        return TaskRepository(self.database, self.vault, fence)
 
     def open(self) -> None:
         """Open the database and the vault; the first time, make them and the service's identity.

@@ -9,8 +9,7 @@ from thrave.config import load_settings
 from thrave.database import host as host_table
 from thrave.database import utc_now
 from thrave.ground import open_ground
-from thrave.tasks.states import BundleTaskState
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.models import BundleRequest, BundleTaskState
 
 USAGE, NOT_FOUND, REFUSED = 2, 3, 4
 

@@ -15,8 +15,8 @@ from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.config import load_settings
 from thrave.ground import open_ground
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.errors import TaskFailure
+from thrave.tasks.models import BundleRequest
 
 FAILED, USAGE, NOT_FOUND, REFUSED, TASK_FAILED, TASK_CANCELLED = 1, 2, 3, 4, 20, 21
 MIB = 1 << 20

@@ -20,8 +20,8 @@ from thrave.ec2.app import create_app
 from thrave.ec2.door import Door
 from thrave.ec2.rate import RateLimit
 from thrave.identity.accounts import AccessKey, Accounts
-from thrave.tasks.records import Records
-from thrave.tasks.requests import BundleTasks
+from thrave.tasks.repository import TaskRepository
+from thrave.tasks.task_service import BundleTaskService
 from thrave.vault import Vault
 
 
@@ -30,7 +30,7 @@ class ServiceWithoutEngine:
     """A data directory and everything in it."""
 
     door: Door
-    records: Records
+    records: TaskRepository
     instances: DirectoryDriver
     key: AccessKey
     volume: VolumeFile
@@ -49,7 +49,7 @@ def service(tmp_path):
     engine = open_engine(f"sqlite:///{tmp_path / 'thrave.db'}")
     migrate(engine)
     vault = Vault.open_or_create(tmp_path / "vault.key")
-    records = Records(engine, vault)
+    records = TaskRepository(engine, vault)
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     instances = DirectoryDriver(tmp_path / "instances")
     power = BackgroundPower(instances, PowerRecords(engine), grace=20.0)
@@ -60,7 +60,7 @@ def service(tmp_path):
         region="eu-west-9",
         buckets=DirectoryStore(tmp_path / "buckets"),
         rate=RateLimit(1e6, 10**6),
-        tasks=BundleTasks(
+        tasks=BundleTaskService(
             engine,
             records,
             lambda connection, bundle_id, host: None,

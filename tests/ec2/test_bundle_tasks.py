@@ -14,10 +14,9 @@ from botocore.exceptions import ClientError
 from support.buckets.s3_storage import policy, signature, storage
 from thrave.compute.instance import InstanceState
 from thrave.ec2.app import create_app
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.places import SMALLEST_MANIFEST
-from thrave.tasks.requests import BundlingInProgress, PrefixInUse
-from thrave.tasks.states import BundleTaskState
+from thrave.tasks.bundle_location import SMALLEST_MANIFEST
+from thrave.tasks.errors import BundlingInProgress, PrefixInUse, TaskFailure
+from thrave.tasks.models import BundleTaskState
 
 INSTANCE = "i-1234567890abcdef0"
 

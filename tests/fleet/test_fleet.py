@@ -16,8 +16,8 @@ from support.eventually import eventually, one_of
 from support.service.bundle_tasks import await_task, describe_task
 from thrave.compute.instance import InstanceState
 from thrave.database import utc_now
-from thrave.tasks.fence import LOST
 from thrave.tasks.hosts import HostState
+from thrave.tasks.lease import LOST
 
 pytestmark = pytest.mark.postgres
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from thrave.agent import START_AGAIN
 from thrave.cli.exits import NO_RESTART, Exit
 from thrave.cli.main import thrave
 from thrave.config import load_settings
-from thrave.tasks.fence import LOST
+from thrave.tasks.lease import LOST
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 UNITS = sorted((PACKAGING / "systemd").glob("*.service"))

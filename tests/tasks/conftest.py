@@ -7,7 +7,7 @@ import pytest
 
 from support.crashes.kill_sweep import kill_remaining_services
 from support.service.upload_bench import UploadBench, directory
-from thrave.tasks.records import Records
+from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
 
 
@@ -42,4 +42,4 @@ def bench(tmp_path):
 
 @pytest.fixture
 def records(engine, tmp_path):
-    return Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+    return TaskRepository(engine, Vault.open_or_create(tmp_path / "vault.key"))

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from thrave.concurrency import NoThreadError
 from thrave.pipeline import StoppedError
-from thrave.tasks import calls
-from thrave.tasks.calls import Calls, Places
+from thrave.tasks import store_calls
+from thrave.tasks.store_calls import CallGroup, InFlightObjects
 
 MANY_SECONDS = 60
 
@@ -54,14 +54,14 @@ class HeldCall:
 
 
 class CallsMachine(RuleBasedStateMachine):
-    """A user of `Calls` who starts, looks, and in the end leaves the block in one of the ways that there are."""
+    """A user of `CallGroup` who starts, looks, and in the end leaves the block in one of the ways that there are."""
 
     def __init__(self):
         super().__init__()
         self.enter()
 
     def enter(self):
-        self.calls = Calls()
+        self.calls = CallGroup()
         self.calls.__enter__()
         self.held, self.taken = [], []
 
@@ -157,7 +157,7 @@ def test_calls_lose_no_result_and_no_failure():
 
 def test_calls_wake_a_waiter_when_one_fails_after_the_last_start():
     woken, call = threading.Event(), HeldCall(0)
-    group = Calls(wake=woken.set)
+    group = CallGroup(wake=woken.set)
     group.begin(call)
     call.end(fails=True)
     assert woken.is_set()
@@ -174,7 +174,7 @@ def test_calls_that_are_stopped_raise_and_are_abandoned():
             group.stop()
             next(group.remaining())
 
-    group = Calls()
+    group = CallGroup()
     with pytest.raises(StoppedError):
         stop(group)
     assert group.left
@@ -193,13 +193,13 @@ def refusing(monkeypatch, times):
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(calls, "_PAUSE", 0.001)
+    monkeypatch.setattr(store_calls, "_PAUSE", 0.001)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     return refused
 
 
 def test_calls_whose_thread_cannot_start_are_begun_again(monkeypatch):
-    group = Calls()
+    group = CallGroup()
     refused = refusing(monkeypatch, 2)
     group.begin(lambda: "result")
     assert [*group.remaining()] == ["result"]
@@ -207,25 +207,25 @@ def test_calls_whose_thread_cannot_start_are_begun_again(monkeypatch):
 
 
 def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr(calls, "START_TIMEOUT", 0.001)
-    group = Calls()
+    monkeypatch.setattr(store_calls, "START_TIMEOUT", 0.001)
+    group = CallGroup()
     with monkeypatch.context() as patched:
         refusing(patched, 1000)
         with pytest.raises(NoThreadError) as caught:
             group.begin(lambda: None)
     assert caught.value.errno == errno.EAGAIN  # may pass
-    assert caught.value.waited == calls.START_TIMEOUT
+    assert caught.value.waited == store_calls.START_TIMEOUT
     assert group.pending == 0
     assert [*group.remaining()] == []
 
 
 def test_places_wait_for_an_object_has_an_end():
     """An abandoned upload hangs; whoever waits for it may be stopped meanwhile, and waits no longer than is given."""
-    places, passes = Places(), []
+    places, passes = InFlightObjects(), []
     with places.alone("bucket", "key"):
         assert places.taken("bucket") == {"key"}
         assert not places.wait_until_free("bucket", "key", lambda: passes.append("check"), 0.01)
-        stopped = Calls()
+        stopped = CallGroup()
         stopped.stop()
         with pytest.raises(StoppedError):
             places.wait_until_free("bucket", "key", stopped.check_wanted, 600.0)

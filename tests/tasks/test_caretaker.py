@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from thrave.concurrency import NoThreadError, supervised
-from thrave.tasks import caretaker
-from thrave.tasks.caretaker import Caretaker
-from thrave.tasks.fence import RightLostError
-from thrave.tasks.lease import LeaseExpiredError
+from thrave.tasks import housekeeping
+from thrave.tasks.housekeeping import PowerRecovery
+from thrave.tasks.lease import LeaseExpiredError, RightLostError
 
 TASKS = [SimpleNamespace(bundle_id=f"bun-{number}", instance_id=f"i-{number}") for number in range(3)]
 
@@ -58,8 +57,8 @@ def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method,
         if method == "check" and (raised := next(checks)) is not None:
             raise raised
 
-    monkeypatch.setattr(caretaker, "Freezer", Merging)
-    Caretaker(OwnRecords(method=method, error=error), None, "host-a", check=check).merge()
+    monkeypatch.setattr(housekeeping, "Freezer", Merging)
+    PowerRecovery(OwnRecords(method=method, error=error), None, "host-a", check=check).merge()
     assert merged == ["i-2"]
 
 
@@ -73,8 +72,8 @@ def test_look_goes_on_with_the_next_instance_if_no_thread_can_be_started(monkeyp
         return supervised(*args, **options)
 
     records = SimpleNamespace(looked_after=lambda _host: TASKS, looked_after_by_nobody=lambda _host: [])
-    looks_after = Caretaker(records, None, "host-a")
-    monkeypatch.setattr(caretaker, "supervised", refuse_at_first)
+    looks_after = PowerRecovery(records, None, "host-a")
+    monkeypatch.setattr(housekeeping, "supervised", refuse_at_first)
     monkeypatch.setattr(looks_after, "_recover", lambda task: recovered.append(task.instance_id))
     looks_after.look()
     assert recovered == ["i-2"]

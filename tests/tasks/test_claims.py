@@ -13,13 +13,12 @@ from support.service.upload_bench import BUCKET, MANIFEST, PREFIX, UploadBench
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.database import bundle_part, bundle_task, utc_now
 from thrave.tasks import claims
+from thrave.tasks.bundle_location import BundleLocation
 from thrave.tasks.claims import ObjectInUseError
-from thrave.tasks.failures import Cancelled, TaskFailure
-from thrave.tasks.fence import RightLostError
-from thrave.tasks.lease import LeaseExpiredError
-from thrave.tasks.leftovers import LeftOvers
-from thrave.tasks.overview import Overview
-from thrave.tasks.places import Place
+from thrave.tasks.errors import TaskCancelled, TaskFailure
+from thrave.tasks.housekeeping import ObjectCleanup
+from thrave.tasks.lease import LeaseExpiredError, RightLostError
+from thrave.tasks.queries import TaskQueries
 from thrave.volumes.raw import RawVolume
 
 A, B = "bun-0000000a", "bun-0000000b"
@@ -54,7 +53,7 @@ def bundled(bench, folder):
 
 
 def fail(bench):
-    bench.records.fail(bench.bundle_id, Cancelled())
+    bench.records.fail(bench.bundle_id, TaskCancelled())
 
 
 def complete(bench):
@@ -63,7 +62,7 @@ def complete(bench):
 
 
 def clean_up(bench, **options):
-    LeftOvers(bench.records, bench.buckets, "localhost", **{"stall_timeout": 60.0, **options}).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", **{"stall_timeout": 60.0, **options}).look()
 
 
 def rows(bench):
@@ -89,7 +88,7 @@ def is_whole(bench):
     """Whether the bucket has the manifest of a task, and every part that it names."""
     manifest = bench.buckets.get(BUCKET, MANIFEST)
     mine = {key for key, (owner, _) in rows(bench).items() if owner == bench.bundle_id}
-    parts = Place(BUCKET, "", PREFIX).part_keys(manifest)
+    parts = BundleLocation(BUCKET, "", PREFIX).part_keys(manifest)
     return bool(parts) and {*parts, MANIFEST} <= mine and {*parts} <= {*bench.stored_keys()}
 
 
@@ -253,7 +252,7 @@ def test_upload_of_an_earlier_run_that_arrives_late(on_sqlite, buckets, key, lat
         buckets.put(BUCKET, key, b"late")
     assert rows(bench) == {key: (A, "gone")}
     assert not bench.records.has_left_over(A)
-    (seen,) = Overview(bench.engine, bench.records).of([A])
+    (seen,) = TaskQueries(bench.engine, bench.records).of([A])
     assert (seen.stored.objects, [*seen.left_over]) == (0, [])
     assert bench.records.purge(-timedelta(days=1), most=9) == 0
     clean_up(bench)  # too early
@@ -524,9 +523,9 @@ def test_a_store_that_refuses_is_reported_with_the_command(on_sqlite, buckets, c
             raise AccessDenied("Access Denied")
 
     buckets.before = refuse
-    looking = LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0)
+    looking = ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0)
     for _ in range(3):
         looking.look()
     assert capsys.readouterr().out.count(f"thrave task show {A}") == 1
-    (seen,) = Overview(bench.engine, bench.records).of([A])
+    (seen,) = TaskQueries(bench.engine, bench.records).of([A])
     assert [*seen.left_over] == [KEY]

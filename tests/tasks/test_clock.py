@@ -9,7 +9,7 @@ import pytest
 
 from support.crashes.kill_sweep import KilledService
 from support.required_programs import require, require_file
-from thrave.tasks.states import BundleTaskState
+from thrave.tasks.models import BundleTaskState
 from thrave.testing import ThraveServer
 
 SOURCE = Path(__file__).parents[1] / "support" / "crashes" / "wrong_clock.c"

@@ -10,12 +10,12 @@ from typing import get_args
 import pytest
 
 import thrave.tasks
-from thrave.tasks.crash_points import STEPS, Step, crash_at, durable
+from thrave.tasks.failpoints import FAILPOINTS, Step, crash_at, failpoint
 
 SOURCES = sorted(Path(thrave.tasks.__file__).parent.glob("*.py"))
 CODE = """
 import sys
-from thrave.tasks.crash_points import crash_at, durable
+from thrave.tasks.failpoints import crash_at; from thrave.tasks.failpoints import failpoint as durable
 crash_at(sys.argv[1])
 for number in range(3):
     print(number, "before", flush=True)
@@ -58,12 +58,12 @@ def test_what_is_no_crash_point_is_refused(setting):
 
 
 def test_without_the_setting_a_block_is_only_a_block():
-    with durable("record"):
+    with failpoint("record"):
         pass
-    with pytest.raises(ZeroDivisionError), durable("record"):
+    with pytest.raises(ZeroDivisionError), failpoint("record"):
         raise ZeroDivisionError
 
 
 def test_every_step_of_the_table_is_somewhere_in_the_code():
     named = [name for path in SOURCES for name in re.findall(r'durable\("([a-z ]+)"\)', path.read_text())]
-    assert {*named} == {*STEPS} == {*get_args(Step)}
+    assert {*named} == {*FAILPOINTS} == {*get_args(Step)}

@@ -13,7 +13,7 @@ from support.service.bundle_tasks import await_task
 from support.service.forked_server import ForkedServer
 from thrave.compute.instance import InstanceState
 from thrave.database import open_engine
-from thrave.tasks.records import Records
+from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
 
 MIB = 1 << 20
@@ -32,7 +32,7 @@ def begin(server, tmp_path, **commands):
 def notice(server, bundle_id):
     database = open_engine(server.data.database)
     try:
-        return Records(database, Vault.open_or_create(server.data.vault_key)).get(bundle_id).warning
+        return TaskRepository(database, Vault.open_or_create(server.data.vault_key)).get(bundle_id).warning
     finally:
         database.dispose()
 

@@ -14,9 +14,8 @@ from thrave.buckets.directory_store import RESERVE
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import DirectoryDriver
 from thrave.compute.instance import InstanceState, VolumeFile
-from thrave.tasks.power import PowerSwitch
-from thrave.tasks.states import BundleTaskState
-from thrave.tasks.steps import Step
+from thrave.tasks.instance_power import InstancePower
+from thrave.tasks.models import BundleTaskState, Step
 
 PART = 10 * MIB
 KIB = 1 << 10
@@ -119,7 +118,7 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
         power_recovery_until=None,
         next_step=Step.SEAL,
     )
-    power = PowerSwitch(instances, None, task, grace=1, when_late="fail")  # no record is asked
+    power = InstancePower(instances, None, task, grace=1, when_late="fail")  # no record is asked
     assert not power.restore_without_record(), "it runs"
     machine.unlink()
     with (folder / "filler").open("wb", buffering=0) as filler:
@@ -136,7 +135,7 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
 
 def test_an_instance_that_was_off_before_its_task_is_not_started(instances_off):
     instances, task = instances_off
-    assert not PowerSwitch(instances, None, task, grace=1, when_late="fail").restore_without_record()
+    assert not InstancePower(instances, None, task, grace=1, when_late="fail").restore_without_record()
     assert instances.state(task.instance_id) is InstanceState.STOPPED
 
 

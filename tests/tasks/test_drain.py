@@ -15,9 +15,8 @@ from thrave.compute.power_records import PowerAction, PowerRecords
 from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.ground import open_ground
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.host_states import HostState
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.errors import TaskFailure
+from thrave.tasks.models import BundleRequest, HostState
 
 INSTANCE = "i-0123456789abcdef0"
 

@@ -16,7 +16,14 @@ from thrave.compute.errors import (
     InvalidDescriptionError,
     OverlayNotSupported,
 )
-from thrave.tasks.failures import CAUSES, FORESEEN, Cancelled, TaskFailure, failure_from, without_folders
+from thrave.tasks.errors import (
+    ERROR_CODES,
+    EXPECTED_ERRORS,
+    TaskCancelled,
+    TaskFailure,
+    to_task_failure,
+    without_folders,
+)
 from thrave.volumes.errors import (
     ImageRefusedError,
     SkipRefusedError,
@@ -51,16 +58,16 @@ SOURCES = sorted(Path(thrave.__file__).parent.rglob("*.py"))
         (VolumeError("no"), "Server.VolumeError", "no"),
         (ImageError("no"), "Server.VolumeError", "no"),
         (ZeroDivisionError("secret"), "Server.InternalError", "An internal error has occurred."),
-        (Cancelled(), "Client.Cancelled", "User has requested bundling operation cancellation"),
+        (TaskCancelled(), "Client.Cancelled", "User has requested bundling operation cancellation"),
     ],
 )
 def test_an_error_becomes_the_reason_that_says_whose_fault_it_is(error, code, message):
-    failure = failure_from(error)
+    failure = to_task_failure(error)
     assert (failure.code, failure.message) == (code, message)
 
 
 def test_a_second_failure_on_the_way_out_is_told_with_the_first():
-    both = Cancelled().also(TaskFailure("Server.InstanceNotStarted", "no memory"))
+    both = TaskCancelled().also(TaskFailure("Server.InstanceNotStarted", "no memory"))
     assert (both.code, both.message) == (
         "Client.Cancelled",
         "User has requested bundling operation cancellation (Server.InstanceNotStarted: no memory)",
@@ -69,14 +76,14 @@ def test_a_second_failure_on_the_way_out_is_told_with_the_first():
 
 def test_every_code_that_is_given_stands_in_the_table_and_every_row_is_given():
     given = {code for path in SOURCES for code in re.findall(r'TaskFailure\(\s*"([A-Za-z0-9.]+)"', path.read_text())}
-    given |= {code for _, code in FORESEEN} | {"Client.Cancelled"}
-    assert given == {*CAUSES}
+    given |= {code for _, code in EXPECTED_ERRORS} | {"Client.Cancelled"}
+    assert given == {*ERROR_CODES}
 
 
-@pytest.mark.parametrize("code", CAUSES)
+@pytest.mark.parametrize("code", ERROR_CODES)
 def test_a_row_says_whose_it_is_and_what_to_do(code):
     assert re.fullmatch(r"(Client|Server)\.[A-Z][A-Za-z0-9]+", code)
-    assert all(text.endswith(".") for text in CAUSES[code])
+    assert all(text.endswith(".") for text in ERROR_CODES[code])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,7 @@ def test_a_row_says_whose_it_is_and_what_to_do(code):
     ids=lambda error: type(error).__name__,
 )
 def test_a_tenant_learns_the_names_of_files_and_not_their_folders(error):
-    failure = failure_from(error)
+    failure = to_task_failure(error)
     assert failure.code == "Server.VolumeError"
     assert "win." in failure.message
     assert "/vm" not in failure.message
@@ -119,7 +126,7 @@ def test_a_tenant_learns_the_names_of_files_and_not_their_folders(error):
     ids=lambda value: type(value).__name__,
 )
 def test_a_tenant_reads_bare_names_of_the_hosts_files(error, message):
-    assert failure_from(error).message == message
+    assert to_task_failure(error).message == message
 
 
 @pytest.mark.parametrize(

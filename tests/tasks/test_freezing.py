@@ -12,8 +12,8 @@ from thrave.compute.base import Overlay
 from thrave.compute.errors import HypervisorError
 from thrave.compute.instance import VolumeFile
 from thrave.compute.timeouts import check_command, report_progress
-from thrave.tasks.failures import Cancelled
-from thrave.tasks.freezing import Freezer
+from thrave.tasks.errors import TaskCancelled
+from thrave.tasks.instance_power import RootOverlay
 from thrave.tasks.lease import Lease, LeaseExpiredError
 
 FROZEN = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
@@ -28,7 +28,7 @@ def bench(tmp_path):
 
 def freezer(bench, merge):
     instances = SimpleNamespace(overlays=SimpleNamespace(merge=merge))
-    return Freezer(instances, bench.records, bench.records.get(bench.bundle_id), stall_timeout=600)
+    return RootOverlay(instances, bench.records, bench.records.get(bench.bundle_id), stall_timeout=600)
 
 
 def test_a_merge_without_progress_is_given_up_and_left_to_be_merged(bench):
@@ -61,14 +61,14 @@ def test_a_merge_hears_of_a_cancellation(bench):
 
     canceller = threading.Thread(target=lambda: begun.wait(60) and bench.records.cancel(bench.bundle_id))
     canceller.start()
-    with pytest.raises(Cancelled):
+    with pytest.raises(TaskCancelled):
         work()
     canceller.join()
     assert bench.records.frozen(bench.bundle_id) == FROZEN
 
 
 def test_a_merge_over_which_the_hypervisor_hangs_is_abandoned(bench, monkeypatch):
-    monkeypatch.setattr("thrave.tasks.freezing.ABANDON_AFTER", 0.1)
+    monkeypatch.setattr("thrave.tasks.instance_power.ABANDON_AFTER", 0.1)
     hangs = threading.Event()
     with pytest.raises(HypervisorError, match="is not merged after 0 seconds"):
         freezer(bench, lambda *_: hangs.wait(60)).merge_within(0.1)
@@ -87,7 +87,7 @@ def test_each_command_for_an_overlay_is_checked(bench, act):
     task, now = bench.records.get(bench.bundle_id), [0.0]
     lease = Lease(10.0, clock=lambda: now[0])
     lease.renewed(0.0)
-    freezer = Freezer(instances, bench.records, task, check=lease.check)
+    freezer = RootOverlay(instances, bench.records, task, check=lease.check)
     does = {
         "freeze": freezer.freeze,
         "merge": lambda: freezer.merge(lambda _seconds: None),

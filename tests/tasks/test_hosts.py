@@ -9,10 +9,10 @@ from thrave.config import Settings
 from thrave.database import host as host_table
 from thrave.database import utc_now
 from thrave.ground import open_ground
-from thrave.tasks.host_states import MOVES, HostEvent, HostState
-from thrave.tasks.hosts import AdopterError, HostInUse, Hosts, HostStateError
-from thrave.tasks.records import Records
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.errors import AdopterError, HostInUse, HostStateError
+from thrave.tasks.hosts import HostRegistry
+from thrave.tasks.models import MOVES, BundleRequest, HostEvent, HostState
+from thrave.tasks.repository import TaskRepository
 
 
 @pytest.fixture
@@ -126,7 +126,9 @@ def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypa
 
 
 def test_times_of_a_host_are_those_of_its_own_agent(ground, hosts, change):
-    operators = Hosts(ground.database, ground.records(), ground.queues, heartbeat_interval=0.1, heartbeat_timeout=0.4)
+    operators = HostRegistry(
+        ground.database, ground.records(), ground.queues, heartbeat_interval=0.1, heartbeat_timeout=0.4
+    )
     change("host-a", heartbeat_time=utc_now() - timedelta(seconds=30))
     assert (find(operators, "host-a").heartbeat_timeout, find(operators, "host-a").is_lost) == (60.0, False)
     with pytest.raises(HostInUse, match=r"sent a heartbeat 3\d s ago"):
@@ -182,7 +184,7 @@ def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeyp
     fence = hosts.take("host-a", worker_concurrency=1)
     for bundle_id in ("bun-1", "bun-2"):
         add_task(ground, bundle_id)
-    fail, failed = Records.fail, []
+    fail, failed = TaskRepository.fail, []
 
     def second_is_cut_off(records, bundle_id, *args, **options):
         if failed:
@@ -191,7 +193,7 @@ def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeyp
         return fail(records, bundle_id, *args, **options)
 
     with monkeypatch.context() as crash:
-        crash.setattr(Records, "fail", second_is_cut_off)
+        crash.setattr(TaskRepository, "fail", second_is_cut_off)
         with pytest.raises(ConnectionError):
             hosts.retire("host-a", powered_off=True)
     assert hosts.heartbeat(fence) is HostState.ACTIVE

@@ -8,11 +8,10 @@ import sqlalchemy as sa
 from thrave.buckets.directory_store import DirectoryStore
 from thrave.buckets.errors import TransientError
 from thrave.database import bundle_part, bundle_task, bundle_task_event, host, migrate, open_engine, utc_now
-from thrave.tasks.failures import Cancelled
-from thrave.tasks.leftovers import LeftOvers
-from thrave.tasks.retention import Retention
-from thrave.tasks.retries import Retries
-from thrave.tasks.task import BundleRequest
+from thrave.retry import RetrySchedule
+from thrave.tasks.errors import TaskCancelled
+from thrave.tasks.housekeeping import ObjectCleanup, TaskRetention
+from thrave.tasks.models import BundleRequest
 
 ACCOUNT = "111111111111"
 HERE, ELSEWHERE, NOWHERE = "here", "elsewhere", "nowhere"
@@ -51,7 +50,7 @@ def task(engine, records, buckets):
             records.journal(bundle_id).sending(f"{bundle_id}.part.{number}")
             buckets.put("bucket", f"{bundle_id}.part.{number}", b"part")
         if failed:
-            records.fail(bundle_id, Cancelled())
+            records.fail(bundle_id, TaskCancelled())
         return bundle_id
 
     return make
@@ -79,7 +78,7 @@ class Refusing:
 
 
 def left_overs(records, buckets):
-    return LeftOvers(records, buckets, HERE, stall_timeout=10.0)
+    return ObjectCleanup(records, buckets, HERE, stall_timeout=10.0)
 
 
 def test_what_a_failed_task_has_left_is_shown_and_removed_and_nothing_else(records, buckets, task):
@@ -142,7 +141,7 @@ def test_what_ended_long_ago_is_forgotten_with_all_that_hangs_on_it(engine, reco
     forget_objects(records, "bun-1")
     task("bun-2", failed=False)
     forgotten = []
-    retention = Retention(records, lambda before: forgotten.append(before) or 0, timedelta(days=7))
+    retention = TaskRetention(records, lambda before: forgotten.append(before) or 0, timedelta(days=7))
     age(engine, 6)
     retention.look()
     assert kept(engine) == ["bun-1", "bun-2"]
@@ -160,7 +159,7 @@ def test_the_parts_of_a_complete_bundle_are_forgotten_and_stay_in_the_bucket(eng
         records.move("bun-1", state)
     assert records.complete("bun-1")
     age(engine, 8)
-    Retention(records, lambda _: 0, timedelta(days=7)).look()
+    TaskRetention(records, lambda _: 0, timedelta(days=7)).look()
     with engine.connect() as connection:
         assert connection.execute(sa.select(bundle_part)).all() == []
     assert len([*buckets.list("bucket", "")]) == 2
@@ -173,23 +172,23 @@ def test_a_task_that_leaves_something_to_do_is_not_forgotten(engine, records, ta
         forget_objects(records, "bun-1")
         records.look_after("bun-1", utc_now())
     age(engine, 100)
-    Retention(records, lambda _: 0, timedelta(days=7)).look()
+    TaskRetention(records, lambda _: 0, timedelta(days=7)).look()
     assert kept(engine) == ["bun-1"]
 
 
 def test_more_than_are_forgotten_at_once_are_forgotten(engine, records, task, monkeypatch):
-    monkeypatch.setattr("thrave.tasks.retention.AT_ONCE", 2)
+    monkeypatch.setattr("thrave.tasks.housekeeping.AT_ONCE", 2)
     for number in range(5):
         forget_objects(records, task(f"bun-{number}"))
     age(engine, 8)
     more = [1, 1, 0]
-    Retention(records, lambda _: more.pop(0), timedelta(days=7)).look()
+    TaskRetention(records, lambda _: more.pop(0), timedelta(days=7)).look()
     assert (kept(engine), more) == ([], [])
 
 
 def test_retries_come_at_growing_intervals():
     now = [0.0]
-    retries, tried = Retries(1.0, 10.0, clock=lambda: now[0]), []
+    retries, tried = RetrySchedule(1.0, 10.0, clock=lambda: now[0]), []
     while now[0] < 60:
         if retries.is_due("it"):
             tried.append(now[0])

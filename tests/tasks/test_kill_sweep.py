@@ -13,8 +13,8 @@ from botocore.exceptions import ClientError
 
 from support.crashes.kill_sweep import MIB, TO_COMPLETE, TO_REPLACE, KilledService, killed_at, killed_at_random, moments
 from support.required_programs import require
-from thrave.tasks.crash_points import STEPS
-from thrave.tasks.states import BundleTaskState
+from thrave.tasks.failpoints import FAILPOINTS
+from thrave.tasks.models import BundleTaskState
 
 SEED = int(os.environ.get("THRAVE_SEED", "20061025"))
 
@@ -135,7 +135,7 @@ def test_no_step_is_left_out():
         "power cut",
         "task purged",
     }
-    assert swept == {*STEPS}
+    assert swept == {*FAILPOINTS}
 
 
 @pytest.mark.slow

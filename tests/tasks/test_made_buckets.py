@@ -7,11 +7,10 @@ import pytest
 
 from thrave.buckets.directory_store import DirectoryStore
 from thrave.database import migrate, open_engine
-from thrave.tasks import made_buckets as module
-from thrave.tasks.failures import Cancelled
-from thrave.tasks.made_buckets import BucketBusyError, MadeBuckets
-from thrave.tasks.states import BundleTaskState
-from thrave.tasks.task import BundleRequest
+from thrave.tasks import object_removal as module
+from thrave.tasks.errors import TaskCancelled
+from thrave.tasks.models import BundleRequest, BundleTaskState
+from thrave.tasks.object_removal import BucketBusyError, CreatedBuckets
 
 OWNER, BUCKET, HOST = "111111111111", "my-bucket", "localhost"
 REQUEST = BundleRequest(
@@ -33,7 +32,7 @@ def engine(request, tmp_path):
 
 @pytest.fixture
 def made(engine, records):
-    return MadeBuckets(engine, records)
+    return CreatedBuckets(engine, records)
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def add(engine, records):
 
 
 def fail(records, bundle_id):
-    records.fail(bundle_id, Cancelled())
+    records.fail(bundle_id, TaskCancelled())
 
 
 def test_bucket_of_a_failed_task_is_removed_with_its_owner(add, records, made, buckets, tmp_path):
@@ -132,7 +131,7 @@ def test_bucket_is_not_claimed_while_it_is_removed(engine, records, made, bucket
     thread.start()
     assert removing.wait(60)
     try:
-        with pytest.raises(BucketBusyError), MadeBuckets(engine, records).claiming(BUCKET):
+        with pytest.raises(BucketBusyError), CreatedBuckets(engine, records).claiming(BUCKET):
             pass
     finally:
         over.set()
@@ -142,5 +141,5 @@ def test_bucket_is_not_claimed_while_it_is_removed(engine, records, made, bucket
 
 
 def test_many_claim_a_bucket_at_once(engine, records, made):
-    with made.claiming(BUCKET), MadeBuckets(engine, records).claiming(BUCKET):
+    with made.claiming(BUCKET), CreatedBuckets(engine, records).claiming(BUCKET):
         pass

@@ -3,8 +3,8 @@
 import pytest
 import sqlalchemy as sa
 
-from thrave.tasks import outage
-from thrave.tasks.failures import TaskFailure
+from thrave.tasks import database_outage
+from thrave.tasks.errors import TaskFailure
 
 FULL = sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
 
@@ -32,7 +32,7 @@ class Power:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(outage, "PAUSES", (0.0,))
+    monkeypatch.setattr(database_outage, "PAUSES", (0.0,))
 
 
 def fail_times(number, result):
@@ -52,7 +52,7 @@ def test_step_is_not_repeated_once_the_instance_was_started():
     power = Power(ends_step=True, unavailable=3)
     work, calls = fail_times(1, "read to its end")
     with pytest.raises(TaskFailure, match="the instance was started"):
-        outage.through_outages(work, power)
+        database_outage.retry_database(work, power)
     assert len(calls) == 1
     assert power.acts == 4, "a guest may power off later: it is looked at again each time"
 
@@ -60,7 +60,7 @@ def test_step_is_not_repeated_once_the_instance_was_started():
 def test_step_is_repeated_if_nothing_had_to_be_started():
     power = Power(ends_step=False)
     work, calls = fail_times(3, "done")
-    assert outage.through_outages(work, power) == "done"
+    assert database_outage.retry_database(work, power) == "done"
     assert (len(calls), power.acts) == (4, 3)
 
 
@@ -68,7 +68,7 @@ def test_nothing_is_done_before_the_timeout():
     power = Power(ends_step=True)
     power.timeout = float("inf")
     work, _ = fail_times(3, "done")
-    assert outage.through_outages(work, power) == "done"
+    assert database_outage.retry_database(work, power) == "done"
     assert power.acts == 0
 
 
@@ -78,5 +78,5 @@ def test_another_error_ends_the_step():
 
     power = Power(ends_step=True)
     with pytest.raises(TaskFailure, match="broken"):
-        outage.through_outages(work, power)
+        database_outage.retry_database(work, power)
     assert power.acts == 0

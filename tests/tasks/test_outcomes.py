@@ -14,12 +14,11 @@ from support.service.in_process import HOST, OneHost
 from thrave.buckets.errors import TransientError
 from thrave.compute.instance import InstanceState
 from thrave.database import bundle_task, host
-from thrave.tasks import bundling, outage
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.fence import Fence, RightLostError
-from thrave.tasks.lease import Lease
-from thrave.tasks.records import Records
-from thrave.tasks.steps import BORROWED, FORWARD, UNDO, Step
+from thrave.tasks import database_outage, workflow
+from thrave.tasks.errors import TaskFailure
+from thrave.tasks.lease import Fence, Lease, RightLostError
+from thrave.tasks.models import BORROWED, FORWARD, UNDO, Step
+from thrave.tasks.repository import TaskRepository
 
 AWAY = TransientError("SlowDown", 503, "Please reduce your request rate")
 FULL = sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
@@ -40,7 +39,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(outage, "PAUSES", (0.0,))
+    monkeypatch.setattr(database_outage, "PAUSES", (0.0,))
 
 
 class LosesAPart:
@@ -250,7 +249,7 @@ class LosesTheAnswer:
 
 
 def test_nothing_is_decided_while_the_store_does_not_say_whether_it_has_the_manifest(here, monkeypatch):
-    monkeypatch.setattr(bundling, "_STORE_PAUSE", 0.0)
+    monkeypatch.setattr(workflow, "_STORE_PAUSE", 0.0)
     bundle_id = here.task()
     here.run(bundle_id, buckets=LosesTheAnswer(here.buckets, away=5))
     assert here.get(bundle_id).state == "complete"
@@ -275,11 +274,11 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
     bundle_id = here.task()
     task = here.get(bundle_id)
     fake = here.host(here.fence, lease=Lease(1.0, iter([0.0, *[9.0] * 99]).__next__))
-    monkeypatch.setattr(Records, "holds_lease", lambda _records: says)
-    running = bundling.Bundling(fake, task, 1)
+    monkeypatch.setattr(TaskRepository, "holds_lease", lambda _records: says)
+    running = workflow.BundleWorkflow(fake, task, 1)
     running._power._is_owed = True
     here.instances.request_stop(task.instance_id)
-    first = bundling._PowerFirst(fake, task, running._records, running._power, is_over_if_started=True)
+    first = workflow._PowerFirst(fake, task, running._records, running._power, is_over_if_started=True)
     assert first.act() is says
     state = InstanceState.RUNNING if says else InstanceState.STOPPED
     assert here.instances.state(task.instance_id) is state
@@ -288,6 +287,6 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
 def test_run_that_resumes_after_the_start_owes_no_instance_power(here):
     """Its owner may have stopped it since: only a step before which it is borrowed makes it owed."""
     task = replace(here.get(here.task()), was_running=True)
-    owed = {step: bundling.Bundling(here.host(here.fence), replace(task, next_step=step), 1)._power._is_owed
+    owed = {step: workflow.BundleWorkflow(here.host(here.fence), replace(task, next_step=step), 1)._power._is_owed
             for step in Step}  # fmt: skip
     assert {step for step, is_owed in owed.items() if is_owed} == BORROWED

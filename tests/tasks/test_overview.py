@@ -7,12 +7,10 @@ import sqlalchemy as sa
 
 from thrave.bundle.model import BundleKey, PartRecord
 from thrave.database import bundle_task, migrate, open_engine
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.journal import Stored, StoredObject
-from thrave.tasks.overview import Overview, Spell, Wanted, bytes_done, spells, time_in
-from thrave.tasks.requests import BundleTaskNotFound
-from thrave.tasks.states import UNFINISHED, BundleTaskState
-from thrave.tasks.task import BundleRequest, Event
+from thrave.tasks.errors import BundleTaskNotFound, TaskFailure
+from thrave.tasks.journal import StoredBatch, StoredObject
+from thrave.tasks.models import UNFINISHED, BundleRequest, BundleTaskState, TaskEvent
+from thrave.tasks.queries import StateDuration, TaskFilter, TaskQueries, bytes_done, state_durations, time_in
 
 S = BundleTaskState
 T0 = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -35,7 +33,7 @@ def engine(database, tmp_path):
 
 @pytest.fixture
 def overview(engine, records):
-    return Overview(engine, records)
+    return TaskQueries(engine, records)
 
 
 @pytest.fixture
@@ -88,11 +86,11 @@ def five(add):
     ],
 )
 def test_only_the_tasks_that_are_wanted_are_seen_the_newest_last(five, overview, wanted, expected):
-    assert ids(overview.latest(Wanted(**wanted), limit=10)) == expected
+    assert ids(overview.latest(TaskFilter(**wanted), limit=10)) == expected
 
 
 def test_of_many_tasks_the_newest_are_seen(five, overview):
-    assert ids(overview.latest(Wanted(), limit=2)) == ["four", "five"]
+    assert ids(overview.latest(TaskFilter(), limit=2)) == ["four", "five"]
 
 
 def test_a_task_that_is_not_there_is_named(five, overview):
@@ -104,17 +102,17 @@ def test_a_task_that_is_not_there_is_named(five, overview):
 def test_a_page_costs_two_queries(five, overview, engine):
     seen = []
     sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
-    overview.latest(Wanted(), limit=100)
+    overview.latest(TaskFilter(), limit=100)
     assert len([query for query in seen if query.startswith("SELECT bundle")]) == 2
 
 
 @pytest.mark.parametrize(
     ("wanted", "index"),
     [
-        (Wanted(account_id="1" * 12), "bundle_task_by_account"),
-        (Wanted(since=T0), "bundle_task_by_start_time"),  # in whose order they are wanted
-        (Wanted(host="kvm-1", states=UNFINISHED), "bundle_task_in_progress_on_host"),
-        (Wanted(instance_id="i-3", states=frozenset({S.BUNDLING})), "bundle_task_in_progress"),
+        (TaskFilter(account_id="1" * 12), "bundle_task_by_account"),
+        (TaskFilter(since=T0), "bundle_task_by_start_time"),  # in whose order they are wanted
+        (TaskFilter(host="kvm-1", states=UNFINISHED), "bundle_task_in_progress_on_host"),
+        (TaskFilter(instance_id="i-3", states=frozenset({S.BUNDLING})), "bundle_task_in_progress"),
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
@@ -131,9 +129,9 @@ def test_what_a_task_has_stored_is_counted_by_what_the_bucket_took(add, records,
     journal = records.journal("one")
     journal.begin(BundleKey(bytes(16), bytes(16)))
     journal.sending("one.part.0", part(0))
-    journal.sending("one.part.1", part(1), Stored([StoredObject("one.part.0", 100)]))
+    journal.sending("one.part.1", part(1), StoredBatch([StoredObject("one.part.0", 100)]))
     journal.sending("one.manifest.json")
-    journal.stored(Stored([StoredObject("one.manifest.json", 7)]))
+    journal.stored(StoredBatch([StoredObject("one.manifest.json", 7)]))
     (seen,) = overview.of(["one"])
     assert (seen.stored.objects, seen.stored.parts, seen.stored.size, [*seen.left_over]) == (3, 1, 107, [])
 
@@ -155,7 +153,7 @@ def test_what_a_failed_task_has_not_removed_is_left_over(add, records, overview)
 
 
 def event(second, state, message=None):
-    return Event(T0 + timedelta(seconds=second), state, message)
+    return TaskEvent(T0 + timedelta(seconds=second), state, message)
 
 
 HISTORY = [
@@ -175,15 +173,15 @@ HISTORY = [
     ids=["complete", "under way", "pending", "from before there was a history"],
 )
 def test_a_state_lasted_until_the_next_or_until_now(happened, now, seconds):
-    spent = spells(happened, T0 + timedelta(seconds=now))
+    spent = state_durations(happened, T0 + timedelta(seconds=now))
     assert spent == [
-        Spell(event, None if lasted is None else timedelta(seconds=lasted))
+        StateDuration(event, None if lasted is None else timedelta(seconds=lasted))
         for event, lasted in zip(happened, seconds, strict=True)
     ]
 
 
 def test_the_time_in_a_state_is_known():
-    spent = spells(HISTORY, T0)
+    spent = state_durations(HISTORY, T0)
     assert time_in(S.BUNDLING, spent) == timedelta(seconds=10)
     assert time_in(S.CANCELLING, spent) == timedelta()
 

@@ -13,7 +13,7 @@ from thrave.compute.errors import (
     InstanceLocked,
     StateChangedError,
 )
-from thrave.tasks.patience import patiently
+from thrave.tasks.patience import retry_hypervisor
 
 REFUSED = HypervisorError("i-00000000", "no")
 
@@ -43,35 +43,35 @@ class Hypervisor:
 
 def test_one_that_comes_back_in_time_is_asked_again(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(2), "here")
-    assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
+    assert retry_hypervisor(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
 
 
 def test_an_instance_that_is_let_go_of_is_asked_for_again(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, InstanceLocked("i-00000000"), "here")
-    assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
+    assert retry_hypervisor(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
 
 
 def test_one_that_stays_away_is_given_up(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(9))
     with pytest.raises(HypervisorUnavailable):
-        patiently(hypervisor.ask, 3.0, pause=hypervisor.pause)
+        retry_hypervisor(hypervisor.ask, 3.0, pause=hypervisor.pause)
     assert len(hypervisor.answers) == 5
 
 
 def test_one_that_was_there_for_long_may_be_away_for_as_long_again(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(5), "here", takes=4.0)
-    assert patiently(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
+    assert retry_hypervisor(hypervisor.ask, 3.0, pause=hypervisor.pause) == "here"
 
 
 def test_an_attempt_that_got_through_ends_the_absence(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(5), "here", takes=299.0)
-    assert patiently(hypervisor.ask, 300.0, pause=hypervisor.pause) == "here"
+    assert retry_hypervisor(hypervisor.ask, 300.0, pause=hypervisor.pause) == "here"
 
 
 def test_one_that_takes_its_time_to_be_away_is_given_up(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(30, waited=30.0), takes=30.0)
     with pytest.raises(HypervisorUnavailable):
-        patiently(hypervisor.ask, 300.0, pause=hypervisor.pause)
+        retry_hypervisor(hypervisor.ask, 300.0, pause=hypervisor.pause)
     assert hypervisor.now < 400
 
 
@@ -88,7 +88,7 @@ def test_one_that_takes_its_time_to_be_away_is_given_up(monkeypatch):
 def test_attempts_that_only_wait_have_an_end(monkeypatch, error, takes):
     hypervisor = Hypervisor(monkeypatch, *[error() for _ in range(100)], takes=takes)
     with pytest.raises((OSError, InstanceError)):
-        patiently(hypervisor.ask, 600.0, pause=hypervisor.pause)
+        retry_hypervisor(hypervisor.ask, 600.0, pause=hypervisor.pause)
     assert hypervisor.now < 900
 
 
@@ -96,15 +96,15 @@ def test_attempts_that_are_repeated_within_attempts_have_an_end(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, *gone(1000), takes=0.5)
 
     def ask():
-        return patiently(hypervisor.ask, 60.0, pause=hypervisor.pause)
+        return retry_hypervisor(hypervisor.ask, 60.0, pause=hypervisor.pause)
 
     with pytest.raises(HypervisorUnavailable):
-        patiently(ask, 600.0, pause=hypervisor.pause)
+        retry_hypervisor(ask, 600.0, pause=hypervisor.pause)
     assert hypervisor.now < 900
 
 
 def test_one_that_refuses_is_not_asked_again(monkeypatch):
     hypervisor = Hypervisor(monkeypatch, REFUSED, "here")
     with pytest.raises(HypervisorError, match=r"^no$"):
-        patiently(hypervisor.ask, 3.0, pause=hypervisor.pause)
+        retry_hypervisor(hypervisor.ask, 3.0, pause=hypervisor.pause)
     assert hypervisor.answers == ["here"]

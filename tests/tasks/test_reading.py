@@ -10,8 +10,8 @@ import pytest
 
 from support.disks.qemu_images import converted, written_to
 from support.eventually import eventually
-from thrave.tasks.failures import Cancelled
-from thrave.tasks.reading import VolumeReader
+from thrave.tasks.errors import TaskCancelled
+from thrave.tasks.root_volume import VolumeReader
 from thrave.volumes.formats import open_volume
 from thrave.volumes.qemu_nbd import QemuVolume
 from thrave.volumes.raw import RawVolume
@@ -64,7 +64,7 @@ def test_a_disk_that_does_not_answer_is_abandoned_and_not_in_the_machines_way(
 
     canceller = threading.Thread(target=cancel)
     canceller.start()
-    with pytest.raises(Cancelled):
+    with pytest.raises(TaskCancelled):
         work()
     canceller.join()
     with written_to(image, image_format):  # the machine runs, though the call still hangs

@@ -8,10 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from thrave.database import bundle_task, task_in_progress, utc_now
-from thrave.tasks import requests
-from thrave.tasks.records import Records
-from thrave.tasks.requests import BundleTaskNotFound, BundleTasks
-from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks import task_service
+from thrave.tasks.errors import BundleTaskNotFound
+from thrave.tasks.models import FINISHED, BundleTaskState
+from thrave.tasks.repository import TaskRepository
+from thrave.tasks.task_service import BundleTaskService
 from thrave.vault import Vault
 
 OWNER = "111111111111"
@@ -20,8 +21,8 @@ RETENTION = timedelta(days=7)
 
 @pytest.fixture
 def tasks(engine, tmp_path):
-    records = Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
-    return BundleTasks(
+    records = TaskRepository(engine, Vault.open_or_create(tmp_path / "vault.key"))
+    return BundleTaskService(
         engine, records, lambda *_: None, host_of=lambda _: "localhost", retention=RETENTION, per_account=20
     )
 
@@ -64,7 +65,7 @@ def test_task_that_was_seen_to_end_is_forgotten_in_its_time(engine, tasks, monke
     insert(engine, "bun-1", "complete", ended=RETENTION - timedelta(hours=1))
     tasks.describe(OWNER, ["bun-1"])
     later = time.monotonic() + 2 * 3600
-    monkeypatch.setattr(requests, "time", SimpleNamespace(monotonic=lambda: later))
+    monkeypatch.setattr(task_service, "time", SimpleNamespace(monotonic=lambda: later))
     with pytest.raises(BundleTaskNotFound):
         tasks.describe(OWNER, ["bun-1"])
 
@@ -78,7 +79,7 @@ def test_task_that_ended_long_ago_is_shown_to_nobody(engine, tasks):
 
 
 def test_only_so_many_tasks_are_kept_in_memory(engine, tasks, monkeypatch):
-    monkeypatch.setattr(requests, "ENDED_KEPT", 2)
+    monkeypatch.setattr(task_service, "ENDED_KEPT", 2)
     ids = [f"bun-{number}" for number in range(5)]
     for bundle_id in ids:
         insert(engine, bundle_id, "failed")

@@ -3,7 +3,7 @@
 import botocore.session
 import pytest
 
-from thrave.tasks.states import CANCELLABLE, FINISHED, FOLLOWS, BundleTaskState, before
+from thrave.tasks.models import CANCELLABLE, FINISHED, FOLLOWS, BundleTaskState, before
 
 
 def test_the_states_are_exactly_those_of_ec2s_model():

@@ -32,11 +32,11 @@ from support.service.upload_bench import (
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.bundle.gzip_stream import CHUNK
 from thrave.bundle.model import PART_SIZE, bound_side_filename, own_part, side_filename
-from thrave.tasks.failures import Cancelled, TaskFailure
-from thrave.tasks.leftovers import LeftOvers
-from thrave.tasks.overview import Overview
-from thrave.tasks.places import SMALLEST_MANIFEST, Place
-from thrave.tasks.states import BundleTaskState
+from thrave.tasks.bundle_location import SMALLEST_MANIFEST, BundleLocation
+from thrave.tasks.errors import TaskCancelled, TaskFailure
+from thrave.tasks.housekeeping import ObjectCleanup
+from thrave.tasks.models import BundleTaskState
+from thrave.tasks.queries import TaskQueries
 from thrave.volumes.raw import RawVolume
 
 PARTS = 10
@@ -152,7 +152,7 @@ def test_a_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, be
     sealing = begun(bench.seal, RawVolume(disk))
     buckets.wait_for(lambda: len(buckets.begun) == 4)
     assert bench.records.cancel(bench.bundle_id)
-    with pytest.raises(Cancelled):
+    with pytest.raises(TaskCancelled):
         sealing.result(timeout=30)
     assert len(buckets.ended) == 0
     buckets.let_go()
@@ -270,7 +270,7 @@ def contents(bench):
 
 
 def failed(bench):
-    bench.records.fail(bench.bundle_id, Cancelled())
+    bench.records.fail(bench.bundle_id, TaskCancelled())
 
 
 def test_store_refuses_a_prefix_that_has_a_bundle_and_touches_nothing(small, buckets, made_bench):
@@ -390,7 +390,7 @@ def test_a_failed_replacement_is_undone_by_the_agent_later(replacing):
     bench, before, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     failed(bench)
-    LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
     assert contents(bench) == before
     assert not bench.records.has_left_over(bench.bundle_id)
 
@@ -402,9 +402,9 @@ def test_a_failed_task_leaves_a_manifest_that_somebody_else_has_stored_since(rep
     third = made_bench(buckets, bundle_id="bun-00000003")
     sealed_bundle(third, small, existing="replace")
     manifest = buckets.get(BUCKET, MANIFEST)
-    LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
     assert buckets.get(BUCKET, MANIFEST) == manifest
-    assert all(buckets.head(BUCKET, key) for key in Place(BUCKET, "", PREFIX).part_keys(manifest))
+    assert all(buckets.head(BUCKET, key) for key in BundleLocation(BUCKET, "", PREFIX).part_keys(manifest))
 
 
 def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(replacing):
@@ -414,10 +414,10 @@ def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(rep
     with pytest.raises(AccessDenied):
         bench.store().remove_earlier()
     assert bench.records.complete(bench.bundle_id)
-    (seen,) = Overview(bench.engine, bench.records).of([bench.bundle_id])
+    (seen,) = TaskQueries(bench.engine, bench.records).of([bench.bundle_id])
     assert {*before} - {MANIFEST} <= {*seen.left_over}
     bench.buckets.before = lambda _what, _key: None
-    LeftOvers(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
     assert {*bench.stored_keys()} & ({*before} - {MANIFEST}) == set()
     assert not bench.records.has_left_over(bench.bundle_id)
 
@@ -439,8 +439,8 @@ def test_a_hostile_manifest_has_no_other_files_removed(small, buckets, bench, ma
     manifest = manifest_of(replace(sealed, parts=tuple(
         replace(sealed.parts[0], index=index, filename=name) for index, name in enumerate([*others[:3], *others[4:]])
     )))  # fmt: skip
-    assert Place(BUCKET, "", PREFIX).part_keys(manifest) == ()
-    assert Place(BUCKET, "", PREFIX).part_keys(b"<manifest>") == ()
+    assert BundleLocation(BUCKET, "", PREFIX).part_keys(manifest) == ()
+    assert BundleLocation(BUCKET, "", PREFIX).part_keys(b"<manifest>") == ()
 
 
 def test_a_task_cannot_be_cancelled_once_its_manifest_may_have_been_sent(replacing):
@@ -490,7 +490,7 @@ def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, bucke
     eventually(lambda: bench.stored_keys() == [PREFIX + part_of_small])
     failed(bench)
     assert bench.records.has_left_over(bench.bundle_id)
-    looking = LeftOvers(bench.records, buckets, "localhost", stall_timeout=60.0)
+    looking = ObjectCleanup(bench.records, buckets, "localhost", stall_timeout=60.0)
     eventually(lambda: looking.look() or not bench.records.has_left_over(bench.bundle_id))
     assert bench.stored_keys() == []
 

@@ -48,14 +48,12 @@ from thrave.database import (
     open_in_memory,
     utc_now,
 )
-from thrave.tasks.caretaker import Caretaker
-from thrave.tasks.failures import Cancelled, TaskFailure
-from thrave.tasks.fence import RightLostError
-from thrave.tasks.lease import LeaseExpiredError
-from thrave.tasks.power import PowerSwitch
-from thrave.tasks.records import Records
-from thrave.tasks.states import BundleTaskState
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.errors import TaskCancelled, TaskFailure
+from thrave.tasks.housekeeping import PowerRecovery
+from thrave.tasks.instance_power import InstancePower
+from thrave.tasks.lease import LeaseExpiredError, RightLostError
+from thrave.tasks.models import BundleRequest, BundleTaskState
+from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
 
 INSTANCE, HOST = "i-0123456789abcdef0", "here"
@@ -142,7 +140,7 @@ class Power(RuleBasedStateMachine):
     """Rules are what owner, controller, task, caretaker and fate do."""
 
     engine: sa.Engine
-    records: Records
+    records: TaskRepository
 
     @initialize(on=st.booleans())
     def begin(self, on):
@@ -161,14 +159,14 @@ class Power(RuleBasedStateMachine):
         """What a process has in memory."""
         self.power = PowerRecords(self.engine)
         self.work = _Work(self.hypervisor, self.power, INSTANCE, GRACE, lambda: None)
-        self.caretaker = Caretaker(self.records, self.hypervisor, HOST)
+        self.caretaker = PowerRecovery(self.records, self.hypervisor, HOST)
         self.hold = ExitStack()
         self._take_up()
 
     def _take_up(self):
         if self.bundle_id is not None:
             task = self.records.get(self.bundle_id)
-            self.switch = PowerSwitch(self.hypervisor, self.records, task, grace=GRACE, when_late="fail")
+            self.switch = InstancePower(self.hypervisor, self.records, task, grace=GRACE, when_late="fail")
 
     # The owner. The EC2 actions check the state and for a task, but a task may begin after that: all are possible.
 
@@ -298,7 +296,7 @@ class Power(RuleBasedStateMachine):
                 self.records.move(self.bundle_id, state)
             self.records.complete(self.bundle_id)
         else:
-            self.records.fail(self.bundle_id, Cancelled())
+            self.records.fail(self.bundle_id, TaskCancelled())
         self.bundle_id = None
         self.freed = False
 
@@ -357,7 +355,7 @@ def test_what_was_asked_last_holds_in_the_end(play):
 @pytest.fixture
 def play(engine, tmp_path):
     Power.engine = engine
-    Power.records = Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+    Power.records = TaskRepository(engine, Vault.open_or_create(tmp_path / "vault.key"))
     return Power
 
 
@@ -414,7 +412,7 @@ def engine():
 
 @pytest.fixture
 def records(engine, tmp_path):
-    records = Records(engine, Vault.open_or_create(tmp_path / "vault.key"))
+    records = TaskRepository(engine, Vault.open_or_create(tmp_path / "vault.key"))
     request = BundleRequest(
         account_id="1", owner_id="1", instance_id=INSTANCE, bucket="bucket", prefix="prefix", access_key_id="A",
         upload_policy="", upload_policy_signature="",
@@ -442,7 +440,7 @@ def test_a_request_that_comes_while_a_task_looks_at_the_instance_is_what_it_note
         return seen
 
     hypervisor.state = overtaken
-    switch = PowerSwitch(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail")
+    switch = InstancePower(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail")
     switch.note()
     assert records.get("bun-1").was_running is (action is PowerAction.START)
     assert switch.is_to_run() is (action is PowerAction.START)
@@ -454,7 +452,7 @@ def test_a_task_that_ends_without_putting_its_instance_back_leaves_it_to_the_car
     assert records.note_power_state("bun-1", running=True)
     hypervisor.on = False
     records.fail("bun-1", TaskFailure("Server.HostLost", "as `retire` says"))
-    Caretaker(records, hypervisor, HOST).look()
+    PowerRecovery(records, hypervisor, HOST).look()
     assert hypervisor.on
     assert not records.is_looked_after(INSTANCE)
 
@@ -484,7 +482,7 @@ def test_a_request_does_not_grow_old_while_a_task_has_the_instance(engine, recor
     with capture_logs() as logs:
         assert work.attempt()
         assert power.get(INSTANCE).request is action
-        PowerSwitch(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail").restore()
+        InstancePower(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail").restore()
         assert hypervisor.on is (runs_on_an_overlay or action is not PowerAction.STOP)
         records.fail("bun-1", TaskFailure("Server.InternalError", "it ended"))
         for _ in range(8):
@@ -561,7 +559,7 @@ def test_a_task_that_another_host_has_gives_no_command(records, monkeypatch, act
     hypervisor = Hypervisor(on=act != "restore", started=lambda: None)
     records.note_power_state("bun-1", running=True)
     monkeypatch.setattr(records, "check_mine", lost)
-    switch = PowerSwitch(
+    switch = InstancePower(
         hypervisor, records, records.get("bun-1"), grace=-1 if act == "cut" else GRACE, when_late="power-off"
     )
     acts = {
@@ -585,7 +583,7 @@ def test_an_instance_that_is_terminated_right_before_a_command_is_why_its_task_f
 
     setattr(hypervisor, command, terminated)
     grace = -1 if command == "force_stop" else GRACE
-    switch = PowerSwitch(hypervisor, records, records.get("bun-1"), grace=grace, when_late="power-off")
+    switch = InstancePower(hypervisor, records, records.get("bun-1"), grace=grace, when_late="power-off")
     act = partial(switch.sysprep, command=["sysprep"]) if command == "request_sysprep" else switch.off
     with pytest.raises(TaskFailure) as caught:
         act(Watching(hypervisor))

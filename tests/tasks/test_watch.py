@@ -16,10 +16,9 @@ from thrave.compute.errors import (
     RootVolumeInUse,
 )
 from thrave.concurrency import Call, NoThreadError
-from thrave.tasks.failures import Cancelled, TaskFailure
-from thrave.tasks.fence import RightLostError
-from thrave.tasks.lease import Lease, LeaseExpiredError
-from thrave.tasks.watch import INTERVAL, Watch
+from thrave.tasks.errors import TaskCancelled, TaskFailure
+from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
+from thrave.tasks.monitor import INTERVAL, TaskMonitor
 
 
 def until_stopped(watch):
@@ -51,7 +50,7 @@ def test_a_cancelled_task_stops_its_work_also_after_the_database_was_away(bench)
             bench.records.cancel(bench.bundle_id)
             until_stopped(watch)
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(TaskCancelled):
         work()
 
 
@@ -62,7 +61,7 @@ def test_work_that_is_begun_after_the_cancellation_was_seen_is_not_begun(bench):
             until_stopped(watch)
             watch.over(lambda: None)
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(TaskCancelled):
         work()
 
 
@@ -112,8 +111,8 @@ def test_work_is_stopped_when_its_guard_fails_in_a_way_nobody_foresaw(bench, fou
     [None, OSError(24, "Too many open files"), HypervisorUnavailable("i-00000000", "no connection", waited=120.0)],
 )
 def test_work_whose_guard_cannot_tell_for_too_long_is_stopped_and_can_be_repeated(bench, monkeypatch, trouble):
-    monkeypatch.setattr("thrave.tasks.watch.GUARD_TIMEOUT", 2 * INTERVAL)
-    monkeypatch.setattr("thrave.tasks.watch.GUARD_INTERVAL", 0.0)
+    monkeypatch.setattr("thrave.tasks.monitor.GUARD_TIMEOUT", 2 * INTERVAL)
+    monkeypatch.setattr("thrave.tasks.monitor.GUARD_INTERVAL", 0.0)
     hangs = threading.Event()
 
     def check():
@@ -181,7 +180,7 @@ def test_work_is_stopped_when_its_monitor_fails(bench, monkeypatch):
     def fail(_watch):
         raise SystemExit
 
-    monkeypatch.setattr(Watch, "_monitor", fail)
+    monkeypatch.setattr(TaskMonitor, "_monitor", fail)
     with pytest.raises(TaskFailure, match=r"Server\.InternalError"), bench.watch() as watch:
         until_stopped(watch)
 
@@ -191,7 +190,7 @@ def test_work_is_stopped_when_the_task_is_another_runs(bench, monkeypatch, lost)
     ours = [True]
 
     def work():
-        with Watch(bench.records, bench.bundle_id, stall_timeout=60, is_ours=lambda _task: ours[0]) as watch:
+        with TaskMonitor(bench.records, bench.bundle_id, stall_timeout=60, is_ours=lambda _task: ours[0]) as watch:
             if lost == "another host has it":
                 ours[0] = False
             elif lost == "it has ended":
@@ -209,7 +208,7 @@ def test_work_is_stopped_when_the_host_cannot_renew_its_lease(bench):
     lease = Lease(60.0, lambda: now[0])
 
     def work():
-        with Watch(bench.records, bench.bundle_id, stall_timeout=600, lease=lease) as watch:
+        with TaskMonitor(bench.records, bench.bundle_id, stall_timeout=600, lease=lease) as watch:
             now[0] = 59.0
             until_stopped(watch)
 
@@ -220,7 +219,7 @@ def test_work_is_stopped_when_the_host_cannot_renew_its_lease(bench):
 def test_a_process_that_stood_still_itself_does_not_stop_its_work(bench, monkeypatch):
     """As after SIGSTOP: hours pass between two looks of the monitor."""
     clock = [0.0]
-    monkeypatch.setattr("thrave.tasks.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("thrave.tasks.monitor.time", SimpleNamespace(monotonic=lambda: clock[0]))
     looks, looked = [], threading.Event()
     real = bench.records.get
 
@@ -247,7 +246,7 @@ def test_a_call_that_hangs_is_waited_for_until_the_work_is_stopped(bench):
             bench.records.cancel(bench.bundle_id)
             watch.result_of(call)
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(TaskCancelled):
         work()
     hangs.set()
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from thrave.config import Settings
     from thrave.ground import Ground
-    from thrave.tasks.hosts import FleetHost
-    from thrave.tasks.overview import SeenTask
+    from thrave.tasks.hosts import HostStatus
+    from thrave.tasks.queries import TaskReport
 
 _TASKS_SHOWN = 100
 
@@ -190,7 +190,7 @@ def _ground(settings: Settings) -> Iterator[Ground]:
             ground.queues.close()
 
 
-def _listed(ground: Ground) -> list[FleetHost]:
+def _listed(ground: Ground) -> list[HostStatus]:
     """The hosts. On a single machine no agent reports instances, so they are counted here."""
     listed, settings = ground.hosts.list(), ground.settings
     if settings.database_url is not None:
@@ -199,8 +199,8 @@ def _listed(ground: Ground) -> list[FleetHost]:
     return [one._replace(instances=here) if one.host == settings.host_id else one for one in listed]
 
 
-def _find(ground: Ground, name: str) -> FleetHost:
-    from thrave.tasks.hosts import NoSuchHost
+def _find(ground: Ground, name: str) -> HostStatus:
+    from thrave.tasks.errors import NoSuchHost
 
     for found in _listed(ground):
         if found.host == name:
@@ -208,15 +208,15 @@ def _find(ground: Ground, name: str) -> FleetHost:
     raise NoSuchHost(name)
 
 
-def _unfinished(ground: Ground, name: str) -> list[SeenTask]:
-    from thrave.tasks.overview import Overview, Wanted
-    from thrave.tasks.states import UNFINISHED
+def _unfinished(ground: Ground, name: str) -> list[TaskReport]:
+    from thrave.tasks.models import UNFINISHED
+    from thrave.tasks.queries import TaskFilter, TaskQueries
 
-    wanted = Wanted(host=name, states=UNFINISHED)
-    return Overview(ground.database, ground.records()).latest(wanted, limit=_TASKS_SHOWN)
+    wanted = TaskFilter(host=name, states=UNFINISHED)
+    return TaskQueries(ground.database, ground.records()).latest(wanted, limit=_TASKS_SHOWN)
 
 
-def _document(host: FleetHost) -> dict[str, object]:
+def _document(host: HostStatus) -> dict[str, object]:
     return {
         "host": host.host,
         "state": host.state,
@@ -234,12 +234,12 @@ def _document(host: FleetHost) -> dict[str, object]:
     }
 
 
-def _row(host: FleetHost) -> tuple[str, ...]:
+def _row(host: HostStatus) -> tuple[str, ...]:
     counts = (str(number) for number in (host.working, host.waiting, host.instances))
     return (host.host, _state(host), f"{span(host.silence)} ago", *counts, host.version)
 
 
-def _state(host: FleetHost) -> str:
+def _state(host: HostStatus) -> str:
     return f"{host.state}, lost" if host.is_lost else host.state
 
 

@@ -15,14 +15,14 @@ from thrave.cli.output import printable
 from thrave.cli.progress import Rate
 from thrave.cli.sizes import words
 from thrave.cli.task_words import progress_words
-from thrave.tasks.states import FINISHED
+from thrave.tasks.models import FINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.progress import Progress, TaskID
 
-    from thrave.tasks.overview import Overview, SeenTask
+    from thrave.tasks.queries import TaskQueries, TaskReport
 
 _INTERVAL = 0.5  # seconds between two looks
 _WINDOW = 5.0  # seconds over which a rate is taken
@@ -31,12 +31,12 @@ _WINDOW = 5.0  # seconds over which a rate is taken
 class Screen(Protocol):
     """Where tasks are shown."""
 
-    def show(self, seen: SeenTask) -> None:
+    def show(self, seen: TaskReport) -> None:
         """Show a task as it is now; called again and again."""
         ...
 
 
-def watch(overview: Overview, bundle_ids: Sequence[str]) -> list[SeenTask]:
+def watch(overview: TaskQueries, bundle_ids: Sequence[str]) -> list[TaskReport]:
     """Show tasks until each of them has ended, and give them as they are then.
 
     Raises:
@@ -67,7 +67,7 @@ class Lines:
     def __init__(self) -> None:
         self._said: dict[str, tuple[str, int]] = {}
 
-    def show(self, seen: SeenTask) -> None:
+    def show(self, seen: TaskReport) -> None:
         """Write a line if the task has come into another state, or a tenth further in it."""
         task = seen.task
         now = (task.state, (task.progress or 0) // 10)
@@ -89,7 +89,7 @@ class Bars:
         self._progress = progress
         self._bars: dict[str, _Bar] = {}
 
-    def show(self, seen: SeenTask) -> None:
+    def show(self, seen: TaskReport) -> None:
         """Move the task's bar to where the task is."""
         task = seen.task
         bar = self._bars.get(task.bundle_id) or self._new(task.bundle_id)
@@ -108,7 +108,7 @@ class Bars:
         return bar
 
 
-def _end(seen: SeenTask) -> str:
+def _end(seen: TaskReport) -> str:
     """How a task has ended, in a few words; nothing if it has not."""
     if seen.task.state not in FINISHED:
         return ""

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from thrave.cli.output import printable, table
 from thrave.cli.sizes import words
 from thrave.cli.times import span
-from thrave.tasks.failures import CAUSES
-from thrave.tasks.overview import bytes_done, spells, time_in
-from thrave.tasks.states import WITH_PROGRESS, BundleTaskState
+from thrave.tasks.errors import ERROR_CODES
+from thrave.tasks.models import WITH_PROGRESS, BundleTaskState
+from thrave.tasks.queries import bytes_done, state_durations, time_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
     from thrave.cli.output import Json
-    from thrave.tasks.overview import SeenTask, Spell
-    from thrave.tasks.task import BundleTask, Event
+    from thrave.tasks.models import BundleTask, TaskEvent
+    from thrave.tasks.queries import StateDuration, TaskReport
 
 _HEADER = ("TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "BUNDLED", "REASON")
 _KEYS_SHOWN = 20
@@ -31,12 +31,12 @@ _KEYS_SHOWN = 20
 class TaskStory(NamedTuple):
     """All that is known of one task."""
 
-    seen: SeenTask
-    history: Sequence[Event]
+    seen: TaskReport
+    history: Sequence[TaskEvent]
     now: datetime
 
 
-def task_document(seen: SeenTask) -> dict[str, object]:
+def task_document(seen: TaskReport) -> dict[str, object]:
     """A task as JSON. Sizes are in bytes, the progress in percent of the state."""
     task, stored = seen.task, seen.stored
     error = {"code": task.error_code, "message": task.error_message} if task.error_code else None
@@ -60,15 +60,15 @@ def task_document(seen: SeenTask) -> dict[str, object]:
     }
 
 
-def task_table(tasks: Sequence[SeenTask], now: datetime) -> str:
+def task_table(tasks: Sequence[TaskReport], now: datetime) -> str:
     """Tasks, one a line."""
     return table(_HEADER, [_row(seen, now) for seen in tasks])
 
 
 def story_document(story: TaskStory) -> Json:
     """All of one task as JSON; what it says of the table of reasons is there only if the task failed."""
-    task, spent = story.seen.task, spells(story.history, story.now)
-    cause = CAUSES.get(task.error_code or "")
+    task, spent = story.seen.task, state_durations(story.history, story.now)
+    cause = ERROR_CODES.get(task.error_code or "")
     return {
         **task_document(story.seen),
         "ownerId": task.owner_id,
@@ -93,7 +93,7 @@ def story_document(story: TaskStory) -> Json:
 
 def story_text(story: TaskStory) -> str:
     """All of one task in a few paragraphs."""
-    spent = spells(story.history, story.now)
+    spent = state_durations(story.history, story.now)
     paragraphs = [
         table(("TASK", story.seen.task.bundle_id), _facts(story.seen, story.history, spent)),
         table(("TIME", "STATE", "LASTED", "WHAT"), [_happened(spell) for spell in spent]) if spent else "",
@@ -108,7 +108,7 @@ def progress_words(task: BundleTask) -> str:
     return f"{task.progress}%" if task.progress is not None and task.state in WITH_PROGRESS else ""
 
 
-def _row(seen: SeenTask, now: datetime) -> tuple[str, ...]:
+def _row(seen: TaskReport, now: datetime) -> tuple[str, ...]:
     task, stored = seen.task, seen.stored
     bundled = words(stored.size) if stored.size else ""
     age = span(now - task.start_time)
@@ -118,7 +118,7 @@ def _row(seen: SeenTask, now: datetime) -> tuple[str, ...]:
     return (task.bundle_id, task.state, progress_words(task), task.instance_id, task.host, age, bundled, reason)
 
 
-def _facts(seen: SeenTask, history: Sequence[Event], spent: Sequence[Spell]) -> list[tuple[str, ...]]:
+def _facts(seen: TaskReport, history: Sequence[TaskEvent], spent: Sequence[StateDuration]) -> list[tuple[str, ...]]:
     task, stored = seen.task, seen.stored
     before = {None: "", True: ", which was running", False: ", which was stopped"}[task.was_running]
     facts = {
@@ -133,25 +133,25 @@ def _facts(seen: SeenTask, history: Sequence[Event], spent: Sequence[Spell]) -> 
     return [(name, printable(fact)) for name, fact in facts.items() if fact]
 
 
-def _volume(task: BundleTask, history: Sequence[Event]) -> str | None:
+def _volume(task: BundleTask, history: Sequence[TaskEvent]) -> str | None:
     done = bytes_done(task, history)
     if task.volume_size is None or done is None:
         return None
     return f"{words(done)} of {words(task.volume_size)} read"
 
 
-def _rate(seen: SeenTask, spent: Sequence[Spell]) -> float | None:
+def _rate(seen: TaskReport, spent: Sequence[StateDuration]) -> float | None:
     """Bytes a second that were stored while the volume was read; None if nothing was."""
     seconds = time_in(BundleTaskState.BUNDLING, spent).total_seconds()
     return round(seen.stored.size / seconds, 1) if seconds and seen.stored.size else None
 
 
-def _speed(seen: SeenTask, spent: Sequence[Spell]) -> str:
+def _speed(seen: TaskReport, spent: Sequence[StateDuration]) -> str:
     rate = _rate(seen, spent)
     return f", {rate / 1e6:.1f} MB/s" if rate else ""
 
 
-def _happened(spell: Spell) -> tuple[str, ...]:
+def _happened(spell: StateDuration) -> tuple[str, ...]:
     time = spell.event.time.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
     return time, spell.event.state, span(spell.lasted) if spell.lasted else "", printable(spell.event.message or "")
 
@@ -160,7 +160,7 @@ def _reason(task: BundleTask) -> str:
     if task.error_code is None:
         return ""
     said = f"{task.error_code}: {printable(task.error_message or '')}"
-    cause = CAUSES.get(task.error_code)
+    cause = ERROR_CODES.get(task.error_code)
     return f"{said}\n{cause.meaning}\nWhat to do: {cause.remedy}" if cause else said
 
 

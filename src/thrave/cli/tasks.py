@@ -16,15 +16,15 @@ from thrave.cli.main import exit_code
 from thrave.cli.output import emit, output_option
 from thrave.cli.service import open_service, settings_option
 from thrave.cli.times import Since
-from thrave.tasks.states import UNFINISHED, BundleTaskState
+from thrave.tasks.models import UNFINISHED, BundleTaskState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from datetime import datetime
 
     from thrave.config import Settings
-    from thrave.tasks.overview import Overview, SeenTask
-    from thrave.tasks.records import Records
+    from thrave.tasks.queries import TaskQueries, TaskReport
+    from thrave.tasks.repository import TaskRepository
 
 _LIMIT = 100
 _WATCHED_AT_ONCE = 1000
@@ -75,9 +75,9 @@ def list_(
       thrave task list --unfinished --host kvm-17 --output json
     """
     from thrave.cli.task_words import task_document, task_table
-    from thrave.tasks.overview import Wanted
+    from thrave.tasks.queries import TaskFilter
 
-    wanted = Wanted(
+    wanted = TaskFilter(
         states=frozenset(map(BundleTaskState, states)) | (UNFINISHED if unfinished else frozenset()),
         account_id=account_id,
         instance_id=instance_id,
@@ -162,7 +162,7 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
     others are cancelled nevertheless.
     """
     from thrave.cli.task_words import task_document
-    from thrave.tasks.requests import BundleTaskError
+    from thrave.tasks.errors import BundleTaskError
 
     cancelled, codes = [], []
     with _overview(settings) as (overview, records):
@@ -178,24 +178,24 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
 
 
 @contextmanager
-def _overview(settings: Settings) -> Iterator[tuple[Overview, Records]]:
-    from thrave.tasks.overview import Overview
+def _overview(settings: Settings) -> Iterator[tuple[TaskQueries, TaskRepository]]:
+    from thrave.tasks.queries import TaskQueries
 
     with open_service(settings) as ground:
         records = ground.records()
-        yield Overview(ground.database, records), records
+        yield TaskQueries(ground.database, records), records
 
 
-def _unfinished(overview: Overview) -> list[str]:
-    from thrave.tasks.overview import Wanted
+def _unfinished(overview: TaskQueries) -> list[str]:
+    from thrave.tasks.queries import TaskFilter
 
-    tasks = overview.latest(Wanted(states=UNFINISHED), limit=_WATCHED_AT_ONCE)
+    tasks = overview.latest(TaskFilter(states=UNFINISHED), limit=_WATCHED_AT_ONCE)
     return [seen.task.bundle_id for seen in tasks]
 
 
-def _cancel(overview: Overview, records: Records, bundle_id: str) -> SeenTask:
+def _cancel(overview: TaskQueries, records: TaskRepository, bundle_id: str) -> TaskReport:
     """Cancel a task. Raises BundleTaskNotFound, or BundleTaskNotCancellable."""
-    from thrave.tasks.requests import BundleTaskNotCancellable
+    from thrave.tasks.errors import BundleTaskNotCancellable
 
     cancelled = records.cancel(bundle_id)
     (seen,) = overview.of([bundle_id])
@@ -205,11 +205,11 @@ def _cancel(overview: Overview, records: Records, bundle_id: str) -> SeenTask:
     return seen
 
 
-def _worst(ended: Sequence[SeenTask]) -> Exit:
+def _worst(ended: Sequence[TaskReport]) -> Exit:
     """How a watch ends: a failure counts more than a cancellation."""
-    from thrave.tasks.failures import Cancelled
+    from thrave.tasks.errors import TaskCancelled
 
     reasons = {seen.task.error_code for seen in ended if seen.task.error_code}
-    if reasons - {Cancelled().code}:
+    if reasons - {TaskCancelled().code}:
         return Exit.TASK_FAILED
     return Exit.TASK_CANCELLED if reasons else Exit.OK

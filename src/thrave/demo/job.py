@@ -19,7 +19,7 @@ from thrave.concurrency import Call
 from thrave.demo.disk import make_demo_disk, make_ephemeral_disk
 from thrave.identity.accounts import AccessKey
 from thrave.identity.certificates import new_certificate
-from thrave.tasks.states import FINISHED
+from thrave.tasks.models import FINISHED
 from thrave.testing import ThraveServer
 
 BUCKET = "demo-bundles"

@@ -12,7 +12,7 @@ from thrave.compute.power import PowerControl
 from thrave.database import utc_now
 from thrave.ec2.rate import RateLimit
 from thrave.identity.accounts import Accounts, KeyCache, User
-from thrave.tasks.requests import BundleTasks
+from thrave.tasks.task_service import BundleTaskService
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Door:
     accounts: Accounts
     instances: InstanceInventory
     buckets: ObjectStore
-    tasks: BundleTasks
+    tasks: BundleTaskService
     power: PowerControl
     rate: RateLimit
     region: str = "us-east-1"

@@ -27,7 +27,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from thrave.bundle.model import PartRecord
 from thrave.database import bundle_part, bundle_task, now, task_in_progress
-from thrave.tasks.fence import RightLostError
+from thrave.tasks.lease import RightLostError
 
 SETTLE = 3600.0
 """Seconds for which a request may be under way whose sender has died: in a proxy, or in a send buffer of its kernel.

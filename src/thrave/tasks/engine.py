@@ -67,7 +67,7 @@ RUNNING = RunningTasks()
 """Of this process: DBOS has one engine in it."""
 
 
-class Queues:
+class TaskQueue:
     """The queue of each host. Any process that has the database can hand a task to a host."""
 
     def __init__(self, database_url: str) -> None:
@@ -147,7 +147,7 @@ class Queues:
         return [workflow.workflow_id for workflow in workflows]
 
 
-class Worker:
+class TaskWorker:
     """Runs the tasks of one host. There is one in a process: DBOS is a singleton."""
 
     def __init__(self, database_url: str, host: str, *, worker_concurrency: int) -> None:

@@ -22,55 +22,25 @@ import sqlalchemy as sa
 import structlog
 
 from thrave.database import bundle_task, host, instance, now, task_in_progress
-from thrave.tasks.engine import RUNNING, Queues
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.fence import Fence
-from thrave.tasks.host_states import MOVES, WITH_AN_AGENT, HostEvent, HostState
-from thrave.tasks.records import Records
+from thrave.tasks.engine import RUNNING, TaskQueue
+from thrave.tasks.errors import AdopterError, HostInUse, HostStateError, NoSuchHost, TaskFailure
+from thrave.tasks.lease import Fence
+from thrave.tasks.models import MOVES, WITH_AN_AGENT, HostEvent, HostState
+from thrave.tasks.repository import TaskRepository
 
 log = structlog.get_logger()
 
+
 _NOBODY = ""  # the lease of a host that no agent has
+
+
 _IDLE_LOOKS = 3  # of `enqueue_lost`; the agent calls it twice when it starts, then every 30 seconds
+
+
 _ADOPTER_SILENCE = 120.0  # seconds, at least: the agent of the host that adopts may just be being started anew
 
-_REMEDIES = {
-    (HostEvent.DRAIN, HostState.FENCED): "another host has adopted its tasks. Start its agent first",
-    (
-        HostEvent.ACTIVATE,
-        HostState.FENCED,
-    ): "another host has adopted its tasks. It is active once its agent is started",
-}
-"""What an operator can do, by what was asked for and the state that does not allow it."""
 
-
-class HostError(Exception):
-    """Something that cannot be done with a host."""
-
-
-class NoSuchHost(HostError):
-    """There is no host of that name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"There is no host {name}")
-
-
-class HostInUse(HostError):
-    """The host's agent has just sent a heartbeat."""
-
-
-class HostStateError(HostError):
-    """The state that the host is in does not allow what was asked for."""
-
-    def __init__(self, name: str, state: HostState, event: HostEvent) -> None:
-        super().__init__(f"Host {name} is {state}: {_REMEDIES.get((event, state), 'its state does not allow this')}")
-
-
-class AdopterError(HostError):
-    """The host that is to adopt another one's tasks cannot do so."""
-
-
-class FleetHost(NamedTuple):
+class HostStatus(NamedTuple):
     """A host, as an operator sees it."""
 
     host: str
@@ -107,14 +77,14 @@ class FleetHost(NamedTuple):
         return self.state in WITH_AN_AGENT and self.silence.total_seconds() >= self.heartbeat_timeout
 
 
-class Hosts:
+class HostRegistry:
     """The hosts in the database."""
 
     def __init__(
         self,
         engine: sa.Engine,
-        records: Records,
-        queues: Queues,
+        records: TaskRepository,
+        queues: TaskQueue,
         *,
         heartbeat_interval: float,
         heartbeat_timeout: float,
@@ -182,7 +152,7 @@ class Hosts:
         with self._engine.begin() as connection:
             return _move(connection, fence.host, HostEvent.AGENT_HAS_DRAINED, condition=fence.holds)
 
-    def list(self) -> Sequence[FleetHost]:
+    def list(self) -> Sequence[HostStatus]:
         """Every host, by name."""
         tasks = sa.select(sa.func.count()).where(bundle_task.c.host == host.c.host, task_in_progress)
         begun = bundle_task.c.attempts > 0
@@ -196,7 +166,7 @@ class Hosts:
             tasks.where(begun).scalar_subquery().label("working"),
         ).order_by(host.c.host)  # fmt: skip
         with self._engine.connect() as connection:
-            found = [FleetHost(*row) for row in connection.execute(query)]
+            found = [HostStatus(*row) for row in connection.execute(query)]
         return [one._replace(state=HostState(one.state)) for one in found]
 
     def drain(self, name: str) -> HostState:

@@ -19,8 +19,8 @@ import sqlalchemy as sa
 from thrave.bundle.model import BundleKey, Checkpoint, CutOff, PartRecord
 from thrave.database import bundle_part, bundle_task
 from thrave.tasks import claims
-from thrave.tasks.calls import PLACES
-from thrave.tasks.fence import Fence
+from thrave.tasks.lease import Fence
+from thrave.tasks.store_calls import IN_FLIGHT
 from thrave.vault import Vault
 
 # Queries of every part are written once: SQLAlchemy takes longer to put one together than SQLite to answer it.
@@ -74,7 +74,7 @@ class StoredDigest(NamedTuple):
     """Of the same bytes; the store's ETag was equal to it."""
 
 
-class Stored(NamedTuple):
+class StoredBatch(NamedTuple):
     """What the bucket has taken since it was last asked."""
 
     objects: Sequence[StoredObject] = ()
@@ -82,7 +82,7 @@ class Stored(NamedTuple):
     """Where sealing can go on from now on; None if that has not changed."""
 
 
-NOTHING = Stored()
+NOTHING = StoredBatch()
 """Nothing was taken."""
 
 
@@ -95,7 +95,7 @@ class SentPart(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Left:
+class ResumeState:
     """What a sealing that was cut off has left. With the same key the same parts must come out."""
 
     secrets: BundleKey
@@ -112,7 +112,7 @@ class Left:
         return self.cut_off.checkpoint.parts if self.cut_off else 0
 
 
-class Journal:
+class UploadJournal:
     """The journal of one bundle task. An agent writes it only while it may: see `Fence.claim`."""
 
     def __init__(self, engine: sa.Engine, vault: Vault, bundle_id: str, fence: Fence | None = None) -> None:
@@ -149,7 +149,7 @@ class Journal:
         with self._engine.connect() as connection:
             return connection.execute(query).scalar_one() is not None
 
-    def left(self) -> Left | None:
+    def left(self) -> ResumeState | None:
         """What a sealing that was begun before has left; None if none was."""
         query = sa.select(bundle_task.c.encrypted_bundle_key, bundle_task.c.part_series, bundle_task.c.checkpoint)
         rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._sent, bundle_part.c.part.is_not(None))
@@ -162,21 +162,21 @@ class Journal:
         secrets = BundleKey(opened[:16], opened[16:])
         return _left(secrets, series or "", document and Checkpoint.from_json(document), sent)
 
-    def sending(self, key: str, part: PartRecord | None = None, stored: Stored = NOTHING) -> None:
+    def sending(self, key: str, part: PartRecord | None = None, stored: StoredBatch = NOTHING) -> None:
         """Claim an object, perhaps a part, that is about to be sent, and record what has been stored meanwhile.
 
         Raises:
             ObjectInUseError: It is not free. Nothing was recorded.
         """
         with self._noted(stored) as connection:
-            claims.claim(connection, self.bundle_id, key, run=self._run, busy=PLACES.busy(self._bucket), part=part)
+            claims.claim(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy(self._bucket), part=part)
 
     def check_free(self, key: str) -> None:
         """Check that an object could be claimed now. Raises ObjectInUseError."""
         with self._engine.connect() as connection:
-            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=PLACES.busy(self._bucket))
+            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy(self._bucket))
 
-    def stored(self, stored: Stored) -> None:
+    def stored(self, stored: StoredBatch) -> None:
         """Write down what the bucket has taken."""
         with self._noted(stored):
             pass
@@ -212,7 +212,7 @@ class Journal:
         with self._owned() as connection:
             if earlier is not None and earlier.is_replaced:
                 claims.claim_replaced(
-                    connection, self.bundle_id, earlier.keys, run=self._run, busy=PLACES.busy(self._bucket)
+                    connection, self.bundle_id, earlier.keys, run=self._run, busy=IN_FLIGHT.busy(self._bucket)
                 )
             connection.execute(self._task().values(earlier=document))
 
@@ -284,20 +284,20 @@ class Journal:
             yield connection
 
     @contextmanager
-    def _noted(self, stored: Stored) -> Iterator[sa.Connection]:
+    def _noted(self, stored: StoredBatch) -> Iterator[sa.Connection]:
         """A transaction as `_owned`, which writes down what the bucket has taken.
 
         An attempt to send one of these objects may not have been answered, and may arrive later. This process keeps a
         list of such attempts until the database has them: a task may fail before its results are written down.
         """
-        lost = PLACES.unanswered_of(self._bucket, [each.key for each in stored.objects])
+        lost = IN_FLIGHT.unanswered_of(self._bucket, [each.key for each in stored.objects])
         with self._owned() as connection:
             self._note(connection, stored)
             claims.delay(connection, self.bundle_id, lost)
             yield connection
-        PLACES.are_recorded(self._bucket, lost)
+        IN_FLIGHT.are_recorded(self._bucket, lost)
 
-    def _note(self, connection: sa.Connection, stored: Stored) -> None:
+    def _note(self, connection: sa.Connection, stored: StoredBatch) -> None:
         if stored.objects:
             mine = {"of": self.bundle_id, "within": self._bucket}
             rows = [{**mine, "named": each.key, "bytes": each.size, "md5": each.etag} for each in stored.objects]
@@ -317,9 +317,9 @@ class Journal:
         return bundle_task.update().where(bundle_task.c.bundle_id == self.bundle_id)
 
 
-def _left(secrets: BundleKey, series: str, checkpoint: Checkpoint | None, sent: Sequence[SentPart]) -> Left:
+def _left(secrets: BundleKey, series: str, checkpoint: Checkpoint | None, sent: Sequence[SentPart]) -> ResumeState:
     by_index = {part.record.index: part for part in sorted(sent, key=lambda part: part.record.index)}
     if checkpoint is None:
-        return Left(secrets, series, None, by_index)
+        return ResumeState(secrets, series, None, by_index)
     before = tuple(by_index.pop(index).record for index in range(checkpoint.parts))
-    return Left(secrets, series, CutOff(checkpoint, before), by_index)
+    return ResumeState(secrets, series, CutOff(checkpoint, before), by_index)

@@ -13,7 +13,7 @@ import structlog
 from thrave.buckets.errors import TransientError
 from thrave.compute.errors import HoldLostError, HypervisorUnavailable, InstanceError
 from thrave.concurrency import NoThreadError
-from thrave.tasks.failures import Kind, kind_of
+from thrave.tasks.errors import ErrorKind, kind_of
 
 AGAIN = 1.0  # seconds between two attempts
 _SHORT = 10.0  # seconds; an attempt that took longer, less what it waited, and then lost the hypervisor had got through
@@ -22,7 +22,7 @@ log = structlog.get_logger()
 _Answer = TypeVar("_Answer")
 
 
-def patiently(
+def retry_hypervisor(
     ask: Callable[[], _Answer],
     seconds: float,
     *,
@@ -47,7 +47,7 @@ def patiently(
             return ask()
         except Exception as error:
             # Calls of the store have been repeated for `s3_retry_timeout` already.
-            if kind_of(error) is not Kind.TRANSIENT or isinstance(error, TransientError):
+            if kind_of(error) is not ErrorKind.TRANSIENT or isinstance(error, TransientError):
                 raise
             if isinstance(error, HoldLostError) and not whole_step:
                 raise

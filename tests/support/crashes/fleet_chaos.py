@@ -23,7 +23,7 @@ from support.eventually import eventually
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
-from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.models import FINISHED, BundleTaskState
 
 BUCKET = "chaos"
 KIB = 1 << 10

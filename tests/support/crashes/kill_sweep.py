@@ -30,8 +30,8 @@ from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import DataDirectory
 from thrave.database import bundle_task, open_engine, task_in_progress
-from thrave.tasks.records import Records
-from thrave.tasks.states import FINISHED, BundleTaskState
+from thrave.tasks.models import FINISHED, BundleTaskState
+from thrave.tasks.repository import TaskRepository
 from thrave.testing import ServerError
 from thrave.vault import Vault
 
@@ -181,7 +181,7 @@ class KilledService:
         """The records, from outside."""
         database = open_engine(self.environment.get("THRAVE_DATABASE_URL", self.server.data.database))
         try:
-            yield Records(database, Vault.open_or_create(self.server.data.vault_key))
+            yield TaskRepository(database, Vault.open_or_create(self.server.data.vault_key))
         finally:
             database.dispose()
 

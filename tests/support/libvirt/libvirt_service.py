@@ -26,7 +26,7 @@ from support.service.forked_server import ForkedServer
 from thrave.bundle.model import PART_SIZE
 from thrave.config import DataDirectory
 from thrave.database import open_engine
-from thrave.tasks.records import Records
+from thrave.tasks.repository import TaskRepository
 from thrave.testing import ServerError
 from thrave.vault import Vault
 
@@ -150,7 +150,10 @@ class Bundle:
         data = self.service.server.data
         database = open_engine(data.database)
         try:
-            return Records(database, Vault.open_or_create(data.vault_key)).get(self.task()["BundleId"]).warning or ""
+            return (
+                TaskRepository(database, Vault.open_or_create(data.vault_key)).get(self.task()["BundleId"]).warning
+                or ""
+            )
         finally:
             database.dispose()
 

@@ -17,7 +17,7 @@ from support.eventually import eventually
 from support.service.forked_server import ForkedServer, fork_thrave
 from thrave.config import DataDirectory, Settings
 from thrave.ground import open_ground
-from thrave.tasks.hosts import HostInUse
+from thrave.tasks.errors import HostInUse
 
 TIMEOUT = 60  # seconds
 

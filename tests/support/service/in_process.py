@@ -15,9 +15,9 @@ from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import VolumeFile
 from thrave.config import Settings
 from thrave.ground import open_ground
-from thrave.tasks.bundling import Host, bundle
-from thrave.tasks.made_buckets import MadeBuckets
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.models import BundleRequest
+from thrave.tasks.object_removal import CreatedBuckets
+from thrave.tasks.workflow import TaskContext, run_bundle_task
 from thrave.testing import upload_policy
 
 BUCKET = "alice-bundles"
@@ -69,20 +69,20 @@ class OneHost:
 
     def run(self, bundle_id, fence=None, **changes):
         """Do what a workflow of the task does."""
-        bundle(self.host(fence or self.fence, **changes), bundle_id)
+        run_bundle_task(self.host(fence or self.fence, **changes), bundle_id)
 
     def host(self, fence, **changes):
         settings, records = self.ground.settings, self.ground.records(fence)
         given = {
             "name": HOST, "records": records, "accounts": self.ground.accounts, "instances": self.instances,
-            "buckets": self.buckets, "made_buckets": MadeBuckets(self.ground.database, records),
+            "buckets": self.buckets, "made_buckets": CreatedBuckets(self.ground.database, records),
             "service": self.ground.service, "shutdown_timeout": 5.0,
             "shutdown_timeout_action": settings.shutdown_timeout_action, "capture_mode": settings.capture_mode,
             "sysprep_command": (), "unclean_volume": settings.unclean_volume, "image_dirs": (), "compression": "fast",
             "skip_unused": settings.skip_unused, "existing_bundle": settings.existing_bundle, "upload_concurrency": 2,
             "store_patience": 0.0, "stall_timeout": 30.0,
         }  # fmt: skip
-        return Host(**{**given, **changes})
+        return TaskContext(**{**given, **changes})
 
     def objects(self, bundle_id):
         """The keys in the bucket under the task's prefix."""

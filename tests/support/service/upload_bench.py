@@ -21,12 +21,10 @@ from thrave.bundle.opener import open_bundle
 from thrave.bundle.side_file import write_side_file
 from thrave.config import DataDirectory
 from thrave.database import migrate, open_engine
-from thrave.tasks.records import Records
-from thrave.tasks.sealing import VolumeSealer
-from thrave.tasks.states import BundleTaskState
-from thrave.tasks.storing import BundleStore
-from thrave.tasks.task import BundleRequest
-from thrave.tasks.watch import Watch
+from thrave.tasks.models import BundleRequest, BundleTaskState
+from thrave.tasks.monitor import TaskMonitor
+from thrave.tasks.repository import TaskRepository
+from thrave.tasks.uploads import TaskObjects, VolumeSealer
 from thrave.testing import upload_policy
 from thrave.vault import Vault
 from thrave.volumes.raw import RawVolume
@@ -109,7 +107,7 @@ class UploadBench:
     def __init__(self, folder, buckets, *, database_url=None, bundle_id=BUNDLE_ID):
         self.engine = open_engine(database_url or DataDirectory(folder).database)
         migrate(self.engine)
-        self.records = Records(self.engine, Vault.open_or_create(folder / "vault.key"))
+        self.records = TaskRepository(self.engine, Vault.open_or_create(folder / "vault.key"))
         self.bundle_id = bundle_id
         self.buckets = buckets
         if self.records.get(bundle_id) is None:
@@ -119,7 +117,7 @@ class UploadBench:
     def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0, existing="refuse", **options):
         policy = UploadPolicy.trusted(*self.records.grant(self.bundle_id), ACCESS_KEY_ID)
         task = self.records.get(self.bundle_id)
-        return BundleStore(
+        return TaskObjects(
             self.buckets,
             self.journal,
             task,
@@ -133,7 +131,7 @@ class UploadBench:
 
     @contextmanager
     def watch(self, stall_timeout=60.0):
-        with Watch(self.records, self.bundle_id, stall_timeout=stall_timeout) as watch:
+        with TaskMonitor(self.records, self.bundle_id, stall_timeout=stall_timeout) as watch:
             yield watch
 
     def seal(self, volume, *, store=None, stall_timeout=60.0, **options):

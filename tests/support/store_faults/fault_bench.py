@@ -34,10 +34,10 @@ from thrave.config import Settings
 from thrave.ec2.actions.storage import Storage, claim_bucket
 from thrave.ec2.errors import EC2Error
 from thrave.ground import open_ground
-from thrave.tasks.bundling import Host, bundle
-from thrave.tasks.leftovers import LeftOvers
-from thrave.tasks.made_buckets import MadeBuckets
-from thrave.tasks.task import BundleRequest
+from thrave.tasks.housekeeping import ObjectCleanup
+from thrave.tasks.models import BundleRequest
+from thrave.tasks.object_removal import CreatedBuckets
+from thrave.tasks.workflow import TaskContext, run_bundle_task
 from thrave.testing import upload_policy
 
 PREFIX = "winami"
@@ -112,7 +112,7 @@ class FaultBench:
         """Do a task; give it when it has ended."""
         instance = self._new_instance()
         bundle_id = self._new_task(instance)
-        bundle(self._host(kind, temper), bundle_id)
+        run_bundle_task(self._host(kind, temper), bundle_id)
         return self._records.get(bundle_id)
 
     def instance_runs(self, task):
@@ -124,7 +124,7 @@ class FaultBench:
 
     def look_for_left_overs(self, temper):
         """Take away what failed tasks have left, as is done again and again."""
-        LeftOvers(self._records, self._buckets(None, temper), "localhost", stall_timeout=60).look()
+        ObjectCleanup(self._records, self._buckets(None, temper), "localhost", stall_timeout=60).look()
 
     def opens_to_the_same(self, temper, *, url=None):
         """Open the bundle as `thrave open s3://…` does; say whether it is the disk."""
@@ -166,13 +166,13 @@ class FaultBench:
 
     def _host(self, kind, temper):
         settings = self._ground.settings
-        return Host(
+        return TaskContext(
             name="localhost",
             records=self._records,
             accounts=self._ground.accounts,
             instances=self._ground.instances,
             buckets=self._buckets(kind, temper),
-            made_buckets=MadeBuckets(self._ground.database, self._records),
+            made_buckets=CreatedBuckets(self._ground.database, self._records),
             service=self._ground.service,
             shutdown_timeout=settings.shutdown_timeout,
             shutdown_timeout_action=settings.shutdown_timeout_action,

@@ -1,7 +1,7 @@
 """A proxy before a store that injects a fault into one request, or into all requests from then on.
 
 It speaks HTTP for real: what is cut off is cut off on the wire, and what is delivered twice reaches the store twice. A
-request is known by its `Kind`; a `Rule` names the kind, the fault, and the first request of that kind to meet it.
+request is known by its `ErrorKind`; a `Rule` names the kind, the fault, and the first request of that kind to meet it.
 Requests that no rule is for pass as they are, Host and signature untouched.
 """
 

@@ -14,16 +14,15 @@ from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
 from thrave.ec2.protocol import Parameters, Result
-from thrave.tasks.made_buckets import BucketBusyError
-from thrave.tasks.requests import (
+from thrave.tasks.errors import (
     BundleTaskNotCancellable,
     BundleTaskNotFound,
     BundlingInProgress,
     PrefixInUse,
     TooManyBundleTasks,
 )
-from thrave.tasks.states import BundleTaskState
-from thrave.tasks.task import BundleRequest, BundleTask
+from thrave.tasks.models import BundleRequest, BundleTask, BundleTaskState
+from thrave.tasks.object_removal import BucketBusyError
 
 # A stopped instance is bundled as it is.
 _BUNDLEABLE = frozenset({InstanceState.RUNNING, InstanceState.STOPPED})

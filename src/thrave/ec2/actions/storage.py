@@ -16,7 +16,7 @@ from thrave.buckets.upload_policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.ec2.door import Caller, Door
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.protocol import Parameters
-from thrave.tasks.places import Place
+from thrave.tasks.bundle_location import BundleLocation
 
 # Checked with in place of the secret of a key that is unknown or inactive, so that the work is the same.
 _NOBODYS_SECRET = secrets.token_urlsafe(30)
@@ -150,7 +150,7 @@ def check_prefix(door: Door, storage: Storage) -> None:
     """
     if door.existing_bundle == "replace":
         return
-    place = Place(storage.bucket, *split_prefix(storage.prefix))
+    place = BundleLocation(storage.bucket, *split_prefix(storage.prefix))
     try:
         found = place.has_bundle(door.buckets.on_behalf_of(storage.access_key_id))
     except BucketError as error:

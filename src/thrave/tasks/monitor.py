@@ -23,12 +23,10 @@ import structlog
 
 from thrave.compute.errors import HoldLostError, InstanceError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Background, Call, repeat, supervised
-from thrave.tasks.failures import Cancelled, Kind, TaskFailure, failure_from, kind_of, may_pass
-from thrave.tasks.fence import RightLostError
-from thrave.tasks.lease import Lease, LeaseExpiredError
-from thrave.tasks.records import Records
-from thrave.tasks.states import FINISHED, BundleTaskState
-from thrave.tasks.task import BundleTask
+from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, may_pass, to_task_failure
+from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
+from thrave.tasks.models import FINISHED, BundleTask, BundleTaskState
+from thrave.tasks.repository import TaskRepository
 
 INTERVAL = 0.25  # seconds between two looks; a cancellation is to take effect within two seconds
 GUARD_INTERVAL = 1.0  # seconds between two looks at whether the volume still stands still
@@ -41,12 +39,12 @@ log = structlog.get_logger()
 _Result = TypeVar("_Result")
 
 
-class Watch:
+class TaskMonitor:
     """Watches over a task, as a context manager around the work of one of its states."""
 
     def __init__(
         self,
-        records: Records,
+        records: TaskRepository,
         bundle_id: str,
         *,
         stall_timeout: float,
@@ -179,7 +177,7 @@ class Watch:
         """See by the record whether the work is to stop."""
         task = self._records.get(self._bundle_id)
         if task is not None and task.state is BundleTaskState.CANCELLING:
-            self._end(Cancelled())
+            self._end(TaskCancelled())
         elif task is None or task.state in FINISHED or not self._is_ours(task):
             self._end(RightLostError(self._bundle_id))
         else:
@@ -208,7 +206,7 @@ class Watch:
         """What the record cannot be asked or told now may be asked or told the next time."""
         if may_pass(error):
             log.warning("a task's record cannot be reached", bundle_id=self._bundle_id, error=type(error).__name__)
-        elif name == _RECORD or kind_of(error) is Kind.RIGHT_LOST:
+        elif name == _RECORD or kind_of(error) is ErrorKind.RIGHT_LOST:
             self._fail(error)
         else:
             log.error("the progress of a task cannot be told", bundle_id=self._bundle_id, exc_info=error)
@@ -221,7 +219,7 @@ class Watch:
         with self._lock:
             if self._over.is_set() or self._reason is not None:  # the first reason counts
                 return
-            self._reason = reason if isinstance(reason, _AS_THEY_ARE) else failure_from(reason)
+            self._reason = reason if isinstance(reason, _AS_THEY_ARE) else to_task_failure(reason)
         self._cancel()
 
     def _stalled(self) -> TaskFailure:

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from thrave.database import bundle_part, bundle_task, task_in_progress
-from thrave.tasks.records import Records
-from thrave.tasks.requests import BundleTaskNotFound
-from thrave.tasks.states import FINISHED, BundleTaskState
-from thrave.tasks.task import BundleTask, Event
+from thrave.tasks.errors import BundleTaskNotFound
+from thrave.tasks.models import FINISHED, BundleTask, BundleTaskState, TaskEvent
+from thrave.tasks.repository import TaskRepository
 
 _taken_part = sa.case((bundle_part.c.part.is_not(None), bundle_part.c.size))
 # A complete task may have objects to delete: those of the bundle that it has replaced.
@@ -37,7 +36,7 @@ _STORED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class TaskFilter:
     """Which tasks to look at: those for which everything holds that is given."""
 
     states: frozenset[BundleTaskState] = frozenset()
@@ -61,7 +60,7 @@ class Wanted:
             yield bundle_task.c.update_time >= self.since  # no task changes before it is asked for; this has the index
 
 
-class Stored(NamedTuple):
+class StoredTotals(NamedTuple):
     """What a task has in its bucket, as far as it was written down."""
 
     objects: int = 0
@@ -72,36 +71,36 @@ class Stored(NamedTuple):
     """Bytes of every object that the bucket has taken."""
 
 
-class SeenTask(NamedTuple):
+class TaskReport(NamedTuple):
     """A task, and what it has stored."""
 
     task: BundleTask
-    stored: Stored
+    stored: StoredTotals
     left_over: Sequence[str]
     """The keys of what it should have removed from its bucket and has not yet."""
 
 
-class Spell(NamedTuple):
+class StateDuration(NamedTuple):
     """Something that happened to a task and, where it came into a state, how long it was in that."""
 
-    event: Event
+    event: TaskEvent
     lasted: timedelta | None
     """None of an end, and of what happened within a state."""
 
 
-class Overview:
+class TaskQueries:
     """The bundle tasks of all accounts."""
 
-    def __init__(self, engine: sa.Engine, records: Records) -> None:
+    def __init__(self, engine: sa.Engine, records: TaskRepository) -> None:
         """Look at the tasks of `records`, whose database `engine` is."""
         self._engine = engine
         self._records = records
 
-    def latest(self, wanted: Wanted, *, limit: int) -> list[SeenTask]:
+    def latest(self, wanted: TaskFilter, *, limit: int) -> list[TaskReport]:
         """The `limit` newest of the tasks that are wanted, the oldest of them first."""
         return self._seen(self._records.latest(*wanted.conditions(), limit=limit))
 
-    def of(self, bundle_ids: Sequence[str]) -> list[SeenTask]:
+    def of(self, bundle_ids: Sequence[str]) -> list[TaskReport]:
         """The tasks with these ids, the oldest first. Raises BundleTaskNotFound for the first that there is none of."""
         tasks = self._records.find(bundle_task.c.bundle_id.in_(bundle_ids))
         found = {task.bundle_id for task in tasks}
@@ -110,37 +109,37 @@ class Overview:
                 raise BundleTaskNotFound(bundle_id)
         return self._seen(tasks)
 
-    def _seen(self, tasks: Sequence[BundleTask]) -> list[SeenTask]:
+    def _seen(self, tasks: Sequence[BundleTask]) -> list[TaskReport]:
         mine = _STORED.where(bundle_task.c.bundle_id.in_([task.bundle_id for task in tasks]))
         with self._engine.connect() as connection:
-            found = {row[0]: (row[1], Stored(*row[2:])) for row in connection.execute(mine)}
-        return [self._one(task, *found.get(task.bundle_id, (False, Stored()))) for task in tasks]
+            found = {row[0]: (row[1], StoredTotals(*row[2:])) for row in connection.execute(mine)}
+        return [self._one(task, *found.get(task.bundle_id, (False, StoredTotals()))) for task in tasks]
 
-    def _one(self, task: BundleTask, replaces: bool, stored: Stored) -> SeenTask:  # noqa: FBT001 (a column)
+    def _one(self, task: BundleTask, replaces: bool, stored: StoredTotals) -> TaskReport:  # noqa: FBT001 (a column)
         journal, left_over = self._records.journal(task.bundle_id), []
         if task.state is BundleTaskState.FAILED and stored.objects:
             left_over = [item.key for item in journal.objects()]
         elif task.state is BundleTaskState.COMPLETE and replaces:
             left_over = [item.key for item in journal.unwanted()]
-        return SeenTask(task, stored, left_over)
+        return TaskReport(task, stored, left_over)
 
 
-def spells(history: Sequence[Event], now: datetime) -> list[Spell]:
+def state_durations(history: Sequence[TaskEvent], now: datetime) -> list[StateDuration]:
     """How long a task was in each state of its history; in the one that it has still, until now."""
     changes = [event.time for event in history if event.message is None]
     ends = iter([*changes[1:], now])
     return [
-        Spell(event, None if event.message is not None or event.state in FINISHED else next(ends) - event.time)
+        StateDuration(event, None if event.message is not None or event.state in FINISHED else next(ends) - event.time)
         for event in history
     ]
 
 
-def time_in(state: BundleTaskState, spent: Sequence[Spell]) -> timedelta:
+def time_in(state: BundleTaskState, spent: Sequence[StateDuration]) -> timedelta:
     """How long a task was in a state."""
     return sum((spell.lasted for spell in spent if spell.event.state is state and spell.lasted), timedelta())
 
 
-def bytes_done(task: BundleTask, history: Sequence[Event]) -> int | None:
+def bytes_done(task: BundleTask, history: Sequence[TaskEvent]) -> int | None:
     """How much of its root volume a task has dealt with, to the percent, holes included; None until it is opened."""
     if task.volume_size is None:
         return None

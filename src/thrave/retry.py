@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 
 
-class Retries:
+class RetrySchedule:
     """The next attempts at several things, each known by a name."""
 
     def __init__(self, first: float, longest: float, clock: Callable[[], float] = time.monotonic) -> None:

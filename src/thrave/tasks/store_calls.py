@@ -2,7 +2,8 @@
 
 A call that hangs, in a store or a disk that does not respond, cannot be interrupted. Nobody who must react to a
 cancellation waits inside one: `stop` wakes whoever waits for results, and calls that still run a second later are
-abandoned. An abandoned call makes no further attempt (`Calls.check_wanted`). What its last attempt does is recorded by
+abandoned. An abandoned call makes no further attempt (`CallGroup.check_wanted`). What its last attempt does is
+recorded by
 whoever has begun it, since a request that is under way cannot be taken back.
 
 No result and no failure can be lost: `pending` counts a call until its result was taken or its failure was raised, and
@@ -32,7 +33,7 @@ _PAUSE = 0.25  # seconds
 R = TypeVar("R")
 
 
-class Calls(Generic[R]):
+class CallGroup(Generic[R]):
     """A group of concurrent calls; a context manager, which abandons the calls that do not end in time.
 
     The `with` block takes every result, with `remaining` at its end.
@@ -180,7 +181,7 @@ class Calls(Generic[R]):
             self._changed.notify_all()
 
 
-class Places:
+class InFlightObjects:
     """Which objects the calls of this process are under way to, those among them that were abandoned."""
 
     def __init__(self) -> None:
@@ -257,5 +258,5 @@ class Places:
         return self.taken(bucket) | {key for of, key in [*self.unanswered] if of == bucket}
 
 
-PLACES = Places()
+IN_FLIGHT = InFlightObjects()
 """Those of this process."""

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from thrave.tasks.failures import Kind, TaskFailure, kind_of
+from thrave.tasks.errors import ErrorKind, TaskFailure, kind_of
 
 PAUSES = (0.5, 1.0, 2.0, 5.0)  # seconds between two attempts; the last is repeated
 
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 _Result = TypeVar("_Result")
 
 
-class WithoutDatabase(Protocol):
+class OutageAction(Protocol):
     """What is done if the database stays unavailable: what must not wait for it."""
 
     @property
@@ -49,7 +49,7 @@ class _NothingUrgent:
 _NOTHING_URGENT = _NothingUrgent()
 
 
-def through_outages(work: Callable[[], _Result], without_database: WithoutDatabase = _NOTHING_URGENT) -> _Result:
+def retry_database(work: Callable[[], _Result], without_database: OutageAction = _NOTHING_URGENT) -> _Result:
     """Do something that can be repeated, again while the database is unavailable, for as long as that takes.
 
     Raises:
@@ -65,7 +65,7 @@ def through_outages(work: Callable[[], _Result], without_database: WithoutDataba
                 return work()
             failure = without_database.record()
         except Exception as error:
-            if kind_of(error) is not Kind.UNRECORDABLE:
+            if kind_of(error) is not ErrorKind.UNRECORDABLE:
                 raise
             now = time.monotonic()
             # An attempt longer than the timeout had reached the database: count from here again.

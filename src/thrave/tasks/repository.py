@@ -28,12 +28,24 @@ from thrave.database import (
     to_be_deleted,
 )
 from thrave.tasks import claims
-from thrave.tasks.failures import Cancelled, TaskFailure, without_folders
-from thrave.tasks.fence import Fence, hostless
-from thrave.tasks.journal import Journal
-from thrave.tasks.states import CANCELLABLE, FINISHED, WITH_PROGRESS, BundleTaskState, before
-from thrave.tasks.steps import AFTER_STORED, FIRST_OF_UNDO, MAY_FAIL, Step, following
-from thrave.tasks.task import BundleRequest, BundleTask, Event
+from thrave.tasks.errors import TaskCancelled, TaskFailure, without_folders
+from thrave.tasks.journal import UploadJournal
+from thrave.tasks.lease import Fence, hostless
+from thrave.tasks.models import (
+    AFTER_STORED,
+    CANCELLABLE,
+    FINISHED,
+    FIRST_OF_UNDO,
+    MAY_FAIL,
+    WITH_PROGRESS,
+    BundleRequest,
+    BundleTask,
+    BundleTaskState,
+    Step,
+    TaskEvent,
+    before,
+    following,
+)
 from thrave.vault import Vault
 
 RECOVER_FOR = timedelta(days=1)
@@ -76,14 +88,14 @@ _UNDECIDED = bundle_task.c.error_code.is_(None)
 _REPLACES = sa.and_(bundle_task.c.state == sa.literal_column("'complete'"), bundle_task.c.earlier.is_not(None))
 
 
-class Grant(NamedTuple):
+class StoredPolicy(NamedTuple):
     """The caller's upload policy and its signature, as received."""
 
     upload_policy: str
     upload_policy_signature: str
 
 
-class Records:
+class TaskRepository:
     """The bundle tasks in the database."""
 
     def __init__(self, engine: sa.Engine, vault: Vault, fence: Fence | None = None) -> None:
@@ -95,9 +107,9 @@ class Records:
         self._vault = vault
         self._fence = fence
 
-    def of_run(self, bundle_id: str, run: int) -> "Records":
+    def of_run(self, bundle_id: str, run: int) -> "TaskRepository":
         """Return the records as one run of a task writes them: once another run has begun, it changes nothing."""
-        return Records(self._engine, self._vault, self._fence and self._fence.of_run(bundle_id, run))
+        return TaskRepository(self._engine, self._vault, self._fence and self._fence.of_run(bundle_id, run))
 
     def check_mine(self, bundle_id: str) -> None:
         """Check that this agent may work on the task. Ends as `Fence.claim` if not."""
@@ -207,7 +219,7 @@ class Records:
         A task that nobody has begun ends at once; any other is `cancelling` until its host has put everything back.
         Once its manifest may have been sent, a task cannot be cancelled: an earlier bundle may be replaced by then.
         """
-        cancelled = Cancelled()
+        cancelled = TaskCancelled()
         at_once = self.fail(bundle_id, cancelled, only_from=BundleTaskState.PENDING)
         unsent = sa.not_(bundle_task.c.manifest_sent)
         decision: dict[str, Any] = {
@@ -440,16 +452,16 @@ class Records:
             connection.execute(bundle_task.delete().where(bundle_task.c.bundle_id.in_(ids)))
         return len(ids)
 
-    def grant(self, bundle_id: str) -> Grant:
+    def grant(self, bundle_id: str) -> StoredPolicy:
         """The upload policy and signature of an unfinished task."""
         query = sa.select(bundle_task.c.encrypted_policy).where(bundle_task.c.bundle_id == bundle_id)
         with self._engine.connect() as connection:
             sealed = connection.execute(query).scalar_one()
-        return Grant(*json.loads(self._vault.unseal(sealed, context=bundle_id)))
+        return StoredPolicy(*json.loads(self._vault.unseal(sealed, context=bundle_id)))
 
-    def journal(self, bundle_id: str) -> Journal:
+    def journal(self, bundle_id: str) -> UploadJournal:
         """The journal of a task: what it has stored, and where its sealing goes on."""
-        return Journal(self._engine, self._vault, bundle_id, self._fence)
+        return UploadJournal(self._engine, self._vault, bundle_id, self._fence)
 
     def tell(self, bundle_id: str, message: str) -> None:
         """Write down that something happened to a task, beside its changes of state."""
@@ -494,13 +506,13 @@ class Records:
                 return False
             return connection.execute(sa.select(sa.exists().where(self._fence.holds))).scalar_one()
 
-    def history(self, bundle_id: str) -> list[Event]:
+    def history(self, bundle_id: str) -> list[TaskEvent]:
         """What happened to a task, the oldest first."""
         query = sa.select(bundle_task_event.c.time, bundle_task_event.c.state, bundle_task_event.c.message)
         mine = query.where(bundle_task_event.c.bundle_id == bundle_id).order_by(bundle_task_event.c.event_id)
         with self._engine.connect() as connection:
             rows = connection.execute(mine)
-            return [Event(row.time, BundleTaskState(row.state), row.message) for row in rows]
+            return [TaskEvent(row.time, BundleTaskState(row.state), row.message) for row in rows]
 
     @contextmanager
     def _owned(self, bundle_id: str) -> Iterator[sa.Connection]:

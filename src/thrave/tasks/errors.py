@@ -29,61 +29,65 @@ from thrave.compute.errors import (
     StateChangedError,
 )
 from thrave.database import is_unavailable
-from thrave.tasks.fence import RightLostError
-from thrave.tasks.lease import LeaseExpiredError
+from thrave.tasks.lease import LeaseExpiredError, RightLostError
+from thrave.tasks.models import (
+    BundleTaskState,
+    HostEvent,
+    HostState,
+)
 from thrave.volumes.errors import VolumeError
 
 log = structlog.get_logger()
 
 
-class Cause(NamedTuple):
+class ErrorCode(NamedTuple):
     """A row of the table: what happened, and what to do about it."""
 
     meaning: str
     remedy: str
 
 
-CAUSES: dict[str, Cause] = {
-    "Client.Cancelled": Cause(
+ERROR_CODES: dict[str, ErrorCode] = {
+    "Client.Cancelled": ErrorCode(
         "CancelBundleTask was called.",
         "Nothing. The instance was started again. What had been stored was removed; what could not be removed is "
         "listed by `thrave task show`.",
     ),
-    "Client.PrefixInUse": Cause(
+    "Client.PrefixInUse": ErrorCode(
         "The bucket has a bundle under this prefix, and `existing_bundle` is `refuse`; or a large object is in the "
         "place of its manifest. Nothing that existed was touched.",
         "Choose another prefix, remove the bundle with `thrave delete`, or have the operator set "
         '`existing_bundle = "replace"`.',
     ),
-    "Client.S3Error": Cause(
+    "Client.S3Error": ErrorCode(
         "The bucket refused an object. The message gives S3's code, HTTP status and words, as AWS did: "
         "`AccessDenied(403)- Invalid according to Policy: …`.",
         "Mend the upload policy or the bucket's permissions, and bundle again.",
     ),
-    "Server.S3Error": Cause(
+    "Server.S3Error": ErrorCode(
         "The object store failed (status 5xx), did not answer, or lost what it was sent, again and again; or its clock "
         "and the host's differ. The message is as above.",
         "Mend the store, the disk that it is on, or the clock, and bundle again.",
     ),
-    "Client.InstanceTerminated": Cause(
+    "Client.InstanceTerminated": ErrorCode(
         "The instance was terminated, or its description removed, while it was being bundled.",
         "Nothing can be done for this task.",
     ),
-    "Server.InstanceNotStopped": Cause(
+    "Server.InstanceNotStopped": ErrorCode(
         "The guest did not power off within the grace period. It was left running, or its power could not be cut.",
         "See why the guest ignores the shutdown request, raise `shutdown_timeout`, or have its power cut by "
         "`shutdown_timeout_action`, and bundle again.",
     ),
-    "Server.InstanceNotStarted": Cause(
+    "Server.InstanceNotStarted": ErrorCode(
         "The instance could not be started on its overlay, before its root volume was read. Once the volume was read, "
         "a start that fails costs no bundle: the task completes with a warning.",
         "Mend what the hypervisor says in the message. For a day the start is tried again, every five minutes at last.",
     ),
-    "Server.InstanceError": Cause(
+    "Server.InstanceError": ErrorCode(
         "The hypervisor refused to do something with the instance.",
         "The message gives the hypervisor's words; mend that, and bundle again.",
     ),
-    "Server.VolumeError": Cause(
+    "Server.VolumeError": ErrorCode(
         "The root volume could not be read to its end, was changed or in use meanwhile, is a disk of another machine "
         "that is not off, or is not clean; or its image is no whole disk by its own words; or what is unused on it "
         "cannot be told. The message names files without their folders; the service's log has their paths.",
@@ -91,17 +95,17 @@ CAUSES: dict[str, Cause] = {
         "(docs/reference/disk-images.md) and the host's disks; have the "
         "guest shut down wholly, without fast start-up. Then bundle again.",
     ),
-    "Server.NoProgress": Cause(
+    "Server.NoProgress": ErrorCode(
         "Neither the root volume nor the bucket did anything for `stall_timeout` seconds, or the database was "
         "unavailable for so long while the instance was off.",
         "See why the host's disks, the store or the database do not answer, or raise `stall_timeout`, and bundle "
         "again.",
     ),
-    "Server.HostLost": Cause(
+    "Server.HostLost": ErrorCode(
         "The host that had the instance's disk was lost, and the operator has retired it.",
         "Nothing can be done for this task. What it had stored, if anything, is listed by `thrave task show`.",
     ),
-    "Server.InternalError": Cause(
+    "Server.InternalError": ErrorCode(
         "Something that nobody foresaw. The service's log has the details under the bundle task's id.",
         "Report it.",
     ),
@@ -134,14 +138,14 @@ class TaskFailure(Exception):
         return TaskFailure(self.code, f"{self.message} ({another})")
 
 
-class Cancelled(TaskFailure):
+class TaskCancelled(TaskFailure):
     """The owner asked for the task to be cancelled. AWS's own words."""
 
     def __init__(self) -> None:
         super().__init__("Client.Cancelled", "User has requested bundling operation cancellation")
 
 
-class Kind(Enum):
+class ErrorKind(Enum):
     """What is done about an error: one classification for database, store, hypervisor, state command and disk."""
 
     PERMANENT = "the task fails with a reason"
@@ -158,23 +162,24 @@ _TRANSIENT_ERRNO = frozenset({
     errno.ETIMEDOUT,
 })  # fmt: skip
 
+
 _TRANSIENT = (
     TransientError, HypervisorUnavailable, HoldLostError, ImageInUseError, InstanceLocked, StateChangedError,
 )  # fmt: skip
 
 
-def kind_of(error: BaseException) -> Kind:
+def kind_of(error: BaseException) -> ErrorKind:
     """Classify an error that ended a call or a step."""
     if isinstance(error, RightLostError):
-        return Kind.RIGHT_LOST
+        return ErrorKind.RIGHT_LOST
     if isinstance(error, LeaseExpiredError) or is_unavailable(error):
-        return Kind.UNRECORDABLE
-    return Kind.TRANSIENT if _may_pass(error) else Kind.PERMANENT
+        return ErrorKind.UNRECORDABLE
+    return ErrorKind.TRANSIENT if _may_pass(error) else ErrorKind.PERMANENT
 
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may succeed later, though nothing is changed."""
-    return kind_of(error) in {Kind.TRANSIENT, Kind.UNRECORDABLE}
+    return kind_of(error) in {ErrorKind.TRANSIENT, ErrorKind.UNRECORDABLE}
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -186,7 +191,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 # What the rooms' own errors become, the first that fits.
-FORESEEN: tuple[tuple[type[Exception], str], ...] = (
+EXPECTED_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (InstanceNotFound, "Client.InstanceTerminated"),
     (RootVolumeInUse, "Server.VolumeError"),
     (InstanceError, "Server.InstanceError"),
@@ -195,7 +200,7 @@ FORESEEN: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def failure_from(error: Exception) -> TaskFailure:
+def to_task_failure(error: Exception) -> TaskFailure:
     """The reason to give for an error that ended a step; what nobody foresaw is logged in full and told in general."""
     if isinstance(error, TaskFailure):
         return error
@@ -204,9 +209,93 @@ def failure_from(error: Exception) -> TaskFailure:
     if isinstance(error, VolumeError):  # its owner must not learn how the host's folders are arranged
         log.warning("the root volume cannot be read", error=str(error))
         return TaskFailure("Server.VolumeError", error.public)
-    for kind, code in FORESEEN:
+    for kind, code in EXPECTED_ERRORS:
         if isinstance(error, kind):
             log.warning("a step failed", code=code, error=str(error))  # with the whole paths, for the operator
             return TaskFailure(code, str(error))
     log.error("a step failed in a way nobody foresaw", exc_info=error)
     return TaskFailure("Server.InternalError", "An internal error has occurred.")
+
+
+_REMEDIES = {
+    (HostEvent.DRAIN, HostState.FENCED): "another host has adopted its tasks. Start its agent first",
+    (
+        HostEvent.ACTIVATE,
+        HostState.FENCED,
+    ): "another host has adopted its tasks. It is active once its agent is started",
+}
+"""What an operator can do, by what was asked for and the state that does not allow it."""
+
+
+class HostError(Exception):
+    """Something that cannot be done with a host."""
+
+
+class NoSuchHost(HostError):
+    """There is no host of that name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no host {name}")
+
+
+class HostInUse(HostError):
+    """The host's agent has just sent a heartbeat."""
+
+
+class HostStateError(HostError):
+    """The state that the host is in does not allow what was asked for."""
+
+    def __init__(self, name: str, state: HostState, event: HostEvent) -> None:
+        super().__init__(f"Host {name} is {state}: {_REMEDIES.get((event, state), 'its state does not allow this')}")
+
+
+class AdopterError(HostError):
+    """The host that is to adopt another one's tasks cannot do so."""
+
+
+class BundleTaskError(Exception):
+    """A request about a bundle task that cannot be granted."""
+
+
+class BundlingInProgress(BundleTaskError):
+    """The instance has a bundle task in progress."""
+
+    def __init__(self, bundle_id: str) -> None:
+        super().__init__(f"Instance is already being bundled: {bundle_id}")
+        self.bundle_id = bundle_id
+
+
+class PrefixInUse(BundleTaskError):
+    """A bundle task that is not finished goes to the same bucket and prefix."""
+
+    def __init__(self, bucket: str, prefix: str, bundle_id: str | None) -> None:
+        """Name the task if it is the caller's: of others nobody is told."""
+        which = f"your bundle task {bundle_id}" if bundle_id else "another bundle task"
+        super().__init__(
+            f"Bucket prefix in use {bucket}/{prefix}: {which} is storing a bundle there. Wait until that task has "
+            "ended, or choose another Prefix."
+        )
+
+
+class BundleTaskNotFound(BundleTaskError):
+    """No task of the caller's has that id."""
+
+    def __init__(self, bundle_id: str) -> None:
+        super().__init__(f"The bundle task ID '{bundle_id}' does not exist")
+        self.bundle_id = bundle_id
+
+
+class BundleTaskNotCancellable(BundleTaskError):
+    """The task is in a state in which it cannot be cancelled."""
+
+    def __init__(self, state: BundleTaskState) -> None:
+        super().__init__(f"Can't cancel bundle task when the bundle task is {state}")
+        self.state = state
+
+
+class TooManyBundleTasks(BundleTaskError):
+    """The account has as many unfinished tasks as it may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There may be {limit} bundle tasks in progress")
+        self.limit = limit

@@ -19,73 +19,32 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 from thrave.database import instance
-from thrave.tasks.crash_points import durable
-from thrave.tasks.made_buckets import MadeBuckets
-from thrave.tasks.records import Records
-from thrave.tasks.states import FINISHED, BundleTaskState
-from thrave.tasks.task import BundleRequest, BundleTask
+from thrave.tasks.errors import (
+    BundleTaskNotCancellable,
+    BundleTaskNotFound,
+    BundlingInProgress,
+    PrefixInUse,
+    TooManyBundleTasks,
+)
+from thrave.tasks.failpoints import failpoint
+from thrave.tasks.models import FINISHED, BundleRequest, BundleTask
+from thrave.tasks.object_removal import CreatedBuckets
+from thrave.tasks.repository import TaskRepository
 
 ENDED_KEPT = 4096  # tasks in memory, of some 2 KB each
 
+
 Enqueue = Callable[[sa.Connection, str, str], None]
-"""Has a host run a task when the connection's transaction commits: `Queues.enqueue`."""
+"""Has a host run a task when the connection's transaction commits: `TaskQueue.enqueue`."""
 
 
-class BundleTaskError(Exception):
-    """A request about a bundle task that cannot be granted."""
-
-
-class BundlingInProgress(BundleTaskError):
-    """The instance has a bundle task in progress."""
-
-    def __init__(self, bundle_id: str) -> None:
-        super().__init__(f"Instance is already being bundled: {bundle_id}")
-        self.bundle_id = bundle_id
-
-
-class PrefixInUse(BundleTaskError):
-    """A bundle task that is not finished goes to the same bucket and prefix."""
-
-    def __init__(self, bucket: str, prefix: str, bundle_id: str | None) -> None:
-        """Name the task if it is the caller's: of others nobody is told."""
-        which = f"your bundle task {bundle_id}" if bundle_id else "another bundle task"
-        super().__init__(
-            f"Bucket prefix in use {bucket}/{prefix}: {which} is storing a bundle there. Wait until that task has "
-            "ended, or choose another Prefix."
-        )
-
-
-class BundleTaskNotFound(BundleTaskError):
-    """No task of the caller's has that id."""
-
-    def __init__(self, bundle_id: str) -> None:
-        super().__init__(f"The bundle task ID '{bundle_id}' does not exist")
-        self.bundle_id = bundle_id
-
-
-class BundleTaskNotCancellable(BundleTaskError):
-    """The task is in a state in which it cannot be cancelled."""
-
-    def __init__(self, state: BundleTaskState) -> None:
-        super().__init__(f"Can't cancel bundle task when the bundle task is {state}")
-        self.state = state
-
-
-class TooManyBundleTasks(BundleTaskError):
-    """The account has as many unfinished tasks as it may."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"There may be {limit} bundle tasks in progress")
-        self.limit = limit
-
-
-class BundleTasks:
+class BundleTaskService:
     """The bundle tasks of all accounts, as their callers may see and change them."""
 
     def __init__(
         self,
         engine: sa.Engine,
-        records: Records,
+        records: TaskRepository,
         enqueue: Enqueue,
         *,
         host_of: Callable[[str], str],
@@ -102,7 +61,7 @@ class BundleTasks:
         self._host_of = host_of
         self._retention = retention
         self._per_account = per_account
-        self.made_buckets = MadeBuckets(engine, records)
+        self.made_buckets = CreatedBuckets(engine, records)
         """The buckets that requests create."""
         # Ended tasks that their owners have seen, and until when (monotonic) they are shown: they never change again.
         self._ended: dict[str, tuple[BundleTask, float]] = {}
@@ -117,7 +76,7 @@ class BundleTasks:
         """
         bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
         try:
-            with durable("record"), self._engine.begin() as connection:
+            with failpoint("record"), self._engine.begin() as connection:
                 host = self._locked_host(connection, request.instance_id)
                 self._records.add(connection, bundle_id, host, request)
                 self._check_number(connection, request.account_id, self._per_account)
@@ -191,7 +150,7 @@ class BundleTasks:
             BundleTaskNotCancellable: It has ended, or is being cancelled already.
         """
         self._task(account_id, bundle_id)
-        with durable("cancellation"):
+        with failpoint("cancellation"):
             cancelled = self._records.cancel(bundle_id)
         task = self._task(account_id, bundle_id)
         if not cancelled:

@@ -32,7 +32,7 @@ class Durable(NamedTuple):
     """What is done about it when the task goes on after a crash."""
 
 
-STEPS: Mapping[Step, Durable] = {
+FAILPOINTS: Mapping[Step, Durable] = {
     "record": Durable(
         "The task is recorded and given to its host, in one transaction.",
         "Nothing, or all of it, was done; a caller who had no answer finds out by DescribeBundleTasks.",
@@ -114,12 +114,14 @@ def crash_at(setting: str) -> None:
         ValueError: There is no such moment.
     """
     said = _SETTING.fullmatch(setting)
-    if said is None or said["step"] not in STEPS:
-        raise ValueError(f"{setting!r} is not `STEP, before` or `STEP, after`, STEP being one of: {', '.join(STEPS)}")
+    if said is None or said["step"] not in FAILPOINTS:
+        raise ValueError(
+            f"{setting!r} is not `STEP, before` or `STEP, after`, STEP being one of: {', '.join(FAILPOINTS)}"
+        )
     _crash.plan(f"{said['step']}, {said['when']}", int(said["time"] or 1))
 
 
-def durable(step: Step) -> AbstractContextManager[None]:
+def failpoint(step: Step) -> AbstractContextManager[None]:
     """The block does this step of a task, which outlives the process."""
     return _bracketed(step) if _crash.moment else nullcontext()
 

@@ -5,42 +5,77 @@ then and there is nothing to start; a minute later it powers off. And an instanc
 not start at the moment. Such instances are started, if their owners want them to run by then, for as long as the guest
 might still obey or the start might yet succeed, also after a restart. An instance whose next task has begun is left
 alone, and none is stopped.
+
+Tries again to remove objects that could not be removed at once, for as long as it takes, also after a restart.
+
+These are the objects of failed tasks, those of bundles that were replaced, and those that a lost request may have
+stored after they were removed (`claims.py`). Deleting is the right of the bucket's owner, in whose name the service
+acts: that the task's upload policy has expired, or was erased, does not matter. What the service may not delete is
+reported to the operator. What is deleted, and what never, is decided in `removal.py`.
+
+Forgets tasks that ended long ago: their records, events and parts, and what the engine keeps of them.
+
+A task stays as long as there is something to do about it: an instance to look after, an object to remove. The bundles
+themselves are their owners' and never touched.
 """
 
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from thrave.buckets.attempts import Check, no_check
+from thrave.buckets.base import ObjectStore
+from thrave.buckets.errors import BucketError, TransientError
+from thrave.buckets.retrying_store import RetryingStore
 from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceLocked, InstanceNotFound
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.power import TO_START, switching
 from thrave.compute.start_check import start_allowed_by
 from thrave.concurrency import Background, NoThreadError, supervised
-from thrave.tasks.crash_points import durable
-from thrave.tasks.freezing import Freezer
-from thrave.tasks.records import RECOVER_FOR, Records
-from thrave.tasks.retries import Retries
-from thrave.tasks.task import BundleTask
+from thrave.retry import RetrySchedule
+from thrave.tasks.bundle_location import BundleLocation
+from thrave.tasks.errors import ErrorKind, TaskFailure, kind_of
+from thrave.tasks.failpoints import failpoint
+from thrave.tasks.instance_power import RootOverlay
+from thrave.tasks.models import BundleTask, BundleTaskState
+from thrave.tasks.object_removal import remove_earlier, remove_objects
+from thrave.tasks.repository import RECOVER_FOR, TaskRepository
+from thrave.tasks.store_calls import IN_FLIGHT
 
-INTERVAL = 1.0  # seconds between two looks
+POWER_RECOVERY_INTERVAL = 1.0  # seconds between two looks
+
+
 MERGE_SECONDS = 60.0  # for one attempt; others are waiting
-LONGEST = 300.0  # seconds between two attempts to start an instance, at last
+
+
+MAX_POWER_RECOVERY_INTERVAL = 300.0  # seconds between two attempts to start an instance, at last
+
+
 _PATIENCE = (
     10.0  # seconds in which an instance should be seen to; one that takes longer does not keep the others waiting
 )
+
+
 _ELSEWHERE = 10  # each so many looks also at what the tasks of other hosts have left
+
 
 log = structlog.get_logger()
 
 
-class Caretaker:
+class PowerRecovery:
     """Looks after the instances of one host."""
 
     def __init__(
-        self, records: Records, instances: HypervisorDriver, host: str, *, check: Callable[[], None] = lambda: None
+        self,
+        records: TaskRepository,
+        instances: HypervisorDriver,
+        host: str,
+        *,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Look after what the tasks of `host` have left.
 
@@ -50,8 +85,8 @@ class Caretaker:
         self._instances = instances
         self._host = host
         self._check = check
-        self._retries = Retries(INTERVAL, LONGEST)
-        self._merges = Retries(INTERVAL, LONGEST)
+        self._retries = RetrySchedule(POWER_RECOVERY_INTERVAL, MAX_POWER_RECOVERY_INTERVAL)
+        self._merges = RetrySchedule(POWER_RECOVERY_INTERVAL, MAX_POWER_RECOVERY_INTERVAL)
         self._extended: set[str] = set()
         self._looks = 0
 
@@ -145,7 +180,7 @@ class Caretaker:
             log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
             self._records.check_mine(task.bundle_id)
             self._check()
-            Freezer(self._instances, self._records, task, check=self._check).merge_within(MERGE_SECONDS)
+            RootOverlay(self._instances, self._records, task, check=self._check).merge_within(MERGE_SECONDS)
         except Exception as error:  # noqa: BLE001 (whatever it is about one instance, the others are not left)
             self._merges.failed(task.bundle_id)
             log.warning("an overlay cannot be merged", instance_id=task.instance_id, reason=str(error))
@@ -159,5 +194,109 @@ class Caretaker:
             self._records.check_mine(task.bundle_id)
             self._check()
 
-        with start_allowed_by(check), durable("instance started"):
+        with start_allowed_by(check), failpoint("instance started"):
             self._instances.start(task.instance_id)
+
+
+OBJECT_CLEANUP_INTERVAL = 15.0  # seconds between two looks
+
+
+MAX_OBJECT_CLEANUP_INTERVAL = 3600.0  # seconds between two attempts, at last
+
+
+class ObjectCleanup:
+    """Removes what the tasks of one host could not remove."""
+
+    def __init__(
+        self,
+        records: TaskRepository,
+        buckets: ObjectStore,
+        host: str,
+        *,
+        stall_timeout: float,
+        before_attempt: Check = no_check,
+    ) -> None:
+        """Remove what the tasks of `host`, and of hosts that were given up, have left in `buckets`.
+
+        Args:
+            records: Of the tasks.
+            buckets: The store.
+            host: Whose tasks.
+            stall_timeout: Seconds that a call may take.
+            before_attempt: Made before each call; see `RetryingStore`.
+        """
+        self._records = records
+        self._buckets = buckets
+        self._host = host
+        self._stall_timeout = stall_timeout
+        self._before_attempt = before_attempt
+        self._retries = RetrySchedule(OBJECT_CLEANUP_INTERVAL, MAX_OBJECT_CLEANUP_INTERVAL)
+
+    def look(self) -> None:
+        """Remove what is due to be tried."""
+        for task in self._records.to_clean_up(self._host):
+            if self._retries.is_due(task.bundle_id):
+                self._try_alone(task)
+
+    def _try_alone(self, task: BundleTask) -> None:
+        """Try to clean up one task; what it raises does not keep the others from being cleaned up."""
+        try:
+            self._try(task)
+        except Exception as error:
+            match kind_of(error):
+                case ErrorKind.UNRECORDABLE:
+                    raise
+                case ErrorKind.RIGHT_LOST:  # another host has adopted it
+                    return
+            log.exception("objects cannot be removed", bundle_id=task.bundle_id)
+            self._retries.failed(task.bundle_id)
+
+    def _try(self, task: BundleTask) -> None:
+        self._records.check_mine(task.bundle_id)
+        journal = self._records.journal(task.bundle_id)
+        try:
+            owners = self._buckets.on_behalf_of(task.access_key_id)
+            buckets = RetryingStore(owners, 0.0, before_attempt=self._before_attempt, unanswered=IN_FLIGHT.unanswered)
+            remove = remove_earlier if task.state is BundleTaskState.COMPLETE else remove_objects
+            remove(buckets, BundleLocation.of(task), journal, stall_timeout=self._stall_timeout)
+        except (TransientError, TaskFailure) as error:
+            log.warning("objects cannot be removed yet", bundle_id=task.bundle_id, error=str(error))
+        except BucketError as error:
+            # Each attempt logs this once, at last once an hour.
+            command = f"thrave task show {task.bundle_id}"
+            log.warning(
+                "the store does not let objects be removed; the command shows which, and how to remove them",
+                bundle_id=task.bundle_id, bucket=task.bucket, error=str(error), command=command,
+            )  # fmt: skip
+        if self._records.has_left_over(task.bundle_id):
+            self._retries.failed(task.bundle_id)
+        else:
+            self._retries.over(task.bundle_id)
+
+
+RETENTION_INTERVAL = 3600.0  # seconds between two looks
+
+
+AT_ONCE = 500  # tasks in one transaction, so that nobody waits for long
+
+
+class TaskRetention:
+    """How long what has ended is remembered."""
+
+    def __init__(self, records: TaskRepository, forget: Callable[[datetime], int], keep: timedelta) -> None:
+        """Remember for `keep` after the end; `forget` is the engine's, and says how many it has forgotten."""
+        self._records = records
+        self._forget = forget
+        self._keep = keep
+
+    def look(self) -> None:
+        """Forget what is old enough."""
+        while self._purge():
+            pass
+        before = self._records.now() - self._keep
+        while self._forget(before):
+            pass
+
+    def _purge(self) -> int:
+        with failpoint("task purged"):
+            return self._records.purge(self._keep, most=AT_ONCE)

@@ -15,15 +15,15 @@ from thrave.bundle.manifest_xml import MOST_BYTES
 from thrave.bundle.model import bound_side_filename, manifest_filename, own_part, side_filename
 from thrave.bundle.side_file import MOST_BYTES as MOST_SIDE_FILE_BYTES
 from thrave.bundle.side_file import Digest, read_side_file
-from thrave.tasks.failures import TaskFailure
-from thrave.tasks.task import BundleTask
+from thrave.tasks.errors import TaskFailure
+from thrave.tasks.models import BundleTask
 
 SMALLEST_MANIFEST = 256
 """Bytes. A smaller object is no manifest: the key alone has as many. ElasticFox tests a bucket with one of 20 bytes."""
 
 
 @dataclass(frozen=True)
-class Place:
+class BundleLocation:
     """A bucket, a folder in it that is empty or ends in `/`, and the name of the bundle."""
 
     bucket: str
@@ -31,7 +31,7 @@ class Place:
     name: str
 
     @classmethod
-    def of(cls, task: BundleTask) -> "Place":
+    def of(cls, task: BundleTask) -> "BundleLocation":
         """Return the place of a task's bundle."""
         return cls(task.bucket, *split_prefix(task.prefix))
 

@@ -1,6 +1,7 @@
 """The main job: one bundle task, from a running instance to a bundle in a bucket.
 
-`Bundling.run` does the steps of `steps.py`, each as the task's row names it, so after a crash the task goes on with the
+`BundleWorkflow.run` does the steps of `steps.py`, each as the task's row names it, so after a crash the task goes on
+with the
 step that was cut off. Each can be repeated without harm. It is the one place where instances, volumes, bundles
 and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
 """
@@ -29,26 +30,20 @@ from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, Vol
 from thrave.concurrency import Call
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity, load_certificate
-from thrave.tasks.crash_points import durable
+from thrave.tasks.database_outage import retry_database
 from thrave.tasks.engine import RUNNING
-from thrave.tasks.failures import Cancelled, Kind, TaskFailure, failure_from, kind_of
-from thrave.tasks.fence import RightLostError
-from thrave.tasks.freezing import Freezer
+from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, to_task_failure
+from thrave.tasks.failpoints import failpoint
+from thrave.tasks.instance_power import InstancePower, RootOverlay, ShutdownTimeoutAction
 from thrave.tasks.journal import Documents
-from thrave.tasks.lease import Lease, LeaseExpiredError
-from thrave.tasks.made_buckets import MadeBuckets
-from thrave.tasks.outage import through_outages
-from thrave.tasks.patience import patiently
-from thrave.tasks.power import PowerSwitch, ShutdownTimeoutAction
-from thrave.tasks.reading import VolumeReader
-from thrave.tasks.records import Records
-from thrave.tasks.root_volume import check_root_volume
-from thrave.tasks.sealing import VolumeSealer
-from thrave.tasks.states import FINISHED, BundleTaskState
-from thrave.tasks.steps import BEFORE_READ, UNDO, Step, following
-from thrave.tasks.storing import BundleStore, ExistingBundle
-from thrave.tasks.task import BundleTask
-from thrave.tasks.watch import Watch
+from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
+from thrave.tasks.models import BEFORE_READ, FINISHED, UNDO, BundleTask, BundleTaskState, Step, following
+from thrave.tasks.monitor import TaskMonitor
+from thrave.tasks.object_removal import CreatedBuckets
+from thrave.tasks.patience import retry_hypervisor
+from thrave.tasks.repository import TaskRepository
+from thrave.tasks.root_volume import VolumeReader, check_root_volume
+from thrave.tasks.uploads import ExistingBundle, TaskObjects, VolumeSealer
 from thrave.volumes.formats import open_volume
 from thrave.volumes.ntfs_volumes import Finding, check_unclean
 
@@ -69,15 +64,15 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Host:
+class TaskContext:
     """What a task works with on the host that has the disk."""
 
     name: str
-    records: Records
+    records: TaskRepository
     accounts: Accounts
     instances: HypervisorDriver
     buckets: ObjectStore
-    made_buckets: MadeBuckets
+    made_buckets: CreatedBuckets
     service: ServiceIdentity
     shutdown_timeout: float
     """Seconds that a guest has to power off."""
@@ -109,16 +104,16 @@ class Host:
     """Made before each attempt of a call to the store: the same lease, for as long as an attempt may take."""
 
 
-class Bundling:
+class BundleWorkflow:
     """One bundle task being done."""
 
-    def __init__(self, host: Host, task: BundleTask, run: int) -> None:
+    def __init__(self, host: TaskContext, task: BundleTask, run: int) -> None:
         """Work on a task, for the first time or after a crash; once another run has begun, this one changes nothing."""
         self._host = host
         self._task = task
         self._run = run
         self._records = records = host.records.of_run(task.bundle_id, run)
-        self._power = PowerSwitch(
+        self._power = InstancePower(
             host.instances,
             records,
             task,
@@ -126,7 +121,9 @@ class Bundling:
             when_late=host.shutdown_timeout_action,
             check=host.lease.check,
         )
-        self._freezer = Freezer(host.instances, records, task, stall_timeout=host.stall_timeout, check=host.lease.check)
+        self._freezer = RootOverlay(
+            host.instances, records, task, stall_timeout=host.stall_timeout, check=host.lease.check
+        )
         self._journal = records.journal(task.bundle_id)
         self._steps: dict[Step, Callable[[], object]] = {
             Step.STOP: self.stop,
@@ -220,11 +217,11 @@ class Bundling:
                 for warned in reader.warnings:
                     self._records.notice(self._task.bundle_id, f"{warned.public}.")
                 volume = reader.volume
-                with durable("volume opened"):
+                with failpoint("volume opened"):
                     self._records.note_volume_size(self._task.bundle_id, volume.size)
                 self._check_clean(reader.look(check_unclean))
                 sealed = VolumeSealer(self._store, self._journal, self._host.compression).seal(volume, watch)
-        with durable("sealing ended"):
+        with failpoint("sealing ended"):
             self._journal.conclude(self._documents(instance, sealed))
 
     def store(self) -> None:
@@ -233,9 +230,9 @@ class Bundling:
         assert documents is not None, "every part is stored"
         with self._state(BundleTaskState.STORING) as watch:
             self._store.check(documents, watch)
-            with durable("side file stored"):
+            with failpoint("side file stored"):
                 self._store.put_side_file(documents, watch)
-            with durable("manifest stored"):
+            with failpoint("manifest stored"):
                 self._store.put_manifest(documents, watch, partial(self._records.send_manifest, self._task.bundle_id))
 
     def is_stored(self) -> bool:
@@ -251,7 +248,7 @@ class Bundling:
         given_up = time.monotonic() + _STORE_AWAY
         while True:
             try:
-                return self._surely(lambda: patiently(self.is_stored, self._host.stall_timeout))
+                return self._surely(lambda: retry_hypervisor(self.is_stored, self._host.stall_timeout))
             except (TransientError, TaskFailure) as error:
                 if time.monotonic() > given_up:
                     return False  # what the manifest may have replaced is recorded, and put back
@@ -267,9 +264,9 @@ class Bundling:
             if self._freezer.frozen is not None:
                 with suppress(TaskFailure):  # its power is restored later then
                     self._power.restore()  # its host may have lost its power since
-            patiently(lambda: self._merge_overlay(watch), _DAEMON_RESTART, pause=watch.pause)
+            retry_hypervisor(lambda: self._merge_overlay(watch), _DAEMON_RESTART, pause=watch.pause)
 
-    def _merge_overlay(self, watch: Watch) -> None:
+    def _merge_overlay(self, watch: TaskMonitor) -> None:
         # A hypervisor that hangs is abandoned: whatever it does later is seen by the caretaker, who goes on.
         watch.result_of(Call("merge", lambda: self._freezer.merge(watch.pause)))
 
@@ -291,7 +288,7 @@ class Bundling:
 
     def complete(self) -> None:
         """End the task as `complete`, unless an operator has ended it meanwhile (`thrave host retire`)."""
-        with durable("record closed"):
+        with failpoint("record closed"):
             if self._records.complete(self._task.bundle_id):
                 return
         if self._records.state(self._task.bundle_id) not in FINISHED:
@@ -304,7 +301,7 @@ class Bundling:
         assert task is not None, "a task is purged only after its end"
         assert task.error_code is not None, "the reason is recorded first"
         failure = TaskFailure(task.error_code, task.error_message or "")
-        with durable("record closed"):
+        with failpoint("record closed"):
             self._records.fail(self._task.bundle_id, failure)
 
     def _do(self, step: Step) -> None:
@@ -317,14 +314,14 @@ class Bundling:
         work = self._steps[step]
         try:
             self._surely(
-                lambda: patiently(work, self._host.stall_timeout, whole_step=True),
+                lambda: retry_hypervisor(work, self._host.stall_timeout, whole_step=True),
                 is_over_if_started=step in BEFORE_READ,
             )
         except Exception as error:
             # Nothing but a fault of the program ends the last steps, which only write the row: it is run again later.
-            if kind_of(error) is Kind.RIGHT_LOST or step in {Step.COMPLETE, Step.FAIL}:
+            if kind_of(error) is ErrorKind.RIGHT_LOST or step in {Step.COMPLETE, Step.FAIL}:
                 raise
-            raise failure_from(error) from error
+            raise to_task_failure(error) from error
 
     def _surely(self, work: Callable[[], _Result], *, is_over_if_started: bool = False) -> _Result:
         """Do something for as long as the database is unavailable; the instance does not stay off so long.
@@ -334,14 +331,12 @@ class Bundling:
             is_over_if_started: Whether it fails if the instance had to be started meanwhile: its volume is not what it
                 was.
         """
-        return through_outages(
-            work, _PowerFirst(self._host, self._task, self._records, self._power, is_over_if_started)
-        )
+        return retry_database(work, _PowerFirst(self._host, self._task, self._records, self._power, is_over_if_started))
 
     @cached_property
-    def _store(self) -> BundleStore:
+    def _store(self) -> TaskObjects:
         policy = UploadPolicy.trusted(*self._records.grant(self._task.bundle_id), self._task.access_key_id)
-        return BundleStore(
+        return TaskObjects(
             self._host.buckets.on_behalf_of(policy.access_key_id),
             self._journal,
             self._task,
@@ -354,12 +349,12 @@ class Bundling:
         )
 
     @contextmanager
-    def _state(self, state: BundleTaskState) -> Iterator[Watch]:
+    def _state(self, state: BundleTaskState) -> Iterator[TaskMonitor]:
         """Be in a state of the task for as long as the work of it lasts, watched for progress and cancellation."""
         if not self._records.move(self._task.bundle_id, state):
-            raise Cancelled
+            raise TaskCancelled
         host = self._host
-        with Watch(
+        with TaskMonitor(
             self._records,
             self._task.bundle_id,
             stall_timeout=host.stall_timeout,
@@ -369,7 +364,7 @@ class Bundling:
             yield watch
 
     @contextmanager
-    def _held(self, watch: Watch) -> Iterator[tuple[Instance, VolumeFile]]:
+    def _held(self, watch: TaskMonitor) -> Iterator[tuple[Instance, VolumeFile]]:
         """The instance and its root volume, which nobody writes to: it is off, or runs on an overlay."""
         frozen = self._freezer.frozen
         if frozen is None:
@@ -426,10 +421,10 @@ class Bundling:
 class _PowerFirst:
     """An instance does not stay off for longer than `stall_timeout` because the database is full, locked or away."""
 
-    host: Host
+    host: TaskContext
     task: BundleTask
-    records: Records
-    power: PowerSwitch
+    records: TaskRepository
+    power: InstancePower
     is_over_if_started: bool
 
     @property
@@ -467,7 +462,7 @@ class _PowerFirst:
         return TaskFailure("Server.NoProgress", words)
 
 
-def bundle(host: Host, bundle_id: str) -> None:
+def run_bundle_task(host: TaskContext, bundle_id: str) -> None:
     """Do the task `bundle_id`, unless it has ended, another host has adopted it, or this process does it already."""
     with RUNNING.claimed(bundle_id) as is_first:
         if not is_first:
@@ -482,12 +477,12 @@ def bundle(host: Host, bundle_id: str) -> None:
             raise
 
 
-def _bundle(host: Host, bundle_id: str) -> None:
-    task = through_outages(lambda: host.records.get(bundle_id))
+def _bundle(host: TaskContext, bundle_id: str) -> None:
+    task = retry_database(lambda: host.records.get(bundle_id))
     if task is None or task.host != host.name:
         return
     if task.state is BundleTaskState.FAILED:
-        through_outages(lambda: host.made_buckets.discard_of(host.buckets, task))  # cancelled before it was begun
-    run = through_outages(lambda: host.records.take_up(bundle_id))
+        retry_database(lambda: host.made_buckets.discard_of(host.buckets, task))  # cancelled before it was begun
+    run = retry_database(lambda: host.records.take_up(bundle_id))
     if run is not None:
-        Bundling(host, task, run).run()
+        BundleWorkflow(host, task, run).run()

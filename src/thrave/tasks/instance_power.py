@@ -1,4 +1,11 @@
-"""An instance's power, as one bundle task handles it: noted, switched off, held off, and put back as is wanted.
+"""A root volume that stands still while its instance runs, as one bundle task handles it.
+
+Once the instance has been stopped, its root volume gets a copy-on-write overlay, and the instance is started on that;
+what is sealed is the volume below, which nothing writes to. In the end the overlay is merged into the volume. What is
+planned is written down first, so that whatever is killed, the overlay is found again and merged. Where an overlay
+cannot be had, the instance stays off until its volume has been read, and its owner is told why.
+
+An instance's power, as one bundle task handles it: noted, switched off, held off, and put back as is wanted.
 
 An instance that ran before the task runs after it, whatever happened, and one that was stopped stays stopped, unless
 its owner has asked for something else since: what is wanted is read again before the instance is put back. It is never
@@ -7,6 +14,7 @@ off. A guest that does not power off by itself within the grace period makes the
 cut only if the operator wants that.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
@@ -15,40 +23,154 @@ from typing import Literal
 
 import structlog
 
-from thrave.compute.base import HypervisorDriver, StoppedHold
+from thrave.compute.base import HypervisorDriver, Overlay, Overlays, StoppedHold
 from thrave.compute.errors import (
+    HypervisorError,
     IncorrectInstanceState,
     InstanceError,
     InstanceLocked,
     InstanceNotFound,
+    OverlayNotSupported,
     RootVolumeInUse,
 )
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.power import TO_START, UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.compute.start_check import start_allowed_by
-from thrave.tasks.crash_points import durable
-from thrave.tasks.failures import TaskFailure, may_pass
-from thrave.tasks.freezing import CHECK_PATIENCE
+from thrave.compute.timeouts import ProgressPause
+from thrave.concurrency import Call, CallTimeoutError
+from thrave.tasks.errors import TaskFailure, may_pass
+from thrave.tasks.failpoints import failpoint
 from thrave.tasks.lease import LeaseExpiredError
-from thrave.tasks.patience import patiently
-from thrave.tasks.records import RECOVER_FOR, Records
-from thrave.tasks.steps import BORROWED
-from thrave.tasks.task import BundleTask
-from thrave.tasks.watch import Watch
+from thrave.tasks.models import BORROWED, BundleTask
+from thrave.tasks.monitor import TaskMonitor
+from thrave.tasks.patience import retry_hypervisor
+from thrave.tasks.repository import RECOVER_FOR, TaskRepository
+
+ABANDON_AFTER = 10.0  # seconds after which a merge that does not end by itself is abandoned
+
+
+STALL_TIMEOUT = 600.0  # seconds for which a merge may make no progress
+
+
+CHECK_PATIENCE = 60.0  # seconds that a hypervisor may be away when it is to say that nobody wrote to a volume
+
+
+class RootOverlay:
+    """Freezes the root volume of a task's instance, and thaws it."""
+
+    def __init__(
+        self,
+        instances: HypervisorDriver,
+        records: TaskRepository,
+        task: BundleTask,
+        *,
+        stall_timeout: float = STALL_TIMEOUT,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Freeze the root volume of the task's instance; a merge may stand still for `stall_timeout` seconds.
+
+        `check` is called before each command to the hypervisor, and raises if this process may not give any.
+        """
+        self._instances = instances
+        self._records = records
+        self._task = task
+        self._stall_timeout = stall_timeout
+        self._check = check
+
+    @property
+    def frozen(self) -> Overlay | None:
+        """What was frozen for the task, or is just going to be; None from when it has been merged."""
+        return self._records.frozen(self._task.bundle_id)
+
+    def freeze(self) -> None:
+        """Put an overlay over the root volume of the instance, which is off; if it can have none, tell its owner."""
+        frozen = self.frozen or self._plan()
+        if frozen is not None:
+            with failpoint("root volume frozen"), start_allowed_by(self._check):
+                self._overlays.freeze(self._task.instance_id, frozen)
+
+    @contextmanager
+    def held(self, frozen: Overlay, watch: TaskMonitor) -> Iterator[Instance]:
+        """The instance, on its overlay, so that nothing writes to the volume.
+
+        Raises RootVolumeInUse if it is found in another place, before the block, during it or after it.
+        """
+        with self._overlays.hold(self._task.instance_id, frozen) as hold:
+            hold.check()
+            watch.guard(hold.check)
+            yield self._instances.get(self._task.instance_id)
+            retry_hypervisor(hold.check, CHECK_PATIENCE, pause=watch.pause)
+
+    def merge(self, pause: Callable[[float], object]) -> None:
+        """Have the instance go on without the overlay, if there is one; also an earlier task's.
+
+        Raises:
+            InstanceError: The hypervisor refuses, or nothing moves; the instance runs on, and it may be tried again.
+            Exception: What `pause` raises; what was begun may go on by itself.
+        """
+        for bundle_id, frozen in self._records.frozen_of(self._task.instance_id):
+            with failpoint("overlay merged"), start_allowed_by(self._check):
+                pause_while_moving = ProgressPause(self._task.instance_id, pause, self._stall_timeout)
+                self._overlays.merge(self._task.instance_id, frozen, pause_while_moving)
+            self._records.note_frozen(bundle_id, None)
+
+    def merge_within(self, seconds: float) -> None:
+        """The same, where nobody watches. Raises InstanceError also if it takes longer than so many seconds."""
+        late = HypervisorError(self._task.instance_id, f"the overlay is not merged after {seconds:.0f} seconds")
+        given_up = time.monotonic() + seconds
+
+        def pause(between_looks: float) -> None:
+            if time.monotonic() > given_up:
+                raise late
+            time.sleep(between_looks)
+
+        try:  # a hypervisor that hangs is abandoned; if it goes on, `pause` ends what is left
+            Call("merge", lambda: self.merge(pause)).result(seconds + ABANDON_AFTER)
+        except CallTimeoutError:
+            raise late from None
+
+    def _plan(self) -> Overlay | None:
+        try:
+            frozen = self._planned()
+        except OverlayNotSupported as reason:
+            self._records.notice(
+                self._task.bundle_id, f"The instance is off until its root volume has been read: {reason}."
+            )
+            return None
+        with failpoint("overlay noted"):
+            self._records.note_frozen(self._task.bundle_id, frozen)
+        return frozen
+
+    def _planned(self) -> Overlay:
+        if self._instances.overlays is None:
+            raise OverlayNotSupported(self._task.instance_id, "its hypervisor has no overlays")
+        return self._instances.overlays.plan(self._task.instance_id)
+
+    @property
+    def _overlays(self) -> Overlays:
+        overlays = self._instances.overlays
+        if overlays is None:
+            raise HypervisorError(self._task.instance_id, "the hypervisor that the settings name has no overlays")
+        return overlays
+
 
 _OFF_AGAIN = 3  # attempts to hold an instance that others start at the same moment
+
+
 log = structlog.get_logger()
+
+
 ShutdownTimeoutAction = Literal["fail", "power-off"]
 
 
-class PowerSwitch:
+class InstancePower:
     """The power switch of a task's instance."""
 
     def __init__(
         self,
         instances: HypervisorDriver,
-        records: Records,
+        records: TaskRepository,
         task: BundleTask,
         *,
         grace: float,
@@ -79,7 +201,7 @@ class PowerSwitch:
             version = self._records.power(instance_id).version
             is_looked_after = self._records.is_looked_after(instance_id)
             running = self._instances.state(instance_id) in UP or is_looked_after
-            with durable("power noted"):
+            with failpoint("power noted"):
                 if self._records.note_power_state(self._task.bundle_id, running=running, version=version):
                     break
         self.is_to_run()
@@ -95,17 +217,17 @@ class PowerSwitch:
             self._was_running = task.was_running
         return bool(self._was_running)
 
-    def sysprep(self, watch: Watch, command: Sequence[str]) -> None:
+    def sysprep(self, watch: TaskMonitor, command: Sequence[str]) -> None:
         """Have the guest prepare itself for being copied, which powers it off; then as `off`."""
         if _is_off(self._instances.state(self._task.instance_id)):
             return
         self._look_after()
         self._check_right()
-        with self._unless_terminated(), durable("sysprep sent"):
+        with self._unless_terminated(), failpoint("sysprep sent"):
             self._instances.request_sysprep(self._task.instance_id, command)
         self._off(watch, ask=lambda _instance_id: None)  # a request to power off would cut it short
 
-    def off(self, watch: Watch) -> None:
+    def off(self, watch: TaskMonitor) -> None:
         """Ask the guest to power off, again and again, until it has; in the end cut its power, if that is wanted.
 
         If it is still up when this ends, whatever way, it may yet hear it: it is looked after (`caretaker.py`) then.
@@ -120,7 +242,7 @@ class PowerSwitch:
         self._looked_after = timedelta(seconds=2 * self._grace)
         self._records.look_after(self._task.bundle_id, self._looked_after)
 
-    def _off(self, watch: Watch, ask: Callable[[str], None]) -> None:
+    def _off(self, watch: TaskMonitor, ask: Callable[[str], None]) -> None:
         record = self._records.power(self._task.instance_id)
         self._is_owed = self._is_to_run(record)
         is_borrowed = record.borrowed_by == self._task.bundle_id
@@ -137,12 +259,12 @@ class PowerSwitch:
         )
         if not _is_off(state):
             self._cut(f"The guest did not power off within {self._grace:.0f} seconds")
-        with durable("shutdown seen"):
+        with failpoint("shutdown seen"):
             self._records.note_seen_off(self._task.instance_id)
         self._looked_after = None
 
     @contextmanager
-    def held_off(self, watch: Watch) -> Iterator[Instance]:
+    def held_off(self, watch: TaskMonitor) -> Iterator[Instance]:
         """The instance, off and kept from being started; switched off again if a crash gave it time to be started.
 
         Raises RootVolumeInUse or TaskFailure if it is found running or terminated, before the block, during it or
@@ -153,9 +275,9 @@ class PowerSwitch:
             check = partial(self._check_off, hold)
             watch.guard(check)
             yield self._instances.get(self._task.instance_id)
-            patiently(check, CHECK_PATIENCE, pause=watch.pause)
+            retry_hypervisor(check, CHECK_PATIENCE, pause=watch.pause)
 
-    def _hold_off(self, watch: Watch, stack: ExitStack) -> StoppedHold:
+    def _hold_off(self, watch: TaskMonitor, stack: ExitStack) -> StoppedHold:
         """Switch it off and hold it; again if it was started in between, as nothing has been read yet."""
         for attempts_left in reversed(range(_OFF_AGAIN)):
             self.off(watch)
@@ -204,7 +326,7 @@ class PowerSwitch:
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
         if state in TO_START and is_wanted_on and (is_borrowed or self._has_lost_power()):
-            with start_allowed_by(self._check_right), durable("instance started"):
+            with start_allowed_by(self._check_right), failpoint("instance started"):
                 self._instances.start(instance_id)
             self._records.give_back(bundle_id, seen_off=instance_id)
             return
@@ -257,7 +379,7 @@ class PowerSwitch:
 
     def _ask(self, instance_id: str) -> None:
         self._check_right()
-        with self._unless_terminated(), durable("shutdown sent"):
+        with self._unless_terminated(), failpoint("shutdown sent"):
             self._instances.request_stop(instance_id)
 
     @contextmanager
@@ -276,7 +398,7 @@ class PowerSwitch:
         self._records.notice(self._task.bundle_id, f"{late}: its power was cut, and what it had not written is lost.")
         self._check_right()
         try:
-            with self._unless_terminated(), durable("power cut"):
+            with self._unless_terminated(), failpoint("power cut"):
                 self._instances.force_stop(self._task.instance_id)
         except InstanceError as error:
             raise TaskFailure("Server.InstanceNotStopped", f"{late}, and its power cannot be cut: {error}") from error
