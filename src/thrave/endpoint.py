@@ -26,9 +26,7 @@ from thrave.config import Settings
 from thrave.database import TIMEOUT, DatabaseReplacedError
 from thrave.doctor.standing import StandingChecks, VolumeChecks
 from thrave.ec2.app import create_app
-from thrave.ec2.door import Door
-from thrave.ec2.permissions import Permissions
-from thrave.ec2.rate import RateLimit
+from thrave.ec2.backend import Ec2Backend, Permissions, RateLimit
 from thrave.files import HeldFile
 from thrave.ground import Ground, explained, hold_data_directory
 from thrave.identity.users import Users
@@ -123,7 +121,9 @@ def _end_at_once(error: DatabaseReplacedError) -> Never:
     os._exit(1)
 
 
-def _door(ground: Ground, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]) -> Door:
+def _door(
+    ground: Ground, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]
+) -> Ec2Backend:
     """The EC2 door, in front of these instances."""
     settings = ground.settings
     tasks = BundleTaskService(
@@ -134,7 +134,7 @@ def _door(ground: Ground, instances: InstanceInventory, power: PowerControl, hos
         retention=timedelta(days=settings.task_retention_days),
         per_account=settings.max_tasks_per_account,
     )
-    return Door(
+    return Ec2Backend(
         accounts=ground.accounts,
         instances=instances,
         buckets=RetryingStore(ground.buckets, REQUEST_PATIENCE),

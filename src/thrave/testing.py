@@ -168,7 +168,7 @@ class ThraveServer:
         return import_boto3().client(service, **{**given, **options})
 
     def storage(self, key: AccessKey, bucket: str, prefix: str, **changes: object) -> dict[str, dict[str, object]]:
-        """The `Storage` of a BundleInstance call, with an upload policy as the AWS CLI makes it."""
+        """The `S3Storage` of a BundleInstance call, with an upload policy as the AWS CLI makes it."""
         policy, signature = upload_policy(key.secret_access_key, bucket, prefix)
         storage = {
             "AWSAccessKeyId": key.access_key_id,

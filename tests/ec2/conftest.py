@@ -17,8 +17,7 @@ from thrave.compute.power import BackgroundPower
 from thrave.compute.power_records import PowerRecords
 from thrave.database import migrate, open_engine
 from thrave.ec2.app import create_app
-from thrave.ec2.door import Door
-from thrave.ec2.rate import RateLimit
+from thrave.ec2.backend import Ec2Backend, RateLimit
 from thrave.identity.accounts import AccessKey, Accounts
 from thrave.tasks.repository import TaskRepository
 from thrave.tasks.task_service import BundleTaskService
@@ -29,7 +28,7 @@ from thrave.vault import Vault
 class ServiceWithoutEngine:
     """A data directory and everything in it."""
 
-    door: Door
+    door: Ec2Backend
     records: TaskRepository
     instances: DirectoryDriver
     key: AccessKey
@@ -53,7 +52,7 @@ def service(tmp_path):
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     instances = DirectoryDriver(tmp_path / "instances")
     power = BackgroundPower(instances, PowerRecords(engine), grace=20.0)
-    door = Door(
+    door = Ec2Backend(
         accounts=Accounts(engine, vault),
         instances=instances,
         power=power,

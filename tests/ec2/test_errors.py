@@ -8,7 +8,7 @@ import pytest
 
 import thrave.ec2
 from thrave.ec2.errors import ERRORS, EC2Error
-from thrave.ec2.protocol import errors as protocol_errors
+from thrave.ec2.protocol import parser as protocol_errors
 
 SOURCES = sorted(Path(thrave.ec2.__file__).parent.rglob("*.py"))
 

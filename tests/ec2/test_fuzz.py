@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.buckets.s3_storage import storage
 from thrave.ec2.actions import ACTIONS
 from thrave.ec2.app import act, prove
+from thrave.ec2.authentication import Ec2Request
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.messages import Request
 
 INSTANCE = "i-12345678"
 
@@ -44,7 +44,7 @@ def sent_by(key, form):
     request = AWSRequest("POST", "http://localhost/", data=body)
     SigV4Auth(Credentials(key.access_key_id, key.secret_access_key), "ec2", "us-east-1").add_auth(request)
     headers = {"host": "localhost", **{name.lower(): value for name, value in request.headers.items()}}
-    return Request("POST", "/", b"", tuple(headers.items()), body)
+    return Ec2Request("POST", "/", b"", tuple(headers.items()), body)
 
 
 @pytest.mark.parametrize("action", sorted(ACTIONS))

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thrave.ec2.model import EC2, STS
 from thrave.ec2.protocol import Blob, ProtocolError, error_document, parse, read_form, serialize
+from thrave.ec2.service_models import EC2, STS
 
 BUNDLE = "InstanceId=i-12345678&Storage.S3.Bucket=b"
 

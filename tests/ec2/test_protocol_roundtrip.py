@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thrave.ec2.actions import ACTIONS
-from thrave.ec2.model import SERVICES
 from thrave.ec2.protocol import Blob, error_document, parse, read_form, serialize
+from thrave.ec2.service_models import SERVICES
 
 SERIALIZERS, PARSERS = (
     {service: make(service.model.metadata["protocol"]) for service in SERVICES}

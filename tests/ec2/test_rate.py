@@ -11,7 +11,7 @@ from botocore.exceptions import ClientError
 from support.buckets.s3_storage import storage
 from support.manual_clock import ManualClock
 from thrave.ec2.app import create_app
-from thrave.ec2.rate import RateLimit, TooManyRequests
+from thrave.ec2.backend import RateLimit, TooManyRequests
 
 ALICE, BOB = "111111111111", "222222222222"
 

@@ -14,10 +14,9 @@ from botocore.credentials import Credentials
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thrave.ec2.authentication import Ec2Request, authenticate
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.messages import Request
 from thrave.ec2.protocol import ProtocolError
-from thrave.ec2.signatures import authenticate
 from thrave.identity.accounts import AccessKey, KeyCache
 
 FORM = "application/x-www-form-urlencoded; charset=utf-8"
@@ -38,7 +37,7 @@ def received(aws_request, body=b""):
     """What arrives of a request that botocore has signed."""
     url = urlsplit(aws_request.url)
     headers = {"host": url.netloc, **{name.lower(): value for name, value in aws_request.headers.items()}}
-    return Request(aws_request.method, url.path, url.query.encode(), tuple(headers.items()), body)
+    return Ec2Request(aws_request.method, url.path, url.query.encode(), tuple(headers.items()), body)
 
 
 def header_signed(*, key=KEY, region="us-east-1", service="ec2", body=BODY, url=f"http://{HOST}/", **headers):
@@ -68,7 +67,7 @@ def v2_signed(*, key=KEY, host=HOST, sign_host=None, method="POST", **changes):
     form["Signature"] = signer.calc_signature(AWSRequest(method, f"http://{sign_host or host}/"), form)[1]
     encoded = urlencode(form).encode()
     query, body = (b"", encoded) if method == "POST" else (encoded, b"")
-    return Request(method, "/", query, (("host", host),), body)
+    return Ec2Request(method, "/", query, (("host", host),), body)
 
 
 def with_header(request, name, value):
@@ -146,7 +145,7 @@ def stranger(**changes):
 
 
 HOLES = {
-    "no credentials": (lambda: Request("GET", "/", b"Action=x", (("host", HOST),), b""), "MissingParameter"),
+    "no credentials": (lambda: Ec2Request("GET", "/", b"Action=x", (("host", HOST),), b""), "MissingParameter"),
     # Version 4 in the header
     "unknown key": (lambda: header_signed(key=stranger(access_key_id="AKIDNOBODY")), "AuthFailure"),
     "inactive key": (lambda: header_signed(key=INACTIVE), "AuthFailure"),
@@ -312,7 +311,7 @@ def test_whatever_stands_in_an_authorization_header_is_refused_in_ec2s_words(sch
 
 @given(st.binary(max_size=60), st.text(max_size=20), st.binary(max_size=60))
 def test_whatever_comes_is_refused_in_ec2s_words(query, host, body):
-    request = Request("POST", "/", b"AWSAccessKeyId=x&Signature=x&" + query, (("host", host),), body)
+    request = Ec2Request("POST", "/", b"AWSAccessKeyId=x&Signature=x&" + query, (("host", host),), body)
     with suppress(ProtocolError):
         assert verdict(request) in {"MissingParameter", "IncompleteSignature"}
 

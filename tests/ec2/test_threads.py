@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from thrave.ec2.threads import AccountThreads
+from thrave.ec2.request_threads import AccountThreads
 
 WAIT = 60  # seconds
 

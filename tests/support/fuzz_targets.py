@@ -32,10 +32,9 @@ from thrave.bundle.side_file import read_side_file
 from thrave.bundle.tar_reader import image_runs
 from thrave.bundle.tar_writer import TarMember
 from thrave.ec2.actions import ACTIONS
+from thrave.ec2.authentication import Ec2Request, authenticate
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.messages import Request
 from thrave.ec2.protocol import ProtocolError, parse, read_form
-from thrave.ec2.signatures import authenticate
 from thrave.identity.accounts import AccessKey, KeyCache
 from thrave.identity.errors import IdentityError
 from thrave.identity.policies import parse_policy
@@ -71,7 +70,7 @@ def authorization(data: bytes) -> None:
     values = (b"127.0.0.1:8773", header, date)
     headers = tuple((name, value.decode("latin-1")) for name, value in zip(names, values, strict=True) if value)
     with suppress(EC2Error, ProtocolError):
-        authenticate(Request("POST", "/", query, headers, body), {ACCESS_KEY_ID: KEY}.get, KeyCache(), NOW)
+        authenticate(Ec2Request("POST", "/", query, headers, body), {ACCESS_KEY_ID: KEY}.get, KeyCache(), NOW)
 
 
 def upload_policy(data: bytes) -> None:

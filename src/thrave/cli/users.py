@@ -137,7 +137,7 @@ def put_policy(
 
 
 def _warn_of_unknown_actions(document: str) -> None:
-    from thrave.ec2.model import EC2
+    from thrave.ec2.service_models import EC2
     from thrave.identity.policies import unmatched_actions
 
     for action in unmatched_actions(document, EC2.name, EC2.model.operation_names):

@@ -22,14 +22,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from thrave.ec2.actions import ACTIONS, Action
-from thrave.ec2.door import Caller, Door
+from thrave.ec2.authentication import Ec2Request, Host, UnreadableRequest, authenticate, read_signature
+from thrave.ec2.backend import Caller, Ec2Backend, TooManyRequests
 from thrave.ec2.errors import EC2Error, ec2_error_of
-from thrave.ec2.messages import Host, Request
-from thrave.ec2.model import EC2, SERVICES, STS, Service
 from thrave.ec2.protocol import ProtocolError, error_document, parse, serialize
-from thrave.ec2.rate import TooManyRequests
-from thrave.ec2.signatures import UnreadableRequest, authenticate, read_signature
-from thrave.ec2.threads import AccountThreads
+from thrave.ec2.request_threads import AccountThreads
+from thrave.ec2.service_models import EC2, SERVICES, STS, Service
 from thrave.identity.accounts import AccessKey
 from thrave.identity.policies import NO_RESOURCE
 
@@ -71,7 +69,7 @@ class Api:
         door: What the actions use.
     """
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Ec2Backend) -> None:
         for each in SERVICES:
             _ = each.model  # read now, so that no request has to wait for it
         self._door = door
@@ -91,7 +89,7 @@ class Api:
             if _is_browsers(http):
                 return Response(_WELCOME.format(url=_url(http)), media_type="text/html")
             request = await receive(http)
-            action = named(request)
+            action = find_action(request)
             service = action.service if action else EC2
             return _response(200, await self._answered(request, action, request_id), request_id)
         except EC2Error as error:
@@ -102,7 +100,7 @@ class Api:
             _log_unforeseen("internal error", error, request_id)
             return _error_response(service, EC2Error("InternalError"), request_id)
 
-    async def _answered(self, request: Request, action: Action | None, request_id: str) -> bytes:
+    async def _answered(self, request: Ec2Request, action: Action | None, request_id: str) -> bytes:
         """Have a thread prove and answer a request."""
         threads = self._readers if action and action.reads_records else self._workers
         future: Future[bytes]
@@ -122,12 +120,12 @@ class Api:
             raise EC2Error("Unavailable", said="the database does not answer") from None
 
 
-def create_app(door: Door) -> Api:
+def create_app(door: Ec2Backend) -> Api:
     """Make the web application of the API."""
     return Api(door)
 
 
-def named(request: Request) -> Action | None:
+def find_action(request: Ec2Request) -> Action | None:
     """Return the action that a request seems to name, which decides who reads it; whether it may is seen later.
 
     It is looked for in the bytes as they came: nothing is decoded before a thread does it.
@@ -138,7 +136,7 @@ def named(request: Request) -> Action | None:
     return None
 
 
-def prove(door: Door, request: Request, request_id: str) -> AccessKey:
+def prove(door: Ec2Backend, request: Ec2Request, request_id: str) -> AccessKey:
     """Prove who has signed a request.
 
     Raises:
@@ -160,7 +158,7 @@ def prove(door: Door, request: Request, request_id: str) -> AccessKey:
         raise ours from error
 
 
-def act(door: Door, request: Request, key: AccessKey, request_id: str) -> bytes:
+def act(door: Ec2Backend, request: Ec2Request, key: AccessKey, request_id: str) -> bytes:
     """Answer a request whose signature is proved: every other check in its order, then the action.
 
     Raises:
@@ -179,7 +177,7 @@ def act(door: Door, request: Request, key: AccessKey, request_id: str) -> bytes:
         raise ours from error
 
 
-def _carry_out(door: Door, request: Request, key: AccessKey, request_id: str) -> bytes:
+def _carry_out(door: Ec2Backend, request: Ec2Request, key: AccessKey, request_id: str) -> bytes:
     door.rate.take(key.account_id)
     caller = _caller(request, key)
     name, version = _action_and_version(request)
@@ -212,7 +210,7 @@ def check_target(http: HttpRequest) -> None:
         raise EC2Error("MethodNotAllowed", method=http.method, url=_url(http))
 
 
-async def receive(http: HttpRequest) -> Request:
+async def receive(http: HttpRequest) -> Ec2Request:
     """Read a request, never more of it than the limit.
 
     Raises:
@@ -228,7 +226,7 @@ async def receive(http: HttpRequest) -> Request:
             raise EC2Error("RequestEntityTooLarge", limit=LIMIT)
     if body and http.headers.get("content-type", FORM).partition(";")[0].strip().lower() != FORM:
         raise EC2Error("UnsupportedProtocol")
-    return Request(
+    return Ec2Request(
         method=http.method,
         path=http.scope.get("raw_path", b"/").decode("latin-1"),
         query=http.scope["query_string"],
@@ -252,7 +250,7 @@ def _url(http: HttpRequest) -> str:
     return f"{http.scope.get('scheme', 'http')}://{Host.parse(http.headers.get('host', '')) or own}"
 
 
-def _caller(request: Request, key: AccessKey) -> Caller:
+def _caller(request: Ec2Request, key: AccessKey) -> Caller:
     return Caller(
         account_id=key.account_id,
         access_key_id=key.access_key_id,
@@ -263,7 +261,7 @@ def _caller(request: Request, key: AccessKey) -> Caller:
     )
 
 
-def _action_and_version(request: Request) -> tuple[str, str]:
+def _action_and_version(request: Ec2Request) -> tuple[str, str]:
     for name in ("Action", "Version"):
         if name not in request.form:
             raise EC2Error("MissingParameter", name=name)
@@ -298,7 +296,7 @@ def _log_unforeseen(event: str, error: BaseException, request_id: str) -> None:
     log.error(event, request_id=request_id, where=where, traceback="".join(traceback.format_exception(error)))
 
 
-def _log_refusal(request: Request, error: EC2Error, now: datetime) -> None:
+def _log_refusal(request: Ec2Request, error: EC2Error, now: datetime) -> None:
     """Tell the operator who could not be let in, and what arrived: a client is told no more than that it is refused."""
     claim: dict[str, object] = {}
     with suppress(EC2Error, ProtocolError, UnreadableRequest):

@@ -1,37 +1,58 @@
-r"""Filters of the Describe… actions: `Filter.N.Name`, `Filter.N.Value.M`.
+"""Filters of the Describe… actions: `Filter.N.Name`, `Filter.N.Value.M`.
 
 Values of one filter are alternatives, filters are conditions that must all hold, comparison is case-sensitive, `*`
-stands for any number of characters, `?` for exactly one, and a backslash takes their meaning away (`\*amazon\?\\`). A
+stands for any number of characters, `?` for exactly one, and a backslash takes their meaning away (`\\*amazon\\?\\`). A
 filter that nothing matches gives an empty answer and no error. Source: AWS, "Filtering your resources", EC2 API
 Reference.
 
 Which filters a record has is a table of its action's: filter name to a function that gives the record's values for it.
 A name in the table that ends with a colon stands for all that begin with it, as `tag:` does; its function gives the
 value for each name that may come behind the colon.
+
+Pages of a Describe… action: `MaxResults` and `NextToken`.
+
+A token names the last record of the page before it, so that the service remembers nothing and a record that comes or
+goes between two pages moves no other. Source: AWS, "Paginating results", EC2 API Reference; boto3 and the AWS CLI only
+ever hand a token back.
 """
 
+import base64
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeAlias, TypeVar
 
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.protocol import format_timestamp
+from thrave.ec2.protocol import Parameters, format_timestamp
 
 Record = TypeVar("Record")
+
 
 Filters: TypeAlias = Sequence[Mapping[str, Any]]
 """As the model has them: `[{"Name": "state", "Values": ["complete", "failed"]}, …]`."""
 
+
 FilterTable: TypeAlias = Mapping[str, Callable[[Record], Iterable[str | None] | Mapping[str, str]]]
 """Filter name to the values that a record has for it; None is a value that the record lacks."""
 
+
 MAX_VALUES = 200  # AWS's limit for one call
+
+
 MAX_LENGTH = 1024  # characters of a value; S3's longest key is the longest thing that is compared
+
+
 MAX_CHARACTERS = 32 * 1024  # of all values of a call together
+
+
 MAX_PATTERN_CHARACTERS = 4096  # of those values together that have wildcards
+
+
 MAX_WILDCARDS = 400  # in all values together: two in each of 200, as in `*name*`
+
+
 _CHARACTERS_PER_UNIT = 4096  # compared characters that cost as much as a small request, about 0.4 ms
+
 
 _TOKEN = re.compile(r"\\(.)|([*?])|(.)", re.DOTALL)
 
@@ -158,3 +179,43 @@ def instants(moment: datetime) -> tuple[str, ...]:
     text = format_timestamp(moment)
     short = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return (text, short) if text.endswith(".000Z") else (text,)
+
+
+SMALLEST, LARGEST = 5, 1000
+
+
+def page(
+    records: Sequence[Record], parameters: Parameters, id_of: Callable[[Record], str]
+) -> tuple[Sequence[Record], str | None]:
+    """Cut the page out of the records that a request asks for.
+
+    Args:
+        records: In ascending order of their ids.
+        parameters: With `MaxResults` and `NextToken`, or without.
+        id_of: Gives a record's id, plain ASCII.
+
+    Returns:
+        The page, and the token of the next; None if this is the last.
+
+    Raises:
+        EC2Error: InvalidParameterValue (MaxResults out of 5 to 1000), InvalidPaginationToken.
+    """
+    size = parameters.get("MaxResults", LARGEST)
+    if not SMALLEST <= size <= LARGEST:
+        message = f"Value ({size}) for parameter MaxResults is invalid. It must be from {SMALLEST} to {LARGEST}."
+        raise EC2Error("InvalidParameterValue", message)
+    last_seen = _read_token(parameters.get("NextToken", ""))
+    rest = [record for record in records if id_of(record) > last_seen]
+    token = _write_token(id_of(rest[size - 1])) if len(rest) > size else None
+    return rest[:size], token
+
+
+def _write_token(last_id: str) -> str:
+    return base64.urlsafe_b64encode(last_id.encode()).decode()
+
+
+def _read_token(token: str) -> str:
+    try:
+        return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode("ascii")
+    except ValueError:
+        raise EC2Error("InvalidPaginationToken") from None

@@ -30,11 +30,7 @@ from thrave.compute.errors import (
 )
 from thrave.database import is_unavailable
 from thrave.tasks.lease import LeaseExpiredError, RightLostError
-from thrave.tasks.models import (
-    BundleTaskState,
-    HostEvent,
-    HostState,
-)
+from thrave.tasks.models import BundleTaskState, HostEvent, HostState
 from thrave.volumes.errors import VolumeError
 
 log = structlog.get_logger()

@@ -31,7 +31,7 @@ from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
-from thrave.ec2.actions.storage import Storage, claim_bucket
+from thrave.ec2.bundle_actions import S3Storage, ensure_bucket
 from thrave.ec2.errors import EC2Error
 from thrave.ground import open_ground
 from thrave.tasks.housekeeping import ObjectCleanup
@@ -96,11 +96,11 @@ class FaultBench:
         """
         bucket = _new_name() if kind in BY_POLICY else self.bucket
         policy, signature = upload_policy(KEY.secret_access_key, bucket, PREFIX)
-        storage = Storage(bucket=bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
+        storage = S3Storage(bucket=bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
                           upload_policy=policy, upload_policy_signature=signature)  # fmt: skip
         door = SimpleNamespace(buckets=RetryingStore(self._buckets(kind, temper), temper.patience))
         try:
-            claim_bucket(door, storage, self.account.account_id)
+            ensure_bucket(door, storage, self.account.account_id)
         except EC2Error as error:
             return error.code
         else:

@@ -10,10 +10,8 @@ Source of the rules: the `ec2` protocol as botocore's `EC2Serializer` and `EC2Qu
 also the `query` protocol (`QueryParser`); for what real clients send beyond it, the client is named beside the rule.
 """
 
-from thrave.ec2.protocol.answers import error_document, format_timestamp, serialize
-from thrave.ec2.protocol.errors import ProtocolError
-from thrave.ec2.protocol.forms import join_forms, parse, read_form
-from thrave.ec2.protocol.values import Blob, Parameters, Result
+from thrave.ec2.protocol.parser import Blob, Parameters, ProtocolError, Result, join_forms, parse, read_form
+from thrave.ec2.protocol.serializer import error_document, format_timestamp, serialize
 
 __all__ = [
     "Blob",

@@ -1,29 +1,141 @@
-"""Requests: a form becomes the input of an operation, checked against the model member by member."""
+"""The characters that XML 1.0 can carry, by the Char production of its specification.
 
+What the protocol refuses. Each error carries EC2's own code and a message for the caller.
+
+    ProtocolError
+    ├── MalformedQueryStringError   not UTF-8 once percent-decoded
+    ├── TooManyParametersError      more than any call needs
+    ├── InvalidQueryParameterError  the same parameter twice, or one name as a value and as a structure
+    ├── InvalidCharacterError       a character that no XML answer could carry
+    ├── UnknownParameterError       a name that the operation does not have
+    ├── MissingParameterError       a required member is absent
+    └── InvalidValueError           not of the member's type
+
+Source of the codes: "Error codes for the Amazon EC2 API" (AWS).
+
+The values that requests and answers are made of, in Python's terms.
+
+Requests: a form becomes the input of an operation, checked against the model member by member.
+"""
+
+import base64
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 from urllib.parse import parse_qsl
 
 from botocore.model import OperationModel, Shape
 
-from thrave.ec2.protocol.characters import is_xml
-from thrave.ec2.protocol.errors import (
-    InvalidCharacterError,
-    InvalidQueryParameterError,
-    InvalidValueError,
-    MalformedQueryStringError,
-    MissingParameterError,
-    TooManyParametersError,
-    UnknownParameterError,
-)
-from thrave.ec2.protocol.values import Blob, Parameters
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def is_xml(text: str) -> bool:
+    """Say whether every character of a text may stand in an XML document."""
+    return _NOT_XML.search(text) is None
+
+
+def replace_non_xml(text: str) -> str:
+    """Put U+FFFD in the place of every character that may not stand in an XML document."""
+    return _NOT_XML.sub("\ufffd", text)
+
+
+class ProtocolError(Exception):
+    """A request that the protocol or the model refuses; its text is for the caller."""
+
+    code: ClassVar[str]
+
+
+class MalformedQueryStringError(ProtocolError):
+    """The form is not percent-encoded UTF-8."""
+
+    code = "MalformedQueryString"
+
+
+class TooManyParametersError(ProtocolError):
+    """The form has more parameters than any call needs."""
+
+    code = "RequestEntityTooLarge"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request has more than {limit} parameters.")
+
+
+class InvalidQueryParameterError(ProtocolError):
+    """A parameter is given twice, or contradicts another."""
+
+    code = "InvalidQueryParameter"
+
+
+class InvalidCharacterError(ProtocolError):
+    """A name or value holds a character that XML 1.0 cannot carry, such as NUL."""
+
+    code = "InvalidCharacter"
+
+
+class UnknownParameterError(ProtocolError):
+    """The operation has no such parameter."""
+
+    code = "UnknownParameter"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The parameter {name} is not recognized")
+
+
+class MissingParameterError(ProtocolError):
+    """A parameter that is required is absent."""
+
+    code = "MissingParameter"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The request must contain the parameter {name}")
+
+
+class InvalidValueError(ProtocolError):
+    """A value is not of the type that the model gives its parameter."""
+
+    code = "InvalidParameterValue"
+
+    def __init__(self, name: str, value: str, wanted: str) -> None:
+        super().__init__(f"Value ({value}) for parameter {name} is invalid. It must be {wanted}.")
+
+
+Parameters: TypeAlias = Mapping[str, Any]
+"""An operation's input, by the member names of the model; the types are the model's."""
+
+
+Result: TypeAlias = Mapping[str, Any]
+"""An operation's output, by the member names of the model. A member whose value is None is left out."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that travelled as base64. The text is kept as it came: an upload policy's signature is over the text.
+
+    Attributes:
+        text: The base64 exactly as received, line breaks included.
+        data: What it decodes to.
+    """
+
+    text: str = field(repr=False)
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def from_text(cls, text: str) -> "Blob":
+        """Decode base64, ignoring white space between its characters.
+
+        Raises:
+            ValueError: The text is not base64.
+        """
+        return cls(text, base64.b64decode("".join(text.split()), validate=True))
+
 
 Node: TypeAlias = "str | dict[str, Node]"
 """A form unfolded at its dots: a value, or what stands under each next step of the name."""
+
 
 # Parameters that belong to the request rather than to the operation: the protocol's own two, then those of signature
 # version 2, then those of a presigned URL.
@@ -35,13 +147,18 @@ ENVELOPE = frozenset(
     | {"X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Security-Token"}
 )
 
+
 # Deeper than any input of EC2's model; a bound, so that a name made of dots costs nothing.
 MAX_DEPTH = 16
+
 
 # The longest calls name 1,000 ids, or give 200 filter values.
 MAX_PARAMETERS = 1500
 
+
 _LIST_INDEX = re.compile(r"[1-9][0-9]{0,3}")
+
+
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 
 

@@ -3,19 +3,23 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from thrave.ec2.actions.bundle_tasks import (
-    bundle_instance,
-    cancel_bundle_task,
-    check_bundle_instance,
-    describe_bundle_tasks,
+from thrave.ec2.backend import Caller, Ec2Backend
+from thrave.ec2.bundle_actions import bundle_instance, cancel_bundle_task, check_bundle_instance, describe_bundle_tasks
+from thrave.ec2.instance_actions import (
+    describe_instances,
+    reboot_instances,
+    start_instances,
+    stop_instances,
+    terminate_instances,
 )
-from thrave.ec2.actions.identity import get_caller_identity
-from thrave.ec2.actions.instances import describe_instances
-from thrave.ec2.actions.power import reboot_instances, start_instances, stop_instances, terminate_instances
-from thrave.ec2.actions.region import describe_account_attributes, describe_availability_zones, describe_regions
-from thrave.ec2.door import Caller, Door
-from thrave.ec2.model import EC2, STS, Service
 from thrave.ec2.protocol import Parameters, Result
+from thrave.ec2.region_actions import (
+    describe_account_attributes,
+    describe_availability_zones,
+    describe_regions,
+    get_caller_identity,
+)
+from thrave.ec2.service_models import EC2, STS, Service
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,12 @@ class Action:
         check: Makes the checks of the action's own for DryRun and changes nothing; raises EC2Error.
     """
 
-    function: Callable[[Door, Caller, Parameters], Result]
+    function: Callable[[Ec2Backend, Caller, Parameters], Result]
     also_required: tuple[str, ...] = ()
     service: Service = EC2
     for_all: bool = False
     reads_records: bool = False
-    check: Callable[[Door, Caller, Parameters], object] | None = None
+    check: Callable[[Ec2Backend, Caller, Parameters], object] | None = None
 
 
 # "Required: Yes" in AWS's EC2 API Reference from 2009-04-04 to 2013-02-01; the model of 2016 no longer says it.

@@ -1,4 +1,6 @@
-"""Actions on where we are: DescribeRegions, DescribeAvailabilityZones, DescribeAccountAttributes.
+"""GetCallerIdentity of AWS STS: whose access key signs. What many tools ask first of all.
+
+Actions on where we are: DescribeRegions, DescribeAvailabilityZones, DescribeAccountAttributes.
 
 There is one region, with the name that the operator gave it, and one availability zone in it. There is no VPC, so
 accounts are on the platform that EC2 had before there were any.
@@ -6,16 +8,25 @@ accounts are on the platform that EC2 had before there were any.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from thrave.ec2.door import Caller, Door
+from thrave.ec2.backend import Caller, Ec2Backend
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, select
 from thrave.ec2.protocol import Parameters, Result
+
+
+def get_caller_identity(_door: Ec2Backend, caller: Caller, _parameters: Parameters) -> Result:
+    """Tell callers who they are, in IAM's words: the account's own key is its root user's."""
+    if caller.user is not None:
+        return {"UserId": caller.user.user_id, "Account": caller.account_id, "Arn": caller.user.arn}
+    return {"UserId": caller.account_id, "Account": caller.account_id, "Arn": f"arn:aws:iam::{caller.account_id}:root"}
+
 
 REGION_FILTERS: FilterTable[Result] = {
     "endpoint": lambda region: [region["Endpoint"]],
     "opt-in-status": lambda region: [region["OptInStatus"]],
     "region-name": lambda region: [region["RegionName"]],
 }
+
 
 ZONE_FILTERS: FilterTable[Result] = {
     "group-name": lambda zone: [zone["GroupName"]],
@@ -30,11 +41,12 @@ ZONE_FILTERS: FilterTable[Result] = {
     "zone-type": lambda zone: [zone["ZoneType"]],
 }
 
+
 # As AWS answers for an account that is not on VPC only and has no default VPC.
 ATTRIBUTES: Mapping[str, Sequence[str]] = {"supported-platforms": ("EC2",), "default-vpc": ("none",)}
 
 
-def describe_regions(door: Door, caller: Caller, parameters: Parameters) -> Result:
+def describe_regions(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
     """Describe the region. Its endpoint is the one that the caller has used: boto 2 connects to it.
 
     Raises:
@@ -45,7 +57,7 @@ def describe_regions(door: Door, caller: Caller, parameters: Parameters) -> Resu
     return {"Regions": select([region], parameters.get("Filters", ()), REGION_FILTERS)}
 
 
-def describe_availability_zones(door: Door, _caller: Caller, parameters: Parameters) -> Result:
+def describe_availability_zones(door: Ec2Backend, _caller: Caller, parameters: Parameters) -> Result:
     """Describe the availability zone.
 
     Raises:
@@ -68,7 +80,7 @@ def describe_availability_zones(door: Door, _caller: Caller, parameters: Paramet
     return {"AvailabilityZones": select([zone], parameters.get("Filters", ()), ZONE_FILTERS)}
 
 
-def describe_account_attributes(_door: Door, _caller: Caller, parameters: Parameters) -> Result:
+def describe_account_attributes(_door: Ec2Backend, _caller: Caller, parameters: Parameters) -> Result:
     """Describe those attributes of an account that the model names.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Proves who is calling: the signature of a request, checked with the secret of the access key that it names.
+"""One HTTP request as it arrived, before anything in it is trusted.
+
+Proves who is calling: the signature of a request, checked with the secret of the access key that it names.
 
 Three ways of signing are understood: signature version 4 in the Authorization header, version 4 in the query string
 (a presigned URL), and version 2 with HmacSHA256 in the parameters (clients of 2013 and before, libcloud, VM::EC2).
@@ -22,6 +24,7 @@ incomplete signatures.
 
 import base64
 import hmac
+import ipaddress
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,26 +34,139 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from hashlib import sha256
-from typing import Protocol, TypeGuard
+from typing import NamedTuple, Protocol, Self, TypeGuard
 
 from botocore.auth import SigV2Auth, SigV4Auth
 from botocore.awsrequest import AWSRequest, HTTPHeaders
 from botocore.credentials import Credentials
 
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.messages import Host, Request
-from thrave.ec2.protocol import ProtocolError
+from thrave.ec2.protocol import ProtocolError, join_forms, read_form
 from thrave.identity.accounts import AccessKey, KeyCache
 
+_MAX_HOST = 262  # characters: a name has 253 at most (RFC 1035), then a colon and a port
+
+
+_NAMED = re.compile(r"([A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+
+
+_IPV6 = re.compile(r"\[([0-9A-Za-z:.%]+)\](?::([0-9]{1,5}))?")
+
+
+_MAX_PORT = 65535
+
+
+class Host(NamedTuple):
+    """A Host header.
+
+    Attributes:
+        name: In lower case; an IPv6 address has its brackets.
+        port: As digits; empty if none was given.
+    """
+
+    name: str
+    port: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read a Host header; None if it is not a host's name or address, with or without a port."""
+        if len(text) > _MAX_HOST:
+            return None
+        found = _NAMED.fullmatch(text) or _IPV6.fullmatch(text)
+        if found is None or int(found[2] or 0) > _MAX_PORT:
+            return None
+        if text.startswith("["):
+            try:
+                ipaddress.IPv6Address(found[1])
+            except ValueError:
+                return None
+        return cls((f"[{found[1]}]" if text.startswith("[") else found[1]).lower(), found[2] or "")
+
+    def __str__(self) -> str:
+        """Return it as a URL has it."""
+        return f"{self.name}:{self.port}" if self.port else self.name
+
+
+@dataclass(frozen=True)
+class Ec2Request:
+    """One HTTP request, whole.
+
+    Attributes:
+        method: `GET` or `POST`.
+        path: As received, without the query string.
+        query: The query string as received.
+        headers: Names in lower case with their values, in the order received.
+        body: At most as long as the API's limit.
+        source_ip: The address of the peer; None if it is not known.
+        is_secure: Whether it came over TLS.
+    """
+
+    method: str
+    path: str
+    query: bytes = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    body: bytes = field(repr=False)
+    source_ip: str | None = None
+    is_secure: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that may have to be decoded and signed again."""
+        headers = sum(len(name) + len(value) for name, value in self.headers)
+        return len(self.path) + len(self.query) + len(self.body) + headers
+
+    @cached_property
+    def form(self) -> dict[str, str]:
+        """The parameters, of query string and body together.
+
+        Raises:
+            ProtocolError: They cannot be decoded, are too many, or one is given twice.
+        """
+        return join_forms(self.query_form, read_form(self.body)) if self.body else self.query_form
+
+    @cached_property
+    def query_form(self) -> dict[str, str]:
+        """The parameters of the query string alone.
+
+        Raises:
+            ProtocolError: As for `form`.
+        """
+        return read_form(self.query)
+
+    @cached_property
+    def host(self) -> Host | None:
+        """The Host header; None if it is missing or is not a host."""
+        return Host.parse(self.header("host") or "")
+
+    def header(self, name: str) -> str | None:
+        """Return a header's value by its name in lower case: the first, should there be several; None if none."""
+        return next((value for each, value in self.headers if each == name), None)
+
+
 ALGORITHM = "AWS4-HMAC-SHA256"
+
+
 SKEW = timedelta(minutes=15)
+
+
 LONGEST_LIFE = timedelta(days=7)
+
+
 MAX_SIGNED_HEADERS = 50  # SDKs sign fewer than ten
+
+
 MAX_FIELD = 1024  # characters of a date, a credential or a signature
 
+
 _AUTHORIZATION_PARTS = 16  # three are used
+
+
 _AMZ_DATE = re.compile(r"[0-9]{8}T[0-9]{6}Z")
+
+
 _AMZ_DATE_FORMAT = "%Y%m%dT%H%M%SZ"
+
+
 # Signed with in place of the secret of a key that is unknown or inactive, so that the work is the same.
 _NOBODYS_SECRET = secrets.token_urlsafe(30)
 
@@ -90,7 +206,7 @@ class Signature(Protocol):
 
 
 def authenticate(
-    request: Request,
+    request: Ec2Request,
     find_key: Callable[[str], AccessKey | None],
     recent: KeyCache,
     now: datetime,
@@ -125,7 +241,7 @@ def authenticate(
     raise EC2Error("AuthFailure")
 
 
-def read_signature(request: Request) -> Signature:
+def read_signature(request: Ec2Request) -> Signature:
     """Read what a request says about its own signature, to report it; nothing of it is proved.
 
     Raises:
@@ -135,7 +251,7 @@ def read_signature(request: Request) -> Signature:
         return _read_signature(request, version_2=True)
 
 
-def _read_signature(request: Request, *, version_2: bool) -> Signature:
+def _read_signature(request: Ec2Request, *, version_2: bool) -> Signature:
     _refuse_session_tokens(request)
     ways = {
         "header": request.header("authorization") is not None,
@@ -173,7 +289,7 @@ def _has_made(key: AccessKey | None, signature: Signature) -> TypeGuard[AccessKe
     return any(hmac.compare_digest(signature.text.encode(), each.encode()) for each in expected) and is_good
 
 
-def _refuse_session_tokens(request: Request) -> None:
+def _refuse_session_tokens(request: Ec2Request) -> None:
     given = request.header("x-amz-security-token") is not None
     if given or not request.form.keys().isdisjoint({"X-Amz-Security-Token", "SecurityToken"}):
         raise EC2Error("IncompleteSignature", reason="This service issues no session tokens: send none.")
@@ -195,7 +311,7 @@ class SignatureV4:
         life: How long a presigned URL is good for; None in a header's signature.
     """
 
-    request: Request
+    request: Ec2Request
     access_key_id: str
     date: str
     region: str
@@ -206,7 +322,7 @@ class SignatureV4:
     life: timedelta | None = None
 
     @classmethod
-    def of_header(cls, request: Request) -> "SignatureV4":
+    def of_header(cls, request: Ec2Request) -> "SignatureV4":
         """Read the Authorization header, whose parts may be separated by a comma with or without a space."""
         scheme, _, rest = (request.header("authorization") or "").partition(" ")
         if scheme != ALGORITHM:
@@ -216,7 +332,7 @@ class SignatureV4:
         return cls._of(request, {**parts, "Date": _header_time(request)})
 
     @classmethod
-    def of_query(cls, request: Request) -> "SignatureV4":
+    def of_query(cls, request: Ec2Request) -> "SignatureV4":
         """Read the X-Amz-… parameters of a presigned URL."""
         given = request.query_form.items()
         parts = {name.removeprefix("X-Amz-"): value for name, value in given if name.startswith("X-Amz-")}
@@ -227,7 +343,7 @@ class SignatureV4:
         return cls._of(request, parts, _life(parts["Expires"]))
 
     @classmethod
-    def _of(cls, request: Request, parts: Mapping[str, str], life: timedelta | None = None) -> "SignatureV4":
+    def _of(cls, request: Ec2Request, parts: Mapping[str, str], life: timedelta | None = None) -> "SignatureV4":
         if any(len(parts[name]) > MAX_FIELD for name in ("Credential", "Date", "Signature")):
             raise EC2Error("IncompleteSignature", reason=f"A part of it is longer than {MAX_FIELD} characters.")
         if parts["SignedHeaders"].count(";") >= MAX_SIGNED_HEADERS:
@@ -328,12 +444,12 @@ class SignatureV2:
         text: The signature as received, base64.
     """
 
-    request: Request
+    request: Ec2Request
     access_key_id: str
     text: str = field(repr=False)
 
     @classmethod
-    def of_parameters(cls, request: Request) -> "SignatureV2":
+    def of_parameters(cls, request: Ec2Request) -> "SignatureV2":
         """Read AWSAccessKeyId, Signature and the rest from the parameters."""
         form = request.form
         for name in ("AWSAccessKeyId", "Signature", "SignatureVersion", "SignatureMethod"):
@@ -387,7 +503,7 @@ class SignatureV2:
             yield base64.b64encode(hmac.digest(secret.encode(), text, "sha256")).decode()
 
 
-def _host(request: Request) -> Host:
+def _host(request: Ec2Request) -> Host:
     if request.host is None:
         raise EC2Error("IncompleteSignature", reason="The Host header is missing or not a host's name.")
     return request.host
@@ -410,7 +526,7 @@ def _life(seconds: str) -> timedelta:
     return timedelta(seconds=int(seconds))
 
 
-def _header_time(request: Request) -> str:
+def _header_time(request: Ec2Request) -> str:
     """Return the request's time from X-Amz-Date, else from Date, in the form that is signed."""
     date = request.header("date")
     timestamp = request.header("x-amz-date") or date

@@ -14,8 +14,7 @@ from xml.sax.saxutils import escape
 
 from botocore.model import OperationModel, ServiceModel, Shape
 
-from thrave.ec2.protocol.characters import replace_non_xml
-from thrave.ec2.protocol.values import Blob, Result
+from thrave.ec2.protocol.parser import Blob, Result, replace_non_xml
 
 _PLAIN = re.compile("[ -%'-;=?-~]*")  # printable ASCII but for & < >: nearly every text there is, and ready as it is
 _DECLARATION = '<?xml version="1.0" encoding="UTF-8"?>\n'

@@ -1,5 +1,22 @@
-"""What the front door leads to, and who comes through it."""
+"""How many requests of one account are answered: a token bucket for each, as AWS throttles the EC2 API.
 
+A request takes a token, and more for what it costs beyond a small one; a bucket holds `burst` of them and is filled
+again at `per_second`. Only requests whose signature was good are counted, so there are never more buckets than
+accounts, whatever keys strangers invent.
+
+Source: AWS, "Request throttling for the Amazon EC2 API", EC2 Developer Guide. There it is a bucket for each group of
+actions; here it is one for all.
+
+What the front door leads to, and who comes through it.
+
+Who may do what at the door: an account's own key everything, a user's what the user's policies permit.
+
+This joins what a request tells about itself to the decision of `thrave.identity.policies`. It costs the account's own
+key nothing, and holds no rule of its own.
+"""
+
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,9 +27,53 @@ from thrave.compute.base import InstanceInventory
 from thrave.compute.instance import Instance
 from thrave.compute.power import PowerControl
 from thrave.database import utc_now
-from thrave.ec2.rate import RateLimit
 from thrave.identity.accounts import Accounts, KeyCache, User
+from thrave.identity.policies import is_allowed
+from thrave.identity.policy_conditions import RequestContext, source_address
+from thrave.identity.users import Users
 from thrave.tasks.task_service import BundleTaskService
+
+
+class TooManyRequests(Exception):
+    """The account's bucket is empty."""
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    filled_at: float
+
+
+class RateLimit:
+    """The buckets of all accounts. Safe to use from several threads.
+
+    Args:
+        per_second: Tokens that an account is given a second.
+        burst: Tokens that an account can have at most.
+        clock: Seconds, from anywhere.
+    """
+
+    def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._buckets: dict[str, _Bucket] = {}
+        self._lock = threading.Lock()
+
+    def take(self, account_id: str, tokens: int = 1) -> None:
+        """Take tokens of an account's. If it has at least one it may owe the rest, which delays its next request.
+
+        Raises:
+            TooManyRequests: It has none left.
+        """
+        now = self._clock()
+        with self._lock:
+            bucket = self._buckets.setdefault(account_id, _Bucket(self._burst, now))
+            bucket.tokens = min(self._burst, bucket.tokens + (now - bucket.filled_at) * self._per_second)
+            bucket.filled_at = now
+            if bucket.tokens < 1:
+                raise TooManyRequests
+            bucket.tokens -= tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +103,7 @@ def account_may_do_all(caller: Caller, _action: str, _resource: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Door:
+class Ec2Backend:
     """The rooms behind the front door, and the settings that change its answers.
 
     Attributes:
@@ -92,3 +153,28 @@ class Door:
     def zone(self) -> str:
         """The one availability zone of the region."""
         return f"{self.region}a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permissions:
+    """The permissions of accounts and users.
+
+    Attributes:
+        users: Whose policies decide.
+        region: The service's, for the condition key `ec2:Region`; a signature's scope is the client's own choice.
+    """
+
+    users: Users
+    region: str
+
+    def may(self, caller: Caller, action: str, resource: str) -> bool:
+        """Say whether a caller may do an action, such as `ec2:BundleInstance`, on a resource; see `Ec2Backend.may`."""
+        if caller.user is None:
+            return True
+        context = RequestContext(
+            region=self.region,
+            source_ip=source_address(caller.source_ip),
+            secure_transport=caller.secure_transport,
+            current_time=utc_now(),
+        )
+        return is_allowed(self.users.statements(caller.user), action, resource, context)
