@@ -17,10 +17,10 @@ import sqlalchemy as sa
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 from dbos._sys_db import SystemDatabase  # makes the database calls of a worker of DBOS
 
+from thrave.components import Components, open_components
 from thrave.compute.fleet import FleetInventory
 from thrave.compute.instance import Instance, VolumeFile
 from thrave.config import Settings
-from thrave.ground import Ground, open_ground
 from thrave.tasks.models import BundleRequest
 from thrave.tasks.task_service import BundleTaskService
 from thrave.testing import upload_policy
@@ -103,7 +103,7 @@ class Setup:
     @contextmanager
     def open(self) -> Iterator["Backend"]:
         """Open the objects that a process of the benchmark needs."""
-        backend = Backend(self, open_ground(self.settings))
+        backend = Backend(self, open_components(self.settings))
         try:
             yield backend
         finally:
@@ -115,7 +115,7 @@ class Backend:
     """Objects of one process of the benchmark, as in `thrave api` and `thrave agent`."""
 
     setup: Setup
-    components: Ground
+    components: Components
 
     @cached_property
     def tasks(self) -> BundleTaskService:

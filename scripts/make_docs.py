@@ -17,7 +17,7 @@ from thrave.buckets.errors import KINDS, TABLE, Kind
 from thrave.cli.exits import MEANING
 from thrave.cli.main import COMMANDS, thrave
 from thrave.config import Settings
-from thrave.doctor.table import CHECKS, CLEAN_UP
+from thrave.doctor.check_table import CHECKS, CLEAN_UP
 from thrave.ec2.errors import ERRORS
 from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
 from thrave.identity.policy_conditions import KEYS, OPERATORS
@@ -328,7 +328,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
     "task-errors.md": ("src/thrave/tasks/errors.py", task_errors),
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
-    "doctor.md": ("src/thrave/doctor/table.py", doctor),
+    "doctor.md": ("src/thrave/doctor/check_table.py", doctor),
     "failpoints.md": ("src/thrave/tasks/failpoints.py", crash_points),
     "disk-images.md": ("src/thrave/volumes/image_rules.py", images),
     "task-states.md": ("src/thrave/tasks/models.py", states),

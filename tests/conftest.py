@@ -15,9 +15,9 @@ from support.libvirt.libvirt_host import running_host
 from support.servers import stores
 from support.servers.postgres import running_postgres
 from support.service.forked_server import ForkedServer
+from thrave.components import open_components
 from thrave.config import Settings
 from thrave.database import migrate, open_engine
-from thrave.ground import open_ground
 
 # A run under nohup or in the background ignores these signals, and so would every program that the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -120,7 +120,7 @@ def engine(tmp_path):
 @pytest.fixture
 def ground(database, tmp_path):
     """The components that processes share, opened on each kind of database."""
-    ground = open_ground(Settings(data=tmp_path / "data", **database))
+    ground = open_components(Settings(data=tmp_path / "data", **database))
     yield ground
     ground.queues.close()
     ground.database.dispose()

@@ -12,9 +12,9 @@ import pytest
 
 from support.service.forked_server import ForkedServer
 from thrave.cli.exits import Exit
+from thrave.components import Components, DatabaseLostError, open_components
 from thrave.config import Settings
 from thrave.database import DatabaseReplacedError, DatabaseUnusableError, explain, open_engine, sa
-from thrave.ground import DatabaseLostError, Ground, open_ground
 from thrave.identity.certificates import ServiceIdentity
 from thrave.identity.errors import ServiceIdentityError
 from thrave.testing import ServerError
@@ -41,7 +41,7 @@ def begun(settings):
 
 
 def begin(settings):
-    ground = open_ground(settings)
+    ground = open_components(settings)
     ground.accounts.create("alice")
     ground.database.dispose()
 
@@ -73,7 +73,7 @@ def test_killed_service_releases_its_data_directory(data):
 def test_commands_work_beside_a_service(data):
     with ForkedServer.running(data) as server:
         account, _ = server.account("alice")
-        ground = open_ground(Settings(data_dir=data))
+        ground = open_components(Settings(data_dir=data))
         assert [found.account_id for found in ground.accounts.list()] == [account.account_id]
         ground.database.dispose()
 
@@ -82,7 +82,7 @@ def test_first_starts_at_once_make_one_database_key_and_identity(data):
     settings = Settings(data_dir=data)
 
     def start(number):
-        ground = open_ground(settings)
+        ground = open_components(settings)
         ground.accounts.create(f"account-{number}")
         fingerprint = ground.service.fingerprint
         ground.database.dispose()
@@ -90,7 +90,7 @@ def test_first_starts_at_once_make_one_database_key_and_identity(data):
 
     with ThreadPoolExecutor(6) as pool:
         assert len({*pool.map(start, range(6))}) == 1
-    ground = open_ground(settings)
+    ground = open_components(settings)
     assert len(ground.accounts.list()) == 6
     ground.database.dispose()
 
@@ -172,14 +172,14 @@ def test_lost_database_is_not_begun_anew(begun, change, kept):
         path.unlink() if path.is_file() else shutil.rmtree(path)
     before = files_of(begun.data_dir)
     with pytest.raises(DatabaseLostError, match=r"thrave\.db is missing or empty"):
-        open_ground(begun)
+        open_components(begun)
     assert files_of(begun.data_dir) == before
 
 
 def test_missing_vault_key_is_not_replaced_by_a_new_one(begun):
     begun.directory.vault_key.unlink()
     with pytest.raises(VaultKeyError, match=r"vault\.key is missing"):
-        open_ground(begun)
+        open_components(begun)
     assert not begun.directory.vault_key.exists()
 
 
@@ -188,7 +188,7 @@ def test_vault_key_of_another_database_is_refused(begun, tmp_path):
     begin(other)
     shutil.copy2(other.directory.vault_key, begun.directory.vault_key)
     with pytest.raises(VaultKeyError, match="is not the key"):
-        open_ground(begun)
+        open_components(begun)
 
 
 @pytest.mark.parametrize("lost", ["", "pk.pem", "cert.pem", "side-key.pem"])
@@ -196,7 +196,7 @@ def test_missing_service_identity_is_not_replaced_by_a_new_one(begun, lost):
     path = begun.directory.service / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = files_of(begun.data_dir)
-    ground = open_ground(begun)
+    ground = open_components(begun)
     with pytest.raises(ServiceIdentityError):
         _ = ground.service
     ground.database.dispose()
@@ -210,7 +210,7 @@ def test_other_service_identity_is_refused(begun, tmp_path, names):
     ServiceIdentity.open_or_create(tmp_path / "other")
     for name in names:
         shutil.copy2(tmp_path / "other" / name, begun.directory.service / name)
-    ground = open_ground(begun)
+    ground = open_components(begun)
     with pytest.raises(ServiceIdentityError, match="another service identity"):
         _ = ground.service
     ground.database.dispose()
@@ -228,9 +228,9 @@ def test_first_start_that_was_cut_off_is_continued(settings, monkeypatch, kind, 
     with monkeypatch.context() as patch:
         patch.setattr(kind, step, property(cut_off) if step == "fingerprint" else cut_off)
         with pytest.raises(CutOffError):
-            open_ground(settings)
+            open_components(settings)
     begin(settings)
-    ground = open_ground(settings)
+    ground = open_components(settings)
     assert ground.service.fingerprint
     ground.database.dispose()
 
@@ -278,7 +278,7 @@ def test_start_closes_what_was_open_to_others(begun):
     for path in (directory.root, *directory.root.rglob("*")):
         if path.name not in {"vault.key", "pk.pem", "side-key.pem", "cert.pem"}:
             path.chmod(0o755 if path.is_dir() else 0o644)
-    ground = open_ground(begun)
+    ground = open_components(begun)
     assert open_to_others(directory.root) <= {"service/cert.pem"}
     ground.database.dispose()
 
@@ -304,7 +304,7 @@ def test_unusable_database_is_named_in_our_words(begun, content, says):
     delete(file)
     file.mkdir() if content is None else file.write_bytes(content)
     with pytest.raises(DatabaseUnusableError, match=says) as error:
-        open_ground(begun)
+        open_components(begun)
     assert str(file) in str(error.value)
     assert "sqlite3." not in str(error.value)
 
@@ -318,7 +318,7 @@ def test_postgresql_that_does_not_answer_is_named_without_its_password():
 
 
 def test_parts_that_need_no_database_are_opened_before_it(data):
-    ground = Ground(Settings(data_dir=data))
+    ground = Components(Settings(data_dir=data))
     assert ground.instances.list() == []
     assert not data.exists()
 
@@ -342,7 +342,7 @@ def test_folder_lock_waits_for_its_holder(tmp_path):
 
 def test_engine_of_a_library_refuses_the_services_database_after_a_change(begun):
     ended = []
-    ground = Ground(begun, replaced=ended.append)
+    ground = Components(begun, replaced=ended.append)
     ground.open()
     library = sa.create_engine(begun.database)
     with library.begin() as connection:

@@ -22,9 +22,9 @@ from support.service.forked_server import ForkedServer
 from thrave.cli.exits import Exit
 from thrave.config import Settings, SettingsError, load_settings
 from thrave.database import open_engine
+from thrave.http_server import CHUNKED_LIMIT, HEAD_LIMIT, MAX_CHUNKS, MAX_HEADERS, HttpServer, PlainHttpNotAllowed
 from thrave.identity.accounts import Accounts
 from thrave.identity.users import Users
-from thrave.listening import CHUNKED_LIMIT, HEAD_LIMIT, MAX_CHUNKS, MAX_HEADERS, Listener, PlainHttpRefused
 from thrave.testing import ServerError, ThraveServer
 from thrave.vault import Vault
 
@@ -298,7 +298,7 @@ def test_plain_http_that_others_can_reach_is_refused_at_the_start(tmp_path, host
 def test_loopback_tls_and_the_operators_word_are_good_enough(tmp_path, host, settings):
     settings = certificate(tmp_path) if settings == "tls" else settings
     scheme = "https" if "tls_key_file" in settings else "http"
-    listener = Listener(Settings(listen_address=host, listen_port=0, **settings))
+    listener = HttpServer(Settings(listen_address=host, listen_port=0, **settings))
     with listener._socket:
         assert listener.url.startswith(f"{scheme}://")
 
@@ -307,8 +307,8 @@ def test_a_refusal_lets_go_of_the_port(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     for _ in range(2):
-        with pytest.raises(PlainHttpRefused):
-            Listener(Settings(listen_address="0.0.0.0", listen_port=port))
+        with pytest.raises(PlainHttpNotAllowed):
+            HttpServer(Settings(listen_address="0.0.0.0", listen_port=port))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ TIMEOUTS = {"timeout", "within", "blocking"}
 CREW = "leaving the crew closes its channels and wakes whoever waits for a job"
 WITHOUT = {
     ("agent.py", "self._over.wait()"): "the agent's main thread; signals end it",
-    ("endpoint.py", "agent.wait()"): "the same, and a thread that waits for nothing else",
+    ("server.py", "agent.wait()"): "the same, and a thread that waits for nothing else",
     ("pipeline.py", "self._unused.get()"): CREW,
     ("pipeline.py", "self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)"): CREW,
     ("pipeline.py", "self._changed.wait_for(lambda: self._closed or self._items)"): CREW,
@@ -24,7 +24,7 @@ WITHOUT = {
     ("buckets/attempts.py", "_current.get()"): "a context variable",
     ("compute/timeouts.py", "_given_up.get()"): "a context variable",
     ("compute/start_check.py", "_current.get()"): "a context variable",
-    ("listening.py", "_PEER.get()"): "a context variable",
+    ("http_server.py", "_PEER.get()"): "a context variable",
     ("demo/job.py", "waiter.wait(**ids, WaiterConfig={'Delay': 1, 'MaxAttempts': WAIT_TIMEOUT})"): "boto3's own limit",
     ("files.py", "fcntl.flock(descriptor, fcntl.LOCK_EX)"): "a start of the service, or a file that nobody else has",
 }

@@ -14,12 +14,12 @@ from functools import partial
 import structlog
 
 from thrave import files
+from thrave.components import Components
 from thrave.compute.fleet import InstanceReporter
 from thrave.compute.power import BackgroundPower
 from thrave.compute.power_records import PowerRecords
 from thrave.concurrency import repeat, supervised
 from thrave.database import is_unavailable
-from thrave.ground import Ground
 from thrave.tasks import housekeeping
 from thrave.tasks.engine import TaskWorker
 from thrave.tasks.lease import Fence, Lease
@@ -70,7 +70,7 @@ class _Unfinished:
 class Agent:
     """The agent of the host that the settings name."""
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: Components) -> None:
         self._ground = ground
         self._settings = ground.settings
         self._worker = TaskWorker(

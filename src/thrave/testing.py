@@ -30,12 +30,12 @@ from typing import Any, ClassVar, Self
 from pydantic import SecretStr
 
 from thrave import programs
+from thrave.components import open_components
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import Instance, VolumeFile
 from thrave.concurrency import later, supervised
 from thrave.config import DataDirectory, Settings
-from thrave.ground import open_ground
 from thrave.identity.accounts import AccessKey, Account
 
 REGION = "us-east-1"
@@ -120,7 +120,9 @@ class ThraveServer:
     def account(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
         """Make an account with its first access key; `certificate` is PEM."""
         url = self.environment.get("THRAVE_DATABASE_URL")
-        ground = open_ground(Settings(data_dir=self.data.root, database_url=None if url is None else SecretStr(url)))
+        ground = open_components(
+            Settings(data_dir=self.data.root, database_url=None if url is None else SecretStr(url))
+        )
         try:
             return ground.accounts.create(name, certificate)
         finally:

@@ -10,9 +10,9 @@ import pytest
 from support.disks.raw_disk import make_disk
 from support.servers import stores
 from thrave.buckets.s3_objects import S3ObjectClient, read_buckets
-from thrave.doctor.check import Check, Outcome, perform
-from thrave.doctor.errors import Trouble
-from thrave.doctor.table import CHECKS, CLEAN_UP
+from thrave.doctor.check_context import CheckFailed
+from thrave.doctor.check_table import CHECKS, CLEAN_UP
+from thrave.doctor.checks import Check, Outcome, run_check
 
 NAMES = [check.name for check in (*CHECKS, CLEAN_UP)]
 
@@ -196,7 +196,7 @@ def test_a_certificate_that_ends_soon_is_told(doctor, rgw):
 
 def test_a_check_that_hangs_is_left_behind():
     over = threading.Event()
-    found = perform(Check("store", "hang", "", "", lambda _subject: over.wait(60), seconds=0.1), None)
+    found = run_check(Check("store", "hang", "", "", lambda _subject: over.wait(60), seconds=0.1), None)
     over.set()
     assert (found.outcome, "not over" in found.detail) == (Outcome.FAILED, True)
 
@@ -204,8 +204,8 @@ def test_a_check_that_hangs_is_left_behind():
 @pytest.mark.parametrize(
     ("error", "optional", "outcome", "detail"),
     [
-        (Trouble("two\nlines"), False, Outcome.FAILED, "two lines"),
-        (Trouble("it"), True, Outcome.WARNING, "it"),
+        (CheckFailed("two\nlines"), False, Outcome.FAILED, "two lines"),
+        (CheckFailed("it"), True, Outcome.WARNING, "it"),
         (ValueError("a secret"), False, Outcome.FAILED, "unforeseen: ValueError"),
     ],
 )
@@ -213,5 +213,5 @@ def test_what_a_check_raises_is_told_without_secrets(error, optional, outcome, d
     def fail(_subject):
         raise error
 
-    found = perform(Check("store", "fail", "", "", fail, optional=optional), None)
+    found = run_check(Check("store", "fail", "", "", fail, optional=optional), None)
     assert (found.outcome, found.detail) == (outcome, detail)

@@ -7,7 +7,7 @@ import pytest
 
 from support.libvirt.libvirt_test_driver import URI, domain_xml, libvirt_test_driver
 from support.required_programs import require
-from thrave.doctor import domains
+from thrave.doctor import host_checks
 
 pytestmark = pytest.mark.libvirt
 
@@ -256,7 +256,7 @@ def test_the_doctor_looks_whether_overlays_can_be_made(
     assert found["libvirt"]["detail"].startswith("QEMU ")
     assert found["overlays"]["outcome"] == "ok"
     assert (found["capture mode"]["outcome"], "the format vmdk" in found["capture mode"]["detail"]) == ("warning", True)
-    monkeypatch.setattr(domains, "LEAST_ROOM", 1 << 62)
+    monkeypatch.setattr(host_checks, "LEAST_ROOM", 1 << 62)
     found = findings(thrave)
     assert found["overlays"]["outcome"] == "failed"
     assert f"{disk.parent}: " in found["overlays"]["detail"]

@@ -5,10 +5,10 @@ from datetime import timedelta
 
 import pytest
 
+from thrave.components import open_components
 from thrave.config import load_settings
 from thrave.database import host as host_table
 from thrave.database import utc_now
-from thrave.ground import open_ground
 from thrave.tasks.models import BundleRequest, BundleTaskState
 
 USAGE, NOT_FOUND, REFUSED = 2, 3, 4
@@ -25,7 +25,7 @@ def settings(database, tmp_path, monkeypatch):
 
 @pytest.fixture
 def ground(settings):
-    ground = open_ground(settings)
+    ground = open_components(settings)
     yield ground
     ground.queues.close()
     ground.database.dispose()

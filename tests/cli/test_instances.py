@@ -5,8 +5,8 @@ import json
 import pytest
 
 from support.disks.qemu_images import qemu_img
+from thrave.components import open_components
 from thrave.config import Settings
-from thrave.ground import open_ground
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_instance_is_shown_with_its_volumes(thrave, thrave_json, data, instance_
 
 
 def test_hosts_of_a_single_machine_show_their_instances(thrave_json, data, instance_id):
-    ground = open_ground(Settings(data_dir=data))
+    ground = open_components(Settings(data_dir=data))
     ground.hosts.take("localhost", worker_concurrency=1)
     ground.queues.close()
     ground.database.dispose()

@@ -8,8 +8,8 @@ import tempfile
 import pytest
 
 from support.service.forked_server import ForkedServer, fork_thrave
+from thrave.components import open_components
 from thrave.config import DataDirectory, Settings
-from thrave.ground import open_ground
 from thrave.testing import ThraveServer
 
 TIMEOUT = 120  # seconds
@@ -37,19 +37,19 @@ setattr(holder, name, classmethod(signalled) if isinstance(found, classmethod) e
 COMMON = [
     "thrave.config:load_settings",
     "thrave.logs:configure_logs",
-    "thrave.ground:close_to_others",
-    "thrave.ground:migrate",
+    "thrave.components:close_to_others",
+    "thrave.components:migrate",
     "thrave.vault:Vault.open_or_create",
     "thrave.identity.certificates:ServiceIdentity.open",
 ]
-LISTENING = ["thrave.listening:_listen", "thrave.endpoint:create_app", "thrave.listening:Listener.serve"]
+LISTENING = ["thrave.http_server:_listen", "thrave.server:create_app", "thrave.http_server:Listener.serve"]
 AGENT = ["thrave.tasks.hosts:Hosts.take", "thrave.tasks.engine:Worker.launch", "thrave.agent:Agent._keep_house"]
 STEPS = {
     "serve": [
         *COMMON,
         *LISTENING,
         *AGENT,
-        "thrave.endpoint:hold_data_directory",
+        "thrave.server:hold_data_directory",
         "thrave.tasks.engine:Queues.__init__",
     ],
     "api": [*COMMON, *LISTENING],
@@ -71,7 +71,7 @@ def start(command, data, environment):
     ("step", "when"),
     [
         *((step, "before") for step in STEPS["serve"]),
-        *((step, "after") for step in STEPS["serve"] if step != "thrave.listening:Listener.serve"),
+        *((step, "after") for step in STEPS["serve"] if step != "thrave.http_server:Listener.serve"),
     ],
 )
 def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
@@ -83,7 +83,7 @@ def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-@pytest.mark.parametrize("step", ["thrave.ground:migrate", "thrave.tasks.engine:Worker.launch"])
+@pytest.mark.parametrize("step", ["thrave.components:migrate", "thrave.tasks.engine:Worker.launch"])
 def test_other_signals_end_serve_as_well(tmp_path, name, step):
     ended = start("serve", tmp_path / "data", {"STEP": step, "SIGNAL": name, "WHEN": "before"})
     assert (ended.returncode, "listening" in ended.stdout) == (0, False), ended.stderr
@@ -93,7 +93,7 @@ def test_other_signals_end_serve_as_well(tmp_path, name, step):
 @pytest.mark.parametrize("command", ["api", "agent"])
 def test_sigterm_ends_a_process_of_a_fleet_at_each_step_of_its_start(tmp_path, postgres, command):
     url = postgres.new_database()
-    ground = open_ground(Settings(data_dir=tmp_path / "begun", database_url=url))
+    ground = open_components(Settings(data_dir=tmp_path / "begun", database_url=url))
     ground.database.dispose()
     for step in STEPS[command]:
         data = tmp_path / "begun"

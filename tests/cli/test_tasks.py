@@ -12,9 +12,9 @@ import pytest
 from support.disks.raw_disk import make_disk
 from support.eventually import eventually
 from support.service.forked_server import ForkedServer
+from thrave.components import open_components
 from thrave.compute.instance import InstanceState
 from thrave.config import load_settings
-from thrave.ground import open_ground
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.models import BundleRequest
 
@@ -220,7 +220,7 @@ def test_no_secret_is_shown(thrave, alice, server, bundled):
 @pytest.mark.parametrize("words", [["list"], ["show", "bun-1"], ["watch", "bun-1"]])
 def test_a_strangers_words_do_nothing_to_the_terminal(thrave, tmp_path, monkeypatch, words):
     monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
-    ground = open_ground(load_settings(None))
+    ground = open_components(load_settings(None))
     request = BundleRequest(
         account_id="1" * 12, owner_id="1" * 12, instance_id="i-1", bucket="b\x1b[2J", prefix="p\x1b[2J",
         access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",

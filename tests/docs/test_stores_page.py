@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from thrave.doctor.table import CHECKS, CLEAN_UP
+from thrave.doctor.check_table import CHECKS, CLEAN_UP
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "stores.md"
 

@@ -10,8 +10,8 @@ from botocore.exceptions import ClientError
 from support.buckets.s3_storage import storage
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
-from thrave.doctor import standing
-from thrave.doctor.standing import StandingChecks, VolumeChecks
+from thrave.doctor import standing_checks
+from thrave.doctor.standing_checks import StandingChecks, VolumeChecks
 from thrave.ec2.app import create_app
 
 INSTANCE = "i-1234567890abcdef0"
@@ -75,14 +75,14 @@ def test_a_volume_that_does_not_answer_keeps_nobody_waiting(service, monkeypatch
         looks.append(1)
         assert go_on.wait(60)
 
-    monkeypatch.setattr(standing, "_PATIENCE", 0.1)
-    monkeypatch.setattr(standing, "check_root_volume", hang)
+    monkeypatch.setattr(standing_checks, "_PATIENCE", 0.1)
+    monkeypatch.setattr(standing_checks, "check_root_volume", hang)
     checks = VolumeChecks(service.instances, ())
     assert [checks.trouble(instance) for _ in range(3)] == ["its root volume does not answer"] * 3
     assert looks == [1]
     go_on.set()
     checks._silent[INSTANCE].result(60)
-    monkeypatch.setattr(standing, "check_root_volume", lambda *_: ())
+    monkeypatch.setattr(standing_checks, "check_root_volume", lambda *_: ())
     assert checks.trouble(instance) is None
 
 
@@ -123,7 +123,7 @@ def test_the_store_is_asked_once_for_many(away, monkeypatch):
 
 
 def test_a_store_that_is_back_is_used_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(standing, "BAD_FOR", 0.0)
+    monkeypatch.setattr(standing_checks, "BAD_FOR", 0.0)
     checks = StandingChecks(Settings(data_dir=tmp_path / "data"))
     assert "no data directory" in checks.store_trouble()
     (tmp_path / "data").mkdir()

@@ -9,12 +9,12 @@ import structlog
 
 from support.eventually import eventually
 from thrave.agent import START_AGAIN, Agent
+from thrave.components import open_components
 from thrave.compute.base import Overlay
 from thrave.compute.instance import VolumeFile
 from thrave.compute.power_records import PowerAction, PowerRecords
 from thrave.concurrency import supervised
 from thrave.config import Settings
-from thrave.ground import open_ground
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.models import BundleRequest, HostState
 
@@ -30,7 +30,7 @@ class IdleWorker:
 
 @pytest.fixture
 def ground(tmp_path):
-    ground = open_ground(Settings(data_dir=tmp_path / "data", host_id="host-a", drain_timeout=0.1))
+    ground = open_components(Settings(data_dir=tmp_path / "data", host_id="host-a", drain_timeout=0.1))
     yield ground
     ground.queues.close()
     ground.database.dispose()

@@ -5,10 +5,10 @@ from datetime import timedelta
 import pytest
 
 import thrave.database
+from thrave.components import open_components
 from thrave.config import Settings
 from thrave.database import host as host_table
 from thrave.database import utc_now
-from thrave.ground import open_ground
 from thrave.tasks.errors import AdopterError, HostInUse, HostStateError
 from thrave.tasks.hosts import HostRegistry
 from thrave.tasks.models import MOVES, BundleRequest, HostEvent, HostState
@@ -82,7 +82,7 @@ def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours):
-    ground = open_ground(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
+    ground = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
     records = ground.records()
     add_task(ground, "bun-1")
     wrong = utc_now() + timedelta(hours=hours)
@@ -109,7 +109,7 @@ def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypatch, hours):
-    ground = open_ground(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
+    ground = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
     hosts = ground.hosts
     with monkeypatch.context() as agent:
         agent.setattr(thrave.database, "utc_now", lambda: utc_now() + timedelta(hours=hours))

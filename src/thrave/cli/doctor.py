@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from thrave.config import Settings
-    from thrave.doctor.check import Finding
+    from thrave.doctor.checks import Finding
 
 
 @click.command()
@@ -47,12 +47,12 @@ def doctor(settings: Settings, access_key_id: str | None, bucket: str | None, ou
 
     Exit codes: 0 nothing has failed, 1 something has, 2 a setting is wrong.
     """
-    from thrave.doctor.check import Outcome
-    from thrave.doctor.examination import examine
-    from thrave.doctor.subject import Subject
+    from thrave.doctor.check_context import CheckContext
+    from thrave.doctor.check_table import run_all
+    from thrave.doctor.checks import Outcome
 
-    with closing(Subject(settings, access_key_id=access_key_id, bucket=bucket)) as subject:
-        findings = examine(subject)
+    with closing(CheckContext(settings, access_key_id=access_key_id, bucket=bucket)) as subject:
+        findings = run_all(subject)
     emit(output, {"checks": [_document(finding) for finding in findings]}, _text(findings))
     failed = [finding.check.name for finding in findings if finding.outcome is Outcome.FAILED]
     if failed:
@@ -82,6 +82,6 @@ def _text(findings: Sequence[Finding]) -> str:
 
 
 def _is_wrong(finding: Finding) -> bool:
-    from thrave.doctor.check import Outcome
+    from thrave.doctor.checks import Outcome
 
     return finding.outcome in {Outcome.FAILED, Outcome.WARNING}

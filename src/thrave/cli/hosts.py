@@ -18,8 +18,8 @@ from thrave.cli.times import span
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from thrave.components import Components
     from thrave.config import Settings
-    from thrave.ground import Ground
     from thrave.tasks.hosts import HostStatus
     from thrave.tasks.queries import TaskReport
 
@@ -182,7 +182,7 @@ def retire(settings: Settings, name: str, *, powered_off: bool, output: str) -> 
 
 
 @contextmanager
-def _ground(settings: Settings) -> Iterator[Ground]:
+def _ground(settings: Settings) -> Iterator[Components]:
     with open_service(settings) as ground:
         try:
             yield ground
@@ -190,7 +190,7 @@ def _ground(settings: Settings) -> Iterator[Ground]:
             ground.queues.close()
 
 
-def _listed(ground: Ground) -> list[HostStatus]:
+def _listed(ground: Components) -> list[HostStatus]:
     """The hosts. On a single machine no agent reports instances, so they are counted here."""
     listed, settings = ground.hosts.list(), ground.settings
     if settings.database_url is not None:
@@ -199,7 +199,7 @@ def _listed(ground: Ground) -> list[HostStatus]:
     return [one._replace(instances=here) if one.host == settings.host_id else one for one in listed]
 
 
-def _find(ground: Ground, name: str) -> HostStatus:
+def _find(ground: Components, name: str) -> HostStatus:
     from thrave.tasks.errors import NoSuchHost
 
     for found in _listed(ground):
@@ -208,7 +208,7 @@ def _find(ground: Ground, name: str) -> HostStatus:
     raise NoSuchHost(name)
 
 
-def _unfinished(ground: Ground, name: str) -> list[TaskReport]:
+def _unfinished(ground: Components, name: str) -> list[TaskReport]:
     from thrave.tasks.models import UNFINISHED
     from thrave.tasks.queries import TaskFilter, TaskQueries
 

@@ -66,9 +66,9 @@ def serve(
     make_files_private()
     settings = _settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
     with quick_imports():
-        from thrave import endpoint
+        from thrave import server
 
-    endpoint.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    server.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     _end()
 
 
@@ -98,9 +98,9 @@ def api(
     settings = _settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
     _require_fleet(settings, "api")
     with quick_imports():
-        from thrave import endpoint
+        from thrave import server
 
-    endpoint.serve_api(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    server.serve_api(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
     _end()
 
 
@@ -134,9 +134,9 @@ def agent(host_id: str | None, data_dir: Path | None, config: Path | None, outpu
             "used localhost."
         )
     with quick_imports():
-        from thrave import endpoint
+        from thrave import server
 
-    endpoint.run_agent(settings, lambda: emit(output, {"working": settings.host_id}, f"working as {settings.host_id}"))
+    server.run_agent(settings, lambda: emit(output, {"working": settings.host_id}, f"working as {settings.host_id}"))
     _end()
 
 

@@ -19,8 +19,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from thrave.components import Components
     from thrave.config import Settings
-    from thrave.ground import Ground
 
 _Rest = ParamSpec("_Rest")
 
@@ -114,19 +114,19 @@ def require_data_directory(settings: Settings) -> None:
 
 
 @contextmanager
-def open_service(settings: Settings, *, make: bool = False) -> Iterator[Ground]:
+def open_service(settings: Settings, *, make: bool = False) -> Iterator[Components]:
     """The service in a data directory, which is made only if the command may begin one.
 
     Raises:
         DatabaseUnusableError: The database cannot be used, now or while the command works with it.
-        Others: as `Ground.open`.
+        Others: as `Components.open`.
     """
     if not make:
         require_data_directory(settings)
     with quick_imports():
-        from thrave.ground import explained, open_ground
+        from thrave.components import explained, open_components
 
-    ground = open_ground(settings)
+    ground = open_components(settings)
     try:
         with explained(settings):
             yield ground

@@ -15,7 +15,7 @@ Three files of one folder, made once and never overwritten, each for the service
 
 Whoever holds `pk.pem` can open every bundle that the service ever made; whoever loses it cannot open those of accounts
 without a certificate. So a missing private key beside an existing certificate is an error, never a reason to make
-another one. Nor is any of the files made where the database has the fingerprint of an identity (`ground.py`).
+another one. Nor is any of the files made where the database has the fingerprint of an identity (`components.py`).
 """
 
 import hashlib

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from support.eventually import eventually
 from support.service.forked_server import ForkedServer, fork_thrave
+from thrave.components import open_components
 from thrave.config import DataDirectory, Settings
-from thrave.ground import open_ground
 from thrave.tasks.errors import HostInUse
 
 TIMEOUT = 60  # seconds
@@ -74,7 +74,7 @@ class Fleet:
     @contextmanager
     def ground(self):
         """The rooms of the first API process, in this process."""
-        ground = open_ground(Settings(data_dir=self.first.data.root, **self.settings))
+        ground = open_components(Settings(data_dir=self.first.data.root, **self.settings))
         try:
             yield ground
         finally:

@@ -10,11 +10,11 @@ from support.disks.raw_disk import make_disk
 from thrave.bundle.base import DirectoryParts
 from thrave.bundle.model import bound_side_filename, manifest_filename, side_filename
 from thrave.bundle.opener import open_bundle
+from thrave.components import open_components
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import VolumeFile
 from thrave.config import Settings
-from thrave.ground import open_ground
 from thrave.tasks.models import BundleRequest
 from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.workflow import TaskContext, run_bundle_task
@@ -29,7 +29,7 @@ class OneHost:
 
     def __init__(self, folder, size=300 << 10):
         self.folder = folder
-        self.ground = open_ground(Settings(data_dir=folder / "thrave"))
+        self.ground = open_components(Settings(data_dir=folder / "thrave"))
         self.records = self.ground.records()
         self.account, self.key = self.ground.accounts.create("alice")
         self.ground.buckets.create(BUCKET, self.account.account_id)

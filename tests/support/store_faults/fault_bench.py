@@ -27,13 +27,13 @@ from thrave.bundle.model import manifest_filename, side_filename
 from thrave.bundle.opener import open_bundle
 from thrave.cli.folders import FolderParts
 from thrave.cli.remote_folders import S3Folder
+from thrave.components import open_components
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
 from thrave.ec2.bundle_actions import S3Storage, ensure_bucket
 from thrave.ec2.errors import EC2Error
-from thrave.ground import open_ground
 from thrave.tasks.housekeeping import ObjectCleanup
 from thrave.tasks.models import BundleRequest
 from thrave.tasks.object_removal import CreatedBuckets
@@ -62,7 +62,7 @@ class FaultBench:
     def __init__(self, folder, store, url):
         self._store = store
         self._url = url
-        self._ground = open_ground(Settings(data_dir=folder / "thrave"))
+        self._ground = open_components(Settings(data_dir=folder / "thrave"))
         self._records = self._ground.records()
         self.account, _ = self._ground.accounts.create("alice")
         self._disk = make_disk(folder / "disk.raw", 512 << 10)

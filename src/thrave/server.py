@@ -18,19 +18,19 @@ from starlette.types import ASGIApp
 
 from thrave.agent import Agent
 from thrave.buckets.retrying_store import RetryingStore
+from thrave.components import Components, explained, hold_data_directory
 from thrave.compute.base import InstanceInventory
 from thrave.compute.fleet import FleetInventory
 from thrave.compute.power import PowerControl
 from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.database import TIMEOUT, DatabaseReplacedError
-from thrave.doctor.standing import StandingChecks, VolumeChecks
+from thrave.doctor.standing_checks import StandingChecks, VolumeChecks
 from thrave.ec2.app import create_app
 from thrave.ec2.backend import Ec2Backend, Permissions, RateLimit
 from thrave.files import HeldFile
-from thrave.ground import Ground, explained, hold_data_directory
+from thrave.http_server import HttpServer
 from thrave.identity.users import Users
-from thrave.listening import Listener
 from thrave.tasks.task_service import BundleTaskService
 
 log = structlog.get_logger()
@@ -51,7 +51,7 @@ def serve(settings: Settings, listening: Listening) -> None:
         VaultKeyError: The data directory has not the database's vault key.
     """
     lock = _lock_if_begun(settings)
-    listener = Listener(settings)
+    listener = HttpServer(settings)
     ground = _start(settings)
     lock = lock or hold_data_directory(settings)
     ground.open()
@@ -72,7 +72,7 @@ def serve_api(settings: Settings, listening: Listening) -> None:
     Raises:
         As `serve`.
     """
-    listener = Listener(settings)
+    listener = HttpServer(settings)
     ground = _start(settings, database_timeout=DATABASE_TIMEOUT)
     ground.open()
     _ = ground.service
@@ -107,9 +107,9 @@ def _lock_if_begun(settings: Settings) -> HeldFile | None:
     return hold_data_directory(settings) if begun else None
 
 
-def _start(settings: Settings, *, database_timeout: float = TIMEOUT) -> Ground:
+def _start(settings: Settings, *, database_timeout: float = TIMEOUT) -> Components:
     """Open what needs no database, so that a first start with a wrong setting makes no database and no key."""
-    ground = Ground(settings, database_timeout, replaced=_end_at_once)
+    ground = Components(settings, database_timeout, replaced=_end_at_once)
     if settings.store == "s3":
         _ = ground.buckets
     return ground
@@ -122,7 +122,7 @@ def _end_at_once(error: DatabaseReplacedError) -> Never:
 
 
 def _door(
-    ground: Ground, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]
+    ground: Components, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]
 ) -> Ec2Backend:
     """The EC2 door, in front of these instances."""
     settings = ground.settings
@@ -150,7 +150,7 @@ def _door(
     )
 
 
-def _listen(listener: Listener, app: ASGIApp, listening: Listening, lock: HeldFile | None) -> None:
+def _listen(listener: HttpServer, app: ASGIApp, listening: Listening, lock: HeldFile | None) -> None:
     def answers(url: str) -> None:
         if lock is not None:
             lock.write(f"process {os.getpid()} ({url})")

@@ -1,6 +1,13 @@
-"""What the doctor looks at: a service as its settings say, its parts opened one by one as the checks ask for them.
+"""What a check raises that finds something wrong, besides what the rooms themselves raise.
 
-Unlike the service (`ground.py`) it makes nothing that is not there yet: no data directory, no tables, no vault's key.
+CheckError
+├── Trouble     it was tried, and is not as it must be
+└── NotTried    there is nothing to try: it does not concern this service
+
+What the doctor looks at: a service as its settings say, its parts opened one by one as the checks ask for them.
+
+Unlike the service (`components.py`) it makes nothing that is not there yet: no data directory, no tables, no vault's
+key.
 Objects of the trial have a prefix, and lie in a bucket, that no bundle has.
 """
 
@@ -18,7 +25,6 @@ from thrave.buckets.s3_store import KeyOwner
 from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
 from thrave.config import Settings
 from thrave.database import open_engine
-from thrave.doctor.errors import Trouble
 from thrave.drivers import open_adopted, open_store, store_connection
 from thrave.identity.accounts import AccessKey, Accounts, new_access_key_id, new_secret_access_key
 from thrave.vault import Vault
@@ -26,11 +32,26 @@ from thrave.vault import Vault
 if TYPE_CHECKING:
     from thrave.compute.libvirt.driver import LibvirtDriver
 
+
+class CheckError(Exception):
+    """A check has not passed; the text says why and holds no secret."""
+
+
+class CheckFailed(CheckError):
+    """What was tried is not as it must be."""
+
+
+class CheckSkipped(CheckError):
+    """What would be tried is not there, and need not be."""
+
+
 STORE_SECONDS = 10.0  # for which one request to the store may stand still
+
+
 _NOBODYS_ACCOUNT = "000000000000"
 
 
-class Subject:
+class CheckContext:
     """One service; close it in the end.
 
     Args:
@@ -57,7 +78,7 @@ class Subject:
         try:
             url = sa.make_url(self.settings.database)
         except sa.exc.ArgumentError:  # whose own words quote the URL
-            raise Trouble("the setting database_url is not a database's URL") from None
+            raise CheckFailed("the setting database_url is not a database's URL") from None
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
             raise self._no_data()
         return open_engine(self.settings.database)
@@ -120,8 +141,8 @@ class Subject:
         for name in {"adopted", "hypervisor"} & opened.keys():
             opened[name].close()
 
-    def _no_data(self) -> Trouble:
-        return Trouble(f"{self.settings.data_dir} is no data directory yet; `thrave account create` begins one")
+    def _no_data(self) -> CheckFailed:
+        return CheckFailed(f"{self.settings.data_dir} is no data directory yet; `thrave account create` begins one")
 
     def _find_holder(self, _access_key_id: str) -> KeyOwner:
         return self.holder
@@ -131,10 +152,10 @@ class Subject:
         if self._access_key_id is not None:
             key = accounts.find_key(self._access_key_id)
             if key is None or key.status != "Active":
-                raise Trouble(f"the service holds no active access key {self._access_key_id}")
+                raise CheckFailed(f"the service holds no active access key {self._access_key_id}")
             return key
         keys = [key for account in accounts.list() for key in accounts.list_keys(account.account_id)]
         active = [key for key in keys if key.status == "Active"]
         if not active:
-            raise Trouble("no account has an access key yet")
+            raise CheckFailed("no account has an access key yet")
         return max(active, key=lambda key: key.create_date)

@@ -18,10 +18,10 @@ from thrave.compute.errors import InstanceError
 from thrave.compute.instance import Instance
 from thrave.concurrency import Call, CallTimeoutError
 from thrave.config import Settings
-from thrave.doctor import host
-from thrave.doctor.check import Check, Finding, Outcome, perform
-from thrave.doctor.subject import Subject
-from thrave.doctor.table import CHECKS
+from thrave.doctor import host_checks
+from thrave.doctor.check_context import CheckContext
+from thrave.doctor.check_table import CHECKS
+from thrave.doctor.checks import Check, Finding, Outcome, run_check
 from thrave.tasks.root_volume import check_root_volume
 from thrave.volumes.errors import VolumeError
 
@@ -36,7 +36,7 @@ class StandingChecks:
     """The cheap checks of one service; safe to use from several threads, of which one looks and the others wait."""
 
     def __init__(self, settings: Settings) -> None:
-        self._subject = Subject(settings)
+        self._subject = CheckContext(settings)
         self._checks = [replace(check, seconds=_PATIENCE) for check in CHECKS if check.name in _cheap(self._subject)]
         self._lock = threading.Lock()
         self._stands_until = 0.0
@@ -59,8 +59,8 @@ class StandingChecks:
         return None
 
     def _twice(self, check: Check) -> Finding:
-        finding = perform(check, self._subject)
-        return perform(check, self._subject) if finding.outcome is Outcome.FAILED else finding
+        finding = run_check(check, self._subject)
+        return run_check(check, self._subject) if finding.outcome is Outcome.FAILED else finding
 
 
 class VolumeChecks:
@@ -102,7 +102,7 @@ class VolumeChecks:
 
     def _look(self, instance: Instance) -> "_Trouble | InstanceError | None":
         try:
-            fault = host.bundling_fault(instance)
+            fault = host_checks.bundling_fault(instance)
             if fault is not None:
                 return _Trouble(fault, "its root volume cannot be read")
             check_root_volume(self._instances, instance.instance_id, instance.root_volume, self._directories)
@@ -123,6 +123,6 @@ class _Trouble(NamedTuple):
     said: str
 
 
-def _cheap(subject: Subject) -> set[str]:
+def _cheap(subject: CheckContext) -> set[str]:
     """With owners' keys, the store's word on the caller's own is asked for with each request (`create`) anyway."""
     return {"answers"} if subject.by_owners_key else {"answers", "key"}

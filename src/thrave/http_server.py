@@ -66,7 +66,7 @@ class FileLimitError(ListeningError):
     """The limit of open files is too low for the settings."""
 
 
-class PlainHttpRefused(ListeningError):
+class PlainHttpNotAllowed(ListeningError):
     """Signed requests would cross a network readable by everybody on it."""
 
 
@@ -92,7 +92,7 @@ class Tls:
             raise CertificateError(f"{self.certificate} and {self.key} cannot be used for TLS: {reason}") from error
 
 
-class Listener:
+class HttpServer:
     """A socket that listens, and the server behind it.
 
     Args:
@@ -109,7 +109,7 @@ class Listener:
         self._socket = _listen(settings.listen_address, settings.listen_port)
         if not (self._tls or settings.plain_http == "anywhere" or _is_loopback(self._socket)):
             self._socket.close()
-            raise PlainHttpRefused(
+            raise PlainHttpNotAllowed(
                 f"{settings.listen_address} can be reached by others, and plain HTTP can be read by them: set "
                 'tls_certificate_file and tls_key_file, or plain_http = "anywhere" if something in front of the '
                 "service speaks TLS"
@@ -125,7 +125,7 @@ class Listener:
         """Answer requests until SIGTERM or SIGINT; call `listening(url)` once they are answered."""
         config = _Config(
             app,
-            http=Connection,
+            http=ClientConnection,
             loop="asyncio",  # whatever else is installed: `_PEER` relies on it
             lifespan="off",
             ws="none",
@@ -162,7 +162,7 @@ class _LimitExceeded(Exception):
         self.status = status
 
 
-class Connection(HttpToolsProtocol):
+class ClientConnection(HttpToolsProtocol):
     """One client connection: uvicorn's, with a request timeout and limits on what is parsed.
 
     One timer is enough: it runs while the client has to do something (send the rest of a request, take an answer, send
@@ -353,7 +353,7 @@ accepted to whatever it calls for that connection."""
 
 
 class _ListeningSocket(socket.socket):
-    """A socket that notes whose connection it has accepted, for what happens before there is a `Connection`."""
+    """A socket that notes whose connection it has accepted, for what happens before there is a `ClientConnection`."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         """As any other's."""

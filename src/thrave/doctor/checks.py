@@ -15,13 +15,12 @@ import sqlalchemy as sa
 from thrave.buckets.errors import BucketError
 from thrave.compute.errors import InstanceError
 from thrave.concurrency import Call, CallTimeoutError
-from thrave.doctor.errors import NotTried, Trouble
-from thrave.doctor.subject import Subject
+from thrave.doctor.check_context import CheckContext, CheckFailed, CheckSkipped
 from thrave.identity.errors import IdentityError
 from thrave.vault import VaultError
 from thrave.volumes.errors import VolumeError
 
-_FORESEEN = (Trouble, BucketError, InstanceError, IdentityError, VaultError, VolumeError, OSError)
+_FORESEEN = (CheckFailed, BucketError, InstanceError, IdentityError, VaultError, VolumeError, OSError)
 
 
 class Outcome(StrEnum):
@@ -43,7 +42,7 @@ class Check:
     """What it tries."""
     remedy: str
     """What to do when it fails."""
-    run: Callable[[Subject], str] = field(repr=False)
+    run: Callable[[CheckContext], str] = field(repr=False)
     """Gives what it has seen; raises what a room raises, Trouble, or NotTried."""
     needs: tuple[str, ...] = ()
     """Names of checks without which it cannot be tried."""
@@ -64,7 +63,7 @@ class Finding:
     """Whether what needs it cannot be tried."""
 
 
-def perform(check: Check, subject: Subject, in_the_way: Collection[str] = ()) -> Finding:
+def run_check(check: Check, subject: CheckContext, in_the_way: Collection[str] = ()) -> Finding:
     """Try one check, unless one that it needs is in the way."""
     for name in check.needs:
         if name in in_the_way:
@@ -76,10 +75,10 @@ def perform(check: Check, subject: Subject, in_the_way: Collection[str] = ()) ->
         return Finding(check, Outcome.FAILED, f"not over after {time.monotonic() - begun:.0f} s", in_the_way=True)
 
 
-def _tried(check: Check, subject: Subject) -> Finding:
+def _tried(check: Check, subject: CheckContext) -> Finding:
     try:
         return Finding(check, Outcome.OK, check.run(subject))
-    except NotTried as reason:
+    except CheckSkipped as reason:
         return Finding(check, Outcome.SKIPPED, str(reason))
     except sa.exc.DBAPIError as error:
         said = str(error.orig).strip()

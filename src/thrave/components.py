@@ -1,6 +1,6 @@
 """Objects that every process of the service shares: database, vault, task queues, buckets, instances, identity.
 
-Each is opened from the settings when it is first used. `Ground.open` is the first start: it makes the database, the
+Each is opened from the settings when it is first used. `Components.open` is the first start: it makes the database, the
 vault's key and the service's identity, all three together or none, and never one of them beside others that are there
 already. Processes on several machines share the database; each has a copy of the vault's key and of the service's
 identity in its own data directory, and is refused if it has others.
@@ -68,7 +68,7 @@ class DatabaseLostError(DataDirectoryError):
 
 
 @dataclass(frozen=True)
-class Ground:
+class Components:
     """What a process is put together from; each part is opened when it is first used.
 
     Attributes:
@@ -179,9 +179,9 @@ class Ground:
         return KeyOwner(key.account_id, credentials)
 
 
-def open_ground(settings: Settings) -> Ground:
-    """Open the database and the vault at once. Raises as `Ground.open`."""
-    ground = Ground(settings)
+def open_components(settings: Settings) -> Components:
+    """Open the database and the vault at once. Raises as `Components.open`."""
+    ground = Components(settings)
     ground.open()
     return ground
 
