@@ -23,8 +23,8 @@ from typing import TypeVar
 import psutil
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from thrave.demo import content
-from thrave.demo.content import Contents, Kind
+from thrave.demo import disk as content
+from thrave.demo.disk import Contents, Kind
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 SEED = 20071010

@@ -20,13 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from thrave.demo.content import Kind
-from thrave.demo.disk import PARTITION_OFFSET
-from thrave.demo.disk import TEMPLATE_SIZES
-from thrave.demo.disk import template_name
-from thrave.demo.template import Run
-from thrave.demo.template import Template
-from thrave.demo.template import TemplateFile
+from thrave.demo.disk import PARTITION_OFFSET, TEMPLATE_SIZES, Kind, Run, Template, TemplateFile, template_name
 
 CLUSTER = 4096
 MARK = struct.Struct("<16sII")  # magic, number of the file, number of the cluster in it

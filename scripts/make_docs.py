@@ -14,7 +14,7 @@ import click
 from pydantic_core import PydanticUndefined
 
 from thrave.buckets.errors import KINDS, TABLE, Kind
-from thrave.cli.exits import MEANING
+from thrave.cli.exit_codes import MEANING
 from thrave.cli.main import COMMANDS, thrave
 from thrave.config import Settings
 from thrave.doctor.check_table import CHECKS, CLEAN_UP
@@ -324,7 +324,7 @@ def _help(command: click.Command, name: str) -> Iterable[str]:
 
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "settings.md": ("src/thrave/config.py", settings),
-    "exit-codes.md": ("src/thrave/cli/exits.py", exit_codes),
+    "exit-codes.md": ("src/thrave/cli/exit_codes.py", exit_codes),
     "ec2-errors.md": ("src/thrave/ec2/errors.py", ec2_errors),
     "task-errors.md": ("src/thrave/tasks/errors.py", task_errors),
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from support.service.forked_server import ForkedServer
-from thrave.cli.exits import Exit
+from thrave.cli.exit_codes import Exit
 from thrave.components import Components, DatabaseLostError, open_components
 from thrave.config import Settings
 from thrave.database import DatabaseReplacedError, DatabaseUnusableError, explain, open_engine, sa

@@ -19,7 +19,7 @@ from botocore.exceptions import ClientError, SSLError
 from support.eventually import eventually
 from support.servers.tls import certificate
 from support.service.forked_server import ForkedServer
-from thrave.cli.exits import Exit
+from thrave.cli.exit_codes import Exit
 from thrave.config import Settings, SettingsError, load_settings
 from thrave.database import open_engine
 from thrave.http_server import CHUNKED_LIMIT, HEAD_LIMIT, MAX_CHUNKS, MAX_HEADERS, HttpServer, PlainHttpNotAllowed

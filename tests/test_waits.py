@@ -25,7 +25,7 @@ WITHOUT = {
     ("compute/timeouts.py", "_given_up.get()"): "a context variable",
     ("compute/start_check.py", "_current.get()"): "a context variable",
     ("http_server.py", "_PEER.get()"): "a context variable",
-    ("demo/job.py", "waiter.wait(**ids, WaiterConfig={'Delay': 1, 'MaxAttempts': WAIT_TIMEOUT})"): "boto3's own limit",
+    ("demo/tour.py", "waiter.wait(**ids, WaiterConfig={'Delay': 1, 'MaxAttempts': WAIT_TIMEOUT})"): "boto3's own limit",
     ("files.py", "fcntl.flock(descriptor, fcntl.LOCK_EX)"): "a start of the service, or a file that nobody else has",
 }
 

@@ -32,7 +32,7 @@ REPORT_INTERVAL = 1.0  # seconds
 POWER_INTERVAL = 1.0  # seconds between two looks for what is to be done with the power of instances
 LOST_INTERVAL = 30.0  # seconds
 DRAIN_INTERVAL = 0.5  # seconds
-START_AGAIN = 30  # the exit status (cli/exits.py) after which a service manager starts the agent again
+START_AGAIN = 30  # the exit status (cli/exit_codes.py) after which a service manager starts the agent again
 
 log = structlog.get_logger()
 

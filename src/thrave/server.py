@@ -3,7 +3,7 @@
 This is where the components are handed to each other; none of them makes its own neighbours. Its one rule is
 the order of a start: whatever can fail because of a setting comes before anything is made.
 Stopping is crash-only: requests under way are answered, then the process is to end (`os._exit`) as if it had been
-killed, and a task under way resumes at the next start. Signals are handled in `cli/serve.py`.
+killed, and a task under way resumes at the next start. Signals are handled in `cli/server_commands.py`.
 """
 
 import os

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from thrave.cli.exits import Exit
+from thrave.cli.exit_codes import Exit
 
 
 def test_demo_disk_creates_an_ntfs_disk_of_the_size_that_was_asked_for(thrave, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from support.required_programs import require
 from thrave.demo import disk as demo
-from thrave.demo.content import Contents
+from thrave.demo.disk import Contents
 
 SIZE = 64 << 20
 SHA256 = "10e9d8dd4864108cc93688f264e562aa9b75a12138d98e5c8b6d1817cc526177"  # of the default seed
@@ -182,7 +182,7 @@ def test_a_larger_disk_has_the_largest_volume_that_fits(tmp_path):
 def test_there_is_a_small_template_for_each_size(disk_size):
     from importlib.resources import files
 
-    from thrave.demo.template import open_template
+    from thrave.demo.disk import open_template
 
     name = demo.template_name(disk_size)
     assert files("thrave.demo").joinpath("templates", name).stat().st_size < 300_000

@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 import pytest
 
-from thrave.cli.exits import Exit
+from thrave.cli.exit_codes import Exit
 from thrave.cli.main import COMMANDS, HARMFUL
 from thrave.cli.main import thrave as group
-from thrave.cli.output import emit, printable, table
+from thrave.cli.output import print_result, printable, table
 
 TIMEOUT = 120  # seconds
 SECRET = "hunter2-hunter2"
@@ -164,7 +164,7 @@ UNSAFE = "a\x1b]0;x\x07b\u202ec\u009bd\x7fe\u2066f\ud800g\u200bh\U000e0001i\rj\u
 
 @pytest.mark.parametrize("output", ["text", "json"])
 def test_unsafe_characters_are_escaped_in_every_output(capsys, output):
-    emit(output, {"name": UNSAFE, "ä": "日本"}, f"name {UNSAFE} 日本")
+    print_result(output, {"name": UNSAFE, "ä": "日本"}, f"name {UNSAFE} 日本")
     shown = capsys.readouterr().out
     assert "日本" in shown
     assert [letter for letter in shown if not (letter.isprintable() or letter == "\n")] == []

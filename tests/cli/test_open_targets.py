@@ -12,7 +12,7 @@ import pytest
 from support.bundles.sample_bundles import VECTORS, MemoryImage, bundle_of
 from support.disks.qemu_images import qemu_img
 from support.required_programs import require_libnbd
-from thrave.cli.bundle_image import FORMATS
+from thrave.cli.open_commands import FORMATS
 from thrave.volumes.qemu_nbd import WRITABLE_FORMATS
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11

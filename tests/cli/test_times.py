@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 import click
 import pytest
 
-from thrave.cli.times import Since, span
+from thrave.cli.options import Since
+from thrave.cli.output import format_duration
 
 
 @pytest.mark.parametrize(
@@ -49,4 +50,4 @@ def test_what_is_no_time_is_refused(text):
     ],
 )  # fmt: skip
 def test_a_span_is_said_in_its_own_unit(seconds, said):
-    assert span(timedelta(seconds=seconds)) == said
+    assert format_duration(timedelta(seconds=seconds)) == said

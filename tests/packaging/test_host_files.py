@@ -11,7 +11,7 @@ import pytest
 
 from support.required_programs import require
 from thrave.agent import START_AGAIN
-from thrave.cli.exits import NO_RESTART, Exit
+from thrave.cli.exit_codes import NO_RESTART, Exit
 from thrave.cli.main import thrave
 from thrave.config import load_settings
 from thrave.tasks.lease import LOST

@@ -1,7 +1,8 @@
 """The `thrave` command: the list of its commands, and how an error becomes an exit code.
 
 Each command lives in a module of its own that is imported when the command is run, so that `thrave --help` is quick.
-An error is one line on stderr and a code from `cli/exits.py`. The traceback of an unexpected one goes to a file, or to
+An error is one line on stderr and a code from `cli/exit_codes.py`. The traceback of an unexpected one goes to a file,
+or to
 stderr with `--debug`.
 """
 
@@ -17,28 +18,28 @@ from difflib import get_close_matches
 
 import click
 
-from thrave.cli.exits import Exit
+from thrave.cli.exit_codes import Exit
 from thrave.cli.output import printable_lines
 
 # command -> module and attribute. The order is the order of `thrave --help`.
 COMMANDS: dict[str, str] = {
-    "demo": "thrave.cli.demo:demo",
-    "demo-disk": "thrave.cli.demo:demo_disk",
-    "doctor": "thrave.cli.doctor:doctor",
-    "serve": "thrave.cli.serve:serve",
-    "api": "thrave.cli.serve:api",
-    "agent": "thrave.cli.serve:agent",
-    "account": "thrave.cli.accounts:account",
-    "instance": "thrave.cli.instances:instance",
-    "task": "thrave.cli.tasks:task",
-    "host": "thrave.cli.hosts:host",
-    "bundle": "thrave.cli.bundles:bundle",
-    "open": "thrave.cli.opening:open_",
-    "verify": "thrave.cli.opening:verify",
-    "show": "thrave.cli.opening:show",
-    "copy": "thrave.cli.copying:copy",
-    "delete": "thrave.cli.deleting:delete",
-    "migrate": "thrave.cli.migrating:migrate",
+    "demo": "thrave.cli.demo_command:demo",
+    "demo-disk": "thrave.cli.demo_command:demo_disk",
+    "doctor": "thrave.cli.doctor_command:doctor",
+    "serve": "thrave.cli.server_commands:serve",
+    "api": "thrave.cli.server_commands:api",
+    "agent": "thrave.cli.server_commands:agent",
+    "account": "thrave.cli.account_commands:account",
+    "instance": "thrave.cli.instance_commands:instance",
+    "task": "thrave.cli.task_commands:task",
+    "host": "thrave.cli.host_commands:host",
+    "bundle": "thrave.cli.bundle_command:bundle",
+    "open": "thrave.cli.open_commands:open_",
+    "verify": "thrave.cli.open_commands:verify",
+    "show": "thrave.cli.open_commands:show",
+    "copy": "thrave.cli.manage_commands:copy",
+    "delete": "thrave.cli.manage_commands:delete",
+    "migrate": "thrave.cli.manage_commands:migrate",
     "help": "thrave.cli.main:help_",
 }
 

@@ -1,20 +1,81 @@
-"""What a command prints: text for people, or one JSON document for programs.
+"""What the commands on accounts and users share: the data directory's accounts, and how a new key is shown.
+
+What a command prints: text for people, or one JSON document for programs.
 
 JSON goes to stdout with EC2's own words in camelCase (`accountId`, `instanceId`); keys are only ever added, so a reader
 must ignore the ones it does not know. Nothing else is written to stdout: progress and errors go to stderr.
 
 Names, tags, manifests and messages of libraries come from strangers. So every character that is not printable (control
 characters, bidirectional overrides, lone surrogates) is escaped here, in text and in JSON.
+
+How an instance is shown after something was done with it: in a line, or as EC2's document of it.
+
+Sizes as people write them: `256MiB`, `10 GB`, `1048576`.
+
+What the bundle commands answer: JSON in EC2's camelCase, and text for people.
+
+It only puts data into words.
+
+Times as people write and read them: `2h`, `3d`, `2026-11-23T19:00Z`.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import datetime
-from typing import TypeVar
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from thrave.bundle.manifest import Manifest
+    from thrave.bundle.verifier import VerifyResult
+    from thrave.compute.instance import Instance
+    from thrave.identity.accounts import AccessKey, Account, Accounts
+
+
+_LABELS = {
+    "accountId": "Account",
+    "name": "Name",
+    "userName": "User",
+    "accessKeyId": "Access key",
+    "secretAccessKey": "Secret access key",
+    "certificateFile": "Certificate",
+    "privateKeyFile": "Private key",
+}
+
+
+def find_account(accounts: Accounts, id_or_name: str) -> Account:
+    """The account with an id, else the one with a name. Raises NoSuchEntity if there is none."""
+    listed = accounts.list()
+    for found in listed:
+        if found.account_id == id_or_name:
+            return found
+    return next((found for found in listed if found.name == id_or_name), None) or accounts.get(id_or_name)
+
+
+def key_document(key: AccessKey) -> dict[str, str]:
+    """A new access key with its secret, which is not shown again."""
+    return {"accessKeyId": key.access_key_id, "secretAccessKey": key.secret_access_key}
+
+
+def key_documents(keys: Sequence[AccessKey]) -> list[dict[str, object]]:
+    """Access keys without their secrets."""
+    return [{"accessKeyId": key.access_key_id, "status": key.status, "createDate": key.create_date} for key in keys]
+
+
+def secrets_as_text(document: Mapping[str, str]) -> str:
+    """What holds a new secret, for people."""
+    lines = [f"{label + ':':<20}{document[name]}" for name, label in _LABELS.items() if name in document]
+    return "\n".join([*lines, "", "The secret access key is not shown again."])
+
+
 Json = dict[str, object] | list[object]
+
+
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
@@ -26,7 +87,7 @@ def output_option(command: _Command) -> _Command:
     )(command)  # fmt: skip
 
 
-def emit(output: str, document: Json, text: str, *, err: bool = False) -> None:
+def print_result(output: str, document: Json, text: str, *, err: bool = False) -> None:
     """Print the answer of a command on stdout.
 
     Args:
@@ -72,3 +133,100 @@ def _plain(value: object) -> str:
     if isinstance(value, datetime):
         return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     return str(value)
+
+
+def show(shown: Instance, output: str, warnings: Sequence[str] = ()) -> None:
+    """Print an instance: its id and state, or all of it but its commands.
+
+    Warnings go to stderr; with `--output json` they are a member of the document, so that both streams stay readable.
+    """
+    from thrave.compute.description_files import document
+
+    said = document(shown) | ({"warnings": [*warnings]} if warnings else {})
+    print_result(output, said, f"{shown.instance_id} {shown.state}")
+    if output == "text":
+        for warning in warnings:
+            click.echo(printable_lines(f"Warning: {warning}."), err=True)
+
+
+SIZE_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for kind, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
+
+
+def format_size(size: int) -> str:
+    """A number of bytes for people, in powers of 1024."""
+    if size < 1024:
+        return f"{size} bytes"
+    power = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / 1024**power:.1f} {'KMGT'[power - 1]}iB"
+
+
+def manifest_document(manifest: Manifest) -> dict[str, object]:
+    """What a manifest says, as JSON."""
+    return {
+        "name": manifest.name,
+        "accountId": manifest.user,
+        "type": manifest.type,
+        "architecture": manifest.architecture,
+        "version": manifest.version,
+        "bundler": str(manifest.bundler),
+        "size": manifest.size,
+        "bundledSize": manifest.bundled_size,
+        "digest": manifest.digest,
+        "signed": manifest.is_signed,
+        "kernelId": manifest.kernel_id,
+        "ramdiskId": manifest.ramdisk_id,
+        "productCodes": list(manifest.product_codes),
+        "ancestry": list(manifest.ancestry),
+        "blockDevices": [{"virtual": virtual, "device": device} for virtual, device in manifest.block_devices],
+        "parts": [{"index": part.index, "filename": part.filename, "sha1": part.sha1} for part in manifest.parts],
+    }
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """What a manifest says, as a table: all of it but the keys, and the names of 20 parts at most."""
+    said = manifest_document(manifest)
+    rows: list[tuple[str, ...]]
+    rows = [
+        (name, printable(str(value)))
+        for name, value in said.items()
+        if value is not None and not isinstance(value, list)
+    ]
+    rows += [("productCodes", printable(code)) for code in manifest.product_codes]
+    rows += [("ancestry", printable(ami)) for ami in manifest.ancestry]
+    rows += [("blockDevice", printable(f"{virtual} = {device}")) for virtual, device in manifest.block_devices]
+    rows += [(f"part {part.index}", f"{printable(part.filename)}  SHA-1 {part.sha1}") for part in manifest.parts[:20]]
+    if len(manifest.parts) > 20:
+        rows.append(("…", f"and {len(manifest.parts) - 20} more parts (--output json lists all)"))
+    return table(("WHAT", "THE MANIFEST SAYS (nothing is checked)"), rows)
+
+
+def verified_document(verified: VerifyResult) -> dict[str, object]:
+    """What a reader has checked, and the manifest it read, as JSON."""
+    checks = [{"subject": check.subject, "checked": check.checked, "detail": check.detail} for check in verified.checks]
+    return {"checks": checks, **manifest_document(verified.manifest)}
+
+
+def verified_text(verified: VerifyResult) -> str:
+    """What a reader has checked and could not check, as a table."""
+    answer: Mapping[bool, str] = {True: "holds", False: "NOT CHECKED"}
+    rows: list[tuple[str, ...]] = [(check.subject, answer[check.checked], check.detail) for check in verified.checks]
+    return table(("CHECK", "RESULT", "DETAIL"), rows)
+
+
+TIME_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def format_duration(time: timedelta) -> str:
+    """How long something takes, for people: `0.4 s`, `42 s`, `7 min`, `3.5 h`, `12 d`."""
+    seconds = max(time.total_seconds(), 0)
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} d"

@@ -30,8 +30,8 @@ from thrave.buckets.errors import (
 from thrave.buckets.retrying_store import retry_store
 from thrave.buckets.s3_client import Credentials, HttpTransport, StoreConfig
 from thrave.buckets.s3_objects import S3ObjectClient
-from thrave.cli.calls import CallGivenUpError, awaited, check_interrupted, give_up_on_interrupt
 from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError
+from thrave.cli.interrupts import CallGivenUpError, call_with_timeout, check_interrupted, give_up_on_interrupt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -235,7 +235,7 @@ class _Server:
 
         def attempt() -> _Answer:
             try:
-                answer = awaited(call, DEADLINE)
+                answer = call_with_timeout(call, DEADLINE)
             except (UnreachableError, CallGivenUpError):
                 raise
             except BucketError as error:

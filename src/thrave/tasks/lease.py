@@ -24,7 +24,7 @@ import structlog
 
 from thrave.database import bundle_task, host, task_in_progress
 
-LOST = 75  # the exit status (cli/exits.py), after which no service manager starts the agent again
+LOST = 75  # the exit status (cli/exit_codes.py), after which no service manager starts the agent again
 
 
 # True of a task whose host has no agent any more, and will have none: it was retired, or another has adopted its tasks.

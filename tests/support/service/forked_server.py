@@ -19,7 +19,14 @@ from thrave.testing import ThraveServer
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["thrave.server", "thrave.testing", "thrave.cli.serve", "thrave.cli.output", "thrave.logs", "alembic.command"]
+    [
+        "thrave.server",
+        "thrave.testing",
+        "thrave.cli.server_commands",
+        "thrave.cli.output",
+        "thrave.logs",
+        "alembic.command",
+    ]
 )
 
 

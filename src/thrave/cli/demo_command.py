@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.exits import Exit
-from thrave.cli.output import emit, output_option
-from thrave.cli.service import DataFolder, make_files_private
-from thrave.cli.sizes import Size, words
+from thrave.cli.exit_codes import Exit
+from thrave.cli.options import DataFolder, Size, make_files_private
+from thrave.cli.output import format_size, output_option, print_result
 
 if TYPE_CHECKING:
-    from thrave.demo.job import Task
-    from thrave.demo.tour import Tour
+    from thrave.demo.tour import Task, Tour
 
 
 @click.command()
@@ -41,7 +39,7 @@ def demo(size: int, data_dir: Path, output: str) -> None:
     make_files_private()
     story = _Story(quiet=output == "json")
     result = tour(data_dir, size, story.tell, story.show)
-    emit(output, result.document(), _farewell(result))
+    print_result(output, result.document(), _farewell(result))
 
 
 class FileExists(click.ClickException):
@@ -70,7 +68,9 @@ def demo_disk(file: Path, size: int, output: str) -> None:
         raise FileExists(f"{file} exists. Remove it, or name another file.")
     made = make_demo_disk(file, size)
     document = {"path": str(file), "size": made.size, "volumeSize": made.volume_size}
-    emit(output, document, f"{file}: {words(made.size)}, with an NTFS volume of {words(made.volume_size)}")
+    print_result(
+        output, document, f"{file}: {format_size(made.size)}, with an NTFS volume of {format_size(made.volume_size)}"
+    )
 
 
 class _Story:
@@ -111,8 +111,8 @@ def _farewell(result: Tour) -> str:
     by_hand = "\n".join(f"    {line}" for line in result.by_hand())
     without_thrave = "\n".join(f"    {line}" for line in result.without_thrave())
     return f"""
-The bundle opens to the root disk, byte for byte: {words(result.size)}, SHA-256 {result.sha256}
-In the bucket: {words(result.bundled_size)} in {result.parts} parts.
+The bundle opens to the root disk, byte for byte: {format_size(result.size)}, SHA-256 {result.sha256}
+In the bucket: {format_size(result.bundled_size)} in {result.parts} parts.
 From BundleInstance to complete it took {result.seconds:.1f} s.
 The instance is running again; its second disk is not in the bundle.
 

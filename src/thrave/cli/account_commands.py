@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.identity import key_document, key_documents, open_accounts, secrets_as_text
-from thrave.cli.output import emit, output_option, table
-from thrave.cli.service import settings_option
-from thrave.cli.users import user
+from thrave.cli.options import open_accounts, settings_option
+from thrave.cli.output import key_document, key_documents, output_option, print_result, secrets_as_text, table
+from thrave.cli.user_commands import user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,7 +63,7 @@ def create(settings: Settings, name: str, certificate: Path | None, new_certific
     document = {"accountId": new.account_id, "name": new.name, **key_document(key)}
     if new_certificate:
         document |= {"certificateFile": str(made[0]), "privateKeyFile": str(made[1])}
-    emit(output, {**document}, secrets_as_text(document))
+    print_result(output, {**document}, secrets_as_text(document))
 
 
 @account.command("list")
@@ -88,7 +87,7 @@ def list_(settings: Settings, output: str) -> None:
         )
         for found, keys in listed
     ]
-    emit(
+    print_result(
         output,
         {"accounts": [_account_document(found, keys) for found, keys in listed]},
         table(("ACCOUNT", "NAME", "CERTIFICATE", "ACCESS KEYS"), rows),
@@ -113,7 +112,7 @@ def create_key(settings: Settings, account_id: str, output: str) -> None:
     """
     with open_accounts(settings) as accounts:
         document = {"accountId": account_id, **key_document(accounts.create_key(account_id))}
-    emit(output, {**document}, secrets_as_text(document))
+    print_result(output, {**document}, secrets_as_text(document))
 
 
 @key.command("import")
@@ -138,7 +137,7 @@ def import_key(settings: Settings, account_id: str, credentials: Path, output: s
     with open_accounts(settings) as accounts:
         key = accounts.import_key(account_id, known.access_key_id, known.secret_access_key)
     document = {"accountId": account_id, "accessKeyId": key.access_key_id}
-    emit(output, {**document}, f"imported {key.access_key_id}")
+    print_result(output, {**document}, f"imported {key.access_key_id}")
 
 
 @key.command("delete")
@@ -154,7 +153,7 @@ def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
     """
     with open_accounts(settings) as accounts:
         accounts.delete_key(access_key_id)
-    emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
+    print_result(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
 
 
 @contextmanager

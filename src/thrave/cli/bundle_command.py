@@ -1,4 +1,8 @@
-"""`thrave bundle`: a disk image sealed into files in a folder, without any server.
+"""A new bundle as files in a folder: written whole or not at all.
+
+It decides only where bytes go; what they are is the business of `thrave.bundle`.
+
+`thrave bundle`: a disk image sealed into files in a folder, without any server.
 
 A bundle is `PREFIX.part.N`, `PREFIX.manifest.json` and, written last, `PREFIX.manifest.xml`. Nothing is ever
 overwritten.
@@ -6,27 +10,128 @@ overwritten.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.bundle_options import ExistingPath
-from thrave.cli.output import emit, output_option
-from thrave.cli.pem import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY
+from thrave.bundle.errors import OutputError
+from thrave.bundle.image_output import new_file
+from thrave.bundle.model import manifest_filename, side_filename
+from thrave.cli.exit_codes import Exit
+from thrave.cli.interrupts import cleans_up_on_signals
+from thrave.cli.options import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY, ExistingPath
+from thrave.cli.output import output_option, print_result
 from thrave.cli.progress import progress_bar
-from thrave.cli.signals import cleans_up_on_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
     from thrave.bundle.gzip_stream import Compression
+    from thrave.bundle.model import SealedBundle
+    from thrave.bundle.sealer import Sealer
+    from thrave.cli.bundle_command import NewBundle
+
+
+class BundleExists(click.ClickException):
+    """There is a bundle of that name in the folder."""
+
+    exit_code = Exit.REFUSED
+
+
+class NewBundle:
+    """The files of one bundle that is being written."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.manifest = folder / manifest_filename(prefix)
+        self.side_file = folder / side_filename(prefix)
+        self._folder = folder
+        self._written: list[Path] = []
+
+    def write_parts(self, sealing: Sealer) -> None:
+        """Write each part as it comes."""
+        with closing(sealing.parts()) as parts:
+            for part in parts:
+                self.write(self._folder / part.filename, part.data)
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        """Write one file of the bundle; it is on the disk when this returns."""
+        self._written.append(path)
+        with new_file(path, replace=True) as file:
+            file.write(0, memoryview(data))
+
+    def remove(self) -> None:
+        """Remove everything that was written."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_bundle(folder: Path, prefix: str) -> Iterator[NewBundle]:
+    """A folder to write a bundle to, from which everything is removed again if the block fails.
+
+    Raises:
+        BundleExists: There is a manifest of that name.
+        click.ClickException: The folder cannot be made or written.
+    """
+    bundle = NewBundle(folder, prefix)
+    if bundle.manifest.exists():
+        raise BundleExists(f"{bundle.manifest} exists; remove the bundle or choose another prefix")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield bundle
+    except (OSError, OutputError) as error:
+        bundle.remove()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise click.ClickException(f"cannot write to {folder}: {reason}") from error
+    except BaseException:
+        bundle.remove()
+        raise
+
+
+def sealed_document(folder: NewBundle, sealed: SealedBundle, warnings: Sequence[str]) -> dict[str, object]:
+    """A new bundle as JSON, with what the image says of itself that one should know."""
+    return {
+        "manifest": folder.manifest,
+        "sideFile": folder.side_file,
+        "prefix": sealed.prefix,
+        "size": sealed.size,
+        "bundledSize": sealed.bundled_size,
+        "digest": sealed.digest,
+        "warnings": list(warnings),
+        "parts": [
+            {
+                "index": part.index,
+                "filename": part.filename,
+                "size": part.size,
+                "sha1": part.sha1,
+                "sha256": part.sha256,
+            }
+            for part in sealed.parts
+        ],
+    }
+
+
+def sealed_text(folder: NewBundle, sealed: SealedBundle) -> str:
+    """A new bundle in two lines."""
+    share = 100 * sealed.bundled_size / sealed.size
+    return (
+        f"{format_size(sealed.size)} sealed into {len(sealed.parts)} parts of {format_size(sealed.bundled_size)} ({share:.0f} %)\n"
+        f"{folder.manifest}"
+    )
+
 
 _IMAGE = ExistingPath(path_type=Path)
+
+
 _SECRET_FILE = ExistingPath(dir_okay=False, path_type=Path)
+
+
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -115,8 +220,9 @@ def bundle(
     from thrave.bundle.model import validate_account_id, validate_architecture, validate_prefix
     from thrave.bundle.sealer import Sealer
     from thrave.bundle.side_file import write_side_file
-    from thrave.cli.bundle_folder import new_bundle
-    from thrave.cli.bundle_words import sealed_document, sealed_text
+
+    # EMPTY
+    # EMPTY
     from thrave.volumes.formats import open_volume
 
     validate_account_id(account)
@@ -156,7 +262,7 @@ def bundle(
             side_file = write_side_file(sealing.sealed, manifest, side_key=side_key, signing_key=signing_key)
             files.write(files.side_file, side_file)
             files.write(files.manifest, manifest)
-    emit(output, sealed_document(files, sealing.sealed, warnings), sealed_text(files, sealing.sealed))
+    print_result(output, sealed_document(files, sealing.sealed, warnings), sealed_text(files, sealing.sealed))
 
 
 def _check_portable(prefix: str) -> None:

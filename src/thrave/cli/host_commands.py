@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.output import emit, output_option, table
-from thrave.cli.service import open_service, settings_option
-from thrave.cli.times import span
+from thrave.cli.options import open_service, settings_option
+from thrave.cli.output import format_duration, output_option, print_result, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,7 +56,7 @@ def list_(settings: Settings, output: str) -> None:
     with _ground(settings) as ground:
         listed = _listed(ground)
     header = ("HOST", "STATE", "LAST HEARTBEAT", "WORKING ON", "WAITING", "INSTANCES", "VERSION")
-    emit(
+    print_result(
         output,
         {"hosts": [_document(one) for one in listed]},
         table(header, [_row(one) for one in listed]),
@@ -75,7 +74,7 @@ def show(settings: Settings, name: str, output: str) -> None:
     Example:
       thrave host show kvm-17
     """
-    from thrave.cli.task_words import task_document, task_table
+    from thrave.cli.task_output import task_document, task_table
 
     with _ground(settings) as ground:
         found, tasks = _find(ground, name), _unfinished(ground, name)
@@ -84,14 +83,14 @@ def show(settings: Settings, name: str, output: str) -> None:
         ("adopted by", found.adopted_by or "-"),
         (
             "last heartbeat",
-            f"{span(found.silence)} ago; every {found.heartbeat_interval:g} s, lost after {found.heartbeat_timeout:g}",
+            f"{format_duration(found.silence)} ago; every {found.heartbeat_interval:g} s, lost after {found.heartbeat_timeout:g}",
         ),
-        ("agent", f"Thrave {found.version}, for {span(found.now - found.start_time)}"),
+        ("agent", f"Thrave {found.version}, for {format_duration(found.now - found.start_time)}"),
         ("tasks", f"{found.working} begun, {found.waiting} waiting; {found.worker_concurrency} at once"),
         ("instances", str(found.instances)),
     ]
     text = table(("HOST", found.host), facts) + ("\n\n" + task_table(tasks, found.now) if tasks else "")
-    emit(output, {**_document(found), "tasks": [task_document(seen) for seen in tasks]}, text)
+    print_result(output, {**_document(found), "tasks": [task_document(seen) for seen in tasks]}, text)
 
 
 @host.command()
@@ -113,7 +112,7 @@ def drain(settings: Settings, name: str, output: str) -> None:
     """
     with _ground(settings) as ground:
         state = ground.hosts.drain(name)
-    emit(output, {"host": name, "state": state}, f"{name} is {state}")
+    print_result(output, {"host": name, "state": state}, f"{name} is {state}")
 
 
 @host.command()
@@ -133,7 +132,7 @@ def activate(settings: Settings, name: str, output: str) -> None:
     """
     with _ground(settings) as ground:
         state = ground.hosts.activate(name)
-    emit(output, {"host": name, "state": state}, f"{name} is {state}")
+    print_result(output, {"host": name, "state": state}, f"{name} is {state}")
 
 
 @host.command()
@@ -159,7 +158,7 @@ def adopt(settings: Settings, lost: str, *, name: str, powered_off: bool, output
     with _ground(settings) as ground:
         tasks = ground.hosts.adopt(lost, by=name, powered_off=powered_off)
     said = f"{name} goes on in the place of {lost}"
-    emit(output, {"host": name, "lost": lost, "bundleIds": [*tasks]}, _with_tasks(said, tasks))
+    print_result(output, {"host": name, "lost": lost, "bundleIds": [*tasks]}, _with_tasks(said, tasks))
 
 
 @host.command()
@@ -178,7 +177,7 @@ def retire(settings: Settings, name: str, *, powered_off: bool, output: str) -> 
     """
     with _ground(settings) as ground:
         tasks = ground.hosts.retire(name, powered_off=powered_off)
-    emit(output, {"host": name, "bundleIds": [*tasks]}, _with_tasks(f"{name} is retired", tasks))
+    print_result(output, {"host": name, "bundleIds": [*tasks]}, _with_tasks(f"{name} is retired", tasks))
 
 
 @contextmanager
@@ -236,7 +235,7 @@ def _document(host: HostStatus) -> dict[str, object]:
 
 def _row(host: HostStatus) -> tuple[str, ...]:
     counts = (str(number) for number in (host.working, host.waiting, host.instances))
-    return (host.host, _state(host), f"{span(host.silence)} ago", *counts, host.version)
+    return (host.host, _state(host), f"{format_duration(host.silence)} ago", *counts, host.version)
 
 
 def _state(host: HostStatus) -> str:

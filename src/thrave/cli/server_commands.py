@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.exits import Exit
-from thrave.cli.output import emit, output_option
-from thrave.cli.service import DataFolder, make_files_private, quick_imports, read_settings
+from thrave.cli.exit_codes import Exit
+from thrave.cli.options import DataFolder, make_files_private, quick_imports, read_settings
+from thrave.cli.output import output_option, print_result
 
 if TYPE_CHECKING:
     from thrave.config import Settings
@@ -68,7 +68,7 @@ def serve(
     with quick_imports():
         from thrave import server
 
-    server.serve(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    server.serve(settings, lambda url: print_result(output, {"listening": url}, f"listening on {url}"))
     _end()
 
 
@@ -100,7 +100,7 @@ def api(
     with quick_imports():
         from thrave import server
 
-    server.serve_api(settings, lambda url: emit(output, {"listening": url}, f"listening on {url}"))
+    server.serve_api(settings, lambda url: print_result(output, {"listening": url}, f"listening on {url}"))
     _end()
 
 
@@ -136,7 +136,9 @@ def agent(host_id: str | None, data_dir: Path | None, config: Path | None, outpu
     with quick_imports():
         from thrave import server
 
-    server.run_agent(settings, lambda: emit(output, {"working": settings.host_id}, f"working as {settings.host_id}"))
+    server.run_agent(
+        settings, lambda: print_result(output, {"working": settings.host_id}, f"working as {settings.host_id}")
+    )
     _end()
 
 

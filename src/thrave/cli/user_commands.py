@@ -11,9 +11,8 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from thrave.cli.identity import key_document, key_documents, open_identity, secrets_as_text
-from thrave.cli.output import emit, output_option, table
-from thrave.cli.service import settings_option
+from thrave.cli.options import open_identity, settings_option
+from thrave.cli.output import key_document, key_documents, output_option, print_result, secrets_as_text, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +53,7 @@ def create(settings: Settings, account_id: str, user_name: str, output: str) -> 
     with open_identity(settings) as (_, users):
         new = users.create(account_id, user_name)
     document = {"accountId": account_id, "userName": new.user_name, "userId": new.user_id, "arn": new.arn}
-    emit(output, {**document}, f"created {new.arn}")
+    print_result(output, {**document}, f"created {new.arn}")
 
 
 @user.command("list")
@@ -89,7 +88,7 @@ def list_(settings: Settings, account_id: str, output: str) -> None:
         (found.user_name, " ".join(policies), " ".join(key.access_key_id for key in keys))
         for found, policies, keys in listed
     ]
-    emit(output, {"users": documents}, table(("USER", "POLICIES", "ACCESS KEYS"), rows))
+    print_result(output, {"users": documents}, table(("USER", "POLICIES", "ACCESS KEYS"), rows))
 
 
 @user.command()
@@ -103,7 +102,7 @@ def delete(settings: Settings, account_id: str, user_name: str, output: str) -> 
     """
     with open_identity(settings) as (_, users):
         users.delete(account_id, user_name)
-    emit(output, {"accountId": account_id, "userName": user_name}, f"deleted {user_name}")
+    print_result(output, {"accountId": account_id, "userName": user_name}, f"deleted {user_name}")
 
 
 @user.group()
@@ -133,7 +132,9 @@ def put_policy(
     with open_identity(settings) as (_, users):
         users.put_policy(account_id, user_name, policy_name, document)
     _warn_of_unknown_actions(document)
-    emit(output, {"userName": user_name, "policyName": policy_name}, f"{user_name} has the policy {policy_name}")
+    print_result(
+        output, {"userName": user_name, "policyName": policy_name}, f"{user_name} has the policy {policy_name}"
+    )
 
 
 def _warn_of_unknown_actions(document: str) -> None:
@@ -156,7 +157,7 @@ def delete_policy(settings: Settings, account_id: str, user_name: str, policy_na
     """
     with open_identity(settings) as (_, users):
         users.delete_policy(account_id, user_name, policy_name)
-    emit(output, {"userName": user_name, "policyName": policy_name}, f"deleted {policy_name}")
+    print_result(output, {"userName": user_name, "policyName": policy_name}, f"deleted {policy_name}")
 
 
 @policy.command("list")
@@ -170,7 +171,7 @@ def list_policies(settings: Settings, account_id: str, user_name: str, output: s
     """
     with open_identity(settings) as (_, users):
         names = [*users.policies(account_id, user_name)]
-    emit(output, {"userName": user_name, "policyNames": names}, "\n".join(names))
+    print_result(output, {"userName": user_name, "policyNames": names}, "\n".join(names))
 
 
 @policy.command("show")
@@ -186,7 +187,7 @@ def show_policy(settings: Settings, account_id: str, user_name: str, policy_name
     with open_identity(settings) as (_, users):
         text = users.policy(account_id, user_name, policy_name)
     document = {"userName": user_name, "policyName": policy_name, "policyDocument": json.loads(text)}
-    emit(output, document, text)
+    print_result(output, document, text)
 
 
 @user.group()
@@ -212,7 +213,7 @@ def create_key(settings: Settings, account_id: str, user_name: str, output: str)
         found = users.get(account_id, user_name)
         made = accounts.create_key(account_id, found)
     document = {"accountId": account_id, "userName": found.user_name, **key_document(made)}
-    emit(output, {**document}, secrets_as_text(document))
+    print_result(output, {**document}, secrets_as_text(document))
 
 
 @key.command("delete")
@@ -228,4 +229,4 @@ def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
     """
     with open_identity(settings) as (accounts, _):
         accounts.delete_key(access_key_id)
-    emit(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
+    print_result(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")

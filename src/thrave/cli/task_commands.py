@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.exits import Exit
+from thrave.cli.exit_codes import Exit
 from thrave.cli.main import exit_code
-from thrave.cli.output import emit, output_option
-from thrave.cli.service import open_service, settings_option
-from thrave.cli.times import Since
+from thrave.cli.options import Since, open_service, settings_option
+from thrave.cli.output import output_option, print_result
 from thrave.tasks.models import UNFINISHED, BundleTaskState
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def list_(
       thrave task list
       thrave task list --unfinished --host kvm-17 --output json
     """
-    from thrave.cli.task_words import task_document, task_table
+    from thrave.cli.task_output import task_document, task_table
     from thrave.tasks.queries import TaskFilter
 
     wanted = TaskFilter(
@@ -87,7 +86,7 @@ def list_(
     with _overview(settings) as (overview, records):
         found, now = overview.latest(wanted, limit=limit + 1), records.now()
     shown, more = found[-limit:], len(found) > limit
-    emit(output, {"tasks": [task_document(seen) for seen in shown], "more": more}, task_table(shown, now))
+    print_result(output, {"tasks": [task_document(seen) for seen in shown], "more": more}, task_table(shown, now))
     if more:
         click.echo(f"There are older ones: these are the newest {limit}; see --limit.", err=True)
 
@@ -108,12 +107,12 @@ def show(settings: Settings, bundle_id: str, output: str) -> None:
 
     Exit codes: 0 it is shown, however it ended, 3 there is no such task.
     """
-    from thrave.cli.task_words import TaskStory, story_document, story_text
+    from thrave.cli.task_output import TaskStory, story_document, story_text
 
     with _overview(settings) as (overview, records):
         (seen,) = overview.of([bundle_id])
         story = TaskStory(seen, records.history(bundle_id), records.now())
-    emit(output, story_document(story), story_text(story))
+    print_result(output, story_document(story), story_text(story))
 
 
 @task.command()
@@ -132,15 +131,15 @@ def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
 
     Exit codes: 0 all are complete, 3 there is no such task, 20 one failed, 21 none failed but one was cancelled.
     """
-    from thrave.cli.task_watch import watch as watch_tasks
-    from thrave.cli.task_words import task_document, task_table
+    from thrave.cli.task_output import task_document, task_table
+    from thrave.cli.task_output import watch as watch_tasks
 
     with _overview(settings) as (overview, records):
         watched = bundle_ids or _unfinished(overview)
         if not watched:
             click.echo("There are no unfinished tasks to watch.", err=True)
         ended, now = watch_tasks(overview, watched), records.now()
-    emit(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, now))
+    print_result(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, now))
     sys.exit(_worst(ended))
 
 
@@ -161,7 +160,7 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
     Exit codes: 0 all are being cancelled, 3 there is no such task, 4 one has ended, or is being cancelled already. The
     others are cancelled nevertheless.
     """
-    from thrave.cli.task_words import task_document
+    from thrave.cli.task_output import task_document
     from thrave.tasks.errors import BundleTaskError
 
     cancelled, codes = [], []
@@ -173,7 +172,7 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
                 click.echo(f"thrave: {bundle_id}: {error}", err=True)
                 codes.append(exit_code(error) or Exit.FAILED)
     text = "\n".join(f"{seen.task.bundle_id} {seen.task.state}" for seen in cancelled)
-    emit(output, {"tasks": [task_document(seen) for seen in cancelled]}, text)
+    print_result(output, {"tasks": [task_document(seen) for seen in cancelled]}, text)
     sys.exit(codes[0] if codes else Exit.OK)
 
 

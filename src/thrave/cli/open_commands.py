@@ -1,4 +1,8 @@
-"""`thrave open`, `verify` and `show`: bundles as files, wherever they lie, without any service.
+"""Where `thrave open` puts the image: a raw file, an image in a format of QEMU's, or stdout.
+
+It joins what writes images (`thrave.bundle`, `thrave.volumes`) and knows nothing of bundles.
+
+`thrave open`, `verify` and `show`: bundles as files, wherever they lie, without any service.
 
 The parts are always looked for beside their manifest; from afar several are fetched at once, and none is ever put on
 the disk. What was checked and what could not be is part of every answer.
@@ -8,21 +12,20 @@ from __future__ import annotations
 
 import re
 import secrets
+import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.bundle_image import FORMATS, image_maker
-from thrave.cli.bundle_options import certificate_option, side_key_option
 from thrave.cli.folders import FolderParts, parts_ahead
+from thrave.cli.interrupts import cleans_up_on_signals
 from thrave.cli.locations import LOCATION, read_documents, read_manifest_file
-from thrave.cli.output import emit, output_option
-from thrave.cli.pem import PRIVATE_KEY
+from thrave.cli.options import PRIVATE_KEY, certificate_option, side_key_option
+from thrave.cli.output import format_size, output_option, print_result
 from thrave.cli.progress import progress_bar
-from thrave.cli.signals import cleans_up_on_signals
-from thrave.cli.sizes import words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +34,59 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
     from cryptography.x509 import Certificate
 
+    from thrave.bundle.base import ImageMaker, ImageTarget
     from thrave.bundle.verifier import VerifiedManifest, VerifyResult
     from thrave.cli.folders import Folder
     from thrave.cli.locations import Location
+
+
+FORMATS = ("raw", "qcow2", "vmdk", "vpc")
+"""What can be written, in QEMU's words."""
+
+
+def image_maker(path: Path | None, image_format: str, *, replace: bool) -> ImageMaker:
+    """What writes the image.
+
+    Args:
+        path: The file; None for stdout.
+        image_format: One of `FORMATS`.
+        replace: Whether a file that is there may be replaced.
+
+    Raises:
+        click.UsageError: Stdout is a terminal, or is asked for something else than raw.
+    """
+    from thrave.bundle.image_output import image_file, image_stream
+
+    if path is None:
+        _check_stdout(image_format)
+        return partial(image_stream, sys.stdout.fileno())
+    if image_format == "raw":
+        return partial(image_file, path, replace=replace)
+    return partial(_converted, path, image_format, replace=replace)
+
+
+def _check_stdout(image_format: str) -> None:
+    if image_format != "raw":
+        raise click.UsageError(f"{image_format} cannot be written to a pipe: give a file with -o")
+    if sys.stdout.isatty():
+        raise click.UsageError("an image is not for a terminal: redirect stdout or give a file with -o")
+
+
+@contextmanager
+def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> Iterator[ImageTarget]:
+    """Write in the format at once, without a raw file in between."""
+    from thrave.bundle.errors import OutputError
+    from thrave.bundle.image_output import followed, new_file
+    from thrave.volumes.errors import VolumeUnwritableError
+    from thrave.volumes.qemu_nbd import new_image
+
+    with new_file(followed(path), replace=replace) as file:
+        try:
+            with new_image(file.name, image_format, size) as image:
+                yield image
+        except VolumeUnwritableError as error:  # QEMU names the file as it was given to it
+            raise OutputError(str(error).replace(str(file.name), str(path))) from error
+
 
 _SEEDS = 2**32
 
@@ -107,7 +160,7 @@ def open_(
     """
     from thrave.bundle.opener import open_believed_into
     from thrave.bundle.verifier import Trust, unheard, verify_manifest
-    from thrave.cli.bundle_words import verified_document, verified_text
+    from thrave.cli.output import verified_document, verified_text
 
     target = _target(image, stdout=stdout)
     make_image = image_maker(target, image_format, replace=force)
@@ -123,8 +176,8 @@ def open_(
         )  # fmt: skip
     where = target or "stdout"
     document = {"image": target or "-", "format": image_format, "manifest": location, **verified_document(opened)}
-    text = f"{verified_text(opened)}\n\n{where}: {words(opened.manifest.size)}"
-    emit(output, document, text, err=target is None)
+    text = f"{verified_text(opened)}\n\n{where}: {format_size(opened.manifest.size)}"
+    print_result(output, document, text, err=target is None)
 
 
 def _target(image: Path | None, *, stdout: bool) -> Path | None:
@@ -180,7 +233,7 @@ def verify(
     is missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key.
     """
     from thrave.bundle.verifier import Trust, verify_manifest
-    from thrave.cli.bundle_words import verified_document, verified_text
+    from thrave.cli.output import verified_document, verified_text
 
     if sample is not None and key is not None:
         raise click.UsageError("with --key the image is checked, and for that all of it is read: leave out --sample")
@@ -192,7 +245,7 @@ def verify(
         verified = _verify_sample(
             believed, location.folder, sample, secrets.randbelow(_SEEDS) if seed is None else seed
         )
-    emit(output, {"manifest": location, **verified_document(verified)}, verified_text(verified))
+    print_result(output, {"manifest": location, **verified_document(verified)}, verified_text(verified))
 
 
 def _verify_all(believed: VerifiedManifest, folder: Folder, key: RSAPrivateKey | None) -> VerifyResult:
@@ -227,7 +280,7 @@ def show(location: Location[Folder], output: str) -> None:
     it is no manifest.
     """
     from thrave.bundle.manifest import read_manifest
-    from thrave.cli.bundle_words import manifest_document, manifest_text
+    from thrave.cli.output import manifest_document, manifest_text
 
     said = read_manifest(read_manifest_file(location))
-    emit(output, {"manifest": location, **manifest_document(said)}, manifest_text(said))
+    print_result(output, {"manifest": location, **manifest_document(said)}, manifest_text(said))

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.exits import Exit
-from thrave.cli.output import emit, output_option, printable, table
-from thrave.cli.service import settings_option
+from thrave.cli.exit_codes import Exit
+from thrave.cli.options import settings_option
+from thrave.cli.output import output_option, print_result, printable, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ def doctor(settings: Settings, access_key_id: str | None, bucket: str | None, ou
 
     with closing(CheckContext(settings, access_key_id=access_key_id, bucket=bucket)) as subject:
         findings = run_all(subject)
-    emit(output, {"checks": [_document(finding) for finding in findings]}, _text(findings))
+    print_result(output, {"checks": [_document(finding) for finding in findings]}, _text(findings))
     failed = [finding.check.name for finding in findings if finding.outcome is Outcome.FAILED]
     if failed:
         click.echo(f"thrave: failed: {', '.join(failed)}", err=True)

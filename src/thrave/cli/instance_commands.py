@@ -1,4 +1,11 @@
-"""`thrave instance`: the machines of this host that can be bundled, whatever says which they are.
+"""What `thrave instance add` and `adopt` report about a root volume's image file. Nothing is stopped or written.
+
+`thrave instance adopt` and `disown`: which of libvirt's domains are instances, and whose.
+
+What is said here is written into the domain's own metadata, where it stays with the domain. Nothing else of it is
+changed, and it is neither stopped nor started.
+
+`thrave instance`: the machines of this host that can be bundled, whatever says which they are.
 
 `add` and `remove` are for those that files describe: one JSON file each in the data directory, which may also be edited
 by hand. Those of libvirt are adopted (`domains.py`). No command here touches a volume.
@@ -13,20 +20,153 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from thrave.cli.domains import adopt, disown
-from thrave.cli.identity import find_account, open_accounts
-from thrave.cli.images import check_image
-from thrave.cli.instance_words import show
-from thrave.cli.output import emit, output_option, table
-from thrave.cli.service import require_data_directory, settings_option
-from thrave.cli.tags import tags_option
+from thrave.cli.options import open_accounts, require_data_directory, settings_option, tags_option
+from thrave.cli.output import find_account, output_option, print_result, show, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from thrave.compute.base import HypervisorDriver
     from thrave.compute.directory_driver import DirectoryDriver
-    from thrave.compute.instance import VolumeFile
+    from thrave.compute.instance import Instance, VolumeFile
+    from thrave.compute.libvirt.driver import LibvirtDriver
     from thrave.config import Settings
+
+
+def check_image(settings: Settings, instances: HypervisorDriver, instance: Instance) -> list[str]:
+    """Refuse an image of another format than the stated one; return warnings of everything else that prevents a bundle.
+
+    A file that another instance uses is a warning: that instance may be removed or shut down before the first bundle.
+    A task checks again, and refuses it then.
+
+    Raises:
+        click.UsageError: The image has another format.
+    """
+    from thrave.tasks.root_volume import check_root_volume
+    from thrave.volumes.errors import VolumeError
+
+    if instance.root_device_type != "instance-store":
+        return []
+    volume = instance.root_volume
+    _check_apparent_format(volume)
+    try:
+        warned = check_root_volume(instances, instance.instance_id, volume, settings.image_dirs)
+    except VolumeError as error:
+        return [_cannot_be_bundled(str(error))]
+    return [warning.text for warning in warned]
+
+
+def warnings_of_image(settings: Settings, instances: HypervisorDriver, instance: Instance) -> list[str]:
+    """Return the same warnings of a machine whose hypervisor states its disk and format: nothing is refused."""
+    try:
+        return check_image(settings, instances, instance)
+    except click.UsageError as error:
+        return [_cannot_be_bundled(error.message)]
+
+
+def _cannot_be_bundled(reason: str) -> str:
+    return f"it cannot be bundled as it is: {reason}"
+
+
+def _check_apparent_format(volume: VolumeFile) -> None:
+    from thrave.volumes.formats import FORMATS, apparent_format_of
+
+    apparent = apparent_format_of(volume.path)
+    if apparent is None and volume.format != "raw":
+        raise click.UsageError(f"{volume.path} is no image of the format {volume.format}; a raw disk is --format raw")
+    # A machine may encrypt its whole disk with LUKS itself: then the host has a raw disk that begins as LUKS does.
+    if apparent in {None, volume.format} or (apparent == "luks" and volume.format == "raw"):
+        return
+    how = (
+        f"give --format {apparent}"
+        if apparent in FORMATS
+        else "that format is not read: unpack or convert it (qemu-img convert)"
+    )
+    raise click.UsageError(f"{volume.path} is an image of the format {apparent}, not {volume.format}: {how}")
+
+
+@click.command()
+@click.argument("domain", metavar="DOMAIN")
+@click.option("--account", "account_id", required=True, metavar="ID", help="The owner's account id or name.")
+@click.option(
+    "--platform", type=click.Choice(["windows"]), help="For a domain whose libosinfo metadata does not say it."
+)
+@click.option("--root-device", metavar="TARGET", help="The disk that is bundled, as vda.  [default: the one it boots]")
+@click.option(
+    "--root-device-type",
+    type=click.Choice(["instance-store", "ebs"]),
+    help="ebs: that disk is on network storage.  [default: by its source]",
+)
+@click.option(
+    "--secret-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Holds the passphrase of that disk, if it is encrypted.",
+)
+@tags_option
+@settings_option
+@output_option
+def adopt(
+    settings: Settings,
+    *,
+    domain: str,
+    account_id: str,
+    platform: Literal["windows"] | None,
+    root_device: str | None,
+    root_device_type: Literal["instance-store", "ebs"] | None,
+    secret_file: Path | None,
+    tags: dict[str, str],
+    output: str,
+) -> None:
+    """Make the libvirt domain with the name or UUID DOMAIN an instance of an account's, so that it can be bundled.
+
+    Its id comes from its UUID and stays the same. Adopting it again changes what is said of it. The service sees it at
+    once; the domain may be running.
+
+    \b
+    Example:
+      thrave instance adopt win-web --account 123456789012 --tag Name=web --config /etc/thrave/thrave.toml
+    """
+    instances = _adopted(settings)
+    with open_accounts(settings) as accounts:
+        account_id = find_account(accounts, account_id).account_id
+    adopted = instances.adopt(
+        domain,
+        account_id=account_id,
+        platform=platform,
+        root_device=root_device,
+        root_device_type=root_device_type,
+        secret_file=secret_file and secret_file.absolute(),
+        tags=tags,
+    )
+    show(adopted, output, warnings_of_image(settings, instances, adopted))
+
+
+@click.command()
+@click.argument("instance_id", metavar="INSTANCE")
+@settings_option
+@output_option
+def disown(settings: Settings, instance_id: str, output: str) -> None:
+    """Let the domain of the id INSTANCE be no instance any more. The domain and its disks are left as they are.
+
+    \b
+    Example:
+      thrave instance disown i-0123456789abcdef0
+    """
+    _adopted(settings).disown(instance_id)
+    print_result(output, {"instanceId": instance_id}, f"disowned {instance_id}")
+
+
+def _adopted(settings: Settings) -> LibvirtDriver:
+    """The domains that are instances. Raises click's UsageError where the service does not look at those."""
+    from thrave.drivers import open_adopted
+
+    if settings.hypervisor != "libvirt":
+        raise click.UsageError(
+            'files describe the instances here: set `hypervisor = "libvirt"` first, or use `thrave instance add`'
+        )
+    return open_adopted(settings)
+
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -60,6 +200,8 @@ def instance() -> None:
 
 
 instance.add_command(adopt)
+
+
 instance.add_command(disown)
 
 
@@ -130,7 +272,7 @@ def add(
     from thrave.compute.instance import InstanceState, VolumeFile
 
     described = _described(settings)
-    _check_format(image_format)
+    _check_known_format(image_format)
     host = host or _host_of_new(settings)
     with open_accounts(settings) as accounts:
         account_id = find_account(accounts, account_id).account_id
@@ -180,7 +322,7 @@ def list_(settings: Settings, output: str) -> None:
         for found in listed
     ]  # fmt: skip
     header = ("INSTANCE", "ACCOUNT", "STATE", "PLATFORM", "ROOT DEVICE", "ROOT VOLUME")
-    emit(output, {"instances": [document(found) for found in listed]}, table(header, rows))
+    print_result(output, {"instances": [document(found) for found in listed]}, table(header, rows))
 
 
 @instance.command("show")
@@ -209,7 +351,7 @@ def show_(settings: Settings, instance_id: str, output: str) -> None:
         *(("volume", f"{volume.path} ({volume.device_name})") for volume in found.volumes),
         *(("tag", f"{name} = {value}") for name, value in found.tags.items()),
     ]
-    emit(output, document(found), table(("INSTANCE", found.instance_id), facts))
+    print_result(output, document(found), table(("INSTANCE", found.instance_id), facts))
 
 
 @instance.command()
@@ -224,7 +366,7 @@ def remove(settings: Settings, instance_id: str, output: str) -> None:
       thrave instance remove i-0123456789abcdef0
     """
     _described(settings).remove(instance_id)
-    emit(output, {"instanceId": instance_id}, f"removed {instance_id}")
+    print_result(output, {"instanceId": instance_id}, f"removed {instance_id}")
 
 
 @instance.command()
@@ -294,7 +436,7 @@ def _host_of_new(settings: Settings) -> str | None:
     return name
 
 
-def _check_format(image_format: str) -> None:
+def _check_known_format(image_format: str) -> None:
     from thrave.volumes.formats import FORMATS
 
     if image_format not in FORMATS:
