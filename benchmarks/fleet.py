@@ -3,9 +3,9 @@
     python benchmarks/fleet.py            half an hour, 2 GiB of memory (the database is on tmpfs)
     python benchmarks/fleet.py --quick    seconds; 4 hosts and 6 tasks; its figures mean little
 
-10,000 tasks are created through `BundleTaskService`, and simulated agents (`fleet_agents.py`) run or cancel them. Every kind
-of call is measured at 1,000 to 100,000 ended tasks; beyond 10,000 the tasks are copies. Then PostgreSQL explains every
-query, and a real agent without work is measured.
+10,000 tasks are created through `BundleTaskService`, and simulated agents (`fleet_agents.py`) run or cancel them. Every
+kind of call is measured at 1,000 to 100,000 ended tasks; beyond 10,000 the tasks are copies. Then PostgreSQL explains
+every query, and a real agent without work is measured.
 """
 
 import argparse

@@ -27,7 +27,7 @@ from thrave.volumes.errors import (
     SkipRefusedError,
     VolumeNotCleanError,
 )
-from thrave.volumes.ntfs_volumes import skip_unused
+from thrave.volumes.ntfs_volumes import exclude_unused
 from thrave.volumes.partitions import read
 
 
@@ -61,7 +61,7 @@ def damage(windows):
 
 def unused_of(damage):
     """How many bytes `skip_unused` leaves out."""
-    return damage.size - sum(length for _, length in skip_unused(damage, Path("disk.raw")).extents())
+    return damage.size - sum(length for _, length in exclude_unused(damage, Path("disk.raw")).extents())
 
 
 def forget_a_file(damage):

@@ -121,7 +121,10 @@ def test_check_sandbox_passes_here():
 @pytest.fixture
 def on_another_machine(tmp_path, monkeypatch):
     """Have the surveyor run where no filter is known."""
-    code = "import platform; platform.machine = lambda: 'riscv64'; from thrave.volumes import ntfs_sandbox as surveyor; surveyor.main()"
+    code = (
+        "import platform; platform.machine = lambda: 'riscv64'; "
+        "from thrave.volumes import ntfs_sandbox; ntfs_sandbox.main()"
+    )
     instead = tmp_path / "python"
     # -P -B -m thrave.volumes.ntfs_sandbox TASK LENGTH
     instead.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$5" "$6"\n')

@@ -22,7 +22,7 @@ from thrave.bundle.model import manifest_filename, side_filename
 from thrave.cli.exit_codes import Exit
 from thrave.cli.interrupts import cleans_up_on_signals
 from thrave.cli.options import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY, ExistingPath
-from thrave.cli.output import output_option, print_result
+from thrave.cli.output import format_size, output_option, print_result
 from thrave.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from thrave.bundle.gzip_stream import Compression
     from thrave.bundle.model import SealedBundle
     from thrave.bundle.sealer import Sealer
-    from thrave.cli.bundle_command import NewBundle
 
 
 class BundleExists(click.ClickException):
@@ -120,10 +119,8 @@ def sealed_document(folder: NewBundle, sealed: SealedBundle, warnings: Sequence[
 def sealed_text(folder: NewBundle, sealed: SealedBundle) -> str:
     """A new bundle in two lines."""
     share = 100 * sealed.bundled_size / sealed.size
-    return (
-        f"{format_size(sealed.size)} sealed into {len(sealed.parts)} parts of {format_size(sealed.bundled_size)} ({share:.0f} %)\n"
-        f"{folder.manifest}"
-    )
+    size, bundled_size = format_size(sealed.size), format_size(sealed.bundled_size)
+    return f"{size} sealed into {len(sealed.parts)} parts of {bundled_size} ({share:.0f} %)\n{folder.manifest}"
 
 
 _IMAGE = ExistingPath(path_type=Path)

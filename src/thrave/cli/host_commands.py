@@ -83,7 +83,10 @@ def show(settings: Settings, name: str, output: str) -> None:
         ("adopted by", found.adopted_by or "-"),
         (
             "last heartbeat",
-            f"{format_duration(found.silence)} ago; every {found.heartbeat_interval:g} s, lost after {found.heartbeat_timeout:g}",
+            (
+                f"{format_duration(found.silence)} ago; every {found.heartbeat_interval:g} s, "
+                f"lost after {found.heartbeat_timeout:g}"
+            ),
         ),
         ("agent", f"Thrave {found.version}, for {format_duration(found.now - found.start_time)}"),
         ("tasks", f"{found.working} begun, {found.waiting} waiting; {found.worker_concurrency} at once"),

@@ -36,7 +36,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "service", "vault's key", "Reads vault.key, which nobody else may read.",
-        "Copy it from the process that was started first, mode 0600, owned by the service's user.", service_checks.vault_key,
+        "Copy it from the process that was started first, mode 0600, owned by the service's user.",
+        service_checks.vault_key,
     ),
     Check(
         "service", "vault's proof", "Unseals with it what the database holds as a proof.",

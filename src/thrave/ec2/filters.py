@@ -1,7 +1,7 @@
-"""Filters of the Describe… actions: `Filter.N.Name`, `Filter.N.Value.M`.
+r"""Filters of the Describe… actions: `Filter.N.Name`, `Filter.N.Value.M`.
 
 Values of one filter are alternatives, filters are conditions that must all hold, comparison is case-sensitive, `*`
-stands for any number of characters, `?` for exactly one, and a backslash takes their meaning away (`\\*amazon\\?\\`). A
+stands for any number of characters, `?` for exactly one, and a backslash takes their meaning away (`\*amazon\?\\`). A
 filter that nothing matches gives an empty answer and no error. Source: AWS, "Filtering your resources", EC2 API
 Reference.
 

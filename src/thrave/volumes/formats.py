@@ -14,6 +14,7 @@ from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.host_files import FileId, HostFile
 from thrave.volumes.image_chain import READERS, Inspection, Warn, Warned
 from thrave.volumes.image_headers import apparent_format
+from thrave.volumes.ntfs_volumes import exclude_unused
 from thrave.volumes.qemu_nbd import QemuVolume
 from thrave.volumes.raw import RawVolume
 
@@ -87,7 +88,7 @@ def open_volume(
         volume = opened if moved is None else WatchedVolume(opened, moved)
         for warned in inspection.warnings:
             warn(warned)
-        yield skip_unused(volume, path) if skip_unused else volume
+        yield exclude_unused(volume, path) if skip_unused else volume
         inspection.check_unchanged()
 
 

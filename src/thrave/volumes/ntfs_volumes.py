@@ -158,7 +158,7 @@ class FilteredVolume:
         self._inside.close()
 
 
-def skip_unused(volume: Volume, path: Path) -> FilteredVolume:
+def exclude_unused(volume: Volume, path: Path) -> FilteredVolume:
     """Survey every NTFS volume of a disk, or of a volume without partitions.
 
     Args:

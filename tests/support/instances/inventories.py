@@ -35,8 +35,8 @@ class Files:
     def holding(self, instance_id):
         """The Python code of a block in another process, in which an instance is held."""
         return (
-            "from pathlib import Path; from thrave.compute.directory_driver import DirectoryDriver as DirectoryInstances\n"
-            f"with DirectoryInstances(Path({str(self._root)!r})).hold({instance_id!r}):"
+            "from pathlib import Path; from thrave.compute.directory_driver import DirectoryDriver\n"
+            f"with DirectoryDriver(Path({str(self._root)!r})).hold({instance_id!r}):"
         )
 
     def close(self):
@@ -113,10 +113,11 @@ class Domains:
         definition = self.libvirt.definition(self.names[instance_id])
         return (
             "from pathlib import Path; from thrave.compute.libvirt.connection import DomainEvents\n"
-            "from thrave.compute.libvirt.connection import LibvirtConnection as Hypervisor; from thrave.compute.libvirt.driver import LibvirtDriver as LibvirtInstances\n"
-            f"hypervisor = Hypervisor({URI!r}, DomainEvents())\n"
+            "from thrave.compute.libvirt.connection import LibvirtConnection\n"
+            "from thrave.compute.libvirt.driver import LibvirtDriver\n"
+            f"hypervisor = LibvirtConnection({URI!r}, DomainEvents())\n"
             f"with hypervisor.asked() as connection: connection.defineXML({definition!r})\n"
-            f"with LibvirtInstances({URI!r}, lock_folder=Path({str(self._folder / 'locks')!r})).hold({instance_id!r}):"
+            f"with LibvirtDriver({URI!r}, lock_folder=Path({str(self._folder / 'locks')!r})).hold({instance_id!r}):"
         )
 
     def close(self):
