@@ -52,19 +52,19 @@ def listed(buckets, bucket, prefix):
     return sorted(buckets.list(bucket, prefix), key=str.encode)
 
 
-def test_a_bucket_belongs_to_who_created_it(buckets, name):
+def test_owner_is_the_creator(buckets, name):
     assert buckets.owner(name) is None
     buckets.create(name, ALICE)
     assert buckets.owner(name) == ALICE
 
 
-def test_creating_ones_own_bucket_again_changes_nothing(buckets, bucket):
+def test_create_own_bucket_again_changes_nothing(buckets, bucket):
     buckets.put(bucket, "key", b"data")
     buckets.create(bucket, ALICE)
     assert buckets.get(bucket, "key") == b"data"
 
 
-def test_create_says_whether_it_created_the_bucket(buckets, name):
+def test_create_returns_whether_it_created_the_bucket(buckets, name):
     assert buckets.create(name, ALICE) is True
     assert buckets.create(name, ALICE) is False
 
@@ -76,13 +76,13 @@ def test_remove_removes_an_empty_bucket_and_its_owner(store, buckets, bucket):
     assert buckets.create(bucket, ALICE) is True
 
 
-def test_remove_keeps_a_bucket_that_holds_something_and_its_owner(buckets, bucket):
+def test_remove_keeps_bucket_with_objects_and_its_owner(buckets, bucket):
     buckets.put(bucket, "folder/key", b"data")
     assert buckets.remove(bucket, ALICE) is False
     assert (buckets.owner(bucket), buckets.get(bucket, "folder/key")) == (ALICE, b"data")
 
 
-def test_somebody_elses_bucket_is_not_removed(store, buckets, bucket):
+def test_remove_keeps_bucket_of_another_account(store, buckets, bucket):
     try:
         removed = store.of(BOB).remove(bucket, BOB)
     except AccessDenied:
@@ -90,14 +90,14 @@ def test_somebody_elses_bucket_is_not_removed(store, buckets, bucket):
     assert (removed, buckets.owner(bucket)) == (False, ALICE)
 
 
-def test_somebody_elses_bucket_cannot_be_created(store, buckets, bucket):
+def test_create_rejects_bucket_of_another_account(store, buckets, bucket):
     with pytest.raises(BucketAlreadyExists):
         store.of(BOB).create(bucket, BOB)
     assert buckets.owner(bucket) == ALICE
     assert store.of(BOB).owner(bucket) not in (BOB, None)
 
 
-def test_of_many_who_create_a_bucket_at_once_one_has_it(store, name):
+def test_create_in_parallel_has_one_owner(store, name):
     def create(account):
         try:
             RetryingStore(store.of(account), 20).create(name, account)  # two at once may be a fault that passes
@@ -112,14 +112,14 @@ def test_of_many_who_create_a_bucket_at_once_one_has_it(store, name):
 
 
 @pytest.mark.parametrize("name", ["", "..", "../etc", "a/b", ".owners", "UPPER", "ab", "a" * 64])
-def test_a_name_that_no_bucket_can_have_is_nobodys_and_cannot_be_created(buckets, name):
+def test_invalid_bucket_name_has_no_owner_and_is_rejected(buckets, name):
     assert buckets.owner(name) is None
     with pytest.raises(InvalidBucketName):
         buckets.create(name, ALICE)
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 4096], ids=["empty", "one byte", "1 MiB"])
-def test_what_was_put_is_got_and_its_head_has_its_size(buckets, bucket, data):
+def test_get_and_head_return_what_was_put(buckets, bucket, data):
     etag = buckets.put(bucket, "win1.part.0", data)
     assert buckets.get(bucket, "win1.part.0") == data
     head = buckets.head(bucket, "win1.part.0")
@@ -128,24 +128,24 @@ def test_what_was_put_is_got_and_its_head_has_its_size(buckets, bucket, data):
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 10), (0, 4), (3, 5), (8, 5), (10, 1), (50, 5), (0, 1 << 20)])
-def test_a_range_is_got_as_far_as_the_object_goes(buckets, bucket, start, length):
+def test_get_range_ends_with_the_object(buckets, bucket, start, length):
     buckets.put(bucket, "key", b"0123456789")
     assert buckets.get_range(bucket, "key", start, length) == b"0123456789"[start : start + length]
 
 
-def test_a_memoryview_is_put_as_its_bytes(buckets, bucket):
+def test_put_accepts_memoryview(buckets, bucket):
     buckets.put(bucket, "key", memoryview(b"0123456789")[2:5])
     assert buckets.get(bucket, "key") == b"234"
 
 
-def test_a_second_put_takes_the_place_of_the_first(buckets, bucket):
+def test_put_replaces_object(buckets, bucket):
     buckets.put(bucket, "key", b"a longer first")
     buckets.put(bucket, "key", b"second")
     assert buckets.get(bucket, "key") == b"second"
     assert listed(buckets, bucket, "") == ["key"]
 
 
-def test_a_reader_never_sees_half_an_object(buckets, bucket):
+def test_get_never_returns_half_an_object(buckets, bucket):
     contents = [bytes([n]) * 200_000 for n in range(4)]
     buckets.put(bucket, "key", contents[0])
     with ThreadPoolExecutor(2) as pool:
@@ -155,7 +155,7 @@ def test_a_reader_never_sees_half_an_object(buckets, bucket):
         writing.result()
 
 
-def test_puts_and_deletes_in_one_folder_at_once_do_not_hinder_each_other(buckets, bucket):
+def test_put_and_delete_in_parallel_in_one_folder_succeed(buckets, bucket):
     def put_and_delete(name):
         for _ in range(30):
             buckets.put(bucket, f"folder/below/{name}", b"data")
@@ -170,13 +170,13 @@ KEYS = ["backups/win1.part.0", "win1.manifest.xml", "win1.part.0", "ä.part.0", 
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_keys_of_folders_and_other_characters_are_kept_as_they_are(buckets, bucket, key):
+def test_keys_with_slashes_and_other_characters_are_unchanged(buckets, bucket, key):
     buckets.put(bucket, key, b"data")
     assert buckets.get(bucket, key) == b"data"
     assert listed(buckets, bucket, "") == [key]
 
 
-def test_keys_are_listed_by_prefix(buckets, bucket):
+def test_list_returns_keys_with_prefix(buckets, bucket):
     keys = ["a-b", "a.b", "a/b", "a/c/d", "a0", "ab", "b", "ä", "￿", "\U0001f33e"]
     for key in reversed(keys):
         buckets.put(bucket, key, b"")
@@ -189,7 +189,7 @@ def test_keys_are_listed_by_prefix(buckets, bucket):
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keys=st.sets(st.text("ab-0", min_size=1, max_size=3).map("/".join), max_size=8))
-def test_listing_agrees_with_sorting(buckets, bucket, keys):
+def test_list_is_sorted(buckets, bucket, keys):
     held = {key for key in keys if not any(other.startswith(key + "/") for other in keys)}
     for key in held:
         buckets.put(bucket, key, b"")
@@ -200,7 +200,7 @@ def test_listing_agrees_with_sorting(buckets, bucket, keys):
     assert listed(buckets, bucket, "") == []
 
 
-def test_exactly_the_named_keys_are_deleted(buckets, bucket):
+def test_delete_removes_exactly_the_named_keys(buckets, bucket):
     keys = ["win1.part.0", "win1.part.1", "win1.part.10", "win10.part.0", "backups/win1.part.0"]
     for key in keys:
         buckets.put(bucket, key, b"data")
@@ -210,14 +210,14 @@ def test_exactly_the_named_keys_are_deleted(buckets, bucket):
     assert buckets.owner(bucket) == ALICE
 
 
-def test_a_folders_name_is_no_key(buckets, bucket):
+def test_name_of_a_folder_is_not_a_key(buckets, bucket):
     buckets.put(bucket, "backups/win1", b"data")
     assert buckets.head(bucket, "backups") is None
     buckets.delete(bucket, ["backups"])
     assert buckets.get(bucket, "backups/win1") == b"data"
 
 
-def test_what_is_not_there_is_said_so(buckets, bucket, name):
+def test_missing_bucket_or_key_raises_error(buckets, bucket, name):
     assert buckets.head(bucket, "none") is None
     assert buckets.head(f"{name}-none", "none") is None
     with pytest.raises(NoSuchKey):
@@ -234,14 +234,14 @@ def test_what_is_not_there_is_said_so(buckets, bucket, name):
     assert buckets.owner(f"{name}-none") is None
 
 
-def test_nothing_is_put_into_no_bucket(store, buckets, name):
+def test_put_into_missing_bucket_raises_error(store, buckets, name):
     if store.makes_buckets:
         pytest.skip("SeaweedFS makes the bucket, if its user may make one")
     with pytest.raises(NoSuchBucket):
         buckets.put(name, "key", b"data")
 
 
-def test_a_put_under_a_grant_is_stored(store, buckets, bucket):
+def test_put_under_policy_is_stored(store, buckets, bucket):
     policy = verified(bundle_document(bucket, "win1", acl=store.acl))
     for key in ("win1.part.0", "win1.manifest.xml", "win1.manifest.json"):
         buckets.put(bucket, key, b"data", grant=policy)
@@ -263,7 +263,7 @@ EXPIRED = "2020-01-01T00:00:00Z"
     ],
     ids=["key", "bucket", "expired", "key not named", "too long", "too short"],
 )
-def test_what_a_grant_forbids_is_not_written(buckets, bucket, conditions, expiration, error):
+def test_put_that_policy_forbids_is_not_stored(buckets, bucket, conditions, expiration, error):
     named = [{"bucket": bucket} if condition == "NAME" else condition for condition in conditions]
     buckets.put(bucket, "win1.part.0", b"before")
     with pytest.raises(error):

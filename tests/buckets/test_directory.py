@@ -31,12 +31,12 @@ def buckets(root):
     return buckets
 
 
-def test_an_object_is_a_plain_file_of_its_key(buckets, root):
+def test_object_is_a_plain_file_named_by_its_key(buckets, root):
     buckets.put(BUCKET, "backups/win1.part.0", b"data")
     assert (root / BUCKET / "backups" / "win1.part.0").read_bytes() == b"data"
 
 
-def test_what_another_process_wrote_is_there(buckets, root):
+def test_object_of_another_process_is_found(buckets, root):
     buckets.put(BUCKET, "key", b"data")
     assert DirectoryStore(root).get(BUCKET, "key") == b"data"
     assert DirectoryStore(root).owner(BUCKET) == ALICE
@@ -46,7 +46,7 @@ OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "a//b", "", "/", "a/", ".", "..",
 
 
 @pytest.mark.parametrize("key", [*OUTSIDE, "y/" * 512 + "y"], ids=repr)
-def test_a_key_that_a_disk_must_not_or_cannot_hold_is_refused_everywhere(buckets, root, key):
+def test_key_that_is_unsafe_on_disk_is_rejected_by_every_call(buckets, root, key):
     (root / "x").write_text("not a bucket's")
     for call in (
         lambda: buckets.put(BUCKET, key, b"evil"),
@@ -61,7 +61,7 @@ def test_a_key_that_a_disk_must_not_or_cannot_hold_is_refused_everywhere(buckets
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b", "a/b/c/d"), ("a/b/c", "a/b")])
-def test_a_key_that_is_the_folder_of_another_is_refused_and_the_first_kept(buckets, first, second):
+def test_key_that_is_the_folder_of_another_key_is_rejected(buckets, first, second):
     buckets.put(BUCKET, first, b"first")
     with pytest.raises(InvalidArgument, match="cannot be stored beside"):
         buckets.put(BUCKET, second, b"second")
@@ -71,7 +71,7 @@ def test_a_key_that_is_the_folder_of_another_is_refused_and_the_first_kept(bucke
     assert buckets.get(BUCKET, first) == b"first"
 
 
-def test_a_way_through_a_symbolic_link_is_refused(buckets, root, tmp_path):
+def test_path_through_symbolic_link_is_rejected(buckets, root, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("outside")
@@ -88,7 +88,7 @@ def test_a_way_through_a_symbolic_link_is_refused(buckets, root, tmp_path):
     assert [path.name for path in outside.iterdir()] == ["file"]
 
 
-def test_a_bucket_that_is_a_symbolic_link_is_not_followed(buckets, root, tmp_path):
+def test_bucket_that_is_a_symbolic_link_is_rejected(buckets, root, tmp_path):
     (root / BUCKET).rmdir()
     (root / BUCKET).symlink_to(tmp_path)
     for call in (lambda: buckets.put(BUCKET, "evil", b"evil"), lambda: buckets.list(BUCKET, "")):
@@ -97,7 +97,7 @@ def test_a_bucket_that_is_a_symbolic_link_is_not_followed(buckets, root, tmp_pat
     assert not (tmp_path / "evil").exists()
 
 
-def test_a_link_in_an_objects_place_is_no_object_and_is_replaced_not_followed(buckets, root, tmp_path):
+def test_symbolic_link_at_a_key_is_replaced_not_followed(buckets, root, tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("outside")
     (root / BUCKET / "key").symlink_to(outside)
@@ -108,19 +108,19 @@ def test_a_link_in_an_objects_place_is_no_object_and_is_replaced_not_followed(bu
     assert (outside.read_text(), buckets.get(BUCKET, "key")) == ("outside", b"inside")
 
 
-def test_what_is_neither_file_nor_folder_is_no_object(buckets, root):
+def test_special_file_is_not_an_object(buckets, root):
     os.mkfifo(root / BUCKET / "pipe")
     assert buckets.head(BUCKET, "pipe") is None
     assert [*buckets.list(BUCKET, "")] == []
 
 
-def test_file_names_that_are_no_text_are_passed_over(buckets, root):
+def test_list_skips_file_names_that_are_not_utf_8(buckets, root):
     (root / BUCKET / os.fsdecode(b"\xff")).write_text("not ours")
     buckets.put(BUCKET, "key", b"data")
     assert [*buckets.list(BUCKET, "")] == ["key"]
 
 
-def test_a_folder_without_an_owner_belongs_to_nobody(buckets, root):
+def test_folder_without_owner_file_has_no_owner(buckets, root):
     (root / "found-here").mkdir()
     assert buckets.owner("found-here") == UNKNOWN_OWNER
     with pytest.raises(BucketAlreadyExists):
@@ -129,21 +129,21 @@ def test_a_folder_without_an_owner_belongs_to_nobody(buckets, root):
 
 
 @pytest.mark.parametrize("content", ["", "111", "111111111111", "x" * 12 + "\n", "1" * 13 + "\n", "ä"])
-def test_a_spoilt_owner_file_makes_it_nobodys(buckets, root, content):
+def test_damaged_owner_file_means_no_owner(buckets, root, content):
     (root / ".owners" / BUCKET).write_text(content)
     assert buckets.owner(BUCKET) == UNKNOWN_OWNER
     with pytest.raises(BucketAlreadyExists):
         buckets.create(BUCKET, ALICE)
 
 
-def test_a_bucket_whose_making_was_cut_off_is_finished_by_its_owner(buckets, root):
+def test_interrupted_create_is_completed_by_its_owner(buckets, root):
     (root / BUCKET).rmdir()
     assert buckets.owner(BUCKET) == ALICE
     buckets.create(BUCKET, ALICE)
     assert (root / BUCKET).is_dir()
 
 
-def test_folders_go_with_their_last_object_and_the_bucket_stays(buckets, root):
+def test_delete_removes_empty_folders_but_not_the_bucket(buckets, root):
     for key in ("a/b/one", "a/b/two", "a/three"):
         buckets.put(BUCKET, key, b"")
     buckets.delete(BUCKET, ["a/b/one", "a/b/two"])
@@ -154,7 +154,7 @@ def test_folders_go_with_their_last_object_and_the_bucket_stays(buckets, root):
     assert buckets.owner(BUCKET) == ALICE
 
 
-def test_a_delete_that_was_cut_off_is_finished_when_it_is_said_again(buckets, root):
+def test_interrupted_delete_is_completed_when_repeated(buckets, root):
     buckets.put(BUCKET, "a/b/one", b"")
     (root / BUCKET / "a" / "b" / "one").unlink()
     (root / BUCKET / "a" / "b").rmdir()
@@ -162,14 +162,14 @@ def test_a_delete_that_was_cut_off_is_finished_when_it_is_said_again(buckets, ro
     assert [*(root / BUCKET).iterdir()] == []
 
 
-def test_a_put_that_fails_leaves_nothing(buckets, root):
+def test_failed_put_leaves_nothing(buckets, root):
     (root / ".spool").rmdir()
     with pytest.raises(InternalError):
         buckets.put(BUCKET, "key", b"data")
     assert [*(root / BUCKET).iterdir()] == []
 
 
-def test_a_disk_that_takes_no_more_is_an_internal_error_and_the_old_object_stays(buckets, root):
+def test_full_disk_is_an_internal_error_and_keeps_the_old_object(buckets, root):
     buckets.put(BUCKET, "key", b"before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -237,14 +237,14 @@ def test_uploads_at_once_leave_the_reserve_free_together(buckets, monkeypatch):
     assert sorted(buckets.list(BUCKET, "")) == ["first", "second"]
 
 
-def test_nothing_is_left_in_the_spool(buckets, root):
+def test_spool_is_empty_after_each_call(buckets, root):
     buckets.put(BUCKET, "key", b"data")
     with pytest.raises(BucketError):
         buckets.put(BUCKET, "key/below", b"data")
     assert [*(root / ".spool").iterdir()] == []
 
 
-def test_what_a_killed_process_was_writing_is_swept(root):
+def test_open_removes_files_of_a_killed_writer(root):
     (root / ".spool").mkdir(parents=True)
     (root / ".spool" / ".new-litter").touch()
     DirectoryStore(root)
@@ -262,7 +262,7 @@ while True:
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(buckets, root):
+def test_killed_writer_leaves_complete_objects_only(buckets, root):
     for _ in range(5):
         with subprocess.Popen([sys.executable, "-c", WRITER, root, BUCKET]) as writer:
 
@@ -276,12 +276,12 @@ def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(buckets, root):
         buckets.delete(BUCKET, ["folder/key"])
 
 
-def test_objects_are_for_the_owner_alone(buckets, root):
+def test_object_is_readable_by_owner_only(buckets, root):
     buckets.put(BUCKET, "key", b"data")
     assert (root / BUCKET / "key").stat().st_mode & 0o077 == 0
 
 
-def test_keys_are_listed_in_the_order_of_their_bytes(buckets):
+def test_list_sorts_keys_by_bytes(buckets):
     keys = ["a-b", "a.b", "a/b", "a/c/d", "a0", "ab", "b", "ä", "￿", "\U0001f33e"]
     for key in keys:
         buckets.put(BUCKET, key, b"")

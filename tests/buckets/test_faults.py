@@ -60,7 +60,7 @@ def temper(fault, again):
 
 
 @parametrize(WHEN_CLAIMED, *CLAIMING)
-def test_a_bucket_is_claimed_or_refused(fault, kind, outcome, again, bench, proxy):
+def test_bucket_is_claimed_or_refused_despite_fault(fault, kind, outcome, again, bench, proxy):
     rule = Rule(kind, fault, again=again)
     with proxy.doing(rule):
         assert bench.claim(kind, temper(fault, again)) == outcome
@@ -68,7 +68,7 @@ def test_a_bucket_is_claimed_or_refused(fault, kind, outcome, again, bench, prox
 
 
 @parametrize(WHEN_STORED, *STORING[:5])
-def test_a_bundle_is_whole_or_gone(fault, kind, outcome, again, bench, proxy):
+def test_bundle_is_complete_or_removed_despite_fault(fault, kind, outcome, again, bench, proxy):
     rule = Rule(kind, fault, first=2 if kind is Kind.HEAD_OBJECT else 1, again=again)
     with proxy.doing(rule):
         task = bench.bundle(kind, temper(fault, again))
@@ -85,7 +85,7 @@ def test_a_bundle_is_whole_or_gone(fault, kind, outcome, again, bench, proxy):
 
 
 @parametrize(WHEN_STORED, Kind.DELETE_OBJECTS)
-def test_what_a_failed_task_has_stored_is_removed_now_or_later(fault, kind, outcome, again, bench, proxy):
+def test_objects_of_a_failed_task_are_removed_now_or_later(fault, kind, outcome, again, bench, proxy):
     rule = Rule(kind, fault, again=again)
     with proxy.doing(rule, Rule(Kind.PUT_MANIFEST, faults.denied_midway)):
         task = bench.bundle(kind, temper(fault, again))
@@ -107,7 +107,7 @@ def bundled(bench):
 
 
 @parametrize(WHEN_STORED, Kind.GET_RANGE)
-def test_a_bundle_opens_to_the_same_bytes_or_not_at_all(fault, kind, outcome, again, bundled, proxy, monkeypatch):
+def test_bundle_opens_to_the_same_bytes_or_not_at_all(fault, kind, outcome, again, bundled, proxy, monkeypatch):
     mood, rule = temper(fault, again), Rule(kind, fault, again=again)
     monkeypatch.setattr(remote_folders, "PATIENCE", mood.patience)
     with proxy.doing(rule):
@@ -122,5 +122,5 @@ def opened(bench, mood, url):
         return exit_code(error).name
 
 
-def test_the_page_is_made_of_the_table():
+def test_page_is_made_from_the_table():
     assert PAGE.read_text() == page(), "PYTHONPATH=tests python -m support.store_faults.fault_table"

@@ -104,21 +104,21 @@ def is_free_of_secrets(caught, script):
 
 @pytest.mark.parametrize("request_", EVERY_REQUEST, ids=lambda call: call.__name__)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_may_pass_is_transient(request_, fault):
+def test_temporary_failure_is_transient(request_, fault):
     with scripted(FAULTS[fault]) as script, pytest.raises(TransientError) as caught:
         request_(S3ObjectClient(connection(script)))
     assert is_free_of_secrets(caught, script)
 
 
 @pytest.mark.parametrize("code", ["RequestTimeout", "IncompleteBody"])
-def test_a_400_for_bytes_that_did_not_come_is_transient(code):
+def test_status_400_for_missing_bytes_is_transient(code):
     with scripted(error(400, code)) as script, pytest.raises(TransientError, match=code):
         put(S3ObjectClient(connection(script)))
 
 
 @pytest.mark.parametrize("request_", EVERY_REQUEST, ids=lambda call: call.__name__)
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_what_does_not_pass_is_final(request_, refusal):
+def test_permanent_failure_is_final(request_, refusal):
     with scripted(REFUSALS[refusal]) as script, pytest.raises(BucketError) as caught:
         request_(S3ObjectClient(connection(script)))
     assert not isinstance(caught.value, TransientError)
@@ -141,7 +141,7 @@ def test_what_does_not_pass_is_final(request_, refusal):
     ],
     ids=["other ETag", "not there", "there with another ETag", "longer", "no MD5, not there", "KMS, not there", "told"],
 )
-def test_an_upload_that_was_taken_and_lost_is_noticed(upload, answers):
+def test_upload_that_the_store_lost_is_detected(upload, answers):
     with scripted(*answers) as script, pytest.raises(TransientError, match="BadDigest"):
         upload(S3ObjectClient(connection(script)))
 
@@ -157,7 +157,7 @@ def test_an_upload_that_was_taken_and_lost_is_noticed(upload, answers):
     ],
     ids=["ETag", "bare", "by a look", "KMS, by its size"],
 )
-def test_an_upload_that_is_there_is_proved(upload, answers):
+def test_upload_that_the_store_has_is_confirmed(upload, answers):
     with scripted(*answers) as script:
         upload(S3ObjectClient(connection(script)))
 
@@ -170,7 +170,7 @@ def test_an_upload_that_is_there_is_proved(upload, answers):
         (listing, http(200, b"<ListBucketResult>", Content_Length=400)),
     ],
 )
-def test_an_answer_that_was_cut_off_is_transient(call, answer):
+def test_truncated_response_is_transient(call, answer):
     with scripted(answer) as script, pytest.raises(TransientError):
         call(S3ObjectClient(connection(script)))
 
@@ -197,13 +197,13 @@ BOMB = b'<!DOCTYPE a [<!ENTITY b "%s">%s]><a>&c9;</a>' % (
         (head, http(200, Content_Length="many")),
     ],
 )
-def test_an_answer_that_cannot_be_is_a_short_error(call, answer):
+def test_invalid_response_is_a_short_error(call, answer):
     with scripted(answer) as script, pytest.raises(BucketError) as caught:
         call(S3ObjectClient(connection(script)))
     assert len(str(caught.value)) < 700
 
 
-def test_a_refusal_has_s3s_own_words():
+def test_refusal_has_the_message_of_s3():
     answer = error(403, "RequestTimeTooSkewed", "The difference\n is too large.")
     with scripted(answer) as script, pytest.raises(StoreError) as caught:
         get(S3ObjectClient(connection(script)))
@@ -211,7 +211,7 @@ def test_a_refusal_has_s3s_own_words():
 
 
 @pytest.mark.parametrize("key", ["..", "a/../b", "./a", "a/.", "a" * 1025, "\ud800"])
-def test_a_key_that_would_not_arrive_as_it_is_is_refused_before_it_is_sent(key):
+def test_key_that_would_change_on_the_way_is_rejected_before_sending(key):
     with scripted(http(200)) as script, pytest.raises(InvalidArgument):
         S3ObjectClient(connection(script)).put("my-bucket", key, DATA)
     assert script.requests == []
@@ -222,7 +222,7 @@ def patient(script, seconds=5.0):
 
 
 @pytest.mark.parametrize("upload", [put, post])
-def test_what_may_pass_is_tried_again_after_longer_and_longer_pauses(upload, pauses):
+def test_retry_waits_longer_after_each_temporary_failure(upload, pauses):
     faults = [error(503, "SlowDown"), b"\r\n", http(200, ETag=OTHER_ETAG), error(500, "InternalError")]
     with scripted(*faults, http(200, ETag=ETAG)) as script:
         upload(patient(script))
@@ -243,13 +243,13 @@ def test_what_may_pass_is_tried_again_after_longer_and_longer_pauses(upload, pau
     ],
     ids=lambda call: getattr(call, "__name__", None),
 )
-def test_what_does_not_pass_is_tried_once(call, requests, pauses):
+def test_retry_tries_permanent_failure_once(call, requests, pauses):
     with scripted(*[error(403, "AccessDenied")] * len(requests)) as script, pytest.raises(AccessDenied):
         call(patient(script))
     assert ([request.split()[0] for request in script.requests], pauses) == (requests, [])
 
 
-def test_when_the_time_is_up_the_last_error_stands(monkeypatch, pauses):
+def test_retry_raises_last_error_after_the_timeout(monkeypatch, pauses):
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(retrying_store.time, "monotonic", lambda: next(clock))  # the fixture's
     answers = [error(503, "SlowDown", "first"), error(500, "InternalError", "last")]
@@ -359,7 +359,7 @@ def pieces(answer, *, slow):
         (http(200, b"1;" + b"x" * 40, Transfer_Encoding="chunked"), "body"),
     ],
 )
-def test_attempt_has_an_end_though_its_line_moves(monkeypatch, answer, slow):
+def test_attempt_ends_although_bytes_still_arrive(monkeypatch, answer, slow):
     monkeypatch.setattr(s3_client, "LONGEST", 1)
     with scripted(pieces(answer, slow=slow)) as script:
         script.pause = 0.2
@@ -367,7 +367,7 @@ def test_attempt_has_an_end_though_its_line_moves(monkeypatch, answer, slow):
             get(S3ObjectClient(connection(script, timeout=0.3)))
 
 
-def test_tunnel_through_a_proxy_has_an_end_though_its_line_moves(monkeypatch):
+def test_tunnel_request_ends_although_bytes_still_arrive(monkeypatch):
     monkeypatch.setattr(s3_client, "LONGEST", 1)
     with scripted(pieces(http(200, bytes(40)), slow="headers")) as script:
         script.pause = 0.2
@@ -383,7 +383,7 @@ def answer_once_and_read_no_more(listener, over):
         over.wait()
 
 
-def test_request_that_does_not_leave_ends_sooner_than_a_response_is_awaited():
+def test_blocked_request_times_out_sooner_than_a_response():
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=answer_once_and_read_no_more, args=(listener, over))
@@ -397,7 +397,7 @@ def test_request_that_does_not_leave_ends_sooner_than_a_response_is_awaited():
         thread.join()
 
 
-def test_response_may_take_longer_than_a_piece_of_a_request():
+def test_response_may_take_longer_than_a_send():
     with scripted([http(200)]) as script:
         script.pause = 0.5
         assert get(S3ObjectClient(connection(script, timeout=600, send_timeout=0.1))) == b""
@@ -409,14 +409,14 @@ def page(*keys, following=""):
     return http(200, f"<ListBucketResult>{more if following else ''}{listed}</ListBucketResult>".encode())
 
 
-def test_a_listing_that_fails_on_a_later_page_gives_every_key_once(pauses):
+def test_list_that_fails_on_a_later_page_returns_every_key_once(pauses):
     faults = [page("b", "a", following="2"), error(503, "SlowDown")]
     with scripted(*faults, page("b", "a", following="2"), page("c", "d")) as script:
         assert [*patient(script).list("my-bucket", "")] == ["b", "a", "c", "d"]
     assert "continuation-token=2" in script.requests[1]
 
 
-def test_a_bucket_is_created_once_and_its_owner_named_once(pauses):
+def test_create_stores_bucket_and_owner_once(pauses):
     """The answer to its creation is lost."""
     answers = [
         error(404, "NoSuchBucket"),
@@ -432,13 +432,13 @@ def test_a_bucket_is_created_once_and_its_owner_named_once(pauses):
     assert methods == ["GET", "PUT", "GET", "GET", "PUT", "GET"]
 
 
-def test_a_bucket_that_another_names_first_is_theirs(pauses):
+def test_bucket_belongs_to_who_stores_the_owner_first(pauses):
     answers = [error(404, "NoSuchKey"), page(), error(412, "PreconditionFailed"), http(200, b"222222222222\n")]
     with scripted(*answers) as script, pytest.raises(BucketAlreadyExists):
         patient(script).create("my-bucket", "111111111111")
 
 
-def test_bytes_that_trickle_are_waited_for():
+def test_slow_bytes_are_waited_for():
     """What is asked of a line is that it moves; a big object may take longer than the time-out."""
     answer = http(200, bytes(10))
     with scripted([answer[start : start + 8] for start in range(0, len(answer), 8)]) as script:
@@ -446,7 +446,7 @@ def test_bytes_that_trickle_are_waited_for():
         assert S3ObjectClient(connection(script)).get("my-bucket", "key") == bytes(10)
 
 
-def test_a_missing_bucket_is_said_by_every_request_but_those_that_need_none():
+def test_missing_bucket_is_reported_by_every_request_that_needs_it():
     with scripted(error(404, "NoSuchBucket")) as script:
         objects = S3ObjectClient(connection(script))
         assert head(objects) is None

@@ -89,7 +89,7 @@ def test_task_completes_after_a_temporary_fault(fault, what, first, shared_servi
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_does_not_pass_leaves_the_instance_running_and_the_bucket_empty(
+def test_permanent_fault_leaves_instance_running_and_bucket_empty(
     fault, what, first, code, shared_service, service, proxy
 ):
     rule = Rule(SENT_AS[shared_service[0]][what], fault, first=first, again=True)

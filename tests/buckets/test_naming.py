@@ -16,12 +16,12 @@ BAD_BUCKETS = [
 
 
 @pytest.mark.parametrize("bucket", GOOD_BUCKETS)
-def test_names_that_s3_takes_are_taken(bucket):
+def test_bucket_name_that_s3_accepts_is_accepted(bucket):
     check_bucket_name(bucket)
 
 
 @pytest.mark.parametrize("bucket", BAD_BUCKETS)
-def test_names_that_s3_refuses_are_refused(bucket):
+def test_bucket_name_that_s3_rejects_is_rejected(bucket):
     with pytest.raises(InvalidBucketName):
         check_bucket_name(bucket)
 
@@ -36,7 +36,7 @@ def test_names_that_s3_refuses_are_refused(bucket):
         ("x" * 100, "", "x" * 100),
     ],
 )
-def test_a_prefix_is_a_folder_and_a_name(prefix, folder, name):
+def test_prefix_is_split_into_folder_and_name(prefix, folder, name):
     assert split_prefix(prefix) == (folder, name)
 
 
@@ -48,13 +48,13 @@ BAD_PREFIXES = [
 
 
 @pytest.mark.parametrize("prefix", BAD_PREFIXES)
-def test_a_prefix_that_could_harm_a_reader_is_refused(prefix):
+def test_prefix_that_could_harm_a_reader_is_rejected(prefix):
     with pytest.raises(InvalidArgument):
         split_prefix(prefix)
 
 
 @given(st.text())
-def test_what_is_taken_is_plain_and_put_together_again_the_same(prefix):
+def test_accepted_prefix_is_plain_and_joins_to_itself(prefix):
     try:
         folder, name = split_prefix(prefix)
     except InvalidArgument:

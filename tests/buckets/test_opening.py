@@ -35,11 +35,11 @@ def file(tmp_path):
         ({"store": "s3", "upload_credentials": "service", **IN_ENVIRONMENT}, ServiceKeyStore),
     ],
 )
-def test_the_settings_choose_the_driver(tmp_path, settings, driver):
+def test_settings_select_the_driver(tmp_path, settings, driver):
     assert type(open_store(Settings(data_dir=tmp_path, **settings), lambda _: None)) is driver
 
 
-def test_the_key_comes_from_a_file_for_its_owners_eyes(file):
+def test_key_is_read_from_a_file_readable_by_owner_only(file):
     key = store_connection(Settings(store="s3", s3_credentials_file=file)).credentials
     assert key == Credentials(access_key_id="AKIASERVICE", secret_access_key=SECRET, session_token="session-of-a-day")
     file.chmod(0o640)
@@ -48,21 +48,21 @@ def test_the_key_comes_from_a_file_for_its_owners_eyes(file):
 
 
 @pytest.mark.parametrize("content", ["", "aws_access_key_id", "[default]\n", f"[default]\n{SECRET}", "\xff"])
-def test_a_file_that_holds_no_key_is_refused_without_its_content(file, content):
+def test_file_without_key_is_rejected_without_showing_its_content(file, content):
     file.write_text(content, encoding="latin-1")
     with pytest.raises(InvalidArgument, match="no file of credentials") as caught:
         read_credentials(file)
     assert SECRET not in str(caught.value)
 
 
-def test_the_key_comes_from_the_environment(monkeypatch):
+def test_key_is_read_from_the_environment(monkeypatch):
     for name, value in {**IN_ENVIRONMENT, "s3_session_token": "session-of-a-day"}.items():
         monkeypatch.setenv(f"THRAVE_{name.upper()}", value)
     key = store_connection(load_settings(None, store="s3")).credentials
     assert key == Credentials(access_key_id="AKIASERVICE", secret_access_key=SECRET, session_token="session-of-a-day")
 
 
-def test_awss_own_endpoint_is_that_of_the_region():
+def test_default_endpoint_is_that_of_the_region():
     connection = store_connection(Settings(store="s3", s3_region="eu-west-1"))
     assert connection.endpoint == "https://s3.eu-west-1.amazonaws.com"
     assert connection.credentials is None
@@ -79,20 +79,20 @@ def test_awss_own_endpoint_is_that_of_the_region():
         ({"s3_addressing_style": "host"}, "s3_addressing_style"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_without_a_secret(settings, said):
+def test_contradictory_settings_are_rejected_without_showing_a_secret(settings, said):
     with pytest.raises(ValidationError, match=said) as caught:
         Settings(store="s3", **settings)
     assert SECRET not in str(caught.value)
 
 
-def test_no_repr_shows_a_secret(file):
+def test_repr_shows_no_secret(file):
     settings = Settings(store="s3", s3_credentials_file=file, s3_proxy="http://user:password@proxy", **IN_ENVIRONMENT)
     shown = f"{settings!r} {store_connection(settings)!r}"
     assert not any(secret in shown for secret in (SECRET, "password", "session-of-a-day"))
 
 
 @pytest.mark.parametrize(("tasks", "uploads"), [(1, 1), (2, 4), (8, 4), (3, 40)])
-def test_every_request_of_every_task_has_a_connection(tmp_path, tasks, uploads):
+def test_every_parallel_request_has_a_connection(tmp_path, tasks, uploads):
     settings = Settings(data_dir=tmp_path, store="s3", worker_concurrency=tasks, upload_concurrency=uploads)
     assert store_connection(settings).connections > tasks * (uploads + 16)
     assert settings.max_open_files > settings.max_connections + store_connection(settings).connections

@@ -72,7 +72,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("policy", "message"), MALFORMED)
-def test_a_document_that_is_no_policy_is_refused_with_s3s_message(policy, message):
+def test_invalid_policy_document_is_rejected_with_the_message_of_s3(policy, message):
     with pytest.raises(InvalidPolicyDocument) as caught:
         verified(policy)
     assert str(caught.value) == f"InvalidPolicyDocument(400)- Invalid Policy: {message}"
@@ -85,7 +85,7 @@ def test_a_document_that_is_no_policy_is_refused_with_s3s_message(policy, messag
         "2026-01-01T00:00:01.000000000Z",
     ],
 )  # fmt: skip
-def test_a_policy_is_good_up_to_its_expiration_as_every_client_writes_it(expiration):
+def test_policy_is_valid_until_its_expiration_in_every_clients_format(expiration):
     policy = verified(document(BUCKET, KEY, expiration=expiration))
     policy.check_upload("my-bucket", "winami", content_length=1, now=NOW + timedelta(seconds=1))
     with pytest.raises(AccessDenied) as caught:
@@ -164,7 +164,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("conditions", "fields", "said"), FORMS)
-def test_a_form_of_five_bytes_is_answered_as_s3_answers_it(conditions, fields, said):
+def test_check_of_five_bytes_gives_the_result_of_s3(conditions, fields, said):
     policy = verified(document(BUCKET, KEY, *conditions))
     form = {"key": "winami.part.0", **fields}
     assert answer(lambda: policy.check("my-bucket", form, content_length=5, now=NOW)) == said
@@ -186,7 +186,7 @@ def test_a_form_of_five_bytes_is_answered_as_s3_answers_it(conditions, fields, s
         (document(), "my-bucket", "winami", extra("key, bucket")),
     ],
 )
-def test_bucket_and_key_are_held_to(policy, bucket, key, said):
+def test_check_enforces_bucket_and_key(policy, bucket, key, said):
     assert answer(lambda: verified(policy).check_upload(bucket, key, content_length=5, now=NOW)) == said
 
 
@@ -209,7 +209,7 @@ PROPOSED = [
 
 
 @pytest.mark.parametrize(("conditions", "fields"), PROPOSED)
-def test_a_form_has_what_the_policy_names_and_nothing_else(conditions, fields):
+def test_form_has_exactly_the_fields_of_the_policy(conditions, fields):
     policy = verified(document(BUCKET, KEY, *conditions))
     assert policy.form_fields("winami.part.0") == {
         "key": "winami.part.0",
@@ -231,7 +231,7 @@ CLIENTS = {
 
 
 @pytest.mark.parametrize("policy", CLIENTS.values(), ids=CLIENTS.keys())
-def test_every_clients_policy_takes_a_whole_bundle(policy):
+def test_policy_of_every_client_allows_a_whole_bundle(policy):
     verified(policy).check_bundle("my-bucket", "winami", now=NOW)
 
 
@@ -250,13 +250,13 @@ def test_every_clients_policy_takes_a_whole_bundle(policy):
     ],
     ids=["the PHP SDK's: no key", "the bare prefix", "one part", "parts only", "contradiction", "expired"],
 )
-def test_a_policy_that_could_never_take_a_bundle_is_refused_before_anything_begins(policy, said):
+def test_policy_that_allows_no_bundle_is_rejected_at_once(policy, said):
     assert answer(lambda: verified(policy).check_bundle("my-bucket", "winami", now=NOW)) == said
 
 
 @pytest.mark.parametrize("beginning", ["", "w", "winami", "winami."])
 @pytest.mark.parametrize("ending", [".part.0", ".part.00", ".part.9", ".part.123", ".manifest.xml", ".manifest.json"])
-def test_what_takes_the_first_part_and_the_manifest_takes_all_of_a_bundle(beginning, ending):
+def test_policy_for_first_part_and_manifest_allows_the_whole_bundle(beginning, ending):
     policy = verified(document(BUCKET, ["starts-with", "$key", beginning]))
     policy.check_bundle("my-bucket", "winami", now=NOW)
     policy.check_upload("my-bucket", "winami" + ending, content_length=None, now=NOW)

@@ -70,7 +70,7 @@ def verify(text, signature, secret=SECRET, access_key_id=ACCESS_KEY_ID):
     ],
     ids=["once", "twice, the outer signed (CLI 1)", "twice, the inner signed (boto3)", "Ruby's newline"],
 )
-def test_the_text_that_was_signed_is_found_and_kept(wire_text, signature, signed_text):
+def test_signed_text_is_found_and_kept(wire_text, signature, signed_text):
     policy = verify(wire_text, signature, "example123example")
     assert policy.text == signed_text
     assert policy.expiration.isoformat() == "2030-01-01T00:00:00+00:00"
@@ -81,16 +81,16 @@ def test_the_text_that_was_signed_is_found_and_kept(wire_text, signature, signed
     ]
 
 
-def test_the_aws_clis_own_vector_verifies():
+def test_vector_of_the_aws_cli_verifies():
     assert verify(encoded(CLI_POLICY), CLI_SIGNATURE).expiration.year == 2013
 
 
-def test_a_policy_of_nothing_is_refused_although_it_is_signed():
+def test_empty_policy_is_rejected_although_signed():
     with pytest.raises(InvalidPolicyDocument, match="Invalid Policy: Unexpected: 'notarealpolicy'"):
         verify(encoded('{"notarealpolicy":true}'), "a5SmoLOxoM0MHpOdC25nE7KIafg=")
 
 
-def test_awss_own_version_4_vector_verifies():
+def test_vector_of_aws_for_version_4_verifies():
     policy = verify(encoded(V4_POLICY), V4_SIGNATURE)
     fields = policy.form_fields("user/user1/x")
     assert fields["x-amz-credential"] == "AKIAIOSFODNN7EXAMPLE/20151229/us-east-1/s3/aws4_request"
@@ -114,17 +114,17 @@ def test_awss_own_version_4_vector_verifies():
         (base64.b64encode(b"not a policy").decode(), ONCE_SIGNATURE),
     ],
 )
-def test_whatever_else_was_signed_is_refused(wire_text, signature):
+def test_signature_of_other_text_is_rejected(wire_text, signature):
     with pytest.raises(SignatureDoesNotMatch):
         verify(wire_text, signature, "example123example")
 
 
-def test_another_keys_signature_is_refused():
+def test_signature_of_another_key_is_rejected():
     with pytest.raises(SignatureDoesNotMatch):
         verify(ONCE, ONCE_SIGNATURE, "example123examplf")
 
 
-def test_white_space_in_the_text_counts_for_the_signature_and_not_for_the_document():
+def test_white_space_counts_for_the_signature_only():
     wrapped = ONCE[:76] + "\n" + ONCE[76:] + "\n"
     policy = verify(wrapped, signed_v2(wrapped))
     assert (policy.text, len(policy.conditions)) == (wrapped, 3)
@@ -136,7 +136,7 @@ def padded(length):
     return text + " " * (length - len(text))
 
 
-def test_the_longest_policy_is_taken_and_one_that_is_longer_refused():
+def test_longest_policy_is_accepted_and_a_longer_one_rejected():
     longest = padded(POLICY_CHARACTERS)
     assert verify(longest, signed_v2(longest)).text == longest
     too_long = padded(POLICY_CHARACTERS + 1)
@@ -154,7 +154,7 @@ def v4_document(credential=f"{ACCESS_KEY_ID}/20260101/eu-west-1/s3/aws4_request"
     )
 
 
-def test_a_version_4_policy_verifies_once_and_twice_encoded():
+def test_version_4_policy_verifies_encoded_once_and_twice():
     once = encoded(v4_document())
     signature = signed_v4(once, date="20260101", region="eu-west-1")
     assert verify(once, signature).text == once
@@ -162,13 +162,13 @@ def test_a_version_4_policy_verifies_once_and_twice_encoded():
 
 
 @pytest.mark.parametrize("scope", [{"date": "20260102"}, {"region": "us-east-1"}, {"secret": "other"}])
-def test_a_version_4_signature_of_another_scope_or_key_is_refused(scope):
+def test_version_4_signature_of_another_scope_or_key_is_rejected(scope):
     text = encoded(v4_document())
     with pytest.raises(SignatureDoesNotMatch):
         verify(text, signed_v4(text, **{"date": "20260101", "region": "eu-west-1", **scope}))
 
 
-def test_a_version_4_policy_for_another_key_id_is_refused():
+def test_version_4_policy_for_another_key_id_is_rejected():
     text = encoded(v4_document())
     with pytest.raises(SignatureDoesNotMatch):
         verify(text, signed_v4(text, date="20260101", region="eu-west-1"), access_key_id="AKIAOTHER")
@@ -183,19 +183,19 @@ def test_a_version_4_policy_for_another_key_id_is_refused():
         (v4_document(credential="AKIA"), "Credential is mal-formed"),
     ],
 )
-def test_a_version_4_signature_whose_policy_lacks_its_scope_is_explained(policy, message):
+def test_version_4_policy_without_scope_is_rejected_with_reason(policy, message):
     text = encoded(policy)
     with pytest.raises(InvalidArgument, match=message):
         verify(text, signed_v4(text))
 
 
-def test_a_verified_policy_is_read_again_without_the_secret():
+def test_verified_policy_is_loaded_without_the_secret():
     for wire_text, signature in ((ONCE, ONCE_SIGNATURE), (OF_A_FILE, OF_A_FILE_SIGNATURE)):
         policy = verify(wire_text, signature, "example123example")
         assert UploadPolicy.trusted(policy.text, policy.signature, policy.access_key_id) == policy
 
 
-def test_neither_repr_nor_error_shows_a_signature_or_a_secret():
+def test_repr_and_errors_show_no_signature_and_no_secret():
     text = encoded(document({"x-amz-security-token": "session"}, {"bucket": "my-bucket"}))
     policy = verify(text, signed_v2(text))
     assert not any(hidden in repr(policy) for hidden in (policy.signature, text, "session", SECRET))
@@ -224,7 +224,7 @@ documents = st.builds(
 
 
 @given(st.one_of(json_values, documents, st.text(), st.binary()))
-def test_whatever_a_stranger_signs_only_our_errors_come_out(policy):
+def test_any_signed_text_raises_only_our_errors(policy):
     text = encoded(policy)
     try:
         verified = verify(text, signed_v2(text))
@@ -235,7 +235,7 @@ def test_whatever_a_stranger_signs_only_our_errors_come_out(policy):
 
 
 @given(st.text(), st.text() | st.just("0" * 64))
-def test_whatever_a_stranger_sends_only_our_errors_come_out(text, signature):
+def test_any_text_raises_only_our_errors(text, signature):
     with pytest.raises(BucketError):
         verify(text, signature)
 
@@ -254,7 +254,7 @@ def test_whatever_a_stranger_sends_only_our_errors_come_out(text, signature):
     ],
     ids=repr,
 )
-def test_json_bombs_and_oddities_are_invalid_json(policy):
+def test_json_bombs_are_rejected_as_invalid_json(policy):
     text = encoded(policy)
     with pytest.raises(InvalidPolicyDocument):
         verify(text, signed_v2(text))

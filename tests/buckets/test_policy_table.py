@@ -50,7 +50,7 @@ def answer(call):
 
 
 @pytest.mark.parametrize(("case", "sign"), ROWS)
-def test_a_policy_is_judged_as_by_s3(case, sign):
+def test_policy_gives_the_result_of_s3(case, sign):
     text = encoded(case.policy)
 
     def judge():
@@ -62,7 +62,7 @@ def test_a_policy_is_judged_as_by_s3(case, sign):
 
 @pytest.mark.rgw
 @pytest.mark.parametrize(("case", "sign"), ROWS)
-def test_ceph_rgw_judges_it_alike(post, case, sign):
+def test_ceph_rgw_gives_the_same_result(post, case, sign):
     text = encoded(case.policy)
     signed = {"x-amz-signature": sign(text)}
     if sign is signed_v2:
@@ -76,7 +76,7 @@ def test_ceph_rgw_judges_it_alike(post, case, sign):
         assert got == case.answer
 
 
-def test_the_table_is_long_and_its_names_are_distinct():
+def test_table_is_long_and_its_names_are_distinct():
     names = [row.id for row in ROWS]
     assert len(names) == len(set(names)) >= 80
     assert set(names) > set(OTHERWISE_ON_RGW)

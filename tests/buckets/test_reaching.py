@@ -56,12 +56,12 @@ def try_everything(objects, bucket, grants):
     assert [*objects.list(bucket, "")] == []
 
 
-def test_tls_with_a_private_authority(rgw, bucket):
+def test_connection_trusts_a_private_authority(rgw, bucket):
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca))
     try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(rgw, bucket):
+def test_untrusted_certificate_is_rejected_at_once(rgw, bucket):
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url))
     with pytest.raises(StoreError, match=r"certificate of 127\.0\.0\.1:\d+ is not trusted: self.signed") as caught:
         objects.get(bucket, "key")
@@ -69,13 +69,13 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(rgw, bucket):
 
 
 @pytest.mark.parametrize("ca", ["none.pem", "empty.pem"])
-def test_a_file_of_certificates_that_is_none_is_said_so(rgw, tmp_path, ca):
+def test_invalid_ca_file_is_reported(rgw, tmp_path, ca):
     (tmp_path / "empty.pem").touch()
     with pytest.raises(InvalidArgument, match="certificates"):
         S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=tmp_path / ca))
 
 
-def test_the_buckets_name_before_the_hosts_and_a_proxy(rgw, bucket, proxy):
+def test_virtual_hosted_bucket_is_reached_through_a_proxy(rgw, bucket, proxy):
     port = rgw.url.rpartition(":")[2]
     endpoint = f"http://{stores.DNS_NAME}:{port}"
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=endpoint, addressing="virtual", proxy=proxy.url))
@@ -84,7 +84,7 @@ def test_the_buckets_name_before_the_hosts_and_a_proxy(rgw, bucket, proxy):
     assert ("POST", f"http://{bucket}.{stores.DNS_NAME}:{port}/") in proxy.forwarded
 
 
-def test_tls_through_a_proxy(rgw, bucket, proxy):
+def test_tls_is_tunnelled_through_a_proxy(rgw, bucket, proxy):
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca, proxy=proxy.url))
     try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
     assert {*proxy.forwarded} == {("CONNECT", rgw.tls_url.removeprefix("https://"))}
@@ -112,14 +112,14 @@ def temporary(rgw):
     )
 
 
-def test_temporary_credentials(rgw, bucket):
+def test_temporary_credentials_are_accepted(rgw, bucket):
     key = temporary(rgw)
     token = {"x-amz-security-token": key.session_token}
     grants = [granted(bucket, key, token, version=version) for version in (2, 4)]
     try_everything(S3ObjectClient(rgw.connection(key)), bucket, grants)
 
 
-def test_temporary_credentials_without_their_token_are_refused(rgw, bucket):
+def test_temporary_credentials_without_token_are_rejected(rgw, bucket):
     key = temporary(rgw)
     objects = S3ObjectClient(rgw.connection(Credentials(**{**vars(key), "session_token": None})))
     with pytest.raises(AccessDenied):
@@ -128,7 +128,7 @@ def test_temporary_credentials_without_their_token_are_refused(rgw, bucket):
         objects.put(bucket, "win.part.0", PART, grant=granted(bucket, key))
 
 
-def test_what_everybody_may_read_needs_no_key(rgw, bucket):
+def test_public_object_is_read_without_key(rgw, bucket):
     alices = S3ObjectClient(rgw.connection(stores.ALICE))
     grant = granted(bucket, stores.ALICE, {"acl": "public-read"})
     alices.put(bucket, "win.part.0", PART, grant=grant)

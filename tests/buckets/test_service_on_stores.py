@@ -44,7 +44,7 @@ def service(shared_service, tmp_path):
 
 @pytest.mark.clients
 @pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS], indirect=True)
-def test_the_aws_clis_own_policy_goes_through_to_the_objects(service):
+def test_policy_of_the_aws_cli_stores_the_objects(service):
     program = shutil.which("aws", path=str(Path(sys.executable).parent))
     own = {
         "AWS_ACCESS_KEY_ID": service.own_key.access_key_id,
@@ -82,7 +82,7 @@ def v4(service, acl):
 
 @pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS, ON_RGW], indirect=True)
 @pytest.mark.parametrize("signed", [v2, v4])
-def test_a_policy_of_either_version_goes_through_to_the_objects(service, signed):
+def test_policy_of_either_version_stores_the_objects(service, signed):
     task = service.bundle(*signed(service, service.store.acl))
     assert task["State"] == "complete", task
     assert service.files() == FILES
@@ -90,7 +90,7 @@ def test_a_policy_of_either_version_goes_through_to_the_objects(service, signed)
 
 
 @pytest.mark.parametrize("shared_service", [BY_THE_SERVICE], indirect=True)
-def test_the_services_key_writes_what_a_policy_of_ours_allows(service):
+def test_key_of_the_service_stores_what_our_policy_allows(service):
     policy, _ = v2(service, "ec2-bundle-read")
     signature = signed_v2(base64.b64encode(policy).decode(), service.own_key.secret_access_key)
     task = service.bundle(policy, signature, service.own_key)
@@ -101,7 +101,7 @@ def test_the_services_key_writes_what_a_policy_of_ours_allows(service):
 
 
 @pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS, ON_RGW], indirect=True)
-def test_a_bucket_of_somebody_elses_is_refused_when_it_is_asked_for(service):
+def test_request_for_bucket_of_another_account_is_rejected(service):
     service.bucket = f"bob-{uuid.uuid4().hex[:12]}"
     S3ObjectClient(service.store.connection(stores.BOB))._requests.send("PUT", service.bucket)
     with pytest.raises(ClientError, match="InaccessibleStorageLocation"):
@@ -111,7 +111,7 @@ def test_a_bucket_of_somebody_elses_is_refused_when_it_is_asked_for(service):
 
 
 @pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS, ON_RGW], indirect=True)
-def test_a_key_that_the_store_does_not_know_is_refused_with_what_to_do(service):
+def test_key_unknown_to_the_store_is_rejected_with_advice(service):
     policy, _ = v2(service, service.store.acl)
     signature = signed_v2(base64.b64encode(policy).decode(), service.own_key.secret_access_key)
     with pytest.raises(ClientError, match=r"InvalidParameterValue.*does not let.*thrave account key import"):
@@ -119,7 +119,7 @@ def test_a_key_that_the_store_does_not_know_is_refused_with_what_to_do(service):
 
 
 @pytest.mark.parametrize("shared_service", [NOWHERE], indirect=True)
-def test_while_the_store_is_away_the_caller_is_told_to_come_again(service):
+def test_unreachable_store_gives_an_error_that_clients_retry(service):
     with pytest.raises(ClientError, match=r"Unavailable.*Cannot connect to the store 127\.0\.0\.1:1") as caught:
         service.bundle(*v2(service, service.store.acl))
     assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 503

@@ -44,7 +44,7 @@ def get(connection):
 
 @pytest.mark.parametrize("status", range(300, 600))
 @pytest.mark.parametrize("code", ["", "NoSuchCodeAtAll"])
-def test_status_decides_where_the_code_is_unknown(status, code):
+def test_status_decides_if_the_code_is_unknown(status, code):
     made = error_from_response(code, status, "words")
     assert made.kind is row_of("", status).kind
     assert isinstance(made, TransientError) == (made.kind is Kind.TRANSIENT)
@@ -85,7 +85,7 @@ def test_other_region_is_named(answer, region, endpoint):
     assert region is None or region in str(caught.value)
 
 
-def test_redirect_of_another_server_is_no_region():
+def test_redirect_of_another_server_names_no_region():
     answer = http(301, Location="https://user:hunter2@other.example/path?secret")
     with scripted(answer) as script, pytest.raises(StoreError, match=r"https://other\.example$") as caught:
         get(connection(script.url))
@@ -113,20 +113,20 @@ def test_error_document_of_an_unknown_encoding_is_judged_by_its_status(encoding)
 
 
 @pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-16"])
-def test_listing_of_an_unknown_encoding_is_no_document_of_s3(encoding):
+def test_listing_in_unknown_encoding_is_rejected(encoding):
     page = f'<?xml version="1.0" encoding="{encoding}"?><html/>'.encode()
     with scripted(http(200, page)) as script, pytest.raises(StoreError):
         [*S3ObjectClient(connection(script.url)).list("my-bucket", "")]
 
 
-def test_length_of_more_digits_than_python_reads_is_an_error_of_the_store():
+def test_content_length_with_too_many_digits_is_an_error_of_the_store():
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\nConnection: close\r\n\r\n"
     with scripted(answer) as script, pytest.raises(BucketError):
         S3ObjectClient(connection(script.url)).head("my-bucket", "key")
 
 
 @pytest.mark.parametrize("status", [411, 413, 414, 426, 431])
-def test_refusal_of_a_server_on_the_way_is_for_the_operator(status):
+def test_refusal_of_an_intermediate_server_is_reported_to_the_operator(status):
     with scripted(http(status, b"<html>nginx</html>")) as script, pytest.raises(StoreError) as caught:
         get(connection(script.url))
     assert caught.value.is_the_stores
@@ -145,7 +145,7 @@ def test_refused_connection_and_unknown_host_are_unreachable():
         get(connection("http://no-such-host.invalid"))
 
 
-def test_silence_is_no_response():
+def test_silence_is_a_missing_response():
     with scripted(SILENCE) as script, pytest.raises(TransientError, match="Nothing moved") as caught:
         get(connection(script.url, timeout=0.2))
     assert not isinstance(caught.value, UnreachableError)
@@ -195,7 +195,7 @@ def called(headers, pauses, patience=100.0, **options):
     return pauses[0]
 
 
-def test_retry_after_is_obeyed_within_the_time_that_there_is(pauses):
+def test_retry_after_is_obeyed_within_the_timeout(pauses):
     answers = [http(503, Retry_After="30"), http(429, retry_after="7"), http(200)]
     with scripted(*answers) as script:
         retry_store(lambda: get(connection(script.url)), 100.0, lambda *_: None)
@@ -203,13 +203,13 @@ def test_retry_after_is_obeyed_within_the_time_that_there_is(pauses):
 
 
 @pytest.mark.parametrize("text", ["3600", "999999999"])
-def test_retry_after_beyond_the_time_waits_for_what_is_left(pauses, text):
+def test_retry_after_beyond_the_timeout_waits_the_remaining_time(pauses, text):
     assert called({"Retry-After": text}, pauses) == 100
 
 
 @pytest.mark.parametrize("text", ["", "-5", "soon", "1e9", "9" * 400, "Mon, 01 Jan 2001 00:00:00 GMT", "nan",
                                   "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"])  # fmt: skip
-def test_retry_after_that_says_nothing_is_ignored(pauses, text):
+def test_invalid_retry_after_is_ignored(pauses, text):
     assert called({"Retry-After": text}, pauses) < 1
 
 
@@ -218,7 +218,7 @@ def test_retry_after_may_be_a_date(pauses):
     assert 30 < called({"Retry-After": format_datetime(until, usegmt=True)}, pauses) <= 50
 
 
-def test_server_that_was_never_reached_is_tried_as_often_as_wanted(pauses):
+def test_unreachable_server_is_retried_as_often_as_requested(pauses):
     tried = []
 
     def call():
@@ -235,7 +235,7 @@ class NoLongerWantedError(Exception):
 
 
 @pytest.mark.parametrize("ends", ["a connection is free", "the store fails", "the check fails"])
-def test_wait_for_a_free_connection_uses_up_no_patience(monkeypatch, ends):
+def test_wait_for_a_free_connection_does_not_count_toward_the_timeout(monkeypatch, ends):
     """Each wait is longer than the whole patience. A check, such as a task's watch, can end the waiting."""
     clock = [1.0]
     monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: clock[0]))
@@ -264,7 +264,7 @@ def test_wait_for_a_free_connection_uses_up_no_patience(monkeypatch, ends):
 
 
 @pytest.mark.parametrize(("patience", "options"), [(5.0, {}), (0.0, {"before_attempt": lambda: None})])
-def test_wait_for_a_free_connection_ends_where_nobody_else_ends_it(monkeypatch, patience, options):
+def test_wait_for_a_free_connection_has_its_own_limit(monkeypatch, patience, options):
     clock = iter(range(0, 9000, 300))
     monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(clock)))
 
@@ -287,14 +287,14 @@ def listing(*keys, more=""):
 
 
 @pytest.mark.parametrize("lack", LACKING)
-def test_store_without_several_deletions_in_one_request(lack):
+def test_store_without_multi_object_delete_is_supported(lack):
     with scripted(lack, http(204)) as script:
         S3ObjectClient(connection(script.url)).delete("my-bucket", ["a", "b"])
     assert [line.split()[0] for line in script.requests] == ["POST", "DELETE", "DELETE"]
 
 
 @pytest.mark.parametrize("lack", LACKING)
-def test_store_without_listings_of_version_2(lack):
+def test_store_without_list_version_2_is_supported(lack):
     truncated = "<IsTruncated>true</IsTruncated>"
     with scripted(lack, lack, listing("a", "b", more=truncated), listing("c")) as script:
         assert [*S3ObjectClient(connection(script.url)).list("my-bucket", "")] == ["a", "b", "c"]
@@ -302,7 +302,7 @@ def test_store_without_listings_of_version_2(lack):
     assert "marker=b" in script.requests[3]
 
 
-def test_listing_that_ignores_the_prefix_gives_no_other_keys():
+def test_listing_that_ignores_the_prefix_returns_no_other_keys():
     with scripted(listing("a", "win.part.0", "z")) as script:
         assert [*S3ObjectClient(connection(script.url)).list("my-bucket", "win")] == ["win.part.0"]
 
@@ -319,12 +319,12 @@ def test_listing_that_never_ends_is_an_error(pages):
 @pytest.mark.parametrize(
     "answers", [[http(200, b"0123456789")], [error(501, "NotImplemented"), http(200, b"0123456789")]]
 )
-def test_store_without_ranges(answers):
+def test_store_without_ranges_is_supported(answers):
     with scripted(*answers) as script:
         assert S3ObjectClient(connection(script.url)).get_range("my-bucket", "key", 3, 4) == b"3456"
 
 
-def test_store_without_content_md5():
+def test_store_without_content_md5_is_supported():
     with scripted(error(501, "NotImplemented"), http(200, ETag=DIGEST)) as script:
         S3ObjectClient(connection(script.url)).put("my-bucket", "key", b"content")
     assert len(script.requests) == 2
@@ -333,7 +333,7 @@ def test_store_without_content_md5():
 OWNER = "111111111111"
 
 
-def test_store_without_conditional_writes():
+def test_store_without_conditional_writes_is_supported():
     answers = [
         error(404, "NoSuchBucket"), http(200), error(404, "NoSuchKey"), listing(), error(501, "NotImplemented"),
         error(404, "NoSuchKey"), http(200), http(200, f"{OWNER}\n".encode()),
@@ -343,7 +343,7 @@ def test_store_without_conditional_writes():
     assert [line.split()[0] for line in script.requests] == ["GET", "PUT", "GET", "GET", "PUT", "GET", "PUT", "GET"]
 
 
-def test_claim_that_is_refused_for_good_leaves_no_bucket():
+def test_claim_that_is_refused_leaves_no_bucket():
     answers = [error(404, "NoSuchBucket"), http(200), error(404, "NoSuchKey"), listing(), error(403, "QuotaExceeded"),
                http(204)]  # fmt: skip
     with scripted(*answers) as script, pytest.raises(StoreError, match="QuotaExceeded"):
@@ -351,7 +351,7 @@ def test_claim_that_is_refused_for_good_leaves_no_bucket():
     assert script.requests[-1].startswith("DELETE /my-bucket ")
 
 
-def test_store_without_a_body_of_create_bucket():
+def test_store_that_rejects_a_create_bucket_body_is_supported():
     answers = [error(404, "NoSuchBucket"), error(400, "MalformedXML"), http(200), http(200, f"{OWNER}\n".encode())]
     with scripted(*answers) as script:
         ServiceKeyStore(connection(script.url, region="eu-west-1")).create("my-bucket", OWNER)
@@ -405,7 +405,7 @@ def test_changed_credentials_sign_the_next_request_of_an_open_store(file):
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), lambda path: path.chmod(0o644), lambda path: path.write_text("")]
 )
-def test_changed_credentials_that_cannot_be_used_leave_the_earlier_in_use(file, damage):
+def test_unusable_changed_credentials_leave_the_earlier_in_use(file, damage):
     connection = store_connection(Settings(store="s3", s3_credentials_file=file))
     damage(file)
     assert key_of(connection) == "AKIAFIRST"
@@ -417,7 +417,7 @@ def test_changed_credentials_that_cannot_be_used_leave_the_earlier_in_use(file, 
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), lambda path: path.chmod(0o644), lambda path: path.write_text("")]
 )
-def test_credentials_that_cannot_be_used_name_the_setting_and_no_code_of_s3(file, damage):
+def test_unusable_credentials_error_names_the_setting_and_no_s3_code(file, damage):
     damage(file)
     with pytest.raises(StoreSettingError, match=r"^The setting s3_credentials_file cannot be used: ") as caught:
         store_connection(Settings(store="s3", s3_credentials_file=file))

@@ -51,7 +51,7 @@ def test_endpoint_has_one_normal_form_wherever_it_is_read(spelling):
 
 
 @pytest.mark.parametrize("url", NO_ENDPOINTS)
-def test_endpoint_that_is_none_is_refused_without_repeating_it(url):
+def test_invalid_endpoint_is_rejected_without_repeating_it(url):
     with pytest.raises(ValueError, match=r"\w"):
         normal_endpoint(url)
     with pytest.raises(ValidationError, match="s3_endpoint") as caught:
@@ -109,7 +109,7 @@ def test_every_request_goes_to_the_same_url_however_the_endpoint_is_spelled(requ
         ("http://[::1]:8333", "my-bucket", "http://[::1]:8333/my-bucket/key"),
     ],
 )
-def test_bucket_stands_before_the_host_only_where_it_can(endpoint, bucket, expected):
+def test_bucket_is_part_of_the_host_name_only_if_possible(endpoint, bucket, expected):
     assert StoreConfig(endpoint=endpoint, addressing="virtual").url(bucket, "key") == expected
 
 
@@ -120,13 +120,13 @@ def test_existing_bucket_of_any_name_has_a_url(bucket):
 
 
 @pytest.mark.parametrize("bucket", ["", ".", "..", "a/b", "a b", "a\n", "a\0", "\x7f", "ä", "x" * 256, "\ud800"])
-def test_name_that_a_url_cannot_hold_is_refused_before_anything_is_sent(bucket):
+def test_bucket_name_that_fits_no_url_is_rejected_before_sending(bucket):
     with pytest.raises(InvalidBucketName):
         StoreConfig(endpoint="http://s3.example.com").url(bucket, "key")
 
 
 @pytest.mark.parametrize("key", ["..", "a/../b", "./a", "x" * 1025])
-def test_key_that_a_url_cannot_hold_is_refused(key):
+def test_key_that_fits_no_url_is_rejected(key):
     with pytest.raises(InvalidArgument):
         StoreConfig(endpoint="http://s3.example.com").url("bucket", key)
 
@@ -157,7 +157,7 @@ def test_proxy_is_read_with_its_user_and_password(url, where, authorization):
         "http://joe:12#hunter2@proxy:80", "http://joe:12?hunter2@proxy",
     ],
 )  # fmt: skip
-def test_proxy_that_is_none_is_refused_without_its_password(url):
+def test_invalid_proxy_is_rejected_without_showing_its_password(url):
     with pytest.raises(BucketError) as caught:
         S3ObjectClient(StoreConfig(endpoint="http://s3.example.com", proxy=url))
     assert "hunter2" not in f"{caught.value} {caught.value!r}"

@@ -22,20 +22,20 @@ def through(pieces: list[bytes], count: int = 2) -> bytes:
     [[], [0], [8, 8, 8, 8], [1] * 100, [8, 0, 0, 1, 8, 7, 1], [3, 3, 3, 3, 3]],
     ids=["nothing", "one empty piece", "full", "tiny", "mixed", "none that fills a buffer"],
 )
-def test_what_goes_in_comes_out(lengths: list[int]) -> None:
+def test_buffers_return_what_was_written(lengths: list[int]) -> None:
     pieces = [bytes([number % 256]) * length for number, length in enumerate(lengths)]
 
     assert through(pieces) == b"".join(pieces)
 
 
-def test_small_pieces_share_a_buffer() -> None:
+def test_buffers_join_small_pieces() -> None:
     with Pipeline(1) as crew:
         buffers = BufferPool(crew, 2, SIZE)
 
         assert [len(piece) for piece in islice(buffers.filled(iter([b"abc"] * 5)), 2)] == [6, 6]
 
 
-def test_the_one_who_fills_waits_until_a_buffer_is_free() -> None:
+def test_writer_waits_for_a_free_buffer() -> None:
     taken: list[int] = []
 
     def pieces() -> Iterator[bytes]:

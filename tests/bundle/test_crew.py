@@ -12,7 +12,7 @@ def crew_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("bundle-")]
 
 
-def test_results_come_in_the_order_of_the_items():
+def test_map_returns_results_in_order():
     def slowest_first(number):
         time.sleep((10 - number) / 1000)
         return number * number
@@ -22,7 +22,7 @@ def test_results_come_in_the_order_of_the_items():
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 8])
-def test_no_more_than_its_bound_is_made_ahead(ahead):
+def test_ahead_makes_no_more_than_its_limit(ahead):
     made = []
 
     def numbers():
@@ -37,7 +37,7 @@ def test_no_more_than_its_bound_is_made_ahead(ahead):
         assert len(made) <= ahead + 2
 
 
-def test_everything_comes_out_and_then_the_error():
+def test_ahead_returns_all_items_before_the_error():
     def failing():
         yield from range(3)
         raise OSError("no more")
@@ -48,7 +48,7 @@ def test_everything_comes_out_and_then_the_error():
     assert found == ["0", "1", "2"]
 
 
-def test_leaving_stops_threads_that_wait_at_either_end():
+def test_exit_stops_threads_that_wait_at_either_end():
     with Pipeline(2) as crew:
         empty: BoundedQueue[int] = crew.channel(1)
         crew.ahead(iter(empty.get, None), 1)
@@ -57,7 +57,7 @@ def test_leaving_stops_threads_that_wait_at_either_end():
     assert crew_threads() == []
 
 
-def test_stopping_before_the_start_stops_at_the_start():
+def test_stop_before_start_takes_effect_at_start():
     crew = Pipeline(1)
     crew.stop()
     with crew, pytest.raises(StoppedError):
@@ -65,7 +65,7 @@ def test_stopping_before_the_start_stops_at_the_start():
     assert crew_threads() == []
 
 
-def test_a_closed_channel_takes_and_gives_nothing():
+def test_closed_channel_accepts_and_returns_nothing():
     channel: BoundedQueue[int] = BoundedQueue(1)
     channel.put(1)
     channel.close()
@@ -74,7 +74,7 @@ def test_a_closed_channel_takes_and_gives_nothing():
             use()
 
 
-def test_a_stage_that_hangs_in_a_read_is_left_behind_and_stops_when_the_read_ends():
+def test_exit_abandons_stage_that_hangs_until_its_read_ends():
     lets_go = threading.Event()
 
     def hanging():
@@ -90,7 +90,7 @@ def test_a_stage_that_hangs_in_a_read_is_left_behind_and_stops_when_the_read_end
     assert crew_threads() == []
 
 
-def test_the_pool_is_left_while_a_call_hangs_in_it_and_whoever_waits_for_its_result_is_woken():
+def test_exit_abandons_hanging_call_and_wakes_its_waiter():
     begun, lets_go, woken = threading.Event(), threading.Event(), []
 
     def hang(_item):

@@ -49,7 +49,7 @@ def with_parts(bundle, **changed):
 @pytest.mark.parametrize("open_damaged", [open_with_everything, open_with_nothing_but_the_key])
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("damage", TO_A_PART)
-def test_any_change_to_a_part_is_found(bundle, tmp_path, open_damaged, index, damage):
+def test_verify_detects_any_change_to_a_part(bundle, tmp_path, open_damaged, index, damage):
     name = list(bundle.parts)[index]
     damaged = with_parts(bundle, **{f"part{index}": TO_A_PART[damage](bundle.parts[name])})
     with pytest.raises(PartDamagedError, match=name):
@@ -59,7 +59,7 @@ def test_any_change_to_a_part_is_found(bundle, tmp_path, open_damaged, index, da
 
 @pytest.mark.parametrize("open_damaged", [open_with_everything, open_with_nothing_but_the_key])
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 2), (1, 2)])
-def test_swapped_and_repeated_parts_are_found(bundle, tmp_path, open_damaged, first, second):
+def test_verify_detects_swapped_and_repeated_parts(bundle, tmp_path, open_damaged, first, second):
     data = list(bundle.parts.values())
     swapped = with_parts(bundle, **{f"part{first}": data[second], f"part{second}": data[first]})
     repeated = with_parts(bundle, **{f"part{second}": data[first]})
@@ -70,7 +70,7 @@ def test_swapped_and_repeated_parts_are_found(bundle, tmp_path, open_damaged, fi
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_a_part_that_is_not_there_is_named(bundle, tmp_path, index):
+def test_verify_names_missing_part(bundle, tmp_path, index):
     name = list(bundle.parts)[index]
     damaged = dataclasses.replace(bundle, parts={n: data for n, data in bundle.parts.items() if n != name})
     with pytest.raises(PartMissingError, match=name):
@@ -91,11 +91,11 @@ def unnoticed(bundle, open_damaged, folder):
     return missed
 
 
-def test_any_change_to_the_manifest_is_found(bundle, tmp_path):
+def test_verify_detects_any_change_to_the_manifest(bundle, tmp_path):
     assert unnoticed(bundle, open_with_everything, tmp_path) == set()
 
 
-def test_any_change_to_the_manifest_is_found_by_the_side_file_alone(bundle, tmp_path):
+def test_side_file_alone_detects_any_change_to_the_manifest(bundle, tmp_path):
     def open_with_side_file(damaged, output):
         return open_bundle(damaged.manifest, damaged, private_key("user"), output, side_file=damaged.side_file)
 
@@ -131,14 +131,14 @@ NEEDS_A_SIGNATURE = (
 """What only a signature protects: labels that opening does not need, and the slot of the other reader."""
 
 
-def test_the_signature_notices_all_that_it_covers(bundle, tmp_path):
+def test_signature_detects_any_change_that_it_covers(bundle, tmp_path):
     def open_with_certificate(damaged, output):
         return open_bundle(damaged.manifest, damaged, private_key("user"), output, certificate=certificate("user"))
 
     assert unnoticed(bundle, open_with_certificate, tmp_path) == UNSIGNED_BY_DESIGN
 
 
-def test_without_signature_and_side_file_the_labels_and_the_order_may_change_unnoticed(bundle, tmp_path):
+def test_labels_and_order_are_unprotected_without_signature_and_side_file(bundle, tmp_path):
     missed = unnoticed(bundle, open_with_nothing_but_the_key, tmp_path)
     swaps = {name for name in missed if name.startswith("swap ")}
     assert missed - swaps == (UNSIGNED_BY_DESIGN | NEEDS_A_SIGNATURE) - swaps

@@ -31,7 +31,7 @@ def member(chunks, library):
 @pytest.mark.parametrize("name", LIBRARIES)
 @settings(max_examples=30, deadline=None)
 @given(runs=st.lists(st.tuples(st.sampled_from([*KINDS]), st.integers(1, 200_000)), min_size=1, max_size=5))
-def test_chunks_of_any_content_make_one_member_that_never_grows_beyond_its_bound(name, runs):
+def test_chunks_of_any_content_make_one_member_within_its_size_limit(name, runs):
     chunks = [KINDS[kind](size) for kind, size in runs]
     made = member(chunks, LIBRARIES[name])
     assert gzip.decompress(made) == b"".join(chunks)
@@ -39,13 +39,13 @@ def test_chunks_of_any_content_make_one_member_that_never_grows_beyond_its_bound
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_gunzip_finds_nothing_to_remark(name):
+def test_gunzip_accepts_the_stream_without_warning(name):
     made = member([kind(100_000) for kind in KINDS.values()], LIBRARIES[name])
     checked = subprocess.run(["gunzip", "--test"], input=made, capture_output=True, check=True)
     assert checked.stderr == b""
 
 
-def test_without_a_wheel_the_standard_library_stands_in(monkeypatch, tmp_path):
+def test_standard_library_replaces_missing_wheel(monkeypatch, tmp_path):
     monkeypatch.setitem(COMPRESSIONS, "fast", STDLIB)
     image = MemoryImage(b"".join(kind(2_000_000) for kind in KINDS.values()))
     bundle = bundle_of(image)
@@ -53,7 +53,7 @@ def test_without_a_wheel_the_standard_library_stands_in(monkeypatch, tmp_path):
     assert opened.output.read_bytes() == image.data
 
 
-def test_small_is_smaller():
+def test_compression_small_is_smaller():
     text = b"".join(Random(i).choice([b"key", b"value", b"other"]) + str(i).encode() for i in range(50_000))
     sizes = {name: len(deflated(memoryview(text), COMPRESSIONS[name])) for name in COMPRESSIONS}
     assert sizes["small"] < sizes["fast"]

@@ -48,7 +48,7 @@ def covered(spans: list[Span]) -> int:
 
 
 @pytest.mark.parametrize("piece", [4096 * 3, MIB // 4, MIB, 3 * MIB])
-def test_only_data_is_announced_in_order_and_once(piece):
+def test_readahead_announces_data_once_and_in_order(piece):
     image, _ = read_from(0, piece)
 
     ends = [offset + length for offset, length in image.heard]
@@ -57,14 +57,14 @@ def test_only_data_is_announced_in_order_and_once(piece):
     assert covered(image.heard) >= DATA - piece - MIB
 
 
-def test_no_more_is_announced_than_a_disk_needs_to_be_busy():
+def test_readahead_is_limited():
     _, ahead = read_from(0, MIB)
 
     assert max(ahead) <= 9 * MIB
     assert min(ahead[:10]) >= 6 * MIB
 
 
-def test_what_was_sealed_before_is_not_announced_again():
+def test_readahead_skips_what_was_sealed_before():
     image, _ = read_from(2, MIB)
 
     assert all(offset >= 1 << 40 for offset, _ in image.heard)

@@ -30,7 +30,7 @@ def stretches(*runs):
     ],
     ids=["zeros", "none", "around", "between", "one-byte", "grains-are-the-images", "part-of-a-grain", "runs"],
 )
-def test_grains_of_zeros_are_left_out(runs, left):
+def test_zero_blocks_are_left_out(runs, left):
     assert stretches(*runs) == left
 
 
@@ -38,7 +38,7 @@ def test_grains_of_zeros_are_left_out(runs, left):
     st.lists(st.tuples(st.integers(0, 3 * GRAIN), st.integers(0, 2 * GRAIN), st.booleans()), max_size=6),
     st.integers(0, GRAIN),
 )
-def test_what_is_left_reads_the_same(pieces, first):
+def test_remaining_extents_read_the_same(pieces, first):
     data = b"".join(bytes(zeros) + (b"\1" if one else b"") + b"x" * count for zeros, count, one in pieces)
     image = bytearray(len(data))
     last = 0
@@ -49,7 +49,7 @@ def test_what_is_left_reads_the_same(pieces, first):
     assert image == data
 
 
-def test_written_zeros_of_a_bundle_come_back_as_holes(tmp_path):
+def test_written_zeros_are_holes_in_the_opened_image(tmp_path):
     data = bytes(200 * KIB) + b"\1" + bytes(300 * KIB)
     bundle = bundle_of(MemoryImage(data))
     open_bundle(bundle.manifest, bundle, private_key("user"), tmp_path / "image")

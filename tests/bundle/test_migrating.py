@@ -52,7 +52,7 @@ def migrated(xml, side_file=None, key="user", signer="user", readers=TO_THE_CLOU
     )  # fmt: skip
 
 
-def test_the_new_service_opens_it_and_the_old_one_does_not(bundle, tmp_path):
+def test_migrated_bundle_opens_with_the_new_service_only(bundle, tmp_path):
     """The bundle was the user's and the cloud's; now it is the user's and the one's whose key is called wrong."""
     made = migrated(bundle.manifest, bundle.side_file, key="cloud", readers=NewReaders(OTHER_SERVICE))
     trust = {"certificate": certificate("user"), "side_file": made.side_file}
@@ -65,7 +65,7 @@ def test_the_new_service_opens_it_and_the_old_one_does_not(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("name", SIGNED_VECTORS)
-def test_a_bundle_of_another_program_opens_with_the_new_key(name, tmp_path):
+def test_migrated_bundle_of_another_program_opens_with_the_new_key(name, tmp_path):
     made = migrated(vector(name), readers=NewReaders(OTHER_SERVICE))
     parts = DirectoryParts(VECTORS / name)
     opened = open_bundle(
@@ -76,7 +76,7 @@ def test_a_bundle_of_another_program_opens_with_the_new_key(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in SIGNED_VECTORS if name.startswith("ec2")])
-def test_but_for_slots_and_signature_the_bytes_are_those_of_ec2_ami_tools(name):
+def test_migrate_writes_the_bytes_of_ec2_ami_tools_except_keys_and_signature(name):
     assert VARYING.sub(rb"\1", migrated(vector(name)).manifest) == VARYING.sub(rb"\1", vector(name))
 
 
@@ -88,7 +88,7 @@ FULL = """<manifest><version>2007-10-10</version><bundler><name>b</name><version
 <product_code>B</product_code></product_codes></machine_configuration>"""
 
 
-def test_nothing_that_a_manifest_says_is_lost(bundle):
+def test_migrate_keeps_everything_in_the_manifest(bundle):
     image = unsigned(bundle)[bundle.manifest.index(b"<image>") :].decode()
     extra = "<type>kernel</type><kernel_name>vmlinuz</kernel_name><ancestry><ancestor_ami_id>ami-1</ancestor_ami_id>"
     xml = (FULL + image.replace("<type>machine</type>", f"{extra}</ancestry>")).encode()
@@ -104,14 +104,14 @@ def signed(xml: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("said", "kernel"), [(None, "aki-1"), ("eki-2", "eki-2"), ("", None)])
-def test_a_kernel_has_another_name_at_another_service(bundle, said, kernel):
+def test_migrate_maps_kernel_ids(bundle, said, kernel):
     image = unsigned(bundle)[bundle.manifest.index(b"<image>") :].decode()
     readers = NewReaders(certificate("cloud"), kernel_id=said)
     manifest = read_manifest(migrated(signed((FULL + image).encode()), readers=readers).manifest)
     assert (manifest.kernel_id, manifest.ramdisk_id) == (kernel, "ari-1")
 
 
-def test_a_manifest_of_the_first_version_becomes_one_of_the_last(bundle):
+def test_migrate_upgrades_first_manifest_version_to_last(bundle):
     image = unsigned(bundle)[bundle.manifest.index(b"<image>") :]
     xml = b"<manifest><version>3</version>" + image.replace(b"<type>machine</type>", b"")
     xml = signed(xml)
@@ -119,7 +119,7 @@ def test_a_manifest_of_the_first_version_becomes_one_of_the_last(bundle):
     assert (manifest.version, manifest.architecture, manifest.type) == ("2007-10-10", "i386", "machine")
 
 
-def test_rexml_writes_the_new_manifest_as_we_do(bundle):
+def test_migrated_manifest_equals_that_of_rexml(bundle):
     """ec2-ami-tools verifies what REXML makes of a manifest, not the manifest's own bytes."""
     ruby = require("ruby", package="ruby")
     manifest = migrated(vector("euca2ools-3.4.1")).manifest
@@ -127,7 +127,7 @@ def test_rexml_writes_the_new_manifest_as_we_do(bundle):
     assert spelled == manifest
 
 
-def test_openssl_finds_the_same_key_in_the_new_slot(bundle, tmp_path):
+def test_openssl_decrypts_the_same_key_from_the_new_manifest(bundle, tmp_path):
     openssl = require("openssl", package="openssl")
     manifest = read_manifest(migrated(bundle.manifest).manifest)
 
@@ -140,7 +140,7 @@ def test_openssl_finds_the_same_key_in_the_new_slot(bundle, tmp_path):
         assert new == decrypted(getattr(manifest.user_slot, attribute), "user")
 
 
-def test_account_and_user_can_change_hands(bundle, tmp_path):
+def test_migrate_can_change_account_and_user_certificate(bundle, tmp_path):
     readers = NewReaders(certificate("cloud"), OTHER_SERVICE, "999999999999")
     signers = Signers(private_key("wrong"), Ed25519PrivateKey.generate())
     made = migrated(bundle.manifest, bundle.side_file, readers=readers, signers=signers)
@@ -151,7 +151,7 @@ def test_account_and_user_can_change_hands(bundle, tmp_path):
         open_bundle(made.manifest, bundle, private_key("user"), tmp_path / "old", **trust)
 
 
-def test_an_empty_slot_is_made_out_to_the_service(bundle):
+def test_migrate_fills_empty_key_for_the_service(bundle):
     emptied = re.sub(rb"(<user_encrypted_(key|iv)[^>]*>)[0-9a-f]+", rb"\1", unsigned(bundle))
     manifest = read_manifest(migrated(signed(emptied), key="cloud").manifest)
     assert manifest.user_slot == manifest.ec2_slot
@@ -166,23 +166,23 @@ def test_an_empty_slot_is_made_out_to_the_service(bundle):
         (SideFileError, {"side_file": b"{}"}),
     ],
 )
-def test_what_cannot_be_believed_is_not_signed_again(bundle, error, arguments):
+def test_migrate_does_not_sign_what_fails_verification(bundle, error, arguments):
     with pytest.raises(error):
         migrated(bundle.manifest, **arguments)
 
 
-def test_an_unsigned_bundle_is_not_made_a_signed_one():
+def test_migrate_does_not_sign_an_unsigned_bundle():
     with pytest.raises(SignatureError, match="not signed"):
         migrated(vector("euca2ools-3.4.1-unsigned"), key="cloud")
 
 
 @pytest.mark.parametrize("word", ["a&amp;b", "it&apos;s", "a&#10;b"])
-def test_what_no_two_verifiers_write_alike_is_refused(bundle, word):
+def test_migrate_rejects_ambiguous_xml(bundle, word):
     changed = unsigned(bundle).replace(b"<architecture>x86_64", b"<architecture>" + word.encode())
     with pytest.raises(UnwritableValueError, match="every verifier"):
         migrated(signed(changed))
 
 
-def test_the_signature_is_over_the_raw_bytes(bundle):
+def test_signature_covers_the_raw_bytes(bundle):
     manifest = migrated(bundle.manifest).manifest
     verify(manifest, read_manifest(manifest).signature, certificate("user"))

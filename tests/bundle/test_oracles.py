@@ -67,7 +67,7 @@ def tar_stream(parts):
     return b"".join(inflated(deciphered([bytes(part.data) for part in parts], SECRETS)))
 
 
-def test_the_tar_stream_is_gnu_tars_byte_for_byte(raw_file):
+def test_tar_stream_equals_gnu_tar(raw_file):
     with open_volume(raw_file, "raw") as volume:
         parts, sealed = seal(volume, raw_file.name)
     expected = run(*GNU_TAR, raw_file.name, cwd=raw_file.parent)
@@ -75,7 +75,7 @@ def test_the_tar_stream_is_gnu_tars_byte_for_byte(raw_file):
     assert sealed.digest == hashlib.sha1(expected).hexdigest()
 
 
-def test_the_name_of_a_member_may_be_longer_than_tars_field(tmp_path):
+def test_member_name_longer_than_the_tar_field_is_written(tmp_path):
     for length in (99, 100, 101, 200):
         path = tmp_path / ("n" * length)
         path.write_bytes(b"x" * 512)
@@ -84,7 +84,7 @@ def test_the_name_of_a_member_may_be_longer_than_tars_field(tmp_path):
         assert tar_stream(parts) == run(*GNU_TAR, path.name, cwd=tmp_path)
 
 
-def test_a_dense_member_beyond_8_gib_has_gnu_tars_header(tmp_path):
+def test_member_above_8_gib_has_the_header_of_gnu_tar(tmp_path):
     size = 8 * GIB + 4 * KIB
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", size)
@@ -96,7 +96,7 @@ def test_a_dense_member_beyond_8_gib_has_gnu_tars_header(tmp_path):
 
 
 @pytest.mark.parametrize("compression", ["fast", "small"])
-def test_openssl_gunzip_and_tar_open_it(raw_file, compression, tmp_path):
+def test_openssl_gunzip_and_tar_open_the_bundle(raw_file, compression, tmp_path):
     with open_volume(raw_file, "raw") as volume:
         parts, _ = seal(volume, raw_file.name, compression=compression, part_size=256 * KIB)
     decipher = ["openssl", "enc", "-d", "-aes-128-cbc", "-K", SECRETS.key.hex(), "-iv", SECRETS.iv.hex()]
@@ -114,7 +114,7 @@ def rexml(element):
     return f"<{element.tag}{attributes}>{inside}</{element.tag}>" if inside else f"<{element.tag}{attributes}/>"
 
 
-def test_the_strictest_verifier_accepts_the_manifest():
+def test_strictest_verifier_accepts_the_manifest():
     bundle = bundle_of(PatternImage(MIB, [(0, 4 * KIB)]), part_size=64)
     document = ET.fromstring(bundle.manifest)
     rewritten = ("<?xml version='1.0'?>" + rexml(document)).encode()
@@ -122,7 +122,7 @@ def test_the_strictest_verifier_accepts_the_manifest():
     verify(rewritten, bytes.fromhex(document.findtext("signature")), certificate("user"))
 
 
-def test_the_signature_is_openssls_over_the_two_elements(tmp_path):
+def test_openssl_verifies_the_signature_over_two_elements(tmp_path):
     bundle = bundle_of(PatternImage(MIB, []))
     (tmp_path / "signature").write_bytes(bytes.fromhex(ET.fromstring(bundle.manifest).findtext("signature")))
     start, end = bundle.manifest.index(b"<machine_conf"), bundle.manifest.index(b"<signature>")
@@ -132,7 +132,7 @@ def test_the_signature_is_openssls_over_the_two_elements(tmp_path):
     assert run(*check, stdin=bundle.manifest[start:end], cwd=tmp_path).strip() == b"Verified OK"
 
 
-def test_the_elements_stand_in_ec2_ami_tools_order():
+def test_elements_have_the_order_of_ec2_ami_tools():
     image = ET.fromstring(bundle_of(PatternImage(MIB, [])).manifest)
     assert [child.tag for child in image] == ["version", "bundler", "machine_configuration", "image", "signature"]
     assert [child.tag for child in image.find("image")] == [

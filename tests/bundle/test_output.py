@@ -29,19 +29,19 @@ def write(path, size, *runs):
             image.write(offset, memoryview(data))
 
 
-def test_what_is_not_written_is_a_hole_of_the_given_size(tmp_path):
+def test_unwritten_range_is_a_hole(tmp_path):
     write(tmp_path / "image", 10_000_001, (4096, b"data"))
     content = (tmp_path / "image").read_bytes()
     assert content == bytes(4096) + b"data" + bytes(10_000_001 - 4100)
     assert (tmp_path / "image").stat().st_blocks * 512 <= 8 * KIB
 
 
-def test_it_is_for_its_owner_alone(tmp_path):
+def test_output_is_readable_by_owner_only(tmp_path):
     write(tmp_path / "image", 1)
     assert (tmp_path / "image").stat().st_mode & 0o777 == 0o600
 
 
-def test_until_the_end_the_old_file_is_as_it_was(tmp_path):
+def test_old_file_is_unchanged_until_the_end(tmp_path):
     (tmp_path / "image").write_text("old")
     with image_file(tmp_path / "image", 3) as image:
         image.write(0, memoryview(b"new"))
@@ -49,14 +49,14 @@ def test_until_the_end_the_old_file_is_as_it_was(tmp_path):
     assert (tmp_path / "image").read_text() == "new"
 
 
-def test_a_file_has_a_name_from_its_end_on_only(tmp_path, kind):
+def test_output_has_no_name_before_the_end(tmp_path, kind):
     with image_file(tmp_path / "image", 3, replace=False) as image:
         assert len(list(tmp_path.iterdir())) == (kind == "named")
         assert image.name.stat().st_size == 3
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
 
 
-def test_a_file_that_is_made_meanwhile_is_not_replaced(tmp_path):
+def test_file_created_meanwhile_is_not_replaced(tmp_path):
     with pytest.raises(OutputExistsError), image_file(tmp_path / "image", 3, replace=False):
         (tmp_path / "image").write_text("old")
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
@@ -64,7 +64,7 @@ def test_a_file_that_is_made_meanwhile_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(("there", "is_kept"), [(b"\0\0a", True), (b"\0\0b", False), (b"\0\0a\0", False), (b"", False)])
-def test_a_file_that_may_not_be_replaced_is_kept_if_it_is_the_same(tmp_path, there, is_kept):
+def test_protected_file_with_same_content_is_kept(tmp_path, there, is_kept):
     (tmp_path / "image").write_bytes(there)
     context = nullcontext() if is_kept else pytest.raises(OutputExistsError)
     with context, image_file(tmp_path / "image", 3, replace=False) as image:
@@ -74,7 +74,7 @@ def test_a_file_that_may_not_be_replaced_is_kept_if_it_is_the_same(tmp_path, the
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
-def test_on_any_failure_nothing_is_left_and_the_old_file_is_as_it_was(tmp_path, error):
+def test_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, error):
     (tmp_path / "image").write_text("old")
     with pytest.raises(error), image_file(tmp_path / "image", 3):
         raise error
@@ -83,20 +83,20 @@ def test_on_any_failure_nothing_is_left_and_the_old_file_is_as_it_was(tmp_path, 
 
 
 @pytest.mark.parametrize("size", [1 << 60, (1 << 63) - 1])
-def test_a_size_that_the_disk_refuses_is_an_error_of_ours(tmp_path, size):
+def test_size_that_the_disk_refuses_raises_our_error(tmp_path, size):
     with pytest.raises(OutputError, match="cannot write"):
         write(tmp_path / "image", size)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("target", ["no/such/folder/image", "."])
-def test_a_target_that_cannot_be_is_an_error_of_ours(tmp_path, target):
+def test_impossible_target_raises_our_error(tmp_path, target):
     with pytest.raises(OutputError):
         write(tmp_path / target, 1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_or_fifo_is_never_replaced(tmp_path):
+def test_device_or_fifo_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for target in (tmp_path / "fifo", Path("/dev/null")):
         with pytest.raises(OutputError, match="not a regular file"):
@@ -104,7 +104,7 @@ def test_a_device_or_fifo_is_never_replaced(tmp_path):
         assert not target.is_file()
 
 
-def test_a_link_is_followed(tmp_path):
+def test_symbolic_link_is_followed(tmp_path):
     (tmp_path / "disks").mkdir()
     (tmp_path / "link").symlink_to("disks/image")
     write(tmp_path / "link", 3, (0, b"new"))
@@ -112,7 +112,7 @@ def test_a_link_is_followed(tmp_path):
     assert (tmp_path / "disks" / "image").read_bytes() == b"new"
 
 
-def test_nothing_is_created_for_a_wrong_key(tmp_path):
+def test_wrong_key_creates_no_output(tmp_path):
     bundle = bundle_of(MemoryImage(b"x" * 512))
     before = tmp_path.stat().st_mtime_ns
     with pytest.raises(WrongKeyError):

@@ -35,13 +35,13 @@ def archived(*command, cwd):
 
 @pytest.mark.parametrize("detection", ["seek", "raw"])
 @pytest.mark.parametrize("bite", [100, 512, MIB])
-def test_what_gnu_tar_writes_is_read(disk, detection, bite):
+def test_archive_of_gnu_tar_is_read(disk, detection, bite):
     data = archived("tar", "-cS", "--format=posix", f"--hole-detection={detection}", "disk", cwd=disk.parent)
     assert b"GNU.sparse.major=1" in data
     assert read_tar(data, disk.stat().st_size, bite) == disk.read_bytes()
 
 
-def test_what_bsdtar_writes_is_read(disk):
+def test_archive_of_bsdtar_is_read(disk):
     program = require("bsdtar", package="libarchive-tools")
     data = archived(program, "-c", "--format=pax", "-f", "-", "disk", cwd=disk.parent)
     assert b"GNU.sparse.major=1" in data
@@ -50,7 +50,7 @@ def test_what_bsdtar_writes_is_read(disk):
 
 @pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
 @pytest.mark.parametrize("name", ["disk", "disk" * 60])
-def test_every_version_that_gnu_tar_writes_is_read_as_bsdtar_reads_it(disk, tmp_path, version, name):
+def test_every_sparse_version_of_gnu_tar_is_read_as_by_bsdtar(disk, tmp_path, version, name):
     disk.rename(tmp_path / name)
     words = ("--format=posix", f"--sparse-version={version}", "--hole-detection=raw")
     data = archived("tar", "-cS", *words, name, cwd=tmp_path)
@@ -78,12 +78,12 @@ def record(key, value):
     raise AssertionError
 
 
-def test_one_made_by_hand_is_read():
+def test_handmade_archive_is_read():
     image = read_tar(sparse(4096, [2, 512, 512, 4096, 0], SECTOR), 4096)
     assert image == bytes(512) + SECTOR + bytes(3072)
 
 
-def test_one_without_data_is_a_hole():
+def test_archive_without_data_is_a_hole():
     assert list(image_runs([sparse(1 << 59, [0])], 1 << 59)) == []
 
 
@@ -111,18 +111,18 @@ def test_one_without_data_is_a_hole():
         "less-than-stored", "too-many", "far-too-many", "negative", "no-number", "empty", "absurd", "endless", "none",
     ],
 )  # fmt: skip
-def test_a_map_that_is_wrong_is_refused_before_any_data(numbers):
+def test_wrong_sparse_map_is_rejected_before_any_data(numbers):
     with pytest.raises(ContentError, match="map"):
         next(image_runs([sparse(4096, numbers, SECTOR)], 4096))
 
 
-def test_a_map_that_ends_early_is_refused():
+def test_truncated_sparse_map_is_rejected():
     data = sparse(4096, [200, *range(400)])
     with pytest.raises(ContentError):
         read_tar(data[: 3 * 512 + 512], 4096)
 
 
-def test_a_map_of_many_extents_costs_no_more_than_they_do():
+def test_sparse_map_cost_is_linear():
     numbers = [100_000, *(number for i in range(100_000) for number in (1024 * i, 512))]
     data = sparse(1 << 30, numbers)
     tracemalloc.start()
@@ -153,7 +153,7 @@ TEXT = "GNU.sparse.map"
         [("GNU.sparse.major", 0), ("GNU.sparse.minor", 1), SIZE, (TEXT, "512,512")],
     ],
 )
-def test_a_map_in_the_header_is_read(lines):
+def test_sparse_map_in_the_header_is_read(lines):
     assert read_tar(old_sparse(lines), 4096) == bytes(512) + SECTOR + bytes(3072)
 
 
@@ -179,19 +179,19 @@ def test_a_map_in_the_header_is_read(lines):
         [*[(f"comment{i}", i) for i in range(1001)], SIZE, (TEXT, "512,512")],
     ],
 )  # fmt: skip
-def test_a_map_in_the_header_that_is_wrong_is_refused(lines):
+def test_wrong_sparse_map_in_the_header_is_rejected(lines):
     with pytest.raises(ContentError, match=r"PAX|map"):
         next(image_runs([old_sparse(lines)], 4096))
 
 
-def test_a_second_pax_header_of_one_member_is_refused():
+def test_second_pax_header_of_a_member_is_rejected():
     twice = old_sparse([SIZE, (TEXT, "512,512")])
     with pytest.raises(ContentError, match="second PAX header"):
         next(image_runs([twice[:1024], twice], 4096))
 
 
 @pytest.mark.parametrize("length", ["0" * 4400 + "10", "0000000010", "99999999999", "9" * 4500, "x", ""])
-def test_a_record_whose_length_is_no_short_number_is_refused(length):
+def test_pax_record_with_invalid_length_is_rejected(length):
     text = f"{length} size=5\n".encode()
     header = tar_of(text, type=b"x")[: 512 + len(text) + -len(text) % 512]
     with pytest.raises(ContentError, match="PAX header"):
@@ -208,11 +208,11 @@ def test_a_record_whose_length_is_no_short_number_is_refused(length):
         {"GNU.sparse.major": "2"},
     ],
 )
-def test_records_that_do_not_say_what_is_needed_are_refused(records):
+def test_pax_records_without_required_fields_are_rejected(records):
     with pytest.raises(ContentError, match="PAX"):
         read_tar(sparse(4096, [1, 0, 512], SECTOR, **records), 4096)
 
 
-def test_another_size_than_the_manifests_is_refused_before_any_data():
+def test_size_that_differs_from_the_manifest_is_rejected_before_any_data():
     with pytest.raises(ContentError, match="the manifest says"):
         next(image_runs([sparse(4096, [1, 0, 512], SECTOR)], 8192))

@@ -53,7 +53,7 @@ def cut_off_after(parts, count):
 
 @given(count=st.integers(1, 10_000), part_size=st.sampled_from([4096, 65536, CHUNK]))
 @settings(max_examples=25, deadline=None)
-def test_the_rest_is_the_rest_of_an_undisturbed_sealing(count, part_size):
+def test_resumed_parts_equal_those_of_an_uninterrupted_run(count, part_size):
     undisturbed = sealing(part_size=part_size)
     parts = list(undisturbed.parts())
     cut_off = cut_off_after(parts, min(count, len(parts) - 1))
@@ -63,7 +63,7 @@ def test_the_rest_is_the_rest_of_an_undisturbed_sealing(count, part_size):
     assert resumed.sealed == undisturbed.sealed
 
 
-def test_it_can_be_cut_off_again_and_again():
+def test_sealing_can_be_interrupted_repeatedly():
     undisturbed = sealing()
     parts = list(undisturbed.parts())
     done, cut_off = [], None
@@ -80,7 +80,7 @@ def test_it_can_be_cut_off_again_and_again():
     assert [bytes(part.data) for part in done] == [bytes(part.data) for part in parts]
 
 
-def test_a_checkpoint_is_small_and_holds_no_key():
+def test_checkpoint_is_small_and_has_no_key():
     for part in sealing().parts():
         if part.checkpoint:
             kept = json.dumps(part.checkpoint.to_json())
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_small_and_holds_no_key():
 
 
 @pytest.mark.parametrize("where", [0, CHUNK // 2, 2 * CHUNK])
-def test_a_disk_that_has_changed_is_refused(where):
+def test_resume_refuses_changed_disk(where):
     parts = list(sealing().parts())
     cut_off = cut_off_after(parts, len(parts) * 3 // 4)
     assert where < cut_off.checkpoint.chunk.offset
@@ -99,7 +99,7 @@ def test_a_disk_that_has_changed_is_refused(where):
         list(sealing(bytes(changed), cut_off=cut_off).parts())
 
 
-def test_a_change_after_the_first_crash_is_refused_too():
+def test_resume_refuses_disk_changed_after_the_first_crash():
     """The second time, the SHA-1 reaches only as far as the first; the CRC-32 covers the rest."""
     parts = list(sealing().parts())
     second = list(sealing(cut_off=cut_off_after(parts, 8)).parts())
@@ -112,7 +112,7 @@ def test_a_change_after_the_first_crash_is_refused_too():
         list(sealing(bytes(changed), cut_off=cut_off).parts())
 
 
-def test_holes_that_have_moved_are_refused():
+def test_resume_refuses_moved_holes():
     def with_data_at(offset, **options):
         image = MemoryImage(IMAGE[: 4 * CHUNK], [(offset, 2 * CHUNK)])
         return Sealer(image, "image", secrets=SECRETS, part_size=4096, **options)
@@ -122,13 +122,13 @@ def test_holes_that_have_moved_are_refused():
         list(with_data_at(CHUNK, cut_off=cut_off_after(parts, len(parts) - 2)).parts())
 
 
-def test_another_level_is_refused_before_anything_is_enciphered():
+def test_resume_refuses_other_compression_before_encrypting():
     parts = list(sealing().parts())
     with pytest.raises(ResumeError, match="deflated"):
         next(sealing(compression="small", cut_off=cut_off_after(parts, 8)).parts())
 
 
-def test_a_forged_checkpoint_is_refused():
+def test_resume_refuses_forged_checkpoint():
     parts = list(sealing().parts())
     cut_off = cut_off_after(parts, 8)
     forged = replace(cut_off.checkpoint, skipped="0" * 64)
@@ -136,7 +136,7 @@ def test_a_forged_checkpoint_is_refused():
         list(sealing(cut_off=replace(cut_off, checkpoint=forged)).parts())
 
 
-def test_no_thread_is_left_of_a_sealing_that_could_not_go_on():
+def test_refused_resume_leaves_no_thread():
     parts = list(sealing().parts())
     before = threading.active_count()
     for _ in range(5):

@@ -38,7 +38,7 @@ def images(draw):
     compression=st.sampled_from(["fast", "small"]),
     reader=st.sampled_from(["user", "cloud"]),
 )
-def test_what_is_sealed_opens_to_itself(image, part_size, compression, reader):
+def test_opened_bundle_equals_the_image(image, part_size, compression, reader):
     bundle = bundle_of(image, part_size=max(part_size, image.size // 400 // 16 * 16), compression=compression)
     with tempfile.TemporaryDirectory() as folder:
         opened = open_bundle(

@@ -41,7 +41,7 @@ def verified(bundle, parts, sample, trust=NOBODY_KNOWN, **options):
     return verify_sample(verify_manifest(bundle.manifest, bundle.side_file, trust), parts, sample, ahead=3, **options)
 
 
-def test_as_many_parts_are_read_as_were_asked_for(bundle, parts):
+def test_sample_reads_the_requested_number_of_parts(bundle, parts):
     count = len(bundle.parts)
     assert count > 40
     told = []
@@ -50,7 +50,7 @@ def test_as_many_parts_are_read_as_were_asked_for(bundle, parts):
     assert told[-1] == sum(len(parts.parts[name]) for name in parts.names_read)
 
 
-def test_the_same_seed_draws_the_same_sample_and_another_another(bundle):
+def test_sample_depends_on_the_seed(bundle):
     manifest = read_manifest(bundle.manifest)
     first = Sample(20, seed=1).of(manifest)
     assert first == Sample(20, seed=1).of(manifest)
@@ -58,12 +58,12 @@ def test_the_same_seed_draws_the_same_sample_and_another_another(bundle):
 
 
 @pytest.mark.parametrize(("percent", "count"), [(0.0001, 1), (100, None)])
-def test_a_sample_has_a_part_at_least_and_all_at_most(bundle, parts, percent, count):
+def test_sample_has_at_least_one_and_at_most_all_parts(bundle, parts, percent, count):
     verified(bundle, parts, Sample(percent, seed=1))
     assert len(parts.names_read) == (count or len(bundle.parts))
 
 
-def test_the_report_says_what_was_not_read(bundle, parts):
+def test_report_names_what_was_not_read(bundle, parts):
     report = verified(bundle, parts, Sample(5, seed=7), trust=Trust(certificate("user")))
     said = {check.subject: check for check in report.checks}
     count, drawn = len(bundle.parts), len(parts.names_read)
@@ -75,12 +75,12 @@ def test_the_report_says_what_was_not_read(bundle, parts):
     )
 
 
-def test_a_sample_of_all_is_no_sample(bundle, parts):
+def test_sample_of_all_parts_is_a_full_verification(bundle, parts):
     report = verified(bundle, parts, Sample(100, seed=1))
     assert {check.subject: check.checked for check in report.checks}[CheckSubject.PART_DIGESTS]
 
 
-def test_a_damaged_part_in_the_sample_is_found(bundle, parts):
+def test_damaged_part_in_the_sample_is_detected(bundle, parts):
     sample = Sample(5, seed=1)
     name = sample.of(read_manifest(bundle.manifest))[0].filename
     parts.parts[name] = parts.parts[name][:-1] + b"x"
@@ -88,14 +88,14 @@ def test_a_damaged_part_in_the_sample_is_found(bundle, parts):
         verified(bundle, parts, sample)
 
 
-def test_a_part_that_is_not_there_is_found_in_or_out_of_the_sample(bundle, parts):
+def test_missing_part_is_detected_inside_and_outside_the_sample(bundle, parts):
     drawn = {part.filename for part in Sample(5, seed=1).of(read_manifest(bundle.manifest))}
     parts.parts.pop(next(name for name in bundle.parts if name not in drawn))
     with pytest.raises(PartMissingError):
         verified(bundle, parts, Sample(5, seed=1))
 
 
-def test_a_part_of_another_size_is_found_out_of_the_sample(bundle, parts):
+def test_part_of_wrong_size_is_detected_outside_the_sample(bundle, parts):
     drawn = {part.filename for part in Sample(5, seed=1).of(read_manifest(bundle.manifest))}
     short, long = [name for name in bundle.parts if name not in drawn][:2]
     parts.parts[short] = parts.parts[short][1:]

@@ -32,7 +32,7 @@ def ciphertext_size(image):
 
 
 @pytest.mark.parametrize("size", [512, 513, 4096, CHUNK - 1536, CHUNK - 1024, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-def test_an_image_of_any_size_opens_to_the_same_bytes(size, tmp_path):
+def test_image_of_any_size_opens_to_the_same_bytes(size, tmp_path):
     bundle = bundle_of(MemoryImage(NOISE[:size]))
     opened = open_bundle(bundle.manifest, bundle, private_key("user"), tmp_path / "image")
     assert opened.output.read_bytes() == NOISE[:size]
@@ -40,7 +40,7 @@ def test_an_image_of_any_size_opens_to_the_same_bytes(size, tmp_path):
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 10])
 @pytest.mark.parametrize("surplus", [-16, 0, 16])
-def test_no_part_is_ever_empty_and_all_but_the_last_are_full(parts, surplus):
+def test_no_part_is_empty_and_all_but_the_last_are_full(parts, surplus):
     """The ciphertext is just short of, exactly, and just beyond a number of parts."""
     image = MemoryImage(NOISE[:40960])
     total = ciphertext_size(image)
@@ -51,26 +51,26 @@ def test_no_part_is_ever_empty_and_all_but_the_last_are_full(parts, surplus):
     assert 0 < found[-1] <= part_size
 
 
-def test_ciphertext_that_is_exactly_one_part_is_one_part():
+def test_ciphertext_of_exactly_one_part_is_one_part():
     image = MemoryImage(NOISE[:40960])
     total = ciphertext_size(image)
     assert sizes(seal(image, part_size=total)[0]) == [total]
 
 
-def test_cutting_changes_nothing_of_the_ciphertext():
+def test_part_size_does_not_change_the_ciphertext():
     image = MemoryImage(NOISE[:300_000])
     whole = b"".join(part.data for part in seal(image)[0])
     for part_size in (16, 4096, 65536, 299_008):
         assert b"".join(part.data for part in seal(image, part_size=part_size)[0]) == whole
 
 
-def test_the_number_of_threads_changes_nothing():
+def test_number_of_threads_does_not_change_the_result():
     image = MemoryImage(NOISE)
     streams = {b"".join(part.data for part in seal(image, workers=workers)[0]) for workers in (1, 2, 5)}
     assert len(streams) == 1
 
 
-def test_the_records_are_those_of_the_parts():
+def test_records_describe_the_parts():
     parts, sealed = seal(MemoryImage(NOISE[:100_000]), part_size=16384)
     assert sealed.parts == tuple(part.record for part in parts)
     assert [part.sha1 for part in parts] == [hashlib.sha1(part.data).hexdigest() for part in parts]
@@ -79,18 +79,18 @@ def test_the_records_are_those_of_the_parts():
     assert [part.index for part in parts] == list(range(len(parts)))
 
 
-def test_a_part_keeps_its_bytes_while_later_ones_are_made():
+def test_part_keeps_its_bytes_while_later_parts_are_made():
     sealing = Sealer(MemoryImage(NOISE), "disk", part_size=65536)
     kept = [(part.data, part.sha1) for part in sealing.parts()]
     assert all(hashlib.sha1(data).hexdigest() == sha1 for data, sha1 in kept)
 
 
 @pytest.mark.parametrize(("parts", "width"), [(1, 1), (9, 1), (10, 2), (11, 2), (99, 2), (100, 3), (1025, 4)])
-def test_numbers_are_padded_as_ec2_ami_tools_does(parts, width):
+def test_part_numbers_are_padded_as_by_ec2_ami_tools(parts, width):
     assert part_width(parts * 10, 10) == width
 
 
-def test_names_sort_in_their_order_however_well_it_compresses():
+def test_part_names_sort_in_order_at_any_compression_ratio():
     compressible, _ = seal(PatternImage(MIB, [(0, MIB)]), part_size=64)
     incompressible, _ = seal(MemoryImage(NOISE[:MIB]), part_size=64)
     names = [part.filename for part in incompressible]
@@ -99,20 +99,20 @@ def test_names_sort_in_their_order_however_well_it_compresses():
 
 
 @pytest.mark.parametrize("compression", ["fast", "small"])
-def test_a_stream_never_grows_beyond_what_the_names_have_room_for(compression):
+def test_stream_never_exceeds_the_number_of_part_names(compression):
     image = MemoryImage(NOISE)
     parts, _ = seal(image, compression=compression)
     assert sum(sizes(parts)) <= most_gzip(len(NOISE) + 10240) + 16
     assert sum(sizes(parts)) < len(NOISE) * 1.0002 + 10240
 
 
-def test_an_empty_disk_of_terabytes_is_a_few_hundred_bytes():
+def test_empty_disk_of_terabytes_takes_a_few_hundred_bytes():
     parts, sealed = seal(PatternImage(2 * TIB, []))
     assert (len(parts), sealed.size) == (1, 2 * TIB)
     assert sealed.bundled_size < 1024
 
 
-def test_a_map_of_many_extents_is_merged_across_its_smallest_holes():
+def test_too_many_extents_are_merged_across_the_smallest_holes():
     spans = [(i * 4096, 512) for i in range(40)] + [(100 * MIB, 512)]
     merged = data_extents(PatternImage(101 * MIB, spans), most=10)
     assert len(merged) <= 10
@@ -120,13 +120,13 @@ def test_a_map_of_many_extents_is_merged_across_its_smallest_holes():
     assert all(any(start <= at < start + length for start, length in merged) for at, _ in spans)
 
 
-def test_extents_are_widened_to_sectors_and_never_beyond_the_image():
+def test_extents_are_aligned_to_sectors_within_the_image():
     image = PatternImage(10_000, [(0, 1), (600, 400), (1024, 1), (4000, 200), (9999, 1)])
     assert data_extents(image) == [(0, 1536), (3584, 1024), (9728, 272)]
 
 
 @pytest.mark.parametrize("image", [PatternImage(0, []), PatternImage(-1, [])])
-def test_an_empty_image_is_refused(image):
+def test_empty_image_is_rejected(image):
     with pytest.raises(ImageError, match="empty"):
         Sealer(image, "disk")
 
@@ -134,13 +134,13 @@ def test_an_empty_image_is_refused(image):
 @pytest.mark.parametrize(
     "spans", [[(0, 2048)], [(512, 512), (0, 512)], [(0, 512), (256, 512)], [(-512, 512)], [(0, 0)], [(0, -1)]]
 )
-def test_extents_that_do_not_fit_are_refused(spans):
+def test_invalid_extents_are_rejected(spans):
     with pytest.raises(ImageError, match="extent"):
         Sealer(PatternImage(1024, spans), "disk")
 
 
 @pytest.mark.parametrize("part_size", [0, -16, 1, 17, 1000])
-def test_a_part_is_a_whole_number_of_cipher_blocks(part_size):
+def test_part_size_must_be_a_multiple_of_the_cipher_block(part_size):
     with pytest.raises(ValueError, match="16"):
         Sealer(PatternImage(1024, []), "disk", part_size=part_size)
 
@@ -148,12 +148,12 @@ def test_a_part_is_a_whole_number_of_cipher_blocks(part_size):
 @pytest.mark.parametrize(
     "prefix", ["", "a/b", "../a", ".a", " a", "ä", "a&b", "a<b", "a'b", 'a"b', "a\0b", "a\n", "x" * 300]
 )
-def test_a_prefix_that_a_manifest_cannot_carry_is_refused(prefix):
+def test_prefix_that_a_manifest_cannot_hold_is_rejected(prefix):
     with pytest.raises(NamingError):
         Sealer(PatternImage(1024, []), prefix)
 
 
-def test_the_longest_prefix_leaves_room_for_every_file_name():
+def test_longest_prefix_leaves_room_for_every_file_name():
     longest = max(length for length in range(1, 256) if is_usable("x" * length))
     assert len(side_filename("x" * longest)) == 255
     assert len(manifest_filename("x" * longest)) <= 255
@@ -167,7 +167,7 @@ def is_usable(prefix):
         return False
 
 
-def test_each_sealing_has_a_key_of_its_own_that_is_never_shown():
+def test_each_sealing_has_its_own_key_and_never_shows_it():
     first, second = BundleKey.generate(), BundleKey.generate()
     assert first != second
     parts, sealed = seal(PatternImage(1024, []))
@@ -176,7 +176,7 @@ def test_each_sealing_has_a_key_of_its_own_that_is_never_shown():
     assert repr(SECRETS.key) not in shown
 
 
-def test_progress_grows_from_nothing_to_all():
+def test_progress_grows_from_zero_to_one():
     sealing = Sealer(MemoryImage(NOISE * 3), "disk", part_size=65536)
     seen = [sealing.progress]
     seen += [sealing.progress for _ in sealing.parts()]
@@ -186,7 +186,7 @@ def test_progress_grows_from_nothing_to_all():
     assert len(set(seen)) > 3
 
 
-def test_the_record_is_not_to_be_had_before_the_end():
+def test_record_is_unavailable_before_the_end():
     sealing = Sealer(MemoryImage(NOISE), "disk", part_size=65536)
     parts = sealing.parts()
     next(parts)
@@ -204,7 +204,7 @@ def open_files():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_closing_stops_every_thread_at_once_and_leaks_nothing(taken):
+def test_close_stops_every_thread_without_leak(taken):
     files = open_files()
     for _ in range(20):
         parts = Sealer(MemoryImage(NOISE), "disk", part_size=65536).parts()
@@ -215,7 +215,7 @@ def test_closing_stops_every_thread_at_once_and_leaks_nothing(taken):
     assert open_files() == files
 
 
-def test_forgetting_the_generator_stops_its_threads():
+def test_garbage_collected_generator_stops_its_threads():
     parts = Sealer(MemoryImage(NOISE), "disk", part_size=65536).parts()
     next(parts)
     del parts
@@ -223,7 +223,7 @@ def test_forgetting_the_generator_stops_its_threads():
     assert threads() == []
 
 
-def test_cancelling_from_another_thread_wakes_whoever_waits_for_a_part():
+def test_cancel_from_another_thread_wakes_the_consumer():
     reading, go_on = threading.Event(), threading.Event()
 
     def wait(_):
@@ -250,7 +250,7 @@ class DiskError(Exception):
 
 
 @pytest.mark.parametrize("at", [0, MIB, 3 * MIB])
-def test_an_error_of_the_disk_comes_out_where_the_parts_are_taken(at):
+def test_disk_error_is_raised_to_the_consumer(at):
     def fail(offset):
         if offset >= at:
             raise DiskError(offset)
@@ -261,7 +261,7 @@ def test_an_error_of_the_disk_comes_out_where_the_parts_are_taken(at):
 
 
 @pytest.mark.parametrize("stage", ["deflated", "PartCutter.add"])
-def test_an_error_of_any_stage_comes_out_where_the_parts_are_taken(stage, monkeypatch):
+def test_error_of_any_stage_is_raised_to_the_consumer(stage, monkeypatch):
     def fail(*_):
         raise DiskError(stage)
 
@@ -271,7 +271,7 @@ def test_an_error_of_any_stage_comes_out_where_the_parts_are_taken(stage, monkey
     assert threads() == []
 
 
-def test_a_slow_consumer_holds_the_reader_back():
+def test_slow_consumer_limits_reading_ahead():
     """What is read ahead is bounded, so memory does not depend on the size of the image."""
     read = []
     parts = Sealer(MemoryImage(bytes(64 * MIB), on_read=read.append), "disk", workers=1, part_size=16).parts()

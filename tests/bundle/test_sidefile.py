@@ -31,38 +31,38 @@ def side_key_check(verified):
     return check.checked, check.detail
 
 
-def test_the_signers_certificate_is_enough_to_trust_it(bundle):
+def test_signer_certificate_suffices_to_trust_side_file(bundle):
     verified = verify(bundle, bundle.side_file, certificate=certificate("user"))
     assert side_key_check(verified) == (True, "the manifest's signer vouches for it")
 
 
-def test_a_known_side_key_is_enough_to_trust_it(bundle):
+def test_known_side_key_suffices_to_trust_side_file(bundle):
     verified = verify(bundle, bundle.side_file, side_key=SIDE_KEY.public_key())
     assert side_key_check(verified) == (True, "it is the given one")
 
 
-def test_without_either_its_key_is_reported_as_not_checked(bundle):
+def test_side_key_without_certificate_is_reported_as_not_checked(bundle):
     checked, reason = side_key_check(verify(bundle, bundle.side_file))
     assert (checked, reason) == (False, "neither a side key nor a signer's certificate was given")
 
 
-def test_another_side_key_than_the_known_one_is_refused(bundle):
+def test_unknown_side_key_is_rejected(bundle):
     with pytest.raises(SideFileError, match="another key"):
         verify(bundle, bundle.side_file, side_key=STRANGER.public_key())
 
 
-def test_whoever_knows_the_side_key_insists_on_a_side_file(bundle):
+def test_known_side_key_requires_a_side_file(bundle):
     with pytest.raises(SideFileError, match="there is no side file"):
         verify(bundle, None, side_key=SIDE_KEY.public_key())
 
 
-def test_a_key_that_the_signer_does_not_vouch_for_is_refused(bundle):
+def test_side_key_not_signed_by_the_signer_is_rejected(bundle):
     forged = write_side_file(bundle.sealed, bundle.manifest, side_key=STRANGER, signing_key=private_key("wrong"))
     with pytest.raises(SideFileError, match="vouch"):
         verify(bundle, forged, certificate=certificate("user"))
 
 
-def test_it_finds_a_part_that_only_sha1_would_believe(bundle):
+def test_side_file_detects_part_with_colliding_sha1(bundle):
     """Somebody who can make SHA-1 collide cannot make SHA-256 collide: here the recorded SHA-256 differs."""
     parts = (dataclasses.replace(bundle.sealed.parts[0], sha256="0" * 64), *bundle.sealed.parts[1:])
     other = dataclasses.replace(bundle.sealed, parts=parts)
@@ -72,7 +72,7 @@ def test_it_finds_a_part_that_only_sha1_would_believe(bundle):
 
 
 @pytest.mark.parametrize("change", [lambda parts: parts[:-1], lambda parts: parts[::-1]])
-def test_it_lists_exactly_the_parts_of_the_manifest(bundle, change):
+def test_side_file_must_list_exactly_the_parts_of_the_manifest(bundle, change):
     other = dataclasses.replace(bundle.sealed, parts=change(bundle.sealed.parts))
     side_file = write_side_file(other, bundle.manifest, side_key=SIDE_KEY, signing_key=private_key("user"))
     with pytest.raises(SideFileError, match="other parts"):
@@ -103,7 +103,7 @@ def other_value(value):
     return ("B" if value[0] == "A" else "A") + value[1:]
 
 
-def test_any_change_to_any_value_is_found(bundle):
+def test_side_file_detects_any_changed_value(bundle):
     document = json.loads(bundle.side_file)
     for path in scalars(document):
         value = document
@@ -114,7 +114,7 @@ def test_any_change_to_any_value_is_found(bundle):
                 verify(bundle, with_value(document, path, changed), certificate=certificate("user"))
 
 
-def test_its_layout_is_free(bundle):
+def test_side_file_may_have_any_json_layout(bundle):
     document = json.loads(bundle.side_file)
     for text in (json.dumps(document), json.dumps(document, sort_keys=True, indent=7)):
         verify(bundle, text.encode(), certificate=certificate("user"))
@@ -135,12 +135,12 @@ def test_its_layout_is_free(bundle):
         b'{"contents": 1e999}',
     ],
 )
-def test_what_is_none_is_refused(text):
+def test_text_that_is_no_side_file_is_rejected(text):
     with pytest.raises(SideFileError):
         read_side_file(text)
 
 
-def test_one_of_another_format_is_refused_even_if_well_signed(bundle):
+def test_signed_side_file_of_another_format_is_rejected(bundle):
     document = json.loads(bundle.side_file)
     document["contents"]["format"] = "thrave-side-file-9"
     signature = SIDE_KEY.sign(json.dumps(document["contents"], sort_keys=True, separators=(",", ":")).encode())
@@ -149,7 +149,7 @@ def test_one_of_another_format_is_refused_even_if_well_signed(bundle):
         read_side_file(json.dumps(document).encode())
 
 
-def test_one_that_is_too_large_is_not_even_parsed(monkeypatch):
+def test_too_large_side_file_is_not_parsed(monkeypatch):
     monkeypatch.setattr(sidefile, "MOST_BYTES", 10)
     with pytest.raises(SideFileError, match="more than"):
         read_side_file(b"{" * 11)

@@ -83,7 +83,7 @@ def verified_bytes(bundle, count):
     ],
     ids=["dense", "all-hole", "holes-around", "hole-last", "odd-end"],
 )
-def test_the_whole_image_comes_with_zeros_for_its_holes(size, spans):
+def test_stream_has_the_whole_image_with_zeros_for_holes(size, spans):
     content = bytearray(size)
     for offset, length in spans:
         content[offset : offset + length] = Random(offset).randbytes(length)
@@ -92,7 +92,7 @@ def test_the_whole_image_comes_with_zeros_for_its_holes(size, spans):
 
 @pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("damage", [*TO_A_PART, "missing"])
-def test_of_a_damaged_part_and_all_that_follow_no_byte_comes_out(bundle, index, damage):
+def test_stream_ends_before_a_damaged_part(bundle, index, damage):
     name = list(bundle.parts)[index]
     parts = dict(bundle.parts)
     if damage == "missing":
@@ -105,7 +105,7 @@ def test_of_a_damaged_part_and_all_that_follow_no_byte_comes_out(bundle, index, 
     assert len(content) <= verified_bytes(bundle, index)
 
 
-def test_what_comes_out_before_is_not_held_back_for_nothing():
+def test_stream_is_not_delayed_before_a_damaged_part():
     data = Random(8).randbytes(8 << 20)
     bundle = bundle_of(MemoryImage(data), part_size=1 << 20)
     name = list(bundle.parts)[-1]
@@ -116,7 +116,7 @@ def test_what_comes_out_before_is_not_held_back_for_nothing():
 
 
 @pytest.mark.parametrize("hole_at_the_end", [False, True])
-def test_if_only_the_last_check_fails_the_image_is_short(hole_at_the_end):
+def test_stream_is_short_if_only_the_last_check_fails(hole_at_the_end):
     data = Random(9).randbytes(3 << 20)
     image = MemoryImage(data + bytes(1 << 20), [(0, 3 << 20)]) if hole_at_the_end else MemoryImage(data)
     made = bundle_of(image)
@@ -128,13 +128,13 @@ def test_if_only_the_last_check_fails_the_image_is_short(hole_at_the_end):
     assert data.startswith(content)
 
 
-def test_nothing_at_all_comes_out_under_a_wrong_signature(bundle):
+def test_wrong_signature_streams_nothing(bundle):
     forged = bundle.manifest.replace(b"x86_64", b"x86_65")
     content, error = stream(dataclasses.replace(bundle, manifest=forged), certificate=certificate("user"))
     assert (content, type(error).__name__) == (b"", "SignatureError")
 
 
-def test_a_reader_that_goes_away_is_an_error_of_ours(bundle):
+def test_closed_reader_raises_our_error(bundle):
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -36,7 +36,7 @@ def read(name):
 
 
 @pytest.mark.parametrize(("name", "reader"), READERS)
-def test_opens_to_its_image_for_each_reader(name, reader, tmp_path):
+def test_vector_opens_to_its_image_for_each_reader(name, reader, tmp_path):
     manifest, parts = read(name)
     opened = open_bundle(manifest, parts, private_key(reader), tmp_path / "image")
     image = opened.output.read_bytes()
@@ -44,7 +44,7 @@ def test_opens_to_its_image_for_each_reader(name, reader, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "reader"), STRANGERS)
-def test_a_key_that_it_was_not_made_for_is_called_wrong(name, reader, tmp_path):
+def test_vector_rejects_a_key_of_another_reader(name, reader, tmp_path):
     manifest, parts = read(name)
     with pytest.raises(WrongKeyError):
         open_bundle(manifest, parts, private_key(reader), tmp_path / "image")
@@ -52,14 +52,14 @@ def test_a_key_that_it_was_not_made_for_is_called_wrong(name, reader, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(BUNDLES.keys() - {UNSIGNED}))
-def test_its_signature_holds_for_its_signer_alone(name):
+def test_vector_signature_verifies_with_its_signer_only(name):
     manifest, _ = read(name)
     verify(manifest, read_manifest(manifest).signature, certificate("user"))
     with pytest.raises(SignatureError):
         verify(manifest, read_manifest(manifest).signature, certificate("cloud"))
 
 
-def test_an_unsigned_bundle_verifies_only_where_no_signer_is_demanded():
+def test_unsigned_vector_verifies_only_without_required_signer():
     manifest, parts = read(UNSIGNED)
     verified = verify_bundle(manifest, parts)
     assert [check.detail for check in verified.checks if check.subject is CheckSubject.SIGNATURE] == [
@@ -69,7 +69,7 @@ def test_an_unsigned_bundle_verifies_only_where_no_signer_is_demanded():
         verify_bundle(manifest, parts, certificate=certificate("user"))
 
 
-def test_holes_come_back_as_holes(tmp_path):
+def test_vector_holes_are_restored(tmp_path):
     manifest, parts = read("ec2-ami-tools-1.5.3-sparse")
     opened = open_bundle(manifest, parts, private_key("user"), tmp_path / "image")
     assert opened.output.stat().st_blocks * 512 < 2 * 1024 * 1024

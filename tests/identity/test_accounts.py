@@ -20,7 +20,7 @@ from thrave.identity.errors import (
 from thrave.vault import DecryptError
 
 
-def test_a_new_account_has_a_12_digit_id_and_a_key_of_the_form_of_awss(accounts):
+def test_create_gives_12_digit_account_id_and_key_in_aws_format(accounts):
     account, key = accounts.create("alice")
     assert re.fullmatch(r"[1-9][0-9]{11}", account.account_id)
     assert re.fullmatch(r"AKIA[A-Z2-7]{16}", key.access_key_id)
@@ -30,7 +30,7 @@ def test_a_new_account_has_a_12_digit_id_and_a_key_of_the_form_of_awss(accounts)
     assert account.certificate is None
 
 
-def test_what_was_created_is_found_again_also_after_a_restart(accounts, engine, vault):
+def test_find_returns_created_account_after_restart(accounts, engine, vault):
     account, key = accounts.create("alice", certificate=new_certificate("alice")[0])
     again = Accounts(engine, vault)
     assert again.get(account.account_id) == account
@@ -39,13 +39,13 @@ def test_what_was_created_is_found_again_also_after_a_restart(accounts, engine, 
     assert again.list_keys(account.account_id) == [key]
 
 
-def test_accounts_are_listed_by_name(accounts):
+def test_list_sorts_accounts_by_name(accounts):
     for name in ("carol", "alice", "bob"):
         accounts.create(name)
     assert [account.name for account in accounts.list()] == ["alice", "bob", "carol"]
 
 
-def test_a_name_is_given_once(accounts):
+def test_create_rejects_name_in_use(accounts):
     accounts.create("alice")
     with pytest.raises(EntityAlreadyExists, match="alice"):
         accounts.create("alice")
@@ -53,26 +53,26 @@ def test_a_name_is_given_once(accounts):
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a/b", "a\n", "ä", "a\0b", "$(touch x)"])
-def test_a_name_that_iam_would_not_take_is_refused(accounts, name):
+def test_create_rejects_name_that_iam_rejects(accounts, name):
     with pytest.raises(ValidationError):
         accounts.create(name)
     assert accounts.list() == []
 
 
 @pytest.mark.parametrize("certificate", ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
-def test_an_account_is_not_made_with_a_certificate_that_is_none(accounts, certificate):
+def test_create_rejects_invalid_certificate(accounts, certificate):
     with pytest.raises(MalformedCertificate):
         accounts.create("alice", certificate=certificate)
     assert accounts.list() == []
 
 
-def test_a_private_key_pasted_beside_the_certificate_is_not_kept(accounts, engine):
+def test_create_does_not_store_private_key_beside_certificate(accounts, engine):
     certificate, private_key = new_certificate("alice")
     account, _ = accounts.create("alice", certificate=private_key + certificate)
     assert accounts.get(account.account_id).certificate == certificate
 
 
-def test_an_account_has_at_most_two_keys(accounts):
+def test_create_key_allows_two_keys_per_account(accounts):
     account, first = accounts.create("alice")
     second = accounts.create_key(account.account_id)
     with pytest.raises(LimitExceeded, match="2"):
@@ -83,7 +83,7 @@ def test_an_account_has_at_most_two_keys(accounts):
     assert accounts.list_keys(account.account_id) == [second, third]
 
 
-def test_a_key_of_the_store_is_imported_once_and_found_with_its_secret(accounts):
+def test_import_key_stores_key_once_with_its_secret(accounts):
     account, _ = accounts.create("alice")
     key = accounts.import_key(account.account_id, "AKIAOFTHESTORE", "secret/of/the+store")
     assert accounts.find_key("AKIAOFTHESTORE") == key
@@ -100,13 +100,13 @@ def test_a_key_of_the_store_is_imported_once_and_found_with_its_secret(accounts)
 @pytest.mark.parametrize(
     ("key_id", "secret"), [("", "a" * 40), ("A" * 33, "a" * 40), ("A B", "a" * 40), ("AKIA", ""), ("AKIA", "ä" * 40)]
 )
-def test_what_is_no_key_is_not_imported(accounts, key_id, secret):
+def test_import_key_rejects_invalid_key(accounts, key_id, secret):
     account, _ = accounts.create("alice")
     with pytest.raises(ValidationError):
         accounts.import_key(account.account_id, key_id, secret)
 
 
-def test_of_many_keys_created_at_once_two_remain(accounts):
+def test_create_key_in_parallel_leaves_two_keys(accounts):
     account, _ = accounts.create("alice")
 
     def create(_):
@@ -120,7 +120,7 @@ def test_of_many_keys_created_at_once_two_remain(accounts):
     assert len(accounts.list_keys(account.account_id)) == 2
 
 
-def test_a_deleted_key_is_gone(accounts):
+def test_delete_key_removes_key(accounts):
     _, key = accounts.create("alice")
     accounts.delete_key(key.access_key_id)
     assert accounts.find_key(key.access_key_id) is None
@@ -129,7 +129,7 @@ def test_a_deleted_key_is_gone(accounts):
 
 
 @pytest.mark.parametrize("account_id", ["", "123456789012", "' OR 1=1 --"])
-def test_an_account_that_is_not_there_is_said_so(accounts, account_id):
+def test_missing_account_raises_error(accounts, account_id):
     with pytest.raises(NoSuchEntity):
         accounts.get(account_id)
     with pytest.raises(NoSuchEntity):
@@ -137,7 +137,7 @@ def test_an_account_that_is_not_there_is_said_so(accounts, account_id):
     assert accounts.list_keys(account_id) == []
 
 
-def test_the_database_holds_no_secret_in_the_clear(accounts, engine, tmp_path):
+def test_database_has_no_plain_text_secret(accounts, engine, tmp_path):
     _, key = accounts.create("alice")
     engine.dispose()
     stored = b"".join(path.read_bytes() for path in tmp_path.glob("thrave.db*"))
@@ -145,7 +145,7 @@ def test_the_database_holds_no_secret_in_the_clear(accounts, engine, tmp_path):
     assert key.secret_access_key.encode() not in stored
 
 
-def test_an_encrypted_secret_moved_to_another_row_does_not_open(accounts, engine):
+def test_encrypted_secret_cannot_be_decrypted_in_another_row(accounts, engine):
     _, thiefs = accounts.create("thief")
     _, victims = accounts.create("victim")
     by_id = access_key_table.c.access_key_id
@@ -160,7 +160,7 @@ def test_an_encrypted_secret_moved_to_another_row_does_not_open(accounts, engine
         accounts.find_key(victims.access_key_id)
 
 
-def test_neither_repr_nor_error_shows_a_secret(accounts):
+def test_repr_and_errors_show_no_secret(accounts):
     _, key = accounts.create("alice")
     assert key.secret_access_key not in repr(key)
     with pytest.raises(IdentityError) as caught:

@@ -32,7 +32,7 @@ def _certificate(key, common_name="somebody"):
     return builder.sign(key, algorithm).public_bytes(PEM)
 
 
-def test_a_new_certificate_and_its_key_belong_together_and_are_rsa_2048():
+def test_new_certificate_matches_its_key_and_is_rsa_2048():
     certificate_pem, key_pem = new_certificate("alice")
     certificate, key = load_certificate(certificate_pem), load_private_key(key_pem)
     assert certificate.public_key() == key.public_key()
@@ -40,7 +40,7 @@ def test_a_new_certificate_and_its_key_belong_together_and_are_rsa_2048():
     assert certificate.subject.rfc4514_string() == "CN=alice"
 
 
-def test_openssl_reads_a_new_certificate_and_verifies_its_own_signature(tmp_path):
+def test_openssl_verifies_new_self_signed_certificate(tmp_path):
     certificate = tmp_path / "cert.pem"
     certificate.write_text(new_certificate("alice")[0])
     verify = ["openssl", "verify", "-CAfile", certificate, certificate]
@@ -48,13 +48,13 @@ def test_openssl_reads_a_new_certificate_and_verifies_its_own_signature(tmp_path
 
 
 @pytest.mark.parametrize("bits", [1024, 2048, 4096])
-def test_old_and_new_rsa_keys_are_read_expired_or_not(bits):
+def test_load_accepts_old_new_and_expired_rsa_certificates(bits):
     key = _rsa_key(bits)
     assert load_certificate(_certificate(key)).public_key() == key.public_key()
 
 
 @pytest.mark.parametrize("form", [PKCS1, PKCS8])
-def test_private_keys_are_read_as_pkcs1_and_pkcs8(form):
+def test_load_private_key_accepts_pkcs1_and_pkcs8(form):
     key = _rsa_key(1024)
     assert load_private_key(key.private_bytes(PEM, form, PLAIN)).private_numbers() == key.private_numbers()
 
@@ -63,14 +63,14 @@ OTHER_KEYS = [ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey
 
 
 @pytest.mark.parametrize("key", OTHER_KEYS, ids=["ECDSA", "Ed25519"])
-def test_keys_that_are_not_rsa_are_refused_by_name(key):
+def test_load_names_key_type_that_is_not_rsa(key):
     with pytest.raises(MalformedCertificate, match="not RSA"):
         load_certificate(_certificate(key))
     with pytest.raises(MalformedPrivateKey, match="not RSA"):
         load_private_key(key.private_bytes(PEM, PKCS8, PLAIN))
 
 
-def test_a_key_of_less_than_1024_bits_is_refused():
+def test_load_rejects_key_below_1024_bits():
     words = "req -x509 -newkey rsa:512 -nodes -subj /CN=short -keyout - -outform PEM"
     pem = subprocess.run(["openssl", *words.split()], capture_output=True, check=True).stdout
     with pytest.raises(MalformedPrivateKey, match="512 bits; it must have 1024 to 16384"):
@@ -79,7 +79,7 @@ def test_a_key_of_less_than_1024_bits_is_refused():
         load_certificate(pem)
 
 
-def test_a_private_key_with_a_passphrase_is_refused_with_the_way_out():
+def test_load_private_key_with_passphrase_says_how_to_remove_it():
     locked = _rsa_key(1024).private_bytes(PEM, PKCS8, serialization.BestAvailableEncryption(b"passphrase"))
     with pytest.raises(MalformedPrivateKey, match="openssl pkey"):
         load_private_key(locked)
@@ -89,14 +89,14 @@ NOT_PEM = ["", "hello", "-----BEGIN CERTIFICATE-----", "\0", "ä" * 10, "x" * 1_
 
 
 @pytest.mark.parametrize("pem", NOT_PEM, ids=range(len(NOT_PEM)))
-def test_what_is_no_pem_is_refused(pem):
+def test_load_rejects_text_that_is_not_pem(pem):
     with pytest.raises(MalformedCertificate):
         load_certificate(pem)
     with pytest.raises(MalformedPrivateKey):
         load_private_key(pem)
 
 
-def test_a_certificate_is_no_private_key_and_the_other_way_round():
+def test_load_does_not_mix_up_certificate_and_private_key():
     certificate, key = new_certificate("alice")
     with pytest.raises(MalformedCertificate):
         load_certificate(key)
@@ -106,7 +106,7 @@ def test_a_certificate_is_no_private_key_and_the_other_way_round():
 
 @pytest.mark.filterwarnings("ignore")  # cryptography warns of oddities that it reads all the same
 @given(position=st.integers(0, 600), value=st.characters(codec="ascii"))
-def test_a_damaged_certificate_is_refused_or_read_but_never_ends_in_another_error(damaged, position, value):
+def test_load_damaged_certificate_raises_only_our_error(damaged, position, value):
     pem = damaged[:position] + value + damaged[position + 1 :]
     with contextlib.suppress(MalformedCertificate):
         load_certificate(pem)

@@ -181,16 +181,16 @@ CASES = [
 @pytest.mark.parametrize(
     ("statements", "changes", "permitted"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
 )
-def test_a_request_is_decided_as_iam_would(statements, changes, permitted):
+def test_decision_agrees_with_iam(statements, changes, permitted):
     assert decide(statements, **changes) is permitted
 
 
-def test_every_operator_and_key_that_is_known_has_a_case():
+def test_every_known_operator_and_key_has_a_case():
     said = json.dumps([case[1] for case in CASES])
     assert [name for name in [*OPERATORS, *KEYS] if name not in said] == []
 
 
-def test_the_old_version_decides_alike():
+def test_decision_is_the_same_for_policy_version_2008():
     for version in ({}, {"Version": "2008-10-17"}, {"Version": "2012-10-17", "Id": "cd3ad3d9"}):
         text = json.dumps({**version, "Statement": [allow("ec2:b?ndle*", Sid="Bundle1", Condition=IN_NET)]})
         assert is_allowed(parse_policy(text), "ec2:BundleInstance", "*", context_of())
@@ -247,20 +247,20 @@ without_address = requests.map(lambda request: {**request, "source_ip": None})
 
 @given(st.lists(statements, min_size=1, max_size=4), requests)
 @settings(max_examples=150, deadline=None)
-def test_cedar_decides_alike(policy, request_of):
+def test_decision_agrees_with_cedar(policy, request_of):
     assert decide(policy, **request_of) == cedar_permits(policy, now=NOW, **request_of)
 
 
 @given(st.lists(statements, max_size=4), statements, requests | without_address)
 @settings(max_examples=50, deadline=None)
-def test_a_deny_never_permits_more(policy, added, request_of):
+def test_added_deny_never_allows_more(policy, added, request_of):
     more = [*policy, {**added, "Effect": "Deny"}]
     assert decide([*policy, deny("s3:no")], **request_of) or not decide(more, **request_of)
 
 
 @given(st.lists(statements, max_size=4), statements, requests | without_address)
 @settings(max_examples=50, deadline=None)
-def test_an_allow_never_permits_less(policy, added, request_of):
+def test_added_allow_never_allows_less(policy, added, request_of):
     less = decide([*policy, deny("s3:no")], **request_of)
     assert decide([*policy, {**added, "Effect": "Allow"}], **request_of) or not less
 
@@ -270,13 +270,13 @@ def test_an_allow_never_permits_less(policy, added, request_of):
     requests,
 )
 @settings(max_examples=50, deadline=None)
-def test_the_order_of_statements_does_not_matter(orders, request_of):
+def test_order_of_statements_does_not_matter(orders, request_of):
     assert decide(orders[0], **request_of) == decide(orders[1], **request_of)
 
 
 @given(st.lists(statements, min_size=1, max_size=5), requests, st.integers(0, 5))
 @settings(max_examples=50, deadline=None)
-def test_it_does_not_matter_how_statements_are_put_together_in_policies(policy, request_of, cut):
+def test_split_of_statements_into_policies_does_not_matter(policy, request_of, cut):
     def parsed(part):
         return parse_policy(json.dumps({"Statement": part})) if part else ()
 
@@ -312,7 +312,7 @@ half_right = st.fixed_dictionaries(
     st.fixed_dictionaries({"Version": st.sampled_from(["2012-10-17", 1]), "Statement": some(half_right) | json_values})
 )
 @settings(max_examples=250, deadline=None)
-def test_a_policy_is_understood_or_refused_in_our_words(policy):
+def test_parse_any_policy_raises_only_our_error(policy):
     try:
         understood = parse_policy(json.dumps(policy))
     except MalformedPolicyDocument as refusal:
@@ -324,6 +324,6 @@ def test_a_policy_is_understood_or_refused_in_our_words(policy):
 
 @given(st.text(max_size=200))
 @settings(max_examples=100, deadline=None)
-def test_what_is_no_json_is_refused_in_our_words(text):
+def test_parse_invalid_json_raises_only_our_error(text):
     with pytest.raises(MalformedPolicyDocument):
         parse_policy(text)

@@ -147,7 +147,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "reason"), REFUSED, ids=range(len(REFUSED)))
-def test_what_is_not_fully_understood_is_refused_with_the_reason(text, reason):
+def test_parse_rejects_unsupported_policy_with_reason(text, reason):
     with pytest.raises(MalformedPolicyDocument, match=re.escape(reason)):
         parse_policy(text)
 
@@ -166,11 +166,11 @@ def test_what_is_not_fully_understood_is_refused_with_the_reason(text, reason):
         at(["2026-11-23", "2026-11-23T08:26Z", "2026-11-23T08:26:46.123456-08:00", 1795422406]),
     ],
 )
-def test_what_iam_takes_and_we_understand_is_taken(text):
+def test_parse_accepts_supported_iam_policy(text):
     assert parse_policy(text)
 
 
-def test_a_pattern_of_many_stars_takes_no_time():
+def test_pattern_with_many_stars_matches_quickly():
     hostile = policy({**ALLOW, "Action": "s3:*", "Resource": "arn:aws:s3:::" + "*a" * 400 + "b"})
     (statement,) = parse_policy(hostile)
     assert not statement.resources.cover("arn:aws:s3:::" + "a" * 2000)

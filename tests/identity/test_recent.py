@@ -27,11 +27,11 @@ def recent(clock):
     return KeyCache(clock, limit=3)
 
 
-def test_a_key_that_nobody_remembered_is_not_found(recent):
+def test_cache_does_not_return_unknown_key(recent):
     assert recent.find(KEY.access_key_id) is None
 
 
-def test_a_key_is_found_for_less_than_a_second_however_often_it_signs(recent, clock):
+def test_cache_returns_key_for_less_than_a_second_despite_use(recent, clock):
     for _ in range(9):
         recent.remember(KEY)
         assert recent.find(KEY.access_key_id) is KEY
@@ -39,7 +39,7 @@ def test_a_key_is_found_for_less_than_a_second_however_often_it_signs(recent, cl
     assert recent.find(KEY.access_key_id) is None
 
 
-def test_a_key_that_is_remembered_anew_is_the_one_that_the_database_gives_now(recent, clock):
+def test_cache_returns_key_that_was_stored_last(recent, clock):
     recent.remember(KEY)
     clock.now += 1
     changed = replace(KEY, account_id="210987654321")
@@ -47,14 +47,14 @@ def test_a_key_that_is_remembered_anew_is_the_one_that_the_database_gives_now(re
     assert recent.find(KEY.access_key_id) is changed
 
 
-def test_the_oldest_of_too_many_keys_is_forgotten(recent):
+def test_full_cache_drops_oldest_key(recent):
     keys = [replace(KEY, access_key_id=f"AKIA{number}") for number in range(4)]
     for key in keys:
         recent.remember(key)
     assert [recent.find(key.access_key_id) for key in keys] == [None, *keys[1:]]
 
 
-def test_a_key_that_is_remembered_anew_is_not_the_oldest_any_more(recent, clock):
+def test_key_stored_again_is_no_longer_the_oldest(recent, clock):
     keys = [replace(KEY, access_key_id=f"AKIA{number}") for number in range(4)]
     recent.remember(keys[0])
     clock.now += 1

@@ -34,7 +34,7 @@ def acme(accounts):
     return accounts.create("acme")[0].account_id
 
 
-def test_a_new_user_is_found_again_and_has_nothing(users, accounts, acme):
+def test_create_stores_user_without_keys_and_policies(users, accounts, acme):
     user = users.create(acme, "Bob")
     assert re.fullmatch(r"AIDA[A-Z2-7]{16}", user.user_id)
     assert user.arn == f"arn:aws:iam::{acme}:user/Bob"
@@ -45,7 +45,7 @@ def test_a_new_user_is_found_again_and_has_nothing(users, accounts, acme):
     assert accounts.list_keys(acme, user) == []
 
 
-def test_a_name_is_given_once_in_an_account_whatever_its_case(users, accounts, acme):
+def test_create_rejects_name_in_use_regardless_of_case(users, accounts, acme):
     users.create(acme, "bob")
     with pytest.raises(EntityAlreadyExists, match="BOB"):
         users.create(acme, "BOB")
@@ -54,7 +54,7 @@ def test_a_name_is_given_once_in_an_account_whatever_its_case(users, accounts, a
     assert [len(users.list(account_id)) for account_id in (acme, other)] == [1, 1]
 
 
-def test_of_many_users_created_at_once_under_one_name_one_is(users, acme):
+def test_create_in_parallel_creates_one_user_per_name(users, acme):
     def create(_):
         try:
             return users.create(acme, "bob")
@@ -66,7 +66,7 @@ def test_of_many_users_created_at_once_under_one_name_one_is(users, acme):
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "a/b", "a\n", "ä", "a\0b", "$(touch x)"])
-def test_a_name_that_iam_would_not_take_is_refused(users, acme, name):
+def test_create_rejects_name_that_iam_rejects(users, acme, name):
     with pytest.raises(ValidationError):
         users.create(acme, name)
     with pytest.raises(ValidationError):
@@ -74,7 +74,7 @@ def test_a_name_that_iam_would_not_take_is_refused(users, acme, name):
     assert users.list(acme) == []
 
 
-def test_what_is_not_there_is_said_so(users, acme):
+def test_missing_user_key_or_policy_raises_error(users, acme):
     for lookup in (users.get, users.delete, users.policies):
         with pytest.raises(NoSuchEntity, match="bob"):
             lookup(acme, "bob")
@@ -87,7 +87,7 @@ def test_what_is_not_there_is_said_so(users, acme):
         users.delete_policy(acme, "bob", "look")
 
 
-def test_a_users_key_is_told_apart_from_the_accounts_own(users, accounts, acme):
+def test_find_key_distinguishes_user_key_from_account_key(users, accounts, acme):
     bob = users.create(acme, "bob")
     (own,) = accounts.list_keys(acme)
     key = accounts.create_key(acme, bob)
@@ -97,7 +97,7 @@ def test_a_users_key_is_told_apart_from_the_accounts_own(users, accounts, acme):
     assert accounts.list_keys(acme, bob) == [key]
 
 
-def test_a_user_has_at_most_two_keys_beside_the_accounts_two(users, accounts, acme):
+def test_create_key_allows_two_keys_per_user_beside_those_of_the_account(users, accounts, acme):
     bob = users.create(acme, "bob")
     accounts.create_key(acme)
     keys = [accounts.create_key(acme, bob), accounts.create_key(acme, bob)]
@@ -106,7 +106,7 @@ def test_a_user_has_at_most_two_keys_beside_the_accounts_two(users, accounts, ac
     assert accounts.list_keys(acme, bob) == keys
 
 
-def test_a_deleted_user_is_gone_with_keys_and_policies(users, accounts, acme, engine):
+def test_delete_removes_user_with_keys_and_policies(users, accounts, acme, engine):
     bob = users.create(acme, "bob")
     key = accounts.create_key(acme, bob)
     users.put_policy(acme, "bob", "look", LOOK)
@@ -120,7 +120,7 @@ def test_a_deleted_user_is_gone_with_keys_and_policies(users, accounts, acme, en
     assert len(accounts.list_keys(acme)) == 1
 
 
-def test_a_users_key_that_somebody_makes_the_accounts_own_does_not_open(users, accounts, acme, engine):
+def test_key_moved_to_another_user_cannot_be_decrypted(users, accounts, acme, engine):
     key = accounts.create_key(acme, users.create(acme, "bob"))
     alice = users.create(acme, "alice")
     for user_id in (None, alice.user_id):
@@ -131,7 +131,7 @@ def test_a_users_key_that_somebody_makes_the_accounts_own_does_not_open(users, a
             accounts.find_key(key.access_key_id)
 
 
-def test_a_policy_is_kept_as_it_was_given_and_replaced_by_its_name(users, acme):
+def test_put_policy_stores_text_unchanged_and_replaces_by_name(users, acme):
     users.create(acme, "bob")
     users.put_policy(acme, "bob", "look", LOOK)
     assert users.policies(acme, "BOB") == {"look": LOOK}
@@ -142,7 +142,7 @@ def test_a_policy_is_kept_as_it_was_given_and_replaced_by_its_name(users, acme):
     assert users.policies(acme, "bob") == {"and-more": LOOK}
 
 
-def test_a_policy_that_is_not_understood_changes_nothing(users, acme):
+def test_put_policy_rejects_unsupported_policy_without_change(users, acme):
     users.create(acme, "bob")
     users.put_policy(acme, "bob", "look", LOOK)
     before = users.get(acme, "bob")
@@ -152,7 +152,7 @@ def test_a_policy_that_is_not_understood_changes_nothing(users, acme):
     assert users.get(acme, "bob") == before
 
 
-def test_all_policies_together_have_2048_characters_white_space_not_counted(users, acme):
+def test_put_policy_limits_all_policies_to_2048_characters_without_white_space(users, acme):
     users.create(acme, "bob")
     users.put_policy(acme, "bob", "look", LOOK + " " * 5000)
     long = json.dumps({"Statement": {"Effect": "Allow", "Action": "ec2:" + "A" * 1950, "Resource": "*"}})
@@ -162,7 +162,7 @@ def test_all_policies_together_have_2048_characters_white_space_not_counted(user
     users.put_policy(acme, "bob", "look", long)
 
 
-def test_a_change_counts_once_the_key_is_looked_up_again_in_every_process(users, accounts, acme, engine):
+def test_policy_change_takes_effect_at_next_key_lookup(users, accounts, acme, engine):
     key = accounts.create_key(acme, users.create(acme, "bob"))
     elsewhere = Users(engine)
 
@@ -180,14 +180,14 @@ def test_a_change_counts_once_the_key_is_looked_up_again_in_every_process(users,
     assert [[each.effect for each in one] for one in seen] == [[], ["Allow"], ["Deny"], []]
 
 
-def test_policies_are_compiled_once_for_each_version(users, acme):
+def test_policies_are_compiled_once_per_version(users, acme):
     users.create(acme, "bob")
     users.put_policy(acme, "bob", "look", LOOK)
     bob = users.get(acme, "bob")
     assert users.statements(bob) is users.statements(users.get(acme, "bob"))
 
 
-def test_stored_policies_that_are_no_longer_understood_permit_nothing_at_all(users, acme, engine):
+def test_unsupported_stored_policies_allow_nothing(users, acme, engine):
     users.create(acme, "bob")
     users.put_policy(acme, "bob", "look", LOOK)
     users.put_policy(acme, "bob", "odd", NOTHING)
@@ -197,7 +197,7 @@ def test_stored_policies_that_are_no_longer_understood_permit_nothing_at_all(use
     assert users.statements(users.get(acme, "bob")) == ()
 
 
-def test_the_table_of_users_holds_no_secret(users, accounts, acme, engine, tmp_path):
+def test_user_table_has_no_secret(users, accounts, acme, engine, tmp_path):
     key = accounts.create_key(acme, users.create(acme, "bob"))
     with engine.connect() as connection:
         assert connection.execute(sa.select(iam_user.c.user_name)).all() == [("bob",)]

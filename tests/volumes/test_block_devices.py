@@ -25,20 +25,20 @@ def device(raw):
         yield device
 
 
-def test_a_block_device_is_one_extent(device, raw):
+def test_block_device_is_one_extent(device, raw):
     with open_volume(device, "raw") as volume:
         assert volume.extents() == [Extent(0, 8 << 20)]
         assert content(volume) == raw.read_bytes()
 
 
-def test_a_device_that_qemu_writes_to_is_not_read_and_the_reverse(device, nbd):
+def test_qemu_and_open_volume_exclude_each_other_on_a_device(device, nbd):
     with written_to(device, "raw"), pytest.raises(VolumeInUseError), open_volume(device, "raw"):
         pass
     with open_volume(device, "raw"):
         assert 'Failed to get "write" lock' in qemu_io(device, "raw").stderr
 
 
-def test_the_lock_is_the_nodes_not_the_disks(device, nbd, tmp_path):
+def test_lock_covers_the_device_node_only(device, nbd, tmp_path):
     """What the module says of libvirt's own nodes: if this fails, it has become better, and may say so."""
     node = tmp_path / "node"
     os.mknod(node, 0o600 | 0o060000, device.stat().st_rdev)
@@ -47,7 +47,7 @@ def test_the_lock_is_the_nodes_not_the_disks(device, nbd, tmp_path):
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "luks"])
-def test_an_image_may_lie_on_a_device(raw, image_format, nbd):
+def test_open_volume_reads_image_on_a_device(raw, image_format, nbd):
     secret_file = secret_beside(raw)
     image = encrypted(raw, image_format, secret_file)
     os.truncate(image, 16 << 20)
@@ -55,14 +55,14 @@ def test_an_image_may_lie_on_a_device(raw, image_format, nbd):
         assert content(volume)[: 8 << 20] == raw.read_bytes()
 
 
-def test_a_plain_qcow2_on_a_device_keeps_its_holes(raw, nbd):
+def test_qcow2_on_a_device_has_holes(raw, nbd):
     image = converted(raw, "qcow2")
     os.truncate(image, 16 << 20)
     with loop_device(image) as device, open_volume(device, "qcow2") as volume, open_volume(raw, "raw") as plain:
         assert volume.extents() == plain.extents()
 
 
-def test_a_device_holds_no_passphrase(device, raw, nbd):
+def test_open_volume_rejects_device_as_passphrase_file(device, raw, nbd):
     image = encrypted(raw, "luks", secret_beside(raw))
     with (
         pytest.raises(VolumeEncryptedError, match=f"{device} is not a regular file"),

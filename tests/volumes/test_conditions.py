@@ -82,7 +82,7 @@ def sleep_in_another_folder(damage):
         gpt((RESERVED, 20 << 10, 1 << 19), (BASIC, 1 << 20, 63 << 20)),  # as Windows makes it
     ],
 )
-def test_clean_volumes_have_no_findings(damage, change):
+def test_clean_volume_has_no_findings(damage, change):
     change(damage)
     assert check_unclean(damage) == []
 
@@ -105,7 +105,7 @@ def test_clean_volumes_have_no_findings(damage, change):
         (partition_entry(0, 0x00, 0, 0), "of the volume at byte 0, no file system is known"),
     ],
 )
-def test_what_cannot_be_checked_is_named(damage, change, words):
+def test_check_names_what_it_cannot_check(damage, change, words):
     change(damage)
     (said,) = not_checked(damage)
     assert said.startswith(f"not checked whether it is clean: {words}")
@@ -126,28 +126,28 @@ def test_what_cannot_be_checked_is_named(damage, change, words):
         (boot(48, "<Q", 1 << 40), "its boot sector describes no volume"),
     ],
 )
-def test_a_volume_says_what_is_wrong_with_it(damage, change, words):
+def test_check_reports_the_fault(damage, change, words):
     change(damage)
     (said,) = said_of(damage)
     assert said.startswith(f"of the volume at byte {damage.at}, {words}")
     assert not not_checked(damage)
 
 
-def test_it_says_all_that_is_wrong_with_it(damage):
+def test_check_reports_every_fault(damage):
     for change in (flags(1), log(restart_page(clients=0)), hibernation_head(b"hibr")):
         change(damage)
     said = said_of(damage)
     assert [words in one for words, one in zip(("dirty", "log", "hibernated"), said, strict=True)] == [True] * 3
 
 
-def test_what_it_said_before_it_broke_is_kept(damage):
+def test_findings_before_an_error_are_kept(damage):
     flags(1)(damage)
     log(bytes(4096))(damage)
     said = said_of(damage)
     assert [words in one for words, one in zip(("dirty", "restart page"), said, strict=True)] == [True] * 2
 
 
-def test_of_several_volumes_each_speaks_for_itself(damage):
+def test_each_volume_has_its_own_findings(damage):
     size = len(damage.disk) - damage.at
     second = damage.at + size
     damage.disk = bytearray(damage.disk[:]) + damage.disk[damage.at :]
@@ -160,28 +160,28 @@ def test_of_several_volumes_each_speaks_for_itself(damage):
     assert len(said_of(damage)) == 2
 
 
-def test_a_bare_volume_needs_no_partitions(damage):
+def test_volume_without_partition_table_is_checked(damage):
     bare = Damage(bytearray(damage.disk[damage.at :]), 0)
     assert said_of(bare) == []
     flags(1)(bare)
     assert "of the volume at byte 0, it is marked as dirty" in said_of(bare)[0]
 
 
-def test_partitions_that_cannot_be_are_told(damage):
+def test_invalid_partitions_are_reported(damage):
     partition_entry(1, 0x07, 2048, 1)(damage)
     assert said_of(damage) == [f"the partition at byte {damage.at} overlaps another or leaves the disk"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 1 << 20])
 @pytest.mark.parametrize("signature", [b"\0\0", b"\x55\xaa"])
-def test_a_disk_of_anything_else_was_not_checked(size, signature):
+def test_disk_with_other_content_is_not_checked(size, signature):
     noise = bytearray(random.Random(size).randbytes(size))
     noise[510:512] = signature[: max(0, size - 510)]
     assert not_checked(Damage(noise)) == said_of(Damage(noise))
     assert len(said_of(Damage(noise))) == 1
 
 
-def test_it_is_the_same_in_any_format(damage, windows, nbd, tmp_path):
+def test_findings_are_the_same_in_every_format(damage, windows, nbd, tmp_path):
     hibernation_head(b"hibr")(damage)
     raw = tmp_path / "disk.raw"
     raw.write_bytes(damage.disk[:])
@@ -191,20 +191,20 @@ def test_it_is_the_same_in_any_format(damage, windows, nbd, tmp_path):
     assert said.startswith(f"of the volume at byte {damage.at}, Windows is hibernated")
 
 
-def test_a_reader_that_takes_too_long_is_ended_and_that_is_said(damage, monkeypatch):
+def test_slow_reader_is_ended_and_reported(damage, monkeypatch):
     monkeypatch.setattr(ntfs_sandbox, "SECONDS", 0.01)
     (said,) = said_of(damage)
     assert "reading it took too long" in said
 
 
-def test_without_the_library_that_is_said_where_it_would_be_needed(damage, monkeypatch):
+def test_missing_library_is_reported_where_it_is_needed(damage, monkeypatch):
     monkeypatch.setattr("thrave.volumes.ntfs_sandbox.find_spec", lambda _: None)
     (said,) = said_of(damage)
     assert "cannot be told whether Windows was shut down fully: pytsk3 is not installed: pip install" in said
     assert not_checked(damage) == [said]
 
 
-def test_a_disk_that_cannot_be_read_is_that_error_and_no_other(damage):
+def test_read_error_of_the_disk_is_raised_unchanged(damage):
     whole = damage.read_into
 
     def fail(offset, buffer):
@@ -233,7 +233,7 @@ def condition(words):
         (condition(b"zz"), ["zz", "exit status 0"]),
     ],
 )
-def test_nothing_that_the_reader_says_is_taken_on_trust(damage, said, heard, tmp_path, monkeypatch):
+def test_output_of_the_reader_is_validated(damage, said, heard, tmp_path, monkeypatch):
     """A reader that the guest has taken over: it says what it likes."""
     (tmp_path / "said").write_bytes(said)
     evil = tmp_path / "evil"
@@ -255,7 +255,7 @@ class Records:
 
 
 @pytest.mark.parametrize("lost", [None, *range(0, len(NAME), 2)])
-def test_the_name_is_found_though_a_fixup_has_taken_a_letter_of_it(lost):
+def test_file_name_is_found_across_a_fixup(lost):
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 1, 0)
     at = 300 if lost is None else 510 - lost
@@ -265,14 +265,14 @@ def test_the_name_is_found_though_a_fixup_has_taken_a_letter_of_it(lost):
     assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [1]
 
 
-def test_a_name_in_an_extension_record_leads_to_its_file():
+def test_file_name_in_extension_record_is_found():
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 1, 7 << 48 | 42)
     record[400 : 400 + len(NAME)] = NAME
     assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [42]
 
 
-def test_a_name_in_a_record_that_is_not_in_use_is_nobodys():
+def test_file_name_in_unused_record_is_ignored():
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 0, 0)
     record[400 : 400 + len(NAME)] = NAME

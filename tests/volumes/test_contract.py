@@ -29,14 +29,14 @@ def read(volume, offset, length):
     return bytes(buffer)
 
 
-def test_the_size_is_the_disks(volume, raw, image_format):
+def test_size_is_that_of_the_disk(volume, raw, image_format):
     if image_format in ROUNDED_UP:
         assert raw.stat().st_size <= volume.size < raw.stat().st_size + (1 << 20)
     else:
         assert volume.size == raw.stat().st_size
 
 
-def test_every_byte_is_the_disks(volume, raw):
+def test_read_into_returns_every_byte_of_the_disk(volume, raw):
     content = raw.read_bytes()
     assert read(volume, 0, volume.size) == content.ljust(volume.size, b"\0")
 
@@ -44,11 +44,11 @@ def test_every_byte_is_the_disks(volume, raw):
 @pytest.mark.parametrize(
     ("offset", "length"), [(0, 1), (511, 2), (65535, 65538), ((8 << 20) - 1, 1), (5 << 20, 3 << 20), (12345, 0)]
 )
-def test_any_piece_can_be_read(volume, raw, offset, length):
+def test_read_into_reads_any_range(volume, raw, offset, length):
     assert read(volume, offset, length) == raw.read_bytes()[offset : offset + length]
 
 
-def test_extents_are_ascending_apart_and_within_the_disk(volume):
+def test_extents_are_sorted_separate_and_within_the_disk(volume):
     end = -1
     for offset, length in volume.extents():
         assert offset > end
@@ -57,23 +57,23 @@ def test_extents_are_ascending_apart_and_within_the_disk(volume):
     assert 0 < end <= volume.size
 
 
-def test_whatever_lies_between_extents_is_zeros(volume, raw):
+def test_bytes_outside_extents_are_zero(volume, raw):
     left = bytearray(raw.read_bytes())
     for offset, length in volume.extents():
         left[offset : offset + length] = bytes(len(left[offset : offset + length]))
     assert not any(left)
 
 
-def test_holes_are_known_where_the_format_knows_them(volume, image_format):
+def test_extents_leave_out_the_holes_of_the_format(volume, image_format):
     data = sum(extent.length for extent in volume.extents())
     assert data == volume.size if image_format in NO_HOLES else data < volume.size
 
 
-def test_extents_may_be_asked_for_again(volume):
+def test_extents_can_be_read_again(volume):
     assert list(volume.extents()) == list(volume.extents())
 
 
-def test_several_threads_may_read_at_once(volume, raw):
+def test_read_into_works_from_several_threads(volume, raw):
     content = raw.read_bytes()
     offsets = range(0, len(content), 1 << 18)
     with ThreadPoolExecutor(4) as pool:
@@ -82,25 +82,25 @@ def test_several_threads_may_read_at_once(volume, raw):
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 1 << 30])
-def test_reading_beyond_the_end_says_where(volume, image, beyond):
+def test_read_into_beyond_the_end_names_the_offset(volume, image, beyond):
     with pytest.raises(VolumeUnreadableError) as caught:
         read(volume, volume.size + beyond - 1, 2)
     assert str(image) in str(caught.value)
     assert caught.value.offset in {volume.size + beyond - 1, volume.size + beyond}
 
 
-def test_reading_into_nothing_that_is_there_leaves_the_volume_usable(volume, raw):
+def test_read_into_empty_buffer_leaves_the_volume_usable(volume, raw):
     with pytest.raises(VolumeUnreadableError):
         read(volume, volume.size, 1)
     assert read(volume, 0, 16) == raw.read_bytes()[:16]
 
 
-def test_closing_twice_is_closing(volume):
+def test_close_may_be_repeated(volume):
     volume.close()
     volume.close()
 
 
-def test_an_image_that_is_not_there_is_named(tmp_path, image_format):
+def test_open_volume_names_missing_image(tmp_path, image_format):
     with (
         pytest.raises(VolumeUnreadableError, match=r"nowhere\.img.*No such file"),
         open_volume(tmp_path / "nowhere.img", image_format),
@@ -108,7 +108,7 @@ def test_an_image_that_is_not_there_is_named(tmp_path, image_format):
         pass
 
 
-def test_an_empty_disk_has_no_extents(tmp_path, image_format):
+def test_empty_disk_has_no_extents(tmp_path, image_format):
     empty = tmp_path / "empty.raw"
     with empty.open("wb") as file:
         file.truncate(1 << 20)
@@ -119,7 +119,7 @@ def test_an_empty_disk_has_no_extents(tmp_path, image_format):
 
 
 @pytest.mark.parametrize("name", ["", "vdi", "RAW", "qcow2 ", "nbd", "LUKS"])
-def test_formats_are_given_and_known(raw, name):
+def test_every_format_can_be_opened(raw, name):
     with pytest.raises(UnknownFormatError, match="known are raw, qcow2"), open_volume(raw, name):
         pass
 

@@ -46,20 +46,20 @@ def refused(image, image_format, secret_file, error=VolumeEncryptedError):
 
 
 @BOTH
-def test_with_the_passphrase_it_is_the_disk(raw, image_format, secret_file):
+def test_open_volume_with_passphrase_reads_the_disk(raw, image_format, secret_file):
     image = encrypted(raw, image_format, secret_file)
     assert b"quick brown fox" in raw.read_bytes()
     assert b"quick brown fox" not in image.read_bytes()
     assert content(image, image_format, secret_file) == raw.read_bytes()
 
 
-def test_the_holes_of_an_encrypted_qcow2_stay_holes(raw, secret_file):
+def test_encrypted_qcow2_keeps_its_holes(raw, secret_file):
     image = encrypted(raw, "qcow2", secret_file)
     with open_volume(image, "qcow2", secret_file=secret_file) as volume, open_volume(raw, "raw") as plain:
         assert volume.extents() == plain.extents()
 
 
-def test_the_passphrase_stands_in_no_command_line(raw, secret_file):
+def test_passphrase_is_in_no_command_line(raw, secret_file):
     image = encrypted(raw, "qcow2", secret_file)
     with open_volume(image, "qcow2", secret_file=secret_file):
         (server,) = [one for one in psutil.Process().children() if one.name() == "qemu-nbd"]
@@ -70,14 +70,14 @@ def test_the_passphrase_stands_in_no_command_line(raw, secret_file):
 
 
 @BOTH
-def test_without_it_that_is_said(raw, image_format, secret_file):
+def test_open_volume_without_passphrase_names_the_reason(raw, image_format, secret_file):
     image = encrypted(raw, image_format, secret_file)
     assert "is encrypted: the file that holds its passphrase must be given" in refused(image, image_format, None)
 
 
 @BOTH
 @pytest.mark.parametrize("passphrase", [PASSPHRASE + "\n", "another", PASSPHRASE[:-1]])
-def test_with_another_that_is_said(raw, image_format, secret_file, passphrase):
+def test_open_volume_with_wrong_passphrase_names_the_reason(raw, image_format, secret_file, passphrase):
     image = encrypted(raw, image_format, secret_file)
     secret_file.write_text(passphrase)
     said = refused(image, image_format, secret_file)
@@ -85,7 +85,7 @@ def test_with_another_that_is_said(raw, image_format, secret_file, passphrase):
 
 
 @pytest.mark.parametrize("what", [b"", b"\xff\xfe"])
-def test_a_file_that_can_hold_no_passphrase_is_refused(raw, secret_file, what):
+def test_open_volume_rejects_invalid_passphrase_file(raw, secret_file, what):
     image = encrypted(raw, "qcow2", secret_file)
     secret_file.write_bytes(what)
     with pytest.raises(VolumeError), open_volume(image, "qcow2", secret_file=secret_file):
@@ -101,7 +101,7 @@ def test_a_file_that_can_hold_no_passphrase_is_refused(raw, secret_file, what):
         ("device", "neither a regular file"),
     ],
 )
-def test_what_is_no_secret_file_is_named(raw, secret_file, kind, words):
+def test_open_volume_names_what_is_not_a_passphrase_file(raw, secret_file, kind, words):
     image = encrypted(raw, "qcow2", secret_file)
     secret_file.unlink()
     match kind:
@@ -117,7 +117,7 @@ def test_what_is_no_secret_file_is_named(raw, secret_file, kind, words):
 
 
 @BOTH
-def test_a_plain_overlay_on_it_is_opened(raw, image_format, secret_file):
+def test_plain_overlay_on_encrypted_image_is_read(raw, image_format, secret_file):
     base = encrypted(raw, image_format, secret_file)
     top = raw.with_name("top.qcow2")
     qemu_img("create", "-f", "qcow2", "-u", "-b", base, "-F", image_format, top, raw.stat().st_size)
@@ -127,7 +127,7 @@ def test_a_plain_overlay_on_it_is_opened(raw, image_format, secret_file):
 
 
 @pytest.mark.parametrize("below", ["raw", "qcow2", "luks", "vmdk"])
-def test_an_encrypted_overlay_is_opened(raw, below, secret_file):
+def test_encrypted_overlay_is_read(raw, below, secret_file):
     base = raw
     if below != "raw":
         base = encrypted(raw, below, secret_file) if below == "qcow2" else converted(raw, below)
@@ -135,7 +135,7 @@ def test_an_encrypted_overlay_is_opened(raw, below, secret_file):
     assert content(top, "qcow2", secret_file) == raw.read_bytes()
 
 
-def test_names_are_never_taken_for_options(raw, tmp_path):
+def test_file_name_is_never_taken_for_an_option(raw, tmp_path):
     folder = tmp_path / "a,b=c, d"
     folder.mkdir()
     disk = raw.rename(folder / "x,y.raw")
@@ -145,22 +145,22 @@ def test_names_are_never_taken_for_options(raw, tmp_path):
     assert content(top, "qcow2", secret_file) == disk.read_bytes()
 
 
-def test_one_that_qemu_writes_to_is_in_use(raw, secret_file):
+def test_encrypted_image_open_in_qemu_is_in_use(raw, secret_file):
     image = encrypted(raw, "qcow2", secret_file)
     options = f"driver=qcow2,encrypt.key-secret=s,file.filename={image}"
     with written_to(options, None, *secret_object(secret_file), "--image-opts"):
         refused(image, "qcow2", secret_file, VolumeInUseError)
 
 
-def test_one_that_is_cut_short_is_refused(raw, secret_file):
+def test_open_volume_rejects_truncated_encrypted_image(raw, secret_file):
     image = encrypted(raw, "qcow2", secret_file)
     os.truncate(image, image.stat().st_size // 2)
     refused(image, "qcow2", secret_file, VolumeUnreadableError)
 
 
-def test_a_raw_disk_has_no_passphrase(raw, secret_file):
+def test_open_volume_rejects_passphrase_for_raw_disk(raw, secret_file):
     assert "the format of a raw disk in LUKS is luks" in refused(raw, "raw", secret_file, VolumeUnreadableError)
 
 
-def test_a_passphrase_that_nothing_needs_is_not_used(raw, tmp_path):
+def test_unneeded_passphrase_is_not_used(raw, tmp_path):
     assert content(converted(raw, "qcow2"), "qcow2", tmp_path / "nowhere") == raw.read_bytes()

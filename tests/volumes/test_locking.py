@@ -47,7 +47,7 @@ def refused(image, image_format):
 
 
 @FORMATS
-def test_what_qemu_writes_to_is_not_read(raw, image_format):
+def test_image_lock_refuses_image_that_qemu_writes(raw, image_format):
     image = image_of(raw, image_format)
     with written_to(image, image_format):
         assert refused(image, image_format) == (
@@ -58,7 +58,7 @@ def test_what_qemu_writes_to_is_not_read(raw, image_format):
 
 
 @FORMATS
-def test_what_is_read_qemu_does_not_write_to(raw, image_format):
+def test_image_lock_keeps_qemu_from_writing(raw, image_format):
     image = image_of(raw, image_format)
     with open_volume(image, image_format):
         before = image.read_bytes()
@@ -70,7 +70,7 @@ def test_what_is_read_qemu_does_not_write_to(raw, image_format):
 
 
 @FORMATS
-def test_others_may_read_meanwhile(raw, image_format):
+def test_image_lock_allows_other_readers(raw, image_format):
     image = image_of(raw, image_format)
     with written_to(image, image_format, "-r"), open_volume(image, image_format), open_volume(image, image_format):
         assert str(image) in qemu_img("info", "-f", image_format, image)
@@ -78,7 +78,7 @@ def test_others_may_read_meanwhile(raw, image_format):
 
 
 @BASES
-def test_a_guest_may_run_on_an_overlay_and_cannot_merge_it(raw, image_format):
+def test_image_lock_allows_guest_on_overlay_but_no_merge(raw, image_format):
     base = image_of(raw, image_format)
     overlay = overlay_on(base, image_format)
     with written_to(overlay, "qcow2"), open_volume(base, image_format):  # begun before
@@ -97,7 +97,7 @@ def test_a_guest_may_run_on_an_overlay_and_cannot_merge_it(raw, image_format):
 
 
 @BASES
-def test_each_image_of_a_chain_is_locked(raw, image_format):
+def test_image_lock_covers_every_image_of_a_chain(raw, image_format):
     base = image_of(raw, image_format)
     overlay = overlay_on(base, image_format)
     with written_to(base, image_format):
@@ -107,7 +107,7 @@ def test_each_image_of_a_chain_is_locked(raw, image_format):
             assert REFUSED in qemu_io(image, its_format).stderr
 
 
-def test_the_files_that_a_vmdk_keeps_its_data_in_are_locked(raw):
+def test_image_lock_covers_extent_files_of_a_vmdk(raw):
     image = converted(raw, "vmdk", "-o", "subformat=monolithicFlat")
     flat = image.with_name("disk-flat.vmdk")
     with written_to(flat, "raw"):
@@ -131,13 +131,13 @@ def killed_reader(image):
             reader.kill()
 
 
-def test_a_lock_ends_with_its_process(raw):
+def test_image_lock_ends_with_its_process(raw):
     with killed_reader(raw):
         assert REFUSED in qemu_io(raw, "raw").stderr
     assert qemu_io(raw, "raw").returncode == 0
 
 
-def test_a_lock_ends_with_its_volume_though_a_child_has_a_copy_of_the_open_file(raw):
+def test_image_lock_ends_with_its_volume_although_a_child_inherited_the_file(raw):
     """As a program that is just being started has for a moment."""
     locks = ImageLocks()
     locks.take(HostFile(raw))
@@ -149,7 +149,7 @@ def test_a_lock_ends_with_its_volume_though_a_child_has_a_copy_of_the_open_file(
         assert qemu_io(raw, "raw").returncode == 0
 
 
-def test_a_refusal_leaves_no_lock(raw):
+def test_refused_image_leaves_no_lock(raw):
     with written_to(raw, "raw"):
         before = held(raw)
         assert 101 in before
@@ -163,7 +163,7 @@ def held(image):
         return {byte for byte in range(512) if image_locks._is_held(file.fileno(), byte)}
 
 
-def test_the_locks_are_those_of_a_qemu_that_reads_what_nobody_may_write(raw):
+def test_image_locks_equal_those_of_a_reading_qemu(raw):
     with open_volume(raw, "raw"):
         assert held(raw) == {100, 201, 203}
     assert held(raw) == set()
@@ -174,7 +174,7 @@ def lock(file, kind, byte=0, length=0):
 
 
 @pytest.mark.parametrize("byte", [101, 103, 200])
-def test_whoever_says_that_he_writes_or_forbids_reading_keeps_us_out(raw, byte):
+def test_image_lock_refuses_image_open_for_writing(raw, byte):
     with raw.open("rb") as file:
         lock(file, fcntl.F_RDLCK, byte, 1)
         assert refused(raw, "raw")
@@ -184,7 +184,7 @@ def test_whoever_says_that_he_writes_or_forbids_reading_keeps_us_out(raw, byte):
             pass
 
 
-def test_a_lock_on_the_whole_file_keeps_us_out(raw):
+def test_image_lock_refuses_image_locked_as_a_whole(raw):
     with raw.open("r+b") as file:
         lock(file, fcntl.F_WRLCK)
         assert refused(raw, "raw")
@@ -202,7 +202,7 @@ class Flock(ctypes.Structure):
     )
 
 
-def test_the_lock_is_laid_out_as_the_kernel_wants_it():
+def test_lock_structure_matches_the_kernel():
     packed = image_locks._FLOCK.pack(1, 2, 3, 4, 5)
     assert len(packed) == ctypes.sizeof(Flock)
     flock = Flock.from_buffer_copy(packed)
@@ -210,14 +210,14 @@ def test_the_lock_is_laid_out_as_the_kernel_wants_it():
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_a_file_system_without_locks_does_not_keep_us_from_reading(raw, monkeypatch, error):
+def test_open_volume_reads_on_file_system_without_locks(raw, monkeypatch, error):
     """There is none here; what its kernel would say stands in for it."""
     monkeypatch.setattr(image_locks, "fcntl", Lockless(error))
     with open_volume(raw, "raw") as volume:
         assert volume.size == raw.stat().st_size
 
 
-def test_a_lock_that_fails_in_another_way_is_an_error(raw, monkeypatch):
+def test_image_lock_raises_other_lock_errors(raw, monkeypatch):
     monkeypatch.setattr(image_locks, "fcntl", Lockless(errno.EIO))
     with pytest.raises(VolumeUnreadableError, match="cannot be locked: Input/output error"), open_volume(raw, "raw"):
         pass
@@ -237,7 +237,7 @@ class Lockless:
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "character device", "nothing"])
-def test_what_is_no_image_is_refused_at_once(tmp_path, kind):
+def test_open_volume_rejects_other_file_types_at_once(tmp_path, kind):
     path = tmp_path / "thing"
     match kind:
         case "folder":
@@ -250,7 +250,7 @@ def test_what_is_no_image_is_refused_at_once(tmp_path, kind):
         locks.take(HostFile(path))
 
 
-def test_closing_twice_is_closing(raw):
+def test_close_may_be_repeated(raw):
     locks = ImageLocks()
     locks.take(HostFile(raw))
     locks.close()

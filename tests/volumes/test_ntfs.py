@@ -92,7 +92,7 @@ def used_bits(bitmap):
     return {8 * index + bit for index, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1}
 
 
-def test_the_opened_volume_mounts_and_every_file_has_its_content(windows, mounted):
+def test_skip_unused_keeps_content_of_every_file(windows, mounted):
     live = [file for file in windows.files if not file.deleted and file.path not in DISPOSABLE]
     assert len(live) > 200
     for file in live:
@@ -100,7 +100,7 @@ def test_the_opened_volume_mounts_and_every_file_has_its_content(windows, mounte
             assert hashlib.file_digest(content, "sha256").hexdigest() == sha256(windows.content(file)), file.path
 
 
-def test_the_three_files_keep_their_sizes_and_are_zeros(windows, mounted):
+def test_skip_unused_reads_swap_and_hibernation_files_as_zeros(windows, mounted):
     for name in DISPOSABLE:
         content = (mounted / name).read_bytes()
         assert content == bytes(len(content))
@@ -109,12 +109,12 @@ def test_the_three_files_keep_their_sizes_and_are_zeros(windows, mounted):
     assert sizes == [pagefile, CLUSTER + 10_000 * len(HIBERNATION), 5_000 * len(SWAP)]
 
 
-def test_ntfs_3g_finds_nothing_to_mend(ntfs):
+def test_skip_unused_leaves_nothing_for_ntfsfix(ntfs):
     assert b"processed successfully" in ntfs_tool("ntfsfix", "-n", ntfs)
     assert b"Accounting clusters" in ntfs_tool("ntfsresize", "--force", "--info", ntfs)
 
 
-def test_nothing_deleted_nor_swapped_is_left(windows, opened):
+def test_skip_unused_leaves_no_deleted_or_swapped_data(windows, opened):
     before, after = windows.path.read_bytes(), opened.read_bytes()
     # Texts are left aside: the demo's generator gives several files the same ones.
     deleted = [file for file in windows.files if file.deleted and file.kind in {"program", "random"}]
@@ -123,7 +123,7 @@ def test_nothing_deleted_nor_swapped_is_left(windows, opened):
     assert [content for content in (*leaked, HIBERNATION, SWAP) if content in after] == []
 
 
-def test_all_outside_of_the_file_system_is_as_it_was(windows, opened):
+def test_skip_unused_keeps_bytes_outside_the_file_system(windows, opened):
     before, after = windows.path.read_bytes(), opened.read_bytes()
     assert len(before) == len(after)
     assert before[:PARTITION_OFFSET] == after[:PARTITION_OFFSET]
@@ -132,14 +132,14 @@ def test_all_outside_of_the_file_system_is_as_it_was(windows, opened):
     assert before[end - 512 :] == after[end - 512 :]
 
 
-def test_every_byte_is_either_as_it_was_or_left_out(windows, opened):
+def test_skip_unused_keeps_or_zeroes_every_byte(windows, opened):
     before, after = bytearray(windows.path.read_bytes()), opened.read_bytes()
     for offset, length in holes(windows.path):
         before[offset : offset + length] = bytes(length)
     assert before == after
 
 
-def test_ntfs_3g_reads_the_same_bitmap_and_the_same_runs(windows, ntfs):
+def test_bitmap_and_runs_agree_with_ntfs_3g(windows, ntfs):
     original = ntfs.with_suffix(".before")
     original.write_bytes(windows.path.read_bytes()[PARTITION_OFFSET:])
     used = used_bits(ntfs_tool("ntfscat", "--force", "--inode", 6, original))
@@ -153,7 +153,7 @@ def test_ntfs_3g_reads_the_same_bitmap_and_the_same_runs(windows, ntfs):
     assert unused_clusters(windows.path) == (set(range(clusters)) - used) | disposable
 
 
-def test_libfsntfs_reads_the_same_bitmap_and_the_same_runs(windows):
+def test_bitmap_and_runs_agree_with_libfsntfs(windows):
     import pyfsntfs
 
     source = windows.path.with_suffix(".fsntfs")
@@ -212,7 +212,7 @@ def fill(folder):
         (folder / "many" / f"an empty file with a long name, number {number}").touch()
 
 
-def test_every_kind_of_file_is_accounted_for_to_the_last_cluster(all_kinds, monkeypatch):
+def test_every_cluster_of_every_file_type_is_accounted_for(all_kinds, monkeypatch):
     """Attribute lists, streams, compression, sparse files, large folders: what is in use is what files claim."""
     left = []
     monkeypatch.setattr(ntfs_scan, "_few", lambda runs: left.extend(runs) or left)
@@ -227,13 +227,13 @@ def test_every_kind_of_file_is_accounted_for_to_the_last_cluster(all_kinds, monk
     assert b"Accounting clusters" in ntfs_tool("ntfsresize", "--force", "--info", all_kinds)
 
 
-def test_nothing_is_left_out_unless_it_is_asked_for(windows):
+def test_open_volume_skips_nothing_by_default(windows):
     with open_volume(windows.path, "raw") as volume, open_volume(windows.path, "raw", skip_unused=False) as same:
         assert volume.extents() == same.extents()
         assert type(same) is type(volume)
 
 
-def test_it_stands_around_any_format(windows, tmp_path, nbd):
+def test_skip_unused_works_with_every_format(windows, tmp_path, nbd):
     image = tmp_path / "disk.qcow2"
     convert = [require("qemu-img", package="qemu-utils"), "convert", "-O", "qcow2", windows.path, image]
     subprocess.run(convert, check=True)
@@ -248,7 +248,7 @@ def test_it_stands_around_any_format(windows, tmp_path, nbd):
         assert not any(buffer)
 
 
-def test_a_file_with_another_name_elsewhere_keeps_its_content(windows):
+def test_swap_file_with_other_name_or_folder_keeps_its_content(windows):
     """A hard link of pagefile.sys: the name that it has beside is reason enough to keep it."""
     before = sum(length for _, length in holes(windows.path))
     path = windows.path.with_name("linked.raw")
@@ -261,13 +261,13 @@ def test_a_file_with_another_name_elsewhere_keeps_its_content(windows):
     assert before - sum(length for _, length in holes(path)) == 839680
 
 
-def test_without_the_library_the_package_is_named(windows, monkeypatch):
+def test_missing_library_names_its_package(windows, monkeypatch):
     monkeypatch.setattr("thrave.volumes.ntfs_sandbox.find_spec", lambda _: None)
     with pytest.raises(ToolNotInstalled, match=r"pytsk3 is not installed: pip install 'thrave\[ntfs\]'"):
         holes(windows.path)
 
 
-def test_free_space_in_too_many_pieces_is_refused_before_it_takes_memory(windows, monkeypatch):
+def test_too_fragmented_free_space_is_refused_before_it_takes_memory(windows, monkeypatch):
     monkeypatch.setattr(ntfs_scan, "MOST_HOLES", 5)
     damage = Damage.to(windows.path)
     source = Damage(bytearray(damage.disk[damage.at :]))
@@ -307,7 +307,7 @@ class Letters:
 
 
 @given(RUNS, RUNS, st.integers(0, 399), st.integers(0, 400))
-def test_extents_and_reads_agree_with_sets_of_bytes(data, unused, offset, length):
+def test_extents_and_reads_agree_with_a_model(data, unused, offset, length):
     data = [run for run in placed(data) if run.offset + run.length <= 400]
     unused = [run for run in placed(unused) if run.offset + run.length <= 400]
     volume = FilteredVolume(Letters(data), unused)
@@ -322,7 +322,7 @@ def test_extents_and_reads_agree_with_sets_of_bytes(data, unused, offset, length
     assert all(byte == (0 if offset + at in gone else 1 + (offset + at) % 250) for at, byte in enumerate(buffer))
 
 
-def test_many_extents_and_holes_are_no_burden():
+def test_many_extents_and_holes_are_fast():
     """Each extent finds its holes without passing all the others."""
     count = 50_000
     volume = FilteredVolume(
@@ -333,7 +333,7 @@ def test_many_extents_and_holes_are_no_burden():
 
 
 @given(st.binary(min_size=4, max_size=40), st.data())
-def test_bitmaps_are_read_bit_by_bit(small_pieces, bitmap, data):
+def test_bitmap_is_read_bit_by_bit(small_pieces, bitmap, data):
     clusters = data.draw(st.integers(1, 8 * len(bitmap)))
     free = {first + index for first, count in free_runs(bitmap, clusters) for index in range(count)}
     assert free == set(range(clusters)) - used_bits(bitmap)

@@ -143,7 +143,7 @@ def shrink_the_bitmap(damage):
          FileSystemCorruptError, "entries.*checksum"),
     ],
 )  # fmt: skip
-def test_it_is_refused_with_the_reason(damage, harm, error, words):
+def test_scan_refuses_volume_with_reason(damage, harm, error, words):
     harm(damage)
     with pytest.raises(SkipRefusedError, match=words) as refused:
         unused_of(damage)
@@ -151,14 +151,14 @@ def test_it_is_refused_with_the_reason(damage, harm, error, words):
     assert "disk.raw: cannot leave out what is unused: " in str(refused.value)
 
 
-def test_two_files_on_the_same_clusters_are_refused(windows, damage):
+def test_scan_refuses_files_that_share_clusters(windows, damage):
     use_what_another_uses(windows)(damage)
     with pytest.raises(FileSystemCorruptError, match="not its own"):
         unused_of(damage)
 
 
 @pytest.mark.parametrize("size", [100, 4096], ids="{} bytes".format)
-def test_a_hibernation_file_that_is_cut_short_is_another_disks_sleep(damage, windows, size):
+def test_scan_refuses_truncated_hibernation_file(damage, windows, size):
     """As ntfs-3g judges it; at 4096 bytes there is a whole head, and here it is of zeros."""
     record = damage.record_at_cluster((damage.disk.find(HIBERNATION * 2) - CLUSTER - damage.at) // CLUSTER)
     attribute = damage.attribute(record, 0x80)
@@ -184,12 +184,12 @@ def test_a_hibernation_file_that_is_cut_short_is_another_disks_sleep(damage, win
         gpt((BASIC, 1 << 20, 63 << 20), sector_size=4096),
     ],
 )
-def test_it_is_believed(windows, damage, change):
+def test_scan_accepts_harmless_change(windows, damage, change):
     change(damage)
     assert unused_of(damage) == unused_of(Damage.to(windows.path))
 
 
-def test_a_second_ntfs_partition_that_is_not_clean_refuses_the_whole_disk(damage):
+def test_scan_refuses_disk_with_unclean_second_partition(damage):
     """The second is the first one again, dirty."""
     size = len(damage.disk) - damage.at
     damage.disk = bytearray(damage.disk[:]) + damage.disk[damage.at :]
@@ -201,7 +201,7 @@ def test_a_second_ntfs_partition_that_is_not_clean_refuses_the_whole_disk(damage
         unused_of(damage)
 
 
-def test_a_bare_volume_needs_no_partitions(damage):
+def test_scan_accepts_volume_without_partition_table(damage):
     bare = Damage(bytearray(damage.disk[damage.at :]), 0)
     assert unused_of(bare) == unused_of(damage)
     flags(1)(bare)
@@ -210,7 +210,7 @@ def test_a_bare_volume_needs_no_partitions(damage):
 
 
 @pytest.mark.parametrize("size", [512, 1024, 1 << 20])
-def test_a_disk_of_anything_else_is_no_ntfs(size):
+def test_scan_refuses_disk_without_ntfs(size):
     noise = bytearray(random.Random(size).randbytes(size))
     noise[510:512] = b"\0\0"
     with pytest.raises(NoFileSystemError):
@@ -218,6 +218,6 @@ def test_a_disk_of_anything_else_is_no_ntfs(size):
 
 
 @pytest.mark.parametrize("size", [0, 1, 511])
-def test_a_disk_smaller_than_a_sector_is_no_ntfs(size):
+def test_scan_refuses_disk_smaller_than_a_sector(size):
     with pytest.raises(NoFileSystemError):
         unused_of(Damage(bytearray(size)))

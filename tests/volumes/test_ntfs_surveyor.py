@@ -77,7 +77,7 @@ def corrupted(data, seed):
     return damage
 
 
-def test_no_corruption_makes_the_survey_leave_out_what_was_in_use(small):
+def test_scan_of_corrupt_volume_never_skips_used_clusters(small):
     """Refused, or nothing is left out that would not have been. Whatever else is raised fails the test."""
     unused = clusters(ntfs_scan.find_unused(Source(small)))
     refused = 0
@@ -89,7 +89,7 @@ def test_no_corruption_makes_the_survey_leave_out_what_was_in_use(small):
     assert 50 < refused < 400
 
 
-def test_no_corruption_makes_the_look_at_its_condition_fail(small):
+def test_check_of_corrupt_volume_never_fails(small):
     """It says something, refuses, or finds nothing; whatever else is raised fails the test."""
     assert list(ntfs_scan.find_problems(Source(small))) == []
     said = refused = 0
@@ -101,7 +101,7 @@ def test_no_corruption_makes_the_look_at_its_condition_fail(small):
     assert 0 < said + refused < 400
 
 
-def test_corrupted_volumes_in_a_process_of_their_own_break_nothing(small):
+def test_scan_process_survives_corrupt_volumes(small):
     """It ends as the survey does here, and in no other way."""
     for seed in range(1000, 1012):
         damage = corrupted(small, seed)
@@ -117,7 +117,7 @@ def outcome(look, *where):
         return type(refusal), refusal.reason
 
 
-def test_a_volume_that_cannot_be_read_is_that_error_and_no_other(windows):
+def test_read_error_of_the_volume_is_raised_unchanged(windows):
     damage = Damage.to(windows)
 
     def fail(offset, buffer):
@@ -128,7 +128,7 @@ def test_a_volume_that_cannot_be_read_is_that_error_and_no_other(windows):
         ntfs_sandbox.scan_unused(damage, Partition(damage.at, damage.size - damage.at))
 
 
-def test_one_that_takes_too_long_is_ended(windows, monkeypatch):
+def test_slow_scan_is_ended(windows, monkeypatch):
     monkeypatch.setattr(ntfs_sandbox, "SECONDS", 0.01)
     with pytest.raises(FileSystemCorruptError, match=r"too long.*Killed"):
         ntfs_sandbox.scan_unused(Damage.to(windows), Partition(1 << 20, 63 << 20))
@@ -158,7 +158,7 @@ def message(kind, first=0, second=0):
         (message(b"r", 0, 512), "exit status 0"),
     ],
 )
-def test_nothing_that_it_says_is_taken_on_trust(said, words, tmp_path, monkeypatch):
+def test_output_of_the_scan_is_validated(said, words, tmp_path, monkeypatch):
     """A surveyor that the guest has taken over: it says what it likes."""
     (tmp_path / "said").write_bytes(said)
     evil = tmp_path / "evil"
@@ -170,7 +170,7 @@ def test_nothing_that_it_says_is_taken_on_trust(said, words, tmp_path, monkeypat
         ntfs_sandbox.scan_unused(damage, whole(damage))
 
 
-def test_its_extents_are_those_of_the_disk(tmp_path, monkeypatch):
+def test_extents_of_the_scan_are_offsets_of_the_disk(tmp_path, monkeypatch):
     (tmp_path / "said").write_bytes(message(b"u", 0, 4096) + message(b"u", 8192, 512) + message(b"."))
     evil = tmp_path / "evil"
     evil.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'said'}'\n")
@@ -180,7 +180,7 @@ def test_its_extents_are_those_of_the_disk(tmp_path, monkeypatch):
     assert ntfs_sandbox.scan_unused(damage, Partition(65536, 1 << 18)) == [(65536, 4096), (65536 + 8192, 512)]
 
 
-def test_its_refusals_arrive_as_they_were(windows):
+def test_refusals_of_the_scan_are_passed_on(windows):
     damage = Damage.to(windows)
     damage.set_flags(1)
     with pytest.raises(VolumeNotCleanError, match="have Windows check it"):

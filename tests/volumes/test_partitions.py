@@ -86,7 +86,7 @@ def test_logical_partitions_are_found():
 
 
 @pytest.mark.parametrize("back_to", [0, 1000])
-def test_a_chain_of_logical_partitions_that_comes_back_is_refused(back_to):
+def test_cyclic_chain_of_logical_partitions_is_refused(back_to):
     disk = blank()
     table(disk, (0x05, 2048, 100_000))
     table(disk, (0x07, 63, 100), (0x05, 1000, 100), at=2048 * 512)
@@ -95,7 +95,7 @@ def test_a_chain_of_logical_partitions_that_comes_back_is_refused(back_to):
         find_partitions(disk)
 
 
-def test_a_chain_of_logical_partitions_is_bounded():
+def test_long_chain_of_logical_partitions_is_refused():
     disk = blank()
     table(disk, (0x05, 2048, 100_000))
     for index in range(MOST_LOGICAL + 2):
@@ -114,7 +114,7 @@ def test_a_chain_of_logical_partitions_is_bounded():
         ([(0x07, 63, 10), (0x07, 64, 10)], "overlaps"),
     ],
 )
-def test_a_chain_that_contradicts_itself_is_refused(logical, words):
+def test_contradictory_chain_of_logical_partitions_is_refused(logical, words):
     disk = blank()
     table(disk, (0x05, 2048, 100_000))
     table(disk, *logical, at=2048 * 512)
@@ -122,7 +122,7 @@ def test_a_chain_that_contradicts_itself_is_refused(logical, words):
         find_partitions(disk)
 
 
-def test_a_dirty_volume_in_a_logical_partition_is_unclean():
+def test_dirty_volume_in_logical_partition_is_unclean():
     disk = blank()
     table(disk, (0x0F, 2048, 120_000))
     table(disk, (0x06, 63, 40 * MIB // 512), at=2048 * 512)
@@ -132,7 +132,7 @@ def test_a_dirty_volume_in_a_logical_partition_is_unclean():
     assert words.startswith(f"of the volume at byte {(2048 + 63) * 512}, its FAT is marked as in use")
 
 
-def test_an_mbr_may_count_in_sectors_of_4096_bytes():
+def test_mbr_with_4096_byte_sectors_is_read():
     disk = blank()
     table(disk, (0x07, 256, 2560), (0x05, 4096, 4096))
     table(disk, (0x07, 256, 2560), at=4096 * 4096)
@@ -142,14 +142,14 @@ def test_an_mbr_may_count_in_sectors_of_4096_bytes():
     assert places == [Partition(first * 4096, 2560 * 4096) for first in (256, 4096 + 256)]
 
 
-def test_an_mbr_counts_in_512_bytes_unless_file_systems_say_otherwise():
+def test_mbr_has_512_byte_sectors_unless_file_systems_differ():
     disk = blank()
     table(disk, (0x07, 256, 2560))
     assert partitions.find_volumes(disk) == [Partition(256 * 512, 2560 * 512)]
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
-def test_the_backup_of_a_gpt_is_used_if_the_first_is_damaged(sector):
+def test_backup_gpt_is_used_if_the_primary_is_damaged(sector):
     disk = blank()
     last = disk.size // sector - 1
     first = MIB // sector
@@ -163,7 +163,7 @@ def test_the_backup_of_a_gpt_is_used_if_the_first_is_damaged(sector):
     assert find_partitions(disk) == [Partition(MIB, 100 * sector)]
 
 
-def test_a_hybrid_mbr_adds_what_the_gpt_does_not_have():
+def test_hybrid_mbr_adds_partitions_that_the_gpt_lacks():
     disk = blank()
     table(disk, (0xEE, 1, 2047), (0x07, 2048, 2048), (0x0C, 8192, 2048))
     gpt(disk, (2048, 4095), (4096, 8191), at=1, sector=512, entries_at=2)
@@ -173,20 +173,20 @@ def test_a_hybrid_mbr_adds_what_the_gpt_does_not_have():
 
 @pytest.mark.parametrize("text", [True, False])
 @pytest.mark.parametrize("make", [fat16, lambda disk, text: fat32(disk), lambda disk, text: exfat(disk)])
-def test_a_clean_disk_without_partitions_is_clean(make, text):
+def test_clean_disk_without_partitions_is_clean(make, text):
     disk = blank()
     make(disk, text=text)
     assert check_unclean(disk) == []
 
 
-def test_fat_with_a_table_that_names_itself_is_one_volume():
+def test_fat_whose_table_names_itself_is_one_volume():
     disk = blank()
     fat16(disk, text=False)
     disk.put(446, struct.pack("<B3xB3xII", 0x80, 0x06, 0, 81920))  # mkfs.fat --mbr
     assert partitions.find_volumes(disk) == [Partition(0, disk.size)]
 
 
-def test_a_table_counts_before_the_rest_of_an_older_boot_sector():
+def test_partition_table_takes_precedence_over_remains_of_a_boot_sector():
     disk = blank()
     fat16(disk, text=False)
     table(disk, (0x07, 2048, 2048))
@@ -205,7 +205,7 @@ def test_a_table_counts_before_the_rest_of_an_older_boot_sector():
         lambda disk: exfat(disk, flags=4),
     ],
 )
-def test_a_volume_that_was_not_unmounted_is_unclean(make):
+def test_volume_that_was_not_unmounted_is_unclean(make):
     disk = blank()
     make(disk)
     ((verdict, words),) = check_unclean(disk)
@@ -226,7 +226,7 @@ def test_a_volume_that_was_not_unmounted_is_unclean(make):
         (32, b"\xff" * 4),
     ],
 )
-def test_a_boot_sector_of_no_volume_that_fits_is_not_fats(offset, value):
+def test_boot_sector_with_impossible_values_is_not_fat(offset, value):
     disk = blank()
     fat16(disk)
     disk.put(offset, value)

@@ -67,11 +67,11 @@ def await_no_server(image):
 @pytest.mark.parametrize(
     "options", [["-c"], ["-o", "cluster_size=4096"], ["-o", "extended_l2=on"], ["-o", "compat=0.10"]]
 )
-def test_the_kinds_of_qcow2_are_read(raw, options):
+def test_open_volume_reads_every_kind_of_qcow2(raw, options):
     assert content(converted(raw, "qcow2", *options), "qcow2") == raw.read_bytes()
 
 
-def test_a_chain_of_images_is_one_disk(raw, tmp_path):
+def test_open_volume_reads_a_chain_of_images(raw, tmp_path):
     base, middle = converted(raw, "vmdk"), tmp_path / "middle.qcow2"
     top = tmp_path / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", base, "-F", "vmdk", middle)
@@ -79,13 +79,13 @@ def test_a_chain_of_images_is_one_disk(raw, tmp_path):
     assert content(top, "qcow2") == raw.read_bytes()
 
 
-def test_a_backing_file_is_found_from_the_images_folder(raw, tmp_path, monkeypatch):
+def test_relative_backing_file_starts_at_the_folder_of_the_image(raw, tmp_path, monkeypatch):
     qemu_img("create", "-f", "qcow2", "-b", raw.name, "-F", "raw", tmp_path / "top.qcow2")
     monkeypatch.chdir("/")
     assert content(tmp_path / "top.qcow2", "qcow2") == raw.read_bytes()
 
 
-def test_a_backing_file_whose_format_is_not_written_down_is_refused(raw, tmp_path):
+def test_open_volume_rejects_backing_file_without_format(raw, tmp_path):
     top = tmp_path / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", raw, "-F", "raw", top)
     image = top.read_bytes()
@@ -95,23 +95,23 @@ def test_a_backing_file_whose_format_is_not_written_down_is_refused(raw, tmp_pat
 
 
 @pytest.mark.parametrize("backing", ["nbd://127.0.0.1:9/x", "http://127.0.0.1:9/x", 'json:{"driver":"null-co"}'])
-def test_a_backing_file_must_be_local(qcow2, backing):
+def test_open_volume_rejects_remote_backing_file(qcow2, backing):
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", "raw", qcow2)
     assert "not a local file" in refused(qcow2, "qcow2")
 
 
-def test_a_chain_that_bites_its_tail_is_refused(qcow2):
+def test_open_volume_rejects_cyclic_chain(qcow2):
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", qcow2)
     assert f"more than {CHAIN_LIMIT} images" in refused(qcow2, "qcow2")
 
 
-def test_data_in_another_file_is_refused(tmp_path):
+def test_open_volume_rejects_external_data_file(tmp_path):
     image = tmp_path / "x.qcow2"
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={tmp_path / 'secret'},data_file_raw=on", image, "1M")
     assert "keeps its data in another file" in refused(image, "qcow2")
 
 
-def test_a_vmdk_that_names_a_file_elsewhere_is_refused(raw, tmp_path):
+def test_open_volume_rejects_vmdk_that_names_a_file_elsewhere(raw, tmp_path):
     folder = tmp_path / "vm"
     folder.mkdir()
     descriptor = folder / "disk.vmdk"
@@ -125,14 +125,14 @@ def test_a_vmdk_that_names_a_file_elsewhere_is_refused(raw, tmp_path):
 
 @pytest.mark.parametrize("image_format", [name for name in QEMU_FORMATS if name != "luks"])  # it keeps no size
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.9])
-def test_an_image_that_is_cut_short_is_refused(raw, image_format, share):
+def test_open_volume_rejects_truncated_image(raw, image_format, share):
     image = converted(raw, image_format)
     os.truncate(image, int(image.stat().st_size * share))
     assert str(image) in refused(image, image_format)
 
 
 @pytest.mark.parametrize("image_format", QEMU_FORMATS)
-def test_a_raw_disk_is_no_other_format(raw, image_format):
+def test_open_volume_rejects_raw_disk_as_another_format(raw, image_format):
     assert str(raw) in refused(raw, image_format)
 
 
@@ -140,7 +140,7 @@ def test_a_raw_disk_is_no_other_format(raw, image_format):
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(offset=st.integers(4, 120), value=st.binary(min_size=1, max_size=8))
-def test_a_qcow2_with_any_header_is_opened_or_refused(qcow2, offset, value):
+def test_any_qcow2_header_raises_only_our_error(qcow2, offset, value):
     damaged = qcow2.with_name("damaged.qcow2")
     image = qcow2.read_bytes()
     damaged.write_bytes(image[:offset] + value + image[offset + len(value) :])
@@ -149,7 +149,7 @@ def test_a_qcow2_with_any_header_is_opened_or_refused(qcow2, offset, value):
         volume.extents()
 
 
-def test_an_image_that_something_writes_to_is_in_use(qcow2, tmp_path):
+def test_open_volume_refuses_image_that_is_written_to(qcow2, tmp_path):
     socket = tmp_path / "nbd.sock"
     program = require("qemu-nbd", package="qemu-utils")
     with subprocess.Popen([program, "-f", "qcow2", "-k", socket, "-t", qcow2]) as writer:
@@ -161,13 +161,13 @@ def test_an_image_that_something_writes_to_is_in_use(qcow2, tmp_path):
             writer.kill()  # one that is told to terminate before it has begun to serve may not hear it
 
 
-def test_the_server_ends_with_the_volume(qcow2):
+def test_close_ends_the_server(qcow2):
     with open_volume(qcow2, "qcow2"):
         assert len(servers_of(qcow2)) == 1
     await_no_server(qcow2)
 
 
-def test_the_server_ends_by_itself_though_an_error_holds_its_connection(qcow2, monkeypatch):
+def test_server_ends_although_an_error_holds_its_connection(qcow2, monkeypatch):
     monkeypatch.setattr(qemu_nbd, "_END_TIMEOUT", math.inf)  # else it would be killed in the end
     with pytest.raises(VolumeUnreadableError) as caught, open_volume(qcow2, "qcow2") as volume:
         volume.read_into(volume.size, memoryview(bytearray(1)))
@@ -175,7 +175,7 @@ def test_the_server_ends_by_itself_though_an_error_holds_its_connection(qcow2, m
     await_no_server(qcow2)
 
 
-def test_the_server_ends_when_the_reader_is_killed(qcow2):
+def test_server_ends_when_the_reader_is_killed(qcow2):
     code = (
         "import sys, time; from pathlib import Path; from thrave.volumes.formats import open_volume\n"
         "with open_volume(Path(sys.argv[1]), 'qcow2'): print('open', flush=True); time.sleep(60)"
@@ -187,7 +187,7 @@ def test_the_server_ends_when_the_reader_is_killed(qcow2):
     await_no_server(qcow2)
 
 
-def test_a_server_that_dies_is_an_error_with_file_and_offset(qcow2):
+def test_death_of_the_server_raises_error_with_file_and_offset(qcow2):
     with open_volume(qcow2, "qcow2") as volume:
         (server,) = servers_of(qcow2)
         server.kill()
@@ -198,7 +198,7 @@ def test_a_server_that_dies_is_an_error_with_file_and_offset(qcow2):
             volume.extents()
 
 
-def test_a_server_that_says_nothing_is_given_up(qcow2, tmp_path, monkeypatch):
+def test_silent_server_times_out(qcow2, tmp_path, monkeypatch):
     silent = tmp_path / "bin" / "qemu-nbd"
     silent.parent.mkdir()
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -208,14 +208,14 @@ def test_a_server_that_says_nothing_is_given_up(qcow2, tmp_path, monkeypatch):
     assert "did not answer within" in refused(qcow2, "qcow2")
 
 
-def test_nothing_may_be_read_after_closing(qcow2):
+def test_read_after_close_raises_error(qcow2):
     with open_volume(qcow2, "qcow2") as volume:
         pass
     with pytest.raises(VolumeUnreadableError, match="closed"):
         volume.read_into(0, memoryview(bytearray(1)))
 
 
-def test_a_missing_program_is_named_with_its_package(qcow2, tmp_path, monkeypatch):
+def test_missing_program_names_its_package(qcow2, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with (
         pytest.raises(ToolNotInstalled, match="qemu-img is not installed: apt-get install qemu-utils"),
@@ -224,7 +224,7 @@ def test_a_missing_program_is_named_with_its_package(qcow2, tmp_path, monkeypatc
         pass
 
 
-def test_a_missing_binding_is_named_with_its_package(qcow2, tmp_path, monkeypatch):
+def test_missing_binding_names_its_package(qcow2, tmp_path, monkeypatch):
     for module in ("nbd", "libnbdmod"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(qemu_nbd, "_DEBIAN_MODULES", str(tmp_path))
@@ -232,5 +232,5 @@ def test_a_missing_binding_is_named_with_its_package(qcow2, tmp_path, monkeypatc
         pass
 
 
-def test_debians_modules_stay_out_of_the_way(nbd):
+def test_other_debian_modules_are_not_imported(nbd):
     assert not any("dist-packages" in path for path in sys.path)

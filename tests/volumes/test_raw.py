@@ -17,7 +17,7 @@ PAGE = 4096
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "character device", "dangling link"])
-def test_what_is_no_disk_is_refused_at_once(tmp_path, kind):
+def test_open_volume_rejects_other_file_types_at_once(tmp_path, kind):
     path = tmp_path / "thing"
     match kind:
         case "folder":
@@ -32,7 +32,7 @@ def test_what_is_no_disk_is_refused_at_once(tmp_path, kind):
         RawVolume(path)
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_zeros(tmp_path):
+def test_file_that_shrinks_while_read_raises_error(tmp_path):
     path = tmp_path / "disk.raw"
     path.write_bytes(b"x" * 10000)
     with suppress(VolumeChangedError), open_volume(path, "raw") as volume:
@@ -41,21 +41,21 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_zeros(tmp_path
             volume.read_into(5000, memoryview(bytearray(2000)))
 
 
-def test_an_input_output_error_names_file_and_offset():
+def test_io_error_names_file_and_offset():
     with open_volume("/proc/self/mem", "raw") as volume:  # nothing is mapped at 0: a true EIO
         with pytest.raises(VolumeUnreadableError, match="/proc/self/mem at byte 0: Input/output error") as caught:
             volume.read_into(0, memoryview(bytearray(16)))
         assert caught.value.offset == 0
 
 
-def test_the_last_extent_ends_with_the_file(tmp_path):
+def test_last_extent_ends_with_the_file(tmp_path):
     path = tmp_path / "disk.raw"
     path.write_bytes(b"x" * 5000)
     with open_volume(path, "raw") as volume:
         assert volume.extents() == [Extent(0, 5000)]
 
 
-def test_an_empty_file_is_an_empty_disk(tmp_path):
+def test_empty_file_is_an_empty_disk(tmp_path):
     path = tmp_path / "disk.raw"
     path.touch()
     with open_volume(path, "raw") as volume:
@@ -64,7 +64,7 @@ def test_an_empty_file_is_an_empty_disk(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(pages=st.lists(st.booleans(), min_size=1, max_size=40), tail=st.integers(0, PAGE - 1))
-def test_extents_are_the_pages_that_were_written(tmp_path_factory, pages, tail):
+def test_extents_are_the_written_pages(tmp_path_factory, pages, tail):
     path = tmp_path_factory.mktemp("pages") / "disk.raw"
     with path.open("wb") as file:
         for number, written in enumerate(pages):
@@ -76,7 +76,7 @@ def test_extents_are_the_pages_that_were_written(tmp_path_factory, pages, tail):
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3))))
-def test_joined_runs_hold_the_same_bytes_and_never_touch(steps):
+def test_joined_extents_cover_the_same_bytes_and_never_touch(steps):
     runs, end = [], 0
     for gap, length in steps:
         runs.append((end + gap, length))

@@ -103,7 +103,7 @@ TOP = {"backing": "top.qcow2", "second backing": "top.qcow2", "parent": "child.v
 
 @pytest.mark.parametrize("written", WRITTEN)
 @pytest.mark.parametrize("refers", REFERS)
-def test_a_file_elsewhere_is_refused_and_read_where_its_folder_was_named(host, refers, written):
+def test_file_elsewhere_is_read_only_from_image_directories(host, refers, written):
     image_format = REFERS[refers](host, lambda name: WRITTEN[written](host, name))
     image = host / "own" / TOP[refers]
     with pytest.raises(VolumeUnreadableError, match="neither the image's own folder nor") as caught:
@@ -114,7 +114,7 @@ def test_a_file_elsewhere_is_refused_and_read_where_its_folder_was_named(host, r
 
 
 @pytest.mark.parametrize("name", ["file:base.raw", "nbd:127.0.0.1:9", "fat:/etc", 'json:{"driver":"null-co"}', "a:b/c"])
-def test_a_protocol_is_refused(host, name):
+def test_open_volume_rejects_protocol_as_file(host, name):
     top = host / "own" / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-u", "-b", name, "-F", "raw", top, "8M")
     with pytest.raises(VolumeUnreadableError, match="not a local file"):
@@ -124,7 +124,7 @@ def test_a_protocol_is_refused(host, name):
         content(host / "own" / "flat.vmdk", "vmdk")
 
 
-def test_words_of_an_image_move_no_terminal(host):
+def test_text_of_an_image_is_escaped_for_the_terminal(host):
     top = host / "own" / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-u", "-b", "nbd://x/\033]0;owned\a\u202e", "-F", "raw", top, "1M")
     with pytest.raises(VolumeUnreadableError) as caught:
@@ -133,7 +133,7 @@ def test_words_of_an_image_move_no_terminal(host):
     assert caught.value.public.isprintable()
 
 
-def test_the_image_may_be_named_by_a_link_and_its_real_folder_counts(host):
+def test_image_named_by_link_counts_with_its_real_folder(host):
     top = host / "own" / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", host / "own" / "base.raw", "-F", "raw", top)
     link = host / "elsewhere" / "link.qcow2"
@@ -141,7 +141,7 @@ def test_the_image_may_be_named_by_a_link_and_its_real_folder_counts(host):
     assert content(link, "qcow2") == (host / "own" / "base.raw").read_bytes()
 
 
-def test_what_is_no_file_is_not_opened(host):
+def test_open_volume_opens_no_reference_that_is_not_a_file(host):
     top = host / "own" / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-u", "-b", "pipe", "-F", "raw", top, "1M")
     os.mkfifo(host / "own" / "pipe")
@@ -150,7 +150,7 @@ def test_what_is_no_file_is_not_opened(host):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make block devices")
-def test_an_image_on_a_device_may_not_refer_to_other_devices(host):
+def test_image_on_a_device_cannot_refer_to_other_devices(host):
     """Its folder would be /dev."""
     top = host / "own" / "top.qcow2"
     with loop_device(host / "elsewhere" / "secret.raw") as other:
@@ -177,7 +177,7 @@ def chain(request, host):
 
 
 @pytest.mark.parametrize("which", [0, -1], ids=["topmost", "lowest"])
-def test_a_file_that_is_exchanged_after_it_was_looked_at_changes_nothing_that_is_read(host, chain, monkeypatch, which):
+def test_file_replaced_after_its_check_is_not_read(host, chain, monkeypatch, which):
     image, image_format, files = chain
     true = (host / "own" / "base.raw").read_bytes()
     looked = image_chain.Inspection.check
@@ -234,7 +234,7 @@ def read_while(change, image, image_format):
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("which", [0, -1], ids=["topmost", "lowest"])
-def test_a_file_that_is_changed_while_it_is_read_is_told(host, chain, which, change):
+def test_change_of_a_file_while_it_is_read_is_detected(host, chain, which, change):
     image, image_format, files = chain
     with pytest.raises(VolumeChangedError, match=files[which].name) as caught:
         read_while(lambda: CHANGES[change](files[which], host / "own" / "other"), image, image_format)
@@ -242,13 +242,13 @@ def test_a_file_that_is_changed_while_it_is_read_is_told(host, chain, which, cha
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_so_is_a_raw_volume(host, change):
+def test_change_of_a_raw_volume_while_it_is_read_is_detected(host, change):
     disk = host / "own" / "base.raw"
     with pytest.raises(VolumeChangedError, match=r"base\.raw"):
         read_while(lambda: CHANGES[change](disk, host / "own" / "other"), disk, "raw")
 
 
-def test_an_error_of_the_block_is_not_hidden_by_the_change(host):
+def test_change_does_not_hide_an_error_of_the_caller(host):
     disk = host / "own" / "base.raw"
 
     def fail():
@@ -259,14 +259,14 @@ def test_an_error_of_the_block_is_not_hidden_by_the_change(host):
         read_while(fail, disk, "raw")
 
 
-def test_reading_alone_changes_nothing(host, chain):
+def test_read_is_not_detected_as_change(host, chain):
     image, image_format, _ = chain
     for _ in range(2):
         assert content(image, image_format) == (host / "own" / "base.raw").read_bytes()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make block devices")
-def test_a_device_that_is_written_to_while_it_is_read_is_told(host):
+def test_write_to_a_device_while_it_is_read_is_detected(host):
     with loop_device(host / "own" / "base.raw") as device:
         content(device, "raw")
         with pytest.raises(VolumeChangedError, match=device.name):
@@ -282,7 +282,7 @@ def written_through(device):
         os.close(disk)
 
 
-def test_which_files_a_volume_lies_in_and_which_of_them_are_written_to(chain):
+def test_volume_reports_its_files_and_those_written_to(chain):
     image, image_format, files = chain
     examined = examine(image, image_format)
     numbers = {(file.stat().st_dev, file.stat().st_ino) for file in files}
@@ -291,7 +291,7 @@ def test_which_files_a_volume_lies_in_and_which_of_them_are_written_to(chain):
     assert {tuple(one) for one in examined.written} == {(file.stat().st_dev, file.stat().st_ino) for file in written}
 
 
-def test_files_with_the_lowest_numbers_are_handed_on_too(host, chain):
+def test_files_with_lowest_descriptors_are_passed_to_the_server(host, chain):
     """In a new process the first file that is opened has the number that a server's socket is to have."""
     image, image_format, _ = chain
     code = (

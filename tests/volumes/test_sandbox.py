@@ -133,7 +133,7 @@ def on_another_machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("on_another_machine")
-def test_no_volume_is_read_where_the_process_cannot_be_confined():
+def test_no_volume_is_read_without_sandbox():
     class Unread:
         size = 1 << 20
 
@@ -178,7 +178,7 @@ def test_filter_allows_the_table_and_nothing_else(machine):
         assert verdict(machine, other, 0) == sandbox._KILL
 
 
-def test_filter_is_the_kernels_own_table():
+def test_filter_agrees_with_the_kernel_table():
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("the kernel's headers are not installed")

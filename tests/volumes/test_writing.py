@@ -50,7 +50,7 @@ def servers(image):
 
 
 @FORMATS
-def test_qemu_reads_what_was_written_and_finds_nothing_wrong(raw, tmp_path, image_format):
+def test_qemu_checks_and_reads_the_written_image(raw, tmp_path, image_format):
     image = write(tmp_path / "image", image_format)
     assert "identical" in qemu_img("compare", "-f", "raw", "-F", image_format, raw, image)
     if image_format != "vpc":  # which has no check
@@ -59,7 +59,7 @@ def test_qemu_reads_what_was_written_and_finds_nothing_wrong(raw, tmp_path, imag
 
 
 @FORMATS
-def test_what_is_not_written_stays_unallocated(tmp_path, image_format):
+def test_unwritten_ranges_stay_unallocated(tmp_path, image_format):
     image = write(tmp_path / "image", image_format, 1 << 32, {3 << 30: b"data" * KIB})
     assert image.stat().st_blocks * 512 < 4 * MIB
     with open_volume(image, image_format) as volume:
@@ -68,17 +68,17 @@ def test_what_is_not_written_stays_unallocated(tmp_path, image_format):
 
 
 @FORMATS
-def test_the_file_keeps_the_mode_that_it_had(tmp_path, image_format):
+def test_file_keeps_its_mode(tmp_path, image_format):
     assert write(tmp_path / "image", image_format, MIB, {}).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("image_format", ["raw", "vhdx", "vdi", "nbd", "", "qcow2,backing_file=/etc/passwd"])
-def test_another_format_is_refused(tmp_path, image_format):
+def test_writer_rejects_other_formats(tmp_path, image_format):
     with pytest.raises(UnknownFormatError, match="known are qcow2"):
         write(tmp_path / "image", image_format)
 
 
-def test_a_name_is_never_taken_for_a_protocol_or_an_option(tmp_path, monkeypatch):
+def test_file_name_is_never_taken_for_protocol_or_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("nbd:image", "-o", "a,b=c"):
         (tmp_path / name).touch()
@@ -87,13 +87,13 @@ def test_a_name_is_never_taken_for_a_protocol_or_an_option(tmp_path, monkeypatch
         assert b"QFI" in (tmp_path / name).read_bytes()
 
 
-def test_a_size_that_the_format_cannot_have_is_an_error_of_ours(tmp_path):
+def test_impossible_size_raises_our_error(tmp_path):
     for size in (1 << 62, (1 << 63) - 1):
         with pytest.raises(VolumeUnwritableError, match="cannot write"):
             write(tmp_path / "image", "qcow2", size)
 
 
-def test_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path):
+def test_missing_folder_raises_our_error(tmp_path):
     with pytest.raises(VolumeUnwritableError), new_image(tmp_path / "no" / "image", "qcow2", MIB):
         pass
 
@@ -105,14 +105,14 @@ def write_while_the_server_dies(path):
         image.write(0, memoryview(b"x" * 512))
 
 
-def test_a_server_that_dies_is_an_error_of_ours(tmp_path):
+def test_death_of_the_server_raises_our_error(tmp_path):
     (tmp_path / "image").touch()
     with pytest.raises(VolumeUnwritableError):
         write_while_the_server_dies(tmp_path / "image")
     assert servers(tmp_path / "image") == []
 
 
-def test_no_server_is_left_when_the_writer_fails(tmp_path):
+def test_failed_writer_leaves_no_server(tmp_path):
     (tmp_path / "image").touch()
     with pytest.raises(ValueError, match="stop"), new_image(tmp_path / "image", "qcow2", MIB) as image:
         raise ValueError("stop")
@@ -121,7 +121,7 @@ def test_no_server_is_left_when_the_writer_fails(tmp_path):
         image.write(0, memoryview(b"x"))
 
 
-def test_a_full_disk_is_an_error_of_ours(tmp_path):
+def test_full_disk_raises_our_error(tmp_path):
     """A limit on the size of files, which the server inherits, stands in for it."""
     program = require("prlimit", package="util-linux")
     script = (
@@ -137,7 +137,7 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path):
     assert "VolumeUnwritableError" in done.stderr
 
 
-def test_a_missing_program_is_named_with_its_package(tmp_path, monkeypatch):
+def test_missing_program_names_its_package(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolNotInstalled, match="apt-get install qemu-utils"):
         write(tmp_path / "image", "qcow2")
