@@ -1,4 +1,4 @@
-# Everything a newcomer, a developer and CI do. Each target installs what it needs; see CONTRIBUTING.md.
+# Commands for new users, developers and CI. Each target installs what it needs; see CONTRIBUTING.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 DEMO_INSTALLED := $(VENV)/demo-installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-# Debian packages that some tests start for real. The demo needs none of them.
+# Debian packages that some tests start. The demo needs none of them.
 TEST_PACKAGES := openssl jq isal qemu-utils python3-libnbd ntfs-3g fdisk libarchive-tools postgresql gcc libc6-dev \
 	radosgw ceph-mon ceph-osd ceph-common \
 	qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients python3-libvirt grub-common grub-pc-bin \
@@ -66,13 +66,13 @@ bench-stores: $(INSTALLED) packages
 bench-downtime: $(INSTALLED) packages
 	$(BIN)/python benchmarks/downtime.py
 
-# Runs every client once more and writes down which of them can do what.
+# Runs every client and generates the table of what each supports.
 clients: $(INSTALLED) packages
 	mkdir -p .cache
 	THRAVE_CLIENTS_TABLE=.cache/clients.json $(BIN)/pytest tests/clients
 	$(BIN)/python scripts/make_clients_table.py .cache/clients.json
 
-# Has `thrave doctor` examine every store that the tests start, and writes down what it found.
+# Runs `thrave doctor` on every store that the tests start, and generates the table of results.
 stores: $(INSTALLED) packages
 	PYTHONPATH=tests $(BIN)/python scripts/make_stores_table.py
 

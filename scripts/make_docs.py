@@ -98,9 +98,9 @@ def doctor() -> str:
         for check in (*CHECKS, CLEAN_UP)
     )
     return (
-        "# What `thrave doctor` tries\n\nIn this order. The outcome of a check that does not succeed is `failed`, or"
+        "# What `thrave doctor` checks\n\nIn this order. The outcome of a check that does not succeed is `failed`, or"
         " `warning` if tasks can do without it.\n\n"
-        + table(("of the", "check", "tries", "can do without", "what to do"), rows)
+        + table(("of the", "check", "what is checked", "optional", "what to do"), rows)
     )
 
 
@@ -121,9 +121,9 @@ def store_errors() -> str:
 STORE_ERRORS = """\
 # Errors of object stores
 
-Thrave decides by S3's code, else by the HTTP status, else by the first digit of the status. What is `transient` is
-sent again: by a task for `s3_retry_timeout` seconds, by `BundleInstance` for 5, by a command for 60 (twice, if the
-server has never responded). A response that says `Retry-After` is obeyed within that time. All other errors are final.
+Thrave decides by S3's code, else by the HTTP status, else by the first digit of the status. A request with a
+`transient` error is retried: by a task for `s3_retry_timeout` seconds, by `BundleInstance` for 5, by a command for 60
+(twice, if the server has never responded). `Retry-After` is observed within that time. All other errors are final.
 
 {kinds}
 ## Codes
@@ -137,20 +137,21 @@ Codes that no store sends, such as `ConnectionRefused`, are Thrave's own.
 
 
 IMAGES = """\
-# What disk images state of themselves
+# Metadata of disk images
 
-An image file can refer to other files, and can say that it is not the whole disk or not to be trusted. The file's own
-words are read before QEMU opens it, and decide: `accept`; `warn`, which is accepted and reported in the task's warning
-or by `thrave bundle`; `refuse`. A mark that a running machine leaves in its image counts once the machine is off.
+An image file can refer to other files, and its metadata can say that it is not a whole disk or is damaged. Thrave reads
+the metadata before QEMU opens the file, and decides: `accept`; `warn`, which is accepted and reported in the task's
+warning or by `thrave bundle`; `refuse`. A mark that a running machine sets in its image counts once the machine is off.
 
-A file that is accepted must lie in the real folder of the image that is bundled, or in one of the `image_dirs`
-(`thrave bundle --image-dir`) or a folder below. Links are followed, once, and the file that they led to counts.
-QEMU is given open files and never a name. At the end every file is compared with what it was: size, times of change
-(also that of its status, which cannot be set back), and whether its name still leads to it. A block device has no such
-times: the kernel's count of writes is compared, which does not see writes by another host or through another device.
+A file that an image refers to must be in the real folder of the image that is bundled, in one of the `image_dirs`
+(`thrave bundle --image-dir`), or in a folder below. Links are followed once, and their target counts. QEMU gets open
+files and never a name. At the end every file is compared with its state at the start: size, times of change (also that
+of its inode, which cannot be set back), and whether its name still refers to the same file. A block device has no such
+times. The kernel's count of writes is compared, which does not include writes by another host or through another
+device.
 
-A file that another machine, which is not off, writes to is not read, by whatever name that machine has it. A file that
-both machines only read, such as a template below their overlays, is not in the way.
+A file that another running machine writes to is not read, whatever name that machine uses for it. A file that
+both machines only read, such as a template below their overlays, is allowed.
 
 ## Files that an image can refer to
 
@@ -162,7 +163,7 @@ both machines only read, such as a template below their overlays, is not in the 
 
 def images() -> str:
     """Properties of disk images that are checked before QEMU opens them."""
-    header = ("format", "what it says", "where", "decision", "message")
+    header = ("format", "metadata", "where", "decision", "message")
 
     def rows(table: Iterable[Row]) -> Iterable[Iterable[object]]:
         for row in table:
@@ -175,10 +176,10 @@ def crash_points() -> str:
     """Steps of a task that a crash can interrupt."""
     rows = ((f"`{step}`", row.done, row.again) for step, row in FAILPOINTS.items())
     return (
-        "# Steps of a bundle task that a crash can cut off\n\nEach has two crash points: with the setting"
-        ' `failpoint = "part stored, before"` or `"part stored, after"`, and perhaps `", 3"` for the third time, the'
-        " service kills itself there. `scripts/kill_sweep.py` does that at each of them.\n\n"
-        + table(("step", "what it does", "after a crash in it"), rows)
+        "# Failpoints\n\nThe steps of a bundle task that a crash can interrupt. Each has two failpoints: with the"
+        ' setting `failpoint = "part stored, before"` or `"part stored, after"`, optionally with `", 3"` for the third'
+        " time, the service kills itself there. `scripts/kill_sweep.py` does this at each of them.\n\n"
+        + table(("step", "what it does", "after a crash in this step"), rows)
     )
 
 
@@ -194,7 +195,7 @@ def states() -> str:
     )
     return (
         f"# States of a bundle task\n\n```mermaid\nstateDiagram-v2\n{names}\n    [*] --> PENDING\n{edges}\n```\n\n"
-        + table(("state", "what may follow"), rows)
+        + table(("state", "next states"), rows)
         + STEPS_OF_A_TASK.format(diagram=_steps_diagram(), forward=_steps(FORWARD), undo=_steps(UNDO))
     )
 
@@ -213,17 +214,17 @@ def _steps_diagram() -> str:
 
 def _steps(steps: Mapping[Step, StepRow]) -> str:
     rows = ((f"`{step}`", row.does, row.fails) for step, row in steps.items())
-    return table(("step", "what it does", "if it fails for good"), rows)
+    return table(("step", "what it does", "if it fails permanently"), rows)
 
 
 STEPS_OF_A_TASK = """
 # Steps of a bundle task
 
-The task's row names the step that comes next. A step that a crash has cut off is repeated.
+The task's row names the next step. A step that was interrupted by a crash is repeated.
 
 {diagram}
 {forward}
-From the transaction that records a failure or a cancellation on, only these follow:
+After the transaction that records a failure or a cancellation, only these steps follow:
 
 {undo}"""
 
@@ -242,9 +243,9 @@ def host_states() -> str:
         for state in HostState
     )
     return (
-        "# States of a fleet's host\n\nA state that an event does not allow has no entry: the command is refused, with"
-        " exit code 4. An active or draining host that has sent no heartbeat for its `heartbeat_timeout` seconds, by"
-        " the database's clock, is shown as `lost`.\n\n"
+        "# States of a fleet's host\n\nAn empty cell means that the state does not allow the event: the command is"
+        " refused with exit code 4. An active or draining host that has sent no heartbeat for its `heartbeat_timeout`"
+        " seconds, by the database's clock, is shown as `lost`.\n\n"
         f"```mermaid\nstateDiagram-v2\n{names}\n    [*] --> ACTIVE\n{edges}\n```\n\n"
         + table(("state", "meaning", *(f"after: {event}" for event in MOVES)), rows)
     )
@@ -279,8 +280,8 @@ permission. Actions of other services in a policy have no effect. Unknown names 
 {keys}
 ## Condition operators
 
-Each but `Null` may end in `IfExists`: it then also holds if the request has no value for the key. Several values of one
-key are joined by OR, all else by AND.
+All except `Null` can have the suffix `IfExists`: the condition then also holds if the request has no value for the
+key. Several values of one key are joined by OR, everything else by AND.
 
 {operators}"""
 
