@@ -120,7 +120,7 @@ def test_what_cannot_be_done_has_a_status_and_no_traceback(thrave, words, status
 
 def test_a_mistyped_data_directory_is_not_begun_by_looking_into_it(thrave, tmp_path):
     status, _, stderr = thrave("account", "list", "--data-dir", tmp_path / "mistyped")
-    assert (status, "no data directory" in stderr) == (USAGE, True)
+    assert (status, "No data directory" in stderr) == (USAGE, True)
     assert not (tmp_path / "mistyped").exists()
 
 
