@@ -4,6 +4,7 @@ import builtins
 import inspect
 import json
 import os
+import pkgutil
 import random
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import click
 import pytest
 
 from thrave.cli.exit_codes import Exit
-from thrave.cli.main import COMMANDS, HARMFUL
+from thrave.cli.main import COMMANDS, EXITS, HARMFUL
 from thrave.cli.main import thrave as group
 from thrave.cli.output import print_result, printable, table
 
@@ -40,6 +41,12 @@ KINDS = [kind for kind in vars(builtins).values()
 def an_exception(words):
     """A random one of Python's; the same for the same command."""
     return random.Random(" ".join(words)).choice(KINDS)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in EXITS])
+def test_each_expected_error_exists(name):
+    """The table has names only, so that no module is imported for it."""
+    assert issubclass(pkgutil.resolve_name(name), Exception)
 
 
 @pytest.mark.parametrize(("words", "command"), [*commands()], ids=[" ".join(words) for words, _ in commands()])
