@@ -1,35 +1,151 @@
-"""When to try again what has failed: soon at first, then at longer and longer intervals.
+"""Retries of calls that may succeed later, and waits for a condition. Knows no hypervisor, store or database.
 
-It is kept in memory only: after a restart everything is tried at once again, since what was wrong may be mended.
+`retry` repeats one call in the calling thread. `RetrySchedule` tells a background job which of its items are due. Which
+errors may pass is decided by the callers (`tasks/errors.py`, `buckets/errors.py`).
 """
 
+import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import repeat
+from typing import NamedTuple, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Retryable: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
+
+
+class FailedAttempt(NamedTuple):
+    """An attempt that ended with an error that may pass."""
+
+    error: Exception
+    is_first: bool
+    """Whether the timeout is counted from this failure."""
+    elapsed: float
+    """Seconds since the failure from which the timeout is counted."""
+    wait: float | None
+    """Seconds until the next attempt; None: there is none, and the error is raised."""
+
+
+def _no_minimum(_error: Exception) -> float:
+    return 0.0
+
+
+def _no_progress(_error: Exception, _seconds: float) -> bool:
+    return False
+
+
+def retry(
+    operation: Callable[[], T],
+    *,
+    on: Retryable,
+    timeout: float,
+    interval: float | Iterable[float] = 1.0,
+    is_timeout_strict: bool = False,
+    min_wait: Callable[[Exception], float] = _no_minimum,
+    is_progress: Callable[[Exception, float], bool] = _no_progress,
+    on_failure: Callable[[FailedAttempt], object] | None = None,
+    sleep: Callable[[float], object] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> T:
+    """Call `operation` until it returns, or `timeout` seconds after its first failure.
+
+    Args:
+        operation: Must be safe to repeat.
+        on: Exception types to retry, or a predicate; other errors are raised at once.
+        timeout: Seconds; 0: the operation is called once.
+        interval: Seconds between two attempts. An iterable gives one wait after the other and must not end.
+        is_timeout_strict: Give up early if the next attempt would begin after the timeout. Otherwise one attempt may
+            begin up to one interval after it.
+        min_wait: Seconds that the other side asks for before the next attempt; cut to the end of the timeout.
+        is_progress: Whether an attempt that lasted so many seconds had reached the other side before it failed. Then
+            the timeout is counted from this failure.
+        on_failure: Called after each failure in `on`, before the wait. May raise, to give up.
+        sleep: Waits; may raise, to give up.
+        clock: Seconds of a monotonic clock.
+
+    Raises:
+        Exception: The last error of `operation`, or what `on_failure` or `sleep` raises.
+    """
+    waits = repeat(float(interval)) if isinstance(interval, (int, float)) else iter(interval)
+    first_failure: float | None = None
+    while True:
+        started = clock()
+        try:
+            return operation()
+        except Exception as error:
+            if not (isinstance(error, on) if isinstance(on, (type, tuple)) else on(error)):
+                raise
+            now = clock()
+            is_first = first_failure is None or is_progress(error, now - started)
+            if first_failure is None or is_first:
+                first_failure = now
+            elapsed = now - first_failure
+            wait = next(waits)
+            is_last = elapsed + wait > timeout if is_timeout_strict else elapsed >= timeout
+            if not is_last:
+                wait = max(wait, min(min_wait(error), timeout - elapsed))
+            if on_failure is not None:
+                on_failure(FailedAttempt(error, is_first, elapsed, None if is_last else wait))
+            if is_last:
+                raise
+            sleep(wait)
+
+
+def backoff(first: float, longest: float) -> Iterator[float]:
+    """Yield waits for `retry` that double from `first` to `longest` seconds, each shortened at random by up to half.
+
+    The jitter keeps many clients that met the same failure from coming back at the same moment.
+    """
+    wait = first
+    while True:
+        yield wait * random.uniform(0.5, 1)  # noqa: S311 (not used for a secret)
+        wait = min(2 * wait, longest)
+
+
+def poll_until(
+    read: Callable[[], T],
+    is_done: Callable[[T], bool] = bool,
+    *,
+    timeout: float,
+    interval: float,
+    sleep: Callable[[float], object] = time.sleep,
+) -> T:
+    """Call `read` until `is_done` accepts its value, or for `timeout` seconds; return the last value.
+
+    `read` is called at least once. Its errors are raised.
+    """
+    deadline = time.monotonic() + timeout
+    while not is_done(value := read()) and time.monotonic() <= deadline:
+        sleep(interval)
+    return value
 
 
 class RetrySchedule:
-    """The next attempts at several things, each known by a name."""
+    """When to try each of several items again: after the first failure soon, then at doubling intervals.
+
+    Kept in memory only. After a restart every item is due, since its cause may be repaired.
+    """
 
     def __init__(self, first: float, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Try again `first` seconds after the first failure, then after twice as many, at last every `longest`."""
+        """Wait `first` seconds after the first failure of an item, and at most `longest` seconds after a later one."""
         self._first = first
         self._longest = longest
         self._clock = clock
-        self._waiting: dict[str, tuple[float, float]] = {}
+        self._waits: dict[str, tuple[float, float]] = {}  # last interval, time of the next attempt
 
     def is_due(self, name: str) -> bool:
-        """Whether it may be tried now: it has not failed, or long enough ago."""
-        return self._clock() >= self._waiting.get(name, (0.0, 0.0))[1]
+        """Whether the item may be tried now."""
+        return self._clock() >= self._waits.get(name, (0.0, 0.0))[1]
 
-    def failed(self, name: str) -> None:
-        """Take note that it has failed."""
-        interval = min(2 * self._waiting.get(name, (self._first / 2, 0.0))[0], self._longest)
-        self._waiting[name] = interval, self._clock() + interval
+    def record_failure(self, name: str) -> None:
+        """Record that the item failed just now."""
+        interval = min(2 * self._waits.get(name, (self._first / 2, 0.0))[0], self._longest)
+        self._waits[name] = interval, self._clock() + interval
 
     def keep(self, names: Collection[str]) -> None:
-        """Forget everything else: it is no longer to be done."""
-        self._waiting = {name: waits for name, waits in self._waiting.items() if name in names}
+        """Forget all other items."""
+        self._waits = {name: wait for name, wait in self._waits.items() if name in names}
 
-    def over(self, name: str) -> None:
-        """Forget it: it was done, or is wanted no longer."""
-        self._waiting.pop(name, None)
+    def forget(self, name: str) -> None:
+        """Forget an item that has succeeded or is no longer wanted."""
+        self._waits.pop(name, None)

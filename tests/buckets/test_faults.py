@@ -40,7 +40,7 @@ def bench(seaweedfs, proxy, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses."""
-    monkeypatch.setattr(retrying_store, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(retrying_store, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(power, "LOOK_AGAIN", 0.01)
 
 

@@ -226,7 +226,7 @@ def test_unreachable_server_is_retried_as_often_as_requested(pauses):
         raise UnreachableError("ConnectionRefused", 0, "words")
 
     with pytest.raises(UnreachableError):
-        retry_store(call, 100.0, lambda *_: None, unreachable=2)
+        retry_store(call, 100.0, lambda *_: None, unreachable_attempts=2)
     assert len(tried) == 2
 
 

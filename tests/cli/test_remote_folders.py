@@ -22,7 +22,7 @@ def settings(monkeypatch, tmp_path):
     }  # fmt: skip
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(retrying_store, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retrying_store, "FIRST_WAIT", 0.01)
 
 
 def show(thrave, monkeypatch, url):

@@ -13,7 +13,7 @@ from thrave.compute.libvirt import overlay_files, overlay_merge, overlays
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.compute.libvirt.overlay_merge import DiskLocation, OverlayMerge, RootDisk
 from thrave.compute.libvirt.overlays import LibvirtOverlays
-from thrave.compute.start_check import start_allowed_by
+from thrave.write_guard import start_guard
 
 INSTANCE = instance_id_of("00000000-0000-0000-0000-000000000001")
 FROZEN = Overlay(VolumeFile(path=Path("/vm/root.raw")), Path("/vm/root.overlay"))
@@ -98,7 +98,7 @@ def test_each_command_of_a_freeze_is_checked_also_in_the_thread_that_asks(monkey
 def checked(host, commands, act):
     """Do it, and see that nothing is done after a check that fails, and each command right after one that does not."""
     try:
-        with start_allowed_by(host.check):
+        with start_guard.using(host.check):
             act()
     except TooLateError:
         assert host.done.count("check") == host.allowed

@@ -12,7 +12,7 @@ import pytest
 from support.instances.inventories import Commands, Domains, Files
 from thrave.compute.errors import IncorrectInstanceState, InstanceLocked, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import InstanceState
-from thrave.compute.start_check import start_allowed_by
+from thrave.write_guard import start_guard
 
 NO_IDS = [
     "",
@@ -246,7 +246,7 @@ def test_whether_it_may_be_started_is_checked_again_right_before(instances, inst
             raise NotAllowedError
         answers.pop()
 
-    with pytest.raises(NotAllowedError), start_allowed_by(check):
+    with pytest.raises(NotAllowedError), start_guard.using(check):
         instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED
     instances.start(instance_id)

@@ -20,8 +20,8 @@ from thrave.compute.errors import (
     RootVolumeInUse,
 )
 from thrave.compute.instance import InstanceState, OffReason, VolumeFile
-from thrave.compute.start_check import start_allowed_by
 from thrave.files import file_lock
+from thrave.write_guard import start_guard
 
 ID = "i-0123456789abcdef0"
 
@@ -248,6 +248,6 @@ def test_a_start_that_has_certainly_failed_leaves_the_instance_as_it_was(root, a
 
 def test_a_start_that_was_not_allowed_in_the_end_leaves_the_instance_as_it_was(instances, added):
     instance_id, answers = added(state="stopped", start_command=("false",)), [None]
-    with pytest.raises(IndexError), start_allowed_by(answers.pop):
+    with pytest.raises(IndexError), start_guard.using(answers.pop):
         instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED

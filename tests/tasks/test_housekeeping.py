@@ -192,9 +192,9 @@ def test_retries_come_at_growing_intervals():
     while now[0] < 60:
         if retries.is_due("it"):
             tried.append(now[0])
-            retries.failed("it")
+            retries.record_failure("it")
         now[0] += 0.5
     assert tried == [0.0, 1.0, 3.0, 7.0, 15.0, 25.0, 35.0, 45.0, 55.0]
     assert retries.is_due("another")
-    retries.over("it")
+    retries.forget("it")
     assert retries.is_due("it")

@@ -14,7 +14,7 @@ from support.service.in_process import HOST, OneHost
 from thrave.buckets.errors import TransientError
 from thrave.compute.instance import InstanceState
 from thrave.database import bundle_task, host
-from thrave.tasks import database_outage, workflow
+from thrave.tasks import step_retry, workflow
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.lease import Fence, Lease, RightLostError
 from thrave.tasks.models import BORROWED, FORWARD, UNDO, Step
@@ -39,7 +39,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(database_outage, "PAUSES", (0.0,))
+    monkeypatch.setattr(step_retry, "DATABASE_INTERVALS", (0.0,))
 
 
 class LosesAPart:

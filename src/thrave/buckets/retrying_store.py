@@ -1,191 +1,203 @@
-"""Retries calls of an object store while they fail in a way that may pass.
+"""Retries of calls to an object store that end with a TransientError: busy, cut off, no response, damaged bytes.
 
-A call that ends in a TransientError (busy, cut off, no response, damaged bytes) is made again after a pause that
-doubles, up to `LONGEST_PAUSE`, with jitter, so that many that met the same fault do not come back at once. A store that
-sends `Retry-After` is not called earlier. When the time is up, the last error is raised. All other errors (403, an
-expired policy, no such bucket) are final at once. Every call of a store may be repeated (see Buckets).
-
-A wait for a free connection says nothing about the store: other requests of this process are slow. It uses up no time
-where a check can end the call, as the watch of a task does.
-
-Before each attempt a check is made, which may end the call: whoever has lost the right to write, or is not waited for
-any more, sends nothing.
+The wait between two attempts doubles, with jitter, and is not shorter than the store's `Retry-After`. All other errors
+(403, expired policy, no such bucket) are raised at once. Every call of a store may be repeated (see ObjectStore).
 """
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import structlog
 
-from thrave.buckets.attempts import Check, attempt, no_check
 from thrave.buckets.base import ObjectHead, ObjectStore
 from thrave.buckets.errors import BucketError, NoConnectionError, TransientError, UnreachableError
 from thrave.buckets.upload_policy import UploadPolicy
+from thrave.retry import FailedAttempt, backoff, retry
+from thrave.write_guard import WriteCheck, no_check, store_guard
 
-FIRST_PAUSE = 0.25  # seconds
-LONGEST_PAUSE = 15.0  # seconds
+FIRST_WAIT = 0.25  # seconds
+LONGEST_WAIT = 15.0  # seconds
 
 _GATEWAY = frozenset({502, 504})
 """Statuses of a server in between: the request may have reached the store, or may reach it later."""
 
 log = structlog.get_logger()
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
+OnRetry = Callable[[TransientError, float], None]
+"""Called before a retry, with the error and the seconds until the next attempt."""
 
 
 def retry_store(
-    call: Callable[[], _Answer],
-    patience: float,
-    tell: Callable[[TransientError, float], None],
+    call: Callable[[], _Result],
+    timeout: float,
+    on_retry: OnRetry,
     *,
-    unreachable: int | None = None,
-    before_attempt: Check = no_check,
-) -> _Answer:
-    """Make a call again while it ends in a TransientError.
+    unreachable_attempts: int | None = None,
+    before_attempt: WriteCheck = no_check,
+) -> _Result:
+    """Repeat a call while it ends with a TransientError.
 
     Args:
         call: Must be safe to repeat.
-        patience: Seconds from its first failure on, after which the last error is raised. With a `before_attempt` no
-            wait for a free connection is counted; with 0 the call is made once.
-        tell: Called with a failure and the seconds until the next attempt.
-        unreachable: Attempts after which an UnreachableError is raised; None: as any other.
-        before_attempt: Made before each attempt, and within it (`attempts.py`); what it raises ends the call.
+        timeout: Seconds from the first failure after which the last error is raised; 0: the call is made once.
+        on_retry: Reports the failure.
+        unreachable_attempts: Attempts after which an UnreachableError is raised; None: it is like any other.
+        before_attempt: Check made before each attempt, and within it (`write_guard.store_guard`). What it raises ends
+            the call, so that a process that has lost the right to write sends nothing.
 
     Raises:
         TransientError: The last one.
     """
-    until, pause, attempts = 0.0, FIRST_PAUSE, 0
-    while True:
-        began = time.monotonic()
-        try:
-            with attempt(before_attempt):
-                return call()
-        except TransientError as error:
-            now, attempts = time.monotonic(), attempts + 1
-            if isinstance(error, NoConnectionError) and patience and before_attempt is not no_check:
-                until += (now - began) if until else 0.0
-                tell(error, 0.0)
-                continue
-            until = until or now + patience
-            wait = pause * random.uniform(0.5, 1)  # noqa: S311 (no secret hangs on it)
-            if now + wait > until or (isinstance(error, UnreachableError) and attempts == unreachable):
-                raise
-            # A store that asks for more time than there is gets all that is left, and one last attempt.
-            wait = max(wait, min(error.retry_after, until - now))
-            tell(error, wait)
-            time.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE)
+    attempts, waited = 0, 0.0
+
+    def attempt() -> _Result:
+        nonlocal attempts, waited
+        while True:
+            started = time.monotonic()
+            attempts += 1
+            try:
+                with store_guard.using(before_attempt):
+                    return call()
+            except NoConnectionError as error:
+                # A wait for a free connection proves nothing about the store: other requests of this process are slow.
+                # It is not counted if a check, such as a task's monitor, can end the call.
+                if not timeout or before_attempt is no_check:
+                    raise
+                waited += time.monotonic() - started
+                on_retry(error, 0.0)
+
+    def is_retryable(error: Exception) -> bool:
+        if isinstance(error, UnreachableError) and attempts == unreachable_attempts:
+            return False
+        return isinstance(error, TransientError)
+
+    def on_failure(failed: FailedAttempt) -> None:
+        if failed.wait is not None and isinstance(failed.error, TransientError):
+            on_retry(failed.error, failed.wait)
+
+    return retry(
+        attempt,
+        on=is_retryable,
+        timeout=timeout,
+        interval=backoff(FIRST_WAIT, LONGEST_WAIT),
+        is_timeout_strict=True,
+        # A store that asks for more than the remaining time gets all of it, and one last attempt.
+        min_wait=lambda error: error.retry_after if isinstance(error, TransientError) else 0.0,
+        on_failure=on_failure,
+        sleep=time.sleep,
+        clock=lambda: time.monotonic() - waited,
+    )
 
 
 def may_arrive(error: BucketError) -> bool:
-    """Whether the request that ended in this error may be carried out later: it was sent, and not answered."""
+    """Whether the request that ended with this error may be executed later: it was sent, and no response came."""
     if isinstance(error, UnreachableError) or not isinstance(error, TransientError):
         return False
     return error.status == 0 or error.status in _GATEWAY
 
 
 class RetryingStore:
-    """The Buckets of another driver, whose calls are retried."""
+    """Another object store whose calls are retried."""
 
     def __init__(
         self,
         buckets: ObjectStore,
-        patience: float,
-        told: Callable[[TransientError, float], None] | None = None,
+        retry_timeout: float,
+        on_retry: OnRetry | None = None,
         *,
-        before_attempt: Check = no_check,
+        before_attempt: WriteCheck = no_check,
         unanswered: set[tuple[str, str]] | None = None,
     ) -> None:
-        """Retry the calls of `buckets` for `patience` seconds after a call's first failure.
+        """Retry the calls of `buckets`.
 
         Args:
             buckets: The store.
-            patience: Seconds.
-            told: As `patiently` has it.
-            before_attempt: As `patiently` has it, of each attempt of each call.
-            unanswered: Where the attribute of that name is kept, if several share it.
+            retry_timeout: Seconds from a call's first failure; see `retry_store`.
+            on_retry: See `retry_store`; by default the failure is logged.
+            before_attempt: See `retry_store`; made before each attempt of each call.
+            unanswered: The set for the attribute `unanswered`, if several stores share one.
         """
         self._buckets = buckets
-        self._patience = patience
-        self._told = told or _log
+        self._retry_timeout = retry_timeout
+        self._on_retry = on_retry or _log_retry
         self._before_attempt = before_attempt
         self.unanswered = set[tuple[str, str]]() if unanswered is None else unanswered
-        """Bucket and key of each object that a request was sent to write or delete, which was not answered. It may yet
-        arrive, even if a later attempt has succeeded."""
+        """Bucket and key of each object whose write or deletion was sent and got no response. The request may still be
+        executed, even after a later attempt has succeeded."""
 
     def on_behalf_of(self, access_key_id: str) -> "RetryingStore":
-        """See Buckets."""
-        return self._like(self._buckets.on_behalf_of(access_key_id), self._before_attempt)
+        """See ObjectStore."""
+        return self._copy(self._buckets.on_behalf_of(access_key_id), self._before_attempt)
 
-    def checking(self, check: Check) -> "RetryingStore":
-        """Return the same store; before each attempt `check` is made as well."""
+    def checking(self, check: WriteCheck) -> "RetryingStore":
+        """Return this store with another check before each attempt, made before the existing one."""
 
         def both() -> None:
             check()
             self._before_attempt()
 
-        return self._like(self._buckets, both)
+        return self._copy(self._buckets, both)
 
     def owner(self, bucket: str) -> str | None:
-        """See Buckets."""
-        return self._patiently(lambda: self._buckets.owner(bucket))
+        """See ObjectStore."""
+        return self._retry(lambda: self._buckets.owner(bucket))
 
     def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:
-        """See Buckets."""
-        made = False
+        """See ObjectStore."""
+        is_created = False
 
         def create() -> None:
-            nonlocal made
-            made = self._buckets.create(bucket, owner, probe=probe) or made
+            nonlocal is_created
+            is_created = self._buckets.create(bucket, owner, probe=probe) or is_created
 
-        self._patiently(create)
-        return made
+        self._retry(create)
+        return is_created
 
     def remove(self, bucket: str, owner: str) -> bool:
-        """See Buckets."""
-        return self._patiently(lambda: self._buckets.remove(bucket, owner))
+        """See ObjectStore."""
+        return self._retry(lambda: self._buckets.remove(bucket, owner))
 
     def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
-        """See Buckets."""
+        """See ObjectStore."""
         return self._write(bucket, [key], lambda: self._buckets.put(bucket, key, data, grant=grant))
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
-        """See Buckets."""
-        return self._patiently(lambda: self._buckets.head(bucket, key))
+        """See ObjectStore."""
+        return self._retry(lambda: self._buckets.head(bucket, key))
 
     def get(self, bucket: str, key: str) -> bytes:
-        """See Buckets."""
-        return self._patiently(lambda: self._buckets.get(bucket, key))
+        """See ObjectStore."""
+        return self._retry(lambda: self._buckets.get(bucket, key))
 
     def get_range(self, bucket: str, key: str, start: int, length: int) -> bytes:
-        """See Buckets."""
-        return self._patiently(lambda: self._buckets.get_range(bucket, key, start, length))
+        """See ObjectStore."""
+        return self._retry(lambda: self._buckets.get_range(bucket, key, start, length))
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
-        """See Buckets. One that failed is begun again, without what it has given."""
-        given: set[str] = set()
+        """See ObjectStore. After an error the listing starts again, without the keys that were returned already."""
+        returned: set[str] = set()
         keys = self._buckets.list(bucket, prefix)
 
-        def following() -> str | None:
+        def read_next() -> str | None:
             nonlocal keys
             try:
-                return next((key for key in keys if key not in given), None)
+                return next((key for key in keys if key not in returned), None)
             except TransientError:
                 keys = self._buckets.list(bucket, prefix)
                 raise
 
-        while (key := self._patiently(following)) is not None:
-            given.add(key)
+        while (key := self._retry(read_next)) is not None:
+            returned.add(key)
             yield key
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
-        """See Buckets."""
-        named = [*keys]
-        self._write(bucket, named, lambda: self._buckets.delete(bucket, named))
+        """See ObjectStore."""
+        key_list = [*keys]
+        self._write(bucket, key_list, lambda: self._buckets.delete(bucket, key_list))
 
-    def _write(self, bucket: str, keys: Iterable[str], call: Callable[[], _Answer]) -> _Answer:
-        def write() -> _Answer:
+    def _write(self, bucket: str, keys: Iterable[str], call: Callable[[], _Result]) -> _Result:
+        def write() -> _Result:
             try:
                 return call()
             except TransientError as error:
@@ -193,16 +205,20 @@ class RetryingStore:
                     self.unanswered.update((bucket, key) for key in keys)
                 raise
 
-        return self._patiently(write)
+        return self._retry(write)
 
-    def _patiently(self, call: Callable[[], _Answer]) -> _Answer:
-        return retry_store(call, self._patience, self._told, before_attempt=self._before_attempt)
+    def _retry(self, call: Callable[[], _Result]) -> _Result:
+        return retry_store(call, self._retry_timeout, self._on_retry, before_attempt=self._before_attempt)
 
-    def _like(self, buckets: ObjectStore, before_attempt: Check) -> "RetryingStore":
+    def _copy(self, buckets: ObjectStore, before_attempt: WriteCheck) -> "RetryingStore":
         return RetryingStore(
-            buckets, self._patience, self._told, before_attempt=before_attempt, unanswered=self.unanswered
+            buckets,
+            self._retry_timeout,
+            self._on_retry,
+            before_attempt=before_attempt,
+            unanswered=self.unanswered,
         )
 
 
-def _log(error: TransientError, seconds: float) -> None:
-    log.warning("the store failed; trying again", error=str(error), seconds=round(seconds, 1))
+def _log_retry(error: TransientError, seconds: float) -> None:
+    log.warning("store call failed, retrying", error=str(error), wait=round(seconds, 1))

@@ -9,7 +9,7 @@ BucketError; nothing is sent twice here (`retrying.py`). No message holds a URL,
 
 Every wait has an end: for a free connection, for a new one, for the line to move, for the whole of a request's body,
 and for the whole of a response, its headers and an error's document included. Whether the caller may still send
-(`attempts.py`) is checked once the connection is there, and before each piece of a body.
+(`write_guard.py`) is checked once the connection is there, and before each piece of a body.
 
 It is urllib3, which botocore brings, for signed requests and forms alike.
 
@@ -46,7 +46,6 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, EmptyPoolError, HTTPError, NewConnectionError, ProxyError
 from urllib3.exceptions import TimeoutError as HTTPTimeout
 
-from thrave.buckets.attempts import check_attempt
 from thrave.buckets.base import check_key, check_readable_bucket_name
 from thrave.buckets.errors import (
     BucketError,
@@ -61,6 +60,7 @@ from thrave.buckets.errors import (
     row_of,
 )
 from thrave.config import normal_endpoint
+from thrave.write_guard import store_guard
 
 Addressing = Literal["path", "virtual"]
 
@@ -307,7 +307,7 @@ class HttpTransport:
         for piece in body:
             view = memoryview(piece).cast("B")
             for start in range(0, view.nbytes, length):
-                check_attempt()
+                store_guard.check()
                 if time.monotonic() > until:
                     raise TransientError("NoResponse", 0, self._too_slow(f"the store {self._where}"))
                 yield view[start : start + length]
@@ -471,7 +471,7 @@ class _CheckedConnection(HTTPConnection):
             self.connect()
         if self.sock is not None:  # urllib3 leaves the timeout of the last response on a connection that is used again
             self.sock.settimeout(self.timeout)
-        check_attempt()
+        store_guard.check()
         super().request(*args, **options)
 
 

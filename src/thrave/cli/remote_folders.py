@@ -248,7 +248,7 @@ class _Server:
 
         unreachable = None if self._has_responded else _UNREACHABLE
         with _faults(where, self._keyless):
-            return retry_store(attempt, PATIENCE, _tell, unreachable=unreachable)
+            return retry_store(attempt, PATIENCE, _tell, unreachable_attempts=unreachable)
 
 
 def _tell(error: TransientError, seconds: float) -> None:

@@ -204,7 +204,7 @@ class HypervisorDriver(InstanceInventory, Protocol):
         """Start it, and return when the hypervisor has done so. One that runs is left alone.
 
         It may be `pending` after a start that was cut off, since it may run then. It is started again.
-        `start_check.check_start` is called right before the hypervisor is told to start it.
+        `write_guard.start_guard.check` is called right before the hypervisor is told to start it.
 
         Raises:
             InstanceHeld: Somebody holds it.

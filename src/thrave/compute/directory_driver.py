@@ -7,7 +7,6 @@ stand in a folder beside them, one to change a file and one that holds the insta
 
 import logging
 import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -26,8 +25,9 @@ from thrave.compute.errors import (
     StateChangedError,
 )
 from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
-from thrave.compute.start_check import check_start
 from thrave.programs import ProgramNotStartedError
+from thrave.retry import poll_until
+from thrave.write_guard import start_guard
 
 _STATE_SECONDS = 10.0  # for a stateCommand
 _LOOK_AGAIN = 0.2  # seconds
@@ -220,12 +220,12 @@ class DirectoryDriver:
 
     def _look_when_stopped(self, instance_id: str) -> InstanceDescription:
         """The same, after waiting for a machine that is just going down: it cannot be started before."""
-        deadline = time.monotonic() + self._command_seconds
-        while (description := self._look(instance_id)).state_command:
-            if description.state is not InstanceState.STOPPING or time.monotonic() > deadline:
-                break
-            time.sleep(_LOOK_AGAIN)
-        return description
+        return poll_until(
+            lambda: self._look(instance_id),
+            lambda description: not description.state_command or description.state is not InstanceState.STOPPING,
+            timeout=self._command_seconds,
+            interval=_LOOK_AGAIN,
+        )
 
     def _settle(self, instance_id: str, patience: float = 0.0) -> None:
         """Note what has become of its stopCommand, if one was running.
@@ -286,12 +286,12 @@ class DirectoryDriver:
         this process died after the machine had started, a running machine's volume would be read.
         """
         if before.state_command or not before.start_command:
-            check_start()
+            start_guard.check()
             yield
             return
         self._folder.change(before.instance_id, InstanceState.PENDING)
         try:
-            check_start()
+            start_guard.check()
         except BaseException:
             self._undo_pending(before)
             raise

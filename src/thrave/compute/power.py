@@ -24,9 +24,9 @@ from thrave.compute.errors import (
 )
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
-from thrave.compute.start_check import start_allowed_by
 from thrave.compute.timeouts import RunningTime, is_busy
 from thrave.concurrency import supervised
+from thrave.write_guard import start_guard
 
 ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
 LOOK_AGAIN = 0.2  # seconds
@@ -287,6 +287,7 @@ class _Work:
             self._drop("power request impossible", str(error))
             return 0.0
         except Exception as error:  # noqa: BLE001 (whatever it is about one instance, it is tried again)
+            # Not `retry`: a new request for the instance ends the wait, and each attempt reads the request again.
             pause = min(LOOK_AGAIN * 2**self._failures, LONGEST)
             self._failures += 1
             log.warning(
@@ -346,7 +347,7 @@ class _Work:
         # Written in any case: it proves that the instance is still this host's.
         if not self._records.note_off(record):
             return 0.0
-        with start_allowed_by(self._check):
+        with start_guard.using(self._check):
             self._instances.start(self._instance_id)
         return self._finish(record)
 

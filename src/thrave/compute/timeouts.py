@@ -5,7 +5,7 @@ given yet (`check_command`), and the instance counts as busy until the thread ha
 still be carried out.
 
 A command may come minutes after it was decided upon. So a driver checks right before it gives one whether this process
-still may (`start_check.py`): another host may have the instance by then.
+still may (`write_guard.py`): another host may have the instance by then.
 
 Waits for work that goes on by itself, for as long as it makes progress.
 """
@@ -19,8 +19,8 @@ from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from thrave.compute.errors import HypervisorError, HypervisorUnavailable
-from thrave.compute.start_check import check_start
 from thrave.concurrency import Call, CallTimeoutError
+from thrave.write_guard import start_guard
 
 TIMEOUT = 120.0  # seconds; a start may wait a minute for a guest that has just powered off
 
@@ -76,12 +76,12 @@ def check_command(instance_id: str) -> None:
 
     Raises:
         HypervisorGoneError: The caller does not wait for it any more.
-        Exception: What the check of `start_allowed_by` raises.
+        Exception: What the check of `start_guard` raises.
     """
     given_up = _given_up.get()
     if given_up is not None and given_up.is_set():
         raise _gone(instance_id)
-    check_start()
+    start_guard.check()
 
 
 def is_busy(instance_id: str) -> bool:

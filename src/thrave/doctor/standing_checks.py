@@ -59,6 +59,7 @@ class StandingChecks:
         return None
 
     def _twice(self, check: Check) -> Finding:
+        # Not `retry`: a failed check is a result, no exception, and the caller of EC2 waits for the second attempt.
         finding = run_check(check, self._subject)
         return run_check(check, self._subject) if finding.outcome is Outcome.FAILED else finding
 

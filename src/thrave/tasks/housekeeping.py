@@ -26,7 +26,6 @@ from datetime import datetime, timedelta
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import BucketError, TransientError
 from thrave.buckets.retrying_store import RetryingStore
@@ -34,7 +33,6 @@ from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceLocked, InstanceNotFound
 from thrave.compute.instance import GONE, InstanceState
 from thrave.compute.power import TO_START, switching
-from thrave.compute.start_check import start_allowed_by
 from thrave.concurrency import Background, NoThreadError, supervised
 from thrave.retry import RetrySchedule
 from thrave.tasks.bundle_location import BundleLocation
@@ -45,6 +43,7 @@ from thrave.tasks.models import BundleTask, BundleTaskState
 from thrave.tasks.object_removal import remove_earlier, remove_objects
 from thrave.tasks.repository import RECOVER_FOR, TaskRepository
 from thrave.tasks.store_calls import IN_FLIGHT
+from thrave.write_guard import WriteCheck, no_check, start_guard
 
 POWER_RECOVERY_INTERVAL = 1.0  # seconds between two looks
 
@@ -136,13 +135,13 @@ class PowerRecovery:
             log.warning("the database does not answer", error=type(error).__name__)
             return
         except Exception as error:  # noqa: BLE001 (whatever it is about one instance)
-            self._retries.failed(bundle_id)
+            self._retries.record_failure(bundle_id)
             log.warning("power recovery failed", instance_id=task.instance_id, error=str(error) or type(error).__name__)
             is_over = self._is_late(task) and not self._extend(task)
         if is_over:
             self._records.look_after(bundle_id, None)
             self._records.give_back(bundle_id)
-            self._retries.over(bundle_id)
+            self._retries.forget(bundle_id)
 
     def _is_over(self, task: BundleTask) -> bool:
         """Start the instance if it is time to; say whether there is nothing more to do."""
@@ -182,10 +181,10 @@ class PowerRecovery:
             self._check()
             RootOverlay(self._instances, self._records, task, check=self._check).merge_within(MERGE_SECONDS)
         except Exception as error:  # noqa: BLE001 (whatever it is about one instance, the others are not left)
-            self._merges.failed(task.bundle_id)
+            self._merges.record_failure(task.bundle_id)
             log.warning("an overlay cannot be merged", instance_id=task.instance_id, reason=str(error))
         else:
-            self._merges.over(task.bundle_id)
+            self._merges.forget(task.bundle_id)
 
     def _start(self, task: BundleTask) -> None:
         log.info("an instance is off after its task has ended", instance_id=task.instance_id)
@@ -194,7 +193,7 @@ class PowerRecovery:
             self._records.check_mine(task.bundle_id)
             self._check()
 
-        with start_allowed_by(check), failpoint("instance started"):
+        with start_guard.using(check), failpoint("instance started"):
             self._instances.start(task.instance_id)
 
 
@@ -214,7 +213,7 @@ class ObjectCleanup:
         host: str,
         *,
         stall_timeout: float,
-        before_attempt: Check = no_check,
+        before_attempt: WriteCheck = no_check,
     ) -> None:
         """Remove what the tasks of `host`, and of hosts that were given up, have left in `buckets`.
 
@@ -249,7 +248,7 @@ class ObjectCleanup:
                 case ErrorKind.RIGHT_LOST:  # another host has adopted it
                     return
             log.exception("objects cannot be removed", bundle_id=task.bundle_id)
-            self._retries.failed(task.bundle_id)
+            self._retries.record_failure(task.bundle_id)
 
     def _try(self, task: BundleTask) -> None:
         self._records.check_mine(task.bundle_id)
@@ -269,9 +268,9 @@ class ObjectCleanup:
                 bundle_id=task.bundle_id, bucket=task.bucket, error=str(error), command=command,
             )  # fmt: skip
         if self._records.has_left_over(task.bundle_id):
-            self._retries.failed(task.bundle_id)
+            self._retries.record_failure(task.bundle_id)
         else:
-            self._retries.over(task.bundle_id)
+            self._retries.forget(task.bundle_id)
 
 
 RETENTION_INTERVAL = 3600.0  # seconds between two looks

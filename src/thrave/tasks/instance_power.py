@@ -36,7 +36,6 @@ from thrave.compute.errors import (
 from thrave.compute.instance import GONE, Instance, InstanceState
 from thrave.compute.power import TO_START, UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
-from thrave.compute.start_check import start_allowed_by
 from thrave.compute.timeouts import ProgressPause
 from thrave.concurrency import Call, CallTimeoutError
 from thrave.tasks.errors import TaskFailure, may_pass
@@ -44,8 +43,9 @@ from thrave.tasks.failpoints import failpoint
 from thrave.tasks.lease import LeaseExpiredError
 from thrave.tasks.models import BORROWED, BundleTask
 from thrave.tasks.monitor import TaskMonitor
-from thrave.tasks.patience import retry_hypervisor
 from thrave.tasks.repository import RECOVER_FOR, TaskRepository
+from thrave.tasks.step_retry import retry_hypervisor
+from thrave.write_guard import start_guard
 
 ABANDON_AFTER = 10.0  # seconds after which a merge that does not end by itself is abandoned
 
@@ -87,7 +87,7 @@ class RootOverlay:
         """Put an overlay over the root volume of the instance, which is off; if it can have none, tell its owner."""
         frozen = self.frozen or self._plan()
         if frozen is not None:
-            with failpoint("root volume frozen"), start_allowed_by(self._check):
+            with failpoint("root volume frozen"), start_guard.using(self._check):
                 self._overlays.freeze(self._task.instance_id, frozen)
 
     @contextmanager
@@ -100,7 +100,7 @@ class RootOverlay:
             hold.check()
             watch.guard(hold.check)
             yield self._instances.get(self._task.instance_id)
-            retry_hypervisor(hold.check, CHECK_PATIENCE, pause=watch.pause)
+            retry_hypervisor(hold.check, CHECK_PATIENCE, sleep=watch.pause)
 
     def merge(self, pause: Callable[[float], object]) -> None:
         """Have the instance go on without the overlay, if there is one; also an earlier task's.
@@ -110,7 +110,7 @@ class RootOverlay:
             Exception: What `pause` raises; what was begun may go on by itself.
         """
         for bundle_id, frozen in self._records.frozen_of(self._task.instance_id):
-            with failpoint("overlay merged"), start_allowed_by(self._check):
+            with failpoint("overlay merged"), start_guard.using(self._check):
                 pause_while_moving = ProgressPause(self._task.instance_id, pause, self._stall_timeout)
                 self._overlays.merge(self._task.instance_id, frozen, pause_while_moving)
             self._records.note_frozen(bundle_id, None)
@@ -275,7 +275,7 @@ class InstancePower:
             check = partial(self._check_off, hold)
             watch.guard(check)
             yield self._instances.get(self._task.instance_id)
-            retry_hypervisor(check, CHECK_PATIENCE, pause=watch.pause)
+            retry_hypervisor(check, CHECK_PATIENCE, sleep=watch.pause)
 
     def _hold_off(self, watch: TaskMonitor, stack: ExitStack) -> StoppedHold:
         """Switch it off and hold it; again if it was started in between, as nothing has been read yet."""
@@ -326,7 +326,7 @@ class InstancePower:
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
         if state in TO_START and is_wanted_on and (is_borrowed or self._has_lost_power()):
-            with start_allowed_by(self._check_right), failpoint("instance started"):
+            with start_guard.using(self._check_right), failpoint("instance started"):
                 self._instances.start(instance_id)
             self._records.give_back(bundle_id, seen_off=instance_id)
             return
@@ -355,7 +355,7 @@ class InstancePower:
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         try:
-            with switching(instance_id), start_allowed_by(check or self._check):
+            with switching(instance_id), start_guard.using(check or self._check):
                 self._instances.start(instance_id)
         except InstanceLocked as error:  # it was not touched
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))

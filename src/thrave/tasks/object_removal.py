@@ -14,7 +14,6 @@ nothing: it may be in the bucket because its deletion hangs, or because an uploa
 """
 
 import threading
-import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ from typing import TypeVar
 import sqlalchemy as sa
 import structlog
 
-from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import AccessDenied, BucketError, TransientError
 from thrave.buckets.retrying_store import RetryingStore
 from thrave.database import bundle_task, open_engine, task_in_progress
+from thrave.retry import poll_until
 from thrave.tasks.bundle_location import BundleLocation
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.failpoints import failpoint
@@ -36,6 +35,7 @@ from thrave.tasks.journal import UploadJournal
 from thrave.tasks.models import BundleTask
 from thrave.tasks.repository import TaskRepository
 from thrave.tasks.store_calls import IN_FLIGHT, CallGroup, InFlightObjects
+from thrave.write_guard import WriteCheck, no_check
 
 LOCK_TIMEOUT = 10.0  # seconds
 
@@ -79,7 +79,7 @@ _LOCKS = tuple(_SharedLock() for _ in range(64))  # of this process; names share
 class CreatedBuckets:
     """The buckets that requests have created, as the API and the agents of one database see them."""
 
-    def __init__(self, engine: sa.Engine, records: TaskRepository, *, before_attempt: Check = no_check) -> None:
+    def __init__(self, engine: sa.Engine, records: TaskRepository, *, before_attempt: WriteCheck = no_check) -> None:
         """Open nothing yet; `before_attempt` is made before a bucket is removed (see `RetryingStore`)."""
         self._records = records
         self._before_attempt = before_attempt
@@ -155,11 +155,8 @@ class CreatedBuckets:
         lock = sa.func.pg_try_advisory_lock if alone else sa.func.pg_try_advisory_lock_shared
         attempt = sa.select(lock(_LOCK_CLASS, number - (1 << 31)))
         with self._server.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            until = time.monotonic() + LOCK_TIMEOUT
-            while not connection.execute(attempt).scalar():
-                if time.monotonic() > until:
-                    raise BucketBusyError
-                time.sleep(0.05)
+            if not poll_until(lambda: connection.execute(attempt).scalar(), timeout=LOCK_TIMEOUT, interval=0.05):
+                raise BucketBusyError
             yield  # closing the connection releases the lock
 
 

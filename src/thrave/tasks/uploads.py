@@ -31,7 +31,6 @@ from typing import Literal, TypeVar
 
 import structlog
 
-from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, TransientError
 from thrave.buckets.retrying_store import RetryingStore
@@ -63,6 +62,7 @@ from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.object_removal import remove_earlier, remove_objects
 from thrave.tasks.store_calls import IN_FLIGHT, CallGroup
 from thrave.volumes.base import Volume, WatchedVolume
+from thrave.write_guard import WriteCheck, no_check
 
 WINDOW = 4
 """Times `at_once`: how far the newest part may be beyond the first that is not stored. It is what a crash can make
@@ -226,7 +226,7 @@ class TaskObjects:
         patience: float,
         stall_timeout: float,
         existing: ExistingBundle = "refuse",
-        before_attempt: Check = no_check,
+        before_attempt: WriteCheck = no_check,
     ) -> None:
         """Send to the task's bucket, under its prefix, what the caller's upload policy allows.
 

@@ -17,7 +17,6 @@ from typing import Literal, TypeVar
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from thrave.buckets.attempts import Check, no_check
 from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import BucketError, TransientError
 from thrave.buckets.upload_policy import UploadPolicy
@@ -30,7 +29,6 @@ from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, Vol
 from thrave.concurrency import Call
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity, load_certificate
-from thrave.tasks.database_outage import retry_database
 from thrave.tasks.engine import RUNNING
 from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, to_task_failure
 from thrave.tasks.failpoints import failpoint
@@ -40,12 +38,13 @@ from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
 from thrave.tasks.models import BEFORE_READ, FINISHED, UNDO, BundleTask, BundleTaskState, Step, following
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.object_removal import CreatedBuckets
-from thrave.tasks.patience import retry_hypervisor
 from thrave.tasks.repository import TaskRepository
 from thrave.tasks.root_volume import VolumeReader, check_root_volume
+from thrave.tasks.step_retry import retry_database, retry_hypervisor
 from thrave.tasks.uploads import ExistingBundle, TaskObjects, VolumeSealer
 from thrave.volumes.formats import open_volume
 from thrave.volumes.ntfs_volumes import Finding, check_unclean
+from thrave.write_guard import WriteCheck, no_check
 
 _STORE_AWAY = 24 * 3600.0  # seconds for which the store is asked whether it has a manifest that may have been sent
 _STORE_PAUSE = 15.0  # seconds
@@ -100,7 +99,7 @@ class TaskContext:
     """Seconds without a byte read or an object stored after which a task fails."""
     lease: Lease = field(default_factory=lambda: Lease(None))
     """Checked before each attempt of a call to the store or the hypervisor."""
-    before_attempt: Check = no_check
+    before_attempt: WriteCheck = no_check
     """Made before each attempt of a call to the store: the same lease, for as long as an attempt may take."""
 
 
@@ -264,7 +263,7 @@ class BundleWorkflow:
             if self._freezer.frozen is not None:
                 with suppress(TaskFailure):  # its power is restored later then
                     self._power.restore()  # its host may have lost its power since
-            retry_hypervisor(lambda: self._merge_overlay(watch), _DAEMON_RESTART, pause=watch.pause)
+            retry_hypervisor(lambda: self._merge_overlay(watch), _DAEMON_RESTART, sleep=watch.pause)
 
     def _merge_overlay(self, watch: TaskMonitor) -> None:
         # A hypervisor that hangs is abandoned: whatever it does later is seen by the caretaker, who goes on.
@@ -314,7 +313,7 @@ class BundleWorkflow:
         work = self._steps[step]
         try:
             self._surely(
-                lambda: retry_hypervisor(work, self._host.stall_timeout, whole_step=True),
+                lambda: retry_hypervisor(work, self._host.stall_timeout, is_whole_step=True),
                 is_over_if_started=step in BEFORE_READ,
             )
         except Exception as error:

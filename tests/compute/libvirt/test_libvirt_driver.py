@@ -36,7 +36,7 @@ from thrave.compute.libvirt.driver import LibvirtDriver
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.compute.power import _HELD_LOOK_AGAIN, BackgroundPower, switching
 from thrave.compute.power_records import PowerAction
-from thrave.compute.start_check import start_allowed_by
+from thrave.write_guard import start_guard
 
 pytestmark = pytest.mark.libvirt
 
@@ -258,7 +258,7 @@ def test_no_command_is_given_by_who_may_give_none_any_more(instances, instance_i
         if len(checks) > 1:  # it was allowed when it was begun
             raise PermissionError
 
-    with start_allowed_by(refuse), pytest.raises(PermissionError):
+    with start_guard.using(refuse), pytest.raises(PermissionError):
         getattr(instances, act)(instance_id)
     assert instances.state(instance_id) is before
 

@@ -114,7 +114,7 @@ def understood(domain: Domain, instance_id: str) -> Iterator[None]:
 
 def _write(domain: Domain, record: InstanceMetadata | None) -> None:
     text = None if record is None else write_record(record)
-    for attempt in range(_TRIES):
+    for attempt in range(_TRIES):  # not `retry`: an attempt has no wait, and is repeated only if the state has changed
         affected = _affected(domain)
         try:
             domain.setMetadata(METADATA_ELEMENT, text, KEY, NAMESPACE, affected)

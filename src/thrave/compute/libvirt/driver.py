@@ -8,7 +8,6 @@ told by events; what something is about to be done to is looked at itself.
 
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -42,6 +41,7 @@ from thrave.compute.libvirt.overlay_merge import LibvirtContext
 from thrave.compute.libvirt.overlays import LibvirtOverlays
 from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
 from thrave.files import file_lock
+from thrave.retry import poll_until
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -340,12 +340,12 @@ class LibvirtDriver:
 
     def _look_when_stopped(self, domain: Domain) -> Instance:
         """The instance, after waiting for one that is just going down: it cannot be started before."""
-        deadline = time.monotonic() + _STOPPING_SECONDS
-        while (instance := instance_in(self._table.look(domain))).state is InstanceState.STOPPING:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_LOOK_AGAIN)
-        return instance
+        return poll_until(
+            lambda: instance_in(self._table.look(domain)),
+            lambda instance: instance.state is not InstanceState.STOPPING,
+            timeout=_STOPPING_SECONDS,
+            interval=_LOOK_AGAIN,
+        )
 
     def _note_start(self, domain: Domain, instance_id: str, starts: int) -> None:
         """Write down when it was started, as it is told, so that there are no two opinions of it."""

@@ -117,7 +117,9 @@ class LibvirtOverlays:
         merging = OverlayMerge(self._host, instance_id, frozen, pause)
         with self._host.records.merging(instance_id):
             stepped, failed = time.monotonic(), False
-            while True:
+            while (
+                True
+            ):  # not `retry`: it also waits after each step that succeeded, and tolerates one error of any kind
                 try:
                     if merging.step():
                         return
