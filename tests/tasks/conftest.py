@@ -6,6 +6,7 @@ from contextlib import closing
 import pytest
 
 from support.crashes.kill_sweep import kill_remaining_services
+from support.service.stall_clock import StallClock
 from support.service.upload_bench import UploadBench, directory
 from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
@@ -31,6 +32,14 @@ def begun(buckets):
     with ThreadPoolExecutor() as threads:
         yield threads.submit
         buckets.let_go()
+
+
+@pytest.fixture
+def stall_clock(monkeypatch):
+    """The clock of the task monitor; it stands still until the test says otherwise."""
+    clock = StallClock()
+    monkeypatch.setattr("thrave.tasks.monitor.time", clock)
+    return clock
 
 
 @pytest.fixture

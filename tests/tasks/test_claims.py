@@ -227,7 +227,9 @@ def test_a_task_fails_in_words_if_an_earlier_deletion_does_not_end(on_sqlite, bu
     bundled(first, tmp_path)
     fail(first)
     buckets.hold("delete")
-    clean_up(first, stall_timeout=0.2)
+    deletions = []
+    buckets.before = lambda what, _key: deletions.append(what) if what == "delete" else None
+    eventually(lambda: clean_up(first, stall_timeout=0.2) or deletions, "the deletion begins")
     second = on_sqlite(B)
     store = second.store(existing="replace", stall_timeout=0.2)
     words = r"Client\.PrefixInUse: The object .* cannot be written: a request of an earlier bundle task"

@@ -145,7 +145,7 @@ def test_times_of_a_host_are_those_of_its_own_agent(ground, hosts, change):
         ("host-b", {"state": HostState.FENCED}, "is fenced. Only an active host"),
         ("host-b", {"state": HostState.DRAINING}, "is draining. Only an active host"),
         ("host-b", {"state": HostState.DRAINED}, "is drained. Only an active host"),
-        ("host-b", {"heartbeat_time": an_hour_ago}, "has sent no heartbeat for 3600 s"),
+        ("host-b", {"heartbeat_time": an_hour_ago}, r"has sent no heartbeat for 36\d\d s"),
     ],
 )
 def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):

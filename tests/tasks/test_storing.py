@@ -16,7 +16,7 @@ import pytest
 
 from support.buckets.bucket_drivers import owners
 from support.bundles.sample_bundles import manifest_of, private_key
-from support.eventually import eventually
+from support.eventually import eventually, one_of
 from support.service.upload_bench import (
     BUCKET,
     MANIFEST,
@@ -118,11 +118,14 @@ def test_sealing_waits_for_a_slow_upload_only_when_it_is_a_window_ahead(disk, bu
     assert len(sealing.result().parts) == PARTS
 
 
-def test_no_more_parts_are_in_memory_than_may_be_sent_at_once_and_three(disk, buckets, bench):
+def test_no_more_parts_are_in_memory_than_may_be_sent_at_once_and_three(disk, buckets, bench, begun, stall_clock):
     buckets.hold("put")
     volume = StoppingVolume(disk, disk.stat().st_size, threading.Event())
+    sealing = begun(bench.seal, volume, at_once=2, stall_timeout=1.0)
+    eventually(lambda: len(buckets.begun), until=one_of(2))
+    stall_clock.run()
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
-        bench.seal(volume, at_once=2, stall_timeout=1.0)
+        sealing.result(120)
     assert len(buckets.begun) == 2
     assert volume.read < (2 + 3) * PART_SIZE + CHUNKS
 
@@ -169,10 +172,14 @@ def test_a_disk_that_stops_answering_fails_the_task(disk, bench):
     gate.set()
 
 
-def test_a_disk_that_is_slow_does_not(disk, bench):
+def test_a_disk_that_is_slow_does_not(disk, bench, stall_clock):
     class Slow(RawVolume):
+        slow_reads = 5
+
         def read_into(self, offset, buffer):
-            time.sleep(0.02)
+            if self.slow_reads:
+                self.slow_reads -= 1
+                stall_clock.advance(0.4)
             super().read_into(offset, buffer)
 
     assert bench.seal(Slow(disk), stall_timeout=1.0)
@@ -478,11 +485,14 @@ def test_a_part_that_the_journal_does_not_know_is_looked_for_all_the_same(small,
         bench.store().check(documents, watch)
 
 
-def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, buckets, bench):
+def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, buckets, bench, begun, stall_clock):
     """The removal has passed when it is stored."""
     buckets.hold("put", part_of_small := ".part.0")
+    sealing = begun(bench.seal, RawVolume(small), stall_timeout=1.0)
+    eventually(lambda: buckets.begun, "the upload begins")
+    stall_clock.run()
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
-        bench.seal(RawVolume(small), stall_timeout=1.0)
+        sealing.result(120)
     bench.store().remove()
     assert [item.key for item in bench.journal.objects()] == [PREFIX + part_of_small]
     buckets.let_go()

@@ -286,14 +286,16 @@ def test_a_watch_for_which_there_are_no_threads_leaves_none(bench, monkeypatch, 
     )
 
 
-def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench):
+def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench, stall_clock):
     waited = threading.Event()
 
     def work():
         with bench.watch(stall_timeout=1.0) as watch:
-            for _ in range(15):
-                watch.pause(0.1)
+            for _ in range(5):
+                stall_clock.advance(0.4)
+                watch.pause(0.01)
             waited.set()
+            stall_clock.run()
             until_stopped(watch)
 
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
