@@ -120,7 +120,7 @@ def engine(tmp_path):
 @pytest.fixture
 def ground(database, tmp_path):
     """The components that processes share, opened on each kind of database."""
-    ground = open_components(Settings(data=tmp_path / "data", **database))
+    ground = open_components(Settings(data_dir=tmp_path / "data", **database))
     yield ground
     ground.queues.close()
     ground.database.dispose()
