@@ -1,4 +1,4 @@
-"""`thrave doctor` on real services: what it finds, what it says to do, and that it leaves nothing behind."""
+"""`thrave doctor` on real services: findings, remedies, and that it leaves no objects."""
 
 import json
 import socket
@@ -19,7 +19,7 @@ NAMES = [check.name for check in (*CHECKS, CLEAN_UP)]
 
 @pytest.fixture
 def data(tmp_path, thrave_json):
-    """A data directory with an account that holds the key which the stores know as Alice's."""
+    """A data directory with an account that has the key which the stores know as Alice's."""
     account = thrave_json("account", "create", "alice", "--data-dir", tmp_path / "data")["accountId"]
     credentials = tmp_path / "alice.credentials"
     credentials.write_text(f"[default]\naws_access_key_id={stores.ALICE.access_key_id}\n"
@@ -31,7 +31,7 @@ def data(tmp_path, thrave_json):
 
 @pytest.fixture
 def doctor(data, thrave, monkeypatch):
-    """Runs `thrave doctor`; gives its status, and the outcome and detail of each check."""
+    """Function that runs `thrave doctor` and returns its exit code and the findings by check name."""
 
     def run(*words, **settings):
         for name, value in settings.items():
@@ -51,50 +51,50 @@ def failed(found):
     return {name for name, outcome in outcomes(found).items() if outcome == "failed"}
 
 
-def test_every_check_has_a_name_of_its_own_and_needs_only_what_comes_before_it():
+def test_check_names_are_unique_and_needs_name_earlier_checks():
     assert len({*NAMES}) == len(NAMES)
     assert all({*check.needs} <= {*NAMES[:number]} for number, check in enumerate((*CHECKS, CLEAN_UP)))
 
 
-def test_a_service_with_bucket_directories_is_well_and_nothing_is_left(doctor, data):
+def test_doctor_passes_with_bucket_directories_and_leaves_no_objects(doctor, data):
     status, found = doctor()
     assert (status, failed(found), [*found]) == (0, set(), NAMES)
     assert found["POST, version 4"]["outcome"] == "ok"
     assert [*(data / "buckets").glob("[!.]*")] == [*(data / "buckets" / ".owners").iterdir()] == []
 
 
-def test_a_missing_file_is_named_in_plain_words(doctor, data):
+def test_doctor_names_missing_file(doctor, data):
     (data / "vault.key").unlink()
     _, found = doctor()
-    assert found["vault's key"]["outcome"] == "failed"
-    assert found["vault's key"]["detail"] == f"{data / 'vault.key'}: No such file or directory"
+    assert found["vault key"]["outcome"] == "failed"
+    assert found["vault key"]["detail"] == f"{data / 'vault.key'}: No such file or directory"
 
 
-def test_a_postgresql_is_asked_for_its_version_and_its_clock(doctor, postgres, thrave_json, tmp_path):
+def test_doctor_checks_version_and_clock_of_postgresql(doctor, postgres, thrave_json, tmp_path):
     url = postgres.new_database()
     _, before = doctor(database_url=url)
     assert failed(before) == {"tables"}
     thrave_json("account", "create", "alice", "--data-dir", tmp_path / "fleet")
     _, found = doctor("--data-dir", tmp_path / "fleet")
     assert found["reachable"]["detail"].startswith("PostgreSQL ")
-    assert outcomes(found)["database's clock"] == outcomes(found)["vault's proof"] == "ok"
+    assert outcomes(found)["database clock"] == outcomes(found)["vault check"] == "ok"
 
 
-def test_where_nothing_has_been_begun_nothing_is_made(thrave, tmp_path):
+def test_doctor_creates_nothing_without_data_directory(thrave, tmp_path):
     status, stdout, stderr = thrave("doctor", "--data-dir", tmp_path / "data")
     assert (status, "thrave account create" in stdout, "reachable" in stderr) == (1, True, True)
     assert [*tmp_path.iterdir()] == []
 
 
-def test_what_is_wrong_is_said_with_what_to_do(doctor, data, tmp_path):
+def test_failed_check_has_remedy_and_skips_dependent_checks(doctor, data, tmp_path):
     (data / "vault.key").chmod(0o644)
     status, found = doctor()
-    assert (status, failed(found)) == (1, {"vault's key"})
-    assert "mode 0600" in found["vault's key"]["remedy"]
-    assert found["vault's proof"]["detail"] == "needs: vault's key"
+    assert (status, failed(found)) == (1, {"vault key"})
+    assert "mode 0600" in found["vault key"]["remedy"]
+    assert found["vault check"]["detail"] == "needs: vault key"
 
 
-def test_the_url_of_a_database_is_never_shown(data, thrave, monkeypatch):
+def test_doctor_never_prints_database_url(data, thrave, monkeypatch):
     monkeypatch.setenv("THRAVE_DATABASE_URL", "postgresql:/nonsense:hunter2@")
     status, stdout, stderr = thrave("doctor", "--data-dir", data)
     assert (status, "hunter2" in stdout + stderr) == (2, False)
@@ -108,7 +108,7 @@ def test_the_url_of_a_database_is_never_shown(data, thrave, monkeypatch):
         ([], "root volumes", "No such file"),
     ],
 )
-def test_an_instance_that_could_not_be_bundled_is_named(doctor, data, thrave_json, tmp_path, words, check, says):
+def test_doctor_names_instance_that_cannot_be_bundled(doctor, data, thrave_json, tmp_path, words, check, says):
     disk = make_disk(tmp_path / "disk.raw", 1 << 20)
     account = thrave_json("account", "list", "--data-dir", data)["accounts"][0]["accountId"]
     added = thrave_json("instance", "add", "--account", account, "--platform", "windows",
@@ -137,26 +137,26 @@ def buckets_of(store, key):
 @pytest.mark.parametrize(
     "name", [pytest.param("seaweedfs", marks=pytest.mark.s3), pytest.param("rgw", marks=pytest.mark.rgw)]
 )
-class TestAStore:
+class TestStores:
     @pytest.fixture
     def store(self, name, request):
         return request.getfixturevalue(name)
 
-    def test_that_takes_policies_passes_but_for_what_is_known_of_it(self, doctor, store):
+    def test_doctor_passes_with_upload_policies(self, doctor, store):
         bucket = f"alice-{uuid.uuid4().hex[:12]}"
         status, found = doctor("--bucket", bucket, **s3(store))
-        lacking = {check for check, outcome in outcomes(found).items() if outcome == "warning"}
+        warnings = {check for check, outcome in outcomes(found).items() if outcome == "warning"}
         assert (status, failed(found)) == (0, set())
-        assert lacking == ({"AWS CLI's policy"} if store.name == "rgw" else set())
+        assert warnings == ({"AWS CLI policy"} if store.name == "rgw" else set())
         assert found["HEAD and ETag"]["detail"] == "size and ETag"
         assert bucket not in buckets_of(store, stores.ALICE)
 
-    def test_whose_service_has_a_key_passes_and_leaves_nothing(self, doctor, store):
+    def test_doctor_passes_with_service_key_and_leaves_no_bucket(self, doctor, store):
         status, found = doctor(**by_the_service(store))
         assert (status, failed(found)) == (0, set())
         assert not [name for name in buckets_of(store, stores.SERVICE) if name.startswith("thrave-doctor-")]
 
-    def test_leaves_a_bucket_that_was_there(self, doctor, store):
+    def test_doctor_keeps_existing_bucket(self, doctor, store):
         bucket = f"alice-{uuid.uuid4().hex[:12]}"
         objects = S3ObjectClient(store.connection(stores.ALICE))
         objects._requests.send("PUT", bucket)
@@ -164,7 +164,7 @@ class TestAStore:
         status, _ = doctor("--bucket", bucket, **s3(store))
         assert (status, [*objects.list(bucket, "")]) == (0, ["mine"])
 
-    def test_that_does_not_know_the_key_is_named_and_nothing_else_is_tried(self, doctor, store, thrave_json, data):
+    def test_doctor_names_key_that_store_does_not_know(self, doctor, store, thrave_json, data):
         key = thrave_json("account", "create", "bob", "--data-dir", data)["accessKeyId"]
         status, found = doctor("--access-key-id", key, **s3(store))
         refused = "create bucket" if store.name == "rgw" else "key"  # RGW answers as to a key that may not
@@ -172,33 +172,33 @@ class TestAStore:
         assert "key import" in found[refused]["remedy"]
 
 
-def test_a_store_that_is_away_fails_once(doctor):
+def test_unreachable_store_fails_one_check(doctor):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     status, found = doctor(store="s3", s3_endpoint=f"http://127.0.0.1:{port}")
-    assert (status, failed(found)) == (1, {"answers"})
+    assert (status, failed(found)) == (1, {"available"})
     assert outcomes(found)["clean-up"] == "skipped"
 
 
 @pytest.mark.rgw
-def test_a_certificate_must_be_believed(doctor, rgw):
+def test_doctor_fails_on_untrusted_certificate(doctor, rgw):
     _, found = doctor(**{**s3(rgw), "s3_endpoint": rgw.tls_url})
-    assert failed(found) == {"answers", "TLS"}
-    assert "not trusted" in found["answers"]["detail"]
+    assert failed(found) == {"available", "TLS"}
+    assert "not trusted" in found["available"]["detail"]
 
 
 @pytest.mark.rgw
-def test_a_certificate_that_ends_soon_is_told(doctor, rgw):
+def test_doctor_fails_on_certificate_that_expires_soon(doctor, rgw):
     _, found = doctor(**s3(rgw, s3_ca_file=rgw.ca) | {"s3_endpoint": rgw.tls_url})
     assert failed(found) == {"TLS"}
-    assert "the certificate ends in 0 days" in found["TLS"]["detail"]
+    assert "the certificate expires in 0 days" in found["TLS"]["detail"]
 
 
-def test_a_check_that_hangs_is_left_behind():
+def test_hanging_check_is_abandoned():
     over = threading.Event()
-    found = run_check(Check("store", "hang", "", "", lambda _subject: over.wait(60), seconds=0.1), None)
+    found = run_check(Check("store", "hang", "", "", lambda _context: over.wait(60), seconds=0.1), None)
     over.set()
-    assert (found.outcome, "not over" in found.detail) == (Outcome.FAILED, True)
+    assert (found.outcome, "no result after" in found.detail) == (Outcome.FAILED, True)
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,11 @@ def test_a_check_that_hangs_is_left_behind():
     [
         (CheckFailed("two\nlines"), False, Outcome.FAILED, "two lines"),
         (CheckFailed("it"), True, Outcome.WARNING, "it"),
-        (ValueError("a secret"), False, Outcome.FAILED, "unforeseen: ValueError"),
+        (ValueError("a secret"), False, Outcome.FAILED, "unexpected error: ValueError"),
     ],
 )
-def test_what_a_check_raises_is_told_without_secrets(error, optional, outcome, detail):
-    def fail(_subject):
+def test_check_error_is_reported_without_secrets(error, optional, outcome, detail):
+    def fail(_context):
         raise error
 
     found = run_check(Check("store", "fail", "", "", fail, optional=optional), None)

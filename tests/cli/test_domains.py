@@ -174,26 +174,26 @@ class TestTheDoctor:
 
         return run
 
-    def test_says_which_libvirt_it_is_and_that_all_is_well(self, doctor):
+    def test_doctor_passes_and_reports_libvirt_version(self, doctor):
         status, failed, found = doctor()
         assert (status, failed) == (0, set())
         assert found["libvirt"]["detail"].startswith("TEST 0.0.2, libvirt ")
         assert found["instances"]["detail"] == f"1 in {URI}"
-        assert found["root volumes"]["detail"] == "1 can be read"
-        assert found["power button"]["detail"] == "1 can be told, 0 through an agent's channel"
+        assert found["root volumes"]["detail"] == "1 readable"
+        assert found["power button"]["detail"] == "1 can be shut down, 0 through a guest agent channel"
         assert {found[name]["outcome"] for name in ("commands", "sysprep", "overlays", "capture mode")} == {"skipped"}
 
-    def test_tries_nothing_of_a_libvirt_that_does_not_answer(self, doctor):
+    def test_unreachable_libvirt_skips_dependent_checks(self, doctor):
         status, failed, found = doctor(libvirt_uri="qemu:///system?socket=/nowhere/libvirt-sock")
         assert (status, failed) == (1, {"libvirt"})
         assert found["root volumes"]["detail"] == "needs: libvirt"
 
-    def test_refuses_another_machines(self, doctor):
+    def test_libvirt_of_another_host_fails(self, doctor):
         _, failed, found = doctor(libvirt_uri="qemu+tcp://elsewhere.invalid/system")
         assert failed == {"libvirt"}
-        assert "the libvirt of elsewhere.invalid" in found["libvirt"]["detail"]
+        assert "on another host, elsewhere.invalid" in found["libvirt"]["detail"]
 
-    def test_names_what_cannot_be_read(self, doctor, libvirt, disk, adopted):
+    def test_doctor_names_unreadable_instance_and_volume(self, doctor, libvirt, disk, adopted):
         libvirt.define("odd", disk)
         libvirt.metadata("odd", '<instance account="12"/>')
         disk.unlink()
@@ -202,7 +202,7 @@ class TestTheDoctor:
         assert "the domain odd" in found["instances"]["detail"]
         assert found["root volumes"]["detail"] == f"{adopted['instanceId']}: {disk}: No such file or directory"
 
-    def test_names_a_guest_that_nobody_can_tell_to_power_off(self, doctor, libvirt, disk, account_id, thrave_json):
+    def test_doctor_names_guest_without_acpi_and_agent(self, doctor, libvirt, disk, account_id, thrave_json):
         libvirt.define("deaf", disk, acpi=False)
         libvirt.define("talks", disk, acpi=False, channel=True)
         for name in ("deaf", "talks"):
@@ -212,7 +212,7 @@ class TestTheDoctor:
         detail = found["power button"]["detail"]
         assert ("(deaf)" in detail, "talks" in detail) == (True, False)
 
-    def test_names_a_guest_that_could_not_run_sysprep(self, doctor, libvirt, disk, account_id, thrave_json):
+    def test_doctor_names_guest_without_connected_agent(self, doctor, libvirt, disk, account_id, thrave_json):
         libvirt.define("talks", disk, channel=True)
         thrave_json("instance", "adopt", "talks", "--account", account_id)
         _, failed, found = doctor(sysprep_command=["C:\\sysprep.exe", "/shutdown"])
@@ -221,7 +221,7 @@ class TestTheDoctor:
         libvirt.start("talks")  # and its agent does not open the channel
         assert "talks" in doctor()[2]["sysprep"]["detail"]
 
-    def test_asks_for_an_encrypted_disks_passphrase(self, doctor, libvirt, account_id, thrave_json, tmp_path):
+    def test_doctor_names_missing_passphrase_file(self, doctor, libvirt, account_id, thrave_json, tmp_path):
         for name in ("secret.qcow2", "passphrase"):
             (tmp_path / name).touch()
         libvirt.define("secret", tmp_path / "secret.qcow2", image_format="qcow2")
@@ -232,17 +232,15 @@ class TestTheDoctor:
         assert "root volumes" in failed
         assert f"{tmp_path / 'passphrase'}: No such file" in found["root volumes"]["detail"]
 
-    def test_says_that_a_pretended_machine_can_have_no_overlay(self, doctor, adopted):
+    def test_driver_without_overlays_is_a_warning(self, doctor, adopted):
         require("qemu-img", package="qemu-utils")
         status, failed, found = doctor(capture_mode="overlay")
         assert (status, failed) == (0, set())
-        assert (found["overlays"]["detail"], found["capture mode"]["outcome"]) == ("0 could be made", "warning")
+        assert (found["overlays"]["detail"], found["capture mode"]["outcome"]) == ("0 can be created", "warning")
         assert adopted["instanceId"] in found["capture mode"]["detail"]
 
 
-def test_the_doctor_looks_whether_overlays_can_be_made(
-    thrave, thrave_json, libvirtd, account_id, disk, monkeypatch, request
-):
+def test_doctor_checks_space_for_overlays(thrave, thrave_json, libvirtd, account_id, disk, monkeypatch, request):
     monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
     monkeypatch.setenv("THRAVE_LIBVIRT_URI", libvirtd.uri)
     monkeypatch.setenv("THRAVE_CAPTURE_MODE", "overlay")
@@ -256,7 +254,7 @@ def test_the_doctor_looks_whether_overlays_can_be_made(
     assert found["libvirt"]["detail"].startswith("QEMU ")
     assert found["overlays"]["outcome"] == "ok"
     assert (found["capture mode"]["outcome"], "the format vmdk" in found["capture mode"]["detail"]) == ("warning", True)
-    monkeypatch.setattr(host_checks, "LEAST_ROOM", 1 << 62)
+    monkeypatch.setattr(host_checks, "MIN_OVERLAY_SPACE", 1 << 62)
     found = findings(thrave)
     assert found["overlays"]["outcome"] == "failed"
     assert f"{disk.parent}: " in found["overlays"]["detail"]
@@ -268,7 +266,7 @@ def findings(thrave):
 
 
 @pytest.mark.parametrize(("setting", "check"), [("capture_mode", "overlays"), ("sysprep_command", "sysprep")])
-def test_what_only_libvirt_can_do_is_not_promised_without_it(thrave, data, account_id, monkeypatch, setting, check):
+def test_doctor_fails_for_setting_that_needs_libvirt(thrave, data, account_id, monkeypatch, setting, check):
     monkeypatch.setenv(f"THRAVE_{setting.upper()}", {"capture_mode": "overlay", "sysprep_command": '["x"]'}[setting])
     status, stdout, _ = thrave("doctor", "--output", "json")
     (found,) = [one for one in json.loads(stdout)["checks"] if one["check"] == check]

@@ -75,13 +75,13 @@ def test_a_volume_that_does_not_answer_keeps_nobody_waiting(service, monkeypatch
         looks.append(1)
         assert go_on.wait(60)
 
-    monkeypatch.setattr(standing_checks, "_PATIENCE", 0.1)
+    monkeypatch.setattr(standing_checks, "_TIMEOUT", 0.1)
     monkeypatch.setattr(standing_checks, "check_root_volume", hang)
     checks = VolumeChecks(service.instances, ())
-    assert [checks.trouble(instance) for _ in range(3)] == ["its root volume does not answer"] * 3
+    assert [checks.trouble(instance) for _ in range(3)] == ["its root volume does not respond"] * 3
     assert looks == [1]
     go_on.set()
-    checks._silent[INSTANCE].result(60)
+    checks._hanging[INSTANCE].result(60)
     monkeypatch.setattr(standing_checks, "check_root_volume", lambda *_: ())
     assert checks.trouble(instance) is None
 
@@ -112,7 +112,7 @@ def test_a_store_that_is_known_to_fail_is_named_and_nothing_is_asked_of_it(servi
 
 def test_the_store_is_asked_once_for_many(away, monkeypatch):
     asked = []
-    monkeypatch.setattr(StandingChecks, "_look", lambda self: asked.append(1) or "trouble")
+    monkeypatch.setattr(StandingChecks, "_run_checks", lambda self: asked.append(1) or "trouble")
     checks = StandingChecks(away)
     callers = [threading.Thread(target=checks.store_trouble) for _ in range(8)]
     for caller in callers:
@@ -125,6 +125,6 @@ def test_the_store_is_asked_once_for_many(away, monkeypatch):
 def test_a_store_that_is_back_is_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr(standing_checks, "BAD_FOR", 0.0)
     checks = StandingChecks(Settings(data_dir=tmp_path / "data"))
-    assert "no data directory" in checks.store_trouble()
+    assert "is not a data directory" in checks.store_trouble()
     (tmp_path / "data").mkdir()
     assert checks.store_trouble() is None

@@ -51,8 +51,8 @@ def doctor(settings: Settings, access_key_id: str | None, bucket: str | None, ou
     from thrave.doctor.check_table import run_all
     from thrave.doctor.checks import Outcome
 
-    with closing(CheckContext(settings, access_key_id=access_key_id, bucket=bucket)) as subject:
-        findings = run_all(subject)
+    with closing(CheckContext(settings, access_key_id=access_key_id, bucket=bucket)) as context:
+        findings = run_all(context)
     print_result(output, {"checks": [_document(finding) for finding in findings]}, _text(findings))
     failed = [finding.check.name for finding in findings if finding.outcome is Outcome.FAILED]
     if failed:

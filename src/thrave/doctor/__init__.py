@@ -1,1 +1,1 @@
-"""Whether everything is there that a bundle task will need: tried before anyone's instance is shut down."""
+"""Checks everything that a bundle task needs, before any instance is shut down."""

@@ -1,14 +1,11 @@
-"""What a check raises that finds something wrong, besides what the rooms themselves raise.
+"""What the checks use: the components of a service, each opened when a check first needs it; and errors of checks.
 
-CheckError
-├── Trouble     it was tried, and is not as it must be
-└── NotTried    there is nothing to try: it does not concern this service
+Unlike `components.py` this module creates nothing: no data directory, no tables, no vault key. Test objects have a
+prefix, and by default a bucket, that no bundle has.
 
-What the doctor looks at: a service as its settings say, its parts opened one by one as the checks ask for them.
-
-Unlike the service (`components.py`) it makes nothing that is not there yet: no data directory, no tables, no vault's
-key.
-Objects of the trial have a prefix, and lie in a bucket, that no bundle has.
+    CheckError
+    ├── CheckFailed     the check has failed
+    └── CheckSkipped    nothing to check with these settings
 """
 
 import secrets
@@ -34,66 +31,64 @@ if TYPE_CHECKING:
 
 
 class CheckError(Exception):
-    """A check has not passed; the text says why and holds no secret."""
+    """A check has not passed; the message says why and contains no secret."""
 
 
 class CheckFailed(CheckError):
-    """What was tried is not as it must be."""
+    """The check has failed."""
 
 
 class CheckSkipped(CheckError):
-    """What would be tried is not there, and need not be."""
+    """There is nothing to check with these settings."""
 
 
-STORE_SECONDS = 10.0  # for which one request to the store may stand still
-
-
-_NOBODYS_ACCOUNT = "000000000000"
+STORE_TIMEOUT = 10.0  # seconds without progress of one request to the store
+_UNUSED_ACCOUNT_ID = "000000000000"
 
 
 class CheckContext:
-    """One service; close it in the end.
+    """The components of one service. Call `close` at the end.
 
     Args:
-        settings: The service's.
-        access_key_id: In whose name buckets are tried, where they are the accounts' own; the newest key by default.
-        bucket: Where objects are tried; by default a new one.
+        settings: Settings of the service.
+        access_key_id: Key that owns the test bucket, if the store knows the accounts' keys. Default: the newest key.
+        bucket: Bucket for test objects. Default: a new one.
     """
 
     def __init__(self, settings: Settings, *, access_key_id: str | None = None, bucket: str | None = None) -> None:
-        self.settings = settings.model_copy(update={"s3_timeout": min(settings.s3_timeout, STORE_SECONDS)})
+        self.settings = settings.model_copy(update={"s3_timeout": min(settings.s3_timeout, STORE_TIMEOUT)})
         self.prefix = f"thrave-doctor-{secrets.token_hex(8)}"
         self.bucket = bucket or self.prefix
-        self.has_made_bucket = False
+        self.has_created_bucket = False
         self._access_key_id = access_key_id
 
     @property
-    def by_owners_key(self) -> bool:
-        """Whether the store knows the accounts' keys, and buckets are theirs there."""
+    def uses_owner_keys(self) -> bool:
+        """Whether the store knows the accounts' keys, and the accounts own the buckets there."""
         return self.settings.store == "s3" and self.settings.upload_credentials == "policy"
 
     @cached_property
     def database(self) -> sa.Engine:
-        """The database, as it is."""
+        """The database, without migrating it."""
         try:
             url = sa.make_url(self.settings.database)
-        except sa.exc.ArgumentError:  # whose own words quote the URL
-            raise CheckFailed("the setting database_url is not a database's URL") from None
+        except sa.exc.ArgumentError:  # its message quotes the URL, which may hold a password
+            raise CheckFailed("the setting database_url is not the URL of a database") from None
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
             raise self._no_data()
         return open_engine(self.settings.database)
 
     @cached_property
     def vault(self) -> Vault:
-        """The vault, if its key is there."""
+        """The vault, if its key exists."""
         return Vault(files.read_private(self.settings.directory.vault_key))
 
     @cached_property
     def holder(self) -> KeyOwner:
-        """In whose name buckets are tried; where we judge policies ourselves, a key is made up for them."""
-        if self._access_key_id is None and not self.by_owners_key:
-            pair = Credentials(access_key_id=new_access_key_id(), secret_access_key=new_secret_access_key())
-            return KeyOwner(_NOBODYS_ACCOUNT, pair)
+        """Owner of the test bucket; a new random key if the service verifies policies itself."""
+        if self._access_key_id is None and not self.uses_owner_keys:
+            credentials = Credentials(access_key_id=new_access_key_id(), secret_access_key=new_secret_access_key())
+            return KeyOwner(_UNUSED_ACCOUNT_ID, credentials)
         key = self._key()
         return KeyOwner(
             key.account_id,
@@ -102,39 +97,39 @@ class CheckContext:
 
     @cached_property
     def buckets(self) -> ObjectStore:
-        """The store, in that name."""
+        """The object store, on behalf of `holder`."""
         if self.settings.store == "directory" and not self.settings.data_dir.exists():
             raise self._no_data()
         return open_store(self.settings, self._find_holder).on_behalf_of(self.holder.credentials.access_key_id)
 
     @cached_property
     def connection(self) -> StoreConfig:
-        """How an S3 store is called."""
+        """Connection settings of an S3 store."""
         return store_connection(self.settings)
 
     @cached_property
     def transport(self) -> HttpTransport:
-        """Connections to an S3 store."""
+        """HTTP connections to an S3 store."""
         return HttpTransport(self.connection)
 
     @cached_property
     def requests(self) -> SignedClient:
-        """Requests to an S3 store, signed with the key whose the buckets are there."""
-        key = self.holder.credentials if self.by_owners_key else self.connection.credentials
+        """Requests to an S3 store, signed with the key that owns the buckets there."""
+        key = self.holder.credentials if self.uses_owner_keys else self.connection.credentials
         return SignedClient(self.connection, self.transport, key)
 
     @cached_property
     def adopted(self) -> "LibvirtDriver":
-        """The domains that are instances."""
+        """The adopted domains."""
         return open_adopted(self.settings)
 
     @cached_property
     def hypervisor(self) -> LibvirtConnection:
-        """The libvirt that has them, for what the service never asks."""
+        """The libvirt connection of the adopted domains, for queries that the driver does not make."""
         return LibvirtConnection(self.settings.libvirt_uri, DomainEvents())
 
     def close(self) -> None:
-        """Let go of the database and of libvirt."""
+        """Close the connections to the database and libvirt, if they were opened."""
         opened = self.__dict__
         if "database" in opened:
             self.database.dispose()
@@ -142,7 +137,7 @@ class CheckContext:
             opened[name].close()
 
     def _no_data(self) -> CheckFailed:
-        return CheckFailed(f"{self.settings.data_dir} is no data directory yet; `thrave account create` begins one")
+        return CheckFailed(f"{self.settings.data_dir} is not a data directory; create one with `thrave account create`")
 
     def _find_holder(self, _access_key_id: str) -> KeyOwner:
         return self.holder
@@ -152,10 +147,10 @@ class CheckContext:
         if self._access_key_id is not None:
             key = accounts.find_key(self._access_key_id)
             if key is None or key.status != "Active":
-                raise CheckFailed(f"the service holds no active access key {self._access_key_id}")
+                raise CheckFailed(f"the service has no active access key {self._access_key_id}")
             return key
         keys = [key for account in accounts.list() for key in accounts.list_keys(account.account_id)]
         active = [key for key in keys if key.status == "Active"]
         if not active:
-            raise CheckFailed("no account has an access key yet")
+            raise CheckFailed("no account has an active access key")
         return max(active, key=lambda key: key.create_date)

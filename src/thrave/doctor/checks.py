@@ -1,7 +1,7 @@
-"""A check, and what comes of it: ok, failed, lacking (some callers want it), or not tried.
+"""A check, its outcome, and the function that runs one check within a time limit.
 
-A check has a time limit. One that hangs is left behind in its thread; a failure that nobody foresaw is told by its type
-alone, for its words might hold a secret.
+A check that hangs is abandoned in its thread. Of an unexpected error only the type is reported, since its message might
+contain a secret.
 """
 
 import os
@@ -20,11 +20,11 @@ from thrave.identity.errors import IdentityError
 from thrave.vault import VaultError
 from thrave.volumes.errors import VolumeError
 
-_FORESEEN = (CheckFailed, BucketError, InstanceError, IdentityError, VaultError, VolumeError, OSError)
+_EXPECTED = (CheckFailed, BucketError, InstanceError, IdentityError, VaultError, VolumeError, OSError)
 
 
 class Outcome(StrEnum):
-    """What came of a check."""
+    """The outcome of a check."""
 
     OK = "ok"
     FAILED = "failed"
@@ -39,54 +39,54 @@ class Check:
     area: str
     name: str
     tries: str
-    """What it tries."""
+    """What is checked, for the operator."""
     remedy: str
     """What to do when it fails."""
     run: Callable[[CheckContext], str] = field(repr=False)
-    """Gives what it has seen; raises what a room raises, Trouble, or NotTried."""
+    """Returns a detail for the operator; raises CheckFailed, CheckSkipped, or an error of the checked package."""
     needs: tuple[str, ...] = ()
-    """Names of checks without which it cannot be tried."""
+    """Names of checks that must not have failed."""
     optional: bool = False
-    """Whether tasks run without it, if callers know."""
+    """Whether tasks can do without it; then a failure is a warning."""
     seconds: float = 20.0
-    """Its time limit."""
+    """Time limit."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a check."""
+    """The result of one check."""
 
     check: Check
     outcome: Outcome
     detail: str
-    in_the_way: bool = False
-    """Whether what needs it cannot be tried."""
+    is_blocking: bool = False
+    """Whether checks that need this one are skipped."""
 
 
-def run_check(check: Check, subject: CheckContext, in_the_way: Collection[str] = ()) -> Finding:
-    """Try one check, unless one that it needs is in the way."""
+def run_check(check: Check, context: CheckContext, blocking: Collection[str] = ()) -> Finding:
+    """Run one check, unless it needs one of the checks named in `blocking`."""
     for name in check.needs:
-        if name in in_the_way:
-            return Finding(check, Outcome.SKIPPED, f"needs: {name}", in_the_way=True)
-    begun = time.monotonic()
+        if name in blocking:
+            return Finding(check, Outcome.SKIPPED, f"needs: {name}", is_blocking=True)
+    started = time.monotonic()
     try:
-        return Call(check.name, lambda: _tried(check, subject)).result(check.seconds)
+        return Call(check.name, lambda: _run(check, context)).result(check.seconds)
     except CallTimeoutError:
-        return Finding(check, Outcome.FAILED, f"not over after {time.monotonic() - begun:.0f} s", in_the_way=True)
+        return Finding(check, Outcome.FAILED, f"no result after {time.monotonic() - started:.0f} s", is_blocking=True)
 
 
-def _tried(check: Check, subject: CheckContext) -> Finding:
+def _run(check: Check, context: CheckContext) -> Finding:
     try:
-        return Finding(check, Outcome.OK, check.run(subject))
+        return Finding(check, Outcome.OK, check.run(context))
     except CheckSkipped as reason:
         return Finding(check, Outcome.SKIPPED, str(reason))
     except sa.exc.DBAPIError as error:
-        said = str(error.orig).strip()
-    except _FORESEEN as error:
-        said = str(error)
+        detail = str(error.orig).strip()
+    except _EXPECTED as error:
+        detail = str(error)
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            said = f"{error.filename}: {os.strerror(error.errno)}"
-    except Exception as error:  # noqa: BLE001 (whatever it is, the other checks are worth trying)
-        said = f"unforeseen: {type(error).__name__}"
+            detail = f"{error.filename}: {os.strerror(error.errno)}"
+    except Exception as error:  # noqa: BLE001 (the other checks must run)
+        detail = f"unexpected error: {type(error).__name__}"
     outcome = Outcome.WARNING if check.optional else Outcome.FAILED
-    return Finding(check, outcome, " ".join(said.split()), in_the_way=not check.optional)
+    return Finding(check, outcome, " ".join(detail.split()), is_blocking=not check.optional)

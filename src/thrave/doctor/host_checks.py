@@ -1,11 +1,6 @@
-"""Checks of a hypervisor host: its instances, their root volumes and commands, and what reads them. Nothing is run.
+"""Checks of a hypervisor host: instances, root volumes, commands, libvirt domains, and the programs that read images.
 
-What is only libvirt's is `domains.py`.
-
-Checks of a host with libvirt: that it answers, and what its domains must have to be bundled.
-
-Nothing is stopped, started or written. Whose a domain is, and which root volume it has, the driver says; here it is
-asked what nobody needs while all goes well.
+No instance is stopped or started, no operator command is run, nothing is written.
 """
 
 import os
@@ -32,35 +27,35 @@ from thrave.volumes.formats import FORMATS, QEMU_FORMATS, examine
 _COMMANDS = ("stop_command", "force_stop_command", "start_command", "state_command")
 
 
-def instances(subject: CheckContext) -> str:
+def check_instances(context: CheckContext) -> str:
     """Read every instance's file, or every adopted domain."""
-    readable, broken = _all(subject)
+    readable, broken = _all(context)
     if broken:
         raise CheckFailed("; ".join(str(error) for error in broken))
-    return f"{len(readable)} in {_place(subject)}"
+    return f"{len(readable)} in {_place(context)}"
 
 
-def root_volumes(subject: CheckContext) -> str:
-    """See that each root volume that may be bundled can be read, and is of a known format."""
-    found = known_instances(subject)
-    directories = subject.settings.image_dirs
+def check_root_volumes(context: CheckContext) -> str:
+    """Check that each root volume that may be bundled is readable and has a known format."""
+    found = known_instances(context)
+    directories = context.settings.image_dirs
     faults = [f"{one.instance_id}: {fault}" for one in found if (fault := _root_volume_fault(one, directories))]
     if faults:
         raise CheckFailed("; ".join(faults))
-    return f"{len(found)} can be read"
+    return f"{len(found)} readable"
 
 
-def known_instances(subject: CheckContext) -> Sequence[Instance]:
-    """Every instance that can be understood and whose root volume is this machine's."""
-    return [one for one in _all(subject)[0] if one.root_device_type == "instance-store"]
+def known_instances(context: CheckContext) -> Sequence[Instance]:
+    """Every instance with a valid description and a root volume on this machine."""
+    return [one for one in _all(context)[0] if one.root_device_type == "instance-store"]
 
 
 def bundling_fault(instance: Instance) -> str | None:
-    """Why an instance of this machine could not be bundled, but for its image's own words; None if nothing is seen."""
+    """Why an instance of this machine cannot be bundled, image metadata aside; None if no reason is known."""
     volume = instance.root_volume
     if volume.format in QEMU_FORMATS:
         try:
-            check_qemu()
+            require_qemu()
         except ToolNotInstalled as error:
             return str(error)
     if volume.format not in FORMATS:
@@ -70,7 +65,7 @@ def bundling_fault(instance: Instance) -> str | None:
 
 
 def _root_volume_fault(instance: Instance, directories: Sequence[Path]) -> str | None:
-    """Why an instance's root volume could not be read as what it is said to be; None if nothing is seen of it."""
+    """Why an instance's root volume cannot be read in its stated format; None if no reason is known."""
     volume = instance.root_volume
     try:
         if (fault := bundling_fault(instance)) is not None:
@@ -78,97 +73,96 @@ def _root_volume_fault(instance: Instance, directories: Sequence[Path]) -> str |
         examined = examine(volume.path, volume.format, directories=directories)
     except VolumeError as error:
         return str(error)
-    return "; ".join(warned.text for warned in examined.warnings) if volume.format == "raw" else None
+    return "; ".join(warning.text for warning in examined.warnings) if volume.format == "raw" else None
 
 
-def commands(subject: CheckContext) -> str:
-    """Look for the program of each command."""
-    if subject.settings.hypervisor != "directory":
-        raise CheckSkipped("libvirt's domains have none")
-    named = [(one, name, getattr(one, name)) for one in _described(subject)[0] for name in _COMMANDS]
+def check_commands(context: CheckContext) -> str:
+    """Find the program of each command."""
+    if context.settings.hypervisor != "directory":
+        raise CheckSkipped("libvirt domains have no commands")
+    named = [(one, name, getattr(one, name)) for one in _described(context)[0] for name in _COMMANDS]
     given = [(one.instance_id, name, argv[0]) for one, name, argv in named if argv]
     if not given:
-        raise CheckSkipped("no instance has any")
+        raise CheckSkipped("no instance has commands")
     missing = [f"{owner}: {name}: {program}" for owner, name, program in given if shutil.which(program) is None]
     if missing:
         raise CheckFailed("; ".join(missing))
-    return f"{len(given)} are there"
+    return f"{len(given)} exist"
 
 
-def qemu(subject: CheckContext) -> str:
-    """Look for what reads images of QEMU's formats, if an instance has one."""
-    formats = {one.root_volume.format for one in known_instances(subject)} & {*QEMU_FORMATS}
+def check_qemu(context: CheckContext) -> str:
+    """Find the programs that read QEMU's image formats, if an instance has such an image."""
+    formats = {one.root_volume.format for one in known_instances(context)} & {*QEMU_FORMATS}
     if not formats:
         raise CheckSkipped("every root volume is raw")
-    check_qemu()
+    require_qemu()
     return f"for {', '.join(sorted(formats))}"
 
 
-def check_qemu() -> None:
-    """Raise ComponentMissingError if images of QEMU's formats cannot be read."""
+def require_qemu() -> None:
+    """Raise ToolNotInstalled if QEMU's image formats cannot be read."""
     for name in ("qemu-nbd", "qemu-img"):
         image_chain.program(name)
     qemu_nbd.load()
 
 
-def skipping(subject: CheckContext) -> str:
-    """Look for what reads NTFS, if the settings want it."""
-    if not subject.settings.skip_unused:
+def check_ntfs(context: CheckContext) -> str:
+    """Find the library that reads NTFS, if the settings need it."""
+    if not context.settings.skip_unused:
         raise CheckSkipped("skip_unused = false")
     ntfs_sandbox.check_installed()
     return "pytsk3"
 
 
-def sandbox(_subject: CheckContext) -> str:
-    """Confine a process as one that reads a guest's file system is confined."""
+def check_sandbox(_context: CheckContext) -> str:
+    """Start a sandboxed process, as for reading a guest's file system."""
     try:
         ntfs_sandbox.check_sandbox()
     except ToolNotInstalled as error:
         raise CheckSkipped(str(error)) from error
-    return "its process can be confined"
+    return "the sandbox works"
 
 
-def open_files(subject: CheckContext) -> str:
-    """Compare the limit that the service can have with what the settings may open."""
-    needed = subject.settings.max_open_files
+def check_open_files(context: CheckContext) -> str:
+    """Compare the hard limit of open files with the number that the settings may need."""
+    needed = context.settings.max_open_files
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         raise CheckFailed(f"{allowed} allowed, {needed} may be needed")
     return f"{allowed} allowed, {needed} may be needed"
 
 
-def _all(subject: CheckContext) -> tuple[Sequence[Instance], Sequence[InstanceError]]:
-    """Every instance, and why some cannot be understood; no hypervisor's command is run for it."""
-    if subject.settings.hypervisor == "libvirt":
-        return subject.adopted.list(), subject.adopted.broken()
-    return _described(subject)
+def _all(context: CheckContext) -> tuple[Sequence[Instance], Sequence[InstanceError]]:
+    """Every valid instance, and an error for each invalid one. Runs no operator command."""
+    if context.settings.hypervisor == "libvirt":
+        return context.adopted.list(), context.adopted.broken()
+    return _described(context)
 
 
-def _place(subject: CheckContext) -> str:
-    settings = subject.settings
+def _place(context: CheckContext) -> str:
+    settings = context.settings
     return settings.libvirt_uri if settings.hypervisor == "libvirt" else str(settings.effective_instance_dir)
 
 
-def _described(subject: CheckContext) -> tuple[Sequence[InstanceDescription], Sequence[InstanceError]]:
-    folder = subject.settings.effective_instance_dir
+def _described(context: CheckContext) -> tuple[Sequence[InstanceDescription], Sequence[InstanceError]]:
+    folder = context.settings.effective_instance_dir
     if not folder.exists():
-        raise CheckSkipped(f"{folder} is not there: no instance is described on this machine")
+        raise CheckSkipped(f"{folder} does not exist: this machine has no instances")
     folder.iterdir()
     return DescriptionFiles(folder).read_all()
 
 
-LEAST_ROOM = 1 << 30
-"""Bytes in a folder of overlays: a guest whose overlay cannot grow is paused."""
-
+MIN_OVERLAY_SPACE = 1 << 30
+"""Free bytes in a folder of overlays: QEMU pauses a guest whose overlay cannot grow."""
 
 _AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
 
 class _Versions(Protocol):
-    """What else a virConnect tells; a version is 1000000 * major + 1000 * minor + release."""
+    """Further methods of virConnect. A version is 1000000 * major + 1000 * minor + release."""
 
     def getType(self) -> str:  # noqa: N802 (libvirt's name)
-        """The driver."""
+        """Name of the driver."""
 
     def getVersion(self) -> int:  # noqa: N802 (libvirt's name)
         """The hypervisor's version."""
@@ -178,84 +172,85 @@ class _Versions(Protocol):
 
 
 class _Machine(NamedTuple):
-    """An adopted domain, as far as it can be told to power off."""
+    """The parts of an adopted domain that matter for shutting it down."""
 
     instance_id: str
     name: str
     has_acpi: bool
     has_channel: bool
-    """For its guest's agent."""
-    is_deaf: bool
-    """It runs, and no agent has opened the channel."""
+    """Channel of the guest agent."""
+    is_disconnected: bool
+    """The domain runs, and no agent has opened the channel."""
 
     def __str__(self) -> str:
         return f"{self.instance_id} ({self.name})"
 
 
-def libvirt(subject: CheckContext) -> str:
-    """Connect, and see that it is this machine's."""
-    uri = _uri(subject)
+def check_libvirt(context: CheckContext) -> str:
+    """Connect, and check that libvirt runs on this machine."""
+    uri = _uri(context)
     if (host := urlsplit(uri).hostname) is not None:
-        raise CheckFailed(f"{uri} is the libvirt of {host}: disks are read on this machine")
-    with subject.hypervisor.asked() as connection:
-        said = cast("_Versions", connection)
-        return f"{said.getType()} {_version(said.getVersion())}, libvirt {_version(said.getLibVersion())}"
+        raise CheckFailed(f"{uri} is on another host, {host}; root volumes are read on this machine")
+    with context.hypervisor.asked() as connection:
+        versions = cast("_Versions", connection)
+        library = _version(versions.getLibVersion())
+        return f"{versions.getType()} {_version(versions.getVersion())}, libvirt {library}"
 
 
-def power_button(subject: CheckContext) -> str:
-    """See that each guest can be told to power off."""
-    machines = _machines(subject)
-    deaf = [str(machine) for machine in machines if not (machine.has_acpi or machine.has_channel)]
-    if deaf:
-        raise CheckFailed(f"{', '.join(deaf)}: neither ACPI nor a channel for an agent")
-    by_agent = sum(machine.has_channel for machine in machines)
-    return f"{len(machines)} can be told, {by_agent} through an agent's channel"
+def check_power_button(context: CheckContext) -> str:
+    """Check that each guest can be asked to power off."""
+    machines = _machines(context)
+    unreachable = [str(machine) for machine in machines if not (machine.has_acpi or machine.has_channel)]
+    if unreachable:
+        raise CheckFailed(f"{', '.join(unreachable)}: neither ACPI nor a guest agent channel")
+    with_channel = sum(machine.has_channel for machine in machines)
+    return f"{len(machines)} can be shut down, {with_channel} through a guest agent channel"
 
 
-def sysprep(subject: CheckContext) -> str:
-    """See that each guest has somebody to run the command."""
-    if not subject.settings.sysprep_command:
+def check_sysprep(context: CheckContext) -> str:
+    """Check that each guest has an agent that can run the command."""
+    if not context.settings.sysprep_command:
         raise CheckSkipped("no sysprep_command is set")
-    if subject.settings.hypervisor != "libvirt":
-        raise CheckFailed("it needs hypervisor = libvirt: there is no way into the guests")
-    machines = _machines(subject)
-    lacking = [str(machine) for machine in machines if not machine.has_channel or machine.is_deaf]
-    if lacking:
-        raise CheckFailed(f"{', '.join(lacking)}: no agent")
-    return f"{len(machines)} guests can be told"
+    if context.settings.hypervisor != "libvirt":
+        raise CheckFailed("sysprep_command needs hypervisor = libvirt")
+    machines = _machines(context)
+    without_agent = [str(machine) for machine in machines if not machine.has_channel or machine.is_disconnected]
+    if without_agent:
+        raise CheckFailed(f"{', '.join(without_agent)}: no agent")
+    return f"{len(machines)} guests have an agent"
 
 
-def overlays(subject: CheckContext) -> str:
-    """See that each overlay that can be had could be made, and merged."""
-    planned, _ = _plans(subject)
+def check_overlays(context: CheckContext) -> str:
+    """Check that each possible overlay can be created and merged."""
+    planned, _ = _plans(context)
     image_chain.program("qemu-img")
-    faults = dict.fromkeys(fault for frozen in planned for fault in _faults(frozen))
+    faults = dict.fromkeys(fault for overlay in planned for fault in _overlay_faults(overlay))
     if faults:
         raise CheckFailed("; ".join(faults))
-    return f"{len(planned)} could be made"
+    return f"{len(planned)} can be created"
 
 
-def capture_mode(subject: CheckContext) -> str:
-    """See that each root volume can have an overlay."""
-    planned, impossible = _plans(subject)
+def check_capture_mode(context: CheckContext) -> str:
+    """Check that each root volume can have an overlay."""
+    planned, impossible = _plans(context)
     if impossible:
         raise CheckFailed("; ".join(f"{reason.instance_id}: {reason}" for reason in impossible))
-    return f"{len(planned)} can"
+    return f"{len(planned)} can have one"
 
 
-def _uri(subject: CheckContext) -> str:
-    if subject.settings.hypervisor != "libvirt":
+def _uri(context: CheckContext) -> str:
+    if context.settings.hypervisor != "libvirt":
         raise CheckSkipped("hypervisor = directory")
-    return subject.settings.libvirt_uri
+    return context.settings.libvirt_uri
 
 
 def _version(number: int) -> str:
     return f"{number // 1_000_000}.{number // 1_000 % 1_000}.{number % 1_000}"
 
 
-def _machines(subject: CheckContext) -> Sequence[_Machine]:
-    _uri(subject)
-    with subject.hypervisor.asked() as connection:
+def _machines(context: CheckContext) -> Sequence[_Machine]:
+    _uri(context)
+    with context.hypervisor.asked() as connection:
         found = []
         for domain in connection.listAllDomains():
             live, config = (domain.XMLDesc(flags) for flags in (0, XmlFlag.INACTIVE if domain.isPersistent() else 0))
@@ -272,38 +267,41 @@ def _machine(live: str, config: str) -> _Machine:
         name=domain.findtext("name", ""),
         has_acpi=domain.find("features/acpi") is not None,
         has_channel=domain.find(channel) is not None,
-        is_deaf="id" in running.attrib and running.find(f"{channel}[@state='connected']") is None,
+        is_disconnected="id" in running.attrib and running.find(f"{channel}[@state='connected']") is None,
     )
 
 
-def _plans(subject: CheckContext) -> tuple[Sequence[Overlay], Sequence[OverlayNotSupported]]:
-    """What would be done to each root volume, and why it cannot be."""
-    if subject.settings.capture_mode != "overlay":
+def _plans(context: CheckContext) -> tuple[Sequence[Overlay], Sequence[OverlayNotSupported]]:
+    """The overlay planned for each root volume, and an error for each that cannot have one."""
+    if context.settings.capture_mode != "overlay":
         raise CheckSkipped("capture_mode = offline")
-    if subject.settings.hypervisor != "libvirt":
-        raise CheckFailed("it needs hypervisor = libvirt: every instance is off until its root volume has been read")
+    if context.settings.hypervisor != "libvirt":
+        raise CheckFailed(
+            "capture_mode = overlay needs hypervisor = libvirt; without it every instance stays off until its root "
+            "volume has been read"
+        )
     planned: list[Overlay] = []
     impossible: list[OverlayNotSupported] = []
-    for one in known_instances(subject):
+    for one in known_instances(context):
         try:
-            planned.append(_overlays(subject).plan(one.instance_id))
+            planned.append(_overlays(context).plan(one.instance_id))
         except OverlayNotSupported as reason:
             impossible.append(reason)
     return planned, impossible
 
 
-def _overlays(subject: CheckContext) -> Overlays:
-    return subject.adopted.overlays
+def _overlays(context: CheckContext) -> Overlays:
+    return context.adopted.overlays
 
 
-def _faults(frozen: Overlay) -> Sequence[str]:
-    """Why an overlay could not be made or merged."""
-    folder = frozen.overlay.parent
+def _overlay_faults(planned: Overlay) -> Sequence[str]:
+    """Why an overlay cannot be created or merged."""
+    folder = planned.overlay.parent
     found = []
     if not os.access(folder, os.W_OK | os.X_OK):
-        found.append(f"{folder}: no file can be made in it")
-    elif (free := shutil.disk_usage(folder).free) < LEAST_ROOM:
-        found.append(f"{folder}: {free >> 20} MiB left")
-    if not os.access(frozen.volume.path, os.W_OK):
-        found.append(f"{frozen.volume.path}: cannot be written to")
+        found.append(f"{folder}: not writable")
+    elif (free := shutil.disk_usage(folder).free) < MIN_OVERLAY_SPACE:
+        found.append(f"{folder}: {free >> 20} MiB free, {MIN_OVERLAY_SPACE >> 20} MiB needed")
+    if not os.access(planned.volume.path, os.W_OK):
+        found.append(f"{planned.volume.path}: not writable")
     return found

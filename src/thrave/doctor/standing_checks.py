@@ -1,7 +1,7 @@
-"""What is known to be wrong with a service that runs: the cheap checks, looked at when somebody asks for a bundle.
+"""Cheap checks of a running service, made when a client requests a bundle: the store, and the root volume.
 
-Nothing runs while nobody asks. A good result stands for a while, a bad one for a moment, so that a store that is back
-is used at once; and a check that has failed is tried again before it counts, as a store may fail for a moment.
+Nothing runs without a request. A good result of the store's checks is kept for `GOOD_FOR` seconds and a bad one for
+`BAD_FOR`, so that a store that has recovered is used soon. A failed check is repeated once before it counts.
 """
 
 import threading
@@ -25,105 +25,109 @@ from thrave.doctor.checks import Check, Finding, Outcome, run_check
 from thrave.tasks.root_volume import check_root_volume
 from thrave.volumes.errors import VolumeError
 
-GOOD_FOR = 30.0  # seconds
-BAD_FOR = 5.0  # seconds
-_PATIENCE = 5.0  # seconds, for one check: a caller waits
+GOOD_FOR = 30.0  # seconds for which a good result is used
+BAD_FOR = 5.0  # seconds for which a bad result is used
+_TIMEOUT = 5.0  # seconds for one check, since a client waits for the response
 
 log = structlog.get_logger()
 
 
 class StandingChecks:
-    """The cheap checks of one service; safe to use from several threads, of which one looks and the others wait."""
+    """The cheap checks of the store. Safe for several threads: one checks, the others wait for the result."""
 
     def __init__(self, settings: Settings) -> None:
-        self._subject = CheckContext(settings)
-        self._checks = [replace(check, seconds=_PATIENCE) for check in CHECKS if check.name in _cheap(self._subject)]
+        self._context = CheckContext(settings)
+        cheap = _cheap_checks(self._context)
+        self._checks = [replace(check, seconds=_TIMEOUT) for check in CHECKS if check.name in cheap]
         self._lock = threading.Lock()
-        self._stands_until = 0.0
+        self._valid_until = 0.0
         self._trouble: str | None = None
 
     def store_trouble(self) -> str | None:
-        """Why nothing can be stored now; None if no reason is known."""
+        """Why no bundle can be stored now, for a client; None if no reason is known."""
         with self._lock:
-            if time.monotonic() > self._stands_until:
-                self._trouble = self._look()
-                self._stands_until = time.monotonic() + (GOOD_FOR if self._trouble is None else BAD_FOR)
+            if time.monotonic() > self._valid_until:
+                self._trouble = self._run_checks()
+                self._valid_until = time.monotonic() + (GOOD_FOR if self._trouble is None else BAD_FOR)
             return self._trouble
 
-    def _look(self) -> str | None:
+    def _run_checks(self) -> str | None:
         for check in self._checks:
-            finding = self._twice(check)
+            finding = self._run_twice(check)
             if finding.outcome is Outcome.FAILED:
-                log.warning("no bundle can be stored: `thrave doctor` says more", check=check.name, seen=finding.detail)
+                log.warning("store unusable", check=check.name, error=finding.detail)
                 return finding.detail
         return None
 
-    def _twice(self, check: Check) -> Finding:
-        # Not `retry`: a failed check is a result, no exception, and the caller of EC2 waits for the second attempt.
-        finding = run_check(check, self._subject)
-        return run_check(check, self._subject) if finding.outcome is Outcome.FAILED else finding
+    def _run_twice(self, check: Check) -> Finding:
+        # Not `retry`: a failed check is a result, no exception, and a client waits for the second attempt.
+        finding = run_check(check, self._context)
+        return run_check(check, self._context) if finding.outcome is Outcome.FAILED else finding
 
 
 class VolumeChecks:
-    """Root volumes of this machine, looked at when somebody asks for a bundle; safe to use from several threads.
+    """Checks a root volume of this machine when a client requests a bundle of it. Safe for several threads.
 
-    A disk may not answer at all: then the caller is told so after `_PATIENCE` seconds, and nobody else waits for it
-    until it does.
+    A disk may not respond at all. The request then fails after `_TIMEOUT` seconds, and later requests for the same
+    instance fail at once until the disk responds.
 
     Args:
-        instances: All of this machine, of which another may have the same file.
-        directories: Where files may lie that an image refers to, besides its own folder.
+        instances: All instances of this machine; another one may use the same file.
+        directories: Folders that may hold files to which an image refers, in addition to its own folder.
     """
 
     def __init__(self, instances: HypervisorDriver, directories: Sequence[Path]) -> None:
         self._instances = instances
         self._directories = directories
-        self._silent: dict[str, Call[_Trouble | InstanceError | None]] = {}
+        self._hanging: dict[str, Call[_VolumeTrouble | InstanceError | None]] = {}
 
     def trouble(self, instance: Instance) -> str | None:
-        """Why the root volume of an instance cannot be bundled, for its owner; None if nothing is known.
+        """Why the root volume of an instance cannot be bundled, for its owner; None if no reason is known.
 
         Raises:
-            InstanceError: The hypervisor does not tell who else has the file.
+            InstanceError: The hypervisor does not report which other instances use the file.
         """
-        found: _Trouble | InstanceError | None = _Trouble("it does not answer", "its root volume does not answer")
-        earlier = self._silent.get(instance.instance_id)
+        found: _VolumeTrouble | InstanceError | None
+        found = _VolumeTrouble("the root volume does not respond", "its root volume does not respond")
+        earlier = self._hanging.get(instance.instance_id)
         if earlier is None or not earlier.is_running:
-            look = Call("root volume", lambda: self._look(instance))
+            check = Call("root volume", lambda: self._check(instance))
             try:
-                found = look.result(_PATIENCE)
+                found = check.result(_TIMEOUT)
             except CallTimeoutError:
-                self._silent[instance.instance_id] = look
+                self._hanging[instance.instance_id] = check
         if isinstance(found, InstanceError):
             raise found
         if found is None:
             return None
-        log.warning("an instance cannot be bundled", instance_id=instance.instance_id, seen=found.seen)
-        return found.said
+        log.warning("instance cannot be bundled", instance_id=instance.instance_id, error=found.internal)
+        return found.public
 
-    def _look(self, instance: Instance) -> "_Trouble | InstanceError | None":
+    def _check(self, instance: Instance) -> "_VolumeTrouble | InstanceError | None":
         try:
             fault = host_checks.bundling_fault(instance)
             if fault is not None:
-                return _Trouble(fault, "its root volume cannot be read")
+                return _VolumeTrouble(fault, "its root volume cannot be read")
             check_root_volume(self._instances, instance.instance_id, instance.root_volume, self._directories)
         except VolumeError as error:
-            return _Trouble(str(error), f"its root volume cannot be bundled: {error.public}")
+            return _VolumeTrouble(str(error), f"its root volume cannot be bundled: {error.public}")
         except InstanceError as error:
             return error
-        except Exception:  # it must not end in silence
-            log.exception("a look at a root volume failed")
-            return _Trouble("the look at it failed", "its root volume cannot be read")
+        except Exception:  # the thread would end without a result
+            log.exception("root volume check failed", instance_id=instance.instance_id)
+            return _VolumeTrouble("the check failed", "its root volume cannot be read")
         return None
 
 
-class _Trouble(NamedTuple):
-    """What is wrong with a root volume, for the log and for its owner."""
+class _VolumeTrouble(NamedTuple):
+    """Why a root volume cannot be bundled."""
 
-    seen: str
-    said: str
+    internal: str
+    """For the log."""
+    public: str
+    """For the owner of the instance; names no file of the host."""
 
 
-def _cheap(subject: CheckContext) -> set[str]:
-    """With owners' keys, the store's word on the caller's own is asked for with each request (`create`) anyway."""
-    return {"answers"} if subject.by_owners_key else {"answers", "key"}
+def _cheap_checks(context: CheckContext) -> set[str]:
+    """Names of the checks; with owners' keys, each request checks the caller's own key when it creates the bucket."""
+    return {"available"} if context.uses_owner_keys else {"available", "key"}
