@@ -59,7 +59,7 @@ def serve(settings: Settings, listening: Listening) -> None:
     agent = Agent(ground)
     door = _door(ground, ground.instances, agent.power, lambda _instance_id: settings.host_id)
     volumes = VolumeChecks(ground.instances, settings.image_dirs)
-    app = create_app(replace(door, volume_trouble=volumes.trouble))
+    app = create_app(replace(door, volume_problem=volumes.trouble))
     with explained(settings):
         agent.start(reports=False)
     supervised("drained", lambda: _end_when_drained(agent), on_failure=lambda _error: os._exit(1))
@@ -144,9 +144,9 @@ def _door(
         region=settings.region,
         any_platform=settings.platforms == "any",
         existing_bundle=settings.existing_bundle,
-        version_2=settings.signature_version_2 == "accept",
-        may=Permissions(users=Users(ground.database), region=settings.region).may,
-        store_trouble=StandingChecks(settings).store_trouble,
+        allow_signature_v2=settings.signature_version_2 == "accept",
+        is_allowed=Permissions(users=Users(ground.database), region=settings.region).is_allowed,
+        store_problem=StandingChecks(settings).store_trouble,
     )
 
 

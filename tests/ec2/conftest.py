@@ -28,7 +28,7 @@ from thrave.vault import Vault
 class ServiceWithoutEngine:
     """A data directory and everything in it."""
 
-    door: Ec2Backend
+    backend: Ec2Backend
     records: TaskRepository
     instances: DirectoryDriver
     key: AccessKey
@@ -40,7 +40,7 @@ class ServiceWithoutEngine:
         return instance_id
 
     def another_key(self, name="somebody-else"):
-        return self.door.accounts.create(name)[1]
+        return self.backend.accounts.create(name)[1]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def service(tmp_path):
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     instances = DirectoryDriver(tmp_path / "instances")
     power = BackgroundPower(instances, PowerRecords(engine), grace=20.0)
-    door = Ec2Backend(
+    backend = Ec2Backend(
         accounts=Accounts(engine, vault),
         instances=instances,
         power=power,
@@ -68,8 +68,8 @@ def service(tmp_path):
             per_account=4,
         ),
     )
-    key = door.accounts.create("owner")[1]
-    yield ServiceWithoutEngine(door, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
+    key = backend.accounts.create("owner")[1]
+    yield ServiceWithoutEngine(backend, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
     # A thread that outlives the database retries, and logs, in the tests that follow.
     eventually(lambda: power._busy, "every power request ends", until=lambda busy: not busy)
     engine.dispose()
@@ -91,7 +91,7 @@ def current_app():
 
 @pytest.fixture
 def endpoint(service, current_app):
-    current_app.app = create_app(service.door)
+    current_app.app = create_app(service.backend)
     return current_app.url
 
 

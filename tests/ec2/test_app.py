@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from structlog.testing import capture_logs
 
 from support.buckets.s3_storage import storage
-from thrave.ec2.app import LIMIT, create_app
+from thrave.ec2.app import MAX_BYTES, create_app
 
 DESCRIBE = b"Action=DescribeBundleTasks&Version=2016-11-15"
 FORM = "application/x-www-form-urlencoded"
@@ -87,7 +87,7 @@ def test_the_callers_version_is_the_namespace_of_the_answer(endpoint, service, v
         (DESCRIBE + b"&DryRun=true", 412, "DryRunOperation"),
         (b"Action=CancelBundleTask&Version=2016-11-15", 400, "MissingParameter"),
         (b"Action=CancelBundleTask&Version=2016-11-15&BundleId=x", 400, "InvalidBundleID.NotFound"),
-        (DESCRIBE + b"&x=" + b"x" * LIMIT, 413, "RequestEntityTooLarge"),
+        (DESCRIBE + b"&x=" + b"x" * MAX_BYTES, 413, "RequestEntityTooLarge"),
     ],
 )
 def test_a_wrong_request_gets_ec2s_code_and_status(endpoint, service, body, status, code):
@@ -116,7 +116,7 @@ def test_a_body_is_a_form_with_or_without_charset(endpoint, service, content_typ
 
 
 def test_a_body_without_a_length_is_read_no_further_than_the_limit(endpoint, service):
-    too_much = b"10001\r\n" + b"x" * (LIMIT + 1) + b"\r\n"  # and no end
+    too_much = b"10001\r\n" + b"x" * (MAX_BYTES + 1) + b"\r\n"  # and no end
     answer = send(endpoint, signed(endpoint, service.key, body=b"", framing="Transfer-Encoding: chunked") + too_much)
     assert (answer[0], code_of(answer)) == (413, "RequestEntityTooLarge")
 
@@ -131,7 +131,7 @@ def test_a_client_that_hangs_up_in_the_middle_is_not_an_error_of_ours(endpoint, 
 
 
 def test_a_query_string_has_a_limit_of_its_own_or_the_servers(endpoint):
-    answer = send(endpoint, b"GET /?x=" + b"x" * (LIMIT - 1) + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer = send(endpoint, b"GET /?x=" + b"x" * (MAX_BYTES - 1) + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert answer[0] in {400, 413}
 
 
@@ -153,7 +153,7 @@ def test_a_request_without_credentials_learns_nothing(endpoint, request_line):
 
 def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(service, current_app):
     current_app.app = create_app(
-        replace(service.door, may=lambda caller, action, on: action != "ec2:DescribeBundleTasks")
+        replace(service.backend, is_allowed=lambda caller, action, on: action != "ec2:DescribeBundleTasks")
     )
     for body in (DESCRIBE, DESCRIBE + b"&DryRun=true", DESCRIBE + b"&BundleId.1=bun-12345678"):
         answer = send(current_app.url, signed(current_app.url, service.key, body=body))
@@ -167,7 +167,7 @@ def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_ca
     def break_down(caller, action, resource):
         raise ZeroDivisionError(f"the secret of {caller.account_id}")
 
-    current_app.app = create_app(replace(service.door, may=break_down))
+    current_app.app = create_app(replace(service.backend, is_allowed=break_down))
     with capture_logs() as logs:
         status, headers, body = send(current_app.url, signed(current_app.url, service.key))
     assert status == 500

@@ -58,42 +58,42 @@ def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secre
 
 def test_a_new_bucket_is_created_for_its_owner(service, ec2, windows):
     bundle(ec2, service.key)
-    assert service.door.buckets.owner("my-bucket") == service.key.account_id
+    assert service.backend.buckets.owner("my-bucket") == service.key.account_id
 
 
 @pytest.mark.parametrize("was_there", [False, True])
 def test_request_refused_after_its_bucket_was_created_leaves_no_bucket(service, ec2, windows, monkeypatch, was_there):
     """The instance gets a task from another caller while the bucket is claimed."""
     if was_there:
-        service.door.buckets.create("my-bucket", service.key.account_id)
+        service.backend.buckets.create("my-bucket", service.key.account_id)
 
     def refuse(_request):
         raise BundlingInProgress("bun-1")
 
-    monkeypatch.setattr(service.door.tasks, "create", refuse)
+    monkeypatch.setattr(service.backend.tasks, "create", refuse)
     _, code, _ = refusal(bundle, ec2=ec2, key=service.key)
     assert code == "BundlingInProgress"
-    assert service.door.buckets.owner("my-bucket") == (service.key.account_id if was_there else None)
+    assert service.backend.buckets.owner("my-bucket") == (service.key.account_id if was_there else None)
 
 
 def test_the_bucket_may_belong_to_another_account_that_signed_the_policy(service, ec2, windows):
     friend = service.another_key("friend")
-    service.door.buckets.create("my-bucket", friend.account_id)
+    service.backend.buckets.create("my-bucket", friend.account_id)
     bundle(ec2, friend)
-    assert service.door.buckets.owner("my-bucket") == friend.account_id
+    assert service.backend.buckets.owner("my-bucket") == friend.account_id
 
 
 def test_an_object_that_is_there_already_stays_as_it_is(service, ec2, windows):
     # ElasticFox writes a probe object of the manifest's name before it calls.
-    service.door.buckets.create("my-bucket", service.key.account_id)
-    service.door.buckets.put("my-bucket", "winami.manifest.xml", b"elasticfox-write-test")
+    service.backend.buckets.create("my-bucket", service.key.account_id)
+    service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"elasticfox-write-test")
     bundle(ec2, service.key)
-    assert service.door.buckets.get("my-bucket", "winami.manifest.xml") == b"elasticfox-write-test"
+    assert service.backend.buckets.get("my-bucket", "winami.manifest.xml") == b"elasticfox-write-test"
 
 
 def test_bundle_instance_rejects_prefix_that_has_a_manifest(service, ec2, windows):
-    service.door.buckets.create("my-bucket", service.key.account_id)
-    service.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+    service.backend.buckets.create("my-bucket", service.key.account_id)
+    service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
     for parameters in ({}, {"DryRun": True}):
         call = partial(ec2.bundle_instance, InstanceId=INSTANCE, Storage=storage(service.key), **parameters)
         status, code, message = refusal(call)
@@ -104,9 +104,9 @@ def test_bundle_instance_rejects_prefix_that_has_a_manifest(service, ec2, window
 
 
 def test_bundle_instance_accepts_prefix_that_has_a_manifest_to_replace(service, current_app, ec2, windows):
-    service.door.buckets.create("my-bucket", service.key.account_id)
-    service.door.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
-    current_app.app = create_app(replace(service.door, existing_bundle="replace"))
+    service.backend.buckets.create("my-bucket", service.key.account_id)
+    service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+    current_app.app = create_app(replace(service.backend, existing_bundle="replace"))
     assert bundle(ec2, service.key)["State"] == "pending"
 
 
@@ -118,7 +118,7 @@ def test_bundle_instance_rejects_prefix_of_an_unfinished_task(service, ec2, wind
     assert (status, code) == (400, "InvalidParameterValue")
     assert message.startswith(f"Bucket prefix in use my-bucket/winami: your bundle task {first} is storing a bundle")
     with pytest.raises(PrefixInUse) as error:
-        service.door.tasks.check_place("222222222222", "i-1", "my-bucket", "winami")
+        service.backend.tasks.check_place("222222222222", "i-1", "my-bucket", "winami")
     assert "another bundle task is storing" in str(error.value)
     assert first not in str(error.value)
     bundle(ec2, service.key, other, prefix="winami2")
@@ -200,7 +200,7 @@ def test_a_bucket_or_prefix_that_cannot_be_is_refused(service, ec2, windows, nam
 def test_an_instance_that_cannot_be_bundled_is_refused(service, ec2, facts, code):
     service.add_instance(INSTANCE, **facts)
     assert refusal(bundle, ec2=ec2, key=service.key)[:2] == (400, code)
-    assert service.door.buckets.owner("my-bucket") is None
+    assert service.backend.buckets.owner("my-bucket") is None
 
 
 def test_nobody_can_tell_somebody_elses_instance_from_none(service, client_of, windows):
@@ -216,7 +216,7 @@ def test_nobody_can_tell_somebody_elses_instance_from_none(service, client_of, w
 def test_an_operator_may_allow_other_platforms_but_never_network_storage(service, ec2, current_app):
     service.add_instance(INSTANCE, platform=None)
     service.add_instance("i-12345678", platform=None, root_device_type="ebs")
-    current_app.app = create_app(replace(service.door, any_platform=True))
+    current_app.app = create_app(replace(service.backend, any_platform=True))
     assert bundle(ec2, service.key)["State"] == "pending"
     assert refusal(bundle, ec2=ec2, key=service.key, instance_id="i-12345678")[1] == "InvalidInstanceType"
 
@@ -276,16 +276,16 @@ def test_a_policy_that_is_not_proved_or_could_never_be_met_is_refused_and_nothin
     assert refusal(bundle, ec2=ec2, key=service.key, **details) == (400, "InvalidParameterValue", message)
     dry = {"InstanceId": INSTANCE, "Storage": storage(service.key, **details), "DryRun": True}
     assert refusal(ec2.bundle_instance, **dry) == (400, "InvalidParameterValue", message)
-    assert service.door.buckets.owner("my-bucket") is None
+    assert service.backend.buckets.owner("my-bucket") is None
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
 
 def test_a_bucket_of_somebody_elses_is_refused_and_not_touched(service, ec2, windows):
     stranger = service.another_key()
-    service.door.buckets.create("my-bucket", stranger.account_id)
+    service.backend.buckets.create("my-bucket", stranger.account_id)
     expected = f"The bucket 'my-bucket' belongs to another account than the access key '{service.key.access_key_id}'."
     assert refusal(bundle, ec2=ec2, key=service.key) == (400, "InaccessibleStorageLocation", expected)
-    assert list(service.door.buckets.list("my-bucket", "")) == []
+    assert list(service.backend.buckets.list("my-bucket", "")) == []
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
 
@@ -296,7 +296,7 @@ def test_an_earlier_check_answers_before_a_later_one(service, ec2, client_of):
     service.add_instance("i-00000002", platform=None, state=InstanceState.PENDING)
     service.add_instance("i-00000003", state=InstanceState.PENDING)
     service.add_instance("i-00000004")
-    service.door.buckets.create("my-bucket", stranger.account_id)
+    service.backend.buckets.create("my-bucket", stranger.account_id)
     forged = storage(service.key, UploadPolicySignature="c2ln")
     calls = [
         (client_of(replace(service.key, secret_access_key="x")), "i-x", {}, True, "AuthFailure"),
@@ -327,7 +327,7 @@ def test_dry_run_of_every_action_does_nothing(service, ec2, windows):
         expected = (412, "DryRunOperation", "Request would have succeeded, but DryRun flag is set.")
         assert refusal(call, **parameters, DryRun=True) == expected
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
-    assert service.door.buckets.owner("my-bucket") is None
+    assert service.backend.buckets.owner("my-bucket") is None
 
 
 def test_a_task_is_shown_with_its_progress_and_with_its_error_only_when_it_failed(service, ec2, windows):

@@ -29,7 +29,7 @@ def lead_to(service, current_app, ec2):
     """Has the endpoint lead to the same door, changed."""
 
     def lead_to(**changes):
-        current_app.app = create_app(replace(service.door, **changes))
+        current_app.app = create_app(replace(service.backend, **changes))
 
     return lead_to
 
@@ -48,18 +48,18 @@ def test_an_instance_whose_volume_cannot_be_read_is_not_stopped(service, ec2, le
     (tmp_path / "gone.raw").touch()
     service.instances._folder.create(house_description(service, volume(tmp_path)))
     (tmp_path / "gone.raw").unlink()
-    lead_to(volume_trouble=VolumeChecks(service.instances, ()).trouble)
+    lead_to(volume_problem=VolumeChecks(service.instances, ()).trouble)
     status, code, message = refusal(ec2, service)
     assert (status, code) == (400, "IncorrectInstanceState")
     assert ("thrave doctor" in message, str(tmp_path) in message) == (True, False)
     assert service.instances.state(INSTANCE) is InstanceState.RUNNING
-    assert service.door.buckets.owner("my-bucket") is None
+    assert service.backend.buckets.owner("my-bucket") is None
 
 
 def test_a_volume_that_another_machine_writes_to_is_not_bundled(service, ec2, lead_to):
     service.add_instance(INSTANCE)
     service.add_instance("i-00000000000000001")
-    lead_to(volume_trouble=VolumeChecks(service.instances, ()).trouble)
+    lead_to(volume_problem=VolumeChecks(service.instances, ()).trouble)
     status, code, message = refusal(ec2, service)
     assert (status, code) == (400, "IncorrectInstanceState")
     assert "is also a disk of another machine, which is not off" in message
@@ -104,7 +104,7 @@ def away():
 
 def test_a_store_that_is_known_to_fail_is_named_and_nothing_is_asked_of_it(service, ec2, lead_to, away):
     service.add_instance(INSTANCE)
-    lead_to(store_trouble=StandingChecks(away).store_trouble, buckets=None)
+    lead_to(store_problem=StandingChecks(away).store_trouble, buckets=None)
     status, code, message = refusal(ec2, service)
     assert (status, code) == (503, "Unavailable")
     assert ("Cannot connect" in message, "thrave doctor" in message) == (True, True)

@@ -73,7 +73,7 @@ def test_threads_do_not_take_a_token_twice():
 
 
 def test_a_hasty_account_is_told_so_and_no_other(service, current_app, client_of):
-    house_of_few = replace(service.door, rate=RateLimit(1e-9, 3))
+    house_of_few = replace(service.backend, rate=RateLimit(1e-9, 3))
     hasty, other = client_of(service.key), client_of(service.another_key())
     current_app.app = create_app(house_of_few)
     for _ in range(3):
@@ -87,7 +87,7 @@ def test_a_hasty_account_is_told_so_and_no_other(service, current_app, client_of
 
 
 def test_boto3_tries_again_by_itself_until_it_is_answered(service, current_app):
-    current_app.app = create_app(replace(service.door, rate=RateLimit(2.0, 1)))
+    current_app.app = create_app(replace(service.backend, rate=RateLimit(2.0, 1)))
     ec2 = boto3.client(
         "ec2", "eu-west-9", endpoint_url=current_app.url, config=Config(retries={"total_max_attempts": 10}),
         aws_access_key_id=service.key.access_key_id, aws_secret_access_key=service.key.secret_access_key,
@@ -102,13 +102,13 @@ def test_boto3_tries_again_by_itself_until_it_is_answered(service, current_app):
 def test_whoever_has_no_good_signature_takes_no_token_and_leaves_no_trace(service, current_app, client_of, change):
     rate = RateLimit(1e-9, 1)
     strangers = client_of(replace(service.key, **change))
-    current_app.app = create_app(replace(service.door, rate=rate))
+    current_app.app = create_app(replace(service.backend, rate=rate))
     for _ in range(3):
         with pytest.raises(ClientError, match="AuthFailure"):
             strangers.describe_instances()
     assert rate._buckets == {}
     client_of(service.key)
-    current_app.app = create_app(replace(service.door, rate=rate))
+    current_app.app = create_app(replace(service.backend, rate=rate))
     assert taken(rate, service.key.account_id) == 1
 
 
@@ -126,7 +126,7 @@ def test_an_account_has_only_so_many_tasks_at_a_time(service, ec2, client_of):
         "Code": "ResourceLimitExceeded",
         "Message": "You have exceeded an Amazon EC2 resource limit. You may have 4 bundle tasks in progress.",
     }
-    assert service.door.buckets.owner("bucket-5") is None
+    assert service.backend.buckets.owner("bucket-5") is None
     ec2.cancel_bundle_task(BundleId=first)
     bundle(ec2, service, 6)
 

@@ -90,11 +90,11 @@ def test_a_dry_run_says_that_it_would_succeed(ec2, ask):
     assert refusal.value.response["Error"]["Code"] == "DryRunOperation"
 
 
-@pytest.mark.parametrize("action", sorted(name for name, action in ACTIONS.items() if not action.for_all))
+@pytest.mark.parametrize("action", sorted(name for name, action in ACTIONS.items() if not action.no_permission_needed))
 def test_every_ec2_action_checks_permission_first_with_and_without_dry_run(service, current_app, client_of, action):
     asked = []
     client = client_of(service.key)
-    current_app.app = create_app(replace(service.door, may=lambda caller, name, resource: asked.append(name)))
+    current_app.app = create_app(replace(service.backend, is_allowed=lambda caller, name, resource: asked.append(name)))
     shape = ACTIONS[action].service.operation(action).input_shape
     required = {name: ["i-12345678"] if name.endswith("s") else "i-12345678" for name in shape.required_members}
     if action == "BundleInstance":
@@ -116,7 +116,7 @@ def test_an_accounts_own_key_is_its_root_users(service, client_of):
 
 def test_everybody_may_ask_who_they_are(service, current_app, client_of):
     sts = client_of(service.key, "sts")
-    current_app.app = create_app(replace(service.door, may=lambda caller, name, resource: False))
+    current_app.app = create_app(replace(service.backend, is_allowed=lambda caller, name, resource: False))
     assert sts.get_caller_identity()["Account"] == service.key.account_id
 
 

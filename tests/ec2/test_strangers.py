@@ -13,7 +13,7 @@ from thrave.buckets import errors as bucket_errors
 from thrave.buckets.upload_policy import UploadPolicy
 from thrave.compute import errors as instance_errors
 from thrave.ec2.app import create_app
-from thrave.ec2.errors import ec2_error_of
+from thrave.ec2.errors import to_ec2_error
 from thrave.volumes import errors as volume_errors
 
 INSTANCE = "i-0123456789abcdef0"
@@ -138,7 +138,7 @@ def test_every_error_of_instances_images_and_stores_has_an_answer_that_holds_not
     error.__dict__.update({"message": "/srv/secret/path", "instance_id": INSTANCE})
     if issubclass(kind, bucket_errors.BucketError):
         error.code = getattr(kind, "code", "SlowDown")
-    answer = ec2_error_of(error)
+    answer = to_ec2_error(error)
     assert answer.code in {
         "InvalidInstanceID.NotFound",
         "IncorrectInstanceState",
@@ -149,7 +149,7 @@ def test_every_error_of_instances_images_and_stores_has_an_answer_that_holds_not
 
 
 def test_what_nobody_foresaw_has_no_answer_of_its_own():
-    assert ec2_error_of(ZeroDivisionError()) is None
+    assert to_ec2_error(ZeroDivisionError()) is None
 
 
 @pytest.mark.parametrize("path", ["/", "/services/compute", "/services/Eucalyptus", "/services/Cloud"])
@@ -218,9 +218,9 @@ def test_signature_version_2_can_be_refused(service, current_app):
         "&Timestamp=2026-01-01T00:00:00Z"
     )
     request = f"GET /?{query} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
-    current_app.app = create_app(service.door)
+    current_app.app = create_app(service.backend)
     assert code_of(send(current_app.url, request)) == "RequestExpired"
-    current_app.app = create_app(replace(service.door, version_2=False))
+    current_app.app = create_app(replace(service.backend, allow_signature_v2=False))
     answer = send(current_app.url, request)
     assert (answer[0], code_of(answer)) == (400, "InvalidParameterValue")
     assert "signature version 4 only" in answer[2]

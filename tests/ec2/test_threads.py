@@ -15,7 +15,7 @@ def key(account_id):
 
 
 def test_an_account_with_slow_requests_leaves_threads_to_the_others():
-    threads = AccountThreads("test", 3, share=2)
+    threads = AccountThreads("test", 3, max_per_account=2)
     let_go = threading.Event()
     slow = [threads.submit(lambda: key("a"), lambda _key: let_go.wait(WAIT)) for _ in range(50)]
     try:
@@ -28,7 +28,7 @@ def test_an_account_with_slow_requests_leaves_threads_to_the_others():
 
 
 def test_never_more_than_the_share_at_once():
-    threads = AccountThreads("test", 8, share=2)
+    threads = AccountThreads("test", 8, max_per_account=2)
     lock, busy, most = threading.Lock(), 0, 0
     both = threading.Barrier(2)
 
@@ -49,7 +49,7 @@ def test_never_more_than_the_share_at_once():
 
 
 def test_whoever_came_later_is_answered_before_those_who_have_their_share():
-    threads, order = AccountThreads("test", 2, share=1), []
+    threads, order = AccountThreads("test", 2, max_per_account=1), []
     began, let_go = threading.Event(), threading.Event()
 
     def first(_key):
@@ -71,7 +71,7 @@ def test_whoever_came_later_is_answered_before_those_who_have_their_share():
 
 
 def test_what_proving_or_answering_raises_is_given_to_whoever_waits():
-    threads = AccountThreads("test", 1, share=1)
+    threads = AccountThreads("test", 1, max_per_account=1)
 
     def fail(*_):
         raise ZeroDivisionError
@@ -84,7 +84,7 @@ def test_what_proving_or_answering_raises_is_given_to_whoever_waits():
 
 
 def test_an_answer_that_nobody_waits_for_is_not_made():
-    threads, made = AccountThreads("test", 1, share=1), []
+    threads, made = AccountThreads("test", 1, max_per_account=1), []
     began, let_go = threading.Event(), threading.Event()
     threads.submit(lambda: key("a"), lambda _key: began.set() or let_go.wait(WAIT))
     began.wait(WAIT)

@@ -30,16 +30,16 @@ class Action:
         function: Does what the caller asks, with an input and to an output by the model; raises EC2Error.
         also_required: Parameters, by their names on the wire, that it needs although the model does not say so.
         service: Whose action it is. No two services that we answer for have an action of the same name.
-        for_all: Whether everybody may do it whose signature is good, whatever a policy says.
-        reads_records: Whether it only reads our own records, and so takes a moment.
+        no_permission_needed: Whether everybody may do it whose signature is good, whatever a policy says.
+        reads_database_only: Whether it only reads our own records, and so takes a moment.
         check: Makes the checks of the action's own for DryRun and changes nothing; raises EC2Error.
     """
 
     function: Callable[[Ec2Backend, Caller, Parameters], Result]
     also_required: tuple[str, ...] = ()
     service: Service = EC2
-    for_all: bool = False
-    reads_records: bool = False
+    no_permission_needed: bool = False
+    reads_database_only: bool = False
     check: Callable[[Ec2Backend, Caller, Parameters], object] | None = None
 
 
@@ -53,11 +53,11 @@ ACTIONS: Mapping[str, Action] = {
     "CancelBundleTask": Action(cancel_bundle_task),
     "DescribeAccountAttributes": Action(describe_account_attributes),
     "DescribeAvailabilityZones": Action(describe_availability_zones),
-    "DescribeBundleTasks": Action(describe_bundle_tasks, reads_records=True),
+    "DescribeBundleTasks": Action(describe_bundle_tasks, reads_database_only=True),
     "DescribeInstances": Action(describe_instances),
     "DescribeRegions": Action(describe_regions),
     # "No permissions are required to perform this operation": AWS STS API Reference.
-    "GetCallerIdentity": Action(get_caller_identity, service=STS, for_all=True),
+    "GetCallerIdentity": Action(get_caller_identity, service=STS, no_permission_needed=True),
     "RebootInstances": Action(reboot_instances),
     "StartInstances": Action(start_instances),
     "StopInstances": Action(stop_instances),

@@ -86,14 +86,14 @@ def _check_names(bucket: str, prefix: str) -> None:
             raise EC2Error("InvalidParameterValue", message) from None
 
 
-def check_upload_policy(door: Ec2Backend, caller: Caller, storage: S3Storage) -> tuple[str, UploadPolicy]:
+def check_upload_policy(backend: Ec2Backend, caller: Caller, storage: S3Storage) -> tuple[str, UploadPolicy]:
     """Prove that the bucket's owner allows a whole bundle to be uploaded; give the owner's account id, and the policy.
 
     Raises:
         EC2Error: InvalidParameterValue: the key is unknown, has not signed the policy, or is a user's who may not put
             the bundle's objects; or the policy could never be met, then in S3's own words.
     """
-    key = door.accounts.find_key(storage.access_key_id)
+    key = backend.accounts.find_key(storage.access_key_id)
     signer = key if key is not None and key.status == "Active" else None
     try:
         policy = UploadPolicy.verify(
@@ -102,7 +102,7 @@ def check_upload_policy(door: Ec2Backend, caller: Caller, storage: S3Storage) ->
             access_key_id=storage.access_key_id,
             secret=_NOBODYS_SECRET if signer is None else signer.secret_access_key,
         )
-        policy.check_bundle(storage.bucket, storage.prefix, now=door.now())
+        policy.check_bundle(storage.bucket, storage.prefix, now=backend.now())
     except SignatureDoesNotMatch:  # one answer, after the same work, or callers could test which keys exist
         raise EC2Error("InvalidParameterValue", _not_signed(storage)) from None
     except BucketError as error:
@@ -110,7 +110,7 @@ def check_upload_policy(door: Ec2Backend, caller: Caller, storage: S3Storage) ->
     if signer is None:
         raise EC2Error("InvalidParameterValue", _not_signed(storage))
     owner = replace(caller, account_id=signer.account_id, access_key_id=signer.access_key_id, user=signer.user)
-    if not all(door.may(owner, "s3:PutObject", arn) for arn in _objects(storage)):
+    if not all(backend.is_allowed(owner, "s3:PutObject", arn) for arn in _objects(storage)):
         raise EC2Error("InvalidParameterValue", "Value for UploadPolicy is invalid. Its signer may not s3:PutObject.")
     return signer.account_id, policy
 
@@ -128,21 +128,21 @@ def _objects(storage: S3Storage) -> list[str]:
     return [f"arn:aws:s3:::{storage.bucket}/{storage.prefix}{ending}" for ending in endings]
 
 
-def check_bucket(door: Ec2Backend, storage: S3Storage, owner_id: str) -> None:
+def check_bucket(backend: Ec2Backend, storage: S3Storage, owner_id: str) -> None:
     """Refuse, as `claim_bucket` does, a bucket that is known to be somebody else's. Creates nothing.
 
     Raises:
         EC2Error: As `claim_bucket`.
     """
     try:
-        owner = door.buckets.on_behalf_of(storage.access_key_id).owner(storage.bucket)
+        owner = backend.buckets.on_behalf_of(storage.access_key_id).owner(storage.bucket)
     except BucketError as error:
         raise _refusal(error, storage) from None
     if owner not in {None, UNKNOWN_OWNER, owner_id}:
         raise EC2Error("InaccessibleStorageLocation", bucket=storage.bucket, access_key_id=storage.access_key_id)
 
 
-def ensure_bucket(door: Ec2Backend, storage: S3Storage, owner_id: str) -> bool:
+def ensure_bucket(backend: Ec2Backend, storage: S3Storage, owner_id: str) -> bool:
     """Make sure that the bucket exists and is its owner's, and create it if it does not exist; say whether it was.
 
     Raises:
@@ -151,7 +151,7 @@ def ensure_bucket(door: Ec2Backend, storage: S3Storage, owner_id: str) -> bool:
             or the access key. Unavailable: the store fails, or does not respond; a later attempt may succeed.
     """
     try:
-        buckets = door.buckets.on_behalf_of(storage.access_key_id)
+        buckets = backend.buckets.on_behalf_of(storage.access_key_id)
         return buckets.create(storage.bucket, owner_id, probe=f"{storage.prefix}.probe")
     except BucketAlreadyExists:
         where = {"bucket": storage.bucket, "access_key_id": storage.access_key_id}
@@ -160,17 +160,17 @@ def ensure_bucket(door: Ec2Backend, storage: S3Storage, owner_id: str) -> bool:
         raise _refusal(error, storage) from None
 
 
-def check_prefix(door: Ec2Backend, storage: S3Storage) -> None:
+def check_prefix(backend: Ec2Backend, storage: S3Storage) -> None:
     """Refuse a prefix under which the bucket has a bundle, if the operator does not have it replaced.
 
     Raises:
         EC2Error: InvalidParameterValue: there is a manifest. Else as `claim_bucket`.
     """
-    if door.existing_bundle == "replace":
+    if backend.existing_bundle == "replace":
         return
     place = BundleLocation(storage.bucket, *split_prefix(storage.prefix))
     try:
-        found = place.has_bundle(door.buckets.on_behalf_of(storage.access_key_id))
+        found = place.has_bundle(backend.buckets.on_behalf_of(storage.access_key_id))
     except BucketError as error:
         raise _refusal(error, storage) from None
     if found:
@@ -185,7 +185,7 @@ def check_prefix(door: Ec2Backend, storage: S3Storage) -> None:
 def _refusal(error: BucketError, storage: S3Storage) -> EC2Error:
     """What a caller is told of an error of the store: only who must act is named, and what they can do."""
     if error.kind is Kind.TRANSIENT:
-        return EC2Error("Unavailable", said=error)
+        return EC2Error("Unavailable", reason=error)
     if isinstance(error, WrongRegion):
         message = (
             f"The bucket '{storage.bucket}' is in another region than this service stores bundles in: {error}. "
@@ -230,7 +230,7 @@ FILTERS: FilterTable[BundleTask] = {
 }
 
 
-def bundle_instance(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+def bundle_instance(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
     """Have the root volume of an instance bundled into a bucket.
 
     Raises:
@@ -240,33 +240,33 @@ def bundle_instance(door: Ec2Backend, caller: Caller, parameters: Parameters) ->
             the prefix), IncorrectInstanceState (its volume), Unavailable, InaccessibleStorageLocation,
             InvalidParameterValue (the prefix has a bundle).
     """
-    request = _checked(door, caller, parameters)
-    return _claim_and_create(door, S3Storage.of(parameters["Storage"]["S3"]), request)
+    request = _checked(backend, caller, parameters)
+    return _claim_and_create(backend, S3Storage.of(parameters["Storage"]["S3"]), request)
 
 
-def check_bundle_instance(door: Ec2Backend, caller: Caller, parameters: Parameters) -> None:
+def check_bundle_instance(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> None:
     """Make the checks of BundleInstance for DryRun, and change nothing.
 
     Raises:
         EC2Error: As `bundle_instance`.
     """
-    request, storage = _checked(door, caller, parameters), S3Storage.of(parameters["Storage"]["S3"])
-    check_bucket(door, storage, request.owner_id)
-    check_prefix(door, storage)
+    request, storage = _checked(backend, caller, parameters), S3Storage.of(parameters["Storage"]["S3"])
+    check_bucket(backend, storage, request.owner_id)
+    check_prefix(backend, storage)
 
 
-def _checked(door: Ec2Backend, caller: Caller, parameters: Parameters) -> BundleRequest:
+def _checked(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> BundleRequest:
     """Make every check but the bucket's, in their order; return what is to be recorded."""
     check_instance_id(parameters["InstanceId"])
     storage = S3Storage.of(parameters["Storage"]["S3"])
-    instance = get_own_instance(door, caller, parameters["InstanceId"])
-    _check_kind(door, instance)
-    _check_idle(door, instance)
+    instance = get_own_instance(backend, caller, parameters["InstanceId"])
+    _check_kind(backend, instance)
+    _check_idle(backend, instance)
     _check_state(instance)
-    owner_id, policy = check_upload_policy(door, caller, storage)
-    _check_number(door, caller)
-    _check_place(door, caller, instance, storage)
-    _check_service(door, instance)
+    owner_id, policy = check_upload_policy(backend, caller, storage)
+    _check_number(backend, caller)
+    _check_place(backend, caller, instance, storage)
+    _check_service(backend, instance)
     return BundleRequest(
         account_id=caller.account_id,
         owner_id=owner_id,
@@ -279,21 +279,21 @@ def _checked(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Bundle
     )
 
 
-def describe_bundle_tasks(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+def describe_bundle_tasks(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
     """Describe the caller's bundle tasks, or those with the given ids, as far as the filters let them through.
 
     Raises:
         EC2Error: InvalidBundleID.NotFound, and what filters raise.
     """
     try:
-        tasks = door.tasks.describe(caller.account_id, parameters.get("BundleIds", ()))
+        tasks = backend.tasks.describe(caller.account_id, parameters.get("BundleIds", ()))
     except BundleTaskNotFound as error:
         raise EC2Error("InvalidBundleID.NotFound", bundle_id=error.bundle_id) from None
-    chosen = select(tasks, parameters.get("Filters", ()), FILTERS, partial(door.charge, caller))
+    chosen = select(tasks, parameters.get("Filters", ()), FILTERS, partial(backend.charge, caller))
     return {"BundleTasks": [to_response(task) for task in chosen]}
 
 
-def cancel_bundle_task(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+def cancel_bundle_task(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
     """Have a bundle task of the caller's cancelled: it ends as `failed` with `Client.Cancelled`.
 
     Raises:
@@ -301,21 +301,21 @@ def cancel_bundle_task(door: Ec2Backend, caller: Caller, parameters: Parameters)
     """
     bundle_id = parameters["BundleId"]
     try:
-        return {"BundleTask": to_response(door.tasks.cancel(caller.account_id, bundle_id))}
+        return {"BundleTask": to_response(backend.tasks.cancel(caller.account_id, bundle_id))}
     except BundleTaskNotFound:
         raise EC2Error("InvalidBundleID.NotFound", bundle_id=bundle_id) from None
     except BundleTaskNotCancellable as error:
         raise EC2Error("IncorrectState", bundle_id=bundle_id, state=error.state) from None
 
 
-def _check_kind(door: Ec2Backend, instance: Instance) -> None:
-    if instance.root_device_type != "instance-store" or not (instance.platform == "windows" or door.any_platform):
+def _check_kind(backend: Ec2Backend, instance: Instance) -> None:
+    if instance.root_device_type != "instance-store" or not (instance.platform == "windows" or backend.any_platform):
         raise EC2Error("InvalidInstanceType")
 
 
-def _check_idle(door: Ec2Backend, instance: Instance) -> None:
+def _check_idle(backend: Ec2Backend, instance: Instance) -> None:
     """Before the state is looked at: a task has its instance stopped, and a repeated call must hear of the task."""
-    task = door.tasks.in_progress(instance.instance_id)
+    task = backend.tasks.in_progress(instance.instance_id)
     if task is not None:
         raise EC2Error("BundlingInProgress", bundle_id=task.bundle_id)
 
@@ -325,63 +325,63 @@ def _check_state(instance: Instance) -> None:
     if instance.state not in _BUNDLEABLE:
         why = f"it is {instance.state}"
     if why is not None:
-        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, done="bundled", why=why)
+        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, change="bundled", reason=why)
 
 
-def _check_number(door: Ec2Backend, caller: Caller) -> None:
+def _check_number(backend: Ec2Backend, caller: Caller) -> None:
     """Before a bucket is made; `create` looks again, at once with every other request."""
     try:
-        door.tasks.check_number(caller.account_id)
+        backend.tasks.check_number(caller.account_id)
     except TooManyBundleTasks as error:
         raise EC2Error("ResourceLimitExceeded", limit=error.limit) from None
 
 
-def _check_place(door: Ec2Backend, caller: Caller, instance: Instance, storage: S3Storage) -> None:
+def _check_place(backend: Ec2Backend, caller: Caller, instance: Instance, storage: S3Storage) -> None:
     """Before a bucket is made; the database itself refuses a second task, whoever sends it at the same time."""
     try:
-        door.tasks.check_place(caller.account_id, instance.instance_id, storage.bucket, storage.prefix)
+        backend.tasks.check_place(caller.account_id, instance.instance_id, storage.bucket, storage.prefix)
     except BundlingInProgress as error:  # another call was quicker since we looked
         raise EC2Error("BundlingInProgress", bundle_id=error.bundle_id) from None
     except PrefixInUse as error:
         raise EC2Error("InvalidParameterValue", str(error)) from None
 
 
-def _check_service(door: Ec2Backend, instance: Instance) -> None:
+def _check_service(backend: Ec2Backend, instance: Instance) -> None:
     """Refuse what is known to fail, before anything is stopped for it.
 
     A volume does not come back while a caller tries again, so that 400 is the answer; a store may, and then the retries
     that SDKs make upon 503 cost nothing: while its trouble stands they are answered from memory.
     """
-    said = door.volume_trouble(instance)
+    said = backend.volume_problem(instance)
     if said is not None:
         why = f"{said}; the operator: thrave doctor"
-        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, done="bundled", why=why)
-    trouble = door.store_trouble()
+        raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, change="bundled", reason=why)
+    trouble = backend.store_problem()
     if trouble is not None:
-        raise EC2Error("Unavailable", said=f"{trouble} (the operator: thrave doctor)")
+        raise EC2Error("Unavailable", reason=f"{trouble} (the operator: thrave doctor)")
 
 
-def _claim_and_create(door: Ec2Backend, storage: S3Storage, request: BundleRequest) -> Result:
+def _claim_and_create(backend: Ec2Backend, storage: S3Storage, request: BundleRequest) -> Result:
     """Claim the bucket and record the task; if the task is refused, remove the bucket that was created for it."""
     made = False
-    made_buckets = door.tasks.made_buckets
+    made_buckets = backend.tasks.made_buckets
     try:
         with made_buckets.claiming(storage.bucket):
-            made = ensure_bucket(door, storage, request.owner_id)
+            made = ensure_bucket(backend, storage, request.owner_id)
             if not made:
-                check_prefix(door, storage)
-            return _create(door, replace(request, made_bucket=made))
+                check_prefix(backend, storage)
+            return _create(backend, replace(request, made_bucket=made))
     except BucketBusyError:
-        raise EC2Error("Unavailable", said=f"the bucket '{storage.bucket}' is being removed") from None
+        raise EC2Error("Unavailable", reason=f"the bucket '{storage.bucket}' is being removed") from None
     except Exception:
         if made:
-            made_buckets.discard(door.buckets.on_behalf_of(storage.access_key_id), storage.bucket, request.owner_id)
+            made_buckets.discard(backend.buckets.on_behalf_of(storage.access_key_id), storage.bucket, request.owner_id)
         raise
 
 
-def _create(door: Ec2Backend, request: BundleRequest) -> Result:
+def _create(backend: Ec2Backend, request: BundleRequest) -> Result:
     try:
-        return {"BundleTask": to_response(door.tasks.create(request))}
+        return {"BundleTask": to_response(backend.tasks.create(request))}
     except BundlingInProgress as error:  # another call was quicker since we looked
         raise EC2Error("BundlingInProgress", bundle_id=error.bundle_id) from None
     except PrefixInUse as error:

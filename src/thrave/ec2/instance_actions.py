@@ -1,15 +1,7 @@
-"""Describing instances: as much of DescribeInstances as finds the instance to bundle.
+"""Actions on instances: DescribeInstances; StartInstances, StopInstances, RebootInstances, TerminateInstances.
 
-An instance belongs to one account and nobody else can tell that it exists. Each is shown in a reservation of its own.
-
-Actions on the power of instances: StartInstances, StopInstances, RebootInstances, TerminateInstances.
-
-Each asks and does not wait: the answer says what the state was and which it is changing to, DescribeInstances says what
-has become of it. All instances of a request are checked before anything is done to one. What is asked is recorded
-before the answer is sent, and takes the place of what was asked before: it is done whatever happens to any process. A
-guest is always asked to power off and its power never cut, so `Force` and `SkipOsShutdown` change nothing; an instance
-may be stopped whatever its root device is, which AWS allows for EBS only. What the hypervisor refuses at once is
-logged, and the state stays.
+DescribeInstances has what clients need to find the instance to bundle. The power actions do not wait: the response has
+the state before and the state that follows, and DescribeInstances has the result. The work is done in `PowerControl`.
 """
 
 import re
@@ -26,11 +18,12 @@ from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, page, select
 from thrave.ec2.protocol import Parameters, Result
 
+log = structlog.get_logger()
+
 _INSTANCE_ID = re.compile(r"i-([0-9a-f]{8}|[0-9a-f]{17})")
 
-
-# Filters of EC2's by what no instance here has; they let none through.
-_WITHOUT = (
+# EC2's filters for attributes that no instance here has; they match none.
+_ABSENT_ATTRIBUTES = (
     "image-id", "instance-type", "instance-lifecycle", "key-name", "kernel-id", "ramdisk-id",
     "client-token", "dns-name", "private-dns-name", "ip-address", "private-ip-address", "subnet-id", "vpc-id",
     "group-id", "group-name", "instance.group-id", "instance.group-name", "iam-instance-profile.arn",
@@ -38,9 +31,8 @@ _WITHOUT = (
     "block-device-mapping.volume-id", "block-device-mapping.status",
 )  # fmt: skip
 
-
 FILTERS: FilterTable[Instance] = {
-    **dict.fromkeys(_WITHOUT, lambda _instance: ()),
+    **dict.fromkeys(_ABSENT_ATTRIBUTES, lambda _instance: ()),
     "architecture": lambda instance: [instance.architecture],
     "block-device-mapping.device-name": lambda instance: [volume.device_name for volume in _volumes(instance)],
     "instance-id": lambda instance: [instance.instance_id],
@@ -57,33 +49,35 @@ FILTERS: FilterTable[Instance] = {
 }
 
 
-def describe_instances(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
-    """Describe the caller's instances, or those with the given ids, as far as the filters let them through.
+def describe_instances(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+    """Describe the caller's instances, or those with the given ids, if they match the filters.
+
+    Each instance has its own reservation.
 
     Raises:
         EC2Error: InvalidInstanceID.Malformed, InvalidInstanceID.NotFound, InvalidParameterCombination (ids with
-            MaxResults), and what filters and pages raise.
+            MaxResults), and the errors of `select` and `page`.
     """
     instance_ids = parameters.get("InstanceIds", ())
     if instance_ids and "MaxResults" in parameters:
         raise EC2Error("InvalidParameterCombination", one="instancesSet", other="maxResults")
-    chosen = select(
-        _asked_for(door, caller, instance_ids),
+    found: Sequence[Instance]
+    if instance_ids:
+        found = [get_own_instance(backend, caller, instance_id) for instance_id in sorted(set(instance_ids))]
+    else:
+        found = backend.instances.list(caller.account_id)
+    selected = select(
+        found,
         parameters.get("Filters", ()),
-        {**FILTERS, "availability-zone": lambda _instance: [door.zone]},
-        partial(door.charge, caller),
+        {**FILTERS, "availability-zone": lambda _instance: [backend.zone]},
+        partial(backend.charge, caller),
     )
-    instances, next_token = page(chosen, parameters, lambda instance: instance.instance_id)
-    return {"Reservations": [_reservation(door, instance) for instance in instances], "NextToken": next_token}
-
-
-def state_of(state: InstanceState) -> Result:
-    """Give a state as EC2 does, by number and by name."""
-    return {"Code": state.code, "Name": state}
+    instances, next_token = page(selected, parameters, lambda instance: instance.instance_id)
+    return {"Reservations": [_to_reservation(backend, instance) for instance in instances], "NextToken": next_token}
 
 
 def check_instance_id(instance_id: str) -> None:
-    """Check the syntax of an instance's id.
+    """Check the syntax of an instance id.
 
     Raises:
         EC2Error: InvalidInstanceID.Malformed.
@@ -92,21 +86,19 @@ def check_instance_id(instance_id: str) -> None:
         raise EC2Error("InvalidInstanceID.Malformed", instance_id=instance_id)
 
 
-def get_own_instance(door: Ec2Backend, caller: Caller, instance_id: str) -> Instance:
-    """Return an instance of the caller's.
-
-    Its owner is looked up in our record first: for nobody else a command of the instance is run or its hypervisor
-    asked, so neither the answer nor the time tells a stranger that it exists.
+def get_own_instance(backend: Ec2Backend, caller: Caller, instance_id: str) -> Instance:
+    """Return an instance that belongs to the caller.
 
     Raises:
-        EC2Error: InvalidInstanceID.Malformed, or InvalidInstanceID.NotFound, whether it does not exist or belongs
-            to somebody else.
-        InstanceError: It is the caller's, and cannot be read.
+        EC2Error: InvalidInstanceID.Malformed; InvalidInstanceID.NotFound if there is none or another account owns it.
+        InstanceError: The instance belongs to the caller and cannot be read.
     """
     check_instance_id(instance_id)
     try:
-        owner = door.instances.owner_of(instance_id)
-        instance = door.instances.get(instance_id) if owner == caller.account_id else None
+        # The owner is read from our own records first. No command runs and no hypervisor is called for another account,
+        # so neither response nor timing shows other accounts that the instance exists.
+        owner = backend.instances.owner_of(instance_id)
+        instance = backend.instances.get(instance_id) if owner == caller.account_id else None
     except InstanceNotFound:
         instance = None
     if instance is None or instance.account_id != caller.account_id:
@@ -114,37 +106,30 @@ def get_own_instance(door: Ec2Backend, caller: Caller, instance_id: str) -> Inst
     return instance
 
 
-def _asked_for(door: Ec2Backend, caller: Caller, instance_ids: Sequence[str]) -> Sequence[Instance]:
-    if instance_ids:
-        return [get_own_instance(door, caller, instance_id) for instance_id in sorted(set(instance_ids))]
-    return door.instances.list(caller.account_id)
-
-
-def _reservation(door: Ec2Backend, instance: Instance) -> Result:
-    return {
-        "ReservationId": _reservation_id(instance),
-        "OwnerId": instance.account_id,
-        "Groups": [],
-        "Instances": [{**_instance(instance), "Placement": {"AvailabilityZone": door.zone}}],
-    }
-
-
-def _instance(instance: Instance) -> Result:
-    return {
+def _to_reservation(backend: Ec2Backend, instance: Instance) -> Result:
+    described = {
         "InstanceId": instance.instance_id,
-        "State": state_of(instance.state),
+        "State": _to_state(instance.state),
         "LaunchTime": instance.launch_time,
         "Platform": instance.platform,
         "Architecture": instance.architecture,
         "RootDeviceType": instance.root_device_type,
         "RootDeviceName": instance.root_device_name,
         "BlockDeviceMappings": [{"DeviceName": volume.device_name} for volume in _volumes(instance)],
-        "Tags": _tags(instance) or None,  # EC2 leaves the set out of an instance that has none
+        # EC2's response has no tag set if there are no tags.
+        "Tags": [{"Key": key, "Value": value} for key, value in sorted(instance.tags.items())] or None,
+        "Placement": {"AvailabilityZone": backend.zone},
+    }
+    return {
+        "ReservationId": _reservation_id(instance),
+        "OwnerId": instance.account_id,
+        "Groups": [],
+        "Instances": [described],
     }
 
 
-def _tags(instance: Instance) -> Sequence[Result]:
-    return [{"Key": key, "Value": value} for key, value in sorted(instance.tags.items())]
+def _to_state(state: InstanceState) -> Result:
+    return {"Code": state.code, "Name": state}
 
 
 def _volumes(instance: Instance) -> Sequence[VolumeFile]:
@@ -155,150 +140,148 @@ def _reservation_id(instance: Instance) -> str:
     return "r-" + instance.instance_id.removeprefix("i-")
 
 
-log = structlog.get_logger()
-
-
 class PowerChange(NamedTuple):
-    """What can be asked of an instance's power.
+    """An action on an instance's power.
 
     Attributes:
-        done: What it has been then, in a message.
-        possible: From which states.
-        becomes: The state that it leads to at once.
-        settled: In which states nothing changes at once. It is asked all the same: something else may be under way.
-        ask: Asks it of an instance on behalf of an account.
-        while_bundled: Whether it can be asked while a bundle task has the instance.
+        participle: The action in a message: the instance "can be stopped".
+        start_states: States in which the action changes the state at once.
+        next_state: The state that follows at once.
+        final_states: States in which the action changes nothing at once. It is requested anyway, since another power
+            request may be in progress.
+        request: Requests the action for an instance on behalf of an account.
+        is_allowed_while_bundling: Whether it may be requested while a bundle task uses the instance.
     """
 
-    done: str
-    possible: frozenset[InstanceState]
-    becomes: InstanceState
-    settled: frozenset[InstanceState]
-    ask: Callable[[Ec2Backend, str, str], None]
-    while_bundled: bool = False
+    participle: str
+    start_states: frozenset[InstanceState]
+    next_state: InstanceState
+    final_states: frozenset[InstanceState]
+    request: Callable[[Ec2Backend, str, str], None]
+    is_allowed_while_bundling: bool = False
 
 
-_UP = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
-
-
+_ON = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
 _OFF = frozenset({InstanceState.STOPPED})
-
-
 _TERMINATED = frozenset({InstanceState.TERMINATED})
 
+# A guest is always asked to power off, and its power is never cut, so `Force` and `SkipOsShutdown` change nothing.
+# An instance with any root device may be stopped; AWS allows it for EBS only.
 
 START = PowerChange(
-    "started", _OFF, InstanceState.PENDING, _UP, lambda door, instance_id, by: door.power.start(instance_id, by)
+    "started", _OFF, InstanceState.PENDING, _ON, lambda backend, instance_id, by: backend.power.start(instance_id, by)
 )
-
-
 STOP = PowerChange(
     "stopped",
-    _UP | {InstanceState.STOPPING},
+    _ON | {InstanceState.STOPPING},
     InstanceState.STOPPING,
     _OFF,
-    lambda door, instance_id, by: door.power.stop(instance_id, by),
-    while_bundled=True,
+    lambda backend, instance_id, by: backend.power.stop(instance_id, by),
+    is_allowed_while_bundling=True,
 )
-
-
 # "Requests to reboot terminated instances are ignored": AWS, EC2 API Reference.
 REBOOT = PowerChange(
-    "rebooted", _UP, InstanceState.RUNNING, GONE, lambda door, instance_id, by: door.power.reboot(instance_id, by)
+    "rebooted", _ON, InstanceState.RUNNING, GONE, lambda backend, instance_id, by: backend.power.reboot(instance_id, by)
 )
-
-
 TERMINATE = PowerChange(
     "terminated",
     frozenset(InstanceState) - _TERMINATED,
     InstanceState.SHUTTING_DOWN,
     _TERMINATED,
-    lambda door, instance_id, by: door.power.terminate(instance_id, by),
-    while_bundled=True,
+    lambda backend, instance_id, by: backend.power.terminate(instance_id, by),
+    is_allowed_while_bundling=True,
 )
 
 
-def start_instances(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
-    """Have instances started.
+def start_instances(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+    """Start instances in the background.
 
     Raises:
-        EC2Error: As `_change`.
+        EC2Error: As `_change_power`.
     """
-    return {"StartingInstances": _change(door, caller, parameters, START)}
+    return {"StartingInstances": _change_power(backend, caller, parameters, START)}
 
 
-def stop_instances(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
-    """Have guests power off.
+def stop_instances(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+    """Ask guests to power off.
 
     Raises:
-        EC2Error: UnsupportedOperation (Hibernate), and as `_change`.
+        EC2Error: UnsupportedOperation (Hibernate), and as `_change_power`.
     """
     if parameters.get("Hibernate"):
-        raise EC2Error("UnsupportedOperation", what="Hibernating instances")
-    return {"StoppingInstances": _change(door, caller, parameters, STOP)}
+        raise EC2Error("UnsupportedOperation", operation="Hibernating instances")
+    return {"StoppingInstances": _change_power(backend, caller, parameters, STOP)}
 
 
-def reboot_instances(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
-    """Have guests power off and their instances started again.
+def reboot_instances(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+    """Ask guests to power off, then start their instances again.
 
     Raises:
-        EC2Error: As `_change`.
+        EC2Error: As `_change_power`.
     """
-    _change(door, caller, parameters, REBOOT)
+    _change_power(backend, caller, parameters, REBOOT)
     return {}
 
 
-def terminate_instances(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
-    """Have guests power off for good. A bundle task that has such an instance fails.
+def terminate_instances(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+    """Ask guests to power off, and never start their instances again. Bundle tasks of these instances fail.
 
     Raises:
-        EC2Error: As `_change`.
+        EC2Error: As `_change_power`.
     """
-    return {"TerminatingInstances": _change(door, caller, parameters, TERMINATE)}
+    return {"TerminatingInstances": _change_power(backend, caller, parameters, TERMINATE)}
 
 
-def _change(door: Ec2Backend, caller: Caller, parameters: Parameters, change: PowerChange) -> list[Result]:
-    """Ask a change of every instance that is named, once all have been checked.
+def _change_power(backend: Ec2Backend, caller: Caller, parameters: Parameters, change: PowerChange) -> list[Result]:
+    """Check all instances of a request, then request the change of each.
+
+    The request is recorded before the response is sent, and replaces an earlier one. It is carried out even if a
+    process crashes.
 
     Raises:
         EC2Error: InvalidInstanceID.Malformed, InvalidInstanceID.NotFound, IncorrectInstanceState,
-            OperationNotPermitted (there is no way to do it).
+            OperationNotPermitted (the instance has no command for the change).
     """
-    named = dict.fromkeys(parameters["InstanceIds"])
-    instances = [get_own_instance(door, caller, instance_id) for instance_id in named]
+    instance_ids = dict.fromkeys(parameters["InstanceIds"])
+    instances = [get_own_instance(backend, caller, instance_id) for instance_id in instance_ids]
     for instance in instances:
-        _check(door, instance, change)
-    return [_changed(door, caller, instance, change) for instance in instances]
+        _check_change(backend, instance, change)
+    return [_request_change(backend, caller, instance, change) for instance in instances]
 
 
-def _check(door: Ec2Backend, instance: Instance, change: PowerChange) -> None:
-    which = {"instance_id": instance.instance_id, "done": change.done}
-    task = None if change.while_bundled else door.tasks.in_progress(instance.instance_id)
+def _check_change(backend: Ec2Backend, instance: Instance, change: PowerChange) -> None:
+    task = None if change.is_allowed_while_bundling else backend.tasks.in_progress(instance.instance_id)
     if task is not None:
-        raise EC2Error("IncorrectInstanceState", **which, why=f"it is being bundled by {task.bundle_id}")
-    if instance.state not in change.possible | change.settled:
-        raise EC2Error("IncorrectInstanceState", **which, why=f"it is {instance.state}")
+        raise _state_error(instance, change, f"it is being bundled by {task.bundle_id}")
+    if instance.state not in change.start_states | change.final_states:
+        raise _state_error(instance, change, f"it is {instance.state}")
 
 
-def _changed(door: Ec2Backend, caller: Caller, instance: Instance, change: PowerChange) -> Result:
+def _request_change(backend: Ec2Backend, caller: Caller, instance: Instance, change: PowerChange) -> Result:
+    """Request the change of one instance; return the state before and the state that follows.
+
+    If the hypervisor refuses at once, the refusal is logged and the state does not change.
+    """
     before = after = instance.state
-    if before not in GONE or change is TERMINATE:
-        accepted = before not in _TERMINATED and _asked(door, caller, instance, change)
-        after = change.becomes if accepted and before in change.possible else before
-    return {"InstanceId": instance.instance_id, "PreviousState": state_of(before), "CurrentState": state_of(after)}
+    is_ignored = before in _TERMINATED or (before in GONE and change is not TERMINATE)
+    if not is_ignored:
+        try:
+            change.request(backend, instance.instance_id, caller.account_id)
+        except StateChangedError as error:
+            raise _state_error(instance, change, f"it is {error.state}") from None
+        except IncorrectInstanceState as error:
+            raise EC2Error("OperationNotPermitted", reason=str(error)) from None
+        except InstanceCommandFailed as error:
+            log.warning(
+                "hypervisor refuses power request",
+                request=change.participle,
+                instance_id=instance.instance_id,
+                error=str(error),
+            )
+        else:
+            after = change.next_state if before in change.start_states else before
+    return {"InstanceId": instance.instance_id, "PreviousState": _to_state(before), "CurrentState": _to_state(after)}
 
 
-def _asked(door: Ec2Backend, caller: Caller, instance: Instance, change: PowerChange) -> bool:
-    """Ask, and say whether it is recorded: unless the hypervisor has refused it at once."""
-    instance_id = instance.instance_id
-    try:
-        change.ask(door, instance_id, caller.account_id)
-    except StateChangedError as error:
-        which = {"instance_id": instance_id, "done": change.done, "why": f"it is {error.state}"}
-        raise EC2Error("IncorrectInstanceState", **which) from None
-    except IncorrectInstanceState as error:
-        raise EC2Error("OperationNotPermitted", reason=str(error)) from None
-    except InstanceCommandFailed as error:
-        log.warning("a hypervisor refuses", what=change.done, instance_id=instance_id, error=str(error))
-        return False
-    return True
+def _state_error(instance: Instance, change: PowerChange, reason: str) -> EC2Error:
+    return EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, change=change.participle, reason=reason)

@@ -14,7 +14,7 @@ from thrave.ec2.filters import FilterTable, select
 from thrave.ec2.protocol import Parameters, Result
 
 
-def get_caller_identity(_door: Ec2Backend, caller: Caller, _parameters: Parameters) -> Result:
+def get_caller_identity(_backend: Ec2Backend, caller: Caller, _parameters: Parameters) -> Result:
     """Tell callers who they are, in IAM's words: the account's own key is its root user's."""
     if caller.user is not None:
         return {"UserId": caller.user.user_id, "Account": caller.account_id, "Arn": caller.user.arn}
@@ -46,41 +46,41 @@ ZONE_FILTERS: FilterTable[Result] = {
 ATTRIBUTES: Mapping[str, Sequence[str]] = {"supported-platforms": ("EC2",), "default-vpc": ("none",)}
 
 
-def describe_regions(door: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
+def describe_regions(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
     """Describe the region. Its endpoint is the one that the caller has used: boto 2 connects to it.
 
     Raises:
         EC2Error: InvalidParameterValue (another region's name), and what filters raise.
     """
-    region = {"RegionName": door.region, "Endpoint": caller.endpoint, "OptInStatus": "opt-in-not-required"}
-    _check_names("RegionName", parameters.get("RegionNames", ()), {door.region})
+    region = {"RegionName": backend.region, "Endpoint": caller.endpoint, "OptInStatus": "opt-in-not-required"}
+    _check_names("RegionName", parameters.get("RegionNames", ()), {backend.region})
     return {"Regions": select([region], parameters.get("Filters", ()), REGION_FILTERS)}
 
 
-def describe_availability_zones(door: Ec2Backend, _caller: Caller, parameters: Parameters) -> Result:
+def describe_availability_zones(backend: Ec2Backend, _caller: Caller, parameters: Parameters) -> Result:
     """Describe the availability zone.
 
     Raises:
         EC2Error: InvalidParameterValue (another zone's name or id), and what filters raise.
     """
-    zone_id = f"{door.region}-az1"
+    zone_id = f"{backend.region}-az1"
     zone = {
         "State": "available",
         "OptInStatus": "opt-in-not-required",
         "Messages": [],
-        "RegionName": door.region,
-        "ZoneName": door.zone,
+        "RegionName": backend.region,
+        "ZoneName": backend.zone,
         "ZoneId": zone_id,
-        "GroupName": door.region,
-        "NetworkBorderGroup": door.region,
+        "GroupName": backend.region,
+        "NetworkBorderGroup": backend.region,
         "ZoneType": "availability-zone",
     }
-    _check_names("ZoneName", parameters.get("ZoneNames", ()), {door.zone})
+    _check_names("ZoneName", parameters.get("ZoneNames", ()), {backend.zone})
     _check_names("ZoneId", parameters.get("ZoneIds", ()), {zone_id})
     return {"AvailabilityZones": select([zone], parameters.get("Filters", ()), ZONE_FILTERS)}
 
 
-def describe_account_attributes(_door: Ec2Backend, _caller: Caller, parameters: Parameters) -> Result:
+def describe_account_attributes(_backend: Ec2Backend, _caller: Caller, parameters: Parameters) -> Result:
     """Describe those attributes of an account that the model names.
 
     Raises:

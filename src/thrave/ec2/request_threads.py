@@ -1,8 +1,8 @@
-"""Threads that answer requests, of which no account has more than its share at once.
+"""Threads that handle requests, with a limit on how many one account uses at once.
 
-A request is proved first, by whichever thread is free; only then it is known whose it is. What an account asks for
-beyond its share waits without a thread, and joins the queue again behind whatever arrived meanwhile. So one account's
-requests, however many and however slow, leave threads to the others.
+Any free thread authenticates a request; only then its account is known. A request beyond the account's limit waits
+without a thread. When its turn comes it joins the queue behind the requests that have arrived in the meantime. So one
+account's requests, however many and however slow, leave threads to other accounts.
 """
 
 import threading
@@ -13,48 +13,51 @@ from typing import Generic, TypeVar
 
 from thrave.identity.accounts import AccessKey
 
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 
-class AccountThreads(Generic[Answer]):
-    """A pool of threads for requests.
+class AccountThreads(Generic[Response]):
+    """A thread pool for requests.
 
     Args:
-        name: Of the threads.
-        number: How many there are.
-        share: How many of them answer requests of one account at the same time.
+        name: Prefix of the threads' names.
+        size: Number of threads.
+        max_per_account: Maximum number of threads that handle requests of one account at the same time.
     """
 
-    def __init__(self, name: str, number: int, *, share: int) -> None:
-        self._pool = ThreadPoolExecutor(number, name)
-        self._share = share
-        self._busy: Counter[str] = Counter()  # account id to threads
+    def __init__(self, name: str, size: int, *, max_per_account: int) -> None:
+        self._pool = ThreadPoolExecutor(size, name)
+        self._max_per_account = max_per_account
+        self._busy: Counter[str] = Counter()  # account id to number of threads
         self._waiting: dict[str, deque[Callable[[], None]]] = {}
         self._lock = threading.Lock()
 
-    def submit(self, prove: Callable[[], AccessKey], answer: Callable[[AccessKey], Answer]) -> Future[Answer]:
-        """Prove a request and answer it; the future has the answer, or what either has raised.
+    def submit(
+        self, authenticate: Callable[[], AccessKey], handle: Callable[[AccessKey], Response]
+    ) -> Future[Response]:
+        """Authenticate and handle a request; the future has the response, or the exception of either function.
 
         Args:
-            prove: Says which key has signed. Its work must be small: it counts for nobody's share.
-            answer: Answers the request of that key.
+            authenticate: Returns the key that signed the request. It must be fast: no account's limit counts it.
+            handle: Handles the request of that key.
         """
-        future: Future[Answer] = Future()
+        future: Future[Response] = Future()
 
-        def begin() -> None:
+        def start() -> None:
             try:
-                key = prove()
-            except BaseException as error:  # noqa: BLE001 (whoever waits for the future is given it)
-                _fail(future, error)
+                key = authenticate()
+            except BaseException as error:  # noqa: BLE001 (the future passes it on)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
                 return
-            self._take_turn(key.account_id, lambda: _finish(future, answer, key))
+            self._run_or_wait(key.account_id, lambda: _complete(future, handle, key))
 
-        self._pool.submit(begin)
+        self._pool.submit(start)
         return future
 
-    def _take_turn(self, account_id: str, work: Callable[[], None]) -> None:
+    def _run_or_wait(self, account_id: str, work: Callable[[], None]) -> None:
         with self._lock:
-            if self._busy[account_id] >= self._share:
+            if self._busy[account_id] >= self._max_per_account:
                 self._waiting.setdefault(account_id, deque()).append(work)
                 return
             self._busy[account_id] += 1
@@ -65,26 +68,21 @@ class AccountThreads(Generic[Answer]):
         with self._lock:
             waiting = self._waiting.get(account_id)
             if waiting:
-                following = waiting.popleft()
+                next_work = waiting.popleft()
             else:
                 self._waiting.pop(account_id, None)
                 self._busy[account_id] -= 1
                 if not self._busy[account_id]:
                     del self._busy[account_id]
                 return
-        # Behind what has arrived meanwhile, or accounts with long queues would keep all threads.
-        self._pool.submit(self._run, account_id, following)
+        # Queued behind newer requests; otherwise accounts with long queues would keep all threads.
+        self._pool.submit(self._run, account_id, next_work)
 
 
-def _finish(future: Future[Answer], answer: Callable[[AccessKey], Answer], key: AccessKey) -> None:
-    if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+def _complete(future: Future[Response], handle: Callable[[AccessKey], Response], key: AccessKey) -> None:
+    if not future.set_running_or_notify_cancel():  # cancelled: the caller has stopped waiting
         return
     try:
-        future.set_result(answer(key))
-    except BaseException as error:  # noqa: BLE001 (whoever waits for the future is given it)
-        future.set_exception(error)
-
-
-def _fail(future: Future[Answer], error: BaseException) -> None:
-    if future.set_running_or_notify_cancel():
+        future.set_result(handle(key))
+    except BaseException as error:  # noqa: BLE001 (the future passes it on)
         future.set_exception(error)

@@ -1,7 +1,7 @@
 """Makes bundles on a store behind the fault proxy, step by step as the service does, and opens them from there.
 
-It is everything but the engine and the HTTP door: buckets are claimed as for a request, tasks run in this process, what
-they leave is taken away as the housekeeping does it.
+It has everything except the engine and the HTTP server: buckets are created as for a request, tasks run in this
+process, and remaining objects are deleted as the housekeeping does.
 """
 
 import base64
@@ -98,9 +98,9 @@ class FaultBench:
         policy, signature = upload_policy(KEY.secret_access_key, bucket, PREFIX)
         storage = S3Storage(bucket=bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
                           upload_policy=policy, upload_policy_signature=signature)  # fmt: skip
-        door = SimpleNamespace(buckets=RetryingStore(self._buckets(kind, temper), temper.patience))
+        backend = SimpleNamespace(buckets=RetryingStore(self._buckets(kind, temper), temper.patience))
         try:
-            ensure_bucket(door, storage, self.account.account_id)
+            ensure_bucket(backend, storage, self.account.account_id)
         except EC2Error as error:
             return error.code
         else:
