@@ -131,10 +131,10 @@ class Calls:
         components = self.backend.components
         long_ago = utc_now() - timedelta(days=400)
         yield "thrave host list", components.hosts.list
-        yield "retention", lambda: components.records().purge(timedelta(days=400), most=AT_ONCE)
-        yield "retention in the engine", lambda: components.queues.forget(long_ago)
+        yield "retention", lambda: components.records().delete_ended(timedelta(days=400), limit=AT_ONCE)
+        yield "retention in the engine", lambda: components.queues.delete_ended(long_ago)
         yield "Describe all of a busy account", lambda: self.backend.tasks.describe(self.busy)
-        yield "first cleanup query", lambda: components.records().to_clean_up(host_name(0))
+        yield "first cleanup query", lambda: components.records().cleanups(host_name(0))
 
     def _describe(self, api: BundleTaskService, account_id: str, bundle_id: str) -> Call:
         return lambda: api.describe(account_id, [bundle_id])

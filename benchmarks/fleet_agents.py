@@ -33,7 +33,7 @@ from thrave.tasks.journal import StoredBatch, StoredObject
 from thrave.tasks.lease import Fence, Lease
 from thrave.tasks.models import BundleTask, BundleTaskState, Step
 from thrave.tasks.object_removal import CreatedBuckets
-from thrave.tasks.workflow import BundleWorkflow, TaskContext
+from thrave.tasks.workflow import BundleWorkflow, TaskContext, TaskSettings
 
 PARTS = 4
 """Backend of a simulated bundle; a real one has a hundred for each GiB. See `docs/explanation/scale.md`."""
@@ -155,35 +155,37 @@ class SimulatedBundling(BundleWorkflow):
         super().__init__(host, task, run)
         self._agent = agent
 
-    def stop(self) -> None:
+    def shut_down(self) -> None:
         """Power off before the state is read, which saves the pause between two readings."""
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
-            self._freezer.merge(watch.pause)
-            self._power.note()
-            self._host.instances.request_stop(self._task.instance_id)
-            self._power.off(watch)
+            self._overlay.merge(watch.pause)
+            self._power.record_power_state()
+            self._context.driver.request_stop(self._task.instance_id)
+            self._power.shut_down(watch)
 
-    def seal(self) -> None:
+    def upload_volume(self) -> None:
         """Record parts as if they were sealed and stored one after the other."""
         secrets_of_bundle = BundleKey.generate()
         names = [f"{self._task.prefix}.part.{index:02}" for index in range(PARTS)]
         parts = [PartRecord(index, name, len(_PART), **_DIGESTS) for index, name in enumerate(names)]
-        with self._state(BundleTaskState.BUNDLING) as watch, self._power.held_off(watch) as instance:
-            self._records.note_volume_size(self._task.bundle_id, PARTS * len(_PART))
-            self._journal.begin(secrets_of_bundle)
+        with self._state(BundleTaskState.BUNDLING) as watch, self._power.hold_stopped(watch) as instance:
+            self._repository.set_volume_size(self._task.bundle_id, PARTS * len(_PART))
+            self._journal.start_sealing(secrets_of_bundle)
             stored = StoredBatch()
             for index, part in enumerate(parts):
                 stored = self._send(part, stored)
-                self._records.advance(self._task.bundle_id, BundleTaskState.BUNDLING, 100 * (index + 1) // PARTS)
+                self._repository.set_progress(
+                    self._task.bundle_id, BundleTaskState.BUNDLING, 100 * (index + 1) // PARTS
+                )
                 if index == PARTS // 2 and self._agent.is_cancelled(self._task):
                     raise TaskCancelled
-            self._journal.stored(stored)
+            self._journal.record_stored(stored)
         sealed = SealedBundle(self._task.prefix, PARTS * len(_PART), "e" * 40, secrets_of_bundle, tuple(parts))
-        self._journal.conclude(self._documents(instance, sealed))
+        self._journal.record_documents(self._documents(instance, sealed))
 
     def _send(self, part: PartRecord, before: StoredBatch) -> StoredBatch:
-        self._journal.sending(part.filename, part, before)
-        etag = self._host.buckets.put(self._task.bucket, part.filename, _PART)
+        self._journal.record_upload(part.filename, part, before)
+        etag = self._context.store.put(self._task.bucket, part.filename, _PART)
         checkpoint = Checkpoint(
             part.index + 1, StreamPosition(part.size * part.index, 1, 1, "c" * 40), 1, "d" * 64, "e" * 32
         )
@@ -238,11 +240,11 @@ class SimulatedAgent:
 
     def query_power_recovery(self) -> None:
         """Query instances whose power state must be restored."""
-        self._backend.components.records().looked_after(self.name)
+        self._backend.components.records().power_recoveries(self.name)
 
     def query_cleanup(self) -> None:
         """Query tasks with orphaned objects, as in every pass of the cleanup but the first."""
-        self._backend.components.records().to_clean_up(self.name)
+        self._backend.components.records().cleanups(self.name)
 
     def enqueue_lost(self) -> None:
         """Query tasks that have no workflow."""
@@ -269,29 +271,26 @@ class SimulatedAgent:
         """Run a task as `bundling.bundle` does."""
         bundle_id = workflow.bundle_id
         with RUNNING.claimed(bundle_id) as is_first:
-            task = worker.records.get(bundle_id)
-            if is_first and task is not None and task.host == worker.name:
-                run = worker.records.take_up(bundle_id)
+            task = worker.repository.get(bundle_id)
+            if is_first and task is not None and task.host == worker.host:
+                run = worker.repository.record_attempt(bundle_id)
                 if run is not None:
                     SimulatedBundling(worker, task, run, self).run()
         workflow.end()
 
     def _host(self) -> TaskContext:
         components, settings = self._backend.components, self._backend.components.settings
-        given = {
-            "name": self.name,
-            "records": components.records(self.fence),
-            "accounts": components.accounts,
-            "instances": self._instances,
-            "buckets": MemoryStore(),
-            "made_buckets": CreatedBuckets(components.database, components.records(self.fence)),
-            "store_patience": settings.s3_retry_timeout,
-            "service": components.service,
-            "lease": Lease(None),  # one process has the agents of many hosts
-        }
-        names = {field.name for field in fields(TaskContext)} - given.keys()
-        rest = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
-        return TaskContext(**given, **rest)
+        return TaskContext(
+            host=self.name,
+            settings=TaskSettings(**{field.name: getattr(settings, field.name) for field in fields(TaskSettings)}),
+            repository=components.records(self.fence),
+            accounts=components.accounts,
+            driver=self._instances,
+            store=MemoryStore(),
+            created_buckets=CreatedBuckets(components.database, components.records(self.fence)),
+            identity=components.service,
+            lease=Lease(None),  # one process has the agents of many hosts
+        )
 
     @property
     def _queue_name(self) -> str:

@@ -26,7 +26,7 @@ from thrave.tasks.lease import Fence, Lease
 from thrave.tasks.models import HostState
 from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
-from thrave.tasks.workflow import TaskContext, run_bundle_task
+from thrave.tasks.workflow import TaskContext, TaskSettings, run_bundle_task
 
 REPORT_INTERVAL = 1.0  # seconds
 POWER_INTERVAL = 1.0  # seconds between two looks for what is to be done with the power of instances
@@ -102,26 +102,15 @@ class Agent:
             self.power = self._power(fence)
         self._begin("power", POWER_INTERVAL, self.power.look)
         records = ground.records(fence)
-        host = TaskContext(
-            name=name,
-            records=records,
+        context = TaskContext(
+            host=name,
+            settings=self._task_settings(),
+            repository=records,
             accounts=ground.accounts,
-            instances=ground.instances,
-            buckets=ground.buckets,
-            made_buckets=CreatedBuckets(ground.database, records, before_attempt=self._before_attempt),
-            store_patience=self._settings.s3_retry_timeout,
-            service=ground.service,
-            shutdown_timeout=self._settings.shutdown_timeout,
-            shutdown_timeout_action=self._settings.shutdown_timeout_action,
-            capture_mode=self._settings.capture_mode,
-            sysprep_command=self._settings.sysprep_command,
-            image_dirs=self._settings.image_dirs,
-            unclean_volume=self._settings.unclean_volume,
-            compression=self._settings.compression,
-            skip_unused=self._settings.skip_unused,
-            existing_bundle=self._settings.existing_bundle,
-            upload_concurrency=self._settings.upload_concurrency,
-            stall_timeout=self._settings.stall_timeout,
+            driver=ground.instances,
+            store=ground.buckets,
+            created_buckets=CreatedBuckets(ground.database, records, before_attempt=self._before_attempt),
+            identity=ground.service,
             lease=self._lease,
             before_attempt=self._before_attempt,
         )
@@ -130,10 +119,26 @@ class Agent:
         self._note(ground.hosts.heartbeat(fence))  # before a task can begin: the host may drain
         if not self._takes_tasks:
             log.warning("host takes no task: it drains until `thrave host activate`", host=name)
-        self._worker.launch(partial(self._run, host))
+        self._worker.launch(partial(self._run, context))
         self._begin("lost tasks", LOST_INTERVAL, find_lost)
         self._keep_house(records)
         self._begin("heartbeat", self._settings.heartbeat_interval, partial(self._heartbeat, fence))
+
+    def _task_settings(self) -> TaskSettings:
+        return TaskSettings(
+            shutdown_timeout=self._settings.shutdown_timeout,
+            shutdown_timeout_action=self._settings.shutdown_timeout_action,
+            capture_mode=self._settings.capture_mode,
+            sysprep_command=self._settings.sysprep_command,
+            image_dirs=self._settings.image_dirs,
+            unclean_volume=self._settings.unclean_volume,
+            skip_unused=self._settings.skip_unused,
+            compression=self._settings.compression,
+            existing_bundle=self._settings.existing_bundle,
+            upload_concurrency=self._settings.upload_concurrency,
+            s3_retry_timeout=self._settings.s3_retry_timeout,
+            stall_timeout=self._settings.stall_timeout,
+        )
 
     def _keep_house(self, records: TaskRepository) -> None:
         ground, name = self._ground, self._settings.host_id
@@ -156,7 +161,7 @@ class Agent:
         self._begin(
             "retention",
             housekeeping.RETENTION_INTERVAL,
-            housekeeping.TaskRetention(records, ground.queues.forget, keep).look,
+            housekeeping.TaskRetention(records, ground.queues.delete_ended, keep).look,
         )
 
     def _power(self, fence: Fence | None) -> BackgroundPower:
@@ -197,10 +202,10 @@ class Agent:
         if state is HostState.DRAINING:
             self._takes_tasks = False
 
-    def _run(self, host: TaskContext, bundle_id: str) -> None:
+    def _run(self, context: TaskContext, bundle_id: str) -> None:
         """Work on a task, unless the host drains and has not begun it: then it waits for the next agent."""
-        if self._takes_tasks or bundle_id in self._ground.hosts.begun(host.name):
-            run_bundle_task(host, bundle_id)
+        if self._takes_tasks or bundle_id in self._ground.hosts.begun(context.host):
+            run_bundle_task(context, bundle_id)
 
     def _drain(self, fence: Fence) -> None:
         """Wait for what this host has begun, `drain_timeout` at the most, and end the agent. May be repeated."""
@@ -229,8 +234,10 @@ class Agent:
         records = self._ground.records()
         begun = self._ground.hosts.begun(host)  # first: a task that ends leaves its instance to the others
         tasks = {bundle_id: task.instance_id for bundle_id in begun if (task := records.get(bundle_id)) is not None}
-        to_recover = {task.instance_id for task in (*records.looked_after(host), *records.looked_after_by_nobody(host))}
-        to_merge = {task.instance_id for task in records.unmerged(host)}
+        to_recover = {
+            task.instance_id for task in (*records.power_recoveries(host), *records.moved_power_recoveries(host))
+        }
+        to_merge = {task.instance_id for task in records.unmerged_overlays(host)}
         waiting = {
             instance_id
             for instance_id in to_recover | to_merge

@@ -56,8 +56,8 @@ def task(ground):
             ground.records().add(connection, bundle_id, name, request)
             ground.queues.enqueue(connection, bundle_id, name)
         if begun:
-            ground.records().take_up(bundle_id)
-            ground.records().move(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+            ground.records().record_attempt(bundle_id)
+            ground.records().change_state(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
 
     return add
 

@@ -227,7 +227,7 @@ def test_a_strangers_words_do_nothing_to_the_terminal(thrave, tmp_path, monkeypa
     )  # fmt: skip
     with ground.database.begin() as connection:
         ground.records().add(connection, "bun-1", "localhost", request)
-    ground.records().notice("bun-1", "notice\x1b[2J")
+    ground.records().add_warning("bun-1", "notice\x1b[2J")
     ground.records().fail("bun-1", TaskFailure("Client.S3Error", "no\x1b]0;title\x07\nno"))
     ground.database.dispose()
     _, stdout, stderr = thrave("task", *words)

@@ -225,7 +225,7 @@ def test_a_repeated_call_is_told_the_task_even_when_that_has_the_instance_stoppe
     task = bundle(ec2, service.key)
     expected = (400, "BundlingInProgress", f"Instance is already being bundled: {task['BundleId']}")
     assert refusal(bundle, ec2=ec2, key=service.key) == expected
-    service.records.move(task["BundleId"], BundleTaskState.WAITING_FOR_SHUTDOWN)
+    service.records.change_state(task["BundleId"], BundleTaskState.WAITING_FOR_SHUTDOWN)
     service.instances.request_stop(INSTANCE)
     assert refusal(bundle, ec2=ec2, key=service.key) == expected
 
@@ -337,10 +337,10 @@ def test_a_task_is_shown_with_its_progress_and_with_its_error_only_when_it_faile
 
     bundle_id = bundle(ec2, service.key)["BundleId"]
     assert shown() == ("pending", None, None)
-    service.records.move(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+    service.records.change_state(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
     assert shown() == ("waiting-for-shutdown", None, None)
-    service.records.move(bundle_id, BundleTaskState.BUNDLING)
-    service.records.advance(bundle_id, BundleTaskState.BUNDLING, 70)
+    service.records.change_state(bundle_id, BundleTaskState.BUNDLING)
+    service.records.set_progress(bundle_id, BundleTaskState.BUNDLING, 70)
     assert shown() == ("bundling", "70%", None)
     service.records.fail(bundle_id, TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
     error = {"Code": "Client.S3Error", "Message": "AccessDenied(403)- no"}
@@ -355,10 +355,10 @@ def three_tasks(service, ec2):
         instance_id = service.add_instance(f"i-0000000{number}")
         tasks[name] = bundle(ec2, service.key, instance_id, bucket=f"bucket-{name}", prefix=f"prefix-{name}")
     ids = {name: task["BundleId"] for name, task in tasks.items()}
-    service.records.move(ids["one"], BundleTaskState.CANCELLING)
+    service.records.change_state(ids["one"], BundleTaskState.CANCELLING)
     for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING):
-        service.records.move(ids["two"], state)
-    service.records.advance(ids["two"], BundleTaskState.BUNDLING, 20)
+        service.records.change_state(ids["two"], state)
+    service.records.set_progress(ids["two"], BundleTaskState.BUNDLING, 20)
     service.records.fail(ids["three"], TaskFailure("Client.S3Error", "AccessDenied(403)- no"))
     return tasks
 
@@ -427,7 +427,7 @@ def test_a_task_that_has_not_begun_is_cancelled_at_once(service, ec2, windows):
 def test_a_task_that_has_begun_is_cancelling_and_cannot_be_cancelled_twice(service, ec2, windows, state):
     bundle_id = bundle(ec2, service.key)["BundleId"]
     for each in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
-        service.records.move(bundle_id, each)
+        service.records.change_state(bundle_id, each)
         if each is state:
             break
     assert ec2.cancel_bundle_task(BundleId=bundle_id)["BundleTask"]["State"] == "cancelling"

@@ -154,9 +154,9 @@ def test_an_instance_that_is_stopped_on_purpose_is_not_started_for_the_sake_of_a
     service.add_instance(INSTANCE)
     task = ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(service.key))["BundleTask"]
     ec2.cancel_bundle_task(BundleId=task["BundleId"])
-    service.records.look_after(task["BundleId"], datetime.now(UTC) + timedelta(hours=1))
+    service.records.schedule_power_recovery(task["BundleId"], datetime.now(UTC) + timedelta(hours=1))
     ask(ec2, "stop", INSTANCE)
-    assert not service.records.is_looked_after(INSTANCE)
+    assert not service.records.has_power_recovery(INSTANCE)
 
 
 @pytest.mark.parametrize("what", ["stop", "terminate"])

@@ -78,9 +78,9 @@ class CallsMachine(RuleBasedStateMachine):
         call = HeldCall(len(self.held))
         if self.failed:
             with pytest.raises(CallError):
-                self.calls.begin(call)
+                self.calls.start(call)
         else:
-            self.calls.begin(call)
+            self.calls.start(call)
             self.held.append(call)
 
     @rule(data=st.data(), fails=st.booleans())
@@ -177,7 +177,7 @@ def test_calls_that_are_stopped_raise_and_are_abandoned():
     group = CallGroup()
     with pytest.raises(StoppedError):
         stop(group)
-    assert group.left
+    assert group.abandoned
     with pytest.raises(StoppedError):
         group.check_wanted()  # what it asks before its next attempt
     call.end(fails=False)
@@ -222,8 +222,8 @@ def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
 def test_places_wait_for_an_object_has_an_end():
     """An abandoned upload hangs; whoever waits for it may be stopped meanwhile, and waits no longer than is given."""
     places, passes = InFlightObjects(), []
-    with places.alone("bucket", "key"):
-        assert places.taken("bucket") == {"key"}
+    with places.lock("bucket", "key"):
+        assert places.in_flight_keys("bucket") == {"key"}
         assert not places.wait_until_free("bucket", "key", lambda: passes.append("check"), 0.01)
         stopped = CallGroup()
         stopped.stop()
@@ -231,4 +231,4 @@ def test_places_wait_for_an_object_has_an_end():
             places.wait_until_free("bucket", "key", stopped.check_wanted, 600.0)
     assert passes
     assert places.wait_until_free("bucket", "key", lambda: None, 0.0)
-    assert places.taken("bucket") == set()
+    assert places.in_flight_keys("bucket") == set()

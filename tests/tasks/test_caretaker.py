@@ -18,14 +18,14 @@ class OwnRecords:
     def __init__(self, *, method, error):
         self._method, self._error = method, error
 
-    def unmerged(self, _host):
+    def unmerged_overlays(self, _host):
         return TASKS
 
     def in_progress(self, instance_id):
         self._fail("in_progress", instance_id)
 
-    def check_mine(self, bundle_id):
-        self._fail("check_mine", bundle_id)
+    def require_lease(self, bundle_id):
+        self._fail("require_lease", bundle_id)
 
     def _fail(self, method, name):
         if method == self._method and not name.endswith("2"):
@@ -35,7 +35,7 @@ class OwnRecords:
 @pytest.mark.parametrize(
     ("method", "error"),
     [
-        ("check_mine", RightLostError("bun-0")),
+        ("require_lease", RightLostError("bun-0")),
         ("in_progress", OSError("the database is away")),
         ("check", LeaseExpiredError()),
         ("merge_within", NoThreadError("no thread can be started")),
@@ -48,7 +48,7 @@ def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method,
         def __init__(self, _instances, _records, task, *, check):
             self._task = task
 
-        def merge_within(self, _seconds):
+        def merge_with_timeout(self, _seconds):
             if method == "merge_within" and self._task is not TASKS[2]:
                 raise error
             merged.append(self._task.instance_id)
@@ -57,7 +57,7 @@ def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method,
         if method == "check" and (raised := next(checks)) is not None:
             raise raised
 
-    monkeypatch.setattr(housekeeping, "Freezer", Merging)
+    monkeypatch.setattr(housekeeping, "RootOverlay", Merging)
     PowerRecovery(OwnRecords(method=method, error=error), None, "host-a", check=check).merge()
     assert merged == ["i-2"]
 

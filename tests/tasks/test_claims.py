@@ -109,7 +109,7 @@ def is_whole(bench):
 )
 def test_claim_of_a_key_that_another_task_has_recorded(made, owner, run, settles, seconds):
     first = made(A)
-    first.journal.sending(KEY)
+    first.journal.record_upload(KEY)
     if owner != "unfinished":
         fail(first)
     with first.engine.begin() as connection:  # the prefix is free for another task
@@ -120,11 +120,11 @@ def test_claim_of_a_key_that_another_task_has_recorded(made, owner, run, settles
     second = made(B)
     if seconds == "free":
         second.journal.check_free(KEY)
-        second.journal.sending(KEY)
+        second.journal.record_upload(KEY)
         assert rows(second) == {KEY: (B, "sent")}
         assert first.journal.objects() == []
         return
-    for claim in (second.journal.check_free, second.journal.sending):
+    for claim in (second.journal.check_free, second.journal.record_upload):
         with pytest.raises(ObjectInUseError) as caught:
             claim(KEY)
         assert caught.value.seconds == (seconds and pytest.approx(seconds, abs=120))
@@ -144,7 +144,7 @@ def test_two_processes_that_claim_one_key_at_once(made, begun):
     def claim(bench):
         at_once.wait(60)
         try:
-            bench.journal.sending(KEY)
+            bench.journal.record_upload(KEY)
         except ObjectInUseError:
             return False
         return True
@@ -159,15 +159,15 @@ def test_a_task_that_has_ended_claims_nothing(made):
     bench = made(A)
     fail(bench)
     with pytest.raises(RightLostError):
-        bench.journal.sending(KEY)
+        bench.journal.record_upload(KEY)
     assert rows(bench) == {}
 
 
 def test_claiming_again_keeps_what_was_stored_for_other_parts(made):
     bench = made(A)
     for _ in range(2):
-        bench.journal.sending(KEY)
-    bench.journal.sending(f"{KEY}1")
+        bench.journal.record_upload(KEY)
+    bench.journal.record_upload(f"{KEY}1")
     assert [item.size for item in bench.journal.objects()] == [None, None]
     assert {state for _, state in rows(bench).values()} == {"sent"}
 
@@ -211,14 +211,14 @@ def test_deletion_under_way_when_the_next_task_begins(on_sqlite, buckets, tmp_pa
 def test_claim_between_the_claim_of_a_deletion_and_its_first_request(on_sqlite):
     """In the same process, too: its list of requests has nothing yet."""
     first = on_sqlite(A)
-    first.journal.sending(MANIFEST)
+    first.journal.record_upload(MANIFEST)
     fail(first)
-    assert [*first.journal.deleting()] == [MANIFEST]
+    assert [*first.journal.start_deletion()] == [MANIFEST]
     second = on_sqlite(B)
     with pytest.raises(ObjectInUseError, match="may be under way"):
-        second.journal.sending(MANIFEST)
-    first.journal.forget([])  # the store has refused
-    second.journal.sending(MANIFEST)
+        second.journal.record_upload(MANIFEST)
+    first.journal.end_deletion([])  # the store has refused
+    second.journal.record_upload(MANIFEST)
     assert rows(second) == {MANIFEST: (B, "sent")}
 
 
@@ -234,7 +234,7 @@ def test_a_task_fails_in_words_if_an_earlier_deletion_does_not_end(on_sqlite, bu
     store = second.store(existing="replace", stall_timeout=0.2)
     words = r"Client\.PrefixInUse: The object .* cannot be written: a request of an earlier bundle task"
     with pytest.raises(TaskFailure, match=words), second.watch() as watch:
-        store.check_place(watch)
+        store.check_location(watch)
     assert buckets.get(BUCKET, MANIFEST)
 
 
@@ -243,26 +243,26 @@ def test_a_task_fails_in_words_if_an_earlier_deletion_does_not_end(on_sqlite, bu
 def test_upload_of_an_earlier_run_that_arrives_late(on_sqlite, buckets, key, late):
     """Its host died. What it had sent is deleted now, and once more when it cannot arrive any more."""
     bench = on_sqlite(A)  # the host that adopts it
-    bench.journal.sending(key)
+    bench.journal.record_upload(key)
     change(bench, run="other")
     if late == "before the removal":
         buckets.put(BUCKET, key, b"late")
-    bench.store().remove()
+    bench.store().remove_objects()
     fail(bench)
     assert bench.stored_keys() == []
     if late == "after the removal":
         buckets.put(BUCKET, key, b"late")
     assert rows(bench) == {key: (A, "gone")}
-    assert not bench.records.has_left_over(A)
+    assert not bench.records.has_orphans(A)
     (seen,) = TaskQueries(bench.engine, bench.records).of([A])
     assert (seen.stored.objects, [*seen.left_over]) == (0, [])
-    assert bench.records.purge(-timedelta(days=1), most=9) == 0
+    assert bench.records.delete_ended(-timedelta(days=1), limit=9) == 0
     clean_up(bench)  # too early
     assert rows(bench) == {key: (A, "gone")}
     let_time_pass(bench)
     clean_up(bench)
     assert (rows(bench), bench.stored_keys()) == ({}, [])
-    assert bench.records.purge(-timedelta(days=1), most=9) == 1
+    assert bench.records.delete_ended(-timedelta(days=1), limit=9) == 1
 
 
 @pytest.mark.parametrize("kind", ["the same sealing", "another sealing"])
@@ -298,7 +298,7 @@ def test_deletion_that_was_not_answered_may_arrive_later(on_sqlite, buckets, tmp
             raise answer
 
     buckets.before = lose_the_first
-    bench.store(patience=60.0).remove()
+    bench.store(patience=60.0).remove_objects()
     fail(bench)
     assert bench.stored_keys() == []
     assert rows(bench)[MANIFEST] == (A, "gone")
@@ -344,7 +344,7 @@ def test_upload_that_was_not_answered_is_not_forgotten_before_it_is_recorded(
     monkeypatch.setattr(claims, "delay", real_delay)
     buckets.before = lambda *_: None
     assert attempts.count("put") == 2
-    bench.store().remove()
+    bench.store().remove_objects()
     fail(bench)
     assert bench.stored_keys() == []
     assert rows(bench) == {key: (A, "gone")}
@@ -370,7 +370,7 @@ def test_own_manifest_in_the_bucket_does_not_keep_parts_of_a_failed_task(on_sqli
 
     def remove(**options):
         with suppress(TaskFailure):
-            clean_up(bench, **options) if removes == "the agent" else bench.store(**options).remove()
+            clean_up(bench, **options) if removes == "the agent" else bench.store(**options).remove_objects()
 
     if reason == "its deletion hangs":
         buckets.hold("delete")
@@ -407,7 +407,7 @@ def test_retries_of_an_abandoned_deletion_end(on_sqlite, buckets, tmp_path):
 
     buckets.before = fail_deletion
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
-        bench.store(patience=600.0, stall_timeout=0.2).remove()
+        bench.store(patience=600.0, stall_timeout=0.2).remove_objects()
     before = {*bench.stored_keys()}
     buckets.before = lambda _what, _key: None
     eventually(lambda: not [each for each in threading.enumerate() if each.name == "store-call"])
@@ -423,7 +423,7 @@ def test_nothing_is_deleted_without_the_lease(on_sqlite, buckets, tmp_path):
         raise LeaseExpiredError
 
     with pytest.raises(LeaseExpiredError):
-        bench.store(before_attempt=refuse).remove()
+        bench.store(before_attempt=refuse).remove_objects()
     fail(bench)
     with pytest.raises(LeaseExpiredError):
         clean_up(bench, before_attempt=refuse)
@@ -468,12 +468,12 @@ def test_purge_of_a_later_record_does_not_free_its_bundle_for_an_earlier_cleanup
     second = made(B)
     bundled(second, tmp_path)
     assert second.records.complete(B)
-    second.journal.replace(None)  # the owner has the parts of the first one removed
+    second.journal.record_earlier(None)  # the owner has the parts of the first one removed
     with second.engine.begin() as connection:
         connection.execute(bundle_part.delete().where(bundle_part.c.bundle_id == B, bundle_part.c.state != "sent"))
     kept = {key for key, (owner, _) in rows(second).items() if owner == B}
     assert MANIFEST in kept
-    assert second.records.purge(-timedelta(days=8), most=9) == 1
+    assert second.records.delete_ended(-timedelta(days=8), limit=9) == 1
     assert {owner for owner, _ in rows(second).values()} <= {A}
     buckets.before = lambda _what, _key: None
     clean_up(first)
@@ -483,10 +483,10 @@ def test_purge_of_a_later_record_does_not_free_its_bundle_for_an_earlier_cleanup
 
 def test_cleanup_of_one_task_does_not_wait_for_another(on_sqlite, buckets):
     first = on_sqlite(A)
-    first.journal.sending(KEY)
+    first.journal.record_upload(KEY)
     fail(first)
     second = on_sqlite(B)
-    second.journal.sending(f"{KEY}1")
+    second.journal.record_upload(f"{KEY}1")
     fail(second)
 
     def break_first(what, key):
@@ -495,18 +495,18 @@ def test_cleanup_of_one_task_does_not_wait_for_another(on_sqlite, buckets):
 
     buckets.before = break_first
     clean_up(first)
-    assert first.records.has_left_over(A)
-    assert not first.records.has_left_over(B)
+    assert first.records.has_orphans(A)
+    assert not first.records.has_orphans(B)
 
 
 def test_cleanup_does_not_read_every_task(on_sqlite):
     """It is asked every few seconds, and must not cost more with every task that has ended."""
     bench = on_sqlite(A)
-    bench.journal.sending(KEY)
+    bench.journal.record_upload(KEY)
     fail(bench)
     queries = []
     sa.event.listen(bench.engine, "before_cursor_execute", lambda *args: queries.append((args[2], args[3])))
-    assert [task.bundle_id for task in bench.records.to_clean_up("localhost")] == [A]
+    assert [task.bundle_id for task in bench.records.cleanups("localhost")] == [A]
     with bench.engine.connect() as connection:
         for text, parameters in [*queries]:
             plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", parameters)]
@@ -517,7 +517,7 @@ def test_cleanup_does_not_read_every_task(on_sqlite):
 def test_a_store_that_refuses_is_reported_with_the_command(on_sqlite, buckets, capsys):
     bench = on_sqlite(A)
     buckets.put(BUCKET, KEY, b"part")
-    bench.journal.sending(KEY)
+    bench.journal.record_upload(KEY)
     fail(bench)
 
     def refuse(what, _key):

@@ -53,7 +53,7 @@ def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_sa
     [
         (None, "its power cannot be cut: i-.* has no forceStopCommand"),
         (("ls", "/nowhere"), "its power cannot be cut: .*ended with 2"),
-        (DEAF, "runs on though its power was cut"),
+        (DEAF, "still runs although its power was cut"),
     ],
 )
 def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_path, machine, force, words):

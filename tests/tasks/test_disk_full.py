@@ -118,7 +118,9 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
         power_recovery_until=None,
         next_step=Step.SEAL,
     )
-    power = InstancePower(instances, None, task, grace=1, when_late="fail")  # no record is asked
+    power = InstancePower(
+        instances, None, task, shutdown_timeout=1, shutdown_timeout_action="fail"
+    )  # no record is asked
     assert not power.restore_without_record(), "it runs"
     machine.unlink()
     with (folder / "filler").open("wb", buffering=0) as filler:
@@ -135,7 +137,9 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
 
 def test_an_instance_that_was_off_before_its_task_is_not_started(instances_off):
     instances, task = instances_off
-    assert not InstancePower(instances, None, task, grace=1, when_late="fail").restore_without_record()
+    assert not InstancePower(
+        instances, None, task, shutdown_timeout=1, shutdown_timeout_action="fail"
+    ).restore_without_record()
     assert instances.state(task.instance_id) is InstanceState.STOPPED
 
 

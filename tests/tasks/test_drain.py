@@ -93,7 +93,7 @@ def records(ground):
     """Of a task that has ended, on the host that drains."""
     records = ground.records()
     add_task(ground, "bun-1")
-    records.take_up("bun-1")
+    records.record_attempt("bun-1")
     return records
 
 
@@ -112,14 +112,14 @@ def leave(ground, records, kind):
     if kind == "power_requests":
         power.request(INSTANCE, PowerAction.REBOOT)
     elif kind == "to_recover":
-        records.look_after("bun-1", timedelta(hours=1))
+        records.schedule_power_recovery("bun-1", timedelta(hours=1))
     else:
-        records.note_frozen("bun-1", Overlay(volume=VolumeFile(path=Path("/disk")), overlay=Path("/overlay")))
+        records.record_overlay("bun-1", Overlay(volume=VolumeFile(path=Path("/disk")), overlay=Path("/overlay")))
     records.fail("bun-1", TaskFailure("Server.InternalError", "whatever"))
     return {
         "power_requests": lambda: power.finish(power.get(INSTANCE)),
-        "to_recover": lambda: records.look_after("bun-1", None),
-        "to_merge": lambda: records.note_frozen("bun-1", None),
+        "to_recover": lambda: records.schedule_power_recovery("bun-1", None),
+        "to_merge": lambda: records.record_overlay("bun-1", None),
     }[kind]
 
 

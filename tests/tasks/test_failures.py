@@ -67,7 +67,7 @@ def test_an_error_becomes_the_reason_that_says_whose_fault_it_is(error, code, me
 
 
 def test_a_second_failure_on_the_way_out_is_told_with_the_first():
-    both = TaskCancelled().also(TaskFailure("Server.InstanceNotStarted", "no memory"))
+    both = TaskCancelled().with_second_failure(TaskFailure("Server.InstanceNotStarted", "no memory"))
     assert (both.code, both.message) == (
         "Client.Cancelled",
         "User has requested bundling operation cancellation (Server.InstanceNotStarted: no memory)",

@@ -22,7 +22,7 @@ FROZEN = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
 @pytest.fixture
 def bench(tmp_path):
     with closing(UploadBench(tmp_path, directory(tmp_path))) as bench:
-        bench.records.note_frozen(bench.bundle_id, FROZEN)
+        bench.records.record_overlay(bench.bundle_id, FROZEN)
         yield bench
 
 
@@ -43,7 +43,7 @@ def test_a_merge_without_progress_is_given_up_and_left_to_be_merged(bench):
     with pytest.raises(HypervisorError, match="no progress for 600 seconds"):
         freezer(bench, merge).merge(waited.append)
     assert len(waited) <= 5 + 600
-    assert bench.records.frozen(bench.bundle_id) == FROZEN
+    assert bench.records.overlay(bench.bundle_id) == FROZEN
 
 
 def test_a_merge_hears_of_a_cancellation(bench):
@@ -64,14 +64,14 @@ def test_a_merge_hears_of_a_cancellation(bench):
     with pytest.raises(TaskCancelled):
         work()
     canceller.join()
-    assert bench.records.frozen(bench.bundle_id) == FROZEN
+    assert bench.records.overlay(bench.bundle_id) == FROZEN
 
 
 def test_a_merge_over_which_the_hypervisor_hangs_is_abandoned(bench, monkeypatch):
     monkeypatch.setattr("thrave.tasks.instance_power.ABANDON_AFTER", 0.1)
     hangs = threading.Event()
     with pytest.raises(HypervisorError, match="is not merged after 0 seconds"):
-        freezer(bench, lambda *_: hangs.wait(60)).merge_within(0.1)
+        freezer(bench, lambda *_: hangs.wait(60)).merge_with_timeout(0.1)
     hangs.set()
 
 
@@ -89,15 +89,15 @@ def test_each_command_for_an_overlay_is_checked(bench, act):
     lease.renewed(0.0)
     freezer = RootOverlay(instances, bench.records, task, check=lease.check)
     does = {
-        "freeze": freezer.freeze,
+        "freeze": freezer.create,
         "merge": lambda: freezer.merge(lambda _seconds: None),
-        "merge_within": lambda: freezer.merge_within(60),
+        "merge_within": lambda: freezer.merge_with_timeout(60),
     }[act]
     now[0] = 9.5
     with pytest.raises(LeaseExpiredError):
         does()
     assert given == []
-    assert bench.records.frozen(bench.bundle_id) == FROZEN
+    assert bench.records.overlay(bench.bundle_id) == FROZEN
     lease.renewed(9.0)
     does()
     assert given == [task.instance_id]

@@ -88,8 +88,8 @@ def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours
     wrong = utc_now() + timedelta(hours=hours)
     monkeypatch.setattr(thrave.database, "utc_now", lambda: wrong)
     add_task(ground, "bun-2")
-    records.take_up("bun-1")
-    records.look_after("bun-1", timedelta(minutes=1))
+    records.record_attempt("bun-1")
+    records.schedule_power_recovery("bun-1", timedelta(minutes=1))
     assert records.cancel("bun-1")
     assert [task.bundle_id for task in records.of_account("1" * 12, kept=timedelta(minutes=30))] == ["bun-1", "bun-2"]
     first, second = records.of_account("1" * 12, kept=timedelta(minutes=30))
@@ -101,7 +101,7 @@ def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours
     ]
     for time in times:
         assert abs(time - records.now()) < timedelta(minutes=30)
-    assert records.purge(timedelta(minutes=30), most=10) == 0
+    assert records.delete_ended(timedelta(minutes=30), limit=10) == 0
     ground.queues.close()
     ground.database.dispose()
 
@@ -170,14 +170,14 @@ def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
 def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts, change):
     add_task(ground, "bun-1")
     add_task(ground, "bun-2")
-    ground.records().take_up("bun-1")
+    ground.records().record_attempt("bun-1")
     hosts.drain("host-a")
     assert hosts.begun("host-a") == ["bun-1"]
     hosts.enqueue_lost("host-a")
-    assert ground.queues.awaited("host-a") == {"bun-1"}
+    assert ground.queues.scheduled("host-a") == {"bun-1"}
     hosts.activate("host-a")
     hosts.enqueue_lost("host-a")
-    assert ground.queues.awaited("host-a") == {"bun-1", "bun-2"}
+    assert ground.queues.scheduled("host-a") == {"bun-1", "bun-2"}
 
 
 def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeypatch):
@@ -201,4 +201,4 @@ def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeyp
     assert hosts.retire("host-a", powered_off=True) == ["bun-1", "bun-2"]
     assert [host.host for host in hosts.list()] == ["host-b"]
     assert ground.records().get("bun-2").error_code == "Server.HostLost"
-    assert not ground.queues.awaited("host-a")
+    assert not ground.queues.scheduled("host-a")

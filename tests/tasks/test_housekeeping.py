@@ -47,7 +47,7 @@ def task(engine, records, buckets):
         with engine.begin() as connection:
             records.add(connection, bundle_id, on, request)
         for number in range(2):
-            records.journal(bundle_id).sending(f"{bundle_id}.part.{number}")
+            records.journal(bundle_id).record_upload(f"{bundle_id}.part.{number}")
             buckets.put("bucket", f"{bundle_id}.part.{number}", b"part")
         if failed:
             records.fail(bundle_id, TaskCancelled())
@@ -84,10 +84,10 @@ def left_overs(records, buckets):
 def test_what_a_failed_task_has_left_is_shown_and_removed_and_nothing_else(records, buckets, task):
     left, unfinished = task("bun-1"), task("bun-2", failed=False)
     buckets.put("bucket", "bun-1.part.10", b"somebody else's")
-    assert [found.bundle_id for found in records.left_over()] == [left]
+    assert [found.bundle_id for found in records.with_orphans()] == [left]
     left_overs(records, buckets).look()
     assert [*buckets.list("bucket", "")] == ["bun-1.part.10", f"{unfinished}.part.0", f"{unfinished}.part.1"]
-    assert records.left_over() == []
+    assert records.with_orphans() == []
     assert records.journal(left).objects() == []
 
 
@@ -95,7 +95,7 @@ def test_what_another_host_has_left_is_its_own_business_unless_it_was_given_up(r
     task("bun-1", ELSEWHERE)
     task("bun-2", NOWHERE)
     left_overs(records, buckets).look()
-    assert [found.bundle_id for found in records.left_over()] == ["bun-1"]
+    assert [found.bundle_id for found in records.with_orphans()] == ["bun-1"]
 
 
 def test_what_cannot_be_removed_is_tried_again_and_at_once_after_a_restart(records, buckets, task):
@@ -105,12 +105,12 @@ def test_what_cannot_be_removed_is_tried_again_and_at_once_after_a_restart(recor
     for _ in range(3):
         looking.look()
     assert refusing.asked == 1
-    assert [found.bundle_id for found in records.left_over()] == ["bun-1"]
+    assert [found.bundle_id for found in records.with_orphans()] == ["bun-1"]
     refusing.refuses = False
     looking.look()
     assert refusing.asked == 1
     left_overs(records, refusing).look()
-    assert records.left_over() == []
+    assert records.with_orphans() == []
 
 
 def test_a_task_that_fails_while_the_service_runs_is_seen_to_as_well(records, buckets, task):
@@ -118,12 +118,12 @@ def test_a_task_that_fails_while_the_service_runs_is_seen_to_as_well(records, bu
     looking.look()
     task("bun-1")
     looking.look()
-    assert records.left_over() == []
+    assert records.with_orphans() == []
 
 
 def forget_objects(records, bundle_id):
     journal = records.journal(bundle_id)
-    journal.forget([item.key for item in journal.objects()])
+    journal.end_deletion([item.key for item in journal.objects()])
 
 
 def age(engine, days):
@@ -156,7 +156,7 @@ def test_what_ended_long_ago_is_forgotten_with_all_that_hangs_on_it(engine, reco
 def test_the_parts_of_a_complete_bundle_are_forgotten_and_stay_in_the_bucket(engine, records, buckets, task):
     task("bun-1", failed=False)
     for state in ("waiting-for-shutdown", "bundling", "storing"):
-        records.move("bun-1", state)
+        records.change_state("bun-1", state)
     assert records.complete("bun-1")
     age(engine, 8)
     TaskRetention(records, lambda _: 0, timedelta(days=7)).look()
@@ -170,7 +170,7 @@ def test_a_task_that_leaves_something_to_do_is_not_forgotten(engine, records, ta
     task("bun-1")
     if reason == "looked after":
         forget_objects(records, "bun-1")
-        records.look_after("bun-1", utc_now())
+        records.schedule_power_recovery("bun-1", utc_now())
     age(engine, 100)
     TaskRetention(records, lambda _: 0, timedelta(days=7)).look()
     assert kept(engine) == ["bun-1"]

@@ -97,7 +97,7 @@ def test_bucket_that_was_there_before_stays(add, records, made, buckets):
 def test_bucket_of_a_complete_task_stays(add, records, made, buckets):
     add("bun-1")
     for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
-        records.move("bun-1", state)
+        records.change_state("bun-1", state)
     assert records.complete("bun-1")
     made.look(buckets, HOST)
     assert (buckets.owner(BUCKET), records.get("bun-1").made_bucket) == (OWNER, None)

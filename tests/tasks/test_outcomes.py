@@ -128,7 +128,7 @@ def test_reason_is_recorded_before_anything_is_undone(here):
             decided.append((here.get(bundle_id).next_step, here.get(bundle_id).error_code))
             self.inner.delete(bucket, keys)
 
-    here.run(bundle_id, buckets=Watches(here.buckets))
+    here.run(bundle_id, store=Watches(here.buckets))
     assert decided[0] == (Step.UNDO_REMOVE, "Server.S3Error")
 
 
@@ -156,7 +156,7 @@ def test_run_that_was_replaced_changes_nothing(here):
         rows = []
 
         def another_begins(bundle_id=bundle_id, rows=rows):
-            here.records.take_up(bundle_id)
+            here.records.record_attempt(bundle_id)
             rows.append(here.get(bundle_id))
 
         with at(here.ground.database, TRANSACTION, number, another_begins):
@@ -177,7 +177,7 @@ def test_second_run_in_one_process_does_nothing(here):
                 at_once.append(here.get(bundle_id).attempts)
             return self.inner.head(bucket, key)
 
-    here.run(bundle_id, buckets=AsksTwice(here.buckets))
+    here.run(bundle_id, store=AsksTwice(here.buckets))
     assert here.get(bundle_id).state == "complete"
     assert at_once == [None, 1]
 
@@ -202,7 +202,7 @@ def test_task_of_another_host_is_not_written(here):
         connection.execute(bundle_task.update().where(bundle_task.c.bundle_id == bundle_id).values(host="elsewhere"))
     before = here.get(bundle_id)
     with pytest.raises(RightLostError):
-        here.ground.records(here.fence).notice(bundle_id, "from a host that has lost it")
+        here.ground.records(here.fence).add_warning(bundle_id, "from a host that has lost it")
     assert here.get(bundle_id) == before
 
 
@@ -249,9 +249,9 @@ class LosesTheAnswer:
 
 
 def test_nothing_is_decided_while_the_store_does_not_say_whether_it_has_the_manifest(here, monkeypatch):
-    monkeypatch.setattr(workflow, "_STORE_PAUSE", 0.0)
+    monkeypatch.setattr(workflow, "_PUBLISHED_INTERVAL", 0.0)
     bundle_id = here.task()
-    here.run(bundle_id, buckets=LosesTheAnswer(here.buckets, away=5))
+    here.run(bundle_id, store=LosesTheAnswer(here.buckets, away=5))
     assert here.get(bundle_id).state == "complete"
     assert here.opens(bundle_id)
 
@@ -276,7 +276,7 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
     fake = here.host(here.fence, lease=Lease(1.0, iter([0.0, *[9.0] * 99]).__next__))
     monkeypatch.setattr(TaskRepository, "holds_lease", lambda _records: says)
     running = workflow.BundleWorkflow(fake, task, 1)
-    running._power._is_owed = True
+    running._power._must_restore = True
     here.instances.request_stop(task.instance_id)
     first = workflow._PowerFirst(fake, task, running._records, running._power, is_over_if_started=True)
     assert first.act() is says
@@ -287,6 +287,6 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
 def test_run_that_resumes_after_the_start_owes_no_instance_power(here):
     """Its owner may have stopped it since: only a step before which it is borrowed makes it owed."""
     task = replace(here.get(here.task()), was_running=True)
-    owed = {step: workflow.BundleWorkflow(here.host(here.fence), replace(task, next_step=step), 1)._power._is_owed
+    owed = {step: workflow.BundleWorkflow(here.host(here.fence), replace(task, next_step=step), 1)._power._must_restore
             for step in Step}  # fmt: skip
     assert {step for step, is_owed in owed.items() if is_owed} == BORROWED

@@ -48,7 +48,7 @@ def add(engine, records):
         with engine.begin() as connection:
             records.add(connection, bundle_id, host, request)
         for step in WAY[state]:
-            assert records.move(bundle_id, step)
+            assert records.change_state(bundle_id, step)
         time = T0 + timedelta(minutes=minute)
         mine = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id)
         with engine.begin() as connection:
@@ -127,11 +127,11 @@ def test_where_there_is_an_index_it_serves(engine, wanted, index):
 def test_what_a_task_has_stored_is_counted_by_what_the_bucket_took(add, records, overview, part):
     add("one", state=S.BUNDLING)
     journal = records.journal("one")
-    journal.begin(BundleKey(bytes(16), bytes(16)))
-    journal.sending("one.part.0", part(0))
-    journal.sending("one.part.1", part(1), StoredBatch([StoredObject("one.part.0", 100)]))
-    journal.sending("one.manifest.json")
-    journal.stored(StoredBatch([StoredObject("one.manifest.json", 7)]))
+    journal.start_sealing(BundleKey(bytes(16), bytes(16)))
+    journal.record_upload("one.part.0", part(0))
+    journal.record_upload("one.part.1", part(1), StoredBatch([StoredObject("one.part.0", 100)]))
+    journal.record_upload("one.manifest.json")
+    journal.record_stored(StoredBatch([StoredObject("one.manifest.json", 7)]))
     (seen,) = overview.of(["one"])
     assert (seen.stored.objects, seen.stored.parts, seen.stored.size, [*seen.left_over]) == (3, 1, 107, [])
 
@@ -143,11 +143,11 @@ def part():
 
 def test_what_a_failed_task_has_not_removed_is_left_over(add, records, overview):
     add("one", state=S.BUNDLING)
-    records.journal("one").sending("one.part.0")
+    records.journal("one").record_upload("one.part.0")
     records.fail("one", TaskFailure("Client.S3Error", "no"))
     (seen,) = overview.of(["one"])
     assert [*seen.left_over] == ["one.part.0"]
-    records.journal("one").forget(["one.part.0"])
+    records.journal("one").end_deletion(["one.part.0"])
     (seen,) = overview.of(["one"])
     assert [*seen.left_over] == []
 
@@ -191,7 +191,7 @@ def test_the_time_in_a_state_is_known():
 )
 def test_how_much_of_the_volume_is_done_is_known_once_it_is_open(add, records, length, size, done):
     add("one", state=S.BUNDLING)
-    records.advance("one", S.BUNDLING, 25)
+    records.set_progress("one", S.BUNDLING, 25)
     if size is not None:
-        records.note_volume_size("one", size)
+        records.set_volume_size("one", size)
     assert bytes_done(records.get("one"), HISTORY[:length]) == done

@@ -56,7 +56,7 @@ def test_a_disk_that_does_not_answer_is_abandoned_and_not_in_the_machines_way(
     def work():
         with bench.watch() as watch, VolumeReader(partial(opening, image, image_format), watch) as reader:
             if moment == "a look":
-                reader.look(disk.hang)
+                reader.run(disk.hang)
 
     def cancel():
         assert disk.asked.wait(60)

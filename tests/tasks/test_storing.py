@@ -140,13 +140,13 @@ def test_an_upload_that_is_refused_stops_the_others_and_nothing_stays(disk, buck
     store = bench.store()
     with pytest.raises(AccessDenied):
         bench.seal(RawVolume(disk), store=store)
-    store.remove()
+    store.remove_objects()
     assert bench.stored_keys() == []
     assert [item.key for item in bench.journal.objects()] == [PREFIX + part(1)]  # it may yet come
     assert len(buckets.begun) < PARTS
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == len(buckets.begun))
-    eventually(lambda: store.remove() or bench.journal.objects() == [])
+    eventually(lambda: store.remove_objects() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
 
 
@@ -161,7 +161,7 @@ def test_a_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, be
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == 4)
     store = bench.store()
-    eventually(lambda: store.remove() or bench.journal.objects() == [])
+    eventually(lambda: store.remove_objects() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
 
 
@@ -179,7 +179,7 @@ def test_a_disk_that_is_slow_does_not(disk, bench, stall_clock):
         def read_into(self, offset, buffer):
             if self.slow_reads:
                 self.slow_reads -= 1
-                stall_clock.advance(0.4)
+                stall_clock.set_progress(0.4)
             super().read_into(offset, buffer)
 
     assert bench.seal(Slow(disk), stall_timeout=1.0)
@@ -193,7 +193,7 @@ def test_a_store_that_stops_answering_fails_the_task_at_its_end_too(disk, bucket
 
     def finish():
         with bench.watch(stall_timeout=1.0) as watch:
-            store.check(documents, watch)
+            store.verify_stored(documents, watch)
             store.put_manifest(documents, watch, lambda: True)
 
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
@@ -204,25 +204,25 @@ def test_removing_from_a_store_that_does_not_answer_ends_and_can_be_done_again(d
     bench.seal(RawVolume(disk))
     buckets.hold("delete")
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
-        bench.store(stall_timeout=0.5).remove()
+        bench.store(stall_timeout=0.5).remove_objects()
     assert len(bench.journal.objects()) == PARTS
     buckets.let_go()
     store = bench.store()
-    eventually(lambda: store.remove() or bench.journal.objects() == [])
+    eventually(lambda: store.remove_objects() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
 
 
 @pytest.mark.parametrize("held", [(0, 7, 8), (3, 7, 8), (3, 5, 8)])
 def test_after_a_kill_no_part_is_sent_again_but_those_in_flight(tmp_path, disk, killed, held):
     bench = killed(disk, *held)
-    before = bench.journal.left()
-    assert (before.first, sorted(n for n, sent in before.sent.items() if not sent.stored)) == (held[0], [*held])
+    before = bench.journal.resume_state()
+    assert (before.first_part, sorted(n for n, sent in before.sent.items() if not sent.stored)) == (held[0], [*held])
     sealed = bench.seal(RawVolume(disk))
-    assert sealed.secrets == before.secrets
+    assert sealed.secrets == before.bundle_key
     assert sorted(numbers(bench.buckets.begun)) == [*held, 9]
     assert opened(tmp_path, sealed, private_key("user")) == disk.read_bytes()
     beyond = sum(number not in held for number in range(held[0], held[-1]))
-    assert bench.told() == [f"Sealing goes on after {held[0]} parts; {beyond} beyond them are stored."]
+    assert bench.told() == [f"Sealing resumes after {held[0]} parts; {beyond} parts beyond them are stored."]
 
 
 @pytest.mark.parametrize("changed", [1, 3, 6], ids=["before the checkpoint", "in flight", "beyond"])
@@ -230,13 +230,13 @@ def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, d
     other = tmp_path / "root.raw"
     other.write_bytes(disk.read_bytes())
     bench = killed(other, 3, 7, 8)
-    first = bench.journal.left().secrets
+    first = bench.journal.resume_state().bundle_key
     with other.open("r+b") as file:
         file.seek(changed * PART_SIZE + PART_SIZE // 2)
         file.write(b"somebody was here")
     sealed = bench.seal(RawVolume(other))
     assert sealed.secrets != first
-    assert "Sealing begins again with another key: " in bench.told()[1]
+    assert "Sealing restarts with another key: " in bench.told()[1]
     assert opened(tmp_path, sealed, private_key("user")) == other.read_bytes()
 
 
@@ -244,10 +244,10 @@ def test_a_part_that_somebody_else_overwrote_is_noticed(disk, buckets, bench):
     sealed = bench.seal(RawVolume(disk))
     buckets.put(BUCKET, sealed.parts[4].filename, b"somebody was here")
     with (
-        pytest.raises(TaskFailure, match=rf"something else now as '{PREFIX}{part(4)}'"),
+        pytest.raises(TaskFailure, match=rf"a different object now as '{PREFIX}{part(4)}'"),
         bench.watch() as watch,
     ):
-        bench.store().check(bench.documents(sealed), watch)
+        bench.store().verify_stored(bench.documents(sealed), watch)
 
 
 def test_how_often_the_store_was_asked_again_is_told(disk, buckets, bench):
@@ -260,7 +260,7 @@ def test_how_often_the_store_was_asked_again_is_told(disk, buckets, bench):
     buckets.before = fail
     bench.seal(RawVolume(disk), patience=30.0)
     assert bench.told() == [
-        "Calls to the store that were made again: 1, the last after SlowDown(503)- Please reduce your request rate."
+        "Calls to the store that were repeated: 1, the last after SlowDown(503)- Please reduce your request rate."
     ]
 
 
@@ -286,7 +286,7 @@ def test_store_refuses_a_prefix_that_has_a_bundle_and_touches_nothing(small, buc
     second = made_bench(buckets, bundle_id="bun-00000002")
     with pytest.raises(TaskFailure, match=r"Client\.PrefixInUse"):
         second.seal(RawVolume(small))
-    second.store().remove()
+    second.store().remove_objects()
     assert contents(second) == before
 
 
@@ -295,7 +295,7 @@ def test_store_refuses_a_manifest_that_came_while_it_was_sealing(small, buckets,
     buckets.put(BUCKET, MANIFEST, b"m" * SMALLEST_MANIFEST)
     with pytest.raises(TaskFailure, match=r"Client\.PrefixInUse"):
         bench.finish(sealed)
-    bench.store().remove()
+    bench.store().remove_objects()
     assert contents(bench) == {MANIFEST: b"m" * SMALLEST_MANIFEST}
 
 
@@ -307,7 +307,7 @@ def test_store_never_overwrites_objects_under_the_prefix(small, buckets, bench):
     sealed = bench.seal(RawVolume(small))
     bench.finish(sealed)
     assert contents(bench).items() >= strange.items()
-    bench.store().remove()
+    bench.store().remove_objects()
     assert contents(bench) == strange
 
 
@@ -319,12 +319,12 @@ def test_sealings_of_one_prefix_never_share_a_key(small, buckets, made_bench):
         sealed = bench.seal(RawVolume(small), existing="replace")
         names += [{part.filename for part in sealed.parts}]
         if number == 4:
-            bench.journal.begin(sealed.secrets)  # as after a crash; what was sent cannot be resumed
-            bench.store().remove()
+            bench.journal.start_sealing(sealed.secrets)  # as after a crash; what was sent cannot be resumed
+            bench.store().remove_objects()
             sealed = bench.seal(RawVolume(small), existing="replace")
             names += [{part.filename for part in sealed.parts}]
         if number == 1:
-            bench.store().remove()
+            bench.store().remove_objects()
             failed(bench)
         else:
             bench.finish(sealed, existing="replace")
@@ -371,8 +371,8 @@ def test_replacing_leaves_the_earlier_bundle_until_the_manifest_is_stored(tmp_pa
 def test_a_replacement_that_fails_leaves_exactly_the_earlier_bundle(replacing, moment):
     bench, before, sealed, _ = replacing
     documents = bench.documents(sealed)
-    bench.records.move(bench.bundle_id, BundleTaskState.STORING)
-    send = partial(bench.records.send_manifest, bench.bundle_id)
+    bench.records.change_state(bench.bundle_id, BundleTaskState.STORING)
+    send = partial(bench.records.record_manifest_sent, bench.bundle_id)
 
     def refuse(what, key):
         if moment == "manifest refused" and (what, key) == ("put", MANIFEST):
@@ -387,7 +387,7 @@ def test_a_replacement_that_fails_leaves_exactly_the_earlier_bundle(replacing, m
     if moment == "manifest damaged":  # the store keeps other bytes than were sent
         bench.buckets.put(BUCKET, MANIFEST, documents["manifest"].encode()[:-9])
     bench.buckets.before = lambda _what, _key: None
-    bench.store().remove()
+    bench.store().remove_objects()
     assert contents(bench) == before
     assert bench.journal.objects() == []
 
@@ -399,7 +399,7 @@ def test_a_failed_replacement_is_undone_by_the_agent_later(replacing):
     failed(bench)
     ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
     assert contents(bench) == before
-    assert not bench.records.has_left_over(bench.bundle_id)
+    assert not bench.records.has_orphans(bench.bundle_id)
 
 
 def test_a_failed_task_leaves_a_manifest_that_somebody_else_has_stored_since(replacing, small, made_bench, buckets):
@@ -426,7 +426,7 @@ def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(rep
     bench.buckets.before = lambda _what, _key: None
     ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
     assert {*bench.stored_keys()} & ({*before} - {MANIFEST}) == set()
-    assert not bench.records.has_left_over(bench.bundle_id)
+    assert not bench.records.has_orphans(bench.bundle_id)
 
 
 def test_a_bundle_that_was_put_back_by_hand_is_not_removed(replacing):
@@ -470,19 +470,19 @@ def test_a_part_that_is_not_what_was_sealed_is_noticed_wherever_it_is(disk, buck
             changed = data[:-1] if damage == "shorter" else data[:-1] + bytes([data[-1] ^ 1])
             buckets.put(BUCKET, each.filename, bytes(changed))
         with pytest.raises(TaskFailure, match=re.escape(each.filename)), bench.watch() as watch:
-            bench.store().check(documents, watch)
+            bench.store().verify_stored(documents, watch)
         buckets.put(BUCKET, each.filename, bytes(data))
     with bench.watch() as watch:
-        bench.store().check(documents, watch)
+        bench.store().verify_stored(documents, watch)
 
 
 def test_a_part_that_the_journal_does_not_know_is_looked_for_all_the_same(small, buckets, bench):
     sealed = bench.seal(RawVolume(small))
     documents = bench.documents(sealed)
-    bench.journal.forget([item.key for item in bench.journal.objects()])
+    bench.journal.end_deletion([item.key for item in bench.journal.objects()])
     buckets.delete(BUCKET, [sealed.parts[0].filename])
     with pytest.raises(TaskFailure, match="has lost"), bench.watch() as watch:
-        bench.store().check(documents, watch)
+        bench.store().verify_stored(documents, watch)
 
 
 def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, buckets, bench, begun, stall_clock):
@@ -493,15 +493,15 @@ def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, bucke
     stall_clock.run()
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
         sealing.result(120)
-    bench.store().remove()
+    bench.store().remove_objects()
     assert [item.key for item in bench.journal.objects()] == [PREFIX + part_of_small]
     buckets.let_go()
     buckets.wait_for(lambda: len(buckets.ended) == 1)
     eventually(lambda: bench.stored_keys() == [PREFIX + part_of_small])
     failed(bench)
-    assert bench.records.has_left_over(bench.bundle_id)
+    assert bench.records.has_orphans(bench.bundle_id)
     looking = ObjectCleanup(bench.records, buckets, "localhost", stall_timeout=60.0)
-    eventually(lambda: looking.look() or not bench.records.has_left_over(bench.bundle_id))
+    eventually(lambda: looking.look() or not bench.records.has_orphans(bench.bundle_id))
     assert bench.stored_keys() == []
 
 
@@ -521,23 +521,23 @@ def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag
     ]
     documents = bench.documents(sealed)
     with bench.watch() as watch:
-        bench.store().check(documents, watch)
+        bench.store().verify_stored(documents, watch)
     buckets.put(BUCKET, sealed.parts[4].filename, bytes(PART_SIZE))
     with (
-        pytest.raises(TaskFailure, match=rf"something else now as '{PREFIX}{part(4)}'"),
+        pytest.raises(TaskFailure, match=rf"a different object now as '{PREFIX}{part(4)}'"),
         bench.watch() as watch,
     ):
-        bench.store().check(documents, watch)
-    bench.store().remove()
+        bench.store().verify_stored(documents, watch)
+    bench.store().remove_objects()
     assert bench.stored_keys() == []
 
 
 def test_the_journal_is_the_same_on_every_database(disk, buckets, made_bench, database):
     bench = made_bench(buckets, **database)
     first = bench.seal(RawVolume(disk))
-    left = bench.journal.left()
+    left = bench.journal.resume_state()
     assert (left.first, [*left.sent]) == (PARTS - 1, [PARTS - 1])
     assert bench.seal(RawVolume(disk)).parts == first.parts
     assert len(buckets.begun) == PARTS
-    bench.store().remove()
-    assert (bench.journal.left(), bench.journal.objects(), bench.stored_keys()) == (None, [], [])
+    bench.store().remove_objects()
+    assert (bench.journal.resume_state(), bench.journal.objects(), bench.stored_keys()) == (None, [], [])

@@ -132,7 +132,7 @@ class Watching:
     def pause(self, _seconds):
         self._hypervisor.hear()
 
-    def guard(self, check):
+    def add_check(self, check):
         pass
 
 
@@ -166,7 +166,9 @@ class Power(RuleBasedStateMachine):
     def _take_up(self):
         if self.bundle_id is not None:
             task = self.records.get(self.bundle_id)
-            self.switch = InstancePower(self.hypervisor, self.records, task, grace=GRACE, when_late="fail")
+            self.switch = InstancePower(
+                self.hypervisor, self.records, task, shutdown_timeout=GRACE, shutdown_timeout_action="fail"
+            )
 
     # The owner. The EC2 actions check the state and for a task, but a task may begin after that: all are possible.
 
@@ -212,7 +214,7 @@ class Power(RuleBasedStateMachine):
         """Whether it runs on an overlay, and nobody is about to do anything with its power."""
         record = self.power.get(INSTANCE)
         is_quiet = record.request is None and record.borrowed_by is None and not self.hypervisor.pressed
-        return self.freed and self.hypervisor.on and is_quiet and not self.records.looked_after(HOST)
+        return self.freed and self.hypervisor.on and is_quiet and not self.records.power_recoveries(HOST)
 
     # The controller, and the caretaker.
 
@@ -256,26 +258,26 @@ class Power(RuleBasedStateMachine):
         )  # fmt: skip
         with self.engine.begin() as connection:
             self.records.add(connection, self.bundle_id, HOST, request)
-        self.records.move(self.bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+        self.records.change_state(self.bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
         self.freed = False
         self.stage = "stop"
         self._take_up()
 
     def _stop(self, overlay):
         with self._step("free" if overlay else "read"):
-            self.switch.note()
-            self.switch.off(Watching(self.hypervisor))
+            self.switch.record_power_state()
+            self.switch.shut_down(Watching(self.hypervisor))
 
     def _free(self, _overlay):
         with self._step("put back"):
-            if self.switch.is_to_run():
-                self.records.note_frozen(self.bundle_id, FROZEN)
+            if self.switch.should_run():
+                self.records.record_overlay(self.bundle_id, FROZEN)
                 self.freed = True
                 self.switch.restore()
 
     def _read(self, _overlay):
         with self._step("read"), ExitStack() as hold:
-            hold.enter_context(self.switch.held_off(Watching(self.hypervisor)))
+            hold.enter_context(self.switch.hold_stopped(Watching(self.hypervisor)))
             self.hold = hold.pop_all()
             self.reading = True
 
@@ -290,10 +292,10 @@ class Power(RuleBasedStateMachine):
             end = "fail"
         with self._step("end"):
             self.switch.restore()
-        self.records.note_frozen(self.bundle_id, None)
+        self.records.record_overlay(self.bundle_id, None)
         if end == "complete" and self._is_noted():
             for state in (BundleTaskState.BUNDLING, BundleTaskState.STORING):
-                self.records.move(self.bundle_id, state)
+                self.records.change_state(self.bundle_id, state)
             self.records.complete(self.bundle_id)
         else:
             self.records.fail(self.bundle_id, TaskCancelled())
@@ -333,7 +335,7 @@ class Power(RuleBasedStateMachine):
             self.hypervisor.hear()
             if self.power.to_do():
                 self.work.attempt()
-            elif self.records.looked_after(HOST):
+            elif self.records.power_recoveries(HOST):
                 self.look()
             else:
                 break
@@ -440,21 +442,23 @@ def test_a_request_that_comes_while_a_task_looks_at_the_instance_is_what_it_note
         return seen
 
     hypervisor.state = overtaken
-    switch = InstancePower(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail")
-    switch.note()
+    switch = InstancePower(
+        hypervisor, records, records.get("bun-1"), shutdown_timeout=GRACE, shutdown_timeout_action="fail"
+    )
+    switch.record_power_state()
     assert records.get("bun-1").was_running is (action is PowerAction.START)
-    assert switch.is_to_run() is (action is PowerAction.START)
+    assert switch.should_run() is (action is PowerAction.START)
     assert power.get(INSTANCE).borrowed_by == "bun-1"
 
 
 def test_a_task_that_ends_without_putting_its_instance_back_leaves_it_to_the_caretaker(records):
     hypervisor = Hypervisor(on=True, started=lambda: None)
-    assert records.note_power_state("bun-1", running=True)
+    assert records.record_power_state("bun-1", running=True)
     hypervisor.on = False
     records.fail("bun-1", TaskFailure("Server.HostLost", "as `retire` says"))
     PowerRecovery(records, hypervisor, HOST).look()
     assert hypervisor.on
-    assert not records.is_looked_after(INSTANCE)
+    assert not records.has_power_recovery(INSTANCE)
 
 
 def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkeypatch):
@@ -473,7 +477,7 @@ def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkey
 @pytest.mark.parametrize("action", [PowerAction.STOP, PowerAction.START, PowerAction.REBOOT])
 def test_a_request_does_not_grow_old_while_a_task_has_the_instance(engine, records, action, runs_on_an_overlay):
     power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
-    records.note_power_state("bun-1", running=True)
+    records.record_power_state("bun-1", running=True)
     power.request(INSTANCE, action)
     with engine.begin() as connection:
         connection.execute(instance_power.update().values(request_time=utc_now() - timedelta(days=2)))
@@ -482,7 +486,9 @@ def test_a_request_does_not_grow_old_while_a_task_has_the_instance(engine, recor
     with capture_logs() as logs:
         assert work.attempt()
         assert power.get(INSTANCE).request is action
-        InstancePower(hypervisor, records, records.get("bun-1"), grace=GRACE, when_late="fail").restore()
+        InstancePower(
+            hypervisor, records, records.get("bun-1"), shutdown_timeout=GRACE, shutdown_timeout_action="fail"
+        ).restore()
         assert hypervisor.on is (runs_on_an_overlay or action is not PowerAction.STOP)
         records.fail("bun-1", TaskFailure("Server.InternalError", "it ended"))
         for _ in range(8):
@@ -557,17 +563,21 @@ def test_a_task_that_another_host_has_gives_no_command(records, monkeypatch, act
         raise RightLostError(bundle_id)
 
     hypervisor = Hypervisor(on=act != "restore", started=lambda: None)
-    records.note_power_state("bun-1", running=True)
-    monkeypatch.setattr(records, "check_mine", lost)
+    records.record_power_state("bun-1", running=True)
+    monkeypatch.setattr(records, "require_lease", lost)
     switch = InstancePower(
-        hypervisor, records, records.get("bun-1"), grace=-1 if act == "cut" else GRACE, when_late="power-off"
+        hypervisor,
+        records,
+        records.get("bun-1"),
+        shutdown_timeout=-1 if act == "cut" else GRACE,
+        shutdown_timeout_action="power-off",
     )
     acts = {
         "restore": switch.restore,
-        "sysprep": lambda: switch.sysprep(Watching(hypervisor), ["sysprep"]),
+        "sysprep": lambda: switch.run_sysprep(Watching(hypervisor), ["sysprep"]),
     }
     with pytest.raises(RightLostError):
-        acts.get(act, lambda: switch.off(Watching(hypervisor)))()
+        acts.get(act, lambda: switch.shut_down(Watching(hypervisor)))()
     assert hypervisor.on is (act != "restore")
     assert not hypervisor.pressed
 
@@ -575,7 +585,7 @@ def test_a_task_that_another_host_has_gives_no_command(records, monkeypatch, act
 @pytest.mark.parametrize("command", ["request_stop", "force_stop", "request_sysprep"])
 def test_an_instance_that_is_terminated_right_before_a_command_is_why_its_task_fails(records, command):
     hypervisor = Hypervisor(on=True, started=lambda: None)
-    records.note_power_state("bun-1", running=True)
+    records.record_power_state("bun-1", running=True)
 
     def terminated(instance_id, *_arguments):
         hypervisor.terminated = True
@@ -583,8 +593,10 @@ def test_an_instance_that_is_terminated_right_before_a_command_is_why_its_task_f
 
     setattr(hypervisor, command, terminated)
     grace = -1 if command == "force_stop" else GRACE
-    switch = InstancePower(hypervisor, records, records.get("bun-1"), grace=grace, when_late="power-off")
-    act = partial(switch.sysprep, command=["sysprep"]) if command == "request_sysprep" else switch.off
+    switch = InstancePower(
+        hypervisor, records, records.get("bun-1"), shutdown_timeout=grace, shutdown_timeout_action="power-off"
+    )
+    act = partial(switch.run_sysprep, command=["sysprep"]) if command == "request_sysprep" else switch.shut_down
     with pytest.raises(TaskFailure) as caught:
         act(Watching(hypervisor))
     assert caught.value.code == "Client.InstanceTerminated"

@@ -23,14 +23,14 @@ from thrave.tasks.monitor import INTERVAL, TaskMonitor
 
 def until_stopped(watch):
     stopped = threading.Event()
-    watch.over(stopped.set)
+    watch.watch(stopped.set)
     assert stopped.wait(60)
 
 
 def test_progress_is_carried_to_the_record_and_never_falls(bench):
     share = [0.0]
     with bench.watch() as watch:
-        watch.over(lambda: None, lambda: share[0])
+        watch.watch(lambda: None, lambda: share[0])
         for share[0] in (0.25, 0.5):
             eventually(lambda: bench.records.get(bench.bundle_id).progress, until=one_of(100 * share[0]))
         share[0] = 0.1
@@ -59,7 +59,7 @@ def test_work_that_is_begun_after_the_cancellation_was_seen_is_not_begun(bench):
         with bench.watch() as watch:
             bench.records.cancel(bench.bundle_id)
             until_stopped(watch)
-            watch.over(lambda: None)
+            watch.watch(lambda: None)
 
     with pytest.raises(TaskCancelled):
         work()
@@ -75,7 +75,7 @@ def guarded_until_stopped(bench, *answers):
             raise asked[-1]
 
     with bench.watch() as watch:
-        watch.guard(check)
+        watch.add_check(check)
         until_stopped(watch)
     return asked
 
@@ -123,7 +123,7 @@ def test_work_whose_guard_cannot_tell_for_too_long_is_stopped_and_can_be_repeate
 
     def work():
         with bench.watch() as watch:
-            watch.guard(check)
+            watch.add_check(check)
             until_stopped(watch)
 
     with pytest.raises(HoldLostError, match="could not be told") as stopped:
@@ -151,7 +151,7 @@ def test_progress_that_cannot_be_told_keeps_nothing_from_being_stopped(bench, mo
     def work():
         with bench.watch(stall_timeout=1.0) as watch:
             stopped = threading.Event()
-            watch.over(stopped.set, progress)
+            watch.watch(stopped.set, progress)
             assert asked.wait(60)
             if stopped_by == "the owner":
                 bench.records.cancel(bench.bundle_id)
@@ -232,7 +232,7 @@ def test_a_process_that_stood_still_itself_does_not_stop_its_work(bench, monkeyp
 
     monkeypatch.setattr(bench.records, "get", get)
     with bench.watch(stall_timeout=600.0) as watch:
-        watch.over(lambda: None)
+        watch.watch(lambda: None)
         assert looked.wait(60)
         watch.check()
 
@@ -244,7 +244,7 @@ def test_a_call_that_hangs_is_waited_for_until_the_work_is_stopped(bench):
         with bench.watch() as watch:
             call = Call("hangs", lambda: hangs.wait(60))
             bench.records.cancel(bench.bundle_id)
-            watch.result_of(call)
+            watch.wait_for(call)
 
     with pytest.raises(TaskCancelled):
         work()
@@ -259,8 +259,8 @@ def test_what_the_guard_finds_while_the_record_is_looked_at_is_not_forgotten(ben
 
     def work():
         with bench.watch() as watch:
-            watch.over(stopped.set, lambda: float(stopped.wait(60)))  # which has the look last until then
-            watch.guard(moved)
+            watch.watch(stopped.set, lambda: float(stopped.wait(60)))  # which has the look last until then
+            watch.add_check(moved)
             assert stopped.wait(60)
 
     with pytest.raises(TaskFailure, match="it is running"):
@@ -292,7 +292,7 @@ def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench, stall_c
     def work():
         with bench.watch(stall_timeout=1.0) as watch:
             for _ in range(5):
-                stall_clock.advance(0.4)
+                stall_clock.set_progress(0.4)
                 watch.pause(0.01)
             waited.set()
             stall_clock.run()

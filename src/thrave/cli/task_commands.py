@@ -200,7 +200,7 @@ def _cancel(overview: TaskQueries, records: TaskRepository, bundle_id: str) -> T
     (seen,) = overview.of([bundle_id])
     if not cancelled:
         raise BundleTaskNotCancellable(seen.task.state)
-    records.tell(bundle_id, "An operator has cancelled it.")
+    records.add_event(bundle_id, "An operator has cancelled it.")
     return seen
 
 

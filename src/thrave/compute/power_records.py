@@ -247,17 +247,6 @@ def give_back(connection: sa.Connection, bundle_id: str) -> None:
     connection.execute(mine.values(borrowed_by=None, request_time=now()))
 
 
-def want_off(connection: sa.Connection, instance_id: str) -> None:
-    """Record in the caller's transaction that the owner wants it off, where somebody else sees to that."""
-    _locked(connection, instance_id)
-    mine = sa.and_(
-        instance_power.c.instance_id == instance_id,
-        instance_power.c.wanted.is_distinct_from(WantedPower.TERMINATED),
-    )
-    values = {"wanted": WantedPower.STOPPED, "request": None, "version": instance_power.c.version + 1}
-    connection.execute(instance_power.update().where(mine).values(**values))
-
-
 def read(connection: sa.Connection, instance_id: str) -> PowerRecord:
     """The row of an instance, whichever host has it."""
     return _read(connection, instance_id, _ROW)

@@ -83,15 +83,15 @@ class TaskQueue:
         """Have a host run a task; takes effect when the caller's transaction commits."""
         self._enqueue(connection, bundle_id, host, workflow_id=bundle_id)
 
-    def enqueue_again(self, connection: sa.Connection, bundle_id: str, host: str) -> None:
+    def requeue(self, connection: sa.Connection, bundle_id: str, host: str) -> None:
         """Have a host run a task that has been enqueued before, there or elsewhere, and whose workflow is lost."""
         self._enqueue(connection, bundle_id, host, workflow_id=f"{bundle_id}.{secrets.token_hex(4)}")
 
-    def awaited(self, host: str) -> frozenset[str]:
+    def scheduled(self, host: str) -> frozenset[str]:
         """The tasks that wait in a host's queue."""
         return _tasks(self._unfinished(host, "ENQUEUED", app_version=APPLICATION_VERSION))
 
-    def begun(self, host: str) -> frozenset[str]:
+    def started(self, host: str) -> frozenset[str]:
         """The tasks whose workflows a host has begun and not ended; a thread runs them, or has died."""
         return _tasks(self._unfinished(host, "PENDING", app_version=APPLICATION_VERSION))
 
@@ -101,14 +101,14 @@ class TaskQueue:
         if given_up := [each for each in workflows if _task(each) in bundle_ids]:
             self._client.cancel_workflows(given_up)
 
-    def drop_strangers(self, host: str) -> None:
+    def cancel_other_versions(self, host: str) -> None:
         """Have the engine give up a host's workflows of other versions, which it never runs."""
         both = "PENDING", "ENQUEUED"
         ours = self._unfinished(host, *both, app_version=APPLICATION_VERSION)
         if strangers := [*set(self._unfinished(host, *both)) - set(ours)]:
             self._client.cancel_workflows(strangers)
 
-    def forget(self, before: datetime) -> int:
+    def delete_ended(self, before: datetime) -> int:
         """Forget workflows that ended before then, a thousand at the most; say how many."""
         ended = self._client.list_workflows(
             status=["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],

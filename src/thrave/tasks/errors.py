@@ -129,7 +129,7 @@ class TaskFailure(Exception):
         self.message = without_folders(message)
         super().__init__(f"{code}: {self.message}")
 
-    def also(self, another: "TaskFailure") -> "TaskFailure":
+    def with_second_failure(self, another: "TaskFailure") -> "TaskFailure":
         """This failure, with the word that something else went wrong on the way out of it."""
         return TaskFailure(self.code, f"{self.message} ({another})")
 

@@ -127,10 +127,10 @@ class HostRegistry:
         workflow that is just being started is given the time until `_IDLE_LOOKS` calls of this method have seen it so.
         A second workflow of a task does no harm: see `bundling.bundle`.
         """
-        self._queues.drop_strangers(name)
+        self._queues.cancel_other_versions(name)
         with self._engine.begin() as connection:
             unfinished = _unfinished(connection, name, takes_all=_takes_all(connection, name))
-        begun, awaited = self._queues.begun(name), self._queues.awaited(name)
+        begun, awaited = self._queues.started(name), self._queues.scheduled(name)
         idle = [each for each in unfinished if each not in awaited and each not in RUNNING]
         self._idle = {each: self._idle.get(each, 0) + 1 for each in idle if each in begun}
         lost = [each for each in idle if self._idle.get(each, _IDLE_LOOKS) >= _IDLE_LOOKS]
@@ -140,7 +140,7 @@ class HostRegistry:
         with self._engine.begin() as connection:
             for bundle_id in lost:
                 log.warning("task enqueued again: nothing runs it", bundle_id=bundle_id)
-                self._queues.enqueue_again(connection, bundle_id, name)
+                self._queues.requeue(connection, bundle_id, name)
 
     def begun(self, name: str) -> Sequence[str]:
         """The tasks that a host has begun and not finished."""
@@ -228,10 +228,10 @@ class HostRegistry:
             )
             connection.execute(bundle_task.update().where(*concerned).values(host=by))
             for bundle_id in tasks:
-                self._queues.enqueue_again(connection, bundle_id, by)
+                self._queues.requeue(connection, bundle_id, by)
         self._queues.cancel(lost, tasks)
         for bundle_id in tasks:
-            self._records.tell(bundle_id, f"Host {by} goes on in the place of {lost}.")
+            self._records.add_event(bundle_id, f"Host {by} goes on in the place of {lost}.")
         return tasks
 
     def retire(self, name: str, *, powered_off: bool = False) -> Sequence[str]:

@@ -94,9 +94,9 @@ class PowerRecovery:
 
         Each is seen to in a thread of its own: one that hangs, or cannot be started, keeps none of the others waiting.
         """
-        tasks = self._records.looked_after(self._host)
+        tasks = self._records.power_recoveries(self._host)
         if self._looks % _ELSEWHERE == 0:
-            tasks += self._records.looked_after_by_nobody(self._host)
+            tasks += self._records.moved_power_recoveries(self._host)
             self._retries.keep({task.bundle_id for task in tasks})
         self._looks += 1
         began = time.monotonic()
@@ -106,7 +106,7 @@ class PowerRecovery:
 
     def merge(self) -> None:
         """Try once to merge each overlay that a task has left. It may take minutes."""
-        tasks = self._records.unmerged(self._host)
+        tasks = self._records.unmerged_overlays(self._host)
         self._merges.keep({task.bundle_id for task in tasks})
         for task in tasks:
             if self._merges.is_due(task.bundle_id):
@@ -139,7 +139,7 @@ class PowerRecovery:
             log.warning("power recovery failed", instance_id=task.instance_id, error=str(error) or type(error).__name__)
             is_over = self._is_late(task) and not self._extend(task)
         if is_over:
-            self._records.look_after(bundle_id, None)
+            self._records.schedule_power_recovery(bundle_id, None)
             self._records.give_back(bundle_id)
             self._retries.forget(bundle_id)
 
@@ -151,7 +151,7 @@ class PowerRecovery:
         with switching(task.instance_id):
             state = self._instances.state(task.instance_id)
             # Read now: since the list was made, its owner may have stopped it, or another task may have begun.
-            if not self._records.is_to_be_started(task.bundle_id):
+            if not self._records.should_start(task.bundle_id):
                 return True
             if self._records.in_progress(task.instance_id):
                 return False
@@ -169,7 +169,7 @@ class PowerRecovery:
         if task.bundle_id in self._extended:
             return False
         self._extended.add(task.bundle_id)
-        self._records.look_after(task.bundle_id, RECOVER_FOR)
+        self._records.schedule_power_recovery(task.bundle_id, RECOVER_FOR)
         return True
 
     def _merge(self, task: BundleTask) -> None:
@@ -177,9 +177,9 @@ class PowerRecovery:
             if self._records.in_progress(task.instance_id) is not None:
                 return
             log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
-            self._records.check_mine(task.bundle_id)
+            self._records.require_lease(task.bundle_id)
             self._check()
-            RootOverlay(self._instances, self._records, task, check=self._check).merge_within(MERGE_SECONDS)
+            RootOverlay(self._instances, self._records, task, check=self._check).merge_with_timeout(MERGE_SECONDS)
         except Exception as error:  # noqa: BLE001 (whatever it is about one instance, the others are not left)
             self._merges.record_failure(task.bundle_id)
             log.warning("an overlay cannot be merged", instance_id=task.instance_id, reason=str(error))
@@ -190,7 +190,7 @@ class PowerRecovery:
         log.info("an instance is off after its task has ended", instance_id=task.instance_id)
 
         def check() -> None:
-            self._records.check_mine(task.bundle_id)
+            self._records.require_lease(task.bundle_id)
             self._check()
 
         with start_guard.using(check), failpoint("instance started"):
@@ -233,7 +233,7 @@ class ObjectCleanup:
 
     def look(self) -> None:
         """Remove what is due to be tried."""
-        for task in self._records.to_clean_up(self._host):
+        for task in self._records.cleanups(self._host):
             if self._retries.is_due(task.bundle_id):
                 self._try_alone(task)
 
@@ -251,7 +251,7 @@ class ObjectCleanup:
             self._retries.record_failure(task.bundle_id)
 
     def _try(self, task: BundleTask) -> None:
-        self._records.check_mine(task.bundle_id)
+        self._records.require_lease(task.bundle_id)
         journal = self._records.journal(task.bundle_id)
         try:
             owners = self._buckets.on_behalf_of(task.access_key_id)
@@ -267,7 +267,7 @@ class ObjectCleanup:
                 "the store does not let objects be removed; the command shows which, and how to remove them",
                 bundle_id=task.bundle_id, bucket=task.bucket, error=str(error), command=command,
             )  # fmt: skip
-        if self._records.has_left_over(task.bundle_id):
+        if self._records.has_orphans(task.bundle_id):
             self._retries.record_failure(task.bundle_id)
         else:
             self._retries.forget(task.bundle_id)
@@ -298,4 +298,4 @@ class TaskRetention:
 
     def _purge(self) -> int:
         with failpoint("task purged"):
-            return self._records.purge(self._keep, most=AT_ONCE)
+            return self._records.delete_ended(self._keep, limit=AT_ONCE)

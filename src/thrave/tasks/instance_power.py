@@ -1,17 +1,9 @@
-"""A root volume that stands still while its instance runs, as one bundle task handles it.
+"""The power of one task's instance: shut down, overlay, hold, restore.
 
-Once the instance has been stopped, its root volume gets a copy-on-write overlay, and the instance is started on that;
-what is sealed is the volume below, which nothing writes to. In the end the overlay is merged into the volume. What is
-planned is written down first, so that whatever is killed, the overlay is found again and merged. Where an overlay
-cannot be had, the instance stays off until its volume has been read, and its owner is told why.
-
-An instance's power, as one bundle task handles it: noted, switched off, held off, and put back as is wanted.
-
-An instance that ran before the task runs after it, whatever happened, and one that was stopped stays stopped, unless
-its owner has asked for something else since: what is wanted is read again before the instance is put back. It is never
-started while its volume is read, unless it runs on an overlay (`freezing.py`), and its volume never read unless it is
-off. A guest that does not power off by itself within the grace period makes the task fail and stays up; its power is
-cut only if the operator wants that.
+After the task the instance has the power state that its owner wants: the state before the task, or what the owner has
+requested since. The root volume is read only while the instance is off, or while it runs on a copy-on-write overlay. An
+overlay is recorded before it is created, so after a crash it is found and merged. Power recovery of tasks that have
+ended is in `housekeeping.py`.
 """
 
 import time
@@ -47,17 +39,19 @@ from thrave.tasks.repository import RECOVER_FOR, TaskRepository
 from thrave.tasks.step_retry import retry_hypervisor
 from thrave.write_guard import start_guard
 
-ABANDON_AFTER = 10.0  # seconds after which a merge that does not end by itself is abandoned
+ABANDON_AFTER = 10.0  # seconds that a merge has to end after its timeout, before it is abandoned
+STALL_TIMEOUT = 600.0  # seconds without progress after which a merge fails
+CHECK_RETRY_TIMEOUT = 60.0  # seconds to reach the hypervisor for the last check that nothing wrote to a volume
+_HOLD_ATTEMPTS = 3  # attempts to hold an instance that another client starts at the same moment
 
+ShutdownTimeoutAction = Literal["fail", "power-off"]
+"""What to do with a guest that does not power off in time."""
 
-STALL_TIMEOUT = 600.0  # seconds for which a merge may make no progress
-
-
-CHECK_PATIENCE = 60.0  # seconds that a hypervisor may be away when it is to say that nobody wrote to a volume
+log = structlog.get_logger()
 
 
 class RootOverlay:
-    """Freezes the root volume of a task's instance, and thaws it."""
+    """Runs a task's instance on a copy-on-write overlay while its root volume is read."""
 
     def __init__(
         self,
@@ -68,9 +62,14 @@ class RootOverlay:
         stall_timeout: float = STALL_TIMEOUT,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Freeze the root volume of the task's instance; a merge may stand still for `stall_timeout` seconds.
+        """Manage the overlay of the task's instance.
 
-        `check` is called before each command to the hypervisor, and raises if this process may not give any.
+        Args:
+            instances: The hypervisor driver.
+            records: Of the tasks.
+            task: The task.
+            stall_timeout: Seconds without progress after which a merge fails.
+            check: Called before each command to the hypervisor; raises if this process must not send any.
         """
         self._instances = instances
         self._records = records
@@ -79,68 +78,71 @@ class RootOverlay:
         self._check = check
 
     @property
-    def frozen(self) -> Overlay | None:
-        """What was frozen for the task, or is just going to be; None from when it has been merged."""
-        return self._records.frozen(self._task.bundle_id)
+    def overlay(self) -> Overlay | None:
+        """The task's overlay, recorded before it is created; None once it was merged."""
+        return self._records.overlay(self._task.bundle_id)
 
-    def freeze(self) -> None:
-        """Put an overlay over the root volume of the instance, which is off; if it can have none, tell its owner."""
-        frozen = self.frozen or self._plan()
-        if frozen is not None:
+    def create(self) -> None:
+        """Create an overlay for the instance, which is off. If that is not supported, add a warning for the owner."""
+        overlay = self.overlay or self._plan()
+        if overlay is not None:
             with failpoint("root volume frozen"), start_guard.using(self._check):
-                self._overlays.freeze(self._task.instance_id, frozen)
+                self._overlays.freeze(self._task.instance_id, overlay)
 
     @contextmanager
-    def held(self, frozen: Overlay, watch: TaskMonitor) -> Iterator[Instance]:
-        """The instance, on its overlay, so that nothing writes to the volume.
-
-        Raises RootVolumeInUse if it is found in another place, before the block, during it or after it.
-        """
-        with self._overlays.hold(self._task.instance_id, frozen) as hold:
-            hold.check()
-            watch.guard(hold.check)
-            yield self._instances.get(self._task.instance_id)
-            retry_hypervisor(hold.check, CHECK_PATIENCE, sleep=watch.pause)
-
-    def merge(self, pause: Callable[[float], object]) -> None:
-        """Have the instance go on without the overlay, if there is one; also an earlier task's.
+    def hold(self, overlay: Overlay, monitor: TaskMonitor) -> Iterator[Instance]:
+        """Yield the instance and keep it on its overlay, so nothing writes to the volume.
 
         Raises:
-            InstanceError: The hypervisor refuses, or nothing moves; the instance runs on, and it may be tried again.
-            Exception: What `pause` raises; what was begun may go on by itself.
+            RootVolumeInUse: The instance is not on its overlay: before the block, during it or after it.
         """
-        for bundle_id, frozen in self._records.frozen_of(self._task.instance_id):
+        with self._overlays.hold(self._task.instance_id, overlay) as hold:
+            hold.check()
+            monitor.add_check(hold.check)
+            yield self._instances.get(self._task.instance_id)
+            retry_hypervisor(hold.check, CHECK_RETRY_TIMEOUT, sleep=monitor.pause)
+
+    def merge(self, pause: Callable[[float], object]) -> None:
+        """Merge the instance's overlays into its root volume: the task's, and those of earlier tasks.
+
+        Raises:
+            InstanceError: The hypervisor refuses, or makes no progress. The instance keeps running; the call may be
+                repeated.
+            Exception: What `pause` raises. A merge that was started may continue in the hypervisor.
+        """
+        for bundle_id, overlay in self._records.overlays_of(self._task.instance_id):
             with failpoint("overlay merged"), start_guard.using(self._check):
                 pause_while_moving = ProgressPause(self._task.instance_id, pause, self._stall_timeout)
-                self._overlays.merge(self._task.instance_id, frozen, pause_while_moving)
-            self._records.note_frozen(bundle_id, None)
+                self._overlays.merge(self._task.instance_id, overlay, pause_while_moving)
+            self._records.record_overlay(bundle_id, None)
 
-    def merge_within(self, seconds: float) -> None:
-        """The same, where nobody watches. Raises InstanceError also if it takes longer than so many seconds."""
-        late = HypervisorError(self._task.instance_id, f"the overlay is not merged after {seconds:.0f} seconds")
-        given_up = time.monotonic() + seconds
+    def merge_with_timeout(self, seconds: float) -> None:
+        """Merge as `merge`, without a monitor. Raises InstanceError if that takes longer than `seconds`."""
+        timeout = HypervisorError(self._task.instance_id, f"the overlay is not merged after {seconds:.0f} seconds")
+        until = time.monotonic() + seconds
 
-        def pause(between_looks: float) -> None:
-            if time.monotonic() > given_up:
-                raise late
-            time.sleep(between_looks)
+        def pause(interval: float) -> None:
+            if time.monotonic() > until:
+                raise timeout
+            time.sleep(interval)
 
-        try:  # a hypervisor that hangs is abandoned; if it goes on, `pause` ends what is left
+        try:  # a call that hangs is abandoned; if the hypervisor responds later, `pause` ends the call
             Call("merge", lambda: self.merge(pause)).result(seconds + ABANDON_AFTER)
         except CallTimeoutError:
-            raise late from None
+            raise timeout from None
 
     def _plan(self) -> Overlay | None:
+        """Record the overlay to create; None if the instance can have none."""
         try:
-            frozen = self._planned()
-        except OverlayNotSupported as reason:
-            self._records.notice(
-                self._task.bundle_id, f"The instance is off until its root volume has been read: {reason}."
+            overlay = self._planned()
+        except OverlayNotSupported as error:
+            self._records.add_warning(
+                self._task.bundle_id, f"The instance is off until its root volume has been read: {error}."
             )
             return None
         with failpoint("overlay noted"):
-            self._records.note_frozen(self._task.bundle_id, frozen)
-        return frozen
+            self._records.record_overlay(self._task.bundle_id, overlay)
+        return overlay
 
     def _planned(self) -> Overlay:
         if self._instances.overlays is None:
@@ -155,17 +157,8 @@ class RootOverlay:
         return overlays
 
 
-_OFF_AGAIN = 3  # attempts to hold an instance that others start at the same moment
-
-
-log = structlog.get_logger()
-
-
-ShutdownTimeoutAction = Literal["fail", "power-off"]
-
-
 class InstancePower:
-    """The power switch of a task's instance."""
+    """Shuts down a task's instance, keeps it off, and restores its power."""
 
     def __init__(
         self,
@@ -173,114 +166,127 @@ class InstancePower:
         records: TaskRepository,
         task: BundleTask,
         *,
-        grace: float,
-        when_late: ShutdownTimeoutAction,
+        shutdown_timeout: float,
+        shutdown_timeout_action: ShutdownTimeoutAction,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Switch the task's instance; its guest has `grace` seconds to power off, then `when_late` is done.
+        """Manage the power of the task's instance.
 
-        `check` is called before each command to a hypervisor, and raises if this process may not give any.
+        Args:
+            instances: The hypervisor driver.
+            records: Of the tasks.
+            task: The task.
+            shutdown_timeout: Seconds to wait for the guest to power off.
+            shutdown_timeout_action: What to do after that.
+            check: Called before each command to the hypervisor; raises if this process must not send any.
         """
         self._instances = instances
         self._records = records
         self._task = task
-        self._grace = grace
-        self._when_late = when_late
+        self._shutdown_timeout = shutdown_timeout
+        self._shutdown_timeout_action = shutdown_timeout_action
         self._check = check
-        self._looked_after: datetime | timedelta | None = task.power_recovery_until
-        self._has_failed = False  # to start the instance
-        # Kept here as well as in the record, so that power is put back while there is no database.
+        self._power_recovery_until: datetime | timedelta | None = task.power_recovery_until
+        self._start_failed = False
+        # Copies of what is recorded: the power is restored even while the database is unavailable.
         self._was_running = task.was_running
-        self._is_owed = bool(task.was_running) and task.next_step in BORROWED
+        self._must_restore = bool(task.was_running) and task.next_step in BORROWED
 
-    def note(self) -> None:
-        """Record whether the instance is to run in the end, before anything is done to it, and that it is borrowed."""
+    def record_power_state(self) -> None:
+        """Record, before the instance is touched, whether it is to run after the task, and that it is borrowed."""
         instance_id = self._task.instance_id
         while True:
-            # In this order: what is recorded may change because of the state that it has, and not the other way round.
-            version = self._records.power(instance_id).version
-            is_looked_after = self._records.is_looked_after(instance_id)
-            running = self._instances.state(instance_id) in UP or is_looked_after
+            # The record is read before the state: a request raises the version before it changes the state.
+            version = self._records.power_record(instance_id).version
+            will_be_started = self._records.has_power_recovery(instance_id)
+            running = self._instances.state(instance_id) in UP or will_be_started
             with failpoint("power noted"):
-                if self._records.note_power_state(self._task.bundle_id, running=running, version=version):
+                if self._records.record_power_state(self._task.bundle_id, running=running, version=version):
                     break
-        self.is_to_run()
+        self.should_run()
 
-    def is_to_run(self) -> bool:
-        """Whether the instance is to run in the end, as its owner wants it by now."""
-        return self._is_to_run(self._records.power(self._task.instance_id))
+    def should_run(self) -> bool:
+        """Whether the instance is to run after the task, by what its owner wants now."""
+        return self._is_wanted_running(self._records.power_record(self._task.instance_id))
 
-    def _is_to_run(self, record: PowerRecord) -> bool:
+    def _is_wanted_running(self, record: PowerRecord) -> bool:
         if record.wanted is not None:
             self._was_running = record.wanted is WantedPower.RUNNING
         elif self._was_running is None and (task := self._records.get(self._task.bundle_id)) is not None:
             self._was_running = task.was_running
         return bool(self._was_running)
 
-    def sysprep(self, watch: TaskMonitor, command: Sequence[str]) -> None:
-        """Have the guest prepare itself for being copied, which powers it off; then as `off`."""
+    def run_sysprep(self, monitor: TaskMonitor, command: Sequence[str]) -> None:
+        """Run the sysprep command in the guest, which powers it off; then as `shut_down`."""
         if _is_off(self._instances.state(self._task.instance_id)):
             return
-        self._look_after()
+        self._schedule_recovery()
         self._check_right()
         with self._unless_terminated(), failpoint("sysprep sent"):
             self._instances.request_sysprep(self._task.instance_id, command)
-        self._off(watch, ask=lambda _instance_id: None)  # a request to power off would cut it short
+        self._wait_until_off(monitor, request=lambda _instance_id: None)  # a shutdown request would interrupt sysprep
 
-    def off(self, watch: TaskMonitor) -> None:
-        """Ask the guest to power off, again and again, until it has; in the end cut its power, if that is wanted.
+    def shut_down(self, monitor: TaskMonitor) -> None:
+        """Request a shutdown, repeatedly, until the guest has powered off; after the timeout cut its power or fail.
 
-        If it is still up when this ends, whatever way, it may yet hear it: it is looked after (`caretaker.py`) then.
+        A guest that is still up when this ends may follow the request later: power recovery (`housekeeping.py`) starts
+        it then.
 
         Raises:
-            TaskFailure: It did not power off in time, or it is terminated.
+            TaskFailure: The guest did not power off in time, or the instance is terminated.
         """
-        self._look_after()
-        self._off(watch, ask=self._ask)
+        self._schedule_recovery()
+        self._wait_until_off(monitor, request=self._request_shutdown)
 
-    def _look_after(self) -> None:
-        self._looked_after = timedelta(seconds=2 * self._grace)
-        self._records.look_after(self._task.bundle_id, self._looked_after)
+    def _schedule_recovery(self) -> None:
+        self._power_recovery_until = timedelta(seconds=2 * self._shutdown_timeout)
+        self._records.schedule_power_recovery(self._task.bundle_id, self._power_recovery_until)
 
-    def _off(self, watch: TaskMonitor, ask: Callable[[str], None]) -> None:
-        record = self._records.power(self._task.instance_id)
-        self._is_owed = self._is_to_run(record)
+    def _wait_until_off(self, monitor: TaskMonitor, request: Callable[[str], None]) -> None:
+        record = self._records.power_record(self._task.instance_id)
+        self._must_restore = self._is_wanted_running(record)
         is_borrowed = record.borrowed_by == self._task.bundle_id
 
-        def ask_and_borrow(instance_id: str) -> None:
+        def borrow_and_request(instance_id: str) -> None:
             nonlocal is_borrowed
-            if not is_borrowed:  # it was put back, and is switched off once more
-                self._is_owed = self._was_running = self._records.borrow(self._task.bundle_id, instance_id)
+            if not is_borrowed:  # it was restored before, and is shut down once more
+                self._must_restore = self._was_running = self._records.borrow(self._task.bundle_id, instance_id)
                 is_borrowed = True
-            ask(instance_id)
+            request(instance_id)
 
         state = power_off(
-            self._instances, self._task.instance_id, grace=self._grace, ask=ask_and_borrow, pause=watch.pause
+            self._instances,
+            self._task.instance_id,
+            grace=self._shutdown_timeout,
+            ask=borrow_and_request,
+            pause=monitor.pause,
         )
         if not _is_off(state):
-            self._cut(f"The guest did not power off within {self._grace:.0f} seconds")
+            self._cut_power(f"The guest did not power off within {self._shutdown_timeout:.0f} seconds")
         with failpoint("shutdown seen"):
-            self._records.note_seen_off(self._task.instance_id)
-        self._looked_after = None
+            self._records.record_seen_off(self._task.instance_id)
+        self._power_recovery_until = None
 
     @contextmanager
-    def held_off(self, watch: TaskMonitor) -> Iterator[Instance]:
-        """The instance, off and kept from being started; switched off again if a crash gave it time to be started.
+    def hold_stopped(self, monitor: TaskMonitor) -> Iterator[Instance]:
+        """Yield the instance, which is off and cannot be started. Shut it down first if it was started after a crash.
 
-        Raises RootVolumeInUse or TaskFailure if it is found running or terminated, before the block, during it or
-        after it: what was read of a volume that somebody else wrote to is worth nothing.
+        Raises:
+            RootVolumeInUse: The instance was started before the block, during it or after it. What was read of its
+                volume is not consistent.
+            TaskFailure: The instance was terminated.
         """
         with ExitStack() as stack:
-            hold = self._hold_off(watch, stack)
+            hold = self._hold_off(monitor, stack)
             check = partial(self._check_off, hold)
-            watch.guard(check)
+            monitor.add_check(check)
             yield self._instances.get(self._task.instance_id)
-            retry_hypervisor(check, CHECK_PATIENCE, sleep=watch.pause)
+            retry_hypervisor(check, CHECK_RETRY_TIMEOUT, sleep=monitor.pause)
 
-    def _hold_off(self, watch: TaskMonitor, stack: ExitStack) -> StoppedHold:
-        """Switch it off and hold it; again if it was started in between, as nothing has been read yet."""
-        for attempts_left in reversed(range(_OFF_AGAIN)):
-            self.off(watch)
+    def _hold_off(self, monitor: TaskMonitor, stack: ExitStack) -> StoppedHold:
+        """Shut the instance down and hold it; repeat if it was started in between: nothing has been read yet."""
+        for attempts_left in reversed(range(_HOLD_ATTEMPTS)):
+            self.shut_down(monitor)
             with ExitStack() as attempt:
                 hold = attempt.enter_context(self._instances.hold(self._task.instance_id))
                 try:
@@ -295,34 +301,34 @@ class InstancePower:
         raise AssertionError
 
     def restore(self) -> None:
-        """Put the instance back as its owner wants it by now: start it if it is off because of the task.
+        """Restore the power state that the owner wants now: start the instance if the task has shut it down.
 
-        An instance that has been given back (it runs on an overlay, or this was done before) is started only if it has
-        lost its power: whoever has stopped it since wants it off.
+        An instance that is not borrowed any more (it runs on an overlay, or was restored before) is started only if it
+        has lost its power: its owner may have stopped it since.
 
         Raises:
-            InstanceError, OSError: What may pass (`failures.may_pass`): the step is repeated.
-            TaskFailure: It does not start. In each case it is looked after (`caretaker.py`) from then on.
+            InstanceError, OSError: A transient error (`errors.may_pass`): the step is repeated.
+            TaskFailure: The instance does not start. After each error power recovery (`housekeeping.py`) is scheduled.
         """
         task = self._records.get(self._task.bundle_id)
         if task is None or task.was_running is None:
             return
         try:
             with switching(self._task.instance_id):
-                self._put_back(self._records.power(self._task.instance_id))
+                self._restore(self._records.power_record(self._task.instance_id))
         except InstanceNotFound:
             self._records.give_back(self._task.bundle_id)  # its description was removed: there is nothing to start
         except (InstanceError, OSError) as error:
-            self._has_failed = True
-            self._records.look_after(self._task.bundle_id, RECOVER_FOR)
+            self._start_failed = True
+            self._records.schedule_power_recovery(self._task.bundle_id, RECOVER_FOR)
             if may_pass(error):
                 raise
             raise TaskFailure("Server.InstanceNotStarted", str(error)) from error
-        self._is_owed = False
+        self._must_restore = False
 
-    def _put_back(self, record: PowerRecord) -> None:
+    def _restore(self, record: PowerRecord) -> None:
         bundle_id, instance_id = self._task.bundle_id, self._task.instance_id
-        is_wanted_on = self._is_to_run(record)
+        is_wanted_on = self._is_wanted_running(record)
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
         if state in TO_START and is_wanted_on and (is_borrowed or self._has_lost_power()):
@@ -332,24 +338,24 @@ class InstancePower:
             return
         if is_borrowed and (state in {*UP, *GONE} or not is_wanted_on):
             self._records.give_back(bundle_id)
-        if self._has_failed:  # no longer than the guest may still hear that it shall power off
-            self._records.look_after(bundle_id, self._looked_after)
+        if self._start_failed:  # no longer than the guest may still follow the shutdown request
+            self._records.schedule_power_recovery(bundle_id, self._power_recovery_until)
 
     def restore_without_record(self, *, check: Callable[[], None] | None = None) -> bool:
-        """Start the instance if this task has switched it off, by what this process knows: the database is not needed.
+        """Start the instance if this run has shut it down. Does not need the database.
 
-        To be called only while nothing reads the root volume; may be repeated, as a guest that was asked to power off
-        may do so later.
+        Call this only while nothing reads the root volume. It may be repeated: the guest may follow a shutdown request
+        later.
 
         Args:
-            check: In the place of the check of the lease, if that has expired and the database was asked for it.
+            check: Replaces the check of the lease, if the lease has expired and the database has confirmed it.
 
         Returns:
-            Whether it was started, or may have been.
+            Whether the instance was started, or may have been.
         """
         instance_id = self._task.instance_id
         try:
-            if not self._is_owed or self._instances.state(instance_id) not in TO_START:
+            if not self._must_restore or self._instances.state(instance_id) not in TO_START:
                 return False
         except (InstanceError, OSError) as error:
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
@@ -357,58 +363,62 @@ class InstancePower:
         try:
             with switching(instance_id), start_guard.using(check or self._check):
                 self._instances.start(instance_id)
-        except InstanceLocked as error:  # it was not touched
+        except InstanceLocked as error:  # it was not started
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         except LeaseExpiredError as error:  # another host may have adopted the task
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
-        except (InstanceError, OSError) as error:  # OSError: it may run, and its file cannot be written
+        except (InstanceError, OSError) as error:  # it may run: its description file cannot be written, for example
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
         else:
             log.warning("instance started without its record: the database is unavailable", instance_id=instance_id)
         return True
 
     def _check_right(self) -> None:
-        """Check before a command to the hypervisor that the task is still this run's, by the database and by the lease.
+        """Check, before a command to the hypervisor, that the task still belongs to this run: by database and lease.
 
-        The lease alone tells nothing of an operator who has already given the task to another host.
+        The lease alone does not show that an operator has already had another host adopt the task.
         """
-        self._records.check_mine(self._task.bundle_id)
+        self._records.require_lease(self._task.bundle_id)
         self._check()
 
-    def _ask(self, instance_id: str) -> None:
+    def _request_shutdown(self, instance_id: str) -> None:
         self._check_right()
         with self._unless_terminated(), failpoint("shutdown sent"):
             self._instances.request_stop(instance_id)
 
     @contextmanager
     def _unless_terminated(self) -> Iterator[None]:
-        """Give that it was terminated as the reason, if it was since its state was looked at."""
+        """Raise TaskFailure if the instance was terminated after its state was read."""
         try:
             yield
         except IncorrectInstanceState:
             _is_off(self._instances.state(self._task.instance_id))
             raise
 
-    def _cut(self, late: str) -> None:
-        """Cut the power, if that is wanted of a guest that is late; its owner is told before it is done."""
-        if self._when_late == "fail":
-            raise TaskFailure("Server.InstanceNotStopped", f"{late}.")
-        self._records.notice(self._task.bundle_id, f"{late}: its power was cut, and what it had not written is lost.")
+    def _cut_power(self, message: str) -> None:
+        """Cut the power if `shutdown_timeout_action` says so, after a warning; else fail with `message`."""
+        if self._shutdown_timeout_action == "fail":
+            raise TaskFailure("Server.InstanceNotStopped", f"{message}.")
+        self._records.add_warning(
+            self._task.bundle_id, f"{message}: its power was cut, and what it had not written is lost."
+        )
         self._check_right()
         try:
             with self._unless_terminated(), failpoint("power cut"):
                 self._instances.force_stop(self._task.instance_id)
         except InstanceError as error:
-            raise TaskFailure("Server.InstanceNotStopped", f"{late}, and its power cannot be cut: {error}") from error
+            raise TaskFailure(
+                "Server.InstanceNotStopped", f"{message}, and its power cannot be cut: {error}"
+            ) from error
         if not _is_off(self._instances.state(self._task.instance_id)):
-            raise TaskFailure("Server.InstanceNotStopped", f"{late}, and runs on though its power was cut.")
+            raise TaskFailure("Server.InstanceNotStopped", f"{message}, and it still runs although its power was cut.")
 
     def _has_lost_power(self) -> bool:
-        """Whether it is off although nobody has stopped it, while it was to run on an overlay."""
+        """Whether the instance is off although nobody has stopped it, while it was to run on an overlay."""
         overlays = self._instances.overlays
-        if overlays is None or self._records.frozen(self._task.bundle_id) is None:
+        if overlays is None or self._records.overlay(self._task.bundle_id) is None:
             return False
         return overlays.lost_power(self._task.instance_id)
 
@@ -416,7 +426,7 @@ class InstancePower:
         try:
             hold.check()
         except RootVolumeInUse:
-            _is_off(self._instances.state(self._task.instance_id))  # terminated is another reason
+            _is_off(self._instances.state(self._task.instance_id))  # raises another error if it is terminated
             raise
 
 

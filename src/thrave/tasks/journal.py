@@ -44,7 +44,7 @@ class Documents(TypedDict):
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierBundle:
     """What a task found in its place: the bundle that its own one replaces."""
 
     manifest: bytes
@@ -82,7 +82,7 @@ class StoredBatch(NamedTuple):
     """Where sealing can go on from now on; None if that has not changed."""
 
 
-NOTHING = StoredBatch()
+EMPTY_BATCH = StoredBatch()
 """Nothing was taken."""
 
 
@@ -98,18 +98,18 @@ class SentPart(NamedTuple):
 class ResumeState:
     """What a sealing that was cut off has left. With the same key the same parts must come out."""
 
-    secrets: BundleKey
+    bundle_key: BundleKey
     series: str = ""
     """Digits in the names of its parts; see `thrave.bundle.model.new_series`."""
-    cut_off: CutOff | None = None
+    resume_point: CutOff | None = None
     """Where it goes on; None: at its beginning."""
     sent: Mapping[int, SentPart] = field(default_factory=dict)
     """What was sent beyond that, by the parts' indexes."""
 
     @property
-    def first(self) -> int:
+    def first_part(self) -> int:
         """The index of the first part that will come out."""
-        return self.cut_off.checkpoint.parts if self.cut_off else 0
+        return self.resume_point.checkpoint.parts if self.resume_point else 0
 
 
 class UploadJournal:
@@ -125,14 +125,14 @@ class UploadJournal:
         self._run = claims.THIS_PROCESS
         self._deletion = ""
 
-    def begin(self, secrets: BundleKey, series: str = "") -> None:
+    def start_sealing(self, secrets: BundleKey, series: str = "") -> None:
         """Begin a sealing with this key and IV, and these digits in the names of its parts; nothing is stored yet."""
         sealed = self._vault.seal(secrets.key + secrets.iv, context=self._context)
-        with self._owned() as connection:
+        with self._transaction() as connection:
             claims.renounce(connection, self.bundle_id)
             connection.execute(self._task().values(encrypted_bundle_key=sealed, checkpoint=None, part_series=series))
 
-    def is_alone_in_its_place(self) -> bool:
+    def is_only_task_at_location(self) -> bool:
         """Whether no other task that is known, of any account, has had this task's bucket and prefix."""
         other = bundle_task.alias()
         query = sa.select(sa.func.count()).select_from(
@@ -143,13 +143,13 @@ class UploadJournal:
         with self._engine.connect() as connection:
             return connection.execute(query.where(bundle_task.c.bundle_id == self.bundle_id)).scalar_one() == 1
 
-    def has_begun(self) -> bool:
+    def has_started(self) -> bool:
         """Whether a sealing of the task has begun: it may have sent parts."""
         query = sa.select(bundle_task.c.part_series).where(bundle_task.c.bundle_id == self.bundle_id)
         with self._engine.connect() as connection:
             return connection.execute(query).scalar_one() is not None
 
-    def left(self) -> ResumeState | None:
+    def resume_state(self) -> ResumeState | None:
         """What a sealing that was begun before has left; None if none was."""
         query = sa.select(bundle_task.c.encrypted_bundle_key, bundle_task.c.part_series, bundle_task.c.checkpoint)
         rows = sa.select(bundle_part.c.part, bundle_part.c.size).where(self._sent, bundle_part.c.part.is_not(None))
@@ -162,28 +162,30 @@ class UploadJournal:
         secrets = BundleKey(opened[:16], opened[16:])
         return _left(secrets, series or "", document and Checkpoint.from_json(document), sent)
 
-    def sending(self, key: str, part: PartRecord | None = None, stored: StoredBatch = NOTHING) -> None:
+    def record_upload(self, key: str, part: PartRecord | None = None, stored: StoredBatch = EMPTY_BATCH) -> None:
         """Claim an object, perhaps a part, that is about to be sent, and record what has been stored meanwhile.
 
         Raises:
             ObjectInUseError: It is not free. Nothing was recorded.
         """
-        with self._noted(stored) as connection:
-            claims.claim(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy(self._bucket), part=part)
+        with self._stored_transaction(stored) as connection:
+            claims.claim(
+                connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy_keys(self._bucket), part=part
+            )
 
     def check_free(self, key: str) -> None:
         """Check that an object could be claimed now. Raises ObjectInUseError."""
         with self._engine.connect() as connection:
-            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy(self._bucket))
+            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy_keys(self._bucket))
 
-    def stored(self, stored: StoredBatch) -> None:
+    def record_stored(self, stored: StoredBatch) -> None:
         """Write down what the bucket has taken."""
-        with self._noted(stored):
+        with self._stored_transaction(stored):
             pass
 
-    def conclude(self, documents: Documents) -> None:
+    def record_documents(self, documents: Documents) -> None:
         """Write down that every part is stored: only the two files that make them a bundle are wanting."""
-        with self._owned() as connection:
+        with self._transaction() as connection:
             connection.execute(self._task().values(documents=documents))
 
     def documents(self) -> Documents | None:
@@ -192,7 +194,7 @@ class UploadJournal:
         with self._engine.connect() as connection:
             return cast("Documents | None", connection.execute(query).scalar_one())
 
-    def digests(self) -> dict[str, StoredDigest]:
+    def stored_digests(self) -> dict[str, StoredDigest]:
         """The parts whose MD5 the store proved when it took them, by their keys."""
         proved = sa.and_(self._sent, bundle_part.c.etag.is_not(None), bundle_part.c.part.is_not(None))
         query = sa.select(bundle_part.c.key, bundle_part.c.part, bundle_part.c.etag).where(proved)
@@ -200,7 +202,7 @@ class UploadJournal:
             rows = connection.execute(query)
             return {row.key: StoredDigest(row.part["sha256"], row.etag) for row in rows}
 
-    def replace(self, earlier: Earlier | None) -> None:
+    def record_earlier(self, earlier: EarlierBundle | None) -> None:
         """Record the bundle that the task's own one replaces; None: there is none, or nothing is to be done about it.
 
         Once it is replaced its objects are the task's, to be deleted.
@@ -209,38 +211,38 @@ class UploadJournal:
         if earlier is not None:
             manifest = base64.b64encode(earlier.manifest).decode("ascii")
             document = {"manifest": manifest, "keys": [*earlier.keys], "isReplaced": earlier.is_replaced}
-        with self._owned() as connection:
+        with self._transaction() as connection:
             if earlier is not None and earlier.is_replaced:
                 claims.claim_replaced(
-                    connection, self.bundle_id, earlier.keys, run=self._run, busy=IN_FLIGHT.busy(self._bucket)
+                    connection, self.bundle_id, earlier.keys, run=self._run, busy=IN_FLIGHT.busy_keys(self._bucket)
                 )
             connection.execute(self._task().values(earlier=document))
 
-    def earlier(self) -> Earlier | None:
+    def earlier(self) -> EarlierBundle | None:
         """The bundle that the task's own one replaces, as far as something is to be done about it."""
         query = sa.select(bundle_task.c.earlier).where(bundle_task.c.bundle_id == self.bundle_id)
         with self._engine.connect() as connection:
             document = connection.execute(query).scalar_one_or_none()
         if document is None:
             return None
-        return Earlier(base64.b64decode(document["manifest"]), tuple(document["keys"]), document["isReplaced"])
+        return EarlierBundle(base64.b64decode(document["manifest"]), tuple(document["keys"]), document["isReplaced"])
 
     def objects(self) -> list[StoredObject]:
         """Every object that the task has stored or begun to send, or has to delete, in the order of their keys."""
         return self._objects(bundle_part.c.state.in_(["sent", "unwanted"]))
 
-    def unwanted(self) -> list[StoredObject]:
+    def orphaned_objects(self) -> list[StoredObject]:
         """Every object that is to be deleted from the bucket, in the order of their keys."""
         return self._objects(bundle_part.c.state == "unwanted")
 
-    def deleting(self, unanswered: Collection[str] = (), *, everything: bool = True) -> Sequence[str]:
+    def start_deletion(self, unanswered: Collection[str] = (), *, everything: bool = True) -> Sequence[str]:
         """Claim the objects that are to be deleted, and return their keys.
 
         Args:
             everything: Every object of the task is to be deleted; no sealing can be resumed.
             unanswered: Keys of objects that this process has sent requests about, which nobody has answered.
         """
-        with self._owned() as connection:
+        with self._transaction() as connection:
             if everything:
                 claims.renounce(connection, self.bundle_id)
                 connection.execute(self._task().values(encrypted_bundle_key=None, checkpoint=None))
@@ -249,7 +251,9 @@ class UploadJournal:
                 connection, self.bundle_id, run=self._run, deletion=self._deletion, unanswered=unanswered
             )
 
-    def forget(self, keys: Collection[str], *, unanswered: Collection[str] = (), busy: Collection[str] = ()) -> None:
+    def end_deletion(
+        self, keys: Collection[str], *, unanswered: Collection[str] = (), busy: Collection[str] = ()
+    ) -> None:
         """Record that a deletion has ended, and delete the records of these objects, which are not in the bucket.
 
         Args:
@@ -258,7 +262,7 @@ class UploadJournal:
                 once more.
             busy: Keys of which requests are under way in this process. They stay recorded.
         """
-        with self._owned() as connection:
+        with self._transaction() as connection:
             ended = claims.end_deletion
             ended(connection, self.bundle_id, deletion=self._deletion, gone=keys, unanswered=unanswered, busy=busy)
 
@@ -276,7 +280,7 @@ class UploadJournal:
         return bucket
 
     @contextmanager
-    def _owned(self) -> Iterator[sa.Connection]:
+    def _transaction(self) -> Iterator[sa.Connection]:
         """A transaction of whoever may write the task. Ends as `Fence.claim` if this process may not."""
         with self._engine.begin() as connection:
             if self._fence is not None:
@@ -284,20 +288,20 @@ class UploadJournal:
             yield connection
 
     @contextmanager
-    def _noted(self, stored: StoredBatch) -> Iterator[sa.Connection]:
+    def _stored_transaction(self, stored: StoredBatch) -> Iterator[sa.Connection]:
         """A transaction as `_owned`, which writes down what the bucket has taken.
 
         An attempt to send one of these objects may not have been answered, and may arrive later. This process keeps a
         list of such attempts until the database has them: a task may fail before its results are written down.
         """
         lost = IN_FLIGHT.unanswered_of(self._bucket, [each.key for each in stored.objects])
-        with self._owned() as connection:
-            self._note(connection, stored)
+        with self._transaction() as connection:
+            self._record_stored(connection, stored)
             claims.delay(connection, self.bundle_id, lost)
             yield connection
-        IN_FLIGHT.are_recorded(self._bucket, lost)
+        IN_FLIGHT.clear_unanswered(self._bucket, lost)
 
-    def _note(self, connection: sa.Connection, stored: StoredBatch) -> None:
+    def _record_stored(self, connection: sa.Connection, stored: StoredBatch) -> None:
         if stored.objects:
             mine = {"of": self.bundle_id, "within": self._bucket}
             rows = [{**mine, "named": each.key, "bytes": each.size, "md5": each.etag} for each in stored.objects]

@@ -78,7 +78,7 @@ class TaskMonitor:
         self._looked: float | None = None  # the same when the guard last saw that the volume stands still
         self._trouble: Exception | None = None  # why it could not see it since
 
-    def over(self, cancel: Callable[[], None], progress: Callable[[], float] | None = None) -> None:
+    def watch(self, cancel: Callable[[], None], progress: Callable[[], float] | None = None) -> None:
         """Watch over this work from now on.
 
         Args:
@@ -91,14 +91,14 @@ class TaskMonitor:
         """
         self._cancel = cancel
         self._progress = progress or self._progress
-        self.moved()
+        self.report_activity()
         self.check()
 
-    def moved(self) -> None:
+    def report_activity(self) -> None:
         """Take note that the work has got on: something was read, or stored. Any thread may call this, often."""
         self._moved = self._running
 
-    def guard(self, check: Callable[[], None]) -> None:
+    def add_check(self, check: Callable[[], None]) -> None:
         """Ask `check` from now on, once a second; stop the work if it raises.
 
         What it raises because it cannot be told for a while is passed over, for `GUARD_TIMEOUT` seconds: whoever gave
@@ -107,19 +107,19 @@ class TaskMonitor:
         self._looked = self._running
         supervised(f"guard {self._bundle_id}", partial(self._guard, check), on_failure=self._fail)
 
-    def tell(self, message: str) -> None:
+    def add_event(self, message: str) -> None:
         """Write down among the task's events what the work has met."""
-        self._records.tell(self._bundle_id, message)
+        self._records.add_event(self._bundle_id, message)
 
     def pause(self, seconds: float) -> None:
         """Wait, as a part of the work that has a deadline of its own; as soon as it is to stop, raise why."""
         self._over.wait(seconds)
-        self.moved()
+        self.report_activity()
         self.check()
         if self._over.is_set():  # a call that was abandoned when the step ended
             raise RightLostError(self._bundle_id)
 
-    def result_of(self, call: Call[_Result]) -> _Result:
+    def wait_for(self, call: Call[_Result]) -> _Result:
         """Wait for a call, as a part of the work, and give its result.
 
         Raises:
@@ -127,7 +127,7 @@ class TaskMonitor:
         """
         while not call.wait(INTERVAL):
             self.check()
-        self.moved()
+        self.report_activity()
         return call.result(0)
 
     def check(self) -> None:
@@ -187,7 +187,7 @@ class TaskMonitor:
         """Carry the progress to the record."""
         state, percent = self._state, int(100 * self._progress())
         if state is not None and percent != self._percent:
-            self._records.advance(self._bundle_id, state, percent)
+            self._records.set_progress(self._bundle_id, state, percent)
             self._percent = percent
 
     def _guard(self, check: Callable[[], None]) -> None:

@@ -135,11 +135,11 @@ class CreatedBuckets:
         else:
             if not self.discard(owners, task.bucket, task.owner_id, but=task.bundle_id):
                 return
-        self._records.settle_bucket(task.bundle_id)
+        self._records.clear_created_bucket(task.bundle_id)
 
     def look(self, buckets: ObjectStore, host: str) -> None:
         """Remove the buckets of the failed tasks of a host that could not be removed at once."""
-        for task in self._records.with_made_buckets(host):
+        for task in self._records.with_created_buckets(host):
             self.discard_of(buckets, task)
 
     def _unfinished(self, bucket: str) -> list[BundleTask]:
@@ -210,9 +210,9 @@ def remove_earlier(
     with removal.claimed(everything=False) as keys, failpoint("earlier bundle removed"):
         if keys:
             removal.delete(keys, removal.within(place.read_manifest))
-    if journal.earlier() is not None and not journal.unwanted():
+    if journal.earlier() is not None and not journal.orphaned_objects():
         with failpoint("removal recorded"):
-            journal.replace(None)
+            journal.record_earlier(None)
 
 
 class _Removal:
@@ -238,8 +238,8 @@ class _Removal:
     @contextmanager
     def claimed(self, *, everything: bool) -> Iterator[set[str]]:
         """Claim what is to be deleted; in the end record what is gone, whatever has failed."""
-        self.busy = self._places.taken(self._place.bucket)
-        keys = {*self._journal.deleting(self._unanswered(), everything=everything)}
+        self.busy = self._places.in_flight_keys(self._place.bucket)
+        keys = {*self._journal.start_deletion(self._unanswered(), everything=everything)}
         try:
             yield keys
         except (BucketError, TaskFailure):  # what was abandoned is busy
@@ -251,7 +251,7 @@ class _Removal:
     def within(self, call: Callable[[RetryingStore], _Answer]) -> _Answer:
         """Make one call, which may take `stall_timeout` seconds."""
         with _in_time(self._stall_timeout), CallGroup[_Answer]() as calls:
-            calls.begin(partial(call, self._buckets.checking(calls.check_wanted)))
+            calls.start(partial(call, self._buckets.checking(calls.check_wanted)))
             (answer,) = calls.remaining(within=self._stall_timeout)
         return answer
 
@@ -287,17 +287,17 @@ class _Removal:
             for key in keys:
                 if calls.pending >= _HEADS_AT_ONCE:
                     found |= {each for each, exists in calls.results(within=self._stall_timeout) if exists}
-                calls.begin(partial(_look_at, buckets, self._place.bucket, key))
+                calls.start(partial(_look_at, buckets, self._place.bucket, key))
             for each, exists in calls.remaining(within=self._stall_timeout):
                 found |= {each} if exists else set()
         return found
 
     def _record(self) -> None:
-        busy = self.busy | self._places.taken(self._place.bucket)
+        busy = self.busy | self._places.in_flight_keys(self._place.bucket)
         with failpoint("removal recorded"):
             unanswered = self._unanswered()
-            self._journal.forget(self.gone, unanswered=unanswered, busy=busy)
-            self._places.are_recorded(self._place.bucket, unanswered)
+            self._journal.end_deletion(self.gone, unanswered=unanswered, busy=busy)
+            self._places.clear_unanswered(self._place.bucket, unanswered)
 
     def _unanswered(self) -> set[str]:
         return self._places.unanswered_of(self._place.bucket, [item.key for item in self._journal.objects()])

@@ -120,7 +120,7 @@ class TaskQueries:
         if task.state is BundleTaskState.FAILED and stored.objects:
             left_over = [item.key for item in journal.objects()]
         elif task.state is BundleTaskState.COMPLETE and replaces:
-            left_over = [item.key for item in journal.unwanted()]
+            left_over = [item.key for item in journal.orphaned_objects()]
         return TaskReport(task, stored, left_over)
 
 

@@ -60,7 +60,7 @@ class VolumeReader:
         self.warnings: list[Warned] = []
         self._watch = watch
         self._interruption = Interruption()
-        self._opened = opening(warn=self.warnings.append, moved=watch.moved, interruption=self._interruption)
+        self._opened = opening(warn=self.warnings.append, moved=watch.report_activity, interruption=self._interruption)
         self._abandoned = False
         self._volume: _KnownVolume | None = None
 
@@ -70,7 +70,7 @@ class VolumeReader:
         assert self._volume is not None, "it is open"
         return self._volume
 
-    def look(self, look: Callable[[Volume], _Result]) -> _Result:
+    def run(self, look: Callable[[Volume], _Result]) -> _Result:
         """Look at the volume. Raises what that raises, or why the work of the watch is to stop."""
         return self._result_of(lambda: look(self.volume))
 
@@ -108,7 +108,7 @@ class VolumeReader:
     def _result_of(self, work: Callable[[], _Result]) -> _Result:
         call = Call("volume", work)
         try:
-            return self._watch.result_of(call)
+            return self._watch.wait_for(call)
         except BaseException as error:
             if call.is_running:
                 self._abandon(call, error)

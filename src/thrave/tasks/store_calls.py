@@ -50,7 +50,7 @@ class CallGroup(Generic[R]):
         self._failures: list[BaseException] = []
         self.stopped = False
         """Whether the results are no longer needed."""
-        self.left = False
+        self.abandoned = False
         """Whether the calls that still run have been abandoned."""
 
     @property
@@ -59,7 +59,7 @@ class CallGroup(Generic[R]):
         with self._changed:
             return self._running + len(self._results) + len(self._failures)
 
-    def begin(self, call: Callable[[], R]) -> None:
+    def start(self, call: Callable[[], R]) -> None:
         """Start a call in a thread of its own.
 
         While the machine has no thread for it, it is tried again for `START_TIMEOUT` seconds.
@@ -147,7 +147,7 @@ class CallGroup(Generic[R]):
         self.stop()
         with self._changed:
             self._changed.wait_for(lambda: not self._running, PATIENCE)
-            self.left = True
+            self.abandoned = True
         if error is None and pending:
             self.check()
             raise RuntimeError(f"the results of {pending} calls were not taken")
@@ -211,7 +211,7 @@ class InFlightObjects:
                 return False
 
     @contextmanager
-    def alone(self, bucket: str, key: str) -> Iterator[None]:
+    def lock(self, bucket: str, key: str) -> Iterator[None]:
         """Have an object to oneself. Raises TimeoutError if others have it for `START_TIMEOUT` seconds."""
         place = bucket, key
         with self._changed:
@@ -240,7 +240,7 @@ class InFlightObjects:
             self._taken += Counter[tuple[str, str]]()  # drops what is 0
             self._changed.notify_all()
 
-    def taken(self, bucket: str) -> set[str]:
+    def in_flight_keys(self, bucket: str) -> set[str]:
         """The keys of a bucket that calls are under way to."""
         with self._changed:
             return {key for of, key in self._taken if of == bucket}
@@ -249,13 +249,13 @@ class InFlightObjects:
         """Those of these keys that a request was sent about which was not answered."""
         return {key for key in keys if (bucket, key) in self.unanswered}
 
-    def are_recorded(self, bucket: str, keys: Iterable[str]) -> None:
+    def clear_unanswered(self, bucket: str, keys: Iterable[str]) -> None:
         """Forget such requests; call this once their `settle_time` is committed."""
         self.unanswered.difference_update([(bucket, key) for key in keys])
 
-    def busy(self, bucket: str) -> set[str]:
+    def busy_keys(self, bucket: str) -> set[str]:
         """The keys of a bucket that requests of this process may be under way to."""
-        return self.taken(bucket) | {key for of, key in [*self.unanswered] if of == bucket}
+        return self.in_flight_keys(bucket) | {key for of, key in [*self.unanswered] if of == bucket}
 
 
 IN_FLIGHT = InFlightObjects()

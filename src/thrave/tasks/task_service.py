@@ -120,16 +120,12 @@ class BundleTaskService:
             self._check_number(connection, account_id, self._per_account - 1)
 
     def _check_number(self, connection: sa.Connection, account_id: str, most: int) -> None:
-        if self._records.number_in_progress(connection, account_id) > most:
+        if self._records.count_in_progress(connection, account_id) > most:
             raise TooManyBundleTasks(self._per_account)
 
     def in_progress(self, instance_id: str) -> BundleTask | None:
         """The unfinished task of an instance, if it has one."""
         return self._records.in_progress(instance_id)
-
-    def leave_alone(self, instance_id: str) -> None:
-        """Somebody wants the instance off: do not start it because a task that has ended wanted it off, too."""
-        self._records.leave_alone(instance_id)
 
     def describe(self, account_id: str, bundle_ids: Sequence[str] = ()) -> list[BundleTask]:
         """The account's tasks, or those with the given ids, the oldest first.

@@ -1,23 +1,8 @@
-"""The parts of one sealing on their way into the bucket: sent several at once, back in any order.
+"""Uploads a volume to a bucket: resume, parallel part uploads, verification, side file and manifest.
 
-One transaction a part says both: what has come back is stored, and the next is about to be sent. The checkpoint moves
-on only to the end of the longest unbroken run of stored parts. A part beyond that run is known by its record: sealed
-again after a crash, but not sent again. So a crash costs the parts in flight, and a second sealing of a few more.
-
-No part may differ from one that was sent before with the same key: that would be another disk.
-
-One bundle's objects in its bucket: sent under the caller's upload policy, recorded and proved.
-
-Every key is claimed before it is sent (`claims.py`), so that cleanup after a crash finds exactly what was sent and
-nothing else. No object that exists is overwritten, but for the manifest of the bundle that is replaced, last of all,
-after every part that the new manifest names was proved. Nobody waits within the store: calls that hang there are
-abandoned (`calls.py`), and make no further attempt.
-
-A volume sealed into a bucket, part by part, also across crashes.
-
-What a crash cut off goes on with the same key at the end of the parts that are stored, if the disk is proved to be the
-same: by the digest of all that lies before, and by those of every part that was sent beyond. If it is not, everything
-begins again with another key: the same key and IV never see two states of a disk.
+Every key is claimed before its object is sent (`claims.py`), so cleanup after a crash finds exactly what was sent. No
+existing object is overwritten, except the manifest of a replaced bundle: last, after every part was verified.
+A crash costs the parts in flight. No thread of a task waits inside a call to the store (`store_calls.py`).
 """
 
 import threading
@@ -56,7 +41,15 @@ from thrave.tasks.bundle_location import SMALLEST_MANIFEST, BundleLocation
 from thrave.tasks.claims import ObjectInUseError
 from thrave.tasks.errors import TaskCancelled, TaskFailure
 from thrave.tasks.failpoints import failpoint
-from thrave.tasks.journal import NOTHING, Documents, Earlier, ResumeState, StoredBatch, StoredObject, UploadJournal
+from thrave.tasks.journal import (
+    EMPTY_BATCH,
+    Documents,
+    EarlierBundle,
+    ResumeState,
+    StoredBatch,
+    StoredObject,
+    UploadJournal,
+)
 from thrave.tasks.models import BundleTask
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.object_removal import remove_earlier, remove_objects
@@ -64,9 +57,53 @@ from thrave.tasks.store_calls import IN_FLIGHT, CallGroup
 from thrave.volumes.base import Volume, WatchedVolume
 from thrave.write_guard import WriteCheck, no_check
 
+ExistingBundle = Literal["refuse", "replace"]
+"""What to do if the bucket has a bundle under the task's prefix."""
+
 WINDOW = 4
-"""Times `at_once`: how far the newest part may be beyond the first that is not stored. It is what a crash can make
-sealing do again, and how much slower than the others one upload may be before they wait for it."""
+"""The newest part may be `WINDOW * upload_concurrency` parts ahead of the first part that is not stored. This limits
+how many parts a crash makes the sealer read again, and how far the others may get ahead of one slow upload."""
+
+_MAX_CHECKS = 16  # concurrent requests while the stored parts are verified
+_READ_PAUSE = 0.25  # seconds between two checks whether the calls were stopped, while waiting to read a part back
+_CLAIM_INTERVAL = 1.0  # seconds between two attempts to claim an object
+
+log = structlog.get_logger()
+
+_Result = TypeVar("_Result")
+
+
+def upload_volume(
+    volume: Volume, objects: "TaskObjects", journal: UploadJournal, monitor: TaskMonitor, *, compression: Compression
+) -> SealedBundle:
+    """Seal a volume and upload its parts; resume an upload that a crash interrupted.
+
+    An upload resumes with the same key at the end of the stored parts, if the volume is proved to be unchanged: by the
+    digest of all data before that point, and by the digests of every part that was sent beyond it. If the volume has
+    changed, the upload restarts with another key: one key and IV never encrypt two states of a disk.
+
+    Raises:
+        BucketError: The policy or the bucket refuses a part.
+        TaskFailure: Another bundle is in the task's location, or the task has to stop.
+        Exception: What reading the volume raises.
+    """
+    state = journal.resume_state()
+    if state is not None:
+        beyond = sum(part.stored for part in state.sent.values())
+        monitor.add_event(f"Sealing resumes after {state.first_part} parts; {beyond} parts beyond them are stored.")
+        try:
+            return PartUploader(volume, objects, journal, state, monitor, compression=compression).run()
+        except ResumeError as error:
+            monitor.add_event(f"Sealing restarts with another key: {error}.")
+    # The key of a sealing that cannot be resumed is not used again, so its parts are of no use.
+    objects.remove_objects()
+    objects.check_location(monitor)
+    # A request of an earlier sealing may still be in flight, in this process or in a proxy: it must hit no new part.
+    series = "" if objects.can_use_plain_names(monitor) else new_series()
+    state = ResumeState(BundleKey.generate(), series)
+    with failpoint("sealing begun"):
+        journal.start_sealing(state.bundle_key, series)
+    return PartUploader(volume, objects, journal, state, monitor, compression=compression).run()
 
 
 @dataclass(frozen=True)
@@ -79,141 +116,137 @@ class UploadedPart:
 
 
 class PartUploader:
-    """The uploads of one sealing's parts."""
+    """Uploads the parts of one sealing: several at a time, finished in any order.
+
+    One transaction per part records two facts: which parts are stored, and that the next part is about to be sent. The
+    checkpoint only moves to the end of the stored prefix. A stored part beyond it is known by its record: after a crash
+    the part is sealed again, but not sent again. No part may differ from a part that was sent with the same key.
+    """
 
     def __init__(
         self,
-        calls: CallGroup[UploadedPart],
+        volume: Volume,
+        objects: "TaskObjects",
         journal: UploadJournal,
-        left: ResumeState,
-        upload: Callable[[str, memoryview], StoredObject],
+        state: ResumeState,
+        monitor: TaskMonitor,
         *,
-        sending: Callable[[str, PartRecord, StoredBatch], None],
-        folder: str,
-        at_once: int,
-        moved: Callable[[], None],
+        compression: Compression,
     ) -> None:
-        """Begin where a sealing was cut off, or at the first part.
-
-        Args:
-            calls: Makes the uploads.
-            journal: Where they are written down.
-            left: What was sent before.
-            upload: Sends an object, given its key and content.
-            sending: As `UploadJournal.sending`.
-            folder: What the keys begin with.
-            at_once: Parts that may be in flight.
-            moved: Told whenever one has arrived.
-        """
-        self._calls = calls
+        """Start at the first part, or at the part that `state` names."""
+        self._objects = objects
         self._journal = journal
-        self._sent = left.sent
-        self._upload = upload
-        self._sending = sending
-        self._folder = folder
-        self._at_once = at_once
-        self._moved = moved
-        self._run = StoredPrefix(left.first)
-        self._arrived: list[StoredObject] = []
+        self._sent = state.sent
+        self._monitor = monitor
+        self._sealer = Sealer(
+            WatchedVolume(volume, monitor.report_activity),
+            objects.name,
+            secrets=state.bundle_key,
+            compression=compression,
+            cut_off=state.resume_point,
+            series=state.series,
+        )
+        # A failed upload cancels the sealer, which may be waiting for the disk.
+        self._calls = CallGroup[UploadedPart](wake=self._sealer.cancel)
+        self._prefix = StoredPrefix(state.first_part)
+        self._unrecorded: list[StoredObject] = []
 
-    def store(self, sealing: Sealer) -> None:
-        """Send what is not there. Raises what a call raised, and ResumeError if a part is not what was sent before."""
-        with closing(sealing.parts()) as parts:
-            for part in parts:
-                if self._is_stored(part):
-                    self._run.add(part.index, part.checkpoint)
-                else:
-                    self._send(part)
-        for arrived in self._calls.remaining():
-            self._take(arrived)
-        self._write_down()
+    def run(self) -> SealedBundle:
+        """Seal the volume and upload every part that is not stored.
+
+        Raises:
+            BucketError: The policy or the bucket refuses a part. The other uploads are stopped.
+            ResumeError: The volume differs from the one that was sealed before.
+        """
+        with self._objects.report_retries(self._monitor), self._calls:
+            self._monitor.watch(self._calls.stop, lambda: self._sealer.progress)
+            try:
+                with closing(self._sealer.parts()) as parts:
+                    for part in parts:
+                        if self._is_stored(part):
+                            self._prefix.add(part.index, part.checkpoint)
+                        else:
+                            self._start_upload(part)
+                for uploaded in self._calls.remaining():
+                    self._add(uploaded)
+                self._record_stored()
+            except StoppedError:
+                self._calls.check()  # raises the error of the upload that has stopped the sealer
+                raise
+        return self._sealer.sealed
 
     def _is_stored(self, part: Part) -> bool:
         before = self._sent.get(part.index)
         if before is None:
             return False
         if before.record != part.record:
-            raise ResumeError(f"part {part.index}, which was sent before, comes out otherwise now")
+            raise ResumeError(f"part {part.index} differs from the part that was sent before")
         return before.stored
 
-    def _send(self, part: Part) -> None:
-        self._make_room(part.index)
-        key = self._folder + part.filename
+    def _start_upload(self, part: Part) -> None:
+        self._wait_for_slot(part.index)
+        key = self._objects.key_of(part.filename)
         with failpoint("part sealed"):
-            self._sending(key, part.record, self._news())
-        self._calls.begin(partial(self._sent_part, key, part))
+            self._objects.claim(key, self._monitor, part.record, self._take_unrecorded())
+        self._calls.start(partial(self._upload, key, part))
 
-    def _sent_part(self, key: str, part: Part) -> UploadedPart:
+    def _upload(self, key: str, part: Part) -> UploadedPart:
         with failpoint("part stored"):
-            stored = self._upload(key, part.data)
+            stored = self._objects.upload(self._calls, key, part.data)
         return UploadedPart(part.index, stored, part.checkpoint)
 
-    def _make_room(self, index: int) -> None:
-        self._collect(wait=False)
-        while self._calls.pending >= self._at_once or index >= self._run.end + WINDOW * self._at_once:
-            self._write_down()
-            self._collect()
+    def _wait_for_slot(self, index: int) -> None:
+        """Wait until another upload may start, and `index` is within the window."""
+        self._add_results(wait=False)
+        limit = self._objects.upload_concurrency
+        while self._calls.pending >= limit or index >= self._prefix.end + WINDOW * limit:
+            self._record_stored()
+            self._add_results()
 
-    def _write_down(self) -> None:
-        if self._arrived:
+    def _record_stored(self) -> None:
+        if self._unrecorded:
             with failpoint("part recorded"):
-                self._journal.stored(self._news())
+                self._journal.record_stored(self._take_unrecorded())
 
-    def _collect(self, *, wait: bool = True) -> None:
-        for arrived in self._calls.results(wait=wait):
-            self._take(arrived)
+    def _add_results(self, *, wait: bool = True) -> None:
+        for uploaded in self._calls.results(wait=wait):
+            self._add(uploaded)
 
-    def _take(self, arrived: UploadedPart) -> None:
-        self._moved()
-        self._arrived.append(arrived.stored)
-        self._run.add(arrived.index, arrived.checkpoint)
+    def _add(self, uploaded: UploadedPart) -> None:
+        self._monitor.report_activity()
+        self._unrecorded.append(uploaded.stored)
+        self._prefix.add(uploaded.index, uploaded.checkpoint)
 
-    def _news(self) -> StoredBatch:
-        """What has come back since the last time."""
-        news = StoredBatch(self._arrived, self._run.checkpoint)
-        self._arrived, self._run.checkpoint = [], None
-        return news
+    def _take_unrecorded(self) -> StoredBatch:
+        """Return what was stored since the last call."""
+        batch = StoredBatch(self._unrecorded, self._prefix.checkpoint)
+        self._unrecorded, self._prefix.checkpoint = [], None
+        return batch
 
 
 class StoredPrefix:
-    """The longest unbroken run of stored parts."""
+    """The longest unbroken run of stored parts from the first part on.
+
+    Attributes:
+        end: The index of the first part that is not in it.
+        checkpoint: The last checkpoint within it; None if there is none, or its owner has taken it.
+    """
 
     def __init__(self, end: int) -> None:
         self.end = end
-        """The number of the first part that is not in it."""
         self.checkpoint: Checkpoint | None = None
-        """The last that there is within it; None if it has been taken."""
         self._beyond: dict[int, Checkpoint | None] = {}
 
     def add(self, index: int, checkpoint: Checkpoint | None) -> None:
-        """Take in a part that is stored."""
+        """Add a stored part."""
         self._beyond[index] = checkpoint
         while self.end in self._beyond:
             self.checkpoint = self._beyond.pop(self.end) or self.checkpoint
             self.end += 1
 
 
-_HEADS_AT_ONCE = 16
-
-
-_PAUSE = 0.25  # seconds
-
-
-_WAIT = 1.0  # seconds between two attempts to claim an object
-
-
-ExistingBundle = Literal["refuse", "replace"]
-"""What is done about a bundle that is in the place of a new one."""
-
-
-log = structlog.get_logger()
-
-
-_Answer = TypeVar("_Answer")
-
-
 class TaskObjects:
-    """Where one task's bundle goes."""
+    """The objects of one task's bundle in its bucket: sent under the caller's upload policy, recorded and verified."""
 
     def __init__(
         self,
@@ -223,196 +256,215 @@ class TaskObjects:
         policy: UploadPolicy,
         *,
         upload_concurrency: int,
-        patience: float,
+        retry_timeout: float,
         stall_timeout: float,
-        existing: ExistingBundle = "refuse",
+        existing_bundle: ExistingBundle = "refuse",
         before_attempt: WriteCheck = no_check,
     ) -> None:
-        """Send to the task's bucket, under its prefix, what the caller's upload policy allows.
+        """Use the task's bucket and prefix.
 
         Args:
-            buckets: The store.
-            journal: Where what is sent is written down.
+            buckets: The object store.
+            journal: Records what is sent.
             task: Whose bundle it is.
-            policy: The caller's.
-            upload_concurrency: Parts that are sent at the same time; each is in memory.
-            patience: Seconds for which a call is made again that fails in a way that may pass.
-            stall_timeout: Seconds without an answer after which removing is given up.
-            existing: What is done about a bundle that is in the task's place.
-            before_attempt: Made before each attempt of each call; see `RetryingStore`.
+            policy: The caller's upload policy.
+            upload_concurrency: Maximum number of parallel part uploads; each part is held in memory.
+            retry_timeout: Seconds for which a call is repeated that fails with a transient error.
+            stall_timeout: Seconds without a response after which a removal ends.
+            existing_bundle: What to do if the bucket has a bundle in the task's location.
+            before_attempt: Called before each attempt of each call; see `RetryingStore`.
         """
         self._buckets = RetryingStore(
-            buckets, patience, self._retried, before_attempt=before_attempt, unanswered=IN_FLIGHT.unanswered
+            buckets, retry_timeout, self._retried, before_attempt=before_attempt, unanswered=IN_FLIGHT.unanswered
         )
         self._retries: list[TransientError] = []
         self._journal = journal
-        self._place = BundleLocation.of(task)
-        self._bucket, self._folder, self.name = self._place.bucket, self._place.folder, self._place.name
+        self._location = BundleLocation.of(task)
+        self._bucket, self.name = self._location.bucket, self._location.name
         self._policy = policy
-        self._upload_concurrency = upload_concurrency
+        self.upload_concurrency = upload_concurrency
         self._stall_timeout = stall_timeout
-        self._existing = existing
+        self._existing_bundle = existing_bundle
 
-    def check_place(self, watch: TaskMonitor) -> None:
-        """Look, before anything is sent, whether the bundle may go to its place.
+    def key_of(self, filename: str) -> str:
+        """Return the key of a file of the bundle."""
+        return self._location.folder + filename
+
+    def check_location(self, monitor: TaskMonitor) -> None:
+        """Check, before anything is sent, whether the bundle may go to the task's location.
 
         Raises:
             BucketError: The policy does not allow the manifest.
-            TaskFailure: A bundle is there that must not be replaced, or requests of an earlier task may be under way.
+            TaskFailure: The bucket has a bundle that must not be replaced, or a request of an earlier task may be in
+                flight.
         """
-        key = self._place.manifest_key
+        key = self._location.manifest_key
         self._policy.check_upload(self._bucket, key, content_length=None, now=datetime.now(UTC))
-        self._when_free(lambda: self._journal.check_free(key), watch)
-        if self._existing == "refuse" and self._ask(self._place.has_bundle, watch):
-            raise self._in_use()
+        self._retry_claim(lambda: self._journal.check_free(key), monitor)
+        if self._existing_bundle == "refuse" and self._call(self._location.has_bundle, monitor):
+            raise self._prefix_in_use()
 
-    def is_unused(self, watch: TaskMonitor) -> bool:
-        """Whether the plain names of parts can be used: nobody has used them, as far as can be known.
+    def can_use_plain_names(self, monitor: TaskMonitor) -> bool:
+        """Whether nobody has used the plain names of parts, as far as can be checked.
 
-        A key that may not list the bucket cannot know it.
+        An access key without permission to list the bucket cannot check this: then the answer is no.
         """
-        is_first = self._journal.is_alone_in_its_place() and not self._journal.has_begun()
-        return is_first and self._ask(self._is_empty, watch)
+        is_first = self._journal.is_only_task_at_location() and not self._journal.has_started()
+        return is_first and self._call(self._is_empty, monitor)
 
-    def put_parts(self, sealing: Sealer, left: ResumeState, watch: TaskMonitor) -> None:
-        """Send the parts of a sealing as they come, several at once; what is `left` of them is not sent again.
+    def verify_stored(self, documents: Documents, monitor: TaskMonitor) -> None:
+        """Verify that the bucket has every part that the manifest names, with the size and digest that were sealed.
+
+        Where the store keeps an MD5, and returned the right one for the upload, the MD5 is compared. Otherwise the part
+        is read back.
 
         Raises:
-            BucketError: The policy or the bucket refuses one. The others are stopped.
-            ResumeError: The image is not the one that was sealed before.
-        """
-        with self._telling(watch), CallGroup[UploadedPart](wake=sealing.cancel) as calls:
-            watch.over(calls.stop, lambda: sealing.progress)
-            uploads = PartUploader(
-                calls,
-                self._journal,
-                left,
-                partial(self._upload, calls),
-                sending=partial(self._sending, watch),
-                folder=self._folder,
-                at_once=self._upload_concurrency,
-                moved=watch.moved,
-            )
-            try:
-                uploads.store(sealing)
-            except StoppedError:
-                calls.check()  # a failed upload has stopped the sealing
-                raise
-
-    def check(self, documents: Documents, watch: TaskMonitor) -> None:
-        """Prove that the bucket has every part that the manifest names, with the size and digest that were sealed.
-
-        Where the store keeps an MD5, and proved it when it took the part, that is compared; else the part is read back.
-
-        Raises:
-            TaskFailure: A part is missing or is another one.
-            BucketError: The store refuses to let a part be looked at.
+            TaskFailure: A part is missing or differs.
+            BucketError: The store refuses to let a part be read.
         """
         sealed = read_side_file(documents["side_file"].encode()).parts
         names = [part.filename for part in read_manifest(documents["manifest"].encode()).parts]
-        sent = self._journal.digests()
-        reading = threading.BoundedSemaphore(self._upload_concurrency)  # as many parts are in memory at a time
+        sent = self._journal.stored_digests()
+        reading = threading.BoundedSemaphore(self.upload_concurrency)  # each part that is read back is held in memory
         done = 0
         with CallGroup[None]() as calls:
-            watch.over(calls.stop, lambda: done / len(names))
+            monitor.watch(calls.stop, lambda: done / len(names))
             for name in names:
-                if calls.pending >= _HEADS_AT_ONCE:
+                if calls.pending >= _MAX_CHECKS:
                     done += len(calls.results())
-                    watch.moved()
-                proof = sent.get(self._folder + name)
+                    monitor.report_activity()
+                key = self.key_of(name)
+                proof = sent.get(key)
                 md5 = proof.md5 if proof and proof.sha256 == sealed[name].sha256 else None
-                calls.begin(partial(self._prove, calls, self._folder + name, sealed[name], md5, reading))
+                calls.start(partial(self._verify_object, calls, key, sealed[name], md5, reading))
             for _ in calls.remaining():
                 done += 1
-                watch.moved()
+                monitor.report_activity()
 
-    def put_side_file(self, documents: Documents, watch: TaskMonitor) -> None:
-        """Send the side file, and prove that the bucket has it.
+    def put_side_file(self, documents: Documents, monitor: TaskMonitor) -> None:
+        """Upload the side file, and verify that the bucket has it.
 
-        Where another bundle is, or may have been, it has a name of its own: an earlier manifest must never be read with
-        a later side file, nor the other way round.
+        Where another bundle is, or may have been, the side file gets a name that is bound to the manifest: an earlier
+        manifest must never be read with a later side file, nor the other way round.
 
         Raises:
             BucketError, TaskFailure: As `put_manifest`.
         """
         plain, bound = side_filename(self.name), bound_side_filename(self.name, documents["manifest"].encode())
         sent = {item.key for item in self._journal.objects()}
-        if self._folder + plain in sent:  # before a crash
+        if self.key_of(plain) in sent:  # before a crash
             filename = plain
-        elif self._folder + bound in sent or not self._journal.is_alone_in_its_place():
+        elif self.key_of(bound) in sent or not self._journal.is_only_task_at_location():
             filename = bound
         else:
-            filename = plain if self._ask(partial(self._has_none_of, plain), watch) else bound
-        self._put(filename, documents["side_file"].encode(), watch)
+            filename = plain if self._call(partial(self._has_no_manifest_or, plain), monitor) else bound
+        self._put(filename, documents["side_file"].encode(), monitor)
 
-    def put_manifest(self, documents: Documents, watch: TaskMonitor, send: Callable[[], bool]) -> None:
-        """Send the manifest, and prove that the bucket has it. An earlier bundle's is recorded before it is replaced.
+    def put_manifest(self, documents: Documents, monitor: TaskMonitor, record_sent: Callable[[], bool]) -> None:
+        """Upload the manifest, and verify that the bucket has it. First record the manifest that it replaces.
 
         Args:
-            documents: The bundle's.
-            watch: Of the task.
-            send: Records that it may be sent from now on; False if the task was cancelled before.
+            documents: The bundle's manifest and side file.
+            monitor: Monitors the task.
+            record_sent: Records that the manifest may be sent from now on; False if the task was cancelled before.
 
         Raises:
-            BucketError: The policy or the bucket refuses it.
-            TaskFailure: The bucket has not got what it took, or has another manifest that must not be replaced.
-            Cancelled: The task was cancelled before.
+            BucketError: The policy or the bucket refuses the manifest.
+            TaskFailure: The bucket does not have what it accepted, or has a manifest that must not be replaced.
+            TaskCancelled: The task was cancelled before.
         """
-        own, key = documents["manifest"].encode(), self._place.manifest_key
-        self._when_free(lambda: self._journal.check_free(key), watch)
-        found = self._ask(self._place.read_manifest, watch)
+        own, key = documents["manifest"].encode(), self._location.manifest_key
+        self._retry_claim(lambda: self._journal.check_free(key), monitor)
+        found = self._call(self._location.read_manifest, monitor)
         if found == own:  # sent before a crash, perhaps more than once
-            self._sending(watch, key)
-            self._journal.stored(StoredBatch([StoredObject(key, len(own))]))
+            self.claim(key, monitor)
+            self._journal.record_stored(StoredBatch([StoredObject(key, len(own))]))
             return
         with failpoint("earlier bundle noted"):
-            self._keep_earlier(found)
-        if not send():
+            self._record_earlier(found)
+        if not record_sent():
             raise TaskCancelled
-        self._put(manifest_filename(self.name), own, watch)
+        self._put(manifest_filename(self.name), own, monitor)
 
-    def has_manifest(self, documents: Documents, watch: TaskMonitor) -> bool:
-        """Whether the bucket has the manifest: then the bundle is complete, whatever has failed since it was sent."""
+    def has_manifest(self, documents: Documents, monitor: TaskMonitor) -> bool:
+        """Whether the bucket has the manifest: then the bundle is complete, whatever failed after it was sent."""
         own = documents["manifest"].encode()
-        return self._ask(self._place.read_manifest, watch) == own
+        return self._call(self._location.read_manifest, monitor) == own
 
-    def remove(self) -> None:
-        """Delete every object that this task has sent or begun to send; as `remove_objects`."""
-        remove_objects(self._buckets, self._place, self._journal, stall_timeout=self._stall_timeout)
+    def remove_objects(self) -> None:
+        """Delete every object that this task has sent or started to send; see `object_removal.remove_objects`."""
+        remove_objects(self._buckets, self._location, self._journal, stall_timeout=self._stall_timeout)
 
     def remove_earlier(self) -> None:
-        """Delete what is left of the bundle that this one has replaced; as `removal.remove_earlier`."""
+        """Delete the remaining objects of the bundle that was replaced; see `object_removal.remove_earlier`."""
         earlier = self._journal.earlier()
         if earlier is None:
             return
         if not earlier.is_replaced:
-            self._journal.replace(replace(earlier, is_replaced=True))
-        remove_earlier(self._buckets, self._place, self._journal, stall_timeout=self._stall_timeout)
+            self._journal.record_earlier(replace(earlier, is_replaced=True))
+        remove_earlier(self._buckets, self._location, self._journal, stall_timeout=self._stall_timeout)
 
-    def _keep_earlier(self, found: bytes | None) -> None:
-        """Record the bundle whose manifest is about to be replaced. Of several that are found the first is put back."""
+    def claim(
+        self, key: str, monitor: TaskMonitor, part: PartRecord | None = None, stored: StoredBatch = EMPTY_BATCH
+    ) -> None:
+        """Claim an object that is about to be sent; wait until it is free. See `UploadJournal.record_upload`."""
+        self._retry_claim(lambda: self._journal.record_upload(key, part, stored), monitor)
+
+    def upload(
+        self, calls: CallGroup[UploadedPart] | CallGroup[StoredObject], key: str, data: memoryview
+    ) -> StoredObject:
+        """Upload an object that was claimed; runs as one of `calls`."""
+        buckets = self._buckets.checking(calls.check_wanted)
+        if not IN_FLIGHT.wait_until_free(self._bucket, key, calls.check_wanted, self._stall_timeout):
+            seconds = f"{self._stall_timeout:g} seconds"
+            raise TaskFailure(
+                "Server.NoProgress", f"An earlier upload to '{key}' was abandoned, and has not ended for {seconds}."
+            )
+        with IN_FLIGHT.lock(self._bucket, key):
+            calls.check_wanted()
+            try:
+                etag = buckets.put(self._bucket, key, data, grant=self._policy)
+            finally:
+                if calls.abandoned:  # its claim stays recorded, so cleanup deletes the object
+                    log.warning("abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)
+        return StoredObject(key, data.nbytes, etag)
+
+    @contextmanager
+    def report_retries(self, monitor: TaskMonitor) -> Iterator[None]:
+        """After the block, add an event that says how many calls to the store were repeated."""
+        try:
+            yield
+        finally:
+            retries, self._retries = self._retries, []
+            if retries:
+                monitor.add_event(
+                    f"Calls to the store that were repeated: {len(retries)}, the last after {retries[-1]}"
+                )
+
+    def _record_earlier(self, found: bytes | None) -> None:
+        """Record the bundle whose manifest is about to be replaced. If several are found, the first can be restored."""
         if found is None:
             return
-        if self._existing == "refuse" and len(found) >= SMALLEST_MANIFEST:
-            raise self._in_use()
-        earlier = self._journal.earlier() or Earlier(found, ())
-        mine = {item.key for item in self._journal.objects()}
-        keys = {*earlier.keys, *self._place.keys_of(found)} - mine
-        self._journal.replace(Earlier(earlier.manifest, tuple(sorted(keys))))
+        if self._existing_bundle == "refuse" and len(found) >= SMALLEST_MANIFEST:
+            raise self._prefix_in_use()
+        earlier = self._journal.earlier() or EarlierBundle(found, ())
+        own = {item.key for item in self._journal.objects()}
+        keys = {*earlier.keys, *self._location.keys_of(found)} - own
+        self._journal.record_earlier(EarlierBundle(earlier.manifest, tuple(sorted(keys))))
 
-    def _in_use(self) -> TaskFailure:
+    def _prefix_in_use(self) -> TaskFailure:
         return TaskFailure(
-            "Client.PrefixInUse", f"The bucket has a bundle under this prefix: '{self._place.manifest_key}'."
+            "Client.PrefixInUse", f"The bucket has a bundle under this prefix: '{self._location.manifest_key}'."
         )
 
-    def _has_none_of(self, side_file: str, buckets: ObjectStore) -> bool:
-        keys = self._place.manifest_key, self._folder + side_file
+    def _has_no_manifest_or(self, side_file: str, buckets: ObjectStore) -> bool:
+        keys = self._location.manifest_key, self.key_of(side_file)
         return all(buckets.head(self._bucket, key) is None for key in keys)
 
     def _is_empty(self, buckets: ObjectStore) -> bool:
         try:
             for ending in (".part.", ".manifest."):
-                for _ in buckets.list(self._bucket, f"{self._folder}{self.name}{ending}"):
+                for _ in buckets.list(self._bucket, self.key_of(f"{self.name}{ending}")):
                     return False
         except TransientError:
             raise
@@ -420,71 +472,50 @@ class TaskObjects:
             return False
         return True
 
-    def _ask(self, call: Callable[[ObjectStore], _Answer], watch: TaskMonitor) -> _Answer:
-        """Make one call, until it ends or the task is stopped."""
-        with CallGroup[_Answer]() as calls:
-            watch.over(calls.stop)
-            calls.begin(partial(call, self._buckets.checking(calls.check_wanted)))
-            (answer,) = calls.remaining()
-        return answer
+    def _call(self, call: Callable[[ObjectStore], _Result], monitor: TaskMonitor) -> _Result:
+        """Make one call to the store; end early if the task is stopped."""
+        with CallGroup[_Result]() as calls:
+            monitor.watch(calls.stop)
+            calls.start(partial(call, self._buckets.checking(calls.check_wanted)))
+            (result,) = calls.remaining()
+        return result
 
-    def _sending(
-        self, watch: TaskMonitor, key: str, part: PartRecord | None = None, stored: StoredBatch = NOTHING
-    ) -> None:
-        """Claim an object that is about to be sent, as `UploadJournal.sending`; wait until it is free."""
-        self._when_free(lambda: self._journal.sending(key, part, stored), watch)
-
-    def _when_free(self, claim: Callable[[], None], watch: TaskMonitor) -> None:
-        """Claim an object. What may be under way to it may end, or may be cleaned up, within `stall_timeout`.
+    def _retry_claim(self, claim: Callable[[], None], monitor: TaskMonitor) -> None:
+        """Claim an object; while another request may hit it, retry for `stall_timeout` seconds.
 
         Raises:
-            TaskFailure: It is another task's, or does not become free.
+            TaskFailure: It belongs to another task, or does not become free.
         """
-        until, is_told = time.monotonic() + self._stall_timeout, False
+        until, is_logged = time.monotonic() + self._stall_timeout, False
         while True:
             try:
                 claim()
             except ObjectInUseError as error:
                 if error.seconds is None or time.monotonic() + error.seconds > until:
-                    words = f"{error} Try again later, or choose another prefix."
-                    raise TaskFailure("Client.PrefixInUse", words) from None
-                if not is_told:
-                    log.warning("an object is in use; waiting", bundle_id=self._journal.bundle_id, error=str(error))
-                is_told = True
-                watch.pause(min(_WAIT, self._stall_timeout / 4))
+                    message = f"{error} Try again later, or choose another prefix."
+                    raise TaskFailure("Client.PrefixInUse", message) from None
+                if not is_logged:
+                    log.warning("object in use, waiting", bundle_id=self._journal.bundle_id, error=str(error))
+                is_logged = True
+                monitor.pause(min(_CLAIM_INTERVAL, self._stall_timeout / 4))
             else:
                 return
 
-    def _put(self, filename: str, data: bytes, watch: TaskMonitor) -> None:
-        """Send one file of the bundle, whole, and prove that it is there: nobody else will, of the last one."""
-        key = self._folder + filename
-        self._sending(watch, key)
+    def _put(self, filename: str, data: bytes, monitor: TaskMonitor) -> None:
+        """Upload one file of the bundle, and verify it: nothing verifies side file and manifest later."""
+        key = self.key_of(filename)
+        self.claim(key, monitor)
         with CallGroup[StoredObject]() as calls:
-            watch.over(calls.stop)
-            calls.begin(partial(self._upload_surely, calls, key, memoryview(data)))
-            self._journal.stored(StoredBatch([*calls.remaining()]))
+            monitor.watch(calls.stop)
+            calls.start(partial(self._upload_and_verify, calls, key, memoryview(data)))
+            self._journal.record_stored(StoredBatch([*calls.remaining()]))
 
-    def _upload(
-        self, calls: CallGroup[UploadedPart] | CallGroup[StoredObject], key: str, data: memoryview
-    ) -> StoredObject:
-        buckets = self._buckets.checking(calls.check_wanted)
-        if not IN_FLIGHT.wait_until_free(self._bucket, key, calls.check_wanted, self._stall_timeout):
-            raise _hangs(key, self._stall_timeout)
-        with IN_FLIGHT.alone(self._bucket, key):
-            calls.check_wanted()
-            try:
-                etag = buckets.put(self._bucket, key, data, grant=self._policy)
-            finally:
-                if calls.left:  # it stays recorded: whoever cleans up deletes it
-                    log.warning("an abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)
-        return StoredObject(key, data.nbytes, etag)
-
-    def _upload_surely(self, calls: CallGroup[StoredObject], key: str, data: memoryview) -> StoredObject:
-        stored = self._upload(calls, key, data)
-        self._prove(calls, key, Digest.of(bytes(data)), stored.etag, threading.BoundedSemaphore())
+    def _upload_and_verify(self, calls: CallGroup[StoredObject], key: str, data: memoryview) -> StoredObject:
+        stored = self.upload(calls, key, data)
+        self._verify_object(calls, key, Digest.of(bytes(data)), stored.etag, threading.BoundedSemaphore())
         return stored
 
-    def _prove(
+    def _verify_object(
         self,
         calls: CallGroup[None] | CallGroup[StoredObject],
         key: str,
@@ -492,110 +523,40 @@ class TaskObjects:
         md5: str | None,
         reading: threading.BoundedSemaphore,
     ) -> None:
-        """Make sure that the bucket has an object of these bytes. Raises TaskFailure if it has not."""
+        """Verify that the bucket has an object of these bytes. Raises TaskFailure if not."""
         head = self._buckets.checking(calls.check_wanted).head(self._bucket, key)
         if head is None:
-            raise self._lost(key)
-        is_other = head.size != digest.size
-        if not is_other and md5 and head.etag:
-            is_other = head.etag != md5
-        elif not is_other:
-            is_other = self._read_back(calls, key, digest.size, reading) != digest
-        if is_other:
-            raise TaskFailure("Client.S3Error", f"The bucket has something else now as '{key}'.")
+            raise self._object_lost(key)
+        differs = head.size != digest.size
+        if not differs and md5 and head.etag:
+            differs = head.etag != md5
+        elif not differs:
+            differs = self._read_back(calls, key, digest.size, reading) != digest
+        if differs:
+            raise TaskFailure("Client.S3Error", f"The bucket has a different object now as '{key}'.")
 
     def _read_back(
         self, calls: CallGroup[None] | CallGroup[StoredObject], key: str, size: int, reading: threading.BoundedSemaphore
     ) -> Digest:
-        while not reading.acquire(timeout=_PAUSE):
+        while not reading.acquire(timeout=_READ_PAUSE):
             if calls.stopped:
                 raise StoppedError
         try:
             buckets = self._buckets.checking(calls.check_wanted)
             return Digest.of(buckets.get_range(self._bucket, key, 0, size + 1))
         except (NoSuchKey, NoSuchBucket):
-            raise self._lost(key) from None
+            raise self._object_lost(key) from None
         finally:
             reading.release()
 
-    def _lost(self, key: str) -> TaskFailure:
-        return TaskFailure("Server.S3Error", f"The bucket has lost '{key}', which it had taken.")
+    def _object_lost(self, key: str) -> TaskFailure:
+        return TaskFailure("Server.S3Error", f"The bucket has lost '{key}', which it had accepted.")
 
-    @contextmanager
-    def _telling(self, watch: TaskMonitor) -> Iterator[None]:
-        """Tell afterwards how often the store had to be asked again."""
-        try:
-            yield
-        finally:
-            retries, self._retries = self._retries, []
-            if retries:
-                watch.tell(f"Calls to the store that were made again: {len(retries)}, the last after {retries[-1]}")
-
-    def _retried(self, reason: TransientError, seconds: float) -> None:
-        self._retries.append(reason)
+    def _retried(self, error: TransientError, seconds: float) -> None:
+        self._retries.append(error)
         log.warning(
-            "the store failed; trying again",
+            "store call failed, retrying",
             bundle_id=self._journal.bundle_id,
-            error=str(reason),
+            error=str(error),
             seconds=round(seconds, 1),
         )
-
-
-def _hangs(key: str, seconds: float) -> TaskFailure:
-    return TaskFailure(
-        "Server.NoProgress", f"An earlier upload to '{key}' was abandoned, and has not ended for {seconds:g} seconds."
-    )
-
-
-class VolumeSealer:
-    """Seals one task's volume into its bucket."""
-
-    def __init__(self, store: TaskObjects, journal: UploadJournal, compression: Compression) -> None:
-        """Send parts to `store`, with this compression; keep in `journal` what going on takes."""
-        self._store = store
-        self._journal = journal
-        self._compression = compression
-
-    def seal(self, volume: Volume, watch: TaskMonitor) -> SealedBundle:
-        """Have every part in the bucket. Raises what reading the volume and storing the parts raise."""
-        return self._go_on(volume, watch) or self._begin(volume, watch)
-
-    def _go_on(self, volume: Volume, watch: TaskMonitor) -> SealedBundle | None:
-        """Finish what a crash cut off; None if there is nothing, or the disk is another one now."""
-        left = self._journal.left()
-        if left is None:
-            return None
-        watch.tell(f"Sealing goes on after {left.first} parts; {_number_stored(left)} beyond them are stored.")
-        try:
-            return self._send(left, volume, watch)
-        except ResumeError as reason:
-            watch.tell(f"Sealing begins again with another key: {reason}.")
-            return None
-
-    def _begin(self, volume: Volume, watch: TaskMonitor) -> SealedBundle:
-        """Start with another key, and names that no other sealing has used.
-
-        A request of an earlier sealing that is still under way, in this process or in a proxy, hits none of its parts.
-        """
-        self._store.remove()  # parts of a sealing that cannot be resumed are of no use: their key is not used again
-        self._store.check_place(watch)
-        secrets, series = BundleKey.generate(), "" if self._store.is_unused(watch) else new_series()
-        with failpoint("sealing begun"):
-            self._journal.begin(secrets, series)
-        return self._send(ResumeState(secrets, series), volume, watch)
-
-    def _send(self, left: ResumeState, volume: Volume, watch: TaskMonitor) -> SealedBundle:
-        sealing = Sealer(
-            WatchedVolume(volume, watch.moved),
-            self._store.name,
-            secrets=left.secrets,
-            compression=self._compression,
-            cut_off=left.cut_off,
-            series=left.series,
-        )
-        self._store.put_parts(sealing, left, watch)
-        return sealing.sealed
-
-
-def _number_stored(left: ResumeState) -> int:
-    return sum(part.stored for part in left.sent.values())

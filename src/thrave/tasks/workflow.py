@@ -1,9 +1,8 @@
-"""The main job: one bundle task, from a running instance to a bundle in a bucket.
+"""One bundle task, from a running instance to a bundle in a bucket.
 
-`BundleWorkflow.run` does the steps of `steps.py`, each as the task's row names it, so after a crash the task goes on
-with the
-step that was cut off. Each can be repeated without harm. It is the one place where instances, volumes, bundles
-and buckets meet; they do not know each other. It never answers a caller: that is `requests.py`.
+`BundleWorkflow.run` does the steps of `models.py`, each as the task's row names it: after a crash the task resumes with
+the interrupted step. Every step may be repeated. This is the only module where instances, volumes, bundles and buckets
+meet; those packages do not import each other. The API's calls are in `task_service.py`.
 """
 
 import time
@@ -41,101 +40,109 @@ from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
 from thrave.tasks.root_volume import VolumeReader, check_root_volume
 from thrave.tasks.step_retry import retry_database, retry_hypervisor
-from thrave.tasks.uploads import ExistingBundle, TaskObjects, VolumeSealer
+from thrave.tasks.uploads import ExistingBundle, TaskObjects, upload_volume
 from thrave.volumes.formats import open_volume
 from thrave.volumes.ntfs_volumes import Finding, check_unclean
 from thrave.write_guard import WriteCheck, no_check
 
-_STORE_AWAY = 24 * 3600.0  # seconds for which the store is asked whether it has a manifest that may have been sent
-_STORE_PAUSE = 15.0  # seconds
-_DAEMON_RESTART = 60.0  # seconds that a hypervisor's daemon may be away before the caretaker goes on
-_Result = TypeVar("_Result")
+_PUBLISHED_TIMEOUT = 24 * 3600.0  # seconds to find out whether the store has a manifest that may have been sent
+_PUBLISHED_INTERVAL = 15.0  # seconds between two attempts
+_MERGE_RETRY_TIMEOUT = 60.0  # seconds for a restart of the hypervisor's daemon; later, housekeeping merges the overlay
 
-_STILL = {
-    Step.START: "The instance is not started yet, which is tried again",
-    Step.MERGE: "The instance still runs on its overlay, which is tried to be merged again",
+_STEP_WARNINGS = {
+    Step.START: "The instance is not started yet; the start is retried",
+    Step.MERGE: "The instance still runs on its overlay; the merge is retried",
     Step.REMOVE_EARLIER: "Parts of the bundle that was replaced are still in the bucket",
 }
-"""What a warning says of a step that failed after the bundle was complete in the bucket, or all but complete."""
-
+"""Warnings about steps that fail after every part is in the bucket. Such a failure does not fail the task."""
 
 log = structlog.get_logger()
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Settings of bundle tasks; `config.py` describes them."""
+
+    shutdown_timeout: float
+    """Seconds to wait for a guest to power off."""
+    shutdown_timeout_action: ShutdownTimeoutAction
+    capture_mode: Literal["offline", "overlay"]
+    """`offline`: the instance is off until its root volume has been read. `overlay`: until it has an overlay."""
+    sysprep_command: Sequence[str]
+    """A command that prepares a guest for being copied and powers it off; empty: the guest is only powered off."""
+    image_dirs: Sequence[Path]
+    """Folders for files that a root volume's image refers to, in addition to the image's own folder."""
+    unclean_volume: Literal["report", "refuse"]
+    skip_unused: bool
+    """Whether clusters are skipped that NTFS does not use."""
+    compression: Compression
+    existing_bundle: ExistingBundle
+    upload_concurrency: int
+    """Maximum number of parallel part uploads."""
+    s3_retry_timeout: float
+    """Seconds for which a call to the store is repeated that fails with a transient error."""
+    stall_timeout: float
+    """Seconds without progress (a byte read, an object stored) after which a task fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """What a task works with on the host that has the disk."""
+    """Everything that the tasks of one host share."""
 
-    name: str
-    records: TaskRepository
+    host: str
+    settings: TaskSettings
+    repository: TaskRepository
     accounts: Accounts
-    instances: HypervisorDriver
-    buckets: ObjectStore
-    made_buckets: CreatedBuckets
-    service: ServiceIdentity
-    shutdown_timeout: float
-    """Seconds that a guest has to power off."""
-    shutdown_timeout_action: ShutdownTimeoutAction
-    """What is done about a guest that takes longer."""
-    compression: Compression
-    """How hard bundles are compressed."""
-    capture_mode: Literal["offline", "overlay"]
-    """How long an instance is off: until its root volume has been read, or until it has an overlay."""
-    sysprep_command: Sequence[str]
-    """A command that prepares a guest for being copied and powers it off; none: it is only powered off."""
-    image_dirs: Sequence[Path]
-    """Where files may lie that a root volume's image refers to, besides its own folder."""
-    unclean_volume: Literal["report", "refuse"]
-    """What is done about an NTFS volume that its guest has not unmounted."""
-    skip_unused: bool
-    """What of a root volume's data is left out."""
-    existing_bundle: ExistingBundle
-    """What is done about a bundle that is in the place of a new one."""
-    upload_concurrency: int
-    """Parts of a bundle that are sent at the same time."""
-    store_patience: float
-    """Seconds for which the store is asked again when it fails in a way that may pass."""
-    stall_timeout: float
-    """Seconds without a byte read or an object stored after which a task fails."""
+    driver: HypervisorDriver
+    store: ObjectStore
+    created_buckets: CreatedBuckets
+    identity: ServiceIdentity
     lease: Lease = field(default_factory=lambda: Lease(None))
     """Checked before each attempt of a call to the store or the hypervisor."""
     before_attempt: WriteCheck = no_check
-    """Made before each attempt of a call to the store: the same lease, for as long as an attempt may take."""
+    """Called before each attempt of a call to the store: checks the lease for the longest time of an attempt."""
 
 
 class BundleWorkflow:
-    """One bundle task being done."""
+    """One run of one bundle task."""
 
-    def __init__(self, host: TaskContext, task: BundleTask, run: int) -> None:
-        """Work on a task, for the first time or after a crash; once another run has begun, this one changes nothing."""
-        self._host = host
+    def __init__(self, context: TaskContext, task: BundleTask, attempt: int) -> None:
+        """Run a task, for the first time or after a crash. An attempt writes nothing once a later one has started."""
+        self._context = context
+        self._settings = context.settings
         self._task = task
-        self._run = run
-        self._records = records = host.records.of_run(task.bundle_id, run)
+        self._attempt = attempt
+        self._repository = repository = context.repository.for_run(task.bundle_id, attempt)
         self._power = InstancePower(
-            host.instances,
-            records,
+            context.driver,
+            repository,
             task,
-            grace=host.shutdown_timeout,
-            when_late=host.shutdown_timeout_action,
-            check=host.lease.check,
+            shutdown_timeout=self._settings.shutdown_timeout,
+            shutdown_timeout_action=self._settings.shutdown_timeout_action,
+            check=context.lease.check,
         )
-        self._freezer = RootOverlay(
-            host.instances, records, task, stall_timeout=host.stall_timeout, check=host.lease.check
+        self._overlay = RootOverlay(
+            context.driver,
+            repository,
+            task,
+            stall_timeout=self._settings.stall_timeout,
+            check=context.lease.check,
         )
-        self._journal = records.journal(task.bundle_id)
+        self._journal = repository.journal(task.bundle_id)
         self._steps: dict[Step, Callable[[], object]] = {
-            Step.STOP: self.stop,
-            Step.FREE: self.free,
-            Step.SEAL: self.seal,
+            Step.STOP: self.shut_down,
+            Step.FREE: self.start_on_overlay,
+            Step.SEAL: self.upload_volume,
             Step.START: self._power.restore,
-            Step.STORE: self.store,
-            Step.MERGE: self.merge,
+            Step.STORE: self.publish,
+            Step.MERGE: self.merge_overlay,
             Step.REMOVE_EARLIER: self.remove_earlier,
             Step.COMPLETE: self.complete,
             Step.UNDO_START: self._power.restore,
-            Step.UNDO_MERGE: self._put_back_volume,
-            Step.UNDO_REMOVE: self.remove,
+            Step.UNDO_MERGE: self.undo_overlay,
+            Step.UNDO_REMOVE: self.remove_objects,
             Step.FAIL: self.fail,
         }
 
@@ -143,345 +150,354 @@ class BundleWorkflow:
         """Do the steps of the task, each as its row names it, until the task has ended.
 
         Raises:
-            RightLostError: Another run or another host has the task; nothing more may be done for it.
+            RightLostError: Another attempt or another host has the task; nothing more may be done for it.
         """
         while (step := self._next_step()) is not None:
             try:
                 self._do(step)
             except TaskFailure as failure:
-                self._failed(step, failure)
-            else:
-                self._ended(step)
+                if not self._can_continue(step, failure):
+                    self.roll_back(failure)
+                    continue
+            if following(step) is not None:  # the last step has ended the task
+                self._retry(partial(self._repository.finish_step, self._task.bundle_id, step))
 
-    def give_up(self, failure: TaskFailure) -> None:
-        """Record why the task fails. From then on its row names the steps that undo it, and no other."""
-        self._surely(lambda: self._records.decide(self._task.bundle_id, failure))
+    def roll_back(self, failure: TaskFailure) -> None:
+        """Record why the task fails. From then on its row only names the steps that undo it."""
+        self._retry(partial(self._repository.start_undo, self._task.bundle_id, failure))
 
     def _next_step(self) -> Step | None:
-        task = self._surely(lambda: self._records.get(self._task.bundle_id))
+        # Read from the row each time: a cancellation, or an operator who retires the host, changes the next step.
+        task = self._retry(partial(self._repository.get, self._task.bundle_id))
         return None if task is None or task.state in FINISHED else task.next_step
 
-    def _ended(self, step: Step) -> None:
-        if following(step) is not None:
-            self._surely(lambda: self._records.step_ended(self._task.bundle_id, step))
-
-    def _failed(self, step: Step, failure: TaskFailure) -> None:
-        """Record the failure of a step; `steps.py` has what follows from it."""
+    def _can_continue(self, step: Step, failure: TaskFailure) -> bool:
+        """Record the failure of a step that does not fail the task; False if the task fails. See `models.FORWARD`."""
+        bundle_id = self._task.bundle_id
         if step in UNDO:
-            self._surely(lambda: self._records.also(self._task.bundle_id, failure))
-        elif step in _STILL:
-            self._surely(lambda: self._records.notice(self._task.bundle_id, f"{_STILL[step]}: {failure.message}"))
-        elif not (step is Step.STORE and self._has_stored()):
-            self.give_up(failure)
-            return
-        self._ended(step)
+            self._retry(lambda: self._repository.append_failure(bundle_id, failure))
+        elif step in _STEP_WARNINGS:
+            warning = f"{_STEP_WARNINGS[step]}: {failure.message}"
+            self._retry(lambda: self._repository.add_warning(bundle_id, warning))
+        else:
+            return step is Step.STORE and self._is_published()
+        return True
 
-    def stop(self) -> None:
-        """Have the guest power off, as a person would."""
-        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as watch:
-            self._merge_overlay(watch)  # what an earlier task may have left
-            root = self._host.instances.get(self._task.instance_id).root_volume
-            watch.result_of(Call("image", lambda: self._check_volume(root)))
-            self._power.note()
-            if self._host.sysprep_command:
-                self._power.sysprep(watch, self._host.sysprep_command)
-            self._power.off(watch)
-            self._check_why_off(self._host.instances.get(self._task.instance_id))
+    def shut_down(self) -> None:
+        """Check the root volume, and shut the guest down."""
+        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as monitor:
+            self._merge_overlay(monitor)  # an earlier task may have left one
+            root = self._context.driver.get(self._task.instance_id).root_volume
+            monitor.wait_for(Call("image", lambda: self._check_image(root)))
+            self._power.record_power_state()
+            if self._settings.sysprep_command:
+                self._power.run_sysprep(monitor, self._settings.sysprep_command)
+            self._power.shut_down(monitor)
+            self._check_off_reason(self._context.driver.get(self._task.instance_id))
 
-    def free(self) -> None:
-        """Have the instance run on an overlay while its root volume is read, if that is wanted, and it ran before."""
-        task = self._records.get(self._task.bundle_id)
-        if self._host.capture_mode == "offline" or task is None or not self._power.is_to_run():
+    def start_on_overlay(self) -> None:
+        """Start the instance on an overlay, if `capture_mode` says so and the instance is to run."""
+        task = self._repository.get(self._task.bundle_id)
+        if self._settings.capture_mode == "offline" or task is None or not self._power.should_run():
             return
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN):
-            self._freezer.freeze()
-            if self._freezer.frozen is not None:
+            self._overlay.create()
+            if self._overlay.overlay is not None:
                 self._power.restore()
 
-    def seal(self) -> None:
-        """Send the root volume, sealed, part by part to the bucket; nothing of it is written anywhere else."""
-        if self._journal.documents() is not None:
+    def upload_volume(self) -> None:
+        """Seal the root volume and upload its parts; nothing of it is written anywhere else."""
+        if self._journal.documents() is not None:  # every part is stored
             return
-        with self._state(BundleTaskState.BUNDLING) as watch, self._held(watch) as (instance, root):
-            watch.result_of(Call("image", lambda: self._check_volume(root)))
+        with self._state(BundleTaskState.BUNDLING) as monitor, self._hold_volume(monitor) as (instance, root):
+            monitor.wait_for(Call("image", lambda: self._check_image(root)))
             opening = partial(
                 open_volume,
                 root.path,
                 root.format,
-                skip_unused=self._host.skip_unused,
+                skip_unused=self._settings.skip_unused,
                 secret_file=root.secret_file,
-                directories=self._host.image_dirs,
+                directories=self._settings.image_dirs,
             )
-            with VolumeReader(opening, watch) as reader:  # its end fails if the volume was changed meanwhile
+            with VolumeReader(opening, monitor) as reader:  # its end fails if the volume was changed meanwhile
                 for warned in reader.warnings:
-                    self._records.notice(self._task.bundle_id, f"{warned.public}.")
+                    self._repository.add_warning(self._task.bundle_id, f"{warned.public}.")
                 volume = reader.volume
                 with failpoint("volume opened"):
-                    self._records.note_volume_size(self._task.bundle_id, volume.size)
-                self._check_clean(reader.look(check_unclean))
-                sealed = VolumeSealer(self._store, self._journal, self._host.compression).seal(volume, watch)
+                    self._repository.set_volume_size(self._task.bundle_id, volume.size)
+                self._check_clean(reader.run(check_unclean))
+                sealed = upload_volume(
+                    volume, self._objects, self._journal, monitor, compression=self._settings.compression
+                )
         with failpoint("sealing ended"):
-            self._journal.conclude(self._documents(instance, sealed))
+            self._journal.record_documents(self._documents(instance, sealed))
 
-    def store(self) -> None:
-        """Check that the bucket has every part; then the side file; the manifest last: its presence means complete."""
+    def publish(self) -> None:
+        """Verify that the bucket has every part, then upload the side file, and the manifest last."""
         documents = self._journal.documents()
         assert documents is not None, "every part is stored"
-        with self._state(BundleTaskState.STORING) as watch:
-            self._store.check(documents, watch)
+        with self._state(BundleTaskState.STORING) as monitor:
+            self._objects.verify_stored(documents, monitor)
             with failpoint("side file stored"):
-                self._store.put_side_file(documents, watch)
-            with failpoint("manifest stored"):
-                self._store.put_manifest(documents, watch, partial(self._records.send_manifest, self._task.bundle_id))
+                self._objects.put_side_file(documents, monitor)
+            with failpoint("manifest stored"):  # its presence means that the bundle is complete
+                record_sent = partial(self._repository.record_manifest_sent, self._task.bundle_id)
+                self._objects.put_manifest(documents, monitor, record_sent)
 
-    def is_stored(self) -> bool:
-        """Whether the bucket has the task's manifest, though storing it is said to have failed."""
-        documents = self._journal.documents()
-        if documents is None or not self._records.has_sent_manifest(self._task.bundle_id):
-            return False
-        with self._state(BundleTaskState.STORING) as watch:
-            return self._store.has_manifest(documents, watch)
-
-    def _has_stored(self) -> bool:
-        """Whether the bucket has the task's manifest. While the store does not say, nothing is decided."""
-        given_up = time.monotonic() + _STORE_AWAY
-        while True:
-            try:
-                return self._surely(lambda: retry_hypervisor(self.is_stored, self._host.stall_timeout))
-            except (TransientError, TaskFailure) as error:
-                if time.monotonic() > given_up:
-                    return False  # what the manifest may have replaced is recorded, and put back
-                log.warning("store unavailable: retrying to read the manifest", error=str(error))
-                time.sleep(_STORE_PAUSE)
-            except BucketError as error:
-                log.warning("the store refuses to let the manifest be read", error=str(error))
-                return False
-
-    def merge(self) -> None:
-        """Have the instance go on without the overlay. The bundle is complete if that fails."""
-        with self._state(BundleTaskState.STORING) as watch:
-            if self._freezer.frozen is not None:
-                with suppress(TaskFailure):  # its power is restored later then
-                    self._power.restore()  # its host may have lost its power since
-            retry_hypervisor(lambda: self._merge_overlay(watch), _DAEMON_RESTART, sleep=watch.pause)
-
-    def _merge_overlay(self, watch: TaskMonitor) -> None:
-        # A hypervisor that hangs is abandoned: whatever it does later is seen by the caretaker, who goes on.
-        watch.result_of(Call("merge", lambda: self._freezer.merge(watch.pause)))
-
-    def _put_back_volume(self) -> None:
-        self._freezer.merge_within(self._host.stall_timeout)
-
-    def remove(self) -> None:
-        """Take away what the task has stored, and the bucket if the request created it and it is empty."""
-        self._store.remove()
-        self._host.made_buckets.discard_of(self._host.buckets, self._task)
+    def merge_overlay(self) -> None:
+        """Merge the overlay, if there is one. The bundle is complete even if that fails."""
+        with self._state(BundleTaskState.STORING) as monitor:
+            if self._overlay.overlay is not None:
+                with suppress(TaskFailure):  # power recovery starts the instance later
+                    self._power.restore()  # its host may have rebooted since the last step
+            retry_hypervisor(lambda: self._merge_overlay(monitor), _MERGE_RETRY_TIMEOUT, sleep=monitor.pause)
 
     def remove_earlier(self) -> None:
-        """Remove what is left of the bundle that was replaced; the agent tries again if that fails."""
+        """Delete what remains of the bundle that was replaced; housekeeping retries if that fails."""
         earlier = self._journal.earlier()
         if earlier is None:
             return
-        self._journal.replace(replace(earlier, is_replaced=True))
-        self._store.remove_earlier()
+        self._journal.record_earlier(replace(earlier, is_replaced=True))
+        self._objects.remove_earlier()
 
     def complete(self) -> None:
         """End the task as `complete`, unless an operator has ended it meanwhile (`thrave host retire`)."""
         with failpoint("record closed"):
-            if self._records.complete(self._task.bundle_id):
+            if self._repository.complete(self._task.bundle_id):
                 return
-        if self._records.state(self._task.bundle_id) not in FINISHED:
+        if self._repository.state(self._task.bundle_id) not in FINISHED:
             raise RuntimeError(f"{self._task.bundle_id} cannot be completed from its state")
-        log.warning("a task has ended before its bundle was complete", bundle_id=self._task.bundle_id)
+        log.warning("task ended before its bundle was complete", bundle_id=self._task.bundle_id)
+
+    def undo_overlay(self) -> None:
+        """Merge the overlay, if there is one, of a task that fails."""
+        self._overlay.merge_with_timeout(self._settings.stall_timeout)
+
+    def remove_objects(self) -> None:
+        """Delete what the task has stored, and the bucket if the request created it and the bucket is empty."""
+        self._objects.remove_objects()
+        self._context.created_buckets.discard_of(self._context.store, self._task)
 
     def fail(self) -> None:
-        """End the task with the reason that was recorded before it was undone."""
-        task = self._records.get(self._task.bundle_id)
-        assert task is not None, "a task is purged only after its end"
+        """End the task as `failed`, with the reason that was recorded before the undo."""
+        task = self._repository.get(self._task.bundle_id)
+        assert task is not None, "only ended tasks are deleted"
         assert task.error_code is not None, "the reason is recorded first"
         failure = TaskFailure(task.error_code, task.error_message or "")
         with failpoint("record closed"):
-            self._records.fail(self._task.bundle_id, failure)
+            self._repository.fail(self._task.bundle_id, failure)
 
     def _do(self, step: Step) -> None:
-        """Do a step, again while what it needs is unavailable.
+        """Do a step; repeat it while the hypervisor, the database or a resource of the host is unavailable.
 
         Raises:
-            TaskFailure: The step failed, for a reason that does not pass.
-            RightLostError: The task is another run's or another host's.
+            TaskFailure: The step failed with a permanent error.
+            RightLostError: The task belongs to another attempt or host.
         """
         work = self._steps[step]
         try:
-            self._surely(
-                lambda: retry_hypervisor(work, self._host.stall_timeout, is_whole_step=True),
-                is_over_if_started=step in BEFORE_READ,
+            self._retry(
+                lambda: retry_hypervisor(work, self._settings.stall_timeout, is_whole_step=True),
+                fails_if_started=step in BEFORE_READ,
             )
         except Exception as error:
-            # Nothing but a fault of the program ends the last steps, which only write the row: it is run again later.
+            # The last steps only write the row. Only a bug makes them fail; then the whole task runs again later.
             if kind_of(error) is ErrorKind.RIGHT_LOST or step in {Step.COMPLETE, Step.FAIL}:
                 raise
             raise to_task_failure(error) from error
 
-    def _surely(self, work: Callable[[], _Result], *, is_over_if_started: bool = False) -> _Result:
-        """Do something for as long as the database is unavailable; the instance does not stay off so long.
+    def _retry(self, work: Callable[[], _Result], *, fails_if_started: bool = False) -> _Result:
+        """Repeat `work` while the database is unavailable; the instance does not stay off so long.
 
         Args:
             work: Must be safe to repeat.
-            is_over_if_started: Whether it fails if the instance had to be started meanwhile: its volume is not what it
-                was.
+            fails_if_started: Whether `work` fails if the instance had to be started meanwhile, because its volume has
+                changed then.
         """
-        return retry_database(work, _PowerFirst(self._host, self._task, self._records, self._power, is_over_if_started))
+        start = _StartWithoutDatabase(self._context, self._task, self._repository, self._power, fails_if_started)
+        return retry_database(work, start)
+
+    def _is_published(self) -> bool:
+        """Whether the bucket has the task's manifest, although storing it has failed. Retries while the store fails."""
+        until = time.monotonic() + _PUBLISHED_TIMEOUT
+        while True:
+            try:
+                return self._retry(lambda: retry_hypervisor(self._has_manifest, self._settings.stall_timeout))
+            except (TransientError, TaskFailure) as error:
+                if time.monotonic() > until:
+                    return False  # what the manifest may have replaced is recorded, and will be restored
+                log.warning("store unavailable: retrying to read the manifest", error=str(error))
+                time.sleep(_PUBLISHED_INTERVAL)
+            except BucketError as error:
+                log.warning("the store refuses to return the manifest", error=str(error))
+                return False
+
+    def _has_manifest(self) -> bool:
+        documents = self._journal.documents()
+        if documents is None or not self._repository.is_manifest_sent(self._task.bundle_id):
+            return False
+        with self._state(BundleTaskState.STORING) as monitor:
+            return self._objects.has_manifest(documents, monitor)
 
     @cached_property
-    def _store(self) -> TaskObjects:
-        policy = UploadPolicy.trusted(*self._records.grant(self._task.bundle_id), self._task.access_key_id)
+    def _objects(self) -> TaskObjects:
+        policy = UploadPolicy.trusted(*self._repository.stored_policy(self._task.bundle_id), self._task.access_key_id)
         return TaskObjects(
-            self._host.buckets.on_behalf_of(policy.access_key_id),
+            self._context.store.on_behalf_of(policy.access_key_id),
             self._journal,
             self._task,
             policy,
-            upload_concurrency=self._host.upload_concurrency,
-            patience=self._host.store_patience,
-            existing=self._host.existing_bundle,
-            stall_timeout=self._host.stall_timeout,
-            before_attempt=self._host.before_attempt,
+            upload_concurrency=self._settings.upload_concurrency,
+            retry_timeout=self._settings.s3_retry_timeout,
+            existing_bundle=self._settings.existing_bundle,
+            stall_timeout=self._settings.stall_timeout,
+            before_attempt=self._context.before_attempt,
         )
 
     @contextmanager
     def _state(self, state: BundleTaskState) -> Iterator[TaskMonitor]:
-        """Be in a state of the task for as long as the work of it lasts, watched for progress and cancellation."""
-        if not self._records.move(self._task.bundle_id, state):
+        """Put the task into a state, and monitor the work of the block.
+
+        Raises:
+            TaskCancelled: The task must not get into this state: it was cancelled, or fails.
+        """
+        if not self._repository.change_state(self._task.bundle_id, state):
             raise TaskCancelled
-        host = self._host
+        context = self._context
         with TaskMonitor(
-            self._records,
+            self._repository,
             self._task.bundle_id,
-            stall_timeout=host.stall_timeout,
-            is_ours=lambda task: (task.host, task.attempts) == (host.name, self._run),
-            lease=host.lease,
-        ) as watch:
-            yield watch
+            stall_timeout=self._settings.stall_timeout,
+            is_ours=lambda task: (task.host, task.attempts) == (context.host, self._attempt),
+            lease=context.lease,
+        ) as monitor:
+            yield monitor
 
     @contextmanager
-    def _held(self, watch: TaskMonitor) -> Iterator[tuple[Instance, VolumeFile]]:
-        """The instance and its root volume, which nobody writes to: it is off, or runs on an overlay."""
-        frozen = self._freezer.frozen
-        if frozen is None:
-            with self._power.held_off(watch) as instance:
-                self._check_why_off(instance)
+    def _hold_volume(self, monitor: TaskMonitor) -> Iterator[tuple[Instance, VolumeFile]]:
+        """Yield the instance and a volume that nothing writes to: the instance is off, or runs on an overlay."""
+        overlay = self._overlay.overlay
+        if overlay is None:
+            with self._power.hold_stopped(monitor) as instance:
+                self._check_off_reason(instance)
                 yield instance, instance.root_volume
         else:
-            self._power.restore()  # its host may have lost its power since
-            with self._freezer.held(frozen, watch) as instance:
-                yield instance, frozen.volume
+            self._power.restore()  # its host may have rebooted since the last step
+            with self._overlay.hold(overlay, monitor) as instance:
+                yield instance, overlay.volume
 
-    def _check_volume(self, root: VolumeFile) -> None:
-        """Refuse an image that is no whole disk by its own words, and a file that another machine writes to."""
-        check_root_volume(self._host.instances, self._task.instance_id, root, self._host.image_dirs)
+    def _merge_overlay(self, monitor: TaskMonitor) -> None:
+        # A hypervisor that hangs is abandoned. Housekeeping finds the overlay later, and continues.
+        monitor.wait_for(Call("merge", lambda: self._overlay.merge(monitor.pause)))
 
-    def _check_why_off(self, instance: Instance) -> None:
+    def _check_image(self, root: VolumeFile) -> None:
+        """Refuse an image that is no whole disk by its own metadata, and a file that another machine writes to."""
+        check_root_volume(self._context.driver, self._task.instance_id, root, self._settings.image_dirs)
+
+    def _check_off_reason(self, instance: Instance) -> None:
         """Fail if the volume is not the instance's content; report or refuse one whose guest did not shut down."""
         if instance.off_reason is None:
             return
-        if (why := NOT_TO_BE_READ.get(instance.off_reason)) is not None:
-            raise TaskFailure("Server.VolumeError", f"The instance is off, but {why}.")
-        if (why := MAYBE_UNCLEAN.get(instance.off_reason)) is not None:
-            words = (
-                f"The instance is off, but perhaps was not shut down: {why}. What its guest had not written is missing."
+        if (reason := NOT_TO_BE_READ.get(instance.off_reason)) is not None:
+            raise TaskFailure("Server.VolumeError", f"The instance is off, but {reason}.")
+        if (reason := MAYBE_UNCLEAN.get(instance.off_reason)) is not None:
+            message = (
+                f"The instance is off, but perhaps was not shut down: {reason}. What its guest had not written is "
+                "missing."
             )
-            if self._host.unclean_volume == "refuse":
-                raise TaskFailure("Server.VolumeError", words)
-            self._records.notice(self._task.bundle_id, words)
+            if self._settings.unclean_volume == "refuse":
+                raise TaskFailure("Server.VolumeError", message)
+            self._repository.add_warning(self._task.bundle_id, message)
 
     def _check_clean(self, found: Sequence[Finding]) -> None:
-        """Report to the owner each volume on the disk that is unclean or was not checked, or refuse the disk."""
-        if found and self._host.unclean_volume == "refuse":
+        """Warn the owner about each volume on the disk that is unclean or was not checked, or refuse the disk."""
+        if found and self._settings.unclean_volume == "refuse":
             raise TaskFailure("Server.VolumeError", f"The root volume: {'; '.join(each.words for each in found)}.")
         for each in found:
-            self._records.notice(self._task.bundle_id, f"The root volume: {each.words}.")
+            self._repository.add_warning(self._task.bundle_id, f"The root volume: {each.words}.")
 
     def _documents(self, instance: Instance, sealed: SealedBundle) -> Documents:
-        """The manifest, signed by the service and readable by the account (if it has a certificate) and the service."""
-        service = self._host.service
-        pem = self._host.accounts.get(self._task.account_id).certificate
+        """Write manifest and side file. The service and the account (if it has a certificate) can read the key."""
+        identity = self._context.identity
+        pem = self._context.accounts.get(self._task.account_id).certificate
         manifest = write_manifest(
             sealed,
             account_id=self._task.account_id,
             architecture=instance.architecture,
             user_certificate=load_certificate(pem) if pem else None,
-            service_certificate=service.certificate,
-            signing_key=service.private_key,
+            service_certificate=identity.certificate,
+            signing_key=identity.private_key,
         )
-        side_file = write_side_file(sealed, manifest, side_key=service.side_key, signing_key=service.private_key)
+        side_file = write_side_file(sealed, manifest, side_key=identity.side_key, signing_key=identity.private_key)
         return {"manifest": manifest.decode(), "side_file": side_file.decode()}
 
 
 @dataclass(frozen=True)
-class _PowerFirst:
-    """An instance does not stay off for longer than `stall_timeout` because the database is full, locked or away."""
+class _StartWithoutDatabase:
+    """Starts the instance after `stall_timeout` if the database is full, locked or unavailable while it is off."""
 
-    host: TaskContext
+    context: TaskContext
     task: BundleTask
-    records: TaskRepository
+    repository: TaskRepository
     power: InstancePower
-    is_over_if_started: bool
+    fails_if_started: bool
 
     @property
     def timeout(self) -> float:
-        return self.host.stall_timeout
+        return self.context.settings.stall_timeout
 
     def act(self) -> bool:
-        """Start the instance, if no other host can have it. The step has ended, so nothing reads its volume."""
-        proved = None if self.host.lease.holds() else self._prove_lease
-        if proved is not None and not self._is_still_ours():
+        """Start the instance, unless another host may have it. The step has ended, so nothing reads its volume."""
+        # An expired lease may still be proved: a database whose disk is full can be read.
+        check = None if self.context.lease.holds() else self._require_lease
+        if check is not None and not self._holds_lease():
             log.error(
-                "an instance stays off: the database is unavailable, and another host may have adopted the task",
+                "instance stays off: the database is unavailable, and another host may have adopted the task",
                 instance_id=self.task.instance_id,
             )
             return False
-        return self.power.restore_without_record(check=proved) and self.is_over_if_started
+        return self.power.restore_without_record(check=check) and self.fails_if_started
 
-    def _prove_lease(self) -> None:
-        if not self._is_still_ours():
+    def _require_lease(self) -> None:
+        if not self._holds_lease():
             raise LeaseExpiredError
 
-    def _is_still_ours(self) -> bool:
-        """A database whose disk is full can still be asked."""
+    def _holds_lease(self) -> bool:
         try:
-            return self.records.holds_lease()
+            return self.repository.holds_lease()
         except SQLAlchemyError:
             return False
 
     def record(self) -> TaskFailure:
-        words = (
-            f"The database was unavailable for {self.timeout:g} seconds. The instance was started again, so that its "
-            "volume was not read to its end."
+        message = (
+            f"The database was unavailable for {self.timeout:g} seconds. The instance was started again, so its volume "
+            "was not read to its end."
         )
-        self.records.tell(self.task.bundle_id, words)
-        return TaskFailure("Server.NoProgress", words)
+        self.repository.add_event(self.task.bundle_id, message)
+        return TaskFailure("Server.NoProgress", message)
 
 
-def run_bundle_task(host: TaskContext, bundle_id: str) -> None:
-    """Do the task `bundle_id`, unless it has ended, another host has adopted it, or this process does it already."""
+def run_bundle_task(context: TaskContext, bundle_id: str) -> None:
+    """Run a task, unless it has ended, another host has adopted it, or this process runs it already."""
     with RUNNING.claimed(bundle_id) as is_first:
         if not is_first:
-            log.warning("a task is running already; the second run does nothing", bundle_id=bundle_id)
+            log.warning("task is running already, second run ignored", bundle_id=bundle_id)
             return
         try:
-            _bundle(host, bundle_id)
+            _run_attempt(context, bundle_id)
         except RightLostError as error:
-            log.warning("a run of a task ends", bundle_id=bundle_id, error=str(error))
+            log.warning("run of a task ended", bundle_id=bundle_id, error=str(error))
         except Exception:
-            log.exception("a run of a task failed; it is run again", bundle_id=bundle_id)
+            log.exception("run of a task failed; it is run again", bundle_id=bundle_id)
             raise
 
 
-def _bundle(host: TaskContext, bundle_id: str) -> None:
-    task = retry_database(lambda: host.records.get(bundle_id))
-    if task is None or task.host != host.name:
+def _run_attempt(context: TaskContext, bundle_id: str) -> None:
+    task = retry_database(lambda: context.repository.get(bundle_id))
+    if task is None or task.host != context.host:
         return
-    if task.state is BundleTaskState.FAILED:
-        retry_database(lambda: host.made_buckets.discard_of(host.buckets, task))  # cancelled before it was begun
-    run = retry_database(lambda: host.records.take_up(bundle_id))
-    if run is not None:
-        BundleWorkflow(host, task, run).run()
+    if task.state is BundleTaskState.FAILED:  # it was cancelled before it started
+        retry_database(lambda: context.created_buckets.discard_of(context.store, task))
+    attempt = retry_database(lambda: context.repository.record_attempt(bundle_id))
+    if attempt is not None:
+        BundleWorkflow(context, task, attempt).run()

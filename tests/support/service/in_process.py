@@ -17,7 +17,7 @@ from thrave.compute.instance import VolumeFile
 from thrave.config import Settings
 from thrave.tasks.models import BundleRequest
 from thrave.tasks.object_removal import CreatedBuckets
-from thrave.tasks.workflow import TaskContext, run_bundle_task
+from thrave.tasks.workflow import TaskContext, TaskSettings, run_bundle_task
 from thrave.testing import upload_policy
 
 BUCKET = "alice-bundles"
@@ -73,14 +73,18 @@ class OneHost:
 
     def host(self, fence, **changes):
         settings, records = self.ground.settings, self.ground.records(fence)
+        options = {
+            "shutdown_timeout": 5.0, "shutdown_timeout_action": settings.shutdown_timeout_action,
+            "capture_mode": settings.capture_mode, "sysprep_command": (), "unclean_volume": settings.unclean_volume,
+            "image_dirs": (), "compression": "fast", "skip_unused": settings.skip_unused,
+            "existing_bundle": settings.existing_bundle, "upload_concurrency": 2, "s3_retry_timeout": 0.0,
+            "stall_timeout": 30.0,
+        }  # fmt: skip
+        options |= {name: changes.pop(name) for name in options.keys() & changes.keys()}
         given = {
-            "name": HOST, "records": records, "accounts": self.ground.accounts, "instances": self.instances,
-            "buckets": self.buckets, "made_buckets": CreatedBuckets(self.ground.database, records),
-            "service": self.ground.service, "shutdown_timeout": 5.0,
-            "shutdown_timeout_action": settings.shutdown_timeout_action, "capture_mode": settings.capture_mode,
-            "sysprep_command": (), "unclean_volume": settings.unclean_volume, "image_dirs": (), "compression": "fast",
-            "skip_unused": settings.skip_unused, "existing_bundle": settings.existing_bundle, "upload_concurrency": 2,
-            "store_patience": 0.0, "stall_timeout": 30.0,
+            "host": HOST, "settings": TaskSettings(**options), "repository": records, "accounts": self.ground.accounts,
+            "driver": self.instances, "store": self.buckets, "identity": self.ground.service,
+            "created_buckets": CreatedBuckets(self.ground.database, records),
         }  # fmt: skip
         return TaskContext(**{**given, **changes})
 

@@ -24,7 +24,7 @@ from thrave.database import migrate, open_engine
 from thrave.tasks.models import BundleRequest, BundleTaskState
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.repository import TaskRepository
-from thrave.tasks.uploads import TaskObjects, VolumeSealer
+from thrave.tasks.uploads import TaskObjects, upload_volume
 from thrave.testing import upload_policy
 from thrave.vault import Vault
 from thrave.volumes.raw import RawVolume
@@ -115,7 +115,7 @@ class UploadBench:
         self.journal = self.records.journal(bundle_id)
 
     def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0, existing="refuse", **options):
-        policy = UploadPolicy.trusted(*self.records.grant(self.bundle_id), ACCESS_KEY_ID)
+        policy = UploadPolicy.trusted(*self.records.stored_policy(self.bundle_id), ACCESS_KEY_ID)
         task = self.records.get(self.bundle_id)
         return TaskObjects(
             self.buckets,
@@ -123,9 +123,9 @@ class UploadBench:
             task,
             policy,
             upload_concurrency=at_once,
-            patience=patience,
+            retry_timeout=patience,
             stall_timeout=stall_timeout,
-            existing=existing,
+            existing_bundle=existing,
             **options,
         )
 
@@ -137,24 +137,24 @@ class UploadBench:
     def seal(self, volume, *, store=None, stall_timeout=60.0, **options):
         store = store or self.store(stall_timeout=stall_timeout, **options)
         with self.watch(stall_timeout) as watch:
-            return VolumeSealer(store, self.journal, "fast").seal(volume, watch)
+            return upload_volume(volume, store, self.journal, watch, compression="fast")
 
     def documents(self, sealed):
         """Manifest and side file of what was sealed, recorded as the task does it."""
         manifest = manifest_of(sealed)
         side_file = write_side_file(sealed, manifest, side_key=SIDE_KEY, signing_key=private_key("user"))
         documents = {"manifest": manifest.decode(), "side_file": side_file.decode()}
-        self.journal.conclude(documents)
+        self.journal.record_documents(documents)
         return documents
 
     def finish(self, sealed, **options):
         """Prove the parts, and store side file and manifest."""
         documents, store = self.documents(sealed), self.store(**options)
-        self.records.move(self.bundle_id, BundleTaskState.STORING)
+        self.records.change_state(self.bundle_id, BundleTaskState.STORING)
         with self.watch() as watch:
-            store.check(documents, watch)
+            store.verify_stored(documents, watch)
             store.put_side_file(documents, watch)
-            store.put_manifest(documents, watch, lambda: self.records.send_manifest(self.bundle_id))
+            store.put_manifest(documents, watch, lambda: self.records.record_manifest_sent(self.bundle_id))
 
     def told(self):
         return [event.message for event in self.records.history(self.bundle_id) if event.message]
@@ -175,7 +175,7 @@ class UploadBench:
         with self.engine.begin() as connection:
             self.records.add(connection, self.bundle_id, "localhost", request)
         for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING):
-            assert self.records.move(self.bundle_id, state)
+            assert self.records.change_state(self.bundle_id, state)
 
 
 def directory(folder):

@@ -37,7 +37,7 @@ from thrave.ec2.errors import EC2Error
 from thrave.tasks.housekeeping import ObjectCleanup
 from thrave.tasks.models import BundleRequest
 from thrave.tasks.object_removal import CreatedBuckets
-from thrave.tasks.workflow import TaskContext, run_bundle_task
+from thrave.tasks.workflow import TaskContext, TaskSettings, run_bundle_task
 from thrave.testing import upload_policy
 
 PREFIX = "winami"
@@ -167,25 +167,27 @@ class FaultBench:
     def _host(self, kind, temper):
         settings = self._ground.settings
         return TaskContext(
-            name="localhost",
-            records=self._records,
+            host="localhost",
+            settings=TaskSettings(
+                shutdown_timeout=settings.shutdown_timeout,
+                shutdown_timeout_action=settings.shutdown_timeout_action,
+                capture_mode=settings.capture_mode,
+                sysprep_command=settings.sysprep_command,
+                unclean_volume=settings.unclean_volume,
+                image_dirs=settings.image_dirs,
+                compression="fast",
+                skip_unused=settings.skip_unused,
+                existing_bundle=settings.existing_bundle,
+                upload_concurrency=settings.upload_concurrency,
+                s3_retry_timeout=temper.patience,
+                stall_timeout=60,
+            ),
+            repository=self._records,
             accounts=self._ground.accounts,
-            instances=self._ground.instances,
-            buckets=self._buckets(kind, temper),
-            made_buckets=CreatedBuckets(self._ground.database, self._records),
-            service=self._ground.service,
-            shutdown_timeout=settings.shutdown_timeout,
-            shutdown_timeout_action=settings.shutdown_timeout_action,
-            capture_mode=settings.capture_mode,
-            sysprep_command=settings.sysprep_command,
-            unclean_volume=settings.unclean_volume,
-            image_dirs=settings.image_dirs,
-            compression="fast",
-            skip_unused=settings.skip_unused,
-            existing_bundle=settings.existing_bundle,
-            upload_concurrency=settings.upload_concurrency,
-            store_patience=temper.patience,
-            stall_timeout=60,
+            driver=self._ground.instances,
+            store=self._buckets(kind, temper),
+            created_buckets=CreatedBuckets(self._ground.database, self._records),
+            identity=self._ground.service,
         )
 
     def _new_instance(self):
