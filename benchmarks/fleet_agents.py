@@ -22,7 +22,7 @@ from fleet_setup import Backend, Setup, describe_instance, host_name, make_reque
 
 from thrave.buckets.base import ObjectHead
 from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, SealedBundle, StreamPosition
-from thrave.compute.base import StoppedHold
+from thrave.compute.base import VolumeHold
 from thrave.compute.fleet import InstanceReporter
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.power_records import PowerRecords
@@ -83,7 +83,7 @@ class MemoryInstances:
         """See Instances."""
         self._set_state(instance_id, InstanceState.RUNNING)
 
-    def hold(self, _instance_id: str) -> AbstractContextManager[StoppedHold]:
+    def hold(self, _instance_id: str) -> AbstractContextManager[VolumeHold]:
         """See Instances."""
         return nullcontext(_MemoryHold())
 

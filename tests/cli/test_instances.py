@@ -222,7 +222,7 @@ def test_a_machine_that_does_not_stop_is_given_up(thrave, thrave_json, add, data
 def test_a_held_instance_is_not_started(thrave, instance_id, data):
     from thrave.compute.directory_driver import DirectoryDriver
 
-    with DirectoryDriver(data / "instances").hold(instance_id):
+    with DirectoryDriver(data / "instances").hold_stopped(instance_id):
         status, _, stderr = thrave("instance", "start", instance_id, "--data-dir", data)
     assert status == 4
     assert f"{instance_id} is held" in stderr

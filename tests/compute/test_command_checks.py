@@ -42,26 +42,26 @@ class Host:
         self.connection.defineXML.side_effect = self.command("defineXML")
         for name in ("commit", "create"):
             monkeypatch.setattr(overlay_files, name, self.command(name))
-        for name in ("move", "remove", "settle_definitions"):
+        for name in ("move", "remove", "sync_definitions"):
             monkeypatch.setattr(overlay_files, name, lambda *_: None)
-        monkeypatch.setattr(overlay_files, "is_there", lambda *_: True)
+        monkeypatch.setattr(overlay_files, "exists", lambda *_: True)
         monkeypatch.setattr(overlay_files, "is_empty", lambda *_: True)
         for module in (overlay_merge, overlays):
             monkeypatch.setattr(module, "without_overlay", MagicMock())
         monkeypatch.setattr(overlays, "with_overlay", MagicMock())
-        monkeypatch.setattr(overlays, "record_of", lambda *_: None)
-        sighting = SimpleNamespace(uuid="uuid", record=None)
+        monkeypatch.setattr(overlays, "read_metadata", lambda *_: None)
+        snapshot = SimpleNamespace(uuid="uuid", metadata=None)
         self.host = SimpleNamespace(
-            hypervisor=SimpleNamespace(asked=self.asked),
+            hypervisor=SimpleNamespace(session=self.session),
             events=MagicMock(),
-            table=SimpleNamespace(find=lambda *_: self.domain),
-            records=MagicMock(),
-            held=MagicMock(),
-            look=lambda *_: (sighting, live, config),
+            cache=SimpleNamespace(find=lambda *_: self.domain),
+            metadata=MagicMock(),
+            lock=MagicMock(),
+            locate_disks=lambda *_: (snapshot, live, config),
         )
 
     @contextmanager
-    def asked(self, _instance_id):
+    def session(self, _instance_id):
         yield self.connection
 
     def command(self, name):
@@ -92,7 +92,7 @@ def test_each_command_of_a_merge_is_checked(monkeypatch, live, config, commands,
 @pytest.mark.parametrize("allowed", [0, 1, 2, 99])
 def test_each_command_of_a_freeze_is_checked_also_in_the_thread_that_asks(monkeypatch, allowed):
     host = Host(monkeypatch, OUT, on(DiskLocation.VOLUME), allowed)
-    checked(host, ["create", "defineXML"], lambda: LibvirtOverlays(host.host).freeze(INSTANCE, FROZEN))
+    checked(host, ["create", "defineXML"], lambda: LibvirtOverlays(host.host).attach(INSTANCE, FROZEN))
 
 
 def checked(host, commands, act):

@@ -56,10 +56,10 @@ def test_an_instance_is_what_was_added(instances, instance_id, disk):
 
 
 def test_the_owner_is_known_from_the_record(instances, instance_id):
-    assert instances.owner_of(instance_id) == instances.get(instance_id).account_id
+    assert instances.get_owner(instance_id) == instances.get(instance_id).account_id
     for nobody in NO_IDS:
         with pytest.raises(InstanceNotFound):
-            instances.owner_of(nobody)
+            instances.get_owner(nobody)
 
 
 def test_instances_are_listed_by_id(inventory, instances, instance_id):
@@ -84,7 +84,7 @@ def test_power_that_is_cut_is_off_and_can_be_put_on_again(instances, instance_id
 
 
 def test_the_power_of_a_held_instance_can_be_cut(instances, instance_id):
-    with instances.hold(instance_id):
+    with instances.hold_stopped(instance_id):
         instances.force_stop(instance_id)
         assert instances.state(instance_id) is InstanceState.STOPPED
 
@@ -122,14 +122,14 @@ def test_what_is_terminated_stays_so(instances, instance_id, disk):
 
 def test_a_stopped_or_held_instance_can_be_terminated(instances, instance_id):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id):
+    with instances.hold_stopped(instance_id):
         instances.terminate(instance_id)
         assert instances.state(instance_id) is InstanceState.TERMINATED
 
 
 def test_a_held_instance_is_not_started(instances, instance_id):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id), pytest.raises(InstanceLocked):
+    with instances.hold_stopped(instance_id), pytest.raises(InstanceLocked):
         instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED
     instances.start(instance_id)
@@ -137,18 +137,18 @@ def test_a_held_instance_is_not_started(instances, instance_id):
 
 def test_one_can_hold_an_instance_and_everybody_can_look(inventory, instances, instance_id):
     other = inventory.add()
-    with instances.hold(instance_id):
-        with pytest.raises(InstanceLocked), instances.hold(instance_id):
+    with instances.hold_stopped(instance_id):
+        with pytest.raises(InstanceLocked), instances.hold_stopped(instance_id):
             pass
-        with instances.hold(other):
+        with instances.hold_stopped(other):
             assert instances.state(instance_id) is InstanceState.RUNNING
             assert len(instances.list()) == 2
-    with instances.hold(instance_id):
+    with instances.hold_stopped(instance_id):
         pass
 
 
 def test_a_hold_ends_with_an_error_too(instances, instance_id):
-    with pytest.raises(ZeroDivisionError), instances.hold(instance_id):
+    with pytest.raises(ZeroDivisionError), instances.hold_stopped(instance_id):
         raise ZeroDivisionError
     instances.start(instance_id)
 
@@ -161,7 +161,7 @@ def test_a_hold_ends_when_its_process_is_killed(inventory, instances, instance_i
             instances.start(instance_id)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with instances.hold(instance_id):
+    with instances.hold_stopped(instance_id):
         pass
 
 
@@ -178,7 +178,7 @@ def test_what_is_no_instances_id_is_not_found(inventory, instances, instance_id,
     ):
         with pytest.raises(InstanceNotFound):
             ask(nobody)
-    with pytest.raises(InstanceNotFound), instances.hold(nobody):
+    with pytest.raises(InstanceNotFound), instances.hold_stopped(nobody):
         pass
 
 
@@ -201,11 +201,14 @@ def test_many_threads_do_not_disturb_each_other(instances, instance_id):
 
 def test_a_hold_is_good_for_as_long_as_the_instance_is_off(instances, instance_id):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id) as hold:
+    with instances.hold_stopped(instance_id) as hold:
         for _ in range(3):
             hold.check()
     instances.start(instance_id)
-    with instances.hold(instance_id) as hold, pytest.raises(RootVolumeInUse, match="is running while its root volume"):
+    with (
+        instances.hold_stopped(instance_id) as hold,
+        pytest.raises(RootVolumeInUse, match="is running while its root volume"),
+    ):
         hold.check()
 
 
@@ -217,16 +220,16 @@ def test_who_has_a_disk_is_told_unless_it_is_off(inventory, instances, instance_
         asked.append(volume.path)
         return volume.path == disk
 
-    (name,) = instances.users_of(is_same, besides=instance_id)
+    (name,) = instances.find_users(is_same, except_instance=instance_id)
     assert (disk in asked, instance_id in name) == (True, False)
-    assert len(instances.users_of(is_same, besides="i-00000000")) == 2
-    assert not instances.users_of(lambda _: False, besides="i-00000000")
+    assert len(instances.find_users(is_same, except_instance="i-00000000")) == 2
+    assert not instances.find_users(lambda _: False, except_instance="i-00000000")
     instances.request_stop(other)
-    assert not instances.users_of(is_same, besides=instance_id)
+    assert not instances.find_users(is_same, except_instance=instance_id)
 
 
 def test_removing_forgets_the_instance_and_leaves_its_volume(inventory, instances, instance_id, disk):
-    with instances.hold(instance_id), pytest.raises(InstanceLocked):
+    with instances.hold_stopped(instance_id), pytest.raises(InstanceLocked):
         inventory.remove(instance_id)
     inventory.remove(instance_id)
     assert instances.list() == []

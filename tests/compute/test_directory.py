@@ -107,14 +107,14 @@ def test_a_broken_file_hides_no_other_instance_and_is_reported(instances, added,
     file_of(root, ID).write_bytes(content)
     assert [found.instance_id for found in instances.list()] == [good]
     assert f"{ID}.json" in caplog.text
-    (error,) = instances.broken()
+    (error,) = instances.list_errors()
     assert f"{ID}.json" in str(error)
 
 
 def test_a_file_that_may_not_be_read_is_reported(instances, added, root):
     added()
     file_of(root, ID).mkdir()
-    (error,) = instances.broken()
+    (error,) = instances.list_errors()
     assert "Is a directory" in str(error)
 
 
@@ -123,7 +123,7 @@ def test_files_of_other_names_are_nobodys_business(instances, added, root):
     (root / "README.json").write_text("hello")
     (root / "i-0123456789abcdef0.json~").write_text("hello")
     assert len(instances.list()) == 1
-    assert instances.broken() == []
+    assert instances.list_errors() == []
 
 
 @given(content=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
@@ -221,7 +221,7 @@ def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, 
     instances = DirectoryDriver(root)  # after a restart
     for _ in range(2):
         assert instances.state(instance_id) is InstanceState.PENDING
-        with instances.hold(instance_id) as hold, pytest.raises(RootVolumeInUse):
+        with instances.hold_stopped(instance_id) as hold, pytest.raises(RootVolumeInUse):
             hold.check()
         with pytest.raises(InstanceCommandFailed, match="already active"):
             instances.start(instance_id)

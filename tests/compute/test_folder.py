@@ -9,7 +9,7 @@ from support.eventually import eventually
 from support.instances.command_machine import command_that_waits
 from thrave.compute.description_files import DescriptionFiles
 from thrave.compute.errors import IncorrectInstanceState, InstanceLocked, StateChangedError
-from thrave.compute.instance import GONE, InstanceState
+from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.files import file_lock
 
 STATES = [*InstanceState]
@@ -37,7 +37,7 @@ def test_a_change_from_another_state_than_was_seen_is_refused(folder, described,
 def test_nothing_leads_out_of_terminated_and_nothing_comes_back_unless_it_was_seen(folder, described, before, after):
     description = described(state=before)
     folder.create(description)
-    is_right = after in GONE if before in GONE else True
+    is_right = after in TERMINATING if before in TERMINATING else True
     is_right = is_right and not (before is InstanceState.TERMINATED is not after)
     if is_right:
         folder.change(description.instance_id, after)

@@ -78,7 +78,7 @@ def test_a_request_to_start_starts(instances, instance_id, requests):
 
 def test_a_request_to_start_waits_for_whoever_holds_the_instance(instances, instance_id, requests):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id):
+    with instances.hold_stopped(instance_id):
         requests.start(instance_id)
         requests.start(instance_id)
         assert instances.state(instance_id) is InstanceState.STOPPED

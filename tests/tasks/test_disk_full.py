@@ -128,7 +128,7 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
             with suppress(OSError):
                 while filler.write(bytes(size)):
                     pass
-    with instances.hold(description.instance_id):
+    with instances.hold_stopped(description.instance_id):
         assert not power.restore_without_record(), "its volume is being read"
         assert not machine.exists()
     assert power.restore_without_record()

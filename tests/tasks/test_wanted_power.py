@@ -35,7 +35,7 @@ from thrave.compute.errors import (
     RootVolumeInUse,
     StateChangedError,
 )
-from thrave.compute.instance import GONE, InstanceState, VolumeFile
+from thrave.compute.instance import TERMINATING, InstanceState, VolumeFile
 from thrave.compute.power import UP, _Work
 from thrave.compute.power_records import PowerAction, PowerRecords, record_request
 from thrave.database import (
@@ -116,10 +116,10 @@ class Hypervisor:
             self.held = False
 
     def check(self):
-        if self.state(INSTANCE) not in {InstanceState.STOPPED, *GONE}:
+        if self.state(INSTANCE) not in {InstanceState.STOPPED, *TERMINATING}:
             raise RootVolumeInUse(INSTANCE, "it runs")
 
-    def lost_power(self, _instance_id):
+    def has_lost_power(self, _instance_id):
         return self.has_lost_power
 
 

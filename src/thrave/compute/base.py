@@ -34,7 +34,7 @@ class InstanceInventory(Protocol):
             InstanceError: There is none, or it cannot be read.
         """
 
-    def owner_of(self, instance_id: str) -> str:
+    def get_owner(self, instance_id: str) -> str:
         """The account id of an instance's owner, from our record of it alone.
 
         No command of the instance is run, and its hypervisor is asked for nothing of this instance. The record of an
@@ -68,7 +68,7 @@ class InstanceInventory(Protocol):
         """
 
 
-class StoppedHold(Protocol):
+class VolumeHold(Protocol):
     """The proof that nobody writes to an instance's root volume, for as long as it is held."""
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class Overlays(Protocol):
             OverlayImpossible: Its root volume cannot have one, with the reason.
         """
 
-    def freeze(self, instance_id: str, frozen: Overlay) -> None:
+    def attach(self, instance_id: str, frozen: Overlay) -> None:
         """Have an instance that is off run on an empty overlay when it is started next.
 
         Raises:
@@ -116,14 +116,14 @@ class Overlays(Protocol):
             InstanceError: The hypervisor refuses; nothing has changed.
         """
 
-    def hold(self, instance_id: str, frozen: Overlay) -> AbstractContextManager[StoppedHold]:
+    def hold_attached(self, instance_id: str, frozen: Overlay) -> AbstractContextManager[VolumeHold]:
         """Prove, for the length of the block, that the instance, running or not, is on its overlay.
 
         Raises:
             RootVolumeInUse: On entering, if it is not.
         """
 
-    def lost_power(self, instance_id: str) -> bool:
+    def has_lost_power(self, instance_id: str) -> bool:
         """Whether the instance is off although nobody has stopped it: its host or its process has died."""
 
     def merge(self, instance_id: str, frozen: Overlay, pause: Pause) -> None:
@@ -146,22 +146,22 @@ class HypervisorDriver(InstanceInventory, Protocol):
     """All instances of a host."""
 
     def list(
-        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+        self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
-        """As `InstanceInventory.list`; only those for which `belongs` is true. No command of another one is run."""
+        """As `InstanceInventory.list`; only those for which `include` is true. No command of another one is run."""
 
     @property
     def overlays(self) -> Overlays | None:
         """What can put overlays over root volumes; None if this hypervisor cannot."""
 
-    def users_of(self, is_same: Callable[[VolumeFile], bool], *, besides: str) -> Sequence[str]:
+    def find_users(self, is_same: Callable[[VolumeFile], bool], *, except_instance: str) -> Sequence[str]:
         """Which machines have a disk and are not off, whether they are instances or not, in the operator's words.
 
         A machine whose state cannot be told is not known to be off.
 
         Args:
             is_same: Whether a volume is the disk that is meant.
-            besides: The instance that is not asked for.
+            except_instance: The instance that is not asked for.
 
         Raises:
             InstanceError: It cannot be told.
@@ -212,7 +212,7 @@ class HypervisorDriver(InstanceInventory, Protocol):
             InstanceCommandFailed: The hypervisor refuses.
         """
 
-    def hold(self, instance_id: str) -> AbstractContextManager[StoppedHold]:
+    def hold_stopped(self, instance_id: str) -> AbstractContextManager[VolumeHold]:
         """Keep it from being started through us, while its root volume is read.
 
         It stops nothing and does not look at the state: hold first, then `check` that it is off. Only one can hold

@@ -29,7 +29,7 @@ from thrave.compute.errors import (
     InvalidDescriptionError,
     StateChangedError,
 )
-from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, Instance, InstanceState, OffReason
+from thrave.compute.instance import INSTANCE_ID_PATTERN, TERMINATING, Instance, InstanceState, OffReason
 from thrave.files import LOCK_TIMEOUT, file_lock
 
 ArgumentVector = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -175,7 +175,7 @@ class DescriptionFiles:
             raise InvalidDescriptionError(instance_id, str(path), [os.strerror(error.errno or 0)]) from error
         return read(instance_id, document, str(path))
 
-    def owner_of(self, instance_id: str) -> str:
+    def get_owner(self, instance_id: str) -> str:
         """The account id in the instance's file, whatever else may be wrong with the file.
 
         It takes the same work whether there is such a file or not.
@@ -237,7 +237,7 @@ class DescriptionFiles:
         Args:
             instance_id: The instance.
             state: The new state.
-            seen: What was read when the change was decided; None: the change is right from every state but GONE.
+            seen: What was read when the change was decided; None: the change is right from every state but TERMINATING.
             launch_time: The new launch time; None: as before.
             off_reason: Why it is off, if it is.
 
@@ -251,7 +251,7 @@ class DescriptionFiles:
             if before.state is InstanceState.TERMINATED is not state:
                 raise StateChangedError(instance_id, before.state)
             if seen is None:
-                is_as_seen = before.state not in GONE or state in GONE
+                is_as_seen = before.state not in TERMINATING or state in TERMINATING
             else:
                 # The launch time tells a start that came in between, also after the state has become the same again.
                 is_as_seen = (before.state, before.launch_time) == (seen.state, seen.launch_time)

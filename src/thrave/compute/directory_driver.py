@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from thrave.compute.base import StoppedHold
+from thrave.compute.base import VolumeHold
 from thrave.compute.commands import PATIENCE, BackgroundStops, Command, StopCommand, read_state
 from thrave.compute.description_files import DescriptionFiles, InstanceDescription, check_volumes
 from thrave.compute.errors import (
@@ -24,7 +24,7 @@ from thrave.compute.errors import (
     RootVolumeInUse,
     StateChangedError,
 )
-from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
+from thrave.compute.instance import TERMINATING, Instance, InstanceState, VolumeFile
 from thrave.programs import ProgramNotStartedError
 from thrave.retry import poll_until
 from thrave.write_guard import start_guard
@@ -54,16 +54,16 @@ class DirectoryDriver:
         self._stops = BackgroundStops(command_seconds)
 
     def list(
-        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+        self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
         """Every instance whose file can be read, or some; the others are logged, and `broken` has them."""
         readable, broken = self._folder.read_all()
         for error in broken:
             log.warning("an instance is left out: %s", error)
-        mine = [one for one in readable if account_id in {None, one.account_id} and (belongs is None or belongs(one))]
+        mine = [one for one in readable if account_id in {None, one.account_id} and (include is None or include(one))]
         return [self._shown(description) for description in mine]
 
-    def broken(self) -> Sequence[InstanceError]:
+    def list_errors(self) -> Sequence[InstanceError]:
         """Why some files in the folder are not in `list`."""
         return self._folder.read_all()[1]
 
@@ -71,9 +71,9 @@ class DirectoryDriver:
         """One instance, with the state it has now."""
         return self._look(instance_id)
 
-    def owner_of(self, instance_id: str) -> str:
+    def get_owner(self, instance_id: str) -> str:
         """The account id in its file."""
-        return self._folder.owner_of(instance_id)
+        return self._folder.get_owner(instance_id)
 
     def state(self, instance_id: str) -> InstanceState:
         """What its stateCommand says, else what its file says."""
@@ -95,7 +95,7 @@ class DirectoryDriver:
         Raises:
             InstanceHeld: Its root volume is being read.
         """
-        with self.hold(instance_id):
+        with self.hold_stopped(instance_id):
             self._folder.remove(instance_id)
 
     def request_stop(self, instance_id: str) -> None:
@@ -138,10 +138,10 @@ class DirectoryDriver:
 
         If this was cut off, the file says `pending`, and the startCommand is run again.
         """
-        with self.hold(instance_id):
+        with self.hold_stopped(instance_id):
             _refuse_if_gone(self._look(instance_id))
             self._stops.abandon(instance_id)
-            description = self._look_when_stopped(instance_id)
+            description = self._wait_while_stopping(instance_id)
             if not _is_up(description):
                 with self._starting(description):
                     self._run_start(description)
@@ -157,12 +157,12 @@ class DirectoryDriver:
         """None: what stands in files cannot put an overlay over a disk."""
         return None
 
-    def users_of(self, is_same: Callable[[VolumeFile], bool], *, besides: str) -> Sequence[str]:
+    def find_users(self, is_same: Callable[[VolumeFile], bool], *, except_instance: str) -> Sequence[str]:
         """Of the described instances; only those that have the disk are asked for their state."""
         return [
             f"the instance {one.instance_id}"
             for one in self._folder.read_all()[0]
-            if one.instance_id != besides
+            if one.instance_id != except_instance
             and any(is_same(volume) for volume in (one.root_volume, *one.volumes))
             and not self._is_off(one.instance_id)
         ]
@@ -173,7 +173,7 @@ class DirectoryDriver:
         raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no way into the guest")
 
     @contextmanager
-    def hold(self, instance_id: str) -> Iterator[StoppedHold]:
+    def hold_stopped(self, instance_id: str) -> Iterator[VolumeHold]:
         """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
         self._folder.read(instance_id)
         with ExitStack() as stack:
@@ -215,10 +215,10 @@ class DirectoryDriver:
 
     def _record_off(self, recorded: InstanceDescription) -> None:
         """Note in its file that it is off, if that says what was read. Raises StateChangedError."""
-        off = InstanceState.TERMINATED if recorded.state in GONE else InstanceState.STOPPED
+        off = InstanceState.TERMINATED if recorded.state in TERMINATING else InstanceState.STOPPED
         self._folder.change(recorded.instance_id, off, seen=recorded)
 
-    def _look_when_stopped(self, instance_id: str) -> InstanceDescription:
+    def _wait_while_stopping(self, instance_id: str) -> InstanceDescription:
         """The same, after waiting for a machine that is just going down: it cannot be started before."""
         return poll_until(
             lambda: self._look(instance_id),
@@ -360,7 +360,7 @@ def _has_done_nothing(error: InstanceCommandFailed) -> bool:
 
 
 def _refuse_if_gone(description: InstanceDescription) -> None:
-    if description.state in GONE:
+    if description.state in TERMINATING:
         raise IncorrectInstanceState(
             description.instance_id, f"{description.instance_id} is {description.state} and cannot be used any more"
         )

@@ -3,7 +3,7 @@
 `FleetInventory` is the API's side: an instance is what its host said last, and what a caller wants of its power is
 recorded (`power_records.py`) for the host to do. `InstanceReporter` is the host's side: it writes down what has
 changed.
-An instance belongs to one host, which alone reports it and runs its commands, until an operator has another host adopt
+An instance include to one host, which alone reports it and runs its commands, until an operator has another host adopt
 it. Nothing here stops or starts a machine.
 """
 
@@ -52,7 +52,7 @@ class FleetInventory:
         """See Inventory."""
         return _read(instance_id, self._row(instance_id).document)
 
-    def owner_of(self, instance_id: str) -> str:
+    def get_owner(self, instance_id: str) -> str:
         """See Inventory."""
         with self._engine.connect() as connection:
             query = sa.select(reported.c.account_id).where(reported.c.instance_id == instance_id)
@@ -159,7 +159,7 @@ class InstanceReporter:
         with self._engine.connect() as connection:
             before = {row.instance_id: row.document for row in connection.execute(self._mine())}
             self._elsewhere = self._owners(connection, self._elsewhere)
-        listed = self._instances.list(belongs=lambda one: one.instance_id in before or self._may_have(one))
+        listed = self._instances.list(include=lambda one: one.instance_id in before or self._may_have(one))
         found = {one.instance_id: one for one in listed}
         documents = {instance_id: document(one) for instance_id, one in found.items()}
         changed = [one for instance_id, one in found.items() if before.get(instance_id) != documents[instance_id]]

@@ -137,7 +137,7 @@ MAYBE_UNCLEAN: dict[OffReason, str] = {
 """The reasons for which a volume may lack what its guest had not written yet, in words."""
 
 
-GONE = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
+TERMINATING = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
 """The states from which no instance comes back."""
 
 

@@ -22,7 +22,7 @@ from thrave.compute.errors import (
     InstanceNotFound,
     StateChangedError,
 )
-from thrave.compute.instance import GONE, InstanceState
+from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
 from thrave.compute.timeouts import RunningTime, is_busy
 from thrave.concurrency import supervised
@@ -91,7 +91,7 @@ def power_off(
     ask = ask or instances.request_stop
     waiting, waited = RunningTime(_LONGEST_LOOK, time.monotonic), 0.0
     asked_again = 0.0
-    while (state := instances.state(instance_id)) not in {InstanceState.STOPPED, *GONE}:
+    while (state := instances.state(instance_id)) not in {InstanceState.STOPPED, *TERMINATING}:
         waited += waiting.passed()
         if waited > grace:
             break
@@ -327,7 +327,7 @@ class _Work:
 
     def _next(self, record: PowerRecord, state: InstanceState) -> float | None:
         """What is to be done for a request in a state."""
-        if state is InstanceState.TERMINATED or (state in GONE and record.request is not PowerAction.TERMINATE):
+        if state is InstanceState.TERMINATED or (state in TERMINATING and record.request is not PowerAction.TERMINATE):
             return self._finish(record)
         if record.request is PowerAction.TERMINATE:
             return self._ask(record, self._instances.terminate)

@@ -135,7 +135,7 @@ def check_open_files(context: CheckContext) -> str:
 def _all(context: CheckContext) -> tuple[Sequence[Instance], Sequence[InstanceError]]:
     """Every valid instance, and an error for each invalid one. Runs no operator command."""
     if context.settings.hypervisor == "libvirt":
-        return context.adopted.list(), context.adopted.broken()
+        return context.adopted.list(), context.adopted.list_errors()
     return _described(context)
 
 
@@ -191,7 +191,7 @@ def check_libvirt(context: CheckContext) -> str:
     uri = _uri(context)
     if (host := urlsplit(uri).hostname) is not None:
         raise CheckFailed(f"{uri} is on another host, {host}; root volumes are read on this machine")
-    with context.hypervisor.asked() as connection:
+    with context.hypervisor.session() as connection:
         versions = cast("_Versions", connection)
         library = _version(versions.getLibVersion())
         return f"{versions.getType()} {_version(versions.getVersion())}, libvirt {library}"
@@ -250,7 +250,7 @@ def _version(number: int) -> str:
 
 def _machines(context: CheckContext) -> Sequence[_Machine]:
     _uri(context)
-    with context.hypervisor.asked() as connection:
+    with context.hypervisor.session() as connection:
         found = []
         for domain in connection.listAllDomains():
             live, config = (domain.XMLDesc(flags) for flags in (0, XmlFlag.INACTIVE if domain.isPersistent() else 0))

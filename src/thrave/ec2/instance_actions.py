@@ -12,7 +12,7 @@ from typing import NamedTuple
 import structlog
 
 from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed, InstanceNotFound, StateChangedError
-from thrave.compute.instance import GONE, Instance, InstanceState, VolumeFile
+from thrave.compute.instance import TERMINATING, Instance, InstanceState, VolumeFile
 from thrave.ec2.backend import Caller, Ec2Backend
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, page, select
@@ -97,7 +97,7 @@ def get_own_instance(backend: Ec2Backend, caller: Caller, instance_id: str) -> I
     try:
         # The owner is read from our own records first. No command runs and no hypervisor is called for another account,
         # so neither response nor timing shows other accounts that the instance exists.
-        owner = backend.instances.owner_of(instance_id)
+        owner = backend.instances.get_owner(instance_id)
         instance = backend.instances.get(instance_id) if owner == caller.account_id else None
     except InstanceNotFound:
         instance = None
@@ -181,7 +181,11 @@ STOP = PowerChange(
 )
 # "Requests to reboot terminated instances are ignored": AWS, EC2 API Reference.
 REBOOT = PowerChange(
-    "rebooted", _ON, InstanceState.RUNNING, GONE, lambda backend, instance_id, by: backend.power.reboot(instance_id, by)
+    "rebooted",
+    _ON,
+    InstanceState.RUNNING,
+    TERMINATING,
+    lambda backend, instance_id, by: backend.power.reboot(instance_id, by),
 )
 TERMINATE = PowerChange(
     "terminated",
@@ -263,7 +267,7 @@ def _request_change(backend: Ec2Backend, caller: Caller, instance: Instance, cha
     If the hypervisor refuses at once, the refusal is logged and the state does not change.
     """
     before = after = instance.state
-    is_ignored = before in _TERMINATED or (before in GONE and change is not TERMINATE)
+    is_ignored = before in _TERMINATED or (before in TERMINATING and change is not TERMINATE)
     if not is_ignored:
         try:
             change.request(backend, instance.instance_id, caller.account_id)

@@ -31,7 +31,7 @@ from thrave.buckets.errors import BucketError, TransientError
 from thrave.buckets.retrying_store import RetryingStore
 from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceLocked, InstanceNotFound
-from thrave.compute.instance import GONE, InstanceState
+from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power import TO_START, switching
 from thrave.concurrency import Background, NoThreadError, supervised
 from thrave.retry import RetrySchedule
@@ -159,7 +159,7 @@ class PowerRecovery:
             off = state in TO_START or (late and state is InstanceState.STOPPING)
             if off:
                 self._start(task)
-        return off or late or state in GONE
+        return off or late or state in TERMINATING
 
     def _is_late(self, task: BundleTask) -> bool:
         return task.power_recovery_until is not None and task.power_recovery_until < self._records.now()

@@ -15,7 +15,7 @@ from typing import Literal
 
 import structlog
 
-from thrave.compute.base import HypervisorDriver, Overlay, Overlays, StoppedHold
+from thrave.compute.base import HypervisorDriver, Overlay, Overlays, VolumeHold
 from thrave.compute.errors import (
     HypervisorError,
     IncorrectInstanceState,
@@ -25,7 +25,7 @@ from thrave.compute.errors import (
     OverlayNotSupported,
     RootVolumeInUse,
 )
-from thrave.compute.instance import GONE, Instance, InstanceState
+from thrave.compute.instance import TERMINATING, Instance, InstanceState
 from thrave.compute.power import TO_START, UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.compute.timeouts import ProgressPause
@@ -87,7 +87,7 @@ class RootOverlay:
         overlay = self.overlay or self._plan()
         if overlay is not None:
             with failpoint("root volume frozen"), start_guard.using(self._check):
-                self._overlays.freeze(self._task.instance_id, overlay)
+                self._overlays.attach(self._task.instance_id, overlay)
 
     @contextmanager
     def hold(self, overlay: Overlay, monitor: TaskMonitor) -> Iterator[Instance]:
@@ -96,7 +96,7 @@ class RootOverlay:
         Raises:
             RootVolumeInUse: The instance is not on its overlay: before the block, during it or after it.
         """
-        with self._overlays.hold(self._task.instance_id, overlay) as hold:
+        with self._overlays.hold_attached(self._task.instance_id, overlay) as hold:
             hold.check()
             monitor.add_check(hold.check)
             yield self._instances.get(self._task.instance_id)
@@ -283,12 +283,12 @@ class InstancePower:
             yield self._instances.get(self._task.instance_id)
             retry_hypervisor(check, CHECK_RETRY_TIMEOUT, sleep=monitor.pause)
 
-    def _hold_off(self, monitor: TaskMonitor, stack: ExitStack) -> StoppedHold:
+    def _hold_off(self, monitor: TaskMonitor, stack: ExitStack) -> VolumeHold:
         """Shut the instance down and hold it; repeat if it was started in between: nothing has been read yet."""
         for attempts_left in reversed(range(_HOLD_ATTEMPTS)):
             self.shut_down(monitor)
             with ExitStack() as attempt:
-                hold = attempt.enter_context(self._instances.hold(self._task.instance_id))
+                hold = attempt.enter_context(self._instances.hold_stopped(self._task.instance_id))
                 try:
                     self._check_off(hold)
                 except RootVolumeInUse:
@@ -336,7 +336,7 @@ class InstancePower:
                 self._instances.start(instance_id)
             self._records.give_back(bundle_id, seen_off=instance_id)
             return
-        if is_borrowed and (state in {*UP, *GONE} or not is_wanted_on):
+        if is_borrowed and (state in {*UP, *TERMINATING} or not is_wanted_on):
             self._records.give_back(bundle_id)
         if self._start_failed:  # no longer than the guest may still follow the shutdown request
             self._records.schedule_power_recovery(bundle_id, self._power_recovery_until)
@@ -420,9 +420,9 @@ class InstancePower:
         overlays = self._instances.overlays
         if overlays is None or self._records.overlay(self._task.bundle_id) is None:
             return False
-        return overlays.lost_power(self._task.instance_id)
+        return overlays.has_lost_power(self._task.instance_id)
 
-    def _check_off(self, hold: StoppedHold) -> None:
+    def _check_off(self, hold: VolumeHold) -> None:
         try:
             hold.check()
         except RootVolumeInUse:
@@ -431,6 +431,6 @@ class InstancePower:
 
 
 def _is_off(state: InstanceState) -> bool:
-    if state in GONE:
+    if state in TERMINATING:
         raise TaskFailure("Client.InstanceTerminated", "The instance was terminated while it was being bundled.")
     return state is InstanceState.STOPPED

@@ -159,13 +159,13 @@ def check_root_volume(
         VolumeError: It cannot be read as a disk.
     """
     examined = examine(volume.path, volume.format, directories=directories)
-    users = users_of(instances, instance_id, examined, directories)
+    users = find_users(instances, instance_id, examined, directories)
     if users:
         raise VolumeSharedError(volume.path, users)
     return examined.warnings
 
 
-def users_of(
+def find_users(
     instances: HypervisorDriver, instance_id: str, examined: Examined, directories: Sequence[Path]
 ) -> Sequence[str]:
     """Which other machines, not off, have a file of a volume, in the operator's words.
@@ -181,7 +181,7 @@ def users_of(
             theirs = _topmost(other)
         return bool(examined.files & theirs.written or examined.written & theirs.files)
 
-    return instances.users_of(is_same, besides=instance_id)
+    return instances.find_users(is_same, except_instance=instance_id)
 
 
 def _topmost(volume: VolumeFile) -> Examined:

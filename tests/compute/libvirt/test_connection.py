@@ -60,7 +60,7 @@ def coming(monkeypatch):
             raise connection
         return connection
 
-    monkeypatch.setattr(hypervisor, "_run_events", lambda _binding: None)
+    monkeypatch.setattr(hypervisor, "_start_event_loop", lambda _binding: None)
     monkeypatch.setattr(binding, "load", lambda: SimpleNamespace(open=connect, libvirtError=RefusedError))
     return connections
 
@@ -72,13 +72,13 @@ def test_a_connection_that_fails_is_closed_and_made_anew_by_the_next_question(co
     coming.extend([fault if at == "open" else failing, good])
     asking = LibvirtConnection("pretended:///", DomainEvents())
     try:
-        with asking.asked() as connection:
+        with asking.session() as connection:
             assert (at, type(fault)) == ("keep alive", RefusedError), "a driver may have none"
             assert connection is failing
             return
     except (HypervisorUnavailable, MemoryError, OSError):
         pass
-    with asking.asked() as connection:
+    with asking.session() as connection:
         assert connection is good
     assert at == "open" or (failing.is_open, failing.callbacks) == (False, set())
 
@@ -87,13 +87,13 @@ def test_a_lost_connection_is_closed_though_there_was_no_thread_for_it(coming, m
     lost, good = Connection(), Connection()
     coming.extend([lost, good])
     asking = LibvirtConnection("pretended:///", DomainEvents())
-    with asking.asked():
+    with asking.session():
         lost.isAlive = lambda: False
     with monkeypatch.context() as patched:
         patched.setattr(hypervisor, "Call", no_thread)
-        with pytest.raises(NoThreadError), asking.asked():
+        with pytest.raises(NoThreadError), asking.session():
             pass
-    with asking.asked() as connection:
+    with asking.session() as connection:
         assert connection is good
     assert not lost.is_open
 
@@ -110,14 +110,14 @@ def test_a_change_that_was_told_is_looked_at_again_when_the_look_fails(coming, m
     coming.append(Connection())
     events = DomainEvents()
     table = DomainCache(LibvirtConnection("pretended:///", events), events, MetadataWriter(Path()))
-    monkeypatch.setattr(table, "_look_at_all", lambda _connection: None)
-    table.all()
-    table._lost, table._whole_again = events.lost, float("inf")
-    events.change({"told"})
+    monkeypatch.setattr(table, "_refresh_all", lambda _connection: None)
+    table.list()
+    table._disconnects, table._next_full_refresh = events.disconnects, float("inf")
+    events.mark_changed({"told"})
     with monkeypatch.context() as patched:
         patched.setattr(domain_cache, "Call", fail)
         with pytest.raises(type(error)):
-            table.all()
+            table.list()
     assert events.take_changed() == {"told"}
 
 

@@ -13,9 +13,9 @@ from thrave.compute.errors import InvalidDomainError
 from thrave.compute.libvirt.domain_metadata import (
     InstanceMetadata,
     OverlayMetadata,
-    check_record,
-    read_record,
-    write_record,
+    check_metadata,
+    format_metadata,
+    parse_metadata,
 )
 from thrave.compute.libvirt.domain_xml import read_definition
 
@@ -24,11 +24,11 @@ OURS = '<t:instance xmlns:t="https://thrave.dev/xmlns/instance/1" {attributes}>{
 
 
 def record(attributes='account="123456789012"', children=""):
-    return read_record(read_definition(xml(metadata=OURS.format(attributes=attributes, children=children))).metadata)
+    return parse_metadata(read_definition(xml(metadata=OURS.format(attributes=attributes, children=children))).metadata)
 
 
 def test_a_record_is_what_an_operator_writes():
-    assert read_record(read_definition(xml(metadata=WINDOWS)).metadata) is None
+    assert parse_metadata(read_definition(xml(metadata=WINDOWS)).metadata) is None
     said = record(
         'account="123456789012" platform="windows" rootDevice="vdb" rootDeviceType="ebs" secretFile="/s" '
         'launchTime="2026-11-23T11:00:00+01:00" terminated="true"',
@@ -104,9 +104,9 @@ def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
         frozen=frozen,
         launch_time=NOW,
     )
-    check_record(written)
-    definition = read_definition(xml(metadata=write_record(written, prefix="thrave:")))
-    assert read_record(definition.metadata) == written
+    check_metadata(written)
+    definition = read_definition(xml(metadata=format_metadata(written, prefix="thrave:")))
+    assert parse_metadata(definition.metadata) == written
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
 )
 def test_what_could_not_be_read_again_is_not_written(said):
     with pytest.raises(InvalidDomainError):
-        check_record(said)
+        check_metadata(said)

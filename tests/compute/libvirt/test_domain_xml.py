@@ -7,7 +7,7 @@ import pytest
 
 from support.libvirt.domain_xml import CDROM, xml
 from thrave.compute.errors import InvalidDomainError
-from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata, read_record
+from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata, parse_metadata
 from thrave.compute.libvirt.domain_xml import DiskImage, read_definition, with_overlay, without_overlay
 
 # As libvirt writes it, with what others keep in it.
@@ -61,7 +61,7 @@ def test_an_overlay_changes_one_disk_and_our_element_and_nothing_else(below):
     after = with_overlay(before, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
     changed = read_definition(after)
     assert changed.disks[1].path == OVERLAY.path
-    assert read_record(changed.metadata) == FROZEN
+    assert parse_metadata(changed.metadata) == FROZEN
     _, disk = ET.fromstring(after).iterfind("devices/disk")
     chain = [(str(OVERLAY.path), "qcow2"), (str(VOLUME.path), "qcow2")]
     assert list(layers(disk)) == chain + ([("/vm/golden.raw", "raw")] if below == CHAIN else [])
@@ -78,7 +78,7 @@ def test_an_overlay_changes_one_disk_and_our_element_and_nothing_else(below):
 @pytest.mark.parametrize("below", ["", "<backingStore/>", CHAIN], ids=["unsaid", "none", "chain"])
 def test_what_takes_the_overlay_off_leaves_what_was_there_before(below):
     before = WHOLE.replace("{below}", below)
-    record = read_record(read_definition(before).metadata)
+    record = parse_metadata(read_definition(before).metadata)
     on = with_overlay(before, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
     off = without_overlay(on, "vda", record, volume=VOLUME)
     assert sorted_children(off) == sorted_children(before)
@@ -99,7 +99,7 @@ def test_a_record_gets_a_place_where_there_is_none():
         xml().replace("<metadata></metadata>", ""),
     ):
         after = with_overlay(text, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
-        assert read_record(read_definition(after).metadata) == FROZEN
+        assert parse_metadata(read_definition(after).metadata) == FROZEN
 
 
 def test_a_disk_that_is_not_there_cannot_be_changed():

@@ -19,12 +19,12 @@ from thrave.compute.libvirt.instance_mapping import (
     PoolVolume,
     instance_id_of,
     instance_state,
-    lost_power,
+    is_power_loss,
     off_reason,
     root_disk,
     to_instance,
 )
-from thrave.compute.libvirt.overlay_merge import obstacle_to_overlay, overlay_for
+from thrave.compute.libvirt.overlay_merge import obstacle_to_overlay, overlay_path
 
 NOW = datetime(2026, 11, 23, 10, tzinfo=UTC)
 ALICE = InstanceMetadata(account_id="123456789012", launch_time=NOW)
@@ -170,7 +170,7 @@ def test_each_state_has_its_word():
 def test_each_reason_to_be_off_is_on_purpose_or_not():
     assert set(OFF_REASONS) == set(ShutoffReason)
     assert set(STOPPED_BECAUSE) == set(StoppedDetail)
-    assert {reason.name for reason in ShutoffReason if not lost_power(reason, None)} == {
+    assert {reason.name for reason in ShutoffReason if not is_power_loss(reason, None)} == {
         "SHUTDOWN", "DESTROYED", "MIGRATED", "SAVED", "FROM_SNAPSHOT",
     }  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_each_reason_to_be_off_is_on_purpose_or_not():
     ],
 )
 def test_a_reason_that_was_told_is_remembered_for_a_daemon_that_forgets(reason, seen, lost):
-    assert lost_power(reason, seen) is lost
+    assert is_power_loss(reason, seen) is lost
 
 
 def test_off_reason_is_saved_whatever_the_daemon_remembers():
@@ -231,7 +231,7 @@ def test_what_can_have_no_overlay_says_why(text):
 
 
 def test_an_overlay_stands_beside_its_volume():
-    assert str(overlay_for(Path("/vm/c.raw"), "i-0123456789abcdef0")) == "/vm/.c.raw.thrave-i-0123456789abcdef0.qcow2"
+    assert str(overlay_path(Path("/vm/c.raw"), "i-0123456789abcdef0")) == "/vm/.c.raw.thrave-i-0123456789abcdef0.qcow2"
 
 
 @pytest.mark.parametrize(

@@ -131,14 +131,14 @@ def test_a_record_that_cannot_be_read_hides_no_other_instance(domains, instances
     uuid = domains.libvirt.define("typo", disk)
     domains.libvirt.metadata("typo", '<instance account="12"/>')
     broken_id = instance_id_of(uuid)
-    eventually(lambda: [error.instance_id for error in instances.broken()], until=one_of([broken_id]))
+    eventually(lambda: [error.instance_id for error in instances.list_errors()], until=one_of([broken_id]))
     assert [found.instance_id for found in instances.list()] == [instance_id]
     assert "an instance is left out: the domain typo does not describe an instance: account: '12'" in caplog.text
     for ask in (instances.get, instances.state, instances.request_stop, instances.start):
         with pytest.raises(InvalidDescriptionError, match="is not 12 digits"):
             ask(broken_id)
     instances.adopt("typo", account_id=ACCOUNT)
-    assert instances.broken() == []
+    assert instances.list_errors() == []
     domains.libvirt.metadata("typo", "<instance/>")
     instances.disown(broken_id)
     assert "thrave" not in domains.libvirt.definition("typo")
@@ -166,9 +166,11 @@ def test_listing_asks_nothing_while_nothing_happens(domains, instances, monkeypa
     assert len(instances.list()) == 3
     time.sleep(0.2)  # for the events of the adopting itself
     instances.list()
-    table = instances._table
+    table = instances._cache
     looks = []
-    monkeypatch.setattr(table, "look", lambda domain, look=table.look: looks.append(domain.name()) or look(domain))
+    monkeypatch.setattr(
+        table, "refresh", lambda domain, look=table.refresh: looks.append(domain.name()) or look(domain)
+    )
     for _ in range(5):
         assert len(instances.list()) == 3
     assert looks == []
@@ -212,7 +214,7 @@ def test_a_guest_that_hears_nothing_is_not_asked(domains, instances, instance_id
 
 def test_a_hold_notices_who_starts_the_domain_past_us(domains, instances, instance_id):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id) as hold, domains.domain(instance_id) as domain:
+    with instances.hold_stopped(instance_id) as hold, domains.domain(instance_id) as domain:
         hold.check()
         domain.create()
         with pytest.raises(RootVolumeInUse, match="is running while its root volume is read"):
@@ -223,13 +225,13 @@ def test_a_hold_notices_who_starts_the_domain_past_us(domains, instances, instan
 
 def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instances, instance_id, monkeypatch):
     instances.request_stop(instance_id)
-    hangs, look = threading.Event(), instances._look_when_stopped
+    hangs, look = threading.Event(), instances._wait_while_stopping
 
     def look_late(domain):
         assert hangs.wait(60)
         return look(domain)
 
-    monkeypatch.setattr(instances, "_look_when_stopped", look_late)
+    monkeypatch.setattr(instances, "_wait_while_stopping", look_late)
     try:
         with monkeypatch.context() as patched:
             patched.setattr(timeouts, "TIMEOUT", 0.5)
@@ -272,18 +274,18 @@ def fails(check):
 
 def test_a_hold_says_when_it_cannot_tell_any_more(domains, instances, instance_id):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id) as hold:
+    with instances.hold_stopped(instance_id) as hold:
         hold.check()
-        instances._events.lose()  # libvirtd was restarted, and told nothing of what happened meanwhile
+        instances._events.record_disconnect()  # libvirtd was restarted, and told nothing of what happened meanwhile
         with pytest.raises(HoldLostError):
             hold.check()
-    with instances.hold(instance_id) as hold:
+    with instances.hold_stopped(instance_id) as hold:
         hold.check()
 
 
 def test_a_hold_notices_that_the_instance_is_gone(domains, instances, instance_id):
     instances.request_stop(instance_id)
-    with instances.hold(instance_id) as hold:
+    with instances.hold_stopped(instance_id) as hold:
         with domains.domain(instance_id) as domain:
             domain.undefine()
         with pytest.raises(InstanceNotFound):
@@ -302,7 +304,7 @@ def test_a_transient_domain_is_an_instance_while_it_runs(domains, instances, ins
 def test_a_volume_of_a_storage_pool_is_found(domains, instances, disk):
     pool = f'<pool type="dir"><name>images</name><target><path>{disk.parent}</path></target></pool>'
     volume = f"<volume><name>{disk.name}</name><capacity>4096</capacity></volume>"
-    with domains.libvirt._hypervisor.asked() as connection:
+    with domains.libvirt._hypervisor.session() as connection:
         made = connection.storagePoolCreateXML(pool, 0)
         try:
             made.createXML(volume, 0)
@@ -315,7 +317,7 @@ def test_a_volume_of_a_storage_pool_is_found(domains, instances, disk):
             assert (found.root_volume.path, found.root_device_type) == (disk, "instance-store")
         finally:
             made.destroy()
-    (error,) = instances.broken() or [None]
+    (error,) = instances.list_errors() or [None]
     assert (error.instance_id, "pool images" in str(error)) == (instance_id_of(uuid), True)
 
 
@@ -346,9 +348,9 @@ def test_an_agent_that_answers_nonsense_has_run_nothing(instances, instance_id, 
     monkeypatch.setattr(libvirt_binding, "load_qemu", Agent)
     with (
         pytest.raises(InstanceCommandFailed, match="was answered by the guest's agent with no process"),
-        instances._domain(instance_id) as domain,
+        instances._lookup(instance_id) as domain,
     ):
-        guest_agent.run(domain, instance_id, ["sysprep.exe"])
+        guest_agent.run_command(domain, instance_id, ["sysprep.exe"])
 
 
 class PoliteAgent:
@@ -360,7 +362,7 @@ class PoliteAgent:
 
 def test_an_agent_that_does_not_do_it_is_not_asked_again_before_the_next_start(instances, instance_id, monkeypatch):
     agents = guest_agent.GuestAgents()
-    with instances._domain(instance_id) as domain:
+    with instances._lookup(instance_id) as domain:
         assert not agents.request_stop(domain, starts=1), "there is none"
         monkeypatch.setattr(libvirt_binding, "load_qemu", PoliteAgent)
         assert not agents.request_stop(domain, starts=1)
@@ -380,7 +382,7 @@ def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
 
 def test_one_at_a_time_merges(instances, instance_id, disk):
     frozen = Overlay(VolumeFile(path=disk), disk.with_name("overlay"))
-    with instances._records.merging(instance_id), pytest.raises(InstanceLocked):
+    with instances._metadata.lock_merge(instance_id), pytest.raises(InstanceLocked):
         instances.overlays.merge(instance_id, frozen, time.sleep)
     instances.overlays.merge(instance_id, frozen, time.sleep)
 
@@ -391,14 +393,14 @@ def test_a_hypervisor_without_block_commit_has_no_overlays(instances, instance_i
 
 
 def test_a_domain_that_was_stopped_has_not_lost_its_power(domains, instances, instance_id):
-    assert not instances.overlays.lost_power(instance_id)
+    assert not instances.overlays.has_lost_power(instance_id)
     instances.force_stop(instance_id)
-    assert not instances.overlays.lost_power(instance_id)
+    assert not instances.overlays.has_lost_power(instance_id)
 
 
 def test_where_no_libvirt_is_nothing_hangs_and_nothing_is_empty(tmp_path):
     nowhere = LibvirtDriver(f"qemu+unix:///system?socket={tmp_path / 'nobody'}", lock_folder=tmp_path / "locks")
-    for ask in (nowhere.list, nowhere.broken, lambda: nowhere.get("i-0123456789abcdef0")):
+    for ask in (nowhere.list, nowhere.list_errors, lambda: nowhere.get("i-0123456789abcdef0")):
         with pytest.raises(HypervisorUnavailable, match=r"no connection to qemu\+unix.*No such file or directory"):
             ask()
 
@@ -409,13 +411,13 @@ def test_a_libvirt_that_does_not_answer_is_asked_anew_and_by_no_more_threads_tha
         silent.bind(str(tmp_path / "s"))
         silent.listen()
         mute = LibvirtDriver(f"qemu+unix:///system?socket={tmp_path / 's'}", lock_folder=tmp_path / "locks")
-        for _ in range(hypervisor.MAX_SILENT):
+        for _ in range(hypervisor.MAX_UNANSWERED):
             with pytest.raises(HypervisorUnavailable, match="has not answered within 0 seconds"):
                 mute.list()
         with pytest.raises(HypervisorUnavailable, match="does not answer: 4 attempts wait"):
             mute.list()
         waiting = [thread for thread in threading.enumerate() if thread.name == "libvirt open"]
-        assert len(waiting) == hypervisor.MAX_SILENT
+        assert len(waiting) == hypervisor.MAX_UNANSWERED
         for thread in waiting:
             client, _ = silent.accept()
             client.close()
@@ -441,7 +443,7 @@ def test_a_connection_that_comes_too_late_is_closed_and_the_next_one_is_used(ins
 
 
 def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, instance_id, monkeypatch, caplog):
-    other, hangs, look = domains.add(), threading.Event(), DomainCache.look
+    other, hangs, look = domains.add(), threading.Event(), DomainCache.refresh
     assert len(instances.list()) == 2
 
     def look_or_hang(table, domain):
@@ -449,10 +451,10 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
             hangs.wait(60)
         return look(table, domain)
 
-    monkeypatch.setattr(DomainCache, "look", look_or_hang)
-    monkeypatch.setattr(domain_cache, "LOOK_TIMEOUT", 0.2)
+    monkeypatch.setattr(DomainCache, "refresh", look_or_hang)
+    monkeypatch.setattr(domain_cache, "REFRESH_TIMEOUT", 0.2)
     with domains.domain(instance_id) as domain:
-        instances._events.change({domain.UUIDString()})
+        instances._events.mark_changed({domain.UUIDString()})
     with domains.domain(other) as domain:
         domain.destroy()
     wanted = {instance_id: InstanceState.RUNNING, other: InstanceState.STOPPED}
@@ -473,15 +475,15 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
         lambda instances, instance_id: instances.terminate(instance_id),
         lambda instances, instance_id: instances.start(instance_id),
         lambda instances, instance_id: instances.request_sysprep(instance_id, ["sysprep"]),
-        lambda instances, instance_id: instances.hold(instance_id).__enter__(),
+        lambda instances, instance_id: instances.hold_stopped(instance_id).__enter__(),
         lambda instances, instance_id: instances.overlays.plan(instance_id),
-        lambda instances, instance_id: instances.overlays.lost_power(instance_id),
+        lambda instances, instance_id: instances.overlays.has_lost_power(instance_id),
     ],
 )
 def test_a_question_over_which_libvirt_hangs_ends(instances, instance_id, monkeypatch, ask):
     hangs = threading.Event()
     with monkeypatch.context() as hanging:
-        hanging.setattr(DomainCache, "look", lambda _table, _domain: hangs.wait(60))
+        hanging.setattr(DomainCache, "refresh", lambda _table, _domain: hangs.wait(60))
         hanging.setattr("thrave.compute.timeouts.TIMEOUT", 0.2)
         with pytest.raises(HypervisorUnavailable, match="has not answered within"):
             ask(instances, instance_id)

@@ -74,7 +74,7 @@ def definition(tiny):
 def running_on_overlay(instances, tiny):
     """Freeze the root volume, start the instance on the overlay, and write to it."""
     frozen = instances.overlays.plan(tiny.instance_id)
-    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.attach(tiny.instance_id, frozen)
     instances.start(tiny.instance_id)
     assert tiny.source() == str(frozen.overlay)
     tiny.write(block=1, value=11)
@@ -115,10 +115,10 @@ def test_an_instance_runs_on_an_overlay_and_goes_on_without_it(instances, made, 
     content = tiny.disk.read_bytes()
     assert instances.get(tiny.instance_id).root_volume == frozen.volume
     assert instances.overlays.plan(tiny.instance_id) == frozen
-    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.attach(tiny.instance_id, frozen)
     mode = frozen.overlay.stat()
     assert (mode.st_mode, mode.st_uid) == (tiny.disk.stat().st_mode, tiny.disk.stat().st_uid)
-    with instances.overlays.hold(tiny.instance_id, frozen) as hold:
+    with instances.overlays.hold_attached(tiny.instance_id, frozen) as hold:
         tiny.write(block=2, value=22)
         hold.check()
         instances.force_stop(tiny.instance_id)
@@ -164,7 +164,7 @@ def test_one_that_is_off_is_merged_by_its_files(instances, tiny):
 def test_one_that_was_never_started_is_merged_too(instances, tiny):
     before = definition(tiny)
     frozen = instances.overlays.plan(tiny.instance_id)
-    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.attach(tiny.instance_id, frozen)
     instances.overlays.merge(tiny.instance_id, frozen, go_on)
     assert (definition(tiny), nothing_left(tiny, frozen)) == (before, True)
 
@@ -197,7 +197,7 @@ def test_a_daemon_that_is_killed_while_it_merges_goes_on(instances, tiny):
 def test_a_guest_that_is_killed_while_it_is_merged_is_merged_off(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     merged(instances, tiny, frozen, on_call(1, lambda: tiny.host.kill_guest(tiny.name)))
-    eventually(lambda: instances.overlays.lost_power(tiny.instance_id), details=tiny.host.log)
+    eventually(lambda: instances.overlays.has_lost_power(tiny.instance_id), details=tiny.host.log)
     instances.start(tiny.instance_id)
     assert tiny.source() == str(tiny.disk)
 
@@ -219,7 +219,7 @@ def test_a_host_that_loses_its_power_while_it_merges_goes_on(opened, instances, 
     with pytest.raises(PowerLostError):
         instances.overlays.merge(tiny.instance_id, frozen, on_call(step, lose_power))
     again = opened()
-    assert again.overlays.lost_power(tiny.instance_id)
+    assert again.overlays.has_lost_power(tiny.instance_id)
     again.start(tiny.instance_id)
     tiny.write(block=2, value=22)
     merged(again, tiny, frozen)
@@ -230,7 +230,7 @@ def test_a_host_that_loses_its_power_while_it_merges_goes_on(opened, instances, 
 def test_what_was_committed_and_not_yet_left_is_left(instances, tiny):
     before = definition(tiny)
     frozen = instances.overlays.plan(tiny.instance_id)
-    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.attach(tiny.instance_id, frozen)
     tiny.write_off(tiny.disk, "raw", block=1, value=11)  # as a commit would have
     frozen.overlay.rename(f"{frozen.overlay}.merged")
     with pytest.raises(HypervisorError, match="No such file or directory"):
@@ -241,7 +241,7 @@ def test_what_was_committed_and_not_yet_left_is_left(instances, tiny):
 
 def test_an_overlay_that_is_gone_is_never_taken_for_merged(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
-    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.attach(tiny.instance_id, frozen)
     frozen.overlay.unlink()
     with pytest.raises(HypervisorError, match="is gone, and with it what the guest has written there"):
         instances.overlays.merge(tiny.instance_id, frozen, go_on)
@@ -267,7 +267,7 @@ def test_a_merging_that_is_broken_off_is_gone_on_with(instances, tiny):
         instances.overlays.merge(tiny.instance_id, frozen, on_call(1, stop))
     with (
         pytest.raises(RootVolumeInUse, match="has a block job on vda"),
-        instances.overlays.hold(tiny.instance_id, frozen),
+        instances.overlays.hold_attached(tiny.instance_id, frozen),
     ):
         pass
     tiny.write(block=2, value=22)
@@ -277,8 +277,8 @@ def test_a_merging_that_is_broken_off_is_gone_on_with(instances, tiny):
 
 def test_cpus_that_were_stopped_for_the_last_moment_go_on_after_a_crash(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
-    with instances._domain(tiny.instance_id) as domain:
-        instances._records.change(
+    with instances._lookup(tiny.instance_id) as domain:
+        instances._metadata.change(
             domain, tiny.instance_id, lambda there: replace(there, frozen=replace(there.frozen, paused=True))
         )
         domain.suspend()
@@ -295,7 +295,7 @@ def test_cpus_that_somebody_else_has_stopped_stay_so(instances, tiny):
 
 def test_an_overlay_that_nothing_speaks_of_is_kept_if_something_was_written_to_it(instances, tiny, caplog):
     frozen = instances.overlays.plan(tiny.instance_id)
-    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.attach(tiny.instance_id, frozen)
     copy = frozen.overlay.read_bytes()
     instances.overlays.merge(tiny.instance_id, frozen, go_on)
     frozen.overlay.write_bytes(copy)  # a crash before the definition was changed leaves this
@@ -304,7 +304,7 @@ def test_an_overlay_that_nothing_speaks_of_is_kept_if_something_was_written_to_i
     frozen.overlay.write_bytes(copy)
     tiny.write_off(frozen.overlay, "qcow2", block=1, value=11)
     with pytest.raises(HypervisorError, match="is there already, and something was written to it"):
-        instances.overlays.freeze(tiny.instance_id, frozen)
+        instances.overlays.attach(tiny.instance_id, frozen)
     instances.overlays.merge(tiny.instance_id, frozen, go_on)
     assert "it is kept as" in caplog.text
     assert frozen.overlay.with_name(f"{frozen.overlay.name}.left").exists()
@@ -314,15 +314,15 @@ def test_a_hold_sees_who_writes_to_the_volume(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
     with (
         pytest.raises(RootVolumeInUse, match="will be started on the root volume itself"),
-        instances.overlays.hold(tiny.instance_id, frozen),
+        instances.overlays.hold_attached(tiny.instance_id, frozen),
     ):
         pass
     frozen = running_on_overlay(instances, tiny)
-    with instances.overlays.hold(tiny.instance_id, frozen) as hold:
-        instances._events.lose()
+    with instances.overlays.hold_attached(tiny.instance_id, frozen) as hold:
+        instances._events.record_disconnect()
         with pytest.raises(HoldLostError):
             hold.check()
-    with instances.overlays.hold(tiny.instance_id, frozen) as hold:
+    with instances.overlays.hold_attached(tiny.instance_id, frozen) as hold:
         tiny.host.virsh("blockcommit", tiny.name, "vda", "--active", "--wait")
         with pytest.raises(RootVolumeInUse, match="has a block job on vda"):
             hold.check()
@@ -344,13 +344,13 @@ def test_what_runs_is_not_frozen(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
     instances.start(tiny.instance_id)
     with pytest.raises(IncorrectInstanceState, match="runs: it can be frozen when it is off"):
-        instances.overlays.freeze(tiny.instance_id, frozen)
+        instances.overlays.attach(tiny.instance_id, frozen)
     assert nothing_left(tiny, frozen)
 
 
 def test_a_frozen_instance_is_not_disowned(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
-    instances.overlays.freeze(tiny.instance_id, frozen)
+    instances.overlays.attach(tiny.instance_id, frozen)
     with pytest.raises(IncorrectInstanceState, match="has an overlay over its root volume"):
         instances.disown(tiny.instance_id)
     again = instances.adopt(tiny.name, account_id=ACCOUNT, tags={"a": "b"})
@@ -373,7 +373,7 @@ def test_what_somebody_has_put_over_the_overlay_is_left_alone(instances, tiny):
 def test_saved_memory_is_an_obstacle_to_an_overlay_and_to_its_end(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     tiny.host.virsh("managedsave", tiny.name)
-    assert not instances.overlays.lost_power(tiny.instance_id)
+    assert not instances.overlays.has_lost_power(tiny.instance_id)
     with pytest.raises(HypervisorError, match="is saved, with the overlay as its disk: start it first"):
         instances.overlays.merge(tiny.instance_id, frozen, go_on)
     instances.start(tiny.instance_id)
@@ -398,7 +398,7 @@ def test_one_that_is_started_while_it_is_frozen_runs_on_its_volume(instances, ti
     frozen = instances.overlays.plan(tiny.instance_id)
     monkeypatch.setattr(overlay_files, "create", then_started(tiny, overlay_files.create))
     with pytest.raises(IncorrectInstanceState, match="was started while it was to be frozen"):
-        instances.overlays.freeze(tiny.instance_id, frozen)
+        instances.overlays.attach(tiny.instance_id, frozen)
     assert tiny.source() == str(tiny.disk)
     assert (definition(tiny), nothing_left(tiny, frozen)) == (before, True)
 
@@ -433,7 +433,7 @@ def test_a_daemon_that_is_started_anew_is_asked_again_and_tells_again(instances,
     eventually(lambda: listed() == [InstanceState.STOPPED], details=tiny.host.log)
     tiny.host.kill_daemon()
     tiny.host.start_daemon()
-    assert not instances.overlays.lost_power(tiny.instance_id), "the reason outlives the daemon"
+    assert not instances.overlays.has_lost_power(tiny.instance_id), "the reason outlives the daemon"
 
 
 def test_a_daemon_that_hangs_ends_no_question_never(opened, tiny, monkeypatch):

@@ -180,7 +180,7 @@ class Chaos:
         for instance_id, (host, _) in self.instances.items():
             there = DirectoryDriver(self.fleet.data(host).instances)
             assert there.state(instance_id) is InstanceState.RUNNING
-            with there.hold(instance_id):
+            with there.hold_stopped(instance_id):
                 pass  # nobody else does
 
     def _check_bundles(self, complete):

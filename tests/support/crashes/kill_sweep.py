@@ -205,7 +205,7 @@ class KilledService:
         self.await_power()
         self.server.stop()
         self.await_nobody()
-        with self.server.instances.hold(self.instance_id):
+        with self.server.instances.hold_stopped(self.instance_id):
             pass
         data = self.server.data
         assert [*data.root.rglob(".new-*")] == []

@@ -36,7 +36,7 @@ class Files:
         """The Python code of a block in another process, in which an instance is held."""
         return (
             "from pathlib import Path; from thrave.compute.directory_driver import DirectoryDriver\n"
-            f"with DirectoryDriver(Path({str(self._root)!r})).hold({instance_id!r}):"
+            f"with DirectoryDriver(Path({str(self._root)!r})).hold_stopped({instance_id!r}):"
         )
 
     def close(self):
@@ -97,7 +97,7 @@ class Domains:
         machine = self.libvirt.define(name, self._disk)
         self.libvirt.start(name)
         # A start event that arrived after the adoption would count as another start.
-        eventually(lambda: self.instances._events.of(machine).starts, "libvirt reports the start", interval=0.001)
+        eventually(lambda: self.instances._events.history(machine).starts, "libvirt reports the start", interval=0.001)
         instance_id = self.instances.adopt(name, account_id=ACCOUNT, platform="windows", **said).instance_id
         self.names[instance_id] = name
         return instance_id
@@ -105,7 +105,7 @@ class Domains:
     @contextmanager
     def domain(self, instance_id):
         """The domain of an instance, for what others than the driver do to it."""
-        with self.libvirt._hypervisor.asked() as connection:
+        with self.libvirt._hypervisor.session() as connection:
             yield connection.lookupByName(self.names[instance_id])
 
     def holding(self, instance_id):
@@ -116,8 +116,9 @@ class Domains:
             "from thrave.compute.libvirt.connection import LibvirtConnection\n"
             "from thrave.compute.libvirt.driver import LibvirtDriver\n"
             f"hypervisor = LibvirtConnection({URI!r}, DomainEvents())\n"
-            f"with hypervisor.asked() as connection: connection.defineXML({definition!r})\n"
-            f"with LibvirtDriver({URI!r}, lock_folder=Path({str(self._folder / 'locks')!r})).hold({instance_id!r}):"
+            f"with hypervisor.session() as connection: connection.defineXML({definition!r})\n"
+            f"driver = LibvirtDriver({URI!r}, lock_folder=Path({str(self._folder / 'locks')!r}))\n"
+            f"with driver.hold_stopped({instance_id!r}):"
         )
 
     def close(self):

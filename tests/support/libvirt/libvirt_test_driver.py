@@ -46,28 +46,28 @@ class LibvirtTestDriver:
 
     def define(self, name, disk, **details):
         """Define a domain that is off, as `domain_xml`; give its UUID."""
-        with self._hypervisor.asked() as connection:
+        with self._hypervisor.session() as connection:
             self._made.append(name)
             return connection.defineXML(domain_xml(name, disk, **details)).UUIDString()
 
     def start(self, name):
         """Start a domain, past the driver."""
-        with self._hypervisor.asked() as connection:
+        with self._hypervisor.session() as connection:
             connection.lookupByName(name).create()
 
     def metadata(self, name, element, *, key="thrave", uri="https://thrave.dev/xmlns/instance/1"):
         """Write an element into a domain's metadata, as an operator would."""
-        with self._hypervisor.asked() as connection:
+        with self._hypervisor.session() as connection:
             connection.lookupByName(name).setMetadata(2, element, key, uri, 2)
 
     def definition(self, name):
         """A domain's XML."""
-        with self._hypervisor.asked() as connection:
+        with self._hypervisor.session() as connection:
             return connection.lookupByName(name).XMLDesc(2)
 
     def forget(self):
         """Remove what was defined."""
-        with self._hypervisor.asked() as connection:
+        with self._hypervisor.session() as connection:
             for domain in connection.listAllDomains():
                 if domain.name() in self._made:
                     if domain.isActive():
@@ -81,7 +81,7 @@ def libvirt_test_driver() -> Iterator[LibvirtTestDriver]:
     hypervisor = LibvirtConnection(URI, DomainEvents())
     try:
         driver = LibvirtTestDriver(hypervisor)
-        with hypervisor.asked():
+        with hypervisor.session():
             pass
     except LibraryNotInstalled as error:
         missing(error.component, package=error.package)

@@ -58,30 +58,30 @@ class DomainEvents:
 
     def __init__(self) -> None:
         self._lock = threading.Condition()
-        self._told: dict[str, DomainHistory] = defaultdict(DomainHistory)
+        self._histories: dict[str, DomainHistory] = defaultdict(DomainHistory)
         self._changed: set[str] = set()
-        self._lost = 1  # there is no connection yet
+        self._disconnects = 1  # there is no connection yet
 
     @property
-    def lost(self) -> int:
+    def disconnects(self) -> int:
         """How often there was no connection; from each time on nothing that was known before counts."""
-        return self._lost
+        return self._disconnects
 
-    def lose(self) -> None:
+    def record_disconnect(self) -> None:
         """Note that there is no connection."""
         with self._lock:
-            self._lost += 1
+            self._disconnects += 1
 
-    def of(self, uuid: str) -> DomainHistory:
+    def history(self, uuid: str) -> DomainHistory:
         """What has been told of a domain."""
         with self._lock:
-            return self._told.get(uuid, DomainHistory())
+            return self._histories.get(uuid, DomainHistory())
 
-    def await_start(self, uuid: str, starts: int, seconds: float) -> datetime | None:
+    def wait_for_start(self, uuid: str, starts: int, seconds: float) -> datetime | None:
         """When a domain that was started so often was started again; None if that is not told within some seconds."""
         with self._lock:
-            self._lock.wait_for(lambda: self._told[uuid].starts > starts, seconds)
-            return self._told[uuid].started if self._told[uuid].starts > starts else None
+            self._lock.wait_for(lambda: self._histories[uuid].starts > starts, seconds)
+            return self._histories[uuid].started if self._histories[uuid].starts > starts else None
 
     def take_changed(self) -> set[str]:
         """The UUIDs of the domains of which something was told since this was last asked."""
@@ -89,35 +89,37 @@ class DomainEvents:
             changed, self._changed = self._changed, set()
             return changed
 
-    def change(self, uuids: set[str]) -> None:
+    def mark_changed(self, uuids: set[str]) -> None:
         """Note that domains have to be looked at again, whether anything is told of them or not."""
         with self._lock:
             self._changed |= uuids
 
-    def lifecycle(self, _connection: Connection, domain: Domain, event: int, detail: int, _opaque: object) -> None:
+    def on_lifecycle(self, _connection: Connection, domain: Domain, event: int, detail: int, _opaque: object) -> None:
         """Write down a lifecycle event."""
         uuid = domain.UUIDString()
         with self._lock:
             self._changed.add(uuid)
-            told = self._told[uuid]
+            history = self._histories[uuid]
             if event == Lifecycle.STARTED:
                 now = datetime.now(UTC)
-                self._told[uuid] = replace(told, starts=told.starts + 1, started=now, stopped=None)
+                self._histories[uuid] = replace(history, starts=history.starts + 1, started=now, stopped=None)
                 self._lock.notify_all()
             elif event == Lifecycle.STOPPED:
-                self._told[uuid] = replace(told, stopped=detail)
+                self._histories[uuid] = replace(history, stopped=detail)
 
-    def block_job(
+    def on_block_job(
         self, _connection: Connection, domain: Domain, disk: str, _kind: int, _status: int, _opaque: object
     ) -> None:
         """Write down that a job on a disk has come to something."""
         uuid = domain.UUIDString()
         with self._lock:
             self._changed.add(uuid)
-            jobs = self._told[uuid].jobs
-            self._told[uuid] = replace(self._told[uuid], jobs={**jobs, disk: jobs.get(disk, 0) + 1})
+            jobs = self._histories[uuid].jobs
+            self._histories[uuid] = replace(self._histories[uuid], jobs={**jobs, disk: jobs.get(disk, 0) + 1})
 
-    def metadata(self, _connection: Connection, domain: Domain, _kind: int, _namespace: str, _opaque: object) -> None:
+    def on_metadata_change(
+        self, _connection: Connection, domain: Domain, _kind: int, _namespace: str, _opaque: object
+    ) -> None:
         """Write down that what is said of a domain has changed."""
         with self._lock:
             self._changed.add(domain.UUIDString())
@@ -126,19 +128,21 @@ class DomainEvents:
 CONNECT_SECONDS = 30.0
 
 
-MAX_SILENT = 4  # attempts to connect that are not answered; each has a thread
+MAX_UNANSWERED = 4  # attempts to connect that are not answered; each has a thread
 
 
 ALIVE_INTERVAL, ALIVE_COUNT = 5, 3  # seconds, and how many signs of life may be missing
 
 
-_SILENCE = float(ALIVE_INTERVAL * (ALIVE_COUNT + 1))  # seconds after which a silent connection is taken for lost
+_KEEPALIVE_TIMEOUT = float(
+    ALIVE_INTERVAL * (ALIVE_COUNT + 1)
+)  # seconds after which a silent connection is taken for lost
 
 
 _CLOSE_SECONDS = 1.0
 
 
-_WORDS = 300  # characters of libvirt's that go into a message
+_MAX_MESSAGE = 300  # characters of libvirt's that go into a message
 
 
 log = logging.getLogger(__name__)
@@ -163,12 +167,12 @@ class LibvirtConnection:
         self._events = events
         self._lock = threading.Lock()
         self._connection: Connection | None = None
-        self._coming: Call[_Opened] | None = None
-        self._silent: list[Call[_Opened]] = []
-        self._listening: list[int] = []
+        self._opening: Call[_Opened] | None = None
+        self._unanswered: list[Call[_Opened]] = []
+        self._callbacks: list[int] = []
 
     @contextmanager
-    def asked(self, instance_id: str = "") -> Iterator[Connection]:
+    def session(self, instance_id: str = "") -> Iterator[Connection]:
         """The connection, for the length of some questions; what libvirt says against them is an error of ours.
 
         Args:
@@ -180,57 +184,59 @@ class LibvirtConnection:
             HypervisorError: libvirt refuses, in its words.
         """
         binding = libvirt_binding.load()
-        connection = self._connected(binding, instance_id)
+        connection = self._connect(binding, instance_id)
         began = time.monotonic()
         try:
             yield connection
         except binding.libvirtError as error:
-            translated = self._translated(cast("LibvirtError", error), connection, instance_id)
+            translated = self._translate(cast("LibvirtError", error), connection, instance_id)
             if isinstance(translated, HypervisorUnavailable):
-                translated.waited = min(time.monotonic() - began, _SILENCE)
+                translated.waited = min(time.monotonic() - began, _KEEPALIVE_TIMEOUT)
             raise translated from error
 
     def close(self) -> None:
         """Let go of the connection. A question that comes later connects again."""
         with self._lock:
-            self._drop()
+            self._disconnect()
 
-    def _connected(self, binding: LibvirtBinding, instance_id: str) -> Connection:
+    def _connect(self, binding: LibvirtBinding, instance_id: str) -> Connection:
         with self._lock:
             if self._connection is not None and _is_alive(binding, self._connection):
                 return self._connection
-            self._drop()
-            coming = self._coming = self._coming or self._begin(binding, instance_id)
+            self._disconnect()
+            opening = self._opening = self._opening or self._start_opening(binding, instance_id)
         began = time.monotonic()
         try:
-            opened = coming.result(CONNECT_SECONDS)
+            opened = opening.result(CONNECT_SECONDS)
         except CallTimeoutError:
-            self._abandon(coming)
+            self._abandon(opening)
             raise HypervisorUnavailable(
                 instance_id,
                 f"{self._uri} has not answered within {CONNECT_SECONDS:.0f} seconds",
                 waited=CONNECT_SECONDS,
             ) from None
         except binding.libvirtError as error:
-            self._arrived(coming, None)
+            self._finish_opening(opening, None)
             raise HypervisorUnavailable(
                 instance_id,
-                f"no connection to {self._uri}: {_words(cast('LibvirtError', error))}",
+                f"no connection to {self._uri}: {_message(cast('LibvirtError', error))}",
                 waited=time.monotonic() - began,
             ) from error
         except BaseException:
-            if not coming.is_running:  # it failed, in whatever way: the next question connects anew
-                self._arrived(coming, None)
+            if not opening.is_running:  # it failed, in whatever way: the next question connects anew
+                self._finish_opening(opening, None)
             raise
-        self._arrived(coming, opened)
+        self._finish_opening(opening, opened)
         return opened.connection
 
-    def _begin(self, binding: LibvirtBinding, instance_id: str) -> "Call[_Opened]":
+    def _start_opening(self, binding: LibvirtBinding, instance_id: str) -> "Call[_Opened]":
         """Connect in a thread of its own: nothing ends a connecting that is not answered."""
-        self._silent = [call for call in self._silent if call.is_running]
-        if len(self._silent) >= MAX_SILENT:
-            raise HypervisorUnavailable(instance_id, f"{self._uri} does not answer: {len(self._silent)} attempts wait")
-        _run_events(binding)
+        self._unanswered = [call for call in self._unanswered if call.is_running]
+        if len(self._unanswered) >= MAX_UNANSWERED:
+            raise HypervisorUnavailable(
+                instance_id, f"{self._uri} does not answer: {len(self._unanswered)} attempts wait"
+            )
+        _start_event_loop(binding)
         return Call("libvirt open", lambda: self._open(binding))
 
     def _open(self, binding: LibvirtBinding) -> "_Opened":
@@ -238,47 +244,47 @@ class LibvirtConnection:
         try:
             with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
                 opened.connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
-            self._listen(opened)
+            self._register_callbacks(opened)
         except BaseException:
             _close(opened)
             raise
         return opened
 
-    def _abandon(self, coming: "Call[_Opened]") -> None:
+    def _abandon(self, opening: "Call[_Opened]") -> None:
         """Have the next question connect anew, and this connection closed if it comes after all."""
         with self._lock:
-            if self._coming is not coming:
+            if self._opening is not opening:
                 return
-            self._coming = None
-            self._silent.append(coming)
-        coming.when_ended(lambda: _close(coming.result(0)))
+            self._opening = None
+            self._unanswered.append(opening)
+        opening.when_ended(lambda: _close(opening.result(0)))
 
-    def _listen(self, opened: "_Opened") -> None:
-        ask, events, add = opened.connection.domainEventRegisterAny, self._events, opened.listening.append
-        add(ask(None, EventKind.LIFECYCLE, events.lifecycle, None))
-        add(ask(None, EventKind.BLOCK_JOB_2, events.block_job, None))
-        add(ask(None, EventKind.METADATA_CHANGE, events.metadata, None))
+    def _register_callbacks(self, opened: "_Opened") -> None:
+        ask, events, add = opened.connection.domainEventRegisterAny, self._events, opened.callbacks.append
+        add(ask(None, EventKind.LIFECYCLE, events.on_lifecycle, None))
+        add(ask(None, EventKind.BLOCK_JOB_2, events.on_block_job, None))
+        add(ask(None, EventKind.METADATA_CHANGE, events.on_metadata_change, None))
 
-    def _arrived(self, coming: "Call[_Opened]", opened: "_Opened | None") -> None:
+    def _finish_opening(self, opening: "Call[_Opened]", opened: "_Opened | None") -> None:
         with self._lock:
-            if self._coming is not coming:
+            if self._opening is not opening:
                 return
-            self._coming = None
+            self._opening = None
             if opened is not None:
-                self._connection, self._listening = opened.connection, opened.listening
+                self._connection, self._callbacks = opened.connection, opened.callbacks
 
-    def _drop(self) -> None:
+    def _disconnect(self) -> None:
         if self._connection is None:
             return
-        self._events.lose()
-        opened = _Opened(self._connection, self._listening)
+        self._events.record_disconnect()
+        opened = _Opened(self._connection, self._callbacks)
         # Nobody waits for the goodbye to a daemon that may hang. Without a thread for it, the next question drops it.
         closing = Call("libvirt close", lambda: _close(opened))
-        self._connection, self._listening = None, []
+        self._connection, self._callbacks = None, []
         closing.wait(_CLOSE_SECONDS)
 
-    def _translated(self, error: LibvirtError, connection: Connection, instance_id: str) -> Exception:
-        words = _words(error)
+    def _translate(self, error: LibvirtError, connection: Connection, instance_id: str) -> Exception:
+        words = _message(error)
         if error.get_error_code() == NO_DOMAIN:
             return InstanceNotFound(instance_id) if instance_id else HypervisorError(instance_id, words)
         if not _is_alive(libvirt_binding.load(), connection):
@@ -288,16 +294,16 @@ class LibvirtConnection:
 
 class _Opened(NamedTuple):
     connection: Connection
-    listening: list[int]
+    callbacks: list[int]
     """The callbacks that are told of events."""
 
 
 def _close(opened: _Opened) -> None:
-    gone = libvirt_binding.load().libvirtError
-    for callback in opened.listening:
-        with suppress(gone):
+    libvirt_error = libvirt_binding.load().libvirtError
+    for callback in opened.callbacks:
+        with suppress(libvirt_error):
             opened.connection.domainEventDeregisterAny(callback)
-    with suppress(gone):
+    with suppress(libvirt_error):
         opened.connection.close()
 
 
@@ -308,12 +314,12 @@ def _is_alive(binding: LibvirtBinding, connection: Connection) -> bool:
         return False
 
 
-def _words(error: LibvirtError) -> str:
+def _message(error: LibvirtError) -> str:
     """What libvirt says, in one line."""
-    return " ".join((error.get_error_message() or "it does not say why").split())[:_WORDS]
+    return " ".join((error.get_error_message() or "it does not say why").split())[:_MAX_MESSAGE]
 
 
-def _run_events(binding: LibvirtBinding) -> None:
+def _start_event_loop(binding: LibvirtBinding) -> None:
     """Have libvirt's event loop run in this process, once; it must be there before the first connection is."""
     global _event_loop  # noqa: PLW0603 (libvirt has one loop a process)
     with _starting:
@@ -323,11 +329,11 @@ def _run_events(binding: LibvirtBinding) -> None:
             _event_loop = repeat(
                 "libvirt events",
                 1.0,
-                lambda: _turn(binding),
+                lambda: _run_event_loop(binding),
                 on_failure=lambda error: log.warning("libvirt's event loop has stumbled: %s", error),
             )
 
 
-def _turn(binding: LibvirtBinding) -> None:
+def _run_event_loop(binding: LibvirtBinding) -> None:
     while True:
         binding.virEventRunDefaultImpl()

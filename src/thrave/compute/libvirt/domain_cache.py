@@ -32,7 +32,7 @@ from thrave.compute.instance import Instance, InstanceState, OffReason, VolumeFi
 from thrave.compute.libvirt import binding
 from thrave.compute.libvirt.binding import METADATA_ELEMENT, Affect, Connection, Domain, DomainState, XmlFlag
 from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
-from thrave.compute.libvirt.domain_metadata import KEY, NAMESPACE, InstanceMetadata, read_record, write_record
+from thrave.compute.libvirt.domain_metadata import KEY, NAMESPACE, InstanceMetadata, format_metadata, parse_metadata
 from thrave.compute.libvirt.domain_xml import DomainDefinition, pool_type, read_definition
 from thrave.compute.libvirt.instance_mapping import (
     PoolVolume,
@@ -58,14 +58,14 @@ class MetadataWriter:
     def __init__(self, lock_folder: Path) -> None:
         self._lock_folder = lock_folder
 
-    def alone(self, instance_id: str) -> AbstractContextManager[None]:
+    def lock(self, instance_id: str) -> AbstractContextManager[None]:
         """Change nothing for the length of the block but by whoever has this lock.
 
         Waits for the lock. Raises InstanceHeld if somebody has it for longer than a change takes.
         """
         return self._locked(instance_id, "change", wait=True)
 
-    def merging(self, instance_id: str) -> AbstractContextManager[None]:
+    def lock_merge(self, instance_id: str) -> AbstractContextManager[None]:
         """Merge an instance's overlay for the length of the block, as the only one. Raises InstanceHeld if one does."""
         return self._locked(instance_id, "merge", wait=False)
 
@@ -85,26 +85,28 @@ class MetadataWriter:
             InvalidDescriptionError: What is there cannot be read.
             libvirtError: libvirt refuses.
         """
-        with self.alone(instance_id):
-            before = record_of(domain, instance_id)
+        with self.lock(instance_id):
+            before = read_metadata(domain, instance_id)
             after = before and change(before)
             if after != before:
                 _write(domain, after)
 
     def replace(self, domain: Domain, instance_id: str, record: InstanceMetadata | None) -> None:
         """Write a record, or remove it, whatever stands there. Raises libvirtError."""
-        with self.alone(instance_id):
+        with self.lock(instance_id):
             _write(domain, record)
 
 
-def record_of(domain: Domain, instance_id: str) -> InstanceMetadata | None:
+def read_metadata(domain: Domain, instance_id: str) -> InstanceMetadata | None:
     """What a domain's metadata say now. Raises as `MetadataWriter.change`."""
-    with understood(domain, instance_id):
-        return read_record(read_definition(domain.XMLDesc(XmlFlag.INACTIVE if domain.isPersistent() else 0)).metadata)
+    with domain_errors_translated(domain, instance_id):
+        return parse_metadata(
+            read_definition(domain.XMLDesc(XmlFlag.INACTIVE if domain.isPersistent() else 0)).metadata
+        )
 
 
 @contextmanager
-def understood(domain: Domain, instance_id: str) -> Iterator[None]:
+def domain_errors_translated(domain: Domain, instance_id: str) -> Iterator[None]:
     """Raise InvalidDescriptionError with what cannot be understood of a domain in the block."""
     try:
         yield
@@ -113,7 +115,7 @@ def understood(domain: Domain, instance_id: str) -> Iterator[None]:
 
 
 def _write(domain: Domain, record: InstanceMetadata | None) -> None:
-    text = None if record is None else write_record(record)
+    text = None if record is None else format_metadata(record)
     for attempt in range(_TRIES):  # not `retry`: an attempt has no wait, and is repeated only if the state has changed
         affected = _affected(domain)
         try:
@@ -130,13 +132,13 @@ def _affected(domain: Domain) -> Affect:
     return live | (Affect.CONFIG if domain.isPersistent() else Affect(0))
 
 
-WHOLE_INTERVAL = 60.0  # seconds between two looks at everything
+FULL_REFRESH_INTERVAL = 60.0  # seconds between two looks at everything
 
 
-LOOK_TIMEOUT = 5.0  # seconds for a look at one domain
+REFRESH_TIMEOUT = 5.0  # seconds for a look at one domain
 
 
-SHORT_LOOK_TIMEOUT = 0.5  # the same, once domains that hang have cost HANGING_TIMEOUT
+SHORT_REFRESH_TIMEOUT = 0.5  # the same, once domains that hang have cost HANGING_TIMEOUT
 
 
 HANGING_TIMEOUT = 20.0  # seconds that one question may wait for domains that hang, or for another question
@@ -157,7 +159,7 @@ class DomainSnapshot:
         live: The definition of the running one.
         config: What it is started from the next time; a transient domain has none.
         adopted: It has our element, so it is to be an instance.
-        record: What the element says.
+        metadata: Content of our metadata element.
         instance: The instance that it is.
         fault: What cannot be understood of it; the definitions may then be missing.
     """
@@ -170,7 +172,7 @@ class DomainSnapshot:
     live: DomainDefinition | None = None
     config: DomainDefinition | None = None
     adopted: bool = False
-    record: InstanceMetadata | None = None
+    metadata: InstanceMetadata | None = None
     instance: Instance | None = None
     fault: InvalidDescriptionError | None = None
 
@@ -182,7 +184,7 @@ class DomainSnapshot:
     @property
     def instance_state(self) -> InstanceState:
         """EC2's word for its state."""
-        return instance_state(self.state, terminated=self.record is not None and self.record.terminated)
+        return instance_state(self.state, terminated=self.metadata is not None and self.metadata.terminated)
 
     @property
     def definition(self) -> DomainDefinition:
@@ -211,21 +213,21 @@ class DomainCache:
         self._uuids: dict[str, str] = {}
         self._first_seen: dict[str, datetime] = {}
         self._hanging: dict[str, Call[DomainSnapshot | None]] = {}
-        self._patience = 0.0
-        self._lost = 0
-        self._whole_again = 0.0
+        self._wait_budget = 0.0
+        self._disconnects = 0
+        self._next_full_refresh = 0.0
 
-    def all(self) -> Sequence[DomainSnapshot]:
+    def list(self) -> Sequence[DomainSnapshot]:
         """Every domain, by instance id; one that libvirt hangs over is as it was last seen. Raises HypervisorError."""
-        with self._hypervisor.asked() as connection:
+        with self._hypervisor.session() as connection:
             if not self._lock.acquire(timeout=HANGING_TIMEOUT):
                 raise HypervisorUnavailable("", "the look at the domains does not end", waited=HANGING_TIMEOUT)
             try:
-                self._patience = HANGING_TIMEOUT
-                if self._events.lost != self._lost or time.monotonic() > self._whole_again:
-                    self._look_at_all(connection)
+                self._wait_budget = HANGING_TIMEOUT
+                if self._events.disconnects != self._disconnects or time.monotonic() > self._next_full_refresh:
+                    self._refresh_all(connection)
                 else:
-                    self._look_at_changed(connection)
+                    self._refresh_changed(connection)
                 return self.last_seen
             finally:
                 self._lock.release()
@@ -233,7 +235,7 @@ class DomainCache:
     @property
     def last_seen(self) -> Sequence[DomainSnapshot]:
         """The same as it was the last time that libvirt answered; empty if it never has."""
-        return sorted(self._seen.values(), key=lambda sighting: sighting.instance_id)
+        return sorted(self._seen.values(), key=lambda snapshot: snapshot.instance_id)
 
     def find(self, connection: Connection, instance_id: str) -> Domain:
         """The domain with an instance's id, whether it has been adopted or not.
@@ -248,74 +250,74 @@ class DomainCache:
             raise InstanceNotFound(instance_id)
         return connection.lookupByUUIDString(self._uuids[instance_id])
 
-    def look(self, domain: Domain) -> DomainSnapshot:
+    def refresh(self, domain: Domain) -> DomainSnapshot:
         """A domain as it is now. Raises libvirtError."""
-        sighting = _sighting(domain)
-        if sighting.state == DomainState.SHUTOFF:
-            stopped = self._events.of(sighting.uuid).stopped
-            off = off_reason(sighting.reason, stopped, saved=bool(domain.hasManagedSaveImage()))
-            sighting = replace(sighting, off=off)
-        if not sighting.adopted or sighting.fault is not None:
-            return sighting
+        snapshot = _read_snapshot(domain)
+        if snapshot.state == DomainState.SHUTOFF:
+            stopped = self._events.history(snapshot.uuid).stopped
+            off = off_reason(snapshot.reason, stopped, saved=bool(domain.hasManagedSaveImage()))
+            snapshot = replace(snapshot, off=off)
+        if not snapshot.adopted or snapshot.fault is not None:
+            return snapshot
         try:
-            record = _record(sighting)
-            sighting = replace(sighting, record=self._with_launch_time(domain, sighting.uuid, record))
-            return replace(sighting, instance=self.instance_of(sighting))
+            record = _record(snapshot)
+            snapshot = replace(snapshot, metadata=self._with_launch_time(domain, snapshot.uuid, record))
+            return replace(snapshot, instance=self.instance_of(snapshot))
         except InvalidDomainError as fault:
-            return replace(sighting, fault=_faulty(sighting, fault))
+            return replace(snapshot, fault=_faulty(snapshot, fault))
 
-    def instance_of(self, sighting: DomainSnapshot) -> Instance:
+    def instance_of(self, snapshot: DomainSnapshot) -> Instance:
         """The instance that a domain with a record is. Raises DomainFaultError if it is none."""
-        assert sighting.record is not None
-        launch_time = sighting.record.launch_time
+        assert snapshot.metadata is not None
+        launch_time = snapshot.metadata.launch_time
         assert launch_time is not None
         return to_instance(
-            sighting.definition,
-            sighting.record,
-            sighting.instance_state,
+            snapshot.definition,
+            snapshot.metadata,
+            snapshot.instance_state,
             launch_time,
             self._find_volume,
-            off=sighting.off,
+            off=snapshot.off,
         )
 
-    def written_by(self, sighting: DomainSnapshot) -> Iterator[VolumeFile]:
+    def written_volumes(self, snapshot: DomainSnapshot) -> Iterator[VolumeFile]:
         """The disks that a domain has open for writing; none of one that is off."""
-        for disk in () if sighting.live is None else sighting.live.disks:
+        for disk in () if snapshot.live is None else snapshot.live.disks:
             if not disk.readonly:
                 with suppress(InvalidDomainError):  # the pool of a disk is gone, and nothing can be compared with it
                     if (volume := volume_of(disk, self._find_volume)) is not None:
                         yield volume
 
-    def _look_at_all(self, connection: Connection) -> None:
-        lost = self._events.lost
+    def _refresh_all(self, connection: Connection) -> None:
+        lost = self._events.disconnects
         self._events.take_changed()
         try:
-            uuids = Call("domains", lambda: _uuids(connection)).result(LOOK_TIMEOUT)
+            uuids = Call("domains", lambda: _uuids(connection)).result(REFRESH_TIMEOUT)
         except CallTimeoutError:
-            raise HypervisorUnavailable("", "libvirt does not list its domains", waited=LOOK_TIMEOUT) from None
-        seen = [self._look_if_there(connection, uuid) for uuid in uuids]
-        self._seen = {sighting.uuid: sighting for sighting in seen if sighting is not None}
-        self._uuids = {sighting.instance_id: uuid for uuid, sighting in self._seen.items()}
-        self._lost, self._whole_again = lost, time.monotonic() + WHOLE_INTERVAL
+            raise HypervisorUnavailable("", "libvirt does not list its domains", waited=REFRESH_TIMEOUT) from None
+        seen = [self._refresh_with_timeout(connection, uuid) for uuid in uuids]
+        self._seen = {snapshot.uuid: snapshot for snapshot in seen if snapshot is not None}
+        self._uuids = {snapshot.instance_id: uuid for uuid, snapshot in self._seen.items()}
+        self._disconnects, self._next_full_refresh = lost, time.monotonic() + FULL_REFRESH_INTERVAL
 
-    def _look_at_changed(self, connection: Connection) -> None:
+    def _refresh_changed(self, connection: Connection) -> None:
         changed = self._events.take_changed()
         try:
             for uuid in changed:
-                self._look_again(connection, uuid)
+                self._refresh_one(connection, uuid)
         except BaseException:  # also that no thread can be started: a change that was told is not told again
-            self._events.change(changed)
+            self._events.mark_changed(changed)
             raise
 
-    def _look_again(self, connection: Connection, uuid: str) -> None:
-        sighting = self._look_if_there(connection, uuid)
-        if sighting is None:
+    def _refresh_one(self, connection: Connection, uuid: str) -> None:
+        snapshot = self._refresh_with_timeout(connection, uuid)
+        if snapshot is None:
             self._seen.pop(uuid, None)
         else:
-            self._seen[uuid] = sighting
-            self._uuids[sighting.instance_id] = uuid
+            self._seen[uuid] = snapshot
+            self._uuids[snapshot.instance_id] = uuid
 
-    def _look_if_there(self, connection: Connection, uuid: str) -> DomainSnapshot | None:
+    def _refresh_with_timeout(self, connection: Connection, uuid: str) -> DomainSnapshot | None:
         """A domain as it is now, or as it was if libvirt will not tell; None if it has vanished.
 
         Each is looked at in a call of its own: one that libvirt hangs over (its QEMU, or its storage) hides no other.
@@ -323,8 +325,8 @@ class DomainCache:
 
         def look() -> DomainSnapshot | None:
             try:
-                with self._hypervisor.asked(instance_id_of(uuid)):
-                    return self.look(connection.lookupByUUIDString(uuid))
+                with self._hypervisor.session(instance_id_of(uuid)):
+                    return self.refresh(connection.lookupByUUIDString(uuid))
             except InstanceNotFound:
                 return None
 
@@ -332,13 +334,13 @@ class DomainCache:
         if earlier is not None and not earlier.is_running:
             earlier = None
         call = earlier or Call(f"look {uuid}", look)
-        timeout = 0.0 if earlier else LOOK_TIMEOUT if self._patience > 0 else SHORT_LOOK_TIMEOUT
+        timeout = 0.0 if earlier else REFRESH_TIMEOUT if self._wait_budget > 0 else SHORT_REFRESH_TIMEOUT
         try:
             return call.result(timeout)
         except CallTimeoutError:
             self._hanging[uuid] = call
-            self._patience -= timeout
-            self._events.change({uuid})
+            self._wait_budget -= timeout
+            self._events.mark_changed({uuid})
             log.warning("the domain %s cannot be looked at: libvirt does not answer", uuid)
             return self._seen.get(uuid)
         except HypervisorUnavailable:
@@ -349,17 +351,17 @@ class DomainCache:
 
     def _with_launch_time(self, domain: Domain, uuid: str, record: InstanceMetadata) -> InstanceMetadata:
         """The record with the time of the last start: the written one, a later one that was told, or now."""
-        started = self._events.of(uuid).started
+        started = self._events.history(uuid).started
         if started is None or (record.launch_time is not None and started <= record.launch_time):
             first_seen = self._first_seen.setdefault(uuid, datetime.now(UTC))
             return record if record.launch_time else replace(record, launch_time=first_seen)
-        with suppress(InstanceError), self._hypervisor.asked(instance_id_of(uuid)):
+        with suppress(InstanceError), self._hypervisor.session(instance_id_of(uuid)):
             self._records.change(domain, instance_id_of(uuid), lambda there: replace(there, launch_time=started))
         return replace(record, launch_time=started)
 
     def _find_volume(self, pool: str, volume: str) -> PoolVolume:
         try:
-            with self._hypervisor.asked() as connection:
+            with self._hypervisor.session() as connection:
                 found = connection.storagePoolLookupByName(pool)
                 path = found.storageVolLookupByName(volume).path()
                 return PoolVolume(Path(path) if path.startswith("/") else None, pool_type(found.XMLDesc(0)))
@@ -369,26 +371,26 @@ class DomainCache:
             raise InvalidDomainError(f"disk source: the volume {volume} of the pool {pool}: {error}") from None
 
 
-def instance_in(sighting: DomainSnapshot) -> Instance:
+def require_instance(snapshot: DomainSnapshot) -> Instance:
     """The instance that a domain is.
 
     Raises:
         InstanceNotFound: It is none.
         InvalidDescriptionError: It is to be one, but cannot be understood.
     """
-    if sighting.instance is not None:
-        return sighting.instance
-    if sighting.adopted and sighting.fault is not None:
-        raise sighting.fault
-    raise InstanceNotFound(sighting.instance_id)
+    if snapshot.instance is not None:
+        return snapshot.instance
+    if snapshot.adopted and snapshot.fault is not None:
+        raise snapshot.fault
+    raise InstanceNotFound(snapshot.instance_id)
 
 
-def _sighting(domain: Domain) -> DomainSnapshot:
+def _read_snapshot(domain: Domain) -> DomainSnapshot:
     """What libvirt says of a domain. One that goes on or off meanwhile is told of, and looked at again."""
     state, reason = domain.state()
     live = None if state == DomainState.SHUTOFF else domain.XMLDesc(0)
     config = domain.XMLDesc(XmlFlag.INACTIVE) if domain.isPersistent() else None
-    sighting = DomainSnapshot(
+    snapshot = DomainSnapshot(
         name=domain.name(),
         uuid=domain.UUIDString(),
         state=state,
@@ -396,25 +398,25 @@ def _sighting(domain: Domain) -> DomainSnapshot:
         adopted=NAMESPACE in f"{live}{config}",
     )
     try:
-        return replace(sighting, live=_definition(live), config=_definition(config))
+        return replace(snapshot, live=_definition(live), config=_definition(config))
     except InvalidDomainError as fault:
-        return replace(sighting, fault=_faulty(sighting, fault))
+        return replace(snapshot, fault=_faulty(snapshot, fault))
 
 
 def _definition(xml: str | None) -> DomainDefinition | None:
     return None if xml is None else read_definition(xml)
 
 
-def _record(sighting: DomainSnapshot) -> InstanceMetadata:
+def _record(snapshot: DomainSnapshot) -> InstanceMetadata:
     """What our element says, in what the domain is started from the next time, else in the running one."""
-    for definition in (sighting.config, sighting.live):
-        if definition is not None and (record := read_record(definition.metadata)) is not None:
+    for definition in (snapshot.config, snapshot.live):
+        if definition is not None and (record := parse_metadata(definition.metadata)) is not None:
             return record
     raise InvalidDomainError(f"{NAMESPACE} stands there, and no element of it")
 
 
-def _faulty(sighting: DomainSnapshot, fault: InvalidDomainError) -> InvalidDescriptionError:
-    return InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [str(fault)])
+def _faulty(snapshot: DomainSnapshot, fault: InvalidDomainError) -> InvalidDescriptionError:
+    return InvalidDescriptionError(snapshot.instance_id, f"the domain {snapshot.name}", [str(fault)])
 
 
 def _uuids(connection: Connection) -> list[str]:

@@ -87,7 +87,7 @@ class InstanceMetadata:
     frozen: OverlayMetadata | None = None
 
 
-def read_record(metadata: Iterable[Element]) -> InstanceMetadata | None:
+def parse_metadata(metadata: Iterable[Element]) -> InstanceMetadata | None:
     """What our element among a domain's metadata says; None if there is none.
 
     Raises:
@@ -97,7 +97,7 @@ def read_record(metadata: Iterable[Element]) -> InstanceMetadata | None:
     return _record(ours[0]) if ours else None
 
 
-def write_record(record: InstanceMetadata, *, prefix: str = "") -> str:
+def format_metadata(record: InstanceMetadata, *, prefix: str = "") -> str:
     """The element as virDomainSetMetadata takes it; with the prefix `thrave:`, as it stands in a definition."""
     element = Element(f"{prefix}instance", {"xmlns:thrave": NAMESPACE} if prefix else {})
     _set(element, "account", record.account_id)
@@ -114,15 +114,15 @@ def write_record(record: InstanceMetadata, *, prefix: str = "") -> str:
     return ET.tostring(element, encoding="unicode")
 
 
-def check_record(record: InstanceMetadata) -> None:
+def check_metadata(record: InstanceMetadata) -> None:
     """See that what is to be written can be read again.
 
     Raises:
         DomainFaultError: It could not.
     """
-    text = write_record(record, prefix=f"{KEY}:")
+    text = format_metadata(record, prefix=f"{KEY}:")
     try:
-        again = read_record([ET.fromstring(text)])  # noqa: S314 (our own)
+        again = parse_metadata([ET.fromstring(text)])  # noqa: S314 (our own)
     except ET.ParseError:
         raise InvalidDomainError("there is a character that XML cannot hold") from None
     if again != record:

@@ -22,7 +22,7 @@ from xml.etree.ElementTree import Element
 from xml.parsers import expat
 
 from thrave.compute.errors import InvalidDomainError
-from thrave.compute.libvirt.domain_metadata import KEY, NAMESPACE, InstanceMetadata, write_record
+from thrave.compute.libvirt.domain_metadata import KEY, NAMESPACE, InstanceMetadata, format_metadata
 
 MOST_CHARACTERS = 4 << 20
 """Of one definition; libvirt itself sends no more than 4 MiB (VIR_NET_MESSAGE_STRING_MAX)."""
@@ -345,7 +345,7 @@ class _Text:
         raise InvalidDomainError(f"disk: there is no {target}")
 
     def _metadata(self, record: InstanceMetadata) -> tuple[int, int, str]:
-        new = write_record(record, prefix=f"{KEY}:")
+        new = format_metadata(record, prefix=f"{KEY}:")
         for span in self._of(_OURS):
             return span.start, span.end, new
         for span in self._of(_METADATA):

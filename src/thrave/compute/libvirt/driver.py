@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from thrave.compute.base import Overlays, StoppedHold
+from thrave.compute.base import Overlays, VolumeHold
 from thrave.compute.description_files import volume_fault
 from thrave.compute.errors import (
     HoldLostError,
@@ -29,12 +29,12 @@ from thrave.compute.errors import (
     InvalidDomainError,
     RootVolumeInUse,
 )
-from thrave.compute.instance import GONE, INSTANCE_ID_PATTERN, Instance, InstanceState, VolumeFile
+from thrave.compute.instance import INSTANCE_ID_PATTERN, TERMINATING, Instance, InstanceState, VolumeFile
 from thrave.compute.libvirt import binding, guest_agent
 from thrave.compute.libvirt.binding import Connection, Domain, DomainState, ShutdownFlag
 from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
-from thrave.compute.libvirt.domain_cache import DomainCache, DomainSnapshot, MetadataWriter, instance_in
-from thrave.compute.libvirt.domain_metadata import InstanceMetadata, check_record
+from thrave.compute.libvirt.domain_cache import DomainCache, DomainSnapshot, MetadataWriter, require_instance
+from thrave.compute.libvirt.domain_metadata import InstanceMetadata, check_metadata
 from thrave.compute.libvirt.guest_agent import GuestAgents
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.compute.libvirt.overlay_merge import LibvirtContext
@@ -45,12 +45,12 @@ from thrave.retry import poll_until
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_STOPPING_SECONDS = 60.0  # for a guest that has powered off, until its process has ended
-_LOOK_AGAIN = 0.1  # seconds
-_TOLD_WITHIN = 1.0  # seconds
+_STOPPING_TIMEOUT = 60.0  # for a guest that has powered off, until its process has ended
+_POLL_INTERVAL = 0.1  # seconds
+_START_EVENT_TIMEOUT = 1.0  # seconds
 
 # Domains whose CPUs stand still hear nothing; what has them go on again.
-_HEARS_NOTHING: dict[int, str] = {
+_UNRESPONSIVE_STATES: dict[int, str] = {
     DomainState.PAUSED: "paused, and its guest hears nothing: virsh resume",
     DomainState.PMSUSPENDED: "suspended, and its guest hears nothing: virsh dompmwakeup",
 }
@@ -73,11 +73,11 @@ class LibvirtDriver:
         self._lock_folder = lock_folder
         self._events = DomainEvents()
         self._hypervisor = LibvirtConnection(uri, self._events)
-        self._records = MetadataWriter(lock_folder)
-        self._table = DomainCache(self._hypervisor, self._events, self._records)
+        self._metadata = MetadataWriter(lock_folder)
+        self._cache = DomainCache(self._hypervisor, self._events, self._metadata)
         self._agents = GuestAgents()
-        host = LibvirtContext(self._hypervisor, self._events, self._table, self._records, self._held)
-        self._overlays = LibvirtOverlays(host)
+        context = LibvirtContext(self._hypervisor, self._events, self._cache, self._metadata, self._lock)
+        self._overlays = LibvirtOverlays(context)
 
     def close(self) -> None:
         """Let go of the connection. Asking again connects again."""
@@ -115,7 +115,7 @@ class LibvirtDriver:
             IncorrectInstanceState: It has an overlay over another disk than the one that is said now.
             HypervisorError: There is no such domain, or libvirt refuses.
         """
-        with self._hypervisor.asked() as connection:
+        with self._hypervisor.session() as connection:
             found = _by_name(connection, domain)
             instance_id = instance_id_of(found.UUIDString())
             said = InstanceMetadata(
@@ -127,13 +127,13 @@ class LibvirtDriver:
                 tags=dict(tags),
                 launch_time=datetime.now(UTC),
             )
-            before = self._table.look(found)
-            if before.record is not None:
-                said = _said_anew(instance_id, before.record, said)
-            self._check_adoptable(replace(before, record=said))
-            self._records.replace(found, instance_id, said)
-            self._events.change({before.uuid})
-            return instance_in(self._table.look(found))
+            before = self._cache.refresh(found)
+            if before.metadata is not None:
+                said = _merge_metadata(instance_id, before.metadata, said)
+            self._check_adoptable(replace(before, metadata=said))
+            self._metadata.replace(found, instance_id, said)
+            self._events.mark_changed({before.uuid})
+            return require_instance(self._cache.refresh(found))
 
     def disown(self, instance_id: str) -> None:
         """Let a domain be no instance any more. The domain and its disks are left as they are.
@@ -143,43 +143,43 @@ class LibvirtDriver:
             InstanceHeld: Its root volume is being read.
             IncorrectInstanceState: It runs on an overlay, which has to be merged first.
         """
-        with self._held(instance_id), self._changing(instance_id) as domain:
-            sighting = self._table.look(domain)
-            if not sighting.adopted:
+        with self._lock(instance_id), self._change_domain(instance_id) as domain:
+            snapshot = self._cache.refresh(domain)
+            if not snapshot.adopted:
                 raise InstanceNotFound(instance_id)
-            if sighting.record is not None and sighting.record.frozen is not None:
+            if snapshot.metadata is not None and snapshot.metadata.frozen is not None:
                 raise IncorrectInstanceState(
                     instance_id, f"{instance_id} has an overlay over its root volume, which its task merges first"
                 )
-            self._records.replace(domain, instance_id, None)
+            self._metadata.replace(domain, instance_id, None)
 
     def list(
-        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+        self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
         """Every instance, or some; as it was last seen, if libvirt does not answer but has before."""
         return [
-            sighting.instance
-            for sighting in self._adopted()
-            if sighting.instance is not None
-            and account_id in {None, sighting.instance.account_id}
-            and (belongs is None or belongs(sighting.instance))
+            snapshot.instance
+            for snapshot in self._adopted()
+            if snapshot.instance is not None
+            and account_id in {None, snapshot.instance.account_id}
+            and (include is None or include(snapshot.instance))
         ]
 
-    def broken(self) -> Sequence[InstanceError]:
+    def list_errors(self) -> Sequence[InstanceError]:
         """Why some domains that have our element are not in `list`."""
-        return [sighting.fault for sighting in self._table.all() if sighting.adopted and sighting.fault is not None]
+        return [snapshot.fault for snapshot in self._cache.list() if snapshot.adopted and snapshot.fault is not None]
 
     @with_timeout
     def get(self, instance_id: str) -> Instance:
         """One instance, with the state it has now."""
-        with self._domain(instance_id) as domain:
-            return instance_in(self._table.look(domain))
+        with self._lookup(instance_id) as domain:
+            return require_instance(self._cache.refresh(domain))
 
-    def owner_of(self, instance_id: str) -> str:
+    def get_owner(self, instance_id: str) -> str:
         """The account id in our element of its domain, as the domain was last seen."""
-        for sighting in self._adopted():
-            if sighting.instance_id == instance_id and sighting.record is not None:
-                return sighting.record.account_id
+        for snapshot in self._adopted():
+            if snapshot.instance_id == instance_id and snapshot.metadata is not None:
+                return snapshot.metadata.account_id
         raise InstanceNotFound(instance_id)
 
     def state(self, instance_id: str) -> InstanceState:
@@ -189,31 +189,31 @@ class LibvirtDriver:
     @command_with_timeout
     def request_stop(self, instance_id: str) -> None:
         """Ask the guest's agent, if it answers, else press the power button."""
-        with self._changing(instance_id) as domain:
-            sighting = self._table.look(domain)
-            _refuse_if_gone(instance_in(sighting))
-            self._ask_to_stop(domain, sighting)
+        with self._change_domain(instance_id) as domain:
+            snapshot = self._cache.refresh(domain)
+            _check_not_terminating(require_instance(snapshot))
+            self._request_guest_stop(domain, snapshot)
 
     @command_with_timeout
     def force_stop(self, instance_id: str) -> None:
         """Destroy the domain, as libvirt calls it: its process is ended, its disks stay."""
-        with self._changing(instance_id) as domain:
-            instance = instance_in(self._table.look(domain))
-            _refuse_if_gone(instance)
+        with self._change_domain(instance_id) as domain:
+            instance = require_instance(self._cache.refresh(domain))
+            _check_not_terminating(instance)
             if instance.state is not InstanceState.STOPPED:
                 check_command(instance_id)
-                _do(domain.destroy, unless=lambda: not domain.isActive())
+                run_unless_done(domain.destroy, unless=lambda: not domain.isActive())
 
     @command_with_timeout
     def terminate(self, instance_id: str) -> None:
         """Write down that it is not to be used any more, and ask the guest to power off."""
-        with self._changing(instance_id) as domain:
-            sighting = self._table.look(domain)
-            was_terminated = instance_in(sighting).state in GONE
+        with self._change_domain(instance_id) as domain:
+            snapshot = self._cache.refresh(domain)
+            was_terminated = require_instance(snapshot).state in TERMINATING
             check_command(instance_id)
             self._mark_terminated(domain, instance_id, terminated=True)
             try:
-                self._ask_to_stop(domain, sighting)
+                self._request_guest_stop(domain, snapshot)
             except Exception:
                 self._mark_terminated(domain, instance_id, terminated=was_terminated)
                 raise
@@ -221,83 +221,84 @@ class LibvirtDriver:
     @command_with_timeout
     def start(self, instance_id: str) -> None:
         """Start the domain; one whose guest has just powered off is waited for."""
-        with self._held(instance_id), self._changing(instance_id) as domain:
-            _refuse_if_gone(instance_in(self._table.look(domain)))
-            if self._look_when_stopped(domain).state is InstanceState.STOPPED:
-                starts = self._events.of(domain.UUIDString()).starts
+        with self._lock(instance_id), self._change_domain(instance_id) as domain:
+            _check_not_terminating(require_instance(self._cache.refresh(domain)))
+            if self._wait_while_stopping(domain).state is InstanceState.STOPPED:
+                starts = self._events.history(domain.UUIDString()).starts
                 check_command(instance_id)
-                _do(domain.create, unless=domain.isActive)
-                self._note_start(domain, instance_id, starts)
+                run_unless_done(domain.create, unless=domain.isActive)
+                self._record_launch_time(domain, instance_id, starts)
 
-    def users_of(self, is_same: Callable[[VolumeFile], bool], *, besides: str) -> Sequence[str]:
+    def find_users(self, is_same: Callable[[VolumeFile], bool], *, except_instance: str) -> Sequence[str]:
         """Of all domains that are active, adopted or not."""
         return [
-            f"the domain {sighting.name}"
-            for sighting in self._table.all()
-            if sighting.instance_id != besides and any(is_same(volume) for volume in self._table.written_by(sighting))
+            f"the domain {snapshot.name}"
+            for snapshot in self._cache.list()
+            if snapshot.instance_id != except_instance
+            and any(is_same(volume) for volume in self._cache.written_volumes(snapshot))
         ]
 
     @command_with_timeout
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Have the guest's agent run the command."""
-        with self._domain(instance_id) as domain:
-            sighting = self._table.look(domain)
-            _refuse_if_gone(instance_in(sighting))
-            if sighting.live is None or not sighting.live.has_agent:
+        with self._lookup(instance_id) as domain:
+            snapshot = self._cache.refresh(domain)
+            _check_not_terminating(require_instance(snapshot))
+            if snapshot.live is None or not snapshot.live.has_agent:
                 raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no agent in the guest")
             check_command(instance_id)
-            guest_agent.run(domain, instance_id, command)
+            guest_agent.run_command(domain, instance_id, command)
 
     @contextmanager
-    def hold(self, instance_id: str) -> Iterator[StoppedHold]:
+    def hold_stopped(self, instance_id: str) -> Iterator[VolumeHold]:
         """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
-        with self._held(instance_id):
+        with self._lock(instance_id):
             yield DomainHold(
                 self, self._events, instance_id, call_with_deadline(instance_id, lambda: self._uuid_of(instance_id))
             )
 
     def _uuid_of(self, instance_id: str) -> str:
-        with self._domain(instance_id) as domain:
-            sighting = self._table.look(domain)
-            instance_in(sighting)
-            return sighting.uuid
+        with self._lookup(instance_id) as domain:
+            snapshot = self._cache.refresh(domain)
+            require_instance(snapshot)
+            return snapshot.uuid
 
     def _adopted(self) -> Sequence[DomainSnapshot]:
         try:
-            sightings = self._table.all()
+            snapshots = self._cache.list()
         except HypervisorError as error:
-            if not self._table.last_seen:
+            if not self._cache.last_seen:
                 raise
             log.warning("instances are shown as they were: %s", error)
-            sightings = self._table.last_seen
-        for sighting in sightings:
-            if sighting.adopted and sighting.fault is not None:
-                log.warning("an instance is left out: %s", sighting.fault)
-        return sightings
+            snapshots = self._cache.last_seen
+        for snapshot in snapshots:
+            if snapshot.adopted and snapshot.fault is not None:
+                log.warning("an instance is left out: %s", snapshot.fault)
+        return snapshots
 
     @contextmanager
-    def _domain(self, instance_id: str) -> Iterator[Domain]:
+    def _lookup(self, instance_id: str) -> Iterator[Domain]:
         """The domain that an instance is, whether it can be understood or not."""
         if not _INSTANCE_ID.fullmatch(instance_id):
             raise InstanceNotFound(instance_id)
-        with self._hypervisor.asked(instance_id) as connection:
-            yield self._table.find(connection, instance_id)
+        with self._hypervisor.session(instance_id) as connection:
+            yield self._cache.find(connection, instance_id)
 
     @contextmanager
-    def _changing(self, instance_id: str) -> Iterator[Domain]:
+    def _change_domain(self, instance_id: str) -> Iterator[Domain]:
         """The same, to do something to it: `list` then knows of that before libvirt has told of it."""
-        with self._domain(instance_id) as domain:
+        with self._lookup(instance_id) as domain:
             try:
                 yield domain
             finally:
-                self._events.change({domain.UUIDString()})
+                self._events.mark_changed({domain.UUIDString()})
 
     def _find(self, instance_id: str) -> None:
-        with self._domain(instance_id):
+        with self._lookup(instance_id):
             pass
 
     @contextmanager
-    def _held(self, instance_id: str) -> Iterator[None]:
+    def _lock(self, instance_id: str) -> Iterator[None]:
         """The lock, if there is such a domain."""
         call_with_deadline(instance_id, lambda: self._find(instance_id))
         with ExitStack() as stack:
@@ -307,53 +308,53 @@ class LibvirtDriver:
                 raise InstanceLocked(instance_id) from None
             yield
 
-    def _check_adoptable(self, sighting: DomainSnapshot) -> None:
-        fault = self._fault_in_adopting(sighting)
+    def _check_adoptable(self, snapshot: DomainSnapshot) -> None:
+        fault = self._fault_in_adopting(snapshot)
         if fault is not None:
-            raise InvalidDescriptionError(sighting.instance_id, f"the domain {sighting.name}", [fault])
+            raise InvalidDescriptionError(snapshot.instance_id, f"the domain {snapshot.name}", [fault])
 
-    def _fault_in_adopting(self, sighting: DomainSnapshot) -> str | None:
+    def _fault_in_adopting(self, snapshot: DomainSnapshot) -> str | None:
         """Why a domain with this record would be no instance; None if it would be one."""
-        assert sighting.record is not None
+        assert snapshot.metadata is not None
         try:
-            check_record(sighting.record)
-            instance = self._table.instance_of(sighting)
+            check_metadata(snapshot.metadata)
+            instance = self._cache.instance_of(snapshot)
         except InvalidDomainError as fault:
             return str(fault)
         return volume_fault(instance.root_volume.path) if instance.root_device_type == "instance-store" else None
 
-    def _ask_to_stop(self, domain: Domain, sighting: DomainSnapshot) -> None:
-        if sighting.state in {DomainState.SHUTOFF, DomainState.SHUTDOWN}:
+    def _request_guest_stop(self, domain: Domain, snapshot: DomainSnapshot) -> None:
+        if snapshot.state in {DomainState.SHUTOFF, DomainState.SHUTDOWN}:
             return
-        if (why := _HEARS_NOTHING.get(sighting.state)) is not None:
-            raise IncorrectInstanceState(sighting.instance_id, f"{sighting.instance_id} is {why} {sighting.name}")
-        check_command(sighting.instance_id)
-        starts = self._events.of(sighting.uuid).starts
-        if sighting.live is not None and sighting.live.has_agent and self._agents.request_stop(domain, starts):
+        if (why := _UNRESPONSIVE_STATES.get(snapshot.state)) is not None:
+            raise IncorrectInstanceState(snapshot.instance_id, f"{snapshot.instance_id} is {why} {snapshot.name}")
+        check_command(snapshot.instance_id)
+        starts = self._events.history(snapshot.uuid).starts
+        if snapshot.live is not None and snapshot.live.has_agent and self._agents.request_stop(domain, starts):
             return
-        with self._hypervisor.asked(sighting.instance_id) as connection:
+        with self._hypervisor.session(snapshot.instance_id) as connection:
             button = ShutdownFlag.ACPI_POWER_BTN if connection.getType() == "QEMU" else ShutdownFlag.DEFAULT
-            _do(lambda: domain.shutdownFlags(button), unless=lambda: not domain.isActive())
+            run_unless_done(lambda: domain.shutdownFlags(button), unless=lambda: not domain.isActive())
 
     def _mark_terminated(self, domain: Domain, instance_id: str, *, terminated: bool) -> None:
-        self._records.change(domain, instance_id, lambda there: replace(there, terminated=terminated))
+        self._metadata.change(domain, instance_id, lambda there: replace(there, terminated=terminated))
 
-    def _look_when_stopped(self, domain: Domain) -> Instance:
+    def _wait_while_stopping(self, domain: Domain) -> Instance:
         """The instance, after waiting for one that is just going down: it cannot be started before."""
         return poll_until(
-            lambda: instance_in(self._table.look(domain)),
+            lambda: require_instance(self._cache.refresh(domain)),
             lambda instance: instance.state is not InstanceState.STOPPING,
-            timeout=_STOPPING_SECONDS,
-            interval=_LOOK_AGAIN,
+            timeout=_STOPPING_TIMEOUT,
+            interval=_POLL_INTERVAL,
         )
 
-    def _note_start(self, domain: Domain, instance_id: str, starts: int) -> None:
+    def _record_launch_time(self, domain: Domain, instance_id: str, starts: int) -> None:
         """Write down when it was started, as it is told, so that there are no two opinions of it."""
-        told = self._events.await_start(domain.UUIDString(), starts, _TOLD_WITHIN)
+        told = self._events.wait_for_start(domain.UUIDString(), starts, _START_EVENT_TIMEOUT)
         started = told or datetime.now(UTC)
         try:
-            with self._hypervisor.asked(instance_id):
-                self._records.change(domain, instance_id, lambda there: replace(there, launch_time=started))
+            with self._hypervisor.session(instance_id):
+                self._metadata.change(domain, instance_id, lambda there: replace(there, launch_time=started))
         except InstanceError as error:  # it runs all the same
             log.warning("the launch time is not written down: %s", error)
 
@@ -370,18 +371,18 @@ class DomainHold:
         self._events = events
         self._instance_id = instance_id
         self._uuid = uuid
-        self._starts, self._lost = events.of(uuid).starts, events.lost
+        self._starts, self._lost = events.history(uuid).starts, events.disconnects
 
     def check(self) -> None:
         """Ask libvirt for the state, and count the starts."""
         state = self._instances.state(self._instance_id)
         if state is not InstanceState.STOPPED:
             raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
-        if self._events.of(self._uuid).starts != self._starts:
+        if self._events.history(self._uuid).starts != self._starts:
             raise RootVolumeInUse(
                 self._instance_id, f"{self._instance_id} was started and stopped while its root volume was read"
             )
-        if self._events.lost != self._lost:  # last: what is known for certain is the better reason
+        if self._events.disconnects != self._lost:  # last: what is known for certain is the better reason
             raise HoldLostError(
                 self._instance_id,
                 f"the connection to libvirt was lost: {self._instance_id} may have been started and stopped meanwhile",
@@ -392,7 +393,7 @@ def _by_name(connection: Connection, domain: str) -> Domain:
     return connection.lookupByUUIDString(domain) if _UUID.fullmatch(domain) else connection.lookupByName(domain)
 
 
-def _said_anew(instance_id: str, before: InstanceMetadata, said: InstanceMetadata) -> InstanceMetadata:
+def _merge_metadata(instance_id: str, before: InstanceMetadata, said: InstanceMetadata) -> InstanceMetadata:
     """What is said now, and what the driver has to find again of what was said before."""
     if before.frozen is not None and before.root_device != said.root_device:
         raise IncorrectInstanceState(
@@ -401,14 +402,14 @@ def _said_anew(instance_id: str, before: InstanceMetadata, said: InstanceMetadat
     return replace(said, launch_time=before.launch_time, frozen=before.frozen)
 
 
-def _refuse_if_gone(instance: Instance) -> None:
-    if instance.state in GONE:
+def _check_not_terminating(instance: Instance) -> None:
+    if instance.state in TERMINATING:
         raise IncorrectInstanceState(
             instance.instance_id, f"{instance.instance_id} is {instance.state} and cannot be used any more"
         )
 
 
-def _do(act: Callable[[], object], *, unless: Callable[[], object]) -> None:
+def run_unless_done(act: Callable[[], object], *, unless: Callable[[], object]) -> None:
     """Do something, which may turn out to be done already."""
     try:
         act()

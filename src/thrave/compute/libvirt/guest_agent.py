@@ -27,8 +27,8 @@ class GuestAgents:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._asked: set[str] = set()
-        self._deaf: dict[str, int] = {}
+        self._in_progress: set[str] = set()
+        self._unresponsive: dict[str, int] = {}
 
     def request_stop(self, domain: Domain, starts: int) -> bool:
         """Have a guest's agent power it off, if it answers; whether it did.
@@ -42,15 +42,15 @@ class GuestAgents:
         """
         uuid = domain.UUIDString()
         with self._lock:
-            if uuid in self._asked:
+            if uuid in self._in_progress:
                 return True
-            if self._deaf.get(uuid) == starts:
+            if self._unresponsive.get(uuid) == starts:
                 return False
-        if not _answers(domain):
-            self._note_deaf(uuid, starts)
+        if not _responds(domain):
+            self._mark_unresponsive(uuid, starts)
             return False
         with self._lock:
-            self._asked.add(uuid)
+            self._in_progress.add(uuid)
         supervised(
             f"agent {uuid}",
             lambda: self._power_off(domain, uuid, starts),
@@ -63,17 +63,17 @@ class GuestAgents:
             domain.shutdownFlags(ShutdownFlag.GUEST_AGENT)
         except binding.load().libvirtError as error:  # also if the guest was gone before the agent could answer
             log.info("the agent of the domain %s: %s", uuid, error)
-            self._note_deaf(uuid, starts)
+            self._mark_unresponsive(uuid, starts)
         finally:
             with self._lock:
-                self._asked.discard(uuid)
+                self._in_progress.discard(uuid)
 
-    def _note_deaf(self, uuid: str, starts: int) -> None:
+    def _mark_unresponsive(self, uuid: str, starts: int) -> None:
         with self._lock:
-            self._deaf[uuid] = starts
+            self._unresponsive[uuid] = starts
 
 
-def run(domain: Domain, instance_id: str, command: Sequence[str]) -> None:
+def run_command(domain: Domain, instance_id: str, command: Sequence[str]) -> None:
     """Begin a command in a guest, by its agent.
 
     Args:
@@ -86,21 +86,21 @@ def run(domain: Domain, instance_id: str, command: Sequence[str]) -> None:
     """
     arguments = {"path": command[0], "arg": list(command[1:]), "capture-output": False}
     try:
-        answer = _asked(domain, EXEC_SECONDS, "guest-exec", arguments)
+        answer = _call(domain, EXEC_SECONDS, "guest-exec", arguments)
     except binding.load().libvirtError as error:
         raise InstanceCommandFailed(instance_id, command[0], f"cannot be run by the guest's agent: {error}") from error
     if not isinstance(answer, dict) or not isinstance(answer.get("pid"), int):
         raise InstanceCommandFailed(instance_id, command[0], "was answered by the guest's agent with no process")
 
 
-def _answers(domain: Domain) -> bool:
+def _responds(domain: Domain) -> bool:
     try:
-        return _asked(domain, PING_SECONDS, "guest-ping") is not None
+        return _call(domain, PING_SECONDS, "guest-ping") is not None
     except binding.load().libvirtError:
         return False
 
 
-def _asked(domain: Domain, seconds: int, command: str, arguments: object = None) -> object:
+def _call(domain: Domain, seconds: int, command: str, arguments: object = None) -> object:
     """What the agent returns; None if that cannot be understood. Raises libvirtError."""
     question = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
     answer = binding.load_qemu().qemuAgentCommand(domain, json.dumps(question), seconds, 0)

@@ -116,7 +116,7 @@ def instance_state(state: int, *, terminated: bool) -> InstanceState:
     return InstanceState.TERMINATED if shown is InstanceState.STOPPED else InstanceState.SHUTTING_DOWN
 
 
-def lost_power(reason: int, seen: int | None) -> bool:
+def is_power_loss(reason: int, seen: int | None) -> bool:
     """Whether a domain that is off was not stopped by anybody; the arguments are those of `off_reason`."""
     return off_reason(reason, seen) in _LOST_POWER
 

@@ -60,7 +60,7 @@ def is_empty(instance_id: str, overlay: Path) -> bool:
     return not any(extent["depth"] == 0 and extent["present"] for extent in json.loads(said))
 
 
-def settle_definitions() -> None:
+def sync_definitions() -> None:
     """Have what libvirt has just defined on the disk, as far as this process may say so.
 
     It writes the new definition and gives it the old one's name; a host that loses its power may forget the latter.
@@ -69,12 +69,12 @@ def settle_definitions() -> None:
         files.sync_folder(_DEFINITIONS)
 
 
-def aside(path: Path, name: str) -> Path:
+def with_suffix(path: Path, name: str) -> Path:
     """A file's name with a word at its end."""
     return path.with_name(f"{path.name}.{name}")
 
 
-def is_there(instance_id: str, path: Path) -> bool:
+def exists(instance_id: str, path: Path) -> bool:
     """Whether there is such a file. Raises HypervisorError if that cannot be seen."""
     with _told(instance_id, path):
         return path.exists()

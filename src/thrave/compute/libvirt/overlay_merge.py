@@ -30,7 +30,7 @@ from thrave.compute.errors import HypervisorError, InstanceNotFound
 from thrave.compute.libvirt import binding, overlay_files
 from thrave.compute.libvirt.binding import Commit, Connection, Domain, DomainState, JobAbort, XmlFlag
 from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
-from thrave.compute.libvirt.domain_cache import DomainCache, DomainSnapshot, MetadataWriter, understood
+from thrave.compute.libvirt.domain_cache import DomainCache, DomainSnapshot, MetadataWriter, domain_errors_translated
 from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata
 from thrave.compute.libvirt.domain_xml import Disk, DiskImage, DomainDefinition, without_overlay
 from thrave.compute.timeouts import Pause, check_command, report_progress
@@ -80,11 +80,11 @@ MERGING: dict[tuple[DiskLocation, DiskLocation], MergeStep] = {
 class RootDisk(NamedTuple):
     """What a definition's root disk is on, and which disk that is."""
 
-    stand: DiskLocation
+    location: DiskLocation
     disk: Disk | None
 
 
-def standing_of(definition: DomainDefinition | None, volume: Path, overlay: Path) -> RootDisk:
+def locate_root_disk(definition: DomainDefinition | None, volume: Path, overlay: Path) -> RootDisk:
     """What the root disk is on, for which there was the `volume` and an `overlay` over it; None is no definition."""
     if definition is None:
         return RootDisk(DiskLocation.NOWHERE, None)
@@ -95,7 +95,7 @@ def standing_of(definition: DomainDefinition | None, volume: Path, overlay: Path
     return RootDisk(DiskLocation.ELSEWHERE, None)
 
 
-def overlay_for(volume: Path, instance_id: str) -> Path:
+def overlay_path(volume: Path, instance_id: str) -> Path:
     """Where the overlay over an instance's root volume goes: beside it, so that both are moved and lost together."""
     return volume.with_name(f".{volume.name}.thrave-{instance_id}.qcow2")
 
@@ -132,25 +132,29 @@ class LibvirtContext:
     """What is needed of a host that has libvirt.
 
     Attributes:
-        held: Keeps an instance from being started through us, for the length of a block; raises InstanceHeld.
+        lock: Keeps an instance from being started through us, for the length of a block; raises InstanceHeld.
     """
 
     hypervisor: LibvirtConnection
     events: DomainEvents
-    table: DomainCache
-    records: MetadataWriter
-    held: Callable[[str], AbstractContextManager[None]]
+    cache: DomainCache
+    metadata: MetadataWriter
+    lock: Callable[[str], AbstractContextManager[None]]
 
-    def look(self, domain: Domain, volume: Path, overlay: Path) -> tuple[DomainSnapshot, RootDisk, RootDisk]:
+    def locate_disks(self, domain: Domain, volume: Path, overlay: Path) -> tuple[DomainSnapshot, RootDisk, RootDisk]:
         """A domain as it is now, and where its disks stand: as it runs, and as it is started the next time.
 
         Raises:
             InvalidDescriptionError: That cannot be understood.
         """
-        sighting = self.table.look(domain)
-        if sighting.fault is not None and sighting.live is None and sighting.config is None:
-            raise sighting.fault
-        return sighting, standing_of(sighting.live, volume, overlay), standing_of(sighting.config, volume, overlay)
+        snapshot = self.cache.refresh(domain)
+        if snapshot.fault is not None and snapshot.live is None and snapshot.config is None:
+            raise snapshot.fault
+        return (
+            snapshot,
+            locate_root_disk(snapshot.live, volume, overlay),
+            locate_root_disk(snapshot.config, volume, overlay),
+        )
 
 
 class OverlayMerge:
@@ -163,12 +167,12 @@ class OverlayMerge:
         pause: See `Overlays.merge`.
     """
 
-    def __init__(self, host: LibvirtContext, instance_id: str, frozen: Overlay, pause: Pause) -> None:
-        self._host = host
+    def __init__(self, context: LibvirtContext, instance_id: str, frozen: Overlay, pause: Pause) -> None:
+        self._context = context
         self._instance_id = instance_id
         self._volume = DiskImage(frozen.volume.path, frozen.volume.format)
         self._overlay = frozen.overlay
-        self._committed = overlay_files.aside(frozen.overlay, _COMMITTED)
+        self._committed = overlay_files.with_suffix(frozen.overlay, _COMMITTED)
         self._pause = pause
         self._job_of_start: int | None = None
         self._least_left: int | None = None
@@ -182,33 +186,33 @@ class OverlayMerge:
         """
         check_command(self._instance_id)
         try:
-            with self._host.hypervisor.asked(self._instance_id) as connection:
-                return self._step(connection, self._host.table.find(connection, self._instance_id))
+            with self._context.hypervisor.session(self._instance_id) as connection:
+                return self._step(connection, self._context.cache.find(connection, self._instance_id))
         except InstanceNotFound:
             return self._commit_files()
 
     def _step(self, connection: Connection, domain: Domain) -> bool:
-        sighting, live, config = self._host.look(domain, self._volume.path, self._overlay)
-        match MERGING[live.stand, config.stand]:
+        snapshot, live, config = self._context.locate_disks(domain, self._volume.path, self._overlay)
+        match MERGING[live.location, config.location]:
             case MergeStep.COMMIT_FILES:
                 return self._commit_files()
             case MergeStep.COMMIT_LIVE:
-                self._commit_live(domain, sighting, _disk(live))
+                self._commit_live(domain, snapshot, _disk(live))
             case MergeStep.COMMIT_OFF:
                 self._commit_off(connection, domain, _disk(config))
             case MergeStep.REDEFINE:
                 self._redefine(connection, domain, _disk(config))
             case MergeStep.CLEAN_UP:
-                self._clean_up(domain, sighting)
+                self._clean_up(domain, snapshot)
                 return True
             case MergeStep.REFUSE:
                 raise HypervisorError(self._instance_id, self._strange(live, config))
         return False
 
-    def _commit_live(self, domain: Domain, sighting: DomainSnapshot, disk: Disk) -> None:
+    def _commit_live(self, domain: Domain, snapshot: DomainSnapshot, disk: Disk) -> None:
         """Begin a block commit, wait for one, or have the domain leave the overlay."""
         if disk.mirror is None:
-            starts = self._host.events.of(sighting.uuid).starts
+            starts = self._context.events.history(snapshot.uuid).starts
             if self._job_of_start == starts:
                 raise HypervisorError(
                     self._instance_id, f"the block commit of {disk.target} has failed: libvirt's log says why"
@@ -220,7 +224,7 @@ class OverlayMerge:
         elif disk.mirror.job != _COMMIT:
             raise HypervisorError(self._instance_id, f"{disk.target} is being copied by somebody else's block job")
         elif disk.mirror.ready:
-            with self._standing_still(domain, sighting):
+            with self._standing_still(domain, snapshot):
                 check_command(self._instance_id)
                 domain.blockJobAbort(disk.target, JobAbort.PIVOT)
                 overlay_files.move(self._instance_id, self._overlay, self._committed)
@@ -241,13 +245,13 @@ class OverlayMerge:
             report_progress(self._pause)
 
     @contextmanager
-    def _standing_still(self, domain: Domain, sighting: DomainSnapshot) -> Iterator[None]:
+    def _standing_still(self, domain: Domain, snapshot: DomainSnapshot) -> Iterator[None]:
         """Stop the CPUs of a running domain, having written down that it was us; one that stands still stays so."""
-        frozen = None if sighting.record is None else sighting.record.frozen
-        if frozen is None or not (sighting.state == DomainState.RUNNING or _stands_still_for_us(frozen, sighting)):
+        frozen = None if snapshot.metadata is None else snapshot.metadata.frozen
+        if frozen is None or not (snapshot.state == DomainState.RUNNING or _stands_still_for_us(frozen, snapshot)):
             yield
             return
-        if sighting.state == DomainState.RUNNING:
+        if snapshot.state == DomainState.RUNNING:
             self._note_paused(domain, paused=True)
             domain.suspend()
         try:
@@ -260,7 +264,7 @@ class OverlayMerge:
         def noted(record: InstanceMetadata) -> InstanceMetadata:
             return replace(record, frozen=record.frozen and replace(record.frozen, paused=paused))
 
-        self._host.records.change(domain, self._instance_id, noted)
+        self._context.metadata.change(domain, self._instance_id, noted)
 
     def _commit_off(self, connection: Connection, domain: Domain, disk: Disk) -> None:
         """Merge the files of a domain that is off, so that it can be started on no more than it was merged from.
@@ -273,7 +277,7 @@ class OverlayMerge:
                 self._instance_id,
                 f"the memory of {domain.name()} is saved, with the overlay as its disk: start it first",
             )
-        with self._host.held(self._instance_id):
+        with self._context.lock(self._instance_id):
             if self._is_there(self._overlay):
                 check_command(self._instance_id)
                 overlay_files.commit(self._instance_id, self._overlay, self._pause)
@@ -297,35 +301,35 @@ class OverlayMerge:
 
     def _redefine(self, connection: Connection, domain: Domain, disk: Disk) -> None:
         """Have the domain start from the volume the next time."""
-        with self._host.records.alone(self._instance_id), understood(domain, self._instance_id):
+        with self._context.metadata.lock(self._instance_id), domain_errors_translated(domain, self._instance_id):
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
             check_command(self._instance_id)
             connection.defineXML(without_overlay(xml, disk.target, None, volume=self._volume))
-        overlay_files.settle_definitions()
+        overlay_files.sync_definitions()
 
-    def _clean_up(self, domain: Domain, sighting: DomainSnapshot) -> None:
+    def _clean_up(self, domain: Domain, snapshot: DomainSnapshot) -> None:
         """Remove the overlay, then what is said of it: so nothing is left of it when nothing says so any more."""
         check_command(self._instance_id)
-        frozen = None if sighting.record is None else sighting.record.frozen
+        frozen = None if snapshot.metadata is None else snapshot.metadata.frozen
         if self._is_merged or _is(frozen, self._overlay) or not self._is_there(self._overlay):
             self._remove()
         else:
             self._put_away()
-        if frozen is not None and _stands_still_for_us(frozen, sighting):
+        if frozen is not None and _stands_still_for_us(frozen, snapshot):
             domain.resume()
-        self._host.records.change(domain, self._instance_id, lambda record: replace(record, frozen=None))
+        self._context.metadata.change(domain, self._instance_id, lambda record: replace(record, frozen=None))
 
     def _put_away(self) -> None:
         """An overlay that no definition speaks of: made for one that never was, or taken out of it by hand."""
         if overlay_files.is_empty(self._instance_id, self._overlay):
             self._remove()
             return
-        left = overlay_files.aside(self._overlay, _LEFT)
+        left = overlay_files.with_suffix(self._overlay, _LEFT)
         log.warning("%s was not merged, since nothing says that it should be: it is kept as %s", self._overlay, left)
         overlay_files.move(self._instance_id, self._overlay, left)
 
     def _is_there(self, path: Path) -> bool:
-        return overlay_files.is_there(self._instance_id, path)
+        return overlay_files.exists(self._instance_id, path)
 
     def _remove(self) -> None:
         overlay_files.remove(self._instance_id, self._overlay)
@@ -334,7 +338,7 @@ class OverlayMerge:
     def _strange(self, live: RootDisk, config: RootDisk) -> str:
         return (
             f"its root disk is on an image that is neither {self._volume.path} nor {self._overlay} (running: "
-            f"{live.stand}; the next time: {config.stand}): merge that first"
+            f"{live.location}; the next time: {config.location}): merge that first"
         )
 
 
@@ -347,6 +351,6 @@ def _is(frozen: OverlayMetadata | None, overlay: Path) -> bool:
     return frozen is not None and frozen.overlay == overlay
 
 
-def _stands_still_for_us(frozen: OverlayMetadata, sighting: DomainSnapshot) -> bool:
+def _stands_still_for_us(frozen: OverlayMetadata, snapshot: DomainSnapshot) -> bool:
     """Whether it was the driver that has stopped the CPUs, perhaps before a crash."""
-    return frozen.paused and sighting.state == DomainState.PAUSED
+    return frozen.paused and snapshot.state == DomainState.PAUSED
