@@ -21,7 +21,7 @@ from disks import GIB, Disk, DiskFolder, are_equal, stored_bytes
 from harness import CORES, Arguments, ProgramFailedError, Run, Step, Usage, observe, run
 
 from thrave.bundle.manifest import read_manifest
-from thrave.bundle.model import BundleKey, unlock
+from thrave.bundle.model import BundleKey, decrypt_key
 from thrave.identity.accounts import AccessKey
 from thrave.identity.certificates import load_private_key, new_certificate
 from thrave.testing import ThraveServer
@@ -61,7 +61,7 @@ class Keys:
     def secrets(self, bundle: Path) -> BundleKey:
         """Decrypt key and IV of a bundle."""
         manifest = read_manifest(manifest_in(bundle).read_bytes())
-        return unlock((manifest.user_slot, manifest.ec2_slot), load_private_key(self.private_key.read_bytes()))
+        return decrypt_key((manifest.user_slot, manifest.ec2_slot), load_private_key(self.private_key.read_bytes()))
 
 
 @dataclass(frozen=True)

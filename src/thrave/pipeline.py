@@ -1,15 +1,8 @@
-"""Threads that work for one stream, and stop together.
+"""A pipeline of threads that process one stream and stop together: bounded queues, read-ahead, a pool, buffers.
 
-The stages of a bundle are iterators; a crew lets one run ahead of the next in a thread of its own, or maps a function
-over one on every core, in order, always within a bound. Whatever a stage raises comes out at its consumer, like
-from any iterator. Leaving the crew's ``with`` block stops every thread before it returns: none outlives its stream,
-but for one that hangs in a read, which nothing can interrupt. It is left behind, and stops when the read ends.
-
-A stream's bytes in memory that is used over and over.
-
-What a library returns is new memory each time, and of every size. Kept for a while by other threads, such pieces
-tear holes into the allocator's heap, which then grows with the length of the stream (glibc 2.36: from 130 to 210 MiB
-over 8 GiB). Copied at once, they are freed where they were made, and what is kept is as large as it was at first.
+Stages are iterators. A pipeline runs a stage ahead of its consumer in a thread, or maps a function over a stage on
+several cores and keeps the order. An error of a stage is raised at its consumer, as by any iterator. Threads that do
+one job in the background are in `thrave.concurrency`.
 """
 
 import sys
@@ -23,22 +16,20 @@ from typing import Generic, Self, TypeVar
 
 from thrave.concurrency import Background, supervised
 
-PATIENCE = 1.0
-"""Seconds that the threads of a crew have to stop, together."""
+STOP_TIMEOUT = 1.0
+"""Seconds that all threads of a pipeline have to stop."""
 
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 
 class StoppedError(Exception):
-    """The crew has been told to stop; seen inside its threads, and by the consumer if somebody else said so."""
+    """The pipeline was stopped. Raised in its threads, and at its consumer if another thread stopped it."""
 
 
 class BoundedQueue(Generic[T]):
-    """A queue with a bound, which can be closed under those who wait at either end."""
+    """A queue with a maximum length. Closing it wakes the threads that wait at either end."""
 
     def __init__(self, capacity: int) -> None:
         self._items: deque[T] = deque()
@@ -47,16 +38,16 @@ class BoundedQueue(Generic[T]):
         self._closed = False
 
     def put(self, item: T) -> None:
-        """Add an item; wait while the channel is full. Raises StoppedError once it is closed."""
+        """Add an item; wait while the queue is full. Raises StoppedError once the queue is closed."""
         with self._changed:
-            # No timeout, here and in `get`: leaving the crew closes the channel.
+            # No timeout, here and in `get`: leaving the pipeline closes the queue.
             self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
             self._refuse_if_closed()
             self._items.append(item)
             self._changed.notify_all()
 
     def get(self) -> T:
-        """Take the oldest item; wait for one. Raises StoppedError once the channel is closed."""
+        """Remove and return the oldest item; wait for one. Raises StoppedError once the queue is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._items)
             self._refuse_if_closed()
@@ -65,7 +56,7 @@ class BoundedQueue(Generic[T]):
             return item
 
     def close(self) -> None:
-        """Wake everybody who waits, drop what is inside."""
+        """Drop all items and wake every waiting thread."""
         with self._changed:
             self._closed = True
             self._items.clear()
@@ -76,171 +67,179 @@ class BoundedQueue(Generic[T]):
             raise StoppedError
 
 
-@dataclass(frozen=True)
-class _End:
-    """What a stage sends last: nothing more will come, or why."""
-
-    failure: BaseException | None = None
-
-
 class Pipeline:
-    """The threads of one stream; a context manager.
+    """The threads of one stream, as a context manager.
+
+    Leaving the ``with`` block stops every thread and waits up to `STOP_TIMEOUT` seconds. A thread that hangs in a read
+    cannot be interrupted: it is abandoned, and ends when the read returns.
 
     Args:
-        workers: threads of the pool that ``map`` uses.
+        workers: Threads of the pool that `map` uses.
     """
 
     def __init__(self, workers: int) -> None:
-        self._number = workers
+        self._worker_count = workers
         self._workers: list[Background] = []
         self._threads: list[Background] = []
         self._closers: list[Callable[[], None]] = []
         self._stopped = False
-        self._jobs: BoundedQueue[Callable[[], None]] = self.channel(sys.maxsize)
+        self._jobs: BoundedQueue[Callable[[], None]] = self.queue(sys.maxsize)
         self._job_ended = threading.Condition()
 
     def __enter__(self) -> Self:
         return self
 
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        for thread in (*self._threads, *self._workers):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
     def stop(self) -> None:
-        """Have every thread of the crew, and whoever waits for one, stop; any thread may call this, at any time."""
+        """Stop every thread of the pipeline and every thread that waits for one. Safe from any thread, at any time."""
         self._stopped = True
         for close in tuple(self._closers):
             close()
         with self._job_ended:
             self._job_ended.notify_all()
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        until = time.monotonic() + PATIENCE
-        for thread in (*self._threads, *self._workers):
-            thread.join(max(0.0, until - time.monotonic()))
-
-    def channel(self, capacity: int) -> BoundedQueue[T]:
-        """Return a channel that is closed when the crew stops."""
-        channel: BoundedQueue[T] = BoundedQueue(capacity)
-        self._closers.append(channel.close)
+    def queue(self, capacity: int) -> BoundedQueue[T]:
+        """Return a new queue, which is closed when the pipeline stops."""
+        queue: BoundedQueue[T] = BoundedQueue(capacity)
+        self._closers.append(queue.close)
+        # `stop` may have run before the queue was registered.
         if self._stopped:
-            channel.close()
-        return channel
+            queue.close()
+        return queue
 
-    def ahead(self, items: Iterable[T], capacity: int) -> Iterator[T]:
-        """Iterate in a thread of its own, at most ``capacity`` items ahead of the consumer."""
-        channel: BoundedQueue[T | _End] = self.channel(capacity)
-        # What the items raise goes through the channel; the consumer must not wait if that fails.
-        feed = supervised("bundle-stage", partial(_feed, items, channel), on_failure=lambda _error: channel.close())
-        self._threads.append(feed)
-        return _drain(channel)
+    def prefetch(self, items: Iterable[T], capacity: int) -> Iterator[T]:
+        """Iterate over `items` in a thread, at most `capacity` items ahead of the consumer."""
+        queue: BoundedQueue[T | _End] = self.queue(capacity)
+        # Errors of the items go through the queue. Close it if that fails, or the consumer would wait forever.
+        thread = supervised("bundle-stage", partial(_fill_queue, items, queue), on_failure=lambda _error: queue.close())
+        self._threads.append(thread)
+        return _read_queue(queue)
 
-    def map(self, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-        """Yield ``work(item)`` in the items' order; at most ``ahead`` of them are in work or done.
+    def map(self, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
+        """Yield ``work(item)`` in the order of the items; at most `limit` of them are in work or finished.
 
-        The items are iterated in a thread of their own, so that the pool never waits for the consumer.
+        The items are iterated over in a separate thread, so that the pool never waits for the consumer.
         """
-        while len(self._workers) < self._number:
-            work_off = partial(_work_off, self._jobs)
-            self._workers.append(supervised("bundle-worker", work_off, on_failure=lambda _error: self.stop()))
-        for job in self.ahead((self._submit(partial(work, item)) for item in items), ahead):
-            yield self._result(job)
+        while len(self._workers) < self._worker_count:
+            run_jobs = partial(_run_jobs, self._jobs)
+            self._workers.append(supervised("bundle-worker", run_jobs, on_failure=lambda _error: self.stop()))
+        for job in self.prefetch((self._submit(partial(work, item)) for item in items), limit):
+            yield self._wait_for_result(job)
 
     def _submit(self, work: Callable[[], R]) -> "_Job[R]":
         job = _Job(work, self._job_ended)
-        self._jobs.put(job.do)
+        self._jobs.put(job.run)
         return job
 
-    def _result(self, job: "_Job[R]") -> R:
+    def _wait_for_result(self, job: "_Job[R]") -> R:
         with self._job_ended:
-            # No timeout: a job ends, or the crew is stopped.
+            # No timeout: a job ends, or the pipeline is stopped.
             self._job_ended.wait_for(lambda: job.is_done or self._stopped)
             if not job.is_done:
                 raise StoppedError
-        if job.failure is not None:
-            raise job.failure
+        if job.error is not None:
+            raise job.error
         return job.results[0]
 
 
 class _Job(Generic[R]):
-    """One call of the pool's."""
+    """One call in the pool."""
 
     def __init__(self, work: Callable[[], R], ended: threading.Condition) -> None:
         self._work = work
         self._ended = ended
         self.is_done = False
         self.results: list[R] = []
-        self.failure: BaseException | None = None
+        self.error: BaseException | None = None
 
-    def do(self) -> None:
+    def run(self) -> None:
         try:
             self.results.append(self._work())
-        except BaseException as failure:  # noqa: BLE001 - it is raised again where the result is consumed
-            self.failure = failure
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is consumed
+            self.error = error
         with self._ended:
             self.is_done = True
             self._ended.notify_all()
 
 
-def _work_off(jobs: BoundedQueue[Callable[[], None]]) -> None:
+def _run_jobs(jobs: BoundedQueue[Callable[[], None]]) -> None:
     while True:
         try:
-            do = jobs.get()
+            run = jobs.get()
         except StoppedError:
             return
-        do()
+        run()
 
 
-def _feed(items: Iterable[T], channel: BoundedQueue[T | _End]) -> None:
+@dataclass(frozen=True)
+class _End:
+    """The last item that a stage puts into its queue, with the error that ended the stage."""
+
+    error: BaseException | None = None
+
+
+def _fill_queue(items: Iterable[T], queue: BoundedQueue[T | _End]) -> None:
     end = _End()
     try:
         for item in items:
-            channel.put(item)
+            queue.put(item)
     except StoppedError:
         return
-    except BaseException as failure:  # noqa: BLE001 - it is raised again where the items are consumed
-        end = _End(failure)
+    except BaseException as error:  # noqa: BLE001 - raised again where the items are consumed
+        end = _End(error)
     try:
-        channel.put(end)
+        queue.put(end)
     except StoppedError:
         return
 
 
-def _drain(channel: BoundedQueue[T | _End]) -> Iterator[T]:
-    while not isinstance(item := channel.get(), _End):
+def _read_queue(queue: BoundedQueue[T | _End]) -> Iterator[T]:
+    while not isinstance(item := queue.get(), _End):
         yield item
-    if item.failure is not None:
-        raise item.failure
+    if item.error is not None:
+        raise item.error
 
 
 class BufferPool:
     """A fixed number of buffers, each with one piece of the stream.
 
+    Libraries return new memory of any size. If other threads keep such pieces for a while, the allocator's heap
+    fragments and grows with the length of the stream (glibc 2.36: from 130 to 210 MiB over 8 GiB). Pieces that are
+    copied at once are freed by the thread that allocated them, and the memory in use stays constant.
+
     Args:
-        crew: whose stages wait for them.
-        count: how many; the stage that fills them waits while all are in use.
-        size: bytes of each, as many as the largest piece has.
+        pipeline: Its stages wait for the buffers.
+        count: Number of buffers; the stage that fills them waits while all are in use.
+        size: Bytes of each buffer; at least the size of the largest piece.
     """
 
-    def __init__(self, crew: Pipeline, count: int, size: int) -> None:
-        self._unused: BoundedQueue[memoryview] = crew.channel(count)
+    def __init__(self, pipeline: Pipeline, count: int, size: int) -> None:
+        self._unused: BoundedQueue[memoryview] = pipeline.queue(count)
         for _ in range(count):
             self._unused.put(memoryview(bytearray(size)))
 
-    def free(self) -> memoryview:
-        """Wait for a buffer that nobody uses."""
+    def acquire(self) -> memoryview:
+        """Wait for an unused buffer and return it."""
         return self._unused.get()
 
-    def filled(self, pieces: Iterable[bytes]) -> Iterator[memoryview]:
-        """Copy the pieces into buffers, as many into each as it has room for; none is larger than a buffer."""
-        buffer, used = self.free(), 0
+    def fill(self, pieces: Iterable[bytes]) -> Iterator[memoryview]:
+        """Copy the pieces into buffers, as many into each as fit. No piece is larger than a buffer."""
+        buffer, used = self.acquire(), 0
         for piece in pieces:
             if used + len(piece) > len(buffer):
                 yield buffer[:used]
-                buffer, used = self.free(), 0
+                buffer, used = self.acquire(), 0
             buffer[used : used + len(piece)] = piece
             used += len(piece)
         yield buffer[:used]
 
-    def freed(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-        """Hand on pieces, each of which is somebody else's memory as soon as the next is asked for."""
+    def release_each(self, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        """Yield the pieces. The buffer of a piece is reused as soon as the next piece is requested."""
         for piece in pieces:
             yield piece
             self._unused.put(memoryview(piece.obj))

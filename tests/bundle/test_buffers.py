@@ -12,9 +12,9 @@ SIZE = 8
 
 def through(pieces: list[bytes], count: int = 2) -> bytes:
     """What comes out of so few buffers that each is used again and again."""
-    with Pipeline(1) as crew:
-        buffers = BufferPool(crew, count, SIZE)
-        return b"".join(bytes(piece) for piece in buffers.freed(crew.ahead(buffers.filled(pieces), 1)))
+    with Pipeline(1) as pipeline:
+        buffers = BufferPool(pipeline, count, SIZE)
+        return b"".join(bytes(piece) for piece in buffers.release_each(pipeline.prefetch(buffers.fill(pieces), 1)))
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,10 @@ def test_buffers_return_what_was_written(lengths: list[int]) -> None:
 
 
 def test_buffers_join_small_pieces() -> None:
-    with Pipeline(1) as crew:
-        buffers = BufferPool(crew, 2, SIZE)
+    with Pipeline(1) as pipeline:
+        buffers = BufferPool(pipeline, 2, SIZE)
 
-        assert [len(piece) for piece in islice(buffers.filled(iter([b"abc"] * 5)), 2)] == [6, 6]
+        assert [len(piece) for piece in islice(buffers.fill(iter([b"abc"] * 5)), 2)] == [6, 6]
 
 
 def test_writer_waits_for_a_free_buffer() -> None:
@@ -43,9 +43,9 @@ def test_writer_waits_for_a_free_buffer() -> None:
             taken.append(number)
             yield bytes(SIZE)
 
-    with Pipeline(1) as crew:
-        buffers = BufferPool(crew, 3, SIZE)
-        stream = buffers.freed(crew.ahead(buffers.filled(pieces()), 100))
+    with Pipeline(1) as pipeline:
+        buffers = BufferPool(pipeline, 3, SIZE)
+        stream = buffers.release_each(pipeline.prefetch(buffers.fill(pieces()), 100))
         for done, _ in enumerate(stream):
             # Three in buffers, and the one that waits for its own.
             assert len(taken) <= done + 4

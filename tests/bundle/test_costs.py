@@ -15,7 +15,7 @@ import pytest
 
 from support.bundles.tar_streams import tar_of, with_field
 from thrave.bundle.errors import BundleError
-from thrave.bundle.gzip_stream import inflated
+from thrave.bundle.gzip_stream import inflate
 from thrave.bundle.manifest import read_manifest
 from thrave.bundle.side_file import read_side_file
 from thrave.bundle.tar_reader import image_runs
@@ -30,7 +30,7 @@ DEAREST = 8  # times a sound manifest of the same size; skipping bytes one at a 
 
 
 def gunzip(data):
-    for _ in inflated(memoryview(data)[at : at + MIB] for at in range(0, len(data), MIB)):
+    for _ in inflate(memoryview(data)[at : at + MIB] for at in range(0, len(data), MIB)):
         pass
 
 

@@ -17,8 +17,8 @@ def test_map_returns_results_in_order():
         time.sleep((10 - number) / 1000)
         return number * number
 
-    with Pipeline(4) as crew:
-        assert list(crew.map(slowest_first, range(10), ahead=4)) == [n * n for n in range(10)]
+    with Pipeline(4) as pipeline:
+        assert list(pipeline.map(slowest_first, range(10), limit=4)) == [n * n for n in range(10)]
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 8])
@@ -30,8 +30,8 @@ def test_ahead_makes_no_more_than_its_limit(ahead):
             made.append(number)
             yield number
 
-    with Pipeline(1) as crew:
-        items = crew.ahead(numbers(), ahead)
+    with Pipeline(1) as pipeline:
+        items = pipeline.prefetch(numbers(), ahead)
         assert next(items) == 0
         time.sleep(0.05)
         assert len(made) <= ahead + 2
@@ -43,25 +43,25 @@ def test_ahead_returns_all_items_before_the_error():
         raise OSError("no more")
 
     found = []
-    with Pipeline(2) as crew, pytest.raises(OSError, match="no more"):
-        found.extend(crew.map(str, failing(), ahead=2))
+    with Pipeline(2) as pipeline, pytest.raises(OSError, match="no more"):
+        found.extend(pipeline.map(str, failing(), limit=2))
     assert found == ["0", "1", "2"]
 
 
 def test_exit_stops_threads_that_wait_at_either_end():
-    with Pipeline(2) as crew:
-        empty: BoundedQueue[int] = crew.channel(1)
-        crew.ahead(iter(empty.get, None), 1)
-        crew.ahead(iter(int, 1), 1)
+    with Pipeline(2) as pipeline:
+        empty: BoundedQueue[int] = pipeline.queue(1)
+        pipeline.prefetch(iter(empty.get, None), 1)
+        pipeline.prefetch(iter(int, 1), 1)
         assert len(crew_threads()) == 2
     assert crew_threads() == []
 
 
 def test_stop_before_start_takes_effect_at_start():
-    crew = Pipeline(1)
-    crew.stop()
-    with crew, pytest.raises(StoppedError):
-        next(crew.ahead(range(10), 1))
+    pipeline = Pipeline(1)
+    pipeline.stop()
+    with pipeline, pytest.raises(StoppedError):
+        next(pipeline.prefetch(range(10), 1))
     assert crew_threads() == []
 
 
@@ -82,8 +82,8 @@ def test_exit_abandons_stage_that_hangs_until_its_read_ends():
         lets_go.wait()
         yield 2
 
-    with Pipeline(1) as crew:
-        assert next(crew.ahead(hanging(), 1)) == 1
+    with Pipeline(1) as pipeline:
+        assert next(pipeline.prefetch(hanging(), 1)) == 1
     (left,) = crew_threads()
     lets_go.set()
     left.join(10)
@@ -102,8 +102,8 @@ def test_exit_abandons_hanging_call_and_wakes_its_waiter():
             next(results)
         woken.append(True)
 
-    with Pipeline(1) as crew:
-        consumer = threading.Thread(target=consume, args=[crew.map(hang, range(4), 2)])
+    with Pipeline(1) as pipeline:
+        consumer = threading.Thread(target=consume, args=[pipeline.map(hang, range(4), 2)])
         consumer.start()
         assert begun.wait(60)
     consumer.join(60)

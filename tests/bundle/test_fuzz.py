@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from support.bundles.sample_bundles import SECRETS, MemoryImage, bundle_of
 from thrave.bundle.errors import BundleError
-from thrave.bundle.gzip_stream import inflated
+from thrave.bundle.gzip_stream import inflate
 from thrave.bundle.manifest import read_manifest
-from thrave.bundle.opener import deciphered
+from thrave.bundle.opener import decrypt
 from thrave.bundle.side_file import read_side_file
 from thrave.bundle.tar_reader import image_runs
 from thrave.bundle.tar_writer import TarMember
@@ -83,10 +83,10 @@ def test_any_tar_stream_raises_only_our_errors(data, bite):
 @given(mutations(GZIP), st.integers(1, 2000))
 def test_any_gzip_stream_raises_only_our_errors(data, bite):
     with suppress(BundleError):
-        exhaust(inflated(memoryview(data)[i : i + bite] for i in range(0, len(data), bite)))
+        exhaust(inflate(memoryview(data)[i : i + bite] for i in range(0, len(data), bite)))
 
 
 @given(st.lists(st.binary(max_size=100), max_size=5))
 def test_any_ciphertext_raises_only_our_errors(parts):
     with suppress(BundleError):
-        exhaust(deciphered(parts, SECRETS))
+        exhaust(decrypt(parts, SECRETS))

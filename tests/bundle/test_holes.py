@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.bundles.sample_bundles import MemoryImage, bundle_of, private_key
-from thrave.bundle.image_output import GRAIN, without_zeros
+from thrave.bundle.image_output import GRAIN, skip_zeros
 from thrave.bundle.opener import open_bundle
 from thrave.bundle.tar_reader import ImageRun
 
@@ -13,7 +13,7 @@ KIB = 1024
 
 
 def stretches(*runs):
-    return [(offset, bytes(data)) for offset, data in without_zeros(ImageRun(o, memoryview(d)) for o, d in runs)]
+    return [(offset, bytes(data)) for offset, data in skip_zeros(ImageRun(o, memoryview(d)) for o, d in runs)]
 
 
 @pytest.mark.parametrize(

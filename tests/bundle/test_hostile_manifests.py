@@ -146,7 +146,7 @@ def test_unknown_elements_and_attributes_are_skipped(bundle):
 
 
 def test_too_large_manifest_is_not_parsed(monkeypatch):
-    monkeypatch.setattr(manifest_xml, "MOST_BYTES", 1000)
+    monkeypatch.setattr(manifest_xml, "MAX_MANIFEST_BYTES", 1000)
     with pytest.raises(ManifestError, match="1001 bytes"):
         read_manifest(b"<" * 1001)
 

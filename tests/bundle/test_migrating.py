@@ -12,7 +12,7 @@ from support.required_programs import require
 from thrave.bundle.base import DirectoryParts
 from thrave.bundle.errors import NamingError, SideFileError, SignatureError, UnwritableValueError, WrongKeyError
 from thrave.bundle.manifest import read_manifest
-from thrave.bundle.manifest_xml import sign, verify
+from thrave.bundle.manifest_xml import sign, verify_signature
 from thrave.bundle.migrate import NewReaders, Signers, migrate
 from thrave.bundle.opener import open_bundle
 from thrave.identity.certificates import self_signed
@@ -185,4 +185,4 @@ def test_migrate_rejects_ambiguous_xml(bundle, word):
 
 def test_signature_covers_the_raw_bytes(bundle):
     manifest = migrated(bundle.manifest).manifest
-    verify(manifest, read_manifest(manifest).signature, certificate("user"))
+    verify_signature(manifest, read_manifest(manifest).signature, certificate("user"))

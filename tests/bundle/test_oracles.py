@@ -8,9 +8,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from support.bundles.sample_bundles import SECRETS, VECTORS, PatternImage, bundle_of, certificate, seal
-from thrave.bundle.gzip_stream import inflated
-from thrave.bundle.manifest_xml import signed_bytes, verify
-from thrave.bundle.opener import deciphered
+from thrave.bundle.gzip_stream import inflate
+from thrave.bundle.manifest_xml import signed_bytes, verify_signature
+from thrave.bundle.opener import decrypt
 from thrave.bundle.tar_writer import TarMember, data_extents
 from thrave.volumes.formats import open_volume
 
@@ -64,7 +64,7 @@ def assert_same_files(*paths):
 
 
 def tar_stream(parts):
-    return b"".join(inflated(deciphered([bytes(part.data) for part in parts], SECRETS)))
+    return b"".join(inflate(decrypt([bytes(part.data) for part in parts], SECRETS)))
 
 
 def test_tar_stream_equals_gnu_tar(raw_file):
@@ -119,7 +119,7 @@ def test_strictest_verifier_accepts_the_manifest():
     document = ET.fromstring(bundle.manifest)
     rewritten = ("<?xml version='1.0'?>" + rexml(document)).encode()
     assert rewritten == bundle.manifest
-    verify(rewritten, bytes.fromhex(document.findtext("signature")), certificate("user"))
+    verify_signature(rewritten, bytes.fromhex(document.findtext("signature")), certificate("user"))
 
 
 def test_openssl_verifies_the_signature_over_two_elements(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from support.bundles.tar_streams import read_tar, tar_of
 from support.required_programs import require
 from thrave.bundle.errors import ContentError
-from thrave.bundle.tar_reader import MOST_EXTENTS, image_runs
+from thrave.bundle.tar_reader import MAX_MAP_EXTENTS, image_runs
 
 KIB, MIB = 1024, 1024 * 1024
 SECTOR = b"s" * 512
@@ -97,7 +97,7 @@ def test_archive_without_data_is_a_hole():
         [2, 0, 100, 1024, 412],
         [1, 0, 1024],
         [0],
-        [MOST_EXTENTS + 1],
+        [MAX_MAP_EXTENTS + 1],
         [10**17],
         b"-1\n",
         b"1\n0\nz\n",

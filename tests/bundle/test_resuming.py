@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from thrave.bundle.errors import ResumeError
 from thrave.bundle.gzip_stream import CHUNK
-from thrave.bundle.model import BundleKey, Checkpoint, CutOff
+from thrave.bundle.model import BundleKey, Checkpoint, ResumePoint
 from thrave.bundle.sealer import Sealer
 
 SECRETS = BundleKey(b"k" * 16, b"i" * 16)
@@ -42,13 +42,13 @@ IMAGE = mixed(5 * CHUNK + 4567)
 
 
 def sealing(content=IMAGE, part_size=64 * 1024, **options):
-    return Sealer(MemoryImage(content), "image", secrets=SECRETS, part_size=part_size, **options)
+    return Sealer(MemoryImage(content), "image", bundle_key=SECRETS, part_size=part_size, **options)
 
 
 def cut_off_after(parts, count):
     checkpoint = next(part.checkpoint for part in reversed(parts[:count]) if part.checkpoint)
     kept = Checkpoint.from_json(json.loads(json.dumps(checkpoint.to_json())))
-    return CutOff(kept, tuple(part.record for part in parts[: kept.parts]))
+    return ResumePoint(kept, tuple(part.record for part in parts[: kept.parts]))
 
 
 @given(count=st.integers(1, 10_000), part_size=st.sampled_from([4096, 65536, CHUNK]))
@@ -56,27 +56,27 @@ def cut_off_after(parts, count):
 def test_resumed_parts_equal_those_of_an_uninterrupted_run(count, part_size):
     undisturbed = sealing(part_size=part_size)
     parts = list(undisturbed.parts())
-    cut_off = cut_off_after(parts, min(count, len(parts) - 1))
-    resumed = sealing(part_size=part_size, cut_off=cut_off)
+    resume_point = cut_off_after(parts, min(count, len(parts) - 1))
+    resumed = sealing(part_size=part_size, resume_point=resume_point)
     rest = list(resumed.parts())
-    assert [bytes(part.data) for part in rest] == [bytes(part.data) for part in parts[cut_off.checkpoint.parts :]]
+    assert [bytes(part.data) for part in rest] == [bytes(part.data) for part in parts[resume_point.checkpoint.parts :]]
     assert resumed.sealed == undisturbed.sealed
 
 
 def test_sealing_can_be_interrupted_repeatedly():
     undisturbed = sealing()
     parts = list(undisturbed.parts())
-    done, cut_off = [], None
+    done, resume_point = [], None
     while True:
-        turn = sealing(cut_off=cut_off)
+        turn = sealing(resume_point=resume_point)
         stream = turn.parts()
         taken = [part for part, _ in zip(stream, range(9), strict=False)]
         stream.close()
         done += taken
         if len(done) == len(parts):
             break
-        cut_off = cut_off_after(done, len(done))
-        done = done[: cut_off.checkpoint.parts]
+        resume_point = cut_off_after(done, len(done))
+        done = done[: resume_point.checkpoint.parts]
     assert [bytes(part.data) for part in done] == [bytes(part.data) for part in parts]
 
 
@@ -91,49 +91,49 @@ def test_checkpoint_is_small_and_has_no_key():
 @pytest.mark.parametrize("where", [0, CHUNK // 2, 2 * CHUNK])
 def test_resume_refuses_changed_disk(where):
     parts = list(sealing().parts())
-    cut_off = cut_off_after(parts, len(parts) * 3 // 4)
-    assert where < cut_off.checkpoint.chunk.offset
+    resume_point = cut_off_after(parts, len(parts) * 3 // 4)
+    assert where < resume_point.checkpoint.chunk.offset
     changed = bytearray(IMAGE)
     changed[where] ^= 1
     with pytest.raises(ResumeError, match="changed"):
-        list(sealing(bytes(changed), cut_off=cut_off).parts())
+        list(sealing(bytes(changed), resume_point=resume_point).parts())
 
 
 def test_resume_refuses_disk_changed_after_the_first_crash():
     """The second time, the SHA-1 reaches only as far as the first; the CRC-32 covers the rest."""
     parts = list(sealing().parts())
-    second = list(sealing(cut_off=cut_off_after(parts, 8)).parts())
+    second = list(sealing(resume_point=cut_off_after(parts, 8)).parts())
     checkpoint = [part.checkpoint for part in second if part.checkpoint][-1]
     assert checkpoint.chunk.proven < checkpoint.chunk.offset
     changed = bytearray(IMAGE)
     changed[checkpoint.chunk.proven + CHUNK] ^= 1
-    cut_off = CutOff(checkpoint, tuple(part.record for part in parts[: checkpoint.parts]))
+    resume_point = ResumePoint(checkpoint, tuple(part.record for part in parts[: checkpoint.parts]))
     with pytest.raises(ResumeError, match="changed"):
-        list(sealing(bytes(changed), cut_off=cut_off).parts())
+        list(sealing(bytes(changed), resume_point=resume_point).parts())
 
 
 def test_resume_refuses_moved_holes():
     def with_data_at(offset, **options):
         image = MemoryImage(IMAGE[: 4 * CHUNK], [(offset, 2 * CHUNK)])
-        return Sealer(image, "image", secrets=SECRETS, part_size=4096, **options)
+        return Sealer(image, "image", bundle_key=SECRETS, part_size=4096, **options)
 
     parts = list(with_data_at(0).parts())
     with pytest.raises(ResumeError):
-        list(with_data_at(CHUNK, cut_off=cut_off_after(parts, len(parts) - 2)).parts())
+        list(with_data_at(CHUNK, resume_point=cut_off_after(parts, len(parts) - 2)).parts())
 
 
 def test_resume_refuses_other_compression_before_encrypting():
     parts = list(sealing().parts())
-    with pytest.raises(ResumeError, match="deflated"):
-        next(sealing(compression="small", cut_off=cut_off_after(parts, 8)).parts())
+    with pytest.raises(ResumeError, match="other bytes"):
+        next(sealing(compression="small", resume_point=cut_off_after(parts, 8)).parts())
 
 
 def test_resume_refuses_forged_checkpoint():
     parts = list(sealing().parts())
-    cut_off = cut_off_after(parts, 8)
-    forged = replace(cut_off.checkpoint, skipped="0" * 64)
+    resume_point = cut_off_after(parts, 8)
+    forged = replace(resume_point.checkpoint, skipped="0" * 64)
     with pytest.raises(ResumeError):
-        list(sealing(cut_off=replace(cut_off, checkpoint=forged)).parts())
+        list(sealing(resume_point=replace(resume_point, checkpoint=forged)).parts())
 
 
 def test_refused_resume_leaves_no_thread():
@@ -141,5 +141,5 @@ def test_refused_resume_leaves_no_thread():
     before = threading.active_count()
     for _ in range(5):
         with pytest.raises(ResumeError):
-            list(sealing(b"\1" + IMAGE[1:], cut_off=cut_off_after(parts, len(parts) - 1)).parts())
+            list(sealing(b"\1" + IMAGE[1:], resume_point=cut_off_after(parts, len(parts) - 1)).parts())
     assert threading.active_count() == before

@@ -38,23 +38,25 @@ def parts(bundle):
 
 
 def verified(bundle, parts, sample, trust=NOBODY_KNOWN, **options):
-    return verify_sample(verify_manifest(bundle.manifest, bundle.side_file, trust), parts, sample, ahead=3, **options)
+    return verify_sample(
+        verify_manifest(bundle.manifest, bundle.side_file, trust), parts, sample, read_ahead=3, **options
+    )
 
 
 def test_sample_reads_the_requested_number_of_parts(bundle, parts):
     count = len(bundle.parts)
     assert count > 40
     told = []
-    verified(bundle, parts, Sample(10, seed=1), reporter=told.append)
+    verified(bundle, parts, Sample(10, seed=1), on_progress=told.append)
     assert len(parts.names_read) == -(-count // 10)
     assert told[-1] == sum(len(parts.parts[name]) for name in parts.names_read)
 
 
 def test_sample_depends_on_the_seed(bundle):
     manifest = read_manifest(bundle.manifest)
-    first = Sample(20, seed=1).of(manifest)
-    assert first == Sample(20, seed=1).of(manifest)
-    assert first != Sample(20, seed=2).of(manifest)
+    first = Sample(20, seed=1).choose(manifest)
+    assert first == Sample(20, seed=1).choose(manifest)
+    assert first != Sample(20, seed=2).choose(manifest)
 
 
 @pytest.mark.parametrize(("percent", "count"), [(0.0001, 1), (100, None)])
@@ -71,7 +73,7 @@ def test_report_names_what_was_not_read(bundle, parts):
         CheckSubject.PART_DIGESTS, CheckSubject.IMAGE_DIGEST, CheckSubject.IMAGE_SIZE,
     }  # fmt: skip
     assert said[CheckSubject.PART_DIGESTS].detail == (
-        f"{drawn} of {count} parts, drawn with seed 7, hold; {count - drawn} have not been read"
+        f"{drawn} of {count} parts are correct (sample with seed 7); {count - drawn} were not read"
     )
 
 
@@ -82,21 +84,21 @@ def test_sample_of_all_parts_is_a_full_verification(bundle, parts):
 
 def test_damaged_part_in_the_sample_is_detected(bundle, parts):
     sample = Sample(5, seed=1)
-    name = sample.of(read_manifest(bundle.manifest))[0].filename
+    name = sample.choose(read_manifest(bundle.manifest))[0].filename
     parts.parts[name] = parts.parts[name][:-1] + b"x"
     with pytest.raises(PartDamagedError, match=name):
         verified(bundle, parts, sample)
 
 
 def test_missing_part_is_detected_inside_and_outside_the_sample(bundle, parts):
-    drawn = {part.filename for part in Sample(5, seed=1).of(read_manifest(bundle.manifest))}
+    drawn = {part.filename for part in Sample(5, seed=1).choose(read_manifest(bundle.manifest))}
     parts.parts.pop(next(name for name in bundle.parts if name not in drawn))
     with pytest.raises(PartMissingError):
         verified(bundle, parts, Sample(5, seed=1))
 
 
 def test_part_of_wrong_size_is_detected_outside_the_sample(bundle, parts):
-    drawn = {part.filename for part in Sample(5, seed=1).of(read_manifest(bundle.manifest))}
+    drawn = {part.filename for part in Sample(5, seed=1).choose(read_manifest(bundle.manifest))}
     short, long = [name for name in bundle.parts if name not in drawn][:2]
     parts.parts[short] = parts.parts[short][1:]
     with pytest.raises(ManifestError, match="bytes together"):

@@ -11,7 +11,7 @@ import pytest
 
 from support.bundles.sample_bundles import SECRETS, MemoryImage, PatternImage, bundle_of, private_key, seal
 from thrave.bundle.errors import ImageError, NamingError
-from thrave.bundle.gzip_stream import CHUNK, most_gzip
+from thrave.bundle.gzip_stream import CHUNK, max_gzip_size
 from thrave.bundle.model import BundleKey, manifest_filename, part_filename, part_width, side_filename, validate_prefix
 from thrave.bundle.opener import open_bundle
 from thrave.bundle.sealer import Sealer
@@ -102,7 +102,7 @@ def test_part_names_sort_in_order_at_any_compression_ratio():
 def test_stream_never_exceeds_the_number_of_part_names(compression):
     image = MemoryImage(NOISE)
     parts, _ = seal(image, compression=compression)
-    assert sum(sizes(parts)) <= most_gzip(len(NOISE) + 10240) + 16
+    assert sum(sizes(parts)) <= max_gzip_size(len(NOISE) + 10240) + 16
     assert sum(sizes(parts)) < len(NOISE) * 1.0002 + 10240
 
 
@@ -260,7 +260,7 @@ def test_disk_error_is_raised_to_the_consumer(at):
     assert threads() == []
 
 
-@pytest.mark.parametrize("stage", ["deflated", "PartCutter.add"])
+@pytest.mark.parametrize("stage", ["deflate", "PartCutter.add"])
 def test_error_of_any_stage_is_raised_to_the_consumer(stage, monkeypatch):
     def fail(*_):
         raise DiskError(stage)

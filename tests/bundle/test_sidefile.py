@@ -33,12 +33,12 @@ def side_key_check(verified):
 
 def test_signer_certificate_suffices_to_trust_side_file(bundle):
     verified = verify(bundle, bundle.side_file, certificate=certificate("user"))
-    assert side_key_check(verified) == (True, "the manifest's signer vouches for it")
+    assert side_key_check(verified) == (True, "certified by the signer of the manifest")
 
 
 def test_known_side_key_suffices_to_trust_side_file(bundle):
     verified = verify(bundle, bundle.side_file, side_key=SIDE_KEY.public_key())
-    assert side_key_check(verified) == (True, "it is the given one")
+    assert side_key_check(verified) == (True, "the given side key")
 
 
 def test_side_key_without_certificate_is_reported_as_not_checked(bundle):
@@ -58,7 +58,7 @@ def test_known_side_key_requires_a_side_file(bundle):
 
 def test_side_key_not_signed_by_the_signer_is_rejected(bundle):
     forged = write_side_file(bundle.sealed, bundle.manifest, side_key=STRANGER, signing_key=private_key("wrong"))
-    with pytest.raises(SideFileError, match="vouch"):
+    with pytest.raises(SideFileError, match="not certified"):
         verify(bundle, forged, certificate=certificate("user"))
 
 
@@ -150,6 +150,6 @@ def test_signed_side_file_of_another_format_is_rejected(bundle):
 
 
 def test_too_large_side_file_is_not_parsed(monkeypatch):
-    monkeypatch.setattr(sidefile, "MOST_BYTES", 10)
+    monkeypatch.setattr(sidefile, "MAX_SIDE_FILE_BYTES", 10)
     with pytest.raises(SideFileError, match="more than"):
         read_side_file(b"{" * 11)

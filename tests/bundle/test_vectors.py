@@ -9,7 +9,7 @@ from support.bundles.sample_bundles import VECTORS, certificate, private_key
 from thrave.bundle.base import DirectoryParts
 from thrave.bundle.errors import DamagedError, SignatureError, WrongKeyError
 from thrave.bundle.manifest import read_manifest
-from thrave.bundle.manifest_xml import verify
+from thrave.bundle.manifest_xml import verify_signature
 from thrave.bundle.opener import open_bundle, verify_bundle
 from thrave.bundle.verifier import CheckSubject
 
@@ -54,9 +54,9 @@ def test_vector_rejects_a_key_of_another_reader(name, reader, tmp_path):
 @pytest.mark.parametrize("name", sorted(BUNDLES.keys() - {UNSIGNED}))
 def test_vector_signature_verifies_with_its_signer_only(name):
     manifest, _ = read(name)
-    verify(manifest, read_manifest(manifest).signature, certificate("user"))
+    verify_signature(manifest, read_manifest(manifest).signature, certificate("user"))
     with pytest.raises(SignatureError):
-        verify(manifest, read_manifest(manifest).signature, certificate("cloud"))
+        verify_signature(manifest, read_manifest(manifest).signature, certificate("cloud"))
 
 
 def test_unsigned_vector_verifies_only_without_required_signer():
@@ -85,7 +85,7 @@ class TestARealBundleOf2009:
 
     def test_its_signature_and_the_digest_of_its_last_part_hold(self):
         manifest = (self.folder / "test-file.manifest.xml").read_bytes()
-        verify(manifest, read_manifest(manifest).signature, self.certificate())
+        verify_signature(manifest, read_manifest(manifest).signature, self.certificate())
         part = read_manifest(manifest).parts[1]
         assert hashlib.sha1((self.folder / part.filename).read_bytes()).hexdigest() == part.sha1
 

@@ -26,7 +26,7 @@ from support.bundles.tar_streams import resummed, tar_of
 from thrave.buckets.errors import BucketError
 from thrave.buckets.upload_policy import UploadPolicy
 from thrave.bundle.errors import BundleError
-from thrave.bundle.gzip_stream import inflated
+from thrave.bundle.gzip_stream import inflate
 from thrave.bundle.manifest import read_manifest
 from thrave.bundle.side_file import read_side_file
 from thrave.bundle.tar_reader import image_runs
@@ -103,12 +103,12 @@ def side_file(data: bytes) -> None:
 def gzip_stream(data: bytes) -> None:
     """What the parts of a bundle hold, decrypted."""
     with suppress(BundleError):
-        for _ in inflated([memoryview(data)]):
+        for _ in inflate([memoryview(data)]):
             pass
 
 
 def tar_stream(data: bytes) -> None:
-    """The same, inflated: a tar with the image. Each header gets its checksum, which a fuzzer does not guess."""
+    """The same, inflate: a tar with the image. Each header gets its checksum, which a fuzzer does not guess."""
     blocks = [data[at : at + 512].ljust(512, b"\0") for at in range(0, len(data), 512)]
     with suppress(BundleError):
         for _ in image_runs((resummed(block) if block[257:262] == b"ustar" else block for block in blocks), 4096):

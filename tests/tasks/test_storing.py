@@ -31,7 +31,7 @@ from support.service.upload_bench import (
 )
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.bundle.gzip_stream import CHUNK
-from thrave.bundle.model import PART_SIZE, bound_side_filename, own_part, side_filename
+from thrave.bundle.model import PART_SIZE, bound_side_filename, part_pattern, side_filename
 from thrave.tasks.bundle_location import SMALLEST_MANIFEST, BundleLocation
 from thrave.tasks.errors import TaskCancelled, TaskFailure
 from thrave.tasks.housekeeping import ObjectCleanup
@@ -218,7 +218,7 @@ def test_after_a_kill_no_part_is_sent_again_but_those_in_flight(tmp_path, disk, 
     before = bench.journal.resume_state()
     assert (before.first_part, sorted(n for n, sent in before.sent.items() if not sent.stored)) == (held[0], [*held])
     sealed = bench.seal(RawVolume(disk))
-    assert sealed.secrets == before.bundle_key
+    assert sealed.bundle_key == before.bundle_key
     assert sorted(numbers(bench.buckets.begun)) == [*held, 9]
     assert opened(tmp_path, sealed, private_key("user")) == disk.read_bytes()
     beyond = sum(number not in held for number in range(held[0], held[-1]))
@@ -235,7 +235,7 @@ def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, d
         file.seek(changed * PART_SIZE + PART_SIZE // 2)
         file.write(b"somebody was here")
     sealed = bench.seal(RawVolume(other))
-    assert sealed.secrets != first
+    assert sealed.bundle_key != first
     assert "Sealing restarts with another key: " in bench.told()[1]
     assert opened(tmp_path, sealed, private_key("user")) == other.read_bytes()
 
@@ -319,7 +319,7 @@ def test_sealings_of_one_prefix_never_share_a_key(small, buckets, made_bench):
         sealed = bench.seal(RawVolume(small), existing="replace")
         names += [{part.filename for part in sealed.parts}]
         if number == 4:
-            bench.journal.start_sealing(sealed.secrets)  # as after a crash; what was sent cannot be resumed
+            bench.journal.start_sealing(sealed.bundle_key)  # as after a crash; what was sent cannot be resumed
             bench.store().remove_objects()
             sealed = bench.seal(RawVolume(small), existing="replace")
             names += [{part.filename for part in sealed.parts}]
@@ -330,7 +330,7 @@ def test_sealings_of_one_prefix_never_share_a_key(small, buckets, made_bench):
             bench.finish(sealed, existing="replace")
             bench.records.complete(bench.bundle_id)
     assert len(set().union(*names)) == sum(map(len, names))
-    assert all(own_part(PREFIX).fullmatch(name) for name in set().union(*names))
+    assert all(part_pattern(PREFIX).fullmatch(name) for name in set().union(*names))
     assert names[0] == {f"{PREFIX}.part.0"}
 
 

@@ -57,7 +57,7 @@ ImageMaker = Callable[[int], AbstractContextManager[ImageTarget]]
 """Makes an image of so many bytes: whole if the block ends well, after the last check, and otherwise nothing."""
 
 
-MOST_PART_BYTES = 64 * 1024 * 1024
+MAX_PART_BYTES = 64 * 1024 * 1024
 """Every known bundler cuts parts of 10 MiB. A part is held in memory until its digest is known to be right."""
 
 
@@ -69,7 +69,7 @@ class PartSource(Protocol):
 
         Raises:
             PartMissingError: it is not there or cannot be read.
-            PartDamagedError: it has more than ``MOST_PART_BYTES``.
+            PartDamagedError: it has more than ``MAX_PART_BYTES``.
         """
         ...
 
@@ -83,16 +83,16 @@ class DirectoryParts:
     def read(self, filename: str) -> bytes:
         """Return a part's bytes; see ``PartSource``."""
         try:
-            data = read_regular_file(self._directory / filename, MOST_PART_BYTES)
+            data = read_regular_file(self._directory / filename, MAX_PART_BYTES)
         except OSError as error:
             raise PartMissingError(filename, str(error.strerror)) from error
-        if len(data) > MOST_PART_BYTES:
-            raise PartDamagedError(filename, f"it has more than {MOST_PART_BYTES} bytes")
+        if len(data) > MAX_PART_BYTES:
+            raise PartDamagedError(filename, f"it has more than {MAX_PART_BYTES} bytes")
         return data
 
 
-def read_regular_file(path: Path, most: int) -> bytes:
-    """Return a file's bytes, one more than ``most`` if it has more than that.
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """Return a file's bytes, one more than ``max_bytes`` if it has more than that.
 
     Raises:
         OSError: it cannot be read, or is no regular file: a FIFO by that name must not make anybody wait.
@@ -102,4 +102,4 @@ def read_regular_file(path: Path, most: int) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        return file.read(min(status.st_size, most) + 1)
+        return file.read(min(status.st_size, max_bytes) + 1)

@@ -5,7 +5,7 @@ It knows no format and keeps no more than the piece in hand.
 The libraries that speak deflate, fastest first, behind one shape.
 
 ISA-L's level 2 deflates at fifteen times the speed of zlib's level 6, for 7 % more bytes; zlib-ng's level 6 makes
-zlib's size at twice its speed. Where a machine has no wheel of one, the standard library's zlib stands in. All of them
+zlib's size at twice its speed. Where a machine has no wheel of one, the standard codec's zlib stands in. All of them
 let other threads run while they work. What is done with them is the business of ``deflate.py``.
 
 Gzip in both directions: independent chunks of one member out, any gzip in.
@@ -40,7 +40,7 @@ class PieceReader:
         self._piece = memoryview(b"")
         self._at = 0
 
-    def some(self, most: int) -> memoryview:
+    def read_some(self, most: int) -> memoryview:
         """Return at most so many bytes, none only at the end of the stream."""
         if self.at_end:
             return self._piece[self._at :]
@@ -48,7 +48,7 @@ class PieceReader:
         self._at += len(taken)
         return taken
 
-    def exactly(self, size: int) -> bytes:
+    def read_exactly(self, size: int) -> bytes:
         """Return just so many bytes.
 
         Raises:
@@ -56,7 +56,7 @@ class PieceReader:
         """
         found = bytearray()
         while len(found) < size:
-            piece = self.some(size - len(found))
+            piece = self.read_some(size - len(found))
             if not piece:
                 raise ContentError(f"the {self._what} ends early")
             found += piece
@@ -72,7 +72,7 @@ class PieceReader:
         Raises:
             ContentError: The stream ends before, or more than `most` bytes precede it.
         """
-        while piece := bytes(self.some(_SKIPPED)):
+        while piece := bytes(self.read_some(_SKIPPED)):
             at = piece.find(end)
             if at > most or (at < 0 and len(piece) > most):
                 break
@@ -227,44 +227,44 @@ GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
 """Deflate, no time, no name, made on Unix."""
 
 
-_LONGEST_STORED = 65535
+_MAX_STORED_BLOCK = 65535
 
 
 # An inflater copies the input that it has not come to: of small bites that is little.
-_BITE = 64 * 1024
+_INPUT_PIECE = 64 * 1024
 
 
 _HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
 
 
-_MOST_TEXT = 64 * 1024
+_MAX_TEXT = 64 * 1024
 """Bytes of a member's file name or comment. Known bundlers write neither; the extra field has at most 65,535."""
 
 
 _FREE_MEMBERS = 1000
 
 
-_LEAST_MEMBER = 16 * 1024
+_MIN_MEMBER = 16 * 1024
 """Bytes that each further member must inflate to on average, so that opening members never costs more than their data.
 
 Known bundlers write one member; ``bgzip`` writes one for each 64 KiB.
 """
 
 
-def deflated(chunk: memoryview, library: Codec) -> bytes:
+def deflate(chunk: memoryview, codec: Codec) -> bytes:
     """Turn a chunk into raw deflate blocks that end on a byte boundary.
 
-    What does not get smaller is stored, so that a chunk never grows by more than ``most_gzip`` says; stored blocks
+    What does not get smaller is stored, so that a chunk never grows by more than ``max_gzip_size`` says; stored blocks
     are also inflated three times as fast.
     """
-    stream = library.deflater()
+    stream = codec.deflater()
     packed = stream.compress(chunk) + stream.flush(zlib.Z_SYNC_FLUSH)
     return packed if len(packed) < len(chunk) else _stored(chunk)
 
 
-def most_gzip(size: int) -> int:
+def max_gzip_size(size: int) -> int:
     """Return the most bytes of gzip that ``size`` bytes in chunks can become, header and trailer included."""
-    blocks_per_chunk = -(-CHUNK // _LONGEST_STORED)
+    blocks_per_chunk = -(-CHUNK // _MAX_STORED_BLOCK)
     return len(GZIP_HEADER) + size + 5 * blocks_per_chunk * -(-size // CHUNK) + len(gzip_trailer(0, 0))
 
 
@@ -273,10 +273,10 @@ def gzip_trailer(crc: int, size: int) -> bytes:
     return b"\x03\0" + _checksum(crc, size)
 
 
-def inflated(pieces: Iterable[memoryview], library: Codec = FAST) -> Iterator[bytes]:
+def inflate(pieces: Iterable[memoryview], codec: Codec = FAST) -> Iterator[bytes]:
     """Inflate a gzip stream of any number of members into pieces of at most `PIECE` bytes, some of them empty.
 
-    Headers and trailers are read here rather than by the library: ISA-L misreads a header with several optional fields
+    Headers and trailers are read here rather than by the codec: ISA-L misreads a header with several optional fields
     if it comes in two pieces.
 
     Raises:
@@ -286,49 +286,49 @@ def inflated(pieces: Iterable[memoryview], library: Codec = FAST) -> Iterator[by
     stream = PieceReader(pieces, "gzip stream")
     members = size = 0
     while not members or not stream.at_end:
-        if members > _FREE_MEMBERS + size // _LEAST_MEMBER:
+        if members > _FREE_MEMBERS + size // _MIN_MEMBER:
             raise ContentError(f"the gzip stream has more than {members} members in its first {size} bytes")
         _skip_header(stream)
-        size += yield from _member(stream, library)
+        size += yield from _member(stream, codec)
         members += 1
 
 
 def _skip_header(stream: PieceReader) -> None:
     """Read a member's header (RFC 1952, 2.3); nothing in it matters here."""
-    magic, flags = stream.exactly(3), stream.exactly(7)[0]
+    magic, flags = stream.read_exactly(3), stream.read_exactly(7)[0]
     if magic != GZIP_HEADER[:3] or flags & 0xE0:
         raise ContentError("what stands in the parts, or follows in them, is no gzip stream")
     if flags & _EXTRA:
-        stream.exactly(int.from_bytes(stream.exactly(2), "little"))
+        stream.read_exactly(int.from_bytes(stream.read_exactly(2), "little"))
     for text in (_NAME, _COMMENT):
         if flags & text:
-            stream.skip_past(b"\0", _MOST_TEXT)
+            stream.skip_past(b"\0", _MAX_TEXT)
     if flags & _HEADER_CRC:
-        stream.exactly(2)
+        stream.read_exactly(2)
 
 
-def _member(stream: PieceReader, library: Codec) -> Generator[bytes, None, int]:
+def _member(stream: PieceReader, codec: Codec) -> Generator[bytes, None, int]:
     """Inflate the rest of a member, and return the number of bytes that it holds."""
-    inflater = library.inflater()
+    inflater = codec.inflater()
     crc = size = 0
     while not inflater.eof:
         hungry = inflater.needs_input
-        bite = stream.some(_BITE) if hungry else memoryview(b"")
-        piece = _inflate(inflater, bite, library)
-        if hungry and not (bite or piece or inflater.eof):
+        piece_in = stream.read_some(_INPUT_PIECE) if hungry else memoryview(b"")
+        piece = _inflate(inflater, piece_in, codec)
+        if hungry and not (piece_in or piece or inflater.eof):
             raise ContentError("the gzip stream ends early")
-        crc, size = library.crc32(memoryview(piece), crc), size + len(piece)
+        crc, size = codec.crc32(memoryview(piece), crc), size + len(piece)
         yield piece
     stream.put_back(inflater.unused_data)
-    if stream.exactly(8) != _checksum(crc, size):
+    if stream.read_exactly(8) != _checksum(crc, size):
         raise ContentError("the gzip stream is damaged: its checksum or size is wrong")
     return size
 
 
-def _inflate(inflater: Inflater, data: memoryview, library: Codec) -> bytes:
+def _inflate(inflater: Inflater, data: memoryview, codec: Codec) -> bytes:
     try:
         return inflater.decompress(data, max_length=PIECE)
-    except library.error as error:
+    except codec.error as error:
         raise ContentError(f"the gzip stream is damaged: {error}") from error
 
 
@@ -338,7 +338,7 @@ def _checksum(crc: int, size: int) -> bytes:
 
 def _stored(chunk: memoryview) -> bytes:
     blocks: list[bytes | memoryview] = []
-    for start in range(0, len(chunk), _LONGEST_STORED):
-        block = chunk[start : start + _LONGEST_STORED]
+    for start in range(0, len(chunk), _MAX_STORED_BLOCK):
+        block = chunk[start : start + _MAX_STORED_BLOCK]
         blocks += [struct.pack("<BHH", 0, len(block), len(block) ^ 0xFFFF), block]
     return b"".join(blocks)

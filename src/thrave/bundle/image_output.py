@@ -36,7 +36,7 @@ _ZERO_GRAIN = bytes(GRAIN)
 _GLANCE = 512  # bytes that tell most data from zeros, so that the rest of them need not be copied to be compared
 
 
-def without_zeros(runs: Iterable[ImageRun]) -> Iterator[ImageRun]:
+def skip_zeros(runs: Iterable[ImageRun]) -> Iterator[ImageRun]:
     """Yield of the runs what is not zeros, in stretches as long as they come."""
     for run in runs:
         yield from _stretches(run)

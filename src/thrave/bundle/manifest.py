@@ -29,7 +29,7 @@ from thrave.bundle.manifest_xml import Fields, Row, read_fields, rsa_key, sign
 from thrave.bundle.model import (
     KeySlot,
     SealedBundle,
-    lock,
+    encrypt_key,
     validate_account_id,
     validate_architecture,
     validate_filename,
@@ -144,10 +144,10 @@ def read_manifest(xml: bytes) -> Manifest:
     Raises:
         ManifestError: it is no manifest of a known version, or contradicts itself.
     """
-    return manifest_of(read_fields(xml))
+    return parse_manifest(read_fields(xml))
 
 
-def manifest_of(fields: Fields) -> Manifest:
+def parse_manifest(fields: Fields) -> Manifest:
     """Return what a manifest's fields say; see ``read_manifest``."""
     version = _required(fields.text, "version")
     if version not in READABLE_VERSIONS:
@@ -173,11 +173,11 @@ def manifest_of(fields: Fields) -> Manifest:
         user_slot=_slot(fields, "user"),
         ec2_slot=_slot(fields, "ec2"),
         parts=_parts(fields),
-        signature=signature_of(fields),
+        signature=parse_signature(fields),
     )
 
 
-def signature_of(fields: Fields) -> bytes:
+def parse_signature(fields: Fields) -> bytes:
     """Return the signature alone, empty if there is none: it is checked before anything else is looked at.
 
     Raises:
@@ -290,8 +290,8 @@ def write_manifest(
         digest=sealed.digest,
         size=sealed.size,
         bundled_size=sealed.bundled_size,
-        user_slot=lock(sealed.secrets, rsa_key(user_certificate or service_certificate)),
-        ec2_slot=lock(sealed.secrets, rsa_key(service_certificate)),
+        user_slot=encrypt_key(sealed.bundle_key, rsa_key(user_certificate or service_certificate)),
+        ec2_slot=encrypt_key(sealed.bundle_key, rsa_key(service_certificate)),
         parts=tuple(ManifestPart(part.index, part.filename, part.sha1) for part in sealed.parts),
     )
     return signed_manifest(manifest, signing_key)

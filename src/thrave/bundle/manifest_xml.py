@@ -61,7 +61,7 @@ def is_signed_with(xml: bytes, signature: bytes, key: RSAPublicKey) -> bool:
     return True
 
 
-def verify(xml: bytes, signature: bytes, certificate: Certificate) -> None:
+def verify_signature(xml: bytes, signature: bytes, certificate: Certificate) -> None:
     """Check a manifest's signature.
 
     Raises:
@@ -90,24 +90,24 @@ def _cut(xml: bytes, tag: str) -> bytes:
     return xml[found.start : found.closing_tag + len(tag) + len("</>")] if found else b""
 
 
-MOST_BYTES = 32 * 1024 * 1024
+MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 """Eucalyptus 4.4 takes 5 MiB, which is the parts of 370 GiB; this is enough for those of 2 TiB."""
 
 
-_DEEPEST = 8
+_MAX_DEPTH = 8
 
 
-_MOST_MARKUP = 64 * 1024
+_MAX_MARKUP = 64 * 1024
 """Bytes from one ``<`` to the next: no tag and no text of a known bundler is longer than the 4 KiB of a hex key."""
 
 
-_MOST_ATTRIBUTES = 16  # of one element; a known one has one
+_MAX_ATTRIBUTES = 16  # of one element; a known one has one
 
 
-_MOST_UNKNOWN = 1000  # elements
+_MAX_UNKNOWN = 1000  # elements
 
 
-_MOST_LISTED = 1000  # block devices, product codes or ancestors
+_MAX_LIST_ENTRIES = 1000  # block devices, product codes or ancestors
 
 
 _SIGNED = ("machine_configuration", "image")
@@ -193,8 +193,8 @@ def read_fields(xml: bytes) -> Fields:
         ManifestError: it is too large, no XML, no manifest, truncated, declares a document type, repeats an element,
             exceeds a limit, or hides what is signed.
     """
-    if len(xml) > MOST_BYTES:
-        raise ManifestError(f"the manifest has {len(xml)} bytes, more than {MOST_BYTES}")
+    if len(xml) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"the manifest has {len(xml)} bytes, more than {MAX_MANIFEST_BYTES}")
     _check_markup(xml)
     reader = _Reader(xml)
     try:
@@ -214,10 +214,10 @@ def _check_markup(xml: bytes) -> None:
     if b"\0" in xml:  # in UTF-16, too, in which the signed elements could not be found
         raise ManifestError("the manifest is not well-formed XML in an encoding of single bytes or UTF-8: it has NULs")
     at = 0
-    while len(xml) - at > _MOST_MARKUP:
-        at = xml.rfind(b"<", at + 1, at + 1 + _MOST_MARKUP)
+    while len(xml) - at > _MAX_MARKUP:
+        at = xml.rfind(b"<", at + 1, at + 1 + _MAX_MARKUP)
         if at < 0:
-            raise ManifestError(f"the manifest has a tag or a text of more than {_MOST_MARKUP} bytes")
+            raise ManifestError(f"the manifest has a tag or a text of more than {_MAX_MARKUP} bytes")
 
 
 def _parse_error(error: expat.ExpatError, xml: bytes) -> ManifestError:
@@ -266,12 +266,12 @@ class _Reader:
 
     def _add_text(self, text: str) -> None:
         self._text_length += len(text)
-        if self._text_length > _MOST_MARKUP:
-            raise ManifestError(f"an element of the manifest has a text of more than {_MOST_MARKUP} characters")
+        if self._text_length > _MAX_MARKUP:
+            raise ManifestError(f"an element of the manifest has a text of more than {_MAX_MARKUP} characters")
         self._text.append(text)
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
-        if len(attributes) > _MOST_ATTRIBUTES:
+        if len(attributes) > _MAX_ATTRIBUTES:
             raise ManifestError(f"<{tag[:40]}> in the manifest has {len(attributes)} attributes")
         self._text.clear()
         self._text_length = 0
@@ -292,10 +292,10 @@ class _Reader:
     def _skip(self, tag: str) -> None:
         self._unknown_depth += 1
         self._unknown += 1
-        if len(self._path) + self._unknown_depth > _DEEPEST:
+        if len(self._path) + self._unknown_depth > _MAX_DEPTH:
             raise ManifestError("the manifest's elements are nested too deeply")
-        if self._unknown > _MOST_UNKNOWN:
-            raise ManifestError(f"the manifest has more than {_MOST_UNKNOWN} unknown elements, the last a <{tag[:40]}>")
+        if self._unknown > _MAX_UNKNOWN:
+            raise ManifestError(f"the manifest has more than {_MAX_UNKNOWN} unknown elements, the last a <{tag[:40]}>")
 
     def _begin(self, path: str, tag: str, attributes: dict[str, str]) -> None:
         if path in _ROWS:
@@ -346,8 +346,8 @@ class _Reader:
 
     @staticmethod
     def _count_listed(path: str, count: int) -> None:
-        if count > _MOST_LISTED:
-            raise ManifestError(f"the manifest has more than {_MOST_LISTED} <{path}>")
+        if count > _MAX_LIST_ENTRIES:
+            raise ManifestError(f"the manifest has more than {_MAX_LIST_ENTRIES} <{path}>")
 
     def _whole_text(self) -> str:
         return "".join(self._text).strip()

@@ -14,7 +14,7 @@ from cryptography.x509 import Certificate
 
 from thrave.bundle.manifest import Manifest, signed_manifest
 from thrave.bundle.manifest_xml import rsa_key
-from thrave.bundle.model import KeySlot, lock, unlock, validate_account_id
+from thrave.bundle.model import KeySlot, decrypt_key, encrypt_key, validate_account_id
 from thrave.bundle.side_file import sign_digests
 from thrave.bundle.verifier import Trust, verify_manifest
 
@@ -47,7 +47,7 @@ class Signers:
 
 
 @dataclass(frozen=True)
-class Migrated:
+class MigratedBundle:
     """A bundle's new documents.
 
     Attributes:
@@ -67,7 +67,7 @@ def migrate(
     certificate: Certificate,
     readers: NewReaders,
     signers: Signers,
-) -> Migrated:
+) -> MigratedBundle:
     """Return the documents that make a bundle out to other readers.
 
     Args:
@@ -84,18 +84,18 @@ def migrate(
         WrongKeyError: the key opens neither slot.
         NamingError: the account id is none.
     """
-    believed = verify_manifest(manifest, side_file, Trust(certificate))
-    xml = signed_manifest(_made_out(believed.manifest, private_key, readers), signers.manifest)
-    if believed.side is None:
-        return Migrated(xml, None)
-    side = sign_digests(believed.side.parts, xml, side_key=signers.side_file, signing_key=signers.manifest)
-    return Migrated(xml, side)
+    verified = verify_manifest(manifest, side_file, Trust(certificate))
+    xml = signed_manifest(_made_out(verified.manifest, private_key, readers), signers.manifest)
+    if verified.side is None:
+        return MigratedBundle(xml, None)
+    side = sign_digests(verified.side.parts, xml, side_key=signers.side_file, signing_key=signers.manifest)
+    return MigratedBundle(xml, side)
 
 
 def _made_out(manifest: Manifest, private_key: RSAPrivateKey, readers: NewReaders) -> Manifest:
-    secrets = unlock((manifest.user_slot, manifest.ec2_slot), private_key)
-    ec2_slot = lock(secrets, rsa_key(readers.service))
-    user_slot = manifest.user_slot if readers.user is None else lock(secrets, rsa_key(readers.user))
+    bundle_key = decrypt_key((manifest.user_slot, manifest.ec2_slot), private_key)
+    ec2_slot = encrypt_key(bundle_key, rsa_key(readers.service))
+    user_slot = manifest.user_slot if readers.user is None else encrypt_key(bundle_key, rsa_key(readers.user))
     return replace(
         manifest,
         user=manifest.user if readers.account_id is None else validate_account_id(readers.account_id),

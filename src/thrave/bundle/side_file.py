@@ -27,13 +27,13 @@ from thrave.bundle.model import SealedBundle
 _Kind = TypeVar("_Kind")
 
 FORMAT = "thrave-side-file-1"
-MOST_BYTES = 64 * 1024 * 1024
+MAX_SIDE_FILE_BYTES = 64 * 1024 * 1024
 
 # A value of JSON can take 40 times its bytes in memory. A line of a real side file has 150 bytes or more, one object
 # and three commas; there is room for names that consist of such characters in part.
 _FREE_VALUES = 1000
 
-_VOUCHES = b"thrave: this Ed25519 key signs the side files of my bundles: "
+_KEY_PREFIX = b"thrave: this Ed25519 key signs the side files of my bundles: "
 _PSS = PSS(MGF1(SHA256()), SHA256.digest_size)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -59,18 +59,18 @@ class SideFile:
         manifest: of the manifest's bytes.
         parts: by file name.
         public_key: whose signature holds; who it belongs to is another question.
-        vouching: the manifest signer's signature over that key.
+        key_signature: the manifest signer's signature over that key.
     """
 
     manifest: Digest
     parts: Mapping[str, Digest]
     public_key: Ed25519PublicKey
-    vouching: bytes
+    key_signature: bytes
 
-    def is_vouched_for_by(self, signer: RSAPublicKey) -> bool:
+    def is_certified_by(self, signer: RSAPublicKey) -> bool:
         """Whether the signer of the manifest has also signed the side key."""
         try:
-            signer.verify(self.vouching, _VOUCHES + self.public_key.public_bytes_raw(), _PSS, SHA256())
+            signer.verify(self.key_signature, _KEY_PREFIX + self.public_key.public_bytes_raw(), _PSS, SHA256())
         except InvalidSignature:
             return False
         return True
@@ -106,7 +106,7 @@ def sign_digests(
         "contents": contents,
         "publicKey": _base64(public),
         "signature": _base64(side_key.sign(_canonical(contents))),
-        "keySignature": _base64(signing_key.sign(_VOUCHES + public, _PSS, SHA256())),
+        "keySignature": _base64(signing_key.sign(_KEY_PREFIX + public, _PSS, SHA256())),
     }
     return json.dumps(document, indent=1).encode() + b"\n"
 
@@ -117,8 +117,8 @@ def read_side_file(data: bytes) -> SideFile:
     Raises:
         SideFileError: it is none, too large, or its signature is wrong.
     """
-    if len(data) > MOST_BYTES:
-        raise SideFileError(f"the side file has more than {MOST_BYTES} bytes")
+    if len(data) > MAX_SIDE_FILE_BYTES:
+        raise SideFileError(f"the side file has more than {MAX_SIDE_FILE_BYTES} bytes")
     containers, commas = data.count(b"[") + data.count(b"{"), data.count(b",")
     if containers > _FREE_VALUES + len(data) // 32 or commas > _FREE_VALUES + len(data) // 16:
         raise SideFileError("the side file is no list of parts: it has too many JSON values for its size")
@@ -139,7 +139,7 @@ def read_side_file(data: bytes) -> SideFile:
         manifest=_digest(_field(contents, "manifest", dict)),
         parts={_field(part, "filename", str): _digest(part) for part in _field(contents, "parts", list)},
         public_key=public_key,
-        vouching=_bytes(document, "keySignature"),
+        key_signature=_bytes(document, "keySignature"),
     )
 
 

@@ -28,11 +28,11 @@ from thrave.bundle.errors import ContentError
 from thrave.bundle.gzip_stream import PieceReader
 from thrave.bundle.tar_writer import BLOCK, MAP_IN_BLOCK, MAP_IN_HEADER
 
-MOST_EXTENTS = 1 << 22
+MAX_MAP_EXTENTS = 1 << 22
 """In memory they have 16 bytes each. An image of 10 GiB, the most that ec2-ami-tools takes, can have 1.3 million."""
 
 
-_MOST_EMPTY = 16  # GNU tar and bsdtar write one, at the end of the file
+_MAX_EMPTY = 16  # GNU tar and bsdtar write one, at the end of the file
 
 
 class SparseMap:
@@ -79,7 +79,7 @@ class SparseMap:
                 self._flat.append(length)
                 self._end = end
                 self.data_size += length
-            if self._empty > _MOST_EMPTY or self.entries > MOST_EXTENTS:
+            if self._empty > _MAX_EMPTY or self.entries > MAX_MAP_EXTENTS:
                 raise ContentError(f"the tar member's map has more than {self.entries - 1} extents, or empty ones")
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -88,11 +88,11 @@ class SparseMap:
         return zip(numbers, numbers, strict=True)
 
 
-MOST_BYTES = 16 * 1024 * 1024
+MAX_PAX_BYTES = 16 * 1024 * 1024
 """Of an extended header: room for a map of 280,000 extents in format 0.0 and of some 900,000 in format 0.1."""
 
 
-_MOST_RECORDS = 1000  # besides those of a map; a program writes a dozen
+_MAX_RECORDS = 1000  # besides those of a map; a program writes a dozen
 
 
 _LENGTH = re.compile(rb"([0-9]{1,8}) ")
@@ -104,7 +104,7 @@ _KEY = re.compile(rb"[^=\n]{1,1000}=")
 _NUMBER = re.compile(rb"([0-9]{1,18})(?:,|\Z)")
 
 
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 
 
 @dataclass
@@ -145,13 +145,13 @@ def read_map(stream: PieceReader, sparse_map: SparseMap) -> int:
         Bytes that the map has in the archive, a whole number of blocks.
 
     Raises:
-        ContentError: It is no map, or has more than `MOST_EXTENTS` extents.
+        ContentError: It is no map, or has more than `MAX_MAP_EXTENTS` extents.
     """
     lines = _Lines(stream)
     numbers = iter(lines)
     count = next(numbers)
-    if count > MOST_EXTENTS:
-        raise ContentError(f"the tar member's map has more than {MOST_EXTENTS} extents")
+    if count > MAX_MAP_EXTENTS:
+        raise ContentError(f"the tar member's map has more than {MAX_MAP_EXTENTS} extents")
     sparse_map.extend(islice(numbers, 2 * count))
     return lines.size
 
@@ -168,9 +168,9 @@ class _Records:
 
     def take(self, key: bytes, value: memoryview) -> None:
         if key == b"GNU.sparse.offset" and self._offset is None:
-            self._offset = _decimal(bytes(value[: _MOST_DIGITS + 1]))
+            self._offset = _decimal(bytes(value[: _MAX_DIGITS + 1]))
         elif key == b"GNU.sparse.numbytes" and self._offset is not None:
-            self._begun_map().extend((self._offset, _decimal(bytes(value[: _MOST_DIGITS + 1]))))
+            self._begun_map().extend((self._offset, _decimal(bytes(value[: _MAX_DIGITS + 1]))))
             self._offset = None
         elif key == b"GNU.sparse.map" and not self._has_text_map:
             self._has_text_map = True
@@ -199,8 +199,8 @@ class _Records:
 
     def _take_small(self, key: bytes, value: memoryview) -> None:
         self._others += 1
-        if self._others > _MOST_RECORDS:
-            raise ContentError(f"a PAX header of more than {_MOST_RECORDS} records")
+        if self._others > _MAX_RECORDS:
+            raise ContentError(f"a PAX header of more than {_MAX_RECORDS} records")
         if key == b"size" or key.startswith(b"GNU.sparse."):
             self._small[key] = bytes(value[:100])
 
@@ -229,8 +229,8 @@ class _Lines:
 
     def __iter__(self) -> Iterator[int]:
         begun = b""
-        while len(begun) <= _MOST_DIGITS:
-            *lines, begun = (begun + self._stream.exactly(BLOCK)).split(b"\n")
+        while len(begun) <= _MAX_DIGITS:
+            *lines, begun = (begun + self._stream.read_exactly(BLOCK)).split(b"\n")
             self.size += BLOCK
             for line in lines:
                 yield _decimal(line)
@@ -263,15 +263,15 @@ def _pairs(value: memoryview) -> Iterator[int]:
 
 
 def _decimal(value: bytes) -> int:
-    if not value.isdigit() or len(value) > _MOST_DIGITS:
+    if not value.isdigit() or len(value) > _MAX_DIGITS:
         raise ContentError("a size in a PAX header or map is no number")
     return int(value)
 
 
-_MOST_HEADER_DATA = 64 * 1024
+_MAX_HEADER_DATA = 64 * 1024
 
 
-_MOST_PADDING = 1024 * 1024
+_MAX_PADDING = 1024 * 1024
 
 
 _REGULAR = (b"0", b"\0", b"7")
@@ -321,7 +321,7 @@ def _member_header(stream: PieceReader) -> tuple[bytes, PaxHeader]:
     """Return the header of the first real member, and what PAX records say of it."""
     records = PaxHeader()
     for _ in range(8):
-        header = stream.exactly(BLOCK)
+        header = stream.read_exactly(BLOCK)
         _check_sum(header)
         kind = header[156:157]
         if kind in _REGULAR or (kind == b"S" and header[257:265] == _GNU_MAGIC):
@@ -329,10 +329,10 @@ def _member_header(stream: PieceReader) -> tuple[bytes, PaxHeader]:
         if kind not in b"LKxg":
             raise ContentError(f"the tar member is of type {kind!r}, not a regular file")
         length = _number(header[124:136])
-        if length > (MOST_BYTES if kind == b"x" else _MOST_HEADER_DATA):
+        if length > (MAX_PAX_BYTES if kind == b"x" else _MAX_HEADER_DATA):
             raise ContentError(f"an extended tar header of {length} bytes")
-        extended = stream.exactly(length)
-        stream.exactly(-length % BLOCK)
+        extended = stream.read_exactly(length)
+        stream.read_exactly(-length % BLOCK)
         if kind == b"x" and records != PaxHeader():
             raise ContentError("a second PAX header of one tar member")
         if kind == b"x":
@@ -393,14 +393,14 @@ def _gnu_map(stream: PieceReader, header: bytes) -> Iterator[int]:
             yield _number(length)
         if not more:
             return
-        block = stream.exactly(BLOCK)
+        block = stream.read_exactly(BLOCK)
         fields, more = _FIELDS_IN_BLOCK.unpack_from(block), block[24 * MAP_IN_BLOCK]
 
 
 def _run(stream: PieceReader, offset: int, length: int) -> Iterator[ImageRun]:
     end = offset + length
     while offset < end:
-        data = stream.some(end - offset)
+        data = stream.read_some(end - offset)
         if not data:
             raise ContentError("the tar stream ends within the image")
         yield ImageRun(offset, data)
@@ -409,8 +409,8 @@ def _run(stream: PieceReader, offset: int, length: int) -> Iterator[ImageRun]:
 
 def _expect_end(stream: PieceReader, padding: int) -> None:
     """Consume the rest, which is zeros: the last block's, the end of the archive, the padding of its record."""
-    left = padding + _MOST_PADDING
-    while piece := stream.some(left + 1):
-        left -= len(piece)
-        if left < 0 or any(piece):
+    remaining = padding + _MAX_PADDING
+    while piece := stream.read_some(remaining + 1):
+        remaining -= len(piece)
+        if remaining < 0 or any(piece):
             raise ContentError("something follows the image in the tar stream")

@@ -1,16 +1,7 @@
-"""What a reader of a bundle has checked, and what could not be checked and why.
+"""Verifies a bundle from the manifest outwards, and reports what was checked and what could not be checked.
 
-Data only. A check that fails is an error, never an entry here.
-
-Decides whether to believe a bundle, from the manifest outwards.
-
-The order is fixed: the manifest's signature, its structure, the side file, each part's digests, and only then is
-anything deciphered (``opening.py``). Nothing here writes.
-
-Verifies a sample of a bundle's parts, and of the others that they are there and have their size.
-
-For a bundle of many gigabytes that is looked at often. It never calls a bundle verified of which it has read only a
-part: the report says what was not read, and with which seed the sample was drawn.
+The order is fixed: signature of the manifest, its structure, the side file, the digests of each part. Only then may
+`thrave.bundle.opener` decrypt anything. Nothing here writes.
 """
 
 import hashlib
@@ -28,14 +19,21 @@ from cryptography.x509 import Certificate
 
 from thrave.bundle.base import PartSource
 from thrave.bundle.errors import ManifestError, PartDamagedError, SideFileError
-from thrave.bundle.manifest import Manifest, ManifestPart, manifest_of, signature_of
-from thrave.bundle.manifest_xml import is_signed_with, read_fields, rsa_key, verify
+from thrave.bundle.manifest import Manifest, ManifestPart, parse_manifest, parse_signature
+from thrave.bundle.manifest_xml import is_signed_with, read_fields, rsa_key, verify_signature
 from thrave.bundle.side_file import Digest, SideFile, read_side_file
 from thrave.pipeline import Pipeline
 
+ProgressCallback = Callable[[int], None]
+"""Called in the caller's thread with the number of bytes of the parts that are done. The number never decreases."""
+
+
+def ignore_progress(_done: int) -> None:
+    """Progress callback that does nothing."""
+
 
 class CheckSubject(StrEnum):
-    """What can be checked, in the order in which it is."""
+    """What can be checked, in the order of the checks."""
 
     SIGNATURE = "signature"
     STRUCTURE = "structure"
@@ -49,12 +47,12 @@ class CheckSubject(StrEnum):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the report.
+    """Result of one check. A failed check is an exception, never a result.
 
     Attributes:
-        subject: what it is about.
-        checked: True: it holds; False: it could not be checked.
-        detail: what was found, or why nothing could be.
+        subject: What was checked.
+        checked: True: correct. False: could not be checked.
+        detail: What was found, or why nothing could be checked.
     """
 
     subject: CheckSubject
@@ -64,11 +62,11 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """A bundle in which nothing was found wrong.
+    """A bundle in which no check failed.
 
     Attributes:
-        manifest: what it says.
-        checks: one for each subject that was looked at, in their order.
+        manifest: Its manifest.
+        checks: In the order of the checks.
     """
 
     manifest: Manifest
@@ -77,10 +75,10 @@ class VerifyResult:
 
 @dataclass(frozen=True)
 class OpenResult(VerifyResult):
-    """A bundle that has been opened.
+    """A bundle that was opened to a file.
 
     Attributes:
-        output: where its image is.
+        output: Path of the image.
     """
 
     output: Path
@@ -88,13 +86,13 @@ class OpenResult(VerifyResult):
 
 @dataclass(frozen=True)
 class Trust:
-    """What the reader already believes.
+    """The keys that a reader trusts.
 
     Attributes:
-        certificate: the signer's; without one it is not known who should have signed the manifest.
-        side_key: whose side files are wanted; with one there must be a side file.
-        own_key: public half of the reader's key. Without a certificate it is tried for the signature: who opens a
-            bundle has often made it. A signature that it did not make is no error.
+        certificate: Of the signer. Without one, the expected signer is unknown.
+        side_key: The key that must have signed the side file. With one, a missing side file is an error.
+        own_key: Public half of the reader's key. It is tried for the signature if there is no certificate, since the
+            reader has often made the bundle. A signature of another key is then no error.
     """
 
     certificate: Certificate | None = None
@@ -107,9 +105,9 @@ class VerifiedManifest:
     """A manifest that has passed all checks that need no part.
 
     Attributes:
-        manifest: what it says.
-        side: the side file where there is one.
-        checks: what has been checked so far.
+        manifest: Its data.
+        side: The side file, if the bundle has one.
+        checks: Results so far.
     """
 
     manifest: Manifest
@@ -121,79 +119,48 @@ def verify_manifest(xml: bytes, side_file: bytes | None, trust: Trust) -> Verifi
     """Check a manifest and its side file.
 
     Raises:
-        ManifestError: it is no manifest, or contradicts itself.
-        SignatureError: it is not signed with the certificate's key.
-        SideFileError: the side file is missing though a side key was given, is damaged, or contradicts the manifest.
+        ManifestError: It is not a manifest, or contradicts itself.
+        SignatureError: It is not signed with the key of the trusted certificate.
+        SideFileError: The side file is damaged, contradicts the manifest, or is missing although a side key is given.
     """
     fields = read_fields(xml)
-    signature, signer = _check_signature(xml, signature_of(fields), trust)
-    manifest = manifest_of(fields)
+    signature, signer = _check_signature(xml, parse_signature(fields), trust)
+    manifest = parse_manifest(fields)
     parts = f"{len(manifest.parts)} parts, {manifest.bundled_size} bytes, names and indexes in order"
     structure = CheckResult(CheckSubject.STRUCTURE, checked=True, detail=parts)
     if side_file is None:
-        return VerifiedManifest(manifest, None, (signature, structure, *_no_side_file(trust)))
+        return VerifiedManifest(manifest, None, (signature, structure, *_check_no_side_file(trust)))
     side = read_side_file(side_file)
-    _compare(xml, manifest, side)
+    if side.manifest != Digest.of(xml):
+        raise SideFileError("the side file describes another manifest: the SHA-256 differs")
+    if list(side.parts) != [part.filename for part in manifest.parts]:
+        raise SideFileError("the side file lists other parts than the manifest")
     detail = "SHA-256 of the manifest, names of the parts"
-    listed = CheckResult(CheckSubject.SIDE_FILE, checked=True, detail=detail)
-    return VerifiedManifest(manifest, side, (signature, structure, listed, _check_side_key(side, trust, signer)))
-
-
-def verified_parts(crew: Pipeline, believed: VerifiedManifest, parts: PartSource, ahead: int) -> Iterator[bytes]:
-    """Yield the parts in order, none before its digests are known to be right; so many are read ahead.
-
-    Raises:
-        PartMissingError: one cannot be read.
-        PartDamagedError: a digest or a size is wrong.
-        ManifestError: their sizes together are not the bundle's.
-    """
-    done = 0
-
-    def verified(part: ManifestPart) -> bytes:
-        data = parts.read(part.filename)
-        check_part(part, data, believed.side)
-        return data
-
-    for data in crew.map(verified, believed.manifest.parts, ahead):
-        yield data
-        done += len(data)
-    if done != believed.manifest.bundled_size:
-        raise ManifestError(f"the parts have {done} bytes together, not {believed.manifest.bundled_size}")
-
-
-def check_part(part: ManifestPart, data: bytes, side: SideFile | None) -> None:
-    """Check a part's digests.
-
-    Raises:
-        PartDamagedError: one is not the manifest's, or not the side file's.
-    """
-    if hashlib.sha1(data, usedforsecurity=False).hexdigest() != part.sha1:
-        raise PartDamagedError(part.filename, f"its SHA-1 is not the manifest's ({len(data)} bytes)")
-    if side is not None and side.parts[part.filename] != Digest.of(data):
-        raise PartDamagedError(part.filename, "its SHA-256 or size is not the side file's")
+    contents = CheckResult(CheckSubject.SIDE_FILE, checked=True, detail=detail)
+    return VerifiedManifest(manifest, side, (signature, structure, contents, _check_side_key(side, trust, signer)))
 
 
 def _check_signature(xml: bytes, signature: bytes, trust: Trust) -> tuple[CheckResult, RSAPublicKey | None]:
-    """Return the line of the report, and the signer's key where the signature holds."""
+    """Return the result, and the signer's key if the signature was verified."""
     if trust.certificate is not None:
-        verify(xml, signature, trust.certificate)
-        holds = CheckResult(CheckSubject.SIGNATURE, checked=True, detail="made with the certificate's key")
-        return holds, rsa_key(trust.certificate)
+        verify_signature(xml, signature, trust.certificate)
+        result = CheckResult(CheckSubject.SIGNATURE, checked=True, detail="made with the certificate's key")
+        return result, rsa_key(trust.certificate)
     if not signature:
         return CheckResult(CheckSubject.SIGNATURE, checked=False, detail="the bundle is not signed"), None
     if trust.own_key is None:
         return CheckResult(CheckSubject.SIGNATURE, checked=False, detail="no signer's certificate was given"), None
     if is_signed_with(xml, signature, trust.own_key):
-        holds = CheckResult(CheckSubject.SIGNATURE, checked=True, detail="made with the private key that was given")
-        return holds, trust.own_key
+        result = CheckResult(CheckSubject.SIGNATURE, checked=True, detail="made with the private key that was given")
+        return result, trust.own_key
     reason = (
-        "not made with the private key that was given: the signer is unknown, or the manifest was changed;"
-        " the signer's certificate decides (--certificate)"
+        "not made with the private key that was given: the signer is unknown, or the manifest was changed."
+        " Pass the signer's certificate with --certificate to find out"
     )
     return CheckResult(CheckSubject.SIGNATURE, checked=False, detail=reason), None
 
 
-def _no_side_file(trust: Trust) -> tuple[CheckResult, ...]:
+def _check_no_side_file(trust: Trust) -> tuple[CheckResult, ...]:
     if trust.side_key is not None:
         raise SideFileError("a side key was given, but there is no side file")
     reason = "there is no side file"
@@ -203,114 +170,138 @@ def _no_side_file(trust: Trust) -> tuple[CheckResult, ...]:
     )
 
 
-def _compare(xml: bytes, manifest: Manifest, side: SideFile) -> None:
-    if side.manifest != Digest.of(xml):
-        raise SideFileError("the manifest is not the one that the side file describes (SHA-256)")
-    if list(side.parts) != [part.filename for part in manifest.parts]:
-        raise SideFileError("the side file lists other parts than the manifest")
-
-
 def _check_side_key(side: SideFile, trust: Trust, signer: RSAPublicKey | None) -> CheckResult:
     if trust.side_key is not None and side.public_key != trust.side_key:
         raise SideFileError("the side file was signed with another key than the given one")
-    if signer is not None and not side.is_vouched_for_by(signer):
-        raise SideFileError("the signer of the manifest does not vouch for the side file's key")
+    if signer is not None and not side.is_certified_by(signer):
+        raise SideFileError("the signer of the manifest has not certified the side file's key")
     if trust.side_key is not None:
-        return CheckResult(CheckSubject.SIDE_KEY, checked=True, detail="it is the given one")
+        return CheckResult(CheckSubject.SIDE_KEY, checked=True, detail="the given side key")
     if signer is not None:
-        return CheckResult(CheckSubject.SIDE_KEY, checked=True, detail="the manifest's signer vouches for it")
+        return CheckResult(CheckSubject.SIDE_KEY, checked=True, detail="certified by the signer of the manifest")
     reason = "neither a side key nor a signer's certificate was given"
     return CheckResult(CheckSubject.SIDE_KEY, checked=False, detail=reason)
 
 
-ProgressCallback = Callable[[int], None]
-"""Told, in the caller's thread, how many bytes of the bundle's parts are done; never fewer than before."""
+def read_verified_parts(
+    pipeline: Pipeline, verified: VerifiedManifest, parts: PartSource, read_ahead: int
+) -> Iterator[bytes]:
+    """Yield the parts in order, each after its digests have been verified. Reads up to `read_ahead` parts at once.
+
+    Raises:
+        PartMissingError: A part cannot be read.
+        PartDamagedError: A digest or a size is wrong.
+        ManifestError: The total size differs from the manifest.
+    """
+    done = 0
+
+    def read_part(part: ManifestPart) -> bytes:
+        data = parts.read(part.filename)
+        check_part(part, data, verified.side)
+        return data
+
+    for data in pipeline.map(read_part, verified.manifest.parts, read_ahead):
+        yield data
+        done += len(data)
+    if done != verified.manifest.bundled_size:
+        raise ManifestError(f"the parts have {done} bytes together, not {verified.manifest.bundled_size}")
 
 
-def unheard(_done: int) -> None:
-    """A reporter that tells nobody."""
+def check_part(part: ManifestPart, data: bytes, side: SideFile | None) -> None:
+    """Check the digests of a part.
+
+    Raises:
+        PartDamagedError: A digest differs from the manifest or from the side file.
+    """
+    if hashlib.sha1(data, usedforsecurity=False).hexdigest() != part.sha1:
+        raise PartDamagedError(part.filename, f"SHA-1 differs from the manifest ({len(data)} bytes)")
+    if side is not None and side.parts[part.filename] != Digest.of(data):
+        raise PartDamagedError(part.filename, "SHA-256 or size differs from the side file")
 
 
-class MeasuredParts(PartSource, Protocol):
-    """Parts whose size is known without reading them."""
+class SizedPartSource(PartSource, Protocol):
+    """Parts whose size is available without reading them."""
 
     def size(self, filename: str) -> int:
-        """Return a part's size in bytes.
+        """Return the size of a part in bytes.
 
         Raises:
-            PartMissingError: it is not there or cannot be asked for.
+            PartMissingError: The part does not exist, or its size cannot be requested.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How a sample is drawn: the same of the same bundle each time.
+    """A random sample of the parts, the same for the same bundle and seed.
 
     Attributes:
-        percent: of the parts, rounded up; above 0, to 100.
-        seed: of the random choice.
+        percent: Share of the parts, rounded up; above 0, up to 100.
+        seed: Seed of the random choice.
     """
 
     percent: float
     seed: int
 
-    def of(self, manifest: Manifest) -> Sequence[ManifestPart]:
-        """Return the parts of the sample, in their order."""
+    def choose(self, manifest: Manifest) -> Sequence[ManifestPart]:
+        """Return the parts of the sample in their order."""
         count = min(math.ceil(len(manifest.parts) * self.percent / 100), len(manifest.parts))
-        chosen = Random(self.seed).sample(manifest.parts, count)  # noqa: S311 - a sample, no secret
+        chosen = Random(self.seed).sample(manifest.parts, count)  # noqa: S311 - a sample, not a secret
         return sorted(chosen, key=lambda part: part.index)
 
 
 def verify_sample(
-    believed: VerifiedManifest,
-    parts: MeasuredParts,
+    verified: VerifiedManifest,
+    parts: SizedPartSource,
     sample: Sample,
     *,
-    reporter: ProgressCallback = unheard,
-    ahead: int,
+    on_progress: ProgressCallback = ignore_progress,
+    read_ahead: int,
 ) -> VerifyResult:
-    """Check the size of each part of a bundle, and the digests of some.
+    """Check the size of every part, and the digests of a sample. For large bundles that are verified often.
+
+    The result says which share was not read, and the seed of the sample. Errors are those of `verify_bundle`.
 
     Args:
-        believed: its manifest, read and checked by `believe`; errors are as for ``verify_bundle``.
-        parts: where the parts are.
-        sample: which of them are read.
-        reporter: told how many bytes have been read.
-        ahead: how many parts are asked for at once, each in memory.
+        verified: The manifest, checked by `verify_manifest`.
+        parts: Where the parts are read.
+        sample: The parts to read.
+        on_progress: Called with the number of bytes that were read.
+        read_ahead: Number of parts to request at once, each in memory.
     """
-    chosen = sample.of(believed.manifest)
-    with Pipeline(ahead) as crew:
-        _check_sizes(believed, list(crew.map(lambda part: parts.size(part.filename), believed.manifest.parts, ahead)))
+    chosen = sample.choose(verified.manifest)
+    with Pipeline(read_ahead) as pipeline:
+        sizes = pipeline.map(lambda part: parts.size(part.filename), verified.manifest.parts, read_ahead)
+        _check_sizes(verified, list(sizes))
         done = 0
-        for size in crew.map(lambda part: _verified_size(parts, part, believed), chosen, ahead):
+        for size in pipeline.map(lambda part: _read_and_check(parts, part, verified), chosen, read_ahead):
             done += size
-            reporter(done)
-    return VerifyResult(believed.manifest, (*believed.checks, *_checks(believed.manifest, sample, len(chosen))))
+            on_progress(done)
+    return VerifyResult(verified.manifest, (*verified.checks, *_sample_checks(verified.manifest, sample, len(chosen))))
 
 
-def _check_sizes(believed: VerifiedManifest, sizes: Sequence[int]) -> None:
-    if sum(sizes) != believed.manifest.bundled_size:
-        raise ManifestError(f"the parts have {sum(sizes)} bytes together, not {believed.manifest.bundled_size}")
-    for part, size in zip(believed.manifest.parts, sizes, strict=True):
-        if believed.side is not None and believed.side.parts[part.filename].size != size:
-            raise PartDamagedError(part.filename, "its size is not the side file's")
+def _check_sizes(verified: VerifiedManifest, sizes: Sequence[int]) -> None:
+    if sum(sizes) != verified.manifest.bundled_size:
+        raise ManifestError(f"the parts have {sum(sizes)} bytes together, not {verified.manifest.bundled_size}")
+    for part, size in zip(verified.manifest.parts, sizes, strict=True):
+        if verified.side is not None and verified.side.parts[part.filename].size != size:
+            raise PartDamagedError(part.filename, "size differs from the side file")
 
 
-def _verified_size(parts: PartSource, part: ManifestPart, believed: VerifiedManifest) -> int:
+def _read_and_check(parts: SizedPartSource, part: ManifestPart, verified: VerifiedManifest) -> int:
     data = parts.read(part.filename)
-    check_part(part, data, believed.side)
+    check_part(part, data, verified.side)
     return len(data)
 
 
-def _checks(manifest: Manifest, sample: Sample, verified: int) -> tuple[CheckResult, ...]:
+def _sample_checks(manifest: Manifest, sample: Sample, read: int) -> tuple[CheckResult, ...]:
     count = len(manifest.parts)
-    there = f"{count} parts are there, {manifest.bundled_size} bytes together"
-    drawn = f"{verified} of {count} parts, drawn with seed {sample.seed}, hold; {count - verified} have not been read"
+    sizes = f"{count} parts exist, {manifest.bundled_size} bytes together"
+    digests = f"{read} of {count} parts are correct (sample with seed {sample.seed}); {count - read} were not read"
     reason = "only a sample was read"
     return (
-        CheckResult(CheckSubject.PART_SIZES, checked=True, detail=there),
-        CheckResult(CheckSubject.PART_DIGESTS, checked=verified == count, detail=drawn),
+        CheckResult(CheckSubject.PART_SIZES, checked=True, detail=sizes),
+        CheckResult(CheckSubject.PART_DIGESTS, checked=read == count, detail=digests),
         CheckResult(CheckSubject.IMAGE_DIGEST, checked=False, detail=reason),
         CheckResult(CheckSubject.IMAGE_SIZE, checked=False, detail=reason),
     )

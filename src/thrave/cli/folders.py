@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from thrave import files
-from thrave.bundle.base import MOST_PART_BYTES, read_regular_file
+from thrave.bundle.base import MAX_PART_BYTES, read_regular_file
 from thrave.bundle.errors import OutputError, PartDamagedError, PartMissingError
 from thrave.bundle.image_output import new_file
 
@@ -132,7 +132,7 @@ class LocalFolder:
 
 
 class FolderParts:
-    """The parts of a bundle in a folder; a `thrave.bundle` MeasuredParts. A folder that fails is no missing part."""
+    """The parts of a bundle in a folder; a `thrave.bundle` SizedPartSource. A folder that fails is no missing part."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -140,15 +140,15 @@ class FolderParts:
     def read(self, filename: str) -> bytes:
         """See PartSource."""
         try:
-            data = self._folder.read(filename, MOST_PART_BYTES)
+            data = self._folder.read(filename, MAX_PART_BYTES)
         except FileMissingError as error:
             raise PartMissingError(filename, str(error)) from error
-        if len(data) > MOST_PART_BYTES:
-            raise PartDamagedError(filename, f"it has more than {MOST_PART_BYTES} bytes")
+        if len(data) > MAX_PART_BYTES:
+            raise PartDamagedError(filename, f"it has more than {MAX_PART_BYTES} bytes")
         return data
 
     def size(self, filename: str) -> int:
-        """See MeasuredParts."""
+        """See SizedPartSource."""
         size = self._folder.size(filename)
         if size is None:
             raise PartMissingError(filename, f"{self._folder.where(filename)} does not exist")
@@ -159,7 +159,7 @@ def parts_ahead(folder: Folder, manifest: Manifest) -> int | None:
     """How many parts to ask a folder for at once; None: as suits a disk.
 
     From afar as many as hide the way, as long as a few stay within the memory that they may take. A bundle whose parts
-    are longer than its manifest says is refused at the first one; none is longer than `MOST_PART_BYTES`.
+    are longer than its manifest says is refused at the first one; none is longer than `MAX_PART_BYTES`.
     """
     if not folder.is_far:
         return None

@@ -152,9 +152,9 @@ def read_manifest_file(location: Location[Folder]) -> bytes:
         ManifestError: It is a part of a bundle.
     """
     from thrave.bundle.errors import ManifestError
-    from thrave.bundle.manifest_xml import MOST_BYTES
+    from thrave.bundle.manifest_xml import MAX_MANIFEST_BYTES
 
-    xml = location.folder.read(location.manifest, MOST_BYTES)
+    xml = location.folder.read(location.manifest, MAX_MANIFEST_BYTES)
     part = _PART.fullmatch(location.manifest)
     if part is not None and b"<manifest" not in xml[:1000]:
         manifest = location.folder.where(part[1] + MANIFEST_SUFFIX)
@@ -190,12 +190,12 @@ def read_side_file_at(location: Location[Folder], filename: str | None) -> bytes
     To those who may not list a bucket, S3 says of what is not there that they may not read it. Then there is none, and
     that is said: whoever could hide a side file behind such an answer could as well remove it.
     """
-    from thrave.bundle.side_file import MOST_BYTES
+    from thrave.bundle.side_file import MAX_SIDE_FILE_BYTES
 
     if filename is None:
         return None
     try:
-        return location.folder.read(filename, MOST_BYTES)
+        return location.folder.read(filename, MAX_SIDE_FILE_BYTES)
     except FileMissingError:
         return None
     except FolderRefusedError as error:

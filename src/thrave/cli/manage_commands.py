@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import click
 
 from thrave.bundle.errors import ManifestError
-from thrave.bundle.model import MANIFEST_SUFFIX, own_part
+from thrave.bundle.model import MANIFEST_SUFFIX, part_pattern
 from thrave.cli.bundle_command import BundleExists
 from thrave.cli.folders import FileMissingError, FolderParts, WritableFolder, parts_ahead
 from thrave.cli.interrupts import cleans_up_on_signals
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
     from thrave.bundle.manifest import ManifestPart
-    from thrave.bundle.migrate import Migrated
+    from thrave.bundle.migrate import MigratedBundle
     from thrave.bundle.verifier import VerifiedManifest, VerifyResult
     from thrave.cli.folders import Folder
 
@@ -71,7 +71,7 @@ def own_part_filenames(location: Location[Folder], filenames: Iterable[str]) -> 
     """
     if location.prefix is None:
         raise click.UsageError(f"{location} is not called PREFIX.manifest.xml, so nobody knows which files are its own")
-    own = own_part(location.prefix)
+    own = part_pattern(location.prefix)
     names = tuple(filenames)
     for name in names:
         if not own.fullmatch(name):
@@ -172,8 +172,8 @@ def _copy_parts(
     manifest = believed.manifest
     ahead = parts_ahead(source, manifest) or parts_ahead(target, manifest) or _DISK_AHEAD
     done = sent = 0
-    with Pipeline(ahead) as crew:
-        for size, was_sent in crew.map(partial(_copied, believed, source, target), manifest.parts, ahead):
+    with Pipeline(ahead) as pipeline:
+        for size, was_sent in pipeline.map(partial(_copied, believed, source, target), manifest.parts, ahead):
             done += size
             sent += was_sent
             reporter(done)
@@ -289,7 +289,7 @@ def _left_over(location: Location[WritableFolder], certificate: Certificate | No
     if data is None:
         raise FileMissingError(f"{location} is not there, nor a side file that names its parts")
     side = read_side_file(data)
-    if certificate is not None and not side.is_vouched_for_by(rsa_key(certificate)):
+    if certificate is not None and not side.is_certified_by(rsa_key(certificate)):
         raise SideFileError("the certificate's owner does not vouch for the side file, and the manifest is gone")
     return side.parts
 
@@ -404,7 +404,7 @@ def _new(folder: WritableFolder, manifest: str) -> Location[WritableFolder]:
     return target
 
 
-def _replace_bound(target: Location[WritableFolder], migrated: Migrated, old: str | None) -> str | None:
+def _replace_bound(target: Location[WritableFolder], migrated: MigratedBundle, old: str | None) -> str | None:
     """Replace the documents of a bundle whose side file belongs to its manifest alone; return the new one's name."""
     new = target.bound_side_file(migrated.manifest)
     if new is not None and migrated.side_file is not None:
@@ -415,7 +415,7 @@ def _replace_bound(target: Location[WritableFolder], migrated: Migrated, old: st
     return new
 
 
-def _replace(target: Location[WritableFolder], migrated: Migrated, old_side_file: bytes | None) -> None:
+def _replace(target: Location[WritableFolder], migrated: MigratedBundle, old_side_file: bytes | None) -> None:
     folder, side_file = target.folder, target.side_file
     if side_file is None:
         folder.write(target.manifest, migrated.manifest)

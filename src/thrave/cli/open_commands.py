@@ -158,8 +158,8 @@ def open_(
     missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key, 12 a package for the
     image's format is not installed.
     """
-    from thrave.bundle.opener import open_believed_into
-    from thrave.bundle.verifier import Trust, unheard, verify_manifest
+    from thrave.bundle.opener import open_verified_to
+    from thrave.bundle.verifier import Trust, ignore_progress, verify_manifest
     from thrave.cli.output import verified_document, verified_text
 
     target = _target(image, stdout=stdout)
@@ -168,11 +168,11 @@ def open_(
     believed = verify_manifest(xml, side_file, Trust(certificate, side_key, key.public_key()))
     said = believed.manifest
     with _warning_of_half_an_image(target), progress_bar("opening", said.bundled_size) as bar:
-        opened = open_believed_into(
+        opened = open_verified_to(
             make_image, believed, FolderParts(location.folder), key,
             # Where the answer is JSON on stderr, nothing else may be there.
-            reporter=unheard if target is None and output == "json" else bar.update,
-            ahead=parts_ahead(location.folder, said),
+            on_progress=ignore_progress if target is None and output == "json" else bar.update,
+            read_ahead=parts_ahead(location.folder, said),
         )  # fmt: skip
     where = target or "stdout"
     document = {"image": target or "-", "format": image_format, "manifest": location, **verified_document(opened)}
@@ -249,12 +249,12 @@ def verify(
 
 
 def _verify_all(believed: VerifiedManifest, folder: Folder, key: RSAPrivateKey | None) -> VerifyResult:
-    from thrave.bundle.opener import verify_believed
+    from thrave.bundle.opener import verify_parts
 
     said = believed.manifest
     with progress_bar("verifying", said.bundled_size) as bar:
         ahead = parts_ahead(folder, said)
-        return verify_believed(believed, FolderParts(folder), key, reporter=bar.update, ahead=ahead)
+        return verify_parts(believed, FolderParts(folder), key, on_progress=bar.update, read_ahead=ahead)
 
 
 def _verify_sample(believed: VerifiedManifest, folder: Folder, percent: float, seed: int) -> VerifyResult:
@@ -263,7 +263,7 @@ def _verify_sample(believed: VerifiedManifest, folder: Folder, percent: float, s
     said, sample = believed.manifest, Sample(percent, seed)
     with progress_bar("verifying", int(said.bundled_size * percent / 100)) as bar:
         ahead = parts_ahead(folder, said) or 2
-        return verify_sample(believed, FolderParts(folder), sample, reporter=bar.update, ahead=ahead)
+        return verify_sample(believed, FolderParts(folder), sample, on_progress=bar.update, read_ahead=ahead)
 
 
 @click.command()

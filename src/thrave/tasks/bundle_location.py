@@ -11,10 +11,9 @@ from thrave.buckets.base import ObjectStore, split_prefix
 from thrave.buckets.errors import NoSuchBucket, NoSuchKey
 from thrave.bundle.errors import BundleError
 from thrave.bundle.manifest import read_manifest
-from thrave.bundle.manifest_xml import MOST_BYTES
-from thrave.bundle.model import bound_side_filename, manifest_filename, own_part, side_filename
-from thrave.bundle.side_file import MOST_BYTES as MOST_SIDE_FILE_BYTES
-from thrave.bundle.side_file import Digest, read_side_file
+from thrave.bundle.manifest_xml import MAX_MANIFEST_BYTES
+from thrave.bundle.model import bound_side_filename, manifest_filename, part_pattern, side_filename
+from thrave.bundle.side_file import MAX_SIDE_FILE_BYTES, Digest, read_side_file
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.models import BundleTask
 
@@ -50,14 +49,14 @@ class BundleLocation:
         head = buckets.head(self.bucket, self.manifest_key)
         if head is None:
             return None
-        if head.size > MOST_BYTES:
+        if head.size > MAX_MANIFEST_BYTES:
             raise TaskFailure(
                 "Client.PrefixInUse",
                 f"The bucket has '{self.manifest_key}' of {head.size} bytes, which is no manifest. Remove it, or "
                 "choose another prefix.",
             )
         try:
-            return buckets.get_range(self.bucket, self.manifest_key, 0, MOST_BYTES) if head.size else b""
+            return buckets.get_range(self.bucket, self.manifest_key, 0, MAX_MANIFEST_BYTES) if head.size else b""
         except (NoSuchKey, NoSuchBucket):
             return None
 
@@ -75,7 +74,7 @@ class BundleLocation:
             parts = read_manifest(manifest).parts
         except BundleError:
             return ()
-        own = own_part(self.name)
+        own = part_pattern(self.name)
         return tuple(self.folder + part.filename for part in parts if own.fullmatch(part.filename))
 
     def keys_in_use(self, buckets: ObjectStore, manifest: bytes, keys: Collection[str]) -> set[str]:
@@ -96,7 +95,7 @@ class BundleLocation:
 
     def _describes(self, buckets: ObjectStore, key: str, manifest: bytes) -> bool:
         try:
-            side_file = read_side_file(buckets.get_range(self.bucket, key, 0, MOST_SIDE_FILE_BYTES))
+            side_file = read_side_file(buckets.get_range(self.bucket, key, 0, MAX_SIDE_FILE_BYTES))
         except (NoSuchKey, NoSuchBucket, BundleError):
             return False
         return side_file.manifest == Digest.of(manifest)

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypedDict, cast
 
 import sqlalchemy as sa
 
-from thrave.bundle.model import BundleKey, Checkpoint, CutOff, PartRecord
+from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, ResumePoint
 from thrave.database import bundle_part, bundle_task
 from thrave.tasks import claims
 from thrave.tasks.lease import Fence
@@ -101,7 +101,7 @@ class ResumeState:
     bundle_key: BundleKey
     series: str = ""
     """Digits in the names of its parts; see `thrave.bundle.model.new_series`."""
-    resume_point: CutOff | None = None
+    resume_point: ResumePoint | None = None
     """Where it goes on; None: at its beginning."""
     sent: Mapping[int, SentPart] = field(default_factory=dict)
     """What was sent beyond that, by the parts' indexes."""
@@ -326,4 +326,4 @@ def _left(secrets: BundleKey, series: str, checkpoint: Checkpoint | None, sent: 
     if checkpoint is None:
         return ResumeState(secrets, series, None, by_index)
     before = tuple(by_index.pop(index).record for index in range(checkpoint.parts))
-    return ResumeState(secrets, series, CutOff(checkpoint, before), by_index)
+    return ResumeState(secrets, series, ResumePoint(checkpoint, before), by_index)

@@ -141,9 +141,9 @@ class PartUploader:
         self._sealer = Sealer(
             WatchedVolume(volume, monitor.report_activity),
             objects.name,
-            secrets=state.bundle_key,
+            bundle_key=state.bundle_key,
             compression=compression,
-            cut_off=state.resume_point,
+            resume_point=state.resume_point,
             series=state.series,
         )
         # A failed upload cancels the sealer, which may be waiting for the disk.

@@ -92,7 +92,7 @@ class Bundle:
 
 
 def seal(image, prefix: str = "disk", **options) -> tuple[list[Part], SealedBundle]:
-    sealing = Sealer(image, prefix, secrets=SECRETS, **options)
+    sealing = Sealer(image, prefix, bundle_key=SECRETS, **options)
     parts = list(sealing.parts())
     return parts, sealing.sealed
 
