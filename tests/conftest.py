@@ -4,17 +4,20 @@
 """
 
 import signal
+import threading
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from support.eventually import eventually
 from support.instances.command_machine import Machine
 from support.libvirt.guest import guest_image
 from support.libvirt.libvirt_host import running_host
 from support.servers import stores
 from support.servers.postgres import running_postgres
 from support.service.forked_server import ForkedServer
+from thrave import concurrency
 from thrave.components import open_components
 from thrave.config import Settings
 from thrave.database import migrate, open_engine
@@ -46,6 +49,23 @@ def pytest_collection_modifyitems(items):
     if missing := [str(path) for path in places if not path.exists()]:
         raise pytest.UsageError(f"LONG_FILES in tests/conftest.py names files that do not exist: {missing}")
     items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
+
+
+def background_threads():
+    """The running threads that were started in `thrave.concurrency`."""
+    return {thread for thread in threading.enumerate() if getattr(thread, "_target", None) is concurrency._run}
+
+
+@pytest.fixture(autouse=True)
+def no_background_thread_remains():
+    """Wait until the background threads of the test have ended: later they would write to the log of another test."""
+    before = background_threads()
+    yield
+    eventually(
+        lambda: background_threads() - before,
+        "the background threads of the test end",
+        until=lambda remaining: not remaining,
+    )
 
 
 @pytest.fixture(scope="session")
