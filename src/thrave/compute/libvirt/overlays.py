@@ -124,9 +124,8 @@ class LibvirtOverlays:
         merging = OverlayMerge(self._context, instance_id, frozen, pause)
         with self._context.metadata.lock_merge(instance_id):
             stepped, failed = time.monotonic(), False
-            while (
-                True
-            ):  # not `retry`: it also waits after each step that succeeded, and tolerates one error of any kind
+            # Not `retry`: this loop also waits after each successful step, and accepts one error of any kind.
+            while True:
                 try:
                     if merging.step():
                         return
