@@ -36,7 +36,7 @@ from fleet_setup import (
 from harness import RESULTS, describe_machine, write_json
 
 from thrave.database import bundle_task, open_engine, utc_now
-from thrave.tasks.housekeeping import AT_ONCE
+from thrave.tasks.housekeeping import DELETE_BATCH
 from thrave.tasks.models import FINISHED
 from thrave.tasks.queries import TaskFilter, TaskQueries
 from thrave.tasks.task_service import BundleTaskService
@@ -131,7 +131,7 @@ class Calls:
         components = self.backend.components
         long_ago = utc_now() - timedelta(days=400)
         yield "thrave host list", components.hosts.list
-        yield "retention", lambda: components.records().delete_ended(timedelta(days=400), limit=AT_ONCE)
+        yield "retention", lambda: components.records().delete_ended(timedelta(days=400), limit=DELETE_BATCH)
         yield "retention in the engine", lambda: components.queues.delete_ended(long_ago)
         yield "Describe all of a busy account", lambda: self.backend.tasks.describe(self.busy)
         yield "first cleanup query", lambda: components.records().cleanups(host_name(0))

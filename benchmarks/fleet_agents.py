@@ -214,7 +214,7 @@ class SimulatedAgent:
 
     def start(self) -> None:
         """Acquire the lease of the host, and report its instances."""
-        self.fence = self._backend.components.hosts.take(self.name, worker_concurrency=WORKER_CONCURRENCY)
+        self.fence = self._backend.components.hosts.acquire_lease(self.name, worker_concurrency=WORKER_CONCURRENCY)
         self._backend.engine.upsert_queue(
             name=self._queue_name, concurrency=None, worker_concurrency=WORKER_CONCURRENCY, rate_limit_max=None,
             rate_limit_period_sec=None, partition_concurrency=None, partition_worker_concurrency=None,
@@ -248,7 +248,7 @@ class SimulatedAgent:
 
     def enqueue_lost(self) -> None:
         """Query tasks that have no workflow."""
-        self._backend.components.hosts.enqueue_lost(self.name)
+        self._backend.components.hosts.requeue_lost(self.name)
 
     def poll(self) -> list[tuple[str, str]]:
         """Poll the queue as DBOS does; return the workflows to run, each with its owner."""

@@ -13,7 +13,7 @@ TIMEOUTS = {"timeout", "within", "blocking"}
 
 CREW = "leaving the crew closes its channels and wakes whoever waits for a job"
 WITHOUT = {
-    ("agent.py", "self._over.wait()"): "the agent's main thread; signals end it",
+    ("agent.py", "self._has_ended.wait()"): "the agent's main thread; signals end it",
     ("server.py", "agent.wait()"): "the same, and a thread that waits for nothing else",
     ("pipeline.py", "self._unused.get()"): CREW,
     ("pipeline.py", "self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)"): CREW,

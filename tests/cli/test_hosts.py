@@ -65,8 +65,8 @@ def task(ground):
 @pytest.fixture
 def two(ground, task, silence):
     """kvm-1, silent for two minutes with two tasks, and kvm-2, which has just given a sign of life."""
-    ground.hosts.take("kvm-1", worker_concurrency=2)
-    ground.hosts.take("kvm-2", worker_concurrency=3)
+    ground.hosts.acquire_lease("kvm-1", worker_concurrency=2)
+    ground.hosts.acquire_lease("kvm-2", worker_concurrency=3)
     task("bun-1", "kvm-1", begun=True)
     task("bun-2", "kvm-1")
     silence("kvm-1", 120)
@@ -101,7 +101,7 @@ def test_a_lost_hosts_tasks_are_adopted(two, thrave_json):
     first, second = thrave_json("host", "list")["hosts"]
     assert (first["state"], first["lost"], first["tasksBegun"], second["tasksBegun"]) == ("fenced", False, 0, 1)
     history = thrave_json("task", "show", "bun-1")["history"]
-    assert history[-1]["message"] == "Host kvm-2 goes on in the place of kvm-1."
+    assert history[-1]["message"] == "Host kvm-2 continues the task of host kvm-1."
 
 
 def test_a_retired_hosts_tasks_fail(two, thrave, thrave_json):
@@ -128,7 +128,7 @@ def test_move_that_the_state_does_not_allow_has_a_status(two, thrave):
 
 @pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-3"], ["retire", "kvm-2"]])
 def test_host_that_sends_heartbeats_is_refused_unless_it_is_known_to_be_off(two, ground, thrave, words):
-    ground.hosts.take("kvm-3", worker_concurrency=1)
+    ground.hosts.acquire_lease("kvm-3", worker_concurrency=1)
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout) == (REFUSED, "")
     assert stderr.startswith("thrave: Host kvm-2 sent a heartbeat ")

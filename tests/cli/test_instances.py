@@ -334,7 +334,7 @@ def test_instance_is_shown_with_its_volumes(thrave, thrave_json, data, instance_
 
 def test_hosts_of_a_single_machine_show_their_instances(thrave_json, data, instance_id):
     ground = open_components(Settings(data_dir=data))
-    ground.hosts.take("localhost", worker_concurrency=1)
+    ground.hosts.acquire_lease("localhost", worker_concurrency=1)
     ground.queues.close()
     ground.database.dispose()
     (host,) = thrave_json("host", "list", "--data-dir", data)["hosts"]

@@ -43,7 +43,11 @@ COMMON = [
     "thrave.identity.certificates:ServiceIdentity.open",
 ]
 LISTENING = ["thrave.http_server:_listen", "thrave.server:create_app", "thrave.http_server:Listener.serve"]
-AGENT = ["thrave.tasks.hosts:Hosts.take", "thrave.tasks.engine:Worker.launch", "thrave.agent:Agent._keep_house"]
+AGENT = [
+    "thrave.tasks.hosts:HostRegistry.acquire_lease",
+    "thrave.tasks.engine:TaskWorker.launch",
+    "thrave.agent:Agent._start_housekeeping",
+]
 STEPS = {
     "serve": [
         *COMMON,

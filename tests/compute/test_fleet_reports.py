@@ -40,7 +40,7 @@ def agent(ground, instances):
     """Takes a host; gives its reports."""
 
     def agent(name, among=instances):
-        fence = ground.hosts.take(name, worker_concurrency=1)
+        fence = ground.hosts.acquire_lease(name, worker_concurrency=1)
         return InstanceReporter(ground.database, among, name, fence.holds)
 
     return agent
@@ -123,7 +123,7 @@ def test_report_that_an_adoption_overtakes_changes_nothing_of_the_adopters(
         b.report()
 
     agent("host-a").report()
-    fence = ground.hosts.take("host-a", worker_concurrency=1)
+    fence = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
     late = InstanceReporter(ground.database, Interrupted(instances, adopt), "host-a")  # not even its lease holds it up
     lease = InstanceReporter(ground.database, instances, "host-a", fence.holds)
     if change == "removed":
@@ -154,7 +154,7 @@ def test_instance_that_cannot_be_read_keeps_its_row(ground, agent, add, owners, 
     add(FIRST, host="host-a")
     add(SECOND, host="host-a")
     agent("host-a").report()
-    fence = ground.hosts.take("host-b", worker_concurrency=1)
+    fence = ground.hosts.acquire_lease("host-b", worker_concurrency=1)
     ground.hosts.adopt("host-a", by="host-b", powered_off=True)
 
     def report(among=instances):

@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from support.buckets.s3_storage import policy, signature, storage
 from thrave.compute.instance import InstanceState
 from thrave.ec2.app import create_app
-from thrave.tasks.bundle_location import SMALLEST_MANIFEST
+from thrave.tasks.bundle_location import MIN_MANIFEST_SIZE
 from thrave.tasks.errors import BundlingInProgress, PrefixInUse, TaskFailure
 from thrave.tasks.models import BundleTaskState
 
@@ -93,7 +93,7 @@ def test_an_object_that_is_there_already_stays_as_it_is(service, ec2, windows):
 
 def test_bundle_instance_rejects_prefix_that_has_a_manifest(service, ec2, windows):
     service.backend.buckets.create("my-bucket", service.key.account_id)
-    service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+    service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"x" * MIN_MANIFEST_SIZE)
     for parameters in ({}, {"DryRun": True}):
         call = partial(ec2.bundle_instance, InstanceId=INSTANCE, Storage=storage(service.key), **parameters)
         status, code, message = refusal(call)
@@ -105,7 +105,7 @@ def test_bundle_instance_rejects_prefix_that_has_a_manifest(service, ec2, window
 
 def test_bundle_instance_accepts_prefix_that_has_a_manifest_to_replace(service, current_app, ec2, windows):
     service.backend.buckets.create("my-bucket", service.key.account_id)
-    service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"x" * SMALLEST_MANIFEST)
+    service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"x" * MIN_MANIFEST_SIZE)
     current_app.app = create_app(replace(service.backend, existing_bundle="replace"))
     assert bundle(ec2, service.key)["State"] == "pending"
 

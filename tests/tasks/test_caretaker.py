@@ -58,7 +58,7 @@ def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method,
             raise raised
 
     monkeypatch.setattr(housekeeping, "RootOverlay", Merging)
-    PowerRecovery(OwnRecords(method=method, error=error), None, "host-a", check=check).merge()
+    PowerRecovery(OwnRecords(method=method, error=error), None, "host-a", check=check).merge_overlays()
     assert merged == ["i-2"]
 
 
@@ -71,12 +71,12 @@ def test_look_goes_on_with_the_next_instance_if_no_thread_can_be_started(monkeyp
             raise NoThreadError("no thread can be started")
         return supervised(*args, **options)
 
-    records = SimpleNamespace(looked_after=lambda _host: TASKS, looked_after_by_nobody=lambda _host: [])
+    records = SimpleNamespace(power_recoveries=lambda _host: TASKS, moved_power_recoveries=lambda _host: [])
     looks_after = PowerRecovery(records, None, "host-a")
     monkeypatch.setattr(housekeeping, "supervised", refuse_at_first)
     monkeypatch.setattr(looks_after, "_recover", lambda task: recovered.append(task.instance_id))
-    looks_after.look()
+    looks_after.run_once()
     assert recovered == ["i-2"]
     recovered.clear()
-    looks_after.look()
+    looks_after.run_once()
     assert sorted(recovered) == ["i-0", "i-1", "i-2"]

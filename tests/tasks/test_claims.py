@@ -62,7 +62,7 @@ def complete(bench):
 
 
 def clean_up(bench, **options):
-    ObjectCleanup(bench.records, bench.buckets, "localhost", **{"stall_timeout": 60.0, **options}).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", **{"stall_timeout": 60.0, **options}).run_once()
 
 
 def rows(bench):
@@ -527,7 +527,7 @@ def test_a_store_that_refuses_is_reported_with_the_command(on_sqlite, buckets, c
     buckets.before = refuse
     looking = ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0)
     for _ in range(3):
-        looking.look()
+        looking.run_once()
     assert capsys.readouterr().out.count(f"thrave task show {A}") == 1
     (seen,) = TaskQueries(bench.engine, bench.records).of([A])
     assert [*seen.left_over] == [KEY]

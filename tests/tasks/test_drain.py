@@ -38,7 +38,7 @@ def ground(tmp_path):
 
 @pytest.fixture
 def fence(ground):
-    fence = ground.hosts.take("host-a", worker_concurrency=1)
+    fence = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
     ground.hosts.drain("host-a")
     return fence
 
@@ -53,15 +53,15 @@ def agent(ground):
 def state_after_drain(ground, agent, fence):
     def is_over():
         agent._heartbeat(fence)
-        return agent._over.is_set()
+        return agent._has_ended.is_set()
 
     eventually(is_over, "the agent ends")
     (host,) = ground.hosts.list()
     return host.state
 
 
-@pytest.mark.parametrize("error", [OSError("the database is away"), SystemExit(1)])
-@pytest.mark.parametrize("moment", ["begun", "drained"])
+@pytest.mark.parametrize("error", [OSError("database unavailable"), SystemExit(1)])
+@pytest.mark.parametrize("moment", ["started_tasks", "record_drained"])
 def test_a_drain_that_fails_is_begun_again_at_a_later_heartbeat(ground, agent, fence, monkeypatch, moment, error):
     failures, works = [error, error], getattr(ground.hosts, moment)
 
@@ -141,7 +141,7 @@ KINDS = ["power_requests", "to_recover", "to_merge"]
 
 def drain(agent, fence):
     """Drain; gives what is logged as unfinished."""
-    agent._note(HostState.DRAINING)
+    agent._update_state(HostState.DRAINING)
     with structlog.testing.capture_logs() as logged:
         agent._drain(fence)
     return [line for line in logged if line["log_level"] == "error"]
@@ -201,12 +201,12 @@ def test_tasks_that_are_unfinished_after_drain_timeout_are_reported_and_the_host
 
 
 def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, agent, fence, monkeypatch):
-    begun = ground.hosts.begun
+    started_tasks = ground.hosts.started_tasks
 
     def activate_meanwhile(name):
         ground.hosts.activate(name)
-        return begun(name)
+        return started_tasks(name)
 
-    monkeypatch.setattr(ground.hosts, "begun", activate_meanwhile)
+    monkeypatch.setattr(ground.hosts, "started_tasks", activate_meanwhile)
     assert state_after_drain(ground, agent, fence) is HostState.ACTIVE
     assert agent.wait() == START_AGAIN

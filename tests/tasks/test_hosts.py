@@ -18,7 +18,7 @@ from thrave.tasks.repository import TaskRepository
 @pytest.fixture
 def hosts(ground):
     for name in ("host-a", "host-b"):
-        ground.hosts.take(name, worker_concurrency=1)
+        ground.hosts.acquire_lease(name, worker_concurrency=1)
     return ground.hosts
 
 
@@ -53,14 +53,14 @@ def an_hour_ago():
 @pytest.mark.parametrize("before", HostState)
 def test_hosts_move_as_the_table_says(hosts, change, before):
     acts = {
-        HostEvent.AGENT_STARTS: lambda: hosts.take("host-a", worker_concurrency=1),
+        HostEvent.AGENT_STARTS: lambda: hosts.acquire_lease("host-a", worker_concurrency=1),
         HostEvent.DRAIN: lambda: hosts.drain("host-a"),
-        HostEvent.AGENT_HAS_DRAINED: lambda: hosts.drained(fence),
+        HostEvent.AGENT_HAS_DRAINED: lambda: hosts.record_drained(fence),
         HostEvent.ACTIVATE: lambda: hosts.activate("host-a"),
         HostEvent.TAKE_AWAY: lambda: hosts.adopt("host-a", by="host-b", powered_off=True),
     }
     for event, act in acts.items():
-        fence = hosts.take("host-a", worker_concurrency=1)
+        fence = hosts.acquire_lease("host-a", worker_concurrency=1)
         change("host-a", state=before)
         after = MOVES[event].get(before)
         if after is None and event in {HostEvent.DRAIN, HostEvent.ACTIVATE}:
@@ -72,10 +72,10 @@ def test_hosts_move_as_the_table_says(hosts, change, before):
 
 
 def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
-    earlier = hosts.take("host-a", worker_concurrency=1)
-    hosts.take("host-a", worker_concurrency=1)
+    earlier = hosts.acquire_lease("host-a", worker_concurrency=1)
+    hosts.acquire_lease("host-a", worker_concurrency=1)
     hosts.drain("host-a")
-    assert not hosts.drained(earlier)
+    assert not hosts.record_drained(earlier)
     assert find(hosts, "host-a").state is HostState.DRAINING
 
 
@@ -113,9 +113,9 @@ def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypa
     hosts = ground.hosts
     with monkeypatch.context() as agent:
         agent.setattr(thrave.database, "utc_now", lambda: utc_now() + timedelta(hours=hours))
-        fence = hosts.take("host-a", worker_concurrency=1)
+        fence = hosts.acquire_lease("host-a", worker_concurrency=1)
         hosts.heartbeat(fence)
-    hosts.take("host-b", worker_concurrency=1)
+    hosts.acquire_lease("host-b", worker_concurrency=1)
     seen = find(hosts, "host-a")
     assert not seen.is_lost
     assert timedelta(0) <= seen.silence < timedelta(minutes=30)
@@ -152,7 +152,7 @@ def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):
     change(
         "host-b", **{name: value() if callable(value) else value for name, value in values.items()} or {"version": "1"}
     )
-    fence = hosts.take("host-a", worker_concurrency=1)
+    fence = hosts.acquire_lease("host-a", worker_concurrency=1)
     with pytest.raises(AdopterError, match=says):
         hosts.adopt("host-a", by=by, powered_off=True)
     assert hosts.heartbeat(fence) is HostState.ACTIVE  # nothing has changed
@@ -163,7 +163,7 @@ def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
     assert hosts.adopt("host-a", by="host-b", powered_off=True) == ["bun-1"]
     assert find(hosts, "host-a").adopted_by == "host-b"
     assert hosts.adopt("host-b", by="host-a", powered_off=True) == ["bun-1"]
-    hosts.take("host-a", worker_concurrency=1)
+    hosts.acquire_lease("host-a", worker_concurrency=1)
     assert find(hosts, "host-a").adopted_by is None
 
 
@@ -172,16 +172,16 @@ def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts
     add_task(ground, "bun-2")
     ground.records().record_attempt("bun-1")
     hosts.drain("host-a")
-    assert hosts.begun("host-a") == ["bun-1"]
-    hosts.enqueue_lost("host-a")
+    assert hosts.started_tasks("host-a") == ["bun-1"]
+    hosts.requeue_lost("host-a")
     assert ground.queues.scheduled("host-a") == {"bun-1"}
     hosts.activate("host-a")
-    hosts.enqueue_lost("host-a")
+    hosts.requeue_lost("host-a")
     assert ground.queues.scheduled("host-a") == {"bun-1", "bun-2"}
 
 
 def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeypatch):
-    fence = hosts.take("host-a", worker_concurrency=1)
+    fence = hosts.acquire_lease("host-a", worker_concurrency=1)
     for bundle_id in ("bun-1", "bun-2"):
         add_task(ground, bundle_id)
     fail, failed = TaskRepository.fail, []

@@ -85,7 +85,7 @@ def test_what_a_failed_task_has_left_is_shown_and_removed_and_nothing_else(recor
     left, unfinished = task("bun-1"), task("bun-2", failed=False)
     buckets.put("bucket", "bun-1.part.10", b"somebody else's")
     assert [found.bundle_id for found in records.with_orphans()] == [left]
-    left_overs(records, buckets).look()
+    left_overs(records, buckets).run_once()
     assert [*buckets.list("bucket", "")] == ["bun-1.part.10", f"{unfinished}.part.0", f"{unfinished}.part.1"]
     assert records.with_orphans() == []
     assert records.journal(left).objects() == []
@@ -94,7 +94,7 @@ def test_what_a_failed_task_has_left_is_shown_and_removed_and_nothing_else(recor
 def test_what_another_host_has_left_is_its_own_business_unless_it_was_given_up(records, buckets, task):
     task("bun-1", ELSEWHERE)
     task("bun-2", NOWHERE)
-    left_overs(records, buckets).look()
+    left_overs(records, buckets).run_once()
     assert [found.bundle_id for found in records.with_orphans()] == ["bun-1"]
 
 
@@ -103,21 +103,21 @@ def test_what_cannot_be_removed_is_tried_again_and_at_once_after_a_restart(recor
     refusing = Refusing(buckets)
     looking = left_overs(records, refusing)
     for _ in range(3):
-        looking.look()
+        looking.run_once()
     assert refusing.asked == 1
     assert [found.bundle_id for found in records.with_orphans()] == ["bun-1"]
     refusing.refuses = False
-    looking.look()
+    looking.run_once()
     assert refusing.asked == 1
-    left_overs(records, refusing).look()
+    left_overs(records, refusing).run_once()
     assert records.with_orphans() == []
 
 
 def test_a_task_that_fails_while_the_service_runs_is_seen_to_as_well(records, buckets, task):
     looking = left_overs(records, buckets)
-    looking.look()
+    looking.run_once()
     task("bun-1")
-    looking.look()
+    looking.run_once()
     assert records.with_orphans() == []
 
 
@@ -143,10 +143,10 @@ def test_what_ended_long_ago_is_forgotten_with_all_that_hangs_on_it(engine, reco
     forgotten = []
     retention = TaskRetention(records, lambda before: forgotten.append(before) or 0, timedelta(days=7))
     age(engine, 6)
-    retention.look()
+    retention.run_once()
     assert kept(engine) == ["bun-1", "bun-2"]
     age(engine, 8)
-    retention.look()
+    retention.run_once()
     assert kept(engine) == ["bun-2"]
     with engine.connect() as connection:
         assert {*connection.execute(sa.select(bundle_task_event.c.bundle_id)).scalars()} == {"bun-2"}
@@ -159,7 +159,7 @@ def test_the_parts_of_a_complete_bundle_are_forgotten_and_stay_in_the_bucket(eng
         records.change_state("bun-1", state)
     assert records.complete("bun-1")
     age(engine, 8)
-    TaskRetention(records, lambda _: 0, timedelta(days=7)).look()
+    TaskRetention(records, lambda _: 0, timedelta(days=7)).run_once()
     with engine.connect() as connection:
         assert connection.execute(sa.select(bundle_part)).all() == []
     assert len([*buckets.list("bucket", "")]) == 2
@@ -172,17 +172,17 @@ def test_a_task_that_leaves_something_to_do_is_not_forgotten(engine, records, ta
         forget_objects(records, "bun-1")
         records.schedule_power_recovery("bun-1", utc_now())
     age(engine, 100)
-    TaskRetention(records, lambda _: 0, timedelta(days=7)).look()
+    TaskRetention(records, lambda _: 0, timedelta(days=7)).run_once()
     assert kept(engine) == ["bun-1"]
 
 
 def test_more_than_are_forgotten_at_once_are_forgotten(engine, records, task, monkeypatch):
-    monkeypatch.setattr("thrave.tasks.housekeeping.AT_ONCE", 2)
+    monkeypatch.setattr("thrave.tasks.housekeeping.DELETE_BATCH", 2)
     for number in range(5):
         forget_objects(records, task(f"bun-{number}"))
     age(engine, 8)
     more = [1, 1, 0]
-    TaskRetention(records, lambda _: more.pop(0), timedelta(days=7)).look()
+    TaskRetention(records, lambda _: more.pop(0), timedelta(days=7)).run_once()
     assert (kept(engine), more) == ([], [])
 
 

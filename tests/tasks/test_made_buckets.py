@@ -62,7 +62,7 @@ def fail(records, bundle_id):
 def test_bucket_of_a_failed_task_is_removed_with_its_owner(add, records, made, buckets, tmp_path):
     add("bun-1")
     fail(records, "bun-1")
-    made.look(buckets, HOST)
+    made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) is None
     assert [*(tmp_path / "buckets" / ".owners").iterdir()] == []
     assert records.get("bun-1").made_bucket is None
@@ -72,10 +72,10 @@ def test_bucket_stays_while_another_task_goes_there(add, records, made, buckets)
     add("bun-1")
     add("bun-2", made_bucket=False)
     fail(records, "bun-1")
-    made.look(buckets, HOST)
+    made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
     fail(records, "bun-2")
-    made.look(buckets, HOST)
+    made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) is None
 
 
@@ -83,14 +83,14 @@ def test_bucket_that_holds_something_stays_and_keeps_its_owner(add, records, mad
     add("bun-1")
     fail(records, "bun-1")
     buckets.put(BUCKET, "mine", b"x")
-    made.look(buckets, HOST)
+    made.remove_all(buckets, HOST)
     assert (buckets.owner(BUCKET), records.get("bun-1").made_bucket) == (OWNER, None)
 
 
 def test_bucket_that_was_there_before_stays(add, records, made, buckets):
     add("bun-1", made_bucket=False)
     fail(records, "bun-1")
-    made.look(buckets, HOST)
+    made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
 
 
@@ -99,7 +99,7 @@ def test_bucket_of_a_complete_task_stays(add, records, made, buckets):
     for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
         records.change_state("bun-1", state)
     assert records.complete("bun-1")
-    made.look(buckets, HOST)
+    made.remove_all(buckets, HOST)
     assert (buckets.owner(BUCKET), records.get("bun-1").made_bucket) == (OWNER, None)
 
 
@@ -108,12 +108,12 @@ def test_bucket_is_not_removed_between_its_claim_and_the_record_of_its_task(add,
     monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
     add("bun-1")
     fail(records, "bun-1")
-    with made.claiming(BUCKET):
+    with made.in_use(BUCKET):
         assert buckets.create(BUCKET, OWNER) is False
-        made.look(buckets, HOST)
+        made.remove_all(buckets, HOST)
         assert buckets.owner(BUCKET) == OWNER
         add("bun-2", made_bucket=False)
-    made.look(buckets, HOST)
+    made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
 
 
@@ -127,19 +127,19 @@ def test_bucket_is_not_claimed_while_it_is_removed(engine, records, made, bucket
             over.wait(60)
             return buckets.remove(bucket, owner)
 
-    thread = threading.Thread(target=made.discard, args=(Slow(), BUCKET, OWNER))
+    thread = threading.Thread(target=made.remove, args=(Slow(), BUCKET, OWNER))
     thread.start()
     assert removing.wait(60)
     try:
-        with pytest.raises(BucketBusyError), CreatedBuckets(engine, records).claiming(BUCKET):
+        with pytest.raises(BucketBusyError), CreatedBuckets(engine, records).in_use(BUCKET):
             pass
     finally:
         over.set()
         thread.join()
-    with made.claiming(BUCKET):
+    with made.in_use(BUCKET):
         assert buckets.owner(BUCKET) is None
 
 
 def test_many_claim_a_bucket_at_once(engine, records, made):
-    with made.claiming(BUCKET), CreatedBuckets(engine, records).claiming(BUCKET):
+    with made.in_use(BUCKET), CreatedBuckets(engine, records).in_use(BUCKET):
         pass

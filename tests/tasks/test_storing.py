@@ -32,7 +32,7 @@ from support.service.upload_bench import (
 from thrave.buckets.errors import AccessDenied, TransientError
 from thrave.bundle.gzip_stream import CHUNK
 from thrave.bundle.model import PART_SIZE, bound_side_filename, part_pattern, side_filename
-from thrave.tasks.bundle_location import SMALLEST_MANIFEST, BundleLocation
+from thrave.tasks.bundle_location import MIN_MANIFEST_SIZE, BundleLocation
 from thrave.tasks.errors import TaskCancelled, TaskFailure
 from thrave.tasks.housekeeping import ObjectCleanup
 from thrave.tasks.models import BundleTaskState
@@ -292,11 +292,11 @@ def test_store_refuses_a_prefix_that_has_a_bundle_and_touches_nothing(small, buc
 
 def test_store_refuses_a_manifest_that_came_while_it_was_sealing(small, buckets, bench):
     sealed = bench.seal(RawVolume(small))
-    buckets.put(BUCKET, MANIFEST, b"m" * SMALLEST_MANIFEST)
+    buckets.put(BUCKET, MANIFEST, b"m" * MIN_MANIFEST_SIZE)
     with pytest.raises(TaskFailure, match=r"Client\.PrefixInUse"):
         bench.finish(sealed)
     bench.store().remove_objects()
-    assert contents(bench) == {MANIFEST: b"m" * SMALLEST_MANIFEST}
+    assert contents(bench) == {MANIFEST: b"m" * MIN_MANIFEST_SIZE}
 
 
 def test_store_never_overwrites_objects_under_the_prefix(small, buckets, bench):
@@ -397,7 +397,7 @@ def test_a_failed_replacement_is_undone_by_the_agent_later(replacing):
     bench, before, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     failed(bench)
-    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).run_once()
     assert contents(bench) == before
     assert not bench.records.has_orphans(bench.bundle_id)
 
@@ -409,7 +409,7 @@ def test_a_failed_task_leaves_a_manifest_that_somebody_else_has_stored_since(rep
     third = made_bench(buckets, bundle_id="bun-00000003")
     sealed_bundle(third, small, existing="replace")
     manifest = buckets.get(BUCKET, MANIFEST)
-    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).run_once()
     assert buckets.get(BUCKET, MANIFEST) == manifest
     assert all(buckets.head(BUCKET, key) for key in BundleLocation(BUCKET, "", PREFIX).part_keys(manifest))
 
@@ -424,7 +424,7 @@ def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(rep
     (seen,) = TaskQueries(bench.engine, bench.records).of([bench.bundle_id])
     assert {*before} - {MANIFEST} <= {*seen.left_over}
     bench.buckets.before = lambda _what, _key: None
-    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).look()
+    ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).run_once()
     assert {*bench.stored_keys()} & ({*before} - {MANIFEST}) == set()
     assert not bench.records.has_orphans(bench.bundle_id)
 
@@ -501,7 +501,7 @@ def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, bucke
     failed(bench)
     assert bench.records.has_orphans(bench.bundle_id)
     looking = ObjectCleanup(bench.records, buckets, "localhost", stall_timeout=60.0)
-    eventually(lambda: looking.look() or not bench.records.has_orphans(bench.bundle_id))
+    eventually(lambda: looking.run_once() or not bench.records.has_orphans(bench.bundle_id))
     assert bench.stored_keys() == []
 
 

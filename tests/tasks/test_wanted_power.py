@@ -225,7 +225,7 @@ class Power(RuleBasedStateMachine):
     @rule()
     def look(self):
         self.caretaker._retries.keep(())
-        self.caretaker.look()
+        self.caretaker.run_once()
 
     # The task, as `bundling.py` does it: one step after the other, and again if one fails or is cut off.
 
@@ -456,7 +456,7 @@ def test_a_task_that_ends_without_putting_its_instance_back_leaves_it_to_the_car
     assert records.record_power_state("bun-1", running=True)
     hypervisor.on = False
     records.fail("bun-1", TaskFailure("Server.HostLost", "as `retire` says"))
-    PowerRecovery(records, hypervisor, HOST).look()
+    PowerRecovery(records, hypervisor, HOST).run_once()
     assert hypervisor.on
     assert not records.has_power_recovery(INSTANCE)
 

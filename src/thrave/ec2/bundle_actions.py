@@ -366,7 +366,7 @@ def _claim_and_create(backend: Ec2Backend, storage: S3Storage, request: BundleRe
     made = False
     made_buckets = backend.tasks.made_buckets
     try:
-        with made_buckets.claiming(storage.bucket):
+        with made_buckets.in_use(storage.bucket):
             made = ensure_bucket(backend, storage, request.owner_id)
             if not made:
                 check_prefix(backend, storage)
@@ -375,7 +375,7 @@ def _claim_and_create(backend: Ec2Backend, storage: S3Storage, request: BundleRe
         raise EC2Error("Unavailable", reason=f"the bucket '{storage.bucket}' is being removed") from None
     except Exception:
         if made:
-            made_buckets.discard(backend.buckets.on_behalf_of(storage.access_key_id), storage.bucket, request.owner_id)
+            made_buckets.remove(backend.buckets.on_behalf_of(storage.access_key_id), storage.bucket, request.owner_id)
         raise
 
 

@@ -1,7 +1,7 @@
-"""The place of a bundle in a bucket, and what its manifest says of it.
+"""The location of a bundle in a bucket, and the keys of its objects.
 
-Whatever is in a bucket may have been written by anybody: a manifest is only asked which objects are its bundle's own,
-and only names that every bundle of this name has are accepted.
+Any client may have written what is in a bucket. So a manifest there only tells which objects belong to its bundle, and
+only file names that a bundle of this name can have are accepted.
 """
 
 from collections.abc import Collection
@@ -17,13 +17,14 @@ from thrave.bundle.side_file import MAX_SIDE_FILE_BYTES, Digest, read_side_file
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.models import BundleTask
 
-SMALLEST_MANIFEST = 256
-"""Bytes. A smaller object is no manifest: the key alone has as many. ElasticFox tests a bucket with one of 20 bytes."""
+MIN_MANIFEST_SIZE = 256
+"""Bytes. A smaller object is no manifest: the encrypted key alone has 256. ElasticFox tests a bucket with an object of
+20 bytes."""
 
 
 @dataclass(frozen=True)
 class BundleLocation:
-    """A bucket, a folder in it that is empty or ends in `/`, and the name of the bundle."""
+    """A bucket, a folder in it (empty, or with a `/` at its end), and the name of a bundle."""
 
     bucket: str
     folder: str
@@ -31,7 +32,7 @@ class BundleLocation:
 
     @classmethod
     def of(cls, task: BundleTask) -> "BundleLocation":
-        """Return the place of a task's bundle."""
+        """Return the location of a task's bundle."""
         return cls(task.bucket, *split_prefix(task.prefix))
 
     @property
@@ -40,11 +41,11 @@ class BundleLocation:
         return self.folder + manifest_filename(self.name)
 
     def read_manifest(self, buckets: ObjectStore) -> bytes | None:
-        """Return what is at the manifest's key, whatever it is; None if there is no object.
+        """Return the content of the object at the manifest's key; None if there is no object.
 
         Raises:
-            BucketError: The store refuses it.
-            TaskFailure: It is too large for a manifest.
+            BucketError: The store refuses the request.
+            TaskFailure: The object is too large for a manifest.
         """
         head = buckets.head(self.bucket, self.manifest_key)
         if head is None:
@@ -52,7 +53,7 @@ class BundleLocation:
         if head.size > MAX_MANIFEST_BYTES:
             raise TaskFailure(
                 "Client.PrefixInUse",
-                f"The bucket has '{self.manifest_key}' of {head.size} bytes, which is no manifest. Remove it, or "
+                f"The bucket has '{self.manifest_key}' of {head.size} bytes, which is no manifest. Delete it, or "
                 "choose another prefix.",
             )
         try:
@@ -61,15 +62,12 @@ class BundleLocation:
             return None
 
     def has_bundle(self, buckets: ObjectStore) -> bool:
-        """Whether an object of the size of a manifest is at the manifest's key. Raises BucketError."""
+        """Whether the object at the manifest's key is large enough for a manifest. Raises BucketError."""
         head = buckets.head(self.bucket, self.manifest_key)
-        return head is not None and head.size >= SMALLEST_MANIFEST
+        return head is not None and head.size >= MIN_MANIFEST_SIZE
 
     def part_keys(self, manifest: bytes) -> tuple[str, ...]:
-        """Return the keys of the parts that a manifest names; none if it is no manifest.
-
-        Names that no bundle of this name has are left out.
-        """
+        """Return the keys of a manifest's parts; none if it is no manifest. Foreign file names are ignored."""
         try:
             parts = read_manifest(manifest).parts
         except BundleError:
@@ -78,12 +76,12 @@ class BundleLocation:
         return tuple(self.folder + part.filename for part in parts if own.fullmatch(part.filename))
 
     def keys_in_use(self, buckets: ObjectStore, manifest: bytes, keys: Collection[str]) -> set[str]:
-        """Return which of these keys belong to the bundle whose manifest is in the bucket, so must not be deleted.
+        """Return the keys that must not be deleted, since they belong to the bundle of this manifest.
 
-        A side file of the usual name may be another bundle's: it is read.
+        A side file with the usual name may belong to another bundle, so it is read.
 
         Raises:
-            BucketError: The store refuses it.
+            BucketError: The store refuses a request.
         """
         bound, plain = (
             self.folder + name for name in (bound_side_filename(self.name, manifest), side_filename(self.name))
@@ -101,6 +99,6 @@ class BundleLocation:
         return side_file.manifest == Digest.of(manifest)
 
     def keys_of(self, manifest: bytes) -> tuple[str, ...]:
-        """Return the keys of the objects of a bundle besides its manifest: its parts, and the names of a side file."""
+        """Return the keys of a bundle's other objects: its parts and the possible names of its side file."""
         sides = side_filename(self.name), bound_side_filename(self.name, manifest)
         return (*self.part_keys(manifest), *(self.folder + side for side in sides))

@@ -1,15 +1,13 @@
-"""The hosts of a fleet, as the database knows them: who works on which, and who takes over from whom.
+"""The registry of a fleet's hosts in the database: heartbeats, drain, adoption, retirement.
 
     HostError
     ├── NoSuchHost          no host of that name has ever had an agent
-    ├── HostInUse           it sends heartbeats, so nobody may take its tasks
-    ├── HostStateError      the host's state does not allow it (`host_states.py`)
-    └── AdopterError        the host that is to adopt cannot
+    ├── HostInUse           it sends heartbeats, so its tasks must not be taken
+    ├── HostStateError      the host's state does not allow it (`models.py`)
+    └── AdopterError        the adopting host cannot take the tasks
 
-A host's agent takes its lease when it starts, and sends a heartbeat every few seconds. An operator drains a host,
-has another one adopt the tasks of one that is lost, or retires it for good. Taking a lease away is enough to stop an
-agent, alive or coming back: see `fence.py`. Every time is set and compared by the database's clock. Nothing here talks
-to an agent.
+To replace a host's lease is enough to stop its agent (`lease.py`); nothing here connects to an agent. All times are set
+and compared by the database's clock.
 """
 
 import secrets
@@ -28,20 +26,15 @@ from thrave.tasks.lease import Fence
 from thrave.tasks.models import MOVES, WITH_AN_AGENT, HostEvent, HostState
 from thrave.tasks.repository import TaskRepository
 
+_NO_LEASE = ""  # the lease of a host that has no agent
+_MIN_IDLE_CHECKS = 3  # calls of `requeue_lost`: the agent calls it twice when it starts, then every 30 seconds
+_MIN_ADOPTER_SILENCE = 120.0  # seconds: the agent of the adopting host may be restarting
+
 log = structlog.get_logger()
 
 
-_NOBODY = ""  # the lease of a host that no agent has
-
-
-_IDLE_LOOKS = 3  # of `enqueue_lost`; the agent calls it twice when it starts, then every 30 seconds
-
-
-_ADOPTER_SILENCE = 120.0  # seconds, at least: the agent of the host that adopts may just be being started anew
-
-
 class HostStatus(NamedTuple):
-    """A host, as an operator sees it."""
+    """A host as `thrave host list` shows it."""
 
     host: str
     state: HostState
@@ -52,19 +45,19 @@ class HostStatus(NamedTuple):
     heartbeat_time: datetime
     """Its last heartbeat; aware, in UTC."""
     heartbeat_interval: float
-    """Seconds between its heartbeats, by its agent's settings."""
+    """Seconds between its heartbeats; its agent's setting."""
     heartbeat_timeout: float
-    """Seconds without a heartbeat after which it counts as lost, by its agent's settings."""
+    """Seconds without a heartbeat after which it is lost; its agent's setting."""
     adopted_by: str | None
-    """The host that has adopted its tasks, until an agent is started on it again."""
+    """The host that adopted its tasks; None again when an agent is started on it."""
     now: datetime
-    """When this was read, by the database's clock, as all times here."""
+    """When this was read."""
     instances: int
-    """How many its agent has reported."""
+    """Number of instances that its agent has reported."""
     waiting: int
-    """Tasks that it has not begun."""
+    """Number of tasks that it has not started."""
     working: int
-    """Tasks that it has begun."""
+    """Number of tasks that it has started and not finished."""
 
     @property
     def silence(self) -> timedelta:
@@ -73,7 +66,7 @@ class HostStatus(NamedTuple):
 
     @property
     def is_lost(self) -> bool:
-        """Whether it should send heartbeats, and has sent none for too long."""
+        """Whether it should send heartbeats, and has sent none for `heartbeat_timeout`."""
         return self.state in WITH_AN_AGENT and self.silence.total_seconds() >= self.heartbeat_timeout
 
 
@@ -89,18 +82,18 @@ class HostRegistry:
         heartbeat_interval: float,
         heartbeat_timeout: float,
     ) -> None:
-        """Hosts that are taken here send heartbeats at this interval, and count as lost after the timeout (seconds)."""
+        """Record these settings, in seconds, for a host that this process acquires."""
         self._engine = engine
         self._records = records
         self._queues = queues
         self._heartbeat_interval = heartbeat_interval
         self._heartbeat_timeout = heartbeat_timeout
-        self._idle: dict[str, int] = {}
+        self._idle_checks: dict[str, int] = {}  # by task; see `requeue_lost`
 
-    def take(self, name: str, *, worker_concurrency: int) -> Fence:
-        """Make this process the host's agent; an earlier one ends as soon as it notices.
+    def acquire_lease(self, name: str, *, worker_concurrency: int) -> Fence:
+        """Acquire a new lease of a host for this process. An earlier agent ends at its next write or heartbeat.
 
-        A host that drains goes on draining: see `heartbeat`.
+        A draining host stays `draining`.
         """
         lease = secrets.token_hex(16)
         row: dict[str, Any] = {
@@ -120,63 +113,63 @@ class HostRegistry:
             state = connection.execute(sa.select(host.c.state).where(fence.holds)).scalar()
         return HostState(state) if state else fence.end()
 
-    def enqueue_lost(self, name: str) -> None:
-        """Have every unfinished task of a host run: give one that nothing runs another workflow.
+    def requeue_lost(self, name: str) -> None:
+        """Enqueue the unfinished tasks of a host that nothing runs.
 
-        The engine says of a workflow whose thread has ended that it is begun. So what this process runs decides; a
-        workflow that is just being started is given the time until `_IDLE_LOOKS` calls of this method have seen it so.
-        A second workflow of a task does no harm: see `bundling.bundle`.
+        The engine reports a workflow as started even if its thread has ended. So the list of tasks that this process
+        runs decides. A workflow that is just starting counts as lost only after `_MIN_IDLE_CHECKS` calls of this
+        method. A second workflow of a task does no harm: see `workflow.run_bundle_task`.
         """
         self._queues.cancel_other_versions(name)
         with self._engine.begin() as connection:
-            unfinished = _unfinished(connection, name, takes_all=_takes_all(connection, name))
-        begun, awaited = self._queues.started(name), self._queues.scheduled(name)
+            unfinished = _unfinished(connection, name, include_waiting=_starts_tasks(connection, name))
+        started, awaited = self._queues.started(name), self._queues.scheduled(name)
         idle = [each for each in unfinished if each not in awaited and each not in RUNNING]
-        self._idle = {each: self._idle.get(each, 0) + 1 for each in idle if each in begun}
-        lost = [each for each in idle if self._idle.get(each, _IDLE_LOOKS) >= _IDLE_LOOKS]
+        self._idle_checks = {each: self._idle_checks.get(each, 0) + 1 for each in idle if each in started}
+        lost = [each for each in idle if self._idle_checks.get(each, _MIN_IDLE_CHECKS) >= _MIN_IDLE_CHECKS]
         if not lost:
             return
         self._queues.cancel(name, lost)
         with self._engine.begin() as connection:
             for bundle_id in lost:
-                log.warning("task enqueued again: nothing runs it", bundle_id=bundle_id)
+                log.warning("task was not running, enqueued again", bundle_id=bundle_id)
                 self._queues.requeue(connection, bundle_id, name)
 
-    def begun(self, name: str) -> Sequence[str]:
-        """The tasks that a host has begun and not finished."""
+    def started_tasks(self, name: str) -> Sequence[str]:
+        """Return the ids of the tasks that a host has started and not finished."""
         with self._engine.connect() as connection:
-            return _unfinished(connection, name, takes_all=False)
+            return _unfinished(connection, name, include_waiting=False)
 
-    def drained(self, fence: Fence) -> bool:
-        """Record that the host's agent ends as it was asked to; False if an operator has ended the drain meanwhile."""
+    def record_drained(self, fence: Fence) -> bool:
+        """Record that the host is drained; return False if an operator has ended the drain in the meantime."""
         with self._engine.begin() as connection:
             return _move(connection, fence.host, HostEvent.AGENT_HAS_DRAINED, condition=fence.holds)
 
     def list(self) -> Sequence[HostStatus]:
-        """Every host, by name."""
+        """Return all hosts, sorted by name."""
         tasks = sa.select(sa.func.count()).where(bundle_task.c.host == host.c.host, task_in_progress)
-        begun = bundle_task.c.attempts > 0
+        is_started = bundle_task.c.attempts > 0
         reported = sa.select(sa.func.count()).where(instance.c.host == host.c.host)
         query = sa.select(
             host.c.host, host.c.state, host.c.version, host.c.worker_concurrency, host.c.start_time,
             host.c.heartbeat_time, host.c.heartbeat_interval, host.c.heartbeat_timeout, host.c.adopted_by,
             now().label("now"),
             reported.scalar_subquery().label("instances"),
-            tasks.where(~begun).scalar_subquery().label("waiting"),
-            tasks.where(begun).scalar_subquery().label("working"),
+            tasks.where(~is_started).scalar_subquery().label("waiting"),
+            tasks.where(is_started).scalar_subquery().label("working"),
         ).order_by(host.c.host)  # fmt: skip
         with self._engine.connect() as connection:
             found = [HostStatus(*row) for row in connection.execute(query)]
         return [one._replace(state=HostState(one.state)) for one in found]
 
     def drain(self, name: str) -> HostState:
-        """Have a host finish what it has begun and take no more.
+        """Have a host finish its started tasks and start no others.
 
         Returns:
-            The host's state: `drained` if it was so already.
+            The host's state: `draining`, or `drained` if it was so already.
 
         Raises:
-            NoSuchHost: There is none of that name.
+            NoSuchHost: No host has that name.
             HostStateError: It is fenced.
         """
         return self._change(name, HostEvent.DRAIN)
@@ -194,31 +187,31 @@ class HostRegistry:
         return state
 
     def adopt(self, lost: str, *, by: str, powered_off: bool = False) -> Sequence[str]:
-        """Have another host, which reaches the same storage, go on with the tasks of one that is lost.
+        """Give a lost host's instances and unfinished tasks to another host, which must reach the same storage.
 
-        From then on the lost host's agent can write nothing; if it still lives, it ends as soon as it tries.
+        From then on the lost host's agent can write nothing. If it still runs, it ends at its next write.
 
         Args:
             lost: The host that is lost.
             by: The host that takes its instances and unfinished tasks.
-            powered_off: The operator knows that the lost host is off, however short a time ago it sent a heartbeat.
+            powered_off: Whether the operator has made sure that the lost host is off. Then its heartbeats are ignored.
 
         Returns:
-            The ids of the tasks that were adopted.
+            The ids of the adopted tasks.
 
         Raises:
-            NoSuchHost: There is none of one of the names.
-            HostInUse: The lost host has sent a heartbeat.
+            NoSuchHost: No host has one of the names.
+            HostInUse: The lost host has sent a heartbeat within its `heartbeat_timeout`.
             AdopterError: The other host cannot adopt its tasks.
         """
         with self._engine.begin() as connection:
             hosts = _read(connection, lost, by)
             _check_adopter(hosts[by], hosts[lost])
             _fence_off(connection, hosts[lost], by=by, powered_off=powered_off)
-            # Before the tasks are read: whoever records a task or a request locks the instance's row until it is there.
+            # Before the tasks are read: a transaction that adds a task or a request locks the instance's row.
             connection.execute(instance.update().where(instance.c.host == lost).values(host=by))
             tasks = _unfinished(connection, lost)
-            concerned = (
+            affected = (
                 bundle_task.c.host == lost,
                 sa.or_(
                     task_in_progress,
@@ -226,18 +219,18 @@ class HostRegistry:
                     bundle_task.c.overlay.is_not(None),
                 ),
             )
-            connection.execute(bundle_task.update().where(*concerned).values(host=by))
+            connection.execute(bundle_task.update().where(*affected).values(host=by))
             for bundle_id in tasks:
                 self._queues.requeue(connection, bundle_id, by)
         self._queues.cancel(lost, tasks)
         for bundle_id in tasks:
-            self._records.add_event(bundle_id, f"Host {by} goes on in the place of {lost}.")
+            self._records.add_event(bundle_id, f"Host {by} continues the task of host {lost}.")
         return tasks
 
     def retire(self, name: str, *, powered_off: bool = False) -> Sequence[str]:
-        """Give a host up, its instances with it; its unfinished tasks fail with `Server.HostLost`.
+        """Remove a host and its instances; its unfinished tasks fail with `Server.HostLost`.
 
-        A task whose bundle is complete in the bucket already does not fail: it ends as `complete`.
+        A task whose bundle is complete in the bucket already ends as `complete`.
 
         Args:
             name: The host.
@@ -247,8 +240,8 @@ class HostRegistry:
             The ids of the tasks that failed.
 
         Raises:
-            NoSuchHost: There is none of that name.
-            HostInUse: It has sent a heartbeat.
+            NoSuchHost: No host has that name.
+            HostInUse: It has sent a heartbeat within its `heartbeat_timeout`.
         """
         with self._engine.begin() as connection:
             _fence_off(connection, _read(connection, name)[name], by=None, powered_off=powered_off)
@@ -263,7 +256,7 @@ class HostRegistry:
 
 
 class _Row(NamedTuple):
-    """What decides about a host."""
+    """The columns on which changes of a host depend."""
 
     host: str
     state: HostState
@@ -274,7 +267,7 @@ class _Row(NamedTuple):
 
 
 def _read(connection: sa.Connection, *names: str) -> dict[str, _Row]:
-    """The hosts of these names; nobody else changes them until the transaction ends. Raises NoSuchHost."""
+    """Read hosts and lock their rows until the transaction ends. Raises NoSuchHost."""
     query = sa.select(
         host.c.host,
         host.c.state,
@@ -283,14 +276,14 @@ def _read(connection: sa.Connection, *names: str) -> dict[str, _Row]:
         host.c.heartbeat_time,
         now().label("now"),
     )
-    # In one order everywhere: else two adoptions would wait for each other.
-    mine = query.where(host.c.host.in_(names)).order_by(host.c.host).with_for_update()
+    # Always in this order, or two adoptions could deadlock.
+    ordered = query.where(host.c.host.in_(names)).order_by(host.c.host).with_for_update()
     found = {
         row.host: _Row(
             row.host, HostState(row.state), row.heartbeat_timeout, row.adopted_by,
             (row.now - row.heartbeat_time).total_seconds(),
         )
-        for row in connection.execute(mine)
+        for row in connection.execute(ordered)
     }  # fmt: skip
     for name in names:
         if name not in found:
@@ -299,14 +292,14 @@ def _read(connection: sa.Connection, *names: str) -> dict[str, _Row]:
 
 
 def _check_adopter(by: _Row, lost: _Row) -> None:
-    """Raise AdopterError if the tasks of the lost host would have no agent that works on them."""
+    """Raise AdopterError if no agent would run the tasks of the lost host."""
     if by.host == lost.host:
         raise AdopterError(f"Host {by.host} cannot adopt its own tasks. Name another host with --by.")
     if by.state is HostState.FENCED and by.adopted_by == lost.host:
-        return  # its own tasks come back to it, which wait until its agent is started
+        return  # it gets back its own tasks, which wait until its agent is started
     if by.state is not HostState.ACTIVE:
         raise AdopterError(f"Host {by.host} is {by.state}. Only an active host can adopt tasks.")
-    if by.silence >= max(by.heartbeat_timeout, _ADOPTER_SILENCE):
+    if by.silence >= max(by.heartbeat_timeout, _MIN_ADOPTER_SILENCE):
         raise AdopterError(
             f"Host {by.host} has sent no heartbeat for {by.silence:.0f} s. Start its agent first, or name another host "
             "with --by."
@@ -319,7 +312,7 @@ def _fence_off(connection: sa.Connection, lost: _Row, *, by: str | None, powered
             f"Host {lost.host} sent a heartbeat {lost.silence:.0f} s ago. Drain it, or power it off and pass "
             "--powered-off."
         )
-    _move(connection, lost.host, HostEvent.TAKE_AWAY, lease=_NOBODY, adopted_by=by)
+    _move(connection, lost.host, HostEvent.TAKE_AWAY, lease=_NO_LEASE, adopted_by=by)
 
 
 def _move(
@@ -330,21 +323,21 @@ def _move(
     condition: sa.ColumnElement[bool] | None = None,
     **values: Any,  # noqa: ANN401 (whatever a column holds)
 ) -> bool:
-    """Move a host as the table says, in one statement; False if there is none, or its state does not allow it."""
+    """Change a host's state by the table, in one statement; return False if there is no such host or transition."""
     moves = MOVES[event]
     after = sa.case({before.value: after.value for before, after in moves.items()}, value=host.c.state)
     allowed = [host.c.host == name, host.c.state.in_([*moves]), *([] if condition is None else [condition])]
     return connection.execute(host.update().where(*allowed).values(state=after, **values)).rowcount == 1
 
 
-def _takes_all(connection: sa.Connection, name: str) -> bool:
-    """Whether a host may begin tasks; while it drains, it only finishes what it has begun."""
+def _starts_tasks(connection: sa.Connection, name: str) -> bool:
+    """Whether a host may start tasks; a draining host only finishes those that it has started."""
     state = connection.execute(sa.select(host.c.state).where(host.c.host == name)).scalar()
     return state != HostState.DRAINING
 
 
-def _unfinished(connection: sa.Connection, name: str, *, takes_all: bool = True) -> list[str]:
-    """The unfinished tasks of a host, the oldest first; all of them, or those that it has begun."""
-    some = sa.true() if takes_all else bundle_task.c.attempts > 0
+def _unfinished(connection: sa.Connection, name: str, *, include_waiting: bool = True) -> list[str]:
+    """Return the ids of a host's unfinished tasks, oldest first; all of them, or only those that it has started."""
+    some = sa.true() if include_waiting else bundle_task.c.attempts > 0
     query = sa.select(bundle_task.c.bundle_id).where(bundle_task.c.host == name, task_in_progress, some)
     return [*connection.execute(query.order_by(bundle_task.c.start_time)).scalars()]

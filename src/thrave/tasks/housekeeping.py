@@ -1,22 +1,7 @@
-"""Restores the power of instances whose task has ended without doing so, and merges overlays that tasks have left.
+"""Background jobs of a host's agent: power recovery, object cleanup, retention of ended tasks.
 
-A guest hears the power button when it likes. If its task is cancelled or fails before it has, the instance still runs
-then and there is nothing to start; a minute later it powers off. And an instance may be off that its hypervisor does
-not start at the moment. Such instances are started, if their owners want them to run by then, for as long as the guest
-might still obey or the start might yet succeed, also after a restart. An instance whose next task has begun is left
-alone, and none is stopped.
-
-Tries again to remove objects that could not be removed at once, for as long as it takes, also after a restart.
-
-These are the objects of failed tasks, those of bundles that were replaced, and those that a lost request may have
-stored after they were removed (`claims.py`). Deleting is the right of the bucket's owner, in whose name the service
-acts: that the task's upload policy has expired, or was erased, does not matter. What the service may not delete is
-reported to the operator. What is deleted, and what never, is decided in `removal.py`.
-
-Forgets tasks that ended long ago: their records, events and parts, and what the engine keeps of them.
-
-A task stays as long as there is something to do about it: an instance to look after, an object to remove. The bundles
-themselves are their owners' and never touched.
+Each job has a `run_once`, which the agent calls at a fixed interval, also after a restart. Which objects may be deleted
+is decided in `object_removal.py`.
 """
 
 import time
@@ -45,28 +30,29 @@ from thrave.tasks.repository import RECOVER_FOR, TaskRepository
 from thrave.tasks.store_calls import IN_FLIGHT
 from thrave.write_guard import WriteCheck, no_check, start_guard
 
-POWER_RECOVERY_INTERVAL = 1.0  # seconds between two looks
+# Seconds between two calls of `run_once`, and at most between two attempts for one item.
+POWER_RECOVERY_INTERVAL = 1.0
+MAX_POWER_RECOVERY_INTERVAL = 300.0
+OBJECT_CLEANUP_INTERVAL = 15.0
+MAX_OBJECT_CLEANUP_INTERVAL = 3600.0
+RETENTION_INTERVAL = 3600.0
 
-
-MERGE_SECONDS = 60.0  # for one attempt; others are waiting
-
-
-MAX_POWER_RECOVERY_INTERVAL = 300.0  # seconds between two attempts to start an instance, at last
-
-
-_PATIENCE = (
-    10.0  # seconds in which an instance should be seen to; one that takes longer does not keep the others waiting
-)
-
-
-_ELSEWHERE = 10  # each so many looks also at what the tasks of other hosts have left
-
+MERGE_TIMEOUT = 60.0  # seconds for one attempt: other overlays wait
+DELETE_BATCH = 500  # tasks in one transaction, so that other transactions do not wait long
+_RECOVERY_TIMEOUT = 10.0  # seconds; an instance that takes longer does not delay the next `run_once`
+_LOST_HOSTS_EVERY = 10  # each so many runs also recover instances of tasks whose host is lost
 
 log = structlog.get_logger()
 
 
 class PowerRecovery:
-    """Looks after the instances of one host."""
+    """Starts instances of one host whose task ended without doing so, and merges the overlays of ended tasks.
+
+    A guest may react late to a shutdown request. If its task is cancelled or fails before that, the instance still runs
+    and there is nothing to start; a minute later it powers off. Or the hypervisor cannot start an instance at the
+    moment. Such an instance is started, if its owner wants it to run by then, until `power_recovery_until`. An instance
+    whose next task has started is not changed, and no instance is stopped.
+    """
 
     def __init__(
         self,
@@ -76,96 +62,100 @@ class PowerRecovery:
         *,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Look after what the tasks of `host` have left.
+        """Recover the instances of the ended tasks of `host`.
 
-        `check` is called before each command to a hypervisor, and raises if this process may not give any.
+        Args:
+            records: The tasks.
+            instances: The instances of this machine.
+            host: The host.
+            check: Called before each command to the hypervisor; raises if this process may not give one.
         """
         self._records = records
         self._instances = instances
         self._host = host
         self._check = check
         self._retries = RetrySchedule(POWER_RECOVERY_INTERVAL, MAX_POWER_RECOVERY_INTERVAL)
-        self._merges = RetrySchedule(POWER_RECOVERY_INTERVAL, MAX_POWER_RECOVERY_INTERVAL)
+        self._merge_retries = RetrySchedule(POWER_RECOVERY_INTERVAL, MAX_POWER_RECOVERY_INTERVAL)
         self._extended: set[str] = set()
-        self._looks = 0
+        self._runs = 0
 
-    def look(self) -> None:
-        """Look once at each instance that is looked after, and start those that have powered off.
+    def run_once(self) -> None:
+        """Check each instance once, and start those that have powered off.
 
-        Each is seen to in a thread of its own: one that hangs, or cannot be started, keeps none of the others waiting.
+        Each instance has a thread of its own, so that one that hangs or cannot be started does not delay the others.
         """
         tasks = self._records.power_recoveries(self._host)
-        if self._looks % _ELSEWHERE == 0:
+        if self._runs % _LOST_HOSTS_EVERY == 0:
             tasks += self._records.moved_power_recoveries(self._host)
             self._retries.keep({task.bundle_id for task in tasks})
-        self._looks += 1
-        began = time.monotonic()
+        self._runs += 1
+        started = time.monotonic()
         due = [task for task in tasks if self._retries.is_due(task.bundle_id)]
-        for thread in [thread for task in due if (thread := self._begin(task)) is not None]:
-            thread.join(max(0.0, began + _PATIENCE - time.monotonic()))
+        for thread in [thread for task in due if (thread := self._start_recovery(task)) is not None]:
+            thread.join(max(0.0, started + _RECOVERY_TIMEOUT - time.monotonic()))
 
-    def merge(self) -> None:
-        """Try once to merge each overlay that a task has left. It may take minutes."""
+    def merge_overlays(self) -> None:
+        """Try once to merge each overlay of an ended task. May take minutes."""
         tasks = self._records.unmerged_overlays(self._host)
-        self._merges.keep({task.bundle_id for task in tasks})
+        self._merge_retries.keep({task.bundle_id for task in tasks})
         for task in tasks:
-            if self._merges.is_due(task.bundle_id):
+            if self._merge_retries.is_due(task.bundle_id):
                 self._merge(task)
 
-    def _begin(self, task: BundleTask) -> Background | None:
+    def _start_recovery(self, task: BundleTask) -> Background | None:
         def fail(error: BaseException) -> None:
             log.error("power recovery failed", instance_id=task.instance_id, exc_info=error)
 
         try:
             return supervised(f"recover {task.instance_id}", lambda: self._recover(task), on_failure=fail)
-        except NoThreadError as error:  # there may be one for the next instance, or at the next look
+        except NoThreadError as error:  # the next run tries again
             fail(error)
             return None
 
     def _recover(self, task: BundleTask) -> None:
-        """See to one instance; whatever goes wrong about it is tried again later."""
+        """Recover one instance. Every failure is retried later."""
         bundle_id = task.bundle_id
         try:
-            is_over = self._is_over(task)
-        except InstanceLocked:  # somebody else decides about it just now, or starts it
+            is_done = self._start_if_needed(task)
+        except InstanceLocked:  # another thread is deciding about its power, or starts it
             return
         except InstanceNotFound:
-            is_over = True
+            is_done = True
         except SQLAlchemyError as error:
-            log.warning("the database does not answer", error=type(error).__name__)
+            log.warning("database unavailable, retrying", error=type(error).__name__)
             return
-        except Exception as error:  # noqa: BLE001 (whatever it is about one instance)
+        except Exception as error:  # noqa: BLE001 (it concerns one instance only)
             self._retries.record_failure(bundle_id)
             log.warning("power recovery failed", instance_id=task.instance_id, error=str(error) or type(error).__name__)
-            is_over = self._is_late(task) and not self._extend(task)
-        if is_over:
+            is_done = self._is_late(task) and not self._extend(task)
+        if is_done:
             self._records.schedule_power_recovery(bundle_id, None)
             self._records.give_back(bundle_id)
             self._retries.forget(bundle_id)
 
-    def _is_over(self, task: BundleTask) -> bool:
-        """Start the instance if it is time to; say whether there is nothing more to do."""
+    def _start_if_needed(self, task: BundleTask) -> bool:
+        """Start the instance if it is off and must run; return whether nothing remains to do."""
         if self._records.in_progress(task.instance_id):
             return False
-        late = self._is_late(task)
+        is_late = self._is_late(task)
         with switching(task.instance_id):
             state = self._instances.state(task.instance_id)
-            # Read now: since the list was made, its owner may have stopped it, or another task may have begun.
+            # Read again: since the list was read, the owner may have stopped it, or another task may have started.
             if not self._records.should_start(task.bundle_id):
                 return True
             if self._records.in_progress(task.instance_id):
                 return False
-            # A file says `stopping` for ever if the process that ran the stopCommand has died.
-            off = state in TO_START or (late and state is InstanceState.STOPPING)
-            if off:
+            # A description file says `stopping` for ever if the process that ran the stopCommand has died.
+            is_off = state in TO_START or (is_late and state is InstanceState.STOPPING)
+            if is_off:
                 self._start(task)
-        return off or late or state in TERMINATING
+        return is_off or is_late or state in TERMINATING
 
     def _is_late(self, task: BundleTask) -> bool:
         return task.power_recovery_until is not None and task.power_recovery_until < self._records.now()
 
     def _extend(self, task: BundleTask) -> bool:
-        """Have an instance that does not start tried for longer, once: nobody may have looked after it until now."""
+        """Extend the recovery of an instance that does not start, once: no agent may have run until now."""
         if task.bundle_id in self._extended:
             return False
         self._extended.add(task.bundle_id)
@@ -176,18 +166,18 @@ class PowerRecovery:
         try:
             if self._records.in_progress(task.instance_id) is not None:
                 return
-            log.info("an overlay is left after its task has ended", instance_id=task.instance_id)
+            log.info("merging the overlay of an ended task", instance_id=task.instance_id)
             self._records.require_lease(task.bundle_id)
             self._check()
-            RootOverlay(self._instances, self._records, task, check=self._check).merge_with_timeout(MERGE_SECONDS)
-        except Exception as error:  # noqa: BLE001 (whatever it is about one instance, the others are not left)
-            self._merges.record_failure(task.bundle_id)
-            log.warning("an overlay cannot be merged", instance_id=task.instance_id, reason=str(error))
+            RootOverlay(self._instances, self._records, task, check=self._check).merge_with_timeout(MERGE_TIMEOUT)
+        except Exception as error:  # noqa: BLE001 (it concerns one instance only)
+            self._merge_retries.record_failure(task.bundle_id)
+            log.warning("overlay merge failed, retrying", instance_id=task.instance_id, error=str(error))
         else:
-            self._merges.forget(task.bundle_id)
+            self._merge_retries.forget(task.bundle_id)
 
     def _start(self, task: BundleTask) -> None:
-        log.info("an instance is off after its task has ended", instance_id=task.instance_id)
+        log.info("starting an instance that is off after its task has ended", instance_id=task.instance_id)
 
         def check() -> None:
             self._records.require_lease(task.bundle_id)
@@ -197,14 +187,13 @@ class PowerRecovery:
             self._instances.start(task.instance_id)
 
 
-OBJECT_CLEANUP_INTERVAL = 15.0  # seconds between two looks
-
-
-MAX_OBJECT_CLEANUP_INTERVAL = 3600.0  # seconds between two attempts, at last
-
-
 class ObjectCleanup:
-    """Removes what the tasks of one host could not remove."""
+    """Deletes objects that the tasks of one host could not delete, until the store confirms it.
+
+    These are objects of failed tasks, of replaced bundles, and those that a lost request may have stored after their
+    deletion (`claims.py`). The service deletes on behalf of the bucket's owner, so an expired or erased upload policy
+    does not matter. What the service may not delete is reported to the operator.
+    """
 
     def __init__(
         self,
@@ -215,14 +204,14 @@ class ObjectCleanup:
         stall_timeout: float,
         before_attempt: WriteCheck = no_check,
     ) -> None:
-        """Remove what the tasks of `host`, and of hosts that were given up, have left in `buckets`.
+        """Clean up after the tasks of `host`, and of hosts that were retired.
 
         Args:
-            records: Of the tasks.
+            records: The tasks.
             buckets: The store.
-            host: Whose tasks.
+            host: The host.
             stall_timeout: Seconds that a call may take.
-            before_attempt: Made before each call; see `RetryingStore`.
+            before_attempt: Check made before each call; see `RetryingStore`.
         """
         self._records = records
         self._buckets = buckets
@@ -231,26 +220,26 @@ class ObjectCleanup:
         self._before_attempt = before_attempt
         self._retries = RetrySchedule(OBJECT_CLEANUP_INTERVAL, MAX_OBJECT_CLEANUP_INTERVAL)
 
-    def look(self) -> None:
-        """Remove what is due to be tried."""
+    def run_once(self) -> None:
+        """Try each task that is due."""
         for task in self._records.cleanups(self._host):
             if self._retries.is_due(task.bundle_id):
-                self._try_alone(task)
+                self._try_task(task)
 
-    def _try_alone(self, task: BundleTask) -> None:
-        """Try to clean up one task; what it raises does not keep the others from being cleaned up."""
+    def _try_task(self, task: BundleTask) -> None:
+        """Clean up one task. Its errors do not stop the cleanup of the others."""
         try:
-            self._try(task)
+            self._delete_objects(task)
         except Exception as error:
             match kind_of(error):
                 case ErrorKind.UNRECORDABLE:
                     raise
                 case ErrorKind.RIGHT_LOST:  # another host has adopted it
                     return
-            log.exception("objects cannot be removed", bundle_id=task.bundle_id)
+            log.exception("object cleanup failed", bundle_id=task.bundle_id)
             self._retries.record_failure(task.bundle_id)
 
-    def _try(self, task: BundleTask) -> None:
+    def _delete_objects(self, task: BundleTask) -> None:
         self._records.require_lease(task.bundle_id)
         journal = self._records.journal(task.bundle_id)
         try:
@@ -259,12 +248,12 @@ class ObjectCleanup:
             remove = remove_earlier if task.state is BundleTaskState.COMPLETE else remove_objects
             remove(buckets, BundleLocation.of(task), journal, stall_timeout=self._stall_timeout)
         except (TransientError, TaskFailure) as error:
-            log.warning("objects cannot be removed yet", bundle_id=task.bundle_id, error=str(error))
+            log.warning("object cleanup incomplete, retrying", bundle_id=task.bundle_id, error=str(error))
         except BucketError as error:
-            # Each attempt logs this once, at last once an hour.
+            # Logged at each attempt, in the end once an hour.
             command = f"thrave task show {task.bundle_id}"
             log.warning(
-                "the store does not let objects be removed; the command shows which, and how to remove them",
+                "store refuses to delete objects; the command lists them and how to delete them",
                 bundle_id=task.bundle_id, bucket=task.bucket, error=str(error), command=command,
             )  # fmt: skip
         if self._records.has_orphans(task.bundle_id):
@@ -273,23 +262,27 @@ class ObjectCleanup:
             self._retries.forget(task.bundle_id)
 
 
-RETENTION_INTERVAL = 3600.0  # seconds between two looks
-
-
-AT_ONCE = 500  # tasks in one transaction, so that nobody waits for long
-
-
 class TaskRetention:
-    """How long what has ended is remembered."""
+    """Deletes the records of tasks that ended long ago: rows, events, parts, and workflows of the engine.
+
+    A task is kept while something remains to do for it: an instance to recover, an object to delete. Bundles belong to
+    their owners and are never touched.
+    """
 
     def __init__(self, records: TaskRepository, forget: Callable[[datetime], int], keep: timedelta) -> None:
-        """Remember for `keep` after the end; `forget` is the engine's, and says how many it has forgotten."""
+        """Keep tasks for `keep` after their end.
+
+        Args:
+            records: The tasks.
+            forget: Deletes workflows that ended before a time, and returns how many (`TaskQueue.delete_ended`).
+            keep: How long.
+        """
         self._records = records
         self._forget = forget
         self._keep = keep
 
-    def look(self) -> None:
-        """Forget what is old enough."""
+    def run_once(self) -> None:
+        """Delete tasks that ended more than `keep` ago, and their workflows."""
         while self._purge():
             pass
         before = self._records.now() - self._keep
@@ -298,4 +291,4 @@ class TaskRetention:
 
     def _purge(self) -> int:
         with failpoint("task purged"):
-            return self._records.delete_ended(self._keep, limit=AT_ONCE)
+            return self._records.delete_ended(self._keep, limit=DELETE_BATCH)

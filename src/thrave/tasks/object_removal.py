@@ -1,16 +1,7 @@
-"""Removes the buckets that requests created, if no task has completed in them.
+"""Deletes the objects of failed tasks and of replaced bundles, and buckets that a request created for a failed task.
 
-A task records that its request created the bucket. When the task fails, the bucket is removed if it holds nothing and
-no other unfinished task goes there. Requests claim a bucket and record their task under a shared lock of the bucket's
-name, and removal holds the lock alone, so that no task loses the bucket that its request has found. The lock is one of
-the database (PostgreSQL), or of the process where one process is the whole service (SQLite).
-
-Removes the objects of failed tasks, and of bundles that were replaced.
-
-A failed task leaves what was there before it: what it wrote is deleted, and the manifest that it replaced is put back.
-Only what was claimed before is deleted (`claims.py`), and nothing that another bundle's manifest in the bucket names.
-What could not be deleted stays recorded, and the agent tries again (`leftovers.py`). A failed task's own manifest keeps
-nothing: it may be in the bucket because its deletion hangs, or because an upload of it arrived late.
+Only objects that the task has claimed are deleted (`claims.py`), and none that another bundle's manifest in the bucket
+names. What could not be deleted stays recorded, and the agent tries again (`housekeeping.py`).
 """
 
 import threading
@@ -38,154 +29,155 @@ from thrave.tasks.store_calls import IN_FLIGHT, CallGroup, InFlightObjects
 from thrave.write_guard import WriteCheck, no_check
 
 LOCK_TIMEOUT = 10.0  # seconds
-
-
-_LOCK_CLASS = 0x7468  # of PostgreSQL's advisory locks with two keys, of which the second is the name's
-
+_LOCK_INTERVAL = 0.05  # seconds between two attempts to get an advisory lock
+_LOCK_CLASS = 0x7468  # first of the two keys of PostgreSQL's advisory locks; the second one is a hash of the name
+_DELETE_BATCH = 1000  # keys in one request to delete: S3's limit
+_MAX_HEADS = 16  # concurrent HEAD requests
 
 log = structlog.get_logger()
+_Result = TypeVar("_Result")
 
 
 class BucketBusyError(Exception):
-    """The lock of a bucket's name was not free in time: the bucket is being removed, or claimed without end."""
+    """The lock of a bucket's name was not available in time: the bucket is being removed, or requests keep using it."""
 
 
 class _SharedLock:
-    """A lock that many can share, or one can hold alone."""
+    """A lock with shared and exclusive holders."""
 
     def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._sharing = 0
-        self._alone = False
+        self._changed = threading.Condition()
+        self._shared = 0
+        self._is_exclusive = False
 
     @contextmanager
-    def held(self, *, alone: bool, timeout: float) -> Iterator[None]:
-        """Hold the lock. Raises BucketBusyError if it is not free within `timeout` seconds."""
-        with self._free:
-            if not self._free.wait_for(lambda: not self._alone and not (alone and self._sharing), timeout):
+    def held(self, *, exclusive: bool, timeout: float) -> Iterator[None]:
+        """Hold the lock. Raises BucketBusyError if it is not available within `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._is_exclusive and not (exclusive and self._shared), timeout):
                 raise BucketBusyError
-            self._alone, self._sharing = alone, self._sharing + (not alone)
+            self._is_exclusive, self._shared = exclusive, self._shared + (not exclusive)
         try:
             yield
         finally:
-            with self._free:
-                self._alone, self._sharing = False, self._sharing - (not alone)
-                self._free.notify_all()
+            with self._changed:
+                self._is_exclusive, self._shared = False, self._shared - (not exclusive)
+                self._changed.notify_all()
 
 
-_LOCKS = tuple(_SharedLock() for _ in range(64))  # of this process; names share them
+_LOCKS = tuple(_SharedLock() for _ in range(64))  # several names share one
 
 
 class CreatedBuckets:
-    """The buckets that requests have created, as the API and the agents of one database see them."""
+    """Buckets that requests have created for their tasks.
+
+    When such a task fails, its bucket is removed if it is empty and no other unfinished task uses it. A request uses a
+    bucket and records its task under a shared lock of the bucket's name. Removal holds the lock exclusively, so that no
+    task loses the bucket that its request has found. PostgreSQL has the lock; with SQLite one process is the whole
+    service, and has it in memory.
+    """
 
     def __init__(self, engine: sa.Engine, records: TaskRepository, *, before_attempt: WriteCheck = no_check) -> None:
-        """Open nothing yet; `before_attempt` is made before a bucket is removed (see `RetryingStore`)."""
+        """Open no connection yet. `before_attempt` is checked before a bucket is removed (see `RetryingStore`)."""
         self._records = records
         self._before_attempt = before_attempt
-        # A connection of its own for each lock: one that waits must not take the pool's from those it waits for.
-        self._server = None
+        # Each lock has its own connection: a waiting one must not use up the pool that the lock's holder needs.
+        self._lock_engine = None
         if engine.dialect.name == "postgresql":
-            self._server = open_engine(engine.url.render_as_string(hide_password=False), pooled=False)
+            self._lock_engine = open_engine(engine.url.render_as_string(hide_password=False), pooled=False)
 
     @contextmanager
-    def claiming(self, bucket: str) -> Iterator[None]:
-        """Keep a bucket from being removed, until the task that goes there has been recorded.
+    def in_use(self, bucket: str) -> Iterator[None]:
+        """Prevent the removal of a bucket within the block, in which a task for it is recorded.
 
         Raises:
-            BucketBusyError: It is just being removed.
+            BucketBusyError: The bucket is being removed.
         """
-        with self._lock(bucket, alone=False):
+        with self._lock(bucket, exclusive=False):
             yield
 
-    def discard(self, buckets: ObjectStore, bucket: str, owner: str, *, but: str | None = None) -> bool:
-        """Remove a bucket that a request has created, if it is empty and no unfinished task goes there.
+    def remove(self, buckets: ObjectStore, bucket: str, owner: str, *, except_task: str | None = None) -> bool:
+        """Remove a bucket that a request has created, if it is empty and no unfinished task uses it.
 
         Args:
             buckets: The store, on behalf of the bucket's owner.
             bucket: Its name.
             owner: The account that it belongs to.
-            but: The id of a task that does not count.
+            except_task: The id of a task that does not count.
 
         Returns:
-            Whether nothing is to be done about it any more: it is gone, holds something, or may not be removed.
+            Whether nothing remains to do: the bucket was removed, is not empty, or may not be removed.
         """
         try:
-            with self._lock(bucket, alone=True):
-                others = [task for task in self._unfinished(bucket) if task.bundle_id != but]
+            with self._lock(bucket, exclusive=True):
+                others = [task for task in self._unfinished(bucket) if task.bundle_id != except_task]
                 if others:
                     return False
                 if RetryingStore(buckets, 0.0, before_attempt=self._before_attempt).remove(bucket, owner):
-                    log.info("removed the bucket that was created for a task", bucket=bucket)
+                    log.info("removed the bucket of a failed task", bucket=bucket)
         except (BucketBusyError, TransientError) as error:
-            log.warning("a bucket cannot be removed yet", bucket=bucket, error=str(error))
+            log.warning("bucket removal failed, retrying", bucket=bucket, error=str(error))
             return False
         except BucketError as error:
-            log.warning("the store does not let a bucket be removed", bucket=bucket, error=str(error))
+            log.warning("store refuses to remove a bucket", bucket=bucket, error=str(error))
         return True
 
-    def discard_of(self, buckets: ObjectStore, task: BundleTask) -> None:
-        """Remove the bucket that a task's request has created, and record when nothing is to be done any more."""
+    def remove_of(self, buckets: ObjectStore, task: BundleTask) -> None:
+        """Remove the bucket that a task's request has created, and record it when nothing remains to do."""
         if not task.made_bucket:
             return
         try:
             owners = buckets.on_behalf_of(task.access_key_id)
         except BucketError as error:
-            log.warning("a bucket stays: its owner's key is gone", bucket=task.bucket, error=str(error))
+            log.warning("bucket not removed: no key of its owner", bucket=task.bucket, error=str(error))
         else:
-            if not self.discard(owners, task.bucket, task.owner_id, but=task.bundle_id):
+            if not self.remove(owners, task.bucket, task.owner_id, except_task=task.bundle_id):
                 return
         self._records.clear_created_bucket(task.bundle_id)
 
-    def look(self, buckets: ObjectStore, host: str) -> None:
-        """Remove the buckets of the failed tasks of a host that could not be removed at once."""
+    def remove_all(self, buckets: ObjectStore, host: str) -> None:
+        """Try again to remove the buckets of a host's failed tasks."""
         for task in self._records.with_created_buckets(host):
-            self.discard_of(buckets, task)
+            self.remove_of(buckets, task)
 
     def _unfinished(self, bucket: str) -> list[BundleTask]:
         return self._records.find(bundle_task.c.bucket == bucket, task_in_progress)
 
     @contextmanager
-    def _lock(self, bucket: str, *, alone: bool) -> Iterator[None]:
+    def _lock(self, bucket: str, *, exclusive: bool) -> Iterator[None]:
         number = zlib.crc32(bucket.encode())
-        if self._server is None:
-            with _LOCKS[number % len(_LOCKS)].held(alone=alone, timeout=LOCK_TIMEOUT):
+        if self._lock_engine is None:
+            with _LOCKS[number % len(_LOCKS)].held(exclusive=exclusive, timeout=LOCK_TIMEOUT):
                 yield
             return
-        lock = sa.func.pg_try_advisory_lock if alone else sa.func.pg_try_advisory_lock_shared
+        lock = sa.func.pg_try_advisory_lock if exclusive else sa.func.pg_try_advisory_lock_shared
         attempt = sa.select(lock(_LOCK_CLASS, number - (1 << 31)))
-        with self._server.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            if not poll_until(lambda: connection.execute(attempt).scalar(), timeout=LOCK_TIMEOUT, interval=0.05):
+        with self._lock_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            if not poll_until(
+                lambda: connection.execute(attempt).scalar(), timeout=LOCK_TIMEOUT, interval=_LOCK_INTERVAL
+            ):
                 raise BucketBusyError
             yield  # closing the connection releases the lock
-
-
-_KEYS_AT_ONCE = 1000  # of one request to delete: S3's limit
-
-
-_HEADS_AT_ONCE = 16
-
-
-_Answer = TypeVar("_Answer")
 
 
 def remove_objects(
     buckets: RetryingStore, place: BundleLocation, journal: UploadJournal, *, stall_timeout: float
 ) -> None:
-    """Delete every object of a task that has failed, or seals from the beginning.
+    """Delete every object of a task that has failed or seals from the beginning, and restore the manifest it replaced.
 
-    The manifest that it has replaced is put back. An object to which a call of this process is under way stays
-    recorded, and is deleted again later.
+    An object with a call of this process in flight stays recorded, and is deleted again later. A failed task's own
+    manifest does not keep its objects: it may be in the bucket because its deletion hangs, or because an upload of it
+    arrived late.
 
     Args:
         buckets: The store, on behalf of the bucket's owner.
-        place: Where the task's bundle is.
-        journal: The task's.
+        place: Location of the task's bundle.
+        journal: The task's journal.
         stall_timeout: Seconds that a call may take.
 
     Raises:
-        BucketError: The store refuses it.
-        TaskFailure: It does not respond for `stall_timeout` seconds.
+        BucketError: The store refuses a request.
+        TaskFailure: The store does not respond for `stall_timeout` seconds.
     """
     removal = _Removal(buckets, place, journal, stall_timeout)
     with removal.claimed(everything=True) as keys, failpoint("objects removed"):
@@ -194,14 +186,14 @@ def remove_objects(
         undo = place.manifest_key in keys - removal.busy
         other = removal.within(partial(_undo_manifest, place, journal, keys, undo=undo))
         removal.delete(keys - {place.manifest_key}, other)
-        if undo:  # it is deleted, replaced by the earlier one, or somebody else's
+        if undo:  # deleted, replaced by the earlier one, or another bundle's
             removal.gone.add(place.manifest_key)
 
 
 def remove_earlier(
     buckets: RetryingStore, place: BundleLocation, journal: UploadJournal, *, stall_timeout: float
 ) -> None:
-    """Delete what is left of the bundle that a task has replaced; its manifest is the task's own now.
+    """Delete the remaining objects of the bundle that a task has replaced. The manifest is the task's own now.
 
     Raises:
         BucketError, TaskFailure: As `remove_objects`.
@@ -233,61 +225,61 @@ class _Removal:
         self._stall_timeout = stall_timeout
         self.busy: set[str] = set()
         self.gone: set[str] = set()
-        """Keys that the store has confirmed to be gone, or to be another bundle's."""
+        """Keys that are not in the store any more, by its own response, or that belong to another bundle."""
 
     @contextmanager
     def claimed(self, *, everything: bool) -> Iterator[set[str]]:
-        """Claim what is to be deleted; in the end record what is gone, whatever has failed."""
+        """Claim the objects to delete. At the end record which are gone, also after an error."""
         self.busy = self._places.in_flight_keys(self._place.bucket)
         keys = {*self._journal.start_deletion(self._unanswered(), everything=everything)}
         try:
             yield keys
-        except (BucketError, TaskFailure):  # what was abandoned is busy
+        except (BucketError, TaskFailure):  # abandoned calls count as busy
             self._record()
             raise
         if keys:
             self._record()
 
-    def within(self, call: Callable[[RetryingStore], _Answer]) -> _Answer:
-        """Make one call, which may take `stall_timeout` seconds."""
-        with _in_time(self._stall_timeout), CallGroup[_Answer]() as calls:
+    def within(self, call: Callable[[RetryingStore], _Result]) -> _Result:
+        """Make one call with the timeout `stall_timeout`."""
+        with _task_timeout(self._stall_timeout), CallGroup[_Result]() as calls:
             calls.start(partial(call, self._buckets.checking(calls.check_wanted)))
             (answer,) = calls.remaining(within=self._stall_timeout)
         return answer
 
     def delete(self, keys: set[str], manifest: bytes | None) -> None:
-        """Delete objects, but for those of the bundle that this manifest in the bucket names.
+        """Delete objects except those of the bundle whose manifest is in the bucket.
 
-        Every other one counts as gone only once the store does not have it.
+        A deleted object counts as gone only when the store no longer has it.
         """
         in_use = set[str]()
         if manifest is not None:
             in_use = self.within(partial(self._place.keys_in_use, manifest=manifest, keys=keys))
         self.gone |= in_use
-        named = sorted(keys - in_use)
-        for start in range(0, len(named), _KEYS_AT_ONCE):
-            self._delete(named[start : start + _KEYS_AT_ONCE])
+        to_delete = sorted(keys - in_use)
+        for start in range(0, len(to_delete), _DELETE_BATCH):
+            self._delete_batch(to_delete[start : start + _DELETE_BATCH])
 
-    def _delete(self, keys: Sequence[str]) -> None:
+    def _delete_batch(self, keys: Sequence[str]) -> None:
         refusal: BucketError | None = None
         try:
             self.within(partial(_delete, bucket=self._place.bucket, keys=keys))
-        except AccessDenied as error:  # somebody else may have deleted them
+        except AccessDenied as error:  # they may have been deleted by another program
             refusal = error
         exist = self._existing(keys)
         self.gone |= set(keys) - exist
         if exist:
-            raise refusal or _kept()
+            raise refusal or _not_deleted()
 
     def _existing(self, keys: Sequence[str]) -> set[str]:
-        """Which of these objects are in the bucket: what a store says of a deletion proves nothing."""
+        """Return the keys that are still in the bucket: a successful response to a deletion proves nothing."""
         found = set[str]()
-        with _in_time(self._stall_timeout), CallGroup[tuple[str, bool]]() as calls:
+        with _task_timeout(self._stall_timeout), CallGroup[tuple[str, bool]]() as calls:
             buckets = self._buckets.checking(calls.check_wanted)
             for key in keys:
-                if calls.pending >= _HEADS_AT_ONCE:
+                if calls.pending >= _MAX_HEADS:
                     found |= {each for each, exists in calls.results(within=self._stall_timeout) if exists}
-                calls.start(partial(_look_at, buckets, self._place.bucket, key))
+                calls.start(partial(_head, buckets, self._place.bucket, key))
             for each, exists in calls.remaining(within=self._stall_timeout):
                 found |= {each} if exists else set()
         return found
@@ -306,38 +298,38 @@ class _Removal:
 def _undo_manifest(
     place: BundleLocation, journal: UploadJournal, keys: Collection[str], buckets: RetryingStore, *, undo: bool
 ) -> bytes | None:
-    """Take back the manifest that a task has written; return the manifest of another bundle that is at its key then.
+    """Delete or replace the manifest that a task has written; return the manifest of another bundle at its key.
 
-    Without `undo` the task's own one stays where it is; it is not returned.
+    Without `undo` the task's own manifest stays in the bucket; it is not returned.
     """
-    there = place.read_manifest(buckets)
+    found = place.read_manifest(buckets)
     earlier, documents = journal.earlier(), journal.documents()
-    if there is None or (earlier is not None and (earlier.is_replaced or there == earlier.manifest)):
-        return there
+    if found is None or (earlier is not None and (earlier.is_replaced or found == earlier.manifest)):
+        return found
     own = None if documents is None else documents["manifest"].encode()
-    named = place.part_keys(there)
-    # What cannot be read is what the store has made of ours; a manifest of other parts is somebody else's.
-    if there != own and named and not set(named) & set(keys):
-        return there
+    part_keys = place.part_keys(found)
+    # An unreadable manifest is a damaged one of ours; a manifest of other parts is another bundle's.
+    if found != own and part_keys and not set(part_keys) & set(keys):
+        return found
     if not undo:
         return None
     with IN_FLIGHT.shared(place.bucket, [place.manifest_key]):
         if earlier is None:
             buckets.delete(place.bucket, [place.manifest_key])
             if _exists(buckets, place.bucket, place.manifest_key):
-                raise _kept()
+                raise _not_deleted()
             return None
         buckets.put(place.bucket, place.manifest_key, earlier.manifest)
     return earlier.manifest
 
 
 @contextmanager
-def _in_time(stall_timeout: float) -> Iterator[None]:
+def _task_timeout(stall_timeout: float) -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        words = f"The store did not respond for {stall_timeout:g} seconds when objects were to be removed."
-        raise TaskFailure("Server.NoProgress", words) from None
+        message = f"The store did not respond for {stall_timeout:g} seconds while objects were being deleted."
+        raise TaskFailure("Server.NoProgress", message) from None
 
 
 def _delete(buckets: RetryingStore, bucket: str, keys: Sequence[str]) -> None:
@@ -345,7 +337,7 @@ def _delete(buckets: RetryingStore, bucket: str, keys: Sequence[str]) -> None:
         buckets.delete(bucket, keys)
 
 
-def _look_at(buckets: ObjectStore, bucket: str, key: str) -> tuple[str, bool]:
+def _head(buckets: ObjectStore, bucket: str, key: str) -> tuple[str, bool]:
     return key, _exists(buckets, bucket, key)
 
 
@@ -353,5 +345,5 @@ def _exists(buckets: ObjectStore, bucket: str, key: str) -> bool:
     return buckets.head(bucket, key) is not None
 
 
-def _kept() -> TransientError:
-    return TransientError("InternalError", 500, "The store has kept what it said it had deleted")
+def _not_deleted() -> TransientError:
+    return TransientError("InternalError", 500, "The store confirmed a deletion, but still has the object")

@@ -37,7 +37,7 @@ from thrave.bundle.model import (
 from thrave.bundle.sealer import Sealer
 from thrave.bundle.side_file import Digest, read_side_file
 from thrave.pipeline import StoppedError
-from thrave.tasks.bundle_location import SMALLEST_MANIFEST, BundleLocation
+from thrave.tasks.bundle_location import MIN_MANIFEST_SIZE, BundleLocation
 from thrave.tasks.claims import ObjectInUseError
 from thrave.tasks.errors import TaskCancelled, TaskFailure
 from thrave.tasks.failpoints import failpoint
@@ -445,7 +445,7 @@ class TaskObjects:
         """Record the bundle whose manifest is about to be replaced. If several are found, the first can be restored."""
         if found is None:
             return
-        if self._existing_bundle == "refuse" and len(found) >= SMALLEST_MANIFEST:
+        if self._existing_bundle == "refuse" and len(found) >= MIN_MANIFEST_SIZE:
             raise self._prefix_in_use()
         earlier = self._journal.earlier() or EarlierBundle(found, ())
         own = {item.key for item in self._journal.objects()}

@@ -276,7 +276,7 @@ class BundleWorkflow:
     def remove_objects(self) -> None:
         """Delete what the task has stored, and the bucket if the request created it and the bucket is empty."""
         self._objects.remove_objects()
-        self._context.created_buckets.discard_of(self._context.store, self._task)
+        self._context.created_buckets.remove_of(self._context.store, self._task)
 
     def fail(self) -> None:
         """End the task as `failed`, with the reason that was recorded before the undo."""
@@ -497,7 +497,7 @@ def _run_attempt(context: TaskContext, bundle_id: str) -> None:
     if task is None or task.host != context.host:
         return
     if task.state is BundleTaskState.FAILED:  # it was cancelled before it started
-        retry_database(lambda: context.created_buckets.discard_of(context.store, task))
+        retry_database(lambda: context.created_buckets.remove_of(context.store, task))
     attempt = retry_database(lambda: context.repository.record_attempt(bundle_id))
     if attempt is not None:
         BundleWorkflow(context, task, attempt).run()

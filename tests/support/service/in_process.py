@@ -33,7 +33,7 @@ class OneHost:
         self.records = self.ground.records()
         self.account, self.key = self.ground.accounts.create("alice")
         self.ground.buckets.create(BUCKET, self.account.account_id)
-        self.fence = self.ground.hosts.take(HOST, worker_concurrency=1)
+        self.fence = self.ground.hosts.acquire_lease(HOST, worker_concurrency=1)
         self.buckets, self.instances = self.ground.buckets, self.ground.instances
         self._size = size
         self._numbers = count(1)

@@ -124,7 +124,7 @@ class FaultBench:
 
     def look_for_left_overs(self, temper):
         """Take away what failed tasks have left, as is done again and again."""
-        ObjectCleanup(self._records, self._buckets(None, temper), "localhost", stall_timeout=60).look()
+        ObjectCleanup(self._records, self._buckets(None, temper), "localhost", stall_timeout=60).run_once()
 
     def opens_to_the_same(self, temper, *, url=None):
         """Open the bundle as `thrave open s3://…` does; say whether it is the disk."""
