@@ -88,7 +88,10 @@ def test_adopting_warns_of_a_disk_of_another_domain_that_runs(thrave, libvirt, a
     assert "Warning" not in thrave(*words)[2]
     libvirt.start("other")
     status, _, stderr = thrave(*words)
-    assert (status, f"Warning: it cannot be bundled as it is: {disk} is also a disk of the domain other" in stderr) == (
+    assert (
+        status,
+        f"Warning: the instance cannot be bundled: {disk} is also a disk of the domain other" in stderr,
+    ) == (
         0,
         True,
     )
@@ -97,7 +100,7 @@ def test_adopting_warns_of_a_disk_of_another_domain_that_runs(thrave, libvirt, a
 def test_adopting_warns_of_an_image_of_another_format(thrave, libvirt, account_id, disk):
     libvirt.define("win", disk, image_format="qcow2")
     status, _, stderr = thrave("instance", "adopt", "win", "--account", account_id, "--platform", "windows")
-    assert (status, "is no image of the format qcow2" in stderr) == (0, True)
+    assert (status, "does not have the format qcow2" in stderr) == (0, True)
 
 
 def test_nothing_but_our_element_is_changed(thrave_json, libvirt, account_id, disk):

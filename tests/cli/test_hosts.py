@@ -89,7 +89,7 @@ def test_a_host_is_shown_with_its_unfinished_tasks(two, ground, task, thrave, th
     ground.records().cancel("bun-3")
     assert {task["bundleId"] for task in thrave_json("host", "show", "kvm-1")["tasks"]} == {"bun-1", "bun-2"}
     text = thrave("host", "show", "kvm-1")[1]
-    assert "1 begun, 1 waiting; 2 at once" in text
+    assert "1 running, 1 waiting; at most 2 at once" in text
     assert "bun-1  waiting-for-shutdown" in text
     assert "TASK" not in thrave("host", "show", "kvm-2")[1]
 

@@ -97,10 +97,10 @@ def test_a_secret_is_named_by_its_file(thrave_json, add, disk, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("is_really", "said", "advice"),
     [
-        ("qcow2", "raw", "give --format qcow2"),
-        ("vpc", "raw", "give --format vpc"),
-        ("vmdk", "qcow2", "give --format vmdk"),
-        ("raw", "qcow2", "a raw disk is --format raw"),
+        ("qcow2", "raw", "Pass --format qcow2"),
+        ("vpc", "raw", "Pass --format vpc"),
+        ("vmdk", "qcow2", "Pass --format vmdk"),
+        ("raw", "qcow2", "For a raw disk pass --format raw"),
         ("vdi", "raw", "qemu-img convert"),
     ],
 )
@@ -121,7 +121,7 @@ def test_an_image_that_could_not_be_bundled_is_named(thrave, add, disk):
     qemu_img("create", "-f", "qcow2", "-u", "-b", "/etc/hostname", "-F", "raw", disk, "1M")
     status, _, stderr = thrave(*add("--format", "qcow2"))
     assert status == 0
-    assert "Warning: it cannot be bundled as it is: cannot read /etc/hostname" in stderr
+    assert "Warning: the instance cannot be bundled: cannot read /etc/hostname" in stderr
 
 
 @pytest.mark.parametrize("how", ["the same name", "hard link", "symbolic link", "file of its chain", "its other disk"])
@@ -247,7 +247,7 @@ def test_an_unknown_instance_is_not_found(thrave, account_id, data, command):
     [
         (["--account", "000000000000"], 3, "000000000000"),
         (["--platform", "beos"], 2, "beos"),
-        (["--format", "vdi"], 2, "'vdi' is none of raw, qcow2"),
+        (["--format", "vdi"], 2, "'vdi' is not one of raw, qcow2"),
         (["--root-volume", "/nowhere/win.raw"], 1, "/nowhere/win.raw: No such file"),
         (["--volume", "/nowhere/d.raw"], 1, "/nowhere/d.raw: No such file"),
         (["--volume", "/dev/null"] * 26, 2, "at most 25"),
@@ -360,8 +360,8 @@ def test_instance_of_a_fleet_is_added_for_a_host(in_a_fleet, thrave, add, monkey
         return json.loads((tmp_path / "shared" / f"{json.loads(stdout)['instanceId']}.json").read_text())["host"]
 
     status, _, stderr = thrave(*add())
-    assert (status, "--host" in stderr) == (2, True)
-    assert host_of_new("--host", "kvm-1") == "kvm-1"
+    assert (status, "--host-id" in stderr) == (2, True)
+    assert host_of_new("--host-id", "kvm-1") == "kvm-1"
     (tmp_path / "data" / "host_id").write_text("kvm-2\n")  # as an agent does when it starts
     assert host_of_new() == "kvm-2"
     monkeypatch.setenv("THRAVE_HOST_ID", "kvm-3")

@@ -1,6 +1,6 @@
 """`thrave account`: accounts and their access keys, on the machine that has the service's data directory.
 
-A secret access key and a new private key are shown or written once, to who asked; neither can be had again.
+A secret access key and a new private key are printed or written once; Thrave cannot show them again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.options import open_accounts, settings_option
-from thrave.cli.output import key_document, key_documents, output_option, print_result, secrets_as_text, table
+from thrave.cli.options import delete_access_key, open_accounts, settings_option
+from thrave.cli.output import (
+    key_document,
+    key_documents,
+    key_ids,
+    output_option,
+    print_new_secret,
+    print_result,
+    table,
+)
 from thrave.cli.user_commands import user
 
 if TYPE_CHECKING:
@@ -28,7 +36,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.group()
 def account() -> None:
-    """Accounts, whose access keys sign requests and upload policies.
+    """Manage accounts. Their access keys sign requests and upload policies.
 
     \b
     Example:
@@ -41,15 +49,20 @@ account.add_command(user)
 
 @account.command()
 @click.argument("name")
-@click.option("--certificate", type=_FILE, help="X.509 certificate (PEM, RSA) whose owner may open the bundles.")
-@click.option("--new-certificate", type=_FOLDER, metavar="DIR", help="Make one: cert-*.pem and pk-*.pem in DIR.")
+@click.option("--certificate", type=_FILE, help="X.509 certificate (PEM, RSA); its private key opens the bundles.")
+@click.option(
+    "--new-certificate",
+    type=_FOLDER,
+    metavar="DIR",
+    help="Create a certificate and a private key: cert-*.pem and pk-*.pem in DIR.",
+)
 @settings_option
 @output_option
 def create(settings: Settings, name: str, certificate: Path | None, new_certificate: Path | None, output: str) -> None:
-    """Create an account with an access key, shown once.
+    """Create an account with an access key. The secret is shown once.
 
-    With a certificate the account's bundles can be opened with its private key, which the service never keeps. Without
-    one only the service can open them.
+    With a certificate, its private key opens the account's bundles. The service never stores this private key. Without
+    a certificate only the service can open the bundles.
 
     \b
     Example:
@@ -57,20 +70,23 @@ def create(settings: Settings, name: str, certificate: Path | None, new_certific
     """
     if certificate and new_certificate:
         raise click.UsageError("--certificate and --new-certificate exclude each other")
-    with open_accounts(settings, make=True) as accounts, _certificate_files(name, certificate, new_certificate) as made:
-        pem = made[0].read_text("utf-8", errors="replace") if made else None
+    with (
+        open_accounts(settings, create=True) as accounts,
+        _certificate_files(name, certificate, new_certificate) as paths,
+    ):
+        pem = paths[0].read_text("utf-8", errors="replace") if paths else None
         new, key = accounts.create(name, pem)
     document = {"accountId": new.account_id, "name": new.name, **key_document(key)}
     if new_certificate:
-        document |= {"certificateFile": str(made[0]), "privateKeyFile": str(made[1])}
-    print_result(output, {**document}, secrets_as_text(document))
+        document |= {"certificateFile": str(paths[0]), "privateKeyFile": str(paths[1])}
+    print_new_secret(output, document)
 
 
 @account.command("list")
 @settings_option
 @output_option
 def list_(settings: Settings, output: str) -> None:
-    """List the accounts and their access keys, without the secrets.
+    """List accounts with their access keys, without the secrets.
 
     \b
     Example:
@@ -83,7 +99,7 @@ def list_(settings: Settings, output: str) -> None:
             found.account_id,
             found.name,
             "yes" if found.certificate else "no",
-            " ".join(key.access_key_id for key in keys),
+            key_ids(keys),
         )
         for found, keys in listed
     ]
@@ -96,7 +112,7 @@ def list_(settings: Settings, output: str) -> None:
 
 @account.group()
 def key() -> None:
-    """Access keys of an account: two at most, so that one can be replaced while the other works."""
+    """Manage the access keys of an account. Two at most, so that one can be replaced while the other works."""
 
 
 @key.command("create")
@@ -104,7 +120,7 @@ def key() -> None:
 @settings_option
 @output_option
 def create_key(settings: Settings, account_id: str, output: str) -> None:
-    """Give the account with the id ACCOUNT another access key, shown once.
+    """Create an access key for the account with the id ACCOUNT. The secret is shown once.
 
     \b
     Example:
@@ -112,20 +128,23 @@ def create_key(settings: Settings, account_id: str, output: str) -> None:
     """
     with open_accounts(settings) as accounts:
         document = {"accountId": account_id, **key_document(accounts.create_key(account_id))}
-    print_result(output, {**document}, secrets_as_text(document))
+    print_new_secret(output, document)
 
 
 @key.command("import")
 @click.argument("account_id", metavar="ACCOUNT")
 @click.option(
-    "--credentials", type=_FILE, required=True, help="A file as ~/.aws/credentials, mode 0600: its [default]."
+    "--credentials",
+    type=_FILE,
+    required=True,
+    help="File like ~/.aws/credentials, mode 0600; the profile [default] is read.",
 )
 @settings_option
 @output_option
 def import_key(settings: Settings, account_id: str, credentials: Path, output: str) -> None:
-    """Give the account with the id ACCOUNT an access key that its store of buckets knows.
+    """Import an access key that the object store knows, for the account with the id ACCOUNT.
 
-    Upload policies that are signed with it are good for that store, and the service acts there with it for the account.
+    The store accepts upload policies that are signed with this key. The service uses the key there for the account.
 
     \b
     Example:
@@ -133,9 +152,9 @@ def import_key(settings: Settings, account_id: str, credentials: Path, output: s
     """
     from thrave.drivers import read_credentials
 
-    known = read_credentials(credentials)
+    pair = read_credentials(credentials)
     with open_accounts(settings) as accounts:
-        key = accounts.import_key(account_id, known.access_key_id, known.secret_access_key)
+        key = accounts.import_key(account_id, pair.access_key_id, pair.secret_access_key)
     document = {"accountId": account_id, "accessKeyId": key.access_key_id}
     print_result(output, {**document}, f"imported {key.access_key_id}")
 
@@ -145,46 +164,44 @@ def import_key(settings: Settings, account_id: str, credentials: Path, output: s
 @settings_option
 @output_option
 def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
-    """Delete the access key with the id KEY; requests that it signs are refused within a second.
+    """Delete the access key with the id KEY. Requests that it signs are refused within one second.
 
     \b
     Example:
       thrave account key delete AKIAIOSFODNN7EXAMPLE
     """
-    with open_accounts(settings) as accounts:
-        accounts.delete_key(access_key_id)
-    print_result(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
+    delete_access_key(settings, access_key_id, output)
 
 
 @contextmanager
 def _certificate_files(name: str, given: Path | None, folder: Path | None) -> Iterator[tuple[Path, ...]]:
-    """The files of an account's certificate; new ones are taken away again if the account is not created."""
+    """The paths of an account's certificate and key. New files are deleted again if the block fails."""
     if folder is None:
         yield (given,) if given else ()
         return
-    made = _write_new_certificate(name, folder)
+    paths = _write_new_certificate(name, folder)
     try:
-        yield made
+        yield paths
     except Exception:
-        for path in made:
+        for path in paths:
             path.unlink()
         raise
 
 
 def _write_new_certificate(name: str, folder: Path) -> tuple[Path, Path]:
-    """Write `cert-ID.pem` and `pk-ID.pem`, ID being the base32 of the certificate's SHA-1, in AWS's form."""
+    """Write `cert-ID.pem` and `pk-ID.pem`. ID is the base32 of the certificate's SHA-1, as AWS names such files."""
     from cryptography.hazmat.primitives.hashes import SHA1
 
     from thrave import files
     from thrave.identity.certificates import load_certificate, new_certificate
 
     certificate, private_key = new_certificate(name)
-    certificate_id = base64.b32encode(load_certificate(certificate).fingerprint(SHA1())).decode()  # noqa: S303 (a name, no proof)
+    certificate_id = base64.b32encode(load_certificate(certificate).fingerprint(SHA1())).decode()  # noqa: S303 (used as a name only)
     folder.mkdir(parents=True, exist_ok=True)
-    made = folder / f"cert-{certificate_id}.pem", folder / f"pk-{certificate_id}.pem"
-    for path, pem in zip(made, (certificate, private_key), strict=True):
+    paths = folder / f"cert-{certificate_id}.pem", folder / f"pk-{certificate_id}.pem"
+    for path, pem in zip(paths, (certificate, private_key), strict=True):
         files.create_exclusive(path, pem.encode())
-    return made
+    return paths
 
 
 def _account_document(found: Account, keys: Sequence[AccessKey]) -> dict[str, object]:

@@ -1,14 +1,39 @@
-"""The exit codes of the `thrave` command: one table, from which the docs' page is made.
+"""The exit codes of the `thrave` command, and the errors that lead to them.
 
-A script that calls `thrave` reads these. A code, once given a meaning, keeps it; nothing here decides when a code is
-used, that stands with the errors of each room (`cli/main.py` maps them).
+The codes are stable: scripts depend on them, and a code keeps its meaning. docs/reference/exit-codes.md is generated
+from `MEANING`. No module of the service is imported here, so that `thrave --help` stays quick.
 """
 
+from __future__ import annotations
+
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import thrave
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import thrave.buckets.errors
+    import thrave.bundle.errors
+    import thrave.cli.folders
+    import thrave.components
+    import thrave.compute.errors
+    import thrave.config
+    import thrave.database
+    import thrave.demo.disk
+    import thrave.demo.tour
+    import thrave.files
+    import thrave.http_server
+    import thrave.identity.errors
+    import thrave.tasks.errors
+    import thrave.testing
+    import thrave.vault
+    import thrave.volumes.errors  # noqa: TC004 (the names are looked up when an error has occurred)
 
 
 class Exit(IntEnum):
-    """What the shell sees; `MEANING` says it in words."""
+    """Exit codes; `MEANING` describes them."""
 
     OK = 0
     FAILED = 1
@@ -26,20 +51,75 @@ class Exit(IntEnum):
 
 
 MEANING: dict[Exit, str] = {
-    Exit.OK: "Everything asked for was done.",
-    Exit.FAILED: "It could not be done; the reason is on stderr.",
+    Exit.OK: "Success.",
+    Exit.FAILED: "Failed; the reason is on stderr.",
     Exit.USAGE: "The command line is wrong.",
     Exit.NOT_FOUND: "A file, account, instance, bundle task or bucket does not exist.",
-    Exit.REFUSED: "A rule forbids it: wrong state, name taken, limit reached, not yours, or plain HTTP in the open.",
-    Exit.DAMAGED: "The bundle is damaged or forged: a signature, digest, size or name does not hold.",
-    Exit.WRONG_KEY: "The private key is not the one that the bundle was made for.",
-    Exit.MISSING_COMPONENT: "A program or library that this needs is not installed; stderr names the package.",
-    Exit.TASK_FAILED: "A bundle task that was watched has failed.",
-    Exit.TASK_CANCELLED: "A bundle task that was watched was cancelled, and none failed.",
-    Exit.START_AGAIN: "An operator has ended the drain of this host while its agent drained: start the agent again.",
-    Exit.TAKEN_OVER: "Another process is this host's agent now, or another host has adopted its tasks.",
+    Exit.REFUSED: "Refused: wrong state, name in use, limit reached, access denied, or plain HTTP on a public address.",
+    Exit.DAMAGED: "The bundle is damaged or forged: a signature, digest, size or name is wrong.",
+    Exit.WRONG_KEY: "The bundle was not encrypted for this private key.",
+    Exit.MISSING_COMPONENT: "A required program or library is not installed; stderr names the package.",
+    Exit.TASK_FAILED: "A watched bundle task has failed.",
+    Exit.TASK_CANCELLED: "A watched bundle task was cancelled, and none failed.",
+    Exit.START_AGAIN: "An operator ended the drain of this host while its agent drained: start the agent again.",
+    Exit.TAKEN_OVER: "Another process is now the agent of this host, or another host has adopted its tasks.",
     Exit.INTERRUPTED: "Stopped by Ctrl-C.",
 }
 
 NO_RESTART = frozenset({Exit.USAGE, Exit.REFUSED, Exit.TAKEN_OVER})
-"""After these a service manager must not start a service again, which would change nothing or take a host back."""
+"""After these a service manager must not restart a service: it would fail again, or take a host back."""
+
+# Expected errors; the first match decides. Lambdas, so that no module is imported for the table, and mypy still checks
+# the names.
+EXITS: tuple[tuple[Callable[[], type[Exception]], Exit], ...] = (
+    (lambda: thrave.bundle.errors.WrongKeyError, Exit.WRONG_KEY),
+    (lambda: thrave.bundle.errors.DamagedError, Exit.DAMAGED),
+    (lambda: thrave.bundle.errors.PartMissingError, Exit.NOT_FOUND),
+    (lambda: thrave.bundle.errors.NamingError, Exit.USAGE),
+    (lambda: thrave.bundle.errors.OutputExistsError, Exit.REFUSED),
+    (lambda: thrave.bundle.errors.BundleError, Exit.FAILED),
+    (lambda: thrave.cli.folders.FileMissingError, Exit.NOT_FOUND),
+    (lambda: thrave.cli.folders.FolderRefusedError, Exit.REFUSED),
+    (lambda: thrave.cli.folders.FolderError, Exit.FAILED),
+    (lambda: thrave.identity.errors.NoSuchEntity, Exit.NOT_FOUND),
+    (lambda: thrave.identity.errors.EntityAlreadyExists, Exit.REFUSED),
+    (lambda: thrave.identity.errors.LimitExceeded, Exit.REFUSED),
+    (lambda: thrave.identity.errors.IdentityError, Exit.FAILED),
+    (lambda: thrave.vault.VaultError, Exit.FAILED),
+    (lambda: thrave.tasks.errors.BundleTaskNotFound, Exit.NOT_FOUND),
+    (lambda: thrave.tasks.errors.BundleTaskError, Exit.REFUSED),
+    (lambda: thrave.tasks.errors.NoSuchHost, Exit.NOT_FOUND),
+    (lambda: thrave.tasks.errors.HostError, Exit.REFUSED),
+    (lambda: thrave.config.SettingsError, Exit.USAGE),
+    (lambda: thrave.files.OpenToOthersError, Exit.FAILED),
+    (lambda: thrave.database.DatabaseUnusableError, Exit.FAILED),
+    (lambda: thrave.components.DataDirectoryInUseError, Exit.REFUSED),
+    (lambda: thrave.components.DataDirectoryError, Exit.FAILED),
+    (lambda: thrave.buckets.errors.BucketError, Exit.FAILED),
+    (lambda: thrave.compute.errors.InstanceNotFound, Exit.NOT_FOUND),
+    (lambda: thrave.compute.errors.InstanceCommandFailed, Exit.FAILED),
+    (lambda: thrave.compute.errors.InvalidDescriptionError, Exit.FAILED),
+    (lambda: thrave.compute.errors.LibraryNotInstalled, Exit.MISSING_COMPONENT),
+    (lambda: thrave.compute.errors.HypervisorError, Exit.FAILED),
+    (lambda: thrave.compute.errors.InstanceError, Exit.REFUSED),
+    (lambda: thrave.volumes.errors.ToolNotInstalled, Exit.MISSING_COMPONENT),
+    (lambda: thrave.volumes.errors.VolumeError, Exit.FAILED),
+    (lambda: thrave.http_server.PlainHttpNotAllowed, Exit.REFUSED),
+    (lambda: thrave.http_server.ListeningError, Exit.FAILED),
+    (lambda: thrave.demo.disk.DemoDiskError, Exit.USAGE),
+    (lambda: thrave.demo.tour.DemoError, Exit.FAILED),
+    (lambda: thrave.testing.ServerError, Exit.FAILED),
+    (lambda: thrave.testing.ComponentMissingError, Exit.MISSING_COMPONENT),
+)
+
+
+def exit_code(error: Exception) -> Exit | None:
+    """Return the exit code of an expected error, None for an unexpected one."""
+    for get_class, code in EXITS:
+        try:
+            error_class = get_class()
+        except AttributeError:  # the module is not imported, so it did not raise this error
+            continue
+        if isinstance(error, error_class):
+            return code
+    return None

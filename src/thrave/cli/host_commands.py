@@ -1,7 +1,7 @@
-"""`thrave host`: the hosts of a fleet, for the operator, on any machine that has the database and the vault's key.
+"""`thrave host`: the hosts of a fleet, on any machine with access to the database and the vault key.
 
-It talks to no agent: what it writes into the database the host's agent finds at its next heartbeat. Nothing here
-powers a host off.
+Commands write to the database only; the host's agent reads the change at its next heartbeat. No command powers a host
+off.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from thrave.tasks.hosts import HostStatus
     from thrave.tasks.queries import TaskReport
 
-_TASKS_SHOWN = 100
+_MAX_TASKS_SHOWN = 100
 
 _name = click.argument("name", metavar="HOST")
 _powered_off = click.option(
-    "--powered-off", is_flag=True, help="You know that it is off, though it sent a heartbeat a moment ago."
+    "--powered-off", is_flag=True, help="Confirm that the host is off, although it sent a heartbeat a moment ago."
 )
 
 
 @click.group()
 def host() -> None:
-    """Hosts of a fleet: who works, who is lost, and who goes on in whose place.
+    """Manage the hosts of a fleet: drain, adopt the tasks of a lost host, retire.
 
     \b
     Example:
@@ -45,16 +45,16 @@ def host() -> None:
 @settings_option
 @output_option
 def list_(settings: Settings, output: str) -> None:
-    """List the hosts by name, with their last heartbeat and what they do.
+    """List the hosts with their last heartbeat and their tasks.
 
-    An active or draining host that has been silent for longer than its own setting heartbeat_timeout is shown as lost.
+    An active or draining host is shown as lost if its last heartbeat is older than its setting heartbeat_timeout.
 
     \b
     Example:
       thrave host list --output json
     """
-    with _ground(settings) as ground:
-        listed = _listed(ground)
+    with _open_components(settings) as components:
+        listed = _listed(components)
     header = ("HOST", "STATE", "LAST HEARTBEAT", "WORKING ON", "WAITING", "INSTANCES", "VERSION")
     print_result(
         output,
@@ -68,7 +68,7 @@ def list_(settings: Settings, output: str) -> None:
 @settings_option
 @output_option
 def show(settings: Settings, name: str, output: str) -> None:
-    """Show a host, and its tasks that have not ended.
+    """Show a host and its unfinished tasks.
 
     \b
     Example:
@@ -76,9 +76,9 @@ def show(settings: Settings, name: str, output: str) -> None:
     """
     from thrave.cli.task_output import task_document, task_table
 
-    with _ground(settings) as ground:
-        found, tasks = _find(ground, name), _unfinished(ground, name)
-    facts: list[tuple[str, ...]] = [
+    with _open_components(settings) as components:
+        found, tasks = _find(components, name), _unfinished(components, name)
+    rows: list[tuple[str, ...]] = [
         ("state", _state(found)),
         ("adopted by", found.adopted_by or "-"),
         (
@@ -89,10 +89,10 @@ def show(settings: Settings, name: str, output: str) -> None:
             ),
         ),
         ("agent", f"Thrave {found.version}, for {format_duration(found.now - found.start_time)}"),
-        ("tasks", f"{found.working} begun, {found.waiting} waiting; {found.worker_concurrency} at once"),
+        ("tasks", f"{found.working} running, {found.waiting} waiting; at most {found.worker_concurrency} at once"),
         ("instances", str(found.instances)),
     ]
-    text = table(("HOST", found.host), facts) + ("\n\n" + task_table(tasks, found.now) if tasks else "")
+    text = table(("HOST", found.host), rows) + ("\n\n" + task_table(tasks, found.now) if tasks else "")
     print_result(output, {**_document(found), "tasks": [task_document(seen) for seen in tasks]}, text)
 
 
@@ -101,20 +101,20 @@ def show(settings: Settings, name: str, output: str) -> None:
 @settings_option
 @output_option
 def drain(settings: Settings, name: str, output: str) -> None:
-    """Have a host finish the tasks that it has begun and take no more; then its agent ends.
+    """Drain a host: it finishes the tasks that it has begun and starts no other; then its agent exits.
 
-    It also carries out what was asked of its instances' power, starts instances that a task has left off, and merges
-    overlays. What it had not begun waits for it. An agent that is started meanwhile drains as well: `thrave host
-    activate` ends the drain.
+    The agent also finishes requested power changes, starts instances that a task has stopped, and merges overlays.
+    Tasks that have not begun wait for this host. An agent that is started meanwhile drains, too. `thrave host activate`
+    ends the drain.
 
     \b
     Example:
       thrave host drain kvm-17 && thrave host show kvm-17
 
-    Exit codes: 0 it will, 3 there is no such host, 4 another host has adopted its tasks.
+    Exit codes: 0 the drain has started, 3 unknown host, 4 another host has adopted its tasks.
     """
-    with _ground(settings) as ground:
-        state = ground.hosts.drain(name)
+    with _open_components(settings) as components:
+        state = components.hosts.drain(name)
     print_result(output, {"host": name, "state": state}, f"{name} is {state}")
 
 
@@ -123,32 +123,32 @@ def drain(settings: Settings, name: str, output: str) -> None:
 @settings_option
 @output_option
 def activate(settings: Settings, name: str, output: str) -> None:
-    """End the drain of a host, so that it takes tasks again. Then start its agent, if that has ended.
+    """End the drain of a host, so that it runs tasks again. Start its agent afterwards, if the agent has exited.
 
-    An agent that still drains finishes its drain and ends with exit code 30, on which the systemd units start it again.
+    An agent that still drains finishes the drain and exits with code 30; the systemd units then start it again.
 
     \b
     Example:
       thrave host activate kvm-17
 
-    Exit codes: 0 it takes tasks, 3 there is no such host, 4 another host has adopted its tasks.
+    Exit codes: 0 the host runs tasks, 3 unknown host, 4 another host has adopted its tasks.
     """
-    with _ground(settings) as ground:
-        state = ground.hosts.activate(name)
+    with _open_components(settings) as components:
+        state = components.hosts.activate(name)
     print_result(output, {"host": name, "state": state}, f"{name} is {state}")
 
 
 @host.command()
 @click.argument("lost", metavar="LOST")
-@click.option("--by", "name", metavar="HOST", required=True, help="The host that goes on with its tasks.")
+@click.option("--by", "name", metavar="HOST", required=True, help="Host that resumes the tasks.")
 @_powered_off
 @settings_option
 @output_option
 def adopt(settings: Settings, lost: str, *, name: str, powered_off: bool, output: str) -> None:
-    """Have a host go on with the tasks of the host LOST, whose storage it reaches.
+    """Let another host resume the tasks of the host LOST. It must have access to the storage of LOST.
 
-    The instances of LOST are its own from then on. The agent of LOST can write nothing any more: if it still lives, it
-    ends as soon as it tries. See that LOST runs no guest on the shared storage before you do this.
+    The instances of LOST then belong to this host. The agent of LOST can no longer write to the database: if it still
+    runs, it exits at its next write. First make sure that LOST runs no guest on the shared storage.
 
     \b
     Example:
@@ -156,12 +156,12 @@ def adopt(settings: Settings, lost: str, *, name: str, powered_off: bool, output
 
     The other host must be active and send heartbeats. Tasks can also go back to the host that they were adopted from.
 
-    Exit codes: 0 done, 3 there is no such host, 4 LOST sends heartbeats, or the other host cannot adopt.
+    Exit codes: 0 done, 3 unknown host, 4 LOST sends heartbeats, or the other host cannot adopt.
     """
-    with _ground(settings) as ground:
-        tasks = ground.hosts.adopt(lost, by=name, powered_off=powered_off)
-    said = f"{name} goes on in the place of {lost}"
-    print_result(output, {"host": name, "lost": lost, "bundleIds": [*tasks]}, _with_tasks(said, tasks))
+    with _open_components(settings) as components:
+        tasks = components.hosts.adopt(lost, by=name, powered_off=powered_off)
+    text = f"{name} has adopted the tasks of {lost}"
+    print_result(output, {"host": name, "lost": lost, "bundleIds": [*tasks]}, _with_tasks(text, tasks))
 
 
 @host.command()
@@ -170,52 +170,52 @@ def adopt(settings: Settings, lost: str, *, name: str, powered_off: bool, output
 @settings_option
 @output_option
 def retire(settings: Settings, name: str, *, powered_off: bool, output: str) -> None:
-    """Give a host up for good, with its instances; its tasks that have not ended fail with Server.HostLost.
+    """Remove a host and its instances for good. Its unfinished tasks fail with Server.HostLost.
 
     \b
     Example:
       thrave host retire kvm-17
 
-    Exit codes: 0 done, 3 there is no such host, 4 it sends heartbeats.
+    Exit codes: 0 done, 3 unknown host, 4 the host sends heartbeats.
     """
-    with _ground(settings) as ground:
-        tasks = ground.hosts.retire(name, powered_off=powered_off)
+    with _open_components(settings) as components:
+        tasks = components.hosts.retire(name, powered_off=powered_off)
     print_result(output, {"host": name, "bundleIds": [*tasks]}, _with_tasks(f"{name} is retired", tasks))
 
 
 @contextmanager
-def _ground(settings: Settings) -> Iterator[Components]:
-    with open_service(settings) as ground:
+def _open_components(settings: Settings) -> Iterator[Components]:
+    with open_service(settings) as components:
         try:
-            yield ground
+            yield components
         finally:
-            ground.queues.close()
+            components.queues.close()
 
 
-def _listed(ground: Components) -> list[HostStatus]:
-    """The hosts. On a single machine no agent reports instances, so they are counted here."""
-    listed, settings = ground.hosts.list(), ground.settings
+def _listed(components: Components) -> list[HostStatus]:
+    """The hosts. On a single machine no agent reports its instances, so they are counted here."""
+    listed, settings = components.hosts.list(), components.settings
     if settings.database_url is not None:
         return [*listed]
-    here = len(ground.instances.list())
-    return [one._replace(instances=here) if one.host == settings.host_id else one for one in listed]
+    count = len(components.instances.list())
+    return [one._replace(instances=count) if one.host == settings.host_id else one for one in listed]
 
 
-def _find(ground: Components, name: str) -> HostStatus:
+def _find(components: Components, name: str) -> HostStatus:
     from thrave.tasks.errors import NoSuchHost
 
-    for found in _listed(ground):
+    for found in _listed(components):
         if found.host == name:
             return found
     raise NoSuchHost(name)
 
 
-def _unfinished(ground: Components, name: str) -> list[TaskReport]:
+def _unfinished(components: Components, name: str) -> list[TaskReport]:
     from thrave.tasks.models import UNFINISHED
     from thrave.tasks.queries import TaskFilter, TaskQueries
 
     wanted = TaskFilter(host=name, states=UNFINISHED)
-    return TaskQueries(ground.database, ground.records()).latest(wanted, limit=_TASKS_SHOWN)
+    return TaskQueries(components.database, components.records()).latest(wanted, limit=_MAX_TASKS_SHOWN)
 
 
 def _document(host: HostStatus) -> dict[str, object]:
@@ -245,5 +245,5 @@ def _state(host: HostStatus) -> str:
     return f"{host.state}, lost" if host.is_lost else host.state
 
 
-def _with_tasks(said: str, tasks: Sequence[str]) -> str:
-    return "\n".join([f"{said}; tasks: {len(tasks)}", *tasks])
+def _with_tasks(text: str, tasks: Sequence[str]) -> str:
+    return "\n".join([f"{text}; tasks: {len(tasks)}", *tasks])

@@ -1,16 +1,8 @@
-"""Certificates and keys as options of a command: PEM files, read and checked while the command line is.
+"""Options and argument types that several commands share; opening the service's data directory for a command.
 
-A file that holds something else is a wrong command line (exit code 2), a missing one exit code 3; both are reported
-before anything is begun. No key is ever shown.
-
-What the command lines of the bundle commands share: files that must exist, and whose signature is trusted.
-
-What the commands beside the service share: its settings, and the ground that it stands on.
-
-They work where the data directory is, and on the database that the settings name, whether the service runs or not.
-None of them begins a data directory but `thrave account create`.
-
-`--tag KEY=VALUE`: what an operator puts on an instance. EC2's limits are checked before anything is done.
+PEM files are read and checked with the command line: a wrong file is exit code 2, a missing file exit code 3. Commands
+with `settings_option` work with the data directory and the database of the settings, whether the service runs or not.
+Only `thrave account create` creates a data directory.
 """
 
 from __future__ import annotations
@@ -29,7 +21,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import click
 
 from thrave.cli.folders import FileMissingError
-from thrave.cli.output import SIZE_UNITS, TIME_UNITS
+from thrave.cli.output import SIZE_UNITS, TIME_UNITS, print_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,11 +37,10 @@ if TYPE_CHECKING:
 
 
 _Key = TypeVar("_Key")
+_Parameters = ParamSpec("_Parameters")
+_Command = TypeVar("_Command", bound=Callable[..., object])
 
-
-_LARGEST = 64 * 1024
-
-
+_MAX_PEM_SIZE = 64 * 1024
 _NO_ED25519 = "not an Ed25519 key in PEM form, or one that is encrypted"
 
 
@@ -57,8 +48,8 @@ class PemFile(click.ParamType["_Key"]):
     """A PEM file.
 
     Args:
-        read: makes of its bytes what the command wants; raises ValueError, or an error of ours, with a reason.
-        is_certificate: Whether that is a certificate; otherwise it is a key.
+        read: Parses the bytes; raises ValueError or IdentityError with a reason.
+        is_certificate: Whether the file holds a certificate; otherwise it holds a key.
     """
 
     name = "file"
@@ -68,12 +59,12 @@ class PemFile(click.ParamType["_Key"]):
         self._is_certificate = is_certificate
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> _Key:
-        """Give what the file holds. Fails the command line if it holds something else."""
+        """Return what the file contains. Fails if it contains something else."""
         from thrave.identity.errors import IdentityError
 
         try:
             with Path(str(value)).open("rb") as file:
-                pem = file.read(_LARGEST)
+                pem = file.read(_MAX_PEM_SIZE)
         except FileNotFoundError:
             raise FileMissingError(f"{value} does not exist") from None
         except OSError as error:
@@ -81,10 +72,10 @@ class PemFile(click.ParamType["_Key"]):
         try:
             return self._read(pem)
         except (ValueError, IdentityError) as error:
-            self.fail(f"{value}: {self._mistaken(pem) or error}", param, ctx)
+            self.fail(f"{value}: {self._find_mistake(pem) or error}", param, ctx)
 
-    def _mistaken(self, pem: bytes) -> str | None:
-        """What the file holds instead, if that is the other half of a pair."""
+    def _find_mistake(self, pem: bytes) -> str | None:
+        """Describe the mistake if the file holds the other half of a key pair."""
         if self._is_certificate and b"PRIVATE KEY-----" in pem:
             return "this is a private key; give its certificate"
         if not self._is_certificate and b"-----BEGIN CERTIFICATE-----" in pem:
@@ -105,8 +96,8 @@ def _private_key(pem: bytes) -> RSAPrivateKey:
 
 
 @contextmanager
-def _words_of_ours(text: str) -> Iterator[None]:
-    """Say the text in place of what the library says of PEM that it cannot read."""
+def _replace_pem_error(text: str) -> Iterator[None]:
+    """Replace the library's error about PEM that it cannot read by a ValueError with this text."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
@@ -119,7 +110,7 @@ def _ed25519_private_key(pem: bytes) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    with _words_of_ours(_NO_ED25519):
+    with _replace_pem_error(_NO_ED25519):
         key = load_pem_private_key(pem, password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ValueError(_NO_ED25519)  # noqa: TRY004 (the file's content is wrong)
@@ -130,7 +121,7 @@ def _ed25519_public_key(pem: bytes) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    with _words_of_ours(_NO_ED25519):
+    with _replace_pem_error(_NO_ED25519):
         key = load_pem_public_key(pem)
     if not isinstance(key, Ed25519PublicKey):
         raise ValueError(_NO_ED25519)  # noqa: TRY004 (as above)
@@ -150,7 +141,7 @@ ED25519_PUBLIC_KEY = PemFile(_ed25519_public_key)
 
 
 class ExistingPath(click.Path):
-    """A path of the disk that must exist; exit code 3 if it does not."""
+    """A local path that must exist; exit code 3 if it does not."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
@@ -165,7 +156,7 @@ certificate_option = click.option(
     "--certificate",
     type=CERTIFICATE,
     metavar="SIGNER",
-    help="Signer's certificate (PEM); the signature must hold for it.",
+    help="Certificate of the signer (PEM). The signature must match it.",
 )
 
 
@@ -174,11 +165,8 @@ side_key_option = click.option(
 )
 
 
-_Rest = ParamSpec("_Rest")
-
-
 class DataFolder(click.Path):
-    """The path of a data directory; an empty one would be the working directory."""
+    """The path of a data directory. An empty path is refused: it would be the working directory."""
 
     def __init__(self) -> None:
         super().__init__(file_okay=False, path_type=Path)
@@ -186,7 +174,7 @@ class DataFolder(click.Path):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
-        """Give the path. Fails the command line if it is empty or a file."""
+        """Return the path. Fails if it is empty or a file."""
         if value == "":
             self.fail("must not be empty", param, ctx)
         return super().convert(value, param, ctx)
@@ -202,20 +190,22 @@ _DATA_DIR = click.option(
 
 
 _CONFIG = click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The service's settings, as TOML."
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Settings file of the service (TOML).",
 )
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import large modules in a block of this: a seventh of the time is saved by what they need not do.
+    """Import large modules in this block; it saves a seventh of the time.
 
-    Modules are no garbage, so nobody looks for any meanwhile. And structlog does without rich, which it would import
-    for tracebacks in colour; those of the service are plain.
+    Garbage collection is off, since modules are not garbage. structlog does not import rich, which it uses for coloured
+    tracebacks; the tracebacks of the service are plain.
     """
     gc.disable()
     if "rich" not in sys.modules:
-        sys.modules["rich"] = None  # type: ignore[assignment]  # what Python takes for a module that is not installed
+        sys.modules["rich"] = None  # type: ignore[assignment]  # Python then treats the module as not installed
         try:
             import structlog  # noqa: F401 (see above)
         finally:
@@ -227,14 +217,14 @@ def quick_imports() -> Iterator[None]:
 
 
 def make_files_private() -> None:
-    """Have every file that this command makes be its user's alone; undone when the command has ended."""
+    """Make every new file readable by this user only, until the command has ended."""
     before = os.umask(0o077)
     if context := click.get_current_context(silent=True):
         context.call_on_close(functools.partial(os.umask, before))
 
 
 def read_settings(config: Path | None, **given: object) -> Settings:
-    """The settings; `given` is what the command line says. Raises click's UsageError if one of them is wrong."""
+    """Load the settings; `given` comes from the command line. Raises click's UsageError if a setting is wrong."""
     from thrave.config import SettingsError, load_settings
 
     try:
@@ -243,21 +233,23 @@ def read_settings(config: Path | None, **given: object) -> Settings:
         raise click.UsageError(str(error)) from None
 
 
-def settings_option(command: Callable[Concatenate[Settings, _Rest], None]) -> Callable[..., None]:
-    """Give a command `--data-dir DIR` and `--config FILE`; its function receives the settings as its first argument."""
+def settings_option(command: Callable[Concatenate[Settings, _Parameters], None]) -> Callable[..., None]:
+    """Add `--data-dir` and `--config` to a command; its function receives the settings as first argument."""
 
     @_DATA_DIR
     @_CONFIG
     @functools.wraps(command)
-    def with_settings(data_dir: Path | None, config: Path | None, *rest: _Rest.args, **named: _Rest.kwargs) -> None:
+    def with_settings(
+        data_dir: Path | None, config: Path | None, *arguments: _Parameters.args, **options: _Parameters.kwargs
+    ) -> None:
         make_files_private()
-        command(read_settings(config, data_dir=data_dir), *rest, **named)
+        command(read_settings(config, data_dir=data_dir), *arguments, **options)
 
     return with_settings
 
 
 def require_data_directory(settings: Settings) -> None:
-    """Raise click's BadParameter if nobody has begun the data directory that the settings name."""
+    """Raise click's BadParameter if the data directory of the settings does not exist."""
     directory = settings.directory
     if not (directory.vault_key.exists() or directory.database_file.exists()):
         raise click.BadParameter(
@@ -268,67 +260,71 @@ def require_data_directory(settings: Settings) -> None:
 
 
 @contextmanager
-def open_service(settings: Settings, *, make: bool = False) -> Iterator[Components]:
-    """The service in a data directory, which is made only if the command may begin one.
+def open_service(settings: Settings, *, create: bool = False) -> Iterator[Components]:
+    """Open the components of a data directory; `create` allows a new one.
 
     Raises:
-        DatabaseUnusableError: The database cannot be used, now or while the command works with it.
+        DatabaseUnusableError: The database cannot be used, now or later in the block.
         Others: as `Components.open`.
     """
-    if not make:
+    if not create:
         require_data_directory(settings)
     with quick_imports():
         from thrave.components import explained, open_components
 
-    ground = open_components(settings)
+    components = open_components(settings)
     try:
         with explained(settings):
-            yield ground
+            yield components
     finally:
-        ground.database.dispose()
+        components.database.dispose()
 
 
 @contextmanager
-def open_accounts(settings: Settings, *, make: bool = False) -> Iterator[Accounts]:
-    """The accounts of a data directory, which is made only if the command may begin one."""
-    with open_identity(settings, make=make) as (accounts, _):
+def open_accounts(settings: Settings, *, create: bool = False) -> Iterator[Accounts]:
+    """Open the accounts of a data directory; `create` allows a new one."""
+    with open_identity(settings, create=create) as (accounts, _):
         yield accounts
 
 
 @contextmanager
-def open_identity(settings: Settings, *, make: bool = False) -> Iterator[tuple[Accounts, Users]]:
-    """The accounts and users of a data directory, which is made only if the command may begin one."""
+def open_identity(settings: Settings, *, create: bool = False) -> Iterator[tuple[Accounts, Users]]:
+    """Open the accounts and users of a data directory; `create` allows a new one."""
     from thrave.identity.users import Users
 
-    with open_service(settings, make=make) as ground:
-        yield ground.accounts, Users(ground.database)
+    with open_service(settings, create=create) as components:
+        yield components.accounts, Users(components.database)
+
+
+def delete_access_key(settings: Settings, access_key_id: str, output: str) -> None:
+    """Delete an access key of an account or a user, and print its id."""
+    with open_accounts(settings) as accounts:
+        accounts.delete_key(access_key_id)
+    print_result(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
 
 
 class Size(click.ParamType[int]):
-    """A number of bytes with an optional unit; K, M, G, T and KiB… are powers of 1024, KB… of 1000."""
+    """A number of bytes with an optional unit. K, M, G, T and KiB… are powers of 1024; KB… are powers of 1000."""
 
     name = "size"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Give the bytes. Fails the command line if it is not a size."""
+        """Return the number of bytes. Fails if the value is not a size."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:i?B)?)", str(value))
         if match is None or match[2] not in SIZE_UNITS:
-            self.fail(f"{value!r} is not a size; write 256MiB, 10GB or a number of bytes", param, ctx)
+            self.fail(f"{value!r} is not a size. Examples: 256MiB, 10GB, 1048576.", param, ctx)
         return int(float(match[1]) * SIZE_UNITS[match[2]])
 
 
-_Command = TypeVar("_Command", bound=Callable[..., object])
-
-
 def tags_option(command: _Command) -> _Command:
-    """Give a command `--tag`; its function receives `tags`, a dict."""
+    """Add `--tag` to a command; its function receives `tags`, a dict."""
     return click.option(
-        "--tag", "tags", multiple=True, metavar="KEY=VALUE", callback=_read,
-        help="A tag, as DescribeInstances shows it and filters by it; may be given again for another key.",
+        "--tag", "tags", multiple=True, metavar="KEY=VALUE", callback=_read_tags,
+        help="Tag, which DescribeInstances shows and filters by. Repeat the option for another key.",
     )(command)  # fmt: skip
 
 
-def _read(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+def _read_tags(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
     from thrave.compute.instance import validate_tags
 
     tags: dict[str, str] = {}
@@ -346,23 +342,23 @@ def _read(_context: click.Context, _parameter: click.Parameter, given: tuple[str
 
 
 class Since(click.ParamType[datetime]):
-    """A point in time: an ISO 8601 date or time (UTC, unless it says otherwise), or how long ago it was."""
+    """A point in time: an ISO 8601 date or time (UTC without an offset), or an age such as 2h."""
 
     name = "time"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        """Give the time, aware. Fails the command line if it is none."""
+        """Return the time, timezone-aware. Fails if the value is not a time."""
         text = str(value)
         try:
-            return _ago(text) or _aware(datetime.fromisoformat(text))
+            return _parse_age(text) or _with_timezone(datetime.fromisoformat(text))
         except (ValueError, OverflowError):
-            self.fail(f"{text!r} is no time; write 2h, 3d or 2026-11-23T19:00Z", param, ctx)
+            self.fail(f"Invalid time {text!r}. Examples: 2h, 3d, 2026-11-23T19:00Z.", param, ctx)
 
 
-def _ago(text: str) -> datetime | None:
+def _parse_age(text: str) -> datetime | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text, re.ASCII)
     return match and datetime.now(UTC) - timedelta(**{TIME_UNITS[match[2]]: float(match[1])})
 
 
-def _aware(time: datetime) -> datetime:
+def _with_timezone(time: datetime) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -1,22 +1,9 @@
-"""What the commands on accounts and users share: the data directory's accounts, and how a new key is shown.
+"""Output of the commands: text for people, or one JSON document for programs; formats of sizes, times and tables.
 
-What a command prints: text for people, or one JSON document for programs.
-
-JSON goes to stdout with EC2's own words in camelCase (`accountId`, `instanceId`); keys are only ever added, so a reader
-must ignore the ones it does not know. Nothing else is written to stdout: progress and errors go to stderr.
-
-Names, tags, manifests and messages of libraries come from strangers. So every character that is not printable (control
-characters, bidirectional overrides, lone surrogates) is escaped here, in text and in JSON.
-
-How an instance is shown after something was done with it: in a line, or as EC2's document of it.
-
-Sizes as people write them: `256MiB`, `10 GB`, `1048576`.
-
-What the bundle commands answer: JSON in EC2's camelCase, and text for people.
-
-It only puts data into words.
-
-Times as people write and read them: `2h`, `3d`, `2026-11-23T19:00Z`.
+JSON goes to stdout with EC2's names in camelCase (`accountId`, `instanceId`). It is stable: members are only added,
+so a reader must ignore unknown ones. Nothing else goes to stdout; progress and errors go to stderr. Names, tags,
+manifests and messages of libraries may come from an attacker, so every unprintable character (control characters,
+bidirectional overrides, lone surrogates) is escaped here, in text and in JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +36,7 @@ _LABELS = {
 
 
 def find_account(accounts: Accounts, id_or_name: str) -> Account:
-    """The account with an id, else the one with a name. Raises NoSuchEntity if there is none."""
+    """Return the account with this id, else the account with this name. Raises NoSuchEntity."""
     listed = accounts.list()
     for found in listed:
         if found.account_id == id_or_name:
@@ -58,19 +45,24 @@ def find_account(accounts: Accounts, id_or_name: str) -> Account:
 
 
 def key_document(key: AccessKey) -> dict[str, str]:
-    """A new access key with its secret, which is not shown again."""
+    """JSON of a new access key with its secret, which is not shown again."""
     return {"accessKeyId": key.access_key_id, "secretAccessKey": key.secret_access_key}
 
 
 def key_documents(keys: Sequence[AccessKey]) -> list[dict[str, object]]:
-    """Access keys without their secrets."""
+    """JSON of access keys without their secrets."""
     return [{"accessKeyId": key.access_key_id, "status": key.status, "createDate": key.create_date} for key in keys]
 
 
-def secrets_as_text(document: Mapping[str, str]) -> str:
-    """What holds a new secret, for people."""
+def key_ids(keys: Sequence[AccessKey]) -> str:
+    """Ids of access keys, for a cell of a table."""
+    return " ".join(key.access_key_id for key in keys)
+
+
+def print_new_secret(output: str, document: Mapping[str, str]) -> None:
+    """Print a document that contains a new secret access key."""
     lines = [f"{label + ':':<20}{document[name]}" for name, label in _LABELS.items() if name in document]
-    return "\n".join([*lines, "", "The secret access key is not shown again."])
+    print_result(output, {**document}, "\n".join([*lines, "", "The secret access key is not shown again."]))
 
 
 Json = dict[str, object] | list[object]
@@ -80,7 +72,7 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
 def output_option(command: _Command) -> _Command:
-    """Give a command `--output json|text`; its function receives `output`, handed on to `emit`."""
+    """Add `--output json|text` to a command; its function receives `output`, the first argument of `print_result`."""
     return click.option(
         "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
         help="Text for people, or JSON for programs.",
@@ -88,13 +80,13 @@ def output_option(command: _Command) -> _Command:
 
 
 def print_result(output: str, document: Json, text: str, *, err: bool = False) -> None:
-    """Print the answer of a command on stdout.
+    """Print the result of a command on stdout.
 
     Args:
-        output: `json` or `text`, as given by `output_option`.
-        document: The answer as JSON; datetimes are written as ISO 8601, paths as text.
-        text: The same for people, without a final newline.
-        err: On stderr instead, because stdout has what the command makes.
+        output: `json` or `text`, from `output_option`.
+        document: The result as JSON; datetimes are written as ISO 8601, paths as text.
+        text: The result for people, without a final newline.
+        err: Print on stderr, because the command writes data to stdout.
     """
     if output == "json":
         document_text = json.dumps(document, indent=2, default=_plain, ensure_ascii=False)
@@ -104,20 +96,20 @@ def print_result(output: str, document: Json, text: str, *, err: bool = False) -
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Lay rows of words out in columns, as wide as their widest word."""
+    """Format rows as columns, each as wide as its widest cell."""
     header, *rows = (tuple(map(printable, row)) for row in [header, *rows])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def printable(text: str) -> str:
-    """Text on one line, without what could make a terminal do something."""
+    """Escape characters that a terminal could interpret, and line ends."""
     return printable_lines(text).replace("\n", "\\u000a")
 
 
 def printable_lines(text: str) -> str:
-    """The same for text of several lines."""
+    """Escape characters that a terminal could interpret, but keep line ends."""
     return _escaped(text, lambda letter: f"\\u{ord(letter):04x}" if letter < "\U00010000" else f"\\U{ord(letter):08x}")
 
 
@@ -135,15 +127,15 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def show(shown: Instance, output: str, warnings: Sequence[str] = ()) -> None:
-    """Print an instance: its id and state, or all of it but its commands.
+def print_instance(instance: Instance, output: str, warnings: Sequence[str] = ()) -> None:
+    """Print an instance: its id and state as text, or everything but its commands as JSON.
 
-    Warnings go to stderr; with `--output json` they are a member of the document, so that both streams stay readable.
+    Warnings go to stderr. With `--output json` they are a member of the document instead.
     """
     from thrave.compute.description_files import document
 
-    said = document(shown) | ({"warnings": [*warnings]} if warnings else {})
-    print_result(output, said, f"{shown.instance_id} {shown.state}")
+    result = document(instance) | ({"warnings": [*warnings]} if warnings else {})
+    print_result(output, result, f"{instance.instance_id} {instance.state}")
     if output == "text":
         for warning in warnings:
             click.echo(printable_lines(f"Warning: {warning}."), err=True)
@@ -157,7 +149,7 @@ SIZE_UNITS = {"": 1, "B": 1} | {
 
 
 def format_size(size: int) -> str:
-    """A number of bytes for people, in powers of 1024."""
+    """Format a number of bytes, in powers of 1024."""
     if size < 1024:
         return f"{size} bytes"
     power = min((size.bit_length() - 1) // 10, 4)
@@ -165,7 +157,7 @@ def format_size(size: int) -> str:
 
 
 def manifest_document(manifest: Manifest) -> dict[str, object]:
-    """What a manifest says, as JSON."""
+    """The content of a manifest as JSON."""
     return {
         "name": manifest.name,
         "accountId": manifest.user,
@@ -187,12 +179,12 @@ def manifest_document(manifest: Manifest) -> dict[str, object]:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """What a manifest says, as a table: all of it but the keys, and the names of 20 parts at most."""
-    said = manifest_document(manifest)
+    """The content of a manifest as a table, without the keys and with at most 20 parts."""
+    document = manifest_document(manifest)
     rows: list[tuple[str, ...]]
     rows = [
         (name, printable(str(value)))
-        for name, value in said.items()
+        for name, value in document.items()
         if value is not None and not isinstance(value, list)
     ]
     rows += [("productCodes", printable(code)) for code in manifest.product_codes]
@@ -201,19 +193,19 @@ def manifest_text(manifest: Manifest) -> str:
     rows += [(f"part {part.index}", f"{printable(part.filename)}  SHA-1 {part.sha1}") for part in manifest.parts[:20]]
     if len(manifest.parts) > 20:
         rows.append(("…", f"and {len(manifest.parts) - 20} more parts (--output json lists all)"))
-    return table(("WHAT", "THE MANIFEST SAYS (nothing is checked)"), rows)
+    return table(("FIELD", "VALUE (not verified)"), rows)
 
 
 def verified_document(verified: VerifyResult) -> dict[str, object]:
-    """What a reader has checked, and the manifest it read, as JSON."""
+    """The results of all checks and the manifest, as JSON."""
     checks = [{"subject": check.subject, "checked": check.checked, "detail": check.detail} for check in verified.checks]
     return {"checks": checks, **manifest_document(verified.manifest)}
 
 
 def verified_text(verified: VerifyResult) -> str:
-    """What a reader has checked and could not check, as a table."""
-    answer: Mapping[bool, str] = {True: "holds", False: "NOT CHECKED"}
-    rows: list[tuple[str, ...]] = [(check.subject, answer[check.checked], check.detail) for check in verified.checks]
+    """The results of all checks as a table."""
+    result: Mapping[bool, str] = {True: "ok", False: "NOT CHECKED"}
+    rows: list[tuple[str, ...]] = [(check.subject, result[check.checked], check.detail) for check in verified.checks]
     return table(("CHECK", "RESULT", "DETAIL"), rows)
 
 
@@ -221,7 +213,7 @@ TIME_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def format_duration(time: timedelta) -> str:
-    """How long something takes, for people: `0.4 s`, `42 s`, `7 min`, `3.5 h`, `12 d`."""
+    """Format a duration: `0.4 s`, `42 s`, `7 min`, `3.5 h`, `12 d`."""
     seconds = max(time.total_seconds(), 0)
     if seconds < 10:
         return f"{seconds:.1f} s"

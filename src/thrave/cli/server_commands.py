@@ -1,4 +1,4 @@
-"""`thrave serve`: the whole service in one process; `thrave api` and `thrave agent`: the same for a fleet."""
+"""`thrave serve` (the whole service in one process), `thrave api` and `thrave agent` (the processes of a fleet)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Log:
-    """How the last line of the log is written."""
+    """Format of the last log line, which is written without the logger."""
 
     json = False
 
@@ -34,7 +34,7 @@ LISTEN_PORT = click.option(
     "-p", "--listen-port", type=int, help="TCP port to listen on; 0: any free port.  [default: 8773]"
 )
 CONFIG = click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, as TOML."
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings file (TOML)."
 )
 
 
@@ -47,24 +47,24 @@ CONFIG = click.option(
 def serve(
     data_dir: Path | None, listen_address: str | None, listen_port: int | None, config: Path | None, output: str
 ) -> None:
-    """Answer EC2 clients: API, worker and store in one process.
+    """Run the service on one machine: EC2 API, worker and store in one process.
 
-    Prints `listening on URL` once it answers. SIGTERM stops it; a bundle task under way goes on at the next start.
-    Every setting may also be given in the environment (THRAVE_DATA_DIR, THRAVE_LISTEN_PORT, …) or in the --config file.
-    On any address but loopback the settings tls_certificate_file and tls_key_file are required.
+    Prints `listening on URL` when it accepts requests. SIGTERM stops it; a running bundle task resumes at the next
+    start. Every setting can also be given in the environment (THRAVE_DATA_DIR, THRAVE_LISTEN_PORT, …) or in the
+    --config file. On any address but loopback the settings tls_certificate_file and tls_key_file are required.
 
     \b
     Example:
       thrave serve --data-dir /var/lib/thrave --listen-port 8773
       aws --endpoint-url http://127.0.0.1:8773 ec2 describe-bundle-tasks
 
-    Exit codes: 0 stopped, 1 the address, certificate, database or vault's key cannot be used, 2 a setting is wrong, 4 a
-    service runs on the data directory already, or it would be plain HTTP where others can read it, 30 the drain was
-    ended while the service drained: start it again, 75 another process is this host's agent now.
+    Exit codes: 0 stopped, 1 the address, certificate, database or vault key cannot be used, 2 a setting is wrong, 4
+    another service uses the data directory, or plain HTTP on a public address, 30 the drain was ended while the service
+    drained: start it again, 75 another process is now the agent of this host.
     """
     _stop_on_signals()
     make_files_private()
-    settings = _settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
+    settings = _load_settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
     with quick_imports():
         from thrave import server
 
@@ -81,21 +81,21 @@ def serve(
 def api(
     data_dir: Path | None, listen_address: str | None, listen_port: int | None, config: Path | None, output: str
 ) -> None:
-    """Answer EC2 clients for a fleet; any number of these may run.
+    """Run an API process of a fleet. Any number of them can run.
 
-    The hosts' agents (`thrave agent`) do the tasks. All share one PostgreSQL, the setting database_url. The data
-    directory needs a copy of vault.key and service/ of the process that was started first.
+    The agents of the hosts (`thrave agent`) run the tasks. All processes share one PostgreSQL, the setting
+    database_url. The data directory needs a copy of vault.key and service/ of the process that was started first.
 
     \b
     Example:
       THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave api --data-dir /var/lib/thrave
 
-    Exit codes: 0 stopped, 1 the address, certificate, database or vault's key cannot be used, 2 a setting is wrong, 4
-    it would be plain HTTP where others can read it.
+    Exit codes: 0 stopped, 1 the address, certificate, database or vault key cannot be used, 2 a setting is wrong, 4
+    plain HTTP on a public address.
     """
     _stop_on_signals()
     make_files_private()
-    settings = _settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
+    settings = _load_settings(config, data_dir=data_dir, listen_address=listen_address, listen_port=listen_port)
     _require_fleet(settings, "api")
     with quick_imports():
         from thrave import server
@@ -110,23 +110,23 @@ def api(
 @CONFIG
 @output_option
 def agent(host_id: str | None, data_dir: Path | None, config: Path | None, output: str) -> None:
-    """Do the bundle tasks of a hypervisor host; one of these runs on each.
+    """Run the agent of a hypervisor host, which runs the host's bundle tasks. One agent runs on each host.
 
-    Prints `working as NAME` once it does. SIGTERM stops it; a bundle task under way goes on at the next start. `thrave
-    host drain NAME` has it finish what it has begun, and end. An agent that is started under the name of another one
-    takes its place, and the other one ends.
+    Prints `working as ID` when it has started. SIGTERM stops it; a running bundle task resumes at the next start.
+    After `thrave host drain ID` the agent finishes the tasks that it has begun, and exits. An agent that starts with
+    the ID of a running agent replaces it, and the other agent exits.
 
     \b
     Example:
       THRAVE_DATABASE_URL=postgresql://thrave@db.example/thrave thrave agent --host-id kvm-17 -d /var/lib/thrave
 
-    Exit codes: 0 stopped or drained, 1 the database or the vault's key cannot be used, 2 a setting is wrong, 30 the
-    drain was ended while the agent drained: start it again, 75 another process is this host's agent now, or another
-    host has adopted its tasks.
+    Exit codes: 0 stopped or drained, 1 the database or the vault key cannot be used, 2 a setting is wrong, 30 the drain
+    was ended while the agent drained: start it again, 75 another process is now the agent of this host, or another host
+    has adopted its tasks.
     """
     _stop_on_signals()
     make_files_private()
-    settings = _settings(config, data_dir=data_dir, host_id=host_id)
+    settings = _load_settings(config, data_dir=data_dir, host_id=host_id)
     _require_fleet(settings, "agent")
     if "host_id" not in settings.model_fields_set:
         raise click.UsageError(
@@ -142,7 +142,7 @@ def agent(host_id: str | None, data_dir: Path | None, config: Path | None, outpu
     _end()
 
 
-def _settings(config: Path | None, **given: object) -> Settings:
+def _load_settings(config: Path | None, **given: object) -> Settings:
     settings = read_settings(config, **given)
     with quick_imports():
         from thrave.logs import configure_logs
@@ -153,7 +153,7 @@ def _settings(config: Path | None, **given: object) -> Settings:
 
 
 def _require_fleet(settings: Settings, command: str) -> None:
-    """Raise click's UsageError without the database that a fleet's processes share."""
+    """Raise click's UsageError without a database that all processes of a fleet share."""
     if settings.database_url is None:
         raise click.UsageError(
             f"thrave {command} is a process of a fleet and needs the setting database_url: "
@@ -162,10 +162,10 @@ def _require_fleet(settings: Settings, command: str) -> None:
 
 
 def _stop_on_signals() -> None:
-    """End at SIGTERM, SIGINT and SIGHUP, at any moment of the start.
+    """Exit on SIGTERM, SIGINT and SIGHUP, also during the start.
 
-    While the server runs, uvicorn answers the requests under way first; then it raises the signal again. SIGHUP is left
-    alone where it is ignored already (nohup).
+    While the server runs, uvicorn first finishes the current requests and then raises the signal again. SIGHUP stays
+    ignored if it is ignored already (nohup).
     """
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
@@ -182,10 +182,10 @@ def _stop(_number: int, _frame: object) -> None:
 
 
 def _end() -> None:
-    """End as if killed: there is one way to come back."""
+    """Exit as if killed, so that every start recovers in the same way."""
     pid = os.getpid()
     line = f'{{"event": "stopped", "level": "info", "pid": {pid}}}' if _log.json else f"thrave: stopped (process {pid})"
-    # A signal may have interrupted the logger, whose lock must not be waited for here. Or nobody reads any more.
+    # Not through the logger: the signal may have interrupted it while it holds its lock. stderr may be closed.
     with suppress(OSError, RuntimeError, ValueError):
         sys.stdout.flush()
         os.write(sys.stderr.fileno(), f"{line}\n".encode())

@@ -1,6 +1,6 @@
 """`thrave task`: the bundle tasks of all accounts, for the operator, whether the service runs or not.
 
-It reads the service's database and changes nothing there but to cancel a task, by the rules of CancelBundleTask.
+The commands read the service's database. Only `cancel` changes it, by the rules of CancelBundleTask.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.exit_codes import Exit
-from thrave.cli.main import exit_code
+from thrave.cli.exit_codes import Exit, exit_code
 from thrave.cli.options import Since, open_service, settings_option
 from thrave.cli.output import output_option, print_result
 from thrave.tasks.models import UNFINISHED, BundleTaskState
@@ -25,15 +24,14 @@ if TYPE_CHECKING:
     from thrave.tasks.queries import TaskQueries, TaskReport
     from thrave.tasks.repository import TaskRepository
 
-_LIMIT = 100
-_WATCHED_AT_ONCE = 1000
-
+_DEFAULT_LIMIT = 100
+_MAX_WATCHED = 1000
 _STATE = click.Choice([state.value for state in BundleTaskState])
 
 
 @click.group()
 def task() -> None:
-    """Bundle tasks of all accounts: what they do, what they did, and why one failed.
+    """Show and cancel the bundle tasks of all accounts.
 
     \b
     Example:
@@ -43,14 +41,16 @@ def task() -> None:
 
 
 @task.command("list")
-@click.option("--state", "states", type=_STATE, multiple=True, help="In this state; may be given several times.")
-@click.option("--unfinished", is_flag=True, help="In any state but complete and failed.")
-@click.option("--account", "account_id", metavar="ID", help="Of this account.")
-@click.option("--instance", "instance_id", metavar="i-…", help="Of this instance.")
-@click.option("--host", metavar="NAME", help="On this host.")
-@click.option("--since", type=Since(), metavar="TIME", help="Asked for since then: 2h, 3d or 2026-11-23T19:00Z.")
+@click.option("--state", "states", type=_STATE, multiple=True, help="Tasks in this state. Repeatable.")
+@click.option("--unfinished", is_flag=True, help="Tasks in any state but complete and failed.")
+@click.option("--account", "account_id", metavar="ID", help="Tasks of this account.")
+@click.option("--instance", "instance_id", metavar="i-…", help="Tasks of this instance.")
+@click.option("--host-id", metavar="ID", help="Tasks of this host.")
 @click.option(
-    "--limit", type=click.IntRange(1, 10000), default=_LIMIT, show_default=True, help="How many, the newest ones."
+    "--since", type=Since(), metavar="TIME", help="Tasks requested since this time: 2h, 3d or 2026-11-23T19:00Z."
+)
+@click.option(
+    "--limit", type=click.IntRange(1, 10000), default=_DEFAULT_LIMIT, show_default=True, help="Number of newest tasks."
 )
 @settings_option
 @output_option
@@ -61,7 +61,7 @@ def list_(
     unfinished: bool,
     account_id: str | None,
     instance_id: str | None,
-    host: str | None,
+    host_id: str | None,
     since: datetime | None,
     limit: int,
     output: str,
@@ -71,7 +71,7 @@ def list_(
     \b
     Example:
       thrave task list
-      thrave task list --unfinished --host kvm-17 --output json
+      thrave task list --unfinished --host-id kvm-17 --output json
     """
     from thrave.cli.task_output import task_document, task_table
     from thrave.tasks.queries import TaskFilter
@@ -80,15 +80,15 @@ def list_(
         states=frozenset(map(BundleTaskState, states)) | (UNFINISHED if unfinished else frozenset()),
         account_id=account_id,
         instance_id=instance_id,
-        host=host,
+        host=host_id,
         since=since,
     )
-    with _overview(settings) as (overview, records):
-        found, now = overview.latest(wanted, limit=limit + 1), records.now()
+    with _open_queries(settings) as (queries, records):
+        found, now = queries.latest(wanted, limit=limit + 1), records.now()
     shown, more = found[-limit:], len(found) > limit
     print_result(output, {"tasks": [task_document(seen) for seen in shown], "more": more}, task_table(shown, now))
     if more:
-        click.echo(f"There are older ones: these are the newest {limit}; see --limit.", err=True)
+        click.echo(f"Only the newest {limit} tasks are shown; see --limit.", err=True)
 
 
 @task.command()
@@ -96,21 +96,21 @@ def list_(
 @settings_option
 @output_option
 def show(settings: Settings, bundle_id: str, output: str) -> None:
-    """Show all that is known of the task with the id BUN.
+    """Show everything about the task with the id BUN.
 
-    Its states with their times, what it has stored and how fast, how often a host began it; if it failed the reason,
-    what to do about it, and what could not be removed from the bucket.
+    States with their times, stored parts, rate and attempts. For a failed task also the reason, what to do, and objects
+    that could not be removed from the bucket.
 
     \b
     Example:
       thrave task show bun-0123456789abcdef0
 
-    Exit codes: 0 it is shown, however it ended, 3 there is no such task.
+    Exit codes: 0 shown, however the task ended, 3 unknown task.
     """
     from thrave.cli.task_output import TaskStory, story_document, story_text
 
-    with _overview(settings) as (overview, records):
-        (seen,) = overview.of([bundle_id])
+    with _open_queries(settings) as (queries, records):
+        (seen,) = queries.of([bundle_id])
         story = TaskStory(seen, records.history(bundle_id), records.now())
     print_result(output, story_document(story), story_text(story))
 
@@ -120,27 +120,27 @@ def show(settings: Settings, bundle_id: str, output: str) -> None:
 @settings_option
 @output_option
 def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
-    """Watch tasks until they end: those with the ids BUN, or all that have not ended now.
+    """Watch tasks until they end: those with the ids BUN, or all unfinished tasks.
 
-    Bars on a terminal; elsewhere a line for each change of state and each tenth. They go to stderr; how the tasks ended
-    is printed at the end. Ctrl-C ends the watch, not the tasks.
+    Progress goes to stderr: bars on a terminal, otherwise a line for each change of state and each 10 %. The results
+    are printed at the end. Ctrl-C ends the watch, not the tasks.
 
     \b
     Example:
       thrave task watch bun-0123456789abcdef0 && echo done
 
-    Exit codes: 0 all are complete, 3 there is no such task, 20 one failed, 21 none failed but one was cancelled.
+    Exit codes: 0 all are complete, 3 unknown task, 20 one failed, 21 none failed but one was cancelled.
     """
     from thrave.cli.task_output import task_document, task_table
     from thrave.cli.task_output import watch as watch_tasks
 
-    with _overview(settings) as (overview, records):
-        watched = bundle_ids or _unfinished(overview)
+    with _open_queries(settings) as (queries, records):
+        watched = bundle_ids or _unfinished(queries)
         if not watched:
             click.echo("There are no unfinished tasks to watch.", err=True)
-        ended, now = watch_tasks(overview, watched), records.now()
+        ended, now = watch_tasks(queries, watched), records.now()
     print_result(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, now))
-    sys.exit(_worst(ended))
+    sys.exit(_worst_exit(ended))
 
 
 @task.command()
@@ -150,24 +150,24 @@ def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
 def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
     """Cancel the tasks with the ids BUN, as CancelBundleTask does for their owners.
 
-    What a task has stored is removed and its instance is started again by its host; it then ends as failed, with
-    Client.Cancelled. One that nobody has begun ends at once.
+    The host deletes the stored objects and starts the instance again. The task then ends as failed, with
+    Client.Cancelled. A task that has not begun ends at once.
 
     \b
     Example:
       thrave task cancel bun-0123456789abcdef0
 
-    Exit codes: 0 all are being cancelled, 3 there is no such task, 4 one has ended, or is being cancelled already. The
-    others are cancelled nevertheless.
+    Exit codes: 0 all are being cancelled, 3 unknown task, 4 a task has ended or is already being cancelled. The other
+    tasks are cancelled anyway.
     """
     from thrave.cli.task_output import task_document
     from thrave.tasks.errors import BundleTaskError
 
     cancelled, codes = [], []
-    with _overview(settings) as (overview, records):
+    with _open_queries(settings) as (queries, records):
         for bundle_id in bundle_ids:
             try:
-                cancelled.append(_cancel(overview, records, bundle_id))
+                cancelled.append(_cancel(queries, records, bundle_id))
             except BundleTaskError as error:
                 click.echo(f"thrave: {bundle_id}: {error}", err=True)
                 codes.append(exit_code(error) or Exit.FAILED)
@@ -177,35 +177,35 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
 
 
 @contextmanager
-def _overview(settings: Settings) -> Iterator[tuple[TaskQueries, TaskRepository]]:
+def _open_queries(settings: Settings) -> Iterator[tuple[TaskQueries, TaskRepository]]:
     from thrave.tasks.queries import TaskQueries
 
-    with open_service(settings) as ground:
-        records = ground.records()
-        yield TaskQueries(ground.database, records), records
+    with open_service(settings) as components:
+        records = components.records()
+        yield TaskQueries(components.database, records), records
 
 
-def _unfinished(overview: TaskQueries) -> list[str]:
+def _unfinished(queries: TaskQueries) -> list[str]:
     from thrave.tasks.queries import TaskFilter
 
-    tasks = overview.latest(TaskFilter(states=UNFINISHED), limit=_WATCHED_AT_ONCE)
+    tasks = queries.latest(TaskFilter(states=UNFINISHED), limit=_MAX_WATCHED)
     return [seen.task.bundle_id for seen in tasks]
 
 
-def _cancel(overview: TaskQueries, records: TaskRepository, bundle_id: str) -> TaskReport:
+def _cancel(queries: TaskQueries, records: TaskRepository, bundle_id: str) -> TaskReport:
     """Cancel a task. Raises BundleTaskNotFound, or BundleTaskNotCancellable."""
     from thrave.tasks.errors import BundleTaskNotCancellable
 
     cancelled = records.cancel(bundle_id)
-    (seen,) = overview.of([bundle_id])
+    (seen,) = queries.of([bundle_id])
     if not cancelled:
         raise BundleTaskNotCancellable(seen.task.state)
     records.add_event(bundle_id, "An operator has cancelled it.")
     return seen
 
 
-def _worst(ended: Sequence[TaskReport]) -> Exit:
-    """How a watch ends: a failure counts more than a cancellation."""
+def _worst_exit(ended: Sequence[TaskReport]) -> Exit:
+    """Exit code of a watch: a failure counts more than a cancellation."""
     from thrave.tasks.errors import TaskCancelled
 
     reasons = {seen.task.error_code for seen in ended if seen.task.error_code}

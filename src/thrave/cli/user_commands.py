@@ -1,7 +1,7 @@
-"""`thrave account user`: users below an account, what each may do, and their access keys.
+"""`thrave account user`: users of an account, their policies and access keys.
 
-A user may do nothing until a policy says so. A policy that is not fully understood is refused, with the reason, and the
-one that it was to replace stays.
+A user may do only what a policy allows. A policy with an element that Thrave does not support is refused with the
+reason, and the existing policy stays.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from thrave.cli.options import open_identity, settings_option
-from thrave.cli.output import key_document, key_documents, output_option, print_result, secrets_as_text, table
+from thrave.cli.options import delete_access_key, open_identity, settings_option
+from thrave.cli.output import (
+    key_document,
+    key_documents,
+    key_ids,
+    output_option,
+    print_new_secret,
+    print_result,
+    table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,18 +33,18 @@ _policy = click.argument("policy_name", metavar="POLICY")
 
 
 def _of_user(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command what each has that is about one user: ACCOUNT and USER, the settings and `--output`."""
+    """Add the parameters of each command about one user: ACCOUNT, USER, the settings and `--output`."""
     return _account(_user(settings_option(output_option(command))))
 
 
 @click.group()
 def user() -> None:
-    """Users below an account, who may do what their policies allow. ACCOUNT is an account's id.
+    """Manage the users of an account. A user may do what its policies allow. ACCOUNT is an account id.
 
     \b
     Example:
       thrave account user create 123456789012 bob
-      thrave account user policy put 123456789012 bob look look.json
+      thrave account user policy put 123456789012 bob read-only policy.json
       thrave account user key create 123456789012 bob
     """
 
@@ -44,7 +52,7 @@ def user() -> None:
 @user.command()
 @_of_user
 def create(settings: Settings, account_id: str, user_name: str, output: str) -> None:
-    """Create a user, who may do nothing yet and has no access key.
+    """Create a user without permissions and without an access key.
 
     \b
     Example:
@@ -61,7 +69,7 @@ def create(settings: Settings, account_id: str, user_name: str, output: str) -> 
 @settings_option
 @output_option
 def list_(settings: Settings, account_id: str, output: str) -> None:
-    """List the users of an account, with the names of their policies and their access keys.
+    """List the users of an account with their policy names and access keys.
 
     \b
     Example:
@@ -85,8 +93,7 @@ def list_(settings: Settings, account_id: str, output: str) -> None:
         for found, policies, keys in listed
     ]
     rows: list[tuple[str, ...]] = [
-        (found.user_name, " ".join(policies), " ".join(key.access_key_id for key in keys))
-        for found, policies, keys in listed
+        (found.user_name, " ".join(policies), key_ids(keys)) for found, policies, keys in listed
     ]
     print_result(output, {"users": documents}, table(("USER", "POLICIES", "ACCESS KEYS"), rows))
 
@@ -94,7 +101,7 @@ def list_(settings: Settings, account_id: str, output: str) -> None:
 @user.command()
 @_of_user
 def delete(settings: Settings, account_id: str, user_name: str, output: str) -> None:
-    """Delete a user with all access keys and policies.
+    """Delete a user with all its access keys and policies.
 
     \b
     Example:
@@ -107,11 +114,11 @@ def delete(settings: Settings, account_id: str, user_name: str, output: str) -> 
 
 @user.group()
 def policy() -> None:
-    """Policies of a user, in IAM's JSON language.
+    """Manage the policies of a user, in the JSON language of IAM.
 
     \b
     Example:
-      thrave account user policy put 123456789012 bob look look.json
+      thrave account user policy put 123456789012 bob read-only policy.json
     """
 
 
@@ -122,38 +129,38 @@ def policy() -> None:
 def put_policy(
     settings: Settings, *, account_id: str, user_name: str, policy_name: str, file: IO[bytes], output: str
 ) -> None:
-    """Give a user the policy in FILE (`-` is stdin) under the name POLICY, in place of one of that name.
+    """Store the policy in FILE (`-` is stdin) for a user under the name POLICY. Replaces a policy of that name.
 
     \b
     Example:
-      thrave account user policy put 123456789012 bob look look.json
+      thrave account user policy put 123456789012 bob read-only policy.json
     """
-    document = file.read().decode("utf-8-sig", errors="replace")  # editors on Windows begin a file with a mark
+    document = file.read().decode("utf-8-sig", errors="replace")  # editors on Windows write a byte order mark
     with open_identity(settings) as (_, users):
         users.put_policy(account_id, user_name, policy_name, document)
-    _warn_of_unknown_actions(document)
+    _warn_about_unknown_actions(document)
     print_result(
         output, {"userName": user_name, "policyName": policy_name}, f"{user_name} has the policy {policy_name}"
     )
 
 
-def _warn_of_unknown_actions(document: str) -> None:
+def _warn_about_unknown_actions(document: str) -> None:
     from thrave.ec2.service_models import EC2
     from thrave.identity.policies import unmatched_actions
 
     for action in unmatched_actions(document, EC2.name, EC2.model.operation_names):
-        click.echo(f'thrave: warning: EC2 has no action "{action}"; that part of the policy means nothing', err=True)
+        click.echo(f'thrave: warning: EC2 has no action "{action}"; this part of the policy has no effect', err=True)
 
 
 @policy.command("delete")
 @_of_user
 @_policy
 def delete_policy(settings: Settings, account_id: str, user_name: str, policy_name: str, output: str) -> None:
-    """Take a policy of a user away.
+    """Delete a policy of a user.
 
     \b
     Example:
-      thrave account user policy delete 123456789012 bob look
+      thrave account user policy delete 123456789012 bob read-only
     """
     with open_identity(settings) as (_, users):
         users.delete_policy(account_id, user_name, policy_name)
@@ -178,11 +185,11 @@ def list_policies(settings: Settings, account_id: str, user_name: str, output: s
 @_of_user
 @_policy
 def show_policy(settings: Settings, account_id: str, user_name: str, policy_name: str, output: str) -> None:
-    """Show a policy of a user, as it was given.
+    """Show a policy of a user exactly as it was stored.
 
     \b
     Example:
-      thrave account user policy show 123456789012 bob look
+      thrave account user policy show 123456789012 bob read-only
     """
     with open_identity(settings) as (_, users):
         text = users.policy(account_id, user_name, policy_name)
@@ -192,7 +199,7 @@ def show_policy(settings: Settings, account_id: str, user_name: str, policy_name
 
 @user.group()
 def key() -> None:
-    """Access keys of a user: two at most, so that one can be replaced while the other works.
+    """Manage the access keys of a user. Two at most, so that one can be replaced while the other works.
 
     \b
     Example:
@@ -203,7 +210,7 @@ def key() -> None:
 @key.command("create")
 @_of_user
 def create_key(settings: Settings, account_id: str, user_name: str, output: str) -> None:
-    """Give a user another access key, shown once.
+    """Create an access key for a user. The secret is shown once.
 
     \b
     Example:
@@ -211,9 +218,9 @@ def create_key(settings: Settings, account_id: str, user_name: str, output: str)
     """
     with open_identity(settings) as (accounts, users):
         found = users.get(account_id, user_name)
-        made = accounts.create_key(account_id, found)
-    document = {"accountId": account_id, "userName": found.user_name, **key_document(made)}
-    print_result(output, {**document}, secrets_as_text(document))
+        new_key = accounts.create_key(account_id, found)
+    document = {"accountId": account_id, "userName": found.user_name, **key_document(new_key)}
+    print_new_secret(output, document)
 
 
 @key.command("delete")
@@ -221,12 +228,10 @@ def create_key(settings: Settings, account_id: str, user_name: str, output: str)
 @settings_option
 @output_option
 def delete_key(settings: Settings, access_key_id: str, output: str) -> None:
-    """Delete the access key with the id KEY; requests that it signs are refused within a second.
+    """Delete the access key with the id KEY. Requests that it signs are refused within one second.
 
     \b
     Example:
       thrave account user key delete AKIAIOSFODNN7EXAMPLE
     """
-    with open_identity(settings) as (accounts, _):
-        accounts.delete_key(access_key_id)
-    print_result(output, {"accessKeyId": access_key_id}, f"deleted {access_key_id}")
+    delete_access_key(settings, access_key_id, output)
