@@ -292,7 +292,7 @@ def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench, stall_c
     def work():
         with bench.watch(stall_timeout=1.0) as watch:
             for _ in range(5):
-                stall_clock.set_progress(0.4)
+                stall_clock.advance(0.4)
                 watch.pause(0.01)
             waited.set()
             stall_clock.run()

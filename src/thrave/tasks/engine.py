@@ -1,17 +1,16 @@
-"""Durable execution: a bundle task goes on where it was after the process that ran it has died.
+"""Task queue and worker on DBOS, which runs a bundle task again after a crash. No other module uses DBOS.
 
-This is the only module that knows DBOS. Its conditions, each measured to be necessary: a fixed executor id, which is
-the host's name, and one worker process a host, since recovery looks for the tasks of its own executor id; a pinned
-application version, given at enqueue, since DBOS recovers only its own version's tasks; the portable JSON serialiser,
-since the default is pickle; the queue of a host named on every enqueue; our record and the workflow committed in one
-transaction. (No deduplication id: the database's own index on tasks in progress refuses a second task on an instance,
-without DBOS's moment between the end of a task and the end of its workflow.) It never decides what a task does: that
-is `bundling.py`.
-
-DBOS only makes sure that a host runs a task. A workflow has no steps of DBOS's: what comes next stands in the task's
-row, so a workflow that is run twice, late, or after the task's end does no harm. A task that nothing runs (its workflow
-is of an earlier version, DBOS has given it up, or its thread has ended) is given another workflow by `hosts.py`.
+A DBOS workflow here has no DBOS steps: the task's row names the next step, so a workflow that runs twice, late, or
+after the task's end does no harm. A task that nothing runs (its workflow belongs to an earlier version, DBOS has given
+up on it, or its thread has ended) gets another workflow from `hosts.py`. What a task does is in `workflow.py`.
 """
+
+# Conditions of DBOS, each measured to be necessary: a fixed executor id (the host's id) and one worker process per
+# host, since recovery looks for the tasks of its own executor id; a pinned application version, given at enqueue, since DBOS
+# recovers only tasks of its own version; the portable JSON serialiser, since the default is pickle; the host's queue
+# named on every enqueue; the task's row and the workflow committed in one transaction. No deduplication id: the
+# database's index on tasks in progress refuses a second task on an instance, also between the end of a task and the end
+# of its workflow.
 
 import logging
 import secrets
@@ -26,16 +25,16 @@ from dbos import DBOSPortableJSONSerializer as PortableJSON
 
 from thrave.database import with_timeouts
 
-# Raised only when the steps of `bundling.py` change in a way that a task begun before cannot follow. Such a task is
-# run anew: every step can be taken up from the record.
+# Raised only when the steps of `workflow.py` change so that a started task cannot continue. Such a task is run again:
+# every step resumes from the task's row.
 APPLICATION_VERSION = "bundle-4"
 WORKFLOW = "bundle_instance"
-POLLING_INTERVAL = 0.25  # seconds from record to start at the most; DBOS polls its queues on every database
-# The same where many hosts look into one PostgreSQL: each look costs it a millisecond of CPU time, so that a thousand
-# hosts would keep four cores busy by looking four times a second (docs/explanation/scale.md).
+POLLING_INTERVAL = 0.25  # maximum seconds from enqueue to start; DBOS polls its queues on every database
+# The same where many hosts poll one PostgreSQL: each poll costs it a millisecond of CPU time, so a thousand hosts that
+# poll four times a second would keep four cores busy (docs/explanation/scale.md).
 FLEET_POLLING_INTERVAL = 1.0
 
-_FORGET_AT_ONCE = 1000  # workflows
+_MAX_DELETED = 1000  # workflows per call
 
 
 class RunningTasks:
@@ -47,7 +46,7 @@ class RunningTasks:
 
     @contextmanager
     def claimed(self, bundle_id: str) -> Iterator[bool]:
-        """Run a task within the block; gives False if it is running already."""
+        """Mark a task as running within the block; yields False if it is running already."""
         with self._lock:
             is_first = bundle_id not in self._ids
             self._ids.add(bundle_id)
@@ -64,14 +63,14 @@ class RunningTasks:
 
 
 RUNNING = RunningTasks()
-"""Of this process: DBOS has one engine in it."""
+"""The tasks of this process: DBOS has one engine per process."""
 
 
 class TaskQueue:
-    """The queue of each host. Any process that has the database can hand a task to a host."""
+    """The queue of each host. Any process with access to the database can enqueue a task for a host."""
 
     def __init__(self, database_url: str) -> None:
-        """Open the queues in the database at `database_url`, making the engine's own tables if they are not there."""
+        """Open the queues in the database at `database_url`; create the engine's own tables if they are missing."""
         _quieten()
         database_url = with_timeouts(database_url)
         DBOS.migrate(database_url)
@@ -80,40 +79,40 @@ class TaskQueue:
         )
 
     def enqueue(self, connection: sa.Connection, bundle_id: str, host: str) -> None:
-        """Have a host run a task; takes effect when the caller's transaction commits."""
+        """Enqueue a task for a host; takes effect when the caller's transaction commits."""
         self._enqueue(connection, bundle_id, host, workflow_id=bundle_id)
 
     def requeue(self, connection: sa.Connection, bundle_id: str, host: str) -> None:
-        """Have a host run a task that has been enqueued before, there or elsewhere, and whose workflow is lost."""
+        """Enqueue a task again whose workflow is lost, for the same host or another one."""
         self._enqueue(connection, bundle_id, host, workflow_id=f"{bundle_id}.{secrets.token_hex(4)}")
 
     def scheduled(self, host: str) -> frozenset[str]:
-        """The tasks that wait in a host's queue."""
+        """Return the tasks that wait in a host's queue."""
         return _tasks(self._unfinished(host, "ENQUEUED", app_version=APPLICATION_VERSION))
 
     def started(self, host: str) -> frozenset[str]:
-        """The tasks whose workflows a host has begun and not ended; a thread runs them, or has died."""
+        """Return the tasks whose workflows a host has started and not ended. Their threads may have ended."""
         return _tasks(self._unfinished(host, "PENDING", app_version=APPLICATION_VERSION))
 
     def cancel(self, host: str, bundle_ids: Collection[str]) -> None:
-        """Have the engine give up a host's workflows of these tasks. One that runs is not stopped by that."""
+        """Cancel a host's workflows of these tasks in the engine. This does not stop a running one."""
         workflows = self._unfinished(host, "PENDING", "ENQUEUED")
-        if given_up := [each for each in workflows if _task(each) in bundle_ids]:
-            self._client.cancel_workflows(given_up)
+        if cancelled := [each for each in workflows if _task(each) in bundle_ids]:
+            self._client.cancel_workflows(cancelled)
 
     def cancel_other_versions(self, host: str) -> None:
-        """Have the engine give up a host's workflows of other versions, which it never runs."""
+        """Cancel a host's workflows of other versions, which the engine never runs."""
         both = "PENDING", "ENQUEUED"
         ours = self._unfinished(host, *both, app_version=APPLICATION_VERSION)
-        if strangers := [*set(self._unfinished(host, *both)) - set(ours)]:
-            self._client.cancel_workflows(strangers)
+        if others := [*set(self._unfinished(host, *both)) - set(ours)]:
+            self._client.cancel_workflows(others)
 
     def delete_ended(self, before: datetime) -> int:
-        """Forget workflows that ended before then, a thousand at the most; say how many."""
+        """Delete at most a thousand workflows that ended before a time; return how many."""
         ended = self._client.list_workflows(
             status=["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"],
             completed_before=before.isoformat(),
-            limit=_FORGET_AT_ONCE,
+            limit=_MAX_DELETED,
             load_input=False,
             load_output=False,
         )
@@ -121,7 +120,7 @@ class TaskQueue:
         return len(ended)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection to the database."""
         self._client.destroy()
 
     def _enqueue(self, connection: sa.Connection, bundle_id: str, host: str, *, workflow_id: str) -> None:
@@ -157,7 +156,7 @@ class TaskWorker:
         self._worker_concurrency = worker_concurrency
 
     def launch(self, bundle: Callable[[str], None]) -> None:
-        """Begin to run `bundle(bundle_id)` for every task in the host's queue, first those that a crash cut off."""
+        """Start to run `bundle(bundle_id)` for every task in the host's queue; interrupted tasks come first."""
         _quieten()
         config: DBOSConfig = {
             "name": "thrave",
@@ -178,7 +177,7 @@ class TaskWorker:
         )
 
     def drain(self, seconds: float) -> None:
-        """Take no more tasks, and wait until those under way have ended, `seconds` at the most."""
+        """Start no more tasks, and wait at most `seconds` until the running ones have ended."""
         DBOS.destroy(workflow_completion_timeout_sec=int(seconds))
 
 
@@ -201,7 +200,7 @@ def _queue(host: str) -> str:
 def _quieten() -> None:
     logger = logging.getLogger("dbos")
     logger.setLevel(logging.WARNING)
-    # DBOS gives its logger a handler of its own unless there is one. That would write past the limit that `logs.py` has
-    # for lines that repeat.
+    # DBOS adds a handler to its logger unless there is one. That handler would bypass the limit of `logs.py` for
+    # repeated lines.
     logger.handlers[:] = [logging.NullHandler()]
     logger.propagate = True

@@ -244,7 +244,7 @@ class _Removal:
         """Make one call with the timeout `stall_timeout`."""
         with _task_timeout(self._stall_timeout), CallGroup[_Result]() as calls:
             calls.start(partial(call, self._buckets.checking(calls.check_wanted)))
-            (answer,) = calls.remaining(within=self._stall_timeout)
+            (answer,) = calls.remaining(timeout=self._stall_timeout)
         return answer
 
     def delete(self, keys: set[str], manifest: bytes | None) -> None:
@@ -278,9 +278,9 @@ class _Removal:
             buckets = self._buckets.checking(calls.check_wanted)
             for key in keys:
                 if calls.pending >= _MAX_HEADS:
-                    found |= {each for each, exists in calls.results(within=self._stall_timeout) if exists}
+                    found |= {each for each, exists in calls.results(timeout=self._stall_timeout) if exists}
                 calls.start(partial(_head, buckets, self._place.bucket, key))
-            for each, exists in calls.remaining(within=self._stall_timeout):
+            for each, exists in calls.remaining(timeout=self._stall_timeout):
                 found |= {each} if exists else set()
         return found
 

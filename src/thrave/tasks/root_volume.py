@@ -1,13 +1,9 @@
-"""A root volume, opened and looked at in calls that can be abandoned.
+"""Checks a task's root volume, and opens it with calls that can be abandoned.
 
-No system call that waits for a disk can be interrupted. So nothing of a volume is read in the thread of a task's step.
-When the task is cancelled or nothing moves, a call that hangs is abandoned, and what would keep the machine from being
-started is taken out of its way: the locks on the image, the programs that have it open (`volumes/base.py`).
-Whoever is last closes the volume. The bytes that are sealed are read by the threads of `pipeline.py`.
-
-What is looked at before anything is stopped for a root volume, and again before it is read.
-
-That is its image's own words, and whether another machine has the same file. No data of a guest is read here.
+A system call that waits for a disk cannot be interrupted, so the thread of a task's step reads nothing of a volume. If
+the task is cancelled or stalls, a call that hangs is abandoned; the locks on the image are released and the programs
+that have it open are ended (`volumes/base.py`), so that the machine can start. The bytes that are sealed are read by
+the threads of `pipeline.py`. The checks read the image's metadata, no data of the guest.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,12 +33,12 @@ _Result = TypeVar("_Result")
 
 
 class Opening(Protocol):
-    """Opens a volume: `volumes.opening.open_volume` with its first arguments."""
+    """Opens a volume: `volumes.formats.open_volume` with its first arguments."""
 
     def __call__(
         self, *, warn: Warn, moved: Callable[[], None], interruption: Interruption
     ) -> AbstractContextManager[Volume]:
-        """Give the volume for the length of a block."""
+        """Return a context manager that opens the volume."""
 
 
 class VolumeReader:
@@ -50,17 +46,19 @@ class VolumeReader:
 
     Args:
         opening: Opens it.
-        watch: Says when to stop.
+        monitor: Raises when the work has to stop.
 
     Attributes:
-        warnings: What the image says of itself.
+        warnings: Warnings about the image.
     """
 
-    def __init__(self, opening: Opening, watch: TaskMonitor) -> None:
+    def __init__(self, opening: Opening, monitor: TaskMonitor) -> None:
         self.warnings: list[Warned] = []
-        self._watch = watch
+        self._monitor = monitor
         self._interruption = Interruption()
-        self._opened = opening(warn=self.warnings.append, moved=watch.report_activity, interruption=self._interruption)
+        self._opened = opening(
+            warn=self.warnings.append, moved=monitor.report_activity, interruption=self._interruption
+        )
         self._abandoned = False
         self._volume: _KnownVolume | None = None
 
@@ -70,12 +68,12 @@ class VolumeReader:
         assert self._volume is not None, "it is open"
         return self._volume
 
-    def run(self, look: Callable[[Volume], _Result]) -> _Result:
-        """Look at the volume. Raises what that raises, or why the work of the watch is to stop."""
-        return self._result_of(lambda: look(self.volume))
+    def run(self, work: Callable[[Volume], _Result]) -> _Result:
+        """Call `work` with the volume. Raises what it raises, or why the task has to stop."""
+        return self._result_of(lambda: work(self.volume))
 
     def __enter__(self) -> Self:
-        """Open it. Raises what opening it raises, or why the work of the watch is to stop."""
+        """Open it. Raises what that raises, or why the task has to stop."""
         volume = self._result_of(self._opened.__enter__)
         try:
             self._volume = _KnownVolume(volume, self._result_of(volume.extents))
@@ -87,7 +85,7 @@ class VolumeReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it. Raises VolumeChangedError if nothing has failed, and it was changed meanwhile."""
+        """Close it. Raises VolumeChangedError if the block succeeded and the volume was changed meanwhile."""
         if self._abandoned:
             return
         if error is None:
@@ -108,16 +106,16 @@ class VolumeReader:
     def _result_of(self, work: Callable[[], _Result]) -> _Result:
         call = Call("volume", work)
         try:
-            return self._watch.wait_for(call)
+            return self._monitor.wait_for(call)
         except BaseException as error:
             if call.is_running:
                 self._abandon(call, error)
             raise
 
     def _abandon(self, call: Call[_Result], error: BaseException) -> None:
-        """Have nothing of the volume in the machine's way; close it when the call has returned."""
+        """Release what keeps the machine from starting; close the volume when the call has returned."""
         self._abandoned = True
-        log.warning("a root volume that does not answer was abandoned", reason=str(error))
+        log.warning("root volume does not respond, abandoned", error=str(error))
         try:
             Call("interrupt volume", self._interruption.request).wait(CLOSE_TIMEOUT)
         except NoThreadError:
@@ -126,7 +124,7 @@ class VolumeReader:
 
 
 class _KnownVolume:
-    """A volume whose extents were read."""
+    """A volume whose extents were read before."""
 
     def __init__(self, volume: Volume, extents: Sequence[Extent]) -> None:
         self._volume = volume
@@ -143,20 +141,20 @@ class _KnownVolume:
 def check_root_volume(
     instances: HypervisorDriver, instance_id: str, volume: VolumeFile, directories: Sequence[Path]
 ) -> Sequence[Warned]:
-    """Look at a root volume whose machine may still run.
+    """Check a root volume whose machine may still run.
 
     Args:
-        instances: All of the host.
-        instance_id: Whose root volume it is; that machine itself is no other.
+        instances: The driver, which has all instances of the host.
+        instance_id: The instance of the root volume.
         volume: The volume.
-        directories: Where files may lie that its image refers to, besides the image's own folder.
+        directories: Folders for files that the image refers to, in addition to the image's own folder.
 
     Returns:
-        What the image says of itself that its owner should know.
+        Warnings about the image for its owner.
 
     Raises:
-        VolumeSharedError: Another machine, which is not off, has a file of it.
-        VolumeError: It cannot be read as a disk.
+        VolumeSharedError: Another machine, which is not off, uses a file of the volume.
+        VolumeError: The volume cannot be read as a disk.
     """
     examined = examine(volume.path, volume.format, directories=directories)
     users = find_users(instances, instance_id, examined, directories)
@@ -168,10 +166,10 @@ def check_root_volume(
 def find_users(
     instances: HypervisorDriver, instance_id: str, examined: Examined, directories: Sequence[Path]
 ) -> Sequence[str]:
-    """Which other machines, not off, have a file of a volume, in the operator's words.
+    """Return which other machines that are not off use a file of a volume, as text for the operator.
 
-    A file that both only read, as a template below the overlays of several machines, is nobody's alone and does not
-    count: one of them has to write to it.
+    A file that both only read does not count, such as a template below the overlays of several machines: one of the two
+    must write to it.
     """
 
     def is_same(other: VolumeFile) -> bool:
@@ -185,7 +183,7 @@ def find_users(
 
 
 def _topmost(volume: VolumeFile) -> Examined:
-    """Of an image that cannot be understood, the file itself."""
+    """Return the file itself, for an image that cannot be read."""
     try:
         return examine(volume.path, "raw")
     except VolumeError:

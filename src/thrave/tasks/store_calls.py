@@ -1,13 +1,9 @@
 """Concurrent calls to a store, each in a thread of its own.
 
-A call that hangs, in a store or a disk that does not respond, cannot be interrupted. Nobody who must react to a
-cancellation waits inside one: `stop` wakes whoever waits for results, and calls that still run a second later are
-abandoned. An abandoned call makes no further attempt (`CallGroup.check_wanted`). What its last attempt does is
-recorded by
-whoever has begun it, since a request that is under way cannot be taken back.
-
-No result and no failure can be lost: `pending` counts a call until its result was taken or its failure was raised, and
-a `with` block that ends without an error while one is pending is an error.
+A call that hangs in a store or a disk cannot be interrupted. So no thread that must react to a cancellation waits
+inside a call: `stop` wakes the threads that wait for results, and calls that still run a second later are abandoned.
+An abandoned call makes no further attempt (`CallGroup.check_wanted`). Its last request may still arrive, so its caller
+records the object before it starts the call.
 """
 
 import errno
@@ -23,10 +19,10 @@ from typing import Generic, Self, TypeVar
 from thrave.concurrency import NoThreadError, supervised
 from thrave.pipeline import StoppedError
 
-PATIENCE = 1.0
-"""Seconds that calls have to end when their results are no longer needed."""
+STOP_TIMEOUT = 1.0
+"""Seconds to wait for calls whose results are no longer needed, before they are abandoned."""
 START_TIMEOUT = 60.0
-"""Seconds for which a call is begun again while the machine has no thread for it."""
+"""Seconds to retry the start of a call while the host has no thread for it."""
 
 _PAUSE = 0.25  # seconds
 
@@ -34,12 +30,13 @@ R = TypeVar("R")
 
 
 class CallGroup(Generic[R]):
-    """A group of concurrent calls; a context manager, which abandons the calls that do not end in time.
+    """A group of concurrent calls; a context manager that abandons calls which do not end in time.
 
-    The `with` block takes every result, with `remaining` at its end.
+    The `with` block must take every result, with `remaining` at its end. No result and no error is lost: `pending`
+    counts a call until its result was taken or its error was raised.
 
     Args:
-        wake: Called when a call has failed, and by `stop`; wakes whoever waits for something else than a result.
+        wake: Called when a call has failed, and by `stop`: wakes threads that wait for something else than a result.
     """
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
@@ -55,18 +52,18 @@ class CallGroup(Generic[R]):
 
     @property
     def pending(self) -> int:
-        """Number of calls that have started and whose results were not taken; a failed call stays one of them."""
+        """Number of started calls whose results were not taken; a failed call stays pending."""
         with self._changed:
             return self._running + len(self._results) + len(self._failures)
 
     def start(self, call: Callable[[], R]) -> None:
         """Start a call in a thread of its own.
 
-        While the machine has no thread for it, it is tried again for `START_TIMEOUT` seconds.
+        Retries for `START_TIMEOUT` seconds while the host has no thread for it.
 
         Raises:
             StoppedError: The calls were stopped.
-            NoThreadError: There was no thread for it.
+            NoThreadError: The host had no thread for it.
             Exception: What an earlier call raised.
         """
         until = time.monotonic() + START_TIMEOUT
@@ -91,41 +88,41 @@ class CallGroup(Generic[R]):
             return False
         return True
 
-    def results(self, *, wait: bool = True, within: float | None = None) -> list[R]:
-        """Take the results that arrived since the last time, in any order; at least one if `wait`.
+    def results(self, *, wait: bool = True, timeout: float | None = None) -> list[R]:
+        """Take the results since the last call, in any order; at least one if `wait`.
 
         Raises:
-            TimeoutError: No call ended `within` so many seconds.
+            TimeoutError: No call ended within `timeout` seconds.
             StoppedError: The calls were stopped.
             Exception: What a call raised.
         """
         with self._changed:
-            if wait and not self._changed.wait_for(lambda: self._results or self._ends, within):
+            if wait and not self._changed.wait_for(lambda: self._results or self._ends, timeout):
                 raise TimeoutError
             self._check()
             taken, self._results = self._results, []
         return taken
 
-    def remaining(self, *, within: float | None = None) -> Iterator[R]:
-        """Yield the results of all calls that are pending, as they arrive; return when every call has ended.
+    def remaining(self, *, timeout: float | None = None) -> Iterator[R]:
+        """Yield the results of all pending calls, as they arrive; return when every call has ended.
 
-        This is how a group of calls ends. Raises as `results`, and so whenever a call has failed.
+        Raises as `results`; so it raises whenever a call has failed.
         """
         while self.pending:
-            yield from self.results(within=within)
+            yield from self.results(timeout=timeout)
 
     def check(self) -> None:
-        """Raise what a call raised, if one did."""
+        """Raise the first error of a call, if there is one."""
         if self._failures:
             raise self._failures[0]
 
     def check_wanted(self) -> None:
-        """Raise StoppedError if the results are no longer needed; for the calls themselves, before each attempt."""
+        """Raise StoppedError if the results are no longer needed. The calls check this before each attempt."""
         if self.stopped:
             raise StoppedError
 
     def stop(self) -> None:
-        """Start no more calls, and wake whoever waits for a result; any thread may call this."""
+        """Start no more calls, and wake the threads that wait for results. Any thread may call this."""
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
@@ -137,16 +134,16 @@ class CallGroup(Generic[R]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop; wait `PATIENCE` seconds for the calls that still run, and abandon the rest.
+        """Stop; wait `STOP_TIMEOUT` seconds for running calls, and abandon the rest.
 
         Raises:
-            Exception: What a call raised, if the block ended as if none had.
-            RuntimeError: The block ended without an error, and has not taken every result.
+            Exception: The error of a call, if the block has not raised one.
+            RuntimeError: The block has ended without an error and without taking every result.
         """
         pending = self.pending
         self.stop()
         with self._changed:
-            self._changed.wait_for(lambda: not self._running, PATIENCE)
+            self._changed.wait_for(lambda: not self._running, STOP_TIMEOUT)
             self.abandoned = True
         if error is None and pending:
             self.check()
@@ -182,41 +179,41 @@ class CallGroup(Generic[R]):
 
 
 class InFlightObjects:
-    """Which objects the calls of this process are under way to, those among them that were abandoned."""
+    """The objects that requests of this process may hit: of running calls, and of requests without a response."""
 
     def __init__(self) -> None:
         self.unanswered: set[tuple[str, str]] = set()
-        """Bucket and key of each object that a request was sent about which was not answered: it may arrive later.
-        One stays here until the database has it (`settle_time`)."""
+        """Bucket and key of each object for which a request was sent without a response: the request may arrive later.
+        An entry stays here until the database has it (`settle_time`)."""
         self._changed = threading.Condition()
         self._taken = Counter[tuple[str, str]]()
 
     def wait_until_free(self, bucket: str, key: str, check: Callable[[], None], timeout: float) -> bool:
-        """Wait until no call is under way to an object; say whether that is so after `timeout` seconds.
+        """Wait until no call uses an object; False if one still does after `timeout` seconds.
 
         Args:
-            bucket: Where it is.
-            key: The object's.
-            check: Called again and again; what it raises ends the wait.
+            bucket: Of the object.
+            key: Of the object.
+            check: Called repeatedly; ends the wait if it raises.
             timeout: Seconds.
         """
         place, until = (bucket, key), time.monotonic() + timeout
         while True:
             check()
-            left = until - time.monotonic()
+            remaining = until - time.monotonic()
             with self._changed:
-                if self._changed.wait_for(lambda: place not in self._taken, max(0.0, min(left, _PAUSE))):
+                if self._changed.wait_for(lambda: place not in self._taken, max(0.0, min(remaining, _PAUSE))):
                     return True
-            if left <= 0:
+            if remaining <= 0:
                 return False
 
     @contextmanager
     def lock(self, bucket: str, key: str) -> Iterator[None]:
-        """Have an object to oneself. Raises TimeoutError if others have it for `START_TIMEOUT` seconds."""
+        """Lock an object for one call. Raises TimeoutError if other calls use it for `START_TIMEOUT` seconds."""
         place = bucket, key
         with self._changed:
             if not self._changed.wait_for(lambda: place not in self._taken, START_TIMEOUT):
-                raise TimeoutError(f"another call is under way to '{key}'")
+                raise TimeoutError(f"another call uses '{key}'")
             self._taken[place] += 1
         try:
             yield
@@ -225,7 +222,7 @@ class InFlightObjects:
 
     @contextmanager
     def shared(self, bucket: str, keys: Collection[str]) -> Iterator[None]:
-        """Be under way to objects, together with others: a deletion may be repeated while the first one hangs."""
+        """Use objects together with other calls: a deletion may be repeated while the first one hangs."""
         places = [(bucket, key) for key in keys]
         with self._changed:
             self._taken.update(places)
@@ -241,22 +238,22 @@ class InFlightObjects:
             self._changed.notify_all()
 
     def in_flight_keys(self, bucket: str) -> set[str]:
-        """The keys of a bucket that calls are under way to."""
+        """Return the keys of a bucket that running calls use."""
         with self._changed:
-            return {key for of, key in self._taken if of == bucket}
+            return {key for place, key in self._taken if place == bucket}
 
     def unanswered_of(self, bucket: str, keys: Iterable[str]) -> set[str]:
-        """Those of these keys that a request was sent about which was not answered."""
+        """Return those of `keys` for which a request has no response."""
         return {key for key in keys if (bucket, key) in self.unanswered}
 
     def clear_unanswered(self, bucket: str, keys: Iterable[str]) -> None:
-        """Forget such requests; call this once their `settle_time` is committed."""
+        """Remove requests without a response; call this once their `settle_time` is committed."""
         self.unanswered.difference_update([(bucket, key) for key in keys])
 
     def busy_keys(self, bucket: str) -> set[str]:
-        """The keys of a bucket that requests of this process may be under way to."""
-        return self.in_flight_keys(bucket) | {key for of, key in [*self.unanswered] if of == bucket}
+        """Return the keys of a bucket that a request of this process may still hit."""
+        return self.in_flight_keys(bucket) | {key for place, key in [*self.unanswered] if place == bucket}
 
 
 IN_FLIGHT = InFlightObjects()
-"""Those of this process."""
+"""The objects of this process."""
