@@ -126,7 +126,7 @@ def test_work_whose_guard_cannot_tell_for_too_long_is_stopped_and_can_be_repeate
             watch.add_check(check)
             until_stopped(watch)
 
-    with pytest.raises(HoldLostError, match="could not be told") as stopped:
+    with pytest.raises(HoldLostError, match="could not be checked") as stopped:
         work()
     hangs.set()
     assert stopped.value.waited >= 2 * INTERVAL, "it is no sign that the work made progress"

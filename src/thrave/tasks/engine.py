@@ -6,9 +6,9 @@ up on it, or its thread has ended) gets another workflow from `hosts.py`. What a
 """
 
 # Conditions of DBOS, each measured to be necessary: a fixed executor id (the host's id) and one worker process per
-# host, since recovery looks for the tasks of its own executor id; a pinned application version, given at enqueue, since DBOS
-# recovers only tasks of its own version; the portable JSON serialiser, since the default is pickle; the host's queue
-# named on every enqueue; the task's row and the workflow committed in one transaction. No deduplication id: the
+# host, since recovery looks for the tasks of its own executor id; a pinned application version, given at enqueue, since
+# DBOS recovers only tasks of its own version; the portable JSON serialiser, since the default is pickle; the host's
+# queue named on every enqueue; the task's row and the workflow committed in one transaction. No deduplication id: the
 # database's index on tasks in progress refuses a second task on an instance, also between the end of a task and the end
 # of its workflow.
 

@@ -230,7 +230,7 @@ class TaskMonitor:
         reason = f": {self._check_error}" if self._check_error else ""
         lost = HoldLostError(
             self._check_error.instance_id if isinstance(self._check_error, InstanceError) else "",
-            f"for {GUARD_TIMEOUT:g} seconds no check whether the root volume is written to has succeeded{reason}",
+            f"for {GUARD_TIMEOUT:g} seconds it could not be checked whether the root volume is written to{reason}",
         )
         lost.waited = self._elapsed - self._last_check
         return lost
