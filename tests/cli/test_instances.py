@@ -225,7 +225,7 @@ def test_a_held_instance_is_not_started(thrave, instance_id, data):
     with DirectoryDriver(data / "instances").hold_stopped(instance_id):
         status, _, stderr = thrave("instance", "start", instance_id, "--data-dir", data)
     assert status == 4
-    assert f"{instance_id} is held" in stderr
+    assert f"{instance_id} is locked" in stderr
 
 
 def test_a_command_that_fails_is_told(thrave, thrave_json, add, data):
@@ -258,7 +258,7 @@ def test_an_unknown_instance_is_not_found(thrave, account_id, data, command):
         (["--start-command", "  "], 2, "is empty"),
         (["--tag", "Name"], 2, "'Name' is not KEY=VALUE"),
         (["--tag", "Name=a", "--tag", "Name=b"], 2, "the tag 'Name' is given twice"),
-        (["--tag", "aws:name=x"], 2, "which is AWS's own"),
+        (["--tag", "aws:name=x"], 2, "which AWS reserves"),
         (["--tag", f"Name={'x' * 257}"], 2, "more than 256 characters"),
     ],
 )

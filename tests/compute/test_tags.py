@@ -17,15 +17,15 @@ def test_what_ec2_allows_is_taken_as_it_is(tags):
 
 
 REFUSED = [
-    ({**AT_THE_LIMIT, "one": "more"}, "51 tags are more than the 50"),
+    ({**AT_THE_LIMIT, "one": "more"}, "51 tags: an instance may have at most 50"),
     ({"": "x"}, "the tag '' has no key"),
     ({"k" * (MAX_KEY + 1): "x"}, "has a key of more than 128 characters"),
     ({"long": "v" * (MAX_VALUE + 1)}, "the tag 'long' has a value of more than 256 characters"),
-    ({"aws:mine": "x"}, "the tag 'aws:mine' begins with aws:, which is AWS's own"),
+    ({"aws:mine": "x"}, "the tag 'aws:mine' begins with aws:, which AWS reserves"),
     ({"AWS:mine": "x"}, "begins with aws:"),
-    ({"bell": "\a"}, "the tag 'bell' holds a control character"),
-    ({"new\nline": ""}, "holds a control character"),
-    ({"no UTF-8": "\udcff"}, "holds a control character"),
+    ({"bell": "\a"}, "the tag 'bell' contains a control character"),
+    ({"new\nline": ""}, "contains a control character"),
+    ({"no UTF-8": "\udcff"}, "contains a control character"),
 ]
 
 

@@ -1,11 +1,8 @@
-"""The contract of a hypervisor's inventory: which instances there are, how to stop and start them.
+"""Contracts of the instance inventory, the hypervisor drivers and copy-on-write overlays.
 
-`InstanceInventory` is as much of it as a caller of EC2's sees; `HypervisorDriver` is what a host itself can do
-besides. `Overlays` is
-what a hypervisor can do that lets an instance run on a copy-on-write overlay while its root volume is read.
-
-The docstrings of the Protocol are the contract, and one suite (tests/compute/test_contract.py) holds every driver to
-it. An inventory knows nothing of bundles, and never reads a volume.
+`InstanceInventory` is what the EC2 actions use. `HypervisorDriver` adds what a host does with its instances. `Overlays`
+lets an instance run on a copy-on-write overlay while its root volume is read. The docstrings of the Protocols are the
+contract; tests/compute/test_contract.py checks every driver against it. Nothing here bundles or reads a volume.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,48 +16,48 @@ from thrave.compute.timeouts import Pause
 
 
 class InstanceInventory(Protocol):
-    """Instances as callers know them. May be used from several threads, and by several processes at once.
+    """Instances as the EC2 API shows them. Safe to use from several threads and processes at once.
 
-    Every method that takes an id raises InstanceNotFound if no instance has it, whatever stands in it.
+    Every method that takes an id raises InstanceNotFound if no instance has this id, whatever text the id is.
     """
 
     def list(self, account_id: str | None = None) -> Sequence[Instance]:
-        """Every instance, or an owner's, by id. One that cannot be read is logged and does not hide the others."""
+        """Return all instances, or those of one account, by id. One that cannot be read is logged and skipped."""
 
     def get(self, instance_id: str) -> Instance:
-        """One instance, with the state it has now.
+        """Return one instance with its current state.
 
         Raises:
-            InstanceError: There is none, or it cannot be read.
+            InstanceError: The instance does not exist or cannot be read.
         """
 
     def get_owner(self, instance_id: str) -> str:
-        """The account id of an instance's owner, from our record of it alone.
+        """Return the account id of an instance's owner from our own record alone.
 
-        No command of the instance is run, and its hypervisor is asked for nothing of this instance. The record of an
-        instance that is not valid otherwise still names its owner.
+        No command of the instance runs, and the hypervisor is not called for this instance. The owner is also found if
+        the rest of the record is not valid.
 
         Raises:
-            InstanceNotFound: There is none, or its record names no owner.
+            InstanceNotFound: The instance does not exist, or its record names no owner.
         """
 
     def request_stop(self, instance_id: str) -> None:
-        """Ask the guest to power off, as its power button does, and return at once: `state` tells when it has.
+        """Ask the guest to power off, as the power button does, and return at once; poll `state` for the result.
 
-        May be said again, since a guest that is still booting does not hear it; a stopped instance is left alone. It
-        never cuts the power.
+        The call may be repeated, since a guest that is booting ignores the request. A stopped instance is not changed.
+        The power is never cut.
 
         Raises:
-            IncorrectInstanceState: It is terminated, or there is no way to stop it.
+            IncorrectInstanceState: The instance is terminated, or there is no way to stop it.
             InstanceCommandFailed: The hypervisor refuses.
         """
 
     def terminate(self, instance_id: str) -> None:
-        """Ask the guest to power off for good, and return at once: it is `shutting-down`, then `terminated`.
+        """Ask the guest to power off for good and return at once: `shutting-down` now, `terminated` when it is off.
 
-        Nothing leads out of `terminated`, and terminating again changes nothing. It never cuts the power, may be said
-        again as `request_stop`, leaves every volume as it is, and does not wait for whoever holds the instance: they
-        find it gone when they look.
+        `terminated` is final, and terminating again changes nothing. The power is never cut and no volume is changed.
+        The call may be repeated, as `request_stop`. It does not wait for a hold: the holder detects the new state in
+        its next check.
 
         Raises:
             IncorrectInstanceState: There is no way to stop it.
@@ -69,24 +66,24 @@ class InstanceInventory(Protocol):
 
 
 class VolumeHold(Protocol):
-    """The proof that nobody writes to an instance's root volume, for as long as it is held."""
+    """Shows that nothing has written to an instance's root volume since the hold began."""
 
     def check(self) -> None:
-        """See that it has held until now. Cheap: may be asked several times a second, from any thread.
+        """Check that the hold was not broken. Cheap: may be called several times a second, from any thread.
 
         Raises:
-            RootVolumeInUse: The instance is not off (or not on its overlay), or was not at some moment since.
-            InstanceError: It cannot be told, or the instance is gone.
+            RootVolumeInUse: The instance is or was running (or was not on its overlay) since the hold began.
+            InstanceError: The state cannot be read, or the instance does not exist any more.
         """
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """A root volume that nothing writes to, and what the instance writes to instead.
+    """A root volume that nothing writes to, and the image that the instance writes to instead.
 
     Attributes:
         volume: The root volume as it was when the instance was stopped.
-        overlay: A qcow2 image that stands on it. It is not there before it is needed nor after it was merged.
+        overlay: A qcow2 image with the volume as its backing file. It exists only from `attach` until it is merged.
     """
 
     volume: VolumeFile
@@ -97,48 +94,48 @@ class Overlays(Protocol):
     """Copy-on-write overlays over root volumes.
 
     Every method may be repeated, also after a crash of this process, of the hypervisor's daemon or of the whole host at
-    any moment: it goes on with what is there. At every moment overlay and volume together are what the guest has
-    written, so that the instance can be started.
+    any moment: it resumes from what exists. Overlay and volume together always hold what the guest has written, so the
+    instance can be started at any moment.
     """
 
     def plan(self, instance_id: str) -> Overlay:
-        """Say what `freeze` would do to the instance, so that it can be written down. Changes nothing.
+        """Return the overlay that `attach` would create, so that it can be recorded first. Changes nothing.
 
         Raises:
-            OverlayImpossible: Its root volume cannot have one, with the reason.
+            OverlayNotSupported: The root volume cannot have an overlay; the message has the reason.
         """
 
-    def attach(self, instance_id: str, frozen: Overlay) -> None:
-        """Have an instance that is off run on an empty overlay when it is started next.
+    def attach(self, instance_id: str, overlay: Overlay) -> None:
+        """Make a stopped instance run on an empty overlay from its next start.
 
         Raises:
-            IncorrectInstanceState: It is not off.
+            IncorrectInstanceState: The instance is not off.
             InstanceError: The hypervisor refuses; nothing has changed.
         """
 
-    def hold_attached(self, instance_id: str, frozen: Overlay) -> AbstractContextManager[VolumeHold]:
-        """Prove, for the length of the block, that the instance, running or not, is on its overlay.
+    def hold_attached(self, instance_id: str, overlay: Overlay) -> AbstractContextManager[VolumeHold]:
+        """Check for the length of the block that the instance, running or not, is on its overlay.
 
         Raises:
             RootVolumeInUse: On entering, if it is not.
         """
 
     def has_lost_power(self, instance_id: str) -> bool:
-        """Whether the instance is off although nobody has stopped it: its host or its process has died."""
+        """Return whether the instance is off although nobody stopped it: its host or its process has failed."""
 
-    def merge(self, instance_id: str, frozen: Overlay, pause: Pause) -> None:
-        """Write what is in the overlay into the volume, have the instance go on with that, and remove the overlay.
+    def merge(self, instance_id: str, overlay: Overlay, pause: Pause) -> None:
+        """Write the overlay's content into the volume, switch the instance to the volume, and remove the overlay.
 
-        The instance may run, be off, or be gone (then the files are merged, since its volumes are left as they are).
+        The instance may run, be off, or no longer exist. In the last case only the files are merged.
 
         Args:
             instance_id: The instance.
-            frozen: What `plan` said.
-            pause: Waits some seconds between two looks; may raise, which leaves the merging to the next call. It is
-                told of progress (`report_progress`).
+            overlay: As returned by `plan`.
+            pause: Waits some seconds between two polls; may raise, and the next call resumes the merge. Progress is
+                reported to it (`report_progress`).
 
         Raises:
-            InstanceError: The hypervisor refuses. The instance runs on, on its overlay.
+            InstanceError: The hypervisor refuses. The instance continues on its overlay.
         """
 
 
@@ -148,76 +145,77 @@ class HypervisorDriver(InstanceInventory, Protocol):
     def list(
         self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
-        """As `InstanceInventory.list`; only those for which `include` is true. No command of another one is run."""
+        """As `InstanceInventory.list`, limited to what `include` accepts. No other instance's command runs."""
 
     @property
     def overlays(self) -> Overlays | None:
-        """What can put overlays over root volumes; None if this hypervisor cannot."""
+        """Overlays over root volumes; None if this hypervisor does not support them."""
 
     def find_users(self, is_same: Callable[[VolumeFile], bool], *, except_instance: str) -> Sequence[str]:
-        """Which machines have a disk and are not off, whether they are instances or not, in the operator's words.
+        """Return a description of each machine that has a disk and is not off, whether it is an instance or not.
 
-        A machine whose state cannot be told is not known to be off.
+        A machine whose state cannot be read counts as running.
 
         Args:
-            is_same: Whether a volume is the disk that is meant.
-            except_instance: The instance that is not asked for.
+            is_same: Whether a volume is the disk in question.
+            except_instance: Id of the instance to leave out.
 
         Raises:
-            InstanceError: It cannot be told.
+            InstanceError: The machines cannot be listed.
         """
 
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
-        """Have the guest prepare itself for being copied, and power off, by a command run inside it.
+        """Run a command in the guest that prepares the guest for copying and then powers it off.
 
-        It returns when the command has begun. It is asked once only: what asks for a power-off meanwhile would cut it
-        short.
+        Returns when the command has started. Call it once only: a power-off request in the meantime would interrupt
+        the command.
 
         Args:
             instance_id: The instance.
             command: The guest's program, with its path, and its arguments.
 
         Raises:
-            InstanceCommandFailed: There is no way to run a command in the guest, or it cannot be run.
+            InstanceCommandFailed: There is no way to run a command in the guest, or the command cannot be run.
         """
 
     def state(self, instance_id: str) -> InstanceState:
-        """The state it has now. `stopped` means that the machine is off and nothing writes to its volumes.
+        """Return the current state. `stopped` means that the machine is off and nothing writes to its volumes.
 
-        Why it is off is in `get`: an instance that is off was not always shut down (`Instance.off_reason`).
+        `Instance.off_reason` from `get` says why: an instance that is off was not always shut down.
 
         Raises:
-            InstanceCommandFailed: The hypervisor does not tell, or it has refused the last request to stop.
+            InstanceCommandFailed: The hypervisor does not return a state, or has refused the last request to stop.
         """
 
     def force_stop(self, instance_id: str) -> None:
-        """Cut its power, as EC2's StopInstances with `Force`, and return when it is off. One that is off is left alone.
+        """Cut the power, as EC2's StopInstances with `Force`, and return when the instance is off.
 
-        The guest loses what it had not written: it is for one that does not hear `request_stop`.
+        An instance that is off is not changed. The guest loses unwritten data: use this only if the guest does not
+        react to `request_stop`.
 
         Raises:
-            IncorrectInstanceState: It is terminated, or there is no way to cut its power.
+            IncorrectInstanceState: The instance is terminated, or there is no way to cut its power.
             InstanceCommandFailed: The hypervisor refuses.
         """
 
     def start(self, instance_id: str) -> None:
-        """Start it, and return when the hypervisor has done so. One that runs is left alone.
+        """Start the instance and return when the hypervisor has done so. A running instance is not changed.
 
-        It may be `pending` after a start that was cut off, since it may run then. It is started again.
-        `write_guard.start_guard.check` is called right before the hypervisor is told to start it.
+        After an interrupted start the instance may be `pending`, and it may run; it is started again.
+        `write_guard.start_guard.check` is called right before the command to the hypervisor.
 
         Raises:
-            InstanceHeld: Somebody holds it.
-            IncorrectInstanceState: It is terminated, or there is no way to start it.
+            InstanceLocked: Another thread or process holds the instance.
+            IncorrectInstanceState: The instance is terminated, or there is no way to start it.
             InstanceCommandFailed: The hypervisor refuses.
         """
 
     def hold_stopped(self, instance_id: str) -> AbstractContextManager[VolumeHold]:
-        """Keep it from being started through us, while its root volume is read.
+        """Lock the instance against a start through this service while its root volume is read.
 
-        It stops nothing and does not look at the state: hold first, then `check` that it is off. Only one can hold
-        an instance. The hold ends with the block, and also when this process dies, whatever way.
+        Neither stops the instance nor reads its state: hold first, then `check` that it is off. An instance has at most
+        one holder. The hold ends with the block, and also when this process dies in any way.
 
         Raises:
-            InstanceHeld: On entering, if somebody else holds it or is just starting it.
+            InstanceLocked: On entering, if the instance is held or is being started.
         """

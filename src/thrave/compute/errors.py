@@ -1,43 +1,42 @@
-"""What can go wrong with an instance.
+"""Errors of instances, drivers and hypervisors. No message contains more than one line of a command's output.
 
 ::
 
     InstanceError
-    ├── InstanceNotFound            there is none with this id
+    ├── InstanceNotFound            no instance has this id
     ├── InstanceAlreadyExists       the id is taken
-    ├── InstanceHeld                its root volume is being read, or it is being started by somebody else
-    ├── IncorrectInstanceState      not possible in the state it is in
-    │   └── StateChangedError       its recorded state has changed since it was read
-    ├── RootVolumeInUse             its root volume may have been written to while it was to be read
-    ├── HoldLostError               it cannot be told any more whether that has happened: read the volume again
-    ├── OverlayImpossible           its root volume cannot have a copy-on-write overlay
-    ├── HypervisorError             the hypervisor does not answer, or refuses
-    │   ├── HypervisorGoneError     there is no connection to it, for now
-    │   ├── ImageInUseError         an image is being written by another program, for now
-    │   └── ComponentMissingError   what is needed to talk to it is not installed
-    ├── InvalidDescriptionError     its file or the arguments do not describe an instance
-    └── InstanceCommandFailed       one of its commands failed, or said nothing that can be understood
+    ├── InstanceLocked              its root volume is being read, or it is being started
+    ├── IncorrectInstanceState      not allowed in the instance's state
+    │   └── StateChangedError       the recorded state has changed since it was read
+    ├── RootVolumeInUse             the root volume may have been written to while it was read
+    ├── HoldLostError               events were lost, so a write is possible: read the volume again
+    ├── OverlayNotSupported         the root volume cannot have a copy-on-write overlay
+    ├── HypervisorError             the hypervisor does not respond, or refuses
+    │   ├── HypervisorUnavailable   no connection to the hypervisor; may be retried
+    │   ├── ImageInUseError         another program has the image open; may be retried
+    │   └── LibraryNotInstalled     a library for the hypervisor is not installed
+    ├── InvalidDescriptionError     the instance's file or the arguments are not valid
+    └── InstanceCommandFailed       one of the instance's commands failed, or printed nothing valid
 
-Names without "Error" are EC2's own codes or read as they do. No message holds more of a command's output than one line.
+Names without "Error" are EC2 codes or follow their form.
 """
 
 from collections.abc import Sequence
 
 
 class InvalidDomainError(ValueError):
-    """What is wrong with a domain's XML; the text names the element."""
+    """A domain's XML is not valid; the text names the element."""
 
 
-_LINE_LIMIT = 300  # characters of a command's words that go into a message
+_LINE_LIMIT = 300  # characters of a command's output in a message
 
 
 class InstanceError(Exception):
-    """Something about an instance, or about asking its hypervisor.
+    """An error of one instance, or of a call to its hypervisor.
 
     Attributes:
-        instance_id: The instance; as it was asked for, so perhaps no id at all.
-        waited: Seconds that passed in waiting for what was not had in the end. Whoever repeats a call subtracts them:
-            they are no sign that the call made progress.
+        instance_id: The instance as the caller named it, so possibly not a valid id.
+        waited: Seconds that the call waited in vain. A retry loop subtracts them, since they are no progress.
     """
 
     waited: float = 0.0
@@ -62,19 +61,22 @@ class InstanceAlreadyExists(InstanceError):
 
 
 class InstanceLocked(InstanceError):
-    """Its root volume is being read, or it is just being started: try again later."""
+    """The root volume is being read, or the instance is being started: try again later."""
 
     def __init__(self, instance_id: str, *, waited: float = 0.0) -> None:
-        super().__init__(instance_id, f"{instance_id} is held: its root volume is being read, or it is being started")
+        super().__init__(
+            instance_id,
+            f"Instance {instance_id} is locked: its volume is being read or it is being started. Try again later.",
+        )
         self.waited = waited
 
 
 class IncorrectInstanceState(InstanceError):
-    """The state it is in does not allow this."""
+    """The instance's state does not allow the operation."""
 
 
 class StateChangedError(IncorrectInstanceState):
-    """The recorded state is another one than that which a change was decided upon. Nothing was changed."""
+    """The recorded state has changed since the change was decided. Nothing was changed."""
 
     def __init__(self, instance_id: str, state: str) -> None:
         super().__init__(instance_id, f"{instance_id} has become {state} meanwhile")
@@ -82,23 +84,23 @@ class StateChangedError(IncorrectInstanceState):
 
 
 class RootVolumeInUse(InstanceError):
-    """Somebody may have written to its root volume while it was to be read."""
+    """The root volume may have been written to while it was read."""
 
 
 class HoldLostError(InstanceError):
-    """Events of the hypervisor were lost: hold the instance anew, and read its root volume from the beginning."""
+    """Events of the hypervisor were lost: hold the instance again, and read its root volume from the beginning."""
 
 
 class OverlayNotSupported(InstanceError):
-    """Its root volume cannot have a copy-on-write overlay; the message says why."""
+    """The root volume cannot have a copy-on-write overlay; the message has the reason."""
 
 
 class HypervisorError(InstanceError):
-    """The hypervisor does not answer, or refuses; the message has its own words."""
+    """The hypervisor does not respond, or refuses; the message contains its error."""
 
 
 class HypervisorUnavailable(HypervisorError):
-    """There is no connection to the hypervisor: what was asked may be asked again once there is."""
+    """No connection to the hypervisor. The call may be retried."""
 
     def __init__(self, instance_id: str, message: str, *, waited: float = 0.0) -> None:
         super().__init__(instance_id, message)
@@ -106,11 +108,11 @@ class HypervisorUnavailable(HypervisorError):
 
 
 class ImageInUseError(HypervisorError):
-    """Another program has an image open that was to be written: it may be tried again."""
+    """Another program has an image open that has to be written. The call may be retried."""
 
 
 class LibraryNotInstalled(HypervisorError):
-    """A library that is needed to talk to the hypervisor is not installed."""
+    """A library that the hypervisor driver needs is not installed."""
 
     def __init__(self, component: str, package: str) -> None:
         super().__init__("", f"{component} is not installed: apt-get install {package}")
@@ -119,10 +121,10 @@ class LibraryNotInstalled(HypervisorError):
 
 
 class InvalidDescriptionError(InstanceError):
-    """What is to describe an instance does not.
+    """The description of an instance is not valid.
 
     Attributes:
-        faults: Each with the name of the field, in the words of the file.
+        faults: Each begins with the name of the field as in the file.
     """
 
     def __init__(self, instance_id: str, source: str, faults: Sequence[str]) -> None:
@@ -131,11 +133,11 @@ class InvalidDescriptionError(InstanceError):
 
 
 class InstanceCommandFailed(InstanceError):
-    """One of the instance's own commands did not do its work.
+    """One of the instance's own commands failed.
 
     Attributes:
         command: `stopCommand`, `forceStopCommand`, `startCommand` or `stateCommand`.
-        status: Its exit status; negative for a signal; None if it could not be run or took too long.
+        status: Exit status; negative for a signal; None if the command could not be run or took too long.
     """
 
     def __init__(self, instance_id: str, command: str, reason: str, *, status: int | None = None) -> None:

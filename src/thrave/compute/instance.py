@@ -1,12 +1,7 @@
-"""Tags that an operator puts on an instance, and what EC2 allows of them.
+"""An instance as EC2 describes it: states, volumes, tags, and their valid values.
 
-Source of the limits: EC2 User Guide, "Tag your Amazon EC2 resources". Who reads tags from outside checks them here, at
-once and with one answer for every way in: the command line, an instance's file, a domain's metadata.
-
-What an instance is: EC2's words for a machine of somebody's hypervisor.
-
-Plain values. The types here also say what a valid value is, for whoever reads an instance from outside (the file driver
-checks against them); constructing one by hand checks nothing. Which instances there are is `instances.py`.
+The drivers check values from outside (instance files, domain metadata, the command line) against these types.
+Constructing a value by hand checks nothing. Source of the tag limits: EC2 User Guide, "Tag your Amazon EC2 resources".
 """
 
 import re
@@ -35,21 +30,21 @@ MAX_VALUE = 256
 _RESERVED = "aws:"
 
 
-# Tags are told in XML and may stand in a domain's: it cannot hold some of these, and does not keep others as they are.
-_NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Tags are written as XML. XML cannot contain some of these characters and changes others.
+_FORBIDDEN_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 _Tags = TypeVar("_Tags", bound=Mapping[str, str])
 
 
 def validate_tags(tags: _Tags) -> _Tags:
-    """Give the tags, key to value, as they are.
+    """Return the tags, key to value, unchanged.
 
     Raises:
-        ValueError: They are too many, or one of them is none; the text says which and why.
+        ValueError: There are too many tags, or one is not valid; the text names the tag and the reason.
     """
     if len(tags) > MAX_TAGS:
-        raise ValueError(f"{len(tags)} tags are more than the {MAX_TAGS} that an instance may have")
+        raise ValueError(f"{len(tags)} tags: an instance may have at most {MAX_TAGS}")
     for key, value in tags.items():
         if fault := _fault(key, value):
             raise ValueError(f"the tag {key[:MAX_KEY]!r} {fault}")
@@ -64,20 +59,20 @@ def _fault(key: str, value: str) -> str | None:
     if len(value) > MAX_VALUE:
         return f"has a value of more than {MAX_VALUE} characters"
     if key.lower().startswith(_RESERVED):
-        return f"begins with {_RESERVED}, which is AWS's own"
-    return "holds a control character" if _NO_TEXT.search(key + value) else None
+        return f"begins with {_RESERVED}, which AWS reserves"
+    return "contains a control character" if _FORBIDDEN_CHARACTERS.search(key + value) else None
 
 
 INSTANCE_ID_PATTERN = r"^i-([0-9a-f]{8}|[0-9a-f]{17})$"
 """EC2's ids: 17 hexadecimal digits since 2016, 8 before."""
 
 
-# In files and answers names are EC2's, in camelCase; a name that nobody knows is most likely a misspelt one.
-_EC2_WORDS = ConfigDict(alias_generator=to_camel, extra="forbid")
+# Files and responses use the EC2 names in camelCase. An unknown name is most likely a spelling mistake.
+_EC2_NAMES = ConfigDict(alias_generator=to_camel, extra="forbid")
 
 
 class InstanceState(StrEnum):
-    """EC2's states of an instance; `code` is the number that stands beside the name in EC2's answers."""
+    """EC2's states of an instance; `code` is the number next to the name in EC2 responses."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -103,42 +98,42 @@ _STATE_CODES = {
 
 
 class OffReason(StrEnum):
-    """Why an instance is off. Only one that was shut down has surely written everything to its volumes."""
+    """Why an instance is off. Only a guest that was shut down has certainly written all data to its volumes."""
 
     SHUT_DOWN = "shut-down"
     """The guest powered itself off."""
     POWER_CUT = "power-cut"
-    """Its power was cut by somebody."""
+    """A user or program cut its power."""
     CRASHED = "crashed"
     """The guest, or the process that ran it, crashed."""
     LOST_POWER = "lost-power"
     """Its host or its hypervisor failed."""
     SAVED = "saved"
-    """Its memory is saved, and what it had not written is in that: it is to be resumed, not started."""
+    """Its memory is saved, including data not yet written to disk. It has to be resumed, not started."""
     MIGRATED = "migrated"
     """It runs on another host."""
     UNKNOWN = "unknown"
     """The hypervisor has no record of it."""
 
 
-NOT_TO_BE_READ: dict[OffReason, str] = {
-    OffReason.SAVED: "its memory is saved, and its volume is not what it will go on with; start it and shut it down",
+UNREADABLE_REASONS: dict[OffReason, str] = {
+    OffReason.SAVED: "its memory is saved with data that is not on the volume yet; start it and shut it down",
     OffReason.MIGRATED: "it has migrated to another host, which may write to its volume",
 }
-"""The reasons for which the volume of an instance that is off is not its content, in words."""
+"""Why the volume of an instance that is off cannot be bundled, as a message."""
 
 
-MAYBE_UNCLEAN: dict[OffReason, str] = {
+UNCLEAN_REASONS: dict[OffReason, str] = {
     OffReason.POWER_CUT: "its power was cut",
     OffReason.CRASHED: "it crashed",
     OffReason.LOST_POWER: "its host or its hypervisor failed (lost power)",
-    OffReason.UNKNOWN: "its hypervisor does not know whether it was shut down or lost its power",
+    OffReason.UNKNOWN: "its hypervisor has no record of whether it was shut down or lost power",
 }
-"""The reasons for which a volume may lack what its guest had not written yet, in words."""
+"""Why a volume may lack data that its guest had not written yet, as a message."""
 
 
 TERMINATING = frozenset({InstanceState.SHUTTING_DOWN, InstanceState.TERMINATED})
-"""The states from which no instance comes back."""
+"""States that lead to termination; an instance never leaves them for another."""
 
 
 def _absolute(path: Path) -> Path:
@@ -157,12 +152,12 @@ class VolumeFile:
 
     Attributes:
         path: Absolute.
-        format: In QEMU's words: raw, qcow2, …
-        device_name: What EC2 calls the place where it is attached.
-        secret_file: Holds the passphrase of an encrypted image (qcow2 with LUKS), and nothing else.
+        format: QEMU's name: raw, qcow2, …
+        device_name: EC2's name of the device.
+        secret_file: Contains only the passphrase of an encrypted image (qcow2 with LUKS).
     """
 
-    __pydantic_config__ = _EC2_WORDS
+    __pydantic_config__ = _EC2_NAMES
 
     path: Annotated[Path, AfterValidator(_absolute)]
     format: str = "raw"
@@ -181,14 +176,14 @@ class Instance:
             storage.
         root_volume: The one disk that is bundled.
         volumes: All other disks; never bundled.
-        off_reason: Why it is off; None if it is not, or if that is not told: then it counts as shut down.
+        off_reason: Why it is off; None if it is on, or if no reason is known: then it counts as shut down.
         launch_time: When it was last started (UTC).
-        tags: Whatever the operator has put on it, key to value, within EC2's limits.
-        host: The host of a fleet that it was added for; None: the first host that reports it. An operator may have
-            given it to another host since, so this is no part of what hosts report.
+        tags: Set by the operator, key to value, within EC2's limits.
+        host: The host of a fleet that the instance was added for; None: the first host that reports it. Hosts do not
+            report this value, since an operator may have moved the instance to another host.
     """
 
-    __pydantic_config__ = _EC2_WORDS
+    __pydantic_config__ = _EC2_NAMES
 
     instance_id: Annotated[str, Field(pattern=INSTANCE_ID_PATTERN)]
     account_id: Annotated[str, Field(pattern=r"^[0-9]{12}$")]

@@ -19,7 +19,7 @@ from functools import partial
 from thrave.buckets.base import UNKNOWN_OWNER, check_bucket_name, split_prefix
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, Kind, SignatureDoesNotMatch, WrongRegion
 from thrave.buckets.upload_policy import POLICY_CHARACTERS, UploadPolicy
-from thrave.compute.instance import NOT_TO_BE_READ, Instance, InstanceState
+from thrave.compute.instance import UNREADABLE_REASONS, Instance, InstanceState
 from thrave.ec2.backend import Caller, Ec2Backend
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, instants, select
@@ -321,7 +321,7 @@ def _check_idle(backend: Ec2Backend, instance: Instance) -> None:
 
 
 def _check_state(instance: Instance) -> None:
-    why = None if instance.off_reason is None else NOT_TO_BE_READ.get(instance.off_reason)
+    why = None if instance.off_reason is None else UNREADABLE_REASONS.get(instance.off_reason)
     if instance.state not in _BUNDLEABLE:
         why = f"it is {instance.state}"
     if why is not None:

@@ -24,7 +24,7 @@ from thrave.bundle.manifest import write_manifest
 from thrave.bundle.model import SealedBundle
 from thrave.bundle.side_file import write_side_file
 from thrave.compute.base import HypervisorDriver
-from thrave.compute.instance import MAYBE_UNCLEAN, NOT_TO_BE_READ, Instance, VolumeFile
+from thrave.compute.instance import UNCLEAN_REASONS, UNREADABLE_REASONS, Instance, VolumeFile
 from thrave.concurrency import Call
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity, load_certificate
@@ -398,9 +398,9 @@ class BundleWorkflow:
         """Fail if the volume is not the instance's content; report or refuse one whose guest did not shut down."""
         if instance.off_reason is None:
             return
-        if (reason := NOT_TO_BE_READ.get(instance.off_reason)) is not None:
+        if (reason := UNREADABLE_REASONS.get(instance.off_reason)) is not None:
             raise TaskFailure("Server.VolumeError", f"The instance is off, but {reason}.")
-        if (reason := MAYBE_UNCLEAN.get(instance.off_reason)) is not None:
+        if (reason := UNCLEAN_REASONS.get(instance.off_reason)) is not None:
             message = (
                 f"The instance is off, but perhaps was not shut down: {reason}. What its guest had not written is "
                 "missing."

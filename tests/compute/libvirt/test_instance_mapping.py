@@ -211,16 +211,16 @@ def test_a_running_definition_tells_of_its_agent_and_of_block_jobs():
 OBSTACLES = {
     disk(): None,
     disk(image_format="qcow2"): None,
-    disk(image_format="vmdk"): "not merged into the format vmdk",
+    disk(image_format="vmdk"): "cannot be merged into the format vmdk",
     disk(more="<readonly/>"): "read-only",
     disk(more="<shareable/>"): "other domains may write",
-    disk(more="<transient/>"): "not to be kept",
-    disk(image_format="qcow2", more='<encryption format="luks"/>'): "in the clear",
-    disk(more='<backingStore><source file="/b"><encryption format="luks"/></source></backingStore>'): "in the clear",
+    disk(more="<transient/>"): "writes are discarded",
+    disk(image_format="qcow2", more='<encryption format="luks"/>'): "unencrypted",
+    disk(more='<backingStore><source file="/b"><encryption format="luks"/></source></backingStore>'): "unencrypted",
     disk(more='<mirror type="file" job="copy"/>'): "a block job",
     BLOCK: "a block device",
-    NETWORK: "no file of this host",
-    POOL_VOLUME: "no file of this host",
+    NETWORK: "not a file of this host",
+    POOL_VOLUME: "not a file of this host",
 }
 
 

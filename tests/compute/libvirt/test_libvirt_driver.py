@@ -101,7 +101,7 @@ def test_adopting_again_changes_what_is_said(instances, domains, instance_id):
 NO_INSTANCES = {
     "account: 'alice' is not 12 digits": {"account_id": "alice"},
     "rootDevice: there is no disk vdz": {"root_device": "vdz"},
-    "which is AWS's own": {"tags": {"aws:x": "1"}},
+    "which AWS reserves": {"tags": {"aws:x": "1"}},
     "there is a character that XML cannot hold": {"tags": {"\0": "1"}},
 }
 
@@ -374,7 +374,7 @@ def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
     for volume, overlay, reason in (
         (disk, tmp_path / ("x" * 256), "its name is too long for an overlay beside it"),
         (tmp_path / "gone", tmp_path / "o", f"{tmp_path / 'gone'}: No such file or directory"),
-        (tmp_path, tmp_path / "o", f"{tmp_path} is no regular file"),
+        (tmp_path, tmp_path / "o", f"{tmp_path} is not a regular file"),
         (disk, tmp_path / "o", None),
     ):
         assert overlays._obstacle_in_folder(volume, overlay) == reason
@@ -388,7 +388,7 @@ def test_one_at_a_time_merges(instances, instance_id, disk):
 
 
 def test_a_hypervisor_without_block_commit_has_no_overlays(instances, instance_id):
-    with pytest.raises(OverlayNotSupported, match="its root disk vda can have no overlay: the hypervisor is TEST"):
+    with pytest.raises(OverlayNotSupported, match="its root disk vda cannot have an overlay: the hypervisor is TEST"):
         instances.overlays.plan(instance_id)
 
 

@@ -1,20 +1,8 @@
-"""Where an overlay's merging stands, told by what is there, and what the next step is. Pure: one table.
+"""Merges an overlay into its root volume: a table of steps, and the class that performs them.
 
-A domain has up to two definitions: of the one that runs, and what it is started from the next time. Each has its root
-disk on the volume, on the overlay over it, or on something else. From that alone every step follows, whoever began and
-was cut off before: the driver, libvirt's daemon, QEMU or the host. The table is complete; a test walks all of it.
-
-The merging of one overlay: step after step by the table in `overlay_steps.py`, until nothing is left of it.
-
-A step looks at what is there and does the next thing, or nothing if that only takes its time. None of them relies on
-what this process remembers, so that any may be the first after a crash. The volume is written to by libvirt's block
-commit while the domain runs, and by qemu-img while it is off; both leave the overlay whole until the domain does not
-need it any more.
-
-For the moment in which a running domain leaves its overlay its CPUs stand still, a fraction of a second, until the
-overlay has another name. Otherwise a host that lost its power just then, when QEMU has left it and what libvirt
-has written down of that is not on the disk yet, would start the guest on the overlay again, and with it on blocks that
-are older than what the guest had been told was on the disk.
+Each step is chosen from the state of the two definitions of the domain alone, so the merge resumes after a crash of the
+driver, libvirt's daemon, QEMU or the host. libvirt's block commit writes the volume while the domain runs, qemu-img
+while it is off. Both keep the overlay complete until the domain does not need it any more.
 """
 
 import logging
@@ -37,7 +25,7 @@ from thrave.compute.timeouts import Pause, check_command, report_progress
 
 
 class DiskLocation(StrEnum):
-    """What a definition's root disk is on."""
+    """The image that the root disk of a definition uses."""
 
     NOWHERE = "there is no such definition"
     VOLUME = "the root volume itself"
@@ -46,17 +34,17 @@ class DiskLocation(StrEnum):
 
 
 class MergeStep(StrEnum):
-    """What is to be done next."""
+    """The next step of a merge."""
 
-    COMMIT_LIVE = "have the running domain write the overlay into the volume and leave it"
-    COMMIT_OFF = "write the overlay into the volume, then have the domain start from that"
-    COMMIT_FILES = "write the overlay into the volume: there is no domain any more"
-    REDEFINE = "have the domain start from the volume, which the running one is on already"
-    CLEAN_UP = "remove the overlay and forget it"
-    REFUSE = "leave everything as it is: somebody else has put another image there"
+    COMMIT_LIVE = "write the overlay into the volume and switch the running domain to the volume"
+    COMMIT_OFF = "write the overlay into the volume, then define the volume as the disk"
+    COMMIT_FILES = "write the overlay into the volume: the domain does not exist any more"
+    REDEFINE = "define the volume as the disk: the running domain uses it already"
+    CLEAN_UP = "remove the overlay and its metadata"
+    REFUSE = "change nothing: another program has attached another image"
 
 
-# (running domain, what it is started from the next time) -> what to do
+# (running definition, definition for the next start) -> next step. Complete: a test checks every pair.
 MERGING: dict[tuple[DiskLocation, DiskLocation], MergeStep] = {
     (DiskLocation.NOWHERE, DiskLocation.NOWHERE): MergeStep.COMMIT_FILES,
     (DiskLocation.NOWHERE, DiskLocation.VOLUME): MergeStep.CLEAN_UP,
@@ -78,14 +66,14 @@ MERGING: dict[tuple[DiskLocation, DiskLocation], MergeStep] = {
 
 
 class RootDisk(NamedTuple):
-    """What a definition's root disk is on, and which disk that is."""
+    """The location of a definition's root disk, and the disk."""
 
     location: DiskLocation
     disk: Disk | None
 
 
 def locate_root_disk(definition: DomainDefinition | None, volume: Path, overlay: Path) -> RootDisk:
-    """What the root disk is on, for which there was the `volume` and an `overlay` over it; None is no definition."""
+    """Return which of `volume` and `overlay` the root disk of a definition uses. None: there is no definition."""
     if definition is None:
         return RootDisk(DiskLocation.NOWHERE, None)
     for path, stand in ((overlay, DiskLocation.OVERLAY), (volume, DiskLocation.VOLUME)):
@@ -96,20 +84,20 @@ def locate_root_disk(definition: DomainDefinition | None, volume: Path, overlay:
 
 
 def overlay_path(volume: Path, instance_id: str) -> Path:
-    """Where the overlay over an instance's root volume goes: beside it, so that both are moved and lost together."""
+    """Return the path of an overlay: in the folder of the volume, so that both are moved and lost together."""
     return volume.with_name(f".{volume.name}.thrave-{instance_id}.qcow2")
 
 
 def obstacle_to_overlay(root: Disk) -> str | None:
-    """Why a root disk cannot have an overlay, by its definition; None if that does not forbid it."""
+    """Return why a root disk cannot have an overlay according to its definition; None if it can."""
     obstacles = (
-        (root.path is None, "it is no file of this host"),
-        (root.kind != "file", "it is a block device, beside which no file can be put"),
-        (root.format not in {"raw", "qcow2"}, f"an overlay is not merged into the format {root.format}"),
-        (root.encrypted, "it is encrypted, and what the guest writes would stand in an overlay in the clear"),
+        (root.path is None, "it is not a file of this host"),
+        (root.kind != "file", "it is a block device, and the overlay has to be in the same folder"),
+        (root.format not in {"raw", "qcow2"}, f"overlays cannot be merged into the format {root.format}"),
+        (root.encrypted, "it is encrypted, and an overlay would hold the guest's data unencrypted"),
         (root.shareable, "it is shareable: other domains may write to it"),
         (root.readonly, "it is read-only"),
-        (root.transient, "it is transient: what the guest writes is not to be kept"),
+        (root.transient, "it is transient: the guest's writes are discarded"),
         (root.mirror is not None, "a block job is copying it"),
     )
     return next((reason for applies, reason in obstacles if applies), None)
@@ -118,10 +106,10 @@ def obstacle_to_overlay(root: Disk) -> str | None:
 _COMMIT = "active-commit"
 
 
-_COMMITTED = "merged"  # what an overlay is called when it is in the volume, so that nothing is started on it any more
+_COMMITTED = "merged"  # suffix of an overlay that is in the volume, so that no domain starts on it
 
 
-_LEFT = "left"
+_UNUSED = "left"
 
 
 log = logging.getLogger(__name__)
@@ -129,10 +117,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LibvirtContext:
-    """What is needed of a host that has libvirt.
+    """Objects of the libvirt driver that overlays use.
 
     Attributes:
-        lock: Keeps an instance from being started through us, for the length of a block; raises InstanceHeld.
+        lock: Prevents a start through this service for the length of a block; raises InstanceLocked.
     """
 
     hypervisor: LibvirtConnection
@@ -142,10 +130,10 @@ class LibvirtContext:
     lock: Callable[[str], AbstractContextManager[None]]
 
     def locate_disks(self, domain: Domain, volume: Path, overlay: Path) -> tuple[DomainSnapshot, RootDisk, RootDisk]:
-        """A domain as it is now, and where its disks stand: as it runs, and as it is started the next time.
+        """Return a domain's current state, and its root disk in the running definition and in that of the next start.
 
         Raises:
-            InvalidDescriptionError: That cannot be understood.
+            InvalidDescriptionError: Neither definition can be parsed.
         """
         snapshot = self.cache.refresh(domain)
         if snapshot.fault is not None and snapshot.live is None and snapshot.config is None:
@@ -161,28 +149,28 @@ class OverlayMerge:
     """One call of `Overlays.merge`.
 
     Args:
-        host: Where it is.
+        context: Objects of the driver.
         instance_id: The instance.
-        frozen: Its volume, and the overlay over it.
+        overlay: As returned by `Overlays.plan`.
         pause: See `Overlays.merge`.
     """
 
-    def __init__(self, context: LibvirtContext, instance_id: str, frozen: Overlay, pause: Pause) -> None:
+    def __init__(self, context: LibvirtContext, instance_id: str, overlay: Overlay, pause: Pause) -> None:
         self._context = context
         self._instance_id = instance_id
-        self._volume = DiskImage(frozen.volume.path, frozen.volume.format)
-        self._overlay = frozen.overlay
-        self._committed = overlay_files.with_suffix(frozen.overlay, _COMMITTED)
+        self._volume = DiskImage(overlay.volume.path, overlay.volume.format)
+        self._overlay = overlay.overlay
+        self._committed = overlay_files.with_suffix(overlay.overlay, _COMMITTED)
         self._pause = pause
-        self._job_of_start: int | None = None
-        self._least_left: int | None = None
+        self._job_start_count: int | None = None
+        self._min_remaining: int | None = None
         self._is_merged = False
 
     def step(self) -> bool:
-        """Take the next step; whether it was the last.
+        """Perform the next step and return whether it was the last.
 
         Raises:
-            HypervisorError: It cannot be taken; also if the domain has gone on or off since it was looked at.
+            HypervisorError: The step failed; also if the domain was started or stopped since its state was read.
         """
         check_command(self._instance_id)
         try:
@@ -206,87 +194,94 @@ class OverlayMerge:
                 self._clean_up(domain, snapshot)
                 return True
             case MergeStep.REFUSE:
-                raise HypervisorError(self._instance_id, self._strange(live, config))
+                raise HypervisorError(self._instance_id, self._unexpected_image(live, config))
         return False
 
     def _commit_live(self, domain: Domain, snapshot: DomainSnapshot, disk: Disk) -> None:
-        """Begin a block commit, wait for one, or have the domain leave the overlay."""
+        """Start a block commit, report its progress, or switch the domain to the volume."""
         if disk.mirror is None:
             starts = self._context.events.history(snapshot.uuid).starts
-            if self._job_of_start == starts:
+            if self._job_start_count == starts:
                 raise HypervisorError(
-                    self._instance_id, f"the block commit of {disk.target} has failed: libvirt's log says why"
+                    self._instance_id, f"the block commit of {disk.target} has failed; see libvirt's log"
                 )
             check_command(self._instance_id)
             domain.blockCommit(disk.target, None, None, 0, Commit.ACTIVE | Commit.SHALLOW)
-            self._job_of_start = starts
+            self._job_start_count = starts
             report_progress(self._pause)
         elif disk.mirror.job != _COMMIT:
-            raise HypervisorError(self._instance_id, f"{disk.target} is being copied by somebody else's block job")
+            raise HypervisorError(self._instance_id, f"{disk.target} is being copied by a block job of another program")
         elif disk.mirror.ready:
-            with self._standing_still(domain, snapshot):
+            with self._cpus_paused(domain, snapshot):
                 check_command(self._instance_id)
                 domain.blockJobAbort(disk.target, JobAbort.PIVOT)
                 overlay_files.move(self._instance_id, self._overlay, self._committed)
             self._is_merged = True
             report_progress(self._pause)
         else:
-            self._see_progress(domain, disk)
+            self._report_job_progress(domain, disk)
 
-    def _see_progress(self, domain: Domain, disk: Disk) -> None:
-        """A job gets on if less is left than ever before: one that copies what the guest writes anew does not."""
+    def _report_job_progress(self, domain: Domain, disk: Disk) -> None:
+        """Report progress if less data remains than ever before. Copying blocks that the guest rewrites is none."""
         try:
             job = domain.blockJobInfo(disk.target, 0)
-        except binding.load().libvirtError:  # the guest has just died: the next step sees that
+        except binding.load().libvirtError:  # the guest has just died: the next step detects it
             return
-        left = job.get("end", 0) - job.get("cur", 0)
-        if self._least_left is None or left < self._least_left:
-            self._least_left = left
+        remaining = job.get("end", 0) - job.get("cur", 0)
+        if self._min_remaining is None or remaining < self._min_remaining:
+            self._min_remaining = remaining
             report_progress(self._pause)
 
     @contextmanager
-    def _standing_still(self, domain: Domain, snapshot: DomainSnapshot) -> Iterator[None]:
-        """Stop the CPUs of a running domain, having written down that it was us; one that stands still stays so."""
+    def _cpus_paused(self, domain: Domain, snapshot: DomainSnapshot) -> Iterator[None]:
+        """Pause the CPUs of a running domain for the block, after recording that the driver did so.
+
+        The pause takes a fraction of a second, until the overlay has its new name. Without it, a host that lost power
+        after QEMU left the overlay, but before libvirt's record of that is on the disk, would start the guest on the
+        overlay again: with older blocks than those the guest was told were on the disk. A domain that another program
+        has paused stays paused.
+        """
         frozen = None if snapshot.metadata is None else snapshot.metadata.frozen
-        if frozen is None or not (snapshot.state == DomainState.RUNNING or _stands_still_for_us(frozen, snapshot)):
+        if frozen is None or not (snapshot.state == DomainState.RUNNING or _is_paused_by_driver(frozen, snapshot)):
             yield
             return
         if snapshot.state == DomainState.RUNNING:
-            self._note_paused(domain, paused=True)
+            self._record_paused(domain, paused=True)
             domain.suspend()
         try:
             yield
         finally:
             domain.resume()
-            self._note_paused(domain, paused=False)
+            self._record_paused(domain, paused=False)
 
-    def _note_paused(self, domain: Domain, *, paused: bool) -> None:
-        def noted(record: InstanceMetadata) -> InstanceMetadata:
+    def _record_paused(self, domain: Domain, *, paused: bool) -> None:
+        def with_paused(record: InstanceMetadata) -> InstanceMetadata:
             return replace(record, frozen=record.frozen and replace(record.frozen, paused=paused))
 
-        self._context.metadata.change(domain, self._instance_id, noted)
+        self._context.metadata.change(domain, self._instance_id, with_paused)
 
     def _commit_off(self, connection: Connection, domain: Domain, disk: Disk) -> None:
-        """Merge the files of a domain that is off, so that it can be started on no more than it was merged from.
+        """Merge the files of a domain that is off.
 
-        The overlay gets another name before the definition is changed: whoever starts the domain in between, or after
-        the host has lost its power and with it that change, finds no disk, rather than one that is thrown away.
+        The overlay is renamed before the definition is changed. A start in between, or after a power failure that lost
+        the change, then fails because the disk is missing, instead of running on an overlay that is removed later.
         """
         if domain.hasManagedSaveImage():
             raise HypervisorError(
                 self._instance_id,
-                f"the memory of {domain.name()} is saved, with the overlay as its disk: start it first",
+                f"{domain.name()} has a managed save image with the overlay as its disk: start it first",
             )
         with self._context.lock(self._instance_id):
-            if self._is_there(self._overlay):
+            if self._exists(self._overlay):
                 check_command(self._instance_id)
                 overlay_files.commit(self._instance_id, self._overlay, self._pause)
                 overlay_files.move(self._instance_id, self._overlay, self._committed)
-            elif not self._is_there(self._committed):
+            elif not self._exists(self._committed):
                 raise HypervisorError(
-                    self._instance_id, f"{self._overlay} is gone, and with it what the guest has written there"
+                    self._instance_id,
+                    f"{self._overlay} does not exist any more; the data that the guest wrote to it is lost",
                 )
-            if domain.isActive():  # it was started before the name was changed, and goes on writing there
+            if domain.isActive():  # it was started before the rename, and writes to the overlay
                 overlay_files.move(self._instance_id, self._committed, self._overlay)
                 return
             self._redefine(connection, domain, disk)
@@ -294,13 +289,13 @@ class OverlayMerge:
 
     def _commit_files(self) -> bool:
         check_command(self._instance_id)
-        if self._is_there(self._overlay):
+        if self._exists(self._overlay):
             overlay_files.commit(self._instance_id, self._overlay, self._pause)
         self._remove()
         return True
 
     def _redefine(self, connection: Connection, domain: Domain, disk: Disk) -> None:
-        """Have the domain start from the volume the next time."""
+        """Define the volume as the disk of the next start."""
         with self._context.metadata.lock(self._instance_id), domain_errors_translated(domain, self._instance_id):
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
             check_command(self._instance_id)
@@ -308,49 +303,49 @@ class OverlayMerge:
         overlay_files.sync_definitions()
 
     def _clean_up(self, domain: Domain, snapshot: DomainSnapshot) -> None:
-        """Remove the overlay, then what is said of it: so nothing is left of it when nothing says so any more."""
+        """Remove the overlay, then its metadata: as long as the file exists, the metadata names it."""
         check_command(self._instance_id)
         frozen = None if snapshot.metadata is None else snapshot.metadata.frozen
-        if self._is_merged or _is(frozen, self._overlay) or not self._is_there(self._overlay):
+        if self._is_merged or _is(frozen, self._overlay) or not self._exists(self._overlay):
             self._remove()
         else:
-            self._put_away()
-        if frozen is not None and _stands_still_for_us(frozen, snapshot):
+            self._keep_unused_overlay()
+        if frozen is not None and _is_paused_by_driver(frozen, snapshot):
             domain.resume()
         self._context.metadata.change(domain, self._instance_id, lambda record: replace(record, frozen=None))
 
-    def _put_away(self) -> None:
-        """An overlay that no definition speaks of: made for one that never was, or taken out of it by hand."""
+    def _keep_unused_overlay(self) -> None:
+        """Remove or rename an overlay that no definition names: attach was interrupted, or an operator detached it."""
         if overlay_files.is_empty(self._instance_id, self._overlay):
             self._remove()
             return
-        left = overlay_files.with_suffix(self._overlay, _LEFT)
-        log.warning("%s was not merged, since nothing says that it should be: it is kept as %s", self._overlay, left)
-        overlay_files.move(self._instance_id, self._overlay, left)
+        kept = overlay_files.with_suffix(self._overlay, _UNUSED)
+        log.warning("%s is not in the domain's metadata and was not merged; kept as %s", self._overlay, kept)
+        overlay_files.move(self._instance_id, self._overlay, kept)
 
-    def _is_there(self, path: Path) -> bool:
+    def _exists(self, path: Path) -> bool:
         return overlay_files.exists(self._instance_id, path)
 
     def _remove(self) -> None:
         overlay_files.remove(self._instance_id, self._overlay)
         overlay_files.remove(self._instance_id, self._committed)
 
-    def _strange(self, live: RootDisk, config: RootDisk) -> str:
+    def _unexpected_image(self, live: RootDisk, config: RootDisk) -> str:
         return (
             f"its root disk is on an image that is neither {self._volume.path} nor {self._overlay} (running: "
             f"{live.location}; the next time: {config.location}): merge that first"
         )
 
 
-def _disk(standing: RootDisk) -> Disk:
-    assert standing.disk is not None, "a disk that stands somewhere"
-    return standing.disk
+def _disk(root: RootDisk) -> Disk:
+    assert root.disk is not None, "the location is VOLUME or OVERLAY"
+    return root.disk
 
 
 def _is(frozen: OverlayMetadata | None, overlay: Path) -> bool:
     return frozen is not None and frozen.overlay == overlay
 
 
-def _stands_still_for_us(frozen: OverlayMetadata, snapshot: DomainSnapshot) -> bool:
-    """Whether it was the driver that has stopped the CPUs, perhaps before a crash."""
+def _is_paused_by_driver(frozen: OverlayMetadata, snapshot: DomainSnapshot) -> bool:
+    """Return whether the driver paused the CPUs, perhaps before a crash."""
     return frozen.paused and snapshot.state == DomainState.PAUSED

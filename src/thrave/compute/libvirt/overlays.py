@@ -1,9 +1,8 @@
-"""Overlays over the root disks of libvirt's domains: put on while a domain is off, merged while it runs.
+"""Overlays over the root disks of libvirt domains: attached while a domain is off, merged while it runs.
 
-An overlay is put on by one change of the domain's definition, which names it as the disk and notes it in our
-metadata. From then on where the domain's disks stand says how far everything is, and `merging.py` goes on from there,
-whatever has died. While an overlay is on, the volume below is written to by nobody, and libvirt and QEMU are asked
-whether that is so.
+`attach` changes the domain's definition once: the change names the overlay as the disk and records it in our metadata.
+From then on the disks of the two definitions show how far the work is, and `overlay_merge.py` resumes from there after
+any crash. While an overlay is attached nothing writes to the volume below it; libvirt is asked whether that holds.
 """
 
 import os
@@ -44,11 +43,11 @@ from thrave.compute.libvirt.overlay_merge import (
 )
 from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
 
-LOOK_AGAIN = 0.2  # seconds
-PATIENCE = 60.0  # seconds for which a daemon that is being started anew, or the end of a program, is waited for
-_LONGEST_NAME = 255  # bytes of a file's name, NAME_MAX
+POLL_INTERVAL = 0.2  # seconds
+MERGE_RETRY_TIMEOUT = 60.0  # seconds to wait for a daemon that restarts, or for another program to close an image
+_MAX_NAME_BYTES = 255  # bytes of a file's name, NAME_MAX
 
-# What a running and a defined root disk may be on while the volume below is read.
+# Locations of the running and the defined root disk while the volume below may be read.
 _ON_OVERLAY = frozenset(
     {
         (DiskLocation.OVERLAY, DiskLocation.OVERLAY),
@@ -62,12 +61,12 @@ class LibvirtOverlays:
     """See `Overlays` for the contract."""
 
     def __init__(self, context: LibvirtContext) -> None:
-        """Put overlays over the root disks of a host's domains."""
+        """Use the libvirt objects of the driver."""
         self._context = context
 
     @with_timeout
     def plan(self, instance_id: str) -> Overlay:
-        """The overlay stands beside the volume."""
+        """See `Overlays`. The overlay is in the folder of the volume."""
         with self._context.hypervisor.session(instance_id) as connection:
             domain = self._context.cache.find(connection, instance_id)
             snapshot = self._context.cache.refresh(domain)
@@ -78,50 +77,52 @@ class LibvirtOverlays:
             overlay = overlay_path(volume.path, instance_id)
             reason = obstacle_to_overlay(root) or _obstacle(connection, domain, snapshot, volume.path, overlay)
             if reason is not None:
-                raise OverlayNotSupported(instance_id, f"its root disk {root.target} can have no overlay: {reason}")
+                raise OverlayNotSupported(instance_id, f"its root disk {root.target} cannot have an overlay: {reason}")
             return Overlay(volume, overlay)
 
     @command_with_timeout
-    def attach(self, instance_id: str, frozen: Overlay) -> None:
-        """Make the overlay, then change the definition. One that is on its overlay already is left alone."""
+    def attach(self, instance_id: str, overlay: Overlay) -> None:
+        """Create the overlay, then change the definition. A domain that is on its overlay is not changed."""
         with self._context.lock(instance_id), self._context.hypervisor.session(instance_id) as connection:
             domain = self._context.cache.find(connection, instance_id)
-            _, live, config = self._context.locate_disks(domain, frozen.volume.path, frozen.overlay)
+            _, live, config = self._context.locate_disks(domain, overlay.volume.path, overlay.overlay)
             if (live.location, config.location) in _ON_OVERLAY:
                 return
             if live.location is not DiskLocation.NOWHERE:
-                raise IncorrectInstanceState(instance_id, f"{instance_id} runs: it can be frozen when it is off")
+                raise IncorrectInstanceState(
+                    instance_id, f"{instance_id} is running: an overlay can be attached only while it is off"
+                )
             if config.disk is None or config.location is not DiskLocation.VOLUME:
                 raise HypervisorError(
-                    instance_id, f"its root disk is on {config.location}, not on {frozen.volume.path}"
+                    instance_id, f"its root disk is on {config.location}, not on {overlay.volume.path}"
                 )
-            self._make_way_for(instance_id, frozen)
+            self._check_overlay_is_unused(instance_id, overlay)
             check_command(instance_id)
-            overlay_files.create(instance_id, frozen.overlay, _volume(frozen))
-            self._put_on(connection, domain, instance_id, config.disk, frozen)
-            _, live, _ = self._context.locate_disks(domain, frozen.volume.path, frozen.overlay)
+            overlay_files.create(instance_id, overlay.overlay, _volume(overlay))
+            self._define_with_overlay(connection, domain, instance_id, config.disk, overlay)
+            _, live, _ = self._context.locate_disks(domain, overlay.volume.path, overlay.overlay)
             if live.location is DiskLocation.VOLUME:
-                self._take_off(connection, domain, instance_id, config.disk, frozen)
-                raise IncorrectInstanceState(instance_id, f"{instance_id} was started while it was to be frozen")
+                self._undo_attach(connection, domain, instance_id, config.disk, overlay)
+                raise IncorrectInstanceState(instance_id, f"{instance_id} was started while its overlay was attached")
 
     @contextmanager
-    def hold_attached(self, instance_id: str, frozen: Overlay) -> Iterator[VolumeHold]:
-        """Hold nothing, but look: the instance may be stopped and started on its overlay."""
-        hold = OverlayHold(self._context, instance_id, frozen)
+    def hold_attached(self, instance_id: str, overlay: Overlay) -> Iterator[VolumeHold]:
+        """See `Overlays`. Takes no lock: the instance may be stopped and started on its overlay."""
+        hold = OverlayHold(self._context, instance_id, overlay)
         hold.check()
         yield hold
 
     @with_timeout
     def has_lost_power(self, instance_id: str) -> bool:
-        """By the reason that libvirt has, or has told."""
+        """See `Overlays`. Uses the reason that libvirt returns, or that came with the last event."""
         with self._context.hypervisor.session(instance_id) as connection:
             snapshot = self._context.cache.refresh(self._context.cache.find(connection, instance_id))
             told = self._context.events.history(snapshot.uuid)
             return snapshot.live is None and is_power_loss(snapshot.reason, told.stopped)
 
-    def merge(self, instance_id: str, frozen: Overlay, pause: Callable[[float], object]) -> None:
-        """Step by step. While a daemon is started anew, or another program has an image, it is tried for a minute."""
-        merging = OverlayMerge(self._context, instance_id, frozen, pause)
+    def merge(self, instance_id: str, overlay: Overlay, pause: Callable[[float], object]) -> None:
+        """See `Overlays`. Retries for a minute while the daemon restarts or another program has an image open."""
+        merging = OverlayMerge(self._context, instance_id, overlay, pause)
         with self._context.metadata.lock_merge(instance_id):
             stepped, failed = time.monotonic(), False
             # Not `retry`: this loop also waits after each successful step, and accepts one error of any kind.
@@ -131,69 +132,73 @@ class LibvirtOverlays:
                         return
                     stepped, failed = time.monotonic(), False
                 except (HypervisorUnavailable, ImageInUseError) as error:
-                    if time.monotonic() - stepped > PATIENCE:
+                    if time.monotonic() - stepped > MERGE_RETRY_TIMEOUT:
                         error.waited = time.monotonic() - stepped
                         raise
                 except HypervisorError:
-                    if failed:  # a guest that has just died is one to libvirt a moment longer: it is looked at again
+                    if failed:  # libvirt may still list a guest that has just died: poll once more
                         raise
                     failed = True
-                pause(LOOK_AGAIN)
+                pause(POLL_INTERVAL)
 
-    def _make_way_for(self, instance_id: str, frozen: Overlay) -> None:
-        """One that was made for a definition that never was is made anew; any other is not touched."""
-        overlay = frozen.overlay
-        if overlay_files.exists(instance_id, overlay) and not overlay_files.is_empty(instance_id, overlay):
-            raise HypervisorError(
-                instance_id, f"{overlay} is there already, and something was written to it: merge it, or move it"
-            )
+    def _check_overlay_is_unused(self, instance_id: str, overlay: Overlay) -> None:
+        """Refuse if the overlay's file contains data. An empty one, of an interrupted call, is created again."""
+        path = overlay.overlay
+        if overlay_files.exists(instance_id, path) and not overlay_files.is_empty(instance_id, path):
+            raise HypervisorError(instance_id, f"{path} already exists and contains data: merge it or move it away")
 
-    def _put_on(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Overlay) -> None:
-        volume = frozen.volume
-        noted = OverlayMetadata(
-            path=volume.path, format=volume.format, overlay=frozen.overlay, secret_file=volume.secret_file
+    def _define_with_overlay(
+        self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, overlay: Overlay
+    ) -> None:
+        volume = overlay.volume
+        added = OverlayMetadata(
+            path=volume.path, format=volume.format, overlay=overlay.overlay, secret_file=volume.secret_file
         )
         with self._context.metadata.lock(instance_id), domain_errors_translated(domain, instance_id):
             record = read_metadata(domain, instance_id)
             changed = with_overlay(
                 domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE),
                 disk.target,
-                record and replace(record, frozen=noted),
-                volume=_volume(frozen),
-                overlay=DiskImage(frozen.overlay, "qcow2"),
+                record and replace(record, frozen=added),
+                volume=_volume(overlay),
+                overlay=DiskImage(overlay.overlay, "qcow2"),
             )
             check_command(instance_id)
             connection.defineXML(changed)
         overlay_files.sync_definitions()
 
-    def _take_off(self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, frozen: Overlay) -> None:
+    def _undo_attach(
+        self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, overlay: Overlay
+    ) -> None:
         with self._context.metadata.lock(instance_id), domain_errors_translated(domain, instance_id):
             record = read_metadata(domain, instance_id)
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
             unfrozen = record and replace(record, frozen=None)
             check_command(instance_id)
-            connection.defineXML(without_overlay(xml, disk.target, unfrozen, volume=_volume(frozen)))
-        overlay_files.remove(instance_id, frozen.overlay)
+            connection.defineXML(without_overlay(xml, disk.target, unfrozen, volume=_volume(overlay)))
+        overlay_files.remove(instance_id, overlay.overlay)
 
 
 class OverlayHold:
-    """An instance that is on its overlay, or off and will be."""
+    """The `VolumeHold` of an instance that runs on its overlay, or will from its next start."""
 
-    def __init__(self, context: LibvirtContext, instance_id: str, frozen: Overlay) -> None:
+    def __init__(self, context: LibvirtContext, instance_id: str, overlay: Overlay) -> None:
         self._context = context
         self._instance_id = instance_id
-        self._frozen = frozen
+        self._overlay = overlay
         self._jobs: int | None = None
         self._lost = context.events.disconnects
 
     def check(self) -> None:
-        """Ask libvirt where the disk stands, and whether anything is being written into the volume."""
+        """Check the location of the root disk, and that no block job writes to the volume."""
         call_with_deadline(self._instance_id, self._check)
 
     def _check(self) -> None:
         with self._context.hypervisor.session(self._instance_id) as connection:
             domain = self._context.cache.find(connection, self._instance_id)
-            snapshot, live, config = self._context.locate_disks(domain, self._frozen.volume.path, self._frozen.overlay)
+            snapshot, live, config = self._context.locate_disks(
+                domain, self._overlay.volume.path, self._overlay.overlay
+            )
         if (live.location, config.location) not in _ON_OVERLAY:
             raise self._in_use(f"runs on {live.location} and will be started on {config.location}")
         if live.disk is not None and live.disk.mirror is not None:
@@ -204,14 +209,14 @@ class OverlayHold:
     def _count_jobs(self, uuid: str, target: str) -> None:
         jobs = self._context.events.history(uuid).jobs.get(target, 0)
         lost = self._context.events.disconnects
-        if self._jobs is None:  # the first look; it may have made the connection
+        if self._jobs is None:  # the first check; it may have opened the connection
             self._lost = lost
         elif jobs != self._jobs:
             raise self._in_use(f"had a block job on {target}")
         elif lost != self._lost:
             raise HoldLostError(
                 self._instance_id,
-                f"the connection to libvirt was lost: {self._instance_id} may have had a block job meanwhile",
+                f"the connection to libvirt was lost: {self._instance_id} may have had a block job in the meantime",
             )
         self._jobs = jobs
 
@@ -222,27 +227,27 @@ class OverlayHold:
 def _obstacle(
     connection: Connection, domain: Domain, snapshot: DomainSnapshot, volume: Path, overlay: Path
 ) -> str | None:
-    """Why a domain can have no overlay over its root disk, by what libvirt and the disk say; None if it can."""
+    """Return why libvirt or the disk does not allow an overlay over a root disk; None if both allow it."""
     if connection.getType() != "QEMU":
         return f"the hypervisor is {connection.getType()}"
     if snapshot.config is None:
         return "the domain is transient"
     if domain.hasManagedSaveImage():
-        return "the memory of the domain is saved, with the disk that it had (virsh managedsave)"
+        return "the domain has a managed save image, which names its disk (virsh managedsave)"
     if domain.listAllCheckpoints():
-        return "the domain has checkpoints, with which libvirt does not merge"
+        return "the domain has checkpoints; libvirt does not merge overlays of such domains"
     return _obstacle_in_folder(volume, overlay)
 
 
 def _obstacle_in_folder(volume: Path, overlay: Path) -> str | None:
-    if len(os.fsencode(overlay.name)) > _LONGEST_NAME:
-        return "its name is too long for an overlay beside it"
+    if len(os.fsencode(overlay.name)) > _MAX_NAME_BYTES:
+        return "the file name is too long for an overlay in the same folder"
     try:
         regular = stat.S_ISREG(volume.stat().st_mode)
     except OSError as error:
         return f"{volume}: {os.strerror(error.errno or 0)}"
-    return None if regular else f"{volume} is no regular file"
+    return None if regular else f"{volume} is not a regular file"
 
 
-def _volume(frozen: Overlay) -> DiskImage:
-    return DiskImage(frozen.volume.path, frozen.volume.format)
+def _volume(overlay: Overlay) -> DiskImage:
+    return DiskImage(overlay.volume.path, overlay.volume.format)
