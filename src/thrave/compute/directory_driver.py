@@ -1,8 +1,8 @@
-"""Instances described by files: one JSON file each, and optionally commands that tie it to a hypervisor.
+"""Driver for instances that JSON files describe, with optional commands that connect them to any hypervisor.
 
-Without commands, stopping and starting change the state in the file: the machine is whatever somebody else says it is.
-Files may be edited, added and removed by hand at any time; each call reads them anew. Files are replaced whole. Locks
-stand in a folder beside them, one to change a file and one that holds the instance off.
+Without commands, stopping and starting only change the state in the file. Files may be edited, added and removed by
+hand at any time: each call reads them again, and writes replace the whole file. Lock files are in a subfolder: one per
+instance for changes to its file, and one that prevents a start.
 """
 
 import logging
@@ -36,15 +36,15 @@ log = logging.getLogger(__name__)
 
 
 def new_instance_id() -> str:
-    """An id that EC2 could have given."""
+    """Return a random id in EC2's form."""
     return f"i-{secrets.token_hex(9)[:17]}"
 
 
 class DirectoryDriver:
-    """The instances in a folder; see `HypervisorDriver` for the contract.
+    """The instances in a folder. See `HypervisorDriver` for the contract.
 
     Args:
-        root: The folder. It need not exist; `add` makes it.
+        root: The folder; `add` creates it.
         command_seconds: How long a command that stops or starts an instance may take.
     """
 
@@ -56,55 +56,55 @@ class DirectoryDriver:
     def list(
         self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
-        """Every instance whose file can be read, or some; the others are logged, and `broken` has them."""
+        """See `HypervisorDriver`. Files that cannot be read are logged; `list_errors` returns the reasons."""
         readable, broken = self._folder.read_all()
         for error in broken:
             log.warning("an instance is left out: %s", error)
         mine = [one for one in readable if account_id in {None, one.account_id} and (include is None or include(one))]
-        return [self._shown(description) for description in mine]
+        return [self._with_current_state(description) for description in mine]
 
     def list_errors(self) -> Sequence[InstanceError]:
-        """Why some files in the folder are not in `list`."""
+        """Return an error for each file that `list` skips."""
         return self._folder.read_all()[1]
 
     def get(self, instance_id: str) -> Instance:
-        """One instance, with the state it has now."""
-        return self._look(instance_id)
+        """Return one instance with its current state."""
+        return self._read_current(instance_id)
 
     def get_owner(self, instance_id: str) -> str:
-        """The account id in its file."""
+        """Return the account id in the instance's file."""
         return self._folder.get_owner(instance_id)
 
     def state(self, instance_id: str) -> InstanceState:
-        """What its stateCommand says, else what its file says."""
-        return self._look(instance_id).state
+        """Return what the stateCommand prints, or else the state in the file."""
+        return self._read_current(instance_id).state
 
     def add(self, description: InstanceDescription) -> None:
         """Write the file of a new instance.
 
         Raises:
-            InvalidDescriptionError: Something about it is not valid, or a volume cannot be read.
+            InvalidDescriptionError: The description is not valid, or a volume cannot be read.
             InstanceAlreadyExists: The id is taken.
         """
         check_volumes(description)
         self._folder.create(description)
 
     def remove(self, instance_id: str) -> None:
-        """Forget an instance. The machine and its volumes are left as they are.
+        """Delete an instance's file. The machine and its volumes are not changed.
 
         Raises:
-            InstanceHeld: Its root volume is being read.
+            InstanceLocked: The root volume is being read.
         """
         with self.hold_stopped(instance_id):
             self._folder.remove(instance_id)
 
     def request_stop(self, instance_id: str) -> None:
-        """Run its stopCommand in the background, or note in its file that it is stopped."""
-        _until_unchanged(lambda: self._request_stop(instance_id))
+        """Run the stopCommand in the background, or record `stopped` in the file."""
+        _retry_on_change(lambda: self._request_stop(instance_id))
 
     def _request_stop(self, instance_id: str) -> None:
-        recorded, description = self._look_at_both(instance_id)
-        _refuse_if_gone(description)
+        recorded, description = self._read_recorded_and_current(instance_id)
+        _check_not_terminating(description)
         if description.state is InstanceState.STOPPED:
             return
         if description.stop_command or description.state_command:
@@ -113,19 +113,19 @@ class DirectoryDriver:
             self._folder.change(instance_id, InstanceState.STOPPED, seen=recorded)
 
     def force_stop(self, instance_id: str) -> None:
-        """Run its forceStopCommand to its end, or note in its file that it is stopped."""
-        description = self._look(instance_id)
-        _refuse_if_gone(description)
+        """Run the forceStopCommand to its end, or record `stopped` in the file."""
+        description = self._read_current(instance_id)
+        _check_not_terminating(description)
         if description.state is not InstanceState.STOPPED:
             self._run_force_stop(description)
-            _until_unchanged(lambda: self._record_off(self._folder.read(instance_id)))
+            _retry_on_change(lambda: self._record_off(self._folder.read(instance_id)))
 
     def terminate(self, instance_id: str) -> None:
-        """Run its stopCommand in the background, unless it is off; its file says what is to become of it."""
-        _until_unchanged(lambda: self._terminate(instance_id))
+        """Run the stopCommand in the background unless the instance is off, and record the state in the file."""
+        _retry_on_change(lambda: self._terminate(instance_id))
 
     def _terminate(self, instance_id: str) -> None:
-        recorded, description = self._look_at_both(instance_id)
+        recorded, description = self._read_recorded_and_current(instance_id)
         if description.state is InstanceState.TERMINATED:
             return
         if description.state is InstanceState.STOPPED or not (description.stop_command or description.state_command):
@@ -134,12 +134,12 @@ class DirectoryDriver:
             self._run_stop(recorded, InstanceState.SHUTTING_DOWN)
 
     def start(self, instance_id: str) -> None:
-        """Run its startCommand to its end, or note in its file that it runs.
+        """Run the startCommand to its end, or record `running` in the file.
 
-        If this was cut off, the file says `pending`, and the startCommand is run again.
+        After an interrupted start the file contains `pending`, and the startCommand runs again.
         """
         with self.hold_stopped(instance_id):
-            _refuse_if_gone(self._look(instance_id))
+            _check_not_terminating(self._read_current(instance_id))
             self._stops.abandon(instance_id)
             description = self._wait_while_stopping(instance_id)
             if not _is_up(description):
@@ -147,18 +147,18 @@ class DirectoryDriver:
                     self._run_start(description)
                 try:
                     self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
-                except StateChangedError:  # it was terminated while it was being started
+                except StateChangedError:  # terminated during the start
                     if description.stop_command:
                         self._stops.ask(self._folder.read(instance_id))
                     raise
 
     @property
     def overlays(self) -> None:
-        """None: what stands in files cannot put an overlay over a disk."""
+        """None: this driver has no overlays."""
         return None
 
     def find_users(self, is_same: Callable[[VolumeFile], bool], *, except_instance: str) -> Sequence[str]:
-        """Of the described instances; only those that have the disk are asked for their state."""
+        """See `HypervisorDriver`. Covers described instances; reads the state only of those that have the disk."""
         return [
             f"the instance {one.instance_id}"
             for one in self._folder.read_all()[0]
@@ -168,13 +168,13 @@ class DirectoryDriver:
         ]
 
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
-        """Refuse: no command reaches into the guest."""
+        """Raise InstanceCommandFailed: this driver cannot run commands in a guest."""
         self._folder.read(instance_id)
         raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no way into the guest")
 
     @contextmanager
     def hold_stopped(self, instance_id: str) -> Iterator[VolumeHold]:
-        """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
+        """Hold the instance with a lock file; the kernel releases the lock when this process ends."""
         self._folder.read(instance_id)
         with ExitStack() as stack:
             try:
@@ -184,28 +184,28 @@ class DirectoryDriver:
             yield DirectoryHold(self, instance_id)
 
     def _is_off(self, instance_id: str) -> bool:
-        """Whether it is known to be off."""
+        """Return whether the instance is known to be off."""
         try:
-            return self._look(instance_id).state in {InstanceState.STOPPED, InstanceState.TERMINATED}
+            return self._read_current(instance_id).state in {InstanceState.STOPPED, InstanceState.TERMINATED}
         except InstanceError as error:
             log.warning("an instance is taken to be running: %s", error)
             return False
 
-    def _look(self, instance_id: str) -> InstanceDescription:
-        """The instance with the state it has now."""
-        return self._look_at_both(instance_id)[1]
+    def _read_current(self, instance_id: str) -> InstanceDescription:
+        """Return the instance with its current state."""
+        return self._read_recorded_and_current(instance_id)[1]
 
-    def _look_at_both(self, instance_id: str) -> tuple[InstanceDescription, InstanceDescription]:
-        """The instance as its file says, and with the state it has now."""
-        self._settle(instance_id)
+    def _read_recorded_and_current(self, instance_id: str) -> tuple[InstanceDescription, InstanceDescription]:
+        """Return the instance as recorded in its file, and with its current state."""
+        self._record_finished_stop(instance_id)
         recorded = self._folder.read(instance_id)
         if not recorded.state_command or recorded.state is InstanceState.TERMINATED:
             return recorded, recorded
         state, off = read_state(instance_id, recorded.state_command, seconds=_STATE_SECONDS)
-        return recorded, replace(recorded, state=self._on_its_way(recorded, state), off_reason=off)
+        return recorded, replace(recorded, state=self._effective_state(recorded, state), off_reason=off)
 
-    def _on_its_way(self, recorded: InstanceDescription, state: InstanceState) -> InstanceState:
-        """The state its stateCommand has printed, as it is called on the way to being terminated."""
+    def _effective_state(self, recorded: InstanceDescription, state: InstanceState) -> InstanceState:
+        """Return the state that the stateCommand printed, or its counterpart while the instance is terminating."""
         if recorded.state is not InstanceState.SHUTTING_DOWN:
             return state
         if state is not InstanceState.STOPPED:
@@ -214,20 +214,20 @@ class DirectoryDriver:
         return InstanceState.TERMINATED
 
     def _record_off(self, recorded: InstanceDescription) -> None:
-        """Note in its file that it is off, if that says what was read. Raises StateChangedError."""
+        """Record in the file that the instance is off, unless the file has changed. Raises StateChangedError."""
         off = InstanceState.TERMINATED if recorded.state in TERMINATING else InstanceState.STOPPED
         self._folder.change(recorded.instance_id, off, seen=recorded)
 
     def _wait_while_stopping(self, instance_id: str) -> InstanceDescription:
         """The same, after waiting for a machine that is just going down: it cannot be started before."""
         return poll_until(
-            lambda: self._look(instance_id),
+            lambda: self._read_current(instance_id),
             lambda description: not description.state_command or description.state is not InstanceState.STOPPING,
             timeout=self._command_seconds,
             interval=_LOOK_AGAIN,
         )
 
-    def _settle(self, instance_id: str, patience: float = 0.0) -> None:
+    def _record_finished_stop(self, instance_id: str, patience: float = 0.0) -> None:
         """Note what has become of its stopCommand, if one was running.
 
         Only the state that was noted for this command is changed. If the instance was started meanwhile, its file says
@@ -236,7 +236,7 @@ class DirectoryDriver:
         stop = self._stops.of(instance_id)
         if stop is None:
             return
-        with self._running_if_it_fails(stop):
+        with self._record_running_on_failure(stop):
             ended = self._stops.has_ended(stop, patience)
         if ended and not stop.asked.state_command:
             with suppress(StateChangedError):
@@ -253,11 +253,11 @@ class DirectoryDriver:
         except InstanceCommandFailed:
             self._record_running(asked)
             raise
-        self._settle(instance_id, PATIENCE)
+        self._record_finished_stop(instance_id, PATIENCE)
 
     @contextmanager
-    def _running_if_it_fails(self, stop: StopCommand) -> Iterator[None]:
-        """A stopCommand that fails has stopped nothing."""
+    def _record_running_on_failure(self, stop: StopCommand) -> Iterator[None]:
+        """Record `running` again if the stopCommand fails: it has stopped nothing."""
         try:
             yield
         except InstanceCommandFailed:
@@ -298,7 +298,7 @@ class DirectoryDriver:
         try:
             yield
         except InstanceCommandFailed as error:
-            if _has_done_nothing(error):
+            if _had_no_effect(error):
                 self._undo_pending(before)
             raise
 
@@ -317,31 +317,31 @@ class DirectoryDriver:
     def _finish(self, name: str, instance_id: str, argv: Sequence[str]) -> None:
         Command(instance_id, name, argv, seconds=self._command_seconds).finish()
 
-    def _shown(self, description: InstanceDescription) -> InstanceDescription:
-        """The instance with its state now, or the one in its file if its hypervisor does not tell."""
+    def _with_current_state(self, description: InstanceDescription) -> InstanceDescription:
+        """Return the instance with its current state, or with the recorded one if the current state cannot be read."""
         try:
-            return self._look(description.instance_id)
+            return self._read_current(description.instance_id)
         except InstanceError as error:
             log.warning("the state in the file is shown: %s", error)
             return description
 
 
 class DirectoryHold:
-    """An instance that cannot be started through us; whether somebody else did, its state tells."""
+    """The `VolumeHold` of a locked instance. A start outside this service is detected by its state."""
 
     def __init__(self, instances: DirectoryDriver, instance_id: str) -> None:
         self._instances = instances
         self._instance_id = instance_id
 
     def check(self) -> None:
-        """Look at its state."""
+        """Check that the instance is stopped."""
         state = self._instances.state(self._instance_id)
         if state is not InstanceState.STOPPED:
             raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
 
 
-def _until_unchanged(act: Callable[[], None]) -> None:
-    """Do something, and again as long as the recorded state changes between its decision and its act."""
+def _retry_on_change(act: Callable[[], None]) -> None:
+    """Call `act` again as long as the recorded state changes between its read and its write."""
     while True:
         with suppress(StateChangedError):
             act()
@@ -349,17 +349,17 @@ def _until_unchanged(act: Callable[[], None]) -> None:
 
 
 def _is_up(description: InstanceDescription) -> bool:
-    """Whether it needs no start. `pending` in a file says only that a start was begun."""
+    """Return whether the instance needs no start. `pending` in a file only means that a start has begun."""
     up = {InstanceState.RUNNING, InstanceState.PENDING} if description.state_command else {InstanceState.RUNNING}
     return description.state in up
 
 
-def _has_done_nothing(error: InstanceCommandFailed) -> bool:
-    """Whether a command was refused, or never ran. One that was killed because it took too long may have done it."""
+def _had_no_effect(error: InstanceCommandFailed) -> bool:
+    """Return whether a command exited with an error or never ran. One killed at its timeout may have had an effect."""
     return error.status is not None or isinstance(error.__cause__, ProgramNotStartedError)
 
 
-def _refuse_if_gone(description: InstanceDescription) -> None:
+def _check_not_terminating(description: InstanceDescription) -> None:
     if description.state in TERMINATING:
         raise IncorrectInstanceState(
             description.instance_id, f"{description.instance_id} is {description.state} and cannot be used any more"

@@ -203,7 +203,7 @@ def test_a_guest_that_hears_nothing_is_not_asked(domains, instances, instance_id
         assert instances.state(instance_id) is InstanceState.RUNNING, "its disks are open"
         for ask in (instances.request_stop, instances.terminate):
             with pytest.raises(
-                IncorrectInstanceState, match=f"paused, and its guest hears nothing: virsh resume {domain.name()}"
+                IncorrectInstanceState, match=f"paused, so its guest cannot power off: virsh resume {domain.name()}"
             ):
                 ask(instance_id)
         assert instances.state(instance_id) is InstanceState.RUNNING, "nothing has changed"

@@ -1,9 +1,8 @@
-"""Instances that are libvirt's domains: those that have our element in their metadata, by whoever it was written.
+"""Driver for libvirt domains. An instance is a domain with our element in its metadata.
 
-A domain is left as its operator has made it: only that element is written, and, while a root volume is frozen, the
-root disk (`libvirt_overlays.py`). The guest is asked to power off by its agent, if that answers, else by the power
-button, and never by libvirt's own choice of the two, which waits a minute for an agent that is not there. States are
-told by events; what something is about to be done to is looked at itself.
+The driver writes only that element and, while an overlay is attached (`overlays.py`), the root disk. It asks a guest to
+power off through its agent if that responds, else by the power button: libvirt's own choice of the two waits a minute
+for a missing agent. Events keep the listed states current; before a command the driver reads the domain itself.
 """
 
 import logging
@@ -49,24 +48,24 @@ _STOPPING_TIMEOUT = 60.0  # for a guest that has powered off, until its process 
 _POLL_INTERVAL = 0.1  # seconds
 _START_EVENT_TIMEOUT = 1.0  # seconds
 
-# Domains whose CPUs stand still hear nothing; what has them go on again.
+# States in which the CPUs do not run, so the guest cannot react, with the command that resumes them.
 _UNRESPONSIVE_STATES: dict[int, str] = {
-    DomainState.PAUSED: "paused, and its guest hears nothing: virsh resume",
-    DomainState.PMSUSPENDED: "suspended, and its guest hears nothing: virsh dompmwakeup",
+    DomainState.PAUSED: "paused, so its guest cannot power off: virsh resume",
+    DomainState.PMSUSPENDED: "suspended, so its guest cannot power off: virsh dompmwakeup",
 }
 
 log = logging.getLogger(__name__)
 
 
 class LibvirtDriver:
-    """The domains of a libvirt that have been adopted; see `HypervisorDriver` for the contract.
+    """The adopted domains of a libvirt. See `HypervisorDriver` for the contract.
 
-    A launch time is that of the last start that the driver has made or was told of; for a domain that was started while
-    nobody listened it is an earlier one, at last the time when it was adopted.
+    A launch time is that of the last start that the driver made or received an event for. A start that it missed keeps
+    the earlier launch time, or the time of adoption.
 
     Args:
-        uri: Which libvirt. It is connected to when something is first asked of it.
-        lock_folder: Where the locks stand by which instances are held; made when it is needed.
+        uri: libvirt's connection URI. The first call connects.
+        lock_folder: For the lock files of instances; created when needed.
     """
 
     def __init__(self, uri: str, *, lock_folder: Path) -> None:
@@ -80,7 +79,7 @@ class LibvirtDriver:
         self._overlays = LibvirtOverlays(context)
 
     def close(self) -> None:
-        """Let go of the connection. Asking again connects again."""
+        """Close the connection. The next call connects again."""
         self._hypervisor.close()
 
     @property
@@ -99,7 +98,7 @@ class LibvirtDriver:
         secret_file: Path | None = None,
         tags: Mapping[str, str] = {},
     ) -> Instance:
-        """Make a domain an account's instance, or change what is said of it; a terminated one may be used again then.
+        """Make a domain an account's instance, or change its metadata. A terminated one may be used again then.
 
         Args:
             domain: Its name or UUID.
@@ -136,11 +135,11 @@ class LibvirtDriver:
             return require_instance(self._cache.refresh(found))
 
     def disown(self, instance_id: str) -> None:
-        """Let a domain be no instance any more. The domain and its disks are left as they are.
+        """Remove our metadata from a domain, so that it is no instance. The domain and its disks are not changed.
 
         Raises:
             InstanceNotFound: It is none.
-            InstanceHeld: Its root volume is being read.
+            InstanceLocked: The root volume is being read.
             IncorrectInstanceState: It runs on an overlay, which has to be merged first.
         """
         with self._lock(instance_id), self._change_domain(instance_id) as domain:
@@ -171,7 +170,7 @@ class LibvirtDriver:
 
     @with_timeout
     def get(self, instance_id: str) -> Instance:
-        """One instance, with the state it has now."""
+        """Return one instance with its current state."""
         with self._lookup(instance_id) as domain:
             return require_instance(self._cache.refresh(domain))
 
@@ -183,7 +182,7 @@ class LibvirtDriver:
         raise InstanceNotFound(instance_id)
 
     def state(self, instance_id: str) -> InstanceState:
-        """What libvirt says of its domain."""
+        """Return the state of the instance's domain."""
         return self.get(instance_id).state
 
     @command_with_timeout
@@ -251,7 +250,7 @@ class LibvirtDriver:
 
     @contextmanager
     def hold_stopped(self, instance_id: str) -> Iterator[VolumeHold]:
-        """Hold the instance by a lock file; the kernel lets go of it when this process ends."""
+        """Hold the instance with a lock file; the kernel releases the lock when this process ends."""
         with self._lock(instance_id):
             yield DomainHold(
                 self, self._events, instance_id, call_with_deadline(instance_id, lambda: self._uuid_of(instance_id))
@@ -360,10 +359,10 @@ class LibvirtDriver:
 
 
 class DomainHold:
-    """An instance that cannot be started through us; whether somebody else has started it, libvirt tells.
+    """The `VolumeHold` of a locked instance. Events from libvirt report a start outside this service.
 
-    What happens while there is no connection to libvirt is not told: an instance that is off again may have run. Then
-    only reading its volume again helps.
+    Events are lost while there is no connection: an instance that is off again may have run. Then its volume has to be
+    read again.
     """
 
     def __init__(self, instances: LibvirtDriver, events: DomainEvents, instance_id: str, uuid: str) -> None:
@@ -374,7 +373,7 @@ class DomainHold:
         self._starts, self._lost = events.history(uuid).starts, events.disconnects
 
     def check(self) -> None:
-        """Ask libvirt for the state, and count the starts."""
+        """Check the state, and that the number of starts has not changed."""
         state = self._instances.state(self._instance_id)
         if state is not InstanceState.STOPPED:
             raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
@@ -382,10 +381,10 @@ class DomainHold:
             raise RootVolumeInUse(
                 self._instance_id, f"{self._instance_id} was started and stopped while its root volume was read"
             )
-        if self._events.disconnects != self._lost:  # last: what is known for certain is the better reason
+        if self._events.disconnects != self._lost:  # last, since a known start is the better reason
             raise HoldLostError(
                 self._instance_id,
-                f"the connection to libvirt was lost: {self._instance_id} may have been started and stopped meanwhile",
+                f"the connection to libvirt was lost: {self._instance_id} may have been started and stopped since",
             )
 
 
@@ -410,7 +409,7 @@ def _check_not_terminating(instance: Instance) -> None:
 
 
 def run_unless_done(act: Callable[[], object], *, unless: Callable[[], object]) -> None:
-    """Do something, which may turn out to be done already."""
+    """Call `act`; ignore its error if `unless` shows that the wanted state is reached already."""
     try:
         act()
     except binding.load().libvirtError:
