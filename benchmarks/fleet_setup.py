@@ -130,7 +130,7 @@ class Backend:
             self.components.queues.enqueue,
             host_of=FleetInventory(self.components.database).host_of,
             retention=self.components.settings.task_retention,
-            per_account=self.components.settings.max_tasks_per_account,
+            max_per_account=self.components.settings.max_tasks_per_account,
         )
 
     @cached_property

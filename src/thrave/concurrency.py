@@ -1,8 +1,7 @@
 """Background threads, and calls with a timeout. No other module of this package starts a thread (ruff, TID251).
 
-A thread never ends unnoticed. Whatever its work raises, also what is no `Exception`, is given to a function of its
-owner, or is logged and the work repeated. Every thread is a daemon: one that hangs in a system call, which nothing can
-interrupt, does not keep the process from ending.
+No thread fails silently: every error of its work, also one that is no `Exception`, is passed to a function of its owner
+or logged. Every thread is a daemon, since a thread that hangs in a system call must not keep the process from ending.
 """
 
 import errno
@@ -16,38 +15,38 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 Background: TypeAlias = threading.Thread
-"""A thread that was started here. Join it with a timeout."""
+"""A thread started by this module. Join it with a timeout."""
 OnFailure = Callable[[BaseException], object]
-"""Told what the work of a thread raised. It must not raise; if it does, both errors are logged."""
+"""Receives the error of a thread's work. It must not raise; if it does, its error is logged."""
 
 
 class NoThreadError(OSError, RuntimeError):
-    """No more threads can be started, for now: `errno` is EAGAIN.
+    """No thread can be started at the moment; `errno` is EAGAIN.
 
     Attributes:
-        waited: Seconds for which it was tried.
+        waited: Seconds that were spent on attempts.
     """
 
     waited: float = 0.0
 
 
 class CallTimeoutError(Exception):
-    """A call has not ended in time. It may still be running."""
+    """A call did not end within its timeout. It may still be running."""
 
 
 def supervised(name: str, work: Callable[[], object], *, on_failure: OnFailure) -> Background:
-    """Do something once, in a thread of its own.
+    """Start a thread that does `work` once.
 
     Args:
-        name: Of the thread.
-        work: What to do.
-        on_failure: Must end or restart what depends on the work. Called in the same thread.
+        name: Name of the thread.
+        work: Called in the thread.
+        on_failure: Called in the thread with the error; must end or restart what depends on the work.
 
     Returns:
-        The thread, which has been started.
+        The started thread.
 
     Raises:
-        NoThreadError: No more threads can be started.
+        NoThreadError: No thread can be started.
     """
     thread = threading.Thread(target=_run, args=(name, work, on_failure), name=name, daemon=True)
     try:
@@ -66,18 +65,18 @@ def repeat(
     stop: threading.Event | None = None,
     at_once: bool = True,
 ) -> Background:
-    """Do something again and again, in a thread of its own, whatever it raises.
+    """Start a thread that does `work` at an interval, also after errors.
 
     Args:
-        name: Of the thread.
-        interval: Seconds between the end of the work and its next beginning.
-        work: What to do.
-        on_failure: Told each time that the work fails; by default the failure is logged.
-        stop: Ends the thread when it is set, after the work that is being done. It never ends if none is given.
-        at_once: Do it for the first time now, not in `interval` seconds.
+        name: Name of the thread.
+        interval: Seconds between the end of the work and its next start.
+        work: Called in the thread.
+        on_failure: Called with each error; by default the error is logged.
+        stop: Ends the thread when set, after the current call of `work`. None: the thread never ends.
+        at_once: Whether the first call is made now, not after `interval` seconds.
 
     Raises:
-        NoThreadError: No more threads can be started.
+        NoThreadError: No thread can be started.
     """
     ended = stop or threading.Event()
     report = on_failure or partial(_log_failure, name)
@@ -94,10 +93,10 @@ def repeat(
 
 
 def later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[], None]:
-    """Do something in so many seconds, unless the function that is returned is called before.
+    """Start a thread that does `work` after some seconds; return a function that cancels it.
 
     Raises:
-        NoThreadError: No more threads can be started.
+        NoThreadError: No thread can be started.
     """
     cancelled = threading.Event()
 
@@ -110,14 +109,14 @@ def later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[],
 
 
 class Call(Generic[R]):
-    """A call that may hang, in a thread of its own, so that its caller can abandon it.
+    """A call in its own thread, which its caller can abandon if the call hangs.
 
     Args:
-        name: Of the thread.
+        name: Name of the thread.
         work: The call.
 
     Raises:
-        NoThreadError: No more threads can be started.
+        NoThreadError: No thread can be started.
     """
 
     def __init__(self, name: str, work: Callable[[], R]) -> None:
@@ -131,15 +130,15 @@ class Call(Generic[R]):
 
     @property
     def is_running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the call has not ended."""
         return not self._ended.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it has ended, so many seconds at the most; say whether it has."""
+        """Wait at most `seconds` for the end of the call; return whether it has ended."""
         return self._ended.wait(seconds)
 
     def when_ended(self, follow: Callable[[], object]) -> None:
-        """Have something done once the call has ended, in its thread; in this one if it has. Failures are logged."""
+        """Call `follow` when the call has ended, in its thread; at once if it has ended already. Errors are logged."""
         with self._lock:
             if self.is_running:
                 self._followers.append(follow)
@@ -147,14 +146,14 @@ class Call(Generic[R]):
         _run("after a call", follow, partial(_log_failure, "after a call"))
 
     def result(self, timeout: float) -> R:
-        """Wait for what the call returns.
+        """Return the result of the call.
 
         Args:
             timeout: Seconds.
 
         Raises:
-            CallTimeoutError: It has not ended by then.
-            BaseException: What the call raised.
+            CallTimeoutError: The call has not ended within `timeout`.
+            BaseException: The error of the call.
         """
         if not self._ended.wait(timeout):
             raise CallTimeoutError(f"not ended within {timeout:g} seconds")
@@ -180,11 +179,11 @@ class Call(Generic[R]):
 def _run(name: str, work: Callable[[], object], on_failure: OnFailure) -> None:
     try:
         work()
-    except BaseException as error:  # noqa: BLE001 (a thread must not end without anybody being told)
+    except BaseException as error:  # noqa: BLE001 (a thread must not fail silently)
         try:
             on_failure(error)
         except BaseException:
-            log.exception("the failure of the background job %r could not be handled", name)
+            log.exception("error handler of background job failed: %s", name)
 
 
 def _log_failure(name: str, error: BaseException) -> None:

@@ -132,7 +132,7 @@ def _door(
         ground.queues.enqueue,
         host_of=host_of,
         retention=timedelta(days=settings.task_retention_days),
-        per_account=settings.max_tasks_per_account,
+        max_per_account=settings.max_tasks_per_account,
     )
     return Ec2Backend(
         accounts=ground.accounts,

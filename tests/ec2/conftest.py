@@ -65,7 +65,7 @@ def service(tmp_path):
             lambda connection, bundle_id, host: None,
             host_of=lambda instance_id: "localhost",
             retention=timedelta(days=7),
-            per_account=4,
+            max_per_account=4,
         ),
     )
     key = backend.accounts.create("owner")[1]

@@ -118,7 +118,7 @@ def test_bundle_instance_rejects_prefix_of_an_unfinished_task(service, ec2, wind
     assert (status, code) == (400, "InvalidParameterValue")
     assert message.startswith(f"Bucket prefix in use my-bucket/winami: your bundle task {first} is storing a bundle")
     with pytest.raises(PrefixInUse) as error:
-        service.backend.tasks.check_place("222222222222", "i-1", "my-bucket", "winami")
+        service.backend.tasks.check_location("222222222222", "i-1", "my-bucket", "winami")
     assert "another bundle task is storing" in str(error.value)
     assert first not in str(error.value)
     bundle(ec2, service.key, other, prefix="winami2")

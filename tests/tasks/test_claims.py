@@ -255,7 +255,7 @@ def test_upload_of_an_earlier_run_that_arrives_late(on_sqlite, buckets, key, lat
     assert rows(bench) == {key: (A, "gone")}
     assert not bench.records.has_orphans(A)
     (seen,) = TaskQueries(bench.engine, bench.records).of([A])
-    assert (seen.stored.objects, [*seen.left_over]) == (0, [])
+    assert (seen.stored.objects, [*seen.orphaned_keys]) == (0, [])
     assert bench.records.delete_ended(-timedelta(days=1), limit=9) == 0
     clean_up(bench)  # too early
     assert rows(bench) == {key: (A, "gone")}
@@ -530,4 +530,4 @@ def test_a_store_that_refuses_is_reported_with_the_command(on_sqlite, buckets, c
         looking.run_once()
     assert capsys.readouterr().out.count(f"thrave task show {A}") == 1
     (seen,) = TaskQueries(bench.engine, bench.records).of([A])
-    assert [*seen.left_over] == [KEY]
+    assert [*seen.orphaned_keys] == [KEY]

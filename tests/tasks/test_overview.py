@@ -133,7 +133,7 @@ def test_what_a_task_has_stored_is_counted_by_what_the_bucket_took(add, records,
     journal.record_upload("one.manifest.json")
     journal.record_stored(StoredBatch([StoredObject("one.manifest.json", 7)]))
     (seen,) = overview.of(["one"])
-    assert (seen.stored.objects, seen.stored.parts, seen.stored.size, [*seen.left_over]) == (3, 1, 107, [])
+    assert (seen.stored.objects, seen.stored.parts, seen.stored.size, [*seen.orphaned_keys]) == (3, 1, 107, [])
 
 
 @pytest.fixture
@@ -146,10 +146,10 @@ def test_what_a_failed_task_has_not_removed_is_left_over(add, records, overview)
     records.journal("one").record_upload("one.part.0")
     records.fail("one", TaskFailure("Client.S3Error", "no"))
     (seen,) = overview.of(["one"])
-    assert [*seen.left_over] == ["one.part.0"]
+    assert [*seen.orphaned_keys] == ["one.part.0"]
     records.journal("one").end_deletion(["one.part.0"])
     (seen,) = overview.of(["one"])
-    assert [*seen.left_over] == []
+    assert [*seen.orphaned_keys] == []
 
 
 def event(second, state, message=None):

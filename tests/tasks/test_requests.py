@@ -23,7 +23,7 @@ RETENTION = timedelta(days=7)
 def tasks(engine, tmp_path):
     records = TaskRepository(engine, Vault.open_or_create(tmp_path / "vault.key"))
     return BundleTaskService(
-        engine, records, lambda *_: None, host_of=lambda _: "localhost", retention=RETENTION, per_account=20
+        engine, records, lambda *_: None, host_of=lambda _: "localhost", retention=RETENTION, max_per_account=20
     )
 
 
@@ -79,7 +79,7 @@ def test_task_that_ended_long_ago_is_shown_to_nobody(engine, tasks):
 
 
 def test_only_so_many_tasks_are_kept_in_memory(engine, tasks, monkeypatch):
-    monkeypatch.setattr(task_service, "ENDED_KEPT", 2)
+    monkeypatch.setattr(task_service, "MAX_CACHED", 2)
     ids = [f"bun-{number}" for number in range(5)]
     for bundle_id in ids:
         insert(engine, bundle_id, "failed")

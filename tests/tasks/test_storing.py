@@ -422,7 +422,7 @@ def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(rep
         bench.store().remove_earlier()
     assert bench.records.complete(bench.bundle_id)
     (seen,) = TaskQueries(bench.engine, bench.records).of([bench.bundle_id])
-    assert {*before} - {MANIFEST} <= {*seen.left_over}
+    assert {*before} - {MANIFEST} <= {*seen.orphaned_keys}
     bench.buckets.before = lambda _what, _key: None
     ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).run_once()
     assert {*bench.stored_keys()} & ({*before} - {MANIFEST}) == set()

@@ -65,7 +65,7 @@ def task_document(seen: TaskReport) -> dict[str, object]:
         "volumeSize": task.volume_size,
         "storedSize": stored.size,
         "storedParts": stored.parts,
-        "orphanedObjects": len(seen.left_over),
+        "orphanedObjects": len(seen.orphaned_keys),
         "attempts": task.attempts,
         "warning": task.warning,
         "error": error,
@@ -89,14 +89,14 @@ def story_document(story: TaskStory) -> Json:
         "bytesPerSecond": _rate(story.seen, spent),
         "meaning": cause and cause.meaning,
         "remedy": cause and cause.remedy,
-        "orphanedKeys": [*story.seen.left_over],
-        "removalCommand": " ".join(removal_commands(task)) if story.seen.left_over else None,
+        "orphanedKeys": [*story.seen.orphaned_keys],
+        "removalCommand": " ".join(removal_commands(task)) if story.seen.orphaned_keys else None,
         "history": [
             {
                 "time": spell.event.time,
                 "state": spell.event.state,
                 "message": spell.event.message,
-                "seconds": spell.lasted and round(spell.lasted.total_seconds(), 3),
+                "seconds": spell.duration and round(spell.duration.total_seconds(), 3),
             }
             for spell in spent
         ],
@@ -125,7 +125,7 @@ def _row(seen: TaskReport, now: datetime) -> tuple[str, ...]:
     bundled = format_size(stored.size) if stored.size else ""
     age = format_duration(now - task.start_time)
     reason = printable(task.error_code or task.warning or "") + (
-        f", {len(seen.left_over)} orphaned objects" if seen.left_over else ""
+        f", {len(seen.orphaned_keys)} orphaned objects" if seen.orphaned_keys else ""
     )
     return (task.bundle_id, task.state, progress_words(task), task.instance_id, task.host, age, bundled, reason)
 
@@ -170,7 +170,7 @@ def _happened(spell: StateDuration) -> tuple[str, ...]:
     return (
         time,
         spell.event.state,
-        format_duration(spell.lasted) if spell.lasted else "",
+        format_duration(spell.duration) if spell.duration else "",
         printable(spell.event.message or ""),
     )
 
@@ -185,7 +185,7 @@ def _reason(task: BundleTask) -> str:
 
 def _left_over(story: TaskStory) -> str:
     """What is still to be removed from the bucket, and how; what a failed task had sent is known to be gone, if so."""
-    task, keys = story.seen.task, story.seen.left_over
+    task, keys = story.seen.task, story.seen.orphaned_keys
     failed = task.state is BundleTaskState.FAILED
     if not keys:
         return "The bucket holds no object that this task has sent." if failed else ""

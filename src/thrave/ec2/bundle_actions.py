@@ -331,7 +331,7 @@ def _check_state(instance: Instance) -> None:
 def _check_number(backend: Ec2Backend, caller: Caller) -> None:
     """Before a bucket is made; `create` looks again, at once with every other request."""
     try:
-        backend.tasks.check_number(caller.account_id)
+        backend.tasks.check_quota(caller.account_id)
     except TooManyBundleTasks as error:
         raise EC2Error("ResourceLimitExceeded", limit=error.limit) from None
 
@@ -339,7 +339,7 @@ def _check_number(backend: Ec2Backend, caller: Caller) -> None:
 def _check_place(backend: Ec2Backend, caller: Caller, instance: Instance, storage: S3Storage) -> None:
     """Before a bucket is made; the database itself refuses a second task, whoever sends it at the same time."""
     try:
-        backend.tasks.check_place(caller.account_id, instance.instance_id, storage.bucket, storage.prefix)
+        backend.tasks.check_location(caller.account_id, instance.instance_id, storage.bucket, storage.prefix)
     except BundlingInProgress as error:  # another call was quicker since we looked
         raise EC2Error("BundlingInProgress", bundle_id=error.bundle_id) from None
     except PrefixInUse as error:

@@ -1,7 +1,6 @@
-"""Bundle tasks as an operator sees them: anybody's, with what each has stored and how long each state of it took.
+"""Read-only queries of bundle tasks for operators: all accounts, stored objects, time spent in each state.
 
-It only reads. A page of tasks costs two queries, however many tasks there are, and one more for each that has left
-something behind. It decides nothing.
+A page of tasks costs two queries for any number of tasks, and one more for each task with orphaned objects.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,95 +36,95 @@ _STORED = (
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFilter:
-    """Which tasks to look at: those for which everything holds that is given."""
+    """Selects tasks that meet all of the given conditions."""
 
     states: frozenset[BundleTaskState] = frozenset()
-    """Any of these; empty: whatever state they are in."""
+    """Any of these states; empty: every state."""
     account_id: str | None = None
     instance_id: str | None = None
     host: str | None = None
     since: datetime | None = None
-    """Those that were asked for then or later; aware."""
+    """Earliest start time; timezone-aware."""
 
     def conditions(self) -> Iterator[sa.ColumnElement[bool]]:
-        """The same in SQL, so that an index serves where there is one."""
-        whose = {"account_id": self.account_id, "instance_id": self.instance_id, "host": self.host}
-        yield from (bundle_task.c[name] == value for name, value in whose.items() if value is not None)
+        """Yield the conditions in SQL, in a form that can use the indexes."""
+        equal = {"account_id": self.account_id, "instance_id": self.instance_id, "host": self.host}
+        yield from (bundle_task.c[name] == value for name, value in equal.items() if value is not None)
         if self.states:
             yield bundle_task.c.state.in_([*self.states])
         if self.states and not self.states & FINISHED:
             yield task_in_progress
         if self.since is not None:
             yield bundle_task.c.start_time >= self.since
-            yield bundle_task.c.update_time >= self.since  # no task changes before it is asked for; this has the index
+            yield bundle_task.c.update_time >= self.since  # implied by the condition above; this column has an index
 
 
 class StoredTotals(NamedTuple):
-    """What a task has in its bucket, as far as it was written down."""
+    """What a task has in its bucket, by its records."""
 
     objects: int = 0
-    """Parts, manifest and side file, those that are on their way among them."""
+    """Number of parts, manifest and side file, including uploads in flight."""
     parts: int = 0
-    """The parts that the bucket has taken."""
+    """Number of parts that are stored."""
     size: int = 0
-    """Bytes of every object that the bucket has taken."""
+    """Bytes of all stored objects."""
 
 
 class TaskReport(NamedTuple):
-    """A task, and what it has stored."""
+    """A task and its objects."""
 
     task: BundleTask
     stored: StoredTotals
-    left_over: Sequence[str]
-    """The keys of what it should have removed from its bucket and has not yet."""
+    orphaned_keys: Sequence[str]
+    """Keys of objects that must still be deleted from its bucket."""
 
 
 class StateDuration(NamedTuple):
-    """Something that happened to a task and, where it came into a state, how long it was in that."""
+    """An event of a task; if the event is a change of state, with the time that the task spent in the state."""
 
     event: TaskEvent
-    lasted: timedelta | None
-    """None of an end, and of what happened within a state."""
+    duration: timedelta | None
+    """None for the final state, and for events within a state."""
 
 
 class TaskQueries:
     """The bundle tasks of all accounts."""
 
     def __init__(self, engine: sa.Engine, records: TaskRepository) -> None:
-        """Look at the tasks of `records`, whose database `engine` is."""
+        """Read the tasks of `records`, whose database is `engine`."""
         self._engine = engine
         self._records = records
 
     def latest(self, wanted: TaskFilter, *, limit: int) -> list[TaskReport]:
-        """The `limit` newest of the tasks that are wanted, the oldest of them first."""
-        return self._seen(self._records.latest(*wanted.conditions(), limit=limit))
+        """Return the `limit` newest of the selected tasks, oldest first."""
+        return self._report(self._records.latest(*wanted.conditions(), limit=limit))
 
     def of(self, bundle_ids: Sequence[str]) -> list[TaskReport]:
-        """The tasks with these ids, the oldest first. Raises BundleTaskNotFound for the first that there is none of."""
+        """Return the tasks with these ids, oldest first. Raises BundleTaskNotFound for the first unknown id."""
         tasks = self._records.find(bundle_task.c.bundle_id.in_(bundle_ids))
         found = {task.bundle_id for task in tasks}
         for bundle_id in bundle_ids:
             if bundle_id not in found:
                 raise BundleTaskNotFound(bundle_id)
-        return self._seen(tasks)
+        return self._report(tasks)
 
-    def _seen(self, tasks: Sequence[BundleTask]) -> list[TaskReport]:
-        mine = _STORED.where(bundle_task.c.bundle_id.in_([task.bundle_id for task in tasks]))
+    def _report(self, tasks: Sequence[BundleTask]) -> list[TaskReport]:
+        query = _STORED.where(bundle_task.c.bundle_id.in_([task.bundle_id for task in tasks]))
         with self._engine.connect() as connection:
-            found = {row[0]: (row[1], StoredTotals(*row[2:])) for row in connection.execute(mine)}
-        return [self._one(task, *found.get(task.bundle_id, (False, StoredTotals()))) for task in tasks]
+            found = {row[0]: (row[1], StoredTotals(*row[2:])) for row in connection.execute(query)}
+        return [self._report_one(task, *found.get(task.bundle_id, (False, StoredTotals()))) for task in tasks]
 
-    def _one(self, task: BundleTask, replaces: bool, stored: StoredTotals) -> TaskReport:  # noqa: FBT001 (a column)
-        journal, left_over = self._records.journal(task.bundle_id), []
+    def _report_one(self, task: BundleTask, replaces: bool, stored: StoredTotals) -> TaskReport:  # noqa: FBT001 (a column)
+        journal, orphaned_keys = self._records.journal(task.bundle_id), []
         if task.state is BundleTaskState.FAILED and stored.objects:
-            left_over = [item.key for item in journal.objects()]
+            orphaned_keys = [item.key for item in journal.objects()]
         elif task.state is BundleTaskState.COMPLETE and replaces:
-            left_over = [item.key for item in journal.orphaned_objects()]
-        return TaskReport(task, stored, left_over)
+            orphaned_keys = [item.key for item in journal.orphaned_objects()]
+        return TaskReport(task, stored, orphaned_keys)
 
 
 def state_durations(history: Sequence[TaskEvent], now: datetime) -> list[StateDuration]:
-    """How long a task was in each state of its history; in the one that it has still, until now."""
+    """Return how long a task was in each state of its history; for the current state, until `now`."""
     changes = [event.time for event in history if event.message is None]
     ends = iter([*changes[1:], now])
     return [
@@ -135,15 +134,18 @@ def state_durations(history: Sequence[TaskEvent], now: datetime) -> list[StateDu
 
 
 def time_in(state: BundleTaskState, spent: Sequence[StateDuration]) -> timedelta:
-    """How long a task was in a state."""
-    return sum((spell.lasted for spell in spent if spell.event.state is state and spell.lasted), timedelta())
+    """Return how long a task was in a state, in total."""
+    return sum((spell.duration for spell in spent if spell.event.state is state and spell.duration), timedelta())
 
 
 def bytes_done(task: BundleTask, history: Sequence[TaskEvent]) -> int | None:
-    """How much of its root volume a task has dealt with, to the percent, holes included; None until it is opened."""
+    """Return the bytes of the root volume that a task has read, rounded down to a percent; None before it is opened.
+
+    Holes count as read.
+    """
     if task.volume_size is None:
         return None
-    been = {event.state for event in history}
-    if been & {BundleTaskState.STORING, BundleTaskState.COMPLETE}:
+    states = {event.state for event in history}
+    if states & {BundleTaskState.STORING, BundleTaskState.COMPLETE}:
         return task.volume_size
     return task.volume_size * (task.progress or 0) // 100

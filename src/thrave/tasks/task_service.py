@@ -1,14 +1,14 @@
-"""What callers may do with bundle tasks: create one, describe them, cancel one.
+"""Bundle tasks for the API: create, describe, cancel.
 
     BundleTaskError
-    ├── BundlingInProgress          the instance has a task already
-    ├── PrefixInUse                 a task that is not finished goes to the same bucket and prefix
-    ├── BundleTaskNotFound          no such task, or somebody else's
+    ├── BundlingInProgress          the instance already has a task
+    ├── PrefixInUse                 an unfinished task has the same bucket and prefix
+    ├── BundleTaskNotFound          no such task, or another account's
     ├── BundleTaskNotCancellable    it has ended, or is being cancelled
-    └── TooManyBundleTasks          the account has as many unfinished tasks as it may
+    └── TooManyBundleTasks          the account has its maximum of unfinished tasks
 
-Who the caller is and what they may do has been decided before; the task itself runs elsewhere (`bundling.py`), and
-nothing here waits for it.
+Identity and permissions of the caller were checked before (`ec2/`). The task runs elsewhere (`workflow.py`); nothing
+here waits for it.
 """
 
 import secrets
@@ -31,15 +31,14 @@ from thrave.tasks.models import FINISHED, BundleRequest, BundleTask
 from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
 
-ENDED_KEPT = 4096  # tasks in memory, of some 2 KB each
-
+MAX_CACHED = 4096  # ended tasks in memory, of about 2 KB each
 
 Enqueue = Callable[[sa.Connection, str, str], None]
-"""Has a host run a task when the connection's transaction commits: `TaskQueue.enqueue`."""
+"""Enqueues a task for a host when the connection's transaction commits: `TaskQueue.enqueue`."""
 
 
 class BundleTaskService:
-    """The bundle tasks of all accounts, as their callers may see and change them."""
+    """The bundle tasks of all accounts."""
 
     def __init__(
         self,
@@ -49,60 +48,66 @@ class BundleTaskService:
         *,
         host_of: Callable[[str], str],
         retention: timedelta,
-        per_account: int,
+        max_per_account: int,
     ) -> None:
-        """Let an account have `per_account` unfinished tasks; finished ones are shown for `retention` after their end.
+        """Use the tasks of `records`.
 
-        `host_of` tells which host has an instance that no host has reported.
+        Args:
+            engine: The database of `records`.
+            records: The tasks.
+            enqueue: See `Enqueue`.
+            host_of: Returns the host of an instance that no host has reported.
+            retention: How long after their end tasks are shown.
+            max_per_account: Maximum number of unfinished tasks of an account.
         """
         self._engine = engine
         self._records = records
         self._enqueue = enqueue
         self._host_of = host_of
         self._retention = retention
-        self._per_account = per_account
+        self._max_per_account = max_per_account
         self.made_buckets = CreatedBuckets(engine, records)
-        """The buckets that requests create."""
-        # Ended tasks that their owners have seen, and until when (monotonic) they are shown: they never change again.
+        """Buckets that requests create."""
+        # Ended tasks, which never change, with the monotonic time until which they are shown.
         self._ended: dict[str, tuple[BundleTask, float]] = {}
 
     def create(self, request: BundleRequest) -> BundleTask:
-        """Record a task and have it run, both or neither.
+        """Record and enqueue a task, in one transaction.
 
         Raises:
-            BundlingInProgress: The instance has a task already, whoever asked for it.
-            PrefixInUse: Another task, whoever asked for it, goes to the same bucket and prefix.
-            TooManyBundleTasks: The account may not have another one.
+            BundlingInProgress: The instance has an unfinished task, of any account.
+            PrefixInUse: Another unfinished task, of any account, has the same bucket and prefix.
+            TooManyBundleTasks: The account has its maximum of unfinished tasks.
         """
         bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
         try:
             with failpoint("record"), self._engine.begin() as connection:
                 host = self._locked_host(connection, request.instance_id)
                 self._records.add(connection, bundle_id, host, request)
-                self._check_number(connection, request.account_id, self._per_account)
+                self._check_quota(connection, request.account_id, self._max_per_account)
                 self._enqueue(connection, bundle_id, host)
         except sa.exc.IntegrityError as refusal:
             earlier = self._records.in_progress(request.instance_id)
             if earlier is not None:
                 raise BundlingInProgress(earlier.bundle_id) from refusal
-            self.check_place(request.account_id, request.instance_id, request.bucket, request.prefix)
-            return self.create(request)  # the other task ended between the two looks
+            self.check_location(request.account_id, request.instance_id, request.bucket, request.prefix)
+            return self.create(request)  # the other task ended between the insert and the check
         task = self._records.get(bundle_id)
         assert task is not None
         return task
 
     def _locked_host(self, connection: sa.Connection, instance_id: str) -> str:
-        """The host that has an instance. If it was reported, an adoption of its host comes before or after us."""
-        mine = sa.select(instance.c.host).where(instance.c.instance_id == instance_id).with_for_update()
-        host: str | None = connection.execute(mine).scalar()
+        """Return the host of an instance. Locks the row of a reported one, so that its host is not adopted now."""
+        query = sa.select(instance.c.host).where(instance.c.instance_id == instance_id).with_for_update()
+        host: str | None = connection.execute(query).scalar()
         return self._host_of(instance_id) if host is None else host
 
-    def check_place(self, account_id: str, instance_id: str, bucket: str, prefix: str) -> None:
-        """Look whether a task that is not finished, of any account, goes to a bucket and prefix.
+    def check_location(self, account_id: str, instance_id: str, bucket: str, prefix: str) -> None:
+        """Check that no unfinished task, of any account, has a bucket and prefix.
 
         Raises:
-            BundlingInProgress: The instance's own task does.
-            PrefixInUse: Another one does. The error names it if it is the account's.
+            BundlingInProgress: The instance's own task has them.
+            PrefixInUse: Another task has them. The error names the task if it is the account's.
         """
         task = self._records.in_progress_at(bucket, prefix)
         if task is not None and task.instance_id == instance_id:
@@ -110,25 +115,25 @@ class BundleTaskService:
         if task is not None:
             raise PrefixInUse(bucket, prefix, task.bundle_id if task.account_id == account_id else None)
 
-    def check_number(self, account_id: str) -> None:
-        """Look whether the account may have another task, before anything is done for it.
+    def check_quota(self, account_id: str) -> None:
+        """Check that the account may have another task.
 
         Raises:
-            TooManyBundleTasks: It may not.
+            TooManyBundleTasks: It has its maximum of unfinished tasks.
         """
         with self._engine.connect() as connection:
-            self._check_number(connection, account_id, self._per_account - 1)
+            self._check_quota(connection, account_id, self._max_per_account - 1)
 
-    def _check_number(self, connection: sa.Connection, account_id: str, most: int) -> None:
-        if self._records.count_in_progress(connection, account_id) > most:
-            raise TooManyBundleTasks(self._per_account)
+    def _check_quota(self, connection: sa.Connection, account_id: str, limit: int) -> None:
+        if self._records.count_in_progress(connection, account_id) > limit:
+            raise TooManyBundleTasks(self._max_per_account)
 
     def in_progress(self, instance_id: str) -> BundleTask | None:
-        """The unfinished task of an instance, if it has one."""
+        """Return the unfinished task of an instance, or None."""
         return self._records.in_progress(instance_id)
 
     def describe(self, account_id: str, bundle_ids: Sequence[str] = ()) -> list[BundleTask]:
-        """The account's tasks, or those with the given ids, the oldest first.
+        """Return the account's tasks, or those with the given ids, oldest first.
 
         Raises:
             BundleTaskNotFound: One of the ids is not a task of this account.
@@ -139,11 +144,11 @@ class BundleTaskService:
         return sorted(tasks, key=lambda task: (task.start_time, task.bundle_id))
 
     def cancel(self, account_id: str, bundle_id: str) -> BundleTask:
-        """Have a task end as `failed` with `Client.Cancelled`; give it as it is now.
+        """Have a task end as `failed` with `Client.Cancelled`; return its current state.
 
         Raises:
-            BundleTaskNotFound: It is not a task of this account.
-            BundleTaskNotCancellable: It has ended, or is being cancelled already.
+            BundleTaskNotFound: The account has no such task.
+            BundleTaskNotCancellable: The task has ended, or is already being cancelled.
         """
         self._task(account_id, bundle_id)
         with failpoint("cancellation"):
@@ -154,23 +159,23 @@ class BundleTaskService:
         return task
 
     def _task(self, account_id: str, bundle_id: str) -> BundleTask:
-        """The task, looked up by the quickest way there is: it is what every waiter asks, again and again."""
-        known = self._ended.get(bundle_id)
-        if known is None:
+        """Return a task. Ended tasks are cached, since clients that wait for a task describe it often."""
+        cached = self._ended.get(bundle_id)
+        if cached is None:
             found = self._records.get_with_age(bundle_id)
             if found is None:
                 raise BundleTaskNotFound(bundle_id)
             task, age = found
-            known = task, time.monotonic() + (self._retention - age).total_seconds()
-        task, shown_until = known
+            cached = task, time.monotonic() + (self._retention - age).total_seconds()
+        task, shown_until = cached
         has_ended = task.state in FINISHED
         if task.account_id != account_id or (has_ended and time.monotonic() >= shown_until):
             raise BundleTaskNotFound(bundle_id)
         if has_ended:
-            self._keep(task, shown_until)
+            self._cache(task, shown_until)
         return task
 
-    def _keep(self, task: BundleTask, shown_until: float) -> None:
-        if len(self._ended) >= ENDED_KEPT:
+    def _cache(self, task: BundleTask, shown_until: float) -> None:
+        if len(self._ended) >= MAX_CACHED:
             self._ended.clear()
         self._ended[task.bundle_id] = task, shown_until
