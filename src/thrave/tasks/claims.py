@@ -1,20 +1,20 @@
-"""One owner for each object in a bucket: who may write it, who may delete it, and what may still be under way to it.
+"""One owner for each object in a bucket: which task may write or delete it, and which requests may still hit it.
 
-The table `bundle_part` has one row for each key. A task claims a key in the transaction before it writes the object.
-A deletion claims first, too, deletes what it has claimed, and deletes the rows of what the store has confirmed as gone.
+The table `bundle_part` has one row per key. A task claims a key in a transaction before it writes the object. A
+deletion also claims first, then deletes the objects, then the rows of those that the store has confirmed as deleted.
 
-- The key of an unfinished task is refused to every other task.
-- A task takes over the row of a task that has ended. It waits while a request of that task may be under way.
-- `run` names who has sent a request which has not ended, as far as the database knows: a process that writes, or one
-  attempt to delete. A process keeps a list of its own uploads that are under way (`calls.py`, `PLACES`). If the name is
-  another one, the request may arrive at any time: its sender was killed or cut off, or does not wait for it.
-- Such a key is not free for `SETTLE` after that was found (`settle_time`). An object that was deleted meanwhile is
-  deleted once more at that time (state `gone`), since an upload may have arrived after the first deletion.
-
-No clock decides who owns a key. Times are those of the database, and only say when a request has been lost for good.
-Deleting the record of an ended task releases its keys. No other task can have a row of them, and whatever has no row is
-never deleted.
+No clock decides which task owns a key. Deleting the row of an ended task releases its keys.
 """
+
+# The rules:
+# - No task can claim a key of another unfinished task.
+# - A task takes over the row of an ended task. It waits while a request of that task may be in flight.
+# - `run` names the sender of a request that has not ended, as far as the database knows: a process that writes, or one
+#   attempt to delete. A process has a list of its own requests (`store_calls.py`, `IN_FLIGHT`). A request of another
+#   sender may arrive at any time: the sender was killed or disconnected, or does not wait for it.
+# - Such a key is not free for `SETTLE` seconds after that was found (`settle_time`, by the database's clock). An object
+#   that was deleted meanwhile is deleted once more then (state `gone`): an upload may have arrived after the deletion.
+# - An object without a row is never deleted.
 
 import secrets
 from collections.abc import Collection, Sequence
@@ -30,8 +30,8 @@ from thrave.database import bundle_part, bundle_task, now, task_in_progress
 from thrave.tasks.lease import RightLostError
 
 SETTLE = 3600.0
-"""Seconds for which a request may be under way whose sender has died: in a proxy, or in a send buffer of its kernel.
-TCP gives up after 15 minutes (Linux, tcp_retries2); no proxy is known that keeps a request for longer."""
+"""Seconds for which a request may be in flight after its sender has ended: in a proxy, or in a kernel's send buffer.
+TCP times out after 15 minutes (Linux, tcp_retries2); no proxy is known that keeps a request for longer."""
 
 THIS_PROCESS = secrets.token_hex(8)
 
@@ -48,17 +48,17 @@ _IS_GONE = bundle_part.update().where(_OBJECT).values(state="gone", run=None)
 
 
 class ObjectInUseError(Exception):
-    """An object cannot be written: it is another task's, or a request of an earlier one may be under way to it."""
+    """An object cannot be written: another task owns it, or a request of an earlier task may be in flight."""
 
     def __init__(self, key: str, reason: str, *, seconds: float | None) -> None:
-        """Say which object, and why; it is free in `seconds` at the soonest; None: nobody knows when."""
+        """Name the object and the reason. It is free in `seconds` at the earliest; None: unknown."""
         super().__init__(f"The object '{key}' cannot be written: {reason}.")
         self.seconds = seconds
 
 
 @cache
-def _own(dialect: str) -> sa.Executable:
-    """Claim an object that nobody has, or that the task has by the same process: what happens for each part."""
+def _claim_new(dialect: str) -> sa.Executable:
+    """Claim an object without a row, or one that this process claimed for the same task: the usual case."""
     insert: Any = (postgresql.insert if dialect == "postgresql" else sqlite.insert)(bundle_part)
     row = sa.select(
         bundle_task.c.bucket, sa.bindparam("named", type_=bundle_part.c.key.type), bundle_task.c.bundle_id,
@@ -89,17 +89,17 @@ def claim(
         bundle_id: The task.
         key: Of the object.
         run: This process.
-        busy: Keys that requests of this process may be under way to.
-        part: What the manifest is going to say of it.
+        busy: Keys that requests of this process may still hit.
+        part: Its record in the manifest, if it is a part.
 
     Raises:
-        ObjectInUseError: It is not free.
+        ObjectInUseError: The object is not free.
         RightLostError: The task has ended.
     """
     record = part and asdict(part)
     given = {"named": key, "of": bundle_id, "by": run, "record": record}
     for _ in range(_ATTEMPTS):
-        if connection.execute(_own(connection.dialect.name), given).rowcount == 1:
+        if connection.execute(_claim_new(connection.dialect.name), given).rowcount == 1:
             return
         bucket = _bucket(connection, bundle_id)
         if _is_free(connection, bundle_id, bucket, key, run=run, busy=busy):
@@ -123,18 +123,18 @@ def _bucket(connection: sa.Connection, bundle_id: str) -> str:
 def _is_free(
     connection: sa.Connection, bundle_id: str, bucket: str, key: str, *, run: str, busy: Collection[str]
 ) -> bool:
-    """Whether there is a row of the object that the task may have. Raises ObjectInUseError if it may not have it."""
+    """Whether the object has a row that the task may take over. Raises ObjectInUseError if it may not."""
     query = sa.select(bundle_part).where(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
     row = connection.execute(query.with_for_update()).first()
     if row is None:
         return False
     if row.bundle_id == bundle_id:
         return True
-    # Read after the row was locked: a task that has claimed the key meanwhile is seen here.
+    # Read after the row was locked, so it includes a task that has claimed the key meanwhile.
     if _is_unfinished(connection, row.bundle_id):
         raise ObjectInUseError(key, "another bundle task, which is not finished, writes it", seconds=None)
     if row.run is not None and (row.run != run or key in busy):
-        reason = "a request of an earlier bundle task to write or delete it may be under way"
+        reason = "a request of an earlier bundle task to write or delete it may be in flight"
         raise ObjectInUseError(key, reason, seconds=0.0)
     seconds = 0.0
     if row.settle_time is not None:
@@ -146,9 +146,9 @@ def _is_free(
 
 
 def _take(connection: sa.Connection, bundle_id: str, bucket: str, key: str, run: str) -> None:
-    """Make a row the task's that `_is_free` has locked."""
+    """Make the task the owner of a row that `_is_free` has locked."""
     there = sa.and_(bundle_part.c.bucket == bucket, bundle_part.c.key == key)
-    # Of the same task: a request of another process may arrive. It has the same content, but may come after a deletion.
+    # A late request of another process for the same task has the same content, but may arrive after a deletion.
     late = sa.and_(there, bundle_part.c.run.is_not(None), bundle_part.c.run != run)
     connection.execute(bundle_part.update().where(late).values(settle_time=now(SETTLE)))
     connection.execute(bundle_part.update().where(there).values(bundle_id=bundle_id, state="sent", run=run))
@@ -159,7 +159,7 @@ def claim_replaced(
 ) -> None:
     """Claim the objects of a bundle that an unfinished task has replaced, so that they can be deleted.
 
-    What an unfinished task owns is left out, and what another one has to delete.
+    Leaves out the objects of unfinished tasks, and those that another task has to delete.
     """
     bucket = _bucket(connection, bundle_id)
     for key in sorted(keys):
@@ -181,7 +181,7 @@ def _is_unfinished(connection: sa.Connection, bundle_id: str) -> bool:
 
 
 def renounce(connection: sa.Connection, bundle_id: str) -> None:
-    """Record that no object of a task is wanted any more: the task has failed, or seals from the beginning."""
+    """Record that all objects of a task are to be deleted: the task has failed, or restarts its sealing."""
     mine = sa.and_(bundle_part.c.bundle_id == bundle_id, _SENT)
     connection.execute(bundle_part.update().where(mine).values(state="unwanted", part=None))
 
@@ -195,8 +195,8 @@ def claim_deletion(
         connection: Of a transaction that is committed before anything is deleted.
         bundle_id: The task.
         run: This process.
-        deletion: This attempt to delete: a name that no other has had.
-        unanswered: Keys of requests that this process has sent, and that nobody has answered.
+        deletion: A unique name of this attempt to delete.
+        unanswered: Keys for which a request of this process has no response.
     """
     mine = bundle_part.c.bundle_id == bundle_id
     due = sa.and_(mine, sa.or_(_UNWANTED, sa.and_(_GONE, bundle_part.c.settle_time <= now())))
@@ -223,9 +223,9 @@ def end_deletion(
         connection: Of a transaction.
         bundle_id: The task.
         deletion: As it was claimed.
-        gone: Keys of objects that the store has confirmed to be gone, or to be another bundle's.
-        unanswered: Keys of requests that nobody has answered.
-        busy: Keys of requests that are under way in this process.
+        gone: Keys of objects that the store has confirmed as deleted, or that belong to another bundle.
+        unanswered: Keys for which a request has no response.
+        busy: Keys that requests of this process may still hit.
     """
     delay(connection, bundle_id, unanswered)
     mine = bundle_part.c.bundle_id == bundle_id
@@ -238,7 +238,7 @@ def end_deletion(
 
 
 def delay(connection: sa.Connection, bundle_id: str, keys: Collection[str]) -> None:
-    """Record that requests about these objects of a task were sent, and may arrive later."""
+    """Record that requests for these objects of a task were sent, and may arrive later."""
     _each(connection, _DELAY, bundle_id, keys)
 
 

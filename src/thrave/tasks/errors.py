@@ -1,11 +1,8 @@
-"""Why a bundle task can fail: one table of codes, and the exception that carries one.
+"""Errors of bundle tasks and hosts: the table of error codes, the exceptions, and which errors are transient.
 
-    TaskFailure             ends the task; becomes its BundleTaskError
-    └── Cancelled           … because its owner asked for it
-
-EC2 writes these codes with their prefix inside the answer (`Client.S3Error`, `Client.Cancelled`, seen in the records of
-RightScale's right_aws), and so do we. `Client.…` is for what the caller can mend, `Server.…` for what the operator can.
-No message ever holds a secret.
+EC2 writes these codes with their prefix into the response (`Client.S3Error`, `Client.Cancelled`, seen in the records of
+RightScale's right_aws); so does Thrave. The caller can fix a `Client.…` error, the operator a `Server.…` error. No
+message contains a secret.
 """
 
 import errno
@@ -113,36 +110,36 @@ _FOLDERS = re.compile(r"(?<![\w:/.~-])/(?:[^\s/'\":;,()]+/)*(?=[^\s/'\":;,()])")
 
 
 def without_folders(text: str) -> str:
-    """Return a text with the bare names of the host's files: a tenant must not learn how its folders are arranged."""
+    """Return a text without the folders of the host's files: a tenant must not learn the layout of the host."""
     return _FOLDERS.sub("", text)
 
 
 class TaskFailure(Exception):
-    """The task cannot be completed, for a reason of the table above. Its owner reads the message."""
+    """The task fails with a code of `ERROR_CODES`. Its owner reads the message."""
 
     def __init__(self, code: str, message: str) -> None:
-        """Give the reason: a `code` of `CAUSES`, and a `message` that says what was met.
+        """Set a `code` of `ERROR_CODES`, and a `message` that says what happened.
 
-        Of the host's files the message keeps the bare names, whoever worded it: a hypervisor, a command, a disk.
+        The folders of the host's files are removed from the message, which may come from a hypervisor or a command.
         """
         self.code = code
         self.message = without_folders(message)
         super().__init__(f"{code}: {self.message}")
 
     def with_second_failure(self, another: "TaskFailure") -> "TaskFailure":
-        """This failure, with the word that something else went wrong on the way out of it."""
+        """Return this failure with the message of another one, which happened while the task was undone."""
         return TaskFailure(self.code, f"{self.message} ({another})")
 
 
 class TaskCancelled(TaskFailure):
-    """The owner asked for the task to be cancelled. AWS's own words."""
+    """The owner has cancelled the task. The message is the one of AWS."""
 
     def __init__(self) -> None:
         super().__init__("Client.Cancelled", "User has requested bundling operation cancellation")
 
 
 class ErrorKind(Enum):
-    """What is done about an error: one classification for database, store, hypervisor, state command and disk."""
+    """How an error is handled: one classification for database, store, hypervisor, state command and disk."""
 
     PERMANENT = "the task fails with a reason"
     TRANSIENT = "the call is repeated until a deadline"
@@ -174,7 +171,7 @@ def kind_of(error: BaseException) -> ErrorKind:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same call may succeed later, though nothing is changed."""
+    """Whether the same call may succeed later without a change."""
     return kind_of(error) in {ErrorKind.TRANSIENT, ErrorKind.UNRECORDABLE}
 
 
@@ -186,7 +183,7 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
 
-# What the rooms' own errors become, the first that fits.
+# The task error codes for the errors of other packages; the first that matches.
 EXPECTED_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (InstanceNotFound, "Client.InstanceTerminated"),
     (RootVolumeInUse, "Server.VolumeError"),
@@ -197,19 +194,19 @@ EXPECTED_ERRORS: tuple[tuple[type[Exception], str], ...] = (
 
 
 def to_task_failure(error: Exception) -> TaskFailure:
-    """The reason to give for an error that ended a step; what nobody foresaw is logged in full and told in general."""
+    """Return the task failure for an error that ended a step. Details of an unexpected error are only logged."""
     if isinstance(error, TaskFailure):
         return error
     if isinstance(error, BucketError) and error.is_the_stores:
         return TaskFailure("Server.S3Error", str(error))
-    if isinstance(error, VolumeError):  # its owner must not learn how the host's folders are arranged
-        log.warning("the root volume cannot be read", error=str(error))
+    if isinstance(error, VolumeError):  # its owner must not learn the layout of the host
+        log.warning("root volume not readable", error=str(error))
         return TaskFailure("Server.VolumeError", error.public)
     for kind, code in EXPECTED_ERRORS:
         if isinstance(error, kind):
-            log.warning("a step failed", code=code, error=str(error))  # with the whole paths, for the operator
+            log.warning("step failed", code=code, error=str(error))  # with full paths, for the operator
             return TaskFailure(code, str(error))
-    log.error("a step failed in a way nobody foresaw", exc_info=error)
+    log.error("step failed with an unexpected error", exc_info=error)
     return TaskFailure("Server.InternalError", "An internal error has occurred.")
 
 
@@ -220,11 +217,11 @@ _REMEDIES = {
         HostState.FENCED,
     ): "another host has adopted its tasks. It is active once its agent is started",
 }
-"""What an operator can do, by what was asked for and the state that does not allow it."""
+"""What an operator can do, by the requested event and the state that does not allow it."""
 
 
 class HostError(Exception):
-    """Something that cannot be done with a host."""
+    """A request about a host that is not possible."""
 
 
 class NoSuchHost(HostError):
@@ -239,7 +236,7 @@ class HostInUse(HostError):
 
 
 class HostStateError(HostError):
-    """The state that the host is in does not allow what was asked for."""
+    """The state of the host does not allow the request."""
 
     def __init__(self, name: str, state: HostState, event: HostEvent) -> None:
         super().__init__(f"Host {name} is {state}: {_REMEDIES.get((event, state), 'its state does not allow this')}")
@@ -265,7 +262,7 @@ class PrefixInUse(BundleTaskError):
     """A bundle task that is not finished goes to the same bucket and prefix."""
 
     def __init__(self, bucket: str, prefix: str, bundle_id: str | None) -> None:
-        """Name the task if it is the caller's: of others nobody is told."""
+        """Name the task only if it belongs to the caller's account."""
         which = f"your bundle task {bundle_id}" if bundle_id else "another bundle task"
         super().__init__(
             f"Bucket prefix in use {bucket}/{prefix}: {which} is storing a bundle there. Wait until that task has "

@@ -1,37 +1,14 @@
-"""The states of a fleet's hosts. Everything that decides which state may follow which stands in this file.
+"""Plain data of bundle tasks and hosts: states, steps, transitions, tasks and requests. Nothing here uses the database.
 
-A host is `active` while it takes tasks. An operator drains it: it finishes what it has begun and takes no more, also
-if its agent is started anew meanwhile, until an operator makes it active again. A host whose tasks another host has
-adopted is `fenced`: its agent has lost its lease, and it is active again when an agent is started on it.
+`repository.py` and `hosts.py` apply the tables of transitions to the database, with conditional updates.
 
-This module changes nothing by itself: `hosts.py` applies the table to the database, by compare-and-set.
-
-The states of a bundle task. Everything that decides which state may follow which stands in this file.
-
-A task is `pending` until its host begins; `waiting-for-shutdown` while the guest is asked to power off; `bundling`
-while the root volume is read, sealed and sent part by part; `storing` while the stored parts are checked and the
-manifest is written; then `complete`. From any of these it may fail, or be cancelled, which EC2 shows as `cancelling`
-and then `failed` with `Client.Cancelled`: there is no `cancelled` (botocore's model of EC2 2016-11-15, and what AWS
-answered).
+The states of a task; EC2 has no `cancelled` (botocore's model of EC2 2016-11-15, and what AWS answered):
 
     pending ──> waiting-for-shutdown ──> bundling ──> storing ──> complete
        │                 │                  │            │
        └────────┬────────┴────────┬─────────┴─────┬──────┘
                 v                 v               │
             cancelling ───────> failed <──────────┘
-
-This module changes nothing by itself: `records.py` applies the table to the database.
-
-The steps of a bundle task, in their order: forward, and undo. The task's row names the one that comes next.
-
-A failure or a cancellation is recorded before anything is undone: in one transaction the row gets its error and the
-first step of undoing. From then on no forward step can run, whatever is restarted. Each step may be repeated.
-
-`bundling.py` does the steps; `records.py` moves the row from one to the next.
-
-A bundle task as others see it, what happened to it, and the request that makes one.
-
-Plain data; nothing here touches the database.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +19,12 @@ from typing import NamedTuple
 
 
 class HostState(StrEnum):
-    """What a host is there for."""
+    """The state of a host.
+
+    An operator drains a host: it finishes what it has started, and takes no more tasks, even if its agent restarts,
+    until an operator activates it. A host whose tasks another host has adopted is `fenced`: its agent has lost its
+    lease. The next start of an agent makes it active again.
+    """
 
     ACTIVE = "active"
     DRAINING = "draining"
@@ -91,7 +73,12 @@ WITH_AN_AGENT = frozenset({_HOST.ACTIVE, _HOST.DRAINING})
 
 
 class BundleTaskState(StrEnum):
-    """A bundle task's state, in EC2's own words."""
+    """The state of a bundle task, with EC2's names.
+
+    `pending` until its host starts it; `waiting-for-shutdown` while the guest shuts down; `bundling` while the root
+    volume is read, sealed and uploaded; `storing` while the stored parts are verified and the manifest is uploaded. A
+    cancelled task is `cancelling`, then `failed` with `Client.Cancelled`.
+    """
 
     PENDING = "pending"
     WAITING_FOR_SHUTDOWN = "waiting-for-shutdown"
@@ -129,12 +116,16 @@ WITH_PROGRESS: frozenset[BundleTaskState] = frozenset({_S.BUNDLING, _S.STORING})
 
 
 def before(state: BundleTaskState) -> frozenset[BundleTaskState]:
-    """The states from which `state` can be reached in one step."""
+    """Return the states from which a task can change to `state`."""
     return frozenset(earlier for earlier, after in FOLLOWS.items() if state in after)
 
 
 class Step(StrEnum):
-    """A step of a bundle task, as the database names it."""
+    """A step of a bundle task, as the database names it.
+
+    A failure or a cancellation is recorded before anything is undone: one transaction writes the error and makes the
+    first undo step the next one. From then on no forward step can run. Each step may be repeated.
+    """
 
     STOP = "stop"
     FREE = "free"
@@ -151,7 +142,7 @@ class Step(StrEnum):
 
 
 class Row(NamedTuple):
-    """A row of the table: what a step does, and what becomes of the task if the step fails."""
+    """What a step does, and what happens if it fails."""
 
     does: str
     fails: str
@@ -160,7 +151,7 @@ class Row(NamedTuple):
 _UNDO = "The failure is recorded, and undoing begins."
 
 
-_GO_ON = "It is recorded as a warning, a background job of the agent repeats it, and the next step follows."
+_WARN = "It is recorded as a warning, a background job of the agent repeats it, and the next step follows."
 
 
 _APPEND = "It is added to the task's message, a background job of the agent repeats it, and the next step follows."
@@ -170,13 +161,13 @@ FORWARD: dict[Step, Row] = {
     Step.STOP: Row("Records the instance's power state; asks the guest to power off, until it has.", _UNDO),
     Step.FREE: Row("Starts the instance on an overlay, if `capture_mode` is `overlay`.", _UNDO),
     Step.SEAL: Row("Reads the root volume; seals it, part by part, into the bucket.", _UNDO),
-    Step.START: Row("Starts the instance, if it is to run.", _GO_ON),
+    Step.START: Row("Starts the instance, if it is to run.", _WARN),
     Step.STORE: Row(
         "Proves that the bucket has every part; stores the side file, and the manifest last.",
         "If the manifest is in the bucket, the next step follows. If not, the failure is recorded, and undoing begins.",
     ),
-    Step.MERGE: Row("Merges the overlay, if there is one.", _GO_ON),
-    Step.REMOVE_EARLIER: Row("Removes what is left of a bundle that was replaced.", _GO_ON),
+    Step.MERGE: Row("Merges the overlay, if there is one.", _WARN),
+    Step.REMOVE_EARLIER: Row("Removes what is left of a bundle that was replaced.", _WARN),
     Step.COMPLETE: Row("Ends the task as `complete`.", "It is repeated."),
 }
 
@@ -193,7 +184,7 @@ FIRST, FIRST_OF_UNDO = next(iter(FORWARD)), next(iter(UNDO))
 
 
 BEFORE_READ = frozenset({Step.STOP, Step.FREE, Step.SEAL})
-"""Steps that fail if the instance had to be started meanwhile: its volume is not what it was."""
+"""Steps that fail if the instance had to be started meanwhile: its volume has changed then."""
 
 
 MAY_FAIL = BEFORE_READ | {Step.START, Step.STORE}
@@ -212,13 +203,13 @@ _FOLLOWS = {step: after for steps in ([*FORWARD], [*UNDO]) for step, after in pa
 
 
 def following(step: Step) -> Step | None:
-    """Return the step that comes after one that has ended; None after the last, with which the task has ended."""
+    """Return the step after `step`; None after the last step, which ends the task."""
     return _FOLLOWS.get(step)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleRequest:
-    """What BundleInstance asks for, after every check that can be made at request time has passed."""
+    """The parameters of BundleInstance, after every check that can be made at request time has passed."""
 
     account_id: str
     """The caller's account."""
@@ -229,7 +220,7 @@ class BundleRequest:
     prefix: str
     access_key_id: str
     upload_policy: str = field(repr=False)
-    """The base64 text that was signed: of a policy that came encoded twice, the layer that the signature is over."""
+    """The base64 text that was signed. Of a policy that was encoded twice, the layer that the signature covers."""
     upload_policy_signature: str = field(repr=False)
     made_bucket: bool = False
     """Whether the request created the bucket."""
@@ -246,7 +237,7 @@ class BundleTask:
     host: str
     state: BundleTaskState
     next_step: Step
-    """What its host does next; a step that undoes once it fails or is cancelled."""
+    """The next step of its host; an undo step once the task has failed or was cancelled."""
     progress: int | None
     """Percent within `bundling`, and again within `storing`; None before."""
     start_time: datetime
@@ -259,16 +250,16 @@ class BundleTask:
     was_running: bool | None
     """Whether the instance ran before the task touched it; None until that is known."""
     power_recovery_until: datetime | None
-    """Until when the guest may still power off for this task though it has ended; None if it will not."""
+    """Until when the guest may still power off because of this task; None if it will not."""
     error_code: str | None
-    """Why it fails, or has failed: recorded before anything is undone, so also of a task that has not ended."""
+    """Why the task fails or has failed: recorded before the undo, so it is also set before the task has ended."""
     error_message: str | None
     warning: str | None
     """Warnings for the owner of a task that continued."""
     volume_size: int | None
     """Bytes of the root volume; None until it has been opened."""
     attempts: int
-    """How often a host took it up: once, and again after each crash. The number of its last run."""
+    """How often a host has started it: once, and again after each crash. The number of its last run."""
 
 
 class TaskEvent(NamedTuple):
@@ -277,6 +268,6 @@ class TaskEvent(NamedTuple):
     time: datetime
     """Aware, in UTC."""
     state: BundleTaskState
-    """The state that it had then."""
+    """The state of the task then."""
     message: str | None
-    """What happened in that state; None: it came into it."""
+    """What happened in that state; None: the task changed to it."""
