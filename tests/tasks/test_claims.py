@@ -215,7 +215,7 @@ def test_claim_between_the_claim_of_a_deletion_and_its_first_request(on_sqlite):
     fail(first)
     assert [*first.journal.start_deletion()] == [MANIFEST]
     second = on_sqlite(B)
-    with pytest.raises(ObjectInUseError, match="may be under way"):
+    with pytest.raises(ObjectInUseError, match="may be in flight"):
         second.journal.record_upload(MANIFEST)
     first.journal.end_deletion([])  # the store has refused
     second.journal.record_upload(MANIFEST)

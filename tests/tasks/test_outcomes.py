@@ -109,7 +109,7 @@ def test_task_completes_whatever_statement_fails(here, happens):
 
 @pytest.mark.parametrize("happens", [fail, kill])
 def test_failed_task_keeps_its_reason_whatever_statement_fails(here, happens):
-    lossy = {"buckets": LosesAPart(here.buckets)}
+    lossy = {"store": LosesAPart(here.buckets)}
     for number in range(1, number_of(here, **lossy) + 1, EVERY):
         bundle_id = here.task()
         task, _ = ends(here, bundle_id, number, happens, **lossy)
