@@ -23,6 +23,7 @@ from thrave.cli import remote_folders
 from thrave.cli.folders import FolderError
 from thrave.cli.main import exit_code
 from thrave.compute import power
+from thrave.tasks import store_calls
 
 pytestmark = pytest.mark.s3
 
@@ -39,7 +40,8 @@ def bench(seaweedfs, proxy, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Short pauses."""
+    """Short pauses; and no upload is abandoned only because the machine is busy."""
+    monkeypatch.setattr(store_calls, "PATIENCE", 60.0)
     monkeypatch.setattr(retrying_store, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(power, "LOOK_AGAIN", 0.01)
 

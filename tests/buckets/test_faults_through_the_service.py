@@ -4,6 +4,7 @@ from contextlib import suppress
 
 import pytest
 
+from support.eventually import eventually
 from support.servers import stores
 from support.service.forked_server import ForkedServer
 from support.service.service_on_store import UPLOAD_BY_SERVICE, ServiceOnStore
@@ -99,4 +100,5 @@ def test_permanent_fault_leaves_instance_running_and_bucket_empty(
     assert task["State"] == "failed"
     assert task["BundleTaskError"]["Code"] == code, task
     assert service.server.instances.state(task["InstanceId"]) is InstanceState.RUNNING
-    assert bundle_files(service) == []
+    # An upload that has not ended with its task is cleaned up later.
+    eventually(lambda: bundle_files(service), "the bucket is empty", until=lambda files: not files)

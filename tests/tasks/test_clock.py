@@ -72,5 +72,5 @@ def test_what_is_stored_is_removed_although_the_upload_policy_expires_meanwhile(
         "Client.S3Error",
         "AccessDenied(403)- Invalid according to Policy: Policy expired.",
     )
-    assert scene.objects() == {}
+    scene.await_empty_bucket()
     scene.check_nothing_is_left()

@@ -46,7 +46,7 @@ def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(smal
         task = scene.come_to_an_end()
         assert (task.state, task.error_code) == (BundleTaskState.FAILED, "Server.S3Error")
         assert task.error_message.startswith("InternalError(500)- ")
-        assert scene.objects() == {}
+        scene.await_empty_bucket()
         scene.await_power()
         before, free = free, shutil.disk_usage(folder).free
         assert before is None or free > before - MIB
@@ -69,7 +69,7 @@ def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(s
         filler = shutil.disk_usage(folder).free - reserve - 2 * PART - remaining
         (folder / "filler").write_bytes(bytes(filler))
         assert scene.come_to_an_end().state is BundleTaskState.FAILED
-        assert scene.objects() == {}
+        scene.await_empty_bucket()
         scene.await_power()
         scene.bundle_id = None
         (folder / "filler").unlink()

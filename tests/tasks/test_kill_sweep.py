@@ -55,7 +55,7 @@ def test_a_cancelled_task_that_is_killed_at_each_step_of_putting_back_leaves_not
     for moment in moments(*AFTER_CANCELLING):
         scene.die_at(moment)
     assert scene.come_to_an_end().error_code == "Client.Cancelled"
-    assert scene.objects() == {}
+    scene.await_empty_bucket()
     scene.check_nothing_is_left()
 
 

@@ -41,7 +41,7 @@ def test_a_disk_that_stops_answering_fails_the_task_and_the_instance_runs_again(
         task = await_task(ec2, bundle_id)
         assert task["BundleTaskError"]["Code"] == "Server.NoProgress"
         assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
-        assert [*bucket.rglob("*")] == []
+        eventually(lambda: [*bucket.rglob("*")], "the bucket is empty", until=lambda found: not found)
         with suppress(psutil.NoSuchProcess):  # it was killed, since it did not end by itself
             disk.resume()
         eventually(lambda: not disk_servers())

@@ -140,6 +140,7 @@ def test_an_upload_that_is_refused_stops_the_others_and_nothing_stays(disk, buck
     store = bench.store()
     with pytest.raises(AccessDenied):
         bench.seal(RawVolume(disk), store=store)
+    buckets.wait_for(lambda: len(buckets.ended) == len(buckets.begun) - 1)
     store.remove_objects()
     assert bench.stored_keys() == []
     assert [item.key for item in bench.journal.objects()] == [PREFIX + part(1)]  # it may yet come

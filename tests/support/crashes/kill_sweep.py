@@ -225,6 +225,10 @@ class KilledService:
         folder = self.server.data.buckets / BUCKET
         return {path.name: _identity(path) for path in folder.glob("*")} if folder.exists() else {}
 
+    def await_empty_bucket(self):
+        """Wait until the bucket has no object: the cleanup takes longer if an upload has not ended with its task."""
+        eventually(self.objects, "the bucket is empty", until=lambda objects: not objects)
+
     def _instance(self, disk, image_format):
         if image_format != "raw":
             raw, disk = disk, disk.with_suffix(f".{image_format}")

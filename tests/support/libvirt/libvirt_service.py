@@ -142,7 +142,7 @@ class Bundle:
         """Code and message of the task, which must fail, and leave nothing in the bucket."""
         task = self.ended()
         assert task["State"] == "failed", task
-        assert self._objects() == []
+        eventually(self._objects, "the bucket is empty", until=lambda objects: not objects)
         return task["BundleTaskError"]["Code"], task["BundleTaskError"]["Message"]
 
     def notice(self) -> str:
