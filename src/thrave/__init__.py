@@ -1,1 +1,1 @@
-"""Thrave: EC2's BundleInstance for anyone's own hypervisors and any S3-compatible store."""
+"""Thrave: EC2's BundleInstance API for KVM hosts and S3-compatible stores."""

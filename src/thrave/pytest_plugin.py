@@ -1,4 +1,4 @@
-"""pytest's fixtures; found by pytest itself where Thrave is installed. It imports nothing until a test asks."""
+"""Fixtures for pytest, which loads this module if Thrave is installed. Imports nothing until a test uses a fixture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def thrave_server(tmp_path: Path) -> Iterator[ThraveServer]:
-    """A real Thrave on a free port, with a data directory of its own; stopped after the test."""
+    """A real Thrave service on a free port with its own data directory; stopped after the test."""
     from thrave.testing import ThraveServer  # noqa: PLC0415 (every pytest run on this machine loads this module)
 
     with ThraveServer.running(tmp_path / "thrave") as server:

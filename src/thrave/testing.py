@@ -1,4 +1,6 @@
-"""For other people's tests: a real Thrave on a free port of 127.0.0.1, with accounts and instances to call it for.
+"""Public API for tests of other projects: a real Thrave service on a free port of 127.0.0.1.
+
+`__all__` lists the public names; everything else in this module may change.
 
     with ThraveServer.running(tmp_path) as server:
         account, key = server.account("alice")
@@ -6,8 +8,8 @@
         ec2 = server.client(key)                        # boto3's, unmodified
         ec2.bundle_instance(InstanceId=instance.instance_id, Storage=server.storage(key, "bucket", "prefix"))
 
-Under pytest the fixture `thrave_server` gives one. It is the product itself in a process of its own, not a mock of it;
-this module has no other way in than its users have: the command, the data directory and the EC2 door.
+With pytest, the fixture `thrave_server` returns such a server. The service is not a mock: it is the `thrave serve`
+command in a process of its own, used through the command line, the data directory and the EC2 API.
 """
 
 import base64
@@ -38,18 +40,20 @@ from thrave.concurrency import later, supervised
 from thrave.config import DataDirectory, Settings
 from thrave.identity.accounts import AccessKey, Account
 
+__all__ = ["REGION", "ComponentMissingError", "ServerError", "ThraveServer", "import_boto3", "upload_policy"]
+
 REGION = "us-east-1"
 START_TIMEOUT = 120  # seconds, on a busy machine
-_LAST_WORDS = 5  # seconds to read them when it has ended
-_KEPT_LINES = 20  # of what a server says on stderr, for the message if it does not start
+_STDERR_TIMEOUT = 5  # seconds to read the rest of stderr of a server that has exited
+_KEPT_LINES = 20  # lines of stderr in the message of ServerError
 
 
 class ServerError(Exception):
-    """The server did not start; the message has what it said."""
+    """The server did not start; the message contains its output."""
 
 
 class ComponentMissingError(Exception):
-    """A library that this needs is not installed; the message names the package."""
+    """A required library is not installed; the message names the package."""
 
 
 @dataclass
@@ -67,14 +71,14 @@ class ThraveServer:
     @classmethod
     @contextmanager
     def running(cls, data: Path, **settings: object) -> Iterator[Self]:
-        """A server on `data`, stopped at the end.
+        """Start a server and stop it at the end of the block.
 
         Args:
-            data: Its data directory.
-            settings: Any of `thrave.config.Settings`, as `shutdown_timeout=2`.
+            data: Data directory.
+            settings: Any field of `thrave.config.Settings`, such as `shutdown_timeout=2`.
 
         Raises:
-            ServerError: It did not start.
+            ServerError: The server did not start.
         """
         server = cls(DataDirectory(data), {f"THRAVE_{name.upper()}": str(value) for name, value in settings.items()})
         server.start()
@@ -84,7 +88,7 @@ class ThraveServer:
             server.stop()
 
     def start(self) -> None:
-        """Start it, and wait until it answers. Raises ServerError if it does not within two minutes."""
+        """Start the server and wait until it accepts requests. Raises ServerError after two minutes."""
         errors, errors_of_server = os.pipe()
         arguments = [self.command, "--data-dir", str(self.data.root), "--listen-port", "0"]
         try:
@@ -99,43 +103,43 @@ class ThraveServer:
         )
         disarm = later("start limit", START_TIMEOUT, self.process.kill)
         assert self.process.stdout is not None
-        said = self.process.stdout.readline().strip()
+        line = self.process.stdout.readline().strip()
         disarm()
-        if not said.startswith("listening on "):
+        if not line.startswith("listening on "):
             self.stop()
-            forward.join(_LAST_WORDS)
-            reason = "".join(kept).strip() or said or f"no answer within {START_TIMEOUT} seconds"
+            forward.join(_STDERR_TIMEOUT)
+            reason = "".join(kept).strip() or line or f"no output within {START_TIMEOUT} seconds"
             raise ServerError(f"thrave {self.command} ended with status {self.process.returncode}: {reason}")
-        self.url = said.removeprefix("listening on ")
+        self.url = line.removeprefix("listening on ")
 
     def _launch(self, arguments: Sequence[str], environment: Mapping[str, str], stderr: int) -> programs.ServerProcess:
         return programs.start_server([sys.executable, "-m", "thrave", *arguments], environment, stderr=stderr)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
-        """Stop it, by SIGTERM unless another signal is given, and wait for its end."""
+        """Send SIGTERM or another signal to the server, and wait until it has exited."""
         if self.process is not None:
             self.process.send_signal(signal_number)
             self.process.communicate(timeout=START_TIMEOUT)
 
     def account(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
-        """Make an account with its first access key; `certificate` is PEM."""
+        """Create an account and its first access key; `certificate` is PEM."""
         url = self.environment.get("THRAVE_DATABASE_URL")
-        ground = open_components(
+        components = open_components(
             Settings(data_dir=self.data.root, database_url=None if url is None else SecretStr(url))
         )
         try:
-            return ground.accounts.create(name, certificate)
+            return components.accounts.create(name, certificate)
         finally:
-            ground.database.dispose()
+            components.database.dispose()
 
     def instance(self, account_id: str, root_volume: Path, *, volumes: Sequence[Path] = (), **details: Any) -> Instance:  # noqa: ANN401 (each field has its own type)
-        """Describe a running Windows instance.
+        """Add a running Windows instance.
 
         Args:
-            account_id: Its owner's.
+            account_id: Account id of the owner.
             root_volume: The raw disk that is bundled.
-            volumes: Other raw disks, which are not.
-            details: Any field of `thrave.compute.description_files.InstanceDescription`, as `platform=None`.
+            volumes: Other raw disks, which are not bundled.
+            details: Any field of `thrave.compute.description_files.InstanceDescription`, such as `platform=None`.
         """
         given = {
             "instance_id": new_instance_id(),
@@ -151,14 +155,14 @@ class ThraveServer:
 
     @property
     def instances(self) -> DirectoryDriver:
-        """The instances that the server knows."""
+        """The instances of the server."""
         return DirectoryDriver(Path(self.environment.get("THRAVE_INSTANCE_DIR", self.data.instances)))
 
     def client(self, key: AccessKey, service: str = "ec2", **options: Any) -> Any:  # noqa: ANN401 (boto3 ships no types)
-        """An unmodified boto3 client for EC2, or for `sts`; `options` as `boto3.client` takes them.
+        """Return an unmodified boto3 client for EC2, or for `sts`; `options` are those of `boto3.client`.
 
-        A server that was given a certificate (`tls_certificate_file`) is trusted if it shows that one. Raises
-        ComponentMissingError if boto3 is not installed.
+        The client trusts the certificate of the setting `tls_certificate_file`. Raises ComponentMissingError if boto3
+        is not installed.
         """
         given = {
             "endpoint_url": self.url,
@@ -170,7 +174,7 @@ class ThraveServer:
         return import_boto3().client(service, **{**given, **options})
 
     def storage(self, key: AccessKey, bucket: str, prefix: str, **changes: object) -> dict[str, dict[str, object]]:
-        """The `S3Storage` of a BundleInstance call, with an upload policy as the AWS CLI makes it."""
+        """Return the `Storage` of a BundleInstance call, with an upload policy as the AWS CLI creates it."""
         policy, signature = upload_policy(key.secret_access_key, bucket, prefix)
         storage = {
             "AWSAccessKeyId": key.access_key_id,
@@ -183,7 +187,7 @@ class ThraveServer:
 
 
 def import_boto3() -> Any:  # noqa: ANN401 (boto3 ships no types)
-    """boto3, which only tests and the demo need. Raises ComponentMissingError if it is not installed."""
+    """Import boto3, which only tests and the demo need. Raises ComponentMissingError if it is not installed."""
     try:
         import boto3  # noqa: PLC0415 (see above)
     except ImportError:
@@ -192,12 +196,12 @@ def import_boto3() -> Any:  # noqa: ANN401 (boto3 ships no types)
 
 
 def _forward(descriptor: int, stderr: int, kept: deque[str]) -> None:
-    """Pass on what a server writes to stderr, and keep the last lines.
+    """Copy a server's stderr to ours, and keep the last lines.
 
     Args:
-        descriptor: What the server writes to.
-        stderr: What stderr was when the server was started, as if it had inherited it; closed in the end.
-        kept: The last lines.
+        descriptor: Read end of the server's stderr.
+        stderr: Our stderr when the server was started; closed at the end.
+        kept: Receives the last lines.
     """
     with open(descriptor, encoding="utf-8", errors="replace") as lines, open(stderr, "wb", buffering=0) as copy:
         for line in lines:
@@ -207,7 +211,7 @@ def _forward(descriptor: int, stderr: int, kept: deque[str]) -> None:
 
 
 def upload_policy(secret_access_key: str, bucket: str, prefix: str, *, hours: float = 24) -> tuple[bytes, str]:
-    """A grant to store a bundle: the policy's JSON, and its signature over the base64 text of it (as aws-cli signs)."""
+    """Return an upload policy (JSON) for a bundle, and the signature of its base64 text, as the AWS CLI signs it."""
     expiration = datetime.now(UTC) + timedelta(hours=hours)
     conditions = [{"bucket": bucket}, {"acl": "ec2-bundle-read"}, ["starts-with", "$key", prefix]]
     policy = json.dumps({"expiration": expiration.strftime("%Y-%m-%dT%H:%M:%SZ"), "conditions": conditions}).encode()

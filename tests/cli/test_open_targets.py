@@ -52,7 +52,7 @@ def piped(manifest, *options, key="user"):
 def test_stdout_gets_the_image_and_nothing_else(manifest, words):
     status, stdout, stderr = piped(manifest, *TRUST, *words)
     assert (status, stdout == DATA) == (0, True)
-    assert "signature    holds" in stderr
+    assert "signature    ok" in stderr
 
 
 def test_what_was_checked_is_json_on_stderr_if_asked_for(manifest):
@@ -90,7 +90,7 @@ def test_a_failure_is_said_and_the_image_is_short(manifest, damage, status, come
     assert (code, bool(stdout)) == (status, comes_out)
     assert DATA.startswith(stdout)
     assert len(stdout) < len(DATA)
-    assert "not the whole image" in stderr
+    assert "the image on stdout is incomplete" in stderr
     assert "Traceback" not in stderr
 
 
@@ -104,7 +104,7 @@ def test_a_terminal_is_refused(manifest):
     done = subprocess.run([sys.executable, "-m", "thrave", *words], stdout=end, stderr=subprocess.PIPE, check=False)
     os.close(end)
     os.close(terminal)
-    assert (done.returncode, b"not for a terminal" in done.stderr) == (USAGE, True)
+    assert (done.returncode, b"cannot write an image to a terminal" in done.stderr) == (USAGE, True)
 
 
 @pytest.mark.parametrize(

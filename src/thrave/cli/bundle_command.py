@@ -1,11 +1,7 @@
-"""A new bundle as files in a folder: written whole or not at all.
+"""`thrave bundle`: seals a disk image into files in a folder, without a server.
 
-It decides only where bytes go; what they are is the business of `thrave.bundle`.
-
-`thrave bundle`: a disk image sealed into files in a folder, without any server.
-
-A bundle is `PREFIX.part.N`, `PREFIX.manifest.json` and, written last, `PREFIX.manifest.xml`. Nothing is ever
-overwritten.
+A bundle is `PREFIX.part.N`, `PREFIX.manifest.json` and, written last, `PREFIX.manifest.xml`. An existing bundle is
+never overwritten. If the command fails, it removes what it has written.
 """
 
 from __future__ import annotations
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class BundleExists(click.ClickException):
-    """There is a bundle of that name in the folder."""
+    """The folder contains a bundle of this name."""
 
     exit_code = Exit.REFUSED
 
@@ -52,35 +48,35 @@ class NewBundle:
         self._folder = folder
         self._written: list[Path] = []
 
-    def write_parts(self, sealing: Sealer) -> None:
-        """Write each part as it comes."""
-        with closing(sealing.parts()) as parts:
+    def write_parts(self, sealer: Sealer) -> None:
+        """Write each part as soon as it is sealed."""
+        with closing(sealer.parts()) as parts:
             for part in parts:
                 self.write(self._folder / part.filename, part.data)
 
     def write(self, path: Path, data: bytes | memoryview) -> None:
-        """Write one file of the bundle; it is on the disk when this returns."""
+        """Write one file of the bundle; it is durable on return."""
         self._written.append(path)
         with new_file(path, replace=True) as file:
             file.write(0, memoryview(data))
 
     def remove(self) -> None:
-        """Remove everything that was written."""
+        """Remove every file that was written."""
         for path in self._written:
             path.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_bundle(folder: Path, prefix: str) -> Iterator[NewBundle]:
-    """A folder to write a bundle to, from which everything is removed again if the block fails.
+    """Yield a new bundle in a folder; its files are removed if the block fails.
 
     Raises:
-        BundleExists: There is a manifest of that name.
-        click.ClickException: The folder cannot be made or written.
+        BundleExists: The folder contains a manifest of this name.
+        click.ClickException: The folder cannot be created or written.
     """
     bundle = NewBundle(folder, prefix)
     if bundle.manifest.exists():
-        raise BundleExists(f"{bundle.manifest} exists; remove the bundle or choose another prefix")
+        raise BundleExists(f"{bundle.manifest} exists. Remove the bundle, or choose another prefix.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield bundle
@@ -93,11 +89,11 @@ def new_bundle(folder: Path, prefix: str) -> Iterator[NewBundle]:
         raise
 
 
-def sealed_document(folder: NewBundle, sealed: SealedBundle, warnings: Sequence[str]) -> dict[str, object]:
-    """A new bundle as JSON, with what the image says of itself that one should know."""
+def sealed_document(bundle: NewBundle, sealed: SealedBundle, warnings: Sequence[str]) -> dict[str, object]:
+    """A new bundle as JSON, with warnings about the image."""
     return {
-        "manifest": folder.manifest,
-        "sideFile": folder.side_file,
+        "manifest": bundle.manifest,
+        "sideFile": bundle.side_file,
         "prefix": sealed.prefix,
         "size": sealed.size,
         "bundledSize": sealed.bundled_size,
@@ -116,11 +112,11 @@ def sealed_document(folder: NewBundle, sealed: SealedBundle, warnings: Sequence[
     }
 
 
-def sealed_text(folder: NewBundle, sealed: SealedBundle) -> str:
+def sealed_text(bundle: NewBundle, sealed: SealedBundle) -> str:
     """A new bundle in two lines."""
     share = 100 * sealed.bundled_size / sealed.size
     size, bundled_size = format_size(sealed.size), format_size(sealed.bundled_size)
-    return f"{size} sealed into {len(sealed.parts)} parts of {bundled_size} ({share:.0f} %)\n{folder.manifest}"
+    return f"{size} sealed into {len(sealed.parts)} parts of {bundled_size} ({share:.0f} %)\n{bundle.manifest}"
 
 
 _IMAGE = ExistingPath(path_type=Path)
@@ -134,34 +130,51 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.command()
 @click.argument("image", type=_IMAGE)
-@click.option("--prefix", required=True, help="Name of the image and stem of all file names.")
-@click.option("--any-name", is_flag=True, help="Accept a prefix that not every old tool can open.")
+@click.option("--prefix", required=True, help="Name of the image and first part of all file names.")
+@click.option("--any-name", is_flag=True, help="Accept a prefix that some old tools cannot open.")
 @click.option(
-    "--to", "folder", type=_FOLDER, required=True, metavar="DIR", help="Folder for the bundle; made if needed."
+    "--to", "folder", type=_FOLDER, required=True, metavar="DIR", help="Folder for the bundle; created if needed."
 )
 @click.option("--account", required=True, metavar="ID", help="Account id, 12 digits.")
-@click.option("--user-certificate", type=CERTIFICATE, required=True, help="Whose key can open it: the account's (PEM).")
-@click.option("--service-certificate", type=CERTIFICATE, required=True, help="… and the service's, EC2's own (PEM).")
+@click.option(
+    "--user-certificate",
+    type=CERTIFICATE,
+    required=True,
+    help="Certificate of the account (PEM); its key opens the bundle.",
+)
+@click.option(
+    "--service-certificate",
+    type=CERTIFICATE,
+    required=True,
+    help="Certificate of the service (PEM); its key opens the bundle, too.",
+)
 @click.option("--signing-key", type=PRIVATE_KEY, required=True, help="RSA private key (PEM) that signs the manifest.")
 @click.option(
-    "--side-key", type=ED25519_PRIVATE_KEY, help="Ed25519 private key (PEM) for the side file, else a new one."
+    "--side-key", type=ED25519_PRIVATE_KEY, help="Ed25519 private key (PEM) for the side file.  [default: a new one]"
 )
-@click.option("--architecture", default="x86_64", show_default=True, help="Of the machine that the image boots on.")
-@click.option("--format", "image_format", default="raw", show_default=True, help="Of the image: raw, qcow2, vmdk, …")
 @click.option(
-    "--secret-file", type=_SECRET_FILE, metavar="FILE", help="Holds the passphrase of an encrypted image: qcow2, luks."
+    "--architecture", default="x86_64", show_default=True, help="Architecture of the machine that boots the image."
+)
+@click.option(
+    "--format", "image_format", default="raw", show_default=True, help="Format of the image: raw, qcow2, vmdk, …"
+)
+@click.option(
+    "--secret-file",
+    type=_SECRET_FILE,
+    metavar="FILE",
+    help="File with the passphrase of an encrypted image: qcow2, luks.",
 )
 @click.option(
     "--compression",
     type=click.Choice(["fast", "small"]),
     default="fast",
     show_default=True,
-    help="fast: at the speed of the disk. small: a few percent smaller, at a quarter of that speed.",
+    help="fast: as fast as the disk. small: a few percent smaller, at a quarter of the speed.",
 )
 @click.option(
     "--skip-unused",
     is_flag=True,
-    help="Leave out what NTFS does not use: free clusters, page and hibernation files.",
+    help="Skip what NTFS does not use: free clusters, page and hibernation files.",
 )
 @click.option(
     "--image-dir",
@@ -169,7 +182,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     multiple=True,
     metavar="DIR",
-    help="Where files may lie that the image refers to, besides its own folder.",
+    help="Folder of files to which the image may refer, in addition to its own folder. Repeatable.",
 )
 @output_option
 @cleans_up_on_signals
@@ -192,15 +205,16 @@ def bundle(
     directories: tuple[Path, ...],
     output: str,
 ) -> None:
-    """Seal the disk image IMAGE into a bundle, without any server.
+    """Seal the disk image IMAGE into a bundle, without a server.
 
-    Nobody may write to the image meanwhile: one that a guest of QEMU's runs on is refused, and QEMU starts none on it.
-    Its holes stay holes. The manifest is written last: where it is, the bundle is complete. If anything fails, or the
-    image was changed meanwhile, what was written is removed. An image that is not a whole disk by its own words is
-    refused, and so is one that refers to a file outside its own folder and every --image-dir. With --skip-unused,
-    a disk of which it is not certain what its NTFS uses is refused: Windows must have been shut down fully.
+    No program may write to the image meanwhile. An image that a QEMU guest uses is refused, and QEMU cannot start a
+    guest on the image. Holes of the image stay holes. The manifest is written last: if it exists, the bundle is
+    complete. If the command fails, or the image has changed, the written files are removed. An image is refused if its
+    metadata says that it is not a whole disk, or if it refers to a file outside its own folder and every --image-dir.
+    With --skip-unused a disk is refused if it is not certain which clusters NTFS uses: Windows must have been shut
+    down fully.
 
-    The prefix consists of letters, digits, dots, dashes and underscores, as for BundleInstance, because old tools hand
+    The prefix consists of letters, digits, dots, dashes and underscores, as for BundleInstance, because old tools pass
     it to a shell. With --any-name other characters are accepted.
 
     \b
@@ -208,8 +222,8 @@ def bundle(
       thrave bundle disk.raw --prefix winami --to bundles --account 123456789012
           --user-certificate cert.pem --service-certificate ec2.pem --signing-key pk.pem
 
-    Exit codes: 0 done, 1 the image or the folder failed, 2 wrong command line, 3 a file does not exist, 4 the
-    bundle exists already, 12 a package that this needs is not installed.
+    Exit codes: 0 done, 1 the image cannot be read or the folder not written, 2 wrong command line, 3 a file does not
+    exist, 4 the bundle exists already, 12 a required package is not installed.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -217,9 +231,6 @@ def bundle(
     from thrave.bundle.model import validate_account_id, validate_architecture, validate_prefix
     from thrave.bundle.sealer import Sealer
     from thrave.bundle.side_file import write_side_file
-
-    # EMPTY
-    # EMPTY
     from thrave.volumes.formats import open_volume
 
     validate_account_id(account)
@@ -227,28 +238,28 @@ def bundle(
     validate_prefix(prefix)
     if not any_name:
         _check_portable(prefix)
-    _warn_of_stranger(signing_key, user_certificate, service_certificate)
+    _warn_about_unrelated_key(signing_key, user_certificate, service_certificate)
     warnings: list[str] = []
-    with ExitStack() as reading:
-        volume = reading.enter_context(
+    with ExitStack() as image_stack:
+        volume = image_stack.enter_context(
             open_volume(
                 image,
                 image_format,
                 skip_unused=skip_unused,
                 secret_file=secret_file,
                 directories=directories,
-                warn=lambda warned: warnings.append(warned.text),
+                warn=lambda warning: warnings.append(warning.text),
             )
         )
         for warning in warnings:
             click.echo(f"Warning: {warning}.", err=True)
-        with new_bundle(folder, prefix) as files:
-            sealing = Sealer(volume, prefix, compression=compression)
-            with progress_bar("sealing", sealing.data_size) as bar, bar.following(lambda: sealing.progress):
-                files.write_parts(sealing)
-            reading.close()  # fails if the image was changed: before there is a manifest
+        with new_bundle(folder, prefix) as new:
+            sealer = Sealer(volume, prefix, compression=compression)
+            with progress_bar("sealing", sealer.data_size) as bar, bar.following(lambda: sealer.progress):
+                new.write_parts(sealer)
+            image_stack.close()  # raises if the image has changed, before a manifest exists
             manifest = write_manifest(
-                sealing.sealed,
+                sealer.sealed,
                 account_id=account,
                 architecture=architecture,
                 user_certificate=user_certificate,
@@ -256,14 +267,14 @@ def bundle(
                 signing_key=signing_key,
             )
             side_key = side_key or Ed25519PrivateKey.generate()
-            side_file = write_side_file(sealing.sealed, manifest, side_key=side_key, signing_key=signing_key)
-            files.write(files.side_file, side_file)
-            files.write(files.manifest, manifest)
-    print_result(output, sealed_document(files, sealing.sealed, warnings), sealed_text(files, sealing.sealed))
+            side_file = write_side_file(sealer.sealed, manifest, side_key=side_key, signing_key=signing_key)
+            new.write(new.side_file, side_file)
+            new.write(new.manifest, manifest)
+    print_result(output, sealed_document(new, sealer.sealed, warnings), sealed_text(new, sealer.sealed))
 
 
 def _check_portable(prefix: str) -> None:
-    """Refuse a prefix that BundleInstance refuses."""
+    """Raise NamingError for a prefix that BundleInstance refuses."""
     from thrave.buckets.base import split_prefix
     from thrave.buckets.errors import InvalidArgument
     from thrave.bundle.errors import NamingError
@@ -271,10 +282,12 @@ def _check_portable(prefix: str) -> None:
     try:
         split_prefix(prefix)
     except InvalidArgument as error:
-        raise NamingError(f"{prefix!r}: {error.message}. --any-name accepts it; old tools may not open it") from None
+        raise NamingError(
+            f"{prefix!r}: {error.message}. --any-name accepts it, but old tools may not open the bundle"
+        ) from None
 
 
-def _warn_of_stranger(
+def _warn_about_unrelated_key(
     signing_key: RSAPrivateKey, user_certificate: Certificate, service_certificate: Certificate
 ) -> None:
     """Warn if neither certificate can verify the signature."""
@@ -284,6 +297,7 @@ def _warn_of_stranger(
     keys = (certificate.public_key() for certificate in (user_certificate, service_certificate))
     if all(not isinstance(key, RSAPublicKey) or key.public_numbers() != own for key in keys):
         click.echo(
-            "Warning: the signing key belongs to neither certificate. Who opens the bundle needs its own certificate.",
+            "Warning: the signing key belongs to neither certificate. To verify the signature, a reader needs the "
+            "certificate of this key.",
             err=True,
         )

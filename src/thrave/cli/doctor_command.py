@@ -1,4 +1,4 @@
-"""`thrave doctor`: tries everything that a bundle task will need, before anyone's instance is shut down."""
+"""`thrave doctor`: checks everything that a bundle task needs, before any instance is shut down."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 @click.option(
     "--access-key-id",
     metavar="ID",
-    help="In whose name buckets are tried with upload_credentials = policy: a key that the store knows too.  "
-    "[default: the newest that the service holds]",
+    help="Access key for the bucket checks with upload_credentials = policy. The store must know it, too.  "
+    "[default: the newest key of the service]",
 )
 @click.option(
     "--bucket",
     metavar="NAME",
-    help="Try objects in this bucket; created, and removed, if it is not there.  [default: a new one]",
+    help="Bucket for test objects; created and removed again if it does not exist.  [default: a new one]",
 )
 @settings_option
 @output_option
 def doctor(settings: Settings, access_key_id: str | None, bucket: str | None, output: str) -> None:
-    """Try everything that a bundle task will need of this service: database, store and host.
+    """Check everything that a bundle task needs: database, store and host.
 
-    It takes the settings of `thrave serve`, and may run beside it. Objects of a few bytes are stored under a prefix of
-    their own and removed again. A check that tasks can do without has the outcome `warning` if it fails. No
-    secret is printed.
+    Uses the settings of `thrave serve`, and can run at the same time. Stores objects of a few bytes under a prefix of
+    their own and removes them. A check that tasks can do without has the outcome `warning` if it fails. Prints no
+    secrets.
 
     \b
     Example:
       thrave doctor --config thrave.toml
       thrave doctor --config thrave.toml --output json | jq '.checks[] | select(.outcome == "failed")'
 
-    Exit codes: 0 nothing has failed, 1 something has, 2 a setting is wrong.
+    Exit codes: 0 no check failed, 1 a check failed, 2 a setting is wrong.
     """
     from thrave.doctor.check_context import CheckContext
     from thrave.doctor.check_table import run_all
@@ -77,7 +77,7 @@ def _text(findings: Sequence[Finding]) -> str:
         (one.check.area, one.check.name, one.outcome.value, printable(one.detail)) for one in findings
     ]
     wrong = [f"{one.check.name}: {one.check.remedy}" for one in findings if _is_wrong(one)]
-    shown = table(("AREA", "CHECK", "OUTCOME", "SEEN"), rows)
+    shown = table(("AREA", "CHECK", "OUTCOME", "DETAIL"), rows)
     return "\n".join([shown, *(["", "What to do:", *(f"  {line}" for line in wrong)] if wrong else [])])
 
 

@@ -1,11 +1,7 @@
-"""Where `thrave open` puts the image: a raw file, an image in a format of QEMU's, or stdout.
+"""`thrave open`, `verify` and `show`: read a bundle from a folder, a bucket or a web server, without the service.
 
-It joins what writes images (`thrave.bundle`, `thrave.volumes`) and knows nothing of bundles.
-
-`thrave open`, `verify` and `show`: bundles as files, wherever they lie, without any service.
-
-The parts are always looked for beside their manifest; from afar several are fetched at once, and none is ever put on
-the disk. What was checked and what could not be is part of every answer.
+The parts must be in the folder of their manifest. Remote parts are fetched several at a time, and never stored on disk.
+The output lists what was checked and what could not be checked.
 """
 
 from __future__ import annotations
@@ -41,19 +37,19 @@ if TYPE_CHECKING:
 
 
 FORMATS = ("raw", "qcow2", "vmdk", "vpc")
-"""What can be written, in QEMU's words."""
+"""Formats that can be written, as QEMU names them."""
 
 
 def image_maker(path: Path | None, image_format: str, *, replace: bool) -> ImageMaker:
-    """What writes the image.
+    """Return a function that creates the image.
 
     Args:
         path: The file; None for stdout.
         image_format: One of `FORMATS`.
-        replace: Whether a file that is there may be replaced.
+        replace: Whether an existing file may be replaced.
 
     Raises:
-        click.UsageError: Stdout is a terminal, or is asked for something else than raw.
+        click.UsageError: Stdout is a terminal, or the format is not raw.
     """
     from thrave.bundle.image_output import image_file, image_stream
 
@@ -67,14 +63,14 @@ def image_maker(path: Path | None, image_format: str, *, replace: bool) -> Image
 
 def _check_stdout(image_format: str) -> None:
     if image_format != "raw":
-        raise click.UsageError(f"{image_format} cannot be written to a pipe: give a file with -o")
+        raise click.UsageError(f"{image_format} cannot be written to stdout. Pass a file with -o.")
     if sys.stdout.isatty():
-        raise click.UsageError("an image is not for a terminal: redirect stdout or give a file with -o")
+        raise click.UsageError("cannot write an image to a terminal. Redirect stdout, or pass a file with -o.")
 
 
 @contextmanager
 def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> Iterator[ImageTarget]:
-    """Write in the format at once, without a raw file in between."""
+    """Write the format directly, without an intermediate raw file."""
     from thrave.bundle.errors import OutputError
     from thrave.bundle.image_output import followed, new_file
     from thrave.volumes.errors import VolumeUnwritableError
@@ -84,7 +80,7 @@ def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> It
         try:
             with new_image(file.name, image_format, size) as image:
                 yield image
-        except VolumeUnwritableError as error:  # QEMU names the file as it was given to it
+        except VolumeUnwritableError as error:  # QEMU's message names the temporary file
             raise OutputError(str(error).replace(str(file.name), str(path))) from error
 
 
@@ -92,15 +88,15 @@ _SEEDS = 2**32
 
 
 class Percent(click.ParamType[float]):
-    """`5%`, `0.5%`: above 0, to 100."""
+    """A percentage such as `5%` or `0.5%`: above 0, at most 100."""
 
     name = "percent"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Give the number. Fails the command line if it is none."""
+        """Return the number. Fails if the value is not a percentage."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)%?", str(value), re.ASCII)
         if match is None or not 0 < float(match[1]) <= 100:
-            self.fail(f"{value!r} is no share of the parts; write 5%", param, ctx)
+            self.fail(f"Invalid percentage {value!r}. Example: 5%.", param, ctx)
         return float(match[1])
 
 
@@ -112,14 +108,14 @@ class Percent(click.ParamType[float]):
 @click.option(
     "-o", "image", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), help="Image to write; - is stdout."
 )
-@click.option("--stdout", is_flag=True, help="Write the image to stdout, and what was checked to stderr.")
+@click.option("--stdout", is_flag=True, help="Write the image to stdout and the report to stderr.")
 @click.option(
     "--format",
     "image_format",
     type=click.Choice(FORMATS),
     default="raw",
     show_default=True,
-    help="Of the image to write.",
+    help="Format of the image.",
 )
 @click.option("--force", is_flag=True, help="Replace the file at IMAGE.")
 @output_option
@@ -136,27 +132,27 @@ def open_(
     force: bool,
     output: str,
 ) -> None:
-    """Open the bundle at LOCATION, whoever made it, and write its image.
+    """Open the bundle at LOCATION, made by any tool, and write its image.
 
-    LOCATION is its manifest: a file, s3://BUCKET/PREFIX.manifest.xml, or https://HOST/PREFIX.manifest.xml. A bucket is
-    called with the keys and settings that every AWS tool finds; its parts are streamed, and no disk holds any.
+    LOCATION is the manifest: a file, s3://BUCKET/PREFIX.manifest.xml, or https://HOST/PREFIX.manifest.xml. For a bucket
+    Thrave uses the credentials and settings of the AWS tools. Parts are streamed and never stored on disk.
 
-    The image appears only after the last check; if anything fails, or the command is killed, nothing remains. Its
-    folder must exist. A file that is there is not replaced without --force, unless it already holds this image. The
-    image is readable by its owner alone. Without --certificate only a bundle that --key itself has signed is known to
-    be unchanged; the report says which.
+    The image appears only after the last check. If the command fails or is killed, no file remains. The folder of the
+    image must exist. An existing file is replaced only with --force, unless it already has this content. Only its
+    owner can read the image. Without --certificate, only a bundle that was signed with --key is verified to be
+    unchanged; the report says which.
 
-    Nothing can be taken back from a pipe: to stdout each byte goes when its part has been verified, and the last ones
-    only after the last check. If that fails, the image ends too early and the exit code says so.
+    With --stdout each byte is written when its part has been verified, and the last bytes only after the last check.
+    If a check fails, the image is truncated and the exit code is not 0.
 
     \b
     Example:
       thrave open bundles/winami.manifest.xml --key pk.pem --certificate signer.pem -o disk.raw
       thrave open s3://my-bucket/winami.manifest.xml --key pk.pem --format qcow2 -o disk.qcow2
 
-    Exit codes: 0 done, 1 the image cannot be written or the bundle not be reached, 2 wrong command line, 3 a file is
-    missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key, 12 a package for the
-    image's format is not installed.
+    Exit codes: 0 done, 1 the image cannot be written or the bundle cannot be reached, 2 wrong command line, 3 a file is
+    missing, 4 access denied or the image exists, 10 damaged or forged, 11 wrong key, 12 a package for the image's
+    format is not installed.
     """
     from thrave.bundle.opener import open_verified_to
     from thrave.bundle.verifier import Trust, ignore_progress, verify_manifest
@@ -165,14 +161,14 @@ def open_(
     target = _target(image, stdout=stdout)
     make_image = image_maker(target, image_format, replace=force)
     xml, side_file, _ = read_documents(location)
-    believed = verify_manifest(xml, side_file, Trust(certificate, side_key, key.public_key()))
-    said = believed.manifest
-    with _warning_of_half_an_image(target), progress_bar("opening", said.bundled_size) as bar:
+    verified_manifest = verify_manifest(xml, side_file, Trust(certificate, side_key, key.public_key()))
+    manifest = verified_manifest.manifest
+    with _warn_about_incomplete_image(target), progress_bar("opening", manifest.bundled_size) as bar:
         opened = open_verified_to(
-            make_image, believed, FolderParts(location.folder), key,
-            # Where the answer is JSON on stderr, nothing else may be there.
+            make_image, verified_manifest, FolderParts(location.folder), key,
+            # No progress bar if stderr carries the JSON document.
             on_progress=ignore_progress if target is None and output == "json" else bar.update,
-            read_ahead=parts_ahead(location.folder, said),
+            read_ahead=parts_ahead(location.folder, manifest),
         )  # fmt: skip
     where = target or "stdout"
     document = {"image": target or "-", "format": image_format, "manifest": location, **verified_document(opened)}
@@ -181,29 +177,29 @@ def open_(
 
 
 def _target(image: Path | None, *, stdout: bool) -> Path | None:
-    """Where the image goes, None for stdout."""
+    """The file for the image, None for stdout."""
     if (image is None) is not stdout:
-        raise click.UsageError("give either -o IMAGE or --stdout")
+        raise click.UsageError("pass either -o IMAGE or --stdout")
     return None if image is None or str(image) == "-" else image
 
 
 @contextmanager
-def _warning_of_half_an_image(target: Path | None) -> Iterator[None]:
+def _warn_about_incomplete_image(target: Path | None) -> Iterator[None]:
     try:
         yield
     except Exception:
         if target is None:
-            click.echo("thrave: what came out of stdout is not the whole image: do not use it", err=True)
+            click.echo("thrave: the image on stdout is incomplete. Do not use it.", err=True)
         raise
 
 
 @click.command()
 @click.argument("location", type=LOCATION)
-@click.option("--key", type=PRIVATE_KEY, help="Private key (PEM, RSA); with it the image is checked, too.")
+@click.option("--key", type=PRIVATE_KEY, help="Private key (PEM, RSA); with it the image is verified, too.")
 @certificate_option
 @side_key_option
-@click.option("--sample", type=Percent(), metavar="5%", help="Read so many of the parts only, chosen at random.")
-@click.option("--seed", type=click.IntRange(0), help="Of the choice, to draw the same sample again.")
+@click.option("--sample", type=Percent(), metavar="5%", help="Read only this share of the parts, chosen at random.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the random choice, to repeat a sample.")
 @output_option
 @cleans_up_on_signals
 def verify(
@@ -216,71 +212,73 @@ def verify(
     seed: int | None,
     output: str,
 ) -> None:
-    """Check all of the bundle at LOCATION that can be checked, and write nothing.
+    """Verify the bundle at LOCATION without writing anything. LOCATION is as for `thrave open`.
 
-    Without a key: signature, structure and the digests of the parts. With one also that they hold the image that the
-    manifest describes. What could not be checked, and why, is listed. LOCATION is as for `thrave open`.
+    Without a key: signature, structure and the digests of the parts. With a key also that the parts contain the image
+    that the manifest describes. The report lists what could not be checked, and why.
 
-    With --sample signature, structure and side file are checked whole, each part's presence and size are asked for, and
-    only the parts that the sample has are read. The seed that it was drawn with is in the answer.
+    With --sample, signature, structure and side file are verified completely. Existence and size of each part are
+    checked, and only the sampled parts are read. The report contains the seed of the sample.
 
     \b
     Example:
       thrave verify bundles/winami.manifest.xml --certificate signer.pem
       thrave verify s3://my-bucket/winami.manifest.xml --certificate signer.pem --sample 5%
 
-    Exit codes: 0 nothing is wrong with what was checked, 1 the bundle cannot be reached, 2 wrong command line, 3 a file
-    is missing, 4 not allowed to read it or the image exists, 10 damaged or forged, 11 wrong key.
+    Exit codes: 0 all checks succeeded, 1 the bundle cannot be reached, 2 wrong command line, 3 a file is missing, 4
+    access denied, 10 damaged or forged, 11 wrong key.
     """
     from thrave.bundle.verifier import Trust, verify_manifest
     from thrave.cli.output import verified_document, verified_text
 
     if sample is not None and key is not None:
-        raise click.UsageError("with --key the image is checked, and for that all of it is read: leave out --sample")
+        raise click.UsageError("--key verifies the whole image, so --sample is not possible with it")
     xml, side_file, _ = read_documents(location)
-    believed = verify_manifest(xml, side_file, Trust(certificate, side_key, None if key is None else key.public_key()))
+    verified_manifest = verify_manifest(
+        xml, side_file, Trust(certificate, side_key, None if key is None else key.public_key())
+    )
     if sample is None:
-        verified = _verify_all(believed, location.folder, key)
+        verified = _verify_all(verified_manifest, location.folder, key)
     else:
         verified = _verify_sample(
-            believed, location.folder, sample, secrets.randbelow(_SEEDS) if seed is None else seed
+            verified_manifest, location.folder, sample, secrets.randbelow(_SEEDS) if seed is None else seed
         )
     print_result(output, {"manifest": location, **verified_document(verified)}, verified_text(verified))
 
 
-def _verify_all(believed: VerifiedManifest, folder: Folder, key: RSAPrivateKey | None) -> VerifyResult:
+def _verify_all(verified_manifest: VerifiedManifest, folder: Folder, key: RSAPrivateKey | None) -> VerifyResult:
     from thrave.bundle.opener import verify_parts
 
-    said = believed.manifest
-    with progress_bar("verifying", said.bundled_size) as bar:
-        ahead = parts_ahead(folder, said)
-        return verify_parts(believed, FolderParts(folder), key, on_progress=bar.update, read_ahead=ahead)
+    manifest = verified_manifest.manifest
+    with progress_bar("verifying", manifest.bundled_size) as bar:
+        ahead = parts_ahead(folder, manifest)
+        return verify_parts(verified_manifest, FolderParts(folder), key, on_progress=bar.update, read_ahead=ahead)
 
 
-def _verify_sample(believed: VerifiedManifest, folder: Folder, percent: float, seed: int) -> VerifyResult:
+def _verify_sample(verified_manifest: VerifiedManifest, folder: Folder, percent: float, seed: int) -> VerifyResult:
     from thrave.bundle.verifier import Sample, verify_sample
 
-    said, sample = believed.manifest, Sample(percent, seed)
-    with progress_bar("verifying", int(said.bundled_size * percent / 100)) as bar:
-        ahead = parts_ahead(folder, said) or 2
-        return verify_sample(believed, FolderParts(folder), sample, on_progress=bar.update, read_ahead=ahead)
+    manifest, sample = verified_manifest.manifest, Sample(percent, seed)
+    with progress_bar("verifying", int(manifest.bundled_size * percent / 100)) as bar:
+        ahead = parts_ahead(folder, manifest) or 2
+        return verify_sample(verified_manifest, FolderParts(folder), sample, on_progress=bar.update, read_ahead=ahead)
 
 
 @click.command()
 @click.argument("location", type=LOCATION)
 @output_option
 def show(location: Location[Folder], output: str) -> None:
-    """Show what the manifest at LOCATION says, without believing or checking it. LOCATION is as for `thrave open`.
+    """Show a manifest without verifying it. LOCATION is as for `thrave open`.
 
     \b
     Example:
       thrave show bundles/winami.manifest.xml --output json
 
-    Exit codes: 0 shown, 1 it cannot be reached, 2 wrong command line, 3 it is not there, 4 not allowed to read it, 10
-    it is no manifest.
+    Exit codes: 0 shown, 1 the manifest cannot be reached, 2 wrong command line, 3 no such file, 4 access denied, 10 not
+    a manifest.
     """
     from thrave.bundle.manifest import read_manifest
     from thrave.cli.output import manifest_document, manifest_text
 
-    said = read_manifest(read_manifest_file(location))
-    print_result(output, {"manifest": location, **manifest_document(said)}, manifest_text(said))
+    manifest = read_manifest(read_manifest_file(location))
+    print_result(output, {"manifest": location, **manifest_document(manifest)}, manifest_text(manifest))

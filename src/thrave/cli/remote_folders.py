@@ -1,8 +1,7 @@
-"""Folders of buckets and of web servers, read and written as `thrave.cli.folders` says.
+"""Folders in buckets and on web servers; implements the protocols of `thrave.cli.folders`.
 
-A bucket is called as every AWS tool would call it on this machine: with the keys, the profile, the region, the endpoint
-and the certificates that botocore finds, through the proxy of the environment. Nothing of that is ever sent to a web
-server, nor are redirects followed: a file elsewhere has an address of its own.
+For a bucket Thrave uses the credentials, profile, region, endpoint and CA certificates that botocore finds, and the
+proxy of the environment. Credentials are never sent to a web server, and redirects are not followed.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 
 _Answer = TypeVar("_Answer")
 
-PATIENCE = 60.0  # seconds from a call's first failure to the last attempt
+RETRY_TIMEOUT = 60.0  # seconds from a call's first failure to the last attempt
 _UNREACHABLE = 2  # attempts to connect to a server that has not responded yet
-_DEFAULT_REGION = "us-east-1"  # of S3, for whoever names none
-DEADLINE = 900.0  # seconds in which a file must have come or gone, however steadily it trickles
+_DEFAULT_REGION = "us-east-1"  # of S3, if the settings name none
+DEADLINE = 900.0  # seconds for one file, even if data arrives steadily
 
 
 class S3Folder:
@@ -122,15 +121,13 @@ def web_folder(url: str) -> WebFolder:
     """The folder of a web server.
 
     Raises:
-        ValueError: It is no plain URL, or plain HTTP is to be spoken to another machine.
+        ValueError: The URL has a user, query or fragment, or is http:// to another machine.
     """
     parts = urlsplit(url)
     if not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
-        raise ValueError(f"an address at {parts.hostname or 'no host'} may have no user, no query and no # in it")
+        raise ValueError(f"the address {parts.hostname or 'without host'} must not contain a user, a query or a #")
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
-        raise ValueError(
-            f"http:// is spoken to this machine only: anybody on the way to {parts.hostname} could change it"
-        )
+        raise ValueError(f"http:// is allowed only for this machine; use https:// for {parts.hostname}")
     give_up_on_interrupt()
     endpoint = f"{parts.scheme}://{parts.netloc}"
     try:
@@ -216,21 +213,21 @@ def _is_loopback(host: str) -> bool:
 
 
 class _Server:
-    """Calls one server, again while it fails in a way that may pass, and names what went wrong."""
+    """Calls one server, retries temporary failures, and translates its errors."""
 
     def __init__(self, *, is_web: bool = False, keyless: str | None = None) -> None:
-        """Call a store, or a web server; `keyless` says where credentials were looked for, if none were found."""
+        """Call a store or a web server; `keyless` lists the places that were searched, if no credentials were found."""
         self._is_web = is_web
         self._keyless = keyless
         self._has_responded = False
 
     def call(self, where: str, call: Callable[[], _Answer]) -> _Answer:
-        """Make a call about the file `where`.
+        """Make a call about the file `where`, with retries.
 
-        A server that has never responded is tried twice; one that responded before is waited for.
+        A server that has never responded is tried twice; other failures are retried for `RETRY_TIMEOUT` seconds.
 
         Raises:
-            FolderError: It failed.
+            FolderError: The call failed.
         """
 
         def attempt() -> _Answer:
@@ -240,7 +237,7 @@ class _Server:
                 raise
             except BucketError as error:
                 self._has_responded = True
-                if self._is_web and 300 <= error.status < 400:  # only S3 redirects for a while
+                if self._is_web and 300 <= error.status < 400:  # only S3 has temporary redirects
                     raise StoreError(error.code, error.status, error.message) from None
                 raise
             self._has_responded = True
@@ -248,33 +245,35 @@ class _Server:
 
         unreachable = None if self._has_responded else _UNREACHABLE
         with _faults(where, self._keyless):
-            return retry_store(attempt, PATIENCE, _tell, unreachable_attempts=unreachable)
+            return retry_store(attempt, RETRY_TIMEOUT, _tell, unreachable_attempts=unreachable)
 
 
 def _tell(error: TransientError, seconds: float) -> None:
     check_interrupted()
-    click.echo(f"thrave: {error}; trying again in {seconds:.1f} s", err=True)
+    click.echo(f"thrave: {error}; retrying in {seconds:.1f} s", err=True)
 
 
 @contextmanager
 def _faults(where: str, keyless: str | None) -> Iterator[None]:
-    """Turn the errors of a store or a web server into those of folders."""
+    """Translate errors of a store or a web server to FolderError."""
     try:
         yield
     except (NoSuchKey, NoSuchBucket) as error:
-        raise FileMissingError(f"{where} is not there: {error.message}") from error
+        raise FileMissingError(f"{where} does not exist: {error.message}") from error
     except UnreachableError as error:
-        raise FolderError(f"{where}: {error}. Check the address, and the way to it.") from error
+        raise FolderError(f"{where}: {error}. Check the address and the network.") from error
     except WrongRegion as error:
-        settings = "AWS_REGION, and AWS_ENDPOINT_URL_S3 if you use it, accordingly"
-        raise FolderError(f"{where} is elsewhere: {error.place}. Set {settings}.") from error
+        settings = "AWS_REGION, and AWS_ENDPOINT_URL_S3 if you use it"
+        raise FolderError(f"{where} is in another region: {error.place}. Set {settings}.") from error
     except BucketError as error:
         if error.kind is Kind.KEY and keyless is not None:
             raise FolderRefusedError(f"{where}: {error}. No credentials were found; tried {keyless}.") from error
         if error.kind is Kind.KEY:
             raise FolderRefusedError(f"{where}: {error}") from error
         if 300 <= error.status < 400:
-            raise FolderError(f"{where} has moved elsewhere, so give its address there: {error.message}") from error
+            raise FolderError(
+                f"{where} is redirected, and redirects are not followed. Pass the new address: {error.message}"
+            ) from error
         raise FolderError(f"{where}: {error}") from error
     except CallGivenUpError as error:
         raise FolderError(f"{where}: {error}") from error
