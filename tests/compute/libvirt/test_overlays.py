@@ -374,7 +374,7 @@ def test_saved_memory_is_an_obstacle_to_an_overlay_and_to_its_end(instances, tin
     frozen = running_on_overlay(instances, tiny)
     tiny.host.virsh("managedsave", tiny.name)
     assert not instances.overlays.has_lost_power(tiny.instance_id)
-    with pytest.raises(HypervisorError, match="is saved, with the overlay as its disk: start it first"):
+    with pytest.raises(HypervisorError, match="has a managed save image with the overlay as its disk: start it first"):
         instances.overlays.merge(tiny.instance_id, frozen, go_on)
     instances.start(tiny.instance_id)
     merged(instances, tiny, frozen)
