@@ -278,8 +278,8 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
     running = workflow.BundleWorkflow(fake, task, 1)
     running._power._must_restore = True
     here.instances.request_stop(task.instance_id)
-    first = workflow._PowerFirst(fake, task, running._records, running._power, is_over_if_started=True)
-    assert first.act() is says
+    start = workflow._StartWithoutDatabase(fake, task, running._repository, running._power, fails_if_started=True)
+    assert start.act() is says
     state = InstanceState.RUNNING if says else InstanceState.STOPPED
     assert here.instances.state(task.instance_id) is state
 
