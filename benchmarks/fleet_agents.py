@@ -110,7 +110,7 @@ class MemoryStore:
         """See Buckets."""
         return self
 
-    def put(self, _bucket: str, key: str, data: bytes | memoryview, *, grant: object = None) -> str:  # noqa: ARG002 (the signature of Buckets)
+    def put(self, _bucket: str, key: str, data: bytes | memoryview, *, policy: object = None) -> str:  # noqa: ARG002 (the signature of Buckets)
         """See Buckets."""
         self._heads[key] = ObjectHead(len(data), _ETAG)
         if len(data) < _MAX_DOCUMENT:

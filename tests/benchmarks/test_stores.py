@@ -33,12 +33,12 @@ def test_discarding_store_responds_with_the_etag_of_the_object(stores, size):
     content = os.urandom(size)
     digest = hashlib.md5(content).hexdigest()
     document, signature = upload_policy(SECRET, "my-bucket", "win")
-    grant = UploadPolicy.trusted(base64.b64encode(document).decode(), signature, ACCESS_KEY_ID)
+    policy = UploadPolicy.parse_trusted(base64.b64encode(document).decode(), signature, ACCESS_KEY_ID)
     with stores.discarding() as url:
         key = Credentials(access_key_id=ACCESS_KEY_ID, secret_access_key=SECRET)
         objects = S3ObjectClient(StoreConfig(endpoint=url, credentials=key))
         assert objects.put("my-bucket", "win.put", content) == digest
-        assert objects.put("my-bucket", "win.post", content, grant=grant) == digest
+        assert objects.put("my-bucket", "win.post", content, policy=policy) == digest
         assert [objects.head("my-bucket", name).size for name in ("win.put", "win.post")] == [size, size]
         assert objects.head("my-bucket", "win.other") is None
 

@@ -244,7 +244,7 @@ def test_put_into_missing_bucket_raises_error(store, buckets, name):
 def test_put_under_policy_is_stored(store, buckets, bucket):
     policy = verified(bundle_document(bucket, "win1", acl=store.acl))
     for key in ("win1.part.0", "win1.manifest.xml", "win1.manifest.json"):
-        buckets.put(bucket, key, b"data", grant=policy)
+        buckets.put(bucket, key, b"data", policy=policy)
     assert listed(buckets, bucket, "") == ["win1.manifest.json", "win1.manifest.xml", "win1.part.0"]
 
 
@@ -267,5 +267,5 @@ def test_put_that_policy_forbids_is_not_stored(buckets, bucket, conditions, expi
     named = [{"bucket": bucket} if condition == "NAME" else condition for condition in conditions]
     buckets.put(bucket, "win1.part.0", b"before")
     with pytest.raises(error):
-        buckets.put(bucket, "win1.part.0", b"after", grant=verified(document(*named, expiration=expiration)))
+        buckets.put(bucket, "win1.part.0", b"after", policy=verified(document(*named, expiration=expiration)))
     assert buckets.get(bucket, "win1.part.0") == b"before"

@@ -182,7 +182,7 @@ def test_full_disk_is_an_internal_error_and_keeps_the_old_object(buckets, root):
     assert [*(root / ".spool").iterdir()] == []
 
 
-GRANT = SimpleNamespace(check_upload=lambda *arguments, **options: None)
+POLICY = SimpleNamespace(check_upload=lambda *arguments, **options: None)
 
 
 def set_free(monkeypatch, free):
@@ -195,9 +195,9 @@ def set_free(monkeypatch, free):
 def test_put_of_an_upload_leaves_the_reserve_free(buckets, monkeypatch):
     set_free(monkeypatch, RESERVE + 3)
     with pytest.raises(InternalError, match="No space left on device"):
-        buckets.put(BUCKET, "key", b"data", grant=GRANT)
+        buckets.put(BUCKET, "key", b"data", policy=POLICY)
     assert buckets.head(BUCKET, "key") is None
-    buckets.put(BUCKET, "key", b"dat", grant=GRANT)
+    buckets.put(BUCKET, "key", b"dat", policy=POLICY)
 
 
 def test_put_without_a_grant_may_use_the_reserve(buckets, monkeypatch):
@@ -208,7 +208,7 @@ def test_put_without_a_grant_may_use_the_reserve(buckets, monkeypatch):
 
 def test_put_on_a_file_system_without_a_size_is_not_limited(buckets, monkeypatch):
     set_free(monkeypatch, None)
-    buckets.put(BUCKET, "key", b"data", grant=GRANT)
+    buckets.put(BUCKET, "key", b"data", policy=POLICY)
     assert buckets.get(BUCKET, "key") == b"data"
 
 
@@ -224,16 +224,16 @@ def test_uploads_at_once_leave_the_reserve_free_together(buckets, monkeypatch):
         write(path, data)
 
     monkeypatch.setattr(buckets, "_write", slow)
-    first = threading.Thread(target=buckets.put, args=(BUCKET, "first", b"data"), kwargs={"grant": GRANT})
+    first = threading.Thread(target=buckets.put, args=(BUCKET, "first", b"data"), kwargs={"policy": POLICY})
     first.start()
     try:
         assert begun.wait(60)
         with pytest.raises(InternalError, match="No space left on device"):
-            buckets.put(BUCKET, "second", b"data", grant=GRANT)
+            buckets.put(BUCKET, "second", b"data", policy=POLICY)
     finally:
         end.set()
         first.join()
-    buckets.put(BUCKET, "second", b"data", grant=GRANT)
+    buckets.put(BUCKET, "second", b"data", policy=POLICY)
     assert sorted(buckets.list(BUCKET, "")) == ["first", "second"]
 
 

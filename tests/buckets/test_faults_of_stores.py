@@ -40,7 +40,7 @@ def put(objects):
 
 
 def post(objects):
-    return objects.put("my-bucket", "win1.part.0", DATA, grant=verified())
+    return objects.put("my-bucket", "win1.part.0", DATA, policy=verified())
 
 
 def head(objects):

@@ -192,7 +192,7 @@ def test_version_4_policy_without_scope_is_rejected_with_reason(policy, message)
 def test_verified_policy_is_loaded_without_the_secret():
     for wire_text, signature in ((ONCE, ONCE_SIGNATURE), (OF_A_FILE, OF_A_FILE_SIGNATURE)):
         policy = verify(wire_text, signature, "example123example")
-        assert UploadPolicy.trusted(policy.text, policy.signature, policy.access_key_id) == policy
+        assert UploadPolicy.parse_trusted(policy.text, policy.signature, policy.access_key_id) == policy
 
 
 def test_repr_and_errors_show_no_signature_and_no_secret():

@@ -31,7 +31,7 @@ def proxy():
         yield proxy
 
 
-def granted(bucket, key, *conditions, version=2):
+def sign_policy(bucket, key, *conditions, version=2):
     """Leave to upload, signed with a key."""
     if version == 4:
         scope = f"{key.access_key_id}/20260101/us-east-1/s3/aws4_request"
@@ -42,15 +42,15 @@ def granted(bucket, key, *conditions, version=2):
     return UploadPolicy.verify(text, signed[version], access_key_id=key.access_key_id, secret=key.secret_access_key)
 
 
-def try_everything(objects, bucket, grants):
+def try_everything(objects, bucket, policies):
     """Every kind of request."""
     objects.put(bucket, "folder/ä b+c", PART)
-    for number, grant in enumerate(grants):
-        objects.put(bucket, f"win.part.{number}", PART, grant=grant)
+    for number, policy in enumerate(policies):
+        objects.put(bucket, f"win.part.{number}", PART, policy=policy)
     assert objects.head(bucket, "win.part.0").size == len(PART)
     assert objects.get(bucket, "folder/ä b+c") == PART
     assert objects.get_range(bucket, "win.part.0", 10, 5) == PART[10:15]
-    keys = {"folder/ä b+c", *(f"win.part.{number}" for number in range(len(grants)))}
+    keys = {"folder/ä b+c", *(f"win.part.{number}" for number in range(len(policies)))}
     assert {*objects.list(bucket, "")} == keys
     objects.delete(bucket, keys)
     assert [*objects.list(bucket, "")] == []
@@ -58,7 +58,7 @@ def try_everything(objects, bucket, grants):
 
 def test_connection_trusts_a_private_authority(rgw, bucket):
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca))
-    try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
+    try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE)])
 
 
 def test_untrusted_certificate_is_rejected_at_once(rgw, bucket):
@@ -79,14 +79,14 @@ def test_virtual_hosted_bucket_is_reached_through_a_proxy(rgw, bucket, proxy):
     port = rgw.url.rpartition(":")[2]
     endpoint = f"http://{stores.DNS_NAME}:{port}"
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=endpoint, addressing="virtual", proxy=proxy.url))
-    try_everything(objects, bucket, [granted(bucket, stores.ALICE), granted(bucket, stores.ALICE, version=4)])
+    try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE), sign_policy(bucket, stores.ALICE, version=4)])
     assert all(target.startswith(f"http://{bucket}.{stores.DNS_NAME}:{port}/") for _, target in proxy.forwarded)
     assert ("POST", f"http://{bucket}.{stores.DNS_NAME}:{port}/") in proxy.forwarded
 
 
 def test_tls_is_tunnelled_through_a_proxy(rgw, bucket, proxy):
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca, proxy=proxy.url))
-    try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
+    try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE)])
     assert {*proxy.forwarded} == {("CONNECT", rgw.tls_url.removeprefix("https://"))}
 
 
@@ -95,7 +95,7 @@ def test_proxy_is_sent_its_user_and_password(rgw, bucket, over):
     with forwarding("Basic am9lOnBAc3Mgd29yZA==") as proxy:
         url = proxy.url.replace("//", "//joe:p%40ss%20word@")
         objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=getattr(rgw, over), ca=rgw.ca, proxy=url))
-        try_everything(objects, bucket, [granted(bucket, stores.ALICE)])
+        try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE)])
     assert proxy.forwarded
 
 
@@ -115,8 +115,8 @@ def temporary(rgw):
 def test_temporary_credentials_are_accepted(rgw, bucket):
     key = temporary(rgw)
     token = {"x-amz-security-token": key.session_token}
-    grants = [granted(bucket, key, token, version=version) for version in (2, 4)]
-    try_everything(S3ObjectClient(rgw.connection(key)), bucket, grants)
+    policies = [sign_policy(bucket, key, token, version=version) for version in (2, 4)]
+    try_everything(S3ObjectClient(rgw.connection(key)), bucket, policies)
 
 
 def test_temporary_credentials_without_token_are_rejected(rgw, bucket):
@@ -125,13 +125,13 @@ def test_temporary_credentials_without_token_are_rejected(rgw, bucket):
     with pytest.raises(AccessDenied):
         objects.put(bucket, "key", PART)
     with pytest.raises(AccessDenied):
-        objects.put(bucket, "win.part.0", PART, grant=granted(bucket, key))
+        objects.put(bucket, "win.part.0", PART, policy=sign_policy(bucket, key))
 
 
 def test_public_object_is_read_without_key(rgw, bucket):
     alices = S3ObjectClient(rgw.connection(stores.ALICE))
-    grant = granted(bucket, stores.ALICE, {"acl": "public-read"})
-    alices.put(bucket, "win.part.0", PART, grant=grant)
+    policy = sign_policy(bucket, stores.ALICE, {"acl": "public-read"})
+    alices.put(bucket, "win.part.0", PART, policy=policy)
     alices.put(bucket, "private", PART)
     nobodys = S3ObjectClient(rgw.connection(None))
     assert nobodys.get(bucket, "win.part.0") == PART

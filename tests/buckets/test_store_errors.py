@@ -22,7 +22,7 @@ from thrave.buckets.errors import (
     UnreachableError,
     WrongRegion,
     error_from_response,
-    row_of,
+    find_row,
 )
 from thrave.buckets.retrying_store import retry_store
 from thrave.buckets.s3_client import Credentials, StoreConfig
@@ -46,7 +46,7 @@ def get(connection):
 @pytest.mark.parametrize("code", ["", "NoSuchCodeAtAll"])
 def test_status_decides_if_the_code_is_unknown(status, code):
     made = error_from_response(code, status, "words")
-    assert made.kind is row_of("", status).kind
+    assert made.kind is find_row("", status).kind
     assert isinstance(made, TransientError) == (made.kind is Kind.TRANSIENT)
     assert made.code
     final_5xx = {501, 505, 506, 507, 508, 510, 511}
@@ -129,7 +129,7 @@ def test_content_length_with_too_many_digits_is_an_error_of_the_store():
 def test_refusal_of_an_intermediate_server_is_reported_to_the_operator(status):
     with scripted(http(status, b"<html>nginx</html>")) as script, pytest.raises(StoreError) as caught:
         get(connection(script.url))
-    assert caught.value.is_the_stores
+    assert caught.value.is_store_failure
     assert caught.value.remedy
 
 

@@ -68,7 +68,7 @@ REQUESTS = {
     "bucket": (lambda objects: objects.owner("my-bucket"), "HEAD /my-bucket HTTP/1.1"),
     "put": (lambda objects: objects.put("my-bucket", "key", b""), "PUT /my-bucket/key HTTP/1.1"),
     "form": (
-        lambda objects: objects.put("my-bucket", "win1.part.0", b"", grant=verified()),
+        lambda objects: objects.put("my-bucket", "win1.part.0", b"", policy=verified()),
         "POST /my-bucket HTTP/1.1",
     ),
     "listing": (

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.filters import MAX_CHARACTERS, MAX_LENGTH, MAX_VALUES, MAX_WILDCARDS, Patterns, instants, select
+from thrave.ec2.filters import (
+    MAX_CHARACTERS,
+    MAX_LENGTH,
+    MAX_VALUES,
+    MAX_WILDCARDS,
+    FilterPatterns,
+    format_instant,
+    select,
+)
 
 TABLE = {
     "name": lambda record: [record],
@@ -54,8 +62,8 @@ TABLE = {
     ],
 )
 def test_wildcards_stand_for_characters_unless_escaped(pattern, value, expected):
-    assert Patterns([pattern]).match(value) is expected
-    assert Patterns(["no such value", "*and no ?uch*", pattern, "or th?s"]).match(value) is expected
+    assert FilterPatterns([pattern]).match(value) is expected
+    assert FilterPatterns(["no such value", "*and no ?uch*", pattern, "or th?s"]).match(value) is expected
 
 
 @given(st.lists(st.text("ab*?\\", max_size=8), max_size=4), st.text("ab*?\\", max_size=8))
@@ -67,12 +75,12 @@ def test_patterns_match_as_regular_expressions_do(patterns, value):
         return "".join(parts)
 
     expected = any(re.fullmatch(regex(pattern), value, re.DOTALL) for pattern in patterns)
-    assert Patterns(patterns).match(value) is expected
+    assert FilterPatterns(patterns).match(value) is expected
 
 
 def cost(patterns, value):
     """Lines of Python that comparing takes: a count, and no time."""
-    lines, made = 0, Patterns(patterns)
+    lines, made = 0, FilterPatterns(patterns)
 
     def trace(_frame, event, _argument):
         nonlocal lines
@@ -159,15 +167,15 @@ def test_values_are_alternatives_and_filters_are_conditions(filters, expected):
         ),
         (
             {"Name": "name", "Values": ["x" * MAX_LENGTH] * (MAX_CHARACTERS // MAX_LENGTH)},
-            f"InvalidParameterValue: The filter values have 32769 characters; at most {MAX_CHARACTERS} may be.",
+            f"InvalidParameterValue: The filter values have 32769 characters. The maximum is {MAX_CHARACTERS}.",
         ),
         (
             {"Name": "name", "Values": ["*" + "x" * 1000] * 5},
-            "InvalidParameterValue: The filter values have 5005 characters with wildcards; at most 4096 may be.",
+            "InvalidParameterValue: The filter values have 5005 characters with wildcards. The maximum is 4096.",
         ),
         (
             {"Name": "name", "Values": ["*?" * 201]},
-            f"InvalidParameterValue: The filter values have 402 wildcards; at most {MAX_WILDCARDS} may be.",
+            f"InvalidParameterValue: The filter values have 402 wildcards. The maximum is {MAX_WILDCARDS}.",
         ),
     ],
 )
@@ -189,4 +197,4 @@ def test_a_filter_that_means_nothing_is_refused(asked, message):
     ],
 )
 def test_a_moment_is_named_as_answers_write_it(moment, texts):
-    assert instants(moment) == texts
+    assert format_instant(moment) == texts

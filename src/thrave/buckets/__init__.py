@@ -1,1 +1,1 @@
-"""Where bundles go: buckets, their owners, and the upload policy."""
+"""Object stores for bundles: the contract, its drivers, and the upload policy."""

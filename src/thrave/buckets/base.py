@@ -1,17 +1,7 @@
-"""The contract of a place where bundles go, which every driver keeps and one test suite checks.
+"""The contract `ObjectStore`, and the rules for names of buckets, keys and bundles.
 
-Bucket, key and object mean what they mean in Amazon S3. A driver never invents rights: who may write where has
-been decided before it is called, from `owner` and from the upload policy.
-
-Which names a new bucket may have, which a URL can hold, and where in a bucket a bundle lies.
-
-The rules for new buckets are Amazon S3's ("General purpose bucket naming rules"). Buckets that exist may have other
-names: until 2018 S3 allowed capitals, underscores and 255 characters, and an access point's alias is used like a
-bucket. They are read whatever their name, if a URL can hold it. A bundle's prefix may hold folders:
-`backups/win1` is the bundle `win1` in the folder `backups/`, and only the last segment is the bundle's name, which
-stands in the manifest, in the tar header and in the names of the parts. Old readers handed those names to a shell or
-joined them to paths, so each segment is plain ASCII, `[A-Za-z0-9_][A-Za-z0-9._-]*`: no `..`, no option, nothing to
-quote. Pure rules: nothing here looks at a bucket.
+Bucket, key and object have their meaning in Amazon S3. Permissions are not decided here: callers check the upload
+policy and the owner first. One test suite checks all drivers (`tests/buckets/test_contract.py`).
 """
 
 import re
@@ -23,214 +13,215 @@ from thrave.buckets.errors import InvalidArgument, InvalidBucketName
 from thrave.buckets.upload_policy import UploadPolicy
 
 UNKNOWN_OWNER = "nobody"
-"""The owner of a bucket that exists but that no account is known to own: everybody's "somebody else"."""
+"""Owner of an existing bucket that no known account owns; differs from every account id."""
 
 
 @dataclass(frozen=True)
 class ObjectHead:
-    """What is known of an object without reading it."""
+    """Metadata of an object."""
 
     size: int
     """Bytes."""
     etag: str | None = None
-    """The MD5 of its content in lower-case hex; None where the store keeps none."""
+    """MD5 of the content in lower-case hex; None if the store keeps none."""
 
 
 class ObjectStore(Protocol):
-    """Buckets of one store.
+    """Buckets of one object store.
 
-    Every call may be made from several threads and processes at once, and may be repeated after a crash or a lost
-    answer: the second time changes nothing. Every failure is a BucketError with S3's code.
+    All methods are safe to call from several threads and processes at once. They may be repeated after a crash or a
+    lost response: the second call changes nothing. Every failure is a BucketError with S3's code.
     """
 
     def on_behalf_of(self, access_key_id: str) -> "ObjectStore":
-        """This store, as the holder of an access key has it; itself where the store does not know accounts' keys.
+        """Return this store with the credentials of an access key; the same store if it does not use accounts' keys.
 
         Raises:
-            AccessDenied: The service does not hold that key.
+            AccessDenied: The service does not have that key.
         """
         ...
 
     def owner(self, bucket: str) -> str | None:
-        """The account id of a bucket's owner; None if there is no such bucket; NOBODY if nobody is known to own it.
+        """Return the account id of a bucket's owner.
 
-        A name that no bucket can have is None too.
+        Returns:
+            None if there is no such bucket, also for an invalid name; UNKNOWN_OWNER if no known account owns it.
         """
         ...
 
     def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:
-        """Create a bucket for an account if it does not exist; say whether this call created it.
+        """Create a bucket for an account if it does not exist; return whether this call created it.
 
-        A bucket that exists is looked at first, so that no right to list or create buckets is needed for it. Of several
-        that create it at once for different accounts exactly one succeeds. A call that was cut off leaves a bucket that
-        the next call can use.
+        An existing bucket is checked first, so that the key needs no permission to list or create buckets. If several
+        calls create it at once for different accounts, exactly one succeeds. After an interrupted call the next call
+        can use the bucket.
 
         Args:
-            bucket: Its name.
+            bucket: Bucket name.
             owner: The account.
-            probe: The key of an object that is going to be put. Where an access key may not look at the bucket, the
-                store is asked whether it may put this object; nothing is written.
+            probe: Key of an object that is to be stored. If the access key may not read the bucket, the store is asked
+                whether the key may put this object; nothing is written.
 
         Raises:
-            BucketAlreadyExists: It is somebody else's, or nobody's.
-            InvalidBucketName: It does not exist, and no new bucket can have that name.
-            AccessDenied: The access key may not use the bucket, or it does not exist and may not be created.
+            BucketAlreadyExists: Another account or no known account owns the bucket.
+            InvalidBucketName: The bucket does not exist, and no new bucket can have that name.
+            AccessDenied: The access key may not use the bucket, or may not create the missing bucket.
         """
         ...
 
     def remove(self, bucket: str, owner: str) -> bool:
-        """Remove an account's bucket if it holds nothing; say whether it is gone.
+        """Remove an account's bucket if it is empty; return whether it no longer exists.
 
-        A bucket that holds an object, or belongs to somebody else, stays as it is, with its owner. One that does not
-        exist is gone. The caller sees to it that nobody creates the bucket meanwhile.
+        A bucket with an object, or of another account, does not change. A bucket that does not exist counts as removed.
+        The caller must ensure that no other process creates the bucket at the same time.
 
         Raises:
-            AccessDenied: The access key may not remove it.
+            AccessDenied: The access key may not remove the bucket.
         """
         ...
 
-    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
-        """Store an object, in the place of the one that may be there.
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, policy: UploadPolicy | None = None) -> str | None:
+        """Store an object, and replace an existing one.
 
-        When it returns, the object is on stable storage, whole. When it fails, readers find what was there before,
-        never a part of the new one. `data` is not kept after the return.
+        After the return, the complete object is on stable storage. After a failure, readers find the previous object,
+        never a part of the new one. The store keeps no reference to `data`.
 
         Args:
-            bucket: Must exist.
-            key: Any that S3 takes and the driver can hold; the contract asks for those of bundles.
+            bucket: An existing bucket.
+            key: A key that S3 and the driver accept; all drivers accept the keys of bundles.
             data: The whole content.
-            grant: The upload policy under which it is stored; nothing that it does not allow is ever written. Without
-                it the service's own right is used.
+            policy: The upload policy under which the object is stored. Nothing that it does not allow is written.
+                Without a policy the service's own permission is used.
 
         Returns:
-            The ETag of what was stored, as `ObjectHead.etag` has it.
+            The ETag of the stored object, as `ObjectHead.etag`.
 
         Raises:
-            NoSuchBucket: There is none.
-            InvalidArgument: The driver cannot hold an object of that key; the message says why.
-            AccessDenied, EntityTooLarge, EntityTooSmall: The grant does not allow it.
-            TransientError: The store did not answer, or has not got what was sent.
+            NoSuchBucket: The bucket does not exist.
+            InvalidArgument: The driver cannot store an object with that key; the message says why.
+            AccessDenied, EntityTooLarge, EntityTooSmall: The policy does not allow the upload.
+            TransientError: The store did not respond, or did not receive the data.
         """
         ...
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
-        """What is known of an object; None if there is no such object or bucket."""
+        """Return an object's metadata; None if there is no such object or bucket."""
         ...
 
     def get(self, bucket: str, key: str) -> bytes:
-        """The content of an object that is no longer than a part may be.
+        """Return the content of an object that is at most as long as a part.
 
         Raises:
-            NoSuchKey, NoSuchBucket: There is none.
+            NoSuchKey, NoSuchBucket: The object or the bucket does not exist.
         """
         ...
 
     def get_range(self, bucket: str, key: str, start: int, length: int) -> bytes:
-        """`length` bytes of an object from `start` on: fewer at its end, none behind it. `length` is 1 or more.
+        """Return up to `length` bytes of an object: fewer at its end, none after its end.
+
+        Args:
+            bucket: Bucket name.
+            key: Key of the object.
+            start: Offset of the first byte.
+            length: 1 or more.
 
         Raises:
-            NoSuchKey, NoSuchBucket: There is none.
+            NoSuchKey, NoSuchBucket: The object or the bucket does not exist.
         """
         ...
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
-        """The keys that begin with a prefix, each once.
+        """Yield each key that starts with a prefix once.
 
-        S3 lists them in the order of their UTF-8 bytes; SeaweedFS puts folders first.
+        S3 sorts keys by their UTF-8 bytes; SeaweedFS lists folders first.
 
         Raises:
-            NoSuchBucket: There is none.
+            NoSuchBucket: The bucket does not exist.
         """
         ...
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
-        """Delete exactly these objects; one that is not there is fine, as is a bucket that is not there."""
+        """Delete exactly these objects. Missing objects and a missing bucket are no error."""
         ...
 
 
-KEY_BYTES = 1024  # S3's limit for a key in UTF-8
+MAX_KEY_BYTES = 1024  # S3's limit for a key in UTF-8
+MAX_NAME_CHARACTERS = 100  # the name field of a tar header (POSIX ustar)
 
-
-NAME_CHARACTERS = 100  # the name field of a tar header (POSIX ustar)
-
-
-_LONGEST_ENDING = len(".manifest.json")
-
-
-_LONGEST_BUCKET_NAME = 255  # of S3's buckets in us-east-1 before March 2018
-
-
+_MAX_ENDING = len(".manifest.json")
+_MAX_BUCKET_NAME = 255  # of S3's buckets in us-east-1 before March 2018
 _DOTS = re.compile(r"(?:.*/)?\.\.?(?:/.*)?", re.DOTALL)
-
-
 _BUCKET = re.compile(r"[a-z0-9](?:[a-z0-9-]|\.(?!\.))*[a-z0-9]")
-
-
 _IP_ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
-
-
 _RESERVED_STARTS = ("xn--", "sthree-", "amzn-s3-demo-")
-
-
 _RESERVED_ENDS = ("-s3alias", "--ol-s3", ".mrap", "--x-s3", "--table-s3")
 
-
+# Old readers passed names of bundles to a shell or joined them to paths. So a segment of a prefix is plain ASCII
+# without `..`, without a leading dash, and without characters that need quoting.
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def check_bucket_name(bucket: str) -> None:
-    """Refuse a name that S3 would not let a new bucket have.
+    """Refuse a name that Amazon S3 does not allow for a new bucket.
 
     Raises:
-        InvalidBucketName: 3 to 63 characters of `a-z0-9.-`, not like an IP address, not reserved by AWS.
+        InvalidBucketName: Valid are 3 to 63 characters of `a-z0-9.-`, not like an IP address, not reserved by AWS.
+
+    Source: Amazon S3, "General purpose bucket naming rules".
     """
-    fits = 3 <= len(bucket) <= 63 and _BUCKET.fullmatch(bucket) and not _IP_ADDRESS.fullmatch(bucket)
-    if not fits or bucket.startswith(_RESERVED_STARTS) or bucket.endswith(_RESERVED_ENDS):
+    is_valid = 3 <= len(bucket) <= 63 and _BUCKET.fullmatch(bucket) and not _IP_ADDRESS.fullmatch(bucket)
+    if not is_valid or bucket.startswith(_RESERVED_STARTS) or bucket.endswith(_RESERVED_ENDS):
         raise InvalidBucketName("The specified bucket is not valid.")
 
 
 def check_readable_bucket_name(bucket: str) -> None:
-    """Refuse a name that no URL can hold unchanged; every bucket that exists has another.
+    """Refuse a name that no existing bucket can have, since no URL can contain it unchanged.
+
+    Existing buckets may have names that new ones may not: until 2018 S3 allowed capitals, underscores and 255
+    characters, and an access point's alias is used like a bucket.
 
     Raises:
-        InvalidBucketName: 1 to 255 printable ASCII characters, no `/`, not `.` and not `..`.
+        InvalidBucketName: Valid are 1 to 255 printable ASCII characters, no blank, no `/`, not `.` and not `..`.
     """
-    fits = 1 <= len(bucket) <= _LONGEST_BUCKET_NAME and bucket.isascii() and bucket.isprintable()
-    if not fits or " " in bucket or "/" in bucket or bucket in (".", ".."):
+    is_valid = 1 <= len(bucket) <= _MAX_BUCKET_NAME and bucket.isascii() and bucket.isprintable()
+    if not is_valid or " " in bucket or "/" in bucket or bucket in (".", ".."):
         raise InvalidBucketName("The specified bucket is not valid.")
 
 
 def check_key(key: str) -> None:
-    """Refuse a key that no URL can hold unchanged; empty stands for the bucket itself.
+    """Refuse a key that no URL can contain unchanged. An empty key means the bucket itself.
 
     Raises:
-        InvalidArgument: It has more than 1,024 bytes, is no UTF-8, or has a segment `.` or `..`.
+        InvalidArgument: The key has more than 1,024 bytes, is not UTF-8, or has a segment `.` or `..`.
     """
     try:
-        fits = len(key.encode()) <= KEY_BYTES
+        is_valid = len(key.encode()) <= MAX_KEY_BYTES
     except UnicodeEncodeError:
-        fits = False
-    if not fits or _DOTS.fullmatch(key):  # servers and proxies on the way resolve dots
-        raise InvalidArgument(f"No object can have a key like {key[:80]!r}: {KEY_BYTES} bytes, no segment . or ..")
+        is_valid = False
+    if not is_valid or _DOTS.fullmatch(key):  # servers and proxies between us and the store resolve dots
+        raise InvalidArgument(f"No object can have a key like {key[:80]!r}: {MAX_KEY_BYTES} bytes, no segment . or ..")
 
 
 def split_prefix(prefix: str) -> tuple[str, str]:
-    """Take a bundle's prefix apart into its folder and its name.
+    """Split a bundle's prefix into folder and name.
+
+    The name is in the manifest, in the tar header and in the names of the parts.
 
     Args:
         prefix: `win1` or `backups/2026/win1`.
 
     Returns:
-        The folder, empty or ending in `/`, and the bundle's name; the bundle's files are `folder + name + …`.
+        The folder, empty or with a `/` at its end, and the bundle's name. Keys start with `folder + name`.
 
     Raises:
-        InvalidArgument: A segment is empty, begins with a dot or dash or has other characters; or it is too long.
+        InvalidArgument: A segment is empty, starts with a dot or a dash, or has other characters; or the prefix is too
+            long.
     """
     *folders, name = prefix.split("/")
     if not all(_SEGMENT.fullmatch(segment) for segment in (*folders, name)):
         raise InvalidArgument(
             "A bundle's prefix has segments of A-Z a-z 0-9 . _ - between slashes, and none begins with a dot or a dash"
         )
-    if len(name) > NAME_CHARACTERS or len(prefix) > KEY_BYTES - _LONGEST_ENDING:
-        raise InvalidArgument(f"A bundle's name has at most {NAME_CHARACTERS} characters, its keys {KEY_BYTES}")
+    if len(name) > MAX_NAME_CHARACTERS or len(prefix) > MAX_KEY_BYTES - _MAX_ENDING:
+        raise InvalidArgument(f"A bundle's name has at most {MAX_NAME_CHARACTERS} characters, its keys {MAX_KEY_BYTES}")
     return "".join(folder + "/" for folder in folders), name

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Self
 
 from thrave import files
-from thrave.buckets.base import KEY_BYTES, UNKNOWN_OWNER, ObjectHead, check_bucket_name
+from thrave.buckets.base import MAX_KEY_BYTES, UNKNOWN_OWNER, ObjectHead, check_bucket_name
 from thrave.buckets.errors import (
     BucketAlreadyExists,
     InternalError,
@@ -105,13 +105,13 @@ class DirectoryStore:
             files.sync_folder(self._owners)
         return True
 
-    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, policy: UploadPolicy | None = None) -> str | None:
         """See Buckets. Files have no ETag. An upload leaves RESERVE bytes free; the service itself may use them."""
         path, size = self._path(bucket, key), memoryview(data).nbytes
-        if grant is not None:
-            grant.check_upload(bucket, key, content_length=size, now=datetime.now(UTC))
+        if policy is not None:
+            policy.check_upload(bucket, key, content_length=size, now=datetime.now(UTC))
         self._require(bucket)
-        with _disk_faults(), nullcontext() if grant is None else self._room(size):
+        with _disk_faults(), nullcontext() if policy is None else self._room(size):
             try:
                 self._write(path, data)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
@@ -219,7 +219,9 @@ def _segments(key: str) -> list[str]:
     """A key as path segments; raises InvalidArgument for one that the disk cannot hold, or must not."""
     segments = key.split("/")
     try:
-        fits = len(key.encode()) <= KEY_BYTES and all(len(segment.encode()) <= _SEGMENT_BYTES for segment in segments)
+        fits = len(key.encode()) <= MAX_KEY_BYTES and all(
+            len(segment.encode()) <= _SEGMENT_BYTES for segment in segments
+        )
     except UnicodeEncodeError:
         fits = False
     if not fits or "\0" in key or not {"", ".", ".."}.isdisjoint(segments):

@@ -1,14 +1,13 @@
 """Errors of object stores: S3's codes, statuses and messages, and one table that says who must act on each.
 
-Every error has S3's `code`, HTTP `status` and `message`; as text it reads `AccessDenied(403)- Invalid according to
-Policy: …`, which is how EC2 put an error of S3 into a bundle task. An error for which no store has sent a response (a
-refused connection, a setting that cannot be used) has status 0 and reads as its message alone. None holds a key's
-secret, a signature or the password of a proxy.
+`str(error)` is `AccessDenied(403)- Invalid according to Policy: …`, as EC2 writes an error of S3 into a bundle task. An
+error without a response of the store (refused connection, invalid setting) has status 0 and only its message. No error
+contains a secret key, a signature or a proxy's password.
 
     BucketError
     ├── NoSuchBucket            404
     ├── NoSuchKey               404
-    ├── BucketAlreadyExists     409  the bucket belongs to somebody else
+    ├── BucketAlreadyExists     409  the bucket belongs to another account
     ├── InvalidBucketName       400
     ├── InvalidArgument         400  a key or a form field that is not valid
     │   └── StoreSettingError     0  a setting of the store, or a file that it names, cannot be used
@@ -20,8 +19,9 @@ secret, a signature or the password of a proxy.
     ├── InternalError           500  the disk of a directory store failed (full, ...)
     └── StoreError              any other error that a store returns
         ├── WrongRegion         the bucket is in another region
-        └── TransientError      may pass: 503 SlowDown, a connection that was cut, no response, damaged bytes
+        └── TransientError      a retry may succeed: 503 SlowDown, lost connection, no response, damaged bytes
             └── UnreachableError  no connection could be made: refused, no such host name, no route
+                └── NoConnectionError  all connections of this process were in use for too long
 """
 
 import re
@@ -44,29 +44,29 @@ class Kind(StrEnum):
 
 
 KINDS: Mapping[Kind, str] = {
-    Kind.KEY: "The holder of the access key that signed the request: the key is unknown, or may not do this.",
-    Kind.REQUEST: "The caller: the bucket, the object or the upload policy is not acceptable.",
-    Kind.SETTING: "The operator: a setting does not fit the store, or the store lacks what Thrave needs.",
+    Kind.KEY: "The owner of the access key that signed the request: the key is unknown, or lacks a permission.",
+    Kind.REQUEST: "The caller: the bucket, the object or the upload policy is not valid.",
+    Kind.SETTING: "The operator: a setting does not fit the store, or the store lacks a required feature.",
     Kind.LIMIT: "The operator of the store, or the owner of the bucket: a quota is used up, or a lock is set.",
-    Kind.REGION: "The operator changes the region, or the caller takes another bucket: the bucket is elsewhere.",
-    Kind.TRANSIENT: "Nobody: the same request may succeed later and is sent again.",
+    Kind.REGION: "The operator changes the region, or the caller uses another bucket: the bucket is in another region.",
+    Kind.TRANSIENT: "No action: Thrave sends the same request again, and it may succeed.",
 }
-"""What each kind means."""
+"""Who must act for each kind, and why."""
 
 
 class Row(NamedTuple):
-    """What an error means."""
+    """A row of `TABLE`."""
 
     kind: Kind
     meaning: str
     remedy: str = ""
-    """What to do, in one sentence; empty where the meaning says enough."""
+    """What to do, in one sentence; empty if the meaning says it."""
     code: str = ""
-    """Of a status: the code of a response that gives none, such as the response to HEAD."""
+    """For a status: code of a response that has none, such as the response to HEAD."""
 
 
 _AGAIN = "Thrave sends the request again, for `s3_retry_timeout` seconds."
-_GRANT = "Grant the rights that are listed in docs/reference/store-rights.md, or use another key."
+_GRANT = "Grant the permissions that are listed in docs/reference/store-rights.md, or use another key."
 _S3_REGION = "Set `s3_region` to the region of the store (Ceph: of its zone group), and `s3_endpoint` to match."
 _QUOTA = "Raise the quota or the limit of the store, or remove what is no longer needed."
 
@@ -81,7 +81,7 @@ TABLE: Mapping[str | int, Row] = {
     "NotSignedUp": Row(Kind.KEY, "The account of the key may not use the store.", "Ask the operator of the store."),
     "SignatureDoesNotMatch": Row(
         Kind.KEY, "The signature was made with another secret, or changed on the way.",
-        "Compare the secret access key; look for a proxy that changes headers.",
+        "Compare the secret access key; check for a proxy that changes headers.",
     ),
     "TokenRefreshRequired": Row(Kind.KEY, "Temporary credentials have expired.", "Renew the credentials."),
     "UserSuspended": Row(Kind.KEY, "The user of the key has been suspended (Ceph).", "Ask the operator of the store."),
@@ -192,7 +192,7 @@ TABLE: Mapping[str | int, Row] = {
     408: Row(Kind.TRANSIENT, "The store did not receive the request in time.", _AGAIN, "RequestTimeout"),
     409: Row(Kind.TRANSIENT, "Another request on the bucket is in progress.", _AGAIN, "OperationAborted"),
     411: Row(
-        Kind.SETTING, "A server on the way takes away the length of the request.",
+        Kind.SETTING, "A server between Thrave and the store removes the length of the request.",
         "Check the proxies between Thrave and the store.", "MissingContentLength",
     ),
     412: Row(Kind.REQUEST, "The object exists already, or has changed.", "", "PreconditionFailed"),
@@ -226,7 +226,7 @@ TABLE: Mapping[str | int, Row] = {
     503: Row(Kind.TRANSIENT, "The store is busy or not available.", _AGAIN, "SlowDown"),
     504: Row(Kind.TRANSIENT, "A gateway received no response from the store in time.", _AGAIN, "GatewayTimeout"),
     505: Row(
-        Kind.SETTING, "The store does not speak HTTP/1.1.", "Check `s3_endpoint`, and the proxy in between.",
+        Kind.SETTING, "The store does not support HTTP/1.1.", "Check `s3_endpoint`, and the proxy in between.",
         "HTTPVersionNotSupported",
     ),
     506: Row(Kind.SETTING, "The store is misconfigured.", "Ask the operator of the store.", "VariantAlsoNegotiates"),
@@ -249,25 +249,25 @@ TABLE: Mapping[str | int, Row] = {
     "4xx": Row(Kind.REQUEST, "The store does not accept the request.", "", "BadRequest"),
     "5xx": Row(Kind.TRANSIENT, "The store, or a gateway before it, failed.", _AGAIN, "InternalError"),
 }  # fmt: skip
-"""Every error that is known: who must act, and how. Codes decide before statuses, statuses before their class.
+"""Every known error: who must act, and how. The code decides; without one the status, then the status class.
 
 Source: AWS S3 API Reference, "Error responses"; RFC 9110; for 520 to 529 the documentation of Cloudflare."""
 
 
-def row_of(code: str, status: int) -> Row:
-    """The row of an error: of its code, else of its status, else of the class of its status."""
+def find_row(code: str, status: int) -> Row:
+    """Return the row for a code; for an unknown code the row of the status, or of the status class."""
     return TABLE.get(code) or TABLE.get(status) or TABLE.get(f"{status // 100}xx") or TABLE["4xx"]
 
 
 class BucketError(Exception):
-    """A response of S3 that is not success, or the lack of one.
+    """An error response of S3, or a missing response.
 
     Attributes:
         code: S3's error code, or one of ours from `TABLE`.
-        status: The HTTP status; 0 if no store has sent a response.
+        status: HTTP status; 0 without a response.
         message: S3's message, or ours.
-        headers: Of the store's response; empty if there was none.
-        access_key_id: The key that signed the request, if one did.
+        headers: Headers of the store's response; empty without a response.
+        access_key_id: The key that signed the request; None if the request had no signature of a key.
     """
 
     code: str
@@ -285,16 +285,16 @@ class BucketError(Exception):
     @property
     def kind(self) -> Kind:
         """Who must act."""
-        return row_of(self.code, self.status).kind
+        return find_row(self.code, self.status).kind
 
     @property
     def remedy(self) -> str:
-        """What to do; empty if the message says enough."""
-        return row_of(self.code, self.status).remedy
+        """What to do; empty if the message says it."""
+        return find_row(self.code, self.status).remedy
 
     @property
-    def is_the_stores(self) -> bool:
-        """Whether the operator must act, or nobody; False if the caller or the holder of the key must."""
+    def is_store_failure(self) -> bool:
+        """Whether the operator must act or a retry may succeed; False if caller or key owner must act."""
         return self.kind not in (Kind.KEY, Kind.REQUEST)
 
 
@@ -306,14 +306,14 @@ class NoSuchBucket(BucketError):
 
 
 class NoSuchKey(BucketError):
-    """The bucket holds no object of that key."""
+    """The bucket has no object with that key."""
 
     code = "NoSuchKey"
     status = 404
 
 
 class BucketAlreadyExists(BucketError):
-    """The bucket's name is somebody else's."""
+    """Another account owns the bucket with that name."""
 
     code = "BucketAlreadyExists"
     status = 409
@@ -327,13 +327,13 @@ class BucketAlreadyExists(BucketError):
 
 
 class InvalidBucketName(BucketError):
-    """The name is not one that a bucket can have."""
+    """The bucket name is not valid."""
 
     code = "InvalidBucketName"
 
 
 class InvalidArgument(BucketError):
-    """A key, prefix or form field cannot be what it is."""
+    """A key, prefix or form field is not valid."""
 
     code = "InvalidArgument"
 
@@ -346,7 +346,7 @@ class StoreSettingError(InvalidArgument):
 
 
 class InvalidPolicyDocument(BucketError):
-    """The upload policy is not one."""
+    """The upload policy is not valid."""
 
     code = "InvalidPolicyDocument"
 
@@ -375,7 +375,7 @@ class AccessDenied(BucketError):
 
     @classmethod
     def by_policy(cls, fault: str) -> "AccessDenied":
-        """The upload policy does not allow this upload."""
+        """Create the error of an upload that the upload policy does not allow."""
         return cls(f"Invalid according to Policy: {fault}")
 
 
@@ -398,19 +398,19 @@ class EntityTooLarge(BucketError):
 
 
 class InternalError(BucketError):
-    """The disk failed through no fault of the caller."""
+    """The disk of a directory store failed."""
 
     code = "InternalError"
     status = 500
 
     @property
     def kind(self) -> Kind:
-        """The operator must act: a disk does not recover by waiting."""
+        """The operator must act: waiting does not repair a disk."""
         return Kind.SETTING
 
 
 class StoreError(BucketError):
-    """A response of a store that has no class of its own, with the store's code and message."""
+    """An error without its own class, with the store's code and message."""
 
     def __init__(self, code: str, status: int, message: str) -> None:
         super().__init__(message)
@@ -419,11 +419,11 @@ class StoreError(BucketError):
 
 
 class WrongRegion(StoreError):
-    """The bucket is in another region, or at another endpoint, than requests are sent to.
+    """The bucket is in another region, or at another endpoint, than the configured one.
 
     Attributes:
-        region: The region that the store names; None if it names none.
-        endpoint: The host that the store names; None if it names none.
+        region: Region that the store names; None if it names none.
+        endpoint: Host that the store names; None if it names none.
     """
 
     def __init__(self, code: str, status: int, message: str, *, region: str | None, endpoint: str | None) -> None:
@@ -432,40 +432,40 @@ class WrongRegion(StoreError):
         self.endpoint = endpoint
 
     def __str__(self) -> str:
-        return f"{super().__str__()} ({self.place})"
+        return f"{super().__str__()} ({self.location})"
 
     @property
-    def place(self) -> str:
-        """Where the bucket is, for people."""
+    def location(self) -> str:
+        """Where the bucket is, for a message."""
         named = [f"region {self.region}" if self.region else "", f"endpoint {self.endpoint}" if self.endpoint else ""]
         return ", ".join(filter(None, named)) or "the store does not name the region"
 
     @property
     def kind(self) -> Kind:
-        """The region is another one."""
+        """The operator or the caller must act."""
         return Kind.REGION
 
 
 class TransientError(StoreError):
-    """A failure that may pass: the same request may be sent again."""
+    """A failure after which the same request may succeed."""
 
     @property
     def kind(self) -> Kind:
-        """Nobody must act, whatever the status: 400 stands for a body that came too slowly, or incomplete."""
+        """No action for any status; 400, for example, can mean that a body was too slow or incomplete."""
         return Kind.TRANSIENT
 
     @property
     def retry_after(self) -> float:
-        """Seconds that the store wants to pass before the next attempt (`Retry-After`); 0 if it names none."""
+        """Seconds to wait before the next attempt, from the response's `Retry-After`; 0 without one."""
         text = self.headers.get("Retry-After", "").strip()
         if re.fullmatch(r"[0-9]{1,9}", text):
             return float(text)
         try:
-            until = parsedate_to_datetime(text)
-        except (ValueError, OverflowError):  # a year of 20 digits
+            retry_at = parsedate_to_datetime(text)
+        except (ValueError, OverflowError):  # OverflowError: a year of 20 digits
             return 0.0
-        now = datetime.now(UTC) if until.tzinfo else datetime.now(UTC).replace(tzinfo=None)
-        return max(0.0, (until - now).total_seconds())
+        now = datetime.now(UTC) if retry_at.tzinfo else datetime.now(UTC).replace(tzinfo=None)
+        return max(0.0, (retry_at - now).total_seconds())
 
 
 class UnreachableError(TransientError):
@@ -476,9 +476,9 @@ class NoConnectionError(UnreachableError):
     """Every connection of this process to the store was in use for too long. The store has not failed."""
 
 
-_OWN_CLASS: Mapping[str, type[BucketError]] = {
-    kind.code: kind
-    for kind in (
+_ERROR_CLASSES: Mapping[str, type[BucketError]] = {
+    error_class.code: error_class
+    for error_class in (
         NoSuchBucket, NoSuchKey, BucketAlreadyExists, InvalidBucketName, InvalidArgument, AccessDenied, EntityTooSmall,
         EntityTooLarge,
     )
@@ -486,22 +486,21 @@ _OWN_CLASS: Mapping[str, type[BucketError]] = {
 
 
 def error_from_response(code: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> BucketError:
-    """The error of a store's response.
+    """Create the error for a store's response.
 
     Args:
-        code: As the store gives it; empty if it gives none.
-        status: Of the response.
-        message: As the store gives it.
-        headers: Of the response.
+        code: The store's code; empty if the response has none.
+        status: Status of the response.
+        message: The store's message.
+        headers: Headers of the response.
     """
-    row = row_of(code, status)
+    row = find_row(code, status)
     code = code or row.code
-    own = _OWN_CLASS.get(code)
     error: BucketError
     if row.kind is Kind.TRANSIENT:
         error = TransientError(code, status, message)
-    elif own is not None:
-        error = own(message)
+    elif code in _ERROR_CLASSES:
+        error = _ERROR_CLASSES[code](message)
     else:
         error = StoreError(code, status, message)
     error.headers = headers or {}

@@ -158,9 +158,9 @@ class RetryingStore:
         """See ObjectStore."""
         return self._retry(lambda: self._buckets.remove(bucket, owner))
 
-    def put(self, bucket: str, key: str, data: bytes | memoryview, *, grant: UploadPolicy | None = None) -> str | None:
+    def put(self, bucket: str, key: str, data: bytes | memoryview, *, policy: UploadPolicy | None = None) -> str | None:
         """See ObjectStore."""
-        return self._write(bucket, [key], lambda: self._buckets.put(bucket, key, data, grant=grant))
+        return self._write(bucket, [key], lambda: self._buckets.put(bucket, key, data, policy=policy))
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
         """See ObjectStore."""

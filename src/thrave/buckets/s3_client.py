@@ -57,7 +57,7 @@ from thrave.buckets.errors import (
     UnreachableError,
     WrongRegion,
     error_from_response,
-    row_of,
+    find_row,
 )
 from thrave.config import normal_endpoint
 from thrave.write_guard import store_guard
@@ -338,7 +338,7 @@ class HttpTransport:
         region = fields.get("Region") or headers.get("x-amz-bucket-region")
         endpoint = fields.get("Endpoint")
         if self._is_elsewhere(status, code, region, endpoint):
-            return WrongRegion(code or row_of("", status).code, status, message, region=region, endpoint=endpoint)
+            return WrongRegion(code or find_row("", status).code, status, message, region=region, endpoint=endpoint)
         if 300 <= status < 400:
             message += _place_of(headers.get("Location", ""))
         return error_from_response(code, status, message, headers)
@@ -349,7 +349,7 @@ class HttpTransport:
         if status in (301, 307):
             return other or (status == 301 and bool(endpoint or code))
         # The response to HEAD has no code.
-        return row_of(code, status).kind is Kind.REGION or (status == 400 and not code and other)
+        return find_row(code, status).kind is Kind.REGION or (status == 400 and not code and other)
 
     def _refusal_of_proxy(self, status: int, code: str, headers: Mapping[str, str]) -> BucketError | None:
         """The error of a response that the proxy has sent instead of the store; None if it is the store's."""
@@ -401,7 +401,7 @@ def _refused_by_proxy(where: str, status: int) -> BucketError:
     if status == 407:
         words = f"The proxy {where} wants another user and password ({reason})"
         return StoreError("ProxyAuthenticationRequired", 0, words)
-    if status >= 500 and row_of("", status).kind is Kind.TRANSIENT:
+    if status >= 500 and find_row("", status).kind is Kind.TRANSIENT:
         return TransientError("ProxyFailed", 0, f"The proxy {where} cannot reach the store ({reason})")
     return StoreError("ProxyRefused", 0, f"The proxy {where} does not let the request through ({reason})")
 

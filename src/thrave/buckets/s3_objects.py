@@ -185,13 +185,13 @@ class S3ObjectClient:
         self._transport = transport or HttpTransport(connection)
         self._requests = SignedClient(connection, self._transport, credentials)
 
-    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
+    def put(self, bucket: str, key: str, data: Buffer, *, policy: UploadPolicy | None = None) -> str | None:
         """See Buckets. Under a grant it is a form upload that the grant's signature alone allows."""
         digest = hashlib.md5(data, usedforsecurity=False)
-        if grant is None:
+        if policy is None:
             answer = self._put(bucket, key, data, digest)
         else:
-            kind, body = multipart(grant.form_fields(key), data)
+            kind, body = multipart(policy.form_fields(key), data)
             url = self._connection.url(bucket)
             answer = self._transport.send("POST", url, {"Content-Type": kind}, body, limit=SMALL)
         return self._proved(bucket, key, _md5_of(answer.headers), digest.hexdigest(), memoryview(data).nbytes)

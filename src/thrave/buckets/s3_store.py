@@ -233,10 +233,10 @@ class OwnerKeyStore(_S3Buckets):
         except NoSuchBucket:
             return True
 
-    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
+    def put(self, bucket: str, key: str, data: Buffer, *, policy: UploadPolicy | None = None) -> str | None:
         """See Buckets."""
-        _judge(grant, bucket, key, data)
-        return super().put(bucket, key, data, grant=grant)
+        _check_policy(policy, bucket, key, data)
+        return super().put(bucket, key, data, policy=policy)
 
     def _look(self, bucket: str) -> "_Sight":
         """What the store lets the key see of a bucket."""
@@ -341,9 +341,9 @@ class ServiceKeyStore(_S3Buckets):
         self._name_owner(bucket, owner)
         return False
 
-    def put(self, bucket: str, key: str, data: Buffer, *, grant: UploadPolicy | None = None) -> str | None:
+    def put(self, bucket: str, key: str, data: Buffer, *, policy: UploadPolicy | None = None) -> str | None:
         """See Buckets."""
-        _judge(grant, bucket, key, data)
+        _check_policy(policy, bucket, key, data)
         return super().put(bucket, key, data)
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
@@ -421,7 +421,7 @@ def _could_be_created(bucket: str) -> bool:
     return True
 
 
-def _judge(grant: UploadPolicy | None, bucket: str, key: str, data: Buffer) -> None:
+def _check_policy(policy: UploadPolicy | None, bucket: str, key: str, data: Buffer) -> None:
     """Refuse what a policy does not allow in S3's words, before it is sent; some stores are more lenient."""
-    if grant is not None:
-        grant.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=datetime.now(UTC))
+    if policy is not None:
+        policy.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=datetime.now(UTC))

@@ -264,7 +264,7 @@ def _faults(where: str, keyless: str | None) -> Iterator[None]:
         raise FolderError(f"{where}: {error}. Check the address and the network.") from error
     except WrongRegion as error:
         settings = "AWS_REGION, and AWS_ENDPOINT_URL_S3 if you use it"
-        raise FolderError(f"{where} is in another region: {error.place}. Set {settings}.") from error
+        raise FolderError(f"{where} is in another region: {error.location}. Set {settings}.") from error
     except BucketError as error:
         if error.kind is Kind.KEY and keyless is not None:
             raise FolderRefusedError(f"{where}: {error}. No credentials were found; tried {keyless}.") from error

@@ -48,7 +48,7 @@ def check_available(context: CheckContext) -> str:
     try:
         context.transport.send("GET", context.connection.url(), {}, limit=SMALL)
     except BucketError as error:
-        if error.is_the_stores:
+        if error.is_store_failure:
             raise
     return context.connection.endpoint
 
@@ -253,7 +253,7 @@ def _policy(context: CheckContext, *conditions: _Condition, now: datetime | None
 def _upload(context: CheckContext, text: str, signature: str) -> str:
     key = context.holder.credentials
     policy = UploadPolicy.verify(text, signature, access_key_id=key.access_key_id, secret=key.secret_access_key)
-    context.buckets.put(context.bucket, f"{context.prefix}.post", b"under a policy\n", grant=policy)
+    context.buckets.put(context.bucket, f"{context.prefix}.post", b"under a policy\n", policy=policy)
     return "verified by the store" if context.uses_owner_keys else "verified by the service"
 
 

@@ -1,1 +1,1 @@
-"""The front door: EC2 Query requests in, XML out."""
+"""The EC2 API: Query requests in, XML out."""

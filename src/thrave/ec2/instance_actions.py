@@ -15,7 +15,7 @@ from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed,
 from thrave.compute.instance import TERMINATING, Instance, InstanceState, VolumeFile
 from thrave.ec2.backend import Caller, Ec2Backend
 from thrave.ec2.errors import EC2Error
-from thrave.ec2.filters import FilterTable, instants, page, select
+from thrave.ec2.filters import FilterTable, format_instant, page, select
 from thrave.ec2.protocol import Parameters, Result
 
 log = structlog.get_logger()
@@ -38,7 +38,7 @@ FILTERS: FilterTable[Instance] = {
     "instance-id": lambda instance: [instance.instance_id],
     "instance-state-code": lambda instance: [str(instance.state.code)],
     "instance-state-name": lambda instance: [instance.state],
-    "launch-time": lambda instance: instants(instance.launch_time),
+    "launch-time": lambda instance: format_instant(instance.launch_time),
     "owner-id": lambda instance: [instance.account_id],
     "platform": lambda instance: [instance.platform],
     "reservation-id": lambda instance: [_reservation_id(instance)],

@@ -197,7 +197,7 @@ def to_task_failure(error: Exception) -> TaskFailure:
     """Return the task failure for an error that ended a step. Details of an unexpected error are only logged."""
     if isinstance(error, TaskFailure):
         return error
-    if isinstance(error, BucketError) and error.is_the_stores:
+    if isinstance(error, BucketError) and error.is_store_failure:
         return TaskFailure("Server.S3Error", str(error))
     if isinstance(error, VolumeError):  # its owner must not learn the layout of the host
         log.warning("root volume not readable", error=str(error))

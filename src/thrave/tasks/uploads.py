@@ -423,7 +423,7 @@ class TaskObjects:
         with IN_FLIGHT.lock(self._bucket, key):
             calls.check_wanted()
             try:
-                etag = buckets.put(self._bucket, key, data, grant=self._policy)
+                etag = buckets.put(self._bucket, key, data, policy=self._policy)
             finally:
                 if calls.abandoned:  # its claim stays recorded, so cleanup deletes the object
                     log.warning("abandoned upload ended", bundle_id=self._journal.bundle_id, key=key)

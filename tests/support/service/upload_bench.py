@@ -74,13 +74,13 @@ class BlockingStore:
         with self._lock:
             assert self._lock.wait_for(condition, 60)
 
-    def put(self, bucket, key, data, *, grant=None):
+    def put(self, bucket, key, data, *, policy=None):
         with self._lock:
             self.begun.append(key)
             self.most_at_once = max(self.most_at_once, len(self.begun) - len(self.ended))
         try:
             self._pass("put", key)
-            return self._buckets.put(bucket, key, data, grant=grant)
+            return self._buckets.put(bucket, key, data, policy=policy)
         finally:
             with self._lock:
                 self.ended.append(key)
@@ -115,7 +115,7 @@ class UploadBench:
         self.journal = self.records.journal(bundle_id)
 
     def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0, existing="refuse", **options):
-        policy = UploadPolicy.trusted(*self.records.stored_policy(self.bundle_id), ACCESS_KEY_ID)
+        policy = UploadPolicy.parse_trusted(*self.records.stored_policy(self.bundle_id), ACCESS_KEY_ID)
         task = self.records.get(self.bundle_id)
         return TaskObjects(
             self.buckets,
