@@ -19,61 +19,61 @@ def key_file(tmp_path):
 
 
 @given(st.binary(max_size=200), st.text(max_size=50))
-def test_what_was_sealed_is_unsealed_in_its_own_context(secret, context):
+def test_decrypt_returns_secret_in_same_context(secret, context):
     vault = Vault(KEY)
-    assert vault.unseal(vault.seal(secret, context=context), context=context) == secret
+    assert vault.decrypt(vault.encrypt(secret, context=context), context=context) == secret
 
 
 def test_an_encrypted_secret_does_not_show_the_secret_and_is_another_each_time():
     vault = Vault(KEY)
-    first, second = (vault.seal(b"wJalrXUtnFEMI", context="a") for _ in range(2))
+    first, second = (vault.encrypt(b"wJalrXUtnFEMI", context="a") for _ in range(2))
     assert b"wJalrXUtnFEMI" not in first
     assert first != second
 
 
-def test_a_secret_sealed_for_one_context_does_not_open_in_another():
+def test_decrypt_refuses_other_context():
     vault = Vault(KEY)
-    token = vault.seal(b"secret", context="access key of account 1")
+    token = vault.encrypt(b"secret", context="access key of account 1")
     with pytest.raises(DecryptError, match="access key of account 2"):
-        vault.unseal(token, context="access key of account 2")
+        vault.decrypt(token, context="access key of account 2")
 
 
 def test_another_vaults_secret_does_not_open():
     with pytest.raises(DecryptError):
-        Vault(os.urandom(32)).unseal(Vault(KEY).seal(b"secret", context="a"), context="a")
+        Vault(os.urandom(32)).decrypt(Vault(KEY).encrypt(b"secret", context="a"), context="a")
 
 
 @pytest.mark.parametrize("position", [0, 1, 12, 13, 20, -1])
 def test_a_changed_token_does_not_open(position):
-    token = bytearray(Vault(KEY).seal(b"secret", context="a"))
+    token = bytearray(Vault(KEY).encrypt(b"secret", context="a"))
     token[position] ^= 1
     with pytest.raises(DecryptError):
-        Vault(KEY).unseal(bytes(token), context="a")
+        Vault(KEY).decrypt(bytes(token), context="a")
 
 
 @given(st.binary(max_size=64))
 def test_arbitrary_tokens_are_refused_with_our_error_only(token):
     with pytest.raises(DecryptError):
-        Vault(KEY).unseal(token, context="a")
+        Vault(KEY).decrypt(token, context="a")
 
 
 def test_the_key_file_is_made_once_with_32_bytes_for_the_owner_alone(key_file):
-    token = Vault.open_or_create(key_file).seal(b"secret", context="a")
+    token = Vault.open_or_create(key_file).encrypt(b"secret", context="a")
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert key_file.stat().st_size == 32
     assert [*key_file.parent.iterdir()] == [key_file], "nothing is left beside it"
-    assert Vault.open_or_create(key_file).unseal(token, context="a") == b"secret"
+    assert Vault.open_or_create(key_file).decrypt(token, context="a") == b"secret"
 
 
-def _seal_in_another_process(key_file: Path) -> bytes:
-    return Vault.open_or_create(key_file).seal(b"secret", context="a")
+def _encrypt_in_another_process(key_file: Path) -> bytes:
+    return Vault.open_or_create(key_file).encrypt(b"secret", context="a")
 
 
 def test_processes_that_make_the_key_at_the_same_time_share_one_key(key_file):
     with ProcessPoolExecutor(4) as pool:
-        tokens = [*pool.map(_seal_in_another_process, [key_file] * 8)]
+        tokens = [*pool.map(_encrypt_in_another_process, [key_file] * 8)]
     vault = Vault.open_or_create(key_file)
-    assert {vault.unseal(token, context="a") for token in tokens} == {b"secret"}
+    assert {vault.decrypt(token, context="a") for token in tokens} == {b"secret"}
 
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(33)])

@@ -315,11 +315,15 @@ def _open_vault(settings: Settings, database: sa.Engine) -> Vault:
             )
         if sealed is None:
             identity = ServiceIdentity.open_or_create(directory.service)
-            proof = {"id": 1, "encrypted": vault.seal(_PROOF, context=PROOF_CONTEXT), "identity": identity.fingerprint}
+            proof = {
+                "id": 1,
+                "encrypted": vault.encrypt(_PROOF, context=PROOF_CONTEXT),
+                "identity": identity.fingerprint,
+            }
             connection.execute(vault_check.insert(), proof)
             return vault
     try:
-        vault.unseal(sealed, context=PROOF_CONTEXT)
+        vault.decrypt(sealed, context=PROOF_CONTEXT)
     except DecryptError:
         raise VaultKeyError(
             f"{directory.vault_key} is not the key that the database's secrets were encrypted with: copy vault.key and "

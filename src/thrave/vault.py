@@ -1,16 +1,15 @@
-"""The vault: seals the few secrets that must be kept, so that a stolen database alone gives none of them away.
+"""Encrypts the secrets in the database, so that a stolen database contains no readable secret.
 
-A secret (an access key's secret, a running task's AES key) is stored sealed: AES-256-GCM under one key, which
-stands in a file of its own beside the database and never in it. Each seal is bound to a context (whose secret
-it is), so that a sealed secret that is copied to another row does not open there. The vault never stores a
-secret itself, never overwrites its key file, and never says a word of a secret in an error.
+The secrets are access keys' secrets and running tasks' AES keys and upload policies. The algorithm is AES-256-GCM. The
+key is in its own file next to the database, never in it. Each token is bound to a context, so that a token that is
+copied to another row cannot be decrypted there. The vault does not store tokens, and no error contains a secret.
 
-What a thief can do with each piece: the database alone: learn which accounts and keys there are, no secret.
-The key file alone: nothing. Both: everything that is sealed.
+A thief of the database learns accounts and key ids but no secret; a thief of the key file learns nothing; a thief of
+both learns all secrets.
 
     VaultError
-    ├── VaultKeyError    the key file is missing its 32 bytes, open to others, or cannot be read or made
-    └── SealError        this was not sealed by this key for this context, or was changed since
+    ├── VaultKeyError    the key file does not have 32 bytes, is readable by others, or cannot be read or created
+    └── DecryptError     the token was encrypted with another key or for another context, or was changed
 """
 
 import os
@@ -28,7 +27,7 @@ _VERSION = b"\x01"
 
 
 class VaultError(Exception):
-    """Something about the vault went wrong."""
+    """The vault cannot be used."""
 
 
 class VaultKeyError(VaultError):
@@ -36,15 +35,15 @@ class VaultKeyError(VaultError):
 
 
 class DecryptError(VaultError):
-    """A sealed secret does not open with this key in this context."""
+    """A token cannot be decrypted with this key in this context."""
 
 
 class Vault:
-    """Seals and unseals with one key.
+    """Encrypts and decrypts with one key.
 
-    A token is a version byte (1), a random 96-bit nonce, the ciphertext and the 128-bit tag. Version and
-    context are authenticated with it. One key is good for 2**32 seals (NIST SP 800-38D §8.3), far beyond what
-    accounts and tasks make.
+    A token is a version byte (1), a random 96-bit nonce, the ciphertext and the 128-bit tag. The tag authenticates
+    version and context, too. One key may encrypt 2**32 times (NIST SP 800-38D §8.3), far more than accounts and tasks
+    require.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -54,14 +53,14 @@ class Vault:
 
     @classmethod
     def open_or_create(cls, path: Path) -> Self:
-        """Open the vault whose key stands in a file; the first time, make the key.
+        """Read the key from a file; create the file if it does not exist.
 
         Args:
-            path: The key file: 32 random bytes, mode 0600. An existing one is never written to; processes
-                that make it at the same time end up with the same key.
+            path: The key file: 32 random bytes, mode 0600. An existing file is never written. Processes that create it
+                at the same time get the same key.
 
         Raises:
-            VaultKeyError: The file is not a vault's key, is open to others, or cannot be read or made.
+            VaultKeyError: The file is not a vault's key, is readable by others, or cannot be read or created.
         """
         try:
             files.create_exclusive(path, os.urandom(_KEY_BYTES))
@@ -71,10 +70,10 @@ class Vault:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open the vault whose key stands in a file.
+        """Read the key from a file.
 
         Raises:
-            VaultKeyError: The file is missing, is not a vault's key, is open to others, or cannot be read.
+            VaultKeyError: The file is missing, is not a vault's key, is readable by others, or cannot be read.
         """
         try:
             return cls(files.read_private(path))
@@ -83,28 +82,28 @@ class Vault:
         except VaultKeyError as error:
             raise VaultKeyError(f"{path} is not a vault's key file: {error}") from error
 
-    def seal(self, plaintext: bytes, *, context: str) -> bytes:
-        """Seal a secret.
+    def encrypt(self, plaintext: bytes, *, context: str) -> bytes:
+        """Encrypt a secret and return the token.
 
         Args:
             plaintext: The secret.
-            context: Whose it is and what for, e.g. ``access-key/AKIA…``; the same must be said to unseal it.
+            context: Owner and purpose of the secret, such as ``access-key/AKIA…``; `decrypt` needs the same.
         """
         nonce = os.urandom(_NONCE_BYTES)
         return _VERSION + nonce + self._cipher.encrypt(nonce, plaintext, _VERSION + context.encode())
 
-    def unseal(self, token: bytes, *, context: str) -> bytes:
-        """Open what ``seal`` made.
+    def decrypt(self, token: bytes, *, context: str) -> bytes:
+        """Decrypt a token of `encrypt`.
 
         Raises:
-            SealError: Another key or context, a token of an unknown version, or one that was changed.
+            DecryptError: The key or the context is another, the token's version is unknown, or the token was changed.
         """
-        version, nonce, sealed = token[:1], token[1 : 1 + _NONCE_BYTES], token[1 + _NONCE_BYTES :]
+        version, nonce, ciphertext = token[:1], token[1 : 1 + _NONCE_BYTES], token[1 + _NONCE_BYTES :]
         if version != _VERSION or len(nonce) != _NONCE_BYTES:
-            raise DecryptError(f"the sealed secret of {context} has an unknown form; did a newer version make it?")
+            raise DecryptError(f"The encrypted secret of {context} has an unknown form. Did a newer version write it?")
         try:
-            return self._cipher.decrypt(nonce, sealed, _VERSION + context.encode())
+            return self._cipher.decrypt(nonce, ciphertext, _VERSION + context.encode())
         except InvalidTag:
             raise DecryptError(
-                f"the sealed secret of {context} does not open: it was changed, or this is another vault's key"
+                f"The encrypted secret of {context} cannot be decrypted: it was changed, or this is another vault's key"
             ) from None

@@ -12,7 +12,7 @@ import pytest
 from support.eventually import eventually
 from thrave.buckets import directory_store
 from thrave.buckets.base import UNKNOWN_OWNER
-from thrave.buckets.directory_store import RESERVE, DirectoryStore
+from thrave.buckets.directory_store import MIN_FREE, DirectoryStore
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, InternalError, InvalidArgument, NoSuchKey
 
 ALICE = "111111111111"
@@ -193,7 +193,7 @@ def set_free(monkeypatch, free):
 
 
 def test_put_of_an_upload_leaves_the_reserve_free(buckets, monkeypatch):
-    set_free(monkeypatch, RESERVE + 3)
+    set_free(monkeypatch, MIN_FREE + 3)
     with pytest.raises(InternalError, match="No space left on device"):
         buckets.put(BUCKET, "key", b"data", policy=POLICY)
     assert buckets.head(BUCKET, "key") is None
@@ -213,7 +213,7 @@ def test_put_on_a_file_system_without_a_size_is_not_limited(buckets, monkeypatch
 
 
 def test_uploads_at_once_leave_the_reserve_free_together(buckets, monkeypatch):
-    set_free(monkeypatch, RESERVE + 7)
+    set_free(monkeypatch, MIN_FREE + 7)
     begun, end = threading.Event(), threading.Event()
     write = buckets._write
 

@@ -10,7 +10,7 @@ import pytest
 
 from support.crashes.kill_sweep import MIB, KilledService
 from support.disks.raw_disk import make_disk
-from thrave.buckets.directory_store import RESERVE
+from thrave.buckets.directory_store import MIN_FREE
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import DirectoryDriver
 from thrave.compute.instance import InstanceState, VolumeFile
@@ -58,7 +58,7 @@ def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(smal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reserve", [0, RESERVE])
+@pytest.mark.parametrize("reserve", [0, MIN_FREE])
 def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(small_disk, tmp_path, reserve):
     """Two of five parts fit, and some KiB more: each task makes the write-ahead log of the database 440 KiB longer."""
     folder, resize = small_disk

@@ -39,14 +39,14 @@ def write_task(data, instance_id, state):
     migrate(engine)
     with engine.begin() as connection:
         insert(connection, "account", account_id=ACCOUNT, name="alice", create_date=now)
-        sealed = vault.seal(SECRET.encode(), context=f"access key {KEY} of account {ACCOUNT}")
+        sealed = vault.encrypt(SECRET.encode(), context=f"access key {KEY} of account {ACCOUNT}")
         insert(connection, "access_key", access_key_id=KEY, account_id=ACCOUNT, encrypted_secret=sealed,
                status="Active", create_date=now)  # fmt: skip
         insert(connection, "bundle_task", bundle_id=BUNDLE, account_id=ACCOUNT, owner_id=ACCOUNT,
                instance_id=instance_id, host="localhost", state=state, start_time=now, update_time=now,
                bucket="bucket", prefix="winami", access_key_id=KEY, was_running=None if state == "pending" else True,
                next_step="stop" if state == "pending" else "seal", attempts=0, manifest_sent=False,
-               encrypted_policy=vault.seal(grant, context=BUNDLE))  # fmt: skip
+               encrypted_policy=vault.encrypt(grant, context=BUNDLE))  # fmt: skip
         if state != "pending":
             insert(connection, "instance_power", instance_id=instance_id, wanted="running", version=1, asked=False,
                    borrowed_by=BUNDLE)  # fmt: skip

@@ -74,7 +74,7 @@ def check_database_clock(context: CheckContext) -> str:
 
 def check_vault_key(context: CheckContext) -> str:
     """Read the vault key and encrypt with it."""
-    context.vault.seal(b"", context="doctor")
+    context.vault.encrypt(b"", context="doctor")
     return f"{context.settings.directory.vault_key}, readable by this user only"
 
 
@@ -84,7 +84,7 @@ def check_vault(context: CheckContext) -> str:
         sealed = connection.execute(sa.select(vault_check.c.encrypted)).scalar()
     if sealed is None:
         raise CheckSkipped("the database has no check value yet")
-    context.vault.unseal(sealed, context=PROOF_CONTEXT)
+    context.vault.decrypt(sealed, context=PROOF_CONTEXT)
     return "the key belongs to the database"
 
 

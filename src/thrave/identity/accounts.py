@@ -135,7 +135,7 @@ class Accounts:
     def __init__(self, engine: sa.Engine, vault: Vault) -> None:
         self._engine = engine
         self._vault = vault
-        self._nobodys_secret = vault.seal(new_secret_access_key().encode(), context=_NOBODY)
+        self._nobodys_secret = vault.encrypt(new_secret_access_key().encode(), context=_NOBODY)
 
     def create(self, name: str, certificate: str | None = None) -> tuple[Account, AccessKey]:
         """Create an account and its first access key.
@@ -243,7 +243,7 @@ class Accounts:
         with self._engine.connect() as connection:
             row = connection.execute(query).mappings().first()
         if row is None:  # the same work, so that nobody can tell by the time
-            self._vault.unseal(self._nobodys_secret, context=_NOBODY)
+            self._vault.decrypt(self._nobodys_secret, context=_NOBODY)
             return None
         return self._opened(row)
 
@@ -265,7 +265,7 @@ class Accounts:
             "access_key_id": key.access_key_id,
             "account_id": account_id,
             "user_id": user_id,
-            "encrypted_secret": self._vault.seal(key.secret_access_key.encode(), context=context),
+            "encrypted_secret": self._vault.encrypt(key.secret_access_key.encode(), context=context),
             "status": key.status,
             "create_date": key.create_date,
         }
@@ -281,7 +281,7 @@ class Accounts:
         context = _context(row["access_key_id"], row["account_id"], row["user_id"])
         return AccessKey(
             access_key_id=row["access_key_id"],
-            secret_access_key=self._vault.unseal(row["encrypted_secret"], context=context).decode("ascii"),
+            secret_access_key=self._vault.decrypt(row["encrypted_secret"], context=context).decode("ascii"),
             account_id=row["account_id"],
             status=row["status"],
             create_date=row["create_date"],

@@ -127,7 +127,7 @@ class UploadJournal:
 
     def start_sealing(self, bundle_key: BundleKey, series: str = "") -> None:
         """Record a new sealing: its key and IV, and the digits in the names of its parts. Nothing is stored yet."""
-        encrypted = self._vault.seal(bundle_key.key + bundle_key.iv, context=self._context)
+        encrypted = self._vault.encrypt(bundle_key.key + bundle_key.iv, context=self._context)
         with self._transaction() as connection:
             claims.renounce(connection, self.bundle_id)
             connection.execute(self._task().values(encrypted_bundle_key=encrypted, checkpoint=None, part_series=series))
@@ -160,7 +160,7 @@ class UploadJournal:
             sent = [SentPart(PartRecord(**row.part), row.size is not None) for row in connection.execute(rows)]
         if encrypted is None:
             return None
-        decrypted = self._vault.unseal(encrypted, context=self._context)
+        decrypted = self._vault.decrypt(encrypted, context=self._context)
         bundle_key = BundleKey(decrypted[:16], decrypted[16:])
         return _resume_state(bundle_key, series or "", document and Checkpoint.from_json(document), sent)
 

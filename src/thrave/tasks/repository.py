@@ -132,7 +132,7 @@ class TaskRepository:
             "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
             "bucket": request.bucket, "prefix": request.prefix,
             "access_key_id": request.access_key_id, "made_bucket": request.made_bucket or None,
-            "encrypted_policy": self._vault.seal(policy, context=bundle_id),
+            "encrypted_policy": self._vault.encrypt(policy, context=bundle_id),
         }  # fmt: skip
         connection.execute(bundle_task.insert(), row)
         connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState.PENDING))
@@ -467,7 +467,7 @@ class TaskRepository:
         query = sa.select(bundle_task.c.encrypted_policy).where(bundle_task.c.bundle_id == bundle_id)
         with self._engine.connect() as connection:
             sealed = connection.execute(query).scalar_one()
-        return StoredPolicy(*json.loads(self._vault.unseal(sealed, context=bundle_id)))
+        return StoredPolicy(*json.loads(self._vault.decrypt(sealed, context=bundle_id)))
 
     def journal(self, bundle_id: str) -> UploadJournal:
         """Return the journal of a task's uploads."""
