@@ -19,7 +19,7 @@ from thrave.cli.main import COMMANDS, thrave
 from thrave.config import Settings
 from thrave.doctor.check_table import CHECKS, CLEAN_UP
 from thrave.ec2.errors import ERRORS
-from thrave.identity.policies import CHARACTERS, ELEMENTS, STATEMENT_ELEMENTS
+from thrave.identity.policies import ELEMENTS, MAX_CHARACTERS, STATEMENT_ELEMENTS
 from thrave.identity.policy_conditions import KEYS, OPERATORS
 from thrave.tasks.errors import ERROR_CODES
 from thrave.tasks.failpoints import FAILPOINTS
@@ -290,7 +290,7 @@ def policies() -> str:
     """The supported part of IAM's policy language."""
     header = ("element", "meaning")
     return POLICIES.format(
-        characters=CHARACTERS,
+        characters=MAX_CHARACTERS,
         document=table(header, ((f"`{name}`", meaning) for name, meaning in ELEMENTS.items())),
         statement=table(header, ((f"`{name}`", meaning) for name, meaning in STATEMENT_ELEMENTS.items())),
         keys=table(("key", "type", "value"), ((f"`{name}`", key.type, key.meaning) for name, key in KEYS.items())),

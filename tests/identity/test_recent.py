@@ -1,4 +1,4 @@
-"""Keys that are remembered for a moment: for how long, and how many."""
+"""The cache of access keys: how long, and how many."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,42 +23,42 @@ def clock():
 
 
 @pytest.fixture
-def recent(clock):
-    return KeyCache(clock, limit=3)
+def cache(clock):
+    return KeyCache(clock, max_keys=3)
 
 
-def test_cache_does_not_return_unknown_key(recent):
-    assert recent.find(KEY.access_key_id) is None
+def test_cache_does_not_return_unknown_key(cache):
+    assert cache.find(KEY.access_key_id) is None
 
 
-def test_cache_returns_key_for_less_than_a_second_despite_use(recent, clock):
+def test_cache_returns_key_for_less_than_a_second_despite_use(cache, clock):
     for _ in range(9):
-        recent.remember(KEY)
-        assert recent.find(KEY.access_key_id) is KEY
+        cache.add(KEY)
+        assert cache.find(KEY.access_key_id) is KEY
         clock.now += 0.1
-    assert recent.find(KEY.access_key_id) is None
+    assert cache.find(KEY.access_key_id) is None
 
 
-def test_cache_returns_key_that_was_stored_last(recent, clock):
-    recent.remember(KEY)
+def test_cache_returns_key_that_was_stored_last(cache, clock):
+    cache.add(KEY)
     clock.now += 1
     changed = replace(KEY, account_id="210987654321")
-    recent.remember(changed)
-    assert recent.find(KEY.access_key_id) is changed
+    cache.add(changed)
+    assert cache.find(KEY.access_key_id) is changed
 
 
-def test_full_cache_drops_oldest_key(recent):
+def test_full_cache_drops_oldest_key(cache):
     keys = [replace(KEY, access_key_id=f"AKIA{number}") for number in range(4)]
     for key in keys:
-        recent.remember(key)
-    assert [recent.find(key.access_key_id) for key in keys] == [None, *keys[1:]]
+        cache.add(key)
+    assert [cache.find(key.access_key_id) for key in keys] == [None, *keys[1:]]
 
 
-def test_key_stored_again_is_no_longer_the_oldest(recent, clock):
+def test_key_stored_again_is_no_longer_the_oldest(cache, clock):
     keys = [replace(KEY, access_key_id=f"AKIA{number}") for number in range(4)]
-    recent.remember(keys[0])
+    cache.add(keys[0])
     clock.now += 1
     for key in (keys[1], keys[0], keys[2], keys[3]):
-        recent.remember(key)
-    assert recent.find("AKIA0") is keys[0]
-    assert recent.find("AKIA1") is None
+        cache.add(key)
+    assert cache.find("AKIA0") is keys[0]
+    assert cache.find("AKIA1") is None

@@ -211,7 +211,7 @@ def authenticate(
     for find in (key_cache.find, find_key):
         key = find(signature.access_key_id)
         if _is_signed_with(key, signature):
-            key_cache.remember(key)
+            key_cache.add(key)
             return key
     raise EC2Error("AuthFailure")
 

@@ -1,20 +1,15 @@
-"""JSON documents that somebody else wrote, read so that nothing in them can be overlooked.
+"""The Condition element of IAM policies (tables `KEYS` and `OPERATORS`), and strict reading of JSON documents.
 
-A name given twice, a number that is none, nesting without end: each is an error of ours, because a reader that is
-content with the last of two `Effect`s decides something other than what stands there. What a document means is not
-decided here.
+A key, operator or value that is not supported is refused when the policy is stored, so evaluating a condition cannot
+fail. JSON with a duplicate name is refused, since a reader that uses the last of two `Effect`s may decide wrongly.
+Statements are in `policies.py`.
 
-The `PolicyCondition` element of IAM's policy language: which keys and operators are understood, and what they mean.
-
-Two literal tables say it all, `KEYS` and `OPERATORS`; the docs' page of policies is made from them. Whatever is not in
-them is refused when the policy is stored, and so is a value that its operator cannot compare. After that nothing can go
-wrong: a condition holds or does not hold. Nothing here knows what a statement is.
-
-The logic is that of AWS, IAM User Guide, "Condition operators" and "Conditions with multiple context keys or values":
-operators and keys are joined by AND, the values of one key by OR, a negated operator holds if none of its values
-matches. A key that the request has no value for matches nothing, so that `IpAddress` does not hold and `NotIpAddress`
-does; with `IfExists` either holds.
+Source: AWS, IAM User Guide, "Condition operators" and "Conditions with multiple context keys or values".
 """
+
+# Operators and keys are joined by AND, the values of one key by OR. A negated operator is met if none of its values
+# matches. A key without a value in the request matches nothing, so `IpAddress` is not met and `NotIpAddress` is; with
+# `IfExists` both are met.
 
 import fnmatch
 import json
@@ -29,29 +24,30 @@ from typing import Literal, NamedTuple, NoReturn, cast
 
 from thrave.identity.errors import MalformedPolicyDocument
 
-_SHOWN = 80  # characters of a value that a message repeats
+_MAX_SHOWN = 80  # characters of a value in a message
 
 
 def load(text: str) -> object:
-    """Read JSON.
+    """Parse JSON.
 
     Raises:
-        MalformedPolicyDocument: It is none, or says something twice.
+        MalformedPolicyDocument: The text is not JSON, or has a duplicate name.
     """
     try:
-        text.encode()
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        text.encode()  # fails for half of a surrogate pair
+        return json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except RecursionError:
         raise MalformedPolicyDocument("The document is nested too deeply.") from None
     except ValueError as error:  # of json and of Unicode both
-        raise MalformedPolicyDocument(f"The document is not valid JSON: {ascii(str(error))[1:-1][:_SHOWN]}.") from None
+        message = ascii(str(error))[1:-1][:_MAX_SHOWN]
+        raise MalformedPolicyDocument(f"The document is not valid JSON: {message}.") from None
 
 
 def members(value: object, name: str) -> Mapping[str, object]:
-    """Take a value for an object.
+    """Return a value that must be an object.
 
     Raises:
-        MalformedPolicyDocument: It is something else.
+        MalformedPolicyDocument: The value is not an object.
     """
     if not isinstance(value, dict):
         raise MalformedPolicyDocument(f"{name} must be a JSON object.")
@@ -59,7 +55,7 @@ def members(value: object, name: str) -> Mapping[str, object]:
 
 
 def one_or_more(value: object, name: str) -> Sequence[object]:
-    """Take a value for a list of at least one; what is no list is a list of one, as everywhere in IAM's grammar.
+    """Return a list that must not be empty. In IAM's grammar a single value stands for a list of one.
 
     Raises:
         MalformedPolicyDocument: The list is empty.
@@ -71,30 +67,30 @@ def one_or_more(value: object, name: str) -> Sequence[object]:
 
 
 def texts(value: object, name: str) -> Sequence[str]:
-    """Take a value for a text or a list of them.
+    """Return a value that must be a text or a list of texts.
 
     Raises:
-        MalformedPolicyDocument: It is something else, or an empty list.
+        MalformedPolicyDocument: The value is something else, or an empty list.
     """
     values = one_or_more(value, name)
-    if not all(isinstance(each, str) for each in values):
+    if not all(isinstance(text, str) for text in values):
         raise MalformedPolicyDocument(f"{name} must be a text, or a list of texts.")
-    return [str(each) for each in values]
+    return [str(text) for text in values]
 
 
 def shown(value: object) -> str:
-    """Write a value as JSON for a message: in ASCII, and cut short."""
+    """Format a value as JSON for a message: in ASCII, at most 80 characters."""
     text = json.dumps(value, default=str)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise MalformedPolicyDocument(f"{shown(twice)} is given twice.")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise MalformedPolicyDocument(f"{shown(duplicate)} is given twice.")
+    return members
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -102,38 +98,25 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 Type = Literal["String", "Date", "Boolean", "IP address", "any"]
-
-
 Test = Callable[[object], bool]
 
-
 _IF_EXISTS = "IfExists"
-
-
 _BOOLEANS = {"true": True, "false": False, True: True, False: False}
-
-
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2}))?", re.ASCII)
-
-
 _EPOCH_SECONDS = re.compile(r"\d{9,11}", re.ASCII)
-
-
 _CIDR = re.compile(r"[0-9A-Fa-f.:]+(/\d{1,3})?", re.ASCII)
-
-
-_MAPPED = IPv6Network("::ffff:0:0/96")
+_IPV4_MAPPED = IPv6Network("::ffff:0:0/96")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestContext:
-    """What a request is judged by, beside who makes it and what for.
+    """Values of the condition keys for one request.
 
     Attributes:
-        region: The service's own; never the one that a client writes into its signature.
-        source_ip: Where the request came from (see `source_address`); None if that is not known.
-        secure_transport: Whether it came over TLS.
-        current_time: Aware.
+        region: The service's region; never the region in the client's signature.
+        source_ip: Address of the client (see `source_address`); None if unknown.
+        secure_transport: Whether the request came over TLS.
+        current_time: Time with a time zone.
     """
 
     region: str
@@ -143,10 +126,10 @@ class RequestContext:
 
 
 def source_address(text: str | None) -> IPv4Address | IPv6Address | None:
-    """Read the address of a peer; None if it is none.
+    """Parse the address of a client; None if it is not an IP address.
 
-    An IPv4 address that a socket of both families shows as IPv6 (`::ffff:203.0.113.9`) is IPv4, or a Deny for its
-    network would not meet it.
+    A dual-stack socket reports IPv4 addresses as IPv6 (`::ffff:203.0.113.9`). They are converted to IPv4; otherwise a
+    Deny for an IPv4 network would not match.
     """
     try:
         address = ip_address((text or "").partition("%")[0])
@@ -157,55 +140,59 @@ def source_address(text: str | None) -> IPv4Address | IPv6Address | None:
 
 @dataclass(frozen=True, slots=True)
 class IamCondition:
-    """One key under one operator, ready to be asked."""
+    """One key of one operator, with the values of the policy."""
 
     value: Callable[[RequestContext], object]
     tests: tuple[Test, ...]
     negated: bool
-    when_absent: bool
+    is_met_without_value: bool
 
-    def holds(self, context: RequestContext) -> bool:
-        """Say whether the condition is met."""
+    def is_met(self, context: RequestContext) -> bool:
+        """Return whether the condition is met."""
         value = self.value(context)
         if value is None:
-            return self.when_absent
+            return self.is_met_without_value
         return any(test(value) for test in self.tests) != self.negated
 
 
 def parse_conditions(block: object) -> tuple[IamCondition, ...]:
-    """Read a `PolicyCondition` element; all that it gives must hold.
+    """Parse a Condition element; all returned conditions must be met.
 
     Raises:
-        MalformedPolicyDocument: Something in it is not understood; the message says what, and what is.
+        MalformedPolicyDocument: A part is not supported; the message says which, and what is supported.
     """
-    return tuple(
-        _condition(name, key, values)
-        for name, keys in members(block, "Condition").items()
-        for key, values in _some(members(keys, f"Condition {shown(name)}"), name).items()
-    )
+    conditions = []
+    for name, value in members(block, "Condition").items():
+        keys = members(value, f"Condition {shown(name)}")
+        if not keys:
+            raise MalformedPolicyDocument(f"Condition {shown(name)} names no key.")
+        conditions += [_parse_condition(name, key, values) for key, values in keys.items()]
+    return tuple(conditions)
 
 
-def _some(keys: Mapping[str, object], name: str) -> Mapping[str, object]:
-    if not keys:
-        raise MalformedPolicyDocument(f"Condition {shown(name)} names no key.")
-    return keys
-
-
-def _condition(name: str, key_name: str, values: object) -> IamCondition:
-    kind, if_exists = _operator(name)
+def _parse_condition(name: str, key_name: str, values: object) -> IamCondition:
+    kind, if_exists = _find_operator(name)
     key = _KEYS_BY_LOWER_NAME.get(key_name.lower())
     if key is None:
         raise MalformedPolicyDocument(f"The condition key {shown(key_name)} is not known here; use {', '.join(KEYS)}.")
     if kind.type not in {key.type, "any"}:
-        fitting = ", ".join(each for each, one in OPERATORS.items() if one.type == key.type)
-        raise MalformedPolicyDocument(f"{shown(name)} cannot compare {shown(key_name)}; use {fitting} or Null.")
-    tests = tuple(_test(kind, value, f"{name} {key_name}") for value in one_or_more(values, f"{name} {key_name}"))
-    if kind.type == "any":
-        return IamCondition(lambda context: key.value(context) is None, tests, negated=False, when_absent=False)
-    return IamCondition(key.value, tests, negated=kind.negated, when_absent=if_exists or kind.negated)
+        names = ", ".join(name for name, operator in OPERATORS.items() if operator.type == key.type)
+        raise MalformedPolicyDocument(f"{shown(name)} cannot compare {shown(key_name)}; use {names} or Null.")
+    tests = []
+    for value in one_or_more(values, f"{name} {key_name}"):
+        try:
+            tests.append(kind.read(value))
+        except ValueError as error:
+            raise MalformedPolicyDocument(f"{name} {key_name}: {shown(value)} {error}") from None
+    if kind.type == "any":  # the operator Null
+        return IamCondition(
+            lambda context: key.value(context) is None, tuple(tests), negated=False, is_met_without_value=False
+        )
+    return IamCondition(key.value, tuple(tests), negated=kind.negated, is_met_without_value=if_exists or kind.negated)
 
 
-def _operator(name: str) -> tuple["Operator", bool]:
+def _find_operator(name: str) -> tuple["Operator", bool]:
+    """Return an operator, and whether its name ends with IfExists."""
     plain = name.removesuffix(_IF_EXISTS)
     if name in REFUSED:
         raise MalformedPolicyDocument(f"The condition operator {shown(name)} is refused: {REFUSED[name]}")
@@ -216,14 +203,7 @@ def _operator(name: str) -> tuple["Operator", bool]:
     return OPERATORS[plain], plain != name
 
 
-def _test(kind: "Operator", value: object, where: str) -> Test:
-    try:
-        return kind.read(value)
-    except ValueError as error:
-        raise MalformedPolicyDocument(f"{where}: {shown(value)} {error}") from None
-
-
-# What an operator makes of a value of the policy. Each raises ValueError with the rest of a sentence about the value.
+# Functions that make a test of a policy's value. Each raises ValueError with the end of a sentence about the value.
 
 
 def _text(value: object) -> str:
@@ -239,13 +219,13 @@ def _equals(value: object) -> Test:
 
 
 def _equals_ignoring_case(value: object) -> Test:
-    wanted = _text(value).lower()
-    return lambda given: str(given).lower() == wanted
+    text = _text(value).lower()
+    return lambda actual: str(actual).lower() == text
 
 
 def _like(value: object) -> Test:
     pattern = re.compile(glob(_text(value)))
-    return lambda given: pattern.match(str(given)) is not None
+    return lambda actual: pattern.match(str(actual)) is not None
 
 
 def _boolean(value: object) -> Test:
@@ -254,23 +234,23 @@ def _boolean(value: object) -> Test:
     return partial(operator.is_, _BOOLEANS[value])
 
 
-def _moment(value: object) -> datetime:
+def _date(value: object) -> datetime:
     text = str(value) if isinstance(value, int) else _text(value)
     if _EPOCH_SECONDS.fullmatch(text):
         return datetime.fromtimestamp(int(text), UTC)
     if not _DATE.fullmatch(text):
         raise ValueError("is not a date such as 2026-11-23T08:26:46Z, 2026-11-23 (its first second) or epoch seconds.")
     try:
-        moment = datetime.fromisoformat(text)
+        date = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError("is not a date that the calendar has.") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
-def _compared(compare: Callable[[datetime, datetime], bool]) -> Callable[[object], Test]:
+def _date_test(compare: Callable[[datetime, datetime], bool]) -> Callable[[object], Test]:
     def read(value: object) -> Test:
-        moment = _moment(value)
-        return lambda now: compare(cast("datetime", now), moment)
+        date = _date(value)
+        return lambda now: compare(cast("datetime", now), date)
 
     return read
 
@@ -283,7 +263,7 @@ def _network(value: object) -> Test:
         network = ip_network(text)
     except ValueError as error:
         raise ValueError(f"is not a network: {error}.") from None
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+    if isinstance(network, IPv6Network) and network.subnet_of(_IPV4_MAPPED):
         raise ValueError("is IPv4 written as IPv6; write it as IPv4.")
     return network.__contains__
 
@@ -297,7 +277,7 @@ class Key(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """A row of the table of operators: `read` makes a test of each value that a policy gives."""
+    """A row of the table of operators. `read` makes a test of each value in a policy."""
 
     type: Type
     read: Callable[[object], Test]
@@ -307,44 +287,42 @@ class Operator(NamedTuple):
 
 KEYS: Mapping[str, Key] = {
     "ec2:Region": Key("String", lambda context: context.region, "The service's region, by its setting `region`."),
-    "aws:CurrentTime": Key("Date", lambda context: context.current_time, "When the request is judged."),
+    "aws:CurrentTime": Key("Date", lambda context: context.current_time, "Time of the decision."),
     "aws:SecureTransport": Key(
-        "Boolean", lambda context: context.secure_transport, "Whether the service itself was spoken to over TLS."
+        "Boolean", lambda context: context.secure_transport, "Whether the connection to the service itself uses TLS."
     ),
     "aws:SourceIp": Key(
         "IP address",
         lambda context: context.source_ip,
-        "Who opened the connection (behind a proxy, the proxy); IPv4 in IPv6 is IPv4.",
+        "Address that opened the connection (behind a proxy, the proxy's); IPv4 in IPv6 is IPv4.",
     ),
 }
 
-
-_KEYS_BY_LOWER_NAME = {name.lower(): key for name, key in KEYS.items()}  # IAM's keys know no case
-
+_KEYS_BY_LOWER_NAME = {name.lower(): key for name, key in KEYS.items()}  # IAM's keys ignore case
 
 OPERATORS: Mapping[str, Operator] = {
     "StringEquals": Operator("String", _equals, "The same text."),
-    "StringNotEquals": Operator("String", _equals, "Another text than each of these.", negated=True),
-    "StringEqualsIgnoreCase": Operator("String", _equals_ignoring_case, "The same but for upper and lower case."),
-    "StringNotEqualsIgnoreCase": Operator("String", _equals_ignoring_case, "Another, whatever its case.", negated=True),
-    "StringLike": Operator("String", _like, "Matches, `*` being any characters and `?` any one."),
+    "StringNotEquals": Operator("String", _equals, "None of these texts.", negated=True),
+    "StringEqualsIgnoreCase": Operator("String", _equals_ignoring_case, "The same text; case is ignored."),
+    "StringNotEqualsIgnoreCase": Operator(
+        "String", _equals_ignoring_case, "None of these texts; case is ignored.", negated=True
+    ),
+    "StringLike": Operator("String", _like, "Matches; `*` is any number of characters, `?` any single one."),
     "StringNotLike": Operator("String", _like, "Matches none of these.", negated=True),
-    "DateLessThan": Operator("Date", _compared(operator.lt), "Before this moment."),
-    "DateLessThanEquals": Operator("Date", _compared(operator.le), "Not after this moment."),
-    "DateGreaterThan": Operator("Date", _compared(operator.gt), "After this moment."),
-    "DateGreaterThanEquals": Operator("Date", _compared(operator.ge), "Not before this moment."),
+    "DateLessThan": Operator("Date", _date_test(operator.lt), "Before this time."),
+    "DateLessThanEquals": Operator("Date", _date_test(operator.le), "At this time or before."),
+    "DateGreaterThan": Operator("Date", _date_test(operator.gt), "After this time."),
+    "DateGreaterThanEquals": Operator("Date", _date_test(operator.ge), "At this time or after."),
     "Bool": Operator("Boolean", _boolean, "`true` or `false`."),
-    "IpAddress": Operator("IP address", _network, "In this network, or this very address."),
+    "IpAddress": Operator("IP address", _network, "In this network, or exactly this address."),
     "NotIpAddress": Operator("IP address", _network, "In none of these networks.", negated=True),
     "Null": Operator("any", _boolean, "`true`: the request has no value for the key; `false`: it has one."),
 }
 
 
+# Operators that IAM has and that would be misleading here, with the reason.
 _AN_INSTANT = "no request comes at exactly one instant; bound a time with DateGreaterThanEquals and DateLessThan."
-
-
 _ONE_VALUE = "every key here has one value, and ForAllValues holds without any; leave the prefix out."
-
 
 REFUSED: Mapping[str, str] = {
     **{f"{name}{end}": _AN_INSTANT for name in ("DateEquals", "DateNotEquals") for end in ("", _IF_EXISTS)},
@@ -358,8 +336,8 @@ REFUSED: Mapping[str, str] = {
 
 
 def glob(pattern: str) -> str:
-    """Translate a pattern of IAM's, where `*` is any characters and `?` is any one, to a regular expression.
+    """Translate a pattern with `*` (any number of characters) and `?` (any single one) to a regular expression.
 
-    It looks for what stands between two stars once (`fnmatch` makes atomic groups), so no pattern is slow to fail.
+    `fnmatch` makes atomic groups: the text between two stars is searched once, so no pattern causes slow backtracking.
     """
     return fnmatch.translate(pattern.replace("[", "[[]"))

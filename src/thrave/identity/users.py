@@ -1,13 +1,8 @@
-"""Users below an account, and the policies that say what each may do.
+"""Users of accounts, and their policies, in the database.
 
-A user has a name, at most two access keys (`Accounts.create_key`) and inline policies in IAM's JSON language. A policy
-is stored only if every word of it is understood. `statements` gives a user's policies ready to be decided on; they are
-compiled once for each version of them, and the version comes with the access key, so that a change counts as soon as
-the key is looked up again (`recent.py`: within a second), in every process. What the policies permit is decided in
-`decisions.py`.
-
-Names and quotas are IAM's (IAM User Guide, "IAM and AWS STS quotas"): user names are told apart without case, and all
-policies of a user together have at most 2048 characters.
+A user has a name, at most two access keys (`Accounts.create_key`) and inline policies in IAM's JSON language. Names and
+quotas are IAM's (IAM User Guide, "IAM and AWS STS quotas"): names ignore case, and all policies of a user together have
+at most 2048 characters. `policies.py` parses policies and decides.
 """
 
 import re
@@ -27,36 +22,38 @@ from thrave.identity.errors import (
     NoSuchEntity,
     ValidationError,
 )
-from thrave.identity.policies import CHARACTERS, Statement, length, parse_policy
+from thrave.identity.policies import MAX_CHARACTERS, Statement, count_characters, parse_policy
 
 _NAME = re.compile(r"[A-Za-z0-9+=,.@_-]+")
-_USER_NAME_CHARACTERS = 64
-_POLICY_NAME_CHARACTERS = 128
-_USERS_AT_HAND = 1024  # whose compiled policies are kept
+_MAX_USER_NAME = 64  # characters
+_MAX_POLICY_NAME = 128  # characters
+_MAX_CACHED_USERS = 1024  # with parsed policies
 
 log = structlog.get_logger()
 
 
 class Users:
-    """The users of every account. Safe to use from several threads and processes."""
+    """The users of all accounts. Safe for several threads and processes."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._compiled = lru_cache(_USERS_AT_HAND)(self._compile)
+        # Parsed once per version. The version comes with the access key, so a change takes effect in every process as
+        # soon as the key is read again: within a second (`KeyCache`).
+        self._cached_statements = lru_cache(_MAX_CACHED_USERS)(self._parse_policies)
 
     def create(self, account_id: str, user_name: str) -> User:
-        """Create a user, who may do nothing yet.
+        """Create a user without permissions.
 
         Args:
             account_id: The account.
             user_name: 1 to 64 characters of `A-Za-z0-9+=,.@_-`.
 
         Raises:
-            ValidationError: The name may not be given.
+            ValidationError: The name is not valid.
             NoSuchEntity: There is no such account.
-            EntityAlreadyExists: The account has a user of that name, perhaps in other case.
+            EntityAlreadyExists: The account has a user with that name; case is ignored.
         """
-        _check_name("A user's name", user_name, _USER_NAME_CHARACTERS)
+        _check_name("A user's name", user_name, _MAX_USER_NAME)
         user = User(
             user_id=new_user_id(),
             account_id=account_id,
@@ -74,36 +71,36 @@ class Users:
         return user
 
     def list(self, account_id: str) -> Sequence[User]:
-        """The users of an account, by name."""
+        """Return the users of an account, sorted by name."""
         query = sa.select(iam_user).where(iam_user.c.account_id == account_id).order_by(iam_user.c.user_name)
         with self._engine.connect() as connection:
             return [User(**row) for row in connection.execute(query).mappings()]
 
     def get(self, account_id: str, user_name: str) -> User:
-        """A user by name.
+        """Return a user by name.
 
         Raises:
             NoSuchEntity: There is no such user.
         """
         with self._engine.connect() as connection:
-            row = connection.execute(sa.select(iam_user).where(_named(account_id, user_name))).mappings().first()
+            row = connection.execute(sa.select(iam_user).where(_has_name(account_id, user_name))).mappings().first()
         if row is None:
             raise _no_such_user(user_name)
         return User(**row)
 
     def delete(self, account_id: str, user_name: str) -> None:
-        """Take a user away, with every access key and policy.
+        """Delete a user with all access keys and policies.
 
         Raises:
             NoSuchEntity: There is no such user.
         """
         with self._engine.begin() as connection:
-            deleted = connection.execute(sa.delete(iam_user).where(_named(account_id, user_name)))
+            deleted = connection.execute(sa.delete(iam_user).where(_has_name(account_id, user_name)))
             if deleted.rowcount == 0:
                 raise _no_such_user(user_name)
 
     def put_policy(self, account_id: str, user_name: str, policy_name: str, document: str) -> None:
-        """Store a policy of a user, in place of one of the same name.
+        """Store a policy of a user, and replace one with the same name.
 
         Args:
             account_id: The account.
@@ -112,45 +109,45 @@ class Users:
             document: The policy, JSON.
 
         Raises:
-            ValidationError: The policy may not have that name.
-            MalformedPolicyDocument: The policy is not fully understood.
+            ValidationError: The policy's name is not valid.
+            MalformedPolicyDocument: The policy has a part that is not supported.
             NoSuchEntity: There is no such user.
             LimitExceeded: The user's policies would have too many characters.
         """
-        _check_name("A policy's name", policy_name, _POLICY_NAME_CHARACTERS)
+        _check_name("A policy's name", policy_name, _MAX_POLICY_NAME)
         parse_policy(document)
         with self._engine.begin() as connection:
-            user_id = _note_change(connection, account_id, user_name)
-            connection.execute(sa.delete(user_policy).where(_policy(user_id, policy_name)))
+            user_id = _increase_version(connection, account_id, user_name)
+            connection.execute(sa.delete(user_policy).where(_has_policy_name(user_id, policy_name)))
             new = {"user_id": user_id, "policy_name": policy_name, "document": document}
             connection.execute(sa.insert(user_policy).values(**new))
-            if sum(map(length, _documents(connection, user_id).values())) > CHARACTERS:
-                raise LimitExceeded(f"Maximum policy size of {CHARACTERS} bytes exceeded for user {user_name}")
+            if sum(map(count_characters, _read_documents(connection, user_id).values())) > MAX_CHARACTERS:
+                raise LimitExceeded(f"Maximum policy size of {MAX_CHARACTERS} bytes exceeded for user {user_name}")
 
     def delete_policy(self, account_id: str, user_name: str, policy_name: str) -> None:
-        """Take a policy of a user away.
+        """Delete a policy of a user.
 
         Raises:
             NoSuchEntity: There is no such user or policy.
         """
         with self._engine.begin() as connection:
-            user_id = _note_change(connection, account_id, user_name)
-            deleted = connection.execute(sa.delete(user_policy).where(_policy(user_id, policy_name)))
+            user_id = _increase_version(connection, account_id, user_name)
+            deleted = connection.execute(sa.delete(user_policy).where(_has_policy_name(user_id, policy_name)))
             if deleted.rowcount == 0:
                 raise _no_such_policy(policy_name)
 
     def policies(self, account_id: str, user_name: str) -> Mapping[str, str]:
-        """The policies of a user, as they were given, by name.
+        """Return the documents of a user's policies by name, as they were stored.
 
         Raises:
             NoSuchEntity: There is no such user.
         """
         user = self.get(account_id, user_name)
         with self._engine.connect() as connection:
-            return _documents(connection, user.user_id)
+            return _read_documents(connection, user.user_id)
 
     def policy(self, account_id: str, user_name: str, policy_name: str) -> str:
-        """A policy of a user, as it was given.
+        """Return the document of a user's policy, as it was stored.
 
         Raises:
             NoSuchEntity: There is no such user or policy.
@@ -161,45 +158,45 @@ class Users:
             raise _no_such_policy(policy_name) from None
 
     def statements(self, user: User) -> tuple[Statement, ...]:
-        """All statements of a user's policies, of the version that the user has or a later one."""
-        return self._compiled(user)
+        """Return all statements of a user's policies, of `user.policy_version` or a later version."""
+        return self._cached_statements(user)
 
-    def _compile(self, user: User) -> tuple[Statement, ...]:
+    def _parse_policies(self, user: User) -> tuple[Statement, ...]:
         with self._engine.connect() as connection:
-            documents = _documents(connection, user.user_id)
+            documents = _read_documents(connection, user.user_id)
         try:
             return tuple(chain.from_iterable(map(parse_policy, documents.values())))
-        except MalformedPolicyDocument as error:  # changed behind our back, or stored by a release that understood more
-            log.error("a user's policies are not understood: all is denied", user_id=user.user_id, reason=str(error))  # noqa: TRY400 (the reason says it all)
+        except MalformedPolicyDocument as error:  # changed in the database, or stored by a newer version
+            log.error("invalid user policy, all requests denied", user_id=user.user_id, reason=str(error))  # noqa: TRY400 (the reason is enough)
             return ()
 
 
-def _note_change(connection: sa.Connection, account_id: str, user_name: str) -> str:
-    """Give the user's policies another version, and the user's id."""
-    changed = {iam_user.c.policy_version: iam_user.c.policy_version + 1}
-    query = sa.update(iam_user).where(_named(account_id, user_name)).values(changed).returning(iam_user.c.user_id)
+def _increase_version(connection: sa.Connection, account_id: str, user_name: str) -> str:
+    """Increase the version of a user's policies; return the user's id."""
+    values = {iam_user.c.policy_version: iam_user.c.policy_version + 1}
+    query = sa.update(iam_user).where(_has_name(account_id, user_name)).values(values).returning(iam_user.c.user_id)
     user_id = connection.execute(query).scalar_one_or_none()
     if user_id is None:
         raise _no_such_user(user_name)
     return str(user_id)
 
 
-def _documents(connection: sa.Connection, user_id: str) -> dict[str, str]:
+def _read_documents(connection: sa.Connection, user_id: str) -> dict[str, str]:
     query = sa.select(user_policy).where(user_policy.c.user_id == user_id).order_by(user_policy.c.policy_name)
     return {row.policy_name: row.document for row in connection.execute(query)}
 
 
-def _named(account_id: str, user_name: str) -> sa.ColumnElement[bool]:
+def _has_name(account_id: str, user_name: str) -> sa.ColumnElement[bool]:
     return sa.and_(iam_user.c.account_id == account_id, sa.func.lower(iam_user.c.user_name) == user_name.lower())
 
 
-def _policy(user_id: str, policy_name: str) -> sa.ColumnElement[bool]:
+def _has_policy_name(user_id: str, policy_name: str) -> sa.ColumnElement[bool]:
     return sa.and_(user_policy.c.user_id == user_id, user_policy.c.policy_name == policy_name)
 
 
-def _check_name(what: str, name: str, characters: int) -> None:
-    if not _NAME.fullmatch(name) or len(name) > characters:
-        raise ValidationError(f"{what} has 1 to {characters} characters of A-Z a-z 0-9 + = , . @ _ -")
+def _check_name(subject: str, name: str, max_characters: int) -> None:
+    if not _NAME.fullmatch(name) or len(name) > max_characters:
+        raise ValidationError(f"{subject} has 1 to {max_characters} characters of A-Z a-z 0-9 + = , . @ _ -")
 
 
 def _no_such_user(user_name: str) -> NoSuchEntity:
