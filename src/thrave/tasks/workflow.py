@@ -341,7 +341,9 @@ class BundleWorkflow:
 
     @cached_property
     def _objects(self) -> TaskObjects:
-        policy = UploadPolicy.parse_trusted(*self._repository.stored_policy(self._task.bundle_id), self._task.access_key_id)
+        policy = UploadPolicy.parse_trusted(
+            *self._repository.stored_policy(self._task.bundle_id), self._task.access_key_id
+        )
         return TaskObjects(
             self._context.store.on_behalf_of(policy.access_key_id),
             self._journal,
