@@ -6,6 +6,7 @@
 These pages are never edited: a table in the code is their only source.
 """
 
+import ast
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ from thrave.tasks.models import MEANING as HOST_MEANING
 from thrave.tasks.models import Row as StepRow
 from thrave.volumes.image_rules import MARKS, REFERENCES, Row
 
+SOURCE = Path(__file__).parents[1] / "src" / "thrave"
+_OTHER_FOLDERS = ("volumes", "bundle", "buckets", "doctor", "cli", "demo")
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
 
@@ -321,6 +324,23 @@ def _help(command: click.Command, name: str) -> Iterable[str]:
             child = command.get_command(context, sub)
             assert child is not None
             yield from _help(child, f"{name} {sub}")
+
+
+def modules() -> str:
+    """Every module with the first line of its docstring."""
+    pages = []
+    for folder in ["", "ec2", "ec2/protocol", "identity", "tasks", "compute", "compute/libvirt", *_OTHER_FOLDERS]:
+        files = sorted(path for path in (SOURCE / folder).glob("*.py") if path.name != "__main__.py")
+        rows = [(f"`{path.name}`", _first_line(path)) for path in files if path.name != "__init__.py"]
+        title = f"{folder}/" if folder else "thrave/"
+        pages.append(f"## {title}\n\n{_first_line(SOURCE / folder / '__init__.py')}\n\n{table(('module', 'what it has'), rows)}")
+    return "# Modules\n\nHow they work together: [ARCHITECTURE.md](../../ARCHITECTURE.md).\n\n" + "\n".join(pages)
+
+
+def _first_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, f"{path} has no docstring"
+    return docstring.split("\n\n")[0].replace("\n", " ")
 
 
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
