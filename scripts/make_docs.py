@@ -333,7 +333,9 @@ def modules() -> str:
         files = sorted(path for path in (SOURCE / folder).glob("*.py") if path.name != "__main__.py")
         rows = [(f"`{path.name}`", _first_line(path)) for path in files if path.name != "__init__.py"]
         title = f"{folder}/" if folder else "thrave/"
-        pages.append(f"## {title}\n\n{_first_line(SOURCE / folder / '__init__.py')}\n\n{table(('module', 'what it has'), rows)}")
+        pages.append(
+            f"## {title}\n\n{_first_line(SOURCE / folder / '__init__.py')}\n\n{table(('module', 'what it has'), rows)}"
+        )
     return "# Modules\n\nHow they work together: [ARCHITECTURE.md](../../ARCHITECTURE.md).\n\n" + "\n".join(pages)
 
 
@@ -355,6 +357,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "task-states.md": ("src/thrave/tasks/models.py", states),
     "host-states.md": ("src/thrave/tasks/models.py", host_states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
+    "modules.md": ("the docstrings of src/thrave", modules),
     "commands.md": ("the commands' own help", commands),
 }
 
