@@ -1,4 +1,4 @@
-"""Programs and libraries that a test needs: without one, the test is skipped, or fails in CI (`CI=true`)."""
+"""What a test needs: without a program or library it is skipped, or fails in CI (`CI=true`); without root, skipped."""
 
 import os
 import shutil
@@ -37,6 +37,12 @@ def unavailable(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def require_root(task: str) -> None:
+    """Skip the test for an ordinary user, also in CI: CI runs the tests as root, too."""
+    if os.geteuid() != 0:
+        pytest.skip(f"only root can {task}")
 
 
 def require_libnbd() -> None:

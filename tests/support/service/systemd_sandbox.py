@@ -35,12 +35,11 @@ class _Comparison(ctypes.Structure):
 
 def confined(unit: Path, writable: Sequence[Path], argv: Sequence[str]) -> list[str]:
     """The command that runs `argv` as the unit would, with these folders to write to and no other."""
-    from support.required_programs import require, unavailable  # this file is run by itself, too
+    from support.required_programs import require, require_root  # this file is run by itself, too
 
     require("bwrap", package="bubblewrap")
     require("systemd-analyze", package="systemd")
-    if os.geteuid() != 0:
-        unavailable("root alone can make the namespaces of a sandbox")
+    require_root("make the namespaces of a sandbox")
     return [sys.executable, __file__, str(unit), *map(str, writable), "--", *argv]
 
 
