@@ -83,7 +83,7 @@ class MemoryInstances:
         """See Instances."""
         self._set_state(instance_id, InstanceState.RUNNING)
 
-    def hold(self, _instance_id: str) -> AbstractContextManager[VolumeHold]:
+    def hold_stopped(self, _instance_id: str) -> AbstractContextManager[VolumeHold]:
         """See Instances."""
         return nullcontext(_MemoryHold())
 

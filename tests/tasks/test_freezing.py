@@ -75,7 +75,7 @@ def test_a_merge_over_which_the_hypervisor_hangs_is_abandoned(bench, monkeypatch
     hangs.set()
 
 
-@pytest.mark.parametrize("act", ["freeze", "merge", "merge_within"])
+@pytest.mark.parametrize("act", ["attach", "merge", "merge_within"])
 def test_each_command_for_an_overlay_is_checked(bench, act):
     given = []
 
@@ -83,13 +83,13 @@ def test_each_command_for_an_overlay_is_checked(bench, act):
         check_command(instance_id)
         given.append(instance_id)
 
-    instances = SimpleNamespace(overlays=SimpleNamespace(merge=command, freeze=command))
+    instances = SimpleNamespace(overlays=SimpleNamespace(merge=command, attach=command))
     task, now = bench.records.get(bench.bundle_id), [0.0]
     lease = Lease(10.0, clock=lambda: now[0])
     lease.renewed(0.0)
     freezer = RootOverlay(instances, bench.records, task, check=lease.check)
     does = {
-        "freeze": freezer.create,
+        "attach": freezer.create,
         "merge": lambda: freezer.merge(lambda _seconds: None),
         "merge_within": lambda: freezer.merge_with_timeout(60),
     }[act]

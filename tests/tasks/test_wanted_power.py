@@ -68,7 +68,7 @@ class Hypervisor:
         self._started = started
         self.pressed = self.terminated = self.held = self.away = False
         self.overlays = self
-        self.has_lost_power = False
+        self.power_lost = False
 
     def hear(self):
         self.on = self.on and not self.pressed
@@ -103,11 +103,11 @@ class Hypervisor:
         if self.terminated:
             raise StateChangedError(instance_id, InstanceState.TERMINATED)
         if not self.on:
-            self.on, self.pressed, self.has_lost_power = True, False, False
+            self.on, self.pressed, self.power_lost = True, False, False
             self._started()
 
     @contextmanager
-    def hold(self, instance_id):
+    def hold_stopped(self, instance_id):
         assert not self.held
         self.held = True
         try:
@@ -120,7 +120,7 @@ class Hypervisor:
             raise RootVolumeInUse(INSTANCE, "it runs")
 
     def has_lost_power(self, _instance_id):
-        return self.has_lost_power
+        return self.power_lost
 
 
 class Watching:
@@ -208,7 +208,7 @@ class Power(RuleBasedStateMachine):
     @rule()
     def host_loses_its_power(self):
         self.hypervisor.on = self.hypervisor.pressed = False
-        self.hypervisor.has_lost_power = True
+        self.hypervisor.power_lost = True
 
     def _is_free(self):
         """Whether it runs on an overlay, and nobody is about to do anything with its power."""

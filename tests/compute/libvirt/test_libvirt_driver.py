@@ -372,7 +372,7 @@ def test_an_agent_that_does_not_do_it_is_not_asked_again_before_the_next_start(i
 
 def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
     for volume, overlay, reason in (
-        (disk, tmp_path / ("x" * 256), "its name is too long for an overlay beside it"),
+        (disk, tmp_path / ("x" * 256), "the file name is too long for an overlay in the same folder"),
         (tmp_path / "gone", tmp_path / "o", f"{tmp_path / 'gone'}: No such file or directory"),
         (tmp_path, tmp_path / "o", f"{tmp_path} is not a regular file"),
         (disk, tmp_path / "o", None),
