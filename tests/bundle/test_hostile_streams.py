@@ -176,17 +176,17 @@ class TestTar:
 
     @pytest.mark.parametrize("size", [0, len(DISK) - 1, len(DISK) + 1, 1 << 62])
     def test_another_size_than_the_manifests_is_refused_before_any_data(self, size):
-        with pytest.raises(ContentError, match="the manifest says"):
+        with pytest.raises(ContentError, match="the manifest states"):
             next(image_runs([tar_of(DISK)], size))
 
     @pytest.mark.parametrize("more", [tar_of(b"second"), b"x" + bytes(1023), bytes(9216) + b"x" * 1024])
     def test_a_second_member_or_anything_else_that_follows_is_refused(self, more):
         data = tar_of(DISK)[: 512 + 100_000 + 352]
-        with pytest.raises(ContentError, match="follows"):
+        with pytest.raises(ContentError, match="data after the image"):
             read_tar(data + more, len(DISK))
 
     def test_zeros_without_end_are_refused(self):
-        with pytest.raises(ContentError, match="follows"):
+        with pytest.raises(ContentError, match="data after the image"):
             list(image_runs([tar_of(DISK), *[bytes(MIB)] * 3], len(DISK)))
 
     @pytest.mark.parametrize("end", [0, 100, 511, 512, 600, 100_511])
@@ -278,7 +278,7 @@ class TestSparse:
 
     def test_a_map_that_speaks_of_other_data_than_the_header_is_refused(self):
         data = with_field(sparse(2048, [(0, 512)], SECTOR), 124, b"00000002000\0")
-        with pytest.raises(ContentError, match="map speaks of"):
+        with pytest.raises(ContentError, match="map has"):
             read_tar(data, 2048)
 
     def test_a_map_without_end_is_refused_within_bounds(self, monkeypatch):

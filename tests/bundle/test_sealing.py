@@ -114,7 +114,7 @@ def test_empty_disk_of_terabytes_takes_a_few_hundred_bytes():
 
 def test_too_many_extents_are_merged_across_the_smallest_holes():
     spans = [(i * 4096, 512) for i in range(40)] + [(100 * MIB, 512)]
-    merged = data_extents(PatternImage(101 * MIB, spans), most=10)
+    merged = data_extents(PatternImage(101 * MIB, spans), max_extents=10)
     assert len(merged) <= 10
     assert merged[-1][0] == 100 * MIB
     assert all(any(start <= at < start + length for start, length in merged) for at, _ in spans)

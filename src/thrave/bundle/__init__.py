@@ -1,1 +1,80 @@
-"""The AMI bundle format: seal, open, verify, show. Pure: no network, no database, no clock of its own."""
+"""The AMI bundle format (version 2007-10-10): seal an image, open and verify a bundle. No network, no database.
+
+This is the public API of the package; its modules are private. Sealing an image into a folder, and opening it again::
+
+    sealer = Sealer(image, "winami")
+    for part in sealer.parts():
+        (folder / part.filename).write_bytes(part.data)
+    manifest = write_manifest(
+        sealer.sealed, account_id="123456789012", architecture="x86_64", user_certificate=None,
+        service_certificate=certificate, signing_key=private_key,
+    )
+    open_bundle(manifest, DirectoryParts(folder), private_key, folder / "winami.img", certificate=certificate)
+"""
+
+from thrave.bundle.base import DirectoryParts, Image, ImageMaker, ImageTarget, PartSource
+from thrave.bundle.errors import (
+    BundleError,
+    ContentError,
+    DamagedError,
+    ImageError,
+    ManifestError,
+    NamingError,
+    OutputError,
+    OutputExistsError,
+    PartDamagedError,
+    PartMissingError,
+    ResumeError,
+    SideFileError,
+    SignatureError,
+    UnwritableValueError,
+    WrongKeyError,
+)
+from thrave.bundle.manifest import Manifest, ManifestPart, read_manifest, write_manifest
+from thrave.bundle.model import BundleKey, Checkpoint, Part, PartRecord, ResumePoint, SealedBundle
+from thrave.bundle.opener import open_bundle, open_bundle_to, verify_bundle
+from thrave.bundle.sealer import Sealer
+from thrave.bundle.side_file import write_side_file
+from thrave.bundle.verifier import CheckResult, CheckSubject, OpenResult, VerifyResult
+
+__all__ = [
+    "BundleError",
+    "BundleKey",
+    "CheckResult",
+    "CheckSubject",
+    "Checkpoint",
+    "ContentError",
+    "DamagedError",
+    "DirectoryParts",
+    "Image",
+    "ImageError",
+    "ImageMaker",
+    "ImageTarget",
+    "Manifest",
+    "ManifestError",
+    "ManifestPart",
+    "NamingError",
+    "OpenResult",
+    "OutputError",
+    "OutputExistsError",
+    "Part",
+    "PartDamagedError",
+    "PartMissingError",
+    "PartRecord",
+    "PartSource",
+    "ResumeError",
+    "ResumePoint",
+    "SealedBundle",
+    "Sealer",
+    "SideFileError",
+    "SignatureError",
+    "UnwritableValueError",
+    "VerifyResult",
+    "WrongKeyError",
+    "open_bundle",
+    "open_bundle_to",
+    "read_manifest",
+    "verify_bundle",
+    "write_manifest",
+    "write_side_file",
+]

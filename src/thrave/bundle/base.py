@@ -1,7 +1,7 @@
-"""Where the parts of a bundle are read from.
+"""Contracts of this package: the image that is sealed, the source of parts, the target of an opened image.
 
-Names arrive here checked to be bare; still, only regular files are opened, and no more is read than a part may have.
-What a part holds is verified elsewhere.
+Also the parts of a local folder. Names of parts are validated elsewhere; nevertheless only regular files are opened,
+and no more is read than a part may have. The contents of a part are verified in `thrave.bundle.verifier`.
 """
 
 import errno
@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 
 class Image(Protocol):
-    """A disk image that nobody writes while it is being read."""
+    """A disk image. Nothing may write to it while it is read."""
 
     @property
     def size(self) -> int:
@@ -27,79 +27,80 @@ class Image(Protocol):
         ...
 
     def extents(self) -> Sequence[Span]:
-        """Return (offset, length) of the data in bytes: ascending, not overlapping, within the size."""
+        """Return (offset, length) of the data in bytes: ascending, without overlap, within the size."""
         ...
 
     def will_read(self, offset: int, length: int) -> None:
-        """Hear what is read soon, to have it ready by then; never waits, never raises."""
+        """Announce bytes that are read soon, for read-ahead. Does not wait and does not raise."""
         ...
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill the whole buffer from the offset on, or raise."""
+        """Fill the whole buffer with the bytes at the offset, or raise."""
         ...
 
 
 class ImageTarget(Protocol):
-    """An image that is being written, wherever it goes."""
+    """An image that is being written."""
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write at an offset, which ascends from call to call. What is never written reads as zeros.
+        """Write at an offset. Offsets ascend from call to call; bytes that are never written read as zeros.
 
-        The data's memory is used for other data as soon as this returns.
+        The caller reuses the memory of the data after this returns.
 
         Raises:
-            OSError: it cannot be written; so may whatever error the target calls its own.
+            OSError: The data cannot be written. A target may raise errors of its own.
         """
         ...
 
 
 ImageMaker = Callable[[int], AbstractContextManager[ImageTarget]]
-"""Makes an image of so many bytes: whole if the block ends well, after the last check, and otherwise nothing."""
+"""Creates an image of a size in bytes. The image is complete if the block ends without error; else nothing remains."""
 
 
 MAX_PART_BYTES = 64 * 1024 * 1024
-"""Every known bundler cuts parts of 10 MiB. A part is held in memory until its digest is known to be right."""
+"""Maximum size of a part. Known bundlers cut parts of 10 MiB. A part is in memory until its digest is verified."""
 
 
 class PartSource(Protocol):
-    """Gives the parts of one bundle by name, to several threads at once."""
+    """The parts of one bundle by name. Safe to use from several threads."""
 
     def read(self, filename: str) -> bytes:
-        """Return a part's bytes.
+        """Return the bytes of a part.
 
         Raises:
-            PartMissingError: it is not there or cannot be read.
-            PartDamagedError: it has more than ``MAX_PART_BYTES``.
+            PartMissingError: The part does not exist or cannot be read.
+            PartDamagedError: It has more than `MAX_PART_BYTES`.
         """
         ...
 
 
 class DirectoryParts:
-    """The parts that lie in a folder, beside their manifest."""
+    """Parts in a local folder, next to their manifest."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def read(self, filename: str) -> bytes:
-        """Return a part's bytes; see ``PartSource``."""
+        """See `PartSource`."""
         try:
             data = read_regular_file(self._directory / filename, MAX_PART_BYTES)
         except OSError as error:
             raise PartMissingError(filename, str(error.strerror)) from error
         if len(data) > MAX_PART_BYTES:
-            raise PartDamagedError(filename, f"it has more than {MAX_PART_BYTES} bytes")
+            raise PartDamagedError(filename, f"more than {MAX_PART_BYTES} bytes")
         return data
 
 
 def read_regular_file(path: Path, max_bytes: int) -> bytes:
-    """Return a file's bytes, one more than ``max_bytes`` if it has more than that.
+    """Return the bytes of a file, or the first ``max_bytes + 1`` if it has more than `max_bytes`.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: a FIFO by that name must not make anybody wait.
+        OSError: It cannot be read, or is not a regular file.
     """
+    # Without O_NONBLOCK, a FIFO of that name would block the caller.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return file.read(min(status.st_size, max_bytes) + 1)

@@ -1,30 +1,30 @@
-"""What can be wrong with a bundle, its parts and its keys.
+"""Errors of a bundle, its parts and its keys.
 
-Every error that the room raises about what it was given is one of these, with a message that says what was found
-and where; none of them ever carries a key, an IV or deciphered data. The tree::
+Every error about the input is one of these. Its message says what was found and where, and never contains a key, an
+IV or decrypted data. The tree::
 
     BundleError
     ├── ImageError              the volume cannot be bundled
-    ├── ResumeError             a sealing that was cut off cannot go on: begin again, with another key
-    ├── UnwritableValueError    a manifest says something that cannot be written anew
+    ├── ResumeError             an interrupted sealing cannot resume: start again with another key
+    ├── UnwritableValueError    a value of a manifest cannot be written without escaping
     ├── NamingError             a prefix or a file name that must not be used
-    ├── OutputError             the image cannot be written where it was asked for
-    │   └── OutputExistsError   a file is there that may not be replaced
-    ├── PartMissingError        a part is not where the bundle lies
-    ├── WrongKeyError           the private key opens neither slot of the manifest
-    └── DamagedError            the bundle is not what its maker wrote
-        ├── ManifestError       no manifest, or one that contradicts itself
-        ├── SignatureError      the manifest's signature does not verify
-        ├── SideFileError       the side file is broken, missing though asked for, or contradicts the bundle
-        ├── PartDamagedError    a part is not the one that the manifest describes
-        └── ContentError        what the parts hold is no image, or not the one that the manifest describes
+    ├── OutputError             the opened image cannot be written
+    │   └── OutputExistsError   a file exists there and may not be replaced
+    ├── PartMissingError        a part cannot be read
+    ├── WrongKeyError           the private key decrypts neither slot of the manifest
+    └── DamagedError            the bundle is not as its maker wrote it
+        ├── ManifestError       not a manifest, or one that contradicts itself
+        ├── SignatureError      the manifest's signature is wrong
+        ├── SideFileError       the side file is damaged, required but missing, or contradicts the bundle
+        ├── PartDamagedError    a part differs from the manifest
+        └── ContentError        the parts contain no image, or not the one of the manifest
 """
 
 from pathlib import Path
 
 
 class BundleError(Exception):
-    """Root of everything that is raised about a bundle."""
+    """Base of all errors about a bundle."""
 
 
 class ImageError(BundleError):
@@ -32,7 +32,7 @@ class ImageError(BundleError):
 
 
 class ResumeError(BundleError):
-    """What is sealed, or how, is not what it was before the sealing was cut off."""
+    """The image or the compression differs from before the interruption."""
 
 
 class UnwritableValueError(BundleError):
@@ -40,33 +40,33 @@ class UnwritableValueError(BundleError):
 
 
 class NamingError(BundleError):
-    """A name that could escape its folder, break the manifest or not be stored."""
+    """A name that could leave its folder, break the manifest, or not be stored."""
 
 
 class OutputError(BundleError):
-    """The opened image cannot be written where it was asked for."""
+    """The opened image cannot be written to the output path."""
 
 
 class OutputExistsError(OutputError):
-    """A file is where the image was to go, and may not be replaced."""
+    """A file exists at the output path and may not be replaced."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"{path} exists; choose another file, or replace it with --force")
 
 
 class PartMissingError(BundleError):
-    """A part cannot be read where the bundle lies."""
+    """A part does not exist or cannot be read."""
 
     def __init__(self, filename: str, reason: str) -> None:
         super().__init__(f"part {filename!r} cannot be read: {reason}")
 
 
 class WrongKeyError(BundleError):
-    """The private key opens neither the user's nor the service's slot."""
+    """The private key decrypts neither the user's nor the service's slot."""
 
 
 class DamagedError(BundleError):
-    """The bundle is not what its maker wrote."""
+    """The bundle is not as its maker wrote it."""
 
 
 class ManifestError(DamagedError):
@@ -74,19 +74,19 @@ class ManifestError(DamagedError):
 
 
 class SignatureError(DamagedError):
-    """The manifest is not signed by the certificate that it was checked against."""
+    """The manifest is not signed with the key of the given certificate."""
 
 
 class SideFileError(DamagedError):
-    """The side file is broken, missing though asked for, or contradicts the bundle."""
+    """The side file is damaged, required but missing, or contradicts the bundle."""
 
 
 class PartDamagedError(DamagedError):
-    """A part's size or digest is not the recorded one."""
+    """The size or a digest of a part is wrong."""
 
     def __init__(self, filename: str, reason: str) -> None:
         super().__init__(f"part {filename!r} is damaged: {reason}")
 
 
 class ContentError(DamagedError):
-    """The deciphered stream is no gzip, no tar with one member, or not the image that the manifest describes."""
+    """The decrypted stream is not gzip, not tar with one member, or not the image of the manifest."""

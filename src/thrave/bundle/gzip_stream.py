@@ -1,18 +1,9 @@
-"""A stream that comes in pieces of any size, taken in the sizes that a format wants.
+"""Gzip: compresses independent chunks of one member, and decompresses any gzip stream. Starts no thread.
 
-It knows no format and keeps no more than the piece in hand.
-
-The libraries that speak deflate, fastest first, behind one shape.
-
-ISA-L's level 2 deflates at fifteen times the speed of zlib's level 6, for 7 % more bytes; zlib-ng's level 6 makes
-zlib's size at twice its speed. Where a machine has no wheel of one, the standard codec's zlib stands in. All of them
-let other threads run while they work. What is done with them is the business of ``deflate.py``.
-
-Gzip in both directions: independent chunks of one member out, any gzip in.
-
-Chunks are deflated each for itself and end on a byte boundary, so that any number of threads can make one single
-gzip member, as pigz does; several members are read short by Ruby's and Perl's readers, which old tools use. No thread
-is started here.
+Each chunk is compressed independently and ends on a byte boundary, so that several threads can make a single gzip
+member, as pigz does. The gzip readers of Ruby and Perl, which old tools use, read only the first of several members.
+The libraries: ISA-L level 2 compresses 15 times as fast as zlib level 6, into 7 % more bytes; zlib-ng level 6 makes the
+size of zlib at twice its speed. zlib replaces a library that is not installed. All of them release the GIL.
 """
 
 import struct
@@ -23,67 +14,67 @@ from typing import Any, Literal, Protocol
 
 from thrave.bundle.errors import ContentError
 
-_SKIPPED = 16 * 1024
+_SKIP_PIECE = 16 * 1024
 
 
 class PieceReader:
-    """The stream.
+    """Reads a stream that arrives in pieces of any size. Holds only the current piece.
 
     Args:
-        pieces: its bytes in order; some of them may be empty.
-        what: its name in error messages.
+        pieces: Bytes of the stream in order; pieces may be empty.
+        name: Name of the stream in error messages.
     """
 
-    def __init__(self, pieces: Iterable[bytes | memoryview], what: str) -> None:
+    def __init__(self, pieces: Iterable[bytes | memoryview], name: str) -> None:
         self._pieces: Iterator[bytes | memoryview] = filter(None, pieces)
-        self._what = what
+        self._name = name
         self._piece = memoryview(b"")
         self._at = 0
 
-    def read_some(self, most: int) -> memoryview:
-        """Return at most so many bytes, none only at the end of the stream."""
+    def read_some(self, max_bytes: int) -> memoryview:
+        """Return at most `max_bytes` bytes; no bytes only at the end of the stream."""
         if self.at_end:
             return self._piece[self._at :]
-        taken = self._piece[self._at : self._at + most]
-        self._at += len(taken)
-        return taken
+        data = self._piece[self._at : self._at + max_bytes]
+        self._at += len(data)
+        return data
 
     def read_exactly(self, size: int) -> bytes:
-        """Return just so many bytes.
+        """Return exactly `size` bytes.
 
         Raises:
-            ContentError: the stream ends before.
+            ContentError: The stream ends before.
         """
         found = bytearray()
         while len(found) < size:
             piece = self.read_some(size - len(found))
             if not piece:
-                raise ContentError(f"the {self._what} ends early")
+                raise ContentError(f"the {self._name} ends early")
             found += piece
         return bytes(found)
 
-    def skip_past(self, end: bytes, most: int) -> None:
+    def skip_past(self, end: bytes, max_bytes: int) -> None:
         """Skip everything up to and including the first byte `end`.
 
         Args:
             end: One byte.
-            most: Bytes that may stand before it.
+            max_bytes: Bytes that may precede it.
 
         Raises:
-            ContentError: The stream ends before, or more than `most` bytes precede it.
+            ContentError: The stream ends before, or more than `max_bytes` bytes precede it.
         """
-        while piece := bytes(self.read_some(_SKIPPED)):
+        while piece := bytes(self.read_some(_SKIP_PIECE)):
             at = piece.find(end)
-            if at > most or (at < 0 and len(piece) > most):
+            if at > max_bytes or (at < 0 and len(piece) > max_bytes):
                 break
             if at >= 0:
                 self._at -= len(piece) - at - 1
                 return
-            most -= len(piece)
-        raise ContentError(f"the {self._what} ends early, or a text in it is too long")
+            max_bytes -= len(piece)
+        raise ContentError(f"the {self._name} ends early, or a text in it is too long")
 
     def put_back(self, data: bytes) -> None:
-        """Give back the bytes that were taken last."""
+        """Return the bytes that were read last to the stream."""
         if len(data) <= self._at:
             self._at -= len(data)
         else:
@@ -91,33 +82,33 @@ class PieceReader:
 
     @property
     def at_end(self) -> bool:
-        """Whether nothing is left."""
+        """Whether the stream has ended."""
         if self._at == len(self._piece):
             self._piece, self._at = memoryview(next(self._pieces, b"")), 0
         return not self._piece
 
 
 Compression = Literal["fast", "small"]
-"""How hard to compress."""
+"""Compress fast, or into fewer bytes."""
 
 
-_RAW = -15
+_RAW = -15  # zlib's window bits for raw deflate
 
 
 class Deflater(Protocol):
-    """A stream that is being compressed, as ``zlib.compressobj`` gives it."""
+    """A stream that is being compressed; the interface of ``zlib.compressobj``."""
 
     def compress(self, data: memoryview, /) -> bytes:
-        """Take data; return what is finished."""
+        """Add data; return the bytes that are complete."""
         ...
 
     def flush(self, mode: int, /) -> bytes:
-        """Return the rest, ended as the mode says."""
+        """Return the remaining bytes, ended according to the mode."""
         ...
 
 
 class Inflater(Protocol):
-    """A stream that is being decompressed, in the shape of ``bz2.BZ2Decompressor``: it keeps its input itself."""
+    """A stream that is being decompressed; the interface of ``bz2.BZ2Decompressor``, which buffers its input."""
 
     @property
     def eof(self) -> bool:
@@ -126,21 +117,21 @@ class Inflater(Protocol):
 
     @property
     def needs_input(self) -> bool:
-        """Whether it has come to the end of what it was given."""
+        """Whether all input has been processed."""
         ...
 
     @property
     def unused_data(self) -> bytes:
-        """What came after the end."""
+        """Input after the end of the stream."""
         ...
 
     def decompress(self, data: memoryview, /, max_length: int) -> bytes:
-        """Return at most so many bytes; take no data unless it needs some."""
+        """Return at most `max_length` bytes. Pass data only if `needs_input`."""
         ...
 
 
 class _ZlibInflater:
-    """What ``zlib.decompressobj`` gives, as an `Inflater`."""
+    """Adapts ``zlib.decompressobj`` to `Inflater`."""
 
     def __init__(self, stream: Any) -> None:  # noqa: ANN401 - zlib's class has no name, and zlib-ng's no base
         self._stream = stream
@@ -163,13 +154,13 @@ class _ZlibInflater:
 
 @dataclass(frozen=True)
 class Codec:
-    """One of them.
+    """A library that compresses and decompresses.
 
     Attributes:
-        deflater: begins a raw deflate stream.
-        inflater: begins to read one.
-        crc32: continues a CRC-32.
-        error: what the inflater raises about a damaged stream.
+        deflater: Starts a raw deflate stream.
+        inflater: Starts to read a raw deflate stream.
+        crc32: Continues a CRC-32.
+        error: Raised by the inflater for a damaged stream.
     """
 
     deflater: Callable[[], Deflater]
@@ -216,21 +207,21 @@ COMPRESSIONS: dict[Compression, Codec] = {"fast": FAST, "small": SMALL}
 
 
 CHUNK = 2 * 1024 * 1024
-"""Bytes of the tar stream that are deflated at a time: of smaller ones the threads' handing over takes too much."""
+"""Bytes of the tar stream that are compressed at once. Smaller chunks cost too much time between threads."""
 
 
 PIECE = 256 * 1024
-"""Bytes that are inflated at a time, at the most: of more, an inflater's output grows by being copied."""
+"""Maximum bytes of a decompressed piece. For larger ones, an inflater grows its output by copying."""
 
 
 GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\x03"
-"""Deflate, no time, no name, made on Unix."""
+"""Method deflate, no time, no name, Unix."""
 
 
 _MAX_STORED_BLOCK = 65535
 
 
-# An inflater copies the input that it has not come to: of small bites that is little.
+# An inflater copies unprocessed input, so give it small pieces.
 _INPUT_PIECE = 64 * 1024
 
 
@@ -238,66 +229,65 @@ _HEADER_CRC, _EXTRA, _NAME, _COMMENT = 2, 4, 8, 16
 
 
 _MAX_TEXT = 64 * 1024
-"""Bytes of a member's file name or comment. Known bundlers write neither; the extra field has at most 65,535."""
+"""Maximum bytes of a file name or comment. Known bundlers write neither. The extra field has at most 65,535."""
 
 
-_FREE_MEMBERS = 1000
+_ALLOWED_MEMBERS = 1000
 
 
 _MIN_MEMBER = 16 * 1024
-"""Bytes that each further member must inflate to on average, so that opening members never costs more than their data.
+"""Minimum average size of further members, decompressed, so that opening members never costs more than their data.
 
 Known bundlers write one member; ``bgzip`` writes one for each 64 KiB.
 """
 
 
 def deflate(chunk: memoryview, codec: Codec) -> bytes:
-    """Turn a chunk into raw deflate blocks that end on a byte boundary.
+    """Compress a chunk into raw deflate blocks that end on a byte boundary.
 
-    What does not get smaller is stored, so that a chunk never grows by more than ``max_gzip_size`` says; stored blocks
-    are also inflated three times as fast.
+    A chunk that does not get smaller is stored, so that its size is limited (see `max_gzip_size`). Stored blocks are
+    also decompressed three times as fast.
     """
     stream = codec.deflater()
-    packed = stream.compress(chunk) + stream.flush(zlib.Z_SYNC_FLUSH)
-    return packed if len(packed) < len(chunk) else _stored(chunk)
+    compressed = stream.compress(chunk) + stream.flush(zlib.Z_SYNC_FLUSH)
+    return compressed if len(compressed) < len(chunk) else _store(chunk)
 
 
 def max_gzip_size(size: int) -> int:
-    """Return the most bytes of gzip that ``size`` bytes in chunks can become, header and trailer included."""
+    """Return the maximum bytes of gzip for `size` bytes in chunks, including header and trailer."""
     blocks_per_chunk = -(-CHUNK // _MAX_STORED_BLOCK)
     return len(GZIP_HEADER) + size + 5 * blocks_per_chunk * -(-size // CHUNK) + len(gzip_trailer(0, 0))
 
 
 def gzip_trailer(crc: int, size: int) -> bytes:
-    """Return what closes the member: an empty last block, the CRC-32 and the size modulo 2**32."""
+    """Return the end of the member: an empty last block, the CRC-32 and the size modulo 2**32."""
     return b"\x03\0" + _checksum(crc, size)
 
 
 def inflate(pieces: Iterable[memoryview], codec: Codec = FAST) -> Iterator[bytes]:
-    """Inflate a gzip stream of any number of members into pieces of at most `PIECE` bytes, some of them empty.
+    """Decompress a gzip stream of any number of members into pieces of at most `PIECE` bytes; pieces may be empty.
 
-    Headers and trailers are read here rather than by the codec: ISA-L misreads a header with several optional fields
-    if it comes in two pieces.
+    Headers and trailers are read here and not by the library, since ISA-L misreads a header with several optional
+    fields that arrives in two pieces.
 
     Raises:
-        ContentError: it is no gzip, its checksum is wrong, it ends early, something follows it, or it consists of
-            too many small members.
+        ContentError: Not gzip, a wrong checksum, an early end, bytes after the end, or too many small members.
     """
     stream = PieceReader(pieces, "gzip stream")
     members = size = 0
     while not members or not stream.at_end:
-        if members > _FREE_MEMBERS + size // _MIN_MEMBER:
+        if members > _ALLOWED_MEMBERS + size // _MIN_MEMBER:
             raise ContentError(f"the gzip stream has more than {members} members in its first {size} bytes")
         _skip_header(stream)
-        size += yield from _member(stream, codec)
+        size += yield from _inflate_member(stream, codec)
         members += 1
 
 
 def _skip_header(stream: PieceReader) -> None:
-    """Read a member's header (RFC 1952, 2.3); nothing in it matters here."""
+    """Read the header of a member (RFC 1952, 2.3) and ignore its contents."""
     magic, flags = stream.read_exactly(3), stream.read_exactly(7)[0]
     if magic != GZIP_HEADER[:3] or flags & 0xE0:
-        raise ContentError("what stands in the parts, or follows in them, is no gzip stream")
+        raise ContentError("the parts contain no gzip stream, or something else after it")
     if flags & _EXTRA:
         stream.read_exactly(int.from_bytes(stream.read_exactly(2), "little"))
     for text in (_NAME, _COMMENT):
@@ -307,15 +297,15 @@ def _skip_header(stream: PieceReader) -> None:
         stream.read_exactly(2)
 
 
-def _member(stream: PieceReader, codec: Codec) -> Generator[bytes, None, int]:
-    """Inflate the rest of a member, and return the number of bytes that it holds."""
+def _inflate_member(stream: PieceReader, codec: Codec) -> Generator[bytes, None, int]:
+    """Decompress the rest of a member; return its size in bytes."""
     inflater = codec.inflater()
     crc = size = 0
     while not inflater.eof:
-        hungry = inflater.needs_input
-        piece_in = stream.read_some(_INPUT_PIECE) if hungry else memoryview(b"")
-        piece = _inflate(inflater, piece_in, codec)
-        if hungry and not (piece_in or piece or inflater.eof):
+        needs_input = inflater.needs_input
+        piece_in = stream.read_some(_INPUT_PIECE) if needs_input else memoryview(b"")
+        piece = _inflate_piece(inflater, piece_in, codec)
+        if needs_input and not (piece_in or piece or inflater.eof):
             raise ContentError("the gzip stream ends early")
         crc, size = codec.crc32(memoryview(piece), crc), size + len(piece)
         yield piece
@@ -325,7 +315,7 @@ def _member(stream: PieceReader, codec: Codec) -> Generator[bytes, None, int]:
     return size
 
 
-def _inflate(inflater: Inflater, data: memoryview, codec: Codec) -> bytes:
+def _inflate_piece(inflater: Inflater, data: memoryview, codec: Codec) -> bytes:
     try:
         return inflater.decompress(data, max_length=PIECE)
     except codec.error as error:
@@ -336,7 +326,7 @@ def _checksum(crc: int, size: int) -> bytes:
     return struct.pack("<II", crc, size & 0xFFFFFFFF)
 
 
-def _stored(chunk: memoryview) -> bytes:
+def _store(chunk: memoryview) -> bytes:
     blocks: list[bytes | memoryview] = []
     for start in range(0, len(chunk), _MAX_STORED_BLOCK):
         block = chunk[start : start + _MAX_STORED_BLOCK]

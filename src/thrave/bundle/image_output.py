@@ -1,19 +1,10 @@
-"""Finds what of an image's data need not be written: whoever writes an image begins with an empty one.
+"""Writes an opened image to a file, which appears complete or not at all, or to a pipe, whose end is held back.
 
-Only grains of 64 KiB, counted from the image's beginning, are left out: they are whole pages of a file, whole
-clusters of a qcow2 image, and few enough to look at. What is written reads the same either way.
-
-The files that opening a bundle makes: whole, or not there at all.
-
-A file that is being written has no name where the file system allows that (``O_TMPFILE``), so nothing remains of it
-however the process ends. Elsewhere it has a name of its own beside the target, and is removed when the block fails.
-Only after the last check it is flushed to the disk and gets the target's name, in one step.
-
-The image that opening a bundle gives to a pipe, from which nothing can be taken back.
-
-Every byte is released only after the digest of its part (and with a certificate the signature) is known to hold; what
-is left for the end is the digest of the whole. So the last of the image is held back until that has been checked, too:
-a stream that failed is always short, whoever reads it and whether or not the exit status is looked at.
+A file being written has no name if the file system supports that (``O_TMPFILE``), so nothing remains however the
+process ends. Otherwise it has a temporary name next to the target and is deleted on an error. After the last check it
+is flushed to the disk and gets its name in one step. Written data cannot be removed from a pipe. So the last data is
+held back until the digest of the whole image is verified: a failed stream is always short, whether or not the reader
+checks the exit status.
 """
 
 import errno
@@ -27,22 +18,22 @@ from thrave.bundle.errors import OutputError, OutputExistsError
 from thrave.bundle.tar_reader import ImageRun
 
 GRAIN = 64 * 1024
-"""Bytes."""
+"""Bytes; holes are found in units of this size: whole pages of a file, and whole clusters of a qcow2 image."""
 
 
 _ZERO_GRAIN = bytes(GRAIN)
 
 
-_GLANCE = 512  # bytes that tell most data from zeros, so that the rest of them need not be copied to be compared
+_FIRST_BYTES = 512  # enough to tell most data from zeros without copying the rest
 
 
 def skip_zeros(runs: Iterable[ImageRun]) -> Iterator[ImageRun]:
-    """Yield of the runs what is not zeros, in stretches as long as they come."""
+    """Yield the runs without aligned grains of zeros: a new image already reads as zeros there."""
     for run in runs:
-        yield from _stretches(run)
+        yield from _split_at_zeros(run)
 
 
-def _stretches(run: ImageRun) -> Iterator[ImageRun]:
+def _split_at_zeros(run: ImageRun) -> Iterator[ImageRun]:
     offset, data = run
     begin = at = 0
     while at < len(data):
@@ -57,8 +48,8 @@ def _stretches(run: ImageRun) -> Iterator[ImageRun]:
 
 
 def _is_zeros(grain: memoryview) -> bool:
-    glance = grain[:_GLANCE].tobytes()
-    return glance == _ZERO_GRAIN[: len(glance)] and grain.tobytes() == _ZERO_GRAIN[: len(grain)]
+    first = grain[:_FIRST_BYTES].tobytes()
+    return first == _ZERO_GRAIN[: len(first)] and grain.tobytes() == _ZERO_GRAIN[: len(grain)]
 
 
 _NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
@@ -72,7 +63,7 @@ class NewFile:
 
     Attributes:
         descriptor: Of the open file.
-        name: A name by which other programs of this user can open it while it is open here.
+        name: Path by which other programs of this user can open it while it is open here.
     """
 
     def __init__(self, descriptor: int, name: Path) -> None:
@@ -88,52 +79,52 @@ class NewFile:
 
 @contextmanager
 def image_file(path: Path, size: int, *, replace: bool = True) -> Iterator[NewFile]:
-    """Give a sparse file to write the image to, which becomes ``path`` if the block ends well.
+    """Open a sparse file for the image. It becomes `path` if the block ends without error.
 
     Args:
-        path: Where the image goes; a symbolic link is followed.
+        path: Path of the image; a symbolic link is followed.
         size: Bytes of the image.
-        replace: Whether a file that is there may be replaced. If not, one that holds just this image already is kept
-            and is no error.
+        replace: Whether an existing file may be replaced. If not, an existing file with the same contents is kept and
+            is no error.
 
     Raises:
-        OutputExistsError: Another file is there and may not be replaced.
-        OutputError: It cannot be created, written or renamed, or something else than a file is there.
+        OutputExistsError: Another file exists and may not be replaced.
+        OutputError: It cannot be created, written or renamed, or the path is not a regular file.
     """
-    path = followed(path)
+    path = resolve_links(path)
     is_same_size = not replace and path.is_file() and path.stat().st_size == size
     with new_file(path, replace=replace, is_same=_is_same if is_same_size else None) as file:
         os.truncate(file.descriptor, size)
         yield file
 
 
-def followed(path: Path) -> Path:
-    """The file that a path leads to through symbolic links. Raises OutputError if they lead in a circle."""
+def resolve_links(path: Path) -> Path:
+    """Resolve symbolic links. Raises OutputError if they form a loop."""
     try:
         return path.resolve()
     except (OSError, RuntimeError):  # RuntimeError: before Python 3.13, which returns the path
-        raise OutputError(f"cannot write {path}: its symbolic links lead in a circle, or cannot be read") from None
+        raise OutputError(f"cannot write {path}: its symbolic links form a loop, or cannot be read") from None
 
 
 @contextmanager
 def new_file(path: Path, *, replace: bool, is_same: Callable[[int, Path], bool] | None = None) -> Iterator[NewFile]:
-    """Give an empty file to fill, which is flushed to the disk and becomes ``path`` if the block ends well.
+    """Open an empty file. It is flushed to the disk and becomes `path` if the block ends without error.
 
-    It belongs to its owner alone (mode 0600): an image may hold secrets.
+    Only its owner can read it (mode 0600): an image may contain secrets.
 
     Args:
-        path: Where it goes; its folder must be there.
-        replace: Whether a file that is there is replaced at the end.
-        is_same: Compares the new file (its descriptor) with the one that is there and may not be replaced: if they are
-            the same, that one is kept. Without it, a file that is there is an error before anything is written.
+        path: Final path; its folder must exist.
+        replace: Whether an existing file is replaced at the end.
+        is_same: Compares the new file (its descriptor) with an existing file that may not be replaced. If they are the
+            same, the existing one is kept. Without it, an existing file is an error before anything is written.
 
     Raises:
-        OutputExistsError: A file is there and may not be replaced.
-        OutputError: It cannot be created, written or renamed, or something else than a file is there.
+        OutputExistsError: A file exists and may not be replaced.
+        OutputError: It cannot be created, written or renamed, or the path is not a regular file.
     """
     try:
         _check_target(path, may_exist=replace or is_same is not None)
-        with _created(path.parent) as (descriptor, name):
+        with _create_temporary(path.parent) as (descriptor, name):
             yield NewFile(descriptor, name or Path(f"/proc/{os.getpid()}/fd/{descriptor}"))
             os.fsync(descriptor)
             _publish(descriptor, name, path, replace=replace, is_same=is_same)
@@ -144,8 +135,8 @@ def new_file(path: Path, *, replace: bool, is_same: Callable[[int, Path], bool] 
 
 def _check_target(path: Path, *, may_exist: bool) -> None:
     if path.exists() and not path.is_file():
-        # Renaming would put the image in the place of a device or a FIFO instead of writing to it.
-        raise OutputError(f"cannot write {path}: it is there and is not a regular file")
+        # Renaming would replace a device or a FIFO by the image, not write to it.
+        raise OutputError(f"cannot write {path}: it exists and is not a regular file")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
     if not may_exist and os.path.lexists(path):
@@ -153,9 +144,9 @@ def _check_target(path: Path, *, may_exist: bool) -> None:
 
 
 @contextmanager
-def _created(folder: Path) -> Iterator[tuple[int, Path | None]]:
-    """Give the descriptor of a new file, and its name if it has to have one."""
-    descriptor, name = _unnamed_file(folder), None
+def _create_temporary(folder: Path) -> Iterator[tuple[int, Path | None]]:
+    """Yield the descriptor of a new file, and its path if the file system needs one."""
+    descriptor, name = _create_unnamed(folder), None
     if descriptor is None:
         name = _temporary_name(folder)
         descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -168,8 +159,8 @@ def _created(folder: Path) -> Iterator[tuple[int, Path | None]]:
                 name.unlink()
 
 
-def _unnamed_file(folder: Path) -> int | None:
-    """Return the descriptor of a file without a name; None where there are none, or where it could not get one."""
+def _create_unnamed(folder: Path) -> int | None:
+    """Return the descriptor of a file without a name; None if unsupported, or if it could not get a name later."""
     if not Path("/proc/self/fd").is_dir():
         return None
     try:
@@ -190,7 +181,7 @@ def _publish(
         if is_same is None or not path.is_file() or not is_same(descriptor, path):
             raise OutputExistsError(path)
         return
-    # A name is replaced by renaming another one only. A process that is killed between the two calls leaves it.
+    # Only renaming replaces a file. If the process is killed between the two calls, the temporary name remains.
     other = name or _temporary_name(path.parent)
     if name is None:
         _link(descriptor, None, other)
@@ -202,13 +193,13 @@ def _publish(
 
 
 def _link(descriptor: int, name: Path | None, path: Path) -> None:
-    """Give the file another name, which is not there yet."""
+    """Give the file a further name, which must not exist yet."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # The folder's descriptor has Python call linkat, which alone follows the link in /proc.
+        # With the folder's descriptor Python calls linkat, the only call that follows the link in /proc.
         source = name or Path(f"/proc/self/fd/{descriptor}")
         os.link(source, path.name, dst_dir_fd=folder, follow_symlinks=name is None)
-    except PermissionError:  # a file system without links: vfat, for instance
+    except PermissionError:  # a file system without hard links, such as vfat
         if name is None or os.path.lexists(path):
             raise
         name.rename(path)
@@ -242,24 +233,24 @@ _ZEROS = bytes(1024 * 1024)
 
 
 class ImageStream:
-    """An image that is being written from its beginning to its end; holes are written as zeros."""
+    """An image that is written sequentially; holes are written as zeros."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._at = 0
-        self._room = memoryview(bytearray())  # used over and over, as in `buffers.py`
-        self._held_at, self._held = 0, self._room
+        self._buffer = memoryview(bytearray())  # reused, as in `BufferPool`
+        self._held_at, self._held = 0, self._buffer
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Hold data back, and write what was held back before."""
+        """Hold the data back, and write the data held back before."""
         self._release()
-        if len(data) > len(self._room):
-            self._room = memoryview(bytearray(len(data)))
-        self._held_at, self._held = offset, self._room[: len(data)]
+        if len(data) > len(self._buffer):
+            self._buffer = memoryview(bytearray(len(data)))
+        self._held_at, self._held = offset, self._buffer[: len(data)]
         self._held[:] = data
 
     def finish(self, size: int) -> None:
-        """Write what was held back, and zeros up to the image's size (bytes)."""
+        """Write the data held back, and zeros up to `size` bytes."""
         self._release()
         self._write_zeros(size)
 
@@ -280,10 +271,10 @@ class ImageStream:
 
 @contextmanager
 def image_stream(descriptor: int, size: int) -> Iterator[ImageStream]:
-    """Give what writes an image of `size` bytes to an open pipe, socket or file; its end comes if the block ends well.
+    """Open an image of `size` bytes on a pipe, socket or file. Its end is written if the block ends without error.
 
     Raises:
-        OutputError: it cannot be written, or nobody reads it any more.
+        OutputError: It cannot be written, or the reader has closed the pipe.
     """
     stream = ImageStream(descriptor)
     try:

@@ -1,19 +1,9 @@
-"""A bundle's manifest as data, of any of its three versions.
+"""The manifest of a bundle as data; reads all three versions of its XML, and writes version 2007-10-10.
 
-Nothing is read, written, trusted or verified here: ``reading.py`` makes manifests of XML, ``writing.py`` XML of what
-was sealed, ``signatures.py`` says whether to believe one.
-
-Makes a ``Manifest`` of a manifest's XML.
-
-As liberal as the programs that write bundles are different (three versions, either quoting, missing or empty slots,
-any white space), as strict as a stranger's file needs: counts, indexes, names, digests and numbers are checked here.
-Whether the signature holds is checked elsewhere.
-
-Writes the manifest of what was sealed, or of what is already there.
-
-The manifest's bytes are those of ec2-ami-tools 1.5.3: one line, single quotes, no white space, no final newline, that
-order of elements. Its verifier re-serialises what it reads with REXML, so any other spelling, though valid XML, would
-fail there. Values that would need escaping are refused rather than escaped.
+Reading accepts what known bundlers write: three versions, either quoting, missing or empty slots, any white space. A
+manifest is not trusted, so counts, indexes, names, digests and numbers are checked here; the XML itself and signatures
+are in `thrave.bundle.manifest_xml`. Written bytes equal those of ec2-ami-tools 1.5.3: one line, single quotes, no white
+space, no final newline. Its verifier serializes the XML again with REXML, so any other valid spelling would fail.
 """
 
 import re
@@ -36,7 +26,7 @@ from thrave.bundle.model import (
 )
 
 VERSION = "2007-10-10"
-"""The version that is written; never superseded."""
+"""The version that is written; there is no newer one."""
 
 
 READABLE_VERSIONS = ("3", "20070829", "2007-08-29", VERSION)
@@ -44,12 +34,12 @@ READABLE_VERSIONS = ("3", "20070829", "2007-08-29", VERSION)
 
 
 UNSIGNED = "UNSIGNED"
-"""Stands in place of a signature where euca2ools made a bundle without the user's key."""
+"""Replaces the signature if euca2ools made a bundle without the user's key."""
 
 
 @dataclass(frozen=True)
 class Bundler:
-    """The program that made a bundle, as far as it says; any word may be empty. Not signed."""
+    """The program that made a bundle; any field may be empty. Not covered by the signature."""
 
     name: str = ""
     version: str = ""
@@ -61,12 +51,12 @@ class Bundler:
 
 @dataclass(frozen=True, slots=True)  # there may be 200,000
 class ManifestPart:
-    """One line of the list of parts.
+    """One entry of the list of parts.
 
     Attributes:
-        index: from 0, the order of the parts.
-        filename: bare name, beside the manifest.
-        sha1: lower-case hex SHA-1 of the ciphertext.
+        index: From 0, in the order of the parts.
+        filename: Bare name, next to the manifest.
+        sha1: SHA-1 of the ciphertext in lower-case hex.
     """
 
     index: int
@@ -76,28 +66,28 @@ class ManifestPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a manifest says; whether it is true is another question.
+    """The data of a manifest, not verified.
 
     Attributes:
-        version: one of ``READABLE_VERSIONS``.
-        bundler: the program that made it.
-        architecture: ``x86_64``, ``i386``, …; ``i386`` in version 3, which does not say.
-        block_devices: (virtual, device) as the guest knew them.
-        kernel_id: ``aki-…`` where given.
-        ramdisk_id: ``ari-…`` where given.
-        product_codes: as given.
-        name: the image's name, which is the prefix without its folder.
-        user: account id of whoever made it.
+        version: One of `READABLE_VERSIONS`.
+        bundler: The program that made the bundle.
+        architecture: ``x86_64``, ``i386``, …; ``i386`` in version 3, which has no such element.
+        block_devices: (virtual name, device) as in the guest.
+        kernel_id: ``aki-…`` if given.
+        ramdisk_id: ``ari-…`` if given.
+        product_codes: As given.
+        name: Name of the image: the prefix without its folder.
+        user: Account id of the owner.
         type: ``machine``, ``kernel`` or ``ramdisk``.
-        kernel_name: of a kernel, where given.
-        ancestry: ``ami-…`` of the images that it descends from, oldest first.
-        digest: lower-case hex SHA-1 of the tar stream.
-        size: bytes of the image.
-        bundled_size: bytes of all parts.
-        user_slot: key and IV for the user's private key.
-        ec2_slot: the same for the service's.
-        parts: in the order of their indexes.
-        signature: the bytes, empty where there are none.
+        kernel_name: Of a kernel, if given.
+        ancestry: ``ami-…`` of the images from which it was made, oldest first.
+        digest: SHA-1 of the tar stream in lower-case hex.
+        size: Bytes of the image.
+        bundled_size: Total bytes of all parts.
+        user_slot: Key and IV encrypted for the user.
+        ec2_slot: Key and IV encrypted for the service.
+        parts: In the order of their indexes.
+        signature: Empty if the manifest is not signed.
     """
 
     version: str
@@ -122,7 +112,7 @@ class Manifest:
 
     @property
     def is_signed(self) -> bool:
-        """Whether there is a signature at all; it may still be false."""
+        """Whether there is a signature. It may be wrong."""
         return bool(self.signature)
 
 
@@ -139,16 +129,16 @@ _HEX = re.compile(r"(?:[0-9a-fA-F]{2}){0,2048}")
 
 
 def read_manifest(xml: bytes) -> Manifest:
-    """Return what a manifest says, without believing it.
+    """Parse a manifest without verifying it.
 
     Raises:
-        ManifestError: it is no manifest of a known version, or contradicts itself.
+        ManifestError: Not a manifest of a known version, or one that contradicts itself.
     """
     return parse_manifest(read_fields(xml))
 
 
 def parse_manifest(fields: Fields) -> Manifest:
-    """Return what a manifest's fields say; see ``read_manifest``."""
+    """Return the manifest with these XML fields; see `read_manifest`."""
     version = _required(fields.text, "version")
     if version not in READABLE_VERSIONS:
         raise ManifestError(f"the manifest is of version {version[:40]!r}; known are {', '.join(READABLE_VERSIONS)}")
@@ -178,10 +168,10 @@ def parse_manifest(fields: Fields) -> Manifest:
 
 
 def parse_signature(fields: Fields) -> bytes:
-    """Return the signature alone, empty if there is none: it is checked before anything else is looked at.
+    """Return the signature, empty if there is none. It is checked before the other fields are parsed.
 
     Raises:
-        ManifestError: it is not hexadecimal.
+        ManifestError: The signature is not hexadecimal.
     """
     text = fields.text.get("signature", "")
     return b"" if text == UNSIGNED else _hex(text, "signature")
@@ -202,13 +192,13 @@ def _name(text: str) -> str:
 
 def _number(text: str) -> int:
     if not _NUMBER.fullmatch(text):
-        raise ManifestError(f"{text[:40]!r} in the manifest is no size or number")
+        raise ManifestError(f"{text[:40]!r} in the manifest is not a size or number")
     return int(text)
 
 
 def _sha1(text: str, algorithm: str | None) -> str:
     if algorithm not in ("SHA1", None) or not _SHA1_HEX.fullmatch(text):
-        raise ManifestError(f"{text[:80]!r} in the manifest is no SHA-1")
+        raise ManifestError(f"{text[:80]!r} in the manifest is not a SHA-1")
     return text.lower()
 
 
@@ -235,7 +225,7 @@ def _parts(fields: Fields) -> tuple[ManifestPart, ...]:
     rows = fields.rows.get("image/parts/part", [])
     count = _number(fields.attributes.get("image/parts@count", ""))
     if not rows or count != len(rows):
-        raise ManifestError(f"the manifest lists {len(rows)} parts and says that there are {count}")
+        raise ManifestError(f"the manifest lists {len(rows)} parts, but states a count of {count}")
     parts = sorted((_part(row) for row in rows), key=lambda part: part.index)
     if [part.index for part in parts] != list(range(count)):
         raise ManifestError("the indexes of the parts do not run from 0 without gap or repetition")
@@ -267,23 +257,23 @@ def write_manifest(
     service_certificate: Certificate,
     signing_key: RSAPrivateKey,
 ) -> bytes:
-    """Return the signed manifest of a bundle.
+    """Write and sign the manifest of a bundle.
 
     Args:
-        sealed: what was stored.
-        account_id: whose bundle it is, 12 digits.
-        architecture: of the machine that the image boots on.
-        user_certificate: of the account, who can then open the bundle; without one the slot is made out to the
-            service, since ec2-unbundle refuses empty slots.
-        service_certificate: of the service that the image will be registered with.
-        signing_key: whose certificate the readers will check the signature against.
+        sealed: The stored bundle.
+        account_id: Owner of the bundle, 12 digits.
+        architecture: Of the machine on which the image boots.
+        user_certificate: Of the account, which can then open the bundle. Without one, the user's slot is encrypted
+            for the service, since ec2-unbundle refuses empty slots.
+        service_certificate: Of the service where the image will be registered.
+        signing_key: Readers verify the signature with the certificate of this key.
 
     Raises:
-        NamingError: the account id or the architecture cannot stand in a manifest.
+        NamingError: The account id or the architecture is not valid in a manifest.
     """
     manifest = Manifest(
         version=VERSION,
-        bundler=_this_program(),
+        bundler=_own_bundler(),
         architecture=validate_architecture(architecture),
         name=sealed.prefix,
         user=validate_account_id(account_id),
@@ -298,10 +288,10 @@ def write_manifest(
 
 
 def signed_manifest(manifest: Manifest, signing_key: RSAPrivateKey) -> bytes:
-    """Return a manifest's bytes, of version 2007-10-10 whatever it was read from, with a new signature.
+    """Return the XML of a manifest with a new signature, in version 2007-10-10.
 
     Raises:
-        UnwritableValueError: it says something that cannot be written without escaping.
+        UnwritableValueError: A value cannot be written without escaping.
     """
     unsigned = (
         "<?xml version='1.0'?><manifest>"
@@ -313,7 +303,7 @@ def signed_manifest(manifest: Manifest, signing_key: RSAPrivateKey) -> bytes:
     return unsigned + f"<signature>{sign(unsigned, signing_key).hex()}</signature></manifest>".encode("ascii")
 
 
-def _this_program() -> Bundler:
+def _own_bundler() -> Bundler:
     major, minor, *rest = version("thrave").split(".")
     return Bundler("thrave", f"{major}.{minor}", ".".join(rest) or "0")
 
@@ -372,9 +362,11 @@ def _list(tag: str, elements: Iterable[str]) -> str:
 
 
 def _text(tag: str, text: str) -> str:
-    """An element with somebody's words in it."""
+    """Return an element whose text comes from outside."""
     if not text.isprintable() or _MARKUP & set(text):
-        raise UnwritableValueError(f"the {tag} {text[:80]!a} cannot stand in a manifest that every verifier accepts")
+        raise UnwritableValueError(
+            f"the {tag} {text[:80]!a} cannot be written to a manifest that every verifier accepts"
+        )
     return _element(tag, text)
 
 

@@ -1,17 +1,9 @@
-"""What of a manifest is signed, and whether the signature holds.
+"""The XML of a manifest: parses it into flat fields, and signs and verifies it. Nothing in it is trusted.
 
-RSASSA-PKCS1-v1_5 with SHA-1 over two slices of the raw bytes, tags included, nothing between: the first
-``<machine_configuration>…</machine_configuration>`` and the first ``<image>…</image>`` (ec2-ami-tools 1.3 to 1.5.3,
-Walrus, euca2ools; version 3 signs the second alone). A certificate is a wrapped public key here: as with every known
-verifier its dates and issuer are not asked.
-
-Turns a manifest's XML into flat fields, trusting nothing in it.
-
-Expat does the parsing. Declarations of documents and entities are refused before they can do anything; nesting, the
-numbers of elements and attributes, and the length of texts have limits; elements and attributes that no bundler writes
-are skipped and not kept, so that a manifest costs no more memory than a few times its bytes. An element that occurs
-twice is refused. The two signed elements must lie exactly where the signature's slices lie, so that nobody can show the
-verifier one image and the reader another. What the fields mean is decided in ``reading.py``.
+The signature is RSASSA-PKCS1-v1_5 with SHA-1 over two slices of the raw bytes, tags included, without a separator: the
+first ``<machine_configuration>…</machine_configuration>`` and the first ``<image>…</image>`` (ec2-ami-tools 1.3 to
+1.5.3, Walrus, euca2ools; version 3 signs only the second). Of a certificate only the public key is used: like every
+known verifier, this one ignores dates and issuer. The meaning of the fields is in `thrave.bundle.manifest`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,43 +21,43 @@ from thrave.bundle.errors import ManifestError, SignatureError
 
 
 class Slice(NamedTuple):
-    """A stretch of the manifest's bytes: offsets of its first byte and of its closing tag."""
+    """A section of the manifest: offsets of its first byte and of its closing tag."""
 
     start: int
     closing_tag: int
 
 
 def find_slice(xml: bytes, tag: str) -> Slice | None:
-    """Return where the first ``<tag>`` in the text begins and the first ``</tag>`` after it closes it."""
+    """Return where the first ``<tag>`` in the bytes begins, and the first ``</tag>`` after it."""
     start = xml.find(f"<{tag}>".encode())
     closing_tag = xml.find(f"</{tag}>".encode(), start)
     return Slice(start, closing_tag) if 0 <= start < closing_tag else None
 
 
 def signed_bytes(xml: bytes) -> bytes:
-    """Return what the signature of a manifest is made over."""
+    """Return the bytes that the signature of a manifest covers."""
     return b"".join(_cut(xml, tag) for tag in ("machine_configuration", "image"))
 
 
 def sign(xml: bytes, signing_key: RSAPrivateKey) -> bytes:
-    """Return the signature for a manifest's bytes, of which the part after the image may still be missing."""
-    return signing_key.sign(signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - the format knows no other
+    """Return the signature of a manifest; its bytes after the image may still be missing."""
+    return signing_key.sign(signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - required by the format
 
 
 def is_signed_with(xml: bytes, signature: bytes, key: RSAPublicKey) -> bool:
-    """Whether a manifest's signature was made with this key's private half over these bytes."""
+    """Whether the signature of these bytes was made with the private half of this key."""
     try:
-        key.verify(signature, signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - the format knows no other
+        key.verify(signature, signed_bytes(xml), PKCS1v15(), SHA1())  # noqa: S303 - required by the format
     except InvalidSignature:
         return False
     return True
 
 
 def verify_signature(xml: bytes, signature: bytes, certificate: Certificate) -> None:
-    """Check a manifest's signature.
+    """Verify the signature of a manifest.
 
     Raises:
-        SignatureError: it is missing, or was not made with the certificate's key over these bytes.
+        SignatureError: It is missing, or was not made with the key of the certificate over these bytes.
     """
     if not signature:
         raise SignatureError("the manifest is not signed, but a signer's certificate was given")
@@ -74,10 +66,10 @@ def verify_signature(xml: bytes, signature: bytes, certificate: Certificate) -> 
 
 
 def rsa_key(certificate: Certificate) -> RSAPublicKey:
-    """Return the certificate's public key.
+    """Return the public key of the certificate.
 
     Raises:
-        ValueError: it is not an RSA key; the format knows no other.
+        ValueError: Not an RSA key, which the format requires.
     """
     key = certificate.public_key()
     if not isinstance(key, RSAPublicKey):
@@ -91,7 +83,7 @@ def _cut(xml: bytes, tag: str) -> bytes:
 
 
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
-"""Eucalyptus 4.4 takes 5 MiB, which is the parts of 370 GiB; this is enough for those of 2 TiB."""
+"""Maximum size of a manifest, enough for 2 TiB. Eucalyptus 4.4 accepts 5 MiB, enough for 370 GiB."""
 
 
 _MAX_DEPTH = 8
@@ -101,7 +93,7 @@ _MAX_MARKUP = 64 * 1024
 """Bytes from one ``<`` to the next: no tag and no text of a known bundler is longer than the 4 KiB of a hex key."""
 
 
-_MAX_ATTRIBUTES = 16  # of one element; a known one has one
+_MAX_ATTRIBUTES = 16  # of one element; known elements have at most one
 
 
 _MAX_UNKNOWN = 1000  # elements
@@ -120,14 +112,14 @@ _LEAVES = frozenset({
     "image/name", "image/user", "image/type", "image/kernel_name", "image/digest", "image/size", "image/bundled_size",
     "image/ec2_encrypted_key", "image/user_encrypted_key", "image/ec2_encrypted_iv", "image/user_encrypted_iv",
 })  # fmt: skip
-"""Elements that may occur once and have a text."""
+"""Elements that may occur once and contain text."""
 
 
 _BRANCHES = frozenset({
     "", "bundler", "machine_configuration", "machine_configuration/block_device_mapping",
     "machine_configuration/product_codes", "image", "image/ancestry", "image/parts",
 })  # fmt: skip
-"""Elements that may occur once and have elements; the root's path is empty."""
+"""Elements that may occur once and contain elements; the path of the root is empty."""
 
 
 _PART = "image/parts/part"
@@ -137,11 +129,11 @@ _ROWS: Mapping[str, Sequence[str]] = {
     "machine_configuration/block_device_mapping/mapping": ("virtual", "device"),
     _PART: ("@index", "filename", "digest", "digest@algorithm"),
 }
-"""Elements that may be repeated: their columns, which are elements in them, or attributes (``@``) of those."""
+"""Elements that may be repeated, with their columns: child elements, or attributes (``@``) of those."""
 
 
 _LISTS = frozenset({"machine_configuration/product_codes/product_code", "image/ancestry/ancestor_ami_id"})
-"""Elements that may be repeated and have a text."""
+"""Elements that may be repeated and contain text."""
 
 
 _ATTRIBUTES = frozenset({
@@ -153,8 +145,8 @@ _ATTRIBUTES = frozenset({
 _KNOWN = _LEAVES | _BRANCHES | _LISTS | _ROWS.keys() | {f"{path}/{tag}" for path in _ROWS for tag in _ROWS[path]}
 
 
-# Expat's codes for a document that ends where more must follow.
-_CUT_OFF = frozenset(
+# Expat's error codes for a truncated document.
+_TRUNCATED = frozenset(
     expat.errors.codes[text]
     for text in (
         expat.errors.XML_ERROR_NO_ELEMENTS,
@@ -171,13 +163,13 @@ Row = tuple[str, ...]
 
 @dataclass
 class Fields:
-    """A manifest's text by path below ``<manifest>``, ``image/size`` for instance.
+    """The text of a manifest by path below ``<manifest>``, such as ``image/size``.
 
     Attributes:
-        text: of elements that may occur once, stripped.
-        attributes: of the same, by ``path@name``.
-        lists: of elements that may be repeated.
-        rows: of the repeated elements that have elements themselves.
+        text: Of elements that may occur once, stripped.
+        attributes: Of the same elements, by ``path@name``.
+        lists: Of elements that may be repeated.
+        rows: Of repeated elements with child elements.
     """
 
     text: dict[str, str] = field(default_factory=dict)
@@ -187,11 +179,15 @@ class Fields:
 
 
 def read_fields(xml: bytes) -> Fields:
-    """Return what a manifest says.
+    """Parse a manifest with Expat into fields.
+
+    Unknown elements and attributes are skipped, so that a manifest needs only a few times its size in memory. The two
+    signed elements must be exactly at the slices that the signature covers, so that the verifier and the reader use
+    the same image.
 
     Raises:
-        ManifestError: it is too large, no XML, no manifest, truncated, declares a document type, repeats an element,
-            exceeds a limit, or hides what is signed.
+        ManifestError: Too large, not XML, not a manifest, truncated, with a document type or a repeated element, beyond
+            a limit, or with signed elements at another position.
     """
     if len(xml) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"the manifest has {len(xml)} bytes, more than {MAX_MANIFEST_BYTES}")
@@ -201,17 +197,17 @@ def read_fields(xml: bytes) -> Fields:
         reader.parse()
     except expat.ExpatError as error:
         raise _parse_error(error, xml) from None
-    except (LookupError, ValueError) as error:  # from the codec that its XML declaration names
+    except (LookupError, ValueError) as error:  # of the codec that the XML declaration names
         raise ManifestError(f"the manifest declares an encoding that cannot be read: {str(error)!a}") from None
     return reader.fields
 
 
 def _check_markup(xml: bytes) -> None:
-    """Refuse long tags and texts before Expat makes objects of them.
+    """Refuse long tags and texts before Expat creates objects for them.
 
-    Attribute values hold no ``<``, so a tag ends before the next one.
+    Attribute values contain no ``<``, so a tag ends before the next one.
     """
-    if b"\0" in xml:  # in UTF-16, too, in which the signed elements could not be found
+    if b"\0" in xml:  # also in UTF-16, where the signed elements could not be found
         raise ManifestError("the manifest is not well-formed XML in an encoding of single bytes or UTF-8: it has NULs")
     at = 0
     while len(xml) - at > _MAX_MARKUP:
@@ -222,13 +218,13 @@ def _check_markup(xml: bytes) -> None:
 
 def _parse_error(error: expat.ExpatError, xml: bytes) -> ManifestError:
     if not xml.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        what = (
-            f"this is no manifest: its {len(xml)} bytes are not XML"
+        message = (
+            f"this is not a manifest: its {len(xml)} bytes are not XML"
             if xml
             else "the manifest is truncated: it is empty"
         )
-        return ManifestError(what)
-    if error.code in _CUT_OFF and not xml.rstrip().endswith(b"</manifest>"):
+        return ManifestError(message)
+    if error.code in _TRUNCATED and not xml.rstrip().endswith(b"</manifest>"):
         return ManifestError(f"the manifest is truncated: it ends after {len(xml)} bytes without </manifest>")
     return ManifestError(f"the manifest is not well-formed XML: {error}")
 
@@ -258,11 +254,11 @@ class _Reader:
         self._parser.Parse(self._xml, True)  # noqa: FBT003 - expat's own signature
         for tag, where in self._slices.items():
             if where is not None and tag not in self._seen:
-                raise ManifestError(f"the text <{tag}> stands in the manifest, but not as its element")
+                raise ManifestError(f"the text <{tag}> is in the manifest, but not as its element")
 
     @staticmethod
     def _refuse_doctype(*_: object) -> None:
-        raise ManifestError("the manifest declares a document type, which none does")
+        raise ManifestError("the manifest declares a document type, which is not allowed")
 
     def _add_text(self, text: str) -> None:
         self._text_length += len(text)
@@ -303,10 +299,10 @@ class _Reader:
             tag = ""
         elif self._path[-1] in _ROWS:
             if tag in self._row:
-                raise ManifestError(f"<{tag}> stands twice in one element of the manifest")
+                raise ManifestError(f"<{tag}> occurs twice in one element of the manifest")
         elif path not in _LISTS:
             if path in self._seen:
-                raise ManifestError(f"<{path}> stands twice in the manifest")
+                raise ManifestError(f"<{path}> occurs twice in the manifest")
             self._seen.add(path)
             self._keep_attributes(self.fields.attributes, path, attributes, _ATTRIBUTES)
             return
@@ -338,7 +334,7 @@ class _Reader:
                 if column not in self._row and column != "digest@algorithm":
                     raise ManifestError(f"a <{path}> in the manifest has no <{column.lstrip('@')}>")
             self.fields.rows.setdefault(path, []).append(tuple(self._row.get(column, "") for column in _ROWS[path]))
-            if path != _PART:  # as many as a manifest has room for
+            if path != _PART:  # the number of parts is limited by the size of the manifest
                 self._count_listed(path, len(self.fields.rows[path]))
         elif self._path and self._path[-1] in _ROWS:
             self._row[tag] = self._whole_text()

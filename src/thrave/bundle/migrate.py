@@ -1,9 +1,8 @@
-"""Makes a bundle out to another service: new slots, a new signature, and not one part touched.
+"""Encrypts the key of a bundle for another service: new slots and a new signature; the parts stay unchanged.
 
-The parts stay under the key that they were enciphered with, so whoever could open the bundle before still can, if they
-kept the old manifest. What ec2-migrate-manifest of ec2-ami-tools 1.5.3 does is kept: nothing is signed again whose
-signature did not hold, and the manifest is written anew as version 2007-10-10. That one leaves the slots alone, which
-served EC2's regions, as they shared a key; two services do not.
+The parts remain encrypted with the same key, so earlier readers who kept the old manifest can still open the bundle.
+As ec2-migrate-manifest of ec2-ami-tools 1.5.3 does, this signs nothing whose old signature was wrong, and writes
+version 2007-10-10. That program keeps the slots, since the regions of EC2 shared a key; two services do not.
 """
 
 from dataclasses import dataclass, replace
@@ -21,14 +20,14 @@ from thrave.bundle.verifier import Trust, verify_manifest
 
 @dataclass(frozen=True)
 class NewReaders:
-    """Who a bundle is made out to, and what is called otherwise there; None leaves it as it is.
+    """Who can open a bundle after the migration, and ids that change. None keeps a value.
 
     Attributes:
-        service: certificate of the service that the image will be registered with.
-        user: of the account.
-        account_id: whose bundle it is then, 12 digits.
-        kernel_id: the new service's ``aki-…`` in place of the old one's; empty takes it out.
-        ramdisk_id: likewise ``ari-…``.
+        service: Certificate of the service where the image will be registered.
+        user: Certificate of the account.
+        account_id: New owner, 12 digits.
+        kernel_id: ``aki-…`` of the new service; empty removes the id.
+        ramdisk_id: ``ari-…`` of the new service; empty removes the id.
     """
 
     service: Certificate
@@ -40,7 +39,7 @@ class NewReaders:
 
 @dataclass(frozen=True)
 class Signers:
-    """Who vouches for it: the manifest's key, which also vouches for the side file's."""
+    """The keys that sign: the manifest's key also certifies the side file's."""
 
     manifest: RSAPrivateKey
     side_file: Ed25519PrivateKey
@@ -48,11 +47,11 @@ class Signers:
 
 @dataclass(frozen=True)
 class MigratedBundle:
-    """A bundle's new documents.
+    """The new documents of a bundle.
 
     Attributes:
-        manifest: its XML.
-        side_file: None where there was none: the parts would have to be read for it.
+        manifest: Its XML.
+        side_file: None if the bundle had none, since a new one would require reading the parts.
     """
 
     manifest: bytes
@@ -68,31 +67,31 @@ def migrate(
     readers: NewReaders,
     signers: Signers,
 ) -> MigratedBundle:
-    """Return the documents that make a bundle out to other readers.
+    """Return a manifest and side file with which other readers can open a bundle.
 
     Args:
-        manifest: its XML.
-        side_file: the side file where there is one; it is insisted on.
-        private_key: opens the bundle now, the user's or the old service's.
-        certificate: of who signed it; without that signature nobody may be led to trust the new one.
-        readers: who can open it afterwards.
-        signers: who signs it now.
+        manifest: Its XML.
+        side_file: The side file, if the bundle has one. It must then be correct.
+        private_key: Of the user or the old service; decrypts the present slots.
+        certificate: Of the signer. The old signature must be correct: the new one would hide a forged manifest.
+        readers: Who can open the bundle afterwards.
+        signers: Keys for the new signatures.
 
     Raises:
-        DamagedError: a signature does not hold.
-        UnwritableValueError: the manifest says something that cannot be written anew, an unusual name for instance.
-        WrongKeyError: the key opens neither slot.
-        NamingError: the account id is none.
+        DamagedError: A signature is wrong.
+        UnwritableValueError: The manifest has a value that cannot be written, an unusual name for instance.
+        WrongKeyError: The key decrypts neither slot.
+        NamingError: The account id is not valid.
     """
     verified = verify_manifest(manifest, side_file, Trust(certificate))
-    xml = signed_manifest(_made_out(verified.manifest, private_key, readers), signers.manifest)
+    xml = signed_manifest(_with_new_readers(verified.manifest, private_key, readers), signers.manifest)
     if verified.side is None:
         return MigratedBundle(xml, None)
     side = sign_digests(verified.side.parts, xml, side_key=signers.side_file, signing_key=signers.manifest)
     return MigratedBundle(xml, side)
 
 
-def _made_out(manifest: Manifest, private_key: RSAPrivateKey, readers: NewReaders) -> Manifest:
+def _with_new_readers(manifest: Manifest, private_key: RSAPrivateKey, readers: NewReaders) -> Manifest:
     bundle_key = decrypt_key((manifest.user_slot, manifest.ec2_slot), private_key)
     ec2_slot = encrypt_key(bundle_key, rsa_key(readers.service))
     user_slot = manifest.user_slot if readers.user is None else encrypt_key(bundle_key, rsa_key(readers.user))

@@ -1,19 +1,9 @@
-"""The map of a sparse tar member: which bytes of the file the archive holds, in whatever format that is written.
+"""Reads the one member of a bundle's tar stream: the offset of each byte in the image.
 
-Each extent is checked when it is read, so a map that is wrong is refused at the first wrong entry.
-
-PAX headers of a bundle's tar member (POSIX.1-2017, pax): what they say about sizes and holes, nothing else.
-
-Members with holes are read in the three formats that GNU tar writes (GNU tar manual, "Sparse Formats"; bsdtar writes
-the last): 0.0, a record for each number; 0.1, one record with all numbers; 1.0, decimal numbers on lines in front of
-the data.
-
-Reads the one member of a bundle's tar stream: where each byte of the image belongs.
-
-A reader of its own, since the stream comes in pieces, may hold terabytes, and is a stranger's: plain, old-GNU sparse
-and PAX sparse members with GNU, POSIX or no magic, after long-name or PAX headers if a tool wrote them, with or without
-padding. The member's name, mode and owner are never looked at, nothing is ever extracted by name, and the map of a
-sparse member is checked whole before the first byte of data is handed on.
+The stream arrives in pieces, may have terabytes and is not trusted, so no library reads it. Accepted are plain, old-GNU
+sparse and PAX sparse members (formats 0.0, 0.1 and 1.0 of the GNU tar manual, "Sparse Formats") with GNU, POSIX or no
+magic, with or without long-name or PAX headers and padding. Name, mode and owner are ignored; nothing is extracted by
+name. The map of a sparse member is checked completely before any data is passed on.
 """
 
 import re
@@ -29,22 +19,22 @@ from thrave.bundle.gzip_stream import PieceReader
 from thrave.bundle.tar_writer import BLOCK, MAP_IN_BLOCK, MAP_IN_HEADER
 
 MAX_MAP_EXTENTS = 1 << 22
-"""In memory they have 16 bytes each. An image of 10 GiB, the most that ec2-ami-tools takes, can have 1.3 million."""
+"""Each needs 16 bytes of memory. An image of 10 GiB, the maximum of ec2-ami-tools, can have 1.3 million."""
 
 
 _MAX_EMPTY = 16  # GNU tar and bsdtar write one, at the end of the file
 
 
 class SparseMap:
-    """Extents of data in ascending order.
+    """The map of a sparse member: extents of data in ascending order. Each is checked as it is read.
 
     Args:
-        size: Bytes of the file, holes included.
+        size: Bytes of the file, including holes.
 
     Attributes:
         size: The same.
         data_size: Bytes of all extents together.
-        entries: Extents that were read, empty ones included.
+        entries: Extents that were read, including empty ones.
     """
 
     def __init__(self, size: int) -> None:
@@ -56,19 +46,16 @@ class SparseMap:
         self._empty = 0
 
     def extend(self, numbers: Iterable[int]) -> None:
-        """Add extents, given as offset and length by turns, in bytes.
-
-        An empty extent is not kept.
+        """Add extents, given as alternating offsets and lengths in bytes. Empty extents are not stored.
 
         Raises:
-            ContentError: One overlaps or precedes the one before it, or ends beyond the file; a length is not a whole
-                number of blocks, though the file does not end there; there are too many extents, or too many empty
-                ones.
+            ContentError: An extent overlaps or precedes the one before, or ends beyond the file. A length is not whole
+                blocks, although the file does not end there. There are too many extents, or empty extents.
         """
-        turns = iter(numbers)
-        for offset, length in zip(turns, turns, strict=True):
+        pairs = iter(numbers)
+        for offset, length in zip(pairs, pairs, strict=True):
             end = offset + length
-            # GNU tar begins each extent on a block of its own, other readers do not: only the file's end may be odd.
+            # GNU tar starts each extent at a new block, other readers do not: only the file may end inside a block.
             if offset < self._end or end > self.size or (length % BLOCK and end != self.size):
                 raise ContentError(f"the tar member's map is wrong at offset {offset}")
             self.entries += 1
@@ -89,10 +76,10 @@ class SparseMap:
 
 
 MAX_PAX_BYTES = 16 * 1024 * 1024
-"""Of an extended header: room for a map of 280,000 extents in format 0.0 and of some 900,000 in format 0.1."""
+"""Maximum size of a PAX header: a map of 280,000 extents in format 0.0, or about 900,000 in format 0.1."""
 
 
-_MAX_RECORDS = 1000  # besides those of a map; a program writes a dozen
+_MAX_RECORDS = 1000  # without those of a map; programs write about a dozen
 
 
 _LENGTH = re.compile(rb"([0-9]{1,8}) ")
@@ -109,12 +96,12 @@ _MAX_DIGITS = 18
 
 @dataclass
 class PaxHeader:
-    """What counts of a member's records.
+    """The PAX records of a member that matter here.
 
     Attributes:
-        stored: Bytes that the member has in the archive, if a record says so.
-        sparse_map: Of a member with holes. In format 1.0 it is empty, until `read_map` has read it.
-        map_follows: Whether the map stands in front of the member's data (format 1.0).
+        stored: Bytes of the member in the archive, if a record states them.
+        sparse_map: Of a member with holes. In format 1.0 it is empty until `read_map` fills it.
+        map_follows: Whether the map precedes the data of the member (format 1.0).
     """
 
     stored: int | None = None
@@ -123,29 +110,29 @@ class PaxHeader:
 
 
 def read_pax(records: bytes) -> PaxHeader:
-    """Read the records of an extended header.
+    """Parse the records of a PAX header.
 
     Raises:
-        ContentError: They are damaged or too many, or of a sparse member in an unknown format.
+        ContentError: They are damaged or too many, or describe a sparse member in an unknown format.
     """
     reader = _Records()
     for key, value in _split(memoryview(records)):
-        reader.take(key, value)
+        reader.add(key, value)
     return reader.header()
 
 
 def read_map(stream: PieceReader, sparse_map: SparseMap) -> int:
-    """Read the map that stands in front of a sparse member's data.
+    """Read the map that precedes the data of a sparse member (format 1.0).
 
     Args:
         stream: At the beginning of the member's data.
-        sparse_map: Gets the extents.
+        sparse_map: Receives the extents.
 
     Returns:
-        Bytes that the map has in the archive, a whole number of blocks.
+        Bytes of the map in the archive, a whole number of blocks.
 
     Raises:
-        ContentError: It is no map, or has more than `MAX_MAP_EXTENTS` extents.
+        ContentError: Not a map, or more than `MAX_MAP_EXTENTS` extents.
     """
     lines = _Lines(stream)
     numbers = iter(lines)
@@ -157,7 +144,7 @@ def read_map(stream: PieceReader, sparse_map: SparseMap) -> int:
 
 
 class _Records:
-    """Collects the records that matter, and none of the others."""
+    """Collects the records that matter; ignores the others."""
 
     def __init__(self) -> None:
         self._small: dict[bytes, bytes] = {}
@@ -166,19 +153,19 @@ class _Records:
         self._offset: int | None = None
         self._has_text_map = False
 
-    def take(self, key: bytes, value: memoryview) -> None:
+    def add(self, key: bytes, value: memoryview) -> None:
         if key == b"GNU.sparse.offset" and self._offset is None:
             self._offset = _decimal(bytes(value[: _MAX_DIGITS + 1]))
         elif key == b"GNU.sparse.numbytes" and self._offset is not None:
-            self._begun_map().extend((self._offset, _decimal(bytes(value[: _MAX_DIGITS + 1]))))
+            self._started_map().extend((self._offset, _decimal(bytes(value[: _MAX_DIGITS + 1]))))
             self._offset = None
         elif key == b"GNU.sparse.map" and not self._has_text_map:
             self._has_text_map = True
-            self._begun_map().extend(_pairs(value))
+            self._started_map().extend(_pairs(value))
         elif key in {b"GNU.sparse.offset", b"GNU.sparse.numbytes", b"GNU.sparse.map"}:
             raise ContentError("the map in a PAX header is damaged")
         else:
-            self._take_small(key, value)
+            self._add_small(key, value)
 
     def header(self) -> PaxHeader:
         size = self._small.get(b"size")
@@ -192,20 +179,20 @@ class _Records:
         else:
             return PaxHeader(stored)
         if not known:
-            raise ContentError("a PAX sparse member of another version than 0.0, 0.1 and 1.0")
+            raise ContentError("a PAX sparse member of an unknown format; known are 0.0, 0.1 and 1.0")
         if self._map is not None:
             return PaxHeader(stored, self._map)
         return PaxHeader(stored, SparseMap(_decimal(self._small.get(b"GNU.sparse.realsize", b""))), map_follows=True)
 
-    def _take_small(self, key: bytes, value: memoryview) -> None:
+    def _add_small(self, key: bytes, value: memoryview) -> None:
         self._others += 1
         if self._others > _MAX_RECORDS:
             raise ContentError(f"a PAX header of more than {_MAX_RECORDS} records")
         if key == b"size" or key.startswith(b"GNU.sparse."):
             self._small[key] = bytes(value[:100])
 
-    def _begun_map(self) -> SparseMap:
-        """Return the map; GNU tar, the one program that writes formats 0.0 and 0.1, states the size before it."""
+    def _started_map(self) -> SparseMap:
+        """Return the map. GNU tar, the only program that writes formats 0.0 and 0.1, writes the size before the map."""
         if self._map is None:
             self._map = SparseMap(_decimal(self._small.get(b"GNU.sparse.size", b"")))
         return self._map
@@ -217,7 +204,7 @@ class _Records:
 
 
 class _Lines:
-    """Decimal numbers on lines of their own, in whole blocks.
+    """Decimal numbers, one per line, in whole blocks.
 
     Attributes:
         size: Bytes of the blocks that were read.
@@ -228,9 +215,9 @@ class _Lines:
         self.size = 0
 
     def __iter__(self) -> Iterator[int]:
-        begun = b""
-        while len(begun) <= _MAX_DIGITS:
-            *lines, begun = (begun + self._stream.read_exactly(BLOCK)).split(b"\n")
+        incomplete = b""
+        while len(incomplete) <= _MAX_DIGITS:
+            *lines, incomplete = (incomplete + self._stream.read_exactly(BLOCK)).split(b"\n")
             self.size += BLOCK
             for line in lines:
                 yield _decimal(line)
@@ -264,7 +251,7 @@ def _pairs(value: memoryview) -> Iterator[int]:
 
 def _decimal(value: bytes) -> int:
     if not value.isdigit() or len(value) > _MAX_DIGITS:
-        raise ContentError("a size in a PAX header or map is no number")
+        raise ContentError("a size in a PAX header or map is not a number")
     return int(value)
 
 
@@ -287,42 +274,40 @@ _FIELDS_IN_BLOCK = struct.Struct("12s" * 2 * MAP_IN_BLOCK)
 
 
 class ImageRun(NamedTuple):
-    """Bytes of the image and where they belong."""
+    """Bytes of the image and their offset."""
 
     offset: int
     data: memoryview
 
 
 def image_runs(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[ImageRun]:
-    """Yield the data of the image in ascending order; what is never mentioned is a hole.
-
-    The stream is consumed to its end.
+    """Yield the data of the image in ascending order; all other bytes are holes. Consumes the whole stream.
 
     Args:
-        pieces: the tar stream.
-        size: bytes of the image as the manifest says.
+        pieces: The tar stream.
+        size: Bytes of the image according to the manifest.
 
     Raises:
-        ContentError: it is no tar with one regular member of that size, or its map is wrong.
+        ContentError: Not a tar stream with one regular member of that size, or the map is wrong.
     """
     stream = PieceReader(pieces, "tar stream")
     header, records = _member_header(stream)
     stored = _number(header[124:136]) if records.stored is None else records.stored
     sparse_map = _sparse_map(stream, header, records, stored)
-    real = stored if sparse_map is None else sparse_map.size
-    if real != size:
-        raise ContentError(f"the image in the tar stream has {real} bytes, the manifest says {size}")
+    real_size = stored if sparse_map is None else sparse_map.size
+    if real_size != size:
+        raise ContentError(f"the image in the tar stream has {real_size} bytes; the manifest states {size}")
     for offset, length in [(0, size)] if sparse_map is None else sparse_map:
         yield from _run(stream, offset, length)
     _expect_end(stream, -stored % BLOCK)
 
 
 def _member_header(stream: PieceReader) -> tuple[bytes, PaxHeader]:
-    """Return the header of the first real member, and what PAX records say of it."""
+    """Return the header of the first regular member, and its PAX records."""
     records = PaxHeader()
     for _ in range(8):
         header = stream.read_exactly(BLOCK)
-        _check_sum(header)
+        _check_checksum(header)
         kind = header[156:157]
         if kind in _REGULAR or (kind == b"S" and header[257:265] == _GNU_MAGIC):
             return header, records
@@ -340,23 +325,23 @@ def _member_header(stream: PieceReader) -> tuple[bytes, PaxHeader]:
     raise ContentError("the tar stream has too many extended headers")
 
 
-def _check_sum(header: bytes) -> None:
+def _check_checksum(header: bytes) -> None:
     expected = _number(header[148:156])
     if expected != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
-        raise ContentError("what was deciphered and inflated is no tar stream (header checksum)")
+        raise ContentError("the decompressed data is not a tar stream (header checksum)")
 
 
 def _number(field: bytes) -> int:
-    """Return an octal or base-256 field as tar writes them."""
+    """Parse an octal or base-256 field."""
     if field[0] == 0x80:
         value = int.from_bytes(field[1:], "big")
     else:
         digits = field.strip(b" \0") or b"0"
         if not digits.isdigit() or b"8" in digits or b"9" in digits:
-            raise ContentError(f"{field!r} in the tar header is no number")
+            raise ContentError(f"{field!r} in the tar header is not a number")
         value = int(digits, 8)
     if value >= 1 << 63:
-        raise ContentError("a number in the tar header is absurd")
+        raise ContentError("a number in the tar header is too large")
     return value
 
 
@@ -364,10 +349,10 @@ def _sparse_map(stream: PieceReader, header: bytes, records: PaxHeader, stored: 
     """Return the map of a sparse member, None for a member without holes.
 
     Args:
-        stream: Behind the header; a map that follows is read from it.
-        header: The member's.
-        records: What its PAX header says.
-        stored: Bytes of the member in the archive, a map in front of its data included.
+        stream: After the header; a map before the data is read from it.
+        header: Of the member.
+        records: Its PAX records.
+        stored: Bytes of the member in the archive, including a map before the data.
     """
     sparse_map = records.sparse_map
     if header[156:157] == b"S":
@@ -378,12 +363,12 @@ def _sparse_map(stream: PieceReader, header: bytes, records: PaxHeader, stored: 
     elif records.map_follows:
         stored -= read_map(stream, sparse_map)
     if sparse_map.data_size != stored:
-        raise ContentError(f"the tar member's map speaks of {sparse_map.data_size} bytes, its header of {stored}")
+        raise ContentError(f"the tar member's map has {sparse_map.data_size} bytes of data, its header {stored}")
     return sparse_map
 
 
 def _gnu_map(stream: PieceReader, header: bytes) -> Iterator[int]:
-    """Yield the numbers of an old-GNU map; an entry that begins with NUL, and whatever follows it, is not in use."""
+    """Yield the numbers of an old-GNU map. An entry that begins with NUL ends it."""
     fields, more = _FIELDS_IN_HEADER.unpack_from(header, 386), header[482]
     while True:
         for offset, length in zip(fields[::2], fields[1::2], strict=True):
@@ -408,9 +393,9 @@ def _run(stream: PieceReader, offset: int, length: int) -> Iterator[ImageRun]:
 
 
 def _expect_end(stream: PieceReader, padding: int) -> None:
-    """Consume the rest, which is zeros: the last block's, the end of the archive, the padding of its record."""
+    """Consume the remaining zeros: of the last block, the end of the archive, and the padding of the record."""
     remaining = padding + _MAX_PADDING
     while piece := stream.read_some(remaining + 1):
         remaining -= len(piece)
         if remaining < 0 or any(piece):
-            raise ContentError("something follows the image in the tar stream")
+            raise ContentError("the tar stream has data after the image")

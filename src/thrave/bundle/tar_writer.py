@@ -1,22 +1,8 @@
-"""What is bundled: anything with a size, extents and bytes.
+"""Writes the tar stream of a bundle: one member, the image, as GNU tar 1.34 writes it.
 
-A volume of ``thrave.volumes`` fits this protocol without either room knowing the other. Nothing here reads data;
-it only looks at the extents with the distrust that a tar header needs.
-
-Reads an image's data in order, and has it say ahead of time what is read next.
-
-A kernel's own read-ahead guesses: over an image of many extents it reads the holes between them as well. Whoever reads
-by the map of a member knows better.
-
-The tar member that a bundle carries, as GNU tar 1.34 writes it.
-
-``tar -cS --owner=root:0 --group=root:0 --mode=0644 --mtime=@0`` is the model, byte for byte: a plain ustar member
-with GNU magic, or an old-GNU sparse one (type ``S``) where the image has holes, which is what ec2-ami-tools makes.
-This module knows the numbers and the blocks; it never reads an image.
-
-Reads an image as the tar stream that a bundle carries, into pooled buffers.
-
-The only place where sealing touches the volume. What is a hole costs nothing; nothing is kept between buffers.
+The model, byte for byte, is ``tar -cS --owner=root:0 --group=root:0 --mode=0644 --mtime=@0``: a plain ustar member with
+GNU magic, or an old-GNU sparse one (type ``S``) if the image has holes, which is what ec2-ami-tools makes. This is the
+only module of sealing that reads the image. Holes are not read; no data is kept between buffers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,29 +16,29 @@ SECTOR = 512
 
 
 MAX_EXTENTS = 1 << 20
-"""More than these are merged across their smallest holes: the map is all that sealing keeps in memory of an image."""
+"""Maximum number of extents. More are merged across their smallest holes, since the map is kept in memory."""
 
 
-def data_extents(image: Image, most: int = MAX_EXTENTS) -> list[Span]:
-    """Return the image's extents widened to whole sectors, merged where they touch, at most ``most`` of them.
+def data_extents(image: Image, max_extents: int = MAX_EXTENTS) -> list[Span]:
+    """Return at most `max_extents` extents of the image, extended to whole sectors and merged where they touch.
 
     A sparse tar member can only describe whole blocks, except at the end of the file.
 
     Raises:
-        ImageError: the image is empty, or its extents are unordered, overlap or leave it.
+        ImageError: The image is empty, or its extents are unordered, overlap or exceed its size.
     """
     if image.size <= 0:
         raise ImageError("the image is empty")
     extents = image.extents()
     grain = SECTOR
-    found = list(_merged(extents, image.size, grain))
-    while len(found) > most:
+    found = list(_merge(extents, image.size, grain))
+    while len(found) > max_extents:
         grain *= 2
-        found = list(_merged(found, image.size, grain))
+        found = list(_merge(found, image.size, grain))
     return found
 
 
-def _merged(extents: Sequence[Span], size: int, grain: int) -> Iterator[Span]:
+def _merge(extents: Sequence[Span], size: int, grain: int) -> Iterator[Span]:
     start = end = last = 0
     for offset, length in extents:
         if offset < last or length <= 0 or offset + length > size:
@@ -68,37 +54,40 @@ def _merged(extents: Sequence[Span], size: int, grain: int) -> Iterator[Span]:
         yield start, end - start
 
 
-_WINDOW = 8 * 1024 * 1024  # bytes; keeps a disk busy while one piece is hashed
+_WINDOW = 8 * 1024 * 1024  # bytes that are announced ahead: keeps a disk busy while a piece is hashed
 
 
 _PIECE = 1024 * 1024
 
 
 class ReadAheadReader:
-    """Reads an image's extents from the first to the last; what stands before the first read is left out.
+    """Reads the extents of an image in order, and announces to the image which bytes are read next.
+
+    The read-ahead of a kernel guesses: in an image of many extents it also reads the holes between them. Bytes before
+    the first read are not announced.
 
     Args:
-        image: what is read.
-        extents: in the order in which they are read.
+        image: The image to read.
+        extents: In the order in which they are read.
     """
 
     def __init__(self, image: Image, extents: Iterable[Span]) -> None:
         self._image = image
         self._pieces = _pieces(extents)
-        self._ahead = 0  # bytes that were announced and not read yet
+        self._announced = 0  # bytes that were announced and not yet read
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer with what the image has from an offset on."""
-        self._ahead = max(0, self._ahead - len(buffer))
+        """Fill the buffer with the bytes of the image at an offset."""
+        self._announced = max(0, self._announced - len(buffer))
         self._announce(offset + len(buffer))
         self._image.read_into(offset, buffer)
 
     def _announce(self, end: int) -> None:
-        while self._ahead < _WINDOW and (piece := next(self._pieces, None)):
+        while self._announced < _WINDOW and (piece := next(self._pieces, None)):
             offset, length = piece
             if offset + length > end:
                 self._image.will_read(offset, length)
-                self._ahead += length
+                self._announced += length
 
 
 def _pieces(extents: Iterable[Span]) -> Iterator[Span]:
@@ -130,9 +119,9 @@ class TarMember:
     """One disk image as a tar member.
 
     Attributes:
-        name: the member's name.
-        size: bytes of the image, holes included.
-        extents: (offset, length) of the data in bytes, ascending, whole blocks but for the image's end.
+        name: Name of the member.
+        size: Bytes of the image, including holes.
+        extents: (offset, length) of the data in bytes, ascending; whole blocks except at the end of the image.
     """
 
     name: str
@@ -141,17 +130,17 @@ class TarMember:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the image has holes, and so needs a map."""
+        """Whether the image has holes, which need a map."""
         return len(self.extents) != 1 or tuple(self.extents[0]) != (0, self.size)
 
     @cached_property
     def data_size(self) -> int:
-        """Bytes of data in the archive, holes and padding not counted."""
+        """Bytes of data in the archive, without holes and padding."""
         return sum(length for _, length in self.extents)
 
     @property
     def length(self) -> int:
-        """Bytes of the whole archive, headers, padding and end included."""
+        """Bytes of the whole archive, including headers, padding and end."""
         end = self._header_size + self.data_size
         return -(-(_whole_blocks(end) + 2 * BLOCK) // RECORD) * RECORD
 
@@ -171,7 +160,7 @@ class TarMember:
         return BLOCK + _whole_blocks(len(self.name) + 1) if len(self.name) > _NAME_FIELD else 0
 
     def header(self) -> Iterator[bytes]:
-        """Yield everything that stands before the data, in blocks of 512 bytes."""
+        """Yield all blocks of 512 bytes before the data."""
         name = self.name.encode("ascii")
         if self._long_name_size:
             yield _header(b"././@LongLink", len(name) + 1, b"L")
@@ -182,7 +171,7 @@ class TarMember:
             yield _header(name[:_NAME_FIELD], self.size, b"0")
 
     def _sparse_header(self, name: bytes) -> Iterator[bytes]:
-        # GNU tar ends each map that it found by seeking with an empty extent at the end of the file.
+        # GNU tar ends a map that it found by seeking with an empty extent at the end of the file.
         entries = [*self.extents, (self.size, 0)]
         extended = bytes([len(entries) > MAP_IN_HEADER])
         sparse = _map(entries[:MAP_IN_HEADER]).ljust(24 * MAP_IN_HEADER, b"\0") + extended + _number(self.size)
@@ -201,7 +190,7 @@ def _map(entries: Sequence[Span]) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    """Return a 12 byte field: octal, or base-256 from 8 GiB on."""
+    """Return a 12-byte field: octal, or base-256 from 8 GiB."""
     if value < 8**11:
         return b"%011o\0" % value
     return b"\x80" + value.to_bytes(11, "big")
@@ -217,22 +206,22 @@ def _header(name: bytes, size: int, kind: bytes, sparse: bytes = b"") -> bytes:
 
 
 _Fill = Callable[[int, memoryview], None]
-"""Fills a buffer with a run's bytes from an offset within the run on."""
+"""Fills a buffer with the bytes at an offset within a section of the archive."""
 
 
 def tar_stream(
-    image: Image, member: TarMember, free: Callable[[], memoryview], start: int = 0
+    image: Image, member: TarMember, acquire: Callable[[], memoryview], start: int = 0
 ) -> Iterator[tuple[memoryview, int]]:
-    """Yield the archive in buffers, each full but the last, with the bytes that it holds.
+    """Yield buffers with the archive, and the number of bytes in each. All but the last are full.
 
     Args:
-        image: what the member's extents are read from.
-        member: its headers and map.
-        free: gives the next buffer to fill.
-        start: bytes of the archive to leave out at its beginning.
+        image: The image from which the extents are read.
+        member: Its headers and map.
+        acquire: Returns the next buffer to fill.
+        start: Bytes to skip at the beginning of the archive.
     """
-    buffer, filled = free(), 0
-    for fill, length in _runs(image, member):
+    buffer, filled = acquire(), 0
+    for fill, length in _sections(image, member):
         done = min(start, length)
         start -= done
         while done < length:
@@ -241,12 +230,12 @@ def tar_stream(
             done, filled = done + size, filled + size
             if filled == len(buffer):
                 yield buffer, filled
-                buffer, filled = free(), 0
+                buffer, filled = acquire(), 0
     if filled:
         yield buffer, filled
 
 
-def _runs(image: Image, member: TarMember) -> Iterator[tuple[_Fill, int]]:
+def _sections(image: Image, member: TarMember) -> Iterator[tuple[_Fill, int]]:
     for block in member.header():
         yield partial(_copy, block), len(block)
     reader = ReadAheadReader(image, member.extents)

@@ -72,11 +72,11 @@ def _check_stdout(image_format: str) -> None:
 def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> Iterator[ImageTarget]:
     """Write the format directly, without an intermediate raw file."""
     from thrave.bundle.errors import OutputError
-    from thrave.bundle.image_output import followed, new_file
+    from thrave.bundle.image_output import new_file, resolve_links
     from thrave.volumes.errors import VolumeUnwritableError
     from thrave.volumes.qemu_nbd import new_image
 
-    with new_file(followed(path), replace=replace) as file:
+    with new_file(resolve_links(path), replace=replace) as file:
         try:
             with new_image(file.name, image_format, size) as image:
                 yield image

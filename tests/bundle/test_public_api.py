@@ -1,0 +1,20 @@
+"""The public names of thrave.bundle, and the example in its docstring."""
+
+import textwrap
+
+from support.bundles.sample_bundles import MemoryImage, certificate, private_key
+from thrave import bundle
+
+
+def test_example_in_the_docstring_seals_and_opens_an_image(tmp_path):
+    example = textwrap.dedent(bundle.__doc__.partition("::\n")[2])
+    content = bytes(range(256)) * 1000
+    names = {
+        **{name: getattr(bundle, name) for name in bundle.__all__},
+        "image": MemoryImage(content),
+        "folder": tmp_path,
+        "certificate": certificate("user"),
+        "private_key": private_key("user"),
+    }
+    exec(example, names)
+    assert (tmp_path / "winami.img").read_bytes() == content
