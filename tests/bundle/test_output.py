@@ -19,7 +19,7 @@ KIB = 1024
 def kind(request, monkeypatch):
     """Both kinds of files; not every file system has those without a name."""
     if request.param == "named":
-        monkeypatch.setattr(image_output, "_unnamed_file", lambda _: None)
+        monkeypatch.setattr(image_output, "_create_unnamed", lambda _: None)
     return request.param
 
 
