@@ -63,7 +63,7 @@ def test_key_that_is_unsafe_on_disk_is_rejected_by_every_call(buckets, root, key
 @pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b", "a/b/c/d"), ("a/b/c", "a/b")])
 def test_key_that_is_the_folder_of_another_key_is_rejected(buckets, first, second):
     buckets.put(BUCKET, first, b"first")
-    with pytest.raises(InvalidArgument, match="cannot be stored beside"):
+    with pytest.raises(InvalidArgument, match="cannot be stored together"):
         buckets.put(BUCKET, second, b"second")
     assert [*buckets.list(BUCKET, "")] == [first]
     assert buckets.head(BUCKET, second) is None
