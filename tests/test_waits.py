@@ -11,16 +11,17 @@ POSITION_OF_TIMEOUT = {
 }  # fmt: skip
 TIMEOUTS = {"timeout", "within", "blocking"}
 
-CREW = "leaving the crew closes its channels and wakes whoever waits for a job"
+PIPELINE = "the end of the pipeline closes its queues and wakes each wait for a job"
 WITHOUT = {
     ("agent.py", "self._has_ended.wait()"): "the agent's main thread; signals end it",
     ("server.py", "agent.wait()"): "the same, and a thread that waits for nothing else",
-    ("pipeline.py", "self._unused.get()"): CREW,
-    ("pipeline.py", "self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)"): CREW,
-    ("pipeline.py", "self._changed.wait_for(lambda: self._closed or self._items)"): CREW,
-    ("pipeline.py", "self._job_ended.wait_for(lambda: job.is_done or self._stopped)"): CREW,
-    ("pipeline.py", "jobs.get()"): CREW,
-    ("pipeline.py", "channel.get()"): CREW,
+    ("pipeline.py", "self._unused.get()"): PIPELINE,
+    ("pipeline.py", "self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)"): PIPELINE,
+    ("pipeline.py", "self._changed.wait_for(lambda: self._closed or self._items)"): PIPELINE,
+    ("pipeline.py", "self._job_ended.wait_for(lambda: job.is_done or self._stopped)"): PIPELINE,
+    ("pipeline.py", "jobs.get()"): PIPELINE,
+    ("pipeline.py", "queue.get()"): PIPELINE,
+    ("pipeline.py", "self.acquire()"): PIPELINE,
     ("compute/timeouts.py", "_given_up.get()"): "a context variable",
     ("write_guard.py", "self._current.get()"): "a context variable",
     ("http_server.py", "_PEER.get()"): "a context variable",

@@ -42,7 +42,7 @@ COMMON = [
     "thrave.vault:Vault.open_or_create",
     "thrave.identity.certificates:ServiceIdentity.open",
 ]
-LISTENING = ["thrave.http_server:_listen", "thrave.server:create_app", "thrave.http_server:Listener.serve"]
+LISTENING = ["thrave.http_server:_listen", "thrave.server:create_app", "thrave.http_server:HttpServer.serve"]
 AGENT = [
     "thrave.tasks.hosts:HostRegistry.acquire_lease",
     "thrave.tasks.engine:TaskWorker.launch",
@@ -54,7 +54,7 @@ STEPS = {
         *LISTENING,
         *AGENT,
         "thrave.server:hold_data_directory",
-        "thrave.tasks.engine:Queues.__init__",
+        "thrave.tasks.engine:TaskQueue.__init__",
     ],
     "api": [*COMMON, *LISTENING],
     "agent": [*COMMON, *AGENT],
@@ -75,7 +75,7 @@ def start(command, data, environment):
     ("step", "when"),
     [
         *((step, "before") for step in STEPS["serve"]),
-        *((step, "after") for step in STEPS["serve"] if step != "thrave.http_server:Listener.serve"),
+        *((step, "after") for step in STEPS["serve"] if step != "thrave.http_server:HttpServer.serve"),
     ],
 )
 def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
@@ -87,7 +87,7 @@ def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-@pytest.mark.parametrize("step", ["thrave.components:migrate", "thrave.tasks.engine:Worker.launch"])
+@pytest.mark.parametrize("step", ["thrave.components:migrate", "thrave.tasks.engine:TaskWorker.launch"])
 def test_other_signals_end_serve_as_well(tmp_path, name, step):
     ended = start("serve", tmp_path / "data", {"STEP": step, "SIGNAL": name, "WHEN": "before"})
     assert (ended.returncode, "listening" in ended.stdout) == (0, False), ended.stderr

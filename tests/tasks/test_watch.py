@@ -244,7 +244,7 @@ def test_a_call_that_hangs_is_waited_for_until_the_work_is_stopped(bench):
         with bench.watch() as watch:
             call = Call("hangs", lambda: hangs.wait(60))
             bench.records.cancel(bench.bundle_id)
-            watch.wait_for(call)
+            watch.wait_for_result(call)
 
     with pytest.raises(TaskCancelled):
         work()

@@ -1,7 +1,7 @@
 """Monitors a step of a task while it runs: cancellation, stall, volume check, progress. Each has a thread of its own.
 
 A database that hangs, or progress that cannot be recorded, does not delay a stop. Work that waits calls `pause`; work
-that only another thread can stop is given to `watch`; a call that may hang is waited for with `wait_for`.
+that only another thread can stop is given to `watch`; a call that may hang is waited for with `wait_for_result`.
 """
 
 import threading
@@ -113,7 +113,7 @@ class TaskMonitor:
         if self._ended.is_set():  # the caller was abandoned when the step ended
             raise RightLostError(self._bundle_id)
 
-    def wait_for(self, call: Call[_Result]) -> _Result:
+    def wait_for_result(self, call: Call[_Result]) -> _Result:
         """Wait for a call that is part of the work, and return its result.
 
         Raises:

@@ -106,7 +106,7 @@ class VolumeReader:
     def _result_of(self, work: Callable[[], _Result]) -> _Result:
         call = Call("volume", work)
         try:
-            return self._monitor.wait_for(call)
+            return self._monitor.wait_for_result(call)
         except BaseException as error:
             if call.is_running:
                 self._abandon(call, error)

@@ -188,7 +188,7 @@ class BundleWorkflow:
         with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as monitor:
             self._merge_overlay(monitor)  # an earlier task may have left one
             root = self._context.driver.get(self._task.instance_id).root_volume
-            monitor.wait_for(Call("image", lambda: self._check_image(root)))
+            monitor.wait_for_result(Call("image", lambda: self._check_image(root)))
             self._power.record_power_state()
             if self._settings.sysprep_command:
                 self._power.run_sysprep(monitor, self._settings.sysprep_command)
@@ -210,7 +210,7 @@ class BundleWorkflow:
         if self._journal.documents() is not None:  # every part is stored
             return
         with self._state(BundleTaskState.BUNDLING) as monitor, self._hold_volume(monitor) as (instance, root):
-            monitor.wait_for(Call("image", lambda: self._check_image(root)))
+            monitor.wait_for_result(Call("image", lambda: self._check_image(root)))
             opening = partial(
                 open_volume,
                 root.path,
@@ -390,7 +390,7 @@ class BundleWorkflow:
 
     def _merge_overlay(self, monitor: TaskMonitor) -> None:
         # A hypervisor that hangs is abandoned. Housekeeping finds the overlay later, and continues.
-        monitor.wait_for(Call("merge", lambda: self._overlay.merge(monitor.pause)))
+        monitor.wait_for_result(Call("merge", lambda: self._overlay.merge(monitor.pause)))
 
     def _check_image(self, root: VolumeFile) -> None:
         """Refuse an image that is no whole disk by its own metadata, and a file that another machine writes to."""
