@@ -65,5 +65,5 @@ def test_without_the_setting_a_block_is_only_a_block():
 
 
 def test_every_step_of_the_table_is_somewhere_in_the_code():
-    named = [name for path in SOURCES for name in re.findall(r'durable\("([a-z ]+)"\)', path.read_text())]
+    named = [name for path in SOURCES for name in re.findall(r'failpoint\("([a-z ]+)"\)', path.read_text())]
     assert {*named} == {*FAILPOINTS} == {*get_args(Step)}
