@@ -57,11 +57,11 @@ class MemoryInstances:
         self._instances = {instance.instance_id: instance for instance in instances}
 
     def list(
-        self, account_id: str | None = None, *, belongs: Callable[[Instance], bool] | None = None
+        self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
         """See Inventory."""
         mine = [one for one in self._instances.values() if account_id in {None, one.account_id}]
-        return [one for one in mine if belongs is None or belongs(one)]
+        return [one for one in mine if include is None or include(one)]
 
     def get(self, instance_id: str) -> Instance:
         """See Inventory."""
