@@ -51,9 +51,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in slow))
 
 
+# One for each process: it delivers the events of all libvirt connections.
+ENDLESS_THREADS = {"libvirt events"}
+
+
 def background_threads():
-    """The running threads that were started in `thrave.concurrency`."""
-    return {thread for thread in threading.enumerate() if getattr(thread, "_target", None) is concurrency._run}
+    """The running threads that were started in `thrave.concurrency`, and that end before the process does."""
+    return {
+        thread
+        for thread in threading.enumerate()
+        if getattr(thread, "_target", None) is concurrency._run and thread.name not in ENDLESS_THREADS
+    }
 
 
 @pytest.fixture(autouse=True)
