@@ -64,7 +64,7 @@ def test_the_instance_is_off_while_it_is_bundled_and_cannot_be_started(thrave_se
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
     eventually(lambda: bucket_files(thrave_server), interval=0.005)
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED
-    with pytest.raises(Exception, match="held"):
+    with pytest.raises(Exception, match="is locked"):
         thrave_server.instances.start(instance.instance_id)
     await_task(ec2, bundle_id, "complete")
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
