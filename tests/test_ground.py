@@ -217,7 +217,7 @@ def test_other_service_identity_is_refused(begun, tmp_path, names):
 
 
 @pytest.mark.parametrize(("kind", "step"), [(Vault, "open_or_create"), (ServiceIdentity, "open_or_create"),
-                                           (ServiceIdentity, "fingerprint"), (Vault, "seal")])  # fmt: skip
+                                           (ServiceIdentity, "fingerprint"), (Vault, "encrypt")])  # fmt: skip
 def test_first_start_that_was_cut_off_is_continued(settings, monkeypatch, kind, step):
     class CutOffError(BaseException):
         pass

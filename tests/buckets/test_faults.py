@@ -41,7 +41,7 @@ def bench(seaweedfs, proxy, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses; and no upload is abandoned only because the machine is busy."""
-    monkeypatch.setattr(store_calls, "PATIENCE", 60.0)
+    monkeypatch.setattr(store_calls, "STOP_TIMEOUT", 60.0)
     monkeypatch.setattr(retrying_store, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(power, "LOOK_AGAIN", 0.01)
 
@@ -111,7 +111,7 @@ def bundled(bench):
 @parametrize(WHEN_STORED, Kind.GET_RANGE)
 def test_bundle_opens_to_the_same_bytes_or_not_at_all(fault, kind, outcome, again, bundled, proxy, monkeypatch):
     mood, rule = temper(fault, again), Rule(kind, fault, again=again)
-    monkeypatch.setattr(remote_folders, "PATIENCE", mood.patience)
+    monkeypatch.setattr(remote_folders, "RETRY_TIMEOUT", mood.patience)
     with proxy.doing(rule):
         assert opened(bundled, mood, proxy.url) == outcome
     assert rule.met

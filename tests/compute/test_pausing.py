@@ -43,10 +43,12 @@ def test_a_block_commit_gets_on_when_less_is_left_than_ever(copied, gets_on):
     jobs = [{"cur": cur, "end": end} for cur, end in copied]
     frozen = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
     merging = OverlayMerge(None, "i-00000000", frozen, pause)
-    merging._see_progress(SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda"))
+    merging._report_job_progress(SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda"))
     for _ in range(2):
         pause(4.0)
-        merging._see_progress(SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda"))
+        merging._report_job_progress(
+            SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda")
+        )
     if gets_on:
         pause(4.0)
     else:
@@ -81,7 +83,7 @@ def test_a_merge_says_how_long_it_waited_for_the_hypervisor(monkeypatch):
     def gone(_merging):
         raise HypervisorUnavailable("i-00000000", "no connection")
 
-    monkeypatch.setattr(overlays.Merging, "step", gone)
+    monkeypatch.setattr(OverlayMerge, "step", gone)
     monkeypatch.setattr(overlays, "time", SimpleNamespace(monotonic=lambda: now[0]))
     now, frozen = [0.0], Overlay(VolumeFile(path=Path("/vm/root")), Path("/vm/root.overlay"))
 
@@ -90,4 +92,4 @@ def test_a_merge_says_how_long_it_waited_for_the_hypervisor(monkeypatch):
 
     with pytest.raises(HypervisorUnavailable) as given_up:
         overlays.LibvirtOverlays(MagicMock()).merge("i-00000000", frozen, pause)
-    assert given_up.value.waited == now[0] > overlays.PATIENCE
+    assert given_up.value.waited == now[0] > overlays.MERGE_RETRY_TIMEOUT

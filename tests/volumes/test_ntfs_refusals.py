@@ -39,7 +39,7 @@ def windows(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """The survey without a process around it, which test_ntfs_surveyor.py is about."""
-    monkeypatch.setattr(ntfs_volumes, "unused_in", unused_in_this_process)
+    monkeypatch.setattr(ntfs_volumes, "scan_unused", unused_in_this_process)
 
 
 def unused_in_this_process(volume, place):
