@@ -134,7 +134,7 @@ def test_a_domain_that_was_adopted_by_hand_and_badly_is_named(thrave_json, thrav
         (["win", "--root-device-type", "floppy"], 2, "floppy"),
         (["win", "--platform", "beos"], 2, "beos"),
         (["win", "--secret-file", "/nowhere/passphrase"], 2, "/nowhere/passphrase"),
-        (["win", "--tag", "aws:x=1"], 2, "AWS's own"),
+        (["win", "--tag", "aws:x=1"], 2, "AWS reserves"),
         (["gone"], 1, "No such file or directory"),
     ],
 )

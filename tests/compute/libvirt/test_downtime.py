@@ -72,7 +72,7 @@ def tell(service, domain, *, meanwhile):
     return Story(domain, bundle, bundle.notice(), bundle.drive(), before, written_before, again, as_before, **seen)
 
 
-@pytest.fixture(params=["whole", "overlay"])
+@pytest.fixture(params=["offline", "overlay"])
 def story(request, stories):
     return stories(request.param)
 
