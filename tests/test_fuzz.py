@@ -10,7 +10,7 @@ import pytest
 
 from support.fuzz_targets import TARGETS
 
-FUZZ = Path(__file__).parents[1] / "scripts" / "fuzz"
+FUZZ = Path(__file__).parents[1] / "scripts" / "fuzz.py"
 
 
 @pytest.mark.slow

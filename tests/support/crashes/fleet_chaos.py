@@ -80,7 +80,7 @@ class Chaos:
 
     def run(self):
         """Do it all; give the outcome, whose facts have been checked."""
-        self._await(lambda: len(self._reported()) == len(self.instances))
+        self._await(lambda: len(self._reported()) == len(self.instances), "every instance is reported")
         callers = [threading.Thread(target=self._call, args=[self.plan.seed + number]) for number in range(CALLERS)]
         for caller in callers:
             caller.start()
