@@ -158,7 +158,7 @@ def test_calls_lose_no_result_and_no_failure():
 def test_calls_wake_a_waiter_when_one_fails_after_the_last_start():
     woken, call = threading.Event(), HeldCall(0)
     group = CallGroup(wake=woken.set)
-    group.begin(call)
+    group.start(call)
     call.end(fails=True)
     assert woken.is_set()
     with pytest.raises(CallError):
@@ -170,7 +170,7 @@ def test_calls_that_are_stopped_raise_and_are_abandoned():
 
     def stop(group):
         with group:
-            group.begin(call)
+            group.start(call)
             group.stop()
             next(group.remaining())
 
@@ -201,7 +201,7 @@ def refusing(monkeypatch, times):
 def test_calls_whose_thread_cannot_start_are_begun_again(monkeypatch):
     group = CallGroup()
     refused = refusing(monkeypatch, 2)
-    group.begin(lambda: "result")
+    group.start(lambda: "result")
     assert [*group.remaining()] == ["result"]
     assert len(refused) == 2
 
@@ -212,7 +212,7 @@ def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
     with monkeypatch.context() as patched:
         refusing(patched, 1000)
         with pytest.raises(NoThreadError) as caught:
-            group.begin(lambda: None)
+            group.start(lambda: None)
     assert caught.value.errno == errno.EAGAIN  # may pass
     assert caught.value.waited == store_calls.START_TIMEOUT
     assert group.pending == 0
