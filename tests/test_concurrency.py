@@ -26,7 +26,7 @@ def test_supervised_logs_a_failure_that_its_owner_cannot_handle(caplog):
         raise ValueError("no")
 
     supervised("job", fail, on_failure=fail).join(PATIENCE)
-    assert "'job' could not be handled" in caplog.text
+    assert "error handler of background job failed: job" in caplog.text
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1)])
