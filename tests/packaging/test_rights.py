@@ -13,7 +13,7 @@ import pytest
 
 from support.libvirt import libvirt_host
 from support.libvirt.libvirt_test_driver import domain_xml
-from support.required_programs import require, unavailable
+from support.required_programs import require, require_root, unavailable
 
 pytestmark = pytest.mark.libvirt
 
@@ -31,6 +31,7 @@ stdio_handler = "file"
 
 @pytest.fixture(scope="module")
 def host():
+    require_root("run guests and the service as two users")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(libvirt_host, "_QEMU_CONF", DEBIANS)
         patch.setattr(libvirt_host, "_AS_ROOT", "")
