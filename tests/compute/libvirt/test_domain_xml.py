@@ -37,7 +37,7 @@ WHOLE = """\
     </disk>
   </devices>
   <qemu:commandline>
-    <qemu:arg value='-no-hpet'/>
+    <qemu:arg value='-nodefaults'/>
   </qemu:commandline>
 </domain>
 """

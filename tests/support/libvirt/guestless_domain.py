@@ -30,7 +30,7 @@ _XML = """\
     <memballoon model="none"/>
     <graphics type="vnc" passwd="secret"><listen type="socket"/></graphics>
   </devices>
-  <qemu:commandline><qemu:arg value="-no-hpet"/></qemu:commandline>
+  <qemu:commandline><qemu:arg value="-nodefaults"/></qemu:commandline>
 </domain>
 """
 
