@@ -71,6 +71,20 @@ def test_a_domain_that_nobody_has_adopted_is_no_instance(domains, instances):
             ask(instance_id)
 
 
+def test_stop_is_repeated_if_the_domain_was_off_and_is_started_meanwhile(domains, instances, instance_id, monkeypatch):
+    libvirt = libvirt_binding.load()
+    shut_down, answers = libvirt.virDomain.shutdownFlags, [libvirt.libvirtError("the domain is not running")] * 2
+
+    def shut_down_later(domain, flags):
+        if answers:
+            raise answers.pop()
+        return shut_down(domain, flags)
+
+    monkeypatch.setattr(libvirt.virDomain, "shutdownFlags", shut_down_later)
+    instances.request_stop(instance_id)
+    assert instances.state(instance_id) is InstanceState.STOPPED
+
+
 def test_adopting_writes_what_is_said_and_nothing_else(domains, instances, disk, tmp_path):
     uuid = domains.libvirt.define("web", disk)
     domains.libvirt.metadata("web", WINDOWS, key="libosinfo", uri=OSINFO)

@@ -46,6 +46,7 @@ _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _STOPPING_TIMEOUT = 60.0  # for a guest that has powered off, until its process has ended
 _POLL_INTERVAL = 0.1  # seconds
+_STOP_ATTEMPTS = 3  # another client may start the domain between the error that it is off and the look at its state
 _START_EVENT_TIMEOUT = 1.0  # seconds
 
 # States in which the CPUs do not run, so the guest cannot react, with the command that resumes them.
@@ -201,7 +202,7 @@ class LibvirtDriver:
             _check_not_terminating(instance)
             if instance.state is not InstanceState.STOPPED:
                 check_command(instance_id)
-                run_unless_done(domain.destroy, unless=lambda: not domain.isActive())
+                run_unless_done(domain.destroy, unless=lambda: not domain.isActive(), attempts=_STOP_ATTEMPTS)
 
     @command_with_timeout
     def terminate(self, instance_id: str) -> None:
@@ -333,7 +334,11 @@ class LibvirtDriver:
             return
         with self._hypervisor.session(snapshot.instance_id) as connection:
             button = ShutdownFlag.ACPI_POWER_BTN if connection.getType() == "QEMU" else ShutdownFlag.DEFAULT
-            run_unless_done(lambda: domain.shutdownFlags(button), unless=lambda: not domain.isActive())
+            run_unless_done(
+                lambda: domain.shutdownFlags(button),
+                unless=lambda: not domain.isActive(),
+                attempts=_STOP_ATTEMPTS,
+            )
 
     def _mark_terminated(self, domain: Domain, instance_id: str, *, terminated: bool) -> None:
         self._metadata.change(domain, instance_id, lambda there: replace(there, terminated=terminated))
@@ -408,10 +413,21 @@ def _check_not_terminating(instance: Instance) -> None:
         )
 
 
-def run_unless_done(act: Callable[[], object], *, unless: Callable[[], object]) -> None:
-    """Call `act`; ignore its error if `unless` shows that the wanted state is reached already."""
-    try:
-        act()
-    except binding.load().libvirtError:
-        if not unless():
-            raise
+def run_unless_done(act: Callable[[], object], *, unless: Callable[[], object], attempts: int = 1) -> None:
+    """Call `act`; ignore its error if `unless` shows that the wanted state is reached already.
+
+    Args:
+        act: The command.
+        unless: Whether the state is reached.
+        attempts: More than one repeats a command that failed: the state may have been reached then, and changed since.
+    """
+    for attempts_left in reversed(range(attempts)):
+        try:
+            act()
+        except binding.load().libvirtError:
+            if unless():
+                return
+            if not attempts_left:
+                raise
+        else:
+            return
