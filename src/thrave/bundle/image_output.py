@@ -100,10 +100,17 @@ def image_file(path: Path, size: int, *, replace: bool = True) -> Iterator[NewFi
 
 def resolve_links(path: Path) -> Path:
     """Resolve symbolic links. Raises OutputError if they form a loop."""
+    loop = OutputError(f"cannot write {path}: its symbolic links form a loop, or cannot be read")
     try:
-        return path.resolve()
-    except (OSError, RuntimeError):  # RuntimeError: before Python 3.13, which returns the path
-        raise OutputError(f"cannot write {path}: its symbolic links form a loop, or cannot be read") from None
+        resolved = path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: before Python 3.13
+        raise loop from None
+    try:
+        resolved.stat()  # Python 3.13 returns a path with the loop in it
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise loop from None
+    return resolved
 
 
 @contextmanager
