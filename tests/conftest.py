@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import sqlalchemy as sa
 
 from support.eventually import eventually
 from support.instances.command_machine import Machine
@@ -64,8 +65,34 @@ def background_threads():
     }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def engines():
+    """The engines of SQLAlchemy that were created and not disposed of, also by the product in this process."""
+    engines, create = [], sa.create_engine
+
+    def create_engine(*arguments, **options):
+        engines.append(create(*arguments, **options))
+        return engines[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sa, "create_engine", create_engine)
+        yield engines
+    for engine in engines:
+        engine.dispose()
+
+
 @pytest.fixture(autouse=True)
-def no_background_thread_remains():
+def no_database_connection_remains(engines):
+    """Close the connections of the test: Python 3.13 warns of one that is collected as garbage, in a later test."""
+    before = len(engines)
+    yield
+    for engine in engines[before:]:
+        engine.dispose()
+    del engines[before:]
+
+
+@pytest.fixture(autouse=True)
+def no_background_thread_remains(no_database_connection_remains):
     """Wait until the background threads of the test have ended: later they would write to the log of another test."""
     before = background_threads()
     yield
