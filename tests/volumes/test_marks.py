@@ -207,7 +207,9 @@ def vmdk_contradictory_parent(raw):
 def vmdk_changed_parent(raw):
     child = vmdk_child(raw)
     with edited(raw.with_suffix(".vmdk")) as content:
-        content[:] = re.sub(rb"\nCID=[0-9a-f]{8}", b"\nCID=0badcafe", bytes(content))
+        # QEMU draws the number and writes it without leading zeros.
+        content[:], changes = re.subn(rb"\nCID=[0-9a-f]{1,8}", b"\nCID=0badcafe", bytes(content))
+        assert changes == 1
     return child
 
 
@@ -281,7 +283,7 @@ def vpc_temporary(raw):
 
 @makes("vpc", "damaged footer")
 def vpc_damaged(raw):
-    return footer_changed(vpc(raw), put(70, ">B", 77), signed=False)
+    return footer_changed(vpc(raw), put(100, ">B", 77), signed=False)  # a reserved byte, 0 before
 
 
 @makes("vpc", "cut short")
