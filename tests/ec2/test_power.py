@@ -32,7 +32,7 @@ def refusal(ec2, what, *instance_ids, **options):
     [
         ("start", "stopped", "pending", "running"),
         ("start", "running", "running", "running"),
-        ("start", "pending", "pending", "pending"),
+        ("start", "pending", "pending", "running"),
         ("stop", "running", "stopping", "stopped"),
         ("stop", "pending", "stopping", "stopped"),
         ("stop", "stopped", "stopped", "stopped"),
