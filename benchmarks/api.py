@@ -31,7 +31,8 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.httpsession import URLLib3Session
 
-from thrave.database import bundle_task, open_engine, utc_now
+from thrave.concurrency import utc_now
+from thrave.database import bundle_task, open_engine
 from thrave.identity.accounts import AccessKey
 from thrave.testing import REGION, ThraveServer
 

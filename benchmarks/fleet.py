@@ -35,7 +35,8 @@ from fleet_setup import (
 )
 from harness import RESULTS, describe_machine, write_json
 
-from thrave.database import bundle_task, open_engine, utc_now
+from thrave.concurrency import utc_now
+from thrave.database import bundle_task, open_engine
 from thrave.tasks.housekeeping import DELETE_BATCH
 from thrave.tasks.models import FINISHED
 from thrave.tasks.queries import TaskFilter, TaskQueries

@@ -4,8 +4,6 @@ A host has one agent, and a process has one. The agent carries out power request
 fleet (`thrave agent`) it reports these instances. When the agent loses its lease (`tasks/lease.py`), the process ends.
 """
 
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -18,7 +16,7 @@ from thrave.components import Components
 from thrave.compute.fleet import InstanceReporter
 from thrave.compute.power import BackgroundPower
 from thrave.compute.power_records import PowerRecords
-from thrave.concurrency import repeat, supervised
+from thrave.concurrency import monotonic, new_event, repeat, sleep, supervised
 from thrave.database import is_unavailable
 from thrave.tasks import housekeeping
 from thrave.tasks.engine import TaskWorker
@@ -87,7 +85,7 @@ class Agent:
         """Carries out power requests for the host's instances."""
         self._draining = False
         self._drain_until: float | None = None
-        self._has_ended = threading.Event()
+        self._has_ended = new_event()
         self._exit_status = 0
 
     def start(self, *, reports: bool) -> None:
@@ -220,11 +218,11 @@ class Agent:
         """Wait at most `drain_timeout` until this host has finished its work, and end the agent. May be repeated."""
         log.info("drain started", host=fence.host)
         if self._drain_until is None:  # kept when the drain is repeated
-            self._drain_until = time.monotonic() + self._settings.drain_timeout
+            self._drain_until = monotonic() + self._settings.drain_timeout
         # The worker continues meanwhile: its queue may have tasks that a crash interrupted.
-        while self._unfinished(fence.host).can_finish and time.monotonic() < self._drain_until:
-            time.sleep(DRAIN_INTERVAL)
-        self._worker.drain(max(self._drain_until - time.monotonic(), 0.0))
+        while self._unfinished(fence.host).can_finish and monotonic() < self._drain_until:
+            sleep(DRAIN_INTERVAL)
+        self._worker.drain(max(self._drain_until - monotonic(), 0.0))
         unfinished = self._unfinished(fence.host)
         if unfinished.is_any:
             # The host stays `draining`. It is lost soon, and its next agent finishes this work.

@@ -1,4 +1,6 @@
-"""Background threads, and calls with a timeout. No other module of this package starts a thread (ruff, TID251).
+"""Threads, locks, waits, clocks and random numbers. No other module takes them from anywhere else (ruff, TID251).
+
+All of them come from one `System`. A test can replace it, to decide which thread runs next and what time it is.
 
 No thread fails silently: every error of its work, also one that is no `Exception`, is passed to a function of its owner
 or logged. Every thread is a daemon, since a thread that hangs in a system call must not keep the process from ending.
@@ -6,16 +8,21 @@ or logged. Every thread is a daemon, since a thread that hangs in a system call 
 
 import errno
 import logging
+import secrets
 import threading
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-Background: TypeAlias = threading.Thread
-"""A thread started by this module. Join it with a timeout."""
+Lock: TypeAlias = threading.Lock
+Event: TypeAlias = threading.Event
+Condition: TypeAlias = threading.Condition
+Semaphore: TypeAlias = threading.BoundedSemaphore
 OnFailure = Callable[[BaseException], object]
 """Receives the error of a thread's work. It must not raise; if it does, its error is logged."""
 
@@ -34,6 +41,123 @@ class CallTimeoutError(Exception):
     """A call did not end within its timeout. It may still be running."""
 
 
+class Background(Protocol):
+    """A thread started by this module."""
+
+    def join(self, timeout: float) -> None:
+        """Wait for the end of the thread, at most `timeout` seconds."""
+
+    def is_alive(self) -> bool:
+        """Whether the thread has not ended."""
+
+
+class System:
+    """The threads, locks, clocks and random numbers of the operating system. The functions below describe the methods.
+
+    A test replaces it with `use_system`.
+    """
+
+    lock = staticmethod(threading.Lock)
+    event = staticmethod(threading.Event)
+    condition = staticmethod(threading.Condition)
+    semaphore = staticmethod(threading.BoundedSemaphore)
+    sleep = staticmethod(time.sleep)
+    monotonic = staticmethod(time.monotonic)
+    wall_time = staticmethod(time.time)
+    random_bytes = staticmethod(secrets.token_bytes)
+    random_below = staticmethod(secrets.randbelow)
+
+    def start_thread(self, name: str, run: Callable[[], None]) -> Background:
+        """Start a daemon thread. Raises RuntimeError if the operating system has no thread."""
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def boot_time(self) -> float:
+        """See `boot_time`."""
+        return time.clock_gettime(_BOOT_CLOCK)
+
+
+# Linux's CLOCK_MONOTONIC stops while the machine is suspended. Other systems have no CLOCK_BOOTTIME.
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_system = System()
+
+
+def use_system(system: System) -> System:
+    """Take threads, locks, clocks and random numbers from `system` from now on; return the one used before.
+
+    Locks and threads that exist already are not replaced.
+    """
+    global _system  # one for the process, so that no constructor has to pass it on
+    before, _system = _system, system
+    return before
+
+
+def in_main_thread() -> bool:
+    """Whether the caller runs in the main thread, the only one in which Python lets a program set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def new_lock() -> Lock:
+    """Return a new lock."""
+    return _system.lock()
+
+
+def new_event() -> Event:
+    """Return a new event."""
+    return _system.event()
+
+
+def new_condition() -> Condition:
+    """Return a new condition with a lock of its own."""
+    return _system.condition()
+
+
+def new_semaphore(value: int = 1) -> Semaphore:
+    """Return a new semaphore that at most `value` threads hold at a time."""
+    return _system.semaphore(value)
+
+
+def sleep(seconds: float) -> None:
+    """Wait in this thread."""
+    _system.sleep(seconds)
+
+
+def monotonic() -> float:
+    """Return seconds of a clock that is never set. Its start has no meaning."""
+    return _system.monotonic()
+
+
+def boot_time() -> float:
+    """Return seconds of a clock that is never set and, on Linux, also counts while the machine is suspended."""
+    return _system.boot_time()
+
+
+def wall_time() -> float:
+    """Return seconds since 1970 by the clock of this machine. An administrator may set that clock."""
+    return _system.wall_time()
+
+
+def utc_now() -> datetime:
+    """Return the time of this machine, aware, in UTC. For times that other machines compare, see `database.now`."""
+    return datetime.fromtimestamp(wall_time(), UTC)
+
+
+def random_bytes(count: int) -> bytes:
+    """Return random bytes that nobody can predict."""
+    return _system.random_bytes(count)
+
+
+def random_hex(count: int) -> str:
+    """Return `count` random bytes as lower-case hexadecimal digits."""
+    return random_bytes(count).hex()
+
+
+def random_below(limit: int) -> int:
+    """Return a random number from 0 to `limit` - 1 that nobody can predict."""
+    return _system.random_below(limit)
+
+
 def supervised(name: str, work: Callable[[], object], *, on_failure: OnFailure) -> Background:
     """Start a thread that does `work` once.
 
@@ -48,12 +172,10 @@ def supervised(name: str, work: Callable[[], object], *, on_failure: OnFailure) 
     Raises:
         NoThreadError: No thread can be started.
     """
-    thread = threading.Thread(target=_run, args=(name, work, on_failure), name=name, daemon=True)
     try:
-        thread.start()
+        return _system.start_thread(name, partial(_run, name, work, on_failure))
     except RuntimeError as error:
         raise NoThreadError(errno.EAGAIN, "no thread can be started") from error
-    return thread
 
 
 def repeat(
@@ -62,7 +184,7 @@ def repeat(
     work: Callable[[], object],
     *,
     on_failure: OnFailure | None = None,
-    stop: threading.Event | None = None,
+    stop: Event | None = None,
     at_once: bool = True,
 ) -> Background:
     """Start a thread that does `work` at an interval, also after errors.
@@ -78,7 +200,7 @@ def repeat(
     Raises:
         NoThreadError: No thread can be started.
     """
-    ended = stop or threading.Event()
+    ended = stop or new_event()
     report = on_failure or partial(_log_failure, name)
 
     def loop() -> None:
@@ -98,7 +220,7 @@ def later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[],
     Raises:
         NoThreadError: No thread can be started.
     """
-    cancelled = threading.Event()
+    cancelled = new_event()
 
     def wait_and_work() -> None:
         if not cancelled.wait(seconds):
@@ -121,8 +243,8 @@ class Call(Generic[R]):
 
     def __init__(self, name: str, work: Callable[[], R]) -> None:
         self._work = work
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
+        self._ended = new_event()
+        self._lock = new_lock()
         self._followers: list[Callable[[], object]] = []
         self._results: list[R] = []
         self._failure: BaseException | None = None

@@ -10,9 +10,7 @@ clear: columns named `encrypted…` hold what `vault.py` encrypted with a key th
 """
 
 import os
-import secrets
 import sqlite3
-import time
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -21,6 +19,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
+
+from thrave.concurrency import monotonic, random_below, utc_now, wall_time
 
 metadata = sa.MetaData()
 
@@ -417,12 +417,12 @@ def _connect_postgresql(
             return super().wait(gen if self.timeout is None else self._limited(gen, self.timeout), *more, **options)
 
         def _limited(self, gen: Generator[Any, Any, Any], timeout: float) -> Generator[Any, Any, Any]:
-            deadline = time.monotonic() + timeout
+            deadline = monotonic() + timeout
             try:
                 waits_for = next(gen)
                 while True:
                     ready = yield waits_for
-                    if not ready and time.monotonic() > deadline:
+                    if not ready and monotonic() > deadline:
                         self.pgconn.finish()
                         raise psycopg.OperationalError(f"the server has not responded for {timeout:.0f} seconds")
                     waits_for = gen.send(ready)
@@ -530,7 +530,7 @@ class _DatabaseFile:
 
     def mark(self, engine: sa.Engine) -> None:
         """Write a number into the header that no other copy of the database has."""
-        number = secrets.randbits(31)
+        number = random_below(2**31)
         with engine.begin() as connection:
             connection.exec_driver_sql(f"PRAGMA user_version = {number}")
         # Never closed: closing any descriptor of the file would release the locks that SQLite holds on it (POSIX).
@@ -609,11 +609,6 @@ def is_unavailable(error: BaseException) -> bool:
     return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) or state.startswith(_STATES_UNAVAILABLE)
 
 
-def utc_now() -> datetime:
-    """The current time of this machine, aware, in UTC. Not for what other machines compare: see `now`."""
-    return datetime.now(UTC)
-
-
 def _upgrade(connection: sa.Connection) -> None:
     from alembic import command  # noqa: PLC0415 (takes as long to import as the rest of a command; most need it not)
     from alembic.config import Config  # noqa: PLC0415 (see above)
@@ -644,7 +639,7 @@ def _provide_unixepoch(connection: object, _record: object) -> None:
 def _unixepoch(modifier: str) -> float:
     if modifier != "subsec":
         raise ValueError(modifier)
-    return int(time.time() * 1000) / 1000  # to the millisecond, as SQLite
+    return int(wall_time() * 1000) / 1000  # to the millisecond, as SQLite
 
 
 def _thrave_now(seconds: float) -> str:

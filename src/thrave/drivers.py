@@ -9,7 +9,6 @@ Nothing here asks a hypervisor, and libvirt's binding is loaded only where the s
 """
 
 import configparser
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from thrave.buckets.s3_client import Credentials, StoreConfig
 from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore, ServiceKeyStore
 from thrave.compute.base import HypervisorDriver
 from thrave.compute.directory_driver import DirectoryDriver
+from thrave.concurrency import new_lock
 from thrave.config import Settings
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class CredentialsFile:
     def __init__(self, path: Path) -> None:
         """Read nothing yet."""
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._read: Credentials | None = None
         self._state: tuple[int, ...] | None = None
         """Of the file when it was read last, whether that succeeded or not."""

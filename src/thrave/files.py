@@ -16,10 +16,11 @@ import os
 import pwd
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from thrave.concurrency import monotonic, sleep
 
 LOCK_TIMEOUT = 30.0  # seconds
 
@@ -49,15 +50,15 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _lock(descriptor: int, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+    deadline = monotonic() + timeout
     pause = _FIRST_PAUSE
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            if monotonic() >= deadline:
                 raise
-            time.sleep(pause)
+            sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         else:
             return

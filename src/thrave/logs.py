@@ -8,14 +8,12 @@ and then a count each minute: no client, however fast, fills the disk with log l
 import atexit
 import logging
 import sys
-import threading
-import time
 from collections.abc import Callable, Hashable, MutableMapping
 from typing import Any
 
 import structlog
 
-from thrave.concurrency import later
+from thrave.concurrency import later, monotonic, new_lock
 
 INTERVAL = 60.0  # seconds for which lines that repeat are counted
 MAX_KINDS = 50  # kinds of one event in that time; then they are counted together
@@ -41,12 +39,12 @@ class Limiter:
         self,
         write: Callable[[str, dict[str, object]], None],
         interval: float = INTERVAL,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._write = write
         self._interval = interval
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._since = clock()
         self._seen: dict[Hashable, set[Hashable]] = {}  # event to the kinds of it in this interval
         self._repeated: dict[tuple[Hashable, Hashable], tuple[int, str]] = {}  # kind to its count and its event's text

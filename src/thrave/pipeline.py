@@ -6,15 +6,13 @@ one job in the background are in `thrave.concurrency`.
 """
 
 import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, Self, TypeVar
 
-from thrave.concurrency import Background, supervised
+from thrave.concurrency import Background, Condition, monotonic, new_condition, supervised
 
 STOP_TIMEOUT = 1.0
 """Seconds that all threads of a pipeline have to stop."""
@@ -34,7 +32,7 @@ class BoundedQueue(Generic[T]):
     def __init__(self, capacity: int) -> None:
         self._items: deque[T] = deque()
         self._capacity = capacity
-        self._changed = threading.Condition()
+        self._changed = new_condition()
         self._closed = False
 
     def put(self, item: T) -> None:
@@ -84,16 +82,16 @@ class Pipeline:
         self._closers: list[Callable[[], None]] = []
         self._stopped = False
         self._jobs: BoundedQueue[Callable[[], None]] = self.queue(sys.maxsize)
-        self._job_ended = threading.Condition()
+        self._job_ended = new_condition()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        deadline = time.monotonic() + STOP_TIMEOUT
+        deadline = monotonic() + STOP_TIMEOUT
         for thread in (*self._threads, *self._workers):
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - monotonic()))
 
     def stop(self) -> None:
         """Stop every thread of the pipeline and every thread that waits for one. Safe from any thread, at any time."""
@@ -150,7 +148,7 @@ class Pipeline:
 class _Job(Generic[R]):
     """One call in the pool."""
 
-    def __init__(self, work: Callable[[], R], ended: threading.Condition) -> None:
+    def __init__(self, work: Callable[[], R], ended: Condition) -> None:
         self._work = work
         self._ended = ended
         self.is_done = False

@@ -11,12 +11,12 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Never, TypeAlias
+
+from thrave.concurrency import monotonic, new_lock
 
 INHERITED = ("HOME", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER", "XDG_RUNTIME_DIR")
 """The variables of this process that a program gets, if they are set. Everything else is withheld."""
@@ -125,10 +125,10 @@ class Program:
     ) -> None:
         self.name = os.path.basename(argv[0])  # noqa: PTH119 (argv[0] is a word, not always a path)
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._deadline = monotonic() + timeout
         self._max_output = max_output
         self._finished: Finished | None = None
-        self._lock = threading.Lock()  # of collecting
+        self._lock = new_lock()  # of collecting
         self._kept: list[int] = []
         fds = list(pass_fds)
         if listener is not None:
@@ -194,16 +194,16 @@ class Program:
             ProgramTimeoutError: It has run for longer than it may; it and its children were killed.
             ProgramOutputError: It has printed more than it may; it and its children were killed.
         """
-        end = min(time.monotonic() + timeout, self._deadline)
+        end = min(monotonic() + timeout, self._deadline)
         while True:
-            status = self._wait(max(min(end - time.monotonic(), _POLL_INTERVAL), 0.0))
+            status = self._wait(max(min(end - monotonic(), _POLL_INTERVAL), 0.0))
             # Also after its end: the rest of an output that is too long must not be taken for the whole.
             if self._is_too_long():
                 self.kill()
                 raise ProgramOutputError(self.name, f"printed more than {self._max_output} bytes")
             if status is not None:
                 return self._collect(status)
-            now = time.monotonic()
+            now = monotonic()
             if now >= self._deadline:
                 self.kill()
                 raise ProgramTimeoutError(self.name, f"took more than {self._timeout:.0f} seconds and was killed")

@@ -4,11 +4,11 @@
 errors may pass is decided by the callers (`tasks/errors.py`, `buckets/errors.py`).
 """
 
-import random
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import repeat
 from typing import NamedTuple, TypeAlias, TypeVar
+
+from thrave.concurrency import monotonic, random_below, sleep
 
 T = TypeVar("T")
 Retryable: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
@@ -44,8 +44,8 @@ def retry(
     min_wait: Callable[[Exception], float] = _no_minimum,
     is_progress: Callable[[Exception, float], bool] = _no_progress,
     on_failure: Callable[[FailedAttempt], object] | None = None,
-    sleep: Callable[[float], object] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = sleep,
+    clock: Callable[[], float] = monotonic,
 ) -> T:
     """Call `operation` until it returns, or `timeout` seconds after its first failure.
 
@@ -98,7 +98,7 @@ def backoff(first: float, longest: float) -> Iterator[float]:
     """
     wait = first
     while True:
-        yield wait * random.uniform(0.5, 1)  # noqa: S311 (not used for a secret)
+        yield wait * (0.5 + random_below(1000) / 2000)
         wait = min(2 * wait, longest)
 
 
@@ -108,14 +108,14 @@ def poll_until(
     *,
     timeout: float,
     interval: float,
-    sleep: Callable[[float], object] = time.sleep,
+    sleep: Callable[[float], object] = sleep,
 ) -> T:
     """Call `read` until `is_done` accepts its value, or for `timeout` seconds; return the last value.
 
     `read` is called at least once. Its errors are raised.
     """
-    deadline = time.monotonic() + timeout
-    while not is_done(value := read()) and time.monotonic() <= deadline:
+    deadline = monotonic() + timeout
+    while not is_done(value := read()) and monotonic() <= deadline:
         sleep(interval)
     return value
 
@@ -126,7 +126,7 @@ class RetrySchedule:
     Kept in memory only. After a restart every item is due, since its cause may be repaired.
     """
 
-    def __init__(self, first: float, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, first: float, longest: float, clock: Callable[[], float] = monotonic) -> None:
         """Wait `first` seconds after the first failure of an item, and at most `longest` seconds after a later one."""
         self._first = first
         self._longest = longest

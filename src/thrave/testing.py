@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
@@ -36,7 +36,7 @@ from thrave.components import open_components
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import DirectoryDriver, new_instance_id
 from thrave.compute.instance import Instance, VolumeFile
-from thrave.concurrency import later, supervised
+from thrave.concurrency import later, supervised, utc_now
 from thrave.config import DataDirectory, Settings
 from thrave.identity.accounts import AccessKey, Account
 
@@ -212,7 +212,7 @@ def _forward(descriptor: int, stderr: int, kept: deque[str]) -> None:
 
 def upload_policy(secret_access_key: str, bucket: str, prefix: str, *, hours: float = 24) -> tuple[bytes, str]:
     """Return an upload policy (JSON) for a bundle, and the signature of its base64 text, as the AWS CLI signs it."""
-    expiration = datetime.now(UTC) + timedelta(hours=hours)
+    expiration = utc_now() + timedelta(hours=hours)
     conditions = [{"bucket": bucket}, {"acl": "ec2-bundle-read"}, ["starts-with", "$key", prefix]]
     policy = json.dumps({"expiration": expiration.strftime("%Y-%m-%dT%H:%M:%SZ"), "conditions": conditions}).encode()
     signed = hmac.new(secret_access_key.encode(), base64.b64encode(policy), hashlib.sha1)

@@ -12,7 +12,6 @@ both learns all secrets.
     └── DecryptError     the token was encrypted with another key or for another context, or was changed
 """
 
-import os
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +19,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from thrave import files
+from thrave.concurrency import random_bytes
 
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
@@ -63,7 +63,7 @@ class Vault:
             VaultKeyError: The file is not a vault's key, is readable by others, or cannot be read or created.
         """
         try:
-            files.create_exclusive(path, os.urandom(_KEY_BYTES))
+            files.create_exclusive(path, random_bytes(_KEY_BYTES))
         except OSError as error:
             raise VaultKeyError(f"the vault's key file cannot be used: {error}") from error
         return cls.open(path)
@@ -89,7 +89,7 @@ class Vault:
             plaintext: The secret.
             context: Owner and purpose of the secret, such as ``access-key/AKIA…``; `decrypt` needs the same.
         """
-        nonce = os.urandom(_NONCE_BYTES)
+        nonce = random_bytes(_NONCE_BYTES)
         return _VERSION + nonce + self._cipher.encrypt(nonce, plaintext, _VERSION + context.encode())
 
     def decrypt(self, token: bytes, *, context: str) -> bytes:

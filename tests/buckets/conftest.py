@@ -1,7 +1,5 @@
 """The drivers that the contract of buckets is checked against."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from support.buckets import bucket_drivers
@@ -36,5 +34,6 @@ def proxy(seaweedfs):
 def pauses(monkeypatch):
     """The pauses, in seconds, that a retry would make; the clock does not advance."""
     slept = []
-    monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: 1.0))
+    monkeypatch.setattr(retrying_store, "sleep", slept.append)
+    monkeypatch.setattr(retrying_store, "monotonic", lambda: 1.0)
     return slept

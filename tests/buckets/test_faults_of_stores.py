@@ -251,7 +251,7 @@ def test_retry_tries_permanent_failure_once(call, requests, pauses):
 
 def test_retry_raises_last_error_after_the_timeout(monkeypatch, pauses):
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(retrying_store.time, "monotonic", lambda: next(clock))  # the fixture's
+    monkeypatch.setattr(retrying_store, "monotonic", lambda: next(clock))  # the fixture's
     answers = [error(503, "SlowDown", "first"), error(500, "InternalError", "last")]
     with scripted(*answers) as script, pytest.raises(TransientError, match="last"):
         get(patient(script, 5))

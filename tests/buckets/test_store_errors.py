@@ -238,7 +238,8 @@ class NoLongerWantedError(Exception):
 def test_wait_for_a_free_connection_does_not_count_toward_the_timeout(monkeypatch, ends):
     """Each wait is longer than the whole patience. A check, such as a task's watch, can end the waiting."""
     clock = [1.0]
-    monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(retrying_store, "sleep", lambda _: None)
+    monkeypatch.setattr(retrying_store, "monotonic", lambda: clock[0])
     failures = [NoConnectionError("NoConnection", 0, "words") for _ in range(9)]
     failures.insert(4, TransientError("SlowDown", 503, "words"))
 
@@ -266,7 +267,8 @@ def test_wait_for_a_free_connection_does_not_count_toward_the_timeout(monkeypatc
 @pytest.mark.parametrize(("patience", "options"), [(5.0, {}), (0.0, {"before_attempt": lambda: None})])
 def test_wait_for_a_free_connection_has_its_own_limit(monkeypatch, patience, options):
     clock = iter(range(0, 9000, 300))
-    monkeypatch.setattr(retrying_store, "time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: next(clock)))
+    monkeypatch.setattr(retrying_store, "sleep", lambda _: None)
+    monkeypatch.setattr(retrying_store, "monotonic", lambda: next(clock))
 
     def call():
         raise NoConnectionError("NoConnection", 0, "words")

@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 
 from thrave.components import open_components
+from thrave.concurrency import utc_now
 from thrave.config import load_settings
 from thrave.database import host as host_table
-from thrave.database import utc_now
 from thrave.tasks.models import BundleRequest, BundleTaskState
 
 USAGE, NOT_FOUND, REFUSED = 2, 3, 4

@@ -84,7 +84,7 @@ def test_a_merge_says_how_long_it_waited_for_the_hypervisor(monkeypatch):
         raise HypervisorUnavailable("i-00000000", "no connection")
 
     monkeypatch.setattr(OverlayMerge, "step", gone)
-    monkeypatch.setattr(overlays, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(overlays, "monotonic", lambda: now[0])
     now, frozen = [0.0], Overlay(VolumeFile(path=Path("/vm/root")), Path("/vm/root.overlay"))
 
     def pause(_seconds):

@@ -47,7 +47,7 @@ def test_a_deaf_guest_stays_up(instances, added):
 def test_time_in_which_this_process_stood_still_is_not_the_guests(monkeypatch):
     """As after SIGSTOP: an hour passes between two looks."""
     clock, asked, states = [1.0], [], [InstanceState.RUNNING] * 3 + [InstanceState.STOPPED]
-    monkeypatch.setattr("thrave.compute.power.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("thrave.compute.power.monotonic", lambda: clock[0])
     instances = SimpleNamespace(state=lambda _instance_id: states.pop(0), request_stop=asked.append)
 
     def pause(_seconds):

@@ -15,7 +15,7 @@ from support.disks.raw_disk import make_disk
 from support.eventually import eventually, one_of
 from support.service.bundle_tasks import await_task, describe_task
 from thrave.compute.instance import InstanceState
-from thrave.database import utc_now
+from thrave.concurrency import utc_now
 from thrave.tasks.hosts import HostState
 from thrave.tasks.lease import LOST
 

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from support.eventually import eventually
 from support.service.upload_bench import BUCKET, MANIFEST, PREFIX, UploadBench
 from thrave.buckets.errors import AccessDenied, TransientError
-from thrave.database import bundle_part, bundle_task, utc_now
+from thrave.concurrency import utc_now
+from thrave.database import bundle_part, bundle_task
 from thrave.tasks import claims
 from thrave.tasks.bundle_location import BundleLocation
 from thrave.tasks.claims import ObjectInUseError

@@ -132,7 +132,8 @@ def clock(monkeypatch):
         clock.sleeping()
         clock.now += seconds
 
-    monkeypatch.setattr("thrave.agent.time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    monkeypatch.setattr("thrave.agent.monotonic", lambda: clock.now)
+    monkeypatch.setattr("thrave.agent.sleep", sleep)
     return clock
 
 

@@ -6,9 +6,9 @@ import pytest
 
 import thrave.database
 from thrave.components import open_components
+from thrave.concurrency import utc_now
 from thrave.config import Settings
 from thrave.database import host as host_table
-from thrave.database import utc_now
 from thrave.tasks.errors import AdopterError, HostInUse, HostStateError
 from thrave.tasks.hosts import HostRegistry
 from thrave.tasks.models import MOVES, BundleRequest, HostEvent, HostState

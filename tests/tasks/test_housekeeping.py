@@ -7,7 +7,8 @@ import sqlalchemy as sa
 
 from thrave.buckets.directory_store import DirectoryStore
 from thrave.buckets.errors import TransientError
-from thrave.database import bundle_part, bundle_task, bundle_task_event, host, migrate, open_engine, utc_now
+from thrave.concurrency import utc_now
+from thrave.database import bundle_part, bundle_task, bundle_task_event, host, migrate, open_engine
 from thrave.retry import RetrySchedule
 from thrave.tasks.errors import TaskCancelled
 from thrave.tasks.housekeeping import ObjectCleanup, TaskRetention

@@ -12,8 +12,9 @@ from support.bundles.open_check import opened_sha256
 from support.disks.raw_disk import make_disk
 from thrave.buckets.directory_store import DirectoryStore
 from thrave.compute.instance import InstanceState
+from thrave.concurrency import utc_now
 from thrave.config import DataDirectory
-from thrave.database import migrate, open_engine, utc_now
+from thrave.database import migrate, open_engine
 from thrave.identity.accounts import AccessKey
 from thrave.testing import ThraveServer, upload_policy
 from thrave.vault import Vault

@@ -2,12 +2,12 @@
 
 import time
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
 
-from thrave.database import bundle_task, task_in_progress, utc_now
+from thrave.concurrency import utc_now
+from thrave.database import bundle_task, task_in_progress
 from thrave.tasks import task_service
 from thrave.tasks.errors import BundleTaskNotFound
 from thrave.tasks.models import FINISHED, BundleTaskState
@@ -65,7 +65,7 @@ def test_task_that_was_seen_to_end_is_forgotten_in_its_time(engine, tasks, monke
     insert(engine, "bun-1", "complete", ended=RETENTION - timedelta(hours=1))
     tasks.describe(OWNER, ["bun-1"])
     later = time.monotonic() + 2 * 3600
-    monkeypatch.setattr(task_service, "time", SimpleNamespace(monotonic=lambda: later))
+    monkeypatch.setattr(task_service, "monotonic", lambda: later)
     with pytest.raises(BundleTaskNotFound):
         tasks.describe(OWNER, ["bun-1"])
 

@@ -38,6 +38,7 @@ from thrave.compute.errors import (
 from thrave.compute.instance import TERMINATING, InstanceState, VolumeFile
 from thrave.compute.power import UP, _Work
 from thrave.compute.power_records import PowerAction, PowerRecords, record_request
+from thrave.concurrency import utc_now
 from thrave.database import (
     bundle_task,
     bundle_task_event,
@@ -46,7 +47,6 @@ from thrave.database import (
     instance_power,
     metadata,
     open_in_memory,
-    utc_now,
 )
 from thrave.tasks.errors import TaskCancelled, TaskFailure
 from thrave.tasks.housekeeping import PowerRecovery

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -219,7 +218,7 @@ def test_work_is_stopped_when_the_host_cannot_renew_its_lease(bench):
 def test_a_process_that_stood_still_itself_does_not_stop_its_work(bench, monkeypatch):
     """As after SIGSTOP: hours pass between two looks of the monitor."""
     clock = [0.0]
-    monkeypatch.setattr("thrave.tasks.monitor.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("thrave.tasks.monitor.monotonic", lambda: clock[0])
     looks, looked = [], threading.Event()
     real = bench.records.get
 

@@ -12,10 +12,8 @@ as `../x` and symbolic links are refused.
 import errno
 import os
 import re
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
 from typing import Self
@@ -31,6 +29,7 @@ from thrave.buckets.errors import (
     NoSuchKey,
 )
 from thrave.buckets.upload_policy import UploadPolicy
+from thrave.concurrency import new_lock, utc_now
 
 MIN_FREE = 16 << 20
 """Bytes of the file system that uploads keep free.
@@ -55,7 +54,7 @@ class DirectoryStore:
         self._root = root.resolve()
         self._owners = self._root / ".owners"
         self._spool = self._root / ".spool"
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._reserved = 0  # bytes of uploads that are being written
         with _convert_os_errors():
             for folder in (self._owners, self._spool):
@@ -115,7 +114,7 @@ class DirectoryStore:
         """See ObjectStore. Files have no ETag. Uploads keep MIN_FREE bytes free; the service itself may use them."""
         path, size = self._path(bucket, key), memoryview(data).nbytes
         if policy is not None:
-            policy.check_upload(bucket, key, content_length=size, now=datetime.now(UTC))
+            policy.check_upload(bucket, key, content_length=size, now=utc_now())
         self._check_exists(bucket)
         with _convert_os_errors(), nullcontext() if policy is None else self._reserve_space(size):
             try:

@@ -26,10 +26,11 @@ contains a secret key, a signature or a proxy's password.
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import NamedTuple
+
+from thrave.concurrency import utc_now
 
 
 class Kind(StrEnum):
@@ -464,7 +465,7 @@ class TransientError(StoreError):
             retry_at = parsedate_to_datetime(text)
         except (ValueError, OverflowError):  # OverflowError: a year of 20 digits
             return 0.0
-        now = datetime.now(UTC) if retry_at.tzinfo else datetime.now(UTC).replace(tzinfo=None)
+        now = utc_now() if retry_at.tzinfo else utc_now().replace(tzinfo=None)
         return max(0.0, (retry_at - now).total_seconds())
 
 

@@ -4,7 +4,6 @@ The wait between two attempts doubles, with jitter, and is not shorter than the 
 (403, expired policy, no such bucket) are raised at once. Every call of a store may be repeated (see ObjectStore).
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ import structlog
 from thrave.buckets.base import ObjectHead, ObjectStore
 from thrave.buckets.errors import BucketError, NoConnectionError, TransientError, UnreachableError
 from thrave.buckets.upload_policy import UploadPolicy
+from thrave.concurrency import monotonic, sleep
 from thrave.retry import FailedAttempt, backoff, retry
 from thrave.write_guard import WriteCheck, no_check, store_guard
 
@@ -54,7 +54,7 @@ def retry_store(
     def attempt() -> _Result:
         nonlocal attempts, waited
         while True:
-            started = time.monotonic()
+            started = monotonic()
             attempts += 1
             try:
                 with store_guard.using(before_attempt):
@@ -64,7 +64,7 @@ def retry_store(
                 # It is not counted if a check, such as a task's monitor, can end the call.
                 if not timeout or before_attempt is no_check:
                     raise
-                waited += time.monotonic() - started
+                waited += monotonic() - started
                 on_retry(error, 0.0)
 
     def is_retryable(error: Exception) -> bool:
@@ -85,8 +85,8 @@ def retry_store(
         # A store that asks for more than the remaining time gets all of it, and one last attempt.
         min_wait=lambda error: error.retry_after if isinstance(error, TransientError) else 0.0,
         on_failure=on_failure,
-        sleep=time.sleep,
-        clock=lambda: time.monotonic() - waited,
+        sleep=sleep,
+        clock=lambda: monotonic() - waited,
     )
 
 

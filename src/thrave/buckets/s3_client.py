@@ -28,7 +28,6 @@ import ipaddress
 import re
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +58,7 @@ from thrave.buckets.errors import (
     error_from_response,
     find_row,
 )
+from thrave.concurrency import monotonic
 from thrave.config import normal_endpoint
 from thrave.write_guard import store_guard
 
@@ -303,12 +303,12 @@ class HttpTransport:
 
     def _pieces(self, body: Sequence[Buffer]) -> Iterator[memoryview]:
         """Each piece is sent within the timeout: a line must move, and need not be fast."""
-        until, length = time.monotonic() + LONGEST * self._timeout, _PIECE_OF_TLS if self._is_secure else _PIECE
+        until, length = monotonic() + LONGEST * self._timeout, _PIECE_OF_TLS if self._is_secure else _PIECE
         for piece in body:
             view = memoryview(piece).cast("B")
             for start in range(0, view.nbytes, length):
                 store_guard.check()
-                if time.monotonic() > until:
+                if monotonic() > until:
                     raise TransientError("NoResponse", 0, self._too_slow(f"the store {self._where}"))
                 yield view[start : start + length]
 
@@ -436,13 +436,13 @@ class _TimedBytes(io.RawIOBase):
 
     def __init__(self, received: io.RawIOBase, timeout: float) -> None:
         self._received = received
-        self._until = time.monotonic() + LONGEST * timeout
+        self._until = monotonic() + LONGEST * timeout
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 (as the base class)
-        if time.monotonic() > self._until:
+        if monotonic() > self._until:
             raise _SlowResponseError
         return self._received.readinto(buffer)
 

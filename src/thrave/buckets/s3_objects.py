@@ -24,7 +24,6 @@ is a TransientError. Nothing here is sent twice (`retrying.py`).
 import base64
 import hashlib
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from thrave.buckets.base import ObjectHead
 from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, StoreError, TransientError, error_from_response
 from thrave.buckets.s3_client import SMALL, Buffer, Credentials, HttpResponse, HttpTransport, SignedClient, StoreConfig
 from thrave.buckets.upload_policy import UploadPolicy
+from thrave.concurrency import random_hex
 
 
 def multipart(fields: Mapping[str, str], content: Buffer) -> tuple[str, Sequence[Buffer]]:
@@ -46,7 +46,7 @@ def multipart(fields: Mapping[str, str], content: Buffer) -> tuple[str, Sequence
         fields: In their order; the names are the store's, the values whatever the policy says.
         content: The file's.
     """
-    boundary = secrets.token_hex(16)  # cannot stand in any value, nor by chance in the content
+    boundary = random_hex(16)  # cannot stand in any value, nor by chance in the content
     head = "".join(_field(boundary, name, value) for name, value in fields.items())
     opening = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="file"\r\n\r\n'
     closing = f"\r\n--{boundary}--\r\n"

@@ -15,11 +15,9 @@ key which may use one existing bucket is enough (docs/reference/store-rights.md)
 """
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
 from functools import cached_property
 from typing import Self
@@ -39,6 +37,7 @@ from thrave.buckets.errors import (
 from thrave.buckets.s3_client import Buffer, Credentials, HttpTransport, StoreConfig
 from thrave.buckets.s3_objects import S3ObjectClient, md5_header, read_buckets, write_location
 from thrave.buckets.upload_policy import UploadPolicy
+from thrave.concurrency import new_lock, utc_now
 
 OWNER_KEY = ".thrave-owner"
 """The object of a bucket that names the account that it belongs to, where all buckets are the service's."""
@@ -46,10 +45,10 @@ _OWNER_BYTES = 1024  # most that the object may have
 Lock = Callable[[str], AbstractContextManager[object]]
 """Held by one at a time for each name."""
 
-_LOCKS = tuple(threading.Lock() for _ in range(64))  # of this process; names share them
+_LOCKS = tuple(new_lock() for _ in range(64))  # of this process; names share them
 
 
-def _lock_of_this_process(name: str) -> threading.Lock:
+def _lock_of_this_process(name: str) -> AbstractContextManager[object]:
     return _LOCKS[hash(name) % len(_LOCKS)]
 
 
@@ -424,4 +423,4 @@ def _could_be_created(bucket: str) -> bool:
 def _check_policy(policy: UploadPolicy | None, bucket: str, key: str, data: Buffer) -> None:
     """Refuse what a policy does not allow in S3's words, before it is sent; some stores are more lenient."""
     if policy is not None:
-        policy.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=datetime.now(UTC))
+        policy.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=utc_now())

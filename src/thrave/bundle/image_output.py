@@ -9,13 +9,13 @@ checks the exit status.
 
 import errno
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thrave.bundle.errors import OutputError, OutputExistsError
 from thrave.bundle.tar_reader import ImageRun
+from thrave.concurrency import random_hex
 
 GRAIN = 64 * 1024
 """Bytes; holes are found in units of this size: whole pages of a file, and whole clusters of a qcow2 image."""
@@ -215,7 +215,7 @@ def _link(descriptor: int, name: Path | None, path: Path) -> None:
 
 
 def _temporary_name(folder: Path) -> Path:
-    return folder / f".image-{secrets.token_hex(8)}.partial"
+    return folder / f".image-{random_hex(8)}.partial"
 
 
 def _is_same(descriptor: int, path: Path) -> bool:

@@ -5,9 +5,7 @@ key, an IV or ciphertext.
 """
 
 import hashlib
-import os
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -16,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 
 from thrave.bundle.errors import NamingError, ResumeError, WrongKeyError
+from thrave.concurrency import random_below, random_bytes
 
 PART_SIZE = 10 * 1024 * 1024
 """Bytes of each part but the last, as in ec2-ami-tools and every other known bundler."""
@@ -52,7 +51,7 @@ class BundleKey:
     @classmethod
     def generate(cls) -> Self:
         """Return a new random key and IV."""
-        return cls(key=os.urandom(16), iv=os.urandom(16))
+        return cls(key=random_bytes(16), iv=random_bytes(16))
 
 
 @dataclass(frozen=True)
@@ -337,7 +336,7 @@ def new_series() -> str:
     The digits precede the index, so the names match ``PREFIX.part.[0-9]+``, as those of every known bundler do, and
     sort in the order of the parts. They are longer than any index, so they never equal a name without a series.
     """
-    return f"{1 + secrets.randbelow(9)}" + "".join(str(secrets.randbelow(10)) for _ in range(_SERIES_DIGITS - 1))
+    return f"{1 + random_below(9)}" + "".join(str(random_below(10)) for _ in range(_SERIES_DIGITS - 1))
 
 
 def part_pattern(prefix: str) -> re.Pattern[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import click
 from thrave.cli.exit_codes import Exit
 from thrave.cli.options import DataFolder, Size, make_files_private
 from thrave.cli.output import format_size, output_option, print_result
+from thrave.concurrency import monotonic
 
 if TYPE_CHECKING:
     from thrave.demo.tour import Task, Tour
@@ -79,7 +79,7 @@ class _Story:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._state = ""
-        self._begun = time.monotonic()
+        self._begun = monotonic()
 
     def tell(self, words_: str) -> None:
         """Begin a line of the story."""
@@ -91,7 +91,7 @@ class _Story:
         if self._quiet:
             return
         state, progress = task["State"], task.get("Progress", "")
-        seconds = time.monotonic() - self._begun
+        seconds = monotonic() - self._begun
         line = f"    {seconds:6.1f} s  {state:<21} {progress:>4} {_bar(progress)}"
         if sys.stderr.isatty():
             click.echo(("\n" if state != self._state and self._state else "\r") + line, err=True, nl=False)

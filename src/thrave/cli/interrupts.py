@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from thrave.concurrency import Call
+from thrave.concurrency import Call, in_main_thread, monotonic, new_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +26,7 @@ _Answer = TypeVar("_Answer")
 _GLANCE = 0.1  # seconds between two looks at whether Ctrl-C was pressed
 
 
-_interrupted = threading.Event()
+_interrupted = new_event()
 
 
 class CallGivenUpError(Exception):
@@ -43,7 +41,7 @@ def give_up_on_interrupt() -> None:
         signal.default_int_handler(number, frame)
 
     _interrupted.clear()
-    if threading.current_thread() is threading.main_thread():  # only there Python lets a handler be set
+    if in_main_thread():  # only there Python lets a handler be set
         signal.signal(signal.SIGINT, handle)
 
 
@@ -65,8 +63,8 @@ def call_with_timeout(call: Callable[[], _Answer], seconds: float) -> _Answer:
         CallGivenUpError: It did not come in time, or Ctrl-C was pressed.
     """
     under_way = Call("folder-call", call)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    until = monotonic() + seconds
+    while monotonic() < until:
         check_interrupted()
         if under_way.wait(_GLANCE):
             return under_way.result(0)
@@ -103,7 +101,7 @@ def cleans_up_on_signals(command: Callable[_Parameters, _Returned]) -> Callable[
 
 @contextmanager
 def _handled() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
+    if not in_main_thread():  # Python sets handlers only there
         yield
         return
 

@@ -7,7 +7,6 @@ The output lists what was checked and what could not be checked.
 from __future__ import annotations
 
 import re
-import secrets
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ from thrave.cli.locations import LOCATION, read_documents, read_manifest_file
 from thrave.cli.options import PRIVATE_KEY, certificate_option, side_key_option
 from thrave.cli.output import format_size, output_option, print_result
 from thrave.cli.progress import progress_bar
+from thrave.concurrency import random_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -241,7 +241,7 @@ def verify(
         verified = _verify_all(verified_manifest, location.folder, key)
     else:
         verified = _verify_sample(
-            verified_manifest, location.folder, sample, secrets.randbelow(_SEEDS) if seed is None else seed
+            verified_manifest, location.folder, sample, random_below(_SEEDS) if seed is None else seed
         )
     print_result(output, {"manifest": location, **verified_document(verified)}, verified_text(verified))
 

@@ -22,6 +22,7 @@ import click
 
 from thrave.cli.folders import FileMissingError
 from thrave.cli.output import SIZE_UNITS, TIME_UNITS, print_result
+from thrave.concurrency import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -357,7 +358,7 @@ class Since(click.ParamType[datetime]):
 
 def _parse_age(text: str) -> datetime | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text, re.ASCII)
-    return match and datetime.now(UTC) - timedelta(**{TIME_UNITS[match[2]]: float(match[1])})
+    return match and utc_now() - timedelta(**{TIME_UNITS[match[2]]: float(match[1])})
 
 
 def _with_timezone(time: datetime) -> datetime:

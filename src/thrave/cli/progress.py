@@ -5,14 +5,12 @@ ten percent instead. It never goes back, never writes to stdout and knows nothin
 """
 
 import sys
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from thrave.concurrency import supervised
+from thrave.concurrency import monotonic, new_event, new_lock, supervised
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -52,18 +50,18 @@ class ProgressBar:
         """Prepare a bar named `label` over `total` bytes; nothing is shown yet."""
         self._label = label
         self._total = max(total, 1)
-        self._begun = self._seen = time.monotonic()
+        self._begun = self._seen = monotonic()
         self._rate = Rate(_WINDOW)
         self._rate.note(self._begun, 0)
         self._done = 0.0
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._tenth = 0
 
     def update(self, done: float) -> None:
         """Say that `done` bytes of the total are done; may be called often."""
-        now = time.monotonic()
+        now = monotonic()
         if now - self._seen < _INTERVAL and done < self._total:
             return
         with self._lock:
@@ -75,7 +73,7 @@ class ProgressBar:
     @contextmanager
     def following(self, progress: Callable[[], float]) -> Iterator[None]:
         """Show what `progress` says (0 to 1), asked in a thread of its own, until the block ends."""
-        ended = threading.Event()
+        ended = new_event()
 
         def follow() -> None:
             while not ended.wait(_INTERVAL):

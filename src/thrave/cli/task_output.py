@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from thrave.cli.output import format_duration, format_size, printable, table
 from thrave.cli.progress import Rate
+from thrave.concurrency import monotonic, sleep
 from thrave.tasks.errors import ERROR_CODES
 from thrave.tasks.models import FINISHED, WITH_PROGRESS, BundleTaskState
 from thrave.tasks.queries import bytes_done, state_durations, time_in
@@ -235,7 +235,7 @@ def watch(overview: TaskQueries, bundle_ids: Sequence[str]) -> list[TaskReport]:
                 screen.show(seen)
             if all(seen.task.state in FINISHED for seen in tasks):
                 return tasks
-            time.sleep(_INTERVAL)
+            sleep(_INTERVAL)
 
 
 @contextmanager
@@ -279,7 +279,7 @@ class Bars:
         """Move the task's bar to where the task is."""
         task = seen.task
         bar = self._bars.get(task.bundle_id) or self._new(task.bundle_id)
-        bar.rate.note(time.monotonic(), seen.stored.size)
+        bar.rate.note(monotonic(), seen.stored.size)
         self._progress.update(
             bar.task_id,
             completed=task.progress or 0,

@@ -13,14 +13,13 @@ the instance stays `stopping` until somebody asks it to stop again.
 
 import os
 import re
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thrave.compute.description_files import InstanceDescription
 from thrave.compute.errors import InstanceCommandFailed
 from thrave.compute.instance import InstanceState, OffReason
+from thrave.concurrency import monotonic, new_lock
 from thrave.programs import Finished, Program, ProgramError, ProgramNotStartedError, environment
 
 INHERITED = ("LIBVIRT_DEFAULT_URI", "SSH_AUTH_SOCK")
@@ -131,11 +130,11 @@ def read_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> tupl
         InstanceCommandFailed: It failed, or printed a word that is not in STATE_WORDS, or one for `stopped` with a
             reason that is not in OFF_WORDS.
     """
-    began = time.monotonic()
+    began = monotonic()
     try:
         printed = Command(instance_id, "stateCommand", argv, seconds=seconds).finish().strip().lower()
     except InstanceCommandFailed as error:
-        error.waited = time.monotonic() - began
+        error.waited = monotonic() - began
         raise
     parts = _WITH_REASON.fullmatch(printed)
     words, reason = parts.groups() if parts else (printed, None)
@@ -185,7 +184,7 @@ class BackgroundStops:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._running: dict[str, StopCommand] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def ask(self, description: InstanceDescription) -> None:
         """Start the instance's stopCommand, unless it is running already.

@@ -6,11 +6,9 @@ instance for changes to its file, and one that prevents a start.
 """
 
 import logging
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from thrave.compute.base import VolumeHold
@@ -25,6 +23,7 @@ from thrave.compute.errors import (
     StateChangedError,
 )
 from thrave.compute.instance import TERMINATING, Instance, InstanceState, VolumeFile
+from thrave.concurrency import random_hex, utc_now
 from thrave.programs import ProgramNotStartedError
 from thrave.retry import poll_until
 from thrave.write_guard import start_guard
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def new_instance_id() -> str:
     """Return a random id in EC2's form."""
-    return f"i-{secrets.token_hex(9)[:17]}"
+    return f"i-{random_hex(9)[:17]}"
 
 
 class DirectoryDriver:
@@ -146,7 +145,7 @@ class DirectoryDriver:
                 with self._starting(description):
                     self._run_start(description)
                 try:
-                    self._folder.change(instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
+                    self._folder.change(instance_id, InstanceState.RUNNING, launch_time=utc_now())
                 except StateChangedError:  # terminated during the start
                     if description.stop_command:
                         self._stops.ask(self._folder.read(instance_id))

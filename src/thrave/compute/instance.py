@@ -15,6 +15,8 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from thrave.concurrency import utc_now
+
 MAX_TAGS = 50
 """On one instance."""
 
@@ -195,6 +197,6 @@ class Instance:
     volumes: tuple[VolumeFile, ...] = ()
     state: InstanceState = InstanceState.RUNNING
     off_reason: OffReason | None = None
-    launch_time: Annotated[AwareDatetime, AfterValidator(_utc)] = field(default_factory=lambda: datetime.now(UTC))
+    launch_time: Annotated[AwareDatetime, AfterValidator(_utc)] = field(default_factory=utc_now)
     tags: Annotated[dict[str, str], AfterValidator(validate_tags)] = field(default_factory=dict)
     host: Annotated[str | None, Field(exclude=True)] = None

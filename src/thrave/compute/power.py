@@ -5,8 +5,6 @@
 power.
 """
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -25,7 +23,7 @@ from thrave.compute.errors import (
 from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
 from thrave.compute.timeouts import RunningTime, is_busy
-from thrave.concurrency import supervised
+from thrave.concurrency import Event, Lock, monotonic, new_event, new_lock, sleep, supervised
 from thrave.write_guard import start_guard
 
 ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
@@ -39,8 +37,8 @@ TO_START = frozenset({InstanceState.STOPPED, InstanceState.PENDING})
 
 log = structlog.get_logger()
 
-_switching: dict[str, threading.Lock] = {}
-_switching_lock = threading.Lock()
+_switching: dict[str, Lock] = {}
+_switching_lock = new_lock()
 
 
 @contextmanager
@@ -54,7 +52,7 @@ def switching(instance_id: str) -> Iterator[None]:
         InstanceHeld: Somebody else does so just now, or a command that was abandoned may still be carried out.
     """
     with _switching_lock:
-        lock = _switching.setdefault(instance_id, threading.Lock())
+        lock = _switching.setdefault(instance_id, new_lock())
     if not lock.acquire(blocking=False):
         raise InstanceLocked(instance_id)
     try:
@@ -71,7 +69,7 @@ def power_off(
     *,
     grace: float,
     ask: Callable[[str], None] | None = None,
-    pause: Callable[[float], object] = time.sleep,
+    pause: Callable[[float], object] = sleep,
 ) -> InstanceState:
     """Ask the guest to power off, again and again, until it has or is gone.
 
@@ -89,15 +87,15 @@ def power_off(
         InstanceError: As `HypervisorDriver.state` and `HypervisorDriver.request_stop`.
     """
     ask = ask or instances.request_stop
-    waiting, waited = RunningTime(_LONGEST_LOOK, time.monotonic), 0.0
+    waiting, waited = RunningTime(_LONGEST_LOOK, monotonic), 0.0
     asked_again = 0.0
     while (state := instances.state(instance_id)) not in {InstanceState.STOPPED, *TERMINATING}:
         waited += waiting.passed()
         if waited > grace:
             break
-        if time.monotonic() > asked_again:
+        if monotonic() > asked_again:
             ask(instance_id)
-            asked_again = time.monotonic() + ASK_AGAIN
+            asked_again = monotonic() + ASK_AGAIN
         pause(LOOK_AGAIN)
     return state
 
@@ -153,9 +151,9 @@ class BackgroundPower:
         self._records = records or PowerRecords.in_memory()
         self._grace = grace
         self._check = check
-        self._busy: dict[str, threading.Event] = {}  # an event wakes the instance's thread
+        self._busy: dict[str, Event] = {}  # an event wakes the instance's thread
         self._works: dict[str, _Work] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def start(self, instance_id: str, by: str | None = None) -> None:
         """See PowerControl."""
@@ -211,7 +209,7 @@ class BackgroundPower:
                 if wake:
                     busy.set()
                 return
-            self._busy[instance_id] = wakes = threading.Event()
+            self._busy[instance_id] = wakes = new_event()
         try:
             supervised(
                 f"power {instance_id}",
@@ -221,7 +219,7 @@ class BackgroundPower:
         except RuntimeError as error:  # no more threads: the next look begins again
             self._failed(instance_id, error)
 
-    def _carry_out(self, instance_id: str, wakes: threading.Event) -> None:
+    def _carry_out(self, instance_id: str, wakes: Event) -> None:
         """Carry out what is recorded of an instance, until nothing is."""
         work = self._work(instance_id)
         while True:
@@ -320,7 +318,7 @@ class _Work:
     def _take_up(self, version: int) -> None:
         self._version = version
         self._failures = 0
-        self._first_look = time.monotonic()
+        self._first_look = monotonic()
         self._first_asked: float | None = None
         self._ask_again = 0.0
         self._deaf = 0
@@ -340,7 +338,7 @@ class _Work:
 
     def _is_off(self, state: InstanceState) -> bool:
         """Whether it is to be started. A file says `stopping` for ever if its stopCommand died with a process."""
-        is_late = time.monotonic() - self._first_look > self._grace
+        is_late = monotonic() - self._first_look > self._grace
         return state is InstanceState.STOPPED or (state is InstanceState.STOPPING and is_late)
 
     def _start(self, record: PowerRecord) -> float | None:
@@ -353,13 +351,13 @@ class _Work:
 
     def _await_start(self, record: PowerRecord, state: InstanceState) -> float | None:
         """It runs. A guest that was asked to power off before may yet hear it, and is started then."""
-        is_late = time.monotonic() - self._first_look > 2 * self._grace
+        is_late = monotonic() - self._first_look > 2 * self._grace
         if state in UP and (is_late or not record.asked):
             return self._finish(record) if state is InstanceState.RUNNING else self._start(record)
         return self._until_next_look()
 
     def _reboot(self, record: PowerRecord, state: InstanceState) -> float | None:
-        asked_for = 0.0 if self._first_asked is None else time.monotonic() - self._first_asked
+        asked_for = 0.0 if self._first_asked is None else monotonic() - self._first_asked
         if asked_for <= self._grace:
             return self._ask(record, self._instances.request_stop)
         # It is not asked again, but may yet hear it. Then it is started.
@@ -370,7 +368,7 @@ class _Work:
 
     def _ask(self, record: PowerRecord, ask: Callable[[str], None]) -> float:
         """Ask the guest to power off, if it is time to ask again: at growing intervals once it should have heard it."""
-        now = time.monotonic()
+        now = monotonic()
         if now >= self._ask_again:
             if not self._records.note_asked(record):
                 return 0.0
@@ -382,7 +380,7 @@ class _Work:
         return self._until_next_look()
 
     def _until_next_look(self) -> float:
-        return min(LOOK_AGAIN + (time.monotonic() - self._first_look) / 10, ASK_AGAIN)
+        return min(LOOK_AGAIN + (monotonic() - self._first_look) / 10, ASK_AGAIN)
 
     def _finish(self, record: PowerRecord) -> float:
         self._records.finish(record)

@@ -10,8 +10,6 @@ still may (`write_guard.py`): another host may have the instance by then.
 Waits for work that goes on by itself, for as long as it makes progress.
 """
 
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
@@ -19,7 +17,7 @@ from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from thrave.compute.errors import HypervisorError, HypervisorUnavailable
-from thrave.concurrency import Call, CallTimeoutError
+from thrave.concurrency import Call, CallTimeoutError, Event, monotonic, new_event, new_lock
 from thrave.write_guard import start_guard
 
 TIMEOUT = 120.0  # seconds; a start may wait a minute for a guest that has just powered off
@@ -34,13 +32,13 @@ _Arguments = ParamSpec("_Arguments")
 _Answer = TypeVar("_Answer")
 
 
-_given_up: ContextVar[threading.Event | None] = ContextVar("given_up", default=None)
+_given_up: ContextVar[Event | None] = ContextVar("given_up", default=None)
 
 
 _abandoned: Counter[str] = Counter()  # commands by instance id
 
 
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 def call_with_deadline(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool = False) -> _Answer:
@@ -55,7 +53,7 @@ def call_with_deadline(instance_id: str, ask: Callable[[], _Answer], *, is_comma
         HypervisorGoneError: There is none by then. What was asked for may still be done.
         Exception: What `ask` raises.
     """
-    given_up = threading.Event()
+    given_up = new_event()
 
     def ask_here() -> _Answer:
         _given_up.set(given_up)
@@ -149,7 +147,7 @@ class RunningTime:
         clock: Seconds of a monotonic clock.
     """
 
-    def __init__(self, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, longest: float, clock: Callable[[], float] = monotonic) -> None:
         self._longest = longest
         self._clock = clock
         self._called = clock()

@@ -10,11 +10,9 @@ It fails loudly if anything is not as promised: a demo that cannot fail shows no
 """
 
 import hashlib
-import secrets
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from thrave.bundle.model import manifest_filename, side_filename
 from thrave.bundle.opener import open_bundle
 from thrave.bundle.verifier import OpenResult
 from thrave.compute.instance import Instance, InstanceState
-from thrave.concurrency import Call
+from thrave.concurrency import Call, monotonic, random_hex, sleep
 from thrave.config import DataDirectory
 from thrave.demo.disk import check_size, make_demo_disk, make_ephemeral_disk
 from thrave.identity.accounts import AccessKey
@@ -59,7 +57,7 @@ class Customer:
 
 def make_customer(server: ThraveServer) -> Customer:
     """Make an account with an access key and a certificate of its own."""
-    name = f"demo-{secrets.token_hex(4)}"
+    name = f"demo-{random_hex(4)}"
     certificate, private_key = new_certificate(name)
     account, key = server.account(name, certificate)
     keys = server.data.root / "demo-keys"
@@ -72,7 +70,7 @@ def make_customer(server: ThraveServer) -> Customer:
 
 def make_instance(server: ThraveServer, customer: Customer, size: int) -> Instance:
     """Make a Windows-like instance: a root disk of `size` bytes (C:), and a second, ephemeral one."""
-    disks = server.data.root / "demo-disks" / secrets.token_hex(4)
+    disks = server.data.root / "demo-disks" / random_hex(4)
     disks.mkdir(parents=True)
     root, ephemeral = disks / "root.raw", disks / "ephemeral0.raw"
     make_demo_disk(root, size)
@@ -96,7 +94,7 @@ def bundle_with_boto3(
     waiting = Call("waiter", lambda: waiter.wait(**ids, WaiterConfig={"Delay": 1, "MaxAttempts": WAIT_TIMEOUT}))
     while task["State"] not in FINISHED:
         show(task)
-        time.sleep(LOOK_AGAIN)
+        sleep(LOOK_AGAIN)
         (task,) = ec2.describe_bundle_tasks(**ids)["BundleTasks"]
     show(task)
     waiting.result(WAIT_TIMEOUT)
@@ -223,9 +221,9 @@ def tour(data: Path, size: int, tell: Callable[[str], None], show: Callable[[Tas
         tell("a Windows instance: MBR, NTFS, deleted files; and an ephemeral disk that must stay out")
         prefix = f"{PREFIX}-{instance.instance_id[-6:]}"
         tell(f"boto3 asks for {instance.instance_id} to be bundled into {BUCKET}/{prefix}")
-        begun = time.monotonic()
+        begun = monotonic()
         task = bundle_with_boto3(server, customer, instance.instance_id, prefix, show)
-        seconds = time.monotonic() - begun
+        seconds = monotonic() - begun
         if server.instances.state(instance.instance_id) is not InstanceState.RUNNING:
             raise DemoError("the instance is not running after it was bundled")
     tell("the bundle is verified, opened, and compared with the root disk")

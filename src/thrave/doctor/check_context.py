@@ -8,7 +8,6 @@ prefix, and by default a bucket, that no bundle has.
     └── CheckSkipped    nothing to check with these settings
 """
 
-import secrets
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from thrave.buckets.base import ObjectStore
 from thrave.buckets.s3_client import Credentials, HttpTransport, SignedClient, StoreConfig
 from thrave.buckets.s3_store import KeyOwner
 from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
+from thrave.concurrency import random_hex
 from thrave.config import Settings
 from thrave.database import open_engine
 from thrave.drivers import open_adopted, open_store, store_connection
@@ -57,7 +57,7 @@ class CheckContext:
 
     def __init__(self, settings: Settings, *, access_key_id: str | None = None, bucket: str | None = None) -> None:
         self.settings = settings.model_copy(update={"s3_timeout": min(settings.s3_timeout, STORE_TIMEOUT)})
-        self.prefix = f"thrave-doctor-{secrets.token_hex(8)}"
+        self.prefix = f"thrave-doctor-{random_hex(8)}"
         self.bucket = bucket or self.prefix
         self.has_created_bucket = False
         self._access_key_id = access_key_id

@@ -5,7 +5,6 @@ contain a secret.
 """
 
 import os
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,7 +13,7 @@ import sqlalchemy as sa
 
 from thrave.buckets.errors import BucketError
 from thrave.compute.errors import InstanceError
-from thrave.concurrency import Call, CallTimeoutError
+from thrave.concurrency import Call, CallTimeoutError, monotonic
 from thrave.doctor.check_context import CheckContext, CheckFailed, CheckSkipped
 from thrave.identity.errors import IdentityError
 from thrave.vault import VaultError
@@ -68,11 +67,11 @@ def run_check(check: Check, context: CheckContext, blocking: Collection[str] = (
     for name in check.needs:
         if name in blocking:
             return Finding(check, Outcome.SKIPPED, f"needs: {name}", is_blocking=True)
-    started = time.monotonic()
+    started = monotonic()
     try:
         return Call(check.name, lambda: _run(check, context)).result(check.seconds)
     except CallTimeoutError:
-        return Finding(check, Outcome.FAILED, f"no result after {time.monotonic() - started:.0f} s", is_blocking=True)
+        return Finding(check, Outcome.FAILED, f"no result after {monotonic() - started:.0f} s", is_blocking=True)
 
 
 def _run(check: Check, context: CheckContext) -> Finding:

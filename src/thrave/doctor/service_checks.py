@@ -7,7 +7,8 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from thrave.components import PROOF_CONTEXT
-from thrave.database import migrations, utc_now, vault_check
+from thrave.concurrency import utc_now
+from thrave.database import migrations, vault_check
 from thrave.doctor.check_context import CheckContext, CheckFailed, CheckSkipped
 from thrave.identity.certificates import ServiceIdentity
 

@@ -4,8 +4,6 @@ Nothing runs without a request. A good result of the store's checks is kept for 
 `BAD_FOR`, so that a store that has recovered is used soon. A failed check is repeated once before it counts.
 """
 
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ import structlog
 from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import Instance
-from thrave.concurrency import Call, CallTimeoutError
+from thrave.concurrency import Call, CallTimeoutError, monotonic, new_lock
 from thrave.config import Settings
 from thrave.doctor import host_checks
 from thrave.doctor.check_context import CheckContext
@@ -39,16 +37,16 @@ class StandingChecks:
         self._context = CheckContext(settings)
         cheap = _cheap_checks(self._context)
         self._checks = [replace(check, seconds=_TIMEOUT) for check in CHECKS if check.name in cheap]
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._valid_until = 0.0
         self._trouble: str | None = None
 
     def store_trouble(self) -> str | None:
         """Why no bundle can be stored now, for a client; None if no reason is known."""
         with self._lock:
-            if time.monotonic() > self._valid_until:
+            if monotonic() > self._valid_until:
                 self._trouble = self._run_checks()
-                self._valid_until = time.monotonic() + (GOOD_FOR if self._trouble is None else BAD_FOR)
+                self._valid_until = monotonic() + (GOOD_FOR if self._trouble is None else BAD_FOR)
             return self._trouble
 
     def _run_checks(self) -> str | None:

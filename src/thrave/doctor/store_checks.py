@@ -21,7 +21,7 @@ from thrave.buckets.base import UNKNOWN_OWNER
 from thrave.buckets.errors import BucketError, NoSuchBucket
 from thrave.buckets.s3_client import SMALL, Proxy
 from thrave.buckets.upload_policy import UploadPolicy, signature_v2, signature_v4
-from thrave.database import utc_now
+from thrave.concurrency import utc_now
 from thrave.doctor.check_context import STORE_TIMEOUT, CheckContext, CheckFailed, CheckSkipped
 
 MAX_CLOCK_DIFFERENCE = 15 * 60

@@ -20,6 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from thrave.concurrency import random_bytes
 from thrave.ec2.actions import ACTIONS, Action
 from thrave.ec2.authentication import Ec2Request, Host, UnreadableRequest, authenticate, read_signature
 from thrave.ec2.backend import Caller, Ec2Backend, TooManyRequests
@@ -88,7 +89,7 @@ class Api:
         await (await self._respond(http))(scope, receive, send)
 
     async def _respond(self, http: HttpRequest) -> Response:
-        request_id, service = str(uuid.uuid4()), EC2
+        request_id, service = str(uuid.UUID(bytes=random_bytes(16), version=4)), EC2
         try:
             check_target(http)
             if _is_from_browser(http):

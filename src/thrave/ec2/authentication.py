@@ -22,7 +22,6 @@ import base64
 import hmac
 import ipaddress
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from botocore.auth import SigV2Auth, SigV4Auth
 from botocore.awsrequest import AWSRequest, HTTPHeaders
 from botocore.credentials import Credentials
 
+from thrave.concurrency import random_hex
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.protocol import ProtocolError, join_forms, read_form
 from thrave.identity.accounts import AccessKey, KeyCache
@@ -55,7 +55,7 @@ _AMZ_DATE = re.compile(r"[0-9]{8}T[0-9]{6}Z")
 _AMZ_DATE_FORMAT = "%Y%m%dT%H%M%SZ"
 
 # Used instead of the secret of a key that is unknown or inactive, so that the work is the same.
-_DUMMY_SECRET = secrets.token_urlsafe(30)
+_DUMMY_SECRET = random_hex(20)
 
 
 class Host(NamedTuple):

@@ -4,8 +4,6 @@ The backend is passed to every action. It has no logic of its own: the actions a
 `instance_actions` and `region_actions`, and the rules of policies in `thrave.identity.policies`.
 """
 
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,7 +13,7 @@ from thrave.buckets.base import ObjectStore
 from thrave.compute.base import InstanceInventory
 from thrave.compute.instance import Instance
 from thrave.compute.power import PowerControl
-from thrave.database import utc_now
+from thrave.concurrency import monotonic, new_lock, utc_now
 from thrave.identity.accounts import Accounts, KeyCache, User
 from thrave.identity.policies import is_allowed
 from thrave.identity.policy_conditions import RequestContext, source_address
@@ -69,12 +67,12 @@ class RateLimit:
         clock: Monotonic time in seconds.
     """
 
-    def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = monotonic) -> None:
         self._per_second = per_second
         self._burst = burst
         self._clock = clock
         self._buckets: dict[str, _TokenBucket] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def take(self, account_id: str, tokens: int = 1) -> None:
         """Take tokens from an account's bucket.

@@ -6,7 +6,6 @@ checks have passed. The bundling itself is done by a task (`thrave.tasks`); no a
 Source of the messages: Eucalyptus 4.4, Bundles.java and VmControl.bundleInstance; AWS's own are not known.
 """
 
-import secrets
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,6 +13,7 @@ from thrave.buckets.base import UNKNOWN_OWNER, check_bucket_name, split_prefix
 from thrave.buckets.errors import BucketAlreadyExists, BucketError, Kind, SignatureDoesNotMatch, WrongRegion
 from thrave.buckets.upload_policy import POLICY_CHARACTERS, UploadPolicy
 from thrave.compute.instance import UNREADABLE_REASONS, Instance, InstanceState
+from thrave.concurrency import random_hex
 from thrave.ec2.backend import Caller, Ec2Backend
 from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, format_instant, select
@@ -49,7 +49,7 @@ FILTERS: FilterTable[BundleTask] = {
 _BUNDLEABLE = frozenset({InstanceState.RUNNING, InstanceState.STOPPED})
 
 # Used instead of the secret of a key that is unknown or inactive, so that the work is the same.
-_DUMMY_SECRET = secrets.token_urlsafe(30)
+_DUMMY_SECRET = random_hex(20)
 
 
 def bundle_instance(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:

@@ -5,12 +5,12 @@ without a thread. When its turn comes it joins the queue behind the requests tha
 account's requests, however many and however slow, leave threads to other accounts.
 """
 
-import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from thrave.concurrency import new_lock
 from thrave.identity.accounts import AccessKey
 
 Response = TypeVar("Response")
@@ -30,7 +30,7 @@ class AccountThreads(Generic[Response]):
         self._max_per_account = max_per_account
         self._busy: Counter[str] = Counter()  # account id to number of threads
         self._waiting: dict[str, deque[Callable[[], None]]] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def submit(
         self, authenticate: Callable[[], AccessKey], handle: Callable[[AccessKey], Response]

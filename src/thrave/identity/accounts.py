@@ -6,10 +6,7 @@ owner, so that a secret that is copied to another row cannot be decrypted. Permi
 """
 
 import re
-import secrets
 import string
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,7 +14,8 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from thrave.database import access_key, account, iam_user, utc_now
+from thrave.concurrency import monotonic, new_lock, random_below, utc_now
+from thrave.database import access_key, account, iam_user
 from thrave.identity.certificates import certificate_pem, load_certificate
 from thrave.identity.errors import EntityAlreadyExists, LimitExceeded, NoSuchEntity, ValidationError
 from thrave.vault import Vault
@@ -96,11 +94,11 @@ def new_secret_access_key() -> str:
 
 def new_account_id() -> str:
     """Generate an account id of 12 digits. The first is not 0, which programs that read a number would drop."""
-    return str(secrets.randbelow(9 * 10**11) + 10**11)
+    return str(random_below(9 * 10**11) + 10**11)
 
 
 def _random_text(alphabet: str, length: int) -> str:
-    return "".join(secrets.choice(alphabet) for _ in range(length))
+    return "".join(alphabet[random_below(len(alphabet))] for _ in range(length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,11 +323,11 @@ class KeyCache:
         max_keys: Maximum number of keys.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, max_keys: int = MAX_CACHED_KEYS) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic, *, max_keys: int = MAX_CACHED_KEYS) -> None:
         self._clock = clock
         self._max_keys = max_keys
         self._entries: dict[str, tuple[float, AccessKey]] = {}  # id to expiry and key, oldest first
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def find(self, access_key_id: str) -> AccessKey | None:
         """Return the key if it was added less than `CACHE_TIME` ago."""

@@ -20,7 +20,7 @@ another one. Nor is any of the files made where the database has the fingerprint
 
 import hashlib
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.x509.oid import NameOID
 
 from thrave import files
+from thrave.concurrency import utc_now
 from thrave.identity.errors import MalformedCertificate, MalformedPrivateKey, ServiceIdentityError
 
 _NEW_KEY_BITS = 2048
@@ -69,7 +70,7 @@ def new_private_key() -> rsa.RSAPrivateKey:
 def self_signed(common_name: str, key: rsa.RSAPrivateKey) -> x509.Certificate:
     """Make a certificate for a key, signed with that key, valid for ten years from now."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-    now = datetime.now(UTC)
+    now = utc_now()
     builder = x509.CertificateBuilder(
         issuer_name=name,
         subject_name=name,

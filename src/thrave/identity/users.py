@@ -13,7 +13,8 @@ from itertools import chain
 import sqlalchemy as sa
 import structlog
 
-from thrave.database import account, iam_user, user_policy, utc_now
+from thrave.concurrency import utc_now
+from thrave.database import account, iam_user, user_policy
 from thrave.identity.accounts import User, new_user_id
 from thrave.identity.errors import (
     EntityAlreadyExists,

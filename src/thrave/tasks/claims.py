@@ -16,7 +16,6 @@ No clock decides which task owns a key. Deleting the row of an ended task releas
 #   that was deleted meanwhile is deleted once more then (state `gone`): an upload may have arrived after the deletion.
 # - An object without a row is never deleted.
 
-import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -26,6 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from thrave.bundle.model import PartRecord
+from thrave.concurrency import random_hex
 from thrave.database import bundle_part, bundle_task, now, task_in_progress
 from thrave.tasks.lease import RightLostError
 
@@ -33,7 +33,7 @@ SETTLE = 3600.0
 """Seconds for which a request may be in flight after its sender has ended: in a proxy, or in a kernel's send buffer.
 TCP times out after 15 minutes (Linux, tcp_retries2); no proxy is known that keeps a request for longer."""
 
-THIS_PROCESS = secrets.token_hex(8)
+THIS_PROCESS = random_hex(8)
 
 _ATTEMPTS = 10  # to claim a key: between two statements the row of an ended task may be deleted
 

@@ -13,8 +13,6 @@ up on it, or its thread has ended) gets another workflow from `hosts.py`. What a
 # of its workflow.
 
 import logging
-import secrets
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -23,6 +21,7 @@ import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSConfig
 from dbos import DBOSPortableJSONSerializer as PortableJSON
 
+from thrave.concurrency import new_lock, random_hex
 from thrave.database import with_timeouts
 
 # Raised only when the steps of `workflow.py` change so that a started task cannot continue. Such a task is run again:
@@ -41,7 +40,7 @@ class RunningTasks:
     """The tasks that this process runs. A second run of one is refused."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._ids: set[str] = set()
 
     @contextmanager
@@ -84,7 +83,7 @@ class TaskQueue:
 
     def requeue(self, connection: sa.Connection, bundle_id: str, host: str) -> None:
         """Enqueue a task again whose workflow is lost, for the same host or another one."""
-        self._enqueue(connection, bundle_id, host, workflow_id=f"{bundle_id}.{secrets.token_hex(4)}")
+        self._enqueue(connection, bundle_id, host, workflow_id=f"{bundle_id}.{random_hex(4)}")
 
     def scheduled(self, host: str) -> frozenset[str]:
         """Return the tasks that wait in a host's queue."""

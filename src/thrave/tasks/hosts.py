@@ -10,7 +10,6 @@ To replace a host's lease is enough to stop its agent (`lease.py`); nothing here
 and compared by the database's clock.
 """
 
-import secrets
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 import structlog
 
+from thrave.concurrency import random_hex
 from thrave.database import bundle_task, host, instance, now, task_in_progress
 from thrave.tasks.engine import RUNNING, TaskQueue
 from thrave.tasks.errors import AdopterError, HostInUse, HostStateError, NoSuchHost, TaskFailure
@@ -95,7 +95,7 @@ class HostRegistry:
 
         A draining host stays `draining`.
         """
-        lease = secrets.token_hex(16)
+        lease = random_hex(16)
         row: dict[str, Any] = {
             "lease": lease, "version": version("thrave"), "worker_concurrency": worker_concurrency, "start_time": now(),
             "heartbeat_time": now(), "heartbeat_interval": self._heartbeat_interval,

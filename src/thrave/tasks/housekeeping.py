@@ -4,7 +4,6 @@ Each job has a `run_once`, which the agent calls at a fixed interval, also after
 is decided in `object_removal.py`.
 """
 
-import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
@@ -18,7 +17,7 @@ from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceLocked, InstanceNotFound
 from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power import TO_START, switching
-from thrave.concurrency import Background, NoThreadError, supervised
+from thrave.concurrency import Background, NoThreadError, monotonic, supervised
 from thrave.retry import RetrySchedule
 from thrave.tasks.bundle_location import BundleLocation
 from thrave.tasks.errors import ErrorKind, TaskFailure, kind_of
@@ -89,10 +88,10 @@ class PowerRecovery:
             tasks += self._records.moved_power_recoveries(self._host)
             self._retries.keep({task.bundle_id for task in tasks})
         self._runs += 1
-        started = time.monotonic()
+        started = monotonic()
         due = [task for task in tasks if self._retries.is_due(task.bundle_id)]
         for thread in [thread for task in due if (thread := self._start_recovery(task)) is not None]:
-            thread.join(max(0.0, started + _RECOVERY_TIMEOUT - time.monotonic()))
+            thread.join(max(0.0, started + _RECOVERY_TIMEOUT - monotonic()))
 
     def merge_overlays(self) -> None:
         """Try once to merge each overlay of an ended task. May take minutes."""

@@ -6,7 +6,6 @@ overlay is recorded before it is created, so after a crash it is found and merge
 ended is in `housekeeping.py`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
@@ -29,7 +28,7 @@ from thrave.compute.instance import TERMINATING, Instance, InstanceState
 from thrave.compute.power import TO_START, UP, power_off, switching
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.compute.timeouts import ProgressPause
-from thrave.concurrency import Call, CallTimeoutError
+from thrave.concurrency import Call, CallTimeoutError, monotonic, sleep
 from thrave.tasks.errors import TaskFailure, may_pass
 from thrave.tasks.failpoints import failpoint
 from thrave.tasks.lease import LeaseExpiredError
@@ -119,12 +118,12 @@ class RootOverlay:
     def merge_with_timeout(self, seconds: float) -> None:
         """Merge as `merge`, without a monitor. Raises InstanceError if that takes longer than `seconds`."""
         timeout = HypervisorError(self._task.instance_id, f"the overlay is not merged after {seconds:.0f} seconds")
-        until = time.monotonic() + seconds
+        until = monotonic() + seconds
 
         def pause(interval: float) -> None:
-            if time.monotonic() > until:
+            if monotonic() > until:
                 raise timeout
-            time.sleep(interval)
+            sleep(interval)
 
         try:  # a call that hangs is abandoned; if the hypervisor responds later, `pause` ends the call
             Call("merge", lambda: self.merge(pause)).result(seconds + ABANDON_AFTER)

@@ -7,7 +7,6 @@ at the end of their unbroken run. The bundle's key is encrypted by the vault, an
 """
 
 import base64
-import secrets as random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import NamedTuple, TypedDict, cast
 import sqlalchemy as sa
 
 from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, ResumePoint
+from thrave.concurrency import random_hex
 from thrave.database import bundle_part, bundle_task
 from thrave.tasks import claims
 from thrave.tasks.lease import Fence
@@ -248,7 +248,7 @@ class UploadJournal:
             if everything:
                 claims.renounce(connection, self.bundle_id)
                 connection.execute(self._task().values(encrypted_bundle_key=None, checkpoint=None))
-            self._deletion = random.token_hex(8)
+            self._deletion = random_hex(8)
             return claims.claim_deletion(
                 connection, self.bundle_id, run=self._run, deletion=self._deletion, unanswered=unanswered
             )

@@ -8,7 +8,6 @@ to the database cannot read that. So each attempt of a call to the store or the 
 """
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Never
@@ -16,6 +15,7 @@ from typing import Never
 import sqlalchemy as sa
 import structlog
 
+from thrave.concurrency import boot_time
 from thrave.database import bundle_task, host, task_in_progress
 
 LOST = 75  # exit code (cli/exit_codes.py) after which no service manager starts the agent again
@@ -99,13 +99,6 @@ class Fence:
 MARGIN = 0.1
 """Fraction of the lease that is not used, since the clocks of two machines run at slightly different speeds."""
 
-# Unlike the lease, Linux's CLOCK_MONOTONIC stops while the machine is suspended.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def _seconds_since_boot() -> float:
-    return time.clock_gettime(_CLOCK)
-
 
 class LeaseExpiredError(Exception):
     """Another host may have adopted this host's tasks. Ends when the database accepts a heartbeat."""
@@ -123,7 +116,7 @@ class Lease:
         clock: Seconds of a monotonic clock that also counts while the machine is suspended.
     """
 
-    def __init__(self, seconds: float | None, clock: Callable[[], float] = _seconds_since_boot) -> None:
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = boot_time) -> None:
         self._usable = float("inf") if seconds is None else seconds * (1 - MARGIN)
         self._clock = clock
         self._renewed = clock()

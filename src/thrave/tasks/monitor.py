@@ -4,8 +4,6 @@ A database that hangs, or progress that cannot be recorded, does not delay a sto
 that only another thread can stop is given to `watch`; a call that may hang is waited for with `wait_for_result`.
 """
 
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -14,7 +12,7 @@ from typing import Self, TypeVar
 import structlog
 
 from thrave.compute.errors import HoldLostError, InstanceError, InstanceNotFound, RootVolumeInUse
-from thrave.concurrency import Background, Call, repeat, supervised
+from thrave.concurrency import Background, Call, monotonic, new_event, new_lock, repeat, supervised
 from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, may_pass, to_task_failure
 from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
 from thrave.tasks.models import FINISHED, BundleTask, BundleTaskState
@@ -63,9 +61,9 @@ class TaskMonitor:
         self._progress: Callable[[], float] = lambda: 0.0
         self._state: BundleTaskState | None = None
         self._percent = -1
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._reason: Exception | None = None
-        self._ended = threading.Event()
+        self._ended = new_event()
         self._threads: list[Background] = []
         self._elapsed = 0.0  # seconds in which this process ran
         self._last_activity = 0.0  # `_elapsed` at the last progress of the work
@@ -147,9 +145,9 @@ class TaskMonitor:
     ) -> None:
         """Stop monitoring. Raises the reason if the monitor has stopped the work, in place of the work's own error."""
         self._ended.set()
-        until = time.monotonic() + _JOIN_TIMEOUT
+        until = monotonic() + _JOIN_TIMEOUT
         for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, until - monotonic()))
         if self._reason is not None:
             raise self._reason from error
 
@@ -159,9 +157,9 @@ class TaskMonitor:
 
     def _monitor(self) -> None:
         """Measure time; stop the work if it, the volume check or the lease stalls. Nothing here can hang."""
-        last_tick = time.monotonic()
+        last_tick = monotonic()
         while self._reason is None and not self._ended.wait(INTERVAL):
-            now = time.monotonic()
+            now = monotonic()
             self._elapsed += min(now - last_tick, _MAX_TICK)
             last_tick = now
             if self._lease is not None and not self._lease.holds():

@@ -4,7 +4,6 @@ Only objects that the task has claimed are deleted (`claims.py`), and none that 
 names. What could not be deleted stays recorded, and the agent tries again (`housekeeping.py`).
 """
 
-import threading
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import structlog
 from thrave.buckets.base import ObjectStore
 from thrave.buckets.errors import AccessDenied, BucketError, TransientError
 from thrave.buckets.retrying_store import RetryingStore
+from thrave.concurrency import new_condition
 from thrave.database import bundle_task, open_engine, task_in_progress
 from thrave.retry import poll_until
 from thrave.tasks.bundle_location import BundleLocation
@@ -46,7 +46,7 @@ class _SharedLock:
     """A lock with shared and exclusive holders."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed = new_condition()
         self._shared = 0
         self._is_exclusive = False
 

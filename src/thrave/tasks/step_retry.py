@@ -5,7 +5,6 @@ off must not wait so long: an `OutageAction` starts it in the meantime. Calls of
 `buckets/retrying_store.py`.
 """
 
-import time
 from collections.abc import Callable
 from itertools import chain, repeat
 from typing import Protocol, TypeVar
@@ -14,7 +13,7 @@ import structlog
 
 from thrave.buckets.errors import TransientError
 from thrave.compute.errors import HoldLostError, HypervisorUnavailable, InstanceError
-from thrave.concurrency import NoThreadError
+from thrave.concurrency import NoThreadError, monotonic, sleep
 from thrave.retry import FailedAttempt, retry
 from thrave.tasks.errors import ErrorKind, TaskFailure, kind_of
 
@@ -30,8 +29,8 @@ def retry_hypervisor(
     operation: Callable[[], _Result],
     timeout: float,
     *,
-    sleep: Callable[[float], object] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = sleep,
+    clock: Callable[[], float] = monotonic,
     is_whole_step: bool = False,
 ) -> _Result:
     """Retry an operation while the hypervisor is unavailable, the instance is locked, or the machine lacks resources.

@@ -7,8 +7,6 @@ records the object before it starts the call.
 """
 
 import errno
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from thrave.concurrency import NoThreadError, supervised
+from thrave.concurrency import NoThreadError, monotonic, new_condition, supervised
 from thrave.pipeline import StoppedError
 
 STOP_TIMEOUT = 1.0
@@ -41,7 +39,7 @@ class CallGroup(Generic[R]):
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
         self._wake = wake
-        self._changed = threading.Condition()
+        self._changed = new_condition()
         self._running = 0
         self._results: list[R] = []
         self._failures: list[BaseException] = []
@@ -66,9 +64,9 @@ class CallGroup(Generic[R]):
             NoThreadError: The host had no thread for it.
             Exception: What an earlier call raised.
         """
-        until = time.monotonic() + START_TIMEOUT
+        until = monotonic() + START_TIMEOUT
         while not self._started(call):
-            if time.monotonic() > until:
+            if monotonic() > until:
                 error = NoThreadError(errno.EAGAIN, "no thread can be started")
                 error.waited = START_TIMEOUT
                 raise error
@@ -185,7 +183,7 @@ class InFlightObjects:
         self.unanswered: set[tuple[str, str]] = set()
         """Bucket and key of each object for which a request was sent without a response: the request may arrive later.
         An entry stays here until the database has it (`settle_time`)."""
-        self._changed = threading.Condition()
+        self._changed = new_condition()
         self._taken = Counter[tuple[str, str]]()
 
     def wait_until_free(self, bucket: str, key: str, check: Callable[[], None], timeout: float) -> bool:
@@ -197,10 +195,10 @@ class InFlightObjects:
             check: Called repeatedly; ends the wait if it raises.
             timeout: Seconds.
         """
-        place, until = (bucket, key), time.monotonic() + timeout
+        place, until = (bucket, key), monotonic() + timeout
         while True:
             check()
-            remaining = until - time.monotonic()
+            remaining = until - monotonic()
             with self._changed:
                 if self._changed.wait_for(lambda: place not in self._taken, max(0.0, min(remaining, _PAUSE))):
                     return True

@@ -11,13 +11,12 @@ Identity and permissions of the caller were checked before (`ec2/`). The task ru
 here waits for it.
 """
 
-import secrets
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import sqlalchemy as sa
 
+from thrave.concurrency import monotonic, random_hex
 from thrave.database import instance
 from thrave.tasks.errors import (
     BundleTaskNotCancellable,
@@ -79,7 +78,7 @@ class BundleTaskService:
             PrefixInUse: Another unfinished task, of any account, has the same bucket and prefix.
             TooManyBundleTasks: The account has its maximum of unfinished tasks.
         """
-        bundle_id = f"bun-{secrets.token_hex(9)[:17]}"
+        bundle_id = f"bun-{random_hex(9)[:17]}"
         try:
             with failpoint("record"), self._engine.begin() as connection:
                 host = self._locked_host(connection, request.instance_id)
@@ -166,10 +165,10 @@ class BundleTaskService:
             if found is None:
                 raise BundleTaskNotFound(bundle_id)
             task, age = found
-            cached = task, time.monotonic() + (self._retention - age).total_seconds()
+            cached = task, monotonic() + (self._retention - age).total_seconds()
         task, shown_until = cached
         has_ended = task.state in FINISHED
-        if task.account_id != account_id or (has_ended and time.monotonic() >= shown_until):
+        if task.account_id != account_id or (has_ended and monotonic() >= shown_until):
             raise BundleTaskNotFound(bundle_id)
         if has_ended:
             self._cache(task, shown_until)

@@ -5,12 +5,9 @@ existing object is overwritten, except the manifest of a replaced bundle: last, 
 A crash costs the parts in flight. No thread of a task waits inside a call to the store (`store_calls.py`).
 """
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -36,6 +33,7 @@ from thrave.bundle.model import (
 )
 from thrave.bundle.sealer import Sealer
 from thrave.bundle.side_file import Digest, read_side_file
+from thrave.concurrency import Semaphore, monotonic, new_semaphore, utc_now
 from thrave.pipeline import StoppedError
 from thrave.tasks.bundle_location import MIN_MANIFEST_SIZE, BundleLocation
 from thrave.tasks.claims import ObjectInUseError
@@ -299,7 +297,7 @@ class TaskObjects:
                 flight.
         """
         key = self._location.manifest_key
-        self._policy.check_upload(self._bucket, key, content_length=None, now=datetime.now(UTC))
+        self._policy.check_upload(self._bucket, key, content_length=None, now=utc_now())
         self._retry_claim(lambda: self._journal.check_free(key), monitor)
         if self._existing_bundle == "refuse" and self._call(self._location.has_bundle, monitor):
             raise self._prefix_in_use()
@@ -325,7 +323,7 @@ class TaskObjects:
         sealed = read_side_file(documents["side_file"].encode()).parts
         names = [part.filename for part in read_manifest(documents["manifest"].encode()).parts]
         sent = self._journal.stored_digests()
-        reading = threading.BoundedSemaphore(self.upload_concurrency)  # each part that is read back is held in memory
+        reading = new_semaphore(self.upload_concurrency)  # each part that is read back is held in memory
         done = 0
         with CallGroup[None]() as calls:
             monitor.watch(calls.stop, lambda: done / len(names))
@@ -486,12 +484,12 @@ class TaskObjects:
         Raises:
             TaskFailure: It belongs to another task, or does not become free.
         """
-        until, is_logged = time.monotonic() + self._stall_timeout, False
+        until, is_logged = monotonic() + self._stall_timeout, False
         while True:
             try:
                 claim()
             except ObjectInUseError as error:
-                if error.seconds is None or time.monotonic() + error.seconds > until:
+                if error.seconds is None or monotonic() + error.seconds > until:
                     message = f"{error} Try again later, or choose another prefix."
                     raise TaskFailure("Client.PrefixInUse", message) from None
                 if not is_logged:
@@ -512,7 +510,7 @@ class TaskObjects:
 
     def _upload_and_verify(self, calls: CallGroup[StoredObject], key: str, data: memoryview) -> StoredObject:
         stored = self.upload(calls, key, data)
-        self._verify_object(calls, key, Digest.of(bytes(data)), stored.etag, threading.BoundedSemaphore())
+        self._verify_object(calls, key, Digest.of(bytes(data)), stored.etag, new_semaphore())
         return stored
 
     def _verify_object(
@@ -521,7 +519,7 @@ class TaskObjects:
         key: str,
         digest: Digest,
         md5: str | None,
-        reading: threading.BoundedSemaphore,
+        reading: Semaphore,
     ) -> None:
         """Verify that the bucket has an object of these bytes. Raises TaskFailure if not."""
         head = self._buckets.checking(calls.check_wanted).head(self._bucket, key)
@@ -536,7 +534,7 @@ class TaskObjects:
             raise TaskFailure("Client.S3Error", f"The bucket has a different object now as '{key}'.")
 
     def _read_back(
-        self, calls: CallGroup[None] | CallGroup[StoredObject], key: str, size: int, reading: threading.BoundedSemaphore
+        self, calls: CallGroup[None] | CallGroup[StoredObject], key: str, size: int, reading: Semaphore
     ) -> Digest:
         while not reading.acquire(timeout=_READ_PAUSE):
             if calls.stopped:

@@ -5,7 +5,6 @@ the interrupted step. Every step may be repeated. This is the only module where 
 meet; those packages do not import each other. The API's calls are in `task_service.py`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from thrave.bundle.model import SealedBundle
 from thrave.bundle.side_file import write_side_file
 from thrave.compute.base import HypervisorDriver
 from thrave.compute.instance import UNCLEAN_REASONS, UNREADABLE_REASONS, Instance, VolumeFile
-from thrave.concurrency import Call
+from thrave.concurrency import Call, monotonic, sleep
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity, load_certificate
 from thrave.tasks.engine import RUNNING
@@ -319,15 +318,15 @@ class BundleWorkflow:
 
     def _is_published(self) -> bool:
         """Whether the bucket has the task's manifest, although storing it has failed. Retries while the store fails."""
-        until = time.monotonic() + _PUBLISHED_TIMEOUT
+        until = monotonic() + _PUBLISHED_TIMEOUT
         while True:
             try:
                 return self._retry(lambda: retry_hypervisor(self._has_manifest, self._settings.stall_timeout))
             except (TransientError, TaskFailure) as error:
-                if time.monotonic() > until:
+                if monotonic() > until:
                     return False  # what the manifest may have replaced is recorded, and will be restored
                 log.warning("store unavailable: retrying to read the manifest", error=str(error))
-                time.sleep(_PUBLISHED_INTERVAL)
+                sleep(_PUBLISHED_INTERVAL)
             except BucketError as error:
                 log.warning("the store refuses to return the manifest", error=str(error))
                 return False

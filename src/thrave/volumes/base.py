@@ -11,16 +11,17 @@ it. A volume is only ever read. It does not know whose it is, nor whether the ma
 made sure that nobody writes to it (compute: ``HypervisorDriver.hold``).
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
+
+from thrave.concurrency import new_lock
 
 
 class Interruption:
     """What an open volume would be in the way with; nothing at first. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._actions: list[Callable[[], object]] = []
         self.is_requested = False
         """Whether nobody waits for the volume any more."""

@@ -9,12 +9,12 @@ times of change, and whether its name still leads to it.
 import fcntl
 import os
 import stat
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from thrave.concurrency import sleep, wall_time
 from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
 
 # Two changes within one tick of the kernel's clock have the same time; a tick has at most 10 ms.
@@ -189,9 +189,9 @@ class HostFile:
             os.fsync(self.fd)  # what was written before, and is in memory still
         for _ in range(_MOST_TICKS):
             state = self._state()
-            if self.is_device or abs(time.time() - state.ctime / 1e9) > _TICK:
+            if self.is_device or abs(wall_time() - state.ctime / 1e9) > _TICK:
                 break
-            time.sleep(_TICK)
+            sleep(_TICK)
         return state
 
 

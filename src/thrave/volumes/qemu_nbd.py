@@ -20,7 +20,6 @@ import math
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from importlib import import_module
@@ -31,6 +30,7 @@ from types import ModuleType
 from typing import Protocol, cast
 
 from thrave import programs
+from thrave.concurrency import monotonic
 from thrave.programs import Program
 from thrave.volumes import image_chain
 from thrave.volumes.base import Extent, Interruption, merge_extents
@@ -325,12 +325,12 @@ def start_server(handle: Handle, image: Arguments, interruption: Interruption | 
 
 
 def _shake_hands(handle: Handle, interruption: Interruption) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = monotonic() + START_SECONDS
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)
         if interruption.is_requested:
             raise TimeoutError("nobody waits for it any more")
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             raise TimeoutError(f"qemu-nbd did not answer within {START_SECONDS:.0f} seconds")
 
 

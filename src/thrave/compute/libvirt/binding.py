@@ -11,7 +11,6 @@ They are part of its binary interface and never change, so that what is pure can
 
 # ruff: noqa: N802 (every name in it that is no word of ours is libvirt's)
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
 from importlib import import_module
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import Protocol, cast
 
 from thrave.compute.errors import LibraryNotInstalled
+from thrave.concurrency import new_lock
 
 _DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
 
@@ -28,7 +28,7 @@ _DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
 _PACKAGE = "python3-libvirt"
 
 
-_loading = threading.Lock()
+_loading = new_lock()
 
 
 class LibvirtError(Protocol):

@@ -13,13 +13,11 @@ one thread of this process, which libvirt needs also for those signs of life.
 """
 
 import logging
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple, cast
 
 from thrave.compute.errors import HypervisorError, HypervisorUnavailable, InstanceNotFound
@@ -33,7 +31,7 @@ from thrave.compute.libvirt.binding import (
     LibvirtError,
     Lifecycle,
 )
-from thrave.concurrency import Background, Call, CallTimeoutError, repeat
+from thrave.concurrency import Background, Call, CallTimeoutError, monotonic, new_condition, new_lock, repeat, utc_now
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class DomainEvents:
     """A book of events; any thread may read it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Condition()
+        self._lock = new_condition()
         self._histories: dict[str, DomainHistory] = defaultdict(DomainHistory)
         self._changed: set[str] = set()
         self._disconnects = 1  # there is no connection yet
@@ -101,7 +99,7 @@ class DomainEvents:
             self._changed.add(uuid)
             history = self._histories[uuid]
             if event == Lifecycle.STARTED:
-                now = datetime.now(UTC)
+                now = utc_now()
                 self._histories[uuid] = replace(history, starts=history.starts + 1, started=now, stopped=None)
                 self._lock.notify_all()
             elif event == Lifecycle.STOPPED:
@@ -148,7 +146,7 @@ _MAX_MESSAGE = 300  # characters of libvirt's that go into a message
 log = logging.getLogger(__name__)
 
 
-_starting = threading.Lock()
+_starting = new_lock()
 
 
 _event_loop: Background | None = None
@@ -165,7 +163,7 @@ class LibvirtConnection:
     def __init__(self, uri: str, events: DomainEvents) -> None:
         self._uri = uri
         self._events = events
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._connection: Connection | None = None
         self._opening: Call[_Opened] | None = None
         self._unanswered: list[Call[_Opened]] = []
@@ -185,13 +183,13 @@ class LibvirtConnection:
         """
         binding = libvirt_binding.load()
         connection = self._connect(binding, instance_id)
-        began = time.monotonic()
+        began = monotonic()
         try:
             yield connection
         except binding.libvirtError as error:
             translated = self._translate(cast("LibvirtError", error), connection, instance_id)
             if isinstance(translated, HypervisorUnavailable):
-                translated.waited = min(time.monotonic() - began, _KEEPALIVE_TIMEOUT)
+                translated.waited = min(monotonic() - began, _KEEPALIVE_TIMEOUT)
             raise translated from error
 
     def close(self) -> None:
@@ -205,7 +203,7 @@ class LibvirtConnection:
                 return self._connection
             self._disconnect()
             opening = self._opening = self._opening or self._start_opening(binding, instance_id)
-        began = time.monotonic()
+        began = monotonic()
         try:
             opened = opening.result(CONNECT_SECONDS)
         except CallTimeoutError:
@@ -220,7 +218,7 @@ class LibvirtConnection:
             raise HypervisorUnavailable(
                 instance_id,
                 f"no connection to {self._uri}: {_message(cast('LibvirtError', error))}",
-                waited=time.monotonic() - began,
+                waited=monotonic() - began,
             ) from error
         except BaseException:
             if not opening.is_running:  # it failed, in whatever way: the next question connects anew

@@ -11,13 +11,11 @@ is true now looks at the domain itself (`look`).
 """
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from thrave.compute.errors import (
     HypervisorError,
@@ -42,8 +40,11 @@ from thrave.compute.libvirt.instance_mapping import (
     to_instance,
     volume_of,
 )
-from thrave.concurrency import Call, CallTimeoutError
+from thrave.concurrency import Call, CallTimeoutError, monotonic, new_lock, utc_now
 from thrave.files import LOCK_TIMEOUT, file_lock
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 _TRIES = 3  # a domain may go on or off between two questions
 
@@ -208,7 +209,7 @@ class DomainCache:
         self._hypervisor = hypervisor
         self._events = events
         self._records = records
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._seen: dict[str, DomainSnapshot] = {}
         self._uuids: dict[str, str] = {}
         self._first_seen: dict[str, datetime] = {}
@@ -224,7 +225,7 @@ class DomainCache:
                 raise HypervisorUnavailable("", "the look at the domains does not end", waited=HANGING_TIMEOUT)
             try:
                 self._wait_budget = HANGING_TIMEOUT
-                if self._events.disconnects != self._disconnects or time.monotonic() > self._next_full_refresh:
+                if self._events.disconnects != self._disconnects or monotonic() > self._next_full_refresh:
                     self._refresh_all(connection)
                 else:
                     self._refresh_changed(connection)
@@ -298,7 +299,7 @@ class DomainCache:
         seen = [self._refresh_with_timeout(connection, uuid) for uuid in uuids]
         self._seen = {snapshot.uuid: snapshot for snapshot in seen if snapshot is not None}
         self._uuids = {snapshot.instance_id: uuid for uuid, snapshot in self._seen.items()}
-        self._disconnects, self._next_full_refresh = lost, time.monotonic() + FULL_REFRESH_INTERVAL
+        self._disconnects, self._next_full_refresh = lost, monotonic() + FULL_REFRESH_INTERVAL
 
     def _refresh_changed(self, connection: Connection) -> None:
         changed = self._events.take_changed()
@@ -353,7 +354,7 @@ class DomainCache:
         """The record with the time of the last start: the written one, a later one that was told, or now."""
         started = self._events.history(uuid).started
         if started is None or (record.launch_time is not None and started <= record.launch_time):
-            first_seen = self._first_seen.setdefault(uuid, datetime.now(UTC))
+            first_seen = self._first_seen.setdefault(uuid, utc_now())
             return record if record.launch_time else replace(record, launch_time=first_seen)
         with suppress(InstanceError), self._hypervisor.session(instance_id_of(uuid)):
             self._records.change(domain, instance_id_of(uuid), lambda there: replace(there, launch_time=started))

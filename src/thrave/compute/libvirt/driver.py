@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +38,7 @@ from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.compute.libvirt.overlay_merge import LibvirtContext
 from thrave.compute.libvirt.overlays import LibvirtOverlays
 from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
+from thrave.concurrency import utc_now
 from thrave.files import file_lock
 from thrave.retry import poll_until
 
@@ -125,7 +125,7 @@ class LibvirtDriver:
                 root_device_type=root_device_type,
                 secret_file=secret_file,
                 tags=dict(tags),
-                launch_time=datetime.now(UTC),
+                launch_time=utc_now(),
             )
             before = self._cache.refresh(found)
             if before.metadata is not None:
@@ -355,7 +355,7 @@ class LibvirtDriver:
     def _record_launch_time(self, domain: Domain, instance_id: str, starts: int) -> None:
         """Write down when it was started, as it is told, so that there are no two opinions of it."""
         told = self._events.wait_for_start(domain.UUIDString(), starts, _START_EVENT_TIMEOUT)
-        started = told or datetime.now(UTC)
+        started = told or utc_now()
         try:
             with self._hypervisor.session(instance_id):
                 self._metadata.change(domain, instance_id, lambda there: replace(there, launch_time=started))

@@ -8,13 +8,12 @@ Source: "QEMU Guest Agent Protocol Reference" (guest-ping, guest-exec).
 
 import json
 import logging
-import threading
 from collections.abc import Sequence
 
 from thrave.compute.errors import InstanceCommandFailed
 from thrave.compute.libvirt import binding
 from thrave.compute.libvirt.binding import Domain, ShutdownFlag
-from thrave.concurrency import supervised
+from thrave.concurrency import new_lock, supervised
 
 PING_SECONDS = 2
 EXEC_SECONDS = 10
@@ -26,7 +25,7 @@ class GuestAgents:
     """The agents of a host's guests."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._in_progress: set[str] = set()
         self._unresponsive: dict[str, int] = {}
 

@@ -7,7 +7,6 @@ any crash. While an overlay is attached nothing writes to the volume below it; l
 
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +41,7 @@ from thrave.compute.libvirt.overlay_merge import (
     overlay_path,
 )
 from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
+from thrave.concurrency import monotonic
 
 POLL_INTERVAL = 0.2  # seconds
 MERGE_RETRY_TIMEOUT = 60.0  # seconds to wait for a daemon that restarts, or for another program to close an image
@@ -124,16 +124,16 @@ class LibvirtOverlays:
         """See `Overlays`. Retries for a minute while the daemon restarts or another program has an image open."""
         merging = OverlayMerge(self._context, instance_id, overlay, pause)
         with self._context.metadata.lock_merge(instance_id):
-            stepped, failed = time.monotonic(), False
+            stepped, failed = monotonic(), False
             # Not `retry`: this loop also waits after each successful step, and accepts one error of any kind.
             while True:
                 try:
                     if merging.step():
                         return
-                    stepped, failed = time.monotonic(), False
+                    stepped, failed = monotonic(), False
                 except (HypervisorUnavailable, ImageInUseError) as error:
-                    if time.monotonic() - stepped > MERGE_RETRY_TIMEOUT:
-                        error.waited = time.monotonic() - stepped
+                    if monotonic() - stepped > MERGE_RETRY_TIMEOUT:
+                        error.waited = monotonic() - stepped
                         raise
                 except HypervisorError:
                     if failed:  # libvirt may still list a guest that has just died: poll once more
