@@ -38,7 +38,7 @@ def begun(buckets):
 def stall_clock(monkeypatch):
     """The clock of the task monitor; it stands still until the test says otherwise."""
     clock = StallClock()
-    monkeypatch.setattr("thrave.tasks.monitor.time", clock)
+    monkeypatch.setattr("thrave.tasks.monitor.monotonic", clock.monotonic)
     return clock
 
 
