@@ -61,7 +61,8 @@ def background_threads():
     return {
         thread
         for thread in threading.enumerate()
-        if getattr(thread, "_target", None) is concurrency._run and thread.name not in ENDLESS_THREADS
+        if getattr(getattr(thread, "_target", None), "func", None) is concurrency._run
+        and thread.name not in ENDLESS_THREADS
     }
 
 
