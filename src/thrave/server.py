@@ -1,9 +1,9 @@
-"""The service put together from the settings: whole in one process, or as a fleet's API and agents.
+"""Builds the service from its settings and runs it: all in one process, or as an API process or agent of a fleet.
 
-This is where the components are handed to each other; none of them makes its own neighbours. Its one rule is
-the order of a start: whatever can fail because of a setting comes before anything is made.
-Stopping is crash-only: requests under way are answered, then the process is to end (`os._exit`) as if it had been
-killed, and a task under way resumes at the next start. Signals are handled in `cli/server_commands.py`.
+The components are passed to each other here; no component creates another one. A start does first what can fail
+because of a wrong setting, and creates files after that. Stopping is crash-only: requests in progress are answered, and
+the process then ends with `os._exit`, as if it had been killed. The next start resumes unfinished tasks. Signals are
+handled in `cli/server_commands.py`.
 """
 
 import os
@@ -25,119 +25,118 @@ from thrave.compute.power import PowerControl
 from thrave.concurrency import supervised
 from thrave.config import Settings
 from thrave.database import TIMEOUT, DatabaseReplacedError
-from thrave.doctor.standing_checks import StandingChecks, VolumeChecks
+from thrave.doctor.store_probe import MAX_AGE, StoreProbe
 from thrave.ec2.app import create_app
 from thrave.ec2.backend import Ec2Backend, Permissions, RateLimit
 from thrave.files import HeldFile
+from thrave.health import STORE, HealthCache
 from thrave.http_server import HttpServer
 from thrave.identity.users import Users
+from thrave.tasks.root_volume_check import RootVolumeCheck
 from thrave.tasks.task_service import BundleTaskService
 
 log = structlog.get_logger()
 DATABASE_TIMEOUT = 5.0  # seconds for a statement of an API process; then the caller gets `Unavailable`
-REQUEST_PATIENCE = 5.0  # seconds for which a caller waits while the store fails
-Listening = Callable[[str], None]
-"""Told the URL once requests are answered."""
+STORE_RETRY_TIMEOUT = 5.0  # seconds for which a request repeats a failed call to the store, while its client waits
+OnListening = Callable[[str], None]
+"""Receives the URL when the service answers requests."""
 
 
-def serve(settings: Settings, listening: Listening) -> None:
-    """Be the whole service: the EC2 door, and the agent of the one host that there is. Until SIGTERM or SIGINT.
+def serve(settings: Settings, on_listening: OnListening) -> None:
+    """Run the whole service, the API and the agent of the only host, until SIGTERM or SIGINT.
 
     Raises:
-        DataDirectoryError: The data directory is in use, or has lost its database.
+        DataDirectoryError: The data directory is in use, or its database is missing.
         DatabaseUnusableError: The database cannot be used.
-        ListeningError: The address or the certificate cannot be used, or it would be plain HTTP to others.
-        ServiceIdentityError: The data directory has not the database's service identity.
-        VaultKeyError: The data directory has not the database's vault key.
+        ListeningError: The address or certificate cannot be used, or plain HTTP would be reachable from other hosts.
+        ServiceIdentityError: The data directory does not have the service identity of the database.
+        VaultKeyError: The data directory does not have the vault key of the database.
     """
-    lock = _lock_if_begun(settings)
-    listener = HttpServer(settings)
-    ground = _start(settings)
+    # A data directory that exists is locked first: "in use by process 7" says more than "address in use". A new one is
+    # locked when it is certain that the service can listen, so that a failed start creates nothing.
+    exists = settings.directory.lock.exists() or settings.directory.vault_key.exists()
+    lock = hold_data_directory(settings) if exists else None
+    http_server = HttpServer(settings)
+    components = _create_components(settings)
     lock = lock or hold_data_directory(settings)
-    ground.open()
-    _ = ground.service
-    agent = Agent(ground)
-    door = _door(ground, ground.instances, agent.power, lambda _instance_id: settings.host_id)
-    volumes = VolumeChecks(ground.instances, settings.image_dirs)
-    app = create_app(replace(door, volume_problem=volumes.trouble))
+    components.open()
+    _ = components.service
+    agent = Agent(components)
+    backend = _build_backend(components, components.instances, agent.power, lambda _instance_id: settings.host_id)
+    volume_check = RootVolumeCheck(components.instances, settings.image_dirs)
+    app = create_app(replace(backend, find_volume_problem=volume_check.find_problem))
     with explained(settings):
         agent.start(reports=False)
-    supervised("drained", lambda: _end_when_drained(agent), on_failure=lambda _error: os._exit(1))
-    _listen(listener, app, listening, lock)
+    supervised("drained", lambda: _stop_when_drained(agent), on_failure=lambda _error: os._exit(1))
+    _serve_requests(http_server, app, on_listening, lock)
 
 
-def serve_api(settings: Settings, listening: Listening) -> None:
-    """Be one of a fleet's API processes: answer from the database, and wait for no host. Until SIGTERM or SIGINT.
+def serve_api(settings: Settings, on_listening: OnListening) -> None:
+    """Run an API process of a fleet until SIGTERM or SIGINT. It answers from the database and waits for no host.
 
     Raises:
         As `serve`.
     """
-    listener = HttpServer(settings)
-    ground = _start(settings, database_timeout=DATABASE_TIMEOUT)
-    ground.open()
-    _ = ground.service
-    fleet = FleetInventory(ground.database)
-    _listen(listener, create_app(_door(ground, fleet, fleet, fleet.host_of)), listening, None)
+    http_server = HttpServer(settings)
+    components = _create_components(settings, database_timeout=DATABASE_TIMEOUT)
+    components.open()
+    _ = components.service
+    fleet = FleetInventory(components.database)
+    app = create_app(_build_backend(components, fleet, fleet, fleet.host_of))
+    _serve_requests(http_server, app, on_listening, None)
 
 
-def run_agent(settings: Settings, working: Callable[[], None]) -> None:
-    """Be the agent of a fleet's host: call `working()`, and work until the host has been drained, or a signal.
+def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
+    """Run the agent of a fleet's host until the host is drained, or a signal. Calls `on_started` when it works.
 
     Raises:
-        As `serve`, but for the listener.
+        As `serve`, except ListeningError.
     """
-    ground = _start(settings)
-    _ = ground.instances
-    ground.open()
-    _ = ground.service
-    agent = Agent(ground)
+    components = _create_components(settings)
+    _ = components.instances
+    components.open()
+    _ = components.service
+    agent = Agent(components)
     with explained(settings):
         agent.start(reports=True)
-    working()
+    on_started()
     if status := agent.wait():
         os._exit(status)
 
 
-def _lock_if_begun(settings: Settings) -> HeldFile | None:
-    """Lock a data directory that was begun before: "in use by process 7" says more than "address in use".
-
-    A new one is locked once it is certain that the service can listen: a start that fails leaves nothing.
-    """
-    begun = settings.directory.lock.exists() or settings.directory.vault_key.exists()
-    return hold_data_directory(settings) if begun else None
-
-
-def _start(settings: Settings, *, database_timeout: float = TIMEOUT) -> Components:
-    """Open what needs no database, so that a first start with a wrong setting makes no database and no key."""
-    ground = Components(settings, database_timeout, replaced=_end_at_once)
+def _create_components(settings: Settings, *, database_timeout: float = TIMEOUT) -> Components:
+    """Open what needs no database, so that a first start with a wrong setting creates no database and no key."""
+    components = Components(settings, database_timeout, replaced=_exit_at_once)
     if settings.store == "s3":
-        _ = ground.buckets
-    return ground
+        _ = components.buckets
+    return components
 
 
-def _end_at_once(error: DatabaseReplacedError) -> Never:
-    """End the process: what it knows is in no database any more, and it must write nothing."""
+def _exit_at_once(error: DatabaseReplacedError) -> Never:
+    """End the process: no database has its state any more, and nothing may be written."""
     log.error("the service stops", error=str(error))
     os._exit(1)
 
 
-def _door(
-    ground: Components, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]
+def _build_backend(
+    components: Components, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]
 ) -> Ec2Backend:
-    """The EC2 door, in front of these instances."""
-    settings = ground.settings
+    """Build what the EC2 actions use, and start the probe of the store."""
+    settings = components.settings
     tasks = BundleTaskService(
-        ground.database,
-        ground.records(),
-        ground.queues.enqueue,
+        components.database,
+        components.records(),
+        components.queues.enqueue,
         host_of=host_of,
         retention=timedelta(days=settings.task_retention_days),
         max_per_account=settings.max_tasks_per_account,
     )
+    health = HealthCache({STORE: MAX_AGE})
+    StoreProbe(settings, health).start()
     return Ec2Backend(
-        accounts=ground.accounts,
+        accounts=components.accounts,
         instances=instances,
-        buckets=RetryingStore(ground.buckets, REQUEST_PATIENCE),
+        buckets=RetryingStore(components.buckets, STORE_RETRY_TIMEOUT),
         tasks=tasks,
         power=power,
         rate=RateLimit(settings.max_requests_per_second, settings.max_request_burst),
@@ -145,21 +144,21 @@ def _door(
         any_platform=settings.platforms == "any",
         existing_bundle=settings.existing_bundle,
         allow_signature_v2=settings.signature_version_2 == "accept",
-        is_allowed=Permissions(users=Users(ground.database), region=settings.region).is_allowed,
-        store_problem=StandingChecks(settings).store_trouble,
+        is_allowed=Permissions(users=Users(components.database), region=settings.region).is_allowed,
+        health=health,
     )
 
 
-def _listen(listener: HttpServer, app: ASGIApp, listening: Listening, lock: HeldFile | None) -> None:
-    def answers(url: str) -> None:
+def _serve_requests(http_server: HttpServer, app: ASGIApp, on_listening: OnListening, lock: HeldFile | None) -> None:
+    def report_url(url: str) -> None:
         if lock is not None:
             lock.write(f"process {os.getpid()} ({url})")
-        listening(url)
+        on_listening(url)
 
-    listener.serve(app, answers)
+    http_server.serve(app, report_url)
 
 
-def _end_when_drained(agent: Agent) -> None:
+def _stop_when_drained(agent: Agent) -> None:
     if status := agent.wait():
         os._exit(status)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 from thrave.compute.base import Overlay, Overlays
-from thrave.compute.description_files import DescriptionFiles, InstanceDescription, volume_fault
+from thrave.compute.description_files import DescriptionFiles, InstanceDescription
 from thrave.compute.errors import InstanceError, OverlayNotSupported
 from thrave.compute.instance import Instance
 from thrave.compute.libvirt.binding import XmlFlag
@@ -20,9 +20,10 @@ from thrave.compute.libvirt.domain_metadata import NAMESPACE
 from thrave.compute.libvirt.domain_xml import parsed
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.doctor.check_context import CheckContext, CheckFailed, CheckSkipped
-from thrave.volumes import image_chain, ntfs_sandbox, qemu_nbd
+from thrave.tasks.root_volume_check import find_volume_fault, require_qemu
+from thrave.volumes import image_chain, ntfs_sandbox
 from thrave.volumes.errors import ToolNotInstalled, VolumeError
-from thrave.volumes.formats import FORMATS, QEMU_FORMATS, examine
+from thrave.volumes.formats import QEMU_FORMATS, examine
 
 _COMMANDS = ("stop_command", "force_stop_command", "start_command", "state_command")
 
@@ -50,25 +51,11 @@ def known_instances(context: CheckContext) -> Sequence[Instance]:
     return [one for one in _all(context)[0] if one.root_device_type == "instance-store"]
 
 
-def bundling_fault(instance: Instance) -> str | None:
-    """Why an instance of this machine cannot be bundled, image metadata aside; None if no reason is known."""
-    volume = instance.root_volume
-    if volume.format in QEMU_FORMATS:
-        try:
-            require_qemu()
-        except ToolNotInstalled as error:
-            return str(error)
-    if volume.format not in FORMATS:
-        return f"{volume.path}: unknown format {volume.format}"
-    secret_fault = volume_fault(volume.secret_file) if volume.secret_file else None
-    return volume_fault(volume.path) or secret_fault
-
-
 def _root_volume_fault(instance: Instance, directories: Sequence[Path]) -> str | None:
     """Why an instance's root volume cannot be read in its stated format; None if no reason is known."""
     volume = instance.root_volume
     try:
-        if (fault := bundling_fault(instance)) is not None:
+        if (fault := find_volume_fault(instance)) is not None:
             return fault
         examined = examine(volume.path, volume.format, directories=directories)
     except VolumeError as error:
@@ -97,13 +84,6 @@ def check_qemu(context: CheckContext) -> str:
         raise CheckSkipped("every root volume is raw")
     require_qemu()
     return f"for {', '.join(sorted(formats))}"
-
-
-def require_qemu() -> None:
-    """Raise ToolNotInstalled if QEMU's image formats cannot be read."""
-    for name in ("qemu-nbd", "qemu-img"):
-        image_chain.program(name)
-    qemu_nbd.load()
 
 
 def check_ntfs(context: CheckContext) -> str:

@@ -14,6 +14,7 @@ from thrave.compute.base import InstanceInventory
 from thrave.compute.instance import Instance
 from thrave.compute.power import PowerControl
 from thrave.concurrency import monotonic, new_lock, utc_now
+from thrave.health import HealthCache
 from thrave.identity.accounts import Accounts, KeyCache, User
 from thrave.identity.policies import is_allowed
 from thrave.identity.policy_conditions import RequestContext, source_address
@@ -141,9 +142,9 @@ class Ec2Backend:
         key_cache: Keys of `accounts` that signed a request recently.
         is_allowed: Whether a caller may do an action, such as `ec2:BundleInstance`, on a resource (an ARN, or
             `NO_RESOURCE`).
-        store_problem: Known problem of the object store, as a message for callers; None if none is known.
-        volume_problem: Why the root volume of an instance cannot be bundled, as a message for callers; None if no
-            problem is known.
+        health: Last results of the background probes.
+        find_volume_problem: Returns why the root volume of an instance cannot be bundled, as a message for callers;
+            None if no problem is known.
         now: Current time.
     """
 
@@ -159,8 +160,8 @@ class Ec2Backend:
     allow_signature_v2: bool = True
     key_cache: KeyCache = field(default_factory=KeyCache)
     is_allowed: Callable[[Caller, str, str], bool] = allow_account_keys
-    store_problem: Callable[[], str | None] = lambda: None
-    volume_problem: Callable[[Instance], str | None] = lambda _instance: None
+    health: HealthCache = field(default_factory=HealthCache)
+    find_volume_problem: Callable[[Instance], str | None] = lambda _instance: None
     now: Callable[[], datetime] = utc_now
 
     def charge(self, caller: Caller, units: int) -> None:

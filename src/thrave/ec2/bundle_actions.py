@@ -19,6 +19,7 @@ from thrave.ec2.errors import EC2Error
 from thrave.ec2.filters import FilterTable, format_instant, select
 from thrave.ec2.instance_actions import check_instance_id, get_own_instance
 from thrave.ec2.protocol import Parameters, Result
+from thrave.health import STORE
 from thrave.tasks.bundle_location import BundleLocation
 from thrave.tasks.errors import (
     BundleTaskNotCancellable,
@@ -190,13 +191,13 @@ def _check_known_problems(backend: Ec2Backend, instance: Instance) -> None:
     """Refuse a request that is known to fail, before its instance is stopped.
 
     A retry does not repair a volume, so the status is 400. A store may become available again, so the status is 503,
-    which SDKs retry; these retries are cheap, since the problem is in memory.
+    which SDKs retry; these retries are cheap, since the result of the background probe is in memory.
     """
-    problem = backend.volume_problem(instance)
+    problem = backend.find_volume_problem(instance)
     if problem is not None:
         reason = f"{problem}; the operator: thrave doctor"
         raise EC2Error("IncorrectInstanceState", instance_id=instance.instance_id, change="bundled", reason=reason)
-    problem = backend.store_problem()
+    problem = backend.health.error(STORE)
     if problem is not None:
         raise EC2Error("Unavailable", reason=f"{problem} (the operator: thrave doctor)")
 

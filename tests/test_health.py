@@ -1,0 +1,122 @@
+"""The cache of the background probes' results, and the probe of the store."""
+
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from support.manual_clock import ManualClock
+from thrave.config import Settings
+from thrave.doctor import store_probe
+from thrave.doctor.checks import Finding, Outcome
+from thrave.doctor.store_probe import MAX_AGE, StoreProbe
+from thrave.health import STORE, HealthCache
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = ManualClock()
+    monkeypatch.setattr(store_probe, "monotonic", clock)
+    return clock
+
+
+@pytest.fixture
+def health(clock):
+    return HealthCache({STORE: MAX_AGE}, clock)
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """The outcomes of the next attempts of checks; then every attempt fails. `names` are the checks that ran."""
+    attempts = SimpleNamespace(outcomes=[], names=[])
+
+    def run_check(check, _context):
+        attempts.names.append(check.name)
+        outcome = attempts.outcomes.pop(0) if attempts.outcomes else Outcome.FAILED
+        return Finding(check, outcome, f"{check.name} {outcome}")
+
+    monkeypatch.setattr(store_probe, "run_check", run_check)
+    return attempts
+
+
+def test_health_cache_returns_the_last_error_until_a_good_result(health):
+    health.record(STORE, "disk full")
+    assert health.error(STORE) == "disk full"
+    health.record(STORE, None)
+    assert health.error(STORE) is None
+
+
+def test_health_cache_ignores_an_error_older_than_the_maximum_age(health, clock):
+    health.record(STORE, "disk full")
+    clock.now += MAX_AGE
+    assert health.error(STORE) == "disk full"
+    clock.now += 1
+    assert health.error(STORE) is None
+
+
+def test_health_cache_without_probes_has_no_error_and_does_not_wait():
+    assert HealthCache().error(STORE) is None
+
+
+def test_health_cache_waits_no_longer_than_the_maximum_age_for_the_first_result():
+    assert HealthCache({STORE: 0.01}).error(STORE) is None
+
+
+def test_health_cache_lets_all_requests_wait_for_the_first_result(health):
+    errors, asking = [], threading.Barrier(9)
+
+    def ask():
+        asking.wait()
+        errors.append(health.error(STORE))
+
+    requests = [threading.Thread(target=ask) for _ in range(8)]
+    for request in requests:
+        request.start()
+    asking.wait()
+    health.record(STORE, "trouble")
+    for request in requests:
+        request.join()
+    assert errors == ["trouble"] * 8
+
+
+def test_store_probe_repeats_a_failed_check_once_before_it_counts(health, attempts):
+    attempts.outcomes = [Outcome.FAILED, Outcome.OK]
+    StoreProbe(Settings(upload_credentials="policy", store="s3", s3_endpoint="http://127.0.0.1:1"), health).run()
+    assert (attempts.names, health.error(STORE)) == (["available"] * 2, None)
+    StoreProbe(Settings(), health).run()
+    assert (attempts.names[2:], health.error(STORE)) == (["available"] * 2, "available failed")
+
+
+def test_store_probe_waits_longer_after_a_good_result(health, clock, attempts):
+    probe = StoreProbe(Settings(), health)
+    probe.run_if_due()
+    probe.run_if_due()
+    assert len(attempts.names) == 4
+    attempts.outcomes = [Outcome.OK] * 4
+    probe.run_if_due()
+    assert attempts.names[4:] == ["available", "key"]
+    clock.now += store_probe.GOOD_INTERVAL - 1
+    probe.run_if_due()
+    assert len(attempts.names) == 6
+    clock.now += 1
+    probe.run_if_due()
+    assert len(attempts.names) == 8
+
+
+def test_store_probe_records_a_failure_and_the_recovery(health, tmp_path):
+    probe = StoreProbe(Settings(data_dir=tmp_path / "data"), health)
+    probe.run_if_due()
+    assert "is not a data directory" in health.error(STORE)
+    (tmp_path / "data").mkdir()
+    probe.run_if_due()
+    assert health.error(STORE) is None
+
+
+def test_store_probe_reports_a_store_that_refuses_connections(health):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    key = {"s3_access_key_id": "AKIA", "s3_secret_access_key": "secret"}
+    settings = Settings(store="s3", upload_credentials="service", s3_endpoint=f"http://127.0.0.1:{port}", **key)
+    StoreProbe(settings, health).run()
+    assert "Cannot connect" in health.error(STORE)
