@@ -1,13 +1,11 @@
-"""EC2's Query protocol, driven by botocore's models of the services: forms in, XML out.
+"""EC2's Query protocol, by botocore's models of the services: form to input, output to XML.
 
-A request is an HTML form (`Filter.1.Value.2=x`); `read_form` and `parse` turn it into the operation's input, with every
-name, type and required member checked against the model. An answer is XML; `serialize` and `error_document` write it.
+A request is an HTML form (`Filter.1.Value.2=x`). `read_form` and `parse` check every name, type and required member
+against the model; what the model does not describe is an error. A response is XML (`serialize`, `error_document`).
+These modules know no HTTP, signatures, accounts or bundling, and import nothing else of Thrave.
 
-These modules know nothing of HTTP, signatures, accounts or bundling, import nothing else of ours, and never guess:
-what the model does not describe is an error of the caller's.
-
-Source of the rules: the `ec2` protocol as botocore's `EC2Serializer` and `EC2QueryParser` implement it, and for answers
-also the `query` protocol (`QueryParser`); for what real clients send beyond it, the client is named beside the rule.
+Sources: the `ec2` protocol as botocore's `EC2Serializer` and `EC2QueryParser` implement it, and for responses also the
+`query` protocol (`QueryParser`). Where real clients send something else, a comment names the client.
 """
 
 from thrave.ec2.protocol.parser import Blob, Parameters, ProtocolError, Result, join_forms, parse, read_form

@@ -1,7 +1,7 @@
-"""Answers: the output of an operation, or an error, becomes XML.
+"""Writes responses: the output of an operation, or an error, as XML.
 
-What stands around the content differs between AWS's protocols and is a table of them, by the name that the service's
-model has for its own: EC2's, and the query protocol of the older services, such as STS.
+The elements around the content depend on the protocol that the service's model names: `ec2`, or `query` of the older
+services, such as STS. `_ENVELOPES` is the table of both.
 """
 
 import base64
@@ -16,45 +16,47 @@ from botocore.model import OperationModel, ServiceModel, Shape
 
 from thrave.ec2.protocol.parser import Blob, Result, replace_non_xml
 
-_PLAIN = re.compile("[ -%'-;=?-~]*")  # printable ASCII but for & < >: nearly every text there is, and ready as it is
+_PLAIN = re.compile("[ -%'-;=?-~]*")  # printable ASCII except & < >: nearly every text, and needs no escaping
 _DECLARATION = '<?xml version="1.0" encoding="UTF-8"?>\n'
 
 
 def serialize(operation: OperationModel, result: Result, *, version: str, request_id: str) -> bytes:
-    """Write the answer to an operation, in the protocol of its service.
+    """Return the response of an operation, in the protocol of its service.
 
     Args:
-        operation: Whose output shape describes the result.
-        result: The output by member names. None leaves a member out. An empty list is written as an empty element,
-            because clients look for the element itself: without it boto3's answer has no such key at all.
+        operation: Its output shape describes the result.
+        result: The output by member names. A member that is None is omitted. An empty list becomes an empty element,
+            since clients expect the element: without it the key is missing in boto3's response.
         version: The caller's `Version`.
-        request_id: For the element of that name.
+        request_id: Value of the element with this name.
     """
     shape = operation.output_shape
-    # An operation whose model has no output answers EC2's `return`, which boto 2 and ec2-api-tools look for.
+    # Without an output in the model the response is EC2's `return`, which boto 2 and ec2-api-tools expect.
     content = "<return>true</return>" if shape is None else _content(shape, result)
-    return (_DECLARATION + _of(operation.service_model).answer(operation, content, version, request_id)).encode()
+    return (
+        _DECLARATION + _envelope(operation.service_model).response(operation, content, version, request_id)
+    ).encode()
 
 
 def error_document(service: ServiceModel, code: str, message: str, *, status: int, request_id: str) -> bytes:
-    """Write an answer that is an error, with the HTTP `status`, in the service's protocol."""
+    """Return an error response for the HTTP status `status`, in the protocol of the service."""
     content = f"<Code>{_text(code)}</Code><Message>{_text(message)}</Message>"
-    return (_DECLARATION + _of(service).error(service, content, status, request_id)).encode()
+    return (_DECLARATION + _envelope(service).error(service, content, status, request_id)).encode()
 
 
 class _Envelope(NamedTuple):
-    """What a protocol puts around an answer's content, and around an error's."""
+    """The functions that write the elements around the content of a response, and of an error."""
 
-    answer: Callable[[OperationModel, str, str, str], str]
+    response: Callable[[OperationModel, str, str, str], str]
     error: Callable[[ServiceModel, str, int, str], str]
 
 
-def _of(service: ServiceModel) -> _Envelope:
+def _envelope(service: ServiceModel) -> _Envelope:
     return _ENVELOPES[service.metadata["protocol"]]
 
 
-def _ec2_answer(operation: OperationModel, content: str, version: str, request_id: str) -> str:
-    """The namespace echoes the caller's version with AWS's trailing slash: ElasticFox and ec2-api-tools match on it."""
+def _ec2_response(operation: OperationModel, content: str, version: str, request_id: str) -> str:
+    """Return a response. ElasticFox and ec2-api-tools need the caller's version with a slash in the namespace."""
     return (
         f'<{operation.name}Response xmlns="http://ec2.amazonaws.com/doc/{version}/">'
         f"<requestId>{request_id}</requestId>{content}</{operation.name}Response>"
@@ -62,11 +64,11 @@ def _ec2_answer(operation: OperationModel, content: str, version: str, request_i
 
 
 def _ec2_error(_service: ServiceModel, content: str, _status: int, request_id: str) -> str:
-    """No namespace, no type, and `RequestID` spelled like that."""
+    """Return an error as EC2 does: no namespace, no type, and `RequestID` in this spelling."""
     return f"<Response><Errors><Error>{content}</Error></Errors><RequestID>{request_id}</RequestID></Response>"
 
 
-def _query_answer(operation: OperationModel, content: str, _version: str, request_id: str) -> str:
+def _query_response(operation: OperationModel, content: str, _version: str, request_id: str) -> str:
     wrapper = operation.output_shape.serialization["resultWrapper"]
     return (
         f'<{operation.name}Response xmlns="{operation.service_model.metadata["xmlNamespace"]}">'
@@ -84,13 +86,13 @@ def _query_error(service: ServiceModel, content: str, status: int, request_id: s
 
 
 _ENVELOPES: Mapping[str, _Envelope] = {
-    "ec2": _Envelope(_ec2_answer, _ec2_error),
-    "query": _Envelope(_query_answer, _query_error),
+    "ec2": _Envelope(_ec2_response, _ec2_error),
+    "query": _Envelope(_query_response, _query_error),
 }
 
 
 def format_timestamp(moment: datetime) -> str:
-    """Write a time as EC2 does: UTC, milliseconds, `Z`."""
+    """Format a time as EC2 does: UTC, milliseconds, `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -116,7 +118,7 @@ def _members(shape: Shape) -> dict[str, tuple[str, Shape]]:
 
 
 def _text(text: str) -> str:
-    """Escape text: a carriage return would not survive a parser as it is; what XML cannot carry is replaced."""
+    """Escape text. A parser would drop a plain carriage return; characters that XML cannot contain are replaced."""
     if _PLAIN.fullmatch(text):
         return text
     return escape(replace_non_xml(text), {"\r": "&#13;"})
