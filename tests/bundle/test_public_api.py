@@ -2,6 +2,8 @@
 
 import textwrap
 
+import pytest
+
 from support.bundles.sample_bundles import MemoryImage, certificate, private_key
 from thrave import bundle
 
@@ -18,3 +20,13 @@ def test_example_in_the_docstring_seals_and_opens_an_image(tmp_path):
     }
     exec(example, names)
     assert (tmp_path / "winami.img").read_bytes() == content
+
+
+def test_bundle_package_lists_each_export_in_one_module():
+    exports = [name for names in bundle._MODULES.values() for name in names]
+    assert sorted(exports) == sorted(bundle.__all__)
+
+
+def test_bundle_package_has_no_other_attributes():
+    with pytest.raises(AttributeError, match="no attribute 'Seeler'"):
+        _ = bundle.Seeler
