@@ -235,7 +235,7 @@ class SimulatedAgent:
 
     def report(self) -> None:
         """Report the instances, and query power requests."""
-        assert not self._power.to_do()
+        assert not self._power.list_pending()
         self._reports.report()
 
     def query_power_recovery(self) -> None:

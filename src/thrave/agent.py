@@ -104,7 +104,7 @@ class Agent:
             report()
             self._start_job("reports", REPORT_INTERVAL, report)
             self.power = self._open_power(fence)
-        self._start_job("power", POWER_INTERVAL, self.power.look)
+        self._start_job("power", POWER_INTERVAL, self.power.resume_pending)
         records = components.records(fence)
         context = TaskContext(
             host=name,
@@ -179,8 +179,8 @@ class Agent:
         return BackgroundPower(
             self._components.instances,
             self._power_records,
-            grace=self._settings.shutdown_timeout,
-            check=self._lease.check,
+            shutdown_timeout=self._settings.shutdown_timeout,
+            check_lease=self._lease.check,
         )
 
     def wait(self) -> int:
@@ -253,7 +253,7 @@ class Agent:
         }
         return _UnfinishedWork(
             tasks=tasks,
-            power_requests=sorted(self._power_records.to_do()),
+            power_requests=sorted(self._power_records.list_pending()),
             to_recover=sorted(to_recover),
             to_merge=sorted(to_merge),
             waiting=sorted(waiting),

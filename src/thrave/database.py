@@ -292,19 +292,19 @@ instance = sa.Table(
     sa.Column("report_time", UtcDateTime, nullable=False),
 )  # fmt: skip
 
-# What an instance's owner wants of its power, and what is still to be done for it: one row an instance, whatever host
-# has it. Each accepted request changes the row in the transaction that is committed before its caller has the answer.
+# The power state that the owner of an instance wants, and the pending request; see compute/power_records.py. One row
+# for each instance of any host.
 instance_power = sa.Table(
     "instance_power", metadata,
     sa.Column("instance_id", sa.String(32), primary_key=True),
-    sa.Column("wanted", sa.String(16)),  # running | stopped | terminated; null: nobody has said so yet
-    sa.Column("request", sa.String(16)),  # to be carried out: start | stop | reboot | terminate; null: nothing is
-    sa.Column("version", sa.Integer, nullable=False),  # counts the requests that were accepted
+    sa.Column("wanted", sa.String(16)),  # running | stopped | terminated; null: not known yet
+    sa.Column("request", sa.String(16)),  # pending: start | stop | reboot | terminate; null: none
+    sa.Column("version", sa.Integer, nullable=False),  # number of requests so far
     # Whether the guest has been asked to power off and has not been seen off since.
     sa.Column("asked", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("requested_by", sa.String(128)),  # the account that asked last
+    sa.Column("requested_by", sa.String(128)),  # the account of the last request
     sa.Column("request_time", UtcDateTime),  # by the database's clock
-    sa.Column("borrowed_by", sa.String(32)),  # the bundle task that keeps the instance off; whatever is wanted
+    sa.Column("borrowed_by", sa.String(32)),  # the bundle task that keeps the instance off
 )  # fmt: skip
 sa.Index(
     "instance_power_to_do", instance_power.c.instance_id,

@@ -43,7 +43,7 @@ def quick(monkeypatch):
     """Short pauses; and no upload is abandoned only because the machine is busy."""
     monkeypatch.setattr(store_calls, "STOP_TIMEOUT", 60.0)
     monkeypatch.setattr(retrying_store, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr(power, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(power, "POLL_INTERVAL", 0.01)
 
 
 def parametrize(table, *only):

@@ -51,7 +51,7 @@ def service(tmp_path):
     records = TaskRepository(engine, vault)
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     instances = DirectoryDriver(tmp_path / "instances")
-    power = BackgroundPower(instances, PowerRecords(engine), grace=20.0)
+    power = BackgroundPower(instances, PowerRecords(engine), shutdown_timeout=20.0)
     backend = Ec2Backend(
         accounts=Accounts(engine, vault),
         instances=instances,

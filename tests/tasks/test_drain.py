@@ -110,14 +110,14 @@ def leave(ground, records, kind):
     """Have the task end with something about its instance unfinished; gives what finishes it."""
     power = PowerRecords(ground.database)
     if kind == "power_requests":
-        power.request(INSTANCE, PowerAction.REBOOT)
+        power.add_request(INSTANCE, PowerAction.REBOOT)
     elif kind == "to_recover":
         records.schedule_power_recovery("bun-1", timedelta(hours=1))
     else:
         records.record_overlay("bun-1", Overlay(volume=VolumeFile(path=Path("/disk")), overlay=Path("/overlay")))
     records.fail("bun-1", TaskFailure("Server.InternalError", "whatever"))
     return {
-        "power_requests": lambda: power.finish(power.get(INSTANCE)),
+        "power_requests": lambda: power.finish_request(power.get(INSTANCE)),
         "to_recover": lambda: records.schedule_power_recovery("bun-1", None),
         "to_merge": lambda: records.record_overlay("bun-1", None),
     }[kind]

@@ -36,7 +36,7 @@ from thrave.compute.errors import (
     StateChangedError,
 )
 from thrave.compute.instance import TERMINATING, InstanceState, VolumeFile
-from thrave.compute.power import UP, _Work
+from thrave.compute.power import UP_STATES, _InstanceWorker
 from thrave.compute.power_records import PowerAction, PowerRecords, record_request
 from thrave.concurrency import utc_now
 from thrave.database import (
@@ -57,7 +57,7 @@ from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
 
 INSTANCE, HOST = "i-0123456789abcdef0", "here"
-GRACE = 1e6  # nothing in here is late
+SHUTDOWN_TIMEOUT = 1e6  # nothing in here is late
 
 
 class Hypervisor:
@@ -158,7 +158,7 @@ class Power(RuleBasedStateMachine):
     def _come_up(self):
         """What a process has in memory."""
         self.power = PowerRecords(self.engine)
-        self.work = _Work(self.hypervisor, self.power, INSTANCE, GRACE, lambda: None)
+        self.work = _InstanceWorker(self.hypervisor, self.power, INSTANCE, SHUTDOWN_TIMEOUT, lambda: None)
         self.caretaker = PowerRecovery(self.records, self.hypervisor, HOST)
         self.hold = ExitStack()
         self._take_up()
@@ -167,7 +167,7 @@ class Power(RuleBasedStateMachine):
         if self.bundle_id is not None:
             task = self.records.get(self.bundle_id)
             self.switch = InstancePower(
-                self.hypervisor, self.records, task, shutdown_timeout=GRACE, shutdown_timeout_action="fail"
+                self.hypervisor, self.records, task, shutdown_timeout=SHUTDOWN_TIMEOUT, shutdown_timeout_action="fail"
             )
 
     # The owner. The EC2 actions check the state and for a task, but a task may begin after that: all are possible.
@@ -175,7 +175,7 @@ class Power(RuleBasedStateMachine):
     @rule(action=st.sampled_from([*PowerAction]))
     def ask(self, action):
         try:
-            before = self.power.request(INSTANCE, action)
+            before = self.power.add_request(INSTANCE, action)
         except StateChangedError:
             assert self.wanted == "terminated"
             return
@@ -333,7 +333,7 @@ class Power(RuleBasedStateMachine):
         for _ in range(8):
             self.hypervisor.away = False
             self.hypervisor.hear()
-            if self.power.to_do():
+            if self.power.list_pending():
                 self.work.attempt()
             elif self.records.power_recoveries(HOST):
                 self.look()
@@ -341,7 +341,7 @@ class Power(RuleBasedStateMachine):
                 break
         self.nothing_is_started_that_is_to_be_off()
         state = self.hypervisor.state(INSTANCE)
-        ends = {"running": UP, "stopped": {InstanceState.STOPPED}, "terminated": {InstanceState.TERMINATED}}
+        ends = {"running": UP_STATES, "stopped": {InstanceState.STOPPED}, "terminated": {InstanceState.TERMINATED}}
         assert state in ends[self.wanted]
 
 
@@ -435,15 +435,15 @@ def test_a_request_that_comes_while_a_task_looks_at_the_instance_is_what_it_note
     def overtaken(instance_id):
         hypervisor.state = state
         seen = state(instance_id)
-        power.request(instance_id, action)
+        power.add_request(instance_id, action)
         if is_done:  # and carried out, before the task has noted what it saw
             hypervisor.on = action is PowerAction.START
-            assert power.finish(power.get(instance_id))
+            assert power.finish_request(power.get(instance_id))
         return seen
 
     hypervisor.state = overtaken
     switch = InstancePower(
-        hypervisor, records, records.get("bun-1"), shutdown_timeout=GRACE, shutdown_timeout_action="fail"
+        hypervisor, records, records.get("bun-1"), shutdown_timeout=SHUTDOWN_TIMEOUT, shutdown_timeout_action="fail"
     )
     switch.record_power_state()
     assert records.get("bun-1").was_running is (action is PowerAction.START)
@@ -463,12 +463,12 @@ def test_a_task_that_ends_without_putting_its_instance_back_leaves_it_to_the_car
 
 def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkeypatch):
     power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
-    power.request(INSTANCE, PowerAction.STOP)
-    monkeypatch.setattr(power_records, "KEPT_FOR", timedelta(seconds=-1))
+    power.add_request(INSTANCE, PowerAction.STOP)
+    monkeypatch.setattr(power_records, "MAX_REQUEST_AGE", timedelta(seconds=-1))
     with capture_logs() as logs:
-        _Work(hypervisor, power, INSTANCE, GRACE, lambda: None).attempt()
+        _InstanceWorker(hypervisor, power, INSTANCE, SHUTDOWN_TIMEOUT, lambda: None).attempt()
     assert [(entry["event"], entry["log_level"]) for entry in logs] == [("power request expired", "error")]
-    assert not power.to_do()
+    assert not power.list_pending()
     assert power.get(INSTANCE).wanted == "stopped"
     assert hypervisor.on
 
@@ -478,16 +478,16 @@ def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkey
 def test_a_request_does_not_grow_old_while_a_task_has_the_instance(engine, records, action, runs_on_an_overlay):
     power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
     records.record_power_state("bun-1", running=True)
-    power.request(INSTANCE, action)
+    power.add_request(INSTANCE, action)
     with engine.begin() as connection:
         connection.execute(instance_power.update().values(request_time=utc_now() - timedelta(days=2)))
     hypervisor.on = runs_on_an_overlay
-    work = _Work(hypervisor, power, INSTANCE, GRACE, lambda: None)
+    work = _InstanceWorker(hypervisor, power, INSTANCE, SHUTDOWN_TIMEOUT, lambda: None)
     with capture_logs() as logs:
         assert work.attempt()
         assert power.get(INSTANCE).request is action
         InstancePower(
-            hypervisor, records, records.get("bun-1"), shutdown_timeout=GRACE, shutdown_timeout_action="fail"
+            hypervisor, records, records.get("bun-1"), shutdown_timeout=SHUTDOWN_TIMEOUT, shutdown_timeout_action="fail"
         ).restore()
         assert hypervisor.on is (runs_on_an_overlay or action is not PowerAction.STOP)
         records.fail("bun-1", TaskFailure("Server.InternalError", "it ended"))
@@ -504,11 +504,11 @@ def test_nothing_is_asked_of_a_guest_without_the_right_to(engine):
         raise LeaseExpiredError
 
     power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
-    power.request(INSTANCE, PowerAction.STOP)
-    work = _Work(hypervisor, power, INSTANCE, GRACE, refuse)
+    power.add_request(INSTANCE, PowerAction.STOP)
+    work = _InstanceWorker(hypervisor, power, INSTANCE, SHUTDOWN_TIMEOUT, refuse)
     assert work.attempt()
     assert not hypervisor.pressed
-    assert [*power.to_do()] == [INSTANCE]
+    assert [*power.list_pending()] == [INSTANCE]
 
 
 def report_from(engine, reporter, *others):
@@ -532,29 +532,38 @@ def test_a_host_carries_out_what_was_asked_of_the_instances_that_it_reports(engi
     report_from(engine, *power_records_of)
     with engine.begin() as connection:
         record_request(connection, INSTANCE, PowerAction.STOP)
-    assert {name: [*power.to_do()] for name, power in power_records_of.items()} == {"here": [INSTANCE], "there": []}
+    assert {name: [*power.list_pending()] for name, power in power_records_of.items()} == {
+        "here": [INSTANCE],
+        "there": [],
+    }
     with engine.begin() as connection:  # an adoption
         connection.execute(instance.update().values(host="there"))
-    assert {name: [*power.to_do()] for name, power in power_records_of.items()} == {"here": [], "there": [INSTANCE]}
+    assert {name: [*power.list_pending()] for name, power in power_records_of.items()} == {
+        "here": [],
+        "there": [INSTANCE],
+    }
     assert power_records_of["here"].get(INSTANCE).request is None
 
 
 @pytest.mark.parametrize("loss", ["another host reports the instance", "another process has the lease"])
-@pytest.mark.parametrize("write", ["finish", "note_asked", "note_off", "drop", "expire", "withdraw"])
+@pytest.mark.parametrize(
+    "write",
+    ["finish_request", "record_shutdown_request", "record_off", "drop_request", "expire_request", "withdraw_request"],
+)
 def test_a_host_that_has_lost_an_instance_changes_nothing_of_its_power(engine, loss, write):
     report_from(engine, "here", "there")
     power = PowerRecords(engine, "here", host.c.lease == "x")
-    before = power.request(INSTANCE, PowerAction.START)
+    before = power.add_request(INSTANCE, PowerAction.START)
     record = power.get(INSTANCE)
     with engine.begin() as connection:
         if loss == "another host reports the instance":
             connection.execute(instance.update().values(host="there"))
         else:
             connection.execute(host.update().values(lease="y"))
-    getattr(power, write)(before if write == "withdraw" else record)
+    getattr(power, write)(before if write == "withdraw_request" else record)
     assert PowerRecords(engine).get(INSTANCE) == record
     assert power.get(INSTANCE).request is None
-    assert not power.to_do()
+    assert not power.list_pending()
 
 
 @pytest.mark.parametrize("act", ["off", "cut", "sysprep", "restore"])
@@ -569,7 +578,7 @@ def test_a_task_that_another_host_has_gives_no_command(records, monkeypatch, act
         hypervisor,
         records,
         records.get("bun-1"),
-        shutdown_timeout=-1 if act == "cut" else GRACE,
+        shutdown_timeout=-1 if act == "cut" else SHUTDOWN_TIMEOUT,
         shutdown_timeout_action="power-off",
     )
     acts = {
@@ -592,9 +601,13 @@ def test_an_instance_that_is_terminated_right_before_a_command_is_why_its_task_f
         raise IncorrectInstanceState(instance_id, "it is shutting-down")
 
     setattr(hypervisor, command, terminated)
-    grace = -1 if command == "force_stop" else GRACE
+    shutdown_timeout = -1 if command == "force_stop" else SHUTDOWN_TIMEOUT
     switch = InstancePower(
-        hypervisor, records, records.get("bun-1"), shutdown_timeout=grace, shutdown_timeout_action="power-off"
+        hypervisor,
+        records,
+        records.get("bun-1"),
+        shutdown_timeout=shutdown_timeout,
+        shutdown_timeout_action="power-off",
     )
     act = partial(switch.run_sysprep, command=["sysprep"]) if command == "request_sysprep" else switch.shut_down
     with pytest.raises(TaskFailure) as caught:

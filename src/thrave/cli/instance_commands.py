@@ -271,12 +271,12 @@ def stop(settings: Settings, instance_id: str, timeout: float, output: str) -> N
     Example:
       thrave instance stop i-0123456789abcdef0
     """
-    from thrave.compute.power import power_off
+    from thrave.compute.power import shut_down_guest
     from thrave.drivers import open_driver
 
     require_data_directory(settings)
     instances = open_driver(settings)
-    if power_off(instances, instance_id, grace=timeout) != "stopped":
+    if shut_down_guest(instances, instance_id, timeout=timeout) != "stopped":
         raise click.ClickException(f"{instance_id} did not power off within {timeout:.0f} seconds")
     print_instance(instances.get(instance_id), output)
 

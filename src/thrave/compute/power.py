@@ -1,8 +1,7 @@
-"""Switching an instance's power for somebody who does not wait, and for somebody who does.
+"""Shuts instances down, and carries out power requests in the background. Never cuts the power.
 
-`power_off` asks the guest until it is off. `PowerControl` is what a caller of EC2's can have done without waiting;
-`BackgroundPower` carries out what `power_records.py` has recorded. All work with any inventory, and none ever cuts the
-power.
+`shut_down_guest` waits until a guest is off. `PowerControl` is what the EC2 actions use: it records a request and does
+not wait. `BackgroundPower` carries out the requests that `power_records.py` has recorded.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,33 +25,33 @@ from thrave.compute.timeouts import RunningTime, is_busy
 from thrave.concurrency import Event, Lock, monotonic, new_event, new_lock, sleep, supervised
 from thrave.write_guard import start_guard
 
-ASK_AGAIN = 5.0  # seconds; a guest that is still booting does not hear the first request to power off
-LOOK_AGAIN = 0.2  # seconds
-_LONGEST_LOOK = 30.0  # seconds; this process stood still for the rest of a longer one
-LONGEST = 300.0  # seconds between two attempts at what fails, or is not heard, at last
-_HELD_LOOK_AGAIN = 1.0  # seconds
-UP = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
-TO_START = frozenset({InstanceState.STOPPED, InstanceState.PENDING})
-"""What is to be started if it is wanted on: a start that was cut off leaves an instance `pending`, which may be off."""
+SHUTDOWN_REQUEST_INTERVAL = 5.0  # seconds; a guest that is booting ignores a request to power off
+POLL_INTERVAL = 0.2  # seconds
+_MAX_COUNTED_INTERVAL = 30.0  # seconds between two polls; of a longer interval the process was stopped for the rest
+MAX_RETRY_INTERVAL = 300.0  # seconds
+_LOCKED_POLL_INTERVAL = 1.0  # seconds
+UP_STATES = frozenset({InstanceState.PENDING, InstanceState.RUNNING})
+STARTABLE_STATES = frozenset({InstanceState.STOPPED, InstanceState.PENDING})
+"""States from which an instance is started. An interrupted start leaves it `pending`, perhaps off."""
 
 log = structlog.get_logger()
 
-_switching: dict[str, Lock] = {}
-_switching_lock = new_lock()
+_power_locks: dict[str, Lock] = {}
+_power_locks_lock = new_lock()
 
 
 @contextmanager
-def switching(instance_id: str) -> Iterator[None]:
-    """Be the only one in this process who decides about an instance's power and acts upon it.
+def power_lock(instance_id: str) -> Iterator[None]:
+    """Lock the decision about an instance's power, and the command that follows, against other threads of this process.
 
-    Whoever starts an instance, or strikes out a request because of the state that was seen, reads within this block
-    what is wanted. So no start that was decided upon an older request comes after a newer one was struck out.
+    Read the wanted power state within the block, before you start an instance or end a request because of the state
+    that you read. Otherwise a start that an older request caused could follow after a newer request has ended.
 
     Raises:
-        InstanceHeld: Somebody else does so just now, or a command that was abandoned may still be carried out.
+        InstanceLocked: Another thread has the lock, or an abandoned command may still be carried out.
     """
-    with _switching_lock:
-        lock = _switching.setdefault(instance_id, new_lock())
+    with _power_locks_lock:
+        lock = _power_locks.setdefault(instance_id, new_lock())
     if not lock.acquire(blocking=False):
         raise InstanceLocked(instance_id)
     try:
@@ -63,332 +62,342 @@ def switching(instance_id: str) -> Iterator[None]:
         lock.release()
 
 
-def power_off(
-    instances: HypervisorDriver,
+def shut_down_guest(
+    driver: HypervisorDriver,
     instance_id: str,
     *,
-    grace: float,
-    ask: Callable[[str], None] | None = None,
+    timeout: float,
+    request: Callable[[str], None] | None = None,
     pause: Callable[[float], object] = sleep,
 ) -> InstanceState:
-    """Ask the guest to power off, again and again, until it has or is gone.
+    """Request that the guest powers off, repeatedly, until it is off or terminating.
 
     Args:
-        instances: The inventory that has it.
+        driver: Of the instance.
         instance_id: The instance.
-        grace: Seconds that the guest has; those in which this process ran count.
-        ask: Asks it; `instances.request_stop` if none is given.
-        pause: Waits some seconds between two looks; may raise, to end it all.
+        timeout: Seconds that the guest has. Time in which this process was stopped does not count.
+        request: Requests the shutdown; by default `driver.request_stop`.
+        pause: Waits some seconds between two polls; may raise, to give up.
 
     Returns:
-        The state that it is in then: `stopped`, `shutting-down`, `terminated`, or any other if the time was up.
+        The last state: `stopped`, `shutting-down`, `terminated`, or another one after the timeout.
 
     Raises:
         InstanceError: As `HypervisorDriver.state` and `HypervisorDriver.request_stop`.
     """
-    ask = ask or instances.request_stop
-    waiting, waited = RunningTime(_LONGEST_LOOK, monotonic), 0.0
-    asked_again = 0.0
-    while (state := instances.state(instance_id)) not in {InstanceState.STOPPED, *TERMINATING}:
-        waited += waiting.passed()
-        if waited > grace:
+    request = request or driver.request_stop
+    running_time, waited = RunningTime(_MAX_COUNTED_INTERVAL, monotonic), 0.0
+    next_request = 0.0
+    while (state := driver.state(instance_id)) not in {InstanceState.STOPPED, *TERMINATING}:
+        waited += running_time.passed()
+        if waited > timeout:
             break
-        if monotonic() > asked_again:
-            ask(instance_id)
-            asked_again = monotonic() + ASK_AGAIN
-        pause(LOOK_AGAIN)
+        if monotonic() > next_request:
+            request(instance_id)
+            next_request = monotonic() + SHUTDOWN_REQUEST_INTERVAL
+        pause(POLL_INTERVAL)
     return state
 
 
 class PowerControl(Protocol):
-    """Has instances switched for somebody who does not wait for it. What was asked last is what is done in the end.
+    """Records power requests for callers that do not wait. The last request of an instance wins.
 
-    When a method returns, the request is recorded: it is carried out whatever happens to any process. `by` says who
-    asks. Every method raises IncorrectInstanceState if the instance is being terminated; a reboot is ignored then.
+    When a method returns, the request is recorded. It is then carried out even if a process crashes. `requester` is the
+    account that makes the request. Every method raises IncorrectInstanceState if the instance is being terminated,
+    except `reboot`, which does nothing then.
     """
 
-    def start(self, instance_id: str, by: str | None = None) -> None:
-        """Have the instance started, once nobody holds it any more."""
+    def start(self, instance_id: str, requester: str | None = None) -> None:
+        """Start the instance as soon as it is not locked."""
 
-    def stop(self, instance_id: str, by: str | None = None) -> None:
-        """Have the guest power off.
+    def stop(self, instance_id: str, requester: str | None = None) -> None:
+        """Ask the guest to power off.
 
         Raises:
-            IncorrectInstanceState: There is no way to stop it. Not every control can tell at once.
+            IncorrectInstanceState: There is no way to stop it. A fleet's API process cannot detect this.
             InstanceCommandFailed: The hypervisor refuses at once; then nothing is recorded.
         """
 
-    def reboot(self, instance_id: str, by: str | None = None) -> None:
-        """Have the guest power off and the instance started again. A guest that does not hear it runs on."""
+    def reboot(self, instance_id: str, requester: str | None = None) -> None:
+        """Ask the guest to power off, then start the instance. If the guest does not react it keeps running."""
 
-    def terminate(self, instance_id: str, by: str | None = None) -> None:
-        """Have the guest power off for good. Raises as `stop`."""
+    def terminate(self, instance_id: str, requester: str | None = None) -> None:
+        """Ask the guest to power off for good. Raises as `stop`."""
 
 
 class BackgroundPower:
-    """Carries out the requests that are recorded, each instance's in a thread of its own.
+    """Carries out recorded power requests, with one thread for each instance.
 
-    A request is struck out when the machine is seen to be as it wants it, and tried again until then, at growing
-    intervals; also after a crash (`look`). Before each act the row is read again, so that nothing is done for a request
-    that another one has replaced. What fails about one instance does not concern the others.
+    A request ends when the instance has the requested state. Until then it is retried, with growing intervals, also
+    after a crash (`resume_pending`). The row is read again before each command, so that no command is given for a
+    request that a newer one has replaced. A failure affects one instance only.
 
     Args:
-        instances: The inventory.
-        records: Where requests are recorded; in memory if none is given: then they end with the process.
-        grace: Seconds that a guest has to power off for a reboot.
-        check: Called before each command to a hypervisor; raises if this process may not give any.
+        driver: Of the instances.
+        power_records: The recorded requests; by default in memory, where they are lost when the process ends.
+        shutdown_timeout: Seconds that a guest has to power off for a reboot.
+        check_lease: Called before each command to the hypervisor; raises if this process may not give one.
     """
 
     def __init__(
         self,
-        instances: HypervisorDriver,
-        records: PowerRecords | None = None,
+        driver: HypervisorDriver,
+        power_records: PowerRecords | None = None,
         *,
-        grace: float,
-        check: Callable[[], None] = lambda: None,
+        shutdown_timeout: float,
+        check_lease: Callable[[], None] = lambda: None,
     ) -> None:
-        self._instances = instances
-        self._records = records or PowerRecords.in_memory()
-        self._grace = grace
-        self._check = check
-        self._busy: dict[str, Event] = {}  # an event wakes the instance's thread
-        self._works: dict[str, _Work] = {}
+        self._driver = driver
+        self._power_records = power_records or PowerRecords.in_memory()
+        self._shutdown_timeout = shutdown_timeout
+        self._check_lease = check_lease
+        self._wake_events: dict[str, Event] = {}  # of the instances that have a thread; ends the thread's wait
+        self._workers: dict[str, _InstanceWorker] = {}
         self._lock = new_lock()
 
-    def start(self, instance_id: str, by: str | None = None) -> None:
-        """See PowerControl."""
-        self._records.request(instance_id, PowerAction.START, by)
-        self._begin(instance_id)
+    def start(self, instance_id: str, requester: str | None = None) -> None:
+        """See `PowerControl`."""
+        self._power_records.add_request(instance_id, PowerAction.START, requester)
+        self._ensure_thread(instance_id)
 
-    def reboot(self, instance_id: str, by: str | None = None) -> None:
-        """See PowerControl."""
-        self._records.request(instance_id, PowerAction.REBOOT, by)
-        self._begin(instance_id)
+    def reboot(self, instance_id: str, requester: str | None = None) -> None:
+        """See `PowerControl`."""
+        self._power_records.add_request(instance_id, PowerAction.REBOOT, requester)
+        self._ensure_thread(instance_id)
 
-    def stop(self, instance_id: str, by: str | None = None) -> None:
-        """See PowerControl."""
-        self._ask_at_once(instance_id, PowerAction.STOP, by)
+    def stop(self, instance_id: str, requester: str | None = None) -> None:
+        """See `PowerControl`."""
+        self._request_and_try(instance_id, PowerAction.STOP, requester)
 
-    def terminate(self, instance_id: str, by: str | None = None) -> None:
-        """See PowerControl."""
-        self._ask_at_once(instance_id, PowerAction.TERMINATE, by)
+    def terminate(self, instance_id: str, requester: str | None = None) -> None:
+        """See `PowerControl`."""
+        self._request_and_try(instance_id, PowerAction.TERMINATE, requester)
 
-    def look(self) -> None:
-        """Go on with every request that is recorded: those of other processes, and of this one before it died."""
-        for instance_id, version in self._records.to_do().items():
-            # A request that another process has recorded does not wait until the one before it is tried again.
-            self._begin(instance_id, wake=self._work(instance_id).version != version)
+    def resume_pending(self) -> None:
+        """Continue every pending request: of other processes, and of this process before it was restarted."""
+        for instance_id, version in self._power_records.list_pending().items():
+            # A new request that another process has recorded must not wait until the failed one is retried.
+            self._ensure_thread(instance_id, wake=self._worker(instance_id).version != version)
 
-    def _ask_at_once(self, instance_id: str, action: PowerAction, by: str | None) -> None:
-        """Record a request and try it once, so that its caller hears of a refusal."""
-        before = self._records.request(instance_id, action, by)
+    def _request_and_try(self, instance_id: str, action: PowerAction, requester: str | None) -> None:
+        """Record a request and try it once, so that its caller receives a refusal."""
+        before = self._power_records.add_request(instance_id, action, requester)
         try:
-            self._work(instance_id).step(only=before.version + 1)
-        except (StateChangedError, InstanceLocked):  # somebody else acts on it just now
-            self._begin(instance_id)
+            self._worker(instance_id).step(only_version=before.version + 1)
+        except (StateChangedError, InstanceLocked):  # another thread or process changes its power at the moment
+            self._ensure_thread(instance_id)
         except (IncorrectInstanceState, InstanceCommandFailed):
-            self._records.withdraw(before)
-            self._begin(instance_id)
+            self._power_records.withdraw_request(before)
+            self._ensure_thread(instance_id)
             raise
-        except Exception as error:  # noqa: BLE001 (it is recorded, and tried again)
+        except Exception as error:  # noqa: BLE001 (the request is recorded, and is retried)
             log.warning("power request failed, retrying", instance_id=instance_id, request=action, error=str(error))
-            self._begin(instance_id)
+            self._ensure_thread(instance_id)
         else:
-            self._begin(instance_id)
+            self._ensure_thread(instance_id)
 
-    def _work(self, instance_id: str) -> "_Work":
+    def _worker(self, instance_id: str) -> "_InstanceWorker":
         with self._lock:
-            if (work := self._works.get(instance_id)) is None:
-                work = _Work(self._instances, self._records, instance_id, self._grace, self._check)
-                self._works[instance_id] = work
-            return work
+            if (worker := self._workers.get(instance_id)) is None:
+                worker = _InstanceWorker(
+                    self._driver, self._power_records, instance_id, self._shutdown_timeout, self._check_lease
+                )
+                self._workers[instance_id] = worker
+            return worker
 
-    def _begin(self, instance_id: str, *, wake: bool = True) -> None:
+    def _ensure_thread(self, instance_id: str, *, wake: bool = True) -> None:
+        """Start the thread of an instance unless there is one; `wake`: end its wait for the next attempt."""
         with self._lock:
-            if (busy := self._busy.get(instance_id)) is not None:
+            if (running := self._wake_events.get(instance_id)) is not None:
                 if wake:
-                    busy.set()
+                    running.set()
                 return
-            self._busy[instance_id] = wakes = new_event()
+            self._wake_events[instance_id] = wake_event = new_event()
         try:
             supervised(
                 f"power {instance_id}",
-                lambda: self._carry_out(instance_id, wakes),
-                on_failure=lambda error: self._failed(instance_id, error),
+                lambda: self._run(instance_id, wake_event),
+                on_failure=lambda error: self._handle_failure(instance_id, error),
             )
-        except RuntimeError as error:  # no more threads: the next look begins again
-            self._failed(instance_id, error)
+        except RuntimeError as error:  # no thread can be started: `resume_pending` tries again
+            self._handle_failure(instance_id, error)
 
-    def _carry_out(self, instance_id: str, wakes: Event) -> None:
-        """Carry out what is recorded of an instance, until nothing is."""
-        work = self._work(instance_id)
+    def _run(self, instance_id: str, wake_event: Event) -> None:
+        """Carry out the requests of an instance until none is pending."""
+        worker = self._worker(instance_id)
         while True:
-            wakes.clear()
-            pause = work.attempt()
-            if pause is not None:
-                wakes.wait(pause)
+            wake_event.clear()
+            wait = worker.attempt()
+            if wait is not None:
+                wake_event.wait(wait)
                 continue
             with self._lock:
-                if not wakes.is_set():
-                    del self._busy[instance_id]
+                # A request may have been recorded since the attempt; its caller has set the event.
+                if not wake_event.is_set():
+                    del self._wake_events[instance_id]
                     return
 
-    def _failed(self, instance_id: str, error: BaseException) -> None:
+    def _handle_failure(self, instance_id: str, error: BaseException) -> None:
+        """Log the end of a thread. The request stays recorded, and `resume_pending` starts a new thread."""
         with self._lock:
-            self._busy.pop(instance_id, None)
-        # What is recorded stays so, and the next look begins again.
+            self._wake_events.pop(instance_id, None)
         if isinstance(error, sa.exc.DBAPIError):
-            log.warning("the database does not answer", instance_id=instance_id, reason=str(error.orig))
+            log.warning("database unavailable, power request delayed", instance_id=instance_id, error=str(error.orig))
         else:
             log.error("power request interrupted", instance_id=instance_id, exc_info=error)
 
 
-class _Work:
-    """What is done for one instance, step by step. Times are this process's own: after a crash they begin anew."""
+class _InstanceWorker:
+    """Carries out the requests of one instance step by step. Its timeouts begin again after a crash."""
 
     def __init__(
         self,
-        instances: HypervisorDriver,
-        records: PowerRecords,
+        driver: HypervisorDriver,
+        power_records: PowerRecords,
         instance_id: str,
-        grace: float,
-        check: Callable[[], None],
+        shutdown_timeout: float,
+        check_lease: Callable[[], None],
     ) -> None:
-        self._instances = instances
-        self._records = records
+        self._driver = driver
+        self._power_records = power_records
         self._instance_id = instance_id
-        self._grace = grace
-        self._check = check
-        self._failures = 0
-        self._take_up(-1)
+        self._shutdown_timeout = shutdown_timeout
+        self._check_lease = check_lease
+        self._failure_count = 0
+        self._begin_request(-1)
 
     @property
     def version(self) -> int:
-        """That of the request that was worked on last."""
+        """Version of the request of the last step."""
         return self._version
 
     def attempt(self) -> float | None:
-        """Do the next step; give the seconds until the one after it, or None if nothing is to be done any more.
+        """Perform the next step; return the seconds until the step after it, or None if no request is pending.
 
         Raises:
-            sqlalchemy.exc.SQLAlchemyError: What is recorded cannot be read or written.
+            sqlalchemy.exc.SQLAlchemyError: The row cannot be read or written.
         """
         try:
-            pause = self.step()
+            wait = self.step()
         except sa.exc.SQLAlchemyError:
             raise
         except InstanceLocked:
-            return _HELD_LOOK_AGAIN
+            return _LOCKED_POLL_INTERVAL
         except StateChangedError:
-            return LOOK_AGAIN
+            return POLL_INTERVAL
         except (IncorrectInstanceState, InstanceNotFound) as error:
-            self._drop("power request impossible", str(error))
+            self._end_request("power request impossible", str(error))
             return 0.0
-        except Exception as error:  # noqa: BLE001 (whatever it is about one instance, it is tried again)
+        except Exception as error:  # noqa: BLE001 (an error of any kind affects one instance, and is retried)
             # Not `retry`: a new request for the instance ends the wait, and each attempt reads the request again.
-            pause = min(LOOK_AGAIN * 2**self._failures, LONGEST)
-            self._failures += 1
+            wait = min(POLL_INTERVAL * 2**self._failure_count, MAX_RETRY_INTERVAL)
+            self._failure_count += 1
             log.warning(
-                "power request failed, retrying", instance_id=self._instance_id, attempt=self._failures,
+                "power request failed, retrying", instance_id=self._instance_id, attempt=self._failure_count,
                 error=str(error) or type(error).__name__,
             )  # fmt: skip
         else:
-            self._failures = 0
-        return pause
+            self._failure_count = 0
+        return wait
 
-    def step(self, *, only: int | None = None) -> float | None:
-        """The same; what goes wrong is raised.
+    def step(self, *, only_version: int | None = None) -> float | None:
+        """As `attempt`, but raise every error.
 
         Args:
-            only: The version of the row for which it is to be done; None: any.
+            only_version: Do nothing if the row has another version; None: any version.
         """
-        with switching(self._instance_id):
-            record = self._records.get(self._instance_id)
-            if record.request is None or only not in {None, record.version}:
+        with power_lock(self._instance_id):
+            record = self._power_records.get(self._instance_id)
+            if record.request is None or only_version not in {None, record.version}:
                 return None
             if record.version != self._version:
-                self._take_up(record.version)
-            if record.is_held and record.request is not PowerAction.TERMINATE:
-                return _HELD_LOOK_AGAIN  # its bundle task switches it, and in the end does what is wanted then
+                self._begin_request(record.version)
+            if record.is_task_active and record.request is not PowerAction.TERMINATE:
+                return (
+                    _LOCKED_POLL_INTERVAL  # the bundle task restores the wanted state when it gives the instance back
+                )
             if record.is_expired:
-                self._drop("power request expired", "it could not be carried out in time", strike=self._records.expire)
+                message = "it could not be carried out in time"
+                self._end_request("power request expired", message, end=self._power_records.expire_request)
                 return 0.0
-            return self._next(record, self._instances.state(self._instance_id))
+            return self._carry_out(record, self._driver.state(self._instance_id))
 
-    def _take_up(self, version: int) -> None:
+    def _begin_request(self, version: int) -> None:
         self._version = version
-        self._failures = 0
-        self._first_look = monotonic()
-        self._first_asked: float | None = None
-        self._ask_again = 0.0
-        self._deaf = 0
+        self._failure_count = 0
+        self._start_time = monotonic()
+        self._first_shutdown_request: float | None = None
+        self._next_shutdown_request = 0.0
+        self._late_request_count = 0
 
-    def _next(self, record: PowerRecord, state: InstanceState) -> float | None:
-        """What is to be done for a request in a state."""
+    def _carry_out(self, record: PowerRecord, state: InstanceState) -> float | None:
+        """Perform the next step of a request on an instance in this state."""
         if state is InstanceState.TERMINATED or (state in TERMINATING and record.request is not PowerAction.TERMINATE):
             return self._finish(record)
         if record.request is PowerAction.TERMINATE:
-            return self._ask(record, self._instances.terminate)
+            return self._request_shutdown(record, self._driver.terminate)
         if record.request is PowerAction.STOP:
-            is_off = state is InstanceState.STOPPED
-            return self._finish(record) if is_off else self._ask(record, self._instances.request_stop)
-        if self._is_off(state):
+            if state is InstanceState.STOPPED:
+                return self._finish(record)
+            return self._request_shutdown(record, self._driver.request_stop)
+        # A description file says `stopping` for ever if the process that ran the stopCommand has died.
+        is_late = monotonic() - self._start_time > self._shutdown_timeout
+        if state is InstanceState.STOPPED or (state is InstanceState.STOPPING and is_late):
             return self._start(record)
-        return self._reboot(record, state) if record.request is PowerAction.REBOOT else self._await_start(record, state)
-
-    def _is_off(self, state: InstanceState) -> bool:
-        """Whether it is to be started. A file says `stopping` for ever if its stopCommand died with a process."""
-        is_late = monotonic() - self._first_look > self._grace
-        return state is InstanceState.STOPPED or (state is InstanceState.STOPPING and is_late)
+        return self._reboot(record, state) if record.request is PowerAction.REBOOT else self._confirm_up(record, state)
 
     def _start(self, record: PowerRecord) -> float | None:
-        # Written in any case: it proves that the instance is still this host's.
-        if not self._records.note_off(record):
+        # Also written if nothing changes: the update fails if another host has the instance now.
+        if not self._power_records.record_off(record):
             return 0.0
-        with start_guard.using(self._check):
-            self._instances.start(self._instance_id)
+        with start_guard.using(self._check_lease):
+            self._driver.start(self._instance_id)
         return self._finish(record)
 
-    def _await_start(self, record: PowerRecord, state: InstanceState) -> float | None:
-        """It runs. A guest that was asked to power off before may yet hear it, and is started then."""
-        is_late = monotonic() - self._first_look > 2 * self._grace
-        if state in UP and (is_late or not record.asked):
+    def _confirm_up(self, record: PowerRecord, state: InstanceState) -> float | None:
+        """End a start of an instance that is up. First wait while the guest may still follow a shutdown request."""
+        is_late = monotonic() - self._start_time > 2 * self._shutdown_timeout
+        if state in UP_STATES and (is_late or not record.is_shutdown_requested):
             return self._finish(record) if state is InstanceState.RUNNING else self._start(record)
-        return self._until_next_look()
+        return self._poll_wait()
 
     def _reboot(self, record: PowerRecord, state: InstanceState) -> float | None:
-        asked_for = 0.0 if self._first_asked is None else monotonic() - self._first_asked
-        if asked_for <= self._grace:
-            return self._ask(record, self._instances.request_stop)
-        # It is not asked again, but may yet hear it. Then it is started.
-        if state in UP and asked_for > 2 * self._grace:
-            self._drop("power request failed", f"the guest did not power off within {self._grace:.0f} seconds")
+        waited = 0.0 if self._first_shutdown_request is None else monotonic() - self._first_shutdown_request
+        if waited <= self._shutdown_timeout:
+            return self._request_shutdown(record, self._driver.request_stop)
+        # No more requests. The guest may still follow the last one; then `_carry_out` starts the instance.
+        if state in UP_STATES and waited > 2 * self._shutdown_timeout:
+            message = f"the guest did not power off within {self._shutdown_timeout:.0f} seconds"
+            self._end_request("power request failed", message)
             return 0.0
-        return self._until_next_look()
+        return self._poll_wait()
 
-    def _ask(self, record: PowerRecord, ask: Callable[[str], None]) -> float:
-        """Ask the guest to power off, if it is time to ask again: at growing intervals once it should have heard it."""
+    def _request_shutdown(self, record: PowerRecord, request: Callable[[str], None]) -> float:
+        """Ask the guest to power off if a request is due. The intervals double after the shutdown timeout."""
         now = monotonic()
-        if now >= self._ask_again:
-            if not self._records.note_asked(record):
+        if now >= self._next_shutdown_request:
+            if not self._power_records.record_shutdown_request(record):
                 return 0.0
-            self._check()
-            ask(self._instance_id)
-            self._first_asked = now if self._first_asked is None else self._first_asked
-            self._deaf += now - self._first_asked > self._grace
-            self._ask_again = now + min(ASK_AGAIN * 2**self._deaf, LONGEST)
-        return self._until_next_look()
+            self._check_lease()
+            request(self._instance_id)
+            if self._first_shutdown_request is None:
+                self._first_shutdown_request = now
+            self._late_request_count += now - self._first_shutdown_request > self._shutdown_timeout
+            interval = min(SHUTDOWN_REQUEST_INTERVAL * 2**self._late_request_count, MAX_RETRY_INTERVAL)
+            self._next_shutdown_request = now + interval
+        return self._poll_wait()
 
-    def _until_next_look(self) -> float:
-        return min(LOOK_AGAIN + (monotonic() - self._first_look) / 10, ASK_AGAIN)
+    def _poll_wait(self) -> float:
+        """Return the seconds until the next poll: 0.2, and longer the older the request is; at most 5."""
+        return min(POLL_INTERVAL + (monotonic() - self._start_time) / 10, SHUTDOWN_REQUEST_INTERVAL)
 
     def _finish(self, record: PowerRecord) -> float:
-        self._records.finish(record)
+        self._power_records.finish_request(record)
         return 0.0
 
-    def _drop(self, event: str, why: str, strike: Callable[[PowerRecord], bool] | None = None) -> None:
-        """Strike out a request that cannot be carried out. Somebody may have to see to the instance."""
-        strike = strike or self._records.drop
-        record = self._records.get(self._instance_id)
-        if record.request is not None and record.version == self._version and strike(record):
-            log.error(event, instance_id=self._instance_id, request=record.request, error=why)
+    def _end_request(self, event: str, message: str, end: Callable[[PowerRecord], bool] | None = None) -> None:
+        """End a request that cannot be carried out, and log an error: an operator may have to act."""
+        end = end or self._power_records.drop_request
+        record = self._power_records.get(self._instance_id)
+        if record.request is not None and record.version == self._version and end(record):
+            log.error(event, instance_id=self._instance_id, request=record.request, error=message)

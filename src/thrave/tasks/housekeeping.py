@@ -16,7 +16,7 @@ from thrave.buckets.retrying_store import RetryingStore
 from thrave.compute.base import HypervisorDriver
 from thrave.compute.errors import InstanceLocked, InstanceNotFound
 from thrave.compute.instance import TERMINATING, InstanceState
-from thrave.compute.power import TO_START, switching
+from thrave.compute.power import STARTABLE_STATES, power_lock
 from thrave.concurrency import Background, NoThreadError, monotonic, supervised
 from thrave.retry import RetrySchedule
 from thrave.tasks.bundle_location import BundleLocation
@@ -137,7 +137,7 @@ class PowerRecovery:
         if self._records.in_progress(task.instance_id):
             return False
         is_late = self._is_late(task)
-        with switching(task.instance_id):
+        with power_lock(task.instance_id):
             state = self._instances.state(task.instance_id)
             # Read again: since the list was read, the owner may have stopped it, or another task may have started.
             if not self._records.should_start(task.bundle_id):
@@ -145,7 +145,7 @@ class PowerRecovery:
             if self._records.in_progress(task.instance_id):
                 return False
             # A description file says `stopping` for ever if the process that ran the stopCommand has died.
-            is_off = state in TO_START or (is_late and state is InstanceState.STOPPING)
+            is_off = state in STARTABLE_STATES or (is_late and state is InstanceState.STOPPING)
             if is_off:
                 self._start(task)
         return is_off or is_late or state in TERMINATING

@@ -25,7 +25,7 @@ from thrave.compute.errors import (
     RootVolumeInUse,
 )
 from thrave.compute.instance import TERMINATING, Instance, InstanceState
-from thrave.compute.power import TO_START, UP, power_off, switching
+from thrave.compute.power import STARTABLE_STATES, UP_STATES, power_lock, shut_down_guest
 from thrave.compute.power_records import PowerRecord, WantedPower
 from thrave.compute.timeouts import ProgressPause
 from thrave.concurrency import Call, CallTimeoutError, monotonic, sleep
@@ -198,7 +198,7 @@ class InstancePower:
             # The record is read before the state: a request raises the version before it changes the state.
             version = self._records.power_record(instance_id).version
             will_be_started = self._records.has_power_recovery(instance_id)
-            running = self._instances.state(instance_id) in UP or will_be_started
+            running = self._instances.state(instance_id) in UP_STATES or will_be_started
             with failpoint("power noted"):
                 if self._records.record_power_state(self._task.bundle_id, running=running, version=version):
                     break
@@ -253,11 +253,11 @@ class InstancePower:
                 is_borrowed = True
             request(instance_id)
 
-        state = power_off(
+        state = shut_down_guest(
             self._instances,
             self._task.instance_id,
-            grace=self._shutdown_timeout,
-            ask=borrow_and_request,
+            timeout=self._shutdown_timeout,
+            request=borrow_and_request,
             pause=monitor.pause,
         )
         if not _is_off(state):
@@ -313,7 +313,7 @@ class InstancePower:
         if task is None or task.was_running is None:
             return
         try:
-            with switching(self._task.instance_id):
+            with power_lock(self._task.instance_id):
                 self._restore(self._records.power_record(self._task.instance_id))
         except InstanceNotFound:
             self._records.give_back(self._task.bundle_id)  # its description was removed: there is nothing to start
@@ -330,12 +330,12 @@ class InstancePower:
         is_wanted_on = self._is_wanted_running(record)
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
-        if state in TO_START and is_wanted_on and (is_borrowed or self._has_lost_power()):
+        if state in STARTABLE_STATES and is_wanted_on and (is_borrowed or self._has_lost_power()):
             with start_guard.using(self._check_right), failpoint("instance started"):
                 self._instances.start(instance_id)
             self._records.give_back(bundle_id, seen_off=instance_id)
             return
-        if is_borrowed and (state in {*UP, *TERMINATING} or not is_wanted_on):
+        if is_borrowed and (state in {*UP_STATES, *TERMINATING} or not is_wanted_on):
             self._records.give_back(bundle_id)
         if self._start_failed:  # no longer than the guest may still follow the shutdown request
             self._records.schedule_power_recovery(bundle_id, self._power_recovery_until)
@@ -354,13 +354,13 @@ class InstancePower:
         """
         instance_id = self._task.instance_id
         try:
-            if not self._must_restore or self._instances.state(instance_id) not in TO_START:
+            if not self._must_restore or self._instances.state(instance_id) not in STARTABLE_STATES:
                 return False
         except (InstanceError, OSError) as error:
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         try:
-            with switching(instance_id), start_guard.using(check or self._check):
+            with power_lock(instance_id), start_guard.using(check or self._check):
                 self._instances.start(instance_id)
         except InstanceLocked as error:  # it was not started
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))

@@ -336,7 +336,7 @@ class TaskRepository:
     def power_record(self, instance_id: str) -> PowerRecord:
         """Return which power state the owner wants, and which task has borrowed the instance."""
         with self._engine.connect() as connection:
-            return power_records.read(connection, instance_id)
+            return power_records.read_record(connection, instance_id)
 
     def borrow(self, bundle_id: str, instance_id: str) -> bool:
         """Record that the task is about to shut down a running instance; return whether it is to run after the task."""
@@ -367,7 +367,7 @@ class TaskRepository:
         """Record that an instance was off: an earlier shutdown request has no effect any more."""
         with self._host_transaction() as connection:
             connection.execute(_end_power_recovery(instance_id))
-            power_records.note_seen_off(connection, instance_id)
+            power_records.record_off(connection, instance_id)
 
     def has_power_recovery(self, instance_id: str) -> bool:
         """Whether power recovery is to start the instance once it powers off."""

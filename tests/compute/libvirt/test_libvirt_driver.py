@@ -34,7 +34,7 @@ from thrave.compute.libvirt import domain_cache, guest_agent, overlays
 from thrave.compute.libvirt.domain_cache import DomainCache
 from thrave.compute.libvirt.driver import LibvirtDriver
 from thrave.compute.libvirt.instance_mapping import instance_id_of
-from thrave.compute.power import _HELD_LOOK_AGAIN, BackgroundPower, switching
+from thrave.compute.power import _LOCKED_POLL_INTERVAL, BackgroundPower, power_lock
 from thrave.compute.power_records import PowerAction
 from thrave.write_guard import start_guard
 
@@ -249,16 +249,16 @@ def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instan
     try:
         with monkeypatch.context() as patched:
             patched.setattr(timeouts, "TIMEOUT", 0.5)
-            with switching(instance_id), pytest.raises(HypervisorUnavailable):
+            with power_lock(instance_id), pytest.raises(HypervisorUnavailable):
                 instances.start(instance_id)
-        requests = BackgroundPower(instances, grace=60)
-        requests._records.request(instance_id, PowerAction.STOP, None)
-        assert requests._work(instance_id).attempt() == _HELD_LOOK_AGAIN, "it may be started yet"
+        requests = BackgroundPower(instances, shutdown_timeout=60)
+        requests._power_records.add_request(instance_id, PowerAction.STOP, None)
+        assert requests._worker(instance_id).attempt() == _LOCKED_POLL_INTERVAL, "it may be started yet"
     finally:
         hangs.set()
     eventually(lambda: not timeouts.is_busy(instance_id))
     assert instances.state(instance_id) is InstanceState.STOPPED
-    assert requests._work(instance_id).attempt() == 0.0, "the request is finished"
+    assert requests._worker(instance_id).attempt() == 0.0, "the request is finished"
 
 
 @pytest.mark.parametrize("act", ["start", "request_stop", "force_stop", "terminate"])
