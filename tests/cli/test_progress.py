@@ -46,7 +46,7 @@ def lines(capsys):
 def test_the_rate_is_that_of_the_last_seconds(points, rate):
     found = Rate(5)
     for now, done in points:
-        found.note(now, done)
+        found.add(now, done)
     assert found.per_second == rate
 
 

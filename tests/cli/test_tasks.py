@@ -116,7 +116,7 @@ def test_a_failed_task_is_shown_with_its_reason_and_what_to_do(thrave, show, fai
     status, text, _ = thrave("task", "show", failed)
     assert status == 0
     assert "What to do: See who has started the instance" in text
-    assert "The bucket holds no object that this task has sent." in text
+    assert "The bucket contains no object of this task." in text
 
 
 def test_an_operator_cancels_as_an_owner_would(thrave, thrave_json, server, bundled, show):

@@ -15,7 +15,7 @@ from support.servers import web
 from support.servers.tls import certificate
 from thrave.bundle.manifest import read_manifest
 from thrave.cli import remote_folders
-from thrave.cli.folders import LocalFolder, parts_ahead
+from thrave.cli.folders import LocalFolder, read_ahead
 from thrave.cli.remote_folders import web_folder
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, INTERRUPTED = 1, 2, 3, 4, 10, 130
@@ -33,7 +33,7 @@ TWO_PARTS = "ec2-ami-tools-1.5.3-dense-2-parts/small.img.manifest.xml"
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch):
     monkeypatch.setattr(remote_folders, "RETRY_TIMEOUT", 0.4)
-    monkeypatch.setattr(remote_folders, "DEADLINE", 30.0)
+    monkeypatch.setattr(remote_folders, "CALL_TIMEOUT", 30.0)
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +181,10 @@ def test_a_store_that_tells_no_size_is_said(thrave, site, monkeypatch, tmp_path)
 
 
 def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
-    monkeypatch.setattr(remote_folders, "DEADLINE", 0.5)
+    monkeypatch.setattr(remote_folders, "CALL_TIMEOUT", 0.5)
     site.behaviour["manifest.xml"] = web.trickle(site)
     status, _, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
-    assert (status, "more than 0.5 seconds" in stderr) == (FAILED, True)
+    assert (status, "within 0.5 seconds" in stderr) == (FAILED, True)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,8 @@ def test_a_bundle_is_copied_from_the_web(thrave_json, secure, tmp_path):
 def test_no_more_parts_are_on_their_way_than_memory_is_meant_for(part_size, ahead):
     manifest = read_manifest((VECTORS / TWO_PARTS).read_bytes())
     manifest = replace(manifest, bundled_size=part_size * len(manifest.parts))
-    assert parts_ahead(web_folder("https://example.com/"), manifest) == ahead
-    assert parts_ahead(LocalFolder(VECTORS), manifest) is None
+    assert read_ahead(web_folder("https://example.com/"), manifest) == ahead
+    assert read_ahead(LocalFolder(VECTORS), manifest) is None
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_is_silent(site, tmp_path):

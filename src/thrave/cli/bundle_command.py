@@ -16,7 +16,7 @@ from thrave.bundle.errors import OutputError
 from thrave.bundle.image_output import new_file
 from thrave.bundle.model import manifest_filename, side_filename
 from thrave.cli.exit_codes import Exit
-from thrave.cli.interrupts import cleans_up_on_signals
+from thrave.cli.interrupts import clean_up_on_signals
 from thrave.cli.options import CERTIFICATE, ED25519_PRIVATE_KEY, PRIVATE_KEY, ExistingPath
 from thrave.cli.output import format_size, output_option, print_result
 from thrave.cli.progress import progress_bar
@@ -185,7 +185,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Folder of files to which the image may refer, in addition to its own folder. Repeatable.",
 )
 @output_option
-@cleans_up_on_signals
+@clean_up_on_signals
 def bundle(
     *,
     image: Path,

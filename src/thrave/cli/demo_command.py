@@ -1,4 +1,4 @@
-"""`thrave demo`: the whole of Thrave at work on real data, in a minute."""
+"""`thrave demo` and `thrave demo-disk`: bundle a generated disk from start to end in about a minute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from thrave.cli.output import format_size, output_option, print_result
 from thrave.concurrency import monotonic
 
 if TYPE_CHECKING:
-    from thrave.demo.tour import Task, Tour
+    from thrave.demo.tour import Task, TourResult
 
 
 @click.command()
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 def demo(size: int, data_dir: Path, output: str) -> None:
     """Bundle a Windows-like instance with boto3, then open the bundle and compare.
 
-    Makes an account, an instance with a root disk and an ephemeral one, starts the server on a free port, bundles
-    through an unmodified boto3, verifies and opens the bundle, and says how to do the same by hand.
+    Creates an account and an instance with a root disk and an ephemeral disk, starts the server on a free port, bundles
+    with an unmodified boto3, verifies and opens the bundle, and prints the commands that do the same.
 
     \b
     Example:
       thrave demo --size 1GiB
     """
-    from thrave.demo.tour import tour
+    from thrave.demo.tour import run_tour
 
     make_files_private()
-    story = _Story(quiet=output == "json")
-    result = tour(data_dir, size, story.tell, story.show)
-    print_result(output, result.document(), _farewell(result))
+    progress = _Progress(quiet=output == "json")
+    result = run_tour(data_dir, size, progress.report_step, progress.report_task)
+    print_result(output, result.document(), _summary(result))
 
 
 class FileExists(click.ClickException):
@@ -73,25 +73,25 @@ def demo_disk(file: Path, size: int, output: str) -> None:
     )
 
 
-class _Story:
-    """What the demo says while it goes on, on stderr; stdout is for the result."""
+class _Progress:
+    """Reports the steps of the demo on stderr; stdout is for the result."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._state = ""
-        self._begun = monotonic()
+        self._start = monotonic()
 
-    def tell(self, words_: str) -> None:
-        """Begin a line of the story."""
+    def report_step(self, step: str) -> None:
+        """Print a line about a step."""
         if not self._quiet:
-            click.echo(click.style("• ", fg="green") + words_, err=True)
+            click.echo(click.style("• ", fg="green") + step, err=True)
 
-    def show(self, task: Task) -> None:
-        """Show a look at the task: each state on a line of its own, its progress growing in place."""
+    def report_task(self, task: Task) -> None:
+        """Print the state of the bundle task. On a terminal a line is updated until the state changes."""
         if self._quiet:
             return
         state, progress = task["State"], task.get("Progress", "")
-        seconds = monotonic() - self._begun
+        seconds = monotonic() - self._start
         line = f"    {seconds:6.1f} s  {state:<21} {progress:>4} {_bar(progress)}"
         if sys.stderr.isatty():
             click.echo(("\n" if state != self._state and self._state else "\r") + line, err=True, nl=False)
@@ -103,24 +103,24 @@ class _Story:
 
 
 def _bar(progress: str) -> str:
-    tenths = int(progress.rstrip("%") or 0) // 4
-    return "█" * tenths + "░" * (25 - tenths) if progress else ""
+    blocks = int(progress.rstrip("%") or 0) // 4
+    return "█" * blocks + "░" * (25 - blocks) if progress else ""
 
 
-def _farewell(result: Tour) -> str:
-    by_hand = "\n".join(f"    {line}" for line in result.by_hand())
-    without_thrave = "\n".join(f"    {line}" for line in result.without_thrave())
+def _summary(result: TourResult) -> str:
+    with_aws = "\n".join(f"    {line}" for line in result.aws_commands())
+    with_openssl = "\n".join(f"    {line}" for line in result.openssl_commands())
     return f"""
-The bundle opens to the root disk, byte for byte: {format_size(result.size)}, SHA-256 {result.sha256}
-In the bucket: {format_size(result.bundled_size)} in {result.parts} parts.
-From BundleInstance to complete it took {result.seconds:.1f} s.
-The instance is running again; its second disk is not in the bundle.
+The opened bundle equals the root disk: {format_size(result.size)}, SHA-256 {result.sha256}
+The bucket contains {format_size(result.bundled_size)} in {result.parts} parts.
+BundleInstance took {result.seconds:.1f} s until the state complete.
+The instance is running again. Its second disk is not in the bundle.
 
-The same by hand, with the AWS CLI:
-{by_hand}
+The same with the AWS CLI:
+{with_aws}
 
-And without Thrave, with openssl, gunzip and tar:
-{without_thrave}
+To open the bundle without Thrave, with openssl, gunzip and tar:
+{with_openssl}
 
-Everything lies in {result.data}:
+All files are in {result.data}:
 the bucket in {result.bucket_folder}, the opened image in {result.image}"""

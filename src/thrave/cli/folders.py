@@ -1,11 +1,11 @@
-"""Where the files of bundles lie: a folder of a disk, of a bucket or of a web server, all read in the same way.
+"""The folder that holds the files of a bundle: on the disk, in a bucket or on a web server, with one interface.
 
-File names come from manifests, checked to be bare; a folder never leads to another one. What is read is hostile until
-`thrave.bundle` has verified it, and never more of it is held than was asked for.
+`remote_folders` implements buckets and web servers. File names come from a manifest, which has been checked to contain
+names without a folder. File contents are untrusted until `thrave.bundle` has verified them, so each read has a limit.
 
     FolderError             a file cannot be read, written or removed
-    ├── FileMissingError    it is not there
-    └── FolderRefusedError  who asks may not
+    ├── FileMissingError    the file does not exist
+    └── FolderRefusedError  access denied
 """
 
 from __future__ import annotations
@@ -24,96 +24,94 @@ if TYPE_CHECKING:
 
     from thrave.bundle.manifest import Manifest
 
-_FAR_AHEAD = 8
-_FAR_BYTES = (
-    128 << 20
-)  # of parts that are on their way or wait for their turn, if they are as long as the manifest says
+_MAX_READ_AHEAD = 8  # parts that are requested from a remote folder at once
+_MAX_READ_AHEAD_BYTES = 128 << 20  # of these parts in memory, if they are as long as the manifest says
 
 
 class FolderError(Exception):
-    """A file cannot be read, written or removed; the message says which and why."""
+    """A file cannot be read, written or removed; the message has its name and the reason."""
 
 
 class FileMissingError(FolderError):
-    """The file, its folder or its bucket is not there."""
+    """The file, its folder or its bucket does not exist."""
 
 
 class FolderRefusedError(FolderError):
-    """Who asks may not."""
+    """Access denied."""
 
 
 class Folder(Protocol):
-    """Reads the files of bundles, for several threads at once. Every failure is a FolderError."""
+    """Reads the files of bundles. Thread-safe. Every failure is a FolderError."""
 
-    is_far: bool
-    """Whether each answer takes a way that is worth asking for several at once."""
+    is_remote: bool
+    """Whether each read has a network latency, so that several reads at once are faster."""
 
-    def where(self, filename: str) -> str:
-        """A file's whole name, for people and for the command line."""
+    def display_name(self, filename: str) -> str:
+        """Return the path or URL of a file, as the user writes it on the command line."""
         ...
 
-    def read(self, filename: str, most: int) -> bytes:
-        """Return a file's bytes; of one that has more than `most`, one more than that.
+    def read(self, filename: str, max_bytes: int) -> bytes:
+        """Return the content of a file; of a longer file, the first `max_bytes` + 1 bytes.
 
         Raises:
-            FileMissingError: It is not there.
+            FileMissingError: The file does not exist.
         """
         ...
 
     def size(self, filename: str) -> int | None:
-        """A file's size in bytes; None if it is not there."""
+        """Return the size of a file in bytes; None if the file does not exist."""
         ...
 
 
 @runtime_checkable
 class WritableFolder(Folder, Protocol):
-    """Writes them, too."""
+    """Reads and writes the files of bundles."""
 
     def write(self, filename: str, data: bytes) -> None:
-        """Write a file whole, in the place of the one that may be there; it is durable when this returns."""
+        """Write a file atomically, replacing an existing one; the file is durable on return."""
         ...
 
     def remove(self, filenames: Iterable[str]) -> None:
-        """Remove exactly these files; one that is not there is fine."""
+        """Remove these files; files that do not exist are ignored."""
         ...
 
 
 class LocalFolder:
-    """A folder of the disk.
+    """A folder on the disk.
 
     Args:
-        path: The folder; made when it is first written to.
-        manifest: The one file in it that the user has named: it may be a pipe, and is waited for.
+        path: The folder; created by the first write.
+        manifest: Name of the file that the user has named; only this file may be a pipe, whose writer is waited for.
     """
 
-    is_far = False
+    is_remote = False
 
     def __init__(self, path: Path, manifest: str = "") -> None:
         self._path = path
         self._manifest = manifest
 
-    def where(self, filename: str) -> str:
+    def display_name(self, filename: str) -> str:
         """See Folder."""
         return str(self._path / filename)
 
-    def read(self, filename: str, most: int) -> bytes:
+    def read(self, filename: str, max_bytes: int) -> bytes:
         """See Folder."""
         path = self._path / filename
-        with _faults("read", path):
+        with _translate_os_errors("read", path):
             if filename != self._manifest:
-                return read_regular_file(path, most)
+                return read_regular_file(path, max_bytes)
             with path.open("rb") as file:
-                return file.read(most + 1)
+                return file.read(max_bytes + 1)
 
     def size(self, filename: str) -> int | None:
         """See Folder."""
         path = self._path / filename
-        with _faults("read", path):
+        with _translate_os_errors("read", path):
             return path.stat().st_size if path.exists() else None
 
     def write(self, filename: str, data: bytes) -> None:
         """See WritableFolder."""
-        with _faults("write to", self._path):
+        with _translate_os_errors("write to", self._path):
             self._path.mkdir(parents=True, exist_ok=True)
             try:
                 with new_file(self._path / filename, replace=True) as file:
@@ -125,14 +123,17 @@ class LocalFolder:
         """See WritableFolder."""
         if not self._path.exists():
             return
-        with _faults("remove from", self._path):
+        with _translate_os_errors("remove from", self._path):
             for filename in filenames:
                 (self._path / filename).unlink(missing_ok=True)
             files.sync_folder(self._path)
 
 
 class FolderParts:
-    """The parts of a bundle in a folder; a `thrave.bundle` SizedPartSource. A folder that fails is no missing part."""
+    """The parts of a bundle in a folder: a `thrave.bundle` SizedPartSource.
+
+    Only a file that does not exist is a missing part; other failures stay a FolderError.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -144,34 +145,34 @@ class FolderParts:
         except FileMissingError as error:
             raise PartMissingError(filename, str(error)) from error
         if len(data) > MAX_PART_BYTES:
-            raise PartDamagedError(filename, f"it has more than {MAX_PART_BYTES} bytes")
+            raise PartDamagedError(filename, f"more than {MAX_PART_BYTES} bytes")
         return data
 
     def size(self, filename: str) -> int:
         """See SizedPartSource."""
         size = self._folder.size(filename)
         if size is None:
-            raise PartMissingError(filename, f"{self._folder.where(filename)} does not exist")
+            raise PartMissingError(filename, f"{self._folder.display_name(filename)} does not exist")
         return size
 
 
-def parts_ahead(folder: Folder, manifest: Manifest) -> int | None:
-    """How many parts to ask a folder for at once; None: as suits a disk.
+def read_ahead(folder: Folder, manifest: Manifest) -> int | None:
+    """Return how many parts to request at once; None for a folder on the disk, whose default is in `thrave.bundle`.
 
-    From afar as many as hide the way, as long as a few stay within the memory that they may take. A bundle whose parts
-    are longer than its manifest says is refused at the first one; none is longer than `MAX_PART_BYTES`.
+    For a remote folder: as many as hide the latency, limited by memory. A part that is longer than the manifest says is
+    refused when it arrives; no part is longer than `MAX_PART_BYTES`.
     """
-    if not folder.is_far:
+    if not folder.is_remote:
         return None
     part_size = manifest.bundled_size // len(manifest.parts) + 1
-    return max(2, min(_FAR_AHEAD, _FAR_BYTES // part_size))
+    return max(2, min(_MAX_READ_AHEAD, _MAX_READ_AHEAD_BYTES // part_size))
 
 
 @contextmanager
-def _faults(doing: str, path: Path) -> Iterator[None]:
+def _translate_os_errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
         raise FileMissingError(f"{path} does not exist") from error
     except OSError as error:
-        raise FolderError(f"cannot {doing} {path}: {error.strerror}") from error
+        raise FolderError(f"cannot {action} {path}: {error.strerror}") from error

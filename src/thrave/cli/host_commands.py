@@ -93,7 +93,7 @@ def show(settings: Settings, name: str, output: str) -> None:
         ("instances", str(found.instances)),
     ]
     text = table(("HOST", found.host), rows) + ("\n\n" + task_table(tasks, found.now) if tasks else "")
-    print_result(output, {**_document(found), "tasks": [task_document(seen) for seen in tasks]}, text)
+    print_result(output, {**_document(found), "tasks": [task_document(task) for task in tasks]}, text)
 
 
 @host.command()

@@ -1,8 +1,8 @@
-"""Calls that may hang, in threads of their own: given up when their time is over, or at once on Ctrl-C.
+"""Timeouts and signals of the commands that work on bundles.
 
-A thread that waits for a network cannot be ended, so it is left behind; it is a daemon, and goes with the process.
-
-Signals that end a command: it cleans up first, as after Ctrl-C, and then ends by that signal.
+`call_with_timeout` makes a call that its caller can abandon. `clean_up_on_signals` lets a command clean up on SIGTERM
+and SIGHUP; the process then ends by that signal, as a shell expects. Ctrl-C and these signals abandon every running
+call.
 """
 
 from __future__ import annotations
@@ -19,99 +19,91 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+_Result = TypeVar("_Result")
+_Parameters = ParamSpec("_Parameters")
 
-_Answer = TypeVar("_Answer")
-
-
-_GLANCE = 0.1  # seconds between two looks at whether Ctrl-C was pressed
-
+_POLL_INTERVAL = 0.1  # seconds between two checks for Ctrl-C
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 _interrupted = new_event()
 
 
-class CallGivenUpError(Exception):
-    """A call took too long, or nobody waits for it any more."""
-
-
-def give_up_on_interrupt() -> None:
-    """From now on have Ctrl-C end every call that is waited for, besides what else it does."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        _interrupted.set()
-        signal.default_int_handler(number, frame)
-
-    _interrupted.clear()
-    if in_main_thread():  # only there Python lets a handler be set
-        signal.signal(signal.SIGINT, handle)
-
-
-def give_up() -> None:
-    """End every call that is waited for, as Ctrl-C does."""
-    _interrupted.set()
-
-
-def check_interrupted() -> None:
-    """Raise CallGivenUpError if Ctrl-C was pressed, or another signal ends the command."""
-    if _interrupted.is_set():
-        raise CallGivenUpError("interrupted")
-
-
-def call_with_timeout(call: Callable[[], _Answer], seconds: float) -> _Answer:
-    """Make a call, and wait for its answer no longer than that; whatever it raises comes out here.
-
-    Raises:
-        CallGivenUpError: It did not come in time, or Ctrl-C was pressed.
-    """
-    under_way = Call("folder-call", call)
-    until = monotonic() + seconds
-    while monotonic() < until:
-        check_interrupted()
-        if under_way.wait(_GLANCE):
-            return under_way.result(0)
-    raise CallGivenUpError(f"it took more than {seconds:g} seconds")
-
-
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
-
-
-_Parameters = ParamSpec("_Parameters")
-
-
-_Returned = TypeVar("_Returned")
+class CallAbandonedError(Exception):
+    """A call did not end within its timeout, or the command was interrupted."""
 
 
 class EndedBySignal(BaseException):
-    """Raised in the main thread when the signal arrives, so that every `with` and `finally` on the way is run."""
+    """Raised in the main thread when a signal arrives, so that each `with` and `finally` block cleans up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-def cleans_up_on_signals(command: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
-    """Have a command clean up on SIGTERM and SIGHUP, unless whoever started it ignores or handles them (nohup)."""
+def abandon_calls_on_interrupt() -> None:
+    """Let Ctrl-C abandon every running call, in addition to what Ctrl-C does by default."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    _interrupted.clear()
+    if in_main_thread():  # Python sets handlers in this thread only
+        signal.signal(signal.SIGINT, handle)
+
+
+def check_interrupted() -> None:
+    """Raise CallAbandonedError if Ctrl-C or another signal ends the command."""
+    if _interrupted.is_set():
+        raise CallAbandonedError("interrupted")
+
+
+def call_with_timeout(call: Callable[[], _Result], timeout: float) -> _Result:
+    """Make a call in its own thread and return its result; raise what the call raises.
+
+    A thread that waits for the network cannot be stopped. After the timeout it runs on as a daemon, and ends with the
+    process.
+
+    Args:
+        call: May hang.
+        timeout: Seconds.
+
+    Raises:
+        CallAbandonedError: The timeout has passed, or the command was interrupted.
+    """
+    running = Call("folder-call", call)
+    deadline = monotonic() + timeout
+    while monotonic() < deadline:
+        check_interrupted()
+        if running.wait(_POLL_INTERVAL):
+            return running.result(0)
+    raise CallAbandonedError(f"no complete response within {timeout:g} seconds")
+
+
+def clean_up_on_signals(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Let a command clean up on SIGTERM and SIGHUP. A signal that the parent process ignores stays ignored (nohup)."""
 
     @wraps(command)
-    def wrapped(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Returned:
-        with _handled():
+    def with_clean_up(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        with _handle_signals():
             return command(*arguments, **options)
 
-    return wrapped
+    return with_clean_up
 
 
 @contextmanager
-def _handled() -> Iterator[None]:
-    if not in_main_thread():  # Python sets handlers only there
+def _handle_signals() -> Iterator[None]:
+    if not in_main_thread():  # Python sets handlers in this thread only
         yield
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        for each in handled:  # nothing interrupts the cleaning up
+        for each in handled:  # a second signal must not interrupt the clean-up
             signal.signal(each, signal.SIG_IGN)
-        give_up()
+        _interrupted.set()
         raise EndedBySignal(number)
 
-    handled = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    handled = [number for number in _END_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     for number in handled:
         signal.signal(number, handle)
     try:

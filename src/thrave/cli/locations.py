@@ -1,10 +1,10 @@
-"""The address of a bundle on the command line: a manifest on the disk, in a bucket, or on a web server.
+"""The location of a bundle on the command line: a manifest on the disk, in a bucket or on a web server.
 
     FOLDER/PREFIX.manifest.xml
     s3://BUCKET/FOLDER/PREFIX.manifest.xml
     https://HOST/FOLDER/PREFIX.manifest.xml
 
-Only the first may have another file name, as it always could. Nothing is opened here.
+A manifest on the disk may have any file name. Parsing a location opens no file and no connection.
 """
 
 from __future__ import annotations
@@ -25,60 +25,60 @@ if TYPE_CHECKING:
 
 _PART = re.compile(r"(.+)\.part\.[0-9]+", re.DOTALL)
 _Folder_co = TypeVar("_Folder_co", bound=Folder, covariant=True)
-_Kind = TypeVar("_Kind")
+_Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True)
 class Location(Generic[_Folder_co]):
-    """Where a bundle is: its folder, and the file name of its manifest there."""
+    """Where a bundle is: its folder, and the file name of its manifest."""
 
     folder: _Folder_co
     manifest: str
 
     def __str__(self) -> str:
-        return self.folder.where(self.manifest)
+        return self.folder.display_name(self.manifest)
 
     @property
     def prefix(self) -> str | None:
-        """The stem of its file names; None if the manifest's has not the form that one can be told from."""
+        """Prefix of the bundle; None if the manifest is not called PREFIX.manifest.xml."""
         prefix = self.manifest.removesuffix(MANIFEST_SUFFIX)
         return None if prefix == self.manifest else prefix
 
     @property
     def side_file(self) -> str | None:
-        """The usual file name of the side file that it may have."""
+        """File name of the side file, `PREFIX.manifest.json`; None if the prefix is unknown."""
         return None if self.prefix is None else side_filename(self.prefix)
 
     def bound_side_file(self, xml: bytes) -> str | None:
-        """The file name of the side file that belongs to this manifest alone, if it has such a one."""
+        """Return the file name of a side file that is bound to this manifest; None if the prefix is unknown."""
         return None if self.prefix is None else bound_side_filename(self.prefix, xml)
 
 
-class Address(click.ParamType["_Kind"]):
-    """An address that is made something of.
+class Address(click.ParamType["_Parsed"]):
+    """A path or URL.
 
     Args:
-        read: makes it of the text; raises ValueError with a reason.
+        parse: Returns the value of the parameter; raises ValueError with a reason.
     """
 
     name = "location"
 
-    def __init__(self, read: Callable[[str], _Kind]) -> None:
-        self._read = read
+    def __init__(self, parse: Callable[[str], _Parsed]) -> None:
+        self._parse = parse
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> _Kind:
-        """Give what the address means. Fails the command line if it is none."""
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> _Parsed:
+        """Return the parsed value. Fails if the address is invalid."""
         try:
-            return self._read(str(value))
+            return self._parse(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
 def readable_folder(address: str) -> Folder:
-    """The folder of an address, to be read.
+    """Return the folder with this address, for reading.
 
     Raises:
-        ValueError: It is no address of a folder.
+        ValueError: The address is invalid.
     """
     if address.startswith(("https://", "http://")):
         from thrave.cli.remote_folders import web_folder
@@ -88,10 +88,10 @@ def readable_folder(address: str) -> Folder:
 
 
 def writable_folder(address: str) -> WritableFolder:
-    """The folder of an address, to be written.
+    """Return the folder with this address, for reading and writing.
 
     Raises:
-        ValueError: It is no address of a folder, or one that nothing can be written to.
+        ValueError: The address is invalid, or that of a web server.
     """
     scheme, separator, rest = address.partition("://")
     if not separator:
@@ -105,51 +105,51 @@ def writable_folder(address: str) -> WritableFolder:
 
 
 def readable_location(address: str) -> Location[Folder]:
-    """The location of a bundle that is read.
+    """Return the location of a bundle that is only read.
 
     Raises:
-        ValueError: It is none.
-        FileMissingError: It is a file of the disk that does not exist.
+        ValueError: The address is invalid.
+        FileMissingError: A file on the disk does not exist.
     """
     if "://" not in address:
         path = Path(address)
         if path.is_dir():
-            raise ValueError(f"{address} is a folder; give the manifest in it: {path / ('PREFIX' + MANIFEST_SUFFIX)}")
+            raise ValueError(f"{address} is a folder. Pass the manifest: {path / ('PREFIX' + MANIFEST_SUFFIX)}")
         if not path.exists():
             raise FileMissingError(f"{address} does not exist")
-        return _local(path)
+        return _local_location(path)
     folder, manifest = _split(address)
     return Location(readable_folder(folder), unquote(manifest) if address.startswith("http") else manifest)
 
 
 def writable_location(address: str) -> Location[WritableFolder]:
-    """The location of a bundle that may be changed, or of which something may be left.
+    """Return the location of a bundle that is changed or removed. The manifest need not exist.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The address is invalid, or that of a web server.
     """
     if "://" not in address:
-        return _local(Path(address))
+        return _local_location(Path(address))
     folder, manifest = _split(address)
     return Location(writable_folder(folder), manifest)
 
 
-def _local(path: Path) -> Location[LocalFolder]:
+def _local_location(path: Path) -> Location[LocalFolder]:
     return Location(LocalFolder(path.parent, path.name), path.name)
 
 
 def _split(address: str) -> tuple[str, str]:
     folder, _, manifest = address.rpartition("/")
     if folder.endswith(("/", ":")) or not manifest.endswith(MANIFEST_SUFFIX) or manifest == MANIFEST_SUFFIX:
-        raise ValueError(f"{address} is no address of a manifest: it would end in /PREFIX{MANIFEST_SUFFIX}")
+        raise ValueError(f"{address} is not the address of a manifest. It must end in /PREFIX{MANIFEST_SUFFIX}.")
     return folder, manifest
 
 
 def read_manifest_file(location: Location[Folder]) -> bytes:
-    """The manifest's bytes, one more of them than a manifest may have if it has more.
+    """Return the manifest's bytes, at most one more than a manifest may have.
 
     Raises:
-        ManifestError: It is a part of a bundle.
+        ManifestError: The file is a part of a bundle.
     """
     from thrave.bundle.errors import ManifestError
     from thrave.bundle.manifest_xml import MAX_MANIFEST_BYTES
@@ -157,24 +157,24 @@ def read_manifest_file(location: Location[Folder]) -> bytes:
     xml = location.folder.read(location.manifest, MAX_MANIFEST_BYTES)
     part = _PART.fullmatch(location.manifest)
     if part is not None and b"<manifest" not in xml[:1000]:
-        manifest = location.folder.where(part[1] + MANIFEST_SUFFIX)
-        raise ManifestError(f"{location} is a part of a bundle, not its manifest; give {manifest}")
+        manifest = location.folder.display_name(part[1] + MANIFEST_SUFFIX)
+        raise ManifestError(f"{location} is a part of a bundle, not its manifest. Pass {manifest}.")
     return xml
 
 
 class Documents(NamedTuple):
-    """The two files that make parts a bundle."""
+    """Manifest and side file of a bundle."""
 
     manifest: bytes
     side_file: bytes | None
     side_filename: str | None
-    """The file name of the side file, if there is one."""
+    """File name of the side file; None without one."""
 
 
 def read_documents(location: Location[Folder]) -> Documents:
-    """The manifest's bytes, and those of the side file if there is one beside it.
+    """Read the manifest and, if there is one, the side file.
 
-    A side file that belongs to this manifest alone comes first: one of the usual name may be an earlier bundle's.
+    A side file that is bound to this manifest is preferred: `PREFIX.manifest.json` may be that of an earlier bundle.
     """
     xml = read_manifest_file(location)
     for filename in (location.bound_side_file(xml), location.side_file):
@@ -185,10 +185,11 @@ def read_documents(location: Location[Folder]) -> Documents:
 
 
 def read_side_file_at(location: Location[Folder], filename: str | None) -> bytes | None:
-    """The side file's bytes, hardly more of them than one may have; None if there is none.
+    """Return the side file's bytes, at most one more than a side file may have; None if there is none.
 
-    To those who may not list a bucket, S3 says of what is not there that they may not read it. Then there is none, and
-    that is said: whoever could hide a side file behind such an answer could as well remove it.
+    To a client that may not list the bucket, S3 answers "access denied" for an object that does not exist. This counts
+    as no side file, with a message. Security does not change: an attacker who can cause this response could also delete
+    the side file.
     """
     from thrave.bundle.side_file import MAX_SIDE_FILE_BYTES
 
@@ -200,10 +201,10 @@ def read_side_file_at(location: Location[Folder], filename: str | None) -> bytes
         return None
     except FolderRefusedError as error:
         if filename == location.side_file:
-            click.echo(f"thrave: as if there were no side file: {error}", err=True)
+            click.echo(f"thrave: continuing without a side file: {error}", err=True)
         return None
 
 
 LOCATION = Address(readable_location)
-OWN_LOCATION = Address(writable_location)
-OWN_FOLDER = Address(writable_folder)
+WRITABLE_LOCATION = Address(writable_location)
+WRITABLE_FOLDER = Address(writable_folder)

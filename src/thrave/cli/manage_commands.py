@@ -19,12 +19,12 @@ import click
 from thrave.bundle.errors import ManifestError
 from thrave.bundle.model import MANIFEST_SUFFIX, part_pattern
 from thrave.cli.bundle_command import BundleExists
-from thrave.cli.folders import FileMissingError, FolderParts, WritableFolder, parts_ahead
-from thrave.cli.interrupts import cleans_up_on_signals
+from thrave.cli.folders import FileMissingError, FolderParts, WritableFolder, read_ahead
+from thrave.cli.interrupts import clean_up_on_signals
 from thrave.cli.locations import (
     LOCATION,
-    OWN_FOLDER,
-    OWN_LOCATION,
+    WRITABLE_FOLDER,
+    WRITABLE_LOCATION,
     Address,
     Location,
     read_documents,
@@ -95,7 +95,7 @@ def destination(address: str) -> Destination:
 @certificate_option
 @side_key_option
 @output_option
-@cleans_up_on_signals
+@clean_up_on_signals
 def copy(
     *,
     location: Location[Folder],
@@ -156,7 +156,7 @@ def _copy_parts(
     from thrave.pipeline import Pipeline
 
     manifest = verified.manifest
-    ahead = parts_ahead(source, manifest) or parts_ahead(target, manifest) or _DISK_AHEAD
+    ahead = read_ahead(source, manifest) or read_ahead(target, manifest) or _DISK_AHEAD
     done = sent = 0
     with Pipeline(ahead) as pipeline:
         for size, was_sent in pipeline.map(partial(_copy_part, verified, source, target), manifest.parts, ahead):
@@ -220,11 +220,11 @@ _BATCH_SIZE = 1000  # files; S3's limit for one request
 
 
 @click.command()
-@click.argument("location", type=OWN_LOCATION)
+@click.argument("location", type=WRITABLE_LOCATION)
 @certificate_option
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @output_option
-@cleans_up_on_signals
+@clean_up_on_signals
 def delete(*, location: Location[WritableFolder], certificate: Certificate | None, dry_run: bool, output: str) -> None:
     """Remove the bundle at LOCATION: its manifest, the parts that it names, and its side file.
 
@@ -249,7 +249,7 @@ def delete(*, location: Location[WritableFolder], certificate: Certificate | Non
             location.folder.remove([bound])
         _remove(location.folder, [[location.manifest], *_batches(parts), side_files])
     filenames = [location.manifest, *parts, *([bound] if side_file is not None and bound is not None else side_files)]
-    paths = [location.folder.where(filename) for filename in filenames]
+    paths = [location.folder.display_name(filename) for filename in filenames]
     text = "\n".join(["would be removed:", *paths]) if dry_run else f"removed: {location} and {len(parts)} parts"
     print_result(output, {"removed": not dry_run, "files": paths}, text)
 
@@ -323,12 +323,12 @@ _REBUNDLE_HINT = """Open the bundle and bundle the image again under another nam
 @click.option(
     "--to",
     "folder",
-    type=OWN_FOLDER,
+    type=WRITABLE_FOLDER,
     metavar="FOLDER",
     help="Write manifest and side file to this folder and replace nothing.",
 )
 @output_option
-@cleans_up_on_signals
+@clean_up_on_signals
 def migrate(
     *,
     location: Location[Folder],
@@ -383,7 +383,7 @@ def migrate(
         side_filename = _replace_bound(target, migrated, old_side_filename)
     else:
         _replace(target, migrated, old_side_file if folder is None else None)
-    side_file = None if migrated.side_file is None else target.folder.where(side_filename or "")
+    side_file = None if migrated.side_file is None else target.folder.display_name(side_filename or "")
     without = "" if side_file else "\nThe bundle has no side file. Creating one would require reading the parts."
     print_result(output, {"manifest": target, "sideFile": side_file}, f"{target}{without}")
 

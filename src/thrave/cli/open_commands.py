@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from thrave.cli.folders import FolderParts, parts_ahead
-from thrave.cli.interrupts import cleans_up_on_signals
+from thrave.cli.folders import FolderParts, read_ahead
+from thrave.cli.interrupts import clean_up_on_signals
 from thrave.cli.locations import LOCATION, read_documents, read_manifest_file
 from thrave.cli.options import PRIVATE_KEY, certificate_option, side_key_option
 from thrave.cli.output import format_size, output_option, print_result
@@ -119,7 +119,7 @@ class Percent(click.ParamType[float]):
 )
 @click.option("--force", is_flag=True, help="Replace the file at IMAGE.")
 @output_option
-@cleans_up_on_signals
+@clean_up_on_signals
 def open_(
     *,
     location: Location[Folder],
@@ -168,7 +168,7 @@ def open_(
             make_image, verified_manifest, FolderParts(location.folder), key,
             # No progress bar if stderr carries the JSON document.
             on_progress=ignore_progress if target is None and output == "json" else bar.update,
-            read_ahead=parts_ahead(location.folder, manifest),
+            read_ahead=read_ahead(location.folder, manifest),
         )  # fmt: skip
     where = target or "stdout"
     document = {"image": target or "-", "format": image_format, "manifest": location, **verified_document(opened)}
@@ -201,7 +201,7 @@ def _warn_about_incomplete_image(target: Path | None) -> Iterator[None]:
 @click.option("--sample", type=Percent(), metavar="5%", help="Read only this share of the parts, chosen at random.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the random choice, to repeat a sample.")
 @output_option
-@cleans_up_on_signals
+@clean_up_on_signals
 def verify(
     *,
     location: Location[Folder],
@@ -251,7 +251,7 @@ def _verify_all(verified_manifest: VerifiedManifest, folder: Folder, key: RSAPri
 
     manifest = verified_manifest.manifest
     with progress_bar("verifying", manifest.bundled_size) as bar:
-        ahead = parts_ahead(folder, manifest)
+        ahead = read_ahead(folder, manifest)
         return verify_parts(verified_manifest, FolderParts(folder), key, on_progress=bar.update, read_ahead=ahead)
 
 
@@ -260,7 +260,7 @@ def _verify_sample(verified_manifest: VerifiedManifest, folder: Folder, percent:
 
     manifest, sample = verified_manifest.manifest, Sample(percent, seed)
     with progress_bar("verifying", int(manifest.bundled_size * percent / 100)) as bar:
-        ahead = parts_ahead(folder, manifest) or 2
+        ahead = read_ahead(folder, manifest) or 2
         return verify_sample(verified_manifest, FolderParts(folder), sample, on_progress=bar.update, read_ahead=ahead)
 
 

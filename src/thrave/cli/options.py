@@ -78,9 +78,9 @@ class PemFile(click.ParamType["_Key"]):
     def _find_mistake(self, pem: bytes) -> str | None:
         """Describe the mistake if the file holds the other half of a key pair."""
         if self._is_certificate and b"PRIVATE KEY-----" in pem:
-            return "this is a private key; give its certificate"
+            return "this is a private key. Pass its certificate."
         if not self._is_certificate and b"-----BEGIN CERTIFICATE-----" in pem:
-            return "this is a certificate; give its key"
+            return "this is a certificate. Pass its key."
         return None
 
 

@@ -30,45 +30,45 @@ from thrave.buckets.retrying_store import retry_store
 from thrave.buckets.s3_client import Credentials, HttpTransport, StoreConfig
 from thrave.buckets.s3_objects import S3ObjectClient
 from thrave.cli.folders import FileMissingError, FolderError, FolderRefusedError
-from thrave.cli.interrupts import CallGivenUpError, call_with_timeout, check_interrupted, give_up_on_interrupt
+from thrave.cli.interrupts import CallAbandonedError, abandon_calls_on_interrupt, call_with_timeout, check_interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 RETRY_TIMEOUT = 60.0  # seconds from a call's first failure to the last attempt
-_UNREACHABLE = 2  # attempts to connect to a server that has not responded yet
+_MAX_CONNECT_ATTEMPTS = 2  # attempts to connect to a server that has not responded yet
 _DEFAULT_REGION = "us-east-1"  # of S3, if the settings name none
-DEADLINE = 900.0  # seconds for one file, even if data arrives steadily
+CALL_TIMEOUT = 900.0  # seconds for one file, even if data arrives steadily
 
 
 class S3Folder:
     """A folder of a bucket."""
 
-    is_far = True
+    is_remote = True
 
-    def __init__(self, objects: S3ObjectClient, bucket: str, folder: str, *, keyless: str | None = None) -> None:
-        """Use a store for the keys of a bucket that begin with `folder/`, or, if that is empty, have no slash.
+    def __init__(self, objects: S3ObjectClient, bucket: str, folder: str, *, searched: str | None = None) -> None:
+        """Use the keys of a bucket that begin with `folder/`; without a folder, the keys without a slash.
 
         Args:
             objects: The store.
-            bucket: Of any name that a URL can hold.
-            folder: With slashes or without.
-            keyless: Where credentials were looked for, if none were found.
+            bucket: Any name that a URL can contain.
+            folder: With or without slashes at its ends.
+            searched: Where credentials were searched, if none were found.
         """
         self._objects = objects
-        self._server = _Server(keyless=keyless)
+        self._server = _Server(searched=searched)
         self._bucket = bucket
         self._folder = f"{folder.strip('/')}/" if folder.strip("/") else ""
 
-    def where(self, filename: str) -> str:
+    def display_name(self, filename: str) -> str:
         """See Folder."""
         return f"s3://{self._bucket}/{self._folder}{filename}"
 
-    def read(self, filename: str, most: int) -> bytes:
+    def read(self, filename: str, max_bytes: int) -> bytes:
         """See Folder."""
-        return self._call(filename, lambda key: self._objects.get_range(self._bucket, key, 0, most + 1))
+        return self._call(filename, lambda key: self._objects.get_range(self._bucket, key, 0, max_bytes + 1))
 
     def size(self, filename: str) -> int | None:
         """See Folder."""
@@ -84,14 +84,14 @@ class S3Folder:
         keys = [self._folder + filename for filename in filenames]
         self._call("", lambda _: self._objects.delete(self._bucket, keys))
 
-    def _call(self, filename: str, call: Callable[[str], _Answer]) -> _Answer:
-        return self._server.call(self.where(filename), lambda: call(self._folder + filename))
+    def _call(self, filename: str, call: Callable[[str], _Result]) -> _Result:
+        return self._server.call(self.display_name(filename), lambda: call(self._folder + filename))
 
 
 class WebFolder:
     """A folder of a web server."""
 
-    is_far = True
+    is_remote = True
 
     def __init__(self, transport: HttpTransport, url: str) -> None:
         """Use connections to a server for the files below a URL."""
@@ -99,18 +99,18 @@ class WebFolder:
         self._url = url.rstrip("/")
         self._server = _Server(is_web=True)
 
-    def where(self, filename: str) -> str:
+    def display_name(self, filename: str) -> str:
         """See Folder."""
         return f"{self._url}/{quote(filename, safe='')}"
 
-    def read(self, filename: str, most: int) -> bytes:
+    def read(self, filename: str, max_bytes: int) -> bytes:
         """See Folder."""
-        url = self.where(filename)
-        return self._server.call(url, lambda: self._transport.send("GET", url, {}, limit=most + 1)).body
+        url = self.display_name(filename)
+        return self._server.call(url, lambda: self._transport.send("GET", url, {}, limit=max_bytes + 1)).body
 
     def size(self, filename: str) -> int | None:
         """See Folder."""
-        url = self.where(filename)
+        url = self.display_name(filename)
         try:
             return self._server.call(url, lambda: self._transport.send("HEAD", url, {}, limit=0).content_length)
         except FileMissingError:
@@ -118,7 +118,7 @@ class WebFolder:
 
 
 def web_folder(url: str) -> WebFolder:
-    """The folder of a web server.
+    """Return the folder of a web server that a URL names.
 
     Raises:
         ValueError: The URL has a user, query or fragment, or is http:// to another machine.
@@ -128,7 +128,7 @@ def web_folder(url: str) -> WebFolder:
         raise ValueError(f"the address {parts.hostname or 'without host'} must not contain a user, a query or a #")
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
         raise ValueError(f"http:// is allowed only for this machine; use https:// for {parts.hostname}")
-    give_up_on_interrupt()
+    abandon_calls_on_interrupt()
     endpoint = f"{parts.scheme}://{parts.netloc}"
     try:
         transport = HttpTransport(StoreConfig(endpoint=endpoint, proxy=_proxy(parts.scheme, parts.netloc)))
@@ -138,19 +138,19 @@ def web_folder(url: str) -> WebFolder:
 
 
 def s3_folder(bucket: str, folder: str) -> S3Folder:
-    """A folder of a bucket, as the user's own AWS settings reach it.
+    """Return a folder of a bucket, with the endpoint and credentials of the user's AWS settings.
 
     Raises:
-        ValueError: No bucket can have that name, or the settings are wrong.
+        ValueError: Invalid bucket name, or wrong settings.
     """
     from botocore.exceptions import BotoCoreError
 
-    give_up_on_interrupt()
+    abandon_calls_on_interrupt()
     try:
         check_readable_bucket_name(bucket)
         connection = store_connection()
-        keyless = None if connection.credentials else _places_of_credentials()
-        return S3Folder(S3ObjectClient(connection), bucket, folder, keyless=keyless)
+        searched = None if connection.credentials else _describe_credential_sources()
+        return S3Folder(S3ObjectClient(connection), bucket, folder, searched=searched)
     except BotoCoreError as error:
         raise ValueError(str(error)) from None
     except BucketError as error:
@@ -158,10 +158,10 @@ def s3_folder(bucket: str, folder: str) -> S3Folder:
 
 
 def store_connection() -> StoreConfig:
-    """The store that every AWS tool would call for S3 on this machine, and with which keys.
+    """Return endpoint, region and credentials for S3 from the user's AWS settings, as botocore reads them.
 
     Raises:
-        botocore.exceptions.BotoCoreError: The user's settings contradict themselves.
+        botocore.exceptions.BotoCoreError: The settings contradict each other.
         StoreSettingError: The URL of the store or of the proxy cannot be used.
     """
     from botocore.session import get_session
@@ -171,7 +171,7 @@ def store_connection() -> StoreConfig:
     found = session.get_credentials()
     keys = found and found.get_frozen_credentials()
     ca = session.get_config_variable("ca_bundle")
-    where = urlsplit(meta.endpoint_url)
+    endpoint = urlsplit(meta.endpoint_url)
     return StoreConfig(
         endpoint=meta.endpoint_url,
         region=_DEFAULT_REGION if meta.region_name in {None, "aws-global"} else meta.region_name,
@@ -180,12 +180,12 @@ def store_connection() -> StoreConfig:
         ) if keys else None,
         addressing="virtual" if (meta.config.s3 or {}).get("addressing_style") == "virtual" else "path",
         ca=Path(ca) if ca else None,
-        proxy=_proxy(where.scheme, where.netloc),
+        proxy=_proxy(endpoint.scheme, endpoint.netloc),
     )  # fmt: skip
 
 
-def _places_of_credentials() -> str:
-    """Where credentials are looked for, for people."""
+def _describe_credential_sources() -> str:
+    """Return the places that botocore searches for credentials, as text."""
     from botocore.session import get_session
 
     session = get_session()
@@ -196,10 +196,10 @@ def _places_of_credentials() -> str:
     )
 
 
-def _proxy(scheme: str, where: str) -> str | None:
-    """The proxy of the environment for a server: `https_proxy`, `http_proxy`, `all_proxy`; none for `no_proxy`."""
-    host = urlsplit(f"//{where}").hostname or ""
-    if proxy_bypass(where) or proxy_bypass(host):
+def _proxy(scheme: str, netloc: str) -> str | None:
+    """Return the proxy for a server from `https_proxy`, `http_proxy` or `all_proxy`; None if `no_proxy` names it."""
+    host = urlsplit(f"//{netloc}").hostname or ""
+    if proxy_bypass(netloc) or proxy_bypass(host):
         return None
     proxies = getproxies()
     return proxies.get(scheme) or proxies.get("all") or None
@@ -215,14 +215,14 @@ def _is_loopback(host: str) -> bool:
 class _Server:
     """Calls one server, retries temporary failures, and translates its errors."""
 
-    def __init__(self, *, is_web: bool = False, keyless: str | None = None) -> None:
-        """Call a store or a web server; `keyless` lists the places that were searched, if no credentials were found."""
+    def __init__(self, *, is_web: bool = False, searched: str | None = None) -> None:
+        """Call a store or a web server; `searched` as for S3Folder."""
         self._is_web = is_web
-        self._keyless = keyless
+        self._searched = searched
         self._has_responded = False
 
-    def call(self, where: str, call: Callable[[], _Answer]) -> _Answer:
-        """Make a call about the file `where`, with retries.
+    def call(self, name: str, call: Callable[[], _Result]) -> _Result:
+        """Make a call about a file, with retries; `name` is its path or URL, for messages.
 
         A server that has never responded is tried twice; other failures are retried for `RETRY_TIMEOUT` seconds.
 
@@ -230,10 +230,10 @@ class _Server:
             FolderError: The call failed.
         """
 
-        def attempt() -> _Answer:
+        def attempt() -> _Result:
             try:
-                answer = call_with_timeout(call, DEADLINE)
-            except (UnreachableError, CallGivenUpError):
+                result = call_with_timeout(call, CALL_TIMEOUT)
+            except (UnreachableError, CallAbandonedError):
                 raise
             except BucketError as error:
                 self._has_responded = True
@@ -241,39 +241,39 @@ class _Server:
                     raise StoreError(error.code, error.status, error.message) from None
                 raise
             self._has_responded = True
-            return answer
+            return result
 
-        unreachable = None if self._has_responded else _UNREACHABLE
-        with _faults(where, self._keyless):
-            return retry_store(attempt, RETRY_TIMEOUT, _tell, unreachable_attempts=unreachable)
+        unreachable = None if self._has_responded else _MAX_CONNECT_ATTEMPTS
+        with _translate_errors(name, self._searched):
+            return retry_store(attempt, RETRY_TIMEOUT, _report_retry, unreachable_attempts=unreachable)
 
 
-def _tell(error: TransientError, seconds: float) -> None:
+def _report_retry(error: TransientError, seconds: float) -> None:
     check_interrupted()
     click.echo(f"thrave: {error}; retrying in {seconds:.1f} s", err=True)
 
 
 @contextmanager
-def _faults(where: str, keyless: str | None) -> Iterator[None]:
+def _translate_errors(name: str, searched: str | None) -> Iterator[None]:
     """Translate errors of a store or a web server to FolderError."""
     try:
         yield
     except (NoSuchKey, NoSuchBucket) as error:
-        raise FileMissingError(f"{where} does not exist: {error.message}") from error
+        raise FileMissingError(f"{name} does not exist: {error.message}") from error
     except UnreachableError as error:
-        raise FolderError(f"{where}: {error}. Check the address and the network.") from error
+        raise FolderError(f"{name}: {error}. Check the address and the network.") from error
     except WrongRegion as error:
         settings = "AWS_REGION, and AWS_ENDPOINT_URL_S3 if you use it"
-        raise FolderError(f"{where} is in another region: {error.location}. Set {settings}.") from error
+        raise FolderError(f"{name} is in another region: {error.location}. Set {settings}.") from error
     except BucketError as error:
-        if error.kind is Kind.KEY and keyless is not None:
-            raise FolderRefusedError(f"{where}: {error}. No credentials were found; tried {keyless}.") from error
+        if error.kind is Kind.KEY and searched is not None:
+            raise FolderRefusedError(f"{name}: {error}. No credentials were found; tried {searched}.") from error
         if error.kind is Kind.KEY:
-            raise FolderRefusedError(f"{where}: {error}") from error
+            raise FolderRefusedError(f"{name}: {error}") from error
         if 300 <= error.status < 400:
             raise FolderError(
-                f"{where} is redirected, and redirects are not followed. Pass the new address: {error.message}"
+                f"{name} is redirected, and redirects are not followed. Pass the new address: {error.message}"
             ) from error
-        raise FolderError(f"{where}: {error}") from error
-    except CallGivenUpError as error:
-        raise FolderError(f"{where}: {error}") from error
+        raise FolderError(f"{name}: {error}") from error
+    except CallAbandonedError as error:
+        raise FolderError(f"{name}: {error}") from error

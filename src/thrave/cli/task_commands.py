@@ -86,7 +86,7 @@ def list_(
     with _open_queries(settings) as (queries, records):
         found, now = queries.latest(wanted, limit=limit + 1), records.now()
     shown, more = found[-limit:], len(found) > limit
-    print_result(output, {"tasks": [task_document(seen) for seen in shown], "more": more}, task_table(shown, now))
+    print_result(output, {"tasks": [task_document(report) for report in shown], "more": more}, task_table(shown, now))
     if more:
         click.echo(f"Only the newest {limit} tasks are shown; see --limit.", err=True)
 
@@ -107,12 +107,12 @@ def show(settings: Settings, bundle_id: str, output: str) -> None:
 
     Exit codes: 0 shown, however the task ended, 3 unknown task.
     """
-    from thrave.cli.task_output import TaskStory, story_document, story_text
+    from thrave.cli.task_output import TaskDetails, details_document, details_text
 
     with _open_queries(settings) as (queries, records):
-        (seen,) = queries.of([bundle_id])
-        story = TaskStory(seen, records.history(bundle_id), records.now())
-    print_result(output, story_document(story), story_text(story))
+        (report,) = queries.of([bundle_id])
+        details = TaskDetails(report, records.history(bundle_id), records.now())
+    print_result(output, details_document(details), details_text(details))
 
 
 @task.command()
@@ -131,15 +131,14 @@ def watch(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None:
 
     Exit codes: 0 all are complete, 3 unknown task, 20 one failed, 21 none failed but one was cancelled.
     """
-    from thrave.cli.task_output import task_document, task_table
-    from thrave.cli.task_output import watch as watch_tasks
+    from thrave.cli.task_output import task_document, task_table, watch_tasks
 
     with _open_queries(settings) as (queries, records):
         watched = bundle_ids or _unfinished(queries)
         if not watched:
             click.echo("There are no unfinished tasks to watch.", err=True)
         ended, now = watch_tasks(queries, watched), records.now()
-    print_result(output, {"tasks": [task_document(seen) for seen in ended]}, task_table(ended, now))
+    print_result(output, {"tasks": [task_document(report) for report in ended]}, task_table(ended, now))
     sys.exit(_worst_exit(ended))
 
 
@@ -171,8 +170,8 @@ def cancel(settings: Settings, bundle_ids: tuple[str, ...], output: str) -> None
             except BundleTaskError as error:
                 click.echo(f"thrave: {bundle_id}: {error}", err=True)
                 codes.append(exit_code(error) or Exit.FAILED)
-    text = "\n".join(f"{seen.task.bundle_id} {seen.task.state}" for seen in cancelled)
-    print_result(output, {"tasks": [task_document(seen) for seen in cancelled]}, text)
+    text = "\n".join(f"{report.task.bundle_id} {report.task.state}" for report in cancelled)
+    print_result(output, {"tasks": [task_document(report) for report in cancelled]}, text)
     sys.exit(codes[0] if codes else Exit.OK)
 
 
@@ -189,7 +188,7 @@ def _unfinished(queries: TaskQueries) -> list[str]:
     from thrave.tasks.queries import TaskFilter
 
     tasks = queries.latest(TaskFilter(states=UNFINISHED), limit=_MAX_WATCHED)
-    return [seen.task.bundle_id for seen in tasks]
+    return [report.task.bundle_id for report in tasks]
 
 
 def _cancel(queries: TaskQueries, records: TaskRepository, bundle_id: str) -> TaskReport:
@@ -197,18 +196,18 @@ def _cancel(queries: TaskQueries, records: TaskRepository, bundle_id: str) -> Ta
     from thrave.tasks.errors import BundleTaskNotCancellable
 
     cancelled = records.cancel(bundle_id)
-    (seen,) = queries.of([bundle_id])
+    (report,) = queries.of([bundle_id])
     if not cancelled:
-        raise BundleTaskNotCancellable(seen.task.state)
+        raise BundleTaskNotCancellable(report.task.state)
     records.add_event(bundle_id, "An operator has cancelled it.")
-    return seen
+    return report
 
 
 def _worst_exit(ended: Sequence[TaskReport]) -> Exit:
     """Exit code of a watch: a failure counts more than a cancellation."""
     from thrave.tasks.errors import TaskCancelled
 
-    reasons = {seen.task.error_code for seen in ended if seen.task.error_code}
+    reasons = {report.task.error_code for report in ended if report.task.error_code}
     if reasons - {TaskCancelled().code}:
         return Exit.TASK_FAILED
     return Exit.TASK_CANCELLED if reasons else Exit.OK

@@ -1,12 +1,7 @@
-"""What the commands on bundle tasks answer: JSON in EC2's camelCase, and text for people.
+"""Output of the commands about bundle tasks: JSON, tables, and the progress of `thrave task watch` on stderr.
 
-It only puts data into words. What a stranger may have chosen (a bucket's name, a store's message) is shown without what
-could make a terminal do something; an upload policy, its signature and a bundle's key are never read.
-
-Bundle tasks as they go, on stderr: bars on a terminal, a line for each change and each tenth elsewhere.
-
-It looks at the database twice a second and touches nothing. A bar begins anew with `storing`, as the task's progress
-does; the rate is that of the bytes that the bucket has taken in the last seconds.
+Upload policies, their signatures and the keys of bundles are never read here. A bar starts again at 0 with the state
+`storing`, as the task's progress does. Its rate is that of the bytes that the bucket received in the last seconds.
 """
 
 from __future__ import annotations
@@ -33,24 +28,24 @@ if TYPE_CHECKING:
     from thrave.tasks.models import BundleTask, TaskEvent
     from thrave.tasks.queries import StateDuration, TaskQueries, TaskReport
 
-
 _HEADER = ("TASK", "STATE", "PROGRESS", "INSTANCE", "HOST", "AGE", "BUNDLED", "REASON")
+_MAX_KEYS_SHOWN = 20
+_POLL_INTERVAL = 0.5  # seconds
+_RATE_WINDOW = 5.0  # seconds
 
 
-_KEYS_SHOWN = 20
+class TaskDetails(NamedTuple):
+    """A task with its history."""
 
-
-class TaskStory(NamedTuple):
-    """All that is known of one task."""
-
-    seen: TaskReport
+    report: TaskReport
     history: Sequence[TaskEvent]
     now: datetime
+    """The database's time when the history was read."""
 
 
-def task_document(seen: TaskReport) -> dict[str, object]:
-    """A task as JSON. Sizes are in bytes, the progress in percent of the state."""
-    task, stored = seen.task, seen.stored
+def task_document(report: TaskReport) -> dict[str, object]:
+    """A task as JSON. Sizes are in bytes, `progress` is in percent of the state."""
+    task, stored = report.task, report.stored
     error = {"code": task.error_code, "message": task.error_message} if task.error_code else None
     return {
         "bundleId": task.bundle_id,
@@ -65,142 +60,136 @@ def task_document(seen: TaskReport) -> dict[str, object]:
         "volumeSize": task.volume_size,
         "storedSize": stored.size,
         "storedParts": stored.parts,
-        "orphanedObjects": len(seen.orphaned_keys),
+        "orphanedObjects": len(report.orphaned_keys),
         "attempts": task.attempts,
         "warning": task.warning,
         "error": error,
     }
 
 
-def task_table(tasks: Sequence[TaskReport], now: datetime) -> str:
-    """Tasks, one a line."""
-    return table(_HEADER, [_row(seen, now) for seen in tasks])
+def task_table(reports: Sequence[TaskReport], now: datetime) -> str:
+    """A table of tasks, one task in a line."""
+    rows: list[tuple[str, ...]] = []
+    for report in reports:
+        task, stored = report.task, report.stored
+        reason = printable(task.error_code or task.warning or "")
+        if report.orphaned_keys:
+            reason += f", {len(report.orphaned_keys)} orphaned objects"
+        age, size = format_duration(now - task.start_time), format_size(stored.size) if stored.size else ""
+        rows.append(
+            (task.bundle_id, task.state, _format_progress(task), task.instance_id, task.host, age, size, reason)
+        )
+    return table(_HEADER, rows)
 
 
-def story_document(story: TaskStory) -> Json:
-    """All of one task as JSON; what it says of the table of reasons is there only if the task failed."""
-    task, spent = story.seen.task, state_durations(story.history, story.now)
+def details_document(details: TaskDetails) -> Json:
+    """Everything about a task as JSON; `meaning` and `remedy` come from the table of error codes."""
+    task, durations = details.report.task, state_durations(details.history, details.now)
     cause = ERROR_CODES.get(task.error_code or "")
+    orphaned_keys = details.report.orphaned_keys
     return {
-        **task_document(story.seen),
+        **task_document(details.report),
         "ownerId": task.owner_id,
         "wasRunning": task.was_running,
-        "volumeDone": bytes_done(task, story.history),
-        "bytesPerSecond": _rate(story.seen, spent),
+        "volumeDone": bytes_done(task, details.history),
+        "bytesPerSecond": _bytes_per_second(details.report, durations),
         "meaning": cause and cause.meaning,
         "remedy": cause and cause.remedy,
-        "orphanedKeys": [*story.seen.orphaned_keys],
-        "removalCommand": " ".join(removal_commands(task)) if story.seen.orphaned_keys else None,
+        "orphanedKeys": [*orphaned_keys],
+        "removalCommand": " ".join(_removal_commands(task)) if orphaned_keys else None,
         "history": [
             {
-                "time": spell.event.time,
-                "state": spell.event.state,
-                "message": spell.event.message,
-                "seconds": spell.duration and round(spell.duration.total_seconds(), 3),
+                "time": item.event.time,
+                "state": item.event.state,
+                "message": item.event.message,
+                "seconds": item.duration and round(item.duration.total_seconds(), 3),
             }
-            for spell in spent
+            for item in durations
         ],
     }
 
 
-def story_text(story: TaskStory) -> str:
-    """All of one task in a few paragraphs."""
-    spent = state_durations(story.history, story.now)
+def details_text(details: TaskDetails) -> str:
+    """Everything about a task for people: properties, history, reason of a failure, orphaned objects."""
+    durations = state_durations(details.history, details.now)
+    history: list[tuple[str, ...]] = [
+        (
+            item.event.time.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z",
+            item.event.state,
+            format_duration(item.duration) if item.duration else "",
+            printable(item.event.message or ""),
+        )
+        for item in durations
+    ]
     paragraphs = [
-        table(("TASK", story.seen.task.bundle_id), _facts(story.seen, story.history, spent)),
-        table(("TIME", "STATE", "LASTED", "WHAT"), [_happened(spell) for spell in spent]) if spent else "",
-        _reason(story.seen.task),
-        _left_over(story),
+        table(("TASK", details.report.task.bundle_id), _properties(details, durations)),
+        table(("TIME", "STATE", "DURATION", "EVENT"), history) if history else "",
+        _reason(details.report.task),
+        _orphaned_objects(details.report),
     ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def progress_words(task: BundleTask) -> str:
-    """How far a task is within its state."""
+def _format_progress(task: BundleTask) -> str:
     return f"{task.progress}%" if task.progress is not None and task.state in WITH_PROGRESS else ""
 
 
-def _row(seen: TaskReport, now: datetime) -> tuple[str, ...]:
-    task, stored = seen.task, seen.stored
-    bundled = format_size(stored.size) if stored.size else ""
-    age = format_duration(now - task.start_time)
-    reason = printable(task.error_code or task.warning or "") + (
-        f", {len(seen.orphaned_keys)} orphaned objects" if seen.orphaned_keys else ""
-    )
-    return (task.bundle_id, task.state, progress_words(task), task.instance_id, task.host, age, bundled, reason)
-
-
-def _facts(seen: TaskReport, history: Sequence[TaskEvent], spent: Sequence[StateDuration]) -> list[tuple[str, ...]]:
-    task, stored = seen.task, seen.stored
-    before = {None: "", True: ", which was running", False: ", which was stopped"}[task.was_running]
-    facts = {
-        "state": f"{task.state} {progress_words(task)}",
-        "instance": f"{task.instance_id} of account {task.account_id}{before}",
-        "host": f"{task.host}, begun {task.attempts} times" if task.attempts > 1 else task.host,
+def _properties(details: TaskDetails, durations: Sequence[StateDuration]) -> list[tuple[str, ...]]:
+    task, stored = details.report.task, details.report.stored
+    power = {None: "", True: ", which was running", False: ", which was stopped"}[task.was_running]
+    done, rate = bytes_done(task, details.history), _bytes_per_second(details.report, durations)
+    volume = None
+    if task.volume_size is not None and done is not None:
+        volume = f"{format_size(done)} of {format_size(task.volume_size)} read"
+    objects = "nothing"
+    if stored.objects:
+        objects = f"{stored.parts} parts, {format_size(stored.size)}" + (f", {rate / 1e6:.1f} MB/s" if rate else "")
+    properties = {
+        "state": f"{task.state} {_format_progress(task)}",
+        "instance": f"{task.instance_id} of account {task.account_id}{power}",
+        "host": f"{task.host}, started {task.attempts} times" if task.attempts > 1 else task.host,
         "bucket": f"{task.bucket}, prefix {task.prefix}",
-        "volume": _volume(task, history),
-        "stored": f"{stored.parts} parts, {format_size(stored.size)}{_speed(seen, spent)}"
-        if stored.objects
-        else "nothing",
+        "volume": volume,
+        "stored": objects,
         "warning": task.warning,
     }
-    return [(name, printable(fact)) for name, fact in facts.items() if fact]
+    return [(name, printable(value)) for name, value in properties.items() if value]
 
 
-def _volume(task: BundleTask, history: Sequence[TaskEvent]) -> str | None:
-    done = bytes_done(task, history)
-    if task.volume_size is None or done is None:
-        return None
-    return f"{format_size(done)} of {format_size(task.volume_size)} read"
-
-
-def _rate(seen: TaskReport, spent: Sequence[StateDuration]) -> float | None:
-    """Bytes a second that were stored while the volume was read; None if nothing was."""
-    seconds = time_in(BundleTaskState.BUNDLING, spent).total_seconds()
-    return round(seen.stored.size / seconds, 1) if seconds and seen.stored.size else None
-
-
-def _speed(seen: TaskReport, spent: Sequence[StateDuration]) -> str:
-    rate = _rate(seen, spent)
-    return f", {rate / 1e6:.1f} MB/s" if rate else ""
-
-
-def _happened(spell: StateDuration) -> tuple[str, ...]:
-    time = spell.event.time.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"
-    return (
-        time,
-        spell.event.state,
-        format_duration(spell.duration) if spell.duration else "",
-        printable(spell.event.message or ""),
-    )
+def _bytes_per_second(report: TaskReport, durations: Sequence[StateDuration]) -> float | None:
+    """Return the average rate of stored bytes in the state `bundling`; None if nothing was stored."""
+    seconds = time_in(BundleTaskState.BUNDLING, durations).total_seconds()
+    return round(report.stored.size / seconds, 1) if seconds and report.stored.size else None
 
 
 def _reason(task: BundleTask) -> str:
     if task.error_code is None:
         return ""
-    said = f"{task.error_code}: {printable(task.error_message or '')}"
+    reason = f"{task.error_code}: {printable(task.error_message or '')}"
     cause = ERROR_CODES.get(task.error_code)
-    return f"{said}\n{cause.meaning}\nWhat to do: {cause.remedy}" if cause else said
+    return f"{reason}\n{cause.meaning}\nWhat to do: {cause.remedy}" if cause else reason
 
 
-def _left_over(story: TaskStory) -> str:
-    """What is still to be removed from the bucket, and how; what a failed task had sent is known to be gone, if so."""
-    task, keys = story.seen.task, story.seen.orphaned_keys
-    failed = task.state is BundleTaskState.FAILED
+def _orphaned_objects(report: TaskReport) -> str:
+    """List the objects that must still be deleted from the bucket, with commands that delete them."""
+    task, keys = report.task, report.orphaned_keys
+    has_failed = task.state is BundleTaskState.FAILED
     if not keys:
-        return "The bucket holds no object that this task has sent." if failed else ""
-    whose = "objects of this task" if failed else "objects of the bundle that this one has replaced"
-    more = [f"… and {len(keys) - _KEYS_SHOWN} more (--output json lists all)"] if len(keys) > _KEYS_SHOWN else []
-    remedy = [
-        "The service tries again to remove them, at last once an hour. If its key may not, use one that may:",
-        *removal_commands(task),
+        return "The bucket contains no object of this task." if has_failed else ""
+    objects = "objects of this task" if has_failed else "objects of the bundle that this one has replaced"
+    more = len(keys) - _MAX_KEYS_SHOWN
+    lines = [
+        f"Not removed from the bucket {task.bucket}: {len(keys)} {objects}",
+        *keys[:_MAX_KEYS_SHOWN],
+        *([f"… and {more} more (--output json lists all)"] if more > 0 else []),
+        "The service retries the removal at least once an hour. If its key may not delete objects, use one that may:",
+        *_removal_commands(task),
     ]
-    first = f"Not removed from the bucket {task.bucket}: {len(keys)} {whose}"
-    return "\n".join(printable(line) for line in [first, *keys[:_KEYS_SHOWN], *more, *remedy])
+    return "\n".join(printable(line) for line in lines)
 
 
-def removal_commands(task: BundleTask) -> list[str]:
-    """The commands that remove from an S3 store what a task could not, with an access key that may delete."""
+def _removal_commands(task: BundleTask) -> list[str]:
+    """Return shell commands that delete the orphaned objects from an S3 store, with a key that may delete them."""
     keys = "import json, sys; print(*json.load(sys.stdin)['orphanedKeys'], sep='\\n')"
     return [
         f'thrave task show {task.bundle_id} --output json | python3 -c "{keys}" |',
@@ -208,100 +197,89 @@ def removal_commands(task: BundleTask) -> list[str]:
     ]
 
 
-_INTERVAL = 0.5  # seconds between two looks
+class _Display(Protocol):
+    """Shows the progress of tasks."""
 
-
-_WINDOW = 5.0  # seconds over which a rate is taken
-
-
-class Screen(Protocol):
-    """Where tasks are shown."""
-
-    def show(self, seen: TaskReport) -> None:
-        """Show a task as it is now; called again and again."""
+    def show(self, report: TaskReport) -> None:
+        """Show the current state of a task; called at each poll."""
         ...
 
 
-def watch(overview: TaskQueries, bundle_ids: Sequence[str]) -> list[TaskReport]:
-    """Show tasks until each of them has ended, and give them as they are then.
+def watch_tasks(queries: TaskQueries, bundle_ids: Sequence[str]) -> list[TaskReport]:
+    """Show tasks on stderr until all have ended; return their final state.
+
+    Polls the database twice a second and changes nothing.
 
     Raises:
-        BundleTaskNotFound: There is no such task, or it was forgotten meanwhile.
+        BundleTaskNotFound: There is no such task, or it was deleted after its retention time.
     """
-    with _screen() as screen:
+    with _open_display() as display:
         while True:
-            tasks = overview.of(bundle_ids)
-            for seen in tasks:
-                screen.show(seen)
-            if all(seen.task.state in FINISHED for seen in tasks):
-                return tasks
-            sleep(_INTERVAL)
+            reports = queries.of(bundle_ids)
+            for report in reports:
+                display.show(report)
+            if all(report.task.state in FINISHED for report in reports):
+                return reports
+            sleep(_POLL_INTERVAL)
 
 
 @contextmanager
-def _screen() -> Iterator[Screen]:
+def _open_display() -> Iterator[_Display]:
     if not sys.stderr.isatty():
-        yield Lines()
+        yield _LineDisplay()
         return
-    with _rich_progress() as progress:
-        yield Bars(progress)
+    with _new_bars() as progress:
+        yield _BarDisplay(progress)
 
 
-class Lines:
-    """A log of what happens, a line each."""
+class _LineDisplay:
+    """Writes a line for each change of state and each 10 %."""
 
     def __init__(self) -> None:
-        self._said: dict[str, tuple[str, int]] = {}
+        self._last: dict[str, tuple[str, int]] = {}
 
-    def show(self, seen: TaskReport) -> None:
-        """Write a line if the task has come into another state, or a tenth further in it."""
-        task = seen.task
+    def show(self, report: TaskReport) -> None:
+        """See _Display."""
+        task = report.task
         now = (task.state, (task.progress or 0) // 10)
-        if self._said.get(task.bundle_id) != now:
-            self._said[task.bundle_id] = now
-            said = (task.bundle_id, task.instance_id, task.state, progress_words(task), _end(seen))
-            sys.stderr.write(" ".join(word for word in said if word) + "\n")
+        if self._last.get(task.bundle_id) != now:
+            self._last[task.bundle_id] = now
+            words = (task.bundle_id, task.instance_id, task.state, _format_progress(task), _format_result(report))
+            sys.stderr.write(" ".join(word for word in words if word) + "\n")
 
 
-class _Bar(NamedTuple):
-    task_id: TaskID
-    rate: Rate
-
-
-class Bars:
-    """A bar a task."""
+class _BarDisplay:
+    """Draws a bar for each task."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._bars: dict[str, _Bar] = {}
+        self._bars: dict[str, tuple[TaskID, Rate]] = {}
 
-    def show(self, seen: TaskReport) -> None:
-        """Move the task's bar to where the task is."""
-        task = seen.task
-        bar = self._bars.get(task.bundle_id) or self._new(task.bundle_id)
-        bar.rate.note(monotonic(), seen.stored.size)
+    def show(self, report: TaskReport) -> None:
+        """See _Display."""
+        task = report.task
+        if task.bundle_id not in self._bars:
+            new = self._progress.add_task(task.bundle_id, total=100, instance="", state="", detail="")
+            self._bars[task.bundle_id] = new, Rate(_RATE_WINDOW)
+        bar, rate = self._bars[task.bundle_id]
+        rate.add(monotonic(), report.stored.size)
         self._progress.update(
-            bar.task_id,
+            bar,
             completed=task.progress or 0,
             instance=task.instance_id,
             state=task.state,
-            said=_end(seen) or f"{format_size(seen.stored.size)} {bar.rate.per_second / 1e6:.0f} MB/s",
+            detail=_format_result(report) or f"{format_size(report.stored.size)} {rate.per_second / 1e6:.0f} MB/s",
         )
 
-    def _new(self, bundle_id: str) -> _Bar:
-        task_id = self._progress.add_task(bundle_id, total=100, instance="", state="", said="")
-        bar = self._bars[bundle_id] = _Bar(task_id, Rate(_WINDOW))
-        return bar
 
-
-def _end(seen: TaskReport) -> str:
-    """How a task has ended, in a few words; nothing if it has not."""
-    if seen.task.state not in FINISHED:
+def _format_result(report: TaskReport) -> str:
+    """Return the error code or the stored size of a finished task; an empty text for an unfinished one."""
+    if report.task.state not in FINISHED:
         return ""
-    return printable(seen.task.error_code or "") or format_size(seen.stored.size)
+    return printable(report.task.error_code or "") or format_size(report.stored.size)
 
 
-def _rich_progress() -> Progress:
+def _new_bars() -> Progress:
     from rich import progress
     from rich.console import Console
 
@@ -310,6 +288,6 @@ def _rich_progress() -> Progress:
         *(progress.TextColumn(f"{{task.{field}}}", markup=False) for field in fields),
         progress.BarColumn(bar_width=20),
         progress.TaskProgressColumn(),
-        progress.TextColumn("{task.fields[said]}", markup=False),
+        progress.TextColumn("{task.fields[detail]}", markup=False),
     )
     return progress.Progress(*columns, console=Console(stderr=True))

@@ -1,1 +1,1 @@
-"""What `thrave demo` is made of: a Windows-like disk made on the spot, and the job done on it with boto3."""
+"""`thrave demo`: a Windows-like disk, and the steps that bundle it with boto3."""

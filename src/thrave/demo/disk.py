@@ -1,21 +1,8 @@
-"""What stands in the demo disk's files: made from a seed, quick to make, and about as compressible as the real thing.
+"""The disks of `thrave demo`: a Windows-like root disk with an NTFS volume, and an ephemeral disk.
 
-Bytes come from SHAKE-128 alone, so that the same seed gives the same bytes on every machine and every Python.
-Programs are strings of byte sequences of which few are frequent, texts are lines of a log; that is what a
-compressor sees in them. Nothing here is anybody's data.
-
-NTFS volumes without their files' contents: what mkntfs and ntfs-3g wrote, kept as package data.
-
-A template is one xz stream: a line of JSON, then the bytes of the file system itself (boot sectors, MFT, bitmap,
-log, folders), run after run. Templates are made by scripts/make_demo_templates.py, once, and read here; nothing is
-mounted and no tool is needed.
-
-A Windows-like root disk, made on the spot without root or any tool: an MBR and one NTFS volume with its files.
-
-The file system comes from a template (see `template.py`), the files' contents from a seed. About half of the disk
-is data, some of it written zeros and some of it deleted files, whose clusters are free and still hold what they
-held; the rest are holes. It does not boot. Beside it an ephemeral disk, all of one recognisable mark, that must
-never be found in a bundle.
+The file system comes from a template: an NTFS volume of mkntfs and ntfs-3g without the contents of its files, stored as
+package data by scripts/make_demo_templates.py. The contents come from a seed, so the same seed gives the same bytes on
+every machine. Creating a disk needs neither root nor a program. The disk does not boot.
 """
 
 import hashlib
@@ -34,46 +21,45 @@ from typing import IO, Literal, NamedTuple
 Kind = Literal["program", "text", "random", "zeros"]
 
 
-CHUNK = 1 << 20  # bytes made at once
-
-
-_POOL = 4 << 20  # bytes of which programs and texts are cut; far more than a deflate window
-
-
+CHUNK = 1 << 20  # bytes that are generated at once
+_POOL_SIZE = 4 << 20  # bytes from which programs and texts are cut; far more than a deflate window
 _CHOICES = 1 << 16  # a choice is 16 random bits
 
 
 class Contents:
-    """The contents of all files of one disk.
+    """The contents of all files of one disk, generated with SHAKE-128, about as compressible as those of real files.
+
+    A program consists of byte sequences of which few are frequent, a text of lines like those of a log. No content
+    comes from a real machine.
 
     Args:
-        seed: Another seed, other bytes.
+        seed: Another seed gives other bytes.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def chunks(self, name: str, kind: Kind, size: int) -> Iterator[bytes]:
-        """The content of one file, in pieces of at most CHUNK bytes.
+        """Yield the content of one file, in pieces of at most CHUNK bytes.
 
         Args:
-            name: The file's name; files of different names differ.
-            kind: What it looks like.
-            size: Bytes altogether.
+            name: Path of the file; files with different paths have different contents.
+            kind: Kind of content, which decides how well it compresses.
+            size: Bytes of the file.
         """
-        make = self._makers[kind]
+        make = self._generators[kind]
         for offset in range(0, size, CHUNK):
             yield make(f"{name}@{offset}", min(CHUNK, size - offset))
 
     @cached_property
-    def _makers(self) -> dict[Kind, Callable[[str, int], bytes]]:
+    def _generators(self) -> dict[Kind, Callable[[str, int], bytes]]:
         return {"program": self._program, "text": self._text, "random": self._random, "zeros": _zeros}
 
     def _random(self, label: str, size: int) -> bytes:
         return hashlib.shake_128(f"{self._seed}:{label}".encode()).digest(size)
 
     def _program(self, label: str, size: int) -> bytes:
-        """A piece of the pool in an alphabet of its own: as compressible, and equal to no other piece."""
+        """Return a piece of the pool in its own alphabet: as compressible as the pool, but equal to no other piece."""
         factor, summand = self._random(f"alphabet of {label}", 2)
         alphabet = bytes(((factor | 1) * byte + summand) & 0xFF for byte in range(256))
         return self._piece(self._program_pool, label, size).translate(alphabet)
@@ -98,10 +84,10 @@ class Contents:
         return self._mixed("texts", [line.encode() + b"\r\n" * (i % 3 == 0) for i, line in enumerate(lines)])
 
     def _mixed(self, label: str, pieces: Sequence[bytes]) -> bytes:
-        """A pool of pieces, the first ones far more frequent than the last ones."""
+        """Return a pool of pieces in which the first ones are far more frequent than the last ones."""
         table = [pieces[len(pieces) * choice**3 // _CHOICES**3] for choice in range(_CHOICES)]
         average = sum(map(len, table)) / _CHOICES
-        choices = memoryview(self._random(label, 2 * int(_POOL / average))).cast("H")
+        choices = memoryview(self._random(label, 2 * int(_POOL_SIZE / average))).cast("H")
         return b"".join(map(table.__getitem__, choices))
 
 
@@ -113,7 +99,7 @@ def _zeros(_label: str, size: int) -> bytes:
 
 
 class Run(NamedTuple):
-    """Bytes that stand together; the offset counts from the volume's beginning."""
+    """A range of bytes; the offset counts from the start of the volume."""
 
     offset: int
     length: int
@@ -121,14 +107,14 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class TemplateFile:
-    """A file of the volume whose content is to be filled in.
+    """A file of the volume whose content is not in the template.
 
     Attributes:
-        path: From the volume's root, with slashes.
-        kind: What its content looks like.
+        path: From the root of the volume, with slashes.
+        kind: Kind of content.
         size: Bytes; the last run may be longer, up to a whole cluster.
-        deleted: Whether it was deleted: its record and its clusters are free, and hold what they held.
-        runs: Where its content lies, in the order of the file.
+        deleted: Whether the file was deleted: its record and clusters are free, but still contain its data.
+        runs: Where the content is, in the order of the file.
     """
 
     path: str
@@ -140,20 +126,20 @@ class TemplateFile:
 
 @dataclass(frozen=True)
 class Template:
-    """A volume of `size` bytes: its files, and where the file system's own bytes stand."""
+    """A volume of `size` bytes: its files, and the ranges of the file system's own data."""
 
     size: int
     metadata: tuple[Run, ...]
     files: tuple[TemplateFile, ...]
 
     def document(self) -> dict[str, object]:
-        """As it is written into the stream's first line."""
+        """Return the JSON document that is the first line of the stream."""
         rows = [[file.path, file.kind, file.size, file.deleted, file.runs] for file in self.files]
         return {"size": self.size, "metadata": self.metadata, "files": rows}
 
 
 class TemplateReader:
-    """A template's stream while it is read: first `template`, then its bytes in the order of `template.metadata`."""
+    """Reads a template: a line of JSON, then the bytes of the file system in the order of `template.metadata`."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -168,14 +154,14 @@ class TemplateReader:
         )
 
     def metadata(self) -> Iterator[tuple[Run, bytes]]:
-        """Each run of the file system's own bytes; once."""
+        """Yield each range of the file system's own data. Can be called once."""
         for run in self.template.metadata:
             yield run, self._stream.read(run.length)
 
 
 @contextmanager
 def open_template(name: str) -> Iterator[TemplateReader]:
-    """Open one of the package's templates by its file name."""
+    """Open a template of the package by its file name."""
     with files("thrave.demo").joinpath("templates", name).open("rb") as packed, lzma.open(packed) as stream:
         yield TemplateReader(stream)
 
@@ -185,27 +171,15 @@ def _runs(pairs: Sequence[Sequence[int]]) -> tuple[Run, ...]:
 
 
 TEMPLATE_SIZES = (64 << 20, 256 << 20, 1 << 30, 4 << 30)
-"""Bytes of the disks that there is a template for."""
-
-
+"""Sizes in bytes of the disks for which a template exists."""
 PARTITION_OFFSET = 1 << 20
-"""Bytes; where Windows since Vista puts the first partition."""
-
-
+"""Bytes; where Windows since Vista creates the first partition."""
 EPHEMERAL_MARK = b"THRAVE EPHEMERAL DISK: this must never be found in a bundle.\r\n\r\n"
-"""Stands in every 512 bytes of the ephemeral disk."""
-
-
+"""Start of every sector of the ephemeral disk."""
 DEFAULT_SEED = 2007_10_10
-
-
 SECTOR = 512
-
-
-_NTFS = 0x07
-
-
-_HEADS, _SECTORS = 255, 63  # the geometry that everybody gives to a large disk
+_PARTITION_TYPE_NTFS = 0x07
+_HEADS, _SECTORS = 255, 63  # the usual geometry of large disks in an MBR
 
 
 class DemoDiskError(ValueError):
@@ -214,14 +188,14 @@ class DemoDiskError(ValueError):
 
 @dataclass(frozen=True)
 class DemoDisk:
-    """A disk that was made.
+    """A demo disk that was created.
 
     Attributes:
         path: The raw image.
-        size: Bytes of the disk; what the volume leaves over at the end is not partitioned.
-        volume_size: Bytes of the NTFS volume, which begins at PARTITION_OFFSET.
-        files: Those of its files that have a content of their own, the deleted ones among them.
-        contents: What stands in them.
+        size: Bytes of the disk; space after the volume is not partitioned.
+        volume_size: Bytes of the NTFS volume, which starts at PARTITION_OFFSET.
+        files: Its files with generated contents, including deleted ones.
+        contents: Generates these contents.
     """
 
     path: Path
@@ -231,21 +205,23 @@ class DemoDisk:
     contents: Contents
 
     def content(self, file: TemplateFile) -> Iterator[bytes]:
-        """The content that a file was given, piece by piece."""
+        """Yield the content of a file, in pieces."""
         return self.contents.chunks(file.path, file.kind, file.size)
 
 
 def make_demo_disk(path: Path, size: int, seed: int = DEFAULT_SEED) -> DemoDisk:
-    """Make the root disk of a Windows-like machine.
+    """Create the root disk of a Windows-like machine: an MBR and one NTFS volume with its files.
+
+    About half of the disk is data; some of this data is zeros, and some belongs to deleted files. The rest are holes.
 
     Args:
-        path: The raw image to make; a file that is there is replaced.
-        size: Bytes of the disk. Its volume is the largest that there is a template for.
-        seed: Another seed, other contents; the same seed, the same bytes.
+        path: The raw image; an existing file is replaced.
+        size: Bytes of the disk. The volume has the size of the largest template that fits.
+        seed: Seed of the file contents.
 
     Raises:
-        DemoDiskError: `size` is not a number of sectors, or too small.
-        OSError: The disk refused.
+        DemoDiskError: `size` is too small, or not a multiple of 512.
+        OSError: The image cannot be written.
     """
     check_size(size)
     fitting = [known for known in TEMPLATE_SIZES if known <= size]
@@ -261,42 +237,42 @@ def make_demo_disk(path: Path, size: int, seed: int = DEFAULT_SEED) -> DemoDisk:
 
 
 def check_size(size: int) -> None:
-    """Raise DemoDiskError if no disk of `size` bytes can be made."""
+    """Raise DemoDiskError if a disk cannot have `size` bytes."""
     if size < TEMPLATE_SIZES[0] or size % SECTOR:
         raise DemoDiskError(
-            f"a demo disk has whole sectors and at least {TEMPLATE_SIZES[0] >> 20} MiB, not {size} bytes"
+            f"a demo disk needs a multiple of {SECTOR} bytes, at least {TEMPLATE_SIZES[0] >> 20} MiB, not {size} bytes"
         )
 
 
 def make_ephemeral_disk(path: Path, size: int = 16 << 20) -> None:
-    """Make a disk of `size` bytes that is full of EPHEMERAL_MARK, as an instance has beside its root disk.
+    """Create a disk of `size` bytes in which every sector starts with EPHEMERAL_MARK.
 
     Raises:
-        DemoDiskError: `size` is not a number of sectors.
-        OSError: The disk refused.
+        DemoDiskError: `size` is not a multiple of 512.
+        OSError: The image cannot be written.
     """
     if size % SECTOR:
-        raise DemoDiskError(f"a disk has whole sectors, not {size} bytes")
+        raise DemoDiskError(f"a disk needs a multiple of {SECTOR} bytes, not {size} bytes")
     sector = EPHEMERAL_MARK.ljust(SECTOR, b".")
     with _new_image(path, size) as image:
         os.pwrite(image, sector * (size // SECTOR), 0)
 
 
 def template_name(disk_size: int) -> str:
-    """The package data for a disk of one of TEMPLATE_SIZES."""
+    """Return the file name of the template for a disk size of TEMPLATE_SIZES."""
     return f"windows-{disk_size >> 20}MiB.xz"
 
 
 @contextmanager
 def _new_image(path: Path, size: int) -> Iterator[int]:
-    """A new file of holes, open for writing."""
+    """Create a file that is one hole, and yield its descriptor."""
     with path.open("wb") as file:
         file.truncate(size)
         yield file.fileno()
 
 
 def _fill(image: int, file: TemplateFile, chunks: Iterator[bytes]) -> None:
-    """Write a file's content into its runs, one after the other."""
+    """Write the content of a file into its runs, in their order."""
     chunk = memoryview(b"")
     for run in file.runs:
         offset, end = PARTITION_OFFSET + run.offset, PARTITION_OFFSET + run.offset + run.length
@@ -306,16 +282,16 @@ def _fill(image: int, file: TemplateFile, chunks: Iterator[bytes]) -> None:
 
 
 def _master_boot_record(volume_size: int, seed: int) -> bytes:
-    """A classic MBR: no code, one active NTFS partition."""
+    """Return an MBR with one active NTFS partition and without boot code."""
     first, count = PARTITION_OFFSET // SECTOR, volume_size // SECTOR
     ends = _cylinder_head_sector(first), _cylinder_head_sector(first + count - 1)
-    entry = struct.pack("<B3sB3sII", 0x80, ends[0], _NTFS, ends[1], first, count)
+    entry = struct.pack("<B3sB3sII", 0x80, ends[0], _PARTITION_TYPE_NTFS, ends[1], first, count)
     signature = struct.pack("<I", seed & 0xFFFFFFFF)
     return bytes(440) + signature + bytes(2) + entry + bytes(48) + b"\x55\xaa"
 
 
 def _cylinder_head_sector(lba: int) -> bytes:
-    """A sector's address as the BIOS counted; the largest one for all that lie beyond cylinder 1023."""
+    """Return the CHS address of a sector; the largest address for every sector beyond cylinder 1023."""
     cylinder, rest = divmod(lba, _HEADS * _SECTORS)
     if cylinder > 1023:
         return b"\xfe\xff\xff"

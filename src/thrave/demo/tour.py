@@ -1,12 +1,7 @@
-"""The demo's job: an account, an instance, a real server, and an unmodified boto3 client that has it bundled.
+"""The steps of `thrave demo`: create an account and an instance, bundle with boto3, open the bundle and compare.
 
-Everything is done as a user would do it: the server is the `thrave serve` command in a process of its own, the client
-is boto3 with its own waiter, the bundle is opened from the files in the bucket. Nothing here is asked of the service
-behind its door, and nothing is left running.
-
-The demo from end to end: what is made, done and compared, and what it says to do by hand.
-
-It fails loudly if anything is not as promised: a demo that cannot fail shows nothing.
+Every step uses the public interface: the server is a `thrave serve` process, the client is an unmodified boto3 with its
+own waiter, and the bundle is opened from the files in the bucket. The server is stopped at the end.
 """
 
 import hashlib
@@ -33,21 +28,21 @@ from thrave.tasks.models import FINISHED
 from thrave.testing import REGION, ThraveServer, import_boto3
 
 BUCKET = "demo-bundles"
-
-
-LOOK_AGAIN = 0.1  # seconds between two looks at the task
-
-
+PREFIX = "winami"
+POLL_INTERVAL = 0.1  # seconds between two requests for the task's state
 WAIT_TIMEOUT = 3600  # seconds for the whole task
 
-
 Task = dict[str, Any]
-"""A bundle task as boto3 gives it."""
+"""A bundle task as boto3 returns it."""
+
+
+class DemoError(Exception):
+    """A step of the demo had an unexpected result."""
 
 
 @dataclass(frozen=True)
 class Customer:
-    """The demo's account, and what it signs with."""
+    """The account of the demo, with its access key and certificate."""
 
     account_id: str
     key: AccessKey
@@ -56,7 +51,7 @@ class Customer:
 
 
 def make_customer(server: ThraveServer) -> Customer:
-    """Make an account with an access key and a certificate of its own."""
+    """Create an account with an access key and a certificate."""
     name = f"demo-{random_hex(4)}"
     certificate, private_key = new_certificate(name)
     account, key = server.account(name, certificate)
@@ -69,7 +64,7 @@ def make_customer(server: ThraveServer) -> Customer:
 
 
 def make_instance(server: ThraveServer, customer: Customer, size: int) -> Instance:
-    """Make a Windows-like instance: a root disk of `size` bytes (C:), and a second, ephemeral one."""
+    """Create a Windows-like instance with a root disk of `size` bytes (C:) and an ephemeral disk."""
     disks = server.data.root / "demo-disks" / random_hex(4)
     disks.mkdir(parents=True)
     root, ephemeral = disks / "root.raw", disks / "ephemeral0.raw"
@@ -79,9 +74,9 @@ def make_instance(server: ThraveServer, customer: Customer, size: int) -> Instan
 
 
 def bundle_with_boto3(
-    server: ThraveServer, customer: Customer, instance_id: str, prefix: str, show: Callable[[Task], None]
+    server: ThraveServer, customer: Customer, instance_id: str, prefix: str, report_task: Callable[[Task], None]
 ) -> Task:
-    """Bundle an instance as any boto3 program would, with boto3's own waiter; `show` each look at the task.
+    """Bundle an instance with boto3 and boto3's waiter; call `report_task` with the task at each poll.
 
     Raises:
         botocore.exceptions.WaiterError: The task failed.
@@ -93,30 +88,23 @@ def bundle_with_boto3(
     waiter = ec2.get_waiter("bundle_task_complete")
     waiting = Call("waiter", lambda: waiter.wait(**ids, WaiterConfig={"Delay": 1, "MaxAttempts": WAIT_TIMEOUT}))
     while task["State"] not in FINISHED:
-        show(task)
-        sleep(LOOK_AGAIN)
+        report_task(task)
+        sleep(POLL_INTERVAL)
         (task,) = ec2.describe_bundle_tasks(**ids)["BundleTasks"]
-    show(task)
+    report_task(task)
     waiting.result(WAIT_TIMEOUT)
     return task
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-PREFIX = "winami"
-
-
-class DemoError(Exception):
-    """The demo met something that is not as Thrave promises it."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Tour:
-    """What the demo did."""
+class TourResult:
+    """The result of the demo."""
 
     data: Path
     customer: Customer
@@ -130,21 +118,21 @@ class Tour:
     """Bytes of all parts."""
     parts: int
     seconds: float
-    """From BundleInstance to complete."""
+    """From the call of BundleInstance to the state `complete`."""
     image: Path
 
     @property
     def bucket_folder(self) -> Path:
-        """Where the embedded store keeps the bucket."""
+        """The directory that is the bucket."""
         return DataDirectory(self.data).buckets / BUCKET
 
     @property
     def manifest(self) -> Path:
-        """The bundle's manifest."""
+        """Path of the manifest."""
         return self.bucket_folder / f"{self.prefix}.manifest.xml"
 
     def document(self) -> dict[str, object]:
-        """The result, for programs."""
+        """Return the result as JSON."""
         return {
             "accountId": self.customer.account_id,
             "accessKeyId": self.customer.key.access_key_id,
@@ -162,8 +150,8 @@ class Tour:
             "data": self.data,
         }
 
-    def by_hand(self) -> list[str]:
-        """The AWS CLI commands that do the same."""
+    def aws_commands(self) -> list[str]:
+        """Return shell commands that do the same with the AWS CLI."""
         key, data = self.customer.key, shlex.quote(str(self.data))
         aws = f"aws --endpoint-url http://127.0.0.1:8773 --region {REGION} ec2"
         opened = shlex.quote(str(self.image.with_name("by-hand.raw")))
@@ -183,55 +171,57 @@ class Tour:
             f"thrave open {manifest} --key {shlex.quote(str(self.customer.private_key))} -o {opened}",
         ]
 
-    def without_thrave(self) -> list[str]:
-        """The commands that open the bundle with nothing but what every system has."""
+    def openssl_commands(self) -> list[str]:
+        """Return shell commands that open the bundle with openssl, gunzip and tar only."""
         manifest, key = shlex.quote(str(self.manifest)), shlex.quote(str(self.customer.private_key))
         folder = shlex.quote(str(self.bucket_folder))
-        slot = f'sed "s/.*<user_encrypted_$1[^>]*>//; s/<.*//; s/../\\\\\\\\x&/g" {manifest}'
+        decode_key = f'sed "s/.*<user_encrypted_$1[^>]*>//; s/<.*//; s/../\\\\\\\\x&/g" {manifest}'
         return [
-            f'slot() {{ printf "$({slot})" | openssl pkeyutl -decrypt -inkey {key}; }}',
+            f'slot() {{ printf "$({decode_key})" | openssl pkeyutl -decrypt -inkey {key}; }}',
             f"parts() {{ sed 's/<filename>/\\n&/g' {manifest} | sed -n 's/^<filename>\\([^<]*\\)<.*/\\1/p'; }}",
             f"parts | (cd {folder} && xargs -d '\\n' cat) |",
             "    openssl enc -d -aes-128-cbc -K $(slot key) -iv $(slot iv) | gunzip | tar -xSf -",
         ]
 
 
-def tour(data: Path, size: int, tell: Callable[[str], None], show: Callable[[Task], None]) -> Tour:
-    """Do the whole job in `data` on a root disk of `size` bytes.
+def run_tour(
+    data: Path, size: int, report_step: Callable[[str], None], report_task: Callable[[Task], None]
+) -> TourResult:
+    """Run all steps of the demo.
 
     Args:
-        data: The data directory; made if need be, and kept.
+        data: The data directory; created if needed, and kept.
         size: Bytes of the root disk.
-        tell: Called with each thing that is begun.
-        show: Called with each look at the bundle task.
+        report_step: Called with a line of text at each step.
+        report_task: Called with the bundle task at each poll.
 
     Raises:
         ComponentMissingError: boto3 is not installed.
-        DemoDiskError: No disk of that size can be made.
-        DemoError: Something is not as Thrave promises, or the disk has no room for it.
+        DemoDiskError: A disk cannot have this size.
+        DemoError: A step had an unexpected result, or the disk has too little space.
     """
     import_boto3()
     check_size(size)
-    _check_room(data, size)
+    _check_free_space(data, size)
     with ThraveServer.running(data) as server:
-        tell(f"thrave serve answers on {server.url}")
+        report_step(f"thrave serve listens on {server.url}")
         customer = make_customer(server)
-        tell("an account with an access key and a certificate of its own")
+        report_step("created an account with an access key and a certificate")
         instance = make_instance(server, customer, size)
-        tell("a Windows instance: MBR, NTFS, deleted files; and an ephemeral disk that must stay out")
+        report_step("created a Windows-like instance: a root disk with NTFS, and an ephemeral disk that is not bundled")
         prefix = f"{PREFIX}-{instance.instance_id[-6:]}"
-        tell(f"boto3 asks for {instance.instance_id} to be bundled into {BUCKET}/{prefix}")
-        begun = monotonic()
-        task = bundle_with_boto3(server, customer, instance.instance_id, prefix, show)
-        seconds = monotonic() - begun
+        report_step(f"boto3 calls BundleInstance for {instance.instance_id}, into {BUCKET}/{prefix}")
+        start = monotonic()
+        task = bundle_with_boto3(server, customer, instance.instance_id, prefix, report_task)
+        seconds = monotonic() - start
         if server.instances.state(instance.instance_id) is not InstanceState.RUNNING:
-            raise DemoError("the instance is not running after it was bundled")
-    tell("the bundle is verified, opened, and compared with the root disk")
-    opened = _opened(server.data, customer, prefix)
+            raise DemoError("The instance is not running again after the bundle task.")
+    report_step("verifying and opening the bundle, comparing it with the root disk")
+    opened = _open_bundle(server.data, customer, prefix)
     digest = sha256(opened.output)
     if digest != sha256(instance.root_volume.path):
-        raise DemoError(f"{opened.output} is not the root disk {instance.root_volume.path}")
-    return Tour(
+        raise DemoError(f"The opened image {opened.output} differs from the root disk {instance.root_volume.path}.")
+    return TourResult(
         data=data,
         customer=customer,
         instance_id=instance.instance_id,
@@ -246,17 +236,17 @@ def tour(data: Path, size: int, tell: Callable[[str], None], show: Callable[[Tas
     )
 
 
-def _check_room(data: Path, size: int) -> None:
+def _check_free_space(data: Path, size: int) -> None:
     """Raise DemoError if the file system cannot hold the root disk, its bundle and the opened image."""
     folder = next(parent for parent in (data.absolute(), *data.absolute().parents) if parent.exists())
     free, needed = shutil.disk_usage(folder).free, 2 * size  # half of the disk is holes
     if free < needed:
         raise DemoError(
-            f"{folder} has {free >> 20} MiB free, and the demo needs {needed >> 20} MiB; give a smaller --size"
+            f"{folder} has {free >> 20} MiB free, but the demo needs {needed >> 20} MiB. Pass a smaller --size."
         )
 
 
-def _opened(data: DataDirectory, customer: Customer, prefix: str) -> OpenResult:
+def _open_bundle(data: DataDirectory, customer: Customer, prefix: str) -> OpenResult:
     bucket = data.buckets / BUCKET
     return open_bundle(
         (bucket / manifest_filename(prefix)).read_bytes(),
