@@ -1,8 +1,9 @@
-"""Kills the service before and after each recorded step of a task, and at random moments.
+"""Kills the service before and after each failpoint of a task, and at random moments.
 
     python scripts/kill_sweep.py [--random 200] [--seed SEED] [--database postgresql]
 
-Each step is done twice, the second time with a task that replaces a bundle, as do half of the tasks with random kills.
+Most failpoints are used twice, the second time with a task that replaces a bundle. So are half of the tasks with random
+kills.
 tests/support/crashes/kill_sweep.py has the conditions that must hold after each kill and at the end; the first one that
 does not hold ends the run. The seed of the random moments is printed, and can be passed again.
 """
@@ -17,7 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.crashes.kill_sweep import TO_COMPLETE, TO_REPLACE, UPLOAD_CONCURRENCY, killed_at, killed_at_random, moments
+from support.crashes.kill_sweep import (
+    NEW_BUNDLE_FAILPOINTS,
+    REPLACEMENT_FAILPOINTS,
+    UPLOAD_CONCURRENCY,
+    failpoints_of,
+    run_with_kills,
+    run_with_random_kills,
+)
 from support.servers.postgres import running_postgres
 
 KILLS_PER_TASK = 4
@@ -37,23 +45,25 @@ def main() -> None:
 
 
 def sweep(arguments: argparse.Namespace, postgres: object) -> None:
-    """Run a task for each crash point, then tasks with random kills."""
-    rng, started, deaths, sent_again = random.Random(arguments.seed), time.monotonic(), 0, 0
-    points = [([moment], False) for moment in moments(*TO_COMPLETE)]
-    points += [([moment], True) for moment in moments(*TO_REPLACE)]
+    """Run a task for each failpoint, then tasks with random kills."""
+    rng, started, kills, resent_parts = random.Random(arguments.seed), time.monotonic(), 0, 0
+    points = [([failpoint], False) for failpoint in failpoints_of(*NEW_BUNDLE_FAILPOINTS)]
+    points += [([failpoint], True) for failpoint in failpoints_of(*REPLACEMENT_FAILPOINTS)]
     tasks = points + [(None, number % 2 == 1) for number in range(arguments.random // KILLS_PER_TASK)]
-    for number, (moment, replacing) in enumerate(tasks, 1):
+    for number, (failpoints, replacing) in enumerate(tasks, 1):
         settings = {"database_url": postgres.new_database()} if postgres else {}
         with tempfile.TemporaryDirectory(prefix="kill-sweep-") as folder:
-            if moment:
-                scene = killed_at(Path(folder), moment, replacing=replacing, **settings)
+            if failpoints:
+                scene = run_with_kills(Path(folder), failpoints, replacing=replacing, **settings)
             else:
-                scene = killed_at_random(Path(folder), rng, KILLS_PER_TASK, replacing=replacing, **settings)
-        deaths += scene.deaths
-        sent_again += scene.sent_again
-        print(f"{number}/{len(tasks)} {moment[0] if moment else 'random'}{', replacing' * replacing}", flush=True)
+                scene = run_with_random_kills(Path(folder), rng, KILLS_PER_TASK, replacing=replacing, **settings)
+        kills += scene.kills
+        resent_parts += scene.resent_parts
+        print(
+            f"{number}/{len(tasks)} {failpoints[0] if failpoints else 'random'}{', replacing' * replacing}", flush=True
+        )
     print(
-        f"{deaths} kills of {len(tasks)} tasks, all of them complete; {sent_again} parts sent twice, at most"
+        f"{kills} kills of {len(tasks)} tasks, all of them complete; {resent_parts} parts sent twice, at most"
         f" {UPLOAD_CONCURRENCY} a kill; {time.monotonic() - started:.0f} s"
     )
 

@@ -175,14 +175,14 @@ def images() -> str:
     return IMAGES.format(references=table(header, rows(REFERENCES)), marks=table(header, rows(MARKS)))
 
 
-def crash_points() -> str:
-    """Steps of a task that a crash can interrupt."""
-    rows = ((f"`{step}`", row.done, row.again) for step, row in FAILPOINTS.items())
+def failpoints() -> str:
+    """Failpoints of a task, with what happens after a crash there."""
+    rows = ((f"`{name}`", row.action, row.after_crash) for name, row in FAILPOINTS.items())
     return (
-        "# Failpoints\n\nThe steps of a bundle task that a crash can interrupt. Each has two failpoints: with the"
-        ' setting `failpoint = "part stored, before"` or `"part stored, after"`, optionally with `", 3"` for the third'
-        " time, the service kills itself there. `scripts/kill_sweep.py` does this at each of them.\n\n"
-        + table(("step", "what it does", "after a crash in this step"), rows)
+        "# Failpoints\n\nEach write of a bundle task to the database, the bucket or the hypervisor has a name. With"
+        ' the setting `failpoint = "part-stored, before"` or `"part-stored, after"` the service kills itself before or'
+        ' after that write; with `"part-stored, after, 3"` after the third one. `scripts/kill_sweep.py` does this for'
+        " each name.\n\n" + table(("name", "what is done there", "after a crash there"), rows)
     )
 
 
@@ -352,7 +352,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "task-errors.md": ("src/thrave/tasks/errors.py", task_errors),
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/check_table.py", doctor),
-    "failpoints.md": ("src/thrave/tasks/failpoints.py", crash_points),
+    "failpoints.md": ("src/thrave/tasks/failpoints.py", failpoints),
     "disk-images.md": ("src/thrave/volumes/image_rules.py", images),
     "task-states.md": ("src/thrave/tasks/models.py", states),
     "host-states.md": ("src/thrave/tasks/models.py", host_states),

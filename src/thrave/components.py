@@ -42,7 +42,7 @@ from thrave.drivers import open_driver, open_store
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity
 from thrave.identity.errors import ServiceIdentityError
-from thrave.tasks.failpoints import crash_at
+from thrave.tasks.failpoints import set_failpoint
 from thrave.tasks.lease import Fence
 from thrave.tasks.repository import TaskRepository
 from thrave.vault import DecryptError, Vault, VaultKeyError
@@ -161,7 +161,7 @@ class Components:
     def _opened(self) -> tuple[sa.Engine, Vault]:
         settings = self.settings
         if settings.failpoint:
-            crash_at(settings.failpoint)
+            set_failpoint(settings.failpoint)
         root = _root(settings)
         with files.locked_folder(root), explained(settings):
             close_to_others(settings)

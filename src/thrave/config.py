@@ -367,7 +367,7 @@ class Settings(BaseModel):
         "text", description="Format of log lines. `text`: for people. `json`: for programs."
     )
     failpoint: str | None = Field(
-        None, description="For tests: the process kills itself at this failpoint, as `part stored, after`."
+        None, description="For tests: the process kills itself at this failpoint, for example `part-stored, after`."
     )
 
     @model_validator(mode="before")

@@ -43,18 +43,18 @@ def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(smal
     scene = KilledService(tmp_path, data=folder / "thrave")
     free = None
     for _ in range(PASSES):
-        task = scene.come_to_an_end()
+        task = scene.run_to_end()
         assert (task.state, task.error_code) == (BundleTaskState.FAILED, "Server.S3Error")
         assert task.error_message.startswith("InternalError(500)- ")
-        scene.await_empty_bucket()
-        scene.await_power()
+        scene.wait_for_empty_bucket()
+        scene.wait_for_power()
         before, free = free, shutil.disk_usage(folder).free
         assert before is None or free > before - MIB
         scene.bundle_id = None
     resize(128 * MIB)
-    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
+    assert scene.run_to_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
-    scene.check_nothing_is_left()
+    scene.check_no_traces()
 
 
 @pytest.mark.slow
@@ -64,13 +64,13 @@ def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(s
     folder, resize = small_disk
     resize(128 * MIB)
     scene = KilledService(tmp_path, data=folder / "thrave")
-    assert scene.live()
+    assert scene.start()
     for remaining in range(256 * KIB, 513 * KIB, 40 * KIB):
         filler = shutil.disk_usage(folder).free - reserve - 2 * PART - remaining
         (folder / "filler").write_bytes(bytes(filler))
-        assert scene.come_to_an_end().state is BundleTaskState.FAILED
-        scene.await_empty_bucket()
-        scene.await_power()
+        assert scene.run_to_end().state is BundleTaskState.FAILED
+        scene.wait_for_empty_bucket()
+        scene.wait_for_power()
         scene.bundle_id = None
         (folder / "filler").unlink()
     scene.server.stop()
@@ -81,9 +81,9 @@ def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_
     scene = KilledService(tmp_path, data=folder / "thrave")
     resize(128 * MIB)
     scene.machine.deafen()
-    assert scene.live()
-    scene.ask()
-    scene.await_state("waiting-for-shutdown")
+    assert scene.start()
+    scene.bundle()
+    scene.wait_for_state("waiting-for-shutdown")
     with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
         while filler.write(bytes(MIB)):
             pass
@@ -92,9 +92,9 @@ def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_
     assert scene.is_alive
     assert scene.task().state == "waiting-for-shutdown"
     (folder / "filler").unlink()
-    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
+    assert scene.run_to_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
-    scene.check_nothing_is_left()
+    scene.check_no_traces()
 
 
 def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, tmp_path):

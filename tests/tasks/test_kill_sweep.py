@@ -1,8 +1,8 @@
-"""Kill -9 before and after every durable step of a task, and at random moments: each task ends as if nothing had been.
+"""Kill -9 before and after every failpoint of a task, and at random moments; each task must end as without kills.
 
-One task is killed at each of its steps in turn, the next time right where it has come to: so that every crash is met by
-what an earlier one has left. `scripts/kill_sweep.py` does each alone, and two hundred random moments. What must be
-true at each death and in the end stands in tests/support/crashes/kill_sweep.py.
+One task is killed at each failpoint in turn, so each crash meets the state that the crash before has left.
+`scripts/kill_sweep.py` runs one task for each failpoint, and 200 random kills. The conditions after each kill and at
+the end are in tests/support/crashes/kill_sweep.py.
 """
 
 import os
@@ -11,134 +11,149 @@ import random
 import pytest
 from botocore.exceptions import ClientError
 
-from support.crashes.kill_sweep import MIB, TO_COMPLETE, TO_REPLACE, KilledService, killed_at, killed_at_random, moments
+from support.crashes.kill_sweep import (
+    MIB,
+    NEW_BUNDLE_FAILPOINTS,
+    REPLACEMENT_FAILPOINTS,
+    KilledService,
+    failpoints_of,
+    run_with_kills,
+    run_with_random_kills,
+)
 from support.required_programs import require
 from thrave.tasks.failpoints import FAILPOINTS
 from thrave.tasks.models import BundleTaskState
 
 SEED = int(os.environ.get("THRAVE_SEED", "20061025"))
 
-OF_REAL_MACHINES = ["sysprep sent", "overlay noted", "root volume frozen", "overlay merged"]  # tests/compute/libvirt
-AFTER_CANCELLING = ["instance started", "objects removed", "removal recorded", "record closed"]
+LIBVIRT_FAILPOINTS = [
+    "sysprep-requested",
+    "overlay-recorded",
+    "overlay-created",
+    "overlay-merged",
+]  # tests/compute/libvirt
+UNDO_FAILPOINTS = ["instance-started", "objects-deleted", "deletion-recorded", "task-ended"]
 
 
 @pytest.mark.slow
-def test_a_task_that_is_killed_at_each_step_in_turn_completes(tmp_path, database):
-    killed_at(tmp_path, moments(*TO_COMPLETE), **database)
+def test_workflow_completes_after_kill_at_each_failpoint(tmp_path, database):
+    run_with_kills(tmp_path, failpoints_of(*NEW_BUNDLE_FAILPOINTS), **database)
 
 
 @pytest.mark.slow
-def test_a_replacement_that_is_killed_at_each_step_in_turn_completes(tmp_path, database):
-    killed_at(tmp_path, moments(*TO_REPLACE), replacing=True, **database)
+def test_workflow_replaces_bundle_after_kill_at_each_failpoint(tmp_path, database):
+    run_with_kills(tmp_path, failpoints_of(*REPLACEMENT_FAILPOINTS), replacing=True, **database)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["part stored, after, 3", "side file stored, after", "earlier bundle noted, after"])
-def test_a_cancelled_replacement_leaves_exactly_the_earlier_bundle(tmp_path, moment):
-    """Killed at each step of putting back, too."""
+@pytest.mark.parametrize(
+    "failpoint", ["part-stored, after, 3", "side-file-stored, after", "earlier-bundle-recorded, after"]
+)
+def test_cancelled_replacement_restores_earlier_bundle_after_kills(tmp_path, failpoint):
+    """The service is also killed at each failpoint of the undo."""
     scene = KilledService(tmp_path)
-    scene.replace()
-    scene.die_at(moment)
-    scene.cancel_behind_its_back()
-    for moment_of_putting_back in moments("objects removed", "removal recorded", "record closed"):
-        scene.die_at(moment_of_putting_back)
-    assert scene.come_to_an_end().error_code == "Client.Cancelled"
-    scene.check_earlier()
-    scene.check_nothing_is_left()
+    scene.prepare_replacement()
+    scene.run_until_killed(failpoint)
+    scene.cancel_while_stopped()
+    for undo_failpoint in failpoints_of("objects-deleted", "deletion-recorded", "task-ended"):
+        scene.run_until_killed(undo_failpoint)
+    assert scene.run_to_end().error_code == "Client.Cancelled"
+    scene.check_earlier_bundle()
+    scene.check_no_traces()
 
 
 @pytest.mark.slow
-def test_a_cancelled_task_that_is_killed_at_each_step_of_putting_back_leaves_nothing(tmp_path, database):
+def test_cancelled_task_leaves_no_object_after_kill_at_each_undo_failpoint(tmp_path, database):
     scene = KilledService(tmp_path, **database)
-    scene.die_at("part stored, after, 3")
-    scene.cancel_behind_its_back()
-    for moment in moments(*AFTER_CANCELLING):
-        scene.die_at(moment)
-    assert scene.come_to_an_end().error_code == "Client.Cancelled"
-    scene.await_empty_bucket()
-    scene.check_nothing_is_left()
+    scene.run_until_killed("part-stored, after, 3")
+    scene.cancel_while_stopped()
+    for failpoint in failpoints_of(*UNDO_FAILPOINTS):
+        scene.run_until_killed(failpoint)
+    assert scene.run_to_end().error_code == "Client.Cancelled"
+    scene.wait_for_empty_bucket()
+    scene.check_no_traces()
 
 
-def test_a_caller_whose_answer_never_came_hears_of_the_task_when_they_call_again(tmp_path, database):
+def test_bundle_instance_after_lost_response_names_recorded_task(tmp_path, database):
     scene = KilledService(tmp_path, size=MIB, **database)
     scene.machine.deafen()
-    scene.die_at("record, after")
+    scene.run_until_killed("task-recorded, after")
     bundle_id = scene.bundle_id
-    assert scene.live()
+    assert scene.start()
     with pytest.raises(ClientError, match=bundle_id) as refusal:
-        scene.ask()
+        scene.bundle()
     assert refusal.value.response["Error"]["Code"] == "BundlingInProgress"
     scene.machine.hear()
-    assert scene.come_to_an_end().bundle_id == bundle_id
+    assert scene.run_to_end().bundle_id == bundle_id
     scene.check_complete()
-    scene.check_nothing_is_left()
+    scene.check_no_traces()
 
 
-def test_nobody_reads_the_disk_any_more_when_the_service_has_been_killed(tmp_path):
+def test_killed_service_leaves_no_process_that_reads_the_disk(tmp_path):
     require("qemu-nbd", package="qemu-utils")
     scene = KilledService(tmp_path, image_format="qcow2")
-    for moment in ("volume opened, after", "part stored, after, 2"):
-        scene.die_at(moment)
-        scene.await_nobody()
-    assert scene.come_to_an_end().state is BundleTaskState.COMPLETE
+    for failpoint in ("volume-size-recorded, after", "part-stored, after, 2"):
+        scene.run_until_killed(failpoint)
+        scene.wait_for_no_process()
+    assert scene.run_to_end().state is BundleTaskState.COMPLETE
     scene.check_complete()
-    scene.check_nothing_is_left()
+    scene.check_no_traces()
 
 
-def test_a_service_killed_while_it_takes_a_cancellation_has_taken_it_or_has_not(tmp_path, database):
+def test_cancellation_is_recorded_completely_or_not_at_all(tmp_path, database):
     scene = KilledService(tmp_path, **database)
     scene.machine.deafen()
-    scene.die_at("shutdown sent, after")
-    for moment, state in (("before", "waiting-for-shutdown"), ("after", "cancelling")):
-        assert scene.live(f"cancellation, {moment}")
+    scene.run_until_killed("shutdown-requested, after")
+    for when, state in (("before", "waiting-for-shutdown"), ("after", "cancelling")):
+        assert scene.start(f"cancellation-recorded, {when}")
         scene.cancel()
-        scene.await_death(moment)
+        scene.wait_for_kill(when)
         assert scene.task().state == state
-    assert scene.come_to_an_end().error_code == "Client.Cancelled"
-    scene.check_nothing_is_left()
+    assert scene.run_to_end().error_code == "Client.Cancelled"
+    scene.check_no_traces()
 
 
-def test_a_service_killed_while_it_cuts_the_power_cuts_it(tmp_path, database):
+def test_power_is_cut_after_kill_at_each_failpoint_of_the_cut(tmp_path, database):
     scene = KilledService(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_timeout": 0.5})
     scene.machine.deafen()
-    for moment in moments("power cut"):
-        scene.die_at(moment)
-    task = scene.come_to_an_end()
+    for failpoint in failpoints_of("power-cut"):
+        scene.run_until_killed(failpoint)
+    task = scene.run_to_end()
     assert task.state is BundleTaskState.COMPLETE
     assert "its power was cut" in task.warning
     scene.check_complete()
-    scene.check_nothing_is_left()
+    scene.check_no_traces()
 
 
-def test_a_service_killed_while_it_forgets_a_task_has_forgotten_it_or_does_so_later(tmp_path, database):
+def test_retention_deletes_task_after_kill(tmp_path, database):
     scene = KilledService(tmp_path, size=MIB, **database)
-    scene.come_to_an_end()
+    scene.run_to_end()
     bundle = scene.objects()
     scene.server.stop()
     scene.environment["THRAVE_TASK_RETENTION_DAYS"] = "1e-9"
-    scene.die_at("task purged, before")
+    scene.run_until_killed("task-deleted, before")
     assert scene.task() is not None
-    scene.die_at("task purged, after")
+    scene.run_until_killed("task-deleted, after")
     assert scene.task() is None
     assert scene.objects() == bundle
-    scene.live()
-    scene.check_nothing_is_left()
+    scene.start()
+    scene.check_no_traces()
 
 
-def test_no_step_is_left_out():
+def test_kill_sweep_covers_every_failpoint():
     swept = {
-        *TO_COMPLETE,
-        *TO_REPLACE,
-        *AFTER_CANCELLING,
-        *OF_REAL_MACHINES,
-        "cancellation",
-        "power cut",
-        "task purged",
+        *NEW_BUNDLE_FAILPOINTS,
+        *REPLACEMENT_FAILPOINTS,
+        *UNDO_FAILPOINTS,
+        *LIBVIRT_FAILPOINTS,
+        "cancellation-recorded",
+        "power-cut",
+        "task-deleted",
     }
     assert swept == {*FAILPOINTS}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drawn_from", [SEED])
-def test_a_task_that_is_killed_at_random_moments_ends(tmp_path, database, drawn_from):
-    killed_at_random(tmp_path, random.Random(drawn_from), 4, **database)
+@pytest.mark.parametrize("seed", [SEED])
+def test_workflow_completes_after_random_kills(tmp_path, database, seed):
+    run_with_random_kills(tmp_path, random.Random(seed), 4, **database)

@@ -1,9 +1,8 @@
-"""The steps of a task that a crash can cut off: one table, and a way to have a crash right before or after one.
+"""Failpoints: named places at which a test can kill the process. `make docs` generates a page from the table.
 
-Whatever a task does that outlives its process stands in a block `with durable("part stored"):`. With the setting
-`failpoint = "part stored, after"` the process kills itself (SIGKILL, as the kernel does when memory is short) as soon
-as it has come there; with `"part stored, after, 3"` the third time. It is how the kill sweep of the tests comes to
-each of these moments. Without the setting nothing here does anything.
+Each write of a task to the database, the bucket or the hypervisor is in a block `with failpoint("part-stored"):`. With
+the setting `failpoint = "part-stored, after"` the process kills itself (SIGKILL) at the end of that block; with
+`"part-stored, after, 3"` at the end of its third execution. Without the setting a block has no effect.
 """
 
 import os
@@ -14,120 +13,147 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Literal, NamedTuple
 
-Step = Literal[
-    "record", "cancellation", "power noted", "sysprep sent", "shutdown sent", "power cut", "shutdown seen",
-    "overlay noted", "root volume frozen", "volume opened", "sealing begun", "part sealed", "part stored",
-    "part recorded", "sealing ended", "instance started", "side file stored", "earlier bundle noted",
-    "manifest stored", "overlay merged", "earlier bundle removed", "record closed", "objects removed",
-    "removal recorded", "task purged",
+FailpointName = Literal[
+    "task-recorded", "cancellation-recorded", "power-state-recorded", "sysprep-requested", "shutdown-requested",
+    "power-cut", "shutdown-recorded", "overlay-recorded", "overlay-created", "volume-size-recorded",
+    "bundle-key-recorded", "part-claimed", "part-stored", "part-recorded", "documents-recorded", "instance-started",
+    "side-file-stored", "earlier-bundle-recorded", "manifest-stored", "overlay-merged", "earlier-bundle-deleted",
+    "task-ended", "objects-deleted", "deletion-recorded", "task-deleted",
 ]  # fmt: skip
 
 
-class Durable(NamedTuple):
+class Failpoint(NamedTuple):
     """A row of the table."""
 
-    done: str
-    """What the step does."""
-    again: str
-    """What is done about it when the task goes on after a crash."""
+    action: str
+    """What the block does."""
+    after_crash: str
+    """What happens if the process was killed in the block."""
 
 
-FAILPOINTS: Mapping[Step, Durable] = {
-    "record": Durable(
-        "The task is recorded and given to its host, in one transaction.",
-        "Nothing, or all of it, was done; a caller who had no answer finds out by DescribeBundleTasks.",
+FAILPOINTS: Mapping[FailpointName, Failpoint] = {
+    "task-recorded": Failpoint(
+        "The API records the task and enqueues it for its host, in one transaction.",
+        "Both are recorded, or neither. A caller without a response can call DescribeBundleTasks.",
     ),
-    "cancellation": Durable("CancelBundleTask is recorded.", "As for the record."),
-    "power noted": Durable(
-        "The power state that the instance is to have in the end is recorded, before anything is done to it.",
-        "It is noted once; what its owner asks later takes its place.",
+    "cancellation-recorded": Failpoint(
+        "The API records CancelBundleTask.",
+        "The cancellation is recorded, or not. A caller without a response can call DescribeBundleTasks.",
     ),
-    "sysprep sent": Durable(
-        "The guest is asked to prepare itself for being copied, and to power off.",
-        "It is asked again unless it is off.",
+    "power-state-recorded": Failpoint(
+        "The task records the power state that the instance must have after the task. The instance is still unchanged.",
+        "The state is recorded once. A later request of the owner replaces it.",
     ),
-    "shutdown sent": Durable("The guest is asked to power off.", "It is asked again unless it is off."),
-    "power cut": Durable(
-        "The power of a deaf guest is cut, if the operator wants that.", "It is cut unless it is off."
+    "sysprep-requested": Failpoint(
+        "The guest gets the sysprep command, which powers it off.",
+        "The request is repeated, unless the instance is off.",
     ),
-    "shutdown seen": Durable("The instance is off; nobody needs to look after it.", "It is looked at again."),
-    "overlay noted": Durable("What is going to be frozen is recorded.", "It is noted once."),
-    "root volume frozen": Durable(
-        "The instance's root volume has a copy-on-write overlay.", "It gets one unless it has it."
+    "shutdown-requested": Failpoint(
+        "The guest gets a shutdown request.", "The request is repeated, unless the instance is off."
     ),
-    "volume opened": Durable("The root volume is open, its size recorded.", "It is opened again."),
-    "sealing begun": Durable("A new key is recorded, sealed by the vault.", "Without a stored part, there is another."),
-    "part sealed": Durable(
-        "A part is sealed, its object's key recorded, and what has been stored meanwhile.",
-        "It is sealed again, to the same bytes.",
+    "power-cut": Failpoint(
+        "The task cuts the power of a guest that does not shut down, if `shutdown_timeout_action` is `power-off`.",
+        "The power is cut, unless the instance is off.",
     ),
-    "part stored": Durable("The bucket takes a part.", "A part that was not recorded is sent again."),
-    "part recorded": Durable("The last parts are recorded as stored, with where sealing goes on.", "It goes on there."),
-    "sealing ended": Durable("Manifest and side file are recorded.", "They are made again."),
-    "instance started": Durable(
-        "The instance is started, if its owner wants it to run.", "It is started unless it runs."
+    "shutdown-recorded": Failpoint(
+        "The task records that the instance is off; earlier shutdown requests need no power recovery any more.",
+        "The power state is read again.",
     ),
-    "side file stored": Durable("The bucket takes the side file.", "It is sent again."),
-    "earlier bundle noted": Durable(
-        "The manifest that is about to be replaced, and the names of its bundle's parts, are recorded.",
-        "The first that was recorded stays.",
+    "overlay-recorded": Failpoint("The task records the overlay that it will create.", "The overlay is recorded once."),
+    "overlay-created": Failpoint(
+        "The root volume gets a copy-on-write overlay.", "The overlay is created, unless it exists."
     ),
-    "manifest stored": Durable("The bucket takes the manifest.", "It is sent again."),
-    "overlay merged": Durable("The overlay is merged into the root volume, and removed.", "It is merged again."),
-    "earlier bundle removed": Durable(
-        "The parts and the side file of a bundle that was replaced are deleted.", "They are deleted again."
+    "volume-size-recorded": Failpoint(
+        "The root volume is open, and the task records its size.", "The volume is opened again."
     ),
-    "record closed": Durable("The task is recorded as complete or failed.", "It is closed again, if it was not."),
-    "objects removed": Durable("The objects of a task that has failed are deleted.", "They are deleted again."),
-    "removal recorded": Durable("They are recorded as deleted.", "They are deleted again."),
-    "task purged": Durable("Tasks that ended long ago are forgotten.", "They are forgotten later."),
+    "bundle-key-recorded": Failpoint(
+        "The task records a new bundle key, encrypted by the vault.",
+        "Sealing resumes with a recorded key; without one, another key is generated.",
+    ),
+    "part-claimed": Failpoint(
+        "A part is sealed. The task claims its key in the bucket, and records the parts stored since the last record.",
+        "The part is sealed again, to the same bytes.",
+    ),
+    "part-stored": Failpoint("The bucket stores a part.", "A part that is not recorded as stored is uploaded again."),
+    "part-recorded": Failpoint(
+        "The task records the last parts as stored, with the checkpoint from which sealing can resume.",
+        "Sealing resumes at the last recorded checkpoint.",
+    ),
+    "documents-recorded": Failpoint(
+        "The task records manifest and side file.", "Unless they are recorded, both are written again."
+    ),
+    "instance-started": Failpoint(
+        "The instance is started, if its owner wants it to run.", "The instance is started, unless it runs."
+    ),
+    "side-file-stored": Failpoint("The bucket stores the side file.", "The side file is uploaded again."),
+    "earlier-bundle-recorded": Failpoint(
+        "The task records the manifest that it will replace, and the keys of that bundle's parts.",
+        "The manifest that was recorded first stays recorded.",
+    ),
+    "manifest-stored": Failpoint("The bucket stores the manifest.", "The manifest is uploaded again."),
+    "overlay-merged": Failpoint("The overlay is merged into the root volume and deleted.", "The merge is repeated."),
+    "earlier-bundle-deleted": Failpoint(
+        "The parts and the side file of a replaced bundle are deleted.", "They are deleted again."
+    ),
+    "task-ended": Failpoint(
+        "The task is recorded as `complete` or `failed`.", "The end is recorded, unless it is recorded already."
+    ),
+    "objects-deleted": Failpoint("The objects of a failed task are deleted.", "They are deleted again."),
+    "deletion-recorded": Failpoint("The task records that these objects are deleted.", "They are deleted again."),
+    "task-deleted": Failpoint(
+        "The rows of tasks that ended more than `task_retention_days` ago are deleted.", "They are deleted later."
+    ),
 }
 
-_SETTING = re.compile(r"(?P<step>[a-z ]+), (?P<when>before|after)(?:, (?P<time>[1-9][0-9]*))?")
+_SETTING = re.compile(r"(?P<name>[a-z-]+), (?P<when>before|after)(?:, (?P<execution>[1-9][0-9]*))?")
 
 
 class _Crash:
-    """The moment at which this process is to end."""
+    """The place at which this process kills itself: `NAME, before` or `NAME, after`; empty: none."""
 
     def __init__(self) -> None:
-        self.moment = ""
-        self._times = count(1)
+        self.place = ""
+        self._executions = count(1)
         self._last = 0
 
-    def plan(self, moment: str, time: int) -> None:
-        self._last = time
-        self._times = count(1)
-        self.moment = moment
+    def set(self, place: str, execution: int) -> None:
+        self._last = execution
+        self._executions = count(1)
+        self.place = place
 
-    def come_to(self, moment: str) -> None:
-        if moment == self.moment and next(self._times) == self._last:
+    def reach(self, place: str) -> None:
+        if place == self.place and next(self._executions) == self._last:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 _crash = _Crash()
 
 
-def crash_at(setting: str) -> None:
-    """Have this process end by SIGKILL at a moment: `STEP, before` or `STEP, after`, perhaps with `, N`: the Nth time.
+def set_failpoint(setting: str) -> None:
+    """Make this process kill itself at a failpoint.
+
+    Args:
+        setting: `NAME, before` or `NAME, after`; with `, N` at the Nth execution of the block instead of the first.
 
     Raises:
-        ValueError: There is no such moment.
+        ValueError: There is no such failpoint.
     """
-    said = _SETTING.fullmatch(setting)
-    if said is None or said["step"] not in FAILPOINTS:
+    match = _SETTING.fullmatch(setting)
+    if match is None or match["name"] not in FAILPOINTS:
         raise ValueError(
-            f"{setting!r} is not `STEP, before` or `STEP, after`, STEP being one of: {', '.join(FAILPOINTS)}"
+            f"Invalid failpoint {setting!r}. Write `NAME, before` or `NAME, after`, optionally with `, N`. Names: "
+            f"{', '.join(FAILPOINTS)}."
         )
-    _crash.plan(f"{said['step']}, {said['when']}", int(said["time"] or 1))
+    _crash.set(f"{match['name']}, {match['when']}", int(match["execution"] or 1))
 
 
-def failpoint(step: Step) -> AbstractContextManager[None]:
-    """The block does this step of a task, which outlives the process."""
-    return _bracketed(step) if _crash.moment else nullcontext()
+def failpoint(name: FailpointName) -> AbstractContextManager[None]:
+    """Return a context manager for the block that does what the table says for `name`."""
+    return _failpoint(name) if _crash.place else nullcontext()
 
 
 @contextmanager
-def _bracketed(step: Step) -> Iterator[None]:
-    _crash.come_to(f"{step}, before")
+def _failpoint(name: FailpointName) -> Iterator[None]:
+    _crash.reach(f"{name}, before")
     yield
-    _crash.come_to(f"{step}, after")
+    _crash.reach(f"{name}, after")

@@ -182,7 +182,7 @@ class PowerRecovery:
             self._records.require_lease(task.bundle_id)
             self._check()
 
-        with start_guard.using(check), failpoint("instance started"):
+        with start_guard.using(check), failpoint("instance-started"):
             self._instances.start(task.instance_id)
 
 
@@ -289,5 +289,5 @@ class TaskRetention:
             pass
 
     def _purge(self) -> int:
-        with failpoint("task purged"):
+        with failpoint("task-deleted"):
             return self._records.delete_ended(self._keep, limit=DELETE_BATCH)

@@ -85,7 +85,7 @@ class RootOverlay:
         """Create an overlay for the instance, which is off. If that is not supported, add a warning for the owner."""
         overlay = self.overlay or self._plan()
         if overlay is not None:
-            with failpoint("root volume frozen"), start_guard.using(self._check):
+            with failpoint("overlay-created"), start_guard.using(self._check):
                 self._overlays.attach(self._task.instance_id, overlay)
 
     @contextmanager
@@ -110,7 +110,7 @@ class RootOverlay:
             Exception: What `pause` raises. A merge that was started may continue in the hypervisor.
         """
         for bundle_id, overlay in self._records.overlays_of(self._task.instance_id):
-            with failpoint("overlay merged"), start_guard.using(self._check):
+            with failpoint("overlay-merged"), start_guard.using(self._check):
                 pause_while_moving = ProgressPause(self._task.instance_id, pause, self._stall_timeout)
                 self._overlays.merge(self._task.instance_id, overlay, pause_while_moving)
             self._records.record_overlay(bundle_id, None)
@@ -139,7 +139,7 @@ class RootOverlay:
                 self._task.bundle_id, f"The instance is off until its root volume has been read: {error}."
             )
             return None
-        with failpoint("overlay noted"):
+        with failpoint("overlay-recorded"):
             self._records.record_overlay(self._task.bundle_id, overlay)
         return overlay
 
@@ -199,7 +199,7 @@ class InstancePower:
             version = self._records.power_record(instance_id).version
             will_be_started = self._records.has_power_recovery(instance_id)
             running = self._instances.state(instance_id) in UP_STATES or will_be_started
-            with failpoint("power noted"):
+            with failpoint("power-state-recorded"):
                 if self._records.record_power_state(self._task.bundle_id, running=running, version=version):
                     break
         self.should_run()
@@ -221,7 +221,7 @@ class InstancePower:
             return
         self._schedule_recovery()
         self._check_right()
-        with self._unless_terminated(), failpoint("sysprep sent"):
+        with self._unless_terminated(), failpoint("sysprep-requested"):
             self._instances.request_sysprep(self._task.instance_id, command)
         self._wait_until_off(monitor, request=lambda _instance_id: None)  # a shutdown request would interrupt sysprep
 
@@ -262,7 +262,7 @@ class InstancePower:
         )
         if not _is_off(state):
             self._cut_power(f"The guest did not power off within {self._shutdown_timeout:.0f} seconds")
-        with failpoint("shutdown seen"):
+        with failpoint("shutdown-recorded"):
             self._records.record_seen_off(self._task.instance_id)
         self._power_recovery_until = None
 
@@ -331,7 +331,7 @@ class InstancePower:
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
         if state in STARTABLE_STATES and is_wanted_on and (is_borrowed or self._has_lost_power()):
-            with start_guard.using(self._check_right), failpoint("instance started"):
+            with start_guard.using(self._check_right), failpoint("instance-started"):
                 self._instances.start(instance_id)
             self._records.give_back(bundle_id, seen_off=instance_id)
             return
@@ -384,7 +384,7 @@ class InstancePower:
 
     def _request_shutdown(self, instance_id: str) -> None:
         self._check_right()
-        with self._unless_terminated(), failpoint("shutdown sent"):
+        with self._unless_terminated(), failpoint("shutdown-requested"):
             self._instances.request_stop(instance_id)
 
     @contextmanager
@@ -405,7 +405,7 @@ class InstancePower:
         )
         self._check_right()
         try:
-            with self._unless_terminated(), failpoint("power cut"):
+            with self._unless_terminated(), failpoint("power-cut"):
                 self._instances.force_stop(self._task.instance_id)
         except InstanceError as error:
             raise TaskFailure(

@@ -180,7 +180,7 @@ def remove_objects(
         TaskFailure: The store does not respond for `stall_timeout` seconds.
     """
     removal = _Removal(buckets, place, journal, stall_timeout)
-    with removal.claimed(everything=True) as keys, failpoint("objects removed"):
+    with removal.claimed(everything=True) as keys, failpoint("objects-deleted"):
         if not keys:
             return
         undo = place.manifest_key in keys - removal.busy
@@ -199,11 +199,11 @@ def remove_earlier(
         BucketError, TaskFailure: As `remove_objects`.
     """
     removal = _Removal(buckets, place, journal, stall_timeout)
-    with removal.claimed(everything=False) as keys, failpoint("earlier bundle removed"):
+    with removal.claimed(everything=False) as keys, failpoint("earlier-bundle-deleted"):
         if keys:
             removal.delete(keys, removal.within(place.read_manifest))
     if journal.earlier() is not None and not journal.orphaned_objects():
-        with failpoint("removal recorded"):
+        with failpoint("deletion-recorded"):
             journal.record_earlier(None)
 
 
@@ -286,7 +286,7 @@ class _Removal:
 
     def _record(self) -> None:
         busy = self.busy | self._places.in_flight_keys(self._place.bucket)
-        with failpoint("removal recorded"):
+        with failpoint("deletion-recorded"):
             unanswered = self._unanswered()
             self._journal.end_deletion(self.gone, unanswered=unanswered, busy=busy)
             self._places.clear_unanswered(self._place.bucket, unanswered)

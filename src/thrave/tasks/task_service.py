@@ -80,7 +80,7 @@ class BundleTaskService:
         """
         bundle_id = f"bun-{random_hex(9)[:17]}"
         try:
-            with failpoint("record"), self._engine.begin() as connection:
+            with failpoint("task-recorded"), self._engine.begin() as connection:
                 host = self._locked_host(connection, request.instance_id)
                 self._records.add(connection, bundle_id, host, request)
                 self._check_quota(connection, request.account_id, self._max_per_account)
@@ -150,7 +150,7 @@ class BundleTaskService:
             BundleTaskNotCancellable: The task has ended, or is already being cancelled.
         """
         self._task(account_id, bundle_id)
-        with failpoint("cancellation"):
+        with failpoint("cancellation-recorded"):
             cancelled = self._records.cancel(bundle_id)
         task = self._task(account_id, bundle_id)
         if not cancelled:

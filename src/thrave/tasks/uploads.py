@@ -99,7 +99,7 @@ def upload_volume(
     # A request of an earlier sealing may still be in flight, in this process or in a proxy: it must hit no new part.
     series = "" if objects.can_use_plain_names(monitor) else new_series()
     state = ResumeState(BundleKey.generate(), series)
-    with failpoint("sealing begun"):
+    with failpoint("bundle-key-recorded"):
         journal.start_sealing(state.bundle_key, series)
     return PartUploader(volume, objects, journal, state, monitor, compression=compression).run()
 
@@ -184,12 +184,12 @@ class PartUploader:
     def _start_upload(self, part: Part) -> None:
         self._wait_for_slot(part.index)
         key = self._objects.key_of(part.filename)
-        with failpoint("part sealed"):
+        with failpoint("part-claimed"):
             self._objects.claim(key, self._monitor, part.record, self._take_unrecorded())
         self._calls.start(partial(self._upload, key, part))
 
     def _upload(self, key: str, part: Part) -> UploadedPart:
-        with failpoint("part stored"):
+        with failpoint("part-stored"):
             stored = self._objects.upload(self._calls, key, part.data)
         return UploadedPart(part.index, stored, part.checkpoint)
 
@@ -203,7 +203,7 @@ class PartUploader:
 
     def _record_stored(self) -> None:
         if self._unrecorded:
-            with failpoint("part recorded"):
+            with failpoint("part-recorded"):
                 self._journal.record_stored(self._take_unrecorded())
 
     def _add_results(self, *, wait: bool = True) -> None:
@@ -378,7 +378,7 @@ class TaskObjects:
             self.claim(key, monitor)
             self._journal.record_stored(StoredBatch([StoredObject(key, len(own))]))
             return
-        with failpoint("earlier bundle noted"):
+        with failpoint("earlier-bundle-recorded"):
             self._record_earlier(found)
         if not record_sent():
             raise TaskCancelled

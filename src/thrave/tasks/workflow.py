@@ -222,13 +222,13 @@ class BundleWorkflow:
                 for warned in reader.warnings:
                     self._repository.add_warning(self._task.bundle_id, f"{warned.public}.")
                 volume = reader.volume
-                with failpoint("volume opened"):
+                with failpoint("volume-size-recorded"):
                     self._repository.set_volume_size(self._task.bundle_id, volume.size)
                 self._check_clean(reader.run(check_unclean))
                 sealed = upload_volume(
                     volume, self._objects, self._journal, monitor, compression=self._settings.compression
                 )
-        with failpoint("sealing ended"):
+        with failpoint("documents-recorded"):
             self._journal.record_documents(self._documents(instance, sealed))
 
     def publish(self) -> None:
@@ -237,9 +237,9 @@ class BundleWorkflow:
         assert documents is not None, "every part is stored"
         with self._state(BundleTaskState.STORING) as monitor:
             self._objects.verify_stored(documents, monitor)
-            with failpoint("side file stored"):
+            with failpoint("side-file-stored"):
                 self._objects.put_side_file(documents, monitor)
-            with failpoint("manifest stored"):  # its presence means that the bundle is complete
+            with failpoint("manifest-stored"):  # its presence means that the bundle is complete
                 record_sent = partial(self._repository.record_manifest_sent, self._task.bundle_id)
                 self._objects.put_manifest(documents, monitor, record_sent)
 
@@ -261,7 +261,7 @@ class BundleWorkflow:
 
     def complete(self) -> None:
         """End the task as `complete`, unless an operator has ended it meanwhile (`thrave host retire`)."""
-        with failpoint("record closed"):
+        with failpoint("task-ended"):
             if self._repository.complete(self._task.bundle_id):
                 return
         if self._repository.state(self._task.bundle_id) not in FINISHED:
@@ -283,7 +283,7 @@ class BundleWorkflow:
         assert task is not None, "only ended tasks are deleted"
         assert task.error_code is not None, "the reason is recorded first"
         failure = TaskFailure(task.error_code, task.error_message or "")
-        with failpoint("record closed"):
+        with failpoint("task-ended"):
             self._repository.fail(self._task.bundle_id, failure)
 
     def _do(self, step: Step) -> None:

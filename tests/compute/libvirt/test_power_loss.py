@@ -6,16 +6,16 @@ left. The service is killed by itself at the step, and everything else a moment 
 
 import pytest
 
-from support.crashes.kill_sweep import moments
+from support.crashes.kill_sweep import failpoints_of
 from support.libvirt.guest_disk import OFF
 from support.libvirt.libvirt_service import LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
-MERGING = "overlay merged, before"
+MERGING = "overlay-merged, before"
 MOMENTS = [
-    *moments("overlay noted", "root volume frozen", "instance started"),
-    "part stored, after, 3",
-    *moments("overlay merged"),
+    *failpoints_of("overlay-recorded", "overlay-created", "instance-started"),
+    "part-stored, after, 3",
+    *failpoints_of("overlay-merged"),
 ]
 
 

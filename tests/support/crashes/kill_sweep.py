@@ -1,7 +1,7 @@
 """A service that is killed while it bundles an instance, and the conditions that must hold after each kill.
 
-The instance is a machine with commands of its own, so that switching it takes processes; what it has been through, and
-what is in the bucket, is looked at from outside: in files, in the database, in /proc.
+The instance has power commands, so each power change starts processes. The conditions are checked from outside of the
+service: in files, in the database, in /proc.
 """
 
 import hashlib
@@ -37,21 +37,21 @@ from thrave.vault import Vault
 
 BUCKET, PREFIX = "bucket", "winami"
 UPLOAD_CONCURRENCY = 2
-TIMEOUT = 60.0  # seconds that anything may take
+TIMEOUT = 60.0  # seconds for each wait
 ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=10, read_timeout=30)
 MIB = 1 << 20
 
 
-# The steps of a task that nobody disturbs, in the order in which it comes to them.
-TO_COMPLETE = [
-    "record", "power noted", "shutdown sent", "shutdown seen", "volume opened", "sealing begun", "part sealed",
-    "part stored", "part recorded", "sealing ended", "instance started", "side file stored", "earlier bundle noted",
-    "manifest stored", "record closed",
+# The failpoints of a task without errors, in their order.
+NEW_BUNDLE_FAILPOINTS = [
+    "task-recorded", "power-state-recorded", "shutdown-requested", "shutdown-recorded", "volume-size-recorded",
+    "bundle-key-recorded", "part-claimed", "part-stored", "part-recorded", "documents-recorded", "instance-started",
+    "side-file-stored", "earlier-bundle-recorded", "manifest-stored", "task-ended",
 ]  # fmt: skip
-# Those that touch what is in the bucket, when a bundle there is replaced.
-TO_REPLACE = [
-    "sealing begun", "part sealed", "part stored", "part recorded", "sealing ended", "side file stored",
-    "earlier bundle noted", "manifest stored", "earlier bundle removed", "record closed",
+# The failpoints of a task that replaces a bundle, where that differs in the bucket.
+REPLACEMENT_FAILPOINTS = [
+    "bundle-key-recorded", "part-claimed", "part-stored", "part-recorded", "documents-recorded", "side-file-stored",
+    "earlier-bundle-recorded", "manifest-stored", "earlier-bundle-deleted", "task-ended",
 ]  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def kill_remaining_services():
 
 
 class KilledService:
-    """One instance with a disk of five parts, one task on it, and the service, which is killed.
+    """A service with one instance (a disk of five parts) and one task. Tests kill it and start it again.
 
     `kill_remaining_services` stops it at the end of a test.
     """
@@ -83,7 +83,7 @@ class KilledService:
         self.temporary.mkdir(parents=True)
         self.server = server(DataDirectory(data or folder / "thrave"))
         _running.append(self)
-        self._arm(None)
+        self._set_failpoint(None)
         self.account, self.key = self.server.account("alice")
         disk = folder / "root.raw"
         disk.write_bytes(random.Random(1).randbytes(size))
@@ -91,31 +91,31 @@ class KilledService:
         self.machine = Machine(folder)
         self.instance_id = self._instance(disk, image_format)
         self.bundle_id = None
-        self.deaths = 0
-        self.sent_again = 0
+        self.kills = 0
+        self.resent_parts = 0
         self._stored = {}
         self._earlier = None
         self._disk = disk
 
-    def replace(self):
-        """Have a bundle of another disk replaced: from now on one of the two can be opened at each death."""
+    def prepare_replacement(self):
+        """Store a bundle of another disk for the next task to replace. After each kill one of the two must open."""
         self.environment["THRAVE_EXISTING_BUNDLE"] = "replace"
-        assert self.come_to_an_end().state is BundleTaskState.COMPLETE
-        self.await_power()
+        assert self.run_to_end().state is BundleTaskState.COMPLETE
+        self.wait_for_power()
         self.server.stop()
         self._earlier = _Earlier(self.sha256, frozenset(self.objects()))
         changed = random.Random(2).randbytes(self._disk.stat().st_size)
         self._disk.write_bytes(changed)
         self.sha256, self.bundle_id, self._stored = hashlib.sha256(changed).hexdigest(), None, {}
 
-    def check_earlier(self):
-        """The bundle that was not replaced after all is as it was, and nothing else is there."""
+    def check_earlier_bundle(self):
+        """Check that the bucket has the earlier bundle unchanged, and nothing else."""
         assert self._opened() == self._earlier.sha256
         assert self.objects().keys() == self._earlier.names
 
-    def live(self, crash_at=None):
-        """Start the service; with a crash point it may be dead before it answers."""
-        self._arm(crash_at)
+    def start(self, failpoint=None):
+        """Start the service; return whether it runs. With a failpoint it may be killed before it responds."""
+        self._set_failpoint(failpoint)
         with suppress(ServerError):
             self.server.start()
         return self.is_alive
@@ -125,49 +125,50 @@ class KilledService:
         return self.server.process is not None and self.server.process.poll() is None
 
     def kill(self):
-        """Kill it by SIGKILL, wherever it is."""
+        """Kill the service with SIGKILL."""
         self.server.stop(signal.SIGKILL)
-        self._look_at_the_dead()
+        self._check_after_kill()
 
-    def die_at(self, crash_at):
-        """Have it live until it kills itself there; ask for the task if there is none yet."""
-        if self.live(crash_at) and self.bundle_id is None:
-            self.ask()
-        self.await_death(crash_at)
+    def run_until_killed(self, failpoint):
+        """Start the service, and the task if there is none; wait until the process kills itself at the failpoint."""
+        if self.start(failpoint) and self.bundle_id is None:
+            self.bundle()
+        self.wait_for_kill(failpoint)
 
-    def await_death(self, crash_at):
-        eventually(lambda: not self.is_alive, f"the service kills itself at: {crash_at}", timeout=TIMEOUT)
+    def wait_for_kill(self, failpoint):
+        """Wait until the service has killed itself, and check the state that it leaves."""
+        eventually(lambda: not self.is_alive, f"the service kills itself at: {failpoint}", timeout=TIMEOUT)
         self.server.stop()
         assert self.server.process.returncode == -signal.SIGKILL
-        self._look_at_the_dead()
+        self._check_after_kill()
 
-    def ask(self):
-        """Call BundleInstance; the answer may never come."""
+    def bundle(self):
+        """Call BundleInstance; there may be no response."""
         storage = self.server.storage(self.key, BUCKET, PREFIX)
         self.bundle_id = self._call("bundle_instance", InstanceId=self.instance_id, Storage=storage)
 
     def cancel(self):
-        """Call CancelBundleTask; the answer may never come."""
+        """Call CancelBundleTask; there may be no response."""
         self._call("cancel_bundle_task", BundleId=self.bundle_id)
 
-    def cancel_behind_its_back(self):
-        """Cancel the task while nobody works on it."""
+    def cancel_while_stopped(self):
+        """Cancel the task in the database while the service is stopped."""
         with self.records() as records:
             assert records.cancel(self.bundle_id)
 
-    def come_to_an_end(self):
-        """Let it live until the task has ended; give the task."""
-        assert self.is_alive or self.live()
+    def run_to_end(self):
+        """Run the service until the task has ended; return the task."""
+        assert self.is_alive or self.start()
         if self.bundle_id is None:
-            self.ask()
-        return self.await_state(*FINISHED)
+            self.bundle()
+        return self.wait_for_state(*FINISHED)
 
-    def await_state(self, *states):
-        """Wait until the task is in one of these states; give the task."""
+    def wait_for_state(self, *states):
+        """Wait until the task is in one of these states; return the task."""
 
         def task():
             task = self.task()
-            assert task.state in states or self.is_alive, f"the service has died: {task}"
+            assert task.state in states or self.is_alive, f"the service has ended: {task}"
             return task
 
         return eventually(task, f"the task is {states}", until=lambda task: task.state in states, timeout=TIMEOUT)
@@ -178,7 +179,7 @@ class KilledService:
 
     @contextmanager
     def records(self):
-        """The records, from outside."""
+        """Open the task repository from outside of the service."""
         database = open_engine(self.environment.get("THRAVE_DATABASE_URL", self.server.data.database))
         try:
             yield TaskRepository(database, Vault.open_or_create(self.server.data.vault_key))
@@ -186,13 +187,13 @@ class KilledService:
             database.dispose()
 
     def check_complete(self):
-        """A complete task's bundle opens to the disk, and it has sent nothing twice that it need not."""
+        """Check that the bundle opens to the disk, and that a kill repeats `UPLOAD_CONCURRENCY` uploads at most."""
         assert self._opened() == self.sha256
         manifest = (self.server.data.buckets / BUCKET / manifest_filename(PREFIX)).read_bytes()
         parts = {part.filename for part in read_manifest(manifest).parts}
         (side_file,) = self.objects().keys() - {manifest_filename(PREFIX), *parts}
         assert side_file in {side_filename(PREFIX), bound_side_filename(PREFIX, manifest)}
-        assert self.sent_again <= UPLOAD_CONCURRENCY * self.deaths
+        assert self.resent_parts <= UPLOAD_CONCURRENCY * self.kills
 
     def _opened(self):
         image = self.folder / "opened.raw"
@@ -200,33 +201,33 @@ class KilledService:
         image.unlink()
         return found
 
-    def check_nothing_is_left(self):
-        """The instance runs as at first; when the service has been stopped, nobody and nothing is left of it."""
-        self.await_power()
+    def check_no_traces(self):
+        """Check that the instance runs, and stop the service: no process, lock or temporary file may remain."""
+        self.wait_for_power()
         self.server.stop()
-        self.await_nobody()
+        self.wait_for_no_process()
         with self.server.instances.hold_stopped(self.instance_id):
             pass
         data = self.server.data
         assert [*data.root.rglob(".new-*")] == []
         assert [*self.temporary.iterdir()] == []
 
-    def await_power(self):
-        """Wait until the instance runs, as it did at first."""
+    def wait_for_power(self):
+        """Wait until the instance runs, as before the task."""
         state = partial(self.server.instances.state, self.instance_id)
         eventually(state, "the instance runs again", until=one_of(InstanceState.RUNNING), timeout=TIMEOUT)
 
-    def await_nobody(self):
-        """Wait until no process has to do with any of this."""
-        eventually(lambda: holders(self.folder), "no process remains", until=lambda found: not found)
+    def wait_for_no_process(self):
+        """Wait until no other process uses a file of this test."""
+        eventually(lambda: find_processes(self.folder), "no process remains", until=lambda found: not found)
 
     def objects(self):
-        """The objects in the bucket, each with what tells one upload from another."""
+        """Return the objects in the bucket by name, each with a value that differs for each upload."""
         folder = self.server.data.buckets / BUCKET
         return {path.name: _identity(path) for path in folder.glob("*")} if folder.exists() else {}
 
-    def await_empty_bucket(self):
-        """Wait until the bucket has no object: the cleanup takes longer if an upload has not ended with its task."""
+    def wait_for_empty_bucket(self):
+        """Wait until the bucket is empty: cleanup takes longer if an upload has not ended with its task."""
         eventually(self.objects, "the bucket is empty", until=lambda objects: not objects)
 
     def _instance(self, disk, image_format):
@@ -243,10 +244,10 @@ class KilledService:
         self.server.instances.add(description)
         return description.instance_id
 
-    def _arm(self, crash_at):
+    def _set_failpoint(self, failpoint):
         self.server.environment = {**self.environment, "TMPDIR": str(self.temporary)}
-        if crash_at is not None:
-            self.server.environment["THRAVE_FAILPOINT"] = crash_at
+        if failpoint is not None:
+            self.server.environment["THRAVE_FAILPOINT"] = failpoint
 
     def _call(self, name, **parameters):
         with suppress(BotoCoreError):
@@ -259,9 +260,9 @@ class KilledService:
         assert len(tasks) <= 1
         self.bundle_id = tasks[0].bundle_id if tasks else None
 
-    def _look_at_the_dead(self):
-        """What is recorded as stored is in the bucket as before, and beyond it no more than was in flight."""
-        self.deaths += 1
+    def _check_after_kill(self):
+        """Check that recorded objects are in the bucket, unchanged, and that unrecorded ones were in flight."""
+        self.kills += 1
         self._find_task()
         if self.bundle_id is None:
             return
@@ -272,58 +273,58 @@ class KilledService:
             assert self._opened() in {self._earlier.sha256, self.sha256}
             objects = {key: identity for key, identity in objects.items() if key not in self._earlier.names}
         for key, identity in self._stored.items():
-            assert objects.get(key) in {identity, None}, f"{key} was sent again though it was recorded as stored"
+            assert objects.get(key) in {identity, None}, f"{key} was uploaded again although it was recorded as stored"
         self._stored = {key: objects[key] for key in stored if key in objects and ".part." in key}
         in_flight = objects.keys() - stored
-        assert len(in_flight) <= UPLOAD_CONCURRENCY, f"more in flight than {UPLOAD_CONCURRENCY}: {in_flight}"
-        self.sent_again += len(in_flight)
+        assert len(in_flight) <= UPLOAD_CONCURRENCY, f"more uploads in flight than {UPLOAD_CONCURRENCY}: {in_flight}"
+        self.resent_parts += len(in_flight)
 
 
 class _Earlier(NamedTuple):
-    """The bundle that is to be replaced."""
+    """The bundle that the task replaces."""
 
     sha256: str
     names: frozenset[str]
 
 
-def moments(*steps):
-    """The crash points of steps, in their order."""
-    return [f"{step}, {when}" for step in steps for when in ("before", "after")]
+def failpoints_of(*names):
+    """Return the settings for the failpoints before and after each of these names, in their order."""
+    return [f"{name}, {when}" for name in names for when in ("before", "after")]
 
 
-def killed_at(folder, crash_points, *, replacing=False, **settings):
-    """A task that is killed at each of these moments in turn, in its end and checked."""
+def run_with_kills(folder, failpoints, *, replacing=False, **settings):
+    """Run a task to its end, killed at each of these failpoints in turn, and check the result."""
     scene = KilledService(folder, **settings)
     if replacing:
-        scene.replace()
-    for moment in crash_points:
-        scene.die_at(moment)
+        scene.prepare_replacement()
+    for failpoint in failpoints:
+        scene.run_until_killed(failpoint)
     return _completed(scene)
 
 
-def killed_at_random(folder, draw, times, *, replacing=False, **settings):
-    """A task that is killed so many times at moments that `draw`, a random.Random, gives; in its end and checked."""
+def run_with_random_kills(folder, draw, times, *, replacing=False, **settings):
+    """Run a task to its end, killed `times` times at moments from `draw` (random.Random), and check the result."""
     scene = KilledService(folder, **settings)
     if replacing:
-        scene.replace()
+        scene.prepare_replacement()
     for _ in range(times):
-        if scene.live() and scene.bundle_id is None:
-            scene.ask()
+        if scene.start() and scene.bundle_id is None:
+            scene.bundle()
         time.sleep(draw.uniform(0.0, 1.0))
         scene.kill()
     return _completed(scene)
 
 
 def _completed(scene):
-    task = scene.come_to_an_end()
+    task = scene.run_to_end()
     assert task.state is BundleTaskState.COMPLETE, task
     scene.check_complete()
-    scene.check_nothing_is_left()
+    scene.check_no_traces()
     return scene
 
 
-def holders(folder):
-    """The command lines of processes, but this one, that have a file of a folder open or speak of it."""
+def find_processes(folder):
+    """Return the command lines of other processes that have a file of the folder open or name it as an argument."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
