@@ -1,13 +1,13 @@
-"""Objects that every process of the service shares: database, vault, task queues, buckets, instances, identity.
+"""Objects that every process of the service shares: database, vault, task queue, object store, instances, identity.
 
-Each is opened from the settings when it is first used. `Components.open` is the first start: it makes the database, the
-vault's key and the service's identity, all three together or none, and never one of them beside others that are there
-already. Processes on several machines share the database; each has a copy of the vault's key and of the service's
-identity in its own data directory, and is refused if it has others.
+Each is opened from the settings when it is first used. The first start (`Components.open`) creates the database, the
+vault key and the service identity: all three or none, and none of them if another one exists. Processes on several
+machines share the database. Each has a copy of the vault key and of the service identity in its data directory, and
+cannot start with different ones.
 
     DataDirectoryError
-    ├── DataDirectoryInUseError     a service runs on it
-    └── DatabaseLostError           it has the files of a database that is missing or empty
+    ├── DataDirectoryInUseError     another process runs the service on it
+    └── DatabaseLostError           it has the vault key or identity of a database that is missing or empty
 """
 
 import stat
@@ -47,12 +47,13 @@ from thrave.tasks.lease import Fence
 from thrave.tasks.repository import TaskRepository
 from thrave.vault import DecryptError, Vault, VaultKeyError
 
-if TYPE_CHECKING:  # the engine takes longer to import than most commands take to run
+if TYPE_CHECKING:  # importing the engine (DBOS) takes longer than most commands take to run
     from thrave.tasks.engine import TaskQueue
     from thrave.tasks.hosts import HostRegistry
 
-_PROOF = b"thrave"
-PROOF_CONTEXT = "vault proof"
+_CHECK_VALUE = b"thrave"
+VAULT_CHECK_CONTEXT = "vault proof"
+"""Context with which the check value is encrypted. Existing databases have it, so it must not change."""
 
 
 class DataDirectoryError(Exception):
@@ -60,21 +61,21 @@ class DataDirectoryError(Exception):
 
 
 class DataDirectoryInUseError(DataDirectoryError):
-    """Another process runs the service on it."""
+    """Another process runs the service on the data directory."""
 
 
 class DatabaseLostError(DataDirectoryError):
-    """The vault's key or the identity is there, but the database that belongs to them is missing or empty."""
+    """The vault key or the identity exists, but the database that belongs to them is missing or empty."""
 
 
 @dataclass(frozen=True)
 class Components:
-    """What a process is put together from; each part is opened when it is first used.
+    """The components of one process; each is opened when it is first used.
 
     Attributes:
-        settings: Of the service.
+        settings: Settings of the service.
         database_timeout: Seconds for one statement on a database server.
-        replaced: Called when the database's file was deleted or replaced; see `database.open_engine`.
+        replaced: Called when the database file was deleted or replaced; see `database.open_engine`.
     """
 
     settings: Settings
@@ -88,25 +89,25 @@ class Components:
 
     @cached_property
     def vault(self) -> Vault:
-        """What encrypts the secrets in the database."""
+        """Encrypts and decrypts the secrets in the database."""
         return self._opened[1]
 
     @cached_property
     def accounts(self) -> Accounts:
-        """Who may sign requests."""
+        """Accounts, and the access keys that sign requests."""
         return Accounts(self.database, self.vault)
 
     @cached_property
     def queues(self) -> "TaskQueue":
-        """Where tasks are handed to hosts."""
-        from thrave.tasks.engine import TaskQueue  # noqa: PLC0415 (see above)
+        """The task queue of each host."""
+        from thrave.tasks.engine import TaskQueue  # noqa: PLC0415 (see the imports)
 
         return TaskQueue(self.settings.database)
 
     @cached_property
     def buckets(self) -> ObjectStore:
-        """Where bundles go."""
-        return open_store(self.settings, self._holder)
+        """The object store for bundles."""
+        return open_store(self.settings, self._find_owner)
 
     @cached_property
     def instances(self) -> HypervisorDriver:
@@ -115,7 +116,7 @@ class Components:
 
     @cached_property
     def service(self) -> ServiceIdentity:
-        """The identity that signs manifests: the database's. Raises ServiceIdentityError if there is another one."""
+        """The identity that signs manifests. Raises ServiceIdentityError if it is not the one of the database."""
         identity = ServiceIdentity.open(self.settings.directory.service)
         with self.database.begin() as connection:
             known = connection.execute(sa.select(vault_check.c.identity)).scalar_one()
@@ -128,8 +129,8 @@ class Components:
 
     @cached_property
     def hosts(self) -> "HostRegistry":
-        """The fleet."""
-        from thrave.tasks.hosts import HostRegistry  # noqa: PLC0415 (see above)
+        """The hosts of the fleet and their leases."""
+        from thrave.tasks.hosts import HostRegistry  # noqa: PLC0415 (see the imports)
 
         settings = self.settings
         return HostRegistry(
@@ -141,18 +142,18 @@ class Components:
         )
 
     def records(self, fence: Fence | None = None) -> TaskRepository:
-        """The bundle tasks; an agent gives its fence."""
+        """Return the repository of bundle tasks; an agent passes its fence."""
         return TaskRepository(self.database, self.vault, fence)
 
     def open(self) -> None:
-        """Open the database and the vault; the first time, make them and the service's identity.
+        """Open the database and the vault. The first time, create them and the service identity.
 
         Raises:
             DataDirectoryError: All users share the data directory.
             DatabaseLostError: There is a vault key or an identity, but no database.
-            DatabaseUnusableError: The database cannot be opened, is damaged, or was made by a newer release.
-            VaultKeyError: The vault's key cannot be used, or is not the one that encrypted the database's secrets.
-            ServiceIdentityError: The identity cannot be made.
+            DatabaseUnusableError: The database cannot be opened, is damaged, or belongs to a newer release.
+            VaultKeyError: The vault key cannot be used, or is not the one that encrypted the database's secrets.
+            ServiceIdentityError: The identity cannot be created.
             OSError: The data directory or a file in it cannot be used.
         """
         _ = self.database
@@ -162,16 +163,16 @@ class Components:
         settings = self.settings
         if settings.failpoint:
             set_failpoint(settings.failpoint)
-        root = _root(settings)
-        with files.locked_folder(root), explained(settings):
-            close_to_others(settings)
+        root = _create_data_dir(settings)
+        with files.locked_folder(root), explain_database_errors(settings):
+            restrict_access(settings)
             if _has_no_tables(settings):
-                _refuse_to_begin_anew(settings)
+                _check_no_files_of_a_lost_database(settings)
             database = open_engine(settings.database, timeout=self.database_timeout, replaced=self.replaced)
             migrate(database)
             return database, _open_vault(settings, database)
 
-    def _holder(self, access_key_id: str) -> KeyOwner | None:
+    def _find_owner(self, access_key_id: str) -> KeyOwner | None:
         key = self.accounts.find_key(access_key_id)
         if key is None or key.status != "Active":
             return None
@@ -181,32 +182,28 @@ class Components:
 
 def open_components(settings: Settings) -> Components:
     """Open the database and the vault at once. Raises as `Components.open`."""
-    ground = Components(settings)
-    ground.open()
-    return ground
+    components = Components(settings)
+    components.open()
+    return components
 
 
-def hold_data_directory(settings: Settings) -> files.HeldFile | None:
-    """Refuse a second service on one SQLite database, for as long as this process lives.
+def lock_data_directory(settings: Settings) -> files.HeldFile | None:
+    """Lock the data directory until this process ends, so that no second service uses its SQLite database.
 
-    Agents of a fleet need none of it: who works for a host is decided by a lease in PostgreSQL.
+    With PostgreSQL nothing is locked: a lease in the database decides which agent works for a host.
 
     Returns:
-        The lock, into which the address can be written; None with PostgreSQL.
-
-    Args:
-        settings: Where they are.
-        database_timeout: Seconds for one statement on a server.
+        The lock, in which the address can be recorded; None with PostgreSQL.
 
     Raises:
         DataDirectoryInUseError: A service runs on it; the message names its process.
-        DataDirectoryError: All users share it.
-        OSError: The lock cannot be made.
+        DataDirectoryError: All users share the data directory.
+        OSError: The lock file cannot be created.
     """
     if settings.database_url is not None:
         return None
     directory = settings.directory
-    _root(settings)
+    _create_data_dir(settings)
     try:
         return files.HeldFile(directory.lock)
     except files.FileHeldError as error:
@@ -215,12 +212,13 @@ def hold_data_directory(settings: Settings) -> files.HeldFile | None:
         ) from None
 
 
-def _root(settings: Settings) -> Path:
-    """The data directory, made if it is missing.
+def _create_data_dir(settings: Settings) -> Path:
+    """Return the data directory; create it if it does not exist.
 
     Raises:
-        DataDirectoryError: It is a folder that all users share, as /tmp; closed to others, no program of theirs works.
-        OSError: It cannot be made.
+        DataDirectoryError: All users share the folder, such as /tmp. No other program could use it after
+            `restrict_access`.
+        OSError: It cannot be created.
     """
     root = settings.directory.root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -229,17 +227,16 @@ def _root(settings: Settings) -> Path:
     return root
 
 
-def close_to_others(settings: Settings) -> None:
-    """Take the rights of group and others from the data directory and what lies in it.
+def restrict_access(settings: Settings) -> None:
+    """Remove the permissions of group and others from the data directory, and from its files and folders.
 
-    Buckets as well: a bundle is handed out by copying it (`thrave copy`). Only a data directory of another user keeps
-    its mode, since its owner decides.
+    This includes buckets: a bundle is given to other users with `thrave copy`.
 
     Raises:
-        OpenToOthersError: A file or folder in it is open to others, and this user may not change that.
+        OpenToOthersError: Other users have access to a file or folder in it, and this user may not change that.
     """
     directory = settings.directory
-    with suppress(files.OpenToOthersError):
+    with suppress(files.OpenToOthersError):  # a data directory of another user keeps its mode: the owner decides
         files.close_to_others(directory.root)
     database, buckets = directory.database_file, directory.buckets
     for path in (
@@ -256,8 +253,8 @@ def _folders(parent: Path) -> list[Path]:
 
 
 @contextmanager
-def explained(settings: Settings) -> Iterator[None]:
-    """Raise DatabaseUnusableError, with what to do, for whatever the database refuses."""
+def explain_database_errors(settings: Settings) -> Iterator[None]:
+    """Raise DatabaseUnusableError, whose message says what to do, for each error of the database."""
     try:
         yield
     except sa.exc.DBAPIError as error:
@@ -265,7 +262,7 @@ def explained(settings: Settings) -> Iterator[None]:
 
 
 def _has_no_tables(settings: Settings) -> bool:
-    """Whether the database is missing or empty. Makes nothing."""
+    """Whether the database is missing or empty. Creates nothing."""
     if settings.database_url is None:
         file = settings.directory.database_file
         if not file.exists() or file.stat().st_size == 0:
@@ -278,56 +275,56 @@ def _has_no_tables(settings: Settings) -> bool:
         engine.dispose()
 
 
-def _refuse_to_begin_anew(settings: Settings) -> None:
+def _check_no_files_of_a_lost_database(settings: Settings) -> None:
+    """Raise DatabaseLostError if a file exists that was created with the database."""
     directory = settings.directory
-    made_with_it = [directory.vault_key, directory.service]
-    if settings.database_url is None:
-        made_with_it += _files(directory.buckets / ".owners")
-    for path in made_with_it:
+    paths = [directory.vault_key, directory.service]
+    owners = directory.buckets / ".owners"
+    if settings.database_url is None and owners.is_dir():
+        paths += owners.iterdir()
+    for path in paths:
         if path.exists():
             raise DatabaseLostError(
-                f"the database {place(settings.database)} is missing or empty, but {path} is there, which was made "
-                "with it. Restore the database from a backup. To begin anew, use an empty data directory."
+                f"The database {place(settings.database)} is missing or empty, but {path} exists, which was created "
+                "with it. Restore the database from a backup. To start with a new one, use an empty data directory."
             )
 
 
-def _files(folder: Path) -> list[Path]:
-    return [*folder.iterdir()] if folder.is_dir() else []
-
-
 def _open_vault(settings: Settings, database: sa.Engine) -> Vault:
-    """The vault, whose key is proved to be the database's; the first process makes key and identity.
+    """Open the vault, and check with the database's check value that its key is the right one.
 
-    The proof is committed last: a start that is cut off before goes on with the files that it has made.
+    The first process creates key and identity. The check value is committed last: after a crash before that, the next
+    start uses the files that exist.
     """
     directory = settings.directory
     with database.begin() as connection:
         lock(connection)
-        sealed = connection.execute(sa.select(vault_check.c.encrypted)).scalar()
-        if sealed is None and not _has_secrets(connection):
+        encrypted = connection.execute(sa.select(vault_check.c.encrypted)).scalar()
+        if encrypted is None and not _has_secrets(connection):
             vault = Vault.open_or_create(directory.vault_key)
         elif directory.vault_key.exists():
             vault = Vault.open(directory.vault_key)
         else:
             raise VaultKeyError(
-                f"{directory.vault_key} is missing, and the database has secrets that were encrypted with it: copy "
-                "vault.key and service/ from a backup, or from the data directory of the process that was started first"
+                f"{directory.vault_key} is missing, and the database has secrets that were encrypted with it. Copy "
+                "vault.key and service/ from a backup, or from the data directory of the process that was started "
+                "first."
             )
-        if sealed is None:
+        if encrypted is None:
             identity = ServiceIdentity.open_or_create(directory.service)
-            proof = {
+            row = {
                 "id": 1,
-                "encrypted": vault.encrypt(_PROOF, context=PROOF_CONTEXT),
+                "encrypted": vault.encrypt(_CHECK_VALUE, context=VAULT_CHECK_CONTEXT),
                 "identity": identity.fingerprint,
             }
-            connection.execute(vault_check.insert(), proof)
+            connection.execute(vault_check.insert(), row)
             return vault
     try:
-        vault.decrypt(sealed, context=PROOF_CONTEXT)
+        vault.decrypt(encrypted, context=VAULT_CHECK_CONTEXT)
     except DecryptError:
         raise VaultKeyError(
-            f"{directory.vault_key} is not the key that the database's secrets were encrypted with: copy vault.key and "
-            "service/ from the data directory of the process that was started first"
+            f"{directory.vault_key} is not the key that encrypted the database's secrets. Copy vault.key and service/ "
+            "from the data directory of the process that was started first."
         ) from None
     return vault
 

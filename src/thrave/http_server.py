@@ -1,17 +1,15 @@
-"""The HTTP server: where it listens, whether it speaks TLS, and how much a client can cost it.
+"""The HTTP server: listens, with or without TLS, and limits what one client can cost. It does not interpret requests.
 
-uvicorn and httptools speak HTTP; this module adds the limits. Bytes are counted where they arrive, before they are
-parsed: of a request's head, of its body with whatever frames it, and of requests that are sent ahead of answers. A
-client has `request_timeout` seconds to send a whole request, and as many to take its answer. The number of connections
-has a limit: one more is closed as soon as it is made. Plain HTTP is spoken on loopback only, unless the operator allows
-more.
-What a request means is not known here.
+uvicorn and httptools implement HTTP; this module adds the limits. Bytes are counted when they arrive, before they are
+parsed: of the head of a request, of its body with the framing, and of requests sent before earlier ones are answered. A
+client has `request_timeout` seconds to send a request, and as many to receive the response. Connections above
+`max_connections` are closed at once. Plain HTTP is for loopback addresses only, unless `plain_http` allows more.
 
     ListeningError
-    ├── AddressError        the address cannot be listened on
-    ├── CertificateError    the certificate and key cannot be used
-    ├── FileLimitError      the process may not open enough files
-    └── PlainHttpRefused    it would be plain HTTP on an address that others can reach
+    ├── AddressError          the service cannot listen on the address
+    ├── CertificateError      the certificate and key cannot be used
+    ├── FileLimitError        the process may not open enough files
+    └── PlainHttpNotAllowed   plain HTTP on an address that other hosts can reach
 """
 
 import asyncio
@@ -35,27 +33,29 @@ from uvicorn.server import ServerState
 
 from thrave.config import Settings
 
-GRACEFUL_SHUTDOWN = 3  # seconds that a request under way has to be answered when the service is asked to stop
+GRACEFUL_SHUTDOWN = 3  # seconds for the requests in progress when the service stops
 KEEP_ALIVE = 5  # seconds that a connection may be idle between two requests
-HEAD_LIMIT = 128 * 1024  # bytes of a request's line and headers; a query string has 64 KiB of them
+HEAD_LIMIT = 128 * 1024  # bytes of a request line and headers; 64 KiB of them are for a query string
 TARGET_LIMIT = 66 * 1024  # bytes of a request's path and query string
 MAX_HEADERS = 100
-CONTENT_LIMIT = 64 * 1024 + 1  # bytes of a body that are kept: what the API takes, and one more to show it more came
-BODY_LIMIT = 8 * 1024 * 1024  # bytes of a body that are read; whoever sends so many is told first that it is too much
+CONTENT_LIMIT = (
+    64 * 1024 + 1
+)  # bytes of a body that are kept: the API's limit, and one more to show that it is exceeded
+BODY_LIMIT = 8 * 1024 * 1024  # bytes of a body that are read; the error response is sent before
 CHUNKED_LIMIT = 256 * 1024  # bytes of a chunked body that are read, with extensions and trailers
 MAX_CHUNKS = 512
-MAX_AHEAD = 8  # requests that a client may send before it has taken the answer to an earlier one
+MAX_AHEAD = 8  # requests that a client may send before an earlier one is answered
 SLICE = 16 * 1024  # bytes that are parsed before the limits are checked again
 
 log = structlog.get_logger()
 
 
 class ListeningError(Exception):
-    """The service cannot listen as it was told to."""
+    """The service cannot listen with these settings."""
 
 
 class AddressError(ListeningError):
-    """The address is in use, not ours, or no address."""
+    """The address is in use, not an address of this machine, or not an address at all."""
 
 
 class CertificateError(ListeningError):
@@ -67,7 +67,7 @@ class FileLimitError(ListeningError):
 
 
 class PlainHttpNotAllowed(ListeningError):
-    """Signed requests would cross a network readable by everybody on it."""
+    """Every host on the network could read the requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,9 @@ class Tls:
     key: Path
 
     def check(self) -> None:
-        """Raise CertificateError if a server cannot use them."""
+        """Raise CertificateError if a server cannot use the two files."""
         try:
-            # The password is for an encrypted key, which is to fail instead of asking for it.
+            # Without a password OpenSSL would prompt for that of an encrypted key.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
         except OSError as error:  # ssl.SSLError is one
             reason = error.strerror or str(error)
@@ -93,69 +93,69 @@ class Tls:
 
 
 class HttpServer:
-    """A socket that listens, and the server behind it.
+    """Listens from its creation on, and serves an application.
 
     Args:
-        settings: The address, the certificate, the limits.
+        settings: Address, certificate and limits.
 
     Raises:
-        ListeningError: They cannot be used, or must not.
+        ListeningError: The settings cannot be used, or are not allowed.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        _allow_open_files(settings.max_open_files)
-        self._tls = _tls(settings)
+        _raise_file_limit(settings.max_open_files)
+        self._tls = _read_tls(settings)
         self._socket = _listen(settings.listen_address, settings.listen_port)
         if not (self._tls or settings.plain_http == "anywhere" or _is_loopback(self._socket)):
             self._socket.close()
             raise PlainHttpNotAllowed(
-                f"{settings.listen_address} can be reached by others, and plain HTTP can be read by them: set "
-                'tls_certificate_file and tls_key_file, or plain_http = "anywhere" if something in front of the '
-                "service speaks TLS"
+                f"Other hosts can reach {settings.listen_address}, and plain HTTP can be read by them: set "
+                'tls_certificate_file and tls_key_file, or plain_http = "anywhere" if a proxy in front of the service '
+                "uses TLS."
             )
 
     @property
     def url(self) -> str:
-        """Where clients find it, with the port that it really has."""
+        """The URL for clients, with the actual port if the setting is 0."""
         host, port = self._socket.getsockname()[:2]
         return f"{'https' if self._tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def serve(self, app: ASGIApp, listening: Callable[[str], None]) -> None:
-        """Answer requests until SIGTERM or SIGINT; call `listening(url)` once they are answered."""
+    def serve(self, app: ASGIApp, on_listening: Callable[[str], None]) -> None:
+        """Answer requests until SIGTERM or SIGINT; call `on_listening(url)` when requests are answered."""
         config = _Config(
             app,
             http=ClientConnection,
-            loop="asyncio",  # whatever else is installed: `_PEER` relies on it
+            loop="asyncio",  # also if another one is installed: `_PEER` depends on it
             lifespan="off",
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # whoever reaches us could write them
+            proxy_headers=False,  # any client could send them
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN,
             ssl_certfile=self._tls.certificate if self._tls else None,
             ssl_keyfile=self._tls.key if self._tls else None,
         )
-        config.connections = self._settings.max_connections
+        config.max_connections = self._settings.max_connections
         config.request_timeout = self._settings.request_timeout
         if self._tls:
             config.load()
             assert config.ssl is not None
             config.ssl.sslobject_class = _TlsConnection
-        _Server(config, partial(listening, self.url)).run(sockets=[self._socket])
+        _Server(config, partial(on_listening, self.url)).run(sockets=[self._socket])
 
 
 class _Config(uvicorn.Config):
-    """uvicorn's settings, and ours of a connection."""
+    """uvicorn's settings, with those of a `ClientConnection`."""
 
-    connections: int
+    max_connections: int
     request_timeout: float
 
 
 class _LimitExceeded(Exception):
-    """A request is refused while it is parsed; the text is for the client."""
+    """A request exceeds a limit while it is parsed. The message is for the client."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -163,10 +163,11 @@ class _LimitExceeded(Exception):
 
 
 class ClientConnection(HttpToolsProtocol):
-    """One client connection: uvicorn's, with a request timeout and limits on what is parsed.
+    """One client connection of uvicorn, with a request timeout and limits on what is parsed.
 
-    One timer is enough: it runs while the client has to do something (send the rest of a request, take an answer, send
-    its next request) and stands still while we have. When it ends, so does the connection, whatever is buffered.
+    One timer is enough. It runs while the client must act: send the rest of a request, receive a response, send its
+    next request. It does not run while the service handles a request. When it ends, the connection is closed, and
+    buffered data is dropped.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class ClientConnection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._limit = config.connections
+        self._max_connections = config.max_connections
         self._timeout = config.request_timeout
         self._timer: asyncio.TimerHandle | None = None
         self._in_head = True  # of a request whose head has not ended, or before one
@@ -188,22 +189,22 @@ class ClientConnection(HttpToolsProtocol):
         self._is_new = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """Take it, unless there are too many."""
+        """Accept the connection, unless there are too many."""
         super().connection_made(transport)
-        if len(self.connections) > self._limit:
-            log.warning("too many connections", limit=self._limit, remote=self._remote)
+        if len(self.connections) > self._max_connections:
+            log.warning("too many connections", limit=self._max_connections, remote=self._remote)
             self._is_finished = True
             transport.abort()
             return
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Stop the timer of the connection."""
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has arrived, a slice at a time, and never more than the limits allow."""
+        """Parse the received bytes slice by slice, up to the limits."""
         self._unset_keepalive_if_required()
         if self._is_new and data[:2] == _TLS_HANDSHAKE:
             log.warning("TLS on the port of plain HTTP", advice="TLS? Use http:// in the URL", remote=self._remote)
@@ -214,7 +215,7 @@ class ClientConnection(HttpToolsProtocol):
         while rest and not self._is_finished:
             self._parse(rest[:SLICE])
             rest = rest[SLICE:]
-        self._see_whose_turn_it_is()
+        self._update_timer()
 
     def _parse(self, data: memoryview) -> None:
         self._received += len(data)
@@ -222,7 +223,7 @@ class ClientConnection(HttpToolsProtocol):
             self._check_size()
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # It has been handed on as an ordinary request. What follows is in a protocol that is not spoken here.
+            # The request is handled as an ordinary one. The bytes after it are in a protocol that is not supported.
             self._is_finished = True
             self.cycle.keep_alive = False
         except httptools.HttpParserError as error:
@@ -238,10 +239,10 @@ class ClientConnection(HttpToolsProtocol):
             raise _LimitExceeded("413 Content Too Large", "The request's body is too long.")
 
     def _refuse(self, reason: _LimitExceeded) -> None:
-        """Answer in plain text, unless an answer is under way, and close the connection."""
+        """Send the reason as plain text, unless a response has begun, and close the connection."""
         log.warning("bad HTTP request", reason=str(reason), remote=self._remote)
         self._is_finished = True
-        cycle: RequestResponseCycle | None = self.cycle  # uvicorn's annotation leaves the beginning out
+        cycle: RequestResponseCycle | None = self.cycle  # uvicorn's annotation ignores the initial None
         if cycle is not None and cycle.more_body:  # the request of this cycle is the one that is refused
             was_answered = cycle.response_started
             cycle.disconnected = True
@@ -257,23 +258,22 @@ class ClientConnection(HttpToolsProtocol):
         self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Begin to count a request's head; refuse it if too many are waiting."""
+        """Start to count the head of a request; refuse the request if too many are waiting."""
         if len(self.pipeline) >= MAX_AHEAD:
-            raise _LimitExceeded("400 Bad Request", f"More than {MAX_AHEAD} requests were sent ahead of answers.")
+            raise _LimitExceeded("400 Bad Request", f"More than {MAX_AHEAD} requests were sent before a response.")
         self._in_head, self._content, self._chunks = True, 0, 0
-        self._received = min(
-            self._received, SLICE
-        )  # at most what was fed last, of which some belongs to the one before
+        # At most the slice that was parsed last; some of its bytes belong to the request before.
+        self._received = min(self._received, SLICE)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Take a piece of the path and query string."""
+        """Add a piece of the path and query string."""
         super().on_url(url)
         if len(self.url) > TARGET_LIMIT:
             raise _LimitExceeded("414 URI Too Long", f"The path and query string are longer than {TARGET_LIMIT} bytes.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, or one of a body's trailers, which nobody reads."""
+        """Add a header. Trailers of a body are ignored."""
         if not self._in_head:
             return
         if len(self.headers) >= MAX_HEADERS:
@@ -281,18 +281,18 @@ class ClientConnection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Begin to count the body."""
+        """Start to count the body."""
         if sum(name == b"host" for name, _ in self.headers) > 1:
             raise _LimitExceeded("400 Bad Request", "The request has more than one Host header.")
         self._in_head, self._received = False, 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Keep as much of the body as is read."""
-        wanted = CONTENT_LIMIT - self._content
+        """Keep at most `CONTENT_LIMIT` bytes of the body."""
+        free = CONTENT_LIMIT - self._content
         self._content += len(body)
-        if wanted > 0:
-            super().on_body(body[:wanted])
+        if free > 0:
+            super().on_body(body[:free])
 
     def on_chunk_header(self) -> None:
         """Count the chunks of a body."""
@@ -301,34 +301,34 @@ class ClientConnection(HttpToolsProtocol):
             raise _LimitExceeded("400 Bad Request", f"The body has more than {MAX_CHUNKS} chunks.")
 
     def on_message_complete(self) -> None:
-        """Begin to count the next request's head."""
+        """Start to count the head of the next request."""
         self._in_head, self._received = True, 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the client to take the answer, and for its next request."""
+        """Wait until the client has received the response, and for its next request."""
         super().on_response_complete()
-        self._see_whose_turn_it_is()
+        self._update_timer()
 
     def pause_writing(self) -> None:
-        """Wait for the client to take some of a long answer."""
+        """Wait until the client has received a part of a long response."""
         super().pause_writing()
-        self._see_whose_turn_it_is()
+        self._update_timer()
 
     def resume_writing(self) -> None:
-        """Go on: it has."""
+        """Continue to send the response."""
         super().resume_writing()
-        self._see_whose_turn_it_is()
+        self._update_timer()
 
     @property
     def _remote(self) -> str | None:
         return self.client and self.client[0]
 
     def _is_between_requests(self) -> bool:
-        cycle: RequestResponseCycle | None = self.cycle  # uvicorn's annotation leaves the beginning out
+        cycle: RequestResponseCycle | None = self.cycle  # uvicorn's annotation ignores the initial None
         return cycle is None or cycle.response_complete
 
-    def _see_whose_turn_it_is(self) -> None:
+    def _update_timer(self) -> None:
         if self._is_between_requests() or self.cycle.more_body or self.flow.write_paused:
             self._start_timer()
         else:
@@ -344,70 +344,70 @@ class ClientConnection(HttpToolsProtocol):
             self._timer = None
 
 
-_TLS_HANDSHAKE = b"\x16\x03"  # RFC 8446, 5.1: a handshake record's type, and the first byte of its version
+_TLS_HANDSHAKE = b"\x16\x03"  # RFC 8446, 5.1: type of a handshake record, and first byte of its version
 _HEAD_TOO_LARGE = ("431 Request Header Fields Too Large", f"The request's head is longer than {HEAD_LIMIT} bytes.")
 
 _PEER: ContextVar[str] = ContextVar("_PEER", default="")
-"""The address of the client whose connection is being served. asyncio copies the context in which a connection was
-accepted to whatever it calls for that connection."""
+"""Address of the client of the current connection. asyncio copies the context in which a connection was accepted to all
+calls for that connection."""
 
 
 class _ListeningSocket(socket.socket):
-    """A socket that notes whose connection it has accepted, for what happens before there is a `ClientConnection`."""
+    """A socket that stores the address of each accepted client in `_PEER`, for the log of failed handshakes."""
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """As any other's."""
+        """Accept a connection, as `socket.socket` does."""
         connection, address = super().accept()
         _PEER.set(address[0])
         return connection, address
 
 
 class _TlsConnection(ssl.SSLObject):
-    """A TLS connection that logs a handshake that fails. asyncio does so in its debug mode alone."""
+    """A TLS connection that logs a failed handshake; asyncio logs it in its debug mode only."""
 
     def do_handshake(self) -> None:
-        """Go on with the handshake."""
+        """Do the next step of the handshake."""
         try:
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except ssl.SSLError as error:
             advice = {"advice": "TLS? Use https:// in the URL"} if error.reason == "HTTP_REQUEST" else {}
-            log.warning("TLS handshake failed", what=error.reason, remote=_PEER.get(), **advice)
+            log.warning("TLS handshake failed", error=error.reason, remote=_PEER.get(), **advice)
             raise
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it answers."""
+    """uvicorn's server, with a callback when it answers requests."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
-        self._listening = listening
+        self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._listening()
+            self._on_listening()
 
 
-def _allow_open_files(needed: int) -> None:
-    """Raise the process's limit of open files as far as it needs.
+def _raise_file_limit(needed: int) -> None:
+    """Raise the limit of open files of this process to the number that it needs.
 
     Raises:
-        FileLimitError: It may not be raised so far.
+        FileLimitError: The hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise FileLimitError(
-            f"This process may open {hard} files, and {needed} may be needed. Raise the limit (LimitNOFILE= in the"
-            " service's unit, ulimit -n), or lower `max_connections`."
+            f"This process may open {hard} files, and {needed} may be needed. Raise the limit (LimitNOFILE= in the "
+            "service's unit, ulimit -n), or lower `max_connections`."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _tls(settings: Settings) -> Tls | None:
+def _read_tls(settings: Settings) -> Tls | None:
     if settings.tls_certificate_file is None or settings.tls_key_file is None:
         return None
     tls = Tls(certificate=settings.tls_certificate_file, key=settings.tls_key_file)
@@ -418,13 +418,15 @@ def _tls(settings: Settings) -> Tls | None:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        made = socket.create_server((host, port), family=family, backlog=1024)
+        server_socket = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:  # socket.gaierror is one
-        raise AddressError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-    listener = _ListeningSocket(family, fileno=made.detach())
+        raise AddressError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Change `listen_address` or `listen_port`."
+        ) from error
+    listener = _ListeningSocket(family, fileno=server_socket.detach())
     listener.set_inheritable(False)
-    # Connections inherit it. An answer is sent in two pieces, and the second would else wait 40 ms for the client to
-    # acknowledge the first; asyncio sees to that only on sockets that it has made itself.
+    # Connections inherit the option. A response is sent in two pieces, and without it the second waits 40 ms for the
+    # client to acknowledge the first. asyncio sets it only on sockets that it created itself.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from thrave.agent import Agent
 from thrave.buckets.retrying_store import RetryingStore
-from thrave.components import Components, explained, hold_data_directory
+from thrave.components import Components, explain_database_errors, lock_data_directory
 from thrave.compute.base import InstanceInventory
 from thrave.compute.fleet import FleetInventory
 from thrave.compute.power import PowerControl
@@ -55,17 +55,17 @@ def serve(settings: Settings, on_listening: OnListening) -> None:
     # A data directory that exists is locked first: "in use by process 7" says more than "address in use". A new one is
     # locked when it is certain that the service can listen, so that a failed start creates nothing.
     exists = settings.directory.lock.exists() or settings.directory.vault_key.exists()
-    lock = hold_data_directory(settings) if exists else None
+    lock = lock_data_directory(settings) if exists else None
     http_server = HttpServer(settings)
     components = _create_components(settings)
-    lock = lock or hold_data_directory(settings)
+    lock = lock or lock_data_directory(settings)
     components.open()
     _ = components.service
     agent = Agent(components)
     backend = _build_backend(components, components.instances, agent.power, lambda _instance_id: settings.host_id)
     volume_check = RootVolumeCheck(components.instances, settings.image_dirs)
     app = create_app(replace(backend, find_volume_problem=volume_check.find_problem))
-    with explained(settings):
+    with explain_database_errors(settings):
         agent.start(reports=False)
     supervised("drained", lambda: _stop_when_drained(agent), on_failure=lambda _error: os._exit(1))
     _serve_requests(http_server, app, on_listening, lock)
@@ -97,7 +97,7 @@ def run_agent(settings: Settings, on_started: Callable[[], None]) -> None:
     components.open()
     _ = components.service
     agent = Agent(components)
-    with explained(settings):
+    with explain_database_errors(settings):
         agent.start(reports=True)
     on_started()
     if status := agent.wait():

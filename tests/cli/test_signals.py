@@ -37,7 +37,7 @@ setattr(holder, name, classmethod(signalled) if isinstance(found, classmethod) e
 COMMON = [
     "thrave.config:load_settings",
     "thrave.logs:configure_logs",
-    "thrave.components:close_to_others",
+    "thrave.components:restrict_access",
     "thrave.components:migrate",
     "thrave.vault:Vault.open_or_create",
     "thrave.identity.certificates:ServiceIdentity.open",
@@ -53,7 +53,7 @@ STEPS = {
         *COMMON,
         *LISTENING,
         *AGENT,
-        "thrave.server:hold_data_directory",
+        "thrave.server:lock_data_directory",
         "thrave.tasks.engine:TaskQueue.__init__",
     ],
     "api": [*COMMON, *LISTENING],

@@ -271,11 +271,11 @@ def open_service(settings: Settings, *, create: bool = False) -> Iterator[Compon
     if not create:
         require_data_directory(settings)
     with quick_imports():
-        from thrave.components import explained, open_components
+        from thrave.components import explain_database_errors, open_components
 
     components = open_components(settings)
     try:
-        with explained(settings):
+        with explain_database_errors(settings):
             yield components
     finally:
         components.database.dispose()

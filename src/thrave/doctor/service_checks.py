@@ -6,7 +6,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from thrave.components import PROOF_CONTEXT
+from thrave.components import VAULT_CHECK_CONTEXT
 from thrave.concurrency import utc_now
 from thrave.database import migrations, vault_check
 from thrave.doctor.check_context import CheckContext, CheckFailed, CheckSkipped
@@ -85,7 +85,7 @@ def check_vault(context: CheckContext) -> str:
         sealed = connection.execute(sa.select(vault_check.c.encrypted)).scalar()
     if sealed is None:
         raise CheckSkipped("the database has no check value yet")
-    context.vault.decrypt(sealed, context=PROOF_CONTEXT)
+    context.vault.decrypt(sealed, context=VAULT_CHECK_CONTEXT)
     return "the key belongs to the database"
 
 

@@ -120,7 +120,7 @@ class InvalidValueError(ProtocolError):
 
 @dataclass(frozen=True)
 class Blob:
-    """Bytes that were sent as base64, with the text as received: an upload policy's signature is over the text.
+    """Bytes that were sent as base64, and the text as received: the text is what an upload policy's signature signs.
 
     Attributes:
         text: The base64 text exactly as received, with its line breaks.

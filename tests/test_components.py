@@ -1,4 +1,4 @@
-"""A data directory: one service at a time, a database that is never begun anew, one key and identity, no open files."""
+"""The data directory: one service at a time, one database, vault key and identity, and no access for other users."""
 
 import os
 import shutil
@@ -34,16 +34,16 @@ def settings(data):
 
 
 @pytest.fixture
-def begun(settings):
+def initialized(settings):
     """A data directory with an account."""
-    begin(settings)
+    initialize(settings)
     return settings
 
 
-def begin(settings):
-    ground = open_components(settings)
-    ground.accounts.create("alice")
-    ground.database.dispose()
+def initialize(settings):
+    components = open_components(settings)
+    components.accounts.create("alice")
+    components.database.dispose()
 
 
 def files_of(folder):
@@ -53,7 +53,7 @@ def files_of(folder):
 # One service at a time
 
 
-def test_second_service_is_refused_and_names_the_first(data):
+def test_second_service_reports_the_process_of_the_first(data):
     with ForkedServer.running(data) as first:
         with pytest.raises(
             ServerError, match=f"status {Exit.REFUSED.value}: .*process {first.process.pid} "
@@ -70,32 +70,32 @@ def test_killed_service_releases_its_data_directory(data):
             pass
 
 
-def test_commands_work_beside_a_service(data):
+def test_components_open_while_a_service_runs(data):
     with ForkedServer.running(data) as server:
         account, _ = server.account("alice")
-        ground = open_components(Settings(data_dir=data))
-        assert [found.account_id for found in ground.accounts.list()] == [account.account_id]
-        ground.database.dispose()
+        components = open_components(Settings(data_dir=data))
+        assert [found.account_id for found in components.accounts.list()] == [account.account_id]
+        components.database.dispose()
 
 
-def test_first_starts_at_once_make_one_database_key_and_identity(data):
+def test_simultaneous_first_starts_create_one_database_key_and_identity(data):
     settings = Settings(data_dir=data)
 
     def start(number):
-        ground = open_components(settings)
-        ground.accounts.create(f"account-{number}")
-        fingerprint = ground.service.fingerprint
-        ground.database.dispose()
+        components = open_components(settings)
+        components.accounts.create(f"account-{number}")
+        fingerprint = components.service.fingerprint
+        components.database.dispose()
         return fingerprint
 
     with ThreadPoolExecutor(6) as pool:
         assert len({*pool.map(start, range(6))}) == 1
-    ground = open_components(settings)
-    assert len(ground.accounts.list()) == 6
-    ground.database.dispose()
+    components = open_components(settings)
+    assert len(components.accounts.list()) == 6
+    components.database.dispose()
 
 
-# A database that is lost
+# Lost databases
 
 
 def delete(database):
@@ -117,16 +117,16 @@ def empty(database):
 
 
 @pytest.mark.parametrize("change", [delete, replace, overwrite, empty])
-def test_service_stops_when_its_database_is_changed_by_others(data, change, capfd):
+def test_service_stops_when_its_database_is_replaced(data, change, capfd):
     server = ForkedServer.running(data, heartbeat_interval=0.2)
     with server as running:
         with sqlite3.connect(data / "thrave.db") as source, sqlite3.connect(data / "backup") as backup:
-            source.backup(backup)  # an older state, as from before the start
+            source.backup(backup)  # an older state, from before the start
             backup.execute("PRAGMA user_version = 0")
         source.close()
         backup.close()
         change(data / "thrave.db")
-        # A coverage that is told of os._exit may crash first: then other threads of the process still run.
+        # Coverage, which handles os._exit, may crash first while other threads of the process still run.
         assert running.process.wait(TIMEOUT) in {Exit.FAILED, -signal.SIGSEGV}
         assert (data / "thrave.db").exists() is (change is not delete)
         assert change is not empty or (data / "thrave.db").stat().st_size == 0
@@ -136,24 +136,24 @@ def test_service_stops_when_its_database_is_changed_by_others(data, change, capf
 
 
 @pytest.mark.parametrize("change", [delete, replace])
-def test_open_database_refuses_every_transaction_after_a_change(begun, change):
-    database = open_engine(begun.database)
+def test_open_database_refuses_transactions_after_a_replacement(initialized, change):
+    database = open_engine(initialized.database)
     with database.begin() as connection:
         connection.execute(sa.text("SELECT 1"))
-    change(begun.directory.database_file)
+    change(initialized.directory.database_file)
     with pytest.raises(DatabaseReplacedError, match=r"thrave\.db"), database.begin():
         pytest.fail("a transaction began")
     database.dispose()
     with pytest.raises(DatabaseReplacedError), database.connect():
         pytest.fail("a connection was made")
-    assert begun.directory.database_file.exists() is (change is replace)
+    assert initialized.directory.database_file.exists() is (change is replace)
 
 
-def test_change_within_a_transaction_refuses_its_commit(begun):
-    database = open_engine(begun.database)
+def test_transaction_cannot_commit_after_a_replacement(initialized):
+    database = open_engine(initialized.database)
     connection = database.connect()
     connection.execute(sa.text("DELETE FROM access_key"))
-    replace(begun.directory.database_file)
+    replace(initialized.directory.database_file)
     with pytest.raises(DatabaseReplacedError):
         connection.commit()
     connection.close()
@@ -162,81 +162,84 @@ def test_change_within_a_transaction_refuses_its_commit(begun):
 
 @pytest.mark.parametrize("change", [delete, empty])
 @pytest.mark.parametrize("kept", ["vault.key", "service", "buckets"])
-def test_lost_database_is_not_begun_anew(begun, change, kept):
-    buckets = begun.directory.buckets
+def test_lost_database_is_not_created_again(initialized, change, kept):
+    buckets = initialized.directory.buckets
     (buckets / ".owners").mkdir(parents=True)
     (buckets / ".owners" / "bucket").write_text("123456789012\n")
-    change(begun.directory.database_file)
+    change(initialized.directory.database_file)
     for name in {"vault.key", "service", "buckets"} - {kept}:
-        path = begun.data_dir / name
+        path = initialized.data_dir / name
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    before = files_of(begun.data_dir)
+    before = files_of(initialized.data_dir)
     with pytest.raises(DatabaseLostError, match=r"thrave\.db is missing or empty"):
-        open_components(begun)
-    assert files_of(begun.data_dir) == before
+        open_components(initialized)
+    assert files_of(initialized.data_dir) == before
 
 
-def test_missing_vault_key_is_not_replaced_by_a_new_one(begun):
-    begun.directory.vault_key.unlink()
+def test_missing_vault_key_is_not_created_again(initialized):
+    initialized.directory.vault_key.unlink()
     with pytest.raises(VaultKeyError, match=r"vault\.key is missing"):
-        open_components(begun)
-    assert not begun.directory.vault_key.exists()
+        open_components(initialized)
+    assert not initialized.directory.vault_key.exists()
 
 
-def test_vault_key_of_another_database_is_refused(begun, tmp_path):
+def test_vault_key_of_another_database_is_refused(initialized, tmp_path):
     other = Settings(data_dir=tmp_path / "other")
-    begin(other)
-    shutil.copy2(other.directory.vault_key, begun.directory.vault_key)
+    initialize(other)
+    shutil.copy2(other.directory.vault_key, initialized.directory.vault_key)
     with pytest.raises(VaultKeyError, match="is not the key"):
-        open_components(begun)
+        open_components(initialized)
 
 
 @pytest.mark.parametrize("lost", ["", "pk.pem", "cert.pem", "side-key.pem"])
-def test_missing_service_identity_is_not_replaced_by_a_new_one(begun, lost):
-    path = begun.directory.service / lost
+def test_missing_service_identity_is_not_created_again(initialized, lost):
+    path = initialized.directory.service / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = files_of(begun.data_dir)
-    ground = open_components(begun)
+    before = files_of(initialized.data_dir)
+    components = open_components(initialized)
     with pytest.raises(ServiceIdentityError):
-        _ = ground.service
-    ground.database.dispose()
-    assert files_of(begun.data_dir) - {"thrave.db-shm", "thrave.db-wal"} == before - {"thrave.db-shm", "thrave.db-wal"}
+        _ = components.service
+    components.database.dispose()
+    assert files_of(initialized.data_dir) - {"thrave.db-shm", "thrave.db-wal"} == before - {
+        "thrave.db-shm",
+        "thrave.db-wal",
+    }
     with pytest.raises(ServerError, match="identity"):
-        ForkedServer(begun.directory).start()
+        ForkedServer(initialized.directory).start()
 
 
 @pytest.mark.parametrize("names", [("pk.pem", "cert.pem"), ("side-key.pem",)])
-def test_other_service_identity_is_refused(begun, tmp_path, names):
+def test_service_identity_of_another_database_is_refused(initialized, tmp_path, names):
     ServiceIdentity.open_or_create(tmp_path / "other")
     for name in names:
-        shutil.copy2(tmp_path / "other" / name, begun.directory.service / name)
-    ground = open_components(begun)
+        shutil.copy2(tmp_path / "other" / name, initialized.directory.service / name)
+    components = open_components(initialized)
     with pytest.raises(ServiceIdentityError, match="another service identity"):
-        _ = ground.service
-    ground.database.dispose()
+        _ = components.service
+    components.database.dispose()
 
 
 @pytest.mark.parametrize(("kind", "step"), [(Vault, "open_or_create"), (ServiceIdentity, "open_or_create"),
                                            (ServiceIdentity, "fingerprint"), (Vault, "encrypt")])  # fmt: skip
-def test_first_start_that_was_cut_off_is_continued(settings, monkeypatch, kind, step):
-    class CutOffError(BaseException):
+def test_interrupted_first_start_is_completed_by_the_next(settings, monkeypatch, kind, step):
+    class InterruptedStart(BaseException):
         pass
 
-    def cut_off(*_args, **_named):
-        raise CutOffError
+    def interrupt(*_args, **_named):
+        raise InterruptedStart
 
     with monkeypatch.context() as patch:
-        patch.setattr(kind, step, property(cut_off) if step == "fingerprint" else cut_off)
-        with pytest.raises(CutOffError):
+        patch.setattr(kind, step, property(interrupt) if step == "fingerprint" else interrupt)
+        with pytest.raises(InterruptedStart):
             open_components(settings)
-    begin(settings)
-    ground = open_components(settings)
-    assert ground.service.fingerprint
-    ground.database.dispose()
+    initialize(settings)
+    components = open_components(settings)
+    assert components.service.fingerprint
+    components.database.dispose()
 
 
 @pytest.mark.parametrize("broken", ["address", "plain-http", "certificate", "credentials", "open-credentials"])
-def test_first_start_that_fails_for_a_setting_leaves_nothing(data, tmp_path, broken):
+def test_first_start_with_a_wrong_setting_creates_nothing(data, tmp_path, broken):
     credentials = tmp_path / "credentials"
     credentials.write_text("[default]\naws_access_key_id = A\naws_secret_access_key = B\n")
     credentials.chmod(0o644)
@@ -254,10 +257,10 @@ def test_first_start_that_fails_for_a_setting_leaves_nothing(data, tmp_path, bro
     assert files_of(data) == set()
 
 
-# Modes
+# Permissions
 
 
-def test_files_are_closed_to_others_whatever_the_umask(data, tmp_path):
+def test_files_are_private_with_any_umask(data, tmp_path):
     before = os.umask(0o022)
     try:
         data.mkdir(mode=0o755)
@@ -266,24 +269,24 @@ def test_files_are_closed_to_others_whatever_the_umask(data, tmp_path):
             (tmp_path / "v.raw").write_bytes(bytes(4096))
             server.instance(account.account_id, tmp_path / "v.raw")
             server.client(server.account("bob")[1]).describe_instances()
-            assert open_to_others(data) <= {"instances"}  # which this process has made, with its umask
+            assert accessible_to_others(data) <= {"instances"}  # created by this process with its umask
     finally:
         os.umask(before)
 
 
-def test_start_closes_what_was_open_to_others(begun):
-    directory = begun.directory
+def test_start_restricts_access_to_existing_files(initialized):
+    directory = initialized.directory
     for folder in (directory.buckets / "bucket", directory.buckets / ".spool", directory.instances / ".locks"):
         folder.mkdir(parents=True)
     for path in (directory.root, *directory.root.rglob("*")):
         if path.name not in {"vault.key", "pk.pem", "side-key.pem", "cert.pem"}:
             path.chmod(0o755 if path.is_dir() else 0o644)
-    ground = open_components(begun)
-    assert open_to_others(directory.root) <= {"service/cert.pem"}
-    ground.database.dispose()
+    components = open_components(initialized)
+    assert accessible_to_others(directory.root) <= {"service/cert.pem"}
+    components.database.dispose()
 
 
-def open_to_others(folder):
+def accessible_to_others(folder):
     return {
         str(path.relative_to(folder))
         for path in (folder, *folder.rglob("*"))
@@ -295,35 +298,35 @@ def open_to_others(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [(b"text, and no database, longer than the header of one would be" * 4, "is not a SQLite database"),
      (None, "cannot be opened")],
 )  # fmt: skip
-def test_unusable_database_is_named_in_our_words(begun, content, says):
-    file = begun.directory.database_file
+def test_unusable_database_error_names_the_file(initialized, content, message):
+    file = initialized.directory.database_file
     delete(file)
     file.mkdir() if content is None else file.write_bytes(content)
-    with pytest.raises(DatabaseUnusableError, match=says) as error:
-        open_components(begun)
+    with pytest.raises(DatabaseUnusableError, match=message) as error:
+        open_components(initialized)
     assert str(file) in str(error.value)
     assert "sqlite3." not in str(error.value)
 
 
-def test_postgresql_that_does_not_answer_is_named_without_its_password():
+def test_unreachable_postgresql_error_has_no_password():
     url = "postgresql://thrave:hunter2@127.0.0.1:1/thrave"
     with pytest.raises(sa.exc.OperationalError) as refusal:
         open_engine(url).connect()
-    words = str(explain(refusal.value, url))
-    assert words == "PostgreSQL at 127.0.0.1:1 does not answer. Start it, or check the setting database_url."
+    message = str(explain(refusal.value, url))
+    assert message == "PostgreSQL at 127.0.0.1:1 does not answer. Start it, or check the setting database_url."
 
 
-def test_parts_that_need_no_database_are_opened_before_it(data):
-    ground = Components(Settings(data_dir=data))
-    assert ground.instances.list() == []
+def test_components_without_database_open_without_creating_it(data):
+    components = Components(Settings(data_dir=data))
+    assert components.instances.list() == []
     assert not data.exists()
 
 
-def test_folder_lock_waits_for_its_holder(tmp_path):
+def test_folder_lock_waits_for_its_release(tmp_path):
     from thrave.files import locked_folder
 
     entered = threading.Event()
@@ -340,18 +343,18 @@ def test_folder_lock_waits_for_its_holder(tmp_path):
     assert entered.is_set()
 
 
-def test_engine_of_a_library_refuses_the_services_database_after_a_change(begun):
+def test_engine_of_a_library_refuses_the_replaced_database(initialized):
     ended = []
-    ground = Components(begun, replaced=ended.append)
-    ground.open()
-    library = sa.create_engine(begun.database)
+    components = Components(initialized, replaced=ended.append)
+    components.open()
+    library = sa.create_engine(initialized.database)
     with library.begin() as connection:
         connection.execute(sa.text("SELECT 1"))
-    replace(begun.directory.database_file)
+    replace(initialized.directory.database_file)
     with pytest.raises(DatabaseReplacedError), library.begin():
         pytest.fail("a transaction began")
     assert len(ended) == 1
     library.dispose()
     with pytest.raises(DatabaseReplacedError), library.connect():
         pytest.fail("a connection was made")
-    ground.database.dispose()
+    components.database.dispose()
