@@ -157,7 +157,10 @@ def test_files_are_found():
         ("# see src/thrave/{}", "src/thrave/{}"),
         ("import thrave\nmonkeypatch.setattr(thrave, '{}', 1)", "thrave.{}"),
         ("from thrave.tasks import monitor\nmonkeypatch.setattr(monitor, '{}', 1)", "thrave.tasks.monitor.{}"),
-        ("from thrave.tasks import monitor as m\npatch.setattr(m.structlog, '{}', 1)", "thrave.tasks.monitor.structlog.{}"),
+        (
+            "from thrave.tasks import monitor as m\npatch.setattr(m.structlog, '{}', 1)",
+            "thrave.tasks.monitor.structlog.{}",
+        ),
         ("from thrave.config import Settings\npatch.setattr(Settings, '{}', 1)", "thrave.config.Settings.{}"),
     ],
 )
