@@ -172,7 +172,7 @@ class NoiseVolume:
         """See Volume: all of the disk."""
         return [Extent(0, self.size)]
 
-    def will_read(self, offset: int, length: int) -> None:
+    def prefetch(self, offset: int, length: int) -> None:
         """See Volume: nothing to prepare."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

@@ -38,7 +38,7 @@ from thrave.tasks.models import (
 )
 from thrave.tasks.models import MEANING as HOST_MEANING
 from thrave.tasks.models import Row as StepRow
-from thrave.volumes.image_rules import MARKS, REFERENCES, Row
+from thrave.volumes.image_rules import MARKS, REFERENCES, ImageRule
 
 SOURCE = Path(__file__).parents[1] / "src" / "thrave"
 _OTHER_FOLDERS = ("volumes", "bundle", "buckets", "doctor", "cli", "demo")
@@ -168,9 +168,9 @@ def images() -> str:
     """Properties of disk images that are checked before QEMU opens them."""
     header = ("format", "metadata", "where", "decision", "message")
 
-    def rows(table: Iterable[Row]) -> Iterable[Iterable[object]]:
-        for row in table:
-            yield row.format, row.name, row.where, f"`{row.decision}`", row.reason
+    def rows(rules: Iterable[ImageRule]) -> Iterable[Iterable[object]]:
+        for rule in rules:
+            yield rule.format, rule.name, rule.where, f"`{rule.decision}`", rule.reason
 
     return IMAGES.format(references=table(header, rows(REFERENCES)), marks=table(header, rows(MARKS)))
 

@@ -23,7 +23,7 @@ class Listener:
     def extents(self) -> list[Span]:
         return EXTENTS
 
-    def will_read(self, offset: int, length: int) -> None:
+    def prefetch(self, offset: int, length: int) -> None:
         self.heard.append((offset, length))
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

@@ -25,7 +25,7 @@ class MemoryImage:
     def extents(self):
         return self._extents
 
-    def will_read(self, offset, length):
+    def prefetch(self, offset, length):
         pass
 
     def read_into(self, offset, buffer):

@@ -59,7 +59,7 @@ def opening(address, image, *more):
 def test_open_leaves_nothing(address, asked, tmp_path, number, image_format):
     if image_format != "raw":
         try:
-            qemu_nbd.load()
+            qemu_nbd.load_binding()
         except ToolNotInstalled as error:
             missing(error.component, package=error.package)
     (tmp_path / "out").mkdir()

@@ -48,6 +48,6 @@ def require_root(task: str) -> None:
 def require_libnbd() -> None:
     """Load libnbd's binding; without it as `require`."""
     try:
-        qemu_nbd.load()
+        qemu_nbd.load_binding()
     except ToolNotInstalled as error:
         missing(error.component, package=error.package)

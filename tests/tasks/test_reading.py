@@ -51,7 +51,7 @@ def test_a_disk_that_does_not_answer_is_abandoned_and_not_in_the_machines_way(
     if moment == "extents":
         monkeypatch.setattr(DRIVERS[image_format], "extents", disk.hang)
     if moment == "closing":
-        monkeypatch.setattr("thrave.volumes.image_chain.Inspection.check_unchanged", disk.hang)
+        monkeypatch.setattr("thrave.volumes.image_chain.ImageChain.check_unchanged", disk.hang)
 
     def work():
         with bench.watch() as watch, VolumeReader(partial(opening, image, image_format), watch) as reader:

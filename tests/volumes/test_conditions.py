@@ -24,7 +24,7 @@ from thrave.volumes import ntfs_format, ntfs_sandbox, ntfs_scan
 from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.formats import open_volume
 from thrave.volumes.ntfs_format import BootSector
-from thrave.volumes.ntfs_volumes import Verdict, check_unclean
+from thrave.volumes.ntfs_volumes import Verdict, find_unclean
 
 MESSAGE = struct.Struct("<cQQ")
 NAME = ntfs_scan.HIBERNATION_FILE.encode("utf-16-le")
@@ -42,12 +42,12 @@ def damage(windows):
 
 
 def said_of(damage):
-    return [found.words for found in check_unclean(damage)]
+    return [found.message for found in find_unclean(damage)]
 
 
 def not_checked(damage):
-    found = check_unclean(damage)
-    return [each.words for each in found if each.verdict is Verdict.NOT_CHECKED]
+    found = find_unclean(damage)
+    return [each.message for each in found if each.verdict is Verdict.NOT_CHECKED]
 
 
 def hibernation_name(damage):
@@ -84,25 +84,25 @@ def sleep_in_another_folder(damage):
 )
 def test_clean_volume_has_no_findings(damage, change):
     change(damage)
-    assert check_unclean(damage) == []
+    assert find_unclean(damage) == []
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (boot(3, "8s", b"-FVE-FS-"), "of the volume at byte 1048576, it is encrypted with BitLocker"),
+        (boot(3, "8s", b"-FVE-FS-"), "volume at byte 1048576: it is encrypted with BitLocker"),
         (
             boot(424, "16s", ntfs_format._BITLOCKER_TO_GO),
-            "of the volume at byte 1048576, it is encrypted with BitLocker",
+            "volume at byte 1048576: it is encrypted with BitLocker",
         ),
-        (boot(3, "8s", b"ReFS"), "of the volume at byte 1048576, its file system is ReFS"),
-        (boot(3, "8s", b"MSDOS5.0"), "of the volume at byte 1048576, no file system is known"),
-        (boot(13, "<B", 256 - 8), "of the volume at byte 1048576, its clusters have 128 KiB"),
+        (boot(3, "8s", b"ReFS"), "volume at byte 1048576: its file system is ReFS"),
+        (boot(3, "8s", b"MSDOS5.0"), "volume at byte 1048576: no file system is known"),
+        (boot(13, "<B", 256 - 8), "volume at byte 1048576: its clusters have 128 KiB"),
         (partition_entry(1, 0x42, 0, 0), "it is a dynamic disk"),
         (gpt((DYNAMIC, 1 << 20, 63 << 20)), "it is a dynamic disk"),
         (gpt((STORAGE_SPACES, 1 << 20, 63 << 20)), "it belongs to Storage Spaces"),
         (gpt(), "it has no partition"),
-        (partition_entry(0, 0x00, 0, 0), "of the volume at byte 0, no file system is known"),
+        (partition_entry(0, 0x00, 0, 0), "volume at byte 0: no file system is known"),
     ],
 )
 def test_check_names_what_it_cannot_check(damage, change, words):
@@ -117,19 +117,19 @@ def test_check_names_what_it_cannot_check(damage, change, words):
         (flags(0x0001), "it is marked as dirty: have Windows check it"),
         (flags(0x4000), "it is marked as dirty"),
         (log(restart_page(clients=0)), "its log was not closed"),
-        (log(restart_page(version=(2, 0))), "its log is of version 2.0: shut Windows down fully"),
+        (log(restart_page(version=(2, 0))), "its log has version 2.0: shut Windows down fully"),
         (hibernation_head(b"hibr"), "Windows is hibernated on it"),
         (hibernation_head(b"HIBR"), "Windows is hibernated on it"),
         (hibernation_head(b"RSTR"), "Windows is hibernated on it"),
         (sleep_under("HiberFil.Sys"), "Windows is hibernated on it"),
         (log(bytes(4096)), "its log has no restart page"),
-        (boot(48, "<Q", 1 << 40), "its boot sector describes no volume"),
+        (boot(48, "<Q", 1 << 40), "its boot sector does not describe a volume"),
     ],
 )
 def test_check_reports_the_fault(damage, change, words):
     change(damage)
     (said,) = said_of(damage)
-    assert said.startswith(f"of the volume at byte {damage.at}, {words}")
+    assert said.startswith(f"volume at byte {damage.at}: {words}")
     assert not not_checked(damage)
 
 
@@ -154,7 +154,7 @@ def test_each_volume_has_its_own_findings(damage):
     partition_entry(1, 0x07, second // 512, size // 512)(damage)
     flags(1)(Damage(damage.disk, second))
     (said,) = said_of(damage)
-    assert f"of the volume at byte {second}, it is marked as dirty" in said
+    assert f"volume at byte {second}: it is marked as dirty" in said
     boot(3, "8s", b"-FVE-FS-")(damage)
     assert said_of(damage) == [*not_checked(damage), said]
     assert len(said_of(damage)) == 2
@@ -164,7 +164,7 @@ def test_volume_without_partition_table_is_checked(damage):
     bare = Damage(bytearray(damage.disk[damage.at :]), 0)
     assert said_of(bare) == []
     flags(1)(bare)
-    assert "of the volume at byte 0, it is marked as dirty" in said_of(bare)[0]
+    assert "volume at byte 0: it is marked as dirty" in said_of(bare)[0]
 
 
 def test_invalid_partitions_are_reported(damage):
@@ -187,12 +187,12 @@ def test_findings_are_the_same_in_every_format(damage, windows, nbd, tmp_path):
     raw.write_bytes(damage.disk[:])
     image = converted(raw, "qcow2")
     with open_volume(image, "qcow2") as volume:
-        ((_, said),) = check_unclean(volume)
-    assert said.startswith(f"of the volume at byte {damage.at}, Windows is hibernated")
+        ((_, said),) = find_unclean(volume)
+    assert said.startswith(f"volume at byte {damage.at}: Windows is hibernated")
 
 
 def test_slow_reader_is_ended_and_reported(damage, monkeypatch):
-    monkeypatch.setattr(ntfs_sandbox, "SECONDS", 0.01)
+    monkeypatch.setattr(ntfs_sandbox, "SCAN_TIMEOUT", 0.01)
     (said,) = said_of(damage)
     assert "reading it took too long" in said
 
@@ -200,7 +200,7 @@ def test_slow_reader_is_ended_and_reported(damage, monkeypatch):
 def test_missing_library_is_reported_where_it_is_needed(damage, monkeypatch):
     monkeypatch.setattr("thrave.volumes.ntfs_sandbox.find_spec", lambda _: None)
     (said,) = said_of(damage)
-    assert "cannot be told whether Windows was shut down fully: pytsk3 is not installed: pip install" in said
+    assert "whether Windows was shut down fully is unknown: pytsk3 is not installed: pip install" in said
     assert not_checked(damage) == [said]
 
 
@@ -225,9 +225,9 @@ def condition(words):
     ("said", "heard"),
     [
         (condition(b"zz \x1b[2Jz\n") + MESSAGE.pack(b".", 0, 0), ["zz \ufffd[2Jz\ufffd"]),
-        (condition(b"zz") * 9, ["zz"] * ntfs_sandbox.MOST_CONDITIONS + ["astray"]),
-        (MESSAGE.pack(b"c", 0, 1 << 40), ["astray"]),
-        (MESSAGE.pack(b"u", 0, 4096), ["astray"]),
+        (condition(b"zz") * 9, ["zz"] * ntfs_sandbox.MAX_PROBLEMS + ["invalid message"]),
+        (MESSAGE.pack(b"c", 0, 1 << 40), ["invalid message"]),
+        (MESSAGE.pack(b"u", 0, 4096), ["invalid message"]),
         (condition(b"zz") + MESSAGE.pack(b"x", 1, 1) + b"b", ["zz", "not checked"]),
         (condition(b"zz") + MESSAGE.pack(b"x", 0, 2) + b"yy", ["zz", "yy"]),
         (condition(b"zz"), ["zz", "exit status 0"]),
@@ -262,18 +262,18 @@ def test_file_name_is_found_across_a_fixup(lost):
     record[at : at + len(NAME)] = NAME.upper()
     if lost is not None:
         record[510:512] = b"\x07\x00"
-    assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [1]
+    assert list(ntfs_scan._find_hibernation_records(GEOMETRY, Records(bytes(RECORD) + record))) == [1]
 
 
 def test_file_name_in_extension_record_is_found():
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 1, 7 << 48 | 42)
     record[400 : 400 + len(NAME)] = NAME
-    assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(RECORD) + record))) == [42]
+    assert list(ntfs_scan._find_hibernation_records(GEOMETRY, Records(bytes(RECORD) + record))) == [42]
 
 
 def test_file_name_in_unused_record_is_ignored():
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 0, 0)
     record[400 : 400 + len(NAME)] = NAME
-    assert list(ntfs_scan._candidates(GEOMETRY, Records(bytes(record)))) == []
+    assert list(ntfs_scan._find_hibernation_records(GEOMETRY, Records(bytes(record)))) == []

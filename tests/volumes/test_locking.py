@@ -7,7 +7,7 @@ import os
 import struct
 import subprocess
 import sys
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 import pytest
 
@@ -140,12 +140,12 @@ def test_image_lock_ends_with_its_process(raw):
 def test_image_lock_ends_with_its_volume_although_a_child_inherited_the_file(raw):
     """As a program that is just being started has for a moment."""
     locks = ImageLocks()
-    locks.take(HostFile(raw))
+    locks.lock(HostFile(raw))
     for file in [taken.fd for taken in locks._files]:
         os.set_inheritable(file, True)  # noqa: FBT003 (the system's)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False):
         assert REFUSED in qemu_io(raw, "raw").stderr
-        locks.close()
+        locks.release()
         assert qemu_io(raw, "raw").returncode == 0
 
 
@@ -160,7 +160,7 @@ def test_refused_image_leaves_no_lock(raw):
 def held(image):
     """The bytes that somebody has locked."""
     with image.open("rb") as file:
-        return {byte for byte in range(512) if image_locks._is_held(file.fileno(), byte)}
+        return {byte for byte in range(512) if image_locks._is_locked(file.fileno(), byte)}
 
 
 def test_image_locks_equal_those_of_a_reading_qemu(raw):
@@ -246,12 +246,13 @@ def test_open_volume_rejects_other_file_types_at_once(tmp_path, kind):
             os.mkfifo(path)
         case "character device":
             path.symlink_to("/dev/zero")
-    with closing(ImageLocks()) as locks, pytest.raises(VolumeUnreadableError, match="thing"):
-        locks.take(HostFile(path))
+    locks = ImageLocks()
+    with pytest.raises(VolumeUnreadableError, match="thing"):
+        locks.lock(HostFile(path))
 
 
 def test_close_may_be_repeated(raw):
     locks = ImageLocks()
-    locks.take(HostFile(raw))
-    locks.close()
-    locks.close()
+    locks.lock(HostFile(raw))
+    locks.release()
+    locks.release()

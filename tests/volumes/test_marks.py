@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.disks.qemu_images import PASSPHRASE, converted, encrypted, qemu_img, secret_beside
 from thrave.volumes import vhd_headers
 from thrave.volumes.errors import ImageRefusedError, VolumeError, VolumeUnreadableError
-from thrave.volumes.formats import FORMATS, examine, open_volume
+from thrave.volumes.formats import FORMATS, open_volume, read_metadata
 from thrave.volumes.image_rules import MARKS, REFERENCES, Decision
 
 pytestmark = pytest.mark.usefixtures("nbd")
@@ -62,11 +62,11 @@ def raw_looks_like_qcow2(raw):
     ],
 )  # fmt: skip
 def test_examine_warns_of_raw_disk_that_is_an_archive_or_image(raw, at, magic, kind):
-    assert not examine(raw, "raw").warnings
+    assert not read_metadata(raw, "raw").warnings
     with edited(raw) as disk:
         at %= len(disk)
         disk[at : at + len(magic)] = magic
-    (warned,) = examine(raw, "raw").warnings
+    (warned,) = read_metadata(raw, "raw").warnings
     assert f"({kind})" in warned.public
 
 
@@ -188,7 +188,7 @@ def vmdk_not_closed(raw):
     return image
 
 
-@makes("vmdk", "extent that is left out")
+@makes("vmdk", "ignored extent")
 def vmdk_zero_extent(raw):
     return flat(raw, extents=[f'RW 16384 FLAT "{raw.name}" 0', "RW 2048 ZERO"])
 
@@ -198,7 +198,7 @@ def vmdk_nameless_parent(raw):
     return flat(raw, parent="00000001")
 
 
-@makes("vmdk", "parent that is none")
+@makes("vmdk", "contradictory parent")
 def vmdk_contradictory_parent(raw):
     return flat(raw, head='parentFileNameHint="parent.vmdk"')
 
@@ -213,7 +213,7 @@ def vmdk_changed_parent(raw):
     return child
 
 
-@makes("vmdk", "enciphered")
+@makes("vmdk", "encrypted")
 def vmdk_enciphered(raw):
     return flat(raw, head='encryption.keySafe = "vmware:key/list/..."')
 
@@ -429,7 +429,9 @@ def test_examine_does_what_each_row_says(raw, row):
         assert secret_file.read_text() == PASSPHRASE
 
     def open_it():
-        with open_volume(image, format_of(row, image), secret_file=secret_file_of(row, secret_file), warn=said.append):
+        with open_volume(
+            image, format_of(row, image), secret_file=secret_file_of(row, secret_file), on_warning=said.append
+        ):
             pass
 
     if row.decision is Decision.REFUSE:
@@ -454,10 +456,10 @@ def test_every_row_has_an_image_and_every_format_has_a_row():
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in MARKS if row.while_running], ids=lambda row: f"{row.format}: {row.name}"
+    "row", [row for row in MARKS if row.is_normal_while_running], ids=lambda row: f"{row.format}: {row.name}"
 )
 def test_examine_ignores_marks_of_a_running_machine(raw, row):
-    assert not examine(MADE[row.format, row.name](raw), row.format).warnings
+    assert not read_metadata(MADE[row.format, row.name](raw), row.format).warnings
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
@@ -493,7 +495,7 @@ def test_open_volume_refuses_file_that_ends_within_last_data(raw, image_format, 
     with open_volume(image, image_format):
         pass
     without_end(longest, count)
-    with pytest.raises(VolumeUnreadableError, match=r"cut short|truncated|no VHD"), open_volume(image, image_format):
+    with pytest.raises(VolumeUnreadableError, match=r"cut short|truncated|not a VHD"), open_volume(image, image_format):
         pass
 
 
@@ -581,7 +583,7 @@ def test_open_volume_reads_every_kind_that_qemu_makes(raw, image_format, kind):
     size = "force_size=on," if image_format == "vpc" else ""
     image = converted(raw, image_format, "-o", f"{size}subformat={kind}")
     said = []
-    with open_volume(image, image_format, warn=said.append) as volume:
+    with open_volume(image, image_format, on_warning=said.append) as volume:
         content = bytearray(volume.size)
         volume.read_into(0, memoryview(content))
     assert (bytes(content), said) == (raw.read_bytes(), [])
@@ -601,14 +603,14 @@ def test_descriptor_of_one_megabyte_is_rejected_quickly(raw, line):
     for separator in ("", "\n"):
         image.write_text((head + (line + separator) * (1 << 20))[: 1 << 20])
         with pytest.raises(VolumeUnreadableError):
-            examine(image, "vmdk")
+            read_metadata(image, "vmdk")
 
 
 def test_qcow2_with_a_million_extensions_is_parsed_quickly(raw):
     image = converted(raw, "qcow2", "-o", "cluster_size=2M")
     with edited(image) as content:
         content[104 : 2 << 20] = (b"\1\2\3\4" + bytes(4)) * (((2 << 20) - 104) // 8)
-    assert examine(image, "qcow2").files
+    assert read_metadata(image, "qcow2").files
 
 
 IMAGES = [("qcow2", 65536), ("vpc", 2048), ("vhdx", 262144 + 1024), ("vmdk", 2048), ("luks", 592)]
@@ -628,7 +630,7 @@ def test_any_header_raises_only_our_error(raw, image_format, length, data):
     value = data.draw(st.binary(min_size=1, max_size=16) | st.sampled_from([b"\xff" * 8, bytes(8)]))
     damaged.write_bytes(content[:at] + value + content[at + len(value) :])
     try:
-        examined = examine(damaged, image_format)
+        examined = read_metadata(damaged, image_format)
     except VolumeError as error:
         assert str(damaged) in str(error)  # noqa: PT017 (either is right)
     else:

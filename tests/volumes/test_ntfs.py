@@ -22,7 +22,7 @@ from thrave.volumes import ntfs_scan
 from thrave.volumes.base import Extent
 from thrave.volumes.errors import ToolNotInstalled
 from thrave.volumes.formats import open_volume
-from thrave.volumes.ntfs_scan import claim, free_runs
+from thrave.volumes.ntfs_scan import claim_clusters, find_free_runs
 from thrave.volumes.ntfs_volumes import FilteredVolume
 
 DISPOSABLE = ["pagefile.sys", "hiberfil.sys", "swapfile.sys"]
@@ -215,11 +215,13 @@ def fill(folder):
 def test_every_cluster_of_every_file_type_is_accounted_for(all_kinds, monkeypatch):
     """Attribute lists, streams, compression, sparse files, large folders: what is in use is what files claim."""
     left = []
-    monkeypatch.setattr(ntfs_scan, "_few", lambda runs: left.extend(runs) or left)
+    monkeypatch.setattr(ntfs_scan, "_limit_count", lambda runs: left.extend(runs) or left)
     source = Damage.to(all_kinds)
     source.read = lambda offset, length: source.disk[offset : offset + length]
     claimed = []
-    monkeypatch.setattr(ntfs_scan, "claim", lambda bitmap, *run: claimed.append(run) or claim(bitmap, *run))
+    monkeypatch.setattr(
+        ntfs_scan, "claim_clusters", lambda bitmap, *run: claimed.append(run) or claim_clusters(bitmap, *run)
+    )
     ntfs_scan.find_unused(source)
     free = sum(count for _, count in left)
     assert sum(count for _, count in claimed) + free == ((24 << 20) - 512) // CLUSTER
@@ -268,7 +270,7 @@ def test_missing_library_names_its_package(windows, monkeypatch):
 
 
 def test_too_fragmented_free_space_is_refused_before_it_takes_memory(windows, monkeypatch):
-    monkeypatch.setattr(ntfs_scan, "MOST_HOLES", 5)
+    monkeypatch.setattr(ntfs_scan, "MAX_HOLES", 5)
     damage = Damage.to(windows.path)
     source = Damage(bytearray(damage.disk[damage.at :]))
     source.read = lambda offset, length: bytes(source.disk[offset : offset + length])
@@ -299,7 +301,10 @@ class Letters:
     def extents(self):
         return self._extents
 
-    def will_read(self, offset, length):
+    def prefetch(self, offset, length):
+        pass
+
+    def close(self):
         pass
 
     def read_into(self, offset, buffer):
@@ -335,16 +340,16 @@ def test_many_extents_and_holes_are_fast():
 @given(st.binary(min_size=4, max_size=40), st.data())
 def test_bitmap_is_read_bit_by_bit(small_pieces, bitmap, data):
     clusters = data.draw(st.integers(1, 8 * len(bitmap)))
-    free = {first + index for first, count in free_runs(bitmap, clusters) for index in range(count)}
+    free = {first + index for first, count in find_free_runs(bitmap, clusters) for index in range(count)}
     assert free == set(range(clusters)) - used_bits(bitmap)
     first = data.draw(st.integers(0, clusters - 1))
     count = data.draw(st.integers(1, clusters - first))
     left = bytearray(bitmap)
     wanted = set(range(first, first + count))
-    assert claim(left, first, count) == (wanted <= used_bits(bitmap))
+    assert claim_clusters(left, first, count) == (wanted <= used_bits(bitmap))
     if wanted <= used_bits(bitmap):
         assert used_bits(left) == used_bits(bitmap) - wanted
-        assert not claim(left, first, count)
+        assert not claim_clusters(left, first, count)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from support.disks.ntfs_damage import (
     partition_entry,
 )
 from support.disks.ntfs_disk import CLUSTER, HIBERNATION, Damage, make_windows_disk, restart_page
-from thrave.volumes import ntfs_scan, ntfs_volumes
+from thrave.volumes import ntfs_sandbox, ntfs_scan
 from thrave.volumes.base import Extent
 from thrave.volumes.errors import (
     FileSystemCorruptError,
@@ -28,7 +28,7 @@ from thrave.volumes.errors import (
     VolumeNotCleanError,
 )
 from thrave.volumes.ntfs_volumes import exclude_unused
-from thrave.volumes.partitions import read
+from thrave.volumes.partitions import read_bytes
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def windows(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """The survey without a process around it, which test_ntfs_surveyor.py is about."""
-    monkeypatch.setattr(ntfs_volumes, "scan_unused", unused_in_this_process)
+    monkeypatch.setattr(ntfs_sandbox, "scan_unused", unused_in_this_process)
 
 
 def unused_in_this_process(volume, place):
@@ -51,7 +51,7 @@ class Source:
 
     def __init__(self, volume, place):
         self.size = place.length
-        self.read = lambda offset, length: read(volume, place.offset + offset, length)
+        self.read = lambda offset, length: read_bytes(volume, place.offset + offset, length)
 
 
 @pytest.fixture
@@ -138,9 +138,9 @@ def shrink_the_bitmap(damage):
         (gpt((BASIC, 1 << 20, 64 << 20)), FileSystemCorruptError, "leaves the disk"),
         (gpt((BASIC, 1 << 20, -512)), FileSystemCorruptError, "leaves the disk"),
         (gpt((BASIC, 1 << 20, 63 << 20), mangle=lambda header, _: header.__setitem__(30, 1)),
-         FileSystemCorruptError, "header does not have its checksum"),
+         FileSystemCorruptError, "checksum of its GPT header"),
         (gpt((BASIC, 1 << 20, 63 << 20), mangle=lambda _, table: table.__setitem__(60, 1)),
-         FileSystemCorruptError, "entries.*checksum"),
+         FileSystemCorruptError, "checksum of its GPT entries"),
     ],
 )  # fmt: skip
 def test_scan_refuses_volume_with_reason(damage, harm, error, words):
@@ -197,7 +197,7 @@ def test_scan_refuses_disk_with_unclean_second_partition(damage):
     unused = unused_of(damage)
     assert unused % 2 == 0
     flags(1)(Damage(damage.disk, damage.at + size))
-    with pytest.raises(VolumeNotCleanError, match=f"the volume at byte {damage.at + size}, it is marked as dirty"):
+    with pytest.raises(VolumeNotCleanError, match=f"volume at byte {damage.at + size}: it is marked as dirty"):
         unused_of(damage)
 
 

@@ -129,7 +129,7 @@ def test_read_error_of_the_volume_is_raised_unchanged(windows):
 
 
 def test_slow_scan_is_ended(windows, monkeypatch):
-    monkeypatch.setattr(ntfs_sandbox, "SECONDS", 0.01)
+    monkeypatch.setattr(ntfs_sandbox, "SCAN_TIMEOUT", 0.01)
     with pytest.raises(FileSystemCorruptError, match=r"too long.*Killed"):
         ntfs_sandbox.scan_unused(Damage.to(windows), Partition(1 << 20, 63 << 20))
 
@@ -143,16 +143,16 @@ def message(kind, first=0, second=0):
     [
         (b"", "exit status 0"),
         (b"half a message", "exit status 0"),
-        (message(b"?"), "astray"),
-        (message(b"r", 0, 1 << 40), "astray"),
-        (message(b"r", 1 << 63, 512), "astray"),
-        (message(b"r", (1 << 20) - 100, 512), "astray"),
-        (message(b"u", 1 << 20, 1), "astray"),
-        (message(b"u", 0, 0), "astray"),
-        (message(b"u", 4096, 4096) + message(b"u", 0, 4096), "astray"),
-        (message(b"u", 0, 4096) + message(b"u", 2048, 4096), "astray"),
-        (message(b"x", 99, 3) + b"boo", "astray"),
-        (message(b"x", 0, 1 << 40), "astray"),
+        (message(b"?"), "invalid message"),
+        (message(b"r", 0, 1 << 40), "invalid message"),
+        (message(b"r", 1 << 63, 512), "invalid message"),
+        (message(b"r", (1 << 20) - 100, 512), "invalid message"),
+        (message(b"u", 1 << 20, 1), "invalid message"),
+        (message(b"u", 0, 0), "invalid message"),
+        (message(b"u", 4096, 4096) + message(b"u", 0, 4096), "invalid message"),
+        (message(b"u", 0, 4096) + message(b"u", 2048, 4096), "invalid message"),
+        (message(b"x", 99, 3) + b"boo", "invalid message"),
+        (message(b"x", 0, 1 << 40), "invalid message"),
         (message(b"x", 0, 5) + b"bo", "exit status 0"),
         (message(b"x", 0, 3) + b"b\xffo", "b\ufffdo"),
         (message(b"r", 0, 512), "exit status 0"),

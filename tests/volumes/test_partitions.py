@@ -9,8 +9,8 @@ import pytest
 from support.disks.ntfs_disk import Damage
 from thrave.volumes import fat_format, partitions
 from thrave.volumes.errors import FileSystemCorruptError
-from thrave.volumes.ntfs_volumes import Verdict, check_unclean
-from thrave.volumes.partitions import MOST_LOGICAL, Partition, find_partitions
+from thrave.volumes.ntfs_volumes import Verdict, find_unclean
+from thrave.volumes.partitions import MAX_LOGICAL, Partition, find_partitions
 
 MIB = 1 << 20
 BASIC = uuid.UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")
@@ -91,16 +91,16 @@ def test_cyclic_chain_of_logical_partitions_is_refused(back_to):
     table(disk, (0x05, 2048, 100_000))
     table(disk, (0x07, 63, 100), (0x05, 1000, 100), at=2048 * 512)
     table(disk, (0x07, 63, 100), (0x05, back_to, 100), at=(2048 + 1000) * 512)
-    with pytest.raises(FileSystemCorruptError, match="comes back"):
+    with pytest.raises(FileSystemCorruptError, match="returns to"):
         find_partitions(disk)
 
 
 def test_long_chain_of_logical_partitions_is_refused():
     disk = blank()
     table(disk, (0x05, 2048, 100_000))
-    for index in range(MOST_LOGICAL + 2):
+    for index in range(MAX_LOGICAL + 2):
         table(disk, (0x07, 1, 1), (0x05, 4 * (index + 1), 4), at=(2048 + 4 * index) * 512)
-    with pytest.raises(FileSystemCorruptError, match="breaks off"):
+    with pytest.raises(FileSystemCorruptError, match="is broken at"):
         find_partitions(disk)
 
 
@@ -109,8 +109,8 @@ def test_long_chain_of_logical_partitions_is_refused():
     [
         ([(0x07, 2048, 200_000)], "leaves the extended one"),
         ([(0x07, 0, 10)], "leaves the extended one"),
-        ([(0x07, 63, 10), (0x05, 200_000, 10)], "breaks off"),
-        ([(0x07, 63, 10), (0x05, 500, 10)], "breaks off"),  # there is no table
+        ([(0x07, 63, 10), (0x05, 200_000, 10)], "is broken at"),
+        ([(0x07, 63, 10), (0x05, 500, 10)], "is broken at"),  # there is no table
         ([(0x07, 63, 10), (0x07, 64, 10)], "overlaps"),
     ],
 )
@@ -127,9 +127,9 @@ def test_dirty_volume_in_logical_partition_is_unclean():
     table(disk, (0x0F, 2048, 120_000))
     table(disk, (0x06, 63, 40 * MIB // 512), at=2048 * 512)
     fat16(disk, (2048 + 63) * 512, second=0x7FFF)
-    ((verdict, words),) = check_unclean(disk)
+    ((verdict, words),) = find_unclean(disk)
     assert verdict is Verdict.UNCLEAN
-    assert words.startswith(f"of the volume at byte {(2048 + 63) * 512}, its FAT is marked as in use")
+    assert words.startswith(f"volume at byte {(2048 + 63) * 512}: its FAT is marked as in use")
 
 
 def test_mbr_with_4096_byte_sectors_is_read():
@@ -155,7 +155,7 @@ def test_backup_gpt_is_used_if_the_primary_is_damaged(sector):
     first = MIB // sector
     table(disk, (0xEE, 1, 0xFFFFFFFF))
     gpt(disk, (first, first + 99), at=1, sector=sector, entries_at=2, mangle=True)
-    with pytest.raises(FileSystemCorruptError, match="header does not have its checksum"):
+    with pytest.raises(FileSystemCorruptError, match="checksum of its GPT header"):
         find_partitions(disk)
     gpt(disk, (first, first + 99), at=last, sector=sector, entries_at=last - 128 * 128 // sector)
     assert find_partitions(disk) == [Partition(MIB, 100 * sector)]
@@ -176,7 +176,7 @@ def test_hybrid_mbr_adds_partitions_that_the_gpt_lacks():
 def test_clean_disk_without_partitions_is_clean(make, text):
     disk = blank()
     make(disk, text=text)
-    assert check_unclean(disk) == []
+    assert find_unclean(disk) == []
 
 
 def test_fat_whose_table_names_itself_is_one_volume():
@@ -208,7 +208,7 @@ def test_partition_table_takes_precedence_over_remains_of_a_boot_sector():
 def test_volume_that_was_not_unmounted_is_unclean(make):
     disk = blank()
     make(disk)
-    ((verdict, words),) = check_unclean(disk)
+    ((verdict, words),) = find_unclean(disk)
     assert verdict is Verdict.UNCLEAN
     assert "marked as in use" in words
 
@@ -230,6 +230,6 @@ def test_boot_sector_with_impossible_values_is_not_fat(offset, value):
     disk = blank()
     fat16(disk)
     disk.put(offset, value)
-    assert fat_format.fat_volume(bytes(disk.disk[:512]), disk.size) is None or offset == 22
-    ((verdict, _),) = check_unclean(disk)
+    assert fat_format.parse_fat(bytes(disk.disk[:512]), disk.size) is None or offset == 22
+    ((verdict, _),) = find_unclean(disk)
     assert verdict is Verdict.NOT_CHECKED

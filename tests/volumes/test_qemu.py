@@ -90,7 +90,7 @@ def test_open_volume_rejects_backing_file_without_format(raw, tmp_path):
     image = top.read_bytes()
     assert BACKING_FORMAT in image
     top.write_bytes(image.replace(BACKING_FORMAT, b"\x01\x02\x03\x04"))
-    assert "does not say which format" in refused(top, "qcow2")
+    assert "does not name the format of its backing file" in refused(top, "qcow2")
 
 
 @pytest.mark.parametrize("backing", ["nbd://127.0.0.1:9/x", "http://127.0.0.1:9/x", 'json:{"driver":"null-co"}'])
@@ -101,13 +101,13 @@ def test_open_volume_rejects_remote_backing_file(qcow2, backing):
 
 def test_open_volume_rejects_cyclic_chain(qcow2):
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", qcow2)
-    assert f"more than {CHAIN_LIMIT} images" in refused(qcow2, "qcow2")
+    assert f"more than {CHAIN_LIMIT} backing files" in refused(qcow2, "qcow2")
 
 
 def test_open_volume_rejects_external_data_file(tmp_path):
     image = tmp_path / "x.qcow2"
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={tmp_path / 'secret'},data_file_raw=on", image, "1M")
-    assert "keeps its data in another file" in refused(image, "qcow2")
+    assert "its data is in another file" in refused(image, "qcow2")
 
 
 def test_open_volume_rejects_vmdk_that_names_a_file_elsewhere(raw, tmp_path):
@@ -119,7 +119,7 @@ def test_open_volume_rejects_vmdk_that_names_a_file_elsewhere(raw, tmp_path):
         '# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
         f'RW {sectors} FLAT "{raw}" 0\n'
     )
-    assert f"cannot read {raw}: it lies in {tmp_path}, neither the image's own folder" in refused(descriptor, "vmdk")
+    assert f"cannot read {raw}: it is in {tmp_path}, neither the image's own folder" in refused(descriptor, "vmdk")
 
 
 @pytest.mark.parametrize("image_format", [name for name in QEMU_FORMATS if name != "luks"])  # it keeps no size
@@ -164,7 +164,7 @@ def test_close_ends_the_server(qcow2):
 
 
 def test_server_ends_although_an_error_holds_its_connection(qcow2, monkeypatch):
-    monkeypatch.setattr(qemu_nbd, "_END_TIMEOUT", math.inf)  # else it would be killed in the end
+    monkeypatch.setattr(qemu_nbd, "_STOP_TIMEOUT", math.inf)  # else it would be killed in the end
     with pytest.raises(VolumeUnreadableError) as caught, open_volume(qcow2, "qcow2") as volume:
         volume.read_into(volume.size, memoryview(bytearray(1)))
     assert caught.value.__traceback__ is not None  # its frames hold libnbd's handle
@@ -200,7 +200,7 @@ def test_silent_server_times_out(qcow2, tmp_path, monkeypatch):
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
     monkeypatch.setenv("PATH", f"{silent.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(qemu_nbd, "START_SECONDS", 0.5)
+    monkeypatch.setattr(qemu_nbd, "START_TIMEOUT", 0.5)
     assert "did not answer within" in refused(qcow2, "qcow2")
 
 

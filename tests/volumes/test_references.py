@@ -11,7 +11,7 @@ from support.disks.block_devices import loop_device
 from support.disks.qemu_images import converted, qemu_img
 from thrave.volumes import image_chain
 from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
-from thrave.volumes.formats import examine, open_volume
+from thrave.volumes.formats import open_volume, read_metadata
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -180,14 +180,14 @@ def chain(request, host):
 def test_file_replaced_after_its_check_is_not_read(host, chain, monkeypatch, which):
     image, image_format, files = chain
     true = (host / "own" / "base.raw").read_bytes()
-    looked = image_chain.Inspection.check
+    looked = image_chain.ImageChain.check_images
 
     def exchange(self, secret_file):
         files[which].rename(host / "moved")
         files[which].symlink_to(host / "elsewhere" / "secret.raw")
         return looked(self, secret_file)
 
-    monkeypatch.setattr(image_chain.Inspection, "check", exchange)
+    monkeypatch.setattr(image_chain.ImageChain, "check_images", exchange)
     read = bytearray(len(true))
     with (
         pytest.raises(VolumeChangedError, match=files[which].name),
@@ -284,7 +284,7 @@ def written_through(device):
 
 def test_volume_reports_its_files_and_those_written_to(chain):
     image, image_format, files = chain
-    examined = examine(image, image_format)
+    examined = read_metadata(image, image_format)
     numbers = {(file.stat().st_dev, file.stat().st_ino) for file in files}
     assert {tuple(one) for one in examined.files} == numbers
     written = files if image.name == "flat.vmdk" else files[:1]

@@ -72,8 +72,8 @@ def oops():
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 def call(number, *arguments):
     return libc.syscall(ctypes.c_long(number), *map(ctypes.c_ulong, arguments)) != -1 or oops()
-from thrave.volumes.ntfs_sandbox import _give_up_rights
-_give_up_rights()
+from thrave.volumes.ntfs_sandbox import _confine
+_confine()
 print("confined", flush=True)
 try:
     {attempt}
@@ -149,7 +149,7 @@ def test_no_volume_is_read_without_sandbox():
 def verdict(machine, architecture, number, *arguments):
     """Run the filter's program as the kernel does, on one system call."""
     data = struct.pack("<IIQ6Q", number, architecture, 0, *[*arguments, 0, 0, 0, 0, 0, 0][:6])
-    program, at, value = sandbox._filter(machine), 0, 0
+    program, at, value = sandbox._build_filter(machine), 0, 0
     while True:
         step = program[at]
         at += 1
@@ -166,13 +166,13 @@ def verdict(machine, architecture, number, *arguments):
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_filter_allows_the_table_and_nothing_else(machine):
     architecture = sandbox._AUDIT_ARCH[machine]
-    numbers = {getattr(call, machine): call for call in sandbox.CALLS.values()}
+    numbers = {getattr(call, machine): call for call in sandbox.ALLOWED_CALLS.values()}
     for number in (*range(600), *range(0x40000000, 0x40000258), 0xFFFFFFFF):
         call = numbers.get(number)
         fits = [call.equals or 0] * 6 if call else [0] * 6
         assert (verdict(machine, architecture, number, *fits) == sandbox._ALLOW) == (call is not None), number
         if call and call.argument is not None:
-            fits[call.argument] = 2 if call.equals is not None else call.lacks
+            fits[call.argument] = 2 if call.equals is not None else call.without_bits
             assert verdict(machine, architecture, number, *fits) == sandbox._REFUSE
     for other in (0x40000003, 0x40000028, *set(sandbox._AUDIT_ARCH.values()) - {architecture}):
         assert verdict(machine, other, 0) == sandbox._KILL
@@ -184,8 +184,8 @@ def test_filter_agrees_with_the_kernel_table():
         pytest.skip("the kernel's headers are not installed")
     defined = [line.split() for line in header.read_text().splitlines() if line.startswith("#define __NR_")]
     numbers = {name.removeprefix("__NR_"): int(number) for _, name, number in defined}
-    assert {name: call.x86_64 for name, call in sandbox.CALLS.items()} == {
-        name: numbers[name] for name in sandbox.CALLS
+    assert {name: call.x86_64 for name, call in sandbox.ALLOWED_CALLS.items()} == {
+        name: numbers[name] for name in sandbox.ALLOWED_CALLS
     }
 
 

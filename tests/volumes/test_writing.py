@@ -11,7 +11,7 @@ from support.disks.qemu_images import qemu_img
 from support.required_programs import require
 from thrave.volumes.errors import ToolNotInstalled, UnknownFormatError, VolumeUnwritableError
 from thrave.volumes.formats import open_volume
-from thrave.volumes.qemu_nbd import WRITABLE_FORMATS, new_image
+from thrave.volumes.qemu_nbd import WRITABLE_FORMATS, create_image
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
@@ -37,7 +37,7 @@ def raw(tmp_path):
 
 def write(path, image_format, size=SIZE, runs=RUNS):
     path.touch(0o600)
-    with new_image(path, image_format, size) as image:
+    with create_image(path, image_format, size) as image:
         for offset, data in runs.items():
             image.write(offset, memoryview(data))
     return path
@@ -82,7 +82,7 @@ def test_file_name_is_never_taken_for_protocol_or_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("nbd:image", "-o", "a,b=c"):
         (tmp_path / name).touch()
-        with new_image((tmp_path / name).relative_to(tmp_path), "qcow2", MIB):
+        with create_image((tmp_path / name).relative_to(tmp_path), "qcow2", MIB):
             pass
         assert b"QFI" in (tmp_path / name).read_bytes()
 
@@ -94,12 +94,12 @@ def test_impossible_size_raises_our_error(tmp_path):
 
 
 def test_missing_folder_raises_our_error(tmp_path):
-    with pytest.raises(VolumeUnwritableError), new_image(tmp_path / "no" / "image", "qcow2", MIB):
+    with pytest.raises(VolumeUnwritableError), create_image(tmp_path / "no" / "image", "qcow2", MIB):
         pass
 
 
 def write_while_the_server_dies(path):
-    with new_image(path, "qcow2", MIB) as image:
+    with create_image(path, "qcow2", MIB) as image:
         (server,) = servers(path)
         server.kill()
         image.write(0, memoryview(b"x" * 512))
@@ -114,7 +114,7 @@ def test_death_of_the_server_raises_our_error(tmp_path):
 
 def test_failed_writer_leaves_no_server(tmp_path):
     (tmp_path / "image").touch()
-    with pytest.raises(ValueError, match="stop"), new_image(tmp_path / "image", "qcow2", MIB) as image:
+    with pytest.raises(ValueError, match="stop"), create_image(tmp_path / "image", "qcow2", MIB) as image:
         raise ValueError("stop")
     assert servers(tmp_path / "image") == []
     with pytest.raises(VolumeUnwritableError, match="closed"):
@@ -125,10 +125,10 @@ def test_full_disk_raises_our_error(tmp_path):
     """A limit on the size of files, which the server inherits, stands in for it."""
     program = require("prlimit", package="util-linux")
     script = (
-        "import signal, sys; from pathlib import Path; from thrave.volumes.qemu_nbd import new_image\n"
+        "import signal, sys; from pathlib import Path; from thrave.volumes.qemu_nbd import create_image\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "path = Path(sys.argv[1]); path.touch()\n"
-        "with new_image(path, 'qcow2', 1 << 26) as image:\n"
+        "with create_image(path, 'qcow2', 1 << 26) as image:\n"
         "    for offset in range(0, 1 << 26, 1 << 20): image.write(offset, memoryview(b'x' * (1 << 20)))\n"
     )
     python = os.sys.executable

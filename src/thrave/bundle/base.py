@@ -30,7 +30,7 @@ class Image(Protocol):
         """Return (offset, length) of the data in bytes: ascending, without overlap, within the size."""
         ...
 
-    def will_read(self, offset: int, length: int) -> None:
+    def prefetch(self, offset: int, length: int) -> None:
         """Announce bytes that are read soon, for read-ahead. Does not wait and does not raise."""
         ...
 

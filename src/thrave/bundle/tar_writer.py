@@ -86,7 +86,7 @@ class ReadAheadReader:
         while self._announced < _WINDOW and (piece := next(self._pieces, None)):
             offset, length = piece
             if offset + length > end:
-                self._image.will_read(offset, length)
+                self._image.prefetch(offset, length)
                 self._announced += length
 
 

@@ -248,7 +248,7 @@ def bundle(
                 skip_unused=skip_unused,
                 secret_file=secret_file,
                 directories=directories,
-                warn=lambda warning: warnings.append(warning.text),
+                on_warning=lambda warning: warnings.append(warning.text),
             )
         )
         for warning in warnings:

@@ -447,9 +447,9 @@ def _not_bundleable(reason: str) -> str:
 
 
 def _check_apparent_format(volume: VolumeFile) -> None:
-    from thrave.volumes.formats import FORMATS, apparent_format_of
+    from thrave.volumes.formats import FORMATS, guess_format
 
-    apparent = apparent_format_of(volume.path)
+    apparent = guess_format(volume.path)
     if apparent is None and volume.format != "raw":
         raise click.UsageError(
             f"{volume.path} does not have the format {volume.format}. For a raw disk pass --format raw."

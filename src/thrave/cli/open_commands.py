@@ -74,11 +74,11 @@ def _converted(path: Path, image_format: str, size: int, *, replace: bool) -> It
     from thrave.bundle.errors import OutputError
     from thrave.bundle.image_output import new_file, resolve_links
     from thrave.volumes.errors import VolumeUnwritableError
-    from thrave.volumes.qemu_nbd import new_image
+    from thrave.volumes.qemu_nbd import create_image
 
     with new_file(resolve_links(path), replace=replace) as file:
         try:
-            with new_image(file.name, image_format, size) as image:
+            with create_image(file.name, image_format, size) as image:
                 yield image
         except VolumeUnwritableError as error:  # QEMU's message names the temporary file
             raise OutputError(str(error).replace(str(file.name), str(path))) from error

@@ -23,7 +23,7 @@ from thrave.doctor.check_context import CheckContext, CheckFailed, CheckSkipped
 from thrave.tasks.root_volume_check import find_volume_fault, require_qemu
 from thrave.volumes import image_chain, ntfs_sandbox
 from thrave.volumes.errors import ToolNotInstalled, VolumeError
-from thrave.volumes.formats import QEMU_FORMATS, examine
+from thrave.volumes.formats import QEMU_FORMATS, read_metadata
 
 _COMMANDS = ("stop_command", "force_stop_command", "start_command", "state_command")
 
@@ -57,10 +57,10 @@ def _root_volume_fault(instance: Instance, directories: Sequence[Path]) -> str |
     try:
         if (fault := find_volume_fault(instance)) is not None:
             return fault
-        examined = examine(volume.path, volume.format, directories=directories)
+        metadata = read_metadata(volume.path, volume.format, directories=directories)
     except VolumeError as error:
         return str(error)
-    return "; ".join(warning.text for warning in examined.warnings) if volume.format == "raw" else None
+    return "; ".join(warning.text for warning in metadata.warnings) if volume.format == "raw" else None
 
 
 def check_commands(context: CheckContext) -> str:
@@ -203,7 +203,7 @@ def check_sysprep(context: CheckContext) -> str:
 def check_overlays(context: CheckContext) -> str:
     """Check that each possible overlay can be created and merged."""
     planned, _ = _plans(context)
-    image_chain.program("qemu-img")
+    image_chain.find_program("qemu-img")
     faults = dict.fromkeys(fault for overlay in planned for fault in _overlay_faults(overlay))
     if faults:
         raise CheckFailed("; ".join(faults))

@@ -20,8 +20,8 @@ from thrave.concurrency import Call, CallTimeoutError, NoThreadError
 from thrave.tasks.monitor import TaskMonitor
 from thrave.volumes.base import Extent, Interruption, Volume
 from thrave.volumes.errors import VolumeError, VolumeSharedError
-from thrave.volumes.formats import Examined, examine
-from thrave.volumes.image_chain import Warn, Warned
+from thrave.volumes.formats import VolumeMetadata, read_metadata
+from thrave.volumes.image_chain import ImageWarning, OnWarning
 
 CLOSE_TIMEOUT = 10.0  # seconds to close a volume after a failure
 
@@ -36,7 +36,7 @@ class Opening(Protocol):
     """Opens a volume: `volumes.formats.open_volume` with its first arguments."""
 
     def __call__(
-        self, *, warn: Warn, moved: Callable[[], None], interruption: Interruption
+        self, *, on_warning: OnWarning, on_read: Callable[[], None], interruption: Interruption
     ) -> AbstractContextManager[Volume]:
         """Return a context manager that opens the volume."""
 
@@ -53,11 +53,11 @@ class VolumeReader:
     """
 
     def __init__(self, opening: Opening, monitor: TaskMonitor) -> None:
-        self.warnings: list[Warned] = []
+        self.warnings: list[ImageWarning] = []
         self._monitor = monitor
         self._interruption = Interruption()
         self._opened = opening(
-            warn=self.warnings.append, moved=monitor.report_activity, interruption=self._interruption
+            on_warning=self.warnings.append, on_read=monitor.report_activity, interruption=self._interruption
         )
         self._abandoned = False
         self._volume: _KnownVolume | None = None
@@ -130,7 +130,7 @@ class _KnownVolume:
         self._volume = volume
         self._extents = extents
         self.size = volume.size
-        self.will_read = volume.will_read
+        self.prefetch = volume.prefetch
         self.read_into = volume.read_into
         self.close = volume.close
 
@@ -140,7 +140,7 @@ class _KnownVolume:
 
 def check_root_volume(
     instances: HypervisorDriver, instance_id: str, volume: VolumeFile, directories: Sequence[Path]
-) -> Sequence[Warned]:
+) -> Sequence[ImageWarning]:
     """Check a root volume whose machine may still run.
 
     Args:
@@ -156,15 +156,15 @@ def check_root_volume(
         VolumeSharedError: Another machine, which is not off, uses a file of the volume.
         VolumeError: The volume cannot be read as a disk.
     """
-    examined = examine(volume.path, volume.format, directories=directories)
-    users = find_users(instances, instance_id, examined, directories)
+    metadata = read_metadata(volume.path, volume.format, directories=directories)
+    users = find_users(instances, instance_id, metadata, directories)
     if users:
         raise VolumeSharedError(volume.path, users)
-    return examined.warnings
+    return metadata.warnings
 
 
 def find_users(
-    instances: HypervisorDriver, instance_id: str, examined: Examined, directories: Sequence[Path]
+    instances: HypervisorDriver, instance_id: str, metadata: VolumeMetadata, directories: Sequence[Path]
 ) -> Sequence[str]:
     """Return which other machines that are not off use a file of a volume, as text for the operator.
 
@@ -174,17 +174,17 @@ def find_users(
 
     def is_same(other: VolumeFile) -> bool:
         try:
-            theirs = examine(other.path, other.format, directories=directories)
+            others = read_metadata(other.path, other.format, directories=directories)
         except VolumeError:
-            theirs = _topmost(other)
-        return bool(examined.files & theirs.written or examined.written & theirs.files)
+            others = _topmost(other)
+        return bool(metadata.files & others.written or metadata.written & others.files)
 
     return instances.find_users(is_same, except_instance=instance_id)
 
 
-def _topmost(volume: VolumeFile) -> Examined:
+def _topmost(volume: VolumeFile) -> VolumeMetadata:
     """Return the file itself, for an image that cannot be read."""
     try:
-        return examine(volume.path, "raw")
+        return read_metadata(volume.path, "raw")
     except VolumeError:
-        return Examined(frozenset(), frozenset(), ())
+        return VolumeMetadata(frozenset(), frozenset(), ())

@@ -103,5 +103,5 @@ def find_volume_fault(instance: Instance) -> str | None:
 def require_qemu() -> None:
     """Raise ToolNotInstalled if QEMU's image formats cannot be read."""
     for name in ("qemu-nbd", "qemu-img"):
-        image_chain.program(name)
-    qemu_nbd.load()
+        image_chain.find_program(name)
+    qemu_nbd.load_binding()

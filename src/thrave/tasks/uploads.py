@@ -52,7 +52,7 @@ from thrave.tasks.models import BundleTask
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.object_removal import remove_earlier, remove_objects
 from thrave.tasks.store_calls import IN_FLIGHT, CallGroup
-from thrave.volumes.base import Volume, WatchedVolume
+from thrave.volumes.base import MonitoredVolume, Volume
 from thrave.write_guard import WriteCheck, no_check
 
 ExistingBundle = Literal["refuse", "replace"]
@@ -137,7 +137,7 @@ class PartUploader:
         self._sent = state.sent
         self._monitor = monitor
         self._sealer = Sealer(
-            WatchedVolume(volume, monitor.report_activity),
+            MonitoredVolume(volume, monitor.report_activity),
             objects.name,
             bundle_key=state.bundle_key,
             compression=compression,

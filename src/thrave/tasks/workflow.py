@@ -41,7 +41,7 @@ from thrave.tasks.root_volume import VolumeReader, check_root_volume
 from thrave.tasks.step_retry import retry_database, retry_hypervisor
 from thrave.tasks.uploads import ExistingBundle, TaskObjects, upload_volume
 from thrave.volumes.formats import open_volume
-from thrave.volumes.ntfs_volumes import Finding, check_unclean
+from thrave.volumes.ntfs_volumes import UncleanVolume, find_unclean
 from thrave.write_guard import WriteCheck, no_check
 
 _PUBLISHED_TIMEOUT = 24 * 3600.0  # seconds to find out whether the store has a manifest that may have been sent
@@ -224,7 +224,7 @@ class BundleWorkflow:
                 volume = reader.volume
                 with failpoint("volume-size-recorded"):
                     self._repository.set_volume_size(self._task.bundle_id, volume.size)
-                self._check_clean(reader.run(check_unclean))
+                self._check_clean(reader.run(find_unclean))
                 sealed = upload_volume(
                     volume, self._objects, self._journal, monitor, compression=self._settings.compression
                 )
@@ -410,12 +410,12 @@ class BundleWorkflow:
                 raise TaskFailure("Server.VolumeError", message)
             self._repository.add_warning(self._task.bundle_id, message)
 
-    def _check_clean(self, found: Sequence[Finding]) -> None:
+    def _check_clean(self, found: Sequence[UncleanVolume]) -> None:
         """Warn the owner about each volume on the disk that is unclean or was not checked, or refuse the disk."""
         if found and self._settings.unclean_volume == "refuse":
-            raise TaskFailure("Server.VolumeError", f"The root volume: {'; '.join(each.words for each in found)}.")
+            raise TaskFailure("Server.VolumeError", f"The root volume: {'; '.join(each.message for each in found)}.")
         for each in found:
-            self._repository.add_warning(self._task.bundle_id, f"The root volume: {each.words}.")
+            self._repository.add_warning(self._task.bundle_id, f"The root volume: {each.message}.")
 
     def _documents(self, instance: Instance, sealed: SealedBundle) -> Documents:
         """Write manifest and side file. The service and the account (if it has a certificate) can read the key."""

@@ -1,1 +1,1 @@
-"""A root volume as extents and bytes, whatever format its file has."""
+"""A root volume as extents and bytes, whatever the format of its file."""

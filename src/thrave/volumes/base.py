@@ -1,14 +1,8 @@
-"""Ends, from another thread, what reading a volume has started or locked while a read of it hangs.
+"""The contract of a volume: the disk of a machine as extents and bytes, whatever the format of its file.
 
-A read that a disk does not answer cannot be interrupted. What would keep the machine from being started meanwhile can
-be: the locks on the image, and the programs that have it open. Descriptors stay open until the read returns, since
-their numbers must not be given to other files before.
-
-The contract of a volume: a machine's disk as extents and bytes, whatever its file looks like.
-
-The docstrings of the Protocol are the contract, and one suite (tests/volumes/test_contract.py) holds every driver to
-it. A volume is only ever read. It does not know whose it is, nor whether the machine is off: who opens a volume has
-made sure that nobody writes to it (compute: ``HypervisorDriver.hold``).
+The docstrings of the Protocol are the contract; tests/volumes/test_volume_contract.py runs on every driver. A volume is
+only read. It has no owner, and it does not check that the machine is off: the caller must make sure that nothing
+writes to the disk (`compute`: `HypervisorDriver.hold`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +12,21 @@ from thrave.concurrency import new_lock
 
 
 class Interruption:
-    """What an open volume would be in the way with; nothing at first. Safe to use from several threads."""
+    """Releases what an open volume holds, from another thread, while a read of the volume hangs. Thread-safe.
+
+    A read that the disk does not answer cannot be interrupted. But what would keep the machine from starting can be
+    released: the locks on the image, and the programs that have it open. File descriptors stay open until the read
+    returns; otherwise another file could get their numbers while the read still uses them.
+    """
 
     def __init__(self) -> None:
         self._lock = new_lock()
         self._actions: list[Callable[[], object]] = []
         self.is_requested = False
-        """Whether nobody waits for the volume any more."""
+        """Whether the volume is no longer needed."""
 
     def add(self, action: Callable[[], object]) -> None:
-        """Have something done when the interruption is requested; at once if it was."""
+        """Register an action for `request`. Runs it at once if the interruption was requested already."""
         with self._lock:
             if not self.is_requested:
                 self._actions.append(action)
@@ -35,7 +34,7 @@ class Interruption:
         action()
 
     def request(self) -> None:
-        """Do what was added, the last first. May be called again."""
+        """Run the registered actions, the last one first. May be called again."""
         with self._lock:
             self.is_requested = True
             actions, self._actions = self._actions, []
@@ -44,93 +43,86 @@ class Interruption:
 
 
 class Extent(NamedTuple):
-    """A run of data. Offset and length in bytes, from the volume's beginning."""
+    """A range of data. Offset and length in bytes, counted from the beginning of the volume."""
 
     offset: int
     length: int
 
 
 class Volume(Protocol):
-    """A disk that can be read while it is open. All drivers may be read from several threads at once."""
+    """A disk that can be read while it is open. Every driver can be read from several threads at once."""
 
     @property
     def size(self) -> int:
-        """The size of the disk as its guest sees it, in bytes: not of the file that holds it.
+        """Size of the disk as its guest sees it, in bytes; not the size of the file.
 
-        It does not change while the volume is open. A format that counts in cylinders (vpc) may show a little more
-        than was once put in; the rest is a hole.
+        Does not change while the volume is open. A format that counts in cylinders (vpc) may show a little more than
+        was written to it; the rest is a hole.
         """
 
     def extents(self) -> Sequence[Extent]:
-        """Where the data lies: ascending, none empty, none overlapping or touching another, all within `size`.
+        """Return where the data is. May be called any number of times.
 
-        What lies between them is a hole: it reads as zeros and need not be read. Data may be zeros too: a driver says
-        what its metadata says and never reads the content to find out. May be asked for any number of times.
+        Between two extents is a hole: it reads as zeros and need not be read. An extent may contain zeros: a driver
+        reports its metadata and never reads the content to find zeros.
+
+        Returns:
+            Extents in ascending order, within `size`. None is empty; none overlaps or touches another.
 
         Raises:
             VolumeError: The metadata cannot be read.
         """
 
-    def will_read(self, offset: int, length: int) -> None:
-        """Hear that these bytes will be read soon, so as to have them ready by then.
+    def prefetch(self, offset: int, length: int) -> None:
+        """Announce that these bytes will be read soon, so that the driver can load them. In bytes.
 
-        It never waits and never raises; a driver that cannot do anything about it does nothing.
+        Never waits and never raises. A driver that cannot prefetch does nothing.
         """
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill the whole buffer with what stands from `offset` (bytes) on; holes are zeros.
-
-        It returns with the buffer full or not at all. Reading beyond `size` is an error.
+        """Fill the whole buffer with the content from `offset` on; holes are zeros.
 
         Args:
-            offset: Where in the volume to begin, in bytes; any number, not only multiples of a sector.
-            buffer: One-dimensional, of bytes, writable; its length says how much is read.
+            offset: In bytes; need not be a multiple of a sector.
+            buffer: One-dimensional, of bytes, writable; its length is the number of bytes to read. Its content is
+                undefined after an error.
 
         Raises:
-            VolumeUnreadableError: With the file and the offset in bytes.
+            VolumeUnreadableError: With the file and the offset in bytes. Also for a read beyond `size`.
         """
 
     def close(self) -> None:
-        """Let go of the file and of every helper process. May be said again; nothing else may be called after it."""
+        """Close the file and stop every helper process. May be called again; call no other method afterwards."""
 
 
-class WatchedVolume:
-    """A volume whose every read is reported, so that a disk that does not answer is noticed.
+class MonitoredVolume:
+    """A volume that reports each finished read, so that a disk that does not answer is detected.
 
     Args:
-        inside: The volume; closing this one closes it.
-        moved: Called after each read.
+        inside: The volume; it is closed together with this one.
+        on_read: Called after each read.
     """
 
-    def __init__(self, inside: Volume, moved: Callable[[], None]) -> None:
+    def __init__(self, inside: Volume, on_read: Callable[[], None]) -> None:
         self._inside = inside
-        self._moved = moved
+        self._on_read = on_read
+        self.extents = inside.extents
+        self.prefetch = inside.prefetch
+        self.close = inside.close
 
     @property
     def size(self) -> int:
-        """That of the volume inside, in bytes."""
+        """Size of the volume inside, in bytes."""
         return self._inside.size
 
-    def extents(self) -> Sequence[Extent]:
-        """Those of the volume inside."""
-        return self._inside.extents()
-
-    def will_read(self, offset: int, length: int) -> None:
-        """Tell the volume inside."""
-        self._inside.will_read(offset, length)
-
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Read the volume inside."""
+        """Read the volume inside, then report it."""
         self._inside.read_into(offset, buffer)
-        self._moved()
-
-    def close(self) -> None:
-        """Close the volume inside."""
-        self._inside.close()
+        self._on_read()
 
 
 def merge_extents(runs: Sequence[tuple[int, int]]) -> list[Extent]:
-    """Turn ascending runs into extents: touching ones become one, empty ones vanish.
+    """Turn runs into extents: join runs that touch, drop empty ones.
 
     Args:
         runs: (offset, length) in bytes, ascending and not overlapping.

@@ -1,26 +1,24 @@
-"""What can go wrong with a volume. Every error names the file; none holds a byte of its content.
-
-::
+"""Errors of volumes. Each error names the file; none contains a byte of its content.
 
     VolumeError
-    ├── VolumeUnreadableError   missing, forbidden, not a disk image, or broken off in the middle
-    │   └── ImageRefusedError   the image itself says that it is not the whole disk, or not to be trusted
-    ├── VolumeChangedError      it was written to or replaced while it was read
-    ├── VolumeUnwritableError   a new image cannot be made or written
+    ├── VolumeUnreadableError   missing, no permission, not a disk image, or a read failed
+    │   └── ImageRefusedError   the image's metadata says that it is not a whole disk, or not to be trusted
+    ├── VolumeChangedError      written to or replaced while it was read
+    ├── VolumeUnwritableError   a new image cannot be created or written
     ├── VolumeInUseError        another program has the image open for writing
-    ├── VolumeSharedError       another machine that is not off has the same file
-    ├── VolumeEncryptedError    an encrypted image, and no passphrase that opens it
+    ├── VolumeSharedError       another machine that is not off uses the same file
+    ├── VolumeEncryptedError    an encrypted image without a passphrase, or with a wrong one
     ├── UnknownFormatError      not one of FORMATS
-    ├── ComponentMissingError   a package is needed for what was asked for and is not installed
-    └── SkipRefusedError        what a volume does not use was to be left out, and cannot be told for certain
-        ├── NoFileSystemError             there is no NTFS on it
+    ├── ToolNotInstalled        a required program or library is not installed
+    └── SkipRefusedError        unused space cannot be determined reliably
+        ├── NoFileSystemError             no NTFS volume
         ├── FileSystemUnsupportedError    BitLocker, ReFS, a dynamic disk, …
         ├── VolumeNotCleanError           dirty, hibernated, or its log was not closed
-        ├── FileSystemCorruptError        it contradicts itself
-        └── SandboxUnavailableError       the process that reads it cannot be confined
+        ├── FileSystemCorruptError        the file system contradicts itself
+        └── SandboxUnavailableError       the process that reads the file system cannot be confined
 
-`str` is for the operator, with whole paths. `public` is for the owner of a machine, who must not learn how the host's
-folders are arranged: of each file it has the name only. Neither has a character that a terminal would act upon.
+`str(error)` is for the operator and has whole paths. `public` is for the owner of a machine, who must not learn the
+host's folders: it has only the names of files. Neither contains a control character.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,26 +26,26 @@ from pathlib import Path
 
 
 def printable(text: str) -> str:
-    """The text with a replacement character for each that cannot be printed: an image's words are a stranger's."""
+    """Replace each character that cannot be printed: text from an image is untrusted and may contain terminal codes."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def without_folders(text: str, files: Iterable[Path | str]) -> str:
-    """The text with the last component alone of each of the files that it names."""
+    """Replace the path of each of the files in the text by its last component."""
     for name in sorted({str(file) for file in files}, key=len, reverse=True):
         text = text.replace(name, name.rstrip("/").rpartition("/")[2])
     return text
 
 
 class VolumeError(Exception):
-    """A volume cannot be opened, read or made.
+    """A volume cannot be opened, read or created.
 
     Args:
         message: For the operator.
         files: The files that the message names.
 
     Attributes:
-        public: The message with the names of files alone, for the owner of the machine.
+        public: The message without the folders of the files, for the owner of the machine.
     """
 
     def __init__(self, message: str, files: Iterable[Path | str] = ()) -> None:
@@ -56,7 +54,7 @@ class VolumeError(Exception):
 
 
 class VolumeUnreadableError(VolumeError):
-    """The bytes cannot be had.
+    """The content cannot be read.
 
     Args:
         path: The volume's file.
@@ -73,19 +71,19 @@ class VolumeUnreadableError(VolumeError):
 
 
 class ImageRefusedError(VolumeUnreadableError):
-    """The image says of itself what forbids reading it as a disk: see `marks`."""
+    """The image's metadata forbids reading it as a disk; `image_rules` has the rules."""
 
 
 class VolumeChangedError(VolumeError):
-    """What was read is no state that the disk ever had."""
+    """The content that was read is not a state that the disk ever had."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path} was changed while it was read: {what}", (path,))
+    def __init__(self, path: Path, change: str) -> None:
+        super().__init__(f"{path} was changed while it was read: {change}", (path,))
         self.path = path
 
 
 class VolumeUnwritableError(VolumeError):
-    """A new image cannot be made or written; what there is of it is of no use."""
+    """A new image cannot be created or written; a file that exists is incomplete."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"cannot write {path}: {reason}", (path,))
@@ -105,7 +103,7 @@ class VolumeSharedError(VolumeError):
 
     Args:
         path: The file.
-        users: What the operator calls those machines.
+        users: Those machines, by the operator's names.
     """
 
     def __init__(self, path: Path, users: Sequence[str]) -> None:
@@ -115,7 +113,7 @@ class VolumeSharedError(VolumeError):
 
 
 class VolumeEncryptedError(VolumeError):
-    """The image is encrypted, and there is no passphrase, or it is another one's."""
+    """The image is encrypted, and there is no passphrase or a wrong one."""
 
     def __init__(self, path: Path, reason: str, *, files: Iterable[Path | str] = ()) -> None:
         super().__init__(f"{path} is encrypted: {reason}", (path, *files))
@@ -123,7 +121,7 @@ class VolumeEncryptedError(VolumeError):
 
 
 class UnknownFormatError(VolumeError):
-    """The format is none that we read. Formats are given, never probed."""
+    """The format is not supported. The caller names the format; it is never probed."""
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         super().__init__(f"unknown volume format {name!r}: known are {', '.join(known)}")
@@ -131,7 +129,7 @@ class UnknownFormatError(VolumeError):
 
 
 class ToolNotInstalled(VolumeError):
-    """A program or a library that is needed for what was asked for is not installed."""
+    """A required program or library is not installed."""
 
     def __init__(self, component: str, package: str, *, installer: str = "apt-get install") -> None:
         super().__init__(f"{component} is not installed: {installer} {package}")
@@ -140,32 +138,32 @@ class ToolNotInstalled(VolumeError):
 
 
 class SkipRefusedError(VolumeError):
-    """What the volume does not use cannot be told for certain, so nothing is left out and nothing is bundled.
+    """Unused space cannot be determined reliably. Nothing is bundled.
 
     Attributes:
         reason: Why, without the name of the file.
     """
 
     def __init__(self, reason: str, path: Path | None = None) -> None:
-        about = "" if path is None else f"{path}: "
-        super().__init__(f"{about}cannot leave out what is unused: {reason}", () if path is None else (path,))
+        prefix = "" if path is None else f"{path}: "
+        super().__init__(f"{prefix}cannot leave out what is unused: {reason}", () if path is None else (path,))
         self.reason = reason
 
 
 class NoFileSystemError(SkipRefusedError):
-    """There is no NTFS volume where one was looked for."""
+    """The disk has no NTFS volume."""
 
 
 class FileSystemUnsupportedError(SkipRefusedError):
-    """It is of a kind whose free space cannot be told."""
+    """The free space of this kind of file system cannot be determined."""
 
 
 class VolumeNotCleanError(SkipRefusedError):
-    """Its bitmap may lag behind what was written last."""
+    """The volume was not unmounted, so its bitmap may be older than the last writes."""
 
 
 class FileSystemCorruptError(SkipRefusedError):
-    """It contradicts itself; it is not guessed which side is right."""
+    """The file system contradicts itself."""
 
 
 class SandboxUnavailableError(SkipRefusedError):

@@ -1,7 +1,8 @@
-"""Opening a volume: the one place that knows which driver reads which format.
+"""Opens a disk image or block device with the driver of its format.
 
-The format is always given and never probed: a guest can write any image format's header into the first sector of its
-own raw disk, and a program that probes then reads whatever host file that header names (CVE-2008-2004, QEMU).
+The caller always names the format; it is never probed. A guest can write the header of any image format into the first
+sector of its own raw disk, and a program that probes would read whatever host file that header names (CVE-2008-2004,
+QEMU).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,112 +10,106 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from thrave.volumes.base import Interruption, Volume, WatchedVolume
+from thrave.volumes import image_headers
+from thrave.volumes.base import Interruption, MonitoredVolume, Volume
 from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.host_files import FileId, HostFile
-from thrave.volumes.image_chain import READERS, Inspection, Warn, Warned
-from thrave.volumes.image_headers import apparent_format
+from thrave.volumes.image_chain import HEADER_READERS, ImageChain, ImageWarning, OnWarning
 from thrave.volumes.ntfs_volumes import exclude_unused
 from thrave.volumes.qemu_nbd import QemuVolume
 from thrave.volumes.raw import RawVolume
 
-FORMATS = tuple(READERS)
-"""Every format that can be opened, in QEMU's words; `raw` stands for block devices too, and `luks` is a raw disk in
-LUKS. vdi is left out: qemu-img finds nothing wrong with one that is cut short, and reads zeros there.
+FORMATS = tuple(HEADER_READERS)
+"""Every format that can be opened, by QEMU's names; `raw` includes block devices, and `luks` is a raw disk in LUKS.
+vdi is not supported: qemu-img does not detect a vdi image that is cut short, and reads zeros there.
 """
 
 QEMU_FORMATS = tuple(name for name in FORMATS if name != "raw")
-"""Those that QEMU's programs read."""
+"""The formats that QEMU's programs read."""
 
 
 @dataclass(frozen=True)
-class Examined:
-    """What can be told of a volume without reading its data.
+class VolumeMetadata:
+    """What is known of a volume without reading its data.
 
     Attributes:
-        files: Which files it lies in.
-        written: Which of them its machine writes to; it only reads the others.
+        files: Every file that belongs to the volume.
+        written: Those to which its machine writes; the machine only reads the others.
         warnings: What its owner should know.
     """
 
     files: frozenset[FileId]
     written: frozenset[FileId]
-    warnings: tuple[Warned, ...]
+    warnings: tuple[ImageWarning, ...]
 
 
 @contextmanager
 def open_volume(
     path: Path,
-    format: str,  # noqa: A002 (QEMU's word)
+    image_format: str,
     *,
     skip_unused: bool = False,
     secret_file: Path | None = None,
     directories: Sequence[Path] = (),
-    warn: Warn = lambda _warned: None,
-    moved: Callable[[], None] | None = None,
+    on_warning: OnWarning = lambda _warning: None,
+    on_read: Callable[[], None] | None = None,
     interruption: Interruption | None = None,
 ) -> Iterator[Volume]:
-    """Open the disk image or block device at `path` for reading, and close it in the end.
+    """Open the disk image or block device at `path` for reading; close it at the end of the block.
 
-    For as long as it is open QEMU starts no guest that would write to it, nor to any image that it stands on: see
-    `locking` for what that is worth. At the end of a block that has not failed every file of it is compared with what
-    it was at the beginning, so what was read is true only once the block has ended well.
+    While the volume is open, QEMU starts no guest that would write to the image or to one of its backing images
+    (`image_locks` has the limits of this). At the end of a block without an error, every file is compared with its
+    state at the beginning. So the content that was read can be trusted only after the block has ended without an error.
 
     Args:
         path: The file. Symbolic links are followed, once.
-        format: One of `FORMATS`.
-        skip_unused: Leave out what its NTFS file systems do not use (see `skipping`).
-        secret_file: Holds the passphrase of an encrypted image (qcow2 with LUKS, or luks), and nothing else: no newline
-            at its end. Not used if no image of the chain is encrypted.
-        directories: Folders in which files may lie that the image refers to, besides the image's own.
-        warn: Told what the image says of itself that its owner should know.
-        moved: Called after each read of the disk.
-        interruption: Ends what would be in the way of the machine, from another thread, while a read hangs.
+        image_format: One of `FORMATS`.
+        skip_unused: Leave out what its NTFS file systems do not use (`ntfs_volumes`).
+        secret_file: Contains the passphrase of an encrypted image (qcow2 with LUKS, or luks), without a newline at its
+            end. Not used if no image of the chain is encrypted.
+        directories: Folders in which files may be that the image refers to, in addition to the image's own folder.
+        on_warning: Called with each warning about the image that its owner should know.
+        on_read: Called after each read of the disk.
+        interruption: Releases, from another thread, what would keep the machine from starting while a read hangs.
 
     Raises:
-        VolumeInUseError: Something has it open for writing.
+        VolumeInUseError: Another program has it open for writing.
         VolumeEncryptedError: It is encrypted, and the passphrase is missing or wrong.
-        ImageRefusedError: It is not a whole disk, or not to be trusted, by its own words (`marks`).
-        VolumeChangedError: At the end: it was written to or replaced meanwhile.
-        VolumeError: Unknown format; missing, forbidden or broken image; a component that is not installed; what is
-            unused cannot be told for certain.
+        ImageRefusedError: Its metadata says that it is not a whole disk, or not to be trusted (`image_rules`).
+        VolumeChangedError: At the end: it was written to or replaced while it was open.
+        VolumeError: Unknown format; missing, forbidden or damaged image; a component that is not installed; unused
+            space that cannot be determined reliably.
     """
-    if format == "raw" and secret_file is not None:  # what it holds would be bundled as it is, enciphered
+    if image_format == "raw" and secret_file is not None:  # the bundle would contain the encrypted content as it is
         raise VolumeUnreadableError(path, "a raw volume has no passphrase; the format of a raw disk in LUKS is luks")
-    with (
-        closing(Inspection(path, format, directories, to_read=True, interruption=interruption)) as inspection,
-        closing(_driver(inspection, format, secret_file)) as opened,
-    ):
-        volume = opened if moved is None else WatchedVolume(opened, moved)
-        for warned in inspection.warnings:
-            warn(warned)
-        yield exclude_unused(volume, path) if skip_unused else volume
-        inspection.check_unchanged()
+    with closing(ImageChain(path, image_format, directories, is_read=True, interruption=interruption)) as chain:
+        driver: Volume = RawVolume(chain.layers[0].file) if image_format == "raw" else QemuVolume(chain, secret_file)
+        with closing(driver):
+            volume = driver if on_read is None else MonitoredVolume(driver, on_read)
+            for warning in chain.warnings:
+                on_warning(warning)
+            yield exclude_unused(volume, path) if skip_unused else volume
+            chain.check_unchanged()
 
 
-def examine(path: Path, format: str, *, directories: Sequence[Path] = ()) -> Examined:  # noqa: A002 (as above)
-    """Look at an image's own words, and at those of every image that it stands on. Its machine may run.
+def read_metadata(path: Path, image_format: str, *, directories: Sequence[Path] = ()) -> VolumeMetadata:
+    """Read the metadata of an image and of its backing images. Its machine may run.
 
-    Nothing is locked, no program is started, and no guest's data is read.
-
-    Raises:
-        VolumeError: As `open_volume`, as far as that can be told; marks that a running machine leaves are not judged.
-    """
-    with closing(Inspection(path, format, directories, to_read=False)) as inspection:
-        return Examined(frozenset(inspection.file_ids), frozenset(inspection.written_ids), tuple(inspection.warnings))
-
-
-def apparent_format_of(path: Path) -> str | None:
-    """The format of which a file's first or last bytes are, None if of none that is known: a hint, and no more.
+    Locks nothing, starts no program and reads no data of the guest.
 
     Raises:
-        VolumeUnreadableError: It cannot be read.
+        VolumeError: As `open_volume`, except for errors that only QEMU or a lock can find, and without the rules about
+            marks that a running machine sets.
     """
-    with HostFile(path, to_compare=False) as file:
-        return apparent_format(file)
+    with closing(ImageChain(path, image_format, directories, is_read=False)) as chain:
+        return VolumeMetadata(frozenset(chain.file_ids), frozenset(chain.written_ids), tuple(chain.warnings))
 
 
-def _driver(inspection: Inspection, format: str, secret_file: Path | None) -> Volume:  # noqa: A002 (as above)
-    if format == "raw":
-        return RawVolume(inspection.layers[0].file)
-    return QemuVolume(inspection, secret_file)
+def guess_format(path: Path) -> str | None:
+    """Return the format to which the first or last bytes of a file belong; None if unknown. Only a hint.
+
+    Raises:
+        VolumeUnreadableError: The file cannot be read.
+    """
+    with HostFile(path, is_compared=False) as file:
+        return image_headers.guess_format(file)

@@ -1,9 +1,9 @@
-"""The files and block devices of the host that a volume lies in: each is opened once, and known by its descriptor.
+"""Files and block devices of the host that belong to a volume. Each is opened once and then used by its descriptor.
 
-A name can be given to another file at any moment, and can lead through links to any other folder. So a name is followed
-once; which file that led to, where it lies, and whether it may be read is asked of the open file; and QEMU's programs
-are given the open files (`/proc/self/fd/N`), never a name. Afterwards the file is compared with what it was: size,
-times of change, and whether its name still leads to it.
+A name can be given to another file at any moment, and can lead through links to any folder. So a name is resolved once.
+Its identity, its real path and whether it may be read are checked on the open file. QEMU's programs get the open files
+(`/proc/self/fd/N`), never a name. At the end the file is compared with its first state: size, times of change, and
+whether its name still leads to it.
 """
 
 import fcntl
@@ -19,27 +19,27 @@ from thrave.volumes.errors import VolumeChangedError, VolumeUnreadableError
 
 # Two changes within one tick of the kernel's clock have the same time; a tick has at most 10 ms.
 _TICK = 0.02  # seconds
-_MOST_TICKS = 50
+_MAX_TICKS = 50
 
-_FIRST_NUMBER = 10
-_LAST_OFFSET = (1 << 63) - 1  # off_t
+_MIN_FD = 10
+_MAX_OFFSET = (1 << 63) - 1  # off_t
 _STATISTICS = "/sys/dev/block/{}:{}/stat"
-_WRITING = (4, 6, 11)  # the numbers of writes, of sectors written, of discards (kernel: Documentation/block/stat.rst)
+_WRITE_COUNTERS = (4, 6, 11)  # writes, sectors written, discards (kernel: Documentation/block/stat.rst)
 
 
 class FileId(NamedTuple):
-    """Which file it is, whatever it is called: two names of one file, and two nodes of one device, have the same."""
+    """The identity of a file: two names of one file, or two nodes of one block device, have the same."""
 
     device: int
     inode: int
 
 
 class _State(NamedTuple):
-    """What tells whether a file has changed. Times are in nanoseconds.
+    """What is compared to detect a change. Times in nanoseconds.
 
-    The time of the last change of status (ctime) cannot be set back, so it betrays who writes and then sets back the
-    time of the last change of content (mtime). For a block device the kernel counts the writes instead, and there are
-    no times; a write that does not go through this host's node of the device is not counted.
+    A program can set back the time of the last change of content (mtime), but not that of the last change of status
+    (ctime), which changes with it. A block device has no times; the kernel counts its writes instead. A write that does
+    not go through this host's node of the device is not counted.
     """
 
     size: int
@@ -50,19 +50,20 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True)
 class AllowedFolders:
-    """Where files may lie that an image refers to.
+    """Folders in which files may be that an image refers to.
 
     Attributes:
-        folder: The folder of the topmost image; None if that is a block device, which has none of its own.
-        directories: Folders that the operator has named; files may also lie in folders below them.
+        folder: The folder of the topmost image, without its subfolders; None if the image is a block device.
+        directories: Folders from the operator's settings, with their subfolders.
     """
 
     folder: Path | None
     directories: Sequence[Path] = ()
 
-    def hold(self, real: Path) -> bool:
-        """Whether a file may be read, by its real path."""
-        return real.parent == self.folder or any(real.is_relative_to(one.resolve()) for one in self.directories)
+    def is_allowed(self, real_path: Path) -> bool:
+        """Return whether a file with this real path may be read."""
+        is_below = (real_path.is_relative_to(directory.resolve()) for directory in self.directories)
+        return real_path.parent == self.folder or any(is_below)
 
 
 class HostFile:
@@ -70,124 +71,130 @@ class HostFile:
 
     Args:
         path: Its name; symbolic links are followed, once.
-        places: Where it may lie, links or not; None if anywhere.
-        to_compare: It is to be compared later (`check_unchanged`). Opening it then takes up to a second while
-            something writes to it.
+        folders: Where its real path must be; None if anywhere.
+        is_compared: Whether `check_unchanged` will be called. Opening the file then lasts up to a second while another
+            program writes to it.
 
     Attributes:
         path: The name, absolute.
-        real: Where it lies.
-        fd: The file descriptor; programs that are started do not inherit it, unless they are given it.
-        size: Bytes, when it was opened.
-        is_device: It is a block device.
+        real_path: The path without symbolic links.
+        fd: The file descriptor. A child process inherits it only if it is passed.
+        size: Bytes, when the file was opened.
+        is_device: Whether it is a block device.
 
     Raises:
-        VolumeUnreadableError: It cannot be opened, is something else, or lies where it may not.
+        VolumeUnreadableError: It cannot be opened, is neither file nor block device, or is outside the folders.
     """
 
-    def __init__(self, path: Path, places: AllowedFolders | None = None, *, to_compare: bool = True) -> None:
+    def __init__(self, path: Path, folders: AllowedFolders | None = None, *, is_compared: bool = True) -> None:
         self.path = Path(path).absolute()
         self.fd = -1
         try:
-            handle = os.open(self.path, os.O_PATH | os.O_CLOEXEC)  # nothing happens to what the name leads to
+            # O_PATH: opening a device or a named pipe for reading can have effects, so check first what it is.
+            handle = os.open(self.path, os.O_PATH | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
-            raise VolumeUnreadableError(path, reason(error)) from error
+            raise VolumeUnreadableError(path, describe_error(error)) from error
         try:
-            self._open(handle, places)
-            self._begun = self._settled() if to_compare else self._state()
+            self._open(handle, folders)
+            self._first_state = self._wait_for_comparable_state() if is_compared else self._state()
         except OSError as error:
             self.close()
-            raise VolumeUnreadableError(path, reason(error)) from error
+            raise VolumeUnreadableError(path, describe_error(error)) from error
         except VolumeUnreadableError:
             self.close()
             raise
         finally:
             os.close(handle)
-        self.size = self._begun.size
+        self.size = self._first_state.size
 
     def __enter__(self) -> Self:
-        """Give itself; it is closed at the end of the block."""
+        """Return the file; it is closed at the end of the block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the file."""
         self.close()
 
     @property
     def id(self) -> FileId:
-        """Which file it is."""
+        """The identity of the file."""
         return _id(os.fstat(self.fd))
 
     @property
-    def name_for_programs(self) -> str:
-        """What a program opens that has inherited the descriptor: this file, whatever its name leads to by then."""
+    def fd_path(self) -> str:
+        """A path for programs that inherit the descriptor: they open this file, whatever its name leads to by then."""
         return f"/proc/self/fd/{self.fd}"
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes from an offset on; fewer at the file's end.
+        """Return the bytes from an offset on; fewer at the end of the file.
+
+        Args:
+            offset: Any number from an untrusted header.
+            length: In bytes.
 
         Raises:
-            VolumeUnreadableError: The system does not give them.
+            VolumeUnreadableError: The read failed.
         """
-        if offset > _LAST_OFFSET - length:  # a stranger's number
+        if offset > _MAX_OFFSET - length:
             return b""
         try:
             return os.pread(self.fd, length, offset)
         except OSError as error:
-            raise VolumeUnreadableError(self.path, reason(error), offset=offset) from error
+            raise VolumeUnreadableError(self.path, describe_error(error), offset=offset) from error
 
     def check_unchanged(self) -> None:
-        """Compare the file with what it was when it was opened.
+        """Compare the file with its state when it was opened.
 
         Raises:
             VolumeChangedError: It was written to, cut, extended or replaced.
-            VolumeUnreadableError: It cannot be told.
+            VolumeUnreadableError: Its state cannot be read.
         """
         try:
-            now = self._state()
-            there = _id(self.path.stat())
+            state = self._state()
+            id_of_name = _id(self.path.stat())
         except FileNotFoundError:
             raise VolumeChangedError(self.path, "it was removed or renamed") from None
         except OSError as error:
-            raise VolumeUnreadableError(self.path, reason(error)) from error
-        if now.size != self._begun.size:
-            raise VolumeChangedError(self.path, f"it had {self._begun.size} bytes, and has {now.size}")
-        if now != self._begun:
+            raise VolumeUnreadableError(self.path, describe_error(error)) from error
+        if state.size != self._first_state.size:
+            raise VolumeChangedError(self.path, f"it had {self._first_state.size} bytes, and has {state.size}")
+        if state != self._first_state:
             raise VolumeChangedError(self.path, "something wrote to it")
-        if there != self.id:
+        if id_of_name != self.id:
             raise VolumeChangedError(self.path, "another file has its name now")
 
     def close(self) -> None:
-        """Close the file. May be said again."""
+        """Close the file. May be called again."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
-    def _open(self, handle: int, places: AllowedFolders | None) -> None:
+    def _open(self, handle: int, folders: AllowedFolders | None) -> None:
         mode = os.fstat(handle).st_mode
         self.is_device = stat.S_ISBLK(mode)
         if not (stat.S_ISREG(mode) or self.is_device):
             raise VolumeUnreadableError(self.path, "neither a regular file nor a block device")
-        self.real = Path(f"/proc/self/fd/{handle}").readlink()
-        if places is not None and not places.hold(self.real):
+        self.real_path = Path(f"/proc/self/fd/{handle}").readlink()
+        if folders is not None and not folders.is_allowed(self.real_path):
+            folder = self.real_path.parent
             raise VolumeUnreadableError(
                 self.path,
-                f"it lies in {self.real.parent}, neither the image's own folder nor one of the image directories",
-                files=(self.real.parent,),
+                f"it is in {folder}, neither the image's own folder nor one of the image directories",
+                files=(folder,),
             )
-        self.fd = inheritable_number(os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        self.fd = to_inheritable_fd(os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
 
     def _state(self) -> _State:
         status = os.fstat(self.fd)
         if self.is_device:
-            return _State(os.lseek(self.fd, 0, os.SEEK_END), 0, 0, _writes(status.st_rdev))
+            return _State(os.lseek(self.fd, 0, os.SEEK_END), 0, 0, _count_writes(status.st_rdev))
         return _State(status.st_size, status.st_mtime_ns, status.st_ctime_ns, ())
 
-    def _settled(self) -> _State:
-        """Its state, once whatever is written from now on has a later time, or is counted."""
+    def _wait_for_comparable_state(self) -> _State:
+        """Return the state when each later write is certain to change it: to have a later time, or to be counted."""
         if self.is_device:
-            os.fsync(self.fd)  # what was written before, and is in memory still
-        for _ in range(_MOST_TICKS):
+            os.fsync(self.fd)  # count earlier writes that are still in the page cache now
+        for _ in range(_MAX_TICKS):
             state = self._state()
             if self.is_device or abs(wall_time() - state.ctime / 1e9) > _TICK:
                 break
@@ -196,38 +203,38 @@ class HostFile:
 
 
 class HostFiles:
-    """The files of one volume; none at first."""
+    """The open files of one volume; none at first."""
 
     def __init__(self) -> None:
         self.opened: list[HostFile] = []
 
-    def open(self, path: Path, places: AllowedFolders | None = None, *, to_compare: bool = True) -> HostFile:
-        """Open a file, as `HostFile`."""
-        file = HostFile(path, places, to_compare=to_compare)
+    def open(self, path: Path, folders: AllowedFolders | None = None, *, is_compared: bool = True) -> HostFile:
+        """Open a file; arguments and errors as of `HostFile`."""
+        file = HostFile(path, folders, is_compared=is_compared)
         self.opened.append(file)
         return file
 
     def check_unchanged(self) -> None:
-        """Compare each with what it was. Raises as `HostFile.check_unchanged`."""
+        """Compare each file with its first state. Raises as `HostFile.check_unchanged`."""
         for file in self.opened:
             file.check_unchanged()
 
     def close(self) -> None:
-        """Close all of them. May be said again."""
+        """Close every file. May be called again."""
         for file in self.opened:
             file.close()
 
 
-def inheritable_number(fd: int) -> int:
-    """The same open file under a number that a program can inherit: 3 is a server's socket (sd_listen_fds(3))."""
+def to_inheritable_fd(fd: int) -> int:
+    """Move a descriptor to a number that a child process can inherit: 3 is a server's socket (sd_listen_fds(3))."""
     try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_NUMBER)
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _MIN_FD)
     finally:
         os.close(fd)
 
 
-def reason(error: OSError | ValueError) -> str:
-    """The system's words, without the file's name."""
+def describe_error(error: OSError | ValueError) -> str:
+    """Return the system's message, without the name of the file."""
     if isinstance(error, OSError):
         return os.strerror(error.errno or 0)
     return "no file has such a name"
@@ -239,10 +246,10 @@ def _id(status: os.stat_result) -> FileId:
     return FileId(status.st_dev, status.st_ino)
 
 
-def _writes(device: int) -> tuple[int, ...]:
-    """How often the kernel has written to a block device; nothing if it does not tell."""
+def _count_writes(device: int) -> tuple[int, ...]:
+    """Return the kernel's write counters of a block device; empty if the kernel has none."""
     try:
         numbers = Path(_STATISTICS.format(os.major(device), os.minor(device))).read_text("ascii").split()
     except OSError:
         return ()
-    return tuple(int(numbers[at]) for at in _WRITING if at < len(numbers))
+    return tuple(int(numbers[index]) for index in _WRITE_COUNTERS if index < len(numbers))

@@ -1,18 +1,17 @@
-"""A chain of images, the one that is read and those that it stands on, and how QEMU's programs are told of it.
+"""Opens an image and its backing files, and checks each before it is read.
 
-The whole graph is named, as JSON: each image with its format, its files, and what it stands on, and for one that stands
-on nothing that too. Every file is a descriptor that is open already (`/proc/self/fd/N`), so QEMU follows no name that
-is written in an image, and reads what was inspected even if a name leads elsewhere by now. QEMU has no option for the
-files that a VMDK's descriptor names: it gets a new descriptor, in memory, that names the open files. The passphrase of
-an encrypted image is read by QEMU's programs alone: it is never in a command line, an error or this process.
+An image's header can name other files of the host (a backing file, a data file, extents), and a program that serves the
+image reads whatever is named there (CVE-2024-32498, OpenStack). A guest can write the content of its disk but not this
+header, unless a program probes the format; so nothing is probed. Each image is opened once, locked and parsed; the
+table in `image_rules` decides, and a file that the image refers to must be in an allowed folder (`host_files`). Then
+QEMU checks each image by its open file, which detects images that are cut short; QEMU would otherwise serve those with
+zeros in place of the rest.
 
-What is looked at before an image is read: the image itself and every image and file that it stands on.
-
-An image's header can name other files of the host (a backing file, a data file, extents), and the program that serves
-it reads whatever is named there (CVE-2024-32498, OpenStack). A guest can write its disk's content but not that header,
-unless a format is probed; so nothing is probed. Each image is opened once, locked, and asked what it states; the table
-`marks` decides; a file that it refers to must lie where it may (`hostfile`). Then QEMU checks each image, by its open
-file: that finds images that are cut short, which QEMU would otherwise serve with zeros in place of the rest.
+QEMU's programs get the whole chain as JSON: each image with its format, its open files (`/proc/self/fd/N`) and its
+backing image, or with none. So QEMU resolves no name in an image, and reads the files that were checked even if a name
+now leads elsewhere. QEMU has no option for the files that a VMDK's descriptor names; it gets a new descriptor, in
+memory, that names the open files. Only QEMU's programs read the passphrase of an encrypted image: it is never in a
+command line, an error or this process.
 """
 
 import json
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from thrave import programs
-from thrave.programs import Finished
 from thrave.volumes import image_headers, vhd_headers, vmdk_headers
 from thrave.volumes.base import Interruption
 from thrave.volumes.errors import (
@@ -36,22 +34,55 @@ from thrave.volumes.errors import (
     VolumeInUseError,
     VolumeUnreadableError,
 )
-from thrave.volumes.host_files import AllowedFolders, FileId, HostFile, HostFiles, inheritable_number
-from thrave.volumes.image_headers import Extent, Reference, Statement
+from thrave.volumes.host_files import AllowedFolders, FileId, HostFile, HostFiles, to_inheritable_fd
+from thrave.volumes.image_headers import ImageMetadata, Reference, VmdkExtent
 from thrave.volumes.image_locks import ImageLocks
-from thrave.volumes.image_rules import Decision, row
-from thrave.volumes.vmdk_headers import descriptor
+from thrave.volumes.image_rules import Decision, find_rule
 
-_SECRET = "passphrase"  # noqa: S105 (the name of QEMU's object, not what it holds)
+PACKAGE = "qemu-utils"
+
+CHAIN_LIMIT = 32
+"""Backing files below the topmost image."""
+
+EXTENT_LIMIT = 1024
+"""Files with data of one VMDK."""
+
+MAX_SIZE = 1 << 50  # bytes; a tiny file can claim any size, and qemu-nbd lists the holes of at most 2 GiB in one call
+
+_TIMEOUT = 120  # seconds for one run of qemu-img; the metadata can have gigabytes on a slow disk
+
+_CHECK_ACCEPTS = (0, 3, 63)  # qemu-img(1): 0 clean, 3 only leaked clusters, 63 the format has no check
+
+_QEMU_ID = "passphrase"  # of QEMU's object for the passphrase
+_KEY_OPTIONS = {"luks": "key-secret", "qcow2": "encrypt.key-secret"}  # the option that gets this id
+
+_WITH_BACKING = frozenset({"qcow2", "vmdk"})
+
+HEADER_READERS: dict[str, Callable[[HostFile], ImageMetadata]] = {
+    "raw": image_headers.read_raw,
+    "qcow2": image_headers.read_qcow2,
+    "vhdx": vhd_headers.read_vhdx,
+    "vmdk": vmdk_headers.read_vmdk,
+    "vpc": vhd_headers.read_vhd,
+    "luks": image_headers.read_luks,
+}
+"""Reads the header of an image, for each format that can be opened."""
+
+_END_CHECKS: dict[str, Callable[[HostFile], list[tuple[str, str]]]] = {
+    "qcow2": image_headers.check_qcow2_end,
+    "vmdk": vmdk_headers.check_vmdk_end,
+}
+"""Detects a file that ends within its last data, for formats where header and `qemu-img check` do not show that."""
 
 
-_SECRET_OPTIONS = {"luks": "key-secret"}
+class ImageWarning(NamedTuple):
+    """A mark that the owner of an image is informed of; `public` has no folders."""
+
+    text: str
+    public: str
 
 
-_SECRET_OPTION = "encrypt.key-secret"  # noqa: S105 (of every other format)
-
-
-_STANDING_ON_OTHERS = frozenset({"qcow2", "vmdk"})
+OnWarning = Callable[[ImageWarning], object]
 
 
 @dataclass(frozen=True)
@@ -60,100 +91,70 @@ class Layer:
 
     Attributes:
         file: The image.
-        format: In QEMU's words.
-        statement: What it states.
-        extents: The other files with its data, each as its descriptor says.
-        descriptor: An open file in memory that stands for a descriptor.
+        format: QEMU's name of the format.
+        metadata: Its parsed header.
+        extents: The other files with its data, each with its extent in the descriptor.
+        descriptor: File descriptor of the VMDK descriptor in memory that replaces the one in `file`; None: no extents.
     """
 
     file: HostFile
     format: str
-    statement: Statement
-    extents: tuple[tuple[Extent, HostFile], ...] = ()
+    metadata: ImageMetadata
+    extents: tuple[tuple[VmdkExtent, HostFile], ...] = ()
     descriptor: int | None = None
 
     @property
     def path(self) -> Path:
-        """Its name, for messages."""
+        """The name of the image, for messages."""
         return self.file.path
 
     @property
     def files(self) -> list[HostFile]:
-        """Every file of it, itself first."""
+        """Every file of the image, beginning with the image itself."""
         return [self.file, *(file for _, file in self.extents)]
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What follows a command of qemu-img or the options of qemu-nbd, and what the program must inherit for it."""
+class ImageArguments:
+    """Arguments for qemu-img or qemu-nbd that name an image, and the descriptors that the program must inherit."""
 
-    words: list[str]
+    argv: list[str]
     descriptors: list[int] = field(default_factory=list)
 
 
-def arguments(chain: Sequence[Layer], secret: HostFile | None) -> Arguments:
-    """Name an image to a program.
+def image_arguments(layers: Sequence[Layer], secret: HostFile | None) -> ImageArguments:
+    """Return the arguments for an image with its backing images.
 
     Args:
-        chain: The image that is meant, and all below it; at least one.
-        secret: Holds the passphrase of all that are encrypted.
+        layers: The image, then its backing images; at least one.
+        secret: Contains the passphrase of all encrypted images.
 
     Raises:
-        VolumeEncryptedError: One is encrypted, and there is no such file.
+        VolumeEncryptedError: An image is encrypted, and `secret` is None.
     """
     node: dict[str, object] | None = None
-    for layer in reversed(chain):
-        node = _node(layer, node)
-    words, descriptors = [f"json:{json.dumps(node)}"], [fd for layer in chain for fd in _descriptors(layer)]
-    locked = next((layer for layer in chain if layer.statement.encrypted), None)
-    if locked is not None:
+    for layer in reversed(layers):
+        node = _block_node(layer, node)
+    argv, descriptors = [f"json:{json.dumps(node)}"], [fd for layer in layers for fd in _descriptors(layer)]
+    encrypted = next((layer for layer in layers if layer.metadata.is_encrypted), None)
+    if encrypted is not None:
         if secret is None:
-            raise VolumeEncryptedError(locked.path, "the file that holds its passphrase must be given")
-        words = ["--object", f"secret,id={_SECRET},file={secret.name_for_programs}", *words]
+            raise VolumeEncryptedError(encrypted.path, "the file that holds its passphrase must be given")
+        argv = ["--object", f"secret,id={_QEMU_ID},file={secret.fd_path}", *argv]
         descriptors.append(secret.fd)
-    return Arguments(words, descriptors)
+    return ImageArguments(argv, descriptors)
 
 
-def arguments_alone(layer: Layer) -> Arguments:
-    """Name an image without what it stands on, and without a passphrase: enough to be asked for its size."""
-    return Arguments([f"json:{json.dumps(_node(layer, None, locked=True))}"], _descriptors(layer))
-
-
-def open_secret(path: Path, locked: Layer) -> HostFile:
-    """Open the file that holds the passphrase of an image; it is read more than once, so it must be a regular file.
-
-    Raises:
-        VolumeEncryptedError: It cannot be opened, or is something else.
-    """
-    try:
-        file = HostFile(path)
-    except VolumeUnreadableError as error:
-        raise VolumeEncryptedError(locked.path, str(error), files=(path,)) from error
-    if file.is_device:
-        file.close()
-        raise VolumeEncryptedError(locked.path, f"{path} is not a regular file", files=(path,))
-    return file
-
-
-def in_memory(statement: Statement, extents: Sequence[tuple[Extent, HostFile]]) -> int:
-    """Open a new descriptor in memory for a VMDK whose data lie in these files."""
-    assert statement.identity is not None
-    text = descriptor(statement.identity, [(extent, file.name_for_programs) for extent, file in extents])
-    fd = inheritable_number(os.memfd_create("descriptor", os.MFD_CLOEXEC))
-    os.write(fd, text)
-    return fd
-
-
-def _node(layer: Layer, below: dict[str, object] | None, *, locked: bool = False) -> dict[str, object]:
-    """The image as QEMU's block layer names it."""
-    in_file = layer.file.name_for_programs if layer.descriptor is None else f"/proc/self/fd/{layer.descriptor}"
-    on_device = layer.file.is_device and layer.descriptor is None
-    file = {"driver": "host_device" if on_device else "file", "filename": in_file}
-    node: dict[str, object] = {"driver": layer.format, "file": file, **layer.statement.options}
-    if layer.format in _STANDING_ON_OTHERS:
-        node["backing"] = below
-    if layer.statement.encrypted and not locked:
-        node[_SECRET_OPTIONS.get(layer.format, _SECRET_OPTION)] = _SECRET
+def _block_node(layer: Layer, backing: dict[str, object] | None, *, has_key: bool = True) -> dict[str, object]:
+    """Return an image as a node of QEMU's block layer (BlockdevOptions)."""
+    path = layer.file.fd_path if layer.descriptor is None else f"/proc/self/fd/{layer.descriptor}"
+    is_device = layer.file.is_device and layer.descriptor is None
+    file = {"driver": "host_device" if is_device else "file", "filename": path}
+    node: dict[str, object] = {"driver": layer.format, "file": file, **layer.metadata.options}
+    if layer.format in _WITH_BACKING:
+        node["backing"] = backing
+    if layer.metadata.is_encrypted and has_key:
+        node[_KEY_OPTIONS[layer.format]] = _QEMU_ID
     return node
 
 
@@ -161,58 +162,23 @@ def _descriptors(layer: Layer) -> list[int]:
     return [*(file.fd for file in layer.files), *([] if layer.descriptor is None else [layer.descriptor])]
 
 
-PACKAGE = "qemu-utils"
-
-
-CHAIN_LIMIT = 32
-
-
-EXTENT_LIMIT = 1024
-
-
-MAX_SIZE = 1 << 50  # bytes; qemu-nbd is asked for the holes of 2 GiB at a time, and a tiny file can claim any size
-
-
-_SECONDS = 120  # for one look at one image; its metadata can be gigabytes on a slow disk
-
-
-_CHECK_ACCEPTS = (0, 3, 63)  # qemu-img(1): 0 clean, 3 only leaked clusters, 63 the format has no check
-
-
-READERS: dict[str, image_headers.Reader] = {
-    "raw": image_headers.read_raw,
-    "qcow2": image_headers.read_qcow2,
-    "vhdx": vhd_headers.read_vhdx,
-    "vmdk": vmdk_headers.read_vmdk,
-    "vpc": vhd_headers.read_vhd,
-    "luks": image_headers.read_luks,
-}
-"""What reads the header of an image of each format that can be opened."""
-
-
-ENDS: dict[str, Callable[[HostFile], list[tuple[str, str]]]] = {
-    "qcow2": image_headers.read_qcow2_end,
-    "vmdk": vmdk_headers.read_end,
-}
-"""What finds that a file ends within its last data, where neither its header nor `qemu-img check` tells."""
-
-
-class Warned(NamedTuple):
-    """A mark of an image that its owner is told of; `public` without the names of folders."""
-
-    text: str
-    public: str
-
-
-class Inspection:
-    """The files of one volume, open, and what they state. Close it in the end.
+class ImageChain:
+    """An image and its backing images, open, with their metadata. The caller closes it.
 
     Args:
         path: The topmost image.
-        image_format: Its format, in QEMU's words.
-        directories: Where files may lie that it refers to, besides its own folder.
-        to_read: Lock every file, and judge as of a machine that is off; else only look, though the machine may run.
-        interruption: Unlocks the files, and ends programs that are looking at them, from another thread.
+        image_format: Its format, by QEMU's name.
+        directories: Folders in which files may be that it refers to, in addition to its own folder.
+        is_read: Whether the content will be read. Then each file is locked, and the rules for a machine that is off
+            apply. Otherwise only the metadata is read, and the machine may run.
+        interruption: Unlocks the files, and ends programs that use them, from another thread.
+
+    Attributes:
+        layers: The topmost image, then its backing images.
+        warnings: Marks that the owner is informed of.
+
+    Raises:
+        VolumeError: An image cannot be read, locked or accepted.
     """
 
     def __init__(
@@ -221,221 +187,236 @@ class Inspection:
         image_format: str,
         directories: Sequence[Path] = (),
         *,
-        to_read: bool,
+        is_read: bool,
         interruption: Interruption | None = None,
     ) -> None:
-        if image_format not in READERS:
-            raise UnknownFormatError(image_format, tuple(READERS))
-        self.path = path
-        self.warnings: list[Warned] = []
+        if image_format not in HEADER_READERS:
+            raise UnknownFormatError(image_format, tuple(HEADER_READERS))
+        self.warnings: list[ImageWarning] = []
         self.layers: list[Layer] = []
-        self._directories = directories
-        self._to_read = to_read
+        self._is_read = is_read
         self._locks = ImageLocks()
         self.interruption = interruption or Interruption()
-        self.interruption.add(self._locks.close)
+        self.interruption.add(self._locks.release)
         self._files = HostFiles()
-        self._memory: list[int] = []
+        self._memory_files: list[int] = []
         try:
-            self._walk(path, image_format)
+            self._open_layers(path, image_format, directories)
         except BaseException:
             self.close()
             raise
 
     @property
     def file_ids(self) -> list[FileId]:
-        """Which files the volume lies in; those that its machine writes to come first, see `written_ids`."""
+        """Every file of the volume."""
         return [file.id for layer in self.layers for file in layer.files]
 
     @property
     def written_ids(self) -> list[FileId]:
-        """Which of them its machine writes to: those of the topmost image."""
+        """The files to which the machine writes: those of the topmost image."""
         return [file.id for file in self.layers[0].files]
 
-    def check(self, secret_file: Path | None) -> HostFile | None:
-        """Have QEMU check each image.
+    def check_images(self, secret_file: Path | None) -> HostFile | None:
+        """Check each image with QEMU.
 
         Returns:
-            The open file with the passphrase, if one is needed.
+            The open file with the passphrase; None if no image is encrypted, or there is no `secret_file`.
 
         Raises:
-            VolumeError: With the reason, and the image that it is about.
+            VolumeError: With the reason and the image.
         """
         secret = None
-        locked = next((layer for layer in self.layers if layer.statement.encrypted), None)
-        if locked is not None and secret_file is not None:
-            secret = open_secret(secret_file, locked)
-            self._files.opened.append(secret)
+        encrypted = next((layer for layer in self.layers if layer.metadata.is_encrypted), None)
+        if encrypted is not None and secret_file is not None:
+            secret = self._open_secret(secret_file, encrypted)
         for depth in range(len(self.layers)):
-            _check(self.layers[depth:], secret, secret_file, self.interruption)
+            _check_image(self.layers[depth:], secret, secret_file, self.interruption)
         for layer in self.layers:
             for file in layer.files:
-                if (read_end := ENDS.get(layer.format)) is not None:
-                    self._judge(layer, file, read_end(file))
-        for layer in self.layers[1:]:  # of the topmost one the size is seen when it is served
+                if (check_end := _END_CHECKS.get(layer.format)) is not None:
+                    self._apply_rules(layer, file, check_end(file))
+        for layer in self.layers[1:]:  # for the topmost image the driver compares the size that qemu-nbd serves
             if layer.format != "raw":
-                check_size(layer, _virtual_size(layer, self.interruption))
+                check_size(layer, _read_virtual_size(layer, self.interruption))
         return secret
 
     def check_unchanged(self) -> None:
-        """Compare every file with what it was when it was opened. Raises VolumeChangedError."""
+        """Compare every file with its state when it was opened. Raises VolumeChangedError."""
         self._files.check_unchanged()
 
     def close(self) -> None:
-        """Unlock and close every file. May be said again."""
-        self._locks.close()
+        """Unlock and close every file. May be called again."""
+        self._locks.release()
         self._files.close()
-        while self._memory:
-            os.close(self._memory.pop())
+        while self._memory_files:
+            os.close(self._memory_files.pop())
 
-    def _walk(self, path: Path, image_format: str) -> None:
+    def _open_layers(self, path: Path, image_format: str, directories: Sequence[Path]) -> None:
         top = self._open(path, None)
-        places = AllowedFolders(None if top.is_device else top.real.parent, self._directories)
+        folders = AllowedFolders(None if top.is_device else top.real_path.parent, directories)
         file: HostFile | None = top
         for _ in range(CHAIN_LIMIT + 1):
             if file is None:
                 break
-            layer = self._layer(file, image_format, places)
-            self._judge_parent(layer)
+            layer = self._read_layer(file, image_format, folders)
+            self._check_parent_id(layer)
             self.layers.append(layer)
-            file, backing = None, layer.statement.backing
+            file, backing = None, layer.metadata.backing
             if backing is not None:
-                image_format = self._format_of(layer, backing)
-                file = self._open(self._named(layer, backing.name), places)
+                image_format = _backing_format(layer, backing)
+                file = self._open(_resolve(layer, backing.name), folders)
         if file is not None:
-            raise VolumeUnreadableError(path, f"it stands on more than {CHAIN_LIMIT} images")
+            raise VolumeUnreadableError(path, f"it has more than {CHAIN_LIMIT} backing files")
 
-    def _open(self, path: Path, places: AllowedFolders | None) -> HostFile:
-        file = self._files.open(path, places, to_compare=self._to_read)
-        if self._to_read:
-            self._locks.take(file)
+    def _open(self, path: Path, folders: AllowedFolders | None) -> HostFile:
+        file = self._files.open(path, folders, is_compared=self._is_read)
+        if self._is_read:
+            self._locks.lock(file)
         return file
 
-    def _layer(self, file: HostFile, image_format: str, places: AllowedFolders) -> Layer:
-        statement = READERS[image_format](file)
-        layer = Layer(file, image_format, statement)
-        self._judge(layer, file, statement.marks)
-        if image_format != "vmdk" or not statement.extents or file.read(0, 4) == b"KDMV":
+    def _open_secret(self, path: Path, encrypted: Layer) -> HostFile:
+        """Open the file with the passphrase. It is read more than once, so it must be a regular file."""
+        try:
+            file = self._files.open(path)
+        except VolumeUnreadableError as error:
+            raise VolumeEncryptedError(encrypted.path, str(error), files=(path,)) from error
+        if file.is_device:
+            raise VolumeEncryptedError(encrypted.path, f"{path} is not a regular file", files=(path,))
+        return file
+
+    def _read_layer(self, file: HostFile, image_format: str, folders: AllowedFolders) -> Layer:
+        metadata = HEADER_READERS[image_format](file)
+        layer = Layer(file, image_format, metadata)
+        self._apply_rules(layer, file, metadata.marks)
+        if image_format != "vmdk" or not metadata.extents or file.read(0, 4) == b"KDMV":
             return layer
-        if len(statement.extents) > EXTENT_LIMIT:
+        if len(metadata.extents) > EXTENT_LIMIT:
             raise VolumeUnreadableError(file.path, f"it names more than {EXTENT_LIMIT} files")
-        extents = tuple((extent, self._extent(layer, extent, places)) for extent in statement.extents)
-        descriptor = in_memory(statement, extents)
-        self._memory.append(descriptor)
-        return Layer(file, image_format, statement, extents, descriptor)
+        extents = tuple((extent, self._open_extent(layer, extent, folders)) for extent in metadata.extents)
+        assert metadata.identity is not None
+        named_extents = [(extent, extent_file.fd_path) for extent, extent_file in extents]
+        descriptor = to_inheritable_fd(os.memfd_create("descriptor", os.MFD_CLOEXEC))
+        self._memory_files.append(descriptor)
+        os.write(descriptor, vmdk_headers.format_descriptor(metadata.identity, named_extents))
+        return Layer(file, image_format, metadata, extents, descriptor)
 
-    def _extent(self, layer: Layer, extent: Extent, places: AllowedFolders) -> HostFile:
-        file = self._open(self._named(layer, extent.name), places)
-        self._judge(layer, file, vmdk_headers.read_extent(file, extent))
+    def _open_extent(self, layer: Layer, extent: VmdkExtent, folders: AllowedFolders) -> HostFile:
+        file = self._open(_resolve(layer, extent.name), folders)
+        self._apply_rules(layer, file, vmdk_headers.read_extent(file, extent))
         return file
 
-    def _judge(self, layer: Layer, file: HostFile, marks: Sequence[tuple[str, str]]) -> None:
-        """Refuse a file, or note what its owner is told, by the table."""
-        for name, particulars in marks:
-            mark = row(layer.format, name)
-            if mark.while_running and not self._to_read:
+    def _apply_rules(self, layer: Layer, file: HostFile, marks: Sequence[tuple[str, str]]) -> None:
+        """Refuse a file, or record a warning, as the rules for its marks say."""
+        for name, details in marks:
+            rule = find_rule(layer.format, name)
+            if rule.is_normal_while_running and not self._is_read:
                 continue
-            why = f"{mark.reason} ({particulars})" if particulars else mark.reason
-            if mark.decision is Decision.REFUSE:
-                raise ImageRefusedError(file.path, why)
-            if mark.decision is Decision.WARN:
-                self.warnings.append(Warned(f"{file.path}: {why}", f"{file.path.name}: {why}"))
+            reason = f"{rule.reason} ({details})" if details else rule.reason
+            if rule.decision is Decision.REFUSE:
+                raise ImageRefusedError(file.path, reason)
+            if rule.decision is Decision.WARN:
+                self.warnings.append(ImageWarning(f"{file.path}: {reason}", f"{file.path.name}: {reason}"))
 
-    def _judge_parent(self, layer: Layer) -> None:
-        """A VMDK and its parent must belong together."""
-        if not self.layers or self.layers[-1].format != "vmdk" or layer.statement.identity is None:
+    def _check_parent_id(self, layer: Layer) -> None:
+        """Check that the VMDK above `layer`, if there is one, was created on this content of `layer`."""
+        if not self.layers or self.layers[-1].format != "vmdk" or layer.metadata.identity is None:
             return
-        child = self.layers[-1].statement.identity
-        if child is not None and child.parent_id != layer.statement.identity.content_id:
-            self._judge(self.layers[-1], self.layers[-1].file, [("parent was changed", "")])
-
-    def _format_of(self, layer: Layer, backing: Reference) -> str:
-        if backing.format is None:
-            raise ImageRefusedError(layer.path, row(layer.format, "backing file without a format").reason)
-        if backing.format not in READERS:
-            why = row(layer.format, "image of another format").reason
-            raise ImageRefusedError(layer.path, f"{why} ({backing.format})")
-        return backing.format
-
-    def _named(self, layer: Layer, name: str) -> Path:
-        """The path that an image means by a name: QEMU's rule, from the folder by whose name the image was found."""
-        if image_headers.names_a_protocol(name):
-            why = row(layer.format, "other protocol").reason
-            raise ImageRefusedError(layer.path, f"{why} ({name})", files=(name,))
-        return layer.path.parent / name
+        child = self.layers[-1].metadata.identity
+        if child is not None and child.parent_id != layer.metadata.identity.content_id:
+            self._apply_rules(self.layers[-1], self.layers[-1].file, [("parent was changed", "")])
 
 
-def program(name: str) -> str:
-    """The full path of one of QEMU's programs.
+def _backing_format(layer: Layer, backing: Reference) -> str:
+    if backing.format is None:
+        raise ImageRefusedError(layer.path, find_rule(layer.format, "backing file without a format").reason)
+    if backing.format not in HEADER_READERS:
+        reason = find_rule(layer.format, "image of another format").reason
+        raise ImageRefusedError(layer.path, f"{reason} ({backing.format})")
+    return backing.format
+
+
+def _resolve(layer: Layer, name: str) -> Path:
+    """Return the path for a name in an image, by QEMU's rule: relative to the folder of the name used for the image."""
+    if image_headers.has_protocol(name):
+        reason = find_rule(layer.format, "other protocol").reason
+        raise ImageRefusedError(layer.path, f"{reason} ({name})", files=(name,))
+    return layer.path.parent / name
+
+
+def find_program(name: str) -> str:
+    """Return the full path of one of QEMU's programs.
 
     Raises:
-        ComponentMissingError: It is not on PATH.
+        ToolNotInstalled: It is not on PATH.
     """
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         raise ToolNotInstalled(name, PACKAGE)
-    return found
+    return path
 
 
-def check_size(layer: Layer, read: int) -> None:
-    """Compare the size that QEMU reads with MAX_SIZE and with the stated one. Raises ImageRefusedError."""
-    if read > MAX_SIZE:
-        raise ImageRefusedError(layer.path, f"{row(layer.format, 'too large').reason} ({read} bytes)")
-    stated = layer.statement.size
-    if stated is not None and stated != read:
-        raise ImageRefusedError(layer.path, f"{row(layer.format, 'another size').reason} ({stated} bytes and {read})")
+def check_size(layer: Layer, size: int) -> None:
+    """Compare the size that QEMU reads, in bytes, with MAX_SIZE and with the header. Raises ImageRefusedError."""
+    if size > MAX_SIZE:
+        raise ImageRefusedError(layer.path, f"{find_rule(layer.format, 'too large').reason} ({size} bytes)")
+    header_size = layer.metadata.size
+    if header_size is not None and header_size != size:
+        reason = find_rule(layer.format, "another size").reason
+        raise ImageRefusedError(layer.path, f"{reason} ({header_size} bytes and {size})")
 
 
-def _virtual_size(layer: Layer, interruption: Interruption) -> int:
-    done = _qemu_img(layer, "info", ["--output=json"], arguments_alone(layer), interruption)
-    if done.status:
-        raise _failure(layer, done)
-    size: int = json.loads(done.out)["virtual-size"]
+def _read_virtual_size(layer: Layer, interruption: Interruption) -> int:
+    # Without backing image and passphrase, which the size does not need.
+    image = ImageArguments([f"json:{json.dumps(_block_node(layer, None, has_key=False))}"], _descriptors(layer))
+    finished = _run_qemu_img(layer, "info", ["--output=json"], image, interruption)
+    if finished.status:
+        raise _error_from(layer, finished)
+    size: int = json.loads(finished.out)["virtual-size"]
     return size
 
 
-def _check(
+def _check_image(
     layers: Sequence[Layer], secret: HostFile | None, secret_file: Path | None, interruption: Interruption
 ) -> None:
-    done = _qemu_img(layers[0], "check", ["-q"], arguments(layers, secret), interruption)
-    if done.status not in _CHECK_ACCEPTS:
-        raise _failure(layers[0], done, secret_file)
+    finished = _run_qemu_img(layers[0], "check", ["-q"], image_arguments(layers, secret), interruption)
+    if finished.status not in _CHECK_ACCEPTS:
+        raise _error_from(layers[0], finished, secret_file)
 
 
-def _qemu_img(layer: Layer, command: str, options: list[str], image: Arguments, interruption: Interruption) -> Finished:
-    argv = [program("qemu-img"), command, *options, *image.words]
+def _run_qemu_img(
+    layer: Layer, command: str, options: list[str], image: ImageArguments, interruption: Interruption
+) -> programs.Finished:
+    argv = [find_program("qemu-img"), command, *options, *image.argv]
 
-    def go_on(_seconds: float) -> None:
+    def check_interruption(_seconds: float) -> None:
         if interruption.is_requested:
-            raise VolumeUnreadableError(layer.path, "nobody waits for it any more")
+            raise VolumeUnreadableError(layer.path, "its reading was interrupted")
 
     try:
         return programs.run(
-            argv, timeout=_SECONDS, max_memory=programs.MAX_MEMORY, pass_fds=image.descriptors, pause=go_on
+            argv,
+            timeout=_TIMEOUT,
+            max_memory=programs.MAX_MEMORY,
+            pass_fds=image.descriptors,
+            pause=check_interruption,
         )
     except programs.ProgramTimeoutError as error:
-        raise VolumeUnreadableError(layer.path, f"qemu-img {command} took more than {_SECONDS} seconds") from error
+        raise VolumeUnreadableError(layer.path, f"qemu-img {command} took more than {_TIMEOUT} seconds") from error
     except programs.ProgramError as error:
         raise VolumeUnreadableError(layer.path, f"qemu-img {command} {error.reason}") from error
 
 
-def _failure(layer: Layer, done: Finished, secret_file: Path | None = None) -> VolumeError:
-    if '"write" lock' in done.error_text:
+def _error_from(layer: Layer, finished: programs.Finished, secret_file: Path | None = None) -> VolumeError:
+    if '"write" lock' in finished.error_text:
         return VolumeInUseError(layer.path)
-    if "Invalid password" in done.error_text:
+    if "Invalid password" in finished.error_text:
         return VolumeEncryptedError(
             layer.path,
-            f"what {secret_file} holds does not open it; every byte counts, also a newline at the end",
+            f"the content of {secret_file} does not open it; every byte counts, also a newline at the end",
             files=(secret_file or "",),
         )
-    lines = (done.error_text or done.text).strip().splitlines() or [f"qemu-img ended with {done.status}"]
-    return VolumeUnreadableError(layer.path, _own_words(lines[0]))
-
-
-def _own_words(line: str) -> str:
-    """What QEMU says, without the JSON by which it was told of the image."""
-    said = line.removeprefix("qemu-img: ")
-    return said.rpartition("}': ")[2] if said.startswith("Could not open 'json:") else said
-
-
-Warn = Callable[[Warned], object]
+    lines = (finished.error_text or finished.text).strip().splitlines() or [f"qemu-img ended with {finished.status}"]
+    reason = lines[0].removeprefix("qemu-img: ")
+    if reason.startswith("Could not open 'json:"):  # QEMU repeats the JSON of the image before its reason
+        reason = reason.rpartition("}': ")[2]
+    return VolumeUnreadableError(layer.path, reason)

@@ -1,15 +1,15 @@
-"""QEMU's image locks: while an image is read here QEMU starts no guest that writes to it, and none that does is read.
+"""QEMU's image locks: QEMU starts no guest that writes to an image while it is read here, and the other way round.
 
-Whoever opens an image says what it does with it by read locks on single bytes of the file: byte 100 + n, "I do this";
-byte 200 + n, "nobody else may", where n is the number of a permission. It locks first and then looks for locks that
-contradict its own, so of two that come at the same moment at least one sees the other. The bytes need not exist, and
-nothing is written. These locks belong to the open file (fcntl(2), "open file description locks"): they end when it is
-closed, and with the process, whatever way it ends. Programs that only read, a guest that has the image below an overlay
-among them, are not in the way.
+A program that opens an image declares its use by read locks on single bytes of the file. Byte 100 + n: "I use
+permission n"; byte 200 + n: "no other program may use permission n". It locks first and then checks for locks that
+conflict, so of two programs that open an image at the same moment at least one detects the other. The bytes need not
+exist, and nothing is written. The locks belong to the open file (fcntl(2), "open file description locks"): they end
+when it is closed or the process ends. Programs that only read do not conflict, for example a guest that has the image
+below an overlay.
 
-It is one proof of two, and cannot be the only one (`volume.py`: who opens a volume has made sure). It does not see
-programs that do not know QEMU's protocol, a guest that is run with `locking=off`, one on another host whose file system
-passes no locks on, and a block device that is written to through another node, as libvirt gives each guest its own.
+The locks are one check of two and not sufficient (`base`: the caller makes sure that nothing writes). They do not
+detect programs without QEMU's protocol, a guest with `locking=off`, a guest on another host if the file system does not
+pass locks on, or a write to a block device through another node; libvirt makes a node of its own for each guest.
 
 Source: QEMU 7.2, block/file-posix.c (raw_apply_lock_bytes, raw_check_lock_bytes), include/block/block-common.h.
 """
@@ -21,20 +21,20 @@ import struct
 from contextlib import suppress
 
 from thrave.volumes.errors import VolumeInUseError, VolumeUnreadableError
-from thrave.volumes.host_files import HostFile, reason
+from thrave.volumes.host_files import HostFile, describe_error
 
-_DOES, _FORBIDS = 100, 200  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE
+_USES, _FORBIDS = 100, 200  # RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # numbers of the bits of BLK_PERM_…
 
-_OURS = (_DOES + _CONSISTENT_READ, _FORBIDS + _WRITE, _FORBIDS + _RESIZE)
-_CONTRADICTING = (_FORBIDS + _CONSISTENT_READ, _DOES + _WRITE, _DOES + _RESIZE)
+_OUR_BYTES = (_USES + _CONSISTENT_READ, _FORBIDS + _WRITE, _FORBIDS + _RESIZE)
+_CONFLICTING_BYTES = (_FORBIDS + _CONSISTENT_READ, _USES + _WRITE, _USES + _RESIZE)
 
 # struct flock, the same on x86_64 and aarch64: type, whence, start, length, process (0 for these locks).
 _FLOCK = struct.Struct("@hhqqi4x")
 
-# A file system or kernel that has no such locks. QEMU then locks nothing either, or was told not to (`locking=off`).
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-_TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
+# The file system or kernel has no such locks. Then QEMU does not lock either (or only with `locking=off`).
+_UNSUPPORTED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_CONFLICT = frozenset({errno.EAGAIN, errno.EACCES})
 
 
 class ImageLocks:
@@ -42,57 +42,57 @@ class ImageLocks:
 
     def __init__(self) -> None:
         self._files: list[HostFile] = []
-        self._is_closed = False
+        self._is_released = False
 
-    def take(self, file: HostFile) -> None:
-        """Lock a file, for as long as these locks are not closed.
+    def lock(self, file: HostFile) -> None:
+        """Lock a file until `release`.
 
-        On a file system that has no locks (NFS without them, say) nothing is locked, and that is no error: there is
-        still compute's proof that the machine is off.
+        A file system without locks (for example NFS without them) is not an error: the other check, by `compute`,
+        still shows that the machine is off.
 
         Args:
-            file: May be taken more than once. Its owner closes it, after these locks.
+            file: May be locked more than once. Its owner closes it, after `release`.
 
         Raises:
-            VolumeInUseError: Something may write to it.
+            VolumeInUseError: Another program may write to it.
             VolumeUnreadableError: It cannot be locked.
         """
         self._files.append(file)
-        if self._is_closed:  # from another thread: see `interruption`
-            raise VolumeUnreadableError(file.path, "nobody waits for it any more")
+        if self._is_released:  # by `Interruption`, from another thread
+            raise VolumeUnreadableError(file.path, "its reading was interrupted")
         try:
-            free = _lock(file.fd)
+            is_locked = _lock(file.fd)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in _UNSUPPORTED:
                 return
-            raise VolumeUnreadableError(file.path, f"it cannot be locked: {reason(error)}") from error
-        if not free:
+            raise VolumeUnreadableError(file.path, f"it cannot be locked: {describe_error(error)}") from error
+        if not is_locked:
             raise VolumeInUseError(file.path)
 
-    def close(self) -> None:
-        """Unlock all of them. May be said again."""
-        self._is_closed = True
+    def release(self) -> None:
+        """Unlock every file. May be called again."""
+        self._is_released = True
         while self._files:
             file = self._files.pop()
-            # A program that was given the open file has it for a moment longer, and with it the locks.
+            # Closing would not be enough: a program that inherited the open file keeps the locks until it ends.
             with suppress(OSError):
                 fcntl.fcntl(file.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
 
 
-def _lock(file: int) -> bool:
-    """Take our locks; whether nobody contradicts them."""
+def _lock(fd: int) -> bool:
+    """Set our locks; return False if another program has a lock that conflicts."""
     try:
-        for byte in _OURS:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        for byte in _OUR_BYTES:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
     except OSError as error:
-        if error.errno in _TAKEN:  # for writing, which QEMU never does
+        if error.errno in _CONFLICT:  # a write lock; QEMU sets none
             return False
         raise
-    return not any(_is_held(file, byte) for byte in _CONTRADICTING)
+    return not any(_is_locked(fd, byte) for byte in _CONFLICTING_BYTES)
 
 
-def _is_held(file: int, byte: int) -> bool:
-    """Whether anybody else has locked the byte, in whatever way."""
-    answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-    kind: int = _FLOCK.unpack(answer)[0]
+def _is_locked(fd: int, byte: int) -> bool:
+    """Return whether another open file has a lock of any kind on the byte."""
+    result = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    kind: int = _FLOCK.unpack(result)[0]
     return kind != fcntl.F_UNLCK

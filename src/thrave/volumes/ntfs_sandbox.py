@@ -1,17 +1,8 @@
-"""Reads a guest's file system in a process of its own, which can do nothing but read, answer and compute.
+"""Scans NTFS volumes (`ntfs_scan`) in a confined child process, since pytsk3 is C code that reads untrusted bytes.
 
-The library that reads NTFS is written in C and reads what a guest wrote. So it runs apart: the process is given no
-file and an empty environment, asks its parent for each piece of the partition through a pipe, and confines itself
-(`sandbox`) before it reads the first byte. If it cannot be confined, crashes, hangs or sends nonsense, that volume is
-refused and nothing else happens.
-
-Both ends of the pipe are here. Every message is a kind and two numbers (`_MESSAGE`)::
-
-    to the parent    r  offset, length   read this: answered by so many bytes, nothing else
-                     u  offset, length   this need not be kept
-                     c  0, length        a condition that it is in: so many bytes of UTF-8 follow
-                     x  number, length   refused: which of `_REFUSALS`, and so many bytes of UTF-8 follow
-                     .  0, 0             that was all
+The child has no open file and an empty environment. It requests each piece of the partition from its parent through a
+pipe, and confines itself (`sandbox`) before it reads the first byte. If it cannot be confined, crashes, hangs or sends
+invalid messages, the volume is refused, with no other effect. Both sides of the pipe are here; see `_MESSAGE`.
 """
 
 import math
@@ -35,22 +26,29 @@ from thrave.volumes.errors import (
     SkipRefusedError,
     ToolNotInstalled,
     VolumeNotCleanError,
+    printable,
 )
-from thrave.volumes.ntfs_reader import load
+from thrave.volumes.ntfs_reader import load_library
 from thrave.volumes.partitions import Partition
 
-SECONDS = 600.0
-"""For one volume, by the clock: it may have to wait for its disk."""
+SCAN_TIMEOUT = 600.0
+"""Seconds for one volume, including the time that its disk needs."""
 
-MOST_READ = 4 << 20
-"""Bytes in one piece."""
+MAX_READ = 4 << 20
+"""Bytes in one read request."""
 
-MOST_CONDITIONS = 8
-"""Of one volume."""
+MAX_PROBLEMS = 8
+"""Problems of one volume."""
 
+# A message of the child is a kind and two numbers:
+#   r  offset, length   read request; the parent answers with exactly this many bytes, without a header
+#   u  offset, length   an unused range
+#   c  0, length        a problem: this many bytes of UTF-8 follow
+#   x  index, length    refused: the index in `_REFUSALS`; this many bytes of UTF-8 follow
+#   .  0, 0             the end
 _MESSAGE = struct.Struct("<cQQ")
-_READ, _UNUSED, _CONDITION, _REFUSED, _END = b"r", b"u", b"c", b"x", b"."
-_MOST_WORDS = 1000  # bytes
+_READ, _UNUSED, _PROBLEM, _REFUSED, _END = b"r", b"u", b"c", b"x", b"."
+_MAX_TEXT = 1000  # bytes
 _REFUSALS: tuple[type[SkipRefusedError], ...] = (
     FileSystemCorruptError,
     FileSystemUnsupportedError,
@@ -60,200 +58,195 @@ _REFUSALS: tuple[type[SkipRefusedError], ...] = (
 
 
 def scan_unused(volume: Volume, partition: Partition) -> list[Extent]:
-    """What the NTFS volume in a partition does not use.
+    """Return the unused ranges of the NTFS volume in a partition.
 
     Args:
         volume: The disk; it is read from this thread only.
-        partition: Where on it.
+        partition: The partition.
 
     Returns:
-        Extents in bytes from the beginning of the disk: ascending, not touching, all within the partition.
+        Extents in bytes from the beginning of the disk: ascending, not touching, within the partition.
 
     Raises:
-        SkipRefusedError: It cannot be told for certain.
-        ComponentMissingError: The library is not installed.
+        SkipRefusedError: They cannot be determined reliably.
+        ToolNotInstalled: pytsk3 is not installed.
         VolumeError: The disk cannot be read.
     """
     check_installed()
     with _process("unused", partition.length) as process:
-        return list(_unused(process, volume, partition))
+        return list(_receive_unused(process, volume, partition))
 
 
 def scan_problems(volume: Volume, partition: Partition) -> Iterator[str]:
-    """How the NTFS volume in a partition was left (`unmounting`).
+    """Report every sign that the NTFS volume in a partition was not unmounted.
 
     Args:
         volume: The disk; it is read from this thread only.
-        partition: Where on it.
+        partition: The partition.
 
     Yields:
-        What is not as it should be, at most MOST_CONDITIONS times, in words that a terminal may show.
+        Messages without control characters, at most MAX_PROBLEMS.
 
     Raises:
-        SkipRefusedError: It cannot be told; possibly after something else was.
-        ComponentMissingError: The library is not installed.
+        SkipRefusedError: The volume cannot be checked, perhaps after some messages.
+        ToolNotInstalled: pytsk3 is not installed.
         VolumeError: The disk cannot be read.
     """
     check_installed()
-    with _process("conditions", partition.length) as process:
-        yield from _conditions(process, volume, partition)
+    with _process("problems", partition.length) as process:
+        yield from _receive_problems(process, volume, partition)
 
 
 def check_sandbox() -> None:
-    """Confine a process that then reads nothing.
+    """Start and confine a process that reads nothing.
 
     Raises:
         SandboxUnavailableError: It cannot be confined on this host.
-        FileSystemCorruptError: It did not live through it.
-        ComponentMissingError: The library is not installed.
+        FileSystemCorruptError: It was killed.
+        ToolNotInstalled: pytsk3 is not installed.
     """
     check_installed()
     with _process("nothing", 0) as process:
-        if _MESSAGE.unpack(head := _exactly(process, _MESSAGE.size))[0] != _END:
-            _, number, length = _MESSAGE.unpack(head)
-            raise _REFUSALS[number](_words(process, length))
+        kind, index, length = _MESSAGE.unpack(_read_exactly(process, _MESSAGE.size))
+        if kind != _END:
+            raise _REFUSALS[index](_read_text(process, length))
 
 
 def check_installed() -> None:
-    """Raise ComponentMissingError if the library is not installed."""
+    """Raise ToolNotInstalled if pytsk3 is not installed."""
     if find_spec("pytsk3") is None:
         raise ToolNotInstalled("pytsk3", "'thrave[ntfs]'", installer="pip install")
 
 
 @contextmanager
 def _process(task: str, length: int) -> Iterator[Program]:
-    """The surveyor, which does not outlive the block nor SECONDS."""
+    """Start the child process; kill it at the end of the block, or after SCAN_TIMEOUT."""
     argv = [sys.executable, "-P", "-B", "-m", __name__, task, str(length)]
-    # An empty environment; where Python finds this package is no secret.
+    # Empty but for the path of this package, which is not secret.
     variables = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     try:
         process = Program(argv, timeout=math.inf, variables=variables, output="piped")
     except ProgramError as error:
         raise SandboxUnavailableError(str(error)) from error
     try:
-        disarm = later("surveyor alarm", SECONDS, lambda: process.signal(signal.SIGKILL))
+        cancel_timeout = later("ntfs scan timeout", SCAN_TIMEOUT, lambda: process.signal(signal.SIGKILL))
         try:
             yield process
         finally:
-            disarm()
+            cancel_timeout()
     finally:
         process.kill()
 
 
-def _unused(process: Program, volume: Volume, partition: Partition) -> Iterator[Extent]:
-    told, end = 0, 0
-    for kind, first, second in _told(process, volume, partition):
-        if kind != _UNUSED or not end <= first < first + second <= partition.length or told >= 2 * ntfs_scan.MOST_HOLES:
-            _astray()
-        told, end = told + 1, first + second
-        yield Extent(partition.offset + first, second)
+def _receive_unused(process: Program, volume: Volume, partition: Partition) -> Iterator[Extent]:
+    count, end = 0, 0
+    for kind, offset, length in _receive(process, volume, partition):
+        is_valid = kind == _UNUSED and end <= offset < offset + length <= partition.length
+        if not is_valid or count >= 2 * ntfs_scan.MAX_HOLES:
+            _raise_invalid_message()
+        count, end = count + 1, offset + length
+        yield Extent(partition.offset + offset, length)
 
 
-def _conditions(process: Program, volume: Volume, partition: Partition) -> Iterator[str]:
-    for told, (kind, _, length) in enumerate(_told(process, volume, partition)):
-        if kind != _CONDITION or length > _MOST_WORDS or told >= MOST_CONDITIONS:
-            _astray()
-        yield _words(process, length)
+def _receive_problems(process: Program, volume: Volume, partition: Partition) -> Iterator[str]:
+    for count, (kind, _, length) in enumerate(_receive(process, volume, partition)):
+        if kind != _PROBLEM or length > _MAX_TEXT or count >= MAX_PROBLEMS:
+            _raise_invalid_message()
+        yield _read_text(process, length)
 
 
-def _told(process: Program, volume: Volume, partition: Partition) -> Iterator[tuple[bytes, int, int]]:
-    """Answer the surveyor's questions until it has told everything, and pass on what it tells. It is not trusted."""
+def _receive(process: Program, volume: Volume, partition: Partition) -> Iterator[tuple[bytes, int, int]]:
+    """Answer the read requests of the child until it ends; yield its other messages, which are untrusted."""
     while True:
-        kind, first, second = _MESSAGE.unpack(_exactly(process, _MESSAGE.size))
-        if kind == _READ and second <= MOST_READ and first + second <= partition.length:
-            _answer(process, volume, partition.offset + first, second)
-        elif kind == _REFUSED and first < len(_REFUSALS) and second <= _MOST_WORDS:
-            raise _REFUSALS[first](_words(process, second))
+        kind, first, second = _MESSAGE.unpack(_read_exactly(process, _MESSAGE.size))
+        if kind == _READ and second <= MAX_READ and first + second <= partition.length:
+            buffer = bytearray(second)
+            volume.read_into(partition.offset + first, memoryview(buffer))
+            with suppress(BrokenPipeError):  # the child has ended; reading its next message raises the error
+                process.stdin.write(buffer)
+                process.stdin.flush()
+        elif kind == _REFUSED and first < len(_REFUSALS) and second <= _MAX_TEXT:
+            raise _REFUSALS[first](_read_text(process, second))
         elif kind == _END:
             return
-        elif kind in (_UNUSED, _CONDITION):
+        elif kind in (_UNUSED, _PROBLEM):
             yield kind, first, second
         else:
-            _astray()
+            _raise_invalid_message()
 
 
-def _astray() -> NoReturn:
-    raise FileSystemCorruptError("reading it led the reader astray")
+def _raise_invalid_message() -> NoReturn:
+    raise FileSystemCorruptError("the process that read it sent an invalid message")
 
 
-def _words(process: Program, length: int) -> str:
-    """What it says, without anything that would move a terminal."""
-    words = _exactly(process, length).decode("utf-8", "replace")
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in words)
+def _read_text(process: Program, length: int) -> str:
+    return printable(_read_exactly(process, length).decode("utf-8", "replace"))
 
 
-def _answer(process: Program, volume: Volume, offset: int, length: int) -> None:
-    buffer = bytearray(length)
-    volume.read_into(offset, memoryview(buffer))
-    with suppress(BrokenPipeError):  # it has ended: there will be no next message, and that is told then
-        process.stdin.write(buffer)
-        process.stdin.flush()
-
-
-def _exactly(process: Program, length: int) -> bytes:
+def _read_exactly(process: Program, length: int) -> bytes:
     data = process.stdout.read(length)
     if len(data) == length:
         return data
-    finished = process.poll(math.inf)  # the alarm ends it
+    finished = process.poll(math.inf)  # ends at SCAN_TIMEOUT at the latest
     assert finished is not None
     status = finished.status
-    how = signal.strsignal(-status) if status < 0 else f"exit status {status}"
-    raise FileSystemCorruptError(f"reading it took too long, too much memory, or broke the reader ({how})")
+    cause = signal.strsignal(-status) if status < 0 else f"exit status {status}"
+    raise FileSystemCorruptError(f"reading it took too long, needed too much memory, or crashed the reader ({cause})")
 
 
-class _Pipe:
-    """The partition, as the surveyor sees it."""
+class _ParentPipe:
+    """The child's side of the pipe: the partition as a `Source`, and messages to the parent."""
 
-    def __init__(self, size: int, questions: IO[bytes], answers: IO[bytes]) -> None:
+    def __init__(self, size: int, requests: IO[bytes], answers: IO[bytes]) -> None:
         self.size = size
-        self._questions = questions
+        self._requests = requests
         self._answers = answers
 
     def read(self, offset: int, length: int) -> bytes:
-        """Ask for a piece; less at the end of the partition."""
-        length = max(0, min(length, self.size - offset, MOST_READ))
-        self.tell(_READ, offset, length)
+        """Request a piece from the parent; shorter at the end of the partition."""
+        length = max(0, min(length, self.size - offset, MAX_READ))
+        self.send(_READ, offset, length)
         return self._answers.read(length)
 
-    def tell(self, kind: bytes, first: int, second: int, words: bytes = b"") -> None:
-        self._questions.write(_MESSAGE.pack(kind, first, second) + words)
-        self._questions.flush()
+    def send(self, kind: bytes, first: int, second: int, text: bytes = b"") -> None:
+        self._requests.write(_MESSAGE.pack(kind, first, second) + text)
+        self._requests.flush()
 
 
 def main() -> None:
-    """Do a task, the first argument, on the volume whose size in bytes is the second.
+    """Run a task in the child: the first argument; the second is the size of the partition in bytes.
 
-    Questions go to stdout, answers come from stdin.
+    Messages go to stdout; the bytes of the partition come from stdin.
     """
-    load()
-    do = {"unused": _tell_unused, "conditions": _tell_conditions, "nothing": _tell_nothing}[sys.argv[1]]
-    pipe = _Pipe(int(sys.argv[2]), sys.stdout.buffer, sys.stdin.buffer)
+    load_library()
+    task = {"unused": _send_unused, "problems": _send_problems, "nothing": _send_nothing}[sys.argv[1]]
+    pipe = _ParentPipe(int(sys.argv[2]), sys.stdout.buffer, sys.stdin.buffer)
     try:
-        _give_up_rights()
-        do(pipe)
-        pipe.tell(_END, 0, 0)
+        _confine()
+        task(pipe)
+        pipe.send(_END, 0, 0)
     except _REFUSALS as refusal:
-        words = refusal.reason.encode()[:_MOST_WORDS]
-        pipe.tell(_REFUSED, _REFUSALS.index(type(refusal)), len(words), words)
+        text = refusal.reason.encode()[:_MAX_TEXT]
+        pipe.send(_REFUSED, _REFUSALS.index(type(refusal)), len(text), text)
 
 
-def _tell_nothing(_pipe: _Pipe) -> None:
+def _send_nothing(_pipe: _ParentPipe) -> None:
     pass
 
 
-def _tell_unused(pipe: _Pipe) -> None:
+def _send_unused(pipe: _ParentPipe) -> None:
     for extent in ntfs_scan.find_unused(pipe):
-        pipe.tell(_UNUSED, *extent)
+        pipe.send(_UNUSED, *extent)
 
 
-def _tell_conditions(pipe: _Pipe) -> None:
-    for condition in ntfs_scan.find_problems(pipe):
-        words = condition.encode()[:_MOST_WORDS]
-        pipe.tell(_CONDITION, 0, len(words), words)
+def _send_problems(pipe: _ParentPipe) -> None:
+    for problem in ntfs_scan.find_problems(pipe):
+        text = problem.encode()[:_MAX_TEXT]
+        pipe.send(_PROBLEM, 0, len(text), text)
 
 
-def _give_up_rights() -> None:
-    """Confine this process. What is open stays open: the two pipes."""
+def _confine() -> None:
+    """Confine this process. The two pipes stay open."""
     try:
         sandbox.confine()
     except (sandbox.ConfinementError, OSError) as error:

@@ -1,19 +1,8 @@
-"""Debian's libnbd binding, found also from a virtual environment, with types for the little that is used of it.
+"""Reads and creates images in QEMU's formats, through one qemu-nbd process for each image and libnbd.
 
-libnbd is on no Python package index; Debian's python3-libnbd puts it where only the system's Python looks. It is loaded
-from there by its full path: that folder holds much else and is never put on ``sys.path``.
-
-A volume in one of QEMU's formats, served by qemu-nbd and read through libnbd.
-
-qemu-nbd is the reference implementation of these formats. It is started by socket activation (sd_listen_fds(3)): the
-socket is connected before the server runs, in a private folder, so nobody else can come in between. The server is
-read-only, is told the format, takes one client, and ends when that client's connection does: with close(), and also
-when this process is killed. No port, daemon or kernel module is used.
-
-A new image in one of QEMU's formats, written through a qemu-nbd of its own: the way of `qemu.py`, backwards.
-
-qemu-img makes it empty, so what is never written stays unallocated and reads as zeros; no raw copy of it is ever on a
-disk. The format is given to both programs and never probed. Giving the file its name is the business of the caller.
+qemu-nbd is started by socket activation (sd_listen_fds(3)): the socket is connected before the server runs, in a
+private folder, so no other process can connect. The server gets the format, accepts one client, and ends when the
+connection ends: by `close`, and also when this process is killed. No port, daemon or kernel module is used.
 """
 
 import math
@@ -32,7 +21,6 @@ from typing import Protocol, cast
 from thrave import programs
 from thrave.concurrency import monotonic
 from thrave.programs import Program
-from thrave.volumes import image_chain
 from thrave.volumes.base import Extent, Interruption, merge_extents
 from thrave.volumes.errors import (
     ToolNotInstalled,
@@ -41,69 +29,88 @@ from thrave.volumes.errors import (
     VolumeUnreadableError,
     VolumeUnwritableError,
 )
-from thrave.volumes.image_chain import Arguments, Inspection, check_size, program
+from thrave.volumes.image_chain import ImageArguments, ImageChain, check_size, find_program, image_arguments
 
+# libnbd is on no Python package index. Debian's package installs the binding for the system's Python only.
 _DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
-
-
 _PACKAGE = "python3-libnbd"
 
+ALLOCATION = "base:allocation"
+READS_AS_ZEROS = 2  # NBD_STATE_ZERO; NBD_STATE_HOLE (1) alone promises nothing about the content (NBD protocol)
+
+START_TIMEOUT = 30.0  # seconds until qemu-nbd answers
+_STOP_TIMEOUT = 30.0  # seconds until a server ends after its connection was closed
+_POLL_MILLISECONDS = 200
+_CREATE_TIMEOUT = 600.0  # seconds for qemu-img create
+
+_MAX_READ = 16 << 20  # bytes in one NBD read; servers may refuse more than 32 MiB (NBD protocol, "maximum payload")
+_BLOCK = 4096  # reads begin and end at multiples of this; some formats (vhdx) refuse others
+_MAX_STATUS = 2 << 30  # bytes in one block status request, whose length has 32 bits
+
+# format -> options of qemu-img create. Without force_size the size of a vpc image is rounded up to whole cylinders.
+# Without vhdx: QEMU's driver refuses writes that do not begin and end at a multiple of 4 KiB.
+_CREATE_OPTIONS = {"qcow2": "lazy_refcounts=off", "vmdk": "subformat=monolithicSparse", "vpc": "force_size=on"}
+
+WRITABLE_FORMATS = tuple(_CREATE_OPTIONS)
+"""The formats that can be written, by QEMU's names."""
 
 ExtentCallback = Callable[[str, int, list[int], object], object]
 """Called with context, offset in bytes, [length, flags, length, flags, …], error."""
 
 
 class Handle(Protocol):
-    """What is used of ``nbd.NBD``, libnbd(3). One handle may be used from several threads; it works one at a time."""
+    """The part of `nbd.NBD` (libnbd(3)) in use here. Thread-safe; does one call at a time."""
 
     def add_meta_context(self, name: str) -> None:
-        """Ask for a metadata context, before connecting."""
+        """Request a metadata context, before connecting."""
 
     def aio_connect_socket(self, sock: int) -> None:
-        """Begin the handshake on a connected socket; the descriptor is closed with this handle."""
+        """Start the handshake on a connected socket; the descriptor is closed with this handle."""
 
     def aio_is_ready(self) -> bool:
-        """Whether the handshake is done."""
+        """Return whether the handshake has finished."""
 
     def poll(self, timeout: int) -> int:
-        """Move the handshake on; 0 if nothing happened for `timeout` milliseconds."""
+        """Continue the handshake; return 0 if nothing happened for `timeout` milliseconds."""
 
     def get_size(self) -> int:
-        """Size of the export, in bytes."""
+        """Return the size of the export, in bytes."""
 
     def block_status(self, count: int, offset: int, extent: ExtentCallback) -> None:
         """Report runs from `offset` on, of about `count` bytes, possibly less."""
 
     def pread(self, count: int, offset: int) -> bytearray:
-        """Read all or nothing."""
+        """Read `count` bytes, or raise an error."""
 
     def pwrite(self, buf: memoryview, offset: int) -> None:
-        """Write all or nothing."""
+        """Write the whole buffer, or raise an error."""
 
     def flush(self) -> None:
-        """Have the server put what was written on the disk."""
+        """Make the server flush all writes to the disk."""
 
     def shutdown(self) -> None:
-        """Say good-bye to the server."""
+        """Announce the end of the connection and close it."""
 
 
 class NbdBinding(Protocol):
-    """The module ``nbd``."""
+    """The module `nbd`."""
 
     @property
     def NBD(self) -> Callable[[], Handle]:  # noqa: N802 (libnbd's name)
-        """Makes a handle."""
+        """The class of handles."""
 
     @property
     def Error(self) -> type[Exception]:  # noqa: N802 (libnbd's name)
-        """What every call raises."""
+        """The error that every call raises."""
 
 
-def load() -> NbdBinding:
-    """The binding, wherever it is installed.
+def load_binding() -> NbdBinding:
+    """Import libnbd's Python binding, also from a virtual environment.
+
+    Debian's folder contains much else, so it is not added to `sys.path`: the modules are loaded by their full path.
 
     Raises:
-        ComponentMissingError: It is not, or it was built for another Python.
+        ToolNotInstalled: The binding is not installed, or was built for another Python.
     """
     try:
         return cast("NbdBinding", import_module("nbd"))
@@ -123,92 +130,64 @@ def _load_from_debian(name: str) -> ModuleType:
     return module
 
 
-ALLOCATION = "base:allocation"
-
-
-READS_AS_ZEROS = 2  # NBD_STATE_ZERO; NBD_STATE_HOLE (1) alone promises nothing of the content (NBD protocol)
-
-
-START_SECONDS = 30.0
-
-
-_END_TIMEOUT = 30.0  # seconds for a server to end once its connection is dropped
-
-
-_POLL_MILLISECONDS = 200
-
-
-_MOST_READ = 16 << 20  # bytes in one NBD read; servers may refuse more than 32 MiB (NBD protocol, "maximum payload")
-
-
-_BLOCK = 4096  # reads begin and end at multiples of this; some formats (vhdx) refuse any that do not
-
-
-_MOST_STATUS = 2 << 30  # bytes in one question for extents; a length has 32 bits
-
-
 class NbdServer:
     """A running qemu-nbd with one client."""
 
     def __init__(self, program: Program, connection: socket.socket) -> None:
-        """Take over both; `connection` is a second descriptor of the client's connection."""
+        """Take ownership of both; `connection` is a duplicate descriptor of the client's connection."""
         self._program = program
         self._connection = connection
 
     def kill(self) -> None:
-        """Drop the connection and kill the server, also from another thread while it is being asked."""
-        with suppress(OSError):  # it was dropped before
+        """Close the connection and kill the server. Can be called from another thread during a request."""
+        with suppress(OSError):  # closed before
             self._connection.shutdown(socket.SHUT_RDWR)
         self._program.kill()
 
-    def end(self) -> None:
-        """Drop the connection and wait until the server has ended; one that does not end is killed.
-
-        The socket itself is shut down: libnbd closes it only when its handle is freed, and the traceback of an error
-        that is on its way up still holds that handle.
-        """
-        with suppress(OSError):  # the server was quicker, or this is the second time
+    def stop(self) -> None:
+        """Close the connection and wait until the server has ended; kill it if it does not end."""
+        # libnbd closes the socket only when its handle is freed, and the traceback of an error can still refer to it.
+        with suppress(OSError):  # the server has closed it, or this is the second call
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
         try:
-            self._program.poll(_END_TIMEOUT)
+            self._program.poll(_STOP_TIMEOUT)
         finally:
             self._program.kill()
 
 
 class QemuVolume:
-    """Reads an image through a qemu-nbd of its own.
+    """Reads an image through its own read-only qemu-nbd, the reference implementation of these formats.
 
     Args:
-        inspection: The image, looked at; it stays open for as long as this is, and its owner closes it.
-        secret_file: Holds the passphrase of the images that are encrypted.
+        chain: The image; its owner closes it after this volume.
+        secret_file: Contains the passphrase of the encrypted images.
 
     Raises:
-        VolumeError: QEMU finds the image damaged, a component is missing, the server does not come up within
-            START_SECONDS, or serves another size than the image states.
+        VolumeError: QEMU reports a damaged image, a component is missing, the server does not answer within
+            START_TIMEOUT, or it serves another size than the header has.
     """
 
-    def __init__(self, inspection: Inspection, secret_file: Path | None = None) -> None:
-        self._path = inspection.layers[0].path
-        self._binding = load()
-        secret = inspection.check(secret_file)
+    def __init__(self, chain: ImageChain, secret_file: Path | None = None) -> None:
+        self._path = chain.layers[0].path
+        self._binding = load_binding()
+        secret = chain.check_images(secret_file)
         self._handle: Handle | None
-        arguments = image_chain.arguments(inspection.layers, secret)
-        self._handle, self._server = self._connect(arguments, inspection.interruption)
+        self._handle, self._server = self._connect(image_arguments(chain.layers, secret), chain.interruption)
         self._size = self._handle.get_size()
         try:
-            check_size(inspection.layers[0], self._size)
+            check_size(chain.layers[0], self._size)
         except VolumeError:
             self.close()
             raise
 
     @property
     def size(self) -> int:
-        """Bytes, as the guest sees it."""
+        """Size in bytes, as the guest sees it."""
         return self._size
 
     def extents(self) -> list[Extent]:
-        """What base:allocation does not call zeros; QEMU 7.2 knows no holes of vhdx."""
+        """Return the runs that base:allocation does not report as zeros; QEMU 7.2 reports no holes of vhdx."""
         try:
             return merge_extents(
                 [(offset, length) for offset, length, flags in self._statuses() if not flags & READS_AS_ZEROS]
@@ -216,26 +195,26 @@ class QemuVolume:
         except self._binding.Error as error:
             raise VolumeUnreadableError(self._path, f"no extents: {error}") from error
 
-    def will_read(self, offset: int, length: int) -> None:
-        """Do nothing: one connection answers one question after the other."""
+    def prefetch(self, offset: int, length: int) -> None:
+        """Do nothing: one connection handles one request at a time."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` by reads of at most 16 MiB."""
-        for start in range(0, len(buffer), _MOST_READ):
-            chunk = buffer[start : start + _MOST_READ]
+        for start in range(0, len(buffer), _MAX_READ):
+            chunk = buffer[start : start + _MAX_READ]
             try:
                 chunk[:] = self._read(offset + start, len(chunk))
             except self._binding.Error as error:
-                # QEMU 7.2 drops the connection for a failed read, so the binding's words alone would mislead.
-                why = f"qemu-nbd cannot read it: the image, or the disk below it, is damaged ({error})"
-                raise VolumeUnreadableError(self._path, why, offset=offset + start) from error
+                # QEMU 7.2 closes the connection after a failed read, so libnbd's message alone would be misleading.
+                reason = f"qemu-nbd cannot read it: the image, or the disk below it, is damaged ({error})"
+                raise VolumeUnreadableError(self._path, reason, offset=offset + start) from error
 
     def close(self) -> None:
-        """Drop the connection, which ends the server, and wait for its end."""
+        """Close the connection, which ends the server, and wait for its end."""
         self._handle = None
-        self._server.end()
+        self._server.stop()
 
-    def _opened(self) -> Handle:
+    def _open_handle(self) -> Handle:
         if self._handle is None:
             raise VolumeUnreadableError(self._path, "it is closed")
         return self._handle
@@ -243,14 +222,14 @@ class QemuVolume:
     def _read(self, offset: int, length: int) -> memoryview:
         first, end = offset - offset % _BLOCK, offset + length
         last = min(end + -end % _BLOCK, max(end, self._size))
-        whole = memoryview(self._opened().pread(last - first, first))
-        return whole[offset - first : end - first]
+        blocks = memoryview(self._open_handle().pread(last - first, first))
+        return blocks[offset - first : end - first]
 
-    def _connect(self, image: Arguments, interruption: Interruption) -> tuple[Handle, NbdServer]:
+    def _connect(self, image: ImageArguments, interruption: Interruption) -> tuple[Handle, NbdServer]:
         handle = self._binding.NBD()
         handle.add_meta_context(ALLOCATION)
         try:
-            image = Arguments(["--read-only", *image.words], image.descriptors)
+            image = ImageArguments(["--read-only", *image.argv], image.descriptors)
             server = start_server(handle, image, interruption)
         except (self._binding.Error, TimeoutError, programs.ProgramError, OSError) as error:
             raise VolumeUnreadableError(self._path, f"qemu-nbd does not serve it ({error})") from error
@@ -258,7 +237,7 @@ class QemuVolume:
         return handle, server
 
     def _statuses(self) -> Iterator[tuple[int, int, int]]:
-        """(offset, length, flags) of the whole volume, in order; a server that does not move on is an error."""
+        """Yield (offset, length, flags) of the whole volume, in ascending order."""
         offset = 0
         while offset < self._size:
             for length, flags in self._status(offset):
@@ -267,37 +246,37 @@ class QemuVolume:
                 offset += length_within
 
     def _status(self, offset: int) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
+        runs: list[tuple[int, int]] = []
 
-        def note(context: str, start: int, entries: list[int], _error: object) -> None:
+        def record(context: str, start: int, entries: list[int], _error: object) -> None:
             if context == ALLOCATION and start == offset:
-                found.extend(zip(entries[::2], entries[1::2], strict=True))
+                runs.extend(zip(entries[::2], entries[1::2], strict=True))
 
-        self._opened().block_status(min(_MOST_STATUS, self._size - offset), offset, note)
-        if not any(length for length, _ in found):
+        self._open_handle().block_status(min(_MAX_STATUS, self._size - offset), offset, record)
+        if not any(length for length, _ in runs):  # otherwise the caller would never end
             raise VolumeUnreadableError(self._path, "no extents from here on", offset=offset)
-        return found
+        return runs
 
 
-def start_server(handle: Handle, image: Arguments, interruption: Interruption | None = None) -> NbdServer:
-    """Connect a new handle to a qemu-nbd of its own.
+def start_server(handle: Handle, image: ImageArguments, interruption: Interruption | None = None) -> NbdServer:
+    """Start a qemu-nbd and connect a new handle to it.
 
     Args:
         handle: Not yet connected.
-        image: Options, and the image (`chain.arguments`).
-        interruption: Ends the waiting for it.
+        image: Options and image (`image_chain.image_arguments`).
+        interruption: Ends the wait for the handshake.
 
     Returns:
-        The server; the caller ends it.
+        The server; the caller stops it.
 
     Raises:
-        ComponentMissingError: qemu-nbd is not installed.
-        ProgramError: It cannot be started.
-        OSError: No socket can be made.
-        TimeoutError: It did not answer within START_SECONDS, or nobody waits for it any more.
-        Exception: The binding's Error: it ended at once.
+        ToolNotInstalled: qemu-nbd is not installed.
+        ProgramError: qemu-nbd cannot be started.
+        OSError: No socket can be created.
+        TimeoutError: No answer within START_TIMEOUT, or interrupted.
+        Exception: The binding's Error: qemu-nbd ended at once.
     """
-    argv = [program("qemu-nbd"), "--shared=1", *image.words]
+    argv = [find_program("qemu-nbd"), "--shared=1", *image.argv]
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
         with tempfile.TemporaryDirectory(prefix="thrave-nbd.") as folder:
             address = f"{folder}/s"
@@ -311,7 +290,7 @@ def start_server(handle: Handle, image: Arguments, interruption: Interruption | 
             listener=listener.fileno(),
             max_memory=programs.MAX_MEMORY,
         )
-        listener.close()  # only the server has it from here on: if the server ends, so does the connection
+        listener.close()  # now only the server has it, so the connection ends when the server ends
         connection = client.dup()
         try:
             handle.aio_connect_socket(client.detach())
@@ -325,29 +304,17 @@ def start_server(handle: Handle, image: Arguments, interruption: Interruption | 
 
 
 def _shake_hands(handle: Handle, interruption: Interruption) -> None:
-    deadline = monotonic() + START_SECONDS
+    deadline = monotonic() + START_TIMEOUT
     while not handle.aio_is_ready():
         handle.poll(_POLL_MILLISECONDS)
         if interruption.is_requested:
-            raise TimeoutError("nobody waits for it any more")
+            raise TimeoutError("its reading was interrupted")
         if monotonic() > deadline:
-            raise TimeoutError(f"qemu-nbd did not answer within {START_SECONDS:.0f} seconds")
-
-
-# format -> options of qemu-img create. Without force_size the size of a vpc image is rounded up to whole cylinders.
-# vhdx is not among them: QEMU's driver refuses to write what does not begin and end at a multiple of 4 KiB.
-_OPTIONS = {"qcow2": "lazy_refcounts=off", "vmdk": "subformat=monolithicSparse", "vpc": "force_size=on"}
-
-
-_CREATE_TIMEOUT = 600.0  # seconds
-
-
-WRITABLE_FORMATS = tuple(_OPTIONS)
-"""QEMU's names of what can be written."""
+            raise TimeoutError(f"qemu-nbd did not answer within {START_TIMEOUT:.0f} seconds")
 
 
 class ImageWriter:
-    """An image that is being filled."""
+    """A new image that is written through its own qemu-nbd."""
 
     def __init__(self, path: Path, binding: NbdBinding) -> None:
         self._path = path
@@ -355,30 +322,30 @@ class ImageWriter:
         self._handle: Handle | None = binding.NBD()
         self._server: NbdServer | None = None
 
-    def serve(self, image_format: str) -> None:
-        """Start the server."""
-        with self._calling() as handle:
-            self._server = start_server(handle, Arguments([f"--format={image_format}", str(self._path)]))
+    def connect(self, image_format: str) -> None:
+        """Start the server and connect to it. Raises VolumeUnwritableError."""
+        with self._open_handle() as handle:
+            self._server = start_server(handle, ImageArguments([f"--format={image_format}", str(self._path)]))
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write all of the data, at most 32 MiB, at an offset in bytes; VolumeUnwritableError if that fails."""
-        with self._calling() as handle:
+        """Write the data, at most 32 MiB, at an offset in bytes. Raises VolumeUnwritableError."""
+        with self._open_handle() as handle:
             handle.pwrite(data, offset)
 
     def finish(self) -> None:
-        """Have everything put on the disk, metadata too."""
-        with self._calling() as handle:
+        """Flush data and metadata to the disk. Raises VolumeUnwritableError."""
+        with self._open_handle() as handle:
             handle.flush()
             handle.shutdown()
 
     def close(self) -> None:
-        """Drop the connection, which ends the server, and wait for its end. May be called again."""
+        """Close the connection, which ends the server, and wait for its end. May be called again."""
         self._handle = None
         if self._server is not None:
-            self._server.end()
+            self._server.stop()
 
     @contextmanager
-    def _calling(self) -> Iterator[Handle]:
+    def _open_handle(self) -> Iterator[Handle]:
         if self._handle is None:
             raise VolumeUnwritableError(self._path, "it is closed")
         try:
@@ -388,38 +355,40 @@ class ImageWriter:
 
 
 @contextmanager
-def new_image(path: Path, image_format: str, size: int) -> Iterator[ImageWriter]:
-    """Make an image; it is whole and on the disk if the block ends well.
+def create_image(path: Path, image_format: str, size: int) -> Iterator[ImageWriter]:
+    """Create an image. It is complete and on the disk if the block ends without an error.
+
+    qemu-img creates it empty, so ranges that are not written stay unallocated and read as zeros. No raw copy is on the
+    disk at any time. The format is given to both programs and never probed.
 
     Args:
-        path: The file; it should be there, empty, with the mode that it is to have.
+        path: A file that should exist already, empty and with its final mode. The caller renames it afterwards.
         image_format: One of `WRITABLE_FORMATS`.
         size: Bytes, as a guest sees them.
 
     Raises:
-        UnknownFormatError: Of another format.
-        ComponentMissingError: QEMU's programs or libnbd are not installed.
-        VolumeUnwritableError: It cannot be made, or the disk is full.
+        UnknownFormatError: Another format.
+        ToolNotInstalled: QEMU's programs or libnbd are not installed.
+        VolumeUnwritableError: The image cannot be created, or the disk is full.
     """
     path = path.absolute()
-    image = ImageWriter(path, load())
-    _create(path, image_format, size)
+    image = ImageWriter(path, load_binding())
+    _create_empty(path, image_format, size)
     with closing(image):
-        image.serve(image_format)
+        image.connect(image_format)
         yield image
         image.finish()
 
 
-def _create(path: Path, image_format: str, size: int) -> None:
+def _create_empty(path: Path, image_format: str, size: int) -> None:
     if image_format not in WRITABLE_FORMATS:
         raise UnknownFormatError(image_format, WRITABLE_FORMATS)
-    options = ["-q", "-f", image_format, "-o", _OPTIONS[image_format]]
-    argv = [image_chain.program("qemu-img"), "create", *options, str(path), str(size)]
+    options = ["-q", "-f", image_format, "-o", _CREATE_OPTIONS[image_format]]
+    argv = [find_program("qemu-img"), "create", *options, str(path), str(size)]
     try:
-        done = programs.run(argv, timeout=_CREATE_TIMEOUT, max_memory=programs.MAX_MEMORY)
+        finished = programs.run(argv, timeout=_CREATE_TIMEOUT, max_memory=programs.MAX_MEMORY)
     except programs.ProgramError as error:
         raise VolumeUnwritableError(path, str(error)) from error
-    if done.status:
-        raise VolumeUnwritableError(
-            path, done.error_text.strip().removeprefix("qemu-img: ") or "qemu-img create failed"
-        )
+    if finished.status:
+        reason = finished.error_text.strip().removeprefix("qemu-img: ")
+        raise VolumeUnwritableError(path, reason or "qemu-img create failed")

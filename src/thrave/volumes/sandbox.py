@@ -1,8 +1,8 @@
-"""Confines this process for good, so that what it reads can make it do nothing but read, answer, compute and end.
+"""Confines this process permanently to reading stdin, writing stdout, computing and exiting.
 
-Limits (no file, no process, little memory and time), no new privileges, no core dump and no tracing, Landlock where the
-kernel has it, and a seccomp filter that allows a short table of system calls. Every other call fails with EPERM. If a
-layer that the kernel offers cannot be set, the process must not go on; Landlock alone may be missing.
+Resource limits (no file, no process, little memory and time), no new privileges, no core dump and no tracing, Landlock
+where the kernel has it, and a seccomp filter that allows a short list of system calls; all others fail with EPERM. If a
+layer cannot be set up, the process must exit; only Landlock may be missing.
 
 Sources: Linux Documentation/userspace-api (seccomp_filter.rst, landlock.rst), linux/filter.h, linux/audit.h; the call
 numbers are those of arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 CPU_SECONDS = 120
 MEMORY = 512 << 20
-"""Bytes of address space; $Bitmap takes at most 64 MiB of them."""
+"""Bytes of address space, of which $Bitmap takes at most 64 MiB."""
 
 _NOBODY = 65534
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 22, 38, 47
@@ -34,21 +34,21 @@ _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # the second: e
 
 
 class _Call(NamedTuple):
-    """A system call that is allowed: its numbers, and a condition on one argument."""
+    """An allowed system call: its numbers, and a condition on one argument."""
 
     x86_64: int
     aarch64: int
     argument: int | None = None
+    """Index of the argument; None: no condition."""
     equals: int | None = None
-    lacks: int | None = None
-    """Bits of which the argument must have none."""
+    without_bits: int | None = None
 
 
-CALLS = {
-    "read": _Call(0, 63, argument=0, equals=0),  # the answers of the parent: stdin alone
-    "write": _Call(1, 64, argument=0, equals=1),  # the questions: stdout alone
-    "mmap": _Call(9, 222, argument=2, lacks=_PROT_EXEC),
-    "mprotect": _Call(10, 226, argument=2, lacks=_PROT_EXEC),
+ALLOWED_CALLS = {
+    "read": _Call(0, 63, argument=0, equals=0),  # only stdin: answers of the parent
+    "write": _Call(1, 64, argument=0, equals=1),  # only stdout: requests to the parent
+    "mmap": _Call(9, 222, argument=2, without_bits=_PROT_EXEC),
+    "mprotect": _Call(10, 226, argument=2, without_bits=_PROT_EXEC),
     "munmap": _Call(11, 215),
     "mremap": _Call(25, 216),
     "brk": _Call(12, 214),
@@ -66,19 +66,19 @@ CALLS = {
     "exit": _Call(60, 93),
     "exit_group": _Call(231, 94),
 }
-"""Everything that Python and the library call once they are loaded."""
+"""Every call that Python and pytsk3 make after they are loaded."""
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
-# linux/landlock.h: what each version of the interface can forbid, all of which is forbidden.
+# linux/landlock.h: the rights that each ABI version can restrict. All of them are restricted.
 _LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
-_LANDLOCK_VERSION = 1  # flag: ask for the version
-_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}  # from this version on -> number of rights, from bit 0
+_LANDLOCK_VERSION = 1  # flag: return the ABI version
+_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}  # since ABI version -> number of rights, from bit 0
 _NET_FROM, _SCOPE_FROM = 4, 6
 
 
 class ConfinementError(Exception):
-    """This host does not let the process be confined; the message says which layer."""
+    """The process cannot be confined on this host; the message names the layer."""
 
 
 class _Instruction(ctypes.Structure):
@@ -90,25 +90,25 @@ class _Program(ctypes.Structure):
 
 
 def confine() -> None:
-    """Give up everything but reading from stdin, writing to stdout and computing. There is no way back.
+    """Confine this process to reading stdin, writing stdout and computing. This cannot be undone.
 
-    All modules and codecs that are needed must have been loaded: no file can be opened afterwards.
+    Load all modules and codecs that are needed before: no file can be opened afterwards.
 
     Raises:
-        ConfinementError: A layer cannot be set up. The process must end then.
+        ConfinementError: A layer cannot be set up. The process must exit.
     """
     machine = _machine()
-    if len(os.listdir("/proc/self/task")) != 1:  # noqa: PTH208 (names, not paths)
-        raise ConfinementError("it has more than one thread, and a seccomp filter holds for one alone")
+    if len(list(Path("/proc/self/task").iterdir())) != 1:
+        raise ConfinementError("it has more than one thread, and a seccomp filter applies to one thread only")
     libc = ctypes.CDLL(None, use_errno=True)
-    _become_nobody()
+    _drop_root()
     _prctl(libc, "no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
-    with suppress(ConfinementError):  # a kernel before 4.3 has none to clear
+    with suppress(ConfinementError):  # kernels before 4.3 have none
         _prctl(libc, "ambient capabilities", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    _prctl(libc, "not dumpable", _PR_SET_DUMPABLE, 0)  # after the change of user, which sets it anew
-    _landlock(libc)
-    _limit()
-    instructions = _filter(machine)
+    _prctl(libc, "not dumpable", _PR_SET_DUMPABLE, 0)  # after the change of user, which resets the flag
+    _restrict_by_landlock(libc)
+    _set_limits()
+    instructions = _build_filter(machine)
     array = (_Instruction * len(instructions))(*instructions)
     program = _Program(len(instructions), array)
     _prctl(libc, "seccomp", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
@@ -121,8 +121,8 @@ def _machine() -> str:
     return machine
 
 
-def _become_nobody() -> None:
-    """Stop being root. In a container root may not be allowed to; the filter then is what holds it."""
+def _drop_root() -> None:
+    """Change root to nobody. A container may forbid this; the other layers still apply then."""
     if os.geteuid() == 0:
         with suppress(PermissionError):
             os.setgroups([])
@@ -130,8 +130,8 @@ def _become_nobody() -> None:
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
-def _limit() -> None:
-    for what, most in (
+def _set_limits() -> None:
+    for kind, limit in (
         (resource.RLIMIT_NOFILE, 0),
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_FSIZE, 0),
@@ -139,17 +139,17 @@ def _limit() -> None:
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_CPU, CPU_SECONDS),
     ):
-        resource.setrlimit(what, (most, most))
+        resource.setrlimit(kind, (limit, limit))
 
 
 def _prctl(libc: ctypes.CDLL, layer: str, option: int, *arguments: int) -> None:
-    given = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
-    if libc.prctl(ctypes.c_int(option), *given):
+    values = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    if libc.prctl(ctypes.c_int(option), *values):
         raise ConfinementError(f"{layer}: {os.strerror(ctypes.get_errno())}")
 
 
-def _landlock(libc: ctypes.CDLL) -> None:
-    """Forbid everything that Landlock can, on a kernel that has it."""
+def _restrict_by_landlock(libc: ctypes.CDLL) -> None:
+    """Remove every right that Landlock can remove, if the kernel has Landlock."""
     version = _system_call(libc, _LANDLOCK_CREATE, 0, 0, _LANDLOCK_VERSION)
     if version < 1:
         return
@@ -174,25 +174,25 @@ def _system_call(libc: ctypes.CDLL, number: int, *arguments: int) -> int:
     return int(libc.syscall(ctypes.c_long(number), *[ctypes.c_ulong(argument) for argument in arguments]))
 
 
-def _filter(machine: str) -> list[_Instruction]:
-    """The filter's program: the machine, then each allowed call with its condition, then a refusal."""
-    found = [
+def _build_filter(machine: str) -> list[_Instruction]:
+    """Return the filter program: check of the machine, then each allowed call with its condition, then a refusal."""
+    program = [
         _Instruction(_LOAD, 0, 0, _AT_MACHINE),
         _Instruction(_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[machine]),
         _Instruction(_RETURN, 0, 0, _KILL),
         _Instruction(_LOAD, 0, 0, _AT_NUMBER),
     ]
-    for call in CALLS.values():
-        found += _rule(call, call.x86_64 if machine == "x86_64" else call.aarch64)
-    return [*found, _Instruction(_RETURN, 0, 0, _REFUSE)]
+    for call in ALLOWED_CALLS.values():
+        program += _build_rule(call, call.x86_64 if machine == "x86_64" else call.aarch64)
+    return [*program, _Instruction(_RETURN, 0, 0, _REFUSE)]
 
 
-def _rule(call: _Call, number: int) -> list[_Instruction]:
+def _build_rule(call: _Call, number: int) -> list[_Instruction]:
     allow, refuse = _Instruction(_RETURN, 0, 0, _ALLOW), _Instruction(_RETURN, 0, 0, _REFUSE)
     if call.argument is None:
         return [_Instruction(_JUMP_EQUAL, 0, 1, number), allow]
-    # The low half of the argument: descriptors and protections are ints to the kernel. (Each rule returns: the number
-    # is not needed again.)
+    # Only the low half of the argument: for the kernel, descriptors and protections are ints. The load replaces the
+    # call's number, which is not needed again since every rule returns.
     load = _Instruction(_LOAD, 0, 0, 16 + 8 * call.argument)
     if call.equals is not None:
         return [
@@ -202,5 +202,11 @@ def _rule(call: _Call, number: int) -> list[_Instruction]:
             allow,
             refuse,
         ]
-    assert call.lacks is not None
-    return [_Instruction(_JUMP_EQUAL, 0, 4, number), load, _Instruction(_JUMP_SET, 1, 0, call.lacks), allow, refuse]
+    assert call.without_bits is not None
+    return [
+        _Instruction(_JUMP_EQUAL, 0, 4, number),
+        load,
+        _Instruction(_JUMP_SET, 1, 0, call.without_bits),
+        allow,
+        refuse,
+    ]

@@ -1,8 +1,8 @@
-"""What a VMDK states of itself: a descriptor in text, alone or inside a sparse file, and the headers of sparse files.
+"""Reads the metadata of a VMDK: a text descriptor, alone or inside a sparse file, and the headers of sparse files.
 
-As `headers`: every number is checked before anything is read by it, and nothing is decided here. QEMU leaves out lines
-of a descriptor that it does not understand, and looks for some words wherever they stand; what is read here is what it
-would read, and what it would leave out is said.
+As in `image_headers`, headers are untrusted and nothing is decided here. QEMU ignores descriptor lines that it cannot
+parse, and finds some keywords anywhere in the text. The functions here find the same values, and mark what QEMU
+ignores.
 
 Sources: VMware, Virtual Disk Format 5.0; QEMU 7.2, block/vmdk.c.
 """
@@ -13,17 +13,18 @@ import struct
 import sys
 from array import array
 
+from thrave.volumes.errors import VolumeUnreadableError
 from thrave.volumes.host_files import HostFile
-from thrave.volumes.image_headers import SECTOR, Extent, Reference, Statement, VmdkIdentity, exactly, refuse
+from thrave.volumes.image_headers import SECTOR, ImageMetadata, Reference, VmdkExtent, VmdkIdentity, read_exactly
 
 _SPARSE = struct.Struct("<4sIIQQQQIQQQB")
-_LONGEST_DESCRIPTOR = 1 << 20  # QEMU reads no more
+_MAX_DESCRIPTOR = 1 << 20  # bytes; QEMU reads no more
 _NO_PARENT = 0xFFFFFFFF
 _COMPRESSION_OFFSET = 77
-_AT_THE_END = 0xFFFFFFFFFFFFFFFF  # the directory is named by a second header at the end of a compressed file
-_MOST_IN_TABLE = 512  # QEMU opens no other
+_DIRECTORY_AT_END = 0xFFFFFFFFFFFFFFFF  # a second header, at the end of a compressed file, has the offset
+_MAX_TABLE = 512  # entries; QEMU refuses more
 _DIRECTORY_PIECE = 1 << 18  # entries
-_ZERO_GRAIN = 1  # stands for a grain of zeros, and 0 for one that is not stored
+_ZERO_GRAIN = 1  # entry of a grain of zeros; 0: a grain that is not allocated
 
 _DATA = frozenset({"FLAT", "VMFS", "SPARSE", "VMFSSPARSE", "SESPARSE"})
 FLAT = frozenset({"FLAT", "VMFS"})
@@ -38,7 +39,7 @@ _PHYSICAL = frozenset({
 })  # fmt: skip
 _PHYSICAL_TYPES = frozenset({"VMFSRDM", "VMFSRDMP", "VMFSRAW"})
 
-# White space is never a line's end here: a run of a million empty lines must not be looked at a million times.
+# [ \t] and not \s, which matches line ends: with it a million empty lines would take quadratic time.
 _EXTENT = re.compile(
     r"^[ \t]*(?P<access>RW|RDONLY|NOACCESS)[ \t]+(?P<sectors>\d{1,18})[ \t]+(?P<type>\w{1,32})"
     r'(?:[ \t]+"(?P<name>[^"\r\n]{1,511})")?(?:[ \t]+(?P<first>\d{1,18}))?[ \t\r]*$',
@@ -49,89 +50,91 @@ _CREATE_TYPE = re.compile(r'createType[ \t]*=[ \t]*"([^"\r\n]{0,100})"')
 _CONTENT_ID = re.compile(r"^[ \t]*CID[ \t]*=[ \t]*([0-9a-fA-F]{1,8})", re.MULTILINE)
 _PARENT_ID = re.compile(r"parentCID[ \t]*=[ \t]*([0-9a-fA-F]{1,8})")
 _PARENT_NAME = re.compile(r'parentFileNameHint[ \t]*=?[ \t]*"?([^"\r\n]*)')
-_ENCIPHERED = re.compile(r"^[ \t]*encryption\.", re.MULTILINE)
+_ENCRYPTED = re.compile(r"^[ \t]*encryption\.", re.MULTILINE)
 
 
-def read_vmdk(file: HostFile) -> Statement:
-    """Read a VMDK: a descriptor that names the files with the data, or one sparse file that has it all."""
+def read_vmdk(file: HostFile) -> ImageMetadata:
+    """Read a VMDK: a descriptor that names the files with the data, or a single sparse file."""
     magic = file.read(0, 4)
     if magic == b"COWD":
-        raise refuse(file, "it is a part of a VMDK: the file that names it, its descriptor, must be given")
+        raise VolumeUnreadableError(
+            file.path, "it is a part of a VMDK: the file that names it, its descriptor, must be given"
+        )
     if magic == b"KDMV":
         return _read_sparse_image(file)
-    if file.size > _LONGEST_DESCRIPTOR:
-        raise refuse(file, "it is no VMDK")
-    text = os.fsdecode(file.read(0, _LONGEST_DESCRIPTOR)).partition("\0")[0]
-    statement = _read_descriptor(file, text)
-    assert statement.identity is not None
-    kind = statement.identity.create_type
+    if file.size > _MAX_DESCRIPTOR:
+        raise VolumeUnreadableError(file.path, "it is not a VMDK")
+    text = os.fsdecode(file.read(0, _MAX_DESCRIPTOR)).partition("\0")[0]
+    metadata = _read_descriptor(file, text)
+    assert metadata.identity is not None
+    kind = metadata.identity.create_type
     if kind not in _WITH_FILES | _PHYSICAL:
-        statement.marks.append(("unknown kind", kind))
-    statement.extents = tuple(_extents(file, statement, text))
-    statement.size = sum(extent.sectors for extent in statement.extents) * SECTOR
-    return statement
+        metadata.marks.append(("unknown kind", kind))
+    metadata.extents = tuple(_read_extents(file, metadata, text))
+    metadata.size = sum(extent.sectors for extent in metadata.extents) * SECTOR
+    return metadata
 
 
-def read_extent(file: HostFile, extent: Extent) -> list[tuple[str, str]]:
-    """The marks of a file in which a VMDK keeps data.
+def read_extent(file: HostFile, extent: VmdkExtent) -> list[tuple[str, str]]:
+    """Return the marks of a file with data of a VMDK.
 
     Raises:
-        VolumeUnreadableError: It cannot be such a file, or is cut short.
+        VolumeUnreadableError: It does not match its extent in the descriptor, or is cut short.
     """
     if extent.type in FLAT:
         if ((extent.first_sector or 0) + extent.sectors) * SECTOR > file.size:
-            raise refuse(file, f"it is cut short: {extent.sectors} sectors are to lie in it")
+            raise VolumeUnreadableError(file.path, f"it is cut short: it must contain {extent.sectors} sectors")
         return []
     if extent.type != "SPARSE" or file.read(0, 4) == b"COWD":
-        return []  # QEMU reads these by headers that refer to nothing
-    capacity, marks, *_ = _sparse_header(file)
+        return []  # the headers of these kinds refer to no other file
+    capacity, marks, *_ = _read_sparse_header(file)
     if capacity != extent.sectors:
-        raise refuse(file, f"it says that it has {capacity} sectors, and its descriptor {extent.sectors}")
+        raise VolumeUnreadableError(file.path, f"its header has {capacity} sectors, its descriptor {extent.sectors}")
     return marks
 
 
-def read_end(file: HostFile) -> list[tuple[str, str]]:
-    """The mark of a sparse file that ends within a grain: QEMU reads zeros there. Other files have none.
+def check_vmdk_end(file: HostFile) -> list[tuple[str, str]]:
+    """Return the mark of a sparse file that ends within a grain, where QEMU reads zeros. Other files have none.
 
-    To be called for a file that `qemu-img check` has accepted and that nothing writes to.
+    Call it after `qemu-img check` has accepted the image, while nothing writes to it.
     """
     if file.read(0, 4) != b"KDMV":
         return []
-    header = exactly(file, 0, SECTOR)
+    header = read_exactly(file, 0, SECTOR)
     _, _, _, capacity, grain, _, _, in_table, _, directory, *_ = _SPARSE.unpack_from(header)
     (compression,) = struct.unpack_from("<H", header, _COMPRESSION_OFFSET)
-    if compression or directory == _AT_THE_END:  # a grain that is cut short cannot be decompressed
+    if compression or directory == _DIRECTORY_AT_END:  # a grain that is cut short cannot be decompressed
         return []
-    if not grain or not in_table or in_table > _MOST_IN_TABLE:
-        raise refuse(file, "its header is damaged: it does not say the size of its grains")
+    if not grain or not in_table or in_table > _MAX_TABLE:
+        raise VolumeUnreadableError(file.path, "its header is damaged: the size of its grains is missing")
     tables = -(-capacity // (grain * in_table))
     for first in range(0, tables, _DIRECTORY_PIECE):
-        piece = _numbers(file, directory * SECTOR + 4 * first, min(tables - first, _DIRECTORY_PIECE))
+        piece = _read_numbers(file, directory * SECTOR + 4 * first, min(tables - first, _DIRECTORY_PIECE))
         for number, table in enumerate(piece, start=first):
-            grains = _numbers(file, table * SECTOR, in_table) if table else array("I")
+            grains = _read_numbers(file, table * SECTOR, in_table) if table else array("I")
             if not grains or (max(grains) + grain) * SECTOR <= file.size:
                 continue
-            for at, sector in enumerate(grains, start=number * in_table):
-                end = (sector + min(grain, capacity - at * grain)) * SECTOR
-                if sector > _ZERO_GRAIN and at * grain < capacity and end > file.size:
+            for index, sector in enumerate(grains, start=number * in_table):
+                end = (sector + min(grain, capacity - index * grain)) * SECTOR
+                if sector > _ZERO_GRAIN and index * grain < capacity and end > file.size:
                     return [("cut short", f"{end - file.size} bytes are missing")]
     return []
 
 
-def _numbers(file: HostFile, offset: int, count: int) -> "array[int]":
-    """Numbers of 32 bits."""
-    numbers = array("I", exactly(file, offset, 4 * count))
+def _read_numbers(file: HostFile, offset: int, count: int) -> "array[int]":
+    """Read little-endian numbers of 32 bits."""
+    numbers = array("I", read_exactly(file, offset, 4 * count))
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers
 
 
-def descriptor(identity: VmdkIdentity, extents: list[tuple[Extent, str]]) -> bytes:
-    """A descriptor of the same disk whose files have other names.
+def format_descriptor(identity: VmdkIdentity, extents: list[tuple[VmdkExtent, str]]) -> bytes:
+    """Return a descriptor of the same disk with other file names.
 
     Args:
         identity: Of the image.
-        extents: Each with the name that it is to have.
+        extents: Each with its new file name.
     """
     parent = _NO_PARENT if identity.parent_id is None else identity.parent_id
     lines = [
@@ -139,81 +142,87 @@ def descriptor(identity: VmdkIdentity, extents: list[tuple[Extent, str]]) -> byt
         f'createType="{identity.create_type}"',
     ]  # fmt: skip
     for extent, name in extents:
-        first = f" {extent.first_sector or 0}" if extent.type == "FLAT" else ""  # QEMU takes no other with one
+        first = (
+            f" {extent.first_sector or 0}" if extent.type == "FLAT" else ""
+        )  # for other types QEMU accepts no offset
         lines.append(f'RW {extent.sectors} {extent.type} "{name}"{first}')
     return "\n".join([*lines, ""]).encode()
 
 
-def _read_sparse_image(file: HostFile) -> Statement:
-    capacity, marks, offset, length = _sparse_header(file)
+def _read_sparse_image(file: HostFile) -> ImageMetadata:
+    capacity, marks, offset, length = _read_sparse_header(file)
     if not offset or not length:
-        raise refuse(file, "it is a part of a VMDK: the file that names it, its descriptor, must be given")
-    if length * SECTOR > _LONGEST_DESCRIPTOR:
-        raise refuse(file, f"its descriptor is said to have {length} sectors")
-    text = os.fsdecode(exactly(file, offset * SECTOR, length * SECTOR)).partition("\0")[0]
-    statement = _read_descriptor(file, text)
-    statement.marks.extend(marks)
-    assert statement.identity is not None
-    kind = statement.identity.create_type
+        raise VolumeUnreadableError(
+            file.path, "it is a part of a VMDK: the file that names it, its descriptor, must be given"
+        )
+    if length * SECTOR > _MAX_DESCRIPTOR:
+        raise VolumeUnreadableError(file.path, f"its header is damaged: a descriptor of {length} sectors")
+    text = os.fsdecode(read_exactly(file, offset * SECTOR, length * SECTOR)).partition("\0")[0]
+    metadata = _read_descriptor(file, text)
+    metadata.marks.extend(marks)
+    assert metadata.identity is not None
+    kind = metadata.identity.create_type
     if kind not in _IN_ONE_FILE:
-        statement.marks.append(("unknown kind", f"{kind} in one file"))
-    named = _extents(file, statement, text)
-    if len(named) != 1 or named[0].type != "SPARSE" or named[0].sectors != capacity:
-        raise refuse(file, "its descriptor and its header contradict each other")
-    statement.size = capacity * SECTOR
-    return statement
+        metadata.marks.append(("unknown kind", f"{kind} in one file"))
+    extents = _read_extents(file, metadata, text)
+    if len(extents) != 1 or extents[0].type != "SPARSE" or extents[0].sectors != capacity:
+        raise VolumeUnreadableError(file.path, "its descriptor and its header contradict each other")
+    metadata.size = capacity * SECTOR
+    return metadata
 
 
-def _sparse_header(file: HostFile) -> tuple[int, list[tuple[str, str]], int, int]:
-    """Of a sparse file: its sectors, its marks, and where its descriptor lies, in sectors."""
-    magic, _, _, capacity, _, offset, length, _, _, _, _, unclean = _SPARSE.unpack(exactly(file, 0, _SPARSE.size))
+def _read_sparse_header(file: HostFile) -> tuple[int, list[tuple[str, str]], int, int]:
+    """Return capacity, marks, and offset and length of the descriptor of a sparse file; numbers in sectors."""
+    magic, _, _, capacity, _, offset, length, _, _, _, _, unclean = _SPARSE.unpack(read_exactly(file, 0, _SPARSE.size))
     if magic != b"KDMV":
-        raise refuse(file, "it is no sparse file of a VMDK")
-    if not capacity:  # QEMU then reads a descriptor in it, which could name any file
-        raise refuse(file, "it says that it has no sectors")
+        raise VolumeUnreadableError(file.path, "it is not a sparse file of a VMDK")
+    if not capacity:  # QEMU would then use the descriptor inside, which could name any file
+        raise VolumeUnreadableError(file.path, "its header is damaged: it has no sectors")
     return capacity, [("not closed", "")] if unclean else [], offset, length
 
 
-def _read_descriptor(file: HostFile, text: str) -> Statement:
+def _read_descriptor(file: HostFile, text: str) -> ImageMetadata:
     kind = _CREATE_TYPE.search(text)
     if kind is None:
-        raise refuse(file, "it is no VMDK: it has no descriptor that says its createType")
+        raise VolumeUnreadableError(file.path, "it is not a VMDK: it has no descriptor with a createType")
     content, parent, hint = _CONTENT_ID.search(text), _PARENT_ID.search(text), _PARENT_NAME.search(text)
     parent_id = int(parent[1], 16) if parent else _NO_PARENT
     identity = VmdkIdentity(
         int(content[1], 16) if content else 0, None if parent_id == _NO_PARENT else parent_id, kind[1]
     )
-    statement = Statement(size=None, identity=identity)
+    metadata = ImageMetadata(size=None, identity=identity)
     if kind[1] in _PHYSICAL:
-        statement.marks.append(("raw device", kind[1]))
-    if _ENCIPHERED.search(text):
-        statement.marks.append(("enciphered", ""))
+        metadata.marks.append(("raw device", kind[1]))
+    if _ENCRYPTED.search(text):
+        metadata.marks.append(("encrypted", ""))
     name = hint[1] if hint else ""
     if identity.parent_id is None and name:
-        statement.marks.append(("parent that is none", os.path.basename(name)))  # noqa: PTH119 (a stranger's words)
+        metadata.marks.append(("contradictory parent", name.rpartition("/")[2]))
     elif identity.parent_id is not None and not name:
-        statement.marks.append(("parent without a name", ""))
+        metadata.marks.append(("parent without a name", ""))
     elif name:
-        statement.backing = Reference(name, "vmdk")
-    return statement
+        metadata.backing = Reference(name, "vmdk")
+    return metadata
 
 
-def _extents(file: HostFile, statement: Statement, text: str) -> list[Extent]:
-    """The files with the data, in their order; marks what QEMU would leave out."""
-    found: list[Extent] = []
+def _read_extents(file: HostFile, metadata: ImageMetadata, text: str) -> list[VmdkExtent]:
+    """Return the files with the data, in their order; mark extents that QEMU would ignore."""
+    found: list[VmdkExtent] = []
     lines = list(_EXTENT.finditer(text))
     if len(lines) != len(_ANY_EXTENT.findall(text)):
-        raise refuse(file, "its descriptor has an extent that cannot be understood")
+        raise VolumeUnreadableError(file.path, "its descriptor has an invalid extent")
     for line in lines:
         if line["type"].upper() in _PHYSICAL_TYPES:
-            statement.marks.append(("raw device", line["type"]))
+            metadata.marks.append(("raw device", line["type"]))
         elif line["access"] != "RW" or line["type"] not in _DATA or not line["name"] or not int(line["sectors"]):
-            statement.marks.append(("extent that is left out", f"{line['access']} {line['sectors']} {line['type']}"))
+            metadata.marks.append(("ignored extent", f"{line['access']} {line['sectors']} {line['type']}"))
         else:
             first = int(line["first"]) if line["first"] else None
             if first and line["type"] != "FLAT":
-                raise refuse(file, f"an extent of type {line['type']} cannot begin at sector {first} of its file")
-            found.append(Extent(line["name"], line["type"], int(line["sectors"]), first))
+                raise VolumeUnreadableError(
+                    file.path, f"an extent of type {line['type']} cannot begin at sector {first} of its file"
+                )
+            found.append(VmdkExtent(line["name"], line["type"], int(line["sectors"]), first))
     if not lines:
-        raise refuse(file, "its descriptor names no extent: it holds no data")
+        raise VolumeUnreadableError(file.path, "its descriptor names no extent, so it contains no data")
     return found

@@ -51,7 +51,7 @@ class MemoryImage:
     def extents(self) -> Sequence[Span]:
         return [(0, self.size)] if self.spans is None else self.spans
 
-    def will_read(self, offset: int, length: int) -> None:
+    def prefetch(self, offset: int, length: int) -> None:
         pass
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -69,7 +69,7 @@ class PatternImage:
     def extents(self) -> Sequence[Span]:
         return self.spans
 
-    def will_read(self, offset: int, length: int) -> None:
+    def prefetch(self, offset: int, length: int) -> None:
         pass
 
     def read_into(self, offset: int, buffer: memoryview) -> None:

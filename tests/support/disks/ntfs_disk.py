@@ -60,7 +60,7 @@ class Damage:
     def extents(self) -> list[Extent]:
         return [Extent(0, self.size)] if self.disk else []
 
-    def will_read(self, offset: int, length: int) -> None:
+    def prefetch(self, offset: int, length: int) -> None:
         pass
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
