@@ -327,15 +327,15 @@ def test_components_without_database_open_without_creating_it(data):
 
 
 def test_folder_lock_waits_for_its_release(tmp_path):
-    from thrave.files import locked_folder
+    from thrave.files import folder_lock
 
     entered = threading.Event()
 
     def enter():
-        with locked_folder(tmp_path):
+        with folder_lock(tmp_path):
             entered.set()
 
-    with locked_folder(tmp_path):
+    with folder_lock(tmp_path):
         thread = threading.Thread(target=enter)
         thread.start()
         assert not entered.is_set()

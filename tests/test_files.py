@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what a process leaves that dies while it writes one."""
+"""Atomic file writes, and removal of the temporary files of dead processes."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_somebody_is_writing_is_not_swept_and_what_a_dead_one_wrote_is(tmp_path):
+def test_remove_stale_keeps_file_of_running_process(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as writer:
@@ -35,25 +35,25 @@ def test_what_somebody_is_writing_is_not_swept_and_what_a_dead_one_wrote_is(tmp_
     assert names(tmp_path) == []
 
 
-def test_writers_and_sweepers_do_not_disturb_each_other(tmp_path):
-    over = threading.Event()
+def test_replace_and_remove_stale_may_run_at_once(tmp_path):
+    has_ended = threading.Event()
 
-    def sweep():
-        while not over.is_set():
+    def remove_repeatedly():
+        while not has_ended.is_set():
             files.remove_stale(tmp_path)
 
     with ThreadPoolExecutor(3) as pool:
-        sweepers = [pool.submit(sweep) for _ in range(2)]
+        removers = [pool.submit(remove_repeatedly) for _ in range(2)]
         for number in range(300):
             files.replace(tmp_path / "file", str(number).encode(), spool=tmp_path)
             assert (tmp_path / "file").read_bytes() == str(number).encode()
-        over.set()
-        for sweeper in sweepers:
-            sweeper.result()
+        has_ended.set()
+        for remover in removers:
+            remover.result()
     assert names(tmp_path) == ["file"]
 
 
-def test_files_of_other_names_are_not_swept(tmp_path):
+def test_remove_stale_keeps_files_of_other_names(tmp_path):
     (tmp_path / "new-file").touch()
     files.remove_stale(tmp_path)
     assert names(tmp_path) == ["new-file"]

@@ -1,4 +1,4 @@
-"""What a started program gets, and what ends it."""
+"""Environment, limits and end of started programs."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def test_run_returns_output_and_status():
     assert (done.status, done.text, done.error_text) == (3, "out\n", "err\n")
 
 
-def test_environment_has_nothing_but_the_listed_variables(monkeypatch):
+def test_run_passes_only_listed_variables(monkeypatch):
     for name in ("THRAVE_S3_SECRET_ACCESS_KEY", "THRAVE_DATABASE_URL", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "OTHER"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
@@ -35,7 +35,7 @@ def test_environment_has_nothing_but_the_listed_variables(monkeypatch):
     assert run(["/usr/bin/env"], timeout=LONG, variables={}).out == b""
 
 
-def test_a_program_gets_only_the_named_descriptors(tmp_path):
+def test_run_passes_only_named_descriptors(tmp_path):
     (tmp_path / "file").write_text("content")
     with (tmp_path / "file").open() as named, (tmp_path / "file").open() as other:
         os.set_inheritable(other.fileno(), True)  # noqa: FBT003 (has no name)
@@ -45,31 +45,31 @@ def test_a_program_gets_only_the_named_descriptors(tmp_path):
         assert len(done.text.split()) == 5
 
 
-def test_a_program_has_a_session_of_its_own():
+def test_run_starts_new_session():
     session = int(run(python("import os; print(os.getsid(0))"), timeout=LONG).text)
     assert session != os.getsid(0)
 
 
-def test_a_timeout_kills_the_children_too(tmp_path):
-    noted = tmp_path / "child"
-    script = f"sleep 1000 & echo $! > {noted}.new; mv {noted}.new {noted}; wait"
+def test_timeout_kills_children(tmp_path):
+    pid_file = tmp_path / "child"
+    script = f"sleep 1000 & echo $! > {pid_file}.new; mv {pid_file}.new {pid_file}; wait"
     program = Program(["sh", "-c", script], timeout=1.0)
-    eventually(noted.exists)
+    eventually(pid_file.exists)
     with pytest.raises(ProgramTimeoutError, match="took more than 1 seconds"):
         program.poll(LONG)
-    child = int(noted.read_text())
+    child = int(pid_file.read_text())
     eventually(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("stays", ["while True: pass", ""])
-def test_too_much_output_ends_a_program(stream, stays):
-    code = f"import sys; sys.{stream}.write('x' * 2000); sys.{stream}.flush()\n{stays}"
+@pytest.mark.parametrize("then", ["while True: pass", ""])
+def test_run_ends_program_with_too_much_output(stream, then):
+    code = f"import sys; sys.{stream}.write('x' * 2000); sys.{stream}.flush()\n{then}"
     with pytest.raises(ProgramOutputError, match="more than 1000 bytes"):
         run(python(code), timeout=LONG, max_output=1000)
 
 
-def test_what_a_program_leaves_running_cannot_fill_the_memory(tmp_path):
+def test_child_that_keeps_running_cannot_write_more_output(tmp_path):
     ended, failed = tmp_path / "ended", tmp_path / "failed"
     child = f"while ! [ -e {ended} ]; do sleep 0.02; done; echo more 2>/dev/null || touch {failed}"
     done = run(["sh", "-c", f"echo started; ( {child} ) & exit 0"], timeout=LONG)
@@ -79,21 +79,22 @@ def test_what_a_program_leaves_running_cannot_fill_the_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"), [(["/nowhere"], "No such file"), (["/etc/passwd"], "Permission denied"), (["a\0b"], "null byte")]
+    ("argv", "message"),
+    [(["/nowhere"], "No such file"), (["/etc/passwd"], "Permission denied"), (["a\0b"], "null byte")],
 )
-def test_what_cannot_be_started_is_said(argv, words):
-    with pytest.raises(ProgramNotStartedError, match=words):
+def test_run_names_reason_if_program_cannot_be_started(argv, message):
+    with pytest.raises(ProgramNotStartedError, match=message):
         run(argv, timeout=LONG)
 
 
-def test_no_program_in_a_file_that_may_be_executed(tmp_path):
+def test_run_refuses_executable_file_without_program(tmp_path):
     (tmp_path / "script").write_text("no program")
     (tmp_path / "script").chmod(0o755)
     with pytest.raises(ProgramNotStartedError, match="Exec format error"):
         run([str(tmp_path / "script")], timeout=LONG)
 
 
-def test_run_is_ended_by_its_pause():
+def test_run_raises_error_of_pause():
     def pause(_seconds):
         raise KeyboardInterrupt
 
@@ -101,7 +102,7 @@ def test_run_is_ended_by_its_pause():
         run(["sleep", "1000"], timeout=LONG, pause=pause)
 
 
-def test_memory_is_limited():
+def test_program_has_memory_limit():
     code = "import resource; print(resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CORE))"
     waiting = f"import sys, time\nwhile True:\n  {code}\n  sys.stdout.flush(); time.sleep(0.01)"
     program = Program(python(waiting), timeout=LONG, output="piped", max_memory=1 << 30)
@@ -111,7 +112,7 @@ def test_memory_is_limited():
         program.kill()
 
 
-def test_a_listening_socket_is_handed_over(tmp_path):
+def test_program_gets_listening_socket(tmp_path):
     code = (
         "import os, socket; assert os.environ['LISTEN_PID'] == str(os.getpid()) and os.environ['LISTEN_FDS'] == '1'\n"
         "listener = socket.socket(fileno=3); listener.accept()[0].sendall(b'hello')"
@@ -126,7 +127,7 @@ def test_a_listening_socket_is_handed_over(tmp_path):
         assert program.poll(LONG).status == 0
 
 
-def test_dropped_output_is_not_kept(tmp_path):
+def test_drop_output_keeps_no_later_output(tmp_path):
     script = f"echo first; while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; echo second 2>/dev/null; true"
     program = Program(["sh", "-c", script], timeout=LONG)
     eventually(lambda: not program._kept or os.fstat(program._kept[0]).st_size)

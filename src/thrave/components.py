@@ -164,7 +164,7 @@ class Components:
         if settings.failpoint:
             set_failpoint(settings.failpoint)
         root = _create_data_dir(settings)
-        with files.locked_folder(root), explain_database_errors(settings):
+        with files.folder_lock(root), explain_database_errors(settings):
             restrict_access(settings)
             if _has_no_tables(settings):
                 _check_no_files_of_a_lost_database(settings)
@@ -187,7 +187,7 @@ def open_components(settings: Settings) -> Components:
     return components
 
 
-def lock_data_directory(settings: Settings) -> files.HeldFile | None:
+def lock_data_directory(settings: Settings) -> files.ProcessLock | None:
     """Lock the data directory until this process ends, so that no second service uses its SQLite database.
 
     With PostgreSQL nothing is locked: a lease in the database decides which agent works for a host.
@@ -205,8 +205,8 @@ def lock_data_directory(settings: Settings) -> files.HeldFile | None:
     directory = settings.directory
     _create_data_dir(settings)
     try:
-        return files.HeldFile(directory.lock)
-    except files.FileHeldError as error:
+        return files.ProcessLock(directory.lock)
+    except files.ProcessLockedError as error:
         raise DataDirectoryInUseError(
             f"{directory.root} is in use: {error} runs on it. Stop that process, or give another --data-dir."
         ) from None
@@ -233,11 +233,11 @@ def restrict_access(settings: Settings) -> None:
     This includes buckets: a bundle is given to other users with `thrave copy`.
 
     Raises:
-        OpenToOthersError: Other users have access to a file or folder in it, and this user may not change that.
+        NotPrivateError: Other users have access to a file or folder in it, and this user may not change that.
     """
     directory = settings.directory
-    with suppress(files.OpenToOthersError):  # a data directory of another user keeps its mode: the owner decides
-        files.close_to_others(directory.root)
+    with suppress(files.NotPrivateError):  # a data directory of another user keeps its mode: the owner decides
+        files.restrict_to_owner(directory.root)
     database, buckets = directory.database_file, directory.buckets
     for path in (
         *(database.with_name(database.name + end) for end in ("", "-wal", "-shm")),
@@ -245,7 +245,7 @@ def restrict_access(settings: Settings) -> None:
         directory.instances, directory.instances / ".locks",
         buckets, buckets / ".owners", buckets / ".spool", *_folders(buckets),
     ):  # fmt: skip
-        files.close_to_others(path)
+        files.restrict_to_owner(path)
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -1,11 +1,7 @@
-"""Opens the object store that the settings name: a directory or S3, and by whose right bundles get into it.
+"""Opens the object store and the hypervisor driver that the settings name.
 
-The credentials of the service come from the environment or a file of their own, which nobody else may read. Nothing
-here calls the store.
-
-Which inventory a host has, as the settings say: instances that files describe, or libvirt's domains.
-
-Nothing here asks a hypervisor, and libvirt's binding is loaded only where the settings want it.
+The service's own credentials for the store come from the environment or from a private file. Opening a store calls
+nothing. The libvirt binding is loaded only if the settings name libvirt.
 """
 
 import configparser
@@ -33,31 +29,28 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-def open_store(settings: Settings, find_holder: Callable[[str], KeyOwner | None]) -> ObjectStore:
-    """Open the store that the settings name.
+def open_store(settings: Settings, find_key_owner: Callable[[str], KeyOwner | None]) -> ObjectStore:
+    """Open the object store that the settings name.
 
     Args:
         settings: Of the service.
-        find_holder: Who holds the access key of an id; None if nobody does.
+        find_key_owner: Returns the owner of an access key id; None if there is none.
 
     Raises:
-        StoreSettingError: The store's address, its certificates or the service's credentials cannot be used.
+        StoreSettingError: The endpoint, the CA file or the service's credentials cannot be used.
     """
     if settings.store == "directory":
         return DirectoryStore(settings.directory.buckets)
-    connection = store_connection(settings)
-    return (
-        OwnerKeyStore(connection, find_holder)
-        if settings.upload_credentials == "policy"
-        else ServiceKeyStore(connection)
-    )
+    config = store_config(settings)
+    is_by_policy = settings.upload_credentials == "policy"
+    return OwnerKeyStore(config, find_key_owner) if is_by_policy else ServiceKeyStore(config)
 
 
-def store_connection(settings: Settings) -> StoreConfig:
-    """How the store is called, with the service's own credentials if there are any.
+def store_config(settings: Settings) -> StoreConfig:
+    """Return the configuration of the S3 client, with the service's own credentials if there are any.
 
     Raises:
-        StoreSettingError: The file of credentials cannot be used.
+        StoreSettingError: The credentials file cannot be used.
     """
     file = None if settings.s3_credentials_file is None else CredentialsFile(settings.s3_credentials_file)
     return StoreConfig(
@@ -86,44 +79,44 @@ def _credentials(settings: Settings) -> Credentials | None:
 
 
 class CredentialsFile:
-    """The credentials in a file, read again when the file has changed. Safe to use from several threads."""
+    """The credentials in a file, which is read again when it changes. Safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
-        """Read nothing yet."""
+        """Use the file at `path`; it is read by `read`."""
         self._path = path
         self._lock = new_lock()
-        self._read: Credentials | None = None
-        self._state: tuple[int, ...] | None = None
-        """Of the file when it was read last, whether that succeeded or not."""
+        self._credentials: Credentials | None = None
+        self._file_state: tuple[int, ...] | None = None  # at the last attempt to read, successful or not
 
     def read(self) -> Credentials:
-        """Return the credentials that the file holds now.
+        """Return the current credentials in the file.
 
-        A changed file that cannot be used is logged once, and the earlier credentials stay in use.
+        If a changed file cannot be used, the earlier credentials stay in use, and a warning is logged once.
 
         Raises:
-            StoreSettingError: The file cannot be used and never could.
+            StoreSettingError: The file cannot be used, and there are no earlier credentials.
         """
         with self._lock:
-            state = _state(self._path)
-            if self._read is not None and state == self._state:
-                return self._read
+            # Read before the content: a change in between is detected by the next call.
+            file_state = _file_state(self._path)
+            if self._credentials is not None and file_state == self._file_state:
+                return self._credentials
             try:
                 found = read_credentials(self._path)
             except StoreSettingError as error:
-                if self._read is None:
+                if self._credentials is None:
                     raise StoreSettingError(f"The setting s3_credentials_file cannot be used: {error}") from None
                 log.warning("changed credentials cannot be used; keeping the earlier ones", error=str(error))
             else:
-                if self._read is not None and found != self._read:
+                if self._credentials is not None and found != self._credentials:
                     log.info("credentials changed", access_key_id=found.access_key_id)
-                self._read = found
-            self._state = state  # of before the reading: a change meanwhile is read next time
-            return self._read
+                self._credentials = found
+            self._file_state = file_state
+            return self._credentials
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written or replaced."""
+def _file_state(path: Path) -> tuple[int, ...]:
+    """Return values that change when a file is written or replaced; empty if there is no such file."""
     try:
         found = path.stat()
     except OSError:
@@ -132,10 +125,10 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def read_credentials(path: Path) -> Credentials:
-    """Read a file of credentials as the AWS CLI has it: the section `[default]`.
+    """Read the section `[default]` of a credentials file in the format of the AWS CLI.
 
     Raises:
-        StoreSettingError: It cannot be read, others may read it, or it has no key.
+        StoreSettingError: It cannot be read, other users may read it, or it has no key.
     """
     parser = configparser.ConfigParser(interpolation=None)
     try:
@@ -147,32 +140,27 @@ def read_credentials(path: Path) -> Credentials:
             session_token=section.get("aws_session_token"),
         )
     except OSError as error:
-        # The system's errors have an errno; of ours the text is the reason.
+        # Errors of the system have an errno. `NotPrivateError` has none; its message is the reason.
         reason = f"{error.strerror}: {path}" if error.errno else str(error)
         raise StoreSettingError(reason) from None
-    except (KeyError, ValueError, configparser.Error):  # whose own words quote the line
+    except (KeyError, ValueError, configparser.Error):  # their messages quote the line, which may be a secret
         raise StoreSettingError(
-            f"{path} is no file of credentials: [default], aws_access_key_id = …, aws_secret_access_key = …"
+            f"{path} is not a credentials file. Expected: [default], aws_access_key_id = …, aws_secret_access_key = …"
         ) from None
 
 
 def open_driver(settings: Settings) -> HypervisorDriver:
-    """The inventory that the settings name.
-
-    Raises:
-        ComponentMissingError: libvirt's binding is not installed.
-        HypervisorError: libvirt does not answer.
-    """
-    return open_described(settings) if settings.hypervisor == "directory" else open_adopted(settings)
+    """Open the hypervisor driver that the settings name. Does not call the hypervisor."""
+    return open_directory_driver(settings) if settings.hypervisor == "directory" else open_libvirt_driver(settings)
 
 
-def open_described(settings: Settings) -> DirectoryDriver:
-    """The instances that files describe."""
+def open_directory_driver(settings: Settings) -> DirectoryDriver:
+    """Open the driver for instances that JSON files describe."""
     return DirectoryDriver(settings.effective_instance_dir)
 
 
-def open_adopted(settings: Settings) -> "LibvirtDriver":
-    """The domains that have been adopted. Raises as `open_instances`."""
+def open_libvirt_driver(settings: Settings) -> "LibvirtDriver":
+    """Open the driver for adopted libvirt domains."""
     from thrave.compute.libvirt.driver import LibvirtDriver  # noqa: PLC0415 (needs a Debian package that few hosts have)
 
     return LibvirtDriver(settings.libvirt_uri, lock_folder=settings.directory.locks)

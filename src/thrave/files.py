@@ -1,14 +1,11 @@
-"""Locks between processes that end with their holder, however it ends: flock(2) on a file of its own.
+"""Locks between processes, and files that are written completely or not at all.
 
-Two opens of the file exclude each other also within one process, so they work between threads too. Lock files hold
-nothing and are never removed: removing one while another process waits for it would let two in.
+A lock is a flock(2) on a file of its own, which the kernel releases when its process ends in any way. Two opens of the
+file exclude each other also within one process, so locks work between threads too. Lock files are empty and are never
+removed: removing one while another process waits for it would let two processes in.
 
-Files that are whole or not there: created once, or replaced, and on the disk when the call returns.
-
-What every room that keeps its state in files needs (the vault's key, the service's identity, buckets on a
-disk). A reader never sees half a file, a crash never leaves one under its real name, and a new file is for
-its owner's eyes alone (mode 0600). It never decides what stands in a file, and never makes the folder that
-the file goes to.
+A file is created once or replaced, and it is on the disk when the call returns. A reader never sees half a file, a
+crash never leaves one under its final name, and a new file has mode 0600. Nothing here creates the folder of a file.
 """
 
 import fcntl
@@ -23,9 +20,8 @@ from pathlib import Path
 from thrave.concurrency import monotonic, sleep
 
 LOCK_TIMEOUT = 30.0  # seconds
-
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # seconds between two attempts
+_MIN_RETRY_INTERVAL, _MAX_RETRY_INTERVAL = 0.001, 0.1  # seconds
+_TEMPORARY_PREFIX = ".new-"
 
 
 @contextmanager
@@ -33,12 +29,12 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold the lock for the length of the block.
 
     Args:
-        path: The lock's file; it is made when it is not there, its folder too.
-        wait: Wait until it is free, LOCK_TIMEOUT seconds at the most, or give up at once: whoever holds it may hang in
-            a file system or a hypervisor that does not answer.
+        path: The lock file. The file and its folder are created if they do not exist.
+        wait: Wait up to `LOCK_TIMEOUT` seconds, or give up at once. There is a timeout because the holder may hang in
+            a file system or a hypervisor that does not respond.
 
     Raises:
-        BlockingIOError: Somebody else has it.
+        BlockingIOError: Another process or thread has the lock.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -51,46 +47,43 @@ def file_lock(path: Path, *, wait: bool) -> Iterator[None]:
 
 def _lock(descriptor: int, timeout: float) -> None:
     deadline = monotonic() + timeout
-    pause = _FIRST_PAUSE
+    interval = _MIN_RETRY_INTERVAL
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if monotonic() >= deadline:
                 raise
-            sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            sleep(interval)
+            interval = min(2 * interval, _MAX_RETRY_INTERVAL)
         else:
             return
 
 
-_NEW = ".new-"
-
-
-class OpenToOthersError(PermissionError):
-    """A file or folder that should be its owner's alone is not; the message has the command that closes it."""
+class NotPrivateError(PermissionError):
+    """Other users may access a file or folder that only its owner should; the message has the command to change it."""
 
 
 def create_exclusive(path: Path, data: bytes) -> bool:
     """Create a file with its content, unless the name is taken.
 
-    Of several processes that do this at once exactly one wins, and the others find its whole content.
+    If several processes do this at once, exactly one creates the file, and the others find its whole content.
 
     Args:
-        path: The file; its folder is there already.
+        path: The file; its folder must exist.
         data: The whole content.
 
     Returns:
-        True if this call created the file, False if there was one (which is left as it is).
+        True if this call created the file; False if the file existed, which is not changed.
 
     Raises:
-        OSError: The disk refused.
+        OSError: The file cannot be written.
     """
     if path.exists():
         return False
-    with _written(path.parent, data) as written:
+    with _temporary_file(path.parent, data) as temporary:
         try:
-            os.link(written, path)
+            os.link(temporary, path)
         except FileExistsError:
             return False
     sync_folder(path.parent)
@@ -98,24 +91,24 @@ def create_exclusive(path: Path, data: bytes) -> bool:
 
 
 def replace(path: Path, data: bytes | memoryview, *, spool: Path) -> None:
-    """Write a file, in the place of the one that may be there.
+    """Write a file, and replace an existing one.
 
     Args:
-        path: The file; its folder is there already.
+        path: The file; its folder must exist.
         data: The whole content.
-        spool: A folder of the same file system, where the file is written before it gets its name.
+        spool: A folder of the same file system, in which the file is written before it gets its name.
 
     Raises:
-        OSError: The disk refused; what was there before is untouched.
+        OSError: The file cannot be written; an existing file is not changed.
     """
-    with _written(spool, data) as written:
-        written.replace(path)
+    with _temporary_file(spool, data) as temporary:
+        temporary.replace(path)
     sync_folder(path.parent)
 
 
 def remove_stale(spool: Path) -> None:
-    """Remove the files that processes were writing in a spool folder when they died; not those of living ones."""
-    for path in spool.glob(f"{_NEW}*"):
+    """Remove the temporary files of dead processes from a spool folder. Files of running processes are locked."""
+    for path in spool.glob(f"{_TEMPORARY_PREFIX}*"):
         with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -124,25 +117,26 @@ def remove_stale(spool: Path) -> None:
 def read_private(path: Path) -> bytes:
     """Read a file that holds a secret.
 
-    As OpenSSH does with a private key, a file that others may read is refused rather than used: its secret is
-    one no longer.
+    A file that other users may access is refused, as OpenSSH does with private keys: the secret may be known.
 
     Raises:
-        OpenToOthersError: Somebody besides the owner may read or write the file.
+        NotPrivateError: Users other than the owner may read or write the file.
         OSError: It cannot be read.
     """
     with path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         if mode & 0o077:
-            raise OpenToOthersError(f"{path} is open to others than its owner (mode {mode:04o}); chmod 600 it")
+            raise NotPrivateError(
+                f"{path} is accessible to users other than its owner (mode {mode:04o}). Run: chmod 600 {path}"
+            )
         return file.read()
 
 
-def close_to_others(path: Path) -> None:
-    """Take every right of group and others from a file or folder, if it is there.
+def restrict_to_owner(path: Path) -> None:
+    """Remove all permissions of group and others from a file or folder, if it exists.
 
     Raises:
-        OpenToOthersError: It is open to others, and this user may not change that.
+        NotPrivateError: Other users may access it, and this user may not change the permissions.
     """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -154,14 +148,14 @@ def close_to_others(path: Path) -> None:
     except FileNotFoundError:  # SQLite removes its -wal and -shm when the last connection is closed
         return
     except PermissionError:
-        raise OpenToOthersError(
-            f"{path} is open to others than its owner (mode {mode:04o}), and user {user()} may not change that; "
-            f"run: sudo chmod go= {path}"
+        raise NotPrivateError(
+            f"{path} is accessible to users other than its owner (mode {mode:04o}), and user {user_name()} may not "
+            f"change that. Run: sudo chmod go= {path}"
         ) from None
 
 
-def user() -> str:
-    """The name of the user that this process runs as."""
+def user_name() -> str:
+    """Return the name of the user that this process runs as, or the user id if it has no name."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:  # in a container, for example
@@ -169,8 +163,8 @@ def user() -> str:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Have a folder to ourselves among the processes that ask for the same; waits for the others."""
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lock a folder against other processes that call this for the length of the block. Waits for them."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         # No timeout: another process may be upgrading a large database there. Signals end the wait.
@@ -180,14 +174,14 @@ def locked_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class HeldFile:
-    """A file that one process holds for as long as it lives, with a line of text about that process.
+class ProcessLock:
+    """A lock file that one process holds until it ends, with a line of text about the process.
 
-    The kernel releases it at the end of the process, also after kill -9.
+    The kernel releases the lock at the end of the process, also after kill -9.
 
     Raises:
-        FileHeldError: Another process holds it.
-        OSError: It cannot be opened or made.
+        ProcessLockedError: Another process holds it.
+        OSError: It cannot be opened or created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -197,7 +191,7 @@ class HeldFile:
         except BlockingIOError:
             text = self._file.read()
             self._file.close()
-            raise FileHeldError(text) from None
+            raise ProcessLockedError(text) from None
         self.write(f"process {os.getpid()}")
 
     def write(self, text: str) -> None:
@@ -208,12 +202,12 @@ class HeldFile:
         self._file.flush()
 
 
-class FileHeldError(Exception):
-    """Another process holds a file; the message is the text that it has written there."""
+class ProcessLockedError(Exception):
+    """Another process holds the lock file; the message is the text that the process has written to it."""
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: new, renamed and removed ones."""
+    """Write the changes of names in a folder (new, renamed, removed) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -222,8 +216,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _written(folder: Path, data: bytes | memoryview) -> Iterator[Path]:
-    """A file of this content under a passing name, locked against `sweep` until it has got its own."""
+def _temporary_file(folder: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """Yield a file with this content under a temporary name, locked against `remove_stale` for the block."""
     descriptor, path = _new_file(folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -237,8 +231,10 @@ def _written(folder: Path, data: bytes | memoryview) -> Iterator[Path]:
 
 def _new_file(folder: Path) -> tuple[int, Path]:
     while True:
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=_NEW)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # no timeout: only `sweep` may have it, which does not wait for anything
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY_PREFIX)
+        fcntl.flock(
+            descriptor, fcntl.LOCK_EX
+        )  # no timeout: only `remove_stale` may have the lock, which does not wait for anything
         if os.fstat(descriptor).st_nlink:
             return descriptor, Path(name)
-        os.close(descriptor)  # swept in the moment before it was locked
+        os.close(descriptor)  # `remove_stale` removed it before it was locked

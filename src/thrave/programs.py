@@ -1,8 +1,8 @@
-"""Starts other programs: the only module that does (ruff's rule TID251 holds this).
+"""Starts other programs. No other module does (ruff, TID251).
 
-A program gets an argument vector, never a shell; a short list of environment variables, none of which is a secret; no
-descriptor but the ones that are named; a session of its own; and a time limit, after which it is killed with everything
-that it has started. What it prints goes to memory, up to a limit: a full disk does not stop a program from starting.
+A program gets an argument vector and never a shell, a short list of environment variables without secrets, only the
+named file descriptors, its own session, and a timeout, after which it is killed together with the programs that it has
+started. Its output is kept in memory up to a limit, so that a full disk does not prevent a start.
 """
 
 import fcntl
@@ -19,23 +19,23 @@ from typing import IO, Literal, NamedTuple, Never, TypeAlias
 from thrave.concurrency import monotonic, new_lock
 
 INHERITED = ("HOME", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER", "XDG_RUNTIME_DIR")
-"""The variables of this process that a program gets, if they are set. Everything else is withheld."""
+"""Environment variables of this process that a program gets, if they are set. It gets no others."""
 
 MAX_OUTPUT = 1 << 20
-"""Bytes that a program may print, on stdout and on stderr each, unless it is given another limit."""
+"""Default limit of what a program may print, in bytes, on stdout and on stderr each."""
 
 MAX_MEMORY = 4 << 30
-"""Bytes of address space for a program that reads an image which somebody else made."""
+"""Bytes of address space for a program that reads an untrusted image."""
 
 ServerProcess: TypeAlias = subprocess.Popen[str]
-"""A server that `start_server` has started."""
+"""A server started by `start_server`."""
 
 _POLL_INTERVAL = 0.2  # seconds between two checks of a program that runs
 _KILL_TIMEOUT = 30.0  # seconds; a process that hangs in the kernel (a dead NFS server) cannot be killed
 _SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _FIRST_LISTENER = 3  # sd_listen_fds(3)
 
-# A launcher for socket activation: LISTEN_PID must be the id of the process itself, which only that process can state.
+# A launcher for socket activation: LISTEN_PID must be the id of the process itself, which is known only after the fork.
 _ACTIVATE = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -55,60 +55,60 @@ class ProgramError(Exception):
 
 
 class ProgramNotStartedError(ProgramError):
-    """It could not be started: not found, no right to, no program, no process or memory to spare."""
+    """The program could not be started: not found, no permission, not executable, or no process or memory left."""
 
 
 class ProgramTimeoutError(ProgramError):
-    """It ran for longer than it may, and was killed."""
+    """The program exceeded its timeout and was killed."""
 
 
 class ProgramOutputError(ProgramError):
-    """It printed more than it may, and was killed."""
+    """The program exceeded its output limit and was killed."""
 
 
-class Finished(NamedTuple):
-    """What a program has printed, and how it ended."""
+class FinishedProgram(NamedTuple):
+    """Exit status and output of a program that has ended."""
 
     status: int
-    """The exit status; negative: the signal that ended it."""
+    """Exit status; negative: the number of the signal that ended it."""
     out: bytes
     err: bytes
 
     @property
     def text(self) -> str:
-        """Its stdout as text."""
+        """Its stdout, decoded."""
         return self.out.decode(errors="replace")
 
     @property
     def error_text(self) -> str:
-        """Its stderr as text."""
+        """Its stderr, decoded."""
         return self.err.decode(errors="replace")
 
 
 def environment(additions: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that a program gets: `INHERITED`, `LC_ALL=C` so that its messages can be read, and `additions`."""
-    given = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    return {**given, "LC_ALL": "C", **(additions or {})}
+    """Return the variables of a program: `INHERITED`, `LC_ALL=C` (the drivers parse messages), and `additions`."""
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    return {**inherited, "LC_ALL": "C", **(additions or {})}
 
 
 class Program:
-    """A program that has been started.
+    """A running program.
 
     Args:
         argv: The argument vector. The program is searched for in the PATH of `variables`.
         timeout: Seconds that it may run.
-        variables: Its whole environment; `environment()` if not given.
+        variables: Its whole environment; by default `environment()`.
         output: "kept": stdout and stderr are kept in memory. "piped": stdin and stdout are pipes to this process
             (`stdin`, `stdout`) and stderr is dropped. "none": all three are dropped.
         max_output: Bytes of stdout and of stderr that are kept. A program that prints more is killed.
-        pass_fds: Descriptors that it gets, under the same numbers.
-        listener: Descriptor of a listening socket, handed over as sd_listen_fds(3) describes. `pass_fds` must not
+        pass_fds: File descriptors that it gets, with the same numbers.
+        listener: File descriptor of a listening socket, passed as sd_listen_fds(3) describes. `pass_fds` must not
             contain 3.
-        max_memory: Bytes of address space, with no core dump; None: no limits of its own. What it leaves running
-            keeps the limits.
+        max_memory: Bytes of address space, and no core dump; None: the limits of this process. Programs that it starts
+            have the same limits.
 
     Raises:
-        ProgramNotStartedError: It cannot be started.
+        ProgramNotStartedError: The program cannot be started.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Program:
         self._timeout = timeout
         self._deadline = monotonic() + timeout
         self._max_output = max_output
-        self._finished: Finished | None = None
-        self._lock = new_lock()  # of collecting
+        self._finished: FinishedProgram | None = None
+        self._lock = new_lock()  # for the output and `_finished`
         self._kept: list[int] = []
         fds = list(pass_fds)
         if listener is not None:
@@ -159,24 +159,24 @@ class Program:
 
     @property
     def stdin(self) -> IO[bytes]:
-        """The pipe to a program whose output is "piped"."""
+        """Pipe to the program, if its output is "piped"."""
         assert self._process.stdin is not None
         return self._process.stdin
 
     @property
     def stdout(self) -> IO[bytes]:
-        """The pipe from a program whose output is "piped"."""
+        """Pipe from the program, if its output is "piped"."""
         assert self._process.stdout is not None
         return self._process.stdout
 
     @property
     def pid(self) -> int:
-        """The id of its process, which is that of its session and group as well."""
+        """Process id, which is also the id of its session and process group."""
         return self._process.pid
 
     @property
-    def transferred(self) -> int | None:
-        """A number that grows as it reads and writes; None if that cannot be told."""
+    def io_counter(self) -> int | None:
+        """A number that grows while the program reads and writes; None if it is not available. Source: proc(5)."""
         try:
             fields = Path(f"/proc/{self.pid}/io").read_text("ascii").split()
         except OSError:
@@ -184,21 +184,21 @@ class Program:
         return sum(int(number) for number in fields[1:12:2])
 
     def signal(self, number: int) -> None:
-        """Send a signal to its process alone, if that has not ended."""
+        """Send a signal to the process, not to its children. Does nothing if it has ended."""
         self._process.send_signal(number)
 
-    def poll(self, timeout: float = 0.0) -> Finished | None:
-        """Wait at most `timeout` seconds for its end. None: it still runs.
+    def poll(self, timeout: float = 0.0) -> FinishedProgram | None:
+        """Wait at most `timeout` seconds for the end of the program. None: it is still running.
 
         Raises:
-            ProgramTimeoutError: It has run for longer than it may; it and its children were killed.
-            ProgramOutputError: It has printed more than it may; it and its children were killed.
+            ProgramTimeoutError: It exceeded its timeout; it and its children were killed.
+            ProgramOutputError: It exceeded its output limit; it and its children were killed.
         """
         end = min(monotonic() + timeout, self._deadline)
         while True:
             status = self._wait(max(min(end - monotonic(), _POLL_INTERVAL), 0.0))
-            # Also after its end: the rest of an output that is too long must not be taken for the whole.
-            if self._is_too_long():
+            # Checked also after the end of the program: a cut output must not be used as if it were complete.
+            if self._has_too_much_output():
                 self.kill()
                 raise ProgramOutputError(self.name, f"printed more than {self._max_output} bytes")
             if status is not None:
@@ -211,21 +211,21 @@ class Program:
                 return None
 
     def drop_output(self) -> None:
-        """Keep nothing of what it prints from now on: writing that fails for it, with EPERM."""
+        """Keep no more output. From now on the program gets EPERM when it writes."""
         with self._lock:
             for fd in self._kept:
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
     def kill(self) -> None:
-        """End it and whatever it has started, if it has not ended by itself, and let go of what it printed."""
+        """Kill the program and its children, if it has not ended, and release its output. May be repeated."""
         if self._process.poll() is None:
-            with suppress(ProcessLookupError):  # another thread was quicker
+            with suppress(ProcessLookupError):  # it has ended since
                 os.killpg(self._process.pid, signal.SIGKILL)
         status = self._wait(_KILL_TIMEOUT)
         self._collect(-signal.SIGKILL if status is None else status)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # bytes that it did not wait for
+                with suppress(BrokenPipeError):  # unsent bytes
                     pipe.close()
 
     def _wait(self, timeout: float) -> int | None:
@@ -234,22 +234,22 @@ class Program:
         except subprocess.TimeoutExpired:
             return None
 
-    def _is_too_long(self) -> bool:
+    def _has_too_much_output(self) -> bool:
         with self._lock:
             return any(os.fstat(fd).st_size > self._max_output for fd in self._kept)
 
-    def _collect(self, status: int) -> Finished:
-        """What it has printed; of several threads that ask, one reads and closes."""
+    def _collect(self, status: int) -> FinishedProgram:
+        """Return the result. If several threads call this, the first one reads and closes the output."""
         with self._lock:
             if self._finished is None:
                 out, err = [self._read(fd) for fd in self._kept] or (b"", b"")
                 self._close()
-                self._finished = Finished(status, out, err)
+                self._finished = FinishedProgram(status, out, err)
             return self._finished
 
     def _read(self, fd: int) -> bytes:
-        # What it leaves running may hold this file for ever: from now on it does not grow.
-        with suppress(PermissionError):  # sealed before
+        # Children that continue to run may keep this file open for ever: seal it, so that it does not grow.
+        with suppress(PermissionError):  # sealed already
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         return os.pread(fd, self._max_output, 0)
 
@@ -258,11 +258,11 @@ class Program:
             os.close(self._kept.pop())
 
     def _limit(self, max_memory: int) -> None:
-        # Set from here, since code between fork and exec is not safe in a process with threads. It takes hold before
-        # the program has read anything that it could need so much memory for.
-        for what, limit in ((resource.RLIMIT_AS, max_memory), (resource.RLIMIT_CORE, 0)):
-            with suppress(ProcessLookupError, PermissionError):  # it has ended already
-                resource.prlimit(self._process.pid, what, (limit, limit))
+        # Set by this process, since code between fork and exec is not safe in a process with threads. The limit is in
+        # force before the program has read any input that could need so much memory.
+        for kind, limit in ((resource.RLIMIT_AS, max_memory), (resource.RLIMIT_CORE, 0)):
+            with suppress(ProcessLookupError, PermissionError):  # it has ended
+                resource.prlimit(self._process.pid, kind, (limit, limit))
 
 
 def run(
@@ -274,20 +274,20 @@ def run(
     pass_fds: Sequence[int] = (),
     max_memory: int | None = None,
     pause: Callable[[float], object] = lambda _seconds: None,
-) -> Finished:
+) -> FinishedProgram:
     """Run a program to its end.
 
     Args:
-        argv: As for `Program`, like the others.
+        argv: This and the next five as for `Program`.
         timeout: Seconds.
-        variables: Its whole environment; `environment()` if not given.
+        variables: Its whole environment; by default `environment()`.
         max_output: Bytes.
-        pass_fds: Descriptors that it gets.
+        pass_fds: File descriptors that it gets.
         max_memory: Bytes.
-        pause: Called again and again while it runs, with 0; may raise, which kills the program.
+        pause: Called repeatedly with 0 while the program runs; may raise, which kills the program.
 
     Raises:
-        ProgramError: It could not be started, or was killed because of a limit.
+        ProgramError: The program could not be started, or was killed because of a limit.
     """
     program = Program(
         argv, timeout=timeout, variables=variables, max_output=max_output, pass_fds=pass_fds, max_memory=max_memory
@@ -301,16 +301,16 @@ def run(
 
 
 def start_server(argv: Sequence[str], variables: Mapping[str, str], *, stderr: int) -> ServerProcess:
-    """Start a server of this package for a test, as its user would: it shares the session, and has no limits.
+    """Start a server of this package for a test, as a user would: in this session, and without limits.
 
     Args:
-        argv: The argument vector; what it prints on stdout is piped, as text.
+        argv: The argument vector. Its stdout is a pipe to this process, as text.
         variables: Its whole environment.
-        stderr: A descriptor for what it logs.
+        stderr: File descriptor for its log.
     """
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(variables))
 
 
 def restart(variables: Mapping[str, str]) -> Never:
-    """Run this Python program again in the place of this process, with `variables` besides its environment."""
+    """Replace this process by the same Python program, with `variables` added to its environment."""
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **variables})  # noqa: S606

@@ -28,7 +28,7 @@ from thrave.database import TIMEOUT, DatabaseReplacedError
 from thrave.doctor.store_probe import MAX_AGE, StoreProbe
 from thrave.ec2.app import create_app
 from thrave.ec2.backend import Ec2Backend, Permissions, RateLimit
-from thrave.files import HeldFile
+from thrave.files import ProcessLock
 from thrave.health import STORE, HealthCache
 from thrave.http_server import HttpServer
 from thrave.identity.users import Users
@@ -149,7 +149,7 @@ def _build_backend(
     )
 
 
-def _serve_requests(http_server: HttpServer, app: ASGIApp, on_listening: OnListening, lock: HeldFile | None) -> None:
+def _serve_requests(http_server: HttpServer, app: ASGIApp, on_listening: OnListening, lock: ProcessLock | None) -> None:
     def report_url(url: str) -> None:
         if lock is not None:
             lock.write(f"process {os.getpid()} ({url})")

@@ -8,7 +8,7 @@ from thrave.buckets.errors import InvalidArgument
 from thrave.buckets.s3_client import Credentials
 from thrave.buckets.s3_store import OwnerKeyStore, ServiceKeyStore
 from thrave.config import Settings, load_settings
-from thrave.drivers import open_store, read_credentials, store_connection
+from thrave.drivers import open_store, read_credentials, store_config
 
 SECRET = "secret%of/the+service"
 IN_ENVIRONMENT = {"s3_access_key_id": "AKIASERVICE", "s3_secret_access_key": SECRET}
@@ -40,7 +40,7 @@ def test_settings_select_the_driver(tmp_path, settings, driver):
 
 
 def test_key_is_read_from_a_file_readable_by_owner_only(file):
-    key = store_connection(Settings(store="s3", s3_credentials_file=file)).credentials
+    key = store_config(Settings(store="s3", s3_credentials_file=file)).credentials
     assert key == Credentials(access_key_id="AKIASERVICE", secret_access_key=SECRET, session_token="session-of-a-day")
     file.chmod(0o640)
     with pytest.raises(InvalidArgument, match="chmod 600"):
@@ -50,7 +50,7 @@ def test_key_is_read_from_a_file_readable_by_owner_only(file):
 @pytest.mark.parametrize("content", ["", "aws_access_key_id", "[default]\n", f"[default]\n{SECRET}", "\xff"])
 def test_file_without_key_is_rejected_without_showing_its_content(file, content):
     file.write_text(content, encoding="latin-1")
-    with pytest.raises(InvalidArgument, match="no file of credentials") as caught:
+    with pytest.raises(InvalidArgument, match="not a credentials file") as caught:
         read_credentials(file)
     assert SECRET not in str(caught.value)
 
@@ -58,12 +58,12 @@ def test_file_without_key_is_rejected_without_showing_its_content(file, content)
 def test_key_is_read_from_the_environment(monkeypatch):
     for name, value in {**IN_ENVIRONMENT, "s3_session_token": "session-of-a-day"}.items():
         monkeypatch.setenv(f"THRAVE_{name.upper()}", value)
-    key = store_connection(load_settings(None, store="s3")).credentials
+    key = store_config(load_settings(None, store="s3")).credentials
     assert key == Credentials(access_key_id="AKIASERVICE", secret_access_key=SECRET, session_token="session-of-a-day")
 
 
 def test_default_endpoint_is_that_of_the_region():
-    connection = store_connection(Settings(store="s3", s3_region="eu-west-1"))
+    connection = store_config(Settings(store="s3", s3_region="eu-west-1"))
     assert connection.endpoint == "https://s3.eu-west-1.amazonaws.com"
     assert connection.credentials is None
 
@@ -87,12 +87,12 @@ def test_contradictory_settings_are_rejected_without_showing_a_secret(settings, 
 
 def test_repr_shows_no_secret(file):
     settings = Settings(store="s3", s3_credentials_file=file, s3_proxy="http://user:password@proxy", **IN_ENVIRONMENT)
-    shown = f"{settings!r} {store_connection(settings)!r}"
+    shown = f"{settings!r} {store_config(settings)!r}"
     assert not any(secret in shown for secret in (SECRET, "password", "session-of-a-day"))
 
 
 @pytest.mark.parametrize(("tasks", "uploads"), [(1, 1), (2, 4), (8, 4), (3, 40)])
 def test_every_parallel_request_has_a_connection(tmp_path, tasks, uploads):
     settings = Settings(data_dir=tmp_path, store="s3", worker_concurrency=tasks, upload_concurrency=uploads)
-    assert store_connection(settings).connections > tasks * (uploads + 16)
-    assert settings.max_open_files > settings.max_connections + store_connection(settings).connections
+    assert store_config(settings).connections > tasks * (uploads + 16)
+    assert settings.max_open_files > settings.max_connections + store_config(settings).connections

@@ -29,7 +29,7 @@ from thrave.buckets.s3_client import Credentials, StoreConfig
 from thrave.buckets.s3_objects import S3ObjectClient
 from thrave.buckets.s3_store import ServiceKeyStore
 from thrave.config import Settings
-from thrave.drivers import open_store, store_connection
+from thrave.drivers import open_store, store_config
 
 KEY = Credentials(access_key_id="AKIA", secret_access_key="secret")
 
@@ -383,7 +383,7 @@ def key_of(settings):
 
 
 def test_changed_credentials_take_effect_without_a_restart(file, tmp_path):
-    connection = store_connection(Settings(store="s3", s3_credentials_file=file))
+    connection = store_config(Settings(store="s3", s3_credentials_file=file))
     assert key_of(connection) == "AKIAFIRST"
     written(file, "AKIASECOND")
     assert key_of(connection) == "AKIASECOND"
@@ -408,7 +408,7 @@ def test_changed_credentials_sign_the_next_request_of_an_open_store(file):
     "damage", [lambda path: path.unlink(), lambda path: path.chmod(0o644), lambda path: path.write_text("")]
 )
 def test_unusable_changed_credentials_leave_the_earlier_in_use(file, damage):
-    connection = store_connection(Settings(store="s3", s3_credentials_file=file))
+    connection = store_config(Settings(store="s3", s3_credentials_file=file))
     damage(file)
     assert key_of(connection) == "AKIAFIRST"
     file.unlink(missing_ok=True)
@@ -422,6 +422,6 @@ def test_unusable_changed_credentials_leave_the_earlier_in_use(file, damage):
 def test_unusable_credentials_error_names_the_setting_and_no_s3_code(file, damage):
     damage(file)
     with pytest.raises(StoreSettingError, match=r"^The setting s3_credentials_file cannot be used: ") as caught:
-        store_connection(Settings(store="s3", s3_credentials_file=file))
+        store_config(Settings(store="s3", s3_credentials_file=file))
     assert str(file) in str(caught.value)
     assert not any(word in str(caught.value) for word in ("(400)", "Errno"))

@@ -10,7 +10,7 @@ from thrave.buckets.s3_client import Proxy, StoreConfig
 from thrave.buckets.s3_objects import S3ObjectClient
 from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore
 from thrave.config import Settings, normal_endpoint
-from thrave.drivers import store_connection
+from thrave.drivers import store_config
 
 SPELLINGS = {
     "https://s3.example.com": "https://s3.example.com",
@@ -46,7 +46,7 @@ def test_endpoint_has_one_normal_form_wherever_it_is_read(spelling):
     expected = SPELLINGS[spelling]
     assert normal_endpoint(spelling) == normal_endpoint(expected) == expected
     settings = Settings(store="s3", s3_endpoint=spelling)
-    assert settings.s3_endpoint == store_connection(settings).endpoint == expected
+    assert settings.s3_endpoint == store_config(settings).endpoint == expected
     assert StoreConfig(endpoint=spelling).endpoint == expected
 
 

@@ -91,7 +91,7 @@ EXITS: tuple[tuple[Callable[[], type[Exception]], Exit], ...] = (
     (lambda: thrave.tasks.errors.NoSuchHost, Exit.NOT_FOUND),
     (lambda: thrave.tasks.errors.HostError, Exit.REFUSED),
     (lambda: thrave.config.SettingsError, Exit.USAGE),
-    (lambda: thrave.files.OpenToOthersError, Exit.FAILED),
+    (lambda: thrave.files.NotPrivateError, Exit.FAILED),
     (lambda: thrave.database.DatabaseUnusableError, Exit.FAILED),
     (lambda: thrave.components.DataDirectoryInUseError, Exit.REFUSED),
     (lambda: thrave.components.DataDirectoryError, Exit.FAILED),

@@ -350,7 +350,7 @@ def disown(settings: Settings, instance_id: str, output: str) -> None:
 
 def _open_described(settings: Settings) -> DirectoryDriver:
     """The instances described by files. Raises click's UsageError if the service uses libvirt domains."""
-    from thrave.drivers import open_described
+    from thrave.drivers import open_directory_driver
 
     require_data_directory(settings)
     if settings.hypervisor != "directory":
@@ -358,7 +358,7 @@ def _open_described(settings: Settings) -> DirectoryDriver:
             f"the instances here are {settings.hypervisor} domains (setting `hypervisor`): use `thrave instance adopt` "
             "and `thrave instance disown`"
         )
-    return open_described(settings)
+    return open_directory_driver(settings)
 
 
 def _find_account_id(settings: Settings, id_or_name: str) -> str:
@@ -402,13 +402,13 @@ def _other_volumes(paths: Sequence[Path]) -> tuple[VolumeFile, ...]:
 
 def _open_adopted(settings: Settings) -> LibvirtDriver:
     """The adopted libvirt domains. Raises click's UsageError if the service uses description files."""
-    from thrave.drivers import open_adopted
+    from thrave.drivers import open_libvirt_driver
 
     if settings.hypervisor != "libvirt":
         raise click.UsageError(
             'the instances here are described by files: set `hypervisor = "libvirt"`, or use `thrave instance add`'
         )
-    return open_adopted(settings)
+    return open_libvirt_driver(settings)
 
 
 def _check_image(settings: Settings, instances: HypervisorDriver, instance: Instance) -> list[str]:

@@ -177,11 +177,11 @@ def _describe_os_error(error: OSError) -> tuple[Exit, str] | None:
     if isinstance(error, FileNotFoundError):
         return Exit.NOT_FOUND, f"{name} does not exist"
     if isinstance(error, PermissionError):
-        from thrave.files import user
+        from thrave.files import user_name
 
         return (
             Exit.FAILED,
-            f"{name}: {reason.lower()} for user {user()}. Check the owner and mode of the file and its folder.",
+            f"{name}: {reason.lower()} for user {user_name()}. Check the owner and mode of the file and its folder.",
         )
     return Exit.FAILED, f"{name}: {reason.lower()}"
 

@@ -20,7 +20,7 @@ from thrave.compute.description_files import InstanceDescription
 from thrave.compute.errors import InstanceCommandFailed
 from thrave.compute.instance import InstanceState, OffReason
 from thrave.concurrency import monotonic, new_lock
-from thrave.programs import Finished, Program, ProgramError, ProgramNotStartedError, environment
+from thrave.programs import FinishedProgram, Program, ProgramError, ProgramNotStartedError, environment
 
 INHERITED = ("LIBVIRT_DEFAULT_URI", "SSH_AUTH_SOCK")
 """What virsh and ssh need to find their way, beside `programs.INHERITED`."""
@@ -108,7 +108,7 @@ class Command:
         """End it and whatever it has started, if it has not ended by itself."""
         self._program.kill()
 
-    def _poll(self, timeout: float) -> Finished | None:
+    def _poll(self, timeout: float) -> FinishedProgram | None:
         try:
             finished = self._program.poll(timeout)
         except ProgramError as error:

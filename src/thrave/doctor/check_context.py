@@ -22,7 +22,7 @@ from thrave.compute.libvirt.connection import DomainEvents, LibvirtConnection
 from thrave.concurrency import random_hex
 from thrave.config import Settings
 from thrave.database import open_engine
-from thrave.drivers import open_adopted, open_store, store_connection
+from thrave.drivers import open_libvirt_driver, open_store, store_config
 from thrave.identity.accounts import AccessKey, Accounts, new_access_key_id, new_secret_access_key
 from thrave.vault import Vault
 
@@ -105,7 +105,7 @@ class CheckContext:
     @cached_property
     def connection(self) -> StoreConfig:
         """Connection settings of an S3 store."""
-        return store_connection(self.settings)
+        return store_config(self.settings)
 
     @cached_property
     def transport(self) -> HttpTransport:
@@ -121,7 +121,7 @@ class CheckContext:
     @cached_property
     def adopted(self) -> "LibvirtDriver":
         """The adopted domains."""
-        return open_adopted(self.settings)
+        return open_libvirt_driver(self.settings)
 
     @cached_property
     def hypervisor(self) -> LibvirtConnection:

@@ -385,7 +385,7 @@ def _check_image(
 
 def _run_qemu_img(
     layer: Layer, command: str, options: list[str], image: ImageArguments, interruption: Interruption
-) -> programs.Finished:
+) -> programs.FinishedProgram:
     argv = [find_program("qemu-img"), command, *options, *image.argv]
 
     def check_interruption(_seconds: float) -> None:
@@ -406,7 +406,7 @@ def _run_qemu_img(
         raise VolumeUnreadableError(layer.path, f"qemu-img {command} {error.reason}") from error
 
 
-def _error_from(layer: Layer, finished: programs.Finished, secret_file: Path | None = None) -> VolumeError:
+def _error_from(layer: Layer, finished: programs.FinishedProgram, secret_file: Path | None = None) -> VolumeError:
     if '"write" lock' in finished.error_text:
         return VolumeInUseError(layer.path)
     if "Invalid password" in finished.error_text:

@@ -122,13 +122,13 @@ def _run(instance_id: str, arguments: Sequence[str], pause: Pause) -> str:
     return done.text
 
 
-def _finished(argv: Sequence[str], pause: Pause) -> programs.Finished:
+def _finished(argv: Sequence[str], pause: Pause) -> programs.FinishedProgram:
     running = programs.Program(argv, timeout=_TIMEOUT, max_output=_MAX_OUTPUT, max_memory=programs.MAX_MEMORY)
-    transferred = None
+    counter = None
     try:
         while (finished := running.poll(_LOOK_AGAIN)) is None:
-            before, transferred = transferred, running.transferred
-            if transferred is None or transferred != before:  # where that cannot be seen, _TIMEOUT has to do
+            before, counter = counter, running.io_counter
+            if counter is None or counter != before:  # without a counter, only _TIMEOUT ends a program that hangs
                 report_progress(pause)
             pause(0.0)
         return finished
