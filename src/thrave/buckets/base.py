@@ -1,7 +1,7 @@
 """The contract `ObjectStore`, and the rules for names of buckets, keys and bundles.
 
 Bucket, key and object have their meaning in Amazon S3. Permissions are not decided here: callers check the upload
-policy and the owner first. One test suite checks all drivers (`tests/buckets/test_contract.py`).
+policy and the owner first. One test suite checks all drivers (`tests/buckets/test_store_contract.py`).
 """
 
 import re

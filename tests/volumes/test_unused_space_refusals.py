@@ -38,7 +38,7 @@ def windows(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """The survey without a process around it, which test_ntfs_surveyor.py is about."""
+    """The survey without a process around it, which test_ntfs_sandbox.py is about."""
     monkeypatch.setattr(ntfs_sandbox, "scan_unused", unused_in_this_process)
 
 
