@@ -30,7 +30,7 @@ from thrave.database import host
 from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL, RUNNING
 from thrave.tasks.errors import TaskCancelled
 from thrave.tasks.journal import StoredBatch, StoredObject
-from thrave.tasks.lease import Fence, Lease
+from thrave.tasks.lease import HostLease, LeaseTimer
 from thrave.tasks.models import BundleTask, BundleTaskState, Step
 from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.workflow import BundleWorkflow, TaskContext, TaskSettings
@@ -210,11 +210,11 @@ class SimulatedAgent:
         self._instances = MemoryInstances(describe_instance(setup, instance) for instance in instances)
         self._reports = InstanceReporter(components.database, self._instances, self.name)
         self._power = PowerRecords(components.database, self.name)
-        self.fence = Fence(self.name, "")
+        self.lease = HostLease(self.name, "")
 
     def start(self) -> None:
         """Acquire the lease of the host, and report its instances."""
-        self.fence = self._backend.components.hosts.acquire_lease(self.name, worker_concurrency=WORKER_CONCURRENCY)
+        self.lease = self._backend.components.hosts.acquire_lease(self.name, worker_concurrency=WORKER_CONCURRENCY)
         self._backend.engine.upsert_queue(
             name=self._queue_name, concurrency=None, worker_concurrency=WORKER_CONCURRENCY, rate_limit_max=None,
             rate_limit_period_sec=None, partition_concurrency=None, partition_worker_concurrency=None,
@@ -227,11 +227,11 @@ class SimulatedAgent:
         """Use the lease that the agent of this host has acquired in another process."""
         query = sa.select(host.c.lease).where(host.c.host == self.name)
         with self._backend.components.database.connect() as connection:
-            self.fence = Fence(self.name, connection.execute(query).scalar_one())
+            self.lease = HostLease(self.name, connection.execute(query).scalar_one())
 
     def heartbeat(self) -> None:
         """Send a heartbeat."""
-        self._backend.components.hosts.heartbeat(self.fence)
+        self._backend.components.hosts.heartbeat(self.lease)
 
     def report(self) -> None:
         """Report the instances, and query power requests."""
@@ -283,13 +283,13 @@ class SimulatedAgent:
         return TaskContext(
             host=self.name,
             settings=TaskSettings(**{field.name: getattr(settings, field.name) for field in fields(TaskSettings)}),
-            repository=components.records(self.fence),
+            repository=components.records(self.lease),
             accounts=components.accounts,
             driver=self._instances,
             store=MemoryStore(),
-            created_buckets=CreatedBuckets(components.database, components.records(self.fence)),
+            created_buckets=CreatedBuckets(components.database, components.records(self.lease)),
             identity=components.service,
-            lease=Lease(None),  # one process has the agents of many hosts
+            lease_timer=LeaseTimer(None),  # one process has the agents of many hosts
         )
 
     @property

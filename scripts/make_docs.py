@@ -25,19 +25,19 @@ from thrave.identity.policy_conditions import KEYS, OPERATORS
 from thrave.tasks.errors import ERROR_CODES
 from thrave.tasks.failpoints import FAILPOINTS
 from thrave.tasks.models import (
-    FIRST,
-    FIRST_OF_UNDO,
-    FOLLOWS,
-    FORWARD,
-    MAY_FAIL,
-    MOVES,
-    UNDO,
+    FIRST_STEP,
+    FIRST_UNDO_STEP,
+    FORWARD_STEPS,
+    HOST_STATES,
+    HOST_TRANSITIONS,
+    STEP_TRANSITIONS,
+    STEPS_UNTIL_STORED,
+    TASK_TRANSITIONS,
+    UNDO_STEPS,
     HostState,
     Step,
-    following,
+    StepDescription,
 )
-from thrave.tasks.models import MEANING as HOST_MEANING
-from thrave.tasks.models import Row as StepRow
 from thrave.volumes.image_rules import MARKS, REFERENCES, ImageRule
 
 SOURCE = Path(__file__).parents[1] / "src" / "thrave"
@@ -188,35 +188,35 @@ def failpoints() -> str:
 
 def states() -> str:
     """States and steps of a bundle task, as diagrams and tables."""
-    names = "\n".join(f'    state "{state}" as {state.name}' for state in FOLLOWS)
+    names = "\n".join(f'    state "{state}" as {state.name}' for state in TASK_TRANSITIONS)
     edges = "\n".join(
-        f"    {state.name} --> {after.name}" for state, follow in FOLLOWS.items() for after in sorted(follow)
+        f"    {state.name} --> {after.name}" for state, follow in TASK_TRANSITIONS.items() for after in sorted(follow)
     )
     rows = (
         (f"`{state}`", ", ".join(f"`{after}`" for after in sorted(follow)) or "nothing")
-        for state, follow in FOLLOWS.items()
+        for state, follow in TASK_TRANSITIONS.items()
     )
     return (
         f"# States of a bundle task\n\n```mermaid\nstateDiagram-v2\n{names}\n    [*] --> PENDING\n{edges}\n```\n\n"
         + table(("state", "next states"), rows)
-        + STEPS_OF_A_TASK.format(diagram=_steps_diagram(), forward=_steps(FORWARD), undo=_steps(UNDO))
+        + STEPS_OF_A_TASK.format(diagram=_steps_diagram(), forward=_steps(FORWARD_STEPS), undo=_steps(UNDO_STEPS))
     )
 
 
 def _steps_diagram() -> str:
     names = [f'    state "{step}" as {step.name}' for step in Step]
-    edges = [f"    {step.name} --> {after.name}" for step in Step if (after := following(step)) is not None]
+    edges = [f"    {step.name} --> {after.name}" for step in Step if (after := STEP_TRANSITIONS.get(step)) is not None]
     failures = [
-        f"    {step.name} --> {FIRST_OF_UNDO.name}: {'' if step is Step.START else 'fails, or '}is cancelled"
-        for step in FORWARD
-        if step in MAY_FAIL
+        f"    {step.name} --> {FIRST_UNDO_STEP.name}: {'' if step is Step.START else 'fails, or '}is cancelled"
+        for step in FORWARD_STEPS
+        if step in STEPS_UNTIL_STORED
     ]
-    ends = [f"    [*] --> {FIRST.name}", "    COMPLETE --> [*]: complete", "    FAIL --> [*]: failed"]
+    ends = [f"    [*] --> {FIRST_STEP.name}", "    COMPLETE --> [*]: complete", "    FAIL --> [*]: failed"]
     return "\n".join(["```mermaid", "stateDiagram-v2", *names, *ends[:1], *edges, *failures, *ends[1:], "```", ""])
 
 
-def _steps(steps: Mapping[Step, StepRow]) -> str:
-    rows = ((f"`{step}`", row.does, row.fails) for step, row in steps.items())
+def _steps(steps: Mapping[Step, StepDescription]) -> str:
+    rows = ((f"`{step}`", row.action, row.on_failure) for step, row in steps.items())
     return table(("step", "what it does", "if it fails permanently"), rows)
 
 
@@ -227,7 +227,7 @@ The task's row names the next step. A step that was interrupted by a crash is re
 
 {diagram}
 {forward}
-After the transaction that records a failure or a cancellation, only these steps follow:
+After the transaction that records a failure or a cancellation, the task has only these steps:
 
 {undo}"""
 
@@ -237,12 +237,12 @@ def host_states() -> str:
     names = "\n".join(f'    state "{state}" as {state.name}' for state in HostState)
     edges = "\n".join(
         f"    {before.name} --> {after.name}: {event.value.replace('`', '')}"
-        for event, moves in MOVES.items()
+        for event, moves in HOST_TRANSITIONS.items()
         for before, after in moves.items()
         if before is not after
     )
     rows = (
-        (f"`{state}`", HOST_MEANING[state], *(_after(moves.get(state)) for moves in MOVES.values()))
+        (f"`{state}`", HOST_STATES[state], *(_after(moves.get(state)) for moves in HOST_TRANSITIONS.values()))
         for state in HostState
     )
     return (
@@ -250,7 +250,7 @@ def host_states() -> str:
         " refused with exit code 4. An active or draining host that has sent no heartbeat for its `heartbeat_timeout`"
         " seconds, by the database's clock, is shown as `lost`.\n\n"
         f"```mermaid\nstateDiagram-v2\n{names}\n    [*] --> ACTIVE\n{edges}\n```\n\n"
-        + table(("state", "meaning", *(f"after: {event}" for event in MOVES)), rows)
+        + table(("state", "meaning", *(f"after: {event}" for event in HOST_TRANSITIONS)), rows)
     )
 
 

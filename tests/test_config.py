@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from thrave.config import Settings, SettingsError, load_settings
-from thrave.tasks.lease import Lease
+from thrave.tasks.lease import LeaseTimer
 
 SECRET = "hunter2-hunter2"
 FLEET = {"database_url": "postgresql://thrave@db.example/thrave"}
@@ -160,7 +160,7 @@ def test_one_lost_heartbeat_stops_no_upload(settings):
     """After a heartbeat that was accepted a piece may still be sent when the second one after it is due."""
     accepted = load_settings(None, **FLEET, **settings)
     now = 0.0
-    lease = Lease(accepted.heartbeat_timeout, lambda: now)
+    lease = LeaseTimer(accepted.heartbeat_timeout, lambda: now)
     now = 2 * accepted.heartbeat_interval
     lease.check(accepted.s3_send_timeout)
 

@@ -20,7 +20,7 @@ from thrave.concurrency import monotonic, new_event, repeat, sleep, supervised
 from thrave.database import is_unavailable
 from thrave.tasks import housekeeping
 from thrave.tasks.engine import TaskWorker
-from thrave.tasks.lease import Fence, Lease
+from thrave.tasks.lease import HostLease, LeaseTimer
 from thrave.tasks.models import HostState
 from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
@@ -77,9 +77,9 @@ class Agent:
         )
         # SQLite: one machine, so no other host can adopt the tasks.
         others_can_adopt = not self._settings.database.startswith("sqlite")
-        self._lease = Lease(self._settings.heartbeat_timeout if others_can_adopt else None)
+        self._lease_timer = LeaseTimer(self._settings.heartbeat_timeout if others_can_adopt else None)
         # The S3 client repeats the check before each piece of a request: a piece takes `s3_send_timeout` at most.
-        self._before_attempt = partial(self._lease.check, self._settings.s3_send_timeout)
+        self._before_attempt = partial(self._lease_timer.check, self._settings.s3_send_timeout)
         self._takes_tasks = True
         self.power = self._open_power(None)
         """Carries out power requests for the host's instances."""
@@ -95,17 +95,17 @@ class Agent:
             reports: Whether to report the host's instances: other processes show them.
         """
         components, name = self._components, self._settings.host_id
-        sent = self._lease.now()
-        fence = components.hosts.acquire_lease(name, worker_concurrency=self._settings.worker_concurrency)
-        self._lease.renewed(sent)
+        sent = self._lease_timer.now()
+        lease = components.hosts.acquire_lease(name, worker_concurrency=self._settings.worker_concurrency)
+        self._lease_timer.renew(sent)
         if reports:
             self._save_host_id()
-            report = InstanceReporter(components.database, components.instances, name, fence.holds).report
+            report = InstanceReporter(components.database, components.instances, name, lease.is_held).report
             report()
             self._start_job("reports", REPORT_INTERVAL, report)
-            self.power = self._open_power(fence)
+            self.power = self._open_power(lease)
         self._start_job("power", POWER_INTERVAL, self.power.resume_pending)
-        records = components.records(fence)
+        records = components.records(lease)
         context = TaskContext(
             host=name,
             settings=self._task_settings(),
@@ -115,18 +115,18 @@ class Agent:
             store=components.buckets,
             created_buckets=CreatedBuckets(components.database, records, before_attempt=self._before_attempt),
             identity=components.service,
-            lease=self._lease,
+            lease_timer=self._lease_timer,
             before_attempt=self._before_attempt,
         )
         requeue_lost = partial(components.hosts.requeue_lost, name)
         requeue_lost()  # before the worker recovers its own workflows: tasks that are queued already need nothing
-        self._update_state(components.hosts.heartbeat(fence))  # before a task can start: the host may drain
+        self._update_state(components.hosts.heartbeat(lease))  # before a task can start: the host may drain
         if not self._takes_tasks:
             log.warning("host starts no task: it drains until `thrave host activate`", host=name)
         self._worker.launch(partial(self._run, context))
         self._start_job("requeue lost tasks", REQUEUE_INTERVAL, requeue_lost)
         self._start_housekeeping(records)
-        self._start_job("heartbeat", self._settings.heartbeat_interval, partial(self._heartbeat, fence))
+        self._start_job("heartbeat", self._settings.heartbeat_interval, partial(self._heartbeat, lease))
 
     def _task_settings(self) -> TaskSettings:
         return TaskSettings(
@@ -154,7 +154,7 @@ class Agent:
             before_attempt=self._before_attempt,
         )
         keep = timedelta(days=self._settings.task_retention_days)
-        power_recovery = housekeeping.PowerRecovery(records, components.instances, name, check=self._lease.check)
+        power_recovery = housekeeping.PowerRecovery(records, components.instances, name, check=self._lease_timer.check)
         self._start_job("power recovery", housekeeping.POWER_RECOVERY_INTERVAL, power_recovery.run_once)
         # In a thread of its own, since a merge may take minutes.
         self._start_job("overlay merge", housekeeping.POWER_RECOVERY_INTERVAL, power_recovery.merge_overlays)
@@ -171,16 +171,16 @@ class Agent:
             housekeeping.TaskRetention(records, components.queues.delete_ended, keep).run_once,
         )
 
-    def _open_power(self, fence: Fence | None) -> BackgroundPower:
+    def _open_power(self, lease: HostLease | None) -> BackgroundPower:
         database = self._components.database
         self._power_records = (
-            PowerRecords(database) if fence is None else PowerRecords(database, fence.host, fence.holds)
+            PowerRecords(database) if lease is None else PowerRecords(database, lease.host, lease.is_held)
         )
         return BackgroundPower(
             self._components.instances,
             self._power_records,
             shutdown_timeout=self._settings.shutdown_timeout,
-            check_lease=self._lease.check,
+            check_lease=self._lease_timer.check,
         )
 
     def wait(self) -> int:
@@ -188,14 +188,14 @@ class Agent:
         self._has_ended.wait()  # no timeout: the process lives as long as its agent; signals end it
         return self._exit_status
 
-    def _heartbeat(self, fence: Fence) -> None:
-        sent = self._lease.now()
-        self._update_state(self._components.hosts.heartbeat(fence))
-        self._lease.renewed(sent)
+    def _heartbeat(self, lease: HostLease) -> None:
+        sent = self._lease_timer.now()
+        self._update_state(self._components.hosts.heartbeat(lease))
+        self._lease_timer.renew(sent)
         if not self._takes_tasks and not self._draining:
             self._draining = True
             try:
-                supervised("drain", partial(self._drain, fence), on_failure=self._retry_drain)
+                supervised("drain", partial(self._drain, lease), on_failure=self._retry_drain)
             except RuntimeError as error:  # no thread can be started
                 self._retry_drain(error)
 
@@ -214,25 +214,25 @@ class Agent:
         if self._takes_tasks or bundle_id in self._components.hosts.started_tasks(context.host):
             run_bundle_task(context, bundle_id)
 
-    def _drain(self, fence: Fence) -> None:
+    def _drain(self, lease: HostLease) -> None:
         """Wait at most `drain_timeout` until this host has finished its work, and end the agent. May be repeated."""
-        log.info("drain started", host=fence.host)
+        log.info("drain started", host=lease.host)
         if self._drain_until is None:  # kept when the drain is repeated
             self._drain_until = monotonic() + self._settings.drain_timeout
         # The worker continues meanwhile: its queue may have tasks that a crash interrupted.
-        while self._unfinished(fence.host).can_finish and monotonic() < self._drain_until:
+        while self._unfinished(lease.host).can_finish and monotonic() < self._drain_until:
             sleep(DRAIN_INTERVAL)
         self._worker.drain(max(self._drain_until - monotonic(), 0.0))
-        unfinished = self._unfinished(fence.host)
+        unfinished = self._unfinished(lease.host)
         if unfinished.is_any:
             # The host stays `draining`. It is lost soon, and its next agent finishes this work.
-            log.error("drain ended with unfinished work", host=fence.host, **asdict(unfinished))
-            is_drain_cancelled = self._components.hosts.heartbeat(fence) is not HostState.DRAINING
+            log.error("drain ended with unfinished work", host=lease.host, **asdict(unfinished))
+            is_drain_cancelled = self._components.hosts.heartbeat(lease) is not HostState.DRAINING
         else:
-            is_drain_cancelled = not self._components.hosts.record_drained(fence)
+            is_drain_cancelled = not self._components.hosts.record_drained(lease)
         if is_drain_cancelled:
             # The engine cannot be started twice in a process: a service manager starts another process.
-            log.warning("drain ended by an operator: the agent must be started again", host=fence.host)
+            log.warning("drain ended by an operator: the agent must be started again", host=lease.host)
             self._exit_status = START_AGAIN
         self._has_ended.set()
 

@@ -43,7 +43,7 @@ from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity
 from thrave.identity.errors import ServiceIdentityError
 from thrave.tasks.failpoints import set_failpoint
-from thrave.tasks.lease import Fence
+from thrave.tasks.lease import HostLease
 from thrave.tasks.repository import TaskRepository
 from thrave.vault import DecryptError, Vault, VaultKeyError
 
@@ -141,9 +141,9 @@ class Components:
             heartbeat_timeout=settings.heartbeat_timeout,
         )
 
-    def records(self, fence: Fence | None = None) -> TaskRepository:
-        """Return the repository of bundle tasks; an agent passes its fence."""
-        return TaskRepository(self.database, self.vault, fence)
+    def records(self, lease: HostLease | None = None) -> TaskRepository:
+        """Return the repository of bundle tasks; an agent passes its lease."""
+        return TaskRepository(self.database, self.vault, lease)
 
     def open(self) -> None:
         """Open the database and the vault. The first time, create them and the service identity.

@@ -164,7 +164,7 @@ bundle_task = sa.Table(
     sa.Column("prefix", sa.String(1024), nullable=False),
     sa.Column("access_key_id", sa.String(32), nullable=False),
     # Whether its request created the bucket; null once nothing is to be done about that any more.
-    sa.Column("made_bucket", sa.Boolean),
+    sa.Column("created_bucket", sa.Boolean),
     sa.Column("encrypted_policy", sa.LargeBinary),  # upload policy and signature; erased when the task ends
     sa.Column("encrypted_bundle_key", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
     sa.Column("part_series", sa.String(12)),  # digits in the names of its parts; null until its sealing has begun
@@ -210,8 +210,8 @@ sa.Index(
 )  # fmt: skip
 
 sa.Index(
-    "bundle_task_made_bucket", bundle_task.c.host,
-    sqlite_where=bundle_task.c.made_bucket.is_not(None), postgresql_where=bundle_task.c.made_bucket.is_not(None),
+    "bundle_task_created_bucket", bundle_task.c.host,
+    sqlite_where=bundle_task.c.created_bucket.is_not(None), postgresql_where=bundle_task.c.created_bucket.is_not(None),
 )  # fmt: skip
 
 # What a host asks for every second must not cost more with every task that has ended.

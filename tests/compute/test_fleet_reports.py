@@ -40,8 +40,8 @@ def agent(ground, instances):
     """Takes a host; gives its reports."""
 
     def agent(name, among=instances):
-        fence = ground.hosts.acquire_lease(name, worker_concurrency=1)
-        return InstanceReporter(ground.database, among, name, fence.holds)
+        lease = ground.hosts.acquire_lease(name, worker_concurrency=1)
+        return InstanceReporter(ground.database, among, name, lease.is_held)
 
     return agent
 
@@ -123,9 +123,9 @@ def test_report_that_an_adoption_overtakes_changes_nothing_of_the_adopters(
         b.report()
 
     agent("host-a").report()
-    fence = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
+    lease = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
     late = InstanceReporter(ground.database, Interrupted(instances, adopt), "host-a")  # not even its lease holds it up
-    lease = InstanceReporter(ground.database, instances, "host-a", fence.holds)
+    lease = InstanceReporter(ground.database, instances, "host-a", lease.is_held)
     if change == "removed":
         instances.remove(FIRST)
     else:
@@ -154,11 +154,11 @@ def test_instance_that_cannot_be_read_keeps_its_row(ground, agent, add, owners, 
     add(FIRST, host="host-a")
     add(SECOND, host="host-a")
     agent("host-a").report()
-    fence = ground.hosts.acquire_lease("host-b", worker_concurrency=1)
+    lease = ground.hosts.acquire_lease("host-b", worker_concurrency=1)
     ground.hosts.adopt("host-a", by="host-b", powered_off=True)
 
     def report(among=instances):
-        InstanceReporter(ground.database, among, "host-b", fence.holds).report()
+        InstanceReporter(ground.database, among, "host-b", lease.is_held).report()
 
     def rows():
         with ground.database.connect() as connection:

@@ -17,7 +17,7 @@ from support.service.bundle_tasks import await_task, describe_task
 from thrave.compute.instance import InstanceState
 from thrave.concurrency import utc_now
 from thrave.tasks.hosts import HostState
-from thrave.tasks.lease import LOST
+from thrave.tasks.lease import EXIT_LEASE_LOST
 
 pytestmark = pytest.mark.postgres
 MIB = 1 << 20
@@ -56,7 +56,7 @@ def bundle(fleet, key, ec2, instance_id, prefix="winami"):
 
 def ended_as_lost(agent):
     """Whether it ended because its host is another's; a coverage that is told of os._exit may crash first."""
-    return agent.wait(timeout=60) in {LOST, -signal.SIGSEGV}
+    return agent.wait(timeout=60) in {EXIT_LEASE_LOST, -signal.SIGSEGV}
 
 
 def test_a_task_asked_of_one_api_process_is_done_by_an_agent_and_shown_by_another(fleet, alice, tmp_path):

@@ -13,7 +13,7 @@ from thrave.agent import START_AGAIN
 from thrave.cli.exit_codes import NO_RESTART, Exit
 from thrave.cli.main import thrave
 from thrave.config import load_settings
-from thrave.tasks.lease import LOST
+from thrave.tasks.lease import EXIT_LEASE_LOST
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 UNITS = sorted((PACKAGING / "systemd").glob("*.service"))
@@ -123,11 +123,11 @@ def test_unit_restarts_its_service_unless_the_exit_code_forbids_it(unit):
     assert codes <= {*Exit}
     assert settings["Restart"] == "on-failure"  # after every other code but 0
     assert {int(code) for code in settings["RestartPreventExitStatus"].split()} == codes & NO_RESTART
-    assert (START_AGAIN in codes, LOST in codes) == (unit.stem != "thrave-api",) * 2
+    assert (START_AGAIN in codes, EXIT_LEASE_LOST in codes) == (unit.stem != "thrave-api",) * 2
 
 
 def test_agent_ends_with_exit_codes_of_the_table():
-    assert (START_AGAIN, LOST) == (Exit.START_AGAIN, Exit.TAKEN_OVER)
+    assert (START_AGAIN, EXIT_LEASE_LOST) == (Exit.START_AGAIN, Exit.TAKEN_OVER)
     assert Exit.START_AGAIN not in NO_RESTART
 
 

@@ -37,10 +37,10 @@ def ground(tmp_path):
 
 
 @pytest.fixture
-def fence(ground):
-    fence = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
+def lease(ground):
+    lease = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
     ground.hosts.drain("host-a")
-    return fence
+    return lease
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def agent(ground):
     return agent
 
 
-def state_after_drain(ground, agent, fence):
+def state_after_drain(ground, agent, lease):
     def is_over():
-        agent._heartbeat(fence)
+        agent._heartbeat(lease)
         return agent._has_ended.is_set()
 
     eventually(is_over, "the agent ends")
@@ -62,7 +62,7 @@ def state_after_drain(ground, agent, fence):
 
 @pytest.mark.parametrize("error", [OSError("database unavailable"), SystemExit(1)])
 @pytest.mark.parametrize("moment", ["started_tasks", "record_drained"])
-def test_a_drain_that_fails_is_begun_again_at_a_later_heartbeat(ground, agent, fence, monkeypatch, moment, error):
+def test_a_drain_that_fails_is_begun_again_at_a_later_heartbeat(ground, agent, lease, monkeypatch, moment, error):
     failures, works = [error, error], getattr(ground.hosts, moment)
 
     def fail_at_first(*args):
@@ -71,11 +71,11 @@ def test_a_drain_that_fails_is_begun_again_at_a_later_heartbeat(ground, agent, f
         return works(*args)
 
     monkeypatch.setattr(ground.hosts, moment, fail_at_first)
-    assert state_after_drain(ground, agent, fence) is HostState.DRAINED
+    assert state_after_drain(ground, agent, lease) is HostState.DRAINED
     assert failures == []
 
 
-def test_a_drain_for_which_no_thread_can_be_started_is_begun_again(ground, agent, fence, monkeypatch):
+def test_a_drain_for_which_no_thread_can_be_started_is_begun_again(ground, agent, lease, monkeypatch):
     refused = []
 
     def refuse_at_first(*args, **options):
@@ -85,7 +85,7 @@ def test_a_drain_for_which_no_thread_can_be_started_is_begun_again(ground, agent
         return supervised(*args, **options)
 
     monkeypatch.setattr("thrave.agent.supervised", refuse_at_first)
-    assert state_after_drain(ground, agent, fence) is HostState.DRAINED
+    assert state_after_drain(ground, agent, lease) is HostState.DRAINED
 
 
 @pytest.fixture
@@ -140,16 +140,16 @@ def clock(monkeypatch):
 KINDS = ["power_requests", "to_recover", "to_merge"]
 
 
-def drain(agent, fence):
+def drain(agent, lease):
     """Drain; gives what is logged as unfinished."""
     agent._update_state(HostState.DRAINING)
     with structlog.testing.capture_logs() as logged:
-        agent._drain(fence)
+        agent._drain(lease)
     return [line for line in logged if line["log_level"] == "error"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drain_waits_until_an_instance_is_put_back(ground, agent, fence, records, clock, kind):
+def test_drain_waits_until_an_instance_is_put_back(ground, agent, lease, records, clock, kind):
     waits, finish = [], leave(ground, records, kind)
 
     def sleeping():
@@ -159,15 +159,15 @@ def test_drain_waits_until_an_instance_is_put_back(ground, agent, fence, records
 
     clock.sleeping = sleeping
     agent._drain_until = 100.0
-    assert drain(agent, fence) == []
+    assert drain(agent, lease) == []
     assert waits == [HostState.DRAINING] * 3
     assert ground.hosts.list()[0].state is HostState.DRAINED
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drain_logs_instances_that_are_not_put_back_by_drain_timeout(ground, agent, fence, records, clock, kind):
+def test_drain_logs_instances_that_are_not_put_back_by_drain_timeout(ground, agent, lease, records, clock, kind):
     leave(ground, records, kind)
-    (line,) = drain(agent, fence)
+    (line,) = drain(agent, lease)
     assert {name: line[name] for name in KINDS} == {name: [INSTANCE] if name == kind else [] for name in KINDS}
     assert clock.now > 0
     assert ground.hosts.list()[0].state is HostState.DRAINING
@@ -175,33 +175,33 @@ def test_drain_logs_instances_that_are_not_put_back_by_drain_timeout(ground, age
 
 
 @pytest.mark.parametrize("kind", ["to_recover", "to_merge"])
-def test_drain_does_not_wait_for_what_waits_for_a_task_that_has_not_begun(ground, agent, fence, records, clock, kind):
+def test_drain_does_not_wait_for_what_waits_for_a_task_that_has_not_begun(ground, agent, lease, records, clock, kind):
     leave(ground, records, kind)
     add_task(ground, "bun-2")
-    (line,) = drain(agent, fence)
+    (line,) = drain(agent, lease)
     assert (line[kind], line["waiting"], line["tasks"]) == ([INSTANCE], [INSTANCE], {})
     assert clock.now == 0
     assert ground.hosts.list()[0].state is HostState.DRAINING
 
 
 def test_agent_with_unfinished_work_ends_to_be_started_anew_if_the_drain_was_ended(
-    ground, agent, fence, records, clock
+    ground, agent, lease, records, clock
 ):
     clock.sleeping = lambda: ground.hosts.activate("host-a")
-    (line,) = drain(agent, fence)
+    (line,) = drain(agent, lease)
     assert line["tasks"] == {"bun-1": INSTANCE}
     assert agent.wait() == START_AGAIN
 
 
 @pytest.mark.usefixtures("records")
-def test_tasks_that_are_unfinished_after_drain_timeout_are_reported_and_the_host_is_not_drained(ground, agent, fence):
+def test_tasks_that_are_unfinished_after_drain_timeout_are_reported_and_the_host_is_not_drained(ground, agent, lease):
     with structlog.testing.capture_logs() as logged:
-        assert state_after_drain(ground, agent, fence) is HostState.DRAINING
+        assert state_after_drain(ground, agent, lease) is HostState.DRAINING
     (line,) = [line for line in logged if line["log_level"] == "error"]
     assert line["tasks"] == {"bun-1": INSTANCE}
 
 
-def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, agent, fence, monkeypatch):
+def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, agent, lease, monkeypatch):
     started_tasks = ground.hosts.started_tasks
 
     def activate_meanwhile(name):
@@ -209,5 +209,5 @@ def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, 
         return started_tasks(name)
 
     monkeypatch.setattr(ground.hosts, "started_tasks", activate_meanwhile)
-    assert state_after_drain(ground, agent, fence) is HostState.ACTIVE
+    assert state_after_drain(ground, agent, lease) is HostState.ACTIVE
     assert agent.wait() == START_AGAIN

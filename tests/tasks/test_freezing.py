@@ -14,7 +14,7 @@ from thrave.compute.instance import VolumeFile
 from thrave.compute.timeouts import check_command, report_progress
 from thrave.tasks.errors import TaskCancelled
 from thrave.tasks.instance_power import RootOverlay
-from thrave.tasks.lease import Lease, LeaseExpiredError
+from thrave.tasks.lease import LeaseExpiredError, LeaseTimer
 
 FROZEN = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
 
@@ -85,8 +85,8 @@ def test_each_command_for_an_overlay_is_checked(bench, act):
 
     instances = SimpleNamespace(overlays=SimpleNamespace(merge=command, attach=command))
     task, now = bench.records.get(bench.bundle_id), [0.0]
-    lease = Lease(10.0, clock=lambda: now[0])
-    lease.renewed(0.0)
+    lease = LeaseTimer(10.0, clock=lambda: now[0])
+    lease.renew(0.0)
     freezer = RootOverlay(instances, bench.records, task, check=lease.check)
     does = {
         "attach": freezer.create,
@@ -98,6 +98,6 @@ def test_each_command_for_an_overlay_is_checked(bench, act):
         does()
     assert given == []
     assert bench.records.overlay(bench.bundle_id) == FROZEN
-    lease.renewed(9.0)
+    lease.renew(9.0)
     does()
     assert given == [task.instance_id]

@@ -11,7 +11,7 @@ from thrave.config import Settings
 from thrave.database import host as host_table
 from thrave.tasks.errors import AdopterError, HostInUse, HostStateError
 from thrave.tasks.hosts import HostRegistry
-from thrave.tasks.models import MOVES, BundleRequest, HostEvent, HostState
+from thrave.tasks.models import HOST_TRANSITIONS, BundleRequest, HostEvent, HostState
 from thrave.tasks.repository import TaskRepository
 
 
@@ -55,14 +55,14 @@ def test_hosts_move_as_the_table_says(hosts, change, before):
     acts = {
         HostEvent.AGENT_STARTS: lambda: hosts.acquire_lease("host-a", worker_concurrency=1),
         HostEvent.DRAIN: lambda: hosts.drain("host-a"),
-        HostEvent.AGENT_HAS_DRAINED: lambda: hosts.record_drained(fence),
+        HostEvent.AGENT_HAS_DRAINED: lambda: hosts.record_drained(lease),
         HostEvent.ACTIVATE: lambda: hosts.activate("host-a"),
-        HostEvent.TAKE_AWAY: lambda: hosts.adopt("host-a", by="host-b", powered_off=True),
+        HostEvent.FENCE: lambda: hosts.adopt("host-a", by="host-b", powered_off=True),
     }
     for event, act in acts.items():
-        fence = hosts.acquire_lease("host-a", worker_concurrency=1)
+        lease = hosts.acquire_lease("host-a", worker_concurrency=1)
         change("host-a", state=before)
-        after = MOVES[event].get(before)
+        after = HOST_TRANSITIONS[event].get(before)
         if after is None and event in {HostEvent.DRAIN, HostEvent.ACTIVATE}:
             with pytest.raises(HostStateError, match=f"Host host-a is {before}: "):
                 act()
@@ -113,8 +113,8 @@ def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypa
     hosts = ground.hosts
     with monkeypatch.context() as agent:
         agent.setattr(thrave.database, "utc_now", lambda: utc_now() + timedelta(hours=hours))
-        fence = hosts.acquire_lease("host-a", worker_concurrency=1)
-        hosts.heartbeat(fence)
+        lease = hosts.acquire_lease("host-a", worker_concurrency=1)
+        hosts.heartbeat(lease)
     hosts.acquire_lease("host-b", worker_concurrency=1)
     seen = find(hosts, "host-a")
     assert not seen.is_lost
@@ -152,10 +152,10 @@ def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):
     change(
         "host-b", **{name: value() if callable(value) else value for name, value in values.items()} or {"version": "1"}
     )
-    fence = hosts.acquire_lease("host-a", worker_concurrency=1)
+    lease = hosts.acquire_lease("host-a", worker_concurrency=1)
     with pytest.raises(AdopterError, match=says):
         hosts.adopt("host-a", by=by, powered_off=True)
-    assert hosts.heartbeat(fence) is HostState.ACTIVE  # nothing has changed
+    assert hosts.heartbeat(lease) is HostState.ACTIVE  # nothing has changed
 
 
 def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
@@ -181,7 +181,7 @@ def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts
 
 
 def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeypatch):
-    fence = hosts.acquire_lease("host-a", worker_concurrency=1)
+    lease = hosts.acquire_lease("host-a", worker_concurrency=1)
     for bundle_id in ("bun-1", "bun-2"):
         add_task(ground, bundle_id)
     fail, failed = TaskRepository.fail, []
@@ -196,7 +196,7 @@ def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeyp
         crash.setattr(TaskRepository, "fail", second_is_cut_off)
         with pytest.raises(ConnectionError):
             hosts.retire("host-a", powered_off=True)
-    assert hosts.heartbeat(fence) is HostState.ACTIVE
+    assert hosts.heartbeat(lease) is HostState.ACTIVE
     assert [ground.records().state(bundle_id) for bundle_id in ("bun-1", "bun-2")] == ["pending", "pending"]
     assert hosts.retire("host-a", powered_off=True) == ["bun-1", "bun-2"]
     assert [host.host for host in hosts.list()] == ["host-b"]

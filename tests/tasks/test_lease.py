@@ -5,59 +5,59 @@ import time
 import pytest
 
 from support.manual_clock import ManualClock
-from thrave.tasks.lease import Lease, LeaseExpiredError
+from thrave.tasks.lease import LeaseExpiredError, LeaseTimer
 
 
 def test_lease_allows_an_attempt_that_ends_in_time():
     clock = ManualClock()
-    lease = Lease(60.0, clock)
-    lease.check(50.0)
+    timer = LeaseTimer(60.0, clock)
+    timer.check(50.0)
     with pytest.raises(LeaseExpiredError):
-        lease.check(55.0)  # within the margin
+        timer.check(55.0)  # within the margin
 
 
 def test_lease_counts_from_the_moment_before_the_heartbeat_was_sent():
     clock = ManualClock()
-    lease = Lease(60.0, clock)
-    sent = lease.now()
+    timer = LeaseTimer(60.0, clock)
+    sent = timer.now()
     clock.now += 50.0  # the database takes long to answer
-    lease.renewed(sent)
+    timer.renew(sent)
     with pytest.raises(LeaseExpiredError):
-        lease.check(10.0)
+        timer.check(10.0)
 
 
 def test_a_late_answer_does_not_shorten_the_lease():
     clock = ManualClock()
-    lease = Lease(60.0, clock)
-    late = lease.now()
+    timer = LeaseTimer(60.0, clock)
+    late = timer.now()
     clock.now += 10.0
-    lease.renewed(lease.now())
-    lease.renewed(late)
+    timer.renew(timer.now())
+    timer.renew(late)
     clock.now += 50.0
-    lease.check()
+    timer.check()
 
 
 def test_expired_lease_holds_again_after_a_heartbeat():
     clock = ManualClock()
-    lease = Lease(60.0, clock)
+    timer = LeaseTimer(60.0, clock)
     clock.now += 60.0
-    assert not lease.holds()
-    lease.renewed(lease.now())
-    lease.check()
+    assert not timer.is_valid()
+    timer.renew(timer.now())
+    timer.check()
 
 
 def test_lease_on_one_machine_never_ends():
     clock = ManualClock()
-    lease = Lease(None, clock)
+    timer = LeaseTimer(None, clock)
     clock.now += 1e9
-    lease.check(1e9)
+    timer.check(1e9)
 
 
 def test_time_in_which_the_machine_was_suspended_counts(monkeypatch):
     clocks = {time.CLOCK_BOOTTIME: 100.0, time.CLOCK_MONOTONIC: 100.0}
     monkeypatch.setattr(time, "clock_gettime", clocks.get)
-    lease = Lease(60.0)
-    lease.check()
+    timer = LeaseTimer(60.0)
+    timer.check()
     clocks[time.CLOCK_BOOTTIME] += 100.0
     with pytest.raises(LeaseExpiredError):
-        lease.check()
+        timer.check()

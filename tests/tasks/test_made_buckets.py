@@ -15,7 +15,7 @@ from thrave.tasks.object_removal import BucketBusyError, CreatedBuckets
 OWNER, BUCKET, HOST = "111111111111", "my-bucket", "localhost"
 REQUEST = BundleRequest(
     account_id=OWNER, owner_id=OWNER, instance_id="i-1", bucket=BUCKET, prefix="winami", access_key_id="AKIA",
-    upload_policy="e30=", upload_policy_signature="none", made_bucket=True,
+    upload_policy="e30=", upload_policy_signature="none", created_bucket=True,
 )  # fmt: skip
 
 
@@ -65,12 +65,12 @@ def test_bucket_of_a_failed_task_is_removed_with_its_owner(add, records, made, b
     made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) is None
     assert [*(tmp_path / "buckets" / ".owners").iterdir()] == []
-    assert records.get("bun-1").made_bucket is None
+    assert records.get("bun-1").created_bucket is None
 
 
 def test_bucket_stays_while_another_task_goes_there(add, records, made, buckets):
     add("bun-1")
-    add("bun-2", made_bucket=False)
+    add("bun-2", created_bucket=False)
     fail(records, "bun-1")
     made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
@@ -84,11 +84,11 @@ def test_bucket_that_holds_something_stays_and_keeps_its_owner(add, records, mad
     fail(records, "bun-1")
     buckets.put(BUCKET, "mine", b"x")
     made.remove_all(buckets, HOST)
-    assert (buckets.owner(BUCKET), records.get("bun-1").made_bucket) == (OWNER, None)
+    assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, None)
 
 
 def test_bucket_that_was_there_before_stays(add, records, made, buckets):
-    add("bun-1", made_bucket=False)
+    add("bun-1", created_bucket=False)
     fail(records, "bun-1")
     made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
@@ -100,7 +100,7 @@ def test_bucket_of_a_complete_task_stays(add, records, made, buckets):
         records.change_state("bun-1", state)
     assert records.complete("bun-1")
     made.remove_all(buckets, HOST)
-    assert (buckets.owner(BUCKET), records.get("bun-1").made_bucket) == (OWNER, None)
+    assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, None)
 
 
 def test_bucket_is_not_removed_between_its_claim_and_the_record_of_its_task(add, records, made, buckets, monkeypatch):
@@ -112,7 +112,7 @@ def test_bucket_is_not_removed_between_its_claim_and_the_record_of_its_task(add,
         assert buckets.create(BUCKET, OWNER) is False
         made.remove_all(buckets, HOST)
         assert buckets.owner(BUCKET) == OWNER
-        add("bun-2", made_bucket=False)
+        add("bun-2", created_bucket=False)
     made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
 

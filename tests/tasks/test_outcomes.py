@@ -16,8 +16,8 @@ from thrave.compute.instance import InstanceState
 from thrave.database import bundle_task, host
 from thrave.tasks import step_retry, workflow
 from thrave.tasks.errors import TaskFailure
-from thrave.tasks.lease import Fence, Lease, RightLostError
-from thrave.tasks.models import BORROWED, FORWARD, UNDO, Step
+from thrave.tasks.lease import HostLease, LeaseTimer, RightLostError
+from thrave.tasks.models import FORWARD_STEPS, STEPS_WITH_BORROWED_INSTANCE, UNDO_STEPS, Step
 from thrave.tasks.repository import TaskRepository
 
 AWAY = TransientError("SlowDown", 503, "Please reduce your request rate")
@@ -183,14 +183,14 @@ def test_second_run_in_one_process_does_nothing(here):
 
 
 def test_host_without_its_lease_writes_nothing(here, monkeypatch):
-    def end(_fence):
+    def end(_lease):
         raise KilledError
 
-    monkeypatch.setattr(Fence, "end", end)
+    monkeypatch.setattr(HostLease, "exit_process", end)
     bundle_id = here.task()
     before = here.get(bundle_id)
     with pytest.raises(KilledError):
-        here.run(bundle_id, fence=Fence(HOST, "another lease"))
+        here.run(bundle_id, lease=HostLease(HOST, "another lease"))
     assert here.get(bundle_id) == before
 
 
@@ -202,7 +202,7 @@ def test_task_of_another_host_is_not_written(here):
         connection.execute(bundle_task.update().where(bundle_task.c.bundle_id == bundle_id).values(host="elsewhere"))
     before = here.get(bundle_id)
     with pytest.raises(RightLostError):
-        here.ground.records(here.fence).add_warning(bundle_id, "from a host that has lost it")
+        here.ground.records(here.lease).add_warning(bundle_id, "from a host that has lost it")
     assert here.get(bundle_id) == before
 
 
@@ -218,8 +218,8 @@ def test_instance_that_does_not_start_costs_no_bundle(here):
 
 
 def test_every_step_leads_to_an_end():
-    assert not FORWARD.keys() & UNDO.keys()
-    assert FORWARD.keys() | UNDO.keys() == set(Step)
+    assert not FORWARD_STEPS.keys() & UNDO_STEPS.keys()
+    assert FORWARD_STEPS.keys() | UNDO_STEPS.keys() == set(Step)
 
 
 class LosesTheAnswer:
@@ -256,7 +256,7 @@ def test_nothing_is_decided_while_the_store_does_not_say_whether_it_has_the_mani
     assert here.opens(bundle_id)
 
 
-@pytest.mark.parametrize("step", [*FORWARD, *UNDO])
+@pytest.mark.parametrize("step", [*FORWARD_STEPS, *UNDO_STEPS])
 def test_task_of_a_retired_host_is_complete_if_its_bundle_is(here, step):
     bundle_id = here.task()
     with here.ground.database.begin() as connection:
@@ -273,7 +273,7 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
     """The database can be read and not written: heartbeats are refused, and the lease ends by the clock."""
     bundle_id = here.task()
     task = here.get(bundle_id)
-    fake = here.host(here.fence, lease=Lease(1.0, iter([0.0, *[9.0] * 99]).__next__))
+    fake = here.host(here.lease, lease_timer=LeaseTimer(1.0, iter([0.0, *[9.0] * 99]).__next__))
     monkeypatch.setattr(TaskRepository, "holds_lease", lambda _records: says)
     running = workflow.BundleWorkflow(fake, task, 1)
     running._power._must_restore = True
@@ -287,6 +287,6 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
 def test_run_that_resumes_after_the_start_owes_no_instance_power(here):
     """Its owner may have stopped it since: only a step before which it is borrowed makes it owed."""
     task = replace(here.get(here.task()), was_running=True)
-    owed = {step: workflow.BundleWorkflow(here.host(here.fence), replace(task, next_step=step), 1)._power._must_restore
+    owed = {step: workflow.BundleWorkflow(here.host(here.lease), replace(task, next_step=step), 1)._power._must_restore
             for step in Step}  # fmt: skip
-    assert {step for step, is_owed in owed.items() if is_owed} == BORROWED
+    assert {step for step, is_owed in owed.items() if is_owed} == STEPS_WITH_BORROWED_INSTANCE

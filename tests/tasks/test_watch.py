@@ -16,7 +16,7 @@ from thrave.compute.errors import (
 )
 from thrave.concurrency import Call, NoThreadError
 from thrave.tasks.errors import TaskCancelled, TaskFailure
-from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
+from thrave.tasks.lease import LeaseExpiredError, LeaseTimer, RightLostError
 from thrave.tasks.monitor import INTERVAL, TaskMonitor
 
 
@@ -204,7 +204,7 @@ def test_work_is_stopped_when_the_task_is_another_runs(bench, monkeypatch, lost)
 
 def test_work_is_stopped_when_the_host_cannot_renew_its_lease(bench):
     now = [0.0]
-    lease = Lease(60.0, lambda: now[0])
+    lease = LeaseTimer(60.0, lambda: now[0])
 
     def work():
         with TaskMonitor(bench.records, bench.bundle_id, stall_timeout=600, lease=lease) as watch:

@@ -97,8 +97,8 @@ class PowerRecords:
         engine: The database.
         host: Only instances that this host has reported: in a fleet, the host that reports an instance carries out its
             requests. None: all instances, where one process has all of them.
-        has_lease: True of the host's row as long as this process has its lease (`Fence.holds`); None: always true.
-            Without the lease no request is pending here, and nothing is changed.
+        has_lease: True of the host's row as long as this process has its lease (`HostLease.is_held`); None: always
+            true. Without the lease no request is pending here, and nothing is changed.
     """
 
     def __init__(

@@ -66,18 +66,20 @@ def bundle_instance(backend: Ec2Backend, caller: Caller, parameters: Parameters)
     request = _check_request(backend, caller, parameters)
     storage = S3Storage.from_parameters(parameters["Storage"]["S3"])
     is_created = False
-    made_buckets = backend.tasks.made_buckets
+    created_buckets = backend.tasks.created_buckets
     try:
-        with made_buckets.in_use(storage.bucket):
+        with created_buckets.in_use(storage.bucket):
             is_created = ensure_bucket(backend, storage, request.owner_id)
             if not is_created:
                 check_prefix(backend, storage)
-            return {"BundleTask": _create_task(backend, replace(request, made_bucket=is_created))}
+            return {"BundleTask": _create_task(backend, replace(request, created_bucket=is_created))}
     except BucketBusyError:
         raise EC2Error("Unavailable", reason=f"the bucket '{storage.bucket}' is being removed") from None
     except Exception:
         if is_created:  # for this task, which was refused
-            made_buckets.remove(backend.buckets.on_behalf_of(storage.access_key_id), storage.bucket, request.owner_id)
+            created_buckets.remove(
+                backend.buckets.on_behalf_of(storage.access_key_id), storage.bucket, request.owner_id
+            )
         raise
 
 

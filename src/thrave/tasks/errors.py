@@ -42,65 +42,68 @@ class ErrorCode(NamedTuple):
 
 ERROR_CODES: dict[str, ErrorCode] = {
     "Client.Cancelled": ErrorCode(
-        "CancelBundleTask was called.",
-        "Nothing. The instance was started again. What had been stored was removed; what could not be removed is "
-        "listed by `thrave task show`.",
+        "The owner has called CancelBundleTask.",
+        "Nothing. The instance was started again, and the task's objects were deleted. `thrave task show` lists "
+        "objects that could not be deleted.",
     ),
     "Client.PrefixInUse": ErrorCode(
-        "The bucket has a bundle under this prefix, and `existing_bundle` is `refuse`; or a large object is in the "
-        "place of its manifest. Nothing that existed was touched.",
-        "Choose another prefix, remove the bundle with `thrave delete`, or have the operator set "
+        "The bucket has a bundle under this prefix, and `existing_bundle` is `refuse`; or the key of the manifest has "
+        "an object that is too large for a manifest; or another task writes, or may still write, one of the objects. "
+        "Existing objects were not changed.",
+        "Choose another prefix, delete the bundle with `thrave delete`, or ask the operator to set "
         '`existing_bundle = "replace"`.',
     ),
     "Client.S3Error": ErrorCode(
-        "The bucket refused an object. The message gives S3's code, HTTP status and words, as AWS did: "
-        "`AccessDenied(403)- Invalid according to Policy: …`.",
-        "Mend the upload policy or the bucket's permissions, and bundle again.",
+        "The bucket refused a request, or has a different object now. The message has S3's code, HTTP status and "
+        "message in the format of AWS: `AccessDenied(403)- Invalid according to Policy: …`.",
+        "Fix the upload policy or the permissions of the bucket, and bundle again.",
     ),
     "Server.S3Error": ErrorCode(
-        "The object store failed (status 5xx), did not answer, or lost what it was sent, again and again; or its clock "
-        "and the host's differ. The message is as above.",
-        "Mend the store, the disk that it is on, or the clock, and bundle again.",
+        "The object store failed (status 5xx) or did not respond, also after retries; or it has lost an object that it "
+        "had accepted; or the clocks of the store and the host differ. The message has the same format as that of "
+        "`Client.S3Error`.",
+        "Fix the store, its disk or the clock, and bundle again.",
     ),
     "Client.InstanceTerminated": ErrorCode(
-        "The instance was terminated, or its description removed, while it was being bundled.",
-        "Nothing can be done for this task.",
+        "The instance was terminated, or its description deleted, during the task.",
+        "Nothing: the task cannot be repeated.",
     ),
     "Server.InstanceNotStopped": ErrorCode(
-        "The guest did not power off within the grace period. It was left running, or its power could not be cut.",
-        "See why the guest ignores the shutdown request, raise `shutdown_timeout`, or have its power cut by "
-        "`shutdown_timeout_action`, and bundle again.",
+        "The guest did not power off within `shutdown_timeout` and still runs, or its power could not be cut.",
+        "Find out why the guest ignores the shutdown request, raise `shutdown_timeout`, or have the power cut with "
+        "`shutdown_timeout_action`. Then bundle again.",
     ),
     "Server.InstanceNotStarted": ErrorCode(
-        "The instance could not be started on its overlay, before its root volume was read. Once the volume was read, "
-        "a start that fails costs no bundle: the task completes with a warning.",
-        "Mend what the hypervisor says in the message. For a day the start is tried again, every five minutes at last.",
+        "The instance could not be started on its overlay, before its root volume was read. After the volume was read, "
+        "a failed start does not fail the task: it completes with a warning.",
+        "Fix the problem that the hypervisor reports in the message. The start is retried for a day, at last every "
+        "five minutes.",
     ),
     "Server.InstanceError": ErrorCode(
-        "The hypervisor refused to do something with the instance.",
-        "The message gives the hypervisor's words; mend that, and bundle again.",
+        "The hypervisor refused an operation on the instance.",
+        "Fix the problem that the hypervisor reports in the message, and bundle again.",
     ),
     "Server.VolumeError": ErrorCode(
-        "The root volume could not be read to its end, was changed or in use meanwhile, is a disk of another machine "
-        "that is not off, or is not clean; or its image is no whole disk by its own words; or what is unused on it "
-        "cannot be told. The message names files without their folders; the service's log has their paths.",
-        "See who has started the instance or uses its disk, and check the volume's file "
-        "(docs/reference/disk-images.md) and the host's disks; have the "
-        "guest shut down wholly, without fast start-up. Then bundle again.",
+        "The root volume could not be read completely; was changed or used during the task; is also a disk of another "
+        "machine that is not off; or is unclean. Or the metadata of its image says that it is not a whole disk, or "
+        "unused space could not be determined. The message names files without their folders; the service's log has "
+        "the paths.",
+        "Find out who started the instance or uses its disk. Check the image file (docs/reference/disk-images.md) and "
+        "the host's disks. Have the guest shut down completely, without fast startup. Then bundle again.",
     ),
     "Server.NoProgress": ErrorCode(
-        "Neither the root volume nor the bucket did anything for `stall_timeout` seconds, or the database was "
-        "unavailable for so long while the instance was off.",
-        "See why the host's disks, the store or the database do not answer, or raise `stall_timeout`, and bundle "
-        "again.",
+        "For `stall_timeout` seconds no byte of the root volume was read and no object was stored; or the database was "
+        "unavailable for that time while the instance was off.",
+        "Find out why the host's disks, the store or the database do not respond, or raise `stall_timeout`. Then "
+        "bundle again.",
     ),
     "Server.HostLost": ErrorCode(
-        "The host that had the instance's disk was lost, and the operator has retired it.",
-        "Nothing can be done for this task. What it had stored, if anything, is listed by `thrave task show`.",
+        "The operator has retired the host that had the instance's disk.",
+        "Nothing: the task cannot be repeated. `thrave task show` lists the objects that it had stored.",
     ),
     "Server.InternalError": ErrorCode(
-        "Something that nobody foresaw. The service's log has the details under the bundle task's id.",
-        "Report it.",
+        "An unexpected error. The service's log has the details under the id of the bundle task.",
+        "Report the error to the maintainers.",
     ),
 }
 
@@ -142,14 +145,12 @@ class ErrorKind(Enum):
     """How an error is handled: one classification for database, store, hypervisor, state command and disk."""
 
     PERMANENT = "the task fails with a reason"
-    TRANSIENT = "the call is repeated until a deadline"
-    UNRECORDABLE = (
-        "the step is repeated for as long as it takes: the database does not answer, or the lease is in doubt"
-    )
-    RIGHT_LOST = "the run ends without a trace: the task belongs to another run or host"
+    TRANSIENT = "the call is repeated until a timeout"
+    UNRECORDABLE = "the step is repeated without a timeout: the database does not respond, or the lease has expired"
+    RIGHT_LOST = "the run ends and writes nothing: the task belongs to another run or host"
 
 
-# Of the machine itself: no memory, no process, no file descriptor, no space, for now.
+# The machine itself lacks a resource at the moment: memory, a process, a file descriptor, space.
 _TRANSIENT_ERRNO = frozenset({
     errno.EAGAIN, errno.EBUSY, errno.EDQUOT, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC,
     errno.ETIMEDOUT,
@@ -176,14 +177,14 @@ def may_pass(error: BaseException) -> bool:
 
 
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, InstanceCommandFailed):  # the hypervisor behind a stateCommand is unavailable when that fails
+    if isinstance(error, InstanceCommandFailed):  # a stateCommand fails while its hypervisor is unavailable
         return error.command == "stateCommand"
     if isinstance(error, _TRANSIENT):
         return True
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
 
-# The task error codes for the errors of other packages; the first that matches.
+# The codes for errors of other packages; the first that matches.
 EXPECTED_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (InstanceNotFound, "Client.InstanceTerminated"),
     (RootVolumeInUse, "Server.VolumeError"),
@@ -199,7 +200,7 @@ def to_task_failure(error: Exception) -> TaskFailure:
         return error
     if isinstance(error, BucketError) and error.is_store_failure:
         return TaskFailure("Server.S3Error", str(error))
-    if isinstance(error, VolumeError):  # its owner must not learn the layout of the host
+    if isinstance(error, VolumeError):  # a tenant must not learn the layout of the host
         log.warning("root volume not readable", error=str(error))
         return TaskFailure("Server.VolumeError", error.public)
     for kind, code in EXPECTED_ERRORS:
@@ -212,10 +213,7 @@ def to_task_failure(error: Exception) -> TaskFailure:
 
 _REMEDIES = {
     (HostEvent.DRAIN, HostState.FENCED): "another host has adopted its tasks. Start its agent first",
-    (
-        HostEvent.ACTIVATE,
-        HostState.FENCED,
-    ): "another host has adopted its tasks. It is active once its agent is started",
+    (HostEvent.ACTIVATE, HostState.FENCED): "another host has adopted its tasks. Start its agent to activate it",
 }
 """What an operator can do, by the requested event and the state that does not allow it."""
 
@@ -232,7 +230,7 @@ class NoSuchHost(HostError):
 
 
 class HostInUse(HostError):
-    """The host's agent has just sent a heartbeat."""
+    """The agent of the host has sent a heartbeat within `heartbeat_timeout`."""
 
 
 class HostStateError(HostError):
@@ -243,11 +241,11 @@ class HostStateError(HostError):
 
 
 class AdopterError(HostError):
-    """The host that is to adopt another one's tasks cannot do so."""
+    """A host cannot adopt the tasks of another one."""
 
 
 class BundleTaskError(Exception):
-    """A request about a bundle task that cannot be granted."""
+    """A request about a bundle task that is not possible."""
 
 
 class BundlingInProgress(BundleTaskError):
@@ -259,7 +257,7 @@ class BundlingInProgress(BundleTaskError):
 
 
 class PrefixInUse(BundleTaskError):
-    """A bundle task that is not finished goes to the same bucket and prefix."""
+    """An unfinished bundle task has the same bucket and prefix."""
 
     def __init__(self, bucket: str, prefix: str, bundle_id: str | None) -> None:
         """Name the task only if it belongs to the caller's account."""
@@ -271,7 +269,7 @@ class PrefixInUse(BundleTaskError):
 
 
 class BundleTaskNotFound(BundleTaskError):
-    """No task of the caller's has that id."""
+    """The caller's account has no task with this id."""
 
     def __init__(self, bundle_id: str) -> None:
         super().__init__(f"The bundle task ID '{bundle_id}' does not exist")
@@ -279,7 +277,7 @@ class BundleTaskNotFound(BundleTaskError):
 
 
 class BundleTaskNotCancellable(BundleTaskError):
-    """The task is in a state in which it cannot be cancelled."""
+    """The state of the task does not allow a cancellation."""
 
     def __init__(self, state: BundleTaskState) -> None:
         super().__init__(f"Can't cancel bundle task when the bundle task is {state}")
@@ -287,7 +285,7 @@ class BundleTaskNotCancellable(BundleTaskError):
 
 
 class TooManyBundleTasks(BundleTaskError):
-    """The account has as many unfinished tasks as it may."""
+    """The account has its maximum number of unfinished tasks."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"There may be {limit} bundle tasks in progress")

@@ -6,8 +6,8 @@
     ├── HostStateError      the host's state does not allow it (`models.py`)
     └── AdopterError        the adopting host cannot take the tasks
 
-To replace a host's lease is enough to stop its agent (`lease.py`); nothing here connects to an agent. All times are set
-and compared by the database's clock.
+Nothing here connects to an agent: an agent whose lease was replaced in the database ends (`lease.py`). All times are
+set and compared by the database's clock.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from thrave.concurrency import random_hex
 from thrave.database import bundle_task, host, instance, now, task_in_progress
 from thrave.tasks.engine import RUNNING, TaskQueue
 from thrave.tasks.errors import AdopterError, HostInUse, HostStateError, NoSuchHost, TaskFailure
-from thrave.tasks.lease import Fence
-from thrave.tasks.models import MOVES, WITH_AN_AGENT, HostEvent, HostState
+from thrave.tasks.lease import HostLease
+from thrave.tasks.models import HEARTBEAT_STATES, HOST_TRANSITIONS, HostEvent, HostState
 from thrave.tasks.repository import TaskRepository
 
 _NO_LEASE = ""  # the lease of a host that has no agent
@@ -67,7 +67,7 @@ class HostStatus(NamedTuple):
     @property
     def is_lost(self) -> bool:
         """Whether it should send heartbeats, and has sent none for `heartbeat_timeout`."""
-        return self.state in WITH_AN_AGENT and self.silence.total_seconds() >= self.heartbeat_timeout
+        return self.state in HEARTBEAT_STATES and self.silence.total_seconds() >= self.heartbeat_timeout
 
 
 class HostRegistry:
@@ -90,28 +90,28 @@ class HostRegistry:
         self._heartbeat_timeout = heartbeat_timeout
         self._idle_checks: dict[str, int] = {}  # by task; see `requeue_lost`
 
-    def acquire_lease(self, name: str, *, worker_concurrency: int) -> Fence:
+    def acquire_lease(self, name: str, *, worker_concurrency: int) -> HostLease:
         """Acquire a new lease of a host for this process. An earlier agent ends at its next write or heartbeat.
 
         A draining host stays `draining`.
         """
-        lease = random_hex(16)
+        token = random_hex(16)
         row: dict[str, Any] = {
-            "lease": lease, "version": version("thrave"), "worker_concurrency": worker_concurrency, "start_time": now(),
+            "lease": token, "version": version("thrave"), "worker_concurrency": worker_concurrency, "start_time": now(),
             "heartbeat_time": now(), "heartbeat_interval": self._heartbeat_interval,
             "heartbeat_timeout": self._heartbeat_timeout, "adopted_by": None,
         }  # fmt: skip
         with self._engine.begin() as connection:
             if not _move(connection, name, HostEvent.AGENT_STARTS, **row):
                 connection.execute(host.insert().values(host=name, state=HostState.ACTIVE, **row))
-        return Fence(name, lease)
+        return HostLease(name, token)
 
-    def heartbeat(self, fence: Fence) -> HostState:
+    def heartbeat(self, lease: HostLease) -> HostState:
         """Send a heartbeat, and return the host's state. Ends the process if the host is another agent's now."""
         with self._engine.begin() as connection:
-            connection.execute(host.update().where(fence.holds).values(heartbeat_time=now()))
-            state = connection.execute(sa.select(host.c.state).where(fence.holds)).scalar()
-        return HostState(state) if state else fence.end()
+            connection.execute(host.update().where(lease.is_held).values(heartbeat_time=now()))
+            state = connection.execute(sa.select(host.c.state).where(lease.is_held)).scalar()
+        return HostState(state) if state else lease.exit_process()
 
     def requeue_lost(self, name: str) -> None:
         """Enqueue the unfinished tasks of a host that nothing runs.
@@ -140,10 +140,10 @@ class HostRegistry:
         with self._engine.connect() as connection:
             return _unfinished(connection, name, include_waiting=False)
 
-    def record_drained(self, fence: Fence) -> bool:
+    def record_drained(self, lease: HostLease) -> bool:
         """Record that the host is drained; return False if an operator has ended the drain in the meantime."""
         with self._engine.begin() as connection:
-            return _move(connection, fence.host, HostEvent.AGENT_HAS_DRAINED, condition=fence.holds)
+            return _move(connection, lease.host, HostEvent.AGENT_HAS_DRAINED, condition=lease.is_held)
 
     def list(self) -> Sequence[HostStatus]:
         """Return all hosts, sorted by name."""
@@ -307,12 +307,12 @@ def _check_adopter(by: _Row, lost: _Row) -> None:
 
 
 def _fence_off(connection: sa.Connection, lost: _Row, *, by: str | None, powered_off: bool) -> None:
-    if lost.state in WITH_AN_AGENT and lost.silence < lost.heartbeat_timeout and not powered_off:
+    if lost.state in HEARTBEAT_STATES and lost.silence < lost.heartbeat_timeout and not powered_off:
         raise HostInUse(
             f"Host {lost.host} sent a heartbeat {lost.silence:.0f} s ago. Drain it, or power it off and pass "
             "--powered-off."
         )
-    _move(connection, lost.host, HostEvent.TAKE_AWAY, lease=_NO_LEASE, adopted_by=by)
+    _move(connection, lost.host, HostEvent.FENCE, lease=_NO_LEASE, adopted_by=by)
 
 
 def _move(
@@ -324,7 +324,7 @@ def _move(
     **values: Any,  # noqa: ANN401 (whatever a column holds)
 ) -> bool:
     """Change a host's state by the table, in one statement; return False if there is no such host or transition."""
-    moves = MOVES[event]
+    moves = HOST_TRANSITIONS[event]
     after = sa.case({before.value: after.value for before, after in moves.items()}, value=host.c.state)
     allowed = [host.c.host == name, host.c.state.in_([*moves]), *([] if condition is None else [condition])]
     return connection.execute(host.update().where(*allowed).values(state=after, **values)).rowcount == 1

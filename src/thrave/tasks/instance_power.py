@@ -32,7 +32,7 @@ from thrave.concurrency import Call, CallTimeoutError, monotonic, sleep
 from thrave.tasks.errors import TaskFailure, may_pass
 from thrave.tasks.failpoints import failpoint
 from thrave.tasks.lease import LeaseExpiredError
-from thrave.tasks.models import BORROWED, BundleTask
+from thrave.tasks.models import STEPS_WITH_BORROWED_INSTANCE, BundleTask
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.repository import RECOVER_FOR, TaskRepository
 from thrave.tasks.step_retry import retry_hypervisor
@@ -189,7 +189,7 @@ class InstancePower:
         self._start_failed = False
         # Copies of what is recorded: the power is restored even while the database is unavailable.
         self._was_running = task.was_running
-        self._must_restore = bool(task.was_running) and task.next_step in BORROWED
+        self._must_restore = bool(task.was_running) and task.next_step in STEPS_WITH_BORROWED_INSTANCE
 
     def record_power_state(self) -> None:
         """Record, before the instance is touched, whether it is to run after the task, and that it is borrowed."""

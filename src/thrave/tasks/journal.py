@@ -19,7 +19,7 @@ from thrave.bundle.model import BundleKey, Checkpoint, PartRecord, ResumePoint
 from thrave.concurrency import random_hex
 from thrave.database import bundle_part, bundle_task
 from thrave.tasks import claims
-from thrave.tasks.lease import Fence
+from thrave.tasks.lease import HostLease
 from thrave.tasks.store_calls import IN_FLIGHT
 from thrave.vault import Vault
 
@@ -113,13 +113,13 @@ class ResumeState:
 
 
 class UploadJournal:
-    """The journal of one bundle task. An agent needs the right to write: see `Fence.claim`."""
+    """The journal of one bundle task. An agent needs the right to write: see `HostLease.lock_task`."""
 
-    def __init__(self, engine: sa.Engine, vault: Vault, bundle_id: str, fence: Fence | None = None) -> None:
+    def __init__(self, engine: sa.Engine, vault: Vault, bundle_id: str, lease: HostLease | None = None) -> None:
         """Open the journal of the task `bundle_id`; `vault` encrypts the bundle's key."""
         self._engine = engine
         self._vault = vault
-        self._fence = fence
+        self._lease = lease
         self.bundle_id = bundle_id
         self._context = f"{bundle_id} secrets"
         self._run = claims.THIS_PROCESS
@@ -289,10 +289,10 @@ class UploadJournal:
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
-        """A transaction that may write the task. Raises, or ends the process, as `Fence.claim`."""
+        """A transaction that may write the task. Raises, or ends the process, as `HostLease.lock_task`."""
         with self._engine.begin() as connection:
-            if self._fence is not None:
-                self._fence.claim(connection, self.bundle_id)
+            if self._lease is not None:
+                self._lease.lock_task(connection, self.bundle_id)
             yield connection
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Plain data of bundle tasks and hosts: states, steps, transitions, tasks and requests. Nothing here uses the database.
+"""Data of bundle tasks and hosts: states, steps, transitions, tasks and requests. Nothing here uses the database.
 
 `repository.py` and `hosts.py` apply the tables of transitions to the database, with conditional updates.
 
@@ -19,12 +19,7 @@ from typing import NamedTuple
 
 
 class HostState(StrEnum):
-    """The state of a host.
-
-    An operator drains a host: it finishes what it has started, and takes no more tasks, even if its agent restarts,
-    until an operator activates it. A host whose tasks another host has adopted is `fenced`: its agent has lost its
-    lease. The next start of an agent makes it active again.
-    """
+    """The state of a host; `HOST_STATES` describes each."""
 
     ACTIVE = "active"
     DRAINING = "draining"
@@ -37,38 +32,49 @@ class HostEvent(StrEnum):
 
     AGENT_STARTS = "its agent starts"
     DRAIN = "`thrave host drain`"
-    AGENT_HAS_DRAINED = "its agent has finished what was begun"
+    AGENT_HAS_DRAINED = "its agent has finished its started tasks"
     ACTIVATE = "`thrave host activate`"
-    TAKE_AWAY = "`thrave host adopt` or `retire`"
+    FENCE = "`thrave host adopt` or `retire`"
 
 
-_HOST = HostState
-
-
-MEANING: dict[HostState, str] = {
-    _HOST.ACTIVE: "It takes tasks.",
-    _HOST.DRAINING: "It finishes what it has begun, and takes no more. Its agent ends then.",
-    _HOST.DRAINED: "Its agent has ended, as it was asked to. What it had not begun waits for it.",
-    _HOST.FENCED: "Another host has adopted its tasks. Its agent may do nothing more until it is started anew.",
+HOST_STATES: dict[HostState, str] = {
+    HostState.ACTIVE: "The host starts tasks.",
+    HostState.DRAINING: "The host finishes the tasks that it has started, and starts no others, even if its agent "
+    "restarts. Then its agent ends.",
+    HostState.DRAINED: "The agent has ended after a drain. Tasks that have not started wait for its next start.",
+    HostState.FENCED: "Another host has adopted its tasks, so its agent has lost the lease and can write nothing. The "
+    "next start of an agent makes the host active again.",
 }
+"""What each state means."""
 
 
-MOVES: dict[HostEvent, dict[HostState, HostState]] = {
+HOST_TRANSITIONS: dict[HostEvent, dict[HostState, HostState]] = {
     HostEvent.AGENT_STARTS: {
-        _HOST.ACTIVE: _HOST.ACTIVE,
-        _HOST.DRAINING: _HOST.DRAINING,
-        _HOST.DRAINED: _HOST.DRAINING,
-        _HOST.FENCED: _HOST.ACTIVE,
+        HostState.ACTIVE: HostState.ACTIVE,
+        HostState.DRAINING: HostState.DRAINING,
+        HostState.DRAINED: HostState.DRAINING,
+        HostState.FENCED: HostState.ACTIVE,
     },
-    HostEvent.DRAIN: {_HOST.ACTIVE: _HOST.DRAINING, _HOST.DRAINING: _HOST.DRAINING, _HOST.DRAINED: _HOST.DRAINED},
-    HostEvent.AGENT_HAS_DRAINED: {_HOST.DRAINING: _HOST.DRAINED, _HOST.DRAINED: _HOST.DRAINED},
-    HostEvent.ACTIVATE: {_HOST.ACTIVE: _HOST.ACTIVE, _HOST.DRAINING: _HOST.ACTIVE, _HOST.DRAINED: _HOST.ACTIVE},
-    HostEvent.TAKE_AWAY: dict.fromkeys(_HOST, _HOST.FENCED),
+    HostEvent.DRAIN: {
+        HostState.ACTIVE: HostState.DRAINING,
+        HostState.DRAINING: HostState.DRAINING,
+        HostState.DRAINED: HostState.DRAINED,
+    },
+    HostEvent.AGENT_HAS_DRAINED: {
+        HostState.DRAINING: HostState.DRAINED,
+        HostState.DRAINED: HostState.DRAINED,
+    },
+    HostEvent.ACTIVATE: {
+        HostState.ACTIVE: HostState.ACTIVE,
+        HostState.DRAINING: HostState.ACTIVE,
+        HostState.DRAINED: HostState.ACTIVE,
+    },
+    HostEvent.FENCE: dict.fromkeys(HostState, HostState.FENCED),
 }
-"""For each event the state after it, by the state before it. An event that has no such entry is refused."""
+"""For each event the next state, by the current state. An event that has no entry for the current state is refused."""
 
 
-WITH_AN_AGENT = frozenset({_HOST.ACTIVE, _HOST.DRAINING})
+HEARTBEAT_STATES = frozenset({HostState.ACTIVE, HostState.DRAINING})
 """The states in which a host should send heartbeats."""
 
 
@@ -92,7 +98,7 @@ class BundleTaskState(StrEnum):
 _S = BundleTaskState
 
 
-FOLLOWS: dict[BundleTaskState, frozenset[BundleTaskState]] = {
+TASK_TRANSITIONS: dict[BundleTaskState, frozenset[BundleTaskState]] = {
     _S.PENDING: frozenset({_S.WAITING_FOR_SHUTDOWN, _S.CANCELLING, _S.FAILED}),
     _S.WAITING_FOR_SHUTDOWN: frozenset({_S.BUNDLING, _S.CANCELLING, _S.FAILED}),
     _S.BUNDLING: frozenset({_S.STORING, _S.CANCELLING, _S.FAILED}),
@@ -101,23 +107,27 @@ FOLLOWS: dict[BundleTaskState, frozenset[BundleTaskState]] = {
     _S.COMPLETE: frozenset(),
     _S.FAILED: frozenset(),
 }
+"""For each state the possible next states."""
 
 
-FINISHED: frozenset[BundleTaskState] = frozenset(state for state, after in FOLLOWS.items() if not after)
+ALLOWED_FROM: dict[BundleTaskState, frozenset[BundleTaskState]] = {
+    state: frozenset(earlier for earlier, later in TASK_TRANSITIONS.items() if state in later)
+    for state in BundleTaskState
+}
+"""For each state the states from which a task can change to it."""
+
+
+FINISHED: frozenset[BundleTaskState] = frozenset(state for state, later in TASK_TRANSITIONS.items() if not later)
 
 
 UNFINISHED: frozenset[BundleTaskState] = frozenset(BundleTaskState) - FINISHED
 
 
-CANCELLABLE: frozenset[BundleTaskState] = frozenset(s for s, after in FOLLOWS.items() if _S.CANCELLING in after)
+CANCELLABLE: frozenset[BundleTaskState] = ALLOWED_FROM[_S.CANCELLING]
 
 
 WITH_PROGRESS: frozenset[BundleTaskState] = frozenset({_S.BUNDLING, _S.STORING})
-
-
-def before(state: BundleTaskState) -> frozenset[BundleTaskState]:
-    """Return the states from which a task can change to `state`."""
-    return frozenset(earlier for earlier, after in FOLLOWS.items() if state in after)
+"""The states in which `progress` counts from 0 to 100."""
 
 
 class Step(StrEnum):
@@ -141,70 +151,72 @@ class Step(StrEnum):
     FAIL = "fail"
 
 
-class Row(NamedTuple):
+class StepDescription(NamedTuple):
     """What a step does, and what happens if it fails."""
 
-    does: str
-    fails: str
+    action: str
+    on_failure: str
 
 
-_UNDO = "The failure is recorded, and undoing begins."
+_UNDO = "The failure is recorded, and the undo begins."
 
 
-_WARN = "It is recorded as a warning, a background job of the agent repeats it, and the next step follows."
+_WARN = "The failure is recorded as a warning, and the next step follows. A background job retries."
 
 
-_APPEND = "It is added to the task's message, a background job of the agent repeats it, and the next step follows."
+_APPEND = "The failure is added to the task's message, and the next step follows. A background job retries."
 
 
-FORWARD: dict[Step, Row] = {
-    Step.STOP: Row("Records the instance's power state; asks the guest to power off, until it has.", _UNDO),
-    Step.FREE: Row("Starts the instance on an overlay, if `capture_mode` is `overlay`.", _UNDO),
-    Step.SEAL: Row("Reads the root volume; seals it, part by part, into the bucket.", _UNDO),
-    Step.START: Row("Starts the instance, if it is to run.", _WARN),
-    Step.STORE: Row(
-        "Proves that the bucket has every part; stores the side file, and the manifest last.",
-        "If the manifest is in the bucket, the next step follows. If not, the failure is recorded, and undoing begins.",
+FORWARD_STEPS: dict[Step, StepDescription] = {
+    Step.STOP: StepDescription(
+        "Records the power state of the instance; repeats a shutdown request until the guest has powered off.", _UNDO
     ),
-    Step.MERGE: Row("Merges the overlay, if there is one.", _WARN),
-    Step.REMOVE_EARLIER: Row("Removes what is left of a bundle that was replaced.", _WARN),
-    Step.COMPLETE: Row("Ends the task as `complete`.", "It is repeated."),
+    Step.FREE: StepDescription("Starts the instance on an overlay, if `capture_mode` is `overlay`.", _UNDO),
+    Step.SEAL: StepDescription("Reads and seals the root volume, and uploads the parts.", _UNDO),
+    Step.START: StepDescription("Starts the instance, if its owner wants it to run.", _WARN),
+    Step.STORE: StepDescription(
+        "Verifies that the bucket has every part; uploads the side file, and the manifest last.",
+        "If the bucket has the manifest, the next step follows. Otherwise " + _UNDO.lower(),
+    ),
+    Step.MERGE: StepDescription("Merges the overlay, if there is one.", _WARN),
+    Step.REMOVE_EARLIER: StepDescription("Deletes the remaining objects of the bundle that was replaced.", _WARN),
+    Step.COMPLETE: StepDescription("Ends the task as `complete`.", "The step is repeated."),
 }
+"""The steps of a task without a failure, in their order."""
 
 
-UNDO: dict[Step, Row] = {
-    Step.UNDO_START: Row("Starts the instance, if it is to run.", _APPEND),
-    Step.UNDO_MERGE: Row("Merges the overlay, if there is one.", _APPEND),
-    Step.UNDO_REMOVE: Row("Removes every object that the task has sent.", _APPEND),
-    Step.FAIL: Row("Ends the task as `failed`, with the recorded error.", "It is repeated."),
+UNDO_STEPS: dict[Step, StepDescription] = {
+    Step.UNDO_START: StepDescription("Starts the instance, if its owner wants it to run.", _APPEND),
+    Step.UNDO_MERGE: StepDescription("Merges the overlay, if there is one.", _APPEND),
+    Step.UNDO_REMOVE: StepDescription("Deletes every object that the task has sent.", _APPEND),
+    Step.FAIL: StepDescription("Ends the task as `failed`, with the recorded error.", "The step is repeated."),
 }
+"""The steps after a failure or a cancellation, in their order."""
 
 
-FIRST, FIRST_OF_UNDO = next(iter(FORWARD)), next(iter(UNDO))
+FIRST_STEP, FIRST_UNDO_STEP = next(iter(FORWARD_STEPS)), next(iter(UNDO_STEPS))
 
 
-BEFORE_READ = frozenset({Step.STOP, Step.FREE, Step.SEAL})
-"""Steps that fail if the instance had to be started meanwhile: its volume has changed then."""
+STEPS_UNTIL_READ = frozenset({Step.STOP, Step.FREE, Step.SEAL})
+"""Steps that fail if the instance had to be started in the meantime: its volume has changed then."""
 
 
-MAY_FAIL = BEFORE_READ | {Step.START, Step.STORE}
-"""Steps before which the bundle is not complete in the bucket: until then a failure undoes the task."""
+STEPS_UNTIL_STORED = STEPS_UNTIL_READ | {Step.START, Step.STORE}
+"""While one of these is the next step, the bundle is not complete in the bucket, and a failure undoes the task."""
 
 
-AFTER_STORED = frozenset(FORWARD) - MAY_FAIL
-"""Steps before which the bundle is complete in the bucket: no failure can undo it."""
+STEPS_AFTER_STORED = frozenset(FORWARD_STEPS) - STEPS_UNTIL_STORED
+"""While one of these is the next step, the bundle is complete in the bucket, and no failure can undo it."""
 
 
-BORROWED = BEFORE_READ | {Step.START, Step.UNDO_START}
-"""Steps before which the instance may be off because of the task."""
+STEPS_WITH_BORROWED_INSTANCE = STEPS_UNTIL_READ | {Step.START, Step.UNDO_START}
+"""While one of these is the next step, the instance may be off because of the task."""
 
 
-_FOLLOWS = {step: after for steps in ([*FORWARD], [*UNDO]) for step, after in pairwise(steps)}
-
-
-def following(step: Step) -> Step | None:
-    """Return the step after `step`; None after the last step, which ends the task."""
-    return _FOLLOWS.get(step)
+STEP_TRANSITIONS: dict[Step, Step] = {
+    step: following for steps in ([*FORWARD_STEPS], [*UNDO_STEPS]) for step, following in pairwise(steps)
+}
+"""For each step the following one; the last forward step and the last undo step have none and end the task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +234,7 @@ class BundleRequest:
     upload_policy: str = field(repr=False)
     """The base64 text that was signed. Of a policy that was encoded twice, the layer that the signature covers."""
     upload_policy_signature: str = field(repr=False)
-    made_bucket: bool = False
+    created_bucket: bool = False
     """Whether the request created the bucket."""
 
 
@@ -245,12 +257,12 @@ class BundleTask:
     bucket: str
     prefix: str
     access_key_id: str
-    made_bucket: bool | None
-    """Whether the request created the bucket, and the bucket is to be removed if the task fails."""
+    created_bucket: bool | None
+    """True if the request created the bucket, and the bucket must be deleted if the task fails."""
     was_running: bool | None
-    """Whether the instance ran before the task touched it; None until that is known."""
+    """Whether the instance ran before the task changed its power; None until this is recorded."""
     power_recovery_until: datetime | None
-    """Until when the guest may still power off because of this task; None if it will not."""
+    """Until when power recovery checks the instance (`housekeeping.py`); None: no longer."""
     error_code: str | None
     """Why the task fails or has failed: recorded before the undo, so it is also set before the task has ended."""
     error_message: str | None
@@ -259,15 +271,15 @@ class BundleTask:
     volume_size: int | None
     """Bytes of the root volume; None until it has been opened."""
     attempts: int
-    """How often a host has started it: once, and again after each crash. The number of its last run."""
+    """Number of runs: one, and one more after each crash. Also the number of the last run."""
 
 
 class TaskEvent(NamedTuple):
-    """Something that happened to a task."""
+    """An entry of a task's history."""
 
     time: datetime
     """Aware, in UTC."""
     state: BundleTaskState
     """The state of the task then."""
     message: str | None
-    """What happened in that state; None: the task changed to it."""
+    """What happened in that state; None: the task changed to this state."""

@@ -14,7 +14,7 @@ import structlog
 from thrave.compute.errors import HoldLostError, InstanceError, InstanceNotFound, RootVolumeInUse
 from thrave.concurrency import Background, Call, monotonic, new_event, new_lock, repeat, supervised
 from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, may_pass, to_task_failure
-from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
+from thrave.tasks.lease import LeaseExpiredError, LeaseTimer, RightLostError
 from thrave.tasks.models import FINISHED, BundleTask, BundleTaskState
 from thrave.tasks.repository import TaskRepository
 
@@ -39,7 +39,7 @@ class TaskMonitor:
         *,
         stall_timeout: float,
         is_ours: Callable[[BundleTask], bool] = lambda _task: True,
-        lease: Lease | None = None,
+        lease_timer: LeaseTimer | None = None,
     ) -> None:
         """Monitor the task `bundle_id`.
 
@@ -50,13 +50,13 @@ class TaskMonitor:
                 no limit on the total time, since no limit fits every disk. Time while the process is suspended does not
                 count.
             is_ours: Whether this run may work on the task, by its row.
-            lease: How long this host may act while the row cannot be read.
+            lease_timer: How long this host may act while the row cannot be read.
         """
         self._records = records
         self._bundle_id = bundle_id
         self._stall_timeout = stall_timeout
         self._is_ours = is_ours
-        self._lease = lease
+        self._lease_timer = lease_timer
         self._cancel: Callable[[], None] = lambda: None
         self._progress: Callable[[], float] = lambda: 0.0
         self._state: BundleTaskState | None = None
@@ -162,7 +162,7 @@ class TaskMonitor:
             now = monotonic()
             self._elapsed += min(now - last_tick, _MAX_TICK)
             last_tick = now
-            if self._lease is not None and not self._lease.holds():
+            if self._lease_timer is not None and not self._lease_timer.is_valid():
                 self._stop(LeaseExpiredError())
             elif self._elapsed - self._last_activity >= self._stall_timeout:
                 self._stop(self._stalled())

@@ -124,7 +124,7 @@ class CreatedBuckets:
 
     def remove_of(self, buckets: ObjectStore, task: BundleTask) -> None:
         """Remove the bucket that a task's request has created, and record it when nothing remains to do."""
-        if not task.made_bucket:
+        if not task.created_bucket:
             return
         try:
             owners = buckets.on_behalf_of(task.access_key_id)

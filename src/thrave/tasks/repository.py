@@ -31,21 +31,21 @@ from thrave.database import (
 from thrave.tasks import claims
 from thrave.tasks.errors import TaskCancelled, TaskFailure, without_folders
 from thrave.tasks.journal import UploadJournal
-from thrave.tasks.lease import Fence, hostless
+from thrave.tasks.lease import HostLease, hostless
 from thrave.tasks.models import (
-    AFTER_STORED,
+    ALLOWED_FROM,
     CANCELLABLE,
     FINISHED,
-    FIRST_OF_UNDO,
-    MAY_FAIL,
+    FIRST_UNDO_STEP,
+    STEP_TRANSITIONS,
+    STEPS_AFTER_STORED,
+    STEPS_UNTIL_STORED,
     WITH_PROGRESS,
     BundleRequest,
     BundleTask,
     BundleTaskState,
     Step,
     TaskEvent,
-    before,
-    following,
 )
 from thrave.vault import Vault
 
@@ -54,7 +54,7 @@ RECOVER_FOR = timedelta(days=1)
 
 # Columns that are erased when a task ends; and columns that a task does not show.
 _ERASED = dict.fromkeys(("encrypted_policy", "encrypted_bundle_key", "checkpoint", "documents"))
-_COMPLETED: dict[str, Any] = {"progress": 100, "made_bucket": None, **_ERASED}
+_COMPLETED: dict[str, Any] = {"progress": 100, "created_bucket": None, **_ERASED}
 _KEPT = {*_ERASED, "overlay", "part_series", "earlier", "manifest_sent"}
 
 # Built once: building a query takes SQLAlchemy longer than running it takes SQLite.
@@ -99,24 +99,24 @@ class StoredPolicy(NamedTuple):
 class TaskRepository:
     """The bundle tasks in the database."""
 
-    def __init__(self, engine: sa.Engine, vault: Vault, fence: Fence | None = None) -> None:
+    def __init__(self, engine: sa.Engine, vault: Vault, lease: HostLease | None = None) -> None:
         """Use the database of `engine`.
 
         Args:
             engine: Of the database.
             vault: Encrypts upload policies and keys, so that a stolen database does not reveal them.
-            fence: The right of a host's agent to write; None for other processes.
+            lease: The right of a host's agent to write; None for other processes.
         """
         self._engine = engine
         self._vault = vault
-        self._fence = fence
+        self._lease = lease
 
     def for_run(self, bundle_id: str, run: int) -> "TaskRepository":
         """Return a repository for one run of a task, which writes nothing once a later run has started."""
-        return TaskRepository(self._engine, self._vault, self._fence and self._fence.of_run(bundle_id, run))
+        return TaskRepository(self._engine, self._vault, self._lease and self._lease.for_run(bundle_id, run))
 
     def require_lease(self, bundle_id: str) -> None:
-        """Check that this agent may work on the task. Raises, or ends the process, as `Fence.claim`."""
+        """Check that this agent may work on the task. Raises, or ends the process, as `HostLease.lock_task`."""
         with self._task_transaction(bundle_id):
             pass
 
@@ -131,7 +131,7 @@ class TaskRepository:
             "bundle_id": bundle_id, "account_id": request.account_id, "owner_id": request.owner_id,
             "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
             "bucket": request.bucket, "prefix": request.prefix,
-            "access_key_id": request.access_key_id, "made_bucket": request.made_bucket or None,
+            "access_key_id": request.access_key_id, "created_bucket": request.created_bucket or None,
             "encrypted_policy": self._vault.encrypt(policy, context=bundle_id),
         }  # fmt: skip
         connection.execute(bundle_task.insert(), row)
@@ -191,23 +191,23 @@ class TaskRepository:
         of a task that has failed or was cancelled does not change.
         """
         change: dict[str, Any] = {"progress": 0} if state in WITH_PROGRESS else {}
-        changed = self._change_state(bundle_id, before(state), _GOES_FORWARD, state=state, **change)
+        changed = self._change_state(bundle_id, ALLOWED_FROM[state], _GOES_FORWARD, state=state, **change)
         return changed or bool(
             self.find(bundle_task.c.bundle_id == bundle_id, bundle_task.c.state == state, _GOES_FORWARD)
         )
 
     def finish_step(self, bundle_id: str, step: Step) -> None:
-        """Make the following step the next one, unless the task has failed or was cancelled since."""
-        self._update(bundle_id, bundle_task.c.next_step == step, next_step=following(step))
+        """Make the following step the next one, unless the task has failed or was cancelled in the meantime."""
+        self._update(bundle_id, bundle_task.c.next_step == step, next_step=STEP_TRANSITIONS[step])
 
     def start_undo(self, bundle_id: str, failure: TaskFailure) -> None:
         """Record why a task fails, and make the first undo step the next one.
 
         Keeps the first reason. Does nothing if the bundle is complete in the bucket.
         """
-        may_fail = sa.and_(task_in_progress, _GOES_FORWARD, bundle_task.c.next_step.in_([*MAY_FAIL]))
+        may_fail = sa.and_(task_in_progress, _GOES_FORWARD, bundle_task.c.next_step.in_([*STEPS_UNTIL_STORED]))
         reason = {"error_code": failure.code, "error_message": failure.message}
-        self._update(bundle_id, may_fail, next_step=FIRST_OF_UNDO, **reason)
+        self._update(bundle_id, may_fail, next_step=FIRST_UNDO_STEP, **reason)
 
     def append_failure(self, bundle_id: str, failure: TaskFailure) -> None:
         """Add the failure of an undo step to the error message of the task."""
@@ -232,7 +232,7 @@ class TaskRepository:
         decision: dict[str, Any] = {
             "error_code": sa.func.coalesce(bundle_task.c.error_code, cancelled.code),
             "error_message": sa.func.coalesce(bundle_task.c.error_message, cancelled.message),
-            "next_step": sa.case((_GOES_FORWARD, FIRST_OF_UNDO), else_=bundle_task.c.next_step),
+            "next_step": sa.case((_GOES_FORWARD, FIRST_UNDO_STEP), else_=bundle_task.c.next_step),
         }
         return at_once or self._change_state(
             bundle_id, CANCELLABLE, unsent, state=BundleTaskState.CANCELLING, **decision
@@ -252,7 +252,7 @@ class TaskRepository:
     def complete(self, bundle_id: str) -> bool:
         """End a task as `complete`, and erase its secrets; return whether it is complete now."""
         complete = BundleTaskState.COMPLETE
-        done = self._change_state(bundle_id, before(complete), _GOES_FORWARD, state=complete, **_COMPLETED)
+        done = self._change_state(bundle_id, ALLOWED_FROM[complete], _GOES_FORWARD, state=complete, **_COMPLETED)
         return done or self.state(bundle_id) is complete
 
     def end_on_lost_host(self, connection: sa.Connection, bundle_id: str, failure: TaskFailure) -> bool:
@@ -260,9 +260,11 @@ class TaskRepository:
 
         If its bundle is complete in the bucket, the task is complete.
         """
-        stored = bundle_task.c.next_step.in_([*AFTER_STORED])
+        stored = bundle_task.c.next_step.in_([*STEPS_AFTER_STORED])
         complete = BundleTaskState.COMPLETE
-        if self._change_state(bundle_id, before(complete), stored, state=complete, connection=connection, **_COMPLETED):
+        if self._change_state(
+            bundle_id, ALLOWED_FROM[complete], stored, state=complete, connection=connection, **_COMPLETED
+        ):
             connection.execute(bundle_task_event.insert(), _event(bundle_id, complete, failure.message))
             return False
         return self.fail(bundle_id, failure, connection=connection)
@@ -296,8 +298,8 @@ class TaskRepository:
             **_ERASED,
             **needed,
         }
-        sources = frozenset({only_from}) if only_from else before(BundleTaskState.FAILED)
-        may_fail = bundle_task.c.next_step.not_in([*AFTER_STORED])
+        sources = frozenset({only_from}) if only_from else ALLOWED_FROM[BundleTaskState.FAILED]
+        may_fail = bundle_task.c.next_step.not_in([*STEPS_AFTER_STORED])
         return self._change_state(
             bundle_id, sources, may_fail, state=BundleTaskState.FAILED, connection=connection, **reason
         )
@@ -407,11 +409,11 @@ class TaskRepository:
         """Return the failed tasks of a host, and of retired hosts, whose created buckets may have to be removed."""
         there = sa.or_(bundle_task.c.host == on_host, hostless)
         failed = bundle_task.c.state == sa.literal_column("'failed'")
-        return self.find(bundle_task.c.made_bucket.is_not(None), failed, there)
+        return self.find(bundle_task.c.created_bucket.is_not(None), failed, there)
 
     def clear_created_bucket(self, bundle_id: str) -> None:
         """Record that the bucket which the task's request created needs no removal any more."""
-        self._set_values(bundle_id, made_bucket=None)
+        self._set_values(bundle_id, created_bucket=None)
 
     def with_orphans(self, on_host: str | None = None) -> list[BundleTask]:
         """Return the ended tasks with objects to delete from a bucket (`journal(…).orphaned_objects()`).
@@ -471,7 +473,7 @@ class TaskRepository:
 
     def journal(self, bundle_id: str) -> UploadJournal:
         """Return the journal of a task's uploads."""
-        return UploadJournal(self._engine, self._vault, bundle_id, self._fence)
+        return UploadJournal(self._engine, self._vault, bundle_id, self._lease)
 
     def add_event(self, bundle_id: str, message: str) -> None:
         """Add an event that is no change of state."""
@@ -509,12 +511,12 @@ class TaskRepository:
 
         A PostgreSQL standby may be behind its primary: its answer proves nothing.
         """
-        if self._fence is None:
+        if self._lease is None:
             return True
         with self._engine.connect() as connection:
             if connection.dialect.name == "postgresql" and connection.execute(sa.select(_IS_STANDBY)).scalar_one():
                 return False
-            return connection.execute(sa.select(sa.exists().where(self._fence.holds))).scalar_one()
+            return connection.execute(sa.select(sa.exists().where(self._lease.is_held))).scalar_one()
 
     def history(self, bundle_id: str) -> list[TaskEvent]:
         """Return the events of a task, the oldest first."""
@@ -526,18 +528,18 @@ class TaskRepository:
 
     @contextmanager
     def _task_transaction(self, bundle_id: str) -> Iterator[sa.Connection]:
-        """A transaction that may write the task. Raises, or ends the process, as `Fence.claim`."""
+        """A transaction that may write the task. Raises, or ends the process, as `HostLease.lock_task`."""
         with self._engine.begin() as connection:
-            if self._fence is not None:
-                self._fence.claim(connection, bundle_id)
+            if self._lease is not None:
+                self._lease.lock_task(connection, bundle_id)
             yield connection
 
     @contextmanager
     def _host_transaction(self) -> Iterator[sa.Connection]:
-        """A transaction on several tasks of the host. Raises, or ends the process, as `Fence.claim_host`."""
+        """A transaction on several tasks of the host. Raises, or ends the process, as `HostLease.lock_host`."""
         with self._engine.begin() as connection:
-            if self._fence is not None:
-                self._fence.claim_host(connection)
+            if self._lease is not None:
+                self._lease.lock_host(connection)
             yield connection
 
     def _read(self, query: sa.Select[tuple[object, ...]], **parameters: object) -> list[BundleTask]:
@@ -578,10 +580,10 @@ class TaskRepository:
     def _set_values(self, bundle_id: str, **values: object) -> None:
         """Change columns that the API does not show: the update time stays. An agent needs the right to write."""
         with self._engine.begin() as connection:
-            permits = bundle_task.c.bundle_id == bundle_id if self._fence is None else self._fence.permits(bundle_id)
+            permits = bundle_task.c.bundle_id == bundle_id if self._lease is None else self._lease.allows(bundle_id)
             changed = connection.execute(bundle_task.update().where(permits).values(**values)).rowcount
-            if changed != 1 and self._fence is not None:
-                self._fence.refused(connection, bundle_id)
+            if changed != 1 and self._lease is not None:
+                self._lease.raise_lost(connection, bundle_id)
 
     def _update(self, bundle_id: str, condition: sa.ColumnElement[bool], **values: object) -> bool:
         with self._engine.begin() as connection:
@@ -591,12 +593,12 @@ class TaskRepository:
         self, connection: sa.Connection, bundle_id: str, condition: sa.ColumnElement[bool], **values: object
     ) -> bool:
         """Change a task that meets the condition; return whether it did. An agent needs the right to write."""
-        permits = sa.true() if self._fence is None else self._fence.permits(bundle_id)
+        permits = sa.true() if self._lease is None else self._lease.allows(bundle_id)
         statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition, permits)
         if connection.execute(statement.values(update_time=now(), **values)).rowcount == 1:
             return True
-        if self._fence is not None:
-            self._fence.claim(connection, bundle_id)  # raises if the right is lost; else the condition did not hold
+        if self._lease is not None:
+            self._lease.lock_task(connection, bundle_id)  # raises if the right is lost; else the condition did not hold
         return False
 
 

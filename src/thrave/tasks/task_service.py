@@ -65,7 +65,7 @@ class BundleTaskService:
         self._host_of = host_of
         self._retention = retention
         self._max_per_account = max_per_account
-        self.made_buckets = CreatedBuckets(engine, records)
+        self.created_buckets = CreatedBuckets(engine, records)
         """Buckets that requests create."""
         # Ended tasks, which never change, with the monotonic time until which they are shown.
         self._ended: dict[str, tuple[BundleTask, float]] = {}

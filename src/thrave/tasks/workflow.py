@@ -32,8 +32,16 @@ from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, 
 from thrave.tasks.failpoints import failpoint
 from thrave.tasks.instance_power import InstancePower, RootOverlay, ShutdownTimeoutAction
 from thrave.tasks.journal import Documents
-from thrave.tasks.lease import Lease, LeaseExpiredError, RightLostError
-from thrave.tasks.models import BEFORE_READ, FINISHED, UNDO, BundleTask, BundleTaskState, Step, following
+from thrave.tasks.lease import LeaseExpiredError, LeaseTimer, RightLostError
+from thrave.tasks.models import (
+    FINISHED,
+    STEP_TRANSITIONS,
+    STEPS_UNTIL_READ,
+    UNDO_STEPS,
+    BundleTask,
+    BundleTaskState,
+    Step,
+)
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
@@ -98,7 +106,7 @@ class TaskContext:
     store: ObjectStore
     created_buckets: CreatedBuckets
     identity: ServiceIdentity
-    lease: Lease = field(default_factory=lambda: Lease(None))
+    lease_timer: LeaseTimer = field(default_factory=lambda: LeaseTimer(None))
     """Checked before each attempt of a call to the store or the hypervisor."""
     before_attempt: WriteCheck = no_check
     """Called before each attempt of a call to the store: checks the lease for the longest time of an attempt."""
@@ -120,14 +128,14 @@ class BundleWorkflow:
             task,
             shutdown_timeout=self._settings.shutdown_timeout,
             shutdown_timeout_action=self._settings.shutdown_timeout_action,
-            check=context.lease.check,
+            check=context.lease_timer.check,
         )
         self._overlay = RootOverlay(
             context.driver,
             repository,
             task,
             stall_timeout=self._settings.stall_timeout,
-            check=context.lease.check,
+            check=context.lease_timer.check,
         )
         self._journal = repository.journal(task.bundle_id)
         self._steps: dict[Step, Callable[[], object]] = {
@@ -158,7 +166,7 @@ class BundleWorkflow:
                 if not self._can_continue(step, failure):
                     self.roll_back(failure)
                     continue
-            if following(step) is not None:  # the last step has ended the task
+            if step in STEP_TRANSITIONS:  # the last step has ended the task
                 self._retry(partial(self._repository.finish_step, self._task.bundle_id, step))
 
     def roll_back(self, failure: TaskFailure) -> None:
@@ -171,9 +179,9 @@ class BundleWorkflow:
         return None if task is None or task.state in FINISHED else task.next_step
 
     def _can_continue(self, step: Step, failure: TaskFailure) -> bool:
-        """Record the failure of a step that does not fail the task; False if the task fails. See `models.FORWARD`."""
+        """Record the failure of a step if the task continues (`models.FORWARD_STEPS`); False if the task fails."""
         bundle_id = self._task.bundle_id
-        if step in UNDO:
+        if step in UNDO_STEPS:
             self._retry(lambda: self._repository.append_failure(bundle_id, failure))
         elif step in _STEP_WARNINGS:
             warning = f"{_STEP_WARNINGS[step]}: {failure.message}"
@@ -297,7 +305,7 @@ class BundleWorkflow:
         try:
             self._retry(
                 lambda: retry_hypervisor(work, self._settings.stall_timeout, is_whole_step=True),
-                fails_if_started=step in BEFORE_READ,
+                fails_if_started=step in STEPS_UNTIL_READ,
             )
         except Exception as error:
             # The last steps only write the row. Only a bug makes them fail; then the whole task runs again later.
@@ -370,7 +378,7 @@ class BundleWorkflow:
             self._task.bundle_id,
             stall_timeout=self._settings.stall_timeout,
             is_ours=lambda task: (task.host, task.attempts) == (context.host, self._attempt),
-            lease=context.lease,
+            lease_timer=context.lease_timer,
         ) as monitor:
             yield monitor
 
@@ -450,7 +458,7 @@ class _StartWithoutDatabase:
     def act(self) -> bool:
         """Start the instance, unless another host may have it. The step has ended, so nothing reads its volume."""
         # An expired lease may still be proved: a database whose disk is full can be read.
-        check = None if self.context.lease.holds() else self._require_lease
+        check = None if self.context.lease_timer.is_valid() else self._require_lease
         if check is not None and not self._holds_lease():
             log.error(
                 "instance stays off: the database is unavailable, and another host may have adopted the task",

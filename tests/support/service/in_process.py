@@ -33,7 +33,7 @@ class OneHost:
         self.records = self.ground.records()
         self.account, self.key = self.ground.accounts.create("alice")
         self.ground.buckets.create(BUCKET, self.account.account_id)
-        self.fence = self.ground.hosts.acquire_lease(HOST, worker_concurrency=1)
+        self.lease = self.ground.hosts.acquire_lease(HOST, worker_concurrency=1)
         self.buckets, self.instances = self.ground.buckets, self.ground.instances
         self._size = size
         self._numbers = count(1)
@@ -67,12 +67,12 @@ class OneHost:
     def get(self, bundle_id):
         return self.records.get(bundle_id)
 
-    def run(self, bundle_id, fence=None, **changes):
+    def run(self, bundle_id, lease=None, **changes):
         """Do what a workflow of the task does."""
-        run_bundle_task(self.host(fence or self.fence, **changes), bundle_id)
+        run_bundle_task(self.host(lease or self.lease, **changes), bundle_id)
 
-    def host(self, fence, **changes):
-        settings, records = self.ground.settings, self.ground.records(fence)
+    def host(self, lease, **changes):
+        settings, records = self.ground.settings, self.ground.records(lease)
         options = {
             "shutdown_timeout": 5.0, "shutdown_timeout_action": settings.shutdown_timeout_action,
             "capture_mode": settings.capture_mode, "sysprep_command": (), "unclean_volume": settings.unclean_volume,

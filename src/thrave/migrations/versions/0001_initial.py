@@ -44,7 +44,7 @@ def upgrade() -> None:
         sa.Column('bucket', sa.String(length=255), nullable=False),
         sa.Column('prefix', sa.String(length=1024), nullable=False),
         sa.Column('access_key_id', sa.String(length=32), nullable=False),
-        sa.Column('made_bucket', sa.Boolean()),
+        sa.Column('created_bucket', sa.Boolean()),
         sa.Column('encrypted_policy', sa.LargeBinary()),
         sa.Column('encrypted_bundle_key', sa.LargeBinary()),
         sa.Column('part_series', sa.String(length=12)),
@@ -70,7 +70,7 @@ def upgrade() -> None:
     op.create_index('bundle_task_in_progress', 'bundle_task', ['instance_id'], unique=True, **_where(_IN_PROGRESS))
     op.create_index('bundle_task_in_progress_of_account', 'bundle_task', ['account_id'], **_where(_IN_PROGRESS))
     op.create_index('bundle_task_in_progress_on_host', 'bundle_task', ['host'], **_where(_IN_PROGRESS))
-    op.create_index('bundle_task_made_bucket', 'bundle_task', ['host'], **_where('made_bucket IS NOT NULL'))
+    op.create_index('bundle_task_created_bucket', 'bundle_task', ['host'], **_where('created_bucket IS NOT NULL'))
     op.create_index('bundle_task_overlay', 'bundle_task', ['host', 'instance_id'], **_where('overlay IS NOT NULL'))
     op.create_index(
         'bundle_task_place_in_progress', 'bundle_task', ['bucket', 'prefix'], unique=True, **_where(_IN_PROGRESS)
