@@ -1,18 +1,20 @@
-"""Writes the pages of docs/reference that are generated from tables in the code.
+"""Writes the pages of docs/reference that are generated from tables, help texts and docstrings in the code.
 
     python scripts/make_docs.py            writes all pages
     python scripts/make_docs.py --check    reports pages that are out of date
 
-These pages are never edited: a table in the code is their only source.
+Do not edit these pages. python_api.py writes the page of the Python API.
 """
 
 import ast
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import click
 from pydantic_core import PydanticUndefined
+from python_api import python_api
 
 from thrave.buckets.errors import KINDS, TABLE, Kind
 from thrave.cli.exit_codes import MEANING
@@ -42,6 +44,7 @@ from thrave.volumes.image_rules import MARKS, REFERENCES, ImageRule
 
 SOURCE = Path(__file__).parents[1] / "src" / "thrave"
 _OTHER_FOLDERS = ("volumes", "bundle", "buckets", "doctor", "cli", "demo")
+JSON_FIELDS = Path(__file__).parent / "json_output.toml"
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 MADE = "<!-- Made by `make docs` from {source}. Do not edit. -->\n\n"
 
@@ -73,9 +76,14 @@ def settings() -> str:
 
 
 def exit_codes() -> str:
-    """The command's exit codes."""
-    return "# Exit codes of the `thrave` command\n\n" + table(
-        ("code", "name", "meaning"), ((int(code), f"`{code.name}`", meaning) for code, meaning in MEANING.items())
+    """Exit codes of the command."""
+    return (
+        "# Exit codes of the `thrave` command\n\nStable: within a major version a code keeps its meaning and no code is"
+        " removed. New codes can be added, so treat an unknown code as a failure. The help of a command lists its"
+        " codes ([commands](commands.md)).\n\n"
+        + table(
+            ("code", "name", "meaning"), ((int(code), f"`{code.name}`", meaning) for code, meaning in MEANING.items())
+        )
     )
 
 
@@ -312,7 +320,52 @@ def commands() -> str:
         command = thrave.get_command(context, name)
         assert command is not None
         pages += list(_help(command, f"thrave {name}"))
-    return "# The `thrave` command\n\n" + "\n".join(pages)
+    return COMMANDS_PAGE + "\n".join(pages)
+
+
+COMMANDS_PAGE = """\
+# The `thrave` command
+
+Stable, for scripts: names of commands and options, [exit codes](exit-codes.md), and the fields of
+[`--output json`](json-output.md). Within a major version none of them is removed or renamed. Not stable: tables,
+messages and progress for people, and their order. JSON is printed on stdout, everything else on stderr.
+
+"""
+
+
+JSON_PAGE = """\
+# Fields of `--output json`
+
+Each command prints one JSON document on stdout. Stable: within a major version no field is removed or renamed, and the
+meaning of a field does not change. Fields can be added, so ignore unknown ones. The order of fields is not stable.
+
+Sizes are in bytes, times in ISO 8601 and UTC. `name[]` is a list. A field marked "optional" can be absent. Every other
+field is present; it can be null if its text says so. The fields below a null or empty value are absent.
+
+"""
+
+
+def json_output() -> str:
+    """The fields of the JSON document of every command."""
+    documents = tomllib.loads(JSON_FIELDS.read_text())
+    pages = [_json_section(f"The object `{name}`", fields) for name, fields in documents["objects"].items()]
+    pages += [_json_section(f"thrave {name}", fields) for name, fields in documents["commands"].items()]
+    return JSON_PAGE + "\n".join(pages)
+
+
+def _json_section(title: str, fields: Mapping[str, str | list[str]]) -> str:
+    rows = []
+    for name, meaning in fields.items():
+        references = [text.removeprefix("@") for text in ([meaning] if isinstance(meaning, str) else meaning)]
+        links = " and of the ".join(f"[{text}](#the-object-{text.replace(' ', '-')})" for text in references)
+        if name == "*":
+            rows.append(("…", f"The fields of the {links}."))
+        elif isinstance(meaning, str) and meaning.startswith("@"):
+            rows.append((f"`{name}`", f"The object {links}." if "[]" not in name else f"List of the object {links}."))
+        else:
+            optional = "Optional. " if name.endswith("?") else ""
+            rows.append((f"`{name.removesuffix('?').removesuffix('{}')}`", f"{optional}{meaning}"))
+    return f"## {title}\n\n" + table(("field", "meaning"), rows)
 
 
 def _help(command: click.Command, name: str) -> Iterable[str]:
@@ -358,7 +411,9 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "host-states.md": ("src/thrave/tasks/models.py", host_states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
     "modules.md": ("the docstrings of src/thrave", modules),
-    "commands.md": ("the commands' own help", commands),
+    "commands.md": ("the help of the commands", commands),
+    "json-output.md": ("scripts/json_output.toml", json_output),
+    "python-api.md": ("the docstrings of thrave.bundle, thrave.testing and thrave.pytest_plugin", python_api),
 }
 
 

@@ -1,16 +1,17 @@
-"""The `thrave` command, run as from a shell but in the tests' own process, which is quicker."""
+"""Runs the `thrave` command in the process of the tests, which is faster than a process for each command."""
 
 import json
 import sys
 
 import pytest
 
+from support.json_fields import find_command, find_differences
 from thrave.cli.main import main
 
 
 @pytest.fixture
 def thrave(monkeypatch, capsys):
-    """Runs `thrave …`; gives the status, stdout and stderr."""
+    """Runs `thrave …`; returns exit code, stdout and stderr."""
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["thrave", *map(str, words)])
@@ -25,12 +26,14 @@ def thrave(monkeypatch, capsys):
 
 @pytest.fixture
 def thrave_json(thrave):
-    """Runs `thrave … --output json`, which must succeed; gives what it printed."""
+    """Runs `thrave … --output json`, which must print exactly the documented fields; returns the document."""
 
     def run(*words):
         status, stdout, stderr = thrave(*words, "--output", "json")
         assert status == 0, stderr
-        return json.loads(stdout)
+        document = json.loads(stdout)
+        assert find_differences(find_command(words), document) == []
+        return document
 
     return run
 
