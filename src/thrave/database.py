@@ -1,11 +1,11 @@
-"""The database: its tables, how it is opened and migrated.
+"""The database: its tables, how it is opened, migrations, and messages for its errors.
 
-Every table of ours stands here, as SQLAlchemy Core tables, so that a reader sees at once what Thrave remembers. The
-durable engine keeps its own tables beside them and these modules never read those. No secret is stored in the
-clear: columns named `encrypted…` hold what `vault.py` encrypted with a key that is not in the database.
+All tables of Thrave are here, as SQLAlchemy Core tables. DBOS has tables of its own in the same database; these modules
+never read them. No secret is stored in plain text: columns named `encrypted…` have what `vault.py` encrypted with a key
+that is not in the database.
 
     DatabaseUnusableError
-    ├── NewerDatabaseError       a later release made the tables
+    ├── NewerDatabaseError       a later release created the tables
     └── DatabaseReplacedError    the file was deleted or replaced while it was open
 """
 
@@ -25,39 +25,39 @@ from thrave.concurrency import monotonic, random_below, utc_now, wall_time
 metadata = sa.MetaData()
 
 VERSION_TABLE = "thrave_version"
-"""Where Alembic notes the last migration."""
-_MIGRATIONS = Path(__file__).parent / "migrations"  # each file's name begins with its revision and an underscore
+"""Table in which Alembic records the last migration."""
+_MIGRATIONS = Path(__file__).parent / "migrations"  # file names begin with the revision and an underscore
 
-_STANDSTILL = 20_000  # milliseconds
-_MIGRATION_LOCK = 0x7468726176650000  # a number that nobody else locks: "thrave"
+_MAX_IDLE = 20_000  # milliseconds that a transaction may be idle
+_MIGRATION_LOCK = 0x7468726176650000  # number of an advisory lock that no other program uses: "thrave"
 
 
-# SQLite's names of conditions that an operator can act on; the first that fits decides.
+# SQLite's names of conditions, and what an operator can do; the first that matches is used.
 _SQLITE_CONDITIONS = (
     ("SQLITE_BUSY", "is locked by another program. Stop that program, or try again later."),
     ("SQLITE_LOCKED", "is locked by another program. Stop that program, or try again later."),
     ("SQLITE_NOTADB", "is not a SQLite database. Restore it from a backup."),
     ("SQLITE_CORRUPT", "is damaged. Restore it from a backup."),
-    ("SQLITE_FULL", "cannot be written: the disk is full. Make room."),
+    ("SQLITE_FULL", "cannot be written: the disk is full. Free space."),
     ("SQLITE_READONLY", "cannot be written. Check the owner and mode of the file and of its directory."),
     ("SQLITE_PERM", "cannot be opened. Check the owner and mode of the file and of its directory."),
     ("SQLITE_CANTOPEN", "cannot be opened. Check the owner and mode of the file and of its directory."),
     ("SQLITE_IOERR", "cannot be read or written: the disk reports an error. Check the disk and the system log."),
 )
-# SQLSTATE classes and codes of PostgreSQL, as the above. Source: PostgreSQL's documentation, appendix A.
+# The same for SQLSTATE classes and codes of PostgreSQL. Source: PostgreSQL's documentation, appendix A.
 _POSTGRESQL_CONDITIONS = (
     ("28", "refuses the user or the password. Check the setting database_url and ~/.pgpass."),
     ("3D", "has no such database. Create it, or check the setting database_url."),
     ("53300", "has no free connection. Raise its max_connections, or stop other clients."),
     ("53", "has too few resources (memory or disk)."),
     ("57", "is shutting down or starting. Try again later."),
-    ("42501", "refuses this user the right. Grant the user of database_url its tables."),
+    ("42501", "does not allow this user to do it. Grant the user of database_url access to its tables."),
     ("25006", "is read-only. Connect to the primary server."),
 )
 
 
 class DatabaseUnusableError(Exception):
-    """The database cannot be used; the message names it and says what to do."""
+    """The database cannot be used. The message has its name and what to do."""
 
 
 class NewerDatabaseError(DatabaseUnusableError):
@@ -65,11 +65,11 @@ class NewerDatabaseError(DatabaseUnusableError):
 
 
 class DatabaseReplacedError(DatabaseUnusableError):
-    """The database's file was deleted, or another file has its name, since it was opened."""
+    """The database file was deleted, or another file has its name, since it was opened."""
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A point in time, aware, in UTC, to the microsecond (SQLite itself forgets the zone)."""
+    """A point in time, aware, in UTC, to the microsecond. SQLite does not store the zone."""
 
     impl = sa.DateTime
     cache_ok = True
@@ -84,10 +84,10 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
 
 
 class now(sa.sql.functions.FunctionElement[datetime]):  # noqa: N801 (used like a function, as sa.func.now)
-    """The time of the database's clock when the statement began, plus some seconds (a number or a column).
+    """SQL expression: the time of the database's clock when the statement began, plus seconds (a number or a column).
 
-    Whatever is compared between processes is set and compared by this: their machines' clocks may differ. On SQLite it
-    is this machine's clock, since all processes that open the file run on this machine.
+    Times that several processes compare are set and compared with it, since the clocks of their machines may differ. On
+    SQLite it is the clock of this machine, on which all processes that open the file run.
     """
 
     type = UtcDateTime()
@@ -101,7 +101,7 @@ class now(sa.sql.functions.FunctionElement[datetime]):  # noqa: N801 (used like 
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: Any, **options: Any) -> str:  # noqa: ANN401 (SQLAlchemy has no type for it)
     seconds = compiler.process(element.clauses, **options)
-    # Not the transaction's time: it may have waited for a lock since. A stable function, so that an index is used.
+    # Not the transaction's time: the transaction may have waited for a lock. The function is stable: an index is used.
     return f"(timezone('UTC', statement_timestamp()) + make_interval(secs => CAST({seconds} AS double precision)))"
 
 
@@ -127,21 +127,21 @@ iam_user = sa.Table(
     sa.Column("create_date", UtcDateTime, nullable=False),
 )  # fmt: skip
 
-# One account's user names are told apart without case, as IAM's.
+# User names of an account are unique without regard to case, as in IAM.
 sa.Index("iam_user_by_name", iam_user.c.account_id, sa.func.lower(iam_user.c.user_name), unique=True)
 
 user_policy = sa.Table(
     "user_policy", metadata,
     sa.Column("user_id", sa.ForeignKey("iam_user.user_id", ondelete="CASCADE"), primary_key=True),
     sa.Column("policy_name", sa.String(128), primary_key=True),
-    sa.Column("document", sa.Text, nullable=False),  # JSON, as it was given
+    sa.Column("document", sa.Text, nullable=False),  # JSON text as received
 )  # fmt: skip
 
 access_key = sa.Table(
     "access_key", metadata,
     sa.Column("access_key_id", sa.String(32), primary_key=True),
     sa.Column("account_id", sa.ForeignKey("account.account_id"), nullable=False, index=True),
-    sa.Column("user_id", sa.ForeignKey("iam_user.user_id", ondelete="CASCADE"), index=True),  # null: the account's own
+    sa.Column("user_id", sa.ForeignKey("iam_user.user_id", ondelete="CASCADE"), index=True),  # null: the account's
     sa.Column("encrypted_secret", sa.LargeBinary, nullable=False),
     sa.Column("status", sa.String(8), nullable=False),  # Active | Inactive, as IAM's
     sa.Column("create_date", UtcDateTime, nullable=False),
@@ -153,9 +153,9 @@ bundle_task = sa.Table(
     sa.Column("account_id", sa.String(12), nullable=False),  # the caller's
     sa.Column("owner_id", sa.String(12), nullable=False),  # the bucket owner's, whose key signed the upload policy
     sa.Column("instance_id", sa.String(32), nullable=False),
-    sa.Column("host", sa.String(253), nullable=False),  # the one that has the disk
+    sa.Column("host", sa.String(253), nullable=False),  # host that has the disk
     sa.Column("state", sa.String(24), nullable=False),
-    # What its host does next (tasks/models.py). From the transaction that sets error_code on, a step that undoes.
+    # The next step (tasks/models.py). After the transaction that sets error_code it is a step of the undo.
     sa.Column("next_step", sa.String(16), nullable=False, server_default="stop"),
     sa.Column("progress", sa.Integer),  # percent within bundling or storing
     sa.Column("start_time", UtcDateTime, nullable=False, default=now()),
@@ -163,35 +163,35 @@ bundle_task = sa.Table(
     sa.Column("bucket", sa.String(255), nullable=False),
     sa.Column("prefix", sa.String(1024), nullable=False),
     sa.Column("access_key_id", sa.String(32), nullable=False),
-    # Whether its request created the bucket; null once nothing is to be done about that any more.
+    # Whether the request created the bucket; null when nothing remains to be done about that.
     sa.Column("created_bucket", sa.Boolean),
     sa.Column("encrypted_policy", sa.LargeBinary),  # upload policy and signature; erased when the task ends
     sa.Column("encrypted_bundle_key", sa.LargeBinary),  # the bundle's key and IV; erased when the task ends
-    sa.Column("part_series", sa.String(12)),  # digits in the names of its parts; null until its sealing has begun
-    sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing goes on after a crash
-    sa.Column("documents", sa.JSON(none_as_null=True)),  # manifest and side file, once every part is stored
-    sa.Column("earlier", sa.JSON(none_as_null=True)),  # what it replaces: a manifest, and keys
-    # Whether its manifest may have been sent; from then on it cannot be cancelled.
+    sa.Column("part_series", sa.String(12)),  # digits in the names of its parts; null before sealing
+    sa.Column("checkpoint", sa.JSON(none_as_null=True)),  # where sealing resumes after a crash
+    sa.Column("documents", sa.JSON(none_as_null=True)),  # manifest and side file, when every part is stored
+    sa.Column("earlier", sa.JSON(none_as_null=True)),  # the replaced bundle: a manifest, and keys
+    # Whether the manifest may have been sent; then the task cannot be cancelled.
     sa.Column("manifest_sent", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("overlay", sa.JSON(none_as_null=True)),  # its root volume and the overlay, until that is merged
-    sa.Column("power_recovery_until", UtcDateTime),  # until then the guest may obey a void request to power off
-    sa.Column("was_running", sa.Boolean),  # the instance's power state, recorded before it is touched
-    sa.Column("error_code", sa.String(64)),  # set before anything is undone, so also of a task that has not ended
+    sa.Column("overlay", sa.JSON(none_as_null=True)),  # root volume and overlay, until the overlay is merged
+    sa.Column("power_recovery_until", UtcDateTime),  # until then the guest may obey a withdrawn request to power off
+    sa.Column("was_running", sa.Boolean),  # the instance's power state before the task changes it
+    sa.Column("error_code", sa.String(64)),  # set before the undo, so also while the task has not ended
     sa.Column("error_message", sa.Text),
     sa.Column("warning", sa.Text),  # for the owner; the task continued
     sa.Column("volume_size", sa.BigInteger),  # bytes of the root volume; null until it has been opened
-    # How often a host took it up, and the number of its last run, which alone may write.
+    # Number of runs. It is the number of the last run, and only that run may write.
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Index("bundle_task_by_account", "account_id", "start_time"),
     sa.Index("bundle_task_by_start_time", "start_time", "bundle_id"),
     sa.Index("bundle_task_by_update_time", "update_time"),
 )  # fmt: skip
 
-# True of a task that has not ended. The states stand in the SQL itself, not in parameters: else no database would use
-# the index below for a query that has this condition.
+# The task has not ended. The states are literals in the SQL: with parameters no database would use the index below for
+# a query with this condition.
 task_in_progress = bundle_task.c.state.not_in([sa.literal_column("'complete'"), sa.literal_column("'failed'")])
 
-# One task at a time per instance: the database itself refuses the second, whoever sends it.
+# One task at a time per instance: the database refuses the second task of any process.
 sa.Index(
     "bundle_task_in_progress", bundle_task.c.instance_id, unique=True,
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
@@ -202,7 +202,7 @@ sa.Index(
     "bundle_task_place_in_progress", bundle_task.c.bucket, bundle_task.c.prefix, unique=True,
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
 )  # fmt: skip
-sa.Index("bundle_task_by_place", bundle_task.c.bucket, bundle_task.c.prefix)  # asked for the names of its parts
+sa.Index("bundle_task_by_place", bundle_task.c.bucket, bundle_task.c.prefix)  # for choosing part names
 
 _replaces = sa.and_(bundle_task.c.earlier.is_not(None), bundle_task.c.state == sa.literal_column("'complete'"))
 sa.Index(
@@ -214,12 +214,12 @@ sa.Index(
     sqlite_where=bundle_task.c.created_bucket.is_not(None), postgresql_where=bundle_task.c.created_bucket.is_not(None),
 )  # fmt: skip
 
-# What a host asks for every second must not cost more with every task that has ended.
+# A host runs this query every second. Its cost must not grow with the number of ended tasks.
 sa.Index(
     "bundle_task_in_progress_on_host", bundle_task.c.host,
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
 )  # fmt: skip
-sa.Index(  # asked before each new task
+sa.Index(  # for the quota check before each new task
     "bundle_task_in_progress_of_account", bundle_task.c.account_id,
     sqlite_where=task_in_progress, postgresql_where=task_in_progress,
 )  # fmt: skip
@@ -243,22 +243,22 @@ bundle_task_event = sa.Table(
     sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("time", UtcDateTime, nullable=False, default=now()),
     sa.Column("state", sa.String(24), nullable=False),  # the state that the task had then
-    sa.Column("message", sa.Text),  # null: it came into that state; else what happened in it
+    sa.Column("message", sa.Text),  # null: the task entered the state; else what happened
 )  # fmt: skip
 
-# Every object that a task has begun to write, or has to delete: a key has one owner (`tasks/claims.py`).
+# Every object that a task may have written or must delete. A key has one owner (`tasks/claims.py`).
 bundle_part = sa.Table(
     "bundle_part", metadata,
     sa.Column("bucket", sa.String(255), primary_key=True),
-    sa.Column("key", sa.String(1024), primary_key=True),  # recorded before it is sent, so that cleanup misses none
+    sa.Column("key", sa.String(1024), primary_key=True),  # recorded before the upload, so that cleanup finds all
     # No cascade: a task's record cannot be deleted while it owns a key.
     sa.Column("bundle_id", sa.ForeignKey("bundle_task.bundle_id"), nullable=False, index=True),
     sa.Column("state", sa.String(8), nullable=False),  # sent | unwanted | gone
-    sa.Column("run", sa.String(16)),  # whose request about it may be under way; null: none is
+    sa.Column("run", sa.String(16)),  # run whose request may be in flight; null: none
     sa.Column("settle_time", UtcDateTime),  # until then a request of an earlier run may arrive; the database's clock
-    sa.Column("size", sa.BigInteger),  # bytes; null until the store has taken it
-    sa.Column("etag", sa.String(64)),  # MD5 in hex; null where the store's is none
-    sa.Column("part", sa.JSON(none_as_null=True)),  # what the manifest says of it; null if it is no part
+    sa.Column("size", sa.BigInteger),  # bytes; null until it is stored
+    sa.Column("etag", sa.String(64)),  # MD5 in hex; null if the store's ETag is not an MD5
+    sa.Column("part", sa.JSON(none_as_null=True)),  # its entry in the manifest; null if it is not a part
 )  # fmt: skip
 to_be_deleted = bundle_part.c.state.in_([sa.literal_column("'unwanted'"), sa.literal_column("'gone'")])
 sa.Index(
@@ -270,25 +270,25 @@ host = sa.Table(
     "host", metadata,
     sa.Column("host", sa.String(253), primary_key=True),
     sa.Column("state", sa.String(8), nullable=False),  # active | draining | drained | fenced
-    sa.Column("lease", sa.String(32), nullable=False),  # which of its agents may write: the last one that started
+    sa.Column("lease", sa.String(32), nullable=False),  # the agent that may write: the last that started
     sa.Column("version", sa.String(32), nullable=False),  # Thrave's
     sa.Column("worker_concurrency", sa.Integer, nullable=False),
     sa.Column("start_time", UtcDateTime, nullable=False),
     sa.Column("heartbeat_time", UtcDateTime, nullable=False),
-    # Its agent's own settings, in seconds: an operator's command may have others.
+    # Settings of its agent, in seconds: a command of an operator may have other settings.
     sa.Column("heartbeat_interval", sa.Float, nullable=False, server_default="5"),
     sa.Column("heartbeat_timeout", sa.Float, nullable=False, server_default="60"),
-    sa.Column("adopted_by", sa.String(253)),  # the host that has its tasks; null again once its agent is started
+    sa.Column("adopted_by", sa.String(253)),  # the host that has its tasks; null again after its agent started
 )  # fmt: skip
 
-# What the agents report of their instances; the API answers from here.
+# Instances as reported by the agents; the API of a fleet reads this table.
 instance = sa.Table(
     "instance", metadata,
     sa.Column("instance_id", sa.String(32), primary_key=True),
     sa.Column("host", sa.ForeignKey("host.host", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("account_id", sa.String(12), nullable=False, index=True),
     sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("document", sa.JSON, nullable=False),  # the instance, as its host describes it
+    sa.Column("document", sa.JSON, nullable=False),  # the instance as reported by its host
     sa.Column("report_time", UtcDateTime, nullable=False),
 )  # fmt: skip
 
@@ -297,10 +297,10 @@ instance = sa.Table(
 instance_power = sa.Table(
     "instance_power", metadata,
     sa.Column("instance_id", sa.String(32), primary_key=True),
-    sa.Column("wanted", sa.String(16)),  # running | stopped | terminated; null: not known yet
+    sa.Column("wanted", sa.String(16)),  # running | stopped | terminated; null: unknown
     sa.Column("request", sa.String(16)),  # pending: start | stop | reboot | terminate; null: none
     sa.Column("version", sa.Integer, nullable=False),  # number of requests so far
-    # Whether the guest has been asked to power off and has not been seen off since.
+    # Whether the guest was asked to power off and was not observed off since.
     sa.Column("asked", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("requested_by", sa.String(128)),  # the account of the last request
     sa.Column("request_time", UtcDateTime),  # by the database's clock
@@ -315,7 +315,7 @@ sa.Index(
     sqlite_where=instance_power.c.borrowed_by.is_not(None), postgresql_where=instance_power.c.borrowed_by.is_not(None),
 )  # fmt: skip
 
-# Lets a process check, before it uses them, that it has the vault key and the service identity of the others.
+# With it a process checks that it has the same vault key and service identity as the other processes.
 vault_check = sa.Table(
     "vault_check", metadata,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),  # 1: there is one row
@@ -324,10 +324,10 @@ vault_check = sa.Table(
 )  # fmt: skip
 
 
-TIMEOUT = 60.0  # seconds for one statement, unless a process needs its answers sooner
+TIMEOUT = 60.0  # seconds for one statement, unless a process passes another value
 _CONNECT_TIMEOUT = 10.0  # seconds
 _SERVER_KEEPALIVES = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}  # seconds
-_GRACE = 2.0  # seconds after which a server that should have ended a statement is taken for dead
+_GRACE = 2.0  # seconds that a server may exceed a statement timeout before it counts as unavailable
 
 
 def open_engine(
@@ -341,49 +341,49 @@ def open_engine(
 
     SQLite is put into WAL mode, so that readers never wait for the writer, with a timeout of 30 s for the write lock.
     Its file is compared with the one that was opened first, before each connection, transaction and commit.
-    Connections to a server are tried before they are used again. A server ends the transaction of a host that died, or
-    stands still. No wait for a server is without an end: for a connection, for a free one of the pool, for a statement,
-    and for a server that does not respond at all.
+    Connections to a server are tested before they are used again. The server ends the transaction of a host that
+    crashed or hangs. Every wait for a server has a timeout: for a connection, for a free one of the pool, for a
+    statement, and for a server that does not respond at all.
 
     Args:
         url: As above.
         timeout: Seconds for one statement on a server.
-        replaced: Called when the file was deleted or replaced, before DatabaseReplacedError is raised. A service gives
-            a function that ends the process. Only then replacement of the file's *content* is detected as well.
+        replaced: Called when the file was deleted or replaced, before DatabaseReplacedError is raised. A service passes
+            a function that ends the process. A replacement of the file's *content* is detected only with it.
         pooled: Whether connections to a server are kept for later; if not, closing one ends its session at once.
     """
-    given = sa.make_url(url)
-    is_file = given.get_backend_name() == "sqlite"
-    driven = given if is_file else given.set(drivername="postgresql+psycopg")
-    # An error's text would show what was to be stored, sealed secrets and upload policies among it.
-    if is_file:
-        engine = sa.create_engine(driven, hide_parameters=True)
+    parsed = sa.make_url(url)
+    # Parameters are hidden in errors: they include encrypted secrets and upload policies.
+    if parsed.get_backend_name() == "sqlite":
+        engine = sa.create_engine(parsed, hide_parameters=True)
         sa.event.listen(engine, "connect", _prepare_sqlite)
         _watch_file(engine, replaced)
         return engine
-    waits = min(timeout, _CONNECT_TIMEOUT)
-    pool: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": waits} if pooled else {"poolclass": sa.NullPool}
+    connect_timeout = min(timeout, _CONNECT_TIMEOUT)
+    pool: dict[str, Any] = (
+        {"pool_pre_ping": True, "pool_timeout": connect_timeout} if pooled else {"poolclass": sa.NullPool}
+    )
     engine = sa.create_engine(
-        driven,
+        parsed.set(drivername="postgresql+psycopg"),
         **pool,
         hide_parameters=True,
-        connect_args={name: value for name, value in _timeouts(waits).items() if name not in given.query},
+        connect_args={name: value for name, value in _timeouts(connect_timeout).items() if name not in parsed.query},
     )
     sa.event.listen(engine, "do_connect", partial(_connect_postgresql, timeout))
     return engine
 
 
 def with_timeouts(url: str) -> str:
-    """The same URL for a library that opens the database itself, so that it does not wait for a dead server."""
-    given = sa.make_url(url)
-    if given.get_backend_name() == "sqlite":
+    """Return a URL with timeouts, for a library that opens the database itself."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
         return url
-    added = {name: str(value) for name, value in _timeouts(_CONNECT_TIMEOUT).items() if name not in given.query}
-    return given.update_query_dict(added).render_as_string(hide_password=False)
+    added = {name: str(value) for name, value in _timeouts(_CONNECT_TIMEOUT).items() if name not in parsed.query}
+    return parsed.update_query_dict(added).render_as_string(hide_password=False)
 
 
 def _timeouts(seconds: float) -> dict[str, int]:
-    """What libpq waits for at the most: a new connection, and a server to which the network is cut."""
+    """Return libpq's timeouts for a new connection, and for a server that the network no longer reaches."""
     return {
         "connect_timeout": int(seconds),
         "tcp_user_timeout": int(seconds * 1000),
@@ -394,7 +394,7 @@ def _timeouts(seconds: float) -> dict[str, int]:
 
 
 def open_in_memory() -> sa.Engine:
-    """A SQLite database that ends with its engine. It has one connection: its users take turns."""
+    """Open a SQLite database in memory. It has one connection, which threads use in turn, and ends with its engine."""
     engine = sa.create_engine(
         "sqlite://", poolclass=sa.QueuePool, pool_size=1, max_overflow=0, connect_args={"check_same_thread": False}
     )
@@ -405,11 +405,11 @@ def open_in_memory() -> sa.Engine:
 def _connect_postgresql(
     timeout: float, _dialect: object, _record: object, args: tuple[object, ...], options: dict[str, object]
 ) -> object:
-    """A connection to PostgreSQL whose statements end after `timeout` seconds, whatever becomes of the server."""
-    import psycopg  # noqa: PLC0415 (takes longer to import than SQLite to open)
+    """Connect to PostgreSQL; each statement ends after `timeout` seconds, even if the server does not respond."""
+    import psycopg  # noqa: PLC0415 (importing it takes longer than opening SQLite)
 
     class Connection(psycopg.Connection[tuple[object, ...]]):
-        """A connection that is closed when its server does not respond; a statement's own timeout is the server's."""
+        """A connection that is closed when the server does not respond. The server limits statements."""
 
         timeout: float | None = None
 
@@ -419,59 +419,59 @@ def _connect_postgresql(
         def _limited(self, gen: Generator[Any, Any, Any], timeout: float) -> Generator[Any, Any, Any]:
             deadline = monotonic() + timeout
             try:
-                waits_for = next(gen)
+                wait_state = next(gen)
                 while True:
-                    ready = yield waits_for
+                    ready = yield wait_state
                     if not ready and monotonic() > deadline:
                         self.pgconn.finish()
                         raise psycopg.OperationalError(f"the server has not responded for {timeout:.0f} seconds")
-                    waits_for = gen.send(ready)
+                    wait_state = gen.send(ready)
             except StopIteration as end:
                 return end.value
 
-    connection = Connection.connect(*args, **options)  # type: ignore[arg-type]  # SQLAlchemy has made them
+    connection = Connection.connect(*args, **options)  # type: ignore[arg-type]  # SQLAlchemy's arguments
     connection.timeout = timeout + _GRACE
-    connection.execute(f"SET idle_in_transaction_session_timeout = {_STANDSTILL}")
+    connection.execute(f"SET idle_in_transaction_session_timeout = {_MAX_IDLE}")
     connection.execute(f"SET statement_timeout = {int(timeout * 1000)}")
-    for name, value in _SERVER_KEEPALIVES.items():  # else the server keeps the locks of a host that lost its power
+    for name, value in _SERVER_KEEPALIVES.items():  # or the server keeps the locks of a host that lost power
         connection.execute(f"SET {name} = {value}")
     connection.commit()
     return connection
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Bring the tables to this release's shape, in one transaction; does nothing when they have it already.
+    """Apply the migrations that the tables have not had, in one transaction.
 
     Raises:
-        NewerDatabaseError: A later release made the tables.
+        NewerDatabaseError: A later release created the tables.
     """
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             driver: Any = connection.connection.driver_connection
-            driver.timeout = None  # a large table takes as long as it takes
+            driver.timeout = None  # a migration of a large table has no time limit
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-            connection.detach()  # from the pool: it is closed in the end
+            connection.detach()  # from the pool, so that it is closed afterwards
         lock(connection)
-        made, known = migrations(connection)
-        if made is not None and made not in known:
+        applied, known = migrations(connection)
+        if applied is not None and applied not in known:
             raise NewerDatabaseError(
-                f"{place(str(engine.url))} was made by a newer Thrave: its tables have migration {made}, this release "
-                f"has {known[0]}. Install the newer release again."
+                f"{place(str(engine.url))} was changed by a newer Thrave: its tables have migration {applied}, this "
+                f"release has {known[0]}. Install the newer release again."
             )
-        if made != known[0]:
+        if applied != known[0]:
             _upgrade(connection)
 
 
 def lock(connection: sa.Connection) -> None:
-    """Begin a transaction that changes what all processes share; another such one waits for its end."""
+    """Begin a transaction that changes what all processes share. Only one such transaction runs at a time."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-    else:  # Python's sqlite3 begins none before CREATE TABLE, so a crash would leave half of the tables
+    else:  # Python's sqlite3 begins none before CREATE TABLE: a crash would leave half of the tables
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def place(url: str) -> str:
-    """Name the database of a URL in a message: the file's path, or the server's address, without a password."""
+    """Return a database's name for messages: the path of the file, or the address of the server, without password."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return str(parsed.database)
@@ -479,20 +479,20 @@ def place(url: str) -> str:
 
 
 def explain(error: sa.exc.DBAPIError, url: str) -> DatabaseUnusableError:
-    """Say in words of ours, and with what to do, why the database at a URL failed. Has nothing of the statement."""
+    """Return an error that says why the database at a URL failed and what to do. It has nothing of the statement."""
     name, cause = place(url), error.orig
     if isinstance(cause, sqlite3.Error):
         code = getattr(cause, "sqlite_errorname", "SQLITE_ERROR")
-        for condition, words in _SQLITE_CONDITIONS:
+        for condition, message in _SQLITE_CONDITIONS:
             if code.startswith(condition):
-                return DatabaseUnusableError(f"the database {name} {words}")
+                return DatabaseUnusableError(f"the database {name} {message}")
         return DatabaseUnusableError(f"the database {name} cannot be used: SQLite reports {code}")
     state = getattr(cause, "sqlstate", None)
     if state is None:
         return DatabaseUnusableError(f"{name} does not answer. Start it, or check the setting database_url.")
-    for condition, words in _POSTGRESQL_CONDITIONS:
+    for condition, message in _POSTGRESQL_CONDITIONS:
         if state.startswith(condition):
-            return DatabaseUnusableError(f"{name} {words}")
+            return DatabaseUnusableError(f"{name} {message}")
     return DatabaseUnusableError(f"{name} reports an error (SQLSTATE {state})")
 
 
@@ -501,18 +501,18 @@ def _watch_file(engine: sa.Engine, replaced: Callable[[DatabaseReplacedError], N
         return
     file = _DatabaseFile(Path(engine.url.database), replaced)
     sa.event.listen(engine, "do_connect", lambda *_: file.check())
-    sa.event.listen(engine, "connect", lambda *_: file.opened())
+    sa.event.listen(engine, "connect", lambda *_: file.record_identity())
     sa.event.listen(engine, "begin", lambda _: file.check())
     sa.event.listen(engine, "commit", lambda _: file.check())
     if replaced is not None:
-        file.mark(engine)
+        file.write_mark(engine)
 
 
 class _DatabaseFile:
-    """The file of a SQLite database, compared with what was opened.
+    """Detects that the file of a SQLite database was deleted or replaced while it is open.
 
-    Deleting or replacing the file gives its name to no file, or to another inode. Copying a backup over it keeps the
-    inode: for that case a random number is written into the header's field user_version, which nothing else uses.
+    After that the path has no file or another inode. Copying a backup over the file keeps the inode. For that case a
+    random number is written into the header field user_version, which has no other use.
     """
 
     def __init__(self, path: Path, replaced: Callable[[DatabaseReplacedError], None] | None) -> None:
@@ -521,27 +521,27 @@ class _DatabaseFile:
         self._identity: tuple[int, int] | None = None
         self._header: int | None = None  # a descriptor
         self._mark = b""
-        self._has_been_seen = False
+        self._is_mark_in_file = False
 
-    def opened(self) -> None:
-        """Remember which file the first connection has opened."""
+    def record_identity(self) -> None:
+        """Record the identity of the file that the first connection opened."""
         if self._identity is None:
             self._identity = self._current()
 
-    def mark(self, engine: sa.Engine) -> None:
+    def write_mark(self, engine: sa.Engine) -> None:
         """Write a number into the header that no other copy of the database has."""
         number = random_below(2**31)
         with engine.begin() as connection:
             connection.exec_driver_sql(f"PRAGMA user_version = {number}")
-        # Never closed: closing any descriptor of the file would release the locks that SQLite holds on it (POSIX).
+        # Never closed: closing any descriptor of a file releases all locks of the process on it (POSIX), SQLite's too.
         self._header = os.open(self._path, os.O_RDONLY)
         self._mark = number.to_bytes(4, "big")
-        with engine.connect() as connection:  # from the write-ahead log into the file
+        with engine.connect() as connection:  # copies the number from the write-ahead log into the file
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
         _service_files[str(self._path)] = self
 
     def check(self) -> None:
-        """Raise DatabaseReplacedError if the path leads to another file, or to other content."""
+        """Raise DatabaseReplacedError if the path now has another file, or other content."""
         if self._identity is None or (self._identity == self._current() and self._has_mark()):
             return
         error = DatabaseReplacedError(
@@ -564,17 +564,17 @@ class _DatabaseFile:
             return True
         # Offset 60 of the header is user_version. Source: SQLite, "Database File Format", 1.3.
         if os.pread(self._header, len(self._mark), 60) == self._mark:
-            self._has_been_seen = True
+            self._is_mark_in_file = True
             return True
-        return not self._has_been_seen  # a reader may have kept the log from being written into the file
+        return not self._is_mark_in_file  # a reader may have delayed the copy from the log into the file
 
 
 def migrations(connection: sa.Connection) -> tuple[str | None, list[str]]:
-    """The last migration that the tables have had, if any, and all that this release knows, the newest first."""
-    made = None
+    """Return the last applied migration, if any, and all migrations of this release, newest first."""
+    applied = None
     if sa.inspect(connection).has_table(VERSION_TABLE):
-        made = connection.execute(sa.select(sa.column("version_num")).select_from(sa.table(VERSION_TABLE))).scalar()
-    return made, sorted((file.name.partition("_")[0] for file in _MIGRATIONS.glob("versions/*.py")), reverse=True)
+        applied = connection.execute(sa.select(sa.column("version_num")).select_from(sa.table(VERSION_TABLE))).scalar()
+    return applied, sorted((file.name.partition("_")[0] for file in _MIGRATIONS.glob("versions/*.py")), reverse=True)
 
 
 _SQLITE_UNAVAILABLE = (
@@ -588,10 +588,10 @@ _STATES_UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "57", "58")
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Say whether an error of the database may pass.
+    """Whether an error of the database is transient.
 
-    It is down, full, locked, has no free connection, or has ended the transaction. A statement that is wrong, or data
-    that a rule forbids, is an error of the program or of its caller and none of these.
+    Then the database is down, full or locked, has no free connection, or has ended the transaction. A wrong statement,
+    or data that a constraint forbids, is an error of the program or of its caller.
     """
     if isinstance(error, sa.exc.TimeoutError):  # all connections of the pool are in use
         return True
@@ -599,19 +599,21 @@ def is_unavailable(error: BaseException) -> bool:
         return False
     if error.connection_invalidated:
         return True
-    if isinstance(error.orig, sqlite3.Error):  # its classes do not tell a wrong statement from a full disk
+    if isinstance(
+        error.orig, sqlite3.Error
+    ):  # its exception classes are the same for a wrong statement and a full disk
         name = getattr(error.orig, "sqlite_errorname", None)
         return (
             isinstance(error.orig, sqlite3.OperationalError) if name is None else name.startswith(_SQLITE_UNAVAILABLE)
         )
     state = getattr(error.orig, "sqlstate", None) or ""
-    # psycopg gives OperationalError for most of them; a server that has become a standby is another matter to it.
+    # psycopg raises OperationalError for most of them, but not for a server that has become a standby.
     return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) or state.startswith(_STATES_UNAVAILABLE)
 
 
 def _upgrade(connection: sa.Connection) -> None:
-    from alembic import command  # noqa: PLC0415 (takes as long to import as the rest of a command; most need it not)
-    from alembic.config import Config  # noqa: PLC0415 (see above)
+    from alembic import command  # noqa: PLC0415 (importing it takes as long as the rest of a command; most commands need no migration)
+    from alembic.config import Config  # noqa: PLC0415 (as above)
 
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
@@ -643,12 +645,12 @@ def _unixepoch(modifier: str) -> float:
 
 
 def _thrave_now(seconds: float) -> str:
-    """The time in the form in which SQLAlchemy stores it."""
+    """Return the time in the format in which SQLAlchemy stores it."""
     return f"{(utc_now() + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat(' ', 'microseconds')}"
 
 
 _service_files: dict[str, _DatabaseFile] = {}
-"""The file that this process runs a service on, by its path."""
+"""The database file of the service that this process runs, by its path."""
 
 
 def _check_before_connecting(_dialect: object, _record: object, args: list[object], _options: object) -> None:
