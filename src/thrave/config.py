@@ -130,7 +130,7 @@ class DataDirectory:
 
     @property
     def database_file(self) -> Path:
-        """File of that database. SQLite keeps two more beside it: `thrave.db-wal` and `thrave.db-shm`."""
+        """File of that database. SQLite keeps two more next to it: `thrave.db-wal` and `thrave.db-shm`."""
         return self.root / "thrave.db"
 
     @property

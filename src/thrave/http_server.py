@@ -373,7 +373,7 @@ class _TlsConnection(ssl.SSLObject):
             raise
         except ssl.SSLError as error:
             advice = {"advice": "TLS? Use https:// in the URL"} if error.reason == "HTTP_REQUEST" else {}
-            log.warning("TLS handshake failed", error=error.reason, remote=_PEER.get(), **advice)
+            log.warning("TLS handshake failed", what=error.reason, remote=_PEER.get(), **advice)
             raise
 
 

@@ -1,8 +1,8 @@
-"""How log lines look, and how many of them there may be.
+"""Format and limit of log lines, of Thrave and of its libraries.
 
-Tracebacks are written without the values of variables, since those may be secrets. What cannot be printed is escaped,
-since strangers choose some of the values. Of lines that repeat, ours and the libraries' alike, the first is written,
-and then a count each minute: no client, however fast, fills the disk with log lines.
+Tracebacks have no values of variables, which may be secrets. Characters that cannot be printed are escaped, since
+clients choose some of the values. Of repeated lines the first is written, and then their number once a minute, so that
+no client can fill the disk with log lines.
 """
 
 import atexit
@@ -15,11 +15,11 @@ import structlog
 
 from thrave.concurrency import later, monotonic, new_lock
 
-INTERVAL = 60.0  # seconds for which lines that repeat are counted
-MAX_KINDS = 50  # kinds of one event in that time; then they are counted together
+INTERVAL = 60.0  # seconds for which repeated lines are counted
+MAX_KINDS = 50  # kinds of one event in an interval; further kinds are counted together
 MAX_VALUE = 500  # characters of a value
 
-# What tells two lines of one event apart. Other fields are chosen by strangers, or differ with every line.
+# Two lines of one event are different if one of these fields is. Clients choose other fields, or these differ always.
 _DISTINCT = (
     "where", "code", "host", "bundle_id", "instance_id", "bucket", "check", "job", "task", "what", "name", "pid",
 )  # fmt: skip
@@ -27,12 +27,12 @@ _LONG = frozenset({"traceback", "exception"})
 
 
 class Limiter:
-    """Lets the first line of a kind pass, and counts those that follow. Safe to use from several threads.
+    """Accepts the first line of a kind in each interval and counts further ones. Thread-safe.
 
     Args:
-        write: Writes the line that says how often another one was repeated: its event, and fields.
+        write: Writes a line with the number of repetitions; receives event and fields.
         interval: Seconds for which lines are counted.
-        clock: Seconds, from anywhere.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class Limiter:
         self._clock = clock
         self._lock = new_lock()
         self._since = clock()
-        self._seen: dict[Hashable, set[Hashable]] = {}  # event to the kinds of it in this interval
-        self._repeated: dict[tuple[Hashable, Hashable], tuple[int, str]] = {}  # kind to its count and its event's text
+        self._seen: dict[Hashable, set[Hashable]] = {}  # event to its kinds in this interval
+        self._repeated: dict[tuple[Hashable, Hashable], tuple[int, str]] = {}  # event and kind to number and text
         self._cancel_report: Callable[[], None] | None = None
 
     def passes(self, event: Hashable, kind: Hashable, text: str) -> bool:
-        """Say whether a line is to be written; if not, it is counted.
+        """Whether to write a line; if not, the line is counted.
 
         Args:
-            event: Which statement of the program writes it.
-            kind: What tells it from other lines of that statement.
-            text: What to call it in the line that says how often it was repeated.
+            event: The statement of the program that writes the line.
+            kind: Distinguishes lines of this statement.
+            text: Describes the line when the number of repetitions is written.
         """
         if self._clock() - self._since >= self._interval:
             self.report()
@@ -72,7 +72,7 @@ class Limiter:
             return False
 
     def report(self) -> None:
-        """Write how often each line was repeated, and begin to count anew."""
+        """Write how often each line was repeated, and start a new interval."""
         with self._lock:
             repeated, self._repeated = self._repeated, {}
             self._seen = {}
@@ -81,12 +81,12 @@ class Limiter:
                 self._cancel_report()
                 self._cancel_report = None
         for (_, kind), (count, text) in repeated.items():
-            about = dict(kind) if isinstance(kind, tuple) else {}
-            self._write("log line repeated", {"line": text, "times": count, **about})
+            fields = dict(kind) if isinstance(kind, tuple) else {}
+            self._write("log line repeated", {"line": text, "times": count, **fields})
 
 
 def configure_logs(log_format: str) -> None:
-    """Write log lines to stderr as `text` or `json`, ours and the libraries' alike, each limited."""
+    """Write log lines of Thrave and its libraries to stderr, as `text` or `json`, with the limit."""
     renderer: structlog.types.Processor = (
         structlog.processors.JSONRenderer()
         if log_format == "json"
@@ -128,14 +128,14 @@ def _limited_by(limiter: Limiter) -> structlog.types.Processor:
 
 
 def _record_passes(limiter: Limiter, record: logging.LogRecord) -> bool:
-    """Limit a line of the standard library's: by its statement, and if it is one of ours by what it says."""
+    """Limit a line of the standard library's logging: by its statement, and by its message if Thrave logs it."""
     text = record.getMessage()[:MAX_VALUE]
     kind = (("message", text),) if record.name.startswith("thrave") else ()
     return limiter.passes((record.pathname, record.lineno), kind, f"{record.name}: {text}")
 
 
 def _printable(_logger: object, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Escape what a terminal might obey, and shorten what a stranger has made long."""
+    """Escape characters that could control a terminal, and shorten long values."""
     for name, value in line.items():
         if isinstance(value, str) and name not in _LONG:
             line[name] = printable(value if len(value) <= MAX_VALUE else f"{value[:MAX_VALUE]}…")

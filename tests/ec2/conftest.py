@@ -71,7 +71,7 @@ def service(tmp_path):
     key = backend.accounts.create("owner")[1]
     yield ServiceWithoutEngine(backend, records, instances, key, VolumeFile(path=tmp_path / "disk.raw"))
     # A thread that outlives the database retries, and logs, in the tests that follow.
-    eventually(lambda: power._busy, "every power request ends", until=lambda busy: not busy)
+    eventually(lambda: power._wake_events, "every power request ends", until=lambda threads: not threads)
     engine.dispose()
 
 

@@ -1,4 +1,4 @@
-"""One function for each action, grouped by what they act on, and the table of them."""
+"""The table of the actions, EC2's and STS's, with the function of each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ from thrave.ec2.service_models import EC2, STS, Service
 
 @dataclass(frozen=True)
 class Action:
-    """An action that the door answers.
+    """An action of the API.
 
     Attributes:
-        function: Does what the caller asks, with an input and to an output by the model; raises EC2Error.
-        also_required: Parameters, by their names on the wire, that it needs although the model does not say so.
-        service: Whose action it is. No two services that we answer for have an action of the same name.
-        no_permission_needed: Whether everybody may do it whose signature is good, whatever a policy says.
-        reads_database_only: Whether it only reads our own records, and so takes a moment.
-        check: Makes the checks of the action's own for DryRun and changes nothing; raises EC2Error.
+        function: Does the action; input and output are those of the model. Raises EC2Error.
+        also_required: Names in the form of parameters that the action needs although the model does not require them.
+        service: The service of the action. Names of actions are unique in all services.
+        no_permission_needed: Whether every authenticated caller may do it, whatever the policies say.
+        reads_database_only: Whether it only reads the database, and so is fast.
+        check: Makes the checks of the action for DryRun, and changes nothing. Raises EC2Error.
     """
 
     function: Callable[[Ec2Backend, Caller, Parameters], Result]

@@ -1,9 +1,7 @@
-"""GetCallerIdentity of AWS STS: whose access key signs. What many tools ask first of all.
+"""DescribeRegions, DescribeAvailabilityZones, DescribeAccountAttributes, and GetCallerIdentity of AWS STS.
 
-Actions on where we are: DescribeRegions, DescribeAvailabilityZones, DescribeAccountAttributes.
-
-There is one region, with the name that the operator gave it, and one availability zone in it. There is no VPC, so
-accounts are on the platform that EC2 had before there were any.
+There is one region, named by the setting `region`, and one availability zone in it. There is no VPC, so accounts have
+the platform that EC2 had before VPCs.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +13,7 @@ from thrave.ec2.protocol import Parameters, Result
 
 
 def get_caller_identity(_backend: Ec2Backend, caller: Caller, _parameters: Parameters) -> Result:
-    """Tell callers who they are, in IAM's words: the account's own key is its root user's."""
+    """Return the caller's identity as in IAM: an account's own key is that of its root user."""
     if caller.user is not None:
         return {"UserId": caller.user.user_id, "Account": caller.account_id, "Arn": caller.user.arn}
     return {"UserId": caller.account_id, "Account": caller.account_id, "Arn": f"arn:aws:iam::{caller.account_id}:root"}
@@ -26,7 +24,6 @@ REGION_FILTERS: FilterTable[Result] = {
     "opt-in-status": lambda region: [region["OptInStatus"]],
     "region-name": lambda region: [region["RegionName"]],
 }
-
 
 ZONE_FILTERS: FilterTable[Result] = {
     "group-name": lambda zone: [zone["GroupName"]],
@@ -41,16 +38,15 @@ ZONE_FILTERS: FilterTable[Result] = {
     "zone-type": lambda zone: [zone["ZoneType"]],
 }
 
-
-# As AWS answers for an account that is not on VPC only and has no default VPC.
+# AWS's response for an account that also has the old platform and no default VPC.
 ATTRIBUTES: Mapping[str, Sequence[str]] = {"supported-platforms": ("EC2",), "default-vpc": ("none",)}
 
 
 def describe_regions(backend: Ec2Backend, caller: Caller, parameters: Parameters) -> Result:
-    """Describe the region. Its endpoint is the one that the caller has used: boto 2 connects to it.
+    """Describe the region. Its endpoint is the host of the request, since boto 2 connects to the endpoint.
 
     Raises:
-        EC2Error: InvalidParameterValue (another region's name), and what filters raise.
+        EC2Error: InvalidParameterValue (the name of another region), and the errors of `select`.
     """
     region = {"RegionName": backend.region, "Endpoint": caller.endpoint, "OptInStatus": "opt-in-not-required"}
     _check_names("RegionName", parameters.get("RegionNames", ()), {backend.region})
@@ -61,7 +57,7 @@ def describe_availability_zones(backend: Ec2Backend, _caller: Caller, parameters
     """Describe the availability zone.
 
     Raises:
-        EC2Error: InvalidParameterValue (another zone's name or id), and what filters raise.
+        EC2Error: InvalidParameterValue (the name or id of another zone), and the errors of `select`.
     """
     zone_id = f"{backend.region}-az1"
     zone = {
@@ -81,18 +77,19 @@ def describe_availability_zones(backend: Ec2Backend, _caller: Caller, parameters
 
 
 def describe_account_attributes(_backend: Ec2Backend, _caller: Caller, parameters: Parameters) -> Result:
-    """Describe those attributes of an account that the model names.
+    """Describe the account attributes that the request names; all by default.
 
     Raises:
         EC2Error: InvalidParameterValue (another attribute).
     """
     names = parameters.get("AttributeNames") or [*ATTRIBUTES]
     _check_names("AttributeName", names, ATTRIBUTES.keys())
-    return {"AccountAttributes": [_attribute(name) for name in dict.fromkeys(names)]}
-
-
-def _attribute(name: str) -> Result:
-    return {"AttributeName": name, "AttributeValues": [{"AttributeValue": value} for value in ATTRIBUTES[name]]}
+    return {
+        "AccountAttributes": [
+            {"AttributeName": name, "AttributeValues": [{"AttributeValue": value} for value in ATTRIBUTES[name]]}
+            for name in dict.fromkeys(names)
+        ]
+    }
 
 
 def _check_names(parameter: str, names: Sequence[str], known: Collection[str]) -> None:

@@ -1,8 +1,7 @@
-"""The services that we answer for, as botocore describes them: their operations, shapes, and API versions.
+"""botocore's models of the supported services: operations, shapes and API versions.
 
-The service models that ship with botocore are the only description of a request or a response in this house;
-no shape is typed by hand. One is loaded when it is first asked for, and once. This module never decides which
-operations are answered: that is the table `thrave.ec2.actions.ACTIONS`.
+They are the only description of requests and responses in Thrave. Each is loaded once, when it is first used. Which
+operations are supported is decided by the table `thrave.ec2.actions.ACTIONS`.
 """
 
 import re
@@ -18,11 +17,11 @@ _VERSION = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 @dataclass(frozen=True)
 class Service:
-    """A service of AWS's.
+    """A service of AWS.
 
     Attributes:
-        name: botocore's and the signatures'.
-        oldest_version: The first API version whose clients are answered.
+        name: Name in botocore and in signatures.
+        oldest_version: The first supported API version.
     """
 
     name: str
@@ -30,12 +29,12 @@ class Service:
 
     @cached_property
     def model(self) -> ServiceModel:
-        """The newest that botocore has. The first look reads it from disk (EC2's: about 0.2 s)."""
+        """The newest model in botocore. The first use reads it from disk (EC2's in about 0.2 s)."""
         return ServiceModel(create_loader().load_service_model(self.name, "service-2"), self.name)
 
     @property
     def newest_version(self) -> str:
-        """The API version that the model describes; no client is known to send a later one."""
+        """The API version of the model. No client is known to send a later one."""
         return str(self.model.api_version)
 
     def operation(self, name: str) -> OperationModel:
@@ -47,25 +46,22 @@ class Service:
         return self.model.operation_model(name)
 
     def is_known_version(self, version: str) -> bool:
-        """Say whether a client's `Version` names an API that our answers fit: from the oldest to the model's own.
+        """Whether a client's `Version` is supported: a date from the oldest version to that of the model.
 
-        EC2 has kept the members we read and write unchanged since 2008, so only the namespace of the answer differs.
+        EC2 has not changed the supported members since 2008, so only the namespace of the response differs.
         """
-        good = bool(_VERSION.fullmatch(version)) and _is_date(version)
-        return good and self.oldest_version <= version <= self.newest_version
+        if not _VERSION.fullmatch(version):
+            return False
+        try:
+            date.fromisoformat(version)
+        except ValueError:
+            return False
+        return self.oldest_version <= version <= self.newest_version
 
 
-# BundleInstance appeared in the API of 2008-08-08; clients of that year already sent versions of its spring.
+# BundleInstance is new in version 2008-08-08; clients of that year also sent versions of that spring.
 EC2 = Service("ec2", "2008-01-01")
-# The one version that STS has ever had.
+# STS has only this version.
 STS = Service("sts", "2011-06-15")
 
 SERVICES = (EC2, STS)
-
-
-def _is_date(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True

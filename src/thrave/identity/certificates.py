@@ -1,22 +1,19 @@
-"""X.509 certificates and RSA private keys as PEM, as `ec2-ami-tools` and AWS's signing certificates have them.
+"""X.509 certificates and RSA private keys as PEM, and the identity of the service (`ServiceIdentity`).
 
-A bundle's key is encrypted to the RSA key of a certificate and its manifest is signed with one, so nothing but RSA is
-accepted. What is read may be old: 1024-bit keys and SHA-1 self-signatures are still in people's drawers, and a
-certificate is only a wrapped public key here: who signed it and whether it has expired is not asked (as
-ec2-ami-tools 1.5.3 does not). What is made is of today. Nothing here reads or writes files.
-
-The service's own identity: what it signs manifests with, and what opens the "EC2" slot of every bundle it makes.
-
-Three files of one folder, made once and never overwritten, each for the service's own user alone (mode 0600):
-
-    cert.pem        X.509 certificate (RSA): what verifiers are given
-    pk.pem          its private key: signs manifests, decrypts the key that a manifest holds for EC2
-    side-key.pem    Ed25519 private key: signs the side file with the SHA-256 digests
-
-Whoever holds `pk.pem` can open every bundle that the service ever made; whoever loses it cannot open those of accounts
-without a certificate. So a missing private key beside an existing certificate is an error, never a reason to make
-another one. Nor is any of the files made where the database has the fingerprint of an identity (`components.py`).
+Only RSA is accepted: the key of a bundle is encrypted to the RSA key of a certificate, and manifests are signed with
+one. Keys of 1,024 bits and SHA-1 self-signatures are accepted, since ec2-ami-tools and AWS issued them. A certificate
+is only a container of a public key: its issuer and expiry are not checked (ec2-ami-tools 1.5.3 does not check them).
 """
+
+# The identity has three files in one folder, created once and never overwritten, readable by the service's user only:
+#
+#     cert.pem        X.509 certificate (RSA), for verifiers
+#     pk.pem          its private key: signs manifests, decrypts the key of a bundle that is encrypted to EC2
+#     side-key.pem    Ed25519 private key: signs the side file with the SHA-256 digests
+#
+# With `pk.pem` every bundle of the service can be opened. Without it, bundles of accounts without a certificate cannot
+# be opened at all. So if a certificate exists and its private key does not, that is an error, and no new key is
+# created. Neither is any file if the database has the fingerprint of an identity (`components.py`).
 
 import hashlib
 from dataclasses import dataclass, field
@@ -34,26 +31,23 @@ from thrave import files
 from thrave.concurrency import utc_now
 from thrave.identity.errors import MalformedCertificate, MalformedPrivateKey, ServiceIdentityError
 
+CERTIFICATE_FILE = "cert.pem"
+PRIVATE_KEY_FILE = "pk.pem"
+SIDE_KEY_FILE = "side-key.pem"
+
 _NEW_KEY_BITS = 2048
-
-
 _KEY_BITS = range(1024, 16384 + 1)
-
-
 _BITS = f"{{}} bits; it must have {_KEY_BITS.start} to {_KEY_BITS.stop - 1}"
-
-
-_PEM_CHARACTERS = 16384  # as IAM's UploadSigningCertificate
-
-
+_PEM_CHARACTERS = 16384  # IAM's limit, UploadSigningCertificate
 _YEARS_VALID = 10
+_COMMON_NAME = "Thrave bundle service"
 
 
 def new_certificate(common_name: str) -> tuple[str, str]:
-    """Make an RSA key of 2048 bits and a self-signed certificate for it.
+    """Create an RSA key of 2048 bits and a self-signed certificate for it.
 
     Args:
-        common_name: Whose it is, 1 to 64 characters.
+        common_name: Name of the owner, 1 to 64 characters.
 
     Returns:
         The certificate and the private key (PKCS#8, not encrypted), both PEM.
@@ -63,12 +57,12 @@ def new_certificate(common_name: str) -> tuple[str, str]:
 
 
 def new_private_key() -> rsa.RSAPrivateKey:
-    """Make an RSA key of 2048 bits."""
+    """Create an RSA key of 2048 bits."""
     return rsa.generate_private_key(public_exponent=65537, key_size=_NEW_KEY_BITS)
 
 
 def self_signed(common_name: str, key: rsa.RSAPrivateKey) -> x509.Certificate:
-    """Make a certificate for a key, signed with that key, valid for ten years from now."""
+    """Create a certificate for a key, signed with that key and valid for ten years from now."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     now = utc_now()
     builder = x509.CertificateBuilder(
@@ -76,7 +70,7 @@ def self_signed(common_name: str, key: rsa.RSAPrivateKey) -> x509.Certificate:
         subject_name=name,
         public_key=key.public_key(),
         serial_number=x509.random_serial_number(),
-        not_valid_before=now - timedelta(days=1),  # clocks differ
+        not_valid_before=now - timedelta(days=1),  # the clock of a verifier may be behind
         not_valid_after=now + timedelta(days=365 * _YEARS_VALID),
     )
     return builder.sign(key, hashes.SHA256())
@@ -86,7 +80,7 @@ def load_certificate(pem: str | bytes) -> x509.Certificate:
     """Read a PEM certificate with an RSA key of 1024 bits or more.
 
     Raises:
-        MalformedCertificate: It is something else; the message says what.
+        MalformedCertificate: The text is something else; the message says what.
     """
     try:
         certificate = x509.load_pem_x509_certificate(_pem_bytes(pem))
@@ -103,10 +97,10 @@ def load_certificate(pem: str | bytes) -> x509.Certificate:
 
 
 def load_private_key(pem: str | bytes) -> rsa.RSAPrivateKey:
-    """Read an unencrypted PEM RSA private key, PKCS#8 or PKCS#1 (as AWS gave out either).
+    """Read an unencrypted PEM RSA private key, PKCS#8 or PKCS#1 (AWS issued both).
 
     Raises:
-        MalformedPrivateKey: It is something else; the message says what, and nothing of the key.
+        MalformedPrivateKey: The text is something else; the message says what, and contains nothing of the key.
     """
     try:
         key = serialization.load_pem_private_key(_pem_bytes(pem), password=None)
@@ -124,12 +118,12 @@ def load_private_key(pem: str | bytes) -> rsa.RSAPrivateKey:
 
 
 def certificate_pem(certificate: x509.Certificate) -> str:
-    """Write a certificate as PEM."""
+    """Return a certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
 
 
 def private_key_pem(key: rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey) -> str:
-    """Write a private key as PEM: PKCS#8, not encrypted."""
+    """Return a private key as PEM: PKCS#8, not encrypted."""
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return pem.decode("ascii")
 
@@ -139,18 +133,6 @@ def _pem_bytes(pem: str | bytes) -> bytes:
     if len(data) > _PEM_CHARACTERS:
         raise ValueError("too long")
     return data
-
-
-CERTIFICATE_FILE = "cert.pem"
-
-
-PRIVATE_KEY_FILE = "pk.pem"
-
-
-SIDE_KEY_FILE = "side-key.pem"
-
-
-_COMMON_NAME = "Thrave bundle service"
 
 
 @dataclass(frozen=True)
@@ -163,27 +145,27 @@ class ServiceIdentity:
 
     @classmethod
     def open_or_create(cls, directory: Path) -> Self:
-        """Read the identity from its folder; the first time, make it.
+        """Read the identity from its folder; create it the first time.
 
-        Processes that do this at the same time end up with the same identity: each file is created by one of them, and
-        the certificate is made for the key that stands in the file.
+        Processes that do this at the same time get the same identity: each file is created by one of them, and the
+        certificate is for the key that is in the file.
 
         Raises:
-            ServiceIdentityError: The files are missing in part, open to others, or do not belong together.
+            ServiceIdentityError: Some files are missing, other users can read them, or they do not belong together.
         """
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _make_missing(directory)
+            _create_missing_files(directory)
         except (OSError, MalformedPrivateKey) as error:
-            raise ServiceIdentityError(f"the service's identity in {directory} cannot be made: {error}") from error
+            raise ServiceIdentityError(f"the service's identity in {directory} cannot be created: {error}") from error
         return cls.open(directory)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Read the identity from its folder. Makes nothing.
+        """Read the identity from its folder. Creates nothing.
 
         Raises:
-            ServiceIdentityError: The files are missing, open to others, or do not belong together.
+            ServiceIdentityError: Files are missing, other users can read them, or they do not belong together.
         """
         try:
             private_key = load_private_key(files.read_private(directory / PRIVATE_KEY_FILE))
@@ -199,19 +181,19 @@ class ServiceIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of the two public keys: what makes two copies of the identity the same one."""
+        """SHA-256 of the two public keys in hex. Copies of one identity have the same fingerprint."""
         form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         keys = self.private_key.public_key().public_bytes(*form), self.side_key.public_key().public_bytes(*form)
         return hashlib.sha256(b"".join(keys)).hexdigest()
 
 
-def _make_missing(directory: Path) -> None:
-    """Make the files that are not there, each only if no other process has made it."""
+def _create_missing_files(directory: Path) -> None:
+    """Create the files that do not exist, each only if no other process has created it."""
     private_key, certificate = directory / PRIVATE_KEY_FILE, directory / CERTIFICATE_FILE
-    has_certificate = certificate.exists()  # asked first: the key is made before the certificate
+    has_certificate = certificate.exists()  # checked first: the key is created before the certificate
     if not private_key.exists():
         if has_certificate:
-            raise FileNotFoundError(f"{PRIVATE_KEY_FILE} is missing beside {CERTIFICATE_FILE}; restore it")
+            raise FileNotFoundError(f"{PRIVATE_KEY_FILE} is missing, and {CERTIFICATE_FILE} exists; restore it")
         files.create_exclusive(private_key, private_key_pem(new_private_key()).encode())
     if not has_certificate:
         key = load_private_key(files.read_private(private_key))

@@ -1,13 +1,13 @@
-"""What can be wrong about accounts, users, keys and certificates, named as AWS IAM names it.
+"""Errors of accounts, users, keys and certificates, with the names and codes of AWS IAM.
 
-Each carries IAM's error code in `code`; the message says what to do. None ever holds a secret.
+`code` has IAM's error code, the message says what to do. No message contains a secret.
 
     IdentityError
-    ├── NoSuchEntity            there is no such account, user, policy or access key
-    ├── EntityAlreadyExists     the account's or user's name is taken
+    ├── NoSuchEntity            the account, user, policy or access key does not exist
+    ├── EntityAlreadyExists     an account or user has the name already
     ├── LimitExceeded           an account or user has at most two access keys, a user at most ten policies
-    ├── ValidationError         a name that may not be given
-    ├── MalformedPolicyDocument a policy that is not fully understood
+    ├── ValidationError         a name or value is not valid
+    ├── MalformedPolicyDocument a part of the policy is not supported
     ├── MalformedCertificate    not a PEM X.509 certificate with an RSA key
     ├── MalformedPrivateKey     not an unencrypted PEM RSA private key
     └── ServiceIdentityError    the service's own key files cannot be used
@@ -17,7 +17,7 @@ from typing import ClassVar
 
 
 class IdentityError(Exception):
-    """Something about an account, an access key or a certificate is wrong."""
+    """An error of accounts, access keys or certificates."""
 
     code: ClassVar[str] = "ServiceFailure"
 
@@ -29,40 +29,40 @@ class NoSuchEntity(IdentityError):
 
 
 class EntityAlreadyExists(IdentityError):
-    """An account or user of that name exists."""
+    """An account or user with the name exists."""
 
     code = "EntityAlreadyExists"
 
 
 class LimitExceeded(IdentityError):
-    """There are as many access keys or policies as there may be."""
+    """There are as many access keys or policies as the quota allows."""
 
     code = "LimitExceeded"
 
 
 class ValidationError(IdentityError):
-    """A value does not have the form that is asked for."""
+    """A value does not have the required form."""
 
     code = "ValidationError"
 
 
 class MalformedPolicyDocument(IdentityError):
-    """A policy is not of IAM's language, or says what cannot be evaluated here; the message says why."""
+    """A policy is not valid in IAM's language, or has a part that is not supported; the message says which."""
 
     code = "MalformedPolicyDocument"
 
 
 class MalformedCertificate(IdentityError):
-    """A certificate cannot be read, or is of a kind that bundles cannot be encrypted to."""
+    """A certificate cannot be read, or bundles cannot be encrypted to its key."""
 
     code = "MalformedCertificate"
 
 
 class MalformedPrivateKey(IdentityError):
-    """A private key cannot be read, or is of a kind that cannot open bundles."""
+    """A private key cannot be read, or cannot open bundles."""
 
     code = "InvalidKeyPair"
 
 
 class ServiceIdentityError(IdentityError):
-    """The service's own certificate or keys are missing in part, open to others, or do not belong together."""
+    """The service's certificate or keys are missing, readable by other users, or do not belong together."""
