@@ -38,7 +38,7 @@ def settings(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-def test_a_profile_says_it_all(monkeypatch):
+def test_store_connection_uses_profile(monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "mine")
     found = store_connection()
     assert (found.endpoint, found.region, found.addressing) == ("https://store.example:8333", "eu-central-2", "virtual")
@@ -46,7 +46,7 @@ def test_a_profile_says_it_all(monkeypatch):
     assert str(found.ca) == "/etc/mine.pem"
 
 
-def test_the_environment_goes_before_the_files(monkeypatch):
+def test_store_connection_prefers_environment_to_files(monkeypatch):
     environment = {
         "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:8333",
         "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
@@ -63,26 +63,26 @@ def test_the_environment_goes_before_the_files(monkeypatch):
     assert str(found.ca) == "/etc/other.pem"
 
 
-def test_without_any_keys_requests_are_not_signed():
+def test_store_connection_without_keys_is_unsigned():
     found = store_connection()
     assert (found.credentials, found.ca) == (None, None)
     assert (found.endpoint, found.region) == ("https://s3.eu-west-1.amazonaws.com", "eu-west-1")
 
 
-def test_without_a_region_there_is_still_one_to_sign_for(monkeypatch, tmp_path):
+def test_store_connection_without_region_uses_default(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     assert store_connection().region == "us-east-1"
 
 
 @pytest.mark.parametrize(("without", "proxy"), [("", "http://proxy:3128"), ("store.example,127.0.0.1", None)])
-def test_a_proxy_is_the_environments(monkeypatch, without, proxy):
+def test_store_connection_uses_proxy_of_environment(monkeypatch, without, proxy):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://store.example:8333")
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", without)
     assert store_connection().proxy == proxy
 
 
-def test_a_profile_that_is_not_there_is_a_wrong_command_line(thrave, monkeypatch):
+def test_missing_profile_is_usage_error(thrave, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nobodys")
     status, _, stderr = thrave("show", "s3://bucket/a.manifest.xml")
     assert (status, "nobodys" in stderr) == (2, True)

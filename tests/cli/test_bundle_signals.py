@@ -56,7 +56,7 @@ def opening(address, image, *more):
 
 @END
 @pytest.mark.parametrize("image_format", ["raw", "qcow2", "vmdk", "vpc"])
-def test_open_leaves_nothing(address, asked, tmp_path, number, image_format):
+def test_signal_during_open_leaves_no_file(address, asked, tmp_path, number, image_format):
     if image_format != "raw":
         try:
             qemu_nbd.load_binding()
@@ -71,7 +71,7 @@ def test_open_leaves_nothing(address, asked, tmp_path, number, image_format):
 
 
 @END
-def test_open_leaves_the_file_that_it_was_to_replace(address, asked, tmp_path, number):
+def test_signal_during_open_keeps_existing_file(address, asked, tmp_path, number):
     (tmp_path / "image").write_text("old")
     with running(*opening(address, tmp_path / "image", "--force")) as process:
         assert asked.wait(120), process.stderr.read()
@@ -82,7 +82,7 @@ def test_open_leaves_the_file_that_it_was_to_replace(address, asked, tmp_path, n
 
 
 @END
-def test_copy_leaves_whole_parts_only(address, asked, tmp_path, number):
+def test_signal_during_copy_leaves_whole_parts_only(address, asked, tmp_path, number):
     with running("copy", address, tmp_path / "there") as process:
         assert asked.wait(120), process.stderr.read()
         process.send_signal(number)
@@ -92,7 +92,7 @@ def test_copy_leaves_whole_parts_only(address, asked, tmp_path, number):
         assert path.read_bytes() == (VECTORS / BUNDLE).with_name(path.name).read_bytes()
 
 
-def test_a_signal_that_is_ignored_stays_ignored(address, asked, tmp_path):
+def test_ignored_signal_stays_ignored(address, asked, tmp_path):
     """As with nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -43,14 +43,14 @@ def lines(capsys):
     ],
     ids=["nothing", "one", "no time", "two", "what is long ago does not count", "a long silence counts"],
 )
-def test_the_rate_is_that_of_the_last_seconds(points, rate):
+def test_rate_covers_last_seconds(points, rate):
     found = Rate(5)
     for now, done in points:
         found.add(now, done)
     assert found.per_second == rate
 
 
-def test_a_log_gets_a_line_for_each_tenth_with_rate_and_time_left(clock, capsys):
+def test_bar_without_terminal_writes_line_for_each_tenth(clock, capsys):
     bar = ProgressBar("opening", 100 * MB)
     for second in range(1, 11):
         clock.now += 1
@@ -61,7 +61,7 @@ def test_a_log_gets_a_line_for_each_tenth_with_rate_and_time_left(clock, capsys)
     assert len(said) == 10
 
 
-def test_when_it_becomes_slower_the_line_says_so_soon(clock, capsys):
+def test_bar_shows_current_rate_after_slowdown(clock, capsys):
     bar = ProgressBar("opening", 1000 * MB)
     clock.now += 2
     bar.update(500 * MB)
@@ -71,14 +71,14 @@ def test_when_it_becomes_slower_the_line_says_so_soon(clock, capsys):
     assert lines(capsys)[-1] == "opening 60% 1 MB/s, 400 s left"
 
 
-def test_what_is_quick_says_nothing(clock, capsys):
+def test_bar_is_silent_for_short_work(clock, capsys):
     with progress_bar("opening", 100) as bar:
         clock.now += 0.9
         bar.update(100)
     assert lines(capsys) == []
 
 
-def test_it_never_goes_back_nor_beyond_the_end(clock, capsys):
+def test_bar_stays_between_last_value_and_end(clock, capsys):
     bar = ProgressBar("opening", 100)
     for done in (50, 20, 60, 500):
         clock.now += 2
@@ -87,7 +87,7 @@ def test_it_never_goes_back_nor_beyond_the_end(clock, capsys):
     assert percents == [50, 60, 100]
 
 
-def test_it_can_follow_what_somebody_else_does(clock, capsys):
+def test_bar_follows_progress_function(clock, capsys):
     asked = threading.Event()
 
     def half_done():
@@ -101,14 +101,14 @@ def test_it_can_follow_what_somebody_else_does(clock, capsys):
     assert "progress" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_an_empty_total_is_no_division_by_zero(clock, capsys):
+def test_bar_accepts_total_of_zero(clock, capsys):
     bar = ProgressBar("opening", 0)
     clock.now += 2
     bar.update(0)
     assert lines(capsys) == []
 
 
-def test_on_a_terminal_a_bar_is_drawn(clock, monkeypatch, capsys):
+def test_bar_is_drawn_on_terminal(clock, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with progress_bar("opening", 100 * MB) as bar:
         clock.now += 2

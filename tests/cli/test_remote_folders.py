@@ -42,14 +42,14 @@ def nowhere():
     [(None, "Connection refused"), ("http://no-such-host.invalid", "does not resolve")],
     ids=["refused", "not resolved"],
 )
-def test_store_that_cannot_be_reached_is_reported_after_two_attempts(thrave, monkeypatch, url, says):
+def test_unreachable_store_is_reported_after_two_attempts(thrave, monkeypatch, url, says):
     status, stderr = show(thrave, monkeypatch, url or nowhere())
     assert (status, len(stderr.splitlines())) == (1, 2)
     assert says in stderr.splitlines()[-1]
     assert "503" not in stderr
 
 
-def test_refused_request_without_credentials_says_where_they_were_looked_for(thrave, monkeypatch, tmp_path):
+def test_refused_request_without_credentials_lists_searched_places(thrave, monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with scripted(error(403, "AccessDenied")) as script:
@@ -58,33 +58,33 @@ def test_refused_request_without_credentials_says_where_they_were_looked_for(thr
     assert str(tmp_path / "credentials") in stderr
 
 
-def test_refused_request_with_credentials_does_not_say_so(thrave, monkeypatch):
+def test_refused_request_with_credentials_lists_no_places(thrave, monkeypatch):
     with scripted(error(403, "AccessDenied")) as script:
         status, stderr = show(thrave, monkeypatch, script.url)
     assert (status, "No credentials" in stderr) == (4, False)
 
 
-def test_other_region_is_named_with_the_settings_to_change(thrave, monkeypatch):
+def test_wrong_region_is_reported_with_settings(thrave, monkeypatch):
     with scripted(http(301, x_amz_bucket_region="eu-west-1")) as script:
         status, stderr = show(thrave, monkeypatch, script.url)
     assert (status, "eu-west-1" in stderr, "AWS_REGION" in stderr) == (1, True, True)
 
 
-def test_busy_store_is_tried_again(thrave, monkeypatch):
+def test_busy_store_is_retried(thrave, monkeypatch):
     with scripted(error(503, "SlowDown"), http(529), error(404, "NoSuchKey")) as script:
         status, _ = show(thrave, monkeypatch, script.url)
     assert (status, len(script.requests)) == (3, 3)
 
 
 @pytest.mark.parametrize("proxy", ["http://joe:hunter2@{}", "joe:hunter2@{}"])
-def test_proxy_that_is_not_there_is_named_without_its_password(thrave, monkeypatch, proxy):
+def test_unreachable_proxy_is_named_without_password(thrave, monkeypatch, proxy):
     where = nowhere().removeprefix("http://")
     monkeypatch.setenv("http_proxy", proxy.format(where))
     status, stderr = show(thrave, monkeypatch, "http://store.example")
     assert (status, f"the proxy {where}" in stderr, "hunter2" in stderr) == (1, True, False)
 
 
-def test_service_that_cannot_read_its_credentials_names_the_setting(thrave, tmp_path):
+def test_doctor_names_setting_of_missing_credentials_file(thrave, tmp_path):
     config = tmp_path / "thrave.toml"
     config.write_text(f'data_dir = "{tmp_path / "data"}"\nstore = "s3"\ns3_credentials_file = "{tmp_path / "none"}"\n')
     status, stdout, _ = thrave("doctor", "--config", config)

@@ -61,14 +61,14 @@ def site():
 
 
 @pytest.mark.parametrize("bundle", IMAGES)
-def test_a_bundle_of_another_program_opens_over_https(thrave_json, secure, tmp_path, bundle):
+def test_open_reads_bundles_of_other_tools_over_https(thrave_json, secure, tmp_path, bundle):
     address = f"{secure.url}/{bundle}.manifest.xml"
     opened = thrave_json("open", address, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
     assert hashlib.sha1((tmp_path / "image").read_bytes()).hexdigest() == IMAGES[bundle]
     assert opened["manifest"] == address
 
 
-def test_verify_and_show_take_an_address_as_they_take_a_file(thrave_json, secure):
+def test_verify_and_show_print_same_for_url_and_file(thrave_json, secure):
     address, file = f"{secure.url}/{TWO_PARTS}", VECTORS / TWO_PARTS
     for command in (("show",), ("verify", "--certificate", KEYS / "user-cert.pem")):
         far, near = (thrave_json(command[0], where, *command[1:]) for where in (address, file))
@@ -76,7 +76,7 @@ def test_verify_and_show_take_an_address_as_they_take_a_file(thrave_json, secure
         assert far == near
 
 
-def test_a_certificate_that_nobody_vouches_for_is_not_believed(thrave, tls):
+def test_untrusted_certificate_is_refused(thrave, tls):
     with web.serving_files(VECTORS, certificate=tls) as site:
         status, _, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
     assert (status, "certificate" in stderr, site.requested) == (FAILED, True, [])
@@ -98,13 +98,13 @@ def test_a_certificate_that_nobody_vouches_for_is_not_believed(thrave, tls):
         ("s3://a.manifest.xml", "PREFIX.manifest.xml"),
     ],
 )
-def test_what_is_no_address_is_said_before_anybody_is_called(thrave, address, reason):
+def test_invalid_address_is_usage_error_without_request(thrave, address, reason):
     status, _, stderr = thrave("show", address)
     assert (status, reason in stderr) == (USAGE, True), stderr
 
 
 @pytest.mark.parametrize("command", ["delete", "migrate", "copy"])
-def test_nothing_is_written_to_a_web_server(thrave, site, command):
+def test_delete_copy_and_migrate_refuse_web_server(thrave, site, command):
     address = f"{site.url}/{TWO_PARTS}"
     keys = (
         "--key",
@@ -145,7 +145,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("behaviour", HOSTILE)
-def test_a_hostile_server_gets_a_clear_error(thrave, site, behaviour):
+def test_hostile_web_server_causes_clear_error(thrave, site, behaviour):
     site.behaviour["manifest.xml"], code, reason = HOSTILE[behaviour]
     status, stdout, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
     assert (status, stdout) == (code, "")
@@ -158,7 +158,7 @@ HOSTILE_STORE = {name: HOSTILE[name] for name in HOSTILE if name != "shorter tha
 
 
 @pytest.mark.parametrize("behaviour", HOSTILE_STORE)
-def test_a_hostile_store_gets_a_clear_error(thrave, site, monkeypatch, behaviour):
+def test_hostile_store_causes_clear_error(thrave, site, monkeypatch, behaviour):
     site.behaviour["manifest.xml"], code, reason = HOSTILE_STORE[behaviour]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", site.url)
     status, stdout, stderr = thrave("show", f"s3://{TWO_PARTS}")
@@ -166,13 +166,13 @@ def test_a_hostile_store_gets_a_clear_error(thrave, site, monkeypatch, behaviour
     assert reason in stderr.splitlines()[-1]
 
 
-def test_store_without_ranges_is_read_whole(thrave, site, monkeypatch):
+def test_show_reads_store_without_ranges(thrave, site, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", site.url)
     status, stdout, _ = thrave("show", f"s3://{TWO_PARTS}")
     assert (status, "FIELD" in stdout) == (0, True)
 
 
-def test_a_store_that_tells_no_size_is_said(thrave, site, monkeypatch, tmp_path):
+def test_copy_reports_store_without_object_size(thrave, site, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", site.url)
     site.behaviour["manifest.xml"] = web.status(404)
     site.behaviour["part.0"] = web.status(200, Content_Length="-many")
@@ -180,7 +180,7 @@ def test_a_store_that_tells_no_size_is_said(thrave, site, monkeypatch, tmp_path)
     assert (status, "how long" in stderr) == (FAILED, True)
 
 
-def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
+def test_slow_server_is_abandoned_after_timeout(thrave, site, monkeypatch):
     monkeypatch.setattr(remote_folders, "CALL_TIMEOUT", 0.5)
     site.behaviour["manifest.xml"] = web.trickle(site)
     status, _, stderr = thrave("show", f"{site.url}/{TWO_PARTS}")
@@ -191,7 +191,7 @@ def test_a_trickle_does_not_hold_anybody_for_ever(thrave, site, monkeypatch):
     "fault",
     [web.status(503), web.status(429), web.cut_off, web.hung_up, web.gibberish],
 )
-def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, monkeypatch, fault):
+def test_open_retries_transient_fault(thrave, site, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(remote_folders, "RETRY_TIMEOUT", 60.0)
     site.behaviour["part.1"] = web.times(2, fault)
     address = f"{site.url}/{TWO_PARTS}"
@@ -209,7 +209,7 @@ def test_a_fault_that_passes_is_outlived(thrave, site, tmp_path, monkeypatch, fa
         (web.hung_up, FAILED),
     ],
 )
-def test_a_part_that_does_not_come_leaves_no_image(thrave, site, tmp_path, behaviour, code):
+def test_open_with_missing_part_leaves_no_image(thrave, site, tmp_path, behaviour, code):
     site.behaviour["part.1"] = behaviour
     address = f"{site.url}/{TWO_PARTS}"
     status, _, stderr = thrave("open", address, "--key", KEYS / "user-pk.pem", "-o", tmp_path / "image")
@@ -217,7 +217,7 @@ def test_a_part_that_does_not_come_leaves_no_image(thrave, site, tmp_path, behav
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_are_fetched_several_at_once(thrave_json, site, tmp_path):
+def test_verify_requests_several_parts_at_once(thrave_json, site, tmp_path):
     """No part is given before two are asked for."""
     together = threading.Barrier(2, timeout=30)
 
@@ -230,7 +230,7 @@ def test_parts_are_fetched_several_at_once(thrave_json, site, tmp_path):
     assert not together.broken
 
 
-def test_a_name_with_spaces_and_percents_is_found(thrave_json, tmp_path):
+def test_name_with_spaces_and_percent_signs_is_found(thrave_json, tmp_path):
     for path in (VECTORS / "go_ami_tools").iterdir():
         shutil.copy(path, tmp_path / path.name.replace("tiny.manifest", "100% of it.manifest"))
     with web.serving_files(tmp_path) as site:
@@ -238,19 +238,19 @@ def test_a_name_with_spaces_and_percents_is_found(thrave_json, tmp_path):
         assert thrave_json("verify", f"{site.url}/100%25%20of%20it.manifest.xml")["name"] == "tiny"
 
 
-def test_a_sample_asks_every_part_for_its_size_and_reads_a_few(thrave_json, site):
+def test_verify_sample_checks_every_size_and_reads_sample(thrave_json, site):
     thrave_json("verify", f"{site.url}/{TWO_PARTS}", "--sample", "1%", "--seed", "1")
     asked = [(method, path.rpartition(".")[2]) for method, path in site.requested if ".part." in path]
     assert sorted(asked) == [("GET", asked[-1][1]), ("HEAD", "0"), ("HEAD", "1")]
 
 
-def test_a_server_that_tells_no_size_is_said(thrave, site):
+def test_verify_reports_server_without_size(thrave, site):
     site.behaviour["part.0"] = lambda handler: handler.command == "HEAD" and web.hidden_size(handler)
     status, _, stderr = thrave("verify", f"{site.url}/{TWO_PARTS}", "--sample", "1%")
     assert (status, "how long" in stderr) == (FAILED, True)
 
 
-def test_a_bundle_is_copied_from_the_web(thrave_json, secure, tmp_path):
+def test_copy_reads_web_server(thrave_json, secure, tmp_path):
     copied = thrave_json("copy", f"{secure.url}/{TWO_PARTS}", tmp_path, "--certificate", KEYS / "user-cert.pem")
     assert copied["partsSent"] == 2
     original = (VECTORS / TWO_PARTS).parent
@@ -260,14 +260,14 @@ def test_a_bundle_is_copied_from_the_web(thrave_json, secure, tmp_path):
 
 
 @pytest.mark.parametrize(("part_size", "ahead"), [(1, 8), (10 * MIB, 8), (16 * MIB, 7), (63 * MIB, 2), (200 * MIB, 2)])
-def test_no_more_parts_are_on_their_way_than_memory_is_meant_for(part_size, ahead):
+def test_read_ahead_is_limited_by_memory(part_size, ahead):
     manifest = read_manifest((VECTORS / TWO_PARTS).read_bytes())
     manifest = replace(manifest, bundled_size=part_size * len(manifest.parts))
     assert read_ahead(web_folder("https://example.com/"), manifest) == ahead
     assert read_ahead(LocalFolder(VECTORS), manifest) is None
 
 
-def test_ctrl_c_does_not_wait_for_a_server_that_is_silent(site, tmp_path):
+def test_ctrl_c_does_not_wait_for_unresponsive_server(site, tmp_path):
     asked = threading.Event()
 
     def silent(handler):

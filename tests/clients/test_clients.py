@@ -65,7 +65,7 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name, indirect=True)
 @pytest.mark.parametrize("action", SCENARIOS)
-def test_a_client_does_an_action(world, driver, relay, client, action):
+def test_client_performs_action(world, driver, relay, client, action):
     if action in client.cannot:
         pytest.skip(f"{client.name} {client.cannot[action]}")
     relay.forget()
@@ -74,7 +74,7 @@ def test_a_client_does_an_action(world, driver, relay, client, action):
 
 
 @pytest.mark.parametrize("client", [client for client in CLIENTS if UNREAD in client.cannot.values()], indirect=True)
-def test_what_a_client_asks_for_is_done_even_if_it_fails_on_the_answer(world, driver):
+def test_action_is_performed_even_if_client_rejects_response(world, driver):
     instance = world.deaf_instance()
     with pytest.raises(AssertionError, match="progress"):
         driver("bundle", *world.bundling(instance, prefix=instance))

@@ -47,7 +47,7 @@ UNIT = ROOT / "packaging" / "systemd" / "thrave.service"
 
 
 @pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
-def test_howto_works_when_it_is_pasted(howto, tmp_path, request):
+def test_howto_works_when_pasted(howto, tmp_path, request):
     require("jq", package="jq")
     require("openssl", package="openssl")
     text = as_here(howto.read_text(), tmp_path, request)
@@ -58,7 +58,7 @@ def test_howto_works_when_it_is_pasted(howto, tmp_path, request):
 
 
 @pytest.mark.parametrize("howto", HOWTOS, ids=lambda path: path.stem)
-def test_howto_stops_at_the_first_error(howto):
+def test_howto_stops_at_first_error(howto):
     assert SHELL.findall(howto.read_text())[0].startswith("set -e\n")
 
 
@@ -138,7 +138,7 @@ def running(session: int) -> list[psutil.Process]:
     return found
 
 
-def test_the_index_names_every_howto():
+def test_index_names_every_howto():
     index = (ROOT / "docs" / "README.md").read_text()
     assert [path.name for path in HOWTOS[1:] if f"howto/{path.name}" not in index] == []
 
@@ -146,7 +146,7 @@ def test_the_index_names_every_howto():
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
 )
-def test_relative_links_of_a_page_name_files_of_this_repository(page):
+def test_relative_links_name_existing_files(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     inside = [link for link in links if not link.startswith(("http://", "https://"))]
     assert [link for link in inside if not (page.parent / link).exists()] == []

@@ -127,7 +127,7 @@ def test_unit_restarts_its_service_unless_the_exit_code_forbids_it(unit):
 
 
 def test_agent_ends_with_exit_codes_of_the_table():
-    assert (START_AGAIN, EXIT_LEASE_LOST) == (Exit.START_AGAIN, Exit.TAKEN_OVER)
+    assert (START_AGAIN, EXIT_LEASE_LOST) == (Exit.START_AGAIN, Exit.LEASE_LOST)
     assert Exit.START_AGAIN not in NO_RESTART
 
 

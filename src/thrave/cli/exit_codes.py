@@ -46,7 +46,7 @@ class Exit(IntEnum):
     TASK_FAILED = 20
     TASK_CANCELLED = 21
     START_AGAIN = 30
-    TAKEN_OVER = 75
+    LEASE_LOST = 75
     INTERRUPTED = 130
 
 
@@ -62,11 +62,11 @@ MEANING: dict[Exit, str] = {
     Exit.TASK_FAILED: "A watched bundle task has failed.",
     Exit.TASK_CANCELLED: "A watched bundle task was cancelled, and none failed.",
     Exit.START_AGAIN: "An operator ended the drain of this host while its agent drained: start the agent again.",
-    Exit.TAKEN_OVER: "Another process is now the agent of this host, or another host has adopted its tasks.",
+    Exit.LEASE_LOST: "Another process is now the agent of this host, or another host has adopted its tasks.",
     Exit.INTERRUPTED: "Stopped by Ctrl-C.",
 }
 
-NO_RESTART = frozenset({Exit.USAGE, Exit.REFUSED, Exit.TAKEN_OVER})
+NO_RESTART = frozenset({Exit.USAGE, Exit.REFUSED, Exit.LEASE_LOST})
 """After these a service manager must not restart a service: it would fail again, or take a host back."""
 
 # Expected errors; the first match decides. Lambdas, so that no module is imported for the table, and mypy still checks

@@ -49,7 +49,7 @@ def checks(document):
     return {check["subject"]: check["checked"] for check in document["checks"]}
 
 
-def test_a_bundle_opens_with_either_key_to_the_same_bytes(thrave_json, bundle, image, tmp_path):
+def test_open_with_either_key_returns_same_image(thrave_json, bundle, image, tmp_path):
     for owner in ("user", "cloud"):
         opened = thrave_json("open", bundle["manifest"], "--key", KEYS / f"{owner}-pk.pem", "-o", tmp_path / owner)
         assert opened["image"] == str(tmp_path / owner)
@@ -57,7 +57,7 @@ def test_a_bundle_opens_with_either_key_to_the_same_bytes(thrave_json, bundle, i
         assert (tmp_path / owner).stat().st_blocks < 8 * MIB / 512
 
 
-def test_the_answer_to_bundle_names_what_was_written(bundle, tmp_path):
+def test_bundle_prints_written_files(bundle, tmp_path):
     assert bundle["manifest"] == str(tmp_path / "bundles" / "winami.manifest.xml")
     assert bundle["sideFile"] == str(tmp_path / "bundles" / "winami.manifest.json")
     names = {"winami.manifest.xml", "winami.manifest.json", *(part["filename"] for part in bundle["parts"])}
@@ -66,7 +66,7 @@ def test_the_answer_to_bundle_names_what_was_written(bundle, tmp_path):
     assert bundle["bundledSize"] == sum(part["size"] for part in bundle["parts"])
 
 
-def test_qcow2_and_small_are_understood(thrave_json, image, tmp_path):
+def test_bundle_accepts_qcow2_and_small_compression(thrave_json, image, tmp_path):
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", image, tmp_path / "disk.qcow2"], check=True)
     options = ("--format", "qcow2", "--compression", "small", "--architecture", "i386")
     made = thrave_json(*sealing(tmp_path / "disk.qcow2", tmp_path / "b", *options))
@@ -75,7 +75,7 @@ def test_qcow2_and_small_are_understood(thrave_json, image, tmp_path):
     assert thrave_json("show", made["manifest"])["architecture"] == "i386"
 
 
-def test_an_encrypted_image_is_bundled_with_its_passphrase(thrave, thrave_json, image, tmp_path):
+def test_bundle_reads_encrypted_image_with_passphrase(thrave, thrave_json, image, tmp_path):
     secret_file = secret_beside(image)
     disk = encrypted(image, "qcow2", secret_file)
     status, _, stderr = thrave(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
@@ -85,13 +85,13 @@ def test_an_encrypted_image_is_bundled_with_its_passphrase(thrave, thrave_json, 
     assert (tmp_path / "out").read_bytes() == image.read_bytes()
 
 
-def test_an_image_that_a_guest_runs_on_is_refused(thrave, image, tmp_path):
+def test_bundle_refuses_image_of_running_guest(thrave, image, tmp_path):
     with written_to(image, "raw"):
         status, _, stderr = thrave(*sealing(image, tmp_path / "b"))
     assert (status, "is in use by another program" in stderr) == (FAILED, True)
 
 
-def test_verify_says_what_it_checked_and_what_it_could_not(thrave, thrave_json, bundle):
+def test_verify_reports_checked_and_unchecked_subjects(thrave, thrave_json, bundle):
     manifest = bundle["manifest"]
     without = checks(thrave_json("verify", manifest))
     assert {subject for subject, checked in without.items() if not checked} == {
@@ -103,7 +103,7 @@ def test_verify_says_what_it_checked_and_what_it_could_not(thrave, thrave_json, 
     assert "NOT CHECKED  no signer's certificate was given" in stdout
 
 
-def test_the_side_file_is_insisted_on_where_it_is_and_its_absence_said(thrave, thrave_json, bundle, tmp_path):
+def test_verify_requires_valid_side_file_and_reports_missing_one(thrave, thrave_json, bundle, tmp_path):
     side_file = tmp_path / "bundles" / "winami.manifest.json"
     side_file.rename(tmp_path / "aside")
     assert checks(thrave_json("verify", bundle["manifest"]))["sideFile"] is False
@@ -113,7 +113,7 @@ def test_the_side_file_is_insisted_on_where_it_is_and_its_absence_said(thrave, t
     assert "side file" in stderr
 
 
-def test_a_side_key_of_ones_own_signs_and_is_insisted_on(thrave, thrave_json, image, tmp_path):
+def test_given_side_key_signs_and_is_verified(thrave, thrave_json, image, tmp_path):
     key = Ed25519PrivateKey.generate()
     (tmp_path / "side.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -125,7 +125,7 @@ def test_a_side_key_of_ones_own_signs_and_is_insisted_on(thrave, thrave_json, im
     assert (status, "another key" in stderr) == (DAMAGED, True)
 
 
-def test_show_says_what_the_manifest_says(thrave, thrave_json, bundle):
+def test_show_prints_manifest(thrave, thrave_json, bundle):
     shown = thrave_json("show", bundle["manifest"])
     assert (shown["name"], shown["accountId"], shown["size"]) == ("winami", "123456789012", 8 * MIB)
     assert [part["sha1"] for part in shown["parts"]] == [part["sha1"] for part in bundle["parts"]]
@@ -133,14 +133,14 @@ def test_show_says_what_the_manifest_says(thrave, thrave_json, bundle):
     assert "winami.part.0" in stdout
 
 
-def test_show_lets_no_manifest_speak_to_the_terminal(thrave, bundle, tmp_path):
+def test_show_escapes_control_characters_of_manifest(thrave, bundle, tmp_path):
     manifest = tmp_path / "bundles" / "winami.manifest.xml"
     manifest.write_bytes(manifest.read_bytes().replace(b"<type>machine", "<type>\x9b31m&#10;machine".encode()))
     _, stdout, _ = thrave("show", manifest)
     assert r"\u009b31m\u000amachine" in stdout
 
 
-def test_show_counts_the_parts_that_it_does_not_list(thrave, bundle, tmp_path):
+def test_show_counts_parts_that_are_not_listed(thrave, bundle, tmp_path):
     manifest = tmp_path / "bundles" / "winami.manifest.xml"
     part = "<part index='{0}'><filename>p{0}</filename><digest algorithm='SHA1'>" + "0" * 40 + "</digest></part>"
     parts = f"<parts count='23'>{''.join(part.format(i) for i in range(23))}</parts>"
@@ -149,7 +149,7 @@ def test_show_counts_the_parts_that_it_does_not_list(thrave, bundle, tmp_path):
     assert "and 3 more parts" in stdout
 
 
-def test_a_side_file_that_is_a_pipe_is_not_waited_for(thrave, bundle, tmp_path):
+def test_verify_does_not_wait_for_side_file_that_is_a_pipe(thrave, bundle, tmp_path):
     side_file = tmp_path / "bundles" / "winami.manifest.json"
     side_file.unlink()
     os.mkfifo(side_file)
@@ -187,7 +187,7 @@ def declare_entities(folder):
         (lambda _: None, ("wrong", WRONG_KEY)),
     ],
 )
-def test_open_fails_with_its_code_one_line_and_no_output(thrave, bundle, tmp_path, damage, failure):
+def test_open_failure_has_exit_code_one_line_and_no_output(thrave, bundle, tmp_path, damage, failure):
     key, code = failure
     damage(tmp_path / "bundles")
     (tmp_path / "out").mkdir()
@@ -200,7 +200,7 @@ def test_open_fails_with_its_code_one_line_and_no_output(thrave, bundle, tmp_pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_an_existing_bundle_is_not_overwritten(thrave, bundle, image, tmp_path):
+def test_bundle_does_not_overwrite_existing_bundle(thrave, bundle, image, tmp_path):
     status, _, stderr = thrave(*sealing(image, tmp_path / "bundles"))
     assert (status, "exists" in stderr) == (REFUSED, True)
 
@@ -217,18 +217,18 @@ def test_an_existing_bundle_is_not_overwritten(thrave, bundle, image, tmp_path):
         ("--side-key", KEYS / "user-pk.pem"),
     ],
 )
-def test_a_wrong_option_is_said_before_anything_is_written(thrave, image, tmp_path, wrong):
+def test_bundle_rejects_wrong_option_before_writing(thrave, image, tmp_path, wrong):
     status, _, stderr = thrave(*sealing(image, tmp_path / "b", *wrong))
     assert (status, bool(stderr)) == (USAGE, True)
     assert not (tmp_path / "b").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_said(thrave, image, tmp_path):
+def test_bundle_reports_folder_that_cannot_be_created(thrave, image, tmp_path):
     status, _, stderr = thrave(*sealing(image, image / "b"))
     assert (status, "cannot write" in stderr) == (FAILED, True)
 
 
-def test_what_was_written_is_removed_when_sealing_fails(thrave, image, tmp_path, monkeypatch):
+def test_bundle_removes_written_files_after_failure(thrave, image, tmp_path, monkeypatch):
     """The image becomes shorter while it is read, as a file that somebody truncates does."""
     from thrave.volumes.raw import RawVolume
 
@@ -239,7 +239,7 @@ def test_what_was_written_is_removed_when_sealing_fails(thrave, image, tmp_path,
     assert list((tmp_path / "b").iterdir()) == []
 
 
-def test_an_image_that_is_changed_while_it_is_sealed_gives_no_bundle(thrave, image, tmp_path, monkeypatch):
+def test_bundle_refuses_image_that_changes_while_it_is_read(thrave, image, tmp_path, monkeypatch):
     from thrave.volumes.raw import RawVolume
 
     read = RawVolume.read_into
@@ -255,7 +255,7 @@ def test_an_image_that_is_changed_while_it_is_sealed_gives_no_bundle(thrave, ima
     assert list((tmp_path / "b").iterdir()) == []
 
 
-def test_what_an_image_says_of_itself_is_in_the_answer(thrave, thrave_json, image, tmp_path):
+def test_bundle_reports_warnings_about_image(thrave, thrave_json, image, tmp_path):
     disk = converted(image, "qcow2")
     qemu_img("snapshot", "-c", "before", disk)
     made = thrave_json(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
@@ -265,7 +265,7 @@ def test_what_an_image_says_of_itself_is_in_the_answer(thrave, thrave_json, imag
     assert f"Warning: {warning}." in stderr
 
 
-def test_a_file_that_the_image_refers_to_lies_where_it_may(thrave, thrave_json, image, tmp_path):
+def test_bundle_reads_referenced_files_in_image_dir_only(thrave, thrave_json, image, tmp_path):
     templates = tmp_path / "templates"
     templates.mkdir()
     disk = tmp_path / "top.qcow2"
@@ -282,7 +282,7 @@ def test_a_file_that_the_image_refers_to_lies_where_it_may(thrave, thrave_json, 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
 )
-def test_a_signal_that_ends_it_leaves_nothing(tmp_path, number, status):
+def test_signal_during_bundle_leaves_no_file(tmp_path, number, status):
     (tmp_path / "disk.raw").write_bytes(256 * Random(1).randbytes(MIB))  # takes seconds, also where nobody else works
     words = [*map(str, sealing(tmp_path / "disk.raw", tmp_path / "b", "--compression", "small"))]
     with subprocess.Popen([sys.executable, "-m", "thrave", *words], stderr=subprocess.DEVNULL) as thrave:

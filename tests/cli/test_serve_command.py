@@ -32,7 +32,7 @@ def served(tmp_path, *options):
     ],
     ids=["text", "json"],
 )
-def test_it_says_where_it_answers_and_ends_well_at_sigterm(tmp_path, options, url_in):
+def test_serve_prints_url_and_exits_on_sigterm(tmp_path, options, url_in):
     with served(tmp_path, *options) as server:
         said = server.stdout.readline()
         while options and not said.endswith("}\n"):
@@ -49,7 +49,7 @@ def test_it_says_where_it_answers_and_ends_well_at_sigterm(tmp_path, options, ur
     ("options", "status"),
     [(("--listen-port", "70000"), 2), (("--config", "/no/such/file"), 2), (("--listen-address", "0.0.0.0"), 4)],
 )
-def test_what_it_cannot_do_is_an_exit_code(tmp_path, options, status):
+def test_serve_failure_has_exit_code(tmp_path, options, status):
     with served(tmp_path, *options) as server:
         assert server.wait() == status
         assert server.stdout.read() == ""

@@ -78,7 +78,7 @@ def failed(server, alice, tmp_path):
     return task["BundleTask"]["BundleId"]
 
 
-def test_a_complete_task_is_listed_with_what_it_has_stored(thrave, thrave_json, server, complete):
+def test_task_list_shows_stored_parts_of_complete_task(thrave, thrave_json, server, complete):
     (task,) = [task for task in thrave_json("task", "list")["tasks"] if task["bundleId"] == complete]
     files = [*(server.data.buckets / "alices-bucket").glob(f"{task['instanceId']}*")]
     assert (task["state"], task["error"], task["orphanedObjects"], task["attempts"]) == ("complete", None, 0, 1)
@@ -90,7 +90,7 @@ def test_a_complete_task_is_listed_with_what_it_has_stored(thrave, thrave_json, 
     assert any(row.startswith(f"{complete}  complete ") for row in rows)
 
 
-def test_a_tasks_history_says_how_long_each_state_lasted(thrave, show, complete):
+def test_task_show_prints_duration_of_each_state(thrave, show, complete):
     story = show(complete)
     changes = [event for event in story["history"] if event["message"] is None]
     assert [event["state"] for event in changes] == [
@@ -106,7 +106,7 @@ def test_a_tasks_history_says_how_long_each_state_lasted(thrave, show, complete)
     assert "which was running" in text
 
 
-def test_a_failed_task_is_shown_with_its_reason_and_what_to_do(thrave, show, failed):
+def test_task_show_prints_reason_and_remedy_of_failed_task(thrave, show, failed):
     status, _, stderr = thrave("task", "watch", failed)
     assert status == TASK_FAILED
     assert stderr.splitlines()[-1].endswith("failed Server.VolumeError")
@@ -119,7 +119,7 @@ def test_a_failed_task_is_shown_with_its_reason_and_what_to_do(thrave, show, fai
     assert "The bucket contains no object of this task." in text
 
 
-def test_an_operator_cancels_as_an_owner_would(thrave, thrave_json, server, bundled, show):
+def test_task_cancel_cancels_and_undoes_task(thrave, thrave_json, server, bundled, show):
     bundle_id, instance_id = bundled(400)
     eventually(lambda: show(bundle_id)["storedParts"])
     assert thrave_json("task", "cancel", bundle_id)["tasks"][0]["state"] in {"cancelling", "failed"}
@@ -135,7 +135,7 @@ def test_an_operator_cancels_as_an_owner_would(thrave, thrave_json, server, bund
     assert stderr == f"thrave: {bundle_id}: Can't cancel bundle task when the bundle task is failed\n"
 
 
-def test_of_several_to_cancel_those_that_can_be_are(thrave, bundled, show):
+def test_task_cancel_continues_after_unknown_task(thrave, bundled, show):
     bundle_id, _ = bundled(400)
     status, stdout, stderr = thrave("task", "cancel", NO_SUCH_TASK, bundle_id)
     assert status == NOT_FOUND
@@ -144,7 +144,7 @@ def test_of_several_to_cancel_those_that_can_be_are(thrave, bundled, show):
     assert thrave("task", "watch", bundle_id)[0] == TASK_CANCELLED
 
 
-def test_what_could_not_be_removed_is_shown(thrave, server, bundled, show):
+def test_task_show_lists_orphaned_objects(thrave, server, bundled, show):
     bundle_id, _ = bundled(400, bucket="lost-bucket")
     eventually(lambda: show(bundle_id)["storedParts"])
     bucket, elsewhere = server.data.buckets / "lost-bucket", server.data.buckets.parent / "elsewhere"
@@ -160,7 +160,7 @@ def test_what_could_not_be_removed_is_shown(thrave, server, bundled, show):
     assert f"Client.S3Error, {story['orphanedObjects']} orphaned objects" in thrave("task", "list")[1]
 
 
-def test_away_from_a_terminal_a_watch_writes_lines(thrave, bundled):
+def test_task_watch_without_terminal_writes_lines(thrave, bundled):
     bundle_id, instance_id = bundled(200)
     status, stdout, stderr = thrave("task", "watch", "--output", "json")
     assert status == 0
@@ -171,7 +171,7 @@ def test_away_from_a_terminal_a_watch_writes_lines(thrave, bundled):
     assert " complete " in lines[-1]
 
 
-def test_on_a_terminal_a_watch_draws_bars(server, bundled):
+def test_task_watch_draws_bars_on_terminal(server, bundled):
     bundle_id, instance_id = bundled(200)
     status, drawn = on_a_terminal("task", "watch", bundle_id)
     assert status == 0
@@ -196,16 +196,16 @@ def on_a_terminal(*words):
     return command.wait(), drawn.decode()
 
 
-def test_with_nothing_unfinished_a_watch_ends_at_once(thrave):
+def test_task_watch_without_unfinished_task_ends(thrave):
     status, stdout, stderr = thrave("task", "watch")
     assert (status, len(stdout.splitlines()), stderr) == (0, 1, "There are no unfinished tasks to watch.\n")
 
 
-def test_a_watch_of_several_ends_as_the_worst_of_them(thrave, complete, failed):
+def test_task_watch_returns_worst_exit_code(thrave, complete, failed):
     assert thrave("task", "watch", complete, failed)[0] == TASK_FAILED
 
 
-def test_no_secret_is_shown(thrave, alice, server, bundled):
+def test_task_commands_print_no_secret(thrave, alice, server, bundled):
     bundle_id, _ = bundled(30)
     _, key = alice
     storage = server.storage(key, "alices-bucket", "other")["S3"]
@@ -218,7 +218,7 @@ def test_no_secret_is_shown(thrave, alice, server, bundled):
 
 
 @pytest.mark.parametrize("words", [["list"], ["show", "bun-1"], ["watch", "bun-1"]])
-def test_a_strangers_words_do_nothing_to_the_terminal(thrave, tmp_path, monkeypatch, words):
+def test_task_commands_escape_control_characters(thrave, tmp_path, monkeypatch, words):
     monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
     ground = open_components(load_settings(None))
     request = BundleRequest(
@@ -236,7 +236,7 @@ def test_a_strangers_words_do_nothing_to_the_terminal(thrave, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("words", [["show"], ["watch"], ["cancel"]])
-def test_a_task_that_there_is_none_of_has_a_status(thrave, words):
+def test_unknown_task_has_exit_code(thrave, words):
     status, stdout, stderr = thrave("task", *words, NO_SUCH_TASK)
     assert (status, stdout.strip()) == (NOT_FOUND, "")
     assert f"'{NO_SUCH_TASK}' does not exist" in stderr
@@ -249,13 +249,13 @@ def test_a_task_that_there_is_none_of_has_a_status(thrave, words):
         ["list", "--data-dir", "no-such-folder"], ["list", "--config", "no-such-file"],
     ],
 )  # fmt: skip
-def test_a_wrong_command_line_has_a_status(thrave, words):
+def test_task_commands_reject_wrong_command_line(thrave, words):
     status, stdout, stderr = thrave("task", *words)
     assert (status, stdout) == (USAGE, "")
     assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("words", [[], ["list"], ["show"], ["watch"], ["cancel"]])
-def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
+def test_task_help_has_example(thrave, words):
     _, stdout, _ = thrave("task", *words, "--help")
     assert any(line.startswith("    thrave task ") for line in stdout.splitlines())

@@ -8,7 +8,7 @@ from clients.kits import Npm, PyPI
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "clients.md"
 
 
-def test_the_page_has_the_clients_of_the_table_in_the_versions_that_are_fetched():
+def test_page_has_clients_of_table_with_fetched_versions():
     rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == [client.name for client in CLIENTS]
     for client, (_, version, api_version, signature, method, *_) in zip(CLIENTS, rows, strict=True):

@@ -49,13 +49,13 @@ def piped(manifest, *options, key="user"):
 
 
 @pytest.mark.parametrize("words", [("--stdout",), ("-o", "-")])
-def test_stdout_gets_the_image_and_nothing_else(manifest, words):
+def test_open_stdout_has_only_image(manifest, words):
     status, stdout, stderr = piped(manifest, *TRUST, *words)
     assert (status, stdout == DATA) == (0, True)
     assert "signature    ok" in stderr
 
 
-def test_what_was_checked_is_json_on_stderr_if_asked_for(manifest):
+def test_open_stdout_prints_json_report_on_stderr(manifest):
     _, _, stderr = piped(manifest, *TRUST, "--stdout", "--output", "json")
     document = json.loads(stderr)
     assert (document["image"], document["format"]) == ("-", "raw")
@@ -84,7 +84,7 @@ def other_digest(manifest):
     ],
     ids=["first part", "late part", "missing part", "digest of the whole"],
 )
-def test_a_failure_is_said_and_the_image_is_short(manifest, damage, status, comes_out):
+def test_open_stdout_failure_truncates_image_and_warns(manifest, damage, status, comes_out):
     damage(manifest)
     code, stdout, stderr = piped(manifest, "--stdout")
     assert (code, bool(stdout)) == (status, comes_out)
@@ -94,11 +94,11 @@ def test_a_failure_is_said_and_the_image_is_short(manifest, damage, status, come
     assert "Traceback" not in stderr
 
 
-def test_nothing_comes_out_for_a_wrong_key(manifest):
+def test_open_stdout_with_wrong_key_is_empty(manifest):
     assert piped(manifest, "--stdout", key="wrong")[:2] == (WRONG_KEY, b"")
 
 
-def test_a_terminal_is_refused(manifest):
+def test_open_refuses_terminal(manifest):
     terminal, end = pty.openpty()
     words = map(str, ("open", manifest, *KEY, "--stdout"))
     done = subprocess.run([sys.executable, "-m", "thrave", *words], stdout=end, stderr=subprocess.PIPE, check=False)
@@ -110,7 +110,7 @@ def test_a_terminal_is_refused(manifest):
 @pytest.mark.parametrize(
     "words", [(), ("--stdout", "-o", "image"), ("--stdout", "--format", "qcow2"), ("-o", "image", "--format", "vhdx")]
 )
-def test_what_cannot_be_is_said_before_anything_is_written(manifest, thrave, tmp_path, monkeypatch, words):
+def test_open_rejects_wrong_options_before_writing(manifest, thrave, tmp_path, monkeypatch, words):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     status, stdout, _ = thrave("open", manifest, *KEY, *words)
@@ -120,7 +120,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(manifest, thrave, tmp
 
 @pytest.mark.usefixtures("qemu")
 @pytest.mark.parametrize("image_format", WRITABLE_FORMATS)
-def test_other_formats_hold_the_same_disk(manifest, thrave_json, tmp_path, image_format):
+def test_open_writes_other_formats(manifest, thrave_json, tmp_path, image_format):
     (tmp_path / "out").mkdir()
     image = tmp_path / "out" / "disk"
     document = thrave_json("open", manifest, *KEY, "--format", image_format, "-o", image)
@@ -134,7 +134,7 @@ def test_other_formats_hold_the_same_disk(manifest, thrave_json, tmp_path, image
 
 
 @pytest.mark.usefixtures("qemu")
-def test_holes_stay_unallocated_in_qcow2(manifest, thrave_json, tmp_path):
+def test_open_keeps_holes_unallocated_in_qcow2(manifest, thrave_json, tmp_path):
     thrave_json("open", manifest, *KEY, "--format", "qcow2", "-o", tmp_path / "disk")
     mapped = json.loads(qemu_img("map", "--output=json", "-f", "qcow2", tmp_path / "disk"))
     data = [(run["start"], run["length"]) for run in mapped if run["data"]]
@@ -143,7 +143,7 @@ def test_holes_stay_unallocated_in_qcow2(manifest, thrave_json, tmp_path):
 
 @pytest.mark.usefixtures("qemu")
 @pytest.mark.parametrize("damage", [lambda m: flip(m.with_name("disk.part.10")), other_digest])
-def test_no_qcow2_is_left_of_a_damaged_bundle_and_the_old_one_stays(manifest, thrave, tmp_path, damage):
+def test_open_of_damaged_bundle_keeps_existing_qcow2(manifest, thrave, tmp_path, damage):
     damage(manifest)
     (tmp_path / "out").mkdir()
     image = tmp_path / "out" / "disk"
@@ -160,7 +160,7 @@ def test_no_qcow2_is_left_of_a_damaged_bundle_and_the_old_one_stays(manifest, th
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize("there", [b"old", bytes(len(DATA))])
-def test_an_image_that_exists_is_replaced_only_with_force(manifest, thrave, tmp_path, image_format, there):
+def test_open_replaces_existing_image_only_with_force(manifest, thrave, tmp_path, image_format, there):
     if image_format != "raw":
         require_libnbd()
     image = tmp_path / "disk"
@@ -175,7 +175,7 @@ def test_an_image_that_exists_is_replaced_only_with_force(manifest, thrave, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "disk"}
 
 
-def test_opening_onto_the_same_image_again_changes_nothing(manifest, thrave, tmp_path):
+def test_open_accepts_existing_image_with_same_content(manifest, thrave, tmp_path):
     words = ("open", manifest, *KEY, "-o", tmp_path / "disk")
     assert thrave(*words)[0] == 0
     before = (tmp_path / "disk").stat()
@@ -184,11 +184,11 @@ def test_opening_onto_the_same_image_again_changes_nothing(manifest, thrave, tmp
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_a_folder_that_is_missing_is_not_made(manifest, thrave, tmp_path):
+def test_open_does_not_create_missing_folder(manifest, thrave, tmp_path):
     status, _, stderr = thrave("open", manifest, *KEY, "-o", tmp_path / "no" / "disk")
     assert (status, f"the folder {tmp_path / 'no'} does not exist" in stderr) == (FAILED, True)
     assert not (tmp_path / "no").exists()
 
 
-def test_what_can_be_written_stands_in_one_list():
+def test_formats_are_those_that_qemu_nbd_can_create():
     assert ("raw", *WRITABLE_FORMATS) == FORMATS

@@ -45,7 +45,7 @@ def an_exception(words):
     return random.Random(" ".join(words)).choice(KINDS)
 
 
-def test_each_error_of_the_table_exists_and_has_its_exit_code():
+def test_exit_code_of_each_error_in_table():
     """The table imports no module; here all modules are imported, so each name must resolve."""
     for module in pkgutil.walk_packages(thrave_package.__path__, "thrave."):
         if not module.name.startswith(("thrave.__main__", "thrave.migrations")):
@@ -57,9 +57,7 @@ def test_each_error_of_the_table_exists_and_has_its_exit_code():
 
 
 @pytest.mark.parametrize(("words", "command"), [*commands()], ids=[" ".join(words) for words, _ in commands()])
-def test_unexpected_error_of_any_command_is_one_line_that_names_the_details(
-    thrave, monkeypatch, tmp_path, words, command
-):
+def test_unexpected_error_is_one_line_with_path_of_details(thrave, monkeypatch, tmp_path, words, command):
     kind = an_exception(words)
 
     def fail(_context):
@@ -79,7 +77,7 @@ def test_unexpected_error_of_any_command_is_one_line_that_names_the_details(
     assert "Traceback" in details.read_text()
 
 
-def test_debug_prints_the_traceback(thrave, monkeypatch):
+def test_debug_prints_traceback(thrave, monkeypatch):
     def fail(words):
         raise KeyError("x")
 
@@ -97,7 +95,7 @@ def test_debug_prints_the_traceback(thrave, monkeypatch):
         (OSError(28, "x"), Exit.FAILED, "No space left on device. Free some space."),
     ],
 )
-def test_refusal_of_the_system_names_the_path(thrave, monkeypatch, error, status, says):
+def test_os_error_names_path(thrave, monkeypatch, error, status, says):
     def fail(words):
         raise error
 
@@ -114,14 +112,14 @@ def test_refusal_of_the_system_names_the_path(thrave, monkeypatch, error, status
         (["task", "cancl"], None), (["host", "retre"], None), (["delet"], None),
     ],
 )  # fmt: skip
-def test_closest_harmless_command_is_suggested(thrave, words, suggested):
+def test_unknown_command_suggests_closest_harmless_one(thrave, words, suggested):
     status, _, stderr = thrave(*words)
     assert status == Exit.USAGE
     assert (f"Did you mean {suggested!r}?" in stderr) is (suggested is not None)
     assert not any(f"'{name}'" in stderr for name in HARMFUL)
 
 
-def test_help_is_a_command(thrave):
+def test_help_command_prints_help(thrave):
     assert thrave("help", "instance", "show")[1].startswith("Usage: thrave instance show")
     assert {*COMMANDS} - {"help"} <= {*thrave("help")[1].split()}
 
@@ -136,7 +134,7 @@ def test_help_is_a_command(thrave):
         *(["instance", name, "i-0123456789abcdef0"] for name in ("show", "remove", "start", "stop")),
     ],
 )
-def test_missing_data_directory_is_named_and_not_made(thrave, tmp_path, words):
+def test_missing_data_directory_is_reported_and_not_created(thrave, tmp_path, words):
     status, stdout, stderr = thrave(*words, "--data-dir", tmp_path / "goood")
     assert (status, stdout, f"No data directory at {tmp_path}/goood" in stderr) == (Exit.USAGE, "", True)
     assert not (tmp_path / "goood").exists()
@@ -159,13 +157,13 @@ def test_path_in_utf8_works_under_any_locale(tmp_path, locale):
 
 @pytest.mark.parametrize("words", [["serve"], ["account", "create", "alice"], ["instance", "list"], ["doctor"]])
 @pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-def test_path_that_is_no_utf8_is_refused(tmp_path, words, locale):
+def test_path_that_is_not_utf8_is_refused(tmp_path, words, locale):
     refused = run(*words, "--data-dir", os.fsdecode(bytes(tmp_path) + b"/dat\xe4"), **locale)
     assert (refused.returncode, "is not UTF-8" in refused.stderr) == (Exit.USAGE, True), refused.stderr
     assert [*tmp_path.iterdir()] == []
 
 
-def test_working_directory_that_is_no_utf8_is_refused(tmp_path):
+def test_working_directory_that_is_not_utf8_is_refused(tmp_path):
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/dat\xe4"))
     folder.mkdir()
     refused = subprocess.run([sys.executable, "-m", "thrave", "account", "list"], cwd=folder, check=False,
@@ -177,7 +175,7 @@ UNSAFE = "a\x1b]0;x\x07b\u202ec\u009bd\x7fe\u2066f\ud800g\u200bh\U000e0001i\rj\u
 
 
 @pytest.mark.parametrize("output", ["text", "json"])
-def test_unsafe_characters_are_escaped_in_every_output(capsys, output):
+def test_output_escapes_unsafe_characters(capsys, output):
     print_result(output, {"name": UNSAFE, "ä": "日本"}, f"name {UNSAFE} 日本")
     shown = capsys.readouterr().out
     assert "日本" in shown
@@ -186,12 +184,12 @@ def test_unsafe_characters_are_escaped_in_every_output(capsys, output):
         assert json.loads(shown)["name"] == UNSAFE
 
 
-def test_cell_of_a_table_is_one_line():
+def test_table_cell_is_one_line():
     assert len(table(("A", "B"), [("x\ny", UNSAFE)]).splitlines()) == 2
     assert printable("a\nb") == "a\\u000ab"
 
 
-def test_unsafe_characters_of_an_error_are_escaped(thrave, tmp_path):
+def test_error_escapes_unsafe_characters(thrave, tmp_path):
     _, _, stderr = thrave("show", tmp_path / "\x1b]0;x\x07\u202e")
     assert stderr
     assert [letter for letter in stderr if not (letter.isprintable() or letter == "\n")] == []
@@ -200,7 +198,7 @@ def test_unsafe_characters_of_an_error_are_escaped(thrave, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["account create alice", "serve --listen-port 0", "task list", "demo"])
-def test_empty_data_directory_is_refused_and_not_taken_for_the_working_one(thrave, tmp_path, monkeypatch, words):
+def test_empty_data_directory_is_refused(thrave, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)
     status, _, stderr = thrave(*words.split(), "--data-dir", "")
@@ -211,7 +209,7 @@ def test_empty_data_directory_is_refused_and_not_taken_for_the_working_one(thrav
 
 
 @pytest.mark.parametrize("words", ["account create alice", "serve --listen-port 0"])
-def test_folder_that_all_users_share_is_no_data_directory(tmp_path, words):
+def test_shared_folder_is_refused_as_data_directory(tmp_path, words):
     """It would be closed to everybody else."""
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -72,7 +72,7 @@ def two(ground, task, silence):
     silence("kvm-1", 120)
 
 
-def test_hosts_are_listed_with_what_they_do(two, thrave, thrave_json):
+def test_host_list_shows_tasks_and_heartbeats(two, thrave, thrave_json):
     first, second = thrave_json("host", "list")["hosts"]
     assert [first[name] for name in ("host", "state", "lost", "tasksBegun", "tasksWaiting", "workerConcurrency")] == [
         "kvm-1", "active", True, 1, 1, 2
@@ -84,7 +84,7 @@ def test_hosts_are_listed_with_what_they_do(two, thrave, thrave_json):
     assert second.startswith("kvm-2  active ")
 
 
-def test_a_host_is_shown_with_its_unfinished_tasks(two, ground, task, thrave, thrave_json):
+def test_host_show_lists_unfinished_tasks(two, ground, task, thrave, thrave_json):
     task("bun-3", "kvm-1")
     ground.records().cancel("bun-3")
     assert {task["bundleId"] for task in thrave_json("host", "show", "kvm-1")["tasks"]} == {"bun-1", "bun-2"}
@@ -94,7 +94,7 @@ def test_a_host_is_shown_with_its_unfinished_tasks(two, ground, task, thrave, th
     assert "TASK" not in thrave("host", "show", "kvm-2")[1]
 
 
-def test_a_lost_hosts_tasks_are_adopted(two, thrave_json):
+def test_host_adopt_moves_tasks_of_lost_host(two, thrave_json):
     assert thrave_json("host", "adopt", "kvm-1", "--by", "kvm-2") == {
         "host": "kvm-2", "lost": "kvm-1", "bundleIds": ["bun-1", "bun-2"]
     }  # fmt: skip
@@ -104,20 +104,20 @@ def test_a_lost_hosts_tasks_are_adopted(two, thrave_json):
     assert history[-1]["message"] == "Host kvm-2 continues the task of host kvm-1."
 
 
-def test_a_retired_hosts_tasks_fail(two, thrave, thrave_json):
+def test_host_retire_fails_unfinished_tasks(two, thrave, thrave_json):
     status, text, _ = thrave("host", "retire", "kvm-1")
     assert (status, text.splitlines()) == (0, ["kvm-1 is retired; tasks: 2", "bun-1", "bun-2"])
     assert [host["host"] for host in thrave_json("host", "list")["hosts"]] == ["kvm-2"]
     assert thrave_json("task", "show", "bun-1")["error"]["code"] == "Server.HostLost"
 
 
-def test_drain_of_a_host_ends_when_it_is_activated(two, thrave, thrave_json):
+def test_host_activate_ends_drain(two, thrave, thrave_json):
     for command, state in (("drain", "draining"), ("activate", "active")):
         assert thrave("host", command, "kvm-2")[1] == f"kvm-2 is {state}\n"
         assert thrave_json("host", "show", "kvm-2")["state"] == state
 
 
-def test_move_that_the_state_does_not_allow_has_a_status(two, thrave):
+def test_host_commands_refuse_wrong_state(two, thrave):
     thrave("host", "adopt", "kvm-1", "--by", "kvm-2")
     for command in ("drain", "activate"):
         status, stdout, stderr = thrave("host", command, "kvm-1")
@@ -127,7 +127,7 @@ def test_move_that_the_state_does_not_allow_has_a_status(two, thrave):
 
 
 @pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-3"], ["retire", "kvm-2"]])
-def test_host_that_sends_heartbeats_is_refused_unless_it_is_known_to_be_off(two, ground, thrave, words):
+def test_host_adopt_and_retire_refuse_host_with_heartbeat(two, ground, thrave, words):
     ground.hosts.acquire_lease("kvm-3", worker_concurrency=1)
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout) == (REFUSED, "")
@@ -145,19 +145,19 @@ def test_host_that_sends_heartbeats_is_refused_unless_it_is_known_to_be_off(two,
         ["adopt", "kvm-1", "--by", "kvm-9"],
     ],
 )
-def test_a_host_that_there_is_none_of_has_a_status(two, thrave, words):
+def test_unknown_host_has_exit_code(two, thrave, words):
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout, stderr) == (NOT_FOUND, "", "thrave: There is no host kvm-9\n")
 
 
 @pytest.mark.parametrize("words", [["list", "--data-dir", "no-such-folder"], ["show"], ["adopt", "kvm-1"]])
-def test_a_wrong_command_line_has_a_status(settings, thrave, words):
+def test_host_commands_reject_wrong_command_line(settings, thrave, words):
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout) == (USAGE, "")
     assert "Traceback" not in stderr
 
 
-def test_the_database_may_be_named_in_a_file(two, thrave, settings, monkeypatch, tmp_path):
+def test_host_list_reads_database_url_from_config_file(two, thrave, settings, monkeypatch, tmp_path):
     monkeypatch.delenv("THRAVE_DATA_DIR")
     monkeypatch.delenv("THRAVE_DATABASE_URL", raising=False)
     file = tmp_path / "thrave.toml"
@@ -168,6 +168,6 @@ def test_the_database_may_be_named_in_a_file(two, thrave, settings, monkeypatch,
 
 
 @pytest.mark.parametrize("words", [[], ["list"], ["show"], ["drain"], ["activate"], ["adopt"], ["retire"]])
-def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
+def test_host_help_has_example(thrave, words):
     _, stdout, _ = thrave("host", *words, "--help")
     assert any(line.startswith("    thrave host ") for line in stdout.splitlines())

@@ -18,7 +18,7 @@ from thrave.cli.output import format_duration
         ("2026-11-23T19:00+01:00", datetime(2026, 11, 23, 18, tzinfo=UTC)),
     ],
 )
-def test_a_time_is_in_utc_unless_it_says_otherwise(text, time):
+def test_since_without_offset_is_utc(text, time):
     assert Since().convert(text, None, None) == time
 
 
@@ -31,7 +31,7 @@ def test_a_time_is_in_utc_unless_it_says_otherwise(text, time):
         ("1.5d", timedelta(days=1.5)),
     ],
 )
-def test_a_time_may_be_how_long_ago_it_was(text, ago):
+def test_since_accepts_age(text, ago):
     before = datetime.now(UTC) - ago
     assert before <= Since().convert(text, None, None) <= datetime.now(UTC) - ago
 
@@ -49,5 +49,5 @@ def test_since_rejects_invalid_time(text):
         (12600, "3.5 h"), (172800, "2 d"),
     ],
 )  # fmt: skip
-def test_a_span_is_said_in_its_own_unit(seconds, said):
+def test_format_duration_chooses_unit(seconds, said):
     assert format_duration(timedelta(seconds=seconds)) == said

@@ -15,7 +15,7 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
 
 
-def test_a_new_account_is_shown_with_its_secret_once(thrave, thrave_json):
+def test_account_create_prints_secret_once(thrave, thrave_json):
     created = thrave_json("account", "create", "alice")
     assert set(created) == {"accountId", "name", "accessKeyId", "secretAccessKey"}
     status, stdout, _ = thrave("account", "list", "--output", "json")
@@ -26,7 +26,7 @@ def test_a_new_account_is_shown_with_its_secret_once(thrave, thrave_json):
     assert [key["accessKeyId"] for key in listed["accessKeys"]] == [created["accessKeyId"]]
 
 
-def test_the_text_form_shows_the_same_words(thrave):
+def test_account_create_prints_same_values_as_text(thrave):
     _, stdout, _ = thrave("account", "create", "alice")
     assert [line.split(":")[0] for line in stdout.splitlines()[:4]] == [
         "Account", "Name", "Access key", "Secret access key",
@@ -36,7 +36,7 @@ def test_the_text_form_shows_the_same_words(thrave):
     assert "alice" in stdout
 
 
-def test_a_new_certificate_is_written_beside_its_private_key_and_only_the_certificate_is_kept(thrave_json, tmp_path):
+def test_account_create_writes_certificate_and_key_and_stores_certificate_only(thrave_json, tmp_path):
     created = thrave_json("account", "create", "alice", "--new-certificate", tmp_path / "keys")
     certificate, private_key = sorted((tmp_path / "keys").iterdir())
     assert [created["certificateFile"], created["privateKeyFile"]] == [str(certificate), str(private_key)]
@@ -50,21 +50,21 @@ def test_a_new_certificate_is_written_beside_its_private_key_and_only_the_certif
     assert private_key.read_bytes().splitlines()[1] not in kept
 
 
-def test_no_certificate_is_left_behind_by_an_account_that_was_not_created(thrave, tmp_path):
+def test_account_create_removes_certificate_files_after_failure(thrave, tmp_path):
     thrave("account", "create", "alice")
     status, _, stderr = thrave("account", "create", "alice", "--new-certificate", tmp_path / "keys")
     assert (status, "already exists" in stderr) == (REFUSED, True)
     assert [*(tmp_path / "keys").iterdir()] == []
 
 
-def test_ones_own_certificate_is_taken(thrave_json, tmp_path):
+def test_account_create_accepts_given_certificate(thrave_json, tmp_path):
     pem = new_certificate("alice")[0]
     (tmp_path / "cert.pem").write_text(pem)
     thrave_json("account", "create", "alice", "--certificate", tmp_path / "cert.pem")
     assert thrave_json("account", "list")["accounts"][0]["certificate"] == pem
 
 
-def test_what_is_no_certificate_is_refused_in_one_line(thrave, tmp_path):
+def test_account_create_refuses_invalid_certificate_in_one_line(thrave, tmp_path):
     (tmp_path / "cert.pem").write_bytes(b"\xff\x00 nothing of the kind")
     status, stdout, stderr = thrave("account", "create", "alice", "--certificate", tmp_path / "cert.pem")
     assert (status, stdout) == (1, "")
@@ -72,7 +72,7 @@ def test_what_is_no_certificate_is_refused_in_one_line(thrave, tmp_path):
     assert stderr.count("\n") == 1
 
 
-def test_keys_are_created_up_to_two_and_deleted(thrave, thrave_json):
+def test_key_create_allows_two_keys_and_delete_removes_one(thrave, thrave_json):
     created = thrave_json("account", "create", "alice")
     second = thrave_json("account", "key", "create", created["accountId"])
     assert second["secretAccessKey"] != created["secretAccessKey"]
@@ -83,7 +83,7 @@ def test_keys_are_created_up_to_two_and_deleted(thrave, thrave_json):
     assert [key["accessKeyId"] for key in listed["accessKeys"]] == [second["accessKeyId"]]
 
 
-def test_a_key_is_imported_from_a_file_for_its_owners_eyes(thrave, thrave_json, tmp_path):
+def test_key_import_requires_private_file(thrave, thrave_json, tmp_path):
     created = thrave_json("account", "create", "alice")
     file = tmp_path / "credentials"
     file.write_text("[default]\naws_access_key_id = AKIAOFTHESTORE\naws_secret_access_key = secret%of/the+store\n")
@@ -111,20 +111,20 @@ def test_a_key_is_imported_from_a_file_for_its_owners_eyes(thrave, thrave_json, 
         (["key", "delete", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
     ],
 )
-def test_what_cannot_be_done_has_a_status_and_no_traceback(thrave, words, status):
+def test_account_commands_have_exit_code_without_traceback(thrave, words, status):
     thrave("account", "create", "bob")
     got, stdout, stderr = thrave("account", *words)
     assert (got, stdout) == (status, "")
     assert "Traceback" not in stderr
 
 
-def test_a_mistyped_data_directory_is_not_begun_by_looking_into_it(thrave, tmp_path):
+def test_account_list_does_not_create_missing_data_directory(thrave, tmp_path):
     status, _, stderr = thrave("account", "list", "--data-dir", tmp_path / "mistyped")
     assert (status, "No data directory" in stderr) == (USAGE, True)
     assert not (tmp_path / "mistyped").exists()
 
 
 @pytest.mark.parametrize("words", [[], ["create"], ["list"], ["key", "create"], ["key", "delete"]])
-def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
+def test_account_help_has_example(thrave, words):
     _, stdout, _ = thrave("account", *words, "--help")
     assert any(line.startswith("    thrave account ") for line in stdout.splitlines())

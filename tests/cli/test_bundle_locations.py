@@ -77,7 +77,7 @@ def forged(made, pattern, new):
     return unsigned + f"<signature>{sign(unsigned, private_key('user')).hex()}</signature></manifest>".encode()
 
 
-def test_a_bundle_is_opened_verified_and_shown_where_it_lies(thrave_json, address, made, tmp_path):
+def test_open_verify_and_show_read_every_location(thrave_json, address, made, tmp_path):
     opened = thrave_json("open", address, *SIGNER, "--key", KEYS / "cloud-pk.pem", "-o", tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == IMAGE
     assert opened["manifest"] == address
@@ -86,13 +86,13 @@ def test_a_bundle_is_opened_verified_and_shown_where_it_lies(thrave_json, addres
     assert len(thrave_json("show", address)["parts"]) == len(made.parts)
 
 
-def test_without_its_side_file_it_is_opened_and_that_is_said(thrave_json, place, address):
+def test_open_reports_missing_side_file(thrave_json, place, address):
     place.remove("winami.manifest.json")
     checks = {check["subject"]: check["checked"] for check in thrave_json("verify", address)["checks"]}
     assert (checks["sideFile"], checks["partDigests"]) == (False, True)
 
 
-def test_a_sample_is_drawn_with_the_seed_that_is_said(thrave, thrave_json, place, address, made):
+def test_verify_sample_is_repeatable_with_reported_seed(thrave, thrave_json, place, address, made):
     command = ("verify", address, *SIGNER, "--sample", "20%")
     (digests,) = [check for check in thrave_json(*command)["checks"] if check["subject"] == "partDigests"]
     seed = re.search(r"seed (\d+)", digests["detail"])[1]
@@ -115,18 +115,18 @@ def seed_of_a_sample(made, filename, *, drawn):
 
 
 @pytest.mark.parametrize("percent", ["0%", "101%", "-1", "many", "5%%"])
-def test_a_sample_is_a_share(thrave, tmp_path, percent):
+def test_verify_rejects_invalid_sample(thrave, tmp_path, percent):
     status, _, stderr = thrave("verify", VECTORS / "go_ami_tools" / "tiny.manifest.xml", "--sample", percent)
     assert (status, "Invalid percentage" in stderr or "such option" in stderr) == (USAGE, True)
 
 
-def test_a_sample_proves_no_image(thrave):
+def test_verify_rejects_sample_with_key(thrave):
     manifest = VECTORS / "go_ami_tools" / "tiny.manifest.xml"
     status, _, stderr = thrave("verify", manifest, "--sample", "5%", "--key", KEYS / "user-pk.pem")
     assert (status, "--sample is not possible" in stderr) == (USAGE, True)
 
 
-def test_a_copy_is_the_same_files(thrave_json, new_place, address, files):
+def test_copy_copies_identical_files(thrave_json, new_place, address, files):
     there = new_place()
     copied = thrave_json("copy", address, there.address, *SIGNER)
     assert there.files() == files
@@ -135,7 +135,7 @@ def test_a_copy_is_the_same_files(thrave_json, new_place, address, files):
     assert all(check["checked"] for check in copied["checks"])
 
 
-def test_a_copy_goes_from_disk_to_store_and_back(thrave_json, new_place, files, tmp_path):
+def test_copy_to_store_and_back_keeps_bundle(thrave_json, new_place, files, tmp_path):
     here, there, back = DiskPlace(tmp_path / "here"), new_place(), DiskPlace(tmp_path / "back")
     for name, data in files.items():
         here.put(name, data)
@@ -144,7 +144,7 @@ def test_a_copy_goes_from_disk_to_store_and_back(thrave_json, new_place, files, 
     assert back.files() == files
 
 
-def test_a_copy_that_was_cut_off_is_gone_on_with(thrave, thrave_json, new_place, place, address, made, files):
+def test_copy_resumes_after_interruption(thrave, thrave_json, new_place, place, address, made, files):
     gone = max(made.parts)
     place.remove(gone)
     there = new_place()
@@ -158,7 +158,7 @@ def test_a_copy_that_was_cut_off_is_gone_on_with(thrave, thrave_json, new_place,
     assert thrave_json("copy", address, there.address)["partsSent"] == 0
 
 
-def test_a_copy_replaces_no_other_bundle(thrave, new_place, address, made):
+def test_copy_does_not_replace_other_bundle(thrave, new_place, address, made):
     there = new_place()
     there.put("winami.manifest.xml", made.manifest + b" ")
     status, _, stderr = thrave("copy", address, there.address)
@@ -166,14 +166,14 @@ def test_a_copy_replaces_no_other_bundle(thrave, new_place, address, made):
     assert [*there.files()] == ["winami.manifest.xml"]
 
 
-def test_a_bundle_cannot_be_renamed_on_its_way(thrave, new_place, address):
+def test_copy_refuses_other_file_name(thrave, new_place, address):
     there = new_place()
     status, _, stderr = thrave("copy", address, f"{there.address}/other.manifest.xml")
     assert (status, "signed manifest" in stderr) == (USAGE, True)
     assert there.files() == {}
 
 
-def test_a_damaged_bundle_does_not_arrive(thrave, new_place, place, address, made):
+def test_copy_of_damaged_bundle_writes_no_manifest(thrave, new_place, place, address, made):
     wrong = max(made.parts)
     place.put(wrong, made.parts[wrong][:-1] + b"x")
     there = new_place()
@@ -183,7 +183,7 @@ def test_a_damaged_bundle_does_not_arrive(thrave, new_place, place, address, mad
 
 
 @pytest.mark.parametrize("command", ["copy", "delete"])
-def test_a_manifest_that_reaches_for_its_neighbours_is_refused(thrave, place, address, made, tmp_path, command):
+def test_copy_delete_and_migrate_refuse_manifest_with_other_file_names(thrave, place, address, made, tmp_path, command):
     place.remove("winami.manifest.json")
     place.put(
         "winami.manifest.xml",
@@ -202,7 +202,7 @@ def test_a_manifest_that_reaches_for_its_neighbours_is_refused(thrave, place, ad
     assert not (tmp_path / "there").exists()
 
 
-def test_delete_removes_one_bundle_and_nothing_else(thrave_json, place, address, files):
+def test_delete_removes_only_one_bundle(thrave_json, place, address, files):
     for name in NEIGHBOURS:
         place.put(name, b"mine")
     dry = thrave_json("delete", address, *SIGNER, "--dry-run")
@@ -221,7 +221,7 @@ def renamed(made, middle, series=b""):
     return {**parts, "winami.manifest.xml": xml}
 
 
-def test_parts_whose_names_have_a_series_are_read_copied_and_removed(thrave_json, new_place, made, tmp_path):
+def test_parts_with_series_are_verified_copied_and_deleted(thrave_json, new_place, made, tmp_path):
     place, there = new_place(), new_place()
     files = renamed(made, b"", b"652105670941")
     for name, data in {**files, **dict.fromkeys(NEIGHBOURS, b"mine")}.items():
@@ -239,7 +239,7 @@ def test_parts_whose_names_have_a_series_are_read_copied_and_removed(thrave_json
 
 @pytest.mark.parametrize("command", ["copy", "delete"])
 @pytest.mark.parametrize("middle", [b".server", b".a.b", b".k3f9", b"2", b"..", b".server/x", b""])
-def test_a_manifest_does_not_reach_for_the_parts_of_another_bundle(thrave, new_place, made, tmp_path, command, middle):
+def test_delete_refuses_parts_of_other_bundle(thrave, new_place, made, tmp_path, command, middle):
     """`winami.server` is another bundle, and of `winami` only some parts are named otherwise."""
     place = new_place()
     files = renamed(made, middle)
@@ -261,7 +261,7 @@ def test_a_manifest_does_not_reach_for_the_parts_of_another_bundle(thrave, new_p
     assert not (tmp_path / "there").exists()
 
 
-def test_a_removal_that_was_cut_off_is_gone_on_with(thrave, thrave_json, place, address, made):
+def test_delete_resumes_after_interruption(thrave, thrave_json, place, address, made):
     place.remove("winami.manifest.xml")
     place.remove(min(made.parts))
     thrave_json("delete", address, *SIGNER)
@@ -270,7 +270,7 @@ def test_a_removal_that_was_cut_off_is_gone_on_with(thrave, thrave_json, place, 
 
 
 @pytest.mark.parametrize("manifest_is_there", [True, False])
-def test_what_another_made_is_not_removed(thrave, place, address, manifest_is_there):
+def test_delete_refuses_other_signer(thrave, place, address, manifest_is_there):
     if not manifest_is_there:
         place.remove("winami.manifest.xml")
     before = place.files()
@@ -285,7 +285,7 @@ def migration(address, *more):
     )  # fmt: skip
 
 
-def test_a_migrated_bundle_is_the_new_services_and_its_parts_are_the_same(thrave, thrave_json, place, address, made):
+def test_migrate_encrypts_for_new_service_and_keeps_parts(thrave, thrave_json, place, address, made):
     """The service is the cloud's before and the user's afterwards."""
     migrated = thrave_json(*migration(address, "--account", "999999999999"))
     assert migrated == {"manifest": address, "sideFile": address.replace(".xml", ".json")}
@@ -296,7 +296,7 @@ def test_a_migrated_bundle_is_the_new_services_and_its_parts_are_the_same(thrave
     assert thrave("verify", address, "--key", KEYS / "cloud-pk.pem")[0] == WRONG_KEY
 
 
-def test_a_migration_elsewhere_replaces_nothing(thrave, thrave_json, new_place, place, address, files):
+def test_migrate_to_other_folder_replaces_nothing(thrave, thrave_json, new_place, place, address, files):
     there = new_place()
     thrave_json(*migration(address, "--to", there.address))
     assert place.files() == files
@@ -305,7 +305,7 @@ def test_a_migration_elsewhere_replaces_nothing(thrave, thrave_json, new_place, 
     assert place.files() == files
 
 
-def test_a_migration_that_cannot_write_leaves_the_bundle_as_it_was(thrave, place, address, monkeypatch):
+def test_migrate_restores_bundle_after_failed_write(thrave, place, address, monkeypatch):
     before = place.files()
     for kind in (LocalFolder, S3Folder):
         monkeypatch.setattr(kind, "write", fails_once(kind.write, FolderError("the disk is full")))
@@ -326,14 +326,14 @@ def fails_once(function, error):
     return called
 
 
-def test_what_does_not_hold_is_not_migrated(thrave, place, address, made):
+def test_migrate_refuses_invalid_bundle(thrave, place, address, made):
     place.put("winami.manifest.xml", made.manifest.replace(b"123456789012", b"999999999999"))
     before = place.files()
     assert thrave(*migration(address))[0] == DAMAGED
     assert place.files() == before
 
 
-def test_a_bundle_without_side_file_gets_none_and_that_is_said(thrave, place, address):
+def test_migrate_reports_missing_side_file(thrave, place, address):
     place.remove("winami.manifest.json")
     status, stdout, _ = thrave(*migration(address))
     assert (status, "no side file" in stdout) == (0, True)
@@ -341,7 +341,7 @@ def test_a_bundle_without_side_file_gets_none_and_that_is_said(thrave, place, ad
 
 
 @pytest.mark.rgw
-def test_the_strictest_store_takes_it_all(thrave_json, rgw, files, tmp_path, monkeypatch):
+def test_commands_work_on_strict_store(thrave_json, rgw, files, tmp_path, monkeypatch):
     aws_settings(monkeypatch, rgw, tmp_path)
     here, there = DiskPlace(tmp_path / "here"), BucketPlace(rgw)
     for name, data in files.items():

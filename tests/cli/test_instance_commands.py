@@ -37,7 +37,7 @@ def instance_id(thrave_json, add):
     return thrave_json(*add())["instanceId"]
 
 
-def test_an_instance_is_shown_in_ec2s_words(thrave_json, add, account_id, disk):
+def test_add_prints_instance_with_names_of_ec2(thrave_json, add, account_id, disk):
     shown = thrave_json(*add("--id", "i-0123456789abcdef0"))
     assert shown.pop("launchTime").endswith("Z")
     assert shown == {
@@ -55,12 +55,12 @@ def test_an_instance_is_shown_in_ec2s_words(thrave_json, add, account_id, disk):
     }
 
 
-def test_a_linux_instance_has_no_platform(thrave_json, account_id, data, disk):
+def test_linux_instance_has_no_platform(thrave_json, account_id, data, disk):
     words = ("--account", account_id, "--platform", "linux", "--root-volume", disk, "--data-dir", data)
     assert thrave_json("instance", "add", *words)["platform"] is None
 
 
-def test_every_option_is_kept(thrave_json, add, data, tmp_path):
+def test_add_stores_every_option(thrave_json, add, data, tmp_path):
     others = [tmp_path / "d.raw", tmp_path / "e.raw"]
     for other in others:
         other.touch()
@@ -80,14 +80,14 @@ def test_every_option_is_kept(thrave_json, add, data, tmp_path):
     assert file["stateCommand"] == ["echo", "stopped"]
 
 
-def test_tags_are_kept_as_they_are_given(thrave_json, add, data):
+def test_add_stores_tags(thrave_json, add, data):
     shown = thrave_json(*add("--tag", "Name=web 1", "--tag", "sum=1=1", "--tag", "cost_center="))
     assert shown["tags"] == {"Name": "web 1", "sum": "1=1", "cost_center": ""}
     file = json.loads((data / "instances" / f"{shown['instanceId']}.json").read_text())
     assert file["tags"] == shown["tags"]
 
 
-def test_a_secret_is_named_by_its_file(thrave_json, add, disk, tmp_path, monkeypatch):
+def test_add_stores_path_of_secret_file(thrave_json, add, disk, tmp_path, monkeypatch):
     qemu_img("create", "-f", "qcow2", disk, "1M")
     monkeypatch.chdir(tmp_path)
     shown = thrave_json(*add("--format", "qcow2", "--secret-file", "passphrase"))
@@ -104,20 +104,20 @@ def test_a_secret_is_named_by_its_file(thrave_json, add, disk, tmp_path, monkeyp
         ("vdi", "raw", "qemu-img convert"),
     ],
 )
-def test_an_image_of_another_format_than_is_said_is_refused(thrave, add, data, disk, is_really, said, advice):
+def test_add_refuses_wrong_image_format(thrave, add, data, disk, is_really, said, advice):
     qemu_img("create", "-f", is_really, *(("-o", "subformat=fixed") if is_really == "vpc" else ()), disk, "1M")
     status, stdout, stderr = thrave(*add("--format", said))
     assert (status, stdout, advice in stderr) == (2, "", True)
     assert not list((data / "instances").glob("*.json"))
 
 
-def test_a_disk_that_its_machine_has_encrypted_itself_is_raw(thrave, add, disk):
+def test_add_accepts_raw_disk_that_the_guest_has_encrypted(thrave, add, disk):
     disk.write_bytes(b"LUKS\xba\xbe\0\1".ljust(4096, b"\0"))
     status, _, stderr = thrave(*add())
     assert (status, "Warning" in stderr) == (0, False)
 
 
-def test_an_image_that_could_not_be_bundled_is_named(thrave, add, disk):
+def test_add_warns_about_image_that_cannot_be_bundled(thrave, add, disk):
     qemu_img("create", "-f", "qcow2", "-u", "-b", "/etc/hostname", "-F", "raw", disk, "1M")
     status, _, stderr = thrave(*add("--format", "qcow2"))
     assert status == 0
@@ -125,7 +125,7 @@ def test_an_image_that_could_not_be_bundled_is_named(thrave, add, disk):
 
 
 @pytest.mark.parametrize("how", ["the same name", "hard link", "symbolic link", "file of its chain", "its other disk"])
-def test_adding_a_disk_of_another_running_instance_warns(thrave, thrave_json, add, disk, tmp_path, how):
+def test_add_warns_about_disk_of_other_running_instance(thrave, thrave_json, add, disk, tmp_path, how):
     others = ("--volume", disk) if how == "its other disk" else ()
     first = thrave_json(*add(*others))["instanceId"]
     second = tmp_path / "second.img"
@@ -148,34 +148,34 @@ def test_adding_a_disk_of_another_running_instance_warns(thrave, thrave_json, ad
     assert (status, first in stderr) == (0, False)
 
 
-def test_warnings_are_in_the_json_document(thrave, thrave_json, add, disk):
+def test_add_prints_warnings_in_json(thrave, thrave_json, add, disk):
     first = thrave_json(*add())["instanceId"]
     status, stdout, stderr = thrave(*add("--state", "stopped"), "--output", "json")
     (warning,) = json.loads(stdout)["warnings"]
     assert (status, first in warning, "Warning" in stderr) == (0, True, False)
 
 
-def test_a_template_below_two_overlays_is_nobodys_alone(thrave_json, add, disk, tmp_path):
+def test_add_accepts_template_below_two_overlays(thrave_json, add, disk, tmp_path):
     for name in ("one.qcow2", "two.qcow2"):
         overlay = tmp_path / name
         qemu_img("create", "-f", "qcow2", "-b", disk, "-F", "raw", overlay)
         thrave_json(*[overlay if word == disk else word for word in add("--format", "qcow2")])
 
 
-def test_a_relative_path_is_taken_from_here(thrave_json, add, disk, monkeypatch):
+def test_add_resolves_relative_path(thrave_json, add, disk, monkeypatch):
     monkeypatch.chdir(disk.parent)
     words = [disk.name if word == disk else word for word in add()]
     assert thrave_json(*words)["rootVolume"]["path"] == str(disk)
 
 
-def test_the_data_directory_may_be_given_in_the_environment(thrave_json, add, data, monkeypatch):
+def test_data_directory_can_be_set_in_environment(thrave_json, add, data, monkeypatch):
     monkeypatch.setenv("THRAVE_DATA_DIR", str(data))
     words = [word for word in add() if word not in {"--data-dir", data}]
     instance_id = thrave_json(*words)["instanceId"]
     assert [found["instanceId"] for found in thrave_json("instance", "list")["instances"]] == [instance_id]
 
 
-def test_instances_are_listed_for_people_and_programs(thrave, thrave_json, instance_id, data):
+def test_list_prints_instances_as_text_and_json(thrave, thrave_json, instance_id, data):
     assert [found["instanceId"] for found in thrave_json("instance", "list", "--data-dir", data)["instances"]] == [
         instance_id
     ]
@@ -185,18 +185,18 @@ def test_instances_are_listed_for_people_and_programs(thrave, thrave_json, insta
     assert row.split()[0] == instance_id
 
 
-def test_no_instances_are_an_empty_list(thrave_json, data):
+def test_list_without_instances_is_empty(thrave_json, data):
     thrave_json("account", "create", "alice", "--data-dir", data)
     assert thrave_json("instance", "list", "--data-dir", data) == {"instances": []}
 
 
-def test_a_broken_file_is_named_and_leaves_stdout_in_order(thrave_json, instance_id, data, caplog):
+def test_list_reports_invalid_description_on_stderr(thrave_json, instance_id, data, caplog):
     (data / "instances" / "i-00000000.json").write_text("{")
     assert len(thrave_json("instance", "list", "--data-dir", data)["instances"]) == 1
     assert "i-00000000.json" in caplog.text
 
 
-def test_stopping_starting_and_removing(thrave_json, thrave, instance_id, data, disk):
+def test_stop_start_and_remove_instance(thrave_json, thrave, instance_id, data, disk):
     assert thrave_json("instance", "stop", instance_id, "--data-dir", data)["state"] == "stopped"
     assert thrave_json("instance", "stop", instance_id, "--data-dir", data)["state"] == "stopped"
     assert thrave_json("instance", "start", instance_id, "--data-dir", data)["state"] == "running"
@@ -206,12 +206,12 @@ def test_stopping_starting_and_removing(thrave_json, thrave, instance_id, data, 
     assert disk.exists()
 
 
-def test_stopping_waits_until_the_machine_is_off(thrave_json, add, data):
+def test_stop_waits_until_instance_is_off(thrave_json, add, data):
     instance_id = thrave_json(*add("--stop-command", "sleep 1"))["instanceId"]
     assert thrave_json("instance", "stop", instance_id, "--data-dir", data)["state"] == "stopped"
 
 
-def test_a_machine_that_does_not_stop_is_given_up(thrave, thrave_json, add, data):
+def test_stop_fails_after_timeout(thrave, thrave_json, add, data):
     commands = ("--stop-command", "true", "--state-command", "echo running")
     instance_id = thrave_json(*add(*commands))["instanceId"]
     status, _, stderr = thrave("instance", "stop", instance_id, "--timeout", "1", "--data-dir", data)
@@ -219,7 +219,7 @@ def test_a_machine_that_does_not_stop_is_given_up(thrave, thrave_json, add, data
     assert f"{instance_id} did not power off within 1 seconds" in stderr
 
 
-def test_a_held_instance_is_not_started(thrave, instance_id, data):
+def test_start_refuses_locked_instance(thrave, instance_id, data):
     from thrave.compute.directory_driver import DirectoryDriver
 
     with DirectoryDriver(data / "instances").hold_stopped(instance_id):
@@ -228,7 +228,7 @@ def test_a_held_instance_is_not_started(thrave, instance_id, data):
     assert f"{instance_id} is locked" in stderr
 
 
-def test_a_command_that_fails_is_told(thrave, thrave_json, add, data):
+def test_stop_reports_failed_command(thrave, thrave_json, add, data):
     instance_id = thrave_json(*add("--stop-command", "ls /nowhere"))["instanceId"]
     status, _, stderr = thrave("instance", "stop", instance_id, "--data-dir", data)
     assert status == 1
@@ -236,7 +236,7 @@ def test_a_command_that_fails_is_told(thrave, thrave_json, add, data):
 
 
 @pytest.mark.parametrize("command", ["start", "stop", "remove"])
-def test_an_unknown_instance_is_not_found(thrave, account_id, data, command):
+def test_unknown_instance_is_not_found(thrave, account_id, data, command):
     status, stdout, stderr = thrave("instance", command, "i-0123456789abcdef0", "--data-dir", data)
     assert (status, stdout) == (3, "")
     assert stderr == "thrave: there is no instance 'i-0123456789abcdef0'\n"
@@ -262,7 +262,7 @@ def test_an_unknown_instance_is_not_found(thrave, account_id, data, command):
         (["--tag", f"Name={'x' * 257}"], 2, "more than 256 characters"),
     ],
 )
-def test_what_cannot_be_added_is_told_with_its_exit_code(thrave, add, data, more, expected, message):
+def test_add_rejects_invalid_options(thrave, add, data, more, expected, message):
     status, stdout, stderr = thrave(*add(*more))
     assert (status, stdout) == (expected, "")
     assert message in stderr
@@ -270,13 +270,13 @@ def test_what_cannot_be_added_is_told_with_its_exit_code(thrave, add, data, more
     assert not [*(data / "instances").glob("*.json")] if (data / "instances").exists() else True
 
 
-def test_an_id_is_taken_once(thrave, add, instance_id):
+def test_add_refuses_existing_id(thrave, add, instance_id):
     status, _, stderr = thrave(*add("--id", instance_id))
     assert status == 4
     assert f"already an instance {instance_id}" in stderr
 
 
-def test_files_describe_nothing_where_instances_are_libvirts(thrave, add, instance_id, data, monkeypatch):
+def test_add_refuses_libvirt_service(thrave, add, instance_id, data, monkeypatch):
     monkeypatch.setenv("THRAVE_HYPERVISOR", "libvirt")
     for words in (add(), ("instance", "remove", instance_id, "--data-dir", data)):
         status, _, stderr = thrave(*words)
@@ -284,21 +284,21 @@ def test_files_describe_nothing_where_instances_are_libvirts(thrave, add, instan
     assert [path.stem for path in (data / "instances").glob("*.json")] == [instance_id]
 
 
-def test_domains_are_not_adopted_where_files_describe_instances(thrave, account_id, data):
+def test_adopt_refuses_directory_service(thrave, account_id, data):
     for words in (("adopt", "win", "--account", account_id), ("disown", "i-0123456789abcdef0")):
         status, _, stderr = thrave("instance", *words, "--data-dir", data)
         assert (status, "hypervisor = " in stderr) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["", "add", "adopt", "disown", "list", "remove", "start", "stop"])
-def test_help_shows_an_example(thrave, command):
+def test_instance_help_has_example(thrave, command):
     status, stdout, _ = thrave("instance", *command.split(), "--help")
     assert status == 0
     assert "Example:\n" in stdout
     assert f"thrave instance {command}".strip() in stdout
 
 
-def test_the_services_settings_say_where_instances_are_described(thrave, thrave_json, account_id, data, disk, tmp_path):
+def test_instance_dir_of_settings_is_used(thrave, thrave_json, account_id, data, disk, tmp_path):
     (tmp_path / "thrave.toml").write_text(
         f"data_dir = {json.dumps(str(data))}\ninstance_dir = {json.dumps(str(tmp_path / 'shared'))}\n"
     )
@@ -317,14 +317,14 @@ def test_the_services_settings_say_where_instances_are_described(thrave, thrave_
     assert thrave_json("instance", "list", "--data-dir", data)["instances"] == []
 
 
-def test_account_may_be_given_by_its_name(thrave_json, thrave, data, disk, account_id):
+def test_add_accepts_account_name(thrave_json, thrave, data, disk, account_id):
     (account,) = thrave_json("account", "list", "--data-dir", data)["accounts"]
     words = ["instance", "add", "--platform", "windows", "--root-volume", disk, "--data-dir", data]
     assert thrave_json(*words, "--account", account["name"])["accountId"] == account_id
     assert thrave(*words, "--account", "nobody")[0] == 3
 
 
-def test_instance_is_shown_with_its_volumes(thrave, thrave_json, data, instance_id, disk):
+def test_show_prints_volumes(thrave, thrave_json, data, instance_id, disk):
     _, stdout, _ = thrave("instance", "show", instance_id, "--data-dir", data)
     assert f"root volume  {disk} (raw)" in stdout
     shown = thrave_json("instance", "show", instance_id, "--data-dir", data)
@@ -332,7 +332,7 @@ def test_instance_is_shown_with_its_volumes(thrave, thrave_json, data, instance_
     assert thrave("instance", "show", "i-00000000", "--data-dir", data)[0] == 3
 
 
-def test_hosts_of_a_single_machine_show_their_instances(thrave_json, data, instance_id):
+def test_host_list_counts_instances_of_single_machine(thrave_json, data, instance_id):
     ground = open_components(Settings(data_dir=data))
     ground.hosts.acquire_lease("localhost", worker_concurrency=1)
     ground.queues.close()
@@ -341,7 +341,7 @@ def test_hosts_of_a_single_machine_show_their_instances(thrave_json, data, insta
     assert (host["instances"], instance_id[:2]) == (1, "i-")
 
 
-def test_watch_without_a_task_says_so(thrave, data, account_id):
+def test_task_watch_without_task_prints_message(thrave, data, account_id):
     status, _, stderr = thrave("task", "watch", "--data-dir", data)
     assert (status, stderr) == (0, "There are no unfinished tasks to watch.\n")
 
@@ -353,7 +353,7 @@ def in_a_fleet(postgres, monkeypatch, tmp_path):
 
 
 @pytest.mark.postgres
-def test_instance_of_a_fleet_is_added_for_a_host(in_a_fleet, thrave, add, monkeypatch, tmp_path):
+def test_add_in_fleet_requires_host(in_a_fleet, thrave, add, monkeypatch, tmp_path):
     def host_of_new(*more):
         status, stdout, stderr = thrave(*add(*more, "--output", "json"))
         assert status == 0, stderr

@@ -64,7 +64,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("words", "code", "said"), MISTAKES)
-def test_a_mistake_has_its_exit_code_and_says_what_to_do(thrave, folder, words, code, said):
+def test_mistake_has_exit_code_and_remedy(thrave, folder, words, code, said):
     before = sorted(folder.rglob("*"))
     status, stdout, stderr = thrave(*words.split())
     assert (status, stdout, said in stderr) == (code, "", True), stderr
@@ -73,7 +73,7 @@ def test_a_mistake_has_its_exit_code_and_says_what_to_do(thrave, folder, words, 
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_part_that_is_missing_is_named(thrave, folder):
+def test_open_names_missing_part(thrave, folder):
     (folder / "small.img.part.1").unlink()
     status, _, stderr = thrave(*OPEN.split())
     assert (status, "'small.img.part.1' cannot be read: small.img.part.1 does not exist" in stderr) == (NOT_FOUND, True)
@@ -81,7 +81,7 @@ def test_a_part_that_is_missing_is_named(thrave, folder):
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("key", ["user-pk.pem", "cloud-pk.pem", "wrong-pk.pem"])
-def test_a_signing_key_of_neither_certificate_is_warned_of(thrave, key):
+def test_bundle_warns_about_unrelated_signing_key(thrave, key):
     status, _, stderr = thrave(*BUNDLE.replace("--signing-key user-pk.pem", f"--signing-key {key}").split())
     assert (status, "belongs to neither certificate" in stderr) == (0, key == "wrong-pk.pem")
 
@@ -91,7 +91,7 @@ REFUSED = ["my image", "a$b", "a;b", "~home", "-opt", "a*b", "%41", "a:b", "n" *
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("prefix", REFUSED)
-def test_a_prefix_that_not_every_tool_can_open_is_refused(thrave, folder, prefix):
+def test_bundle_refuses_unportable_prefix(thrave, folder, prefix):
     words = [word for word in BUNDLE.split() if word not in {"--prefix", "p"}]
     assert thrave(*words, f"--prefix={prefix}")[0] == USAGE
     assert not (folder / "new").exists()
@@ -99,7 +99,7 @@ def test_a_prefix_that_not_every_tool_can_open_is_refused(thrave, folder, prefix
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("prefix", ["my image", "-opt", "a*b", "n" * 101])
-def test_any_name_lifts_that(thrave, folder, prefix):
+def test_any_name_accepts_unportable_prefix(thrave, folder, prefix):
     words = [word for word in BUNDLE.split() if word not in {"--prefix", "p"}]
     assert thrave(*words, f"--prefix={prefix}", "--any-name")[0] == 0
     opened = thrave("open", folder / "new" / f"{prefix}.manifest.xml", "--key", "user-pk.pem", "-o", "out")
@@ -117,7 +117,7 @@ def test_any_name_lifts_that(thrave, folder, prefix):
         ("cloud", False, False, "the signer is unknown, or the manifest was changed"),
     ],
 )
-def test_the_key_is_tried_for_the_signature(thrave_json, thrave, folder, command, key, is_changed, checked, detail):
+def test_open_verifies_signature_with_own_key(thrave_json, thrave, folder, command, key, is_changed, checked, detail):
     manifest = folder / "small.img.manifest.xml"
     if is_changed:
         manifest.write_bytes(manifest.read_bytes().replace(b"</parts>", b"</parts><x/>"))
@@ -130,7 +130,7 @@ def test_the_key_is_tried_for_the_signature(thrave_json, thrave, folder, command
     assert thrave(*words, *signer, *(["--force"] if command == "open" else []))[0] == (DAMAGED if is_changed else 0)
 
 
-def test_a_side_file_of_another_signer_is_refused_where_ones_own_signature_holds(thrave, tmp_path):
+def test_open_refuses_side_file_of_other_signer(thrave, tmp_path):
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from support.bundles.sample_bundles import private_key

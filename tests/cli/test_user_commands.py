@@ -36,7 +36,7 @@ def users(thrave_json, acme):
     return lambda: thrave_json("account", "user", "list", acme)["users"]
 
 
-def test_a_user_is_created_listed_and_deleted(thrave_json, acme, users):
+def test_user_create_list_and_delete(thrave_json, acme, users):
     created = thrave_json("account", "user", "create", acme, "bob")
     assert created["arn"] == f"arn:aws:iam::{acme}:user/bob"
     (listed,) = users()
@@ -45,7 +45,7 @@ def test_a_user_is_created_listed_and_deleted(thrave_json, acme, users):
     assert users() == []
 
 
-def test_a_policy_is_put_listed_shown_and_deleted(thrave, thrave_json, acme, users, look):
+def test_policy_put_list_show_and_delete(thrave, thrave_json, acme, users, look):
     thrave_json("account", "user", "create", acme, "bob")
     thrave_json("account", "user", "policy", "put", acme, "bob", "look", look)
     assert users()[0]["policies"] == ["look"]
@@ -56,7 +56,7 @@ def test_a_policy_is_put_listed_shown_and_deleted(thrave, thrave_json, acme, use
     assert users()[0]["policies"] == []
 
 
-def test_a_policy_is_taken_from_stdin_and_from_an_editor_on_windows(thrave_json, acme, monkeypatch):
+def test_policy_put_reads_stdin_and_byte_order_mark(thrave_json, acme, monkeypatch):
     thrave_json("account", "user", "create", acme, "bob")
     document = b"\xef\xbb\xbf" + json.dumps(LOOK).replace(",", ",\r\n").encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(document)))
@@ -64,7 +64,7 @@ def test_a_policy_is_taken_from_stdin_and_from_an_editor_on_windows(thrave_json,
     assert thrave_json("account", "user", "policy", "show", acme, "bob", "look")["policyDocument"] == LOOK
 
 
-def test_a_misspelt_action_is_taken_with_a_warning(thrave, acme, look):
+def test_policy_put_warns_about_unknown_action(thrave, acme, look):
     thrave("account", "user", "create", acme, "bob")
     actions = [
         "ec2:TerminateInstance",
@@ -81,7 +81,7 @@ def test_a_misspelt_action_is_taken_with_a_warning(thrave, acme, look):
     assert 'EC2 has no action "ec2:Bundel*"' in stderr
 
 
-def test_a_policy_that_is_not_understood_is_refused_with_the_reason_in_one_line(thrave, thrave_json, acme, users, look):
+def test_policy_put_refuses_unsupported_policy_in_one_line(thrave, thrave_json, acme, users, look):
     thrave_json("account", "user", "create", acme, "bob")
     look.write_text(
         look.read_text().replace('"Resource"', '"Condition": {"Bool": {"aws:ViaAWSService": "true"}}, "Resource"')
@@ -96,14 +96,14 @@ def test_a_policy_that_is_not_understood_is_refused_with_the_reason_in_one_line(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe{", b"\x00", "{\U0001f33e".encode(), b'{"Statement": "\\ud800"}'])
-def test_what_is_no_policy_is_refused_in_one_line(thrave, thrave_json, acme, look, content):
+def test_policy_put_refuses_invalid_json_in_one_line(thrave, thrave_json, acme, look, content):
     thrave_json("account", "user", "create", acme, "bob")
     look.write_bytes(content)
     status, stdout, stderr = thrave("account", "user", "policy", "put", acme, "bob", "look", look)
     assert (status, stdout, stderr.count("\n")) == (FAILED, "", 1)
 
 
-def test_a_users_key_is_shown_once_and_is_not_the_accounts(thrave, thrave_json, acme, users):
+def test_user_key_create_prints_secret_once(thrave, thrave_json, acme, users):
     thrave_json("account", "user", "create", acme, "bob")
     made = thrave_json("account", "user", "key", "create", acme, "bob")
     assert set(made) == {"accountId", "userName", "accessKeyId", "secretAccessKey"}
@@ -118,7 +118,7 @@ def test_a_users_key_is_shown_once_and_is_not_the_accounts(thrave, thrave_json, 
     assert len(users()[0]["accessKeys"]) == 1
 
 
-def test_the_text_form_says_the_same(thrave, acme, look):
+def test_user_commands_print_same_values_as_text(thrave, acme, look):
     assert thrave("account", "user", "create", acme, "bob")[1] == f"created arn:aws:iam::{acme}:user/bob\n"
     assert thrave("account", "user", "policy", "put", acme, "bob", "look", look)[1] == "bob has the policy look\n"
     assert thrave("account", "user", "policy", "list", acme, "bob")[1] == "look\n"
@@ -148,7 +148,7 @@ def test_the_text_form_says_the_same(thrave, acme, look):
         (["key", "delete", "AKIAIOSFODNN7EXAMPLE"], NOT_FOUND),
     ],
 )
-def test_what_cannot_be_done_has_a_status_and_no_traceback(thrave, acme, look, words, status):
+def test_user_commands_have_exit_code_without_traceback(thrave, acme, look, words, status):
     thrave("account", "user", "create", acme, "alice")
     given = {"ACME": acme, "LOOK": look}
     got, stdout, stderr = thrave("account", "user", *(given.get(word, word) for word in words))
@@ -163,6 +163,6 @@ def test_what_cannot_be_done_has_a_status_and_no_traceback(thrave, acme, look, w
         ["policy", "show"], ["key"], ["key", "create"], ["key", "delete"],
     ],
 )  # fmt: skip
-def test_the_help_has_an_example_on_a_line_of_its_own(thrave, words):
+def test_user_help_has_example(thrave, words):
     _, stdout, _ = thrave("account", "user", *words, "--help")
     assert any(line.startswith("    thrave account user ") for line in stdout.splitlines())

@@ -39,7 +39,7 @@ def adopted(thrave_json, libvirt, account_id, disk):
     return thrave_json("instance", "adopt", "win", *words)
 
 
-def test_an_adopted_domain_is_an_instance(thrave_json, adopted, account_id, disk):
+def test_adopt_registers_domain_as_instance(thrave_json, adopted, account_id, disk):
     assert adopted.pop("launchTime").endswith("Z")
     assert adopted == {
         "instanceId": adopted["instanceId"],
@@ -58,7 +58,7 @@ def test_an_adopted_domain_is_an_instance(thrave_json, adopted, account_id, disk
     assert (listed["instanceId"], listed["tags"]) == (adopted["instanceId"], {"Name": "web"})
 
 
-def test_a_domain_is_adopted_by_its_uuid_too_and_keeps_its_id(thrave_json, libvirt, account_id, disk):
+def test_adopt_accepts_uuid_and_keeps_instance_id(thrave_json, libvirt, account_id, disk):
     uuid = libvirt.define("win", disk)
     first = thrave_json("instance", "adopt", uuid, "--account", account_id)["instanceId"]
     thrave_json("instance", "disown", first)
@@ -66,7 +66,7 @@ def test_a_domain_is_adopted_by_its_uuid_too_and_keeps_its_id(thrave_json, libvi
     assert thrave_json("instance", "adopt", "win", "--account", account_id)["instanceId"] == first
 
 
-def test_every_option_is_kept(thrave_json, libvirt, account_id, disk, tmp_path, monkeypatch):
+def test_adopt_stores_every_option(thrave_json, libvirt, account_id, disk, tmp_path, monkeypatch):
     (tmp_path / "passphrase").write_text("secret")
     monkeypatch.chdir(tmp_path)
     libvirt.define("win", disk, image_format="qcow2")
@@ -80,7 +80,7 @@ def test_every_option_is_kept(thrave_json, libvirt, account_id, disk, tmp_path, 
     assert listed["tags"] == {"Name": "web 1", "cost_center": "7"}
 
 
-def test_adopting_warns_of_a_disk_of_another_domain_that_runs(thrave, libvirt, account_id, disk):
+def test_adopt_warns_about_disk_of_other_running_domain(thrave, libvirt, account_id, disk):
     """Adopted or not: the other one is nobody's."""
     libvirt.define("win", disk)
     libvirt.define("other", disk)
@@ -97,13 +97,13 @@ def test_adopting_warns_of_a_disk_of_another_domain_that_runs(thrave, libvirt, a
     )
 
 
-def test_adopting_warns_of_an_image_of_another_format(thrave, libvirt, account_id, disk):
+def test_adopt_warns_about_wrong_image_format(thrave, libvirt, account_id, disk):
     libvirt.define("win", disk, image_format="qcow2")
     status, _, stderr = thrave("instance", "adopt", "win", "--account", account_id, "--platform", "windows")
     assert (status, "does not have the format qcow2" in stderr) == (0, True)
 
 
-def test_nothing_but_our_element_is_changed(thrave_json, libvirt, account_id, disk):
+def test_adopt_changes_only_our_metadata_element(thrave_json, libvirt, account_id, disk):
     libvirt.define("win", disk)
     before = libvirt.definition("win")
     adopted = thrave_json("instance", "adopt", "win", "--account", account_id)
@@ -112,13 +112,13 @@ def test_nothing_but_our_element_is_changed(thrave_json, libvirt, account_id, di
     assert "".join(libvirt.definition("win").split()).replace("<metadata/>", "") == "".join(before.split())
 
 
-def test_adopted_domains_are_started_and_stopped(thrave_json, adopted):
+def test_start_and_stop_change_adopted_domain(thrave_json, adopted):
     instance_id = adopted["instanceId"]
     assert thrave_json("instance", "start", instance_id)["state"] == "running"
     assert thrave_json("instance", "stop", instance_id)["state"] == "stopped"
 
 
-def test_a_domain_that_was_adopted_by_hand_and_badly_is_named(thrave_json, thrave, libvirt, adopted, disk, caplog):
+def test_list_names_domain_with_invalid_metadata(thrave_json, thrave, libvirt, adopted, disk, caplog):
     libvirt.define("odd", disk)
     libvirt.metadata("odd", '<instance account="12"/>')
     assert [one["instanceId"] for one in thrave_json("instance", "list")["instances"]] == [adopted["instanceId"]]
@@ -138,9 +138,7 @@ def test_a_domain_that_was_adopted_by_hand_and_badly_is_named(thrave_json, thrav
         (["gone"], 1, "No such file or directory"),
     ],
 )
-def test_what_cannot_be_adopted_is_told_with_its_exit_code(
-    thrave, thrave_json, libvirt, account_id, disk, tmp_path, words, status, message
-):
+def test_adopt_rejects_invalid_domain(thrave, thrave_json, libvirt, account_id, disk, tmp_path, words, status, message):
     libvirt.define("win", disk)
     libvirt.define("gone", tmp_path / "gone.raw")
     given = ["--account", account_id] if "--account" not in words else []
@@ -152,12 +150,12 @@ def test_what_cannot_be_adopted_is_told_with_its_exit_code(
 
 
 @pytest.mark.parametrize("command", ["start", "stop", "disown"])
-def test_a_domain_that_is_nobodys_is_not_found(thrave, adopted, command):
+def test_domain_without_account_is_not_found(thrave, adopted, command):
     status, _, stderr = thrave("instance", command, "i-0123456789abcdef0")
     assert (status, "there is no instance 'i-0123456789abcdef0'" in stderr) == (3, True)
 
 
-def test_a_libvirt_that_does_not_answer_is_told(thrave, account_id, monkeypatch, libvirt):
+def test_adopt_reports_unavailable_libvirt(thrave, account_id, monkeypatch, libvirt):
     monkeypatch.setenv("THRAVE_LIBVIRT_URI", "qemu:///system?socket=/nowhere/libvirt-sock")
     status, _, stderr = thrave("instance", "list")
     assert (status, "no connection to qemu:///system" in stderr) == (1, True)

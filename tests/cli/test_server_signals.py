@@ -78,7 +78,7 @@ def start(command, data, environment):
         *((step, "after") for step in STEPS["serve"] if step != "thrave.http_server:HttpServer.serve"),
     ],
 )
-def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
+def test_sigterm_ends_serve_at_each_step_of_start(tmp_path, step, when):
     ended = start("serve", tmp_path / "data", {"STEP": step, "SIGNAL": "SIGTERM", "WHEN": when})
     assert (ended.returncode, "signal" in ended.stdout, "listening" in ended.stdout) == (0, True, False), ended.stderr
     assert "Traceback" not in ended.stderr
@@ -88,14 +88,14 @@ def test_sigterm_ends_serve_at_each_step_of_its_start(tmp_path, step, when):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 @pytest.mark.parametrize("step", ["thrave.components:migrate", "thrave.tasks.engine:TaskWorker.launch"])
-def test_other_signals_end_serve_as_well(tmp_path, name, step):
+def test_sigint_and_sighup_end_serve_during_start(tmp_path, name, step):
     ended = start("serve", tmp_path / "data", {"STEP": step, "SIGNAL": name, "WHEN": "before"})
     assert (ended.returncode, "listening" in ended.stdout) == (0, False), ended.stderr
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("command", ["api", "agent"])
-def test_sigterm_ends_a_process_of_a_fleet_at_each_step_of_its_start(tmp_path, postgres, command):
+def test_sigterm_ends_fleet_processes_at_each_step_of_start(tmp_path, postgres, command):
     url = postgres.new_database()
     ground = open_components(Settings(data_dir=tmp_path / "begun", database_url=url))
     ground.database.dispose()
@@ -108,7 +108,7 @@ def test_sigterm_ends_a_process_of_a_fleet_at_each_step_of_its_start(tmp_path, p
         assert (ended.returncode, ended.stdout) == (0, "signal\n"), (step, ended.stderr)
 
 
-def test_hangup_ends_a_service_that_runs(tmp_path):
+def test_sighup_ends_running_service(tmp_path):
     server = ThraveServer(DataDirectory(tmp_path / "data"))
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and the service inherits that
     try:
