@@ -27,12 +27,12 @@ from thrave.compute.fleet import InstanceReporter
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.power_records import PowerRecords
 from thrave.database import host
+from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.engine import APPLICATION_VERSION, FLEET_POLLING_INTERVAL, RUNNING
 from thrave.tasks.errors import TaskCancelled
 from thrave.tasks.journal import StoredBatch, StoredObject
 from thrave.tasks.lease import HostLease, LeaseTimer
 from thrave.tasks.models import BundleTask, BundleTaskState, Step
-from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.workflow import BundleWorkflow, TaskContext, TaskSettings
 
 PARTS = 4

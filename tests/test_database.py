@@ -24,7 +24,7 @@ WITH_THIS_MACHINES_CLOCK = {
     "ec2",
     "identity",
     "testing.py",
-    "uploads.py",  # expiration of an upload policy
+    "task_objects.py",  # expiration of an upload policy
 }
 
 

@@ -19,10 +19,10 @@ from thrave.compute.power_records import PowerRecords
 from thrave.concurrency import monotonic, new_event, repeat, sleep, supervised
 from thrave.database import is_unavailable
 from thrave.tasks import housekeeping
+from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.engine import TaskWorker
 from thrave.tasks.lease import HostLease, LeaseTimer
 from thrave.tasks.models import HostState
-from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
 from thrave.tasks.workflow import TaskContext, TaskSettings, run_bundle_task
 

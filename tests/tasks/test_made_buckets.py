@@ -7,10 +7,10 @@ import pytest
 
 from thrave.buckets.directory_store import DirectoryStore
 from thrave.database import migrate, open_engine
-from thrave.tasks import object_removal as module
+from thrave.tasks import created_buckets as module
+from thrave.tasks.created_buckets import BucketBusyError, CreatedBuckets
 from thrave.tasks.errors import TaskCancelled
 from thrave.tasks.models import BundleRequest, BundleTaskState
-from thrave.tasks.object_removal import BucketBusyError, CreatedBuckets
 
 OWNER, BUCKET, HOST = "111111111111", "my-bucket", "localhost"
 REQUEST = BundleRequest(

@@ -21,6 +21,7 @@ from thrave.ec2.instance_actions import check_instance_id, get_own_instance
 from thrave.ec2.protocol import Parameters, Result
 from thrave.health import STORE
 from thrave.tasks.bundle_location import BundleLocation
+from thrave.tasks.created_buckets import BucketBusyError
 from thrave.tasks.errors import (
     BundleTaskNotCancellable,
     BundleTaskNotFound,
@@ -29,7 +30,6 @@ from thrave.tasks.errors import (
     TooManyBundleTasks,
 )
 from thrave.tasks.models import BundleRequest, BundleTask, BundleTaskState
-from thrave.tasks.object_removal import BucketBusyError
 
 FILTERS: FilterTable[BundleTask] = {
     "bundle-id": lambda task: [task.bundle_id],

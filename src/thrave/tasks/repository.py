@@ -52,24 +52,24 @@ from thrave.vault import Vault
 RECOVER_FOR = timedelta(days=1)
 """How long the agent retries to start an instance that its task could not start."""
 
-# Columns that are erased when a task ends; and columns that a task does not show.
+# Columns that are erased when a task ends, and columns that are not in `BundleTask`.
 _ERASED = dict.fromkeys(("encrypted_policy", "encrypted_bundle_key", "checkpoint", "documents"))
 _COMPLETED: dict[str, Any] = {"progress": 100, "created_bucket": None, **_ERASED}
-_KEPT = {*_ERASED, "overlay", "part_series", "earlier", "manifest_sent"}
+_HIDDEN = {*_ERASED, "overlay", "part_series", "earlier", "manifest_sent"}
 
 # Built once: building a query takes SQLAlchemy longer than running it takes SQLite.
-_SHOWN = [column for column in bundle_task.c if column.name not in _KEPT]
-_NAMES = [column.name for column in _SHOWN]
-_BY_ID = sa.select(*_SHOWN).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
-_TASKS = sa.select(*_SHOWN).order_by(bundle_task.c.start_time, bundle_task.c.bundle_id)
-_NEWEST = sa.select(*_SHOWN).order_by(bundle_task.c.start_time.desc(), bundle_task.c.bundle_id.desc())
-_WITH_AGE = sa.select(*_SHOWN, now().label("now")).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
+_COLUMNS = [column for column in bundle_task.c if column.name not in _HIDDEN]
+_NAMES = [column.name for column in _COLUMNS]
+_BY_ID = sa.select(*_COLUMNS).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
+_TASKS = sa.select(*_COLUMNS).order_by(bundle_task.c.start_time, bundle_task.c.bundle_id)
+_NEWEST = sa.select(*_COLUMNS).order_by(bundle_task.c.start_time.desc(), bundle_task.c.bundle_id.desc())
+_WITH_AGE = sa.select(*_COLUMNS, now().label("now")).where(bundle_task.c.bundle_id == sa.bindparam("bundle_id"))
 _IN_PROGRESS = _TASKS.where(bundle_task.c.instance_id == sa.bindparam("instance_id"), task_in_progress)
 _OF_ACCOUNT = _TASKS.where(
     bundle_task.c.account_id == sa.bindparam("account_id"),
     sa.or_(task_in_progress, bundle_task.c.update_time > now(-sa.bindparam("kept", type_=sa.Float))),
 )
-_OF_PLACE = _TASKS.where(
+_AT_LOCATION = _TASKS.where(
     bundle_task.c.bucket == sa.bindparam("bucket"), bundle_task.c.prefix == sa.bindparam("prefix"), task_in_progress
 )
 _OVERLAY = TypeAdapter(Overlay)
@@ -81,10 +81,10 @@ _WITH_ORPHANS = sa.and_(
 )
 _NEEDS_POWER_RECOVERY = bundle_task.c.power_recovery_until.is_not(None)
 _WANTED = sa.select(instance_power.c.wanted).where(instance_power.c.instance_id == bundle_task.c.instance_id)
-# Whether a task's instance is to run after the task: as its owner has requested, else as it was before the task.
-_TO_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.was_running)
+# Whether the instance must run after the task: as its owner has requested, else as before the task.
+_MUST_RUN = sa.func.coalesce(_WANTED.scalar_subquery() == WantedPower.RUNNING, bundle_task.c.was_running)
 _IS_STANDBY = sa.func.pg_is_in_recovery()
-# True of a task that has not failed and was not cancelled.
+# The task has not failed and was not cancelled.
 _GOES_FORWARD = bundle_task.c.error_code.is_(None)
 _REPLACES = sa.and_(bundle_task.c.state == sa.literal_column("'complete'"), bundle_task.c.earlier.is_not(None))
 
@@ -111,31 +111,7 @@ class TaskRepository:
         self._vault = vault
         self._lease = lease
 
-    def for_run(self, bundle_id: str, run: int) -> "TaskRepository":
-        """Return a repository for one run of a task, which writes nothing once a later run has started."""
-        return TaskRepository(self._engine, self._vault, self._lease and self._lease.for_run(bundle_id, run))
-
-    def require_lease(self, bundle_id: str) -> None:
-        """Check that this agent may work on the task. Raises, or ends the process, as `HostLease.lock_task`."""
-        with self._task_transaction(bundle_id):
-            pass
-
-    def add(self, connection: sa.Connection, bundle_id: str, host: str, request: BundleRequest) -> None:
-        """Add a pending task.
-
-        Raises:
-            sqlalchemy.exc.IntegrityError: The instance, or the bucket and prefix, have one in progress.
-        """
-        policy = json.dumps([request.upload_policy, request.upload_policy_signature]).encode()
-        row = {
-            "bundle_id": bundle_id, "account_id": request.account_id, "owner_id": request.owner_id,
-            "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
-            "bucket": request.bucket, "prefix": request.prefix,
-            "access_key_id": request.access_key_id, "created_bucket": request.created_bucket or None,
-            "encrypted_policy": self._vault.encrypt(policy, context=bundle_id),
-        }  # fmt: skip
-        connection.execute(bundle_task.insert(), row)
-        connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState.PENDING))
+    # Reads
 
     def get(self, bundle_id: str) -> BundleTask | None:
         """Return a task; None if there is none with this id."""
@@ -147,15 +123,15 @@ class TaskRepository:
             row: Any = connection.execute(_WITH_AGE, {"bundle_id": bundle_id}).first()
         return None if row is None else (_task(row[:-1]), row.now - row.update_time)
 
-    def now(self) -> datetime:
-        """Return the time of the database's clock, which sets all times of tasks."""
-        with self._engine.connect() as connection:
-            return connection.execute(sa.select(now())).scalar_one()
-
     def state(self, bundle_id: str) -> BundleTaskState | None:
         """Return the state of a task; None if there is none with this id."""
         task = self.get(bundle_id)
         return None if task is None else task.state
+
+    def now(self) -> datetime:
+        """Return the time of the database's clock, which sets all times of tasks."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(now())).scalar_one()
 
     def find(self, *conditions: sa.ColumnElement[bool]) -> list[BundleTask]:
         """Return the tasks that meet all conditions, the oldest first."""
@@ -178,11 +154,64 @@ class TaskRepository:
 
     def in_progress_at(self, bucket: str, prefix: str) -> BundleTask | None:
         """Return the unfinished task, of any account, for a bucket and prefix."""
-        return next(iter(self._read(_OF_PLACE, bucket=bucket, prefix=prefix)), None)
+        return next(iter(self._read(_AT_LOCATION, bucket=bucket, prefix=prefix)), None)
 
     def of_account(self, account_id: str, *, kept: timedelta) -> list[BundleTask]:
         """Return an account's tasks, the oldest first, without those that ended more than `kept` ago."""
         return self._read(_OF_ACCOUNT, account_id=account_id, kept=kept.total_seconds())
+
+    def history(self, bundle_id: str) -> list[TaskEvent]:
+        """Return the events of a task, the oldest first."""
+        query = sa.select(bundle_task_event.c.time, bundle_task_event.c.state, bundle_task_event.c.message)
+        mine = query.where(bundle_task_event.c.bundle_id == bundle_id).order_by(bundle_task_event.c.event_id)
+        with self._engine.connect() as connection:
+            rows = connection.execute(mine)
+            return [TaskEvent(row.time, BundleTaskState(row.state), row.message) for row in rows]
+
+    def stored_policy(self, bundle_id: str) -> StoredPolicy:
+        """Return the upload policy and signature of an unfinished task."""
+        query = sa.select(bundle_task.c.encrypted_policy).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.connect() as connection:
+            sealed = connection.execute(query).scalar_one()
+        return StoredPolicy(*json.loads(self._vault.decrypt(sealed, context=bundle_id)))
+
+    def is_manifest_sent(self, bundle_id: str) -> bool:
+        """Whether the manifest may have been sent."""
+        query = sa.select(bundle_task.c.manifest_sent).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.connect() as connection:
+            return bool(connection.execute(query).scalar_one_or_none())
+
+    def journal(self, bundle_id: str) -> UploadJournal:
+        """Return the journal of a task's uploads."""
+        return UploadJournal(self._engine, self._vault, bundle_id, self._lease)
+
+    # State changes
+
+    def add(self, connection: sa.Connection, bundle_id: str, host: str, request: BundleRequest) -> None:
+        """Add a pending task.
+
+        Raises:
+            sqlalchemy.exc.IntegrityError: The instance, or the bucket and prefix, have one in progress.
+        """
+        policy = json.dumps([request.upload_policy, request.upload_policy_signature]).encode()
+        row = {
+            "bundle_id": bundle_id, "account_id": request.account_id, "owner_id": request.owner_id,
+            "instance_id": request.instance_id, "host": host, "state": BundleTaskState.PENDING,
+            "bucket": request.bucket, "prefix": request.prefix,
+            "access_key_id": request.access_key_id, "created_bucket": request.created_bucket or None,
+            "encrypted_policy": self._vault.encrypt(policy, context=bundle_id),
+        }  # fmt: skip
+        connection.execute(bundle_task.insert(), row)
+        connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState.PENDING))
+
+    def record_attempt(self, bundle_id: str) -> int | None:
+        """Record another run of a task, which replaces earlier ones; return its number, None if the task has ended."""
+        attempts = sa.select(bundle_task.c.attempts).where(bundle_task.c.bundle_id == bundle_id)
+        with self._engine.begin() as connection:
+            if not self._update_in(connection, bundle_id, task_in_progress, attempts=bundle_task.c.attempts + 1):
+                return None
+            run: int = connection.execute(attempts).scalar_one()
+            return run
 
     def change_state(self, bundle_id: str, state: BundleTaskState) -> bool:
         """Change the state of a task if the table allows it; return whether the task is in `state` now.
@@ -243,12 +272,6 @@ class TaskRepository:
         is_storing = sa.and_(bundle_task.c.state == BundleTaskState.STORING, _GOES_FORWARD)
         return self._update(bundle_id, is_storing, manifest_sent=True)
 
-    def is_manifest_sent(self, bundle_id: str) -> bool:
-        """Whether the manifest may have been sent."""
-        query = sa.select(bundle_task.c.manifest_sent).where(bundle_task.c.bundle_id == bundle_id)
-        with self._engine.connect() as connection:
-            return bool(connection.execute(query).scalar_one_or_none())
-
     def complete(self, bundle_id: str) -> bool:
         """End a task as `complete`, and erase its secrets; return whether it is complete now."""
         complete = BundleTaskState.COMPLETE
@@ -304,10 +327,36 @@ class TaskRepository:
             bundle_id, sources, may_fail, state=BundleTaskState.FAILED, connection=connection, **reason
         )
 
+    # Progress, events and warnings
+
     def set_progress(self, bundle_id: str, state: BundleTaskState, percent: int) -> None:
         """Raise the progress of a task in `state`; never lowers it. A task in another state does not change."""
         forward = sa.and_(bundle_task.c.state == state, bundle_task.c.progress < percent)
         self._update(bundle_id, forward, progress=percent)
+
+    def set_volume_size(self, bundle_id: str, size: int) -> None:
+        """Record the size of the root volume in bytes."""
+        self._update(bundle_id, sa.true(), volume_size=size)
+
+    def add_event(self, bundle_id: str, message: str) -> None:
+        """Add an event that is no change of state."""
+        state = sa.select(bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
+        with self._task_transaction(bundle_id) as connection:
+            now = connection.execute(state).scalar_one()
+            connection.execute(bundle_task_event.insert(), _event(bundle_id, now, message))
+
+    def add_warning(self, bundle_id: str, warning: str) -> None:
+        """Add a warning for the task's owner, and an event. Folders of the host's files are removed from the text."""
+        warning = without_folders(warning)
+        columns = sa.select(bundle_task.c.warning, bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
+        with self._task_transaction(bundle_id) as connection:
+            row = connection.execute(columns.with_for_update()).one_or_none()
+            if row is None or warning in (row.warning or ""):
+                return
+            self._update_in(connection, bundle_id, sa.true(), warning=f"{row.warning or ''} {warning}".strip())
+            connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState(row.state), warning))
+
+    # Power of the instance
 
     def record_power_state(self, bundle_id: str, *, running: bool, version: int | None = None) -> bool:
         """Record once whether the instance is to run after the task, and that the task has borrowed it.
@@ -357,23 +406,23 @@ class TaskRepository:
                 connection.execute(_end_power_recovery(seen_off))
             power_records.give_back(connection, bundle_id)
 
+    def record_seen_off(self, instance_id: str) -> None:
+        """Record that an instance was off: earlier shutdown requests have no further effect."""
+        with self._host_transaction() as connection:
+            connection.execute(_end_power_recovery(instance_id))
+            power_records.record_off(connection, instance_id)
+
     def schedule_power_recovery(self, bundle_id: str, until: datetime | timedelta | None) -> None:
-        """Have power recovery check the task's instance until a time or for a duration; None: no longer.
+        """Let power recovery check the task's instance until a time or for a duration; None: no longer.
 
         Does not change the task's update time.
         """
         end = now(until.total_seconds()) if isinstance(until, timedelta) else until
         self._set_values(bundle_id, power_recovery_until=end)
 
-    def record_seen_off(self, instance_id: str) -> None:
-        """Record that an instance was off: an earlier shutdown request has no effect any more."""
-        with self._host_transaction() as connection:
-            connection.execute(_end_power_recovery(instance_id))
-            power_records.record_off(connection, instance_id)
-
     def has_power_recovery(self, instance_id: str) -> bool:
         """Whether power recovery is to start the instance once it powers off."""
-        return bool(self.find(bundle_task.c.instance_id == instance_id, _NEEDS_POWER_RECOVERY, _TO_RUN))
+        return bool(self.find(bundle_task.c.instance_id == instance_id, _NEEDS_POWER_RECOVERY, _MUST_RUN))
 
     def power_recoveries(self, host: str) -> list[BundleTask]:
         """Return the tasks of a host whose instances need power recovery."""
@@ -386,7 +435,9 @@ class TaskRepository:
 
     def should_start(self, bundle_id: str) -> bool:
         """Whether power recovery is to start the task's instance if it is off, by the current record."""
-        return bool(self.find(bundle_task.c.bundle_id == bundle_id, _NEEDS_POWER_RECOVERY, _TO_RUN))
+        return bool(self.find(bundle_task.c.bundle_id == bundle_id, _NEEDS_POWER_RECOVERY, _MUST_RUN))
+
+    # Overlays
 
     def record_overlay(self, bundle_id: str, overlay: Overlay | None) -> None:
         """Record an overlay before the task creates it; None: it was merged."""
@@ -404,6 +455,8 @@ class TaskRepository:
     def unmerged_overlays(self, host: str) -> list[BundleTask]:
         """Return the ended tasks of a host whose overlays could not be merged."""
         return self.find(bundle_task.c.host == host, bundle_task.c.overlay.is_not(None), sa.not_(task_in_progress))
+
+    # Cleanup and retention
 
     def with_created_buckets(self, on_host: str) -> list[BundleTask]:
         """Return the failed tasks of a host, and of retired hosts, whose created buckets may have to be removed."""
@@ -424,6 +477,10 @@ class TaskRepository:
         there = sa.true() if on_host is None else sa.or_(bundle_task.c.host == on_host, hostless)
         return self.find(_WITH_ORPHANS, there)
 
+    def has_orphans(self, bundle_id: str) -> bool:
+        """Whether an ended task has objects to delete from its bucket."""
+        return bool(self.find(bundle_task.c.bundle_id == bundle_id, sa.or_(_WITH_ORPHANS, _REPLACES)))
+
     def cleanups(self, on_host: str) -> list[BundleTask]:
         """Return the tasks of `with_orphans`, and those where a lost request may have stored a deleted object again."""
         due = sa.or_(bundle_part.c.state != "gone", bundle_part.c.settle_time <= now())
@@ -431,15 +488,11 @@ class TaskRepository:
         with self._engine.connect() as connection:
             with_objects = {*connection.execute(query).scalars()}
         # Not sorted: to sort them, SQLite would read every task.
-        of_host = sa.select(*_SHOWN).where(sa.or_(bundle_task.c.host == on_host, hostless))
+        of_host = sa.select(*_COLUMNS).where(sa.or_(bundle_task.c.host == on_host, hostless))
         tasks = self._read(of_host.where(_REPLACES))
         if others := with_objects.difference(task.bundle_id for task in tasks):
             tasks += self._read(of_host.where(bundle_task.c.bundle_id.in_(others), _ENDED))
         return tasks
-
-    def has_orphans(self, bundle_id: str) -> bool:
-        """Whether an ended task has objects to delete from its bucket."""
-        return bool(self.find(bundle_task.c.bundle_id == bundle_id, sa.or_(_WITH_ORPHANS, _REPLACES)))
 
     def delete_ended(self, keep: timedelta, *, limit: int) -> int:
         """Delete at most `limit` tasks that ended more than `keep` ago; return how many.
@@ -464,47 +517,16 @@ class TaskRepository:
             connection.execute(bundle_task.delete().where(bundle_task.c.bundle_id.in_(ids)))
         return len(ids)
 
-    def stored_policy(self, bundle_id: str) -> StoredPolicy:
-        """Return the upload policy and signature of an unfinished task."""
-        query = sa.select(bundle_task.c.encrypted_policy).where(bundle_task.c.bundle_id == bundle_id)
-        with self._engine.connect() as connection:
-            sealed = connection.execute(query).scalar_one()
-        return StoredPolicy(*json.loads(self._vault.decrypt(sealed, context=bundle_id)))
+    # Lease and transactions
 
-    def journal(self, bundle_id: str) -> UploadJournal:
-        """Return the journal of a task's uploads."""
-        return UploadJournal(self._engine, self._vault, bundle_id, self._lease)
+    def for_run(self, bundle_id: str, run: int) -> "TaskRepository":
+        """Return a repository for one run of a task, which writes nothing once a later run has started."""
+        return TaskRepository(self._engine, self._vault, self._lease and self._lease.for_run(bundle_id, run))
 
-    def add_event(self, bundle_id: str, message: str) -> None:
-        """Add an event that is no change of state."""
-        state = sa.select(bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
-        with self._task_transaction(bundle_id) as connection:
-            now = connection.execute(state).scalar_one()
-            connection.execute(bundle_task_event.insert(), _event(bundle_id, now, message))
-
-    def add_warning(self, bundle_id: str, warning: str) -> None:
-        """Add a warning for the task's owner, and an event. Folders of the host's files are removed from the text."""
-        warning = without_folders(warning)
-        columns = sa.select(bundle_task.c.warning, bundle_task.c.state).where(bundle_task.c.bundle_id == bundle_id)
-        with self._task_transaction(bundle_id) as connection:
-            row = connection.execute(columns.with_for_update()).one_or_none()
-            if row is None or warning in (row.warning or ""):
-                return
-            self._update_in(connection, bundle_id, sa.true(), warning=f"{row.warning or ''} {warning}".strip())
-            connection.execute(bundle_task_event.insert(), _event(bundle_id, BundleTaskState(row.state), warning))
-
-    def set_volume_size(self, bundle_id: str, size: int) -> None:
-        """Record the size of the root volume in bytes."""
-        self._update(bundle_id, sa.true(), volume_size=size)
-
-    def record_attempt(self, bundle_id: str) -> int | None:
-        """Record another run of a task, which replaces earlier ones; return its number, None if the task has ended."""
-        attempts = sa.select(bundle_task.c.attempts).where(bundle_task.c.bundle_id == bundle_id)
-        with self._engine.begin() as connection:
-            if not self._update_in(connection, bundle_id, task_in_progress, attempts=bundle_task.c.attempts + 1):
-                return None
-            run: int = connection.execute(attempts).scalar_one()
-            return run
+    def require_lease(self, bundle_id: str) -> None:
+        """Check that this agent may work on the task. Raises, or ends the process, as `HostLease.lock_task`."""
+        with self._task_transaction(bundle_id):
+            pass
 
     def holds_lease(self) -> bool:
         """Whether this process has the lease of its host, by the database. Only reads, which a full disk allows.
@@ -517,14 +539,6 @@ class TaskRepository:
             if connection.dialect.name == "postgresql" and connection.execute(sa.select(_IS_STANDBY)).scalar_one():
                 return False
             return connection.execute(sa.select(sa.exists().where(self._lease.is_held))).scalar_one()
-
-    def history(self, bundle_id: str) -> list[TaskEvent]:
-        """Return the events of a task, the oldest first."""
-        query = sa.select(bundle_task_event.c.time, bundle_task_event.c.state, bundle_task_event.c.message)
-        mine = query.where(bundle_task_event.c.bundle_id == bundle_id).order_by(bundle_task_event.c.event_id)
-        with self._engine.connect() as connection:
-            rows = connection.execute(mine)
-            return [TaskEvent(row.time, BundleTaskState(row.state), row.message) for row in rows]
 
     @contextmanager
     def _task_transaction(self, bundle_id: str) -> Iterator[sa.Connection]:
@@ -541,6 +555,8 @@ class TaskRepository:
             if self._lease is not None:
                 self._lease.lock_host(connection)
             yield connection
+
+    # Queries and updates of this class
 
     def _read(self, query: sa.Select[tuple[object, ...]], **parameters: object) -> list[BundleTask]:
         with self._engine.connect() as connection:

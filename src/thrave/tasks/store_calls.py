@@ -160,7 +160,7 @@ class CallGroup(Generic[R]):
         failures, results = [], []
         try:
             results.append(call())
-        except BaseException as error:  # noqa: BLE001 (it is raised again where the results are taken)
+        except BaseException as error:  # noqa: BLE001 (raised again where the results are taken)
             failures.append(error)
         with self._changed:
             self._running -= 1

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from thrave.concurrency import monotonic, random_hex
 from thrave.database import instance
+from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.errors import (
     BundleTaskNotCancellable,
     BundleTaskNotFound,
@@ -27,7 +28,6 @@ from thrave.tasks.errors import (
 )
 from thrave.tasks.failpoints import failpoint
 from thrave.tasks.models import FINISHED, BundleRequest, BundleTask
-from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
 
 MAX_CACHED = 4096  # ended tasks in memory, of about 2 KB each

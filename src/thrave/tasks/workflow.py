@@ -1,8 +1,8 @@
 """One bundle task, from a running instance to a bundle in a bucket.
 
-`BundleWorkflow.run` does the steps of `models.py`, each as the task's row names it: after a crash the task resumes with
-the interrupted step. Every step may be repeated. This is the only module where instances, volumes, bundles and buckets
-meet; those packages do not import each other. The API's calls are in `task_service.py`.
+`BundleWorkflow.run` runs the steps of `models.py`. The task's row names the next step, so after a crash it resumes
+with the interrupted step. Every step may be repeated. Only this module uses instances, volumes, bundles and buckets
+together; those packages do not import each other. The calls of the API are in `task_service.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +27,7 @@ from thrave.compute.instance import UNCLEAN_REASONS, UNREADABLE_REASONS, Instanc
 from thrave.concurrency import Call, monotonic, sleep
 from thrave.identity.accounts import Accounts
 from thrave.identity.certificates import ServiceIdentity, load_certificate
+from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.engine import RUNNING
 from thrave.tasks.errors import ErrorKind, TaskCancelled, TaskFailure, kind_of, to_task_failure
 from thrave.tasks.failpoints import failpoint
@@ -43,11 +44,11 @@ from thrave.tasks.models import (
     Step,
 )
 from thrave.tasks.monitor import TaskMonitor
-from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.repository import TaskRepository
 from thrave.tasks.root_volume import VolumeReader, check_root_volume
 from thrave.tasks.step_retry import retry_database, retry_hypervisor
-from thrave.tasks.uploads import ExistingBundle, TaskObjects, upload_volume
+from thrave.tasks.task_objects import ExistingBundle, TaskObjects
+from thrave.tasks.uploads import upload_volume
 from thrave.volumes.formats import open_volume
 from thrave.volumes.ntfs_volumes import UncleanVolume, find_unclean
 from thrave.write_guard import WriteCheck, no_check
@@ -154,14 +155,15 @@ class BundleWorkflow:
         }
 
     def run(self) -> None:
-        """Do the steps of the task, each as its row names it, until the task has ended.
+        """Run the step that the task's row names, then the next one, until the task has ended.
 
         Raises:
             RightLostError: Another attempt or another host has the task; nothing more may be done for it.
         """
-        while (step := self._next_step()) is not None:
+        while (task := self._read_unfinished()) is not None:
+            self._task, step = task, task.next_step
             try:
-                self._do(step)
+                self._run_step(step)
             except TaskFailure as failure:
                 if not self._can_continue(step, failure):
                     self.roll_back(failure)
@@ -170,13 +172,13 @@ class BundleWorkflow:
                 self._retry(partial(self._repository.finish_step, self._task.bundle_id, step))
 
     def roll_back(self, failure: TaskFailure) -> None:
-        """Record why the task fails. From then on its row only names the steps that undo it."""
+        """Record why the task fails. From then on its row names only undo steps."""
         self._retry(partial(self._repository.start_undo, self._task.bundle_id, failure))
 
-    def _next_step(self) -> Step | None:
-        # Read from the row each time: a cancellation, or an operator who retires the host, changes the next step.
+    def _read_unfinished(self) -> BundleTask | None:
+        # Read before each step: a cancellation, or an operator who retires the host, changes the next step.
         task = self._retry(partial(self._repository.get, self._task.bundle_id))
-        return None if task is None or task.state in FINISHED else task.next_step
+        return None if task is None or task.state in FINISHED else task
 
     def _can_continue(self, step: Step, failure: TaskFailure) -> bool:
         """Record the failure of a step if the task continues (`models.FORWARD_STEPS`); False if the task fails."""
@@ -192,8 +194,8 @@ class BundleWorkflow:
 
     def shut_down(self) -> None:
         """Check the root volume, and shut the guest down."""
-        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN) as monitor:
-            self._merge_overlay(monitor)  # an earlier task may have left one
+        with self._enter_state(BundleTaskState.WAITING_FOR_SHUTDOWN) as monitor:
+            self._merge_overlay(monitor)  # of an earlier task, if it could not be merged then
             root = self._context.driver.get(self._task.instance_id).root_volume
             monitor.wait_for_result(Call("image", lambda: self._check_image(root)))
             self._power.record_power_state()
@@ -204,19 +206,18 @@ class BundleWorkflow:
 
     def start_on_overlay(self) -> None:
         """Start the instance on an overlay, if `capture_mode` says so and the instance is to run."""
-        task = self._repository.get(self._task.bundle_id)
-        if self._settings.capture_mode == "offline" or task is None or not self._power.should_run():
+        if self._settings.capture_mode == "offline" or not self._power.should_run():
             return
-        with self._state(BundleTaskState.WAITING_FOR_SHUTDOWN):
+        with self._enter_state(BundleTaskState.WAITING_FOR_SHUTDOWN):
             self._overlay.create()
             if self._overlay.overlay is not None:
                 self._power.restore()
 
     def upload_volume(self) -> None:
-        """Seal the root volume and upload its parts; nothing of it is written anywhere else."""
+        """Seal the root volume and upload its parts. The data of the volume is not written to any local file."""
         if self._journal.documents() is not None:  # every part is stored
             return
-        with self._state(BundleTaskState.BUNDLING) as monitor, self._hold_volume(monitor) as (instance, root):
+        with self._enter_state(BundleTaskState.BUNDLING) as monitor, self._hold_volume(monitor) as (instance, root):
             monitor.wait_for_result(Call("image", lambda: self._check_image(root)))
             opening = partial(
                 open_volume,
@@ -226,7 +227,7 @@ class BundleWorkflow:
                 secret_file=root.secret_file,
                 directories=self._settings.image_dirs,
             )
-            with VolumeReader(opening, monitor) as reader:  # its end fails if the volume was changed meanwhile
+            with VolumeReader(opening, monitor) as reader:  # fails at its end if the volume was changed in the block
                 for warned in reader.warnings:
                     self._repository.add_warning(self._task.bundle_id, f"{warned.public}.")
                 volume = reader.volume
@@ -243,24 +244,24 @@ class BundleWorkflow:
         """Verify that the bucket has every part, then upload the side file, and the manifest last."""
         documents = self._journal.documents()
         assert documents is not None, "every part is stored"
-        with self._state(BundleTaskState.STORING) as monitor:
+        with self._enter_state(BundleTaskState.STORING) as monitor:
             self._objects.verify_stored(documents, monitor)
             with failpoint("side-file-stored"):
                 self._objects.put_side_file(documents, monitor)
-            with failpoint("manifest-stored"):  # its presence means that the bundle is complete
+            with failpoint("manifest-stored"):  # a bundle with a manifest is complete
                 record_sent = partial(self._repository.record_manifest_sent, self._task.bundle_id)
                 self._objects.put_manifest(documents, monitor, record_sent)
 
     def merge_overlay(self) -> None:
         """Merge the overlay, if there is one. The bundle is complete even if that fails."""
-        with self._state(BundleTaskState.STORING) as monitor:
+        with self._enter_state(BundleTaskState.STORING) as monitor:
             if self._overlay.overlay is not None:
                 with suppress(TaskFailure):  # power recovery starts the instance later
-                    self._power.restore()  # its host may have rebooted since the last step
+                    self._power.restore()  # the host may have rebooted since the last step
             retry_hypervisor(lambda: self._merge_overlay(monitor), _MERGE_RETRY_TIMEOUT, sleep=monitor.pause)
 
     def remove_earlier(self) -> None:
-        """Delete what remains of the bundle that was replaced; housekeeping retries if that fails."""
+        """Delete the remaining objects of the bundle that was replaced; housekeeping retries if that fails."""
         earlier = self._journal.earlier()
         if earlier is None:
             return
@@ -268,7 +269,7 @@ class BundleWorkflow:
         self._objects.remove_earlier()
 
     def complete(self) -> None:
-        """End the task as `complete`, unless an operator has ended it meanwhile (`thrave host retire`)."""
+        """End the task as `complete`, unless an operator has ended it before (`thrave host retire`)."""
         with failpoint("task-ended"):
             if self._repository.complete(self._task.bundle_id):
                 return
@@ -287,15 +288,13 @@ class BundleWorkflow:
 
     def fail(self) -> None:
         """End the task as `failed`, with the reason that was recorded before the undo."""
-        task = self._repository.get(self._task.bundle_id)
-        assert task is not None, "only ended tasks are deleted"
-        assert task.error_code is not None, "the reason is recorded first"
-        failure = TaskFailure(task.error_code, task.error_message or "")
+        assert self._task.error_code is not None, "the reason is recorded first"
+        failure = TaskFailure(self._task.error_code, self._task.error_message or "")
         with failpoint("task-ended"):
             self._repository.fail(self._task.bundle_id, failure)
 
-    def _do(self, step: Step) -> None:
-        """Do a step; repeat it while the hypervisor, the database or a resource of the host is unavailable.
+    def _run_step(self, step: Step) -> None:
+        """Run a step; repeat it while the hypervisor, the database or a resource of the host is unavailable.
 
         Raises:
             TaskFailure: The step failed with a permanent error.
@@ -308,18 +307,18 @@ class BundleWorkflow:
                 fails_if_started=step in STEPS_UNTIL_READ,
             )
         except Exception as error:
-            # The last steps only write the row. Only a bug makes them fail; then the whole task runs again later.
+            # The last steps only write the row, so they fail only because of a bug. The task is run again later.
             if kind_of(error) is ErrorKind.RIGHT_LOST or step in {Step.COMPLETE, Step.FAIL}:
                 raise
             raise to_task_failure(error) from error
 
     def _retry(self, work: Callable[[], _Result], *, fails_if_started: bool = False) -> _Result:
-        """Repeat `work` while the database is unavailable; the instance does not stay off so long.
+        """Repeat `work` while the database is unavailable. Start the instance if that takes too long.
 
         Args:
             work: Must be safe to repeat.
-            fails_if_started: Whether `work` fails if the instance had to be started meanwhile, because its volume has
-                changed then.
+            fails_if_started: Whether `work` fails if the instance had to be started before the database was available
+                again: its volume has changed then.
         """
         start = _StartWithoutDatabase(self._context, self._task, self._repository, self._power, fails_if_started)
         return retry_database(work, start)
@@ -332,7 +331,7 @@ class BundleWorkflow:
                 return self._retry(lambda: retry_hypervisor(self._has_manifest, self._settings.stall_timeout))
             except (TransientError, TaskFailure) as error:
                 if monotonic() > until:
-                    return False  # what the manifest may have replaced is recorded, and will be restored
+                    return False  # the undo restores the manifest that this one may have replaced
                 log.warning("store unavailable: retrying to read the manifest", error=str(error))
                 sleep(_PUBLISHED_INTERVAL)
             except BucketError as error:
@@ -343,7 +342,7 @@ class BundleWorkflow:
         documents = self._journal.documents()
         if documents is None or not self._repository.is_manifest_sent(self._task.bundle_id):
             return False
-        with self._state(BundleTaskState.STORING) as monitor:
+        with self._enter_state(BundleTaskState.STORING) as monitor:
             return self._objects.has_manifest(documents, monitor)
 
     @cached_property
@@ -364,11 +363,11 @@ class BundleWorkflow:
         )
 
     @contextmanager
-    def _state(self, state: BundleTaskState) -> Iterator[TaskMonitor]:
-        """Put the task into a state, and monitor the work of the block.
+    def _enter_state(self, state: BundleTaskState) -> Iterator[TaskMonitor]:
+        """Change the state of the task, and monitor the work of the block.
 
         Raises:
-            TaskCancelled: The task must not get into this state: it was cancelled, or fails.
+            TaskCancelled: The task cannot change to this state: it was cancelled, or fails.
         """
         if not self._repository.change_state(self._task.bundle_id, state):
             raise TaskCancelled
@@ -391,7 +390,7 @@ class BundleWorkflow:
                 self._check_off_reason(instance)
                 yield instance, instance.root_volume
         else:
-            self._power.restore()  # its host may have rebooted since the last step
+            self._power.restore()  # the host may have rebooted since the last step
             with self._overlay.hold(overlay, monitor) as instance:
                 yield instance, overlay.volume
 
@@ -400,11 +399,11 @@ class BundleWorkflow:
         monitor.wait_for_result(Call("merge", lambda: self._overlay.merge(monitor.pause)))
 
     def _check_image(self, root: VolumeFile) -> None:
-        """Refuse an image that is no whole disk by its own metadata, and a file that another machine writes to."""
+        """Refuse an image whose metadata shows only a part of a disk, and a file that another machine writes to."""
         check_root_volume(self._context.driver, self._task.instance_id, root, self._settings.image_dirs)
 
     def _check_off_reason(self, instance: Instance) -> None:
-        """Fail if the volume is not the instance's content; report or refuse one whose guest did not shut down."""
+        """Fail if the volume is not the instance's current disk; report or refuse one whose guest did not shut down."""
         if instance.off_reason is None:
             return
         if (reason := UNREADABLE_REASONS.get(instance.off_reason)) is not None:
@@ -457,7 +456,7 @@ class _StartWithoutDatabase:
 
     def act(self) -> bool:
         """Start the instance, unless another host may have it. The step has ended, so nothing reads its volume."""
-        # An expired lease may still be proved: a database whose disk is full can be read.
+        # After the lease has expired, the database may still confirm it: one with a full disk can be read.
         check = None if self.context.lease_timer.is_valid() else self._require_lease
         if check is not None and not self._holds_lease():
             log.error(

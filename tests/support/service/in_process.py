@@ -15,8 +15,8 @@ from thrave.compute.description_files import InstanceDescription
 from thrave.compute.directory_driver import new_instance_id
 from thrave.compute.instance import VolumeFile
 from thrave.config import Settings
+from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.models import BundleRequest
-from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.workflow import TaskContext, TaskSettings, run_bundle_task
 from thrave.testing import upload_policy
 

@@ -24,7 +24,8 @@ from thrave.database import migrate, open_engine
 from thrave.tasks.models import BundleRequest, BundleTaskState
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.repository import TaskRepository
-from thrave.tasks.uploads import TaskObjects, upload_volume
+from thrave.tasks.task_objects import TaskObjects
+from thrave.tasks.uploads import upload_volume
 from thrave.testing import upload_policy
 from thrave.vault import Vault
 from thrave.volumes.raw import RawVolume

@@ -34,9 +34,9 @@ from thrave.compute.instance import InstanceState, VolumeFile
 from thrave.config import Settings
 from thrave.ec2.bundle_actions import S3Storage, ensure_bucket
 from thrave.ec2.errors import EC2Error
+from thrave.tasks.created_buckets import CreatedBuckets
 from thrave.tasks.housekeeping import ObjectCleanup
 from thrave.tasks.models import BundleRequest
-from thrave.tasks.object_removal import CreatedBuckets
 from thrave.tasks.workflow import TaskContext, TaskSettings, run_bundle_task
 from thrave.testing import upload_policy
 
