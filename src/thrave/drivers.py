@@ -61,7 +61,7 @@ def store_config(settings: Settings) -> StoreConfig:
         addressing=settings.s3_addressing_style,
         ca=settings.s3_ca_file,
         proxy=settings.s3_proxy.get_secret_value() if settings.s3_proxy else None,
-        connections=settings.max_store_connections,
+        max_connections=settings.max_store_connections,
         timeout=settings.s3_timeout,
         send_timeout=settings.s3_send_timeout,
     )

@@ -1,4 +1,4 @@
-"""Every fault of the table, on the way to a real store: what comes of it, in the bucket and in the instance."""
+"""Every fault of the table between Thrave and a real store: the state of the bucket and of the instance after it."""
 
 import pytest
 
@@ -27,8 +27,8 @@ from thrave.tasks import store_calls
 
 pytestmark = pytest.mark.s3
 
-CALM = StoreTimeouts(timeout=30, patience=30)
-STALLS = (faults.silence, faults.silence_midway)
+NORMAL = StoreTimeouts(timeout=30, retry_timeout=30)
+STALLS = (faults.no_response, faults.stalled_response)
 
 
 @pytest.fixture(scope="module")
@@ -39,90 +39,96 @@ def bench(seaweedfs, proxy, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Short pauses; and no upload is abandoned only because the machine is busy."""
+def short_waits(monkeypatch):
+    """Short waits between attempts, but a long one before an upload is abandoned, for a busy machine."""
     monkeypatch.setattr(store_calls, "STOP_TIMEOUT", 60.0)
     monkeypatch.setattr(retrying_store, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(power, "POLL_INTERVAL", 0.01)
 
 
 def parametrize(table, *only):
-    """Each cell of these columns twice: met once, and again and again; where both come to the same, the latter."""
-    given = [
-        pytest.param(fault, kind, outcome.always if again else outcome.once, again, id=f"{name(fault)}-{kind}-{times}")
+    """Each cell of these columns for one fault and for repeated faults; only the latter if both results are equal."""
+    parameters = [
+        pytest.param(
+            fault,
+            kind,
+            outcome.always if is_repeated else outcome.once,
+            is_repeated,
+            id=f"{name(fault)}-{kind}-{'always' if is_repeated else 'once'}",
+        )
         for fault, kind, outcome in cases(table, only)
-        for again, times in ((False, "once"), (True, "always"))
-        if again or outcome.once != outcome.always
+        for is_repeated in (False, True)
+        if is_repeated or outcome.once != outcome.always
     ]
-    return pytest.mark.parametrize(("fault", "kind", "outcome", "again"), given)
+    return pytest.mark.parametrize(("fault", "kind", "outcome", "is_repeated"), parameters)
 
 
-def temper(fault, again):
-    return StoreTimeouts(timeout=0.3 if fault in STALLS else 30, patience=0.15 if again else 30)
+def timeouts_for(fault, is_repeated):
+    return StoreTimeouts(timeout=0.3 if fault in STALLS else 30, retry_timeout=0.15 if is_repeated else 30)
 
 
 @parametrize(WHEN_CLAIMED, *CLAIMING)
-def test_bucket_is_claimed_or_refused_despite_fault(fault, kind, outcome, again, bench, proxy):
-    rule = Rule(kind, fault, again=again)
-    with proxy.doing(rule):
-        assert bench.claim(kind, temper(fault, again)) == outcome
-    assert rule.met
+def test_bucket_is_claimed_or_refused_despite_fault(fault, kind, outcome, is_repeated, bench, proxy):
+    rule = Rule(kind, fault, is_repeated=is_repeated)
+    with proxy.injecting(rule):
+        assert bench.claim(kind, timeouts_for(fault, is_repeated)) == outcome
+    assert rule.injected
 
 
 @parametrize(WHEN_STORED, *STORING[:5])
-def test_bundle_is_complete_or_removed_despite_fault(fault, kind, outcome, again, bench, proxy):
-    rule = Rule(kind, fault, first=2 if kind is Kind.HEAD_OBJECT else 1, again=again)
-    with proxy.doing(rule):
-        task = bench.bundle(kind, temper(fault, again))
-    assert rule.met
+def test_bundle_is_complete_or_removed_despite_fault(fault, kind, outcome, is_repeated, bench, proxy):
+    rule = Rule(kind, fault, first=2 if kind is Kind.HEAD_OBJECT else 1, is_repeated=is_repeated)
+    with proxy.injecting(rule):
+        task = bench.bundle(kind, timeouts_for(fault, is_repeated))
+    assert rule.injected
     assert (task.error_code or SURVIVES) == outcome, task.error_message
     assert bench.instance_runs(task)
     if outcome == SURVIVES:
-        assert bench.opens_to_the_same(CALM)
+        assert bench.opens_to_same_disk(NORMAL)
         bench.clear()
     elif fault in STALLS or kind is Kind.HEAD_OBJECT:
-        # A deletion is proved by HEAD; and on a busy machine a stalling store may take too long for the clean-up.
-        bench.look_for_left_overs(CALM)
+        # A deletion is verified by HEAD. On a busy machine the cleanup may not finish while the store stalls.
+        bench.delete_orphaned_objects(NORMAL)
     assert bench.files() == []
 
 
 @parametrize(WHEN_STORED, Kind.DELETE_OBJECTS)
-def test_objects_of_a_failed_task_are_removed_now_or_later(fault, kind, outcome, again, bench, proxy):
-    rule = Rule(kind, fault, again=again)
-    with proxy.doing(rule, Rule(Kind.PUT_MANIFEST, faults.denied_midway)):
-        task = bench.bundle(kind, temper(fault, again))
-    assert rule.met
+def test_objects_of_a_failed_task_are_removed_now_or_later(fault, kind, outcome, is_repeated, bench, proxy):
+    rule = Rule(kind, fault, is_repeated=is_repeated)
+    with proxy.injecting(rule, Rule(Kind.PUT_MANIFEST, faults.denied_early)):
+        task = bench.bundle(kind, timeouts_for(fault, is_repeated))
+    assert rule.injected
     assert task.error_code == "Client.S3Error"
     assert bench.instance_runs(task)
-    assert bench.is_written_down(task) == (outcome == LATER)
-    bench.look_for_left_overs(CALM)
-    assert not bench.is_written_down(task)
+    assert bench.has_recorded_objects(task) == (outcome == LATER)
+    bench.delete_orphaned_objects(NORMAL)
+    assert not bench.has_recorded_objects(task)
     assert bench.files() == []
 
 
 @pytest.fixture(scope="module")
 def bundled(bench):
-    """A bundle that is complete."""
-    assert bench.bundle(Kind.PUT_OBJECT, CALM).error_code is None
+    """A bench with a complete bundle."""
+    assert bench.bundle(Kind.PUT_OBJECT, NORMAL).error_code is None
     yield bench
     bench.clear()
 
 
 @parametrize(WHEN_STORED, Kind.GET_RANGE)
-def test_bundle_opens_to_the_same_bytes_or_not_at_all(fault, kind, outcome, again, bundled, proxy, monkeypatch):
-    mood, rule = temper(fault, again), Rule(kind, fault, again=again)
-    monkeypatch.setattr(remote_folders, "RETRY_TIMEOUT", mood.patience)
-    with proxy.doing(rule):
-        assert opened(bundled, mood, proxy.url) == outcome
-    assert rule.met
+def test_bundle_opens_to_same_disk_bytes_or_not_at_all(fault, kind, outcome, is_repeated, bundled, proxy, monkeypatch):
+    timeouts, rule = timeouts_for(fault, is_repeated), Rule(kind, fault, is_repeated=is_repeated)
+    monkeypatch.setattr(remote_folders, "RETRY_TIMEOUT", timeouts.retry_timeout)
+    with proxy.injecting(rule):
+        assert open_result(bundled, timeouts, proxy.url) == outcome
+    assert rule.injected
 
 
-def opened(bench, mood, url):
+def open_result(bench, timeouts, url):
     try:
-        return SURVIVES if bench.opens_to_the_same(mood, url=url) else "differs"
+        return SURVIVES if bench.opens_to_same_disk(timeouts, url=url) else "differs"
     except (BundleError, FolderError) as error:
         return exit_code(error).name
 
 
-def test_page_is_made_from_the_table():
+def test_page_equals_the_table():
     assert PAGE.read_text() == page(), "PYTHONPATH=tests python -m support.store_faults.fault_table"

@@ -85,9 +85,9 @@ def test_key_without_any_right_is_refused_before_the_instance_is_touched(guarded
 
 
 def owners(guard, store):
-    holder = KeyOwner(ACCOUNT, stores.ALICE)
+    owner = KeyOwner(ACCOUNT, stores.ALICE)
     connection = store.connection(endpoint=guard.url, credentials=None)
-    return OwnerKeyStore(connection, lambda _: holder, holder=holder)
+    return OwnerKeyStore(connection, lambda _: owner, key_owner=owner)
 
 
 def by_service(guard, store):

@@ -94,5 +94,5 @@ def test_repr_shows_no_secret(file):
 @pytest.mark.parametrize(("tasks", "uploads"), [(1, 1), (2, 4), (8, 4), (3, 40)])
 def test_every_parallel_request_has_a_connection(tmp_path, tasks, uploads):
     settings = Settings(data_dir=tmp_path, store="s3", worker_concurrency=tasks, upload_concurrency=uploads)
-    assert store_config(settings).connections > tasks * (uploads + 16)
-    assert settings.max_open_files > settings.max_connections + store_config(settings).connections
+    assert store_config(settings).max_connections > tasks * (uploads + 16)
+    assert settings.max_open_files > settings.max_connections + store_config(settings).max_connections

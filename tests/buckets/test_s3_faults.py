@@ -21,7 +21,7 @@ from thrave.buckets.errors import (
 )
 from thrave.buckets.retrying_store import RetryingStore
 from thrave.buckets.s3_client import Credentials, HttpTransport, StoreConfig
-from thrave.buckets.s3_objects import WHOLE, S3ObjectClient
+from thrave.buckets.s3_objects import MAX_OBJECT, S3ObjectClient
 from thrave.buckets.s3_store import ServiceKeyStore
 
 TOKEN = "a-session-token"
@@ -184,7 +184,7 @@ BOMB = b'<!DOCTYPE a [<!ENTITY b "%s">%s]><a>&c9;</a>' % (
 @pytest.mark.parametrize(
     ("call", "answer"),
     [
-        (get, http(200, b"", Content_Length=WHOLE + 1)),
+        (get, http(200, b"", Content_Length=MAX_OBJECT + 1)),
         (get_range, http(206, bytes(4), Content_Range="bytes 7-10/20")),
         (listing, http(200, b"<ListBucketResult>")),
         (listing, http(200, b"")),
@@ -332,7 +332,7 @@ def test_retrying_knows_that_no_request_was_sent_without_a_connection():
 
 def test_wait_for_a_free_connection_ends():
     with scripted(SILENCE) as script:
-        objects = S3ObjectClient(connection(script, connections=1, timeout=0.2))
+        objects = S3ObjectClient(connection(script, max_connections=1, timeout=0.2))
         pool = objects._transport._pool.connection_from_url(script.url)
         taken = pool._get_conn()
         with pytest.raises(UnreachableError, match=r"No connection to the store .* was free for 0\.2 s"):
@@ -360,18 +360,20 @@ def pieces(answer, *, slow):
     ],
 )
 def test_attempt_ends_although_bytes_still_arrive(monkeypatch, answer, slow):
-    monkeypatch.setattr(s3_client, "LONGEST", 1)
+    monkeypatch.setattr(s3_client, "MAX_DURATION", 1)
     with scripted(pieces(answer, slow=slow)) as script:
         script.pause = 0.2
-        with pytest.raises(TransientError, match=r"The line to the store .* is too slow: no end after 0\.3 s"):
+        with pytest.raises(
+            TransientError, match=r"The connection to the store .* is too slow: not finished after 0\.3 s"
+        ):
             get(S3ObjectClient(connection(script, timeout=0.3)))
 
 
 def test_tunnel_request_ends_although_bytes_still_arrive(monkeypatch):
-    monkeypatch.setattr(s3_client, "LONGEST", 1)
+    monkeypatch.setattr(s3_client, "MAX_DURATION", 1)
     with scripted(pieces(http(200, bytes(40)), slow="headers")) as script:
         script.pause = 0.2
-        with pytest.raises(TransientError, match=r"The line to the store .* is too slow"):
+        with pytest.raises(TransientError, match=r"The connection to the store .* is too slow"):
             get(S3ObjectClient(connection(script, endpoint="https://store.example", proxy=script.url, timeout=0.3)))
 
 
@@ -389,7 +391,7 @@ def test_blocked_request_times_out_sooner_than_a_response():
         thread = threading.Thread(target=answer_once_and_read_no_more, args=(listener, over))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        store = HttpTransport(StoreConfig(endpoint=url, connections=1, timeout=600, send_timeout=0.2))
+        store = HttpTransport(StoreConfig(endpoint=url, max_connections=1, timeout=600, send_timeout=0.2))
         store.send("GET", f"{url}/", {}, limit=100)  # its connection is used again
         with pytest.raises(TransientError):
             store.send("PUT", f"{url}/key", {}, [bytes(64 << 20)], limit=100)

@@ -1,4 +1,4 @@
-"""A store that fails under the whole service, while a bundle of several parts is on its way into it."""
+"""The whole service with a store that fails while a bundle of several parts is uploaded."""
 
 from contextlib import suppress
 
@@ -28,7 +28,7 @@ SENT_AS = {
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def shared_service(request, seaweedfs, proxy, tmp_path_factory):
-    # Long enough for a store on a busy machine: only the fault itself may run into the timeout.
+    # Long enough for a store on a busy machine, so that only the fault exceeds the timeout.
     settings = {
         "store": "s3",
         "s3_endpoint": proxy.url,
@@ -46,9 +46,9 @@ def shared_service(request, seaweedfs, proxy, tmp_path_factory):
 @pytest.fixture
 def service(shared_service, tmp_path):
     service = shared_service[1].begin(tmp_path)
-    service.objects = S3ObjectClient(service.store.connection())  # sees whatever is there
+    service.objects = S3ObjectClient(service.store.connection())  # without the proxy, and with every key
     yield service
-    with suppress(NoSuchBucket):  # a failed task has removed it
+    with suppress(NoSuchBucket):  # removed by a failed task
         service.objects.delete(service.bucket, service.files())
         service.objects._requests.send("DELETE", service.bucket)
 
@@ -66,16 +66,16 @@ def bundle_files(service):
     ("fault", "what", "first"),
     [
         (faults.slow_down, "part", 2),
-        (faults.silence, "part", 2),
-        (faults.answer_lost, "manifest", 1),
+        (faults.no_response, "part", 2),
+        (faults.response_lost, "manifest", 1),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_task_completes_after_a_temporary_fault(fault, what, first, shared_service, service, proxy):
     rule = Rule(SENT_AS[shared_service[0]][what], fault, first=first)
-    with proxy.doing(rule):
+    with proxy.injecting(rule):
         task = bundle(service)
-    assert rule.met == 1
+    assert rule.injected == 1
     assert task["State"] == "complete", task
     assert len(bundle_files(service)) == PARTS + 2
     assert service.is_whole()
@@ -84,8 +84,8 @@ def test_task_completes_after_a_temporary_fault(fault, what, first, shared_servi
 @pytest.mark.parametrize(
     ("fault", "what", "first", "code"),
     [
-        (faults.denied_midway, "part", 2, "Client.S3Error"),
-        (faults.swallowed, "part", 2, "Server.S3Error"),
+        (faults.denied_early, "part", 2, "Client.S3Error"),
+        (faults.discarded, "part", 2, "Server.S3Error"),
         (faults.internal_error, "manifest", 1, "Server.S3Error"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -93,12 +93,12 @@ def test_task_completes_after_a_temporary_fault(fault, what, first, shared_servi
 def test_permanent_fault_leaves_instance_running_and_bucket_empty(
     fault, what, first, code, shared_service, service, proxy
 ):
-    rule = Rule(SENT_AS[shared_service[0]][what], fault, first=first, again=True)
-    with proxy.doing(rule):
+    rule = Rule(SENT_AS[shared_service[0]][what], fault, first=first, is_repeated=True)
+    with proxy.injecting(rule):
         task = bundle(service)
-    assert rule.met
+    assert rule.injected
     assert task["State"] == "failed"
     assert task["BundleTaskError"]["Code"] == code, task
     assert service.server.instances.state(task["InstanceId"]) is InstanceState.RUNNING
-    # An upload that has not ended with its task is cleaned up later.
+    # Objects of an upload that ends after its task are deleted later.
     eventually(lambda: bundle_files(service), "the bucket is empty", until=lambda files: not files)

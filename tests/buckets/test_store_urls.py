@@ -76,7 +76,7 @@ REQUESTS = {
         "GET /my-bucket?prefix=a%20b&max-keys=1000&list-type=2&encoding-type=url HTTP/1.1",
     ),
     "delete": (lambda objects: objects.delete("my-bucket", ["key"]), "POST /my-bucket?delete= HTTP/1.1"),
-    "buckets": (lambda objects: objects._is_ours("my-bucket"), "GET /?prefix=my-bucket HTTP/1.1"),
+    "buckets": (lambda objects: objects._is_own("my-bucket"), "GET /?prefix=my-bucket HTTP/1.1"),
 }
 
 
@@ -86,7 +86,7 @@ def test_every_request_goes_to_the_same_url_however_the_endpoint_is_spelled(requ
     call, line = REQUESTS[request_]
     with scripted(http(200, b"<a></a>", ETag='"d41d8cd98f00b204e9800998ecf8427e"')) as script:
         connection = StoreConfig(endpoint=spell(script.url))
-        call(OwnerKeyStore(connection, {}.get, holder=KeyOwner("111111111111", None)))
+        call(OwnerKeyStore(connection, {}.get, key_owner=KeyOwner("111111111111", None)))
     assert script.requests[0] == line
 
 
@@ -145,7 +145,7 @@ def test_key_that_fits_no_url_is_rejected(key):
     ],
 )
 def test_proxy_is_read_with_its_user_and_password(url, where, authorization):
-    proxy = Proxy.read(url)
+    proxy = Proxy.parse(url)
     assert (proxy.url, proxy.authorization) == (where, authorization)
     assert authorization is None or authorization not in repr(proxy)
 

@@ -17,7 +17,7 @@ from support.buckets.upload_policies import ACCESS_KEY_ID, SECRET, encoded, sign
 from support.servers import stores
 from thrave.buckets.errors import BucketError
 from thrave.buckets.s3_client import HttpTransport
-from thrave.buckets.s3_objects import S3ObjectClient, multipart
+from thrave.buckets.s3_objects import S3ObjectClient, encode_form
 from thrave.buckets.upload_policy import UploadPolicy
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -35,7 +35,7 @@ def post(rgw):
     transport = HttpTransport(connection)
 
     def post(fields, size):
-        kind, body = multipart(fields, bytes(size))
+        kind, body = encode_form(fields, bytes(size))
         return answer(lambda: transport.send("POST", f"{rgw.url}/{BUCKET}", {"Content-Type": kind}, body, limit=4096))
 
     return post

@@ -117,10 +117,10 @@ TABLE: Mapping[str | int, Row] = {
         Kind.SETTING, "The store lacks a feature.", "`thrave doctor` names the feature; use another store, or `upload`."
     ),
     "ProxyAuthenticationRequired": Row(
-        Kind.SETTING, "The proxy wants another user and password.", "Put them into the URL of the proxy: `s3_proxy`."
+        Kind.SETTING, "The proxy requires another user and password.", "Put them into the URL of the proxy: `s3_proxy`."
     ),
     "ProxyRefused": Row(
-        Kind.SETTING, "The proxy does not let the request through.",
+        Kind.SETTING, "The proxy refuses the request.",
         "Allow the store in the proxy, or change `s3_proxy`.",
     ),
     "RequestTimeTooSkewed": Row(
@@ -155,7 +155,7 @@ TABLE: Mapping[str | int, Row] = {
     ),
     "NoResponse": Row(
         Kind.TRANSIENT,
-        "Nothing moved for `s3_timeout` seconds, or a request or a response took twenty times as long.",
+        "No byte was sent or received for `s3_timeout` seconds, or a request or a response took twenty times as long.",
         _AGAIN,
     ),
     "OperationAborted": Row(Kind.TRANSIENT, "Another request on the bucket is in progress.", _AGAIN),
@@ -179,7 +179,7 @@ TABLE: Mapping[str | int, Row] = {
     308: Row(Kind.SETTING, "Another server redirects requests.", "Set `s3_endpoint` to that URL.", "MovedPermanently"),
     400: Row(Kind.REQUEST, "The store does not accept the request.", "", "BadRequest"),
     401: Row(Kind.KEY, "The access key is not accepted.", _GRANT, "AccessDenied"),
-    402: Row(Kind.LIMIT, "The store wants to be paid.", "Ask the operator of the store.", "PaymentRequired"),
+    402: Row(Kind.LIMIT, "The store requires a payment.", "Ask the operator of the store.", "PaymentRequired"),
     403: Row(Kind.KEY, "The access key may not do this.", _GRANT, "AccessDenied"),
     404: Row(Kind.REQUEST, "There is no such bucket or object.", "", "NoSuchKey"),
     405: Row(
@@ -187,7 +187,8 @@ TABLE: Mapping[str | int, Row] = {
         "MethodNotAllowed",
     ),
     407: Row(
-        Kind.SETTING, "The proxy wants another user and password.", "Put them into the URL of the proxy: `s3_proxy`.",
+        Kind.SETTING, "The proxy requires another user and password.",
+        "Put them into the URL of the proxy: `s3_proxy`.",
         "ProxyAuthenticationRequired",
     ),
     408: Row(Kind.TRANSIENT, "The store did not receive the request in time.", _AGAIN, "RequestTimeout"),
@@ -210,7 +211,7 @@ TABLE: Mapping[str | int, Row] = {
     423: Row(Kind.LIMIT, "A lock is set.", "Take the lock off, or use another bucket.", "ObjectLocked"),
     425: Row(Kind.TRANSIENT, "The request came too early.", _AGAIN, "TooEarly"),
     426: Row(
-        Kind.SETTING, "The store wants another protocol.", "Check whether `s3_endpoint` must have https.",
+        Kind.SETTING, "The store requires another protocol.", "Check whether `s3_endpoint` must have https.",
         "UpgradeRequired",
     ),
     429: Row(Kind.TRANSIENT, "Too many requests.", _AGAIN, "TooManyRequests"),
@@ -234,9 +235,9 @@ TABLE: Mapping[str | int, Row] = {
     507: Row(Kind.LIMIT, "The store is full.", _QUOTA, "InsufficientStorage"),
     508: Row(Kind.SETTING, "The store redirects in a circle.", "Ask the operator of the store.", "LoopDetected"),
     509: Row(Kind.TRANSIENT, "The bandwidth is used up for a while.", _AGAIN, "BandwidthLimitExceeded"),
-    510: Row(Kind.SETTING, "The store wants an extension of HTTP.", "Ask the operator of the store.", "NotExtended"),
+    510: Row(Kind.SETTING, "The store requires an extension of HTTP.", "Ask the operator of the store.", "NotExtended"),
     511: Row(
-        Kind.SETTING, "The network wants a login first.", "Log in to the network, or set `s3_proxy`.",
+        Kind.SETTING, "The network requires a login first.", "Log in to the network, or set `s3_proxy`.",
         "NetworkAuthenticationRequired",
     ),
     520: Row(Kind.TRANSIENT, "A gateway received an unknown error from the store.", _AGAIN, "InternalError"),

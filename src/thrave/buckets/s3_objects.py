@@ -1,25 +1,19 @@
-"""An HTML-form upload (S3's POST): the caller's own policy and signature, and no key of the service's.
+"""Reads, writes, lists and deletes the objects of an S3-compatible store with one access key, and the XML for that.
 
-The form carries only the fields that the policy names (`UploadPolicy.form_fields`), then the file, as
-multipart/form-data (RFC 7578). The parts around the content are small; the content itself is sent from where it lies.
-Source: AWS S3 documentation, "POST Object" and "HTML form fields".
+Commands use `S3ObjectClient` with the user's key; the drivers in `s3_store` add the ownership of buckets. Each request
+other than GET, PUT, HEAD, DELETE and listings has an alternative for stores without that feature. Nothing is retried
+here (`retrying_store`).
 
-The XML documents of S3 that list and delete: read, and written.
-
-Keys are asked for URL-encoded, because XML cannot hold every character that a key can; a store that does not encode
-them does not say `EncodingType`. A store that knows ListObjects only (version 1) ignores `list-type` and names no
-continuation token: the next page then begins after the last key, which both versions can be told.
-Source: AWS S3 API Reference, ListObjectsV2, ListObjects, ListBuckets, DeleteObjects.
-
-The objects of an S3-compatible store, read, written and deleted with one access key.
-
-The commands use it with their user's own key; the service's drivers (`s3.py`) add the ownership of buckets. Every
-request that needs more of a store than GET, PUT, HEAD, DELETE and a listing has a way without it.
-
-An upload is proved by the ETag, which is the content's MD5 with S3 and every store of its kind; where it is not (keys
-of AWS KMS), by a look at the object. A store that took other bytes than were sent, or none although it answered 200,
-is a TransientError. Nothing here is sent twice (`retrying.py`).
+Source: AWS S3 API Reference, ListObjectsV2, ListObjects, ListBuckets, DeleteObjects; "POST Object".
 """
+
+# An upload is verified by its ETag, which is the MD5 of the content in S3 and all similar stores; if it is not (AWS KMS
+# keys), by a HEAD request. If a store has other bytes than were sent, or none after a status 200, the error is a
+# TransientError.
+#
+# Listings are requested URL-encoded, since XML cannot contain every character of a key. A store that does not encode
+# sends no `EncodingType`. A store with ListObjects (version 1) only ignores `list-type` and returns no continuation
+# token; then the next page begins after the last key, which both versions support.
 
 import base64
 import hashlib
@@ -34,19 +28,47 @@ from xml.sax.saxutils import escape
 
 from thrave.buckets.base import ObjectHead
 from thrave.buckets.errors import BucketError, NoSuchBucket, NoSuchKey, StoreError, TransientError, error_from_response
-from thrave.buckets.s3_client import SMALL, Buffer, Credentials, HttpResponse, HttpTransport, SignedClient, StoreConfig
+from thrave.buckets.s3_client import (
+    MAX_DOCUMENT,
+    Buffer,
+    Credentials,
+    HttpResponse,
+    HttpTransport,
+    SignedClient,
+    StoreConfig,
+)
 from thrave.buckets.upload_policy import UploadPolicy
 from thrave.concurrency import random_hex
 
+MAX_KEYS = 1000
+"""S3's limit for a page of a listing, and for one DeleteObjects request."""
 
-def multipart(fields: Mapping[str, str], content: Buffer) -> tuple[str, Sequence[Buffer]]:
-    """A form with a file, as its Content-Type and the pieces of its body.
+MAX_OBJECT = 256 << 20
+"""Maximum bytes of an object that `get` reads; `get_range` reads longer objects in pieces."""
+
+# Codes with which stores refuse a request that needs an optional feature.
+_UNSUPPORTED_FEATURE = frozenset({
+    "BadRequest", "InvalidArgument", "InvalidRequest", "MalformedXML", "MethodNotAllowed", "NotImplemented",
+    "UnexpectedResponse",
+})  # fmt: skip
+_NOT_IN_XML = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+_DELETE_STATUSES = {"InternalError": 500, "SlowDown": 503, "ServiceUnavailable": 503}
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-")
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+
+
+def encode_form(fields: Mapping[str, str], content: Buffer) -> tuple[str, Sequence[Buffer]]:
+    """Encode an HTML form for an upload as multipart/form-data (RFC 7578).
 
     Args:
-        fields: In their order; the names are the store's, the values whatever the policy says.
-        content: The file's.
+        fields: In the order of the form. Values come from the upload policy and may be any text.
+        content: Content of the file; it is not copied.
+
+    Returns:
+        Content-Type, and the pieces of the body.
     """
-    boundary = random_hex(16)  # cannot stand in any value, nor by chance in the content
+    boundary = random_hex(16)  # random, so no value and no content has it
     head = "".join(_field(boundary, name, value) for name, value in fields.items())
     opening = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="file"\r\n\r\n'
     closing = f"\r\n--{boundary}--\r\n"
@@ -58,86 +80,78 @@ def _field(boundary: str, name: str, value: str) -> str:
     return f'--{boundary}\r\nContent-Disposition: form-data; name="{quoted}"\r\n\r\n{value}\r\n'
 
 
-KEYS_AT_ONCE = 1000
-"""S3's limit for a page of a listing, and for one request to delete."""
-
-
 @dataclass(frozen=True)
 class Page:
-    """A page of a listing: its keys or names, and how to ask for the next one."""
+    """A page of a listing.
+
+    Attributes:
+        names: Keys or bucket names.
+        next: Query parameters for the next page; None if this is the last one.
+    """
 
     names: Sequence[str]
     next: Mapping[str, str] | None
 
 
 def read_keys(document: bytes) -> Page:
-    """Read a page of ListObjectsV2, or of ListObjects.
+    """Parse a page of ListObjectsV2 or ListObjects.
 
     Raises:
-        StoreError: The document is no listing, or does not say how to ask for the next page.
+        StoreError: The document is not a listing, or has no marker for the next page.
     """
-    root = _root(document)
-    encoded = _text(root, "EncodingType") == "url"
-    keys = [unquote_plus(key) if encoded else key for key in _texts(root, "Contents", "Key")]
+    root = _parse(document)
+    is_encoded = _text(root, "EncodingType") == "url"
+    keys = [unquote_plus(key) if is_encoded else key for key in _texts(root, "Contents", "Key")]
     if _text(root, "IsTruncated").strip().lower() != "true":
         return Page(keys, None)
     if token := _text(root, "NextContinuationToken"):
         return Page(keys, {"continuation-token": token})
     marker = _text(root, "NextMarker")
-    last = (unquote_plus(marker) if encoded else marker) or next(reversed(keys), "")
+    last = (unquote_plus(marker) if is_encoded else marker) or next(reversed(keys), "")
     if not last:
-        raise StoreError("UnexpectedResponse", 0, "The store's listing is cut off and does not say where it goes on")
+        raise StoreError("UnexpectedResponse", 0, "The store's listing is truncated and has no marker to continue")
     return Page(keys, {"start-after": last, "marker": last})
 
 
 def read_buckets(document: bytes) -> Page:
-    """Read a page of ListBuckets."""
-    root = _root(document)
+    """Parse a page of ListBuckets."""
+    root = _parse(document)
     token = _text(root, "ContinuationToken")
     return Page([*_texts(root, "Buckets", "Bucket", "Name")], {"continuation-token": token} if token else None)
 
 
-def can_be_written(key: str) -> bool:
-    """Whether an XML document can hold a key as it is."""
+def is_xml_text(key: str) -> bool:
+    """Return whether an XML document can contain a key unchanged."""
     return _NOT_IN_XML.search(key) is None
 
 
 def write_delete(keys: Sequence[str]) -> bytes:
-    """The document of DeleteObjects, which answers with what could not be deleted."""
+    """Return the document of a DeleteObjects request whose response lists errors only."""
     objects = "".join(f"<Object><Key>{escape(key)}</Key></Object>" for key in keys)
     return f'<Delete xmlns="{_NAMESPACE}">{objects}<Quiet>true</Quiet></Delete>'.encode()
 
 
 def check_deleted(document: bytes) -> None:
-    """Raise the first error of DeleteObjects' answer; that an object was not there is none."""
-    for error in _root(document).iterfind("{*}Error"):
+    """Raise the first error in a response of DeleteObjects, other than NoSuchKey."""
+    for error in _parse(document).iterfind("{*}Error"):
         code = _text(error, "Code")
         if code != "NoSuchKey":
             raise error_from_response(code, _DELETE_STATUSES.get(code, 403), f"{_text(error, 'Message')}")
 
 
 def write_location(region: str) -> bytes:
-    """The document of CreateBucket; none for the region that has no name."""
+    """Return the document of a CreateBucket request; empty for us-east-1, which S3 does not accept in it."""
     if region == "us-east-1":
         return b""
-    where = f"<LocationConstraint>{escape(region)}</LocationConstraint>"
-    return f'<CreateBucketConfiguration xmlns="{_NAMESPACE}">{where}</CreateBucketConfiguration>'.encode()
+    location = f"<LocationConstraint>{escape(region)}</LocationConstraint>"
+    return f'<CreateBucketConfiguration xmlns="{_NAMESPACE}">{location}</CreateBucketConfiguration>'.encode()
 
 
-_NOT_IN_XML = re.compile("[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
-
-
-_DELETE_STATUSES = {"InternalError": 500, "SlowDown": 503, "ServiceUnavailable": 503}
-
-
-def _root(document: bytes) -> ET.Element:
+def _parse(document: bytes) -> ET.Element:
     try:
-        return ET.fromstring(document)  # noqa: S314 (expat stops entity bombs itself, and the length is bounded)
-    except (ET.ParseError, LookupError, ValueError):  # the last two: an encoding not known, or not supported
-        raise StoreError("UnexpectedResponse", 0, "The store's response is no document of S3") from None
+        return ET.fromstring(document)  # noqa: S314 (expat limits entities, and the length is limited)
+    except (ET.ParseError, LookupError, ValueError):  # the last two: an unknown or unsupported encoding
+        raise StoreError("UnexpectedResponse", 0, "The store's response is not an XML document of S3") from None
 
 
 def _text(element: ET.Element, name: str) -> str:
@@ -149,108 +163,93 @@ def _texts(element: ET.Element, *path: str) -> Iterator[str]:
         yield found.text or ""
 
 
-WHOLE = 256 << 20
-"""Bytes of the longest object that `get` reads; of a longer one `get_range` reads a piece at a time."""
-
-
-_LACKING = frozenset({
-    "BadRequest", "InvalidArgument", "InvalidRequest", "MalformedXML", "MethodNotAllowed", "NotImplemented",
-    "UnexpectedResponse",
-})  # fmt: skip
-
-
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-")
-
-
-_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
-
-
 class S3ObjectClient:
-    """One store, in the name of one access key or of nobody. Safe to use from several threads."""
+    """The objects of one store, with one access key or without one. Thread-safe."""
 
     def __init__(
-        self, connection: StoreConfig, *, transport: HttpTransport | None = None, credentials: Credentials | None = None
+        self, config: StoreConfig, *, transport: HttpTransport | None = None, credentials: Credentials | None = None
     ) -> None:
-        """Open nothing yet.
+        """Prepare the connections; none is opened yet.
 
         Args:
-            connection: The store.
-            transport: The connections to it, where several share them.
-            credentials: Whose right is used, if not the connection's own.
+            config: The store.
+            transport: Its connections, if several clients share them.
+            credentials: The access key, instead of the one in `config`.
 
         Raises:
-            InvalidArgument: The connection is none.
+            StoreSettingError: A setting in `config` cannot be used.
         """
-        self._connection = connection
-        self._transport = transport or HttpTransport(connection)
-        self._requests = SignedClient(connection, self._transport, credentials)
+        self._config = config
+        self._transport = transport or HttpTransport(config)
+        self._requests = SignedClient(config, self._transport, credentials)
 
     def put(self, bucket: str, key: str, data: Buffer, *, policy: UploadPolicy | None = None) -> str | None:
-        """See Buckets. Under a grant it is a form upload that the grant's signature alone allows."""
+        """See ObjectStore. With a policy the upload is an HTML form with the policy's signature, without our key."""
         digest = hashlib.md5(data, usedforsecurity=False)
         if policy is None:
-            answer = self._put(bucket, key, data, digest)
+            response = self._put(bucket, key, data, digest)
         else:
-            kind, body = multipart(policy.form_fields(key), data)
-            url = self._connection.url(bucket)
-            answer = self._transport.send("POST", url, {"Content-Type": kind}, body, limit=SMALL)
-        return self._proved(bucket, key, _md5_of(answer.headers), digest.hexdigest(), memoryview(data).nbytes)
+            content_type, body = encode_form(policy.form_fields(key), data)
+            url = self._config.url(bucket)
+            response = self._transport.send("POST", url, {"Content-Type": content_type}, body, limit=MAX_DOCUMENT)
+        stored_md5, size = _md5_from_etag(response.headers), memoryview(data).nbytes
+        return self._verify_upload(bucket, key, stored_md5, digest.hexdigest(), size)
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
-        """See Buckets."""
+        """See ObjectStore."""
         try:
-            answer = self._requests.send("HEAD", bucket, key)
+            response = self._requests.send("HEAD", bucket, key)
         except (NoSuchKey, NoSuchBucket):
             return None
-        return ObjectHead(size=answer.content_length, etag=_md5_of(answer.headers))
+        return ObjectHead(size=response.content_length, etag=_md5_from_etag(response.headers))
 
     def get(self, bucket: str, key: str) -> bytes:
-        """See Buckets."""
-        return self._requests.send("GET", bucket, key, limit=WHOLE).body
+        """See ObjectStore."""
+        return self._requests.send("GET", bucket, key, limit=MAX_OBJECT).body
 
     def get_range(self, bucket: str, key: str, start: int, length: int) -> bytes:
-        """See Buckets. Of a store that gives no ranges the whole object is read, if it is no longer than `WHOLE`."""
+        """See ObjectStore. From a store without ranges the whole object is read, up to `MAX_OBJECT`."""
         headers = {"Range": f"bytes={start}-{start + length - 1}"}
         try:
-            answer = self._requests.send("GET", bucket, key, headers=headers, limit=length)
+            response = self._requests.send("GET", bucket, key, headers=headers, limit=length)
         except StoreError as error:
-            if error.code == "InvalidRange":  # it begins at the end, or behind it
+            if error.code == "InvalidRange":  # `start` is at or after the end
                 return b""
-            if not _is_for_lack_of_it(error):
+            if not _is_unsupported_feature(error):
                 raise
             return self.get(bucket, key)[start : start + length]
-        if answer.status != 206:
-            return answer.body[start : start + length]
-        given = _CONTENT_RANGE.match(answer.headers.get("Content-Range", ""))
-        if given and int(given[1]) != start:
-            raise StoreError("UnexpectedResponse", 0, "The store sent another range of the object than was asked for")
-        return answer.body
+        if response.status != 206:
+            return response.body[start : start + length]
+        sent_range = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+        if sent_range and int(sent_range[1]) != start:
+            raise StoreError("UnexpectedResponse", 0, "The store sent another range of the object than was requested")
+        return response.body
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
-        """See Buckets."""
-        return self._keys(bucket, prefix, KEYS_AT_ONCE)
+        """See ObjectStore."""
+        return self._keys(bucket, prefix, MAX_KEYS)
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
-        """See Buckets. Where the store does not delete many at once, one after the other."""
-        named = [*keys]
-        together = [key for key in named if can_be_written(key)]
+        """See ObjectStore. In a store without DeleteObjects each object is deleted by its own request."""
+        all_keys = [*keys]
+        batch_keys = [key for key in all_keys if is_xml_text(key)]
         with suppress(NoSuchBucket):
-            for start in range(0, len(together), KEYS_AT_ONCE):
-                self._delete_together(bucket, together[start : start + KEYS_AT_ONCE])
-            self._delete_singly(bucket, set(named).difference(together))
+            for start in range(0, len(batch_keys), MAX_KEYS):
+                self._delete_batch(bucket, batch_keys[start : start + MAX_KEYS])
+            self._delete_each(bucket, set(all_keys).difference(batch_keys))
 
-    def _delete_together(self, bucket: str, keys: Sequence[str]) -> None:
+    def _delete_batch(self, bucket: str, keys: Sequence[str]) -> None:
         body = write_delete(keys)
         headers = {"Content-MD5": md5_header(hashlib.md5(body, usedforsecurity=False))}
         try:
-            answer = self._requests.send("POST", bucket, query={"delete": ""}, headers=headers, body=[body])
-            check_deleted(answer.body)
+            response = self._requests.send("POST", bucket, query={"delete": ""}, headers=headers, body=[body])
+            check_deleted(response.body)
         except BucketError as error:
-            if not _is_for_lack_of_it(error):
+            if not _is_unsupported_feature(error):
                 raise
-            self._delete_singly(bucket, keys)
+            self._delete_each(bucket, keys)
 
-    def _delete_singly(self, bucket: str, keys: Iterable[str]) -> None:
+    def _delete_each(self, bucket: str, keys: Iterable[str]) -> None:
         for key in keys:
             with suppress(NoSuchKey):
                 self._requests.send("DELETE", bucket, key)
@@ -258,33 +257,33 @@ class S3ObjectClient:
     def _put(
         self, bucket: str, key: str, data: Buffer, digest: "hashlib._Hash", headers: Mapping[str, str] | None = None
     ) -> HttpResponse:
-        proof = {"Content-MD5": md5_header(digest)}
+        md5 = {"Content-MD5": md5_header(digest)}
         try:
-            return self._requests.send("PUT", bucket, key, headers={**(headers or {}), **proof}, body=[data])
+            return self._requests.send("PUT", bucket, key, headers={**(headers or {}), **md5}, body=[data])
         except StoreError as error:
             if headers or error.code not in ("NotImplemented", "InvalidDigest"):
                 raise
-        # A store without Content-MD5; its ETag, or a look at the object, is the proof.
+        # A store without Content-MD5; the upload is still verified by its ETag or a HEAD request.
         return self._requests.send("PUT", bucket, key, body=[data])
 
-    def _proved(self, bucket: str, key: str, taken: str | None, sent: str, size: int) -> str | None:
-        """The ETag, of an object that the store has as it was sent."""
-        head = ObjectHead(size, taken)
-        if taken is None:  # Ceph's answer to a form has no ETag
+    def _verify_upload(self, bucket: str, key: str, stored_md5: str | None, md5: str, size: int) -> str | None:
+        """Return the ETag of an uploaded object. Raises TransientError if the object is not as it was sent."""
+        head = ObjectHead(size, stored_md5)
+        if stored_md5 is None:  # Ceph's response to a form has no ETag
             head = self.head(bucket, key) or ObjectHead(-1)
-        if head.size != size or head.etag not in (None, sent):
-            raise TransientError("BadDigest", 400, "The store took other bytes than were sent")
+        if head.size != size or head.etag not in (None, md5):
+            raise TransientError("BadDigest", 400, "The store received other bytes than were sent")
         return head.etag
 
-    def _keys(self, bucket: str, prefix: str, at_once: int) -> Iterator[str]:
-        """The keys that begin with a prefix, asked for `at_once` at a time, in the newest way that the store knows."""
-        query = {"prefix": prefix, "max-keys": str(at_once)}
+    def _keys(self, bucket: str, prefix: str, page_size: int) -> Iterator[str]:
+        """Yield the keys that begin with a prefix, with the newest version of the listing that the store supports."""
+        query = {"prefix": prefix, "max-keys": str(page_size)}
         for option in ({"list-type": "2", "encoding-type": "url"}, {"list-type": "2"}):
             pages: Iterator[Sequence[str]] = self._pages(bucket, {**query, **option}, read_keys)
             try:
                 first = next(pages)
-            except BucketError as error:  # the listing is of another version, or has no encoding
-                if not _is_for_lack_of_it(error):
+            except BucketError as error:  # no version 2, or no encoding
+                if not _is_unsupported_feature(error):
                     raise
             else:
                 pages = chain([first], pages)
@@ -298,30 +297,30 @@ class S3ObjectClient:
         self, bucket: str | None, query: Mapping[str, str], read: Callable[[bytes], Page]
     ) -> Iterator[Sequence[str]]:
         following: Mapping[str, str] | None = {}
-        asked = set[int]()  # by hash: of a long listing the tokens alone would take much memory
+        requested = set[int]()  # hashes, since the tokens of a long listing would take much memory
         while following is not None:
             page = read(self._requests.send("GET", bucket, query={**query, **following}).body)
             yield page.names
-            asked.add(hash(frozenset(following.items())))
-            if page.next is not None and hash(frozenset(page.next.items())) in asked:
-                raise StoreError("UnexpectedResponse", 0, "The store gives the same page of a listing again and again")
+            requested.add(hash(frozenset(following.items())))
+            if page.next is not None and hash(frozenset(page.next.items())) in requested:
+                raise StoreError("UnexpectedResponse", 0, "The store repeats the same page of a listing")
             following = page.next
 
 
-def _is_for_lack_of_it(error: BucketError) -> bool:
-    """Whether a store may have refused a request because it lacks an optional feature of S3."""
-    return error.code in _LACKING
+def _is_unsupported_feature(error: BucketError) -> bool:
+    """Return whether a store may have refused a request because it lacks an optional feature of S3."""
+    return error.code in _UNSUPPORTED_FEATURE
 
 
 def md5_header(digest: "hashlib._Hash") -> str:
-    """What Content-MD5 says of a content."""
+    """Return the value of the header Content-MD5."""
     return base64.b64encode(digest.digest()).decode()
 
 
-def _md5_of(headers: Mapping[str, str]) -> str | None:
-    """The MD5 that an ETag is; None where the store says that it is none, or it has the form of none."""
-    by_key = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
-    if by_key or "x-amz-server-side-encryption-customer-algorithm" in headers:
+def _md5_from_etag(headers: Mapping[str, str]) -> str | None:
+    """Return the MD5 in an ETag; None if the ETag is not an MD5, by its form or because the object is encrypted."""
+    has_kms_key = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+    if has_kms_key or "x-amz-server-side-encryption-customer-algorithm" in headers:
         return None
     match = _MD5.fullmatch(headers.get("ETag", ""))
     return match[1] if match else None

@@ -1,18 +1,16 @@
-"""Buckets in an S3-compatible store, and who owns them.
+"""Object stores with the S3 API: two drivers, which differ in how accounts own buckets.
 
-There are two ways for a service:
-
-- `OwnerKeyStore` (`upload_credentials = policy`): the store knows the accounts' access keys too. A bucket belongs to
-  the store's user whose key signed the upload policy; that key creates the bucket and cleans up. A bundle is uploaded
-  with the policy's own signature alone, so that the store itself judges it.
-- `ServiceKeyStore` (`upload_credentials = service`): the store knows the service's key only, and every bucket belongs
-to
-  the service there. The service evaluates the policy itself (`policy.py`). A bucket belongs to the account that its
-  object `.thrave-owner` names; no bundle can have that name, and no listing shows it.
-
-Both look at the bucket first. Buckets are created, and listed, only when that does not answer the question, so that a
-key which may use one existing bucket is enough (docs/reference/store-rights.md).
+`OwnerKeyStore` (`upload_credentials = policy`): the store knows the accounts' access keys. A bucket belongs to the user
+of the store whose key signed the upload policy. `ServiceKeyStore` (`upload_credentials = service`): the store knows the
+service's key only. A bucket belongs to the account in its object `.thrave-owner`.
 """
+
+# With OwnerKeyStore the account's key creates the bucket and deletes objects, and the store itself evaluates the upload
+# policy. With ServiceKeyStore the service evaluates the policy (`upload_policy`); no bundle can have the name
+# `.thrave-owner`, and listings omit it.
+#
+# Both send HEAD for the bucket first, and create or list buckets only if that is not sufficient. So a key that may use
+# one existing bucket has enough permissions (docs/reference/store-rights.md).
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -40,55 +38,57 @@ from thrave.buckets.upload_policy import UploadPolicy
 from thrave.concurrency import new_lock, utc_now
 
 OWNER_KEY = ".thrave-owner"
-"""The object of a bucket that names the account that it belongs to, where all buckets are the service's."""
-_OWNER_BYTES = 1024  # most that the object may have
+"""The object with the account id of a bucket's owner (ServiceKeyStore)."""
+
+_MAX_OWNER_BYTES = 1024  # of that object
+
 Lock = Callable[[str], AbstractContextManager[object]]
-"""Held by one at a time for each name."""
+"""Returns a lock for a name; only one thread holds it at a time."""
 
-_LOCKS = tuple(new_lock() for _ in range(64))  # of this process; names share them
+_LOCKS = tuple(new_lock() for _ in range(64))  # shared by all names
 
 
-def _lock_of_this_process(name: str) -> AbstractContextManager[object]:
+def _lock_in_process(name: str) -> AbstractContextManager[object]:
     return _LOCKS[hash(name) % len(_LOCKS)]
 
 
 @dataclass(frozen=True)
 class KeyOwner:
-    """Who holds an access key of ours."""
+    """The account of an access key, with the key."""
 
     account_id: str
     credentials: Credentials
 
 
-class _Sight(Enum):
-    """What a store lets a key see of a bucket."""
+class _Access(Enum):
+    """What an access key may do with a bucket."""
 
-    NONE = "it does not exist"
-    OURS = "the key may use it"
-    OTHERS = "it exists and is not among the key's own"
-    HIDDEN = "the key may neither look at it nor list its own buckets"
+    MISSING = "the bucket does not exist"
+    ALLOWED = "the key may use the bucket"
+    DENIED = "the bucket exists and is not one of the key's own"
+    UNKNOWN = "the key may neither send HEAD for the bucket nor list its own buckets"
 
 
-class _S3Buckets(S3ObjectClient):
-    """What both ways have in common: whether a bucket exists, its creation and its removal."""
+class _S3Store(S3ObjectClient):
+    """Checks, creates and removes buckets; base class of both drivers."""
 
     def head(self, bucket: str, key: str) -> ObjectHead | None:
-        """See Buckets.
+        """See ObjectStore.
 
-        To a key that may not list the bucket, S3 refuses a missing object like one that the key may not read. Where an
-        object beside it can be read after it was put, the refused one is missing.
+        If the key may not list the bucket, S3 returns AccessDenied for a missing object too. If the key can then put
+        and read another object with the same start, the object is missing.
         """
         try:
             return super().head(bucket, key)
         except AccessDenied:
-            if not self._may_read_beside(bucket, key):
+            if not self._can_read_new_objects(bucket, key):
                 raise
         return None
 
-    def _may_read_beside(self, bucket: str, key: str) -> bool:
+    def _can_read_new_objects(self, bucket: str, key: str) -> bool:
         folder, slash, name = key.rpartition("/")
-        beside = f"{folder}{slash}{name.partition('.')[0]}"
-        if (bucket, beside) not in self._readable:
+        start = f"{folder}{slash}{name.partition('.')[0]}"
+        if (bucket, start) not in self._readable:
             probe = f"{key}.probe"
             self._put(bucket, probe, b"", hashlib.md5(b"", usedforsecurity=False))
             try:
@@ -98,47 +98,47 @@ class _S3Buckets(S3ObjectClient):
                 return False
             finally:
                 with suppress(AccessDenied):
-                    self._delete_singly(bucket, [probe])
-            self._readable.add((bucket, beside))
+                    self._delete_each(bucket, [probe])
+            self._readable.add((bucket, start))
         return True
 
     @cached_property
     def _readable(self) -> set[tuple[str, str]]:
-        """Buckets, and beginnings of keys in them, that the key may read."""
+        """(bucket, start of keys) that the access key may read."""
         return set()
 
     def _exists(self, bucket: str) -> bool:
-        """Whether there is a bucket that the key may use.
+        """Return whether the bucket exists and the key may use it.
 
         Raises:
-            AccessDenied: It may exist, and the key may not look at it.
+            AccessDenied: The bucket may exist, and the key may not use it.
         """
         try:
             self._requests.send("HEAD", bucket)
-        except (NoSuchBucket, NoSuchKey):  # an answer to HEAD has no words
+        except (NoSuchBucket, NoSuchKey):  # a response to HEAD has no code, so the class depends on the status only
             return False
         return True
 
-    def _is_ours(self, bucket: str) -> bool:
-        """Whether the store's user whose key we use owns a bucket.
+    def _is_own(self, bucket: str) -> bool:
+        """Return whether the user of the store with this key owns a bucket.
 
         Raises:
-            BucketError: The key may not list its buckets, or the store does not.
+            BucketError: The key may not list its buckets, or the store does not support it.
         """
         return any(bucket in page for page in self._pages(None, {"prefix": bucket}, read_buckets))
 
     def _create(self, bucket: str) -> bool:
-        """Create a bucket; say whether this request did. Nobody has it, as far as is known.
+        """Create a bucket that did not exist; return whether this request created it.
 
         Raises:
-            BucketAlreadyExists: It exists by now. It may be ours all the same: SeaweedFS says so, too, to whoever
-                creates a bucket at the same time with the same key.
+            BucketAlreadyExists: The bucket exists now, perhaps with the same owner: SeaweedFS returns this error also
+                for requests with the same key at the same time.
         """
-        location = write_location(self._connection.region)
-        for body in [[location], []] if location else [[]]:
+        location = write_location(self._config.region)
+        for body in [[location], []] if location else [[]]:  # some stores accept no location
             try:
                 self._requests.send("PUT", bucket, body=body)
-            except NoSuchBucket:  # SeaweedFS, of one that another call is just creating
+            except NoSuchBucket:  # SeaweedFS, while another request creates the bucket
                 raise TransientError("OperationAborted", 409, "The bucket is being created by another call") from None
             except StoreError as error:
                 if error.code == "BucketAlreadyOwnedByYou":
@@ -153,7 +153,7 @@ class _S3Buckets(S3ObjectClient):
         return all(key == OWNER_KEY for key in self._keys(bucket, "", 2))
 
     def _remove(self, bucket: str) -> bool:
-        """Remove an empty bucket; say whether it is gone. The store itself refuses to remove one that is not empty."""
+        """Remove an empty bucket; return whether it no longer exists. The store refuses one that is not empty."""
         try:
             self._requests.send("DELETE", bucket)
         except (NoSuchBucket, NoSuchKey):
@@ -165,235 +165,236 @@ class _S3Buckets(S3ObjectClient):
         return True
 
 
-class OwnerKeyStore(_S3Buckets):
-    """The buckets of a store that knows our accounts' access keys; `upload_credentials = policy`."""
+class OwnerKeyStore(_S3Store):
+    """A store that knows the accounts' access keys; `upload_credentials = policy`."""
 
     def __init__(
         self,
-        connection: StoreConfig,
-        find_holder: Callable[[str], KeyOwner | None],
+        config: StoreConfig,
+        find_key_owner: Callable[[str], KeyOwner | None],
         *,
         transport: HttpTransport | None = None,
-        holder: KeyOwner | None = None,
+        key_owner: KeyOwner | None = None,
     ) -> None:
-        """Act for a holder of a key, or with the connection's own key.
+        """Use the key of `key_owner`, or the key in `config`.
 
         Args:
-            connection: The store.
-            find_holder: Who holds the access key of an id; None if nobody does.
-            transport: The connections to it, where several share them.
-            holder: In whose name.
+            config: The store.
+            find_key_owner: Returns the owner of an access key id; None for an unknown id.
+            transport: The store's connections, if several drivers share them.
+            key_owner: The account on whose behalf requests are sent.
         """
-        super().__init__(connection, transport=transport, credentials=holder.credentials if holder else None)
-        self._find_holder = find_holder
-        self._holder = holder
+        super().__init__(config, transport=transport, credentials=key_owner.credentials if key_owner else None)
+        self._find_key_owner = find_key_owner
+        self._key_owner = key_owner
 
     def on_behalf_of(self, access_key_id: str) -> "OwnerKeyStore":
-        """See Buckets."""
-        holder = self._find_holder(access_key_id)
-        if holder is None:
-            raise AccessDenied(f"The service does not hold the access key {access_key_id}")
-        return OwnerKeyStore(self._connection, self._find_holder, transport=self._transport, holder=holder)
+        """See ObjectStore."""
+        key_owner = self._find_key_owner(access_key_id)
+        if key_owner is None:
+            raise AccessDenied(f"The service does not have the access key {access_key_id}")
+        return OwnerKeyStore(self._config, self._find_key_owner, transport=self._transport, key_owner=key_owner)
 
     def owner(self, bucket: str) -> str | None:
-        """See Buckets. Of the accounts it knows the one on whose behalf it acts."""
-        ours = UNKNOWN_OWNER if self._holder is None else self._holder.account_id
-        sight = self._look(bucket)
-        return {_Sight.NONE: None, _Sight.OTHERS: UNKNOWN_OWNER, _Sight.OURS: ours, _Sight.HIDDEN: ours}[sight]
+        """See ObjectStore. The only known account is the one on whose behalf requests are sent."""
+        match self._find_access(bucket):
+            case _Access.MISSING:
+                return None
+            case _Access.DENIED:
+                return UNKNOWN_OWNER
+            case _Access.ALLOWED | _Access.UNKNOWN:
+                return UNKNOWN_OWNER if self._key_owner is None else self._key_owner.account_id
 
     def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:
-        """See Buckets. The owner must be the account on whose behalf it acts."""
-        if self._holder is None or self._holder.account_id != owner:
-            raise AccessDenied("A bucket is created with the access key of its owner, and the service acts for another")
-        sight = self._look(bucket)
-        if sight is _Sight.HIDDEN and probe is not None:
-            self._check_rights(bucket, probe)
-        if sight is _Sight.OTHERS:
+        """See ObjectStore. The owner must be the account on whose behalf requests are sent."""
+        self._check_key_owner(owner)
+        access = self._find_access(bucket)
+        if access is _Access.UNKNOWN and probe is not None:
+            self._check_put_permission(bucket, probe)
+        if access is _Access.DENIED:
             raise BucketAlreadyExists
-        if sight is not _Sight.NONE:
+        if access is not _Access.MISSING:
             return False
         check_bucket_name(bucket)
-        made = False
-        with suppress(BucketAlreadyExists):  # the look that follows tells who has it
-            made = self._create(bucket)
-        found = self.owner(bucket)
-        if found is None:
-            raise TransientError("NoSuchBucket", 404, "The store has not created the bucket though it said so")
-        if found != owner:
+        is_created = False
+        with suppress(BucketAlreadyExists):  # perhaps with the same owner, which is checked next
+            is_created = self._create(bucket)
+        current_owner = self.owner(bucket)
+        if current_owner is None:
+            raise TransientError("NoSuchBucket", 404, "The store reported success but has not created the bucket")
+        if current_owner != owner:
             raise BucketAlreadyExists
-        return made
+        return is_created
 
     def remove(self, bucket: str, owner: str) -> bool:
-        """See Buckets."""
-        if self._holder is None or self._holder.account_id != owner:
-            raise AccessDenied("A bucket is removed with the access key of its owner, and the service acts for another")
-        try:  # SeaweedFS removes a bucket that is not empty, too
+        """See ObjectStore."""
+        self._check_key_owner(owner)
+        try:  # checked here too, since SeaweedFS also removes a bucket that is not empty
             return self._is_empty(bucket) and self._remove(bucket)
         except NoSuchBucket:
             return True
 
     def put(self, bucket: str, key: str, data: Buffer, *, policy: UploadPolicy | None = None) -> str | None:
-        """See Buckets."""
+        """See ObjectStore."""
         _check_policy(policy, bucket, key, data)
         return super().put(bucket, key, data, policy=policy)
 
-    def _look(self, bucket: str) -> "_Sight":
-        """What the store lets the key see of a bucket."""
+    def _check_key_owner(self, owner: str) -> None:
+        if self._key_owner is None or self._key_owner.account_id != owner:
+            raise AccessDenied("The owner's access key is needed to create or remove a bucket; this key is not it")
+
+    def _find_access(self, bucket: str) -> _Access:
+        """Return what the key may do with a bucket."""
         try:
-            return _Sight.OURS if self._exists(bucket) else _Sight.NONE
+            return _Access.ALLOWED if self._exists(bucket) else _Access.MISSING
         except InvalidBucketName:
-            return _Sight.NONE
+            return _Access.MISSING
         except AccessDenied:
             try:
-                if self._is_ours(bucket):
-                    return _Sight.OURS
+                if self._is_own(bucket):
+                    return _Access.ALLOWED
             except BucketError as error:
                 if error.code not in ("AccessDenied", "MethodNotAllowed", "NotImplemented"):
                     raise
-                return _Sight.HIDDEN
-            return _Sight.OTHERS if _could_be_created(bucket) else _Sight.NONE
+                return _Access.UNKNOWN
+            return _Access.DENIED if _is_new_bucket_name(bucket) else _Access.MISSING
 
-    def _check_rights(self, bucket: str, probe: str) -> None:
-        """Ask the store whether the key may put an object.
+    def _check_put_permission(self, bucket: str, probe: str) -> None:
+        """Check whether the key may put an object, without writing the object.
 
-        The object is sent with the digest of another content, so that a store which allows it refuses it as damaged,
-        and nothing is written.
+        The object is sent with a wrong digest. A store that allows the request then returns BadDigest.
 
         Raises:
-            AccessDenied: The key may not.
+            AccessDenied: The key may not put the object.
         """
-        other = md5_header(hashlib.md5(b"", usedforsecurity=False))
+        wrong_md5 = md5_header(hashlib.md5(b"", usedforsecurity=False))
         try:
-            self._requests.send("PUT", bucket, probe, headers={"Content-MD5": other}, body=[b"\n"])
+            self._requests.send("PUT", bucket, probe, headers={"Content-MD5": wrong_md5}, body=[b"\n"])
         except BucketError as error:
             if error.code not in ("BadDigest", "InvalidDigest"):
                 raise
         else:
-            self._delete_singly(bucket, [probe])  # a store that does not check digests
+            self._delete_each(bucket, [probe])  # the store does not check digests
 
 
-class ServiceKeyStore(_S3Buckets):
-    """The buckets of a store that knows the service's access key only; `upload_credentials = service`."""
+class ServiceKeyStore(_S3Store):
+    """A store that knows only the service's access key; `upload_credentials = service`."""
 
     def __init__(
-        self, connection: StoreConfig, *, transport: HttpTransport | None = None, lock: Lock = _lock_of_this_process
+        self, config: StoreConfig, *, transport: HttpTransport | None = None, lock: Lock = _lock_in_process
     ) -> None:
-        """Use the connection's own key.
+        """Use the key in `config`.
 
         Args:
-            connection: The store.
-            transport: The connections to it, where several share them.
-            lock: Held while a bucket is given an owner. Stores that know conditional writes (`If-None-Match`) do not
-                need it; for others it must hold between all processes that claim buckets.
+            config: The store.
+            transport: The store's connections, if several drivers share them.
+            lock: Held while the owner of a bucket is written. Not needed for stores with conditional writes
+                (`If-None-Match`). For others it must work between all processes that create buckets.
         """
-        super().__init__(connection, transport=transport)
+        super().__init__(config, transport=transport)
         self._lock = lock
 
     def on_behalf_of(self, _access_key_id: str) -> Self:
-        """See Buckets."""
+        """See ObjectStore."""
         return self
 
     def owner(self, bucket: str) -> str | None:
-        """See Buckets."""
+        """See ObjectStore."""
         try:
-            return self._named_owner(bucket) or UNKNOWN_OWNER
+            return self._read_owner(bucket) or UNKNOWN_OWNER
         except (NoSuchBucket, InvalidBucketName):
             return None
         except NoSuchKey:
             return UNKNOWN_OWNER
-        except AccessDenied:  # of an object that is not there, too, if the key may not list the bucket
+        except AccessDenied:  # also for a missing object, if the key may not list the bucket
             try:
                 return UNKNOWN_OWNER if self._exists(bucket) else None
             except AccessDenied:
-                return UNKNOWN_OWNER if _could_be_created(bucket) else None
+                return UNKNOWN_OWNER if _is_new_bucket_name(bucket) else None
 
-    def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:  # noqa: ARG002 (see Buckets)
-        """See Buckets. An empty bucket that names nobody is one whose creation was cut off, or was made by hand."""
-        made = False
-        found = self.owner(bucket)
-        if found is None:
+    def create(self, bucket: str, owner: str, *, probe: str | None = None) -> bool:  # noqa: ARG002 (see ObjectStore)
+        """See ObjectStore. An empty bucket without an owner is claimed: its creation was interrupted, or manual."""
+        is_created = False
+        current_owner = self.owner(bucket)
+        if current_owner is None:
             check_bucket_name(bucket)
-            # The store's word on who has it by now does not count: all buckets are the service's there. Its owner does.
+            # In the store all buckets belong to the service, so this error does not show the account that owns it.
             with suppress(BucketAlreadyExists):
-                made = self._create(bucket)
-            found = self.owner(bucket)
-        if found is None:
-            raise TransientError("OperationAborted", 409, "The store does not show yet the bucket that it has created")
-        if found == UNKNOWN_OWNER:
-            found = self._claim_or_remove(bucket, owner, made=made)
-        if found != owner:
+                is_created = self._create(bucket)
+            current_owner = self.owner(bucket)
+        if current_owner is None:
+            raise TransientError("OperationAborted", 409, "The bucket that the store has created is not visible yet")
+        if current_owner == UNKNOWN_OWNER:
+            current_owner = self._claim_or_remove(bucket, owner, is_created=is_created)
+        if current_owner != owner:
             raise BucketAlreadyExists
-        return made
+        return is_created
 
     def remove(self, bucket: str, owner: str) -> bool:
-        """See Buckets. Until the store has removed it, another attempt finds its owner again, or names it anew."""
-        found = self.owner(bucket)
-        if found is None:
+        """See ObjectStore. A call after an interrupted one also removes a bucket that has lost its owner."""
+        current_owner = self.owner(bucket)
+        if current_owner is None:
             return True
-        if found not in (owner, UNKNOWN_OWNER):
+        if current_owner not in (owner, UNKNOWN_OWNER):
             return False
         if self._is_empty(bucket):
-            self._delete_singly(bucket, [OWNER_KEY])
+            self._delete_each(bucket, [OWNER_KEY])
             if self._remove(bucket):
                 return True
-        # Somebody was quicker, or an earlier attempt was cut off: it stays its owner's.
-        self._name_owner(bucket, owner)
+        # Another process has stored an object, perhaps after an earlier call deleted the owner: write the owner again.
+        self._write_owner(bucket, owner)
         return False
 
     def put(self, bucket: str, key: str, data: Buffer, *, policy: UploadPolicy | None = None) -> str | None:
-        """See Buckets."""
+        """See ObjectStore."""
         _check_policy(policy, bucket, key, data)
         return super().put(bucket, key, data)
 
     def list(self, bucket: str, prefix: str) -> Iterator[str]:
-        """See Buckets."""
+        """See ObjectStore."""
         return (key for key in super().list(bucket, prefix) if key != OWNER_KEY)
 
-    def _named_owner(self, bucket: str) -> str:
-        answer = self._requests.send("GET", bucket, OWNER_KEY, limit=_OWNER_BYTES)
-        return answer.body.decode("ascii", "replace").strip()
+    def _read_owner(self, bucket: str) -> str:
+        response = self._requests.send("GET", bucket, OWNER_KEY, limit=_MAX_OWNER_BYTES)
+        return response.body.decode("ascii", "replace").strip()
 
-    def _claim_or_remove(self, bucket: str, owner: str, *, made: bool) -> str | None:
-        """Claim a bucket that names nobody; if the store refuses that, remove the bucket if we made it."""
+    def _claim_or_remove(self, bucket: str, owner: str, *, is_created: bool) -> str | None:
+        """Claim a bucket without an owner and return its owner; after an error remove a bucket that we have created."""
         try:
             with self._lock(bucket):
                 return self._claim(bucket, owner)
         except TransientError:
             raise
         except BucketError as error:
-            if made:
+            if is_created:
                 with suppress(BucketError):
                     self._remove(bucket)
             elif isinstance(error, AccessDenied):
-                self._refuse_unless_visible(bucket)
+                try:
+                    self._exists(bucket)
+                except AccessDenied:  # neither readable nor writable: the bucket belongs to another user of the store
+                    raise BucketAlreadyExists from None
             raise
 
-    def _refuse_unless_visible(self, bucket: str) -> None:
-        """Say of a bucket that the key may neither look at nor write to that it is somebody else's."""
-        try:
-            self._exists(bucket)
-        except AccessDenied:
-            raise BucketAlreadyExists from None
-
     def _claim(self, bucket: str, owner: str) -> str | None:
-        """Give a bucket that names nobody an owner, if it is empty; say who has it then.
+        """Write the owner of a bucket without one, if the bucket is empty; return its owner.
 
-        A key that may not list the bucket was given the right to write into it on purpose: it counts as empty.
+        A bucket that the key may not list counts as empty: its operator has granted the key to write on purpose.
         """
         with suppress(AccessDenied):
             if not self._is_empty(bucket):
-                return self.owner(bucket)  # named by another call meanwhile, or nobody's
-        self._name_owner(bucket, owner)
+                return self.owner(bucket)  # perhaps written by another call in the meantime
+        self._write_owner(bucket, owner)
         try:
-            return self._named_owner(bucket)
+            return self._read_owner(bucket)
         except (NoSuchKey, NoSuchBucket):
-            raise TransientError("NoSuchKey", 404, "The store has not kept the name of the bucket's owner") from None
+            raise TransientError("NoSuchKey", 404, "The store has not stored the bucket's owner") from None
 
-    def _name_owner(self, bucket: str, owner: str) -> None:
-        """Store the owner's name in a bucket that has none; of several at once the first one counts.
+    def _write_owner(self, bucket: str, owner: str) -> None:
+        """Store the owner of a bucket that has none; the first of several calls succeeds.
 
         Raises:
-            AccessDenied: The bucket is somebody else's in the store, or the key may not write that object.
+            AccessDenied: The bucket belongs to another user of the store, or the key may not write that object.
         """
         content = f"{owner}\n".encode()
         digest = hashlib.md5(content, usedforsecurity=False)
@@ -402,17 +403,17 @@ class ServiceKeyStore(_S3Buckets):
         except NoSuchBucket:
             raise TransientError("OperationAborted", 409, "The bucket was removed by another call") from None
         except StoreError as error:
-            if error.code == "PreconditionFailed":  # another was quicker
+            if error.code == "PreconditionFailed":  # another call was first
                 return
             if error.kind is not Kind.SETTING:
                 raise
-            # No conditional writes. The lock is held, and the look before found no owner: look once more, and write.
+            # The store has no conditional writes. Under the lock, check the owner again and write.
             if self.owner(bucket) == UNKNOWN_OWNER:
                 self._put(bucket, OWNER_KEY, content, digest)
 
 
-def _could_be_created(bucket: str) -> bool:
-    """Whether a new bucket could have that name; of others stores say as well that a key may not look at them."""
+def _is_new_bucket_name(bucket: str) -> bool:
+    """Return whether a new bucket can have that name; stores also return AccessDenied for impossible names."""
     try:
         check_bucket_name(bucket)
     except InvalidBucketName:
@@ -421,6 +422,6 @@ def _could_be_created(bucket: str) -> bool:
 
 
 def _check_policy(policy: UploadPolicy | None, bucket: str, key: str, data: Buffer) -> None:
-    """Refuse what a policy does not allow in S3's words, before it is sent; some stores are more lenient."""
+    """Refuse an upload that the policy does not allow, before it is sent: some stores do not check all of it."""
     if policy is not None:
         policy.check_upload(bucket, key, content_length=memoryview(data).nbytes, now=utc_now())

@@ -122,7 +122,7 @@ class UploadPolicy:
     """An upload policy with a verified signature.
 
     Clients encode the policy once in base64. If a user passes base64 text to boto3 or the AWS CLI 1, it is encoded
-    twice; then the signature is over the outer text (by the CLI) or the inner text (by the user). A store decodes once
+    twice; then the signature is of the outer text (by the CLI) or the inner text (by the user). A store decodes once
     and compares the signature with the text that it receives, so `text` is the signed text.
     """
 

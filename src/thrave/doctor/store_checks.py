@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from thrave.buckets.base import UNKNOWN_OWNER
 from thrave.buckets.errors import BucketError, NoSuchBucket
-from thrave.buckets.s3_client import SMALL, Proxy
+from thrave.buckets.s3_client import MAX_DOCUMENT, Proxy
 from thrave.buckets.upload_policy import UploadPolicy, signature_v2, signature_v4
 from thrave.concurrency import utc_now
 from thrave.doctor.check_context import STORE_TIMEOUT, CheckContext, CheckFailed, CheckSkipped
@@ -46,7 +46,7 @@ def check_available(context: CheckContext) -> str:
     if context.settings.store == "directory":
         return _check_free_space(context)
     try:
-        context.transport.send("GET", context.connection.url(), {}, limit=SMALL)
+        context.transport.send("GET", context.connection.url(), {}, limit=MAX_DOCUMENT)
     except BucketError as error:
         if error.is_store_failure:
             raise
@@ -71,7 +71,7 @@ def check_tls(context: CheckContext) -> str:
     host, port = url.hostname or "", url.port or 443
     connection = HTTPSConnection(host, port, timeout=STORE_TIMEOUT, context=tls_context)
     if context.connection.proxy is not None:
-        proxy = Proxy.read(context.connection.proxy)
+        proxy = Proxy.parse(context.connection.proxy)
         proxy_url = urlsplit(proxy.url)
         if proxy_url.scheme == "https":
             raise CheckSkipped("the proxy uses TLS itself; TLS inside TLS is not checked")

@@ -1,7 +1,7 @@
 """A proxy before a store that allows what an IAM policy allows and responds 403 to everything else.
 
-It knows the actions that Thrave's requests need, and what AWS answers without the right to list a bucket: 403 instead
-of 404. Source: AWS S3 documentation, "Required permissions for Amazon S3 API operations".
+It maps Thrave's requests to IAM actions. Like AWS it responds 403 instead of 404 if the policy does not allow to list
+the bucket. Source: AWS S3 documentation, "Required permissions for Amazon S3 API operations".
 """
 
 import json
@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-from support.store_faults.fault_proxy import Answer, Exchange
+from support.store_faults.fault_proxy import Exchange, StoreResponse
 
-_DENIED = Answer(
+_DENIED = StoreResponse(
     403,
     [("Content-Type", "application/xml")],
     b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>",
@@ -28,7 +28,7 @@ _FORM_KEY = re.compile(rb'name="key"\r\n\r\n([^\r]*)')
 
 
 class IamGuard:
-    """A guard that runs; `denied` has the actions and resources that were refused."""
+    """A running proxy; `denied` has the actions and resources that were refused."""
 
     def __init__(self, url, store, policy):
         self.url = url
@@ -46,20 +46,20 @@ class IamGuard:
         self.denied.append((action, resource))
         return False
 
-    def answer(self, handler):
-        """Give the answer of the store, or the refusal."""
+    def handle(self, handler):
+        """Send the response of the store, or a refusal."""
         exchange = Exchange(handler, self.store, threading.Event())
         body = exchange.read()
         where = urlsplit(handler.path)
         bucket, _, key = unquote(where.path).lstrip("/").partition("/")
         needed = [*self._needed(handler.command, bucket, key, where.query, body)]
         if not all(self.allows(*need) for need in needed):
-            exchange.answer(_DENIED)
+            exchange.respond(_DENIED)
             return
-        answer = exchange.forward(body)
-        if answer.status == 404 and key and not self.allows("s3:ListBucket", f"arn:aws:s3:::{bucket}"):
-            answer = _DENIED
-        exchange.answer(answer)
+        response = exchange.forward(body)
+        if response.status == 404 and key and not self.allows("s3:ListBucket", f"arn:aws:s3:::{bucket}"):
+            response = _DENIED
+        exchange.respond(response)
 
     def _needed(self, method, bucket, key, query, body):
         if not bucket:
@@ -86,10 +86,10 @@ def guarded(store, policy):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def _answer(self):
-            guard.answer(self)
+        def _handle(self):
+            guard.handle(self)
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 (http.server looks for these names)
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815 (http.server looks for these names)
 
         def log_message(self, *_):
             pass

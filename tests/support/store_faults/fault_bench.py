@@ -43,62 +43,62 @@ from thrave.testing import upload_policy
 PREFIX = "winami"
 KEY = stores.ALICE
 BY_POLICY = {Kind.HEAD_BUCKET, Kind.CREATE_BUCKET, Kind.POST_OBJECT, Kind.POST_MANIFEST}
-"""What only a service sends that has no key of its own; the rest is tried with one that has."""
+"""Requests of a service with `upload_credentials = policy`; the others are tested with `service`."""
 
 
 @dataclass(frozen=True)
 class StoreTimeouts:
-    """How long the service waits."""
+    """Timeouts of the service, in seconds."""
 
     timeout: float
-    """Seconds for a connection to move."""
-    patience: float
-    """Seconds for which a failure is believed to pass."""
+    """`s3_timeout`."""
+    retry_timeout: float
+    """`s3_retry_timeout`."""
 
 
 class FaultBench:
-    """One service's rooms; `url` is the proxy's, `store` what stands behind it."""
+    """The components of one service; `url` is the proxy's, `store` the store behind it."""
 
     def __init__(self, folder, store, url):
         self._store = store
         self._url = url
-        self._ground = open_components(Settings(data_dir=folder / "thrave"))
-        self._records = self._ground.records()
-        self.account, _ = self._ground.accounts.create("alice")
+        self._components = open_components(Settings(data_dir=folder / "thrave"))
+        self._repository = self._components.records()
+        self.account, _ = self._components.accounts.create("alice")
         self._disk = make_disk(folder / "disk.raw", 512 << 10)
         self._output = folder / "opened.raw"
         self._transports = {}
-        self.bucket = _new_name()
+        self.bucket = _new_bucket_name()
         self.prefix = PREFIX
-        """Of the newest task: each has a place that no other task has had, so the plain names of files."""
+        """Prefix of the newest task. Each task has a new one, so its files have names without a series."""
         self._tasks = count(1)
         self._direct.send("PUT", self.bucket)
 
     def close(self):
-        self._ground.database.dispose()
+        self._components.database.dispose()
         self._direct.send("DELETE", self.bucket)
 
     @cached_property
-    def behind(self):
-        """The store itself, as the service's key has it."""
+    def direct_store(self):
+        """The store without the proxy, with the service's key."""
         return S3ObjectClient(self._store.connection())
 
     @property
     def _direct(self):
-        return self.behind._requests
+        return self.direct_store._requests
 
-    # What the service does
+    # Operations of the service
 
-    def claim(self, kind, temper):
-        """Claim a bucket that is nobody's, as a request does; give the outcome, and let it be nobody's again.
+    def claim(self, kind, timeouts):
+        """Claim a bucket without an owner, as BundleInstance does; return the result, and remove the owner again.
 
-        It is a new one by policy, for which the bucket itself must be created; else one that names no owner.
+        With `upload_credentials = policy` the bucket is a new one, otherwise one without an owner object.
         """
-        bucket = _new_name() if kind in BY_POLICY else self.bucket
+        bucket = _new_bucket_name() if kind in BY_POLICY else self.bucket
         policy, signature = upload_policy(KEY.secret_access_key, bucket, PREFIX)
         storage = S3Storage(bucket=bucket, prefix=PREFIX, access_key_id=KEY.access_key_id,
                           upload_policy=policy, upload_policy_signature=signature)  # fmt: skip
-        backend = SimpleNamespace(buckets=RetryingStore(self._buckets(kind, temper), temper.patience))
+        backend = SimpleNamespace(buckets=RetryingStore(self._buckets(kind, timeouts), timeouts.retry_timeout))
         try:
             ensure_bucket(backend, storage, self.account.account_id)
         except EC2Error as error:
@@ -106,32 +106,32 @@ class FaultBench:
         else:
             return SURVIVES if self._is_owned(kind, bucket) else "not owned"
         finally:
-            self._disown(kind, bucket)
+            self._remove_owner(kind, bucket)
 
-    def bundle(self, kind, temper):
-        """Do a task; give it when it has ended."""
+    def bundle(self, kind, timeouts):
+        """Run a task to its end and return it."""
         instance = self._new_instance()
         bundle_id = self._new_task(instance)
-        run_bundle_task(self._host(kind, temper), bundle_id)
-        return self._records.get(bundle_id)
+        run_bundle_task(self._host(kind, timeouts), bundle_id)
+        return self._repository.get(bundle_id)
 
     def instance_runs(self, task):
-        return self._ground.instances.state(task.instance_id) is InstanceState.RUNNING
+        return self._components.instances.state(task.instance_id) is InstanceState.RUNNING
 
-    def is_written_down(self, task):
-        """Whether something that a task has stored is still to be removed."""
-        return bool(self._records.journal(task.bundle_id).objects())
+    def has_recorded_objects(self, task):
+        """Whether objects of a task are recorded that must still be deleted."""
+        return bool(self._repository.journal(task.bundle_id).objects())
 
-    def look_for_left_overs(self, temper):
-        """Take away what failed tasks have left, as is done again and again."""
-        ObjectCleanup(self._records, self._buckets(None, temper), "localhost", stall_timeout=60).run_once()
+    def delete_orphaned_objects(self, timeouts):
+        """Delete the objects of failed tasks, as the housekeeping does."""
+        ObjectCleanup(self._repository, self._buckets(None, timeouts), "localhost", stall_timeout=60).run_once()
 
-    def opens_to_the_same(self, temper, *, url=None):
-        """Open the bundle as `thrave open s3://…` does; say whether it is the disk."""
+    def opens_to_same_disk(self, timeouts, *, url=None):
+        """Open the bundle as `thrave open s3://…` does; return whether the image equals the disk."""
         self._output.unlink(missing_ok=True)
         connection = self._store.connection(KEY, endpoint=url or self._store.url)
-        objects = S3ObjectClient(connection, transport=self._transport(temper, connection.endpoint))
-        folder, service = S3Folder(objects, self.bucket, ""), self._ground.service
+        objects = S3ObjectClient(connection, transport=self._transport(timeouts, connection.endpoint))
+        folder, service = S3Folder(objects, self.bucket, ""), self._components.service
         open_bundle(
             folder.read(manifest_filename(self.prefix), 1 << 20),
             FolderParts(folder),
@@ -143,29 +143,29 @@ class FaultBench:
         return self._output.read_bytes() == self._disk.read_bytes()
 
     def files(self):
-        return sorted(self.behind.list(self.bucket, ""))
+        return sorted(self.direct_store.list(self.bucket, ""))
 
     def clear(self):
-        self.behind.delete(self.bucket, self.files())
+        self.direct_store.delete(self.bucket, self.files())
 
-    # What that takes
+    # Helpers
 
-    def _buckets(self, kind, temper):
+    def _buckets(self, kind, timeouts):
         connection = self._store.connection(endpoint=self._url)
-        transport = self._transport(temper, self._url)
+        transport = self._transport(timeouts, self._url)
         if kind in BY_POLICY:
-            holders = {KEY.access_key_id: KeyOwner(self.account.account_id, KEY)}
-            return OwnerKeyStore(connection, holders.get, transport=transport)
+            key_owners = {KEY.access_key_id: KeyOwner(self.account.account_id, KEY)}
+            return OwnerKeyStore(connection, key_owners.get, transport=transport)
         return ServiceKeyStore(connection, transport=transport)
 
-    def _transport(self, temper, url):
-        kind = temper.timeout, url
-        if kind not in self._transports:  # each reads the system's certificates
-            self._transports[kind] = HttpTransport(self._store.connection(endpoint=url, timeout=temper.timeout))
+    def _transport(self, timeouts, url):
+        kind = timeouts.timeout, url
+        if kind not in self._transports:  # shared, since each one loads the system's certificates
+            self._transports[kind] = HttpTransport(self._store.connection(endpoint=url, timeout=timeouts.timeout))
         return self._transports[kind]
 
-    def _host(self, kind, temper):
-        settings = self._ground.settings
+    def _host(self, kind, timeouts):
+        settings = self._components.settings
         return TaskContext(
             host="localhost",
             settings=TaskSettings(
@@ -179,19 +179,19 @@ class FaultBench:
                 skip_unused=settings.skip_unused,
                 existing_bundle=settings.existing_bundle,
                 upload_concurrency=settings.upload_concurrency,
-                s3_retry_timeout=temper.patience,
+                s3_retry_timeout=timeouts.retry_timeout,
                 stall_timeout=60,
             ),
-            repository=self._records,
-            accounts=self._ground.accounts,
-            driver=self._ground.instances,
-            store=self._buckets(kind, temper),
-            created_buckets=CreatedBuckets(self._ground.database, self._records),
-            identity=self._ground.service,
+            repository=self._repository,
+            accounts=self._components.accounts,
+            driver=self._components.instances,
+            store=self._buckets(kind, timeouts),
+            created_buckets=CreatedBuckets(self._components.database, self._repository),
+            identity=self._components.service,
         )
 
     def _new_instance(self):
-        # A disk of its own: a volume that another machine may write to is refused.
+        # A copy of the disk: a volume that another machine may write to is refused.
         instance_id = new_instance_id()
         disk = Path(shutil.copyfile(self._disk, self._disk.with_name(f"{instance_id}.raw")))
         instance = InstanceDescription(
@@ -200,7 +200,7 @@ class FaultBench:
             platform="windows",
             root_volume=VolumeFile(path=disk),
         )
-        self._ground.instances.add(instance)
+        self._components.instances.add(instance)
         return instance
 
     def _new_task(self, instance):
@@ -212,23 +212,23 @@ class FaultBench:
             upload_policy=base64.b64encode(policy).decode(), upload_policy_signature=signature,
         )  # fmt: skip
         bundle_id = f"bun-{uuid.uuid4().hex[:17]}"
-        with self._ground.database.begin() as connection:
-            self._records.add(connection, bundle_id, "localhost", request)
+        with self._components.database.begin() as connection:
+            self._repository.add(connection, bundle_id, "localhost", request)
         return bundle_id
 
     def _is_owned(self, kind, bucket):
         if kind in BY_POLICY:
-            own = OwnerKeyStore(self._store.connection(), {}.get, holder=KeyOwner(self.account.account_id, KEY))
+            own = OwnerKeyStore(self._store.connection(), {}.get, key_owner=KeyOwner(self.account.account_id, KEY))
             return own.owner(bucket) == self.account.account_id
-        return self.behind.get(bucket, OWNER_KEY).decode().strip() == self.account.account_id
+        return self.direct_store.get(bucket, OWNER_KEY).decode().strip() == self.account.account_id
 
-    def _disown(self, kind, bucket):
+    def _remove_owner(self, kind, bucket):
         if kind not in BY_POLICY:
-            self.behind.delete(bucket, [OWNER_KEY])
+            self.direct_store.delete(bucket, [OWNER_KEY])
         else:
-            with suppress(NoSuchBucket):  # it was refused before it was there
+            with suppress(NoSuchBucket):  # the bucket was not created
                 self._direct.send("DELETE", bucket)
 
 
-def _new_name():
+def _new_bucket_name():
     return f"alice-{uuid.uuid4().hex[:12]}"

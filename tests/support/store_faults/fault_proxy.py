@@ -1,8 +1,7 @@
-"""A proxy before a store that injects a fault into one request, or into all requests from then on.
+"""An HTTP proxy before a store that injects faults into requests on the wire.
 
-It speaks HTTP for real: what is cut off is cut off on the wire, and what is delivered twice reaches the store twice. A
-request is known by its `ErrorKind`; a `Rule` names the kind, the fault, and the first request of that kind to meet it.
-Requests that no rule is for pass as they are, Host and signature untouched.
+A `Rule` names the kind of request, the fault, and the first request of that kind that gets the fault. Requests without
+a rule are forwarded unchanged, with their Host header and signature.
 """
 
 import re
@@ -38,8 +37,8 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the store has said."""
+class StoreResponse:
+    """The response of the store."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -47,23 +46,23 @@ class Answer:
 
 
 class Exchange:
-    """A request that is under way, and what can be done with it."""
+    """One request in progress, with the operations that faults use."""
 
-    def __init__(self, handler: BaseHTTPRequestHandler, store: str, over: threading.Event) -> None:
+    def __init__(self, handler: BaseHTTPRequestHandler, store: str, test_ended: threading.Event) -> None:
         self._handler = handler
         self._store = urlsplit(store)
-        self._left = int(handler.headers.get("Content-Length", 0))
-        self.over = over
-        """Set when nobody waits any more for what stalls."""
+        self._remaining = int(handler.headers.get("Content-Length", 0))
+        self.test_ended = test_ended
+        """Ends faults that stall."""
 
-    def read(self, most: int | None = None) -> bytes:
-        """Of what the client sends, all that is left or `most` bytes."""
-        data = self._handler.rfile.read(self._left if most is None else min(most, self._left))
-        self._left -= len(data)
+    def read(self, max_bytes: int | None = None) -> bytes:
+        """Read the body of the request: all that remains, or at most `max_bytes`."""
+        data = self._handler.rfile.read(self._remaining if max_bytes is None else min(max_bytes, self._remaining))
+        self._remaining -= len(data)
         return data
 
-    def forward(self, body: bytes | None = None) -> Answer:
-        """Have the store do it, with another body if one is given."""
+    def forward(self, body: bytes | None = None) -> StoreResponse:
+        """Send the request to the store, perhaps with another body, and return the response."""
         body = self.read() if body is None else body
         upstream = HTTPConnection(self._store.netloc, timeout=60)
         try:
@@ -71,40 +70,40 @@ class Exchange:
             for name, value in self._handler.headers.items():
                 upstream.putheader(name, value)
             upstream.endheaders(body)
-            said = upstream.getresponse()
-            return Answer(said.status, said.getheaders(), said.read())
+            response = upstream.getresponse()
+            return StoreResponse(response.status, response.getheaders(), response.read())
         finally:
             upstream.close()
 
-    def answer(self, answer: Answer, *, only: int | None = None) -> None:
-        """Give an answer; of its content `only` so many bytes, though its length is told as it is."""
+    def respond(self, response: StoreResponse, *, max_bytes: int | None = None) -> None:
+        """Send a response. With `max_bytes` its content is cut, and Content-Length is still that of the whole."""
         handler = self._handler
-        handler.send_response_only(answer.status)
-        lengths = [] if self._has_length(answer) else [("Content-Length", str(len(answer.content)))]
-        for name, value in [*answer.headers, *lengths]:
+        handler.send_response_only(response.status)
+        lengths = [] if self._has_length(response) else [("Content-Length", str(len(response.content)))]
+        for name, value in [*response.headers, *lengths]:
             if name.lower() not in ("transfer-encoding", "connection"):
                 handler.send_header(name, value)
         handler.end_headers()
         if handler.command != "HEAD":
-            handler.wfile.write(answer.content[:only])
+            handler.wfile.write(response.content[:max_bytes])
 
     def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send raw bytes."""
         self._handler.wfile.write(data)
 
-    def hang_up(self) -> None:
-        """Say nothing more, and take nothing more."""
+    def close(self) -> None:
+        """Close the connection."""
         self._handler.close_connection = True
 
-    def linger(self) -> None:
-        """Say nothing more, but let the client finish, so that it reads what was said."""
-        self.hang_up()
+    def close_after_request(self) -> None:
+        """Read the rest of the request before the connection is closed, so that the client receives the response."""
+        self.close()
         with suppress(OSError):
             self._handler.connection.shutdown(socket.SHUT_WR)
             self.read()
 
-    def _has_length(self, answer: Answer) -> bool:
-        return answer.status == 204 or any(name.lower() == "content-length" for name, _ in answer.headers)
+    def _has_length(self, response: StoreResponse) -> bool:
+        return response.status == 204 or any(name.lower() == "content-length" for name, _ in response.headers)
 
 
 Fault = Callable[[Exchange], None]
@@ -112,28 +111,30 @@ Fault = Callable[[Exchange], None]
 
 @dataclass
 class Rule:
-    """Which requests meet a fault."""
+    """Which requests get a fault."""
 
     kind: Kind
     fault: Fault
     first: int = 1
-    """The first of its kind that does, counted from when the rule was made."""
-    again: bool = False
-    """Whether all later ones do, too."""
-    seen: int = 0
-    met: int = 0
-    over: threading.Event = field(default_factory=threading.Event)
+    """Number of the first request of this kind that gets the fault, counted from the creation of the rule."""
+    is_repeated: bool = False
+    """Whether all later requests of this kind get the fault, too."""
+    requests: int = 0
+    """Requests of this kind so far."""
+    injected: int = 0
+    """Requests that got the fault."""
+    test_ended: threading.Event = field(default_factory=threading.Event)
 
-    def take(self) -> bool:
-        """Count a request; say whether it meets the fault."""
-        self.seen += 1
-        meets = self.seen == self.first or (self.again and self.seen > self.first)
-        self.met += meets
-        return meets
+    def count_request(self) -> bool:
+        """Count a request; return whether it gets the fault."""
+        self.requests += 1
+        has_fault = self.requests == self.first or (self.is_repeated and self.requests > self.first)
+        self.injected += has_fault
+        return has_fault
 
 
 class FaultProxy:
-    """A proxy that runs: `url` is what Thrave takes for the store."""
+    """A running proxy; Thrave uses `url` as the URL of the store."""
 
     def __init__(self, url: str, store: str) -> None:
         self.url = url
@@ -142,24 +143,24 @@ class FaultProxy:
         self._lock = threading.Lock()
 
     @contextmanager
-    def doing(self, *rules: Rule):
-        """Do to requests what the rules say; what still stalls afterwards is let go."""
+    def injecting(self, *rules: Rule):
+        """Inject faults by these rules; at the end of the block faults that stall are ended."""
         self._rules = rules
         try:
             yield
         finally:
             self._rules = ()
             for rule in rules:
-                rule.over.set()
+                rule.test_ended.set()
 
-    def pass_on(self, handler: BaseHTTPRequestHandler) -> None:
-        """Do with a request what is to be done."""
-        kind = _kind(handler)
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+        """Forward a request, or inject the fault of its rule."""
+        kind = _find_kind(handler)
         with self._lock:
-            rule = next((rule for rule in self._rules if rule.kind is kind and rule.take()), None)
-        exchange = Exchange(handler, self._store, rule.over if rule else threading.Event())
+            rule = next((rule for rule in self._rules if rule.kind is kind and rule.count_request()), None)
+        exchange = Exchange(handler, self._store, rule.test_ended if rule else threading.Event())
         if rule is None:
-            exchange.answer(exchange.forward())
+            exchange.respond(exchange.forward())
         else:
             rule.fault(exchange)
 
@@ -177,13 +178,13 @@ _BY_REQUEST = {
 _BY_KEY = {"thrave-owner": Kind.PUT_OWNER, "xml": Kind.PUT_MANIFEST}
 
 
-def _kind(handler: BaseHTTPRequestHandler) -> Kind:
-    where = urlsplit(handler.path)
-    _, _, key = where.path.lstrip("/").partition("/")
-    if where.path == "/":
+def _find_kind(handler: BaseHTTPRequestHandler) -> Kind:
+    url = urlsplit(handler.path)
+    _, _, key = url.path.lstrip("/").partition("/")
+    if url.path == "/":
         return Kind.LIST_BUCKETS
     if handler.command == "POST":
-        return Kind.DELETE_OBJECTS if "delete" in where.query else _kind_of_form(handler.rfile.peek(1))
+        return Kind.DELETE_OBJECTS if "delete" in url.query else _kind_of_form(handler.rfile.peek(1))
     if handler.command == "PUT" and key:
         return _BY_KEY.get(key.rpartition(".")[2], Kind.PUT_OBJECT)
     if "Range" in handler.headers:
@@ -198,17 +199,17 @@ def _kind_of_form(beginning: bytes) -> Kind:
 
 @contextmanager
 def fault_proxy(store: str):
-    """Stand before the store at a URL, on a free port of 127.0.0.1."""
+    """Run a proxy before the store at a URL, on a free port of 127.0.0.1."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # headers and content are sent one after the other
-        rbufsize = 1 << 16  # what `peek` can see of a form
+        disable_nagle_algorithm = True  # headers and content are sent separately
+        rbufsize = 1 << 16  # bytes of a form that `peek` returns
 
-        def _pass_on(self):
-            proxy.pass_on(self)
+        def _handle(self):
+            proxy.handle(self)
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815 (http.server looks for these names)
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815 (http.server looks for these names)
 
         def log_message(self, *_):
             pass
@@ -217,7 +218,7 @@ def fault_proxy(store: str):
         daemon_threads = True
 
         def handle_error(self, *_):
-            pass  # clients that give up
+            pass  # clients that close the connection
 
     with Server(("127.0.0.1", 0), Handler) as server:
         proxy = FaultProxy(f"http://127.0.0.1:{server.server_port}", store)

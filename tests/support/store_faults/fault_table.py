@@ -1,6 +1,6 @@
-"""The expected result of each fault for each kind of request: the one table that the tests run through.
+"""The expected result of each fault for each kind of request. The tests check every cell of the table.
 
-`PYTHONPATH=tests python -m support.store_faults.fault_table` makes docs/reference/store-faults.md of it.
+`PYTHONPATH=tests python -m support.store_faults.fault_table` writes docs/reference/store-faults.md.
 """
 
 from dataclasses import dataclass
@@ -13,57 +13,57 @@ PAGE = Path(__file__).parents[3] / "docs" / "reference" / "store-faults.md"
 
 SURVIVES = "survives"
 LATER = "removed later"
-"""A task has failed, and what it had stored stays until the store lets it be removed."""
+"""The task has failed, and its objects stay until the store allows their deletion."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of a fault: of one that is met once, and of one that is met from then on."""
+    """The result of a fault that happens to one request, and of one that happens to all requests."""
 
     once: str
     always: str
 
 
-def _either_way(outcome):
+def _same(outcome):
     return Outcome(outcome, outcome)
 
 
-NOTHING = _either_way(SURVIVES)
-# When a bucket is claimed, in codes of the EC2 door
+NOTHING = _same(SURVIVES)
+# While a bucket is claimed: codes of the EC2 API
 AWAY = Outcome(SURVIVES, "Unavailable")
-CLOCK = HIDDEN = _either_way("InaccessibleStorageLocation")
-REFUSED = _either_way("InvalidParameterValue")
+CLOCK = HIDDEN = _same("InaccessibleStorageLocation")
+REFUSED = _same("InvalidParameterValue")
 NOT_OURS = Outcome(SURVIVES, "InaccessibleStorageLocation")
-# When a task stores its bundle, in codes of a bundle task's errors
+# While a task stores its bundle: codes of bundle tasks
 FAILS = Outcome(SURVIVES, "Server.S3Error")
-BROKEN = _either_way("Server.S3Error")
-DENIED = _either_way("Client.S3Error")
+BROKEN = _same("Server.S3Error")
+DENIED = _same("Client.S3Error")
 DELAYED = Outcome(SURVIVES, LATER)
-STAYS = _either_way(LATER)
-# When a bundle is read, in exit codes of the command
+STAYS = _same(LATER)
+# While a bundle is read: exit codes
 UNREAD = Outcome(SURVIVES, "FAILED")
-UNREADABLE, FORBIDDEN, DAMAGED = map(_either_way, ("FAILED", "REFUSED", "DAMAGED"))
+UNREADABLE, FORBIDDEN, DAMAGED = map(_same, ("FAILED", "REFUSED", "DAMAGED"))
 
 Row = tuple[Outcome | None, ...]
-"""By the kinds of requests; None where the fault cannot be."""
+"""One result for each kind of request; None: the fault is not possible."""
 
 CLAIMING = (Kind.HEAD_BUCKET, Kind.CREATE_BUCKET, Kind.GET_OBJECT, Kind.LIST_OBJECTS, Kind.PUT_OWNER)
 WHEN_CLAIMED: dict[Fault, Row] = {
     faults.internal_error: (AWAY, AWAY, AWAY, AWAY, AWAY),
     faults.slow_down: (AWAY, AWAY, AWAY, AWAY, AWAY),
-    faults.denied_midway: (HIDDEN, REFUSED, NOT_OURS, NOTHING, HIDDEN),
+    faults.denied_early: (HIDDEN, REFUSED, NOT_OURS, NOTHING, HIDDEN),
     faults.clock_skewed: (CLOCK, CLOCK, CLOCK, CLOCK, CLOCK),
     faults.request_cut: (AWAY, AWAY, AWAY, AWAY, AWAY),
-    faults.answer_lost: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
-    faults.head_cut: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
-    faults.content_cut: (None, None, AWAY, AWAY, None),
-    faults.silence: (AWAY, AWAY, AWAY, AWAY, AWAY),
-    faults.silence_midway: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
-    faults.swallowed: (None, AWAY, None, None, AWAY),
-    faults.changed: (None, None, None, None, AWAY),
-    faults.other_etag: (None, None, None, None, NOTHING),
-    faults.twice: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
-    faults.other_date: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
+    faults.response_lost: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
+    faults.headers_cut: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
+    faults.response_cut: (None, None, AWAY, AWAY, None),
+    faults.no_response: (AWAY, AWAY, AWAY, AWAY, AWAY),
+    faults.stalled_response: (AWAY, NOTHING, AWAY, AWAY, NOTHING),
+    faults.discarded: (None, AWAY, None, None, AWAY),
+    faults.byte_changed: (None, None, None, None, AWAY),
+    faults.wrong_etag: (None, None, None, None, NOTHING),
+    faults.sent_twice: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
+    faults.old_date: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
 }
 
 STORING = (
@@ -73,25 +73,25 @@ STORING = (
 WHEN_STORED: dict[Fault, Row] = {
     faults.internal_error: (FAILS, FAILS, FAILS, FAILS, FAILS, DELAYED, UNREAD),
     faults.slow_down: (FAILS, FAILS, FAILS, FAILS, FAILS, DELAYED, UNREAD),
-    faults.denied_midway: (DENIED, DENIED, DENIED, DENIED, DENIED, STAYS, FORBIDDEN),
+    faults.denied_early: (DENIED, DENIED, DENIED, DENIED, DENIED, STAYS, FORBIDDEN),
     faults.clock_skewed: (BROKEN, BROKEN, BROKEN, BROKEN, DENIED, STAYS, UNREADABLE),
     faults.request_cut: (FAILS, FAILS, FAILS, FAILS, FAILS, DELAYED, UNREAD),
-    faults.answer_lost: (FAILS, NOTHING, FAILS, NOTHING, FAILS, DELAYED, UNREAD),
-    faults.head_cut: (FAILS, NOTHING, NOTHING, NOTHING, FAILS, DELAYED, UNREAD),
-    faults.content_cut: (None, None, None, None, None, DELAYED, UNREAD),
-    faults.silence: (FAILS, FAILS, FAILS, FAILS, FAILS, DELAYED, UNREAD),
-    faults.silence_midway: (FAILS, NOTHING, FAILS, NOTHING, FAILS, DELAYED, UNREAD),
-    faults.swallowed: (BROKEN, BROKEN, BROKEN, BROKEN, None, STAYS, None),
-    faults.swallowed_unproved: (FAILS, FAILS, FAILS, FAILS, None, None, None),
-    faults.changed: (FAILS, FAILS, FAILS, FAILS, None, None, DAMAGED),
-    faults.other_etag: (FAILS, NOTHING, FAILS, NOTHING, DENIED, None, NOTHING),
-    faults.twice: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
-    faults.other_date: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
+    faults.response_lost: (FAILS, NOTHING, FAILS, NOTHING, FAILS, DELAYED, UNREAD),
+    faults.headers_cut: (FAILS, NOTHING, NOTHING, NOTHING, FAILS, DELAYED, UNREAD),
+    faults.response_cut: (None, None, None, None, None, DELAYED, UNREAD),
+    faults.no_response: (FAILS, FAILS, FAILS, FAILS, FAILS, DELAYED, UNREAD),
+    faults.stalled_response: (FAILS, NOTHING, FAILS, NOTHING, FAILS, DELAYED, UNREAD),
+    faults.discarded: (BROKEN, BROKEN, BROKEN, BROKEN, None, STAYS, None),
+    faults.discarded_without_etag: (FAILS, FAILS, FAILS, FAILS, None, None, None),
+    faults.byte_changed: (FAILS, FAILS, FAILS, FAILS, None, None, DAMAGED),
+    faults.wrong_etag: (FAILS, NOTHING, FAILS, NOTHING, DENIED, None, NOTHING),
+    faults.sent_twice: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
+    faults.old_date: (NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
 }
 
 
 def cases(table: dict[Fault, Row], only: tuple[Kind, ...]) -> list[tuple[Fault, Kind, Outcome]]:
-    """The cells of some columns that have something in them."""
+    """Return the cells of some columns, without empty ones."""
     kinds = CLAIMING if table is WHEN_CLAIMED else STORING
     return [
         (fault, kind, outcome)
@@ -104,31 +104,30 @@ def cases(table: dict[Fault, Row], only: tuple[Kind, ...]) -> list[tuple[Fault, 
 _PAGE = """\
 <!-- Made by `PYTHONPATH=tests python -m support.store_faults.fault_table`. Do not edit. -->
 
-# What comes of a store's faults
+# Results of faults of a store
 
-Every cell is a test: a proxy between Thrave and SeaweedFS does it on the wire to one request of that kind, then to all
-from then on. Where both come to the same, it is said once; else what comes of one is said before the `/`. "Survives"
-means that the bundle is complete and opens to the same bytes. Whatever fails leaves the instance running and nothing in
-the bucket, at once or, where the store does not let it be removed, as soon as it does.
+Each cell is a test: a proxy between Thrave and SeaweedFS makes the fault on the wire. First the fault happens to one
+request of that kind, then to all of them. A cell with one result has the same result in both cases. Otherwise the
+result of a single fault is before the `/`. "Survives" means that the bundle is complete and opens to the same bytes.
+After every other result the instance runs and no object remains in the bucket; if the store refuses the deletion,
+Thrave deletes the objects as soon as the store allows it.
 
-Waiting is bounded by the settings `s3_timeout` (a connection on which nothing moves) and `s3_retry_timeout` (a failure
-that may pass), and five seconds while a caller waits. What a store carries out only after the task has failed and the
-object was deleted stays in the bucket: no client of S3 can know of it.
+The settings `s3_timeout` (a connection without a byte sent or received) and `s3_retry_timeout` (a transient error)
+limit the waits; while a client waits for a response, the limit is five seconds. If a store executes a request only
+after the task has failed and deleted the object, the object stays in the bucket. No S3 client can detect this.
 
 ## While BundleInstance claims the bucket
 
-The codes are those of [the EC2 door](ec2-errors.md); an instance that is asked for has not been touched. With
-`upload_credentials = policy` only the first two requests are sent; the others belong to
-`upload_credentials = service`, which names a bucket's owner in an object. A bucket that the key may not list
-counts as empty.
+The codes are those of [the EC2 API](ec2-errors.md). After an error the instance is unchanged. With
+`upload_credentials = policy` only the first two requests are sent. The others belong to `upload_credentials = service`,
+which stores the owner of a bucket in an object. A bucket that the key may not list counts as empty.
 
 {claiming}
 ## While a task stores its bundle, and when it is opened
 
-The codes are those of [bundle tasks](task-errors.md); of `GET range`, which is how `thrave open s3://…` reads, they are
-[exit codes](exit-codes.md). Parts and manifest are sent by POST with
-`upload_credentials = policy`, by PUT with `upload_credentials = service`.
-"delete objects" is the clean-up of a task that has failed for another reason.
+The codes are those of [bundle tasks](task-errors.md); in the column `GET range`, which `thrave open s3://…` uses, they
+are [exit codes](exit-codes.md). Parts and manifest are sent by POST with `upload_credentials = policy`, by PUT with
+`upload_credentials = service`. "delete objects" is the cleanup of a task that has failed for another reason.
 
 {storing}
 ## The faults
@@ -137,7 +136,7 @@ The codes are those of [bundle tasks](task-errors.md); of `GET range`, which is 
 
 
 def page() -> str:
-    """The docs' page."""
+    """Return the page of the documentation."""
     described = {fault: fault.__doc__ for fault in [*WHEN_STORED]}
     return _PAGE.format(
         claiming=_table(CLAIMING, WHEN_CLAIMED),
@@ -147,7 +146,7 @@ def page() -> str:
 
 
 def name(fault: Fault) -> str:
-    """A fault's name for people."""
+    """Return the name of a fault in the documentation."""
     return fault.__name__.replace("_", " ")
 
 
@@ -160,8 +159,8 @@ def _table(kinds, table):
 def _cell(outcome):
     if outcome is None:
         return "-"
-    words = [outcome.once] if outcome.once == outcome.always else [outcome.once, outcome.always]
-    return " / ".join(word if word in (SURVIVES, LATER) else f"`{word}`" for word in words)
+    results = [outcome.once] if outcome.once == outcome.always else [outcome.once, outcome.always]
+    return " / ".join(result if result in (SURVIVES, LATER) else f"`{result}`" for result in results)
 
 
 if __name__ == "__main__":

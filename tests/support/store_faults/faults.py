@@ -1,12 +1,12 @@
-"""Faults between Thrave and its store; each happens on the wire (`fault_proxy.py`)."""
+"""Faults between Thrave and its store, made by `fault_proxy`. The docstrings are in the documentation."""
 
 import hashlib
 from dataclasses import replace
 
-from support.store_faults.fault_proxy import Answer, Exchange
+from support.store_faults.fault_proxy import Exchange, StoreResponse
 
-SOME = 1000  # bytes of a request that arrive before it is cut off
-STALL = 30  # seconds, unless nobody waits any more
+CUT_AFTER = 1000  # bytes of a request
+STALL = 30  # seconds, or until the test ends
 
 
 def internal_error(exchange: Exchange):
@@ -19,11 +19,11 @@ def slow_down(exchange: Exchange):
     _refuse(exchange, 503, "SlowDown")
 
 
-def denied_midway(exchange: Exchange):
+def denied_early(exchange: Exchange):
     """The store answers 403 AccessDenied while the request is still being sent."""
-    exchange.read(SOME)
-    exchange.answer(_error(403, "AccessDenied"))
-    exchange.linger()
+    exchange.read(CUT_AFTER)
+    exchange.respond(_error(403, "AccessDenied"))
+    exchange.close_after_request()
 
 
 def clock_skewed(exchange: Exchange):
@@ -33,94 +33,96 @@ def clock_skewed(exchange: Exchange):
 
 def request_cut(exchange: Exchange):
     """The connection is cut after a part of the request."""
-    exchange.read(SOME)
-    exchange.hang_up()
+    exchange.read(CUT_AFTER)
+    exchange.close()
 
 
-def answer_lost(exchange: Exchange):
-    """The store does it, and the connection is cut before its answer."""
+def response_lost(exchange: Exchange):
+    """The store executes the request, and the connection is cut before its response."""
     exchange.forward()
-    exchange.hang_up()
+    exchange.close()
 
 
-def head_cut(exchange: Exchange):
-    """The store does it, and the connection is cut within the answer's headers, between two lines."""
-    answer = exchange.forward()
-    exchange.send(f"HTTP/1.1 {answer.status} OK\r\nServer: store\r\n".encode())
-    exchange.hang_up()
+def headers_cut(exchange: Exchange):
+    """The store executes the request, and the connection is cut between two lines of the response's headers."""
+    response = exchange.forward()
+    exchange.send(f"HTTP/1.1 {response.status} OK\r\nServer: store\r\n".encode())
+    exchange.close()
 
 
-def content_cut(exchange: Exchange):
-    """The store does it, and the connection is cut within the answer's content."""
-    answer = exchange.forward()
-    exchange.answer(answer, only=len(answer.content) // 2)
-    exchange.hang_up()
+def response_cut(exchange: Exchange):
+    """The store executes the request, and the connection is cut within the response's content."""
+    response = exchange.forward()
+    exchange.respond(response, max_bytes=len(response.content) // 2)
+    exchange.close()
 
 
-def silence(exchange: Exchange):
-    """The store takes the connection, and says nothing for 30 seconds."""
-    exchange.over.wait(STALL)
-    exchange.hang_up()
+def no_response(exchange: Exchange):
+    """The store accepts the connection and sends nothing for 30 seconds."""
+    exchange.test_ended.wait(STALL)
+    exchange.close()
 
 
-def silence_midway(exchange: Exchange):
-    """The store does it, and stops for 30 seconds in the middle of its answer."""
-    answer = exchange.forward()
-    exchange.send(f"HTTP/1.1 {answer.status} OK\r\nContent-Length: 1".encode())
-    exchange.over.wait(STALL)
-    exchange.hang_up()
+def stalled_response(exchange: Exchange):
+    """The store executes the request, and stops for 30 seconds in the middle of its response."""
+    response = exchange.forward()
+    exchange.send(f"HTTP/1.1 {response.status} OK\r\nContent-Length: 1".encode())
+    exchange.test_ended.wait(STALL)
+    exchange.close()
 
 
-def twice(exchange: Exchange):
-    """The request reaches the store twice, and the second answer comes back."""
+def sent_twice(exchange: Exchange):
+    """The request reaches the store twice, and the client receives the second response."""
     body = exchange.read()
     exchange.forward(body)
-    exchange.answer(exchange.forward(body))
+    exchange.respond(exchange.forward(body))
 
 
-def other_etag(exchange: Exchange):
-    """The store's answer has another ETag than the object."""
-    answer = exchange.forward()
-    exchange.answer(_with(answer, "ETag", f'"{hashlib.md5(b"other").hexdigest()}"'))
+def wrong_etag(exchange: Exchange):
+    """The ETag of the response is not the object's."""
+    response = exchange.forward()
+    exchange.respond(_with_header(response, "ETag", f'"{hashlib.md5(b"other").hexdigest()}"'))
 
 
-def swallowed(exchange: Exchange):
-    """The store answers as if it had done it, with the right ETag, and has done nothing."""
+def discarded(exchange: Exchange):
+    """The store reports success with the right ETag, but does not execute the request."""
     body = exchange.read()
     etag = hashlib.md5(_content(body)).hexdigest()
-    exchange.answer(Answer(200, [("ETag", f'"{etag}"')], b"<DeleteResult/>" if body.startswith(b"<Delete") else b""))
+    exchange.respond(
+        StoreResponse(200, [("ETag", f'"{etag}"')], b"<DeleteResult/>" if body.startswith(b"<Delete") else b"")
+    )
 
 
-def swallowed_unproved(exchange: Exchange):
-    """The store answers 200 without an ETag, and keeps nothing."""
+def discarded_without_etag(exchange: Exchange):
+    """The store answers 200 without an ETag, but stores nothing."""
     exchange.read()
-    exchange.answer(Answer(200, [], b""))
+    exchange.respond(StoreResponse(200, [], b""))
 
 
-def changed(exchange: Exchange):
-    """A byte is changed on the way: of the request's content, or else of the answer's."""
+def byte_changed(exchange: Exchange):
+    """A byte is changed on the way: of the request's content, or of the response's if the request has none."""
     body = exchange.read()
-    answer = exchange.forward(_flipped(body))
-    exchange.answer(answer if body else replace(answer, content=_flipped(answer.content)))
+    response = exchange.forward(_flipped(body))
+    exchange.respond(response if body else replace(response, content=_flipped(response.content)))
 
 
-def other_date(exchange: Exchange):
-    """The store's answer has a Date of many years ago."""
-    exchange.answer(_with(exchange.forward(), "Date", "Mon, 01 Jan 2001 00:00:00 GMT"))
+def old_date(exchange: Exchange):
+    """The Date of the response is many years ago."""
+    exchange.respond(_with_header(exchange.forward(), "Date", "Mon, 01 Jan 2001 00:00:00 GMT"))
 
 
 def _refuse(exchange, status, code):
     exchange.read()
-    exchange.answer(_error(status, code))
+    exchange.respond(_error(status, code))
 
 
 def _error(status, code):
-    return Answer(status, [], f"<Error><Code>{code}</Code><Message>as the test wants it</Message></Error>".encode())
+    return StoreResponse(status, [], f"<Error><Code>{code}</Code><Message>fault of a test</Message></Error>".encode())
 
 
-def _with(answer, name, value):
-    others = [header for header in answer.headers if header[0].lower() != name.lower()]
-    return replace(answer, headers=[*others, (name, value)])
+def _with_header(response, name, value):
+    others = [header for header in response.headers if header[0].lower() != name.lower()]
+    return replace(response, headers=[*others, (name, value)])
 
 
 def _flipped(content):
@@ -129,6 +131,6 @@ def _flipped(content):
 
 
 def _content(body):
-    """Of a form its file, of anything else all."""
-    _, of_form, file = body.partition(b'filename="file"\r\n\r\n')
-    return file[: file.rindex(b"\r\n--")] if of_form else body
+    """The content of a request: the file of a form, or the whole body."""
+    _, is_form, file = body.partition(b'filename="file"\r\n\r\n')
+    return file[: file.rindex(b"\r\n--")] if is_form else body
