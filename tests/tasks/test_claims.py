@@ -108,7 +108,7 @@ def is_whole(bench):
         ("failed", None, 3600.0, 3600.0),
     ],
 )
-def test_claim_of_a_key_that_another_task_has_recorded(made, owner, run, settles, seconds):
+def test_claim_of_key_recorded_by_another_task(made, owner, run, settles, seconds):
     first = made(A)
     first.journal.record_upload(KEY)
     if owner != "unfinished":
@@ -132,7 +132,7 @@ def test_claim_of_a_key_that_another_task_has_recorded(made, owner, run, settles
     assert rows(second) == {KEY: (A, "sent")}
 
 
-def test_two_processes_that_claim_one_key_at_once(made, begun):
+def test_claim_by_two_processes_at_once(made, begun):
     first = made(A)
     fail(first)
     second = made(B)
@@ -156,7 +156,7 @@ def test_two_processes_that_claim_one_key_at_once(made, begun):
     assert len(winners) == 1
 
 
-def test_a_task_that_has_ended_claims_nothing(made):
+def test_claim_rejects_ended_task(made):
     bench = made(A)
     fail(bench)
     with pytest.raises(RightLostError):
@@ -164,7 +164,7 @@ def test_a_task_that_has_ended_claims_nothing(made):
     assert rows(bench) == {}
 
 
-def test_claiming_again_keeps_what_was_stored_for_other_parts(made):
+def test_claim_again_keeps_other_parts_stored(made):
     bench = made(A)
     for _ in range(2):
         bench.journal.record_upload(KEY)
@@ -174,7 +174,7 @@ def test_claiming_again_keeps_what_was_stored_for_other_parts(made):
 
 
 @pytest.mark.parametrize("moment", ["before the parts", "before the manifest", "once complete"])
-def test_deletion_under_way_when_the_next_task_begins(on_sqlite, buckets, tmp_path, begun, moment):
+def test_deletion_in_progress_when_next_task_starts(on_sqlite, buckets, tmp_path, begun, moment):
     """The clean-up of a failed task has asked the store to delete; the store does so when the next task has come on."""
     first = on_sqlite(A)
     bundled(first, tmp_path)
@@ -209,7 +209,7 @@ def test_deletion_under_way_when_the_next_task_begins(on_sqlite, buckets, tmp_pa
     assert {*second.stored_keys()} == {*rows(second)}
 
 
-def test_claim_between_the_claim_of_a_deletion_and_its_first_request(on_sqlite):
+def test_claim_between_deletion_claim_and_first_request(on_sqlite):
     """In the same process, too: its list of requests has nothing yet."""
     first = on_sqlite(A)
     first.journal.record_upload(MANIFEST)
@@ -223,7 +223,7 @@ def test_claim_between_the_claim_of_a_deletion_and_its_first_request(on_sqlite):
     assert rows(second) == {MANIFEST: (B, "sent")}
 
 
-def test_a_task_fails_in_words_if_an_earlier_deletion_does_not_end(on_sqlite, buckets, tmp_path):
+def test_task_fails_with_message_if_earlier_deletion_does_not_end(on_sqlite, buckets, tmp_path):
     first = on_sqlite(A)
     bundled(first, tmp_path)
     fail(first)
@@ -241,7 +241,7 @@ def test_a_task_fails_in_words_if_an_earlier_deletion_does_not_end(on_sqlite, bu
 
 @pytest.mark.parametrize("late", ["before the removal", "after the removal", "never"])
 @pytest.mark.parametrize("key", [KEY, MANIFEST])
-def test_upload_of_an_earlier_run_that_arrives_late(on_sqlite, buckets, key, late):
+def test_late_upload_of_earlier_run(on_sqlite, buckets, key, late):
     """Its host died. What it had sent is deleted now, and once more when it cannot arrive any more."""
     bench = on_sqlite(A)  # the host that adopts it
     bench.journal.record_upload(key)
@@ -267,7 +267,7 @@ def test_upload_of_an_earlier_run_that_arrives_late(on_sqlite, buckets, key, lat
 
 
 @pytest.mark.parametrize("kind", ["the same sealing", "another sealing"])
-def test_upload_of_an_earlier_run_that_is_not_proved_to_have_ended(on_sqlite, buckets, tmp_path, kind):
+def test_unconfirmed_upload_of_earlier_run(on_sqlite, buckets, tmp_path, kind):
     """The task goes on: with the same names it sends the same bytes, with other bytes it takes other names."""
     earlier = on_sqlite(A)
     sealed = earlier.seal(volume(tmp_path, A))
@@ -287,7 +287,7 @@ def test_upload_of_an_earlier_run_that_is_not_proved_to_have_ended(on_sqlite, bu
 
 
 @pytest.mark.parametrize("answer", [TransientError("NoResponse", 0, "Nothing moved"), TransientError("", 504, "")])
-def test_deletion_that_was_not_answered_may_arrive_later(on_sqlite, buckets, tmp_path, answer):
+def test_deletion_without_response_may_arrive_later(on_sqlite, buckets, tmp_path, answer):
     """The second attempt has succeeded; the first may be carried out at any time, so that the manifest is not free."""
     bench = on_sqlite(A)
     bundled(bench, tmp_path)
@@ -316,9 +316,7 @@ class NotRecordedError(Exception):
 
 
 @pytest.mark.parametrize(("key", "moment"), [(MANIFEST, "proof"), (MANIFEST, "record"), (KEY, "record")])
-def test_upload_that_was_not_answered_is_not_forgotten_before_it_is_recorded(
-    on_sqlite, buckets, tmp_path, monkeypatch, key, moment
-):
+def test_upload_without_response_is_kept_until_recorded(on_sqlite, buckets, tmp_path, monkeypatch, key, moment):
     """The second attempt has succeeded, but the task fails before that is recorded. The first may still arrive."""
     bench = on_sqlite(A)
     attempts = []
@@ -361,7 +359,7 @@ def test_upload_that_was_not_answered_is_not_forgotten_before_it_is_recorded(
 
 @pytest.mark.parametrize("reason", ["its deletion hangs", "its upload was late"])
 @pytest.mark.parametrize("removes", ["the task", "the agent"])
-def test_own_manifest_in_the_bucket_does_not_keep_parts_of_a_failed_task(on_sqlite, buckets, tmp_path, reason, removes):
+def test_own_manifest_does_not_keep_parts_of_failed_task(on_sqlite, buckets, tmp_path, reason, removes):
     """No record of an object is deleted while the object is in the bucket."""
     bench = on_sqlite(A)
     bundled(bench, tmp_path)
@@ -398,7 +396,7 @@ def test_own_manifest_in_the_bucket_does_not_keep_parts_of_a_failed_task(on_sqli
     assert bench.stored_keys() == []
 
 
-def test_retries_of_an_abandoned_deletion_end(on_sqlite, buckets, tmp_path):
+def test_abandoned_deletion_stops_retrying(on_sqlite, buckets, tmp_path):
     bench = on_sqlite(A)
     bundled(bench, tmp_path)
 
@@ -415,7 +413,7 @@ def test_retries_of_an_abandoned_deletion_end(on_sqlite, buckets, tmp_path):
     assert {*bench.stored_keys()} == before
 
 
-def test_nothing_is_deleted_without_the_lease(on_sqlite, buckets, tmp_path):
+def test_deletion_needs_the_lease(on_sqlite, buckets, tmp_path):
     bench = on_sqlite(A)
     bundled(bench, tmp_path)
     before = bench.stored_keys()
@@ -432,7 +430,7 @@ def test_nothing_is_deleted_without_the_lease(on_sqlite, buckets, tmp_path):
 
 
 @pytest.mark.parametrize("settles", [False, True])
-def test_replacing_deletes_the_earlier_bundle_though_its_task_was_resumed(on_sqlite, tmp_path, settles):
+def test_replacement_deletes_earlier_bundle_of_resumed_task(on_sqlite, tmp_path, settles):
     """A request of a run that was killed may arrive at a part of it: that part is deleted twice."""
     first = on_sqlite(A)
     bundled(first, tmp_path)
@@ -454,7 +452,7 @@ def test_replacing_deletes_the_earlier_bundle_though_its_task_was_resumed(on_sql
     assert second.journal.earlier() is None
 
 
-def test_purge_of_a_later_record_does_not_free_its_bundle_for_an_earlier_cleanup(made, buckets, tmp_path):
+def test_retention_of_later_task_does_not_release_keys_to_earlier_cleanup(made, buckets, tmp_path):
     """The first task's objects cannot be deleted for longer than records are kept."""
     first = made(A)
     bundled(first, tmp_path)
@@ -515,7 +513,7 @@ def test_cleanup_does_not_read_every_task(on_sqlite):
             assert all("bundle_part_to_be_deleted" in line or "bundle_task_replaces" in line for line in scans), plan
 
 
-def test_a_store_that_refuses_is_reported_with_the_command(on_sqlite, buckets, capsys):
+def test_cleanup_logs_command_if_store_refuses(on_sqlite, buckets, capsys):
     bench = on_sqlite(A)
     buckets.put(BUCKET, KEY, b"part")
     bench.journal.record_upload(KEY)

@@ -38,7 +38,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(small_disk, tmp_path):
+def test_task_on_full_disk_fails_and_frees_its_space(small_disk, tmp_path):
     folder, resize = small_disk
     scene = KilledService(tmp_path, data=folder / "thrave")
     free = None
@@ -59,7 +59,7 @@ def test_a_task_that_finds_no_room_fails_and_leaves_the_room_that_there_was(smal
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reserve", [0, MIN_FREE])
-def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(small_disk, tmp_path, reserve):
+def test_parts_leave_space_for_undo(small_disk, tmp_path, reserve):
     """Two of five parts fit, and some KiB more: each task makes the write-ahead log of the database 440 KiB longer."""
     folder, resize = small_disk
     resize(128 * MIB)
@@ -76,7 +76,7 @@ def test_parts_that_fill_the_disk_leave_the_database_enough_to_undo_their_task(s
     scene.server.stop()
 
 
-def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_disk, tmp_path):
+def test_task_resumes_when_database_can_write_again(small_disk, tmp_path):
     folder, resize = small_disk
     scene = KilledService(tmp_path, data=folder / "thrave")
     resize(128 * MIB)
@@ -97,7 +97,7 @@ def test_a_task_whose_record_cannot_be_written_goes_on_when_there_is_room(small_
     scene.check_no_traces()
 
 
-def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, tmp_path):
+def test_restore_without_record_starts_instance_on_full_disk(small_disk, tmp_path):
     folder, _ = small_disk
     machine = tmp_path / "on"
     instances = DirectoryDriver(folder / "instances")
@@ -135,7 +135,7 @@ def test_an_instance_is_started_again_though_nothing_can_be_written(small_disk, 
     assert machine.exists()
 
 
-def test_an_instance_that_was_off_before_its_task_is_not_started(instances_off):
+def test_restore_without_record_leaves_stopped_instance(instances_off):
     instances, task = instances_off
     assert not InstancePower(
         instances, None, task, shutdown_timeout=1, shutdown_timeout_action="fail"

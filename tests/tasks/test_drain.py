@@ -62,7 +62,7 @@ def state_after_drain(ground, agent, lease):
 
 @pytest.mark.parametrize("error", [OSError("database unavailable"), SystemExit(1)])
 @pytest.mark.parametrize("moment", ["started_tasks", "record_drained"])
-def test_a_drain_that_fails_is_begun_again_at_a_later_heartbeat(ground, agent, lease, monkeypatch, moment, error):
+def test_failed_drain_is_repeated_at_later_heartbeat(ground, agent, lease, monkeypatch, moment, error):
     failures, works = [error, error], getattr(ground.hosts, moment)
 
     def fail_at_first(*args):
@@ -75,7 +75,7 @@ def test_a_drain_that_fails_is_begun_again_at_a_later_heartbeat(ground, agent, l
     assert failures == []
 
 
-def test_a_drain_for_which_no_thread_can_be_started_is_begun_again(ground, agent, lease, monkeypatch):
+def test_drain_without_thread_is_repeated(ground, agent, lease, monkeypatch):
     refused = []
 
     def refuse_at_first(*args, **options):
@@ -149,7 +149,7 @@ def drain(agent, lease):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drain_waits_until_an_instance_is_put_back(ground, agent, lease, records, clock, kind):
+def test_drain_waits_for_power_recovery(ground, agent, lease, records, clock, kind):
     waits, finish = [], leave(ground, records, kind)
 
     def sleeping():
@@ -165,7 +165,7 @@ def test_drain_waits_until_an_instance_is_put_back(ground, agent, lease, records
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drain_logs_instances_that_are_not_put_back_by_drain_timeout(ground, agent, lease, records, clock, kind):
+def test_drain_logs_instances_that_are_not_recovered_in_time(ground, agent, lease, records, clock, kind):
     leave(ground, records, kind)
     (line,) = drain(agent, lease)
     assert {name: line[name] for name in KINDS} == {name: [INSTANCE] if name == kind else [] for name in KINDS}
@@ -175,7 +175,7 @@ def test_drain_logs_instances_that_are_not_put_back_by_drain_timeout(ground, age
 
 
 @pytest.mark.parametrize("kind", ["to_recover", "to_merge"])
-def test_drain_does_not_wait_for_what_waits_for_a_task_that_has_not_begun(ground, agent, lease, records, clock, kind):
+def test_drain_does_not_wait_for_instances_of_waiting_tasks(ground, agent, lease, records, clock, kind):
     leave(ground, records, kind)
     add_task(ground, "bun-2")
     (line,) = drain(agent, lease)
@@ -184,9 +184,7 @@ def test_drain_does_not_wait_for_what_waits_for_a_task_that_has_not_begun(ground
     assert ground.hosts.list()[0].state is HostState.DRAINING
 
 
-def test_agent_with_unfinished_work_ends_to_be_started_anew_if_the_drain_was_ended(
-    ground, agent, lease, records, clock
-):
+def test_agent_with_unfinished_work_restarts_if_drain_was_cancelled(ground, agent, lease, records, clock):
     clock.sleeping = lambda: ground.hosts.activate("host-a")
     (line,) = drain(agent, lease)
     assert line["tasks"] == {"bun-1": INSTANCE}
@@ -194,14 +192,14 @@ def test_agent_with_unfinished_work_ends_to_be_started_anew_if_the_drain_was_end
 
 
 @pytest.mark.usefixtures("records")
-def test_tasks_that_are_unfinished_after_drain_timeout_are_reported_and_the_host_is_not_drained(ground, agent, lease):
+def test_drain_reports_unfinished_tasks_and_host_is_not_drained(ground, agent, lease):
     with structlog.testing.capture_logs() as logged:
         assert state_after_drain(ground, agent, lease) is HostState.DRAINING
     (line,) = [line for line in logged if line["log_level"] == "error"]
     assert line["tasks"] == {"bun-1": INSTANCE}
 
 
-def test_agent_ends_to_be_started_anew_if_the_drain_was_ended_meanwhile(ground, agent, lease, monkeypatch):
+def test_agent_restarts_if_drain_was_cancelled(ground, agent, lease, monkeypatch):
     started_tasks = ground.hosts.started_tasks
 
     def activate_meanwhile(name):

@@ -51,7 +51,7 @@ def an_hour_ago():
 
 
 @pytest.mark.parametrize("before", HostState)
-def test_hosts_move_as_the_table_says(hosts, change, before):
+def test_host_states_change_as_in_the_table(hosts, change, before):
     acts = {
         HostEvent.AGENT_STARTS: lambda: hosts.acquire_lease("host-a", worker_concurrency=1),
         HostEvent.DRAIN: lambda: hosts.drain("host-a"),
@@ -71,7 +71,7 @@ def test_hosts_move_as_the_table_says(hosts, change, before):
         assert find(hosts, "host-a").state is (after or before), event
 
 
-def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
+def test_agent_without_lease_cannot_record_drained(hosts):
     earlier = hosts.acquire_lease("host-a", worker_concurrency=1)
     hosts.acquire_lease("host-a", worker_concurrency=1)
     hosts.drain("host-a")
@@ -81,7 +81,7 @@ def test_agent_that_lost_its_lease_does_not_end_a_drain(hosts):
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours):
+def test_task_times_are_those_of_the_database(postgres, tmp_path, monkeypatch, hours):
     ground = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
     records = ground.records()
     add_task(ground, "bun-1")
@@ -108,7 +108,7 @@ def test_times_of_tasks_are_the_databases(postgres, tmp_path, monkeypatch, hours
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypatch, hours):
+def test_clock_of_agent_machine_has_no_effect(postgres, tmp_path, monkeypatch, hours):
     ground = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
     hosts = ground.hosts
     with monkeypatch.context() as agent:
@@ -125,7 +125,7 @@ def test_clock_of_an_agents_machine_decides_nothing(postgres, tmp_path, monkeypa
     ground.database.dispose()
 
 
-def test_times_of_a_host_are_those_of_its_own_agent(ground, hosts, change):
+def test_host_intervals_are_settings_of_its_agent(ground, hosts, change):
     operators = HostRegistry(
         ground.database, ground.records(), ground.queues, heartbeat_interval=0.1, heartbeat_timeout=0.4
     )
@@ -148,7 +148,7 @@ def test_times_of_a_host_are_those_of_its_own_agent(ground, hosts, change):
         ("host-b", {"heartbeat_time": an_hour_ago}, r"has sent no heartbeat for 36\d\d s"),
     ],
 )
-def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):
+def test_adopt_rejects_host_without_agent(hosts, change, by, values, says):
     change(
         "host-b", **{name: value() if callable(value) else value for name, value in values.items()} or {"version": "1"}
     )
@@ -158,7 +158,7 @@ def test_adopter_without_an_agent_is_refused(hosts, change, by, values, says):
     assert hosts.heartbeat(lease) is HostState.ACTIVE  # nothing has changed
 
 
-def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
+def test_adopted_tasks_can_return_to_their_host(ground, hosts):
     add_task(ground, "bun-1")
     assert hosts.adopt("host-a", by="host-b", powered_off=True) == ["bun-1"]
     assert find(hosts, "host-a").adopted_by == "host-b"
@@ -167,7 +167,7 @@ def test_tasks_go_back_to_the_host_that_they_were_adopted_from(ground, hosts):
     assert find(hosts, "host-a").adopted_by is None
 
 
-def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts, change):
+def test_requeue_lost_skips_waiting_tasks_of_draining_host(ground, hosts, change):
     add_task(ground, "bun-1")
     add_task(ground, "bun-2")
     ground.records().record_attempt("bun-1")
@@ -180,7 +180,7 @@ def test_draining_host_is_given_no_lost_task_that_it_has_not_begun(ground, hosts
     assert ground.queues.scheduled("host-a") == {"bun-1", "bun-2"}
 
 
-def test_host_is_retired_with_all_its_tasks_or_not_at_all(ground, hosts, monkeypatch):
+def test_retire_is_atomic(ground, hosts, monkeypatch):
     lease = hosts.acquire_lease("host-a", worker_concurrency=1)
     for bundle_id in ("bun-1", "bun-2"):
         add_task(ground, bundle_id)

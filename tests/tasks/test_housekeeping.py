@@ -82,7 +82,7 @@ def left_overs(records, buckets):
     return ObjectCleanup(records, buckets, HERE, stall_timeout=10.0)
 
 
-def test_what_a_failed_task_has_left_is_shown_and_removed_and_nothing_else(records, buckets, task):
+def test_object_cleanup_deletes_only_orphaned_objects(records, buckets, task):
     left, unfinished = task("bun-1"), task("bun-2", failed=False)
     buckets.put("bucket", "bun-1.part.10", b"somebody else's")
     assert [found.bundle_id for found in records.with_orphans()] == [left]
@@ -92,14 +92,14 @@ def test_what_a_failed_task_has_left_is_shown_and_removed_and_nothing_else(recor
     assert records.journal(left).objects() == []
 
 
-def test_what_another_host_has_left_is_its_own_business_unless_it_was_given_up(records, buckets, task):
+def test_object_cleanup_of_another_host_only_if_retired(records, buckets, task):
     task("bun-1", ELSEWHERE)
     task("bun-2", NOWHERE)
     left_overs(records, buckets).run_once()
     assert [found.bundle_id for found in records.with_orphans()] == ["bun-1"]
 
 
-def test_what_cannot_be_removed_is_tried_again_and_at_once_after_a_restart(records, buckets, task):
+def test_object_cleanup_retries_and_starts_at_once_after_restart(records, buckets, task):
     task("bun-1")
     refusing = Refusing(buckets)
     looking = left_overs(records, refusing)
@@ -114,7 +114,7 @@ def test_what_cannot_be_removed_is_tried_again_and_at_once_after_a_restart(recor
     assert records.with_orphans() == []
 
 
-def test_a_task_that_fails_while_the_service_runs_is_seen_to_as_well(records, buckets, task):
+def test_object_cleanup_includes_task_that_fails_later(records, buckets, task):
     looking = left_overs(records, buckets)
     looking.run_once()
     task("bun-1")
@@ -137,7 +137,7 @@ def kept(engine):
         return [*connection.execute(sa.select(bundle_task.c.bundle_id).order_by(bundle_task.c.bundle_id)).scalars()]
 
 
-def test_what_ended_long_ago_is_forgotten_with_all_that_hangs_on_it(engine, records, task):
+def test_retention_deletes_rows_events_and_workflow(engine, records, task):
     task("bun-1")
     forget_objects(records, "bun-1")
     task("bun-2", failed=False)
@@ -154,7 +154,7 @@ def test_what_ended_long_ago_is_forgotten_with_all_that_hangs_on_it(engine, reco
     assert len(forgotten) == 2
 
 
-def test_the_parts_of_a_complete_bundle_are_forgotten_and_stay_in_the_bucket(engine, records, buckets, task):
+def test_retention_keeps_objects_of_complete_bundle(engine, records, buckets, task):
     task("bun-1", failed=False)
     for state in ("waiting-for-shutdown", "bundling", "storing"):
         records.change_state("bun-1", state)
@@ -167,7 +167,7 @@ def test_the_parts_of_a_complete_bundle_are_forgotten_and_stay_in_the_bucket(eng
 
 
 @pytest.mark.parametrize("reason", ["left over", "looked after"])
-def test_a_task_that_leaves_something_to_do_is_not_forgotten(engine, records, task, reason):
+def test_retention_keeps_task_with_work_to_do(engine, records, task, reason):
     task("bun-1")
     if reason == "looked after":
         forget_objects(records, "bun-1")
@@ -177,7 +177,7 @@ def test_a_task_that_leaves_something_to_do_is_not_forgotten(engine, records, ta
     assert kept(engine) == ["bun-1"]
 
 
-def test_more_than_are_forgotten_at_once_are_forgotten(engine, records, task, monkeypatch):
+def test_retention_deletes_more_than_one_batch(engine, records, task, monkeypatch):
     monkeypatch.setattr("thrave.tasks.housekeeping.DELETE_BATCH", 2)
     for number in range(5):
         forget_objects(records, task(f"bun-{number}"))
@@ -187,7 +187,7 @@ def test_more_than_are_forgotten_at_once_are_forgotten(engine, records, task, mo
     assert (kept(engine), more) == ([], [])
 
 
-def test_retries_come_at_growing_intervals():
+def test_retry_schedule_has_growing_intervals():
     now = [0.0]
     retries, tried = RetrySchedule(1.0, 10.0, clock=lambda: now[0]), []
     while now[0] < 60:

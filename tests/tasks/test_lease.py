@@ -8,7 +8,7 @@ from support.manual_clock import ManualClock
 from thrave.tasks.lease import LeaseExpiredError, LeaseTimer
 
 
-def test_lease_allows_an_attempt_that_ends_in_time():
+def test_lease_timer_allows_attempt_that_ends_in_time():
     clock = ManualClock()
     timer = LeaseTimer(60.0, clock)
     timer.check(50.0)
@@ -16,7 +16,7 @@ def test_lease_allows_an_attempt_that_ends_in_time():
         timer.check(55.0)  # within the margin
 
 
-def test_lease_counts_from_the_moment_before_the_heartbeat_was_sent():
+def test_lease_timer_counts_from_before_heartbeat_was_sent():
     clock = ManualClock()
     timer = LeaseTimer(60.0, clock)
     sent = timer.now()
@@ -26,7 +26,7 @@ def test_lease_counts_from_the_moment_before_the_heartbeat_was_sent():
         timer.check(10.0)
 
 
-def test_a_late_answer_does_not_shorten_the_lease():
+def test_lease_timer_is_not_shortened_by_late_response():
     clock = ManualClock()
     timer = LeaseTimer(60.0, clock)
     late = timer.now()
@@ -37,7 +37,7 @@ def test_a_late_answer_does_not_shorten_the_lease():
     timer.check()
 
 
-def test_expired_lease_holds_again_after_a_heartbeat():
+def test_lease_timer_is_valid_again_after_heartbeat():
     clock = ManualClock()
     timer = LeaseTimer(60.0, clock)
     clock.now += 60.0
@@ -46,14 +46,14 @@ def test_expired_lease_holds_again_after_a_heartbeat():
     timer.check()
 
 
-def test_lease_on_one_machine_never_ends():
+def test_lease_timer_without_limit_never_expires():
     clock = ManualClock()
     timer = LeaseTimer(None, clock)
     clock.now += 1e9
     timer.check(1e9)
 
 
-def test_time_in_which_the_machine_was_suspended_counts(monkeypatch):
+def test_lease_timer_counts_suspended_time(monkeypatch):
     clocks = {time.CLOCK_BOOTTIME: 100.0, time.CLOCK_MONOTONIC: 100.0}
     monkeypatch.setattr(time, "clock_gettime", clocks.get)
     timer = LeaseTimer(60.0)

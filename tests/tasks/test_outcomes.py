@@ -98,7 +98,7 @@ def number_of(here, event=STATEMENT, **changes):
 
 
 @pytest.mark.parametrize("happens", [fail, kill])
-def test_task_completes_whatever_statement_fails(here, happens):
+def test_task_completes_if_any_statement_fails(here, happens):
     for number in range(1, number_of(here) + 1, EVERY):
         bundle_id = here.task()
         task, _ = ends(here, bundle_id, number, happens)
@@ -108,7 +108,7 @@ def test_task_completes_whatever_statement_fails(here, happens):
 
 
 @pytest.mark.parametrize("happens", [fail, kill])
-def test_failed_task_keeps_its_reason_whatever_statement_fails(here, happens):
+def test_failed_task_keeps_its_reason_if_any_statement_fails(here, happens):
     lossy = {"store": LosesAPart(here.buckets)}
     for number in range(1, number_of(here, **lossy) + 1, EVERY):
         bundle_id = here.task()
@@ -118,7 +118,7 @@ def test_failed_task_keeps_its_reason_whatever_statement_fails(here, happens):
         assert here.instances.state(task.instance_id) is InstanceState.RUNNING
 
 
-def test_reason_is_recorded_before_anything_is_undone(here):
+def test_reason_is_recorded_before_undo(here):
     """The first statement after the failure decides; what is done then, and by whom, changes no reason."""
     bundle_id = here.task()
     decided = []
@@ -132,7 +132,7 @@ def test_reason_is_recorded_before_anything_is_undone(here):
     assert decided[0] == (Step.UNDO_REMOVE, "Server.S3Error")
 
 
-def test_cancellation_at_any_moment_ends_well(here):
+def test_cancellation_before_any_statement_ends_task(here):
     """Cancelled, everything is undone; refused, since the manifest may have been sent, the bundle is complete."""
     for number in range(1, number_of(here, TRANSACTION) + 1, EVERY):
         bundle_id = here.task()
@@ -149,7 +149,7 @@ def test_cancellation_at_any_moment_ends_well(here):
         assert here.instances.state(task.instance_id) is InstanceState.RUNNING
 
 
-def test_run_that_was_replaced_changes_nothing(here):
+def test_replaced_run_writes_nothing(here):
     """Another run begins at any moment: the earlier one writes nothing from then on, and ends."""
     for number in range(3, number_of(here, TRANSACTION), EVERY):
         bundle_id = here.task()
@@ -165,7 +165,7 @@ def test_run_that_was_replaced_changes_nothing(here):
         assert here.get(bundle_id) == rows[0]
 
 
-def test_second_run_in_one_process_does_nothing(here):
+def test_second_run_in_one_process_is_ignored(here):
     bundle_id = here.task()
     at_once = []
 
@@ -182,7 +182,7 @@ def test_second_run_in_one_process_does_nothing(here):
     assert at_once == [None, 1]
 
 
-def test_host_without_its_lease_writes_nothing(here, monkeypatch):
+def test_host_without_lease_writes_nothing(here, monkeypatch):
     def end(_lease):
         raise KilledError
 
@@ -206,7 +206,7 @@ def test_task_of_another_host_is_not_written(here):
     assert here.get(bundle_id) == before
 
 
-def test_instance_that_does_not_start_costs_no_bundle(here):
+def test_failed_start_after_read_completes_with_warning(here):
     """Every part is stored when the instance is started: the task completes, and tells its owner."""
     bundle_id = here.task(stop_command=("true",), start_command=("false",))
     here.run(bundle_id)
@@ -217,7 +217,7 @@ def test_instance_that_does_not_start_costs_no_bundle(here):
     assert here.opens(bundle_id)
 
 
-def test_every_step_leads_to_an_end():
+def test_every_step_leads_to_the_end_of_the_task():
     assert not FORWARD_STEPS.keys() & UNDO_STEPS.keys()
     assert FORWARD_STEPS.keys() | UNDO_STEPS.keys() == set(Step)
 
@@ -248,7 +248,7 @@ class LosesTheAnswer:
         return getattr(self.inner, name)
 
 
-def test_nothing_is_decided_while_the_store_does_not_say_whether_it_has_the_manifest(here, monkeypatch):
+def test_task_waits_until_store_tells_whether_it_has_manifest(here, monkeypatch):
     monkeypatch.setattr(workflow, "_PUBLISHED_INTERVAL", 0.0)
     bundle_id = here.task()
     here.run(bundle_id, store=LosesTheAnswer(here.buckets, away=5))
@@ -257,7 +257,7 @@ def test_nothing_is_decided_while_the_store_does_not_say_whether_it_has_the_mani
 
 
 @pytest.mark.parametrize("step", [*FORWARD_STEPS, *UNDO_STEPS])
-def test_task_of_a_retired_host_is_complete_if_its_bundle_is(here, step):
+def test_retired_host_completes_task_with_complete_bundle(here, step):
     bundle_id = here.task()
     with here.ground.database.begin() as connection:
         row = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id)
@@ -269,7 +269,7 @@ def test_task_of_a_retired_host_is_complete_if_its_bundle_is(here, step):
 
 
 @pytest.mark.parametrize("says", [True, False])
-def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it_is_its_own(here, monkeypatch, says):
+def test_expired_lease_starts_instance_if_database_confirms_lease(here, monkeypatch, says):
     """The database can be read and not written: heartbeats are refused, and the lease ends by the clock."""
     bundle_id = here.task()
     task = here.get(bundle_id)
@@ -284,7 +284,7 @@ def test_host_with_an_expired_lease_starts_an_instance_if_the_database_proves_it
     assert here.instances.state(task.instance_id) is state
 
 
-def test_run_that_resumes_after_the_start_owes_no_instance_power(here):
+def test_run_resumed_after_start_does_not_restore_power(here):
     """Its owner may have stopped it since: only a step before which it is borrowed makes it owed."""
     task = replace(here.get(here.task()), was_running=True)
     owed = {step: workflow.BundleWorkflow(here.host(here.lease), replace(task, next_step=step), 1)._power._must_restore

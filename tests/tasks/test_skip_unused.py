@@ -36,7 +36,7 @@ def finished(server, alice, root, prefix):
     return ec2.describe_bundle_tasks(BundleIds=ids)["BundleTasks"][0]
 
 
-def test_deleted_files_are_not_in_the_bucket(server, alice, tmp_path):
+def test_bundle_has_no_deleted_files(server, alice, tmp_path):
     demo = make_demo_disk(tmp_path / "root.raw", 64 << 20)
     task = finished(server, alice, demo.path, "clean")
     assert (task["State"], task["Progress"]) == ("complete", "100%")
@@ -60,7 +60,7 @@ def dirty(path):
     ("make", "words"),
     [(lambda path: make_disk(path, 1 << 20), "there is no NTFS volume"), (dirty, "it is marked as dirty")],
 )
-def test_a_volume_that_cannot_be_told_fails_its_task_with_the_reason(server, alice, tmp_path, make, words):
+def test_unknown_unused_space_fails_task_with_reason(server, alice, tmp_path, make, words):
     path = make(tmp_path / "root.raw")
     with pytest.raises(WaiterError) as waiting:
         finished(server, alice, path, "refused")

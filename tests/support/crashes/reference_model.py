@@ -1,4 +1,4 @@
-"""Reference model for tests/tasks/test_machine.py: the allowed states of one instance and its bundle tasks.
+"""Reference model for tests/tasks/test_reference_model.py: the allowed states of one instance and its bundle tasks.
 
 It knows nothing of how Thrave does it: what EC2's callers were promised stands here in as few words as can be.
 """

@@ -94,7 +94,7 @@ class StoppingVolume(RawVolume):
         self.read += len(buffer)
 
 
-def test_parts_that_come_back_in_any_order_are_one_bundle(tmp_path, disk, buckets, bench):
+def test_uploads_that_end_in_any_order_make_one_bundle(tmp_path, disk, buckets, bench):
     def let_the_next_go_first(what, key):
         if what == "put" and int(key[-2:]) % 2 == 0:
             following = f"{key[:-2]}{int(key[-2:]) + 1:02}"
@@ -108,7 +108,7 @@ def test_parts_that_come_back_in_any_order_are_one_bundle(tmp_path, disk, bucket
     assert [(item.key, item.size) for item in bench.journal.objects()] == [(p.filename, p.size) for p in sealed.parts]
 
 
-def test_sealing_waits_for_a_slow_upload_only_when_it_is_a_window_ahead(disk, buckets, bench, begun):
+def test_sealing_waits_for_slow_upload_only_at_end_of_window(disk, buckets, bench, begun):
     buckets.hold("put", part(0))
     sealing = begun(bench.seal, RawVolume(disk), at_once=2)
     buckets.wait_for(lambda: len(buckets.ended) == 7)
@@ -118,7 +118,7 @@ def test_sealing_waits_for_a_slow_upload_only_when_it_is_a_window_ahead(disk, bu
     assert len(sealing.result().parts) == PARTS
 
 
-def test_no_more_parts_are_in_memory_than_may_be_sent_at_once_and_three(disk, buckets, bench, begun, stall_clock):
+def test_parts_in_memory_are_limited(disk, buckets, bench, begun, stall_clock):
     buckets.hold("put")
     volume = StoppingVolume(disk, disk.stat().st_size, threading.Event())
     sealing = begun(bench.seal, volume, at_once=2, stall_timeout=1.0)
@@ -130,7 +130,7 @@ def test_no_more_parts_are_in_memory_than_may_be_sent_at_once_and_three(disk, bu
     assert volume.read < (2 + 3) * PART_SIZE + CHUNKS
 
 
-def test_an_upload_that_is_refused_stops_the_others_and_nothing_stays(disk, buckets, bench):
+def test_refused_upload_stops_the_others(disk, buckets, bench):
     def refuse(what, key):
         if what == "put" and key.endswith(part(3)):
             raise AccessDenied("Policy expired.")
@@ -151,7 +151,7 @@ def test_an_upload_that_is_refused_stops_the_others_and_nothing_stays(disk, buck
     assert bench.stored_keys() == []
 
 
-def test_a_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, begun):
+def test_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, begun):
     buckets.hold("put")
     sealing = begun(bench.seal, RawVolume(disk))
     buckets.wait_for(lambda: len(buckets.begun) == 4)
@@ -166,14 +166,14 @@ def test_a_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, be
     assert bench.stored_keys() == []
 
 
-def test_a_disk_that_stops_answering_fails_the_task(disk, bench):
+def test_unresponsive_disk_fails_task(disk, bench):
     gate = threading.Event()
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress: No progress for 1 seconds"):
         bench.seal(StoppingVolume(disk, 3 * PART_SIZE, gate), stall_timeout=1.0)
     gate.set()
 
 
-def test_a_disk_that_is_slow_does_not(disk, bench, stall_clock):
+def test_slow_disk_does_not_fail_task(disk, bench, stall_clock):
     class Slow(RawVolume):
         slow_reads = 5
 
@@ -187,7 +187,7 @@ def test_a_disk_that_is_slow_does_not(disk, bench, stall_clock):
 
 
 @pytest.mark.parametrize("hanging", ["head", "put"])
-def test_a_store_that_stops_answering_fails_the_task_at_its_end_too(disk, buckets, bench, hanging):
+def test_unresponsive_store_fails_task_also_at_its_end(disk, buckets, bench, hanging):
     documents = bench.documents(bench.seal(RawVolume(disk)))
     store = bench.store()
     buckets.hold(hanging)
@@ -201,7 +201,7 @@ def test_a_store_that_stops_answering_fails_the_task_at_its_end_too(disk, bucket
         finish()
 
 
-def test_removing_from_a_store_that_does_not_answer_ends_and_can_be_done_again(disk, buckets, bench):
+def test_removal_from_unresponsive_store_ends_and_can_be_repeated(disk, buckets, bench):
     bench.seal(RawVolume(disk))
     buckets.hold("delete")
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
@@ -214,7 +214,7 @@ def test_removing_from_a_store_that_does_not_answer_ends_and_can_be_done_again(d
 
 
 @pytest.mark.parametrize("held", [(0, 7, 8), (3, 7, 8), (3, 5, 8)])
-def test_after_a_kill_no_part_is_sent_again_but_those_in_flight(tmp_path, disk, killed, held):
+def test_only_parts_in_flight_are_uploaded_again_after_kill(tmp_path, disk, killed, held):
     bench = killed(disk, *held)
     before = bench.journal.resume_state()
     assert (before.first_part, sorted(n for n, sent in before.sent.items() if not sent.stored)) == (held[0], [*held])
@@ -227,7 +227,7 @@ def test_after_a_kill_no_part_is_sent_again_but_those_in_flight(tmp_path, disk, 
 
 
 @pytest.mark.parametrize("changed", [1, 3, 6], ids=["before the checkpoint", "in flight", "beyond"])
-def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, disk, killed, changed):
+def test_disk_that_changed_after_kill_is_sealed_with_another_key(tmp_path, disk, killed, changed):
     other = tmp_path / "root.raw"
     other.write_bytes(disk.read_bytes())
     bench = killed(other, 3, 7, 8)
@@ -241,7 +241,7 @@ def test_a_disk_that_changed_after_a_kill_is_sealed_with_another_key(tmp_path, d
     assert opened(tmp_path, sealed, private_key("user")) == other.read_bytes()
 
 
-def test_a_part_that_somebody_else_overwrote_is_noticed(disk, buckets, bench):
+def test_verify_stored_finds_overwritten_part(disk, buckets, bench):
     sealed = bench.seal(RawVolume(disk))
     buckets.put(BUCKET, sealed.parts[4].filename, b"somebody was here")
     with (
@@ -251,7 +251,7 @@ def test_a_part_that_somebody_else_overwrote_is_noticed(disk, buckets, bench):
         bench.store().verify_stored(bench.documents(sealed), watch)
 
 
-def test_how_often_the_store_was_asked_again_is_told(disk, buckets, bench):
+def test_event_has_number_of_repeated_store_calls(disk, buckets, bench):
     def fail(what, key):
         if what == "put" and key.endswith(part(3)) and key in buckets.ended:
             return
@@ -281,7 +281,7 @@ def failed(bench):
     bench.records.fail(bench.bundle_id, TaskCancelled())
 
 
-def test_store_refuses_a_prefix_that_has_a_bundle_and_touches_nothing(small, buckets, made_bench):
+def test_upload_refuses_prefix_with_bundle(small, buckets, made_bench):
     sealed_bundle(made_bench(buckets), small)
     before = contents(made_bench(buckets))
     second = made_bench(buckets, bundle_id="bun-00000002")
@@ -291,7 +291,7 @@ def test_store_refuses_a_prefix_that_has_a_bundle_and_touches_nothing(small, buc
     assert contents(second) == before
 
 
-def test_store_refuses_a_manifest_that_came_while_it_was_sealing(small, buckets, bench):
+def test_put_manifest_refuses_manifest_stored_during_sealing(small, buckets, bench):
     sealed = bench.seal(RawVolume(small))
     buckets.put(BUCKET, MANIFEST, b"m" * MIN_MANIFEST_SIZE)
     with pytest.raises(TaskFailure, match=r"Client\.PrefixInUse"):
@@ -300,7 +300,7 @@ def test_store_refuses_a_manifest_that_came_while_it_was_sealing(small, buckets,
     assert contents(bench) == {MANIFEST: b"m" * MIN_MANIFEST_SIZE}
 
 
-def test_store_never_overwrites_objects_under_the_prefix(small, buckets, bench):
+def test_upload_never_overwrites_objects_under_prefix(small, buckets, bench):
     """Somebody's parts without a manifest, and a side file, lie where the bundle goes."""
     strange = {f"{PREFIX}.part.{number}": b"somebody's" for number in range(3)} | {side_filename(PREFIX): b"{}"}
     for key, data in strange.items():
@@ -312,7 +312,7 @@ def test_store_never_overwrites_objects_under_the_prefix(small, buckets, bench):
     assert contents(bench) == strange
 
 
-def test_sealings_of_one_prefix_never_share_a_key(small, buckets, made_bench):
+def test_sealings_of_one_prefix_use_different_keys(small, buckets, made_bench):
     """A failed task, two complete ones and one that began again with another key."""
     names = []
     for number in range(1, 5):
@@ -351,7 +351,7 @@ def replacing(tmp_path, small, buckets, made_bench):
     return bench, before, bench.seal(RawVolume(other), existing="replace"), other
 
 
-def test_replacing_leaves_the_earlier_bundle_until_the_manifest_is_stored(tmp_path, replacing):
+def test_replacement_keeps_earlier_bundle_until_manifest_is_stored(tmp_path, replacing):
     bench, before, sealed, other = replacing
     assert contents(bench).items() >= before.items()
 
@@ -369,7 +369,7 @@ def test_replacing_leaves_the_earlier_bundle_until_the_manifest_is_stored(tmp_pa
 
 
 @pytest.mark.parametrize("moment", ["parts", "side file", "manifest refused", "manifest damaged", "manifest stored"])
-def test_a_replacement_that_fails_leaves_exactly_the_earlier_bundle(replacing, moment):
+def test_failed_replacement_leaves_exactly_the_earlier_bundle(replacing, moment):
     bench, before, sealed, _ = replacing
     documents = bench.documents(sealed)
     bench.records.change_state(bench.bundle_id, BundleTaskState.STORING)
@@ -393,7 +393,7 @@ def test_a_replacement_that_fails_leaves_exactly_the_earlier_bundle(replacing, m
     assert bench.journal.objects() == []
 
 
-def test_a_failed_replacement_is_undone_by_the_agent_later(replacing):
+def test_object_cleanup_undoes_failed_replacement(replacing):
     """The store did not answer when the task failed; its manifest has come to be stored."""
     bench, before, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
@@ -403,7 +403,7 @@ def test_a_failed_replacement_is_undone_by_the_agent_later(replacing):
     assert not bench.records.has_orphans(bench.bundle_id)
 
 
-def test_a_failed_task_leaves_a_manifest_that_somebody_else_has_stored_since(replacing, small, made_bench, buckets):
+def test_failed_replacement_keeps_manifest_of_another_user(replacing, small, made_bench, buckets):
     bench, _, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     failed(bench)
@@ -415,7 +415,7 @@ def test_a_failed_task_leaves_a_manifest_that_somebody_else_has_stored_since(rep
     assert all(buckets.head(BUCKET, key) for key in BundleLocation(BUCKET, "", PREFIX).part_keys(manifest))
 
 
-def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(replacing):
+def test_remaining_parts_of_replaced_bundle_are_removed_later(replacing):
     bench, before, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     bench.buckets.before = refuse_deletion
@@ -430,7 +430,7 @@ def test_parts_of_a_replaced_bundle_that_stay_are_recorded_and_removed_later(rep
     assert not bench.records.has_orphans(bench.bundle_id)
 
 
-def test_a_bundle_that_was_put_back_by_hand_is_not_removed(replacing):
+def test_bundle_restored_by_hand_is_not_removed(replacing):
     """Its parts were to be removed; then its owner has copied it to its place again."""
     bench, before, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
@@ -440,7 +440,7 @@ def test_a_bundle_that_was_put_back_by_hand_is_not_removed(replacing):
     assert contents(bench).items() >= before.items()
 
 
-def test_a_hostile_manifest_has_no_other_files_removed(small, buckets, bench, made_bench):
+def test_hostile_manifest_cannot_cause_removal_of_other_objects(small, buckets, bench, made_bench):
     """It names files of other bundles; they stay when the bundle is replaced."""
     others = ["other.part.0", f"{PREFIX}2.part.0", f"{PREFIX}.part.0x", "../escape", f"{PREFIX}.parts"]
     sealed = sealed_bundle(bench, small)
@@ -451,7 +451,7 @@ def test_a_hostile_manifest_has_no_other_files_removed(small, buckets, bench, ma
     assert BundleLocation(BUCKET, "", PREFIX).part_keys(b"<manifest>") == ()
 
 
-def test_a_task_cannot_be_cancelled_once_its_manifest_may_have_been_sent(replacing):
+def test_cancel_rejects_task_whose_manifest_may_be_sent(replacing):
     bench, _, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     assert not bench.records.cancel(bench.bundle_id)
@@ -459,7 +459,7 @@ def test_a_task_cannot_be_cancelled_once_its_manifest_may_have_been_sent(replaci
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "other bytes"])
-def test_a_part_that_is_not_what_was_sealed_is_noticed_wherever_it_is(disk, buckets, bench, damage):
+def test_verify_stored_finds_damaged_part(disk, buckets, bench, damage):
     """Where the store keeps no MD5 (a directory), each part is read back."""
     sealed = bench.seal(RawVolume(disk))
     documents = bench.documents(sealed)
@@ -477,7 +477,7 @@ def test_a_part_that_is_not_what_was_sealed_is_noticed_wherever_it_is(disk, buck
         bench.store().verify_stored(documents, watch)
 
 
-def test_a_part_that_the_journal_does_not_know_is_looked_for_all_the_same(small, buckets, bench):
+def test_verify_stored_checks_part_without_record(small, buckets, bench):
     sealed = bench.seal(RawVolume(small))
     documents = bench.documents(sealed)
     bench.journal.end_deletion([item.key for item in bench.journal.objects()])
@@ -486,7 +486,7 @@ def test_a_part_that_the_journal_does_not_know_is_looked_for_all_the_same(small,
         bench.store().verify_stored(documents, watch)
 
 
-def test_an_object_whose_abandoned_upload_comes_late_stays_recorded(small, buckets, bench, begun, stall_clock):
+def test_object_with_late_abandoned_upload_stays_recorded(small, buckets, bench, begun, stall_clock):
     """The removal has passed when it is stored."""
     buckets.hold("put", part_of_small := ".part.0")
     sealing = begun(bench.seal, RawVolume(small), stall_timeout=1.0)
@@ -512,7 +512,7 @@ def refuse_deletion(what, _key):
 
 
 @pytest.mark.s3
-def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag(disk, made_bench, seaweedfs):
+def test_verify_stored_finds_other_part_of_same_size_by_etag(disk, made_bench, seaweedfs):
     buckets = owners(seaweedfs).of(OWNER)
     buckets.create(BUCKET, OWNER)
     bench = made_bench(BlockingStore(buckets))
@@ -533,7 +533,7 @@ def test_a_part_of_the_same_size_that_somebody_else_wrote_is_noticed_by_its_etag
     assert bench.stored_keys() == []
 
 
-def test_the_journal_is_the_same_on_every_database(disk, buckets, made_bench, database):
+def test_journal_is_the_same_on_every_database(disk, buckets, made_bench, database):
     bench = made_bench(buckets, **database)
     first = bench.seal(RawVolume(disk))
     left = bench.journal.resume_state()

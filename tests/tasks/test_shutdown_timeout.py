@@ -37,7 +37,7 @@ def notice(server, bundle_id):
         database.dispose()
 
 
-def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_says_so(tmp_path, machine):
+def test_power_off_action_cuts_power_with_warning(tmp_path, machine):
     commands = {**machine.commands, "stop_command": DEAF}
     with ForkedServer.running(tmp_path / "data", shutdown_timeout=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
@@ -56,7 +56,7 @@ def test_a_deaf_guest_loses_its_power_if_the_operator_wants_that_and_the_task_sa
         (DEAF, "still runs although its power was cut"),
     ],
 )
-def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_path, machine, force, words):
+def test_failed_power_cut_fails_task_with_reason(tmp_path, machine, force, words):
     commands = {**machine.commands, "stop_command": DEAF, "force_stop_command": force}
     with ForkedServer.running(tmp_path / "data", shutdown_timeout=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
@@ -66,7 +66,7 @@ def test_a_guest_whose_power_cannot_be_cut_stays_up_and_the_reason_is_given(tmp_
         assert server.instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_a_guest_that_powers_off_while_the_service_is_dead_is_started_when_it_is_back(tmp_path, machine):
+def test_guest_that_powers_off_while_service_is_down_is_started(tmp_path, machine):
     commands = {**machine.commands, "stop_command": DEAF}
     with ForkedServer.running(tmp_path / "data", shutdown_timeout=1) as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
@@ -78,7 +78,7 @@ def test_a_guest_that_powers_off_while_the_service_is_dead_is_started_when_it_is
         eventually(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)
 
 
-def test_an_instance_that_does_not_start_is_started_when_its_hypervisor_can(tmp_path, machine):
+def test_failed_start_is_retried(tmp_path, machine):
     gate = tmp_path / "gate"
     start = (sys.executable, "-c", "import os, subprocess, sys; os.stat(sys.argv[1]); subprocess.run(sys.argv[2:])")
     commands = {**machine.commands, "start_command": (*start, str(gate), *machine.commands["start_command"])}

@@ -146,7 +146,7 @@ class CallsMachine(RuleBasedStateMachine):
             call.let_go(fails=False)
 
 
-def test_calls_lose_no_result_and_no_failure():
+def test_call_group_loses_no_result_and_no_error():
     run_state_machine_as_test(
         CallsMachine,
         settings=settings(
@@ -155,7 +155,7 @@ def test_calls_lose_no_result_and_no_failure():
     )
 
 
-def test_calls_wake_a_waiter_when_one_fails_after_the_last_start():
+def test_call_group_wakes_waiting_thread_when_call_fails():
     woken, call = threading.Event(), HeldCall(0)
     group = CallGroup(wake=woken.set)
     group.start(call)
@@ -165,7 +165,7 @@ def test_calls_wake_a_waiter_when_one_fails_after_the_last_start():
         next(group.remaining())
 
 
-def test_calls_that_are_stopped_raise_and_are_abandoned():
+def test_call_group_stop_abandons_running_calls():
     call = HeldCall(0)
 
     def stop(group):
@@ -198,7 +198,7 @@ def refusing(monkeypatch, times):
     return refused
 
 
-def test_calls_whose_thread_cannot_start_are_begun_again(monkeypatch):
+def test_call_group_start_retries_while_no_thread_is_available(monkeypatch):
     group = CallGroup()
     refused = refusing(monkeypatch, 2)
     group.start(lambda: "result")
@@ -206,7 +206,7 @@ def test_calls_whose_thread_cannot_start_are_begun_again(monkeypatch):
     assert len(refused) == 2
 
 
-def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
+def test_call_group_does_not_wait_for_call_without_thread(monkeypatch):
     monkeypatch.setattr(store_calls, "START_TIMEOUT", 0.001)
     group = CallGroup()
     with monkeypatch.context() as patched:
@@ -219,7 +219,7 @@ def test_calls_whose_thread_cannot_start_are_not_waited_for(monkeypatch):
     assert [*group.remaining()] == []
 
 
-def test_places_wait_for_an_object_has_an_end():
+def test_in_flight_objects_wait_until_free_ends():
     """An abandoned upload hangs; whoever waits for it may be stopped meanwhile, and waits no longer than is given."""
     places, passes = InFlightObjects(), []
     with places.lock("bucket", "key"):

@@ -40,9 +40,7 @@ def opened_late(disk, image, image_format, **options):
 
 @pytest.mark.parametrize("image_format", DRIVERS)
 @pytest.mark.parametrize("moment", ["opening", "extents", "a look", "closing"])
-def test_a_disk_that_does_not_answer_is_abandoned_and_not_in_the_machines_way(
-    bench, tmp_path, monkeypatch, image_format, moment
-):
+def test_unresponsive_disk_is_abandoned_and_instance_starts(bench, tmp_path, monkeypatch, image_format, moment):
     raw = tmp_path / "root.raw"
     raw.write_bytes(os.urandom(1 << 20))
     image = raw if image_format == "raw" else converted(raw, image_format)

@@ -348,7 +348,7 @@ class Power(RuleBasedStateMachine):
 FROZEN = Overlay(volume=VolumeFile(path=Path("/volume")), overlay=Path("/overlay"))
 
 
-def test_what_was_asked_last_holds_in_the_end(play):
+def test_last_request_decides_final_power_state(play):
     """In any order; a failing one is given as it was found, since shortening it would take minutes."""
     options = {"max_examples": 40, "stateful_step_count": 25, "deadline": None, "phases": [Phase.generate]}
     run_state_machine_as_test(play, settings=settings(**options, suppress_health_check=[*HealthCheck]))
@@ -367,7 +367,7 @@ HOW = [("none", False), ("none", True), ("process_dies", True), ("hypervisor_is_
 
 @pytest.mark.parametrize("overlay", [False, True])
 @pytest.mark.parametrize("end", ["complete", "cancel"])
-def test_what_is_asked_at_any_moment_of_a_task_holds_in_the_end(play, overlay, end):
+def test_request_during_task_decides_final_power_state(play, overlay, end):
     """Every request at every moment, begun at once or later, and with a fault after it."""
     for on, action, moment, (fault, at_once) in product([True, False], PowerAction, range(MOMENTS), HOW):
         if not on and fault != "none":
@@ -391,7 +391,7 @@ def test_what_is_asked_at_any_moment_of_a_task_holds_in_the_end(play, overlay, e
 
 @pytest.mark.parametrize("is_again", [False, True])
 @pytest.mark.parametrize("end", ["complete", "fail", "cancel"])
-def test_an_owner_who_shuts_a_guest_down_on_its_overlay_finds_it_so(play, is_again, end):
+def test_guest_shut_down_on_its_overlay_stays_off(play, is_again, end):
     power = play()
     power.begin(on=True)
     while not power.freed:
@@ -426,9 +426,7 @@ def records(engine, tmp_path):
 
 @pytest.mark.parametrize("is_done", [False, True])
 @pytest.mark.parametrize(("action", "before"), [(PowerAction.START, "stopped"), (PowerAction.STOP, "running")])
-def test_a_request_that_comes_while_a_task_looks_at_the_instance_is_what_it_notes(
-    engine, records, action, before, is_done
-):
+def test_record_power_state_uses_concurrent_request(engine, records, action, before, is_done):
     power, hypervisor = PowerRecords(engine), Hypervisor(on=before == "running", started=lambda: None)
     state = hypervisor.state
 
@@ -451,7 +449,7 @@ def test_a_request_that_comes_while_a_task_looks_at_the_instance_is_what_it_note
     assert power.get(INSTANCE).borrowed_by == "bun-1"
 
 
-def test_a_task_that_ends_without_putting_its_instance_back_leaves_it_to_the_caretaker(records):
+def test_ended_task_leaves_borrowed_instance_to_power_recovery(records):
     hypervisor = Hypervisor(on=True, started=lambda: None)
     assert records.record_power_state("bun-1", running=True)
     hypervisor.on = False
@@ -461,7 +459,7 @@ def test_a_task_that_ends_without_putting_its_instance_back_leaves_it_to_the_car
     assert not records.has_power_recovery(INSTANCE)
 
 
-def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkeypatch):
+def test_expired_request_is_dropped_and_logged(engine, monkeypatch):
     power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
     power.add_request(INSTANCE, PowerAction.STOP)
     monkeypatch.setattr(power_records, "MAX_REQUEST_AGE", timedelta(seconds=-1))
@@ -475,7 +473,7 @@ def test_a_request_that_is_too_old_is_dropped_and_the_log_says_so(engine, monkey
 
 @pytest.mark.parametrize("runs_on_an_overlay", [False, True])
 @pytest.mark.parametrize("action", [PowerAction.STOP, PowerAction.START, PowerAction.REBOOT])
-def test_a_request_does_not_grow_old_while_a_task_has_the_instance(engine, records, action, runs_on_an_overlay):
+def test_request_does_not_expire_while_task_has_borrowed_instance(engine, records, action, runs_on_an_overlay):
     power, hypervisor = PowerRecords(engine), Hypervisor(on=True, started=lambda: None)
     records.record_power_state("bun-1", running=True)
     power.add_request(INSTANCE, action)
@@ -499,7 +497,7 @@ def test_a_request_does_not_grow_old_while_a_task_has_the_instance(engine, recor
     assert hypervisor.on is (action is not PowerAction.STOP)
 
 
-def test_nothing_is_asked_of_a_guest_without_the_right_to(engine):
+def test_guest_gets_no_request_without_lease(engine):
     def refuse():
         raise LeaseExpiredError
 
@@ -527,7 +525,7 @@ def report_from(engine, reporter, *others):
         connection.execute(instance.insert(), {**reported, "host": reporter})
 
 
-def test_a_host_carries_out_what_was_asked_of_the_instances_that_it_reports(engine):
+def test_host_carries_out_requests_for_its_instances(engine):
     power_records_of = {name: PowerRecords(engine, name) for name in ("here", "there")}
     report_from(engine, *power_records_of)
     with engine.begin() as connection:
@@ -550,7 +548,7 @@ def test_a_host_carries_out_what_was_asked_of_the_instances_that_it_reports(engi
     "write",
     ["finish_request", "record_shutdown_request", "record_off", "drop_request", "expire_request", "withdraw_request"],
 )
-def test_a_host_that_has_lost_an_instance_changes_nothing_of_its_power(engine, loss, write):
+def test_host_without_instance_writes_no_power_record(engine, loss, write):
     report_from(engine, "here", "there")
     power = PowerRecords(engine, "here", host.c.lease == "x")
     before = power.add_request(INSTANCE, PowerAction.START)
@@ -567,7 +565,7 @@ def test_a_host_that_has_lost_an_instance_changes_nothing_of_its_power(engine, l
 
 
 @pytest.mark.parametrize("act", ["off", "cut", "sysprep", "restore"])
-def test_a_task_that_another_host_has_gives_no_command(records, monkeypatch, act):
+def test_task_of_another_host_sends_no_command(records, monkeypatch, act):
     def lost(bundle_id):
         raise RightLostError(bundle_id)
 
@@ -592,7 +590,7 @@ def test_a_task_that_another_host_has_gives_no_command(records, monkeypatch, act
 
 
 @pytest.mark.parametrize("command", ["request_stop", "force_stop", "request_sysprep"])
-def test_an_instance_that_is_terminated_right_before_a_command_is_why_its_task_fails(records, command):
+def test_termination_before_command_fails_task(records, command):
     hypervisor = Hypervisor(on=True, started=lambda: None)
     records.record_power_state("bun-1", running=True)
 

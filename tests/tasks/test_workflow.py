@@ -34,7 +34,7 @@ def bucket_files(server, bucket="alices-bucket"):
     return sorted(path.name for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
 
 
-def test_a_bundle_opens_to_the_root_volume(thrave_server, alice, tmp_path):
+def test_bundle_opens_to_root_volume(thrave_server, alice, tmp_path):
     account, key = alice
     root = make_disk(tmp_path / "root.raw", 40 * MIB)
     second = make_disk(tmp_path / "second.raw", MIB, seed=9)
@@ -47,7 +47,7 @@ def test_a_bundle_opens_to_the_root_volume(thrave_server, alice, tmp_path):
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
 
 
-def test_a_task_goes_through_ec2s_states_in_their_order(thrave_server, alice, tmp_path):
+def test_workflow_has_states_of_ec2_in_order(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
@@ -58,7 +58,7 @@ def test_a_task_goes_through_ec2s_states_in_their_order(thrave_server, alice, tm
     assert "bundling" in seen
 
 
-def test_the_instance_is_off_while_it_is_bundled_and_cannot_be_started(thrave_server, alice, tmp_path):
+def test_instance_is_off_and_cannot_start_during_bundling(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
@@ -70,7 +70,7 @@ def test_the_instance_is_off_while_it_is_bundled_and_cannot_be_started(thrave_se
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
 
 
-def test_a_stopped_instance_stays_stopped(thrave_server, alice, tmp_path):
+def test_workflow_leaves_stopped_instance_stopped(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     thrave_server.instances.request_stop(instance.instance_id)
@@ -79,7 +79,7 @@ def test_a_stopped_instance_stays_stopped(thrave_server, alice, tmp_path):
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED
 
 
-def test_a_second_request_names_the_task_in_progress(thrave_server, alice, tmp_path):
+def test_second_request_names_task_in_progress(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 200 * MIB))
     _, bundle_id = bundled(thrave_server, key, instance.instance_id)
@@ -88,7 +88,7 @@ def test_a_second_request_names_the_task_in_progress(thrave_server, alice, tmp_p
     assert refusal.value.response["Error"]["Code"] == "BundlingInProgress"
 
 
-def test_an_instance_can_be_bundled_again_and_again_at_once(thrave_server, alice, tmp_path):
+def test_instance_can_be_bundled_again_immediately(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     for turn in range(3):
@@ -98,7 +98,7 @@ def test_an_instance_can_be_bundled_again_and_again_at_once(thrave_server, alice
 
 
 @pytest.mark.parametrize("state", ["pending", "bundling"])
-def test_a_cancelled_task_puts_everything_back(thrave_server, alice, tmp_path, state):
+def test_cancelled_task_restores_instance_and_bucket(thrave_server, alice, tmp_path, state):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
@@ -116,7 +116,7 @@ def test_a_cancelled_task_puts_everything_back(thrave_server, alice, tmp_path, s
     eventually(lambda: bucket_files(thrave_server), "the bucket is empty", until=lambda files: not files)
 
 
-def test_a_task_that_has_ended_cannot_be_cancelled(thrave_server, alice, tmp_path):
+def test_cancel_rejects_ended_task(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
@@ -127,7 +127,7 @@ def test_a_task_that_has_ended_cannot_be_cancelled(thrave_server, alice, tmp_pat
 
 
 @pytest.mark.parametrize("state", ["pending", "bundling", "storing"])
-def test_a_task_goes_on_after_a_kill(tmp_path, state):
+def test_workflow_resumes_after_kill(tmp_path, state):
     root = make_disk(tmp_path / "root.raw", 300 * MIB)
     with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
@@ -147,7 +147,7 @@ def test_a_task_goes_on_after_a_kill(tmp_path, state):
 UPLOAD_CONCURRENCY = 4  # the default
 
 
-def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
+def test_stored_parts_are_not_uploaded_again_after_kill(tmp_path):
     root = make_disk(tmp_path / "root.raw", 400 * MIB)
     with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
@@ -164,7 +164,7 @@ def test_parts_that_are_stored_are_not_sent_again_after_a_kill(tmp_path):
         assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
 
 
-def test_a_disk_that_changed_while_the_service_was_dead_is_sealed_anew(tmp_path):
+def test_disk_that_changed_after_kill_is_sealed_again(tmp_path):
     root = make_disk(tmp_path / "root.raw", 400 * MIB)
     with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
@@ -179,7 +179,7 @@ def test_a_disk_that_changed_while_the_service_was_dead_is_sealed_anew(tmp_path)
         assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
 
 
-def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):
+def test_workflow_resumes_after_service_stop(tmp_path):
     with ForkedServer.running(tmp_path / "thrave") as server:
         account, key = server.account("alice")
         instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", 300 * MIB))
@@ -191,7 +191,7 @@ def test_a_task_under_way_goes_on_after_the_service_was_stopped(tmp_path):
         await_task(server.client(key), bundle_id, "complete")
 
 
-def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
+def test_guest_that_does_not_power_off_keeps_running(tmp_path):
     with ForkedServer.running(tmp_path / "thrave", shutdown_timeout=1) as server:
         account, key = server.account("alice")
         deaf = (sys.executable, "-c", "")
@@ -206,7 +206,7 @@ def test_a_guest_that_does_not_power_off_stays_up(tmp_path):
         assert bucket_files(server) == []
 
 
-def test_a_guest_that_powers_off_after_its_task_was_cancelled_is_started_again(thrave_server, alice, tmp_path):
+def test_guest_that_powers_off_after_cancellation_is_started(thrave_server, alice, tmp_path):
     account, key = alice
     state, off, on = (tmp_path / name for name in ("state", "off", "on"))
     off.write_text("shut off")
@@ -229,7 +229,7 @@ def test_a_guest_that_powers_off_after_its_task_was_cancelled_is_started_again(t
     eventually(lambda: state.read_text() == "running", interval=0.005)
 
 
-def test_an_instance_removed_meanwhile_fails_the_task_with_a_reason(thrave_server, alice, tmp_path):
+def test_removed_instance_fails_task_with_reason(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
     ec2, bundle_id = bundled(thrave_server, key, instance.instance_id)
@@ -238,7 +238,7 @@ def test_an_instance_removed_meanwhile_fails_the_task_with_a_reason(thrave_serve
     assert task["State"] == "complete" or task["BundleTaskError"]["Code"] == "Client.InstanceTerminated"
 
 
-def test_a_volume_that_cannot_be_read_fails_the_task_and_the_waiter(thrave_server, alice, tmp_path):
+def test_unreadable_volume_fails_task_and_waiter(thrave_server, alice, tmp_path):
     account, key = alice
     root = make_disk(tmp_path / "root.raw", MIB)
     gone_when_stopped = ("rm", "-f", str(root))
@@ -256,7 +256,7 @@ def ended_as(ec2, bundle_id):
     return task["State"], task.get("BundleTaskError", {})
 
 
-def test_a_file_that_another_machine_was_started_on_meanwhile_is_not_read(thrave_server, alice, tmp_path):
+def test_file_in_use_by_another_machine_is_not_read(thrave_server, alice, tmp_path):
     account, key = alice
     root = make_disk(tmp_path / "root.raw", MIB)
     other = thrave_server.instance(account.account_id, root, state=InstanceState.STOPPED)
@@ -271,7 +271,7 @@ def test_a_file_that_another_machine_was_started_on_meanwhile_is_not_read(thrave
 
 
 @pytest.mark.parametrize("where", ["before", "meanwhile"])
-def test_an_image_that_is_no_whole_disk_is_not_read(thrave_server, alice, tmp_path, where):
+def test_image_that_is_not_a_whole_disk_is_not_read(thrave_server, alice, tmp_path, where):
     account, key = alice
     root = converted(make_disk(tmp_path / "root.raw", MIB), "qcow2")
     part = tmp_path / "part.qcow2"

@@ -16,7 +16,7 @@ from thrave.compute.instance import InstanceState, VolumeFile
 MIB = 1 << 20
 
 
-def test_a_disk_that_stops_answering_fails_the_task_and_the_instance_runs_again(tmp_path):
+def test_unresponsive_disk_fails_task_and_instance_runs_again(tmp_path):
     image = converted(make_disk(tmp_path / "root.raw", 400 * MIB), "qcow2")
     with ForkedServer.running(tmp_path / "thrave", stall_timeout=10) as server:
         account, key = server.account("alice")

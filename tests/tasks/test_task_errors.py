@@ -61,12 +61,12 @@ SOURCES = sorted(Path(thrave.__file__).parent.rglob("*.py"))
         (TaskCancelled(), "Client.Cancelled", "User has requested bundling operation cancellation"),
     ],
 )
-def test_an_error_becomes_the_reason_that_says_whose_fault_it_is(error, code, message):
+def test_to_task_failure_returns_code_and_message(error, code, message):
     failure = to_task_failure(error)
     assert (failure.code, failure.message) == (code, message)
 
 
-def test_a_second_failure_on_the_way_out_is_told_with_the_first():
+def test_second_failure_is_added_to_the_first():
     both = TaskCancelled().with_second_failure(TaskFailure("Server.InstanceNotStarted", "no memory"))
     assert (both.code, both.message) == (
         "Client.Cancelled",
@@ -74,14 +74,14 @@ def test_a_second_failure_on_the_way_out_is_told_with_the_first():
     )
 
 
-def test_every_code_that_is_given_stands_in_the_table_and_every_row_is_given():
+def test_error_codes_have_every_code_in_use():
     given = {code for path in SOURCES for code in re.findall(r'TaskFailure\(\s*"([A-Za-z0-9.]+)"', path.read_text())}
     given |= {code for _, code in EXPECTED_ERRORS} | {"Client.Cancelled"}
     assert given == {*ERROR_CODES}
 
 
 @pytest.mark.parametrize("code", ERROR_CODES)
-def test_a_row_says_whose_it_is_and_what_to_do(code):
+def test_error_code_has_prefix_and_remedy(code):
     assert re.fullmatch(r"(Client|Server)\.[A-Z][A-Za-z0-9]+", code)
     assert all(text.endswith(".") for text in ERROR_CODES[code])
 
@@ -100,7 +100,7 @@ def test_a_row_says_whose_it_is_and_what_to_do(code):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_tenant_learns_the_names_of_files_and_not_their_folders(error):
+def test_failure_message_has_file_names_without_folders(error):
     failure = to_task_failure(error)
     assert failure.code == "Server.VolumeError"
     assert "win." in failure.message
@@ -125,7 +125,7 @@ def test_a_tenant_learns_the_names_of_files_and_not_their_folders(error):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_tenant_reads_bare_names_of_the_hosts_files(error, message):
+def test_without_folders_keeps_file_names(error, message):
     assert to_task_failure(error).message == message
 
 
@@ -139,5 +139,5 @@ def test_a_tenant_reads_bare_names_of_the_hosts_files(error, message):
         "and/or",
     ],
 )
-def test_urls_and_keys_of_objects_stay_whole(text):
+def test_without_folders_keeps_urls_and_keys(text):
     assert without_folders(text) == text

@@ -41,7 +41,7 @@ def standing_still_while_it_reads(server, volume):
         process.resume()
 
 
-def test_an_instance_terminated_while_its_volume_is_read_fails_the_task(thrave_server, alice, tmp_path):
+def test_termination_during_reading_fails_task(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
@@ -56,7 +56,7 @@ def test_an_instance_terminated_while_its_volume_is_read_fails_the_task(thrave_s
     assert stored(thrave_server) == []
 
 
-def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(thrave_server, alice, tmp_path):
+def test_start_during_reading_fails_task(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 1600 * MIB))
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
@@ -71,7 +71,7 @@ def test_an_instance_started_by_others_while_its_volume_is_read_fails_the_task(t
     assert stored(thrave_server) == []
 
 
-def test_an_instance_that_cannot_have_an_overlay_is_off_until_it_is_read(tmp_path):
+def test_instance_without_overlay_is_off_during_reading(tmp_path):
     with ForkedServer.running(tmp_path / "overlay", capture_mode="overlay") as server:
         account, key = server.account("alice")
         instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB))
@@ -85,7 +85,7 @@ def test_an_instance_that_cannot_have_an_overlay_is_off_until_it_is_read(tmp_pat
         assert json.loads(seen.stdout)["warning"].startswith(notice)  # what is on the disk is none of ours
 
 
-def test_an_instance_terminated_while_the_guest_powers_off_fails_the_task(thrave_server, alice, tmp_path):
+def test_termination_during_shutdown_fails_task(thrave_server, alice, tmp_path):
     account, key = alice
     gate = tmp_path / "gate"
     code = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
@@ -101,7 +101,7 @@ def test_an_instance_terminated_while_the_guest_powers_off_fails_the_task(thrave
     ec2.get_waiter("instance_terminated").wait(InstanceIds=[instance.instance_id], WaiterConfig={"Delay": 1})
 
 
-def test_an_instance_being_bundled_is_neither_started_nor_rebooted_and_may_be_stopped(thrave_server, alice, tmp_path):
+def test_start_and_reboot_are_refused_during_bundling(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 400 * MIB))
     ids = [instance.instance_id]

@@ -59,7 +59,7 @@ def fail(records, bundle_id):
     records.fail(bundle_id, TaskCancelled())
 
 
-def test_bucket_of_a_failed_task_is_removed_with_its_owner(add, records, made, buckets, tmp_path):
+def test_bucket_of_failed_task_is_removed_with_its_owner(add, records, made, buckets, tmp_path):
     add("bun-1")
     fail(records, "bun-1")
     made.remove_all(buckets, HOST)
@@ -68,7 +68,7 @@ def test_bucket_of_a_failed_task_is_removed_with_its_owner(add, records, made, b
     assert records.get("bun-1").created_bucket is None
 
 
-def test_bucket_stays_while_another_task_goes_there(add, records, made, buckets):
+def test_bucket_with_another_task_is_kept(add, records, made, buckets):
     add("bun-1")
     add("bun-2", created_bucket=False)
     fail(records, "bun-1")
@@ -79,7 +79,7 @@ def test_bucket_stays_while_another_task_goes_there(add, records, made, buckets)
     assert buckets.owner(BUCKET) is None
 
 
-def test_bucket_that_holds_something_stays_and_keeps_its_owner(add, records, made, buckets):
+def test_bucket_with_objects_is_kept_with_its_owner(add, records, made, buckets):
     add("bun-1")
     fail(records, "bun-1")
     buckets.put(BUCKET, "mine", b"x")
@@ -87,14 +87,14 @@ def test_bucket_that_holds_something_stays_and_keeps_its_owner(add, records, mad
     assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, None)
 
 
-def test_bucket_that_was_there_before_stays(add, records, made, buckets):
+def test_bucket_that_existed_before_is_kept(add, records, made, buckets):
     add("bun-1", created_bucket=False)
     fail(records, "bun-1")
     made.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
 
 
-def test_bucket_of_a_complete_task_stays(add, records, made, buckets):
+def test_bucket_of_complete_task_is_kept(add, records, made, buckets):
     add("bun-1")
     for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
         records.change_state("bun-1", state)
@@ -103,7 +103,7 @@ def test_bucket_of_a_complete_task_stays(add, records, made, buckets):
     assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, None)
 
 
-def test_bucket_is_not_removed_between_its_claim_and_the_record_of_its_task(add, records, made, buckets, monkeypatch):
+def test_bucket_in_use_is_not_removed(add, records, made, buckets, monkeypatch):
     """The second request finds the bucket that the first task's failure is about to remove."""
     monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
     add("bun-1")
@@ -117,7 +117,7 @@ def test_bucket_is_not_removed_between_its_claim_and_the_record_of_its_task(add,
     assert buckets.owner(BUCKET) == OWNER
 
 
-def test_bucket_is_not_claimed_while_it_is_removed(engine, records, made, buckets, monkeypatch):
+def test_bucket_cannot_be_used_while_it_is_removed(engine, records, made, buckets, monkeypatch):
     monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
     removing, over = threading.Event(), threading.Event()
 
@@ -140,6 +140,6 @@ def test_bucket_is_not_claimed_while_it_is_removed(engine, records, made, bucket
         assert buckets.owner(BUCKET) is None
 
 
-def test_many_claim_a_bucket_at_once(engine, records, made):
+def test_bucket_can_be_used_by_many_requests_at_once(engine, records, made):
     with made.in_use(BUCKET), CreatedBuckets(engine, records).in_use(BUCKET):
         pass

@@ -31,7 +31,7 @@ def freezer(bench, merge):
     return RootOverlay(instances, bench.records, bench.records.get(bench.bundle_id), stall_timeout=600)
 
 
-def test_a_merge_without_progress_is_given_up_and_left_to_be_merged(bench):
+def test_merge_without_progress_fails_and_stays_recorded(bench):
     def merge(_instance_id, _frozen, pause):
         for _ in range(5):
             pause(599)
@@ -46,7 +46,7 @@ def test_a_merge_without_progress_is_given_up_and_left_to_be_merged(bench):
     assert bench.records.overlay(bench.bundle_id) == FROZEN
 
 
-def test_a_merge_hears_of_a_cancellation(bench):
+def test_merge_is_stopped_by_cancellation(bench):
     begun = threading.Event()
 
     def merge(_instance_id, _frozen, pause):
@@ -67,7 +67,7 @@ def test_a_merge_hears_of_a_cancellation(bench):
     assert bench.records.overlay(bench.bundle_id) == FROZEN
 
 
-def test_a_merge_over_which_the_hypervisor_hangs_is_abandoned(bench, monkeypatch):
+def test_merge_is_abandoned_if_hypervisor_hangs(bench, monkeypatch):
     monkeypatch.setattr("thrave.tasks.instance_power.ABANDON_AFTER", 0.1)
     hangs = threading.Event()
     with pytest.raises(HypervisorError, match="is not merged after 0 seconds"):
@@ -76,7 +76,7 @@ def test_a_merge_over_which_the_hypervisor_hangs_is_abandoned(bench, monkeypatch
 
 
 @pytest.mark.parametrize("act", ["attach", "merge", "merge_within"])
-def test_each_command_for_an_overlay_is_checked(bench, act):
+def test_each_overlay_command_checks_the_lease(bench, act):
     given = []
 
     def command(instance_id, _frozen, _pause=None):

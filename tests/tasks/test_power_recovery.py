@@ -41,7 +41,7 @@ class OwnRecords:
         ("merge_within", NoThreadError("no thread can be started")),
     ],
 )
-def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method, error):
+def test_merge_overlays_continues_after_error(monkeypatch, method, error):
     merged, checks = [], iter([error, error, None])
 
     class Merging:
@@ -62,7 +62,7 @@ def test_merge_goes_on_with_the_next_overlay_after_an_error(monkeypatch, method,
     assert merged == ["i-2"]
 
 
-def test_look_goes_on_with_the_next_instance_if_no_thread_can_be_started(monkeypatch):
+def test_run_once_continues_if_no_thread_is_available(monkeypatch):
     recovered, refused = [], []
 
     def refuse_at_first(*args, **options):

@@ -46,7 +46,7 @@ def insert(engine, bundle_id, state, *, ended=timedelta()):
 
 
 @pytest.mark.parametrize("state", BundleTaskState)
-def test_a_task_is_read_again_until_it_has_ended(engine, tasks, selects, state):
+def test_describe_reads_task_until_it_has_ended(engine, tasks, selects, state):
     insert(engine, "bun-1", state)
     tasks.describe(OWNER, ["bun-1"])
     selects.clear()
@@ -54,14 +54,14 @@ def test_a_task_is_read_again_until_it_has_ended(engine, tasks, selects, state):
     assert len(selects) == (0 if state in FINISHED else 1)
 
 
-def test_a_task_that_was_seen_to_end_is_nobody_elses(engine, tasks):
+def test_cached_task_is_hidden_from_other_accounts(engine, tasks):
     insert(engine, "bun-1", "complete")
     tasks.describe(OWNER, ["bun-1"])
     with pytest.raises(BundleTaskNotFound):
         tasks.describe("222222222222", ["bun-1"])
 
 
-def test_task_that_was_seen_to_end_is_forgotten_in_its_time(engine, tasks, monkeypatch):
+def test_cached_task_is_shown_until_retention_ends(engine, tasks, monkeypatch):
     insert(engine, "bun-1", "complete", ended=RETENTION - timedelta(hours=1))
     tasks.describe(OWNER, ["bun-1"])
     later = time.monotonic() + 2 * 3600
@@ -70,7 +70,7 @@ def test_task_that_was_seen_to_end_is_forgotten_in_its_time(engine, tasks, monke
         tasks.describe(OWNER, ["bun-1"])
 
 
-def test_task_that_ended_long_ago_is_shown_to_nobody(engine, tasks):
+def test_task_is_not_shown_after_retention(engine, tasks):
     insert(engine, "bun-1", "complete", ended=RETENTION + timedelta(hours=1))
     insert(engine, "bun-2", "complete", ended=RETENTION - timedelta(hours=1))
     with pytest.raises(BundleTaskNotFound):
@@ -78,7 +78,7 @@ def test_task_that_ended_long_ago_is_shown_to_nobody(engine, tasks):
     assert [task.bundle_id for task in tasks.describe(OWNER)] == ["bun-2"]
 
 
-def test_only_so_many_tasks_are_kept_in_memory(engine, tasks, monkeypatch):
+def test_cache_has_maximum_size(engine, tasks, monkeypatch):
     monkeypatch.setattr(task_service, "MAX_CACHED", 2)
     ids = [f"bun-{number}" for number in range(5)]
     for bundle_id in ids:
@@ -87,7 +87,7 @@ def test_only_so_many_tasks_are_kept_in_memory(engine, tasks, monkeypatch):
     assert len(tasks._ended) <= 2
 
 
-def test_the_databases_word_for_unfinished_is_the_table_of_states(engine):
+def test_task_in_progress_condition_equals_unfinished_states(engine):
     for state in BundleTaskState:
         insert(engine, f"bun-{state}", state)
     query = sa.select(bundle_task.c.state).where(task_in_progress)

@@ -85,21 +85,21 @@ def five(add):
         ({"host": "nowhere"}, []),
     ],
 )
-def test_only_the_tasks_that_are_wanted_are_seen_the_newest_last(five, overview, wanted, expected):
+def test_latest_returns_selected_tasks_newest_last(five, overview, wanted, expected):
     assert ids(overview.latest(TaskFilter(**wanted), limit=10)) == expected
 
 
-def test_of_many_tasks_the_newest_are_seen(five, overview):
+def test_latest_returns_newest_tasks(five, overview):
     assert ids(overview.latest(TaskFilter(), limit=2)) == ["four", "five"]
 
 
-def test_a_task_that_is_not_there_is_named(five, overview):
+def test_of_names_unknown_task(five, overview):
     assert ids(overview.of(["five", "one"])) == ["one", "five"]
     with pytest.raises(BundleTaskNotFound, match="six"):
         overview.of(["one", "six"])
 
 
-def test_a_page_costs_two_queries(five, overview, engine):
+def test_latest_makes_two_queries(five, overview, engine):
     seen = []
     sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
     overview.latest(TaskFilter(), limit=100)
@@ -116,7 +116,7 @@ def test_a_page_costs_two_queries(five, overview, engine):
     ],
 )
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-def test_where_there_is_an_index_it_serves(engine, wanted, index):
+def test_filter_uses_index(engine, wanted, index):
     query = sa.select(bundle_task).where(*wanted.conditions()).order_by(bundle_task.c.start_time.desc()).limit(100)
     text = query.compile(engine, compile_kwargs={"literal_binds": True})
     with engine.connect() as connection:
@@ -124,7 +124,7 @@ def test_where_there_is_an_index_it_serves(engine, wanted, index):
     assert any(index in line for line in plan)
 
 
-def test_what_a_task_has_stored_is_counted_by_what_the_bucket_took(add, records, overview, part):
+def test_stored_totals_count_stored_objects(add, records, overview, part):
     add("one", state=S.BUNDLING)
     journal = records.journal("one")
     journal.start_sealing(BundleKey(bytes(16), bytes(16)))
@@ -141,7 +141,7 @@ def part():
     return lambda index: PartRecord(index=index, filename=f"one.part.{index}", size=100, sha1="0" * 40, sha256="0" * 64)
 
 
-def test_what_a_failed_task_has_not_removed_is_left_over(add, records, overview):
+def test_report_lists_orphaned_keys_of_failed_task(add, records, overview):
     add("one", state=S.BUNDLING)
     records.journal("one").record_upload("one.part.0")
     records.fail("one", TaskFailure("Client.S3Error", "no"))
@@ -172,7 +172,7 @@ HISTORY = [
     ],
     ids=["complete", "under way", "pending", "from before there was a history"],
 )
-def test_a_state_lasted_until_the_next_or_until_now(happened, now, seconds):
+def test_state_durations_end_at_next_state_or_now(happened, now, seconds):
     spent = state_durations(happened, T0 + timedelta(seconds=now))
     assert spent == [
         StateDuration(event, None if lasted is None else timedelta(seconds=lasted))
@@ -180,7 +180,7 @@ def test_a_state_lasted_until_the_next_or_until_now(happened, now, seconds):
     ]
 
 
-def test_the_time_in_a_state_is_known():
+def test_time_in_returns_total_of_state():
     spent = state_durations(HISTORY, T0)
     assert time_in(S.BUNDLING, spent) == timedelta(seconds=10)
     assert time_in(S.CANCELLING, spent) == timedelta()
@@ -189,7 +189,7 @@ def test_the_time_in_a_state_is_known():
 @pytest.mark.parametrize(
     ("length", "size", "done"), [(1, None, None), (3, 1000, 250), (5, 1000, 1000), (6, 1000, 1000)]
 )
-def test_how_much_of_the_volume_is_done_is_known_once_it_is_open(add, records, length, size, done):
+def test_bytes_done_is_known_once_volume_is_open(add, records, length, size, done):
     add("one", state=S.BUNDLING)
     records.set_progress("one", S.BUNDLING, 25)
     if size is not None:

@@ -192,7 +192,7 @@ def asked(call, **parameters):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drawn_from", [SEED])
-def test_only_what_the_model_allows_is_ever_seen(tmp_path, drawn_from, capfd):
+def test_service_shows_only_states_of_the_model(tmp_path, drawn_from, capfd):
     class Here(Machine):
         service = RestartableServer(tmp_path)
 

@@ -26,7 +26,7 @@ def until_stopped(watch):
     assert stopped.wait(60)
 
 
-def test_progress_is_carried_to_the_record_and_never_falls(bench):
+def test_monitor_records_progress_that_never_falls(bench):
     share = [0.0]
     with bench.watch() as watch:
         watch.watch(lambda: None, lambda: share[0])
@@ -37,7 +37,7 @@ def test_progress_is_carried_to_the_record_and_never_falls(bench):
         assert bench.records.get(bench.bundle_id).progress == 50
 
 
-def test_a_cancelled_task_stops_its_work_also_after_the_database_was_away(bench):
+def test_monitor_stops_cancelled_task_after_database_outage(bench):
     def away(*_):
         raise sa.exc.OperationalError("select", {}, OSError("gone"))
 
@@ -53,7 +53,7 @@ def test_a_cancelled_task_stops_its_work_also_after_the_database_was_away(bench)
         work()
 
 
-def test_work_that_is_begun_after_the_cancellation_was_seen_is_not_begun(bench):
+def test_watch_raises_if_task_was_cancelled_before(bench):
     def work():
         with bench.watch() as watch:
             bench.records.cancel(bench.bundle_id)
@@ -87,20 +87,20 @@ def guarded_until_stopped(bench, *answers):
         (TaskFailure("Client.InstanceTerminated", "gone"), "Client.InstanceTerminated"),
     ],
 )
-def test_work_is_stopped_as_soon_as_the_volume_is_seen_to_move(bench, found, code):
+def test_monitor_stops_when_volume_check_fails(bench, found, code):
     with pytest.raises(TaskFailure) as failure:
         guarded_until_stopped(bench, None, found)
     assert failure.value.code == code
 
 
-def test_a_hypervisor_that_does_not_answer_for_a_while_stops_nothing(bench):
+def test_monitor_ignores_short_hypervisor_outage(bench):
     away, moved = HypervisorError("i-00000000", "away"), RootVolumeInUse("i-00000000", "it is running")
     with pytest.raises(TaskFailure, match="it is running"):
         guarded_until_stopped(bench, away, moved)
 
 
 @pytest.mark.parametrize("found", [ValueError("nobody foresaw it"), SystemExit(1)])
-def test_work_is_stopped_when_its_guard_fails_in_a_way_nobody_foresaw(bench, found):
+def test_monitor_stops_after_unexpected_error_of_check(bench, found):
     with pytest.raises(TaskFailure, match=r"Server\.InternalError"):
         guarded_until_stopped(bench, found)
 
@@ -109,7 +109,7 @@ def test_work_is_stopped_when_its_guard_fails_in_a_way_nobody_foresaw(bench, fou
     "trouble",
     [None, OSError(24, "Too many open files"), HypervisorUnavailable("i-00000000", "no connection", waited=120.0)],
 )
-def test_work_whose_guard_cannot_tell_for_too_long_is_stopped_and_can_be_repeated(bench, monkeypatch, trouble):
+def test_monitor_stops_with_hold_lost_after_guard_timeout(bench, monkeypatch, trouble):
     monkeypatch.setattr("thrave.tasks.monitor.GUARD_TIMEOUT", 2 * INTERVAL)
     monkeypatch.setattr("thrave.tasks.monitor.GUARD_INTERVAL", 0.0)
     hangs = threading.Event()
@@ -131,14 +131,14 @@ def test_work_whose_guard_cannot_tell_for_too_long_is_stopped_and_can_be_repeate
     assert stopped.value.waited >= 2 * INTERVAL, "it is no sign that the work made progress"
 
 
-def test_a_hold_that_has_lost_events_is_not_a_failure_of_the_task(bench):
+def test_lost_hold_is_not_a_task_failure(bench):
     with pytest.raises(HoldLostError):
         guarded_until_stopped(bench, HoldLostError("i-00000000", "the connection was lost"))
 
 
 @pytest.mark.parametrize("moment", ["it raises", "it hangs"])
 @pytest.mark.parametrize("stopped_by", ["the owner", "standing still"])
-def test_progress_that_cannot_be_told_keeps_nothing_from_being_stopped(bench, moment, stopped_by):
+def test_monitor_stops_while_progress_cannot_be_recorded(bench, moment, stopped_by):
     asked, hangs = threading.Event(), threading.Event()
 
     def progress():
@@ -162,7 +162,7 @@ def test_progress_that_cannot_be_told_keeps_nothing_from_being_stopped(bench, mo
 
 
 @pytest.mark.parametrize("error", [TypeError("nobody foresaw it"), SystemExit(1)])
-def test_work_is_stopped_when_its_record_cannot_be_read_for_a_reason_that_does_not_pass(bench, monkeypatch, error):
+def test_monitor_stops_after_permanent_database_error(bench, monkeypatch, error):
     def fail(_bundle_id):
         raise error
 
@@ -175,7 +175,7 @@ def test_work_is_stopped_when_its_record_cannot_be_read_for_a_reason_that_does_n
         work()
 
 
-def test_work_is_stopped_when_its_monitor_fails(bench, monkeypatch):
+def test_monitor_stops_work_when_its_thread_fails(bench, monkeypatch):
     def fail(_watch):
         raise SystemExit
 
@@ -185,7 +185,7 @@ def test_work_is_stopped_when_its_monitor_fails(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("lost", ["another host has it", "it has ended", "its record is gone"])
-def test_work_is_stopped_when_the_task_is_another_runs(bench, monkeypatch, lost):
+def test_monitor_stops_run_that_lost_its_task(bench, monkeypatch, lost):
     ours = [True]
 
     def work():
@@ -202,7 +202,7 @@ def test_work_is_stopped_when_the_task_is_another_runs(bench, monkeypatch, lost)
         work()
 
 
-def test_work_is_stopped_when_the_host_cannot_renew_its_lease(bench):
+def test_monitor_stops_when_lease_expires(bench):
     now = [0.0]
     lease = LeaseTimer(60.0, lambda: now[0])
 
@@ -215,7 +215,7 @@ def test_work_is_stopped_when_the_host_cannot_renew_its_lease(bench):
         work()
 
 
-def test_a_process_that_stood_still_itself_does_not_stop_its_work(bench, monkeypatch):
+def test_monitor_does_not_count_suspended_time_as_stall(bench, monkeypatch):
     """As after SIGSTOP: hours pass between two looks of the monitor."""
     clock = [0.0]
     monkeypatch.setattr("thrave.tasks.monitor.monotonic", lambda: clock[0])
@@ -236,7 +236,7 @@ def test_a_process_that_stood_still_itself_does_not_stop_its_work(bench, monkeyp
         watch.check()
 
 
-def test_a_call_that_hangs_is_waited_for_until_the_work_is_stopped(bench):
+def test_wait_for_result_ends_when_work_is_stopped(bench):
     hangs = threading.Event()
 
     def work():
@@ -250,7 +250,7 @@ def test_a_call_that_hangs_is_waited_for_until_the_work_is_stopped(bench):
     hangs.set()
 
 
-def test_what_the_guard_finds_while_the_record_is_looked_at_is_not_forgotten(bench):
+def test_check_error_during_record_check_is_kept(bench):
     stopped = threading.Event()
 
     def moved():
@@ -267,7 +267,7 @@ def test_what_the_guard_finds_while_the_record_is_looked_at_is_not_forgotten(ben
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2])
-def test_a_watch_for_which_there_are_no_threads_leaves_none(bench, monkeypatch, threads):
+def test_monitor_without_threads_leaves_none_running(bench, monkeypatch, threads):
     start, left = threading.Thread.start, [threads]
 
     def refuse_later(thread):
@@ -285,7 +285,7 @@ def test_a_watch_for_which_there_are_no_threads_leaves_none(bench, monkeypatch, 
     )
 
 
-def test_waiting_on_purpose_is_no_stall_and_standing_still_is_one(bench, stall_clock):
+def test_pause_is_activity_and_no_progress_is_stall(bench, stall_clock):
     waited = threading.Event()
 
     def work():

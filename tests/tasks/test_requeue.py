@@ -55,7 +55,7 @@ def write_task(data, instance_id, state):
 
 
 @pytest.mark.parametrize(("state", "was"), [("pending", "running"), ("bundling", "stopped"), ("bundling", "running")])
-def test_service_completes_a_task_without_a_workflow(tmp_path, state, was):
+def test_requeue_lost_completes_task_without_workflow(tmp_path, state, was):
     server = ThraveServer(DataDirectory(tmp_path / "thrave"))
     server.data.root.mkdir(mode=0o700)
     disk = make_disk(tmp_path / "root.raw", 3 << 20)
