@@ -39,7 +39,7 @@ class ServiceWithoutEngine:
         self.instances.add(InstanceDescription(instance_id=instance_id, **facts))
         return instance_id
 
-    def another_key(self, name="somebody-else"):
+    def another_key(self, name="another-account"):
         return self.backend.accounts.create(name)[1]
 
 

@@ -1,4 +1,4 @@
-"""The door over real HTTP: unmodified boto3, and raw sockets for what no client would send."""
+"""The API over real HTTP: unmodified boto3, and raw sockets for requests that no client sends."""
 
 import re
 import socket
@@ -47,7 +47,7 @@ def code_of(answer):
     return re.search("<Code>(.*)</Code>", answer[2])[1]
 
 
-def test_a_request_id_stands_in_the_answer_and_in_a_header(endpoint, service):
+def test_response_has_request_id_in_body_and_header(endpoint, service):
     status, headers, body = send(endpoint, signed(endpoint, service.key))
     assert status == 200
     assert f"<requestId>{headers['x-amzn-requestid']}</requestId>" in body
@@ -58,7 +58,7 @@ def test_a_request_id_stands_in_the_answer_and_in_a_header(endpoint, service):
 
 
 @pytest.mark.parametrize("version", ["2008-08-08", "2010-08-31", "2014-10-01", "2016-11-15"])
-def test_the_callers_version_is_the_namespace_of_the_answer(endpoint, service, version):
+def test_response_namespace_has_the_callers_version(endpoint, service, version):
     body = b"Action=DescribeBundleTasks&Version=" + version.encode()
     _, _, answer = send(endpoint, signed(endpoint, service.key, body=body))
     assert f'<DescribeBundleTasksResponse xmlns="http://ec2.amazonaws.com/doc/{version}/">' in answer
@@ -90,7 +90,7 @@ def test_the_callers_version_is_the_namespace_of_the_answer(endpoint, service, v
         (DESCRIBE + b"&x=" + b"x" * MAX_BYTES, 413, "RequestEntityTooLarge"),
     ],
 )
-def test_a_wrong_request_gets_ec2s_code_and_status(endpoint, service, body, status, code):
+def test_invalid_request_gets_ec2_code_and_status(endpoint, service, body, status, code):
     answer = send(endpoint, signed(endpoint, service.key, body=body))
     assert (answer[0], code_of(answer)) == (status, code)
 
@@ -107,7 +107,7 @@ def test_a_wrong_request_gets_ec2s_code_and_status(endpoint, service, body, stat
         ("", "UnsupportedProtocol"),
     ],
 )
-def test_a_body_is_a_form_with_or_without_charset(endpoint, service, content_type, code):
+def test_body_content_type_may_have_a_charset(endpoint, service, content_type, code):
     request = signed(endpoint, service.key, content_type=content_type)
     if content_type == "":
         request = request.replace(b"Connection", b"Content-Type: \r\nConnection")
@@ -115,13 +115,13 @@ def test_a_body_is_a_form_with_or_without_charset(endpoint, service, content_typ
     assert (code_of(answer) if answer[0] != 200 else None) == code
 
 
-def test_a_body_without_a_length_is_read_no_further_than_the_limit(endpoint, service):
+def test_chunked_body_is_read_up_to_the_limit(endpoint, service):
     too_much = b"10001\r\n" + b"x" * (MAX_BYTES + 1) + b"\r\n"  # and no end
     answer = send(endpoint, signed(endpoint, service.key, body=b"", framing="Transfer-Encoding: chunked") + too_much)
     assert (answer[0], code_of(answer)) == (413, "RequestEntityTooLarge")
 
 
-def test_a_client_that_hangs_up_in_the_middle_is_not_an_error_of_ours(endpoint, service):
+def test_client_disconnect_is_not_logged_as_error(endpoint, service):
     place = urlsplit(endpoint)
     with capture_logs() as logs:
         with socket.create_connection((place.hostname, place.port), timeout=20) as connection:
@@ -130,13 +130,13 @@ def test_a_client_that_hangs_up_in_the_middle_is_not_an_error_of_ours(endpoint, 
     assert logs == []
 
 
-def test_a_query_string_has_a_limit_of_its_own_or_the_servers(endpoint):
+def test_query_string_above_a_limit_is_refused(endpoint):
     answer = send(endpoint, b"GET /?x=" + b"x" * (MAX_BYTES - 1) + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert answer[0] in {400, 413}
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_other_methods_are_not_allowed(endpoint, method):
+def test_other_http_methods_are_refused(endpoint, method):
     status, headers, _ = send(endpoint, f"{method} / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     assert status == 405
     assert "get" in headers["allow"]
@@ -146,12 +146,12 @@ def test_other_methods_are_not_allowed(endpoint, method):
     "request_line",
     ["GET / HTTP/1.1", "GET /?Action=DescribeInstances&Version=2016-11-15 HTTP/1.1", "GET /?%FF HTTP/1.1"],
 )
-def test_a_request_without_credentials_learns_nothing(endpoint, request_line):
+def test_request_without_credentials_gets_no_details(endpoint, request_line):
     answer = send(endpoint, f"{request_line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     assert (answer[0], code_of(answer)) in {(400, "MissingParameter"), (400, "MalformedQueryString")}
 
 
-def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(service, current_app):
+def test_unauthorized_caller_gets_the_same_error_with_and_without_dry_run(service, current_app):
     current_app.app = create_app(
         replace(service.backend, is_allowed=lambda caller, action, on: action != "ec2:DescribeBundleTasks")
     )
@@ -163,11 +163,11 @@ def test_a_caller_who_may_not_is_told_so_with_dry_run_and_without(service, curre
     assert (allowed[0], code_of(allowed)) == (412, "DryRunOperation")
 
 
-def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_caller_nothing(service, current_app):
-    def break_down(caller, action, resource):
+def test_unexpected_error_is_logged_with_request_id_and_hidden_from_the_caller(service, current_app):
+    def fail(caller, action, resource):
         raise ZeroDivisionError(f"the secret of {caller.account_id}")
 
-    current_app.app = create_app(replace(service.backend, is_allowed=break_down))
+    current_app.app = create_app(replace(service.backend, is_allowed=fail))
     with capture_logs() as logs:
         status, headers, body = send(current_app.url, signed(current_app.url, service.key))
     assert status == 500
@@ -187,7 +187,7 @@ def test_whatever_nobody_foresaw_is_logged_under_the_request_id_and_tells_the_ca
         ({"secret_access_key": "x" * 40}, 401, "AuthFailure"),
     ],
 )
-def test_boto3_with_wrong_credentials_is_told_as_aws_tells_it(service, client_of, change, status, code):
+def test_wrong_credentials_get_the_message_of_aws(service, client_of, change, status, code):
     with pytest.raises(ClientError) as refusal:
         client_of(replace(service.key, **change)).describe_instances()
     error = refusal.value.response
@@ -196,7 +196,7 @@ def test_boto3_with_wrong_credentials_is_told_as_aws_tells_it(service, client_of
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_presigned_url_bundles_without_any_header(service, ec2, method):
+def test_presigned_url_bundles_without_headers(service, ec2, method):
     service.add_instance("i-12345678")
     parameters = {"InstanceId": "i-12345678", "Storage": storage(service.key)}
     url = ec2.generate_presigned_url("bundle_instance", Params=parameters, HttpMethod=method)

@@ -20,7 +20,7 @@ INSTANCE = "i-1234567890abcdef0"
 def aws(service, endpoint, tmp_path):
     """Runs `aws ec2 …` and gives what it printed, parsed; raises its words when it fails."""
     program = shutil.which("aws", path=str(Path(sys.executable).parent))
-    assert program, "the AWS CLI is not installed beside this Python: pip install awscli"
+    assert program, "the AWS CLI is not installed for this Python: pip install awscli"
     environment = {
         "PATH": "/usr/bin:/bin",
         "HOME": str(tmp_path),
@@ -45,7 +45,7 @@ def owner(service):
     return ["--owner-akid", service.key.access_key_id, "--owner-sak", service.key.secret_access_key]
 
 
-def test_bundles_with_the_policy_that_it_makes_and_signs_itself(service, aws):
+def test_aws_cli_bundles_with_a_policy_that_it_creates(service, aws):
     where = ["--bucket", "my-bucket", "--prefix", "winami"]
     task = aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(service))["BundleTask"]
     assert (task["State"], task["Storage"]) == ("pending", {"S3": {"Bucket": "my-bucket", "Prefix": "winami"}})
@@ -55,7 +55,7 @@ def test_bundles_with_the_policy_that_it_makes_and_signs_itself(service, aws):
 
 
 @pytest.mark.parametrize("encode", [lambda document: document, base64.b64encode], ids=["JSON", "base64"])
-def test_bundles_with_a_policy_that_the_user_gives(service, aws, encode):
+def test_aws_cli_bundles_with_a_given_policy(service, aws, encode):
     where = ["--bucket", "my-bucket", "--prefix", "winami", "--policy", encode(policy()).decode()]
     assert (
         aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(service))["BundleTask"]["State"] == "pending"
@@ -63,7 +63,7 @@ def test_bundles_with_a_policy_that_the_user_gives(service, aws, encode):
 
 
 @pytest.mark.parametrize("encode", [lambda document: document, base64.b64encode], ids=["JSON", "base64"])
-def test_bundles_with_the_whole_storage_given(service, aws, encode):
+def test_aws_cli_bundles_with_a_given_storage(service, aws, encode):
     document = policy()
     s3 = {
         "AWSAccessKeyId": service.key.access_key_id,
@@ -76,7 +76,7 @@ def test_bundles_with_the_whole_storage_given(service, aws, encode):
     assert answer["BundleTask"]["State"] == "pending"
 
 
-def test_cancels_and_waits_no_longer_for_a_task_that_failed(service, aws):
+def test_aws_cli_cancels_a_task_and_its_waiter_ends(service, aws):
     where = ["--bucket", "my-bucket", "--prefix", "winami"]
     task = aws("bundle-instance", "--instance-id", INSTANCE, *where, *owner(service))["BundleTask"]
     cancelled = aws("cancel-bundle-task", "--bundle-id", task["BundleId"])["BundleTask"]
@@ -96,11 +96,11 @@ NOBODY = ["--bucket", "my-bucket", "--prefix", "winami", "--owner-akid", "AKIDNO
         ([*NOBODY, "--dry-run"], r"\(InvalidParameterValue\).*AKIDNOBODY"),
     ],
 )
-def test_prints_our_errors_as_it_prints_those_of_aws(aws, arguments, words):
+def test_aws_cli_prints_error_codes_and_messages(aws, arguments, words):
     with pytest.raises(RuntimeError, match=words):
         aws("bundle-instance", "--instance-id", INSTANCE, *arguments)
 
 
-def test_describes_instances(service, aws):
+def test_aws_cli_describes_instances(service, aws):
     (reservation,) = aws("describe-instances", "--filters", "Name=platform,Values=windows")["Reservations"]
     assert reservation["Instances"][0]["InstanceId"] == INSTANCE

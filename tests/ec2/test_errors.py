@@ -1,4 +1,4 @@
-"""The table of EC2 errors: complete, without unused rows, and safe to fill in."""
+"""The table of EC2 errors: complete, without unused rows, and safe with any value."""
 
 import ast
 import string
@@ -25,29 +25,29 @@ def raised():
 
 
 @pytest.mark.parametrize(("code", "has_message", "fields"), [*raised()])
-def test_every_error_that_is_raised_is_in_the_table_and_fills_in_its_message(code, has_message, fields):
+def test_errors_table_has_every_raised_error_and_its_fields(code, has_message, fields):
     wanted = {name for _, name, _, _ in string.Formatter().parse(ERRORS[code].message) if name}
     assert has_message or None in fields or fields == wanted
 
 
-def test_every_row_of_the_table_is_raised_somewhere():
+def test_errors_table_has_no_unused_rows():
     of_protocol = {error.code for error in protocol_errors.ProtocolError.__subclasses__()}
     assert {param.values[0] for param in raised()} | of_protocol == set(ERRORS)
 
 
 @pytest.mark.parametrize("code", ERRORS)
-def test_every_row_says_when_it_is_answered_and_where_that_is_known_from(code):
+def test_errors_table_rows_have_cause_and_source(code):
     kind = ERRORS[code]
     assert 400 <= kind.status <= 599
     assert kind.cause.endswith(".")
     assert kind.source
 
 
-def test_only_what_nobody_foresaw_haste_and_a_store_that_fails_are_answered_with_a_status_that_clients_retry():
+def test_errors_with_a_retried_status_are_transient_or_unexpected():
     retried = {code for code, kind in ERRORS.items() if kind.status >= 500}
     assert retried == {"InternalError", "RequestLimitExceeded", "Unavailable"}
 
 
-def test_a_value_of_the_callers_cannot_reach_into_the_template():
+def test_error_message_does_not_format_values_of_the_caller():
     error = EC2Error("InvalidAction", action="{0.__class__} {action}")
     assert error.message == "The action {0.__class__} {action} is not valid for this web service."

@@ -61,13 +61,13 @@ TABLE = {
         ("日*", "日本", True),
     ],
 )
-def test_wildcards_stand_for_characters_unless_escaped(pattern, value, expected):
+def test_filter_wildcards_match_unless_escaped(pattern, value, expected):
     assert FilterPatterns([pattern]).match(value) is expected
     assert FilterPatterns(["no such value", "*and no ?uch*", pattern, "or th?s"]).match(value) is expected
 
 
 @given(st.lists(st.text("ab*?\\", max_size=8), max_size=4), st.text("ab*?\\", max_size=8))
-def test_patterns_match_as_regular_expressions_do(patterns, value):
+def test_filter_patterns_match_like_regular_expressions(patterns, value):
     def regex(pattern):
         tokens = re.findall(r"\\(.)|([*?])|(.)", pattern, re.DOTALL)
         parts = [{"*": ".*", "?": "."}[wildcard] if wildcard else re.escape(escaped or plain)
@@ -100,19 +100,19 @@ def cost(patterns, value):
     "patterns",
     [["*a" * 200 + "b"], ["*a?" * 130], ["?" * 400], [f"*{number}*" for number in range(200)], ["*" * 400]],
 )
-def test_comparing_is_linear_in_the_value_whatever_the_patterns_are(patterns):
+def test_filter_cost_is_linear_in_the_value(patterns):
     short, long = cost(patterns, "a" * 100), cost(patterns, "a" * 1000)
     assert long <= 11 * short
     assert long <= 4 * 1000
 
 
-def test_what_is_compared_is_charged_for():
+def test_filter_charges_for_comparisons():
     charged = []
     select(["a" * 1000] * 100, [{"Name": "name", "Values": ["*b"]}], TABLE, charged.append)
     assert sum(charged) == 100 * 1000 // 4096
 
 
-def test_a_charge_that_is_refused_ends_the_comparison():
+def test_filter_stops_when_a_charge_is_refused():
     class RefusedError(Exception):
         pass
 
@@ -142,7 +142,7 @@ def test_a_charge_that_is_refused_ends_the_comparison():
         ([("first:", "*")], []),
     ],
 )
-def test_values_are_alternatives_and_filters_are_conditions(filters, expected):
+def test_filters_must_all_match_with_one_of_their_values(filters, expected):
     asked = [{"Name": name, "Values": values} for name, *values in filters]
     assert select(["one", "two", "three"], asked, TABLE) == expected
 
@@ -179,7 +179,7 @@ def test_values_are_alternatives_and_filters_are_conditions(filters, expected):
         ),
     ],
 )
-def test_a_filter_that_means_nothing_is_refused(asked, message):
+def test_select_rejects_invalid_filters(asked, message):
     with pytest.raises(EC2Error) as refusal:
         select([], [{"Name": "name", "Values": ["x"]}, asked], TABLE)
     assert str(refusal.value) == message
@@ -196,5 +196,5 @@ def test_a_filter_that_means_nothing_is_refused(asked, message):
         ),
     ],
 )
-def test_a_moment_is_named_as_answers_write_it(moment, texts):
+def test_format_instant_matches_responses(moment, texts):
     assert format_instant(moment) == texts

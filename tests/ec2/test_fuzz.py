@@ -1,4 +1,4 @@
-"""Whatever a caller with a good signature sends is answered, or refused in EC2's words; nothing else comes out."""
+"""Any form of an authenticated caller gets a response or an EC2 error, and nothing else."""
 
 from contextlib import suppress
 from urllib.parse import urlencode
@@ -48,7 +48,7 @@ def sent_by(key, form):
 
 
 @pytest.mark.parametrize("action", sorted(ACTIONS))
-def test_nothing_but_answers_and_our_errors_comes_out(service, action):
+def test_random_forms_get_responses_or_ec2_errors(service, action):
     service.add_instance(INSTANCE)
     s3 = storage(service.key)["S3"] | {"UploadPolicy": "e30="}
     whole = {"InstanceId": INSTANCE, **{f"Storage.S3.{name}": value for name, value in s3.items()}}

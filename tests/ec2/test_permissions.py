@@ -1,4 +1,4 @@
-"""What users may do through a real server, with boto3; the decisions themselves have their table elsewhere."""
+"""Permissions of users on a real server, with boto3. The evaluation of policies is in tests/identity."""
 
 import json
 import time
@@ -94,11 +94,11 @@ DRY_RUN = ("DryRunOperation", 412, "Request would have succeeded, but DryRun fla
         ("terminate_instances", {"InstanceIds": ["i-0123456789abcdef0"]}),
     ],
 )
-def test_a_user_without_policies_may_do_nothing(server, bob, action, parameters, dry_run):
+def test_user_without_policies_is_denied_everything(server, bob, action, parameters, dry_run):
     assert refusal_of(server, bob.key, action, DryRun=dry_run, **parameters) == UNAUTHORIZED
 
 
-def test_a_user_who_may_look_looks_and_does_nothing_else(server, bob):
+def test_user_with_describe_permissions_can_only_describe(server, bob):
     key = bob(LOOK)
     assert refusal_of(server, key) is None
     assert refusal_of(server, key, "describe_instances", DryRun=True) == DRY_RUN
@@ -106,13 +106,13 @@ def test_a_user_who_may_look_looks_and_does_nothing_else(server, bob):
     assert refusal_of(server, key, "cancel_bundle_task", BundleId=BUNDLE_ID, DryRun=True) == UNAUTHORIZED
 
 
-def test_the_account_itself_may_do_all_beside_its_users(server, acme, bob):
+def test_account_key_may_do_everything(server, acme, bob):
     bob(statement("Deny", "*"))
     assert refusal_of(server, acme[1]) is None
     assert refusal_of(server, acme[1], "cancel_bundle_task", BundleId=BUNDLE_ID)[0] == "InvalidBundleID.NotFound"
 
 
-def test_a_deny_in_one_policy_wins_over_an_allow_in_another(server, bob):
+def test_deny_overrides_allow_of_another_policy(server, bob):
     bob(ALL, policy="allow")
     assert refusal_of(server, bob(statement("Deny", "ec2:describebundletasks"), policy="deny")) == UNAUTHORIZED
     assert refusal_of(server, bob.key, "describe_instances") is None
@@ -123,7 +123,7 @@ def test_a_deny_in_one_policy_wins_over_an_allow_in_another(server, bob):
     [
         ([{**ALL, "Condition": {"IpAddress": {"aws:SourceIp": "127.0.0.0/8"}}}], None, True),
         ([{**ALL, "Condition": {"IpAddress": {"aws:SourceIp": "203.0.113.0/24"}}}], None, False),
-        # Anybody can write these headers.
+        # Any client can send these headers.
         (
             [{**ALL, "Condition": {"IpAddress": {"aws:SourceIp": "203.0.113.0/24"}}}],
             ("X-Forwarded-For", "203.0.113.9"),
@@ -142,26 +142,26 @@ def test_a_deny_in_one_policy_wins_over_an_allow_in_another(server, bob):
         ([{**ALL, "Condition": {"DateLessThan": {"aws:CurrentTime": "2020-01-01"}}}], None, False),
     ],
 )
-def test_conditions_are_judged_by_what_the_server_sees(server, bob, statements, header, allowed):
+def test_conditions_use_the_values_of_the_server(server, bob, statements, header, allowed):
     refusal = refusal_of(server, bob(*statements), header=header)
     assert refusal == (None if allowed else UNAUTHORIZED)
 
 
-def test_a_change_counts_within_a_second(server, bob):
+def test_policy_change_is_effective_within_a_second(server, bob):
     assert refusal_of(server, bob(LOOK)) is None
     bob(statement("Deny", "*"), policy="no-more")
     time.sleep(REMEMBERED)
     assert refusal_of(server, bob.key) == UNAUTHORIZED
 
 
-def test_a_deleted_user_is_nobody_within_a_second(server, bob, users, acme):
+def test_deleted_user_is_refused_within_a_second(server, bob, users, acme):
     assert refusal_of(server, bob(LOOK)) is None
     users.delete(acme[0].account_id, bob.name)
     time.sleep(REMEMBERED)
     assert refusal_of(server, bob.key)[:2] == ("AuthFailure", 401)
 
 
-def test_policies_that_somebody_broke_in_the_database_permit_nothing(server, bob, database):
+def test_damaged_policies_in_the_database_deny_everything(server, bob, database):
     key = bob(ALL)
     with database.begin() as connection:
         own = user_policy.c.user_id == key.user.user_id
@@ -175,7 +175,7 @@ def instance(server, acme, tmp_path):
     return server.instance(acme[0].account_id, tmp_path / "disk.raw")
 
 
-def test_a_user_bundles_where_the_user_may_put_objects(server, bob, instance):
+def test_user_can_bundle_only_with_put_object_permission(server, bob, instance):
     objects = statement("Allow", "s3:PutObject", "arn:aws:s3:::acme-bundles/win*")
     key = bob(LOOK, statement("Allow", "ec2:BundleInstance"), objects)
 
@@ -193,7 +193,7 @@ def test_a_user_bundles_where_the_user_may_put_objects(server, bob, instance):
         )
 
 
-def test_a_user_who_may_only_look_cannot_give_the_accounts_bucket_to_others(server, bob, tmp_path):
+def test_user_without_put_object_cannot_sign_an_upload_policy(server, bob, tmp_path):
     other, others_key = server.account(f"other-{time.monotonic_ns()}")
     make_disk(tmp_path / "others.raw", 1 << 20)
     theirs = server.instance(other.account_id, tmp_path / "others.raw")
@@ -204,7 +204,7 @@ def test_a_user_who_may_only_look_cannot_give_the_accounts_bucket_to_others(serv
     assert server.instances.state(theirs.instance_id) == "running"
 
 
-def test_users_are_told_who_they_are_whatever_is_denied_to_them(server, bob, acme):
+def test_get_caller_identity_needs_no_permission(server, bob, acme):
     import boto3
 
     key = bob(statement("Deny", "*"))

@@ -40,7 +40,7 @@ def outcome(form, action="DescribeBundleTasks"):
         ("BundleId.1=a%3Db&", {"BundleIds": ["a=b"]}),
     ],
 )
-def test_a_form_becomes_the_operations_input(form, parameters):
+def test_parse_returns_the_input_of_the_operation(form, parameters):
     assert read(form) == parameters
 
 
@@ -90,7 +90,7 @@ def test_a_form_becomes_the_operations_input(form, parameters):
         ("%1b=1", "InvalidCharacter", "The request contains a character that XML does not allow."),
     ],
 )
-def test_a_form_that_the_model_does_not_describe_is_refused(form, code, message):
+def test_parse_rejects_forms_outside_the_model(form, code, message):
     with pytest.raises(ProtocolError) as refusal:
         read(form)
     assert (refusal.value.code, str(refusal.value)) == (code, message)
@@ -110,7 +110,7 @@ def test_a_form_that_the_model_does_not_describe_is_refused(form, code, message)
         ),
     ],
 )
-def test_a_bundle_request_is_checked_against_its_own_shape(form, code, message):
+def test_parse_checks_bundle_instance_against_its_shape(form, code, message):
     with pytest.raises(ProtocolError) as refusal:
         read(form, "BundleInstance")
     assert (refusal.value.code, str(refusal.value)) == (code, message)
@@ -128,7 +128,7 @@ def test_a_bundle_request_is_checked_against_its_own_shape(form, code, message):
         ("", None),
     ],
 )
-def test_an_integer_has_only_digits_and_fits_its_type(value, number):
+def test_parse_integer_accepts_digits_within_its_type(value, number):
     expected = "InvalidParameterValue" if number is None else {"MaxResults": number}
     assert outcome(f"MaxResults={value}", "DescribeInstances") == expected
 
@@ -143,7 +143,7 @@ def test_an_integer_has_only_digits_and_fits_its_type(value, number):
         ("0001-01-01T00:00:00%2B10:00", None),
     ],
 )
-def test_a_timestamp_is_iso_8601(value, instant):
+def test_parse_timestamp_accepts_iso_8601(value, instant):
     expected = "InvalidParameterValue" if instant is None else {"StartTime": instant}
     assert outcome(f"StartTime={value}", "DescribeSpotPriceHistory") == expected
 
@@ -151,14 +151,14 @@ def test_a_timestamp_is_iso_8601(value, instant):
 @pytest.mark.parametrize(
     ("value", "number"), [("0.5", 0.5), ("1e3", 1000.0), ("nan", None), ("inf", None), ("x", None)]
 )
-def test_a_double_is_a_finite_number(value, number):
+def test_parse_double_accepts_finite_numbers(value, number):
     form = f"InstanceTypeSpecification.1.Weight={value}&TotalTargetCapacity=1"
     read_as = {"InstanceTypeSpecifications": [{"Weight": number}], "TotalTargetCapacity": 1}
     expected = "InvalidParameterValue" if number is None else read_as
     assert outcome(form, "CreateCapacityReservationFleet") == expected
 
 
-def test_a_blob_keeps_the_text_that_it_came_as():
+def test_parse_blob_keeps_the_received_text():
     wire = "eyJl%0D%0AeHAi%2BfQ%3D"
     storage = read(f"{BUNDLE}&Storage.S3.UploadPolicy={wire}", "BundleInstance")["Storage"]
     assert storage["S3"]["UploadPolicy"] == Blob("eyJl\r\neHAi+fQ=", b'{"exp"\xf9\xf4')
@@ -166,26 +166,26 @@ def test_a_blob_keeps_the_text_that_it_came_as():
     assert "eyJl" not in repr(storage)
 
 
-def test_a_name_made_of_dots_is_refused_like_any_other_unknown_one():
+def test_parse_rejects_names_of_dots():
     with pytest.raises(ProtocolError) as refusal:
         read("Filter" + "." * 60000)
     assert refusal.value.code == "UnknownParameter"
 
 
 @given(st.binary(max_size=200))
-def test_whatever_comes_is_read_or_refused_in_ec2s_words(junk):
+def test_random_forms_are_parsed_or_get_an_ec2_error(junk):
     refusals = {"MalformedQueryString", "InvalidCharacter", "UnknownParameter", "InvalidQueryParameter"}
     assert outcome(junk) in ({}, *refusals)
 
 
 @given(st.text("BundleIdFilterNameValueDryRun.=&19 ", max_size=80))
-def test_whatever_resembles_a_request_is_read_or_refused_in_ec2s_words(junk):
+def test_random_requests_are_parsed_or_get_an_ec2_error(junk):
     refusals = {"InvalidQueryParameter", "UnknownParameter", "InvalidParameterValue"}
     result = outcome(junk)
     assert isinstance(result, dict) or result in refusals
 
 
-def test_an_answer_is_written_as_aws_writes_it():
+def test_serialize_writes_the_xml_of_aws():
     task = {"BundleId": "bun-1", "Progress": None, "BundleTaskError": {"Message": "<&>\r\x00"}}
     document = serialize(
         EC2.operation("DescribeBundleTasks"), {"BundleTasks": [task]}, version="2010-08-31", request_id="r"
@@ -199,12 +199,12 @@ def test_an_answer_is_written_as_aws_writes_it():
     )
 
 
-def test_an_empty_list_is_an_empty_element_so_that_clients_find_it():
+def test_serialize_writes_an_empty_list_as_an_empty_element():
     document = serialize(EC2.operation("DescribeBundleTasks"), {"BundleTasks": []}, version="v", request_id="r")
     assert b"<bundleInstanceTasksSet/>" in document
 
 
-def test_an_operation_without_an_output_returns_true_as_ec2_does():
+def test_serialize_returns_true_without_an_output_shape():
     document = serialize(EC2.operation("RebootInstances"), {}, version="2014-10-01", request_id="r")
     assert document.decode() == (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -213,7 +213,7 @@ def test_an_operation_without_an_output_returns_true_as_ec2_does():
     )
 
 
-def test_an_answer_of_sts_is_written_as_sts_writes_it():
+def test_serialize_writes_the_xml_of_sts():
     document = serialize(STS.operation("GetCallerIdentity"), {"Account": "1"}, version="2011-06-15", request_id="r")
     assert document.decode() == (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
@@ -224,7 +224,7 @@ def test_an_answer_of_sts_is_written_as_sts_writes_it():
 
 
 @pytest.mark.parametrize(("status", "fault"), [(400, "Sender"), (403, "Sender"), (500, "Receiver")])
-def test_an_error_of_sts_says_whose_fault_it_is(status, fault):
+def test_error_document_of_sts_has_sender_or_receiver(status, fault):
     assert error_document(STS.model, "A", "x < y", status=status, request_id="r").decode() == (
         '<?xml version="1.0" encoding="UTF-8"?>\n<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
         f"<Error><Type>{fault}</Type><Code>A</Code><Message>x &lt; y</Message></Error>"
@@ -232,7 +232,7 @@ def test_an_error_of_sts_says_whose_fault_it_is(status, fault):
     )
 
 
-def test_an_error_is_written_as_aws_writes_it():
+def test_error_document_writes_the_xml_of_aws():
     assert error_document(EC2.model, "A.B", "x < y", status=400, request_id="r").decode() == (
         '<?xml version="1.0" encoding="UTF-8"?>\n<Response><Errors><Error><Code>A.B</Code><Message>x &lt; y</Message>'
         "</Error></Errors><RequestID>r</RequestID></Response>"
@@ -254,10 +254,10 @@ def test_an_error_is_written_as_aws_writes_it():
         ("", False),
     ],
 )
-def test_api_versions_are_known_from_2008_to_the_models_own(version, known):
+def test_ec2_versions_are_known_from_2008_to_that_of_the_model(version, known):
     assert EC2.is_known_version(version) is known
 
 
 @pytest.mark.parametrize(("version", "known"), [("2011-06-15", True), ("2016-11-15", False), ("2011-06-14", False)])
-def test_sts_has_one_api_version(version, known):
+def test_sts_has_one_known_version(version, known):
     assert STS.is_known_version(version) is known

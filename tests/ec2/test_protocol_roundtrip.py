@@ -1,4 +1,4 @@
-"""Every request and response of our actions, against botocore's own serialiser and parser."""
+"""Requests and responses of every supported action, against botocore's serializer and parser."""
 
 from datetime import UTC, datetime
 from urllib.parse import urlencode
@@ -75,7 +75,7 @@ def to_milliseconds(value):
 
 
 @pytest.mark.parametrize("name", sorted(ACTIONS))
-def test_every_request_that_botocore_can_send_is_read_as_it_was_meant(name):
+def test_parse_reads_every_request_of_botocore(name):
     service = ACTIONS[name].service
     operation = service.operation(name)
 
@@ -89,7 +89,7 @@ def test_every_request_that_botocore_can_send_is_read_as_it_was_meant(name):
 
 
 @pytest.mark.parametrize("name", sorted({*ACTIONS} - {"RebootInstances"}))  # which has no output
-def test_every_response_of_the_model_is_read_by_botocore_as_it_was_meant(name):
+def test_botocore_reads_every_serialized_response(name):
     service = ACTIONS[name].service
     operation = service.operation(name)
     blobs = st.builds(lambda data: Blob("", data), st.binary(max_size=40))
@@ -107,7 +107,7 @@ def test_every_response_of_the_model_is_read_by_botocore_as_it_was_meant(name):
 
 
 @pytest.mark.parametrize("service", SERVICES, ids=lambda service: service.name)
-def test_every_error_is_read_by_botocore_as_it_was_meant(service):
+def test_botocore_reads_every_error_document(service):
     operation = next(action.service.operation(name) for name, action in ACTIONS.items() if action.service is service)
 
     @given(xml_text, xml_text)

@@ -1,4 +1,4 @@
-"""Requests signed by botocore itself, as they are and with each hole that a server must close."""
+"""Authentication of requests that botocore signed: valid ones, and each with one defect that a server must detect."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -71,7 +71,7 @@ def v2_signed(*, key=KEY, host=HOST, sign_host=None, method="POST", **changes):
 
 
 def with_header(request, name, value):
-    """The request with a header set, or taken away (None)."""
+    """The request with a header set, or removed (None)."""
     others = [(each, old) for each, old in request.headers if each != name]
     return replace(request, headers=tuple(others if value is None else [*others, (name, value)]))
 
@@ -136,20 +136,20 @@ QUIRKS = {
 
 
 @pytest.mark.parametrize("client", QUIRKS)
-def test_a_good_signature_of_any_client_is_accepted(client):
+def test_authenticate_accepts_valid_signatures_of_all_clients(client):
     assert verdict(QUIRKS[client]()) == KEY.account_id
 
 
-def stranger(**changes):
+def other_key(**changes):
     return replace(KEY, **changes)
 
 
-HOLES = {
+INVALID_REQUESTS = {
     "no credentials": (lambda: Ec2Request("GET", "/", b"Action=x", (("host", HOST),), b""), "MissingParameter"),
     # Version 4 in the header
-    "unknown key": (lambda: header_signed(key=stranger(access_key_id="AKIDNOBODY")), "AuthFailure"),
+    "unknown key": (lambda: header_signed(key=other_key(access_key_id="AKIDNOBODY")), "AuthFailure"),
     "inactive key": (lambda: header_signed(key=INACTIVE), "AuthFailure"),
-    "wrong secret": (lambda: header_signed(key=stranger(secret_access_key="x" * 40)), "AuthFailure"),
+    "wrong secret": (lambda: header_signed(key=other_key(secret_access_key="x" * 40)), "AuthFailure"),
     "body changed": (lambda: replace(header_signed(), body=BODY.replace(b"state", b"stage")), "AuthFailure"),
     "body changed under a signed digest": (
         lambda: replace(
@@ -191,13 +191,13 @@ HOLES = {
         "IncompleteSignature",
     ),
     "session token": (lambda: with_header(header_signed(), "x-amz-security-token", "t"), "IncompleteSignature"),
-    "two ways at once": (
+    "two methods": (
         lambda: replace(header_signed(), query=b"AWSAccessKeyId=AKIDEXAMPLE"),
         "IncompleteSignature",
     ),
     # Version 4 in the query string
-    "presigned by an unknown key": (lambda: presigned(key=stranger(access_key_id="AKIDNOBODY")), "AuthFailure"),
-    "presigned by a wrong secret": (lambda: presigned(key=stranger(secret_access_key="x" * 40)), "AuthFailure"),
+    "presigned by an unknown key": (lambda: presigned(key=other_key(access_key_id="AKIDNOBODY")), "AuthFailure"),
+    "presigned by a wrong secret": (lambda: presigned(key=other_key(secret_access_key="x" * 40)), "AuthFailure"),
     "presigned, action changed": (lambda: with_query(presigned(), Action="CancelBundleTask"), "AuthFailure"),
     "presigned, life lengthened": (lambda: with_query(presigned(), X_Amz_Expires="3601"), "AuthFailure"),
     "presigned, body added": (lambda: replace(presigned(), body=b"DryRun=true"), "AuthFailure"),
@@ -210,8 +210,8 @@ HOLES = {
         "IncompleteSignature",
     ),
     # Version 2
-    "v2, unknown key": (lambda: v2_signed(key=stranger(access_key_id="AKIDNOBODY")), "AuthFailure"),
-    "v2, wrong secret": (lambda: v2_signed(key=stranger(secret_access_key="x" * 40)), "AuthFailure"),
+    "v2, unknown key": (lambda: v2_signed(key=other_key(access_key_id="AKIDNOBODY")), "AuthFailure"),
+    "v2, wrong secret": (lambda: v2_signed(key=other_key(secret_access_key="x" * 40)), "AuthFailure"),
     "v2, parameter added": (lambda: replace(v2_signed(), query=b"DryRun=true"), "AuthFailure"),
     "v2, host changed": (lambda: with_header(v2_signed(), "host", "elsewhere:8773"), "AuthFailure"),
     "v2, method changed": (lambda: replace(v2_signed(), method="GET"), "AuthFailure"),
@@ -228,9 +228,9 @@ HOLES = {
 }
 
 
-@pytest.mark.parametrize("hole", HOLES)
-def test_no_hole_in_the_signature_is_open(hole):
-    request, code = HOLES[hole]
+@pytest.mark.parametrize("case", INVALID_REQUESTS)
+def test_authenticate_rejects_invalid_requests(case):
+    request, code = INVALID_REQUESTS[case]
     assert verdict(request()) == code
 
 
@@ -249,12 +249,12 @@ def test_no_hole_in_the_signature_is_open(hole):
         (presigned, timedelta(minutes=-16), "RequestExpired"),
     ],
 )
-def test_a_request_is_good_for_fifteen_minutes_and_a_presigned_url_for_its_life(request_of, later, expected):
+def test_authenticate_checks_the_age_of_a_request(request_of, later, expected):
     assert verdict(request_of(), later=later) == expected
 
 
-def test_an_unknown_key_and_a_wrong_signature_get_the_same_answer_after_the_same_work(monkeypatch):
-    """What is signed is put together once; a secret costs a short HMAC for each form of the host, and there are two."""
+def test_authenticate_does_the_same_work_for_unknown_key_and_wrong_signature(monkeypatch):
+    """The canonical request is built once; each of the two forms of the host costs one HMAC per secret."""
     signed_with, canonical, answers = [], [], []
     signature, canonical_request = SigV4Auth.signature, SigV4Auth.canonical_request
     monkeypatch.setattr(
@@ -263,35 +263,35 @@ def test_an_unknown_key_and_a_wrong_signature_get_the_same_answer_after_the_same
     monkeypatch.setattr(
         SigV4Auth, "canonical_request", lambda self, *args: canonical.append(1) or canonical_request(self, *args)
     )
-    recent = KeyCache()
-    authenticate(header_signed(), KEYS.get, recent, datetime.now(UTC))
-    for wrong in (stranger(access_key_id="AKIDNOBODY"), stranger(secret_access_key="x" * 40), INACTIVE):
+    key_cache = KeyCache()
+    authenticate(header_signed(), KEYS.get, key_cache, datetime.now(UTC))
+    for wrong in (other_key(access_key_id="AKIDNOBODY"), other_key(secret_access_key="x" * 40), INACTIVE):
         request = header_signed(key=wrong)
         signed_with.clear()
         canonical.clear()
         with pytest.raises(EC2Error) as refusal:
-            authenticate(request, KEYS.get, recent, datetime.now(UTC))
+            authenticate(request, KEYS.get, key_cache, datetime.now(UTC))
         work = (len(canonical), len(signed_with))
         answers.append((refusal.value.status, refusal.value.code, refusal.value.message, work))
     assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", (1, 4))] * 3
 
 
-def test_a_key_that_has_just_signed_is_not_looked_up_again():
-    looked_up, recent = [], KeyCache()
+def test_authenticate_uses_the_cache_for_a_recent_key():
+    lookups, key_cache = [], KeyCache()
     for _ in range(3):
-        authenticate(header_signed(), lambda name: looked_up.append(name) or KEYS[name], recent, datetime.now(UTC))
-    assert looked_up == [KEY.access_key_id]
+        authenticate(header_signed(), lambda name: lookups.append(name) or KEYS[name], key_cache, datetime.now(UTC))
+    assert lookups == [KEY.access_key_id]
 
 
-def test_only_keys_that_have_signed_are_remembered():
-    recent = KeyCache()
-    for wrong in (stranger(access_key_id="AKIDNOBODY"), stranger(secret_access_key="x" * 40), INACTIVE):
+def test_authenticate_caches_only_keys_with_a_valid_signature():
+    key_cache = KeyCache()
+    for wrong in (other_key(access_key_id="AKIDNOBODY"), other_key(secret_access_key="x" * 40), INACTIVE):
         with pytest.raises(EC2Error):
-            authenticate(header_signed(key=wrong), KEYS.get, recent, datetime.now(UTC))
-        assert recent.find(wrong.access_key_id) is None
+            authenticate(header_signed(key=wrong), KEYS.get, key_cache, datetime.now(UTC))
+        assert key_cache.find(wrong.access_key_id) is None
 
 
-def test_a_date_header_in_http_form_is_the_requests_time():
+def test_authenticate_reads_an_http_date():
     request = AWSRequest("POST", f"http://{HOST}/", data=BODY, headers={"Date": "to be replaced"})
     SigV4Auth(Credentials(KEY.access_key_id, KEY.secret_access_key), "ec2", "us-east-1").add_auth(request)
     stale = with_header(received(request, BODY), "date", format_datetime(datetime.now(UTC) - timedelta(hours=1)))
@@ -304,18 +304,18 @@ def test_a_date_header_in_http_form_is_the_requests_time():
         st.sampled_from(["Credential=", "SignedHeaders=", "Signature=", "host", "AKIDEXAMPLE", "/", ",", ";", "é"])
     ),
 )
-def test_whatever_stands_in_an_authorization_header_is_refused_in_ec2s_words(scheme, parts):
+def test_random_authorization_headers_get_an_ec2_error(scheme, parts):
     request = with_header(header_signed(), "authorization", scheme + "".join(parts))
     assert verdict(request) in {"IncompleteSignature", "AuthFailure"}
 
 
 @given(st.binary(max_size=60), st.text(max_size=20), st.binary(max_size=60))
-def test_whatever_comes_is_refused_in_ec2s_words(query, host, body):
+def test_random_requests_get_an_ec2_error(query, host, body):
     request = Ec2Request("POST", "/", b"AWSAccessKeyId=x&Signature=x&" + query, (("host", host),), body)
     with suppress(ProtocolError):
         assert verdict(request) in {"MissingParameter", "IncompleteSignature"}
 
 
-def test_no_signature_is_seen_in_a_repr():
+def test_repr_of_a_request_has_no_signature():
     assert "Signature" not in repr(header_signed())
     assert "wJalr" not in repr(KEY)

@@ -1,4 +1,4 @@
-"""How much of one account's haste is answered."""
+"""Limits of one account: rate of requests, number of tasks."""
 
 import threading
 from dataclasses import replace
@@ -36,19 +36,19 @@ def taken(rate, account_id=ALICE):
     return 100
 
 
-def test_a_burst_is_answered_and_no_more(rate):
+def test_rate_limit_allows_one_burst(rate):
     assert taken(rate) == 5
     assert taken(rate) == 0
 
 
 @pytest.mark.parametrize(("seconds", "more"), [(0.4, 0), (0.5, 1), (1.2, 2), (2.5, 5), (1e6, 5)])
-def test_tokens_come_back_with_time_and_never_more_than_a_burst(rate, clock, seconds, more):
+def test_rate_limit_refills_up_to_one_burst(rate, clock, seconds, more):
     taken(rate)
     clock.now += seconds
     assert taken(rate) == more
 
 
-def test_fractions_of_tokens_add_up(rate, clock):
+def test_rate_limit_adds_fractions_of_tokens(rate, clock):
     taken(rate)
     for _ in range(4):
         clock.now += 0.125
@@ -56,11 +56,11 @@ def test_fractions_of_tokens_add_up(rate, clock):
     assert count == 1
 
 
-def test_accounts_do_not_share_a_bucket(rate):
+def test_rate_limit_has_a_bucket_for_each_account(rate):
     assert (taken(rate, ALICE), taken(rate, BOB)) == (5, 5)
 
 
-def test_threads_do_not_take_a_token_twice():
+def test_rate_limit_is_thread_safe():
     rate, count = RateLimit(1e-9, 500), []
     threads = [
         threading.Thread(target=lambda: count.append(taken(rate)) or count.append(taken(rate))) for _ in range(8)
@@ -72,21 +72,20 @@ def test_threads_do_not_take_a_token_twice():
     assert sum(count) == 500
 
 
-def test_a_hasty_account_is_told_so_and_no_other(service, current_app, client_of):
-    house_of_few = replace(service.backend, rate=RateLimit(1e-9, 3))
-    hasty, other = client_of(service.key), client_of(service.another_key())
-    current_app.app = create_app(house_of_few)
+def test_rate_limit_refuses_only_the_account_that_exceeds_it(service, current_app, client_of):
+    busy, other = client_of(service.key), client_of(service.another_key())
+    current_app.app = create_app(replace(service.backend, rate=RateLimit(1e-9, 3)))
     for _ in range(3):
-        hasty.describe_instances()
+        busy.describe_instances()
     with pytest.raises(ClientError) as refusal:
-        hasty.describe_instances()
+        busy.describe_instances()
     error = refusal.value.response
     assert error["Error"] == {"Code": "RequestLimitExceeded", "Message": "Request limit exceeded."}
     assert error["ResponseMetadata"]["HTTPStatusCode"] == 503
     assert other.describe_instances()["Reservations"] == []
 
 
-def test_boto3_tries_again_by_itself_until_it_is_answered(service, current_app):
+def test_boto3_retries_after_the_rate_limit(service, current_app):
     current_app.app = create_app(replace(service.backend, rate=RateLimit(2.0, 1)))
     ec2 = boto3.client(
         "ec2", "eu-west-9", endpoint_url=current_app.url, config=Config(retries={"total_max_attempts": 10}),
@@ -99,13 +98,13 @@ def test_boto3_tries_again_by_itself_until_it_is_answered(service, current_app):
 
 
 @pytest.mark.parametrize("change", [{"access_key_id": "AKIDNOBODY"}, {"secret_access_key": "x" * 40}])
-def test_whoever_has_no_good_signature_takes_no_token_and_leaves_no_trace(service, current_app, client_of, change):
+def test_requests_with_invalid_signatures_take_no_token(service, current_app, client_of, change):
     rate = RateLimit(1e-9, 1)
-    strangers = client_of(replace(service.key, **change))
+    unauthenticated = client_of(replace(service.key, **change))
     current_app.app = create_app(replace(service.backend, rate=rate))
     for _ in range(3):
         with pytest.raises(ClientError, match="AuthFailure"):
-            strangers.describe_instances()
+            unauthenticated.describe_instances()
     assert rate._buckets == {}
     client_of(service.key)
     current_app.app = create_app(replace(service.backend, rate=rate))
@@ -118,7 +117,7 @@ def bundle(ec2, service, number):
     )["BundleTask"]["BundleId"]
 
 
-def test_an_account_has_only_so_many_tasks_at_a_time(service, ec2, client_of):
+def test_bundle_instance_limits_the_tasks_of_an_account(service, ec2, client_of):
     first, *_ = [bundle(ec2, service, number) for number in range(4)]
     with pytest.raises(ClientError) as refusal:
         bundle(ec2, service, 5)
@@ -131,7 +130,7 @@ def test_an_account_has_only_so_many_tasks_at_a_time(service, ec2, client_of):
     bundle(ec2, service, 6)
 
 
-def test_of_many_simultaneous_requests_only_so_many_make_a_task(service, ec2):
+def test_bundle_instance_limits_simultaneous_requests(service, ec2):
     ids = [service.add_instance(f"i-{number:08x}") for number in range(12)]
     outcomes = []
 

@@ -26,7 +26,7 @@ def ids(answer):
     return [instance["InstanceId"] for reservation in answer["Reservations"] for instance in reservation["Instances"]]
 
 
-def test_an_instance_is_shown_as_ec2_shows_it(service, ec2, three_instances):
+def test_describe_instances_returns_the_members_of_ec2(service, ec2, three_instances):
     (reservation,) = ec2.describe_instances(InstanceIds=["i-0000000a"])["Reservations"]
     assert reservation == {
         "ReservationId": "r-0000000a",
@@ -49,17 +49,17 @@ def test_an_instance_is_shown_as_ec2_shows_it(service, ec2, three_instances):
     }
 
 
-def test_only_the_callers_instances_are_shown(ec2, client_of, service, three_instances):
+def test_describe_instances_returns_only_own_instances(ec2, client_of, service, three_instances):
     assert ids(ec2.describe_instances()) == ["i-0000000a", "i-0000000b", "i-0000000c"]
     assert client_of(service.another_key()).describe_instances()["Reservations"] == []
 
 
-def test_an_instance_without_tags_has_no_set_of_them(ec2, three_instances):
+def test_describe_instances_omits_an_empty_tag_set(ec2, three_instances):
     (reservation,) = ec2.describe_instances(InstanceIds=["i-0000000c"])["Reservations"]
     assert "Tags" not in reservation["Instances"][0]
 
 
-def test_an_instance_that_is_not_windows_has_no_platform(ec2, three_instances):
+def test_describe_instances_omits_other_platforms(ec2, three_instances):
     (reservation,) = ec2.describe_instances(InstanceIds=["i-0000000b"])["Reservations"]
     assert "Platform" not in reservation["Instances"][0]
 
@@ -96,7 +96,7 @@ def test_an_instance_that_is_not_windows_has_no_platform(ec2, three_instances):
         ("instance-type", "*", ""),
     ],
 )
-def test_instances_are_filtered(ec2, three_instances, name, value, expected):
+def test_describe_instances_filters(ec2, three_instances, name, value, expected):
     answer = ec2.describe_instances(Filters=[{"Name": name, "Values": [value]}])
     assert ids(answer) == [f"i-0000000{letter}" for letter in expected]
 
@@ -109,13 +109,13 @@ def test_instances_are_filtered(ec2, three_instances, name, value, expected):
         (["i-0000000a", "i-a"], "InvalidInstanceID.Malformed", 'Invalid id: "i-a" (expecting "i-...")'),
     ],
 )
-def test_an_id_that_is_not_the_callers_is_refused(ec2, three_instances, instance_ids, code, message):
+def test_describe_instances_rejects_unknown_ids(ec2, three_instances, instance_ids, code, message):
     with pytest.raises(ClientError) as refusal:
         ec2.describe_instances(InstanceIds=instance_ids)
     assert refusal.value.response["Error"] == {"Code": code, "Message": message}
 
 
-def test_an_id_that_is_given_twice_is_shown_once(ec2, three_instances):
+def test_describe_instances_ignores_duplicate_ids(ec2, three_instances):
     assert ids(ec2.describe_instances(InstanceIds=["i-0000000a", "i-0000000a"])) == ["i-0000000a"]
 
 
@@ -124,24 +124,24 @@ def twelve_instances(service):
     return [service.add_instance(f"i-{number:08x}") for number in range(12)]
 
 
-def test_instances_are_paged(ec2, twelve_instances):
+def test_describe_instances_paginates(ec2, twelve_instances):
     pages = ec2.get_paginator("describe_instances").paginate(PaginationConfig={"PageSize": 5})
     assert [ids(page) for page in pages] == [twelve_instances[:5], twelve_instances[5:10], twelve_instances[10:]]
 
 
-def test_the_last_page_may_be_full_and_has_no_token(ec2, twelve_instances):
+def test_describe_instances_last_full_page_has_no_token(ec2, twelve_instances):
     answer = ec2.describe_instances(MaxResults=12)
     assert ids(answer) == twelve_instances
     assert "NextToken" not in answer
 
 
-def test_a_filter_chooses_before_pages_are_cut(ec2, service, twelve_instances):
+def test_describe_instances_filters_before_pagination(ec2, service, twelve_instances):
     service.add_instance("i-00000003a0000000a", platform=None)
     answer = ec2.describe_instances(MaxResults=5, Filters=[{"Name": "platform", "Values": ["windows"]}])
     assert ids(answer) == twelve_instances[:5]
 
 
-def test_an_instance_that_goes_between_two_pages_moves_no_other(ec2, service, twelve_instances):
+def test_describe_instances_pages_are_stable_after_a_removal(ec2, service, twelve_instances):
     first = ec2.describe_instances(MaxResults=5)
     service.instances.remove(twelve_instances[4])
     assert ids(ec2.describe_instances(MaxResults=5, NextToken=first["NextToken"])) == twelve_instances[5:10]
@@ -158,7 +158,7 @@ def test_an_instance_that_goes_between_two_pages_moves_no_other(ec2, service, tw
         ({"NextToken": "_w=="}, "InvalidPaginationToken"),
     ],
 )
-def test_a_page_that_cannot_be_is_refused(ec2, parameters, code):
+def test_describe_instances_rejects_invalid_page_parameters(ec2, parameters, code):
     with pytest.raises(ClientError) as refusal:
         ec2.describe_instances(**parameters)
     assert refusal.value.response["Error"]["Code"] == code

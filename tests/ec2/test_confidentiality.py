@@ -1,4 +1,4 @@
-"""What somebody can learn or set going who is not an instance's owner, or has no key: nothing."""
+"""A client that does not own an instance, or has no key, learns nothing about it and changes nothing."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ CALLS = {
 
 
 def refusal(client, key, call, instance_id, **options):
-    """Code and message, without the id that was asked for."""
+    """Return code and message without the requested id."""
     given = {CALLS[call]: instance_id if call == "bundle_instance" else [instance_id], **options}
     if call == "bundle_instance":
         given["Storage"] = storage(key)
@@ -73,18 +73,18 @@ INSTANCES = {
 
 
 @pytest.mark.parametrize("what", INSTANCES)
-def test_a_stranger_gets_the_answer_for_an_instance_that_does_not_exist(service, client_of, what):
+def test_other_account_gets_not_found_for_an_existing_instance(service, client_of, what):
     INSTANCES[what](service)
     key = service.another_key()
-    stranger = client_of(key)
+    other = client_of(key)
     for call in CALLS:
-        there, not_there = (refusal(stranger, key, call, each) for each in (INSTANCE, NOT_THERE))
+        there, not_there = (refusal(other, key, call, each) for each in (INSTANCE, NOT_THERE))
         assert there == not_there
         assert there[0] == "InvalidInstanceID.NotFound"
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_no_command_is_run_for_a_stranger(service, client_of, tmp_path, dry_run):
+def test_request_of_another_account_runs_no_command(service, client_of, tmp_path, dry_run):
     ran = tmp_path / "ran"
     commands = {
         f"{name}_command": ("sh", "-c", f"echo {name} >> {ran}; echo running")
@@ -101,7 +101,7 @@ def test_no_command_is_run_for_a_stranger(service, client_of, tmp_path, dry_run)
 
 
 @pytest.mark.parametrize("what", [what for what in INSTANCES if what != "is well"])
-def test_the_owner_of_a_broken_instance_is_told_no_path_and_no_internal_error(service, ec2, tmp_path, what):
+def test_error_of_a_broken_instance_has_no_path_and_is_not_internal(service, ec2, tmp_path, what):
     INSTANCES[what](service)
     with capture_logs() as logs:
         told = {refusal(ec2, service.key, call, INSTANCE) for call in CALLS if call != "describe_instances"}
@@ -112,7 +112,7 @@ def test_the_owner_of_a_broken_instance_is_told_no_path_and_no_internal_error(se
 
 
 @pytest.mark.parametrize("what", INSTANCES)
-def test_a_broken_instance_hides_no_other(service, ec2, what):
+def test_describe_instances_returns_instances_next_to_a_broken_one(service, ec2, what):
     INSTANCES[what](service)
     service.add_instance("i-00000001")
     shown = [one["InstanceId"] for each in ec2.describe_instances()["Reservations"] for one in each["Instances"]]
@@ -132,7 +132,7 @@ FOREIGN = sorted(
 
 
 @pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
-def test_every_error_of_instances_images_and_stores_has_an_answer_that_holds_nothing_of_its_text(kind):
+def test_to_ec2_error_converts_every_component_error_without_its_message(kind):
     error = kind.__new__(kind, "/srv/secret/path")
     error.args = ("/srv/secret/path",)
     error.__dict__.update({"message": "/srv/secret/path", "instance_id": INSTANCE})
@@ -148,37 +148,37 @@ def test_every_error_of_instances_images_and_stores_has_an_answer_that_holds_not
     assert "/srv" not in answer.message
 
 
-def test_what_nobody_foresaw_has_no_answer_of_its_own():
+def test_to_ec2_error_returns_none_for_unexpected_errors():
     assert to_ec2_error(ZeroDivisionError()) is None
 
 
 @pytest.mark.parametrize("path", ["/", "/services/compute", "/services/Eucalyptus", "/services/Cloud"])
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_the_api_answers_at_every_path_that_old_clients_use(endpoint, service, path, slash):
+def test_api_accepts_the_paths_of_old_clients(endpoint, service, path, slash):
     request = signed(endpoint, service.key, path=path.rstrip("/") + slash or "/")
     assert send(endpoint, request)[0] == 200
 
 
-def test_the_signature_is_over_the_path_as_sent(endpoint, service):
+def test_signature_uses_the_path_as_sent(endpoint, service):
     moved = signed(endpoint, service.key, path="/services/compute").replace(b"/services/compute", b"/services/Cloud", 1)
     assert (send(endpoint, moved)[0], code_of(send(endpoint, moved))) == (401, "AuthFailure")
 
 
 @pytest.mark.parametrize("path", ["/nothing/here", "/services/compute//", "/services", "/%2F", "/services/cloud", "//"])
-def test_any_other_path_is_told_the_right_url(endpoint, service, path):
+def test_unknown_path_error_has_the_right_url(endpoint, service, path):
     answer = send(endpoint, signed(endpoint, service.key, path=path))
     assert (answer[0], code_of(answer)) == (404, "InvalidPath")
     assert f"Use {endpoint} as the endpoint" in answer[2]
 
 
-def test_a_host_that_is_none_is_not_repeated(endpoint):
+def test_invalid_host_is_not_repeated_in_the_error(endpoint):
     answer = send(endpoint, b"GET /x HTTP/1.1\r\nHost: <b>\r\nConnection: close\r\n\r\n")
     assert "b&gt;" not in answer[2]
     assert f"Use {endpoint} as" in answer[2]
 
 
 @pytest.mark.parametrize("method", ["HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
-def test_no_method_but_get_and_post_executes_an_action(endpoint, service, ec2, method):
+def test_only_get_and_post_run_actions(endpoint, service, ec2, method):
     service.add_instance(INSTANCE)
     body = f"Action=StopInstances&Version=2016-11-15&InstanceId.1={INSTANCE}".encode()
     request = signed(endpoint, service.key, method=method, body=body)
@@ -186,7 +186,7 @@ def test_no_method_but_get_and_post_executes_an_action(endpoint, service, ec2, m
     assert service.instances.get(INSTANCE).state == "running"
 
 
-def test_a_browser_is_told_what_this_is(endpoint):
+def test_browser_gets_an_explanation(endpoint):
     status, headers, body = send(
         endpoint, b"GET / HTTP/1.1\r\nHost: x:1\r\nAccept: text/html,*/*\r\nConnection: close\r\n\r\n"
     )
@@ -195,7 +195,7 @@ def test_a_browser_is_told_what_this_is(endpoint):
     assert "aws --endpoint-url http://x:1" in body
 
 
-def test_an_authentication_failure_is_logged_with_what_arrived_and_no_secret(endpoint, service):
+def test_authentication_failure_is_logged_without_secrets(endpoint, service):
     request = signed(endpoint, replace(service.key, secret_access_key="x" * 40))
     changed = request.replace(b"Host: ", b"Host: backend.internal\r\nX-Forwarded-Host: ", 1)
     with capture_logs() as logs:
@@ -212,7 +212,7 @@ def test_an_authentication_failure_is_logged_with_what_arrived_and_no_secret(end
     assert "Signature=" not in str(entry)
 
 
-def test_signature_version_2_can_be_refused(service, current_app):
+def test_signature_version_2_can_be_disabled(service, current_app):
     query = (
         f"AWSAccessKeyId={service.key.access_key_id}&Signature=x&SignatureVersion=2&SignatureMethod=HmacSHA256"
         "&Timestamp=2026-01-01T00:00:00Z"
@@ -227,9 +227,7 @@ def test_signature_version_2_can_be_refused(service, current_app):
     assert send(current_app.url, signed(current_app.url, service.key, content_type=FORM))[0] == 200
 
 
-def test_unknown_inactive_and_wrong_keys_of_an_upload_policy_get_one_answer_after_the_same_work(
-    service, ec2, monkeypatch
-):
+def test_upload_policy_check_does_the_same_work_for_unknown_and_wrong_keys(service, ec2, monkeypatch):
     service.add_instance(INSTANCE)
     verified, verify = [], UploadPolicy.verify
     monkeypatch.setattr(

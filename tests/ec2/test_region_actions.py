@@ -1,4 +1,4 @@
-"""What tools ask before anything else: regions, zones, the account, who they are."""
+"""DescribeRegions, DescribeAvailabilityZones, DescribeAccountAttributes and GetCallerIdentity."""
 
 import re
 import urllib.request
@@ -14,11 +14,11 @@ from thrave.ec2.app import create_app
 REGION = {"RegionName": "eu-west-9", "OptInStatus": "opt-in-not-required"}
 
 
-def test_there_is_one_region_and_its_endpoint_is_the_one_that_was_called(ec2, endpoint):
+def test_describe_regions_returns_one_region_with_the_called_endpoint(ec2, endpoint):
     assert ec2.describe_regions()["Regions"] == [{**REGION, "Endpoint": urlsplit(endpoint).netloc}]
 
 
-def test_there_is_one_zone_in_it(ec2):
+def test_describe_availability_zones_returns_one_zone(ec2):
     assert ec2.describe_availability_zones(AllAvailabilityZones=True)["AvailabilityZones"] == [
         {
             **REGION,
@@ -48,7 +48,7 @@ def test_there_is_one_zone_in_it(ec2):
         ("availability_zones", {"Filters": [{"Name": "parent-zone-id", "Values": ["*"]}]}, 0),
     ],
 )
-def test_they_are_chosen_by_name_and_filter(ec2, ask, parameters, found):
+def test_regions_and_zones_are_selected_by_name_and_filter(ec2, ask, parameters, found):
     answer = getattr(ec2, f"describe_{ask}")(**parameters)
     answer.pop("ResponseMetadata")
     assert [len(members) for members in answer.values()] == [found]
@@ -64,7 +64,7 @@ def test_they_are_chosen_by_name_and_filter(ec2, ask, parameters, found):
         ("account_attributes", {"AttributeNames": ["shoe-size"]}),
     ],
 )
-def test_a_name_that_is_none_is_refused(ec2, ask, parameters):
+def test_unknown_region_zone_or_attribute_is_refused(ec2, ask, parameters):
     with pytest.raises(ClientError) as refusal:
         getattr(ec2, f"describe_{ask}")(**parameters)
     assert refusal.value.response["Error"]["Code"] == "InvalidParameterValue"
@@ -77,21 +77,21 @@ def attributes(answer):
     }
 
 
-def test_an_account_is_on_the_platform_without_vpcs(ec2):
+def test_describe_account_attributes_returns_the_platform_without_vpc(ec2):
     platforms = {"supported-platforms": ["EC2"]}
     assert attributes(ec2.describe_account_attributes()) == platforms | {"default-vpc": ["none"]}
     assert attributes(ec2.describe_account_attributes(AttributeNames=["supported-platforms"])) == platforms
 
 
 @pytest.mark.parametrize("ask", ["regions", "availability_zones", "account_attributes"])
-def test_a_dry_run_says_that_it_would_succeed(ec2, ask):
+def test_dry_run_reports_success(ec2, ask):
     with pytest.raises(ClientError) as refusal:
         getattr(ec2, f"describe_{ask}")(DryRun=True)
     assert refusal.value.response["Error"]["Code"] == "DryRunOperation"
 
 
 @pytest.mark.parametrize("action", sorted(name for name, action in ACTIONS.items() if not action.no_permission_needed))
-def test_every_ec2_action_checks_permission_first_with_and_without_dry_run(service, current_app, client_of, action):
+def test_every_action_checks_permission_first(service, current_app, client_of, action):
     asked = []
     client = client_of(service.key)
     current_app.app = create_app(replace(service.backend, is_allowed=lambda caller, name, resource: asked.append(name)))
@@ -107,21 +107,21 @@ def test_every_ec2_action_checks_permission_first_with_and_without_dry_run(servi
     assert asked == [f"ec2:{action}"] * 2
 
 
-def test_an_accounts_own_key_is_its_root_users(service, client_of):
+def test_get_caller_identity_returns_root_for_an_account_key(service, client_of):
     account_id = service.key.account_id
     answer = client_of(service.key, "sts").get_caller_identity()
     assert answer.pop("ResponseMetadata")["RequestId"]
     assert answer == {"UserId": account_id, "Account": account_id, "Arn": f"arn:aws:iam::{account_id}:root"}
 
 
-def test_everybody_may_ask_who_they_are(service, current_app, client_of):
+def test_get_caller_identity_ignores_policies(service, current_app, client_of):
     sts = client_of(service.key, "sts")
     current_app.app = create_app(replace(service.backend, is_allowed=lambda caller, name, resource: False))
     assert sts.get_caller_identity()["Account"] == service.key.account_id
 
 
 @pytest.mark.parametrize("change", [{"access_key_id": "AKIDNOBODY"}, {"secret_access_key": "x" * 40}])
-def test_wrong_credentials_are_refused_in_stss_words(service, client_of, change):
+def test_get_caller_identity_with_wrong_credentials_gets_the_error_of_sts(service, client_of, change):
     with pytest.raises(ClientError) as refusal:
         client_of(replace(service.key, **change), "sts").get_caller_identity()
     assert refusal.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
@@ -132,7 +132,7 @@ def test_wrong_credentials_are_refused_in_stss_words(service, client_of, change)
     }
 
 
-def test_a_presigned_identity_can_be_shown_by_somebody_else(service, client_of):
+def test_get_caller_identity_works_as_a_presigned_url(service, client_of):
     url = client_of(service.key, "sts").generate_presigned_url("get_caller_identity", HttpMethod="GET")
     with urllib.request.urlopen(url, timeout=20) as answer:
         assert f"<Account>{service.key.account_id}</Account>".encode() in answer.read()

@@ -1,4 +1,4 @@
-"""No account has more than its share of the threads that answer requests."""
+"""The limit on how many request threads one account uses."""
 
 import threading
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ def key(account_id):
     return SimpleNamespace(account_id=account_id)
 
 
-def test_an_account_with_slow_requests_leaves_threads_to_the_others():
+def test_account_with_slow_requests_leaves_threads_to_others():
     threads = AccountThreads("test", 3, max_per_account=2)
     let_go = threading.Event()
     slow = [threads.submit(lambda: key("a"), lambda _key: let_go.wait(WAIT)) for _ in range(50)]
@@ -27,7 +27,7 @@ def test_an_account_with_slow_requests_leaves_threads_to_the_others():
     assert [future.result(WAIT) for future in slow] == [True] * 50
 
 
-def test_never_more_than_the_share_at_once():
+def test_account_never_exceeds_its_number_of_threads():
     threads = AccountThreads("test", 8, max_per_account=2)
     lock, busy, most = threading.Lock(), 0, 0
     both = threading.Barrier(2)
@@ -48,7 +48,7 @@ def test_never_more_than_the_share_at_once():
     assert not threads._waiting
 
 
-def test_whoever_came_later_is_answered_before_those_who_have_their_share():
+def test_waiting_requests_queue_behind_those_of_other_accounts():
     threads, order = AccountThreads("test", 2, max_per_account=1), []
     began, let_go = threading.Event(), threading.Event()
 
@@ -70,7 +70,7 @@ def test_whoever_came_later_is_answered_before_those_who_have_their_share():
     assert order == list("bbaaaa")
 
 
-def test_what_proving_or_answering_raises_is_given_to_whoever_waits():
+def test_future_gets_errors_of_authentication_and_handling():
     threads = AccountThreads("test", 1, max_per_account=1)
 
     def fail(*_):
@@ -83,7 +83,7 @@ def test_what_proving_or_answering_raises_is_given_to_whoever_waits():
     assert not threads._busy
 
 
-def test_an_answer_that_nobody_waits_for_is_not_made():
+def test_cancelled_request_is_not_handled():
     threads, made = AccountThreads("test", 1, max_per_account=1), []
     began, let_go = threading.Event(), threading.Event()
     threads.submit(lambda: key("a"), lambda _key: began.set() or let_go.wait(WAIT))

@@ -41,21 +41,21 @@ def refusal(ec2, what, *instance_ids, **options):
         ("terminate", "terminated", "terminated", "terminated"),
     ],
 )
-def test_the_answer_says_what_the_state_was_and_what_it_is_becoming(service, ec2, what, before, said, after):
+def test_power_action_returns_previous_and_next_state(service, ec2, what, before, said, after):
     service.add_instance(INSTANCE, state=before)
     change = {"InstanceId": INSTANCE, "PreviousState": STATES[before], "CurrentState": STATES[said]}
     assert ask(ec2, what, INSTANCE)[ANSWER[what]] == [change]
     assert eventually(lambda: service.instances.state(INSTANCE), until=one_of(after)) == after
 
 
-def test_boto3s_waiters_see_what_they_wait_for(service, ec2):
+def test_boto3_waiters_end_at_their_states(service, ec2):
     service.add_instance(INSTANCE)
     for what, waiter in (("stop", "stopped"), ("start", "running"), ("terminate", "terminated")):
         ask(ec2, what, INSTANCE)
         ec2.get_waiter(f"instance_{waiter}").wait(InstanceIds=[INSTANCE], WaiterConfig={"Delay": 1})
 
 
-def test_a_reboot_stops_and_starts(service, ec2):
+def test_reboot_stops_and_starts_the_instance(service, ec2):
     service.add_instance(INSTANCE)
     before = service.instances.get(INSTANCE).launch_time
     assert ask(ec2, "reboot", INSTANCE)["ResponseMetadata"]["HTTPStatusCode"] == 200
@@ -64,7 +64,7 @@ def test_a_reboot_stops_and_starts(service, ec2):
 
 
 @pytest.mark.parametrize("state", ["terminated", "shutting-down"])
-def test_a_reboot_of_what_is_terminated_is_ignored(service, ec2, state):
+def test_reboot_ignores_terminated_instances(service, ec2, state):
     service.add_instance(INSTANCE, state=state)
     ask(ec2, "reboot", INSTANCE)
     assert service.instances.state(INSTANCE) == state
@@ -82,7 +82,7 @@ def test_a_reboot_of_what_is_terminated_is_ignored(service, ec2, state):
         ("reboot", "rebooted", "stopping"),
     ],
 )
-def test_a_state_that_does_not_allow_it_is_named(service, ec2, what, done, state):
+def test_power_action_reports_a_state_that_does_not_allow_it(service, ec2, what, done, state):
     service.add_instance(INSTANCE, state=state)
     assert refusal(ec2, what, INSTANCE) == {
         "Code": "IncorrectInstanceState",
@@ -91,7 +91,7 @@ def test_a_state_that_does_not_allow_it_is_named(service, ec2, what, done, state
 
 
 @pytest.mark.parametrize("what", DOES)
-def test_nothing_is_done_to_any_if_one_cannot_be(service, ec2, what):
+def test_power_action_changes_nothing_if_one_instance_is_refused(service, ec2, what):
     service.add_instance(INSTANCE)
     service.add_instance("i-0000000b", account_id="999999999999")
     before = service.instances.list()
@@ -105,7 +105,7 @@ def test_nothing_is_done_to_any_if_one_cannot_be(service, ec2, what):
     assert service.instances.list() == before
 
 
-def test_several_are_changed_in_the_order_in_which_they_are_named(service, ec2):
+def test_power_action_keeps_the_order_of_the_request(service, ec2):
     ids = [service.add_instance(f"i-0000000{letter}") for letter in "bca"]
     answer = ask(ec2, "stop", *ids, ids[0])["StoppingInstances"]
     assert [change["InstanceId"] for change in answer] == ids
@@ -113,27 +113,27 @@ def test_several_are_changed_in_the_order_in_which_they_are_named(service, ec2):
 
 
 @pytest.mark.parametrize("what", DOES)
-def test_a_dry_run_changes_nothing(service, ec2, what):
+def test_power_action_dry_run_changes_nothing(service, ec2, what):
     service.add_instance(INSTANCE)
     before = service.instances.list()
     assert refusal(ec2, what, INSTANCE, DryRun=True)["Code"] == "DryRunOperation"
     assert service.instances.list() == before
 
 
-def test_hibernating_is_not_supported(service, ec2):
+def test_stop_rejects_hibernation(service, ec2):
     service.add_instance(INSTANCE)
     assert refusal(ec2, "stop", INSTANCE, Hibernate=True)["Code"] == "UnsupportedOperation"
     assert service.instances.state(INSTANCE) is InstanceState.RUNNING
 
 
-def test_force_asks_the_guest_all_the_same(service, ec2):
+def test_stop_with_force_still_asks_the_guest(service, ec2):
     service.add_instance(INSTANCE)
     ask(ec2, "stop", INSTANCE, Force=True)
     assert service.instances.state(INSTANCE) is InstanceState.STOPPED
 
 
 @pytest.mark.parametrize(("what", "done"), [("start", "started"), ("reboot", "rebooted")])
-def test_what_is_being_bundled_is_not_started_and_the_task_is_named(service, ec2, what, done):
+def test_start_and_reboot_report_the_task_of_a_bundled_instance(service, ec2, what, done):
     service.add_instance(INSTANCE)
     task = ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(service.key))["BundleTask"]
     why = f"it is being bundled by {task['BundleId']}"
@@ -144,13 +144,13 @@ def test_what_is_being_bundled_is_not_started_and_the_task_is_named(service, ec2
 
 
 @pytest.mark.parametrize("what", ["stop", "terminate"])
-def test_what_is_being_bundled_may_be_stopped_and_terminated(service, ec2, what):
+def test_stop_and_terminate_accept_a_bundled_instance(service, ec2, what):
     service.add_instance(INSTANCE)
     ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(service.key))
     assert ask(ec2, what, INSTANCE)[ANSWER[what]][0]["PreviousState"] == STATES["running"]
 
 
-def test_an_instance_that_is_stopped_on_purpose_is_not_started_for_the_sake_of_a_task_that_has_ended(service, ec2):
+def test_stop_cancels_the_power_recovery_of_an_ended_task(service, ec2):
     service.add_instance(INSTANCE)
     task = ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(service.key))["BundleTask"]
     ec2.cancel_bundle_task(BundleId=task["BundleId"])
@@ -160,7 +160,7 @@ def test_an_instance_that_is_stopped_on_purpose_is_not_started_for_the_sake_of_a
 
 
 @pytest.mark.parametrize("what", ["stop", "terminate"])
-def test_an_instance_that_only_its_hypervisor_can_stop_is_left_alone(service, ec2, what):
+def test_stop_rejects_an_instance_without_commands(service, ec2, what):
     service.add_instance(INSTANCE, state_command=("echo", "running"))
     error = refusal(ec2, what, INSTANCE)
     assert error["Code"] == "OperationNotPermitted"
@@ -168,7 +168,7 @@ def test_an_instance_that_only_its_hypervisor_can_stop_is_left_alone(service, ec
 
 
 @pytest.mark.parametrize("what", ["stop", "terminate"])
-def test_what_the_hypervisor_refuses_is_logged_and_the_state_stays(service, ec2, what):
+def test_refusal_of_the_hypervisor_is_logged_and_the_state_unchanged(service, ec2, what):
     service.add_instance(INSTANCE, stop_command=(sys.executable, "-c", "import sys; sys.exit('domain is locked')"))
     with capture_logs() as logs:
         (change,) = ask(ec2, what, INSTANCE)[ANSWER[what]]

@@ -1,4 +1,4 @@
-"""The rules of BundleInstance, DescribeBundleTasks and CancelBundleTask, as unmodified boto3 meets them."""
+"""BundleInstance, DescribeBundleTasks and CancelBundleTask, through unmodified boto3."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ def windows(service):
 
 @pytest.mark.parametrize("instance_id", ["i-12345678", INSTANCE])
 @pytest.mark.parametrize("state", [InstanceState.RUNNING, InstanceState.STOPPED])
-def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secret(service, ec2, instance_id, state):
+def test_bundle_instance_creates_a_task_without_secrets(service, ec2, instance_id, state):
     service.add_instance(instance_id, state=state)
     task = bundle(ec2, service.key, instance_id)
     assert re.fullmatch("bun-[0-9a-f]{17}", task["BundleId"])
@@ -56,13 +56,13 @@ def test_a_bundled_instance_has_a_task_that_shows_bucket_and_prefix_and_no_secre
     assert ec2.describe_bundle_tasks()["BundleTasks"] == [task]
 
 
-def test_a_new_bucket_is_created_for_its_owner(service, ec2, windows):
+def test_bundle_instance_creates_a_missing_bucket_for_its_owner(service, ec2, windows):
     bundle(ec2, service.key)
     assert service.backend.buckets.owner("my-bucket") == service.key.account_id
 
 
 @pytest.mark.parametrize("was_there", [False, True])
-def test_request_refused_after_its_bucket_was_created_leaves_no_bucket(service, ec2, windows, monkeypatch, was_there):
+def test_bundle_instance_removes_the_created_bucket_after_a_refusal(service, ec2, windows, monkeypatch, was_there):
     """The instance gets a task from another caller while the bucket is claimed."""
     if was_there:
         service.backend.buckets.create("my-bucket", service.key.account_id)
@@ -76,14 +76,14 @@ def test_request_refused_after_its_bucket_was_created_leaves_no_bucket(service, 
     assert service.backend.buckets.owner("my-bucket") == (service.key.account_id if was_there else None)
 
 
-def test_the_bucket_may_belong_to_another_account_that_signed_the_policy(service, ec2, windows):
+def test_bundle_instance_accepts_a_bucket_of_the_policys_signer(service, ec2, windows):
     friend = service.another_key("friend")
     service.backend.buckets.create("my-bucket", friend.account_id)
     bundle(ec2, friend)
     assert service.backend.buckets.owner("my-bucket") == friend.account_id
 
 
-def test_an_object_that_is_there_already_stays_as_it_is(service, ec2, windows):
+def test_bundle_instance_keeps_existing_objects(service, ec2, windows):
     # ElasticFox writes a probe object of the manifest's name before it calls.
     service.backend.buckets.create("my-bucket", service.key.account_id)
     service.backend.buckets.put("my-bucket", "winami.manifest.xml", b"elasticfox-write-test")
@@ -124,7 +124,7 @@ def test_bundle_instance_rejects_prefix_of_an_unfinished_task(service, ec2, wind
     bundle(ec2, service.key, other, prefix="winami2")
 
 
-def test_of_concurrent_requests_for_one_prefix_one_is_accepted(service, ec2):
+def test_bundle_instance_accepts_one_of_concurrent_requests_for_a_prefix(service, ec2):
     instances = [service.add_instance(f"i-{number:08x}") for number in range(8)]
     with ThreadPoolExecutor(len(instances)) as threads:
         answers = [threads.submit(bundle, ec2, service.key, instance) for instance in instances]
@@ -143,7 +143,7 @@ def encoded(document):
     [lambda document: encoded(encoded(document)), encoded],
     ids=["the outer text, as AWS CLI 1 signs", "the inner text, as a user of boto3 signs"],
 )
-def test_a_policy_that_was_encoded_twice_is_read_whichever_text_was_signed(service, ec2, windows, signed_text):
+def test_bundle_instance_accepts_a_policy_that_was_encoded_twice(service, ec2, windows, signed_text):
     text = signature(signed_text(policy()), service.key.secret_access_key)
     given = storage(service.key, document=encoded(policy()), UploadPolicySignature=text)
     document = given["S3"]["UploadPolicy"]
@@ -154,7 +154,7 @@ def test_a_policy_that_was_encoded_twice_is_read_whichever_text_was_signed(servi
 
 
 @pytest.mark.parametrize("name", ["AWSAccessKeyId", "Bucket", "Prefix", "UploadPolicy", "UploadPolicySignature"])
-def test_every_member_of_the_storage_must_be_there(service, ec2, windows, name):
+def test_bundle_instance_requires_every_member_of_storage(service, ec2, windows, name):
     expected = (400, "MissingParameter", f"The request must contain the parameter Storage.S3.{name}")
     for value in (None, b"" if name == "UploadPolicy" else ""):
         given = storage(service.key, **{name: value})
@@ -163,7 +163,7 @@ def test_every_member_of_the_storage_must_be_there(service, ec2, windows, name):
 
 
 @pytest.mark.parametrize("given", [{}, {"S3": {}}])
-def test_an_empty_storage_leaves_no_trace_in_a_request(ec2, windows, given):
+def test_bundle_instance_reports_an_empty_storage_as_missing(ec2, windows, given):
     expected = (400, "MissingParameter", "The request must contain the parameter Storage")
     assert refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given) == expected
 
@@ -171,14 +171,14 @@ def test_an_empty_storage_leaves_no_trace_in_a_request(ec2, windows, given):
 @pytest.mark.parametrize(
     "instance_id", ["i-1234567", "i-123456789", "I-12345678", "i-1234567g", "i-12345678\n", "bun-12345678", "", "../x"]
 )
-def test_an_instance_id_that_is_none_is_malformed(service, ec2, instance_id):
+def test_bundle_instance_rejects_malformed_instance_id(service, ec2, instance_id):
     expected = (400, "InvalidInstanceID.Malformed", f'Invalid id: "{instance_id}" (expecting "i-...")')
     assert refusal(ec2.bundle_instance, InstanceId=instance_id, Storage=storage(service.key)) == expected
 
 
 @pytest.mark.parametrize("name", ["Bucket", "Prefix"])
 @pytest.mark.parametrize("value", ["ab_Cd!", "..", "../x", "x;touch y", "-rf", ".hidden", "日本", 'a"b'])
-def test_a_bucket_or_prefix_that_cannot_be_is_refused(service, ec2, windows, name, value):
+def test_bundle_instance_rejects_invalid_bucket_or_prefix(service, ec2, windows, name, value):
     given = storage(service.key, **{name: value})
     status, code, message = refusal(ec2.bundle_instance, InstanceId=INSTANCE, Storage=given)
     assert (status, code) == (400, "InvalidParameterValue")
@@ -197,23 +197,23 @@ def test_a_bucket_or_prefix_that_cannot_be_is_refused(service, ec2, windows, nam
         ({"state": InstanceState.TERMINATED}, "IncorrectInstanceState"),
     ],
 )
-def test_an_instance_that_cannot_be_bundled_is_refused(service, ec2, facts, code):
+def test_bundle_instance_rejects_instance_that_cannot_be_bundled(service, ec2, facts, code):
     service.add_instance(INSTANCE, **facts)
     assert refusal(bundle, ec2=ec2, key=service.key)[:2] == (400, code)
     assert service.backend.buckets.owner("my-bucket") is None
 
 
-def test_nobody_can_tell_somebody_elses_instance_from_none(service, client_of, windows):
-    stranger = service.another_key()
+def test_bundle_instance_hides_instances_of_other_accounts(service, client_of, windows):
+    other = service.another_key()
     theirs, none = (
-        refusal(bundle, ec2=client_of(stranger), key=stranger, instance_id=instance_id)
+        refusal(bundle, ec2=client_of(other), key=other, instance_id=instance_id)
         for instance_id in (INSTANCE, "i-00000000")
     )
     assert theirs[2] == f"The instance ID '{INSTANCE}' does not exist"
     assert none == (theirs[0], theirs[1], theirs[2].replace(INSTANCE, "i-00000000"))
 
 
-def test_an_operator_may_allow_other_platforms_but_never_network_storage(service, ec2, current_app):
+def test_bundle_instance_any_platform_setting_excludes_ebs(service, ec2, current_app):
     service.add_instance(INSTANCE, platform=None)
     service.add_instance("i-12345678", platform=None, root_device_type="ebs")
     current_app.app = create_app(replace(service.backend, any_platform=True))
@@ -221,7 +221,7 @@ def test_an_operator_may_allow_other_platforms_but_never_network_storage(service
     assert refusal(bundle, ec2=ec2, key=service.key, instance_id="i-12345678")[1] == "InvalidInstanceType"
 
 
-def test_a_repeated_call_is_told_the_task_even_when_that_has_the_instance_stopped(service, ec2, windows):
+def test_bundle_instance_names_the_task_in_progress_also_when_the_instance_is_stopped(service, ec2, windows):
     task = bundle(ec2, service.key)
     expected = (400, "BundlingInProgress", f"Instance is already being bundled: {task['BundleId']}")
     assert refusal(bundle, ec2=ec2, key=service.key) == expected
@@ -230,7 +230,7 @@ def test_a_repeated_call_is_told_the_task_even_when_that_has_the_instance_stoppe
     assert refusal(bundle, ec2=ec2, key=service.key) == expected
 
 
-def test_fifty_calls_at_once_make_one_task(service, ec2, windows):
+def test_bundle_instance_creates_one_task_for_fifty_simultaneous_calls(service, ec2, windows):
     def call(_):
         try:
             return bundle(ec2, service.key)["BundleId"]
@@ -269,9 +269,7 @@ POLICY_FAILED = f"{POLICY_INVALID}Invalid according to Policy: Policy Condition 
         ),
     ],
 )
-def test_a_policy_that_is_not_proved_or_could_never_be_met_is_refused_and_nothing_is_touched(
-    service, ec2, windows, details, message
-):
+def test_bundle_instance_rejects_invalid_upload_policy_and_changes_nothing(service, ec2, windows, details, message):
     message = message.format(service.key.access_key_id) if message is NOT_SIGNED else message
     assert refusal(bundle, ec2=ec2, key=service.key, **details) == (400, "InvalidParameterValue", message)
     dry = {"InstanceId": INSTANCE, "Storage": storage(service.key, **details), "DryRun": True}
@@ -280,23 +278,23 @@ def test_a_policy_that_is_not_proved_or_could_never_be_met_is_refused_and_nothin
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
 
-def test_a_bucket_of_somebody_elses_is_refused_and_not_touched(service, ec2, windows):
-    stranger = service.another_key()
-    service.backend.buckets.create("my-bucket", stranger.account_id)
+def test_bundle_instance_rejects_bucket_of_another_account(service, ec2, windows):
+    other = service.another_key()
+    service.backend.buckets.create("my-bucket", other.account_id)
     expected = f"The bucket 'my-bucket' belongs to another account than the access key '{service.key.access_key_id}'."
     assert refusal(bundle, ec2=ec2, key=service.key) == (400, "InaccessibleStorageLocation", expected)
     assert list(service.backend.buckets.list("my-bucket", "")) == []
     assert ec2.describe_bundle_tasks()["BundleTasks"] == []
 
 
-def test_an_earlier_check_answers_before_a_later_one(service, ec2, client_of):
-    """Each call is wrong in everything that the calls before it were blamed for, less one thing."""
-    stranger = service.another_key()
-    service.add_instance("i-00000001", account_id=stranger.account_id)
+def test_bundle_instance_makes_its_checks_in_order(service, ec2, client_of):
+    """Each call corrects the error for which the call before was refused; all later errors remain."""
+    other = service.another_key()
+    service.add_instance("i-00000001", account_id=other.account_id)
     service.add_instance("i-00000002", platform=None, state=InstanceState.PENDING)
     service.add_instance("i-00000003", state=InstanceState.PENDING)
     service.add_instance("i-00000004")
-    service.backend.buckets.create("my-bucket", stranger.account_id)
+    service.backend.buckets.create("my-bucket", other.account_id)
     forged = storage(service.key, UploadPolicySignature="c2ln")
     calls = [
         (client_of(replace(service.key, secret_access_key="x")), "i-x", {}, True, "AuthFailure"),
@@ -316,7 +314,7 @@ def test_an_earlier_check_answers_before_a_later_one(service, ec2, client_of):
             assert refusal(ec2.bundle_instance, InstanceId=instance_id, Storage=given, DryRun=True)[1] == code
 
 
-def test_dry_run_of_every_action_does_nothing(service, ec2, windows):
+def test_dry_run_of_every_action_changes_nothing(service, ec2, windows):
     calls = [
         (ec2.bundle_instance, {"InstanceId": INSTANCE, "Storage": storage(service.key)}),
         (ec2.describe_bundle_tasks, {}),
@@ -330,7 +328,7 @@ def test_dry_run_of_every_action_does_nothing(service, ec2, windows):
     assert service.backend.buckets.owner("my-bucket") is None
 
 
-def test_a_task_is_shown_with_its_progress_and_with_its_error_only_when_it_failed(service, ec2, windows):
+def test_describe_bundle_tasks_shows_progress_and_the_error_of_failed_tasks(service, ec2, windows):
     def shown():
         (task,) = ec2.describe_bundle_tasks(BundleIds=[bundle_id])["BundleTasks"]
         return task["State"], task.get("Progress"), task.get("BundleTaskError")
@@ -382,12 +380,12 @@ def three_tasks(service, ec2):
         ("s3-aws-access-key-id", "AKIDNOBODY", set()),
     ],
 )
-def test_bundle_tasks_are_filtered(ec2, three_tasks, name, value, expected):
+def test_describe_bundle_tasks_filters(ec2, three_tasks, name, value, expected):
     answer = ec2.describe_bundle_tasks(Filters=[{"Name": name, "Values": [value]}])["BundleTasks"]
     assert {task["Storage"]["S3"]["Bucket"].removeprefix("bucket-") for task in answer} == expected
 
 
-def test_bundle_tasks_are_filtered_by_what_answers_say_of_them(ec2, three_tasks):
+def test_describe_bundle_tasks_filters_by_shown_values(ec2, three_tasks):
     (two,) = ec2.describe_bundle_tasks(BundleIds=[three_tasks["two"]["BundleId"]])["BundleTasks"]
     times = {name: two[member].isoformat(timespec="milliseconds")[:23] + "Z" for name, member in (
         ("start-time", "StartTime"), ("update-time", "UpdateTime")
@@ -398,24 +396,24 @@ def test_bundle_tasks_are_filtered_by_what_answers_say_of_them(ec2, three_tasks)
         assert len(found) < 3  # two may have been made within the same millisecond, not three
 
 
-def test_ids_and_filters_are_both_conditions(ec2, three_tasks):
+def test_describe_bundle_tasks_combines_ids_and_filters(ec2, three_tasks):
     ids = [three_tasks["one"]["BundleId"], three_tasks["two"]["BundleId"]]
     filters = [{"Name": "s3-bucket", "Values": ["bucket-t*"]}]
     answer = ec2.describe_bundle_tasks(BundleIds=ids, Filters=filters)["BundleTasks"]
     assert [task["BundleId"] for task in answer] == [ids[1]]
 
 
-def test_somebody_elses_tasks_do_not_exist(service, ec2, client_of, windows):
+def test_bundle_tasks_of_other_accounts_are_not_found(service, ec2, client_of, windows):
     bundle_id = bundle(ec2, service.key)["BundleId"]
-    stranger = client_of(service.another_key())
-    assert stranger.describe_bundle_tasks()["BundleTasks"] == []
+    other = client_of(service.another_key())
+    assert other.describe_bundle_tasks()["BundleTasks"] == []
     expected = (400, "InvalidBundleID.NotFound", f"The bundle task ID '{bundle_id}' does not exist")
-    assert refusal(stranger.describe_bundle_tasks, BundleIds=[bundle_id]) == expected
-    assert refusal(stranger.cancel_bundle_task, BundleId=bundle_id) == expected
+    assert refusal(other.describe_bundle_tasks, BundleIds=[bundle_id]) == expected
+    assert refusal(other.cancel_bundle_task, BundleId=bundle_id) == expected
     assert ec2.describe_bundle_tasks()["BundleTasks"][0]["State"] == "pending"
 
 
-def test_a_task_that_has_not_begun_is_cancelled_at_once(service, ec2, windows):
+def test_cancel_ends_a_task_that_has_not_started(service, ec2, windows):
     task = ec2.cancel_bundle_task(BundleId=bundle(ec2, service.key)["BundleId"])["BundleTask"]
     error = {"Code": "Client.Cancelled", "Message": "User has requested bundling operation cancellation"}
     assert (task["State"], task["BundleTaskError"]) == ("failed", error)
@@ -424,7 +422,7 @@ def test_a_task_that_has_not_begun_is_cancelled_at_once(service, ec2, windows):
 @pytest.mark.parametrize(
     "state", [BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING]
 )
-def test_a_task_that_has_begun_is_cancelling_and_cannot_be_cancelled_twice(service, ec2, windows, state):
+def test_cancel_of_a_started_task_works_once(service, ec2, windows, state):
     bundle_id = bundle(ec2, service.key)["BundleId"]
     for each in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
         service.records.change_state(bundle_id, each)
@@ -435,14 +433,14 @@ def test_a_task_that_has_begun_is_cancelling_and_cannot_be_cancelled_twice(servi
     assert refusal(ec2.cancel_bundle_task, BundleId=bundle_id) == expected
 
 
-def test_a_task_that_has_ended_cannot_be_cancelled(service, ec2, windows):
+def test_cancel_rejects_an_ended_task(service, ec2, windows):
     bundle_id = bundle(ec2, service.key)["BundleId"]
     service.records.fail(bundle_id, TaskFailure("Client.S3Error", "x"))
     expected = (400, "IncorrectState", f"The bundle task '{bundle_id}' cannot be cancelled: it is failed.")
     assert refusal(ec2.cancel_bundle_task, BundleId=bundle_id) == expected
 
 
-def test_no_secret_is_in_the_database_in_the_clear(service, ec2, windows, tmp_path):
+def test_database_has_no_plain_secrets(service, ec2, windows, tmp_path):
     given = storage(service.key)
     ec2.bundle_instance(InstanceId=INSTANCE, Storage=given)
     database = b"".join(path.read_bytes() for path in tmp_path.glob("thrave.db*"))
