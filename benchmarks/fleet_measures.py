@@ -14,7 +14,7 @@ import psutil
 import sqlalchemy as sa
 from fleet_setup import Setup, describe_instance, host_name, instance_id
 
-from thrave.compute.description_files import InstanceDescription, write
+from thrave.compute.description_files import InstanceDescription, format_description
 
 LARGE = 5000
 """Tables from this number of rows on must not be scanned sequentially."""
@@ -134,7 +134,7 @@ def _running_agent(setup: Setup, folder: Path) -> Iterator[None]:
         0, setup.scale.instances, setup.scale.hosts
     ):  # not by `DirectoryDriver.add`: the disks do not exist
         (folder / f"{instance_id(number)}.json").write_bytes(
-            write(InstanceDescription(**vars(describe_instance(setup, number))))
+            format_description(InstanceDescription(**vars(describe_instance(setup, number))))
         )
     settings = {"database_url": setup.url, "instance_dir": folder, "data_dir": setup.data}
     agent = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Inventories of instances; the tests in test_contract.py run on each kind."""
+"""Fixtures with instances of the directory driver."""
 
 import gc
 
@@ -11,8 +11,8 @@ from thrave.compute.instance import VolumeFile
 
 
 @pytest.fixture(autouse=True)
-def no_stop_command_outlives_its_test():
-    """A stopCommand goes on in the background; whoever asked for it in a test does not look at it again."""
+def kill_stop_commands():
+    """Kill the stopCommands that a test has left in the background."""
     yield
     for stops in [found for found in gc.get_objects() if isinstance(found, BackgroundStops)]:
         for instance_id in [*stops._running]:
@@ -33,12 +33,12 @@ def root(tmp_path):
 
 @pytest.fixture
 def instances(root):
-    return DirectoryDriver(root, command_seconds=20.0)
+    return DirectoryDriver(root, command_timeout=20.0)
 
 
 @pytest.fixture
 def described(disk):
-    """Describes an instance on `disk`."""
+    """Return a function that describes an instance with the root volume `disk`."""
 
     def describe(**changes):
         return InstanceDescription(
@@ -56,7 +56,7 @@ def described(disk):
 
 @pytest.fixture
 def added(instances, described):
-    """Adds an instance, and gives its id."""
+    """Return a function that adds an instance and returns its id."""
 
     def add(**changes):
         description = described(**changes)

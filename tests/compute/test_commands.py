@@ -1,4 +1,4 @@
-"""The commands of an instance: what they are given, and what becomes of those that fail."""
+"""An instance's commands: environment, results, failures and timeouts."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from support.eventually import eventually
-from thrave.compute.commands import STATE_WORDS
+from thrave.compute.commands import STATE_NAMES
 from thrave.compute.directory_driver import DirectoryDriver
 from thrave.compute.errors import IncorrectInstanceState, InstanceCommandFailed
 from thrave.compute.instance import InstanceState, OffReason
@@ -17,7 +17,7 @@ def python(code, *words):
     return (sys.executable, "-c", code, *map(str, words))
 
 
-def test_no_shell_sees_a_command(instances, added, tmp_path):
+def test_command_runs_without_shell(instances, added, tmp_path):
     words = ["$(touch x)", "; touch x", "`touch x`", "a b", "*", ""]
     seen = tmp_path / "seen"
     code = "import sys; open(sys.argv[1], 'w').write(repr(sys.argv[2:]))"
@@ -26,7 +26,7 @@ def test_no_shell_sees_a_command(instances, added, tmp_path):
     assert seen.read_text() == repr(words)
 
 
-def test_a_command_finds_the_environment_and_the_instances_id(instances, added, tmp_path, monkeypatch):
+def test_command_gets_environment_and_instance_id(instances, added, tmp_path, monkeypatch):
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu:///system")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     seen = tmp_path / "seen"
@@ -37,10 +37,10 @@ def test_a_command_finds_the_environment_and_the_instances_id(instances, added, 
     assert seen.read_text() == f"qemu:///system {instance_id} C"
 
 
-@pytest.mark.parametrize("word", [*STATE_WORDS, "Shut Off\n\n", "  running "])
-def test_the_state_is_what_the_state_command_prints(instances, added, word):
+@pytest.mark.parametrize("word", [*STATE_NAMES, "Shut Off\n\n", "  running "])
+def test_state_command_prints_state(instances, added, word):
     instance_id = added(state_command=("printf", "%s", word))
-    assert instances.state(instance_id) is STATE_WORDS[word.strip().lower()]
+    assert instances.state(instance_id) is STATE_NAMES[word.strip().lower()]
 
 
 @pytest.mark.parametrize(
@@ -62,18 +62,18 @@ def test_the_state_is_what_the_state_command_prints(instances, added, word):
         ("paused (starting up)", InstanceState.RUNNING, None),
     ],
 )
-def test_state_command_may_say_why_an_instance_is_off(instances, added, printed, state, reason):
+def test_state_command_may_print_reason(instances, added, printed, state, reason):
     instance = instances.get(added(state_command=("printf", "%s", printed)))
     assert (instance.state, instance.off_reason) == (state, reason)
 
 
-def test_state_command_with_an_unknown_reason_is_refused(instances, added):
+def test_state_command_with_unknown_reason_is_refused(instances, added):
     instance_id = added(state_command=("printf", "%s", "stopped (on holiday)"))
     with pytest.raises(InstanceCommandFailed, match="printed the reason 'on holiday', none of: shut-down"):
         instances.get(instance_id)
 
 
-def test_reason_in_the_file_goes_with_the_state_that_it_is_for(instances, added):
+def test_start_removes_recorded_reason(instances, added):
     instance_id = added(state="stopped", off_reason=OffReason.CRASHED)
     assert instances.get(instance_id).off_reason is OffReason.CRASHED
     instances.start(instance_id)
@@ -81,17 +81,17 @@ def test_reason_in_the_file_goes_with_the_state_that_it_is_for(instances, added)
 
 
 @pytest.mark.parametrize("word", ["", "crashed", "no state", "running\nrunning", "x" * 100_000])
-def test_a_state_that_is_none_is_never_guessed(instances, added, word):
+def test_state_command_with_unknown_state_is_refused(instances, added, word):
     instance_id = added(state_command=python(f"print({word!r})"))
     with pytest.raises(InstanceCommandFailed, match=r"stateCommand of .* printed"):
         instances.state(instance_id)
 
 
-def test_a_paused_machine_is_not_off():
-    assert all(STATE_WORDS[word] is InstanceState.RUNNING for word in ("paused", "pmsuspended", "idle"))
+def test_paused_machine_counts_as_running():
+    assert all(STATE_NAMES[word] is InstanceState.RUNNING for word in ("paused", "pmsuspended", "idle"))
 
 
-def test_a_list_shows_the_state_in_the_file_where_the_hypervisor_does_not_tell(instances, added, caplog):
+def test_list_repolls_recorded_state_if_state_command_fails(instances, added, caplog):
     instance_id = added(state_command=("false",))
     (found,) = instances.list()
     assert (found.instance_id, found.state) == (instance_id, InstanceState.RUNNING)
@@ -101,7 +101,7 @@ def test_a_list_shows_the_state_in_the_file_where_the_hypervisor_does_not_tell(i
 FAILING = python("import sys; print('noise'); print('first', file=sys.stderr); sys.exit('domain is not running')")
 
 
-def test_a_failure_carries_the_status_and_the_last_words(instances, added):
+def test_failure_has_status_and_last_line(instances, added):
     instance_id = added(state="stopped", start_command=FAILING)
     with pytest.raises(InstanceCommandFailed) as caught:
         instances.start(instance_id)
@@ -109,14 +109,14 @@ def test_a_failure_carries_the_status_and_the_last_words(instances, added):
     assert (caught.value.command, caught.value.status) == ("startCommand", 1)
 
 
-def test_a_stop_command_that_fails_leaves_the_instance_running(instances, added):
+def test_failed_stop_command_keeps_instance_running(instances, added):
     instance_id = added(stop_command=FAILING)
     with pytest.raises(InstanceCommandFailed, match=r"stopCommand .* ended with 1: domain is not running"):
         instances.request_stop(instance_id)
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_a_slow_stop_command_that_fails_is_heard_at_the_next_look(instances, added):
+def test_failure_of_slow_stop_command_is_raised_at_next_poll(instances, added):
     instance_id = added(stop_command=python("import time, sys; time.sleep(1); sys.exit('too late')"))
     instances.request_stop(instance_id)
     with pytest.raises(InstanceCommandFailed, match="too late"):
@@ -124,7 +124,7 @@ def test_a_slow_stop_command_that_fails_is_heard_at_the_next_look(instances, add
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_a_request_to_stop_does_not_wait_for_the_machine(instances, added, tmp_path):
+def test_request_stop_does_not_wait_for_machine(instances, added, tmp_path):
     gate = tmp_path / "gate"
     code = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)"
     instance_id = added(stop_command=python(code, gate))
@@ -135,7 +135,7 @@ def test_a_request_to_stop_does_not_wait_for_the_machine(instances, added, tmp_p
     assert eventually(lambda: instances.state(instance_id) is InstanceState.STOPPED)
 
 
-def test_starting_ends_a_stop_command_that_still_runs(instances, added, tmp_path):
+def test_start_kills_running_stop_command(instances, added, tmp_path):
     pid = tmp_path / "pid"
     code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
     instance_id = added(stop_command=python(code, pid), start_command=("true",))
@@ -146,14 +146,14 @@ def test_starting_ends_a_stop_command_that_still_runs(instances, added, tmp_path
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
-def test_an_instance_left_stopping_by_a_process_that_died_can_be_stopped_again(instances, added):
+def test_instance_left_stopping_by_dead_process_can_be_stopped(instances, added):
     instance_id = added(stop_command=("true",), state="stopping")
     assert instances.state(instance_id) is InstanceState.STOPPING
     instances.request_stop(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED
 
 
-def test_a_command_that_takes_too_long_is_killed_with_its_children(root, added, tmp_path):
+def test_command_is_killed_with_children_after_timeout(root, added, tmp_path):
     pids = tmp_path / "pids"
     code = (
         "import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '60']);"
@@ -161,15 +161,15 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(root, added, 
     )
     instance_id = added(state="stopped", start_command=python(code, pids))
     with pytest.raises(InstanceCommandFailed, match="took more than 2 seconds and was killed"):
-        DirectoryDriver(root, command_seconds=2.0).start(instance_id)
-    assert eventually(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()))
+        DirectoryDriver(root, command_timeout=2.0).start(instance_id)
+    assert eventually(lambda: not any(is_alive(int(pid)) for pid in pids.read_text().split()))
 
 
-def alive(pid):
+def is_alive(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_what_a_start_command_leaves_behind_is_not_waited_for(instances, added, tmp_path):
+def test_start_does_not_wait_for_child_of_command(instances, added, tmp_path):
     pid = tmp_path / "pid"
     code = (
         "import subprocess, sys; guest = subprocess.Popen(['sleep', '30']);open(sys.argv[1], 'w').write(str(guest.pid))"
@@ -181,7 +181,7 @@ def test_what_a_start_command_leaves_behind_is_not_waited_for(instances, added, 
     guest.kill()
 
 
-def test_a_command_may_print_without_end(instances, added):
+def test_command_may_print_much(instances, added):
     noise = "import sys\nfor _ in range(200): print('x' * 10000); print('y' * 10000, file=sys.stderr)\nsys.exit(3)"
     instance_id = added(state="stopped", start_command=python(noise))
     with pytest.raises(InstanceCommandFailed, match="ended with 3") as caught:
@@ -190,7 +190,7 @@ def test_a_command_may_print_without_end(instances, added):
 
 
 @pytest.mark.parametrize("program", ["/nowhere/virsh", "no-such-program", os.devnull])
-def test_a_program_that_cannot_be_run_is_named(instances, added, program):
+def test_program_that_cannot_be_run_is_named(instances, added, program):
     instance_id = added(stop_command=(program, "shutdown"))
     with pytest.raises(InstanceCommandFailed, match=f"stopCommand of {instance_id} cannot be run: {program}: "):
         instances.request_stop(instance_id)
@@ -198,17 +198,15 @@ def test_a_program_that_cannot_be_run_is_named(instances, added, program):
 
 
 @pytest.mark.parametrize("state", ["terminated", "shutting-down"])
-def test_what_is_terminated_is_neither_stopped_nor_started(instances, added, state):
+def test_terminated_instance_is_neither_stopped_nor_started(instances, added, state):
     instance_id = added(state=state)
-    for ask in (instances.request_stop, instances.start):
+    for request in (instances.request_stop, instances.start):
         with pytest.raises(IncorrectInstanceState, match=f"is {state}"):
-            ask(instance_id)
+            request(instance_id)
 
 
 @pytest.mark.parametrize("with_state_command", [False, True])
-def test_a_machine_that_takes_its_time_is_shutting_down_before_it_is_terminated(
-    instances, added, machine, tmp_path, with_state_command
-):
+def test_terminate_shows_shutting_down_until_machine_is_off(instances, added, machine, tmp_path, with_state_command):
     gate = tmp_path / "gate"
     code = (
         "import os, subprocess, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
@@ -229,31 +227,31 @@ def test_a_machine_that_takes_its_time_is_shutting_down_before_it_is_terminated(
     assert instances.state(instance_id) is InstanceState.TERMINATED
 
 
-def test_a_stop_command_that_fails_has_terminated_nothing(instances, added):
+def test_terminate_with_failed_stop_command_keeps_instance_running(instances, added):
     instance_id = added(stop_command=FAILING)
     with pytest.raises(InstanceCommandFailed, match="domain is not running"):
         instances.terminate(instance_id)
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_a_state_command_alone_can_neither_stop_nor_start(instances, added):
-    runs, stands = added(state_command=("echo", "running")), added(state_command=("echo", "stopped"))
-    for ask in (instances.request_stop, instances.terminate):
+def test_instance_with_only_state_command_can_neither_stop_nor_start(instances, added):
+    running, stopped = added(state_command=("echo", "running")), added(state_command=("echo", "stopped"))
+    for request in (instances.request_stop, instances.terminate):
         with pytest.raises(IncorrectInstanceState, match="has no stopCommand"):
-            ask(runs)
+            request(running)
     with pytest.raises(IncorrectInstanceState, match="has no startCommand"):
-        instances.start(stands)
-    instances.start(runs)
-    instances.request_stop(stands)
+        instances.start(stopped)
+    instances.start(running)
+    instances.request_stop(stopped)
 
 
-def test_a_machine_on_its_way_down_is_started_when_it_is_off(instances, added, machine, tmp_path):
+def test_start_waits_while_machine_shuts_down(instances, added, machine, tmp_path):
     machine.state.write_text("in shutdown")
-    turns = tmp_path / "turns"
+    polls = tmp_path / "polls"
     code = (
-        "import os, sys; state, turns = sys.argv[1:]; open(turns, 'a').write('x');"
-        "os.path.getsize(turns) == 3 and open(state, 'w').write('shut off'); print(open(state).read())"
+        "import os, sys; state, polls = sys.argv[1:]; open(polls, 'a').write('x');"
+        "os.path.getsize(polls) == 3 and open(state, 'w').write('shut off'); print(open(state).read())"
     )
-    instance_id = added(**machine.commands | {"state_command": python(code, machine.state, turns)})
+    instance_id = added(**machine.commands | {"state_command": python(code, machine.state, polls)})
     instances.start(instance_id)
     assert machine.state.read_text().strip() == "running"

@@ -1,4 +1,4 @@
-"""What every inventory must do: files, files with commands that tie them to a machine, libvirt's domains."""
+"""The contract of `HypervisorDriver`, for files, files with commands, and libvirt domains."""
 
 import signal
 import subprocess
@@ -14,7 +14,7 @@ from thrave.compute.errors import IncorrectInstanceState, InstanceLocked, Instan
 from thrave.compute.instance import InstanceState
 from thrave.write_guard import start_guard
 
-NO_IDS = [
+UNKNOWN_IDS = [
     "",
     "i-",
     "i-00000000",
@@ -46,7 +46,7 @@ def instance_id(inventory):
     return inventory.add()
 
 
-def test_an_instance_is_what_was_added(instances, instance_id, disk):
+def test_get_returns_added_instance(instances, instance_id, disk):
     found = instances.get(instance_id)
     assert (found.instance_id, found.account_id, found.platform) == (instance_id, "123456789012", "windows")
     assert (found.root_device_type, found.architecture) == ("instance-store", "x86_64")
@@ -55,19 +55,19 @@ def test_an_instance_is_what_was_added(instances, instance_id, disk):
     assert instances.list() == [found]
 
 
-def test_the_owner_is_known_from_the_record(instances, instance_id):
+def test_get_owner_returns_recorded_account(instances, instance_id):
     assert instances.get_owner(instance_id) == instances.get(instance_id).account_id
-    for nobody in NO_IDS:
+    for unknown in UNKNOWN_IDS:
         with pytest.raises(InstanceNotFound):
-            instances.get_owner(nobody)
+            instances.get_owner(unknown)
 
 
-def test_instances_are_listed_by_id(inventory, instances, instance_id):
+def test_list_is_sorted_by_id(inventory, instances, instance_id):
     ids = [instance_id, *(inventory.add() for _ in range(5))]
     assert [found.instance_id for found in instances.list()] == sorted(ids)
 
 
-def test_stopping_stops_and_starting_starts(instances, instance_id):
+def test_request_stop_and_start_change_state(instances, instance_id):
     instances.request_stop(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED
     assert instances.get(instance_id).state is InstanceState.STOPPED
@@ -75,7 +75,7 @@ def test_stopping_stops_and_starting_starts(instances, instance_id):
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_power_that_is_cut_is_off_and_can_be_put_on_again(instances, instance_id):
+def test_force_stop_stops_instance_that_can_be_started(instances, instance_id):
     for _ in range(2):
         instances.force_stop(instance_id)
         assert instances.state(instance_id) is InstanceState.STOPPED
@@ -83,13 +83,13 @@ def test_power_that_is_cut_is_off_and_can_be_put_on_again(instances, instance_id
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_the_power_of_a_held_instance_can_be_cut(instances, instance_id):
+def test_force_stop_works_while_instance_is_held(instances, instance_id):
     with instances.hold_stopped(instance_id):
         instances.force_stop(instance_id)
         assert instances.state(instance_id) is InstanceState.STOPPED
 
 
-def test_asking_again_changes_nothing(instances, instance_id):
+def test_repeated_stop_and_start_change_nothing(instances, instance_id):
     instances.start(instance_id)
     for _ in range(3):
         instances.request_stop(instance_id)
@@ -99,7 +99,7 @@ def test_asking_again_changes_nothing(instances, instance_id):
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_the_launch_time_is_that_of_the_last_start(instances, instance_id):
+def test_launch_time_is_that_of_last_start(instances, instance_id):
     first = instances.get(instance_id).launch_time
     instances.start(instance_id)
     assert instances.get(instance_id).launch_time == first
@@ -109,25 +109,25 @@ def test_the_launch_time_is_that_of_the_last_start(instances, instance_id):
     assert before <= instances.get(instance_id).launch_time <= datetime.now(UTC)
 
 
-def test_what_is_terminated_stays_so(instances, instance_id, disk):
+def test_terminate_is_final(instances, instance_id, disk):
     for _ in range(2):
         instances.terminate(instance_id)
         assert instances.state(instance_id) is InstanceState.TERMINATED
-    for ask in (instances.request_stop, instances.force_stop, instances.start):
+    for method in (instances.request_stop, instances.force_stop, instances.start):
         with pytest.raises(IncorrectInstanceState, match="is terminated"):
-            ask(instance_id)
+            method(instance_id)
     assert [found.state for found in instances.list()] == [InstanceState.TERMINATED]
     assert disk.exists()
 
 
-def test_a_stopped_or_held_instance_can_be_terminated(instances, instance_id):
+def test_terminate_works_while_instance_is_stopped_and_held(instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold_stopped(instance_id):
         instances.terminate(instance_id)
         assert instances.state(instance_id) is InstanceState.TERMINATED
 
 
-def test_a_held_instance_is_not_started(instances, instance_id):
+def test_start_raises_while_instance_is_held(instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold_stopped(instance_id), pytest.raises(InstanceLocked):
         instances.start(instance_id)
@@ -135,7 +135,7 @@ def test_a_held_instance_is_not_started(instances, instance_id):
     instances.start(instance_id)
 
 
-def test_one_can_hold_an_instance_and_everybody_can_look(inventory, instances, instance_id):
+def test_hold_is_exclusive_and_allows_reads(inventory, instances, instance_id):
     other = inventory.add()
     with instances.hold_stopped(instance_id):
         with pytest.raises(InstanceLocked), instances.hold_stopped(instance_id):
@@ -147,14 +147,14 @@ def test_one_can_hold_an_instance_and_everybody_can_look(inventory, instances, i
         pass
 
 
-def test_a_hold_ends_with_an_error_too(instances, instance_id):
+def test_hold_ends_on_error(instances, instance_id):
     with pytest.raises(ZeroDivisionError), instances.hold_stopped(instance_id):
         raise ZeroDivisionError
     instances.start(instance_id)
 
 
-def test_a_hold_ends_when_its_process_is_killed(inventory, instances, instance_id):
-    code = f"{inventory.holding(instance_id)} print('held', flush=True); import time; time.sleep(60)"
+def test_hold_ends_when_process_is_killed(inventory, instances, instance_id):
+    code = f"{inventory.hold_code(instance_id)} print('held', flush=True); import time; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(InstanceLocked):
@@ -165,9 +165,9 @@ def test_a_hold_ends_when_its_process_is_killed(inventory, instances, instance_i
         pass
 
 
-@pytest.mark.parametrize("nobody", NO_IDS)
-def test_what_is_no_instances_id_is_not_found(inventory, instances, instance_id, nobody):
-    for ask in (
+@pytest.mark.parametrize("unknown", UNKNOWN_IDS)
+def test_unknown_id_is_not_found(inventory, instances, instance_id, unknown):
+    for method in (
         instances.get,
         instances.state,
         instances.request_stop,
@@ -177,17 +177,17 @@ def test_what_is_no_instances_id_is_not_found(inventory, instances, instance_id,
         inventory.remove,
     ):
         with pytest.raises(InstanceNotFound):
-            ask(nobody)
-    with pytest.raises(InstanceNotFound), instances.hold_stopped(nobody):
+            method(unknown)
+    with pytest.raises(InstanceNotFound), instances.hold_stopped(unknown):
         pass
 
 
-def test_another_process_sees_the_same(inventory, instances, instance_id):
+def test_other_process_lists_same_instances(inventory, instances, instance_id):
     instances.request_stop(instance_id)
-    assert inventory.again().list() == instances.list()
+    assert inventory.open_again().list() == instances.list()
 
 
-def test_many_threads_do_not_disturb_each_other(instances, instance_id):
+def test_driver_is_thread_safe(instances, instance_id):
     def switch(number):
         with suppress(InstanceLocked):
             (instances.request_stop if number % 2 else instances.start)(instance_id)
@@ -199,7 +199,7 @@ def test_many_threads_do_not_disturb_each_other(instances, instance_id):
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_a_hold_is_good_for_as_long_as_the_instance_is_off(instances, instance_id):
+def test_hold_check_raises_if_instance_is_running(instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold_stopped(instance_id) as hold:
         for _ in range(3):
@@ -212,23 +212,23 @@ def test_a_hold_is_good_for_as_long_as_the_instance_is_off(instances, instance_i
         hold.check()
 
 
-def test_who_has_a_disk_is_told_unless_it_is_off(inventory, instances, instance_id, disk):
+def test_find_users_returns_running_machines_with_disk(inventory, instances, instance_id, disk):
     other = inventory.add()
-    asked = []
+    compared = []
 
     def is_same(volume):
-        asked.append(volume.path)
+        compared.append(volume.path)
         return volume.path == disk
 
     (name,) = instances.find_users(is_same, except_instance=instance_id)
-    assert (disk in asked, instance_id in name) == (True, False)
+    assert (disk in compared, instance_id in name) == (True, False)
     assert len(instances.find_users(is_same, except_instance="i-00000000")) == 2
     assert not instances.find_users(lambda _: False, except_instance="i-00000000")
     instances.request_stop(other)
     assert not instances.find_users(is_same, except_instance=instance_id)
 
 
-def test_removing_forgets_the_instance_and_leaves_its_volume(inventory, instances, instance_id, disk):
+def test_remove_deletes_instance_and_keeps_volume(inventory, instances, instance_id, disk):
     with instances.hold_stopped(instance_id), pytest.raises(InstanceLocked):
         inventory.remove(instance_id)
     inventory.remove(instance_id)
@@ -237,17 +237,17 @@ def test_removing_forgets_the_instance_and_leaves_its_volume(inventory, instance
 
 
 class NotAllowedError(Exception):
-    """Somebody else may have started the instance."""
+    """Another process may have started the instance."""
 
 
-def test_whether_it_may_be_started_is_checked_again_right_before(instances, instance_id):
+def test_start_checks_guard_right_before_command(instances, instance_id):
     instances.request_stop(instance_id)
-    answers = [None]
+    allowed = [None]
 
     def check():
-        if not answers:
+        if not allowed:
             raise NotAllowedError
-        answers.pop()
+        allowed.pop()
 
     with pytest.raises(NotAllowedError), start_guard.using(check):
         instances.start(instance_id)

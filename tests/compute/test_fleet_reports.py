@@ -1,4 +1,4 @@
-"""Which host of a fleet reports an instance, where hosts share the folder of instances."""
+"""Which host of a fleet reports an instance, if hosts share the folder of instances."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def instances(tmp_path):
 
 @pytest.fixture
 def add(instances, tmp_path):
-    """Describes an instance."""
+    """Return a function that adds an instance."""
     disk = tmp_path / "disk.raw"
     disk.touch()
 
@@ -37,7 +37,7 @@ def add(instances, tmp_path):
 
 @pytest.fixture
 def agent(ground, instances):
-    """Takes a host; gives its reports."""
+    """Return a function that acquires the lease of a host and returns its reporter."""
 
     def agent(name, among=instances):
         lease = ground.hosts.acquire_lease(name, worker_concurrency=1)
@@ -48,7 +48,7 @@ def agent(ground, instances):
 
 @pytest.fixture
 def owners(ground):
-    """Gives the hosts of the instances, as the database has them."""
+    """Return a function that returns the hosts of the instances in the database."""
 
     def owners():
         with ground.database.connect() as connection:
@@ -58,24 +58,24 @@ def owners(ground):
     return owners
 
 
-class Interrupted:
-    """Instances that, once they have been listed, let something else happen before they are reported."""
+class InterruptedDriver:
+    """A driver that calls a function after each `list`, before the instances are reported."""
 
-    def __init__(self, inner, happen):
+    def __init__(self, inner, interrupt):
         self._inner = inner
-        self._happen = happen
+        self._interrupt = interrupt
 
     def list(self, *args, **options):
         listed = self._inner.list(*args, **options)
-        self._happen()
+        self._interrupt()
         return listed
 
     def get(self, instance_id):
         return self._inner.get(instance_id)
 
 
-class Away:
-    """Instances of a hypervisor that lists none and gives none, for now."""
+class UnavailableDriver:
+    """A driver without connection: it lists no instance, and `get` fails."""
 
     def list(self, *_args, **_options):
         return []
@@ -84,36 +84,34 @@ class Away:
         raise HypervisorUnavailable(instance_id, "libvirt does not answer")
 
 
-def test_instance_is_reported_by_the_host_that_it_was_added_for(agent, add, owners, tmp_path):
-    asked = tmp_path / "asked"
-    state = ("sh", "-c", f"echo >> {asked}; echo running")
+def test_instance_is_reported_by_its_named_host(agent, add, owners, tmp_path):
+    was_run = tmp_path / "was-run"
+    state = ("sh", "-c", f"echo >> {was_run}; echo running")
     a, b = agent("host-a"), agent("host-b")
     add(FIRST, host="host-b", state_command=state)
     a.report()
-    assert not asked.exists()  # no command of another host's instance is run
+    assert not was_run.exists()  # no command of another host's instance is run
     assert owners() == {}
     b.report()
     a.report()
     assert owners() == {FIRST: "host-b"}
 
 
-def test_instance_without_a_host_belongs_to_the_first_that_reports_it(agent, add, owners, instances, monkeypatch):
+def test_instance_without_host_belongs_to_first_reporter(agent, add, owners, instances, monkeypatch):
     warned = []
     monkeypatch.setattr(fleet, "log", SimpleNamespace(warning=lambda _event, **fields: warned.append(fields)))
     b = agent("host-b")
-    a = agent("host-a", among=Interrupted(instances, b.report))
+    a = agent("host-a", among=InterruptedDriver(instances, b.report))
     add(FIRST)
     add(SECOND, host="host-a")
     for _ in range(3):
         a.report()
-    assert owners() == {FIRST: "host-b", SECOND: "host-a"}  # the conflict held up nothing else
+    assert owners() == {FIRST: "host-b", SECOND: "host-a"}  # the conflict did not stop the report
     assert warned == [{"instance_id": FIRST, "host": "host-a", "other": "host-b"}]
 
 
 @pytest.mark.parametrize("change", ["removed", "stopped"])
-def test_report_that_an_adoption_overtakes_changes_nothing_of_the_adopters(
-    ground, agent, add, owners, instances, change
-):
+def test_report_after_adoption_changes_no_row_of_adopter(ground, agent, add, owners, instances, change):
     add(FIRST, host="host-a")
     add(SECOND, host="host-a")
     b = agent("host-b")
@@ -136,7 +134,7 @@ def test_report_that_an_adoption_overtakes_changes_nothing_of_the_adopters(
     assert owners() == expected
 
 
-def test_adopted_instance_is_reported_by_its_new_host(ground, agent, add, owners, instances):
+def test_adopted_instance_is_reported_by_new_host(ground, agent, add, owners, instances):
     add(FIRST, host="host-a")
     agent("host-a").report()
     b = agent("host-b")
@@ -150,7 +148,7 @@ def test_adopted_instance_is_reported_by_its_new_host(ground, agent, add, owners
         assert connection.execute(sa.select(instance_table.c.state)).scalar() == InstanceState.STOPPED
 
 
-def test_instance_that_cannot_be_read_keeps_its_row(ground, agent, add, owners, instances, tmp_path):
+def test_unreadable_instance_keeps_its_row(ground, agent, add, owners, instances, tmp_path):
     add(FIRST, host="host-a")
     add(SECOND, host="host-a")
     agent("host-a").report()
@@ -166,12 +164,12 @@ def test_instance_that_cannot_be_read_keeps_its_row(ground, agent, add, owners, 
 
     report()
     before = rows()
-    report(among=Away())
+    report(among=UnavailableDriver())
     file = tmp_path / "instances" / f"{FIRST}.json"
     content = file.read_bytes()
     file.write_text("{")
     report()
-    report(among=Interrupted(instances, lambda: file.write_bytes(content)))  # mended after it was left out
+    report(among=InterruptedDriver(instances, lambda: file.write_bytes(content)))  # readable again after it was skipped
     file.unlink()
     file.mkdir()  # not even root can read it
     report()

@@ -41,7 +41,7 @@ def refusal(client, key, call, instance_id, **options):
 
 def broken_file(service, content):
     service.add_instance(INSTANCE)
-    (service.instances._folder._root / f"{INSTANCE}.json").write_text(content)
+    (service.instances._files._root / f"{INSTANCE}.json").write_text(content)
 
 
 def with_state_command(service, *command):

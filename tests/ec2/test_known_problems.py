@@ -50,7 +50,7 @@ def test_bundle_instance_does_not_stop_an_instance_with_an_unreadable_volume(
     service, ec2, use_backend, tmp_path, volume
 ):
     (tmp_path / "missing.raw").touch()
-    service.instances._folder.create(instance_description(service, volume(tmp_path)))
+    service.instances._files.create(instance_description(service, volume(tmp_path)))
     (tmp_path / "missing.raw").unlink()
     use_backend(find_volume_problem=RootVolumeCheck(service.instances, ()).find_problem)
     status, code, message = refusal(ec2, service)

@@ -46,11 +46,11 @@ def test_preloaded_clock_is_wrong(clock):
 def test_workflow_completes_while_clock_jumps(tmp_path, clock):
     environment, jump = clock
     scene = KilledService(tmp_path, server=ThraveServer, environment=environment, shutdown_timeout=60)
-    scene.machine.deafen()
+    scene.machine.ignore_power_button()
     scene.run_until_killed("shutdown-requested, after")
     jump(1)
     assert scene.start("part-stored, after, 2")
-    scene.machine.hear()
+    scene.machine.obey_power_button()
     scene.wait_for_kill("part-stored, after, 2")
     jump(-1)
     assert scene.start("side-file-stored, before")

@@ -80,14 +80,14 @@ def test_task_resumes_when_database_can_write_again(small_disk, tmp_path):
     folder, resize = small_disk
     scene = KilledService(tmp_path, data=folder / "thrave")
     resize(128 * MIB)
-    scene.machine.deafen()
+    scene.machine.ignore_power_button()
     assert scene.start()
     scene.bundle()
     scene.wait_for_state("waiting-for-shutdown")
     with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
         while filler.write(bytes(MIB)):
             pass
-    scene.machine.hear()
+    scene.machine.obey_power_button()
     time.sleep(3)
     assert scene.is_alive
     assert scene.task().state == "waiting-for-shutdown"

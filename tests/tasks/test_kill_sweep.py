@@ -76,14 +76,14 @@ def test_cancelled_task_leaves_no_object_after_kill_at_each_undo_failpoint(tmp_p
 
 def test_bundle_instance_after_lost_response_names_recorded_task(tmp_path, database):
     scene = KilledService(tmp_path, size=MIB, **database)
-    scene.machine.deafen()
+    scene.machine.ignore_power_button()
     scene.run_until_killed("task-recorded, after")
     bundle_id = scene.bundle_id
     assert scene.start()
     with pytest.raises(ClientError, match=bundle_id) as refusal:
         scene.bundle()
     assert refusal.value.response["Error"]["Code"] == "BundlingInProgress"
-    scene.machine.hear()
+    scene.machine.obey_power_button()
     assert scene.run_to_end().bundle_id == bundle_id
     scene.check_complete()
     scene.check_no_traces()
@@ -102,7 +102,7 @@ def test_killed_service_leaves_no_process_that_reads_the_disk(tmp_path):
 
 def test_cancellation_is_recorded_completely_or_not_at_all(tmp_path, database):
     scene = KilledService(tmp_path, **database)
-    scene.machine.deafen()
+    scene.machine.ignore_power_button()
     scene.run_until_killed("shutdown-requested, after")
     for when, state in (("before", "waiting-for-shutdown"), ("after", "cancelling")):
         assert scene.start(f"cancellation-recorded, {when}")
@@ -115,7 +115,7 @@ def test_cancellation_is_recorded_completely_or_not_at_all(tmp_path, database):
 
 def test_power_is_cut_after_kill_at_each_failpoint_of_the_cut(tmp_path, database):
     scene = KilledService(tmp_path, shutdown_timeout_action="power-off", **{**database, "shutdown_timeout": 0.5})
-    scene.machine.deafen()
+    scene.machine.ignore_power_button()
     for failpoint in failpoints_of("power-cut"):
         scene.run_until_killed(failpoint)
     task = scene.run_to_end()

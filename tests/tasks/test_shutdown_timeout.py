@@ -72,7 +72,7 @@ def test_guest_that_powers_off_while_service_is_down_is_started(tmp_path, machin
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         await_task(server.client(key), bundle_id, "failed")
         server.stop(signal.SIGKILL)
-        machine.say("shut off")
+        machine.set_state("shut off")
         time.sleep(1.5)  # past twice the grace period: nobody would look after it any more
         server.start()
         eventually(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)

@@ -188,7 +188,7 @@ def list_(settings: Settings, output: str) -> None:
     Example:
       thrave instance list --output json
     """
-    from thrave.compute.description_files import document
+    from thrave.compute.description_files import to_document
     from thrave.drivers import open_driver
 
     require_data_directory(settings)
@@ -199,7 +199,7 @@ def list_(settings: Settings, output: str) -> None:
         for found in listed
     ]  # fmt: skip
     header = ("INSTANCE", "ACCOUNT", "STATE", "PLATFORM", "ROOT DEVICE", "ROOT VOLUME")
-    print_result(output, {"instances": [document(found) for found in listed]}, table(header, rows))
+    print_result(output, {"instances": [to_document(found) for found in listed]}, table(header, rows))
 
 
 @instance.command("show")
@@ -211,7 +211,7 @@ def show_(settings: Settings, instance_id: str, output: str) -> None:
     Example:
       thrave instance show i-0123456789abcdef0
     """
-    from thrave.compute.description_files import document
+    from thrave.compute.description_files import to_document
     from thrave.drivers import open_driver
 
     require_data_directory(settings)
@@ -226,7 +226,7 @@ def show_(settings: Settings, instance_id: str, output: str) -> None:
         *(("volume", f"{volume.path} ({volume.device_name})") for volume in found.volumes),
         *(("tag", f"{name} = {value}") for name, value in found.tags.items()),
     ]
-    print_result(output, document(found), table(("INSTANCE", found.instance_id), rows))
+    print_result(output, to_document(found), table(("INSTANCE", found.instance_id), rows))
 
 
 @instance.command()

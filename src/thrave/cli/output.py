@@ -132,9 +132,9 @@ def print_instance(instance: Instance, output: str, warnings: Sequence[str] = ()
 
     Warnings go to stderr. With `--output json` they are a member of the document instead.
     """
-    from thrave.compute.description_files import document
+    from thrave.compute.description_files import to_document
 
-    result = document(instance) | ({"warnings": [*warnings]} if warnings else {})
+    result = to_document(instance) | ({"warnings": [*warnings]} if warnings else {})
     print_result(output, result, f"{instance.instance_id} {instance.state}")
     if output == "text":
         for warning in warnings:

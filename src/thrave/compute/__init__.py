@@ -1,1 +1,1 @@
-"""Instances: which there are, whose they are, how to stop and start them."""
+"""Instances and hypervisor drivers: list instances, stop and start them, run them on overlays."""

@@ -1,14 +1,9 @@
-"""The commands that connect an instance to a hypervisor of any kind: started, waited for, understood.
+"""Runs the commands that connect an instance to a hypervisor, in the foreground (`Command`) or in the background.
 
-`programs` starts them. Beside what every program gets, a command has the variables in `INHERITED`, and the instance's
-id in THRAVE_INSTANCE_ID. It has no setting of the service and no secret. What a start command leaves running (the
-guest itself, perhaps) is not ended; its output is dropped once the command has ended.
-
-Stop commands that run in the background, so that a request to stop returns at once.
-
-One a machine at most: a request that is said again while the command of the last one still runs changes nothing. A
-command that ends while nobody looks is seen at the next look. Those of a process that has died are not known any more:
-the instance stays `stopping` until somebody asks it to stop again.
+`programs` starts them. A command gets the usual variables of a program, those in `INHERITED`, and the instance's id in
+THRAVE_INSTANCE_ID; no setting of the service and no secret. Programs that a start command leaves running (the guest,
+perhaps) are not killed; their output is dropped once the command has ended. Stop commands run in the background: a stop
+request returns at once. If this process ends, the instance stays `stopping` until there is another stop request.
 """
 
 import os
@@ -23,22 +18,20 @@ from thrave.concurrency import monotonic, new_lock
 from thrave.programs import FinishedProgram, Program, ProgramError, ProgramNotStartedError, environment
 
 INHERITED = ("LIBVIRT_DEFAULT_URI", "SSH_AUTH_SOCK")
-"""What virsh and ssh need to find their way, beside `programs.INHERITED`."""
+"""Variables that virsh and ssh need, in addition to `programs.INHERITED`."""
 
+MAX_OUTPUT = 16 << 20
+"""Bytes that a command may print. Only the end is used, so the limit is high: much output is not a failure."""
 
-MAX_PRINTED = 16 << 20
-"""Bytes that a command may print. More than anybody reads, so that a talkative command is no failure."""
+FIRST_WAIT = 0.5
+"""Seconds to wait for a stop command, so that a failure of a quick one is raised at its caller."""
 
+_POLL_TIMEOUT = 3600.0  # seconds; the command's own timeout ends the wait
+_TAIL = 4096  # bytes used of a command's output
 
-_POLL_TIMEOUT = 3600.0  # seconds; the command's own limit ends the wait
-
-
-_TAIL = 4096  # bytes read of what a command printed
-
-
-# What a stateCommand may print: EC2's states, and what `virsh domstate` says, libvirt's virsh-domain.c.
-# Paused and suspended machines still have their disks open and count as running. A crashed one may have.
-STATE_WORDS: dict[str, InstanceState] = {
+# What a stateCommand may print: EC2's states, and those of `virsh domstate` (libvirt's virsh-domain.c).
+# Paused and suspended machines have their disks open and count as running. A crashed one may have: it is not accepted.
+STATE_NAMES: dict[str, InstanceState] = {
     **{state.value: state for state in InstanceState},
     "idle": InstanceState.RUNNING,
     "paused": InstanceState.RUNNING,
@@ -48,8 +41,8 @@ STATE_WORDS: dict[str, InstanceState] = {
 }
 
 
-# What may stand in parentheses behind a word for `stopped`: our words, and what `virsh domstate --reason` says.
-OFF_WORDS: dict[str, OffReason] = {
+# What may follow a name for `stopped`, in parentheses: our reasons, and those of `virsh domstate --reason`.
+OFF_REASON_NAMES: dict[str, OffReason] = {
     **{reason.value: reason for reason in OffReason},
     "shutdown": OffReason.SHUT_DOWN,
     "destroyed": OffReason.POWER_CUT,
@@ -63,49 +56,49 @@ _WITH_REASON = re.compile(r"([a-z -]+?) \(([a-z -]+)\)")
 
 
 class Command:
-    """A command of an instance that has been started.
+    """A running command of an instance.
 
     Args:
-        instance_id: The instance it is for.
-        name: What the command is called in the instance's description: `stopCommand`, …
+        instance_id: The instance.
+        name: The command's name in the instance's description: `stopCommand`, …
         argv: The argument vector.
-        seconds: How long it may take.
+        timeout: Seconds.
 
     Raises:
-        InstanceCommandFailed: It cannot be started.
+        InstanceCommandFailed: The command cannot be started.
     """
 
-    def __init__(self, instance_id: str, name: str, argv: Sequence[str], *, seconds: float) -> None:
+    def __init__(self, instance_id: str, name: str, argv: Sequence[str], *, timeout: float) -> None:
         self._instance_id = instance_id
         self._name = name
-        given = {each: os.environ[each] for each in INHERITED if each in os.environ}
-        variables = environment({**given, "THRAVE_INSTANCE_ID": instance_id})
+        inherited = {variable: os.environ[variable] for variable in INHERITED if variable in os.environ}
+        variables = environment({**inherited, "THRAVE_INSTANCE_ID": instance_id})
         try:
-            self._program = Program(argv, timeout=seconds, variables=variables, max_output=MAX_PRINTED)
+            self._program = Program(argv, timeout=timeout, variables=variables, max_output=MAX_OUTPUT)
         except ProgramNotStartedError as error:
-            # The whole path: two programs of the same name may be meant.
+            # With the path as given: there may be two programs of the same name.
             raise self._failure(f"{error.reason.replace('run:', f'run: {argv[0]}:')}") from error
 
     def finish(self) -> str:
-        """Wait for its end and return the end of its output.
+        """Wait for the end of the command and return the end of its output.
 
         Raises:
-            InstanceCommandFailed: It failed or took too long; in that case it and its children were killed.
+            InstanceCommandFailed: It failed, or exceeded its timeout and was killed with its children.
         """
         while (finished := self._poll(_POLL_TIMEOUT)) is None:
             pass
         return finished.out[-_TAIL:].decode(errors="replace")
 
-    def is_done(self, patience: float = 0.0) -> bool:
-        """Whether it has ended without an error, after waiting at most `patience` seconds.
+    def has_succeeded(self, timeout: float = 0.0) -> bool:
+        """Wait at most `timeout` seconds; return whether the command has ended without an error.
 
         Raises:
             InstanceCommandFailed: As `finish`.
         """
-        return self._poll(patience) is not None
+        return self._poll(timeout) is not None
 
     def kill(self) -> None:
-        """End it and whatever it has started, if it has not ended by itself."""
+        """Kill the command and its children if it has not ended."""
         self._program.kill()
 
     def _poll(self, timeout: float) -> FinishedProgram | None:
@@ -121,44 +114,41 @@ class Command:
         return InstanceCommandFailed(self._instance_id, self._name, reason, status=status)
 
 
-def read_state(instance_id: str, argv: Sequence[str], *, seconds: float) -> tuple[InstanceState, OffReason | None]:
-    """The state that an instance's stateCommand prints, and, if it is off, why, if the command says so.
+def read_state(instance_id: str, argv: Sequence[str], *, timeout: float) -> tuple[InstanceState, OffReason | None]:
+    """Run an instance's stateCommand; return the state that it prints, and why the instance is off, if it prints that.
 
-    A reason for another state is dropped, as virsh gives one for each: `running (booted)`.
+    The reason of another state is ignored; virsh has one for each state: `running (booted)`.
 
     Raises:
-        InstanceCommandFailed: It failed, or printed a word that is not in STATE_WORDS, or one for `stopped` with a
-            reason that is not in OFF_WORDS.
+        InstanceCommandFailed: It failed, or printed a state that is not in `STATE_NAMES`, or `stopped` with a reason
+            that is not in `OFF_REASON_NAMES`.
     """
-    began = monotonic()
+    started = monotonic()
     try:
-        printed = Command(instance_id, "stateCommand", argv, seconds=seconds).finish().strip().lower()
+        printed = Command(instance_id, "stateCommand", argv, timeout=timeout).finish().strip().lower()
     except InstanceCommandFailed as error:
-        error.waited = monotonic() - began
+        error.waited = monotonic() - started
         raise
     parts = _WITH_REASON.fullmatch(printed)
-    words, reason = parts.groups() if parts else (printed, None)
-    off = STATE_WORDS.get(words) is InstanceState.STOPPED
-    if off and reason is not None and reason not in OFF_WORDS:
+    name, reason = parts.groups() if parts else (printed, None)
+    is_off = STATE_NAMES.get(name) is InstanceState.STOPPED
+    if is_off and reason is not None and reason not in OFF_REASON_NAMES:
         raise InstanceCommandFailed(
             instance_id,
             "stateCommand",
-            f"printed the reason {reason[:80]!r}, none of: {', '.join(OFF_WORDS)}",
+            f"printed the reason {reason[:80]!r}, none of: {', '.join(OFF_REASON_NAMES)}",
             status=0,
         )
-    if words not in STATE_WORDS:
+    if name not in STATE_NAMES:
         raise InstanceCommandFailed(
-            instance_id, "stateCommand", f"printed {printed[:80]!r}, none of: {', '.join(STATE_WORDS)}", status=0
+            instance_id, "stateCommand", f"printed {printed[:80]!r}, none of: {', '.join(STATE_NAMES)}", status=0
         )
-    return STATE_WORDS[words], OFF_WORDS[reason] if off and reason is not None else None
+    return STATE_NAMES[name], OFF_REASON_NAMES[reason] if is_off and reason is not None else None
 
 
 def _last_line(err: bytes) -> str:
     lines = err[-_TAIL:].decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing on stderr"
-
-
-PATIENCE = 0.5  # seconds to wait for a quick command, so that its failure is heard where it was asked for
+    return lines[-1] if lines else "nothing on stderr"
 
 
 @dataclass
@@ -167,57 +157,58 @@ class StopCommand:
 
     Attributes:
         command: The command.
-        asked: The instance as it was recorded when the command was asked for last. Its end changes that record only.
+        recorded: The instance as recorded in its file at the last stop request. The end of the command changes the file
+            only if it still has this content.
     """
 
     command: Command
-    asked: InstanceDescription
+    recorded: InstanceDescription
 
 
 class BackgroundStops:
-    """The stop commands that this process has started.
+    """The stopCommands that this process has started, at most one for each instance.
 
     Args:
-        seconds: How long one may take.
+        timeout: Seconds for one command.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         self._running: dict[str, StopCommand] = {}
         self._lock = new_lock()
 
-    def ask(self, description: InstanceDescription) -> None:
+    def start(self, description: InstanceDescription) -> None:
         """Start the instance's stopCommand, unless it is running already.
 
         Raises:
-            InstanceCommandFailed: It cannot be run.
+            InstanceCommandFailed: It cannot be started.
         """
         assert description.stop_command is not None
         instance_id = description.instance_id
         with self._lock:
             if (running := self._running.get(instance_id)) is not None:
-                running.asked = description
+                running.recorded = description
                 return
-            command = Command(instance_id, "stopCommand", description.stop_command, seconds=self._seconds)
+            command = Command(instance_id, "stopCommand", description.stop_command, timeout=self._timeout)
             self._running[instance_id] = StopCommand(command, description)
 
-    def of(self, instance_id: str) -> StopCommand | None:
-        """The instance's stopCommand whose end nobody has seen yet, if there is one."""
+    def find(self, instance_id: str) -> StopCommand | None:
+        """Return the instance's stopCommand, if it is running or `has_ended` has not returned its end yet."""
         with self._lock:
             return self._running.get(instance_id)
 
-    def has_ended(self, stop: StopCommand, patience: float = 0.0) -> bool:
-        """Whether a stopCommand has ended well since the last look; waits at most `patience` seconds for it.
+    def has_ended(self, stop: StopCommand, timeout: float = 0.0) -> bool:
+        """Wait at most `timeout` seconds; return whether the command has ended without an error. True only once.
 
         Raises:
-            InstanceCommandFailed: It has failed or was killed because it took too long. Raised once.
+            InstanceCommandFailed: It has failed, or exceeded its timeout and was killed. Raised only once.
         """
         try:
-            return stop.command.is_done(patience) and self._forget(stop)
+            return stop.command.has_succeeded(timeout) and self._forget(stop)
         except InstanceCommandFailed:
             if self._forget(stop):
                 raise
-            return False  # another thread has seen it fail, or has killed it
+            return False  # another thread has received the failure, or has killed the command
 
     def abandon(self, instance_id: str) -> None:
         """Kill the instance's stopCommand if it is still running."""
@@ -227,10 +218,10 @@ class BackgroundStops:
             stop.command.kill()
 
     def _forget(self, stop: StopCommand) -> bool:
-        """Whether it was this call that took it out: of several threads that look at once, one reports the end."""
-        instance_id = stop.asked.instance_id
+        """Remove a stopCommand; return False if another thread has done so. Thus only one thread handles the end."""
+        instance_id = stop.recorded.instance_id
         with self._lock:
-            mine = self._running.get(instance_id) is stop
-            if mine:
+            is_present = self._running.get(instance_id) is stop
+            if is_present:
                 del self._running[instance_id]
-            return mine
+            return is_present

@@ -1,9 +1,7 @@
-"""An instance's file: JSON that a person can read and edit, in EC2's words.
+"""Instance descriptions: JSON files that an operator can read and edit, with EC2's names, and the folder that has them.
 
-Reading checks everything: types, ids, unknown names. What is written can always be read again. It never looks at the
-disk; `check_volumes` does, and only when asked.
-
-The folder of instance files: read, made, changed whole, removed. What stands in a file is `descriptions.py`.
+Parsing checks types, ids and unknown names, but not whether the volumes exist; `check_volumes` does. A description that
+was written can always be parsed again. A file is created once, replaced as a whole, and removed.
 """
 
 import json
@@ -32,21 +30,23 @@ from thrave.compute.errors import (
 from thrave.compute.instance import INSTANCE_ID_PATTERN, TERMINATING, Instance, InstanceState, OffReason
 from thrave.files import LOCK_TIMEOUT, file_lock
 
+log = logging.getLogger(__name__)
+
 ArgumentVector = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceDescription(Instance):
-    """An instance, and the commands that tie it to its hypervisor.
+    """An instance, and the commands that connect it to its hypervisor.
 
     Attributes:
-        stop_command: Asks the guest to power off. Without `state_command` its success means that the machine is off.
-        force_stop_command: Cuts the power; its success means that the machine is off.
-        start_command: Starts the machine; its success means that it runs.
-        state_command: Prints the state, in EC2's words or virsh's. Without it the state is the one in the file.
+        stop_command: Asks the guest to power off. Without `state_command`, success means that the machine is off.
+        force_stop_command: Cuts the power; success means that the machine is off.
+        start_command: Starts the machine; success means that it runs.
+        state_command: Prints the state, with EC2's or virsh's name. Without it the state is that in the file.
     """
 
-    host: str | None = None  # written to the file
+    host: str | None = None  # unlike in `Instance`, part of the document
     stop_command: ArgumentVector | None = None
     force_stop_command: ArgumentVector | None = None
     start_command: ArgumentVector | None = None
@@ -54,37 +54,41 @@ class InstanceDescription(Instance):
 
 
 _DESCRIPTION = TypeAdapter(InstanceDescription)
-
-
 _INSTANCE = TypeAdapter(Instance)
+_INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
+_LOCK_FOLDER = ".locks"
+_EMPTY_DOCUMENT = (
+    b'{"instanceId": "i-00000000000000000", "accountId": null, "platform": "windows", "rootVolume": {"path": ""}}'
+)
+"""Parsed in place of a file that does not exist, so that the response takes the same time."""
 
 
-def document(instance: Instance) -> dict[str, object]:
-    """An instance for programs: EC2's words in camelCase, times as ISO 8601; its commands are left out."""
-    plain: dict[str, object] = _INSTANCE.dump_python(instance, mode="json", by_alias=True)
-    return plain
+def to_document(instance: Instance) -> dict[str, object]:
+    """Return an instance as a JSON object: EC2's names in camelCase, times as ISO 8601, without commands and host."""
+    document: dict[str, object] = _INSTANCE.dump_python(instance, mode="json", by_alias=True)
+    return document
 
 
 def from_document(document: object) -> Instance:
-    """The instance of a `document` that this program has written."""
+    """Return the instance of a document that `to_document` has returned. Raises pydantic.ValidationError."""
     return _INSTANCE.validate_python(document)
 
 
-def write(description: InstanceDescription) -> bytes:
-    """The file of an instance."""
+def format_description(description: InstanceDescription) -> bytes:
+    """Return the content of an instance's file."""
     return _DESCRIPTION.dump_json(description, by_alias=True, exclude_none=True, indent=2, warnings=False) + b"\n"
 
 
-def read(instance_id: str, document: bytes, source: str) -> InstanceDescription:
-    """The instance that a file describes.
+def parse_description(instance_id: str, document: bytes, source: str) -> InstanceDescription:
+    """Return the instance that a file describes.
 
     Args:
-        instance_id: The id that it must have.
-        document: The file's content.
-        source: What to call it in a message.
+        instance_id: The id that the file must contain.
+        document: The content of the file.
+        source: Name of the file for messages.
 
     Raises:
-        InvalidDescriptionError: With every fault, each under its name in the file.
+        InvalidDescriptionError: With every fault, each with the name of the field in the file.
     """
     try:
         description = _DESCRIPTION.validate_json(document)
@@ -96,8 +100,8 @@ def read(instance_id: str, document: bytes, source: str) -> InstanceDescription:
     return description
 
 
-def read_owner(document: bytes) -> str | None:
-    """The account id in an instance's file, whatever else may be wrong with it; None if there is none."""
+def parse_owner(document: bytes) -> str | None:
+    """Return the account id in an instance's file, also if the rest is not valid; None if there is none."""
     try:
         owner = json.loads(document)["accountId"]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -106,19 +110,19 @@ def read_owner(document: bytes) -> str | None:
 
 
 def check_volumes(instance: Instance) -> None:
-    """See that each volume of an instance is there, can be read, and is a regular file or a block device.
+    """Check that each volume of an instance exists, is a regular file or a block device, and can be read.
 
     Raises:
-        InvalidDescriptionError: One is not.
+        InvalidDescriptionError: With each volume that is not.
     """
     named = [("rootVolume", instance.root_volume), *(("volumes", volume) for volume in instance.volumes)]
-    faults = [_fault(name, fault) for name, volume in named if (fault := volume_fault(volume.path))]
+    faults = [_fault(name, fault) for name, volume in named if (fault := find_file_fault(volume.path))]
     if faults:
-        raise InvalidDescriptionError(instance.instance_id, "what was given", faults)
+        raise InvalidDescriptionError(instance.instance_id, "the description", faults)
 
 
-def volume_fault(path: Path) -> str | None:
-    """Why a volume's file cannot be read; None if it can."""
+def find_file_fault(path: Path) -> str | None:
+    """Return why the file or device of a volume cannot be read; None if it can."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -132,36 +136,21 @@ def _fault(name: str, message: str) -> str:
     return f"{name}: {message}" if name else message
 
 
-_INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
-
-
-_LOCKS = ".locks"
-
-
-_NOBODYS = (
-    b'{"instanceId": "i-00000000000000000", "accountId": null, "platform": "windows", "rootVolume": {"path": ""}}'
-)
-"""Read in place of a file that does not exist."""
-
-
-log = logging.getLogger(__name__)
-
-
 class DescriptionFiles:
-    """One file an instance, named after its id; locks in a folder beside them.
+    """The folder of instance files, one file for each instance, named after the id. A subfolder has lock files.
 
     Args:
-        root: The folder; it need not exist before the first file is made.
+        root: The folder; `create` creates it.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def read(self, instance_id: str) -> InstanceDescription:
-        """What the instance's file says.
+        """Return the instance that its file describes.
 
         Raises:
-            InstanceNotFound: There is no such file, or this is no id.
+            InstanceNotFound: There is no such file, or the id is not valid.
             InvalidDescriptionError: The file cannot be read or is not valid.
         """
         if not _INSTANCE_ID.fullmatch(instance_id):
@@ -173,15 +162,15 @@ class DescriptionFiles:
             raise InstanceNotFound(instance_id) from None
         except OSError as error:
             raise InvalidDescriptionError(instance_id, str(path), [os.strerror(error.errno or 0)]) from error
-        return read(instance_id, document, str(path))
+        return parse_description(instance_id, document, str(path))
 
     def get_owner(self, instance_id: str) -> str:
-        """The account id in the instance's file, whatever else may be wrong with the file.
+        """Return the account id in the instance's file, also if the rest of the file is not valid.
 
-        It takes the same work whether there is such a file or not.
+        Takes about the same time whether the file exists or not.
 
         Raises:
-            InstanceNotFound: There is no such file, this is no id, or the file names no owner; then the log names it.
+            InstanceNotFound: There is no such file, the id is not valid, or the file names no owner (which is logged).
         """
         if not _INSTANCE_ID.fullmatch(instance_id):
             raise InstanceNotFound(instance_id)
@@ -189,39 +178,39 @@ class DescriptionFiles:
         try:
             document = path.read_bytes()
         except OSError as error:
-            document = _NOBODYS if isinstance(error, FileNotFoundError) else b""
-        owner = read_owner(document)
-        if owner is None and document is not _NOBODYS:
-            log.warning("an instance's file names no owner: %s", path)
+            document = _EMPTY_DOCUMENT if isinstance(error, FileNotFoundError) else b""
+        owner = parse_owner(document)
+        if owner is None and document is not _EMPTY_DOCUMENT:
+            log.warning("instance file without owner: %s", path)
         if owner is None:
             raise InstanceNotFound(instance_id)
         return owner
 
     def read_all(self) -> tuple[Sequence[InstanceDescription], Sequence[InstanceError]]:
-        """Every file, by id: what can be read, and why the others cannot."""
+        """Read every file, in the order of ids. Returns the valid descriptions, and the errors of the other files."""
         readable: list[InstanceDescription] = []
-        broken: list[InstanceError] = []
+        errors: list[InstanceError] = []
         for path in sorted(self._root.glob("i-*.json")):
             try:
                 readable.append(self.read(path.stem))
             except InstanceError as error:
-                broken.append(error)
-        return readable, broken
+                errors.append(error)
+        return readable, errors
 
     def create(self, description: InstanceDescription) -> None:
-        """Make the file of a new instance, if it can be read again.
+        """Create the file of a new instance.
 
         Raises:
-            InvalidDescriptionError: It could not.
+            InvalidDescriptionError: The description is not valid.
             InstanceAlreadyExists: The id is taken.
         """
-        document = write(description)
-        read(description.instance_id, document, "what was given")
+        document = format_description(description)
+        parse_description(description.instance_id, document, "the description")
         self._root.mkdir(parents=True, exist_ok=True)
         if not files.create_exclusive(self._path(description.instance_id), document):
             raise InstanceAlreadyExists(description.instance_id)
 
-    def change(
+    def change_state(
         self,
         instance_id: str,
         state: InstanceState,
@@ -230,53 +219,54 @@ class DescriptionFiles:
         launch_time: datetime | None = None,
         off_reason: OffReason | None = None,
     ) -> None:
-        """Write the file anew with another state; a reason of the old one goes.
+        """Write another state to the file, and remove the reason of the old state.
 
-        The file is read again under the lock, so that a change that was decided upon an older state is refused.
+        The file is read again while it is locked, to refuse a change that was decided on an older state.
 
         Args:
             instance_id: The instance.
             state: The new state.
-            seen: What was read when the change was decided; None: the change is right from every state but TERMINATING.
-            launch_time: The new launch time; None: as before.
-            off_reason: Why it is off, if it is.
+            seen: The description on which the change was decided; None: accept every state except that only a change
+                to a state in TERMINATING is accepted in such a state.
+            launch_time: The new launch time; None: the old one.
+            off_reason: Why the instance is off.
 
         Raises:
-            StateChangedError: The file says something else than `seen` (state or launch time), or the instance is
-                terminated. Nothing was changed.
-            InstanceHeld: The file is being changed, for longer than that takes.
+            StateChangedError: The state or launch time in the file differs from `seen`, or the instance is terminated.
+                Nothing was changed.
+            InstanceLocked: The file was locked for longer than a change takes.
         """
-        with self._alone(instance_id):
+        with self._change_lock(instance_id):
             before = self.read(instance_id)
             if before.state is InstanceState.TERMINATED is not state:
                 raise StateChangedError(instance_id, before.state)
             if seen is None:
                 is_as_seen = before.state not in TERMINATING or state in TERMINATING
             else:
-                # The launch time tells a start that came in between, also after the state has become the same again.
+                # The launch time shows a start in the meantime, also if the state is the same again.
                 is_as_seen = (before.state, before.launch_time) == (seen.state, seen.launch_time)
             if not is_as_seen:
                 raise StateChangedError(instance_id, before.state)
             after = replace(before, state=state, off_reason=off_reason, launch_time=launch_time or before.launch_time)
             files.remove_stale(self._root)
-            files.replace(self._path(instance_id), write(after), spool=self._root)
+            files.replace(self._path(instance_id), format_description(after), spool=self._root)
 
     def remove(self, instance_id: str) -> None:
-        """Remove the file; it may be gone already. A change that is being written does not bring it back.
+        """Remove the file if it exists. The lock prevents that a change in progress creates it again.
 
         Raises:
-            InstanceHeld: The file is being changed, for longer than that takes.
+            InstanceLocked: The file was locked for longer than a change takes.
         """
-        with self._alone(instance_id):
+        with self._change_lock(instance_id):
             self._path(instance_id).unlink(missing_ok=True)
             files.sync_folder(self._root)
 
     def lock(self, instance_id: str) -> AbstractContextManager[None]:
-        """The instance's lock for as long as somebody needs it unchanged; BlockingIOError if somebody else has it."""
+        """Lock the instance against a start, for the length of a block. Raises BlockingIOError if it is locked."""
         return file_lock(self._lock_path(instance_id, "held"), wait=False)
 
     @contextmanager
-    def _alone(self, instance_id: str) -> Iterator[None]:
+    def _change_lock(self, instance_id: str) -> Iterator[None]:
         with ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(self._lock_path(instance_id, "change"), wait=True))
@@ -288,4 +278,4 @@ class DescriptionFiles:
         return self._root / f"{instance_id}.json"
 
     def _lock_path(self, instance_id: str, purpose: str) -> Path:
-        return self._root / _LOCKS / f"{instance_id}.{purpose}"
+        return self._root / _LOCK_FOLDER / f"{instance_id}.{purpose}"

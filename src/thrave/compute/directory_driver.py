@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from thrave.compute.base import VolumeHold
-from thrave.compute.commands import PATIENCE, BackgroundStops, Command, StopCommand, read_state
+from thrave.compute.commands import FIRST_WAIT, BackgroundStops, Command, StopCommand, read_state
 from thrave.compute.description_files import DescriptionFiles, InstanceDescription, check_volumes
 from thrave.compute.errors import (
     IncorrectInstanceState,
@@ -28,8 +28,8 @@ from thrave.programs import ProgramNotStartedError
 from thrave.retry import poll_until
 from thrave.write_guard import start_guard
 
-_STATE_SECONDS = 10.0  # for a stateCommand
-_LOOK_AGAIN = 0.2  # seconds
+_STATE_TIMEOUT = 10.0  # seconds for a stateCommand
+_POLL_INTERVAL = 0.2  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -44,27 +44,30 @@ class DirectoryDriver:
 
     Args:
         root: The folder; `add` creates it.
-        command_seconds: How long a command that stops or starts an instance may take.
+        command_timeout: Seconds for a command that stops or starts an instance.
     """
 
-    def __init__(self, root: Path, *, command_seconds: float = 300.0) -> None:
-        self._folder = DescriptionFiles(root)
-        self._command_seconds = command_seconds
-        self._stops = BackgroundStops(command_seconds)
+    def __init__(self, root: Path, *, command_timeout: float = 300.0) -> None:
+        self._files = DescriptionFiles(root)
+        self._command_timeout = command_timeout
+        self._stops = BackgroundStops(command_timeout)
 
     def list(
         self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
         """See `HypervisorDriver`. Files that cannot be read are logged; `list_errors` returns the reasons."""
-        readable, broken = self._folder.read_all()
-        for error in broken:
-            log.warning("an instance is left out: %s", error)
-        mine = [one for one in readable if account_id in {None, one.account_id} and (include is None or include(one))]
-        return [self._with_current_state(description) for description in mine]
+        descriptions, errors = self._files.read_all()
+        for error in errors:
+            log.warning("instance skipped: %s", error)
+        return [
+            self._with_current_state(description)
+            for description in descriptions
+            if account_id in {None, description.account_id} and (include is None or include(description))
+        ]
 
     def list_errors(self) -> Sequence[InstanceError]:
         """Return an error for each file that `list` skips."""
-        return self._folder.read_all()[1]
+        return self._files.read_all()[1]
 
     def get(self, instance_id: str) -> Instance:
         """Return one instance with its current state."""
@@ -72,7 +75,7 @@ class DirectoryDriver:
 
     def get_owner(self, instance_id: str) -> str:
         """Return the account id in the instance's file."""
-        return self._folder.get_owner(instance_id)
+        return self._files.get_owner(instance_id)
 
     def state(self, instance_id: str) -> InstanceState:
         """Return what the stateCommand prints, or else the state in the file."""
@@ -86,7 +89,7 @@ class DirectoryDriver:
             InstanceAlreadyExists: The id is taken.
         """
         check_volumes(description)
-        self._folder.create(description)
+        self._files.create(description)
 
     def remove(self, instance_id: str) -> None:
         """Delete an instance's file. The machine and its volumes are not changed.
@@ -95,7 +98,7 @@ class DirectoryDriver:
             InstanceLocked: The root volume is being read.
         """
         with self.hold_stopped(instance_id):
-            self._folder.remove(instance_id)
+            self._files.remove(instance_id)
 
     def request_stop(self, instance_id: str) -> None:
         """Run the stopCommand in the background, or record `stopped` in the file."""
@@ -109,7 +112,7 @@ class DirectoryDriver:
         if description.stop_command or description.state_command:
             self._run_stop(recorded, InstanceState.STOPPING)
         else:
-            self._folder.change(instance_id, InstanceState.STOPPED, seen=recorded)
+            self._files.change_state(instance_id, InstanceState.STOPPED, seen=recorded)
 
     def force_stop(self, instance_id: str) -> None:
         """Run the forceStopCommand to its end, or record `stopped` in the file."""
@@ -117,7 +120,7 @@ class DirectoryDriver:
         _check_not_terminating(description)
         if description.state is not InstanceState.STOPPED:
             self._run_force_stop(description)
-            _retry_on_change(lambda: self._record_off(self._folder.read(instance_id)))
+            _retry_on_change(lambda: self._record_off(self._files.read(instance_id)))
 
     def terminate(self, instance_id: str) -> None:
         """Run the stopCommand in the background unless the instance is off, and record the state in the file."""
@@ -128,7 +131,7 @@ class DirectoryDriver:
         if description.state is InstanceState.TERMINATED:
             return
         if description.state is InstanceState.STOPPED or not (description.stop_command or description.state_command):
-            self._folder.change(instance_id, InstanceState.TERMINATED, seen=recorded)
+            self._files.change_state(instance_id, InstanceState.TERMINATED, seen=recorded)
         else:
             self._run_stop(recorded, InstanceState.SHUTTING_DOWN)
 
@@ -145,10 +148,10 @@ class DirectoryDriver:
                 with self._starting(description):
                     self._run_start(description)
                 try:
-                    self._folder.change(instance_id, InstanceState.RUNNING, launch_time=utc_now())
+                    self._files.change_state(instance_id, InstanceState.RUNNING, launch_time=utc_now())
                 except StateChangedError:  # terminated during the start
                     if description.stop_command:
-                        self._stops.ask(self._folder.read(instance_id))
+                        self._stops.start(self._files.read(instance_id))
                     raise
 
     @property
@@ -160,7 +163,7 @@ class DirectoryDriver:
         """See `HypervisorDriver`. Covers described instances; reads the state only of those that have the disk."""
         return [
             f"the instance {one.instance_id}"
-            for one in self._folder.read_all()[0]
+            for one in self._files.read_all()[0]
             if one.instance_id != except_instance
             and any(is_same(volume) for volume in (one.root_volume, *one.volumes))
             and not self._is_off(one.instance_id)
@@ -168,16 +171,16 @@ class DirectoryDriver:
 
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
         """Raise InstanceCommandFailed: this driver cannot run commands in a guest."""
-        self._folder.read(instance_id)
+        self._files.read(instance_id)
         raise InstanceCommandFailed(instance_id, command[0], "cannot be run: there is no way into the guest")
 
     @contextmanager
     def hold_stopped(self, instance_id: str) -> Iterator[VolumeHold]:
         """Hold the instance with a lock file; the kernel releases the lock when this process ends."""
-        self._folder.read(instance_id)
+        self._files.read(instance_id)
         with ExitStack() as stack:
             try:
-                stack.enter_context(self._folder.lock(instance_id))
+                stack.enter_context(self._files.lock(instance_id))
             except BlockingIOError:
                 raise InstanceLocked(instance_id) from None
             yield DirectoryHold(self, instance_id)
@@ -187,7 +190,7 @@ class DirectoryDriver:
         try:
             return self._read_current(instance_id).state in {InstanceState.STOPPED, InstanceState.TERMINATED}
         except InstanceError as error:
-            log.warning("an instance is taken to be running: %s", error)
+            log.warning("instance counted as running: %s", error)
             return False
 
     def _read_current(self, instance_id: str) -> InstanceDescription:
@@ -197,10 +200,10 @@ class DirectoryDriver:
     def _read_recorded_and_current(self, instance_id: str) -> tuple[InstanceDescription, InstanceDescription]:
         """Return the instance as recorded in its file, and with its current state."""
         self._record_finished_stop(instance_id)
-        recorded = self._folder.read(instance_id)
+        recorded = self._files.read(instance_id)
         if not recorded.state_command or recorded.state is InstanceState.TERMINATED:
             return recorded, recorded
-        state, off = read_state(instance_id, recorded.state_command, seconds=_STATE_SECONDS)
+        state, off = read_state(instance_id, recorded.state_command, timeout=_STATE_TIMEOUT)
         return recorded, replace(recorded, state=self._effective_state(recorded, state), off_reason=off)
 
     def _effective_state(self, recorded: InstanceDescription, state: InstanceState) -> InstanceState:
@@ -215,57 +218,57 @@ class DirectoryDriver:
     def _record_off(self, recorded: InstanceDescription) -> None:
         """Record in the file that the instance is off, unless the file has changed. Raises StateChangedError."""
         off = InstanceState.TERMINATED if recorded.state in TERMINATING else InstanceState.STOPPED
-        self._folder.change(recorded.instance_id, off, seen=recorded)
+        self._files.change_state(recorded.instance_id, off, seen=recorded)
 
     def _wait_while_stopping(self, instance_id: str) -> InstanceDescription:
-        """The same, after waiting for a machine that is just going down: it cannot be started before."""
+        """Return the instance with its current state. First wait while it is stopping: it cannot be started before."""
         return poll_until(
             lambda: self._read_current(instance_id),
             lambda description: not description.state_command or description.state is not InstanceState.STOPPING,
-            timeout=self._command_seconds,
-            interval=_LOOK_AGAIN,
+            timeout=self._command_timeout,
+            interval=_POLL_INTERVAL,
         )
 
-    def _record_finished_stop(self, instance_id: str, patience: float = 0.0) -> None:
-        """Note what has become of its stopCommand, if one was running.
+    def _record_finished_stop(self, instance_id: str, timeout: float = 0.0) -> None:
+        """Record the end of the instance's stopCommand, if it has ended. Waits for it at most `timeout` seconds.
 
-        Only the state that was noted for this command is changed. If the instance was started meanwhile, its file says
-        something else, and the end of the command says nothing about it.
+        The file is changed only if it has the content that was recorded for this command. If the instance was started
+        in the meantime, the end of the command has no meaning.
         """
-        stop = self._stops.of(instance_id)
+        stop = self._stops.find(instance_id)
         if stop is None:
             return
         with self._record_running_on_failure(stop):
-            ended = self._stops.has_ended(stop, patience)
-        if ended and not stop.asked.state_command:
+            ended = self._stops.has_ended(stop, timeout)
+        if ended and not stop.recorded.state_command:
             with suppress(StateChangedError):
-                self._record_off(stop.asked)
+                self._record_off(stop.recorded)
 
     def _run_stop(self, recorded: InstanceDescription, meanwhile: InstanceState) -> None:
         instance_id = recorded.instance_id
         if not recorded.stop_command:
             raise IncorrectInstanceState(instance_id, f"{instance_id} has no stopCommand: stop it on its hypervisor")
-        self._folder.change(instance_id, meanwhile, seen=recorded)
-        asked = replace(recorded, state=meanwhile)
+        self._files.change_state(instance_id, meanwhile, seen=recorded)
+        stopping = replace(recorded, state=meanwhile)
         try:
-            self._stops.ask(asked)
+            self._stops.start(stopping)
         except InstanceCommandFailed:
-            self._record_running(asked)
+            self._record_running(stopping)
             raise
-        self._record_finished_stop(instance_id, PATIENCE)
+        self._record_finished_stop(instance_id, FIRST_WAIT)
 
     @contextmanager
     def _record_running_on_failure(self, stop: StopCommand) -> Iterator[None]:
-        """Record `running` again if the stopCommand fails: it has stopped nothing."""
+        """Record `running` again if the stopCommand fails: the instance was not stopped."""
         try:
             yield
         except InstanceCommandFailed:
-            self._record_running(stop.asked)
+            self._record_running(stop.recorded)
             raise
 
-    def _record_running(self, asked: InstanceDescription) -> None:
+    def _record_running(self, seen: InstanceDescription) -> None:
         with suppress(StateChangedError):
-            self._folder.change(asked.instance_id, InstanceState.RUNNING, seen=asked)
+            self._files.change_state(seen.instance_id, InstanceState.RUNNING, seen=seen)
 
     def _run_force_stop(self, description: InstanceDescription) -> None:
         instance_id = description.instance_id
@@ -279,16 +282,16 @@ class DirectoryDriver:
 
     @contextmanager
     def _starting(self, before: InstanceDescription) -> Iterator[None]:
-        """Check that it may be started; have the file say `pending` while the startCommand may have done so.
+        """Check that the instance may be started, and record `pending` while the startCommand runs.
 
-        Without a stateCommand the file alone tells whether the volume may be read. If it went on to say `stopped`, and
-        this process died after the machine had started, a running machine's volume would be read.
+        Without a stateCommand only the file shows whether the volume may be read. If the file still had `stopped` after
+        a crash of this process, the volume of a machine that has started would be read.
         """
         if before.state_command or not before.start_command:
             start_guard.check()
             yield
             return
-        self._folder.change(before.instance_id, InstanceState.PENDING)
+        self._files.change_state(before.instance_id, InstanceState.PENDING)
         try:
             start_guard.check()
         except BaseException:
@@ -304,7 +307,7 @@ class DirectoryDriver:
     def _undo_pending(self, before: InstanceDescription) -> None:
         pending = replace(before, state=InstanceState.PENDING)
         with suppress(StateChangedError):
-            self._folder.change(before.instance_id, before.state, seen=pending, off_reason=before.off_reason)
+            self._files.change_state(before.instance_id, before.state, seen=pending, off_reason=before.off_reason)
 
     def _run_start(self, description: InstanceDescription) -> None:
         instance_id = description.instance_id
@@ -314,36 +317,36 @@ class DirectoryDriver:
             raise IncorrectInstanceState(instance_id, f"{instance_id} has no startCommand: start it on its hypervisor")
 
     def _finish(self, name: str, instance_id: str, argv: Sequence[str]) -> None:
-        Command(instance_id, name, argv, seconds=self._command_seconds).finish()
+        Command(instance_id, name, argv, timeout=self._command_timeout).finish()
 
     def _with_current_state(self, description: InstanceDescription) -> InstanceDescription:
         """Return the instance with its current state, or with the recorded one if the current state cannot be read."""
         try:
             return self._read_current(description.instance_id)
         except InstanceError as error:
-            log.warning("the state in the file is shown: %s", error)
+            log.warning("recorded state used: %s", error)
             return description
 
 
 class DirectoryHold:
     """The `VolumeHold` of a locked instance. A start outside this service is detected by its state."""
 
-    def __init__(self, instances: DirectoryDriver, instance_id: str) -> None:
-        self._instances = instances
+    def __init__(self, driver: DirectoryDriver, instance_id: str) -> None:
+        self._driver = driver
         self._instance_id = instance_id
 
     def check(self) -> None:
         """Check that the instance is stopped."""
-        state = self._instances.state(self._instance_id)
+        state = self._driver.state(self._instance_id)
         if state is not InstanceState.STOPPED:
             raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
 
 
-def _retry_on_change(act: Callable[[], None]) -> None:
-    """Call `act` again as long as the recorded state changes between its read and its write."""
+def _retry_on_change(operation: Callable[[], None]) -> None:
+    """Call `operation`, again if the recorded state has changed between its read and its write."""
     while True:
         with suppress(StateChangedError):
-            act()
+            operation()
             return
 
 

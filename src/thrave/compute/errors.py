@@ -36,7 +36,7 @@ class InstanceError(Exception):
 
     Attributes:
         instance_id: The instance as the caller named it, so possibly not a valid id.
-        waited: Seconds that the call waited in vain. A retry loop subtracts them, since they are no progress.
+        waited: Seconds that the call waited without result. A retry loop does not count them as progress.
     """
 
     waited: float = 0.0

@@ -1,10 +1,9 @@
-"""A fleet's instances, as the hosts' agents have reported them: what the API answers from, without asking any host.
+"""Instances of a fleet in the database, so that the API needs no connection to a host.
 
-`FleetInventory` is the API's side: an instance is what its host said last, and what a caller wants of its power is
-recorded (`power_records.py`) for the host to do. `InstanceReporter` is the host's side: it writes down what has
-changed.
-An instance include to one host, which alone reports it and runs its commands, until an operator has another host adopt
-it. Nothing here stops or starts a machine.
+`FleetInventory` is for API processes: it returns each instance as its host has reported it last, and records power
+requests (`power_records.py`) for the host to carry out. `InstanceReporter` is for agents: it records what has changed.
+An instance belongs to one host. Only this host reports it and runs its commands, until an operator lets another host
+adopt it. Nothing here stops or starts a machine.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from sqlalchemy.dialects import postgresql, sqlite
 
 from thrave.compute.base import HypervisorDriver
-from thrave.compute.description_files import document, from_document
+from thrave.compute.description_files import from_document, to_document
 from thrave.compute.errors import InstanceError, InstanceNotFound, InvalidDescriptionError
 from thrave.compute.instance import Instance, InstanceState
 from thrave.compute.power_records import PowerAction, record_request
@@ -26,8 +25,8 @@ from thrave.database import now
 log = structlog.get_logger()
 
 
-# How an instance is shown from the request on, until its host reports what has become of it; and from which states.
-_BECOMES = {
+# The state that is shown after a request until the host reports the result, and the states in which that applies.
+_REQUESTED_STATES = {
     PowerAction.STOP: (InstanceState.STOPPING, {InstanceState.PENDING, InstanceState.RUNNING}),
     PowerAction.START: (InstanceState.PENDING, {InstanceState.STOPPED}),
     PowerAction.TERMINATE: (InstanceState.SHUTTING_DOWN, {*InstanceState} - {InstanceState.TERMINATED}),
@@ -35,25 +34,25 @@ _BECOMES = {
 
 
 class FleetInventory:
-    """The instances of all hosts. An `InstanceInventory`, and a `PowerControl`."""
+    """The instances of all hosts. Implements `InstanceInventory` and `PowerControl`."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
     def list(self, account_id: str | None = None) -> Sequence[Instance]:
-        """See Inventory."""
-        mine = sa.true() if account_id is None else reported.c.account_id == account_id
+        """See `InstanceInventory`."""
+        of_account = sa.true() if account_id is None else reported.c.account_id == account_id
         with self._engine.connect() as connection:
-            query = sa.select(reported.c.instance_id, reported.c.document).where(mine)
+            query = sa.select(reported.c.instance_id, reported.c.document).where(of_account)
             rows = connection.execute(query.order_by(reported.c.instance_id)).all()
-        return [instance for row in rows if (instance := _readable(row.instance_id, row.document))]
+        return [instance for row in rows if (instance := _read_or_log(row.instance_id, row.document))]
 
     def get(self, instance_id: str) -> Instance:
-        """See Inventory."""
+        """See `InstanceInventory`."""
         return _read(instance_id, self._row(instance_id).document)
 
     def get_owner(self, instance_id: str) -> str:
-        """See Inventory."""
+        """See `InstanceInventory`."""
         with self._engine.connect() as connection:
             query = sa.select(reported.c.account_id).where(reported.c.instance_id == instance_id)
             owner: str | None = connection.execute(query).scalar()
@@ -62,29 +61,29 @@ class FleetInventory:
         return owner
 
     def host_of(self, instance_id: str) -> str:
-        """The host that has the instance's disks. Raises InstanceNotFound."""
-        name: str = self._row(instance_id).host
-        return name
+        """Return the host of an instance. Raises InstanceNotFound."""
+        host: str = self._row(instance_id).host
+        return host
 
     def request_stop(self, instance_id: str) -> None:
-        """See Inventory."""
-        self._ask(instance_id, PowerAction.STOP)
+        """See `InstanceInventory`."""
+        self._request(instance_id, PowerAction.STOP)
 
-    def stop(self, instance_id: str, by: str | None = None) -> None:
-        """See PowerControl."""
-        self._ask(instance_id, PowerAction.STOP, by)
+    def stop(self, instance_id: str, requester: str | None = None) -> None:
+        """See `PowerControl`."""
+        self._request(instance_id, PowerAction.STOP, requester)
 
-    def terminate(self, instance_id: str, by: str | None = None) -> None:
-        """See Inventory, and PowerControl."""
-        self._ask(instance_id, PowerAction.TERMINATE, by)
+    def terminate(self, instance_id: str, requester: str | None = None) -> None:
+        """See `InstanceInventory` and `PowerControl`."""
+        self._request(instance_id, PowerAction.TERMINATE, requester)
 
-    def start(self, instance_id: str, by: str | None = None) -> None:
-        """See PowerControl."""
-        self._ask(instance_id, PowerAction.START, by)
+    def start(self, instance_id: str, requester: str | None = None) -> None:
+        """See `PowerControl`."""
+        self._request(instance_id, PowerAction.START, requester)
 
-    def reboot(self, instance_id: str, by: str | None = None) -> None:
-        """See PowerControl."""
-        self._ask(instance_id, PowerAction.REBOOT, by)
+    def reboot(self, instance_id: str, requester: str | None = None) -> None:
+        """See `PowerControl`."""
+        self._request(instance_id, PowerAction.REBOOT, requester)
 
     def _row(self, instance_id: str) -> sa.Row[tuple[object, ...]]:
         with self._engine.connect() as connection:
@@ -93,25 +92,25 @@ class FleetInventory:
             raise InstanceNotFound(instance_id)
         return row
 
-    def _ask(self, instance_id: str, action: PowerAction, by: str | None = None) -> None:
+    def _request(self, instance_id: str, action: PowerAction, requester: str | None = None) -> None:
         with self._engine.begin() as connection:
-            mine = reported.c.instance_id == instance_id
-            # Locked, so that a report or an adoption of the instance comes before or after, and not in between.
-            row = connection.execute(sa.select(reported).where(mine).with_for_update()).first()
+            is_instance = reported.c.instance_id == instance_id
+            # Locked, so that no report or adoption of the instance comes between the read and the update.
+            row = connection.execute(sa.select(reported).where(is_instance).with_for_update()).first()
             if row is None:
                 raise InstanceNotFound(instance_id)
-            record_request(connection, instance_id, action, by)
-            becomes, possible = _BECOMES.get(action, (None, ()))
-            if becomes is not None and row.state in possible:
-                shown = {**row.document, "state": becomes}
-                connection.execute(reported.update().where(mine).values(state=becomes, document=shown))
+            record_request(connection, instance_id, action, requester)
+            state, from_states = _REQUESTED_STATES.get(action, (None, ()))
+            if state is not None and row.state in from_states:
+                shown = {**row.document, "state": state}
+                connection.execute(reported.update().where(is_instance).values(state=state, document=shown))
 
 
 def _read(instance_id: str, reported_document: object) -> Instance:
-    """The instance that a host has reported.
+    """Return the instance that a host has reported.
 
     Raises:
-        InvalidDescriptionError: Another version of the agent has, which describes it otherwise.
+        InvalidDescriptionError: An agent of another version has reported it, in another form.
     """
     try:
         return from_document(reported_document)
@@ -120,57 +119,60 @@ def _read(instance_id: str, reported_document: object) -> Instance:
         raise InvalidDescriptionError(instance_id, "its host's report", faults) from None
 
 
-def _readable(instance_id: str, reported_document: object) -> Instance | None:
-    """The same; None if it cannot be read, which is logged and hides no other."""
+def _read_or_log(instance_id: str, reported_document: object) -> Instance | None:
+    """As `_read`, but log an instance that cannot be read and return None, so that the others are listed."""
     try:
         return _read(instance_id, reported_document)
     except InvalidDescriptionError as error:
-        log.warning("instance left out", instance_id=instance_id, error=str(error))
+        log.warning("instance skipped", instance_id=instance_id, error=str(error))
         return None
 
 
 class InstanceReporter:
-    """What one host's agent tells of its instances.
+    """Reports the instances of one host, for its agent.
 
-    An instance whose description names a host is that host's; another one is the host's that reports it first. In both
-    cases it stays so until an operator has another host adopt it: a report never changes a row of another host. The row
-    of an instance that cannot be read stays as it is; it is deleted once the instance does not exist any more.
+    An instance belongs to the host that its description names, or else to the host that reports it first. It stays with
+    this host until an operator lets another host adopt it: a report never changes a row of another host. The row of an
+    instance that cannot be read does not change. The row is deleted when the instance no longer exists.
     """
 
     def __init__(
-        self, engine: sa.Engine, instances: HypervisorDriver, host: str, holds: sa.ColumnElement[bool] | None = None
+        self, engine: sa.Engine, driver: HypervisorDriver, host: str, has_lease: sa.ColumnElement[bool] | None = None
     ) -> None:
-        """Report the `instances` of `host`.
+        """Report the instances of `host`.
 
         Args:
             engine: The database.
-            instances: All that this machine knows; hosts may share them.
+            driver: Of the instances of this machine. Several hosts may have the same instances.
             host: The host.
-            holds: True of the host's row for as long as this agent has the lease; without it nothing is written.
+            has_lease: True of the host's row as long as this agent has the lease. Without the lease nothing is written.
         """
         self._engine = engine
-        self._instances = instances
+        self._driver = driver
         self._host = host
-        self._holds = sa.true() if holds is None else holds
-        self._elsewhere: dict[str, str] = {}  # instances that are known here, and the hosts that have them
+        self._has_lease = sa.true() if has_lease is None else has_lease
+        self._other_hosts: dict[str, str] = {}  # hosts of the instances that this machine has and another host reports
 
     def report(self) -> None:
-        """Write down what has changed since the last report, whoever made it."""
+        """Record what has changed since the last report of any process."""
         with self._engine.connect() as connection:
-            before = {row.instance_id: row.document for row in connection.execute(self._mine())}
-            self._elsewhere = self._owners(connection, self._elsewhere)
-        listed = self._instances.list(include=lambda one: one.instance_id in before or self._may_have(one))
+            own = sa.select(reported.c.instance_id, reported.c.document).where(reported.c.host == self._host)
+            before = {row.instance_id: row.document for row in connection.execute(own)}
+            self._other_hosts = self._find_other_hosts(connection, self._other_hosts)
+        listed = self._driver.list(include=lambda one: one.instance_id in before or self._may_report(one))
         found = {one.instance_id: one for one in listed}
-        documents = {instance_id: document(one) for instance_id, one in found.items()}
+        documents = {instance_id: to_document(one) for instance_id, one in found.items()}
         changed = [one for instance_id, one in found.items() if before.get(instance_id) != documents[instance_id]]
-        gone = {instance_id for instance_id in before.keys() - found.keys() if self._is_gone(instance_id)}
-        if not changed and not gone:
+        removed = {instance_id for instance_id in before.keys() - found.keys() if self._is_removed(instance_id)}
+        if not changed and not removed:
             return
         with self._engine.begin() as connection:
-            if connection.execute(self._lease).first() is None:
+            # Locked, so that no other process takes the lease before the transaction ends.
+            lease = sa.select(hosts.c.host).where(hosts.c.host == self._host, self._has_lease)
+            if connection.execute(lease.with_for_update(read=True)).first() is None:
                 return  # the next heartbeat ends the process
-            mine = reported.c.host == self._host
-            connection.execute(reported.delete().where(mine, reported.c.instance_id.in_(gone)))
+            is_own = reported.c.host == self._host
+            connection.execute(reported.delete().where(is_own, reported.c.instance_id.in_(removed)))
             for one in changed:
                 row: dict[str, object] = {
                     "state": one.state,
@@ -179,55 +181,47 @@ class InstanceReporter:
                     "report_time": now(),
                 }
                 if one.instance_id in before:
-                    its = reported.c.instance_id == one.instance_id
-                    connection.execute(reported.update().where(mine, its).values(**row))
+                    is_instance = reported.c.instance_id == one.instance_id
+                    connection.execute(reported.update().where(is_own, is_instance).values(**row))
                 else:
                     self._add(connection, one, row)
 
-    def _mine(self) -> sa.Select[tuple[str, object]]:
-        return sa.select(reported.c.instance_id, reported.c.document).where(reported.c.host == self._host)
+    def _may_report(self, one: Instance) -> bool:
+        """Whether an instance that this host does not report yet may become its own."""
+        return one.host in {None, self._host} and one.instance_id not in self._other_hosts
 
-    @property
-    def _lease(self) -> sa.Select[tuple[str]]:
-        """The host, which nobody fences off until the transaction ends."""
-        return sa.select(hosts.c.host).where(hosts.c.host == self._host, self._holds).with_for_update(read=True)
+    def _is_removed(self, instance_id: str) -> bool:
+        """Whether an instance that was not listed no longer exists.
 
-    def _may_have(self, one: Instance) -> bool:
-        """Whether an instance that is not reported by this host may become its own."""
-        return one.host in {None, self._host} and one.instance_id not in self._elsewhere
-
-    def _is_gone(self, instance_id: str) -> bool:
-        """Whether an instance that was not listed does not exist any more.
-
-        `list` leaves out an instance whose description or domain cannot be read at the moment. Its row has to stay: the
-        row alone says which host has adopted the instance.
+        `list` skips an instance whose description or domain cannot be read at the moment. Its row must stay: only the
+        row has the host that has adopted the instance.
         """
         try:
-            self._instances.get(instance_id)
+            self._driver.get(instance_id)
         except InstanceNotFound:
             return True
         except InstanceError:
             return False
         return False
 
-    def _owners(self, connection: sa.Connection, instance_ids: Iterable[str]) -> dict[str, str]:
-        """Which of these instances other hosts have, and which hosts."""
+    def _find_other_hosts(self, connection: sa.Connection, instance_ids: Iterable[str]) -> dict[str, str]:
+        """Return the hosts of those of these instances that other hosts report."""
         query = sa.select(reported.c.instance_id, reported.c.host).where(reported.c.host != self._host)
-        some = [*instance_ids]
-        found = connection.execute(query.where(reported.c.instance_id.in_(some))) if some else ()
+        ids = [*instance_ids]
+        found = connection.execute(query.where(reported.c.instance_id.in_(ids))) if ids else ()
         return {row.instance_id: row.host for row in found}
 
     def _add(self, connection: sa.Connection, one: Instance, row: dict[str, object]) -> None:
-        """Add the row of an instance; one that another host has is skipped, and nothing else of the report is."""
+        """Add the row of an instance. If another host has the instance, log that, and continue the report."""
         insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
         new = insert(reported).values(instance_id=one.instance_id, host=self._host, **row).on_conflict_do_nothing()
         if connection.execute(new, execution_options={"preserve_rowcount": True}).rowcount:
             return
-        owners = self._owners(connection, [one.instance_id])
-        self._elsewhere |= owners
+        other_hosts = self._find_other_hosts(connection, [one.instance_id])
+        self._other_hosts |= other_hosts
         log.warning(
             "another host has this instance",
             instance_id=one.instance_id,
             host=self._host,
-            other=owners.get(one.instance_id),
+            other=other_hosts.get(one.instance_id),
         )

@@ -1,13 +1,11 @@
-"""Questions and commands to a hypervisor that have a timeout: libvirt has none for what it asks a QEMU that hangs.
+"""Timeouts for calls to a hypervisor. libvirt has none: a call for a domain whose QEMU hangs does not return.
 
-A thread that waits for libvirt cannot be interrupted. Once its caller has given up, it gives no command that it has not
-given yet (`check_command`), and the instance counts as busy until the thread has ended (`is_busy`): its command may
-still be carried out.
+A thread that waits for libvirt cannot be interrupted. Once its caller has given up, the thread gives no further command
+(`check_command`), and the instance is busy until the thread ends (`is_busy`): its last command may still take effect.
+A command may come minutes after the decision to give it; another host may have the instance by then. Therefore a driver
+also checks right before each command whether this process may give it (`write_guard.py`).
 
-A command may come minutes after it was decided upon. So a driver checks right before it gives one whether this process
-still may (`write_guard.py`): another host may have the instance by then.
-
-Waits for work that goes on by itself, for as long as it makes progress.
+`ProgressPause` ends a long operation, such as a merge, only if it makes no progress.
 """
 
 from collections import Counter
@@ -24,97 +22,89 @@ TIMEOUT = 120.0  # seconds; a start may wait a minute for a guest that has just 
 
 
 _Self = TypeVar("_Self")
-
-
 _Arguments = ParamSpec("_Arguments")
-
-
-_Answer = TypeVar("_Answer")
-
+_Result = TypeVar("_Result")
 
 _given_up: ContextVar[Event | None] = ContextVar("given_up", default=None)
-
-
-_abandoned: Counter[str] = Counter()  # commands by instance id
-
-
+"""Set if the caller of this thread does not wait any more."""
+_abandoned: Counter[str] = Counter()  # number of commands by instance id
 _lock = new_lock()
 
 
-def call_with_deadline(instance_id: str, ask: Callable[[], _Answer], *, is_command: bool = False) -> _Answer:
-    """Ask in a thread of its own, with the context variables of this one, and wait `TIMEOUT` seconds for the answer.
+def call_with_timeout(instance_id: str, function: Callable[[], _Result], *, is_command: bool = False) -> _Result:
+    """Call a function in another thread, with this thread's context variables, and wait `TIMEOUT` seconds for it.
 
     Args:
         instance_id: The instance.
-        ask: Asks.
-        is_command: Whether it changes something, so that the instance is busy for as long as it may still do so.
+        function: The call.
+        is_command: Whether the call changes something. Then the instance is busy until an abandoned call has ended.
 
     Raises:
-        HypervisorGoneError: There is none by then. What was asked for may still be done.
-        Exception: What `ask` raises.
+        HypervisorUnavailable: The call did not end in time. A command may still be carried out.
+        Exception: What `function` raises.
     """
     given_up = new_event()
 
-    def ask_here() -> _Answer:
+    def run() -> _Result:
         _given_up.set(given_up)
-        return ask()
+        return function()
 
-    call = Call(f"ask {instance_id}", partial(copy_context().run, ask_here))
+    call = Call(f"hypervisor {instance_id}", partial(copy_context().run, run))
     try:
         return call.result(TIMEOUT)
     except CallTimeoutError:
         given_up.set()
         if is_command:
             _keep_busy(instance_id, call)
-        raise _gone(instance_id) from None
+        raise _timeout_error(instance_id) from None
 
 
 def check_command(instance_id: str) -> None:
-    """Check right before a command that it may be given.
+    """Check, right before a command, that it may be given.
 
     Raises:
-        HypervisorGoneError: The caller does not wait for it any more.
+        HypervisorUnavailable: The caller has given up.
         Exception: What the check of `start_guard` raises.
     """
     given_up = _given_up.get()
     if given_up is not None and given_up.is_set():
-        raise _gone(instance_id)
+        raise _timeout_error(instance_id)
     start_guard.check()
 
 
 def is_busy(instance_id: str) -> bool:
-    """Whether a command that nobody waits for any more may still be carried out."""
+    """Return whether an abandoned command may still be carried out."""
     with _lock:
         return _abandoned[instance_id] > 0
 
 
 def with_timeout(
-    method: Callable[Concatenate[_Self, str, _Arguments], _Answer],
-) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
-    """A method whose first argument is an instance's id, as `answered`."""
-    return _bounded(method, is_command=False)
+    method: Callable[Concatenate[_Self, str, _Arguments], _Result],
+) -> Callable[Concatenate[_Self, str, _Arguments], _Result]:
+    """Decorate a method whose first argument is an instance id: `call_with_timeout` calls it."""
+    return _decorate(method, is_command=False)
 
 
 def command_with_timeout(
-    method: Callable[Concatenate[_Self, str, _Arguments], _Answer],
-) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
-    """The same, of one that changes something."""
-    return _bounded(method, is_command=True)
+    method: Callable[Concatenate[_Self, str, _Arguments], _Result],
+) -> Callable[Concatenate[_Self, str, _Arguments], _Result]:
+    """As `with_timeout`, for a method that changes something."""
+    return _decorate(method, is_command=True)
 
 
-def _bounded(
-    method: Callable[Concatenate[_Self, str, _Arguments], _Answer], *, is_command: bool
-) -> Callable[Concatenate[_Self, str, _Arguments], _Answer]:
+def _decorate(
+    method: Callable[Concatenate[_Self, str, _Arguments], _Result], *, is_command: bool
+) -> Callable[Concatenate[_Self, str, _Arguments], _Result]:
     @wraps(method)
-    def ask(self: _Self, instance_id: str, *args: _Arguments.args, **options: _Arguments.kwargs) -> _Answer:
-        return call_with_deadline(
+    def call(self: _Self, instance_id: str, *args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        return call_with_timeout(
             instance_id, lambda: method(self, instance_id, *args, **options), is_command=is_command
         )
 
-    return ask  # type: ignore[return-value]  # Concatenate has no names, and callers may give one
+    return call  # type: ignore[return-value]  # Concatenate cannot express that callers may use keyword arguments
 
 
-def _keep_busy(instance_id: str, call: Call[_Answer]) -> None:
+def _keep_busy(instance_id: str, call: Call[_Result]) -> None:
     with _lock:
         _abandoned[instance_id] += 1
     call.when_ended(lambda: _release(instance_id))
@@ -127,43 +117,42 @@ def _release(instance_id: str) -> None:
             del _abandoned[instance_id]
 
 
-def _gone(instance_id: str) -> HypervisorUnavailable:
-    message = f"the hypervisor has not answered within {TIMEOUT:g} seconds"
+def _timeout_error(instance_id: str) -> HypervisorUnavailable:
+    message = f"the hypervisor has not responded within {TIMEOUT:g} seconds"
     return HypervisorUnavailable(instance_id, message, waited=TIMEOUT)
 
 
 Pause = Callable[[float], object]
-"""Waits some seconds; may raise, to end it all."""
+"""Waits some seconds; may raise, to end the operation."""
 
-
-_LONGEST = 2.0  # seconds between two calls that count
+_MAX_COUNTED_INTERVAL = 2.0  # seconds between two pauses; the process was stopped for the rest
 
 
 class RunningTime:
-    """Measures time in which this process ran: it may be stopped, or its machine paused, for hours.
+    """Measures the time in which this process ran. It may be stopped, or its machine paused, for hours.
 
     Args:
-        longest: Seconds between two calls that count; the process itself stood still for the rest.
+        max_interval: Seconds between two calls that count at most; the process was stopped for the rest.
         clock: Seconds of a monotonic clock.
     """
 
-    def __init__(self, longest: float, clock: Callable[[], float] = monotonic) -> None:
-        self._longest = longest
+    def __init__(self, max_interval: float, clock: Callable[[], float] = monotonic) -> None:
+        self._max_interval = max_interval
         self._clock = clock
-        self._called = clock()
+        self._last_call = clock()
 
     def passed(self) -> float:
-        """Return the seconds since this was last called."""
+        """Return the counted seconds since the last call."""
         now = self._clock()
-        passed, self._called = min(now - self._called, self._longest), now
+        passed, self._last_call = min(now - self._last_call, self._max_interval), now
         return passed
 
 
 class ProgressPause:
-    """A pause that raises once nothing has moved for too long.
+    """A `Pause` that raises an error if the operation makes no progress.
 
     Args:
-        instance_id: The instance that is worked on.
+        instance_id: The instance of the operation.
         pause: Waits.
         timeout: Seconds without progress.
     """
@@ -172,22 +161,22 @@ class ProgressPause:
         self._instance_id = instance_id
         self._pause = pause
         self._timeout = timeout
-        self._time = RunningTime(_LONGEST)
-        self._idle = 0.0
+        self._running_time = RunningTime(_MAX_COUNTED_INTERVAL)
+        self._seconds_without_progress = 0.0
 
     def __call__(self, seconds: float) -> None:
-        """Wait. Raises HypervisorError if nothing has moved for too long, and whatever the pause inside raises."""
+        """Wait. Raises HypervisorError after `timeout` seconds without progress, and the errors of `pause`."""
         self._pause(seconds)
-        self._idle += max(seconds, self._time.passed())
-        if self._idle >= self._timeout:
+        self._seconds_without_progress += max(seconds, self._running_time.passed())
+        if self._seconds_without_progress >= self._timeout:
             raise HypervisorError(self._instance_id, f"no progress for {self._timeout:g} seconds")
 
-    def moved(self) -> None:
-        """Take note of progress."""
-        self._idle = 0.0
+    def record_progress(self) -> None:
+        """Count the timeout from now."""
+        self._seconds_without_progress = 0.0
 
 
 def report_progress(pause: Pause) -> None:
-    """Tell whoever waits by a pause that the work has moved, if that ends what does not move."""
+    """Record progress of the operation if its pause is a `ProgressPause`."""
     if isinstance(pause, ProgressPause):
-        pause.moved()
+        pause.record_progress()

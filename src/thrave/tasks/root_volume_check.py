@@ -7,7 +7,7 @@ from typing import NamedTuple
 import structlog
 
 from thrave.compute.base import HypervisorDriver
-from thrave.compute.description_files import volume_fault
+from thrave.compute.description_files import find_file_fault
 from thrave.compute.errors import InstanceError
 from thrave.compute.instance import Instance
 from thrave.concurrency import Call, CallTimeoutError
@@ -96,8 +96,8 @@ def find_volume_fault(instance: Instance) -> str | None:
             return str(error)
     if volume.format not in FORMATS:
         return f"{volume.path}: unknown format {volume.format}"
-    secret_fault = volume_fault(volume.secret_file) if volume.secret_file else None
-    return volume_fault(volume.path) or secret_fault
+    secret_fault = find_file_fault(volume.secret_file) if volume.secret_file else None
+    return find_file_fault(volume.path) or secret_fault
 
 
 def require_qemu() -> None:

@@ -426,7 +426,7 @@ def test_a_libvirt_that_does_not_answer_is_asked_anew_and_by_no_more_threads_tha
         silent.listen()
         mute = LibvirtDriver(f"qemu+unix:///system?socket={tmp_path / 's'}", lock_folder=tmp_path / "locks")
         for _ in range(hypervisor.MAX_UNANSWERED):
-            with pytest.raises(HypervisorUnavailable, match="has not answered within 0 seconds"):
+            with pytest.raises(HypervisorUnavailable, match="has not responded within 0 seconds"):
                 mute.list()
         with pytest.raises(HypervisorUnavailable, match="does not answer: 4 attempts wait"):
             mute.list()
@@ -447,7 +447,7 @@ def test_a_connection_that_comes_too_late_is_closed_and_the_next_one_is_used(ins
     monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 0.2)
     with monkeypatch.context() as hanging:
         hanging.setattr(binding, "open", lambda uri: answers.wait(60) and Mock(close=closed.set))
-        with pytest.raises(HypervisorUnavailable, match="has not answered"):
+        with pytest.raises(HypervisorUnavailable, match="has not responded"):
             instances.get(instance_id)
     monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 60)
     assert instances.list() == shown
@@ -499,7 +499,7 @@ def test_a_question_over_which_libvirt_hangs_ends(instances, instance_id, monkey
     with monkeypatch.context() as hanging:
         hanging.setattr(DomainCache, "refresh", lambda _table, _domain: hangs.wait(60))
         hanging.setattr("thrave.compute.timeouts.TIMEOUT", 0.2)
-        with pytest.raises(HypervisorUnavailable, match="has not answered within"):
+        with pytest.raises(HypervisorUnavailable, match="has not responded within"):
             ask(instances, instance_id)
     hangs.set()
 

@@ -1,37 +1,45 @@
-"""A machine that commands of an instance start and stop, and commands that wait."""
+"""A simulated machine that the commands of an instance start and stop, and a command that waits."""
 
 import sys
 
 
 class Machine:
-    """A machine that commands switch: its state is the content of a file, which they replace."""
+    """A simulated machine. Its state is the content of a file, which the commands replace."""
 
     def __init__(self, folder):
         self.state = folder / "state"
-        for word in ("running", "shut off"):
-            (folder / word).write_text(f"{word}\n\n")
+        for state in ("running", "shut off"):
+            (folder / state).write_text(f"{state}\n\n")
         self.state.write_text("running\n")
-        self.deaf = folder / "deaf"
+        self._ignores_button = folder / "ignores-button"
         press = 'test -e "$1" || exec ln -sfT "$2" "$3"'
         self.commands = {
-            "stop_command": ("sh", "-c", press, "press", str(self.deaf), str(folder / "shut off"), str(self.state)),
+            "stop_command": (
+                "sh",
+                "-c",
+                press,
+                "press",
+                str(self._ignores_button),
+                str(folder / "shut off"),
+                str(self.state),
+            ),
             "force_stop_command": ("ln", "-sfT", str(folder / "shut off"), str(self.state)),
             "start_command": ("ln", "-sfT", str(folder / "running"), str(self.state)),
             "state_command": ("cat", str(self.state)),
         }
 
-    def say(self, word):
-        """Have it in another state, whatever its commands were to do: `running` or `shut off`."""
+    def set_state(self, state):
+        """Change the state without a command: `running` or `shut off`."""
         self.state.unlink()
-        self.state.write_text(f"{word}\n")
+        self.state.write_text(f"{state}\n")
 
-    def deafen(self):
-        """Have its guest ignore the power button."""
-        self.deaf.touch()
+    def ignore_power_button(self):
+        """Let the guest ignore the power button."""
+        self._ignores_button.touch()
 
-    def hear(self):
-        """Have it hear the power button again."""
-        self.deaf.unlink()
+    def obey_power_button(self):
+        """Let the guest react to the power button again."""
+        self._ignores_button.unlink()
 
 
 def command_that_waits(gate, begun):

@@ -1,4 +1,4 @@
-"""One inventory of instances per driver, with what the contract tests need in addition."""
+"""One inventory of instances for each driver, with what the contract tests need in addition."""
 
 import uuid
 from contextlib import ExitStack, contextmanager
@@ -15,32 +15,32 @@ ACCOUNT = "123456789012"
 
 
 class Files:
-    """Instances that are only files."""
+    """Instances described by files without commands."""
 
     def __init__(self, folder, disk):
-        """Keep them in `folder`; each has the root volume `disk`."""
+        """Create an inventory in `folder`; each instance has the root volume `disk`."""
         self._root = folder / "instances"
         self._disk = disk
-        self.instances = self.again()
+        self.instances = self.open_again()
         self.remove = self.instances.remove
 
-    def again(self):
-        """The same, as another process has them."""
-        return DirectoryDriver(self._root, command_seconds=20.0)
+    def open_again(self):
+        """Open the same instances as another process would."""
+        return DirectoryDriver(self._root, command_timeout=20.0)
 
     def add(self):
-        """Another instance; its id."""
+        """Add an instance and return its id."""
         return self._add()
 
-    def holding(self, instance_id):
-        """The Python code of a block in another process, in which an instance is held."""
+    def hold_code(self, instance_id):
+        """Return Python code for another process: the start of a block in which the instance is held."""
         return (
             "from pathlib import Path; from thrave.compute.directory_driver import DirectoryDriver\n"
             f"with DirectoryDriver(Path({str(self._root)!r})).hold_stopped({instance_id!r}):"
         )
 
     def close(self):
-        """Let go of what it needs."""
+        """Release all resources."""
 
     def _add(self, **details):
         description = InstanceDescription(
@@ -55,61 +55,61 @@ class Files:
 
 
 class Commands(Files):
-    """Instances that commands tie to a machine; all of them to the same."""
+    """Instances with commands; the first one is connected to a simulated machine."""
 
     def __init__(self, folder, disk):
-        """Keep them, and the machine, in `folder`."""
+        """Create an inventory and the machine in `folder`; each instance has the root volume `disk`."""
         super().__init__(folder, disk)
         (folder / "machine").mkdir()
         self._machine = Machine(folder / "machine")
         self._is_first = True
 
     def add(self):
-        """The first is tied to the machine, others to none."""
+        """Add an instance and return its id. Only the first one has the commands of the machine."""
         commands = self._machine.commands if self._is_first else {}
         self._is_first = False
         return self._add(**commands)
 
 
 class Domains:
-    """Domains of libvirt's own pretence of a hypervisor."""
+    """Domains of libvirt's test driver, which has no guests."""
 
     def __init__(self, folder, disk):
-        """Keep locks in `folder`; each domain has the root volume `disk`."""
+        """Use `folder` for locks; each domain has the root volume `disk`."""
         self._folder = folder
         self._disk = disk
         self._stack = ExitStack()
         self.names = {}
         self.libvirt = self._stack.enter_context(libvirt_test_driver())
-        self.instances = self.again()
-        self.instances.list()  # it is told of what happens from now on
+        self.instances = self.open_again()
+        self.instances.list()  # connects: from now on the driver receives events
         self.remove = self.instances.disown
 
-    def again(self):
-        """The same, as another process has them."""
+    def open_again(self):
+        """Open the same instances as another process would."""
         instances = LibvirtDriver(URI, lock_folder=self._folder / "locks")
         self._stack.callback(instances.close)
         return instances
 
-    def add(self, **said):
-        """Another domain that runs and was adopted; its instance id."""
+    def add(self, **metadata):
+        """Start and adopt a new domain; return its instance id."""
         name = f"guest-{uuid.uuid4()}"
         machine = self.libvirt.define(name, self._disk)
         self.libvirt.start(name)
         # A start event that arrived after the adoption would count as another start.
         eventually(lambda: self.instances._events.history(machine).starts, "libvirt reports the start", interval=0.001)
-        instance_id = self.instances.adopt(name, account_id=ACCOUNT, platform="windows", **said).instance_id
+        instance_id = self.instances.adopt(name, account_id=ACCOUNT, platform="windows", **metadata).instance_id
         self.names[instance_id] = name
         return instance_id
 
     @contextmanager
     def domain(self, instance_id):
-        """The domain of an instance, for what others than the driver do to it."""
+        """Yield the domain of an instance, for changes by other clients."""
         with self.libvirt._hypervisor.session() as connection:
             yield connection.lookupByName(self.names[instance_id])
 
-    def holding(self, instance_id):
-        """See Files. Another process has another pretence, so it is told of the domain."""
+    def hold_code(self, instance_id):
+        """See `Files.hold_code`. The test driver exists for each process, so the code defines the domain again."""
         definition = self.libvirt.definition(self.names[instance_id])
         return (
             "from pathlib import Path; from thrave.compute.libvirt.connection import DomainEvents\n"
@@ -122,5 +122,5 @@ class Domains:
         )
 
     def close(self):
-        """Let go of every connection, and with the last of the domains."""
+        """Close all connections; with the last one the domains end."""
         self._stack.close()

@@ -210,7 +210,7 @@ class LibvirtConnection:
             self._abandon(opening)
             raise HypervisorUnavailable(
                 instance_id,
-                f"{self._uri} has not answered within {CONNECT_SECONDS:.0f} seconds",
+                f"{self._uri} has not responded within {CONNECT_SECONDS:.0f} seconds",
                 waited=CONNECT_SECONDS,
             ) from None
         except binding.libvirtError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from thrave.compute.base import Overlays, VolumeHold
-from thrave.compute.description_files import volume_fault
+from thrave.compute.description_files import find_file_fault
 from thrave.compute.errors import (
     HoldLostError,
     HypervisorError,
@@ -37,7 +37,7 @@ from thrave.compute.libvirt.guest_agent import GuestAgents
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.compute.libvirt.overlay_merge import LibvirtContext
 from thrave.compute.libvirt.overlays import LibvirtOverlays
-from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
+from thrave.compute.timeouts import call_with_timeout, check_command, command_with_timeout, with_timeout
 from thrave.concurrency import utc_now
 from thrave.files import file_lock
 from thrave.retry import poll_until
@@ -254,7 +254,7 @@ class LibvirtDriver:
         """Hold the instance with a lock file; the kernel releases the lock when this process ends."""
         with self._lock(instance_id):
             yield DomainHold(
-                self, self._events, instance_id, call_with_deadline(instance_id, lambda: self._uuid_of(instance_id))
+                self, self._events, instance_id, call_with_timeout(instance_id, lambda: self._uuid_of(instance_id))
             )
 
     def _uuid_of(self, instance_id: str) -> str:
@@ -300,7 +300,7 @@ class LibvirtDriver:
     @contextmanager
     def _lock(self, instance_id: str) -> Iterator[None]:
         """The lock, if there is such a domain."""
-        call_with_deadline(instance_id, lambda: self._find(instance_id))
+        call_with_timeout(instance_id, lambda: self._find(instance_id))
         with ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(self._lock_folder / f"{instance_id}.held", wait=False))
@@ -321,7 +321,7 @@ class LibvirtDriver:
             instance = self._cache.instance_of(snapshot)
         except InvalidDomainError as fault:
             return str(fault)
-        return volume_fault(instance.root_volume.path) if instance.root_device_type == "instance-store" else None
+        return find_file_fault(instance.root_volume.path) if instance.root_device_type == "instance-store" else None
 
     def _request_guest_stop(self, domain: Domain, snapshot: DomainSnapshot) -> None:
         if snapshot.state in {DomainState.SHUTOFF, DomainState.SHUTDOWN}:

@@ -40,7 +40,7 @@ from thrave.compute.libvirt.overlay_merge import (
     obstacle_to_overlay,
     overlay_path,
 )
-from thrave.compute.timeouts import call_with_deadline, check_command, command_with_timeout, with_timeout
+from thrave.compute.timeouts import call_with_timeout, check_command, command_with_timeout, with_timeout
 from thrave.concurrency import monotonic
 
 POLL_INTERVAL = 0.2  # seconds
@@ -191,7 +191,7 @@ class OverlayHold:
 
     def check(self) -> None:
         """Check the location of the root disk, and that no block job writes to the volume."""
-        call_with_deadline(self._instance_id, self._check)
+        call_with_timeout(self._instance_id, self._check)
 
     def _check(self) -> None:
         with self._context.hypervisor.session(self._instance_id) as connection:

@@ -1,4 +1,4 @@
-"""Tags of instances: EC2's limits hold wherever they come from, and a fleet's report keeps them as they are."""
+"""EC2's limits of tags, and tags in instance files and fleet reports."""
 
 import json
 
@@ -12,7 +12,7 @@ AT_THE_LIMIT = {"k" * MAX_KEY: "v" * MAX_VALUE, **{f"key {number}": "" for numbe
 
 
 @pytest.mark.parametrize("tags", [{}, {"Name": "web"}, {"aws": "x"}, {"日本 key ": "é €"}, AT_THE_LIMIT])
-def test_what_ec2_allows_is_taken_as_it_is(tags):
+def test_validate_tags_accepts_what_ec2_allows(tags):
     assert validate_tags(tags) is tags
 
 
@@ -30,22 +30,27 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("tags", "message"), REFUSED)
-def test_what_ec2_does_not_allow_is_named(tags, message):
+def test_validate_tags_names_reason(tags, message):
     with pytest.raises(ValueError, match=message):
         validate_tags(tags)
 
 
 @pytest.mark.parametrize(("tags", "message"), REFUSED[:-1])  # JSON has no way to write the last one
-def test_an_instances_file_with_such_tags_is_refused(described, tags, message):
-    written = description_files.write(described())
+def test_file_with_invalid_tags_is_refused(described, tags, message):
+    written = description_files.format_description(described())
     changed = json.dumps({**json.loads(written), "tags": tags}).encode()
     with pytest.raises(InvalidDescriptionError, match=message):
-        description_files.read(json.loads(written)["instanceId"], changed, "the file")
+        description_files.parse_description(json.loads(written)["instanceId"], changed, "the file")
 
 
-def test_keys_stay_as_they_were_written(described):
+def test_documents_keep_spelling_of_tag_keys(described):
     tags = {"snake_case": "1", "camelCase": "2", "Title Case": "3", "team:cost-center": "4"}
     described = described(tags=tags)
-    assert description_files.document(described)["tags"] == tags
-    assert description_files.from_document(description_files.document(described)).tags == tags
-    assert description_files.read(described.instance_id, description_files.write(described), "the file").tags == tags
+    assert description_files.to_document(described)["tags"] == tags
+    assert description_files.from_document(description_files.to_document(described)).tags == tags
+    assert (
+        description_files.parse_description(
+            described.instance_id, description_files.format_description(described), "the file"
+        ).tags
+        == tags
+    )

@@ -1,4 +1,4 @@
-"""Merging is waited for as long as it makes progress, and no longer."""
+"""An operation such as a merge ends after a time without progress, and not before."""
 
 import stat
 from pathlib import Path
@@ -15,14 +15,14 @@ from thrave.compute.libvirt.overlay_merge import OverlayMerge
 from thrave.compute.timeouts import ProgressPause, report_progress
 
 
-def test_work_that_moves_is_waited_for_without_an_end():
+def test_progress_pause_never_ends_operation_with_progress():
     pause = ProgressPause("i-00000000", lambda _seconds: None, 10.0)
     for _ in range(1000):
         pause(5.0)
         report_progress(pause)
 
 
-def test_work_that_does_not_move_is_given_up():
+def test_progress_pause_raises_without_progress():
     waited = []
     pause = ProgressPause("i-00000000", waited.append, 10.0)
     with pytest.raises(HypervisorError, match="no progress for 10 seconds"):
@@ -31,47 +31,45 @@ def test_work_that_does_not_move_is_given_up():
 
 
 @pytest.mark.parametrize(
-    ("copied", "gets_on"),
+    ("copied", "is_progress"),
     [
         ([(0, 100), (10, 100), (20, 100)], True),
         ([(0, 100), (10, 110), (20, 120)], False),  # the guest writes as fast as the job copies
         ([(5, 100), (5, 100), (5, 100)], False),
     ],
 )
-def test_a_block_commit_gets_on_when_less_is_left_than_ever(copied, gets_on):
+def test_block_commit_makes_progress_if_fewer_bytes_remain(copied, is_progress):
     pause = ProgressPause("i-00000000", lambda _seconds: None, 10.0)
     jobs = [{"cur": cur, "end": end} for cur, end in copied]
-    frozen = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
-    merging = OverlayMerge(None, "i-00000000", frozen, pause)
-    merging._report_job_progress(SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda"))
+    overlay = Overlay(VolumeFile(path=Path("/vm/c.raw")), Path("/vm/c.overlay"))
+    merge = OverlayMerge(None, "i-00000000", overlay, pause)
+    merge._report_job_progress(SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda"))
     for _ in range(2):
         pause(4.0)
-        merging._report_job_progress(
-            SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda")
-        )
-    if gets_on:
+        merge._report_job_progress(SimpleNamespace(blockJobInfo=lambda *_: jobs.pop(0)), SimpleNamespace(target="vda"))
+    if is_progress:
         pause(4.0)
     else:
         with pytest.raises(HypervisorError, match="no progress"):
             pause(4.0)
 
 
-@pytest.mark.parametrize("does", ["exec sleep 1000", "exec cat /dev/zero >/dev/null"])
-def test_qemu_img_is_killed_when_it_reads_and_writes_nothing(tmp_path, monkeypatch, does):
+@pytest.mark.parametrize("action", ["exec sleep 1000", "exec cat /dev/zero >/dev/null"])
+def test_qemu_img_is_killed_if_it_reads_and_writes_nothing(tmp_path, monkeypatch, action):
     program = tmp_path / "qemu-img"
-    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.write_text(f"#!/bin/sh\n{action}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     calls = []
 
-    def enough(_seconds):
+    def stop_after_20_calls(_seconds):
         calls.append(1)
         if len(calls) > 20:
             raise StopIteration
 
-    # Nothing but its own reading and writing tells the one from the other.
-    pause = ProgressPause("i-00000000", enough, 1.0)
-    if "sleep" in does:
+    # Only their I/O counters differ.
+    pause = ProgressPause("i-00000000", stop_after_20_calls, 1.0)
+    if "sleep" in action:
         with pytest.raises(HypervisorError, match="no progress"):
             overlay_files.commit("i-00000000", tmp_path / "overlay", pause)
     else:
@@ -79,17 +77,17 @@ def test_qemu_img_is_killed_when_it_reads_and_writes_nothing(tmp_path, monkeypat
             overlay_files.commit("i-00000000", tmp_path / "overlay", pause)
 
 
-def test_a_merge_says_how_long_it_waited_for_the_hypervisor(monkeypatch):
-    def gone(_merging):
+def test_merge_error_has_time_waited_for_hypervisor(monkeypatch):
+    def fail(_merge):
         raise HypervisorUnavailable("i-00000000", "no connection")
 
-    monkeypatch.setattr(OverlayMerge, "step", gone)
+    monkeypatch.setattr(OverlayMerge, "step", fail)
     monkeypatch.setattr(overlays, "monotonic", lambda: now[0])
-    now, frozen = [0.0], Overlay(VolumeFile(path=Path("/vm/root")), Path("/vm/root.overlay"))
+    now, overlay = [0.0], Overlay(VolumeFile(path=Path("/vm/root")), Path("/vm/root.overlay"))
 
     def pause(_seconds):
         now[0] += 1.0
 
-    with pytest.raises(HypervisorUnavailable) as given_up:
-        overlays.LibvirtOverlays(MagicMock()).merge("i-00000000", frozen, pause)
-    assert given_up.value.waited == now[0] > overlays.MERGE_RETRY_TIMEOUT
+    with pytest.raises(HypervisorUnavailable) as caught:
+        overlays.LibvirtOverlays(MagicMock()).merge("i-00000000", overlay, pause)
+    assert caught.value.waited == now[0] > overlays.MERGE_RETRY_TIMEOUT

@@ -1,4 +1,4 @@
-"""Changes of an instance's file are compare-and-set: what was decided upon an older state is not written."""
+"""Changes of an instance file are compare-and-set: a change that was decided on an older state is refused."""
 
 import threading
 from datetime import UTC, datetime
@@ -22,60 +22,62 @@ def folder(root):
 
 @pytest.mark.parametrize("before", STATES)
 @pytest.mark.parametrize("after", STATES)
-def test_a_change_from_another_state_than_was_seen_is_refused(folder, described, before, after):
+def test_change_state_refuses_other_state_than_seen(folder, described, before, after):
     description = described(state=before)
     folder.create(description)
     for seen in STATES:
         if seen is not before:
             with pytest.raises(StateChangedError, match=f"has become {before}"):
-                folder.change(description.instance_id, after, seen=described(**{**vars(description), "state": seen}))
+                folder.change_state(
+                    description.instance_id, after, seen=described(**{**vars(description), "state": seen})
+                )
     assert folder.read(description.instance_id).state is before
 
 
 @pytest.mark.parametrize("before", STATES)
 @pytest.mark.parametrize("after", STATES)
-def test_nothing_leads_out_of_terminated_and_nothing_comes_back_unless_it_was_seen(folder, described, before, after):
+def test_change_state_without_seen_never_leaves_terminating_states(folder, described, before, after):
     description = described(state=before)
     folder.create(description)
-    is_right = after in TERMINATING if before in TERMINATING else True
-    is_right = is_right and not (before is InstanceState.TERMINATED is not after)
-    if is_right:
-        folder.change(description.instance_id, after)
+    is_allowed = after in TERMINATING if before in TERMINATING else True
+    is_allowed = is_allowed and not (before is InstanceState.TERMINATED is not after)
+    if is_allowed:
+        folder.change_state(description.instance_id, after)
     else:
         with pytest.raises(StateChangedError):
-            folder.change(description.instance_id, after)
-    assert folder.read(description.instance_id).state is (after if is_right else before)
+            folder.change_state(description.instance_id, after)
+    assert folder.read(description.instance_id).state is (after if is_allowed else before)
 
 
-def test_a_start_in_between_is_seen_though_the_state_is_the_same_again(folder, described):
+def test_change_state_detects_start_in_between(folder, described):
     seen = described(state=InstanceState.STOPPING)
     folder.create(seen)
-    folder.change(seen.instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
-    folder.change(seen.instance_id, InstanceState.STOPPING)
+    folder.change_state(seen.instance_id, InstanceState.RUNNING, launch_time=datetime.now(UTC))
+    folder.change_state(seen.instance_id, InstanceState.STOPPING)
     with pytest.raises(StateChangedError):
-        folder.change(seen.instance_id, InstanceState.STOPPED, seen=seen)
+        folder.change_state(seen.instance_id, InstanceState.STOPPED, seen=seen)
 
 
-def test_the_end_of_a_stop_command_changes_nothing_once_the_instance_was_started(instances, added, monkeypatch):
+def test_end_of_stop_command_is_ignored_after_start(instances, added, monkeypatch):
     instance_id = added(stop_command=("true",), start_command=("true",))
-    change, late = DescriptionFiles.change, []
+    change_state, started = DescriptionFiles.change_state, []
 
-    def starts_before(self, instance_id, state, **more):
-        if state is InstanceState.STOPPED and not late:
-            late.append(state)
+    def start_first(self, instance_id, state, **options):
+        if state is InstanceState.STOPPED and not started:
+            started.append(state)
             instances.start(instance_id)
-        change(self, instance_id, state, **more)
+        change_state(self, instance_id, state, **options)
 
-    monkeypatch.setattr(DescriptionFiles, "change", starts_before)
+    monkeypatch.setattr(DescriptionFiles, "change_state", start_first)
     instances.request_stop(instance_id)
     assert eventually(lambda: instances.state(instance_id) is InstanceState.RUNNING)
-    assert late
+    assert started
 
 
-def test_an_instance_terminated_while_it_is_started_stays_so_and_its_machine_is_stopped(instances, added, tmp_path):
-    gate, begun, stopped = tmp_path / "gate", tmp_path / "begun", tmp_path / "stopped"
+def test_instance_terminated_during_start_is_stopped(instances, added, tmp_path):
+    gate, has_begun, stopped = tmp_path / "gate", tmp_path / "begun", tmp_path / "stopped"
     instance_id = added(
-        state="stopped", start_command=command_that_waits(gate, begun), stop_command=("touch", str(stopped))
+        state="stopped", start_command=command_that_waits(gate, has_begun), stop_command=("touch", str(stopped))
     )
     errors = []
 
@@ -85,33 +87,33 @@ def test_an_instance_terminated_while_it_is_started_stays_so_and_its_machine_is_
         except IncorrectInstanceState as error:
             errors.append(str(error))
 
-    starting = threading.Thread(target=start)
-    starting.start()
-    assert eventually(begun.exists)
+    thread = threading.Thread(target=start)
+    thread.start()
+    assert eventually(has_begun.exists)
     instances.terminate(instance_id)
     gate.touch()
-    starting.join()
+    thread.join()
     assert errors == [f"{instance_id} has become terminated meanwhile"]
     assert eventually(stopped.exists)
     assert instances.state(instance_id) is InstanceState.TERMINATED
 
 
-def test_a_terminate_that_its_command_refuses_leaves_the_instance_running(instances, added):
+def test_terminate_whose_command_fails_keeps_instance_running(instances, added):
     instance_id = added(stop_command=("false",))
     with pytest.raises(Exception, match="ended with 1"):
         instances.terminate(instance_id)
     assert instances.state(instance_id) is InstanceState.RUNNING
 
 
-def test_whoever_holds_the_lock_on_a_file_for_too_long_is_not_waited_for(folder, described, root, monkeypatch):
+def test_change_raises_if_file_stays_locked(folder, described, root, monkeypatch):
     description = described()
     folder.create(description)
     monkeypatch.setattr("thrave.files.LOCK_TIMEOUT", 0.1)
     with file_lock(root / ".locks" / f"{description.instance_id}.change", wait=False):
-        for ask in (
-            lambda: folder.change(description.instance_id, InstanceState.STOPPED),
+        for change in (
+            lambda: folder.change_state(description.instance_id, InstanceState.STOPPED),
             lambda: folder.remove(description.instance_id),
         ):
             with pytest.raises(InstanceLocked):
-                ask()
-    folder.change(description.instance_id, InstanceState.STOPPED)
+                change()
+    folder.change_state(description.instance_id, InstanceState.STOPPED)

@@ -1,4 +1,4 @@
-"""Instances in a folder: files that people write, and commands that do not do as they should."""
+"""The directory driver: files that operators write, and commands that fail."""
 
 import errno
 import json
@@ -35,17 +35,17 @@ def edit(root, instance_id, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_ids_are_as_ec2_gives_them():
+def test_new_instance_id_has_ec2_form():
     ids = {new_instance_id() for _ in range(100)}
     assert len(ids) == 100
-    assert all(re.fullmatch(r"i-[0-9a-f]{17}", made) for made in ids)
+    assert all(re.fullmatch(r"i-[0-9a-f]{17}", new) for new in ids)
 
 
-def test_an_id_of_eight_digits_is_taken(instances, added):
+def test_add_accepts_id_of_eight_digits(instances, added):
     assert instances.get(added(instance_id="i-1234abcd")).instance_id == "i-1234abcd"
 
 
-def test_the_file_is_made_for_people(added, root, disk):
+def test_add_writes_readable_file(added, root, disk):
     added(instance_id=ID, state_command=("virsh", "domstate", "win"))
     text = file_of(root, ID).read_text()
     assert text.startswith('{\n  "instanceId": "i-0123456789abcdef0",\n  "accountId": "123456789012",\n')
@@ -55,7 +55,7 @@ def test_the_file_is_made_for_people(added, root, disk):
     assert "stopCommand" not in written
 
 
-def test_a_file_written_by_hand_needs_only_what_has_no_default(instances, root, disk):
+def test_file_needs_only_fields_without_default(instances, root, disk):
     root.mkdir()
     file_of(root, ID).write_text(
         json.dumps({"instanceId": ID, "accountId": "123456789012", "rootVolume": {"path": str(disk)}})
@@ -64,13 +64,13 @@ def test_a_file_written_by_hand_needs_only_what_has_no_default(instances, root, 
     assert (found.platform, found.root_device_type, found.state) == (None, "instance-store", InstanceState.RUNNING)
 
 
-def test_a_file_edited_by_hand_counts_at_once(instances, added, root):
+def test_edited_file_is_used_at_once(instances, added, root):
     added(instance_id=ID)
     edit(root, ID, state="stopped", platform=None)
     assert (instances.state(ID), instances.get(ID).platform) == (InstanceState.STOPPED, None)
 
 
-def test_what_was_written_by_hand_outlives_a_change_of_state(instances, added, root):
+def test_change_of_state_keeps_edited_fields(instances, added, root):
     added(instance_id=ID)
     edit(root, ID, architecture="arm64")
     instances.request_stop(ID)
@@ -93,7 +93,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_file_is_refused_under_the_name_of_the_fault(instances, added, root, name):
+def test_get_names_faulty_field(instances, added, root, name):
     added(instance_id=ID)
     value, message = FAULTS[name]
     edit(root, ID, **{name: value})
@@ -102,7 +102,7 @@ def test_a_faulty_file_is_refused_under_the_name_of_the_fault(instances, added, 
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"instanceId": "i-0123456789abcdef0"}'])
-def test_a_broken_file_hides_no_other_instance_and_is_reported(instances, added, root, caplog, content):
+def test_list_skips_broken_file_and_logs_it(instances, added, root, caplog, content):
     good = added()
     file_of(root, ID).write_bytes(content)
     assert [found.instance_id for found in instances.list()] == [good]
@@ -111,14 +111,14 @@ def test_a_broken_file_hides_no_other_instance_and_is_reported(instances, added,
     assert f"{ID}.json" in str(error)
 
 
-def test_a_file_that_may_not_be_read_is_reported(instances, added, root):
+def test_list_errors_has_unreadable_file(instances, added, root):
     added()
     file_of(root, ID).mkdir()
     (error,) = instances.list_errors()
     assert "Is a directory" in str(error)
 
 
-def test_files_of_other_names_are_nobodys_business(instances, added, root):
+def test_list_ignores_files_of_other_names(instances, added, root):
     added()
     (root / "README.json").write_text("hello")
     (root / "i-0123456789abcdef0.json~").write_text("hello")
@@ -127,9 +127,9 @@ def test_files_of_other_names_are_nobodys_business(instances, added, root):
 
 
 @given(content=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
-def test_no_content_of_a_file_is_unforeseen(content):
+def test_parse_description_refuses_any_invalid_content(content):
     with pytest.raises(InvalidDescriptionError):
-        description_files.read(ID, content, "it")
+        description_files.parse_description(ID, content, "it")
 
 
 COMMANDS = st.none() | st.lists(st.text(max_size=20), min_size=1, max_size=4).map(tuple)
@@ -143,7 +143,7 @@ COMMANDS = st.none() | st.lists(st.text(max_size=20), min_size=1, max_size=4).ma
     state=st.sampled_from(InstanceState),
     name=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20),
 )
-def test_what_is_written_is_read_again(described, commands, state, name):
+def test_parse_description_returns_formatted_description(described, commands, state, name):
     written = described(
         stop_command=commands[0],
         start_command=commands[1],
@@ -151,10 +151,13 @@ def test_what_is_written_is_read_again(described, commands, state, name):
         state=state,
         root_device_name=name,
     )
-    assert description_files.read(written.instance_id, description_files.write(written), "it") == written
+    assert (
+        description_files.parse_description(written.instance_id, description_files.format_description(written), "it")
+        == written
+    )
 
 
-def test_an_id_can_be_taken_once(instances, added, described):
+def test_add_refuses_existing_id(instances, added, described):
     added(instance_id=ID)
     with pytest.raises(InstanceAlreadyExists):
         instances.add(described(instance_id=ID, account_id="210987654321"))
@@ -173,7 +176,7 @@ def test_an_id_can_be_taken_once(instances, added, described):
         ({"stop_command": ()}, "stopCommand"),
     ],
 )
-def test_what_is_no_instance_is_not_added(instances, described, root, changes, message):
+def test_add_refuses_invalid_instance(instances, described, root, changes, message):
     changes = {
         name: VolumeFile(path=type(root)(value.path)) if isinstance(value, VolumeFile) else value
         for name, value in changes.items()
@@ -185,7 +188,7 @@ def test_what_is_no_instance_is_not_added(instances, described, root, changes, m
     assert instances.list() == []
 
 
-def test_a_change_that_is_being_written_does_not_bring_a_removed_instance_back(instances, added, root):
+def test_remove_waits_for_change_in_progress(instances, added, root):
     instance_id = added()
     with file_lock(root / ".locks" / f"{instance_id}.change", wait=True):
         removal = threading.Thread(target=instances.remove, args=(instance_id,))
@@ -200,22 +203,22 @@ def test_a_change_that_is_being_written_does_not_bring_a_removed_instance_back(i
 STARTS_ONCE = ("sh", "-c", 'test ! -e "$0" && touch "$0" || { echo already active >&2; exit 1; }')
 
 
-class Died(BaseException):
-    """As far as the file can tell, the process was killed."""
+class ProcessKilled(BaseException):
+    """Ends the start as if the process was killed."""
 
 
-@pytest.mark.parametrize("event", [Died(), OSError(errno.ENOSPC, "no space")])
-def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, root, tmp_path, monkeypatch, event):
+@pytest.mark.parametrize("event", [ProcessKilled(), OSError(errno.ENOSPC, "no space")])
+def test_interrupted_start_prevents_reading_of_volume(instances, added, root, tmp_path, monkeypatch, event):
     instance_id = added(state="stopped", start_command=(*STARTS_ONCE, str(tmp_path / "machine")))
-    change = DescriptionFiles.change
+    change_state = DescriptionFiles.change_state
 
-    def cut_off(self, of, state, **details):
+    def interrupt(self, instance_id, state, **options):
         if state is InstanceState.RUNNING:
             raise event
-        change(self, of, state, **details)
+        change_state(self, instance_id, state, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DescriptionFiles, "change", cut_off)
+        patched.setattr(DescriptionFiles, "change_state", interrupt)
         with pytest.raises(type(event)):
             instances.start(instance_id)
     instances = DirectoryDriver(root)  # after a restart
@@ -225,7 +228,7 @@ def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, 
             hold.check()
         with pytest.raises(InstanceCommandFailed, match="already active"):
             instances.start(instance_id)
-    (tmp_path / "machine").unlink()  # it was shut down from inside
+    (tmp_path / "machine").unlink()  # shut down by its guest
     instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.RUNNING
 
@@ -235,19 +238,19 @@ def test_a_machine_whose_start_was_not_recorded_is_never_read(instances, added, 
     [
         (("false",), InstanceState.STOPPED),
         (("/nowhere/virsh",), InstanceState.STOPPED),
-        (("sleep", "60"), InstanceState.PENDING),  # it was killed, and may have started the machine before
+        (("sleep", "60"), InstanceState.PENDING),  # killed at the timeout: the machine may have been started
     ],
 )
-def test_a_start_that_has_certainly_failed_leaves_the_instance_as_it_was(root, added, instances, command, state):
+def test_failed_start_restores_recorded_state(root, added, instances, command, state):
     instance_id = added(state="stopped", off_reason=OffReason.CRASHED, start_command=command)
     with pytest.raises(InstanceCommandFailed):
-        DirectoryDriver(root, command_seconds=0.5 if command[0] == "sleep" else 20.0).start(instance_id)
+        DirectoryDriver(root, command_timeout=0.5 if command[0] == "sleep" else 20.0).start(instance_id)
     found = instances.get(instance_id)
     assert (found.state, found.off_reason) == (state, OffReason.CRASHED if state is InstanceState.STOPPED else None)
 
 
-def test_a_start_that_was_not_allowed_in_the_end_leaves_the_instance_as_it_was(instances, added):
-    instance_id, answers = added(state="stopped", start_command=("false",)), [None]
-    with pytest.raises(IndexError), start_guard.using(answers.pop):
+def test_start_refused_by_guard_restores_recorded_state(instances, added):
+    instance_id, checks = added(state="stopped", start_command=("false",)), [None]
+    with pytest.raises(IndexError), start_guard.using(checks.pop):
         instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED
