@@ -122,7 +122,7 @@ def test_report_after_adoption_changes_no_row_of_adopter(ground, agent, add, own
 
     agent("host-a").report()
     lease = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
-    late = InstanceReporter(ground.database, Interrupted(instances, adopt), "host-a")  # not even its lease holds it up
+    late = InstanceReporter(ground.database, InterruptedDriver(instances, adopt), "host-a")  # no lease check
     lease = InstanceReporter(ground.database, instances, "host-a", lease.is_held)
     if change == "removed":
         instances.remove(FIRST)
