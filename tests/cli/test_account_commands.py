@@ -1,4 +1,4 @@
-"""`thrave account …` as a person or a script calls it."""
+"""`thrave account`: accounts, certificates and access keys."""
 
 import json
 
@@ -11,7 +11,7 @@ FAILED, USAGE, NOT_FOUND, REFUSED = 1, 2, 3, 4
 
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch):
-    """The data directory of every command here."""
+    """Sets the data directory of every command of this module."""
     monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
 
 

@@ -1,4 +1,4 @@
-"""`thrave instance` on libvirt's domains, as a script would call it; libvirt's pretence of a hypervisor has them."""
+"""`thrave instance` with domains of libvirt's test driver."""
 
 import json
 from functools import partial
@@ -33,7 +33,7 @@ def account_id(thrave_json, data):
 
 @pytest.fixture
 def adopted(thrave_json, libvirt, account_id, disk):
-    """A domain `win` that was adopted; gives its document."""
+    """Adopts a domain `win`; returns its JSON document."""
     libvirt.define("win", disk)
     words = ("--account", account_id, "--platform", "windows", "--tag", "Name=web")
     return thrave_json("instance", "adopt", "win", *words)
@@ -81,7 +81,7 @@ def test_adopt_stores_every_option(thrave_json, libvirt, account_id, disk, tmp_p
 
 
 def test_adopt_warns_about_disk_of_other_running_domain(thrave, libvirt, account_id, disk):
-    """Adopted or not: the other one is nobody's."""
+    """The other domain is not adopted."""
     libvirt.define("win", disk)
     libvirt.define("other", disk)
     words = ("instance", "adopt", "win", "--account", account_id, "--platform", "windows")
@@ -162,7 +162,7 @@ def test_adopt_reports_unavailable_libvirt(thrave, account_id, monkeypatch, libv
 
 
 class TestTheDoctor:
-    """What `thrave doctor` finds on a host with libvirt."""
+    """`thrave doctor` on a host with libvirt."""
 
     @pytest.fixture
     def doctor(self, thrave, monkeypatch, adopted):
@@ -204,14 +204,14 @@ class TestTheDoctor:
         assert found["root volumes"]["detail"] == f"{adopted['instanceId']}: {disk}: No such file or directory"
 
     def test_doctor_names_guest_without_acpi_and_agent(self, doctor, libvirt, disk, account_id, thrave_json):
-        libvirt.define("deaf", disk, acpi=False)
+        libvirt.define("silent", disk, acpi=False)
         libvirt.define("talks", disk, acpi=False, channel=True)
-        for name in ("deaf", "talks"):
+        for name in ("silent", "talks"):
             thrave_json("instance", "adopt", name, "--account", account_id)
         _, failed, found = doctor()
         assert failed == {"power button"}
         detail = found["power button"]["detail"]
-        assert ("(deaf)" in detail, "talks" in detail) == (True, False)
+        assert ("(silent)" in detail, "talks" in detail) == (True, False)
 
     def test_doctor_names_guest_without_connected_agent(self, doctor, libvirt, disk, account_id, thrave_json):
         libvirt.define("talks", disk, channel=True)
@@ -219,7 +219,7 @@ class TestTheDoctor:
         _, failed, found = doctor(sysprep_command=["C:\\sysprep.exe", "/shutdown"])
         assert failed == {"sysprep"}
         assert ("(win): no agent" in found["sysprep"]["detail"], "talks" in found["sysprep"]["detail"]) == (True, False)
-        libvirt.start("talks")  # and its agent does not open the channel
+        libvirt.start("talks")  # the guest's agent does not open the channel
         assert "talks" in doctor()[2]["sysprep"]["detail"]
 
     def test_doctor_names_missing_passphrase_file(self, doctor, libvirt, account_id, thrave_json, tmp_path):
@@ -262,7 +262,7 @@ def test_doctor_checks_space_for_overlays(thrave, thrave_json, libvirtd, account
 
 
 def findings(thrave):
-    """What the doctor has found, by check."""
+    """Returns the findings by check."""
     return {one["check"]: one for one in json.loads(thrave("doctor", "--output", "json")[1])["checks"]}
 
 

@@ -1,4 +1,4 @@
-"""Which store `s3://` means: what every AWS tool would find on this machine."""
+"""The store of `s3://`: endpoint, region, credentials and proxy come from the settings of the AWS tools."""
 
 import pytest
 
@@ -28,7 +28,7 @@ aws_session_token = token
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch, tmp_path):
-    """A user's files, and nothing of whoever runs the tests."""
+    """Settings files of a user; hides the settings of the account that runs the tests."""
     (tmp_path / "config").write_text(CONFIG)
     (tmp_path / "credentials").write_text(CREDENTIALS)
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE", "HTTPS_PROXY", "https_proxy"):

@@ -1,4 +1,4 @@
-"""`thrave bundle`, `open`, `verify` and `show` as a person or a script calls them."""
+"""`thrave bundle`, and `open`, `verify` and `show` of its bundles."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from support.bundles.sample_bundles import VECTORS
-from support.disks.qemu_images import converted, encrypted, qemu_img, secret_beside, written_to
+from support.disks.qemu_images import converted, encrypted, passphrase_file_of, qemu_img, written_to
 from support.eventually import eventually
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY, INTERRUPTED = 1, 2, 3, 4, 10, 11, 130
@@ -41,7 +41,7 @@ def sealing(image, folder, *more, prefix="winami"):
 
 @pytest.fixture
 def bundle(thrave_json, image, tmp_path):
-    """The JSON of a bundle in `tmp_path / "bundles"`."""
+    """Seals a bundle into `tmp_path / "bundles"`; returns the JSON document."""
     return thrave_json(*sealing(image, tmp_path / "bundles"))
 
 
@@ -76,7 +76,7 @@ def test_bundle_accepts_qcow2_and_small_compression(thrave_json, image, tmp_path
 
 
 def test_bundle_reads_encrypted_image_with_passphrase(thrave, thrave_json, image, tmp_path):
-    secret_file = secret_beside(image)
+    secret_file = passphrase_file_of(image)
     disk = encrypted(image, "qcow2", secret_file)
     status, _, stderr = thrave(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
     assert (status, "the file that holds its passphrase must be given" in stderr) == (FAILED, True)
@@ -229,7 +229,7 @@ def test_bundle_reports_folder_that_cannot_be_created(thrave, image, tmp_path):
 
 
 def test_bundle_removes_written_files_after_failure(thrave, image, tmp_path, monkeypatch):
-    """The image becomes shorter while it is read, as a file that somebody truncates does."""
+    """The image is truncated while it is read."""
     from thrave.volumes.raw import RawVolume
 
     monkeypatch.setattr(RawVolume, "size", 9 * MIB)
@@ -283,7 +283,7 @@ def test_bundle_reads_referenced_files_in_image_dir_only(thrave, thrave_json, im
     ("number", "status"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, -15), (signal.SIGHUP, -1)]
 )
 def test_signal_during_bundle_leaves_no_file(tmp_path, number, status):
-    (tmp_path / "disk.raw").write_bytes(256 * Random(1).randbytes(MIB))  # takes seconds, also where nobody else works
+    (tmp_path / "disk.raw").write_bytes(256 * Random(1).randbytes(MIB))  # takes seconds, also on an idle machine
     words = [*map(str, sealing(tmp_path / "disk.raw", tmp_path / "b", "--compression", "small"))]
     with subprocess.Popen([sys.executable, "-m", "thrave", *words], stderr=subprocess.DEVNULL) as thrave:
 

@@ -1,4 +1,4 @@
-"""`thrave copy`, `delete`, `migrate` and the readers, on the disk and in real stores alike."""
+"""`thrave copy`, `delete`, `migrate`, `open`, `verify` and `show`, on the disk and in real stores."""
 
 import re
 from functools import partial
@@ -35,7 +35,7 @@ def files(made):
 
 @pytest.fixture(params=PLACES)
 def new_place(request, tmp_path, monkeypatch):
-    """Makes places of one kind."""
+    """Creates locations of one kind."""
     if request.param == "disk":
         names = iter("abcdef")
         return lambda: DiskPlace(tmp_path / next(names))
@@ -45,7 +45,7 @@ def new_place(request, tmp_path, monkeypatch):
 
 
 def aws_settings(monkeypatch, store, folder):
-    """What an AWS tool reads, and no settings of whoever runs the tests."""
+    """Settings of the AWS tools; hides the settings of the account that runs the tests."""
     settings = {
         "AWS_ENDPOINT_URL_S3": store.url,
         "AWS_ACCESS_KEY_ID": ALICE.access_key_id,
@@ -59,7 +59,7 @@ def aws_settings(monkeypatch, store, folder):
 
 @pytest.fixture
 def place(new_place, files):
-    """A place with the bundle in it."""
+    """A location with the bundle."""
     place = new_place()
     for name, data in files.items():
         place.put(name, data)
@@ -72,7 +72,7 @@ def address(place):
 
 
 def forged(made, pattern, new):
-    """The manifest with something else in it, signed by the user for all that."""
+    """Return the manifest with a replaced text, signed by the user."""
     unsigned = re.sub(pattern, new, made.manifest[: made.manifest.index(b"<signature>")])
     return unsigned + f"<signature>{sign(unsigned, private_key('user')).hex()}</signature></manifest>".encode()
 
@@ -108,7 +108,7 @@ def test_verify_sample_is_repeatable_with_reported_seed(thrave, thrave_json, pla
 
 
 def seed_of_a_sample(made, filename, *, drawn):
-    """A seed that draws a part into a sample of 20 %, or does not."""
+    """Return a seed whose 20 % sample contains a part, or does not contain it."""
     manifest = read_manifest(made.manifest)
     samples = ((seed, {part.filename for part in Sample(20, seed).choose(manifest)}) for seed in count())
     return next(seed for seed, names in samples if (filename in names) is drawn)
@@ -183,7 +183,7 @@ def test_copy_of_damaged_bundle_writes_no_manifest(thrave, new_place, place, add
 
 
 @pytest.mark.parametrize("command", ["copy", "delete"])
-def test_copy_delete_and_migrate_refuse_manifest_with_other_file_names(thrave, place, address, made, tmp_path, command):
+def test_copy_and_delete_refuse_manifest_with_other_file_names(thrave, place, address, made, tmp_path, command):
     place.remove("winami.manifest.json")
     place.put(
         "winami.manifest.xml",
@@ -214,7 +214,7 @@ def test_delete_removes_only_one_bundle(thrave_json, place, address, files):
 
 
 def renamed(made, middle, series=b""):
-    """The files of the bundle, whose parts have other names, signed by the user."""
+    """Return the files of the bundle with other part names, signed by the user."""
     ending = middle + b".part." + series
     xml = forged(made, rb"<filename>winami\.part\.", b"<filename>winami" + ending)
     parts = {name.replace(".part.", ending.decode()): data for name, data in made.parts.items()}
@@ -239,8 +239,8 @@ def test_parts_with_series_are_verified_copied_and_deleted(thrave_json, new_plac
 
 @pytest.mark.parametrize("command", ["copy", "delete"])
 @pytest.mark.parametrize("middle", [b".server", b".a.b", b".k3f9", b"2", b"..", b".server/x", b""])
-def test_delete_refuses_parts_of_other_bundle(thrave, new_place, made, tmp_path, command, middle):
-    """`winami.server` is another bundle, and of `winami` only some parts are named otherwise."""
+def test_copy_and_delete_refuse_parts_of_other_bundle(thrave, new_place, made, tmp_path, command, middle):
+    """`winami.server` is another bundle. In the second case only some parts of `winami` have other names."""
     place = new_place()
     files = renamed(made, middle)
     if not middle:
@@ -286,7 +286,7 @@ def migration(address, *more):
 
 
 def test_migrate_encrypts_for_new_service_and_keeps_parts(thrave, thrave_json, place, address, made):
-    """The service is the cloud's before and the user's afterwards."""
+    """The service's certificate is `cloud` before and `user` afterwards."""
     migrated = thrave_json(*migration(address, "--account", "999999999999"))
     assert migrated == {"manifest": address, "sideFile": address.replace(".xml", ".json")}
     checks = thrave_json("verify", address, *SIGNER, "--key", KEYS / "user-pk.pem")
@@ -315,7 +315,7 @@ def test_migrate_restores_bundle_after_failed_write(thrave, place, address, monk
 
 
 def fails_once(function, error):
-    """A function that fails the first time."""
+    """Return a function that fails at its first call."""
     failures = iter([error])
 
     def called(*arguments):

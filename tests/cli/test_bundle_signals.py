@@ -1,4 +1,4 @@
-"""What remains when a command on bundles is ended by a signal: nothing, whatever it was writing."""
+"""Signals that end `thrave open` and `copy`: no incomplete file remains."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ END = pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
 
 @pytest.fixture
 def asked():
-    """Set when the second part has been asked for, which is never sent."""
+    """Set when the second part is requested; the server never sends this part."""
     return threading.Event()
 
 

@@ -1,4 +1,4 @@
-"""No traceback and no library's message reaches a user, for any command; and no suggestion does harm."""
+"""Errors of all commands: exit codes, messages without traceback or library text, suggestions, escaped output."""
 
 import builtins
 import importlib
@@ -25,7 +25,7 @@ SECRET = "hunter2-hunter2"
 
 
 def commands(found=group, words=()):
-    """Every command, by its words."""
+    """Yield (words, command) of every command."""
     context = click.Context(found)
     for name in found.list_commands(context):
         command = found.get_command(context, name)
@@ -41,7 +41,7 @@ KINDS = [kind for kind in vars(builtins).values()
 
 
 def an_exception(words):
-    """A random one of Python's; the same for the same command."""
+    """Return a random exception class of Python; always the same for the same command."""
     return random.Random(" ".join(words)).choice(KINDS)
 
 
@@ -210,7 +210,7 @@ def test_empty_data_directory_is_refused(thrave, tmp_path, monkeypatch, words):
 
 @pytest.mark.parametrize("words", ["account create alice", "serve --listen-port 0"])
 def test_shared_folder_is_refused_as_data_directory(tmp_path, words):
-    """It would be closed to everybody else."""
+    """Thrave would remove the access of other users."""
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)

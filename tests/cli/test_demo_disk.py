@@ -1,4 +1,4 @@
-"""The demo's disks, judged by the tools that Windows disks are judged by on Linux."""
+"""The disks of the demo, checked with ntfs-3g and sfdisk."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def volume(made):
-    """The partition as a file of its own, which is what the tools of ntfs-3g take."""
+    """The partition as a file, which the tools of ntfs-3g need."""
     path = made.path.with_name("volume.ntfs")
     with made.path.open("rb") as image, path.open("wb") as volume:
         image.seek(demo.PARTITION_OFFSET)
@@ -132,7 +132,7 @@ def ntfs_undelete(volume):
 
 
 def used_clusters(volume):
-    """The volume's own $Bitmap, one truth value a cluster."""
+    """Return $Bitmap of the volume: one value for each cluster."""
     bitmap = ntfs("ntfscat", "-i", "6", volume)
     return [byte >> bit & 1 for byte in bitmap for bit in range(8)]
 

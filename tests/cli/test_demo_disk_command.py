@@ -1,4 +1,4 @@
-"""`thrave demo-disk`; test_demo_disk_image.py tests the disk that it makes."""
+"""`thrave demo-disk`; test_demo_disk.py tests the disk itself."""
 
 import hashlib
 import json

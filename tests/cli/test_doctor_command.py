@@ -19,7 +19,7 @@ NAMES = [check.name for check in (*CHECKS, CLEAN_UP)]
 
 @pytest.fixture
 def data(tmp_path, thrave_json):
-    """A data directory with an account that has the key which the stores know as Alice's."""
+    """A data directory with an account whose access key is Alice's key in the stores."""
     account = thrave_json("account", "create", "alice", "--data-dir", tmp_path / "data")["accountId"]
     credentials = tmp_path / "alice.credentials"
     credentials.write_text(f"[default]\naws_access_key_id={stores.ALICE.access_key_id}\n"
@@ -167,7 +167,9 @@ class TestStores:
     def test_doctor_names_key_that_store_does_not_know(self, doctor, store, thrave_json, data):
         key = thrave_json("account", "create", "bob", "--data-dir", data)["accessKeyId"]
         status, found = doctor("--access-key-id", key, **s3(store))
-        refused = "create bucket" if store.name == "rgw" else "key"  # RGW answers as to a key that may not
+        refused = (
+            "create bucket" if store.name == "rgw" else "key"
+        )  # RGW's response is that of a key without permission
         assert (status, failed(found)) == (1, {refused})
         assert "key import" in found[refused]["remedy"]
 

@@ -1,4 +1,4 @@
-"""`thrave host`, as an operator calls it, on both kinds of database."""
+"""`thrave host` on SQLite and PostgreSQL."""
 
 import json
 from datetime import timedelta
@@ -16,7 +16,7 @@ USAGE, NOT_FOUND, REFUSED = 2, 3, 4
 
 @pytest.fixture
 def settings(database, tmp_path, monkeypatch):
-    """The settings of every command here, taken from the environment."""
+    """Sets the settings of every command of this module in the environment."""
     monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
     for name, value in database.items():
         monkeypatch.setenv(f"THRAVE_{name.upper()}", value)
@@ -24,49 +24,49 @@ def settings(database, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def ground(settings):
-    ground = open_components(settings)
-    yield ground
-    ground.queues.close()
-    ground.database.dispose()
+def components(settings):
+    components = open_components(settings)
+    yield components
+    components.queues.close()
+    components.database.dispose()
 
 
 @pytest.fixture
-def silence(ground):
-    """Makes a host silent for so many seconds."""
+def silence(components):
+    """Returns a function that sets the age of a host's last heartbeat, in seconds."""
 
     def silence(name, seconds):
         mine = host_table.update().where(host_table.c.host == name)
-        with ground.database.begin() as connection:
+        with components.database.begin() as connection:
             connection.execute(mine.values(heartbeat_time=utc_now() - timedelta(seconds=seconds)))
 
     return silence
 
 
 @pytest.fixture
-def task(ground):
-    """Gives a host a task."""
+def task(components):
+    """Returns a function that adds a task to a host."""
 
     def add(bundle_id, name, *, begun=False):
         request = BundleRequest(
             account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{bundle_id}", bucket="bucket", prefix=bundle_id,
             access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
         )  # fmt: skip
-        with ground.database.begin() as connection:
-            ground.records().add(connection, bundle_id, name, request)
-            ground.queues.enqueue(connection, bundle_id, name)
+        with components.database.begin() as connection:
+            components.records().add(connection, bundle_id, name, request)
+            components.queues.enqueue(connection, bundle_id, name)
         if begun:
-            ground.records().record_attempt(bundle_id)
-            ground.records().change_state(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
+            components.records().record_attempt(bundle_id)
+            components.records().change_state(bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
 
     return add
 
 
 @pytest.fixture
-def two(ground, task, silence):
-    """kvm-1, silent for two minutes with two tasks, and kvm-2, which has just given a sign of life."""
-    ground.hosts.acquire_lease("kvm-1", worker_concurrency=2)
-    ground.hosts.acquire_lease("kvm-2", worker_concurrency=3)
+def two(components, task, silence):
+    """Two hosts: kvm-1 with two tasks and a heartbeat two minutes ago, kvm-2 with a heartbeat now."""
+    components.hosts.acquire_lease("kvm-1", worker_concurrency=2)
+    components.hosts.acquire_lease("kvm-2", worker_concurrency=3)
     task("bun-1", "kvm-1", begun=True)
     task("bun-2", "kvm-1")
     silence("kvm-1", 120)
@@ -84,9 +84,9 @@ def test_host_list_shows_tasks_and_heartbeats(two, thrave, thrave_json):
     assert second.startswith("kvm-2  active ")
 
 
-def test_host_show_lists_unfinished_tasks(two, ground, task, thrave, thrave_json):
+def test_host_show_lists_unfinished_tasks(two, components, task, thrave, thrave_json):
     task("bun-3", "kvm-1")
-    ground.records().cancel("bun-3")
+    components.records().cancel("bun-3")
     assert {task["bundleId"] for task in thrave_json("host", "show", "kvm-1")["tasks"]} == {"bun-1", "bun-2"}
     text = thrave("host", "show", "kvm-1")[1]
     assert "1 running, 1 waiting; at most 2 at once" in text
@@ -127,8 +127,8 @@ def test_host_commands_refuse_wrong_state(two, thrave):
 
 
 @pytest.mark.parametrize("words", [["adopt", "kvm-2", "--by", "kvm-3"], ["retire", "kvm-2"]])
-def test_host_adopt_and_retire_refuse_host_with_heartbeat(two, ground, thrave, words):
-    ground.hosts.acquire_lease("kvm-3", worker_concurrency=1)
+def test_host_adopt_and_retire_refuse_host_with_heartbeat(two, components, thrave, words):
+    components.hosts.acquire_lease("kvm-3", worker_concurrency=1)
     status, stdout, stderr = thrave("host", *words)
     assert (status, stdout) == (REFUSED, "")
     assert stderr.startswith("thrave: Host kvm-2 sent a heartbeat ")

@@ -1,4 +1,4 @@
-"""`thrave instance`, as a script would call it."""
+"""`thrave instance` with instances that files describe."""
 
 import json
 
@@ -21,7 +21,7 @@ def account_id(thrave_json, data):
 
 @pytest.fixture
 def add(account_id, data, disk):
-    """The words of a command that adds an instance."""
+    """Returns the arguments of a command that adds an instance."""
 
     def words(*more):
         return [
@@ -333,10 +333,10 @@ def test_show_prints_volumes(thrave, thrave_json, data, instance_id, disk):
 
 
 def test_host_list_counts_instances_of_single_machine(thrave_json, data, instance_id):
-    ground = open_components(Settings(data_dir=data))
-    ground.hosts.acquire_lease("localhost", worker_concurrency=1)
-    ground.queues.close()
-    ground.database.dispose()
+    components = open_components(Settings(data_dir=data))
+    components.hosts.acquire_lease("localhost", worker_concurrency=1)
+    components.queues.close()
+    components.database.dispose()
     (host,) = thrave_json("host", "list", "--data-dir", data)["hosts"]
     assert (host["instances"], instance_id[:2]) == (1, "i-")
 

@@ -1,4 +1,4 @@
-"""`thrave open` into a pipe and into other formats than raw."""
+"""`thrave open`: output to a pipe and in other formats than raw."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from thrave.volumes.qemu_nbd import WRITABLE_FORMATS
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY = 1, 2, 3, 4, 10, 11
 KEYS = VECTORS / "keys"
 MIB = 1024 * 1024
-# Much more than is on its way between the first check and the output, which a failure drops.
+# Much more than the buffers between the first check and the output, whose content is dropped after a failure.
 DATA = Random(3).randbytes(30 * MIB) + bytes(MIB) + Random(4).randbytes(2 * MIB) + bytes(MIB)
 TRUST = ("--certificate", KEYS / "user-cert.pem")
 KEY = ("--key", KEYS / "user-pk.pem")
@@ -26,7 +26,7 @@ KEY = ("--key", KEYS / "user-pk.pem")
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Of a bundle of eleven parts."""
+    """Path of the manifest of a bundle with eleven parts."""
     made = bundle_of(MemoryImage(DATA, [(0, 30 * MIB), (31 * MIB, 2 * MIB)]), part_size=3 * MIB)
     folder = tmp_path / "bundle"
     folder.mkdir()
@@ -127,7 +127,7 @@ def test_open_writes_other_formats(manifest, thrave_json, tmp_path, image_format
     assert (document["image"], document["format"]) == (str(image), image_format)
     (tmp_path / "disk.raw").write_bytes(DATA)
     assert "identical" in qemu_img("compare", "-f", "raw", "-F", image_format, tmp_path / "disk.raw", image)
-    if image_format != "vpc":  # which has no check
+    if image_format != "vpc":  # VPC has no such check
         assert "No errors" in qemu_img("check", "-f", image_format, image)
     assert image.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in image.parent.iterdir()] == ["disk"]

@@ -1,4 +1,4 @@
-"""What a progress bar says: true, of the last seconds, never less than before."""
+"""The progress bar: percent, current rate, remaining time."""
 
 import re
 import threading
@@ -12,7 +12,7 @@ MB = 1_000_000
 
 
 class Clock:
-    """Stands in for the time, so that no test waits for it."""
+    """Replaces the clock, so that no test waits."""
 
     now = 100.0
 

@@ -1,4 +1,4 @@
-"""What the commands say of a store that they cannot use: one line, soon, with what to do."""
+"""Errors of object stores in commands: one line with the remedy."""
 
 import socket
 
@@ -12,7 +12,7 @@ LOCATION = "s3://My_Old_Bucket/win.manifest.xml"
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch, tmp_path):
-    """A user's keys, and nothing of whoever runs the tests."""
+    """Access keys of a user; hides the settings of the account that runs the tests."""
     for name in ("AWS_PROFILE", "AWS_REGION", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     environment = {

@@ -1,4 +1,4 @@
-"""`thrave serve` as a script would call it."""
+"""`thrave serve`: output, exit codes."""
 
 import json
 import subprocess

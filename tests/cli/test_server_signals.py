@@ -1,4 +1,4 @@
-"""A signal ends a service at any moment of its start, and what it has begun does not hinder the next start."""
+"""Signals end a service at every step of its start, and the next start succeeds."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from thrave.testing import ThraveServer
 
 TIMEOUT = 120  # seconds
 
-# Replaces one function: at its call, or after it, the process signals itself and goes on.
+# Replaces one function: before or after its call, the process sends a signal to itself and continues.
 HARNESS = """
 import importlib, os, signal, sys
 module, _, path = os.environ.pop("STEP").partition(":")
@@ -97,8 +97,8 @@ def test_sigint_and_sighup_end_serve_during_start(tmp_path, name, step):
 @pytest.mark.parametrize("command", ["api", "agent"])
 def test_sigterm_ends_fleet_processes_at_each_step_of_start(tmp_path, postgres, command):
     url = postgres.new_database()
-    ground = open_components(Settings(data_dir=tmp_path / "begun", database_url=url))
-    ground.database.dispose()
+    components = open_components(Settings(data_dir=tmp_path / "begun", database_url=url))
+    components.database.dispose()
     for step in STEPS[command]:
         data = tmp_path / "begun"
         environment = {"STEP": step, "SIGNAL": "SIGTERM", "WHEN": "before", "THRAVE_DATABASE_URL": url}

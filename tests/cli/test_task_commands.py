@@ -1,4 +1,4 @@
-"""`thrave task`, as an operator calls it beside a real server."""
+"""`thrave task` next to a running server."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def alice(server):
 
 @pytest.fixture(autouse=True)
 def data(server, monkeypatch):
-    """The data directory of every command here."""
+    """Sets the data directory of every command of this module."""
     monkeypatch.setenv("THRAVE_DATA_DIR", str(server.data.root))
 
 
 @pytest.fixture
 def bundled(server, alice, tmp_path):
-    """Has a new instance with a disk of so many MiB bundled; gives the ids of the task and of the instance."""
+    """Returns a function that bundles a new instance with a disk of a size in MiB, and returns task and instance id."""
     account, key = alice
 
     def bundle(size, bucket="alices-bucket"):
@@ -68,7 +68,7 @@ def complete(bundled, thrave):
 
 @pytest.fixture
 def failed(server, alice, tmp_path):
-    """A task whose root volume is gone once the instance is stopped."""
+    """A task whose root volume no longer exists when the instance is stopped."""
     account, key = alice
     disk = make_disk(tmp_path / "gone.raw", MIB)
     instance = server.instance(account.account_id, disk, stop_command=("rm", "-f", str(disk)))
@@ -149,7 +149,7 @@ def test_task_show_lists_orphaned_objects(thrave, server, bundled, show):
     eventually(lambda: show(bundle_id)["storedParts"])
     bucket, elsewhere = server.data.buckets / "lost-bucket", server.data.buckets.parent / "elsewhere"
     bucket.rename(elsewhere)
-    bucket.symlink_to(elsewhere)  # which the service refuses to follow
+    bucket.symlink_to(elsewhere)  # the service does not follow links
     assert thrave("task", "watch", bundle_id)[0] == TASK_FAILED
     story = show(bundle_id)
     assert {part.name for part in elsewhere.glob("*.part.*")} <= set(story["orphanedKeys"])
@@ -181,7 +181,7 @@ def test_task_watch_draws_bars_on_terminal(server, bundled):
 
 
 def on_a_terminal(*words):
-    """Run a command on a terminal of its own; give its status and all it has drawn."""
+    """Run a command on a new terminal; return exit code and output."""
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
     command = subprocess.Popen(
@@ -189,7 +189,7 @@ def on_a_terminal(*words):
     )
     os.close(slave)
     drawn = b""
-    with suppress(OSError):  # EIO: nobody writes there any more
+    with suppress(OSError):  # EIO: the command has closed the terminal
         while piece := os.read(master, 65536):
             drawn += piece
     os.close(master)
@@ -220,16 +220,16 @@ def test_task_commands_print_no_secret(thrave, alice, server, bundled):
 @pytest.mark.parametrize("words", [["list"], ["show", "bun-1"], ["watch", "bun-1"]])
 def test_task_commands_escape_control_characters(thrave, tmp_path, monkeypatch, words):
     monkeypatch.setenv("THRAVE_DATA_DIR", str(tmp_path / "data"))
-    ground = open_components(load_settings(None))
+    components = open_components(load_settings(None))
     request = BundleRequest(
         account_id="1" * 12, owner_id="1" * 12, instance_id="i-1", bucket="b\x1b[2J", prefix="p\x1b[2J",
         access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
     )  # fmt: skip
-    with ground.database.begin() as connection:
-        ground.records().add(connection, "bun-1", "localhost", request)
-    ground.records().add_warning("bun-1", "notice\x1b[2J")
-    ground.records().fail("bun-1", TaskFailure("Client.S3Error", "no\x1b]0;title\x07\nno"))
-    ground.database.dispose()
+    with components.database.begin() as connection:
+        components.records().add(connection, "bun-1", "localhost", request)
+    components.records().add_warning("bun-1", "notice\x1b[2J")
+    components.records().fail("bun-1", TaskFailure("Client.S3Error", "no\x1b]0;title\x07\nno"))
+    components.database.dispose()
     _, stdout, stderr = thrave("task", *words)
     assert "bun-1" in stdout
     assert "\x1b" not in stdout + stderr

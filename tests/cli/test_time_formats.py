@@ -1,4 +1,4 @@
-"""Times as people write and read them."""
+"""Times of `--since`, and the format of durations."""
 
 from datetime import UTC, datetime, timedelta
 

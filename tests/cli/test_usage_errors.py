@@ -1,4 +1,4 @@
-"""What the bundle commands answer to mistakes: an exit code and one line that says what to do."""
+"""Mistakes in calls of the bundle commands: exit code, and one line with the remedy."""
 
 import re
 import shutil
@@ -137,8 +137,8 @@ def test_open_refuses_side_file_of_other_signer(thrave, tmp_path):
     from thrave.bundle.side_file import write_side_file
 
     made = bundle_of(MemoryImage(b"data" * 128))
-    stranger = Ed25519PrivateKey.generate()
-    forged = write_side_file(made.sealed, made.manifest, side_key=stranger, signing_key=private_key("wrong"))
+    other_key = Ed25519PrivateKey.generate()
+    forged = write_side_file(made.sealed, made.manifest, side_key=other_key, signing_key=private_key("wrong"))
     for name, data in {**made.parts, "disk.manifest.xml": made.manifest, "disk.manifest.json": forged}.items():
         (tmp_path / name).write_bytes(data)
     words = ("verify", tmp_path / "disk.manifest.xml", "--key")

@@ -1,4 +1,4 @@
-"""Bundles on web servers: over TLS, several parts at once, and from servers that mean harm or are just broken."""
+"""Bundles on web servers: TLS, parallel requests, hostile and broken servers."""
 
 import hashlib
 import shutil
@@ -31,7 +31,7 @@ TWO_PARTS = "ec2-ami-tools-1.5.3-dense-2-parts/small.img.manifest.xml"
 
 
 @pytest.fixture(autouse=True)
-def little_patience(monkeypatch):
+def short_timeouts(monkeypatch):
     monkeypatch.setattr(remote_folders, "RETRY_TIMEOUT", 0.4)
     monkeypatch.setattr(remote_folders, "CALL_TIMEOUT", 30.0)
 
@@ -48,7 +48,7 @@ def tls(tmp_path_factory):
 
 @pytest.fixture
 def secure(tls, monkeypatch):
-    """The old vectors, over TLS that the system trusts."""
+    """A server of the bundles of old tools, with a trusted certificate."""
     monkeypatch.setenv("SSL_CERT_FILE", str(tls))
     with web.serving_files(VECTORS, certificate=tls) as site:
         yield site
@@ -153,7 +153,7 @@ def test_hostile_web_server_causes_clear_error(thrave, site, behaviour):
     assert "Traceback" not in stderr
 
 
-# What a server that is no store does when it is asked as one. A redirect for a while is S3's own, and tried again.
+# The same for S3 requests to a server that is not a store. Temporary redirects are part of S3 and are retried.
 HOSTILE_STORE = {name: HOSTILE[name] for name in HOSTILE if name != "shorter than it said"}
 
 
@@ -218,7 +218,7 @@ def test_open_with_missing_part_leaves_no_image(thrave, site, tmp_path, behaviou
 
 
 def test_verify_requests_several_parts_at_once(thrave_json, site, tmp_path):
-    """No part is given before two are asked for."""
+    """The server sends no part before two are requested."""
     together = threading.Barrier(2, timeout=30)
 
     def wait(_):

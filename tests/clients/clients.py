@@ -1,4 +1,4 @@
-"""The clients, one row each: what it is, how it is had, what it speaks and what it cannot do."""
+"""The table of EC2 clients: package, API version, signature, method, unsupported actions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Literal
 from clients.kits import Debian, DebianGo, Kit, Npm, PyPI
 
 UNREAD = "fails on an answer without `progress`, as EC2 gives of a pending task; what it asked for is done"
-# Python 3.12 removed what the copies of `six` in these packages import their modules with.
+# The copies of `six` in these packages import modules in a way that Python 3.12 has removed.
 OLD_SIX = (3, 11)
 GOCODE = "/usr/share/gocode/src/github.com/aws"
 
@@ -17,13 +17,13 @@ class Client:
     """One client of EC2.
 
     Attributes:
-        name: What it is called, with its language where the name does not say it.
-        kit: How it is had and started.
+        name: Its name, with its language if the name does not contain it.
+        kit: How the client is installed and started.
         api_version: The API version that it sends.
         signature: How it signs requests.
         method: The HTTP method that it uses.
         signs_policy: Whether it signs the upload policy itself.
-        cannot: Actions that it has no way to ask for, or whose answer it cannot read, with the reason.
+        cannot: Actions that it cannot request, or whose response it cannot parse, with the reason.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Client:
 
 CLIENTS = (
     Client(name="boto3, newest", kit=PyPI("boto3==1.44.5", "boto3_driver.py")),
-    # 1.9 and older import names that Python 3.10 took out of `collections`.
+    # 1.9 and older import names that Python 3.10 removed from `collections`.
     Client(name="boto3, oldest for Python 3.11", kit=PyPI("boto3==1.10.0", "boto3_driver.py", OLD_SIX)),
     Client(
         name="boto 2",

@@ -1,4 +1,4 @@
-"""One real service for all clients; and what each of them did, as JSON for `scripts/make_clients_table.py`."""
+"""One real service for all clients; writes their results as JSON for `scripts/make_clients_table.py`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from clients.world import World
 from support.service.forked_server import ForkedServer
 
 TABLE = "THRAVE_CLIENTS_TABLE"
-"""The environment variable with the path to write to."""
+"""Environment variable with the path of the results."""
 VERSIONS = pytest.StashKey[dict[str, str]]()
 OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
 

@@ -1,6 +1,6 @@
-"""A client's driver: a small program in the client's own language that does one action with it.
+"""Drivers of the clients: small programs in the client's language that perform one action.
 
-All have one command line, and take the access key and the region from the environment as AWS's own programs do:
+All have the same command line, and read access key and region from the environment, as the AWS tools do:
 
     DRIVER bundle   ENDPOINT INSTANCE BUCKET PREFIX POLICY SIGNATURE    {"id": …, "state": …}
     DRIVER dry-run  ENDPOINT INSTANCE BUCKET PREFIX POLICY SIGNATURE    {"error": "DryRunOperation"}
@@ -9,9 +9,9 @@ All have one command line, and take the access key and the region from the envir
     DRIVER cancel   ENDPOINT BUNDLE-ID                                  {"id": …, "state": …}
     DRIVER version  ENDPOINT                                            {"version": …}
 
-POLICY is the upload policy's JSON; a client that signs it itself (or makes it) lets SIGNATURE be. `describe` filters by
-`s3-prefix`. The answer is one JSON object on standard output. An error of the service is an answer too, with the code
-as the client gives it: {"error": code}. Anything else that goes wrong ends the driver with its own words and a status.
+POLICY is the JSON of the upload policy. A client that creates or signs the policy itself ignores SIGNATURE. `describe`
+filters by `s3-prefix`. The result is one JSON object on stdout. For an error of the service the result is
+{"error": code}, with the code that the client reports. After any other error the driver prints a message and fails.
 """
 
 import json
@@ -38,7 +38,7 @@ class Driver:
     home: str
 
     def __call__(self, action: str, *arguments: str) -> Mapping[str, Any]:
-        """Do an action; give the driver's answer."""
+        """Perform an action; return the driver's result."""
         done = subprocess.run(
             [*self.command.arguments, action, self.endpoint, *arguments],
             env=self._environment(),
@@ -51,7 +51,7 @@ class Driver:
         return json.loads(done.stdout)
 
     def _environment(self) -> dict[str, str]:
-        """Nothing of ours: whoever runs the tests may have credentials and settings for AWS."""
+        """Return an environment without the AWS settings of the account that runs the tests."""
         return {
             "PATH": SYSTEM_PATH,
             "HOME": self.home,

@@ -1,7 +1,7 @@
-"""How each client is had: from PyPI, from npm or from Debian; and the command that runs its driver.
+"""Installs each client from PyPI, npm or Debian, and returns the command that runs its driver.
 
-What is fetched or built is kept in `.cache/clients`, in a folder named after exactly what is in it, so it is fetched
-once. What cannot be had skips the tests of that client, or fails them in CI.
+Downloads and builds are kept in `.cache/clients`, in folders named after their content. If a client cannot be
+installed, its tests are skipped, or fail in CI.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from support.required_programs import require, require_file, unavailable
 
 CACHE = Path(__file__).parents[2] / ".cache" / "clients"
 DRIVERS = Path(__file__).parent / "drivers"
-TIMEOUT = 280  # seconds; fetching or building any one of them takes less than half a minute
+TIMEOUT = 280  # seconds; downloading or building one client takes less than half a minute
 
 
 @dataclass(frozen=True)
 class Command:
-    """An argument vector, and what it needs in its environment."""
+    """An argument vector, and its environment variables."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -35,16 +35,16 @@ class Kit(Protocol):
     """A client and its driver."""
 
     def prepare(self) -> Command:
-        """Get the client, unless it is there; give the driver's command."""
+        """Install the client if needed; return the driver's command."""
         ...
 
 
 @dataclass(frozen=True)
 class PyPI:
-    """A Python package of an exact version, in a virtual environment of its own.
+    """A Python package of an exact version, in its own virtual environment.
 
     Attributes:
-        newest_python: The newest Python that can import it, if it is not the newest of all.
+        newest_python: The newest Python that can import the package; None: any.
     """
 
     requirement: str
@@ -64,12 +64,12 @@ class PyPI:
         run(*pip, "install", "--quiet", "--no-compile", self.requirement)
 
     def _interpreter(self) -> str:
-        """Return a Python that can import the package; skip the test without one, in CI too: nothing is missing."""
+        """Return a Python that can import the package. Without one skip the test, also in CI: no package is missing."""
         if self.newest_python is None or sys.version_info[:2] <= self.newest_python:
             return sys.executable
         major, newest = self.newest_python
         for program in (f"python{major}.{minor}" for minor in range(newest, 7, -1)):
-            # A shim of pyenv is there also for a version that is not selected.
+            # pyenv has a shim also for versions that are not selected.
             if shutil.which(program) and subprocess.run([program, "-c", ""], check=False).returncode == 0:
                 return program
         pytest.skip(f"{self.requirement} needs Python {major}.{newest} or older, and none is here")
@@ -94,7 +94,7 @@ class Npm:
 
 @dataclass(frozen=True)
 class Debian:
-    """A Debian package for a program of Debian's; `holds` is a file of it."""
+    """A Debian package; `holds` is one of its files."""
 
     package: str
     holds: str
@@ -124,12 +124,12 @@ class DebianGo:
     def _build(self, folder: Path) -> None:
         go = require("go", package="golang-go")
         places = {"GOPATH": "/usr/share/gocode", "GOCACHE": str(CACHE / "go-build"), "GO111MODULE": "off"}
-        # Not optimised: the packages are large, and compiling them takes longer than all that is done with them.
+        # Without optimisation: compiling these large packages takes longer than the tests.
         run(go, "build", "-gcflags=all=-N -l", "-o", folder / "driver", DRIVERS / self.driver, environment=places)
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder of that name in the cache; `make` fills it if it is not whole."""
+    """Return a folder of the cache; call `make` to fill it if it is incomplete."""
     folder = CACHE / name.replace("/", "-").replace("==", "-")
     whole = folder / ".whole"
     if not whole.exists():
@@ -141,7 +141,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def run(*words: object, environment: Mapping[str, str] | None = None) -> None:
-    """Run a program that fetches or builds a client."""
+    """Run a program that downloads or builds a client."""
     command = [str(word) for word in words]
     environment = {**os.environ, **(environment or {})}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)

@@ -1,4 +1,4 @@
-"""A TCP relay before the service that changes nothing, and remembers what was sent: what a client really speaks."""
+"""A TCP relay between clients and the service, which records the requests of the clients."""
 
 import re
 import socket
@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 BUFFER = 65536
 
 
-class Spoken(NamedTuple):
-    """What a request says of its sender."""
+class RequestStyle(NamedTuple):
+    """Method, API version and signature of a request."""
 
     method: str
     api_version: str
@@ -20,13 +20,13 @@ class Spoken(NamedTuple):
 
 
 class Relay(socketserver.ThreadingTCPServer):
-    """Passes everything on to `upstream`, a host and port."""
+    """Forwards all data to `upstream`, a host and port."""
 
     daemon_threads = True
     request_queue_size = 32
 
     def __init__(self, upstream: tuple[str, int]) -> None:
-        super().__init__(("127.0.0.1", 0), Passing)
+        super().__init__(("127.0.0.1", 0), ForwardHandler)
         self.upstream = upstream
         self.sent = bytearray()
 
@@ -34,34 +34,34 @@ class Relay(socketserver.ThreadingTCPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def clear(self) -> None:
+        """Delete the recorded requests."""
         self.sent.clear()
 
-    def spoken(self) -> Spoken:
-        """What the requests said of their sender; all must have said the same."""
+    def style(self) -> RequestStyle:
+        """Return method, API version and signature of the recorded requests; all must be equal."""
         requests = bytes(self.sent)
         (method,) = set(re.findall(rb"(?m)^([A-Z]+) /\S* HTTP/1\.1\r", requests))
         (version,) = set(re.findall(rb"[&?\n]Version=([\d-]+)", requests))
         signed = set(re.findall(rb"AWS(4)-HMAC-SHA256 |[&?\n]SignatureVersion=(\d)", requests))
         ((four, other),) = signed
-        return Spoken(method.decode(), version.decode(), f"version {(four or other).decode()}")
+        return RequestStyle(method.decode(), version.decode(), f"version {(four or other).decode()}")
 
 
-class Passing(socketserver.BaseRequestHandler):
+class ForwardHandler(socketserver.BaseRequestHandler):
     """One connection."""
 
     server: Relay
 
     def handle(self) -> None:
         with socket.create_connection(self.server.upstream) as upstream:
-            back = threading.Thread(target=self._pass_on, args=(upstream, self.request), daemon=True)
+            back = threading.Thread(target=self._forward, args=(upstream, self.request), daemon=True)
             back.start()
-            self._pass_on(self.request, upstream, self.server.sent)
+            self._forward(self.request, upstream, self.server.sent)
             back.join()
 
     @staticmethod
-    def _pass_on(source: socket.socket, target: socket.socket, record: bytearray | None = None) -> None:
+    def _forward(source: socket.socket, target: socket.socket, record: bytearray | None = None) -> None:
         try:
             while data := source.recv(BUFFER):
                 if record is not None:
@@ -69,12 +69,12 @@ class Passing(socketserver.BaseRequestHandler):
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
         except OSError:
-            return  # one of the two has hung up
+            return  # one side has closed the connection
 
 
 @contextmanager
 def relaying(url: str):
-    """A relay before the service at `url`."""
+    """Run a relay to the service at `url`."""
     place = urlsplit(url)
     with Relay((place.hostname, place.port)) as relay:
         thread = threading.Thread(target=relay.serve_forever, args=(0.05,))

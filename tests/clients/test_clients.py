@@ -1,9 +1,9 @@
-"""Real, unmodified clients of EC2, each doing the whole job with the service: client by action."""
+"""Unmodified EC2 clients: each action with each client."""
 
 import pytest
 
 from clients.clients import CLIENTS, UNREAD
-from clients.relay import Spoken
+from clients.relay import RequestStyle
 from clients.world import BUCKET
 
 pytestmark = pytest.mark.clients
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.clients
 UNKNOWN_INSTANCE = "i-00000000000000000"
 
 
-def bundles_with_a_policy(world, driver):
+def check_bundle(world, driver):
     instance = world.instance()
     task = driver("bundle", *world.bundling(instance, prefix=instance))
     assert task["state"] == "pending"
@@ -21,45 +21,45 @@ def bundles_with_a_policy(world, driver):
     assert world.stored(instance)
 
 
-def describes_with_a_filter(world, driver):
+def check_describe(world, driver):
     others, wanted = world.instance(), world.instance()
     world.bundle(others, prefix=others)
     bundle_id = world.bundle(wanted, prefix=wanted)
     assert [task["id"] for task in driver("describe", wanted)["tasks"]] == [bundle_id]
 
 
-def waits_until_the_bundle_is_there(world, driver):
+def check_wait(world, driver):
     instance = world.instance()
     bundle_id = world.bundle(instance, prefix=instance)
     assert driver("wait", bundle_id) == {"id": bundle_id, "state": "complete"}
 
 
-def cancels(world, driver):
-    bundle_id = world.bundle(world.deaf_instance(), prefix="cancelled")
+def check_cancel(world, driver):
+    bundle_id = world.bundle(world.unresponsive_instance(), prefix="cancelled")
     task = driver("cancel", bundle_id)
     assert task["id"] == bundle_id
     assert task["state"] in {"cancelling", "failed"}
     assert world.ended(bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
 
 
-def is_told_that_a_dry_run_would_have_succeeded(world, driver):
+def check_dry_run(world, driver):
     instance = world.instance()
     assert driver("dry-run", *world.bundling(instance, prefix=instance)) == {"error": "DryRunOperation"}
     assert world.tasks_of(instance) == []
 
 
-def gives_the_code_of_an_error(world, driver):
+def check_error(world, driver):
     refused = driver("bundle", *world.bundling(UNKNOWN_INSTANCE, prefix="refused"))
     assert refused == {"error": "InvalidInstanceID.NotFound"}
 
 
 SCENARIOS = {
-    "bundle": bundles_with_a_policy,
-    "describe": describes_with_a_filter,
-    "wait": waits_until_the_bundle_is_there,
-    "cancel": cancels,
-    "dry-run": is_told_that_a_dry_run_would_have_succeeded,
-    "error": gives_the_code_of_an_error,
+    "bundle": check_bundle,
+    "describe": check_describe,
+    "wait": check_wait,
+    "cancel": check_cancel,
+    "dry-run": check_dry_run,
+    "error": check_error,
 }
 
 
@@ -68,14 +68,14 @@ SCENARIOS = {
 def test_client_performs_action(world, driver, relay, client, action):
     if action in client.cannot:
         pytest.skip(f"{client.name} {client.cannot[action]}")
-    relay.forget()
+    relay.clear()
     SCENARIOS[action](world, driver)
-    assert relay.spoken() == Spoken(client.method, client.api_version, client.signature)
+    assert relay.style() == RequestStyle(client.method, client.api_version, client.signature)
 
 
 @pytest.mark.parametrize("client", [client for client in CLIENTS if UNREAD in client.cannot.values()], indirect=True)
 def test_action_is_performed_even_if_client_rejects_response(world, driver):
-    instance = world.deaf_instance()
+    instance = world.unresponsive_instance()
     with pytest.raises(AssertionError, match="progress"):
         driver("bundle", *world.bundling(instance, prefix=instance))
     (task,) = world.tasks_of(instance)

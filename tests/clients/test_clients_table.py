@@ -1,4 +1,4 @@
-"""The docs' page of clients is of a run of the clients that the table has now."""
+"""The page of clients has the clients and versions of the current table."""
 
 from pathlib import Path
 

@@ -13,7 +13,7 @@ NAMED = sorted(set(re.findall(r"`([a-z0-9_/]+\.py)(?:: ([A-Za-z_.]+))?`", TEXT))
 
 
 def definitions(node, prefix=""):
-    """Names of all classes and functions below a node, with their classes: `Sealer.parts`."""
+    """Yield names of all classes and functions below a node, qualified by their class: `Sealer.parts`."""
     for child in getattr(node, "body", []):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield prefix + child.name

@@ -1,9 +1,8 @@
-"""Every how-to, pasted as a reader pastes it: all its shell blocks into one shell, in an empty folder.
+"""Runs every how-to as a reader pastes it: all its shell blocks in one shell, in an empty folder.
 
-The reader has Thrave, the AWS CLI, SeaweedFS and the tests' Debian packages on the PATH, and nothing else of ours.
-Ports are exchanged for free ones. PostgreSQL, which refuses to run as root, and a host that was set up for good (its
-folders, its user, its unit, a guest) are replaced by the tests' own. Lines that are indented change a host as root, or
-are typed in a guest, and are not run.
+The PATH has Thrave, the AWS CLI, SeaweedFS and the Debian packages of the tests. Ports are replaced by free ones.
+PostgreSQL, which refuses to run as root, and the permanent parts of a host (folders, user, systemd unit, guest) are
+replaced by those of the tests. Indented lines change a host as root or belong in a guest; they are not run.
 """
 
 import os
@@ -35,13 +34,13 @@ WEED = "-s3.port=8333"
 STORE_PORT = "8333"
 DATABASE = "postgresql://thrave@127.0.0.1:5432/thrave"
 POSTGRES = "\n".join(f"{program}() {{ :; }}" for program in ("initdb", "pg_ctl", "createdb"))
-"""What stands for the programs of PostgreSQL."""
+"""Replaces the programs of PostgreSQL."""
 # On a busy machine QEMU cannot measure how long a passphrase's key takes, and gives up.
 AGAIN = 'qemu-img() { for _ in 1 2 3 4 5; do command qemu-img "$@" && return; done; return 1; }'
 LIBVIRT = 'hypervisor = "libvirt"'
-"""What a how-to says that needs libvirt."""
+"""Text of a how-to that needs libvirt."""
 GUEST = "win-web"
-"""The domain that how-tos are about; it runs, and nobody has adopted it."""
+"""The domain in the how-tos; it runs and is not adopted."""
 START = "systemctl enable --now thrave"
 UNIT = ROOT / "packaging" / "systemd" / "thrave.service"
 
@@ -63,7 +62,7 @@ def test_howto_stops_at_first_error(howto):
 
 
 def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
-    """Return a how-to with this machine's free ports, and with what replaces its database and its host."""
+    """Return a how-to with free ports, and with replacements for its database and host."""
     port, store, *others = map(str, free_ports(8, above=10000))
     weed, proxies = others[:3], others[3:]
     text = text.replace(PORT, port)
@@ -93,7 +92,7 @@ def as_here(text: str, folder: Path, request: pytest.FixtureRequest) -> str:
 
 
 def libvirt_of(script: str, folder: Path, request: pytest.FixtureRequest) -> dict[str, str]:
-    """Where a how-to finds libvirt, and the guest there if it does something with one."""
+    """Return the environment in which a how-to finds libvirt; start the guest if the how-to uses one."""
     host = request.getfixturevalue("libvirtd")
     if GUEST in script:
         guest = Domain(host, GUEST, folder / GUEST, request.getfixturevalue("guest"), "000000000000")
@@ -104,7 +103,7 @@ def libvirt_of(script: str, folder: Path, request: pytest.FixtureRequest) -> dic
 
 
 def run(script: str, folder: Path, *, uses_systemd: bool, **environment: str) -> tuple[int, str]:
-    """Run a script in a session of its own, and see that what it started, but for a unit of systemd, ends with it."""
+    """Run a script in a new session. Fail if a process that it started, except a systemd unit, outlives it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "THRAVE_"))}
     output = folder.parent / f"{folder.name}.txt"
@@ -123,7 +122,7 @@ def run(script: str, folder: Path, *, uses_systemd: bool, **environment: str) ->
             if not uses_systemd:
                 eventually(lambda: not running(shell.pid), "everything that the how-to started has ended")
         finally:
-            with suppress(ProcessLookupError):  # nothing is left of it
+            with suppress(ProcessLookupError):  # no process remains
                 os.killpg(shell.pid, signal.SIGKILL)
     return status, output.read_text()
 

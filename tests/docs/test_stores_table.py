@@ -1,4 +1,4 @@
-"""The page of stores has what the doctor tries of a store today."""
+"""The page of stores has the current checks of the doctor."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from support.disks.block_devices import loop_device
-from support.disks.qemu_images import converted, encrypted, qemu_io, secret_beside, written_to
+from support.disks.qemu_images import converted, encrypted, passphrase_file_of, qemu_io, written_to
 from thrave.volumes.base import Extent
 from thrave.volumes.errors import VolumeEncryptedError, VolumeInUseError
 from thrave.volumes.formats import open_volume
@@ -48,7 +48,7 @@ def test_lock_covers_the_device_node_only(device, nbd, tmp_path):
 
 @pytest.mark.parametrize("image_format", ["qcow2", "luks"])
 def test_open_volume_reads_image_on_a_device(raw, image_format, nbd):
-    secret_file = secret_beside(raw)
+    secret_file = passphrase_file_of(raw)
     image = encrypted(raw, image_format, secret_file)
     os.truncate(image, 16 << 20)
     with loop_device(image) as device, open_volume(device, image_format, secret_file=secret_file) as volume:
@@ -63,7 +63,7 @@ def test_qcow2_on_a_device_has_holes(raw, nbd):
 
 
 def test_open_volume_rejects_device_as_passphrase_file(device, raw, nbd):
-    image = encrypted(raw, "luks", secret_beside(raw))
+    image = encrypted(raw, "luks", passphrase_file_of(raw))
     with (
         pytest.raises(VolumeEncryptedError, match=f"{device} is not a regular file"),
         open_volume(image, "luks", secret_file=device),

@@ -10,8 +10,8 @@ from support.disks.qemu_images import (
     converted,
     encrypted,
     encrypted_overlay,
+    passphrase_file_of,
     qemu_img,
-    secret_beside,
     secret_object,
     written_to,
 )
@@ -25,7 +25,7 @@ BOTH = pytest.mark.parametrize("image_format", ["qcow2", "luks"])
 
 @pytest.fixture
 def secret_file(raw):
-    return secret_beside(raw)
+    return passphrase_file_of(raw)
 
 
 def content(image, image_format, secret_file):
@@ -139,7 +139,7 @@ def test_file_name_is_never_taken_for_an_option(raw, tmp_path):
     folder = tmp_path / "a,b=c, d"
     folder.mkdir()
     disk = raw.rename(folder / "x,y.raw")
-    secret_file = secret_beside(disk)
+    secret_file = passphrase_file_of(disk)
     base = encrypted(disk, "luks", secret_file)
     top = encrypted_overlay(base, "luks", disk.stat().st_size, secret_file)
     assert content(top, "qcow2", secret_file) == disk.read_bytes()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.disks.qemu_images import PASSPHRASE, converted, encrypted, qemu_img, secret_beside
+from support.disks.qemu_images import PASSPHRASE, converted, encrypted, passphrase_file_of, qemu_img
 from thrave.volumes import vhd_headers
 from thrave.volumes.errors import ImageRefusedError, VolumeError, VolumeUnreadableError
 from thrave.volumes.formats import FORMATS, open_volume, read_metadata
@@ -146,7 +146,7 @@ def qcow2_cut(raw):
 
 @makes("qcow2", "encrypted")
 def qcow2_encrypted(raw):
-    return encrypted(raw, "qcow2", secret_beside(raw))
+    return encrypted(raw, "qcow2", passphrase_file_of(raw))
 
 
 # --- vmdk

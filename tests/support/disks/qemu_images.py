@@ -52,10 +52,10 @@ def written_to(image: object, image_format: str | None, *options: str) -> Iterat
 
 
 def converted(raw: Path, image_format: str, *options: str) -> Path:
-    """The same disk in another format, beside the raw image; luks has its passphrase in `secret_beside` it."""
+    """The same disk in another format, beside the raw image; luks has its passphrase in `passphrase_file_of` it."""
     image = raw.with_suffix(f".{image_format}")
     if image_format == "luks":
-        return encrypted(raw, image_format, secret_beside(raw))
+        return encrypted(raw, image_format, passphrase_file_of(raw))
     qemu_img("convert", "-f", "raw", "-O", image_format, *options, raw, image)
     return image
 
@@ -95,7 +95,7 @@ def _empty_encrypted(image_format: str) -> bytes:
     """An empty encrypted image, of luks the header alone. Made once: QEMU measures the processor for seconds."""
     with TemporaryDirectory() as folder:
         image = Path(folder) / "image"
-        secret_file = secret_beside(image)
+        secret_file = passphrase_file_of(image)
         words = ("-f", image_format, "-o", _MADE_WITH[image_format], image, _EMPTY_SIZE)
         while True:
             try:
@@ -109,7 +109,7 @@ def _empty_encrypted(image_format: str) -> bytes:
     return content[:-_EMPTY_SIZE] if image_format == "luks" else content
 
 
-def secret_beside(path: Path) -> Path:
+def passphrase_file_of(path: Path) -> Path:
     """A file with the passphrase."""
     secret_file = path.with_name("passphrase")
     secret_file.write_text(PASSPHRASE)
