@@ -1,4 +1,4 @@
-"""Settings: an invalid one is reported with its source, in our words, and without its value."""
+"""Settings: errors name the source and not the value; precedence; limits."""
 
 import os
 import subprocess
@@ -79,7 +79,7 @@ def refused(tmp_path, monkeypatch):
         (f's3_endpoint = "https://{"a" * 64}.example"\n', "s3_endpoint: the host is not a valid host name"),
     ],
 )
-def test_wrong_file_is_reported_with_file_and_line(refused, text, says):
+def test_invalid_file_is_reported_with_file_and_line(refused, text, says):
     assert says in refused(text)
 
 
@@ -95,15 +95,15 @@ def test_wrong_file_is_reported_with_file_and_line(refused, text, says):
         ("THRAVE_X", "y", "THRAVE_X: unknown setting"),
     ],
 )
-def test_wrong_variable_is_reported_by_its_name(refused, variable, value, says):
+def test_invalid_variable_is_reported_by_its_name(refused, variable, value, says):
     assert says in refused(environment={variable: value})
 
 
-def test_wrong_option_is_reported_by_its_name(refused):
+def test_invalid_option_is_reported_by_its_name(refused):
     assert refused(listen_port=70000).startswith("--listen-port: must be a whole number, 65535 or less")
 
 
-def test_wrong_value_is_reported_although_another_takes_precedence(refused):
+def test_invalid_value_is_reported_also_if_another_takes_precedence(refused):
     assert "line 1: listen_port" in refused('listen_port = "eighty"\n', {"THRAVE_LISTEN_PORT": "1"}, listen_port=2)
 
 
@@ -156,7 +156,7 @@ def test_usable_times_are_accepted(settings):
         {"heartbeat_interval": 150.0, "heartbeat_timeout": 600.0, "s3_timeout": 300.0},
     ],
 )
-def test_one_lost_heartbeat_stops_no_upload(settings):
+def test_one_lost_heartbeat_does_not_stop_uploads(settings):
     """After a heartbeat that was accepted a piece may still be sent when the second one after it is due."""
     accepted = load_settings(None, **FLEET, **settings)
     now = 0.0
@@ -184,13 +184,13 @@ def test_list_in_the_environment_is_json(monkeypatch):
     assert load_settings(None).sysprep_command == ("shutdown", "/s")
 
 
-def test_variable_of_an_instances_command_is_no_setting(monkeypatch):
+def test_variables_of_instance_commands_are_ignored(monkeypatch):
     monkeypatch.setenv("THRAVE_INSTANCE_ID", "i-0123456789abcdef0")
     assert load_settings(None) == Settings()
 
 
 @pytest.mark.parametrize("command", ["serve", "doctor"])
-def test_wrong_setting_is_reported_before_the_service_is_imported(command):
+def test_invalid_setting_is_reported_before_the_service_is_imported(command):
     code = (
         "import sys; from thrave.cli.main import main\n"
         "try: main()\n"
@@ -202,7 +202,7 @@ def test_wrong_setting_is_reported_before_the_service_is_imported(command):
     assert (run.returncode, run.stdout) == (2, "[]\n"), run.stderr
 
 
-def test_every_number_has_an_end(refused):
+def test_every_number_has_a_maximum(refused):
     """What date arithmetic and timers cannot take is refused with the setting's name, not later by them."""
     numbers = [name for name, field in Settings.model_fields.items() if field.annotation in {int, float}]
     assert len(numbers) > 10
@@ -210,13 +210,13 @@ def test_every_number_has_an_end(refused):
         assert f"line 1: {name}: must be " in refused(f"{name} = 1{'0' * 20}\n")
 
 
-def test_a_list_in_the_environment_that_is_nested_too_deeply_is_refused(refused):
+def test_list_in_the_environment_with_deep_nesting_is_refused(refused):
     assert "THRAVE_SYSPREP_COMMAND: must be a list as JSON" in refused(
         environment={"THRAVE_SYSPREP_COMMAND": "[" * 100_000}
     )
 
 
-def test_an_empty_variable_is_refused(refused):
+def test_empty_variable_is_refused(refused):
     """As a path it would be the working directory."""
     assert "THRAVE_DATA_DIR: must not be empty" in refused(environment={"THRAVE_DATA_DIR": ""})
 

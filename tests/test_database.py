@@ -1,4 +1,4 @@
-"""What the database's errors may say, and what finding nothing costs."""
+"""Errors of the database, its clock, and the cost of looking up keys."""
 
 import sqlite3
 import time
@@ -28,13 +28,13 @@ WITH_THIS_MACHINES_CLOCK = {
 }
 
 
-def test_times_that_machines_compare_are_not_set_by_their_own_clocks():
+def test_times_that_machines_compare_use_the_clock_of_the_database():
     root = Path(thrave.database.__file__).parent
     users = {path.relative_to(root) for path in root.rglob("*.py") if "utc_now" in path.read_text()}
     assert {path for path in users if not {path.parts[0], path.name} & WITH_THIS_MACHINES_CLOCK} == set()
 
 
-def test_an_error_does_not_repeat_what_was_to_be_stored(engine):
+def test_error_of_a_statement_hides_its_parameters(engine):
     row = {"account_id": "1" * 12, "name": "alice", "certificate": "a-secret", "create_date": utc_now()}
     with engine.begin() as connection:
         connection.execute(sa.insert(account).values(**row))
@@ -70,7 +70,7 @@ class SqliteBefore342(sqlite3.Connection):
 
 
 @pytest.mark.parametrize("factory", [sqlite3.Connection, SqliteBefore342])
-def test_any_sqlite_engine_has_unixepoch_with_fractions_in_statements_and_defaults(factory):
+def test_sqlite_engine_has_unixepoch_with_fractions(factory):
     # An engine that is not ours: the task engine creates its own.
     engine = sa.create_engine("sqlite://", connect_args={"factory": factory})
     before = time.time() - 1  # SQLite cuts milliseconds off
@@ -92,7 +92,7 @@ def failing(engine, statement):
     return failure.value
 
 
-def test_a_locked_database_is_unavailable(engine, tmp_path):
+def test_is_unavailable_accepts_locked_database(engine, tmp_path):
     quick = sa.create_engine(f"sqlite:///{tmp_path / 'thrave.db'}", connect_args={"timeout": 0})
     with engine.begin() as connection:
         connection.execute(sa.insert(account).values(account_id="1" * 12, name="a", create_date=utc_now()))
@@ -100,7 +100,7 @@ def test_a_locked_database_is_unavailable(engine, tmp_path):
     quick.dispose()
 
 
-def test_a_full_or_damaged_database_is_unavailable(tmp_path):
+def test_is_unavailable_accepts_full_or_damaged_database(tmp_path):
     small = sa.create_engine(f"sqlite:///{tmp_path / 'small.db'}")
     with small.begin() as connection:
         connection.execute(sa.text("CREATE TABLE t (a BLOB)"))
@@ -112,13 +112,13 @@ def test_a_full_or_damaged_database_is_unavailable(tmp_path):
     assert is_unavailable(failing(sa.create_engine(f"sqlite:///{tmp_path}/no/such/folder/x.db"), "SELECT 1"))
 
 
-def test_a_wrong_statement_is_a_fault_of_the_program(engine):
+def test_is_unavailable_rejects_wrong_statement(engine):
     assert not is_unavailable(failing(engine, "SELECT * FROM no_such_table"))
     assert not is_unavailable(failing(engine, "INSERT INTO account (name) VALUES (NULL)"))
     assert not is_unavailable(ValueError())
 
 
-def test_a_library_that_opens_the_database_itself_does_not_wait_for_a_dead_server():
+def test_with_timeouts_limits_the_wait_for_a_dead_server():
     url = sa.make_url(with_timeouts("postgresql://thrave:secret@db.example/thrave?connect_timeout=3"))
     assert (url.password, url.query["connect_timeout"]) == ("secret", "3")
     assert {"tcp_user_timeout", "keepalives_idle", "keepalives_interval", "keepalives_count"} <= url.query.keys()

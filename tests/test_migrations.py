@@ -1,4 +1,4 @@
-"""The migrations make the tables of `database.py`, and their file names give their order."""
+"""The migrations create the tables of `database.py`, in the order of their file names."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def definitions(engine):
 
 
 @pytest.mark.filterwarnings("ignore:.*expression-based index")  # SQLite cannot show it
-def test_the_migrations_end_in_the_tables_of_this_release(engine):
+def test_migrations_end_with_the_tables_of_this_release(engine):
     migrate(engine)
     with engine.connect() as connection:
         options = {"version_table": "thrave_version", "compare_type": True}
@@ -47,7 +47,7 @@ def test_the_migrations_end_in_the_tables_of_this_release(engine):
     assert differences == []
 
 
-def test_migrations_make_the_same_tables_and_indexes_as_the_metadata(engine, tmp_path):
+def test_migrations_create_the_same_tables_and_indexes_as_the_metadata(engine, tmp_path):
     """Also what Alembic does not compare: server defaults, conditions of indexes, an index on an expression."""
     migrate(engine)
     direct = open_engine(f"sqlite:///{tmp_path}/direct.db")
@@ -56,7 +56,7 @@ def test_migrations_make_the_same_tables_and_indexes_as_the_metadata(engine, tmp
     direct.dispose()
 
 
-def test_the_migrations_that_the_names_of_the_files_give_are_those_that_alembic_finds(engine):
+def test_migrations_by_file_name_are_those_of_alembic(engine):
     scripts = ScriptDirectory(str(MIGRATIONS))
     known = [script.revision for script in scripts.walk_revisions()]
     with engine.connect() as connection:
@@ -66,7 +66,7 @@ def test_the_migrations_that_the_names_of_the_files_give_are_those_that_alembic_
         assert migrations(connection) == (known[-1], known)
 
 
-def test_migrating_again_changes_nothing(engine):
+def test_migrate_again_changes_nothing(engine):
     migrate(engine)
     migrate(engine)
     with engine.connect() as connection:

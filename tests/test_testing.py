@@ -1,11 +1,11 @@
-"""What other people's tests have of Thrave: the fixture of pytest's, with a service of its own."""
+"""The pytest fixture for tests of other projects."""
 
 import signal
 
 from thrave import pytest_plugin
 
 
-def test_the_fixture_gives_a_service_in_a_process_of_its_own_and_stops_it(tmp_path):
+def test_fixture_runs_a_service_and_stops_it(tmp_path):
     fixture = pytest_plugin.thrave_server.__wrapped__(tmp_path)
     server = next(fixture)
     assert server.process.args[1:4] == ["-m", "thrave", "serve"]

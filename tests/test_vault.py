@@ -1,4 +1,4 @@
-"""The vault keeps secrets apart from the database, and one context's from another's."""
+"""The vault: encryption bound to a key and a context, and its key file."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +24,7 @@ def test_decrypt_returns_secret_in_same_context(secret, context):
     assert vault.decrypt(vault.encrypt(secret, context=context), context=context) == secret
 
 
-def test_an_encrypted_secret_does_not_show_the_secret_and_is_another_each_time():
+def test_encrypt_hides_the_secret_and_returns_a_new_token_each_time():
     vault = Vault(KEY)
     first, second = (vault.encrypt(b"wJalrXUtnFEMI", context="a") for _ in range(2))
     assert b"wJalrXUtnFEMI" not in first
@@ -38,13 +38,13 @@ def test_decrypt_refuses_other_context():
         vault.decrypt(token, context="access key of account 2")
 
 
-def test_another_vaults_secret_does_not_open():
+def test_decrypt_refuses_token_of_another_vault():
     with pytest.raises(DecryptError):
         Vault(os.urandom(32)).decrypt(Vault(KEY).encrypt(b"secret", context="a"), context="a")
 
 
 @pytest.mark.parametrize("position", [0, 1, 12, 13, 20, -1])
-def test_a_changed_token_does_not_open(position):
+def test_decrypt_refuses_changed_token(position):
     token = bytearray(Vault(KEY).encrypt(b"secret", context="a"))
     token[position] ^= 1
     with pytest.raises(DecryptError):
@@ -52,16 +52,16 @@ def test_a_changed_token_does_not_open(position):
 
 
 @given(st.binary(max_size=64))
-def test_arbitrary_tokens_are_refused_with_our_error_only(token):
+def test_decrypt_of_arbitrary_tokens_raises_only_decrypt_error(token):
     with pytest.raises(DecryptError):
         Vault(KEY).decrypt(token, context="a")
 
 
-def test_the_key_file_is_made_once_with_32_bytes_for_the_owner_alone(key_file):
+def test_open_or_create_creates_a_private_key_file_once(key_file):
     token = Vault.open_or_create(key_file).encrypt(b"secret", context="a")
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert key_file.stat().st_size == 32
-    assert [*key_file.parent.iterdir()] == [key_file], "nothing is left beside it"
+    assert [*key_file.parent.iterdir()] == [key_file], "no other file remains"
     assert Vault.open_or_create(key_file).decrypt(token, context="a") == b"secret"
 
 
@@ -69,7 +69,7 @@ def _encrypt_in_another_process(key_file: Path) -> bytes:
     return Vault.open_or_create(key_file).encrypt(b"secret", context="a")
 
 
-def test_processes_that_make_the_key_at_the_same_time_share_one_key(key_file):
+def test_open_or_create_in_parallel_creates_one_key(key_file):
     with ProcessPoolExecutor(4) as pool:
         tokens = [*pool.map(_encrypt_in_another_process, [key_file] * 8)]
     vault = Vault.open_or_create(key_file)
@@ -77,7 +77,7 @@ def test_processes_that_make_the_key_at_the_same_time_share_one_key(key_file):
 
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(33)])
-def test_a_file_that_is_no_vault_key_is_refused_and_left_alone(key_file, content):
+def test_open_or_create_refuses_other_file_and_keeps_it(key_file, content):
     key_file.write_bytes(content)
     key_file.chmod(0o600)
     with pytest.raises(VaultKeyError, match=r"vault\.key is not a vault's key file"):
@@ -86,13 +86,13 @@ def test_a_file_that_is_no_vault_key_is_refused_and_left_alone(key_file, content
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
-def test_a_key_file_that_others_may_read_is_refused(key_file, mode):
+def test_open_refuses_key_file_readable_by_others(key_file, mode):
     Vault.open_or_create(key_file)
     key_file.chmod(mode)
     with pytest.raises(VaultKeyError, match="chmod 600"):
         Vault.open_or_create(key_file)
 
 
-def test_a_folder_that_is_not_there_is_said_clearly(tmp_path):
+def test_open_or_create_reports_missing_folder(tmp_path):
     with pytest.raises(VaultError, match="cannot be used"):
         Vault.open_or_create(tmp_path / "none" / "vault.key")

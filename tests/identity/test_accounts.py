@@ -1,4 +1,4 @@
-"""Accounts, their access keys and the rules of both, on a real database."""
+"""Accounts and their access keys, on a real database."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +66,7 @@ def test_create_rejects_invalid_certificate(accounts, certificate):
     assert accounts.list() == []
 
 
-def test_create_does_not_store_private_key_beside_certificate(accounts, engine):
+def test_create_stores_certificate_without_private_key(accounts, engine):
     certificate, private_key = new_certificate("alice")
     account, _ = accounts.create("alice", certificate=private_key + certificate)
     assert accounts.get(account.account_id).certificate == certificate

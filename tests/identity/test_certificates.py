@@ -1,4 +1,4 @@
-"""Which certificates and private keys are taken, and what the new ones are."""
+"""Accepted certificates and private keys, and new ones."""
 
 import contextlib
 import datetime as dt
@@ -24,7 +24,7 @@ def _rsa_key(bits):
     return rsa.generate_private_key(public_exponent=65537, key_size=bits)
 
 
-def _certificate(key, common_name="somebody"):
+def _certificate(key, common_name="alice"):
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
     long_ago = dt.datetime(2006, 1, 1, tzinfo=dt.UTC)
     algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
@@ -63,7 +63,7 @@ OTHER_KEYS = [ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey
 
 
 @pytest.mark.parametrize("key", OTHER_KEYS, ids=["ECDSA", "Ed25519"])
-def test_load_names_key_type_that_is_not_rsa(key):
+def test_load_rejects_key_that_is_not_rsa(key):
     with pytest.raises(MalformedCertificate, match="not RSA"):
         load_certificate(_certificate(key))
     with pytest.raises(MalformedPrivateKey, match="not RSA"):
@@ -79,7 +79,7 @@ def test_load_rejects_key_below_1024_bits():
         load_certificate(pem)
 
 
-def test_load_private_key_with_passphrase_says_how_to_remove_it():
+def test_load_private_key_error_says_how_to_remove_a_passphrase():
     locked = _rsa_key(1024).private_bytes(PEM, PKCS8, serialization.BestAvailableEncryption(b"passphrase"))
     with pytest.raises(MalformedPrivateKey, match="openssl pkey"):
         load_private_key(locked)
@@ -96,7 +96,7 @@ def test_load_rejects_text_that_is_not_pem(pem):
         load_private_key(pem)
 
 
-def test_load_does_not_mix_up_certificate_and_private_key():
+def test_load_distinguishes_certificate_and_private_key():
     certificate, key = new_certificate("alice")
     with pytest.raises(MalformedCertificate):
         load_certificate(key)
@@ -104,9 +104,9 @@ def test_load_does_not_mix_up_certificate_and_private_key():
         load_private_key(certificate)
 
 
-@pytest.mark.filterwarnings("ignore")  # cryptography warns of oddities that it reads all the same
+@pytest.mark.filterwarnings("ignore")  # cryptography warns of defects that it accepts
 @given(position=st.integers(0, 600), value=st.characters(codec="ascii"))
-def test_load_damaged_certificate_raises_only_our_error(damaged, position, value):
+def test_load_damaged_certificate_raises_only_malformed_certificate(damaged, position, value):
     pem = damaged[:position] + value + damaged[position + 1 :]
     with contextlib.suppress(MalformedCertificate):
         load_certificate(pem)

@@ -1,4 +1,4 @@
-"""Which policies are refused when they are stored, and with which reason; and that the others are not."""
+"""Policies that are refused when they are stored, with the reason, and policies that are accepted."""
 
 import json
 import re

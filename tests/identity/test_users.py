@@ -97,7 +97,7 @@ def test_find_key_distinguishes_user_key_from_account_key(users, accounts, acme)
     assert accounts.list_keys(acme, bob) == [key]
 
 
-def test_create_key_allows_two_keys_per_user_beside_those_of_the_account(users, accounts, acme):
+def test_create_key_allows_two_keys_per_user_in_addition_to_the_accounts(users, accounts, acme):
     bob = users.create(acme, "bob")
     accounts.create_key(acme)
     keys = [accounts.create_key(acme, bob), accounts.create_key(acme, bob)]

@@ -1,4 +1,4 @@
-"""What a host is given (`packaging/`), looked at with systemd's own programs; no unit is started."""
+"""The files of `packaging/` for a host, checked with programs of systemd; no unit is started."""
 
 import re
 import shlex
@@ -72,20 +72,20 @@ def with_drop_ins():
 
 
 @pytest.mark.parametrize(("unit", "drop_ins"), with_drop_ins())
-def test_systemd_finds_nothing_wrong_with_a_unit(analyze, installed, unit, drop_ins):
+def test_unit_passes_systemd_analyze_verify(analyze, installed, unit, drop_ins):
     status, said = analyze("verify", "--man=no", "--recursive-errors=no", str(installed(unit, *drop_ins)))
     assert (status, [line for line in said.splitlines() if "thrave" in line]) == (0, [])
 
 
 @pytest.mark.parametrize(("unit", "drop_ins"), with_drop_ins())
-def test_a_unit_has_few_rights(analyze, installed, unit, drop_ins):
+def test_unit_passes_systemd_analyze_security(analyze, installed, unit, drop_ins):
     highest = FOR_DISKS if [path.stem for path in drop_ins] == ["block-devices"] else HIGHEST_EXPOSURE
     path = installed(unit, *drop_ins)
     status, said = analyze("security", "--offline=yes", f"--threshold={highest * 10:.0f}", "--no-pager", str(path))
     assert status == 0, said
 
 
-def test_the_bar_is_one_that_a_unit_without_a_sandbox_does_not_pass(analyze, tmp_path):
+def test_unit_without_sandbox_fails_systemd_analyze_security(analyze, tmp_path):
     bare = tmp_path / "bare.service"
     bare.write_text(f"[Service]\nExecStart={HERE}\n")
     status, _ = analyze("security", "--offline=yes", f"--threshold={FOR_DISKS * 10:.0f}", "--no-pager", str(bare))
@@ -98,7 +98,7 @@ def sandbox(unit):
     return {line for line in lines if line and not line.startswith("#")}
 
 
-def test_units_that_see_disks_have_one_sandbox_and_the_api_a_narrower_one():
+def test_units_with_disks_share_a_sandbox_and_the_api_has_a_narrower_one():
     agent, api, serve = map(sandbox, UNITS)
     assert agent == serve
     assert api - serve == {"PrivateUsers=yes"}
@@ -106,7 +106,7 @@ def test_units_that_see_disks_have_one_sandbox_and_the_api_a_narrower_one():
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
-def test_a_unit_starts_a_command_that_there_is(unit, tmp_path):
+def test_unit_starts_an_existing_command(unit, tmp_path):
     (argv,) = re.findall(r"^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
     words = shlex.split(argv.replace("/etc/thrave/thrave.toml", str(PACKAGING / "thrave.toml")))
     assert words[0] == ON_THE_HOST
@@ -131,12 +131,12 @@ def test_agent_ends_with_exit_codes_of_the_table():
     assert Exit.START_AGAIN not in NO_RESTART
 
 
-def test_the_settings_to_begin_with_are_settings():
+def test_sample_settings_are_valid():
     settings = load_settings(PACKAGING / "thrave.toml")
     assert (settings.hypervisor, settings.data_dir) == ("libvirt", Path("/var/lib/thrave"))
 
 
-def test_what_is_commented_out_are_settings_too(tmp_path):
+def test_commented_sample_settings_are_valid(tmp_path):
     whole = re.sub(r"^# (\w+ = )", r"\1", (PACKAGING / "thrave.toml").read_text(), flags=re.MULTILINE)
     (tmp_path / "thrave.toml").write_text(whole)
     settings = load_settings(tmp_path / "thrave.toml")
@@ -144,7 +144,7 @@ def test_what_is_commented_out_are_settings_too(tmp_path):
     assert settings.database_url is not None
 
 
-def test_users_and_folders_are_made(tmp_path):
+def test_sysusers_and_tmpfiles_create_users_and_folders(tmp_path):
     require_root("give folders away")
     sysusers = require("systemd-sysusers", package="systemd")
     tmpfiles = require("systemd-tmpfiles", package="systemd")

@@ -1,4 +1,4 @@
-"""What `make` runs before anything is installed: scripts/make-venv and scripts/system-packages."""
+"""scripts/make-venv and scripts/system-packages, which `make` runs before anything is installed."""
 
 import os
 import pty
@@ -40,7 +40,7 @@ def environment(tmp_path, **more):
     return {**without_ci, "PATH": f"{tmp_path}/programs:{os.environ['PATH']}", **more}
 
 
-def test_system_packages_without_rights_prints_the_command_to_type(programs, tmp_path):
+def test_system_packages_without_root_prints_the_command(programs, tmp_path):
     run = subprocess.run(
         [SYSTEM_PACKAGES, "one", "two"], env=environment(tmp_path), stdin=subprocess.DEVNULL,
         capture_output=True, text=True, check=True,
@@ -49,7 +49,7 @@ def test_system_packages_without_rights_prints_the_command_to_type(programs, tmp
     assert "apt-get " not in programs.calls()
 
 
-def test_system_packages_without_rights_fails_in_ci(programs, tmp_path):
+def test_system_packages_without_root_fails_in_ci(programs, tmp_path):
     run = subprocess.run(
         [SYSTEM_PACKAGES, "one"], env=environment(tmp_path, CI="true"), stdin=subprocess.DEVNULL,
         capture_output=True, check=False,
@@ -57,7 +57,7 @@ def test_system_packages_without_rights_fails_in_ci(programs, tmp_path):
     assert run.returncode == 1
 
 
-def test_system_packages_uses_a_sudo_that_asks_for_no_password(programs, tmp_path):
+def test_system_packages_uses_sudo_without_password(programs, tmp_path):
     (tmp_path / "trusted").touch()
     subprocess.run([SYSTEM_PACKAGES, "one"], env=environment(tmp_path), stdin=subprocess.DEVNULL, check=True)
     assert re.search(r"^apt-get .*install .*one", programs.calls(), re.MULTILINE)
@@ -77,13 +77,13 @@ def test_system_packages_lets_sudo_ask_for_a_password_on_a_terminal(programs, tm
 def test_make_venv_replaces_an_environment_without_pip(tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    (venv / "left-over").touch()
+    (venv / "old").touch()
     subprocess.run([MAKE_VENV, sys.executable, venv], check=True)
     subprocess.run([venv / "bin/python", "-m", "pip", "--version"], check=True)
     (venv / "kept").touch()
     subprocess.run([MAKE_VENV, sys.executable, venv], check=True)
     assert (venv / "kept").exists()
-    assert not (venv / "left-over").exists()
+    assert not (venv / "old").exists()
 
 
 def test_make_venv_without_python_names_the_packages(tmp_path):
@@ -105,7 +105,7 @@ def test_make_venv_rejects_a_python_that_is_too_old(programs, tmp_path):
     assert "Python 3.9.2 is too old: Thrave needs Python 3.11 or newer" in run.stderr
 
 
-def test_make_venv_leaves_nothing_and_names_the_package_when_python_cannot_make_one(programs, tmp_path):
+def test_make_venv_creates_nothing_and_names_the_package_without_ensurepip(programs, tmp_path):
     programs("python3.99", '[ "$2" != "import ensurepip, venv" ]')
     run = subprocess.run(
         [MAKE_VENV, "python3.99", tmp_path / "venv"], env=environment(tmp_path), stdin=subprocess.DEVNULL,

@@ -81,7 +81,7 @@ def can_read(image):
     return as_thrave("dd", f"if={image}", "of=/dev/null", "count=1")
 
 
-def test_an_image_can_be_read_whether_its_guest_runs_or_not(host, image):
+def test_service_user_reads_an_image_of_a_running_or_stopped_guest(host, image):
     define(host, "win-web", image)
     assert not can_read(image)
     give_rights("bundle-libvirt-guests.md", image)
@@ -93,7 +93,7 @@ def test_an_image_can_be_read_whether_its_guest_runs_or_not(host, image):
     assert not as_thrave("touch", image)
 
 
-def test_an_overlay_can_be_made_run_on_and_merged_also_after_a_power_loss(host, image):
+def test_service_user_creates_and_merges_an_overlay_also_after_a_power_loss(host, image):
     give_rights("keep-guests-running.md", image)
     overlay = image.with_name(f".{IMAGE}.thrave.qcow2")
     assert as_thrave("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", overlay)

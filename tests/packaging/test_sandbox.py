@@ -1,4 +1,4 @@
-"""What a unit's sandbox lets a service do: everything that a bundle needs, and little else.
+"""The sandbox of a unit allows what a bundle needs, and little else.
 
 The whole service, bundling a real guest in it, is the how-to's (`tests/docs/test_howtos.py`).
 """
@@ -52,15 +52,15 @@ commit("i-00000000", overlay, time.sleep)
 
 
 def python(code, *words, writable):
-    """Run code in the sandbox; give its status and what it said."""
+    """Run code in the sandbox; return its status and output."""
     argv = confined(UNIT, [writable], [sys.executable, "-c", code, *map(str, words)])
-    # A coverage that counts in every process could not write down there what it has seen.
+    # Coverage in the process could not write its results there.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, cwd=writable, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_what_nothing_needs_is_refused(tmp_path):
+def test_sandbox_refuses_unneeded_operations(tmp_path):
     status, said = python(FORBIDDEN, writable=tmp_path)
     assert status == 0, said
     assert said.splitlines() == [
@@ -74,7 +74,7 @@ def test_what_nothing_needs_is_refused(tmp_path):
     ]
 
 
-def test_an_image_is_read_and_its_ntfs_surveyed(tmp_path):
+def test_sandbox_allows_reading_an_image_and_scanning_ntfs(tmp_path):
     pytest.importorskip("pytsk3")
     disk, image = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
     make_demo_disk(disk, 64 << 20)
@@ -85,7 +85,7 @@ def test_an_image_is_read_and_its_ntfs_surveyed(tmp_path):
     assert 0 < int(said) < disk.stat().st_blocks * 512
 
 
-def test_an_overlay_is_made_and_merged_where_the_unit_may_write_and_nowhere_else(tmp_path):
+def test_sandbox_allows_overlays_only_in_writable_folders(tmp_path):
     require("qemu-img", package="qemu-utils")
     pool, elsewhere = tmp_path / "pool", tmp_path / "elsewhere"
     for folder in (pool, elsewhere):

@@ -12,7 +12,7 @@ SHUTDOWN_TIMEOUT = 5  # seconds for requests that are not finished when the bloc
 
 @contextmanager
 def serving(app):
-    """Serve an application on a free port of 127.0.0.1; give its URL."""
+    """Serve an application on a free port of 127.0.0.1; return its URL."""
     config = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_TIMEOUT
     )

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Proxy:
-    """A proxy that runs; `forwarded` has the method and the target of every request, as they came."""
+    """A running proxy; `forwarded` has method and target of every request as received."""
 
     url: str = ""
     forwarded: list[tuple[str, str]] = field(default_factory=list)

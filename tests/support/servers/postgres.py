@@ -1,7 +1,7 @@
 """A real PostgreSQL: one server per session, one database per test.
 
-It is a cluster of its own in a temporary folder, on a free port of 127.0.0.1, as the Debian package's programs make
-one. The server refuses to run as root, so that root starts it as `nobody`.
+Programs of the Debian package create a cluster in a temporary folder, on a free port of 127.0.0.1. The server refuses
+to run as root, so root starts it as `nobody`.
 """
 
 import os
@@ -31,7 +31,7 @@ _OPTIONS = {
 
 
 class Postgres:
-    """A PostgreSQL server of the tests'."""
+    """A PostgreSQL server for tests."""
 
     def __init__(self, folder: Path, programs: Path, port: int) -> None:
         self._folder = folder
@@ -41,10 +41,10 @@ class Postgres:
         self._databases = 0
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it accepts connections."""
         options = [f"--{name}={value}" for name, value in {**_OPTIONS, "port": str(self._port)}.items()]
         self._process = subprocess.Popen(
-            [self._programs / "postgres", "-D", self._folder / "data", *options], **_as_somebody(), cwd=self._folder
+            [self._programs / "postgres", "-D", self._folder / "data", *options], **_as_nobody(), cwd=self._folder
         )
 
         def connect():
@@ -55,12 +55,12 @@ class Postgres:
         eventually(connect, "PostgreSQL accepts connections", ignore=psycopg.OperationalError, timeout=_START_TIMEOUT)
 
     def kill(self) -> None:
-        """End it as a power failure would, with all its processes; `start` brings it back."""
-        self._process.send_signal(signal.SIGQUIT)  # "immediate shutdown": no goodbye, recovery at the next start
+        """End all processes as a power failure would; `start` starts the server again."""
+        self._process.send_signal(signal.SIGQUIT)  # "immediate shutdown": recovery at the next start
         self._process.wait()
 
     def new_database(self) -> str:
-        """The URL of a new, empty database."""
+        """Create an empty database and return its URL."""
         self._databases += 1
         name = f"thrave_{self._databases}"
         with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
@@ -73,13 +73,13 @@ class Postgres:
 
 @contextmanager
 def running_postgres():
-    """A server, stopped at the end."""
+    """Run a server until the end of the block."""
     programs = _programs()
     with tempfile.TemporaryDirectory(prefix="thrave-postgres-") as folder:
         if os.geteuid() == 0:
             shutil.chown(folder, _NOBODY, _NOBODY)
         initdb = [programs / "initdb", "-D", Path(folder) / "data", "-U", "thrave", "-A", "trust", "--no-sync"]
-        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, **_as_somebody(), cwd=folder)
+        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, **_as_nobody(), cwd=folder)
         server = Postgres(Path(folder), programs, _free_port())
         server.start()
         try:
@@ -96,7 +96,7 @@ def _programs() -> Path:
     return found[-1].parent
 
 
-def _as_somebody() -> dict[str, object]:
+def _as_nobody() -> dict[str, object]:
     return {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
 
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 SILENCE = b""
-"""Instead of an answer: nothing, for as long as the test lasts."""
+"""Instead of a response: nothing until the test ends."""
 
 
 @dataclass
 class Script:
-    """A store that runs; `requests` has the first lines of what came."""
+    """A running store; `requests` has the first line of each request."""
 
     url: str
     answers: list[bytes]

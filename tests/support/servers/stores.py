@@ -1,7 +1,7 @@
 """Real object stores on free ports of 127.0.0.1: SeaweedFS (from a wheel) and Ceph RGW (from Debian).
 
-Each store has the same users: `service`, which owns what is the service's, and `alice` and `bob`, whose buckets are
-their own (in SeaweedFS, where their names begin with `alice-` and `bob-`).
+Each store has the same users: `service`, which owns the objects of the service, and `alice` and `bob`, whose buckets
+are their own (in SeaweedFS, where their names begin with `alice-` and `bob-`).
 """
 
 import json
@@ -34,16 +34,16 @@ READY = 200  # seconds: a safety net on a busy machine, below the limit of pytes
 
 @dataclass(frozen=True)
 class Store:
-    """A store that runs."""
+    """A running store."""
 
     name: str
     url: str
     acl: str
     """The canned ACL that its policies may name: RGW knows no ec2-bundle-read."""
     tls_url: str = ""
-    """The same behind TLS, if it speaks it."""
+    """URL with TLS; empty without TLS."""
     ca: Path | None = None
-    """Who vouches for its certificate."""
+    """CA that issued its certificate."""
 
     def connection(self, credentials=SERVICE, **changes):
         return StoreConfig(**{"endpoint": self.url, "credentials": credentials, **changes})
@@ -232,7 +232,7 @@ class _Ceph:
     def _start_disk(self):
         disk = str(uuid.uuid4())
         self._run("ceph", "osd", "new", disk)
-        # The monitor is told where the disk is: if the disk says so itself, one start in three fails.
+        # The location is set in the monitor: if the disk reports it, one start in three fails.
         self._run("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h0")
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
         self._serve("ceph-osd", "-i", "0")

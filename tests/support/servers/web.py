@@ -9,18 +9,18 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Behaviour = Callable[[SimpleHTTPRequestHandler], bool]
-"""Answers a request; False to have it answered as it should be."""
+"""Answers a request; returns False for the ordinary response."""
 
 
 @dataclass
 class Site:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        url: of its folder.
-        behaviour: what it does instead, by a file name's end; taken in their order.
+        url: URL of the folder.
+        behaviour: Behaviour by the end of a file name; the first that matches is used.
         requested: (method, path) of every request.
-        ended: set when the test is over.
+        ended: Set when the test has ended.
     """
 
     url: str
@@ -92,12 +92,12 @@ def status(code: int, **headers: str) -> Behaviour:
 
 
 def times(count: int, behave: Behaviour) -> Behaviour:
-    """Behave so for the first requests only."""
-    left = [count]
+    """Use a behaviour for the first requests only."""
+    remaining = [count]
 
     def limited(handler):
-        left[0] -= 1
-        return left[0] >= 0 and behave(handler)
+        remaining[0] -= 1
+        return remaining[0] >= 0 and behave(handler)
 
     return limited
 
@@ -113,7 +113,7 @@ def endless(handler) -> bool:
 
 
 def promising(length: int, body: bytes) -> Behaviour:
-    """Say that a body has some length, and send another one."""
+    """Announce a length of the body, and send another one."""
 
     def behave(handler):
         handler.close_connection = True
@@ -131,13 +131,13 @@ cut_off = promising(1_000_000, b"x" * 1000)
 
 
 def hung_up(handler) -> bool:
-    """Close the connection without a word."""
+    """Close the connection without a response."""
     handler.close_connection = True
     return True
 
 
 def gibberish(handler) -> bool:
-    """Answer in no HTTP."""
+    """Answer with bytes that are not HTTP."""
     handler.close_connection = True
     handler.wfile.write(b"\xff\x00 SSH-2.0 what?\r\n\r\n")
     return True
@@ -152,7 +152,7 @@ def endless_headers(handler) -> bool:
 
 
 def trickle(site: Site) -> Behaviour:
-    """Send headers that never end, a byte at a time, so that something always moves."""
+    """Send headers that never end, a byte at a time, so that there is always progress."""
 
     def behave(handler):
         handler.close_connection = True

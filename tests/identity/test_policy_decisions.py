@@ -1,8 +1,8 @@
-"""What IAM policies permit: a table of cases with the traps that other evaluators fell into, and what must hold of all.
+"""Decisions of IAM policies: a table of cases with mistakes of other evaluators, and properties of all policies.
 
-The traps come from issue threads and from measuring: conditions and NotAction that were skipped, so that an Allow held
-for everybody or a Deny for nobody (cloudemu #841, moto.iam.access_control 5.2); a Deny missed for its upper and lower
-case (fakecloud #2382, scality Arsenal #219); `?` that was not seen (expand-aws-iam-wildcards #199).
+The mistakes come from issue threads and measurements. Conditions and NotAction were skipped, so that an Allow held for
+all callers or a Deny for none (cloudemu #841, moto.iam.access_control 5.2). A Deny was missed because of letter case
+(fakecloud #2382, scality Arsenal #219). `?` was ignored (expand-aws-iam-wildcards #199).
 """
 
 import json
@@ -64,7 +64,7 @@ PUT = {"action": "s3:PutObject", "resource": "arn:aws:s3:::my-bundles/winami.man
 
 CASES = [
     # Allow, Deny, and neither
-    ("what no statement speaks of is denied", [allow("ec2:DescribeBundleTasks")], {}, False),
+    ("an action without a statement is denied", [allow("ec2:DescribeBundleTasks")], {}, False),
     ("what is allowed is permitted", [allow("ec2:BundleInstance")], {}, True),
     ("a single statement need be no list", allow("ec2:BundleInstance"), {}, True),
     ("Deny wins", [allow(), deny("ec2:BundleInstance")], {}, False),
@@ -99,7 +99,7 @@ CASES = [
     ("Deny with NotResource denies what has no ARN", [allow(), statement("Deny", NotResource=IMAGES)], {}, False),
     ("Allow with NotResource allows what has no ARN", [statement(NotResource=IMAGES)], {}, True),
     ("NotResource * is no resource at all", [allow(), statement("Deny", NotResource="*")], {}, True),
-    ("* beside an ARN is still everything", [allow(Resource=[IMAGES, "*"])], {}, True),
+    ("* next to an ARN is still everything", [allow(Resource=[IMAGES, "*"])], {}, True),
     ("an object by its ARN", [allow("s3:PutObject", Resource=OBJECTS)], PUT, True),
     ("another object", [allow("s3:PutObject", Resource="arn:aws:s3:::my-bundles/lin*")], PUT, False),
     ("a bucket's ARN is not its objects'", [allow("s3:*", Resource="arn:aws:s3:::my-bundles")], PUT, False),
@@ -312,7 +312,7 @@ half_right = st.fixed_dictionaries(
     st.fixed_dictionaries({"Version": st.sampled_from(["2012-10-17", 1]), "Statement": some(half_right) | json_values})
 )
 @settings(max_examples=250, deadline=None)
-def test_parse_any_policy_raises_only_our_error(policy):
+def test_parse_any_policy_raises_only_malformed_policy_document(policy):
     try:
         understood = parse_policy(json.dumps(policy))
     except MalformedPolicyDocument as refusal:
@@ -324,6 +324,6 @@ def test_parse_any_policy_raises_only_our_error(policy):
 
 @given(st.text(max_size=200))
 @settings(max_examples=100, deadline=None)
-def test_parse_invalid_json_raises_only_our_error(text):
+def test_parse_invalid_json_raises_only_malformed_policy_document(text):
     with pytest.raises(MalformedPolicyDocument):
         parse_policy(text)

@@ -1,4 +1,4 @@
-"""The cache of access keys: how long, and how many."""
+"""The cache of access keys: its time and size."""
 
 from dataclasses import replace
 from datetime import UTC, datetime

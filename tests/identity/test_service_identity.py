@@ -1,4 +1,4 @@
-"""The service's identity is made once, kept safe, and never quietly replaced."""
+"""The service identity is created once, is private, and is never replaced."""
 
 from concurrent.futures import ProcessPoolExecutor
 
