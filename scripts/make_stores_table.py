@@ -31,7 +31,7 @@ PREAMBLE = """\
 
 The results of [`thrave doctor`](doctor.md) with each store, run for this page. Any S3-compatible store can be used; the
 tests of Thrave run with these. To check another store:
-[check before you start](../howto/run-the-doctor.md).
+[run the doctor](../howto/run-the-doctor.md).
 
 """
 Findings = dict[str, "Finding"]

@@ -135,17 +135,3 @@ def running(session: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def test_index_names_every_howto():
-    index = (ROOT / "docs" / "README.md").read_text()
-    assert [path.name for path in HOWTOS[1:] if f"howto/{path.name}" not in index] == []
-
-
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
-)
-def test_relative_links_name_existing_files(page):
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    inside = [link for link in links if not link.startswith(("http://", "https://"))]
-    assert [link for link in inside if not (page.parent / link).exists()] == []
