@@ -31,12 +31,12 @@ def attempts(monkeypatch):
     """The outcomes of the next attempts of checks; then every attempt fails. `names` are the checks that ran."""
     attempts = SimpleNamespace(outcomes=[], names=[])
 
-    def run_check(check, _context):
+    def evaluate_check(check, _context):
         attempts.names.append(check.name)
         outcome = attempts.outcomes.pop(0) if attempts.outcomes else Outcome.FAILED
         return Finding(check, outcome, f"{check.name} {outcome}")
 
-    monkeypatch.setattr(store_probe, "run_check", run_check)
+    monkeypatch.setattr(store_probe, "evaluate_check", evaluate_check)
     return attempts
 
 
@@ -102,6 +102,28 @@ def test_store_probe_waits_longer_after_a_good_result(health, clock, attempts):
     clock.now += 1
     probe.run_if_due()
     assert len(attempts.names) == 8
+
+
+def test_store_probe_starts_no_further_call_while_calls_hang(health, monkeypatch):
+    calls, respond = [], threading.Event()
+
+    def hang(check, _context):
+        calls.append(check.name)
+        assert respond.wait(60)
+        return Finding(check, Outcome.OK, "")
+
+    monkeypatch.setattr(store_probe, "CHECK_TIMEOUT", 0.01)
+    monkeypatch.setattr(store_probe, "evaluate_check", hang)
+    probe = StoreProbe(Settings(), health)
+    for _ in range(3):
+        probe.run()
+    assert (calls, health.error(STORE)) == (["available"] * 2, "no result after 0 s")
+    respond.set()
+    for call in probe._hanging:
+        assert call.wait(60)
+    monkeypatch.setattr(store_probe, "CHECK_TIMEOUT", 60.0)
+    probe.run()
+    assert health.error(STORE) is None
 
 
 def test_store_probe_records_a_failure_and_the_recovery(health, tmp_path):

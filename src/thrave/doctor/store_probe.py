@@ -1,21 +1,24 @@
 """Runs the cheap checks of the store in the background and records the result for requests (`health.py`)."""
 
-from dataclasses import replace
+from functools import partial
 
 import structlog
 
-from thrave.concurrency import monotonic, repeat
+from thrave.concurrency import Call, CallTimeoutError, monotonic, repeat
 from thrave.config import Settings
 from thrave.doctor.check_context import CheckContext
 from thrave.doctor.check_table import CHECKS
-from thrave.doctor.checks import Check, Outcome, run_check
+from thrave.doctor.checks import Check, Finding, Outcome, evaluate_check
 from thrave.health import STORE, HealthCache
 
 GOOD_INTERVAL = 30.0  # seconds between two runs while the store can be used
 BAD_INTERVAL = 5.0  # seconds between two runs while it cannot, so that a store that has recovered is used soon
 CHECK_TIMEOUT = 5.0  # seconds for one attempt of one check
-# One interval, and two checks with two attempts each. No result is older, unless the probe does not run at all.
-MAX_AGE = BAD_INTERVAL + 2 * 2 * CHECK_TIMEOUT
+ATTEMPTS = 2  # a single failure may be transient
+# A disk or a network file system may never respond. Then the probe waits for these calls and starts no further ones.
+MAX_HANGING = 2
+# One interval, and two checks with all attempts. No result is older, unless the probe does not run at all.
+MAX_AGE = BAD_INTERVAL + 2 * ATTEMPTS * CHECK_TIMEOUT
 
 log = structlog.get_logger()
 
@@ -33,7 +36,8 @@ class StoreProbe:
         self._context = CheckContext(settings)
         # With owners' keys, each request checks the caller's own key when it creates the bucket.
         names = {"available"} if self._context.uses_owner_keys else {"available", "key"}
-        self._checks = [replace(check, seconds=CHECK_TIMEOUT) for check in CHECKS if check.name in names]
+        self._checks = [check for check in CHECKS if check.name in names]
+        self._hanging: list[Call[Finding]] = []
 
     def start(self) -> None:
         """Run now, and then in a thread at the interval that the last result demands."""
@@ -48,17 +52,27 @@ class StoreProbe:
     def run(self) -> None:
         """Run the checks up to the first that fails, and record the result."""
         last = self._health.last(STORE)
-        error = next((error for check in self._checks if (error := self._failure(check)) is not None), None)
+        error = next((error for check in self._checks if (error := self._find_error(check)) is not None), None)
         self._health.record(STORE, error)
         if error is not None and (last is None or last.error is None):
             log.warning("store unusable", error=error)
         elif error is None and last is not None and last.error is not None:
             log.info("store usable again")
 
-    def _failure(self, check: Check) -> str | None:
-        # Two attempts: a single failure may be transient. Not `retry`: a failed check is a result, no exception.
-        for _ in range(2):
-            finding = run_check(check, self._context)
+    def _find_error(self, check: Check) -> str | None:
+        error = f"no result after {CHECK_TIMEOUT:.0f} s"
+        # Not `retry`: a failed check is a result, no exception.
+        for _ in range(ATTEMPTS):
+            self._hanging = [call for call in self._hanging if call.is_running]
+            if len(self._hanging) >= MAX_HANGING:
+                break
+            call = Call(check.name, partial(evaluate_check, check, self._context))
+            try:
+                finding = call.result(CHECK_TIMEOUT)
+            except CallTimeoutError:
+                self._hanging.append(call)
+                continue
             if finding.outcome is not Outcome.FAILED:
                 return None
-        return finding.detail
+            error = finding.detail
+        return error
