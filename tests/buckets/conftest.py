@@ -1,4 +1,4 @@
-"""The drivers that the contract of buckets is checked against."""
+"""Stores of every driver, for the tests of the contract."""
 
 import pytest
 
@@ -19,8 +19,8 @@ DRIVERS = [
 def store(request, tmp_path):
     """An empty store of each driver."""
     driver, server = request.param
-    where = tmp_path / "buckets" if server is None else request.getfixturevalue(server)
-    return getattr(bucket_drivers, driver)(where)
+    location = tmp_path / "buckets" if server is None else request.getfixturevalue(server)
+    return getattr(bucket_drivers, driver)(location)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def proxy(seaweedfs):
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """The pauses, in seconds, that a retry would make; the clock does not advance."""
+    """Record the waits of retries, in seconds, without waiting; the clock does not advance."""
     slept = []
     monkeypatch.setattr(retrying_store, "sleep", slept.append)
     monkeypatch.setattr(retrying_store, "monotonic", lambda: 1.0)

@@ -1,4 +1,4 @@
-"""Which buckets and prefixes there may be."""
+"""Valid names of buckets and prefixes of bundles."""
 
 import pytest
 from hypothesis import given
@@ -48,7 +48,7 @@ BAD_PREFIXES = [
 
 
 @pytest.mark.parametrize("prefix", BAD_PREFIXES)
-def test_prefix_that_could_harm_a_reader_is_rejected(prefix):
+def test_prefix_that_is_unsafe_for_readers_is_rejected(prefix):
     with pytest.raises(InvalidArgument):
         split_prefix(prefix)
 

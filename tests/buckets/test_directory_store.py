@@ -1,4 +1,4 @@
-"""What a bucket on the local disk must do besides the contract: stay within its folder, and be whole on it."""
+"""Buckets on the local disk, in addition to the contract: no access outside the folder, and complete objects only."""
 
 import os
 import resource
@@ -162,7 +162,7 @@ def test_interrupted_delete_is_completed_when_repeated(buckets, root):
     assert [*(root / BUCKET).iterdir()] == []
 
 
-def test_failed_put_leaves_nothing(buckets, root):
+def test_failed_put_leaves_no_file(buckets, root):
     (root / ".spool").rmdir()
     with pytest.raises(InternalError):
         buckets.put(BUCKET, "key", b"data")
@@ -186,7 +186,7 @@ POLICY = SimpleNamespace(check_upload=lambda *arguments, **options: None)
 
 
 def set_free(monkeypatch, free):
-    """Let the file system of the buckets say that so many bytes are free; None: it knows no size."""
+    """Set the free bytes that the file system reports; None: it reports no size."""
     blocks, free = (0, 0) if free is None else (1 << 20, free)
     status = SimpleNamespace(f_blocks=blocks, f_bavail=free, f_frsize=1)
     monkeypatch.setattr(directory_store.os, "statvfs", lambda path: status)
@@ -200,7 +200,7 @@ def test_put_of_an_upload_leaves_the_reserve_free(buckets, monkeypatch):
     buckets.put(BUCKET, "key", b"dat", policy=POLICY)
 
 
-def test_put_without_a_grant_may_use_the_reserve(buckets, monkeypatch):
+def test_put_without_a_policy_may_use_the_reserve(buckets, monkeypatch):
     set_free(monkeypatch, 4)
     buckets.put(BUCKET, "key", b"data")
     assert buckets.get(BUCKET, "key") == b"data"
@@ -212,7 +212,7 @@ def test_put_on_a_file_system_without_a_size_is_not_limited(buckets, monkeypatch
     assert buckets.get(BUCKET, "key") == b"data"
 
 
-def test_uploads_at_once_leave_the_reserve_free_together(buckets, monkeypatch):
+def test_parallel_uploads_leave_the_reserve_free(buckets, monkeypatch):
     set_free(monkeypatch, MIN_FREE + 7)
     begun, end = threading.Event(), threading.Event()
     write = buckets._write

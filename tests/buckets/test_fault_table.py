@@ -115,7 +115,7 @@ def bundled(bench):
 
 
 @parametrize(WHEN_STORED, Kind.GET_RANGE)
-def test_bundle_opens_to_same_disk_bytes_or_not_at_all(fault, kind, outcome, is_repeated, bundled, proxy, monkeypatch):
+def test_bundle_opens_to_the_same_bytes_or_not_at_all(fault, kind, outcome, is_repeated, bundled, proxy, monkeypatch):
     timeouts, rule = timeouts_for(fault, is_repeated), Rule(kind, fault, is_repeated=is_repeated)
     monkeypatch.setattr(remote_folders, "RETRY_TIMEOUT", timeouts.retry_timeout)
     with proxy.injecting(rule):

@@ -1,4 +1,4 @@
-"""The smallest policies of docs/reference/store-rights.md are enough, before a real store that enforces them."""
+"""The minimal policies of docs/reference/store-rights.md are sufficient; a guard before a real store enforces them."""
 
 import json
 import re
@@ -26,8 +26,8 @@ SETTINGS = {"policy": {}, "service": UPLOAD_BY_SERVICE}
 ACCOUNT = "111111111111"
 
 
-def smallest(upload, bucket, prefix="winami", without=()):
-    """The policy of the docs' page, for a bucket and a prefix; `without` some of its actions."""
+def minimal(upload, bucket, prefix="winami", without=()):
+    """Return the policy of the page for a bucket and a prefix, `without` some of its actions."""
     policy = json.loads(SMALLEST[upload].replace("BUCKET", bucket).replace("PREFIX", prefix))
     for statement in policy["Statement"]:
         statement["Action"] = [action for action in statement["Action"] if action not in without]
@@ -42,7 +42,7 @@ def and_allow(policy, action, resource):
 
 @pytest.fixture
 def bucket(seaweedfs):
-    """One of Alice's, which exists."""
+    """An existing bucket of Alice's."""
     name = f"alice-{uuid.uuid4().hex[:12]}"
     S3ObjectClient(seaweedfs.connection())._requests.send("PUT", name)
     return name
@@ -50,7 +50,7 @@ def bucket(seaweedfs):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def guarded_service(request, seaweedfs, tmp_path_factory):
-    """How the service uploads, the service on a store behind a guard, and the guard."""
+    """Return `upload_credentials`, the service on a store behind a guard, and the guard."""
     folder = tmp_path_factory.mktemp("service")
     with guarded(seaweedfs.url, "") as guard:
         settings = {"store": "s3", "s3_endpoint": guard.url, "s3_retry_timeout": 5, **SETTINGS[request.param]}
@@ -63,10 +63,10 @@ def bundle(service, bucket, prefix="winami"):
     return service.bundle(policy, signature)
 
 
-@pytest.mark.parametrize("without", [(), ("s3:DeleteObject",)], ids=["smallest", "no DeleteObject"])
-def test_smallest_policy_completes_a_bundle(guarded_service, bucket, tmp_path, without):
+@pytest.mark.parametrize("without", [(), ("s3:DeleteObject",)], ids=["minimal", "no DeleteObject"])
+def test_minimal_policy_completes_a_bundle(guarded_service, bucket, tmp_path, without):
     upload, service, guard = guarded_service
-    guard.statements = json.loads(smallest(upload, bucket, without=without))["Statement"]
+    guard.statements = json.loads(minimal(upload, bucket, without=without))["Statement"]
     service.begin(tmp_path)
     service.bucket = bucket
     task = bundle(service, bucket)
@@ -75,7 +75,7 @@ def test_smallest_policy_completes_a_bundle(guarded_service, bucket, tmp_path, w
     assert "winami.manifest.xml" in service.files()
 
 
-def test_key_without_any_right_is_refused_before_the_instance_is_touched(guarded_service, bucket, tmp_path):
+def test_key_without_rights_is_refused_before_the_instance_is_changed(guarded_service, bucket, tmp_path):
     _, service, guard = guarded_service
     guard.statements = []
     service.begin(tmp_path)
@@ -100,7 +100,7 @@ DRIVERS = {"policy": owners, "service": by_service}
 @pytest.mark.parametrize("upload", DRIVERS)
 @pytest.mark.parametrize("more", ["s3:ListBucket", "s3:ListAllMyBuckets", "s3:CreateBucket"])
 def test_existing_bucket_needs_none_of_the_rights_on_buckets(seaweedfs, bucket, upload, more):
-    policy = and_allow(smallest(upload, bucket), more, ["*", f"arn:aws:s3:::{bucket}"])
+    policy = and_allow(minimal(upload, bucket), more, ["*", f"arn:aws:s3:::{bucket}"])
     with guarded(seaweedfs.url, policy) as guard:
         buckets = DRIVERS[upload](guard, seaweedfs)
         assert buckets.create(bucket, ACCOUNT, probe="winami.probe") is False
@@ -111,19 +111,19 @@ def test_existing_bucket_needs_none_of_the_rights_on_buckets(seaweedfs, bucket, 
 @pytest.mark.parametrize("upload", DRIVERS)
 def test_missing_bucket_that_may_not_be_created_is_named(seaweedfs, upload):
     name = f"alice-{uuid.uuid4().hex[:12]}"
-    policy = and_allow(smallest(upload, name), "s3:ListBucket", f"arn:aws:s3:::{name}")
+    policy = and_allow(minimal(upload, name), "s3:ListBucket", f"arn:aws:s3:::{name}")
     with guarded(seaweedfs.url, policy) as guard, pytest.raises(AccessDenied):
         DRIVERS[upload](guard, seaweedfs).create(name, ACCOUNT, probe="winami.probe")
 
 
 def test_hidden_bucket_is_refused_if_nothing_may_be_put_there(seaweedfs, bucket):
-    with guarded(seaweedfs.url, smallest("policy", bucket, prefix="other")) as guard, pytest.raises(AccessDenied):
+    with guarded(seaweedfs.url, minimal("policy", bucket, prefix="other")) as guard, pytest.raises(AccessDenied):
         owners(guard, seaweedfs).create(bucket, ACCOUNT, probe="winami.probe")
 
 
-def test_service_refuses_a_bucket_that_holds_something_and_names_nobody(seaweedfs, bucket):
+def test_service_refuses_a_bucket_with_objects_and_without_owner(seaweedfs, bucket):
     S3ObjectClient(seaweedfs.connection()).put(bucket, "something", b"x")
-    policy = and_allow(smallest("service", bucket), "s3:ListBucket", f"arn:aws:s3:::{bucket}")
+    policy = and_allow(minimal("service", bucket), "s3:ListBucket", f"arn:aws:s3:::{bucket}")
     with guarded(seaweedfs.url, policy) as guard:
         buckets = by_service(guard, seaweedfs)
         with pytest.raises(BucketAlreadyExists):
@@ -131,7 +131,7 @@ def test_service_refuses_a_bucket_that_holds_something_and_names_nobody(seaweedf
         assert buckets.owner(bucket) == UNKNOWN_OWNER
 
 
-def test_service_refuses_a_bucket_of_another_account_with_the_smallest_policy(seaweedfs, bucket):
+def test_service_refuses_a_bucket_of_another_account_with_the_minimal_policy(seaweedfs, bucket):
     S3ObjectClient(seaweedfs.connection()).put(bucket, OWNER_KEY, b"222222222222\n")
-    with guarded(seaweedfs.url, smallest("service", bucket)) as guard, pytest.raises(BucketAlreadyExists):
+    with guarded(seaweedfs.url, minimal("service", bucket)) as guard, pytest.raises(BucketAlreadyExists):
         by_service(guard, seaweedfs).create(bucket, ACCOUNT)

@@ -1,4 +1,4 @@
-"""The settings choose the store, and where the service's own key comes from."""
+"""The settings select the driver of the store, and the source of the service's key."""
 
 import pytest
 from pydantic import ValidationError
@@ -16,7 +16,7 @@ IN_ENVIRONMENT = {"s3_access_key_id": "AKIASERVICE", "s3_secret_access_key": SEC
 
 @pytest.fixture
 def file(tmp_path):
-    """A file of credentials, as the AWS CLI writes it."""
+    """A credentials file, as the AWS CLI writes it."""
     path = tmp_path / "credentials"
     path.touch(mode=0o600)
     path.write_text(
@@ -69,7 +69,7 @@ def test_default_endpoint_is_that_of_the_region():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"upload_credentials": "service"}, "s3_credentials_file"),
         ({"s3_access_key_id": "AKIASERVICE"}, "belong together"),
@@ -79,8 +79,8 @@ def test_default_endpoint_is_that_of_the_region():
         ({"s3_addressing_style": "host"}, "s3_addressing_style"),
     ],
 )
-def test_contradictory_settings_are_rejected_without_showing_a_secret(settings, said):
-    with pytest.raises(ValidationError, match=said) as caught:
+def test_contradictory_settings_are_rejected_without_showing_a_secret(settings, message):
+    with pytest.raises(ValidationError, match=message) as caught:
         Settings(store="s3", **settings)
     assert SECRET not in str(caught.value)
 

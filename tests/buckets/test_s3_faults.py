@@ -1,4 +1,4 @@
-"""What a store may do wrong, and what becomes of it: a clear error, tried again where that can help, and no secret."""
+"""Failures of a store: each gives a clear error without a secret, and a retry where it can help."""
 
 import hashlib
 import socket
@@ -123,7 +123,7 @@ def test_permanent_failure_is_final(request_, refusal):
         request_(S3ObjectClient(connection(script)))
     assert not isinstance(caught.value, TransientError)
     assert is_free_of_secrets(caught, script)
-    if refusal not in ("400", "501"):  # those may mean that the store lacks an option that can be done without
+    if refusal not in ("400", "501"):  # these can mean that the store lacks an optional feature
         assert len(script.requests) == 1
 
 
@@ -217,7 +217,7 @@ def test_key_that_would_change_on_the_way_is_rejected_before_sending(key):
     assert script.requests == []
 
 
-def patient(script, seconds=5.0):
+def retrying_store_on(script, seconds=5.0):
     return RetryingStore(ServiceKeyStore(connection(script)), seconds)
 
 
@@ -225,14 +225,14 @@ def patient(script, seconds=5.0):
 def test_retry_waits_longer_after_each_temporary_failure(upload, pauses):
     faults = [error(503, "SlowDown"), b"\r\n", http(200, ETag=OTHER_ETAG), error(500, "InternalError")]
     with scripted(*faults, http(200, ETag=ETAG)) as script:
-        upload(patient(script))
+        upload(retrying_store_on(script))
     assert len(script.requests) == 5
     assert all(shortest / 8 <= pause <= shortest / 4 for pause, shortest in zip(pauses, [1, 2, 4, 8], strict=True))
 
 
 @pytest.mark.parametrize(
     ("call", "requests"),
-    # After a refused HEAD an object is put beside it: S3 refuses a missing object, too, to a key that may not list.
+    # After a refused HEAD another object is put: without the right to list, S3 returns 403 for a missing object too.
     [
         (put, ["PUT"]),
         (head, ["HEAD", "PUT"]),
@@ -245,21 +245,21 @@ def test_retry_waits_longer_after_each_temporary_failure(upload, pauses):
 )
 def test_retry_tries_permanent_failure_once(call, requests, pauses):
     with scripted(*[error(403, "AccessDenied")] * len(requests)) as script, pytest.raises(AccessDenied):
-        call(patient(script))
+        call(retrying_store_on(script))
     assert ([request.split()[0] for request in script.requests], pauses) == (requests, [])
 
 
 def test_retry_raises_last_error_after_the_timeout(monkeypatch, pauses):
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(retrying_store, "monotonic", lambda: next(clock))  # the fixture's
+    monkeypatch.setattr(retrying_store, "monotonic", lambda: next(clock))  # replaces the clock of the fixture
     answers = [error(503, "SlowDown", "first"), error(500, "InternalError", "last")]
     with scripted(*answers) as script, pytest.raises(TransientError, match="last"):
-        get(patient(script, 5))
+        get(retrying_store_on(script, 5))
     assert len(script.requests) == 2
 
 
-class NoLongerWantedError(Exception):
-    """What a check raises."""
+class CheckFailedError(Exception):
+    """The error of a check."""
 
 
 def create(buckets):
@@ -271,20 +271,20 @@ def remove(buckets):
 
 
 @pytest.mark.parametrize("call", [*EVERY_REQUEST, create, remove], ids=lambda call: call.__name__)
-def test_retrying_checks_before_each_attempt_of_each_call(call, pauses):
-    """The right to write is lost while the first attempt is under way."""
+def test_retrying_store_checks_before_each_attempt_of_each_call(call, pauses):
+    """The right to write is lost during the first attempt."""
 
     def check():
         if script.requests:
-            raise NoLongerWantedError
+            raise CheckFailedError
 
     with scripted(error(503, "SlowDown")) as script:
         for buckets in (
             RetryingStore(ServiceKeyStore(connection(script)), 60.0, before_attempt=check),
-            patient(script, 60.0).checking(check),
+            retrying_store_on(script, 60.0).checking(check),
         ):
             script.requests.clear()
-            with pytest.raises(NoLongerWantedError):
+            with pytest.raises(CheckFailedError):
                 call(buckets)
             assert len(script.requests) == 1
 
@@ -298,13 +298,13 @@ def test_transport_sends_no_more_of_a_body_once_a_check_fails(moment, monkeypatc
     def check():
         made.append(moment)
         if len(made) > passes:
-            raise NoLongerWantedError
+            raise CheckFailedError
 
     with scripted(http(200, ETag=ETAG)) as script:
-        with pytest.raises(NoLongerWantedError):
+        with pytest.raises(CheckFailedError):
             put(RetryingStore(ServiceKeyStore(connection(script)), 60.0, before_attempt=check))
         script.over.set()
-    assert script.requests in ([], [""])  # no request was complete: a store ignores what it has received
+    assert script.requests in ([], [""])  # no complete request: a store ignores a part of one
     assert len(made) == passes + 1
 
 
@@ -313,18 +313,18 @@ def test_transport_sends_no_more_of_a_body_once_a_check_fails(moment, monkeypatc
     [(SILENCE, True), (b"\r\n", True), (http(504), True), (error(503, "SlowDown"), False), (error(403, "no"), False)],
 )
 @pytest.mark.parametrize("call", [put, delete], ids=lambda call: call.__name__)
-def test_retrying_knows_requests_that_may_arrive_later(call, answer, arrives):
+def test_retrying_store_records_requests_that_may_arrive_later(call, answer, arrives):
     with scripted(answer) as script:
-        buckets = patient(script, 0.0)
+        buckets = retrying_store_on(script, 0.0)
         with pytest.raises(BucketError):
             call(buckets.checking(lambda: None))
     assert buckets.unanswered == ({("my-bucket", "win1.part.0")} if arrives else set())
 
 
-def test_retrying_knows_that_no_request_was_sent_without_a_connection():
+def test_retrying_store_records_no_request_without_a_connection():
     with scripted(http(200)) as script:
         pass
-    buckets = patient(script, 0.0)
+    buckets = retrying_store_on(script, 0.0)
     with pytest.raises(UnreachableError):
         put(buckets)
     assert buckets.unanswered == set()
@@ -341,7 +341,7 @@ def test_wait_for_a_free_connection_ends():
 
 
 def pieces(answer, *, slow):
-    """An answer that comes in small pieces from the part of it on that has an end which is not met."""
+    """Split a response into small pieces, beginning with its part `slow`."""
     headers = answer.partition(b"\r\n\r\n")[0]
     fast = {"status": b"", "headers": headers[:-20], "body": headers + b"\r\n\r\n"}[slow]
     rest = answer[len(fast) :]
@@ -377,7 +377,7 @@ def test_tunnel_request_ends_although_bytes_still_arrive(monkeypatch):
             get(S3ObjectClient(connection(script, endpoint="https://store.example", proxy=script.url, timeout=0.3)))
 
 
-def answer_once_and_read_no_more(listener, over):
+def respond_once_and_read_no_more(listener, over):
     connection, _ = listener.accept()
     with connection:
         connection.recv(1 << 16)
@@ -388,11 +388,11 @@ def answer_once_and_read_no_more(listener, over):
 def test_blocked_request_times_out_sooner_than_a_response():
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=answer_once_and_read_no_more, args=(listener, over))
+        thread = threading.Thread(target=respond_once_and_read_no_more, args=(listener, over))
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         store = HttpTransport(StoreConfig(endpoint=url, max_connections=1, timeout=600, send_timeout=0.2))
-        store.send("GET", f"{url}/", {}, limit=100)  # its connection is used again
+        store.send("GET", f"{url}/", {}, limit=100)  # the connection is reused
         with pytest.raises(TransientError):
             store.send("PUT", f"{url}/key", {}, [bytes(64 << 20)], limit=100)
         over.set()
@@ -414,34 +414,34 @@ def page(*keys, following=""):
 def test_list_that_fails_on_a_later_page_returns_every_key_once(pauses):
     faults = [page("b", "a", following="2"), error(503, "SlowDown")]
     with scripted(*faults, page("b", "a", following="2"), page("c", "d")) as script:
-        assert [*patient(script).list("my-bucket", "")] == ["b", "a", "c", "d"]
+        assert [*retrying_store_on(script).list("my-bucket", "")] == ["b", "a", "c", "d"]
     assert "continuation-token=2" in script.requests[1]
 
 
 def test_create_stores_bucket_and_owner_once(pauses):
-    """The answer to its creation is lost."""
+    """The response to CreateBucket is lost."""
     answers = [
         error(404, "NoSuchBucket"),
-        b"\r\n",  # CreateBucket has had its effect
+        b"\r\n",  # the bucket was created
         error(404, "NoSuchKey"),
         page(),
         http(200, ETag=ETAG),
         http(200, b"111111111111\n"),
     ]
     with scripted(*answers) as script:
-        patient(script).create("my-bucket", "111111111111")
+        retrying_store_on(script).create("my-bucket", "111111111111")
     methods = [line.split()[0] for line in script.requests]
     assert methods == ["GET", "PUT", "GET", "GET", "PUT", "GET"]
 
 
-def test_bucket_belongs_to_who_stores_the_owner_first(pauses):
+def test_bucket_belongs_to_the_account_that_stores_the_owner_first(pauses):
     answers = [error(404, "NoSuchKey"), page(), error(412, "PreconditionFailed"), http(200, b"222222222222\n")]
     with scripted(*answers) as script, pytest.raises(BucketAlreadyExists):
-        patient(script).create("my-bucket", "111111111111")
+        retrying_store_on(script).create("my-bucket", "111111111111")
 
 
-def test_slow_bytes_are_waited_for():
-    """What is asked of a line is that it moves; a big object may take longer than the time-out."""
+def test_slow_response_without_stall_is_read():
+    """The timeout applies to each read, so a large object may take longer."""
     answer = http(200, bytes(10))
     with scripted([answer[start : start + 8] for start in range(0, len(answer), 8)]) as script:
         script.pause = 0.1

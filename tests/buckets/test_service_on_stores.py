@@ -1,4 +1,4 @@
-"""The service on a real store: what clients ask it for, through to the objects, and those opened."""
+"""The service on a real store, from the request of a client to the opened bundle."""
 
 import base64
 import json
@@ -21,14 +21,14 @@ from thrave.buckets.s3_objects import S3ObjectClient
 
 FILES = ["winami.manifest.json", "winami.manifest.xml", "winami.part.0"]
 ON_SEAWEEDFS = pytest.param(("seaweedfs", {}), id="seaweedfs", marks=pytest.mark.s3)
-NOWHERE = pytest.param(("seaweedfs", {"s3_endpoint": "http://127.0.0.1:1"}), id="nowhere", marks=pytest.mark.s3)
+UNREACHABLE = pytest.param(("seaweedfs", {"s3_endpoint": "http://127.0.0.1:1"}), id="unreachable", marks=pytest.mark.s3)
 ON_RGW = pytest.param(("rgw", {}), id="rgw", marks=pytest.mark.rgw)
 BY_THE_SERVICE = pytest.param(("rgw", UPLOAD_BY_SERVICE), id="service", marks=pytest.mark.rgw)
 
 
 @pytest.fixture(scope="module")
 def shared_service(request, tmp_path_factory):
-    """A service on the store and with the settings that a test names; tests that name the same ones share it."""
+    """A service with the store and settings of the parameter, shared by tests with the same parameter."""
     name, settings = request.param
     store = request.getfixturevalue(name)
     settings = {"store": "s3", "s3_endpoint": store.url, "s3_retry_timeout": 5, **settings}
@@ -51,11 +51,11 @@ def test_policy_of_the_aws_cli_stores_the_objects(service):
         "AWS_SECRET_ACCESS_KEY": service.own_key.secret_access_key,
     }
     owner = ["--owner-akid", stores.ALICE.access_key_id, "--owner-sak", stores.ALICE.secret_access_key]
-    where = ["--instance-id", service.instance(), "--bucket", service.bucket, "--prefix", "winami"]
+    storage = ["--instance-id", service.instance(), "--bucket", service.bucket, "--prefix", "winami"]
     command = [program, "--endpoint-url", service.server.url, "--region", "us-east-1", "--output", "json", "ec2"]
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **own}
     done = subprocess.run(
-        [*command, "bundle-instance", *where, *owner], env=environment, capture_output=True, check=True, text=True
+        [*command, "bundle-instance", *storage, *owner], env=environment, capture_output=True, check=True, text=True
     )
     task = service.ended(json.loads(done.stdout)["BundleTask"]["BundleId"])
     assert task["State"] == "complete"
@@ -118,7 +118,7 @@ def test_key_unknown_to_the_store_is_rejected_with_advice(service):
         service.bundle(policy, signature, service.own_key)
 
 
-@pytest.mark.parametrize("shared_service", [NOWHERE], indirect=True)
+@pytest.mark.parametrize("shared_service", [UNREACHABLE], indirect=True)
 def test_unreachable_store_gives_an_error_that_clients_retry(service):
     with pytest.raises(ClientError, match=r"Unavailable.*Cannot connect to the store 127\.0\.0\.1:1") as caught:
         service.bundle(*v2(service, service.store.acl))

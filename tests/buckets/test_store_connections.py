@@ -1,4 +1,4 @@
-"""How a store is reached: TLS, a proxy, the bucket's name before the host's, temporary credentials."""
+"""Connections to a store: TLS, a proxy, the bucket in the host name, temporary credentials."""
 
 import uuid
 
@@ -19,7 +19,7 @@ PART = bytes(range(256)) * 1000
 
 @pytest.fixture
 def bucket(rgw):
-    """One of Alice's."""
+    """A bucket of Alice's."""
     name = f"alice-{uuid.uuid4().hex[:12]}"
     S3ObjectClient(rgw.connection(stores.ALICE))._requests.send("PUT", name)
     return name
@@ -32,7 +32,7 @@ def proxy():
 
 
 def sign_policy(bucket, key, *conditions, version=2):
-    """Leave to upload, signed with a key."""
+    """Return an upload policy and its signature."""
     if version == 4:
         scope = f"{key.access_key_id}/20260101/us-east-1/s3/aws4_request"
         v4 = {"x-amz-algorithm": "AWS4-HMAC-SHA256", "x-amz-credential": scope, "x-amz-date": "20260101T000000Z"}
@@ -42,8 +42,8 @@ def sign_policy(bucket, key, *conditions, version=2):
     return UploadPolicy.verify(text, signed[version], access_key_id=key.access_key_id, secret=key.secret_access_key)
 
 
-def try_everything(objects, bucket, policies):
-    """Every kind of request."""
+def send_all_requests(objects, bucket, policies):
+    """Send every kind of request."""
     objects.put(bucket, "folder/ä b+c", PART)
     for number, policy in enumerate(policies):
         objects.put(bucket, f"win.part.{number}", PART, policy=policy)
@@ -58,7 +58,7 @@ def try_everything(objects, bucket, policies):
 
 def test_connection_trusts_a_private_authority(rgw, bucket):
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca))
-    try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE)])
+    send_all_requests(objects, bucket, [sign_policy(bucket, stores.ALICE)])
 
 
 def test_untrusted_certificate_is_rejected_at_once(rgw, bucket):
@@ -79,14 +79,16 @@ def test_virtual_hosted_bucket_is_reached_through_a_proxy(rgw, bucket, proxy):
     port = rgw.url.rpartition(":")[2]
     endpoint = f"http://{stores.DNS_NAME}:{port}"
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=endpoint, addressing="virtual", proxy=proxy.url))
-    try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE), sign_policy(bucket, stores.ALICE, version=4)])
+    send_all_requests(
+        objects, bucket, [sign_policy(bucket, stores.ALICE), sign_policy(bucket, stores.ALICE, version=4)]
+    )
     assert all(target.startswith(f"http://{bucket}.{stores.DNS_NAME}:{port}/") for _, target in proxy.forwarded)
     assert ("POST", f"http://{bucket}.{stores.DNS_NAME}:{port}/") in proxy.forwarded
 
 
 def test_tls_is_tunnelled_through_a_proxy(rgw, bucket, proxy):
     objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=rgw.tls_url, ca=rgw.ca, proxy=proxy.url))
-    try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE)])
+    send_all_requests(objects, bucket, [sign_policy(bucket, stores.ALICE)])
     assert {*proxy.forwarded} == {("CONNECT", rgw.tls_url.removeprefix("https://"))}
 
 
@@ -95,12 +97,12 @@ def test_proxy_is_sent_its_user_and_password(rgw, bucket, over):
     with forwarding("Basic am9lOnBAc3Mgd29yZA==") as proxy:
         url = proxy.url.replace("//", "//joe:p%40ss%20word@")
         objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=getattr(rgw, over), ca=rgw.ca, proxy=url))
-        try_everything(objects, bucket, [sign_policy(bucket, stores.ALICE)])
+        send_all_requests(objects, bucket, [sign_policy(bucket, stores.ALICE)])
     assert proxy.forwarded
 
 
 def temporary(rgw):
-    """What RGW's token service gives Alice for a while."""
+    """Temporary credentials of Alice, from RGW's token service."""
     known = {"aws_access_key_id": stores.ALICE.access_key_id, "aws_secret_access_key": stores.ALICE.secret_access_key}
     sts = boto3.client("sts", "us-east-1", endpoint_url=rgw.url, **known)
     given = sts.assume_role(RoleArn=f"arn:aws:iam:::role/{stores.ROLE}", RoleSessionName="alice")["Credentials"]
@@ -116,7 +118,7 @@ def test_temporary_credentials_are_accepted(rgw, bucket):
     key = temporary(rgw)
     token = {"x-amz-security-token": key.session_token}
     policies = [sign_policy(bucket, key, token, version=version) for version in (2, 4)]
-    try_everything(S3ObjectClient(rgw.connection(key)), bucket, policies)
+    send_all_requests(S3ObjectClient(rgw.connection(key)), bucket, policies)
 
 
 def test_temporary_credentials_without_token_are_rejected(rgw, bucket):

@@ -1,4 +1,4 @@
-"""What every driver of buckets must do: the contract in `thrave.buckets.base`, said in tests."""
+"""The contract in `thrave.buckets.base`, on every driver."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +28,13 @@ from thrave.buckets.retrying_store import RetryingStore
 
 @pytest.fixture
 def name(store):
-    """A bucket's name that nobody has."""
+    """The name of a bucket that does not exist."""
     return store.name
 
 
 @pytest.fixture
 def buckets(store):
-    """The store as Alice has it."""
+    """The store on behalf of Alice."""
     return store.of(ALICE)
 
 
@@ -100,7 +100,7 @@ def test_create_rejects_bucket_of_another_account(store, buckets, bucket):
 def test_create_in_parallel_has_one_owner(store, name):
     def create(account):
         try:
-            RetryingStore(store.of(account), 20).create(name, account)  # two at once may be a fault that passes
+            RetryingStore(store.of(account), 20).create(name, account)  # parallel creation can be a transient error
         except BucketAlreadyExists:
             return None
         return account
@@ -145,7 +145,7 @@ def test_put_replaces_object(buckets, bucket):
     assert listed(buckets, bucket, "") == ["key"]
 
 
-def test_get_never_returns_half_an_object(buckets, bucket):
+def test_get_never_returns_a_part_of_an_object(buckets, bucket):
     contents = [bytes([n]) * 200_000 for n in range(4)]
     buckets.put(bucket, "key", contents[0])
     with ThreadPoolExecutor(2) as pool:
@@ -235,7 +235,7 @@ def test_missing_bucket_or_key_raises_error(buckets, bucket, name):
 
 
 def test_put_into_missing_bucket_raises_error(store, buckets, name):
-    if store.makes_buckets:
+    if store.creates_buckets:
         pytest.skip("SeaweedFS makes the bucket, if its user may make one")
     with pytest.raises(NoSuchBucket):
         buckets.put(name, "key", b"data")

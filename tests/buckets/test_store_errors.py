@@ -1,6 +1,5 @@
-"""Who must act on an error of a store: one table, for services, commands and the doctor."""
+"""Errors of a store: who must act on each, retries, and stores that lack a feature."""
 
-import os
 import socket
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -92,7 +91,7 @@ def test_redirect_of_another_server_names_no_region():
     assert caught.value.kind is Kind.SETTING
 
 
-# What a server may write that is not S3's, in every place that is read
+# Invalid responses, in every place that is parsed
 
 ENCODINGS = ["gb2312", "no-such-encoding", "shift_jis", "utf-7"]
 
@@ -145,14 +144,14 @@ def test_refused_connection_and_unknown_host_are_unreachable():
         get(connection("http://no-such-host.invalid"))
 
 
-def test_silence_is_a_missing_response():
+def test_server_that_sends_nothing_is_a_missing_response():
     with scripted(SILENCE) as script, pytest.raises(TransientError, match="No byte sent to or received from") as caught:
         get(connection(script.url, timeout=0.2))
     assert not isinstance(caught.value, UnreachableError)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-class TestAProxyThat:
+class TestProxyThat:
     WANTED = "Basic am9lOnJpZ2h0"
 
     def refused(self, proxy, scheme):
@@ -181,7 +180,7 @@ class TestAProxyThat:
         assert isinstance(self.refused(SimpleNamespace(url="http://no-such-host.invalid"), scheme), UnreachableError)
 
 
-def called(headers, pauses, patience=100.0, **options):
+def called(headers, pauses, timeout=100.0, **options):
     failure = TransientError("SlowDown", 503, "words")
     failure.headers = headers
     failures = [failure]
@@ -191,7 +190,7 @@ def called(headers, pauses, patience=100.0, **options):
             raise failures.pop()
         return "done"
 
-    assert retry_store(call, patience, lambda *_: None, **options) == "done"
+    assert retry_store(call, timeout, lambda *_: None, **options) == "done"
     return pauses[0]
 
 
@@ -230,13 +229,13 @@ def test_unreachable_server_is_retried_as_often_as_requested(pauses):
     assert len(tried) == 2
 
 
-class NoLongerWantedError(Exception):
+class CheckFailedError(Exception):
     pass
 
 
 @pytest.mark.parametrize("ends", ["a connection is free", "the store fails", "the check fails"])
 def test_wait_for_a_free_connection_does_not_count_toward_the_timeout(monkeypatch, ends):
-    """Each wait is longer than the whole patience. A check, such as a task's watch, can end the waiting."""
+    """Each wait is longer than the timeout. A check, such as a task's monitor, can end the wait."""
     clock = [1.0]
     monkeypatch.setattr(retrying_store, "sleep", lambda _: None)
     monkeypatch.setattr(retrying_store, "monotonic", lambda: clock[0])
@@ -255,17 +254,17 @@ def test_wait_for_a_free_connection_does_not_count_toward_the_timeout(monkeypatc
 
     def check():
         if ends == "the check fails" and len(failures) == 5:
-            raise NoLongerWantedError
+            raise CheckFailedError
 
     if ends == "a connection is free":
         assert retry_store(call, 100.0, lambda *_: None, before_attempt=check) == "done"
     else:
-        with pytest.raises(TransientError if ends == "the store fails" else NoLongerWantedError):
+        with pytest.raises(TransientError if ends == "the store fails" else CheckFailedError):
             retry_store(call, 100.0, lambda *_: None, before_attempt=check)
 
 
-@pytest.mark.parametrize(("patience", "options"), [(5.0, {}), (0.0, {"before_attempt": lambda: None})])
-def test_wait_for_a_free_connection_has_its_own_limit(monkeypatch, patience, options):
+@pytest.mark.parametrize(("timeout", "options"), [(5.0, {}), (0.0, {"before_attempt": lambda: None})])
+def test_wait_for_a_free_connection_has_its_own_limit(monkeypatch, timeout, options):
     clock = iter(range(0, 9000, 300))
     monkeypatch.setattr(retrying_store, "sleep", lambda _: None)
     monkeypatch.setattr(retrying_store, "monotonic", lambda: next(clock))
@@ -274,10 +273,10 @@ def test_wait_for_a_free_connection_has_its_own_limit(monkeypatch, patience, opt
         raise NoConnectionError("NoConnection", 0, "words")
 
     with pytest.raises(NoConnectionError):
-        retry_store(call, patience, lambda *_: None, **options)
+        retry_store(call, timeout, lambda *_: None, **options)
 
 
-# Options of S3 that a store may lack
+# Optional features of S3
 
 LACKING = [error(501, "NotImplemented"), error(405, "MethodNotAllowed"), error(400, "InvalidArgument")]
 DIGEST = '"9a0364b9e99bb480dd25e1f0284c8555"'  # of b"content"
@@ -345,7 +344,7 @@ def test_store_without_conditional_writes_is_supported():
     assert [line.split()[0] for line in script.requests] == ["GET", "PUT", "GET", "GET", "PUT", "GET", "PUT", "GET"]
 
 
-def test_claim_that_is_refused_leaves_no_bucket():
+def test_create_with_refused_owner_leaves_no_bucket():
     answers = [error(404, "NoSuchBucket"), http(200), error(404, "NoSuchKey"), listing(), error(403, "QuotaExceeded"),
                http(204)]  # fmt: skip
     with scripted(*answers) as script, pytest.raises(StoreError, match="QuotaExceeded"):
@@ -387,7 +386,7 @@ def test_changed_credentials_take_effect_without_a_restart(file, tmp_path):
     assert key_of(connection) == "AKIAFIRST"
     written(file, "AKIASECOND")
     assert key_of(connection) == "AKIASECOND"
-    os.replace(written(tmp_path / "new", "AKIATHIRD"), file)  # noqa: PTH105 (as an editor does)
+    written(tmp_path / "new", "AKIATHIRD").replace(file)  # as an editor does
     assert key_of(connection) == "AKIATHIRD"
 
 
@@ -399,7 +398,7 @@ def test_changed_credentials_sign_the_next_request_of_an_open_store(file):
     buckets._transport.send = lambda _method, _url, headers, *_, **__: signed.append(headers["Authorization"])
     for name in ("AKIAFIRST", "AKIASECOND"):
         written(file, name)
-        with pytest.raises(AttributeError):  # there is no answer
+        with pytest.raises(AttributeError):  # the fake response is None
             buckets._requests.send("GET", "my-bucket")
     assert ["AKIAFIRST" in signed[0], "AKIASECOND" in signed[1]] == [True, True]
 

@@ -1,4 +1,4 @@
-"""One normal form of an endpoint, and one maker of URLs: every spelling gives the same requests."""
+"""The normal form of endpoints, and URLs: every spelling of an endpoint gives the same requests."""
 
 import pytest
 from pydantic import ValidationError
@@ -132,7 +132,7 @@ def test_key_that_fits_no_url_is_rejected(key):
 
 
 @pytest.mark.parametrize(
-    ("url", "where", "authorization"),
+    ("url", "address", "authorization"),
     [
         ("http://proxy:3128", "http://proxy:3128", None),
         ("proxy:3128", "http://proxy:3128", None),
@@ -144,9 +144,9 @@ def test_key_that_fits_no_url_is_rejected(key):
         ("http://joe:a@b@proxy:3128", "http://proxy:3128", "Basic am9lOmFAYg=="),
     ],
 )
-def test_proxy_is_read_with_its_user_and_password(url, where, authorization):
+def test_proxy_is_read_with_its_user_and_password(url, address, authorization):
     proxy = Proxy.parse(url)
-    assert (proxy.url, proxy.authorization) == (where, authorization)
+    assert (proxy.url, proxy.authorization) == (address, authorization)
     assert authorization is None or authorization not in repr(proxy)
 
 

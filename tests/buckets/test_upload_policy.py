@@ -1,4 +1,4 @@
-"""What an upload policy allows, in S3's words: one table for documents, one for uploads."""
+"""Upload policies: tables of documents and of uploads, with the results and messages of S3."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -19,7 +19,7 @@ KEY = ["starts-with", "$key", "winami"]
 
 
 def answer(call):
-    """What S3 would say: None, or the error as a bundle task shows it."""
+    """The result of S3: None, or the error as in a bundle task."""
     try:
         call()
     except BucketError as error:
@@ -105,7 +105,7 @@ TOO_LARGE = "EntityTooLarge(400)- Your proposed upload exceeds the maximum allow
 TOO_SMALL = "EntityTooSmall(400)- Your proposed upload is smaller than the minimum allowed size"
 META = "x-amz-meta-tag"
 
-# conditions besides the bucket's and the key's, form fields besides the key, what S3 says
+# conditions in addition to bucket and key, form fields in addition to the key, result of S3
 FORMS = [
     ([], {}, None),
     ([{"acl": "private"}], {"acl": "private"}, None),
@@ -163,15 +163,15 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("conditions", "fields", "said"), FORMS)
-def test_check_of_five_bytes_gives_the_result_of_s3(conditions, fields, said):
+@pytest.mark.parametrize(("conditions", "fields", "expected"), FORMS)
+def test_check_of_five_bytes_gives_the_result_of_s3(conditions, fields, expected):
     policy = verified(document(BUCKET, KEY, *conditions))
     form = {"key": "winami.part.0", **fields}
-    assert answer(lambda: policy.check("my-bucket", form, content_length=5, now=NOW)) == said
+    assert answer(lambda: policy.check("my-bucket", form, content_length=5, now=NOW)) == expected
 
 
 @pytest.mark.parametrize(
-    ("policy", "bucket", "key", "said"),
+    ("policy", "bucket", "key", "expected"),
     [
         (document(BUCKET, KEY), "my-bucket", "winami", None),
         (document(BUCKET, KEY), "my-buckets", "winami", failed('["eq", "$bucket", "my-bucket"]')),
@@ -186,11 +186,11 @@ def test_check_of_five_bytes_gives_the_result_of_s3(conditions, fields, said):
         (document(), "my-bucket", "winami", extra("key, bucket")),
     ],
 )
-def test_check_enforces_bucket_and_key(policy, bucket, key, said):
-    assert answer(lambda: verified(policy).check_upload(bucket, key, content_length=5, now=NOW)) == said
+def test_check_enforces_bucket_and_key(policy, bucket, key, expected):
+    assert answer(lambda: verified(policy).check_upload(bucket, key, content_length=5, now=NOW)) == expected
 
 
-# what a policy says of a field, and what is sent
+# conditions of a policy, and the fields that are sent
 PROPOSED = [
     ([], {}),
     ([{"acl": "ec2-bundle-read"}], {"acl": "ec2-bundle-read"}),
@@ -236,7 +236,7 @@ def test_policy_of_every_client_allows_a_whole_bundle(policy):
 
 
 @pytest.mark.parametrize(
-    ("policy", "said"),
+    ("policy", "expected"),
     [
         (document(BUCKET, {"acl": "ec2-bundle-read"}), extra("key")),
         (document(BUCKET, ["eq", "$key", "winami"]), failed('["eq", "$key", "winami"]')),
@@ -250,8 +250,8 @@ def test_policy_of_every_client_allows_a_whole_bundle(policy):
     ],
     ids=["the PHP SDK's: no key", "the bare prefix", "one part", "parts only", "contradiction", "expired"],
 )
-def test_policy_that_allows_no_bundle_is_rejected_at_once(policy, said):
-    assert answer(lambda: verified(policy).check_bundle("my-bucket", "winami", now=NOW)) == said
+def test_policy_that_allows_no_bundle_is_rejected_at_once(policy, expected):
+    assert answer(lambda: verified(policy).check_bundle("my-bucket", "winami", now=NOW)) == expected
 
 
 @pytest.mark.parametrize("beginning", ["", "w", "winami", "winami."])

@@ -1,4 +1,4 @@
-"""Upload policies are taken from who signed them: real clients' requests, and forgeries of them."""
+"""Signatures of upload policies: requests of real clients, and forged ones."""
 
 import base64
 
@@ -19,14 +19,14 @@ from support.buckets.upload_policies import (
 from thrave.buckets.errors import BucketError, InvalidArgument, InvalidPolicyDocument, SignatureDoesNotMatch
 from thrave.buckets.upload_policy import POLICY_CHARACTERS, UploadPolicy
 
-# What boto3, the AWS CLI 1 and boto 2.49 were seen to send, secret `example123example`.
+# Recorded requests of boto3, the AWS CLI 1 and boto 2.49, with the secret `example123example`.
 ONCE = (
     "eyJleHBpcmF0aW9uIjogIjIwMzAtMDEtMDFUMDA6MDA6MDBaIiwiY29uZGl0aW9ucyI6IFt7ImJ1Y2tldCI6ICJteS1idWNrZXQifSx7ImFjbCI6"
     "ICJlYzItYnVuZGxlLXJlYWQifSxbInN0YXJ0cy13aXRoIiwgIiRrZXkiLCAid2luYW1pIl1dfQ=="
 )
 ONCE_SIGNATURE = "e1U3H03Afk3Kyrawo+mvC+AZAdA="
 TWICE = base64.b64encode(ONCE.encode()).decode()
-# The same twice over, from a file that ended in a newline, as the AWS CLI 1 signs it.
+# Encoded twice, from a file with a newline at its end, as the AWS CLI 1 signs it.
 OF_A_FILE = base64.b64encode(base64.b64encode(base64.b64decode(ONCE) + b"\n")).decode()
 OF_A_FILE_SIGNATURE = "DgBckrGNi10vZl2BfQAfOjsxqf4="
 # aws-cli, tests/functional/ec2/test_bundle_instance.py
@@ -131,7 +131,7 @@ def test_white_space_counts_for_the_signature_only():
 
 
 def padded(length):
-    """A policy whose text has exactly so many characters, by white space."""
+    """Return a policy with this number of characters, padded with white space."""
     text = encoded(bundle_document("my-bucket", "winami"))
     return text + " " * (length - len(text))
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from support.bundles.sample_bundles import VECTORS
-from support.disks.qemu_images import converted, encrypted, passphrase_file_of, qemu_img, written_to
+from support.disks.qemu_images import converted, encrypted, qemu_img, write_passphrase, written_to
 from support.eventually import eventually
 
 FAILED, USAGE, NOT_FOUND, REFUSED, DAMAGED, WRONG_KEY, INTERRUPTED = 1, 2, 3, 4, 10, 11, 130
@@ -76,7 +76,7 @@ def test_bundle_accepts_qcow2_and_small_compression(thrave_json, image, tmp_path
 
 
 def test_bundle_reads_encrypted_image_with_passphrase(thrave, thrave_json, image, tmp_path):
-    secret_file = passphrase_file_of(image)
+    secret_file = write_passphrase(image)
     disk = encrypted(image, "qcow2", secret_file)
     status, _, stderr = thrave(*sealing(disk, tmp_path / "b", "--format", "qcow2"))
     assert (status, "the file that holds its passphrase must be given" in stderr) == (FAILED, True)

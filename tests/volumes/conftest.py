@@ -1,4 +1,4 @@
-"""Disks that every driver is tried on."""
+"""Disks for the tests of every driver."""
 
 import pytest
 
@@ -18,13 +18,13 @@ def raw(tmp_path):
 
 @pytest.fixture(scope="session")
 def nbd():
-    """The library that every format but raw needs; without it the test is skipped."""
+    """Skip the test without libnbd, which every format except raw needs."""
     require_libnbd()
 
 
 @pytest.fixture(params=["raw", *QEMU_FORMATS])
 def image_format(request):
-    """Each format; those of QEMU only where its parts are installed."""
+    """Each format; QEMU's formats only if QEMU and libnbd are installed."""
     if request.param != "raw":
         request.getfixturevalue("nbd")
     return request.param

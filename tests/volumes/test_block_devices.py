@@ -1,11 +1,11 @@
-"""Block devices, raw and with an image on them. Loop devices stand for all: to a reader LVM's are the same."""
+"""Block devices, raw and with an image on them. Only loop devices are tested; LVM's behave the same for a reader."""
 
 import os
 
 import pytest
 
 from support.disks.block_devices import loop_device
-from support.disks.qemu_images import converted, encrypted, passphrase_file_of, qemu_io, written_to
+from support.disks.qemu_images import converted, encrypted, qemu_io, write_passphrase, written_to
 from thrave.volumes.base import Extent
 from thrave.volumes.errors import VolumeEncryptedError, VolumeInUseError
 from thrave.volumes.formats import open_volume
@@ -39,7 +39,7 @@ def test_qemu_and_open_volume_exclude_each_other_on_a_device(device, nbd):
 
 
 def test_lock_covers_the_device_node_only(device, nbd, tmp_path):
-    """What the module says of libvirt's own nodes: if this fails, it has become better, and may say so."""
+    """A known limit, documented in `image_locks` for libvirt's nodes. If this test fails, the limit is gone."""
     node = tmp_path / "node"
     os.mknod(node, 0o600 | 0o060000, device.stat().st_rdev)
     with written_to(node, "raw"), open_volume(device, "raw"):
@@ -48,7 +48,7 @@ def test_lock_covers_the_device_node_only(device, nbd, tmp_path):
 
 @pytest.mark.parametrize("image_format", ["qcow2", "luks"])
 def test_open_volume_reads_image_on_a_device(raw, image_format, nbd):
-    secret_file = passphrase_file_of(raw)
+    secret_file = write_passphrase(raw)
     image = encrypted(raw, image_format, secret_file)
     os.truncate(image, 16 << 20)
     with loop_device(image) as device, open_volume(device, image_format, secret_file=secret_file) as volume:
@@ -63,7 +63,7 @@ def test_qcow2_on_a_device_has_holes(raw, nbd):
 
 
 def test_open_volume_rejects_device_as_passphrase_file(device, raw, nbd):
-    image = encrypted(raw, "luks", passphrase_file_of(raw))
+    image = encrypted(raw, "luks", write_passphrase(raw))
     with (
         pytest.raises(VolumeEncryptedError, match=f"{device} is not a regular file"),
         open_volume(image, "luks", secret_file=device),

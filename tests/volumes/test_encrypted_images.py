@@ -1,4 +1,4 @@
-"""Encrypted images: opened with the passphrase that a file holds, and not without it."""
+"""Encrypted images: opened with the passphrase in a file, and refused without it."""
 
 import os
 
@@ -10,9 +10,9 @@ from support.disks.qemu_images import (
     converted,
     encrypted,
     encrypted_overlay,
-    passphrase_file_of,
     qemu_img,
     secret_object,
+    write_passphrase,
     written_to,
 )
 from thrave.volumes.errors import VolumeEncryptedError, VolumeError, VolumeInUseError, VolumeUnreadableError
@@ -25,7 +25,7 @@ BOTH = pytest.mark.parametrize("image_format", ["qcow2", "luks"])
 
 @pytest.fixture
 def secret_file(raw):
-    return passphrase_file_of(raw)
+    return write_passphrase(raw)
 
 
 def content(image, image_format, secret_file):
@@ -36,7 +36,7 @@ def content(image, image_format, secret_file):
 
 
 def refused(image, image_format, secret_file, error=VolumeEncryptedError):
-    """The words with which opening fails; the passphrase is never among them."""
+    """Return the error message of opening the image, which never contains the passphrase."""
     with pytest.raises(VolumeError) as caught, open_volume(image, image_format, secret_file=secret_file):
         pass
     assert type(caught.value) is error
@@ -135,11 +135,11 @@ def test_encrypted_overlay_is_read(raw, below, secret_file):
     assert content(top, "qcow2", secret_file) == raw.read_bytes()
 
 
-def test_file_name_is_never_taken_for_an_option(raw, tmp_path):
+def test_file_name_with_a_comma_is_not_an_option(raw, tmp_path):
     folder = tmp_path / "a,b=c, d"
     folder.mkdir()
     disk = raw.rename(folder / "x,y.raw")
-    secret_file = passphrase_file_of(disk)
+    secret_file = write_passphrase(disk)
     base = encrypted(disk, "luks", secret_file)
     top = encrypted_overlay(base, "luks", disk.stat().st_size, secret_file)
     assert content(top, "qcow2", secret_file) == disk.read_bytes()

@@ -1,4 +1,4 @@
-"""Image locks, with QEMU on the other side: who keeps whom out, and for how long."""
+"""Image locks of Thrave and of QEMU: which opens they refuse, and when they end."""
 
 import ctypes
 import errno
@@ -40,7 +40,7 @@ def commit(overlay):
 
 
 def refused(image, image_format):
-    """The error with which opening fails."""
+    """Return the error of opening the image."""
     with pytest.raises(VolumeInUseError) as caught, open_volume(image, image_format):
         pass
     return str(caught.value)
@@ -58,7 +58,7 @@ def test_image_lock_refuses_image_that_qemu_writes(raw, image_format):
 
 
 @FORMATS
-def test_image_lock_keeps_qemu_from_writing(raw, image_format):
+def test_image_lock_prevents_writes_by_qemu(raw, image_format):
     image = image_of(raw, image_format)
     with open_volume(image, image_format):
         before = image.read_bytes()
@@ -81,11 +81,11 @@ def test_image_lock_allows_other_readers(raw, image_format):
 def test_image_lock_allows_guest_on_overlay_but_no_merge(raw, image_format):
     base = image_of(raw, image_format)
     overlay = overlay_on(base, image_format)
-    with written_to(overlay, "qcow2"), open_volume(base, image_format):  # begun before
+    with written_to(overlay, "qcow2"), open_volume(base, image_format):  # started before
         pass
     with open_volume(base, image_format) as volume:
         before = base.read_bytes()
-        with written_to(overlay, "qcow2"):  # begun meanwhile
+        with written_to(overlay, "qcow2"):  # started while the volume is open
             volume.read_into(0, memoryview(bytearray(4096)))
         assert qemu_io(overlay, "qcow2").returncode == 0
         merge = commit(overlay)
@@ -118,7 +118,7 @@ def test_image_lock_covers_extent_files_of_a_vmdk(raw):
 
 @contextmanager
 def killed_reader(image):
-    """A process that has the raw image open, and is then killed."""
+    """Run a process with the raw image open; kill it at the end of the block."""
     code = (
         "import sys, time; from pathlib import Path; from thrave.volumes.formats import open_volume\n"
         "with open_volume(Path(sys.argv[1]), 'raw'): print('open', flush=True); time.sleep(60)"
@@ -137,12 +137,12 @@ def test_image_lock_ends_with_its_process(raw):
     assert qemu_io(raw, "raw").returncode == 0
 
 
-def test_image_lock_ends_with_its_volume_although_a_child_inherited_the_file(raw):
-    """As a program that is just being started has for a moment."""
+def test_release_ends_locks_although_a_child_inherited_the_file(raw):
+    """A program inherits all descriptors until it is executed."""
     locks = ImageLocks()
     locks.lock(HostFile(raw))
-    for file in [taken.fd for taken in locks._files]:
-        os.set_inheritable(file, True)  # noqa: FBT003 (the system's)
+    for fd in [locked.fd for locked in locks._files]:
+        fcntl.fcntl(fd, fcntl.F_SETFD, 0)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False):
         assert REFUSED in qemu_io(raw, "raw").stderr
         locks.release()
@@ -151,22 +151,22 @@ def test_image_lock_ends_with_its_volume_although_a_child_inherited_the_file(raw
 
 def test_refused_image_leaves_no_lock(raw):
     with written_to(raw, "raw"):
-        before = held(raw)
+        before = locked_bytes(raw)
         assert 101 in before
         assert refused(raw, "raw")
-        assert held(raw) == before
+        assert locked_bytes(raw) == before
 
 
-def held(image):
-    """The bytes that somebody has locked."""
+def locked_bytes(image):
+    """Return the bytes on which any process has a lock."""
     with image.open("rb") as file:
         return {byte for byte in range(512) if image_locks._is_locked(file.fileno(), byte)}
 
 
 def test_image_locks_equal_those_of_a_reading_qemu(raw):
     with open_volume(raw, "raw"):
-        assert held(raw) == {100, 201, 203}
-    assert held(raw) == set()
+        assert locked_bytes(raw) == {100, 201, 203}
+    assert locked_bytes(raw) == set()
 
 
 def lock(file, kind, byte=0, length=0):
@@ -191,7 +191,7 @@ def test_image_lock_refuses_image_locked_as_a_whole(raw):
 
 
 class Flock(ctypes.Structure):
-    """As fcntl(2) has it where off_t is 64 bits."""
+    """struct flock of fcntl(2), with off_t of 64 bits."""
 
     _fields_ = (
         ("type", ctypes.c_short),
@@ -211,20 +211,20 @@ def test_lock_structure_matches_the_kernel():
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_open_volume_reads_on_file_system_without_locks(raw, monkeypatch, error):
-    """There is none here; what its kernel would say stands in for it."""
-    monkeypatch.setattr(image_locks, "fcntl", Lockless(error))
+    """The errors of such a file system are simulated."""
+    monkeypatch.setattr(image_locks, "fcntl", FcntlWithoutLocks(error))
     with open_volume(raw, "raw") as volume:
         assert volume.size == raw.stat().st_size
 
 
 def test_image_lock_raises_other_lock_errors(raw, monkeypatch):
-    monkeypatch.setattr(image_locks, "fcntl", Lockless(errno.EIO))
+    monkeypatch.setattr(image_locks, "fcntl", FcntlWithoutLocks(errno.EIO))
     with pytest.raises(VolumeUnreadableError, match="cannot be locked: Input/output error"), open_volume(raw, "raw"):
         pass
 
 
-class Lockless:
-    """The module fcntl on a file system that has no locks."""
+class FcntlWithoutLocks:
+    """The module fcntl on a file system without locks."""
 
     def __init__(self, error):
         self._error = error
@@ -251,7 +251,7 @@ def test_open_volume_rejects_other_file_types_at_once(tmp_path, kind):
         locks.lock(HostFile(path))
 
 
-def test_close_may_be_repeated(raw):
+def test_release_may_be_repeated(raw):
     locks = ImageLocks()
     locks.lock(HostFile(raw))
     locks.release()

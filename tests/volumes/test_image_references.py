@@ -1,4 +1,4 @@
-"""The files that an image refers to: which are accepted, and that what was looked at is what is read."""
+"""Files that an image refers to: which are accepted, and that the checked files are the ones that are read."""
 
 import os
 import shutil
@@ -38,8 +38,8 @@ def content(image, image_format, **options):
     return bytes(buffer)
 
 
-# How a name of a file elsewhere can be written, from the folder `own`.
-WRITTEN = {
+# Ways to name a file in another folder, from the folder `own`.
+NAMES = {
     "absolute": lambda host, name: str(host / "elsewhere" / name),
     "dots": lambda _host, name: f"../elsewhere/{name}",
     "link": lambda host, name: linked(host / "own" / f"link-{name}", host / "elsewhere" / name),
@@ -97,19 +97,19 @@ def described(path, name):
     return path
 
 
-REFERS = {"backing": backing, "second backing": second_backing, "parent": parent, "extent": extent}
+REFERENCES = {"backing": backing, "second backing": second_backing, "parent": parent, "extent": extent}
 TOP = {"backing": "top.qcow2", "second backing": "top.qcow2", "parent": "child.vmdk", "extent": "flat.vmdk"}
 
 
-@pytest.mark.parametrize("written", WRITTEN)
-@pytest.mark.parametrize("refers", REFERS)
-def test_file_elsewhere_is_read_only_from_image_directories(host, refers, written):
-    image_format = REFERS[refers](host, lambda name: WRITTEN[written](host, name))
-    image = host / "own" / TOP[refers]
+@pytest.mark.parametrize("name_kind", NAMES)
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_file_elsewhere_is_read_only_from_image_directories(host, reference, name_kind):
+    image_format = REFERENCES[reference](host, lambda name: NAMES[name_kind](host, name))
+    image = host / "own" / TOP[reference]
     with pytest.raises(VolumeUnreadableError, match="neither the image's own folder nor") as caught:
         content(image, image_format)
     assert str(host) not in caught.value.public
-    directory = host / ("own" if written == "folder below" else "elsewhere")
+    directory = host / ("own" if name_kind == "folder below" else "elsewhere")
     assert SECRET in content(image, image_format, directories=(directory,))
 
 
@@ -124,7 +124,7 @@ def test_open_volume_rejects_protocol_as_file(host, name):
         content(host / "own" / "flat.vmdk", "vmdk")
 
 
-def test_text_of_an_image_is_escaped_for_the_terminal(host):
+def test_error_replaces_control_characters_of_an_image(host):
     top = host / "own" / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-u", "-b", "nbd://x/\033]0;owned\a\u202e", "-F", "raw", top, "1M")
     with pytest.raises(VolumeUnreadableError) as caught:
@@ -133,7 +133,7 @@ def test_text_of_an_image_is_escaped_for_the_terminal(host):
     assert caught.value.public.isprintable()
 
 
-def test_image_named_by_link_counts_with_its_real_folder(host):
+def test_image_named_by_a_link_has_its_real_folder(host):
     top = host / "own" / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", host / "own" / "base.raw", "-F", "raw", top)
     link = host / "elsewhere" / "link.qcow2"
@@ -141,7 +141,7 @@ def test_image_named_by_link_counts_with_its_real_folder(host):
     assert content(link, "qcow2") == (host / "own" / "base.raw").read_bytes()
 
 
-def test_open_volume_opens_no_reference_that_is_not_a_file(host):
+def test_open_volume_rejects_reference_to_a_named_pipe(host):
     top = host / "own" / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-u", "-b", "pipe", "-F", "raw", top, "1M")
     os.mkfifo(host / "own" / "pipe")
@@ -151,7 +151,7 @@ def test_open_volume_opens_no_reference_that_is_not_a_file(host):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make block devices")
 def test_image_on_a_device_cannot_refer_to_other_devices(host):
-    """Its folder would be /dev."""
+    """The folder of the image would be /dev."""
     top = host / "own" / "top.qcow2"
     with loop_device(host / "elsewhere" / "secret.raw") as other:
         qemu_img("create", "-f", "qcow2", "-u", "-b", other, "-F", "raw", top, "8M")
@@ -161,7 +161,7 @@ def test_image_on_a_device_cannot_refer_to_other_devices(host):
 
 @pytest.fixture(params=["qcow2", "vmdk", "flat"])
 def chain(request, host):
-    """A chain of images, all in their own folder, and the files that it consists of."""
+    """An image with its backing images in one folder: path, format, and all files."""
     own = host / "own"
     base = own / "base.raw"
     if request.param == "flat":
@@ -179,32 +179,22 @@ def chain(request, host):
 @pytest.mark.parametrize("which", [0, -1], ids=["topmost", "lowest"])
 def test_file_replaced_after_its_check_is_not_read(host, chain, monkeypatch, which):
     image, image_format, files = chain
-    true = (host / "own" / "base.raw").read_bytes()
-    looked = image_chain.ImageChain.check_images
+    content_before = (host / "own" / "base.raw").read_bytes()
+    check_images = image_chain.ImageChain.check_images
 
-    def exchange(self, secret_file):
+    def replace_and_check(self, secret_file):
         files[which].rename(host / "moved")
         files[which].symlink_to(host / "elsewhere" / "secret.raw")
-        return looked(self, secret_file)
+        return check_images(self, secret_file)
 
-    monkeypatch.setattr(image_chain.ImageChain, "check_images", exchange)
-    read = bytearray(len(true))
+    monkeypatch.setattr(image_chain.ImageChain, "check_images", replace_and_check)
+    read = bytearray(len(content_before))
     with (
         pytest.raises(VolumeChangedError, match=files[which].name),
         open_volume(image, image_format) as volume,
     ):
         volume.read_into(0, memoryview(read))
-    assert bytes(read) == true
-
-
-CHANGES = {
-    "written": lambda file, _other: overwritten(file),
-    "mtime set back": lambda file, _other: mtime_set_back(file),
-    "longer": lambda file, _other: os.truncate(file, file.stat().st_size + 512),
-    "removed": lambda file, _other: file.unlink(),
-    "renamed over": lambda file, other: shutil.copy(file, other).rename(file),
-    "another file by a link": lambda file, other: relinked(file, other),  # noqa: PLW0108 (it is defined below)
-}
+    assert bytes(read) == content_before
 
 
 def overwritten(file):
@@ -219,14 +209,24 @@ def mtime_set_back(file):
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def relinked(file, other):
+def replaced_by_link(file, other):
     shutil.copy(file, other)
     file.unlink()
     file.symlink_to(other)
 
 
+CHANGES = {
+    "written": lambda file, _other: overwritten(file),
+    "mtime set back": lambda file, _other: mtime_set_back(file),
+    "longer": lambda file, _other: os.truncate(file, file.stat().st_size + 512),
+    "removed": lambda file, _other: file.unlink(),
+    "renamed over": lambda file, other: shutil.copy(file, other).rename(file),
+    "another file by a link": replaced_by_link,
+}
+
+
 def read_while(change, image, image_format):
-    """Read the volume, and change it after the first bytes."""
+    """Read the first bytes of the volume, then change it."""
     with open_volume(image, image_format) as volume:
         volume.read_into(0, memoryview(bytearray(4096)))
         change()
@@ -284,15 +284,15 @@ def written_through(device):
 
 def test_volume_reports_its_files_and_those_written_to(chain):
     image, image_format, files = chain
-    examined = read_metadata(image, image_format)
+    metadata = read_metadata(image, image_format)
     numbers = {(file.stat().st_dev, file.stat().st_ino) for file in files}
-    assert {tuple(one) for one in examined.files} == numbers
+    assert {tuple(one) for one in metadata.files} == numbers
     written = files if image.name == "flat.vmdk" else files[:1]
-    assert {tuple(one) for one in examined.written} == {(file.stat().st_dev, file.stat().st_ino) for file in written}
+    assert {tuple(one) for one in metadata.written} == {(file.stat().st_dev, file.stat().st_ino) for file in written}
 
 
 def test_files_with_lowest_descriptors_are_passed_to_the_server(host, chain):
-    """In a new process the first file that is opened has the number that a server's socket is to have."""
+    """In a new process the first opened file has descriptor 3, which qemu-nbd uses for its socket."""
     image, image_format, _ = chain
     code = (
         "import sys; from pathlib import Path; from thrave.volumes.formats import open_volume\n"

@@ -1,4 +1,4 @@
-"""What images state of themselves, row by row of the table: each mark on an image made by QEMU or by changed bytes."""
+"""Each rule of `image_rules`, on an image that QEMU has created or whose bytes are changed; and damaged images."""
 
 import re
 import struct
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.disks.qemu_images import PASSPHRASE, converted, encrypted, passphrase_file_of, qemu_img
+from support.disks.qemu_images import PASSPHRASE, converted, encrypted, qemu_img, write_passphrase
 from thrave.volumes import vhd_headers
 from thrave.volumes.errors import ImageRefusedError, VolumeError, VolumeUnreadableError
 from thrave.volumes.formats import FORMATS, open_volume, read_metadata
@@ -17,21 +17,21 @@ from thrave.volumes.image_rules import MARKS, REFERENCES, Decision
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
-MADE = {}
-"""Row of the table -> what makes an image with it."""
+MAKERS = {}
+"""(format, name) of a rule -> function that creates an image with this reference or mark."""
 
 
 def makes(image_format, name):
-    def note(make):
-        MADE[image_format, name] = make
+    def record(make):
+        MAKERS[image_format, name] = make
         return make
 
-    return note
+    return record
 
 
 @contextmanager
 def edited(path):
-    """The bytes of a file, to be changed."""
+    """The content of a file, which is written back after the block."""
     content = bytearray(path.read_bytes())
     yield content
     path.write_bytes(content)
@@ -61,13 +61,13 @@ def raw_looks_like_qcow2(raw):
         (-512, b"conectix", "vpc"),
     ],
 )  # fmt: skip
-def test_examine_warns_of_raw_disk_that_is_an_archive_or_image(raw, at, magic, kind):
+def test_read_metadata_warns_of_raw_disk_that_is_an_archive_or_image(raw, at, magic, kind):
     assert not read_metadata(raw, "raw").warnings
     with edited(raw) as disk:
         at %= len(disk)
         disk[at : at + len(magic)] = magic
-    (warned,) = read_metadata(raw, "raw").warnings
-    assert f"({kind})" in warned.public
+    (warning,) = read_metadata(raw, "raw").warnings
+    assert f"({kind})" in warning.public
 
 
 def qcow2_with(raw, *, incompatible=0, snapshots=0):
@@ -126,14 +126,14 @@ def qcow2_snapshot(raw):
 
 
 def without_end(image, count=1):
-    """An image whose file has lost its last bytes."""
+    """Remove the last bytes of an image's file."""
     with edited(image) as content:
         del content[-count:]
     return image
 
 
 def with_data(raw):
-    """Data at the disk's end: the last cluster or grain of its image."""
+    """Write data at the end of the disk: the last cluster or grain of its image."""
     with edited(raw) as disk:
         disk[-(1 << 20) :] = b"data" * (1 << 18)
     return raw
@@ -146,14 +146,14 @@ def qcow2_cut(raw):
 
 @makes("qcow2", "encrypted")
 def qcow2_encrypted(raw):
-    return encrypted(raw, "qcow2", passphrase_file_of(raw))
+    return encrypted(raw, "qcow2", write_passphrase(raw))
 
 
 # --- vmdk
 
 
 def flat(raw, *, head="", extents=None, kind="monolithicFlat", parent="ffffffff"):
-    """A VMDK that is a descriptor and the raw disk."""
+    """A VMDK descriptor for the raw disk."""
     image = raw.with_name("disk.vmdk")
     sectors = raw.stat().st_size // 512
     lines = extents or [f'RW {sectors} FLAT "{raw.name}" 0']
@@ -207,14 +207,14 @@ def vmdk_contradictory_parent(raw):
 def vmdk_changed_parent(raw):
     child = vmdk_child(raw)
     with edited(raw.with_suffix(".vmdk")) as content:
-        # QEMU draws the number and writes it without leading zeros.
+        # QEMU writes a random number without leading zeros.
         content[:], changes = re.subn(rb"\nCID=[0-9a-f]{1,8}", b"\nCID=0badcafe", bytes(content))
         assert changes == 1
     return child
 
 
 @makes("vmdk", "encrypted")
-def vmdk_enciphered(raw):
+def vmdk_encrypted(raw):
     return flat(raw, head='encryption.keySafe = "vmware:key/list/..."')
 
 
@@ -232,7 +232,7 @@ def vmdk_unknown_kind(raw):
 
 
 def footer_changed(image, change, *, signed=True):
-    """Change the footer and its copy."""
+    """Change the footer of a VHD and its copy."""
     with edited(image) as content:
         for at in {0, len(content) - 512}:
             if content[at : at + 8] == b"conectix":
@@ -308,7 +308,7 @@ def vpc_large_geometry(raw):
 
 
 def vhdx_item(image, item):
-    """Where an item's entry stands in the table of metadata, and where its value does."""
+    """Offsets of an item's entry in the metadata table and of its value."""
     content = image.read_bytes()
     entry = content.index(item.bytes_le, 1 << 20)
     table = content.index(b"metadata", 1 << 20)
@@ -342,7 +342,7 @@ def vhdx_cut(raw):
     return without_end(converted(with_data(raw), "vhdx"))
 
 
-def test_read_into_names_damage_that_qemu_meets_while_reading(raw):
+def test_read_into_reports_damage_that_qemu_finds(raw):
     image = converted(with_data(raw), "vhdx")
     with edited(image) as content:
         entry = content.index(vhd_headers._BLOCK_TABLE.bytes_le, 192 << 10)
@@ -365,7 +365,7 @@ def vhdx_unknown_item(raw):
     return image
 
 
-# --- luks and all
+# --- luks and all formats
 
 
 @makes("luks", "version")
@@ -406,7 +406,7 @@ def too_large(raw):
 
 @makes("any", "another size")
 def another_size(raw):
-    """QEMU reads the end of a file whose header says so as a second header: here it says half of the size."""
+    """A VMDK with a second header at its end, which QEMU uses; that header has half of the size."""
     image = converted(raw, "vmdk", "-o", "subformat=streamOptimized")
     with edited(image) as content:
         second = content[:512]
@@ -416,56 +416,56 @@ def another_size(raw):
     return image
 
 
-def format_of(row, image):
-    return row.format if row.format != "any" else image.suffix[1:]
+def format_of(rule, image):
+    return rule.format if rule.format != "any" else image.suffix[1:]
 
 
-@pytest.mark.parametrize("row", [*REFERENCES, *MARKS], ids=lambda row: f"{row.format}: {row.name}")
-def test_examine_does_what_each_row_says(raw, row):
-    image = MADE[row.format, row.name](raw)
-    said = []
+@pytest.mark.parametrize("rule", [*REFERENCES, *MARKS], ids=lambda rule: f"{rule.format}: {rule.name}")
+def test_open_volume_follows_each_rule(raw, rule):
+    image = MAKERS[rule.format, rule.name](raw)
+    warnings = []
     secret_file = image.with_name("passphrase")
     if secret_file.exists():
         assert secret_file.read_text() == PASSPHRASE
 
-    def open_it():
+    def open_image():
         with open_volume(
-            image, format_of(row, image), secret_file=secret_file_of(row, secret_file), on_warning=said.append
+            image, format_of(rule, image), secret_file=secret_file_of(rule, secret_file), on_warning=warnings.append
         ):
             pass
 
-    if row.decision is Decision.REFUSE:
-        with pytest.raises(VolumeUnreadableError, match=re.escape(row.reason)):
-            open_it()
+    if rule.decision is Decision.REFUSE:
+        with pytest.raises(VolumeUnreadableError, match=re.escape(rule.reason)):
+            open_image()
     else:
-        open_it()
-        assert [warned.public for warned in said if row.reason in warned.public] == [
-            warned.public for warned in said if row.decision is Decision.WARN
+        open_image()
+        assert [warning.public for warning in warnings if rule.reason in warning.public] == [
+            warning.public for warning in warnings if rule.decision is Decision.WARN
         ]
-        assert bool(said) is (row.decision is Decision.WARN)
-        assert not any(str(image.parent) in warned.public for warned in said)
+        assert bool(warnings) is (rule.decision is Decision.WARN)
+        assert not any(str(image.parent) in warning.public for warning in warnings)
 
 
-def secret_file_of(row, secret_file):
-    return None if row.format == "raw" else secret_file
+def secret_file_of(rule, secret_file):
+    return None if rule.format == "raw" else secret_file
 
 
-def test_every_row_has_an_image_and_every_format_has_a_row():
-    assert MADE.keys() == {(row.format, row.name) for row in (*REFERENCES, *MARKS)}
-    assert {row.format for row in (*REFERENCES, *MARKS)} == {*FORMATS, "any"}
+def test_every_rule_has_an_image_and_every_format_has_a_rule():
+    assert MAKERS.keys() == {(rule.format, rule.name) for rule in (*REFERENCES, *MARKS)}
+    assert {rule.format for rule in (*REFERENCES, *MARKS)} == {*FORMATS, "any"}
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in MARKS if row.is_normal_while_running], ids=lambda row: f"{row.format}: {row.name}"
+    "rule", [rule for rule in MARKS if rule.is_normal_while_running], ids=lambda rule: f"{rule.format}: {rule.name}"
 )
-def test_examine_ignores_marks_of_a_running_machine(raw, row):
-    assert not read_metadata(MADE[row.format, row.name](raw), row.format).warnings
+def test_read_metadata_ignores_marks_of_a_running_machine(raw, rule):
+    assert not read_metadata(MAKERS[rule.format, rule.name](raw), rule.format).warnings
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
 @pytest.mark.parametrize("kind", ["flat extent", "dynamic vpc"])
 def test_open_volume_detects_data_beyond_the_end(raw, kind, share):
-    """QEMU reads zeros there."""
+    """QEMU would read zeros there."""
     with edited(raw) as disk:
         disk[:] = bytes(range(1, 256)) * (len(disk) // 255) + bytes(len(disk) % 255)
     if kind == "flat extent":
@@ -517,7 +517,7 @@ def test_open_volume_refuses_cut_backing_image(raw, image_format):
 )  # fmt: skip
 @pytest.mark.parametrize("length", [512, 5120, (1 << 20) + 512, (4 << 20) - 4096])
 def test_open_volume_accepts_last_cluster_that_is_not_full(raw, image_format, options, length):
-    """A disk that ends within a cluster, and subclusters that are not stored, make the file shorter."""
+    """The file is shorter if the disk ends within a cluster, or if subclusters are not allocated."""
     raw.write_bytes(b"data" * (length // 4))
     image = converted(raw, image_format, "-o", options)
     with open_volume(image, image_format) as volume:
@@ -535,7 +535,7 @@ def test_open_volume_accepts_single_write_into_last_cluster(raw):
             pass
 
 
-def test_first_sector_of_fixed_disk_is_not_taken_for_header(raw):
+def test_open_volume_refuses_fixed_vhd_with_a_header_in_its_first_sector(raw):
     image, dynamic = vpc(raw, "fixed"), vpc(raw.rename(raw.with_name("other.raw")))
     with edited(image) as content:
         content[:1536] = dynamic.read_bytes()[:1536]
@@ -560,8 +560,8 @@ def test_open_volume_refuses_vmfs_extent_that_begins_within_its_file(raw):
         pass
 
 
-def test_sparse_file_without_sectors_names_no_files(raw):
-    """QEMU would read the descriptor in it as that of other files."""
+def test_open_volume_refuses_sparse_vmdk_without_sectors(raw):
+    """QEMU would open the files that the descriptor inside names."""
     image = converted(raw, "vmdk")
     with edited(image) as content:
         content[12:20] = bytes(8)
@@ -582,11 +582,11 @@ KINDS = [*(("vmdk", kind) for kind in VMDK_KINDS), ("vpc", "fixed"), ("vhdx", "f
 def test_open_volume_reads_every_kind_that_qemu_makes(raw, image_format, kind):
     size = "force_size=on," if image_format == "vpc" else ""
     image = converted(raw, image_format, "-o", f"{size}subformat={kind}")
-    said = []
-    with open_volume(image, image_format, on_warning=said.append) as volume:
+    warnings = []
+    with open_volume(image, image_format, on_warning=warnings.append) as volume:
         content = bytearray(volume.size)
         volume.read_into(0, memoryview(content))
-    assert (bytes(content), said) == (raw.read_bytes(), [])
+    assert (bytes(content), warnings) == (raw.read_bytes(), [])
 
 
 @pytest.mark.parametrize(
@@ -597,7 +597,7 @@ def test_open_volume_reads_every_kind_that_qemu_makes(raw, image_format, kind):
     ],
 )  # fmt: skip
 def test_descriptor_of_one_megabyte_is_rejected_quickly(raw, line):
-    """Work that grew with the square of its length would take hours."""
+    """An algorithm with quadratic time would take hours."""
     image = flat(raw)
     head = image.read_text().replace(f'RW 16384 FLAT "{raw.name}" 0', "")
     for separator in ("", "\n"):
@@ -621,7 +621,7 @@ IMAGES = [("qcow2", 65536), ("vpc", 2048), ("vhdx", 262144 + 1024), ("vmdk", 204
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.data())
-def test_any_header_raises_only_our_error(raw, image_format, length, data):
+def test_read_metadata_of_any_header_raises_only_volume_errors(raw, image_format, length, data):
     image = raw.with_name(f"disk.{image_format}")
     if not image.exists():
         converted(raw, image_format)
@@ -630,8 +630,8 @@ def test_any_header_raises_only_our_error(raw, image_format, length, data):
     value = data.draw(st.binary(min_size=1, max_size=16) | st.sampled_from([b"\xff" * 8, bytes(8)]))
     damaged.write_bytes(content[:at] + value + content[at + len(value) :])
     try:
-        examined = read_metadata(damaged, image_format)
+        metadata = read_metadata(damaged, image_format)
     except VolumeError as error:
         assert str(damaged) in str(error)  # noqa: PT017 (either is right)
     else:
-        assert examined.files
+        assert metadata.files

@@ -1,4 +1,4 @@
-"""New images in QEMU's formats: what QEMU itself reads of them, and what can go wrong with one."""
+"""New images in QEMU's formats: their content as QEMU reads it, and errors while they are written."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def write(path, image_format, size=SIZE, runs=RUNS):
 
 
 def servers(image):
-    """The servers of the image that run; one that has ended has no command line."""
+    """The running servers of the image; a server that has ended has no command line."""
     children = psutil.Process().children()
     return [process for process in children if process.name() == "qemu-nbd" and str(image) in process.cmdline()]
 
@@ -53,7 +53,7 @@ def servers(image):
 def test_qemu_checks_and_reads_the_written_image(raw, tmp_path, image_format):
     image = write(tmp_path / "image", image_format)
     assert "identical" in qemu_img("compare", "-f", "raw", "-F", image_format, raw, image)
-    if image_format != "vpc":  # which has no check
+    if image_format != "vpc":  # QEMU has no check for vpc
         assert "No errors" in qemu_img("check", "-f", image_format, image)
     assert servers(tmp_path / "image") == []
 
@@ -68,7 +68,7 @@ def test_unwritten_ranges_stay_unallocated(tmp_path, image_format):
 
 
 @FORMATS
-def test_file_keeps_its_mode(tmp_path, image_format):
+def test_writer_keeps_the_mode_of_the_file(tmp_path, image_format):
     assert write(tmp_path / "image", image_format, MIB, {}).stat().st_mode & 0o777 == 0o600
 
 
@@ -78,7 +78,7 @@ def test_writer_rejects_other_formats(tmp_path, image_format):
         write(tmp_path / "image", image_format)
 
 
-def test_file_name_is_never_taken_for_protocol_or_option(tmp_path, monkeypatch):
+def test_writer_does_not_interpret_file_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("nbd:image", "-o", "a,b=c"):
         (tmp_path / name).touch()
@@ -87,28 +87,28 @@ def test_file_name_is_never_taken_for_protocol_or_option(tmp_path, monkeypatch):
         assert b"QFI" in (tmp_path / name).read_bytes()
 
 
-def test_impossible_size_raises_our_error(tmp_path):
+def test_writer_rejects_impossible_size(tmp_path):
     for size in (1 << 62, (1 << 63) - 1):
         with pytest.raises(VolumeUnwritableError, match="cannot write"):
             write(tmp_path / "image", "qcow2", size)
 
 
-def test_missing_folder_raises_our_error(tmp_path):
+def test_writer_reports_missing_folder(tmp_path):
     with pytest.raises(VolumeUnwritableError), create_image(tmp_path / "no" / "image", "qcow2", MIB):
         pass
 
 
-def write_while_the_server_dies(path):
+def write_after_the_server_was_killed(path):
     with create_image(path, "qcow2", MIB) as image:
         (server,) = servers(path)
         server.kill()
         image.write(0, memoryview(b"x" * 512))
 
 
-def test_death_of_the_server_raises_our_error(tmp_path):
+def test_writer_reports_killed_server(tmp_path):
     (tmp_path / "image").touch()
     with pytest.raises(VolumeUnwritableError):
-        write_while_the_server_dies(tmp_path / "image")
+        write_after_the_server_was_killed(tmp_path / "image")
     assert servers(tmp_path / "image") == []
 
 
@@ -121,8 +121,8 @@ def test_failed_writer_leaves_no_server(tmp_path):
         image.write(0, memoryview(b"x"))
 
 
-def test_full_disk_raises_our_error(tmp_path):
-    """A limit on the size of files, which the server inherits, stands in for it."""
+def test_writer_reports_full_disk(tmp_path):
+    """A limit on the size of files, which the server inherits, has the same effect as a full disk."""
     program = require("prlimit", package="util-linux")
     script = (
         "import signal, sys; from pathlib import Path; from thrave.volumes.qemu_nbd import create_image\n"
@@ -133,11 +133,11 @@ def test_full_disk_raises_our_error(tmp_path):
     )
     python = os.sys.executable
     argv = [program, f"--fsize={8 * MIB}", python, "-c", script, str(tmp_path / "image")]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert "VolumeUnwritableError" in done.stderr
+    finished = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert "VolumeUnwritableError" in finished.stderr
 
 
-def test_missing_program_names_its_package(tmp_path, monkeypatch):
+def test_writer_names_package_of_missing_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolNotInstalled, match="apt-get install qemu-utils"):
         write(tmp_path / "image", "qcow2")

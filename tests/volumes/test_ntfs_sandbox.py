@@ -1,6 +1,5 @@
-"""The process that reads a guest's file system: what it cannot do, and what its parent does not believe."""
+"""The confined process that scans NTFS: corrupt volumes, invalid messages, timeouts, errors."""
 
-import os
 import random
 import re
 import stat
@@ -15,7 +14,6 @@ from thrave.volumes.errors import FileSystemCorruptError, SkipRefusedError, Volu
 from thrave.volumes.partitions import Partition
 
 MESSAGE = struct.Struct("<cQQ")
-AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,7 @@ def windows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The bytes of a volume of 2 MiB with some files."""
+    """The content of a volume of 2 MiB with some files."""
     folder = tmp_path_factory.mktemp("small")
     path = folder / "volume.ntfs"
     path.write_bytes(bytes(2 << 20))
@@ -38,7 +36,7 @@ def small(tmp_path_factory):
 
 
 class Source:
-    """A volume for the survey, without a process between."""
+    """A volume that is scanned in this process."""
 
     def __init__(self, data):
         self.data = data
@@ -57,7 +55,7 @@ def whole(damage):
 
 
 def corrupted(data, seed):
-    """Some bytes, bits or words are others: in the boot sector, in an MFT record, in $Bitmap, or anywhere."""
+    """Replace some bytes in the boot sector, in an MFT record, in $Bitmap, or anywhere."""
     source = random.Random(seed)
     damage = Damage(bytearray(data), 0)
     records = [found.start() for found in re.finditer(b"FILE0", data)]
@@ -78,7 +76,7 @@ def corrupted(data, seed):
 
 
 def test_scan_of_corrupt_volume_never_skips_used_clusters(small):
-    """Refused, or nothing is left out that would not have been. Whatever else is raised fails the test."""
+    """The volume is refused, or only clusters are skipped that were unused before. Any other error fails the test."""
     unused = clusters(ntfs_scan.find_unused(Source(small)))
     refused = 0
     for seed in range(400):
@@ -90,19 +88,19 @@ def test_scan_of_corrupt_volume_never_skips_used_clusters(small):
 
 
 def test_check_of_corrupt_volume_never_fails(small):
-    """It says something, refuses, or finds nothing; whatever else is raised fails the test."""
+    """The scan reports a problem, refuses the volume, or finds nothing. Any other error fails the test."""
     assert list(ntfs_scan.find_problems(Source(small))) == []
-    said = refused = 0
+    reported = refused = 0
     for seed in range(400):
         try:
-            said += bool(list(ntfs_scan.find_problems(Source(corrupted(small, seed).disk))))
+            reported += bool(list(ntfs_scan.find_problems(Source(corrupted(small, seed).disk))))
         except SkipRefusedError:
             refused += 1
-    assert 0 < said + refused < 400
+    assert 0 < reported + refused < 400
 
 
 def test_scan_process_survives_corrupt_volumes(small):
-    """It ends as the survey does here, and in no other way."""
+    """The result in the child process is the same as in this process."""
     for seed in range(1000, 1012):
         damage = corrupted(small, seed)
         assert outcome(ntfs_sandbox.scan_unused, damage, whole(damage)) == outcome(
@@ -110,14 +108,14 @@ def test_scan_process_survives_corrupt_volumes(small):
         ), seed
 
 
-def outcome(look, *where):
+def outcome(scan, *arguments):
     try:
-        return look(*where)
+        return scan(*arguments)
     except SkipRefusedError as refusal:
         return type(refusal), refusal.reason
 
 
-def test_read_error_of_the_volume_is_raised_unchanged(windows):
+def test_scan_raises_read_errors_of_the_volume(windows):
     damage = Damage.to(windows)
 
     def fail(offset, buffer):
@@ -128,7 +126,7 @@ def test_read_error_of_the_volume_is_raised_unchanged(windows):
         ntfs_sandbox.scan_unused(damage, Partition(damage.at, damage.size - damage.at))
 
 
-def test_slow_scan_is_ended(windows, monkeypatch):
+def test_scan_ends_at_its_timeout(windows, monkeypatch):
     monkeypatch.setattr(ntfs_sandbox, "SCAN_TIMEOUT", 0.01)
     with pytest.raises(FileSystemCorruptError, match=r"too long.*Killed"):
         ntfs_sandbox.scan_unused(Damage.to(windows), Partition(1 << 20, 63 << 20))
@@ -139,7 +137,7 @@ def message(kind, first=0, second=0):
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("output", "text"),
     [
         (b"", "exit status 0"),
         (b"half a message", "exit status 0"),
@@ -158,29 +156,29 @@ def message(kind, first=0, second=0):
         (message(b"r", 0, 512), "exit status 0"),
     ],
 )
-def test_output_of_the_scan_is_validated(said, words, tmp_path, monkeypatch):
-    """A surveyor that the guest has taken over: it says what it likes."""
-    (tmp_path / "said").write_bytes(said)
-    evil = tmp_path / "evil"
-    evil.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'said'}'\n")
-    evil.chmod(stat.S_IRWXU)
-    monkeypatch.setattr(sys, "executable", str(evil))
+def test_scan_validates_messages_of_its_process(output, text, tmp_path, monkeypatch):
+    """As if the guest controlled the process that reads the file system."""
+    (tmp_path / "output").write_bytes(output)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'output'}'\n")
+    program.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(sys, "executable", str(program))
     damage = Damage(bytearray(1 << 20), 0)
-    with pytest.raises(FileSystemCorruptError, match=words):
+    with pytest.raises(FileSystemCorruptError, match=text):
         ntfs_sandbox.scan_unused(damage, whole(damage))
 
 
-def test_extents_of_the_scan_are_offsets_of_the_disk(tmp_path, monkeypatch):
-    (tmp_path / "said").write_bytes(message(b"u", 0, 4096) + message(b"u", 8192, 512) + message(b"."))
-    evil = tmp_path / "evil"
-    evil.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'said'}'\n")
-    evil.chmod(stat.S_IRWXU)
-    monkeypatch.setattr(sys, "executable", str(evil))
+def test_scan_returns_offsets_of_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "output").write_bytes(message(b"u", 0, 4096) + message(b"u", 8192, 512) + message(b"."))
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'output'}'\n")
+    program.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(sys, "executable", str(program))
     damage = Damage(bytearray(1 << 20), 0)
     assert ntfs_sandbox.scan_unused(damage, Partition(65536, 1 << 18)) == [(65536, 4096), (65536 + 8192, 512)]
 
 
-def test_refusals_of_the_scan_are_passed_on(windows):
+def test_scan_raises_refusals_of_its_process(windows):
     damage = Damage.to(windows)
     damage.set_flags(1)
     with pytest.raises(VolumeNotCleanError, match="have Windows check it"):

@@ -1,4 +1,4 @@
-"""Where volumes are found: MBR and GPT, logical partitions, both sector sizes, and disks without a partition table."""
+"""Search for volumes: MBR and GPT, logical partitions, both sector sizes, and disks without a partition table."""
 
 import struct
 import uuid
@@ -27,7 +27,7 @@ def table(disk, *entries, at=0, active=0):
 
 
 def fat16(disk, at=0, *, size=40 * MIB, second=0xFFFF, state=0, text=True, sector=512):
-    """A FAT16 volume, whose boot code has a message where a partition table would stand."""
+    """A FAT16 volume, whose boot code has a message where a partition table would be."""
     boot = bytearray(512)
     boot[:11] = b"\xeb\x3c\x90MSDOS5.0"
     geometry = (sector, 4 * 512 // sector or 1, 1, 2, 512, 0, 0xF8, 80, 63, 255, 0, size // sector)
@@ -61,7 +61,7 @@ def exfat(disk, at=0, *, flags=0):
 
 
 def gpt(disk, *entries, at, sector, entries_at, mangle=False):
-    """A header in one sector and its table in another; entries in sectors."""
+    """Write a GPT header and its table; entries in sectors."""
     packed = bytearray(128 * 128)
     for index, (first, last) in enumerate(entries):
         struct.pack_into("<16s16sQQ", packed, 128 * index, BASIC.bytes_le, bytes(16), first, last)
@@ -127,9 +127,9 @@ def test_dirty_volume_in_logical_partition_is_unclean():
     table(disk, (0x0F, 2048, 120_000))
     table(disk, (0x06, 63, 40 * MIB // 512), at=2048 * 512)
     fat16(disk, (2048 + 63) * 512, second=0x7FFF)
-    ((verdict, words),) = find_unclean(disk)
+    ((verdict, message),) = find_unclean(disk)
     assert verdict is Verdict.UNCLEAN
-    assert words.startswith(f"volume at byte {(2048 + 63) * 512}: its FAT is marked as in use")
+    assert message.startswith(f"volume at byte {(2048 + 63) * 512}: its FAT is marked as in use")
 
 
 def test_mbr_with_4096_byte_sectors_is_read():
@@ -208,9 +208,9 @@ def test_partition_table_takes_precedence_over_remains_of_a_boot_sector():
 def test_volume_that_was_not_unmounted_is_unclean(make):
     disk = blank()
     make(disk)
-    ((verdict, words),) = find_unclean(disk)
+    ((verdict, message),) = find_unclean(disk)
     assert verdict is Verdict.UNCLEAN
-    assert "marked as in use" in words
+    assert "marked as in use" in message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""QEMU's formats: what a broken or hostile image, a missing part or a dead server can do to a reader."""
+"""Images in QEMU's formats: damaged and malicious images, missing programs, servers that end or do not answer."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from thrave.volumes.image_chain import CHAIN_LIMIT
 
 pytestmark = pytest.mark.usefixtures("nbd")
 
-BACKING_FORMAT = bytes.fromhex("e2792aca")  # the header extension of qcow2 that says the backing file's format
+BACKING_FORMAT = bytes.fromhex("e2792aca")  # the qcow2 header extension with the format of the backing file
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def qcow2(raw):
 
 
 def refused(image, image_format):
-    """The error with which opening the image fails."""
+    """Return the error of opening the image."""
     with pytest.raises(VolumeError) as caught, open_volume(image, image_format):
         pass
     return str(caught.value)
@@ -44,7 +44,7 @@ def content(image, image_format):
 
 
 def servers_of(image):
-    """The servers that have the image open, which stands in no command line."""
+    """The servers that have the image open; their command lines do not contain its name."""
     return [process for process in psutil.process_iter(["name"]) if is_server_of(process, image)]
 
 
@@ -122,7 +122,7 @@ def test_open_volume_rejects_vmdk_that_names_a_file_elsewhere(raw, tmp_path):
     assert f"cannot read {raw}: it is in {tmp_path}, neither the image's own folder" in refused(descriptor, "vmdk")
 
 
-@pytest.mark.parametrize("image_format", [name for name in QEMU_FORMATS if name != "luks"])  # it keeps no size
+@pytest.mark.parametrize("image_format", [name for name in QEMU_FORMATS if name != "luks"])  # its header has no size
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.9])
 def test_open_volume_rejects_truncated_image(raw, image_format, share):
     image = converted(raw, image_format)
@@ -139,7 +139,7 @@ def test_open_volume_rejects_raw_disk_as_another_format(raw, image_format):
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(offset=st.integers(4, 120), value=st.binary(min_size=1, max_size=8))
-def test_any_qcow2_header_raises_only_our_error(qcow2, offset, value):
+def test_any_qcow2_header_raises_only_volume_errors(qcow2, offset, value):
     damaged = qcow2.with_name("damaged.qcow2")
     image = qcow2.read_bytes()
     damaged.write_bytes(image[:offset] + value + image[offset + len(value) :])
@@ -164,7 +164,7 @@ def test_close_ends_the_server(qcow2):
 
 
 def test_server_ends_although_an_error_holds_its_connection(qcow2, monkeypatch):
-    monkeypatch.setattr(qemu_nbd, "_STOP_TIMEOUT", math.inf)  # else it would be killed in the end
+    monkeypatch.setattr(qemu_nbd, "_STOP_TIMEOUT", math.inf)  # otherwise it would be killed after the timeout
     with pytest.raises(VolumeUnreadableError) as caught, open_volume(qcow2, "qcow2") as volume:
         volume.read_into(volume.size, memoryview(bytearray(1)))
     assert caught.value.__traceback__ is not None  # its frames hold libnbd's handle
@@ -183,7 +183,7 @@ def test_server_ends_when_the_reader_is_killed(qcow2):
     await_no_server(qcow2)
 
 
-def test_death_of_the_server_raises_error_with_file_and_offset(qcow2):
+def test_killed_server_raises_error_with_file_and_offset(qcow2):
     with open_volume(qcow2, "qcow2") as volume:
         (server,) = servers_of(qcow2)
         server.kill()

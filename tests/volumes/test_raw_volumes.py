@@ -1,4 +1,4 @@
-"""Raw volumes: what a file system and a kernel can do to a reader."""
+"""Raw volumes: extents, other types of files, files that change, I/O errors."""
 
 import os
 from contextlib import suppress
@@ -42,7 +42,7 @@ def test_file_that_shrinks_while_read_raises_error(tmp_path):
 
 
 def test_io_error_names_file_and_offset():
-    with open_volume("/proc/self/mem", "raw") as volume:  # nothing is mapped at 0: a true EIO
+    with open_volume("/proc/self/mem", "raw") as volume:  # nothing is mapped at 0, so the kernel returns EIO
         with pytest.raises(VolumeUnreadableError, match="/proc/self/mem at byte 0: Input/output error") as caught:
             volume.read_into(0, memoryview(bytearray(16)))
         assert caught.value.offset == 0

@@ -1,4 +1,4 @@
-"""What the process that reads a guest's file system can still do: read, answer, compute, end."""
+"""The sandbox of the process that reads a guest's file system: what the process can still do."""
 
 import platform
 import struct
@@ -15,7 +15,7 @@ from thrave.volumes.partitions import Partition
 
 pytest.importorskip("pytsk3")
 
-# Each is tried in a process of its own: one that is killed for it hides no other.
+# Each attempt has its own process, since the kernel may kill the process.
 ATTEMPTS = {
     "open": "open('/etc/passwd')",
     "create": "open('loot', 'w')",
@@ -54,7 +54,7 @@ ATTEMPTS = {
     "io_uring": "call(425, 8, 0)",
     "namespaces": "call(272, 0x10000000)",
     "bpf": "call(321, 0, 0, 0)",
-    "filter taken away": "call(157, 22, 0, 0, 0, 0)",
+    "filter removed": "call(157, 22, 0, 0, 0, 0)",
     "the 32-bit numbers": "call(0x40000000 + 39)",
     "code": "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)",
     "code, made executable": "libc.mprotect(address, 4096, 5) == 0 or oops()",
@@ -100,7 +100,7 @@ def test_sandbox_refuses(attempt, tmp_path):
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_surveyor_gets_an_empty_environment(monkeypatch, tmp_path):
+def test_sandboxed_process_has_an_empty_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("THRAVE_S3_SECRET_ACCESS_KEY", "secret")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     seen = tmp_path / "seen"
@@ -110,17 +110,17 @@ def test_surveyor_gets_an_empty_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(instead))
     with ntfs_sandbox._process("nothing", 0) as process:
         process.stdout.read()
-    # What the shell itself sets.
+    # Set by the shell itself.
     assert {line.split("=")[0] for line in seen.read_text().splitlines()} <= {"PWD", "OLDPWD", "SHLVL", "_"}
 
 
-def test_check_sandbox_passes_here():
+def test_check_sandbox_passes_on_this_host():
     ntfs_sandbox.check_sandbox()
 
 
 @pytest.fixture
 def on_another_machine(tmp_path, monkeypatch):
-    """Have the surveyor run where no filter is known."""
+    """Make the child process run on a machine without a seccomp filter."""
     code = (
         "import platform; platform.machine = lambda: 'riscv64'; "
         "from thrave.volumes import ntfs_sandbox; ntfs_sandbox.main()"
@@ -147,7 +147,7 @@ def test_no_volume_is_read_without_sandbox():
 
 
 def verdict(machine, architecture, number, *arguments):
-    """Run the filter's program as the kernel does, on one system call."""
+    """Run the filter program for one system call, as the kernel does."""
     data = struct.pack("<IIQ6Q", number, architecture, 0, *[*arguments, 0, 0, 0, 0, 0, 0][:6])
     program, at, value = sandbox._build_filter(machine), 0, 0
     while True:
@@ -164,7 +164,7 @@ def verdict(machine, architecture, number, *arguments):
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_filter_allows_the_table_and_nothing_else(machine):
+def test_filter_allows_only_the_table(machine):
     architecture = sandbox._AUDIT_ARCH[machine]
     numbers = {getattr(call, machine): call for call in sandbox.ALLOWED_CALLS.values()}
     for number in (*range(600), *range(0x40000000, 0x40000258), 0xFFFFFFFF):
@@ -189,8 +189,8 @@ def test_filter_agrees_with_the_kernel_table():
     }
 
 
-def test_sandbox_is_needed_once():
-    """A second try in the same process is refused by the first."""
+def test_confine_cannot_be_called_twice():
+    """The first filter refuses the calls of the second one."""
     program = textwrap.dedent("""
         import sys
         from thrave.volumes.sandbox import confine, ConfinementError

@@ -1,4 +1,4 @@
-"""What a disk's NTFS volumes say of how they were left."""
+"""`find_unclean`: which NTFS volumes of a disk were not unmounted, and which cannot be checked."""
 
 import random
 import struct
@@ -41,7 +41,7 @@ def damage(windows):
     return Damage.to(windows)
 
 
-def said_of(damage):
+def messages_of(damage):
     return [found.message for found in find_unclean(damage)]
 
 
@@ -51,11 +51,11 @@ def not_checked(damage):
 
 
 def hibernation_name(damage):
-    """Where the name of hiberfil.sys stands in its MFT record."""
+    """Offset of the name of hiberfil.sys in its MFT record."""
     return damage.disk.find(NAME, damage.record(24))
 
 
-def sleep_under(name):
+def hibernate_with_name(name):
     def change(damage):
         hibernation_head(b"hibr")(damage)
         damage.put(hibernation_name(damage), name.encode("utf-16-le"))
@@ -63,7 +63,7 @@ def sleep_under(name):
     return change
 
 
-def sleep_in_another_folder(damage):
+def hibernate_in_another_folder(damage):
     hibernation_head(b"hibr")(damage)
     damage.put(hibernation_name(damage) - 66, struct.pack("<IHH", 24, 0, 1))
 
@@ -76,10 +76,10 @@ def sleep_in_another_folder(damage):
         log(restart_page()),
         hibernation_head(b"wake"),
         hibernation_head(b"\0\0\0\0"),
-        sleep_under("hibernot.sys"),
-        sleep_in_another_folder,
+        hibernate_with_name("hibernot.sys"),
+        hibernate_in_another_folder,
         gpt((BASIC, 1 << 20, 63 << 20)),
-        gpt((RESERVED, 20 << 10, 1 << 19), (BASIC, 1 << 20, 63 << 20)),  # as Windows makes it
+        gpt((RESERVED, 20 << 10, 1 << 19), (BASIC, 1 << 20, 63 << 20)),  # as Windows creates it
     ],
 )
 def test_clean_volume_has_no_findings(damage, change):
@@ -88,7 +88,7 @@ def test_clean_volume_has_no_findings(damage, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (boot(3, "8s", b"-FVE-FS-"), "volume at byte 1048576: it is encrypted with BitLocker"),
         (
@@ -105,14 +105,14 @@ def test_clean_volume_has_no_findings(damage, change):
         (partition_entry(0, 0x00, 0, 0), "volume at byte 0: no file system is known"),
     ],
 )
-def test_check_names_what_it_cannot_check(damage, change, words):
+def test_find_unclean_names_what_it_cannot_check(damage, change, message):
     change(damage)
-    (said,) = not_checked(damage)
-    assert said.startswith(f"not checked whether it is clean: {words}")
+    (found,) = not_checked(damage)
+    assert found.startswith(f"not checked whether it is clean: {message}")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (flags(0x0001), "it is marked as dirty: have Windows check it"),
         (flags(0x4000), "it is marked as dirty"),
@@ -121,30 +121,30 @@ def test_check_names_what_it_cannot_check(damage, change, words):
         (hibernation_head(b"hibr"), "Windows is hibernated on it"),
         (hibernation_head(b"HIBR"), "Windows is hibernated on it"),
         (hibernation_head(b"RSTR"), "Windows is hibernated on it"),
-        (sleep_under("HiberFil.Sys"), "Windows is hibernated on it"),
+        (hibernate_with_name("HiberFil.Sys"), "Windows is hibernated on it"),
         (log(bytes(4096)), "its log has no restart page"),
         (boot(48, "<Q", 1 << 40), "its boot sector does not describe a volume"),
     ],
 )
-def test_check_reports_the_fault(damage, change, words):
+def test_find_unclean_reports_the_problem(damage, change, message):
     change(damage)
-    (said,) = said_of(damage)
-    assert said.startswith(f"volume at byte {damage.at}: {words}")
+    (found,) = messages_of(damage)
+    assert found.startswith(f"volume at byte {damage.at}: {message}")
     assert not not_checked(damage)
 
 
-def test_check_reports_every_fault(damage):
+def test_find_unclean_reports_every_problem(damage):
     for change in (flags(1), log(restart_page(clients=0)), hibernation_head(b"hibr")):
         change(damage)
-    said = said_of(damage)
-    assert [words in one for words, one in zip(("dirty", "log", "hibernated"), said, strict=True)] == [True] * 3
+    found = messages_of(damage)
+    assert [text in message for text, message in zip(("dirty", "log", "hibernated"), found, strict=True)] == [True] * 3
 
 
 def test_findings_before_an_error_are_kept(damage):
     flags(1)(damage)
     log(bytes(4096))(damage)
-    said = said_of(damage)
-    assert [words in one for words, one in zip(("dirty", "restart page"), said, strict=True)] == [True] * 2
+    found = messages_of(damage)
+    assert [text in message for text, message in zip(("dirty", "restart page"), found, strict=True)] == [True] * 2
 
 
 def test_each_volume_has_its_own_findings(damage):
@@ -153,23 +153,23 @@ def test_each_volume_has_its_own_findings(damage):
     damage.disk = bytearray(damage.disk[:]) + damage.disk[damage.at :]
     partition_entry(1, 0x07, second // 512, size // 512)(damage)
     flags(1)(Damage(damage.disk, second))
-    (said,) = said_of(damage)
-    assert f"volume at byte {second}: it is marked as dirty" in said
+    (found,) = messages_of(damage)
+    assert f"volume at byte {second}: it is marked as dirty" in found
     boot(3, "8s", b"-FVE-FS-")(damage)
-    assert said_of(damage) == [*not_checked(damage), said]
-    assert len(said_of(damage)) == 2
+    assert messages_of(damage) == [*not_checked(damage), found]
+    assert len(messages_of(damage)) == 2
 
 
 def test_volume_without_partition_table_is_checked(damage):
     bare = Damage(bytearray(damage.disk[damage.at :]), 0)
-    assert said_of(bare) == []
+    assert messages_of(bare) == []
     flags(1)(bare)
-    assert "volume at byte 0: it is marked as dirty" in said_of(bare)[0]
+    assert "volume at byte 0: it is marked as dirty" in messages_of(bare)[0]
 
 
 def test_invalid_partitions_are_reported(damage):
     partition_entry(1, 0x07, 2048, 1)(damage)
-    assert said_of(damage) == [f"the partition at byte {damage.at} overlaps another or leaves the disk"]
+    assert messages_of(damage) == [f"the partition at byte {damage.at} overlaps another or leaves the disk"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 1 << 20])
@@ -177,8 +177,8 @@ def test_invalid_partitions_are_reported(damage):
 def test_disk_with_other_content_is_not_checked(size, signature):
     noise = bytearray(random.Random(size).randbytes(size))
     noise[510:512] = signature[: max(0, size - 510)]
-    assert not_checked(Damage(noise)) == said_of(Damage(noise))
-    assert len(said_of(Damage(noise))) == 1
+    assert not_checked(Damage(noise)) == messages_of(Damage(noise))
+    assert len(messages_of(Damage(noise))) == 1
 
 
 def test_findings_are_the_same_in_every_format(damage, windows, nbd, tmp_path):
@@ -187,24 +187,24 @@ def test_findings_are_the_same_in_every_format(damage, windows, nbd, tmp_path):
     raw.write_bytes(damage.disk[:])
     image = converted(raw, "qcow2")
     with open_volume(image, "qcow2") as volume:
-        ((_, said),) = find_unclean(volume)
-    assert said.startswith(f"volume at byte {damage.at}: Windows is hibernated")
+        ((_, found),) = find_unclean(volume)
+    assert found.startswith(f"volume at byte {damage.at}: Windows is hibernated")
 
 
-def test_slow_reader_is_ended_and_reported(damage, monkeypatch):
+def test_find_unclean_reports_a_timeout(damage, monkeypatch):
     monkeypatch.setattr(ntfs_sandbox, "SCAN_TIMEOUT", 0.01)
-    (said,) = said_of(damage)
-    assert "reading it took too long" in said
+    (found,) = messages_of(damage)
+    assert "reading it took too long" in found
 
 
-def test_missing_library_is_reported_where_it_is_needed(damage, monkeypatch):
+def test_find_unclean_reports_missing_library(damage, monkeypatch):
     monkeypatch.setattr("thrave.volumes.ntfs_sandbox.find_spec", lambda _: None)
-    (said,) = said_of(damage)
-    assert "whether Windows was shut down fully is unknown: pytsk3 is not installed: pip install" in said
-    assert not_checked(damage) == [said]
+    (found,) = messages_of(damage)
+    assert "whether Windows was shut down fully is unknown: pytsk3 is not installed: pip install" in found
+    assert not_checked(damage) == [found]
 
 
-def test_read_error_of_the_disk_is_raised_unchanged(damage):
+def test_find_unclean_raises_read_errors_of_the_disk(damage):
     whole = damage.read_into
 
     def fail(offset, buffer):
@@ -214,38 +214,38 @@ def test_read_error_of_the_disk_is_raised_unchanged(damage):
 
     damage.read_into = fail
     with pytest.raises(VolumeUnreadableError, match="the disk is broken"):
-        said_of(damage)
+        messages_of(damage)
 
 
-def condition(words):
-    return MESSAGE.pack(b"c", 0, len(words)) + words
+def problem(text):
+    return MESSAGE.pack(b"c", 0, len(text)) + text
 
 
 @pytest.mark.parametrize(
-    ("said", "heard"),
+    ("output", "expected"),
     [
-        (condition(b"zz \x1b[2Jz\n") + MESSAGE.pack(b".", 0, 0), ["zz \ufffd[2Jz\ufffd"]),
-        (condition(b"zz") * 9, ["zz"] * ntfs_sandbox.MAX_PROBLEMS + ["invalid message"]),
+        (problem(b"zz \x1b[2Jz\n") + MESSAGE.pack(b".", 0, 0), ["zz \ufffd[2Jz\ufffd"]),
+        (problem(b"zz") * 9, ["zz"] * ntfs_sandbox.MAX_PROBLEMS + ["invalid message"]),
         (MESSAGE.pack(b"c", 0, 1 << 40), ["invalid message"]),
         (MESSAGE.pack(b"u", 0, 4096), ["invalid message"]),
-        (condition(b"zz") + MESSAGE.pack(b"x", 1, 1) + b"b", ["zz", "not checked"]),
-        (condition(b"zz") + MESSAGE.pack(b"x", 0, 2) + b"yy", ["zz", "yy"]),
-        (condition(b"zz"), ["zz", "exit status 0"]),
+        (problem(b"zz") + MESSAGE.pack(b"x", 1, 1) + b"b", ["zz", "not checked"]),
+        (problem(b"zz") + MESSAGE.pack(b"x", 0, 2) + b"yy", ["zz", "yy"]),
+        (problem(b"zz"), ["zz", "exit status 0"]),
     ],
 )
-def test_output_of_the_reader_is_validated(damage, said, heard, tmp_path, monkeypatch):
-    """A reader that the guest has taken over: it says what it likes."""
-    (tmp_path / "said").write_bytes(said)
-    evil = tmp_path / "evil"
-    evil.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'said'}'\n")
-    evil.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(evil))
-    told = said_of(damage)
-    assert [words in one for words, one in zip(heard, told, strict=True)] == [True] * len(heard)
+def test_output_of_the_reader_is_validated(damage, output, expected, tmp_path, monkeypatch):
+    """As if the guest controlled the process that reads the file system."""
+    (tmp_path / "output").write_bytes(output)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nexec cat '{tmp_path / 'output'}'\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    found = messages_of(damage)
+    assert [text in message for text, message in zip(expected, found, strict=True)] == [True] * len(expected)
 
 
 class Records:
-    """A volume's $MFT."""
+    """A volume with this $MFT."""
 
     def __init__(self, records):
         self._records = records
@@ -254,13 +254,13 @@ class Records:
         yield 0, self._records
 
 
-@pytest.mark.parametrize("lost", [None, *range(0, len(NAME), 2)])
-def test_file_name_is_found_across_a_fixup(lost):
+@pytest.mark.parametrize("replaced", [None, *range(0, len(NAME), 2)])
+def test_file_name_is_found_across_a_fixup(replaced):
     record = bytearray(RECORD)
     struct.pack_into("<4s18xH8xQ", record, 0, b"FILE", 1, 0)
-    at = 300 if lost is None else 510 - lost
+    at = 300 if replaced is None else 510 - replaced
     record[at : at + len(NAME)] = NAME.upper()
-    if lost is not None:
+    if replaced is not None:
         record[510:512] = b"\x07\x00"
     assert list(ntfs_scan._find_hibernation_records(GEOMETRY, Records(bytes(RECORD) + record))) == [1]
 

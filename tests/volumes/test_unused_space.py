@@ -1,4 +1,4 @@
-"""`skip_unused` on a Windows-like disk: what is left out, what is not, and what other readers of NTFS say to it."""
+"""`skip_unused` on a Windows-like disk: what is left out and what is kept, compared with other readers of NTFS."""
 
 import hashlib
 import os
@@ -45,7 +45,7 @@ def opened(windows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ntfs(opened):
-    """Its partition as a file of its own, which is what the tools of ntfs-3g take."""
+    """The partition of `opened` in its own file, for the tools of ntfs-3g."""
     path = opened.with_suffix(".ntfs")
     path.write_bytes(opened.read_bytes()[PARTITION_OFFSET:])
     return path
@@ -76,7 +76,7 @@ def sha256(pieces):
 
 
 def unused_clusters(path):
-    """The clusters of the volume that the survey leaves out."""
+    """The clusters of the volume that the scan leaves out."""
     damage = Damage.to(path)
     return {
         (offset - damage.at) // CLUSTER + index for offset, length in holes(path) for index in range(length // CLUSTER)
@@ -109,14 +109,14 @@ def test_skip_unused_reads_swap_and_hibernation_files_as_zeros(windows, mounted)
     assert sizes == [pagefile, CLUSTER + 10_000 * len(HIBERNATION), 5_000 * len(SWAP)]
 
 
-def test_skip_unused_leaves_nothing_for_ntfsfix(ntfs):
+def test_skip_unused_produces_a_volume_that_ntfsfix_accepts(ntfs):
     assert b"processed successfully" in ntfs_tool("ntfsfix", "-n", ntfs)
     assert b"Accounting clusters" in ntfs_tool("ntfsresize", "--force", "--info", ntfs)
 
 
 def test_skip_unused_leaves_no_deleted_or_swapped_data(windows, opened):
     before, after = windows.path.read_bytes(), opened.read_bytes()
-    # Texts are left aside: the demo's generator gives several files the same ones.
+    # Without texts: the demo's generator writes the same texts to several files.
     deleted = [file for file in windows.files if file.deleted and file.kind in {"program", "random"}]
     leaked = [content for file in deleted if (content := next(windows.content(file))[:2000]) in before]
     assert len(leaked) > 20
@@ -145,8 +145,8 @@ def test_bitmap_and_runs_agree_with_ntfs_3g(windows, ntfs):
     used = used_bits(ntfs_tool("ntfscat", "--force", "--inode", 6, original))
     disposable = set()
     for name in DISPOSABLE:
-        said = ntfs_tool("ntfscluster", "--force", "--filename", name, original).decode()
-        runs = re.findall(r"^ +\d+ +(\d+) +(\d+)$", said, re.MULTILINE)
+        output = ntfs_tool("ntfscluster", "--force", "--filename", name, original).decode()
+        runs = re.findall(r"^ +\d+ +(\d+) +(\d+)$", output, re.MULTILINE)
         assert runs
         disposable |= {int(first) + index for first, count in runs for index in range(int(count))}
     clusters = windows.volume_size // CLUSTER - 1
@@ -173,7 +173,7 @@ def test_bitmap_and_runs_agree_with_libfsntfs(windows):
 
 @pytest.fixture
 def all_kinds(tmp_path):
-    """A volume with files of each kind that NTFS stores in a way of its own."""
+    """A volume with files of each kind that NTFS stores differently."""
     path, folder = tmp_path / "volume.ntfs", tmp_path / "mnt"
     with path.open("wb") as volume:
         volume.truncate(24 << 20)
@@ -213,9 +213,9 @@ def fill(folder):
 
 
 def test_every_cluster_of_every_file_type_is_accounted_for(all_kinds, monkeypatch):
-    """Attribute lists, streams, compression, sparse files, large folders: what is in use is what files claim."""
-    left = []
-    monkeypatch.setattr(ntfs_scan, "_limit_count", lambda runs: left.extend(runs) or left)
+    """Attribute lists, streams, compression, sparse files, large folders: all used clusters belong to a file."""
+    free_runs = []
+    monkeypatch.setattr(ntfs_scan, "_limit_count", lambda runs: free_runs.extend(runs) or free_runs)
     source = Damage.to(all_kinds)
     source.read = lambda offset, length: source.disk[offset : offset + length]
     claimed = []
@@ -223,7 +223,7 @@ def test_every_cluster_of_every_file_type_is_accounted_for(all_kinds, monkeypatc
         ntfs_scan, "claim_clusters", lambda bitmap, *run: claimed.append(run) or claim_clusters(bitmap, *run)
     )
     ntfs_scan.find_unused(source)
-    free = sum(count for _, count in left)
+    free = sum(count for _, count in free_runs)
     assert sum(count for _, count in claimed) + free == ((24 << 20) - 512) // CLUSTER
     assert len(claimed) > 600
     assert b"Accounting clusters" in ntfs_tool("ntfsresize", "--force", "--info", all_kinds)
@@ -251,7 +251,7 @@ def test_skip_unused_works_with_every_format(windows, tmp_path, nbd):
 
 
 def test_swap_file_with_other_name_or_folder_keeps_its_content(windows):
-    """A hard link of pagefile.sys: the name that it has beside is reason enough to keep it."""
+    """A hard link of pagefile.sys with another name: the content is kept."""
     before = sum(length for _, length in holes(windows.path))
     path = windows.path.with_name("linked.raw")
     shutil.copy(windows.path, path)
@@ -263,13 +263,13 @@ def test_swap_file_with_other_name_or_folder_keeps_its_content(windows):
     assert before - sum(length for _, length in holes(path)) == 839680
 
 
-def test_missing_library_names_its_package(windows, monkeypatch):
+def test_skip_unused_names_package_of_missing_library(windows, monkeypatch):
     monkeypatch.setattr("thrave.volumes.ntfs_sandbox.find_spec", lambda _: None)
     with pytest.raises(ToolNotInstalled, match=r"pytsk3 is not installed: pip install 'thrave\[ntfs\]'"):
         holes(windows.path)
 
 
-def test_too_fragmented_free_space_is_refused_before_it_takes_memory(windows, monkeypatch):
+def test_scan_refuses_too_fragmented_free_space(windows, monkeypatch):
     monkeypatch.setattr(ntfs_scan, "MAX_HOLES", 5)
     damage = Damage.to(windows.path)
     source = Damage(bytearray(damage.disk[damage.at :]))
@@ -290,8 +290,8 @@ def placed(gaps_and_lengths):
     return runs
 
 
-class Letters:
-    """A volume of the alphabet, with holes."""
+class Pattern:
+    """A volume without zeros, whose bytes depend on the offset."""
 
     size = 400
 
@@ -315,7 +315,7 @@ class Letters:
 def test_extents_and_reads_agree_with_a_model(data, unused, offset, length):
     data = [run for run in placed(data) if run.offset + run.length <= 400]
     unused = [run for run in placed(unused) if run.offset + run.length <= 400]
-    volume = FilteredVolume(Letters(data), unused)
+    volume = FilteredVolume(Pattern(data), unused)
     kept = {at for start, count in data for at in range(start, start + count)}
     gone = {at for start, count in unused for at in range(start, start + count)}
     extents = volume.extents()
@@ -328,10 +328,10 @@ def test_extents_and_reads_agree_with_a_model(data, unused, offset, length):
 
 
 def test_many_extents_and_holes_are_fast():
-    """Each extent finds its holes without passing all the others."""
+    """The time must not grow with extents times holes."""
     count = 50_000
     volume = FilteredVolume(
-        Letters([Extent(20 * index, 10) for index in range(count)]),
+        Pattern([Extent(20 * index, 10) for index in range(count)]),
         [Extent(20 * index + 5, 5) for index in range(count)],
     )
     assert volume.extents() == [Extent(20 * index, 5) for index in range(count)]
@@ -354,7 +354,7 @@ def test_bitmap_is_read_bit_by_bit(small_pieces, bitmap, data):
 
 @pytest.fixture(scope="module")
 def small_pieces():
-    """Pieces so small that runs cross their borders."""
+    """Pieces of 16 clusters, so that runs cross their borders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("thrave.volumes.ntfs_scan._PIECE", 16)
         yield

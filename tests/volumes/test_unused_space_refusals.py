@@ -1,4 +1,4 @@
-"""`skip_unused` on disks that must not be believed, and on some that look bad and may be."""
+"""`skip_unused` on disks that must be refused, and on unusual disks that must be accepted."""
 
 import random
 import struct
@@ -38,7 +38,7 @@ def windows(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """The survey without a process around it, which test_ntfs_sandbox.py is about."""
+    """Scan in this process; test_ntfs_sandbox.py tests the confined process."""
     monkeypatch.setattr(ntfs_sandbox, "scan_unused", unused_in_this_process)
 
 
@@ -47,7 +47,7 @@ def unused_in_this_process(volume, place):
 
 
 class Source:
-    """A partition, for the survey."""
+    """A partition as the source of a scan."""
 
     def __init__(self, volume, place):
         self.size = place.length
@@ -60,17 +60,17 @@ def damage(windows):
 
 
 def unused_of(damage):
-    """How many bytes `skip_unused` leaves out."""
+    """Number of bytes that `skip_unused` leaves out."""
     return damage.size - sum(length for _, length in exclude_unused(damage, Path("disk.raw")).extents())
 
 
-def forget_a_file(damage):
-    """$Bitmap calls a cluster of pagefile.sys free."""
+def free_a_used_cluster(damage):
+    """Mark a cluster of pagefile.sys as free in $Bitmap."""
     at, mask = damage.bits(58961920 // CLUSTER + 9)
     damage.disk[at] &= ~mask
 
 
-def use_what_another_uses(windows):
+def share_a_cluster(windows):
     one, other = (file for file in windows.files if file.path.endswith(("ntoskrnl.exe", "update09.cab")))
 
     def link(damage):
@@ -81,11 +81,11 @@ def use_what_another_uses(windows):
     return link
 
 
-def mirror_another_time(damage):
+def change_the_mirror(damage):
     damage.put(damage.mirror() + 200, b"X")
 
 
-def tear_a_record(damage):
+def cut_a_write(damage):
     for place in (damage.mirror(), damage.record(0)):
         damage.put(place + 510, b"\xaa\x55")
 
@@ -100,7 +100,7 @@ def shrink_the_bitmap(damage):
 
 
 @pytest.mark.parametrize(
-    ("harm", "error", "words"),
+    ("harm", "error", "text"),
     [
         (flags(0x0001), VolumeNotCleanError, "dirty.*chkdsk"),
         (flags(0x4000), VolumeNotCleanError, "dirty"),
@@ -122,11 +122,11 @@ def shrink_the_bitmap(damage):
         (boot(48, "<Q", 1 << 40), FileSystemCorruptError, "boot sector"),
         (boot(64, "<b", -128), FileSystemCorruptError, "boot sector"),
         (boot(64, "<b", 0), FileSystemCorruptError, "boot sector"),
-        (mirror_another_time, FileSystemCorruptError, "MFTMirr"),
-        (tear_a_record, FileSystemCorruptError, "it cannot be read"),
+        (change_the_mirror, FileSystemCorruptError, "MFTMirr"),
+        (cut_a_write, FileSystemCorruptError, "it cannot be read"),
         (mark_as_bad, FileSystemCorruptError, "marked as bad"),
         (shrink_the_bitmap, FileSystemCorruptError, "Bitmap has 100 bytes"),
-        (forget_a_file, FileSystemCorruptError, "not its own"),
+        (free_a_used_cluster, FileSystemCorruptError, "not its own"),
         (partition_entry(1, 0x42, 0, 0), FileSystemUnsupportedError, "dynamic"),
         (partition_entry(1, 0x07, 2048, 1), FileSystemCorruptError, "overlaps"),
         (partition_entry(1, 0x07, 1 << 31, 1), FileSystemCorruptError, "leaves the disk"),
@@ -143,23 +143,23 @@ def shrink_the_bitmap(damage):
          FileSystemCorruptError, "checksum of its GPT entries"),
     ],
 )  # fmt: skip
-def test_scan_refuses_volume_with_reason(damage, harm, error, words):
+def test_scan_refuses_volume_with_reason(damage, harm, error, text):
     harm(damage)
-    with pytest.raises(SkipRefusedError, match=words) as refused:
+    with pytest.raises(SkipRefusedError, match=text) as refused:
         unused_of(damage)
     assert type(refused.value) is error
     assert "disk.raw: cannot leave out what is unused: " in str(refused.value)
 
 
 def test_scan_refuses_files_that_share_clusters(windows, damage):
-    use_what_another_uses(windows)(damage)
+    share_a_cluster(windows)(damage)
     with pytest.raises(FileSystemCorruptError, match="not its own"):
         unused_of(damage)
 
 
 @pytest.mark.parametrize("size", [100, 4096], ids="{} bytes".format)
 def test_scan_refuses_truncated_hibernation_file(damage, windows, size):
-    """As ntfs-3g judges it; at 4096 bytes there is a whole head, and here it is of zeros."""
+    """As ntfs-3g does. With 4096 bytes the header is complete, and here it has zeros."""
     record = damage.record_at_cluster((damage.disk.find(HIBERNATION * 2) - CLUSTER - damage.at) // CLUSTER)
     attribute = damage.attribute(record, 0x80)
     damage.put(attribute + 48, struct.pack("<QQ", size, size))
@@ -174,9 +174,9 @@ def test_scan_refuses_truncated_hibernation_file(damage, windows, size):
     "change",
     [
         lambda _: None,
-        flags(0x8000),  # chkdsk changed something and has finished
+        flags(0x8000),  # chkdsk has finished after a repair
         log(restart_page()),
-        log(restart_page(clients=0, flags=2)),  # Windows XP and later leave it open and say that it is clean
+        log(restart_page(clients=0, flags=2)),  # as Windows XP and later: not closed, but marked as clean
         log(restart_page(clients=0), restart_page(lsn=6)),
         hibernation_head(b"wake"),
         hibernation_head(b"\0\0\0\0"),
@@ -190,7 +190,7 @@ def test_scan_accepts_harmless_change(windows, damage, change):
 
 
 def test_scan_refuses_disk_with_unclean_second_partition(damage):
-    """The second is the first one again, dirty."""
+    """The second partition is a copy of the first one, marked as dirty."""
     size = len(damage.disk) - damage.at
     damage.disk = bytearray(damage.disk[:]) + damage.disk[damage.at :]
     partition_entry(1, 0x07, (damage.at + size) // 512, size // 512)(damage)

@@ -1,15 +1,15 @@
-"""What every driver must do: the same disk in each format, held against its raw bytes."""
+"""The contract of volumes, on every driver: the same disk in each format, compared with its raw content."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.disks.qemu_images import converted, secret_of
+from support.disks.qemu_images import converted, passphrase_file_of
 from thrave.volumes.errors import UnknownFormatError, VolumeUnreadableError
 from thrave.volumes.formats import FORMATS, open_volume
 
-ROUNDED_UP = {"vpc"}  # counts in cylinders, so its disk is a little larger than what was put in
-NO_HOLES = {"vhdx", "luks"}  # QEMU 7.2 gives no allocation for vhdx; LUKS enciphers zeros as anything else
+ROUNDED_UP = {"vpc"}  # counts in cylinders, so the disk is a little larger than its content
+NO_HOLES = {"vhdx", "luks"}  # QEMU 7.2 reports no holes for vhdx; LUKS encrypts zeros too
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def image(raw, image_format):
 
 @pytest.fixture
 def volume(image, image_format):
-    with open_volume(image, image_format, secret_file=secret_of(image, image_format)) as opened:
+    with open_volume(image, image_format, secret_file=passphrase_file_of(image, image_format)) as opened:
         yield opened
 
 
@@ -58,13 +58,13 @@ def test_extents_are_sorted_separate_and_within_the_disk(volume):
 
 
 def test_bytes_outside_extents_are_zero(volume, raw):
-    left = bytearray(raw.read_bytes())
+    remaining = bytearray(raw.read_bytes())
     for offset, length in volume.extents():
-        left[offset : offset + length] = bytes(len(left[offset : offset + length]))
-    assert not any(left)
+        remaining[offset : offset + length] = bytes(len(remaining[offset : offset + length]))
+    assert not any(remaining)
 
 
-def test_extents_leave_out_the_holes_of_the_format(volume, image_format):
+def test_extents_exclude_the_holes_of_the_format(volume, image_format):
     data = sum(extent.length for extent in volume.extents())
     assert data == volume.size if image_format in NO_HOLES else data < volume.size
 
@@ -89,7 +89,7 @@ def test_read_into_beyond_the_end_names_the_offset(volume, image, beyond):
     assert caught.value.offset in {volume.size + beyond - 1, volume.size + beyond}
 
 
-def test_read_into_empty_buffer_leaves_the_volume_usable(volume, raw):
+def test_read_into_works_after_a_failed_read(volume, raw):
     with pytest.raises(VolumeUnreadableError):
         read(volume, volume.size, 1)
     assert read(volume, 0, 16) == raw.read_bytes()[:16]
@@ -113,13 +113,13 @@ def test_empty_disk_has_no_extents(tmp_path, image_format):
     with empty.open("wb") as file:
         file.truncate(1 << 20)
     image = empty if image_format == "raw" else converted(empty, image_format)
-    with open_volume(image, image_format, secret_file=secret_of(image, image_format)) as volume:
+    with open_volume(image, image_format, secret_file=passphrase_file_of(image, image_format)) as volume:
         assert read(volume, 0, 1 << 20) == bytes(1 << 20)
         assert not volume.extents() or image_format in NO_HOLES
 
 
 @pytest.mark.parametrize("name", ["", "vdi", "RAW", "qcow2 ", "nbd", "LUKS"])
-def test_every_format_can_be_opened(raw, name):
+def test_open_volume_rejects_unknown_format(raw, name):
     with pytest.raises(UnknownFormatError, match="known are raw, qcow2"), open_volume(raw, name):
         pass
 

@@ -2,7 +2,7 @@
 
 The docstrings of the Protocol are the contract; tests/volumes/test_volume_contract.py runs on every driver. A volume is
 only read. It has no owner, and it does not check that the machine is off: the caller must make sure that nothing
-writes to the disk (`compute`: `HypervisorDriver.hold`).
+writes to the disk (`compute`: `HypervisorDriver.hold_stopped`).
 """
 
 from collections.abc import Callable, Sequence

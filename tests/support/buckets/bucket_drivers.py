@@ -10,18 +10,18 @@ from thrave.buckets.s3_store import KeyOwner, OwnerKeyStore, ServiceKeyStore
 
 ALICE, BOB = "111111111111", "222222222222"
 _KEYS = {ALICE: stores.ALICE, BOB: stores.BOB}
-_HOLDERS = {key.access_key_id: KeyOwner(account, key) for account, key in _KEYS.items()}
+_KEY_OWNERS = {key.access_key_id: KeyOwner(account, key) for account, key in _KEYS.items()}
 
 
 @dataclass
 class Driver:
-    """A driver on its store; `name` is a bucket's that nobody has there and that Alice may create."""
+    """A driver on its store; `name` is the name of a bucket that does not exist and that Alice may create."""
 
     buckets: ObjectStore
     acl: str = "ec2-bundle-read"
-    """What upload policies may name."""
-    makes_buckets: bool = False
-    """Whether the store makes a bucket that an object is put into."""
+    """The ACL that the store accepts in upload policies."""
+    creates_buckets: bool = False
+    """Whether the store creates a missing bucket for an object."""
     name: str = field(default_factory=lambda: f"alice-{uuid.uuid4().hex[:12]}")
 
     def of(self, account):
@@ -33,10 +33,12 @@ def directory(folder):
 
 
 def owners(store):
-    """A store that knows the accounts' keys."""
-    return Driver(OwnerKeyStore(store.connection(credentials=None), _HOLDERS.get), store.acl, store.name == "seaweedfs")
+    """`upload_credentials = policy`: the store knows the accounts' keys."""
+    return Driver(
+        OwnerKeyStore(store.connection(credentials=None), _KEY_OWNERS.get), store.acl, store.name == "seaweedfs"
+    )
 
 
 def service(store):
-    """A store that knows the service's key."""
+    """`upload_credentials = service`: the store knows the service's key."""
     return Driver(ServiceKeyStore(store.connection()), store.acl, store.name == "seaweedfs")

@@ -1,4 +1,4 @@
-"""Folders that hold bundles, on disk and in stores; they bypass the commands under test."""
+"""Folders with bundles, on disk and in stores, without the commands under test."""
 
 import uuid
 from pathlib import Path
@@ -11,7 +11,7 @@ ACCOUNT = "111111111111"
 
 
 class DiskPlace:
-    """A folder of the disk."""
+    """A folder on the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class DiskPlace:
 
 
 class BucketPlace:
-    """A folder of a new bucket of Alice's."""
+    """A folder in a new bucket of Alice's."""
 
     def __init__(self, store: Store) -> None:
         self._objects = S3ObjectClient(store.connection(ALICE))

@@ -1,7 +1,7 @@
-"""Upload policies, forms under them, and S3's responses: one table for our own check and for a store's.
+"""Upload policies, forms, and the responses of S3: one table for Thrave's check and for a store's.
 
-Each upload is a form for the key `win.part.0` of the bucket `policy-table`, but for what the row says. An answer is
-S3's error code, or "" where the object is stored.
+Each upload is a form for the key `win.part.0` of the bucket `policy-table`, unless the row says otherwise. The answer
+is S3's error code, or "" if the object is stored.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,14 @@ DENIED, NO_POLICY, LARGE, SMALL = "AccessDenied", "InvalidPolicyDocument", "Enti
 
 
 class Case(NamedTuple):
-    """A row."""
+    """A row of the table."""
 
     name: str
     policy: object
-    """The document, or its text."""
+    """The policy as a document, or as text."""
     answer: str = ""
     fields: dict[str, str] | None = None
-    """Of the form, beside or instead of `key`."""
+    """Fields of the form, in addition to `key` or with another `key`."""
     size: int = 4
     """Bytes of the object."""
 
@@ -51,21 +51,21 @@ def _types(beginning):
 
 
 CASES = [
-    # How long it holds
+    # Expiration
     Case("expires in 2099", _until("2099-01-01T00:00:00Z")),
     Case("expires in 2099, milliseconds", _until("2099-01-01T00:00:00.000Z")),
     Case("expires in 2099, microseconds, as the AWS CLI", _until("2099-01-01T00:00:00.000000Z")),
     Case("expires in 2099, no Z, as eutester", _until("2099-01-01T00:00:00")),
     Case("expired", _until("2020-01-01T00:00:00Z"), DENIED),
     Case("expired, milliseconds", _until("2020-01-01T00:00:00.999Z"), DENIED),
-    Case("expires never", {"conditions": [{"bucket": BUCKET}, _WIN]}, NO_POLICY),
+    Case("no expiration", {"conditions": [{"bucket": BUCKET}, _WIN]}, NO_POLICY),
     Case("expires at a number", _until(4070908800), NO_POLICY),
     Case("expires at nothing", _until(None), NO_POLICY),
     Case("expires at a word", _until("tomorrow"), NO_POLICY),
     Case("expires on a date", _until("2099-01-01"), NO_POLICY),
     Case("expires in a 13th month", _until("2099-13-01T00:00:00Z"), NO_POLICY),
     Case("expires at an empty string", _until(""), NO_POLICY),
-    # What is a policy
+    # Documents
     Case("empty", "", NO_POLICY),
     Case("a word", "policy", NO_POLICY),
     Case("a list", [], NO_POLICY),
@@ -79,7 +79,7 @@ CASES = [
     Case("no condition at all", {"expiration": FAR, "conditions": []}, DENIED),
     Case("another member", _of(_WIN, Version="2012-10-17"), NO_POLICY),
     Case("EXPIRATION in capitals", {"EXPIRATION": FAR, "conditions": [{"bucket": BUCKET}, _WIN]}, NO_POLICY),
-    # What is a condition
+    # Conditions
     Case("condition of no property", _of(_WIN, {}), NO_POLICY),
     Case("condition of two properties", _of({"key": KEY, "acl": "private"}), NO_POLICY, {"acl": "private"}),
     Case("condition with a number", _of(_WIN, {"acl": 5}), NO_POLICY),
@@ -118,7 +118,7 @@ CASES = [
     Case("key with a longer beginning", _of(["starts-with", "$key", KEY + "0"]), DENIED),
     Case("key with a beginning in capitals", _of(["starts-with", "$key", "WIN"]), DENIED),
     Case("key in a folder", _of(["starts-with", "$key", "a/b/"]), "", {"key": "a/b/win.part.0"}),
-    Case("key beside the folder", _of(["starts-with", "$key", "a/b/"]), DENIED, {"key": "a/bwin.part.0"}),
+    Case("key outside of the folder", _of(["starts-with", "$key", "a/b/"]), DENIED, {"key": "a/bwin.part.0"}),
     Case("key not named", _of(), DENIED),
     Case("STARTS-WITH", _of(["STARTS-WITH", "$key", "win"])),
     Case("key outside of ASCII", _of(["starts-with", "$key", "ä"]), "", {"key": "ä.part.0"}),
@@ -134,10 +134,10 @@ CASES = [
     Case("acl by anything", _of(_WIN, ["starts-with", "$acl", ""]), "", {"acl": "private"}),
     Case("acl by anything and not given", _of(_WIN, ["starts-with", "$acl", ""]), DENIED),
     Case("acl of bundles", _of(_WIN, {"acl": "ec2-bundle-read"}), "", {"acl": "ec2-bundle-read"}),
-    # How long the object is
+    # Length of the object
     Case("length between", _length(0, 9)),
-    Case("length the least", _length(4, 9)),
-    Case("length the most", _length(0, 4)),
+    Case("length the minimum", _length(4, 9)),
+    Case("length the maximum", _length(0, 4)),
     Case("length exactly", _length(4, 4)),
     Case("too long by a byte", _length(0, 3), LARGE),
     Case("too short by a byte", _length(5, 9), SMALL),
@@ -146,11 +146,11 @@ CASES = [
     Case("length up to terabytes", _length(0, 1 << 40)),
     Case("length in strings", _length("0", "9")),
     Case("too long in strings", _length("0", "3"), LARGE),
-    Case("length the wrong way round", _length(9, 0), SMALL),
-    Case("length below nothing", _length(-1, 9), DENIED),
+    Case("minimum above maximum", _length(9, 0), SMALL),
+    Case("negative minimum", _length(-1, 9), DENIED),
     Case("length in words", _length("none", "all"), DENIED),
     Case("length in halves", _length(0.5, 9), NO_POLICY),
-    Case("length without a most", _length(0), NO_POLICY),
+    Case("length without a maximum", _length(0), NO_POLICY),
     Case("length of three", _length(0, 1, 2), NO_POLICY),
     Case("CONTENT-LENGTH-RANGE", _of(_WIN, ["CONTENT-LENGTH-RANGE", 0, 9])),
     Case("two lengths, both met", _of(_WIN, ["content-length-range", 0, 9], ["content-length-range", 2, 5])),
@@ -176,7 +176,7 @@ CASES = [
     Case("cache control as named", _of(_WIN, {"Cache-Control": "no-store"}), "", {"Cache-Control": "no-store"}),
     Case("status not named", _of(_WIN), DENIED, {"success_action_status": "201"}),
     Case("status as named", _of(_WIN, {"success_action_status": "201"}), "", {"success_action_status": "201"}),
-    # Several about one field
+    # Several conditions on one field
     Case("the same condition twice", _of(_WIN, _WIN)),
     Case("eq and starts-with, both met", _of(_WIN, {"key": KEY})),
     Case("eq twice, one met", _of({"key": KEY}, {"key": "win.part.1"}), DENIED),
@@ -191,8 +191,8 @@ _V4 = {
 
 
 def _v4(*conditions, **changes):
-    said = {**_V4, **changes}
-    return _of(*conditions, *({name: value} for name, value in said.items() if value))
+    values = {**_V4, **changes}
+    return _of(*conditions, *({name: value} for name, value in values.items() if value))
 
 
 V4_CASES = [
@@ -206,22 +206,22 @@ V4_CASES = [
     Case("an acl of another name", _v4(_WIN, _PRIVATE), DENIED, {**_V4, "acl": "public-read"}),
 ]
 
-OTHERWISE_ON_RGW = {
-    # It does not look at members that it does not know.
+DIFFERENT_ON_RGW = {
+    # RGW ignores unknown members.
     "another member": "",
-    # It takes a field that is not there for an empty one; AWS does not.
+    # RGW treats a missing field as an empty one; AWS does not.
     "acl by anything and not given": "",
     "metadata with any value and not given": "",
-    # It knows no canned ACL of EC2's.
+    # RGW does not support EC2's canned ACL.
     "acl of bundles": "InvalidArgument",
-    # It looks at the most first, takes a negative least, and calls a word no number when it reads it.
-    "length the wrong way round": LARGE,
-    "length below nothing": "",
+    # RGW checks the maximum first, accepts a negative minimum, and reports a word as an invalid number.
+    "minimum above maximum": LARGE,
+    "negative minimum": "",
     "length in words": "InvalidArgument",
-    # It takes Content-Type for one type; of a list AWS looks at each.
+    # RGW treats Content-Type as one type; AWS checks each item of a list.
     "types, one with another beginning": "",
 }
-"""Where Ceph RGW 16 answers otherwise, with the reason."""
+"""Cases in which Ceph RGW 16 gives another answer, with the reason."""
 
 NO_POLICY_ON_RGW = ("InvalidArgument", DENIED)
-"""RGW has no InvalidPolicyDocument: what it cannot read is the one, what it reads as another thing the other."""
+"""RGW has no InvalidPolicyDocument: it returns the first code for text that it cannot parse, otherwise the second."""

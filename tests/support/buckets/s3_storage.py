@@ -1,4 +1,4 @@
-"""The Storage argument of BundleInstance, as the AWS CLI makes it."""
+"""The Storage argument of BundleInstance, as the AWS CLI creates it."""
 
 import base64
 import hashlib
@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 
 def policy(bucket="my-bucket", prefix="winami", *, acl="ec2-bundle-read", life=timedelta(hours=24), **extra):
-    """An upload policy as the AWS CLI writes it; in JSON."""
+    """Return an upload policy as the AWS CLI writes it, in JSON."""
     conditions = [{"bucket": bucket}, {"acl": acl}, ["starts-with", "$key", prefix], *extra.get("conditions", ())]
     expiration = (datetime.now(UTC) + life).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     return json.dumps({"expiration": expiration, "conditions": conditions}).encode()

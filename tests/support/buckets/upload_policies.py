@@ -34,12 +34,12 @@ def signed_v4(text, secret=SECRET, date="20151229", region="us-east-1"):
 
 
 def document(*conditions, expiration=FAR):
-    """A policy's document."""
+    """Return the document of a policy."""
     return {"expiration": expiration, "conditions": [*conditions]}
 
 
 def bundle_document(bucket, prefix, expiration=FAR, acl="ec2-bundle-read"):
-    """The document that the AWS CLI makes."""
+    """Return the document that the AWS CLI creates."""
     return document({"bucket": bucket}, {"acl": acl}, ["starts-with", "$key", prefix], expiration=expiration)
 
 

@@ -12,13 +12,13 @@ from support.required_programs import require
 
 @contextmanager
 def loop_device(file: Path) -> Iterator[Path]:
-    """A loop device of the file."""
+    """Attach a file to a loop device."""
     losetup = require("losetup", package="mount")
     argv = [losetup, "--find", "--show", str(file)]
-    made = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no loop device here: {made.stderr.strip()}")
-    device = made.stdout.strip()
+    attached = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if attached.returncode:
+        pytest.skip(f"no loop device here: {attached.stderr.strip()}")
+    device = attached.stdout.strip()
     try:
         yield Path(device)
     finally:

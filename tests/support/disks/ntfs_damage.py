@@ -17,7 +17,7 @@ BASIC = uuid.UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")
 
 
 def flags(value: int) -> Harm:
-    """Of the volume."""
+    """Set the flags of the volume."""
     return lambda damage: damage.set_flags(value)
 
 

@@ -17,14 +17,14 @@ SWAP = b"a store app's memory, swapped: "
 DATA, VOLUME_INFORMATION = 0x80, 0x70
 
 
-def ntfs_tool(program: str, *words: object) -> bytes:
-    """What a tool of ntfs-3g prints; it must succeed."""
-    argv = [require(program, package="ntfs-3g"), *map(str, words)]
+def ntfs_tool(program: str, *arguments: object) -> bytes:
+    """Run a tool of ntfs-3g, which must succeed; return its output."""
+    argv = [require(program, package="ntfs-3g"), *map(str, arguments)]
     return subprocess.run(argv, capture_output=True, check=True).stdout
 
 
 def make_windows_disk(path: Path) -> DemoDisk:
-    """The demo's disk with the two files beside pagefile.sys that it lacks, put there by ntfs-3g."""
+    """Create the demo's disk, and add hiberfil.sys and swapfile.sys with ntfs-3g."""
     demo = make_demo_disk(path, 64 << 20)
     volume = path.with_suffix(".ntfs")
     volume.write_bytes(path.read_bytes()[PARTITION_OFFSET:])
@@ -42,14 +42,14 @@ def make_windows_disk(path: Path) -> DemoDisk:
 
 @dataclass
 class Damage:
-    """A disk to be damaged, and to be read as a volume. Offsets are bytes of the disk."""
+    """A disk in memory that tests damage and read as a volume. Offsets are bytes of the disk."""
 
     disk: bytearray | mmap
     at: int = PARTITION_OFFSET
 
     @classmethod
     def to(cls, path: Path) -> "Damage":
-        """A copy of that disk, which is only made where it is written to."""
+        """Map a disk copy-on-write."""
         with path.open("rb") as disk:
             return cls(mmap(disk.fileno(), 0, flags=MAP_PRIVATE, prot=PROT_READ | PROT_WRITE))
 
@@ -80,11 +80,11 @@ class Damage:
         return self.at + number * CLUSTER
 
     def record(self, number: int) -> int:
-        """An MFT record; the first ones follow each other."""
+        """Offset of an MFT record; only for the first, contiguous records."""
         return self.cluster(self.number(self.at + 0x30, "<Q")) + number * RECORD
 
     def attribute(self, record: int, kind: int) -> int:
-        """An attribute of the record that begins at `record`."""
+        """Offset of an attribute of the record at `record`."""
         offset = record + self.number(record + 20, "<H")
         while (found := self.number(offset, "<I")) != kind:
             assert found != 0xFFFFFFFF, "no such attribute"
@@ -92,7 +92,7 @@ class Damage:
         return offset
 
     def first_run(self, record: int) -> tuple[int, int, int]:
-        """Of a record's content: the first cluster, and where that number stands, and in how many bytes."""
+        """First cluster of a record's content, and the offset and length of this number in the record."""
         attribute = self.attribute(record, DATA)
         at = attribute + self.number(attribute + 32, "<H")
         lengths, starts = self.disk[at] & 15, self.disk[at] >> 4
@@ -100,20 +100,20 @@ class Damage:
         return int.from_bytes(self.disk[place : place + starts], "little", signed=True), place, starts
 
     def content(self, number: int) -> int:
-        """Where the content of a system file begins."""
+        """Offset of the content of a system file."""
         return self.cluster(self.first_run(self.record(number))[0])
 
     def mirror(self) -> int:
         return self.cluster(self.number(self.at + 0x38, "<Q"))
 
     def set_flags(self, flags: int) -> None:
-        """Of the volume, in $MFT and in its mirror."""
+        """Set the flags of the volume, in $MFT and in its mirror."""
         for record in (self.record(3), self.mirror() + 3 * RECORD):
             attribute = self.attribute(record, VOLUME_INFORMATION)
             self.put(attribute + self.number(attribute + 20, "<H") + 10, struct.pack("<H", flags))
 
     def record_at_cluster(self, cluster: int) -> int:
-        """The record of the file whose content begins with that cluster."""
+        """Offset of the record of the file whose content begins with this cluster."""
         for number in range(24, 420):
             record = self.record(number)
             try:
@@ -124,7 +124,7 @@ class Damage:
         raise AssertionError("no such file")
 
     def bits(self, cluster: int) -> tuple[int, int]:
-        """The byte of $Bitmap for a cluster, and the mask in it."""
+        """Offset of the byte in $Bitmap for a cluster, and the mask of its bit."""
         return self.content(6) + cluster // 8, 1 << cluster % 8
 
 

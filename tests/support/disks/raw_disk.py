@@ -1,4 +1,4 @@
-"""Raw disks from a seed, so that a failed test can be repeated with the same bytes."""
+"""Raw disks with content from a seed, so that a failed test can be repeated with the same content."""
 
 import random
 from pathlib import Path
@@ -7,9 +7,9 @@ RUN = 65536
 
 
 def make_disk(path: Path, size: int, *, seed: int = 1, holes: bool = True) -> Path:
-    """Write a raw disk of `size` bytes: noise, text and, if wanted, holes, in numbered runs of 64 KiB.
+    """Write a raw disk of `size` bytes: noise, text and perhaps holes, in numbered runs of 64 KiB.
 
-    The noise repeats, but further apart than deflate looks back.
+    The noise repeats, but at distances above the window of deflate.
     """
     source = random.Random(seed)
     noise, text = source.randbytes(RUN), (b"The quick brown fox jumps over the lazy dog. " * 1500)[:RUN]
