@@ -223,7 +223,7 @@ def test_missing_program_names_its_package(qcow2, tmp_path, monkeypatch):
 def test_missing_binding_names_its_package(qcow2, tmp_path, monkeypatch):
     for module in ("nbd", "libnbdmod"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(qemu_nbd, "_DEBIAN_MODULES", str(tmp_path))
+    monkeypatch.setattr("thrave.debian_modules.FOLDER", str(tmp_path))
     with pytest.raises(ToolNotInstalled, match="apt-get install python3-libnbd"), open_volume(qcow2, "qcow2"):
         pass
 

@@ -17,7 +17,7 @@ from thrave.compute.errors import InstanceError, OverlayNotSupported
 from thrave.compute.instance import Instance
 from thrave.compute.libvirt.binding import XmlFlag
 from thrave.compute.libvirt.domain_metadata import NAMESPACE
-from thrave.compute.libvirt.domain_xml import parsed
+from thrave.compute.libvirt.domain_xml import parse_xml
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.doctor.check_context import CheckContext, CheckFailed, CheckSkipped
 from thrave.tasks.root_volume_check import find_volume_fault, require_qemu
@@ -240,7 +240,7 @@ def _machines(context: CheckContext) -> Sequence[_Machine]:
 
 
 def _machine(live: str, config: str) -> _Machine:
-    domain, running = parsed(config), parsed(live)
+    domain, running = parse_xml(config), parse_xml(live)
     channel = f"devices/channel/target[@name='{_AGENT_CHANNEL}']"
     return _Machine(
         instance_id=instance_id_of(domain.findtext("uuid", "")),

@@ -7,19 +7,15 @@ connection ends: by `close`, and also when this process is killed. No port, daem
 
 import math
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from importlib import import_module
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol, cast
 
 from thrave import programs
 from thrave.concurrency import monotonic
+from thrave.debian_modules import PYTHON_VERSION, DebianModuleNotFoundError, import_debian_module
 from thrave.programs import Program
 from thrave.volumes.base import Extent, Interruption, merge_extents
 from thrave.volumes.errors import (
@@ -32,7 +28,6 @@ from thrave.volumes.errors import (
 from thrave.volumes.image_chain import ImageArguments, ImageChain, check_size, find_program, image_arguments
 
 # libnbd is on no Python package index. Debian's package installs the binding for the system's Python only.
-_DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
 _PACKAGE = "python3-libnbd"
 
 ALLOCATION = "base:allocation"
@@ -105,29 +100,15 @@ class NbdBinding(Protocol):
 
 
 def load_binding() -> NbdBinding:
-    """Import libnbd's Python binding, also from a virtual environment.
-
-    Debian's folder contains much else, so it is not added to `sys.path`: the modules are loaded by their full path.
+    """Import libnbd's Python binding, also in a virtual environment (`debian_modules.py`).
 
     Raises:
         ToolNotInstalled: The binding is not installed, or was built for another Python.
     """
     try:
-        return cast("NbdBinding", import_module("nbd"))
-    except ImportError:
-        _load_from_debian("libnbdmod")
-        return cast("NbdBinding", _load_from_debian("nbd"))
-
-
-def _load_from_debian(name: str) -> ModuleType:
-    spec = PathFinder.find_spec(name, [_DEBIAN_MODULES])
-    if spec is None or spec.loader is None:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise ToolNotInstalled(f"libnbd for Python {version}", _PACKAGE)
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+        return cast("NbdBinding", import_debian_module("nbd", "libnbdmod"))
+    except DebianModuleNotFoundError:
+        raise ToolNotInstalled(f"libnbd for Python {PYTHON_VERSION}", _PACKAGE) from None
 
 
 class NbdServer:

@@ -53,7 +53,7 @@ def _nothing_is_left(request, service):
     assert set(domain.sources()) == set(sources)
 
 
-def test_libvirtd_dies_and_comes_again_while_a_running_guests_volume_is_read(service, web, libvirtd):
+def test_running_guest_is_bundled_across_restart_of_libvirtd(service, web, libvirtd):
     boots = web.boots
     bundle = service.bundle(web)
     with service.standing_still(bundle):
@@ -64,7 +64,7 @@ def test_libvirtd_dies_and_comes_again_while_a_running_guests_volume_is_read(ser
     web.await_written(web.await_boot(after=boots))
 
 
-def test_a_guest_killed_while_its_volume_is_read_is_started_again_and_has_what_it_had_written(service, web):
+def test_guest_killed_during_read_is_restarted_with_its_data(service, web):
     boots = web.boots
     bundle = service.bundle(web)
     with service.standing_still(bundle):
@@ -80,7 +80,7 @@ def test_a_guest_killed_while_its_volume_is_read_is_started_again_and_has_what_i
     assert words == [str(number + 1) for number in range(len(words))]
 
 
-def test_libvirtd_dies_and_comes_again_while_the_volume_of_a_guest_that_is_off_is_read(service, cold, libvirtd):
+def test_stopped_guest_is_bundled_across_restart_of_libvirtd(service, cold, libvirtd):
     bundle = service.bundle(cold)
     with service.standing_still(bundle):
         libvirtd.kill_daemon()
@@ -90,7 +90,7 @@ def test_libvirtd_dies_and_comes_again_while_the_volume_of_a_guest_that_is_off_i
     assert not cold.runs()
 
 
-def test_a_guest_cannot_be_started_by_others_while_its_volume_is_read(service, cold):
+def test_start_by_other_client_during_read_is_detected(service, cold):
     bundle = service.bundle(cold)
     with service.standing_still(bundle), pytest.raises(VirshError, match="lock"):
         cold.start()
@@ -99,7 +99,7 @@ def test_a_guest_cannot_be_started_by_others_while_its_volume_is_read(service, c
     cold.host.virsh("destroy", cold.name)
 
 
-def test_a_guest_undefined_while_its_volume_is_read_is_gone_and_the_task_says_so(service, cold):
+def test_task_fails_if_guest_is_undefined_during_read(service, cold):
     bundle = service.bundle(cold)
     with service.standing_still(bundle):
         cold.host.virsh("undefine", cold.name)
@@ -109,7 +109,7 @@ def test_a_guest_undefined_while_its_volume_is_read_is_gone_and_the_task_says_so
     cold.define()
 
 
-def test_a_running_guest_undefined_while_its_volume_is_read_runs_on_until_it_is_off(service, web):
+def test_undefined_running_guest_runs_until_it_is_off(service, web):
     boots = web.boots
     bundle = service.bundle(web)
     with service.standing_still(bundle):

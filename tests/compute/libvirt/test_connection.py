@@ -67,7 +67,7 @@ def coming(monkeypatch):
 
 @pytest.mark.parametrize("fault", [RefusedError(), MemoryError(), OSError(errno.EMFILE, "too many files")], ids=repr)
 @pytest.mark.parametrize("at", ["open", "keep alive", "event 0", "event 2"])
-def test_a_connection_that_fails_is_closed_and_made_anew_by_the_next_question(coming, fault, at):
+def test_failed_connection_is_closed_and_next_call_reconnects(coming, fault, at):
     failing, good = Connection(fault, at), Connection()
     coming.extend([fault if at == "open" else failing, good])
     asking = LibvirtConnection("pretended:///", DomainEvents())
@@ -83,7 +83,7 @@ def test_a_connection_that_fails_is_closed_and_made_anew_by_the_next_question(co
     assert at == "open" or (failing.is_open, failing.callbacks) == (False, set())
 
 
-def test_a_lost_connection_is_closed_though_there_was_no_thread_for_it(coming, monkeypatch):
+def test_lost_connection_is_closed_later_if_no_thread_can_be_started(coming, monkeypatch):
     lost, good = Connection(), Connection()
     coming.extend([lost, good])
     asking = LibvirtConnection("pretended:///", DomainEvents())
@@ -103,7 +103,7 @@ def test_a_lost_connection_is_closed_though_there_was_no_thread_for_it(coming, m
     [HypervisorUnavailable("i-00000000", "gone"), NoThreadError(errno.EAGAIN, "no thread"), MemoryError()],
     ids=repr,
 )
-def test_a_change_that_was_told_is_looked_at_again_when_the_look_fails(coming, monkeypatch, error):
+def test_changed_domain_is_read_again_after_failure(coming, monkeypatch, error):
     def fail(*_look):
         raise error
 

@@ -27,7 +27,7 @@ def record(attributes='account="123456789012"', children=""):
     return parse_metadata(read_definition(xml(metadata=OURS.format(attributes=attributes, children=children))).metadata)
 
 
-def test_a_record_is_what_an_operator_writes():
+def test_parse_metadata_reads_element_of_operator():
     assert parse_metadata(read_definition(xml(metadata=WINDOWS)).metadata) is None
     said = record(
         'account="123456789012" platform="windows" rootDevice="vdb" rootDeviceType="ebs" secretFile="/s" '
@@ -55,14 +55,14 @@ FAULTS = {
     'account="123456789012" platform="dos"': "platform: 'dos' is none of windows, linux",
     'account="123456789012" rootDeviceType="floppy"': "rootDeviceType: 'floppy' is none of instance-store, ebs",
     'account="123456789012" secretFile="secret"': "secretFile: must be an absolute path",
-    'account="123456789012" launchTime="today"': "launchTime: 'today' is no time",
+    'account="123456789012" launchTime="today"': "launchTime: 'today' is not a time",
     'account="123456789012" launchTime="2026-11-23T10:00:00"': "has no time zone",
     'account="123456789012" terminated="maybe"': "terminated: 'maybe' is none of true, false",
 }
 CHILD_FAULTS = {
-    "<t:tags/>": "tags: is none of tag, frozen",
+    "<t:tags/>": "tags: is neither tag nor frozen",
     "<t:tag>web</t:tag>": "key: is missing",
-    '<t:tag key="a"/><t:tag key="a"/>': "tag: there are two with the key 'a'",
+    '<t:tag key="a"/><t:tag key="a"/>': "tag: two tags with the key 'a'",
     '<t:tag key="aws:x">1</t:tag>': "which AWS reserves",
     "".join(f'<t:tag key="{number}"/>' for number in range(51)): "51 tags: an instance may have at most 50",
     '<t:frozen path="/vm/c" format="raw"/>': "overlay: is missing",
@@ -73,13 +73,13 @@ CHILD_FAULTS = {
 
 
 @pytest.mark.parametrize("attributes", FAULTS)
-def test_a_faulty_record_is_refused_under_the_name_of_the_fault(attributes):
+def test_parse_metadata_names_faulty_attribute(attributes):
     with pytest.raises(InvalidDomainError, match=re.escape(FAULTS[attributes])):
         record(attributes)
 
 
 @pytest.mark.parametrize("children", CHILD_FAULTS)
-def test_so_are_its_elements(children):
+def test_parse_metadata_names_faulty_child(children):
     with pytest.raises(InvalidDomainError, match=re.escape(CHILD_FAULTS[children])):
         record(children=children)
 
@@ -94,7 +94,7 @@ PATHS = TEXT.filter(lambda text: "/" not in text).map(lambda text: Path("/", tex
     terminated=st.booleans(),
     overlay=st.none() | PATHS,
 )
-def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
+def test_parse_metadata_returns_formatted_metadata(tags, secret_file, terminated, overlay):
     frozen = overlay and OverlayMetadata(path=Path("/c"), format="raw", overlay=overlay, secret_file=secret_file)
     written = InstanceMetadata(
         account_id="123456789012",
@@ -117,6 +117,6 @@ def test_what_is_written_is_read_again(tags, secret_file, terminated, overlay):
         InstanceMetadata(account_id=""),
     ],
 )
-def test_what_could_not_be_read_again_is_not_written(said):
+def test_check_metadata_refuses_what_xml_cannot_keep(said):
     with pytest.raises(InvalidDomainError):
         check_metadata(said)

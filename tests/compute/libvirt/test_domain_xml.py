@@ -56,7 +56,7 @@ def layers(disk):
 
 
 @pytest.mark.parametrize("below", ["", "<backingStore/>", CHAIN], ids=["unsaid", "none", "chain"])
-def test_an_overlay_changes_one_disk_and_our_element_and_nothing_else(below):
+def test_with_overlay_changes_only_disk_and_our_element(below):
     before = WHOLE.replace("{below}", below)
     after = with_overlay(before, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
     changed = read_definition(after)
@@ -76,7 +76,7 @@ def test_an_overlay_changes_one_disk_and_our_element_and_nothing_else(below):
 
 
 @pytest.mark.parametrize("below", ["", "<backingStore/>", CHAIN], ids=["unsaid", "none", "chain"])
-def test_what_takes_the_overlay_off_leaves_what_was_there_before(below):
+def test_without_overlay_restores_disk(below):
     before = WHOLE.replace("{below}", below)
     record = parse_metadata(read_definition(before).metadata)
     on = with_overlay(before, "vda", FROZEN, volume=VOLUME, overlay=OVERLAY)
@@ -92,7 +92,7 @@ def sorted_children(text):
     return ET.canonicalize(ET.tostring(root, encoding="unicode"), strip_text=True)
 
 
-def test_a_record_gets_a_place_where_there_is_none():
+def test_with_overlay_adds_metadata_element():
     for text in (
         xml(),
         xml().replace("<metadata></metadata>", "<metadata/>"),
@@ -102,10 +102,10 @@ def test_a_record_gets_a_place_where_there_is_none():
         assert parse_metadata(read_definition(after).metadata) == FROZEN
 
 
-def test_a_disk_that_is_not_there_cannot_be_changed():
+def test_with_overlay_refuses_unknown_disk():
     with pytest.raises(InvalidDomainError, match="disk: there is no vdz"):
         with_overlay(xml(), "vdz", None, volume=VOLUME, overlay=OVERLAY)
-    with pytest.raises(InvalidDomainError, match="it has no source"):
+    with pytest.raises(InvalidDomainError, match="has no source"):
         without_overlay(
             xml(CDROM.replace('<source file="/iso/win.iso"/>', "").format(more="")), "sda", None, volume=VOLUME
         )

@@ -77,7 +77,7 @@ def story(request, stories):
     return stories(request.param)
 
 
-def test_the_last_line_before_the_shutdown_is_in_the_bundle_and_none_after_it(story):
+def test_bundle_ends_with_last_line_before_shutdown(story):
     *numbers, last = story.drive.words(story.before)
     assert last == OFF
     assert numbers == [str(number + 1) for number in range(len(numbers))]
@@ -85,17 +85,17 @@ def test_the_last_line_before_the_shutdown_is_in_the_bundle_and_none_after_it(st
     assert story.drive.words(story.again) == []
 
 
-def test_the_volume_in_the_bundle_is_clean_and_the_task_has_nothing_to_say(story):
+def test_bundled_volume_is_clean_and_task_has_no_warning(story):
     assert story.drive.is_clean()
     assert story.notice == ""
 
 
-def test_the_second_disk_is_not_in_the_bundle(story):
+def test_bundle_does_not_contain_second_disk(story):
     assert not story.drive.has_mark()
     assert story.bundle.opened().stat().st_size == story.domain.disk.stat().st_size
 
 
-def test_the_original_runs_again_and_goes_on_writing_as_if_nothing_had_been(story):
+def test_guest_keeps_writing_after_bundling(story):
     assert story.as_before
     last = story.domain.await_written(story.again)
     assert story.domain.boots == [story.before, story.again]
@@ -103,7 +103,7 @@ def test_the_original_runs_again_and_goes_on_writing_as_if_nothing_had_been(stor
     assert words[:last] == [str(number + 1) for number in range(last)]
 
 
-def test_what_a_guest_writes_while_its_volume_is_read_is_on_the_volume_in_the_end(stories):
+def test_writes_during_read_are_merged_into_volume(stories):
     story = stories("overlay")
     assert story.on_overlay
     words = story.domain.look().words(story.again)
@@ -111,7 +111,7 @@ def test_what_a_guest_writes_while_its_volume_is_read_is_on_the_volume_in_the_en
     assert story.written_meanwhile >= 2
 
 
-def test_a_guest_that_is_made_from_a_bundle_boots_by_itself_and_finds_what_was_written_before(stories, guest):
+def test_guest_made_from_bundle_boots_with_its_data(stories, guest):
     story = stories("overlay")
     original = story.domain
     twin = Domain(

@@ -21,7 +21,7 @@ def guest_of(service, guest, name, **told):
     return service.domain(name, guest, told={"EVERY": 0.5, **told}).start()
 
 
-def test_a_deaf_guest_fails_its_task_and_stays_up_or_loses_its_power_as_the_operator_wants(service, guest):
+def test_guest_that_ignores_shutdown_stays_up_or_loses_power_by_setting(service, guest):
     deaf = guest_of(service, guest, "deaf", DEAF=1)
     service.start(shutdown_timeout=3, shutdown_timeout_action="fail")
     try:
@@ -51,7 +51,7 @@ def test_a_deaf_guest_fails_its_task_and_stays_up_or_loses_its_power_as_the_oper
         deaf.remove()
 
 
-def test_a_guest_that_still_boots_is_asked_again_until_it_hears(service, guest):
+def test_shutdown_request_is_repeated_until_guest_has_booted(service, guest):
     service.start()
     late = guest_of(service, guest, "late", HEARS_AFTER=LATE)
     try:
@@ -64,7 +64,7 @@ def test_a_guest_that_still_boots_is_asked_again_until_it_hears(service, guest):
         late.remove()
 
 
-def test_an_agent_is_asked_to_shut_down_and_to_run_sysprep(service, guest):
+def test_agent_shuts_down_and_runs_sysprep(service, guest):
     sysprep = ["/bin/sysprep", "/generalize", "/oobe", "/shutdown"]
     clerk = guest_of(service, guest, "clerk", DEAF=1, AGENT=1)
     service.start()

@@ -11,11 +11,11 @@ from thrave.compute.errors import InvalidDomainError
 from thrave.compute.instance import InstanceState, OffReason
 from thrave.compute.libvirt.binding import DomainState, ShutoffReason, StoppedDetail
 from thrave.compute.libvirt.domain_metadata import InstanceMetadata, OverlayMetadata
-from thrave.compute.libvirt.domain_xml import MOST_CHARACTERS, Mirror, pool_type, read_definition
+from thrave.compute.libvirt.domain_xml import MAX_CHARACTERS, Mirror, read_definition, read_pool_type
 from thrave.compute.libvirt.instance_mapping import (
     OFF_REASONS,
+    REASON_OF_STOPPED_EVENT,
     STATES,
-    STOPPED_BECAUSE,
     PoolVolume,
     instance_id_of,
     instance_state,
@@ -38,12 +38,12 @@ def instance(text, record=ALICE, find_volume=no_pool):
     return to_instance(read_definition(text), record, InstanceState.RUNNING, NOW, find_volume)
 
 
-def test_an_id_comes_from_the_uuid_and_from_nothing_else():
+def test_instance_id_depends_only_on_uuid():
     assert instance_id_of(UUID) == instance_id_of(UUID.upper()) == "i-fee93826271e85d9f"
     assert instance_id_of("00000000-0000-0000-0000-000000000000") != instance_id_of(UUID)
 
 
-def test_a_domain_is_an_instance():
+def test_to_instance_maps_domain():
     found = instance(xml(disk(), disk("vdb", "/vm/d.qcow2", "qcow2"), CDROM.format(more=""), metadata=WINDOWS))
     assert (found.platform, found.architecture, found.root_device_type) == ("windows", "x86_64", "instance-store")
     assert (found.root_volume.path, found.root_volume.format) == (Path("/vm/c.raw"), "raw")
@@ -67,12 +67,12 @@ ROOTS = {
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_the_root_is_the_disk_that_boots(name):
+def test_root_disk_is_boot_disk(name):
     disks, root = ROOTS[name]
     assert root_disk(read_definition(xml(*disks)), ALICE).target == root
 
 
-def test_the_operator_may_name_the_root():
+def test_root_disk_is_named_disk():
     both = read_definition(xml(disk("vda", more='<boot order="1"/>'), disk("vdb")))
     named = InstanceMetadata(account_id="123456789012", root_device="vdb")
     assert root_disk(both, named).target == "vdb"
@@ -91,7 +91,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_root_device_type_is_that_of_the_disks_source(source):
+def test_root_device_type_follows_disk_source(source):
     found = instance(xml(source))
     assert (found.root_device_type, str(found.root_volume.path)) == SOURCES[source]
 
@@ -107,13 +107,13 @@ POOLS = {
 
 
 @pytest.mark.parametrize("kind", POOLS)
-def test_a_volume_of_a_storage_pool_is_where_its_pool_is(kind):
+def test_root_device_type_follows_storage_pool(kind):
     found = instance(xml(POOL_VOLUME), find_volume=lambda pool, volume: PoolVolume(Path("/", pool, volume), kind))
     assert (found.root_device_type, str(found.root_volume.path)) == (POOLS[kind], "/p/win.raw")
-    assert pool_type(f'<pool type="{kind}"><name>p</name></pool>') == kind
+    assert read_pool_type(f'<pool type="{kind}"><name>p</name></pool>') == kind
 
 
-def test_what_the_operator_says_goes_before_what_the_definition_says():
+def test_metadata_override_definition():
     said = InstanceMetadata(
         account_id="123456789012",
         platform="linux",
@@ -125,7 +125,7 @@ def test_what_the_operator_says_goes_before_what_the_definition_says():
     assert (found.platform, found.root_device_type, found.tags) == (None, "ebs", {"Name": "web"})
     assert found.root_volume.secret_file == Path("/s")
     assert instance(xml(), InstanceMetadata(account_id="123456789012", platform="windows")).platform == "windows"
-    with pytest.raises(InvalidDomainError, match="rootDeviceType: the disk vda is no file or device of this host"):
+    with pytest.raises(InvalidDomainError, match="rootDeviceType: the disk vda is not a file or device of this host"):
         instance(xml(NETWORK), InstanceMetadata(account_id="123456789012", root_device_type="instance-store"))
 
 
@@ -138,11 +138,11 @@ def test_what_the_operator_says_goes_before_what_the_definition_says():
         ("http://example.org/?http://microsoft.com/win/11", None),
     ],
 )
-def test_the_platform_is_what_libosinfo_says(os_id, platform):
+def test_platform_follows_libosinfo(os_id, platform):
     assert instance(xml(metadata=WINDOWS.replace("http://microsoft.com/win/2k22", os_id))).platform == platform
 
 
-def test_while_frozen_the_root_volume_is_the_one_below():
+def test_root_volume_is_volume_below_overlay():
     frozen = OverlayMetadata(path=Path("/vm/c.raw"), format="raw", overlay=Path("/vm/o"), secret_file=Path("/s"))
     found = instance(
         xml(disk(file="/vm/o", image_format="qcow2")), InstanceMetadata(account_id="123456789012", frozen=frozen)
@@ -156,7 +156,7 @@ def test_while_frozen_the_root_volume_is_the_one_below():
     )
 
 
-def test_each_state_has_its_word():
+def test_states_are_complete():
     assert set(STATES) == set(DomainState)
     assert {state.name for state in DomainState if STATES[state] is InstanceState.STOPPED} == {"SHUTOFF"}
     assert instance_state(DomainState.PAUSED, terminated=False) is InstanceState.RUNNING
@@ -167,9 +167,9 @@ def test_each_state_has_its_word():
     }
 
 
-def test_each_reason_to_be_off_is_on_purpose_or_not():
+def test_off_reasons_are_complete():
     assert set(OFF_REASONS) == set(ShutoffReason)
-    assert set(STOPPED_BECAUSE) == set(StoppedDetail)
+    assert set(REASON_OF_STOPPED_EVENT) == set(StoppedDetail)
     assert {reason.name for reason in ShutoffReason if not is_power_loss(reason, None)} == {
         "SHUTDOWN", "DESTROYED", "MIGRATED", "SAVED", "FROM_SNAPSHOT",
     }  # fmt: skip
@@ -185,22 +185,22 @@ def test_each_reason_to_be_off_is_on_purpose_or_not():
         (99, None, True),
     ],
 )
-def test_a_reason_that_was_told_is_remembered_for_a_daemon_that_forgets(reason, seen, lost):
+def test_off_reason_uses_event_if_daemon_was_restarted(reason, seen, lost):
     assert is_power_loss(reason, seen) is lost
 
 
-def test_off_reason_is_saved_whatever_the_daemon_remembers():
+def test_off_reason_is_saved_with_managed_save_image():
     for reason in (*ShutoffReason, 99):
         assert off_reason(reason, None, saved=True) is OffReason.SAVED
 
 
-def test_only_a_guest_that_powered_off_counts_as_shut_down():
+def test_only_power_off_by_guest_is_shut_down():
     shut_down = {reason.name for reason in ShutoffReason if off_reason(reason, None) is OffReason.SHUT_DOWN}
     assert shut_down == {"SHUTDOWN", "FROM_SNAPSHOT"}
     assert off_reason(99, None) is OffReason.UNKNOWN
 
 
-def test_a_running_definition_tells_of_its_agent_and_of_block_jobs():
+def test_running_definition_has_agent_and_block_job():
     channel = '<channel type="unix"><target type="virtio" name="org.qemu.guest_agent.0" state="{}"/></channel>'
     assert read_definition(xml(more=channel.format("connected"))).has_agent
     assert not read_definition(xml(more=channel.format("disconnected"))).has_agent
@@ -225,12 +225,12 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("text", OBSTACLES)
-def test_what_can_have_no_overlay_says_why(text):
+def test_obstacle_to_overlay_names_reason(text):
     reason = obstacle_to_overlay(read_definition(xml(text)).disks[0])
     assert (reason is None) if OBSTACLES[text] is None else OBSTACLES[text] in reason
 
 
-def test_an_overlay_stands_beside_its_volume():
+def test_overlay_path_is_next_to_volume():
     assert str(overlay_path(Path("/vm/c.raw"), "i-0123456789abcdef0")) == "/vm/.c.raw.thrave-i-0123456789abcdef0.qcow2"
 
 
@@ -239,20 +239,20 @@ def test_an_overlay_stands_beside_its_volume():
     [
         ("", "not well-formed"),
         ("<domain>", "not well-formed"),
-        ("<domain/>", "name: there is none"),
-        ("<domain><name>x</name></domain>", "uuid: there is none"),
+        ("<domain/>", "name: is missing"),
+        ("<domain><name>x</name></domain>", "uuid: is missing"),
         ('<!DOCTYPE d [<!ENTITY a "aaaa">]><domain><name>&a;</name></domain>', "declares a document type"),
-        (f"<domain>{' ' * MOST_CHARACTERS}</domain>", "more than 4194304 characters"),
-        (xml('<disk><source file="/x"/></disk>'), "target: says no dev"),
-        (xml(disk(more='<boot order="x"/>')), "boot order: 'x' is no number"),
+        (f"<domain>{' ' * MAX_CHARACTERS}</domain>", "more than 4194304 characters"),
+        (xml('<disk><source file="/x"/></disk>'), "target: has no dev"),
+        (xml(disk(more='<boot order="x"/>')), "boot order: 'x' is not a number"),
         (xml(disk(file="relative.raw")), "relative.raw is not an absolute path"),
     ],
 )
-def test_xml_that_is_no_domains_is_refused(text, message):
+def test_read_definition_refuses_invalid_xml(text, message):
     with pytest.raises(InvalidDomainError, match=re.escape(message)):
         read_definition(text)
 
 
-def test_an_architecture_that_ec2_has_not_is_refused():
-    with pytest.raises(InvalidDomainError, match="EC2 knows no s390x"):
+def test_to_instance_refuses_unknown_architecture():
+    with pytest.raises(InvalidDomainError, match="EC2 has no architecture s390x"):
         instance(xml(architecture="s390x"))

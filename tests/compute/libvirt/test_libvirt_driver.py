@@ -63,7 +63,7 @@ def instance_id(domains):
     return domains.add()
 
 
-def test_a_domain_that_nobody_has_adopted_is_no_instance(domains, instances):
+def test_domain_that_is_not_adopted_is_no_instance(domains, instances):
     instance_id = instance_id_of(domains.libvirt.define("stranger", "/vm/stranger.raw"))
     assert instances.list() == []
     for ask in (instances.get, instances.state, instances.request_stop, instances.start, instances.disown):
@@ -71,7 +71,7 @@ def test_a_domain_that_nobody_has_adopted_is_no_instance(domains, instances):
             ask(instance_id)
 
 
-def test_stop_is_repeated_if_the_domain_was_off_and_is_started_meanwhile(domains, instances, instance_id, monkeypatch):
+def test_stop_is_repeated_if_domain_was_started_in_between(domains, instances, instance_id, monkeypatch):
     libvirt = libvirt_binding.load()
     shut_down, answers = libvirt.virDomain.shutdownFlags, [libvirt.libvirtError("the domain is not running")] * 2
 
@@ -85,7 +85,7 @@ def test_stop_is_repeated_if_the_domain_was_off_and_is_started_meanwhile(domains
     assert instances.state(instance_id) is InstanceState.STOPPED
 
 
-def test_adopting_writes_what_is_said_and_nothing_else(domains, instances, disk, tmp_path):
+def test_adopt_writes_only_given_values(domains, instances, disk, tmp_path):
     uuid = domains.libvirt.define("web", disk)
     domains.libvirt.metadata("web", WINDOWS, key="libosinfo", uri=OSINFO)
     before = domains.libvirt.definition("web")
@@ -101,7 +101,7 @@ def test_adopting_writes_what_is_said_and_nothing_else(domains, instances, disk,
     assert domains.libvirt.definition("web") == before
 
 
-def test_adopting_again_changes_what_is_said(instances, domains, instance_id):
+def test_adopt_again_changes_metadata(instances, domains, instance_id):
     first = instances.get(instance_id)
     instances.terminate(instance_id)
     again = instances.adopt(domains.names[instance_id], account_id="210987654321", tags={"a": "b"})
@@ -116,12 +116,12 @@ NO_INSTANCES = {
     "account: 'alice' is not 12 digits": {"account_id": "alice"},
     "rootDevice: there is no disk vdz": {"root_device": "vdz"},
     "which AWS reserves": {"tags": {"aws:x": "1"}},
-    "there is a character that XML cannot hold": {"tags": {"\0": "1"}},
+    "it contains a character that XML cannot contain": {"tags": {"\0": "1"}},
 }
 
 
 @pytest.mark.parametrize("message", NO_INSTANCES)
-def test_what_would_be_no_instance_is_not_adopted(domains, instances, disk, message):
+def test_adopt_rejects_invalid_domain(domains, instances, disk, message):
     domains.libvirt.define("web", disk)
     with pytest.raises(InvalidDescriptionError, match="the domain web does not describe an instance") as refused:
         instances.adopt("web", **{"account_id": ACCOUNT, **NO_INSTANCES[message]})
@@ -129,25 +129,25 @@ def test_what_would_be_no_instance_is_not_adopted(domains, instances, disk, mess
     assert "thrave" not in domains.libvirt.definition("web")
 
 
-def test_a_domain_without_its_disk_is_not_adopted(domains, instances, tmp_path):
+def test_adopt_rejects_domain_without_disk_file(domains, instances, tmp_path):
     domains.libvirt.define("web", tmp_path / "gone.raw")
     with pytest.raises(InvalidDescriptionError, match=r"gone\.raw: No such file or directory"):
         instances.adopt("web", account_id=ACCOUNT)
 
 
 @pytest.mark.parametrize("name", ["nobody", "6f1c2d3e-0000-4000-8000-00000000abcd", ""])
-def test_a_domain_that_is_not_there_is_not_adopted(domains, instances, name):
+def test_adopt_rejects_unknown_domain(domains, instances, name):
     with pytest.raises(HypervisorError, match="Domain not found"):
         instances.adopt(name, account_id=ACCOUNT)
 
 
-def test_a_record_that_cannot_be_read_hides_no_other_instance(domains, instances, instance_id, caplog, disk):
+def test_list_skips_invalid_metadata(domains, instances, instance_id, caplog, disk):
     uuid = domains.libvirt.define("typo", disk)
     domains.libvirt.metadata("typo", '<instance account="12"/>')
     broken_id = instance_id_of(uuid)
     eventually(lambda: [error.instance_id for error in instances.list_errors()], until=one_of([broken_id]))
     assert [found.instance_id for found in instances.list()] == [instance_id]
-    assert "an instance is left out: the domain typo does not describe an instance: account: '12'" in caplog.text
+    assert "instance skipped: the domain typo does not describe an instance: account: '12'" in caplog.text
     for ask in (instances.get, instances.state, instances.request_stop, instances.start):
         with pytest.raises(InvalidDescriptionError, match="is not 12 digits"):
             ask(broken_id)
@@ -158,7 +158,7 @@ def test_a_record_that_cannot_be_read_hides_no_other_instance(domains, instances
     assert "thrave" not in domains.libvirt.definition("typo")
 
 
-def test_what_others_do_is_told(domains, instances, instance_id):
+def test_list_shows_changes_by_other_clients(domains, instances, instance_id):
     assert instances.list() == [instances.get(instance_id)]
     with domains.domain(instance_id) as domain:
         domain.destroy()
@@ -174,7 +174,7 @@ def test_what_others_do_is_told(domains, instances, instance_id):
 OURS = "https://thrave.dev/xmlns/instance/1"
 
 
-def test_listing_asks_nothing_while_nothing_happens(domains, instances, monkeypatch):
+def test_list_does_not_call_libvirt_without_events(domains, instances, monkeypatch):
     for _ in range(3):
         domains.add()
     assert len(instances.list()) == 3
@@ -190,7 +190,7 @@ def test_listing_asks_nothing_while_nothing_happens(domains, instances, monkeypa
     assert looks == []
 
 
-def test_a_start_by_others_is_the_launch_time_and_is_written_down(domains, instances, instance_id):
+def test_start_by_other_client_is_recorded_as_launch_time(domains, instances, instance_id):
     record = f'<instance account="{ACCOUNT}" launchTime="2020-01-01T00:00:00Z"/>'
     with domains.domain(instance_id) as domain:
         domain.destroy()
@@ -199,10 +199,10 @@ def test_a_start_by_others_is_the_launch_time_and_is_written_down(domains, insta
         domain.create()
     eventually(lambda: instances.get(instance_id).launch_time >= before)
     assert instances.get(instance_id).launch_time <= datetime.now(UTC)
-    assert domains.again().list() == instances.list(), "who has not seen the start reads of it"
+    assert domains.open_again().list() == instances.list(), "a driver without the event reads the recorded time"
 
 
-def test_a_domain_adopted_by_hand_has_a_launch_time_that_stays(domains, instances, disk):
+def test_domain_adopted_by_hand_has_constant_launch_time(domains, instances, disk):
     instance_id = instance_id_of(domains.libvirt.define("web", disk))
     domains.libvirt.metadata("web", f'<instance account="{ACCOUNT}"/>')
     first = instances.get(instance_id)
@@ -211,7 +211,7 @@ def test_a_domain_adopted_by_hand_has_a_launch_time_that_stays(domains, instance
     eventually(instances.list, until=one_of([first]))
 
 
-def test_a_guest_that_hears_nothing_is_not_asked(domains, instances, instance_id):
+def test_request_stop_refuses_paused_guest(domains, instances, instance_id):
     with domains.domain(instance_id) as domain:
         domain.suspend()
         assert instances.state(instance_id) is InstanceState.RUNNING, "its disks are open"
@@ -226,7 +226,7 @@ def test_a_guest_that_hears_nothing_is_not_asked(domains, instances, instance_id
     assert instances.state(instance_id) is InstanceState.STOPPED
 
 
-def test_a_hold_notices_who_starts_the_domain_past_us(domains, instances, instance_id):
+def test_hold_detects_start_by_other_client(domains, instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold_stopped(instance_id) as hold, domains.domain(instance_id) as domain:
         hold.check()
@@ -237,7 +237,7 @@ def test_a_hold_notices_who_starts_the_domain_past_us(domains, instances, instan
         eventually(lambda: fails(hold.check), until=one_of("was started and stopped while its root volume was read"))
 
 
-def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instances, instance_id, monkeypatch):
+def test_abandoned_start_gives_no_command_and_keeps_instance_busy(instances, instance_id, monkeypatch):
     instances.request_stop(instance_id)
     hangs, look = threading.Event(), instances._wait_while_stopping
 
@@ -262,7 +262,7 @@ def test_an_abandoned_start_starts_nothing_and_keeps_others_from_deciding(instan
 
 
 @pytest.mark.parametrize("act", ["start", "request_stop", "force_stop", "terminate"])
-def test_no_command_is_given_by_who_may_give_none_any_more(instances, instance_id, act):
+def test_command_is_refused_after_loss_of_right(instances, instance_id, act):
     if act == "start":
         instances.request_stop(instance_id)
     before = instances.state(instance_id)
@@ -286,7 +286,7 @@ def fails(check):
         return str(error).split(" ", 1)[1]
 
 
-def test_a_hold_says_when_it_cannot_tell_any_more(domains, instances, instance_id):
+def test_hold_check_raises_after_lost_events(domains, instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold_stopped(instance_id) as hold:
         hold.check()
@@ -297,7 +297,7 @@ def test_a_hold_says_when_it_cannot_tell_any_more(domains, instances, instance_i
         hold.check()
 
 
-def test_a_hold_notices_that_the_instance_is_gone(domains, instances, instance_id):
+def test_hold_check_raises_if_domain_is_removed(domains, instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold_stopped(instance_id) as hold:
         with domains.domain(instance_id) as domain:
@@ -306,7 +306,7 @@ def test_a_hold_notices_that_the_instance_is_gone(domains, instances, instance_i
             hold.check()
 
 
-def test_a_transient_domain_is_an_instance_while_it_runs(domains, instances, instance_id):
+def test_transient_domain_is_instance_while_running(domains, instances, instance_id):
     with domains.domain(instance_id) as domain:
         domain.undefine()
     assert instances.get(instance_id).state is InstanceState.RUNNING
@@ -315,7 +315,7 @@ def test_a_transient_domain_is_an_instance_while_it_runs(domains, instances, ins
         instances.get(instance_id)
 
 
-def test_a_volume_of_a_storage_pool_is_found(domains, instances, disk):
+def test_volume_of_storage_pool_is_found(domains, instances, disk):
     pool = f'<pool type="dir"><name>images</name><target><path>{disk.parent}</path></target></pool>'
     volume = f"<volume><name>{disk.name}</name><capacity>4096</capacity></volume>"
     with domains.libvirt._hypervisor.session() as connection:
@@ -335,7 +335,7 @@ def test_a_volume_of_a_storage_pool_is_found(domains, instances, disk):
     assert (error.instance_id, "pool images" in str(error)) == (instance_id_of(uuid), True)
 
 
-def test_where_there_is_no_agent_no_command_can_be_run(instances, instance_id):
+def test_sysprep_without_agent_fails(instances, instance_id):
     with pytest.raises(InstanceCommandFailed, match="cannot be run: there is no agent in the guest"):
         instances.request_sysprep(instance_id, [r"C:\Windows\System32\Sysprep\sysprep.exe", "/oobe"])
 
@@ -354,14 +354,14 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
-def test_an_agent_that_answers_nonsense_has_run_nothing(instances, instance_id, monkeypatch, answer):
+def test_sysprep_with_invalid_response_fails(instances, instance_id, monkeypatch, answer):
     class Agent:
         def qemuAgentCommand(self, *_asked):  # noqa: N802 (libvirt's name)
             return answer
 
     monkeypatch.setattr(libvirt_binding, "load_qemu", Agent)
     with (
-        pytest.raises(InstanceCommandFailed, match="was answered by the guest's agent with no process"),
+        pytest.raises(InstanceCommandFailed, match="was not started: the guest's agent returned no process id"),
         instances._lookup(instance_id) as domain,
     ):
         guest_agent.run_command(domain, instance_id, ["sysprep.exe"])
@@ -374,7 +374,7 @@ class PoliteAgent:
         return '{"return": {}}'
 
 
-def test_an_agent_that_does_not_do_it_is_not_asked_again_before_the_next_start(instances, instance_id, monkeypatch):
+def test_agent_that_refuses_shutdown_is_not_used_until_next_start(instances, instance_id, monkeypatch):
     agents = guest_agent.GuestAgents()
     with instances._lookup(instance_id) as domain:
         assert not agents.request_stop(domain, starts=1), "there is none"
@@ -384,7 +384,7 @@ def test_an_agent_that_does_not_do_it_is_not_asked_again_before_the_next_start(i
         eventually(lambda: not agents.request_stop(domain, starts=2))
 
 
-def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
+def test_obstacle_in_folder_names_reason(tmp_path, disk):
     for volume, overlay, reason in (
         (disk, tmp_path / ("x" * 256), "the file name is too long for an overlay in the same folder"),
         (tmp_path / "gone", tmp_path / "o", f"{tmp_path / 'gone'}: No such file or directory"),
@@ -394,44 +394,44 @@ def test_what_cannot_have_a_file_beside_it_says_why(tmp_path, disk):
         assert overlays._obstacle_in_folder(volume, overlay) == reason
 
 
-def test_one_at_a_time_merges(instances, instance_id, disk):
+def test_lock_merge_is_exclusive(instances, instance_id, disk):
     frozen = Overlay(VolumeFile(path=disk), disk.with_name("overlay"))
     with instances._metadata.lock_merge(instance_id), pytest.raises(InstanceLocked):
         instances.overlays.merge(instance_id, frozen, time.sleep)
     instances.overlays.merge(instance_id, frozen, time.sleep)
 
 
-def test_a_hypervisor_without_block_commit_has_no_overlays(instances, instance_id):
+def test_plan_refuses_hypervisor_without_block_commit(instances, instance_id):
     with pytest.raises(OverlayNotSupported, match="its root disk vda cannot have an overlay: the hypervisor is TEST"):
         instances.overlays.plan(instance_id)
 
 
-def test_a_domain_that_was_stopped_has_not_lost_its_power(domains, instances, instance_id):
+def test_stopped_domain_has_not_lost_power(domains, instances, instance_id):
     assert not instances.overlays.has_lost_power(instance_id)
     instances.force_stop(instance_id)
     assert not instances.overlays.has_lost_power(instance_id)
 
 
-def test_where_no_libvirt_is_nothing_hangs_and_nothing_is_empty(tmp_path):
+def test_calls_fail_at_once_without_libvirt(tmp_path):
     nowhere = LibvirtDriver(f"qemu+unix:///system?socket={tmp_path / 'nobody'}", lock_folder=tmp_path / "locks")
     for ask in (nowhere.list, nowhere.list_errors, lambda: nowhere.get("i-0123456789abcdef0")):
         with pytest.raises(HypervisorUnavailable, match=r"no connection to qemu\+unix.*No such file or directory"):
             ask()
 
 
-def test_a_libvirt_that_does_not_answer_is_asked_anew_and_by_no_more_threads_than_a_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 0.2)
+def test_connect_to_hanging_libvirt_uses_few_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(hypervisor, "CONNECT_TIMEOUT", 0.2)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "s"))
         silent.listen()
         mute = LibvirtDriver(f"qemu+unix:///system?socket={tmp_path / 's'}", lock_folder=tmp_path / "locks")
-        for _ in range(hypervisor.MAX_UNANSWERED):
+        for _ in range(hypervisor.MAX_PENDING_CONNECTS):
             with pytest.raises(HypervisorUnavailable, match="has not responded within 0 seconds"):
                 mute.list()
-        with pytest.raises(HypervisorUnavailable, match="does not answer: 4 attempts wait"):
+        with pytest.raises(HypervisorUnavailable, match="does not respond: 4 attempts to connect are waiting"):
             mute.list()
         waiting = [thread for thread in threading.enumerate() if thread.name == "libvirt open"]
-        assert len(waiting) == hypervisor.MAX_UNANSWERED
+        assert len(waiting) == hypervisor.MAX_PENDING_CONNECTS
         for thread in waiting:
             client, _ = silent.accept()
             client.close()
@@ -440,23 +440,23 @@ def test_a_libvirt_that_does_not_answer_is_asked_anew_and_by_no_more_threads_tha
         mute.list()
 
 
-def test_a_connection_that_comes_too_late_is_closed_and_the_next_one_is_used(instances, instance_id, monkeypatch):
+def test_late_connection_is_closed(instances, instance_id, monkeypatch):
     shown = instances.list()
     instances.close()
     binding, answers, closed = libvirt_binding.load(), threading.Event(), threading.Event()
-    monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(hypervisor, "CONNECT_TIMEOUT", 0.2)
     with monkeypatch.context() as hanging:
         hanging.setattr(binding, "open", lambda uri: answers.wait(60) and Mock(close=closed.set))
         with pytest.raises(HypervisorUnavailable, match="has not responded"):
             instances.get(instance_id)
-    monkeypatch.setattr(hypervisor, "CONNECT_SECONDS", 60)
+    monkeypatch.setattr(hypervisor, "CONNECT_TIMEOUT", 60)
     assert instances.list() == shown
     answers.set()
     assert closed.wait(60)
     assert instances.list() == shown
 
 
-def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, instance_id, monkeypatch, caplog):
+def test_list_returns_last_snapshot_of_hanging_domain(domains, instances, instance_id, monkeypatch, caplog):
     other, hangs, look = domains.add(), threading.Event(), DomainCache.refresh
     assert len(instances.list()) == 2
 
@@ -474,9 +474,9 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
     wanted = {instance_id: InstanceState.RUNNING, other: InstanceState.STOPPED}
     eventually(lambda: {one.instance_id: one.state for one in instances.list()}, until=one_of(wanted))
     instances.list()
-    waiting = [thread for thread in threading.enumerate() if thread.name.startswith("look ")]
-    assert len(waiting) == 1, "it is not looked at twice at once"
-    assert "cannot be looked at: libvirt does not answer" in caplog.text
+    waiting = [thread for thread in threading.enumerate() if thread.name.startswith("read domain ")]
+    assert len(waiting) == 1, "only one thread reads the domain"
+    assert "not read: libvirt does not respond" in caplog.text
     hangs.set()
 
 
@@ -494,7 +494,7 @@ def test_a_domain_over_which_libvirt_hangs_hides_no_other(domains, instances, in
         lambda instances, instance_id: instances.overlays.has_lost_power(instance_id),
     ],
 )
-def test_a_question_over_which_libvirt_hangs_ends(instances, instance_id, monkeypatch, ask):
+def test_call_for_hanging_domain_ends(instances, instance_id, monkeypatch, ask):
     hangs = threading.Event()
     with monkeypatch.context() as hanging:
         hanging.setattr(DomainCache, "refresh", lambda _table, _domain: hangs.wait(60))
@@ -504,9 +504,7 @@ def test_a_question_over_which_libvirt_hangs_ends(instances, instance_id, monkey
     hangs.set()
 
 
-def test_a_lost_connection_is_made_again_and_meanwhile_the_last_is_shown(
-    domains, instances, instance_id, caplog, monkeypatch
-):
+def test_list_returns_last_known_instances_until_reconnected(domains, instances, instance_id, caplog, monkeypatch):
     shown = instances.list()
     instances.close()
     with monkeypatch.context() as without:
@@ -514,14 +512,14 @@ def test_a_lost_connection_is_made_again_and_meanwhile_the_last_is_shown(
         with pytest.raises(HypervisorUnavailable):
             instances.get(instance_id)
         assert instances.list() == shown
-        assert "instances are shown as they were: no connection to test:///nowhere" in caplog.text
+        assert "last known instances used: no connection to test:///nowhere" in caplog.text
     with domains.domain(instance_id) as domain:
         domain.destroy()  # of which nobody is told
     assert [found.state for found in instances.list()] == [InstanceState.STOPPED]
 
 
-def test_a_binding_that_is_missing_is_named(monkeypatch, tmp_path):
+def test_missing_binding_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "libvirt", None)
-    monkeypatch.setattr(libvirt_binding, "_DEBIAN_MODULES", str(tmp_path))
+    monkeypatch.setattr("thrave.debian_modules.FOLDER", str(tmp_path))
     with pytest.raises(LibraryNotInstalled, match=r"libvirt for Python 3\.\d+ is not installed: .* python3-libvirt"):
         LibvirtDriver("test:///default", lock_folder=tmp_path).list()

@@ -84,13 +84,13 @@ MERGES = [
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 3, 4, 99])
 @pytest.mark.parametrize(("live", "config", "commands"), MERGES, ids=lambda value: str(value)[:30])
-def test_each_command_of_a_merge_is_checked(monkeypatch, live, config, commands, allowed):
+def test_merge_checks_guard_before_each_command(monkeypatch, live, config, commands, allowed):
     host = Host(monkeypatch, live, config, allowed)
     checked(host, commands, lambda: OverlayMerge(host.host, INSTANCE, FROZEN, lambda _seconds: None).step())
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 99])
-def test_each_command_of_a_freeze_is_checked_also_in_the_thread_that_asks(monkeypatch, allowed):
+def test_attach_checks_guard_before_each_command(monkeypatch, allowed):
     host = Host(monkeypatch, OUT, on(DiskLocation.VOLUME), allowed)
     checked(host, ["create", "defineXML"], lambda: LibvirtOverlays(host.host).attach(INSTANCE, FROZEN))
 

@@ -14,7 +14,7 @@ VOLUME, OVERLAY, ELSEWHERE, NOWHERE = (
 )
 
 
-def test_the_table_is_complete():
+def test_merge_table_is_complete():
     assert set(MERGING) == set(product(DiskLocation, DiskLocation))
 
 
@@ -33,7 +33,7 @@ def taken(step, live, config):
 
 
 @pytest.mark.parametrize(("live", "config"), list(product(DiskLocation, DiskLocation)))
-def test_from_everywhere_it_ends_and_only_what_is_merged_is_removed(live, config):
+def test_merge_ends_from_each_state_and_removes_only_merged_overlay(live, config):
     written_in_overlay = OVERLAY in {live, config} and live is not VOLUME
     merged = False
     for _ in range(4):
@@ -50,6 +50,6 @@ def test_from_everywhere_it_ends_and_only_what_is_merged_is_removed(live, config
         assert merged or not written_in_overlay
 
 
-def test_after_a_domain_that_runs_on_the_volume_goes_off_nothing_starts_on_the_overlay():
+def test_domain_on_volume_is_never_started_on_overlay():
     assert MERGING[VOLUME, OVERLAY] is MergeStep.REDEFINE
     assert MERGING[NOWHERE, VOLUME] is MergeStep.CLEAN_UP

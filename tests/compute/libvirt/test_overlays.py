@@ -108,7 +108,7 @@ def merged(instances, tiny, frozen, pause=go_on):
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_an_instance_runs_on_an_overlay_and_goes_on_without_it(instances, made, image_format):
+def test_instance_runs_on_overlay_and_continues_after_merge(instances, made, image_format):
     tiny = made(image_format=image_format)
     before = definition(tiny)
     frozen = running_on_overlay(instances, tiny)
@@ -138,7 +138,7 @@ def test_an_instance_runs_on_an_overlay_and_goes_on_without_it(instances, made, 
     instances.overlays.merge(tiny.instance_id, frozen, go_on)
 
 
-def test_an_image_that_stands_on_another_one_is_merged_by_itself(instances, made, tmp_path):
+def test_merge_keeps_backing_file_of_volume(instances, made, tmp_path):
     golden = tmp_path / "golden.raw"
     golden.write_bytes(b"\7" * (8 << 20))
     tiny = made(image_format="qcow2", base=golden)
@@ -152,7 +152,7 @@ def test_an_image_that_stands_on_another_one_is_merged_by_itself(instances, made
     merged(instances, tiny, running_on_overlay(instances, tiny))
 
 
-def test_one_that_is_off_is_merged_by_its_files(instances, tiny):
+def test_merge_of_stopped_instance_uses_files(instances, tiny):
     before = definition(tiny)
     frozen = running_on_overlay(instances, tiny)
     instances.force_stop(tiny.instance_id)
@@ -161,7 +161,7 @@ def test_one_that_is_off_is_merged_by_its_files(instances, tiny):
     assert instances.state(tiny.instance_id) is InstanceState.STOPPED
 
 
-def test_one_that_was_never_started_is_merged_too(instances, tiny):
+def test_merge_of_instance_that_was_never_started(instances, tiny):
     before = definition(tiny)
     frozen = instances.overlays.plan(tiny.instance_id)
     instances.overlays.attach(tiny.instance_id, frozen)
@@ -169,7 +169,7 @@ def test_one_that_was_never_started_is_merged_too(instances, tiny):
     assert (definition(tiny), nothing_left(tiny, frozen)) == (before, True)
 
 
-def test_one_that_was_undefined_is_merged_while_it_runs_and_when_it_is_gone(instances, made):
+def test_merge_of_undefined_domain_running_and_removed(instances, made):
     running, gone = made(), made()
     for tiny in (running, gone):
         frozen = running_on_overlay(instances, tiny)
@@ -179,7 +179,7 @@ def test_one_that_was_undefined_is_merged_while_it_runs_and_when_it_is_gone(inst
         merged(instances, tiny, frozen)
 
 
-def test_a_daemon_that_is_killed_while_it_merges_goes_on(instances, tiny):
+def test_merge_resumes_after_daemon_was_killed(instances, tiny):
     before = definition(tiny)
     frozen = running_on_overlay(instances, tiny)
 
@@ -194,7 +194,7 @@ def test_a_daemon_that_is_killed_while_it_merges_goes_on(instances, tiny):
     assert instances.state(tiny.instance_id) is InstanceState.RUNNING
 
 
-def test_a_guest_that_is_killed_while_it_is_merged_is_merged_off(instances, tiny):
+def test_merge_continues_offline_if_guest_is_killed(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     merged(instances, tiny, frozen, on_call(1, lambda: tiny.host.kill_guest(tiny.name)))
     eventually(lambda: instances.overlays.has_lost_power(tiny.instance_id), details=tiny.host.log)
@@ -207,7 +207,7 @@ class PowerLostError(Exception):
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_host_that_loses_its_power_while_it_merges_goes_on(opened, instances, tiny, step):
+def test_merge_resumes_after_power_loss(opened, instances, tiny, step):
     before = definition(tiny)
     frozen = running_on_overlay(instances, tiny)
 
@@ -227,7 +227,7 @@ def test_a_host_that_loses_its_power_while_it_merges_goes_on(opened, instances, 
     assert definition(tiny) == before
 
 
-def test_what_was_committed_and_not_yet_left_is_left(instances, tiny):
+def test_merge_switches_to_volume_after_commit(instances, tiny):
     before = definition(tiny)
     frozen = instances.overlays.plan(tiny.instance_id)
     instances.overlays.attach(tiny.instance_id, frozen)
@@ -239,7 +239,7 @@ def test_what_was_committed_and_not_yet_left_is_left(instances, tiny):
     assert definition(tiny) == before
 
 
-def test_an_overlay_that_is_gone_is_never_taken_for_merged(instances, tiny):
+def test_missing_overlay_does_not_count_as_merged(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
     instances.overlays.attach(tiny.instance_id, frozen)
     frozen.overlay.unlink()
@@ -247,7 +247,7 @@ def test_an_overlay_that_is_gone_is_never_taken_for_merged(instances, tiny):
         instances.overlays.merge(tiny.instance_id, frozen, go_on)
 
 
-def test_a_commit_that_somebody_ends_is_told_and_begun_again(instances, tiny):
+def test_aborted_commit_is_reported_and_restarted(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     abort = on_call(1, lambda: tiny.host.virsh("blockjob", tiny.name, "vda", "--abort"))
     with pytest.raises(HypervisorError, match="the block commit of vda has failed"):
@@ -257,7 +257,7 @@ def test_a_commit_that_somebody_ends_is_told_and_begun_again(instances, tiny):
     merged(instances, tiny, frozen)
 
 
-def test_a_merging_that_is_broken_off_is_gone_on_with(instances, tiny):
+def test_interrupted_merge_is_resumed(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
 
     def stop():
@@ -275,7 +275,7 @@ def test_a_merging_that_is_broken_off_is_gone_on_with(instances, tiny):
     assert tiny.read(block=2) == {22}
 
 
-def test_cpus_that_were_stopped_for_the_last_moment_go_on_after_a_crash(instances, tiny):
+def test_cpus_paused_by_driver_are_resumed_after_crash(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     with instances._lookup(tiny.instance_id) as domain:
         instances._metadata.change(
@@ -286,14 +286,14 @@ def test_cpus_that_were_stopped_for_the_last_moment_go_on_after_a_crash(instance
     assert tiny.host.virsh("domstate", tiny.name).strip() == "running"
 
 
-def test_cpus_that_somebody_else_has_stopped_stay_so(instances, tiny):
+def test_cpus_paused_by_other_client_stay_paused(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     tiny.host.virsh("suspend", tiny.name)
     merged(instances, tiny, frozen)
     assert tiny.host.virsh("domstate", tiny.name).strip() == "paused"
 
 
-def test_an_overlay_that_nothing_speaks_of_is_kept_if_something_was_written_to_it(instances, tiny, caplog):
+def test_unknown_overlay_with_data_is_kept(instances, tiny, caplog):
     frozen = instances.overlays.plan(tiny.instance_id)
     instances.overlays.attach(tiny.instance_id, frozen)
     copy = frozen.overlay.read_bytes()
@@ -310,7 +310,7 @@ def test_an_overlay_that_nothing_speaks_of_is_kept_if_something_was_written_to_i
     assert frozen.overlay.with_name(f"{frozen.overlay.name}.left").exists()
 
 
-def test_a_hold_sees_who_writes_to_the_volume(instances, tiny):
+def test_overlay_hold_detects_writers(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
     with (
         pytest.raises(RootVolumeInUse, match="will be started on the root volume itself"),
@@ -340,7 +340,7 @@ def has_been_used(hold):
     return False
 
 
-def test_what_runs_is_not_frozen(instances, tiny):
+def test_attach_refuses_running_instance(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
     instances.start(tiny.instance_id)
     with pytest.raises(IncorrectInstanceState, match="is running: an overlay can be attached only while it is off"):
@@ -348,7 +348,7 @@ def test_what_runs_is_not_frozen(instances, tiny):
     assert nothing_left(tiny, frozen)
 
 
-def test_a_frozen_instance_is_not_disowned(instances, tiny):
+def test_disown_refuses_instance_with_overlay(instances, tiny):
     frozen = instances.overlays.plan(tiny.instance_id)
     instances.overlays.attach(tiny.instance_id, frozen)
     with pytest.raises(IncorrectInstanceState, match="has an overlay over its root volume"):
@@ -361,7 +361,7 @@ def test_a_frozen_instance_is_not_disowned(instances, tiny):
     instances.disown(tiny.instance_id)
 
 
-def test_what_somebody_has_put_over_the_overlay_is_left_alone(instances, tiny):
+def test_image_on_top_of_overlay_is_not_changed(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     tiny.host.virsh("snapshot-create-as", tiny.name, "s", "--disk-only", "--no-metadata")
     with pytest.raises(HypervisorError, match="its root disk is on an image that is neither"):
@@ -370,7 +370,7 @@ def test_what_somebody_has_put_over_the_overlay_is_left_alone(instances, tiny):
     merged(instances, tiny, frozen)
 
 
-def test_saved_memory_is_an_obstacle_to_an_overlay_and_to_its_end(instances, tiny):
+def test_managed_save_prevents_overlay_and_merge(instances, tiny):
     frozen = running_on_overlay(instances, tiny)
     tiny.host.virsh("managedsave", tiny.name)
     assert not instances.overlays.has_lost_power(tiny.instance_id)
@@ -393,7 +393,7 @@ def then_started(tiny, work):
     return both
 
 
-def test_one_that_is_started_while_it_is_frozen_runs_on_its_volume(instances, tiny, monkeypatch):
+def test_instance_started_during_attach_runs_on_volume(instances, tiny, monkeypatch):
     before = definition(tiny)
     frozen = instances.overlays.plan(tiny.instance_id)
     monkeypatch.setattr(overlay_files, "create", then_started(tiny, overlay_files.create))
@@ -403,7 +403,7 @@ def test_one_that_is_started_while_it_is_frozen_runs_on_its_volume(instances, ti
     assert (definition(tiny), nothing_left(tiny, frozen)) == (before, True)
 
 
-def test_one_that_is_started_while_its_files_are_merged_is_merged_running(instances, tiny, monkeypatch):
+def test_instance_started_during_file_merge_is_merged_live(instances, tiny, monkeypatch):
     frozen = running_on_overlay(instances, tiny)
     instances.force_stop(tiny.instance_id)
     monkeypatch.setattr(overlay_files, "commit", then_started(tiny, overlay_files.commit))
@@ -418,7 +418,7 @@ def pause_between_looks(pause):
     return lambda seconds: pause(seconds) if seconds else None
 
 
-def test_a_daemon_that_is_started_anew_is_asked_again_and_tells_again(instances, tiny):
+def test_events_resume_after_restart_of_daemon(instances, tiny):
     def listed():
         return [found.state for found in instances.list() if found.instance_id == tiny.instance_id]
 
@@ -436,9 +436,9 @@ def test_a_daemon_that_is_started_anew_is_asked_again_and_tells_again(instances,
     assert not instances.overlays.has_lost_power(tiny.instance_id), "the reason outlives the daemon"
 
 
-def test_a_daemon_that_hangs_ends_no_question_never(opened, tiny, monkeypatch):
-    monkeypatch.setattr(connection, "ALIVE_INTERVAL", 1)
-    monkeypatch.setattr(connection, "ALIVE_COUNT", 1)
+def test_call_ends_if_daemon_hangs(opened, tiny, monkeypatch):
+    monkeypatch.setattr(connection, "KEEPALIVE_INTERVAL", 1)
+    monkeypatch.setattr(connection, "KEEPALIVE_COUNT", 1)
     instances = opened()
     assert instances.state(tiny.instance_id) is InstanceState.STOPPED
     nsenter = psutil.Process(tiny.host._daemon.pid)
@@ -453,7 +453,7 @@ def test_a_daemon_that_hangs_ends_no_question_never(opened, tiny, monkeypatch):
     assert instances.state(tiny.instance_id) is InstanceState.STOPPED
 
 
-def test_a_guest_that_does_not_hear_is_asked_at_once_and_again(instances, tiny):
+def test_shutdown_request_is_sent_and_repeated(instances, tiny):
     instances.start(tiny.instance_id)
     for _ in range(3):
         instances.request_stop(tiny.instance_id)

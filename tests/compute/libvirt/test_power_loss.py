@@ -19,7 +19,7 @@ MOMENTS = [
 ]
 
 
-def test_a_guest_and_its_bundle_outlast_a_power_loss_at_each_step_of_an_overlay(libvirtd, guest, tmp_path):
+def test_guest_and_bundle_survive_power_loss_at_each_overlay_step(libvirtd, guest, tmp_path):
     service = LibvirtService(tmp_path, libvirtd, capture_mode="overlay")
     web = service.domain("web", guest, told={"EVERY": 0.5}).start()
     definition, files = web.definition(), web.files()

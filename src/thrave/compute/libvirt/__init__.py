@@ -1,1 +1,1 @@
-"""Instances of libvirt: the driver, and what it is made of."""
+"""The libvirt driver and its parts."""

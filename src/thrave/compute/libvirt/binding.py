@@ -1,83 +1,68 @@
-"""Debian's libvirt binding, found also from a virtual environment, with types for the little that is used of it.
+"""The libvirt binding for Python: types of what the driver uses, and constants. Nothing here connects to libvirt.
 
-No package index has it ready made, since it must be of the same version as the library; Debian's python3-libvirt puts
-it where only the system's Python looks. It is loaded from there by its full path: that folder holds much else and is
-never put on ``sys.path``. Nothing here connects to anything.
-
-Libvirt's numbers, as far as they are used: those of its header libvirt-domain.h if nothing else is said.
-
-They are part of its binary interface and never change, so that what is pure can be tested where there is no libvirt.
+Constants are those of libvirt-domain.h unless another file is named. They are part of the binary interface and never
+change; thus modules that use only constants can be tested without libvirt.
 """
 
-# ruff: noqa: N802 (every name in it that is no word of ours is libvirt's)
-import sys
+# ruff: noqa: N802 (names of libvirt)
 from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
-from importlib import import_module
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Protocol, cast
 
 from thrave.compute.errors import LibraryNotInstalled
-from thrave.concurrency import new_lock
-
-_DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
-
+from thrave.debian_modules import PYTHON_VERSION, DebianModuleNotFoundError, import_debian_module
 
 _PACKAGE = "python3-libvirt"
 
 
-_loading = new_lock()
-
-
 class LibvirtError(Protocol):
-    """What every call raises."""
+    """The exception that every call raises."""
 
     def get_error_code(self) -> int | None:
         """A virErrorNumber."""
 
     def get_error_message(self) -> str | None:
-        """Libvirt's words."""
+        """The message of libvirt."""
 
 
 class StorageVolume(Protocol):
     """virStorageVol."""
 
     def path(self) -> str:
-        """Where the host has it."""
+        """Path on the host."""
 
 
 class StoragePool(Protocol):
     """virStoragePool."""
 
     def XMLDesc(self, flags: int) -> str:
-        """The pool's description."""
+        """XML of the pool."""
 
     def storageVolLookupByName(self, name: str) -> StorageVolume:
-        """One of its volumes."""
+        """Return a volume of the pool."""
 
 
 class Domain(Protocol):
     """virDomain. Every method may be called from any thread."""
 
     def name(self) -> str:
-        """Its name; no question to libvirt."""
+        """Name. Does not call libvirt."""
 
     def UUIDString(self) -> str:
-        """Its UUID; no question to libvirt."""
+        """UUID. Does not call libvirt."""
 
     def isActive(self) -> int:
-        """Whether a process runs it."""
+        """Whether it is running."""
 
     def isPersistent(self) -> int:
-        """Whether it is there also when it is off."""
+        """Whether it still exists when it is off."""
 
     def state(self) -> list[int]:
-        """Its virDomainState, and the reason."""
+        """Return virDomainState and reason."""
 
     def XMLDesc(self, flags: int) -> str:
-        """Its definition: of the running one, or what it is started from."""
+        """Definition: of the running domain, or for the next start."""
 
     def setMetadata(self, kind: int, metadata: str | None, key: str | None, uri: str, flags: int) -> int:
         """Replace or remove the element of a namespace."""
@@ -89,28 +74,28 @@ class Domain(Protocol):
         """Cut its power."""
 
     def shutdownFlags(self, flags: int) -> int:
-        """Ask the guest to power off."""
+        """Request a shutdown of the guest."""
 
     def suspend(self) -> int:
-        """Stop its CPUs."""
+        """Pause the CPUs."""
 
     def resume(self) -> int:
-        """Have them go on."""
+        """Resume the CPUs."""
 
     def hasManagedSaveImage(self) -> int:
-        """Whether its memory was saved, to be started from."""
+        """Whether the next start restores saved memory."""
 
     def listAllCheckpoints(self) -> list[object]:
-        """Its checkpoints."""
+        """Return the checkpoints."""
 
     def blockCommit(self, disk: str, base: str | None, top: str | None, bandwidth: int, flags: int) -> int:
-        """Begin to write an image into one below it."""
+        """Start a job that writes an image into its backing file."""
 
     def blockJobInfo(self, disk: str, flags: int) -> Mapping[str, int]:
-        """`cur` and `end` of a job in bytes, for example; empty if there is none."""
+        """Progress of a job, such as `cur` and `end` in bytes; empty if there is none."""
 
     def blockJobAbort(self, disk: str, flags: int) -> int:
-        """End the job on a disk."""
+        """End the job of a disk."""
 
 
 LifecycleCallback = Callable[["Connection", Domain, int, int, object], object]
@@ -129,28 +114,28 @@ class Connection(Protocol):
     """virConnect. Every method may be called from any thread."""
 
     def close(self) -> int:
-        """Give up one reference to it."""
+        """Release one reference to the connection."""
 
     def isAlive(self) -> int:
-        """Whether the socket is open; no question to libvirt."""
+        """Whether the socket is open. Does not call libvirt."""
 
     def setKeepAlive(self, interval: int, count: int) -> int:
-        """Close the connection when so many questions, so many seconds apart, were not answered."""
+        """Close the connection after `count` keepalive messages, `interval` seconds apart, without response."""
 
     def getType(self) -> str:
-        """The driver, `QEMU` for instance."""
+        """Name of the driver, such as `QEMU`."""
 
     def listAllDomains(self) -> list[Domain]:
-        """All domains, running or not."""
+        """Return all domains, running or not."""
 
     def lookupByUUIDString(self, uuid: str) -> Domain:
-        """The domain with a UUID."""
+        """Return the domain with a UUID."""
 
     def lookupByName(self, name: str) -> Domain:
-        """The domain with a name."""
+        """Return the domain with a name."""
 
     def defineXML(self, xml: str) -> Domain:
-        """Make a domain, or change what it is started from the next time."""
+        """Create a domain, or change its definition for the next start."""
 
     def domainEventRegisterAny(
         self,
@@ -159,13 +144,13 @@ class Connection(Protocol):
         callback: LifecycleCallback | BlockJobCallback | MetadataCallback,
         opaque: object,
     ) -> int:
-        """Have events of a kind told; the event loop calls."""
+        """Register a callback for events of a kind. The event loop calls it."""
 
     def domainEventDeregisterAny(self, callback: int) -> None:
-        """Have them told no more; each registration keeps the connection open."""
+        """Remove a callback. Each registered callback keeps the connection open."""
 
     def storagePoolLookupByName(self, name: str) -> StoragePool:
-        """The storage pool with a name."""
+        """Return the storage pool with a name."""
 
 
 class LibvirtBinding(Protocol):
@@ -179,55 +164,42 @@ class LibvirtBinding(Protocol):
         """Connect."""
 
     def registerErrorHandler(self, handler: Callable[[object, object], None], context: object) -> object:
-        """Have errors told to somebody instead of printed."""
+        """Call a handler for each error instead of printing the error."""
 
     def virEventRegisterDefaultImpl(self) -> int:
-        """Use libvirt's own event loop; before the first connection."""
+        """Use libvirt's event loop. Call this before the first connection."""
 
     def virEventRunDefaultImpl(self) -> int:
-        """One turn of it; waits until there is something to do."""
+        """Run the event loop once. Waits for an event."""
 
 
 class QemuBinding(Protocol):
     """The module ``libvirt_qemu``."""
 
     def qemuAgentCommand(self, domain: Domain, command: str, timeout: int, flags: int) -> str:
-        """Send a command to the guest agent, and give its answer; both are JSON. `timeout` is in seconds."""
+        """Send a command to the guest agent and return the response, both in JSON. `timeout` is in seconds."""
 
 
 def load() -> LibvirtBinding:
-    """The binding, wherever it is installed.
+    """Return the binding.
 
     Raises:
-        ComponentMissingError: It is not, or it was built for another Python.
+        LibraryNotInstalled: It is not installed, or was built for another version of Python.
     """
-    return cast("LibvirtBinding", _load("libvirt", "libvirtmod"))
+    return cast("LibvirtBinding", _import("libvirt", "libvirtmod"))
 
 
 def load_qemu() -> QemuBinding:
-    """What is only for QEMU. Raises as `load`."""
+    """Return the part of the binding that is only for QEMU. Raises as `load`."""
     load()
-    return cast("QemuBinding", _load("libvirt_qemu", "libvirtmod_qemu"))
+    return cast("QemuBinding", _import("libvirt_qemu", "libvirtmod_qemu"))
 
 
-def _load(name: str, library: str) -> ModuleType:
-    with _loading:  # a module is known before it has been executed
-        try:
-            return import_module(name)
-        except ImportError:
-            _load_from_debian(library)
-            return _load_from_debian(name)
-
-
-def _load_from_debian(name: str) -> ModuleType:
-    spec = PathFinder.find_spec(name, [_DEBIAN_MODULES])
-    if spec is None or spec.loader is None:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise LibraryNotInstalled(f"libvirt for Python {version}", _PACKAGE)
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def _import(name: str, extension: str) -> ModuleType:
+    try:
+        return import_debian_module(name, extension)
+    except DebianModuleNotFoundError:
+        raise LibraryNotInstalled(f"libvirt for Python {PYTHON_VERSION}", _PACKAGE) from None
 
 
 class DomainState(IntEnum):
@@ -284,7 +256,7 @@ class StoppedDetail(IntEnum):
 
 
 class EventKind(IntEnum):
-    """virDomainEventID: the kinds of events that are listened to."""
+    """virDomainEventID: the kinds of events that the driver receives."""
 
     LIFECYCLE = 0
     BLOCK_JOB_2 = 16
@@ -292,7 +264,7 @@ class EventKind(IntEnum):
 
 
 class Affect(IntFlag):
-    """virDomainModificationImpact: the running domain, what it is started from the next time, or both."""
+    """virDomainModificationImpact: the running domain, the definition for the next start, or both."""
 
     LIVE = 1
     CONFIG = 2
@@ -306,7 +278,7 @@ class XmlFlag(IntFlag):
 
 
 class ShutdownFlag(IntEnum):
-    """virDomainShutdownFlagValues; 0 leaves the way to the driver."""
+    """virDomainShutdownFlagValues; with 0 libvirt's driver chooses the method."""
 
     DEFAULT = 0
     ACPI_POWER_BTN = 1

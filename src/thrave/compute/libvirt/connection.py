@@ -1,15 +1,10 @@
-"""What libvirt has told of its domains: which have changed since somebody looked, and how often each was started.
+"""The connection to libvirt: connects when needed, reconnects after a loss, and records events of domains.
 
-Events are written down and nothing more: they come in libvirt's event loop, which must not wait for answers of
-libvirt's. Who wants to know asks here, and then libvirt. What happens while there is no connection is never told:
-`lost` counts the times that there was none, so that whoever counts events knows that the count is not whole.
-
-The connection to libvirt: made when it is first needed, and again when it was lost; its errors in our words.
-
-Any thread may ask. Nothing waits for ever: libvirt has so long to take the connection, and is asked for a sign of
-life from then on, so that a daemon that has died or hangs ends every question with an error. The next question
-connects again; nothing here has to be started anew when libvirtd is. Whoever is told of a domain's events is told by
-one thread of this process, which libvirt needs also for those signs of life.
+Any thread may use the connection, and no call waits for ever: connecting has a timeout, and keepalive messages detect a
+daemon that has died or hangs, which ends every call with an error. The next call connects again; nothing has to be
+restarted after a restart of libvirtd. One thread of the process runs libvirt's event loop, which also sends the
+keepalive messages. Callbacks only record an event, since the event loop must not wait for a response of libvirt. Events
+are lost while there is no connection; `disconnects` counts how often that was so.
 """
 
 import logging
@@ -36,13 +31,13 @@ from thrave.concurrency import Background, Call, CallTimeoutError, monotonic, ne
 
 @dataclass(frozen=True)
 class DomainHistory:
-    """What has been told of a domain since this process has listened.
+    """Events of a domain since this process has received events.
 
     Attributes:
-        starts: How often it was started.
-        jobs: By a disk's target, how often a job on it has come to something: caught up, done, failed, cancelled.
-        started: When it was last started.
-        stopped: Why it has stopped since, a `StoppedDetail`.
+        starts: Number of starts.
+        jobs: Number of events of block jobs (ready, completed, failed, cancelled) by target of the disk.
+        started: Time of the last start.
+        stopped: Why the domain has stopped since then, a `StoppedDetail`; None: it has not.
     """
 
     starts: int = 0
@@ -52,7 +47,7 @@ class DomainHistory:
 
 
 class DomainEvents:
-    """A book of events; any thread may read it."""
+    """Records events of domains. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = new_condition()
@@ -62,38 +57,38 @@ class DomainEvents:
 
     @property
     def disconnects(self) -> int:
-        """How often there was no connection; from each time on nothing that was known before counts."""
+        """How often there was no connection. Events may be missing since the last time."""
         return self._disconnects
 
     def record_disconnect(self) -> None:
-        """Note that there is no connection."""
+        """Record that there is no connection."""
         with self._lock:
             self._disconnects += 1
 
     def history(self, uuid: str) -> DomainHistory:
-        """What has been told of a domain."""
+        """Return the events of a domain."""
         with self._lock:
             return self._histories.get(uuid, DomainHistory())
 
-    def wait_for_start(self, uuid: str, starts: int, seconds: float) -> datetime | None:
-        """When a domain that was started so often was started again; None if that is not told within some seconds."""
+    def wait_for_start(self, uuid: str, starts: int, timeout: float) -> datetime | None:
+        """Wait for the event of the start that follows `starts` starts; return its time, or None after the timeout."""
         with self._lock:
-            self._lock.wait_for(lambda: self._histories[uuid].starts > starts, seconds)
+            self._lock.wait_for(lambda: self._histories[uuid].starts > starts, timeout)
             return self._histories[uuid].started if self._histories[uuid].starts > starts else None
 
     def take_changed(self) -> set[str]:
-        """The UUIDs of the domains of which something was told since this was last asked."""
+        """Return the UUIDs of the domains with events since the last call."""
         with self._lock:
             changed, self._changed = self._changed, set()
             return changed
 
     def mark_changed(self, uuids: set[str]) -> None:
-        """Note that domains have to be looked at again, whether anything is told of them or not."""
+        """Add domains to the result of the next `take_changed`, as if they had events."""
         with self._lock:
             self._changed |= uuids
 
     def on_lifecycle(self, _connection: Connection, domain: Domain, event: int, detail: int, _opaque: object) -> None:
-        """Write down a lifecycle event."""
+        """Record a lifecycle event."""
         uuid = domain.UUIDString()
         with self._lock:
             self._changed.add(uuid)
@@ -108,7 +103,7 @@ class DomainEvents:
     def on_block_job(
         self, _connection: Connection, domain: Domain, disk: str, _kind: int, _status: int, _opaque: object
     ) -> None:
-        """Write down that a job on a disk has come to something."""
+        """Record an event of a block job."""
         uuid = domain.UUIDString()
         with self._lock:
             self._changed.add(uuid)
@@ -118,30 +113,21 @@ class DomainEvents:
     def on_metadata_change(
         self, _connection: Connection, domain: Domain, _kind: int, _namespace: str, _opaque: object
     ) -> None:
-        """Write down that what is said of a domain has changed."""
+        """Record that a domain's metadata have changed."""
         with self._lock:
             self._changed.add(domain.UUIDString())
 
 
-CONNECT_SECONDS = 30.0
-
-
-MAX_UNANSWERED = 4  # attempts to connect that are not answered; each has a thread
-
-
-ALIVE_INTERVAL, ALIVE_COUNT = 5, 3  # seconds, and how many signs of life may be missing
+CONNECT_TIMEOUT = 30.0  # seconds
+MAX_PENDING_CONNECTS = 4  # abandoned attempts to connect; each has a thread
+KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 5, 3  # seconds, and how many responses may be missing
 
 
 _KEEPALIVE_TIMEOUT = float(
-    ALIVE_INTERVAL * (ALIVE_COUNT + 1)
-)  # seconds after which a silent connection is taken for lost
-
-
-_CLOSE_SECONDS = 1.0
-
-
-_MAX_MESSAGE = 300  # characters of libvirt's that go into a message
-
+    KEEPALIVE_INTERVAL * (KEEPALIVE_COUNT + 1)
+)  # seconds without response after which a connection is lost
+_CLOSE_TIMEOUT = 1.0  # seconds
+_MAX_MESSAGE = 300  # characters of libvirt's message in an error
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +139,11 @@ _event_loop: Background | None = None
 
 
 class LibvirtConnection:
-    """One libvirt.
+    """A connection to one libvirt daemon.
 
     Args:
-        uri: Which, in libvirt's words.
-        events: Where events go.
+        uri: libvirt's connection URI.
+        events: Records the events of the domains.
     """
 
     def __init__(self, uri: str, events: DomainEvents) -> None:
@@ -166,34 +152,34 @@ class LibvirtConnection:
         self._lock = new_lock()
         self._connection: Connection | None = None
         self._opening: Call[_Opened] | None = None
-        self._unanswered: list[Call[_Opened]] = []
+        self._pending: list[Call[_Opened]] = []
         self._callbacks: list[int] = []
 
     @contextmanager
     def session(self, instance_id: str = "") -> Iterator[Connection]:
-        """The connection, for the length of some questions; what libvirt says against them is an error of ours.
+        """Yield the connection, and translate libvirt's errors in the block.
 
         Args:
-            instance_id: Whom they are about.
+            instance_id: For the errors.
 
         Raises:
-            HypervisorGoneError: There is no connection, or it was lost meanwhile.
+            HypervisorUnavailable: There is no connection, or it was lost in the block.
             InstanceNotFound: There is no such domain.
-            HypervisorError: libvirt refuses, in its words.
+            HypervisorError: libvirt refuses; with its message.
         """
         binding = libvirt_binding.load()
         connection = self._connect(binding, instance_id)
-        began = monotonic()
+        started_at = monotonic()
         try:
             yield connection
         except binding.libvirtError as error:
             translated = self._translate(cast("LibvirtError", error), connection, instance_id)
             if isinstance(translated, HypervisorUnavailable):
-                translated.waited = min(monotonic() - began, _KEEPALIVE_TIMEOUT)
+                translated.waited = min(monotonic() - started_at, _KEEPALIVE_TIMEOUT)
             raise translated from error
 
     def close(self) -> None:
-        """Let go of the connection. A question that comes later connects again."""
+        """Close the connection. The next call connects again."""
         with self._lock:
             self._disconnect()
 
@@ -203,36 +189,36 @@ class LibvirtConnection:
                 return self._connection
             self._disconnect()
             opening = self._opening = self._opening or self._start_opening(binding, instance_id)
-        began = monotonic()
+        started_at = monotonic()
         try:
-            opened = opening.result(CONNECT_SECONDS)
+            opened = opening.result(CONNECT_TIMEOUT)
         except CallTimeoutError:
             self._abandon(opening)
             raise HypervisorUnavailable(
                 instance_id,
-                f"{self._uri} has not responded within {CONNECT_SECONDS:.0f} seconds",
-                waited=CONNECT_SECONDS,
+                f"{self._uri} has not responded within {CONNECT_TIMEOUT:.0f} seconds",
+                waited=CONNECT_TIMEOUT,
             ) from None
         except binding.libvirtError as error:
             self._finish_opening(opening, None)
             raise HypervisorUnavailable(
                 instance_id,
                 f"no connection to {self._uri}: {_message(cast('LibvirtError', error))}",
-                waited=monotonic() - began,
+                waited=monotonic() - started_at,
             ) from error
         except BaseException:
-            if not opening.is_running:  # it failed, in whatever way: the next question connects anew
+            if not opening.is_running:  # it failed with any error: the next call connects again
                 self._finish_opening(opening, None)
             raise
         self._finish_opening(opening, opened)
         return opened.connection
 
     def _start_opening(self, binding: LibvirtBinding, instance_id: str) -> "Call[_Opened]":
-        """Connect in a thread of its own: nothing ends a connecting that is not answered."""
-        self._unanswered = [call for call in self._unanswered if call.is_running]
-        if len(self._unanswered) >= MAX_UNANSWERED:
+        """Connect in another thread, since an attempt without response cannot be interrupted."""
+        self._pending = [call for call in self._pending if call.is_running]
+        if len(self._pending) >= MAX_PENDING_CONNECTS:
             raise HypervisorUnavailable(
-                instance_id, f"{self._uri} does not answer: {len(self._unanswered)} attempts wait"
+                instance_id, f"{self._uri} does not respond: {len(self._pending)} attempts to connect are waiting"
             )
         _start_event_loop(binding)
         return Call("libvirt open", lambda: self._open(binding))
@@ -240,8 +226,8 @@ class LibvirtConnection:
     def _open(self, binding: LibvirtBinding) -> "_Opened":
         opened = _Opened(binding.open(self._uri), [])
         try:
-            with suppress(binding.libvirtError):  # a driver within this process needs no signs of life
-                opened.connection.setKeepAlive(ALIVE_INTERVAL, ALIVE_COUNT)
+            with suppress(binding.libvirtError):  # a driver within this process needs no keepalive
+                opened.connection.setKeepAlive(KEEPALIVE_INTERVAL, KEEPALIVE_COUNT)
             self._register_callbacks(opened)
         except BaseException:
             _close(opened)
@@ -249,19 +235,19 @@ class LibvirtConnection:
         return opened
 
     def _abandon(self, opening: "Call[_Opened]") -> None:
-        """Have the next question connect anew, and this connection closed if it comes after all."""
+        """Let the next call connect again, and close this connection if the attempt succeeds later."""
         with self._lock:
             if self._opening is not opening:
                 return
             self._opening = None
-            self._unanswered.append(opening)
+            self._pending.append(opening)
         opening.when_ended(lambda: _close(opening.result(0)))
 
     def _register_callbacks(self, opened: "_Opened") -> None:
-        ask, events, add = opened.connection.domainEventRegisterAny, self._events, opened.callbacks.append
-        add(ask(None, EventKind.LIFECYCLE, events.on_lifecycle, None))
-        add(ask(None, EventKind.BLOCK_JOB_2, events.on_block_job, None))
-        add(ask(None, EventKind.METADATA_CHANGE, events.on_metadata_change, None))
+        register, events, add = opened.connection.domainEventRegisterAny, self._events, opened.callbacks.append
+        add(register(None, EventKind.LIFECYCLE, events.on_lifecycle, None))
+        add(register(None, EventKind.BLOCK_JOB_2, events.on_block_job, None))
+        add(register(None, EventKind.METADATA_CHANGE, events.on_metadata_change, None))
 
     def _finish_opening(self, opening: "Call[_Opened]", opened: "_Opened | None") -> None:
         with self._lock:
@@ -276,24 +262,24 @@ class LibvirtConnection:
             return
         self._events.record_disconnect()
         opened = _Opened(self._connection, self._callbacks)
-        # Nobody waits for the goodbye to a daemon that may hang. Without a thread for it, the next question drops it.
+        # Closing may hang, so another thread does it. If no thread can be started, the next call tries again.
         closing = Call("libvirt close", lambda: _close(opened))
         self._connection, self._callbacks = None, []
-        closing.wait(_CLOSE_SECONDS)
+        closing.wait(_CLOSE_TIMEOUT)
 
     def _translate(self, error: LibvirtError, connection: Connection, instance_id: str) -> Exception:
-        words = _message(error)
+        message = _message(error)
         if error.get_error_code() == NO_DOMAIN:
-            return InstanceNotFound(instance_id) if instance_id else HypervisorError(instance_id, words)
+            return InstanceNotFound(instance_id) if instance_id else HypervisorError(instance_id, message)
         if not _is_alive(libvirt_binding.load(), connection):
-            return HypervisorUnavailable(instance_id, f"the connection to {self._uri} is lost: {words}")
-        return HypervisorError(instance_id, words)
+            return HypervisorUnavailable(instance_id, f"the connection to {self._uri} is lost: {message}")
+        return HypervisorError(instance_id, message)
 
 
 class _Opened(NamedTuple):
     connection: Connection
     callbacks: list[int]
-    """The callbacks that are told of events."""
+    """Ids of the registered callbacks."""
 
 
 def _close(opened: _Opened) -> None:
@@ -313,22 +299,22 @@ def _is_alive(binding: LibvirtBinding, connection: Connection) -> bool:
 
 
 def _message(error: LibvirtError) -> str:
-    """What libvirt says, in one line."""
-    return " ".join((error.get_error_message() or "it does not say why").split())[:_MAX_MESSAGE]
+    """Return libvirt's message in one line."""
+    return " ".join((error.get_error_message() or "no reason given").split())[:_MAX_MESSAGE]
 
 
 def _start_event_loop(binding: LibvirtBinding) -> None:
-    """Have libvirt's event loop run in this process, once; it must be there before the first connection is."""
-    global _event_loop  # noqa: PLW0603 (libvirt has one loop a process)
+    """Start libvirt's event loop once in this process. It must run before the first connection is opened."""
+    global _event_loop  # noqa: PLW0603 (libvirt has one loop for each process)
     with _starting:
         if _event_loop is None:
-            binding.registerErrorHandler(lambda _context, _error: None, None)  # errors are raised, not printed
+            binding.registerErrorHandler(lambda _context, _error: None, None)  # instead of printing each error
             binding.virEventRegisterDefaultImpl()
             _event_loop = repeat(
                 "libvirt events",
                 1.0,
                 lambda: _run_event_loop(binding),
-                on_failure=lambda error: log.warning("libvirt's event loop has stumbled: %s", error),
+                on_failure=lambda error: log.warning("libvirt event loop failed, restarting: %s", error),
             )
 
 

@@ -1,4 +1,4 @@
-"""What the operator, and the driver, write into a domain's metadata: whose instance it is, and what becomes of it.
+"""Our element in a domain's metadata: written by `thrave instance adopt` and by the driver. Does not call libvirt.
 
 ::
 
@@ -7,9 +7,8 @@
       <thrave:tag key="Name">web</thrave:tag>
     </thrave:instance>
 
-All but the account may be left out. The driver adds what it must find again: `launchTime`, `terminated`, and, while the
-root volume is frozen, one `<thrave:frozen>`. A guest cannot write here, but people do: names that nobody knows are
-faults, since they are most likely misspelt. Pure.
+Only the account is required. The driver adds `launchTime`, `terminated` and, while an overlay is attached,
+`<thrave:frozen>`. Guests cannot write to it, but operators can: unknown names are refused as spelling mistakes.
 """
 
 import re
@@ -26,7 +25,7 @@ from thrave.compute.instance import validate_tags
 
 NAMESPACE = "https://thrave.dev/xmlns/instance/1"
 KEY = "thrave"
-"""The prefix that libvirt is asked to write."""
+"""The prefix of the namespace in the domain's XML."""
 
 Platform = Literal["windows", "linux"]
 RootDeviceType = Literal["instance-store", "ebs"]
@@ -38,19 +37,19 @@ _PLATFORMS: tuple[Platform, ...] = get_args(Platform)
 _ROOT_DEVICE_TYPES: tuple[RootDeviceType, ...] = get_args(RootDeviceType)
 _YES_OR_NO = ("true", "false")
 
-_Word = TypeVar("_Word", bound=str)
+_Choice = TypeVar("_Choice", bound=str)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverlayMetadata:
-    """A root volume that has an overlay over it, or has had one until a moment ago.
+    """The overlay of a root volume (`<thrave:frozen>`), from `attach` until it is merged and removed.
 
     Attributes:
-        path: The volume that stands still.
-        format: Its format.
+        path: The volume, which does not change while the overlay is attached.
+        format: Format of the volume.
         overlay: The overlay.
-        secret_file: Holds the volume's passphrase.
-        paused: The driver has stopped the guest's CPUs for the moment in which the overlay is left.
+        secret_file: Contains the passphrase of the volume.
+        paused: The driver has paused the CPUs while the domain switches from the overlay to the volume.
     """
 
     path: Path
@@ -62,18 +61,18 @@ class OverlayMetadata:
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceMetadata:
-    """What stands in the element.
+    """Content of the element.
 
     Attributes:
         account_id: Of the owner, 12 digits.
-        platform: Instead of what libosinfo's metadata say.
-        root_device: Instead of the disk that is booted; its target, vda.
-        root_device_type: Instead of what the root volume's source says.
-        secret_file: Holds the passphrase of the root volume.
+        platform: Overrides libosinfo's metadata.
+        root_device: Target of the root disk, such as vda; None: the disk that the domain boots from.
+        root_device_type: Overrides the type that follows from the source of the root disk.
+        secret_file: Contains the passphrase of the root volume.
         tags: Key to value.
-        launch_time: When it was last started, as far as the driver has seen it (UTC).
-        terminated: It is not to be used any more.
-        frozen: Its root volume has an overlay.
+        launch_time: Time of the last start that the driver knows (UTC).
+        terminated: The instance is terminated.
+        frozen: The overlay of the root volume.
     """
 
     account_id: str
@@ -87,46 +86,46 @@ class InstanceMetadata:
     frozen: OverlayMetadata | None = None
 
 
-def parse_metadata(metadata: Iterable[Element]) -> InstanceMetadata | None:
-    """What our element among a domain's metadata says; None if there is none.
+def parse_metadata(elements: Iterable[Element]) -> InstanceMetadata | None:
+    """Return the content of our element among a domain's metadata; None if there is none.
 
     Raises:
-        DomainFaultError: It cannot be understood.
+        InvalidDomainError: The element is not valid.
     """
-    ours = [element for element in metadata if element.tag == f"{{{NAMESPACE}}}instance"]
-    return _record(ours[0]) if ours else None
+    ours = [element for element in elements if element.tag == f"{{{NAMESPACE}}}instance"]
+    return _parse_element(ours[0]) if ours else None
 
 
-def format_metadata(record: InstanceMetadata, *, prefix: str = "") -> str:
-    """The element as virDomainSetMetadata takes it; with the prefix `thrave:`, as it stands in a definition."""
+def format_metadata(metadata: InstanceMetadata, *, prefix: str = "") -> str:
+    """Return the element for virDomainSetMetadata, or with the prefix `thrave:` for a domain's definition."""
     element = Element(f"{prefix}instance", {"xmlns:thrave": NAMESPACE} if prefix else {})
-    _set(element, "account", record.account_id)
-    _set(element, "platform", record.platform)
-    _set(element, "rootDevice", record.root_device)
-    _set(element, "rootDeviceType", record.root_device_type)
-    _set(element, "secretFile", record.secret_file)
-    _set(element, "launchTime", record.launch_time and record.launch_time.isoformat())
-    _set(element, "terminated", "true" if record.terminated else None)
-    for key, value in record.tags.items():
+    _set(element, "account", metadata.account_id)
+    _set(element, "platform", metadata.platform)
+    _set(element, "rootDevice", metadata.root_device)
+    _set(element, "rootDeviceType", metadata.root_device_type)
+    _set(element, "secretFile", metadata.secret_file)
+    _set(element, "launchTime", metadata.launch_time and metadata.launch_time.isoformat())
+    _set(element, "terminated", "true" if metadata.terminated else None)
+    for key, value in metadata.tags.items():
         ET.SubElement(element, f"{prefix}tag", {"key": key}).text = value
-    if record.frozen is not None:
-        _add_frozen(element, record.frozen, prefix)
+    if metadata.frozen is not None:
+        _add_frozen(element, metadata.frozen, prefix)
     return ET.tostring(element, encoding="unicode")
 
 
-def check_metadata(record: InstanceMetadata) -> None:
-    """See that what is to be written can be read again.
+def check_metadata(metadata: InstanceMetadata) -> None:
+    """Check that metadata can be written as XML and parsed again.
 
     Raises:
-        DomainFaultError: It could not.
+        InvalidDomainError: They cannot.
     """
-    text = format_metadata(record, prefix=f"{KEY}:")
+    text = format_metadata(metadata, prefix=f"{KEY}:")
     try:
-        again = parse_metadata([ET.fromstring(text)])  # noqa: S314 (our own)
+        parsed = parse_metadata([ET.fromstring(text)])  # noqa: S314 (our own)
     except ET.ParseError:
-        raise InvalidDomainError("there is a character that XML cannot hold") from None
-    if again != record:
-        raise InvalidDomainError("there is a character that XML does not keep")
+        raise InvalidDomainError("it contains a character that XML cannot contain") from None
+    if parsed != metadata:
+        raise InvalidDomainError("it contains a character that XML changes")
 
 
 def _add_frozen(element: Element, frozen: OverlayMetadata, prefix: str) -> None:
@@ -143,7 +142,7 @@ def _set(element: Element, name: str, value: object) -> None:
         element.set(name, str(value))
 
 
-def _record(element: Element) -> InstanceMetadata:
+def _parse_element(element: Element) -> InstanceMetadata:
     _refuse_unknown(element, _ATTRIBUTES)
     tags: dict[str, str] = {}
     frozen: OverlayMetadata | None = None
@@ -151,34 +150,34 @@ def _record(element: Element) -> InstanceMetadata:
         match child.tag.removeprefix(f"{{{NAMESPACE}}}"):
             case "tag":
                 _refuse_unknown(child, {"key"})
-                if (key := _needed(child, "key")) in tags:
-                    raise InvalidDomainError(f"tag: there are two with the key {key!r}")
+                if (key := _required(child, "key")) in tags:
+                    raise InvalidDomainError(f"tag: two tags with the key {key!r}")
                 tags[key] = child.text or ""
             case "frozen":
-                frozen = _frozen(child)
+                frozen = _parse_frozen(child)
             case other:
-                raise InvalidDomainError(f"{other}: is none of tag, frozen")
+                raise InvalidDomainError(f"{other}: is neither tag nor frozen")
     return InstanceMetadata(
-        account_id=_account(_needed(element, "account")),
-        platform=_word(element, "platform", _PLATFORMS),
+        account_id=_account(_required(element, "account")),
+        platform=_choice(element, "platform", _PLATFORMS),
         root_device=element.get("rootDevice"),
-        root_device_type=_word(element, "rootDeviceType", _ROOT_DEVICE_TYPES),
+        root_device_type=_choice(element, "rootDeviceType", _ROOT_DEVICE_TYPES),
         secret_file=_path(element, "secretFile"),
         tags=_checked(tags),
         launch_time=_time(element, "launchTime"),
-        terminated=_word(element, "terminated", _YES_OR_NO) == "true",
+        terminated=_choice(element, "terminated", _YES_OR_NO) == "true",
         frozen=frozen,
     )
 
 
-def _frozen(element: Element) -> OverlayMetadata:
+def _parse_frozen(element: Element) -> OverlayMetadata:
     _refuse_unknown(element, _FROZEN_ATTRIBUTES)
     return OverlayMetadata(
-        path=_needed_path(element, "path"),
-        format=_needed(element, "format"),
-        overlay=_needed_path(element, "overlay"),
+        path=_required_path(element, "path"),
+        format=_required(element, "format"),
+        overlay=_required_path(element, "overlay"),
         secret_file=_path(element, "secretFile"),
-        paused=_word(element, "paused", _YES_OR_NO) == "true",
+        paused=_choice(element, "paused", _YES_OR_NO) == "true",
     )
 
 
@@ -187,7 +186,7 @@ def _refuse_unknown(element: Element, known: set[str]) -> None:
         raise InvalidDomainError(f"{name}: is none of {', '.join(sorted(known))}")
 
 
-def _needed(element: Element, name: str) -> str:
+def _required(element: Element, name: str) -> str:
     value = element.get(name)
     if not value:
         raise InvalidDomainError(f"{name}: is missing")
@@ -200,14 +199,14 @@ def _account(text: str) -> str:
     return text
 
 
-def _word(element: Element, name: str, words: Collection[_Word]) -> _Word | None:
+def _choice(element: Element, name: str, choices: Collection[_Choice]) -> _Choice | None:
     value = element.get(name)
-    for word in words:
-        if value == word:
-            return word
+    for choice in choices:
+        if value == choice:
+            return choice
     if value is None:
         return None
-    raise InvalidDomainError(f"{name}: {value[:40]!r} is none of {', '.join(words)}")
+    raise InvalidDomainError(f"{name}: {value[:40]!r} is none of {', '.join(choices)}")
 
 
 def _path(element: Element, name: str) -> Path | None:
@@ -217,7 +216,7 @@ def _path(element: Element, name: str) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _needed_path(element: Element, name: str) -> Path:
+def _required_path(element: Element, name: str) -> Path:
     path = _path(element, name)
     if path is None:
         raise InvalidDomainError(f"{name}: is missing")
@@ -231,7 +230,7 @@ def _time(element: Element, name: str) -> datetime | None:
     try:
         time = datetime.fromisoformat(value)
     except ValueError:
-        raise InvalidDomainError(f"{name}: {value[:40]!r} is no time") from None
+        raise InvalidDomainError(f"{name}: {value[:40]!r} is not a time") from None
     if time.tzinfo is None:
         raise InvalidDomainError(f"{name}: {value[:40]!r} has no time zone")
     return time.astimezone(UTC)

@@ -1,16 +1,10 @@
-"""A domain's XML, as far as it is read here: what it boots, its disks, what its operator has said of it.
+"""Parses a domain's XML, and changes the image of its root disk in the XML. Does not call libvirt.
 
-Plain values out of libvirt's own words, with nothing decided: what they mean to EC2 is `domains.py`. It is libvirt that
-writes this XML, from what others have given it: a text that is too long or declares a document type (and with it
-entities, which could grow without bounds) is refused before anything looks at it. Nothing is asked of libvirt here.
-
-Source: libvirt's "Domain XML format".
-
-Another image for a domain's root disk, in its definition: that disk and our own element change, and nothing else.
-
-What is not changed stays byte for byte as libvirt wrote it: elements of other namespaces (QEMU's command lines,
-libosinfo's words) would not survive being read and written anew by just anything. Pure: the text is what
-virDomainDefineXML is then given, in one call, so that disk and metadata change together.
+Returns plain values with libvirt's names; `instance_mapping.py` maps them to EC2's. libvirt writes this XML, but its
+content comes from other users. So a text that is too long or declares a document type (and with it entities, which
+could expand without limit) is refused before it is parsed. A change replaces only the disk and our metadata element;
+virDomainDefineXML then changes both in one call. The rest stays as it is, byte by byte: elements of other namespaces
+(QEMU's command line, libosinfo) might not survive being parsed and written. Source: libvirt, "Domain XML format".
 """
 
 import re
@@ -24,23 +18,20 @@ from xml.parsers import expat
 from thrave.compute.errors import InvalidDomainError
 from thrave.compute.libvirt.domain_metadata import KEY, NAMESPACE, InstanceMetadata, format_metadata
 
-MOST_CHARACTERS = 4 << 20
-"""Of one definition; libvirt itself sends no more than 4 MiB (VIR_NET_MESSAGE_STRING_MAX)."""
-
+MAX_CHARACTERS = 4 << 20
+"""Of one definition. libvirt sends at most 4 MiB (VIR_NET_MESSAGE_STRING_MAX)."""
 
 _OSINFO = "{http://libosinfo.org/xmlns/libvirt/domain/1.0}"
-
-
 _AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """A job that copies a disk's content while its domain runs.
+    """A block job that copies a disk while its domain runs.
 
     Attributes:
         job: `active-commit`, `copy` or `active-copy`.
-        ready: It has caught up: what the guest writes goes to both images.
+        ready: Whether it has copied everything, and the guest now writes to both images.
     """
 
     job: str
@@ -52,19 +43,19 @@ class Disk:
     """A disk of a domain.
 
     Attributes:
-        target: Its name in the domain, vda.
+        target: Name in the domain, such as vda.
         device: disk, lun, cdrom or floppy.
-        kind: Of its source: file, block, volume, network, …
-        format: Of its image, in QEMU's words; raw if nothing is said, which is libvirt's default.
-        path: The file or block device, where that is the source.
-        pool_volume: The storage pool and the volume, where those are.
-        remote: Protocol and name, where it is on the network.
-        boot_order: The lowest boots first; None if that is not said of single devices.
-        readonly: The guest does not write to it.
-        shareable: Other domains may have it at the same time.
-        transient: What the guest writes is thrown away.
-        encrypted: It, or an image below it, is encrypted by QEMU.
-        mirror: The job that copies it just now.
+        kind: Type of the source: file, block, volume, network, …
+        format: QEMU's name of the image format; by default raw, as in libvirt.
+        path: The file or block device, if that is the source.
+        pool_volume: Names of storage pool and volume, if those are the source.
+        remote: Protocol and name of a network source.
+        boot_order: The lowest boots first; None: the device has no boot order of its own.
+        readonly: The guest cannot write to it.
+        shareable: Other domains may use it at the same time.
+        transient: The guest's writes are discarded.
+        encrypted: QEMU encrypts the image or a backing file.
+        mirror: The block job that copies it at the moment.
     """
 
     target: str
@@ -84,15 +75,15 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainDefinition:
-    """One of a domain's two definitions: of the running one, or what it is started from.
+    """One of the two definitions of a domain: of the running domain, or for the next start.
 
     Attributes:
-        name: What its operator calls it.
-        uuid: In libvirt's notation.
-        architecture: In libvirt's words, x86_64.
-        os_id: What libosinfo calls the guest's operating system, a URL.
-        disks: All, in their order.
-        has_agent: The guest's agent has opened its channel; never of one that does not run.
+        name: Name in libvirt.
+        uuid: In libvirt's form.
+        architecture: libvirt's name, such as x86_64.
+        os_id: libosinfo's URL of the guest's operating system.
+        disks: All disks, in the order of the XML.
+        has_agent: The guest agent has opened its channel. False for a domain that is off.
         metadata: The elements in `<metadata>`.
     """
 
@@ -105,14 +96,14 @@ class DomainDefinition:
     metadata: tuple[Element, ...]
 
 
-def parsed(xml: str) -> Element:
-    """The root of an XML text from libvirt.
+def parse_xml(xml: str) -> Element:
+    """Return the root element of an XML text from libvirt.
 
     Raises:
-        DomainFaultError: It is too long, declares a document type, or is not well-formed.
+        InvalidDomainError: It is too long, declares a document type, or is not well-formed.
     """
-    if len(xml) > MOST_CHARACTERS:
-        raise InvalidDomainError(f"its XML has more than {MOST_CHARACTERS} characters")
+    if len(xml) > MAX_CHARACTERS:
+        raise InvalidDomainError(f"its XML has more than {MAX_CHARACTERS} characters")
     if "<!DOCTYPE" in xml:
         raise InvalidDomainError("its XML declares a document type")
     try:
@@ -122,12 +113,12 @@ def parsed(xml: str) -> Element:
 
 
 def read_definition(xml: str) -> DomainDefinition:
-    """What a domain's XML says.
+    """Return the definition in a domain's XML.
 
     Raises:
-        DomainFaultError: As `parsed`, or what is needed is missing.
+        InvalidDomainError: As `parse_xml`, or a required element is missing.
     """
-    domain = parsed(xml)
+    domain = parse_xml(xml)
     return DomainDefinition(
         name=_text(domain, "name"),
         uuid=_text(domain, "uuid"),
@@ -139,9 +130,9 @@ def read_definition(xml: str) -> DomainDefinition:
     )
 
 
-def pool_type(xml: str) -> str:
-    """The type of a storage pool, by its XML: dir, logical, rbd, … Raises as `parsed`."""
-    return parsed(xml).get("type", "")
+def read_pool_type(xml: str) -> str:
+    """Return the type of a storage pool from its XML: dir, logical, rbd, … Raises as `parse_xml`."""
+    return parse_xml(xml).get("type", "")
 
 
 def _disk(element: Element) -> Disk:
@@ -167,7 +158,7 @@ def _disk(element: Element) -> Disk:
 def _path(kind: str, source: Element | None) -> Path | None:
     attribute = {"file": "file", "block": "dev"}.get(kind)
     if source is None or attribute is None or not (path := source.get(attribute)):
-        return None  # a drive without a medium
+        return None  # a drive without medium
     if not path.startswith("/"):
         raise InvalidDomainError(f"disk source: {path} is not an absolute path")
     return Path(path)
@@ -203,7 +194,7 @@ def _is_open_agent_channel(target: Element) -> bool:
 def _text(parent: Element, path: str) -> str:
     text = parent.findtext(path)
     if not text:
-        raise InvalidDomainError(f"{path}: there is none")
+        raise InvalidDomainError(f"{path}: is missing")
     return text
 
 
@@ -215,56 +206,49 @@ def _optional(parent: Element, path: str, name: str) -> str | None:
 def _attribute(parent: Element, path: str, name: str) -> str:
     value = _optional(parent, path, name)
     if not value:
-        raise InvalidDomainError(f"{path}: says no {name}")
+        raise InvalidDomainError(f"{path}: has no {name}")
     return value
 
 
 def _number(text: str, name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise InvalidDomainError(f"{name}: {text!r} is no number")
+        raise InvalidDomainError(f"{name}: {text!r} is not a number")
     return int(text)
 
 
 _Change = Callable[[Element], None]
 
-
-_SEPARATOR = " "  # between namespace and name; no namespace can hold one
-
-
+_SEPARATOR = " "  # between namespace and name; no namespace can contain it
 _DISK = ("domain", "devices", "disk")
-
-
 _METADATA = ("domain", "metadata")
-
-
 _OURS = (*_METADATA, f"{NAMESPACE}{_SEPARATOR}instance")
 
 
 @dataclass(frozen=True)
 class DiskImage:
-    """A file, and its format in QEMU's words."""
+    """An image file, and QEMU's name of its format."""
 
     path: Path
     format: str
 
 
 def with_overlay(
-    xml: str, target: str, record: InstanceMetadata | None, *, volume: DiskImage, overlay: DiskImage
+    xml: str, target: str, metadata: InstanceMetadata | None, *, volume: DiskImage, overlay: DiskImage
 ) -> str:
-    """The definition with the disk `target` on `overlay`, which stands on `volume`, the disk's image till now.
+    """Return the definition with `overlay` as the image of a disk, and its present image `volume` as backing file.
 
     Args:
         xml: The definition, as libvirt has written it.
-        target: The disk's name in the domain.
-        record: What is to stand in our element; None leaves it as it is.
-        volume: The image below. What the definition says of images below that stays.
-        overlay: The image on top.
+        target: Name of the disk in the domain.
+        metadata: New content of our element; None: the element does not change.
+        volume: The present image. Its backing files in the definition do not change.
+        overlay: The new image.
 
     Raises:
-        DomainFaultError: There is no such disk, or no XML.
+        InvalidDomainError: There is no such disk, or the XML is not valid.
     """
 
-    def put_over(disk: Element) -> None:
+    def add_overlay(disk: Element) -> None:
         backing = Element("backingStore", {"type": "file"})
         ET.SubElement(backing, "format", {"type": volume.format})
         ET.SubElement(backing, "source", {"file": str(volume.path)})
@@ -275,13 +259,13 @@ def with_overlay(
         _set_image(disk, overlay)
         disk.append(backing)
 
-    return _Text(xml).changed(target, put_over, record)
+    return _EditableXml(xml).with_changes(target, add_overlay, metadata)
 
 
-def without_overlay(xml: str, target: str, record: InstanceMetadata | None, *, volume: DiskImage) -> str:
-    """The opposite: the disk on `volume`, the image that was below. Arguments and errors as `with_overlay`."""
+def without_overlay(xml: str, target: str, metadata: InstanceMetadata | None, *, volume: DiskImage) -> str:
+    """Return the definition with the backing file `volume` as the image of the disk again. As `with_overlay`."""
 
-    def take_off(disk: Element) -> None:
+    def remove_overlay(disk: Element) -> None:
         backing = disk.find("backingStore")
         if backing is not None:
             disk.remove(backing)
@@ -290,13 +274,13 @@ def without_overlay(xml: str, target: str, record: InstanceMetadata | None, *, v
                 disk.append(below)
         _set_image(disk, volume)
 
-    return _Text(xml).changed(target, take_off, record)
+    return _EditableXml(xml).with_changes(target, remove_overlay, metadata)
 
 
 def _set_image(disk: Element, image: DiskImage) -> None:
     driver, source = disk.find("driver"), disk.find("source")
     if source is None:
-        raise InvalidDomainError("disk: it has no source")
+        raise InvalidDomainError("disk: has no source")
     if driver is None:
         driver = ET.SubElement(disk, "driver", {"name": "qemu"})
     driver.set("type", image.format)
@@ -305,18 +289,18 @@ def _set_image(disk: Element, image: DiskImage) -> None:
 
 @dataclass(frozen=True)
 class _Span:
-    """An element in the text: where it begins and ends, in bytes."""
+    """Start and end of an element in the text, in bytes."""
 
     path: tuple[str, ...]
     start: int
     end: int
 
 
-class _Text:
-    """A definition's text, and where in it stands what may change."""
+class _EditableXml:
+    """The text of a definition, and the positions of the elements that may change."""
 
     def __init__(self, xml: str) -> None:
-        parsed(xml)
+        parse_xml(xml)
         self._xml = xml.encode()
         self._spans: list[_Span] = []
         self._open: list[tuple[str, int]] = []
@@ -325,30 +309,30 @@ class _Text:
         self._parser.EndElementHandler = self._end
         self._parser.Parse(self._xml, True)  # noqa: FBT003 (expat's signature)
 
-    def changed(self, target: str, change: _Change, record: InstanceMetadata | None) -> str:
-        """The text with a disk changed, and with our element if one is given."""
-        edits = [self._disk(target, change)]
-        if record is not None:
-            edits.append(self._metadata(record))
+    def with_changes(self, target: str, change: _Change, metadata: InstanceMetadata | None) -> str:
+        """Return the text with a changed disk, and with new metadata if there are any."""
+        edits = [self._edit_disk(target, change)]
+        if metadata is not None:
+            edits.append(self._edit_metadata(metadata))
         text = self._xml
         for start, end, new in sorted(edits, reverse=True):
             text = text[:start] + new.encode() + text[end:]
         return text.decode()
 
-    def _disk(self, target: str, change: _Change) -> tuple[int, int, str]:
-        for span in self._of(_DISK):
-            disk = parsed(self._xml[span.start : span.end].decode())
+    def _edit_disk(self, target: str, change: _Change) -> tuple[int, int, str]:
+        for span in self._find(_DISK):
+            disk = parse_xml(self._xml[span.start : span.end].decode())
             device = disk.find("target")
             if device is not None and device.get("dev") == target:
                 change(disk)
                 return span.start, span.end, ET.tostring(disk, encoding="unicode")
         raise InvalidDomainError(f"disk: there is no {target}")
 
-    def _metadata(self, record: InstanceMetadata) -> tuple[int, int, str]:
-        new = format_metadata(record, prefix=f"{KEY}:")
-        for span in self._of(_OURS):
+    def _edit_metadata(self, metadata: InstanceMetadata) -> tuple[int, int, str]:
+        new = format_metadata(metadata, prefix=f"{KEY}:")
+        for span in self._find(_OURS):
             return span.start, span.end, new
-        for span in self._of(_METADATA):
+        for span in self._find(_METADATA):
             last = self._xml.rfind(b"</", span.start, span.end)
             if last < 0:
                 return span.start, span.end, f"<metadata>{new}</metadata>"
@@ -356,7 +340,7 @@ class _Text:
         last = self._xml.rindex(b"</")
         return last, last, f"<metadata>{new}</metadata>"
 
-    def _of(self, path: tuple[str, ...]) -> list[_Span]:
+    def _find(self, path: tuple[str, ...]) -> list[_Span]:
         return [span for span in self._spans if span.path == path]
 
     def _begin(self, name: str, _attributes: dict[str, str]) -> None:
@@ -368,7 +352,7 @@ class _Text:
         if path in {_DISK, _METADATA, _OURS}:
             self._spans.append(_Span(path, start, self._end_of(start, self._parser.CurrentByteIndex)))
 
-    def _end_of(self, start: int, told: int) -> int:
-        """Where an element ends: expat tells of its end tag where that begins, of an empty element where it ends."""
-        name = re.split(rb"[\s/>]", self._xml[start + 1 : told], maxsplit=1)[0]
-        return self._xml.index(b">", told) + 1 if self._xml.startswith(b"</" + name, told) else told
+    def _end_of(self, start: int, position: int) -> int:
+        """Return the end of an element. expat reports the start of an end tag, but the end of an empty element."""
+        name = re.split(rb"[\s/>]", self._xml[start + 1 : position], maxsplit=1)[0]
+        return self._xml.index(b">", position) + 1 if self._xml.startswith(b"</" + name, position) else position

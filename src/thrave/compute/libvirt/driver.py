@@ -44,9 +44,9 @@ from thrave.retry import poll_until
 
 _INSTANCE_ID = re.compile(INSTANCE_ID_PATTERN)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_STOPPING_TIMEOUT = 60.0  # for a guest that has powered off, until its process has ended
+_STOPPING_TIMEOUT = 60.0  # seconds from the power-off of a guest to the end of its process
 _POLL_INTERVAL = 0.1  # seconds
-_STOP_ATTEMPTS = 3  # another client may start the domain between the error that it is off and the look at its state
+_STOP_ATTEMPTS = 3  # another client may start the domain between the error and the check of its state
 _START_EVENT_TIMEOUT = 1.0  # seconds
 
 # States in which the CPUs do not run, so the guest cannot react, with the command that resumes them.
@@ -99,26 +99,26 @@ class LibvirtDriver:
         secret_file: Path | None = None,
         tags: Mapping[str, str] = {},
     ) -> Instance:
-        """Make a domain an account's instance, or change its metadata. A terminated one may be used again then.
+        """Make a domain an account's instance, or change its metadata. A terminated instance can be started again then.
 
         Args:
-            domain: Its name or UUID.
+            domain: Name or UUID of the domain.
             account_id: The owner.
-            platform: For a domain whose libosinfo metadata do not say it.
-            root_device: The target of the disk that is bundled; by default the one that is booted.
-            root_device_type: By default by that disk's source.
-            secret_file: Holds the passphrase of that disk, if it is encrypted.
+            platform: For a domain without libosinfo metadata.
+            root_device: Target of the disk that is bundled; by default the one that the domain boots from.
+            root_device_type: By default from the source of that disk.
+            secret_file: Contains the passphrase of that disk if it is encrypted.
             tags: Key to value.
 
         Raises:
-            InvalidDescriptionError: It would be no instance, or its root volume cannot be read.
-            IncorrectInstanceState: It has an overlay over another disk than the one that is said now.
+            InvalidDescriptionError: The domain cannot be an instance, or its root volume cannot be read.
+            IncorrectInstanceState: The domain has an overlay over another disk than `root_device`.
             HypervisorError: There is no such domain, or libvirt refuses.
         """
         with self._hypervisor.session() as connection:
             found = _by_name(connection, domain)
             instance_id = instance_id_of(found.UUIDString())
-            said = InstanceMetadata(
+            metadata = InstanceMetadata(
                 account_id=account_id,
                 platform=platform,
                 root_device=root_device,
@@ -129,9 +129,9 @@ class LibvirtDriver:
             )
             before = self._cache.refresh(found)
             if before.metadata is not None:
-                said = _merge_metadata(instance_id, before.metadata, said)
-            self._check_adoptable(replace(before, metadata=said))
-            self._metadata.replace(found, instance_id, said)
+                metadata = _merge_metadata(instance_id, before.metadata, metadata)
+            self._check_adoptable(replace(before, metadata=metadata))
+            self._metadata.replace(found, instance_id, metadata)
             self._events.mark_changed({before.uuid})
             return require_instance(self._cache.refresh(found))
 
@@ -139,24 +139,25 @@ class LibvirtDriver:
         """Remove our metadata from a domain, so that it is no instance. The domain and its disks are not changed.
 
         Raises:
-            InstanceNotFound: It is none.
+            InstanceNotFound: The domain is not adopted.
             InstanceLocked: The root volume is being read.
-            IncorrectInstanceState: It runs on an overlay, which has to be merged first.
+            IncorrectInstanceState: It runs on an overlay, which must be merged first.
         """
         with self._lock(instance_id), self._change_domain(instance_id) as domain:
             snapshot = self._cache.refresh(domain)
-            if not snapshot.adopted:
+            if not snapshot.is_adopted:
                 raise InstanceNotFound(instance_id)
             if snapshot.metadata is not None and snapshot.metadata.frozen is not None:
                 raise IncorrectInstanceState(
-                    instance_id, f"{instance_id} has an overlay over its root volume, which its task merges first"
+                    instance_id,
+                    f"{instance_id} has an overlay over its root volume. Wait until its task has merged the overlay.",
                 )
             self._metadata.replace(domain, instance_id, None)
 
     def list(
         self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
     ) -> Sequence[Instance]:
-        """Every instance, or some; as it was last seen, if libvirt does not answer but has before."""
+        """See `HypervisorDriver`. While libvirt is unavailable, returns the last known instances, if there are any."""
         return [
             snapshot.instance
             for snapshot in self._adopted()
@@ -166,8 +167,8 @@ class LibvirtDriver:
         ]
 
     def list_errors(self) -> Sequence[InstanceError]:
-        """Why some domains that have our element are not in `list`."""
-        return [snapshot.fault for snapshot in self._cache.list() if snapshot.adopted and snapshot.fault is not None]
+        """Return an error for each domain that has our element but is not in `list`."""
+        return [snapshot.fault for snapshot in self._cache.list() if snapshot.is_adopted and snapshot.fault is not None]
 
     @with_timeout
     def get(self, instance_id: str) -> Instance:
@@ -176,7 +177,7 @@ class LibvirtDriver:
             return require_instance(self._cache.refresh(domain))
 
     def get_owner(self, instance_id: str) -> str:
-        """The account id in our element of its domain, as the domain was last seen."""
+        """Return the account id in our element, from the cache of domains."""
         for snapshot in self._adopted():
             if snapshot.instance_id == instance_id and snapshot.metadata is not None:
                 return snapshot.metadata.account_id
@@ -188,7 +189,7 @@ class LibvirtDriver:
 
     @command_with_timeout
     def request_stop(self, instance_id: str) -> None:
-        """Ask the guest's agent, if it answers, else press the power button."""
+        """Request a shutdown by the guest's agent if it responds, else by the power button."""
         with self._change_domain(instance_id) as domain:
             snapshot = self._cache.refresh(domain)
             _check_not_terminating(require_instance(snapshot))
@@ -196,7 +197,7 @@ class LibvirtDriver:
 
     @command_with_timeout
     def force_stop(self, instance_id: str) -> None:
-        """Destroy the domain, as libvirt calls it: its process is ended, its disks stay."""
+        """Destroy the domain, in libvirt's term: end its process. The disks are not changed."""
         with self._change_domain(instance_id) as domain:
             instance = require_instance(self._cache.refresh(domain))
             _check_not_terminating(instance)
@@ -206,7 +207,7 @@ class LibvirtDriver:
 
     @command_with_timeout
     def terminate(self, instance_id: str) -> None:
-        """Write down that it is not to be used any more, and ask the guest to power off."""
+        """Record in the metadata that the instance is terminated, and ask the guest to power off."""
         with self._change_domain(instance_id) as domain:
             snapshot = self._cache.refresh(domain)
             was_terminated = require_instance(snapshot).state in TERMINATING
@@ -220,7 +221,7 @@ class LibvirtDriver:
 
     @command_with_timeout
     def start(self, instance_id: str) -> None:
-        """Start the domain; one whose guest has just powered off is waited for."""
+        """Start the domain. If its guest has just powered off, first wait for the end of its process."""
         with self._lock(instance_id), self._change_domain(instance_id) as domain:
             _check_not_terminating(require_instance(self._cache.refresh(domain)))
             if self._wait_while_stopping(domain).state is InstanceState.STOPPED:
@@ -230,7 +231,7 @@ class LibvirtDriver:
                 self._record_launch_time(domain, instance_id, starts)
 
     def find_users(self, is_same: Callable[[VolumeFile], bool], *, except_instance: str) -> Sequence[str]:
-        """Of all domains that are active, adopted or not."""
+        """See `HypervisorDriver`. Covers all active domains, adopted or not."""
         return [
             f"the domain {snapshot.name}"
             for snapshot in self._cache.list()
@@ -240,7 +241,7 @@ class LibvirtDriver:
 
     @command_with_timeout
     def request_sysprep(self, instance_id: str, command: Sequence[str]) -> None:
-        """Have the guest's agent run the command."""
+        """Run the command through the guest's agent."""
         with self._lookup(instance_id) as domain:
             snapshot = self._cache.refresh(domain)
             _check_not_terminating(require_instance(snapshot))
@@ -269,16 +270,16 @@ class LibvirtDriver:
         except HypervisorError as error:
             if not self._cache.last_seen:
                 raise
-            log.warning("instances are shown as they were: %s", error)
+            log.warning("last known instances used: %s", error)
             snapshots = self._cache.last_seen
         for snapshot in snapshots:
-            if snapshot.adopted and snapshot.fault is not None:
-                log.warning("an instance is left out: %s", snapshot.fault)
+            if snapshot.is_adopted and snapshot.fault is not None:
+                log.warning("instance skipped: %s", snapshot.fault)
         return snapshots
 
     @contextmanager
     def _lookup(self, instance_id: str) -> Iterator[Domain]:
-        """The domain that an instance is, whether it can be understood or not."""
+        """Yield the domain of an instance, also if it is not a valid instance."""
         if not _INSTANCE_ID.fullmatch(instance_id):
             raise InstanceNotFound(instance_id)
         with self._hypervisor.session(instance_id) as connection:
@@ -286,7 +287,7 @@ class LibvirtDriver:
 
     @contextmanager
     def _change_domain(self, instance_id: str) -> Iterator[Domain]:
-        """The same, to do something to it: `list` then knows of that before libvirt has told of it."""
+        """As `_lookup`, for a change of the domain: the next `list` reads the domain again, even before an event."""
         with self._lookup(instance_id) as domain:
             try:
                 yield domain
@@ -299,7 +300,7 @@ class LibvirtDriver:
 
     @contextmanager
     def _lock(self, instance_id: str) -> Iterator[None]:
-        """The lock, if there is such a domain."""
+        """Lock the instance with a lock file. Raises InstanceNotFound if there is no such domain."""
         call_with_timeout(instance_id, lambda: self._find(instance_id))
         with ExitStack() as stack:
             try:
@@ -309,12 +310,12 @@ class LibvirtDriver:
             yield
 
     def _check_adoptable(self, snapshot: DomainSnapshot) -> None:
-        fault = self._fault_in_adopting(snapshot)
+        fault = self._find_adoption_fault(snapshot)
         if fault is not None:
             raise InvalidDescriptionError(snapshot.instance_id, f"the domain {snapshot.name}", [fault])
 
-    def _fault_in_adopting(self, snapshot: DomainSnapshot) -> str | None:
-        """Why a domain with this record would be no instance; None if it would be one."""
+    def _find_adoption_fault(self, snapshot: DomainSnapshot) -> str | None:
+        """Return why a domain with these metadata cannot be an instance; None if it can."""
         assert snapshot.metadata is not None
         try:
             check_metadata(snapshot.metadata)
@@ -326,8 +327,8 @@ class LibvirtDriver:
     def _request_guest_stop(self, domain: Domain, snapshot: DomainSnapshot) -> None:
         if snapshot.state in {DomainState.SHUTOFF, DomainState.SHUTDOWN}:
             return
-        if (why := _UNRESPONSIVE_STATES.get(snapshot.state)) is not None:
-            raise IncorrectInstanceState(snapshot.instance_id, f"{snapshot.instance_id} is {why} {snapshot.name}")
+        if (reason := _UNRESPONSIVE_STATES.get(snapshot.state)) is not None:
+            raise IncorrectInstanceState(snapshot.instance_id, f"{snapshot.instance_id} is {reason} {snapshot.name}")
         check_command(snapshot.instance_id)
         starts = self._events.history(snapshot.uuid).starts
         if snapshot.live is not None and snapshot.live.has_agent and self._agents.request_stop(domain, starts):
@@ -341,10 +342,10 @@ class LibvirtDriver:
             )
 
     def _mark_terminated(self, domain: Domain, instance_id: str, *, terminated: bool) -> None:
-        self._metadata.change(domain, instance_id, lambda there: replace(there, terminated=terminated))
+        self._metadata.change(domain, instance_id, lambda recorded: replace(recorded, terminated=terminated))
 
     def _wait_while_stopping(self, domain: Domain) -> Instance:
-        """The instance, after waiting for one that is just going down: it cannot be started before."""
+        """Return the instance. First wait while it is stopping: it cannot be started before."""
         return poll_until(
             lambda: require_instance(self._cache.refresh(domain)),
             lambda instance: instance.state is not InstanceState.STOPPING,
@@ -353,14 +354,14 @@ class LibvirtDriver:
         )
 
     def _record_launch_time(self, domain: Domain, instance_id: str, starts: int) -> None:
-        """Write down when it was started, as it is told, so that there are no two opinions of it."""
-        told = self._events.wait_for_start(domain.UUIDString(), starts, _START_EVENT_TIMEOUT)
-        started = told or utc_now()
+        """Record the launch time: that of the event if one arrives, so that the cache has the same time."""
+        event_time = self._events.wait_for_start(domain.UUIDString(), starts, _START_EVENT_TIMEOUT)
+        started = event_time or utc_now()
         try:
             with self._hypervisor.session(instance_id):
-                self._metadata.change(domain, instance_id, lambda there: replace(there, launch_time=started))
-        except InstanceError as error:  # it runs all the same
-            log.warning("the launch time is not written down: %s", error)
+                self._metadata.change(domain, instance_id, lambda recorded: replace(recorded, launch_time=started))
+        except InstanceError as error:  # the instance runs nevertheless
+            log.warning("launch time not recorded: %s", error)
 
 
 class DomainHold:
@@ -370,23 +371,25 @@ class DomainHold:
     read again.
     """
 
-    def __init__(self, instances: LibvirtDriver, events: DomainEvents, instance_id: str, uuid: str) -> None:
-        self._instances = instances
+    def __init__(self, driver: LibvirtDriver, events: DomainEvents, instance_id: str, uuid: str) -> None:
+        self._driver = driver
         self._events = events
         self._instance_id = instance_id
         self._uuid = uuid
-        self._starts, self._lost = events.history(uuid).starts, events.disconnects
+        self._starts, self._disconnects = events.history(uuid).starts, events.disconnects
 
     def check(self) -> None:
         """Check the state, and that the number of starts has not changed."""
-        state = self._instances.state(self._instance_id)
+        state = self._driver.state(self._instance_id)
         if state is not InstanceState.STOPPED:
             raise RootVolumeInUse(self._instance_id, f"{self._instance_id} is {state} while its root volume is read")
         if self._events.history(self._uuid).starts != self._starts:
             raise RootVolumeInUse(
                 self._instance_id, f"{self._instance_id} was started and stopped while its root volume was read"
             )
-        if self._events.disconnects != self._lost:  # last, since a known start is the better reason
+        if (
+            self._events.disconnects != self._disconnects
+        ):  # checked last: a start that is known is the more precise reason
             raise HoldLostError(
                 self._instance_id,
                 f"the connection to libvirt was lost: {self._instance_id} may have been started and stopped since",
@@ -397,13 +400,13 @@ def _by_name(connection: Connection, domain: str) -> Domain:
     return connection.lookupByUUIDString(domain) if _UUID.fullmatch(domain) else connection.lookupByName(domain)
 
 
-def _merge_metadata(instance_id: str, before: InstanceMetadata, said: InstanceMetadata) -> InstanceMetadata:
-    """What is said now, and what the driver has to find again of what was said before."""
-    if before.frozen is not None and before.root_device != said.root_device:
+def _merge_metadata(instance_id: str, before: InstanceMetadata, after: InstanceMetadata) -> InstanceMetadata:
+    """Return the new metadata with what the driver itself has recorded before: launch time and overlay."""
+    if before.frozen is not None and before.root_device != after.root_device:
         raise IncorrectInstanceState(
-            instance_id, f"{instance_id} has an overlay over its root volume, which cannot be another one meanwhile"
+            instance_id, f"{instance_id} has an overlay over its root volume, so the root device cannot change now"
         )
-    return replace(said, launch_time=before.launch_time, frozen=before.frozen)
+    return replace(after, launch_time=before.launch_time, frozen=before.frozen)
 
 
 def _check_not_terminating(instance: Instance) -> None:
@@ -413,17 +416,18 @@ def _check_not_terminating(instance: Instance) -> None:
         )
 
 
-def run_unless_done(act: Callable[[], object], *, unless: Callable[[], object], attempts: int = 1) -> None:
-    """Call `act`; ignore its error if `unless` shows that the wanted state is reached already.
+def run_unless_done(command: Callable[[], object], *, unless: Callable[[], object], attempts: int = 1) -> None:
+    """Give a command to libvirt; ignore its error if the wanted state is reached already.
 
     Args:
-        act: The command.
-        unless: Whether the state is reached.
-        attempts: More than one repeats a command that failed: the state may have been reached then, and changed since.
+        command: The command.
+        unless: Returns whether the wanted state is reached.
+        attempts: With more than one, a failed command is repeated: the state may have been reached when the command
+            failed, and have changed since.
     """
     for attempts_left in reversed(range(attempts)):
         try:
-            act()
+            command()
         except binding.load().libvirtError:
             if unless():
                 return

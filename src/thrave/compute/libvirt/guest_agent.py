@@ -1,9 +1,8 @@
-"""QEMU's guest agent: asked whether it is there, to power the guest off, and to run a command in the guest.
+"""QEMU's guest agent: checks that it responds, shuts the guest down, and runs a command in the guest.
 
-It is a program inside the guest, so its answers are the guest's: hostile, late, or none. Every question has an end, and
-nothing of an answer is kept but that there was one.
-
-Source: "QEMU Guest Agent Protocol Reference" (guest-ping, guest-exec).
+The agent is a program inside the guest, so its responses are untrusted: hostile, late or missing. Every call has a
+timeout, and of a response only its presence is used. Source: "QEMU Guest Agent Protocol Reference" (guest-ping,
+guest-exec).
 """
 
 import json
@@ -15,29 +14,29 @@ from thrave.compute.libvirt import binding
 from thrave.compute.libvirt.binding import Domain, ShutdownFlag
 from thrave.concurrency import new_lock, supervised
 
-PING_SECONDS = 2
-EXEC_SECONDS = 10
+PING_TIMEOUT = 2  # seconds
+EXEC_TIMEOUT = 10  # seconds
 
 log = logging.getLogger(__name__)
 
 
 class GuestAgents:
-    """The agents of a host's guests."""
+    """The guest agents of a host."""
 
     def __init__(self) -> None:
         self._lock = new_lock()
         self._in_progress: set[str] = set()
-        self._unresponsive: dict[str, int] = {}
+        self._unresponsive: dict[str, int] = {}  # number of starts by UUID of the domain
 
     def request_stop(self, domain: Domain, starts: int) -> bool:
-        """Have a guest's agent power it off, if it answers; whether it did.
+        """Request a shutdown by the guest's agent, and return whether the agent responds.
 
-        libvirt waits for the guest to go down, a minute at most, which is done in a thread. Asked again meanwhile it
-        does nothing. An agent that does not answer, or refuses, is not asked again until the domain is started again.
+        libvirt waits up to a minute until the guest is off; another thread waits for that. Further calls in this time
+        do nothing. An agent that does not respond, or refuses, is not used until the next start of the domain.
 
         Args:
             domain: A running domain whose agent has opened its channel.
-            starts: How often it was started, as far as is known.
+            starts: Number of starts of the domain so far.
         """
         uuid = domain.UUIDString()
         with self._lock:
@@ -53,15 +52,15 @@ class GuestAgents:
         supervised(
             f"agent {uuid}",
             lambda: self._power_off(domain, uuid, starts),
-            on_failure=lambda error: log.error("the agent of the domain %s could not be asked", uuid, exc_info=error),
+            on_failure=lambda error: log.error("agent shutdown failed, domain %s", uuid, exc_info=error),
         )
         return True
 
     def _power_off(self, domain: Domain, uuid: str, starts: int) -> None:
         try:
             domain.shutdownFlags(ShutdownFlag.GUEST_AGENT)
-        except binding.load().libvirtError as error:  # also if the guest was gone before the agent could answer
-            log.info("the agent of the domain %s: %s", uuid, error)
+        except binding.load().libvirtError as error:  # also if the guest was off before the agent could respond
+            log.info("agent shutdown failed, domain %s: %s", uuid, error)
             self._mark_unresponsive(uuid, starts)
         finally:
             with self._lock:
@@ -73,38 +72,40 @@ class GuestAgents:
 
 
 def run_command(domain: Domain, instance_id: str, command: Sequence[str]) -> None:
-    """Begin a command in a guest, by its agent.
+    """Start a command in a guest through its agent.
 
     Args:
         domain: A running domain.
-        instance_id: Its instance.
+        instance_id: For the errors.
         command: The program, with its path in the guest, and its arguments.
 
     Raises:
-        InstanceCommandFailed: The agent does not answer, or does not run it.
+        InstanceCommandFailed: The agent does not respond, or cannot run the command.
     """
     arguments = {"path": command[0], "arg": list(command[1:]), "capture-output": False}
     try:
-        answer = _call(domain, EXEC_SECONDS, "guest-exec", arguments)
+        response = _call(domain, EXEC_TIMEOUT, "guest-exec", arguments)
     except binding.load().libvirtError as error:
         raise InstanceCommandFailed(instance_id, command[0], f"cannot be run by the guest's agent: {error}") from error
-    if not isinstance(answer, dict) or not isinstance(answer.get("pid"), int):
-        raise InstanceCommandFailed(instance_id, command[0], "was answered by the guest's agent with no process")
+    if not isinstance(response, dict) or not isinstance(response.get("pid"), int):
+        raise InstanceCommandFailed(
+            instance_id, command[0], "was not started: the guest's agent returned no process id"
+        )
 
 
 def _responds(domain: Domain) -> bool:
     try:
-        return _call(domain, PING_SECONDS, "guest-ping") is not None
+        return _call(domain, PING_TIMEOUT, "guest-ping") is not None
     except binding.load().libvirtError:
         return False
 
 
-def _call(domain: Domain, seconds: int, command: str, arguments: object = None) -> object:
-    """What the agent returns; None if that cannot be understood. Raises libvirtError."""
-    question = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
-    answer = binding.load_qemu().qemuAgentCommand(domain, json.dumps(question), seconds, 0)
+def _call(domain: Domain, timeout: int, command: str, arguments: object = None) -> object:
+    """Call the agent; return None if the response is not valid. Raises libvirtError."""
+    request = {"execute": command, **({} if arguments is None else {"arguments": arguments})}
+    text = binding.load_qemu().qemuAgentCommand(domain, json.dumps(request), timeout, 0)
     try:
-        said = json.loads(answer)
+        response = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return said.get("return") if isinstance(said, dict) else None
+    return response.get("return") if isinstance(response, dict) else None

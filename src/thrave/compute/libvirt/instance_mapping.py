@@ -1,8 +1,4 @@
-"""What a libvirt domain is to EC2: which instance, on which root volume, in which state. Pure, and mostly tables.
-
-It decides nothing about what is done to a domain; what can be read off its definition and its metadata is decided here,
-so that it can be tested with no hypervisor.
-"""
+"""Maps a libvirt domain to an EC2 instance: id, root volume, state, architecture. Mostly tables; calls nothing."""
 
 import hashlib
 import re
@@ -18,8 +14,8 @@ from thrave.compute.libvirt.binding import DomainState, ShutoffReason, StoppedDe
 from thrave.compute.libvirt.domain_metadata import InstanceMetadata, RootDeviceType
 from thrave.compute.libvirt.domain_xml import Disk, DomainDefinition
 
-# A domain that has its disks open counts as running, whatever its CPUs do. `SHUTDOWN` is libvirt's word for a guest
-# that has powered off and whose process has not ended yet; `CRASHED` for a panicked one whose process is kept.
+# A domain that has its disks open counts as running, even if its CPUs are paused. `SHUTDOWN`: the guest has powered
+# off, but its process has not ended yet. `CRASHED`: the guest has panicked, and its process is kept.
 STATES: dict[int, InstanceState] = {
     DomainState.NOSTATE: InstanceState.RUNNING,
     DomainState.RUNNING: InstanceState.RUNNING,
@@ -31,9 +27,9 @@ STATES: dict[int, InstanceState] = {
     DomainState.PMSUSPENDED: InstanceState.RUNNING,
 }
 
-# Why a domain is off. `UNKNOWN` is what a daemon says that was started after the domain went off, so also after the
-# host was; `FAILED` that it could not be started, which hides why it was off before; `DAEMON` that the daemon gave up
-# on it. A snapshot that leaves a domain off was itself made while the domain was off.
+# Why a domain is off. `UNKNOWN`: the daemon was started after the domain was off, for example after a restart of the
+# host. `FAILED`: a start failed, so the earlier reason is lost. `DAEMON`: the daemon ended it while it reconnected.
+# `FROM_SNAPSHOT`: reverted to a snapshot that was made while the domain was off.
 OFF_REASONS: dict[int, OffReason] = {
     ShutoffReason.UNKNOWN: OffReason.UNKNOWN,
     ShutoffReason.SHUTDOWN: OffReason.SHUT_DOWN,
@@ -46,11 +42,11 @@ OFF_REASONS: dict[int, OffReason] = {
     ShutoffReason.DAEMON: OffReason.LOST_POWER,
 }
 
-# Those for which nobody has stopped the domain.
+# Reasons without a request to stop the domain.
 _LOST_POWER = frozenset({OffReason.UNKNOWN, OffReason.CRASHED, OffReason.LOST_POWER})
 
-# The same reasons, as the event says them.
-STOPPED_BECAUSE: dict[int, ShutoffReason] = {
+# The reasons that events have.
+REASON_OF_STOPPED_EVENT: dict[int, ShutoffReason] = {
     StoppedDetail.SHUTDOWN: ShutoffReason.SHUTDOWN,
     StoppedDetail.DESTROYED: ShutoffReason.DESTROYED,
     StoppedDetail.CRASHED: ShutoffReason.CRASHED,
@@ -65,14 +61,14 @@ ARCHITECTURES: dict[str, Literal["i386", "x86_64", "arm64"]] = {
     "x86_64": "x86_64",
     "aarch64": "arm64",
 }
-"""EC2's words for libvirt's."""
+"""libvirt's names to EC2's."""
 
 ROOT_DEVICE_TYPES: dict[str, RootDeviceType] = {
     "file": "instance-store",
     "block": "instance-store",
     "network": "ebs",
 }
-"""By the kind of a disk's source, `ebs` for every other; that of a volume in a storage pool is its pool's."""
+"""By the kind of a disk's source; `ebs` for every other kind. For a volume in a storage pool the pool decides."""
 
 POOL_DEVICE_TYPES: dict[str, RootDeviceType] = {
     "dir": "instance-store",
@@ -81,7 +77,7 @@ POOL_DEVICE_TYPES: dict[str, RootDeviceType] = {
     "logical": "instance-store",
     "zfs": "instance-store",
 }
-"""By the type of the storage pool; every other is on a network, or may be."""
+"""By the type of the storage pool; `ebs` for every other type, which is or may be on a network."""
 
 _WINDOWS = re.compile(r"^https?://microsoft\.com/win")
 _DISKS = frozenset({"disk", "lun"})  # not cdrom and floppy
@@ -91,8 +87,8 @@ class PoolVolume(NamedTuple):
     """A volume of a storage pool.
 
     Attributes:
-        path: Where the host has it; None where it has no file of it.
-        pool_type: The type of the pool.
+        path: Path on the host; None if the volume is not a local file or device.
+        pool_type: Type of the pool.
     """
 
     path: Path | None
@@ -100,56 +96,56 @@ class PoolVolume(NamedTuple):
 
 
 FindVolume = Callable[[str, str], PoolVolume]
-"""Finds the volume of a pool, both by name; raises DomainFaultError."""
+"""Finds a volume by the names of pool and volume; raises InvalidDomainError."""
 
 
 def instance_id_of(uuid: str) -> str:
-    """The instance id of the domain with a UUID: always the same, on whatever host it is defined."""
+    """Return the instance id of the domain with a UUID. It is the same on every host."""
     return f"i-{hashlib.sha256(UUID(uuid).bytes).hexdigest()[:17]}"
 
 
 def instance_state(state: int, *, terminated: bool) -> InstanceState:
-    """EC2's word for a domain's state. One that is newer than the table may have its disks open, and runs."""
+    """Return EC2's state for a domain's. Unknown states count as running, since the disks may be open."""
     shown = STATES.get(state, InstanceState.RUNNING)
     if not terminated:
         return shown
     return InstanceState.TERMINATED if shown is InstanceState.STOPPED else InstanceState.SHUTTING_DOWN
 
 
-def is_power_loss(reason: int, seen: int | None) -> bool:
-    """Whether a domain that is off was not stopped by anybody; the arguments are those of `off_reason`."""
-    return off_reason(reason, seen) in _LOST_POWER
+def is_power_loss(reason: int, event_detail: int | None) -> bool:
+    """Return whether a domain is off without a request to stop it. Arguments as for `off_reason`."""
+    return off_reason(reason, event_detail) in _LOST_POWER
 
 
-def off_reason(reason: int, seen: int | None, *, saved: bool = False) -> OffReason:
-    """Why a domain that is off is off.
+def off_reason(reason: int, event_detail: int | None, *, saved: bool = False) -> OffReason:
+    """Return why a domain is off.
 
     Args:
         reason: A virDomainShutoffReason.
-        seen: The detail of the last event of its stopping, if there was one. A daemon that was started since does not
-            know the reason any more.
-        saved: Whether it has a managed-save image.
+        event_detail: A `StoppedDetail` of the last stop event, if there was one. It is used if the daemon was restarted
+            since and has lost the reason.
+        saved: Whether the domain has a managed save image.
     """
     if saved:
         return OffReason.SAVED
-    if reason == ShutoffReason.UNKNOWN and seen is not None:
-        reason = STOPPED_BECAUSE.get(seen, ShutoffReason.UNKNOWN)
+    if reason == ShutoffReason.UNKNOWN and event_detail is not None:
+        reason = REASON_OF_STOPPED_EVENT.get(event_detail, ShutoffReason.UNKNOWN)
     return OFF_REASONS.get(reason, OffReason.UNKNOWN)
 
 
-def root_disk(definition: DomainDefinition, record: InstanceMetadata | None) -> Disk:
-    """The disk that is bundled: the one that the record names, else the one that is booted.
+def root_disk(definition: DomainDefinition, metadata: InstanceMetadata | None) -> Disk:
+    """Return the root disk: the disk that the metadata name, else the one that the domain boots from.
 
-    That is the disk with the lowest <boot order>, where devices have one, else the first.
+    The latter is the disk with the lowest <boot order> if devices have one, else the first disk.
 
     Raises:
-        DomainFaultError: There is none.
+        InvalidDomainError: There is none.
     """
     disks = [disk for disk in definition.disks if disk.device in _DISKS]
-    if record is not None and record.root_device is not None:
-        disks = [disk for disk in disks if disk.target == record.root_device]
+    if metadata is not None and metadata.root_device is not None:
+        disks = [disk for disk in disks if disk.target == metadata.root_device]
         if not disks:
-            raise InvalidDomainError(f"rootDevice: there is no disk {record.root_device}")
+            raise InvalidDomainError(f"rootDevice: there is no disk {metadata.root_device}")
     if not disks:
         raise InvalidDomainError("there is no disk")
     ordered = [disk for disk in disks if disk.boot_order is not None]
@@ -158,57 +154,57 @@ def root_disk(definition: DomainDefinition, record: InstanceMetadata | None) -> 
 
 def to_instance(
     definition: DomainDefinition,
-    record: InstanceMetadata,
+    metadata: InstanceMetadata,
     state: InstanceState,
     launch_time: datetime,
     find_volume: FindVolume,
     *,
-    off: OffReason | None = None,
+    off_reason: OffReason | None = None,
 ) -> Instance:
-    """The instance that a domain is; `off` is why it is off.
+    """Return the instance of a domain.
 
     Raises:
-        DomainFaultError: It is none: it has no disk, or an architecture that EC2 does not know, or what its record says
-            does not fit it.
+        InvalidDomainError: The domain has no disk or an architecture that EC2 does not have, or the metadata do not fit
+            the domain.
     """
     if definition.architecture not in ARCHITECTURES:
-        raise InvalidDomainError(f"os/type: EC2 knows no {definition.architecture}")
-    root = root_disk(definition, record)
+        raise InvalidDomainError(f"os/type: EC2 has no architecture {definition.architecture}")
+    root = root_disk(definition, metadata)
     others = (volume_of(disk, find_volume) for disk in definition.disks if disk.device in _DISKS and disk != root)
     return Instance(
         instance_id=instance_id_of(definition.uuid),
-        account_id=record.account_id,
-        platform=_platform(definition, record),
+        account_id=metadata.account_id,
+        platform=_platform(definition, metadata),
         architecture=ARCHITECTURES[definition.architecture],
-        root_device_type=_root_device_type(root, record, find_volume),
+        root_device_type=_root_device_type(root, metadata, find_volume),
         root_device_name=_device_name(root),
-        root_volume=_root_volume(root, record, find_volume),
+        root_volume=_root_volume(root, metadata, find_volume),
         volumes=tuple(volume for volume in others if volume is not None),
         state=state,
-        off_reason=off,
+        off_reason=off_reason,
         launch_time=launch_time,
-        tags=dict(record.tags),
+        tags=dict(metadata.tags),
     )
 
 
-def _platform(definition: DomainDefinition, record: InstanceMetadata) -> Literal["windows"] | None:
-    if record.platform is not None:
-        return "windows" if record.platform == "windows" else None
+def _platform(definition: DomainDefinition, metadata: InstanceMetadata) -> Literal["windows"] | None:
+    if metadata.platform is not None:
+        return "windows" if metadata.platform == "windows" else None
     return "windows" if definition.os_id and _WINDOWS.match(definition.os_id) else None
 
 
-def _root_device_type(root: Disk, record: InstanceMetadata, find_volume: FindVolume) -> RootDeviceType:
-    if record.root_device_type is not None:
-        return record.root_device_type
+def _root_device_type(root: Disk, metadata: InstanceMetadata, find_volume: FindVolume) -> RootDeviceType:
+    if metadata.root_device_type is not None:
+        return metadata.root_device_type
     if root.pool_volume is not None:
         return POOL_DEVICE_TYPES.get(find_volume(*root.pool_volume).pool_type, "ebs")
     return ROOT_DEVICE_TYPES.get(root.kind, "ebs")
 
 
-def _root_volume(root: Disk, record: InstanceMetadata, find_volume: FindVolume) -> VolumeFile:
-    """The file or device; of a disk that has none, what it is called, which nothing opens: its instance is `ebs`."""
-    if record.frozen is not None:
-        frozen = record.frozen
+def _root_volume(root: Disk, metadata: InstanceMetadata, find_volume: FindVolume) -> VolumeFile:
+    """Return the root volume. A disk without a local file gets a path that nothing opens; its instance is `ebs`."""
+    if metadata.frozen is not None:
+        frozen = metadata.frozen
         return VolumeFile(
             path=frozen.path,
             format=frozen.format,
@@ -216,14 +212,14 @@ def _root_volume(root: Disk, record: InstanceMetadata, find_volume: FindVolume) 
             secret_file=frozen.secret_file,
         )
     volume = volume_of(root, find_volume)
-    if volume is None and _root_device_type(root, record, find_volume) == "instance-store":
-        raise InvalidDomainError(f"rootDeviceType: the disk {root.target} is no file or device of this host")
+    if volume is None and _root_device_type(root, metadata, find_volume) == "instance-store":
+        raise InvalidDomainError(f"rootDeviceType: the disk {root.target} is not a file or device of this host")
     path = Path("/", root.remote or root.kind) if volume is None else volume.path
-    return VolumeFile(path=path, format=root.format, device_name=_device_name(root), secret_file=record.secret_file)
+    return VolumeFile(path=path, format=root.format, device_name=_device_name(root), secret_file=metadata.secret_file)
 
 
 def volume_of(disk: Disk, find_volume: FindVolume) -> VolumeFile | None:
-    """The file or device that a disk is; None if it is none of this host's. Raises DomainFaultError."""
+    """Return the file or device of a disk; None if it is not on this host. Raises InvalidDomainError."""
     path = disk.path if disk.pool_volume is None else find_volume(*disk.pool_volume).path
     return None if path is None else VolumeFile(path=path, format=disk.format, device_name=_device_name(disk))
 

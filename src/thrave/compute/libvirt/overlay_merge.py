@@ -76,10 +76,10 @@ def locate_root_disk(definition: DomainDefinition | None, volume: Path, overlay:
     """Return which of `volume` and `overlay` the root disk of a definition uses. None: there is no definition."""
     if definition is None:
         return RootDisk(DiskLocation.NOWHERE, None)
-    for path, stand in ((overlay, DiskLocation.OVERLAY), (volume, DiskLocation.VOLUME)):
+    for path, location in ((overlay, DiskLocation.OVERLAY), (volume, DiskLocation.VOLUME)):
         for disk in definition.disks:
             if disk.path == path:
-                return RootDisk(stand, disk)
+                return RootDisk(location, disk)
     return RootDisk(DiskLocation.ELSEWHERE, None)
 
 
@@ -104,13 +104,8 @@ def obstacle_to_overlay(root: Disk) -> str | None:
 
 
 _COMMIT = "active-commit"
-
-
-_COMMITTED = "merged"  # suffix of an overlay that is in the volume, so that no domain starts on it
-
-
-_UNUSED = "left"
-
+_COMMITTED = "merged"  # suffix of an overlay that has been merged, so that no domain starts on it
+_UNUSED = "left"  # suffix of an overlay that was not merged and that no definition names
 
 log = logging.getLogger(__name__)
 
@@ -238,8 +233,8 @@ class OverlayMerge:
 
         The pause takes a fraction of a second, until the overlay has its new name. Without it, a host that lost power
         after QEMU left the overlay, but before libvirt's record of that is on the disk, would start the guest on the
-        overlay again: with older blocks than those the guest was told were on the disk. A domain that another program
-        has paused stays paused.
+        overlay again: with older blocks than those that QEMU has confirmed to the guest as written. A domain that
+        another program has paused stays paused.
         """
         frozen = None if snapshot.metadata is None else snapshot.metadata.frozen
         if frozen is None or not (snapshot.state == DomainState.RUNNING or _is_paused_by_driver(frozen, snapshot)):
@@ -255,8 +250,8 @@ class OverlayMerge:
             self._record_paused(domain, paused=False)
 
     def _record_paused(self, domain: Domain, *, paused: bool) -> None:
-        def with_paused(record: InstanceMetadata) -> InstanceMetadata:
-            return replace(record, frozen=record.frozen and replace(record.frozen, paused=paused))
+        def with_paused(metadata: InstanceMetadata) -> InstanceMetadata:
+            return replace(metadata, frozen=metadata.frozen and replace(metadata.frozen, paused=paused))
 
         self._context.metadata.change(domain, self._instance_id, with_paused)
 
@@ -312,7 +307,7 @@ class OverlayMerge:
             self._keep_unused_overlay()
         if frozen is not None and _is_paused_by_driver(frozen, snapshot):
             domain.resume()
-        self._context.metadata.change(domain, self._instance_id, lambda record: replace(record, frozen=None))
+        self._context.metadata.change(domain, self._instance_id, lambda metadata: replace(metadata, frozen=None))
 
     def _keep_unused_overlay(self) -> None:
         """Remove or rename an overlay that no definition names: attach was interrupted, or an operator detached it."""

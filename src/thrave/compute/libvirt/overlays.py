@@ -117,23 +117,23 @@ class LibvirtOverlays:
         """See `Overlays`. Uses the reason that libvirt returns, or that came with the last event."""
         with self._context.hypervisor.session(instance_id) as connection:
             snapshot = self._context.cache.refresh(self._context.cache.find(connection, instance_id))
-            told = self._context.events.history(snapshot.uuid)
-            return snapshot.live is None and is_power_loss(snapshot.reason, told.stopped)
+            history = self._context.events.history(snapshot.uuid)
+            return snapshot.live is None and is_power_loss(snapshot.reason, history.stopped)
 
     def merge(self, instance_id: str, overlay: Overlay, pause: Callable[[float], object]) -> None:
         """See `Overlays`. Retries for a minute while the daemon restarts or another program has an image open."""
-        merging = OverlayMerge(self._context, instance_id, overlay, pause)
+        merge = OverlayMerge(self._context, instance_id, overlay, pause)
         with self._context.metadata.lock_merge(instance_id):
-            stepped, failed = monotonic(), False
+            last_step, failed = monotonic(), False
             # Not `retry`: this loop also waits after each successful step, and accepts one error of any kind.
             while True:
                 try:
-                    if merging.step():
+                    if merge.step():
                         return
-                    stepped, failed = monotonic(), False
+                    last_step, failed = monotonic(), False
                 except (HypervisorUnavailable, ImageInUseError) as error:
-                    if monotonic() - stepped > MERGE_RETRY_TIMEOUT:
-                        error.waited = monotonic() - stepped
+                    if monotonic() - last_step > MERGE_RETRY_TIMEOUT:
+                        error.waited = monotonic() - last_step
                         raise
                 except HypervisorError:
                     if failed:  # libvirt may still list a guest that has just died: poll once more
@@ -155,11 +155,11 @@ class LibvirtOverlays:
             path=volume.path, format=volume.format, overlay=overlay.overlay, secret_file=volume.secret_file
         )
         with self._context.metadata.lock(instance_id), domain_errors_translated(domain, instance_id):
-            record = read_metadata(domain, instance_id)
+            metadata = read_metadata(domain, instance_id)
             changed = with_overlay(
                 domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE),
                 disk.target,
-                record and replace(record, frozen=added),
+                metadata and replace(metadata, frozen=added),
                 volume=_volume(overlay),
                 overlay=DiskImage(overlay.overlay, "qcow2"),
             )
@@ -171,11 +171,11 @@ class LibvirtOverlays:
         self, connection: Connection, domain: Domain, instance_id: str, disk: Disk, overlay: Overlay
     ) -> None:
         with self._context.metadata.lock(instance_id), domain_errors_translated(domain, instance_id):
-            record = read_metadata(domain, instance_id)
+            metadata = read_metadata(domain, instance_id)
             xml = domain.XMLDesc(XmlFlag.INACTIVE | XmlFlag.SECURE)
-            unfrozen = record and replace(record, frozen=None)
+            without_overlay_metadata = metadata and replace(metadata, frozen=None)
             check_command(instance_id)
-            connection.defineXML(without_overlay(xml, disk.target, unfrozen, volume=_volume(overlay)))
+            connection.defineXML(without_overlay(xml, disk.target, without_overlay_metadata, volume=_volume(overlay)))
         overlay_files.remove(instance_id, overlay.overlay)
 
 
@@ -187,7 +187,7 @@ class OverlayHold:
         self._instance_id = instance_id
         self._overlay = overlay
         self._jobs: int | None = None
-        self._lost = context.events.disconnects
+        self._disconnects = context.events.disconnects
 
     def check(self) -> None:
         """Check the location of the root disk, and that no block job writes to the volume."""
@@ -208,12 +208,12 @@ class OverlayHold:
 
     def _count_jobs(self, uuid: str, target: str) -> None:
         jobs = self._context.events.history(uuid).jobs.get(target, 0)
-        lost = self._context.events.disconnects
+        disconnects = self._context.events.disconnects
         if self._jobs is None:  # the first check; it may have opened the connection
-            self._lost = lost
+            self._disconnects = disconnects
         elif jobs != self._jobs:
             raise self._in_use(f"had a block job on {target}")
-        elif lost != self._lost:
+        elif disconnects != self._disconnects:
             raise HoldLostError(
                 self._instance_id,
                 f"the connection to libvirt was lost: {self._instance_id} may have had a block job in the meantime",
