@@ -112,10 +112,10 @@ def test_task_show_prints_reason_and_remedy_of_failed_task(thrave, show, failed)
     assert stderr.splitlines()[-1].endswith("failed Server.VolumeError")
     story = show(failed)
     assert story["error"]["code"] == "Server.VolumeError"
-    assert story["remedy"].startswith("See who has started the instance or uses its disk, and check the volume's file")
+    assert story["remedy"].startswith("Find out who started the instance or uses its disk. Check the image file")
     status, text, _ = thrave("task", "show", failed)
     assert status == 0
-    assert "What to do: See who has started the instance" in text
+    assert "What to do: Find out who started the instance" in text
     assert "The bucket contains no object of this task." in text
 
 

@@ -6,6 +6,7 @@ A secret access key and a new private key are printed or written once; Thrave ca
 from __future__ import annotations
 
 import base64
+import hashlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,13 +191,14 @@ def _certificate_files(name: str, given: Path | None, folder: Path | None) -> It
 
 def _write_new_certificate(name: str, folder: Path) -> tuple[Path, Path]:
     """Write `cert-ID.pem` and `pk-ID.pem`. ID is the base32 of the certificate's SHA-1, as AWS names such files."""
-    from cryptography.hazmat.primitives.hashes import SHA1
+    from cryptography.hazmat.primitives.serialization import Encoding
 
     from thrave import files
     from thrave.identity.certificates import load_certificate, new_certificate
 
     certificate, private_key = new_certificate(name)
-    certificate_id = base64.b32encode(load_certificate(certificate).fingerprint(SHA1())).decode()  # noqa: S303 (used as a name only)
+    der = load_certificate(certificate).public_bytes(Encoding.DER)
+    certificate_id = base64.b32encode(hashlib.sha1(der, usedforsecurity=False).digest()).decode()
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"cert-{certificate_id}.pem", folder / f"pk-{certificate_id}.pem"
     for path, pem in zip(paths, (certificate, private_key), strict=True):

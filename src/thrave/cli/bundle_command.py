@@ -120,11 +120,7 @@ def sealed_text(bundle: NewBundle, sealed: SealedBundle) -> str:
 
 
 _IMAGE = ExistingPath(path_type=Path)
-
-
 _SECRET_FILE = ExistingPath(dir_okay=False, path_type=Path)
-
-
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 

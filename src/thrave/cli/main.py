@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 
 import click
 
@@ -157,7 +158,7 @@ def _check_utf8(arguments: list[str]) -> None:
                 f"{argument!r} is not UTF-8. Thrave accepts names and paths in UTF-8 only. Rename the file."
             )
     with suppress(OSError):  # the working directory was removed: commands that need it fail later
-        folder = os.getcwd()  # noqa: PTH109 (Path.cwd has no advantage here)
+        folder = str(Path.cwd())
         if not _is_utf8(folder):
             raise click.UsageError(f"the working directory {folder!r} is not UTF-8. Change to another one.")
 

@@ -66,22 +66,22 @@ def own_part_filenames(location: Location[Folder], filenames: Iterable[str]) -> 
     return names
 
 
-_DISK_AHEAD = 2
+_DISK_READ_AHEAD = 2  # parts that are copied at once between folders on disks
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a bundle goes: a folder, and the manifest's file name if the user has said one."""
+    """The target of a copy: a folder, and the manifest's file name if the address contains one."""
 
     folder: WritableFolder
     manifest: str | None
 
 
-def destination(address: str) -> Destination:
-    """Where a bundle goes.
+def parse_destination(address: str) -> Destination:
+    """Return the destination with this address.
 
     Raises:
-        ValueError: It is no address of a folder that can be written to.
+        ValueError: The address is not that of a writable folder.
     """
     folder, _, manifest = address.rpartition("/")
     if manifest.endswith(MANIFEST_SUFFIX):
@@ -91,7 +91,7 @@ def destination(address: str) -> Destination:
 
 @click.command()
 @click.argument("location", type=LOCATION, metavar="LOCATION")
-@click.argument("to", type=Address(destination), metavar="FOLDER")
+@click.argument("to", type=Address(parse_destination), metavar="FOLDER")
 @certificate_option
 @side_key_option
 @output_option
@@ -136,7 +136,7 @@ def copy(
     if side_file is not None and side_filename is not None:
         to.folder.write(side_filename, side_file)
     to.folder.write(location.manifest, xml)
-    print_result(output, _document(location, target, verified, sent), _text(target, verified, sent))
+    print_result(output, _copy_document(location, target, verified, sent), _copy_text(target, verified, sent))
 
 
 def _check_free(target: Location[WritableFolder], xml: bytes) -> None:
@@ -156,7 +156,7 @@ def _copy_parts(
     from thrave.pipeline import Pipeline
 
     manifest = verified.manifest
-    ahead = read_ahead(source, manifest) or read_ahead(target, manifest) or _DISK_AHEAD
+    ahead = read_ahead(source, manifest) or read_ahead(target, manifest) or _DISK_READ_AHEAD
     done = sent = 0
     with Pipeline(ahead) as pipeline:
         for size, was_sent in pipeline.map(partial(_copy_part, verified, source, target), manifest.parts, ahead):
@@ -190,23 +190,23 @@ def _read_verified(folder: Folder, part: ManifestPart, verified: VerifiedManifes
     return data
 
 
-def _document(
+def _copy_document(
     source: Location[Folder], target: Location[WritableFolder], verified: VerifiedManifest, sent: int
 ) -> dict[str, object]:
     from thrave.cli.output import verified_document
 
     where = {"source": source, "manifest": target, "partsSent": sent}
-    return {**where, **verified_document(_report(verified))}
+    return {**where, **verified_document(_copy_report(verified))}
 
 
-def _text(target: Location[WritableFolder], verified: VerifiedManifest, sent: int) -> str:
+def _copy_text(target: Location[WritableFolder], verified: VerifiedManifest, sent: int) -> str:
     from thrave.cli.output import verified_text
 
     size, existing = format_size(verified.manifest.bundled_size), len(verified.manifest.parts) - sent
-    return f"{verified_text(_report(verified))}\n\n{target}: {size}; parts sent: {sent}, already there: {existing}"
+    return f"{verified_text(_copy_report(verified))}\n\n{target}: {size}; parts sent: {sent}, already there: {existing}"
 
 
-def _report(verified: VerifiedManifest) -> VerifyResult:
+def _copy_report(verified: VerifiedManifest) -> VerifyResult:
     """The checks of a copy: all that need no private key."""
     from thrave.bundle.verifier import CheckResult, CheckSubject, VerifyResult
 
@@ -247,7 +247,8 @@ def delete(*, location: Location[WritableFolder], certificate: Certificate | Non
         if side_file is not None and bound is not None:  # its name is derived from the manifest, which is removed first
             location.folder.write(side_files[0], side_file)
             location.folder.remove([bound])
-        _remove(location.folder, [[location.manifest], *_batches(parts), side_files])
+        batches = [parts[start : start + _BATCH_SIZE] for start in range(0, len(parts), _BATCH_SIZE)]
+        _remove_files(location.folder, [[location.manifest], *batches, side_files])
     filenames = [location.manifest, *parts, *([bound] if side_file is not None and bound is not None else side_files)]
     paths = [location.folder.display_name(filename) for filename in filenames]
     text = "\n".join(["would be removed:", *paths]) if dry_run else f"removed: {location} and {len(parts)} parts"
@@ -282,11 +283,7 @@ def _parts_of_side_file(location: Location[WritableFolder], certificate: Certifi
     return side.parts
 
 
-def _batches(filenames: Sequence[str]) -> Iterable[Sequence[str]]:
-    return [filenames[start : start + _BATCH_SIZE] for start in range(0, len(filenames), _BATCH_SIZE)]
-
-
-def _remove(folder: WritableFolder, batches: Sequence[Sequence[str]]) -> None:
+def _remove_files(folder: WritableFolder, batches: Sequence[Sequence[str]]) -> None:
     done = 0
     with progress_bar("removing", sum(map(len, batches))) as bar:
         for batch in batches:
@@ -365,7 +362,7 @@ def migrate(
     from thrave.bundle.errors import UnwritableValueError
 
     name = location.manifest
-    target = Location(_writable(location.folder), name) if folder is None else _new(folder, name)
+    target = Location(_require_writable(location.folder), name) if folder is None else _new_location(folder, name)
     xml, old_side_file, old_side_filename = read_documents(location)
     try:
         migrated = migrating.migrate(
@@ -380,28 +377,28 @@ def migrate(
         raise click.ClickException(f"{error}. {_REBUNDLE_HINT.format(shlex.quote(str(location)))}") from None
     side_filename = target.side_file
     if folder is None and old_side_filename not in {None, target.side_file}:
-        side_filename = _replace_bound(target, migrated, old_side_filename)
+        side_filename = _replace_bound_documents(target, migrated, old_side_filename)
     else:
-        _replace(target, migrated, old_side_file if folder is None else None)
+        _replace_documents(target, migrated, old_side_file if folder is None else None)
     side_file = None if migrated.side_file is None else target.folder.display_name(side_filename or "")
     without = "" if side_file else "\nThe bundle has no side file. Creating one would require reading the parts."
     print_result(output, {"manifest": target, "sideFile": side_file}, f"{target}{without}")
 
 
-def _writable(folder: Folder) -> WritableFolder:
+def _require_writable(folder: Folder) -> WritableFolder:
     if not isinstance(folder, WritableFolder):
         raise click.UsageError("cannot write to a web server. Pass a folder for the new manifest with --to.")
     return folder
 
 
-def _new(folder: WritableFolder, manifest: str) -> Location[WritableFolder]:
+def _new_location(folder: WritableFolder, manifest: str) -> Location[WritableFolder]:
     target = Location(folder, manifest)
     if folder.size(manifest) is not None:
         raise BundleExists(f"{target} exists. Pass another folder, or omit --to to replace it.")
     return target
 
 
-def _replace_bound(target: Location[WritableFolder], migrated: MigratedBundle, old: str | None) -> str | None:
+def _replace_bound_documents(target: Location[WritableFolder], migrated: MigratedBundle, old: str | None) -> str | None:
     """Replace manifest and side file if the side file is bound to its manifest; return the new side file's name."""
     new = target.bound_side_file(migrated.manifest)
     if new is not None and migrated.side_file is not None:
@@ -412,7 +409,7 @@ def _replace_bound(target: Location[WritableFolder], migrated: MigratedBundle, o
     return new
 
 
-def _replace(target: Location[WritableFolder], migrated: MigratedBundle, old_side_file: bytes | None) -> None:
+def _replace_documents(target: Location[WritableFolder], migrated: MigratedBundle, old_side_file: bytes | None) -> None:
     folder, side_file = target.folder, target.side_file
     if side_file is None:
         folder.write(target.manifest, migrated.manifest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import os
 import re
 import sys
@@ -84,13 +85,13 @@ class PemFile(click.ParamType["_Key"]):
         return None
 
 
-def _certificate(pem: bytes) -> Certificate:
+def _load_certificate(pem: bytes) -> Certificate:
     from thrave.identity.certificates import load_certificate
 
     return load_certificate(pem)
 
 
-def _private_key(pem: bytes) -> RSAPrivateKey:
+def _load_private_key(pem: bytes) -> RSAPrivateKey:
     from thrave.identity.certificates import load_private_key
 
     return load_private_key(pem)
@@ -98,7 +99,7 @@ def _private_key(pem: bytes) -> RSAPrivateKey:
 
 @contextmanager
 def _replace_pem_error(text: str) -> Iterator[None]:
-    """Replace the library's error about PEM that it cannot read by a ValueError with this text."""
+    """Replace the errors of the library, and a TypeError of the block, by a ValueError with this text."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
@@ -107,38 +108,32 @@ def _replace_pem_error(text: str) -> Iterator[None]:
         raise ValueError(text) from None
 
 
-def _ed25519_private_key(pem: bytes) -> Ed25519PrivateKey:
+def _load_ed25519_private_key(pem: bytes) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     with _replace_pem_error(_NO_ED25519):
         key = load_pem_private_key(pem, password=None)
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError(_NO_ED25519)  # noqa: TRY004 (the file's content is wrong)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise TypeError
     return key
 
 
-def _ed25519_public_key(pem: bytes) -> Ed25519PublicKey:
+def _load_ed25519_public_key(pem: bytes) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     with _replace_pem_error(_NO_ED25519):
         key = load_pem_public_key(pem)
-    if not isinstance(key, Ed25519PublicKey):
-        raise ValueError(_NO_ED25519)  # noqa: TRY004 (as above)
+        if not isinstance(key, Ed25519PublicKey):
+            raise TypeError
     return key
 
 
-CERTIFICATE = PemFile(_certificate, is_certificate=True)
-
-
-PRIVATE_KEY = PemFile(_private_key)
-
-
-ED25519_PRIVATE_KEY = PemFile(_ed25519_private_key)
-
-
-ED25519_PUBLIC_KEY = PemFile(_ed25519_public_key)
+CERTIFICATE = PemFile(_load_certificate, is_certificate=True)
+PRIVATE_KEY = PemFile(_load_private_key)
+ED25519_PRIVATE_KEY = PemFile(_load_ed25519_private_key)
+ED25519_PUBLIC_KEY = PemFile(_load_ed25519_public_key)
 
 
 class ExistingPath(click.Path):
@@ -159,8 +154,6 @@ certificate_option = click.option(
     metavar="SIGNER",
     help="Certificate of the signer (PEM). The signature must match it.",
 )
-
-
 side_key_option = click.option(
     "--side-key", type=ED25519_PUBLIC_KEY, help="Ed25519 public key (PEM) that must have signed the side file."
 )
@@ -188,8 +181,6 @@ _DATA_DIR = click.option(
     metavar="DIR",
     help="Database, keys, instances and buckets.  [env var: THRAVE_DATA_DIR; default: thrave-data]",
 )
-
-
 _CONFIG = click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -208,7 +199,7 @@ def quick_imports() -> Iterator[None]:
     if "rich" not in sys.modules:
         sys.modules["rich"] = None  # type: ignore[assignment]  # Python then treats the module as not installed
         try:
-            import structlog  # noqa: F401 (see above)
+            importlib.import_module("structlog")
         finally:
             del sys.modules["rich"]
     try:

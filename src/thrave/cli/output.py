@@ -66,8 +66,6 @@ def print_new_secret(output: str, document: Mapping[str, str]) -> None:
 
 
 Json = dict[str, object] | list[object]
-
-
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
