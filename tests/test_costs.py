@@ -1,6 +1,6 @@
-"""What a request without a proved signature costs, for each of its parts: no more than in proportion to its size.
+"""The cost of each part of an unauthenticated request is at most linear in its size.
 
-CPU time of the service's process is compared between sizes, and its memory; no time is asserted.
+CPU time and memory of the service's process are compared between sizes; no time is asserted.
 """
 
 import socket
@@ -17,7 +17,7 @@ KIB = 1024
 SIZES = (8 * KIB, 32 * KIB, 128 * KIB, 512 * KIB)
 TIMES, ROUNDS = 8, 3
 SLACK = 2.5  # a quadratic part has a ratio four times too large
-MOST_MEMORY = 24 * KIB * KIB
+MAX_MEMORY = 24 * KIB * KIB
 FORM = "Content-Type: application/x-www-form-urlencoded\r\n"
 
 
@@ -174,7 +174,7 @@ def peak(server):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_cost_of_each_part_of_an_unproved_request_is_linear_in_its_size(server, part):
+def test_cost_of_unauthenticated_request_is_linear_in_each_part(server, part):
     make = PARTS[part]
     ask(server, make(SIZES[0]))
     before = peak(server)
@@ -184,11 +184,11 @@ def test_the_cost_of_each_part_of_an_unproved_request_is_linear_in_its_size(serv
         zip(SIZES, costs, strict=True), zip(SIZES[1:], costs[1:], strict=False), strict=False
     ):
         assert dear <= SLACK * large / small * cheap, f"{small} bytes: {cheap} ns, {large} bytes: {dear} ns"
-    assert peak(server) - before <= MOST_MEMORY
+    assert peak(server) - before <= MAX_MEMORY
     assert b"MissingParameter" in ask(server, get())
 
 
-def test_no_part_costs_many_times_a_small_request(server):
+def test_cost_of_each_part_is_a_small_multiple_of_a_small_request(server):
     small = cost(server, post("Action=DescribeRegions&Version=2016-11-15", version_4()))
     costs = {part: max(cost(server, make(size)) for size in (64_000, 120_000)) for part, make in PARTS.items()}
     assert {part: spent / small for part, spent in costs.items() if spent > 12 * small} == {}
