@@ -239,7 +239,7 @@ def _split_key(key: str) -> list[str]:
         is_valid = False
     if not is_valid or "\0" in key or not {"", ".", ".."}.isdisjoint(segments):
         raise InvalidArgument(
-            f"A disk cannot hold a key like {key[:80]!r}: "
+            f"A disk cannot store a key like {key[:80]!r}: "
             f"segments of 1 to {_MAX_SEGMENT_BYTES} bytes, none of them . or .."
         )
     return segments
@@ -247,7 +247,7 @@ def _split_key(key: str) -> list[str]:
 
 def _refuse_links(folders: Iterable[Path]) -> None:
     if any(folder.is_symlink() for folder in folders):
-        raise InvalidArgument("This leads through a symbolic link, and a bucket on a disk follows none")
+        raise InvalidArgument("The path of the key has a symbolic link; a bucket on a disk does not follow links")
 
 
 def _create_folders(folder: Path) -> None:
