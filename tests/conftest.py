@@ -174,9 +174,9 @@ def engine(tmp_path):
 
 
 @pytest.fixture
-def ground(database, tmp_path):
+def components(database, tmp_path):
     """The components that processes share, opened on each kind of database."""
-    ground = open_components(Settings(data_dir=tmp_path / "data", **database))
-    yield ground
-    ground.queues.close()
-    ground.database.dispose()
+    components = open_components(Settings(data_dir=tmp_path / "data", **database))
+    yield components
+    components.queues.close()
+    components.database.dispose()

@@ -172,7 +172,7 @@ def test_find_stale_names_finds_name(text, stale):
     "text",
     [
         "'thrave.toml thrave.tasks thrave.tasks.monitor.TaskMonitor src/thrave/tasks'",
-        "from thrave.tasks import monitor\nmonkeypatch.setattr(monitor, 'GUARD_TIMEOUT', 1)",
+        "from thrave.tasks import monitor\nmonkeypatch.setattr(monitor, 'CHECK_TIMEOUT', 1)",
         "from thrave.tasks import monitor\nmonkeypatch.setattr(monitor, 'new', 1, raising=False)",
         "from thrave.tasks import monitor\ndef test(monitor): monkeypatch.setattr(monitor, 'new', 1)",
     ],

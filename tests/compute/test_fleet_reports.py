@@ -36,22 +36,22 @@ def add(instances, tmp_path):
 
 
 @pytest.fixture
-def agent(ground, instances):
+def agent(components, instances):
     """Return a function that acquires the lease of a host and returns its reporter."""
 
     def agent(name, among=instances):
-        lease = ground.hosts.acquire_lease(name, worker_concurrency=1)
-        return InstanceReporter(ground.database, among, name, lease.is_held)
+        lease = components.hosts.acquire_lease(name, worker_concurrency=1)
+        return InstanceReporter(components.database, among, name, lease.is_held)
 
     return agent
 
 
 @pytest.fixture
-def owners(ground):
+def owners(components):
     """Return a function that returns the hosts of the instances in the database."""
 
     def owners():
-        with ground.database.connect() as connection:
+        with components.database.connect() as connection:
             query = sa.select(instance_table.c.instance_id, instance_table.c.host)
             return {row.instance_id: row.host for row in connection.execute(query)}
 
@@ -111,19 +111,19 @@ def test_instance_without_host_belongs_to_first_reporter(agent, add, owners, ins
 
 
 @pytest.mark.parametrize("change", ["removed", "stopped"])
-def test_report_after_adoption_changes_no_row_of_adopter(ground, agent, add, owners, instances, change):
+def test_report_after_adoption_changes_no_row_of_adopter(components, agent, add, owners, instances, change):
     add(FIRST, host="host-a")
     add(SECOND, host="host-a")
     b = agent("host-b")
 
     def adopt():
-        ground.hosts.adopt("host-a", by="host-b", powered_off=True)
+        components.hosts.adopt("host-a", by="host-b", powered_off=True)
         b.report()
 
     agent("host-a").report()
-    lease = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
-    late = InstanceReporter(ground.database, InterruptedDriver(instances, adopt), "host-a")  # no lease check
-    lease = InstanceReporter(ground.database, instances, "host-a", lease.is_held)
+    lease = components.hosts.acquire_lease("host-a", worker_concurrency=1)
+    late = InstanceReporter(components.database, InterruptedDriver(instances, adopt), "host-a")  # no lease check
+    lease = InstanceReporter(components.database, instances, "host-a", lease.is_held)
     if change == "removed":
         instances.remove(FIRST)
     else:
@@ -134,32 +134,32 @@ def test_report_after_adoption_changes_no_row_of_adopter(ground, agent, add, own
     assert owners() == expected
 
 
-def test_adopted_instance_is_reported_by_new_host(ground, agent, add, owners, instances):
+def test_adopted_instance_is_reported_by_new_host(components, agent, add, owners, instances):
     add(FIRST, host="host-a")
     agent("host-a").report()
     b = agent("host-b")
-    ground.hosts.adopt("host-a", by="host-b", powered_off=True)
+    components.hosts.adopt("host-a", by="host-b", powered_off=True)
     returned = agent("host-a")
     instances.force_stop(FIRST)
     for reports in (returned, b, returned):
         reports.report()
     assert owners() == {FIRST: "host-b"}
-    with ground.database.connect() as connection:
+    with components.database.connect() as connection:
         assert connection.execute(sa.select(instance_table.c.state)).scalar() == InstanceState.STOPPED
 
 
-def test_unreadable_instance_keeps_its_row(ground, agent, add, owners, instances, tmp_path):
+def test_unreadable_instance_keeps_its_row(components, agent, add, owners, instances, tmp_path):
     add(FIRST, host="host-a")
     add(SECOND, host="host-a")
     agent("host-a").report()
-    lease = ground.hosts.acquire_lease("host-b", worker_concurrency=1)
-    ground.hosts.adopt("host-a", by="host-b", powered_off=True)
+    lease = components.hosts.acquire_lease("host-b", worker_concurrency=1)
+    components.hosts.adopt("host-a", by="host-b", powered_off=True)
 
     def report(among=instances):
-        InstanceReporter(ground.database, among, "host-b", lease.is_held).report()
+        InstanceReporter(components.database, among, "host-b", lease.is_held).report()
 
     def rows():
-        with ground.database.connect() as connection:
+        with components.database.connect() as connection:
             return connection.execute(sa.select(instance_table).order_by(instance_table.c.instance_id)).all()
 
     report()

@@ -178,18 +178,18 @@ def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, al
     first = bundle(fleet, key, ec2, begun)
     await_task(ec2, first, "bundling")
     second = bundle(fleet, key, ec2, waiting, "waiting")
-    with fleet.ground() as ground:
-        ground.hosts.drain("host-a")
+    with fleet.components() as components:
+        components.hosts.drain("host-a")
         for _ in range(2):  # it goes on giving signs of life, else it would be taken for lost
             asked = utc_now()
-            eventually(lambda asked=asked: ground.hosts.list()[0].heartbeat_time > asked)
+            eventually(lambda asked=asked: components.hosts.list()[0].heartbeat_time > asked)
         assert agent.wait(timeout=60) == 0
-        assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
+        assert [host.state for host in components.hosts.list()] == [HostState.DRAINED]
         assert describe_task(ec2, first)["State"] == "complete"
         assert fleet.agent("host-a").wait(timeout=60) == 0  # an upgrade in the meantime does not end the drain
-        assert [host.state for host in ground.hosts.list()] == [HostState.DRAINED]
+        assert [host.state for host in components.hosts.list()] == [HostState.DRAINED]
         assert describe_task(ec2, second)["State"] == "pending"
-        ground.hosts.activate("host-a")
+        components.hosts.activate("host-a")
     fleet.agent("host-a")
     assert await_task(ec2, second)["State"] == "complete"
 
@@ -202,8 +202,8 @@ def test_the_tasks_of_a_retired_host_fail_with_the_reason(fleet, alice, tmp_path
     agent.kill()
     agent.wait()
     bundle_id = bundle(fleet, key, ec2, instance_id)
-    with fleet.ground() as ground:
-        assert ground.hosts.retire("host-a", powered_off=True) == [bundle_id]
+    with fleet.components() as components:
+        assert components.hosts.retire("host-a", powered_off=True) == [bundle_id]
     assert describe_task(ec2, bundle_id)["BundleTaskError"]["Code"] == "Server.HostLost"
     assert instance_ids(ec2) == []
 
@@ -232,7 +232,7 @@ def test_a_task_that_an_earlier_version_began_is_finished_by_this_one(fleet, ali
     await_progress(ec2, bundle_id)
     agent.kill()
     agent.wait()
-    with fleet.ground() as ground, ground.database.begin() as connection:
+    with fleet.components() as components, components.database.begin() as connection:
         connection.execute(sa.text("UPDATE dbos.workflow_status SET application_version = 'bundle-1'"))
     fleet.agent("host-a")
     task = await_task(ec2, bundle_id)

@@ -23,20 +23,20 @@ def buckets(tmp_path):
     """A directory store whose calls a test can block; all are released at the end."""
     buckets = directory(tmp_path)
     yield buckets
-    buckets.let_go()
+    buckets.release_all()
 
 
 @pytest.fixture
-def begun(buckets):
+def run_in_thread(buckets):
     """Starts a function in another thread and returns its future."""
     with ThreadPoolExecutor() as threads:
         yield threads.submit
-        buckets.let_go()
+        buckets.release_all()
 
 
 @pytest.fixture
 def stall_clock(monkeypatch):
-    """The clock of the task monitor; it stands still until the test says otherwise."""
+    """The clock of the task monitor; it stops until the test advances it."""
     clock = StallClock()
     monkeypatch.setattr("thrave.tasks.monitor.monotonic", clock.monotonic)
     return clock

@@ -27,8 +27,8 @@ KEY = f"{PREFIX}.part.0"
 
 
 @pytest.fixture
-def made(tmp_path, buckets, database):
-    """Makes a task's bench; all of one test have the same bucket, prefix and database."""
+def make_bench(tmp_path, buckets, database):
+    """Return a function that creates a bench; all benches of a test have the same bucket, prefix and database."""
     with ExitStack() as stack:
         yield lambda bundle_id: stack.enter_context(
             closing(UploadBench(tmp_path, buckets, bundle_id=bundle_id, **database))
@@ -37,7 +37,7 @@ def made(tmp_path, buckets, database):
 
 @pytest.fixture
 def on_sqlite(tmp_path, buckets):
-    """The same on SQLite alone, where the database makes no difference."""
+    """As `make_bench`, on SQLite only, for tests that do not depend on the database."""
     with ExitStack() as stack:
         yield lambda bundle_id: stack.enter_context(closing(UploadBench(tmp_path, buckets, bundle_id=bundle_id)))
 
@@ -49,7 +49,7 @@ def volume(folder, seed):
 
 
 def bundled(bench, folder):
-    """A task's bundle, its manifest stored."""
+    """Upload the bundle of a task, with its manifest."""
     bench.finish(bench.seal(volume(folder, bench.bundle_id), existing="replace"), existing="replace")
 
 
@@ -67,7 +67,7 @@ def clean_up(bench, **options):
 
 
 def rows(bench):
-    """What is recorded of all objects: the owner and the state."""
+    """Return the recorded owner and state of each object."""
     columns = bundle_part.c.key, bundle_part.c.bundle_id, bundle_part.c.state
     with bench.engine.connect() as connection:
         return {key: (owner, state) for key, owner, state in connection.execute(sa.select(*columns))}
@@ -79,7 +79,7 @@ def change(bench, **values):
 
 
 def let_time_pass(bench):
-    """As if everything had happened two hours before."""
+    """Set all settle times to an hour ago."""
     settled = bundle_part.update().where(bundle_part.c.settle_time.is_not(None))
     with bench.engine.begin() as connection:
         connection.execute(settled.values(settle_time=utc_now() - timedelta(hours=1)))
@@ -93,7 +93,7 @@ def is_whole(bench):
     return bool(parts) and {*parts, MANIFEST} <= mine and {*parts} <= {*bench.stored_keys()}
 
 
-# Whose row it is, and what it says; what becomes of a claim of another task.
+# The owner and the content of a row, and the result of a claim by another task.
 @pytest.mark.parametrize(
     ("owner", "run", "settles", "seconds"),
     [
@@ -108,8 +108,8 @@ def is_whole(bench):
         ("failed", None, 3600.0, 3600.0),
     ],
 )
-def test_claim_of_key_recorded_by_another_task(made, owner, run, settles, seconds):
-    first = made(A)
+def test_claim_of_key_recorded_by_another_task(make_bench, owner, run, settles, seconds):
+    first = make_bench(A)
     first.journal.record_upload(KEY)
     if owner != "unfinished":
         fail(first)
@@ -118,7 +118,7 @@ def test_claim_of_key_recorded_by_another_task(made, owner, run, settles, second
         if owner == "complete":
             connection.execute(bundle_task.update().values(state="complete"))
     change(first, run=run, settle_time=settles and utc_now() + timedelta(seconds=settles), state="sent")
-    second = made(B)
+    second = make_bench(B)
     if seconds == "free":
         second.journal.check_free(KEY)
         second.journal.record_upload(KEY)
@@ -132,11 +132,11 @@ def test_claim_of_key_recorded_by_another_task(made, owner, run, settles, second
     assert rows(second) == {KEY: (A, "sent")}
 
 
-def test_claim_by_two_processes_at_once(made, begun):
-    first = made(A)
+def test_claim_by_two_processes_at_once(make_bench, run_in_thread):
+    first = make_bench(A)
     fail(first)
-    second = made(B)
-    with first.engine.begin() as connection:  # both unfinished, in different places
+    second = make_bench(B)
+    with first.engine.begin() as connection:  # both unfinished, at different locations
         connection.execute(
             bundle_task.update().where(bundle_task.c.bundle_id == A).values(prefix="x", state="bundling")
         )
@@ -150,22 +150,22 @@ def test_claim_by_two_processes_at_once(made, begun):
             return False
         return True
 
-    outcomes = {bench.bundle_id: begun(claim, bench) for bench in (first, second)}
+    outcomes = {bench.bundle_id: run_in_thread(claim, bench) for bench in (first, second)}
     winners = [bundle_id for bundle_id, outcome in outcomes.items() if outcome.result(60)]
     assert [owner for owner, _ in rows(first).values()] == winners
     assert len(winners) == 1
 
 
-def test_claim_rejects_ended_task(made):
-    bench = made(A)
+def test_claim_rejects_ended_task(make_bench):
+    bench = make_bench(A)
     fail(bench)
     with pytest.raises(RightLostError):
         bench.journal.record_upload(KEY)
     assert rows(bench) == {}
 
 
-def test_claim_again_keeps_other_parts_stored(made):
-    bench = made(A)
+def test_claim_again_keeps_other_parts_stored(make_bench):
+    bench = make_bench(A)
     for _ in range(2):
         bench.journal.record_upload(KEY)
     bench.journal.record_upload(f"{KEY}1")
@@ -174,8 +174,8 @@ def test_claim_again_keeps_other_parts_stored(made):
 
 
 @pytest.mark.parametrize("moment", ["before the parts", "before the manifest", "once complete"])
-def test_deletion_in_progress_when_next_task_starts(on_sqlite, buckets, tmp_path, begun, moment):
-    """The clean-up of a failed task has asked the store to delete; the store does so when the next task has come on."""
+def test_deletion_in_progress_when_next_task_starts(on_sqlite, buckets, tmp_path, run_in_thread, moment):
+    """The cleanup of a failed task has sent a deletion; the store carries it out after the next task has started."""
     first = on_sqlite(A)
     bundled(first, tmp_path)
     fail(first)
@@ -187,18 +187,18 @@ def test_deletion_in_progress_when_next_task_starts(on_sqlite, buckets, tmp_path
         complete(second)
     asked = threading.Event()
     buckets.before = lambda what, _key: what == "delete" and asked.set()
-    buckets.hold("delete")
-    cleaning = begun(clean_up, first)
+    buckets.block("delete")
+    cleaning = run_in_thread(clean_up, first)
     assert moment == "once complete" or asked.wait(60)
     if moment == "before the parts":
-        following = begun(bundled, second, tmp_path)
+        following = run_in_thread(bundled, second, tmp_path)
     elif moment == "before the manifest":
-        following = begun(second.finish, sealed, existing="replace")
+        following = run_in_thread(second.finish, sealed, existing="replace")
     if moment != "once complete":
         eventually(lambda: following.done() or second.records.history(B))
-        assert rows(second)[MANIFEST][0] == A  # it waits
+        assert rows(second)[MANIFEST][0] == A  # the next task waits
         assert not following.done()
-    buckets.let_go()
+    buckets.release_all()
     cleaning.result(60)
     if moment != "once complete":
         following.result(60)
@@ -210,7 +210,7 @@ def test_deletion_in_progress_when_next_task_starts(on_sqlite, buckets, tmp_path
 
 
 def test_claim_between_deletion_claim_and_first_request(on_sqlite):
-    """In the same process, too: its list of requests has nothing yet."""
+    """The same within one process, whose list of requests is still empty."""
     first = on_sqlite(A)
     first.journal.record_upload(MANIFEST)
     fail(first)
@@ -218,7 +218,7 @@ def test_claim_between_deletion_claim_and_first_request(on_sqlite):
     second = on_sqlite(B)
     with pytest.raises(ObjectInUseError, match="may be in flight"):
         second.journal.record_upload(MANIFEST)
-    first.journal.end_deletion([])  # the store has refused
+    first.journal.end_deletion([])  # the store has refused the deletion
     second.journal.record_upload(MANIFEST)
     assert rows(second) == {MANIFEST: (B, "sent")}
 
@@ -227,22 +227,22 @@ def test_task_fails_with_message_if_earlier_deletion_does_not_end(on_sqlite, buc
     first = on_sqlite(A)
     bundled(first, tmp_path)
     fail(first)
-    buckets.hold("delete")
+    buckets.block("delete")
     deletions = []
     buckets.before = lambda what, _key: deletions.append(what) if what == "delete" else None
     eventually(lambda: clean_up(first, stall_timeout=0.2) or deletions, "the deletion begins")
     second = on_sqlite(B)
     store = second.store(existing="replace", stall_timeout=0.2)
     words = r"Client\.PrefixInUse: The object .* cannot be written: a request of an earlier bundle task"
-    with pytest.raises(TaskFailure, match=words), second.watch() as watch:
-        store.check_location(watch)
+    with pytest.raises(TaskFailure, match=words), second.monitor() as monitor:
+        store.check_location(monitor)
     assert buckets.get(BUCKET, MANIFEST)
 
 
 @pytest.mark.parametrize("late", ["before the removal", "after the removal", "never"])
 @pytest.mark.parametrize("key", [KEY, MANIFEST])
 def test_late_upload_of_earlier_run(on_sqlite, buckets, key, late):
-    """Its host died. What it had sent is deleted now, and once more when it cannot arrive any more."""
+    """The run was killed. Its objects are deleted now, and again when no late request can arrive any more."""
     bench = on_sqlite(A)  # the host that adopts it
     bench.journal.record_upload(key)
     change(bench, run="other")
@@ -268,11 +268,11 @@ def test_late_upload_of_earlier_run(on_sqlite, buckets, key, late):
 
 @pytest.mark.parametrize("kind", ["the same sealing", "another sealing"])
 def test_unconfirmed_upload_of_earlier_run(on_sqlite, buckets, tmp_path, kind):
-    """The task goes on: with the same names it sends the same bytes, with other bytes it takes other names."""
+    """The task resumes: it sends the same bytes under the same names, or other bytes under other names."""
     earlier = on_sqlite(A)
     sealed = earlier.seal(volume(tmp_path, A))
     (key,) = (part.filename for part in sealed.parts)
-    change(earlier, run="other", size=None)  # killed before the store's answer was recorded
+    change(earlier, run="other", size=None)  # killed before the response was recorded
     bench = on_sqlite(A)
     sealed = bench.seal(volume(tmp_path, A if kind == "the same sealing" else B))
     bench.finish(sealed)
@@ -288,7 +288,7 @@ def test_unconfirmed_upload_of_earlier_run(on_sqlite, buckets, tmp_path, kind):
 
 @pytest.mark.parametrize("answer", [TransientError("NoResponse", 0, "Nothing moved"), TransientError("", 504, "")])
 def test_deletion_without_response_may_arrive_later(on_sqlite, buckets, tmp_path, answer):
-    """The second attempt has succeeded; the first may be carried out at any time, so that the manifest is not free."""
+    """The second attempt has succeeded. The first may be carried out at any time, so the manifest's key is not free."""
     bench = on_sqlite(A)
     bundled(bench, tmp_path)
     attempts = []
@@ -299,7 +299,7 @@ def test_deletion_without_response_may_arrive_later(on_sqlite, buckets, tmp_path
             raise answer
 
     buckets.before = lose_the_first
-    bench.store(patience=60.0).remove_objects()
+    bench.store(retry_timeout=60.0).remove_objects()
     fail(bench)
     assert bench.stored_keys() == []
     assert rows(bench)[MANIFEST] == (A, "gone")
@@ -317,7 +317,7 @@ class NotRecordedError(Exception):
 
 @pytest.mark.parametrize(("key", "moment"), [(MANIFEST, "proof"), (MANIFEST, "record"), (KEY, "record")])
 def test_upload_without_response_is_kept_until_recorded(on_sqlite, buckets, tmp_path, monkeypatch, key, moment):
-    """The second attempt has succeeded, but the task fails before that is recorded. The first may still arrive."""
+    """The second attempt has succeeded, but the task fails before this is recorded. The first may still arrive."""
     bench = on_sqlite(A)
     attempts = []
 
@@ -339,7 +339,7 @@ def test_upload_without_response_is_kept_until_recorded(on_sqlite, buckets, tmp_
     buckets.before = lose_the_first
     monkeypatch.setattr(claims, "delay", delay)
     with pytest.raises((NotRecordedError, AccessDenied)):
-        bench.finish(bench.seal(volume(tmp_path, A), patience=60.0), patience=60.0)
+        bench.finish(bench.seal(volume(tmp_path, A), retry_timeout=60.0), retry_timeout=60.0)
     monkeypatch.setattr(claims, "delay", real_delay)
     buckets.before = lambda *_: None
     assert attempts.count("put") == 2
@@ -372,11 +372,11 @@ def test_own_manifest_does_not_keep_parts_of_failed_task(on_sqlite, buckets, tmp
             clean_up(bench, **options) if removes == "the agent" else bench.store(**options).remove_objects()
 
     if reason == "its deletion hangs":
-        buckets.hold("delete")
+        buckets.block("delete")
         for _ in range(2):
             remove(stall_timeout=0.3)
             assert {*rows(bench)} == objects
-        buckets.let_go()
+        buckets.release_all()
     else:
         later = utc_now() + timedelta(hours=1)
         with bench.engine.begin() as connection:  # as after a deletion of the manifest alone
@@ -406,7 +406,7 @@ def test_abandoned_deletion_stops_retrying(on_sqlite, buckets, tmp_path):
 
     buckets.before = fail_deletion
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
-        bench.store(patience=600.0, stall_timeout=0.2).remove_objects()
+        bench.store(retry_timeout=600.0, stall_timeout=0.2).remove_objects()
     before = {*bench.stored_keys()}
     buckets.before = lambda _what, _key: None
     eventually(lambda: not [each for each in threading.enumerate() if each.name == "store-call"])
@@ -431,7 +431,7 @@ def test_deletion_needs_the_lease(on_sqlite, buckets, tmp_path):
 
 @pytest.mark.parametrize("settles", [False, True])
 def test_replacement_deletes_earlier_bundle_of_resumed_task(on_sqlite, tmp_path, settles):
-    """A request of a run that was killed may arrive at a part of it: that part is deleted twice."""
+    """A late request of a killed run may store a part again: that part is deleted twice."""
     first = on_sqlite(A)
     bundled(first, tmp_path)
     complete(first)
@@ -452,9 +452,9 @@ def test_replacement_deletes_earlier_bundle_of_resumed_task(on_sqlite, tmp_path,
     assert second.journal.earlier() is None
 
 
-def test_retention_of_later_task_does_not_release_keys_to_earlier_cleanup(made, buckets, tmp_path):
-    """The first task's objects cannot be deleted for longer than records are kept."""
-    first = made(A)
+def test_retention_of_later_task_does_not_release_keys_to_earlier_cleanup(make_bench, buckets, tmp_path):
+    """The objects of the first task cannot be deleted until after the end of the retention."""
+    first = make_bench(A)
     bundled(first, tmp_path)
     fail(first)
 
@@ -464,10 +464,10 @@ def test_retention_of_later_task_does_not_release_keys_to_earlier_cleanup(made, 
 
     buckets.before = refuse
     clean_up(first)
-    second = made(B)
+    second = make_bench(B)
     bundled(second, tmp_path)
     assert second.records.complete(B)
-    second.journal.record_earlier(None)  # the owner has the parts of the first one removed
+    second.journal.record_earlier(None)  # the first bundle's parts are removed otherwise
     with second.engine.begin() as connection:
         connection.execute(bundle_part.delete().where(bundle_part.c.bundle_id == B, bundle_part.c.state != "sent"))
     kept = {key for key, (owner, _) in rows(second).items() if owner == B}
@@ -499,7 +499,7 @@ def test_cleanup_of_one_task_does_not_wait_for_another(on_sqlite, buckets):
 
 
 def test_cleanup_does_not_read_every_task(on_sqlite):
-    """It is asked every few seconds, and must not cost more with every task that has ended."""
+    """The query runs every few seconds, so its cost must not grow with the number of ended tasks."""
     bench = on_sqlite(A)
     bench.journal.record_upload(KEY)
     fail(bench)

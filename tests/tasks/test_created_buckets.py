@@ -1,4 +1,4 @@
-"""Buckets that requests created: removed if no task completed in them, kept in every other case."""
+"""Buckets that requests created: removed if their task fails, kept in every other case."""
 
 import threading
 from dataclasses import replace
@@ -31,7 +31,7 @@ def engine(request, tmp_path):
 
 
 @pytest.fixture
-def made(engine, records):
+def created_buckets(engine, records):
     return CreatedBuckets(engine, records)
 
 
@@ -44,7 +44,7 @@ def buckets(tmp_path):
 
 @pytest.fixture
 def add(engine, records):
-    """Records a task; gives it."""
+    """Return a function that records a task and returns it."""
 
     def add(bundle_id, **changes):
         request = replace(REQUEST, **{"instance_id": f"i-{bundle_id}", "prefix": bundle_id, **changes})
@@ -59,65 +59,65 @@ def fail(records, bundle_id):
     records.fail(bundle_id, TaskCancelled())
 
 
-def test_bucket_of_failed_task_is_removed_with_its_owner(add, records, made, buckets, tmp_path):
+def test_bucket_of_failed_task_is_removed_with_its_owner(add, records, created_buckets, buckets, tmp_path):
     add("bun-1")
     fail(records, "bun-1")
-    made.remove_all(buckets, HOST)
+    created_buckets.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) is None
     assert [*(tmp_path / "buckets" / ".owners").iterdir()] == []
     assert records.get("bun-1").created_bucket is None
 
 
-def test_bucket_with_another_task_is_kept(add, records, made, buckets):
+def test_bucket_with_another_task_is_kept(add, records, created_buckets, buckets):
     add("bun-1")
     add("bun-2", created_bucket=False)
     fail(records, "bun-1")
-    made.remove_all(buckets, HOST)
+    created_buckets.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
     fail(records, "bun-2")
-    made.remove_all(buckets, HOST)
+    created_buckets.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) is None
 
 
-def test_bucket_with_objects_is_kept_with_its_owner(add, records, made, buckets):
+def test_bucket_with_objects_is_kept_with_its_owner(add, records, created_buckets, buckets):
     add("bun-1")
     fail(records, "bun-1")
     buckets.put(BUCKET, "mine", b"x")
-    made.remove_all(buckets, HOST)
+    created_buckets.remove_all(buckets, HOST)
     assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, None)
 
 
-def test_bucket_that_existed_before_is_kept(add, records, made, buckets):
+def test_bucket_that_existed_before_is_kept(add, records, created_buckets, buckets):
     add("bun-1", created_bucket=False)
     fail(records, "bun-1")
-    made.remove_all(buckets, HOST)
+    created_buckets.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
 
 
-def test_bucket_of_complete_task_is_kept(add, records, made, buckets):
+def test_bucket_of_complete_task_is_kept(add, records, created_buckets, buckets):
     add("bun-1")
     for state in (BundleTaskState.WAITING_FOR_SHUTDOWN, BundleTaskState.BUNDLING, BundleTaskState.STORING):
         records.change_state("bun-1", state)
     assert records.complete("bun-1")
-    made.remove_all(buckets, HOST)
+    created_buckets.remove_all(buckets, HOST)
     assert (buckets.owner(BUCKET), records.get("bun-1").created_bucket) == (OWNER, None)
 
 
-def test_bucket_in_use_is_not_removed(add, records, made, buckets, monkeypatch):
-    """The second request finds the bucket that the first task's failure is about to remove."""
+def test_bucket_in_use_is_not_removed(add, records, created_buckets, buckets, monkeypatch):
+    """A second request uses the bucket that the failed first task is about to remove."""
     monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
     add("bun-1")
     fail(records, "bun-1")
-    with made.in_use(BUCKET):
+    with created_buckets.in_use(BUCKET):
         assert buckets.create(BUCKET, OWNER) is False
-        made.remove_all(buckets, HOST)
+        created_buckets.remove_all(buckets, HOST)
         assert buckets.owner(BUCKET) == OWNER
         add("bun-2", created_bucket=False)
-    made.remove_all(buckets, HOST)
+    created_buckets.remove_all(buckets, HOST)
     assert buckets.owner(BUCKET) == OWNER
 
 
-def test_bucket_cannot_be_used_while_it_is_removed(engine, records, made, buckets, monkeypatch):
+def test_bucket_cannot_be_used_while_it_is_removed(engine, records, created_buckets, buckets, monkeypatch):
     monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
     removing, over = threading.Event(), threading.Event()
 
@@ -127,7 +127,7 @@ def test_bucket_cannot_be_used_while_it_is_removed(engine, records, made, bucket
             over.wait(60)
             return buckets.remove(bucket, owner)
 
-    thread = threading.Thread(target=made.remove, args=(Slow(), BUCKET, OWNER))
+    thread = threading.Thread(target=created_buckets.remove, args=(Slow(), BUCKET, OWNER))
     thread.start()
     assert removing.wait(60)
     try:
@@ -136,10 +136,10 @@ def test_bucket_cannot_be_used_while_it_is_removed(engine, records, made, bucket
     finally:
         over.set()
         thread.join()
-    with made.in_use(BUCKET):
+    with created_buckets.in_use(BUCKET):
         assert buckets.owner(BUCKET) is None
 
 
-def test_bucket_can_be_used_by_many_requests_at_once(engine, records, made):
-    with made.in_use(BUCKET), CreatedBuckets(engine, records).in_use(BUCKET):
+def test_bucket_can_be_used_by_many_requests_at_once(engine, records, created_buckets):
+    with created_buckets.in_use(BUCKET), CreatedBuckets(engine, records).in_use(BUCKET):
         pass

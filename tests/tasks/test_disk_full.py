@@ -1,4 +1,4 @@
-"""A data directory without room: on a small tmpfs of its own, which takes the right to mount one."""
+"""A data directory on a full disk: a small tmpfs, which needs permission to mount."""
 
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ PASSES = 10
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 40 MiB, and what makes it larger."""
+    """Yield the folder of a file system of 40 MiB, and a function that resizes it."""
     folder = tmp_path / "small"
     folder.mkdir()
 
@@ -120,8 +120,8 @@ def test_restore_without_record_starts_instance_on_full_disk(small_disk, tmp_pat
     )
     power = InstancePower(
         instances, None, task, shutdown_timeout=1, shutdown_timeout_action="fail"
-    )  # no record is asked
-    assert not power.restore_without_record(), "it runs"
+    )  # no repository: the database is not used
+    assert not power.restore_without_record(), "the instance runs"
     machine.unlink()
     with (folder / "filler").open("wb", buffering=0) as filler:
         for size in (MIB, 4096, 512):
@@ -129,7 +129,7 @@ def test_restore_without_record_starts_instance_on_full_disk(small_disk, tmp_pat
                 while filler.write(bytes(size)):
                     pass
     with instances.hold_stopped(description.instance_id):
-        assert not power.restore_without_record(), "its volume is being read"
+        assert not power.restore_without_record(), "the volume is being read"
         assert not machine.exists()
     assert power.restore_without_record()
     assert machine.exists()

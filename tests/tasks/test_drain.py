@@ -1,4 +1,4 @@
-"""A host that drains: whatever fails, its agent ends, and unfinished work is reported."""
+"""Drain of a host: its agent ends also after errors, and reports unfinished work."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -22,60 +22,60 @@ INSTANCE = "i-0123456789abcdef0"
 
 
 class IdleWorker:
-    """A worker without an engine."""
+    """A worker without a task queue."""
 
     def drain(self, _seconds):
         pass
 
 
 @pytest.fixture
-def ground(tmp_path):
-    ground = open_components(Settings(data_dir=tmp_path / "data", host_id="host-a", drain_timeout=0.1))
-    yield ground
-    ground.queues.close()
-    ground.database.dispose()
+def components(tmp_path):
+    components = open_components(Settings(data_dir=tmp_path / "data", host_id="host-a", drain_timeout=0.1))
+    yield components
+    components.queues.close()
+    components.database.dispose()
 
 
 @pytest.fixture
-def lease(ground):
-    lease = ground.hosts.acquire_lease("host-a", worker_concurrency=1)
-    ground.hosts.drain("host-a")
+def lease(components):
+    lease = components.hosts.acquire_lease("host-a", worker_concurrency=1)
+    components.hosts.drain("host-a")
     return lease
 
 
 @pytest.fixture
-def agent(ground):
-    agent = Agent(ground)
+def agent(components):
+    agent = Agent(components)
     agent._worker = IdleWorker()
     return agent
 
 
-def state_after_drain(ground, agent, lease):
-    def is_over():
+def state_after_drain(components, agent, lease):
+    def has_ended():
         agent._heartbeat(lease)
         return agent._has_ended.is_set()
 
-    eventually(is_over, "the agent ends")
-    (host,) = ground.hosts.list()
+    eventually(has_ended, "the agent ends")
+    (host,) = components.hosts.list()
     return host.state
 
 
 @pytest.mark.parametrize("error", [OSError("database unavailable"), SystemExit(1)])
 @pytest.mark.parametrize("moment", ["started_tasks", "record_drained"])
-def test_failed_drain_is_repeated_at_later_heartbeat(ground, agent, lease, monkeypatch, moment, error):
-    failures, works = [error, error], getattr(ground.hosts, moment)
+def test_failed_drain_is_repeated_at_later_heartbeat(components, agent, lease, monkeypatch, moment, error):
+    failures, works = [error, error], getattr(components.hosts, moment)
 
     def fail_at_first(*args):
         if failures:
             raise failures.pop()
         return works(*args)
 
-    monkeypatch.setattr(ground.hosts, moment, fail_at_first)
-    assert state_after_drain(ground, agent, lease) is HostState.DRAINED
+    monkeypatch.setattr(components.hosts, moment, fail_at_first)
+    assert state_after_drain(components, agent, lease) is HostState.DRAINED
     assert failures == []
 
 
-def test_drain_without_thread_is_repeated(ground, agent, lease, monkeypatch):
+def test_drain_without_thread_is_repeated(components, agent, lease, monkeypatch):
     refused = []
 
     def refuse_at_first(*args, **options):
@@ -85,30 +85,30 @@ def test_drain_without_thread_is_repeated(ground, agent, lease, monkeypatch):
         return supervised(*args, **options)
 
     monkeypatch.setattr("thrave.agent.supervised", refuse_at_first)
-    assert state_after_drain(ground, agent, lease) is HostState.DRAINED
+    assert state_after_drain(components, agent, lease) is HostState.DRAINED
 
 
 @pytest.fixture
-def records(ground):
-    """Of a task that has ended, on the host that drains."""
-    records = ground.records()
-    add_task(ground, "bun-1")
+def records(components):
+    """The repository of tasks on the draining host."""
+    records = components.records()
+    add_task(components, "bun-1")
     records.record_attempt("bun-1")
     return records
 
 
-def add_task(ground, bundle_id):
+def add_task(components, bundle_id):
     request = BundleRequest(
         account_id="1" * 12, owner_id="1" * 12, instance_id=INSTANCE, bucket=bundle_id, prefix="prefix",
         access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
     )  # fmt: skip
-    with ground.database.begin() as connection:
-        ground.records().add(connection, bundle_id, "host-a", request)
+    with components.database.begin() as connection:
+        components.records().add(connection, bundle_id, "host-a", request)
 
 
-def leave(ground, records, kind):
-    """Have the task end with something about its instance unfinished; gives what finishes it."""
-    power = PowerRecords(ground.database)
+def leave(components, records, kind):
+    """End the task with unfinished work for its instance; return a function that finishes the work."""
+    power = PowerRecords(components.database)
     if kind == "power_requests":
         power.add_request(INSTANCE, PowerAction.REBOOT)
     elif kind == "to_recover":
@@ -125,7 +125,7 @@ def leave(ground, records, kind):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The agent's clock; a wait of it calls `clock.sleeping` instead, and then takes no time."""
+    """The agent's clock; instead of a wait it calls `clock.sleeping`."""
     clock = SimpleNamespace(now=0.0, sleeping=lambda: None)
 
     def sleep(seconds):
@@ -141,7 +141,7 @@ KINDS = ["power_requests", "to_recover", "to_merge"]
 
 
 def drain(agent, lease):
-    """Drain; gives what is logged as unfinished."""
+    """Drain, and return the logged unfinished work."""
     agent._update_state(HostState.DRAINING)
     with structlog.testing.capture_logs() as logged:
         agent._drain(lease)
@@ -149,11 +149,11 @@ def drain(agent, lease):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drain_waits_for_power_recovery(ground, agent, lease, records, clock, kind):
-    waits, finish = [], leave(ground, records, kind)
+def test_drain_waits_for_power_recovery(components, agent, lease, records, clock, kind):
+    waits, finish = [], leave(components, records, kind)
 
     def sleeping():
-        waits.append(ground.hosts.list()[0].state)
+        waits.append(components.hosts.list()[0].state)
         if len(waits) == 3:
             finish()
 
@@ -161,51 +161,51 @@ def test_drain_waits_for_power_recovery(ground, agent, lease, records, clock, ki
     agent._drain_until = 100.0
     assert drain(agent, lease) == []
     assert waits == [HostState.DRAINING] * 3
-    assert ground.hosts.list()[0].state is HostState.DRAINED
+    assert components.hosts.list()[0].state is HostState.DRAINED
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_drain_logs_instances_that_are_not_recovered_in_time(ground, agent, lease, records, clock, kind):
-    leave(ground, records, kind)
+def test_drain_logs_instances_that_are_not_recovered_in_time(components, agent, lease, records, clock, kind):
+    leave(components, records, kind)
     (line,) = drain(agent, lease)
     assert {name: line[name] for name in KINDS} == {name: [INSTANCE] if name == kind else [] for name in KINDS}
     assert clock.now > 0
-    assert ground.hosts.list()[0].state is HostState.DRAINING
+    assert components.hosts.list()[0].state is HostState.DRAINING
     assert agent.wait() == 0
 
 
 @pytest.mark.parametrize("kind", ["to_recover", "to_merge"])
-def test_drain_does_not_wait_for_instances_of_waiting_tasks(ground, agent, lease, records, clock, kind):
-    leave(ground, records, kind)
-    add_task(ground, "bun-2")
+def test_drain_does_not_wait_for_instances_of_waiting_tasks(components, agent, lease, records, clock, kind):
+    leave(components, records, kind)
+    add_task(components, "bun-2")
     (line,) = drain(agent, lease)
     assert (line[kind], line["waiting"], line["tasks"]) == ([INSTANCE], [INSTANCE], {})
     assert clock.now == 0
-    assert ground.hosts.list()[0].state is HostState.DRAINING
+    assert components.hosts.list()[0].state is HostState.DRAINING
 
 
-def test_agent_with_unfinished_work_restarts_if_drain_was_cancelled(ground, agent, lease, records, clock):
-    clock.sleeping = lambda: ground.hosts.activate("host-a")
+def test_agent_with_unfinished_work_restarts_if_drain_was_cancelled(components, agent, lease, records, clock):
+    clock.sleeping = lambda: components.hosts.activate("host-a")
     (line,) = drain(agent, lease)
     assert line["tasks"] == {"bun-1": INSTANCE}
     assert agent.wait() == START_AGAIN
 
 
 @pytest.mark.usefixtures("records")
-def test_drain_reports_unfinished_tasks_and_host_is_not_drained(ground, agent, lease):
+def test_drain_reports_unfinished_tasks_and_host_is_not_drained(components, agent, lease):
     with structlog.testing.capture_logs() as logged:
-        assert state_after_drain(ground, agent, lease) is HostState.DRAINING
+        assert state_after_drain(components, agent, lease) is HostState.DRAINING
     (line,) = [line for line in logged if line["log_level"] == "error"]
     assert line["tasks"] == {"bun-1": INSTANCE}
 
 
-def test_agent_restarts_if_drain_was_cancelled(ground, agent, lease, monkeypatch):
-    started_tasks = ground.hosts.started_tasks
+def test_agent_restarts_if_drain_was_cancelled(components, agent, lease, monkeypatch):
+    started_tasks = components.hosts.started_tasks
 
     def activate_meanwhile(name):
-        ground.hosts.activate(name)
+        components.hosts.activate(name)
         return started_tasks(name)
 
-    monkeypatch.setattr(ground.hosts, "started_tasks", activate_meanwhile)
-    assert state_after_drain(ground, agent, lease) is HostState.ACTIVE
+    monkeypatch.setattr(components.hosts, "started_tasks", activate_meanwhile)
+    assert state_after_drain(components, agent, lease) is HostState.ACTIVE
     assert agent.wait() == START_AGAIN

@@ -1,4 +1,4 @@
-"""Hosts in the database: the table of their states, the clock that counts, and who may adopt from whom."""
+"""The host registry: transitions of states, the database's clock, adoption."""
 
 from datetime import timedelta
 
@@ -16,30 +16,30 @@ from thrave.tasks.repository import TaskRepository
 
 
 @pytest.fixture
-def hosts(ground):
+def hosts(components):
     for name in ("host-a", "host-b"):
-        ground.hosts.acquire_lease(name, worker_concurrency=1)
-    return ground.hosts
+        components.hosts.acquire_lease(name, worker_concurrency=1)
+    return components.hosts
 
 
 @pytest.fixture
-def change(ground):
-    """Changes the row of a host as no command does."""
+def change(components):
+    """Return a function that changes the row of a host directly."""
 
     def change(name, **values):
-        with ground.database.begin() as connection:
+        with components.database.begin() as connection:
             connection.execute(host_table.update().where(host_table.c.host == name).values(**values))
 
     return change
 
 
-def add_task(ground, bundle_id, host="host-a"):
+def add_task(components, bundle_id, host="host-a"):
     request = BundleRequest(
         account_id="1" * 12, owner_id="1" * 12, instance_id=f"i-{bundle_id}", bucket="bucket", prefix=bundle_id,
         access_key_id="AKIA", upload_policy="policy", upload_policy_signature="signature",
     )  # fmt: skip
-    with ground.database.begin() as connection:
-        ground.records().add(connection, bundle_id, host, request)
+    with components.database.begin() as connection:
+        components.records().add(connection, bundle_id, host, request)
 
 
 def find(hosts, name):
@@ -82,12 +82,12 @@ def test_agent_without_lease_cannot_record_drained(hosts):
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_task_times_are_those_of_the_database(postgres, tmp_path, monkeypatch, hours):
-    ground = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
-    records = ground.records()
-    add_task(ground, "bun-1")
+    components = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
+    records = components.records()
+    add_task(components, "bun-1")
     wrong = utc_now() + timedelta(hours=hours)
     monkeypatch.setattr(thrave.database, "utc_now", lambda: wrong)
-    add_task(ground, "bun-2")
+    add_task(components, "bun-2")
     records.record_attempt("bun-1")
     records.schedule_power_recovery("bun-1", timedelta(minutes=1))
     assert records.cancel("bun-1")
@@ -102,15 +102,15 @@ def test_task_times_are_those_of_the_database(postgres, tmp_path, monkeypatch, h
     for time in times:
         assert abs(time - records.now()) < timedelta(minutes=30)
     assert records.delete_ended(timedelta(minutes=30), limit=10) == 0
-    ground.queues.close()
-    ground.database.dispose()
+    components.queues.close()
+    components.database.dispose()
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_clock_of_agent_machine_has_no_effect(postgres, tmp_path, monkeypatch, hours):
-    ground = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
-    hosts = ground.hosts
+    components = open_components(Settings(data_dir=tmp_path / "data", database_url=postgres.new_database()))
+    hosts = components.hosts
     with monkeypatch.context() as agent:
         agent.setattr(thrave.database, "utc_now", lambda: utc_now() + timedelta(hours=hours))
         lease = hosts.acquire_lease("host-a", worker_concurrency=1)
@@ -121,13 +121,13 @@ def test_clock_of_agent_machine_has_no_effect(postgres, tmp_path, monkeypatch, h
     assert timedelta(0) <= seen.silence < timedelta(minutes=30)
     with pytest.raises(HostInUse):
         hosts.adopt("host-a", by="host-b")
-    ground.queues.close()
-    ground.database.dispose()
+    components.queues.close()
+    components.database.dispose()
 
 
-def test_host_intervals_are_settings_of_its_agent(ground, hosts, change):
+def test_host_intervals_are_settings_of_its_agent(components, hosts, change):
     operators = HostRegistry(
-        ground.database, ground.records(), ground.queues, heartbeat_interval=0.1, heartbeat_timeout=0.4
+        components.database, components.records(), components.queues, heartbeat_interval=0.1, heartbeat_timeout=0.4
     )
     change("host-a", heartbeat_time=utc_now() - timedelta(seconds=30))
     assert (find(operators, "host-a").heartbeat_timeout, find(operators, "host-a").is_lost) == (60.0, False)
@@ -158,8 +158,8 @@ def test_adopt_rejects_host_without_agent(hosts, change, by, values, says):
     assert hosts.heartbeat(lease) is HostState.ACTIVE  # nothing has changed
 
 
-def test_adopted_tasks_can_return_to_their_host(ground, hosts):
-    add_task(ground, "bun-1")
+def test_adopted_tasks_can_return_to_their_host(components, hosts):
+    add_task(components, "bun-1")
     assert hosts.adopt("host-a", by="host-b", powered_off=True) == ["bun-1"]
     assert find(hosts, "host-a").adopted_by == "host-b"
     assert hosts.adopt("host-b", by="host-a", powered_off=True) == ["bun-1"]
@@ -167,23 +167,23 @@ def test_adopted_tasks_can_return_to_their_host(ground, hosts):
     assert find(hosts, "host-a").adopted_by is None
 
 
-def test_requeue_lost_skips_waiting_tasks_of_draining_host(ground, hosts, change):
-    add_task(ground, "bun-1")
-    add_task(ground, "bun-2")
-    ground.records().record_attempt("bun-1")
+def test_requeue_lost_skips_waiting_tasks_of_draining_host(components, hosts, change):
+    add_task(components, "bun-1")
+    add_task(components, "bun-2")
+    components.records().record_attempt("bun-1")
     hosts.drain("host-a")
     assert hosts.started_tasks("host-a") == ["bun-1"]
     hosts.requeue_lost("host-a")
-    assert ground.queues.scheduled("host-a") == {"bun-1"}
+    assert components.queues.scheduled("host-a") == {"bun-1"}
     hosts.activate("host-a")
     hosts.requeue_lost("host-a")
-    assert ground.queues.scheduled("host-a") == {"bun-1", "bun-2"}
+    assert components.queues.scheduled("host-a") == {"bun-1", "bun-2"}
 
 
-def test_retire_is_atomic(ground, hosts, monkeypatch):
+def test_retire_is_atomic(components, hosts, monkeypatch):
     lease = hosts.acquire_lease("host-a", worker_concurrency=1)
     for bundle_id in ("bun-1", "bun-2"):
-        add_task(ground, bundle_id)
+        add_task(components, bundle_id)
     fail, failed = TaskRepository.fail, []
 
     def second_is_cut_off(records, bundle_id, *args, **options):
@@ -197,8 +197,8 @@ def test_retire_is_atomic(ground, hosts, monkeypatch):
         with pytest.raises(ConnectionError):
             hosts.retire("host-a", powered_off=True)
     assert hosts.heartbeat(lease) is HostState.ACTIVE
-    assert [ground.records().state(bundle_id) for bundle_id in ("bun-1", "bun-2")] == ["pending", "pending"]
+    assert [components.records().state(bundle_id) for bundle_id in ("bun-1", "bun-2")] == ["pending", "pending"]
     assert hosts.retire("host-a", powered_off=True) == ["bun-1", "bun-2"]
     assert [host.host for host in hosts.list()] == ["host-b"]
-    assert ground.records().get("bun-2").error_code == "Server.HostLost"
-    assert not ground.queues.scheduled("host-a")
+    assert components.records().get("bun-2").error_code == "Server.HostLost"
+    assert not components.queues.scheduled("host-a")

@@ -1,4 +1,4 @@
-"""What goes on behind the tasks: removing what they could not, forgetting what is old, trying again what has failed."""
+"""Background jobs of an agent: deletion of orphaned objects, retention, retries."""
 
 from datetime import timedelta
 
@@ -38,7 +38,7 @@ def buckets(tmp_path):
 
 @pytest.fixture
 def task(engine, records, buckets):
-    """Makes a task with two objects in the bucket."""
+    """Return a function that creates a task with two objects in the bucket."""
 
     def make(bundle_id, on=HERE, *, failed=True):
         request = BundleRequest(
@@ -58,7 +58,7 @@ def task(engine, records, buckets):
 
 
 class Refusing:
-    """Buckets that delete nothing while they are told so."""
+    """A store that can refuse deletions."""
 
     def __init__(self, buckets):
         self.buckets = buckets
@@ -84,7 +84,7 @@ def left_overs(records, buckets):
 
 def test_object_cleanup_deletes_only_orphaned_objects(records, buckets, task):
     left, unfinished = task("bun-1"), task("bun-2", failed=False)
-    buckets.put("bucket", "bun-1.part.10", b"somebody else's")
+    buckets.put("bucket", "bun-1.part.10", b"of another user")
     assert [found.bundle_id for found in records.with_orphans()] == [left]
     left_overs(records, buckets).run_once()
     assert [*buckets.list("bucket", "")] == ["bun-1.part.10", f"{unfinished}.part.0", f"{unfinished}.part.1"]
@@ -166,10 +166,10 @@ def test_retention_keeps_objects_of_complete_bundle(engine, records, buckets, ta
     assert len([*buckets.list("bucket", "")]) == 2
 
 
-@pytest.mark.parametrize("reason", ["left over", "looked after"])
+@pytest.mark.parametrize("reason", ["orphaned objects", "power recovery"])
 def test_retention_keeps_task_with_work_to_do(engine, records, task, reason):
     task("bun-1")
-    if reason == "looked after":
+    if reason == "power recovery":
         forget_objects(records, "bun-1")
         records.schedule_power_recovery("bun-1", utc_now())
     age(engine, 100)

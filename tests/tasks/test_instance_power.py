@@ -1,4 +1,4 @@
-"""What others do to an instance's power while a bundle task has it, through the real service."""
+"""Power changes of an instance by other clients during its bundle task, through the real service."""
 
 import json
 import subprocess
@@ -29,8 +29,8 @@ def stored(server):
 
 
 @contextmanager
-def standing_still_while_it_reads(server, volume):
-    """Have the service stand still from its first part on: on a busy machine it could have read the rest meanwhile."""
+def paused_while_it_reads(server, volume):
+    """Stop the service process after its first part: otherwise it may have read the rest before the change."""
     eventually(lambda: stored(server), "a part is stored")
     process = psutil.Process(server.process.pid)
     process.suspend()
@@ -60,9 +60,9 @@ def test_start_during_reading_fails_task(thrave_server, alice, tmp_path):
     account, key = alice
     instance = thrave_server.instance(account.account_id, make_disk(tmp_path / "root.raw", 1600 * MIB))
     ec2, bundle_id = bundle(thrave_server, key, instance.instance_id)
-    with standing_still_while_it_reads(thrave_server, instance.root_volume.path):
+    with paused_while_it_reads(thrave_server, instance.root_volume.path):
         file = thrave_server.data.instances / f"{instance.instance_id}.json"
-        changed = file.with_suffix(".new")  # half of a file describes no instance
+        changed = file.with_suffix(".new")  # a partial description would be invalid
         changed.write_text(file.read_text().replace('"stopped"', '"running"'))
         changed.replace(file)
     task = await_task(ec2, bundle_id, "failed", "complete")
@@ -82,7 +82,7 @@ def test_instance_without_overlay_is_off_during_reading(tmp_path):
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         notice = "The instance is off until its root volume has been read: its hypervisor has no overlays."
-        assert json.loads(seen.stdout)["warning"].startswith(notice)  # what is on the disk is none of ours
+        assert json.loads(seen.stdout)["warning"].startswith(notice)  # the content of the disk does not matter here
 
 
 def test_termination_during_shutdown_fails_task(thrave_server, alice, tmp_path):
@@ -113,6 +113,6 @@ def test_start_and_reboot_are_refused_during_bundling(thrave_server, alice, tmp_
         assert refusal.value.response["Error"]["Code"] == "IncorrectInstanceState"
     ec2.stop_instances(InstanceIds=ids)
     assert await_task(ec2, bundle_id, "failed", "complete")["State"] == "complete"
-    assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED  # what was asked last
+    assert thrave_server.instances.state(instance.instance_id) is InstanceState.STOPPED  # the last request
     ec2.start_instances(InstanceIds=ids)
     ec2.get_waiter("instance_running").wait(InstanceIds=ids, WaiterConfig={"Delay": 1})

@@ -1,4 +1,4 @@
-"""The lease of a process, measured by its own clock."""
+"""The lease timer of a process, by its own clock."""
 
 import time
 

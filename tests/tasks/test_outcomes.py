@@ -1,6 +1,6 @@
-"""What a task ends with does not depend on when the database, the process or its right to write is lost.
+"""The result of a task does not depend on the moment at which the database, the process or the lease is lost.
 
-A task runs in this process. The statement at which something happens is counted, so that each one has its turn.
+A task runs in this process. The tests count SQL statements, so that a fault happens at each statement in turn.
 """
 
 import threading
@@ -23,11 +23,11 @@ from thrave.tasks.repository import TaskRepository
 AWAY = TransientError("SlowDown", 503, "Please reduce your request rate")
 FULL = sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
 STATEMENT, TRANSACTION = "before_cursor_execute", "begin"
-EVERY = 3  # statements; the kinds of them come again and again
+EVERY = 3  # only each third statement: the same kinds of statements recur
 
 
 class KilledError(BaseException):
-    """The process is gone."""
+    """The process was killed."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def no_pauses(monkeypatch):
 
 
 class LosesAPart:
-    """A bucket that has lost a part when it is proved."""
+    """A store that has lost a part when the parts are verified."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -60,7 +60,7 @@ class LosesAPart:
 
 @contextmanager
 def at(engine, event, number, happens):
-    """Have something happen at the statement or transaction of that number, of this thread; counts them in a list."""
+    """Call a function at the statement or transaction with this number in this thread; count them in a list."""
     seen, here = [], threading.current_thread()
 
     def before(*_):
@@ -85,8 +85,8 @@ def kill():
 
 
 def ends(here, bundle_id, number, happens, event=STATEMENT, **changes):
-    """Run a task, and have something happen at a statement; run it again for as long as it is unfinished."""
-    with at(here.ground.database, event, number, happens) as seen, suppress(KilledError):
+    """Run a task with an event at one statement; run the task again until it has ended."""
+    with at(here.components.database, event, number, happens) as seen, suppress(KilledError):
         here.run(bundle_id, **changes)
     if here.get(bundle_id).state not in {"complete", "failed"}:
         here.run(bundle_id, **changes)
@@ -119,7 +119,7 @@ def test_failed_task_keeps_its_reason_if_any_statement_fails(here, happens):
 
 
 def test_reason_is_recorded_before_undo(here):
-    """The first statement after the failure decides; what is done then, and by whom, changes no reason."""
+    """The first statement after the failure records the reason; nothing later changes it."""
     bundle_id = here.task()
     decided = []
 
@@ -133,7 +133,8 @@ def test_reason_is_recorded_before_undo(here):
 
 
 def test_cancellation_before_any_statement_ends_task(here):
-    """Cancelled, everything is undone; refused, since the manifest may have been sent, the bundle is complete."""
+    """If the cancellation is accepted, the task is undone. If it is refused, since the manifest may have been sent, the
+    bundle is complete."""
     for number in range(1, number_of(here, TRANSACTION) + 1, EVERY):
         bundle_id = here.task()
         cancelled = []
@@ -150,7 +151,7 @@ def test_cancellation_before_any_statement_ends_task(here):
 
 
 def test_replaced_run_writes_nothing(here):
-    """Another run begins at any moment: the earlier one writes nothing from then on, and ends."""
+    """Another run starts at any statement: the earlier run writes nothing from then on, and ends."""
     for number in range(3, number_of(here, TRANSACTION), EVERY):
         bundle_id = here.task()
         rows = []
@@ -159,7 +160,7 @@ def test_replaced_run_writes_nothing(here):
             here.records.record_attempt(bundle_id)
             rows.append(here.get(bundle_id))
 
-        with at(here.ground.database, TRANSACTION, number, another_begins):
+        with at(here.components.database, TRANSACTION, number, another_begins):
             here.run(bundle_id)
         assert rows[0].attempts == 2 or rows[0].state == "complete"
         assert here.get(bundle_id) == rows[0]
@@ -196,18 +197,18 @@ def test_host_without_lease_writes_nothing(here, monkeypatch):
 
 def test_task_of_another_host_is_not_written(here):
     bundle_id = here.task()
-    with here.ground.database.begin() as connection:
+    with here.components.database.begin() as connection:
         row = {**connection.execute(sa.select(host)).mappings().one(), "host": "elsewhere"}
         connection.execute(host.insert(), row)
         connection.execute(bundle_task.update().where(bundle_task.c.bundle_id == bundle_id).values(host="elsewhere"))
     before = here.get(bundle_id)
     with pytest.raises(RightLostError):
-        here.ground.records(here.lease).add_warning(bundle_id, "from a host that has lost it")
+        here.components.records(here.lease).add_warning(bundle_id, "from a host that has lost it")
     assert here.get(bundle_id) == before
 
 
 def test_failed_start_after_read_completes_with_warning(here):
-    """Every part is stored when the instance is started: the task completes, and tells its owner."""
+    """Every part is stored before the instance is started: the task completes with a warning."""
     bundle_id = here.task(stop_command=("true",), start_command=("false",))
     here.run(bundle_id)
     task = here.get(bundle_id)
@@ -223,7 +224,7 @@ def test_every_step_leads_to_the_end_of_the_task():
 
 
 class LosesTheAnswer:
-    """A store that takes the manifest and is away then, for so many questions."""
+    """A store that accepts the manifest and is then unavailable for this number of requests."""
 
     def __init__(self, inner, away):
         self.inner, self.away, self.taken = inner, away, False
@@ -259,7 +260,7 @@ def test_task_waits_until_store_tells_whether_it_has_manifest(here, monkeypatch)
 @pytest.mark.parametrize("step", [*FORWARD_STEPS, *UNDO_STEPS])
 def test_retired_host_completes_task_with_complete_bundle(here, step):
     bundle_id = here.task()
-    with here.ground.database.begin() as connection:
+    with here.components.database.begin() as connection:
         row = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id)
         connection.execute(row.values(next_step=step, state="storing"))
         lost = TaskFailure("Server.HostLost", "retired")
@@ -270,7 +271,7 @@ def test_retired_host_completes_task_with_complete_bundle(here, step):
 
 @pytest.mark.parametrize("says", [True, False])
 def test_expired_lease_starts_instance_if_database_confirms_lease(here, monkeypatch, says):
-    """The database can be read and not written: heartbeats are refused, and the lease ends by the clock."""
+    """The database can be read but not written: heartbeats fail, and the lease timer expires."""
     bundle_id = here.task()
     task = here.get(bundle_id)
     fake = here.host(here.lease, lease_timer=LeaseTimer(1.0, iter([0.0, *[9.0] * 99]).__next__))
@@ -285,7 +286,7 @@ def test_expired_lease_starts_instance_if_database_confirms_lease(here, monkeypa
 
 
 def test_run_resumed_after_start_does_not_restore_power(here):
-    """Its owner may have stopped it since: only a step before which it is borrowed makes it owed."""
+    """The owner may have stopped the instance since: the task restores it only in steps with a borrowed instance."""
     task = replace(here.get(here.task()), was_running=True)
     owed = {step: workflow.BundleWorkflow(here.host(here.lease), replace(task, next_step=step), 1)._power._must_restore
             for step in Step}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The caretaker of a host: what goes wrong about one instance keeps no other waiting."""
+"""Power recovery: an error of one instance does not delay the others."""
 
 from types import SimpleNamespace
 
@@ -72,11 +72,11 @@ def test_run_once_continues_if_no_thread_is_available(monkeypatch):
         return supervised(*args, **options)
 
     records = SimpleNamespace(power_recoveries=lambda _host: TASKS, moved_power_recoveries=lambda _host: [])
-    looks_after = PowerRecovery(records, None, "host-a")
+    power_recovery = PowerRecovery(records, None, "host-a")
     monkeypatch.setattr(housekeeping, "supervised", refuse_at_first)
-    monkeypatch.setattr(looks_after, "_recover", lambda task: recovered.append(task.instance_id))
-    looks_after.run_once()
+    monkeypatch.setattr(power_recovery, "_recover", lambda task: recovered.append(task.instance_id))
+    power_recovery.run_once()
     assert recovered == ["i-2"]
     recovered.clear()
-    looks_after.run_once()
+    power_recovery.run_once()
     assert sorted(recovered) == ["i-0", "i-1", "i-2"]

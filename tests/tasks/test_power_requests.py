@@ -1,7 +1,7 @@
-"""What an owner asked last holds in the end: any order of requests, moments of a bundle task, faults and crashes.
+"""The last power request of an owner decides the final power state, for any order of requests, steps, faults and kills.
 
-One instance on a hypervisor that is played, one process without threads: each rule does one step of somebody. What is
-checked is that a volume is never read while its machine runs, and the state that the machine has in the end.
+One simulated machine, one process without threads: each rule is one step of one component. The tests check that a
+volume is never read while its machine runs, and the final state of the machine.
 """
 
 from contextlib import ExitStack, contextmanager, suppress
@@ -57,47 +57,47 @@ from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
 
 INSTANCE, HOST = "i-0123456789abcdef0", "here"
-SHUTDOWN_TIMEOUT = 1e6  # nothing in here is late
+SHUTDOWN_TIMEOUT = 1e6  # seconds: no request of these tests times out
 
 
 class Hypervisor:
-    """One machine; its guest powers off when it hears the button. `HypervisorDriver` as far as power goes."""
+    """A driver with one machine, whose guest follows a shutdown request when the test calls `follow_request`."""
 
     def __init__(self, *, on, started):
         self.on = on
         self._started = started
-        self.pressed = self.terminated = self.held = self.away = False
+        self.pressed = self.terminated = self.held = self.is_unavailable = False
         self.overlays = self
         self.power_lost = False
 
-    def hear(self):
+    def follow_request(self):
         self.on = self.on and not self.pressed
         self.pressed = False
 
-    def _asked(self):
-        if self.away:
-            self.away = False
+    def _check_connection(self):
+        if self.is_unavailable:
+            self.is_unavailable = False
             raise HypervisorUnavailable(INSTANCE, "there is no connection")
 
     def get(self, instance_id):
         return SimpleNamespace(instance_id=instance_id, state=self.state(instance_id))
 
     def state(self, _instance_id):
-        self._asked()
+        self._check_connection()
         if self.terminated:
             return InstanceState.SHUTTING_DOWN if self.on else InstanceState.TERMINATED
         return InstanceState.RUNNING if self.on else InstanceState.STOPPED
 
     def request_stop(self, _instance_id):
-        self._asked()
+        self._check_connection()
         self.pressed = self.on
 
     def terminate(self, _instance_id):
-        self._asked()
+        self._check_connection()
         self.terminated, self.pressed = True, self.on
 
     def start(self, instance_id):
-        self._asked()
+        self._check_connection()
         if self.held:
             raise InstanceLocked(instance_id)
         if self.terminated:
@@ -123,21 +123,21 @@ class Hypervisor:
         return self.power_lost
 
 
-class Watching:
-    """A watch during which the guest hears, or not."""
+class FakeMonitor:
+    """A monitor whose `pause` lets the guest follow a request."""
 
     def __init__(self, hypervisor):
         self._hypervisor = hypervisor
 
     def pause(self, _seconds):
-        self._hypervisor.hear()
+        self._hypervisor.follow_request()
 
     def add_check(self, check):
         pass
 
 
 class Power(RuleBasedStateMachine):
-    """Rules are what owner, controller, task, caretaker and fate do."""
+    """Rules for owner, background worker, task, power recovery and faults."""
 
     engine: sa.Engine
     records: TaskRepository
@@ -152,28 +152,28 @@ class Power(RuleBasedStateMachine):
         self.wanted = "running" if on else "stopped"
         self.tasks = 0
         self.bundle_id = None
-        self.reading = self.freed = False
-        self._come_up()
+        self.reading = self.is_on_overlay = False
+        self._start_process()
 
-    def _come_up(self):
-        """What a process has in memory."""
+    def _start_process(self):
+        """Create the objects that a process has in memory."""
         self.power = PowerRecords(self.engine)
         self.work = _InstanceWorker(self.hypervisor, self.power, INSTANCE, SHUTDOWN_TIMEOUT, lambda: None)
-        self.caretaker = PowerRecovery(self.records, self.hypervisor, HOST)
+        self.power_recovery = PowerRecovery(self.records, self.hypervisor, HOST)
         self.hold = ExitStack()
-        self._take_up()
+        self._resume_task()
 
-    def _take_up(self):
+    def _resume_task(self):
         if self.bundle_id is not None:
             task = self.records.get(self.bundle_id)
-            self.switch = InstancePower(
+            self.task_power = InstancePower(
                 self.hypervisor, self.records, task, shutdown_timeout=SHUTDOWN_TIMEOUT, shutdown_timeout_action="fail"
             )
 
-    # The owner. The EC2 actions check the state and for a task, but a task may begin after that: all are possible.
+    # The owner. The EC2 actions check the state and whether there is a task, but a task may start after that check.
 
     @rule(action=st.sampled_from([*PowerAction]))
-    def ask(self, action):
+    def request(self, action):
         try:
             before = self.power.add_request(INSTANCE, action)
         except StateChangedError:
@@ -182,25 +182,25 @@ class Power(RuleBasedStateMachine):
         if before.request is not PowerAction.TERMINATE and not self.hypervisor.terminated:
             self.wanted = {"stop": "stopped", "terminate": "terminated"}.get(action, "running")
 
-    # Fate.
+    # Faults.
 
     @rule()
-    def guest_hears(self):
-        self.hypervisor.hear()
+    def guest_follows_request(self):
+        self.hypervisor.follow_request()
 
     @rule()
-    def hypervisor_is_away(self):
-        self.hypervisor.away = True
+    def hypervisor_is_unavailable(self):
+        self.hypervisor.is_unavailable = True
 
     @rule()
-    def process_dies(self):
+    def process_is_killed(self):
         self.hypervisor.held = False
         self.reading = False
-        self._come_up()
+        self._start_process()
 
     @precondition(lambda self: self._is_free())
     @rule()
-    def owner_shuts_the_guest_down_from_inside(self):
+    def owner_shuts_down_inside_guest(self):
         self.hypervisor.on = self.hypervisor.pressed = False
         self.wanted = "terminated" if self.hypervisor.terminated else "stopped"
 
@@ -211,26 +211,26 @@ class Power(RuleBasedStateMachine):
         self.hypervisor.power_lost = True
 
     def _is_free(self):
-        """Whether it runs on an overlay, and nobody is about to do anything with its power."""
+        """Whether the machine runs on an overlay and no power change is pending."""
         record = self.power.get(INSTANCE)
         is_quiet = record.request is None and record.borrowed_by is None and not self.hypervisor.pressed
-        return self.freed and self.hypervisor.on and is_quiet and not self.records.power_recoveries(HOST)
+        return self.is_on_overlay and self.hypervisor.on and is_quiet and not self.records.power_recoveries(HOST)
 
-    # The controller, and the caretaker.
+    # The background worker, and power recovery.
 
     @rule()
-    def controller(self):
+    def run_worker(self):
         self.work.attempt()
 
     @rule()
-    def look(self):
-        self.caretaker._retries.keep(())
-        self.caretaker.run_once()
+    def run_power_recovery(self):
+        self.power_recovery._retries.keep(())
+        self.power_recovery.run_once()
 
-    # The task, as `bundling.py` does it: one step after the other, and again if one fails or is cut off.
+    # The task, in the order of `workflow.py`. A step that fails or is interrupted is repeated.
 
     @rule(overlay=st.booleans())
-    def task_goes_on(self, overlay):
+    def run_task_step(self, overlay):
         if self.bundle_id is None:
             self._begin_task()
         elif self.reading:
@@ -245,9 +245,9 @@ class Power(RuleBasedStateMachine):
                 self.task_ends("complete")
 
     @rule(overlay=st.booleans())
-    def task_goes_on_twice(self, overlay):
-        self.task_goes_on(overlay)
-        self.task_goes_on(overlay)
+    def run_two_task_steps(self, overlay):
+        self.run_task_step(overlay)
+        self.run_task_step(overlay)
 
     def _begin_task(self):
         self.tasks += 1
@@ -259,31 +259,31 @@ class Power(RuleBasedStateMachine):
         with self.engine.begin() as connection:
             self.records.add(connection, self.bundle_id, HOST, request)
         self.records.change_state(self.bundle_id, BundleTaskState.WAITING_FOR_SHUTDOWN)
-        self.freed = False
+        self.is_on_overlay = False
         self.stage = "stop"
-        self._take_up()
+        self._resume_task()
 
     def _stop(self, overlay):
         with self._step("free" if overlay else "read"):
-            self.switch.record_power_state()
-            self.switch.shut_down(Watching(self.hypervisor))
+            self.task_power.record_power_state()
+            self.task_power.shut_down(FakeMonitor(self.hypervisor))
 
     def _free(self, _overlay):
         with self._step("put back"):
-            if self.switch.should_run():
-                self.records.record_overlay(self.bundle_id, FROZEN)
-                self.freed = True
-                self.switch.restore()
+            if self.task_power.should_run():
+                self.records.record_overlay(self.bundle_id, OVERLAY)
+                self.is_on_overlay = True
+                self.task_power.restore()
 
     def _read(self, _overlay):
         with self._step("read"), ExitStack() as hold:
-            hold.enter_context(self.switch.hold_stopped(Watching(self.hypervisor)))
+            hold.enter_context(self.task_power.hold_stopped(FakeMonitor(self.hypervisor)))
             self.hold = hold.pop_all()
             self.reading = True
 
     def _put_back(self, _overlay):
         with self._step("end"):
-            self.switch.restore()
+            self.task_power.restore()
 
     @precondition(lambda self: self.bundle_id is not None and not self.reading)
     @rule(end=st.sampled_from(["complete", "fail", "cancel"]))
@@ -291,65 +291,65 @@ class Power(RuleBasedStateMachine):
         if end == "cancel" and self.records.cancel(self.bundle_id):
             end = "fail"
         with self._step("end"):
-            self.switch.restore()
+            self.task_power.restore()
         self.records.record_overlay(self.bundle_id, None)
-        if end == "complete" and self._is_noted():
+        if end == "complete" and self._is_power_recorded():
             for state in (BundleTaskState.BUNDLING, BundleTaskState.STORING):
                 self.records.change_state(self.bundle_id, state)
             self.records.complete(self.bundle_id)
         else:
             self.records.fail(self.bundle_id, TaskCancelled())
         self.bundle_id = None
-        self.freed = False
+        self.is_on_overlay = False
 
-    def _is_noted(self):
+    def _is_power_recorded(self):
         return self.records.get(self.bundle_id).was_running is not None
 
     @contextmanager
     def _step(self, then):
-        """What goes wrong ends the step, which is run again; else the task goes on with another."""
+        """Run a step. After an error the step is repeated; otherwise the step `then` follows."""
         with suppress(InstanceError, TaskFailure):
             yield
             self.stage = then
 
-    # What must hold.
+    # Invariants.
 
     @invariant()
-    def a_volume_is_not_read_while_its_machine_runs(self):
+    def volume_is_not_read_while_machine_runs(self):
         assert not (getattr(self, "reading", False) and self.hypervisor.on)
 
     @invariant()
-    def nothing_is_started_that_is_to_be_off(self):
+    def machine_is_started_only_if_wanted(self):
         assert {*getattr(self, "starts", ())} <= {"running"}
 
     def teardown(self):
         if not hasattr(self, "work"):
             return
-        self.hypervisor.away = False
+        self.hypervisor.is_unavailable = False
         self.reading = False
         self.hold.close()
         if self.bundle_id is not None:
             self.task_ends("complete")
         for _ in range(8):
-            self.hypervisor.away = False
-            self.hypervisor.hear()
+            self.hypervisor.is_unavailable = False
+            self.hypervisor.follow_request()
             if self.power.list_pending():
                 self.work.attempt()
             elif self.records.power_recoveries(HOST):
-                self.look()
+                self.run_power_recovery()
             else:
                 break
-        self.nothing_is_started_that_is_to_be_off()
+        self.machine_is_started_only_if_wanted()
         state = self.hypervisor.state(INSTANCE)
         ends = {"running": UP_STATES, "stopped": {InstanceState.STOPPED}, "terminated": {InstanceState.TERMINATED}}
         assert state in ends[self.wanted]
 
 
-FROZEN = Overlay(volume=VolumeFile(path=Path("/volume")), overlay=Path("/overlay"))
+OVERLAY = Overlay(volume=VolumeFile(path=Path("/volume")), overlay=Path("/overlay"))
 
 
 def test_last_request_decides_final_power_state(play):
-    """In any order; a failing one is given as it was found, since shortening it would take minutes."""
+    """In any order. A failing example is not shrunk, since that would take minutes."""
     options = {"max_examples": 40, "stateful_step_count": 25, "deadline": None, "phases": [Phase.generate]}
     run_state_machine_as_test(play, settings=settings(**options, suppress_health_check=[*HealthCheck]))
 
@@ -362,13 +362,13 @@ def play(engine, tmp_path):
 
 
 MOMENTS = 7  # before the task, and after each of its steps
-HOW = [("none", False), ("none", True), ("process_dies", True), ("hypervisor_is_away", True)]
+HOW = [("none", False), ("none", True), ("process_is_killed", True), ("hypervisor_is_unavailable", True)]
 
 
 @pytest.mark.parametrize("overlay", [False, True])
 @pytest.mark.parametrize("end", ["complete", "cancel"])
 def test_request_during_task_decides_final_power_state(play, overlay, end):
-    """Every request at every moment, begun at once or later, and with a fault after it."""
+    """Every request at every moment, carried out at once or later, with and without a fault after it."""
     for on, action, moment, (fault, at_once) in product([True, False], PowerAction, range(MOMENTS), HOW):
         if not on and fault != "none":
             continue
@@ -376,16 +376,16 @@ def test_request_during_task_decides_final_power_state(play, overlay, end):
         power.begin(on)
         for number in range(MOMENTS):
             if number == moment:
-                power.ask(action)
+                power.request(action)
                 if at_once:
-                    power.controller()
-                    power.guest_hears()
+                    power.run_worker()
+                    power.guest_follows_request()
                 getattr(power, fault, lambda: None)()
             if number == MOMENTS - 1 and power.bundle_id and not power.reading:
                 power.task_ends(end)
             else:
-                power.task_goes_on(overlay)
-            power.a_volume_is_not_read_while_its_machine_runs()
+                power.run_task_step(overlay)
+            power.volume_is_not_read_while_machine_runs()
         power.teardown()
 
 
@@ -394,11 +394,11 @@ def test_request_during_task_decides_final_power_state(play, overlay, end):
 def test_guest_shut_down_on_its_overlay_stays_off(play, is_again, end):
     power = play()
     power.begin(on=True)
-    while not power.freed:
-        power.task_goes_on(overlay=True)
-    power.owner_shuts_the_guest_down_from_inside()
-    if is_again:  # the step that frees the instance is run once more after a crash
-        power.process_dies()
+    while not power.is_on_overlay:
+        power.run_task_step(overlay=True)
+    power.owner_shuts_down_inside_guest()
+    if is_again:  # the step `free` is repeated after a crash
+        power.process_is_killed()
         power._free(_overlay=True)
     power.task_ends(end)
     power.teardown()
@@ -434,18 +434,18 @@ def test_record_power_state_uses_concurrent_request(engine, records, action, bef
         hypervisor.state = state
         seen = state(instance_id)
         power.add_request(instance_id, action)
-        if is_done:  # and carried out, before the task has noted what it saw
+        if is_done:  # and carried out, before the task has recorded the state
             hypervisor.on = action is PowerAction.START
             assert power.finish_request(power.get(instance_id))
         return seen
 
     hypervisor.state = overtaken
-    switch = InstancePower(
+    task_power = InstancePower(
         hypervisor, records, records.get("bun-1"), shutdown_timeout=SHUTDOWN_TIMEOUT, shutdown_timeout_action="fail"
     )
-    switch.record_power_state()
+    task_power.record_power_state()
     assert records.get("bun-1").was_running is (action is PowerAction.START)
-    assert switch.should_run() is (action is PowerAction.START)
+    assert task_power.should_run() is (action is PowerAction.START)
     assert power.get(INSTANCE).borrowed_by == "bun-1"
 
 
@@ -491,7 +491,7 @@ def test_request_does_not_expire_while_task_has_borrowed_instance(engine, record
         records.fail("bun-1", TaskFailure("Server.InternalError", "it ended"))
         for _ in range(8):
             work.attempt()
-            hypervisor.hear()
+            hypervisor.follow_request()
     assert not logs
     assert power.get(INSTANCE).request is None
     assert hypervisor.on is (action is not PowerAction.STOP)
@@ -510,7 +510,7 @@ def test_guest_gets_no_request_without_lease(engine):
 
 
 def report_from(engine, reporter, *others):
-    """Have a host report the instance, beside others."""
+    """Add hosts; the first one reports the instance."""
     row = {"state": "active", "lease": "x", "version": "1", "worker_concurrency": 1}
     times = {"start_time": utc_now(), "heartbeat_time": utc_now(), "heartbeat_interval": 5, "heartbeat_timeout": 60}
     reported = {
@@ -572,7 +572,7 @@ def test_task_of_another_host_sends_no_command(records, monkeypatch, act):
     hypervisor = Hypervisor(on=act != "restore", started=lambda: None)
     records.record_power_state("bun-1", running=True)
     monkeypatch.setattr(records, "require_lease", lost)
-    switch = InstancePower(
+    task_power = InstancePower(
         hypervisor,
         records,
         records.get("bun-1"),
@@ -580,11 +580,11 @@ def test_task_of_another_host_sends_no_command(records, monkeypatch, act):
         shutdown_timeout_action="power-off",
     )
     acts = {
-        "restore": switch.restore,
-        "sysprep": lambda: switch.run_sysprep(Watching(hypervisor), ["sysprep"]),
+        "restore": task_power.restore,
+        "sysprep": lambda: task_power.run_sysprep(FakeMonitor(hypervisor), ["sysprep"]),
     }
     with pytest.raises(RightLostError):
-        acts.get(act, lambda: switch.shut_down(Watching(hypervisor)))()
+        acts.get(act, lambda: task_power.shut_down(FakeMonitor(hypervisor)))()
     assert hypervisor.on is (act != "restore")
     assert not hypervisor.pressed
 
@@ -600,14 +600,14 @@ def test_termination_before_command_fails_task(records, command):
 
     setattr(hypervisor, command, terminated)
     shutdown_timeout = -1 if command == "force_stop" else SHUTDOWN_TIMEOUT
-    switch = InstancePower(
+    task_power = InstancePower(
         hypervisor,
         records,
         records.get("bun-1"),
         shutdown_timeout=shutdown_timeout,
         shutdown_timeout_action="power-off",
     )
-    act = partial(switch.run_sysprep, command=["sysprep"]) if command == "request_sysprep" else switch.shut_down
+    act = partial(task_power.run_sysprep, command=["sysprep"]) if command == "request_sysprep" else task_power.shut_down
     with pytest.raises(TaskFailure) as caught:
-        act(Watching(hypervisor))
+        act(FakeMonitor(hypervisor))
     assert caught.value.code == "Client.InstanceTerminated"

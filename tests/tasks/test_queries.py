@@ -1,4 +1,4 @@
-"""What an operator sees of tasks, where the database alone decides; on both kinds of database."""
+"""Queries of tasks for operators, on both kinds of database."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -32,13 +32,13 @@ def engine(database, tmp_path):
 
 
 @pytest.fixture
-def overview(engine, records):
+def queries(engine, records):
     return TaskQueries(engine, records)
 
 
 @pytest.fixture
 def add(engine, records):
-    """Records a task that began `minute` minutes after T0, and brings it to a state."""
+    """Return a function that records a task which started `minute` minutes after T0, and changes its state."""
 
     def task(bundle_id, minute=0, *, account_id="1" * 12, instance_id=None, host="kvm-1", state=S.PENDING):
         request = BundleRequest(
@@ -85,24 +85,24 @@ def five(add):
         ({"host": "nowhere"}, []),
     ],
 )
-def test_latest_returns_selected_tasks_newest_last(five, overview, wanted, expected):
-    assert ids(overview.latest(TaskFilter(**wanted), limit=10)) == expected
+def test_latest_returns_selected_tasks_newest_last(five, queries, wanted, expected):
+    assert ids(queries.latest(TaskFilter(**wanted), limit=10)) == expected
 
 
-def test_latest_returns_newest_tasks(five, overview):
-    assert ids(overview.latest(TaskFilter(), limit=2)) == ["four", "five"]
+def test_latest_returns_newest_tasks(five, queries):
+    assert ids(queries.latest(TaskFilter(), limit=2)) == ["four", "five"]
 
 
-def test_of_names_unknown_task(five, overview):
-    assert ids(overview.of(["five", "one"])) == ["one", "five"]
+def test_of_names_unknown_task(five, queries):
+    assert ids(queries.of(["five", "one"])) == ["one", "five"]
     with pytest.raises(BundleTaskNotFound, match="six"):
-        overview.of(["one", "six"])
+        queries.of(["one", "six"])
 
 
-def test_latest_makes_two_queries(five, overview, engine):
+def test_latest_makes_two_queries(five, queries, engine):
     seen = []
     sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
-    overview.latest(TaskFilter(), limit=100)
+    queries.latest(TaskFilter(), limit=100)
     assert len([query for query in seen if query.startswith("SELECT bundle")]) == 2
 
 
@@ -110,7 +110,7 @@ def test_latest_makes_two_queries(five, overview, engine):
     ("wanted", "index"),
     [
         (TaskFilter(account_id="1" * 12), "bundle_task_by_account"),
-        (TaskFilter(since=T0), "bundle_task_by_start_time"),  # in whose order they are wanted
+        (TaskFilter(since=T0), "bundle_task_by_start_time"),  # the index has the order of the result
         (TaskFilter(host="kvm-1", states=UNFINISHED), "bundle_task_in_progress_on_host"),
         (TaskFilter(instance_id="i-3", states=frozenset({S.BUNDLING})), "bundle_task_in_progress"),
     ],
@@ -124,7 +124,7 @@ def test_filter_uses_index(engine, wanted, index):
     assert any(index in line for line in plan)
 
 
-def test_stored_totals_count_stored_objects(add, records, overview, part):
+def test_stored_totals_count_stored_objects(add, records, queries, part):
     add("one", state=S.BUNDLING)
     journal = records.journal("one")
     journal.start_sealing(BundleKey(bytes(16), bytes(16)))
@@ -132,7 +132,7 @@ def test_stored_totals_count_stored_objects(add, records, overview, part):
     journal.record_upload("one.part.1", part(1), StoredBatch([StoredObject("one.part.0", 100)]))
     journal.record_upload("one.manifest.json")
     journal.record_stored(StoredBatch([StoredObject("one.manifest.json", 7)]))
-    (seen,) = overview.of(["one"])
+    (seen,) = queries.of(["one"])
     assert (seen.stored.objects, seen.stored.parts, seen.stored.size, [*seen.orphaned_keys]) == (3, 1, 107, [])
 
 
@@ -141,14 +141,14 @@ def part():
     return lambda index: PartRecord(index=index, filename=f"one.part.{index}", size=100, sha1="0" * 40, sha256="0" * 64)
 
 
-def test_report_lists_orphaned_keys_of_failed_task(add, records, overview):
+def test_report_lists_orphaned_keys_of_failed_task(add, records, queries):
     add("one", state=S.BUNDLING)
     records.journal("one").record_upload("one.part.0")
     records.fail("one", TaskFailure("Client.S3Error", "no"))
-    (seen,) = overview.of(["one"])
+    (seen,) = queries.of(["one"])
     assert [*seen.orphaned_keys] == ["one.part.0"]
     records.journal("one").end_deletion(["one.part.0"])
-    (seen,) = overview.of(["one"])
+    (seen,) = queries.of(["one"])
     assert [*seen.orphaned_keys] == []
 
 
@@ -157,7 +157,7 @@ def event(second, state, message=None):
 
 
 HISTORY = [
-    event(0, S.PENDING), event(2, S.WAITING_FOR_SHUTDOWN), event(5, S.BUNDLING), event(6, S.BUNDLING, "asked again"),
+    event(0, S.PENDING), event(2, S.WAITING_FOR_SHUTDOWN), event(5, S.BUNDLING), event(6, S.BUNDLING, "calls repeated"),
     event(15, S.STORING), event(16, S.COMPLETE),
 ]  # fmt: skip
 
@@ -170,7 +170,7 @@ HISTORY = [
         (HISTORY[:1], 1, [1]),
         ([], 1, []),
     ],
-    ids=["complete", "under way", "pending", "from before there was a history"],
+    ids=["complete", "in progress", "pending", "from before there was a history"],
 )
 def test_state_durations_end_at_next_state_or_now(happened, now, seconds):
     spent = state_durations(happened, T0 + timedelta(seconds=now))

@@ -1,9 +1,9 @@
-"""Whatever callers, crashes and other people do to instances, in any order: only what the model allows is seen.
+"""Calls, crashes and power changes by other clients, in any order: responses show only states that the model allows.
 
-Hypothesis draws the orders, from a seed that stands in the test's name and can be given as THRAVE_SEED. The server is
-the product itself, killed by SIGKILL and started again on its data. After each step, what it shows is checked against
+Hypothesis draws the orders, from a seed that is in the test's name and can be set as THRAVE_SEED. The server is
+a real one, killed with SIGKILL and started again on its data. After each step, its responses are checked against
 `tests/support/crashes/reference_model.py`; once every task has ended, the bucket and the instances are checked too.
-Each order is drawn in full before it is known how fast the server is: rules that cannot do anything now do nothing.
+Each order is drawn before the speed of the server is known: a rule that is not possible at its moment does nothing.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ EITHER = st.integers(0, 1)  # of the two instances
 
 
 class RestartableServer:
-    """A server that may be down, and what stays the same from one order to the next."""
+    """A server that may be stopped, and the state that is shared by all orders."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -44,7 +44,7 @@ class RestartableServer:
         self._ec2 = None
 
     def ec2(self):
-        """A client of the server, which is started if it is down."""
+        """Return a client of the server; start the server if it is stopped."""
         if self._ec2 is None:
             self.server.start()
             self._ec2 = self.server.client(self.key)
@@ -69,7 +69,7 @@ class RestartableServer:
 
 
 class Machine(RuleBasedStateMachine):
-    """The orders: two instances of one account, and what can happen to them."""
+    """The rules: two instances of one account, and what can happen to them."""
 
     service: RestartableServer
     seeds = count(1)
@@ -95,7 +95,7 @@ class Machine(RuleBasedStateMachine):
         else:
             self.describe()
             assert instance.is_there
-            assert instance.unfinished is None, "a second task was begun"
+            assert instance.unfinished is None, "a second task was created"
             instance.bundled(answer["BundleTask"]["BundleId"], prefix, disturbed=bool(before and before.disturbed))
 
     @rule(which=EITHER)
@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
             self.instances[which].is_there = False
 
     def disturb(self, which, what, *, runs):
-        """Somebody else stops, starts or removes an instance, which may be refused only while a task has it."""
+        """Another client stops, starts or removes an instance; it may be refused only during a task."""
         instance = self.instances[which]
         instance.disturb()
         try:
@@ -183,7 +183,7 @@ class Machine(RuleBasedStateMachine):
 
 
 def asked(call, **parameters):
-    """An answer and no refusal, or no answer and the refusal's code and message."""
+    """Return the response and None, or None and the code and message of the error."""
     try:
         return call(**parameters), None
     except ClientError as error:
@@ -201,7 +201,7 @@ def test_service_shows_only_states_of_the_model(tmp_path, drawn_from, capfd):
         stateful_step_count=14,
         deadline=None,
         database=None,
-        phases=[Phase.generate],  # the server's pace is not the same again: a failure would not shrink
+        phases=[Phase.generate],  # the server's timing is not reproducible, so a failure would not shrink
         suppress_health_check=list(HealthCheck),
     )
     try:

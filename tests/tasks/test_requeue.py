@@ -1,4 +1,4 @@
-"""A task in the database that the workflow engine has no record of: the service completes it."""
+"""A task whose workflow is missing in the task queue: the service enqueues it again and completes it."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""A root volume whose disk does not answer: the task ends, and nothing keeps the machine from being started."""
+"""A root volume on an unresponsive disk: the task ends, and the machine can be started."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ DRIVERS = {"raw": RawVolume, "qcow2": QemuVolume}
 
 
 class Disk:
-    """A disk that does not answer until it is let go."""
+    """A disk that does not respond until the test releases it."""
 
     def __init__(self):
         self.asked, self.answers = threading.Event(), threading.Event()
@@ -52,7 +52,7 @@ def test_unresponsive_disk_is_abandoned_and_instance_starts(bench, tmp_path, mon
         monkeypatch.setattr("thrave.volumes.image_chain.ImageChain.check_unchanged", disk.hang)
 
     def work():
-        with bench.watch() as watch, VolumeReader(partial(opening, image, image_format), watch) as reader:
+        with bench.monitor() as monitor, VolumeReader(partial(opening, image, image_format), monitor) as reader:
             if moment == "a look":
                 reader.run(disk.hang)
 
@@ -65,7 +65,7 @@ def test_unresponsive_disk_is_abandoned_and_instance_starts(bench, tmp_path, mon
     with pytest.raises(TaskCancelled):
         work()
     canceller.join()
-    with written_to(image, image_format):  # the machine runs, though the call still hangs
+    with written_to(image, image_format):  # the machine runs although the call still hangs
         assert not disk.answers.is_set()
     disk.answers.set()
     eventually(lambda: str(image) not in open_files(), "the volume is closed by the call")
@@ -74,6 +74,6 @@ def test_unresponsive_disk_is_abandoned_and_instance_starts(bench, tmp_path, mon
 def open_files():
     links = []
     for number in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # it was closed just now
+        with suppress(FileNotFoundError):  # it was closed in the meantime
             links.append(str(number.readlink()))
     return links

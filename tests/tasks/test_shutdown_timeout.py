@@ -1,4 +1,4 @@
-"""Guests that do not hear that they shall power off, and instances that do not start again; the real service."""
+"""Guests that ignore shutdown requests, and instances that do not start again, through the real service."""
 
 import re
 import signal
@@ -17,11 +17,11 @@ from thrave.tasks.repository import TaskRepository
 from thrave.vault import Vault
 
 MIB = 1 << 20
-DEAF = ("true",)
+IGNORED = ("true",)
 
 
 def begin(server, tmp_path, **commands):
-    """A task on an instance with these commands: a client, the instance's id, the task's."""
+    """Start a task on an instance with these commands; return client, instance id and bundle id."""
     account, key = server.account("alice")
     instance = server.instance(account.account_id, make_disk(tmp_path / "root.raw", MIB), **commands)
     ec2 = server.client(key)
@@ -38,7 +38,7 @@ def notice(server, bundle_id):
 
 
 def test_power_off_action_cuts_power_with_warning(tmp_path, machine):
-    commands = {**machine.commands, "stop_command": DEAF}
+    commands = {**machine.commands, "stop_command": IGNORED}
     with ForkedServer.running(tmp_path / "data", shutdown_timeout=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         assert await_task(server.client(key), bundle_id, "failed", "complete")["State"] == "complete"
@@ -53,11 +53,11 @@ def test_power_off_action_cuts_power_with_warning(tmp_path, machine):
     [
         (None, "its power cannot be cut: i-.* has no forceStopCommand"),
         (("ls", "/nowhere"), "its power cannot be cut: .*ended with 2"),
-        (DEAF, "still runs although its power was cut"),
+        (IGNORED, "still runs although its power was cut"),
     ],
 )
 def test_failed_power_cut_fails_task_with_reason(tmp_path, machine, force, words):
-    commands = {**machine.commands, "stop_command": DEAF, "force_stop_command": force}
+    commands = {**machine.commands, "stop_command": IGNORED, "force_stop_command": force}
     with ForkedServer.running(tmp_path / "data", shutdown_timeout=1, shutdown_timeout_action="power-off") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         error = await_task(server.client(key), bundle_id, "failed", "complete")["BundleTaskError"]
@@ -67,13 +67,13 @@ def test_failed_power_cut_fails_task_with_reason(tmp_path, machine, force, words
 
 
 def test_guest_that_powers_off_while_service_is_down_is_started(tmp_path, machine):
-    commands = {**machine.commands, "stop_command": DEAF}
+    commands = {**machine.commands, "stop_command": IGNORED}
     with ForkedServer.running(tmp_path / "data", shutdown_timeout=1) as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
         await_task(server.client(key), bundle_id, "failed")
         server.stop(signal.SIGKILL)
         machine.set_state("shut off")
-        time.sleep(1.5)  # past twice the grace period: nobody would look after it any more
+        time.sleep(1.5)  # longer than twice `shutdown_timeout`: power recovery would have ended
         server.start()
         eventually(lambda: server.instances.state(instance_id) is InstanceState.RUNNING)
 
@@ -84,7 +84,7 @@ def test_failed_start_is_retried(tmp_path, machine):
     commands = {**machine.commands, "start_command": (*start, str(gate), *machine.commands["start_command"])}
     with ForkedServer.running(tmp_path / "data") as server:
         key, instance_id, bundle_id = begin(server, tmp_path, **commands)
-        await_task(server.client(key), bundle_id, "complete")  # it costs no bundle
+        await_task(server.client(key), bundle_id, "complete")  # the failed start does not fail the task
         assert server.instances.state(instance_id) is InstanceState.STOPPED
         server.stop(signal.SIGKILL)
         gate.touch()

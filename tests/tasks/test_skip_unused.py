@@ -23,7 +23,7 @@ def alice(server):
 
 
 def finished(server, alice, root, prefix):
-    """Bundle a disk, wait, and tell the task."""
+    """Bundle a disk, wait for the end of the task, and return the task."""
     account, key = alice
     instance = server.instance(account.account_id, root)
     ec2 = server.client(key)

@@ -1,4 +1,4 @@
-"""A disk that stops answering while it is bundled, through the real service: qemu-nbd is stopped."""
+"""A disk that stops responding during bundling, through the real service: qemu-nbd is stopped."""
 
 from contextlib import suppress
 
@@ -42,6 +42,6 @@ def test_unresponsive_disk_fails_task_and_instance_runs_again(tmp_path):
         assert task["BundleTaskError"]["Code"] == "Server.NoProgress"
         assert server.instances.state(instance.instance_id) is InstanceState.RUNNING
         eventually(lambda: [*bucket.rglob("*")], "the bucket is empty", until=lambda found: not found)
-        with suppress(psutil.NoSuchProcess):  # it was killed, since it did not end by itself
+        with suppress(psutil.NoSuchProcess):  # it was killed because it did not end
             disk.resume()
         eventually(lambda: not disk_servers())

@@ -26,7 +26,7 @@ def unavailable(times, **options):
 
 
 class Hypervisor:
-    """Returns or raises these answers in turn; its clock advances in `call` and `sleep` only."""
+    """Returns or raises these results in turn; the clock advances only in `call` and `sleep`."""
 
     def __init__(self, *answers, takes=0.0):
         self.answers, self.takes, self.now = [*answers], takes, 0.0
@@ -145,7 +145,7 @@ def no_pauses(monkeypatch):
 
 
 def fail_times(number, result):
-    """A step that fails so many times because the database is full."""
+    """Return a step that fails `number` times because the database is full."""
     calls = []
 
     def work():

@@ -1,7 +1,7 @@
-"""Concurrent calls: whatever ends when, no result and no failure is lost.
+"""Concurrent calls to a store: no result and no error is lost, in any order of their ends.
 
-The machine holds each call with an event and lets it end, well or not, at a moment that Hypothesis draws: before the
-next start, between the last start and the first look, while somebody waits for results, and after the last look.
+The machine holds each call with an event and lets it end, with a result or an error, at a moment that Hypothesis
+draws: before the next start, between the last start and the first wait, during a wait, and after the last wait.
 """
 
 import errno
@@ -21,11 +21,11 @@ MANY_SECONDS = 60
 
 
 class CallError(Exception):
-    """What a call raises."""
+    """The error of a call."""
 
 
 class HeldCall:
-    """A call that ends when it is told how."""
+    """A call that ends when the test sets its result."""
 
     def __init__(self, number):
         self.number = number
@@ -46,7 +46,7 @@ class HeldCall:
         self._go.set()
 
     def end(self, *, fails):
-        """End, and be counted."""
+        """End the call, and count it."""
         self.let_go(fails=fails)
         while self._thread is None:
             threading.Event().wait(0.001)
@@ -54,7 +54,7 @@ class HeldCall:
 
 
 class CallsMachine(RuleBasedStateMachine):
-    """A user of `CallGroup` who starts, looks, and in the end leaves the block in one of the ways that there are."""
+    """Starts calls in a `CallGroup`, waits for results, and leaves the block in each possible way."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class CallsMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def wait_for_the_rest(self, data):
-        """The calls end while another thread waits for them."""
+        """Let the calls end while another thread waits for them."""
         outcomes = [(call, data.draw(st.booleans())) for call in data.draw(st.permutations(self.running))]
         got, raised = [], []
 
@@ -130,7 +130,7 @@ class CallsMachine(RuleBasedStateMachine):
         self.leave()
 
     def leave(self):
-        """Leave the block as if nothing had happened: only if nothing has, that is no error."""
+        """Leave the block without an error: an error only if a call has failed or its result was not taken."""
         if self.failed:
             with pytest.raises(CallError):
                 self.calls.__exit__(None, None, None)
@@ -179,12 +179,12 @@ def test_call_group_stop_abandons_running_calls():
         stop(group)
     assert group.abandoned
     with pytest.raises(StoppedError):
-        group.check_wanted()  # what it asks before its next attempt
+        group.check_wanted()  # as a call does before its next attempt
     call.end(fails=False)
 
 
 def refusing(monkeypatch, times):
-    """Lets no thread start, so many times."""
+    """Let the first `times` starts of a thread fail."""
     start, refused = threading.Thread.start, []
 
     def refuse(thread):
@@ -213,14 +213,14 @@ def test_call_group_does_not_wait_for_call_without_thread(monkeypatch):
         refusing(patched, 1000)
         with pytest.raises(NoThreadError) as caught:
             group.start(lambda: None)
-    assert caught.value.errno == errno.EAGAIN  # may pass
+    assert caught.value.errno == errno.EAGAIN  # a transient error
     assert caught.value.waited == store_calls.START_TIMEOUT
     assert group.pending == 0
     assert [*group.remaining()] == []
 
 
 def test_in_flight_objects_wait_until_free_ends():
-    """An abandoned upload hangs; whoever waits for it may be stopped meanwhile, and waits no longer than is given."""
+    """An abandoned upload hangs. A thread that waits for it can be stopped, and waits at most for the timeout."""
     places, passes = InFlightObjects(), []
     with places.lock("bucket", "key"):
         assert places.in_flight_keys("bucket") == {"key"}

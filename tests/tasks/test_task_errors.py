@@ -1,4 +1,4 @@
-"""The table of reasons, and which of them an error becomes."""
+"""The table of error codes, and the code of each error."""
 
 import re
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_error_code_has_prefix_and_remedy(code):
 @pytest.mark.parametrize(
     "error",
     [
-        VolumeUnreadableError(Path("/vm/a/win.raw"), "it stands on /vm/b/x.raw", files=("/vm/b/x.raw",)),
+        VolumeUnreadableError(Path("/vm/a/win.raw"), "it refers to /vm/b/x.raw", files=("/vm/b/x.raw",)),
         ImageRefusedError(Path("/vm/a/win.vhd"), "it is a differencing disk"),
         VolumeChangedError(Path("/vm/a/win.raw"), "something wrote to it"),
         VolumeInUseError(Path("/vm/a/win.raw")),

@@ -1,4 +1,4 @@
-"""What callers see of their tasks, where the database alone decides."""
+"""Responses about tasks that depend only on the database."""
 
 import time
 from datetime import timedelta
@@ -29,7 +29,7 @@ def tasks(engine, tmp_path):
 
 @pytest.fixture
 def selects(engine):
-    """Every query from now on."""
+    """Return a list that gets every query from now on."""
     seen = []
     sa.event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[2]))
     return seen

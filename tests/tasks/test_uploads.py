@@ -1,4 +1,4 @@
-"""A volume sealed into a bucket: parts sent at once and out of order, crashes, refusals, and a store that hangs."""
+"""Upload of a volume: parallel uploads, crashes, refusals, and a store that hangs."""
 
 import os
 import re
@@ -40,7 +40,7 @@ from thrave.tasks.queries import TaskQueries
 from thrave.volumes.raw import RawVolume
 
 PARTS = 10
-CHUNKS = 8 * (os.cpu_count() or 1) * CHUNK  # bytes: read and not yet deflated, deflated and not yet enciphered
+CHUNKS = 8 * (os.cpu_count() or 1) * CHUNK  # bytes that are read and not compressed, or compressed and not encrypted
 
 
 @pytest.fixture(scope="module")
@@ -49,25 +49,26 @@ def disk(tmp_path_factory):
 
 
 @pytest.fixture
-def made_bench(tmp_path):
-    """Makes a task's bench; all of one test have the same database."""
+def make_bench(tmp_path):
+    """Return a function that creates a bench; all benches of a test have the same database."""
     with ExitStack() as stack:
         yield lambda buckets, **options: stack.enter_context(closing(UploadBench(tmp_path, buckets, **options)))
 
 
 @pytest.fixture
-def bench(made_bench, buckets):
-    return made_bench(buckets)
+def bench(make_bench, buckets):
+    return make_bench(buckets)
 
 
 @pytest.fixture
-def killed(made_bench, tmp_path):
-    """Seals in another process, killed when all parts up to the last of those that are held are stored but these."""
+def killed(make_bench, tmp_path):
+    """Return a function that seals in another process, and kills it once all unblocked parts before the last blocked
+    one are stored."""
 
     def kill(disk, *held):
         argv = [sys.executable, "-m", "support.service.upload_bench", tmp_path, disk, *map(str, held)]
         stored = [number not in held for number in range(held[-1] + 1)]
-        bench = made_bench(directory(tmp_path))
+        bench = make_bench(directory(tmp_path))
         with subprocess.Popen(argv, cwd=Path(__file__).parents[1]) as process:
             eventually(lambda: [item.size is not None for item in bench.journal.objects()] == stored)
             process.send_signal(signal.SIGKILL)
@@ -81,7 +82,7 @@ def numbers(keys):
 
 
 class StoppingVolume(RawVolume):
-    """A volume that can be read up to some place; behind that a read hangs until somebody lets it go."""
+    """A volume that can be read up to an offset; a read behind it hangs until the test releases it."""
 
     def __init__(self, path, end, gate):
         super().__init__(path)
@@ -108,25 +109,25 @@ def test_uploads_that_end_in_any_order_make_one_bundle(tmp_path, disk, buckets, 
     assert [(item.key, item.size) for item in bench.journal.objects()] == [(p.filename, p.size) for p in sealed.parts]
 
 
-def test_sealing_waits_for_slow_upload_only_at_end_of_window(disk, buckets, bench, begun):
-    buckets.hold("put", part(0))
-    sealing = begun(bench.seal, RawVolume(disk), at_once=2)
+def test_sealing_waits_for_slow_upload_only_at_end_of_window(disk, buckets, bench, run_in_thread):
+    buckets.block("put", part(0))
+    sealing = run_in_thread(bench.seal, RawVolume(disk), at_once=2)
     buckets.wait_for(lambda: len(buckets.ended) == 7)
     time.sleep(0.3)
-    assert sorted(numbers(buckets.begun)) == [*range(8)]
-    buckets.let_go()
+    assert sorted(numbers(buckets.started)) == [*range(8)]
+    buckets.release_all()
     assert len(sealing.result().parts) == PARTS
 
 
-def test_parts_in_memory_are_limited(disk, buckets, bench, begun, stall_clock):
-    buckets.hold("put")
+def test_parts_in_memory_are_limited(disk, buckets, bench, run_in_thread, stall_clock):
+    buckets.block("put")
     volume = StoppingVolume(disk, disk.stat().st_size, threading.Event())
-    sealing = begun(bench.seal, volume, at_once=2, stall_timeout=1.0)
-    eventually(lambda: len(buckets.begun), until=one_of(2))
+    sealing = run_in_thread(bench.seal, volume, at_once=2, stall_timeout=1.0)
+    eventually(lambda: len(buckets.started), until=one_of(2))
     stall_clock.run()
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
         sealing.result(120)
-    assert len(buckets.begun) == 2
+    assert len(buckets.started) == 2
     assert volume.read < (2 + 3) * PART_SIZE + CHUNKS
 
 
@@ -136,30 +137,30 @@ def test_refused_upload_stops_the_others(disk, buckets, bench):
             raise AccessDenied("Policy expired.")
 
     buckets.before = refuse
-    buckets.hold("put", part(1))
+    buckets.block("put", part(1))
     store = bench.store()
     with pytest.raises(AccessDenied):
         bench.seal(RawVolume(disk), store=store)
-    buckets.wait_for(lambda: len(buckets.ended) == len(buckets.begun) - 1)
+    buckets.wait_for(lambda: len(buckets.ended) == len(buckets.started) - 1)
     store.remove_objects()
     assert bench.stored_keys() == []
-    assert [item.key for item in bench.journal.objects()] == [PREFIX + part(1)]  # it may yet come
-    assert len(buckets.begun) < PARTS
-    buckets.let_go()
-    buckets.wait_for(lambda: len(buckets.ended) == len(buckets.begun))
+    assert [item.key for item in bench.journal.objects()] == [PREFIX + part(1)]  # its request may still arrive
+    assert len(buckets.started) < PARTS
+    buckets.release_all()
+    buckets.wait_for(lambda: len(buckets.ended) == len(buckets.started))
     eventually(lambda: store.remove_objects() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
 
 
-def test_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, begun):
-    buckets.hold("put")
-    sealing = begun(bench.seal, RawVolume(disk))
-    buckets.wait_for(lambda: len(buckets.begun) == 4)
+def test_cancellation_takes_effect_while_uploads_hang(disk, buckets, bench, run_in_thread):
+    buckets.block("put")
+    sealing = run_in_thread(bench.seal, RawVolume(disk))
+    buckets.wait_for(lambda: len(buckets.started) == 4)
     assert bench.records.cancel(bench.bundle_id)
     with pytest.raises(TaskCancelled):
         sealing.result(timeout=30)
     assert len(buckets.ended) == 0
-    buckets.let_go()
+    buckets.release_all()
     buckets.wait_for(lambda: len(buckets.ended) == 4)
     store = bench.store()
     eventually(lambda: store.remove_objects() or bench.journal.objects() == [])
@@ -190,12 +191,12 @@ def test_slow_disk_does_not_fail_task(disk, bench, stall_clock):
 def test_unresponsive_store_fails_task_also_at_its_end(disk, buckets, bench, hanging):
     documents = bench.documents(bench.seal(RawVolume(disk)))
     store = bench.store()
-    buckets.hold(hanging)
+    buckets.block(hanging)
 
     def finish():
-        with bench.watch(stall_timeout=1.0) as watch:
-            store.verify_stored(documents, watch)
-            store.put_manifest(documents, watch, lambda: True)
+        with bench.monitor(stall_timeout=1.0) as monitor:
+            store.verify_stored(documents, monitor)
+            store.put_manifest(documents, monitor, lambda: True)
 
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
         finish()
@@ -203,11 +204,11 @@ def test_unresponsive_store_fails_task_also_at_its_end(disk, buckets, bench, han
 
 def test_removal_from_unresponsive_store_ends_and_can_be_repeated(disk, buckets, bench):
     bench.seal(RawVolume(disk))
-    buckets.hold("delete")
+    buckets.block("delete")
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
         bench.store(stall_timeout=0.5).remove_objects()
     assert len(bench.journal.objects()) == PARTS
-    buckets.let_go()
+    buckets.release_all()
     store = bench.store()
     eventually(lambda: store.remove_objects() or bench.journal.objects() == [])
     assert bench.stored_keys() == []
@@ -220,10 +221,10 @@ def test_only_parts_in_flight_are_uploaded_again_after_kill(tmp_path, disk, kill
     assert (before.first_part, sorted(n for n, sent in before.sent.items() if not sent.stored)) == (held[0], [*held])
     sealed = bench.seal(RawVolume(disk))
     assert sealed.bundle_key == before.bundle_key
-    assert sorted(numbers(bench.buckets.begun)) == [*held, 9]
+    assert sorted(numbers(bench.buckets.started)) == [*held, 9]
     assert opened(tmp_path, sealed, private_key("user")) == disk.read_bytes()
     beyond = sum(number not in held for number in range(held[0], held[-1]))
-    assert bench.told() == [f"Sealing resumes after {held[0]} parts; {beyond} parts beyond them are stored."]
+    assert bench.events() == [f"Sealing resumes after {held[0]} parts; {beyond} parts beyond them are stored."]
 
 
 @pytest.mark.parametrize("changed", [1, 3, 6], ids=["before the checkpoint", "in flight", "beyond"])
@@ -234,21 +235,21 @@ def test_disk_that_changed_after_kill_is_sealed_with_another_key(tmp_path, disk,
     first = bench.journal.resume_state().bundle_key
     with other.open("r+b") as file:
         file.seek(changed * PART_SIZE + PART_SIZE // 2)
-        file.write(b"somebody was here")
+        file.write(b"overwritten part")
     sealed = bench.seal(RawVolume(other))
     assert sealed.bundle_key != first
-    assert "Sealing restarts with another key: " in bench.told()[1]
+    assert "Sealing restarts with another key: " in bench.events()[1]
     assert opened(tmp_path, sealed, private_key("user")) == other.read_bytes()
 
 
 def test_verify_stored_finds_overwritten_part(disk, buckets, bench):
     sealed = bench.seal(RawVolume(disk))
-    buckets.put(BUCKET, sealed.parts[4].filename, b"somebody was here")
+    buckets.put(BUCKET, sealed.parts[4].filename, b"overwritten part")
     with (
         pytest.raises(TaskFailure, match=rf"a different object now as '{PREFIX}{part(4)}'"),
-        bench.watch() as watch,
+        bench.monitor() as monitor,
     ):
-        bench.store().verify_stored(bench.documents(sealed), watch)
+        bench.store().verify_stored(bench.documents(sealed), monitor)
 
 
 def test_event_has_number_of_repeated_store_calls(disk, buckets, bench):
@@ -259,14 +260,14 @@ def test_event_has_number_of_repeated_store_calls(disk, buckets, bench):
             raise TransientError("SlowDown", 503, "Please reduce your request rate.")
 
     buckets.before = fail
-    bench.seal(RawVolume(disk), patience=30.0)
-    assert bench.told() == [
+    bench.seal(RawVolume(disk), retry_timeout=30.0)
+    assert bench.events() == [
         "Calls to the store that were repeated: 1, the last after SlowDown(503)- Please reduce your request rate."
     ]
 
 
 def sealed_bundle(bench, disk, **options):
-    """A bundle of a small disk, complete in its bucket, and the task that made it ended."""
+    """Store a complete bundle of a small disk, and end its task."""
     sealed = bench.seal(RawVolume(disk), **options)
     bench.finish(sealed, **options)
     assert bench.records.complete(bench.bundle_id)
@@ -281,10 +282,10 @@ def failed(bench):
     bench.records.fail(bench.bundle_id, TaskCancelled())
 
 
-def test_upload_refuses_prefix_with_bundle(small, buckets, made_bench):
-    sealed_bundle(made_bench(buckets), small)
-    before = contents(made_bench(buckets))
-    second = made_bench(buckets, bundle_id="bun-00000002")
+def test_upload_refuses_prefix_with_bundle(small, buckets, make_bench):
+    sealed_bundle(make_bench(buckets), small)
+    before = contents(make_bench(buckets))
+    second = make_bench(buckets, bundle_id="bun-00000002")
     with pytest.raises(TaskFailure, match=r"Client\.PrefixInUse"):
         second.seal(RawVolume(small))
     second.store().remove_objects()
@@ -301,8 +302,8 @@ def test_put_manifest_refuses_manifest_stored_during_sealing(small, buckets, ben
 
 
 def test_upload_never_overwrites_objects_under_prefix(small, buckets, bench):
-    """Somebody's parts without a manifest, and a side file, lie where the bundle goes."""
-    strange = {f"{PREFIX}.part.{number}": b"somebody's" for number in range(3)} | {side_filename(PREFIX): b"{}"}
+    """Parts of another user without a manifest, and a side file, are at the location of the bundle."""
+    strange = {f"{PREFIX}.part.{number}": b"of another user" for number in range(3)} | {side_filename(PREFIX): b"{}"}
     for key, data in strange.items():
         buckets.put(BUCKET, key, data)
     sealed = bench.seal(RawVolume(small))
@@ -312,15 +313,15 @@ def test_upload_never_overwrites_objects_under_prefix(small, buckets, bench):
     assert contents(bench) == strange
 
 
-def test_sealings_of_one_prefix_use_different_keys(small, buckets, made_bench):
-    """A failed task, two complete ones and one that began again with another key."""
+def test_sealings_of_one_prefix_use_different_keys(small, buckets, make_bench):
+    """A failed task, two complete ones, and one that restarted with another key."""
     names = []
     for number in range(1, 5):
-        bench = made_bench(buckets, bundle_id=f"bun-{number:08}")
+        bench = make_bench(buckets, bundle_id=f"bun-{number:08}")
         sealed = bench.seal(RawVolume(small), existing="replace")
         names += [{part.filename for part in sealed.parts}]
         if number == 4:
-            bench.journal.start_sealing(sealed.bundle_key)  # as after a crash; what was sent cannot be resumed
+            bench.journal.start_sealing(sealed.bundle_key)  # as after a crash, if the sealing cannot be resumed
             bench.store().remove_objects()
             sealed = bench.seal(RawVolume(small), existing="replace")
             names += [{part.filename for part in sealed.parts}]
@@ -341,13 +342,13 @@ def small(tmp_path):
 
 
 @pytest.fixture
-def replacing(tmp_path, small, buckets, made_bench):
-    """A second task on the place of a complete bundle, its manifest about to be stored."""
-    first = made_bench(buckets)
+def replacing(tmp_path, small, buckets, make_bench):
+    """Prepare a second task at the location of a complete bundle, up to the upload of its manifest."""
+    first = make_bench(buckets)
     sealed_bundle(first, small)
     before = contents(first)
     other = noise_disk(tmp_path / "other.raw", 2, seed=2)
-    bench = made_bench(buckets, bundle_id="bun-00000002")
+    bench = make_bench(buckets, bundle_id="bun-00000002")
     return bench, before, bench.seal(RawVolume(other), existing="replace"), other
 
 
@@ -380,12 +381,12 @@ def test_failed_replacement_leaves_exactly_the_earlier_bundle(replacing, moment)
             raise AccessDenied("Policy expired.")
 
     bench.buckets.before = refuse
-    with bench.watch() as watch, suppress(AccessDenied):
+    with bench.monitor() as monitor, suppress(AccessDenied):
         if moment != "parts":
-            bench.store().put_side_file(documents, watch)
+            bench.store().put_side_file(documents, monitor)
         if moment.startswith("manifest"):
-            bench.store(existing="replace").put_manifest(documents, watch, send)
-    if moment == "manifest damaged":  # the store keeps other bytes than were sent
+            bench.store(existing="replace").put_manifest(documents, monitor, send)
+    if moment == "manifest damaged":  # the store keeps other bytes than those it received
         bench.buckets.put(BUCKET, MANIFEST, documents["manifest"].encode()[:-9])
     bench.buckets.before = lambda _what, _key: None
     bench.store().remove_objects()
@@ -394,7 +395,7 @@ def test_failed_replacement_leaves_exactly_the_earlier_bundle(replacing, moment)
 
 
 def test_object_cleanup_undoes_failed_replacement(replacing):
-    """The store did not answer when the task failed; its manifest has come to be stored."""
+    """The store did not respond when the task failed; the manifest was stored later."""
     bench, before, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     failed(bench)
@@ -403,11 +404,11 @@ def test_object_cleanup_undoes_failed_replacement(replacing):
     assert not bench.records.has_orphans(bench.bundle_id)
 
 
-def test_failed_replacement_keeps_manifest_of_another_user(replacing, small, made_bench, buckets):
+def test_failed_replacement_keeps_manifest_of_another_user(replacing, small, make_bench, buckets):
     bench, _, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     failed(bench)
-    third = made_bench(buckets, bundle_id="bun-00000003")
+    third = make_bench(buckets, bundle_id="bun-00000003")
     sealed_bundle(third, small, existing="replace")
     manifest = buckets.get(BUCKET, MANIFEST)
     ObjectCleanup(bench.records, bench.buckets, "localhost", stall_timeout=60.0).run_once()
@@ -431,7 +432,7 @@ def test_remaining_parts_of_replaced_bundle_are_removed_later(replacing):
 
 
 def test_bundle_restored_by_hand_is_not_removed(replacing):
-    """Its parts were to be removed; then its owner has copied it to its place again."""
+    """The parts had to be removed; before that, the owner has copied the bundle to the location again."""
     bench, before, sealed, _ = replacing
     bench.finish(sealed, existing="replace")
     for key, data in before.items():
@@ -440,8 +441,8 @@ def test_bundle_restored_by_hand_is_not_removed(replacing):
     assert contents(bench).items() >= before.items()
 
 
-def test_hostile_manifest_cannot_cause_removal_of_other_objects(small, buckets, bench, made_bench):
-    """It names files of other bundles; they stay when the bundle is replaced."""
+def test_hostile_manifest_cannot_cause_removal_of_other_objects(small, buckets, bench, make_bench):
+    """The manifest names files of other bundles; they stay when the bundle is replaced."""
     others = ["other.part.0", f"{PREFIX}2.part.0", f"{PREFIX}.part.0x", "../escape", f"{PREFIX}.parts"]
     sealed = sealed_bundle(bench, small)
     manifest = manifest_of(replace(sealed, parts=tuple(
@@ -460,7 +461,7 @@ def test_cancel_rejects_task_whose_manifest_may_be_sent(replacing):
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "other bytes"])
 def test_verify_stored_finds_damaged_part(disk, buckets, bench, damage):
-    """Where the store keeps no MD5 (a directory), each part is read back."""
+    """The directory store keeps no MD5, so each part is read back."""
     sealed = bench.seal(RawVolume(disk))
     documents = bench.documents(sealed)
     for each in (sealed.parts[0], sealed.parts[5], sealed.parts[-1]):
@@ -470,11 +471,11 @@ def test_verify_stored_finds_damaged_part(disk, buckets, bench, damage):
         else:
             changed = data[:-1] if damage == "shorter" else data[:-1] + bytes([data[-1] ^ 1])
             buckets.put(BUCKET, each.filename, bytes(changed))
-        with pytest.raises(TaskFailure, match=re.escape(each.filename)), bench.watch() as watch:
-            bench.store().verify_stored(documents, watch)
+        with pytest.raises(TaskFailure, match=re.escape(each.filename)), bench.monitor() as monitor:
+            bench.store().verify_stored(documents, monitor)
         buckets.put(BUCKET, each.filename, bytes(data))
-    with bench.watch() as watch:
-        bench.store().verify_stored(documents, watch)
+    with bench.monitor() as monitor:
+        bench.store().verify_stored(documents, monitor)
 
 
 def test_verify_stored_checks_part_without_record(small, buckets, bench):
@@ -482,21 +483,21 @@ def test_verify_stored_checks_part_without_record(small, buckets, bench):
     documents = bench.documents(sealed)
     bench.journal.end_deletion([item.key for item in bench.journal.objects()])
     buckets.delete(BUCKET, [sealed.parts[0].filename])
-    with pytest.raises(TaskFailure, match="has lost"), bench.watch() as watch:
-        bench.store().verify_stored(documents, watch)
+    with pytest.raises(TaskFailure, match="has lost"), bench.monitor() as monitor:
+        bench.store().verify_stored(documents, monitor)
 
 
-def test_object_with_late_abandoned_upload_stays_recorded(small, buckets, bench, begun, stall_clock):
-    """The removal has passed when it is stored."""
-    buckets.hold("put", part_of_small := ".part.0")
-    sealing = begun(bench.seal, RawVolume(small), stall_timeout=1.0)
-    eventually(lambda: buckets.begun, "the upload begins")
+def test_object_with_late_abandoned_upload_stays_recorded(small, buckets, bench, run_in_thread, stall_clock):
+    """The object is stored after its removal."""
+    buckets.block("put", part_of_small := ".part.0")
+    sealing = run_in_thread(bench.seal, RawVolume(small), stall_timeout=1.0)
+    eventually(lambda: buckets.started, "the upload starts")
     stall_clock.run()
     with pytest.raises(TaskFailure, match=r"Server\.NoProgress"):
         sealing.result(120)
     bench.store().remove_objects()
     assert [item.key for item in bench.journal.objects()] == [PREFIX + part_of_small]
-    buckets.let_go()
+    buckets.release_all()
     buckets.wait_for(lambda: len(buckets.ended) == 1)
     eventually(lambda: bench.stored_keys() == [PREFIX + part_of_small])
     failed(bench)
@@ -512,33 +513,33 @@ def refuse_deletion(what, _key):
 
 
 @pytest.mark.s3
-def test_verify_stored_finds_other_part_of_same_size_by_etag(disk, made_bench, seaweedfs):
+def test_verify_stored_finds_other_part_of_same_size_by_etag(disk, make_bench, seaweedfs):
     buckets = owners(seaweedfs).of(OWNER)
     buckets.create(BUCKET, OWNER)
-    bench = made_bench(BlockingStore(buckets))
+    bench = make_bench(BlockingStore(buckets))
     sealed = bench.seal(RawVolume(disk))
     assert [item.etag for item in bench.journal.objects()] == [
         buckets.head(BUCKET, key).etag for key in bench.stored_keys()
     ]
     documents = bench.documents(sealed)
-    with bench.watch() as watch:
-        bench.store().verify_stored(documents, watch)
+    with bench.monitor() as monitor:
+        bench.store().verify_stored(documents, monitor)
     buckets.put(BUCKET, sealed.parts[4].filename, bytes(PART_SIZE))
     with (
         pytest.raises(TaskFailure, match=rf"a different object now as '{PREFIX}{part(4)}'"),
-        bench.watch() as watch,
+        bench.monitor() as monitor,
     ):
-        bench.store().verify_stored(documents, watch)
+        bench.store().verify_stored(documents, monitor)
     bench.store().remove_objects()
     assert bench.stored_keys() == []
 
 
-def test_journal_is_the_same_on_every_database(disk, buckets, made_bench, database):
-    bench = made_bench(buckets, **database)
+def test_journal_is_the_same_on_every_database(disk, buckets, make_bench, database):
+    bench = make_bench(buckets, **database)
     first = bench.seal(RawVolume(disk))
     left = bench.journal.resume_state()
     assert (left.first_part, [*left.sent]) == (PARTS - 1, [PARTS - 1])
     assert bench.seal(RawVolume(disk)).parts == first.parts
-    assert len(buckets.begun) == PARTS
+    assert len(buckets.started) == PARTS
     bench.store().remove_objects()
     assert (bench.journal.resume_state(), bench.journal.objects(), bench.stored_keys()) == (None, [], [])

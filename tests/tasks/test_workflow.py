@@ -1,4 +1,4 @@
-"""The main job through the real service: a server process, boto3, files."""
+"""Bundle tasks through the real service: a server process, boto3, files."""
 
 import hashlib
 import signal
@@ -112,7 +112,7 @@ def test_cancelled_task_restores_instance_and_bucket(thrave_server, alice, tmp_p
         "Message": "User has requested bundling operation cancellation",
     }
     assert thrave_server.instances.state(instance.instance_id) is InstanceState.RUNNING
-    # An upload that has not ended with its task is cleaned up later.
+    # An upload that has not ended before its task is cleaned up later.
     eventually(lambda: bucket_files(thrave_server), "the bucket is empty", until=lambda files: not files)
 
 
@@ -173,7 +173,7 @@ def test_disk_that_changed_after_kill_is_sealed_again(tmp_path):
         eventually(lambda: len(list(folder.glob("winami.part.*"))) > 3, interval=0.005)
         server.stop(signal.SIGKILL)
         with root.open("r+b") as disk:
-            disk.write(b"somebody was here")
+            disk.write(b"overwritten part")
         server.start()
         await_task(server.client(key), bundle_id, "complete")
         assert opened_sha256(server, "alices-bucket", "winami", tmp_path / "opened.raw") == sha256(root)
@@ -194,10 +194,10 @@ def test_workflow_resumes_after_service_stop(tmp_path):
 def test_guest_that_does_not_power_off_keeps_running(tmp_path):
     with ForkedServer.running(tmp_path / "thrave", shutdown_timeout=1) as server:
         account, key = server.account("alice")
-        deaf = (sys.executable, "-c", "")
+        ignored = (sys.executable, "-c", "")
         state = (sys.executable, "-c", "print('running')")
         root = make_disk(tmp_path / "root.raw", MIB)
-        commands = {"stop_command": deaf, "start_command": deaf, "state_command": state}
+        commands = {"stop_command": ignored, "start_command": ignored, "state_command": state}
         instance = server.instance(account.account_id, root, **commands)
         ec2, bundle_id = bundled(server, key, instance.instance_id)
         task = await_task(ec2, bundle_id, "failed")

@@ -103,7 +103,7 @@ def claim(
             return
         bucket = _bucket(connection, bundle_id)
         if _is_free(connection, bundle_id, bucket, key, run=run, busy=busy):
-            _take(connection, bundle_id, bucket, key, run)  # the next attempt finds it to be this process's
+            _take(connection, bundle_id, bucket, key, run)  # the next attempt finds a row of this process
     raise ObjectInUseError(key, "other processes claim it at the same time", seconds=0.0)
 
 

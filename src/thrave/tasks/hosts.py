@@ -102,7 +102,7 @@ class HostRegistry:
             "heartbeat_timeout": self._heartbeat_timeout, "adopted_by": None,
         }  # fmt: skip
         with self._engine.begin() as connection:
-            if not _move(connection, name, HostEvent.AGENT_STARTS, **row):
+            if not _change_state(connection, name, HostEvent.AGENT_STARTS, **row):
                 connection.execute(host.insert().values(host=name, state=HostState.ACTIVE, **row))
         return HostLease(name, token)
 
@@ -123,8 +123,8 @@ class HostRegistry:
         self._queues.cancel_other_versions(name)
         with self._engine.begin() as connection:
             unfinished = _unfinished(connection, name, include_waiting=_starts_tasks(connection, name))
-        started, awaited = self._queues.started(name), self._queues.scheduled(name)
-        idle = [each for each in unfinished if each not in awaited and each not in RUNNING]
+        started, scheduled = self._queues.started(name), self._queues.scheduled(name)
+        idle = [each for each in unfinished if each not in scheduled and each not in RUNNING]
         self._idle_checks = {each: self._idle_checks.get(each, 0) + 1 for each in idle if each in started}
         lost = [each for each in idle if self._idle_checks.get(each, _MIN_IDLE_CHECKS) >= _MIN_IDLE_CHECKS]
         if not lost:
@@ -143,7 +143,7 @@ class HostRegistry:
     def record_drained(self, lease: HostLease) -> bool:
         """Record that the host is drained; return False if an operator has ended the drain in the meantime."""
         with self._engine.begin() as connection:
-            return _move(connection, lease.host, HostEvent.AGENT_HAS_DRAINED, condition=lease.is_held)
+            return _change_state(connection, lease.host, HostEvent.AGENT_HAS_DRAINED, condition=lease.is_held)
 
     def list(self) -> Sequence[HostStatus]:
         """Return all hosts, sorted by name."""
@@ -163,7 +163,7 @@ class HostRegistry:
         return [one._replace(state=HostState(one.state)) for one in found]
 
     def drain(self, name: str) -> HostState:
-        """Have a host finish its started tasks and start no others.
+        """Let a host finish its started tasks and start no others.
 
         Returns:
             The host's state: `draining`, or `drained` if it was so already.
@@ -180,9 +180,9 @@ class HostRegistry:
 
     def _change(self, name: str, event: HostEvent) -> HostState:
         with self._engine.begin() as connection:
-            moved = _move(connection, name, event)
+            is_changed = _change_state(connection, name, event)
             state = _read(connection, name)[name].state
-        if not moved:
+        if not is_changed:
             raise HostStateError(name, state, event)
         return state
 
@@ -194,7 +194,7 @@ class HostRegistry:
         Args:
             lost: The host that is lost.
             by: The host that takes its instances and unfinished tasks.
-            powered_off: Whether the operator has made sure that the lost host is off. Then its heartbeats are ignored.
+            powered_off: Whether the operator has checked that the lost host is off. Then its heartbeats are ignored.
 
         Returns:
             The ids of the adopted tasks.
@@ -207,7 +207,7 @@ class HostRegistry:
         with self._engine.begin() as connection:
             hosts = _read(connection, lost, by)
             _check_adopter(hosts[by], hosts[lost])
-            _fence_off(connection, hosts[lost], by=by, powered_off=powered_off)
+            _fence(connection, hosts[lost], by=by, powered_off=powered_off)
             # Before the tasks are read: a transaction that adds a task or a request locks the instance's row.
             connection.execute(instance.update().where(instance.c.host == lost).values(host=by))
             tasks = _unfinished(connection, lost)
@@ -244,7 +244,7 @@ class HostRegistry:
             HostInUse: It has sent a heartbeat within its `heartbeat_timeout`.
         """
         with self._engine.begin() as connection:
-            _fence_off(connection, _read(connection, name)[name], by=None, powered_off=powered_off)
+            _fence(connection, _read(connection, name)[name], by=None, powered_off=powered_off)
             # Before the tasks are read, as above.
             connection.execute(instance.delete().where(instance.c.host == name))
             tasks = _unfinished(connection, name)
@@ -276,7 +276,7 @@ def _read(connection: sa.Connection, *names: str) -> dict[str, _Row]:
         host.c.heartbeat_time,
         now().label("now"),
     )
-    # Always in this order, or two adoptions could deadlock.
+    # Sorted, because two adoptions that lock rows in different orders could deadlock.
     ordered = query.where(host.c.host.in_(names)).order_by(host.c.host).with_for_update()
     found = {
         row.host: _Row(
@@ -296,7 +296,7 @@ def _check_adopter(by: _Row, lost: _Row) -> None:
     if by.host == lost.host:
         raise AdopterError(f"Host {by.host} cannot adopt its own tasks. Name another host with --by.")
     if by.state is HostState.FENCED and by.adopted_by == lost.host:
-        return  # it gets back its own tasks, which wait until its agent is started
+        return  # its own tasks return to it, and wait until its agent is started
     if by.state is not HostState.ACTIVE:
         raise AdopterError(f"Host {by.host} is {by.state}. Only an active host can adopt tasks.")
     if by.silence >= max(by.heartbeat_timeout, _MIN_ADOPTER_SILENCE):
@@ -306,27 +306,27 @@ def _check_adopter(by: _Row, lost: _Row) -> None:
         )
 
 
-def _fence_off(connection: sa.Connection, lost: _Row, *, by: str | None, powered_off: bool) -> None:
+def _fence(connection: sa.Connection, lost: _Row, *, by: str | None, powered_off: bool) -> None:
     if lost.state in HEARTBEAT_STATES and lost.silence < lost.heartbeat_timeout and not powered_off:
         raise HostInUse(
             f"Host {lost.host} sent a heartbeat {lost.silence:.0f} s ago. Drain it, or power it off and pass "
             "--powered-off."
         )
-    _move(connection, lost.host, HostEvent.FENCE, lease=_NO_LEASE, adopted_by=by)
+    _change_state(connection, lost.host, HostEvent.FENCE, lease=_NO_LEASE, adopted_by=by)
 
 
-def _move(
+def _change_state(
     connection: sa.Connection,
     name: str,
     event: HostEvent,
     *,
     condition: sa.ColumnElement[bool] | None = None,
-    **values: Any,  # noqa: ANN401 (whatever a column holds)
+    **values: object,
 ) -> bool:
     """Change a host's state by the table, in one statement; return False if there is no such host or transition."""
-    moves = HOST_TRANSITIONS[event]
-    after = sa.case({before.value: after.value for before, after in moves.items()}, value=host.c.state)
-    allowed = [host.c.host == name, host.c.state.in_([*moves]), *([] if condition is None else [condition])]
+    transitions = HOST_TRANSITIONS[event]
+    after = sa.case({before.value: after.value for before, after in transitions.items()}, value=host.c.state)
+    allowed = [host.c.host == name, host.c.state.in_([*transitions]), *([] if condition is None else [condition])]
     return connection.execute(host.update().where(*allowed).values(state=after, **values)).rowcount == 1
 
 

@@ -47,10 +47,10 @@ log = structlog.get_logger()
 class PowerRecovery:
     """Starts instances of one host whose task ended without doing so, and merges the overlays of ended tasks.
 
-    A guest may react late to a shutdown request. If its task is cancelled or fails before that, the instance still runs
-    and there is nothing to start; a minute later it powers off. Or the hypervisor cannot start an instance at the
-    moment. Such an instance is started, if its owner wants it to run by then, until `power_recovery_until`. An instance
-    whose next task has started is not changed, and no instance is stopped.
+    A guest may follow a shutdown request late: its task was cancelled or has failed, the instance still ran and was not
+    started, and a minute later the guest powers off. Or the hypervisor cannot start an instance at the moment. Such an
+    instance is started until `power_recovery_until`, if its owner still wants it to run. An instance whose next task
+    has started is not changed, and no instance is stopped.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class PowerRecovery:
         bundle_id = task.bundle_id
         try:
             is_done = self._start_if_needed(task)
-        except InstanceLocked:  # another thread is deciding about its power, or starts it
+        except InstanceLocked:  # another thread changes its power
             return
         except InstanceNotFound:
             is_done = True
         except SQLAlchemyError as error:
             log.warning("database unavailable, retrying", error=type(error).__name__)
             return
-        except Exception as error:  # noqa: BLE001 (it concerns one instance only)
+        except Exception as error:  # noqa: BLE001 (other instances are not affected)
             self._retries.record_failure(bundle_id)
             log.warning("power recovery failed", instance_id=task.instance_id, error=str(error) or type(error).__name__)
             is_done = self._is_late(task) and not self._extend(task)
@@ -144,7 +144,7 @@ class PowerRecovery:
                 return True
             if self._records.in_progress(task.instance_id):
                 return False
-            # A description file says `stopping` for ever if the process that ran the stopCommand has died.
+            # A description file stays at `stopping` if the process that ran the stopCommand has ended.
             is_off = state in STARTABLE_STATES or (is_late and state is InstanceState.STOPPING)
             if is_off:
                 self._start(task)
@@ -154,7 +154,7 @@ class PowerRecovery:
         return task.power_recovery_until is not None and task.power_recovery_until < self._records.now()
 
     def _extend(self, task: BundleTask) -> bool:
-        """Extend the recovery of an instance that does not start, once: no agent may have run until now."""
+        """Extend the recovery of an instance that does not start, once: perhaps no agent has run until now."""
         if task.bundle_id in self._extended:
             return False
         self._extended.add(task.bundle_id)
@@ -169,7 +169,7 @@ class PowerRecovery:
             self._records.require_lease(task.bundle_id)
             self._check()
             RootOverlay(self._instances, self._records, task, check=self._check).merge_with_timeout(MERGE_TIMEOUT)
-        except Exception as error:  # noqa: BLE001 (it concerns one instance only)
+        except Exception as error:  # noqa: BLE001 (other instances are not affected)
             self._merge_retries.record_failure(task.bundle_id)
             log.warning("overlay merge failed, retrying", instance_id=task.instance_id, error=str(error))
         else:
@@ -268,26 +268,26 @@ class TaskRetention:
     their owners and are never touched.
     """
 
-    def __init__(self, records: TaskRepository, forget: Callable[[datetime], int], keep: timedelta) -> None:
+    def __init__(self, records: TaskRepository, delete_workflows: Callable[[datetime], int], keep: timedelta) -> None:
         """Keep tasks for `keep` after their end.
 
         Args:
             records: The tasks.
-            forget: Deletes workflows that ended before a time, and returns how many (`TaskQueue.delete_ended`).
+            delete_workflows: Deletes workflows that ended before a time; returns how many (`TaskQueue.delete_ended`).
             keep: How long.
         """
         self._records = records
-        self._forget = forget
+        self._delete_workflows = delete_workflows
         self._keep = keep
 
     def run_once(self) -> None:
         """Delete tasks that ended more than `keep` ago, and their workflows."""
-        while self._purge():
+        while self._delete_batch():
             pass
         before = self._records.now() - self._keep
-        while self._forget(before):
+        while self._delete_workflows(before):
             pass
 
-    def _purge(self) -> int:
+    def _delete_batch(self) -> int:
         with failpoint("task-deleted"):
             return self._records.delete_ended(self._keep, limit=DELETE_BATCH)

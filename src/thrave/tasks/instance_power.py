@@ -337,7 +337,7 @@ class InstancePower:
             return
         if is_borrowed and (state in {*UP_STATES, *TERMINATING} or not is_wanted_on):
             self._records.give_back(bundle_id)
-        if self._start_failed:  # no longer than the guest may still follow the shutdown request
+        if self._start_failed:  # recover only while the guest may still follow the shutdown request
             self._records.schedule_power_recovery(bundle_id, self._power_recovery_until)
 
     def restore_without_record(self, *, check: Callable[[], None] | None = None) -> bool:
@@ -362,13 +362,10 @@ class InstancePower:
         try:
             with power_lock(instance_id), start_guard.using(check or self._check):
                 self._instances.start(instance_id)
-        except InstanceLocked as error:  # it was not started
+        except (InstanceLocked, LeaseExpiredError) as error:  # the instance was not started
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
-        except LeaseExpiredError as error:  # another host may have adopted the task
-            log.warning("power recovery failed", instance_id=instance_id, error=str(error))
-            return False
-        except (InstanceError, OSError) as error:  # it may run: its description file cannot be written, for example
+        except (InstanceError, OSError) as error:  # the start may have succeeded before its record failed
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
         else:
             log.warning("instance started without its record: the database is unavailable", instance_id=instance_id)

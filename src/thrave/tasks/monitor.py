@@ -1,7 +1,7 @@
-"""Monitors a step of a task while it runs: cancellation, stall, volume check, progress. Each has a thread of its own.
+"""Monitors a step of a task while it runs: cancellation, stall, volume check, progress. Each has its own thread.
 
-A database that hangs, or progress that cannot be recorded, does not delay a stop. Work that waits calls `pause`; work
-that only another thread can stop is given to `watch`; a call that may hang is waited for with `wait_for_result`.
+A database that hangs does not delay a stop. Work stops in one of three ways: work that waits calls `pause`; work that
+another thread must stop is passed to `watch`; for a call that may hang, the caller uses `wait_for_result`.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from thrave.tasks.models import FINISHED, BundleTask, BundleTaskState
 from thrave.tasks.repository import TaskRepository
 
 INTERVAL = 0.25  # seconds between two checks; a cancellation must take effect within two seconds
-GUARD_INTERVAL = 1.0  # seconds between two checks that nothing writes to the volume
-GUARD_TIMEOUT = 60.0  # seconds without a result of that check after which the work stops
+CHECK_INTERVAL = 1.0  # seconds between two checks that nothing writes to the volume
+CHECK_TIMEOUT = 60.0  # seconds without a result of that check after which the work stops
 _MAX_TICK = 2.0  # seconds between two ticks; if more have passed, the process was suspended
 _RECORD, _PROGRESS = "record", "progress"
 _JOIN_TIMEOUT = 2.0  # seconds to wait for the threads to end; a database that does not respond may hold them longer
@@ -67,8 +67,8 @@ class TaskMonitor:
         self._threads: list[Background] = []
         self._elapsed = 0.0  # seconds in which this process ran
         self._last_activity = 0.0  # `_elapsed` at the last progress of the work
-        self._last_check: float | None = None  # `_elapsed` at the last successful check of the volume
-        self._check_error: Exception | None = None  # why the check has failed since
+        self._last_check: float | None = None  # `_elapsed` at the last successful volume check
+        self._check_error: Exception | None = None  # the error of the last volume check if it has failed
 
     def watch(self, cancel: Callable[[], None], progress: Callable[[], float] | None = None) -> None:
         """Monitor this work from now on.
@@ -93,11 +93,11 @@ class TaskMonitor:
     def add_check(self, check: Callable[[], None]) -> None:
         """Call `check` once a second from now on; stop the work if it raises.
 
-        Errors of an unavailable hypervisor or host are ignored for `GUARD_TIMEOUT` seconds; the caller must check once
+        Errors of an unavailable hypervisor or host are ignored for `CHECK_TIMEOUT` seconds; the caller must check once
         more at the end of the work. After that time the work ends with HoldLostError, and may be repeated.
         """
         self._last_check = self._elapsed
-        supervised(f"guard {self._bundle_id}", partial(self._guard, check), on_failure=self._fail)
+        supervised(f"volume check {self._bundle_id}", partial(self._repeat_check, check), on_failure=self._fail)
 
     def add_event(self, message: str) -> None:
         """Add an event to the task."""
@@ -166,7 +166,7 @@ class TaskMonitor:
                 self._stop(LeaseExpiredError())
             elif self._elapsed - self._last_activity >= self._stall_timeout:
                 self._stop(self._stalled())
-            elif self._last_check is not None and self._elapsed - self._last_check >= GUARD_TIMEOUT:
+            elif self._last_check is not None and self._elapsed - self._last_check >= CHECK_TIMEOUT:
                 self._stop(self._unchecked())
 
     def _check_record(self) -> None:
@@ -185,8 +185,8 @@ class TaskMonitor:
             self._records.set_progress(self._bundle_id, state, percent)
             self._percent = percent
 
-    def _guard(self, check: Callable[[], None]) -> None:
-        while self._reason is None and not self._ended.wait(GUARD_INTERVAL):
+    def _repeat_check(self, check: Callable[[], None]) -> None:
+        while self._reason is None and not self._ended.wait(CHECK_INTERVAL):
             try:
                 check()
             except (InstanceNotFound, RootVolumeInUse, HoldLostError):
@@ -228,7 +228,7 @@ class TaskMonitor:
         reason = f": {self._check_error}" if self._check_error else ""
         lost = HoldLostError(
             self._check_error.instance_id if isinstance(self._check_error, InstanceError) else "",
-            f"for {GUARD_TIMEOUT:g} seconds it could not be checked whether the root volume is written to{reason}",
+            f"for {CHECK_TIMEOUT:g} seconds it could not be checked whether the root volume is written to{reason}",
         )
         lost.waited = self._elapsed - self._last_check
         return lost

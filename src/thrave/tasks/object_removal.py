@@ -1,7 +1,7 @@
 """Deletes the objects of failed tasks and of replaced bundles.
 
 Only objects that the task has claimed are deleted (`claims.py`), and none that another bundle's manifest in the bucket
-names. What could not be deleted stays recorded, and the agent tries again (`housekeeping.py`).
+names. Objects that could not be deleted stay recorded, and the agent retries (`housekeeping.py`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 
 def remove_objects(
-    buckets: RetryingStore, place: BundleLocation, journal: UploadJournal, *, stall_timeout: float
+    buckets: RetryingStore, location: BundleLocation, journal: UploadJournal, *, stall_timeout: float
 ) -> None:
     """Delete every object of a task that has failed or seals from the beginning, and restore the manifest it replaced.
 
@@ -38,7 +38,7 @@ def remove_objects(
 
     Args:
         buckets: The store, on behalf of the bucket's owner.
-        place: Location of the task's bundle.
+        location: Location of the task's bundle.
         journal: The task's journal.
         stall_timeout: Seconds that a call may take.
 
@@ -46,29 +46,29 @@ def remove_objects(
         BucketError: The store refuses a request.
         TaskFailure: The store does not respond for `stall_timeout` seconds.
     """
-    removal = _Removal(buckets, place, journal, stall_timeout)
+    removal = _Removal(buckets, location, journal, stall_timeout)
     with removal.claimed(everything=True) as keys, failpoint("objects-deleted"):
         if not keys:
             return
-        undo = place.manifest_key in keys - removal.busy
-        other = removal.within(partial(_undo_manifest, place, journal, keys, undo=undo))
-        removal.delete(keys - {place.manifest_key}, other)
+        undo = location.manifest_key in keys - removal.busy
+        other = removal.call(partial(_undo_manifest, location, journal, keys, undo=undo))
+        removal.delete(keys - {location.manifest_key}, other)
         if undo:  # deleted, replaced by the earlier one, or another bundle's
-            removal.gone.add(place.manifest_key)
+            removal.gone.add(location.manifest_key)
 
 
 def remove_earlier(
-    buckets: RetryingStore, place: BundleLocation, journal: UploadJournal, *, stall_timeout: float
+    buckets: RetryingStore, location: BundleLocation, journal: UploadJournal, *, stall_timeout: float
 ) -> None:
     """Delete the remaining objects of the bundle that a task has replaced. The manifest is the task's own now.
 
     Raises:
         BucketError, TaskFailure: As `remove_objects`.
     """
-    removal = _Removal(buckets, place, journal, stall_timeout)
+    removal = _Removal(buckets, location, journal, stall_timeout)
     with removal.claimed(everything=False) as keys, failpoint("earlier-bundle-deleted"):
         if keys:
-            removal.delete(keys, removal.within(place.read_manifest))
+            removal.delete(keys, removal.call(location.read_manifest))
     if journal.earlier() is not None and not journal.orphaned_objects():
         with failpoint("deletion-recorded"):
             journal.record_earlier(None)
@@ -80,14 +80,14 @@ class _Removal:
     def __init__(
         self,
         buckets: RetryingStore,
-        place: BundleLocation,
+        location: BundleLocation,
         journal: UploadJournal,
         stall_timeout: float,
-        places: InFlightObjects = IN_FLIGHT,
+        in_flight: InFlightObjects = IN_FLIGHT,
     ) -> None:
         self._buckets = buckets
-        self._places = places
-        self._place = place
+        self._in_flight = in_flight
+        self._location = location
         self._journal = journal
         self._stall_timeout = stall_timeout
         self.busy: set[str] = set()
@@ -97,7 +97,7 @@ class _Removal:
     @contextmanager
     def claimed(self, *, everything: bool) -> Iterator[set[str]]:
         """Claim the objects to delete. At the end record which are gone, also after an error."""
-        self.busy = self._places.in_flight_keys(self._place.bucket)
+        self.busy = self._in_flight.in_flight_keys(self._location.bucket)
         keys = {*self._journal.start_deletion(self._unanswered(), everything=everything)}
         try:
             yield keys
@@ -107,7 +107,7 @@ class _Removal:
         if keys:
             self._record()
 
-    def within(self, call: Callable[[RetryingStore], _Result]) -> _Result:
+    def call(self, call: Callable[[RetryingStore], _Result]) -> _Result:
         """Make one call with the timeout `stall_timeout`."""
         with _task_timeout(self._stall_timeout), CallGroup[_Result]() as calls:
             calls.start(partial(call, self._buckets.checking(calls.check_wanted)))
@@ -121,7 +121,7 @@ class _Removal:
         """
         in_use = set[str]()
         if manifest is not None:
-            in_use = self.within(partial(self._place.keys_in_use, manifest=manifest, keys=keys))
+            in_use = self.call(partial(self._location.keys_in_use, manifest=manifest, keys=keys))
         self.gone |= in_use
         to_delete = sorted(keys - in_use)
         for start in range(0, len(to_delete), _DELETE_BATCH):
@@ -130,8 +130,8 @@ class _Removal:
     def _delete_batch(self, keys: Sequence[str]) -> None:
         refusal: BucketError | None = None
         try:
-            self.within(partial(_delete, bucket=self._place.bucket, keys=keys))
-        except AccessDenied as error:  # they may have been deleted by another program
+            self.call(partial(_delete, bucket=self._location.bucket, keys=keys))
+        except AccessDenied as error:  # another program may have deleted the objects
             refusal = error
         exist = self._existing(keys)
         self.gone |= set(keys) - exist
@@ -146,47 +146,47 @@ class _Removal:
             for key in keys:
                 if calls.pending >= _MAX_HEADS:
                     found |= {each for each, exists in calls.results(timeout=self._stall_timeout) if exists}
-                calls.start(partial(_head, buckets, self._place.bucket, key))
+                calls.start(partial(_head, buckets, self._location.bucket, key))
             for each, exists in calls.remaining(timeout=self._stall_timeout):
                 found |= {each} if exists else set()
         return found
 
     def _record(self) -> None:
-        busy = self.busy | self._places.in_flight_keys(self._place.bucket)
+        busy = self.busy | self._in_flight.in_flight_keys(self._location.bucket)
         with failpoint("deletion-recorded"):
             unanswered = self._unanswered()
             self._journal.end_deletion(self.gone, unanswered=unanswered, busy=busy)
-            self._places.clear_unanswered(self._place.bucket, unanswered)
+            self._in_flight.clear_unanswered(self._location.bucket, unanswered)
 
     def _unanswered(self) -> set[str]:
-        return self._places.unanswered_of(self._place.bucket, [item.key for item in self._journal.objects()])
+        return self._in_flight.unanswered_of(self._location.bucket, [item.key for item in self._journal.objects()])
 
 
 def _undo_manifest(
-    place: BundleLocation, journal: UploadJournal, keys: Collection[str], buckets: RetryingStore, *, undo: bool
+    location: BundleLocation, journal: UploadJournal, keys: Collection[str], buckets: RetryingStore, *, undo: bool
 ) -> bytes | None:
     """Delete or replace the manifest that a task has written; return the manifest of another bundle at its key.
 
     Without `undo` the task's own manifest stays in the bucket; it is not returned.
     """
-    found = place.read_manifest(buckets)
+    found = location.read_manifest(buckets)
     earlier, documents = journal.earlier(), journal.documents()
     if found is None or (earlier is not None and (earlier.is_replaced or found == earlier.manifest)):
         return found
     own = None if documents is None else documents["manifest"].encode()
-    part_keys = place.part_keys(found)
+    part_keys = location.part_keys(found)
     # An unreadable manifest is a damaged one of ours; a manifest of other parts is another bundle's.
     if found != own and part_keys and not set(part_keys) & set(keys):
         return found
     if not undo:
         return None
-    with IN_FLIGHT.shared(place.bucket, [place.manifest_key]):
+    with IN_FLIGHT.shared(location.bucket, [location.manifest_key]):
         if earlier is None:
-            buckets.delete(place.bucket, [place.manifest_key])
-            if _exists(buckets, place.bucket, place.manifest_key):
+            buckets.delete(location.bucket, [location.manifest_key])
+            if _exists(buckets, location.bucket, location.manifest_key):
                 raise _not_deleted()
             return None
-        buckets.put(place.bucket, place.manifest_key, earlier.manifest)
+        buckets.put(location.bucket, location.manifest_key, earlier.manifest)
     return earlier.manifest
 
 

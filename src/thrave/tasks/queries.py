@@ -15,9 +15,9 @@ from thrave.tasks.errors import BundleTaskNotFound
 from thrave.tasks.models import FINISHED, BundleTask, BundleTaskState, TaskEvent
 from thrave.tasks.repository import TaskRepository
 
-_taken_part = sa.case((bundle_part.c.part.is_not(None), bundle_part.c.size))
+_STORED_PART_SIZE = sa.case((bundle_part.c.part.is_not(None), bundle_part.c.size))
 # A complete task may have objects to delete: those of the bundle that it has replaced.
-_counted = sa.or_(
+_IS_COUNTED = sa.or_(
     bundle_part.c.state == "sent",
     sa.and_(bundle_part.c.state == "unwanted", bundle_task.c.state == BundleTaskState.FAILED),
 )
@@ -26,10 +26,10 @@ _STORED = (
         bundle_task.c.bundle_id,
         bundle_task.c.earlier.is_not(None),
         sa.func.count(bundle_part.c.key),
-        sa.func.count(_taken_part),
+        sa.func.count(_STORED_PART_SIZE),
         sa.func.coalesce(sa.cast(sa.func.sum(bundle_part.c.size), sa.BigInteger), 0),
     )
-    .outerjoin(bundle_part, sa.and_(bundle_part.c.bundle_id == bundle_task.c.bundle_id, _counted))
+    .outerjoin(bundle_part, sa.and_(bundle_part.c.bundle_id == bundle_task.c.bundle_id, _IS_COUNTED))
     .group_by(bundle_task.c.bundle_id)
 )
 
@@ -112,13 +112,18 @@ class TaskQueries:
         query = _STORED.where(bundle_task.c.bundle_id.in_([task.bundle_id for task in tasks]))
         with self._engine.connect() as connection:
             found = {row[0]: (row[1], StoredTotals(*row[2:])) for row in connection.execute(query)}
-        return [self._report_one(task, *found.get(task.bundle_id, (False, StoredTotals()))) for task in tasks]
+        none = False, StoredTotals()
+        reports = []
+        for task in tasks:
+            has_replaced, stored = found.get(task.bundle_id, none)
+            reports.append(self._report_one(task, stored, has_replaced=has_replaced))
+        return reports
 
-    def _report_one(self, task: BundleTask, replaces: bool, stored: StoredTotals) -> TaskReport:  # noqa: FBT001 (a column)
+    def _report_one(self, task: BundleTask, stored: StoredTotals, *, has_replaced: bool) -> TaskReport:
         journal, orphaned_keys = self._records.journal(task.bundle_id), []
         if task.state is BundleTaskState.FAILED and stored.objects:
             orphaned_keys = [item.key for item in journal.objects()]
-        elif task.state is BundleTaskState.COMPLETE and replaces:
+        elif task.state is BundleTaskState.COMPLETE and has_replaced:
             orphaned_keys = [item.key for item in journal.orphaned_objects()]
         return TaskReport(task, stored, orphaned_keys)
 
@@ -135,7 +140,7 @@ def state_durations(history: Sequence[TaskEvent], now: datetime) -> list[StateDu
 
 def time_in(state: BundleTaskState, spent: Sequence[StateDuration]) -> timedelta:
     """Return how long a task was in a state, in total."""
-    return sum((spell.duration for spell in spent if spell.event.state is state and spell.duration), timedelta())
+    return sum((each.duration for each in spent if each.event.state is state and each.duration), timedelta())
 
 
 def bytes_done(task: BundleTask, history: Sequence[TaskEvent]) -> int | None:

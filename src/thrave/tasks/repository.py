@@ -240,12 +240,12 @@ class TaskRepository:
 
     def append_failure(self, bundle_id: str, failure: TaskFailure) -> None:
         """Add the failure of an undo step to the error message of the task."""
-        words = f" ({failure})"
+        addition = f" ({failure})"
         message = bundle_task.c.error_message
         self._update(
             bundle_id,
-            sa.and_(task_in_progress, ~message.contains(words, autoescape=True)),
-            error_message=message + words,
+            sa.and_(task_in_progress, ~message.contains(addition, autoescape=True)),
+            error_message=message + addition,
         )
 
     def cancel(self, bundle_id: str) -> bool:
@@ -596,8 +596,8 @@ class TaskRepository:
     def _set_values(self, bundle_id: str, **values: object) -> None:
         """Change columns that the API does not show: the update time stays. An agent needs the right to write."""
         with self._engine.begin() as connection:
-            permits = bundle_task.c.bundle_id == bundle_id if self._lease is None else self._lease.allows(bundle_id)
-            changed = connection.execute(bundle_task.update().where(permits).values(**values)).rowcount
+            allowed = bundle_task.c.bundle_id == bundle_id if self._lease is None else self._lease.allows(bundle_id)
+            changed = connection.execute(bundle_task.update().where(allowed).values(**values)).rowcount
             if changed != 1 and self._lease is not None:
                 self._lease.raise_lost(connection, bundle_id)
 
@@ -609,8 +609,8 @@ class TaskRepository:
         self, connection: sa.Connection, bundle_id: str, condition: sa.ColumnElement[bool], **values: object
     ) -> bool:
         """Change a task that meets the condition; return whether it did. An agent needs the right to write."""
-        permits = sa.true() if self._lease is None else self._lease.allows(bundle_id)
-        statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition, permits)
+        allowed = sa.true() if self._lease is None else self._lease.allows(bundle_id)
+        statement = bundle_task.update().where(bundle_task.c.bundle_id == bundle_id, condition, allowed)
         if connection.execute(statement.values(update_time=now(), **values)).rowcount == 1:
             return True
         if self._lease is not None:

@@ -34,7 +34,7 @@ class CallGroup(Generic[R]):
     counts a call until its result was taken or its error was raised.
 
     Args:
-        wake: Called when a call has failed, and by `stop`: wakes threads that wait for something else than a result.
+        wake: Called when a call has failed, and by `stop`: wakes threads that do not wait for a result.
     """
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
@@ -184,7 +184,7 @@ class InFlightObjects:
         """Bucket and key of each object for which a request was sent without a response: the request may arrive later.
         An entry stays here until the database has it (`settle_time`)."""
         self._changed = new_condition()
-        self._taken = Counter[tuple[str, str]]()
+        self._in_use = Counter[tuple[str, str]]()
 
     def wait_until_free(self, bucket: str, key: str, check: Callable[[], None], timeout: float) -> bool:
         """Wait until no call uses an object; False if one still does after `timeout` seconds.
@@ -195,12 +195,12 @@ class InFlightObjects:
             check: Called repeatedly; ends the wait if it raises.
             timeout: Seconds.
         """
-        place, until = (bucket, key), monotonic() + timeout
+        address, until = (bucket, key), monotonic() + timeout
         while True:
             check()
             remaining = until - monotonic()
             with self._changed:
-                if self._changed.wait_for(lambda: place not in self._taken, max(0.0, min(remaining, _PAUSE))):
+                if self._changed.wait_for(lambda: address not in self._in_use, max(0.0, min(remaining, _PAUSE))):
                     return True
             if remaining <= 0:
                 return False
@@ -208,37 +208,37 @@ class InFlightObjects:
     @contextmanager
     def lock(self, bucket: str, key: str) -> Iterator[None]:
         """Lock an object for one call. Raises TimeoutError if other calls use it for `START_TIMEOUT` seconds."""
-        place = bucket, key
+        address = bucket, key
         with self._changed:
-            if not self._changed.wait_for(lambda: place not in self._taken, START_TIMEOUT):
+            if not self._changed.wait_for(lambda: address not in self._in_use, START_TIMEOUT):
                 raise TimeoutError(f"another call uses '{key}'")
-            self._taken[place] += 1
+            self._in_use[address] += 1
         try:
             yield
         finally:
-            self._release([place])
+            self._release([address])
 
     @contextmanager
     def shared(self, bucket: str, keys: Collection[str]) -> Iterator[None]:
         """Use objects together with other calls: a deletion may be repeated while the first one hangs."""
-        places = [(bucket, key) for key in keys]
+        addresses = [(bucket, key) for key in keys]
         with self._changed:
-            self._taken.update(places)
+            self._in_use.update(addresses)
         try:
             yield
         finally:
-            self._release(places)
+            self._release(addresses)
 
-    def _release(self, places: Iterable[tuple[str, str]]) -> None:
+    def _release(self, addresses: Iterable[tuple[str, str]]) -> None:
         with self._changed:
-            self._taken.subtract(places)
-            self._taken += Counter[tuple[str, str]]()  # drops what is 0
+            self._in_use.subtract(addresses)
+            self._in_use += Counter[tuple[str, str]]()  # removes zero counts
             self._changed.notify_all()
 
     def in_flight_keys(self, bucket: str) -> set[str]:
         """Return the keys of a bucket that running calls use."""
         with self._changed:
-            return {key for place, key in self._taken if place == bucket}
+            return {key for its_bucket, key in self._in_use if its_bucket == bucket}
 
     def unanswered_of(self, bucket: str, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` for which a request has no response."""
@@ -250,7 +250,7 @@ class InFlightObjects:
 
     def busy_keys(self, bucket: str) -> set[str]:
         """Return the keys of a bucket that a request of this process may still hit."""
-        return self.in_flight_keys(bucket) | {key for place, key in [*self.unanswered] if place == bucket}
+        return self.in_flight_keys(bucket) | {key for its_bucket, key in [*self.unanswered] if its_bucket == bucket}
 
 
 IN_FLIGHT = InFlightObjects()

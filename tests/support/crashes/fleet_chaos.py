@@ -1,8 +1,8 @@
 """Runs many tasks in a fleet, kills its processes at random, and checks the result.
 
-Callers ask API processes for bundles, cancel some, and are cut off; API processes and agents are killed by SIGKILL and
-started again. Then everybody is left in peace until every task has ended. Each host has disks that no other one can
-reach, so a task on the wrong host would fail.
+Callers request bundles from API processes, cancel some, and lose connections. API processes and agents are killed with
+SIGKILL and started again. Then the fleet runs without kills until every task has ended. Each host has disks that no
+other host can access, so a task on the wrong host would fail.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ from thrave.tasks.models import FINISHED, BundleTaskState
 BUCKET = "chaos"
 KIB = 1 << 10
 CALLERS = 4
-TIMEOUT = 300  # seconds for what was cut off to come to its end
+TIMEOUT = 300  # seconds for all tasks to end after the last kill
 ONE_TRY = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much of it."""
+    """Size of a run."""
 
     tasks: int
     instances: int
@@ -42,22 +42,22 @@ class Plan:
     apis: int
     seed: int
     pause: float = 2.0
-    """Seconds between two kills, at the most."""
+    """Maximum seconds between two kills."""
 
 
 @dataclass
 class Outcome:
-    """What there was."""
+    """Counts of a run."""
 
     kills: int = 0
     refused: Counter = field(default_factory=Counter)
-    """Requests that were answered by an error, by its code."""
+    """Requests with an error response, by its code."""
     cut_off: int = 0
-    """Requests whose answer never came."""
+    """Requests without a response."""
     ended: Counter = field(default_factory=Counter)
-    """Tasks, by how they ended."""
+    """Tasks by their final state or error code."""
     attempts: int = 0
-    """How often a host took up a task, over all tasks."""
+    """Number of runs of all tasks."""
 
 
 class Chaos:
@@ -69,9 +69,9 @@ class Chaos:
         self.random = random.Random(plan.seed)
         self.outcome = Outcome()
         self.answered = set()
-        self.asked = 0
+        self.requested = 0
         self.lock = threading.Lock()
-        self.starting = set()  # who has been killed and does not work yet
+        self.starting = set()  # processes that were killed and do not run yet
         self.apis = {"api-1": fleet.first, **{name: fleet.api(name) for name in self._names("api", 2, plan.apis)}}
         self.account, self.key = fleet.first.account("alice")
         self.hosts = self._names("host", 1, plan.agents)
@@ -79,14 +79,14 @@ class Chaos:
         self.agents = {name: fleet.agent(name) for name in self.hosts}
 
     def run(self):
-        """Do it all; give the outcome, whose facts have been checked."""
+        """Run all tasks, check the result, and return the counts."""
         self._await(lambda: len(self._reported()) == len(self.instances), "every instance is reported")
         callers = [threading.Thread(target=self._call, args=[self.plan.seed + number]) for number in range(CALLERS)]
         for caller in callers:
             caller.start()
         with ThreadPoolExecutor() as starting:
             while any(caller.is_alive() for caller in callers):
-                self._kill_somebody(starting)
+                self._kill_random_process(starting)
         self._check()
         return self.outcome
 
@@ -95,7 +95,7 @@ class Chaos:
         return [f"{kind}-{number}" for number in range(first, last + 1)]
 
     def _new_instance(self, number):
-        """An instance on a host of its own kind: its id, its host and the SHA-256 of its disk."""
+        """Create an instance on one of the hosts; return its id, its host and the SHA-256 of its disk."""
         host = self.hosts[number % len(self.hosts)]
         folder = self.fleet.data(host)
         folder.instances.mkdir(parents=True, exist_ok=True)
@@ -113,17 +113,17 @@ class Chaos:
         return ec2.describe_instances()["Reservations"]
 
     def _call(self, seed):
-        """Ask for bundles until there are enough of them, and have some cancelled."""
+        """Request bundles until there are enough tasks, and cancel some."""
         mine = random.Random(seed)
         while (number := self._next_number()) is not None:
             instance_id = mine.choice([*self.instances])
             storage = self.fleet.first.storage(self.key, BUCKET, f"bundle-{number}")
-            bundle_id = self._ask("bundle_instance", mine, InstanceId=instance_id, Storage=storage)
+            bundle_id = self._request("bundle_instance", mine, InstanceId=instance_id, Storage=storage)
             if bundle_id:
                 self.answered.add(bundle_id)
                 if mine.random() < 0.1:
                     time.sleep(mine.random())
-                    self._ask("cancel_bundle_task", mine, BundleId=bundle_id)
+                    self._request("cancel_bundle_task", mine, BundleId=bundle_id)
             else:
                 time.sleep(mine.random())
 
@@ -131,10 +131,10 @@ class Chaos:
         with self.lock:
             if len(self.answered) >= self.plan.tasks:
                 return None
-            self.asked += 1
-            return self.asked
+            self.requested += 1
+            return self.requested
 
-    def _ask(self, action, mine, **parameters):
+    def _request(self, action, mine, **parameters):
         ec2 = mine.choice([*self.apis.values()]).client(self.key, config=ONE_TRY)
         try:
             return getattr(ec2, action)(**parameters)["BundleTask"]["BundleId"]
@@ -144,8 +144,8 @@ class Chaos:
             self.outcome.cut_off += 1
         return None
 
-    def _kill_somebody(self, starting):
-        """Kill a process that works, and have it started again while others are killed."""
+    def _kill_random_process(self, starting):
+        """Kill a running process, and start it again in another thread."""
         time.sleep(self.random.uniform(0.1, self.plan.pause))
         victim = self.random.choice([*self.apis, *self.hosts])
         if victim in self.starting:
@@ -166,14 +166,14 @@ class Chaos:
         self.starting.remove(victim)
 
     def _check(self):
-        with self.fleet.ground() as ground:
-            records = ground.records()
+        with self.fleet.components() as components:
+            records = components.records()
             self._await(lambda: all(task.state in FINISHED for task in records.find()), "every task ends")
             tasks = {task.bundle_id: task for task in records.find()}
         self.outcome.ended = Counter(task.error_code or str(task.state) for task in tasks.values())
         self.outcome.attempts = sum(task.attempts for task in tasks.values())
         assert self.answered <= set(tasks), "a task was lost"
-        assert len(tasks) - len(self.answered) <= self.outcome.cut_off, "a task was doubled"
+        assert len(tasks) - len(self.answered) <= self.outcome.cut_off, "a request has created two tasks"
         assert set(self.outcome.ended) <= {"complete", "Client.Cancelled"}, self.outcome.ended
         complete = [task for task in tasks.values() if task.state is BundleTaskState.COMPLETE]
         self._check_bundles(complete)
@@ -181,20 +181,20 @@ class Chaos:
             there = DirectoryDriver(self.fleet.data(host).instances)
             assert there.state(instance_id) is InstanceState.RUNNING
             with there.hold_stopped(instance_id):
-                pass  # nobody else does
+                pass  # the instance is not locked
 
     def _check_bundles(self, complete):
-        """Each complete bundle is its instance's disk, and nothing else is in the bucket."""
+        """Check that each complete bundle opens to its instance's disk, and that the bucket has nothing else."""
         image = self.fleet.root / "opened.raw"
         for task in complete:
             host, digest = self.instances[task.instance_id]
-            assert task.host == host, "a task went to another host than its instance's"
+            assert task.host == host, "a task has run on another host than that of its instance"
             assert opened_sha256(self.fleet.first, BUCKET, task.prefix, image) == digest
             image.unlink()
         prefixes = {task.prefix for task in complete}
         names = {path.name for path in (self.fleet.first.data.buckets / BUCKET).iterdir()}
-        left_over = [name for name in names if name.partition(".")[0] not in prefixes]
-        assert left_over == []
+        orphaned = [name for name in names if name.partition(".")[0] not in prefixes]
+        assert orphaned == []
 
     def _await(self, holds, description):
         eventually(holds, description, timeout=TIMEOUT, interval=0.2)

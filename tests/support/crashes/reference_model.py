@@ -1,6 +1,6 @@
 """Reference model for tests/tasks/test_reference_model.py: the allowed states of one instance and its bundle tasks.
 
-It knows nothing of how Thrave does it: what EC2's callers were promised stands here in as few words as can be.
+It has no knowledge of the implementation, only what the documentation promises to callers.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ LATER = {
     "complete": set(),
     "failed": set(),
 }
-"""State to those that may be seen after it, by somebody who does not see every one."""
+"""For each state, the states that a client may see later; a client may miss some."""
 
-OF_DISTURBANCE = {
+DISTURBANCE_ERRORS = {
     "Client.InstanceTerminated",
     "Server.InstanceError",
     "Server.InstanceNotStarted",
@@ -26,12 +26,13 @@ OF_DISTURBANCE = {
 
 @dataclass
 class ModelTask:
-    """A bundle task, as it was last seen."""
+    """A bundle task as of its last response."""
 
     bundle_id: str
     prefix: str
     disturbed: bool
-    """Somebody else has stopped, started or removed the instance meanwhile: it may fail, and leave it either way."""
+    """Whether another client stopped, started or removed the instance during the task. Then the task may fail, and the
+    instance may be on or off."""
     state: str = "pending"
     progress: int = 0
     cancelled: bool = False
@@ -52,8 +53,8 @@ class ModelTask:
         self.state, self.progress, self.shown = state, progress, shown
 
     def reasons(self):
-        """The codes with which it may fail."""
-        return ({"Client.Cancelled"} if self.cancelled else set()) | (OF_DISTURBANCE if self.disturbed else set())
+        """Return the codes with which the task may fail."""
+        return ({"Client.Cancelled"} if self.cancelled else set()) | (DISTURBANCE_ERRORS if self.disturbed else set())
 
 
 @dataclass
@@ -68,25 +69,25 @@ class ModelInstance:
 
     @property
     def unfinished(self):
-        """The task that had not ended when it was last seen."""
+        """The task that had not ended in its last response."""
         return next((task for task in self.tasks if not task.has_ended), None)
 
     def bundled(self, bundle_id, prefix, *, disturbed):
         self.tasks.append(ModelTask(bundle_id, prefix, disturbed))
 
     def refusals(self):
-        """The codes with which BundleInstance may be refused; it must be if the instance is gone."""
+        """Return the codes with which BundleInstance may be refused. It must be refused if the instance was removed."""
         if not self.is_there:
             return {"InvalidInstanceID.NotFound"}
         return {"BundlingInProgress"} if self.unfinished else set()
 
     def disturb(self):
-        """Somebody else does something to the instance."""
+        """Record that another client has changed the instance."""
         if self.unfinished:
             self.unfinished.disturbed = True
 
     def see_power(self, runs):
-        """Compare the instance's power, when no task is unfinished, with what it may be; take note of it."""
+        """Check the instance's power while no task is unfinished, and record it."""
         last = self.tasks[-1] if self.tasks else None
         assert (last and last.disturbed) or runs == self.runs, f"runs: {runs}, but ran before: {self.runs}"
         self.runs = runs

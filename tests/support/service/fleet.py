@@ -1,7 +1,7 @@
 """A fleet on one machine: API and agent processes on one PostgreSQL.
 
-Each has a data directory of its own with a copy of the vault's key and the service's identity, as on machines of its
-own. The hosts share the buckets and, if wanted, the folder of instances: storage that all of them reach.
+Each process has a data directory with a copy of the vault's key and of the service's identity, as on separate machines.
+The hosts share the buckets and, with `shared`, the folder of instances.
 """
 
 import os
@@ -24,7 +24,7 @@ TIMEOUT = 60  # seconds
 
 @dataclass
 class Fleet:
-    """The processes of a fleet; `first` is an API process that accounts and instances are made through."""
+    """The processes of a fleet; tests create accounts and instances through the API process `first`."""
 
     root: Path
     settings: dict[str, str]
@@ -41,7 +41,7 @@ class Fleet:
         return server
 
     def agent(self, name, **settings):
-        """Start the agent of a host; give its process once it works."""
+        """Start the agent of a host; return its process once it runs tasks."""
         given = {f"THRAVE_{setting.upper()}": str(value) for setting, value in settings.items()}
         environment = {**os.environ, **self._environment, **given}
         process = fork_thrave(["agent", "--host-id", name, "--data-dir", self.data(name).root], environment)
@@ -50,14 +50,14 @@ class Fleet:
         return process
 
     def stop(self):
-        """End every process that is left."""
+        """Kill every remaining process."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             process.communicate(timeout=TIMEOUT)
 
     def thrave(self, *arguments, data=None):
-        """Run a command of an operator's on the machine of the first API process."""
+        """Run a `thrave` command on the data directory of the first API process."""
         return subprocess.run(
             [sys.executable, "-m", "thrave", *arguments, "--data-dir", data or self.first.data.root],
             check=False, env={**os.environ, **self._environment}, capture_output=True, text=True, timeout=TIMEOUT,
@@ -65,21 +65,21 @@ class Fleet:
 
     def adopt(self, lost, *, by):
         """Let a host adopt the tasks of another host, as soon as the other host counts as lost."""
-        with self.ground() as ground:
+        with self.components() as components:
             adopted = eventually(
-                lambda: [ground.hosts.adopt(lost, by=by)], f"{by} adopts the tasks of {lost}", ignore=HostInUse
+                lambda: [components.hosts.adopt(lost, by=by)], f"{by} adopts the tasks of {lost}", ignore=HostInUse
             )
         return adopted[0]
 
     @contextmanager
-    def ground(self):
-        """The rooms of the first API process, in this process."""
-        ground = open_components(Settings(data_dir=self.first.data.root, **self.settings))
+    def components(self):
+        """Open the components of the first API process in this process."""
+        components = open_components(Settings(data_dir=self.first.data.root, **self.settings))
         try:
-            yield ground
+            yield components
         finally:
-            ground.queues.close()
-            ground.database.dispose()
+            components.queues.close()
+            components.database.dispose()
 
     @property
     def _environment(self):
@@ -87,7 +87,7 @@ class Fleet:
         return {f"THRAVE_{name.upper()}": str(value) for name, value in {**shared, **self.settings}.items()}
 
     def data(self, name):
-        """A data directory with what every process must have; the first process makes it."""
+        """Return a data directory with the files that every process needs; the first process creates them."""
         data = DataDirectory(self.root / name)
         if self.first and not data.root.exists():
             data.root.mkdir(mode=0o700)

@@ -1,6 +1,6 @@
 """Bundle tasks run in this process on the real components of one host: SQLite, directory store, instance files.
 
-There is no engine: `run` does what a workflow does, and a test runs a task again as the engine would.
+There is no task queue: `run` runs a task as the worker does, and a test may run the task again.
 """
 
 import base64
@@ -29,24 +29,24 @@ class OneHost:
 
     def __init__(self, folder, size=300 << 10):
         self.folder = folder
-        self.ground = open_components(Settings(data_dir=folder / "thrave"))
-        self.records = self.ground.records()
-        self.account, self.key = self.ground.accounts.create("alice")
-        self.ground.buckets.create(BUCKET, self.account.account_id)
-        self.lease = self.ground.hosts.acquire_lease(HOST, worker_concurrency=1)
-        self.buckets, self.instances = self.ground.buckets, self.ground.instances
+        self.components = open_components(Settings(data_dir=folder / "thrave"))
+        self.records = self.components.records()
+        self.account, self.key = self.components.accounts.create("alice")
+        self.components.buckets.create(BUCKET, self.account.account_id)
+        self.lease = self.components.hosts.acquire_lease(HOST, worker_concurrency=1)
+        self.buckets, self.instances = self.components.buckets, self.components.instances
         self._size = size
         self._numbers = count(1)
 
     def close(self):
-        self.ground.database.dispose()
+        self.components.database.dispose()
 
     def task(self, **details):
-        """Record a task of a new instance, in a place of its own; give its id."""
+        """Record a task of a new instance with a prefix of its own; return the task's id."""
         number = next(self._numbers)
         instance_id = new_instance_id()
         disk = make_disk(self.folder / f"{instance_id}.raw", self._size)
-        self.ground.instances.add(
+        self.components.instances.add(
             InstanceDescription(
                 instance_id=instance_id, account_id=self.account.account_id, platform="windows",
                 root_volume=VolumeFile(path=disk), **details,
@@ -60,7 +60,7 @@ class OneHost:
             bucket=BUCKET, prefix=prefix, access_key_id=self.key.access_key_id,
             upload_policy=base64.b64encode(policy).decode(), upload_policy_signature=signature,
         )  # fmt: skip
-        with self.ground.database.begin() as connection:
+        with self.components.database.begin() as connection:
             self.records.add(connection, bundle_id, HOST, request)
         return bundle_id
 
@@ -68,11 +68,12 @@ class OneHost:
         return self.records.get(bundle_id)
 
     def run(self, bundle_id, lease=None, **changes):
-        """Do what a workflow of the task does."""
+        """Run the task as the worker does."""
         run_bundle_task(self.host(lease or self.lease, **changes), bundle_id)
 
     def host(self, lease, **changes):
-        settings, records = self.ground.settings, self.ground.records(lease)
+        components = self.components
+        settings, records = components.settings, components.records(lease)
         options = {
             "shutdown_timeout": 5.0, "shutdown_timeout_action": settings.shutdown_timeout_action,
             "capture_mode": settings.capture_mode, "sysprep_command": (), "unclean_volume": settings.unclean_volume,
@@ -82,26 +83,25 @@ class OneHost:
         }  # fmt: skip
         options |= {name: changes.pop(name) for name in options.keys() & changes.keys()}
         given = {
-            "host": HOST, "settings": TaskSettings(**options), "repository": records, "accounts": self.ground.accounts,
-            "driver": self.instances, "store": self.buckets, "identity": self.ground.service,
-            "created_buckets": CreatedBuckets(self.ground.database, records),
+            "host": HOST, "settings": TaskSettings(**options), "repository": records, "accounts": components.accounts,
+            "driver": self.instances, "store": self.buckets, "identity": components.service,
+            "created_buckets": CreatedBuckets(components.database, records),
         }  # fmt: skip
         return TaskContext(**{**given, **changes})
 
     def objects(self, bundle_id):
-        """The keys in the bucket under the task's prefix."""
+        """Return the keys in the bucket under the task's prefix."""
         return sorted(self.buckets.list(BUCKET, f"{self.get(bundle_id).prefix}."))
 
     def opens(self, bundle_id):
-        """Whether the bundle opens to the disk's bytes."""
+        """Whether the bundle opens to the content of the disk."""
         task = self.get(bundle_id)
         output = self.folder / f"{bundle_id}.raw"
         return self._opened(task, output) == self.instances.get(task.instance_id).root_volume.path.read_bytes()
 
     def _opened(self, task, output):
-
-        folder = self.ground.settings.directory.buckets / BUCKET
-        manifest, service = (folder / manifest_filename(task.prefix)).read_bytes(), self.ground.service
+        folder = self.components.settings.directory.buckets / BUCKET
+        manifest, service = (folder / manifest_filename(task.prefix)).read_bytes(), self.components.service
         bound = folder / bound_side_filename(task.prefix, manifest)
         side_file = (bound if bound.exists() else folder / side_filename(task.prefix)).read_bytes()
         open_bundle(

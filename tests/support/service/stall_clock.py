@@ -1,4 +1,4 @@
-"""A clock for the task monitor, so that how busy the machine is does not decide whether work has stalled."""
+"""A clock for the task monitor that a test controls: a busy machine then causes no stall."""
 
 import time
 
@@ -6,7 +6,7 @@ from support.eventually import eventually
 
 
 class StallClock:
-    """Stands still until a test advances it, or lets it run. Replaces the module `time` in `thrave.tasks.monitor`."""
+    """A clock that stops until a test advances it or lets it run. Replaces `monotonic` in `thrave.tasks.monitor`."""
 
     def __init__(self):
         self._now = 0.0
@@ -18,10 +18,10 @@ class StallClock:
         return self._now if self._running_since is None else self._now + time.monotonic() - self._running_since
 
     def advance(self, seconds):
-        """Let at most 2 seconds pass at once (the monitor counts no more), and wait until the monitor has seen it."""
+        """Advance by at most 2 seconds, the most that the monitor counts at once; wait until it has read the time."""
         self._now += seconds
         before = self._readings
-        # What the monitor does with a reading is done when it reads again.
+        # The monitor has used a reading when it reads again.
         eventually(lambda: self._readings >= before + 2, "the monitor reads the clock")
 
     def run(self):

@@ -2,9 +2,9 @@
 
     python systemd_sandbox.py UNIT WRITABLE… -- PROGRAM ARGUMENT…
 
-Done here are NoNewPrivileges, an empty CapabilityBoundingSet, ProtectSystem=strict (but for /tmp and what is named),
-PrivateDevices, ProtectProc=invisible and ProcSubset=pid; and, as they stand in the unit, RestrictAddressFamilies,
-SystemCallFilter and MemoryDenyWriteExecute. The user stays who it is: only root can start the tests' Python.
+Always applied: NoNewPrivileges, an empty CapabilityBoundingSet, PrivateDevices, ProtectProc=invisible, ProcSubset=pid
+and ProtectSystem=strict (except /tmp and the named folders). With the values of the unit: RestrictAddressFamilies,
+SystemCallFilter and MemoryDenyWriteExecute. The user does not change: only root can start the Python of the tests.
 """
 
 import ctypes
@@ -22,9 +22,9 @@ _EQUAL, _MASKED_EQUAL = 4, 7  # seccomp.h: SCMP_CMP_EQ, SCMP_CMP_MASKED_EQ
 _WRITE, _EXEC, _SHM_EXEC = 2, 4, 0o100000  # mman.h, shm.h
 _FAMILIES = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10}  # socket.h
 
-# A proc of its own, which the sandbox sees in the place of the machine's; it goes with the namespace.
+# A separate /proc for the sandbox; it ends with the namespace.
 _PROC = 'mount -t proc -o subset=pid,hidepid=invisible proc "$0" && exec "$@"'
-_IN_THERE = "(in there)"
+_INSIDE = "(inside)"
 
 
 class _Comparison(ctypes.Structure):
@@ -34,8 +34,8 @@ class _Comparison(ctypes.Structure):
 
 
 def confined(unit: Path, writable: Sequence[Path], argv: Sequence[str]) -> list[str]:
-    """The command that runs `argv` as the unit would, with these folders to write to and no other."""
-    from support.required_programs import require, require_root  # this file is run by itself, too
+    """Return a command that runs `argv` in the sandbox of the unit, with write access only to these folders."""
+    from support.required_programs import require, require_root  # this file is also run as a program
 
     require("bwrap", package="bubblewrap")
     require("systemd-analyze", package="systemd")
@@ -44,12 +44,12 @@ def confined(unit: Path, writable: Sequence[Path], argv: Sequence[str]) -> list[
 
 
 def main() -> None:
-    """Begin again in the sandbox's file system, and there have the kernel filter, and become the program."""
+    """Restart in the file system of the sandbox; there set the system call filter and execute the program."""
     words = sys.argv[1:]
     end = words.index("--")
     unit, folders, argv = words[0], words[1:end], words[end + 1 :]
-    if folders != [_IN_THERE]:
-        _run_in_there(folders, [sys.executable, __file__, unit, _IN_THERE, "--", *argv])
+    if folders != [_INSIDE]:
+        _run_inside(folders, [sys.executable, __file__, unit, _INSIDE, "--", *argv])
     said = re.findall(r"^(\w+)=(.*)$", Path(unit).read_text(), re.MULTILINE)
     (families,) = [value.split() for name, value in said if name == "RestrictAddressFamilies"]
     assert ("MemoryDenyWriteExecute", "yes") in said
@@ -60,8 +60,8 @@ def main() -> None:
     os.execvp(argv[0], argv)
 
 
-def _run_in_there(writable: Sequence[str], argv: Sequence[str]) -> None:
-    # The tests' own folders lie in /tmp, which a unit may write to (its own): what is beside those named must not be.
+def _run_inside(writable: Sequence[str], argv: Sequence[str]) -> None:
+    # The folders of the tests are in /tmp, which is writable in a unit; here only the named ones may be writable.
     binds = [("--ro-bind", str(Path(folder).parent)) for folder in writable] + [
         ("--bind", folder) for folder in writable
     ]
@@ -71,7 +71,7 @@ def _run_in_there(writable: Sequence[str], argv: Sequence[str]) -> None:
 
 
 def _allowed(filters: Sequence[str]) -> set[str]:
-    """The system calls that lines of SystemCallFilter leave; systemd always leaves @default."""
+    """Return the system calls that lines of SystemCallFilter allow; systemd always allows @default."""
     allowed = {*_names("@default")}
     for line in filters:
         names = {name for word in line.removeprefix("~").split() for name in _names(word)}
@@ -90,7 +90,7 @@ def _names(word: str) -> Iterator[str]:
 
 
 def _filter(allowed: set[str], families: Sequence[int]) -> None:
-    """Have the kernel refuse every other system call to this process and all that it will start."""
+    """Make the kernel refuse every other system call of this process and its children."""
     seccomp = ctypes.CDLL(ctypes.util.find_library("seccomp") or "libseccomp.so.2")
     seccomp.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(seccomp.seccomp_init(_REFUSE))
@@ -103,7 +103,7 @@ def _filter(allowed: set[str], families: Sequence[int]) -> None:
     }
     for name in sorted(allowed):
         number = seccomp.seccomp_syscall_resolve_name(name.encode())
-        for rule in only.get(name, [()]) if number >= 0 else []:  # below are those of other processors
+        for rule in only.get(name, [()]) if number >= 0 else []:  # negative: a system call of other processors
             comparisons = (_Comparison * 1)(_Comparison(*rule))
             failed = seccomp.seccomp_rule_add_array(context, _ALLOW, number, 1 if rule else 0, comparisons)
             assert failed == 0, (name, failed)

@@ -37,7 +37,7 @@ BUNDLE_ID = "bun-00000001"
 
 
 def noise_disk(path, parts, seed=1):
-    """A disk of so many parts: its noise repeats, but further off than deflate looks back."""
+    """Create a disk of `parts` parts. Its noise repeats at a distance greater than deflate's window."""
     noise = random.Random(seed).randbytes(1 << 16)
     with path.open("wb") as disk:
         for number in range(parts * PART_SIZE // len(noise) - 8):
@@ -46,14 +46,14 @@ def noise_disk(path, parts, seed=1):
 
 
 class BlockingStore:
-    """A store whose calls can be held back; it remembers its puts, begun and ended, by their keys' endings."""
+    """A store whose calls a test can block. It records the keys of started and ended uploads."""
 
     def __init__(self, buckets):
         self._buckets = buckets
-        self.begun, self.ended = [], []
+        self.started, self.ended = [], []
         self.most_at_once = 0
         self._lock = threading.Condition()
-        self._held = {}
+        self._blocked = {}
         self.before = lambda _what, _key: None
 
     def __getattr__(self, name):
@@ -62,13 +62,13 @@ class BlockingStore:
     def on_behalf_of(self, _access_key_id):
         return self
 
-    def hold(self, what, *endings):
-        """Have these calls wait (`put`, `head`, `delete`): of keys that end so, or of all."""
-        self._held[what] = endings or ("",)
+    def block(self, what, *endings):
+        """Block the calls of one method (`put`, `head`, `delete`): for keys with these endings, or for all keys."""
+        self._blocked[what] = endings or ("",)
 
-    def let_go(self):
+    def release_all(self):
         with self._lock:
-            self._held.clear()
+            self._blocked.clear()
             self._lock.notify_all()
 
     def wait_for(self, condition):
@@ -77,8 +77,8 @@ class BlockingStore:
 
     def put(self, bucket, key, data, *, policy=None):
         with self._lock:
-            self.begun.append(key)
-            self.most_at_once = max(self.most_at_once, len(self.begun) - len(self.ended))
+            self.started.append(key)
+            self.most_at_once = max(self.most_at_once, len(self.started) - len(self.ended))
         try:
             self._pass("put", key)
             return self._buckets.put(bucket, key, data, policy=policy)
@@ -99,11 +99,11 @@ class BlockingStore:
         self.before(what, key)
         with self._lock:
             self._lock.notify_all()
-            self._lock.wait_for(lambda: not key.endswith(self._held.get(what, ("\0",))))
+            self._lock.wait_for(lambda: not key.endswith(self._blocked.get(what, ("\0",))))
 
 
 class UploadBench:
-    """A task that is being bundled, in a database and a bucket of its own."""
+    """A task in the state `bundling`, with its own database and bucket."""
 
     def __init__(self, folder, buckets, *, database_url=None, bundle_id=BUNDLE_ID):
         self.engine = open_engine(database_url or DataDirectory(folder).database)
@@ -115,7 +115,7 @@ class UploadBench:
             self._add()
         self.journal = self.records.journal(bundle_id)
 
-    def store(self, *, at_once=4, stall_timeout=60.0, patience=0.0, existing="refuse", **options):
+    def store(self, *, at_once=4, stall_timeout=60.0, retry_timeout=0.0, existing="refuse", **options):
         policy = UploadPolicy.parse_trusted(*self.records.stored_policy(self.bundle_id), ACCESS_KEY_ID)
         task = self.records.get(self.bundle_id)
         return TaskObjects(
@@ -124,24 +124,24 @@ class UploadBench:
             task,
             policy,
             upload_concurrency=at_once,
-            retry_timeout=patience,
+            retry_timeout=retry_timeout,
             stall_timeout=stall_timeout,
             existing_bundle=existing,
             **options,
         )
 
     @contextmanager
-    def watch(self, stall_timeout=60.0):
-        with TaskMonitor(self.records, self.bundle_id, stall_timeout=stall_timeout) as watch:
-            yield watch
+    def monitor(self, stall_timeout=60.0):
+        with TaskMonitor(self.records, self.bundle_id, stall_timeout=stall_timeout) as monitor:
+            yield monitor
 
     def seal(self, volume, *, store=None, stall_timeout=60.0, **options):
         store = store or self.store(stall_timeout=stall_timeout, **options)
-        with self.watch(stall_timeout) as watch:
-            return upload_volume(volume, store, self.journal, watch, compression="fast")
+        with self.monitor(stall_timeout) as monitor:
+            return upload_volume(volume, store, self.journal, monitor, compression="fast")
 
     def documents(self, sealed):
-        """Manifest and side file of what was sealed, recorded as the task does it."""
+        """Record manifest and side file of a sealed bundle, as the workflow does, and return them."""
         manifest = manifest_of(sealed)
         side_file = write_side_file(sealed, manifest, side_key=SIDE_KEY, signing_key=private_key("user"))
         documents = {"manifest": manifest.decode(), "side_file": side_file.decode()}
@@ -149,15 +149,15 @@ class UploadBench:
         return documents
 
     def finish(self, sealed, **options):
-        """Prove the parts, and store side file and manifest."""
+        """Verify the parts, and upload side file and manifest."""
         documents, store = self.documents(sealed), self.store(**options)
         self.records.change_state(self.bundle_id, BundleTaskState.STORING)
-        with self.watch() as watch:
-            store.verify_stored(documents, watch)
-            store.put_side_file(documents, watch)
-            store.put_manifest(documents, watch, lambda: self.records.record_manifest_sent(self.bundle_id))
+        with self.monitor() as monitor:
+            store.verify_stored(documents, monitor)
+            store.put_side_file(documents, monitor)
+            store.put_manifest(documents, monitor, lambda: self.records.record_manifest_sent(self.bundle_id))
 
-    def told(self):
+    def events(self):
         return [event.message for event in self.records.history(self.bundle_id) if event.message]
 
     def stored_keys(self):
@@ -186,14 +186,14 @@ def directory(folder):
 
 
 def opened(folder, sealed, private_key):
-    """The image that a bundle in a directory's bucket opens to."""
+    """Open a bundle of the directory store, and return the content of the image."""
     output = folder / "opened.raw"
     open_bundle(manifest_of(sealed), DirectoryParts(folder / "buckets" / BUCKET), private_key, output)
     return output.read_bytes()
 
 
 def part(number):
-    """The ending of a part's key."""
+    """Return the ending of a part's key."""
     return f".part.{number:02}"
 
 
@@ -202,7 +202,7 @@ MANIFEST = manifest_filename(PREFIX)
 
 def main(folder, disk, *held):
     buckets = directory(Path(folder))
-    buckets.hold("put", *(part(int(number)) for number in held))
+    buckets.block("put", *(part(int(number)) for number in held))
     UploadBench(Path(folder), buckets).seal(RawVolume(Path(disk)), at_once=len(held))
 
 
