@@ -214,20 +214,20 @@ def test_put_on_a_file_system_without_a_size_is_not_limited(buckets, monkeypatch
 
 def test_parallel_uploads_leave_the_reserve_free(buckets, monkeypatch):
     set_free(monkeypatch, MIN_FREE + 7)
-    begun, end = threading.Event(), threading.Event()
+    started, end = threading.Event(), threading.Event()
     write = buckets._write
 
-    def slow(path, data):
+    def slow_write(path, data):
         if path.name == "first":
-            begun.set()
+            started.set()
             assert end.wait(60)
         write(path, data)
 
-    monkeypatch.setattr(buckets, "_write", slow)
+    monkeypatch.setattr(buckets, "_write", slow_write)
     first = threading.Thread(target=buckets.put, args=(BUCKET, "first", b"data"), kwargs={"policy": POLICY})
     first.start()
     try:
-        assert begun.wait(60)
+        assert started.wait(60)
         with pytest.raises(InternalError, match="No space left on device"):
             buckets.put(BUCKET, "second", b"data", policy=POLICY)
     finally:
@@ -254,8 +254,8 @@ def test_open_removes_files_of_a_killed_writer(root):
 WRITER = """
 import sys
 from pathlib import Path
-from thrave.buckets.directory_store import DirectoryStore as DirectoryBuckets
-buckets = DirectoryBuckets(Path(sys.argv[1]))
+from thrave.buckets.directory_store import DirectoryStore
+buckets = DirectoryStore(Path(sys.argv[1]))
 while True:
     for letter in b"ab":
         buckets.put(sys.argv[2], "folder/key", bytes([letter]) * 3_000_000)

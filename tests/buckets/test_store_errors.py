@@ -56,7 +56,7 @@ def test_status_decides_if_the_code_is_unknown(status, code):
 
 @pytest.mark.parametrize("code", [key for key in TABLE if isinstance(key, str) and not key.endswith("xx")])
 def test_code_decides_before_the_status(code):
-    assert error_from_response(code, 400, "words").kind is TABLE[code].kind
+    assert error_from_response(code, 400, "message").kind is TABLE[code].kind
 
 
 @pytest.mark.parametrize(
@@ -151,10 +151,10 @@ def test_server_that_sends_nothing_is_a_missing_response():
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-class TestProxyThat:
-    WANTED = "Basic am9lOnJpZ2h0"
+class TestProxy:
+    AUTHORIZATION = "Basic am9lOnJpZ2h0"
 
-    def refused(self, proxy, scheme):
+    def error_through(self, proxy, scheme):
         url = proxy.url.replace("//", "//joe:hunter2@")
         with pytest.raises(BucketError) as caught:
             get(connection(f"{scheme}://store.example:9", proxy=url))
@@ -162,26 +162,28 @@ class TestProxyThat:
         assert "hunter2" not in f"{caught.value} {caught.value!r}"
         return caught.value
 
-    def test_wants_another_password_is_named(self, scheme):
-        with forwarding(self.WANTED) as proxy:
-            error = self.refused(proxy, scheme)
+    def test_proxy_that_requires_another_password_is_named(self, scheme):
+        with forwarding(self.AUTHORIZATION) as proxy:
+            error = self.error_through(proxy, scheme)
         assert (error.code, error.kind) == ("ProxyAuthenticationRequired", Kind.SETTING)
 
-    def test_does_not_let_through_is_named(self, scheme):
-        with forwarding(self.WANTED, refusal=403) as proxy:
-            error = self.refused(proxy, scheme)
+    def test_proxy_that_refuses_the_request_is_named(self, scheme):
+        with forwarding(self.AUTHORIZATION, refusal=403) as proxy:
+            error = self.error_through(proxy, scheme)
         assert (error.code, error.kind) == ("ProxyRefused", Kind.SETTING)
 
-    def test_is_not_there_is_named(self, scheme):
+    def test_missing_proxy_is_named(self, scheme):
         proxy = SimpleNamespace(url=f"http://127.0.0.1:{free_port()}")
-        assert isinstance(self.refused(proxy, scheme), UnreachableError)
+        assert isinstance(self.error_through(proxy, scheme), UnreachableError)
 
-    def test_does_not_resolve_is_named(self, scheme):
-        assert isinstance(self.refused(SimpleNamespace(url="http://no-such-host.invalid"), scheme), UnreachableError)
+    def test_proxy_that_does_not_resolve_is_named(self, scheme):
+        assert isinstance(
+            self.error_through(SimpleNamespace(url="http://no-such-host.invalid"), scheme), UnreachableError
+        )
 
 
-def called(headers, pauses, timeout=100.0, **options):
-    failure = TransientError("SlowDown", 503, "words")
+def first_pause(headers, pauses, timeout=100.0, **options):
+    failure = TransientError("SlowDown", 503, "message")
     failure.headers = headers
     failures = [failure]
 
@@ -203,30 +205,30 @@ def test_retry_after_is_obeyed_within_the_timeout(pauses):
 
 @pytest.mark.parametrize("text", ["3600", "999999999"])
 def test_retry_after_beyond_the_timeout_waits_the_remaining_time(pauses, text):
-    assert called({"Retry-After": text}, pauses) == 100
+    assert first_pause({"Retry-After": text}, pauses) == 100
 
 
 @pytest.mark.parametrize("text", ["", "-5", "soon", "1e9", "9" * 400, "Mon, 01 Jan 2001 00:00:00 GMT", "nan",
                                   "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"])  # fmt: skip
 def test_invalid_retry_after_is_ignored(pauses, text):
-    assert called({"Retry-After": text}, pauses) < 1
+    assert first_pause({"Retry-After": text}, pauses) < 1
 
 
 def test_retry_after_may_be_a_date(pauses):
-    until = datetime.now(UTC) + timedelta(seconds=50)
-    assert 30 < called({"Retry-After": format_datetime(until, usegmt=True)}, pauses) <= 50
+    retry_at = datetime.now(UTC) + timedelta(seconds=50)
+    assert 30 < first_pause({"Retry-After": format_datetime(retry_at, usegmt=True)}, pauses) <= 50
 
 
 def test_unreachable_server_is_retried_as_often_as_requested(pauses):
-    tried = []
+    attempts = []
 
     def call():
-        tried.append(1)
-        raise UnreachableError("ConnectionRefused", 0, "words")
+        attempts.append(1)
+        raise UnreachableError("ConnectionRefused", 0, "message")
 
     with pytest.raises(UnreachableError):
         retry_store(call, 100.0, lambda *_: None, unreachable_attempts=2)
-    assert len(tried) == 2
+    assert len(attempts) == 2
 
 
 class CheckFailedError(Exception):
@@ -239,8 +241,8 @@ def test_wait_for_a_free_connection_does_not_count_toward_the_timeout(monkeypatc
     clock = [1.0]
     monkeypatch.setattr(retrying_store, "sleep", lambda _: None)
     monkeypatch.setattr(retrying_store, "monotonic", lambda: clock[0])
-    failures = [NoConnectionError("NoConnection", 0, "words") for _ in range(9)]
-    failures.insert(4, TransientError("SlowDown", 503, "words"))
+    failures = [NoConnectionError("NoConnection", 0, "message") for _ in range(9)]
+    failures.insert(4, TransientError("SlowDown", 503, "message"))
 
     def call():
         if failures:
@@ -249,7 +251,7 @@ def test_wait_for_a_free_connection_does_not_count_toward_the_timeout(monkeypatc
             raise error
         if ends == "the store fails":
             clock[0] += 60
-            raise TransientError("SlowDown", 503, "words")
+            raise TransientError("SlowDown", 503, "message")
         return "done"
 
     def check():
@@ -270,7 +272,7 @@ def test_wait_for_a_free_connection_has_its_own_limit(monkeypatch, timeout, opti
     monkeypatch.setattr(retrying_store, "monotonic", lambda: next(clock))
 
     def call():
-        raise NoConnectionError("NoConnection", 0, "words")
+        raise NoConnectionError("NoConnection", 0, "message")
 
     with pytest.raises(NoConnectionError):
         retry_store(call, timeout, lambda *_: None, **options)
