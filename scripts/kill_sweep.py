@@ -2,10 +2,10 @@
 
     python scripts/kill_sweep.py [--random 200] [--seed SEED] [--database postgresql]
 
-Most failpoints are used twice, the second time with a task that replaces a bundle. So are half of the tasks with random
-kills.
-tests/support/crashes/kill_sweep.py has the conditions that must hold after each kill and at the end; the first one that
-does not hold ends the run. The seed of the random moments is printed, and can be passed again.
+Most failpoints are used twice, the second time with a task that replaces a bundle. Half of the tasks with random
+kills replace a bundle as well. tests/support/crashes/kill_sweep.py has the conditions that must hold after each kill
+and at the end; the first one that does not hold ends the run. The seed of the random moments is printed, and can be
+passed again.
 """
 
 import argparse

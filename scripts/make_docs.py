@@ -147,7 +147,7 @@ Codes that no store sends, such as `ConnectionRefused`, are Thrave's own.
 {statuses}"""
 
 
-IMAGES = """\
+DISK_IMAGES = """\
 # Metadata of disk images
 
 An image file can refer to other files, and its metadata can say that it is not a whole disk or is damaged. Thrave reads
@@ -172,7 +172,7 @@ both machines only read, such as a template below their overlays, is allowed.
 {marks}"""
 
 
-def images() -> str:
+def disk_images() -> str:
     """Properties of disk images that are checked before QEMU opens them."""
     header = ("format", "metadata", "where", "decision", "message")
 
@@ -180,7 +180,7 @@ def images() -> str:
         for rule in rules:
             yield rule.format, rule.name, rule.where, f"`{rule.decision}`", rule.reason
 
-    return IMAGES.format(references=table(header, rows(REFERENCES)), marks=table(header, rows(MARKS)))
+    return DISK_IMAGES.format(references=table(header, rows(REFERENCES)), marks=table(header, rows(MARKS)))
 
 
 def failpoints() -> str:
@@ -406,7 +406,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "store-errors.md": ("src/thrave/buckets/errors.py", store_errors),
     "doctor.md": ("src/thrave/doctor/check_table.py", doctor),
     "failpoints.md": ("src/thrave/tasks/failpoints.py", failpoints),
-    "disk-images.md": ("src/thrave/volumes/image_rules.py", images),
+    "disk-images.md": ("src/thrave/volumes/image_rules.py", disk_images),
     "task-states.md": ("src/thrave/tasks/models.py", states),
     "host-states.md": ("src/thrave/tasks/models.py", host_states),
     "policies.md": ("src/thrave/identity/policies.py and conditions.py", policies),
