@@ -106,6 +106,7 @@ class Agent:
             self.power = self._open_power(lease)
         self._start_job("power", POWER_INTERVAL, self.power.resume_pending)
         records = components.records(lease)
+        created_buckets = CreatedBuckets(components.database, records, before_attempt=self._before_attempt)
         context = TaskContext(
             host=name,
             settings=self._task_settings(),
@@ -113,7 +114,7 @@ class Agent:
             accounts=components.accounts,
             driver=components.instances,
             store=components.buckets,
-            created_buckets=CreatedBuckets(components.database, records, before_attempt=self._before_attempt),
+            created_buckets=created_buckets,
             identity=components.service,
             lease_timer=self._lease_timer,
             before_attempt=self._before_attempt,
@@ -125,7 +126,7 @@ class Agent:
             log.warning("host starts no task: it drains until `thrave host activate`", host=name)
         self._worker.launch(partial(self._run, context))
         self._start_job("requeue lost tasks", REQUEUE_INTERVAL, requeue_lost)
-        self._start_housekeeping(records)
+        self._start_housekeeping(records, created_buckets)
         self._start_job("heartbeat", self._settings.heartbeat_interval, partial(self._heartbeat, lease))
 
     def _task_settings(self) -> TaskSettings:
@@ -144,7 +145,7 @@ class Agent:
             stall_timeout=self._settings.stall_timeout,
         )
 
-    def _start_housekeeping(self, records: TaskRepository) -> None:
+    def _start_housekeeping(self, records: TaskRepository, created_buckets: CreatedBuckets) -> None:
         components, name = self._components, self._settings.host_id
         object_cleanup = housekeeping.ObjectCleanup(
             records,
@@ -159,11 +160,10 @@ class Agent:
         # In a thread of its own, since a merge may take minutes.
         self._start_job("overlay merge", housekeeping.POWER_RECOVERY_INTERVAL, power_recovery.merge_overlays)
         self._start_job("object cleanup", housekeeping.OBJECT_CLEANUP_INTERVAL, object_cleanup.run_once)
-        created = CreatedBuckets(components.database, records, before_attempt=self._before_attempt)
         self._start_job(
             "bucket cleanup",
             housekeeping.OBJECT_CLEANUP_INTERVAL,
-            partial(created.remove_all, components.buckets, name),
+            partial(created_buckets.remove_all, components.buckets, name),
         )
         self._start_job(
             "retention",

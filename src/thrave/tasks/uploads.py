@@ -10,30 +10,19 @@ from functools import partial
 
 from thrave.bundle.errors import ResumeError
 from thrave.bundle.gzip_stream import Compression
-from thrave.bundle.model import (
-    BundleKey,
-    Checkpoint,
-    Part,
-    SealedBundle,
-    new_series,
-)
+from thrave.bundle.model import BundleKey, Checkpoint, Part, SealedBundle, new_series
 from thrave.bundle.sealer import Sealer
 from thrave.pipeline import StoppedError
 from thrave.tasks.failpoints import failpoint
-from thrave.tasks.journal import (
-    ResumeState,
-    StoredBatch,
-    StoredObject,
-    UploadJournal,
-)
+from thrave.tasks.journal import ResumeState, StoredBatch, StoredObject, UploadJournal
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.store_calls import CallGroup
 from thrave.tasks.task_objects import TaskObjects
 from thrave.volumes.base import MonitoredVolume, Volume
 
-WINDOW = 4
-"""The newest part may be `WINDOW * upload_concurrency` parts ahead of the first part that is not stored. This limits
-how many parts a crash makes the sealer read again, and how far the others may get ahead of one slow upload."""
+UPLOAD_WINDOW = 4
+"""The newest part may be `UPLOAD_WINDOW * upload_concurrency` parts ahead of the first part that is not stored. This
+limits how many parts are sealed again after a crash, and how far other uploads may get ahead of a slow one."""
 
 
 def upload_volume(
@@ -41,9 +30,9 @@ def upload_volume(
 ) -> SealedBundle:
     """Seal a volume and upload its parts; resume an upload that a crash interrupted.
 
-    An upload resumes with the same key at the end of the stored parts, if the volume is proved to be unchanged: by the
-    digest of all data before that point, and by the digests of every part that was sent beyond it. If the volume has
-    changed, the upload restarts with another key: one key and IV never encrypt two states of a disk.
+    An upload resumes with the same key at the end of the stored parts, if the volume is unchanged. Two checks prove
+    this: the digest of all data before that point, and the digests of each part that was sent beyond it. If the volume
+    has changed, the upload restarts with another key: one key and IV never encrypt two states of a disk.
 
     Raises:
         BucketError: The policy or the bucket refuses a part.
@@ -58,7 +47,7 @@ def upload_volume(
             return PartUploader(volume, objects, journal, state, monitor, compression=compression).run()
         except ResumeError as error:
             monitor.add_event(f"Sealing restarts with another key: {error}.")
-    # The key of a sealing that cannot be resumed is not used again, so its parts are of no use.
+    # The key of a sealing that cannot be resumed is not used again, so its parts are useless.
     objects.remove_objects()
     objects.check_location(monitor)
     # A request of an earlier sealing may still be in flight, in this process or in a proxy: it must hit no new part.
@@ -162,7 +151,7 @@ class PartUploader:
         """Wait until another upload may start, and `index` is within the window."""
         self._add_results(wait=False)
         limit = self._objects.upload_concurrency
-        while self._calls.pending >= limit or index >= self._prefix.end + WINDOW * limit:
+        while self._calls.pending >= limit or index >= self._prefix.end + UPLOAD_WINDOW * limit:
             self._record_stored()
             self._add_results()
 
