@@ -1,1 +1,1 @@
-"""Bundle tasks: the table of states, the records, the engine, and the main job itself."""
+"""Bundle tasks: rows, workflow, uploads, instance power, cleanup, hosts and leases."""
