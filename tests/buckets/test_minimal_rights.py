@@ -34,7 +34,7 @@ def minimal(upload, bucket, prefix="winami", without=()):
     return json.dumps(policy)
 
 
-def and_allow(policy, action, resource):
+def add_permission(policy, action, resource):
     document = json.loads(policy)
     document["Statement"].append({"Effect": "Allow", "Action": action, "Resource": resource})
     return json.dumps(document)
@@ -84,23 +84,23 @@ def test_key_without_rights_is_refused_before_the_instance_is_changed(guarded_se
         bundle(service, bucket)
 
 
-def owners(guard, store):
+def owner_key_store(guard, store):
     owner = KeyOwner(ACCOUNT, stores.ALICE)
     connection = store.connection(endpoint=guard.url, credentials=None)
     return OwnerKeyStore(connection, lambda _: owner, key_owner=owner)
 
 
-def by_service(guard, store):
+def service_key_store(guard, store):
     return ServiceKeyStore(store.connection(endpoint=guard.url))
 
 
-DRIVERS = {"policy": owners, "service": by_service}
+DRIVERS = {"policy": owner_key_store, "service": service_key_store}
 
 
 @pytest.mark.parametrize("upload", DRIVERS)
 @pytest.mark.parametrize("more", ["s3:ListBucket", "s3:ListAllMyBuckets", "s3:CreateBucket"])
 def test_existing_bucket_needs_none_of_the_rights_on_buckets(seaweedfs, bucket, upload, more):
-    policy = and_allow(minimal(upload, bucket), more, ["*", f"arn:aws:s3:::{bucket}"])
+    policy = add_permission(minimal(upload, bucket), more, ["*", f"arn:aws:s3:::{bucket}"])
     with guarded(seaweedfs.url, policy) as guard:
         buckets = DRIVERS[upload](guard, seaweedfs)
         assert buckets.create(bucket, ACCOUNT, probe="winami.probe") is False
@@ -111,21 +111,21 @@ def test_existing_bucket_needs_none_of_the_rights_on_buckets(seaweedfs, bucket, 
 @pytest.mark.parametrize("upload", DRIVERS)
 def test_missing_bucket_that_may_not_be_created_is_named(seaweedfs, upload):
     name = f"alice-{uuid.uuid4().hex[:12]}"
-    policy = and_allow(minimal(upload, name), "s3:ListBucket", f"arn:aws:s3:::{name}")
+    policy = add_permission(minimal(upload, name), "s3:ListBucket", f"arn:aws:s3:::{name}")
     with guarded(seaweedfs.url, policy) as guard, pytest.raises(AccessDenied):
         DRIVERS[upload](guard, seaweedfs).create(name, ACCOUNT, probe="winami.probe")
 
 
 def test_hidden_bucket_is_refused_if_nothing_may_be_put_there(seaweedfs, bucket):
     with guarded(seaweedfs.url, minimal("policy", bucket, prefix="other")) as guard, pytest.raises(AccessDenied):
-        owners(guard, seaweedfs).create(bucket, ACCOUNT, probe="winami.probe")
+        owner_key_store(guard, seaweedfs).create(bucket, ACCOUNT, probe="winami.probe")
 
 
 def test_service_refuses_a_bucket_with_objects_and_without_owner(seaweedfs, bucket):
     S3ObjectClient(seaweedfs.connection()).put(bucket, "something", b"x")
-    policy = and_allow(minimal("service", bucket), "s3:ListBucket", f"arn:aws:s3:::{bucket}")
+    policy = add_permission(minimal("service", bucket), "s3:ListBucket", f"arn:aws:s3:::{bucket}")
     with guarded(seaweedfs.url, policy) as guard:
-        buckets = by_service(guard, seaweedfs)
+        buckets = service_key_store(guard, seaweedfs)
         with pytest.raises(BucketAlreadyExists):
             buckets.create(bucket, ACCOUNT)
         assert buckets.owner(bucket) == UNKNOWN_OWNER
@@ -134,4 +134,4 @@ def test_service_refuses_a_bucket_with_objects_and_without_owner(seaweedfs, buck
 def test_service_refuses_a_bucket_of_another_account_with_the_minimal_policy(seaweedfs, bucket):
     S3ObjectClient(seaweedfs.connection()).put(bucket, OWNER_KEY, b"222222222222\n")
     with guarded(seaweedfs.url, minimal("service", bucket)) as guard, pytest.raises(BucketAlreadyExists):
-        by_service(guard, seaweedfs).create(bucket, ACCOUNT)
+        service_key_store(guard, seaweedfs).create(bucket, ACCOUNT)

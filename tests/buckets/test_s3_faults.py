@@ -68,16 +68,16 @@ FAULTS = {
     "500": error(500, "InternalError"),
     "502 of a proxy": http(502, b"<html>Bad Gateway</html>"),
     "503 SlowDown": error(503, "SlowDown"),
-    "503 without words": http(503),
+    "503 without content": http(503),
     "504": http(504),
     "429": http(429),
     "408": error(408, "RequestTimeout"),
     "307": http(307, Location="http://127.0.0.1:1/"),
-    "409 at once with another": error(409, "OperationAborted"),
-    "hung up": b"\r\n",
-    "hung up in the head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "409 with a parallel request": error(409, "OperationAborted"),
+    "closed without a response": b"\r\n",
+    "closed within the headers": b"HTTP/1.1 200 OK\r\nContent-Le",
     "not HTTP": b"220 mail ESMTP\r\n",
-    "silent": SILENCE,
+    "no response": SILENCE,
 }
 REFUSALS = {
     "403": error(403, "AccessDenied"),
@@ -91,15 +91,15 @@ REFUSALS = {
 }
 
 
-def is_free_of_secrets(caught, script):
-    hidden = (
+def has_no_secrets(caught, script):
+    secrets = (
         SECRET,
         TOKEN,
         verified().signature,
         verified().text,
         script.url,
     )
-    return not any(secret in f"{caught.value} {caught.value!r}" for secret in hidden)
+    return not any(secret in f"{caught.value} {caught.value!r}" for secret in secrets)
 
 
 @pytest.mark.parametrize("request_", EVERY_REQUEST, ids=lambda call: call.__name__)
@@ -107,7 +107,7 @@ def is_free_of_secrets(caught, script):
 def test_temporary_failure_is_transient(request_, fault):
     with scripted(FAULTS[fault]) as script, pytest.raises(TransientError) as caught:
         request_(S3ObjectClient(connection(script)))
-    assert is_free_of_secrets(caught, script)
+    assert has_no_secrets(caught, script)
 
 
 @pytest.mark.parametrize("code", ["RequestTimeout", "IncompleteBody"])
@@ -122,7 +122,7 @@ def test_permanent_failure_is_final(request_, refusal):
     with scripted(REFUSALS[refusal]) as script, pytest.raises(BucketError) as caught:
         request_(S3ObjectClient(connection(script)))
     assert not isinstance(caught.value, TransientError)
-    assert is_free_of_secrets(caught, script)
+    assert has_no_secrets(caught, script)
     if refusal not in ("400", "501"):  # these can mean that the store lacks an optional feature
         assert len(script.requests) == 1
 
@@ -139,7 +139,7 @@ def test_permanent_failure_is_final(request_, refusal):
         [http(200, ETag=OTHER_ETAG, x_amz_server_side_encryption="aws:kms"), http(404)],
         [error(400, "BadDigest")],
     ],
-    ids=["other ETag", "not there", "there with another ETag", "longer", "no MD5, not there", "KMS, not there", "told"],
+    ids=["other ETag", "missing", "other ETag in HEAD", "longer", "no MD5, missing", "KMS, missing", "reported"],
 )
 def test_upload_that_the_store_lost_is_detected(upload, answers):
     with scripted(*answers) as script, pytest.raises(TransientError, match="BadDigest"):
@@ -155,7 +155,7 @@ def test_upload_that_the_store_lost_is_detected(upload, answers):
         [http(204), http(200, ETag=ETAG, Content_Length=len(DATA))],
         [http(200, ETag=OTHER_ETAG, x_amz_server_side_encryption="aws:kms"), http(200, Content_Length=len(DATA))],
     ],
-    ids=["ETag", "bare", "by a look", "KMS, by its size"],
+    ids=["ETag", "ETag without quotes", "by HEAD", "KMS, by its size"],
 )
 def test_upload_that_the_store_has_is_confirmed(upload, answers):
     with scripted(*answers) as script:
@@ -289,15 +289,15 @@ def test_retrying_store_checks_before_each_attempt_of_each_call(call, pauses):
             assert len(script.requests) == 1
 
 
-@pytest.mark.parametrize("moment", ["before the attempt", "once the connection is there", "after some of the body"])
-def test_transport_sends_no_more_of_a_body_once_a_check_fails(moment, monkeypatch):
-    passes = {"before the attempt": 0, "once the connection is there": 1, "after some of the body": 4}[moment]
+@pytest.mark.parametrize("moment", ["before the attempt", "when there is a connection", "after some of the body"])
+def test_transport_stops_sending_a_body_when_a_check_fails(moment, monkeypatch):
+    allowed = {"before the attempt": 0, "when there is a connection": 1, "after some of the body": 4}[moment]
     monkeypatch.setattr(s3_client, "_PIECE", 1)
-    made = []
+    checks = []
 
     def check():
-        made.append(moment)
-        if len(made) > passes:
+        checks.append(moment)
+        if len(checks) > allowed:
             raise CheckFailedError
 
     with scripted(http(200, ETag=ETAG)) as script:
@@ -305,7 +305,7 @@ def test_transport_sends_no_more_of_a_body_once_a_check_fails(moment, monkeypatc
             put(RetryingStore(ServiceKeyStore(connection(script)), 60.0, before_attempt=check))
         script.over.set()
     assert script.requests in ([], [""])  # no complete request: a store ignores a part of one
-    assert len(made) == passes + 1
+    assert len(checks) == allowed + 1
 
 
 @pytest.mark.parametrize(
@@ -343,9 +343,9 @@ def test_wait_for_a_free_connection_ends():
 def pieces(answer, *, slow):
     """Split a response into small pieces, beginning with its part `slow`."""
     headers = answer.partition(b"\r\n\r\n")[0]
-    fast = {"status": b"", "headers": headers[:-20], "body": headers + b"\r\n\r\n"}[slow]
-    rest = answer[len(fast) :]
-    return [fast] * bool(fast) + [rest[start : start + 4] for start in range(0, len(rest), 4)]
+    first = {"status": b"", "headers": headers[:-20], "body": headers + b"\r\n\r\n"}[slow]
+    rest = answer[len(first) :]
+    return [first] * bool(first) + [rest[start : start + 4] for start in range(0, len(rest), 4)]
 
 
 @pytest.mark.parametrize(

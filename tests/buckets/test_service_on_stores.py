@@ -23,7 +23,7 @@ FILES = ["winami.manifest.json", "winami.manifest.xml", "winami.part.0"]
 ON_SEAWEEDFS = pytest.param(("seaweedfs", {}), id="seaweedfs", marks=pytest.mark.s3)
 UNREACHABLE = pytest.param(("seaweedfs", {"s3_endpoint": "http://127.0.0.1:1"}), id="unreachable", marks=pytest.mark.s3)
 ON_RGW = pytest.param(("rgw", {}), id="rgw", marks=pytest.mark.rgw)
-BY_THE_SERVICE = pytest.param(("rgw", UPLOAD_BY_SERVICE), id="service", marks=pytest.mark.rgw)
+SERVICE_KEY = pytest.param(("rgw", UPLOAD_BY_SERVICE), id="service", marks=pytest.mark.rgw)
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,18 @@ def service(shared_service, tmp_path):
 @pytest.mark.parametrize("shared_service", [ON_SEAWEEDFS], indirect=True)
 def test_policy_of_the_aws_cli_stores_the_objects(service):
     program = shutil.which("aws", path=str(Path(sys.executable).parent))
-    own = {
+    key = {
         "AWS_ACCESS_KEY_ID": service.own_key.access_key_id,
         "AWS_SECRET_ACCESS_KEY": service.own_key.secret_access_key,
     }
     owner = ["--owner-akid", stores.ALICE.access_key_id, "--owner-sak", stores.ALICE.secret_access_key]
     storage = ["--instance-id", service.instance(), "--bucket", service.bucket, "--prefix", "winami"]
     command = [program, "--endpoint-url", service.server.url, "--region", "us-east-1", "--output", "json", "ec2"]
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **own}
-    done = subprocess.run(
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **key}
+    finished = subprocess.run(
         [*command, "bundle-instance", *storage, *owner], env=environment, capture_output=True, check=True, text=True
     )
-    task = service.ended(json.loads(done.stdout)["BundleTask"]["BundleId"])
+    task = service.ended(json.loads(finished.stdout)["BundleTask"]["BundleId"])
     assert task["State"] == "complete"
     assert service.files() == FILES
     assert service.is_whole()
@@ -70,12 +70,12 @@ def v2(service, acl):
 
 def v4(service, acl):
     day = datetime.now(UTC).strftime("%Y%m%d")
-    signer = [
+    scope = [
         {"x-amz-algorithm": "AWS4-HMAC-SHA256"},
         {"x-amz-credential": f"{stores.ALICE.access_key_id}/{day}/us-east-1/s3/aws4_request"},
         {"x-amz-date": f"{day}T000000Z"},
     ]
-    conditions = [{"bucket": service.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"], *signer]
+    conditions = [{"bucket": service.bucket}, {"acl": acl}, ["starts-with", "$key", "winami"], *scope]
     text = encoded(document(*conditions))
     return base64.b64decode(text), signed_v4(text, date=day)
 
@@ -89,7 +89,7 @@ def test_policy_of_either_version_stores_the_objects(service, signed):
     assert service.is_whole()
 
 
-@pytest.mark.parametrize("shared_service", [BY_THE_SERVICE], indirect=True)
+@pytest.mark.parametrize("shared_service", [SERVICE_KEY], indirect=True)
 def test_key_of_the_service_stores_what_our_policy_allows(service):
     policy, _ = v2(service, "ec2-bundle-read")
     signature = signed_v2(base64.b64encode(policy).decode(), service.own_key.secret_access_key)

@@ -92,37 +92,37 @@ def test_tls_is_tunnelled_through_a_proxy(rgw, bucket, proxy):
     assert {*proxy.forwarded} == {("CONNECT", rgw.tls_url.removeprefix("https://"))}
 
 
-@pytest.mark.parametrize("over", ["url", "tls_url"])
-def test_proxy_is_sent_its_user_and_password(rgw, bucket, over):
+@pytest.mark.parametrize("endpoint", ["url", "tls_url"])
+def test_proxy_is_sent_its_user_and_password(rgw, bucket, endpoint):
     with forwarding("Basic am9lOnBAc3Mgd29yZA==") as proxy:
         url = proxy.url.replace("//", "//joe:p%40ss%20word@")
-        objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=getattr(rgw, over), ca=rgw.ca, proxy=url))
+        objects = S3ObjectClient(rgw.connection(stores.ALICE, endpoint=getattr(rgw, endpoint), ca=rgw.ca, proxy=url))
         send_all_requests(objects, bucket, [sign_policy(bucket, stores.ALICE)])
     assert proxy.forwarded
 
 
-def temporary(rgw):
+def temporary_credentials(rgw):
     """Temporary credentials of Alice, from RGW's token service."""
-    known = {"aws_access_key_id": stores.ALICE.access_key_id, "aws_secret_access_key": stores.ALICE.secret_access_key}
-    sts = boto3.client("sts", "us-east-1", endpoint_url=rgw.url, **known)
-    given = sts.assume_role(RoleArn=f"arn:aws:iam:::role/{stores.ROLE}", RoleSessionName="alice")["Credentials"]
+    key = {"aws_access_key_id": stores.ALICE.access_key_id, "aws_secret_access_key": stores.ALICE.secret_access_key}
+    sts = boto3.client("sts", "us-east-1", endpoint_url=rgw.url, **key)
+    credentials = sts.assume_role(RoleArn=f"arn:aws:iam:::role/{stores.ROLE}", RoleSessionName="alice")["Credentials"]
     sts.close()
     return Credentials(
-        access_key_id=given["AccessKeyId"],
-        secret_access_key=given["SecretAccessKey"],
-        session_token=given["SessionToken"],
+        access_key_id=credentials["AccessKeyId"],
+        secret_access_key=credentials["SecretAccessKey"],
+        session_token=credentials["SessionToken"],
     )
 
 
 def test_temporary_credentials_are_accepted(rgw, bucket):
-    key = temporary(rgw)
+    key = temporary_credentials(rgw)
     token = {"x-amz-security-token": key.session_token}
     policies = [sign_policy(bucket, key, token, version=version) for version in (2, 4)]
     send_all_requests(S3ObjectClient(rgw.connection(key)), bucket, policies)
 
 
 def test_temporary_credentials_without_token_are_rejected(rgw, bucket):
-    key = temporary(rgw)
+    key = temporary_credentials(rgw)
     objects = S3ObjectClient(rgw.connection(Credentials(**{**vars(key), "session_token": None})))
     with pytest.raises(AccessDenied):
         objects.put(bucket, "key", PART)
@@ -131,11 +131,11 @@ def test_temporary_credentials_without_token_are_rejected(rgw, bucket):
 
 
 def test_public_object_is_read_without_key(rgw, bucket):
-    alices = S3ObjectClient(rgw.connection(stores.ALICE))
+    objects = S3ObjectClient(rgw.connection(stores.ALICE))
     policy = sign_policy(bucket, stores.ALICE, {"acl": "public-read"})
-    alices.put(bucket, "win.part.0", PART, policy=policy)
-    alices.put(bucket, "private", PART)
-    nobodys = S3ObjectClient(rgw.connection(None))
-    assert nobodys.get(bucket, "win.part.0") == PART
+    objects.put(bucket, "win.part.0", PART, policy=policy)
+    objects.put(bucket, "private", PART)
+    anonymous = S3ObjectClient(rgw.connection(None))
+    assert anonymous.get(bucket, "win.part.0") == PART
     with pytest.raises(AccessDenied):
-        nobodys.get(bucket, "private")
+        anonymous.get(bucket, "private")
