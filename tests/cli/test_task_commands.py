@@ -127,7 +127,7 @@ def test_task_cancel_cancels_and_undoes_task(thrave, thrave_json, server, bundle
     assert status == TASK_CANCELLED
     assert "Client.Cancelled" in text
     story = show(bundle_id)
-    assert "An operator has cancelled it." in [event["message"] for event in story["history"]]
+    assert "An operator cancelled the task." in [event["message"] for event in story["history"]]
     assert (story["storedSize"], story["orphanedObjects"]) == (0, 0)
     assert server.instances.state(instance_id) is InstanceState.RUNNING
     status, stdout, stderr = thrave("task", "cancel", bundle_id)

@@ -70,7 +70,7 @@ def create(settings: Settings, name: str, certificate: Path | None, new_certific
       thrave account create alice --certificate cert-HKZYKTAIG2ECMXYIBH3HXV4ZBEXAMPLE.pem
     """
     if certificate and new_certificate:
-        raise click.UsageError("--certificate and --new-certificate exclude each other")
+        raise click.UsageError("Pass either --certificate or --new-certificate.")
     with (
         open_accounts(settings, create=True) as accounts,
         _certificate_files(name, certificate, new_certificate) as paths,

@@ -199,7 +199,7 @@ def _cancel(queries: TaskQueries, records: TaskRepository, bundle_id: str) -> Ta
     (report,) = queries.of([bundle_id])
     if not cancelled:
         raise BundleTaskNotCancellable(report.task.state)
-    records.add_event(bundle_id, "An operator has cancelled it.")
+    records.add_event(bundle_id, "An operator cancelled the task.")
     return report
 
 
