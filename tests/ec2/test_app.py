@@ -21,12 +21,12 @@ FORM = "application/x-www-form-urlencoded"
 
 
 def send(endpoint, request):
-    """Send bytes and give the whole answer: status, headers, body."""
+    """Send bytes and give the whole response: status, headers, body."""
     place = urlsplit(endpoint)
     with socket.create_connection((place.hostname, place.port), timeout=20) as connection:
         connection.sendall(request)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    head, _, body = answer.decode().partition("\r\n\r\n")
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = response.decode().partition("\r\n\r\n")
     status, *lines = head.split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines)
     return int(status.split()[1]), headers, body
@@ -43,8 +43,8 @@ def signed(endpoint, key, *, body=DESCRIBE, content_type=FORM, method="POST", fr
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def code_of(answer):
-    return re.search("<Code>(.*)</Code>", answer[2])[1]
+def code_of(response):
+    return re.search("<Code>(.*)</Code>", response[2])[1]
 
 
 def test_response_has_request_id_in_body_and_header(endpoint, service):
@@ -60,9 +60,9 @@ def test_response_has_request_id_in_body_and_header(endpoint, service):
 @pytest.mark.parametrize("version", ["2008-08-08", "2010-08-31", "2014-10-01", "2016-11-15"])
 def test_response_namespace_has_the_callers_version(endpoint, service, version):
     body = b"Action=DescribeBundleTasks&Version=" + version.encode()
-    _, _, answer = send(endpoint, signed(endpoint, service.key, body=body))
-    assert f'<DescribeBundleTasksResponse xmlns="http://ec2.amazonaws.com/doc/{version}/">' in answer
-    assert "<bundleInstanceTasksSet/>" in answer
+    _, _, response = send(endpoint, signed(endpoint, service.key, body=body))
+    assert f'<DescribeBundleTasksResponse xmlns="http://ec2.amazonaws.com/doc/{version}/">' in response
+    assert "<bundleInstanceTasksSet/>" in response
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_response_namespace_has_the_callers_version(endpoint, service, version):
     ],
 )
 def test_invalid_request_gets_ec2_code_and_status(endpoint, service, body, status, code):
-    answer = send(endpoint, signed(endpoint, service.key, body=body))
-    assert (answer[0], code_of(answer)) == (status, code)
+    response = send(endpoint, signed(endpoint, service.key, body=body))
+    assert (response[0], code_of(response)) == (status, code)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_body_content_type_may_have_a_charset(endpoint, service, content_type, c
     request = signed(endpoint, service.key, content_type=content_type)
     if content_type == "":
         request = request.replace(b"Connection", b"Content-Type: \r\nConnection")
-    answer = send(endpoint, request)
-    assert (code_of(answer) if answer[0] != 200 else None) == code
+    response = send(endpoint, request)
+    assert (code_of(response) if response[0] != 200 else None) == code
 
 
 def test_chunked_body_is_read_up_to_the_limit(endpoint, service):
     too_much = b"10001\r\n" + b"x" * (MAX_BYTES + 1) + b"\r\n"  # and no end
-    answer = send(endpoint, signed(endpoint, service.key, body=b"", framing="Transfer-Encoding: chunked") + too_much)
-    assert (answer[0], code_of(answer)) == (413, "RequestEntityTooLarge")
+    response = send(endpoint, signed(endpoint, service.key, body=b"", framing="Transfer-Encoding: chunked") + too_much)
+    assert (response[0], code_of(response)) == (413, "RequestEntityTooLarge")
 
 
 def test_client_disconnect_is_not_logged_as_error(endpoint, service):
@@ -131,8 +131,10 @@ def test_client_disconnect_is_not_logged_as_error(endpoint, service):
 
 
 def test_query_string_above_a_limit_is_refused(endpoint):
-    answer = send(endpoint, b"GET /?x=" + b"x" * (MAX_BYTES - 1) + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    assert answer[0] in {400, 413}
+    response = send(
+        endpoint, b"GET /?x=" + b"x" * (MAX_BYTES - 1) + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    assert response[0] in {400, 413}
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS"])
@@ -147,8 +149,8 @@ def test_other_http_methods_are_refused(endpoint, method):
     ["GET / HTTP/1.1", "GET /?Action=DescribeInstances&Version=2016-11-15 HTTP/1.1", "GET /?%FF HTTP/1.1"],
 )
 def test_request_without_credentials_gets_no_details(endpoint, request_line):
-    answer = send(endpoint, f"{request_line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-    assert (answer[0], code_of(answer)) in {(400, "MissingParameter"), (400, "MalformedQueryString")}
+    response = send(endpoint, f"{request_line}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert (response[0], code_of(response)) in {(400, "MissingParameter"), (400, "MalformedQueryString")}
 
 
 def test_unauthorized_caller_gets_the_same_error_with_and_without_dry_run(service, current_app):
@@ -156,8 +158,8 @@ def test_unauthorized_caller_gets_the_same_error_with_and_without_dry_run(servic
         replace(service.backend, is_allowed=lambda caller, action, on: action != "ec2:DescribeBundleTasks")
     )
     for body in (DESCRIBE, DESCRIBE + b"&DryRun=true", DESCRIBE + b"&BundleId.1=bun-12345678"):
-        answer = send(current_app.url, signed(current_app.url, service.key, body=body))
-        assert (answer[0], code_of(answer)) == (403, "UnauthorizedOperation")
+        response = send(current_app.url, signed(current_app.url, service.key, body=body))
+        assert (response[0], code_of(response)) == (403, "UnauthorizedOperation")
     dry = b"Action=DescribeInstances&Version=2016-11-15&DryRun=true"
     allowed = send(current_app.url, signed(current_app.url, service.key, body=dry))
     assert (allowed[0], code_of(allowed)) == (412, "DryRunOperation")
@@ -200,6 +202,6 @@ def test_presigned_url_bundles_without_headers(service, ec2, method):
     service.add_instance("i-12345678")
     parameters = {"InstanceId": "i-12345678", "Storage": storage(service.key)}
     url = ec2.generate_presigned_url("bundle_instance", Params=parameters, HttpMethod=method)
-    with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=20) as answer:
-        assert b"<state>pending</state>" in answer.read()
+    with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=20) as response:
+        assert b"<state>pending</state>" in response.read()
     assert [task["InstanceId"] for task in ec2.describe_bundle_tasks()["BundleTasks"]] == ["i-12345678"]

@@ -255,7 +255,7 @@ def test_authenticate_checks_the_age_of_a_request(request_of, later, expected):
 
 def test_authenticate_does_the_same_work_for_unknown_key_and_wrong_signature(monkeypatch):
     """The canonical request is built once; each of the two forms of the host costs one HMAC per secret."""
-    signed_with, canonical, answers = [], [], []
+    signed_with, canonical, responses = [], [], []
     signature, canonical_request = SigV4Auth.signature, SigV4Auth.canonical_request
     monkeypatch.setattr(
         SigV4Auth, "signature", lambda self, *args: signed_with.append(self.credentials) or signature(self, *args)
@@ -272,8 +272,10 @@ def test_authenticate_does_the_same_work_for_unknown_key_and_wrong_signature(mon
         with pytest.raises(EC2Error) as refusal:
             authenticate(request, KEYS.get, key_cache, datetime.now(UTC))
         work = (len(canonical), len(signed_with))
-        answers.append((refusal.value.status, refusal.value.code, refusal.value.message, work))
-    assert answers == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", (1, 4))] * 3
+        responses.append((refusal.value.status, refusal.value.code, refusal.value.message, work))
+    assert (
+        responses == [(401, "AuthFailure", "AWS was not able to validate the provided access credentials", (1, 4))] * 3
+    )
 
 
 def test_authenticate_uses_the_cache_for_a_recent_key():

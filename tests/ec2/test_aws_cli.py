@@ -72,8 +72,8 @@ def test_aws_cli_bundles_with_a_given_storage(service, aws, encode):
         "UploadPolicy": encode(document).decode(),
         "UploadPolicySignature": signature(base64.b64encode(document), service.key.secret_access_key),
     }
-    answer = aws("bundle-instance", "--instance-id", INSTANCE, "--storage", json.dumps({"S3": s3}))
-    assert answer["BundleTask"]["State"] == "pending"
+    response = aws("bundle-instance", "--instance-id", INSTANCE, "--storage", json.dumps({"S3": s3}))
+    assert response["BundleTask"]["State"] == "pending"
 
 
 def test_aws_cli_cancels_a_task_and_its_waiter_ends(service, aws):

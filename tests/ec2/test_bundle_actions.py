@@ -25,8 +25,8 @@ def refusal(call, **parameters):
     """The status, code and message that a call is refused with."""
     with pytest.raises(ClientError) as error:
         call(**parameters)
-    answer = error.value.response
-    return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"], answer["Error"]["Message"]
+    response = error.value.response
+    return response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"], response["Error"]["Message"]
 
 
 def bundle(ec2, key, instance_id=INSTANCE, **details):
@@ -127,8 +127,8 @@ def test_bundle_instance_rejects_prefix_of_an_unfinished_task(service, ec2, wind
 def test_bundle_instance_accepts_one_of_concurrent_requests_for_a_prefix(service, ec2):
     instances = [service.add_instance(f"i-{number:08x}") for number in range(8)]
     with ThreadPoolExecutor(len(instances)) as threads:
-        answers = [threads.submit(bundle, ec2, service.key, instance) for instance in instances]
-    errors = [error for error in (answer.exception() for answer in answers) if error is not None]
+        responses = [threads.submit(bundle, ec2, service.key, instance) for instance in instances]
+    errors = [error for error in (response.exception() for response in responses) if error is not None]
     assert len(errors) == len(instances) - 1
     assert {error.response["Error"]["Code"] for error in errors} == {"InvalidParameterValue"}
     assert len(ec2.describe_bundle_tasks()["BundleTasks"]) == 1
@@ -238,9 +238,9 @@ def test_bundle_instance_creates_one_task_for_fifty_simultaneous_calls(service, 
             return error.response["Error"]["Message"]
 
     with ThreadPoolExecutor(10) as pool:
-        answers = set(pool.map(call, range(50)))
+        responses = set(pool.map(call, range(50)))
     (task,) = ec2.describe_bundle_tasks()["BundleTasks"]
-    assert answers == {task["BundleId"], f"Instance is already being bundled: {task['BundleId']}"}
+    assert responses == {task["BundleId"], f"Instance is already being bundled: {task['BundleId']}"}
 
 
 NOT_SIGNED = (
@@ -381,8 +381,8 @@ def three_tasks(service, ec2):
     ],
 )
 def test_describe_bundle_tasks_filters(ec2, three_tasks, name, value, expected):
-    answer = ec2.describe_bundle_tasks(Filters=[{"Name": name, "Values": [value]}])["BundleTasks"]
-    assert {task["Storage"]["S3"]["Bucket"].removeprefix("bucket-") for task in answer} == expected
+    response = ec2.describe_bundle_tasks(Filters=[{"Name": name, "Values": [value]}])["BundleTasks"]
+    assert {task["Storage"]["S3"]["Bucket"].removeprefix("bucket-") for task in response} == expected
 
 
 def test_describe_bundle_tasks_filters_by_shown_values(ec2, three_tasks):
@@ -399,8 +399,8 @@ def test_describe_bundle_tasks_filters_by_shown_values(ec2, three_tasks):
 def test_describe_bundle_tasks_combines_ids_and_filters(ec2, three_tasks):
     ids = [three_tasks["one"]["BundleId"], three_tasks["two"]["BundleId"]]
     filters = [{"Name": "s3-bucket", "Values": ["bucket-t*"]}]
-    answer = ec2.describe_bundle_tasks(BundleIds=ids, Filters=filters)["BundleTasks"]
-    assert [task["BundleId"] for task in answer] == [ids[1]]
+    response = ec2.describe_bundle_tasks(BundleIds=ids, Filters=filters)["BundleTasks"]
+    assert [task["BundleId"] for task in response] == [ids[1]]
 
 
 def test_bundle_tasks_of_other_accounts_are_not_found(service, ec2, client_of, windows):

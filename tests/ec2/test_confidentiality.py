@@ -138,14 +138,14 @@ def test_to_ec2_error_converts_every_component_error_without_its_message(kind):
     error.__dict__.update({"message": "/srv/secret/path", "instance_id": INSTANCE})
     if issubclass(kind, bucket_errors.BucketError):
         error.code = getattr(kind, "code", "SlowDown")
-    answer = to_ec2_error(error)
-    assert answer.code in {
+    response = to_ec2_error(error)
+    assert response.code in {
         "InvalidInstanceID.NotFound",
         "IncorrectInstanceState",
         "Unavailable",
         "InvalidParameterValue",
     }
-    assert "/srv" not in answer.message
+    assert "/srv" not in response.message
 
 
 def test_to_ec2_error_returns_none_for_unexpected_errors():
@@ -166,15 +166,15 @@ def test_signature_uses_the_path_as_sent(endpoint, service):
 
 @pytest.mark.parametrize("path", ["/nothing/here", "/services/compute//", "/services", "/%2F", "/services/cloud", "//"])
 def test_unknown_path_error_has_the_right_url(endpoint, service, path):
-    answer = send(endpoint, signed(endpoint, service.key, path=path))
-    assert (answer[0], code_of(answer)) == (404, "InvalidPath")
-    assert f"Use {endpoint} as the endpoint" in answer[2]
+    response = send(endpoint, signed(endpoint, service.key, path=path))
+    assert (response[0], code_of(response)) == (404, "InvalidPath")
+    assert f"Use {endpoint} as the endpoint" in response[2]
 
 
 def test_invalid_host_is_not_repeated_in_the_error(endpoint):
-    answer = send(endpoint, b"GET /x HTTP/1.1\r\nHost: <b>\r\nConnection: close\r\n\r\n")
-    assert "b&gt;" not in answer[2]
-    assert f"Use {endpoint} as" in answer[2]
+    response = send(endpoint, b"GET /x HTTP/1.1\r\nHost: <b>\r\nConnection: close\r\n\r\n")
+    assert "b&gt;" not in response[2]
+    assert f"Use {endpoint} as" in response[2]
 
 
 @pytest.mark.parametrize("method", ["HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"])
@@ -221,9 +221,9 @@ def test_signature_version_2_can_be_disabled(service, current_app):
     current_app.app = create_app(service.backend)
     assert code_of(send(current_app.url, request)) == "RequestExpired"
     current_app.app = create_app(replace(service.backend, allow_signature_v2=False))
-    answer = send(current_app.url, request)
-    assert (answer[0], code_of(answer)) == (400, "InvalidParameterValue")
-    assert "signature version 4 only" in answer[2]
+    response = send(current_app.url, request)
+    assert (response[0], code_of(response)) == (400, "InvalidParameterValue")
+    assert "signature version 4 only" in response[2]
     assert send(current_app.url, signed(current_app.url, service.key, content_type=FORM))[0] == 200
 
 
@@ -234,12 +234,12 @@ def test_upload_policy_check_does_the_same_work_for_unknown_and_wrong_keys(servi
         UploadPolicy, "verify", lambda *args, **keywords: verified.append(1) or verify(*args, **keywords)
     )
     other = service.another_key()
-    answers = set()
+    responses = set()
     for access_key_id in ("AKIANOBODY", other.access_key_id, service.key.access_key_id):
         s3 = storage(service.key, UploadPolicySignature="c2ln", AWSAccessKeyId=access_key_id)
         with pytest.raises(ClientError) as refused:
             ec2.bundle_instance(InstanceId=INSTANCE, Storage=s3)
         error = refused.value.response["Error"]
-        answers.add((error["Code"], error["Message"].replace(access_key_id, "KEY")))
-    assert len(answers) == 1
+        responses.add((error["Code"], error["Message"].replace(access_key_id, "KEY")))
+    assert len(responses) == 1
     assert len(verified) == 3

@@ -22,8 +22,8 @@ def three_instances(service, tmp_path):
     service.add_instance("i-0000000d", account_id="999999999999")
 
 
-def ids(answer):
-    return [instance["InstanceId"] for reservation in answer["Reservations"] for instance in reservation["Instances"]]
+def ids(response):
+    return [instance["InstanceId"] for reservation in response["Reservations"] for instance in reservation["Instances"]]
 
 
 def test_describe_instances_returns_the_members_of_ec2(service, ec2, three_instances):
@@ -97,8 +97,8 @@ def test_describe_instances_omits_other_platforms(ec2, three_instances):
     ],
 )
 def test_describe_instances_filters(ec2, three_instances, name, value, expected):
-    answer = ec2.describe_instances(Filters=[{"Name": name, "Values": [value]}])
-    assert ids(answer) == [f"i-0000000{letter}" for letter in expected]
+    response = ec2.describe_instances(Filters=[{"Name": name, "Values": [value]}])
+    assert ids(response) == [f"i-0000000{letter}" for letter in expected]
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_describe_instances_paginates(ec2, twelve_instances):
 
 
 def test_describe_instances_last_full_page_has_no_token(ec2, twelve_instances):
-    answer = ec2.describe_instances(MaxResults=12)
-    assert ids(answer) == twelve_instances
-    assert "NextToken" not in answer
+    response = ec2.describe_instances(MaxResults=12)
+    assert ids(response) == twelve_instances
+    assert "NextToken" not in response
 
 
 def test_describe_instances_filters_before_pagination(ec2, service, twelve_instances):
     service.add_instance("i-00000003a0000000a", platform=None)
-    answer = ec2.describe_instances(MaxResults=5, Filters=[{"Name": "platform", "Values": ["windows"]}])
-    assert ids(answer) == twelve_instances[:5]
+    response = ec2.describe_instances(MaxResults=5, Filters=[{"Name": "platform", "Values": ["windows"]}])
+    assert ids(response) == twelve_instances[:5]
 
 
 def test_describe_instances_pages_are_stable_after_a_removal(ec2, service, twelve_instances):

@@ -22,8 +22,8 @@ INSTANCE = "i-1234567890abcdef0"
 def refusal(ec2, service):
     with pytest.raises(ClientError) as caught:
         ec2.bundle_instance(InstanceId=INSTANCE, Storage=storage(service.key))
-    answer = caught.value.response
-    return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"], answer["Error"]["Message"]
+    response = caught.value.response
+    return response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"], response["Error"]["Message"]
 
 
 @pytest.fixture

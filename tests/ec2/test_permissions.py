@@ -75,8 +75,12 @@ def refusal_of(server, key, action="describe_bundle_tasks", header=None, **param
         try:
             getattr(client, action)(**parameters)
         except ClientError as error:
-            answer = error.response
-            return answer["Error"]["Code"], answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Message"]
+            response = error.response
+            return (
+                response["Error"]["Code"],
+                response["ResponseMetadata"]["HTTPStatusCode"],
+                response["Error"]["Message"],
+            )
     return None
 
 
@@ -210,8 +214,8 @@ def test_get_caller_identity_needs_no_permission(server, bob, acme):
     key = bob(statement("Deny", "*"))
     secrets = {"aws_access_key_id": key.access_key_id, "aws_secret_access_key": key.secret_access_key}
     with closing(boto3.client("sts", "us-east-1", endpoint_url=server.url, **secrets)) as sts:
-        answer = sts.get_caller_identity()
-    del answer["ResponseMetadata"]
+        response = sts.get_caller_identity()
+    del response["ResponseMetadata"]
     account_id = acme[0].account_id
     arn = f"arn:aws:iam::{account_id}:user/{bob.name}"
-    assert answer == {"UserId": key.user.user_id, "Account": account_id, "Arn": arn}
+    assert response == {"UserId": key.user.user_id, "Account": account_id, "Arn": arn}

@@ -107,8 +107,8 @@ def test_power_action_changes_nothing_if_one_instance_is_refused(service, ec2, w
 
 def test_power_action_keeps_the_order_of_the_request(service, ec2):
     ids = [service.add_instance(f"i-0000000{letter}") for letter in "bca"]
-    answer = ask(ec2, "stop", *ids, ids[0])["StoppingInstances"]
-    assert [change["InstanceId"] for change in answer] == ids
+    response = ask(ec2, "stop", *ids, ids[0])["StoppingInstances"]
+    assert [change["InstanceId"] for change in response] == ids
     assert {instance.state for instance in service.instances.list()} == {InstanceState.STOPPED}
 
 

@@ -98,8 +98,8 @@ def test_botocore_reads_every_serialized_response(name):
     @given(structures(operation.output_shape, blobs, min_list=0))
     def check(result):
         document = serialize(operation, result, version=service.newest_version, request_id="an-id")
-        answer = {"status_code": 200, "headers": {}, "body": document}
-        received = PARSERS[service].parse(answer, operation.output_shape)
+        response = {"status_code": 200, "headers": {}, "body": document}
+        received = PARSERS[service].parse(response, operation.output_shape)
         assert received.pop("ResponseMetadata")["RequestId"] == "an-id"
         assert received == to_milliseconds(plain(result))
 
@@ -113,8 +113,8 @@ def test_botocore_reads_every_error_document(service):
     @given(xml_text, xml_text)
     def check(code, message):
         document = error_document(service.model, code, message, status=400, request_id="an-id")
-        answer = {"status_code": 400, "headers": {}, "body": document}
-        received = PARSERS[service].parse(answer, operation.output_shape)
+        response = {"status_code": 400, "headers": {}, "body": document}
+        received = PARSERS[service].parse(response, operation.output_shape)
         assert (received["Error"].get("Code") or "", received["Error"].get("Message") or "") == (code, message)
         assert received["ResponseMetadata"]["RequestId"] == "an-id"
 

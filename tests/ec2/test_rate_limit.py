@@ -91,9 +91,9 @@ def test_boto3_retries_after_the_rate_limit(service, current_app):
         "ec2", "eu-west-9", endpoint_url=current_app.url, config=Config(retries={"total_max_attempts": 10}),
         aws_access_key_id=service.key.access_key_id, aws_secret_access_key=service.key.secret_access_key,
     )  # fmt: skip
-    answers = [ec2.describe_instances()["ResponseMetadata"]["RetryAttempts"] for _ in range(3)]
-    assert answers[0] == 0
-    assert max(answers) > 0
+    responses = [ec2.describe_instances()["ResponseMetadata"]["RetryAttempts"] for _ in range(3)]
+    assert responses[0] == 0
+    assert max(responses) > 0
     ec2.close()
 
 

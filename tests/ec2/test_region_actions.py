@@ -49,9 +49,9 @@ def test_describe_availability_zones_returns_one_zone(ec2):
     ],
 )
 def test_regions_and_zones_are_selected_by_name_and_filter(ec2, ask, parameters, found):
-    answer = getattr(ec2, f"describe_{ask}")(**parameters)
-    answer.pop("ResponseMetadata")
-    assert [len(members) for members in answer.values()] == [found]
+    response = getattr(ec2, f"describe_{ask}")(**parameters)
+    response.pop("ResponseMetadata")
+    assert [len(members) for members in response.values()] == [found]
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_unknown_region_zone_or_attribute_is_refused(ec2, ask, parameters):
     assert refusal.value.response["Error"]["Code"] == "InvalidParameterValue"
 
 
-def attributes(answer):
+def attributes(response):
     return {
         attribute["AttributeName"]: [value["AttributeValue"] for value in attribute["AttributeValues"]]
-        for attribute in answer["AccountAttributes"]
+        for attribute in response["AccountAttributes"]
     }
 
 
@@ -109,9 +109,9 @@ def test_every_action_checks_permission_first(service, current_app, client_of, a
 
 def test_get_caller_identity_returns_root_for_an_account_key(service, client_of):
     account_id = service.key.account_id
-    answer = client_of(service.key, "sts").get_caller_identity()
-    assert answer.pop("ResponseMetadata")["RequestId"]
-    assert answer == {"UserId": account_id, "Account": account_id, "Arn": f"arn:aws:iam::{account_id}:root"}
+    response = client_of(service.key, "sts").get_caller_identity()
+    assert response.pop("ResponseMetadata")["RequestId"]
+    assert response == {"UserId": account_id, "Account": account_id, "Arn": f"arn:aws:iam::{account_id}:root"}
 
 
 def test_get_caller_identity_ignores_policies(service, current_app, client_of):
@@ -134,5 +134,5 @@ def test_get_caller_identity_with_wrong_credentials_gets_the_error_of_sts(servic
 
 def test_get_caller_identity_works_as_a_presigned_url(service, client_of):
     url = client_of(service.key, "sts").generate_presigned_url("get_caller_identity", HttpMethod="GET")
-    with urllib.request.urlopen(url, timeout=20) as answer:
-        assert f"<Account>{service.key.account_id}</Account>".encode() in answer.read()
+    with urllib.request.urlopen(url, timeout=20) as response:
+        assert f"<Account>{service.key.account_id}</Account>".encode() in response.read()

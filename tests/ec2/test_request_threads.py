@@ -76,9 +76,9 @@ def test_future_gets_errors_of_authentication_and_handling():
     def fail(*_):
         raise ZeroDivisionError
 
-    for prove, answer in ((fail, lambda _key: 1), (lambda: key("a"), fail)):
+    for prove, response in ((fail, lambda _key: 1), (lambda: key("a"), fail)):
         with pytest.raises(ZeroDivisionError):
-            threads.submit(prove, answer).result(WAIT)
+            threads.submit(prove, response).result(WAIT)
     assert threads.submit(lambda: key("a"), lambda _key: 1).result(WAIT) == 1
     assert not threads._busy
 
