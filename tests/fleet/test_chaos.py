@@ -1,4 +1,4 @@
-"""A fleet whose processes are killed at random: no task lost, doubled, misrouted or stuck."""
+"""A fleet whose processes are killed at random: no task is lost, duplicated, misrouted or stuck."""
 
 import pytest
 
@@ -16,6 +16,6 @@ def fleet(postgres, tmp_path):
     fleet.stop()
 
 
-def test_tasks_survive_the_death_of_every_process_of_a_fleet(fleet):
+def test_tasks_survive_kills_of_every_process(fleet):
     outcome = Chaos(fleet, Plan(tasks=24, instances=12, agents=3, apis=2, seed=20080808)).run()
     assert outcome.kills

@@ -1,4 +1,4 @@
-"""API processes and hosts' agents on one PostgreSQL: tasks run where the disk is, and go on where they are taken to."""
+"""API processes and agents on one PostgreSQL: a task runs where the disk is, and resumes on the host that adopts it."""
 
 import json
 import os
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 def add_instance(fleet, account, ec2, root, size=MIB, **details):
-    """Describe an instance where agents find it, and wait until one has reported it."""
+    """Add an instance to the folder of the agents, and wait until an agent has reported it."""
     instance = fleet.first.instance(account.account_id, make_disk(root, size), **details)
     eventually(lambda: instance.instance_id in instance_ids(ec2))
     return instance.instance_id
@@ -54,12 +54,12 @@ def bundle(fleet, key, ec2, instance_id, prefix="winami"):
     return ec2.bundle_instance(InstanceId=instance_id, Storage=storage)["BundleTask"]["BundleId"]
 
 
-def ended_as_lost(agent):
-    """Whether it ended because its host is another's; a coverage that is told of os._exit may crash first."""
+def ended_after_loss_of_lease(agent):
+    """Return whether it ended because another process has its lease. Coverage may crash when it handles os._exit."""
     return agent.wait(timeout=60) in {EXIT_LEASE_LOST, -signal.SIGSEGV}
 
 
-def test_a_task_asked_of_one_api_process_is_done_by_an_agent_and_shown_by_another(fleet, alice, tmp_path):
+def test_task_created_by_one_api_process_is_shown_by_another(fleet, alice, tmp_path):
     account, key = alice
     fleet.agent("host-a")
     other = fleet.api("api-2").client(key)
@@ -70,7 +70,7 @@ def test_a_task_asked_of_one_api_process_is_done_by_an_agent_and_shown_by_anothe
     assert (fleet.first.data.buckets / "alices-bucket" / "winami.manifest.xml").exists()
 
 
-def test_the_api_answers_while_no_agent_lives(fleet, alice, tmp_path):
+def test_api_responds_without_agents(fleet, alice, tmp_path):
     account, key = alice
     agent = fleet.agent("host-a")
     ec2 = fleet.first.client(key)
@@ -83,7 +83,7 @@ def test_the_api_answers_while_no_agent_lives(fleet, alice, tmp_path):
     assert describe_task(ec2, bundle_id)["BundleTaskError"]["Code"] == "Client.Cancelled"
 
 
-def test_what_is_asked_of_an_instances_power_is_done_by_its_host(fleet, alice, tmp_path):
+def test_power_requests_are_carried_out_by_host(fleet, alice, tmp_path):
     account, key = alice
     fleet.agent("host-a")
     ec2 = fleet.first.client(key)
@@ -97,15 +97,15 @@ def test_what_is_asked_of_an_instances_power_is_done_by_its_host(fleet, alice, t
     await_state(ec2, instance_id, "terminated")
 
 
-def test_of_two_agents_of_one_host_the_earlier_ends(fleet):
+def test_second_agent_of_host_ends_first(fleet):
     first = fleet.agent("host-a")
     second = fleet.agent("host-a")
-    assert ended_as_lost(first)
+    assert ended_after_loss_of_lease(first)
     assert second.poll() is None
 
 
 @pytest.mark.parametrize(
-    ("lost", "other", "says"),
+    ("missing", "other", "message"),
     [
         ("vault.key", None, "vault.key is missing"),
         ("vault.key", b"another key, which has 32 bytes.", "is not the key"),
@@ -113,22 +113,22 @@ def test_of_two_agents_of_one_host_the_earlier_ends(fleet):
         ("service/side-key.pem", None, "identity in"),
     ],
 )
-def test_process_without_the_fleets_key_and_identity_is_refused_and_makes_none(fleet, lost, other, says):
-    stranger = fleet.data("stranger")
-    path = stranger.root / lost
+def test_process_without_key_or_identity_of_fleet_is_refused(fleet, missing, other, message):
+    unrelated = fleet.data("unrelated")
+    path = unrelated.root / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     if other is not None:
         path.write_bytes(other)
         path.chmod(0o600)
-    before = sorted(stranger.root.rglob("*"))
-    refusal = fleet.thrave("agent", "--host-id", "host-b", data=stranger.root)
-    assert (refusal.returncode, says in refusal.stderr) == (1, True), refusal.stderr
-    assert sorted(stranger.root.rglob("*")) == before
+    before = sorted(unrelated.root.rglob("*"))
+    refusal = fleet.thrave("agent", "--host-id", "host-b", data=unrelated.root)
+    assert (refusal.returncode, message in refusal.stderr) == (1, True), refusal.stderr
+    assert sorted(unrelated.root.rglob("*")) == before
     hosts = json.loads(fleet.thrave("host", "list", "--output", "json").stdout)["hosts"]
     assert "host-b" not in {host["host"] for host in hosts}
 
 
-def test_command_of_a_fleet_uses_the_database_of_its_settings_file(fleet, tmp_path):
+def test_command_uses_database_of_settings_file(fleet, tmp_path):
     fleet.agent("host-a")
     file = tmp_path / "fleet.toml"
     file.write_text(f"database_url = {json.dumps(fleet.settings['database_url'])}\n")
@@ -137,7 +137,7 @@ def test_command_of_a_fleet_uses_the_database_of_its_settings_file(fleet, tmp_pa
     assert "host-a" in listed.stdout
 
 
-def test_agent_without_a_name_of_its_host_is_refused(tmp_path):
+def test_agent_without_host_id_is_refused(tmp_path):
     command = [sys.executable, "-m", "thrave", "agent", "--data-dir", tmp_path / "data"]
     environment = {**os.environ, "THRAVE_DATABASE_URL": "postgresql://thrave@127.0.0.1:1/thrave"}
     refusal = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
@@ -145,14 +145,14 @@ def test_agent_without_a_name_of_its_host_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["api", "agent"])
-def test_process_of_a_fleet_without_its_database_is_refused(tmp_path, command):
+def test_process_without_database_url_is_refused(tmp_path, command):
     command = [sys.executable, "-m", "thrave", command, "--data-dir", tmp_path / "data"]
     refusal = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (refusal.returncode, "database_url" in refusal.stderr) == (2, True)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_lost_hosts_task_goes_on_where_it_is_adopted(fleet, alice, tmp_path):
+def test_task_of_lost_host_resumes_on_adopting_host(fleet, alice, tmp_path):
     account, key = alice
     lost = fleet.agent("host-a")
     ec2 = fleet.first.client(key)
@@ -163,19 +163,19 @@ def test_a_lost_hosts_task_goes_on_where_it_is_adopted(fleet, alice, tmp_path):
     lost.send_signal(signal.SIGSTOP)
     fleet.adopt("host-a", by="host-b")
     lost.send_signal(signal.SIGCONT)
-    assert ended_as_lost(lost)
+    assert ended_after_loss_of_lease(lost)
     task = await_task(ec2, bundle_id)
     assert task["State"] == "complete", task
     await_state(ec2, instance_id, "running")
 
 
-def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, alice, tmp_path):
+def test_drained_host_finishes_started_tasks_only(fleet, alice, tmp_path):
     account, key = alice
     agent = fleet.agent("host-a", worker_concurrency=1)
     ec2 = fleet.first.client(key)
-    begun = add_instance(fleet, account, ec2, tmp_path / "begun.raw", 200 * MIB)
+    started = add_instance(fleet, account, ec2, tmp_path / "started.raw", 200 * MIB)
     waiting = add_instance(fleet, account, ec2, tmp_path / "waiting.raw")
-    first = bundle(fleet, key, ec2, begun)
+    first = bundle(fleet, key, ec2, started)
     await_task(ec2, first, "bundling")
     second = bundle(fleet, key, ec2, waiting, "waiting")
     with fleet.components() as components:
@@ -194,7 +194,7 @@ def test_a_drained_host_finishes_what_it_has_begun_and_leaves_the_rest(fleet, al
     assert await_task(ec2, second)["State"] == "complete"
 
 
-def test_the_tasks_of_a_retired_host_fail_with_the_reason(fleet, alice, tmp_path):
+def test_tasks_of_retired_host_fail_with_code(fleet, alice, tmp_path):
     account, key = alice
     agent = fleet.agent("host-a")
     ec2 = fleet.first.client(key)
@@ -208,7 +208,7 @@ def test_the_tasks_of_a_retired_host_fail_with_the_reason(fleet, alice, tmp_path
     assert instance_ids(ec2) == []
 
 
-def test_a_task_outlives_the_death_of_the_database(fleet, postgres, alice, tmp_path):
+def test_task_survives_restart_of_database(fleet, postgres, alice, tmp_path):
     account, key = alice
     fleet.agent("host-a")
     ec2 = fleet.first.client(key)
@@ -223,7 +223,7 @@ def test_a_task_outlives_the_death_of_the_database(fleet, postgres, alice, tmp_p
     await_state(ec2, instance_id, "running")
 
 
-def test_a_task_that_an_earlier_version_began_is_finished_by_this_one(fleet, alice, tmp_path):
+def test_task_of_earlier_version_is_finished(fleet, alice, tmp_path):
     account, key = alice
     agent = fleet.agent("host-a")
     ec2 = fleet.first.client(key)

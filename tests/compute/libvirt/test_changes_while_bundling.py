@@ -1,4 +1,4 @@
-"""What others do to a guest, and to libvirt, while its root volume is read, through the whole service."""
+"""Changes by other clients to a guest and to libvirt while its root volume is read, through the whole service."""
 
 import time
 
@@ -20,29 +20,29 @@ def service(libvirtd, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def _web(service, guest):
-    domain = service.domain("web", guest, told={"EVERY": 0.5}).start()
+    domain = service.domain("web", guest, parameters={"EVERY": 0.5}).start()
     yield domain
     domain.remove()
 
 
 @pytest.fixture
 def web(_web):
-    """A guest that runs; each test finds it as another one has left it."""
+    """A running guest, shared by the tests of this module."""
     _web.await_boot(after=_web.boots[:-1])
     return _web
 
 
 @pytest.fixture
 def cold(service, guest):
-    """A guest that is off, which takes no boot; its volume is read without an overlay."""
+    """A guest that is off, which saves the boot. Its volume is read without an overlay."""
     domain = service.domain("cold", guest)
     yield domain
     domain.remove()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(request, service):
-    """Whatever was done meanwhile, each guest is defined in the end as at first, and nothing of an overlay is left."""
+def check_guest_is_unchanged(request, service):
+    """Check that after each test the guest is defined as before, and no file of an overlay remains."""
     name = next(name for name in ("web", "cold") if name in request.fixturenames)
     domain = request.getfixturevalue(name)
     definition, files, sources = domain.definition(), domain.files(), domain.sources()
@@ -56,9 +56,9 @@ def _nothing_is_left(request, service):
 def test_running_guest_is_bundled_across_restart_of_libvirtd(service, web, libvirtd):
     boots = web.boots
     bundle = service.bundle(web)
-    with service.standing_still(bundle):
+    with service.paused_during_read(bundle):
         libvirtd.kill_daemon()
-    time.sleep(1)  # the service reads on, and finds nobody to ask
+    time.sleep(1)  # the service continues to read without libvirtd
     libvirtd.start_daemon()
     assert bundle.completed().drive().words(boots[-1])[-1] == OFF
     web.await_written(web.await_boot(after=boots))
@@ -67,7 +67,7 @@ def test_running_guest_is_bundled_across_restart_of_libvirtd(service, web, libvi
 def test_guest_killed_during_read_is_restarted_with_its_data(service, web):
     boots = web.boots
     bundle = service.bundle(web)
-    with service.standing_still(bundle):
+    with service.paused_during_read(bundle):
         killed = web.await_boot(after=boots)
         written = web.await_written(killed)
         web.kill()
@@ -75,14 +75,14 @@ def test_guest_killed_during_read_is_restarted_with_its_data(service, web):
     assert (drive.words(boots[-1])[-1], drive.words(killed)) == (OFF, [])
     again = web.await_boot(after=[*boots, killed])
     web.await_written(again)
-    words = web.look().words(killed)
+    words = web.read_disk().words(killed)
     assert len(words) >= written
     assert words == [str(number + 1) for number in range(len(words))]
 
 
 def test_stopped_guest_is_bundled_across_restart_of_libvirtd(service, cold, libvirtd):
     bundle = service.bundle(cold)
-    with service.standing_still(bundle):
+    with service.paused_during_read(bundle):
         libvirtd.kill_daemon()
     time.sleep(1)
     libvirtd.start_daemon()
@@ -92,7 +92,7 @@ def test_stopped_guest_is_bundled_across_restart_of_libvirtd(service, cold, libv
 
 def test_start_by_other_client_during_read_is_detected(service, cold):
     bundle = service.bundle(cold)
-    with service.standing_still(bundle), pytest.raises(VirshError, match="lock"):
+    with service.paused_during_read(bundle), pytest.raises(VirshError, match="lock"):
         cold.start()
     assert bundle.completed().opened().read_bytes() == cold.disk.read_bytes()
     cold.start()
@@ -101,7 +101,7 @@ def test_start_by_other_client_during_read_is_detected(service, cold):
 
 def test_task_fails_if_guest_is_undefined_during_read(service, cold):
     bundle = service.bundle(cold)
-    with service.standing_still(bundle):
+    with service.paused_during_read(bundle):
         cold.host.virsh("undefine", cold.name)
     code, message = bundle.failure()
     assert code == "Client.InstanceTerminated"
@@ -112,7 +112,7 @@ def test_task_fails_if_guest_is_undefined_during_read(service, cold):
 def test_undefined_running_guest_runs_until_it_is_off(service, web):
     boots = web.boots
     bundle = service.bundle(web)
-    with service.standing_still(bundle):
+    with service.paused_during_read(bundle):
         web.host.virsh("undefine", web.name)
         again = web.await_boot(after=boots)
     assert bundle.completed().drive().words(boots[-1])[-1] == OFF
@@ -120,6 +120,6 @@ def test_undefined_running_guest_runs_until_it_is_off(service, web):
     web.host.virsh("shutdown", web.name)
     eventually(lambda: web.name not in web.host.virsh("list", "--all", "--name"), f"{web.name} is undefined")
     web.define()
-    words = web.look().words(again)
+    words = web.read_disk().words(again)
     assert words[-1] == OFF
     web.start()

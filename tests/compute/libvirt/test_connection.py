@@ -1,4 +1,4 @@
-"""A connection to libvirt that fails halfway, and a machine that has no thread for it; libvirt itself is not needed."""
+"""Connections to libvirt that fail halfway, and a machine without free threads. Does not need libvirt."""
 
 import errno
 from pathlib import Path
@@ -15,14 +15,14 @@ from thrave.concurrency import NoThreadError
 
 
 class RefusedError(Exception):
-    """In place of libvirtError."""
+    """Takes the place of libvirtError."""
 
     def get_error_message(self):
         return "no"
 
 
 class Connection:
-    """Raises `fault` at its nth method; open until it is closed."""
+    """A connection that raises `fault` at the step `at`; open until it is closed."""
 
     def __init__(self, fault=None, at=""):
         self.fault, self.at, self.callbacks, self.is_open = fault, at, set(), True
@@ -51,7 +51,7 @@ class Connection:
 
 @pytest.fixture
 def coming(monkeypatch):
-    """The connections that libvirt gives, one after the other; an error in place of one is raised."""
+    """A list of the connections that libvirt returns in turn; errors in it are raised."""
     connections = []
 
     def connect(_uri):
@@ -70,10 +70,10 @@ def coming(monkeypatch):
 def test_failed_connection_is_closed_and_next_call_reconnects(coming, fault, at):
     failing, good = Connection(fault, at), Connection()
     coming.extend([fault if at == "open" else failing, good])
-    asking = LibvirtConnection("pretended:///", DomainEvents())
+    asking = LibvirtConnection("simulated:///", DomainEvents())
     try:
         with asking.session() as connection:
-            assert (at, type(fault)) == ("keep alive", RefusedError), "a driver may have none"
+            assert (at, type(fault)) == ("keep alive", RefusedError), "a driver may have no keepalive"
             assert connection is failing
             return
     except (HypervisorUnavailable, MemoryError, OSError):
@@ -86,7 +86,7 @@ def test_failed_connection_is_closed_and_next_call_reconnects(coming, fault, at)
 def test_lost_connection_is_closed_later_if_no_thread_can_be_started(coming, monkeypatch):
     lost, good = Connection(), Connection()
     coming.extend([lost, good])
-    asking = LibvirtConnection("pretended:///", DomainEvents())
+    asking = LibvirtConnection("simulated:///", DomainEvents())
     with asking.session():
         lost.isAlive = lambda: False
     with monkeypatch.context() as patched:
@@ -109,16 +109,16 @@ def test_changed_domain_is_read_again_after_failure(coming, monkeypatch, error):
 
     coming.append(Connection())
     events = DomainEvents()
-    table = DomainCache(LibvirtConnection("pretended:///", events), events, MetadataWriter(Path()))
+    table = DomainCache(LibvirtConnection("simulated:///", events), events, MetadataWriter(Path()))
     monkeypatch.setattr(table, "_refresh_all", lambda _connection: None)
     table.list()
     table._disconnects, table._next_full_refresh = events.disconnects, float("inf")
-    events.mark_changed({"told"})
+    events.mark_changed({"changed"})
     with monkeypatch.context() as patched:
         patched.setattr(domain_cache, "Call", fail)
         with pytest.raises(type(error)):
             table.list()
-    assert events.take_changed() == {"told"}
+    assert events.take_changed() == {"changed"}
 
 
 def no_thread(*_call):

@@ -1,4 +1,4 @@
-"""What an operator writes into a domain's metadata: whatever stands there, it is understood or refused by name."""
+"""Metadata that an operator writes are parsed, or refused with the name of the fault."""
 
 import re
 from datetime import UTC, datetime

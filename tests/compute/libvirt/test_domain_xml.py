@@ -1,4 +1,4 @@
-"""An overlay put into a domain's definition and taken out of it: everything else stays as it was."""
+"""An overlay is added to a domain's definition and removed; the rest of the XML does not change."""
 
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -49,7 +49,7 @@ FROZEN = InstanceMetadata(
 
 
 def layers(disk):
-    """The files and formats of a disk, from the top."""
+    """Return files and formats of a disk, from the top."""
     yield disk.find("source").get("file"), disk.find("driver").get("type")
     while (disk := disk.find("backingStore")) is not None and disk.find("source") is not None:
         yield disk.find("source").get("file"), disk.find("format").get("type")
@@ -66,7 +66,7 @@ def test_with_overlay_changes_only_disk_and_our_element(below):
     chain = [(str(OVERLAY.path), "qcow2"), (str(VOLUME.path), "qcow2")]
     assert list(layers(disk)) == chain + ([("/vm/golden.raw", "raw")] if below == CHAIN else [])
     ends = disk.find("backingStore").find("backingStore") is not None
-    assert ends is (below != ""), "whether the chain ends there is left as it was said"
+    assert ends is (below != ""), "the end of the chain does not change"
     start, end = before.index("<thrave:instance"), before.index("<x:y")
     assert after.startswith(before[:start])
     assert (
@@ -85,7 +85,7 @@ def test_without_overlay_restores_disk(below):
 
 
 def sorted_children(text):
-    """The canonical text, with the elements of disks in one order: libvirt minds none."""
+    """Return the canonical text with sorted disk elements; their order has no meaning."""
     root = ET.fromstring(text)
     for disk in root.iterfind("devices/disk"):
         disk[:] = sorted(disk, key=lambda element: element.tag)

@@ -1,4 +1,4 @@
-"""Guests that do not hear the power button, or hear it late, or have an agent, through the whole service."""
+"""Guests that ignore a shutdown request, or react late, or have an agent, through the whole service."""
 
 import pytest
 
@@ -6,37 +6,37 @@ from support.libvirt.guest_disk import OFF
 from support.libvirt.libvirt_service import LibvirtService
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.slow]
-LATE = 8  # seconds: the first request to power off is lost for sure
+LATE = 8  # seconds; the first shutdown request is certainly lost
 
 
 @pytest.fixture
 def service(libvirtd, tmp_path):
-    """A service that each test starts with settings of its own."""
+    """A service that each test starts with its own settings."""
     service = LibvirtService(tmp_path, libvirtd)
     yield service
     service.stop()
 
 
-def guest_of(service, guest, name, **told):
-    return service.domain(name, guest, told={"EVERY": 0.5, **told}).start()
+def guest_of(service, guest, name, **parameters):
+    return service.domain(name, guest, parameters={"EVERY": 0.5, **parameters}).start()
 
 
 def test_guest_that_ignores_shutdown_stays_up_or_loses_power_by_setting(service, guest):
-    deaf = guest_of(service, guest, "deaf", DEAF=1)
+    stuck = guest_of(service, guest, "stuck", DEAF=1)
     service.start(shutdown_timeout=3, shutdown_timeout_action="fail")
     try:
-        boot = deaf.await_boot()
-        assert service.bundle(deaf).failure() == (
+        boot = stuck.await_boot()
+        assert service.bundle(stuck).failure() == (
             "Server.InstanceNotStopped",
             "The guest did not power off within 3 seconds.",
         )
-        written = deaf.await_written(boot)
+        written = stuck.await_written(boot)
         service.stop()
         service.start(shutdown_timeout_action="power-off")
-        cut = service.bundle(deaf).completed()
-        assert "its power was cut, and what it had not written is lost" in cut.notice()
-        assert "it is marked as dirty" in cut.notice()
-        assert deaf.runs()
+        cut = service.bundle(stuck).completed()
+        assert "its power was cut, and what it had not written is lost" in cut.warning()
+        assert "it is marked as dirty" in cut.warning()
+        assert stuck.runs()
         drive = cut.drive()
         assert not drive.is_clean()
         words = drive.words(boot)
@@ -44,11 +44,11 @@ def test_guest_that_ignores_shutdown_stays_up_or_loses_power_by_setting(service,
         assert len(words) >= written
         service.stop()
         service.start(unclean_volume="refuse")
-        assert service.bundle(deaf).failure()[0] == "Server.VolumeError"
-        assert deaf.runs()
-        assert "SHUTDOWN-ASKED" not in deaf.said
+        assert service.bundle(stuck).failure()[0] == "Server.VolumeError"
+        assert stuck.runs()
+        assert "SHUTDOWN-ASKED" not in stuck.output
     finally:
-        deaf.remove()
+        stuck.remove()
 
 
 def test_shutdown_request_is_repeated_until_guest_has_booted(service, guest):
@@ -72,7 +72,7 @@ def test_agent_shuts_down_and_runs_sysprep(service, guest):
         boot = clerk.await_boot()
         drive = service.bundle(clerk).completed().drive()
         assert drive.words(boot)[-1] == OFF
-        assert "SHUTDOWN-ASKED -h -P +0" in clerk.said  # as the agent calls it; a button has no arguments
+        assert "SHUTDOWN-ASKED -h -P +0" in clerk.output  # as the agent calls it; a button has no arguments
         service.stop()
         service.start(sysprep_command=sysprep)
         again = clerk.await_boot(after=[boot])

@@ -1,4 +1,4 @@
-"""What a domain's XML says of an instance: no libvirt needed, and no word of it believed."""
+"""Mapping of domain XML to instances, without libvirt. The XML is untrusted."""
 
 import re
 from datetime import UTC, datetime
@@ -178,7 +178,7 @@ def test_off_reasons_are_complete():
 @pytest.mark.parametrize(
     ("reason", "seen", "lost"),
     [
-        (ShutoffReason.UNKNOWN, StoppedDetail.SHUTDOWN, False),  # libvirtd was started anew after the guest's shutdown
+        (ShutoffReason.UNKNOWN, StoppedDetail.SHUTDOWN, False),  # libvirtd was restarted after the guest's shutdown
         (ShutoffReason.UNKNOWN, StoppedDetail.FAILED, True),
         (ShutoffReason.UNKNOWN, 99, True),
         (ShutoffReason.FAILED, StoppedDetail.SHUTDOWN, True),

@@ -1,4 +1,4 @@
-"""Libvirt's domains as instances: what others do to them, and to libvirt, on its own pretence of a hypervisor."""
+"""The libvirt driver on libvirt's test driver: changes by other clients, lost connections, hanging calls."""
 
 import re
 import socket
@@ -64,7 +64,7 @@ def instance_id(domains):
 
 
 def test_domain_that_is_not_adopted_is_no_instance(domains, instances):
-    instance_id = instance_id_of(domains.libvirt.define("stranger", "/vm/stranger.raw"))
+    instance_id = instance_id_of(domains.libvirt.define("other", "/vm/other.raw"))
     assert instances.list() == []
     for ask in (instances.get, instances.state, instances.request_stop, instances.start, instances.disown):
         with pytest.raises(InstanceNotFound):
@@ -241,11 +241,11 @@ def test_abandoned_start_gives_no_command_and_keeps_instance_busy(instances, ins
     instances.request_stop(instance_id)
     hangs, look = threading.Event(), instances._wait_while_stopping
 
-    def look_late(domain):
+    def refresh_late(domain):
         assert hangs.wait(60)
         return look(domain)
 
-    monkeypatch.setattr(instances, "_wait_while_stopping", look_late)
+    monkeypatch.setattr(instances, "_wait_while_stopping", refresh_late)
     try:
         with monkeypatch.context() as patched:
             patched.setattr(timeouts, "TIMEOUT", 0.5)
@@ -271,7 +271,7 @@ def test_command_is_refused_after_loss_of_right(instances, instance_id, act):
 
     def refuse():
         checks.append(act)
-        if len(checks) > 1:  # it was allowed when it was begun
+        if len(checks) > 1:  # allowed only at the start
             raise PermissionError
 
     with start_guard.using(refuse), pytest.raises(PermissionError):
@@ -290,7 +290,7 @@ def test_hold_check_raises_after_lost_events(domains, instances, instance_id):
     instances.request_stop(instance_id)
     with instances.hold_stopped(instance_id) as hold:
         hold.check()
-        instances._events.record_disconnect()  # libvirtd was restarted, and told nothing of what happened meanwhile
+        instances._events.record_disconnect()  # as after a restart of libvirtd: events are lost
         with pytest.raises(HoldLostError):
             hold.check()
     with instances.hold_stopped(instance_id) as hold:
@@ -368,7 +368,7 @@ def test_sysprep_with_invalid_response_fails(instances, instance_id, monkeypatch
 
 
 class PoliteAgent:
-    """An agent that answers, in a guest that does not power off."""
+    """An agent that responds in a guest that does not power off."""
 
     def qemuAgentCommand(self, *_asked):  # noqa: N802 (libvirt's name)
         return '{"return": {}}'
@@ -460,12 +460,12 @@ def test_list_returns_last_snapshot_of_hanging_domain(domains, instances, instan
     other, hangs, look = domains.add(), threading.Event(), DomainCache.refresh
     assert len(instances.list()) == 2
 
-    def look_or_hang(table, domain):
+    def refresh_or_hang(table, domain):
         if instance_id_of(domain.UUIDString()) == instance_id:
             hangs.wait(60)
         return look(table, domain)
 
-    monkeypatch.setattr(DomainCache, "refresh", look_or_hang)
+    monkeypatch.setattr(DomainCache, "refresh", refresh_or_hang)
     monkeypatch.setattr(domain_cache, "REFRESH_TIMEOUT", 0.2)
     with domains.domain(instance_id) as domain:
         instances._events.mark_changed({domain.UUIDString()})
@@ -514,7 +514,7 @@ def test_list_returns_last_known_instances_until_reconnected(domains, instances,
         assert instances.list() == shown
         assert "last known instances used: no connection to test:///nowhere" in caplog.text
     with domains.domain(instance_id) as domain:
-        domain.destroy()  # of which nobody is told
+        domain.destroy()  # without an event
     assert [found.state for found in instances.list()] == [InstanceState.STOPPED]
 
 

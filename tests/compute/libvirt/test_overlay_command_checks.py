@@ -1,4 +1,4 @@
-"""Whether a command may still be given is checked right before each, however long libvirt took for the one before."""
+"""The start guard is checked right before each command of an overlay, since earlier calls may take long."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +21,16 @@ OUT = RootDisk(DiskLocation.NOWHERE, None)
 
 
 class TooLateError(Exception):
-    """This process may give no command any more."""
+    """This process may no longer give commands."""
 
 
-def on(stand, **mirror):
+def on(location, **mirror):
     disk = SimpleNamespace(target="vda", mirror=SimpleNamespace(**mirror) if mirror else None)
-    return RootDisk(stand, disk)
+    return RootDisk(location, disk)
 
 
 class Host:
-    """Notes which commands are given, and which checks are made; the check fails from the nth on."""
+    """Records commands and checks; the checks fail after `allowed` of them."""
 
     def __init__(self, monkeypatch, live, config, allowed):
         self.done, self.allowed = [], allowed
@@ -96,7 +96,7 @@ def test_attach_checks_guard_before_each_command(monkeypatch, allowed):
 
 
 def checked(host, commands, act):
-    """Do it, and see that nothing is done after a check that fails, and each command right after one that does not."""
+    """Check that each command follows a check, and that none follows a failed check."""
     try:
         with start_guard.using(host.check):
             act()

@@ -1,4 +1,4 @@
-"""The table by which an overlay is merged: complete, and from no place does it lose what the guest has written."""
+"""The table of merge steps is complete, and no sequence of steps loses data of the guest."""
 
 from itertools import product
 
@@ -18,18 +18,18 @@ def test_merge_table_is_complete():
     assert set(MERGING) == set(product(DiskLocation, DiskLocation))
 
 
-def taken(step, live, config):
-    """Where the definitions stand after a step was taken to its end, and whether the overlay is in the volume then."""
+def perform(step, live, config):
+    """Return the disk locations after a step, and whether the overlay is merged then."""
     match step:
         case (
             MergeStep.COMMIT_LIVE
-        ):  # libvirt has the domain start from there too, if it was to start from the same overlay
+        ):  # libvirt also changes the definition for the next start if that uses the same overlay
             return VOLUME, (VOLUME if config is OVERLAY else config), True
         case MergeStep.COMMIT_OFF:
             return live, VOLUME, True
         case MergeStep.REDEFINE:
             return live, VOLUME, False
-    raise AssertionError(f"{step} leads nowhere")
+    raise AssertionError(f"{step} is an end")
 
 
 @pytest.mark.parametrize(("live", "config"), list(product(DiskLocation, DiskLocation)))
@@ -40,13 +40,13 @@ def test_merge_ends_from_each_state_and_removes_only_merged_overlay(live, config
         step = MERGING[live, config]
         if step in {MergeStep.CLEAN_UP, MergeStep.COMMIT_FILES, MergeStep.REFUSE}:
             break
-        live, config, in_volume = taken(step, live, config)
+        live, config, in_volume = perform(step, live, config)
         merged = merged or in_volume
     else:
-        raise AssertionError("it goes on for ever")
+        raise AssertionError("the merge does not end")
     assert (step is MergeStep.REFUSE) is (ELSEWHERE in {live, config})
     if step is MergeStep.CLEAN_UP:
-        assert OVERLAY not in {live, config}, "something would be started on what is removed"
+        assert OVERLAY not in {live, config}, "no definition may use a removed overlay"
         assert merged or not written_in_overlay
 
 

@@ -1,7 +1,7 @@
-"""The host loses its power at each step that an overlay takes: service, libvirtd and guests are gone at once.
+"""The host loses its power at each step of an overlay: service, libvirtd and guests end at once.
 
-One task meets all of it, each time right where it has come to, so that every loss is met by what an earlier one has
-left. The service is killed by itself at the step, and everything else a moment later.
+One task meets all power losses, so each loss happens in the state that the earlier one has left. The service kills
+itself at the step, and everything else is killed right after that.
 """
 
 import pytest
@@ -21,7 +21,7 @@ MOMENTS = [
 
 def test_guest_and_bundle_survive_power_loss_at_each_overlay_step(libvirtd, guest, tmp_path):
     service = LibvirtService(tmp_path, libvirtd, capture_mode="overlay")
-    web = service.domain("web", guest, told={"EVERY": 0.5}).start()
+    web = service.domain("web", guest, parameters={"EVERY": 0.5}).start()
     definition, files = web.definition(), web.files()
     bundle = None
     try:
@@ -30,7 +30,7 @@ def test_guest_and_bundle_survive_power_loss_at_each_overlay_step(libvirtd, gues
         for moment in MOMENTS:
             service.start(failpoint=moment)
             bundle = bundle or service.bundle(web)
-            service.await_death()
+            service.await_crash()
             if moment == MERGING:
                 web.await_written(web.await_boot(after=known))
             libvirtd.lose_power()
@@ -50,9 +50,9 @@ def test_guest_and_bundle_survive_power_loss_at_each_overlay_step(libvirtd, gues
 
 
 def check_that_nothing_written_is_lost(domain):
-    """What each boot has seen to be on its disk is there, whatever it ran on and however it has ended."""
-    written = {boot: domain.written(boot) for boot in domain.boots}  # it goes on writing after the look
-    drive = domain.look()
+    """Check that C: has every line that a boot has confirmed as written, also if it ran on an overlay."""
+    written = {boot: domain.written(boot) for boot in domain.boots}  # read first: the guest keeps writing
+    drive = domain.read_disk()
     assert len(written) > 2
     for boot, least in written.items():
         numbers = [word for word in drive.words(boot) if word != OFF]

@@ -14,12 +14,12 @@ WINDOWS = (
 
 
 def disk(dev="vda", file="/vm/c.raw", image_format="raw", more=""):
-    """A disk that is a file."""
+    """Return the XML of a disk that is a file."""
     return DISK.format(dev=dev, file=file, format=image_format, more=more)
 
 
 def other(kind, source, device="disk"):
-    """A disk whose source is no file."""
+    """Return the XML of a disk with another source than a file."""
     return f'<disk type="{kind}" device="{device}"><source {source}/><target dev="vda"/></disk>'
 
 
@@ -28,7 +28,7 @@ POOL_VOLUME = other("volume", 'pool="p" volume="win.raw"')
 
 
 def xml(*disks, metadata="", architecture="x86_64", more=""):
-    """A domain, with one disk if none is given."""
+    """Return the XML of a domain; by default with one disk."""
     return (
         f'<domain type="kvm"><name>win</name><uuid>{UUID}</uuid><metadata>{metadata}</metadata>'
         f'<os><type arch="{architecture}">hvm</type></os>'

@@ -58,15 +58,15 @@ _READY = re.compile(r"^GUEST-READY (\S+)", re.MULTILINE)
 
 @dataclass
 class Domain:
-    """One domain.
+    """A domain with a guest.
 
     Attributes:
-        folder: Its disks' and its console's. If it has a `root.raw` already, that is its root disk.
-        account_id: Its owner's.
-        root: What else its root disk is a copy of; the guest's unless given.
-        boots_itself: From its root disk alone, as a machine does. Else with the kernel beside it, which is quicker, and
-            takes what it is told.
-        told: What the guest is told, as `inside_guest/init` knows it. AGENT has it get a channel, too.
+        folder: Folder of disks and console. An existing `root.raw` in it becomes the root disk.
+        account_id: Owner.
+        root: Image of which the root disk is a copy; by default the guest's.
+        boots_itself: Boot from the root disk, as a machine does. Otherwise QEMU loads the kernel, which is faster and
+            allows `parameters`.
+        parameters: Parameters of the guest, see `inside_guest/init`. With AGENT the domain also gets a channel.
     """
 
     host: Host
@@ -76,13 +76,13 @@ class Domain:
     account_id: str
     root: Path | None = None
     boots_itself: bool = False
-    told: dict[str, object] = field(default_factory=dict)
+    parameters: dict[str, object] = field(default_factory=dict)
     uuid: UUID = field(default_factory=uuid4)
 
     def __post_init__(self) -> None:
-        """Make what is not there: its disks, and the domain, which is off."""
-        self._looks = self.folder / "looks"
-        self._looks.mkdir(parents=True)
+        """Create the disks and define the domain, which is off."""
+        self._copies = self.folder / "copies"
+        self._copies.mkdir(parents=True)
         self.console = self.folder / "console.log"
         self.console.touch()
         self.disk = self.folder / "root.raw"
@@ -94,22 +94,22 @@ class Domain:
 
     @property
     def instance_id(self) -> str:
-        """What the service must call it."""
+        """Id of the instance."""
         return f"i-{hashlib.sha256(self.uuid.bytes).hexdigest()[:17]}"
 
     def define(self) -> None:
-        """Define it as it was at first."""
+        """Define the domain in its original form."""
         definition = self.folder / "domain.xml"
         definition.write_text(self._xml())
         self.host.virsh("define", definition)
 
     def start(self) -> "Domain":
-        """Switch it on; it boots meanwhile."""
+        """Start the domain, without waiting for the boot."""
         self.host.virsh("start", self.name)
         return self
 
     def remove(self) -> None:
-        """Cut its power if it runs, and forget it."""
+        """Cut the power if it is running, and undefine the domain."""
         for words in (("destroy", self.name), ("undefine", self.name)):
             try:
                 self.host.virsh(*words)
@@ -117,63 +117,63 @@ class Domain:
                 assert re.search("not running|not found|failed to get domain", str(error)), error  # noqa: PT017 (other errors fail)
 
     def kill(self) -> None:
-        """End its QEMU by SIGKILL, and wait until libvirt has seen it."""
+        """End QEMU by SIGKILL, and wait until libvirt has detected that."""
         self.host.kill_guest(self.name)
         eventually(lambda: not self.runs(), details=self.host.log)
 
     def runs(self) -> bool:
-        """Whether it is on."""
+        """Return whether the domain is running."""
         return self.host.virsh("domstate", self.name).strip() == "running"
 
     def definition(self) -> str:
-        """What libvirt will start it from, but for when the service has seen it start."""
+        """Return the definition for the next start, without the launch time."""
         definition = self.host.virsh("dumpxml", "--inactive", self.name)
         return canonicalize(definition, strip_text=True, exclude_attrs=["launchTime"])
 
     def sources(self) -> list[str]:
-        """The files of its disks: as it runs if it does, and as it is defined."""
+        """Return the files of the disks, in the running domain and in the definition."""
         listings = [self.host.virsh("domblklist", self.name, *options) for options in ((), ("--inactive",))]
         return [line.split(maxsplit=1)[1] for listing in listings for line in listing.splitlines() if line.strip()]
 
     def files(self) -> set[str]:
-        """What lies in its folder."""
+        """Return the names of the files in the folder."""
         return {path.name for path in self.folder.iterdir()}
 
     @property
-    def said(self) -> str:
-        """All that has come over its console."""
+    def output(self) -> str:
+        """Output of the console."""
         return self.console.read_text(errors="replace").replace("\r", "")
 
     def _last_lines(self) -> str:
-        return self.said[-1000:]
+        return self.output[-1000:]
 
     @property
     def boots(self) -> Sequence[str]:
-        """The ids of its boots that have come so far that it obeys and writes; each has another one."""
-        return _READY.findall(self.said)
+        """Ids of the boots in which the guest is ready: it reacts to the power button and writes."""
+        return _READY.findall(self.output)
 
     def await_boot(self, after: Sequence[str] = ()) -> str:
-        """Wait until it has booted, once more than these times; give the boot's id."""
+        """Wait for one more boot than those in `after`; return its id."""
         eventually(lambda: len(self.boots) > len(after), f"{self.name} boots", details=self._last_lines)
         boot = self.boots[-1]
         assert boot not in after
-        if "AGENT" in self.told:
+        if "AGENT" in self.parameters:
             eventually(self._has_agent, f"the guest agent of {self.name} answers")
         return boot
 
     def written(self, boot: str) -> int:
-        """The last line of a boot's that is known to be on its disk."""
-        return max(map(int, re.findall(rf"^WROTE {boot} ([0-9]+)$", self.said, re.MULTILINE)), default=0)
+        """Return the last line of a boot that is certainly on the disk."""
+        return max(map(int, re.findall(rf"^WROTE {boot} ([0-9]+)$", self.output, re.MULTILINE)), default=0)
 
     def await_written(self, boot: str, more: int = 2) -> int:
-        """Wait until a boot has written so many more lines; give the last one's number."""
+        """Wait until a boot has written `more` lines; return the number of the last one."""
         wanted = self.written(boot) + more
         eventually(lambda: self.written(boot) >= wanted, f"{self.name} writes", details=self._last_lines)
         return self.written(boot)
 
-    def look(self) -> GuestDisk:
-        """C: as it is now; if it runs, it stands still for the moment that this takes."""
-        runs, copy = self.runs(), self._looks / "now.raw"
+    def read_disk(self) -> GuestDisk:
+        """Return a copy of C:. A running domain is paused for the copy."""
+        runs, copy = self.runs(), self._copies / "now.raw"
         if runs:
             self.host.virsh("suspend", self.name)
         try:
@@ -181,7 +181,7 @@ class Domain:
         finally:
             if runs:
                 self.host.virsh("resume", self.name)
-        return GuestDisk(copy, self._looks)
+        return GuestDisk(copy, self._copies)
 
     def _has_agent(self) -> bool:
         try:
@@ -200,10 +200,10 @@ class Domain:
             kernel="" if self.boots_itself else self._kernel(),
             disks=f"{root}\n{other}",
             console=quoteattr(str(self.console)),
-            channel=_AGENT if "AGENT" in self.told else "",
+            channel=_AGENT if "AGENT" in self.parameters else "",
         )
 
     def _kernel(self) -> str:
-        told = {"VOLUME_FLAGS": volume_flags(self.disk), **self.told}
-        line = " ".join([COMMAND_LINE, *(f"{name}={value}" for name, value in told.items())])
+        parameters = {"VOLUME_FLAGS": volume_flags(self.disk), **self.parameters}
+        line = " ".join([COMMAND_LINE, *(f"{name}={value}" for name, value in parameters.items())])
         return f"<kernel>{self.guest.kernel}</kernel><initrd>{self.guest.initramfs}</initrd><cmdline>{line}</cmdline>"

@@ -36,18 +36,18 @@ _XML = """\
 
 
 class GuestlessDomain:
-    """One such domain.
+    """A domain without a guest.
 
     Attributes:
-        name: What libvirt calls it.
-        disk: Its disk's image.
-        instance_id: Its instance's id, if it is adopted.
+        name: Name in libvirt.
+        disk: Image of the disk.
+        instance_id: Id of the instance once the domain is adopted.
     """
 
     def __init__(
         self, host: Host, folder: Path, *, image_format: str = "raw", base: Path | None = None, more: str = ""
     ):
-        """Define it, with its disk in `folder`; on the image `base`, of the format raw, if one is given."""
+        """Define the domain with a disk in `folder`; `base` is the backing file of the disk, in the format raw."""
         self.host = host
         self.name = f"tiny-{uuid.uuid4()}"
         self.disk = folder / f"{self.name}.{image_format}"
@@ -61,13 +61,13 @@ class GuestlessDomain:
         host.virsh("define", definition)
 
     def write(self, block: int, value: int) -> None:
-        """Write a block of 64 KiB as its guest would, wherever its disk is at the moment, and have it on the disk."""
+        """Write and flush a block of 64 KiB through QEMU, as a guest would, into the image that the disk uses now."""
         for command in (f"write -P {value} {block * _BLOCK} {_BLOCK}", "flush"):
-            said = self._monitor("--hmp", f'qemu-io -d {_BACKEND} "{command}"')
-            assert not said.strip(), said
+            output = self._monitor("--hmp", f'qemu-io -d {_BACKEND} "{command}"')
+            assert not output.strip(), output
 
     def write_off(self, path: Path, image_format: str, block: int, value: int) -> None:
-        """Write a block into an image that nobody has open."""
+        """Write a block into an image that no process has open."""
         command = f"write -P {value} {block * _BLOCK} {_BLOCK}"
         subprocess.run(
             [require("qemu-io", package="qemu-utils"), "-f", image_format, "-c", command, path],
@@ -76,18 +76,18 @@ class GuestlessDomain:
         )
 
     def read(self, block: int) -> set[int]:
-        """The values in a block of its own disk's image, and of what that stands on."""
+        """Return the byte values in a block of the disk's image and its backing files."""
         whole = Path(f"{self.disk}.read")
         _image("convert", "-U", "-f", self.format, "-O", "raw", self.disk, whole)
         return set(whole.read_bytes()[block * _BLOCK : (block + 1) * _BLOCK])
 
     def source(self) -> str:
-        """The file that its disk is on: as it runs if it does, else as it is defined."""
+        """Return the file of the disk: of the running domain, else in the definition."""
         (line,) = [line for line in self.host.virsh("domblklist", self.name).splitlines() if line.strip()]
         return line.split(maxsplit=1)[1]
 
     def remove(self) -> None:
-        """Cut its power, and forget it."""
+        """Cut the power, and undefine the domain."""
         names = self.host.virsh("list", "--all", "--name").split()
         if self.name in names:
             with suppress(VirshError):  # it does not run

@@ -1,10 +1,10 @@
-"""A private libvirt host: libvirtd and all it starts, in namespaces that end with the test.
+"""A private libvirt host: libvirtd and all processes that it starts, in namespaces that end with the test.
 
-What libvirt keeps on a machine is bound to a private folder in a mount namespace, so that the machine's own libvirt is
-never touched and two such hosts never meet; who is not root has a libvirtd of their session, which keeps everything in
-folders that it is told. All processes are in one pid namespace: with the first of them the kernel
-kills the rest at once, as a power failure does, and the first one ends when the test's process does, whatever way.
-Guests outlive the daemon, as on any host. It is talked to by virsh alone.
+libvirt's folders are private folders in a mount namespace, so the machine's own libvirt is never touched, and several
+such hosts are independent. Without root, libvirtd runs for the user's session, with folders from its environment. All
+processes are in one pid namespace: if its first process is killed, the kernel kills the others at once, as a power
+failure does. The first process ends with the test's process. Guests survive the daemon, as on any host. Tests call the
+host only through virsh.
 """
 
 import os
@@ -21,27 +21,27 @@ import psutil
 from support.eventually import eventually
 from support.required_programs import require, unavailable
 
-_DRIVER = "libvirt-daemon-driver-qemu"  # of which libvirt-daemon can do without
+_DRIVER = "libvirt-daemon-driver-qemu"  # libvirt-daemon does not depend on it
 _READY = 60.0  # seconds
 _IS_ROOT = os.geteuid() == 0
-# Who is not root may have namespaces if one of them is of users, and stays who they are in it.
+# Other users than root need a user namespace as well, in which they keep their user id.
 _UNSHARED, _ENTERED = ([], []) if _IS_ROOT else (["--user", "--map-current-user"], ["--user", "--preserve-credentials"])
 _BOUND = (
     "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run", "/etc/passwd", "/etc/group",
 )  # fmt: skip
-# The first process takes in those that have lost their parent, which libvirt's guests have: so it must not leave them
-# as zombies, which libvirt would take for guests that do not die. What is hidden, libvirt would examine for seconds; no
-# guest here needs it, and there are machines where /dev/kvm is there and does not work.
+# The first process adopts processes without parent, such as libvirt's guests. It must not leave them as zombies, which
+# libvirt would take for guests that do not end. The hidden files would cost libvirt seconds to examine; no guest here
+# needs them, and on some machines /dev/kvm exists but does not work.
 _FIRST = """
 folder=$0
-for path; do  # none for who is not root
-    [ -e "$path" ] || mkdir -p "$path"  # what is private can only be put over something
+for path; do  # no paths without root
+    [ -e "$path" ] || mkdir -p "$path"  # a mount point must exist
     mount --bind "$folder$path" "$path" || exit
 done
 touch "$folder/nothing"
 [ $# = 0 ] || for path in /dev/kvm /usr/bin/qemu-system-i386; do
     [ -e "$path" ] || continue
-    # If it could be written to, libvirt would measure QEMU at each definition.
+    # If the mount were writable, libvirt would examine QEMU at each definition.
     mount --bind "$folder/nothing" "$path" && mount -o remount,bind,ro "$path" || exit
 done
 echo ready
@@ -69,14 +69,14 @@ _USER = "libvirt-qemu"  # libvirt wants it to exist even where its configuration
 
 
 class VirshError(Exception):
-    """What virsh was asked to do, it could not; the message is its own."""
+    """A virsh command failed; the message is that of virsh."""
 
 
 class Host:
-    """A host, to be switched on."""
+    """A libvirt host, off until `power_on`."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep everything in `folder`, whose path must be short: sockets lie in it."""
+        """Use `folder` for all files. Its path must be short, since it has sockets."""
         self.folder = folder
         self._socket = folder / "sockets" / "libvirt-sock"
         self.uri = f"qemu:///{'system' if _IS_ROOT else 'session'}?socket={self._socket}"
@@ -86,7 +86,7 @@ class Host:
         self._configure()
 
     def power_on(self) -> None:
-        """Start it as a machine starts: no guest runs, and libvirtd answers."""
+        """Start the host: libvirtd accepts connections, and no guest is running."""
         _empty(self.folder / "run")
         unshare = ["unshare", *_UNSHARED, "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         argv = [*unshare, "sh", "-c", _FIRST, self.folder, *(_BOUND if _IS_ROOT else ())]
@@ -98,12 +98,12 @@ class Host:
         if self._machine.stdout.readline() != "ready\n":
             self._machine.communicate()
             self._machine = None
-            unavailable(f"no libvirtd of the tests' own can be had here: {(self.folder / 'first.out').read_text()}")
+            unavailable(f"a private libvirtd cannot be started: {(self.folder / 'first.out').read_text()}")
         (self._first,) = psutil.Process(self._machine.pid).children()
         self.start_daemon()
 
     def lose_power(self) -> None:
-        """End every process at once; what they have written stays, as if the disks had been told to sync."""
+        """End every process at once. Everything that they have written stays, as if it had been synced to the disks."""
         if self._machine is not None:
             self._first.kill()
             self._machine.communicate()
@@ -112,11 +112,15 @@ class Host:
             self._machine = None
 
     def start_daemon(self) -> None:
-        """Start libvirtd, and wait until it answers; the guests that run are taken up again."""
+        """Start libvirtd, and wait until it accepts connections. It reconnects to running guests."""
         configuration = self.folder / "etc/libvirt/libvirtd.conf"
         libvirtd = require("libvirtd", package=f"libvirt-daemon {_DRIVER}")
         argv = self._inside(libvirtd, "-f", configuration, "-p", self.folder / "run" / "libvirtd.pid")
-        folders = {"CONFIG": "etc", "CACHE": "var/cache", "DATA": "var/lib"}  # of a session; they are as the machine's
+        folders = {
+            "CONFIG": "etc",
+            "CACHE": "var/cache",
+            "DATA": "var/lib",
+        }  # of a session; laid out as the system
         environment = {f"XDG_{name}_HOME": str(self.folder / path) for name, path in folders.items()}
         environment["XDG_RUNTIME_DIR"] = str(self.folder / "run")
         with (self.folder / "libvirtd.out").open("ab") as output:
@@ -124,7 +128,7 @@ class Host:
         eventually(self._answers, "libvirtd accepts connections", details=self.log, timeout=_READY)
 
     def kill_daemon(self) -> None:
-        """End libvirtd by SIGKILL; its guests run on."""
+        """End libvirtd by SIGKILL. Its guests keep running."""
         self._kill(self.folder / "run" / "libvirtd.pid")
         self._daemon.wait()
 
@@ -134,10 +138,10 @@ class Host:
         self._kill(pidfile)
 
     def virsh(self, *words: object) -> str:
-        """What virsh prints.
+        """Run a virsh command and return its output.
 
         Raises:
-            VirshError: It fails.
+            VirshError: The command fails.
         """
         argv = [self._virsh, "--connect", self.uri, "--quiet", *map(str, words)]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -146,9 +150,9 @@ class Host:
         return done.stdout
 
     def log(self) -> str:
-        """The last that libvirtd has said."""
-        said = [path.read_text(errors="replace")[-2000:] for path in self.folder.glob("libvirtd.*")]
-        return "\n".join(said)
+        """Return the last lines of libvirtd's logs."""
+        logs = [path.read_text(errors="replace")[-2000:] for path in self.folder.glob("libvirtd.*")]
+        return "\n".join(logs)
 
     def _configure(self) -> None:
         for path in _BOUND:
@@ -184,7 +188,7 @@ class Host:
 
 @contextmanager
 def running_host() -> Iterator[Host]:
-    """A host that is on, and gone at the end with all that it has started."""
+    """Yield a running host; end it with all its processes after the block."""
     require("qemu-system-x86_64", package="qemu-system-x86")
     with tempfile.TemporaryDirectory(prefix="thrave-") as folder:
         host = Host(Path(folder))
@@ -196,6 +200,6 @@ def running_host() -> Iterator[Host]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what is in a folder, as a machine's start does with what lies in memory."""
+    """Remove the content of a folder, as a reboot does with a file system in memory."""
     shutil.rmtree(folder)
     folder.mkdir()

@@ -31,16 +31,16 @@ from thrave.testing import ServerError
 from thrave.vault import Vault
 
 BUCKET = "alices-guests"
-# A service that has stood still has closed what it was asked on before; one that has died never answers.
-_FEW_TRIES = Config(retries={"total_max_attempts": 2}, connect_timeout=10, read_timeout=60)
-_EARLY = NOISE // PART_SIZE // 2  # parts; when no more are stored, some of the volume is still to be read
+# A service that was paused has closed its old connections; one that was killed never responds.
+_FEW_ATTEMPTS = Config(retries={"total_max_attempts": 2}, connect_timeout=10, read_timeout=60)
+_EARLY = NOISE // PART_SIZE // 2  # parts; if no more are stored, the read of the volume has not ended
 
 
 class LibvirtService:
-    """A service with its settings; it lives from `start` to `stop` or `kill`."""
+    """A service with its settings; it runs from `start` to `stop` or `kill`."""
 
     def __init__(self, folder: Path, host: Host, **settings: object) -> None:
-        """Have everything of it in `folder`."""
+        """Use `folder` for all files of the service."""
         self.folder = folder
         self.host = host
         self._settings = {
@@ -52,36 +52,36 @@ class LibvirtService:
         self._bundles = self._domains = 0
 
     def start(self, **changes: object) -> None:
-        """Start it, with other settings from now on; with a `failpoint` it may be dead before it answers."""
+        """Start the service with changed settings, which are kept. With a `failpoint` it may end before it responds."""
         self._settings = {**self._settings, "failpoint": None, **changes}
-        told = {name: value for name, value in self._settings.items() if value is not None}
-        self.server.environment = {f"THRAVE_{name.upper()}": _as_text(value) for name, value in told.items()}
+        environment = {name: value for name, value in self._settings.items() if value is not None}
+        self.server.environment = {f"THRAVE_{name.upper()}": _as_text(value) for name, value in environment.items()}
         with suppress(ServerError) if "failpoint" in changes else nullcontext():
             self.server.start()
-            self.ec2 = self.server.client(self._key, config=_FEW_TRIES)
+            self.ec2 = self.server.client(self._key, config=_FEW_ATTEMPTS)
 
     def stop(self) -> None:
-        """Stop it, if it lives."""
-        if self.lives:
+        """Stop the service if it is running."""
+        if self.is_running:
             self.server.stop()
 
     def kill(self) -> None:
-        """End it by SIGKILL."""
+        """End the service by SIGKILL."""
         self.server.stop(signal.SIGKILL)
 
     @property
-    def lives(self) -> bool:
-        """Whether its process is there."""
+    def is_running(self) -> bool:
+        """Whether the process of the service is running."""
         return self.server.process is not None and self.server.process.poll() is None
 
-    def await_death(self) -> None:
-        """Wait until it has killed itself."""
-        eventually(lambda: not self.lives, "the service kills itself at its failpoint")
+    def await_crash(self) -> None:
+        """Wait until the service has killed itself at its failpoint."""
+        eventually(lambda: not self.is_running, "the service kills itself at its failpoint")
         self.server.stop()
         assert self.server.process.returncode == -signal.SIGKILL
 
     def domain(self, name: str, guest: GuestImage, **details: object) -> Domain:
-        """A guest of Alice's; of those of one name only one can be there at a time."""
+        """Create a guest of Alice's. Only one guest with the same name can exist at a time."""
         self._domains += 1
         folder = self.folder / f"{name}-{self._domains}"
         return Domain(self.host, name, folder, guest, self.account.account_id, **details)
@@ -91,16 +91,16 @@ class LibvirtService:
         self._bundles += 1
         prefix = f"{domain.name}-{self._bundles}"
         storage = self.server.storage(self._key, BUCKET, prefix)
-        with suppress(BotoCoreError):  # a service that is to crash may not answer
+        with suppress(BotoCoreError):  # a service that crashes may not respond
             self.ec2.bundle_instance(InstanceId=domain.instance_id, Storage=storage)
         return Bundle(self, domain, prefix)
 
     @contextmanager
-    def standing_still(self, bundle: "Bundle") -> Iterator[None]:
-        """Have the service stand still while it reads the volume, for as long as the block lasts."""
+    def paused_during_read(self, bundle: "Bundle") -> Iterator[None]:
+        """Pause the service (SIGSTOP) for the block, while it reads the volume."""
 
         def stored_parts() -> list[Path]:
-            assert self.lives, "the service has ended"
+            assert self.is_running, "the service has ended"
             task = bundle.task()
             assert task["State"] != "failed", task
             return bundle.parts()
@@ -108,7 +108,7 @@ class LibvirtService:
         eventually(stored_parts, "a part is stored", interval=0, details=bundle.task)
         os.kill(self.server.process.pid, signal.SIGSTOP)
         try:
-            assert len(bundle.parts()) <= _EARLY, "it may have read the volume before it could be stopped"
+            assert len(bundle.parts()) <= _EARLY, "the service may have read the whole volume before it was paused"
             yield
         finally:
             os.kill(self.server.process.pid, signal.SIGCONT)
@@ -116,37 +116,37 @@ class LibvirtService:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was asked for."""
+    """A requested bundle."""
 
     service: LibvirtService
     domain: Domain
     prefix: str
 
     def task(self) -> dict[str, object]:
-        """The task, as DescribeBundleTasks gives it."""
+        """Return the task from DescribeBundleTasks."""
         tasks = self.service.ec2.describe_bundle_tasks()["BundleTasks"]
         (task,) = (task for task in tasks if task["Storage"]["S3"]["Prefix"] == self.prefix)
         return task
 
     def ended(self, timeout: float = TIMEOUT) -> dict[str, object]:
-        """The task, when it has ended."""
+        """Wait until the task has ended, and return it."""
         return eventually(self.task, "the task ends", until=lambda task: task["State"] in ENDED, timeout=timeout)
 
     def completed(self, timeout: float = TIMEOUT) -> "Bundle":
-        """Wait for its end, which must be a good one."""
+        """Wait until the task is complete, and return the bundle."""
         task = self.ended(timeout)
         assert task["State"] == "complete", task
         return self
 
     def failure(self) -> tuple[str, str]:
-        """Code and message of the task, which must fail, and leave nothing in the bucket."""
+        """Wait until the task has failed and the bucket is empty; return code and message."""
         task = self.ended()
         assert task["State"] == "failed", task
         eventually(self._objects, "the bucket is empty", until=lambda objects: not objects)
         return task["BundleTaskError"]["Code"], task["BundleTaskError"]["Message"]
 
-    def notice(self) -> str:
-        """What the operator is told of the task, besides how it has ended."""
+    def warning(self) -> str:
+        """Return the warning of the task, or an empty string."""
         data = self.service.server.data
         database = open_engine(data.database)
         try:
@@ -158,22 +158,22 @@ class Bundle:
             database.dispose()
 
     def parts(self) -> list[Path]:
-        """Its parts that are in the bucket."""
+        """Return the stored parts."""
         return [path for path in self._objects() if ".part." in path.name]
 
     def opened(self) -> Path:
-        """The image in it, every check passed; a raw disk."""
+        """Open the bundle with every check; return the raw image."""
         image = self.service.folder / f"{self.prefix}.raw"
         if not image.exists():
             opened_sha256(self.service.server, BUCKET, self.prefix, image)
         return image
 
     def drive(self) -> GuestDisk:
-        """C: in it."""
+        """Return C: in the bundle."""
         return GuestDisk(self.opened(), self.service.folder)
 
     def remove(self) -> None:
-        """Take it out of the bucket, past the service."""
+        """Delete the objects of the bundle without the service."""
         for path in self._objects():
             path.unlink()
 
@@ -183,7 +183,7 @@ class Bundle:
 
 @contextmanager
 def running_service(folder: Path, host: Host, **settings: object) -> Iterator[LibvirtService]:
-    """A service that lives, stopped at the end."""
+    """Yield a running service; stop it after the block."""
     service = LibvirtService(folder, host, **settings)
     service.start()
     try:

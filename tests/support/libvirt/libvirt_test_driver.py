@@ -31,27 +31,27 @@ _CHANNEL = '<channel type="unix"><target type="virtio" name="org.qemu.guest_agen
 
 
 def domain_xml(name, disk, *, kind="test", image_format="raw", acpi=True, channel=False):
-    """A domain with an empty CD drive and a disk, as libvirt takes it."""
+    """Return the XML of a domain with an empty CD drive and a disk."""
     features, agent = _ACPI if acpi else "", _CHANNEL if channel else ""
     return _XML.format(kind=kind, name=name, disk=disk, format=image_format, features=features, channel=agent)
 
 
 class LibvirtTestDriver:
-    """The pretended hypervisor."""
+    """Domains of libvirt's test driver."""
 
     def __init__(self, hypervisor: LibvirtConnection) -> None:
-        """Keep the connection that keeps the domains."""
+        """Use a connection; the domains exist as long as it is open."""
         self._hypervisor = hypervisor
-        self._made: list[str] = []
+        self._defined: list[str] = []
 
     def define(self, name, disk, **details):
-        """Define a domain that is off, as `domain_xml`; give its UUID."""
+        """Define a domain, which is off; return its UUID. Details as for `domain_xml`."""
         with self._hypervisor.session() as connection:
-            self._made.append(name)
+            self._defined.append(name)
             return connection.defineXML(domain_xml(name, disk, **details)).UUIDString()
 
     def start(self, name):
-        """Start a domain, past the driver."""
+        """Start a domain without our driver."""
         with self._hypervisor.session() as connection:
             connection.lookupByName(name).create()
 
@@ -61,15 +61,15 @@ class LibvirtTestDriver:
             connection.lookupByName(name).setMetadata(2, element, key, uri, 2)
 
     def definition(self, name):
-        """A domain's XML."""
+        """Return the XML of a domain."""
         with self._hypervisor.session() as connection:
             return connection.lookupByName(name).XMLDesc(2)
 
     def forget(self):
-        """Remove what was defined."""
+        """Remove all domains that were defined here."""
         with self._hypervisor.session() as connection:
             for domain in connection.listAllDomains():
-                if domain.name() in self._made:
+                if domain.name() in self._defined:
                     if domain.isActive():
                         domain.destroy()
                     domain.undefine()
@@ -77,7 +77,7 @@ class LibvirtTestDriver:
 
 @contextmanager
 def libvirt_test_driver() -> Iterator[LibvirtTestDriver]:
-    """The pretended hypervisor, without the domains of the test in the end."""
+    """Yield the test driver; remove the test's domains after the block."""
     hypervisor = LibvirtConnection(URI, DomainEvents())
     try:
         driver = LibvirtTestDriver(hypervisor)

@@ -98,6 +98,6 @@ class Fleet:
 
 
 class Api(ForkedServer):
-    """`thrave api` in a process of its own."""
+    """A process of `thrave api`."""
 
     command = "api"

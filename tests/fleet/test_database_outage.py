@@ -1,4 +1,4 @@
-"""An API process whose PostgreSQL is stopped, frozen, or out of connections answers `Unavailable`, and soon."""
+"""An API process whose PostgreSQL is stopped, frozen or out of connections returns `Unavailable`, and soon."""
 
 import os
 import signal
@@ -15,23 +15,23 @@ from support.servers.postgres import running_postgres
 from support.service.fleet import Fleet
 
 pytestmark = pytest.mark.postgres
-QUIET = Config(retries={"total_max_attempts": 1}, read_timeout=120)  # seconds; it is the service that has to give up
+QUIET = Config(retries={"total_max_attempts": 1}, read_timeout=120)  # seconds; the service gives up first
 CALLS = ("describe_bundle_tasks", "describe_instances")
 LINES = ("request failed", "no answer from the database")
-MOST_LOG = 8192  # bytes
+MAX_LOG = 8192  # bytes
 WAIT = 60  # seconds
 
 
 @pytest.fixture(scope="module")
 def server():
-    """A PostgreSQL of this module's own: what is done to it here would disturb others."""
+    """A PostgreSQL for this module only, since it is stopped and frozen."""
     with running_postgres() as server:
         yield server
 
 
 @contextmanager
 def stderr_in(path):
-    """What is started in this block has a file for stderr."""
+    """Redirect stderr of processes that the block starts to a file."""
     before = os.dup(2)
     with path.open("wb") as file:
         os.dup2(file.fileno(), 2)
@@ -65,7 +65,7 @@ def code_of(call):
     return refused.value.response["Error"]["Code"]
 
 
-def await_answer(client):
+def await_response(client):
     eventually(client.describe_bundle_tasks, "DescribeBundleTasks succeeds", ignore=ClientError, timeout=WAIT)
 
 
@@ -77,38 +77,38 @@ def check_unavailable(fleet, client, times):
     for _ in range(times):
         for call in CALLS:
             assert code_of(getattr(client, call)) == "Unavailable"
-    # A thread passes the log on.
+    # Another thread writes the log.
     logged = eventually(fleet.log.read_text, f"the log has one of {LINES}", until=has_line)
     assert "Traceback" not in logged
-    assert len(logged) < MOST_LOG
+    assert len(logged) < MAX_LOG
 
 
-def test_a_database_that_is_stopped(fleet, server):
+def test_stopped_database_makes_api_unavailable(fleet, server):
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
-    await_answer(client)
+    await_response(client)
     server.kill()
     try:
         check_unavailable(fleet, client, 20)
     finally:
         server.start()
-    await_answer(client)
+    await_response(client)
 
 
-def test_a_database_without_a_free_connection(fleet):
+def test_database_without_free_connection_makes_api_unavailable(fleet):
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
-    await_answer(client)
+    await_response(client)
     with psycopg.connect(fleet.superuser_url, autocommit=True) as connection:
         connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT 0")
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [fleet.role])
         check_unavailable(fleet, client, 20)
         connection.execute(f"ALTER ROLE {fleet.role} CONNECTION LIMIT -1")
-    await_answer(client)
+    await_response(client)
 
 
-def test_a_database_that_does_not_respond(fleet, server):
-    """As behind a firewall that drops packets: its connections stay open, and nothing comes back."""
+def test_hanging_database_makes_api_unavailable(fleet, server):
+    """As behind a firewall that drops packets: connections stay open without responses."""
     client = fleet.first.client(fleet.first.account("alice")[1], config=QUIET)
-    await_answer(client)
+    await_response(client)
     frozen = [psutil.Process(server._process.pid)]
     frozen += frozen[0].children(recursive=True)
     for process in frozen:
@@ -119,4 +119,4 @@ def test_a_database_that_does_not_respond(fleet, server):
         for process in frozen:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
-    await_answer(client)
+    await_response(client)
