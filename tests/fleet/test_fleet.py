@@ -180,9 +180,9 @@ def test_drained_host_finishes_started_tasks_only(fleet, alice, tmp_path):
     second = bundle(fleet, key, ec2, waiting, "waiting")
     with fleet.components() as components:
         components.hosts.drain("host-a")
-        for _ in range(2):  # it goes on giving signs of life, else it would be taken for lost
-            asked = utc_now()
-            eventually(lambda asked=asked: components.hosts.list()[0].heartbeat_time > asked)
+        for _ in range(2):  # its heartbeats continue, or the host would count as lost
+            now = utc_now()
+            eventually(lambda now=now: components.hosts.list()[0].heartbeat_time > now)
         assert agent.wait(timeout=60) == 0
         assert [host.state for host in components.hosts.list()] == [HostState.DRAINED]
         assert describe_task(ec2, first)["State"] == "complete"
