@@ -1,7 +1,7 @@
 """The location of a bundle in a bucket, and the keys of its objects.
 
-Any client may have written what is in a bucket. So a manifest there only tells which objects belong to its bundle, and
-only file names that a bundle of this name can have are accepted.
+Any client may have written the objects of a bucket. So a manifest in the bucket is used only for the names of its
+bundle's objects, and only names that a bundle in this location can have are accepted.
 """
 
 from collections.abc import Collection

@@ -9,9 +9,9 @@ No clock decides which task owns a key. Deleting the row of an ended task releas
 # The rules:
 # - No task can claim a key of another unfinished task.
 # - A task takes over the row of an ended task. It waits while a request of that task may be in flight.
-# - `run` names the sender of a request that has not ended, as far as the database knows: a process that writes, or one
-#   attempt to delete. A process has a list of its own requests (`store_calls.py`, `IN_FLIGHT`). A request of another
-#   sender may arrive at any time: the sender was killed or disconnected, or does not wait for it.
+# - `run` names the sender of a request that is not recorded as ended: a process that writes, or one attempt to delete.
+#   A process has a list of its own requests (`store_calls.py`, `IN_FLIGHT`). A request of another sender may arrive at
+#   any time: the sender was killed or disconnected, or does not wait for it.
 # - Such a key is not free for `SETTLE` seconds after that was found (`settle_time`, by the database's clock). An object
 #   that was deleted meanwhile is deleted once more then (state `gone`): an upload may have arrived after the deletion.
 # - An object without a row is never deleted.

@@ -87,7 +87,7 @@ def _is_progress(error: Exception, seconds: float, timeout: float) -> bool:
 
 
 def _waited(error: Exception) -> float:
-    """Seconds of an attempt that were only a wait, as far as its error says."""
+    """Return the seconds of an attempt that were only a wait, by its error."""
     return error.waited if isinstance(error, (InstanceError, NoThreadError)) else 0.0
 
 

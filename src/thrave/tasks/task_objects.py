@@ -241,7 +241,7 @@ class TaskObjects:
 
     @contextmanager
     def report_retries(self, monitor: TaskMonitor) -> Iterator[None]:
-        """After the block, add an event that says how many calls to the store were repeated."""
+        """After the block, add an event with the number of repeated calls to the store."""
         try:
             yield
         finally:
