@@ -1,4 +1,4 @@
-"""Background threads: their failures reach somebody, and calls that hang can be abandoned."""
+"""Background threads: errors are reported or logged, and hanging calls can be abandoned."""
 
 import threading
 
@@ -7,30 +7,30 @@ import pytest
 from thrave.concurrency import Call, CallTimeoutError, NoThreadError, later, repeat, supervised
 from thrave.tasks.errors import ErrorKind, kind_of
 
-PATIENCE = 60
+TIMEOUT = 60  # seconds; no test waits so long unless it fails
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1), KeyboardInterrupt()])
-def test_supervised_gives_whatever_its_work_raises_to_its_owner(error):
+def test_supervised_passes_error_to_handler(error):
     failures = []
 
     def fail():
         raise error
 
-    supervised("job", fail, on_failure=failures.append).join(PATIENCE)
+    supervised("job", fail, on_failure=failures.append).join(TIMEOUT)
     assert failures == [error]
 
 
-def test_supervised_logs_a_failure_that_its_owner_cannot_handle(caplog):
+def test_supervised_logs_error_of_handler(caplog):
     def fail(*_):
         raise ValueError("no")
 
-    supervised("job", fail, on_failure=fail).join(PATIENCE)
+    supervised("job", fail, on_failure=fail).join(TIMEOUT)
     assert "error handler of background job failed: job" in caplog.text
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1)])
-def test_repeat_goes_on_after_a_failure_and_ends_when_it_is_stopped(error, caplog):
+def test_repeat_continues_after_error_until_stopped(error, caplog):
     stop, done = threading.Event(), []
 
     def work():
@@ -40,34 +40,34 @@ def test_repeat_goes_on_after_a_failure_and_ends_when_it_is_stopped(error, caplo
         raise error
 
     thread = repeat("job", 0, work, stop=stop)
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     assert not thread.is_alive()
     assert done == [0, 1, 2]
     assert caplog.text.count("background job failed: job") == 3
 
 
-def test_later_does_what_is_not_cancelled():
+def test_later_runs_job_unless_cancelled():
     done = threading.Event()
-    cancel = later("never", PATIENCE, lambda: pytest.fail("it was cancelled"))
+    cancel = later("never", TIMEOUT, lambda: pytest.fail("the cancelled job was run"))
     cancel()
     later("soon", 0, done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(TIMEOUT)
 
 
-def test_call_gives_what_it_returned_or_raised():
-    assert Call("call", lambda: 7).result(PATIENCE) == 7
+def test_call_returns_result_or_raises_error():
+    assert Call("call", lambda: 7).result(TIMEOUT) == 7
     with pytest.raises(SystemExit):
-        Call("call", lambda: exec("raise SystemExit")).result(PATIENCE)
+        Call("call", lambda: exec("raise SystemExit")).result(TIMEOUT)
 
 
-def test_call_that_hangs_can_be_abandoned_and_asked_again():
-    go = threading.Event()
-    call = Call("call", lambda: go.wait(PATIENCE))
+def test_call_result_can_be_requested_again_after_timeout():
+    release = threading.Event()
+    call = Call("call", lambda: release.wait(TIMEOUT))
     with pytest.raises(CallTimeoutError):
         call.result(0)
     assert call.is_running
-    go.set()
-    assert call.result(PATIENCE) is True
+    release.set()
+    assert call.result(TIMEOUT) is True
     assert not call.is_running
 
 
@@ -80,7 +80,7 @@ def test_call_that_hangs_can_be_abandoned_and_asked_again():
         lambda: Call("job", int),
     ],
 )
-def test_a_thread_that_cannot_be_started_is_a_condition_that_passes(start, monkeypatch):
+def test_failed_thread_start_is_transient_error(start, monkeypatch):
     def refuse(_thread):
         raise RuntimeError("can't start new thread")
 

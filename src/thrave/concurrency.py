@@ -1,9 +1,9 @@
-"""Threads, locks, waits, clocks and random numbers. No other module takes them from anywhere else (ruff, TID251).
+"""Threads, locks, waits, clocks and random numbers. All other modules must use these functions (ruff, TID251).
 
 All of them come from one `System`. A test can replace it, to decide which thread runs next and what time it is.
 
-No thread fails silently: every error of its work, also one that is no `Exception`, is passed to a function of its owner
-or logged. Every thread is a daemon, since a thread that hangs in a system call must not keep the process from ending.
+No thread fails silently: every error of its work, also one that is not an `Exception`, is passed to `on_failure` or
+logged. Every thread is a daemon, since a thread that hangs in a system call must not prevent the process from ending.
 """
 
 import errno
@@ -144,7 +144,7 @@ def utc_now() -> datetime:
 
 
 def random_bytes(count: int) -> bytes:
-    """Return random bytes that nobody can predict."""
+    """Return cryptographically secure random bytes."""
     return _system.random_bytes(count)
 
 
@@ -154,12 +154,12 @@ def random_hex(count: int) -> str:
 
 
 def random_below(limit: int) -> int:
-    """Return a random number from 0 to `limit` - 1 that nobody can predict."""
+    """Return a cryptographically secure random number from 0 to `limit` - 1."""
     return _system.random_below(limit)
 
 
 def supervised(name: str, work: Callable[[], object], *, on_failure: OnFailure) -> Background:
-    """Start a thread that does `work` once.
+    """Start a thread that calls `work` once.
 
     Args:
         name: Name of the thread.
@@ -187,11 +187,11 @@ def repeat(
     stop: Event | None = None,
     at_once: bool = True,
 ) -> Background:
-    """Start a thread that does `work` at an interval, also after errors.
+    """Start a thread that calls `work` at an interval, also after errors.
 
     Args:
         name: Name of the thread.
-        interval: Seconds between the end of the work and its next start.
+        interval: Seconds between the end of a call and the next call.
         work: Called in the thread.
         on_failure: Called with each error; by default the error is logged.
         stop: Ends the thread when set, after the current call of `work`. None: the thread never ends.
@@ -215,7 +215,7 @@ def repeat(
 
 
 def later(name: str, seconds: float, work: Callable[[], object]) -> Callable[[], None]:
-    """Start a thread that does `work` after some seconds; return a function that cancels it.
+    """Start a thread that calls `work` after some seconds; return a function that cancels it.
 
     Raises:
         NoThreadError: No thread can be started.

@@ -1,7 +1,7 @@
-"""Retries of calls that may succeed later, and waits for a condition. Knows no hypervisor, store or database.
+"""Retries of calls that may succeed later, and waits for a condition. Independent of hypervisor, store and database.
 
-`retry` repeats one call in the calling thread. `RetrySchedule` tells a background job which of its items are due. Which
-errors may pass is decided by the callers (`tasks/errors.py`, `buckets/errors.py`).
+`retry` repeats one call in the calling thread. `RetrySchedule` returns which items of a background job are due. The
+callers decide which errors are transient (`tasks/errors.py`, `buckets/errors.py`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -15,15 +15,15 @@ Retryable: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[
 
 
 class FailedAttempt(NamedTuple):
-    """An attempt that ended with an error that may pass."""
+    """An attempt that ended with a transient error."""
 
     error: Exception
-    is_first: bool
+    restarts_timeout: bool
     """Whether the timeout is counted from this failure."""
     elapsed: float
     """Seconds since the failure from which the timeout is counted."""
     wait: float | None
-    """Seconds until the next attempt; None: there is none, and the error is raised."""
+    """Seconds until the next attempt; None if there is no next attempt and the error is raised."""
 
 
 def _no_minimum(_error: Exception) -> float:
@@ -56,9 +56,9 @@ def retry(
         interval: Seconds between two attempts. An iterable gives one wait after the other and must not end.
         is_timeout_strict: Give up early if the next attempt would begin after the timeout. Otherwise one attempt may
             begin up to one interval after it.
-        min_wait: Seconds that the other side asks for before the next attempt; cut to the end of the timeout.
-        is_progress: Whether an attempt that lasted so many seconds had reached the other side before it failed. Then
-            the timeout is counted from this failure.
+        min_wait: Seconds that the server requests before the next attempt; cut to the end of the timeout.
+        is_progress: Called with the error and the seconds that the attempt lasted. Whether the attempt had reached the
+            server before it failed; then the timeout is counted from this failure.
         on_failure: Called after each failure in `on`, before the wait. May raise, to give up.
         sleep: Waits; may raise, to give up.
         clock: Seconds of a monotonic clock.
@@ -76,8 +76,8 @@ def retry(
             if not (isinstance(error, on) if isinstance(on, (type, tuple)) else on(error)):
                 raise
             now = clock()
-            is_first = first_failure is None or is_progress(error, now - started)
-            if first_failure is None or is_first:
+            restarts_timeout = first_failure is None or is_progress(error, now - started)
+            if first_failure is None or restarts_timeout:
                 first_failure = now
             elapsed = now - first_failure
             wait = next(waits)
@@ -85,7 +85,7 @@ def retry(
             if not is_last:
                 wait = max(wait, min(min_wait(error), timeout - elapsed))
             if on_failure is not None:
-                on_failure(FailedAttempt(error, is_first, elapsed, None if is_last else wait))
+                on_failure(FailedAttempt(error, restarts_timeout, elapsed, None if is_last else wait))
             if is_last:
                 raise
             sleep(wait)
@@ -94,7 +94,7 @@ def retry(
 def backoff(first: float, longest: float) -> Iterator[float]:
     """Yield waits for `retry` that double from `first` to `longest` seconds, each shortened at random by up to half.
 
-    The jitter keeps many clients that met the same failure from coming back at the same moment.
+    The jitter prevents many clients that met the same failure from retrying at the same moment.
     """
     wait = first
     while True:

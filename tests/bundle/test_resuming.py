@@ -104,9 +104,9 @@ def test_resume_refuses_disk_changed_after_the_first_crash():
     parts = list(sealing().parts())
     second = list(sealing(resume_point=cut_off_after(parts, 8)).parts())
     checkpoint = [part.checkpoint for part in second if part.checkpoint][-1]
-    assert checkpoint.chunk.proven < checkpoint.chunk.offset
+    assert checkpoint.chunk.hashed_size < checkpoint.chunk.offset
     changed = bytearray(IMAGE)
-    changed[checkpoint.chunk.proven + CHUNK] ^= 1
+    changed[checkpoint.chunk.hashed_size + CHUNK] ^= 1
     resume_point = ResumePoint(checkpoint, tuple(part.record for part in parts[: checkpoint.parts]))
     with pytest.raises(ResumeError, match="changed"):
         list(sealing(bytes(changed), resume_point=resume_point).parts())

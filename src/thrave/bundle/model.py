@@ -111,14 +111,14 @@ class StreamPosition:
     Attributes:
         offset: Bytes of the tar stream before the position.
         crc: CRC-32 of those bytes; the next chunk continues it.
-        proven: Bytes from the beginning of the stream whose SHA-1 is known. Equal to `offset`, unless sealing was
+        hashed_size: Bytes from the beginning of the stream that `sha1` covers. Equal to `offset`, unless sealing was
             resumed; then the value of the first run.
-        sha1: That SHA-1 in lower-case hex.
+        sha1: SHA-1 of those bytes in lower-case hex.
     """
 
     offset: int
     crc: int
-    proven: int
+    hashed_size: int
     sha1: str
 
 

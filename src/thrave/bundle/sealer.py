@@ -50,9 +50,9 @@ class Sealer:
 
     Args:
         image: Must not change while it is read.
-        prefix: Bare name; the image's, and the first part of every file name.
+        prefix: Name of the image, without a folder; every file name starts with it.
         bundle_key: Key and IV; new random ones by default.
-        compression: "fast" keeps up with a disk; "small" makes smaller parts.
+        compression: "fast" is as fast as a disk; "small" makes a smaller bundle.
         part_size: Bytes of each part but the last, a multiple of 16.
         workers: Threads that compress; one per core by default.
         resume_point: Where an interrupted sealing of the same image resumes. Key, compression, part size and series
@@ -271,7 +271,7 @@ class ResumedReader:
         for buffer, size in tar_stream(self._image, self._member, buffers.get, begin.offset):
             crc = self._codec.crc32(buffer[:size], begin.crc)
             yield Chunk(buffer, size, begin, crc)
-            begin = StreamPosition(begin.offset + size, crc, begin.proven, begin.sha1)
+            begin = StreamPosition(begin.offset + size, crc, begin.hashed_size, begin.sha1)
 
     def check_unchanged(self) -> None:
         """See `ChunkReader`."""
@@ -296,14 +296,14 @@ class ResumedReader:
                 self._pipeline.stop()
             sha1.update(buffer[:size])
             # The CRC is needed only if the known SHA-1 does not cover all bytes before the checkpoint.
-            if self._begin.proven < self._begin.offset:
+            if self._begin.hashed_size < self._begin.offset:
                 crc = self._codec.crc32(buffer[:size], crc)
             offset += size
             buffers.put(buffer)
         yield sha1.hexdigest()
 
     def _matches(self, offset: int, crc: int, sha1: str) -> bool:
-        if offset == self._begin.proven:
+        if offset == self._begin.hashed_size:
             return sha1 == self._begin.sha1
         return offset != self._begin.offset or crc == self._begin.crc
 

@@ -55,7 +55,7 @@ def retry_hypervisor(
 
     def on_failure(failed: FailedAttempt) -> None:
         nonlocal waited_before
-        if failed.is_first:
+        if failed.restarts_timeout:
             waited_before = _waited(failed.error)
         if failed.wait is not None:
             log.warning("operation failed, retrying", error=str(failed.error))
