@@ -18,7 +18,6 @@ from dbos import DBOSPortableJSONSerializer as PortableJSON
 from dbos._sys_db import SystemDatabase  # makes the database calls of a worker of DBOS
 
 from thrave.components import Components, open_components
-from thrave.compute.fleet import FleetInventory
 from thrave.compute.instance import Instance, VolumeFile
 from thrave.config import Settings
 from thrave.tasks.models import BundleRequest
@@ -128,7 +127,7 @@ class Backend:
             self.components.database,
             self.components.records(),
             self.components.queues.enqueue,
-            host_of=FleetInventory(self.components.database).host_of,
+            default_host=None,
             retention=self.components.settings.task_retention,
             max_per_account=self.components.settings.max_tasks_per_account,
         )

@@ -62,7 +62,7 @@ def serve(settings: Settings, on_listening: OnListening) -> None:
     components.open()
     _ = components.service
     agent = Agent(components)
-    backend = _build_backend(components, components.instances, agent.power, lambda _instance_id: settings.host_id)
+    backend = _build_backend(components, components.instances, agent.power, settings.host_id)
     volume_check = RootVolumeCheck(components.instances, settings.image_dirs)
     app = create_app(replace(backend, find_volume_problem=volume_check.find_problem))
     with explain_database_errors(settings):
@@ -82,7 +82,7 @@ def serve_api(settings: Settings, on_listening: OnListening) -> None:
     components.open()
     _ = components.service
     fleet = FleetInventory(components.database)
-    app = create_app(_build_backend(components, fleet, fleet, fleet.host_of))
+    app = create_app(_build_backend(components, fleet, fleet, None))
     _serve_requests(http_server, app, on_listening, None)
 
 
@@ -119,7 +119,7 @@ def _exit_at_once(error: DatabaseReplacedError) -> Never:
 
 
 def _build_backend(
-    components: Components, instances: InstanceInventory, power: PowerControl, host_of: Callable[[str], str]
+    components: Components, instances: InstanceInventory, power: PowerControl, default_host: str | None
 ) -> Ec2Backend:
     """Build what the EC2 actions use, and start the probe of the store."""
     settings = components.settings
@@ -127,7 +127,7 @@ def _build_backend(
         components.database,
         components.records(),
         components.queues.enqueue,
-        host_of=host_of,
+        default_host=default_host,
         retention=timedelta(days=settings.task_retention_days),
         max_per_account=settings.max_tasks_per_account,
     )

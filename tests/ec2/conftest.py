@@ -63,7 +63,7 @@ def service(tmp_path):
             engine,
             records,
             lambda connection, bundle_id, host: None,
-            host_of=lambda instance_id: "localhost",
+            default_host="localhost",
             retention=timedelta(days=7),
             max_per_account=4,
         ),

@@ -23,7 +23,7 @@ RETENTION = timedelta(days=7)
 def tasks(engine, tmp_path):
     records = TaskRepository(engine, Vault.open_or_create(tmp_path / "vault.key"))
     return BundleTaskService(
-        engine, records, lambda *_: None, host_of=lambda _: "localhost", retention=RETENTION, max_per_account=20
+        engine, records, lambda *_: None, default_host="localhost", retention=RETENTION, max_per_account=20
     )
 
 

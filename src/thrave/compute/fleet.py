@@ -60,11 +60,6 @@ class FleetInventory:
             raise InstanceNotFound(instance_id)
         return owner
 
-    def host_of(self, instance_id: str) -> str:
-        """Return the host of an instance. Raises InstanceNotFound."""
-        host: str = self._row(instance_id).host
-        return host
-
     def request_stop(self, instance_id: str) -> None:
         """See `InstanceInventory`."""
         self._request(instance_id, PowerAction.STOP)

@@ -177,8 +177,9 @@ class UploadJournal:
 
     def check_free(self, key: str) -> None:
         """Check that an object could be claimed now. Raises ObjectInUseError."""
+        bucket = self._bucket  # read before the transaction: a thread must not wait for a second connection
         with self._engine.connect() as connection:
-            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy_keys(self._bucket))
+            claims.check_free(connection, self.bundle_id, key, run=self._run, busy=IN_FLIGHT.busy_keys(bucket))
 
     def record_stored(self, stored: StoredBatch) -> None:
         """Record what was stored."""
@@ -213,10 +214,11 @@ class UploadJournal:
         if earlier is not None:
             manifest = base64.b64encode(earlier.manifest).decode("ascii")
             document = {"manifest": manifest, "keys": [*earlier.keys], "isReplaced": earlier.is_replaced}
+        bucket = self._bucket  # as in `check_free`
         with self._transaction() as connection:
             if earlier is not None and earlier.is_replaced:
                 claims.claim_replaced(
-                    connection, self.bundle_id, earlier.keys, run=self._run, busy=IN_FLIGHT.busy_keys(self._bucket)
+                    connection, self.bundle_id, earlier.keys, run=self._run, busy=IN_FLIGHT.busy_keys(bucket)
                 )
             connection.execute(self._task().values(earlier=document))
 

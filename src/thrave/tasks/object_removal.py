@@ -18,7 +18,7 @@ from thrave.tasks.bundle_location import BundleLocation
 from thrave.tasks.errors import TaskFailure
 from thrave.tasks.failpoints import failpoint
 from thrave.tasks.journal import UploadJournal
-from thrave.tasks.store_calls import IN_FLIGHT, CallGroup, InFlightObjects
+from thrave.tasks.store_calls import IN_FLIGHT, CallGroup
 
 _DELETE_BATCH = 1000  # keys in one request to delete: S3's limit
 _MAX_HEADS = 16  # concurrent HEAD requests
@@ -83,10 +83,8 @@ class _Removal:
         location: BundleLocation,
         journal: UploadJournal,
         stall_timeout: float,
-        in_flight: InFlightObjects = IN_FLIGHT,
     ) -> None:
         self._buckets = buckets
-        self._in_flight = in_flight
         self._location = location
         self._journal = journal
         self._stall_timeout = stall_timeout
@@ -97,7 +95,7 @@ class _Removal:
     @contextmanager
     def claimed(self, *, everything: bool) -> Iterator[set[str]]:
         """Claim the objects to delete. At the end record which are gone, also after an error."""
-        self.busy = self._in_flight.in_flight_keys(self._location.bucket)
+        self.busy = IN_FLIGHT.in_flight_keys(self._location.bucket)
         keys = {*self._journal.start_deletion(self._unanswered(), everything=everything)}
         try:
             yield keys
@@ -152,14 +150,14 @@ class _Removal:
         return found
 
     def _record(self) -> None:
-        busy = self.busy | self._in_flight.in_flight_keys(self._location.bucket)
+        busy = self.busy | IN_FLIGHT.in_flight_keys(self._location.bucket)
         with failpoint("deletion-recorded"):
             unanswered = self._unanswered()
             self._journal.end_deletion(self.gone, unanswered=unanswered, busy=busy)
-            self._in_flight.clear_unanswered(self._location.bucket, unanswered)
+            IN_FLIGHT.clear_unanswered(self._location.bucket, unanswered)
 
     def _unanswered(self) -> set[str]:
-        return self._in_flight.unanswered_of(self._location.bucket, [item.key for item in self._journal.objects()])
+        return IN_FLIGHT.unanswered_of(self._location.bucket, [item.key for item in self._journal.objects()])
 
 
 def _undo_manifest(

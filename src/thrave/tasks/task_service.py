@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
+from thrave.compute.errors import InstanceNotFound
 from thrave.concurrency import monotonic, random_hex
 from thrave.database import instance
 from thrave.tasks.created_buckets import CreatedBuckets
@@ -45,7 +46,7 @@ class BundleTaskService:
         records: TaskRepository,
         enqueue: Enqueue,
         *,
-        host_of: Callable[[str], str],
+        default_host: str | None,
         retention: timedelta,
         max_per_account: int,
     ) -> None:
@@ -55,14 +56,14 @@ class BundleTaskService:
             engine: The database of `records`.
             records: The tasks.
             enqueue: See `Enqueue`.
-            host_of: Returns the host of an instance that no host has reported.
+            default_host: Host of the instances that no host has reported; None: a task for such an instance is refused.
             retention: How long after their end tasks are shown.
             max_per_account: Maximum number of unfinished tasks of an account.
         """
         self._engine = engine
         self._records = records
         self._enqueue = enqueue
-        self._host_of = host_of
+        self._default_host = default_host
         self._retention = retention
         self._max_per_account = max_per_account
         self.created_buckets = CreatedBuckets(engine, records)
@@ -77,6 +78,7 @@ class BundleTaskService:
             BundlingInProgress: The instance has an unfinished task, of any account.
             PrefixInUse: Another unfinished task, of any account, has the same bucket and prefix.
             TooManyBundleTasks: The account has its maximum of unfinished tasks.
+            InstanceNotFound: No host has the instance.
         """
         bundle_id = f"bun-{random_hex(9)[:17]}"
         try:
@@ -99,7 +101,9 @@ class BundleTaskService:
         """Return the host of an instance. Locks the row of a reported one, so that its host is not adopted now."""
         query = sa.select(instance.c.host).where(instance.c.instance_id == instance_id).with_for_update()
         host: str | None = connection.execute(query).scalar()
-        return self._host_of(instance_id) if host is None else host
+        if (host := host or self._default_host) is None:
+            raise InstanceNotFound(instance_id)
+        return host
 
     def check_location(self, account_id: str, instance_id: str, bucket: str, prefix: str) -> None:
         """Check that no unfinished task, of any account, has a bucket and prefix.
