@@ -45,6 +45,7 @@ class WriteGuard:
 store_guard = WriteGuard("store_guard")
 """Checked before each attempt of a call to the object store (`buckets/retrying_store.py`), and before each request and
 each piece of a body (`buckets/s3_client.py`): an attempt over a slow connection may take long."""
-start_guard = WriteGuard("start_guard")
-"""Checked right before the hypervisor gets a command that starts an instance or changes its disk. The driver may first
-wait a minute or more for a guest that is just powering off. A second machine on the same disk would destroy it."""
+command_guard = WriteGuard("command_guard")
+"""Checked right before the hypervisor gets a command that starts or stops an instance, or changes its disk. The driver
+may first wait a minute or more: for a hypervisor that hangs, or for a guest that is just powering off. A second machine
+on the same disk would destroy it."""

@@ -12,7 +12,7 @@ import pytest
 from support.instances.inventories import Commands, Domains, Files
 from thrave.compute.errors import IncorrectInstanceState, InstanceLocked, InstanceNotFound, RootVolumeInUse
 from thrave.compute.instance import InstanceState
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 UNKNOWN_IDS = [
     "",
@@ -240,6 +240,20 @@ class NotAllowedError(Exception):
     """Another process may have started the instance."""
 
 
+@pytest.mark.parametrize("command", ["request_stop", "force_stop", "terminate"])
+def test_commands_that_stop_check_guard_right_before_command(instances, instance_id, command):
+    def refuse():
+        if asked:
+            raise NotAllowedError
+        asked.append(True)  # entering the block checks once
+
+    asked = []
+    with pytest.raises(NotAllowedError), command_guard.using(refuse):
+        getattr(instances, command)(instance_id)
+    assert instances.state(instance_id) is InstanceState.RUNNING
+    getattr(instances, command)(instance_id)
+
+
 def test_start_checks_guard_right_before_command(instances, instance_id):
     instances.request_stop(instance_id)
     allowed = [None]
@@ -249,7 +263,7 @@ def test_start_checks_guard_right_before_command(instances, instance_id):
             raise NotAllowedError
         allowed.pop()
 
-    with pytest.raises(NotAllowedError), start_guard.using(check):
+    with pytest.raises(NotAllowedError), command_guard.using(check):
         instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED
     instances.start(instance_id)

@@ -21,7 +21,7 @@ from thrave.compute.errors import (
 )
 from thrave.compute.instance import InstanceState, OffReason, VolumeFile
 from thrave.files import file_lock
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 ID = "i-0123456789abcdef0"
 
@@ -251,6 +251,6 @@ def test_failed_start_restores_recorded_state(root, added, instances, command, s
 
 def test_start_refused_by_guard_restores_recorded_state(instances, added):
     instance_id, checks = added(state="stopped", start_command=("false",)), [None]
-    with pytest.raises(IndexError), start_guard.using(checks.pop):
+    with pytest.raises(IndexError), command_guard.using(checks.pop):
         instances.start(instance_id)
     assert instances.state(instance_id) is InstanceState.STOPPED

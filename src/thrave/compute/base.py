@@ -140,7 +140,11 @@ class Overlays(Protocol):
 
 
 class HypervisorDriver(InstanceInventory, Protocol):
-    """All instances of a host."""
+    """All instances of a host.
+
+    Each method that starts, stops or changes an instance calls `write_guard.command_guard.check` right before the
+    command to the hypervisor: another host may have the instance since the caller decided.
+    """
 
     def list(
         self, account_id: str | None = None, *, include: Callable[[Instance], bool] | None = None
@@ -202,7 +206,6 @@ class HypervisorDriver(InstanceInventory, Protocol):
         """Start the instance and return when the hypervisor has done so. A running instance is not changed.
 
         After an interrupted start the instance may be `pending`, and it may run; it is started again.
-        `write_guard.start_guard.check` is called right before the command to the hypervisor.
 
         Raises:
             InstanceLocked: Another thread or process holds the instance.

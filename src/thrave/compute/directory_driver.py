@@ -26,7 +26,7 @@ from thrave.compute.instance import TERMINATING, Instance, InstanceState, Volume
 from thrave.concurrency import random_hex, utc_now
 from thrave.programs import ProgramNotStartedError
 from thrave.retry import poll_until
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 _STATE_TIMEOUT = 10.0  # seconds for a stateCommand
 _POLL_INTERVAL = 0.2  # seconds
@@ -109,6 +109,7 @@ class DirectoryDriver:
         _check_not_terminating(description)
         if description.state is InstanceState.STOPPED:
             return
+        command_guard.check()
         if description.stop_command or description.state_command:
             self._run_stop(recorded, InstanceState.STOPPING)
         else:
@@ -119,6 +120,7 @@ class DirectoryDriver:
         description = self._read_current(instance_id)
         _check_not_terminating(description)
         if description.state is not InstanceState.STOPPED:
+            command_guard.check()
             self._run_force_stop(description)
             _retry_on_change(lambda: self._record_off(self._files.read(instance_id)))
 
@@ -130,6 +132,7 @@ class DirectoryDriver:
         recorded, description = self._read_recorded_and_current(instance_id)
         if description.state is InstanceState.TERMINATED:
             return
+        command_guard.check()
         if description.state is InstanceState.STOPPED or not (description.stop_command or description.state_command):
             self._files.change_state(instance_id, InstanceState.TERMINATED, seen=recorded)
         else:
@@ -288,12 +291,12 @@ class DirectoryDriver:
         a crash of this process, the volume of a machine that has started would be read.
         """
         if before.state_command or not before.start_command:
-            start_guard.check()
+            command_guard.check()
             yield
             return
         self._files.change_state(before.instance_id, InstanceState.PENDING)
         try:
-            start_guard.check()
+            command_guard.check()
         except BaseException:
             self._undo_pending(before)
             raise

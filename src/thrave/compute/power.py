@@ -23,7 +23,7 @@ from thrave.compute.instance import TERMINATING, InstanceState
 from thrave.compute.power_records import PowerAction, PowerRecord, PowerRecords
 from thrave.compute.timeouts import RunningTime, is_busy
 from thrave.concurrency import Event, Lock, monotonic, new_event, new_lock, sleep, supervised
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 SHUTDOWN_REQUEST_INTERVAL = 5.0  # seconds; a guest that is booting ignores a request to power off
 POLL_INTERVAL = 0.2  # seconds
@@ -350,7 +350,7 @@ class _InstanceWorker:
         # Also written if nothing changes: the update fails if another host has the instance now.
         if not self._power_records.record_off(record):
             return 0.0
-        with start_guard.using(self._check_lease):
+        with command_guard.using(self._check_lease):
             self._driver.start(self._instance_id)
         return self._finish(record)
 
@@ -378,8 +378,8 @@ class _InstanceWorker:
         if now >= self._next_shutdown_request:
             if not self._power_records.record_shutdown_request(record):
                 return 0.0
-            self._check_lease()
-            request(self._instance_id)
+            with command_guard.using(self._check_lease):
+                request(self._instance_id)
             if self._first_shutdown_request is None:
                 self._first_shutdown_request = now
             self._late_request_count += now - self._first_shutdown_request > self._shutdown_timeout

@@ -16,7 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from thrave.compute.errors import HypervisorError, HypervisorUnavailable
 from thrave.concurrency import Call, CallTimeoutError, Event, monotonic, new_event, new_lock
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 TIMEOUT = 120.0  # seconds; a start may wait a minute for a guest that has just powered off
 
@@ -64,12 +64,12 @@ def check_command(instance_id: str) -> None:
 
     Raises:
         HypervisorUnavailable: The caller has given up.
-        Exception: What the check of `start_guard` raises.
+        Exception: What the check of `command_guard` raises.
     """
     given_up = _given_up.get()
     if given_up is not None and given_up.is_set():
         raise _timeout_error(instance_id)
-    start_guard.check()
+    command_guard.check()
 
 
 def is_busy(instance_id: str) -> bool:

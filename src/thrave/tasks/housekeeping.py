@@ -27,7 +27,7 @@ from thrave.tasks.models import BundleTask, BundleTaskState
 from thrave.tasks.object_removal import remove_earlier, remove_objects
 from thrave.tasks.repository import RECOVER_FOR, TaskRepository
 from thrave.tasks.store_calls import IN_FLIGHT
-from thrave.write_guard import WriteCheck, no_check, start_guard
+from thrave.write_guard import WriteCheck, command_guard, no_check
 
 # Seconds between two calls of `run_once`, and at most between two attempts for one item.
 POWER_RECOVERY_INTERVAL = 1.0
@@ -182,7 +182,7 @@ class PowerRecovery:
             self._records.require_lease(task.bundle_id)
             self._check()
 
-        with start_guard.using(check), failpoint("instance-started"):
+        with command_guard.using(check), failpoint("instance-started"):
             self._instances.start(task.instance_id)
 
 

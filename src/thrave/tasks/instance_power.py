@@ -36,7 +36,7 @@ from thrave.tasks.models import STEPS_WITH_BORROWED_INSTANCE, BundleTask
 from thrave.tasks.monitor import TaskMonitor
 from thrave.tasks.repository import RECOVER_FOR, TaskRepository
 from thrave.tasks.step_retry import retry_hypervisor
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 ABANDON_AFTER = 10.0  # seconds that a merge has to end after its timeout, before it is abandoned
 STALL_TIMEOUT = 600.0  # seconds without progress after which a merge fails
@@ -85,7 +85,7 @@ class RootOverlay:
         """Create an overlay for the instance, which is off. If that is not supported, add a warning for the owner."""
         overlay = self.overlay or self._plan()
         if overlay is not None:
-            with failpoint("overlay-created"), start_guard.using(self._check):
+            with failpoint("overlay-created"), command_guard.using(self._check):
                 self._overlays.attach(self._task.instance_id, overlay)
 
     @contextmanager
@@ -110,7 +110,7 @@ class RootOverlay:
             Exception: What `pause` raises. A merge that was started may continue in the hypervisor.
         """
         for bundle_id, overlay in self._records.overlays_of(self._task.instance_id):
-            with failpoint("overlay-merged"), start_guard.using(self._check):
+            with failpoint("overlay-merged"), command_guard.using(self._check):
                 pause_while_moving = ProgressPause(self._task.instance_id, pause, self._stall_timeout)
                 self._overlays.merge(self._task.instance_id, overlay, pause_while_moving)
             self._records.record_overlay(bundle_id, None)
@@ -220,8 +220,7 @@ class InstancePower:
         if _is_off(self._instances.state(self._task.instance_id)):
             return
         self._schedule_recovery()
-        self._check_right()
-        with self._unless_terminated(), failpoint("sysprep-requested"):
+        with self._unless_terminated(), command_guard.using(self._check_right), failpoint("sysprep-requested"):
             self._instances.request_sysprep(self._task.instance_id, command)
         self._wait_until_off(monitor, request=lambda _instance_id: None)  # a shutdown request would interrupt sysprep
 
@@ -331,7 +330,7 @@ class InstancePower:
         is_borrowed = record.borrowed_by == bundle_id
         state = self._instances.state(instance_id)
         if state in STARTABLE_STATES and is_wanted_on and (is_borrowed or self._has_lost_power()):
-            with start_guard.using(self._check_right), failpoint("instance-started"):
+            with command_guard.using(self._check_right), failpoint("instance-started"):
                 self._instances.start(instance_id)
             self._records.give_back(bundle_id, seen_off=instance_id)
             return
@@ -360,7 +359,7 @@ class InstancePower:
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
             return False
         try:
-            with power_lock(instance_id), start_guard.using(check or self._check):
+            with power_lock(instance_id), command_guard.using(check or self._check):
                 self._instances.start(instance_id)
         except (InstanceLocked, LeaseExpiredError) as error:  # the instance was not started
             log.warning("power recovery failed", instance_id=instance_id, error=str(error))
@@ -380,8 +379,7 @@ class InstancePower:
         self._check()
 
     def _request_shutdown(self, instance_id: str) -> None:
-        self._check_right()
-        with self._unless_terminated(), failpoint("shutdown-requested"):
+        with self._unless_terminated(), command_guard.using(self._check_right), failpoint("shutdown-requested"):
             self._instances.request_stop(instance_id)
 
     @contextmanager
@@ -400,9 +398,8 @@ class InstancePower:
         self._records.add_warning(
             self._task.bundle_id, f"{message}: its power was cut, and what it had not written is lost."
         )
-        self._check_right()
         try:
-            with self._unless_terminated(), failpoint("power-cut"):
+            with self._unless_terminated(), command_guard.using(self._check_right), failpoint("power-cut"):
                 self._instances.force_stop(self._task.instance_id)
         except InstanceError as error:
             raise TaskFailure(

@@ -36,7 +36,7 @@ from thrave.compute.libvirt.driver import LibvirtDriver
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.compute.power import _LOCKED_POLL_INTERVAL, BackgroundPower, power_lock
 from thrave.compute.power_records import PowerAction
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 pytestmark = pytest.mark.libvirt
 
@@ -274,7 +274,7 @@ def test_command_is_refused_after_loss_of_right(instances, instance_id, act):
         if len(checks) > 1:  # allowed only at the start
             raise PermissionError
 
-    with start_guard.using(refuse), pytest.raises(PermissionError):
+    with command_guard.using(refuse), pytest.raises(PermissionError):
         getattr(instances, act)(instance_id)
     assert instances.state(instance_id) is before
 

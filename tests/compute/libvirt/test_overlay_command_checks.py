@@ -13,7 +13,7 @@ from thrave.compute.libvirt import overlay_files, overlay_merge, overlays
 from thrave.compute.libvirt.instance_mapping import instance_id_of
 from thrave.compute.libvirt.overlay_merge import DiskLocation, OverlayMerge, RootDisk
 from thrave.compute.libvirt.overlays import LibvirtOverlays
-from thrave.write_guard import start_guard
+from thrave.write_guard import command_guard
 
 INSTANCE = instance_id_of("00000000-0000-0000-0000-000000000001")
 FROZEN = Overlay(VolumeFile(path=Path("/vm/root.raw")), Path("/vm/root.overlay"))
@@ -98,7 +98,7 @@ def test_attach_checks_guard_before_each_command(monkeypatch, allowed):
 def checked(host, commands, act):
     """Check that each command follows a check, and that none follows a failed check."""
     try:
-        with start_guard.using(host.check):
+        with command_guard.using(host.check):
             act()
     except TooLateError:
         assert host.done.count("check") == host.allowed
