@@ -1,7 +1,7 @@
 """What the EC2 actions use: the backend's parts and settings, the caller, permissions, and the rate limit.
 
-The backend is passed to every action. It has no logic of its own: the actions are in `bundle_actions`,
-`instance_actions` and `region_actions`, and the rules of policies in `thrave.identity.policies`.
+The backend is passed to every action. The actions are in `bundle_actions`, `instance_actions` and `region_actions`.
+`app.handle_request` checks the rate limit and the permission before it runs an action.
 """
 
 from collections.abc import Callable
@@ -112,7 +112,13 @@ class Permissions:
     region: str
 
     def is_allowed(self, caller: Caller, action: str, resource: str) -> bool:
-        """Return whether a caller may do an action on a resource; see `Ec2Backend.is_allowed`."""
+        """Return whether a caller may do an action on a resource, with the rules of `thrave.identity.policies`.
+
+        Args:
+            caller: The policies are those of `user`; the address and TLS are for their conditions.
+            action: For example `ec2:BundleInstance`.
+            resource: An ARN, or `NO_RESOURCE`.
+        """
         if caller.user is None:
             return True
         context = RequestContext(
@@ -140,8 +146,8 @@ class Ec2Backend:
         existing_bundle: What to do with a request whose prefix already has a bundle.
         allow_signature_v2: Whether signature version 2 is accepted.
         key_cache: Keys of `accounts` that signed a request recently.
-        is_allowed: Whether a caller may do an action, such as `ec2:BundleInstance`, on a resource (an ARN, or
-            `NO_RESOURCE`).
+        is_allowed: Whether a caller may do an action on a resource; the service uses `Permissions.is_allowed`
+            (set in `server.py`). The default refuses every user.
         health: Last results of the background probes.
         find_volume_problem: Returns why the root volume of an instance cannot be bundled, as a message for callers;
             None if no problem is known.

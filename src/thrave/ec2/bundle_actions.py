@@ -297,6 +297,7 @@ def check_upload_policy(backend: Ec2Backend, caller: Caller, storage: S3Storage)
         raise EC2Error("InvalidParameterValue", f"Value for UploadPolicy is invalid. {error.message}") from None
     if signer is None:
         raise not_signed
+    # The policies are the signer's. Their conditions are evaluated for this request: with the caller's address and TLS.
     owner = replace(caller, account_id=signer.account_id, access_key_id=signer.access_key_id, user=signer.user)
     # One part stands for all parts.
     for ending in (".part.0", ".manifest.xml", ".manifest.json"):
