@@ -7,7 +7,7 @@ nothing. The libvirt binding is loaded only if the settings name libvirt.
 import configparser
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import structlog
 
@@ -39,11 +39,15 @@ def open_store(settings: Settings, find_key_owner: Callable[[str], KeyOwner | No
     Raises:
         StoreSettingError: The endpoint, the CA file or the service's credentials cannot be used.
     """
-    if settings.store == "directory":
-        return DirectoryStore(settings.directory.buckets)
-    config = store_config(settings)
-    is_by_policy = settings.upload_credentials == "policy"
-    return OwnerKeyStore(config, find_key_owner) if is_by_policy else ServiceKeyStore(config)
+    match settings.store:
+        case "directory":
+            return DirectoryStore(settings.directory.buckets)
+        case "s3":
+            config = store_config(settings)
+            is_by_policy = settings.upload_credentials == "policy"
+            return OwnerKeyStore(config, find_key_owner) if is_by_policy else ServiceKeyStore(config)
+        case unknown:
+            assert_never(unknown)
 
 
 def store_config(settings: Settings) -> StoreConfig:

@@ -1,7 +1,8 @@
 """The contract `ObjectStore`, and the rules for names of buckets, keys and bundles.
 
-Bucket, key and object have their meaning in Amazon S3. Permissions are not decided here: callers check the upload
-policy and the owner first. One test suite checks all drivers (`tests/buckets/test_store_contract.py`).
+Bucket, key and object have their meaning in Amazon S3. The driver enforces the upload policy in `put`, and the bucket's
+owner in `create` and `remove`. IAM policies are checked by the callers. One test suite checks all drivers
+(`tests/buckets/test_store_contract.py`); `DRIVERS` in `tests/buckets/conftest.py` lists them.
 """
 
 import re
@@ -31,6 +32,11 @@ class ObjectStore(Protocol):
 
     All methods are safe to call from several threads and processes at once. They may be repeated after a crash or a
     lost response: the second call changes nothing. Every failure is a BucketError with S3's code.
+
+    The caller may lose the right to write while a call waits for a connection or sends a body. So a driver that sends
+    requests over a network calls `write_guard.store_guard.check` before each request and each piece of a body, and
+    raises what the check raises. DirectoryStore makes no check: between the check that RetryingStore makes right before
+    the call and the system calls on the local disk, it waits for no connection and no response.
     """
 
     def on_behalf_of(self, access_key_id: str) -> "ObjectStore":
@@ -54,7 +60,7 @@ class ObjectStore(Protocol):
 
         An existing bucket is checked first, so that the key needs no permission to list or create buckets. If several
         calls create it at once for different accounts, exactly one succeeds. After an interrupted call the next call
-        can use the bucket.
+        can use the bucket. Calls `store_guard.check` before each request, also between the requests of one call.
 
         Args:
             bucket: Bucket name.
@@ -73,7 +79,8 @@ class ObjectStore(Protocol):
         """Remove an account's bucket if it is empty; return whether it no longer exists.
 
         A bucket with an object, or of another account, does not change. A bucket that does not exist counts as removed.
-        The caller must ensure that no other process creates the bucket at the same time.
+        The caller must ensure that no other process creates the bucket at the same time. Calls `store_guard.check` as
+        `create`.
 
         Raises:
             AccessDenied: The access key may not remove the bucket.
@@ -84,7 +91,8 @@ class ObjectStore(Protocol):
         """Store an object, and replace an existing one.
 
         After the return, the complete object is on stable storage. After a failure, readers find the previous object,
-        never a part of the new one. The store keeps no reference to `data`.
+        never a part of the new one. The store keeps no reference to `data`. Calls `store_guard.check` before the
+        request and before each piece of `data`.
 
         Args:
             bucket: An existing bucket.
@@ -141,7 +149,10 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, bucket: str, keys: Iterable[str]) -> None:
-        """Delete exactly these objects. Missing objects and a missing bucket are no error."""
+        """Delete exactly these objects. Missing objects and a missing bucket are no error.
+
+        Calls `store_guard.check` before each request and each piece of its body; there may be several requests.
+        """
         ...
 
 
